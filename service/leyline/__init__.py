@@ -1,0 +1,1 @@
+"""The Leyline contract: generated messages, enums and gRPC stubs. Never imports torch."""

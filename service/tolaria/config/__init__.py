@@ -1,0 +1,32 @@
+"""The one settings tree, where its values come from, and how they are shown. Knows nothing of what is configured."""
+
+from tolaria.config.addresses import Address
+from tolaria.config.show import as_toml
+from tolaria.config.sources import child_environment, load_settings
+from tolaria.config.tree import (
+    ControlSettings,
+    LeylineSettings,
+    LoggingSettings,
+    MetricsSettings,
+    PeerSettings,
+    ServerSettings,
+    ServiceSettings,
+    Settings,
+    TrainingSettings,
+)
+
+__all__ = [
+    "Address",
+    "ControlSettings",
+    "LeylineSettings",
+    "LoggingSettings",
+    "MetricsSettings",
+    "PeerSettings",
+    "ServerSettings",
+    "ServiceSettings",
+    "Settings",
+    "TrainingSettings",
+    "as_toml",
+    "child_environment",
+    "load_settings",
+]

@@ -1,0 +1,182 @@
+"""Every setting, once: its meaning, its unit in its name, and why its default is what it is.
+
+Owns types, bounds and combinations. Must not know where values come from.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tolaria.config.addresses import Address
+
+
+def _listen_address(text: str) -> str:
+    return str(Address.parse(text))
+
+
+def _target(text: str) -> str:
+    if text and Address.parse(text).port == 0:
+        raise ValueError(f"{text!r} has port 0, to which nobody can connect")
+    return text
+
+
+ListenAddress = Annotated[str, AfterValidator(_listen_address)]
+Target = Annotated[str, AfterValidator(_target)]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(gt=0, le=60_000, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ServiceSettings(_Section):
+    """The process itself."""
+
+    drain_timeout_s: Seconds = 10.0
+    """Longest that SIGTERM may take to finish the step and the calls in flight. 10: Docker's patience before SIGKILL."""
+
+    exit_when_done: bool = False
+    """End the process when the run has finished (exit 0) or failed (exit 1). Off: final metrics stay readable."""
+
+
+class ServerSettings(_Section):
+    """The admin gRPC server."""
+
+    listen: ListenAddress = "127.0.0.1:50051"
+    """Where admin RPCs are served. Loopback: the port can stop a run, so opening it is a decision."""
+
+    status_interval_ms: Milliseconds = 250.0
+    """Pace of WatchStatus between changes. 250: smooth to the eye, far below 1 % of a core."""
+
+    request_memory: int = Field(default=4096, ge=16, le=1_000_000)
+    """How many request_ids are remembered, so that a repeat gets the first answer. 4096: days of operators, under 1 MB."""
+
+
+class MetricsSettings(_Section):
+    """The HTTP server for /metrics, /livez and /readyz."""
+
+    listen: ListenAddress = "127.0.0.1:9464"
+    """Where Prometheus scrapes. 9464 is the port that exporters of OpenTelemetry's kind use."""
+
+
+class LoggingSettings(_Section):
+    """Logs go to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level written. info: one line an epoch and one for every decision."""
+
+    format: Literal["auto", "json", "console"] = "auto"
+    """auto is console on a terminal and JSON elsewhere: people and collectors both get what they read."""
+
+
+class PeerSettings(_Section):
+    """One peer: Tamiyo (the controller) or Kasmina (the executor)."""
+
+    target: Target = ""
+    """host:port of the peer. Empty: the reference peer that comes with Tolaria is started beside it."""
+
+    timeout_s: Seconds = 2.0
+    """Deadline of one call, cancelled on the peer's side too. 2.0: an answer later than that is stale anyway."""
+
+
+class ControlSettings(_Section):
+    """The control loop at fences."""
+
+    boundary_budget_ms: Milliseconds = 18.0
+    """How long an epoch boundary may hold training up. 18: state 3.5, Tamiyo 12, command 1.5, guard 1."""
+
+    tamiyo_budget_ms: Milliseconds = 12.0
+    """Tamiyo's share of the boundary. A later answer is applied at a later fence."""
+
+    max_staleness_steps: int = Field(default=1000, ge=0)
+    """A late answer about a state older than this is dropped. 1000: a second of small steps, minutes of large ones."""
+
+    max_void_steps: int = Field(default=8, ge=1)
+    """Consecutive non-finite steps after which the run halts. 8: a bad shard passes, a diverged model does not."""
+
+
+class TrainingSettings(_Section):
+    """What is trained, and how."""
+
+    job: str = Field(default="digits", min_length=1)
+    """A name registered under the entry points `tolaria.jobs`, or `package.module:factory`. digits is built in."""
+
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """Passed to the job's factory as they are; the job says which it knows."""
+
+    experiment: str = "default"
+    """Name that the controller sees; groups runs on its side."""
+
+    epochs: int = Field(default=20, ge=1)
+    """Passes over the data. 20: the built-in job is past 97 % by then."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seeds initialisation, shuffling and dropout. Fixed by default: a run that cannot be repeated cannot be mended."""
+
+    deterministic: bool = False
+    """Bit-equal repeats: deterministic kernels, boundaries that wait for Tamiyo up to its timeout. Off: it is slower."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    """auto takes the first accelerator there is, else the CPU."""
+
+    accumulate: int = Field(default=1, ge=1)
+    """Microbatches per optimizer update. 1: no accumulation."""
+
+    clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Greatest total gradient norm; larger gradients are scaled down to it. 0: off, as the job may clip itself."""
+
+    threads: int = Field(default=0, ge=0)
+    """CPU threads of torch. 0: one fewer than there are cores, at least 1, so that RPCs have a core to answer on."""
+
+
+class LeylineSettings(_Section):
+    """Trust in what comes over the contract."""
+
+    secret: SecretStr = SecretStr("")
+    """Key of the HMAC-SHA256 that commands must carry. Empty: signatures are not asked for."""
+
+    previous_secret: SecretStr = SecretStr("")
+    """A second key that is still accepted, so that keys can be changed without an outage."""
+
+    freshness_s: Seconds = 60.0
+    """Oldest age of a command. 60: clocks apart by seconds pass, a replay after lunch does not."""
+
+    nonce_window_s: Seconds = 300.0
+    """How long a command_id is remembered against replays. 300: five times the freshness."""
+
+
+class Settings(BaseSettings):
+    """All of it. Environment names are TOLARIA_<SECTION>__<FIELD>."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TOLARIA_", env_nested_delimiter="__", extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
+
+    service: ServiceSettings = ServiceSettings()
+    server: ServerSettings = ServerSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    logging: LoggingSettings = LoggingSettings()
+    tamiyo: PeerSettings = PeerSettings()
+    kasmina: PeerSettings = PeerSettings()
+    control: ControlSettings = ControlSettings()
+    training: TrainingSettings = TrainingSettings()
+    leyline: LeylineSettings = LeylineSettings()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        problems = []
+        if self.server.listen == self.metrics.listen and Address.parse(self.server.listen).port != 0:
+            problems.append(f"server.listen and metrics.listen are both {self.server.listen}")
+        if self.control.tamiyo_budget_ms > self.control.boundary_budget_ms:
+            problems.append("control.tamiyo_budget_ms exceeds control.boundary_budget_ms, of which it is a share")
+        if self.leyline.previous_secret.get_secret_value() and not self.leyline.secret.get_secret_value():
+            problems.append("leyline.previous_secret is set but leyline.secret is not")
+        if self.leyline.nonce_window_s < self.leyline.freshness_s:
+            problems.append("leyline.nonce_window_s is shorter than leyline.freshness_s, so that replays would pass")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

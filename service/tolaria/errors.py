@@ -15,9 +15,20 @@ TolariaError
 │   └── BreakerOpenError
 ├── CommandRejectedError          a command failed a check and changed nothing
 ├── NonFiniteStepError            a step was voided before any parameter changed
+├── GradientError                 gradients cannot be merged as asked
+│   ├── NoGradientsError
+│   ├── GradientMismatchError
+│   ├── GradientWeightError
+│   └── UnknownSourceError
 ├── LaneError                     the compute lane cannot do what was asked
 │   ├── LaneFailedError
 │   └── LaneStoppedError
+├── SignalError                   the signal board cannot do what was asked
+│   ├── BoardRefusedError
+│   ├── BoardBusyError
+│   ├── BoardLostError
+│   ├── BlockOwnedError
+│   └── SignalValueError
 └── RequestError                  an operator's request cannot be served
     ├── InvalidFieldError
     ├── WrongStateError
@@ -99,14 +110,49 @@ class BreakerOpenError(PeerError):
 class CommandRejectedError(TolariaError):
     """Raised when a command fails a check. `reason` is its stable name in metrics and events."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, command_id: str, detail: str) -> None:
         self.reason = reason
+        self.command_id = command_id
         self.detail = detail
         super().__init__(f"{reason}: {detail}")
 
 
 class NonFiniteStepError(TolariaError):
     """Raised when a loss or gradient is NaN or infinite, before any parameter changed."""
+
+
+class GradientError(TolariaError):
+    """Base of the reasons why gradients cannot be merged."""
+
+
+class NoGradientsError(GradientError):
+    """Raised when there is nothing to merge: no rows, or rows without elements."""
+
+    def __init__(self) -> None:
+        super().__init__("no gradients available for aggregation")
+
+
+class GradientMismatchError(GradientError):
+    """Raised when one gradient differs in dtype, device, shape or count from what it must match.
+
+    `index` is the position of the first offender among those given.
+    """
+
+    def __init__(self, index: int, detail: str) -> None:
+        self.index = index
+        super().__init__(f"gradient {index}: {detail}")
+
+
+class GradientWeightError(GradientError):
+    """Raised when weights cannot be used. `index` is the first offender, None when it is all of them together."""
+
+    def __init__(self, index: int | None, detail: str) -> None:
+        self.index = index
+        super().__init__(f"weights: {detail}" if index is None else f"weight {index}: {detail}")
+
+
+class UnknownSourceError(GradientError):
+    """Raised when a row or loss names a source that takes no part in this step, or one that does is missing."""
 
 
 class LaneError(TolariaError):
@@ -119,6 +165,39 @@ class LaneFailedError(LaneError):
 
 class LaneStoppedError(LaneError):
     """Raised to whoever waits for the lane when it has been told to stop."""
+
+
+class SignalError(TolariaError):
+    """Base of what can go wrong with the signal board."""
+
+
+class BoardRefusedError(SignalError):
+    """Raised when a file cannot be used as a board.
+
+    `reason` is its stable name: missing, io, platform, foreign, truncated, version, size, header, run or replaced.
+    """
+
+    def __init__(self, path: str, reason: str, detail: str) -> None:
+        self.path = path
+        self.reason = reason
+        self.detail = detail
+        super().__init__(f"{path} is refused ({reason}): {detail}")
+
+
+class BoardBusyError(SignalError):
+    """Raised when a board is to be created under a name that another living process holds."""
+
+
+class BoardLostError(SignalError):
+    """Raised when an attached board has been closed or its file was cut short."""
+
+
+class BlockOwnedError(SignalError):
+    """Raised when a block of the board is to be written by who does not own it."""
+
+
+class SignalValueError(SignalError):
+    """Raised when something does not belong on the board: an unknown level or name, a level below the standing one."""
 
 
 class RequestError(TolariaError):

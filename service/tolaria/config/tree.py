@@ -37,7 +37,7 @@ class ServiceSettings(_Section):
     """The process itself."""
 
     drain_timeout_s: Seconds = 10.0
-    """Longest that SIGTERM may take to finish the step and the calls in flight. 10: Docker's patience before SIGKILL."""
+    """Longest that SIGTERM may take to finish step and calls in flight. 10: Docker's patience before SIGKILL."""
 
     exit_when_done: bool = False
     """End the process when the run has finished (exit 0) or failed (exit 1). Off: final metrics stay readable."""
@@ -53,7 +53,7 @@ class ServerSettings(_Section):
     """Pace of WatchStatus between changes. 250: smooth to the eye, far below 1 % of a core."""
 
     request_memory: int = Field(default=4096, ge=16, le=1_000_000)
-    """How many request_ids are remembered, so that a repeat gets the first answer. 4096: days of operators, under 1 MB."""
+    """How many request_ids are remembered, so that a repeat gets the first answer. 4096: days of operators."""
 
 
 class MetricsSettings(_Section):
@@ -118,7 +118,7 @@ class TrainingSettings(_Section):
     """Seeds initialisation, shuffling and dropout. Fixed by default: a run that cannot be repeated cannot be mended."""
 
     deterministic: bool = False
-    """Bit-equal repeats: deterministic kernels, boundaries that wait for Tamiyo up to its timeout. Off: it is slower."""
+    """Bit-equal repeats: deterministic kernels, boundaries that wait for Tamiyo up to its timeout. Off: slower."""
 
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
     """auto takes the first accelerator there is, else the CPU."""

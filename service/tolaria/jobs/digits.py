@@ -1,0 +1,116 @@
+"""The built-in job: handwritten digits of scikit-learn (1797 real images of 8 x 8), a small convolutional host.
+
+A model of what a job looks like. Must not know the service.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tolaria.errors import BrokenJobError
+from tolaria.jobs.data import TensorCursor
+from tolaria.jobs.job import HOST, Batch, Evaluation, JobContext
+
+_CLASSES = 10
+_VALIDATION_SAMPLES = 360  # a fifth
+_SPLIT_SEED = 20_251_003  # fixed: runs with different seeds are judged on the same images
+
+
+class DigitsOptions(BaseModel):
+    """What `training.options` may hold for this job."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    batch_size: int = Field(default=32, ge=1, le=1437)
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    width: int = Field(default=16, ge=1, le=512)
+    dropout: float = Field(default=0.25, ge=0, lt=1)
+
+
+class DigitsHost(nn.Module):
+    """Images of shape (B, 1, 8, 8), float32 in 0 to 1, to logits of shape (B, 10)."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(2 * width * 16, _CLASSES))
+
+    def forward(self, x_B1HW: Tensor) -> Tensor:  # noqa: N803 - the shape suffix: batch, channel, height, width
+        """Logits of the batch."""
+        logits_BC: Tensor = self.head(self.body(x_B1HW))  # noqa: N806 - shape suffix: batch, class
+        return logits_BC
+
+
+class DigitsJob:
+    """Trains `DigitsHost` by Adam on cross-entropy."""
+
+    def __init__(self, context: JobContext, options: DigitsOptions) -> None:
+        self._context = context
+        self._options = options
+        images, labels = _images()
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+        validation, training = order[:_VALIDATION_SAMPLES], order[_VALIDATION_SAMPLES:]
+        self._training = (images[training], labels[training])
+        self._validation = (images[validation], labels[validation])
+
+    def build_model(self) -> nn.Module:
+        """The host."""
+        return DigitsHost(self._options.width, self._options.dropout)
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Adam over everything."""
+        return torch.optim.Adam(model.parameters(), lr=self._options.learning_rate)
+
+    def training_data(self) -> TensorCursor:
+        """1437 images in an order that the seed and the epoch determine."""
+        return TensorCursor(self._training, batch_size=self._options.batch_size, seed=self._context.seed)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Mean cross-entropy."""
+        images, labels = batch.payload
+        return {HOST: functional.cross_entropy(model(images), labels)}
+
+    def validation_batches(self) -> Iterable[Batch]:
+        """360 images that training never sees, at once."""
+        return [Batch(self._validation, _VALIDATION_SAMPLES)]
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
+        """Summed cross-entropy and correct answers."""
+        images, labels = batch.payload
+        logits = model(images)
+        loss_sum = functional.cross_entropy(logits, labels, reduction="sum")
+        return Evaluation(float(loss_sum), int((logits.argmax(1) == labels).sum()), batch.samples)
+
+
+def digits(context: JobContext) -> DigitsJob:
+    """The job's factory.
+
+    Raises:
+        BrokenJobError: when `training.options` holds what the job does not know.
+    """
+    try:
+        options = DigitsOptions.model_validate(dict(context.options))
+    except ValidationError as error:
+        problems = "; ".join(f"training.options.{e['loc'][0]}: {e['msg']}" for e in error.errors())
+        raise BrokenJobError(f"training.job 'digits': {problems}") from None
+    return DigitsJob(context, options)
+
+
+def _images() -> tuple[Tensor, Tensor]:
+    """All images, float32 of shape (1797, 1, 8, 8) in 0 to 1, and their labels, int64 of shape (1797,)."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - half a second that only this job has to pay
+
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16.0
+    return images, torch.tensor(data.target, dtype=torch.int64)

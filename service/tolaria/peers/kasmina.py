@@ -1,0 +1,51 @@
+"""The executor as Tolaria calls it. Must not know how desired seeds get into the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc.aio
+
+from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.kasmina_service_pb2 import ApplyCommandRequest, ExportSeedStatesRequest
+from leyline.v1.kasmina_service_pb2_grpc import KasminaServiceStub
+from leyline.v1.seeds_pb2 import SeedState
+from leyline.v1.state_pb2 import SystemStatePacket
+from tolaria.peers.verification import verify_seeds
+from tolaria.resilience.deadline import DeadlineCaller
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """Kasmina's answer to a command: whether it took it, why, and the whole set of seeds it now desires."""
+
+    applied: bool
+    detail: str
+    seeds: list[SeedState]
+
+
+class KasminaClient:
+    """Asks Kasmina. Every method raises `PeerError`s; answers that break the contract are `PeerProtocolError`s."""
+
+    def __init__(self, channel: grpc.aio.Channel, caller: DeadlineCaller, *, timeout_s: float) -> None:
+        self._stub = KasminaServiceStub(channel)
+        self._caller = caller
+        self._timeout_s = timeout_s
+
+    async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> Applied:
+        """Hand a verified seed command over."""
+        request = ApplyCommandRequest(command=command, state=state)
+        response = await self._caller.call(
+            self._stub.ApplyCommand, request, name="ApplyCommand", timeout_s=self._timeout_s
+        )
+        return Applied(response.applied, response.detail, verify_seeds(self._caller.peer, response.seeds))
+
+    async def export_seeds(self, state: SystemStatePacket) -> list[SeedState]:
+        """The seeds that Kasmina desires, given this state."""
+        response = await self._caller.call(
+            self._stub.ExportSeedStates,
+            ExportSeedStatesRequest(state=state),
+            name="ExportSeedStates",
+            timeout_s=self._timeout_s,
+        )
+        return verify_seeds(self._caller.peer, response.seeds)

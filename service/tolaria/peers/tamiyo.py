@@ -1,0 +1,27 @@
+"""The controller as Tolaria calls it. Must not know when it is asked or what its commands do."""
+
+from __future__ import annotations
+
+import grpc.aio
+
+from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.state_pb2 import SystemStatePacket
+from leyline.v1.tamiyo_service_pb2 import EvaluateEpochRequest
+from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
+from tolaria.resilience.deadline import DeadlineCaller
+
+
+class TamiyoClient:
+    """Asks Tamiyo. Every method raises `PeerError`s as `DeadlineCaller.call` does."""
+
+    def __init__(self, channel: grpc.aio.Channel, caller: DeadlineCaller, *, timeout_s: float) -> None:
+        self._stub = TamiyoServiceStub(channel)
+        self._caller = caller
+        self._timeout_s = timeout_s
+
+    async def evaluate_epoch(self, state: SystemStatePacket) -> AdaptationCommand | None:
+        """What to do after this epoch; None: go on as you are. The command is not verified yet."""
+        response = await self._caller.call(
+            self._stub.EvaluateEpoch, EvaluateEpochRequest(state=state), name="EvaluateEpoch", timeout_s=self._timeout_s
+        )
+        return response.command if response.HasField("command") else None

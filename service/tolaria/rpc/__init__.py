@@ -1,0 +1,1 @@
+"""The admin RPCs: validate, hand over, answer. Knows no torch."""

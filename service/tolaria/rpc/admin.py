@@ -1,0 +1,196 @@
+"""The admin servicer: checks a request, hands it to the run, answers. Takes no decisions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import NoReturn, Protocol, TypeVar
+
+import anyio
+import grpc.aio
+
+from leyline.v1 import admin_service_pb2 as admin
+from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceServicer
+from tolaria.errors import NotImplementedYetError, TolariaError, WrongStateError
+from tolaria.rpc.requests import Answer, MutatingRequest, RequestLedger
+from tolaria.rpc.status import abort
+
+Context = grpc.aio.ServicerContext[object, object]
+Result = TypeVar("Result")
+
+# Longest that a call may wait for the lane; a microbatch that takes longer still takes effect, unanswered.
+EFFECT_TIMEOUT_S = 60.0
+
+
+class Feed(Protocol):
+    """Tells that something has changed."""
+
+    version: int
+
+    async def next(self) -> None:
+        """Wait for the next change."""
+
+
+class Run(Protocol):
+    """What operators can see of the run and do to it."""
+
+    @property
+    def feed(self) -> Feed:
+        """Tells of every change."""
+
+    @property
+    def global_step(self) -> int:
+        """Updates done."""
+
+    def status(self) -> admin.GetStatusResponse:
+        """How the run stands."""
+
+    async def pause(self, reason: str) -> None:
+        """Hold the run; returns when it stands."""
+
+    def resume(self, reason: str) -> None:
+        """Go on."""
+
+    async def stop(self, reason: str) -> None:
+        """Finish the step and end the run; returns when it has ended."""
+
+
+class AdminService(TolariaAdminServiceServicer):
+    """Serves TolariaAdminService for one run.
+
+    Args:
+        run: whom to hand requests to.
+        complete: adds to a status what only the service knows.
+        closing: set when the service is about to end, so that streams end too.
+        interval_s: pace of WatchStatus between changes.
+        request_memory: how many request ids are remembered.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        complete: Callable[[admin.GetStatusResponse], None],
+        closing: anyio.Event,
+        interval_s: float,
+        request_memory: int,
+    ) -> None:
+        self._run = run
+        self._complete = complete
+        self._closing = closing
+        self._interval_s = interval_s
+        self._ledger = RequestLedger(request_memory)
+
+    async def GetStatus(self, request: admin.GetStatusRequest, context: Context) -> admin.GetStatusResponse:
+        """How the run stands."""
+        return self._status()
+
+    async def WatchStatus(
+        self,
+        request: admin.WatchStatusRequest,
+        context: Context,
+    ) -> AsyncIterator[admin.WatchStatusResponse]:
+        """The status now, after every change, and every so often; ends with the service."""
+        interval_s = max(self._interval_s, request.interval_ms / 1000)
+        while True:
+            seen = self._run.feed.version
+            yield admin.WatchStatusResponse(status=self._status())
+            if self._closing.is_set():
+                return
+            if self._run.feed.version == seen:  # else something changed while the client read: newest at once
+                with anyio.move_on_after(interval_s):
+                    await self._run.feed.next()
+
+    async def PauseTraining(self, request: admin.PauseTrainingRequest, context: Context) -> admin.PauseTrainingResponse:
+        """Hold the run within one microbatch."""
+
+        async def carry_out() -> admin.PauseTrainingResponse:
+            await _bounded(self._run.pause(request.reason))
+            return admin.PauseTrainingResponse(global_step=self._run.global_step, state=self._run.status().state)
+
+        return await self._once("PauseTraining", request, context, carry_out)
+
+    async def ResumeTraining(
+        self, request: admin.ResumeTrainingRequest, context: Context
+    ) -> admin.ResumeTrainingResponse:
+        """Let a held run go on."""
+
+        async def carry_out() -> admin.ResumeTrainingResponse:
+            self._run.resume(request.reason)
+            return admin.ResumeTrainingResponse(global_step=self._run.global_step, state=self._run.status().state)
+
+        return await self._once("ResumeTraining", request, context, carry_out)
+
+    async def StopTraining(self, request: admin.StopTrainingRequest, context: Context) -> admin.StopTrainingResponse:
+        """End the run after its step; the service stays."""
+
+        async def carry_out() -> admin.StopTrainingResponse:
+            await _bounded(self._run.stop(request.reason))
+            return admin.StopTrainingResponse(global_step=self._run.global_step, state=self._run.status().state)
+
+        return await self._once("StopTraining", request, context, carry_out)
+
+    async def TriggerRollback(self, request: admin.TriggerRollbackRequest, context: Context) -> NoReturn:
+        """Not served yet."""
+        await _not_yet(context, "TriggerRollback", "this version keeps no restore points")
+
+    async def ListRestorePoints(self, request: admin.ListRestorePointsRequest, context: Context) -> NoReturn:
+        """Not served yet."""
+        await _not_yet(context, "ListRestorePoints", "this version keeps no restore points")
+
+    async def CreateCheckpoint(self, request: admin.CreateCheckpointRequest, context: Context) -> NoReturn:
+        """Not served yet."""
+        await _not_yet(context, "CreateCheckpoint", "this version writes no checkpoints")
+
+    async def RaiseEmergency(self, request: admin.RaiseEmergencyRequest, context: Context) -> NoReturn:
+        """Not served yet."""
+        await _not_yet(context, "RaiseEmergency", "this version has no emergency protocol; PauseTraining holds the run")
+
+    async def ClearEmergency(self, request: admin.ClearEmergencyRequest, context: Context) -> NoReturn:
+        """Not served yet."""
+        await _not_yet(context, "ClearEmergency", "this version has no emergency protocol")
+
+    async def ListIncidents(self, request: admin.ListIncidentsRequest, context: Context) -> NoReturn:
+        """Not served yet."""
+        await _not_yet(context, "ListIncidents", "this version keeps no journal; incidents are in the log")
+
+    async def SetConservativeMode(self, request: admin.SetConservativeModeRequest, context: Context) -> NoReturn:
+        """Not served yet."""
+        await _not_yet(context, "SetConservativeMode", "this version has no conservative mode")
+
+    async def AdjustLearningRate(self, request: admin.AdjustLearningRateRequest, context: Context) -> NoReturn:
+        """Not served yet."""
+        await _not_yet(context, "AdjustLearningRate", "the job's optimizer keeps its own learning rate in this version")
+
+    async def CaptureProfile(self, request: admin.CaptureProfileRequest, context: Context) -> NoReturn:
+        """Not served yet."""
+        await _not_yet(context, "CaptureProfile", "this version has no profiler")
+
+    # grpc.aio takes a coroutine for a stream as well; the generated type knows generators only.
+    async def StreamTelemetry(  # type: ignore[override]
+        self, request: admin.StreamTelemetryRequest, context: Context
+    ) -> NoReturn:
+        """Not served yet."""
+        await _not_yet(context, "StreamTelemetry", "this version logs its events; metrics are on the metrics server")
+
+    def _status(self) -> admin.GetStatusResponse:
+        status = self._run.status()
+        self._complete(status)
+        return status
+
+    async def _once(
+        self, method: str, request: MutatingRequest, context: Context, carry_out: Callable[[], Awaitable[Answer]]
+    ) -> Answer:
+        try:
+            return await self._ledger.once(method, request, carry_out)
+        except TolariaError as error:
+            await abort(context, error)
+
+
+async def _bounded(effect: Awaitable[Result]) -> Result:
+    with anyio.move_on_after(EFFECT_TIMEOUT_S):
+        return await effect
+    raise WrongStateError(f"the lane did not come to a fence within {EFFECT_TIMEOUT_S:.0f} s; the request stands")
+
+
+async def _not_yet(context: Context, method: str, why: str) -> NoReturn:
+    await abort(context, NotImplementedYetError(f"{method} is not served: {why}"))

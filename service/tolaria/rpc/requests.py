@@ -1,0 +1,102 @@
+"""Requests that change something: their common fields, and the promise that each is carried out at most once.
+
+Owns the memory of answers. Must not know what requests do.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar, cast
+
+import anyio
+from google.protobuf.message import Message
+
+from tolaria.errors import InvalidFieldError, TolariaError
+
+REQUEST_ID_MAX = 128
+REASON_MAX = 1024
+
+Answer = TypeVar("Answer", bound=Message)
+
+
+class MutatingRequest(Protocol):
+    """What every request that changes something carries."""
+
+    @property
+    def request_id(self) -> str:
+        """Made by the client; a repeat gets the first answer."""
+
+    @property
+    def reason(self) -> str:
+        """Why, for the records."""
+
+    def SerializeToString(self, *, deterministic: bool = ...) -> bytes:  # noqa: N802 - protobuf's name
+        """The request's bytes."""
+
+
+def check_request(request: MutatingRequest) -> None:
+    """Raise InvalidFieldError when request_id or reason are missing or too long."""
+    for name, value, longest in (
+        ("request_id", request.request_id, REQUEST_ID_MAX),
+        ("reason", request.reason, REASON_MAX),
+    ):
+        if not value.strip():
+            raise InvalidFieldError(name, "must not be empty")
+        if len(value) > longest:
+            raise InvalidFieldError(name, f"must not be longer than {longest} characters")
+
+
+@dataclass(slots=True)
+class _Entry:
+    fingerprint: tuple[str, bytes]
+    done: anyio.Event = field(default_factory=anyio.Event)
+    answer: Message | None = None
+    error: TolariaError | None = None
+
+
+class RequestLedger:
+    """Remembers the answers to the newest `capacity` requests. Used on the event loop only."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+
+    async def once(self, method: str, request: MutatingRequest, carry_out: Callable[[], Awaitable[Answer]]) -> Answer:
+        """Carry a request out, or give the answer that its id got before; a repeat that comes early waits for it.
+
+        Raises:
+            InvalidFieldError: when the request's common fields are wrong, or its id was another request's.
+            TolariaError: what `carry_out` raised, also to repeats.
+        """
+        check_request(request)
+        fingerprint = (method, request.SerializeToString(deterministic=True))
+        while (entry := self._entries.get(request.request_id)) is not None:
+            if entry.fingerprint != fingerprint:
+                raise InvalidFieldError("request_id", "was used for another request already")
+            await entry.done.wait()
+            if entry.error is not None:
+                raise entry.error
+            if entry.answer is not None:
+                return cast("Answer", entry.answer)
+            # Its caller went away before there was an answer: this repeat carries the request on.
+        return await self._first(request.request_id, _Entry(fingerprint), carry_out)
+
+    async def _first(self, request_id: str, entry: _Entry, carry_out: Callable[[], Awaitable[Answer]]) -> Answer:
+        self._entries[request_id] = entry
+        self._forget_oldest()
+        try:
+            entry.answer = answer = await carry_out()
+        except TolariaError as error:
+            entry.error = error
+            raise
+        finally:
+            if entry.answer is None and entry.error is None:
+                self._entries.pop(request_id, None)
+            entry.done.set()
+        return answer
+
+    def _forget_oldest(self) -> None:
+        while len(self._entries) > self._capacity:
+            self._entries.popitem(last=False)

@@ -1,0 +1,263 @@
+"""The composition root: builds every part from the settings and holds the one task group.
+
+Owns start, drain and exit code. Must not hold rules, and never touches a tensor.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import anyio
+import anyio.to_thread
+import grpc.aio
+import structlog
+from anyio.abc import TaskGroup
+
+from leyline.v1 import admin_service_pb2
+from leyline.v1.admin_service_pb2 import (
+    RUN_STATE_FINISHED,
+    RUN_STATE_PAUSED,
+    RUN_STATE_RUNNING,
+    GetStatusResponse,
+    RunState,
+)
+from leyline.v1.admin_service_pb2_grpc import add_TolariaAdminServiceServicer_to_server
+from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN
+from tolaria import __version__
+from tolaria.config import PeerSettings, Settings, child_environment
+from tolaria.grpc_server import GrpcServer, grpc_server
+from tolaria.peers.calls import Peer
+from tolaria.peers.connect import Peers, connected_peers
+from tolaria.peers.signing import NonceTable
+from tolaria.peers.verification import CommandVerifier, Trust
+from tolaria.reference.embedded import EmbeddedPair, embedded_pair
+from tolaria.rpc.admin import AdminService
+from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.exporter import exporter
+from tolaria.telemetry.logging import LogContext, logging_to
+from tolaria.telemetry.metrics import Metrics
+from tolaria.training.consult import Consultant, Consultation
+from tolaria.training.feed import StatusFeed
+from tolaria.training.loop import TrainingLoop
+from tolaria.training.progress import Progress
+from tolaria.training.record import Recorder
+from tolaria.training.rig import Rig, build_rig
+
+ADMIN_SERVICE = admin_service_pb2.DESCRIPTOR.services_by_name["TolariaAdminService"].full_name
+
+# Shares of service.drain_timeout_s: the lane's step, calls in flight, child processes (asked, then told).
+_LANE_SHARE, _CALLS_SHARE, _CHILDREN_SHARE = 0.5, 0.2, 0.1
+_LANE_JOIN_S = 1.0
+
+
+def run(settings: Settings) -> int:
+    """Serve until the run is done or a signal comes; returns the exit code.
+
+    Raises:
+        JobError: when the job cannot be built; nothing has been started by then.
+        BindError: when an address cannot be had; what had been started is stopped again.
+        PeerUnavailableError: when an embedded peer does not start.
+    """
+    metrics = Metrics()
+    context = LogContext()
+    dropped = metrics.telemetry_dropped_total
+    with logging_to(sys.stderr, settings.logging, context, on_dropped=lambda priority: dropped.labels(priority).inc()):
+        rig = build_rig(settings.training)
+        metrics.build_info.info({"version": __version__, "torch": version("torch"), "device": str(rig.device)})
+        return anyio.run(_Service(settings, rig, metrics, context).serve)
+
+
+@dataclass(slots=True)
+class _Endings:
+    """Why and how the service ends: a signal has asked for it; streams shall end; how many signals came."""
+
+    asked: anyio.Event
+    closing: anyio.Event
+
+
+class _Service:
+    """One service around one run. Built inside the event loop's process, used on the event loop only."""
+
+    def __init__(self, settings: Settings, rig: Rig, metrics: Metrics, log_context: LogContext) -> None:
+        self._settings = settings
+        self._rig = rig
+        self._metrics = metrics
+        self._emitter = Emitter()
+        self._log = structlog.get_logger()
+        self._progress = _new_progress(settings, rig)
+        self._recorder = Recorder(self._progress, metrics, self._emitter, log_context)
+        self._feed = StatusFeed()
+        self._metrics_address = ""
+
+    async def serve(self) -> int:
+        """Start everything, train, stop everything; returns the exit code."""
+        settings = self._settings
+        endings = _Endings(anyio.Event(), anyio.Event())
+        async with AsyncExitStack() as stack:
+            address = await stack.enter_async_context(
+                exporter(settings.metrics.listen, self._metrics, self._reasons_not_ready)
+            )
+            self._metrics_address = str(address)
+            pair = await stack.enter_async_context(self._embedded_peers())
+            peers = await stack.enter_async_context(self._connected_peers(pair))
+            loop = self._new_loop(peers)
+            server = await stack.enter_async_context(self._admin_server(loop, peers, endings))
+            stack.push_async_callback(self._end_lane, loop, endings)
+            self._log.info(
+                "serving", grpc=str(server.address), metrics=self._metrics_address, run_id=self._progress.run_id
+            )
+            await self._train(loop, peers, server, endings)
+        state = RunState.Name(self._progress.state).removeprefix("RUN_STATE_").lower()
+        self._log.info("stopped", state=state, reason=self._progress.state_reason)
+        return 0 if self._progress.state == RUN_STATE_FINISHED else 1
+
+    async def _train(self, loop: TrainingLoop, peers: Peers, server: GrpcServer, endings: _Endings) -> None:
+        """Hold the one task group around the run."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._drain_on_signal, tasks, loop, endings)
+            tasks.start_soon(loop.consultant.serve)
+            tasks.start_soon(self._publish_health, peers, server)
+            await loop.run()
+            if not self._settings.service.exit_when_done:
+                await endings.asked.wait()
+            tasks.cancel_scope.cancel()
+
+    async def _drain_on_signal(self, tasks: TaskGroup, loop: TrainingLoop, endings: _Endings) -> None:
+        """First signal: finish the step and stop, within a share of the drain timeout. Second: stop at once."""
+        step_s = _LANE_SHARE * self._settings.service.drain_timeout_s
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for received in signals:
+                if endings.asked.is_set():
+                    self._log.warning("draining_cut_short", signal=received.name)
+                    tasks.cancel_scope.cancel()
+                    return
+                self._log.info("draining", signal=received.name)
+                tasks.cancel_scope.deadline = anyio.current_time() + step_s
+                loop.drain()
+                endings.asked.set()
+
+    async def _publish_health(self, peers: Peers, server: GrpcServer) -> None:
+        """Keep grpc.health.v1 in step with the run and the breakers."""
+        while True:
+            running = self._progress.state in {RUN_STATE_RUNNING, RUN_STATE_PAUSED, RUN_STATE_FINISHED}
+            await server.set_health("", serving=not self._reasons_not_ready())
+            await server.set_health("tolaria.training", serving=running)
+            for name, breaker in peers.breakers.items():
+                await server.set_health(f"tolaria.{name}", serving=breaker.state != CIRCUIT_STATE_OPEN)
+            await self._feed.next()
+
+    async def _end_lane(self, loop: TrainingLoop, endings: _Endings) -> None:
+        """Last thing before the servers stop: no thread is left behind, and streams end with the last status."""
+        with anyio.CancelScope(shield=True):
+            ended = await anyio.to_thread.run_sync(loop.close, _LANE_JOIN_S)
+        if not ended:
+            self._log.error("lane_stuck", detail="a microbatch did not end in time; its thread is left to die")
+        endings.closing.set()
+        self._feed.changed()
+
+    def _reasons_not_ready(self) -> list[str]:
+        """Why /readyz says no. A paused or finished run answers operators as a running one does: it is ready."""
+        if self._progress.state in {RUN_STATE_RUNNING, RUN_STATE_PAUSED, RUN_STATE_FINISHED}:
+            return []
+        state = RunState.Name(self._progress.state).removeprefix("RUN_STATE_").lower()
+        reason = self._progress.state_reason
+        return [f"the run is {state}: {reason}" if reason else f"the run is {state}"]
+
+    def _new_loop(self, peers: Peers) -> TrainingLoop:
+        settings = self._settings
+
+        def make_consultant(on_settled: Callable[[Consultation], None]) -> Consultant:
+            return Consultant(
+                controller=peers.tamiyo,
+                executor=peers.kasmina,
+                verifier=_new_verifier(settings),
+                metrics=self._metrics,
+                emitter=self._emitter,
+                on_settled=on_settled,
+            )
+
+        return TrainingLoop(
+            self._rig,
+            training=settings.training,
+            control=settings.control,
+            patience_s=settings.tamiyo.timeout_s + settings.kasmina.timeout_s,
+            recorder=self._recorder,
+            feed=self._feed,
+            make_consultant=make_consultant,
+        )
+
+    def _admin_server(
+        self, loop: TrainingLoop, peers: Peers, endings: _Endings
+    ) -> AbstractAsyncContextManager[GrpcServer]:
+        settings = self._settings
+
+        def complete(status: GetStatusResponse) -> None:
+            status.metrics_address = self._metrics_address
+            for name, breaker in peers.breakers.items():
+                status.breakers[name] = breaker.state
+
+        def register(server: grpc.aio.Server) -> None:
+            service = AdminService(
+                loop,
+                complete=complete,
+                closing=endings.closing,
+                interval_s=settings.server.status_interval_ms / 1000,
+                request_memory=settings.server.request_memory,
+            )
+            add_TolariaAdminServiceServicer_to_server(service, server)
+
+        return grpc_server(
+            "the admin server",
+            settings.server.listen,
+            register,
+            service_names=[ADMIN_SERVICE],
+            grace_s=_CALLS_SHARE * settings.service.drain_timeout_s,
+        )
+
+    def _embedded_peers(self) -> AbstractAsyncContextManager[EmbeddedPair]:
+        """The reference peers that no target was given for."""
+        settings = self._settings
+        targets: dict[Peer, str] = {"tamiyo": settings.tamiyo.target, "kasmina": settings.kasmina.target}
+        missing = [peer for peer, target in targets.items() if not target]
+        if missing:
+            self._log.info("embedded_peers", peers=missing, detail="no target was given: the reference peers start")
+        stop_timeout_s = _CHILDREN_SHARE * settings.service.drain_timeout_s
+        return embedded_pair(child_environment(settings), missing, stop_timeout_s=stop_timeout_s)
+
+    def _connected_peers(self, pair: EmbeddedPair) -> AbstractAsyncContextManager[Peers]:
+        def with_target(settings: PeerSettings, embedded: str) -> PeerSettings:
+            return settings if settings.target else settings.model_copy(update={"target": embedded})
+
+        return connected_peers(
+            with_target(self._settings.tamiyo, pair.tamiyo),
+            with_target(self._settings.kasmina, pair.kasmina),
+            metrics=self._metrics,
+            emitter=self._emitter,
+            on_breaker=self._feed.changed,
+        )
+
+
+def _new_progress(settings: Settings, rig: Rig) -> Progress:
+    training = settings.training
+    return Progress(
+        run_id=uuid.uuid4().hex[:12],
+        job=training.job,
+        experiment=training.experiment,
+        epochs=training.epochs,
+        steps_per_epoch=rig.steps_per_epoch,
+        started_at_s=time.monotonic(),
+    )
+
+
+def _new_verifier(settings: Settings) -> CommandVerifier:
+    leyline = settings.leyline
+    secrets = tuple(s.get_secret_value().encode() for s in (leyline.secret, leyline.previous_secret) if s)
+    trust = Trust(secrets=secrets, freshness_s=leyline.freshness_s)
+    return CommandVerifier(trust, NonceTable(window_s=leyline.nonce_window_s))

@@ -1,0 +1,64 @@
+"""Every event, once: its name, its level and the attributes that it always carries.
+
+Owns the catalogue. Must not know who emits an event or who reads it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+
+from leyline.v1.enums_pb2 import (
+    TELEMETRY_LEVEL_ERROR,
+    TELEMETRY_LEVEL_INFO,
+    TELEMETRY_LEVEL_WARNING,
+    TelemetryLevel,
+)
+from leyline.v1.telemetry_pb2 import TelemetryEvent
+
+
+@dataclass(frozen=True, slots=True)
+class EventSpec:
+    """One line of the catalogue. `name` becomes the description of the Leyline event."""
+
+    name: str
+    level: TelemetryLevel.ValueType
+    attributes: tuple[str, ...]
+
+    def occurrence(self, **attributes: str | float) -> TelemetryEvent:
+        """The Leyline message for one occurrence.
+
+        Raises:
+            ValueError: when the attributes are not exactly those declared.
+        """
+        if set(attributes) != set(self.attributes):
+            raise ValueError(f"{self.name} carries {sorted(self.attributes)}, got {sorted(attributes)}")
+        return TelemetryEvent(
+            event_id=uuid.uuid4().hex,
+            description=self.name,
+            level=self.level,
+            attributes={name: _text(value) for name, value in attributes.items()},
+        )
+
+
+def _text(value: str | float) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+_CALL = ("method", "detail", "latency_ms")
+
+TAMIYO_TIMEOUT = EventSpec("tolaria.tamiyo_timeout", TELEMETRY_LEVEL_WARNING, _CALL)
+TAMIYO_ERROR = EventSpec("tolaria.tamiyo_error", TELEMETRY_LEVEL_WARNING, _CALL)
+KASMINA_TIMEOUT = EventSpec("tolaria.kasmina_timeout", TELEMETRY_LEVEL_WARNING, _CALL)
+KASMINA_ERROR = EventSpec("tolaria.kasmina_error", TELEMETRY_LEVEL_WARNING, _CALL)
+TIMEOUT_INFERENCE = EventSpec("timeout_inference", TELEMETRY_LEVEL_WARNING, _CALL)
+BREAKER_OPENED = EventSpec("tolaria.breaker_opened", TELEMETRY_LEVEL_WARNING, ("breaker",))
+BREAKER_CLOSED = EventSpec("tolaria.breaker_closed", TELEMETRY_LEVEL_INFO, ("breaker",))
+EPOCH_BUDGET_EXCEEDED = EventSpec(
+    "tolaria.epoch_budget_exceeded", TELEMETRY_LEVEL_WARNING, ("epoch", "latency_ms", "budget_ms")
+)
+ZERO_SAMPLES = EventSpec("zero_samples", TELEMETRY_LEVEL_WARNING, ("epoch",))
+COMMAND_REJECTED = EventSpec("command_rejected", TELEMETRY_LEVEL_WARNING, ("command_id", "reason", "detail"))
+NON_FINITE_STEP = EventSpec("tolaria.non_finite_step", TELEMETRY_LEVEL_ERROR, ("step", "loss", "gradient_norm"))
+
+CATALOGUE: tuple[EventSpec, ...] = tuple(value for value in list(globals().values()) if isinstance(value, EventSpec))

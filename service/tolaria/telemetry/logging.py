@@ -1,0 +1,122 @@
+"""Logs: JSON or console lines on standard error, written by a thread of their own.
+
+Owns format and delivery. A reader of the log that stops reading must not stop training: lines are dropped and counted
+once the queue is full.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TextIO
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from tolaria.config import LoggingSettings
+
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+_QUEUE_LINES_MAX = 8192
+_FLUSH_TIMEOUT_S = 1.0
+
+
+@dataclass(slots=True)
+class LogContext:
+    """Where the run stands; written by the training loop, stamped on every line."""
+
+    run_id: str = ""
+    epoch: int = 0
+    step: int = 0
+
+    def __call__(self, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        """Add run id, epoch and step to a line, as a structlog processor."""
+        if self.run_id:
+            event.setdefault("run_id", self.run_id)
+            event.setdefault("epoch", self.epoch)
+            event.setdefault("step", self.step)
+        return event
+
+
+@dataclass(slots=True)
+class LineWriter:
+    """Writes lines to a stream from its own thread. `on_dropped` is told the priority of a line that found no room."""
+
+    stream: TextIO
+    on_dropped: Callable[[str], None]
+    _lines: queue.Queue[str | None] = field(default_factory=lambda: queue.Queue(_QUEUE_LINES_MAX))
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread. Daemonic: a reader that blocks it cannot keep the process from ending."""
+        self._thread = threading.Thread(target=self._run, name="tolaria-log", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Write what is queued, waiting for a blocked reader a second at most."""
+        try:
+            self._lines.put(None, timeout=_FLUSH_TIMEOUT_S)
+        except queue.Full:
+            return
+        if self._thread is not None:
+            self._thread.join(_FLUSH_TIMEOUT_S)
+
+    def msg(self, line: str) -> None:
+        """Queue one line; never blocks."""
+        self._put(line, "normal")
+
+    def failure(self, line: str) -> None:
+        """Queue one line about something that went wrong; never blocks."""
+        self._put(line, "high")
+
+    # structlog calls the method that is named like the level.
+    debug = info = msg
+    warning = error = critical = exception = failure
+
+    def _put(self, line: str, priority: str) -> None:
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self.on_dropped(priority)
+
+    def _run(self) -> None:
+        while (line := self._lines.get()) is not None:
+            self.stream.write(line + "\n")
+            self.stream.flush()
+
+
+@contextmanager
+def logging_to(
+    stream: TextIO, settings: LoggingSettings, context: LogContext, *, on_dropped: Callable[[str], None]
+) -> Iterator[None]:
+    """Send structlog's lines to `stream` until the block ends."""
+    writer = LineWriter(stream, on_dropped)
+    writer.start()
+    structlog.configure(
+        processors=[*_common(context), *_renderers(settings, stream)],
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[settings.level]),
+        logger_factory=lambda *_args: writer,
+        cache_logger_on_first_use=False,
+    )
+    try:
+        yield
+    finally:
+        writer.stop()
+        structlog.reset_defaults()
+
+
+def _common(context: LogContext) -> list[Processor]:
+    return [
+        context,
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+
+
+def _renderers(settings: LoggingSettings, stream: TextIO) -> list[Processor]:
+    if settings.format == "json" or (settings.format == "auto" and not stream.isatty()):
+        return [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+    return [structlog.dev.ConsoleRenderer(colors=stream.isatty())]

@@ -1,0 +1,133 @@
+"""Every metric, once: dotted name, kind, labels, buckets and help. An API: dashboards and alerts depend on it.
+
+Owns the registry. Must not know who sets what, or why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
+
+# Without this every counter and histogram has a second series with its creation time.
+disable_created_metrics()  # type: ignore[no-untyped-call] # the library left this one function untyped
+
+PREFIX = "tolaria."
+STEP_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+CALL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.012, 0.018, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)
+BOUNDARY_BUCKETS_S = (0.001, 0.002, 0.004, 0.006, 0.009, 0.012, 0.015, 0.018, 0.022, 0.03, 0.05, 0.1, 0.5, 2.0)
+
+
+class Kind(Enum):
+    """What a metric is to Prometheus."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+    INFO = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One line of the catalogue."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+class Metrics:
+    """All of Tolaria's metrics on one registry. Attributes are named like the metrics, dots as underscores."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry(auto_describe=True)
+        self.catalogue: list[MetricSpec] = []
+
+        self.epochs_total = self._tally("epochs.total", "Epochs finished.")
+        self.epochs_failed = self._tally("epochs.failed", "Epochs in which something failed.")
+
+        self.training_loss = self._gauge("training.loss", "Mean training loss of the last epoch.")
+        self.training_accuracy = self._gauge("training.accuracy", "Validation accuracy after the last epoch, 0 to 1.")
+        self.training_latency_ms = self._gauge("training.latency_ms", "Time of the last epoch, steps only.")
+        self.training_step = self._gauge("training.step", "Optimizer updates done.")
+        self.training_epoch = self._gauge("training.epoch", "Epochs begun, from 1.")
+        self.training_samples_total = self._counter("training.samples_total", "Samples trained on.")
+        self.training_state = self._gauge("training.state", "1 for the state that the run is in.", ["state"])
+        self.training_last_step_timestamp_seconds = self._gauge(
+            "training.last_step_timestamp_seconds", "Unix time of the last update: alert when it stands still."
+        )
+        self.step_duration_seconds = self._histogram(
+            "step.duration_seconds", "Time of one update, waiting for input included.", STEP_BUCKETS_S
+        )
+        self.step_input_wait_seconds = self._histogram(
+            "step.input_wait_seconds", "Part of an update spent waiting for data.", STEP_BUCKETS_S
+        )
+
+        self.epoch_hook_latency_ms = self._gauge("epoch_hook.latency_ms", "How long the last boundary took.")
+        self.epoch_hook_duration_seconds = self._histogram(
+            "epoch_hook.duration_seconds", "How long boundaries held training up.", BOUNDARY_BUCKETS_S
+        )
+
+        self.seeds_active = self._gauge("seeds.active", "Seeds by stage, as Kasmina desires them.", ["stage"])
+        self.breaker_state = self._gauge("breaker.state", "1 closed, 2 open, 3 half open.", ["breaker"])
+        self.timeout_tamiyo_total = self._counter("timeout.tamiyo_total", "Calls to Tamiyo that passed their deadline.")
+        self.timeout_kasmina_total = self._counter(
+            "timeout.kasmina_total", "Calls to Kasmina that passed their deadline."
+        )
+        self.timeout_tamiyo_last_ms = self._gauge("timeout.tamiyo_last_ms", "Time of the last call to Tamiyo.")
+        self.timeout_kasmina_last_ms = self._gauge("timeout.kasmina_last_ms", "Time of the last call to Kasmina.")
+        self.peer_call_duration_seconds = self._histogram(
+            "peer.call_duration_seconds", "Calls to peers.", CALL_BUCKETS_S, ["peer", "method", "outcome"]
+        )
+        self.command_applied_total = self._counter("command.applied_total", "Commands carried out.", ["type"])
+        self.command_rejected_total = self._counter("command.rejected_total", "Commands refused.", ["reason"])
+        self.telemetry_dropped_total = self._counter(
+            "telemetry.dropped_total", "Log lines dropped because nobody read them.", ["priority"]
+        )
+        self.build_info = self._info("build_info", "What runs here: version, torch, device.")
+
+    def _gauge(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Gauge:
+        self._enter(name, Kind.GAUGE, help_text, labels)
+        return Gauge(PREFIX + name, help_text, labels, registry=self.registry)
+
+    def _counter(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Counter:
+        if not name.endswith("_total"):
+            raise ValueError(f"the client library appends _total to counters: {name} must end with it, or be a tally")
+        self._enter(name, Kind.COUNTER, help_text, labels)
+        return Counter(PREFIX + name, help_text, labels, registry=self.registry)
+
+    def _tally(self, name: str, help_text: str) -> Tally:
+        self._enter(name, Kind.COUNTER, help_text)
+        return Tally(Gauge(PREFIX + name, help_text, registry=self.registry))
+
+    def _histogram(
+        self, name: str, help_text: str, buckets: tuple[float, ...], labels: Sequence[str] = ()
+    ) -> Histogram:
+        self._enter(name, Kind.HISTOGRAM, help_text, labels, buckets)
+        return Histogram(PREFIX + name, help_text, labels, registry=self.registry, buckets=buckets)
+
+    def _info(self, name: str, help_text: str) -> Info:
+        self._enter(name, Kind.INFO, help_text)
+        return Info(PREFIX + name.removesuffix("_info"), help_text, registry=self.registry)
+
+    def _enter(
+        self, name: str, kind: Kind, help_text: str, labels: Sequence[str] = (), buckets: tuple[float, ...] = ()
+    ) -> None:
+        self.catalogue.append(MetricSpec(PREFIX + name, kind, help_text, tuple(labels), buckets))
+
+
+class Tally:
+    """A counter whose name does not end in `_total`: exposed as a gauge, since the client library would rename it."""
+
+    def __init__(self, gauge: Gauge) -> None:
+        self._gauge = gauge
+
+    def inc(self, amount: float = 1) -> None:
+        """Count up. Raises ValueError for a negative amount."""
+        if amount < 0:
+            raise ValueError("a tally only goes up")
+        self._gauge.inc(amount)

@@ -1,0 +1,173 @@
+"""Consultations: Tamiyo is asked, its command verified, Kasmina told; one at a time, whoever waits or not.
+
+Owns the conversation with both peers. Must not know when it happens or what is done with its outcome.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import anyio
+
+from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.enums_pb2 import COMMAND_SEED, CommandType, SeedOperation
+from leyline.v1.seeds_pb2 import SeedState
+from leyline.v1.state_pb2 import SystemStatePacket
+from tolaria.errors import CommandRejectedError, PeerError, PeerProtocolError
+from tolaria.peers.kasmina import Applied
+from tolaria.peers.verification import CommandVerifier
+from tolaria.telemetry import events
+from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.metrics import Metrics
+
+
+class Controller(Protocol):
+    """Tamiyo, as far as a consultation goes."""
+
+    async def evaluate_epoch(self, state: SystemStatePacket) -> AdaptationCommand | None:
+        """The command for this state, not verified; None: go on."""
+
+
+class Executor(Protocol):
+    """Kasmina, as far as a consultation goes."""
+
+    async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> Applied:
+        """Carry a verified seed command out."""
+
+    async def export_seeds(self, state: SystemStatePacket) -> list[SeedState]:
+        """The desired seeds for this state."""
+
+
+@dataclass(slots=True)
+class Consultation:
+    """One question and what came of it. Words are for people; `seeds` is None where Kasmina said nothing valid."""
+
+    state: SystemStatePacket
+    command: AdaptationCommand | None = None
+    seeds: list[SeedState] | None = None
+    rejected: bool = False
+    failed: bool = False
+    tamiyo_answer: str = ""
+    kasmina_answer: str = ""
+    tamiyo_latency_ms: float = 0.0
+    kasmina_latency_ms: float = 0.0
+    answered: anyio.Event = field(default_factory=anyio.Event)
+    settled: anyio.Event = field(default_factory=anyio.Event)
+
+
+class Consultant:
+    """Holds consultations, one after the other. While one is held the newest question waits and older ones are dropped.
+
+    Args:
+        controller: whom to ask.
+        executor: whom to tell.
+        verifier: what a command has to pass.
+        metrics: for rejections.
+        emitter: for events.
+        on_settled: called on the event loop with each consultation that has come to its end.
+    """
+
+    def __init__(
+        self,
+        *,
+        controller: Controller,
+        executor: Executor,
+        verifier: CommandVerifier,
+        metrics: Metrics,
+        emitter: Emitter,
+        on_settled: Callable[[Consultation], None],
+    ) -> None:
+        self._controller = controller
+        self._executor = executor
+        self._verifier = verifier
+        self._metrics = metrics
+        self._emitter = emitter
+        self._on_settled = on_settled
+        self._waiting: Consultation | None = None
+        self._asked = anyio.Event()
+
+    def ask(self, state: SystemStatePacket) -> Consultation:
+        """Put a question. Its events tell when Tamiyo has answered and when all is settled."""
+        self._waiting = Consultation(state)
+        self._asked.set()
+        return self._waiting
+
+    async def serve(self) -> None:
+        """Hold consultations until cancelled."""
+        while True:
+            await self._asked.wait()
+            self._asked = anyio.Event()
+            consultation, self._waiting = self._waiting, None
+            if consultation is not None:
+                await self._hold(consultation)
+
+    async def _hold(self, consultation: Consultation) -> None:
+        await self._ask_tamiyo(consultation)
+        consultation.answered.set()
+        await self._tell_kasmina(consultation)
+        self._on_settled(consultation)
+        consultation.settled.set()
+
+    async def _ask_tamiyo(self, consultation: Consultation) -> None:
+        started_s = time.monotonic()
+        try:
+            command = await self._controller.evaluate_epoch(consultation.state)
+            consultation.tamiyo_answer = "no change"
+            if command is not None:
+                self._verifier.verify(command, wall_s=time.time(), now_s=time.monotonic())
+                consultation.command = command
+                consultation.tamiyo_answer = in_words(command)
+        except CommandRejectedError as rejection:
+            self._reject(consultation, rejection)
+        except PeerError as error:
+            # The conservative command: no change. Training goes on.
+            consultation.failed = True
+            consultation.tamiyo_answer = f"no change ({error.detail})"
+        consultation.tamiyo_latency_ms = (time.monotonic() - started_s) * 1000
+
+    def _reject(self, consultation: Consultation, rejection: CommandRejectedError) -> None:
+        consultation.rejected = True
+        consultation.tamiyo_answer = f"rejected: {rejection.reason}"
+        self._metrics.command_rejected_total.labels(rejection.reason).inc()
+        self._emitter.emit(
+            events.COMMAND_REJECTED,
+            command_id=rejection.command_id,
+            reason=rejection.reason,
+            detail=rejection.detail,
+        )
+
+    async def _tell_kasmina(self, consultation: Consultation) -> None:
+        started_s = time.monotonic()
+        try:
+            command = consultation.command
+            if command is not None and command.command_type == COMMAND_SEED:
+                applied = await self._executor.apply(command, consultation.state)
+                consultation.seeds = applied.seeds
+                consultation.kasmina_answer = f"{'applied' if applied.applied else 'refused'}: {applied.detail}"
+            else:
+                consultation.seeds = await self._executor.export_seeds(consultation.state)
+                consultation.kasmina_answer = f"{len(consultation.seeds)} seeds desired"
+        except PeerError as error:
+            consultation.failed = True
+            consultation.kasmina_answer = f"no answer ({error.detail})"
+            if isinstance(error, PeerProtocolError):
+                self._emitter.emit(
+                    events.KASMINA_ERROR, method="answer", detail=error.detail, latency_ms=_since_ms(started_s)
+                )
+        consultation.kasmina_latency_ms = _since_ms(started_s)
+
+
+def in_words(command: AdaptationCommand) -> str:
+    """A command as people read it."""
+    name = CommandType.Name(command.command_type).removeprefix("COMMAND_").lower()
+    if command.command_type == COMMAND_SEED:
+        operation = SeedOperation.Name(command.seed_operation.operation).removeprefix("SEED_OP_").lower()
+        return f"{operation} {command.target_seed_id} {command.seed_operation.blueprint_id}".rstrip()
+    return name
+
+
+def _since_ms(started_s: float) -> float:
+    return (time.monotonic() - started_s) * 1000

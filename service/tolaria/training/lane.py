@@ -1,0 +1,124 @@
+"""The compute lane: the one thread that touches tensors. Runs whole epochs; reports through a box.
+
+Owns the thread. Must not know the event loop, peers or operators.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+
+from tolaria.jobs import Evaluation
+from tolaria.training.fastpaths import limit_threads
+from tolaria.training.hardware import hardware_context
+from tolaria.training.mailbox import Mailbox
+from tolaria.training.reports import EpochReport, HeldReport, LaneEnded, ReportBox
+from tolaria.training.rig import Rig, on_device
+from tolaria.training.step import StepAbandonedError, train_step
+
+
+class Lane:
+    """Runs the rig in a thread of its own. Every method is called from the event loop's thread and returns at once.
+
+    Args:
+        rig: from `start` on the lane's alone.
+        box: where reports go.
+        threads: CPU threads of torch, as `limit_threads` takes them.
+    """
+
+    def __init__(self, rig: Rig, box: ReportBox, *, threads: int) -> None:
+        self._rig = rig
+        self._box = box
+        self._threads = threads
+        self._mailbox = Mailbox(on_held=lambda: box.put(HeldReport(rig.global_step)))
+        # Daemonic: a job stuck in its own code cannot keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name="tolaria-lane", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; it waits for work."""
+        self._thread.start()
+
+    def run_epoch(self, epoch: int) -> None:
+        """Train and evaluate `epoch` (from 1) when what was asked before is done."""
+        self._mailbox.run_epoch(epoch)
+
+    def hold(self) -> None:
+        """Come to a stand between two microbatches; a HeldReport tells when."""
+        self._mailbox.hold()
+
+    def release(self) -> None:
+        """Go on exactly where it stood."""
+        self._mailbox.release()
+
+    def stop(self) -> None:
+        """Finish the step and end; a LaneEnded tells when."""
+        self._mailbox.stop()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread, up to `timeout_s`; whether it has ended."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        error: Exception | None = None
+        try:
+            limit_threads(self._threads)
+            while (epoch := self._mailbox.next_epoch()) is not None:
+                self._run_epoch(epoch)
+        except StepAbandonedError:
+            pass  # told to stop while held: nothing was changed, and nobody waits for more
+        except Exception as raised:  # noqa: BLE001 - the job is the user's code; what it raises ends the run, not the process
+            error = raised
+        self._box.put(LaneEnded(self._rig.global_step, error))
+
+    def _run_epoch(self, epoch: int) -> None:
+        rig = self._rig
+        started_s = time.monotonic()
+        rig.model.train()
+        rig.cursor.begin_epoch(epoch)
+        while not self._mailbox.stopping:
+            report = train_step(rig, epoch, self._mailbox.pass_microbatch)
+            if report is None:
+                self._finish_epoch(epoch, time.monotonic() - started_s)
+                return
+            self._box.put(report)
+
+    def _finish_epoch(self, epoch: int, steps_s: float) -> None:
+        started_s = time.monotonic()
+        evaluation = self._evaluate()
+        options = self._rig.optimizer.param_groups[0]
+        finished_s = time.monotonic()
+        self._box.put(
+            EpochReport(
+                epoch=epoch,
+                global_step=self._rig.global_step,
+                evaluation=evaluation,
+                steps_s=steps_s,
+                evaluation_s=finished_s - started_s,
+                finished_at_s=finished_s,
+                learning_rate=float(options.get("lr", 0.0)),
+                momentum=_momentum(options),
+                hardware=hardware_context(self._rig.device),
+            )
+        )
+
+    def _evaluate(self) -> Evaluation:
+        rig = self._rig
+        total = Evaluation(0.0, 0, 0)
+        rig.model.eval()
+        with torch.no_grad():
+            for batch in rig.job.validation_batches():
+                if not self._mailbox.pass_microbatch():
+                    raise StepAbandonedError
+                total += rig.job.evaluate(rig.model, on_device(batch, rig.device))
+        return total
+
+
+def _momentum(options: dict[str, object]) -> float:
+    """Momentum of SGD's kind, or the first of Adam's betas; 0 where an optimizer has neither."""
+    betas = options.get("betas")
+    first = betas[0] if isinstance(betas, (tuple, list)) else options.get("momentum", 0.0)
+    return float(first) if isinstance(first, (int, float)) else 0.0

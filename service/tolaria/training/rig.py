@@ -1,0 +1,139 @@
+"""The assembled things that a step needs: job, model, optimizer, data, device. Built once, then the lane's alone.
+
+Owns their making and the first look at the job, which finds its mistakes before anything is served.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tolaria.config import TrainingSettings
+from tolaria.errors import BrokenJobError, EmptyDatasetError, JobError
+from tolaria.jobs import Batch, BatchCursor, JobContext, TrainingJob, build_job
+from tolaria.training.fastpaths import choose_device, prefer_determinism
+from tolaria.training.losses import checked_losses
+
+Made = TypeVar("Made")
+
+
+@dataclass(slots=True)
+class Rig:
+    """What the lane works on. `global_step` counts updates done; `parameters` are those that gradients go to."""
+
+    job: TrainingJob
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    cursor: BatchCursor
+    device: torch.device
+    accumulate: int
+    clip_norm: float
+    parameters: list[nn.Parameter]
+    global_step: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates in one epoch; the last may have fewer microbatches."""
+        return -(-self.cursor.batches_per_epoch // self.accumulate)
+
+
+def build_rig(settings: TrainingSettings) -> Rig:
+    """Seed the RNGs, build the job and everything it makes, and try one forward pass.
+
+    Raises:
+        JobError: naming the method that failed and what it did, for every mistake that a first look can find.
+    """
+    device = choose_device(settings.device)
+    if settings.deterministic:
+        prefer_determinism()
+    seed_everything(settings.seed)
+    job = build_job(settings.job, JobContext(settings.seed, device, settings.options))
+    model = _made(settings.job, "build_model", job.build_model, nn.Module).to(device)
+    optimizer = _made(settings.job, "build_optimizer", lambda: job.build_optimizer(model), torch.optim.Optimizer)
+    cursor = _made(settings.job, "training_data", job.training_data, BatchCursor)
+    rig = Rig(
+        job=job,
+        model=model,
+        optimizer=optimizer,
+        cursor=cursor,
+        device=device,
+        accumulate=settings.accumulate,
+        clip_norm=settings.clip_norm,
+        parameters=[p for p in model.parameters() if p.requires_grad],
+    )
+    if not rig.parameters:
+        raise BrokenJobError(f"training.job {settings.job!r}: its model has no parameter that can be trained")
+    _try_forward(settings.job, rig)
+    return rig
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global RNGs of torch (all devices), numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - jobs that use numpy's global RNG shall repeat as well
+    random.seed(seed)
+
+
+def to_device(payload: Any, device: torch.device) -> Any:
+    """Tensors in tuples, lists and dicts on `device`; everything else as it is. Does not synchronise."""
+    if isinstance(payload, Tensor):
+        return payload if payload.device == device else payload.to(device, non_blocking=True)
+    if isinstance(payload, dict):
+        return {key: to_device(value, device) for key, value in payload.items()}
+    if isinstance(payload, (tuple, list)):
+        return type(payload)(to_device(value, device) for value in payload)
+    return payload
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its payload on `device`; on the CPU the batch itself."""
+    return batch if device.type == "cpu" else Batch(to_device(batch.payload, device), batch.samples)
+
+
+def _made(job_name: str, method: str, make: Callable[[], Made], kind: type[Any]) -> Made:
+    made = _calling(job_name, method, make)
+    if not isinstance(made, kind):
+        raise BrokenJobError(
+            f"training.job {job_name!r}: {method}() must return a {kind.__name__}, got a {type(made).__name__}"
+        )
+    return made
+
+
+def _calling(job_name: str, method: str, call: Callable[[], Made]) -> Made:
+    try:
+        return call()
+    except JobError:
+        raise
+    except Exception as error:
+        raise BrokenJobError(f"training.job {job_name!r}: {method}() raised {type(error).__name__}: {error}") from error
+
+
+def _try_forward(job_name: str, rig: Rig) -> None:
+    """One forward pass of the first batch. RNGs, buffers and the cursor are as before afterwards."""
+    torch_rng, numpy_rng, python_rng = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    buffers = [buffer.clone() for buffer in rig.model.buffers()]
+    try:
+        batch = _calling(job_name, "training_data", lambda: _first_batch(rig.cursor))
+        if batch is None or rig.cursor.batches_per_epoch < 1:
+            raise EmptyDatasetError(f"training.job {job_name!r}: its training data holds no batch")
+        rig.model.train()
+        _calling(job_name, "losses", lambda: checked_losses(rig.job, rig.model, on_device(batch, rig.device)))
+        if not any(True for _ in _calling(job_name, "validation_batches", rig.job.validation_batches)):
+            raise EmptyDatasetError(f"training.job {job_name!r}: its validation data holds no batch")
+    finally:
+        for buffer, before in zip(rig.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        torch.set_rng_state(torch_rng)
+        np.random.set_state(numpy_rng)  # noqa: NPY002
+        random.setstate(python_rng)
+
+
+def _first_batch(cursor: BatchCursor) -> Batch | None:
+    cursor.begin_epoch(1)
+    return cursor.next_batch()

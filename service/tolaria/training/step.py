@@ -1,0 +1,107 @@
+"""One optimizer update, top to bottom. Runs in the lane; the only place that changes parameters.
+
+Synchronises with the device once: for the loss and the gradient norm, which must be known before anything changes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tolaria.jobs import Batch
+from tolaria.training.losses import checked_losses
+from tolaria.training.reports import StepReport
+from tolaria.training.rig import Rig, on_device
+
+
+class StepAbandonedError(Exception):
+    """Raised out of a step that the lane was told to give up; no parameter has changed."""
+
+
+def train_step(rig: Rig, epoch: int, pass_microbatch: Callable[[], bool]) -> StepReport | None:
+    """Take microbatches, sum their gradients, and update the parameters, unless something is not finite.
+
+    Args:
+        rig: what to work on; its `global_step` counts up unless the step is void.
+        epoch: for the report.
+        pass_microbatch: asked before each microbatch; may wait; False gives the step up.
+
+    Returns:
+        The step's report; None when the epoch has no batch left.
+
+    Raises:
+        StepAbandonedError: when `pass_microbatch` said so.
+    """
+    started_s = time.monotonic()
+    batches = _take_microbatches(rig)
+    if not batches:
+        return None
+    waited_s = time.monotonic() - started_s
+
+    rig.optimizer.zero_grad(set_to_none=True)
+    total_loss: Tensor | None = None
+    for batch in batches:
+        if not pass_microbatch():
+            rig.optimizer.zero_grad(set_to_none=True)
+            raise StepAbandonedError
+        loss = _add_gradients(rig, batch, share=1.0 / len(batches))
+        total_loss = loss if total_loss is None else total_loss + loss
+    loss_value, norm = _measure(total_loss, rig)
+
+    finite = math.isfinite(loss_value) and math.isfinite(norm)
+    if finite:
+        _clip(rig, norm)
+        rig.optimizer.step()
+        rig.global_step += 1
+    finished_s = time.monotonic()
+    return StepReport(
+        global_step=rig.global_step,
+        epoch=epoch,
+        loss=loss_value,
+        gradient_norm=norm,
+        samples=sum(batch.samples for batch in batches),
+        duration_s=finished_s - started_s,
+        input_wait_s=waited_s,
+        finished_at_s=finished_s,
+        void=not finite,
+    )
+
+
+def _take_microbatches(rig: Rig) -> list[Batch]:
+    batches: list[Batch] = []
+    while len(batches) < rig.accumulate and (batch := rig.cursor.next_batch()) is not None:
+        batches.append(on_device(batch, rig.device))
+    return batches
+
+
+def _add_gradients(rig: Rig, batch: Batch, share: float) -> Tensor:
+    """Add the gradients of the batch's losses, times `share`, to `.grad`; returns the loss so weighted, detached."""
+    losses = list(checked_losses(rig.job, rig.model, batch).values())
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    if share != 1.0:
+        loss = loss * share
+    loss.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+    return loss.detach()
+
+
+def _measure(loss: Tensor | None, rig: Rig) -> tuple[float, float]:
+    """Loss and total gradient norm (L2, over all parameters) as numbers."""
+    gradients = [p.grad for p in rig.parameters if p.grad is not None]
+    if loss is None or not gradients:
+        return float("nan"), float("nan")
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if loss.device.type == "cpu":
+        return loss.item(), norm.item()
+    both: list[float] = torch.stack([loss.double(), norm.double()]).tolist()
+    return both[0], both[1]
+
+
+def _clip(rig: Rig, norm: float) -> None:
+    """Scale gradients so that their norm is at most `clip_norm` (Pascanu et al. 2013, algorithm 1)."""
+    if rig.clip_norm and norm > rig.clip_norm:
+        gradients = [p.grad for p in rig.parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, rig.clip_norm / norm)

@@ -1,0 +1,211 @@
+"""The three containers and their promises, as far as they can be judged without an engine."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from ruamel.yaml import YAML
+
+from tolaria.config import load_settings
+from tolaria.config.tree import ServiceSettings
+
+ROOT = Path(__file__).parents[2]
+PEERS = {"tamiyo": 50052, "kasmina": 50053}
+OURS = ("tolaria", *PEERS)
+ALL = (*OURS, "prometheus")
+
+
+def read(path: str) -> Any:
+    """A YAML file of the repository, its anchors and merges resolved."""
+    return YAML(typ="safe").load(ROOT / path)
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    """The services of docker-compose.yml."""
+    found: dict[str, Any] = read("docker-compose.yml")["services"]
+    return found
+
+
+def compose_command() -> list[str] | None:
+    """The Compose of this machine, if it has one: the plugin, else the program of that name in its second version."""
+    for command in (["docker", "compose"], ["docker-compose"]):
+        if shutil.which(command[0]):
+            asked = subprocess.run([*command, "version", "--short"], check=False, capture_output=True, text=True)
+            if asked.returncode == 0 and int(asked.stdout.strip().lstrip("v").split(".")[0]) >= 2:
+                return command
+    return None
+
+
+def test_file_fits_the_specification() -> None:
+    """Every key and value is one that the Compose specification knows."""
+    done = subprocess.run(
+        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", "docker-compose.yml"],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compose_accepts_the_file() -> None:
+    """Compose itself resolves the file, the monitoring profile included."""
+    command = compose_command()
+    if command is None:
+        pytest.skip("neither `docker compose` nor docker-compose 2 is here; the schema alone was checked")
+
+    done = subprocess.run(
+        [*command, "--profile", "monitoring", "config", "--quiet"],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_services_are_the_three_and_an_optional_prometheus(services: dict[str, Any]) -> None:
+    """Tolaria and its peers start by default; monitoring is asked for."""
+    assert set(services) == set(ALL)
+    assert services["prometheus"]["profiles"] == ["monitoring"]
+    assert [name for name in OURS if "profiles" in services[name]] == []
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_container_has_no_more_rights_than_it_needs(name: str, services: dict[str, Any]) -> None:
+    """No capability, no way to gain one, nothing to write but what is mounted for it, and an init to reap and kill."""
+    service = services[name]
+
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["read_only"] is True
+    assert service["init"] is True
+    assert not {"privileged", "cap_add", "user", "network_mode", "pid"} & set(service)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_container_comes_back_and_goes_quietly(name: str, services: dict[str, Any]) -> None:
+    """What crashes starts again, what is stopped gets longer than its own drain takes."""
+    service = services[name]
+
+    assert service["restart"] == "unless-stopped"
+    assert int(service["stop_grace_period"].removesuffix("s")) > ServiceSettings().drain_timeout_s
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_ports_are_published_on_loopback_only(name: str, services: dict[str, Any]) -> None:
+    """Nobody outside the host reaches a port, least of all the one that can stop a run."""
+    assert [port for port in services[name].get("ports", []) if not port.startswith("127.0.0.1:")] == []
+
+
+def test_peers_share_the_memory_of_tolaria(services: dict[str, Any]) -> None:
+    """The three see one /dev/shm: Tolaria lends its namespace, the peers join it and start again with it."""
+    assert services["tolaria"]["ipc"] == "shareable"
+    for peer in PEERS:
+        assert services[peer]["ipc"] == "service:tolaria"
+        assert services[peer]["depends_on"] == {"tolaria": {"condition": "service_started", "restart": True}}
+    assert "depends_on" not in services["tolaria"]
+
+
+def test_three_services_run_one_image(services: dict[str, Any]) -> None:
+    """The image is built once, and the peers run the same one."""
+    assert len({services[name]["image"] for name in OURS}) == 1
+    assert [name for name in OURS if "build" in services[name]] == ["tolaria"]
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_peer_listens_where_tolaria_calls(peer: str, services: dict[str, Any]) -> None:
+    """The peer's address, Tolaria's target and the health check agree on the port."""
+    port = PEERS[peer]
+
+    assert services[peer]["command"] == ["peer", peer, "--listen", f"0.0.0.0:{port}"]
+    assert services["tolaria"]["environment"][f"TOLARIA_{peer.upper()}__TARGET"] == f"{peer}:{port}"
+    assert services[peer]["healthcheck"]["test"][-1] == f"127.0.0.1:{port}"
+
+
+def test_state_outlives_the_container(services: dict[str, Any]) -> None:
+    """State is on a named volume, at the one place of the image that its user may write; scratch space is in memory."""
+    assert services["tolaria"]["volumes"] == ["state:/var/lib/tolaria"]
+    assert "state" in read("docker-compose.yml")["volumes"]
+    assert all(services[name]["tmpfs"] == ["/tmp"] for name in OURS)  # noqa: S108 - a path inside a container
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_environment_is_accepted(
+    name: str, services: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every variable names a setting that exists and has a value that it takes."""
+    monkeypatch.chdir(tmp_path)
+    for variable, value in services[name]["environment"].items():
+        monkeypatch.setenv(variable, value or "")
+
+    settings = load_settings()
+
+    if name == "tolaria":
+        assert (settings.server.listen, settings.metrics.listen) == ("0.0.0.0:50051", "0.0.0.0:9464")
+        assert (settings.tamiyo.target, settings.kasmina.target) == ("tamiyo:50052", "kasmina:50053")
+
+
+def test_secret_is_shared_and_never_written_down(services: dict[str, Any]) -> None:
+    """The key of signatures is handed through from outside to all three, and stands in no file."""
+    assert all(services[name]["environment"]["TOLARIA_LEYLINE__SECRET"] is None for name in OURS)
+
+
+def test_prometheus_scrapes_tolaria_under_underscore_names(services: dict[str, Any]) -> None:
+    """The pinned Prometheus reads the port that Tolaria listens on, and stores the names that dashboards use."""
+    config = read("deploy/prometheus/prometheus.yml")
+    port = services["tolaria"]["environment"]["TOLARIA_METRICS__LISTEN"].rpartition(":")[2]
+
+    assert config["global"]["metric_name_escaping_scheme"] == "underscores"
+    assert config["scrape_configs"][0]["static_configs"] == [{"targets": [f"tolaria:{port}"]}]
+    assert services["prometheus"]["image"].rpartition(":")[2].startswith("v3.")
+    assert services["prometheus"]["volumes"][0].endswith(":/etc/prometheus/prometheus.yml:ro")
+
+
+@contextmanager
+def grpc_health_server(*, serving: bool) -> Iterator[int]:
+    """A gRPC server on loopback that says whether it serves; yields its port."""
+    status = health_pb2.HealthCheckResponse
+    servicer = health.HealthServicer()
+    servicer.set("", status.SERVING if serving else status.NOT_SERVING)
+    with ThreadPoolExecutor(1) as pool:
+        server = grpc.server(pool)
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            yield port
+        finally:
+            server.stop(None).wait()
+
+
+def healthy(services: dict[str, Any], peer: str, port: int) -> bool:
+    """What a peer's health check says of a server at `port`."""
+    kind, python, *arguments, _ = services[peer]["healthcheck"]["test"]
+    assert (kind, python) == ("CMD", "python")
+    command = [sys.executable, *arguments, f"127.0.0.1:{port}"]
+    environment = {"http_proxy": "http://127.0.0.1:1"}
+    return subprocess.run(command, check=False, capture_output=True, env=environment).returncode == 0
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_peer_health_check_follows_grpc_health(peer: str, services: dict[str, Any]) -> None:
+    """A peer is healthy while it says so over grpc.health.v1; one that says no, or is gone, is not."""
+    with grpc_health_server(serving=True) as port:
+        assert healthy(services, peer, port)
+    assert not healthy(services, peer, port)
+    with grpc_health_server(serving=False) as port:
+        assert not healthy(services, peer, port)

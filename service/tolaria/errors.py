@@ -20,6 +20,22 @@ TolariaError
 │   ├── GradientMismatchError
 │   ├── GradientWeightError
 │   └── UnknownSourceError
+├── OptimizationError             learning rates or the optimizer cannot be had as asked
+│   ├── ScheduleError
+│   ├── UnsuitableOptimizerError
+│   ├── UnknownGroupError
+│   ├── GroupConflictError
+│   ├── AdjustmentRefusedError
+│   ├── HyperparameterError
+│   ├── ControllerStateError
+│   └── RebuildFailedError
+├── SeedError                     a seed cannot be grown as asked
+│   ├── SlotError
+│   ├── UnknownBlueprintError
+│   ├── BlueprintError
+│   │   └── BlueprintMisfitError
+│   ├── OwnershipError
+│   └── TopologyStateError
 ├── LaneError                     the compute lane cannot do what was asked
 │   ├── LaneFailedError
 │   └── LaneStoppedError
@@ -29,6 +45,20 @@ TolariaError
 │   ├── BoardLostError
 │   ├── BlockOwnedError
 │   └── SignalValueError
+├── RollbackError                 training state cannot be captured, kept or brought back as asked
+│   ├── StateUnsupportedError
+│   ├── StateMismatchError
+│   ├── ImageDamagedError
+│   ├── RestoreAbandonedError
+│   ├── CheckpointError
+│   │   ├── CheckpointWriteError
+│   │   ├── CheckpointDamagedError
+│   │   ├── CheckpointUnreadableError
+│   │   └── NoCheckpointError
+│   └── JournalError
+│       ├── JournalUnavailableError
+│       ├── JournalDamagedError
+│       └── JournalNewerError
 └── RequestError                  an operator's request cannot be served
     ├── InvalidFieldError
     ├── WrongStateError
@@ -155,6 +185,102 @@ class UnknownSourceError(GradientError):
     """Raised when a row or loss names a source that takes no part in this step, or one that does is missing."""
 
 
+class OptimizationError(TolariaError):
+    """Base of the reasons why a learning rate or an optimizer cannot be had as asked; nothing has changed."""
+
+
+class ScheduleError(OptimizationError):
+    """Raised when a learning-rate schedule is impossible. `field` names the part that is wrong."""
+
+    def __init__(self, field: str, detail: str) -> None:
+        self.field = field
+        super().__init__(f"{field}: {detail}")
+
+
+class UnsuitableOptimizerError(OptimizationError):
+    """Raised when an optimizer cannot be governed: no `lr`, groups without or with equal names, nameless parameters."""
+
+
+class UnknownGroupError(OptimizationError):
+    """Raised when a param group is meant that nobody registered; the message lists those that are."""
+
+    def __init__(self, group: str, known: list[str]) -> None:
+        self.group = group
+        super().__init__(f"no param group {group!r}; there are: {', '.join(sorted(known)) or 'none'}")
+
+
+class GroupConflictError(OptimizationError):
+    """Raised when a param group is registered twice, or without what its learning rate would follow from."""
+
+
+class AdjustmentRefusedError(OptimizationError):
+    """Raised when a change of learning rate is out of bounds or makes no sense. `field` names what is wrong."""
+
+    def __init__(self, field: str, detail: str) -> None:
+        self.field = field
+        super().__init__(f"{field}: {detail}")
+
+
+class HyperparameterError(OptimizationError):
+    """Raised when an optimizer has no such hyperparameter, or not with such a value. `name` is the one asked for."""
+
+    def __init__(self, name: str, detail: str) -> None:
+        self.name = name
+        super().__init__(f"{name}: {detail}")
+
+
+class ControllerStateError(OptimizationError):
+    """Raised when what should be the learning-rate controller's saved state is not."""
+
+
+class RebuildFailedError(OptimizationError):
+    """Raised when an optimizer could not be rebuilt; the old one stands untouched.
+
+    `stage` is the stable name of where it failed: plan, build, carry, validate or swap. What failed is chained.
+    """
+
+    def __init__(self, stage: str, detail: str) -> None:
+        self.stage = stage
+        self.detail = detail
+        super().__init__(f"rebuilding the optimizer failed ({stage}): {detail}")
+
+
+class SeedError(TolariaError):
+    """Base of why seeds cannot be grown, or not in this way."""
+
+
+class SlotError(SeedError):
+    """Raised when a host's slot is declared wrongly, or is given activations that it was not declared for."""
+
+
+class UnknownBlueprintError(SeedError):
+    """Raised when no blueprint of that name is registered; the message lists those that are."""
+
+
+class BlueprintError(SeedError):
+    """Raised when a blueprint cannot be imported or built, or its branch breaks its promises."""
+
+
+class BlueprintMisfitError(BlueprintError):
+    """Raised when a blueprint cannot make a branch for a slot. `blueprint` and `slot` name both."""
+
+    def __init__(self, blueprint: str, slot: str, detail: str) -> None:
+        self.blueprint = blueprint
+        self.slot = slot
+        super().__init__(f"blueprint {blueprint!r} does not fit slot {slot!r}: {detail}")
+
+
+class OwnershipError(SeedError):
+    """Raised when a parameter belongs to two owners, or to none."""
+
+
+class TopologyStateError(SeedError):
+    """Raised when a saved topology cannot be brought back in this model; nothing has changed."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(f"the saved topology cannot be loaded: {detail}")
+
+
 class LaneError(TolariaError):
     """Base of what the compute lane can answer instead of a result."""
 
@@ -198,6 +324,105 @@ class BlockOwnedError(SignalError):
 
 class SignalValueError(SignalError):
     """Raised when something does not belong on the board: an unknown level or name, a level below the standing one."""
+
+
+class RollbackError(TolariaError):
+    """Base of the reasons why training state cannot be captured, kept or brought back."""
+
+
+class StateUnsupportedError(RollbackError):
+    """Raised when something in the training state has no faithful form: a sparse tensor, an object in a state dict."""
+
+    def __init__(self, name: str, detail: str) -> None:
+        self.name = name
+        super().__init__(f"{name}: {detail}")
+
+
+class StateMismatchError(RollbackError):
+    """Raised before anything changed when a captured state does not fit the live one.
+
+    `problems` has one line for each name, shape, dtype or part that differs.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        super().__init__("the captured state does not fit: " + "; ".join(problems[:5]) + more)
+
+
+class ImageDamagedError(RollbackError):
+    """Raised before anything changed when a captured state has no longer the digest that it was captured with."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        super().__init__(f"{name}: its bytes have changed since they were captured")
+
+
+class RestoreAbandonedError(RollbackError):
+    """Raised when a restore was told to give up, at its deadline for instance; the live state is as it was."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        super().__init__(f"the restore was abandoned while {stage}; the live state is as it was")
+
+
+class CheckpointError(RollbackError):
+    """Base of what can go wrong with checkpoints on disk."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """Raised when a checkpoint could not be committed; what was committed before is as it was.
+
+    `stage` is create, write, rename, sync_parent or journal; `reason` the errno's name (ENOSPC, EIO), or journal.
+    """
+
+    def __init__(self, stage: str, reason: str, detail: str) -> None:
+        self.stage = stage
+        self.reason = reason
+        super().__init__(f"checkpoint not written ({stage}, {reason}): {detail}")
+
+
+class CheckpointDamagedError(CheckpointError):
+    """Raised when a checkpoint on disk is not what was written.
+
+    `stage` is manifest, state or tensors; `reason` is missing, size, format, header or digest.
+    """
+
+    def __init__(self, checkpoint_id: str, stage: str, reason: str) -> None:
+        self.checkpoint_id = checkpoint_id
+        self.stage = stage
+        self.reason = reason
+        super().__init__(f"checkpoint {checkpoint_id} is damaged ({stage}, {reason})")
+
+
+class CheckpointUnreadableError(CheckpointError):
+    """Raised when the system refuses to read a checkpoint; it may be whole. `reason` is the errno's name."""
+
+    def __init__(self, checkpoint_id: str, stage: str, reason: str) -> None:
+        self.checkpoint_id = checkpoint_id
+        self.stage = stage
+        self.reason = reason
+        super().__init__(f"checkpoint {checkpoint_id} cannot be read ({stage}, {reason})")
+
+
+class NoCheckpointError(CheckpointError):
+    """Raised when no committed checkpoint can be loaded; the message tells of those that were tried."""
+
+
+class JournalError(RollbackError):
+    """Base of what can go wrong with the journal."""
+
+
+class JournalUnavailableError(JournalError):
+    """Raised when the system refuses to open, read or write the journal: no space, no permission, locked."""
+
+
+class JournalDamagedError(JournalError):
+    """Raised when the journal's bytes are not what was written."""
+
+
+class JournalNewerError(JournalError):
+    """Raised when the journal was written by a newer Tolaria; it is left alone."""
 
 
 class RequestError(TolariaError):

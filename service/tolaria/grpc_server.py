@@ -5,12 +5,16 @@ Owns binding, serving and stopping. Must not know which services it carries.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import anyio
+import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
@@ -50,6 +54,7 @@ async def grpc_server(
     """
     # Without SO_REUSEPORT a port that is taken is an error, not a share of somebody's traffic.
     server = grpc.aio.server(
+        interceptors=[_DecodingInterceptor()],
         options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", REQUEST_BYTES_MAX)],
     )
     health_servicer = HealthServicer()
@@ -64,6 +69,52 @@ async def grpc_server(
         with anyio.CancelScope(shield=True):
             await health_servicer.enter_graceful_shutdown()
             await server.stop(grace_s)
+
+
+class _DecodingInterceptor(grpc.aio.ServerInterceptor):
+    """Answers INVALID_ARGUMENT to bytes that are no request; gRPC itself would call that its own UNKNOWN failure."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Decode inside the handler, where a failure can be answered."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        if handler.response_streaming:
+            stream = _decoding_stream(handler)
+            return grpc.unary_stream_rpc_method_handler(stream, response_serializer=handler.response_serializer)
+        unary = _decoding_unary(handler)
+        return grpc.unary_unary_rpc_method_handler(unary, response_serializer=handler.response_serializer)
+
+
+def _decoding_unary(handler: Any) -> Any:
+    async def answer(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return await handler.unary_unary(await _decoded(handler, raw, context), context)
+
+    return answer
+
+
+def _decoding_stream(handler: Any) -> Any:
+    async def answer(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        request = await _decoded(handler, raw, context)
+        answers = handler.unary_stream(request, context)
+        if inspect.isawaitable(answers):  # a coroutine that only ever refuses
+            await answers
+            return
+        async for response in answers:
+            yield response
+
+    return answer
+
+
+async def _decoded(handler: Any, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    try:
+        return handler.request_deserializer(raw)
+    except DecodeError as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the bytes are no request of this method: {error}")
 
 
 def _bind(server: grpc.aio.Server, what: str, listen: str) -> Address:

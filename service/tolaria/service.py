@@ -200,6 +200,7 @@ class _Service:
 
         def complete(status: GetStatusResponse) -> None:
             status.metrics_address = self._metrics_address
+            status.boundary_budget_ms = settings.control.boundary_budget_ms
             for name, breaker in peers.breakers.items():
                 status.breakers[name] = breaker.state
 

@@ -168,6 +168,7 @@ class GetStatusResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     UPTIME_S_FIELD_NUMBER: _builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
+    BOUNDARY_BUDGET_MS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     state: Global___RunState.ValueType
     epoch: _builtins.int
@@ -201,6 +202,8 @@ class GetStatusResponse(_message.Message):
     version: _builtins.str
     uptime_s: _builtins.float
     metrics_address: _builtins.str
+    boundary_budget_ms: _builtins.float
+    """What a boundary may take."""
     @_builtins.property
     def conservative_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -256,10 +259,11 @@ class GetStatusResponse(_message.Message):
         version: _builtins.str = ...,
         uptime_s: _builtins.float = ...,
         metrics_address: _builtins.str = ...,
+        boundary_budget_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["health", b"health", "last_command", b"last_command"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boundaries_over_budget", b"boundaries_over_budget", "boundary_ms_p50", b"boundary_ms_p50", "boundary_ms_p99", b"boundary_ms_p99", "breakers", b"breakers", "commands_accepted", b"commands_accepted", "commands_rejected", b"commands_rejected", "conservative_reasons", b"conservative_reasons", "emergency_level", b"emergency_level", "epoch", b"epoch", "epoch_step", b"epoch_step", "epochs", b"epochs", "fast_paths", b"fast_paths", "global_step", b"global_step", "health", b"health", "job", b"job", "kasmina_answer", b"kasmina_answer", "last_boundary_ms", b"last_boundary_ms", "last_command", b"last_command", "learning_rates", b"learning_rates", "metrics_address", b"metrics_address", "rollbacks", b"rollbacks", "run_id", b"run_id", "samples_per_s", b"samples_per_s", "samples_total", b"samples_total", "seeds", b"seeds", "state", b"state", "state_reason", b"state_reason", "steps_per_epoch", b"steps_per_epoch", "tamiyo_answer", b"tamiyo_answer", "training_loss", b"training_loss", "uptime_s", b"uptime_s", "validation_accuracy", b"validation_accuracy", "validation_loss", b"validation_loss", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boundaries_over_budget", b"boundaries_over_budget", "boundary_budget_ms", b"boundary_budget_ms", "boundary_ms_p50", b"boundary_ms_p50", "boundary_ms_p99", b"boundary_ms_p99", "breakers", b"breakers", "commands_accepted", b"commands_accepted", "commands_rejected", b"commands_rejected", "conservative_reasons", b"conservative_reasons", "emergency_level", b"emergency_level", "epoch", b"epoch", "epoch_step", b"epoch_step", "epochs", b"epochs", "fast_paths", b"fast_paths", "global_step", b"global_step", "health", b"health", "job", b"job", "kasmina_answer", b"kasmina_answer", "last_boundary_ms", b"last_boundary_ms", "last_command", b"last_command", "learning_rates", b"learning_rates", "metrics_address", b"metrics_address", "rollbacks", b"rollbacks", "run_id", b"run_id", "samples_per_s", b"samples_per_s", "samples_total", b"samples_total", "seeds", b"seeds", "state", b"state", "state_reason", b"state_reason", "steps_per_epoch", b"steps_per_epoch", "tamiyo_answer", b"tamiyo_answer", "training_loss", b"training_loss", "uptime_s", b"uptime_s", "validation_accuracy", b"validation_accuracy", "validation_loss", b"validation_loss", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,7 +2,7 @@
 
 from tolaria.config.addresses import Address
 from tolaria.config.show import as_toml
-from tolaria.config.sources import child_environment, load_settings
+from tolaria.config.sources import child_environment, load_settings, quieten_grpc
 from tolaria.config.tree import (
     ControlSettings,
     LeylineSettings,
@@ -29,4 +29,5 @@ __all__ = [
     "as_toml",
     "child_environment",
     "load_settings",
+    "quieten_grpc",
 ]

@@ -52,6 +52,11 @@ def load_settings(config_file: Path | None = None, overrides: list[str] | None =
         raise ConfigurationError(_malformed_json()) from None
 
 
+def quieten_grpc() -> None:
+    """Keep gRPC's C core from writing to standard error, where logs and live views are; call before it is imported."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
 def child_environment(settings: Settings) -> dict[str, str]:
     """Environment for a peer process that Tolaria starts: its own, without settings, with the shared secrets."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_PREFIX)}

@@ -92,9 +92,9 @@ class AdminService(TolariaAdminServiceServicer):
         """The status now, after every change, and every so often; ends with the service."""
         interval_s = max(self._interval_s, request.interval_ms / 1000)
         while True:
-            seen = self._run.feed.version
+            last, seen = self._closing.is_set(), self._run.feed.version
             yield admin.WatchStatusResponse(status=self._status())
-            if self._closing.is_set():
+            if last:
                 return
             if self._run.feed.version == seen:  # else something changed while the client read: newest at once
                 with anyio.move_on_after(interval_s):

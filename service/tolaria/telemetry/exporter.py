@@ -29,11 +29,11 @@ async def exporter(listen: str, metrics: Metrics, readiness: Readiness) -> Async
         BindError: when `listen` cannot be had.
     """
     wanted = Address.parse(listen)
-    runner = web.AppRunner(_application(metrics, readiness), access_log=None)
+    # A scrape in flight when the service stops gets a second to end.
+    runner = web.AppRunner(_application(metrics, readiness), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     try:
-        # A scrape in flight when the service stops gets a second to end.
-        site = web.TCPSite(runner, wanted.host, wanted.port, shutdown_timeout=1.0)
+        site = web.TCPSite(runner, wanted.host, wanted.port)
         try:
             await site.start()
         except OSError as error:

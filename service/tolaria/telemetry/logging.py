@@ -1,7 +1,7 @@
-"""Logs: JSON or console lines on standard error, written by a thread of their own.
+"""Logs: JSON or console lines on standard error, rendered and written by a thread of their own.
 
 Owns format and delivery. A reader of the log that stops reading must not stop training: lines are dropped and counted
-once the queue is full.
+once the queue is full. Rendering a traceback reads source files, which the event loop must not do either.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import Any, TextIO
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -42,11 +42,18 @@ class LogContext:
 
 @dataclass(slots=True)
 class LineWriter:
-    """Writes lines to a stream from its own thread. `on_dropped` is told the priority of a line that found no room."""
+    """Renders events and writes them to a stream, in its own thread.
+
+    Args:
+        stream: where lines go.
+        renderers: structlog processors, the last of which returns the line.
+        on_dropped: told the priority of an event that found no room.
+    """
 
     stream: TextIO
+    renderers: list[Processor]
     on_dropped: Callable[[str], None]
-    _lines: queue.Queue[str | None] = field(default_factory=lambda: queue.Queue(_QUEUE_LINES_MAX))
+    _events: queue.Queue[EventDict | None] = field(default_factory=lambda: queue.Queue(_QUEUE_LINES_MAX))
     _thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -57,33 +64,36 @@ class LineWriter:
     def stop(self) -> None:
         """Write what is queued, waiting for a blocked reader a second at most."""
         try:
-            self._lines.put(None, timeout=_FLUSH_TIMEOUT_S)
+            self._events.put(None, timeout=_FLUSH_TIMEOUT_S)
         except queue.Full:
             return
         if self._thread is not None:
             self._thread.join(_FLUSH_TIMEOUT_S)
 
-    def msg(self, line: str) -> None:
-        """Queue one line; never blocks."""
-        self._put(line, "normal")
+    def msg(self, **event: Any) -> None:
+        """Queue one event; never blocks."""
+        self._put(event, "normal")
 
-    def failure(self, line: str) -> None:
-        """Queue one line about something that went wrong; never blocks."""
-        self._put(line, "high")
+    def failure(self, **event: Any) -> None:
+        """Queue one event about something that went wrong; never blocks."""
+        self._put(event, "high")
 
     # structlog calls the method that is named like the level.
     debug = info = msg
     warning = error = critical = exception = failure
 
-    def _put(self, line: str, priority: str) -> None:
+    def _put(self, event: EventDict, priority: str) -> None:
         try:
-            self._lines.put_nowait(line)
+            self._events.put_nowait(event)
         except queue.Full:
             self.on_dropped(priority)
 
     def _run(self) -> None:
-        while (line := self._lines.get()) is not None:
-            self.stream.write(line + "\n")
+        while (event := self._events.get()) is not None:
+            rendered: Any = event
+            for render in self.renderers:
+                rendered = render(None, event["level"], rendered)
+            self.stream.write(f"{rendered}\n")
             self.stream.flush()
 
 
@@ -92,10 +102,10 @@ def logging_to(
     stream: TextIO, settings: LoggingSettings, context: LogContext, *, on_dropped: Callable[[str], None]
 ) -> Iterator[None]:
     """Send structlog's lines to `stream` until the block ends."""
-    writer = LineWriter(stream, on_dropped)
+    writer = LineWriter(stream, _renderers(settings, stream), on_dropped)
     writer.start()
     structlog.configure(
-        processors=[*_common(context), *_renderers(settings, stream)],
+        processors=[*_stamps(context), _hand_over],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[settings.level]),
         logger_factory=lambda *_args: writer,
         cache_logger_on_first_use=False,
@@ -107,13 +117,18 @@ def logging_to(
         structlog.reset_defaults()
 
 
-def _common(context: LogContext) -> list[Processor]:
+def _stamps(context: LogContext) -> list[Processor]:
     return [
         context,
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+
+
+def _hand_over(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """The last processor on the caller's side: structlog calls the writer with what it returns as keywords."""
+    return event
 
 
 def _renderers(settings: LoggingSettings, stream: TextIO) -> list[Processor]:

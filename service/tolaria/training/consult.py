@@ -142,14 +142,10 @@ class Consultant:
     async def _tell_kasmina(self, consultation: Consultation) -> None:
         started_s = time.monotonic()
         try:
-            command = consultation.command
-            if command is not None and command.command_type == COMMAND_SEED:
-                applied = await self._executor.apply(command, consultation.state)
-                consultation.seeds = applied.seeds
-                consultation.kasmina_answer = f"{'applied' if applied.applied else 'refused'}: {applied.detail}"
-            else:
-                consultation.seeds = await self._executor.export_seeds(consultation.state)
-                consultation.kasmina_answer = f"{len(consultation.seeds)} seeds desired"
+            applied = await self._hand_over(consultation)
+            # Asked at every boundary, command or not: this is when Kasmina judges how seeds come along.
+            consultation.seeds = await self._executor.export_seeds(consultation.state)
+            consultation.kasmina_answer = applied or f"{len(consultation.seeds)} seeds desired"
         except PeerError as error:
             consultation.failed = True
             consultation.kasmina_answer = f"no answer ({error.detail})"
@@ -158,6 +154,14 @@ class Consultant:
                     events.KASMINA_ERROR, method="answer", detail=error.detail, latency_ms=_since_ms(started_s)
                 )
         consultation.kasmina_latency_ms = _since_ms(started_s)
+
+    async def _hand_over(self, consultation: Consultation) -> str:
+        """Give a seed command to Kasmina; her answer in words, empty where there was no such command."""
+        command = consultation.command
+        if command is None or command.command_type != COMMAND_SEED:
+            return ""
+        applied = await self._executor.apply(command, consultation.state)
+        return f"{'applied' if applied.applied else 'refused'}: {applied.detail}"
 
 
 def in_words(command: AdaptationCommand) -> str:

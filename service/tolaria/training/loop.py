@@ -146,7 +146,7 @@ class TrainingLoop:
         for report in reports:
             self._take(report)
         if reports:
-            self._recorder.steps_end()
+            self._recorder.frame_ends()
 
     def _take(self, report: Report) -> None:
         match report:

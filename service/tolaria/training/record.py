@@ -35,6 +35,7 @@ class Recorder:
         # Cached children: three times cheaper than labels() for every step.
         self._state_gauges = {name: metrics.training_state.labels(name) for name in _STATES}
         self._stage_gauges = {name: metrics.seeds_active.labels(name) for name in _STAGES}
+        self._samples_told = 0
         log_context.run_id = progress.run_id
 
     def state(self, state: RunState.ValueType, reason: str) -> None:
@@ -60,10 +61,8 @@ class Recorder:
         progress, metrics = self.progress, self._metrics
         progress.health = observe(progress.health, step)
         progress.sums.add(step)
-        progress.global_step = self._log_context.step = step.global_step
+        progress.global_step = step.global_step
         progress.samples_total += step.samples
-        metrics.training_step.set(step.global_step)
-        metrics.training_samples_total.inc(step.samples)
         metrics.step_duration_seconds.observe(step.duration_s)
         metrics.step_input_wait_seconds.observe(step.input_wait_s)
         if step.void:
@@ -71,9 +70,14 @@ class Recorder:
                 events.NON_FINITE_STEP, step=step.global_step, loss=step.loss, gradient_norm=step.gradient_norm
             )
 
-    def steps_end(self) -> None:
-        """A frame of reports has been read."""
-        self._metrics.training_last_step_timestamp_seconds.set(time.time())
+    def frame_ends(self) -> None:
+        """A frame of reports has been read: what need not be told for each step is told once for all of them."""
+        progress, metrics = self.progress, self._metrics
+        self._log_context.step = progress.global_step
+        metrics.training_step.set(progress.global_step)
+        metrics.training_samples_total.inc(progress.samples_total - self._samples_told)
+        self._samples_told = progress.samples_total
+        metrics.training_last_step_timestamp_seconds.set(time.time())
 
     def epoch_ends(self, epoch: EpochReport) -> None:
         """The epoch's steps and evaluation are done."""

@@ -1,0 +1,142 @@
+"""Waiting for a 32-bit word of shared memory to change. Owns the system call; knows nothing of what the word means.
+
+Linux on x86-64 and aarch64 has futexes; elsewhere, or where a sandbox forbids the call, the word is polled each
+millisecond.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import sys
+import threading
+import time
+from functools import cache, partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_CALL_NUMBERS = {"x86_64": 202, "aarch64": 98}
+_FUTEX_WAIT = 0  # without FUTEX_PRIVATE_FLAG: the word is shared between processes
+_FUTEX_WAKE = 1
+_EVERYONE = 2**31 - 1
+_POLL_S = 0.001
+_WAIT_S_MAX = 3600.0
+_EXPECTED_ERRNOS = (errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR)
+
+
+class Bell:
+    """A word that writers change and waiters sleep on, at `offset` of `memory` (a writable shared map).
+
+    Any thread may ring or wait. `wait` releases the GIL while it sleeps. `ring` keeps it: waking takes microseconds,
+    while asking for the GIL back can take a whole switch interval of a computing thread.
+    """
+
+    def __init__(self, memory: memoryview, offset: int, *, futex: bool) -> None:
+        self._word = ctypes.c_uint32.from_buffer(memory, offset)
+        self._address = ctypes.addressof(self._word)
+        self._futex = futex
+        self._waiters = 0
+        self._closed = False
+        self._mutex = threading.Lock()
+        self.wake = futex_waker(self._address) if futex else _nothing
+
+    @property
+    def value(self) -> int:
+        """The word as it is now."""
+        return int(self._word.value)
+
+    def ring(self, value: int) -> None:
+        """Store `value` and wake every waiter of every process."""
+        self._word.value = value
+        self.wake()
+
+    def wait(self, seen: int, timeout_s: float) -> int:
+        """Sleep until the word differs from `seen`, the timeout is over or the bell closes; returns the word."""
+        with self._mutex:
+            self._waiters += 1
+        try:
+            deadline = time.monotonic() + timeout_s
+            while self._word.value == seen and not self._closed:
+                left_s = deadline - time.monotonic()
+                if not left_s > 0:
+                    break
+                self._sleep(seen, min(left_s, _WAIT_S_MAX))
+            return self.value
+        finally:
+            with self._mutex:
+                self._waiters -= 1
+
+    def close(self) -> None:
+        """Send this process's waiters home and let go of the memory."""
+        self._closed = True
+        while self._waiters:  # one that saw the bell open may fall asleep after a wake: so wake until none is left
+            self.wake()
+            time.sleep(_POLL_S)
+        del self._word
+
+    def _sleep(self, seen: int, left_s: float) -> None:
+        if self._futex:
+            futex_wait(self._address, seen, left_s)
+        else:
+            time.sleep(min(left_s, _POLL_S))
+
+
+@cache
+def futex_available() -> bool:
+    """Whether this platform has futexes and this process may call them: asked with a wait that cannot sleep."""
+    if sys.platform != "linux" or platform.machine() not in _CALL_NUMBERS or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return False
+    word = ctypes.c_uint32(1)
+    try:
+        futex_wait(ctypes.addressof(word), 0, 0.001)
+    except OSError:
+        return False
+    return True
+
+
+def futex_wait(address: int, expected: int, timeout_s: float) -> None:
+    """Sleep without the GIL while the word at `address` is `expected`; also returns early, on a signal or timeout.
+
+    Raises `OSError` when the kernel refuses the call itself.
+    """
+    seconds = int(timeout_s)
+    timeout = ctypes.byref(_Timespec(seconds, int((timeout_s - seconds) * 1e9)))
+    if _syscall_without_gil()(*_arguments(address, _FUTEX_WAIT, expected), timeout, None, _UNUSED) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in _EXPECTED_ERRNOS:
+        raise OSError(code, os.strerror(code))
+
+
+def futex_waker(address: int) -> Callable[[], object]:
+    """A function that wakes all who wait on the word at `address`, holding the GIL; its arguments are ready made."""
+    syscall = ctypes.PyDLL(None).syscall
+    syscall.restype = ctypes.c_long
+    return partial(syscall, *_arguments(address, _FUTEX_WAKE, _EVERYONE), None, None, _UNUSED)
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_int64), ("nanoseconds", ctypes.c_int64))
+
+
+_UNUSED = ctypes.c_long(0)
+
+
+def _arguments(address: int, operation: int, value: int) -> tuple[object, ...]:
+    number = ctypes.c_long(_CALL_NUMBERS[platform.machine()])
+    return number, ctypes.c_void_p(address), ctypes.c_long(operation), ctypes.c_long(value)
+
+
+@cache
+def _syscall_without_gil() -> Callable[..., int]:
+    syscall = ctypes.CDLL(None, use_errno=True).syscall
+    syscall.restype = ctypes.c_long
+    return syscall
+
+
+def _nothing() -> None:
+    """Wake nobody: pollers wake by themselves."""

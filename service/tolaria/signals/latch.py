@@ -1,0 +1,115 @@
+"""One block of the board: two copies of a payload under a sequence. Owns the protocol of one writer, many readers."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+from tolaria.signals.layout import LINE, MASK64
+from tolaria.signals.memory import fence
+from tolaria.signals.records import BlockCondition
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tolaria.signals.memory import BoardMemory
+
+READ_TRIES = 16
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, slots=True)
+class BoardStatistics:
+    """What this process saw: reads retried, blocks reported torn, blocks ignored as damaged, beats not written."""
+
+    retries: int
+    torn: int
+    crc_failures: int
+    lost_beats: int
+
+
+class Tally:
+    """Counts faults for `BoardStatistics`; any thread may add."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = {"retries": 0, "torn": 0, "crc_failures": 0, "lost_beats": 0}
+
+    def add(self, fault: str, count: int = 1) -> None:
+        """Count `fault`, one of the fields of `BoardStatistics`."""
+        with self._lock:
+            self._counts[fault] += count
+
+    def statistics(self) -> BoardStatistics:
+        """The counts so far."""
+        with self._lock:
+            return BoardStatistics(**self._counts)
+
+
+class Reading(NamedTuple, Generic[Record]):
+    """What a read found: the record when `condition` is OK, else None; and the sequence it was read under."""
+
+    condition: BlockCondition
+    record: Record | None
+    sequence: int
+
+
+class Latch(Generic[Record]):
+    """The block at offset `at` with payloads of `size` bytes; `decode(payload, generation)` gives None when damaged.
+
+    `extent` is the block's (offset, size). `read` may be called from any thread, `write` by one thread at a time of the
+    one process that owns the block.
+    """
+
+    def __init__(
+        self, memory: BoardMemory, at: int, size: int, *, decode: Callable[[bytes, int], Record | None], tally: Tally
+    ) -> None:
+        self._memory = memory
+        self.extent = (at, LINE + 2 * size)
+        self._word = at // 8
+        self._copies = (at + LINE, at + LINE + size)
+        self._size = size
+        self._decode = decode
+        self._tally = tally
+
+    @property
+    def sequence(self) -> int:
+        """Generation of the current payload: changes with every write."""
+        return self._memory.words[self._word]
+
+    def read(self) -> Reading[Record]:
+        """The current payload; at most `READ_TRIES` times, so a reader is never held up by a writer."""
+        words, view = self._memory.words, self._memory.view
+        condition = BlockCondition.TORN
+        for tried in range(READ_TRIES):
+            sequence = words[self._word]
+            start = self._copies[sequence & 1]
+            fence()
+            payload = bytes(view[start : start + self._size])
+            fence()
+            if words[self._word] != sequence:
+                condition = BlockCondition.TORN
+                continue
+            record = self._decode(payload, sequence)
+            if record is not None:
+                if tried:
+                    self._tally.add("retries", tried)
+                return Reading(BlockCondition.OK, record, sequence)
+            condition = BlockCondition.DAMAGED
+        self._tally.add("retries", READ_TRIES - 1)
+        self._tally.add("torn" if condition is BlockCondition.TORN else "crc_failures")
+        return Reading(condition, None, sequence)
+
+    def write(self, payload: bytes, generation: int) -> None:
+        """Publish `payload`, sealed with `generation`, the successor of the last one."""
+        start = self._copies[generation & 1]
+        self._memory.view[start : start + self._size] = payload
+        fence()
+        self._memory.words[self._word] = generation
+
+
+def following(generation: int) -> int:
+    """The generation after `generation`."""
+    return (generation + 1) & MASK64

@@ -1,0 +1,271 @@
+"""Every byte of the signal board, version 1. Owns offsets and encodings; knows no files, maps, locks or waiting.
+
+All integers are unsigned and little-endian; every block starts at a multiple of 64. Times are CLOCK_MONOTONIC
+nanoseconds, which all processes of one boot share, unless told otherwise. 0 stands for "never" or "none". Reserved
+bytes are zero.
+
+The board (5248 bytes)
+    offset  size  what
+         0   256  header: written once, before the file gets its name
+       256    64  bell: u32 futex word at its start, the rest reserved
+       320  4608  8 participant blocks of 576 bytes, in the order of PARTICIPANTS
+      4928   320  rollback block, written by tolaria's process
+
+Header
+    offset  size  what
+         0     8  magic "TOLBOARD"
+         8     4  version of this layout: 1
+        12     4  number of participant blocks: 8
+        16     8  size of the board in bytes; the file has exactly this size
+        24     8  creation time, Unix nanoseconds (wall clock: for people only)
+        32     8  creation time, monotonic
+        40     4  bytes of the run id
+        44     4  reserved
+        48    16  boot id of the kernel (zero where it has none)
+        64   128  run id, UTF-8
+       192    60  reserved
+       252     4  CRC-32 (zlib) of bytes 0 to 251
+
+Participant block (576) and rollback block (320): one line of bare words, then two copies of the payload
+    offset  size  what
+         0     8  sequence: generation of the current payload
+         8     8  heartbeat of the process (tolaria: of its event loop); not in the rollback block
+        16     8  heartbeat of the compute lane (tolaria only)
+        24    40  reserved
+        64     n  payload, copy 0 (n = 256 for a participant, 128 for the rollback block)
+      64+n     n  payload, copy 1
+
+Payload of a participant (256)
+    offset  size  what
+         0     8  generation
+         8     8  signal id: the last one that this block raised; kept when it is cleared, so that ids never repeat
+        16     8  time raised
+        24     8  acknowledged signal id (of any block)
+        32     8  time acknowledged
+        40     8  time cleared: signals of every block raised until then are void (heeded from tolaria, operator only)
+        48     4  index of the block, 0 to 7
+        52     4  pid of the owner, in its own namespace
+        56     4  raised level, a leyline EmergencyLevel; 0 = none
+        60     4  bytes of the reason, 0 to 160
+        64   160  reason, UTF-8, cut at a character
+       224    28  reserved
+       252     4  CRC-32 (zlib) of bytes 0 to 251
+
+Payload of the rollback block (128)
+    offset  size  what
+         0     8  generation
+         8     8  target step
+        16     8  deadline
+        24     8  time of the state
+        32     4  state: idle 0, prepare 1, commit 2, confirm 3, aborted 4, deadline 5
+        36     4  tier, a leyline RollbackTier
+        40     4  pid of the owner
+        44     4  bytes of the rollback id, 0 to 64
+        48    64  rollback id, UTF-8
+       112    12  reserved
+       124     4  CRC-32 (zlib) of bytes 0 to 123
+
+Reading a payload: load the sequence s; copy payload number s & 1; load the sequence again. If it moved, start over.
+Otherwise the copy counts only when its generation equals s and its CRC holds; else the block is damaged and ignored.
+Writing (owner only): fill the *other* copy with generation s + 1 and its CRC, then store s + 1 to the sequence. The
+current copy is never touched, so an owner that dies at any instruction leaves its last whole payload standing; a
+seqlock with one copy would stay odd and hide it. Generations wrap at 2**64.
+
+Heartbeats lie outside sequence and CRC on purpose: a beat is one aligned 8-byte store, which no machine of 64 bits
+tears, cheap enough for every microbatch, and must not make readers of the payload start over. Nothing checks it; the
+next beat mends it.
+
+Ringing the bell: after its sequence store a writer stores (index << 28 | generation & 0xfffffff) to the futex word
+(index 8 is the rollback block, 9 the founder removing the board) and calls FUTEX_WAKE (shared) on it. Each writer has
+its own tag, so every store changes the word and no writer reads it first: two at once cannot cancel each other. A
+waiter loads the word, reads the blocks, then FUTEX_WAITs on the value it loaded.
+
+Memory order: readers need load-load, writers store-store order. x86-64 gives both. Elsewhere (aarch64) writers put a
+release and readers an acquire barrier between the steps above; generation and CRC reject what would slip through, on
+every machine.
+
+The effective level is the highest level of all blocks whose signal is not void; between equals the signal raised
+first counts.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+from leyline.v1.enums_pb2 import EmergencyLevel, RollbackTier
+from tolaria.errors import SignalValueError
+from tolaria.signals.records import Header, ParticipantRecord, RollbackRecord, RollbackState
+
+MAGIC = b"TOLBOARD"
+VERSION = 1
+PARTICIPANTS = ("tolaria", "kasmina", "tamiyo", "sentinel", "operator", "spare-1", "spare-2", "spare-3")
+
+LINE = 64
+HEADER_SIZE = 256
+BELL_AT = HEADER_SIZE
+BLOCKS_AT = BELL_AT + LINE
+PARTICIPANT_PAYLOAD = 256
+PARTICIPANT_SIZE = LINE + 2 * PARTICIPANT_PAYLOAD
+ROLLBACK_AT = BLOCKS_AT + len(PARTICIPANTS) * PARTICIPANT_SIZE
+ROLLBACK_PAYLOAD = 128
+ROLLBACK_SIZE = LINE + 2 * ROLLBACK_PAYLOAD
+ROLLBACK_INDEX = len(PARTICIPANTS)
+FOUNDER_INDEX = ROLLBACK_INDEX + 1
+BOARD_SIZE = ROLLBACK_AT + ROLLBACK_SIZE
+HEARTBEAT = 8
+LANE_HEARTBEAT = 16
+
+RUN_ID_MAX = 128
+REASON_MAX = 160
+ROLLBACK_ID_MAX = 64
+MASK64 = 2**64 - 1
+LEVELS = frozenset(EmergencyLevel.values())
+
+_HEADER = struct.Struct("<8sIIQQQI4x16s128s60x")
+_PARTICIPANT = struct.Struct("<QQQQQQIIII160s28x")
+_ROLLBACK = struct.Struct("<QQQQIIII64s12x")
+_CRC = struct.Struct("<I")
+_CRC_OF_SEALED = 0x2144DF1C
+_STATES = frozenset(RollbackState)
+_TIERS = frozenset(RollbackTier.values())
+
+
+def participant_at(index: int) -> int:
+    """Offset of the block of participant `index`."""
+    return BLOCKS_AT + index * PARTICIPANT_SIZE
+
+
+def index_of(participant: str) -> int:
+    """Index of a participant's block. Raises `SignalValueError` for a name that the board does not have."""
+    if participant not in PARTICIPANTS:
+        raise SignalValueError(f"the board has no participant {participant!r}, only {', '.join(PARTICIPANTS)}")
+    return PARTICIPANTS.index(participant)
+
+
+def bell_value(index: int, generation: int) -> int:
+    """The value that writer `index` stores to the futex word when it publishes `generation`."""
+    return index << 28 | generation & 0xFFFFFFF
+
+
+def cut_at_character(text: str, size_max: int) -> bytes:
+    """UTF-8 of `text`, at most `size_max` bytes, never ending within a character; lone surrogates become '?'."""
+    whole = text.encode("utf-8", "replace")
+    if len(whole) <= size_max:
+        return whole
+    return whole[:size_max].decode("utf-8", "ignore").encode("utf-8")
+
+
+def blank_board(header: Header) -> bytes:
+    """A whole new board: the header, and every block with a valid empty payload of generation 0."""
+    blocks = b"".join(
+        bytes(LINE) + encode_participant(0, index, ParticipantRecord()) + bytes(PARTICIPANT_PAYLOAD)
+        for index in range(len(PARTICIPANTS))
+    )
+    rollback = bytes(LINE) + encode_rollback(0, RollbackRecord()) + bytes(ROLLBACK_PAYLOAD)
+    return _encode_header(header) + bytes(LINE) + blocks + rollback
+
+
+def header_fault(head: bytes, file_size: int) -> tuple[str, str] | None:
+    """Why a file is no board of this version, as (stable reason, detail); None when it is one.
+
+    `head` is the file's first 256 bytes, or fewer where it is shorter. Reasons: foreign, truncated, version, size,
+    header.
+    """
+    if head[: len(MAGIC)] != MAGIC[: len(head)]:
+        return "foreign", "it does not begin as a signal board does"
+    if len(head) < HEADER_SIZE:
+        return "truncated", f"{file_size} bytes do not hold the header"
+    _, version, participants, size, *_ = _HEADER.unpack_from(head)
+    if version != VERSION:
+        return "version", f"it has layout version {version}, this program reads {VERSION}"
+    if file_size < BOARD_SIZE:
+        return "truncated", f"{file_size} bytes of {BOARD_SIZE} are left"
+    if size != BOARD_SIZE or file_size != BOARD_SIZE or participants != len(PARTICIPANTS):
+        return "size", f"it is {file_size} bytes and says {size} with {participants} participants, not {BOARD_SIZE}"
+    whole = _whole(head) and _decode_header(head) is not None
+    return None if whole else ("header", "its header fails its checksum")
+
+
+def decode_header(head: bytes) -> Header:
+    """The header of a file in which `header_fault` found none."""
+    header = _decode_header(head)
+    if header is None:
+        raise SignalValueError("not the header of a signal board")
+    return header
+
+
+def encode_participant(generation: int, index: int, record: ParticipantRecord) -> bytes:
+    """A participant's sealed payload. Raises `SignalValueError` when a number does not fit its field."""
+    level, text, signal_id, raised, acknowledged_id, acknowledged, cleared, pid = record
+    reason = cut_at_character(text, REASON_MAX)
+    times = (generation, signal_id, raised, acknowledged_id, acknowledged, cleared)
+    return _sealed(_PARTICIPANT, *times, index, pid, level, len(reason), reason)
+
+
+def decode_participant(payload: bytes, generation: int, index: int) -> ParticipantRecord | None:
+    """The record in a payload, or None when it is not the whole payload of that generation and block."""
+    if not _whole(payload):
+        return None
+    own, signal_id, raised, acked_id, acked, cleared, slot, pid, level, size, reason = _PARTICIPANT.unpack_from(payload)
+    text = _text(reason, size)
+    if own != generation or slot != index or level not in LEVELS or text is None:
+        return None
+    return ParticipantRecord(level, text, signal_id, raised, acked_id, acked, cleared, pid)
+
+
+def encode_rollback(generation: int, record: RollbackRecord) -> bytes:
+    """The rollback block's sealed payload. Raises `SignalValueError` when something does not fit its field."""
+    rollback_id = record.rollback_id.encode("utf-8", "replace")
+    if len(rollback_id) > ROLLBACK_ID_MAX:
+        raise SignalValueError(f"a rollback id has at most {ROLLBACK_ID_MAX} bytes, not {len(rollback_id)}")
+    fields = (generation, record.target_step, record.deadline_ns, record.changed_ns, record.state, record.tier)
+    return _sealed(_ROLLBACK, *fields, record.owner_pid, len(rollback_id), rollback_id)
+
+
+def decode_rollback(payload: bytes, generation: int) -> RollbackRecord | None:
+    """The record in a payload, or None when it is not the whole payload of that generation."""
+    if not _whole(payload):
+        return None
+    own, step, deadline, changed, state, tier, pid, size, rollback_id = _ROLLBACK.unpack_from(payload)
+    text = _text(rollback_id, size)
+    known = state in _STATES and tier in _TIERS
+    if own != generation or not known or text is None:
+        return None
+    return RollbackRecord(RollbackState(state), text, step, deadline, tier, changed, pid)
+
+
+def _encode_header(header: Header) -> bytes:
+    run_id = header.run_id.encode("utf-8", "replace")
+    if not 0 < len(run_id) <= RUN_ID_MAX:
+        raise SignalValueError(f"a run id has 1 to {RUN_ID_MAX} bytes, not {len(run_id)}")
+    fields = (MAGIC, VERSION, len(PARTICIPANTS), BOARD_SIZE, header.created_unix_ns, header.created_ns, len(run_id))
+    return _sealed(_HEADER, *fields, header.boot_id, run_id)
+
+
+def _decode_header(head: bytes) -> Header | None:
+    _, _, _, _, unix_ns, created_ns, size, boot_id, run_id = _HEADER.unpack_from(head)
+    text = _text(run_id, size)
+    return None if text is None else Header(text, boot_id, unix_ns, created_ns)
+
+
+def _sealed(form: struct.Struct, *fields: int | bytes) -> bytes:
+    try:
+        body = form.pack(*fields)
+    except struct.error as cause:
+        raise SignalValueError(f"a number does not fit its field on the board: {cause}") from cause
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def _whole(sealed: bytes) -> bool:
+    # The CRC of something followed by its own little-endian CRC-32 is always this number.
+    return zlib.crc32(sealed) == _CRC_OF_SEALED
+
+
+def _text(field: bytes, size: int) -> str | None:
+    if size > len(field):
+        return None
+    try:
+        return field[:size].decode("utf-8")
+    except UnicodeDecodeError:
+        return None

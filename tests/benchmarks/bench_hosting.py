@@ -1,0 +1,181 @@
+"""What hosting costs: the same job under Tolaria and in a bare loop, by turns, in one process.
+
+    python tests/benchmarks/bench_hosting.py [--rounds N]
+
+Both stamp their times in the job itself: an epoch's steps run from `begin_epoch` to the first look at the validation
+data. The whole is everything from the first epoch's begin to the last evaluation, boundaries included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tolaria import service
+from tolaria.config import load_settings
+from tolaria.jobs import HOST, Batch, Evaluation, JobContext, TensorCursor
+
+
+@dataclass
+class Stamps:
+    """Times of one run, in seconds."""
+
+    begins: list[float] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)
+    steps: int = 0
+
+    def step_ms(self) -> float:
+        """Median over epochs of the mean step, the first epoch left out."""
+        spans = [e - b for b, e in zip(self.begins[-len(self.ends) :], self.ends, strict=True)][1:]
+        return 1000 * statistics.median(spans) / (self.steps / len(self.ends))
+
+    def whole_ms(self) -> float:
+        """Wall time from the first begin to the last end, by step."""
+        return 1000 * (self.ends[-1] - self.begins[-len(self.ends)]) / self.steps
+
+
+class StampedCursor(TensorCursor):
+    """A cursor that notes when an epoch begins."""
+
+    stamps: Stamps
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Note and go on."""
+        self.stamps.begins.append(time.perf_counter())
+        super().begin_epoch(epoch)
+
+
+class HostedJob:
+    """An MLP on the digits; `width` and `depth` set how long a step takes."""
+
+    stamps = Stamps()
+
+    def __init__(self, context: JobContext) -> None:
+        from sklearn.datasets import load_digits  # noqa: PLC0415 - not while others are measured
+
+        data = load_digits()
+        self.options = {name: int(str(value)) for name, value in context.options.items()}
+        self.x = torch.tensor(data.data, dtype=torch.float32) / 16.0
+        self.y = torch.tensor(data.target)
+        self.seed = context.seed
+        self.validated = 0
+        HostedJob.stamps = Stamps()
+
+    def build_model(self) -> nn.Module:
+        """`depth` hidden layers of `width`."""
+        width = self.options["width"]
+        sizes = [64, *[width] * self.options["depth"]]
+        hidden = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+        return nn.Sequential(*hidden, nn.Linear(width, 10))
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Adam, as most would take it."""
+        return torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def training_data(self) -> TensorCursor:
+        """The images, again and again until an epoch has its steps."""
+        copies = -(-self.options["steps"] * 32 // len(self.x))
+        rows = torch.arange(self.options["steps"] * 32) % len(self.x) if copies else torch.arange(0)
+        cursor = StampedCursor((self.x[rows], self.y[rows]), batch_size=32, seed=self.seed)
+        cursor.stamps = HostedJob.stamps
+        return cursor
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Cross-entropy."""
+        x, y = batch.payload
+        HostedJob.stamps.steps += 1
+        return {HOST: functional.cross_entropy(model(x), y)}
+
+    def validation_batches(self) -> Iterable[Batch]:
+        """A look at them marks the end of an epoch's steps; the first look at the job does not count."""
+        if HostedJob.stamps.steps > 1:
+            HostedJob.stamps.ends.append(time.perf_counter())
+        else:
+            HostedJob.stamps.steps = 0
+        return [Batch((self.x[:64], self.y[:64]), 64)]
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
+        """Cross-entropy and correct answers."""
+        x, y = batch.payload
+        logits = model(x)
+        loss = float(functional.cross_entropy(logits, y, reduction="sum"))
+        return Evaluation(loss, int((logits.argmax(1) == y).sum()), batch.samples)
+
+
+def bare(options: dict[str, int], epochs: int) -> Stamps:
+    """The loop that one would write at home."""
+    torch.manual_seed(0)
+    job = HostedJob(JobContext(0, torch.device("cpu"), options))
+    model = job.build_model()
+    optimizer, cursor = job.build_optimizer(model), job.training_data()
+    for epoch in range(1, epochs + 1):
+        model.train()
+        cursor.begin_epoch(epoch)
+        while (batch := cursor.next_batch()) is not None:
+            optimizer.zero_grad()
+            loss = job.losses(model, batch)[HOST]
+            loss.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            for batch in job.validation_batches():
+                job.evaluate(model, batch)
+    return HostedJob.stamps
+
+
+def hosted(options: dict[str, int], epochs: int) -> Stamps:
+    """The whole service: gRPC, metrics, peers, log, one run."""
+    overrides = [
+        "training.job=bench_hosting:HostedJob",
+        f"training.epochs={epochs}",
+        "training.threads=1",
+        "service.exit_when_done=true",
+        "server.listen=127.0.0.1:0",
+        "metrics.listen=127.0.0.1:0",
+        "logging.level=error",
+        *(f"training.options.{name}={value}" for name, value in options.items()),
+    ]
+    if service.run(load_settings(None, overrides)):
+        raise SystemExit("the hosted run failed")
+    import bench_hosting  # noqa: PLC0415 - the service has imported this file under its own name
+
+    stamps: Stamps = bench_hosting.HostedJob.stamps
+    return stamps
+
+
+CASES = {
+    "tiny MLP, step under 1 ms": ({"width": 32, "depth": 1, "steps": 1000}, 5, 1.10),
+    "wide MLP, step of about 10 ms": ({"width": 1024, "depth": 4, "steps": 60}, 4, 1.03),
+}
+
+
+def main() -> None:
+    """Print one row a case: medians of both, and the median of the rounds' ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    print(f"{len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {rounds} rounds by turns")
+    print("| case | bare step | hosted step | ratio | target | with boundaries |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, (options, epochs, target) in CASES.items():
+        pairs = [(bare(options, epochs), hosted(options, epochs)) for _ in range(rounds)]
+        ratio = statistics.median(h.step_ms() / b.step_ms() for b, h in pairs)
+        whole = statistics.median(h.whole_ms() / b.whole_ms() for b, h in pairs)
+        bare_ms = statistics.median(b.step_ms() for b, _ in pairs)
+        hosted_ms = statistics.median(h.step_ms() for _, h in pairs)
+        print(f"| {name} | {bare_ms:.3f} ms | {hosted_ms:.3f} ms | {ratio:.3f} | {target} | {whole:.3f} |")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120 - a path list holds texts
+    main()

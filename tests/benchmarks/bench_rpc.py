@@ -1,0 +1,72 @@
+"""How training slows admin RPCs: GetStatus on a paused and on a training service, by turns, from another process.
+
+python tests/benchmarks/bench_rpc.py [--rounds N] [--calls N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import grpc
+
+from leyline.v1 import admin_service_pb2 as admin
+from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.processes import serve
+
+TARGET = 3.0
+
+
+def latencies_ms(stub: TolariaAdminServiceStub, calls: int) -> list[float]:
+    """One call after the other, with a pause of a millisecond as a person's tools would have."""
+    found = []
+    for _ in range(calls):
+        started = time.perf_counter()
+        stub.GetStatus(admin.GetStatusRequest(), timeout=10)
+        found.append(1000 * (time.perf_counter() - started))
+        time.sleep(0.001)
+    return sorted(found)
+
+
+def main() -> None:
+    """Print p50 and p99 of both states, and the median of the rounds' ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=1000)
+    arguments = parser.parse_args()
+    idle, busy = [], []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serve("training.epochs=1000000", "logging.level=error", cwd=Path(folder)) as service,
+        grpc.insecure_channel(service.addresses()[0]) as channel,
+    ):
+        stub = TolariaAdminServiceStub(channel)
+        for _ in range(arguments.rounds):
+            request_id = uuid.uuid4().hex
+            stub.PauseTraining(admin.PauseTrainingRequest(request_id=f"p{request_id}", reason="measure"))
+            idle.append(latencies_ms(stub, arguments.calls))
+            stub.ResumeTraining(admin.ResumeTrainingRequest(request_id=f"r{request_id}", reason="measure"))
+            busy.append(latencies_ms(stub, arguments.calls))
+
+    def quantile(values: list[float], share: float) -> float:
+        return values[int(share * (len(values) - 1))]
+
+    print("| | idle | training | ratio | target |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        a = [quantile(values, share) for values in idle]
+        b = [quantile(values, share) for values in busy]
+        ratio = statistics.median(y / x for x, y in zip(a, b, strict=True))
+        target = f"{TARGET}" if name == "p99" else ""
+        print(f"| {name} | {statistics.median(a):.2f} ms | {statistics.median(b):.2f} ms | {ratio:.2f} | {target} |")
+
+
+if __name__ == "__main__":
+    main()

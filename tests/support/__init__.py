@@ -1,0 +1,1 @@
+"""Fakes and tiny jobs that many tests share."""

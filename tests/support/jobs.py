@@ -1,0 +1,115 @@
+"""Tiny training jobs: one that works, and some that are broken in one way each."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tolaria.jobs import HOST, Batch, Evaluation, JobContext, TensorCursor
+
+SAMPLES, FEATURES, BATCH = 64, 4, 8
+
+
+class TinyJob:
+    """Linear regression on 64 made-up samples; `options` bend it: samples, poison_from, dropout, gate."""
+
+    def __init__(self, context: JobContext) -> None:
+        self.context = context
+        samples = int(str(context.options.get("samples", SAMPLES)))
+        self.poison_from = int(str(context.options.get("poison_from", -1)))
+        self.poison_steps = int(str(context.options.get("poison_steps", 1)))
+        generator = torch.Generator().manual_seed(7)
+        self.x = torch.randn(samples, FEATURES, generator=generator)
+        self.y = self.x.sum(1, keepdim=True)
+        self.seen = 0
+        self.dropout = float(str(context.options.get("dropout", 0.0)))
+
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Dropout(self.dropout), nn.ReLU(), nn.Linear(8, 1)
+        )
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+    def training_data(self) -> TensorCursor:
+        return TensorCursor((self.x, self.y), batch_size=BATCH, seed=self.context.seed)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        x, y = batch.payload
+        loss = functional.mse_loss(model(x), y)
+        self.seen += 1
+        if self.poison_from >= 0 and self.poison_from < self.seen <= self.poison_from + self.poison_steps:
+            loss = loss * float("nan")
+        return {HOST: loss}
+
+    def validation_batches(self) -> Iterable[Batch]:
+        return [Batch((self.x, self.y), len(self.x))]
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
+        x, y = batch.payload
+        loss = functional.mse_loss(model(x), y, reduction="sum")
+        return Evaluation(float(loss), int(((model(x) - y).abs() < 0.5).sum()), batch.samples)
+
+
+class GatedJob(TinyJob):
+    """Stands in every forward pass after the first (which is the first look at the job) until `passes` are given."""
+
+    def __init__(self, context: JobContext) -> None:
+        super().__init__(context)
+        self.passes = threading.Semaphore(0)
+        self.entered = threading.Semaphore(0)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        if self.seen:
+            self.entered.release()
+            if not self.passes.acquire(timeout=30):
+                raise TimeoutError("no pass was given")
+        return super().losses(model, batch)
+
+
+class VectorLossJob(TinyJob):
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        x, y = batch.payload
+        return {HOST: functional.mse_loss(model(x), y, reduction="none")}
+
+
+class LateCrashJob(TinyJob):
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        if self.seen == 3:
+            raise RuntimeError("the disk with the labels is gone")
+        return super().losses(model, batch)
+
+
+class NoHostLossJob(TinyJob):
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        return {"somebody": super().losses(model, batch)[HOST]}
+
+
+class DetachedLossJob(TinyJob):
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        return {HOST: super().losses(model, batch)[HOST].detach()}
+
+
+def raising_factory(context: JobContext) -> TinyJob:
+    raise ZeroDivisionError("no shards")
+
+
+def not_a_job(context: JobContext) -> object:
+    return object()
+
+
+not_callable = 3
+
+
+class StuckJob(TinyJob):
+    """Never returns from its second forward pass."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        if self.seen:
+            threading.Event().wait()
+        return super().losses(model, batch)

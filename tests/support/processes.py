@@ -1,0 +1,100 @@
+"""The real `tolaria serve` as a child process, and what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+START_TIMEOUT_S = 60.0
+TESTS = Path(__file__).parents[1]
+
+
+class Serve:
+    """One service process. Its log lines are read all the time, so that it never waits for us."""
+
+    def __init__(self, arguments: Sequence[str], cwd: Path) -> None:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("TOLARIA_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tolaria", "serve", "--set", "logging.format=json", *_overrides(arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=cwd,
+            env=environment | {"PYTHONPATH": str(TESTS)},
+        )
+        self.lines: list[str] = []
+        self._serving = threading.Event()
+        self._said: dict[str, Any] = {}
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip())
+            if '"serving"' in line:
+                self._said = json.loads(line)
+                self._serving.set()
+        self._serving.set()
+
+    def addresses(self) -> tuple[str, str]:
+        """Where it serves gRPC and metrics; waits until it does."""
+        assert self._serving.wait(START_TIMEOUT_S), self.lines
+        assert self._said, self.lines
+        return self._said["grpc"], self._said["metrics"]
+
+    def events(self) -> list[dict[str, Any]]:
+        """What it has logged so far."""
+        return [json.loads(line) for line in self.lines if line.startswith("{")]
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout_s: float = 60.0) -> int:
+        """Its exit code; all it said has been read by then."""
+        code = self.process.wait(timeout_s)
+        self._reader.join(5)
+        return code
+
+    def children(self) -> list[int]:
+        """Processes that it has started and that live."""
+        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+@contextmanager
+def serve(*overrides: str, cwd: Path, ports: bool = True) -> Iterator[Serve]:
+    """A service with these `--set` values, on free ports; killed at the end if it still runs."""
+    free = ["server.listen=127.0.0.1:0", "metrics.listen=127.0.0.1:0"] if ports else []
+    service = Serve([*free, *overrides], cwd)
+    try:
+        yield service
+    finally:
+        if service.process.poll() is None:
+            service.process.kill()
+        service.process.wait(10)
+        service._reader.join(5)
+        for stream in (service.process.stdout, service.process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def _overrides(values: Sequence[str]) -> list[str]:
+    return [part for value in values for part in ("--set", value)]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

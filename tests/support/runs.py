@@ -1,0 +1,138 @@
+"""A whole training loop around a tiny job, with peers that the test scripts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import anyio
+import anyio.to_thread
+
+from leyline.v1.admin_service_pb2 import RunState
+from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.seeds_pb2 import SeedState
+from leyline.v1.state_pb2 import SystemStatePacket
+from tolaria.config import ControlSettings, TrainingSettings
+from tolaria.peers.kasmina import Applied
+from tolaria.peers.signing import NonceTable
+from tolaria.peers.verification import CommandVerifier, Trust
+from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.logging import LogContext
+from tolaria.telemetry.metrics import Metrics
+from tolaria.training.consult import Consultant, Consultation
+from tolaria.training.feed import StatusFeed
+from tolaria.training.loop import TrainingLoop
+from tolaria.training.progress import Progress
+from tolaria.training.record import Recorder
+from tolaria.training.rig import build_rig
+
+Answer = Callable[[SystemStatePacket], Awaitable[AdaptationCommand | None]]
+
+
+async def no_change(_state: SystemStatePacket) -> AdaptationCommand | None:
+    """The controller that is always content."""
+    return None
+
+
+class FakePeers:
+    """Controller and executor in one; `answer` and `export` are the test's."""
+
+    def __init__(self, answer: Answer = no_change, seeds: list[SeedState] | None = None) -> None:
+        self.answer = answer
+        self.seeds = seeds or []
+        self.states: list[SystemStatePacket] = []
+        self.applied: list[AdaptationCommand] = []
+
+    async def evaluate_epoch(self, state: SystemStatePacket) -> AdaptationCommand | None:
+        """What the test scripted."""
+        self.states.append(state)
+        return await self.answer(state)
+
+    async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> Applied:
+        """Take every command."""
+        self.applied.append(command)
+        return Applied(applied=True, detail="germinated", seeds=self.seeds)
+
+    async def export_seeds(self, state: SystemStatePacket) -> list[SeedState]:
+        """The scripted seeds."""
+        return self.seeds
+
+
+class RunUnderTest:
+    """The loop and all that the test looks at."""
+
+    def __init__(self, loop: TrainingLoop, recorder: Recorder, metrics: Metrics, emitter: Emitter, rig: object) -> None:
+        self.loop = loop
+        self.progress = recorder.progress
+        self.metrics = metrics
+        self.emitter = emitter
+        self.rig = rig
+        self.job = rig.job  # type: ignore[attr-defined]
+
+    @property
+    def state(self) -> str:
+        """The run's state without its prefix."""
+        return RunState.Name(self.progress.state).removeprefix("RUN_STATE_")
+
+    @property
+    def events(self) -> list[str]:
+        """Names of the events so far."""
+        return [event.description for event in self.emitter.recent]
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait for something to become true, ten seconds at most."""
+        with anyio.fail_after(10):
+            while not holds():
+                await anyio.sleep(0.002)
+
+
+def new_run(
+    peers: FakePeers, *, job: str = "TinyJob", control: ControlSettings | None = None, **training: object
+) -> RunUnderTest:
+    """A run that has not been started."""
+    settings = TrainingSettings(job=f"support.jobs:{job}", device="cpu", threads=1, **training)  # type: ignore[arg-type]
+    control = control or ControlSettings(boundary_budget_ms=2000, tamiyo_budget_ms=1000)
+    # In a thread, as the service builds it before there is a loop: jobs read files and import modules.
+    with ThreadPoolExecutor(1) as pool:
+        rig = pool.submit(build_rig, settings).result()
+    metrics, emitter = Metrics(), Emitter()
+    progress = Progress("run", settings.job, "test", settings.epochs, rig.steps_per_epoch, time.monotonic())
+    recorder = Recorder(progress, metrics, emitter, LogContext())
+
+    def make_consultant(on_settled: Callable[[Consultation], None]) -> Consultant:
+        return Consultant(
+            controller=peers,
+            executor=peers,
+            verifier=CommandVerifier(Trust(), NonceTable(window_s=300.0)),
+            metrics=metrics,
+            emitter=emitter,
+            on_settled=on_settled,
+        )
+
+    loop = TrainingLoop(
+        rig,
+        training=settings,
+        control=control,
+        patience_s=1.0,
+        recorder=recorder,
+        feed=StatusFeed(),
+        make_consultant=make_consultant,
+    )
+    return RunUnderTest(loop, recorder, metrics, emitter, rig)
+
+
+@asynccontextmanager
+async def running(run: RunUnderTest) -> AsyncIterator[RunUnderTest]:
+    """The run and its consultations going on; at the end the lane's thread must be gone."""
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run.loop.consultant.serve)
+        tasks.start_soon(run.loop.run)
+        try:
+            yield run
+        finally:
+            with anyio.CancelScope(shield=True):
+                ended = await anyio.to_thread.run_sync(run.loop.close, 10.0)
+            tasks.cancel_scope.cancel()
+    assert ended

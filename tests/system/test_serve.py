@@ -1,0 +1,217 @@
+"""The real service, from outside: start, RPCs, scrape, drain, and every wrong start."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support.processes import Serve, is_alive, serve
+
+from leyline.v1 import admin_service_pb2 as admin
+from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
+
+LONG = ["training.epochs=100000"]
+BUF = Path(sys.executable).with_name("buf")
+
+
+@contextmanager
+def stub_of(service: Serve) -> Iterator[TolariaAdminServiceStub]:
+    with grpc.insecure_channel(service.addresses()[0]) as channel:
+        yield TolariaAdminServiceStub(channel)
+
+
+def get(service: Serve, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://{service.addresses()[1]}{path}", timeout=10) as response:  # noqa: S310 - loopback
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def wait_for_steps(stub: TolariaAdminServiceStub, more_than: int = 0) -> admin.GetStatusResponse:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        status: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=10)
+        if status.global_step > more_than:
+            return status
+        time.sleep(0.02)
+    raise AssertionError("no step was made")
+
+
+def test_a_service_trains_answers_scrapes_and_drains(tmp_path: Path) -> None:
+    """RPCs answer while digits trains, pausing holds it, metrics are scraped, SIGTERM ends all of it with exit 0."""
+    with serve(*LONG, cwd=tmp_path) as service, stub_of(service) as stub:
+        status = wait_for_steps(stub, 50)
+        assert status.state == admin.RUN_STATE_RUNNING
+        paused = stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=10)
+        first = stub.GetStatus(admin.GetStatusRequest())
+        time.sleep(0.2)
+        second = stub.GetStatus(admin.GetStatusRequest())
+        assert first.state == second.state == admin.RUN_STATE_PAUSED
+        assert first.global_step == second.global_step == paused.global_step
+        assert second.state_reason == "look"
+        stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="r", reason="fine"), timeout=10)
+        wait_for_steps(stub, paused.global_step)
+        code, text = get(service, "/metrics")
+        assert code == 200
+        assert "tolaria_training_step " in text
+        assert 'tolaria_build_info{device="cpu"' in text
+        assert get(service, "/readyz")[0] == get(service, "/livez")[0] == 200
+        with grpc.insecure_channel(service.addresses()[0]) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            for part in ("", "tolaria.training", "tolaria.tamiyo", "tolaria.kasmina"):
+                assert health.Check(health_pb2.HealthCheckRequest(service=part)).status == 1, part
+        children = service.children()
+        assert len(children) == 2
+        started = time.monotonic()
+        service.terminate()
+        assert service.wait() == 0
+        assert time.monotonic() - started < 10
+        assert not any(is_alive(pid) for pid in children)
+    assert service.events()[-1]["event"] == "stopped"
+
+
+def test_a_watch_sees_the_end_of_a_drain(tmp_path: Path) -> None:
+    """A stream that is open when SIGTERM comes gets the last status and ends; it does not hold the service up."""
+    with serve(*LONG, cwd=tmp_path) as service, stub_of(service) as stub:
+        wait_for_steps(stub)
+        stream = stub.WatchStatus(admin.WatchStatusRequest(), timeout=60)
+        next(stream)
+        service.terminate()
+        states = [answer.status.state for answer in stream]
+        assert states[-1] == admin.RUN_STATE_FINISHED
+        assert service.wait() == 0
+
+
+def test_a_run_that_is_done_ends_the_process_when_asked(tmp_path: Path) -> None:
+    """service.exit_when_done: exit 0 after the last epoch."""
+    with serve("training.epochs=2", "service.exit_when_done=true", cwd=tmp_path) as service:
+        assert service.wait() == 0
+    assert [e["epoch"] for e in service.events() if e["event"] == "epoch_finished"] == [1, 2]
+
+
+def test_a_finished_run_stays_readable(tmp_path: Path) -> None:
+    """Without exit_when_done the service stays: status, metrics, ready."""
+    with serve("training.epochs=1", cwd=tmp_path) as service, stub_of(service) as stub:
+        deadline = time.monotonic() + 60
+        while stub.GetStatus(admin.GetStatusRequest()).state != admin.RUN_STATE_FINISHED:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert get(service, "/readyz")[0] == 200
+        service.terminate()
+        assert service.wait() == 0
+
+
+def test_a_job_that_fails_late_fails_the_run_and_says_so(tmp_path: Path) -> None:
+    """The job raises in training: state FAILED, not ready, exit 1; its traceback is in the log."""
+    with serve("training.job=support.jobs:LateCrashJob", cwd=tmp_path) as service, stub_of(service) as stub:
+        deadline = time.monotonic() + 60
+        while stub.GetStatus(admin.GetStatusRequest()).state != admin.RUN_STATE_FAILED:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        code, text = get(service, "/readyz")
+        assert code == 503
+        assert "the disk with the labels is gone" in text
+        service.terminate()
+        assert service.wait() == 1
+    assert any(e["event"] == "training_failed" and e["exception"] for e in service.events())
+
+
+def test_a_stuck_job_cannot_keep_the_service_from_ending(tmp_path: Path) -> None:
+    """A microbatch that never returns: SIGTERM still ends the process, within the drain timeout, with exit 1."""
+    arguments = ["training.job=support.jobs:StuckJob", "service.drain_timeout_s=4"]
+    with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
+        assert stub.GetStatus(admin.GetStatusRequest(), timeout=10).global_step == 0
+        started = time.monotonic()
+        service.terminate()
+        assert service.wait() == 1
+        assert time.monotonic() - started < 8
+    assert any(e["event"] == "lane_stuck" for e in service.events())
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "words"),
+    [
+        ("training.job=nope", 2, "training.job 'nope' is not registered"),
+        ("training.job=support.jobs:raising_factory", 2, "ZeroDivisionError: no shards"),
+        ("training.job=support.jobs:not_a_job", 2, "lacks build_model"),
+        ("training.job=support.jobs:VectorLossJob", 2, "must be a scalar, got shape (8, 1)"),
+        ("training.epocs=3", 2, "training.epocs: unknown field"),
+        ("tamiyo.target=nowhere", 2, "'nowhere' is not host:port"),
+        ("training.device=cuda:63", 2, "training.device"),
+    ],
+)
+def test_a_wrong_start_is_one_clear_message(override: str, code: int, words: str, tmp_path: Path) -> None:
+    """The user's mistake: exit 2, the message, no traceback, no child process, nothing served."""
+    with serve(override, cwd=tmp_path) as service:
+        assert service.wait() == code
+    said = "\n".join(service.lines)
+    assert words in said
+    assert "Traceback" not in said
+    assert '"serving"' not in said
+    assert "embedded_peers" not in said
+
+
+def test_an_empty_dataset_is_one_clear_message(tmp_path: Path) -> None:
+    """No data: exit 2 and the job's name."""
+    arguments = ["training.job=support.jobs:TinyJob", "training.options.samples=0"]
+    with serve(*arguments, cwd=tmp_path) as service:
+        assert service.wait() == 2
+    assert "its training data holds no batch" in service.lines[-1]
+
+
+@pytest.mark.parametrize("setting", ["server.listen", "metrics.listen"])
+def test_a_port_in_use_ends_the_start_with_the_address(setting: str, tmp_path: Path) -> None:
+    """Exit 1, the address in the message, no peer left behind."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        other = "metrics.listen" if setting == "server.listen" else "server.listen"
+        with serve(f"{setting}={address}", f"{other}=127.0.0.1:0", cwd=tmp_path, ports=False) as service:
+            assert service.wait() == 1
+            assert service.children() == []
+    assert f"cannot listen on {address}" in "\n".join(service.lines)
+    assert "Traceback" not in "\n".join(service.lines)
+
+
+@pytest.mark.skipif(not BUF.exists(), reason="buf, an independent gRPC client, is not installed")
+def test_an_independent_client_works_by_reflection(tmp_path: Path) -> None:
+    """`buf curl` knows nothing of our stubs: it asks the server, then calls GetStatus and PauseTraining."""
+    with serve(*LONG, cwd=tmp_path) as service:
+        address = service.addresses()[0]
+
+        def curl(method: str, data: str) -> subprocess.CompletedProcess[str]:
+            url = f"http://{address}/leyline.v1.TolariaAdminService/{method}"
+            command = [str(BUF), "curl", "--protocol", "grpc", "--http2-prior-knowledge", "--data", data, url]
+            return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+        assert json.loads(curl("GetStatus", "{}").stdout)["job"] == "digits"
+        paused = curl("PauseTraining", '{"requestId": "1", "reason": "by buf"}')
+        assert json.loads(paused.stdout)["state"] == "RUN_STATE_PAUSED"
+        refused = curl("PauseTraining", '{"requestId": "2"}')
+        assert refused.returncode != 0
+        assert "reason: must not be empty" in refused.stderr
+
+
+@pytest.mark.parametrize("peer", ["tamiyo", "kasmina"])
+def test_a_dead_peer_does_not_stop_training(peer: str, tmp_path: Path) -> None:
+    """Nobody listens at the target: training goes on at full speed, the breaker opens and shows."""
+    arguments = [f"{peer}.target=127.0.0.1:1", "training.epochs=100000"]
+    with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
+        deadline = time.monotonic() + 60
+        while stub.GetStatus(admin.GetStatusRequest()).breakers[peer] != 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        status = wait_for_steps(stub, stub.GetStatus(admin.GetStatusRequest()).global_step)
+        assert status.state == admin.RUN_STATE_RUNNING
+        service.terminate()
+        assert service.wait() == 0

@@ -1,0 +1,133 @@
+"""A service that answers from a script over real loopback gRPC, in threads: the client under test owns the loop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from leyline.v1.admin_service_pb2 import (
+    GetStatusRequest,
+    GetStatusResponse,
+    PauseTrainingRequest,
+    PauseTrainingResponse,
+    RunState,
+    WatchStatusRequest,
+    WatchStatusResponse,
+)
+from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceServicer, add_TolariaAdminServiceServicer_to_server
+from leyline.v1.enums_pb2 import CircuitBreakerState, SeedLifecycleStage
+from leyline.v1.seeds_pb2 import SeedState
+
+
+class FakeAdmin(TolariaAdminServiceServicer):
+    """Streams `statuses` and then stays open, unless `ends`; pauses; refuses to resume."""
+
+    def __init__(self, statuses: list[GetStatusResponse], *, ends: bool = False) -> None:
+        self.statuses = statuses
+        self.ends = ends
+        self.silent = False
+        self.hangs = threading.Event()
+        self.requests: list[Any] = []
+
+    def GetStatus(self, request: GetStatusRequest, context: grpc.ServicerContext) -> GetStatusResponse:  # noqa: N802
+        self.requests.append(request)
+        if self.hangs.is_set():
+            _until_cancelled(context)
+        return self.statuses[-1]
+
+    def WatchStatus(  # noqa: N802
+        self, request: WatchStatusRequest, context: grpc.ServicerContext
+    ) -> Iterator[WatchStatusResponse]:
+        self.requests.append(request)
+        if not self.silent:
+            yield from (WatchStatusResponse(status=status) for status in self.statuses)
+        if not self.ends:
+            _until_cancelled(context)
+
+    def PauseTraining(  # noqa: N802
+        self, request: PauseTrainingRequest, context: grpc.ServicerContext
+    ) -> PauseTrainingResponse:
+        self.requests.append(request)
+        if not request.reason:
+            violation = error_details_pb2.BadRequest.FieldViolation(field="reason", description="must not be empty")
+            detail = error_details_pb2.BadRequest(field_violations=[violation])
+            _refuse(context, grpc.StatusCode.INVALID_ARGUMENT, "invalid request", detail)
+        return PauseTrainingResponse(global_step=41, state=RunState.RUN_STATE_PAUSED)
+
+    def ResumeTraining(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        info = error_details_pb2.ErrorInfo(reason="WRONG_STATE", domain="tolaria")
+        _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "the run is\nnot held\x1b[31m", info)
+
+
+def fake_admin(statuses: list[GetStatusResponse], *, ends: bool = False) -> FakeAdmin:
+    """A fake whose other calls are the generated ones, which refuse as unimplemented."""
+    return FakeAdmin(statuses, ends=ends)  # type: ignore[abstract] # abstract in the stub only
+
+
+@contextmanager
+def serving(admin: FakeAdmin, listen: str = "127.0.0.1:0") -> Iterator[str]:
+    """The address at which `admin` answers."""
+    server = grpc.server(ThreadPoolExecutor(max_workers=4), options=[("grpc.so_reuseport", 0)])
+    add_TolariaAdminServiceServicer_to_server(admin, server)
+    port = server.add_insecure_port(listen)
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(grace=None).wait()
+
+
+def status_of(epoch: int, *, state: int = RunState.RUN_STATE_RUNNING, epochs: int = 3) -> GetStatusResponse:
+    """A status as a run of 45 steps an epoch has it at the begin of `epoch`."""
+    return GetStatusResponse(
+        run_id="run-1",
+        state=state,  # type: ignore[arg-type] # a plain number here, as a newer service could send
+        job="digits",
+        epoch=epoch,
+        epochs=epochs,
+        epoch_step=45 if state == RunState.RUN_STATE_FINISHED else 0,
+        steps_per_epoch=45,
+        global_step=45 * (epoch if state == RunState.RUN_STATE_FINISHED else epoch - 1),
+        training_loss=1.0 / epoch,
+        validation_loss=0.5 / epoch,
+        validation_accuracy=0.9 + epoch / 100,
+        last_boundary_ms=4.25,
+        boundary_ms_p50=4.0,
+        boundary_ms_p99=6.5,
+        tamiyo_answer=f"germinate after epoch {epoch - 1}",
+        kasmina_answer="germinated [bold]seed-1",
+        commands_accepted=2,
+        commands_rejected=1,
+        rollbacks=1,
+        learning_rates={"host": 0.001},
+        breakers={"tamiyo": CircuitBreakerState.CIRCUIT_STATE_CLOSED},
+        seeds=[SeedState(seed_id="seed-1", stage=SeedLifecycleStage.SEED_STAGE_TRAINING, blueprint_id="conv")],
+        metrics_address="127.0.0.1:9464",
+        version="0.1.0",
+    )
+
+
+def whole_run() -> list[GetStatusResponse]:
+    """Three epochs and the end."""
+    return [status_of(1), status_of(2), status_of(3), status_of(3, state=RunState.RUN_STATE_FINISHED)]
+
+
+def _until_cancelled(context: grpc.ServicerContext) -> None:
+    over = threading.Event()
+    if context.add_callback(over.set):
+        over.wait()
+
+
+def _refuse(context: grpc.ServicerContext, code: grpc.StatusCode, message: str, detail: Any) -> None:
+    packed = AnyMessage()
+    packed.Pack(detail)
+    status = status_pb2.Status(code=code.value[0], message=message, details=[packed])
+    context.abort_with_status(rpc_status.to_status(status))

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import anyio
+import pytest
+from support.peers import FakeKasmina, FakeTamiyo, command, serving
+
+from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN, COMMAND_SEED, SEED_STAGE_TRAINING
+from leyline.v1.seeds_pb2 import SeedState
+from leyline.v1.state_pb2 import SystemStatePacket
+from tolaria.config import PeerSettings
+from tolaria.errors import PeerError, PeerProtocolError, PeerTimeoutError
+from tolaria.peers.connect import Peers, connected_peers
+from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.metrics import Metrics
+
+pytestmark = pytest.mark.anyio
+
+
+class Ward:
+    """Both clients against one target, with telemetry of their own."""
+
+    def __init__(self, target: str, timeout_s: float = 2.0) -> None:
+        self.metrics = Metrics()
+        self.emitter = Emitter()
+        self.breaker_changes = 0
+        self._settings = PeerSettings(target=target, timeout_s=timeout_s)
+
+    def connected(self):  # type: ignore[no-untyped-def] # noqa: ANN201 - what connected_peers returns
+        def count() -> None:
+            self.breaker_changes += 1
+
+        return connected_peers(
+            self._settings, self._settings, metrics=self.metrics, emitter=self.emitter, on_breaker=count
+        )
+
+    def value(self, name: str, **labels: str) -> float:
+        found = self.metrics.registry.get_sample_value(name, labels)
+        return 0.0 if found is None else found
+
+    @property
+    def events(self) -> list[str]:
+        return [event.description for event in self.emitter.recent]
+
+
+async def no_command(_state: SystemStatePacket) -> AdaptationCommand | None:
+    return None
+
+
+async def test_both_peers_answer() -> None:
+    """No command is None; a command to Kasmina comes back with her whole desired set."""
+    kasmina = FakeKasmina([SeedState(seed_id="a", stage=SEED_STAGE_TRAINING)])
+    async with serving(FakeTamiyo(no_command), kasmina) as target:
+        ward = Ward(target)
+        async with ward.connected() as peers:
+            assert await peers.tamiyo.evaluate_epoch(SystemStatePacket(global_step=3)) is None
+            applied = await peers.kasmina.apply(command(COMMAND_SEED), SystemStatePacket())
+            exported = await peers.kasmina.export_seeds(SystemStatePacket())
+    assert applied.applied
+    assert [s.seed_id for s in applied.seeds] == [s.seed_id for s in exported] == ["a"]
+    assert (
+        ward.value("tolaria.peer.call_duration_seconds_count", peer="tamiyo", method="EvaluateEpoch", outcome="ok") == 1
+    )
+    assert ward.events == []
+
+
+async def test_a_lying_kasmina_is_a_protocol_error() -> None:
+    """Seeds that cannot be meant never get past the client."""
+    kasmina = FakeKasmina([SeedState(seed_id="a", stage=SEED_STAGE_TRAINING, risk_score=float("nan"))])
+    async with serving(kasmina) as target, Ward(target).connected() as peers:
+        with pytest.raises(PeerProtocolError, match="not finite"):
+            await peers.kasmina.export_seeds(SystemStatePacket())
+
+
+async def test_timeouts_are_counted_and_evented_by_peer() -> None:
+    """A timeout of Tamiyo shows as tolaria.tamiyo_timeout and timeout_inference, and in its counter."""
+
+    async def never(_state: SystemStatePacket) -> AdaptationCommand | None:
+        await anyio.sleep_forever()
+
+    async with serving(FakeTamiyo(never)) as target:
+        ward = Ward(target, timeout_s=0.05)
+        async with ward.connected() as peers:
+            with pytest.raises(PeerTimeoutError):
+                await peers.tamiyo.evaluate_epoch(SystemStatePacket())
+    assert ward.value("tolaria.timeout.tamiyo_total") == 1
+    assert ward.value("tolaria.timeout.kasmina_total") == 0
+    assert ward.value("tolaria.timeout.tamiyo_last_ms") >= 50
+    assert ward.events == ["tolaria.tamiyo_timeout", "timeout_inference"]
+
+
+async def test_a_dead_peer_opens_its_breaker_and_no_other() -> None:
+    """Three failures open Tamiyo's breaker: shown in the metric, told by an event; Kasmina's stays closed."""
+    ward = Ward("127.0.0.1:1")
+    async with ward.connected() as peers:
+        for _ in range(4):
+            with pytest.raises(PeerError):
+                await peers.tamiyo.evaluate_epoch(SystemStatePacket())
+    assert ward.value("tolaria.breaker.state", breaker="tamiyo") == CIRCUIT_STATE_OPEN
+    assert ward.value("tolaria.breaker.state", breaker="kasmina") == 1
+    assert ward.events == ["tolaria.tamiyo_error"] * 2 + ["tolaria.breaker_opened", "tolaria.tamiyo_error"]
+    assert ward.breaker_changes == 1
+
+
+async def test_a_restarted_peer_is_found_again_within_seconds() -> None:
+    """gRPC's long backoff is cut short, so that a peer that is back is called again soon."""
+    async with serving(FakeTamiyo(no_command)) as target:
+        ward = Ward(target)
+        peers_of = ward.connected()
+        peers: Peers = await peers_of.__aenter__()
+        await peers.tamiyo.evaluate_epoch(SystemStatePacket())
+    port = int(target.rpartition(":")[2])
+    with pytest.raises(PeerError):
+        await peers.tamiyo.evaluate_epoch(SystemStatePacket())
+    async with serving(FakeTamiyo(no_command), port=port):
+        with anyio.fail_after(10):
+            while True:
+                try:
+                    await peers.tamiyo.evaluate_epoch(SystemStatePacket())
+                    break
+                except PeerError:
+                    await anyio.sleep(0.05)
+                    peers.breakers["tamiyo"].force(1)
+        await peers_of.__aexit__(None, None, None)

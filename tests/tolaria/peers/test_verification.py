@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.peers import command
+
+from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.enums_pb2 import (
+    COMMAND_CIRCUIT_BREAKER,
+    COMMAND_OPTIMIZER,
+    COMMAND_PAUSE,
+    COMMAND_SEED,
+    COMMAND_STRUCTURAL_PRUNING,
+    SEED_STAGE_TRAINING,
+    CommandType,
+    SeedLifecycleStage,
+)
+from leyline.v1.seeds_pb2 import SeedState
+from tolaria.errors import CommandRejectedError, PeerProtocolError
+from tolaria.peers.signing import NonceTable, sign
+from tolaria.peers.verification import REJECTION_REASONS, SEEDS_MAX, CommandVerifier, Trust, verify_seeds
+
+
+def rejection(given_command: AdaptationCommand, *, secrets: tuple[bytes, ...] = (), late_s: float = 0.0) -> str:
+    """The reason for which a command is refused; empty when it passes."""
+    verifier = CommandVerifier(Trust(secrets=secrets), NonceTable(window_s=300.0))
+    try:
+        verifier.verify(given_command, wall_s=time.time() + late_s, now_s=0.0)
+    except CommandRejectedError as error:
+        return error.reason
+    return ""
+
+
+def spoilt(kind: CommandType.ValueType, spoil: Callable[[AdaptationCommand], object]) -> AdaptationCommand:
+    made = command(kind)
+    spoil(made)
+    return made
+
+
+def nan_parameter(made: AdaptationCommand) -> None:
+    made.seed_operation.parameters["alpha"] = float("nan")
+
+
+def infinite_rate(made: AdaptationCommand) -> None:
+    made.optimizer_adjustment.hyperparameters["lr"] = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("reason", "made"),
+    [
+        ("", command(COMMAND_PAUSE)),
+        ("", command(COMMAND_SEED)),
+        ("oversized", spoilt(COMMAND_PAUSE, lambda c: setattr(c, "issued_by", "x" * 70_000))),
+        ("wrong_version", command(version=2)),
+        ("wrong_version", command(version=0)),
+        ("no_id", command(command_id="")),
+        ("unknown_type", command(command_type=0)),
+        ("unknown_type", command(command_type=99)),
+        ("unsupported", command(COMMAND_STRUCTURAL_PRUNING)),
+        ("malformed", command(COMMAND_OPTIMIZER)),
+        ("malformed", command(COMMAND_CIRCUIT_BREAKER)),
+        ("malformed", spoilt(COMMAND_SEED, lambda c: c.ClearField("seed_operation"))),
+        ("malformed", spoilt(COMMAND_SEED, lambda c: setattr(c.seed_operation, "operation", 0))),
+        ("malformed", spoilt(COMMAND_SEED, lambda c: setattr(c.seed_operation, "operation", 77))),
+        ("not_finite", spoilt(COMMAND_SEED, nan_parameter)),
+        ("not_finite", spoilt(COMMAND_OPTIMIZER, infinite_rate)),
+        ("stale", spoilt(COMMAND_PAUSE, lambda c: c.ClearField("issued_at"))),
+    ],
+)
+def test_each_check_has_its_reason(reason: str, made: AdaptationCommand) -> None:
+    """What is wrong with a command decides the reason, which is stable."""
+    assert rejection(made) == reason
+    assert reason in {"", *REJECTION_REASONS}
+
+
+@pytest.mark.parametrize(("late_s", "reason"), [(59.0, ""), (61.0, "stale"), (-59.0, ""), (-61.0, "stale")])
+def test_freshness_goes_both_ways(late_s: float, reason: str) -> None:
+    """60 s of age pass, more do not; nor does a command from the future."""
+    assert rejection(command(), late_s=late_s) == reason
+
+
+@pytest.mark.parametrize(("late_s", "reason"), [(0.4, ""), (0.6, "deadline_passed")])
+def test_the_execution_deadline_counts_from_issue(late_s: float, reason: str) -> None:
+    """A command that comes after its own deadline changes nothing."""
+    assert rejection(command(execution_deadline_ms=500), late_s=late_s) == reason
+
+
+def test_with_a_secret_only_signed_commands_pass() -> None:
+    """Unsigned and wrongly signed commands are refused for that before anything else is looked at."""
+    signed = command()
+    sign(signed, b"key")
+    assert rejection(signed, secrets=(b"key",)) == ""
+    assert rejection(signed, secrets=(b"other",)) == "unsigned"
+    assert rejection(command(version=9), secrets=(b"key",)) == "unsigned"
+
+
+def test_a_replay_is_refused_and_a_forgery_uses_no_id_up() -> None:
+    """The second time a command comes it is refused; a refused one may come again mended."""
+    verifier = CommandVerifier(Trust(), NonceTable(window_s=300.0))
+    good = command()
+    forged = AdaptationCommand()
+    forged.CopyFrom(good)
+    forged.version = 7
+    with pytest.raises(CommandRejectedError, match="wrong_version"):
+        verifier.verify(forged, wall_s=time.time(), now_s=0.0)
+    verifier.verify(good, wall_s=time.time(), now_s=1.0)
+    with pytest.raises(CommandRejectedError, match="replayed"):
+        verifier.verify(good, wall_s=time.time(), now_s=2.0)
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_pass_or_are_refused(raw: bytes) -> None:
+    """Whatever decodes as a command is judged without any other error."""
+    made = AdaptationCommand()
+    try:
+        made.ParseFromString(raw)
+    except Exception:  # noqa: BLE001 - bytes that are no command never reach the verifier
+        return
+    assert rejection(made) in {"", *REJECTION_REASONS}
+
+
+def seed(seed_id: str = "a", stage: SeedLifecycleStage.ValueType = SEED_STAGE_TRAINING) -> SeedState:
+    return SeedState(seed_id=seed_id, stage=stage)
+
+
+def seed_with(**fields: float) -> SeedState:
+    return SeedState(seed_id="a", stage=SEED_STAGE_TRAINING, **fields)  # type: ignore[arg-type]
+
+
+def seed_with_metric(value: float) -> SeedState:
+    made = seed()
+    made.metrics["alpha"] = value
+    return made
+
+
+def seed_with_alpha(value: float) -> SeedState:
+    made = seed()
+    made.alpha.end = value
+    return made
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("words", "seeds"),
+    [
+        ("has no id", [seed("")]),
+        ("is there twice", [seed("a"), seed("b"), seed("a")]),
+        ("has unknown stage 0", [seed("a", 0)]),  # type: ignore[arg-type]
+        ("has unknown stage 12", [seed("a", 12)]),  # type: ignore[arg-type]
+        ("is not finite", [seed_with(learning_rate=NAN)]),
+        ("is not finite", [seed_with(gradient_norm=float("inf"))]),
+        ("is not finite", [seed_with_metric(NAN)]),
+        ("is not finite", [seed_with_alpha(NAN)]),
+        ("is one more than", [seed(str(number)) for number in range(SEEDS_MAX + 1)]),
+    ],
+)
+def test_seeds_that_cannot_be_meant_are_refused(words: str, seeds: list[SeedState]) -> None:
+    """A lying Kasmina is found out, with the seed named."""
+    with pytest.raises(PeerProtocolError, match=words):
+        verify_seeds("kasmina", seeds)
+
+
+def test_good_seeds_keep_their_order() -> None:
+    """What can be meant comes back as it came."""
+    assert [s.seed_id for s in verify_seeds("kasmina", [seed("b"), seed("a")])] == ["b", "a"]

@@ -1,0 +1,240 @@
+"""Real processes: the embedded peers, how they start, how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+from contextlib import suppress
+from pathlib import Path
+
+import anyio
+import grpc.aio
+import pytest
+from structlog.testing import capture_logs
+
+from leyline.v1.kasmina_service_pb2 import ExportSeedStatesRequest
+from leyline.v1.kasmina_service_pb2_grpc import KasminaServiceStub
+from leyline.v1.state_pb2 import SystemStatePacket
+from leyline.v1.tamiyo_service_pb2 import EvaluateEpochRequest
+from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
+from tolaria.errors import PeerUnavailableError
+from tolaria.reference.embedded import EmbeddedPair, embedded_pair
+
+pytestmark = pytest.mark.anyio
+
+ENVIRONMENT = dict(os.environ)
+PATIENCE_S = 60.0
+
+# What `tolaria peer` does, and nothing else of the command line.
+PEER = """
+import functools, json, sys
+import anyio
+from tolaria.config import LeylineSettings
+from tolaria.reference.serve import serve_peer
+
+def announce(address):
+    print(json.dumps({"listening": str(address)}), flush=True)
+
+assert sys.argv[1:2] + sys.argv[3:] == ["peer", "--listen", "127.0.0.1:0", "--while-stdin"]
+anyio.run(functools.partial(
+    serve_peer, sys.argv[2], sys.argv[4], LeylineSettings(), announce=announce, while_stdin=True
+))
+"""
+STUBBORN = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print('{"listening": "127.0.0.1:1"}', flush=True)
+while True:
+    time.sleep(60)
+"""
+PARENT = """
+import os, sys
+import anyio
+from tolaria.reference.embedded import embedded_pair
+
+async def main():
+    async with embedded_pair(dict(os.environ), command=(sys.executable, sys.argv[1])) as pair:
+        print(*pair.pids, flush=True)
+        await anyio.sleep_forever()
+
+anyio.run(main)
+"""
+
+
+def script(folder: Path, text: str) -> tuple[str, str]:
+    """A command that runs `text`."""
+    path = folder / f"script_{len(list(folder.iterdir()))}.py"
+    path.write_text(textwrap.dedent(text), encoding="utf-8")
+    return sys.executable, str(path)
+
+
+def assert_ended(pid: int) -> None:
+    """The process has ended, or does within the patience."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([descriptor], [], [], PATIENCE_S)[0], f"process {pid} still runs"
+    finally:
+        os.close(descriptor)
+
+
+def assert_reaped(pair: EmbeddedPair) -> None:
+    """No process of the pair is left, not even as a zombie."""
+    for pid in pair.pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+async def test_both_peers_serve_and_are_gone_afterwards(tmp_path: Path) -> None:
+    """Both children answer over gRPC; after the block neither a process nor a descriptor is left."""
+    before = pipes()
+    with capture_logs() as logs:
+        async with embedded_pair(ENVIRONMENT, command=script(tmp_path, PEER)) as pair:
+            state = SystemStatePacket(version=1)
+            async with grpc.aio.insecure_channel(pair.tamiyo) as channel:
+                await TamiyoServiceStub(channel).EvaluateEpoch(EvaluateEpochRequest(state=state), timeout=PATIENCE_S)
+            async with grpc.aio.insecure_channel(pair.kasmina) as channel:
+                stub = KasminaServiceStub(channel)
+                await stub.ExportSeedStates(ExportSeedStatesRequest(state=state), timeout=PATIENCE_S)
+    assert_reaped(pair)
+    assert not [entry for entry in logs if entry["log_level"] == "warning"]
+    assert pipes() <= before
+
+
+def pipes() -> set[str]:
+    """The pipes and socket pairs that this process holds open."""
+    links = set()
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            links.add(str(descriptor.readlink()))
+    return {link for link in links if link.startswith("pipe:")}
+
+
+async def test_one_peer_alone(tmp_path: Path) -> None:
+    """Only the peers asked for are started; the other's target is empty."""
+    async with embedded_pair(ENVIRONMENT, ["kasmina"], command=script(tmp_path, PEER)) as pair:
+        assert (pair.tamiyo, len(pair.pids)) == ("", 1)
+        assert pair.kasmina.startswith("127.0.0.1:")
+    assert_reaped(pair)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("import sys; sys.exit('no such thing')", "tamiyo: ended with code 1: no such thing"),
+        ("print('hello', flush=True)\nimport time; time.sleep(600)", "announced itself with b'hello'"),
+        ("print('[1]', flush=True)\nimport time; time.sleep(600)", "announced itself with"),
+        ("print('x' * 5000, flush=True)\nimport time; time.sleep(600)", "a line that has no end"),
+    ],
+)
+async def test_a_child_that_does_not_start_right(tmp_path: Path, text: str, why: str) -> None:
+    """A child that dies or talks nonsense ends the start with its name and its last words."""
+    with pytest.raises(PeerUnavailableError) as caught:
+        async with embedded_pair(ENVIRONMENT, command=script(tmp_path, text), stop_timeout_s=0.2):
+            pytest.fail("the block must not run")
+    assert why in str(caught.value)
+
+
+async def test_a_child_that_stays_silent(tmp_path: Path) -> None:
+    """A child that never announces itself ends the start when its time is over."""
+    silent = script(tmp_path, "import time; time.sleep(600)")
+    with pytest.raises(PeerUnavailableError, match=r"tamiyo: has not announced where it listens within 0\.3 s"):
+        async with embedded_pair(ENVIRONMENT, command=silent, start_timeout_s=0.3, stop_timeout_s=0.2):
+            pytest.fail("the block must not run")
+
+
+async def test_a_command_that_does_not_exist() -> None:
+    """A command that cannot be run is an unavailable peer, not an OSError."""
+    with pytest.raises(PeerUnavailableError, match="cannot be started"):
+        async with embedded_pair(ENVIRONMENT, command=("/nonexistent/python",)):
+            pytest.fail("the block must not run")
+
+
+async def test_a_stubborn_child_is_killed(tmp_path: Path) -> None:
+    """A child that heeds neither the end of its input nor SIGTERM is killed."""
+    async with embedded_pair(ENVIRONMENT, command=script(tmp_path, STUBBORN), stop_timeout_s=0.2) as pair:
+        pass
+    assert_reaped(pair)
+
+
+async def test_cancellation_leaves_no_process(tmp_path: Path) -> None:
+    """A block that is cancelled ends its children all the same."""
+    with anyio.CancelScope() as scope:
+        async with embedded_pair(ENVIRONMENT, command=script(tmp_path, PEER)) as pair:
+            scope.cancel()
+            await anyio.sleep_forever()
+    assert scope.cancelled_caught
+    assert_reaped(pair)
+
+
+async def test_an_error_of_the_block_keeps_its_type(tmp_path: Path) -> None:
+    """What the block raises comes out as it is, with its cause, and the children are gone."""
+    cause = KeyError("cause")
+    with pytest.raises(ZeroDivisionError) as caught:
+        async with embedded_pair(ENVIRONMENT, ["tamiyo"], command=script(tmp_path, PEER)) as pair:
+            raise ZeroDivisionError from cause
+    assert caught.value.__cause__ is cause
+    assert_reaped(pair)
+
+
+async def test_a_peer_that_dies_is_told_of(tmp_path: Path) -> None:
+    """The death of a child is logged with its code; the block goes on."""
+    with capture_logs() as logs:
+        async with embedded_pair(ENVIRONMENT, ["tamiyo"], command=script(tmp_path, PEER)) as pair:
+            os.kill(pair.pids[0], signal.SIGKILL)
+            with anyio.fail_after(PATIENCE_S):
+                while not any(entry["event"] == "embedded peer died" for entry in logs):
+                    await anyio.wait_all_tasks_blocked()
+    death = next(entry for entry in logs if entry["event"] == "embedded peer died")
+    assert (death["peer"], death["detail"]) == ("tamiyo", "ended with code -9")
+
+
+async def test_peers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """SIGKILL of the process that started them ends both peers: their standard input ends."""
+    peer, parent = script(tmp_path, PEER), script(tmp_path, PARENT)
+    process = subprocess.Popen([*parent, peer[1]], stdout=subprocess.PIPE, env=ENVIRONMENT)  # noqa: ASYNC220
+    with process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 2
+        process.kill()
+    for pid in pids:
+        assert_ended(pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signals_end_a_peer(tmp_path: Path, number: signal.Signals) -> None:
+    """SIGTERM and SIGINT end a peer with exit code 0."""
+    command = [*script(tmp_path, PEER), "peer", "kasmina", "--listen", "127.0.0.1:0", "--while-stdin"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT) as process:  # noqa: ASYNC220
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["listening"].startswith("127.0.0.1:")
+        process.send_signal(number)
+        assert process.wait(PATIENCE_S) == 0
+
+
+async def test_standard_input_that_is_no_pipe_ends_at_once(tmp_path: Path) -> None:
+    """With /dev/null for standard input the peer ends by itself, with exit code 0."""
+    command = [*script(tmp_path, PEER), "peer", "tamiyo", "--listen", "127.0.0.1:0", "--while-stdin"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, env=ENVIRONMENT, timeout=PATIENCE_S, check=False)  # noqa: ASYNC221
+    assert done.returncode == 0
+
+
+def test_no_torch() -> None:
+    """Importing every module of the room imports no torch."""
+    code = """
+        import importlib, pkgutil, sys
+        import tolaria.reference
+        for module in pkgutil.iter_modules(tolaria.reference.__path__):
+            importlib.import_module(f"tolaria.reference.{module.name}")
+        assert "tolaria.reference.embedded" in sys.modules
+        assert "torch" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=PATIENCE_S)

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+import grpc
+import grpc.aio
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from leyline.v1 import admin_service_pb2 as admin
+from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub, add_TolariaAdminServiceServicer_to_server
+from tolaria.errors import WrongStateError
+from tolaria.grpc_server import grpc_server
+from tolaria.rpc.admin import AdminService
+from tolaria.training.feed import StatusFeed
+from tolaria.training.run_state import RunEvent, after
+
+pytestmark = pytest.mark.anyio
+
+
+class FakeRun:
+    """A run without training: the real table of states, and a step count."""
+
+    def __init__(self) -> None:
+        self.feed = StatusFeed()
+        self.global_step = 7
+        self.state = admin.RUN_STATE_RUNNING
+        self.reasons: list[str] = []
+
+    def status(self) -> admin.GetStatusResponse:
+        return admin.GetStatusResponse(run_id="run", state=self.state, global_step=self.global_step)
+
+    async def pause(self, reason: str) -> None:
+        self._enter(RunEvent.PAUSED, reason)
+
+    def resume(self, reason: str) -> None:
+        self._enter(RunEvent.RESUMED, reason)
+
+    async def stop(self, reason: str) -> None:
+        self._enter(RunEvent.FINISHED, reason)
+
+    def _enter(self, event: RunEvent, reason: str) -> None:
+        self.state = after(self.state, event)
+        self.reasons.append(reason)
+        self.feed.changed()
+
+
+class Served:
+    def __init__(self, run: FakeRun, stub: TolariaAdminServiceStub, closing: anyio.Event, address: str) -> None:
+        self.run, self.stub, self.closing, self.address = run, stub, closing, address
+
+
+@asynccontextmanager
+async def served(interval_s: float = 60.0) -> AsyncIterator[Served]:
+    run, closing = FakeRun(), anyio.Event()
+
+    def complete(status: admin.GetStatusResponse) -> None:
+        status.metrics_address = "m"
+
+    def register(server: grpc.aio.Server) -> None:
+        service = AdminService(run, complete=complete, closing=closing, interval_s=interval_s, request_memory=100)
+        add_TolariaAdminServiceServicer_to_server(service, server)
+
+    async with grpc_server("test", "127.0.0.1:0", register, service_names=["x"], grace_s=1.0) as server:
+        async with grpc.aio.insecure_channel(str(server.address)) as channel:
+            yield Served(run, TolariaAdminServiceStub(channel), closing, str(server.address))
+
+
+def reason_of(error: grpc.aio.AioRpcError) -> str:
+    status = rpc_status.from_call(error)
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    return info.reason
+
+
+async def test_status_holds_the_runs_part_and_the_services() -> None:
+    """GetStatus is the run's message, completed by the service."""
+    async with served() as it:
+        status = await it.stub.GetStatus(admin.GetStatusRequest())
+    assert (status.run_id, status.global_step, status.metrics_address) == ("run", 7, "m")
+
+
+async def test_pause_resume_stop_tell_step_and_state() -> None:
+    """Each mutating answer carries the step at which it took effect, and the new state."""
+    async with served() as it:
+        paused = await it.stub.PauseTraining(admin.PauseTrainingRequest(request_id="1", reason="look"))
+        resumed = await it.stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="2", reason="fine"))
+        stopped = await it.stub.StopTraining(admin.StopTrainingRequest(request_id="3", reason="enough"))
+    assert [a.state for a in (paused, resumed, stopped)] == [
+        admin.RUN_STATE_PAUSED, admin.RUN_STATE_RUNNING, admin.RUN_STATE_FINISHED,
+    ]  # fmt: skip
+    assert {a.global_step for a in (paused, resumed, stopped)} == {7}
+    assert it.run.reasons == ["look", "fine", "enough"]
+
+
+async def test_a_repeated_request_is_carried_out_once() -> None:
+    """The same request_id gets the first answer, though the run has moved on."""
+    async with served() as it:
+        request = admin.PauseTrainingRequest(request_id="1", reason="look")
+        first = await it.stub.PauseTraining(request)
+        it.run.global_step = 99
+        assert await it.stub.PauseTraining(request) == first
+    assert it.run.reasons == ["look"]
+
+
+async def test_a_request_that_does_not_fit_the_state_is_refused() -> None:
+    """FAILED_PRECONDITION with a stable reason, and nothing changed."""
+    async with served() as it:
+        it.run.state = admin.RUN_STATE_FINISHED
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await it.stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="1", reason="x"))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert reason_of(caught.value) == "WRONG_STATE"
+
+
+async def test_a_missing_reason_is_named() -> None:
+    """INVALID_ARGUMENT says which field."""
+    async with served() as it:
+        with pytest.raises(grpc.aio.AioRpcError, match="reason: must not be empty") as caught:
+            await it.stub.PauseTraining(admin.PauseTrainingRequest(request_id="1"))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert reason_of(caught.value) == "INVALID_FIELD"
+
+
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        ("TriggerRollback", admin.TriggerRollbackRequest()),
+        ("ListRestorePoints", admin.ListRestorePointsRequest()),
+        ("CreateCheckpoint", admin.CreateCheckpointRequest()),
+        ("RaiseEmergency", admin.RaiseEmergencyRequest()),
+        ("ClearEmergency", admin.ClearEmergencyRequest()),
+        ("ListIncidents", admin.ListIncidentsRequest()),
+        ("SetConservativeMode", admin.SetConservativeModeRequest()),
+        ("AdjustLearningRate", admin.AdjustLearningRateRequest()),
+        ("CaptureProfile", admin.CaptureProfileRequest()),
+    ],
+)
+async def test_calls_that_are_not_served_say_why(method: str, request_: object) -> None:
+    """UNIMPLEMENTED, with the reason in words."""
+    async with served() as it:
+        with pytest.raises(grpc.aio.AioRpcError, match=f"{method} is not served: .{{10,}}") as caught:
+            await getattr(it.stub, method)(request_)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_the_telemetry_stream_is_not_served_either() -> None:
+    """A stream is refused as a call is."""
+    async with served() as it:
+        with pytest.raises(grpc.aio.AioRpcError, match="StreamTelemetry is not served"):
+            async for _ in it.stub.StreamTelemetry(admin.StreamTelemetryRequest()):
+                pass
+
+
+async def test_a_watch_tells_every_change_at_once_and_ends_with_the_service() -> None:
+    """The status now, one more after a change, the last one when the service closes; then the stream ends."""
+    async with served() as it:
+        states = []
+        with anyio.fail_after(5):
+            async for answer in it.stub.WatchStatus(admin.WatchStatusRequest()):
+                states.append(answer.status.state)
+                if len(states) == 1:
+                    await it.run.pause("look")
+                elif len(states) == 2:
+                    it.closing.set()
+                    it.run.feed.changed()
+    assert states == [admin.RUN_STATE_RUNNING, admin.RUN_STATE_PAUSED, admin.RUN_STATE_PAUSED]
+
+
+async def test_a_watch_keeps_its_pace_without_changes() -> None:
+    """Between changes the status comes every interval, no faster than the client asked."""
+    async with served(interval_s=0.01) as it:
+        with anyio.fail_after(5):
+            count = 0
+            async for _ in it.stub.WatchStatus(admin.WatchStatusRequest(interval_ms=20)):
+                count += 1
+                if count == 4:
+                    break
+    assert count == 4
+
+
+METHODS = [m.name for m in admin.DESCRIPTOR.services_by_name["TolariaAdminService"].methods if not m.server_streaming]
+
+
+@given(calls=st.lists(st.tuples(st.sampled_from(METHODS), st.binary(max_size=40)), max_size=20))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_garbage_never_breaks_the_server(calls: list[tuple[str, bytes]]) -> None:
+    """Whatever bytes arrive for whatever method: an answer or an error of the caller's making, never a crash."""
+
+    async def send() -> None:
+        async with served() as it, grpc.aio.insecure_channel(it.address) as channel:
+            for method, raw in calls:
+                call = channel.unary_unary(f"/leyline.v1.TolariaAdminService/{method}")
+                try:
+                    await call(raw, timeout=5)
+                except grpc.aio.AioRpcError as error:
+                    assert error.code() not in {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}, error.details()
+            await it.stub.GetStatus(admin.GetStatusRequest(), timeout=5)
+
+    anyio.run(send)
+
+
+async def test_a_refused_move_changes_nothing() -> None:
+    """The fake uses the real table: a wrong state raises before anything is noted."""
+    run = FakeRun()
+    run.state = admin.RUN_STATE_FAILED
+    with pytest.raises(WrongStateError):
+        await run.pause("x")
+    assert run.reasons == []

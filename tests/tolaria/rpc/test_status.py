@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from google.rpc import code_pb2, error_details_pb2
+
+from tolaria import errors
+from tolaria.errors import InvalidFieldError, TolariaError, WrongStateError
+from tolaria.rpc.status import ANSWERS, status_of
+
+
+def test_the_table_is_complete_and_in_order() -> None:
+    """Every error has an answer of its own kind or its base's, and no row hides a later, special one."""
+    kinds = [kind for kind, _ in ANSWERS]
+    assert kinds[-1] is TolariaError
+    for position, kind in enumerate(kinds):
+        assert not any(issubclass(later, kind) for later in kinds[position + 1 :])
+    for _, kind in inspect.getmembers(errors, inspect.isclass):
+        if issubclass(kind, TolariaError) and kind.__subclasses__() == []:
+            assert any(issubclass(kind, known) for known in kinds)
+
+
+def test_reasons_are_stable_and_unique() -> None:
+    """Clients switch on the reason: one for each row."""
+    reasons = [answer.reason for _, answer in ANSWERS]
+    assert len(set(reasons)) == len(reasons)
+    assert all(code_pb2.Code.Name(answer.code) for _, answer in ANSWERS)  # type: ignore[attr-defined]
+
+
+def test_a_bad_field_is_named_in_the_details() -> None:
+    """google.rpc.BadRequest holds the field, ErrorInfo the reason."""
+    status = status_of(InvalidFieldError("reason", "must not be empty"))
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    assert status.details[0].Unpack(info)
+    assert status.details[1].Unpack(bad)
+    assert (status.code, info.reason, info.domain) == (code_pb2.INVALID_ARGUMENT, "INVALID_FIELD", "tolaria")
+    assert [(v.field, v.description) for v in bad.field_violations] == [("reason", "must not be empty")]
+
+
+@pytest.mark.parametrize("error", [WrongStateError("x"), TolariaError("y")])
+def test_other_errors_carry_their_reason_only(error: TolariaError) -> None:
+    """No field is blamed where none is to blame."""
+    assert len(status_of(error).details) == 1

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import struct
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from leyline.v1.enums_pb2 import EmergencyLevel, RollbackTier
+from tolaria.errors import SignalValueError
+from tolaria.signals import layout
+from tolaria.signals.records import Header, ParticipantRecord, RollbackRecord, RollbackState
+
+WORD = st.integers(0, layout.MASK64)
+HEADER = Header("run-1", bytes(range(16)), 17, 23)
+
+
+def test_layout_every_block_is_aligned_and_sizes_are_as_documented() -> None:
+    """Blocks start at multiples of 64 and the docstring's offsets are the program's."""
+    starts = [layout.BELL_AT, layout.ROLLBACK_AT, *(layout.participant_at(i) for i in range(8))]
+    assert [start % 64 for start in starts] == [0] * 10
+    assert (layout.BOARD_SIZE, layout.BLOCKS_AT, layout.PARTICIPANT_SIZE) == (5248, 320, 576)
+    assert (layout.ROLLBACK_AT, layout.ROLLBACK_SIZE) == (4928, 320)
+    assert len(layout.blank_board(HEADER)) == layout.BOARD_SIZE
+    for number in ("5248", "4928", "576", "320"):
+        assert number in str(layout.__doc__)
+
+
+def test_layout_fields_lie_at_the_documented_offsets() -> None:
+    """A participant's payload has each field where the table says."""
+    record = ParticipantRecord(EmergencyLevel.EMERGENCY_LEVEL_HALT, "é!", 11, 12, 13, 14, 15, 16)
+    payload = layout.encode_participant(10, 3, record)
+    assert struct.unpack_from("<6Q4I", payload) == (10, 11, 12, 13, 14, 15, 3, 16, 4, 3)
+    assert payload[64:67] == "é!".encode()
+
+
+@given(
+    level=st.sampled_from(EmergencyLevel.values()),
+    reason=st.text(max_size=60),
+    numbers=st.tuples(WORD, WORD, WORD, WORD, WORD),
+    generation=WORD,
+    index=st.integers(0, 7),
+)
+def test_layout_participant_round_trip(
+    level: EmergencyLevel.ValueType, reason: str, numbers: tuple[int, int, int, int, int], generation: int, index: int
+) -> None:
+    """What is encoded decodes to itself, its reason cut; under another generation or block to nothing."""
+    record = ParticipantRecord(level, reason, *numbers, 77)
+    payload = layout.encode_participant(generation, index, record)
+    expected = record._replace(reason=layout.cut_at_character(reason, layout.REASON_MAX).decode())
+    assert layout.decode_participant(payload, generation, index) == expected
+    assert layout.decode_participant(payload, generation ^ 1, index) is None
+    assert layout.decode_participant(payload, generation, index ^ 1) is None
+
+
+@given(state=st.sampled_from(RollbackState), tier=st.sampled_from(RollbackTier.values()), step=WORD, generation=WORD)
+def test_layout_rollback_round_trip(
+    state: RollbackState, tier: RollbackTier.ValueType, step: int, generation: int
+) -> None:
+    """A rollback record decodes to itself, and not under another generation."""
+    record = RollbackRecord(state, "r-é", step, 5, tier, 6, 7)
+    payload = layout.encode_rollback(generation, record)
+    assert layout.decode_rollback(payload, generation) == record
+    assert layout.decode_rollback(payload, generation ^ 1) is None
+
+
+@given(flip=st.integers(0, layout.PARTICIPANT_PAYLOAD * 8 - 1), index=st.integers(0, 7))
+def test_layout_any_flipped_bit_is_noticed(flip: int, index: int) -> None:
+    """No payload with one bit flipped decodes."""
+    payload = bytearray(layout.encode_participant(4, index, ParticipantRecord(reason="all is well")))
+    payload[flip // 8] ^= 1 << flip % 8
+    assert layout.decode_participant(bytes(payload), 4, index) is None
+
+
+@given(payload=st.binary(min_size=256, max_size=256), generation=WORD)
+def test_layout_arbitrary_payloads_never_crash(payload: bytes, generation: int) -> None:
+    """Noise decodes to nothing; with a valid checksum around it still to nothing or to a record."""
+    assert layout.decode_participant(payload, generation, 0) is None
+    assert layout.decode_rollback(payload[:128], generation) is None
+    for size in (256, 128):
+        body = payload[: size - 4]
+        sealed = body + struct.pack("<I", zlib.crc32(body))
+        own = int.from_bytes(body[:8], "little")
+        participant = layout.decode_participant(sealed, own, 0) if size == 256 else layout.decode_rollback(sealed, own)
+        assert participant is None or participant.owner_pid >= 0
+
+
+@given(text=st.text(), size=st.integers(0, 200))
+def test_layout_reasons_are_cut_at_a_character(text: str, size: int) -> None:
+    """A cut text is a prefix that fits, and misses less than one more character."""
+    cut = layout.cut_at_character(text, size)
+    whole = text.encode("utf-8", "replace")
+    assert whole.startswith(cut)
+    assert len(cut) <= size
+    assert cut == whole or size - len(cut) < 4
+    cut.decode("utf-8")
+
+
+def test_layout_lone_surrogates_become_question_marks() -> None:
+    """A reason that UTF-8 cannot hold is still raised."""
+    assert layout.cut_at_character("a\ud800b", 160) == b"a?b"
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "reason"),
+    [
+        (0, b"NOBOARD!", "foreign"),
+        (8, b"\x02", "version"),
+        (12, b"\x07", "size"),
+        (16, b"\x00", "size"),
+        (30, b"\xff", "header"),
+        (64, b"R", "header"),
+        (200, b"\x01", "header"),
+    ],
+)
+def test_layout_a_wrong_header_is_refused_with_its_reason(at: int, value: bytes, reason: str) -> None:
+    """Each field of the header that does not hold has its stable reason."""
+    head = bytearray(layout.blank_board(HEADER)[:256])
+    head[at : at + len(value)] = value
+    fault = layout.header_fault(bytes(head), layout.BOARD_SIZE)
+    assert fault is not None
+    assert fault[0] == reason
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"), [(0, "truncated"), (100, "truncated"), (5247, "truncated"), (5249, "size")]
+)
+def test_layout_a_file_of_another_size_is_refused(size: int, reason: str) -> None:
+    """A short file is truncated, a long one is no board of this version."""
+    fault = layout.header_fault((layout.blank_board(HEADER) + b"\0")[: min(size, 256)], size)
+    assert fault is not None
+    assert fault[0] == reason
+
+
+@given(head=st.binary(max_size=300), size=st.integers(0, 10_000))
+def test_layout_arbitrary_headers_never_crash(head: bytes, size: int) -> None:
+    """Noise is refused, whether or not it begins like a board."""
+    assert layout.header_fault(head[:256], size) is not None
+    assert layout.header_fault((layout.MAGIC + head)[:256], size) is not None
+
+
+def test_layout_a_valid_header_tells_what_was_written() -> None:
+    """A whole header passes and decodes to itself."""
+    head = layout.blank_board(HEADER)[:256]
+    assert layout.header_fault(head, layout.BOARD_SIZE) is None
+    assert layout.decode_header(head) == HEADER
+
+
+@pytest.mark.parametrize("run_id", ["", "x" * 129])
+def test_layout_run_ids_must_fit(run_id: str) -> None:
+    """An empty or overlong run id is refused rather than cut: it is an identity."""
+    with pytest.raises(SignalValueError, match="run id"):
+        layout.blank_board(Header(run_id, bytes(16), 0, 0))
+
+
+def test_layout_numbers_and_ids_must_fit() -> None:
+    """What does not fit its field raises a typed error."""
+    with pytest.raises(SignalValueError, match="does not fit"):
+        layout.encode_participant(0, 0, ParticipantRecord(signal_id=2**64))
+    with pytest.raises(SignalValueError, match="at most 64 bytes"):
+        layout.encode_rollback(0, RollbackRecord(rollback_id="é" * 33))
+    with pytest.raises(SignalValueError, match="no participant 'nobody'"):
+        layout.index_of("nobody")

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from tolaria.errors import BindError
+from tolaria.grpc_server import grpc_server
+
+pytestmark = pytest.mark.anyio
+
+
+def nothing(_server: grpc.aio.Server) -> None:
+    """Add no service."""
+
+
+async def test_health_is_served_by_part() -> None:
+    """Each part has the health that was set; an unknown one is NOT_FOUND."""
+    async with grpc_server("x", "127.0.0.1:0", nothing, service_names=[], grace_s=1) as server:
+        await server.set_health("tolaria.training", serving=True)
+        await server.set_health("tolaria.tamiyo", serving=False)
+        async with grpc.aio.insecure_channel(str(server.address)) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            good = await stub.Check(health_pb2.HealthCheckRequest(service="tolaria.training"))
+            bad = await stub.Check(health_pb2.HealthCheckRequest(service="tolaria.tamiyo"))
+            with pytest.raises(grpc.aio.AioRpcError, match="NOT_FOUND"):
+                await stub.Check(health_pb2.HealthCheckRequest(service="nobody"))
+    assert (good.status, bad.status) == (1, 2)
+
+
+async def test_reflection_lists_the_services() -> None:
+    """Any client can ask what is served."""
+    async with grpc_server("x", "127.0.0.1:0", nothing, service_names=["a.B"], grace_s=1) as server:
+        async with grpc.aio.insecure_channel(str(server.address)) as channel:
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            request = reflection_pb2.ServerReflectionRequest(list_services="")
+            answers = [a async for a in stub.ServerReflectionInfo(iter([request]))]
+    names = {s.name for s in answers[0].list_services_response.service}
+    assert {"a.B", "grpc.health.v1.Health"} <= names
+
+
+async def test_a_port_in_use_is_a_bind_error_with_the_address() -> None:
+    """The message names what and where; no port is shared."""
+    async with grpc_server("x", "127.0.0.1:0", nothing, service_names=[], grace_s=1) as server:
+        with pytest.raises(BindError, match=f"y cannot listen on {server.address}"):
+            async with grpc_server("y", str(server.address), nothing, service_names=[], grace_s=1):
+                pass

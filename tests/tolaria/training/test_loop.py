@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import threading
+
+import anyio
+import pytest
+import torch
+from support.jobs import GatedJob
+from support.peers import command
+from support.runs import FakePeers, RunUnderTest, new_run, running
+
+from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.enums_pb2 import COMMAND_PAUSE, COMMAND_SEED, SEED_STAGE_TRAINING
+from leyline.v1.seeds_pb2 import SeedState
+from leyline.v1.state_pb2 import SystemStatePacket
+from tolaria.config import ControlSettings
+from tolaria.errors import WrongStateError
+
+pytestmark = pytest.mark.anyio
+
+
+def gate(run: RunUnderTest) -> GatedJob:
+    assert isinstance(run.job, GatedJob)
+    return run.job
+
+
+async def entered(job: GatedJob) -> None:
+    """Wait until the lane stands inside a microbatch."""
+    with anyio.fail_after(10):
+        while not job.entered.acquire(blocking=False):
+            await anyio.sleep(0.002)
+
+
+async def test_a_run_trains_all_epochs_and_learns() -> None:
+    """Every epoch is trained, evaluated and told; the loss falls; the run finishes."""
+    peers = FakePeers()
+    async with running(new_run(peers, epochs=4)) as run:
+        await run.until(lambda: run.state == "FINISHED")
+    assert run.progress.global_step == 32
+    assert run.progress.samples_total == 4 * 64
+    assert [s.current_epoch for s in peers.states] == [1, 2, 3, 4]
+    assert [s.global_step for s in peers.states] == [8, 16, 24, 32]
+    assert peers.states[-1].training_loss < peers.states[0].training_loss
+    assert run.metrics.registry.get_sample_value("tolaria.epochs.total") == 4
+    assert run.metrics.registry.get_sample_value("tolaria.training.state", {"state": "finished"}) == 1
+    assert run.metrics.registry.get_sample_value("tolaria.step.duration_seconds_count") == 32
+
+
+async def test_a_pause_takes_effect_between_two_microbatches() -> None:
+    """The lane stands after the microbatch it is in, with accumulation in the middle of a step; nothing moves."""
+    run = new_run(FakePeers(), job="GatedJob", accumulate=4, epochs=1)
+    async with running(run):
+        job = gate(run)
+        await entered(job)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run.loop.pause, "look at it")
+            await run.until(lambda: run.state == "PAUSED")
+            job.passes.release()  # lets the one microbatch end that is under way
+        before = [p.detach().clone() for p in run.rig.parameters]  # type: ignore[attr-defined]
+        job.passes.release(2)
+        assert not await anyio.to_thread.run_sync(lambda: job.entered.acquire(timeout=0.1))
+        assert run.loop.global_step == 0
+        after = run.rig.parameters  # type: ignore[attr-defined]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        job.passes.release(100)
+        run.loop.resume("go on")
+        await run.until(lambda: run.state == "FINISHED")
+    assert run.progress.global_step == 2
+
+
+async def test_a_paused_run_ends_as_the_one_that_was_not() -> None:
+    """Holding and going on changes no bit of the result."""
+
+    async def final(*, pausing: bool) -> list[torch.Tensor]:
+        run = new_run(FakePeers(), epochs=3, accumulate=2, options={"dropout": 0.3})
+        async with running(run):
+            if pausing:
+                for _ in range(5):
+                    if run.state != "RUNNING":
+                        break
+                    await run.loop.pause("a while")
+                    run.loop.resume("on")
+                    await anyio.sleep(0)
+            await run.until(lambda: run.state == "FINISHED")
+        return [p.detach() for p in run.rig.parameters]  # type: ignore[attr-defined]
+
+    plain, paused = await final(pausing=False), await final(pausing=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, paused, strict=True))
+
+
+async def test_pausing_twice_and_resuming_twice_is_no_mistake() -> None:
+    """Asking for what is already so succeeds."""
+    run = new_run(FakePeers(), job="GatedJob")
+    async with running(run):
+        job = gate(run)
+        await entered(job)
+        job.passes.release()
+        await run.loop.pause("one")
+        await run.loop.pause("two")
+        run.loop.resume("one")
+        run.loop.resume("two")
+        assert run.state == "RUNNING"
+        job.passes.release(1000)
+        await run.loop.stop("enough")
+
+
+async def test_a_stop_finishes_the_step_and_ends_the_run() -> None:
+    """Stopped in a microbatch, the step is finished first; then the run is over and cannot be paused."""
+    run = new_run(FakePeers(), job="GatedJob", accumulate=2)
+    async with running(run):
+        job = gate(run)
+        await entered(job)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run.loop.stop, "enough")
+            await anyio.sleep(0.01)
+            job.passes.release(100)
+        assert run.state == "FINISHED"
+        assert run.progress.global_step == 1
+        assert run.progress.state_reason == "stopped: enough"
+        for refused in (run.loop.pause("x"), run.loop.stop("x")):
+            with pytest.raises(WrongStateError):
+                await refused
+        with pytest.raises(WrongStateError):
+            run.loop.resume("x")
+
+
+async def test_a_paused_run_can_be_stopped() -> None:
+    """Held in the middle of a step, a stop gives the step up and ends."""
+    run = new_run(FakePeers(), job="GatedJob", accumulate=4)
+    async with running(run):
+        job = gate(run)
+        await entered(job)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run.loop.pause, "look")
+            await run.until(lambda: run.state == "PAUSED")
+            job.passes.release()
+        await run.loop.stop("enough")
+    assert run.state == "FINISHED"
+    assert run.progress.global_step == 0
+
+
+async def test_the_jobs_own_failure_fails_the_run_with_its_words() -> None:
+    """What the job raises in the middle of training ends the run, not the service."""
+    run = new_run(FakePeers(), job="LateCrashJob")
+    async with running(run):
+        await run.until(lambda: run.state == "FAILED")
+    assert run.progress.state_reason == "RuntimeError: the disk with the labels is gone"
+    assert run.loop.status().health.summary == run.progress.state_reason
+
+
+async def test_steps_that_are_not_finite_hold_the_run() -> None:
+    """A few are passed over with an event each; a row of them holds the run, and resuming gives it another row."""
+    control = ControlSettings(boundary_budget_ms=2000, tamiyo_budget_ms=1000, max_void_steps=3)
+    run = new_run(FakePeers(), control=control, options={"poison_from": 2, "poison_steps": 4}, epochs=2)
+    async with running(run):
+        await run.until(lambda: run.state == "PAUSED")
+        assert run.progress.state_reason == "3 steps in a row were not finite"
+        run.loop.resume("go on")
+        await run.until(lambda: run.state in {"FINISHED", "PAUSED"})
+        if run.state == "PAUSED":
+            run.loop.resume("go on")
+        await run.until(lambda: run.state == "FINISHED")
+    assert run.events.count("tolaria.non_finite_step") == 4
+    assert run.progress.global_step == 12
+
+
+async def test_a_slow_controller_holds_training_up_no_longer_than_its_budget() -> None:
+    """Tamiyo hangs: every boundary ends with the budget, training goes on, and she is asked one at a time."""
+    release = anyio.Event()
+    asked = 0
+
+    async def slow(_state: SystemStatePacket) -> AdaptationCommand | None:
+        nonlocal asked
+        asked += 1
+        await release.wait()
+        return None
+
+    control = ControlSettings(boundary_budget_ms=18, tamiyo_budget_ms=12)
+    run = new_run(FakePeers(slow), control=control, epochs=5)
+    async with running(run):
+        await run.until(lambda: run.state == "FINISHED")
+        assert asked == 1
+        assert sorted(run.progress.boundaries_ms)[2] < 180
+        release.set()
+        await run.until(lambda: run.progress.tamiyo_answer == "no change")
+
+
+async def test_a_late_answer_is_applied_and_a_stale_one_dropped() -> None:
+    """What comes after the boundary still counts, unless training has moved on too far."""
+
+    async def outcome(max_staleness_steps: int) -> RunUnderTest:
+        release = anyio.Event()
+
+        async def late(state: SystemStatePacket) -> AdaptationCommand | None:
+            if state.current_epoch > 1:
+                return None
+            await release.wait()
+            return command(COMMAND_SEED)
+
+        control = ControlSettings(boundary_budget_ms=18, tamiyo_budget_ms=12, max_staleness_steps=max_staleness_steps)
+        run = new_run(FakePeers(late), control=control, epochs=3)
+        async with running(run):
+            await run.until(lambda: run.state == "FINISHED")
+            release.set()
+            await run.until(lambda: run.progress.tamiyo_answer == "no change")  # the newest question's answer
+        return run
+
+    applied, dropped = await outcome(1000), await outcome(3)
+    assert applied.progress.commands_accepted == 1
+    assert applied.progress.last_command is not None
+    assert dropped.progress.commands_accepted == 0
+    assert dropped.progress.last_command is None
+
+
+async def test_a_deterministic_boundary_waits_for_the_answer() -> None:
+    """With training.deterministic the answer is there before training goes on, however long past the budget."""
+
+    async def slow(_state: SystemStatePacket) -> AdaptationCommand | None:
+        await anyio.sleep(0.05)
+        return command(COMMAND_SEED)
+
+    control = ControlSettings(boundary_budget_ms=2, tamiyo_budget_ms=1)
+    try:
+        run = new_run(FakePeers(slow), control=control, epochs=2, deterministic=True)
+        async with running(run):
+            await run.until(lambda: run.state == "FINISHED")
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    assert run.progress.commands_accepted == 2
+    assert run.progress.boundaries_over_budget == 0
+    assert min(run.progress.boundaries_ms) >= 50
+
+
+async def test_the_controller_can_pause_the_run() -> None:
+    """COMMAND_PAUSE holds the run and says who asked."""
+
+    async def pause_once(state: SystemStatePacket) -> AdaptationCommand | None:
+        return command(COMMAND_PAUSE) if state.current_epoch == 1 else None
+
+    run = new_run(FakePeers(pause_once), epochs=2)
+    async with running(run):
+        await run.until(lambda: run.state == "PAUSED")
+        assert run.progress.state_reason == "asked by test"
+        run.loop.resume("looked at it")
+        await run.until(lambda: run.state == "FINISHED")
+
+
+async def test_seeds_and_answers_show_in_the_status() -> None:
+    """What Kasmina desires and what both said is in GetStatus and in the metrics."""
+
+    async def germinate(_state: SystemStatePacket) -> AdaptationCommand | None:
+        return command(COMMAND_SEED)
+
+    peers = FakePeers(germinate, [SeedState(seed_id="a", stage=SEED_STAGE_TRAINING)])
+    async with running(new_run(peers, epochs=2)) as run:
+        await run.until(lambda: run.state == "FINISHED")
+    status = run.loop.status()
+    assert [s.seed_id for s in status.seeds] == ["a"]
+    assert status.tamiyo_answer == "germinate seed-1"
+    assert status.kasmina_answer == "applied: germinated"
+    assert status.commands_accepted == 2
+    assert status.last_command.command_type == COMMAND_SEED
+    assert run.metrics.registry.get_sample_value("tolaria.seeds.active", {"stage": "training"}) == 1
+    assert run.metrics.registry.get_sample_value("tolaria.command.applied_total", {"type": "seed"}) == 2
+    assert len(peers.applied) == 2
+    assert [s.seed_id for s in peers.states[-1].seed_states] == ["a"]
+
+
+async def test_a_command_that_fails_a_check_changes_nothing() -> None:
+    """A wrong version is refused: counted by reason, evented, shown, and Kasmina never hears of it."""
+
+    async def lie(_state: SystemStatePacket) -> AdaptationCommand | None:
+        return command(COMMAND_SEED, version=9)
+
+    peers = FakePeers(lie)
+    async with running(new_run(peers, epochs=2)) as run:
+        await run.until(lambda: run.state == "FINISHED")
+    assert peers.applied == []
+    assert run.progress.commands_rejected == 2
+    assert run.progress.tamiyo_answer == "rejected: wrong_version"
+    assert run.metrics.registry.get_sample_value("tolaria.command.rejected_total", {"reason": "wrong_version"}) == 2
+    assert run.events.count("command_rejected") == 2
+
+
+async def test_a_breach_of_the_budget_is_counted_and_told() -> None:
+    """A boundary over its budget is a breach: in the status, as an event, as a failed epoch."""
+    control = ControlSettings(boundary_budget_ms=0.01, tamiyo_budget_ms=0.01)
+    async with running(new_run(FakePeers(), control=control, epochs=2)) as run:
+        await run.until(lambda: run.state == "FINISHED")
+    assert run.progress.boundaries_over_budget == 2
+    assert run.events.count("tolaria.epoch_budget_exceeded") == 2
+    assert run.metrics.registry.get_sample_value("tolaria.epochs.failed") == 2
+
+
+async def test_a_drain_ends_the_run_after_its_step() -> None:
+    """SIGTERM's way: the step is finished, the run is over, pausing is refused while it ends."""
+    run = new_run(FakePeers(), job="GatedJob")
+    async with running(run):
+        job = gate(run)
+        await entered(job)
+        run.loop.drain()
+        assert run.state == "DRAINING"
+        with pytest.raises(WrongStateError):
+            await run.loop.pause("x")
+        job.passes.release(100)
+        await run.until(lambda: run.state == "FINISHED")
+    assert run.progress.global_step == 1
+
+
+async def test_a_lane_that_does_not_end_is_told() -> None:
+    """A microbatch that hangs for ever cannot keep `close` from returning."""
+    run = new_run(FakePeers(), job="GatedJob")
+    job = gate(run)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run.loop.run)
+        await entered(job)
+        assert not await anyio.to_thread.run_sync(run.loop.close, 0.05)
+        job.passes.release(100)
+        assert await anyio.to_thread.run_sync(run.loop.close, 10.0)
+        tasks.cancel_scope.cancel()
+    assert [t.name for t in threading.enumerate() if t.name == "tolaria-lane"] == []
+
+
+async def test_an_empty_epoch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data that has dried up is an event, not a crash."""
+    run = new_run(FakePeers(), epochs=1)
+    monkeypatch.setattr(run.rig.cursor, "begin_epoch", lambda _epoch: None)  # type: ignore[attr-defined]
+    run.rig.cursor._chunks = ()  # type: ignore[attr-defined]
+    async with running(run):
+        await run.until(lambda: run.state == "FINISHED")
+    assert "zero_samples" in run.events

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from support.jobs import TinyJob
+from torch import nn
+
+from tolaria.config import TrainingSettings
+from tolaria.errors import LossShapeError
+from tolaria.training.losses import checked_losses
+from tolaria.training.rig import Rig, build_rig
+from tolaria.training.step import StepAbandonedError, train_step
+
+
+def rig(job: str = "TinyJob", **fields: object) -> Rig:
+    made = build_rig(TrainingSettings(job=f"support.jobs:{job}", device="cpu", **fields))  # type: ignore[arg-type]
+    made.cursor.begin_epoch(1)
+    made.model.train()
+    return made
+
+
+def always() -> bool:
+    return True
+
+
+def weights(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_step_is_the_plain_loop_bit_for_bit() -> None:
+    """Steps change the parameters exactly as the textbook loop over the same batches does."""
+    made = rig()
+    job, model = made.job, copy.deepcopy(made.model)
+    optimizer = job.build_optimizer(model)
+    cursor = job.training_data()
+    cursor.begin_epoch(1)
+    while (batch := cursor.next_batch()) is not None:
+        optimizer.zero_grad()
+        checked_losses(job, model, batch)["host"].backward()
+        optimizer.step()
+    reports = []
+    while (report := train_step(made, 1, always)) is not None:
+        reports.append(report)
+    assert same(weights(made.model), weights(model))
+    assert [r.global_step for r in reports] == list(range(1, 9))
+    assert {r.samples for r in reports} == {8}
+    assert all(r.duration_s >= r.input_wait_s >= 0 for r in reports)
+
+
+def test_accumulated_microbatches_are_one_large_batch() -> None:
+    """Two microbatches of 8 move the parameters as one batch of 16 does; the rest of an epoch is a smaller step."""
+    made = rig(accumulate=3)
+    made.model[1].eval()  # type: ignore[index] # batch statistics do differ
+    model = copy.deepcopy(made.model)
+    optimizer, cursor = made.job.build_optimizer(model), made.job.training_data()
+    cursor.begin_epoch(1)
+    first = [cursor.next_batch() for _ in range(3)]
+    x = torch.cat([b.payload[0] for b in first if b])
+    y = torch.cat([b.payload[1] for b in first if b])
+    nn.functional.mse_loss(model(x), y).backward()
+    optimizer.step()
+    report = train_step(made, 1, always)
+    assert report is not None
+    assert report.samples == 24
+    for ours, theirs in zip(weights(made.model), weights(model), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert made.steps_per_epoch == 3
+    assert [r.samples for r in [train_step(made, 1, always), train_step(made, 1, always)] if r] == [24, 16]
+    assert train_step(made, 1, always) is None
+
+
+def test_a_step_that_is_not_finite_changes_no_parameter() -> None:
+    """A NaN loss voids the step: parameters, momentum and the step count stay, the batch is behind."""
+    made = rig(options={"poison_from": 3})
+    train_step(made, 1, always)
+    train_step(made, 1, always)
+    before, momentum = weights(made.model), copy.deepcopy(made.optimizer.state_dict())
+    report = train_step(made, 1, always)
+    assert report is not None
+    assert report.void
+    assert math.isnan(report.loss)
+    assert report.global_step == 2
+    assert same(weights(made.model), before)
+    assert str(made.optimizer.state_dict()) == str(momentum)
+    following = train_step(made, 1, always)
+    assert following is not None
+    assert not following.void
+
+
+def test_a_step_given_up_changes_no_parameter() -> None:
+    """Told to stop between two microbatches, the step leaves everything as it was."""
+    made = rig(accumulate=2)
+    before = weights(made.model)
+    answers = iter([True, False])
+    with pytest.raises(StepAbandonedError):
+        train_step(made, 1, lambda: next(answers))
+    assert same(weights(made.model), before)
+    assert made.global_step == 0
+
+
+def test_large_gradients_are_clipped_to_the_norm() -> None:
+    """With clip_norm the step of plain SGD is as long as the norm allows, in the same direction."""
+    made = rig(clip_norm=0.01)
+    made.optimizer = torch.optim.SGD(made.model.parameters(), lr=1.0)
+    before = weights(made.model)
+    report = train_step(made, 1, always)
+    assert report is not None
+    assert report.gradient_norm > 0.01
+    moved = torch.cat([(a - b).flatten() for a, b in zip(weights(made.model), before, strict=True)])
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ("VectorLossJob", r"'host' must be a scalar, got shape \(8, 1\)"),
+        ("NoHostLossJob", r"with the source 'host', got \['somebody'\]"),
+        ("DetachedLossJob", "carries no graph"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_on_is_told_at_start(job: str, words: str) -> None:
+    """The first look at a job finds losses of the wrong kind."""
+    with pytest.raises(LossShapeError, match=words):
+        rig(job)
+
+
+class TensorLossJob(TinyJob):
+    def losses(self, model: nn.Module, batch: object) -> object:  # type: ignore[override]
+        return torch.tensor(1.0)
+
+
+def test_losses_must_be_a_mapping() -> None:
+    """A bare loss is refused with what was expected."""
+    made = rig()
+    job = TensorLossJob(made.job.context)  # type: ignore[attr-defined]
+    with pytest.raises(LossShapeError, match="got a Tensor"):
+        checked_losses(job, made.model, None)  # type: ignore[arg-type]

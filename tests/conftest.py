@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import grpc.aio
 import pytest
 import structlog
 import torch
@@ -11,6 +12,14 @@ from blockbuster import BlockBuster, blockbuster_ctx
 from structlog.typing import EventDict
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def grpc_stays_up() -> Iterator[None]:
+    """Hold gRPC's poller thread: the last channel or server to go would join it, on a loop where nothing may block."""
+    grpc.aio.init_grpc_aio()
+    yield
+    grpc.aio.shutdown_grpc_aio()
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def run(settings: Settings) -> int:
     context = LogContext()
     dropped = metrics.telemetry_dropped_total
     with logging_to(sys.stderr, settings.logging, context, on_dropped=lambda priority: dropped.labels(priority).inc()):
-        rig = build_rig(settings.training)
+        rig = build_rig(settings)
         metrics.build_info.info({"version": __version__, "torch": version("torch"), "device": str(rig.device)})
         return anyio.run(_Service(settings, rig, metrics, context).serve)
 
@@ -92,7 +92,13 @@ class _Service:
         self._emitter = Emitter()
         self._log = structlog.get_logger()
         self._progress = _new_progress(settings, rig)
-        self._recorder = Recorder(self._progress, metrics, self._emitter, log_context)
+        self._recorder = Recorder(
+            self._progress,
+            gradients=settings.gradients,
+            metrics=metrics,
+            emitter=self._emitter,
+            log_context=log_context,
+        )
         self._feed = StatusFeed()
         self._metrics_address = ""
 

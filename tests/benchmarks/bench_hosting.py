@@ -9,6 +9,8 @@ data. The whole is everything from the first epoch's begin to the last evaluatio
 from __future__ import annotations
 
 import argparse
+import importlib
+import itertools
 import os
 import statistics
 import sys
@@ -60,7 +62,7 @@ class HostedJob:
     stamps = Stamps()
 
     def __init__(self, context: JobContext) -> None:
-        from sklearn.datasets import load_digits  # noqa: PLC0415 - not while others are measured
+        from sklearn.datasets import load_digits  # not while others are measured
 
         data = load_digits()
         self.options = {name: int(str(value)) for name, value in context.options.items()}
@@ -74,7 +76,7 @@ class HostedJob:
         """`depth` hidden layers of `width`."""
         width = self.options["width"]
         sizes = [64, *[width] * self.options["depth"]]
-        hidden = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+        hidden = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
         return nn.Sequential(*hidden, nn.Linear(width, 10))
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -146,9 +148,8 @@ def hosted(options: dict[str, int], epochs: int) -> Stamps:
     ]
     if service.run(load_settings(None, overrides)):
         raise SystemExit("the hosted run failed")
-    import bench_hosting  # noqa: PLC0415 - the service has imported this file under its own name
-
-    stamps: Stamps = bench_hosting.HostedJob.stamps
+    # The service has imported this file under its own name.
+    stamps: Stamps = importlib.import_module("bench_hosting").HostedJob.stamps
     return stamps
 
 

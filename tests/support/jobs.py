@@ -96,10 +96,12 @@ class DetachedLossJob(TinyJob):
 
 
 def raising_factory(context: JobContext) -> TinyJob:
+    """Cannot build its job."""
     raise ZeroDivisionError("no shards")
 
 
 def not_a_job(context: JobContext) -> object:
+    """Builds something that is no job."""
     return object()
 
 

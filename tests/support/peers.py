@@ -44,13 +44,21 @@ class FakeTamiyo(TamiyoServiceServicer):
         self.running = 0
         self.cancelled = 0
 
-    async def EvaluateEpoch(
+    async def EvaluateEpoch(  # noqa: N802
         self, request: tamiyo.EvaluateEpochRequest, context: Context
-    ) -> tamiyo.EvaluateEpochResponse:  # noqa: N802
-        self.states.append(request.state)
+    ) -> tamiyo.EvaluateEpochResponse:
+        return tamiyo.EvaluateEpochResponse(command=await self._answered(request.state))
+
+    async def EvaluateStep(  # noqa: N802
+        self, request: tamiyo.EvaluateStepRequest, context: Context
+    ) -> tamiyo.EvaluateStepResponse:
+        return tamiyo.EvaluateStepResponse(command=await self._answered(request.state))
+
+    async def _answered(self, state: SystemStatePacket) -> AdaptationCommand | None:
+        self.states.append(state)
         self.running += 1
         try:
-            return tamiyo.EvaluateEpochResponse(command=await self.answer(request.state))
+            return await self.answer(state)
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -65,9 +73,9 @@ class FakeKasmina(KasminaServiceServicer):
         self.seeds = seeds or []
         self.commands: list[AdaptationCommand] = []
 
-    async def ApplyCommand(
+    async def ApplyCommand(  # noqa: N802
         self, request: kasmina.ApplyCommandRequest, context: Context
-    ) -> kasmina.ApplyCommandResponse:  # noqa: N802
+    ) -> kasmina.ApplyCommandResponse:
         self.commands.append(request.command)
         return kasmina.ApplyCommandResponse(seeds=self.seeds, applied=True, detail="germinated")
 

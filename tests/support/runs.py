@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -14,7 +14,7 @@ from leyline.v1.admin_service_pb2 import RunState
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
-from tolaria.config import ControlSettings, TrainingSettings
+from tolaria.config import ControlSettings, GradientsSettings, Settings, TrainingSettings
 from tolaria.peers.kasmina import Applied
 from tolaria.peers.signing import NonceTable
 from tolaria.peers.verification import CommandVerifier, Trust
@@ -44,6 +44,7 @@ class FakePeers:
         self.seeds = seeds or []
         self.states: list[SystemStatePacket] = []
         self.applied: list[AdaptationCommand] = []
+        self.refusals: list[tuple[str, str]] = []
 
     async def evaluate_epoch(self, state: SystemStatePacket) -> AdaptationCommand | None:
         """What the test scripted."""
@@ -55,8 +56,9 @@ class FakePeers:
         self.applied.append(command)
         return Applied(applied=True, detail="germinated", seeds=self.seeds)
 
-    async def export_seeds(self, state: SystemStatePacket) -> list[SeedState]:
+    async def export_seeds(self, state: SystemStatePacket, refusals: Sequence[tuple[str, str]] = ()) -> list[SeedState]:
         """The scripted seeds."""
+        self.refusals = list(refusals)
         return self.seeds
 
 
@@ -89,17 +91,23 @@ class RunUnderTest:
 
 
 def new_run(
-    peers: FakePeers, *, job: str = "TinyJob", control: ControlSettings | None = None, **training: object
+    peers: FakePeers,
+    *,
+    job: str = "TinyJob",
+    control: ControlSettings | None = None,
+    sections: dict[str, object] | None = None,
+    **training: object,
 ) -> RunUnderTest:
     """A run that has not been started."""
     settings = TrainingSettings(job=f"support.jobs:{job}", device="cpu", threads=1, **training)  # type: ignore[arg-type]
     control = control or ControlSettings(boundary_budget_ms=2000, tamiyo_budget_ms=1000)
     # In a thread, as the service builds it before there is a loop: jobs read files and import modules.
     with ThreadPoolExecutor(1) as pool:
-        rig = pool.submit(build_rig, settings).result()
+        rig = pool.submit(build_rig, Settings(training=settings, **(sections or {}))).result()  # type: ignore[arg-type]
     metrics, emitter = Metrics(), Emitter()
     progress = Progress("run", settings.job, "test", settings.epochs, rig.steps_per_epoch, time.monotonic())
-    recorder = Recorder(progress, metrics, emitter, LogContext())
+    gradients = GradientsSettings.model_validate((sections or {}).get("gradients", {}))
+    recorder = Recorder(progress, gradients=gradients, metrics=metrics, emitter=emitter, log_context=LogContext())
 
     def make_consultant(on_settled: Callable[[Consultation], None]) -> Consultant:
         return Consultant(

@@ -11,14 +11,15 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from support.processes import Serve, is_alive, serve
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
+from support.processes import Serve, is_alive, serve
 
 LONG = ["training.epochs=100000"]
 BUF = Path(sys.executable).with_name("buf")
@@ -26,19 +27,22 @@ BUF = Path(sys.executable).with_name("buf")
 
 @contextmanager
 def stub_of(service: Serve) -> Iterator[TolariaAdminServiceStub]:
+    """A stub that waits for the service's address."""
     with grpc.insecure_channel(service.addresses()[0]) as channel:
         yield TolariaAdminServiceStub(channel)
 
 
 def get(service: Serve, path: str) -> tuple[int, str]:
+    """Status and body of a page on the metrics port."""
     try:
-        with urllib.request.urlopen(f"http://{service.addresses()[1]}{path}", timeout=10) as response:  # noqa: S310 - loopback
+        with urllib.request.urlopen(f"http://{service.addresses()[1]}{path}", timeout=10) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
 
 
 def wait_for_steps(stub: TolariaAdminServiceStub, more_than: int = 0) -> admin.GetStatusResponse:
+    """The first status with more global steps than `more_than`; a minute at most."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         status: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=10)
@@ -68,7 +72,7 @@ def test_a_service_trains_answers_scrapes_and_drains(tmp_path: Path) -> None:
         assert 'tolaria_build_info{device="cpu"' in text
         assert get(service, "/readyz")[0] == get(service, "/livez")[0] == 200
         with grpc.insecure_channel(service.addresses()[0]) as channel:
-            health = health_pb2_grpc.HealthStub(channel)
+            health: Any = health_pb2_grpc.HealthStub(channel)  # its methods are not in its types
             for part in ("", "tolaria.training", "tolaria.tamiyo", "tolaria.kasmina"):
                 assert health.Check(health_pb2.HealthCheckRequest(service=part)).status == 1, part
         children = service.children()

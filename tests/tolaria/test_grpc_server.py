@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -21,7 +23,7 @@ async def test_health_is_served_by_part() -> None:
         await server.set_health("tolaria.training", serving=True)
         await server.set_health("tolaria.tamiyo", serving=False)
         async with grpc.aio.insecure_channel(str(server.address)) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
+            stub: Any = health_pb2_grpc.HealthStub(channel)  # its methods are not in its types
             good = await stub.Check(health_pb2.HealthCheckRequest(service="tolaria.training"))
             bad = await stub.Check(health_pb2.HealthCheckRequest(service="tolaria.tamiyo"))
             with pytest.raises(grpc.aio.AioRpcError, match="NOT_FOUND"):
@@ -31,11 +33,13 @@ async def test_health_is_served_by_part() -> None:
 
 async def test_reflection_lists_the_services() -> None:
     """Any client can ask what is served."""
-    async with grpc_server("x", "127.0.0.1:0", nothing, service_names=["a.B"], grace_s=1) as server:
-        async with grpc.aio.insecure_channel(str(server.address)) as channel:
-            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-            request = reflection_pb2.ServerReflectionRequest(list_services="")
-            answers = [a async for a in stub.ServerReflectionInfo(iter([request]))]
+    async with (
+        grpc_server("x", "127.0.0.1:0", nothing, service_names=["a.B"], grace_s=1) as server,
+        grpc.aio.insecure_channel(str(server.address)) as channel,
+    ):
+        make_stub: Any = reflection_pb2_grpc.ServerReflectionStub  # its types know no asynchronous channel
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        answers = [a async for a in make_stub(channel).ServerReflectionInfo(iter([request]))]
     names = {s.name for s in answers[0].list_services_response.service}
     assert {"a.B", "grpc.health.v1.Health"} <= names
 

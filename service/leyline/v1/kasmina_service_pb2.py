@@ -27,7 +27,7 @@ from leyline.v1 import seeds_pb2 as leyline_dot_v1_dot_seeds__pb2
 from leyline.v1 import state_pb2 as leyline_dot_v1_dot_state__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n leyline/v1/kasmina_service.proto\x12\nleyline.v1\x1a\x19leyline/v1/commands.proto\x1a\x16leyline/v1/seeds.proto\x1a\x16leyline/v1/state.proto\"s\n\x13\x41pplyCommandRequest\x12.\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x1d.leyline.v1.AdaptationCommand\x12,\n\x05state\x18\x02 \x01(\x0b\x32\x1d.leyline.v1.SystemStatePacket\"]\n\x14\x41pplyCommandResponse\x12$\n\x05seeds\x18\x01 \x03(\x0b\x32\x15.leyline.v1.SeedState\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"G\n\x17\x45xportSeedStatesRequest\x12,\n\x05state\x18\x01 \x01(\x0b\x32\x1d.leyline.v1.SystemStatePacket\"@\n\x18\x45xportSeedStatesResponse\x12$\n\x05seeds\x18\x01 \x03(\x0b\x32\x15.leyline.v1.SeedState2\xc2\x01\n\x0eKasminaService\x12Q\n\x0c\x41pplyCommand\x12\x1f.leyline.v1.ApplyCommandRequest\x1a .leyline.v1.ApplyCommandResponse\x12]\n\x10\x45xportSeedStates\x12#.leyline.v1.ExportSeedStatesRequest\x1a$.leyline.v1.ExportSeedStatesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n leyline/v1/kasmina_service.proto\x12\nleyline.v1\x1a\x19leyline/v1/commands.proto\x1a\x16leyline/v1/seeds.proto\x1a\x16leyline/v1/state.proto\"s\n\x13\x41pplyCommandRequest\x12.\n\x07\x63ommand\x18\x01 \x01(\x0b\x32\x1d.leyline.v1.AdaptationCommand\x12,\n\x05state\x18\x02 \x01(\x0b\x32\x1d.leyline.v1.SystemStatePacket\"]\n\x14\x41pplyCommandResponse\x12$\n\x05seeds\x18\x01 \x03(\x0b\x32\x15.leyline.v1.SeedState\x12\x0f\n\x07\x61pplied\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"r\n\x17\x45xportSeedStatesRequest\x12,\n\x05state\x18\x01 \x01(\x0b\x32\x1d.leyline.v1.SystemStatePacket\x12)\n\x08refusals\x18\x02 \x03(\x0b\x32\x17.leyline.v1.SeedRefusal\".\n\x0bSeedRefusal\x12\x0f\n\x07seed_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"@\n\x18\x45xportSeedStatesResponse\x12$\n\x05seeds\x18\x01 \x03(\x0b\x32\x15.leyline.v1.SeedState2\xc2\x01\n\x0eKasminaService\x12Q\n\x0c\x41pplyCommand\x12\x1f.leyline.v1.ApplyCommandRequest\x1a .leyline.v1.ApplyCommandResponse\x12]\n\x10\x45xportSeedStates\x12#.leyline.v1.ExportSeedStatesRequest\x1a$.leyline.v1.ExportSeedStatesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,9 +39,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_APPLYCOMMANDRESPONSE']._serialized_start=240
   _globals['_APPLYCOMMANDRESPONSE']._serialized_end=333
   _globals['_EXPORTSEEDSTATESREQUEST']._serialized_start=335
-  _globals['_EXPORTSEEDSTATESREQUEST']._serialized_end=406
-  _globals['_EXPORTSEEDSTATESRESPONSE']._serialized_start=408
-  _globals['_EXPORTSEEDSTATESRESPONSE']._serialized_end=472
-  _globals['_KASMINASERVICE']._serialized_start=475
-  _globals['_KASMINASERVICE']._serialized_end=669
+  _globals['_EXPORTSEEDSTATESREQUEST']._serialized_end=449
+  _globals['_SEEDREFUSAL']._serialized_start=451
+  _globals['_SEEDREFUSAL']._serialized_end=497
+  _globals['_EXPORTSEEDSTATESRESPONSE']._serialized_start=499
+  _globals['_EXPORTSEEDSTATESRESPONSE']._serialized_end=563
+  _globals['_KASMINASERVICE']._serialized_start=566
+  _globals['_KASMINASERVICE']._serialized_end=760
 # @@protoc_insertion_point(module_scope)

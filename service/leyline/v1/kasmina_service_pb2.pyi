@@ -77,22 +77,52 @@ class ExportSeedStatesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STATE_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def state(self) -> _state_pb2.SystemStatePacket:
         """The state at this fence, so that gates can be judged on it."""
+
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___SeedRefusal]:
+        """Wishes of the last answer that could not be met, one by one."""
 
     def __init__(
         self,
         *,
         state: _state_pb2.SystemStatePacket | None = ...,
+        refusals: _abc.Iterable[Global___SeedRefusal] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refusals", b"refusals", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExportSeedStatesRequest: _TypeAlias = ExportSeedStatesRequest  # noqa: Y015
+
+@_typing.final
+class SeedRefusal(_message.Message):
+    """A wish about a seed that could not be met, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEED_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    seed_id: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        seed_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "seed_id", b"seed_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SeedRefusal: _TypeAlias = SeedRefusal  # noqa: Y015
 
 @_typing.final
 class ExportSeedStatesResponse(_message.Message):

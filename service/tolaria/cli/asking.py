@@ -29,11 +29,10 @@ ResponseT = TypeVar("ResponseT", bound=Message)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A service to ask, and how long to wait for each answer. `budget_ms` is the boundary's, from the same settings."""
+    """A service to ask, and how long to wait for each answer."""
 
     address: Address
     timeout_s: float
-    budget_ms: float
 
 
 def target(address: str | None, timeout_s: float, config_file: Path | None, overrides: list[str]) -> Target:
@@ -43,7 +42,7 @@ def target(address: str | None, timeout_s: float, config_file: Path | None, over
         ConfigurationError: when the settings or the address cannot be used.
     """
     settings = load_settings(config_file, overrides)
-    return Target(service_address(address, settings), timeout_s, settings.control.boundary_budget_ms)
+    return Target(service_address(address, settings), timeout_s)
 
 
 def ask(
@@ -79,7 +78,7 @@ def status(whom: Target, *, as_json: bool) -> None:
         lambda admin: admin.GetStatus,
         GetStatusRequest(),
         as_json=as_json,
-        show=lambda answer: print_status(Console(file=sys.stdout), answer, whom.budget_ms),
+        show=lambda answer: print_status(Console(file=sys.stdout), answer),
     )
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from leyline.v1.admin_service_pb2 import PauseTrainingRequest, ResumeTrainingRequest, StopTrainingRequest
+from leyline.v1.admin_service_pb2 import (
+    AdjustLearningRateRequest,
+    PauseTrainingRequest,
+    ResumeTrainingRequest,
+    StopTrainingRequest,
+)
 from tolaria.cli.change import changing
 
 changes = typer.Typer()
@@ -26,3 +33,23 @@ def resume() -> ResumeTrainingRequest:
 def stop() -> StopTrainingRequest:
     """End the run for good, after the step that is being done."""
     return StopTrainingRequest()
+
+
+@changing(changes, lambda admin: admin.AdjustLearningRate)
+def lr(
+    factor: Annotated[float | None, typer.Option(help="Multiply the rate by this.")] = None,
+    value: Annotated[float | None, typer.Option(help="Set the rate to this, in place of its schedule.")] = None,
+    group: Annotated[
+        str, typer.Option(help="Param group, such as host or seed:seed-1 (default: all that train).")
+    ] = "",
+    for_steps: Annotated[int, typer.Option(min=0, help="Updates until it wears off (default: it stays).")] = 0,
+) -> AdjustLearningRateRequest:
+    """Change learning rates at the next fence, by --factor or --value."""
+    if factor is not None and value is not None:
+        raise typer.BadParameter("--factor and --value exclude each other")
+    request = AdjustLearningRateRequest(group=group, expires_after_steps=for_steps)
+    if factor is not None:
+        request.factor = factor
+    if value is not None:
+        request.value = value
+    return request

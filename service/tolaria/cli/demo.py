@@ -35,6 +35,7 @@ from tolaria.config import Address, MetricsSettings, ServerSettings, Settings, l
 SERVE = (sys.executable, "-m", "tolaria")
 # Part of BindError's message, which is how a child without any other word for it tells that a port is taken.
 BIND_FAILURE = "cannot listen on"
+DEMO_EPOCHS = 60  # time for seeds to germinate, blend and become part of the host
 _START_TIMEOUT_S = 120.0  # a cold disk reads torch for a minute
 _STOP_MARGIN_S = 5.0
 _DYING_S = 2.0
@@ -66,6 +67,9 @@ def planned(
     """
     asked = [*overrides, *([f"training.epochs={epochs}"] if epochs is not None else [])]
     settings = load_settings(config_file, asked)
+    if "epochs" not in settings.training.model_fields_set:
+        asked.append(f"training.epochs={DEMO_EPOCHS}")
+        settings = load_settings(config_file, asked)
     # The log is how the child tells its addresses, and only this process says when it may end.
     needed = ["logging.format=json", "service.exit_when_done=false"]
     if settings.logging.level not in {"debug", "info"}:
@@ -135,7 +139,7 @@ def _start_failure(child: ServeChild) -> DemoFailedError:
 async def _followed(demo: Demo, child: ServeChild, serving: Serving) -> GetStatusResponse:
     console = Console(file=sys.stderr if demo.as_json else sys.stdout)
     try:
-        with live_view(console, demo.settings.control.boundary_budget_ms) as show:
+        with live_view(console) as show:
             last = await follow_run(connectable(serving.grpc), TIMEOUT_S, show)
     except ServiceUnreachableError as error:
         raise await _lost(child, error) from None
@@ -156,8 +160,7 @@ async def _lost(child: ServeChild, error: ServiceUnreachableError) -> DemoFailed
 
 
 def _report(demo: Demo, last: GetStatusResponse, serving: Serving, wall_seconds: float) -> None:
-    budget_ms = demo.settings.control.boundary_budget_ms
-    for line in [*summary_lines(last, wall_seconds, budget_ms), *where_next(serving, stay=demo.stay)]:
+    for line in [*summary_lines(last, wall_seconds), *where_next(serving, stay=demo.stay)]:
         demo.say(line)
     if demo.as_json:
         typer.echo(summary_json(last, wall_seconds))

@@ -39,7 +39,7 @@ def summary_json(status: GetStatusResponse, wall_seconds: float) -> str:
     )
 
 
-def summary_lines(status: GetStatusResponse, wall_seconds: float, budget_ms: float) -> list[str]:
+def summary_lines(status: GetStatusResponse, wall_seconds: float) -> list[str]:
     """The same for people."""
     epochs = "1 epoch" if status.epoch == 1 else f"{status.epoch} epochs"
     return [
@@ -48,7 +48,8 @@ def summary_lines(status: GetStatusResponse, wall_seconds: float, budget_ms: flo
             f"{epochs} ({status.global_step} steps) in {wall_seconds:.1f} s"
         ),
         (
-            f"boundary p50 {status.boundary_ms_p50:.1f} ms, p99 {status.boundary_ms_p99:.1f} ms of {budget_ms:g} ms; "
+            f"boundary p50 {status.boundary_ms_p50:.1f} ms, p99 {status.boundary_ms_p99:.1f} ms "
+            f"of {status.boundary_budget_ms:g} ms; "
             f"commands {words.commands(status)}; seeds: {words.seeds(status.seeds)}"
         ),
     ]

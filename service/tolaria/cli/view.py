@@ -32,27 +32,27 @@ _STYLES = {
 }
 
 
-def print_status(console: Console, status: GetStatusResponse, budget_ms: float) -> None:
+def print_status(console: Console, status: GetStatusResponse) -> None:
     """One status, once: a table on a terminal, `label words` lines elsewhere."""
     if console.is_terminal:
-        console.print(_table(status, budget_ms))
+        console.print(_table(status))
         return
-    for label, text in words.rows(status, budget_ms):
+    for label, text in words.rows(status):
         print(f"{label:<{_PLAIN_LABEL_WIDTH}} {text}", file=console.file)
 
 
 @contextmanager
-def live_view(console: Console, budget_ms: float) -> Iterator[Show]:
+def live_view(console: Console) -> Iterator[Show]:
     """What is yielded shows one status after another: in place on a terminal, elsewhere a line for each epoch."""
     if not console.is_interactive:
-        yield PlainLines(console.file, budget_ms).show
+        yield PlainLines(console.file).show
         return
     # Drawn when a status arrives: no refresh thread, and nothing moves that is not new.
     with Live(console=console, auto_refresh=False) as live:
-        yield lambda status: live.update(panel(status, budget_ms), refresh=True)
+        yield lambda status: live.update(panel(status), refresh=True)
 
 
-def panel(status: GetStatusResponse, budget_ms: float) -> RenderableType:
+def panel(status: GetStatusResponse) -> RenderableType:
     """The live view of one status."""
     bars = Table.grid(padding=(0, 1), expand=True)
     bars.add_column(width=_PLAIN_LABEL_WIDTH)
@@ -65,15 +65,14 @@ def panel(status: GetStatusResponse, budget_ms: float) -> RenderableType:
     )
     bars.add_row("epoch", ProgressBar(total=1.0, completed=of_epoch), f"{status.epoch_step}/{status.steps_per_epoch}")
     title = Text(f"tolaria: {words.state_word(status.state)}", style=_STYLES.get(status.state, ""))
-    return Panel(Group(bars, _table(status, budget_ms)), title=title, border_style=_STYLES.get(status.state, ""))
+    return Panel(Group(bars, _table(status)), title=title, border_style=_STYLES.get(status.state, ""))
 
 
 class PlainLines:
     """A line for each finished epoch and for each change of state; repeats say nothing."""
 
-    def __init__(self, file: IO[str], budget_ms: float) -> None:
+    def __init__(self, file: IO[str]) -> None:
         self._file = file
-        self._budget_ms = budget_ms
         self._epochs_told = 0
         self._state: int | None = None
 
@@ -82,7 +81,7 @@ class PlainLines:
         # `epoch` counts epochs begun: an epoch's own figures are complete once the next has begun or the run is over.
         done = status.epoch if _is_over(status) else max(status.epoch - 1, 0)
         if done > self._epochs_told:
-            self._print(words.epoch_line(status, done, self._budget_ms))
+            self._print(words.epoch_line(status, done))
         # After a rollback the same epochs are told again.
         self._epochs_told = done
         if status.state != self._state:
@@ -98,11 +97,11 @@ def _is_over(status: GetStatusResponse) -> bool:
     return status.state == RunState.RUN_STATE_FINISHED
 
 
-def _table(status: GetStatusResponse, budget_ms: float) -> Table:
+def _table(status: GetStatusResponse) -> Table:
     table = Table.grid(padding=(0, 1))
     table.add_column(style="bold", width=_PLAIN_LABEL_WIDTH)
     table.add_column(overflow="fold")
-    for label, text in words.rows(status, budget_ms):
+    for label, text in words.rows(status):
         # Text, not markup: a peer's words may hold brackets.
         table.add_row(Text(label), Text(text))
     return table

@@ -29,7 +29,7 @@ def watch(whom: Target, *, as_json: bool, wait: bool) -> None:
         ServiceUnreachableError: when the service does not answer or goes away, and `wait` is off.
         RunFailedError: when the run failed.
     """
-    with _shown(whom, as_json=as_json) as show:
+    with _shown(as_json=as_json) as show:
         last = asyncio.run(_patiently(whom, show) if wait else follow_run(whom.address, whom.timeout_s, show))
     if last.state == RunState.RUN_STATE_FAILED:
         raise RunFailedError(f"the run failed: {one_line(last.state_reason) or 'no reason given'}")
@@ -62,9 +62,9 @@ async def _patiently(whom: Target, show: Show) -> GetStatusResponse:
 
 
 @contextmanager
-def _shown(whom: Target, *, as_json: bool) -> Iterator[Show]:
+def _shown(*, as_json: bool) -> Iterator[Show]:
     if as_json:
         yield lambda status: typer.echo(json_text(status, indent=None))
         return
-    with live_view(Console(file=sys.stdout), whom.budget_ms) as show:
+    with live_view(Console(file=sys.stdout)) as show:
         yield show

@@ -16,7 +16,7 @@ from leyline.v1.seeds_pb2 import SeedState
 _NOT_YET = "not yet"
 
 
-def rows(status: GetStatusResponse, budget_ms: float) -> list[tuple[str, str]]:
+def rows(status: GetStatusResponse) -> list[tuple[str, str]]:
     """Everything that an operator asks first, as (label, words); what does not apply is left out."""
     optional = [
         ("health", _health(status)),
@@ -34,21 +34,21 @@ def rows(status: GetStatusResponse, budget_ms: float) -> list[tuple[str, str]]:
         ("learning rate", _pairs({group: f"{rate:.3g}" for group, rate in status.learning_rates.items()}) or _NOT_YET),
         ("tamiyo", one_line(status.tamiyo_answer) or _NOT_YET),
         ("kasmina", one_line(status.kasmina_answer) or _NOT_YET),
-        ("boundary", boundary(status, budget_ms)),
+        ("boundary", boundary(status)),
         ("seeds", seeds(status.seeds)),
         ("commands", commands(status)),
         *((label, words) for label, words in optional if words),
     ]
 
 
-def epoch_line(status: GetStatusResponse, epoch: int, budget_ms: float) -> str:
+def epoch_line(status: GetStatusResponse, epoch: int) -> str:
     """One finished epoch on one line, for logs and pipes."""
     return "  ".join(
         [
             f"epoch {epoch}/{status.epochs}",
             f"step {status.global_step}",
             learned(status),
-            f"boundary {status.last_boundary_ms:.1f} of {budget_ms:g} ms",
+            f"boundary {status.last_boundary_ms:.1f} of {status.boundary_budget_ms:g} ms",
             f"tamiyo: {one_line(status.tamiyo_answer) or _NOT_YET}",
             f"kasmina: {one_line(status.kasmina_answer) or _NOT_YET}",
             f"seeds: {seeds(status.seeds)}",
@@ -77,12 +77,12 @@ def learned(status: GetStatusResponse) -> str:
     return f"loss {status.training_loss:.4f}, {validation}"
 
 
-def boundary(status: GetStatusResponse, budget_ms: float) -> str:
+def boundary(status: GetStatusResponse) -> str:
     """The last epoch boundary against its budget, and how the latest ones spread."""
     if status.last_boundary_ms == 0:
         return _NOT_YET
     return (
-        f"{status.last_boundary_ms:.1f} of {budget_ms:g} ms, p50 {status.boundary_ms_p50:.1f}, "
+        f"{status.last_boundary_ms:.1f} of {status.boundary_budget_ms:g} ms, p50 {status.boundary_ms_p50:.1f}, "
         f"p99 {status.boundary_ms_p99:.1f}, {status.boundaries_over_budget} over budget"
     )
 

@@ -5,10 +5,13 @@ from tolaria.config.show import as_toml
 from tolaria.config.sources import child_environment, load_settings, quieten_grpc
 from tolaria.config.tree import (
     ControlSettings,
+    GradientsSettings,
     LeylineSettings,
     LoggingSettings,
     MetricsSettings,
+    OptimizerSettings,
     PeerSettings,
+    SeedsSettings,
     ServerSettings,
     ServiceSettings,
     Settings,
@@ -18,10 +21,13 @@ from tolaria.config.tree import (
 __all__ = [
     "Address",
     "ControlSettings",
+    "GradientsSettings",
     "LeylineSettings",
     "LoggingSettings",
     "MetricsSettings",
+    "OptimizerSettings",
     "PeerSettings",
+    "SeedsSettings",
     "ServerSettings",
     "ServiceSettings",
     "Settings",

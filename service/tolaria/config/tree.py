@@ -26,6 +26,7 @@ def _target(text: str) -> str:
 ListenAddress = Annotated[str, AfterValidator(_listen_address)]
 Target = Annotated[str, AfterValidator(_target)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Milliseconds = Annotated[float, Field(gt=0, le=60_000, allow_inf_nan=False)]
 
 
@@ -133,6 +134,84 @@ class TrainingSettings(_Section):
     """CPU threads of torch. 0: one fewer than there are cores, at least 1, so that RPCs have a core to answer on."""
 
 
+class OptimizerSettings(_Section):
+    """The learning rate, and when the optimizer is rebuilt. Schedules count optimizer updates of the whole run."""
+
+    policy: Literal["constant", "cosine", "step"] = "constant"
+    """How the host's learning rate goes. constant: what the job's optimizer says holds, unless somebody wants more."""
+
+    period_steps: int = Field(default=0, ge=0)
+    """Period of the cosine, or updates between two cuts of step. 0, for a cosine: the rest of the run."""
+
+    floor: Share = 0.0
+    """Least factor that the policy reaches. 0: a cosine ends at rest."""
+
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """What a cut of the step policy leaves. 0.1: the customary tenth."""
+
+    after_period: Literal["hold", "restart"] = "hold"
+    """What a cosine does after its period. hold: a run that goes on longer does not jump."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Linear warm-up. 0: none, as small models need none."""
+
+    warmup_floor: Share = 0.0
+    """Factor at which the warm-up begins."""
+
+    seed_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """A seed's learning rate as a share of the host's. 0.1: it joins a host that has learnt already."""
+
+    seed_warmup_steps: int = Field(default=100, ge=0)
+    """Warm-up of a seed from when it begins to train. 100: its moments settle before it moves much."""
+
+    seed_warmup_floor: Share = 0.1
+    """Factor at which a seed's warm-up begins. 0.1: it learns from the first step on."""
+
+    lr_floor: Annotated[float, Field(ge=0, le=1)] = 1e-8
+    """No adjustment brings a rate below it. 1e-8: less is no training."""
+
+    lr_ceiling: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    """No adjustment brings a rate above it. 10: more is a slip of the keyboard."""
+
+    rebuild_min_interval_steps: int = Field(default=10, ge=0)
+    """Least updates between two rebuilds. 10: a controller gone wild cannot keep the lane busy with them."""
+
+
+class SeedsSettings(_Section):
+    """Networks grafted into the host."""
+
+    isolation: bool = True
+    """Keep seeds that are not blending from moving the host. On: a seed earns its influence."""
+
+    cull_steps: int = Field(default=100, ge=1)
+    """Updates over which a culled seed fades. 100: the host follows without a jump."""
+
+
+class GradientsSettings(_Section):
+    """How gradients of several sources become one."""
+
+    mode: Literal["seed", "microbatch", "sum"] = "seed"
+    """PCGrad across sources, across microbatches, or a plain sum. seed: conflicts are between seeds and host."""
+
+    attribution: Literal["off", "dataloader", "kasmina"] = "off"
+    """Whether seeds share the host's row: by the batch's seed_ids, or by Kasmina's weights. off: each has its own."""
+
+    layer_norms_top_k: int = Field(default=0, ge=0, le=1000)
+    """Layers whose gradient norms are shown for each seed. 0: none, as each costs a series in Prometheus."""
+
+    compact: bool = False
+    """One seed_health event a seed and epoch in place of one for each threshold."""
+
+    share_jump: Share = 0.3
+    """Change of a seed's share of the gradient from one epoch to the next that is an event."""
+
+    seed_conflict: Share = 0.5
+    """Share of other sources that a seed conflicts with that is an event."""
+
+    conflict: Annotated[float, Field(ge=0)] = 0.75
+    """Rate of conflicts over all sources that is an event."""
+
+
 class LeylineSettings(_Section):
     """Trust in what comes over the contract."""
 
@@ -164,6 +243,9 @@ class Settings(BaseSettings):
     kasmina: PeerSettings = PeerSettings()
     control: ControlSettings = ControlSettings()
     training: TrainingSettings = TrainingSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    seeds: SeedsSettings = SeedsSettings()
+    gradients: GradientsSettings = GradientsSettings()
     leyline: LeylineSettings = LeylineSettings()
 
     @model_validator(mode="after")
@@ -175,6 +257,8 @@ class Settings(BaseSettings):
             problems.append("control.tamiyo_budget_ms exceeds control.boundary_budget_ms, of which it is a share")
         if self.leyline.previous_secret.get_secret_value() and not self.leyline.secret.get_secret_value():
             problems.append("leyline.previous_secret is set but leyline.secret is not")
+        if self.optimizer.policy == "step" and not self.optimizer.period_steps:
+            problems.append("optimizer.policy is step, which needs optimizer.period_steps")
         if self.leyline.nonce_window_s < self.leyline.freshness_s:
             problems.append("leyline.nonce_window_s is shorter than leyline.freshness_s, so that replays would pass")
         if problems:

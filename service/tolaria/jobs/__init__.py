@@ -1,7 +1,17 @@
 """Training jobs: what a job must offer, how it is found, and the built-in one. Knows nothing of the service."""
 
 from tolaria.jobs.data import LoaderCursor, TensorCursor
-from tolaria.jobs.job import HOST, Batch, BatchCursor, CursorState, Evaluation, JobContext, JobFactory, TrainingJob
+from tolaria.jobs.job import (
+    HOST,
+    Batch,
+    BatchCursor,
+    CursorState,
+    Evaluation,
+    JobContext,
+    JobFactory,
+    PerSampleLosses,
+    TrainingJob,
+)
 from tolaria.jobs.registry import build_job
 
 __all__ = [
@@ -13,6 +23,7 @@ __all__ = [
     "JobContext",
     "JobFactory",
     "LoaderCursor",
+    "PerSampleLosses",
     "TensorCursor",
     "TrainingJob",
     "build_job",

@@ -15,6 +15,7 @@ from torch.nn import functional
 from tolaria.errors import BrokenJobError
 from tolaria.jobs.data import TensorCursor
 from tolaria.jobs.job import HOST, Batch, Evaluation, JobContext
+from tolaria.seeds import SeedSlot
 
 _CLASSES = 10
 _VALIDATION_SAMPLES = 360  # a fifth
@@ -33,16 +34,18 @@ class DigitsOptions(BaseModel):
 
 
 class DigitsHost(nn.Module):
-    """Images of shape (B, 1, 8, 8), float32 in 0 to 1, to logits of shape (B, 10)."""
+    """Images of shape (B, 1, 8, 8), float32 in 0 to 1, to logits of shape (B, 10). Seeds grow in two slots."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(1, width, 3, padding=1),
             nn.ReLU(),
+            SeedSlot("early", features=width, layout="image"),
             nn.Conv2d(width, 2 * width, 3, padding=1),
             nn.ReLU(),
             nn.MaxPool2d(2),
+            SeedSlot("late", features=2 * width, layout="image"),
         )
         self.head = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(2 * width * 16, _CLASSES))
 

@@ -5,7 +5,7 @@ Owns the contract between Tolaria and whoever brings a job. Must not know how tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,10 +30,21 @@ class JobContext:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One microbatch. `payload` is the job's own (tensors, or tuples, lists, dicts of them); `samples` counts it."""
+    """One microbatch. `payload` is the job's own (tensors, or tuples, lists, dicts of them); `samples` counts it.
+
+    `seed_ids` names the seed that each sample is meant for, where the data says so; it goes with `PerSampleLosses`.
+    """
 
     payload: Any
     samples: int
+    seed_ids: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PerSampleLosses:
+    """Losses of shape (samples,), differentiable, for a batch with `seed_ids`: Tolaria splits them by seed."""
+
+    values: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +106,11 @@ class TrainingJob(Protocol):
     def training_data(self) -> BatchCursor:
         """The training data."""
 
-    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        """Mean loss of the batch by source, each a scalar with a graph; `HOST` is always among them."""
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
+        """Mean loss of the batch by source, each a scalar with a graph; `HOST` is always among them.
+
+        Sources are seeds by their id, or tasks of the job's own. A batch with `seed_ids` may have its losses by sample.
+        """
 
     def validation_batches(self) -> Iterable[Batch]:
         """What the model is evaluated on after each epoch."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc.aio
 
 from leyline.v1.commands_pb2 import AdaptationCommand
-from leyline.v1.kasmina_service_pb2 import ApplyCommandRequest, ExportSeedStatesRequest
+from leyline.v1.kasmina_service_pb2 import ApplyCommandRequest, ExportSeedStatesRequest, SeedRefusal
 from leyline.v1.kasmina_service_pb2_grpc import KasminaServiceStub
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
@@ -40,11 +41,12 @@ class KasminaClient:
         )
         return Applied(response.applied, response.detail, verify_seeds(self._caller.peer, response.seeds))
 
-    async def export_seeds(self, state: SystemStatePacket) -> list[SeedState]:
-        """The seeds that Kasmina desires, given this state."""
+    async def export_seeds(self, state: SystemStatePacket, refusals: Sequence[tuple[str, str]] = ()) -> list[SeedState]:
+        """The seeds that Kasmina desires, given this state; `refusals` tells her by seed what could not be done."""
+        told = [SeedRefusal(seed_id=seed_id, reason=reason) for seed_id, reason in refusals]
         response = await self._caller.call(
             self._stub.ExportSeedStates,
-            ExportSeedStatesRequest(state=state),
+            ExportSeedStatesRequest(state=state, refusals=told),
             name="ExportSeedStates",
             timeout_s=self._timeout_s,
         )

@@ -42,7 +42,7 @@ from leyline.v1.enums_pb2 import (
     SeedLifecycleStage,
     SeedOperation,
 )
-from tolaria.errors import TolariaError
+from tolaria.errors import IllegalMoveError
 
 Stage: TypeAlias = "SeedLifecycleStage.ValueType"
 Gate: TypeAlias = "SeedLifecycleGate.ValueType"
@@ -113,18 +113,6 @@ LIVING: frozenset[Stage] = frozenset(
         SEED_STAGE_PROBATIONARY,
     }
 )
-
-
-class LifecycleError(TolariaError):
-    """Base of why a seed stays in its stage."""
-
-
-class IllegalMoveError(LifecycleError):
-    """Raised when no table allows the move; nothing has changed."""
-
-
-class GateShutError(LifecycleError):
-    """Raised when the gate on the way is not open; nothing has changed."""
 
 
 def gate_between(source: Stage, target: Stage) -> Gate | None:

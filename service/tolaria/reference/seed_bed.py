@@ -24,13 +24,11 @@ from leyline.v1.enums_pb2 import (
 )
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
+from tolaria.errors import GateShutError, IllegalMoveError, LifecycleError
 from tolaria.reference.gates import GateFacts, LifecycleSettings, loss_of, obstacle
 from tolaria.reference.lifecycle import (
     LIVING,
     PROGRESS,
-    GateShutError,
-    IllegalMoveError,
-    LifecycleError,
     Stage,
     gate_between,
     operation_name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import COMMAND_SEED
-from tolaria.reference.lifecycle import IllegalMoveError
+from tolaria.errors import IllegalMoveError
 
 CONTRACT_VERSION = 1
 NAME_LENGTH_MAX = 128

@@ -16,6 +16,7 @@ from leyline.v1.enums_pb2 import (
     CIRCUIT_STATE_OPEN,
     CircuitBreakerState,
 )
+from tolaria.errors import IllegalBreakerSignalError
 
 
 class Signal(Enum):
@@ -51,10 +52,6 @@ TRANSITIONS: dict[tuple[CircuitBreakerState.ValueType, Signal], CircuitBreakerSt
     (_HALF_OPEN, Signal.FORCED_OPEN): _OPEN,
     (_HALF_OPEN, Signal.FORCED_CLOSED): _CLOSED,
 }
-
-
-class IllegalBreakerSignalError(ValueError):
-    """Raised when a signal cannot happen in a state; nothing has changed."""
 
 
 @dataclass(frozen=True, slots=True)

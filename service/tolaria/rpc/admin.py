@@ -53,6 +53,9 @@ class Run(Protocol):
     async def stop(self, reason: str) -> None:
         """Finish the step and end the run; returns when it has ended."""
 
+    async def adjust_rate(self, request: admin.AdjustLearningRateRequest) -> int:
+        """Change learning rates at a fence; returns the step at which it took effect."""
+
 
 class AdminService(TolariaAdminServiceServicer):
     """Serves TolariaAdminService for one run.
@@ -157,9 +160,16 @@ class AdminService(TolariaAdminServiceServicer):
         """Not served yet."""
         await _not_yet(context, "SetConservativeMode", "this version has no conservative mode")
 
-    async def AdjustLearningRate(self, request: admin.AdjustLearningRateRequest, context: Context) -> NoReturn:
-        """Not served yet."""
-        await _not_yet(context, "AdjustLearningRate", "the job's optimizer keeps its own learning rate in this version")
+    async def AdjustLearningRate(
+        self, request: admin.AdjustLearningRateRequest, context: Context
+    ) -> admin.AdjustLearningRateResponse:
+        """Change learning rates at the next fence, for good or for some steps."""
+
+        async def carry_out() -> admin.AdjustLearningRateResponse:
+            step = await _bounded(self._run.adjust_rate(request))
+            return admin.AdjustLearningRateResponse(global_step=step, learning_rates=self._run.status().learning_rates)
+
+        return await self._once("AdjustLearningRate", request, context, carry_out)
 
     async def CaptureProfile(self, request: admin.CaptureProfileRequest, context: Context) -> NoReturn:
         """Not served yet."""

@@ -60,5 +60,16 @@ EPOCH_BUDGET_EXCEEDED = EventSpec(
 ZERO_SAMPLES = EventSpec("zero_samples", TELEMETRY_LEVEL_WARNING, ("epoch",))
 COMMAND_REJECTED = EventSpec("command_rejected", TELEMETRY_LEVEL_WARNING, ("command_id", "reason", "detail"))
 NON_FINITE_STEP = EventSpec("tolaria.non_finite_step", TELEMETRY_LEVEL_ERROR, ("step", "loss", "gradient_norm"))
+GRAD_CONFLICT_HIGH = EventSpec("grad_conflict_high", TELEMETRY_LEVEL_WARNING, ("epoch", "ratio", "threshold"))
+SEED_CONFLICT_HIGH = EventSpec("seed_conflict_high", TELEMETRY_LEVEL_WARNING, ("seed_id", "ratio", "threshold"))
+SEED_SHARE_JUMP = EventSpec("seed_share_jump", TELEMETRY_LEVEL_WARNING, ("seed_id", "delta", "threshold"))
+SEED_HEALTH = EventSpec(
+    "seed_health", TELEMETRY_LEVEL_INFO, ("seed_id", "share", "share_delta", "conflict_ratio", "alpha", "norm")
+)
+LR_INTEGRITY_VIOLATION = EventSpec(
+    "tolaria.lr_integrity_violation", TELEMETRY_LEVEL_ERROR, ("group", "expected", "found")
+)
+OPT_REBUILT = EventSpec("tolaria.opt_rebuilt", TELEMETRY_LEVEL_INFO, ("step", "latency_ms", "kept", "fresh", "dropped"))
+OPT_REBUILD_FAILED = EventSpec("tolaria.opt_rebuild_failed", TELEMETRY_LEVEL_ERROR, ("step", "detail"))
 
 CATALOGUE: tuple[EventSpec, ...] = tuple(value for value in list(globals().values()) if isinstance(value, EventSpec))

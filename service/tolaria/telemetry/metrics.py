@@ -72,6 +72,9 @@ class Metrics:
             "epoch_hook.duration_seconds", "How long boundaries held training up.", BOUNDARY_BUCKETS_S
         )
 
+        self._declare_gradients()
+        self._declare_optimization()
+
         self.seeds_active = self._gauge("seeds.active", "Seeds by stage, as Kasmina desires them.", ["stage"])
         self.breaker_state = self._gauge("breaker.state", "1 closed, 2 open, 3 half open.", ["breaker"])
         self.timeout_tamiyo_total = self._counter("timeout.tamiyo_total", "Calls to Tamiyo that passed their deadline.")
@@ -89,6 +92,43 @@ class Metrics:
             "telemetry.dropped_total", "Log lines dropped because nobody read them.", ["priority"]
         )
         self.build_info = self._info("build_info", "What runs here: version, torch, device.")
+
+    def _declare_gradients(self) -> None:
+        seed = ["seed_id", "stage"]
+        self.grad_agg_microbatches_total = self._counter("grad_agg.microbatches_total", "Microbatches merged by rows.")
+        self.grad_agg_conflicts = self._gauge("grad_agg.conflicts", "Conflicting pairs of rows in the last epoch.")
+        self.grad_agg_weights_mean = self._gauge("grad_agg.weights_mean", "Mean weight of a row.")
+        self.grad_agg_pcgrad_applied = self._gauge("grad_agg.pcgrad_applied", "Share of steps that were projected.")
+        self.grad_agg_conflict_ratio = self._gauge("grad_agg.conflict_ratio", "Conflicts over max(1, rows - 1).")
+        self.grad_agg_pair_conflict_ratio = self._gauge("grad_agg.pair_conflict_ratio", "Conflicts over all pairs.")
+        self.grad_agg_teacher_share = self._gauge("grad_agg.teacher_share", "The host's part of all rows.")
+        self.seed_weight = self._gauge("grad_agg.seed.weight", "Mean weight of its row.", seed)
+        self.seed_norm = self._gauge("grad_agg.seed.norm", "Mean norm of its row.", seed)
+        self.seed_share = self._gauge("grad_agg.seed.share", "Its part of all rows' norms.", seed)
+        self.seed_share_delta = self._gauge("grad_agg.seed.share_delta", "Change of its share in an epoch.", seed)
+        self.seed_alpha = self._gauge("grad_agg.seed.alpha", "Its blending strength.", seed)
+        self.seed_conflicts = self._gauge("grad_agg.seed.conflicts", "Mean number of rows it conflicts with.", seed)
+        self.seed_conflict_ratio = self._gauge("grad_agg.seed.conflict_ratio", "The same by other rows.", seed)
+        self.seed_params = self._gauge("grad_agg.seed.params", "Elements that it owns.", seed)
+        self.seed_mask_fraction = self._gauge("grad_agg.seed.mask_fraction", "Microbatches it took part in.", seed)
+        self.seed_teacher_share = self._gauge("grad_agg.seed.teacher_share", "The host's part of its row.", seed)
+        self.seed_layer_norm = self._gauge(
+            "grad_agg.seed.layer_norm", "Largest layer norms of its row.", ["seed_id", "layer"]
+        )
+
+    def _declare_optimization(self) -> None:
+        self.lr_controller_enabled = self._gauge("lr_controller.enabled", "1: learning rates are governed.")
+        self.lr_controller_current_lr = self._gauge("lr_controller.current_lr", "Learning rate.", ["group"])
+        self.lr_controller_integrity_violations_total = self._counter(
+            "lr_controller.integrity_violations_total", "Rates that somebody else wrote.", ["group"]
+        )
+        self.lr_controller_adjustments_total = self._counter(
+            "lr_controller.adjustments_total", "Changes of rates that were asked for.", ["origin"]
+        )
+        self.opt_rebuilds_total = self._counter("opt.rebuilds_total", "Optimizers rebuilt.")
+        self.opt_rebuild_failures_total = self._counter("opt.rebuild_failures_total", "Rebuilds that failed.")
+        self.opt_rebuild_skipped_total = self._counter("opt.rebuild_skipped_total", "Rebuilds put off.")
+        self.opt_rebuild_latency_ms = self._gauge("opt.rebuild_latency_ms", "Time of the last rebuild.")
 
     def _gauge(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Gauge:
         self._enter(name, Kind.GAUGE, help_text, labels)

@@ -37,10 +37,12 @@ class Boundary:
         self._consultant = consultant
         self._policy = policy
 
-    async def wait_for_answer(self, state: SystemStatePacket, *, since_s: float) -> None:
+    async def wait_for_answer(
+        self, state: SystemStatePacket, refusals: tuple[tuple[str, str], ...], *, since_s: float
+    ) -> None:
         """Ask, then wait for the answer until the budget that began at `since_s` (monotonic) ends."""
         policy = self._policy
-        consultation = self._consultant.ask(state)
+        consultation = self._consultant.ask(state, refusals)
         if policy.patient:
             with anyio.move_on_after(policy.patience_s):
                 await consultation.settled.wait()

@@ -6,7 +6,7 @@ Owns the conversation with both peers. Must not know when it happens or what is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -37,8 +37,8 @@ class Executor(Protocol):
     async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> Applied:
         """Carry a verified seed command out."""
 
-    async def export_seeds(self, state: SystemStatePacket) -> list[SeedState]:
-        """The desired seeds for this state."""
+    async def export_seeds(self, state: SystemStatePacket, refusals: Sequence[tuple[str, str]] = ()) -> list[SeedState]:
+        """The desired seeds for this state, after wishes that could not be met."""
 
 
 @dataclass(slots=True)
@@ -46,6 +46,7 @@ class Consultation:
     """One question and what came of it. Words are for people; `seeds` is None where Kasmina said nothing valid."""
 
     state: SystemStatePacket
+    refusals: tuple[tuple[str, str], ...] = ()
     command: AdaptationCommand | None = None
     seeds: list[SeedState] | None = None
     rejected: bool = False
@@ -89,9 +90,12 @@ class Consultant:
         self._waiting: Consultation | None = None
         self._asked = anyio.Event()
 
-    def ask(self, state: SystemStatePacket) -> Consultation:
-        """Put a question. Its events tell when Tamiyo has answered and when all is settled."""
-        self._waiting = Consultation(state)
+    def ask(self, state: SystemStatePacket, refusals: tuple[tuple[str, str], ...] = ()) -> Consultation:
+        """Put a question. Its events tell when Tamiyo has answered and when all is settled.
+
+        `refusals` are Kasmina's wishes, by seed, that could not be met, and why.
+        """
+        self._waiting = Consultation(state, refusals)
         self._asked.set()
         return self._waiting
 
@@ -144,7 +148,7 @@ class Consultant:
         try:
             applied = await self._hand_over(consultation)
             # Asked at every boundary, command or not: this is when Kasmina judges how seeds come along.
-            consultation.seeds = await self._executor.export_seeds(consultation.state)
+            consultation.seeds = await self._executor.export_seeds(consultation.state, consultation.refusals)
             consultation.kasmina_answer = applied or f"{len(consultation.seeds)} seeds desired"
         except PeerError as error:
             consultation.failed = True

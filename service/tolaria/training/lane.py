@@ -12,8 +12,9 @@ import torch
 
 from tolaria.jobs import Evaluation
 from tolaria.training.fastpaths import limit_threads
+from tolaria.training.fences import FenceCommand, carry_out
 from tolaria.training.hardware import hardware_context
-from tolaria.training.mailbox import Mailbox
+from tolaria.training.mailbox import Mailbox, Posted
 from tolaria.training.reports import EpochReport, HeldReport, LaneEnded, ReportBox
 from tolaria.training.rig import Rig, on_device
 from tolaria.training.step import StepAbandonedError, train_step
@@ -32,7 +33,7 @@ class Lane:
         self._rig = rig
         self._box = box
         self._threads = threads
-        self._mailbox = Mailbox(on_held=lambda: box.put(HeldReport(rig.global_step)))
+        self._mailbox: Mailbox[FenceCommand] = Mailbox(on_held=lambda: box.put(HeldReport(rig.global_step)))
         # Daemonic: a job stuck in its own code cannot keep the process from ending.
         self._thread = threading.Thread(target=self._run, name="tolaria-lane", daemon=True)
 
@@ -43,6 +44,10 @@ class Lane:
     def run_epoch(self, epoch: int) -> None:
         """Train and evaluate `epoch` (from 1) when what was asked before is done."""
         self._mailbox.run_epoch(epoch)
+
+    def post(self, ticket: int, command: FenceCommand) -> None:
+        """Carry `command` out at the next fence, or where it stands between updates; a FenceReport tells the result."""
+        self._mailbox.post(ticket, command)
 
     def hold(self) -> None:
         """Come to a stand between two microbatches; a HeldReport tells when."""
@@ -66,8 +71,11 @@ class Lane:
         error: Exception | None = None
         try:
             limit_threads(self._threads)
-            while (epoch := self._mailbox.next_epoch()) is not None:
-                self._run_epoch(epoch)
+            while (work := self._mailbox.next_work()) is not None:
+                if isinstance(work, Posted):
+                    self._box.put(carry_out(self._rig, work.ticket, work.command))
+                else:
+                    self._run_epoch(work)
         except StepAbandonedError:
             pass  # told to stop while held: nothing was changed, and nobody waits for more
         except Exception as raised:  # noqa: BLE001 - the job is the user's code; what it raises ends the run, not the process
@@ -79,29 +87,42 @@ class Lane:
         started_s = time.monotonic()
         rig.model.train()
         rig.cursor.begin_epoch(epoch)
-        while not self._mailbox.stopping:
+        while self._pass_fence():
             report = train_step(rig, epoch, self._mailbox.pass_microbatch)
             if report is None:
                 self._finish_epoch(epoch, time.monotonic() - started_s)
                 return
             self._box.put(report)
+            if (grown := rig.growth.advance(rig.global_step)) is not None:
+                rig.grew()
+                self._box.put(grown)
+
+    def _pass_fence(self) -> bool:
+        """Between two updates: carry out what waits, stand while held; whether there shall be another update."""
+        while (posted := self._mailbox.pass_fence()) is not None:
+            self._box.put(carry_out(self._rig, posted.ticket, posted.command))
+        return not self._mailbox.stopping
 
     def _finish_epoch(self, epoch: int, steps_s: float) -> None:
         started_s = time.monotonic()
+        rig = self._rig
         evaluation = self._evaluate()
-        options = self._rig.optimizer.param_groups[0]
+        gradients = rig.merger.finish_epoch()
+        seeds = rig.growth.told_states(rig.global_step, gradients)
         finished_s = time.monotonic()
         self._box.put(
             EpochReport(
                 epoch=epoch,
-                global_step=self._rig.global_step,
+                global_step=rig.global_step,
                 evaluation=evaluation,
                 steps_s=steps_s,
                 evaluation_s=finished_s - started_s,
                 finished_at_s=finished_s,
-                learning_rate=float(options.get("lr", 0.0)),
-                momentum=_momentum(options),
-                hardware=hardware_context(self._rig.device),
+                learning_rates=rig.growth.controller.learning_rates(),
+                momentum=_momentum(rig.optimizer.param_groups[0]),
+                hardware=hardware_context(rig.device),
+                seeds=seeds,
+                gradients=gradients,
             )
         )
 

@@ -18,14 +18,25 @@ from leyline.v1.admin_service_pb2 import (
     RUN_STATE_FAILED,
     RUN_STATE_FINISHED,
     RUN_STATE_PAUSED,
+    AdjustLearningRateRequest,
     GetStatusResponse,
 )
-from leyline.v1.enums_pb2 import COMMAND_PAUSE
 from tolaria.config import ControlSettings, TrainingSettings
-from tolaria.errors import LaneFailedError
+from tolaria.errors import (
+    AdjustmentRefusedError,
+    InvalidFieldError,
+    LaneFailedError,
+    UnknownGroupError,
+    WrongStateError,
+)
 from tolaria.training.boundary import Boundary, BoundaryPolicy
+from tolaria.training.commands import operators_adjustment
 from tolaria.training.consult import Consultant, Consultation
+from tolaria.training.enact import Enactor
 from tolaria.training.feed import StatusFeed
+from tolaria.training.fence_desk import FenceDesk
+from tolaria.training.fences import AdjustRate, FenceReport
+from tolaria.training.growth import SeedsReport
 from tolaria.training.judge import Hold, Proceed, judge
 from tolaria.training.lane import Lane
 from tolaria.training.packet import state_packet, status_message
@@ -75,6 +86,9 @@ class TrainingLoop:
         self._boundary = Boundary(self.consultant, self._policy)
         self._box = ReportBox(self._notify)
         self._lane = Lane(rig, self._box, threads=training.threads)
+        self._desk = FenceDesk(self._lane.post)
+        self._enactor = Enactor(self._desk, recorder, hold=self._hold, changed=feed.changed)
+        recorder.rates(rig.growth.controller.learning_rates())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._epoch_report: EpochReport | None = None
         self._epoch_over = anyio.Event()
@@ -117,7 +131,7 @@ class TrainingLoop:
     async def _cross_boundary(self, report: EpochReport) -> None:
         self._recorder.epoch_ends(report)
         state = state_packet(self._progress, report, wall_ns=time.time_ns())
-        await self._boundary.wait_for_answer(state, since_s=report.finished_at_s)
+        await self._boundary.wait_for_answer(state, self._progress.refusals, since_s=report.finished_at_s)
         held_up_s = time.monotonic() - report.finished_at_s
         self._recorder.boundary(report, held_up_s, self._policy.budget_s, binding=not self._policy.patient)
         self.feed.changed()
@@ -156,11 +170,16 @@ class TrainingLoop:
             case EpochReport():
                 self._epoch_report = report
                 self._epoch_over.set()
+            case SeedsReport():
+                self._recorder.fence(report, wished=False)
+            case FenceReport():
+                self._desk.take(report)
             case HeldReport():
                 self._held.set()
                 self.feed.changed()
             case LaneEnded():
                 self._lane_ended = report
+                self._desk.close()
                 self._epoch_over.set()
                 self._held.set()
 
@@ -179,11 +198,8 @@ class TrainingLoop:
         age_steps = self._progress.global_step - consultation.state.global_step
         stale = age_steps > self._control.max_staleness_steps
         self._recorder.consultation(consultation, stale=stale)
-        if not stale:
-            self._recorder.desired_seeds(consultation)
-            command = consultation.command
-            if command is not None and command.command_type == COMMAND_PAUSE and not self._ended:
-                self._hold(f"asked by {command.issued_by or 'the controller'}")
+        if not stale and not self._ended:
+            self._enactor.enact(consultation)
         self.feed.changed()
 
     # -- what operators ask --------------------------------------------------------------------------------------
@@ -212,6 +228,25 @@ class TrainingLoop:
         self._enter(RunEvent.RESUMED, reason)
         self._recorder.resumed()
         self._lane.release()
+
+    async def adjust_rate(self, request: AdjustLearningRateRequest) -> int:
+        """Change learning rates at the next fence; returns the global step at which it took effect.
+
+        Raises:
+            WrongStateError: when the run has ended.
+            InvalidFieldError: what makes no sense, is out of bounds or means no group; nothing has changed then.
+        """
+        if self._ended:
+            raise WrongStateError("the run has ended: there is no rate to change")
+        try:
+            adjustment = operators_adjustment(request)
+            report = await self._desk.carry_out(AdjustRate(adjustment))
+        except AdjustmentRefusedError as error:
+            raise InvalidFieldError(error.field, str(error)) from None
+        except UnknownGroupError as error:
+            raise InvalidFieldError("group", str(error)) from None
+        self._enactor.adjusted(adjustment, report)
+        return report.global_step
 
     async def stop(self, reason: str) -> None:
         """Finish the step and end the run; returns when it has ended. Raises WrongStateError when it had before."""

@@ -1,6 +1,6 @@
-"""What the event loop tells the compute lane: which epoch to run, to hold, to go on, to stop.
+"""What the event loop tells the compute lane: which epoch to run, what to do at a fence, to hold, to go on, to stop.
 
-Owns the lane's flags and its waiting. Must not know what an epoch is made of.
+Owns the lane's flags and its waiting. Must not know what an epoch or a command is made of.
 """
 
 from __future__ import annotations
@@ -8,14 +8,27 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from tolaria.errors import LaneError
 
 _EPOCHS_WAITING_MAX = 4
+_COMMANDS_WAITING_MAX = 256
+
+Command = TypeVar("Command")
 
 
-class Mailbox:
-    """Commands in. `closed` is read by the lane between microbatches without a lock; all else is under one.
+@dataclass(frozen=True, slots=True)
+class Posted(Generic[Command]):
+    """A command for the next fence; `ticket` comes back with its result."""
+
+    ticket: int
+    command: Command
+
+
+class Mailbox(Generic[Command]):
+    """Commands in. `closed` and `fence_due` are read by the lane without a lock; all else is under one.
 
     Args:
         on_held: called from the lane's thread when it has come to a stand, once for every `hold`.
@@ -23,11 +36,13 @@ class Mailbox:
 
     def __init__(self, on_held: Callable[[], None]) -> None:
         self.closed = False
+        self.fence_due = False
         self._stopping = False
         self._on_held = on_held
         self._told_held = True
         self._epochs: deque[int] = deque()
-        self._changed = threading.Condition()
+        self._commands: deque[Posted[Command]] = deque()
+        self._changed = threading.Condition()  # its lock is reentrant: waiting for work takes commands
 
     @property
     def stopping(self) -> bool:
@@ -40,6 +55,15 @@ class Mailbox:
             if len(self._epochs) >= _EPOCHS_WAITING_MAX:
                 raise LaneError(f"{_EPOCHS_WAITING_MAX} epochs are waiting for the lane already")
             self._epochs.append(epoch)
+            self._changed.notify_all()
+
+    def post(self, ticket: int, command: Command) -> None:
+        """Let the lane carry a command out at the next fence. Raises LaneError when too many wait."""
+        with self._changed:
+            if len(self._commands) >= _COMMANDS_WAITING_MAX:
+                raise LaneError(f"{_COMMANDS_WAITING_MAX} commands are waiting for a fence already")
+            self._commands.append(Posted(ticket, command))
+            self.fence_due = True
             self._changed.notify_all()
 
     def hold(self) -> None:
@@ -61,17 +85,41 @@ class Mailbox:
             self._stopping = True
             self._changed.notify_all()
 
-    def next_epoch(self) -> int | None:
-        """Wait for work, in the lane's thread. None: end."""
+    def take_command(self) -> Posted[Command] | None:
+        """The oldest command that waits for a fence, in the lane's thread; None when none does."""
         with self._changed:
-            while not self._stopping:
-                if not self._standing() and self._epochs:
+            posted = self._commands.popleft() if self._commands else None
+            self.fence_due = bool(self._commands)
+            return posted
+
+    def next_work(self) -> int | Posted[Command] | None:
+        """Wait for an epoch or a command, in the lane's thread; commands come first. None: end."""
+        with self._changed:
+            while not (self._stopping and not self._commands):  # what was asked before the end is still carried out
+                standing = self._standing()
+                if self._commands:
+                    return self.take_command()
+                if not standing and self._epochs:
                     return self._epochs.popleft()
                 self._changed.wait()
             return None
 
+    def pass_fence(self) -> Posted[Command] | None:
+        """Between two updates: stand while held; a command to carry out before asking again, or None: go on."""
+        if not (self.closed or self.fence_due):
+            return None
+        with self._changed:
+            while not self._stopping:
+                standing = self._standing()
+                if self._commands:
+                    return self.take_command()
+                if not standing:
+                    return None
+                self._changed.wait()
+            return None
+
     def pass_microbatch(self) -> bool:
-        """Go on at once, or stand while the lane is held. False: give this step up and end."""
+        """Within an update: go on at once, or stand while the lane is held. False: give this update up and end."""
         if not self.closed or self._stopping:
             return True
         with self._changed:

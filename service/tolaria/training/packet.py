@@ -26,7 +26,7 @@ def state_packet(progress: Progress, epoch: EpochReport, *, wall_ns: int) -> Sys
         timestamp_ns=wall_ns,
         hardware_context=epoch.hardware,
         training_metrics=_training_metrics(progress, epoch),
-        seed_states=progress.seeds,
+        seed_states=progress.grafted,
         packet_id=uuid.uuid4().hex,
         global_step=epoch.global_step,
         training_loss=progress.sums.loss,
@@ -50,6 +50,7 @@ def _training_metrics(progress: Progress, epoch: EpochReport) -> dict[str, float
         "loss_volatility": math.sqrt(health.loss_variance),
         "grad_norm_ewma": health.gradient_norm_ewma,
         "grad_var": health.gradient_norm_variance,
+        "grad_conflict_rate": progress.conflict_ratio,
         "optimizer_lr": epoch.learning_rate,
         "optimizer_momentum": epoch.momentum,
         "input_wait_ms": sums.input_wait_s * 1000 / steps,
@@ -64,8 +65,7 @@ def _training_metrics(progress: Progress, epoch: EpochReport) -> dict[str, float
 def status_message(progress: Progress, *, now_s: float) -> GetStatusResponse:
     """The run's part of the answer to GetStatus; figures that do not exist yet are 0."""
     boundaries = sorted(progress.boundaries_ms)
-    epoch = progress.last_epoch
-    status = GetStatusResponse(
+    return GetStatusResponse(
         run_id=progress.run_id,
         state=progress.state,
         state_reason=progress.state_reason,
@@ -93,10 +93,8 @@ def status_message(progress: Progress, *, now_s: float) -> GetStatusResponse:
         health=_health(progress),
         version=__version__,
         uptime_s=now_s - progress.started_at_s,
+        learning_rates=progress.learning_rates,
     )
-    if epoch is not None:
-        status.learning_rates["host"] = epoch.learning_rate
-    return status
 
 
 def _health(progress: Progress) -> SystemHealth:

@@ -72,7 +72,11 @@ class Progress:
 
     boundaries_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_BOUNDARIES_KEPT))
     boundaries_over_budget: int = 0
-    seeds: list[SeedState] = field(default_factory=list)
+    desired: list[SeedState] = field(default_factory=list)
+    grafted: list[SeedState] = field(default_factory=list)
+    refusals: tuple[tuple[str, str], ...] = ()
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    conflict_ratio: float = 0.0
     last_command: AdaptationCommand | None = None
     tamiyo_answer: str = ""
     kasmina_answer: str = ""
@@ -84,6 +88,13 @@ class Progress:
     def begin_epoch(self, epoch: int) -> None:
         """Start counting for `epoch`."""
         self.epoch, self.sums = epoch, EpochSums()
+
+    @property
+    def seeds(self) -> list[SeedState]:
+        """All seeds: as they are where they are in the model, else as Kasmina desires them."""
+        real = {state.seed_id: state for state in self.grafted}
+        wished = [real.pop(state.seed_id, state) for state in self.desired]
+        return [*wished, *real.values()]
 
     @property
     def validation_accuracy(self) -> float:

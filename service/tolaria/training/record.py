@@ -4,37 +4,51 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import structlog
 
 from leyline.v1.admin_service_pb2 import RunState
-from leyline.v1.enums_pb2 import CommandType, SeedLifecycleStage
+from leyline.v1.enums_pb2 import CommandType
+from leyline.v1.seeds_pb2 import SeedState
+from tolaria.config import GradientsSettings
+from tolaria.errors import CommandRejectedError
+from tolaria.optimization import Adjustment
 from tolaria.telemetry import events
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.consult import Consultation
+from tolaria.training.fences import RatesChanged
+from tolaria.training.growth import SeedsReport
 from tolaria.training.judge import forgive, observe
 from tolaria.training.progress import Progress
+from tolaria.training.record_growth import GrowthRecorder
 from tolaria.training.reports import EpochReport, StepReport
 
 _STATES = [name.removeprefix("RUN_STATE_").lower() for name in RunState.keys()[1:]]
-_STAGES = [name.removeprefix("SEED_STAGE_").lower() for name in SeedLifecycleStage.keys()[1:]]
 
 
 class Recorder:
     """The one writer of a run's progress and of the metrics that follow from it. Used on the event loop only."""
 
-    def __init__(self, progress: Progress, metrics: Metrics, emitter: Emitter, log_context: LogContext) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        *,
+        gradients: GradientsSettings,
+        metrics: Metrics,
+        emitter: Emitter,
+        log_context: LogContext,
+    ) -> None:
         self.progress = progress
+        self._growth = GrowthRecorder(gradients, metrics, emitter)
         self._metrics = metrics
         self._emitter = emitter
         self._log_context = log_context
         self._log = structlog.get_logger()
         # Cached children: three times cheaper than labels() for every step.
         self._state_gauges = {name: metrics.training_state.labels(name) for name in _STATES}
-        self._stage_gauges = {name: metrics.seeds_active.labels(name) for name in _STAGES}
         self._samples_told = 0
         log_context.run_id = progress.run_id
 
@@ -65,6 +79,8 @@ class Recorder:
         progress.samples_total += step.samples
         metrics.step_duration_seconds.observe(step.duration_s)
         metrics.step_input_wait_seconds.observe(step.input_wait_s)
+        if step.violations:
+            self._growth.violations(step.violations)
         if step.void:
             self._emitter.emit(
                 events.NON_FINITE_STEP, step=step.global_step, loss=step.loss, gradient_norm=step.gradient_norm
@@ -89,6 +105,11 @@ class Recorder:
         metrics.training_latency_ms.set(epoch.steps_s * 1000)
         if progress.sums.samples == 0:
             self._emitter.emit(events.ZERO_SAMPLES, epoch=epoch.epoch)
+        self._grafted(epoch.seeds)
+        self.rates(epoch.learning_rates)
+        if epoch.gradients is not None:
+            progress.conflict_ratio = epoch.gradients.conflict_ratio
+            self._growth.gradients(epoch.epoch, epoch.gradients)
 
     def boundary(self, epoch: EpochReport, held_up_s: float, budget_s: float, *, binding: bool) -> None:
         """The boundary after `epoch` held training up so long; over a `binding` budget that is a breach."""
@@ -127,28 +148,57 @@ class Recorder:
         progress.tamiyo_latency_ms = settled.tamiyo_latency_ms
         progress.kasmina_latency_ms = settled.kasmina_latency_ms
         progress.commands_rejected += settled.rejected
-        if settled.command is None or stale:
+
+    def applied(self, settled: Consultation) -> None:
+        """A command of the controller has taken effect."""
+        command = settled.command
+        if command is None:
             return
-        progress.commands_accepted += 1
-        progress.last_command = settled.command
-        kind = CommandType.Name(settled.command.command_type)
-        self._metrics.command_applied_total.labels(kind.removeprefix("COMMAND_").lower()).inc()
+        self.progress.commands_accepted += 1
+        self.progress.last_command = command
+        kind = CommandType.Name(command.command_type).removeprefix("COMMAND_").lower()
+        self._metrics.command_applied_total.labels(kind).inc()
         self._log.info(
             "command_applied",
-            command_id=settled.command.command_id,
+            command_id=command.command_id,
             command=settled.tamiyo_answer,
             kasmina=settled.kasmina_answer,
             asked_at_step=settled.state.global_step,
         )
 
-    def desired_seeds(self, settled: Consultation) -> None:
-        """Kasmina's desired seeds are the ones to show."""
-        if settled.seeds is None:
-            return
-        self.progress.seeds = settled.seeds
-        stages = Counter(SeedLifecycleStage.Name(s.stage).removeprefix("SEED_STAGE_").lower() for s in settled.seeds)
-        for name, gauge in self._stage_gauges.items():
-            gauge.set(stages[name])
+    def refused(self, rejection: CommandRejectedError) -> None:
+        """A verified command could not be carried out; nothing has changed."""
+        self.progress.commands_rejected += 1
+        self.progress.tamiyo_answer = f"rejected: {rejection.detail}"
+        self._metrics.command_rejected_total.labels(rejection.reason).inc()
+        self._emitter.emit(
+            events.COMMAND_REJECTED, command_id=rejection.command_id, reason=rejection.reason, detail=rejection.detail
+        )
+
+    def desired_seeds(self, seeds: list[SeedState]) -> None:
+        """Kasmina desires these."""
+        self.progress.desired = seeds
+
+    def fence(self, report: SeedsReport, *, wished: bool) -> None:
+        """A fence has changed the seeds in the model, or has refused to; `wished`: because Kasmina asked."""
+        if wished:
+            self.progress.refusals = report.refusals
+        self._grafted(report.states)
+        self._growth.fence(report)
+
+    def rates(self, rates: Mapping[str, float]) -> None:
+        """These are the learning rates now."""
+        self.progress.learning_rates = dict(rates)
+        self._growth.rates(rates)
+
+    def adjusted(self, adjustment: Adjustment, changed: RatesChanged) -> None:
+        """Somebody has changed learning rates."""
+        self.rates({**self.progress.learning_rates, **changed.after})
+        self._growth.adjusted(adjustment.origin, changed.before, changed.after, adjustment.reason)
+
+    def _grafted(self, states: Sequence[SeedState]) -> None:
+        self.progress.grafted = list(states)
+        self._growth.seeds(self.progress.seeds)
 
 
 def _round(value: float) -> float | None:

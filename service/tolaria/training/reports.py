@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
+from tolaria.gradients import SeedMetricSet
 from tolaria.jobs import Evaluation
+from tolaria.optimization import Violation
+from tolaria.training.fences import FenceReport
+from tolaria.training.growth import SeedsReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,7 @@ class StepReport:
     input_wait_s: float
     finished_at_s: float
     void: bool = False
+    violations: tuple[Violation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +48,16 @@ class EpochReport:
     steps_s: float
     evaluation_s: float
     finished_at_s: float
-    learning_rate: float
+    learning_rates: Mapping[str, float]
     momentum: float
     hardware: HardwareContext
+    seeds: tuple[SeedState, ...] = ()
+    gradients: SeedMetricSet | None = None
+
+    @property
+    def learning_rate(self) -> float:
+        """The host's: the first group's."""
+        return next(iter(self.learning_rates.values()), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +75,7 @@ class LaneEnded:
     error: Exception | None
 
 
-Report = StepReport | EpochReport | HeldReport | LaneEnded
+Report = StepReport | EpochReport | SeedsReport | FenceReport | HeldReport | LaneEnded
 
 
 class ReportBox:

@@ -7,18 +7,28 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tolaria.config import TrainingSettings
-from tolaria.errors import BrokenJobError, EmptyDatasetError, JobError
+from tolaria.config import Settings
+from tolaria.errors import (
+    BrokenJobError,
+    ConfigurationError,
+    EmptyDatasetError,
+    JobError,
+    OptimizationError,
+    ScheduleError,
+    SeedError,
+)
 from tolaria.jobs import Batch, BatchCursor, JobContext, TrainingJob, build_job
 from tolaria.training.fastpaths import choose_device, prefer_determinism
+from tolaria.training.growth import Growth, new_growth
 from tolaria.training.losses import checked_losses
+from tolaria.training.merge import GradientMerger
 
 Made = TypeVar("Made")
 
@@ -29,48 +39,86 @@ class Rig:
 
     job: TrainingJob
     model: nn.Module
-    optimizer: torch.optim.Optimizer
     cursor: BatchCursor
     device: torch.device
     accumulate: int
     clip_norm: float
+    growth: Growth
+    merger: GradientMerger
     parameters: list[nn.Parameter]
     global_step: int = 0
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The live one; another one after a rebuild."""
+        return self.growth.manager.optimizer
 
     @property
     def steps_per_epoch(self) -> int:
         """Updates in one epoch; the last may have fewer microbatches."""
         return -(-self.cursor.batches_per_epoch // self.accumulate)
 
+    def grew(self) -> None:
+        """Look at the model anew, after its seeds have changed."""
+        self.parameters = self.growth.trained()
+        self.merger.follow(self.growth.ground(self.global_step))
 
-def build_rig(settings: TrainingSettings) -> Rig:
+
+def build_rig(settings: Settings) -> Rig:
     """Seed the RNGs, build the job and everything it makes, and try one forward pass.
 
     Raises:
         JobError: naming the method that failed and what it did, for every mistake that a first look can find.
+        ConfigurationError: for a device that is not there or a schedule that is impossible in this run.
     """
-    device = choose_device(settings.device)
-    if settings.deterministic:
+    training = settings.training
+    device = choose_device(training.device)
+    if training.deterministic:
         prefer_determinism()
-    seed_everything(settings.seed)
-    job = build_job(settings.job, JobContext(settings.seed, device, settings.options))
-    model = _made(settings.job, "build_model", job.build_model, nn.Module).to(device)
-    optimizer = _made(settings.job, "build_optimizer", lambda: job.build_optimizer(model), torch.optim.Optimizer)
-    cursor = _made(settings.job, "training_data", job.training_data, BatchCursor)
+    seed_everything(training.seed)
+    job = build_job(training.job, JobContext(training.seed, device, training.options))
+    model = _made(training.job, "build_model", job.build_model, nn.Module).to(device)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise BrokenJobError(f"training.job {training.job!r}: its model has no parameter that can be trained")
+    optimizer = _made(training.job, "build_optimizer", lambda: job.build_optimizer(model), torch.optim.Optimizer)
+    cursor = _made(training.job, "training_data", job.training_data, BatchCursor)
+    growth = _new_growth(settings, model, optimizer, cursor)
     rig = Rig(
         job=job,
         model=model,
-        optimizer=optimizer,
         cursor=cursor,
         device=device,
-        accumulate=settings.accumulate,
-        clip_norm=settings.clip_norm,
-        parameters=[p for p in model.parameters() if p.requires_grad],
+        accumulate=training.accumulate,
+        clip_norm=training.clip_norm,
+        growth=growth,
+        merger=GradientMerger(
+            settings.gradients,
+            isolation=settings.seeds.isolation,
+            run_seed=training.seed,
+            ground=growth.ground(0),
+        ),
+        parameters=growth.trained(),
     )
-    if not rig.parameters:
-        raise BrokenJobError(f"training.job {settings.job!r}: its model has no parameter that can be trained")
-    _try_forward(settings.job, rig)
+    _try_forward(training.job, rig)
     return rig
+
+
+def _new_growth(settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer, cursor: BatchCursor) -> Growth:
+    training = settings.training
+    updates = training.epochs * -(-cursor.batches_per_epoch // training.accumulate)
+    try:
+        return new_growth(
+            model,
+            optimizer,
+            settings=settings.optimizer,
+            seeds=settings.seeds,
+            run_seed=training.seed,
+            run_steps=updates,
+        )
+    except ScheduleError as error:
+        raise ConfigurationError([f"optimizer.{error}"]) from None
+    except (OptimizationError, SeedError) as error:
+        raise BrokenJobError(f"training.job {training.job!r}: {error}") from None
 
 
 def seed_everything(seed: int) -> None:
@@ -93,7 +141,7 @@ def to_device(payload: Any, device: torch.device) -> Any:
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its payload on `device`; on the CPU the batch itself."""
-    return batch if device.type == "cpu" else Batch(to_device(batch.payload, device), batch.samples)
+    return batch if device.type == "cpu" else replace(batch, payload=to_device(batch.payload, device))
 
 
 def _made(job_name: str, method: str, make: Callable[[], Made], kind: type[Any]) -> Made:
@@ -123,7 +171,7 @@ def _try_forward(job_name: str, rig: Rig) -> None:
         if batch is None or rig.cursor.batches_per_epoch < 1:
             raise EmptyDatasetError(f"training.job {job_name!r}: its training data holds no batch")
         rig.model.train()
-        _calling(job_name, "losses", lambda: checked_losses(rig.job, rig.model, on_device(batch, rig.device)))
+        _calling(job_name, "losses", lambda: checked_losses(rig.job, rig.model, on_device(batch, rig.device), ()))
         if not any(True for _ in _calling(job_name, "validation_batches", rig.job.validation_batches)):
             raise EmptyDatasetError(f"training.job {job_name!r}: its validation data holds no batch")
     finally:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tolaria.jobs import Batch
+from tolaria.optimization import Violation
 from tolaria.training.losses import checked_losses
 from tolaria.training.reports import StepReport
 from tolaria.training.rig import Rig, on_device
@@ -42,20 +43,26 @@ def train_step(rig: Rig, epoch: int, pass_microbatch: Callable[[], bool]) -> Ste
         return None
     waited_s = time.monotonic() - started_s
 
-    rig.optimizer.zero_grad(set_to_none=True)
+    optimizer = rig.optimizer
+    optimizer.zero_grad(set_to_none=True)
+    rig.merger.begin(rig.global_step, len(batches))
     total_loss: Tensor | None = None
     for batch in batches:
         if not pass_microbatch():
-            rig.optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             raise StepAbandonedError
-        loss = _add_gradients(rig, batch, share=1.0 / len(batches))
+        losses = checked_losses(rig.job, rig.model, batch, rig.growth.topology.training_seeds)
+        loss = rig.merger.add(losses, batch)
         total_loss = loss if total_loss is None else total_loss + loss
+    rig.merger.finish()
     loss_value, norm = _measure(total_loss, rig)
 
     finite = math.isfinite(loss_value) and math.isfinite(norm)
+    violations: list[Violation] = []
     if finite:
         _clip(rig, norm)
-        rig.optimizer.step()
+        violations = rig.growth.controller.before_step(rig.global_step)
+        optimizer.step()
         rig.global_step += 1
     finished_s = time.monotonic()
     return StepReport(
@@ -68,6 +75,7 @@ def train_step(rig: Rig, epoch: int, pass_microbatch: Callable[[], bool]) -> Ste
         input_wait_s=waited_s,
         finished_at_s=finished_s,
         void=not finite,
+        violations=tuple(violations),
     )
 
 
@@ -76,16 +84,6 @@ def _take_microbatches(rig: Rig) -> list[Batch]:
     while len(batches) < rig.accumulate and (batch := rig.cursor.next_batch()) is not None:
         batches.append(on_device(batch, rig.device))
     return batches
-
-
-def _add_gradients(rig: Rig, batch: Batch, share: float) -> Tensor:
-    """Add the gradients of the batch's losses, times `share`, to `.grad`; returns the loss so weighted, detached."""
-    losses = list(checked_losses(rig.job, rig.model, batch).values())
-    loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-    if share != 1.0:
-        loss = loss * share
-    loss.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
-    return loss.detach()
 
 
 def _measure(loss: Tensor | None, rig: Rig) -> tuple[float, float]:

@@ -2,28 +2,18 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import select
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from blockbuster import BlockBuster
 
-from leyline.v1.admin_service_pb2 import GetStatusResponse
+from support.fake_admin import FakeAdmin, serving
 
 _ENDS_WITHIN_S = 20.0
-# fake_serve.py, which runs as a process of its own, has it from the same file.
-_FAKES = runpy.run_path(str(Path(__file__).with_name("fake_admin.py")))
-
-
-@pytest.fixture(autouse=True)
-def last_channel_may_go(blockbuster: BlockBuster) -> None:
-    """GRPC joins its poller thread when the last channel goes: a command's loop has nothing else to do by then."""
-    blockbuster.functions["threading.Lock.acquire"].can_block_in("threading.py", "_wait_for_tstate_lock")
 
 
 @pytest.fixture(autouse=True)
@@ -36,35 +26,7 @@ def clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def status_of() -> Callable[..., GetStatusResponse]:
-    """Makes the status of a run at the begin of an epoch."""
-    make: Callable[..., GetStatusResponse] = _FAKES["status_of"]
-    return make
-
-
-@pytest.fixture
-def whole_run() -> list[GetStatusResponse]:
-    """Three epochs and the end."""
-    statuses: list[GetStatusResponse] = _FAKES["whole_run"]()
-    return statuses
-
-
-@pytest.fixture
-def fake_admin() -> Callable[..., Any]:
-    """Makes a service that answers from a script."""
-    make: Callable[..., Any] = _FAKES["fake_admin"]
-    return make
-
-
-@pytest.fixture
-def serving() -> Callable[..., AbstractContextManager[str]]:
-    """Serves a fake, at an address if one is given."""
-    serve: Callable[..., AbstractContextManager[str]] = _FAKES["serving"]
-    return serve
-
-
-@pytest.fixture
-def serve_fake(serving: Callable[..., AbstractContextManager[str]]) -> Iterator[Callable[[Any], str]]:
+def serve_fake() -> Iterator[Callable[[FakeAdmin], str]]:
     """Serves a fake until the test ends; gives its address."""
     with ExitStack() as stack:
         yield lambda admin: stack.enter_context(serving(admin))

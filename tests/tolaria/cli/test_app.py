@@ -6,22 +6,21 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 import tolaria
-from leyline.v1.admin_service_pb2 import GetStatusResponse, PauseTrainingRequest
+from leyline.v1.admin_service_pb2 import PauseTrainingRequest
+from support.fake_admin import FakeAdmin, fake_admin, status_of
 from tolaria.cli.app import Told, app
 from tolaria.cli.change import changing
 from tolaria.config import Settings
 from tolaria.errors import BindError, TolariaError, UnknownJobError
 
-StatusOf = Callable[..., GetStatusResponse]
-MakeAdmin = Callable[..., Any]
-Serve = Callable[[Any], str]
+Serve = Callable[[FakeAdmin], str]
 
 _COMMANDS = ("serve", "demo", "status", "watch", "pause", "resume", "stop", "peer", "config")
 _NOBODY = "127.0.0.1:1"
@@ -104,14 +103,14 @@ def test_missing_config_file_is_a_configuration_error() -> None:
     assert "no file nowhere.toml" in done.stderr
 
 
-def test_status_is_plain_lines_in_a_pipe(fake_admin: MakeAdmin, status_of: StatusOf, serve_fake: Serve) -> None:
+def test_status_is_plain_lines_in_a_pipe(serve_fake: Serve) -> None:
     """Without a terminal: labelled lines, exit code 0."""
     done = runner.invoke(app, ["status", "--address", serve_fake(fake_admin([status_of(2)]))])
     assert done.exit_code == 0
     assert "run            run-1, job digits, running" in done.stdout.splitlines()
 
 
-def test_status_json_is_the_contract_s_mapping(fake_admin: MakeAdmin, status_of: StatusOf, serve_fake: Serve) -> None:
+def test_status_json_is_the_contract_s_mapping(serve_fake: Serve) -> None:
     """Names, enums and 64-bit numbers are as proto3's JSON has them; zeros are there too."""
     done = runner.invoke(app, ["status", "--json", "--address", serve_fake(fake_admin([status_of(2)]))])
     told = json.loads(done.stdout)
@@ -120,7 +119,7 @@ def test_status_json_is_the_contract_s_mapping(fake_admin: MakeAdmin, status_of:
     assert told["seeds"][0]["stage"] == "SEED_STAGE_TRAINING"
 
 
-def test_status_asks_where_the_settings_say(fake_admin: MakeAdmin, status_of: StatusOf, serve_fake: Serve) -> None:
+def test_status_asks_where_the_settings_say(serve_fake: Serve) -> None:
     """Without --address it is server.listen that is asked."""
     address = serve_fake(fake_admin([status_of(2)]))
     assert runner.invoke(app, ["status", "--set", f"server.listen={address}"]).exit_code == 0
@@ -156,7 +155,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_pause_tells_the_step_and_sends_reason_and_a_new_request_id(fake_admin: MakeAdmin, serve_fake: Serve) -> None:
+def test_pause_tells_the_step_and_sends_reason_and_a_new_request_id(serve_fake: Serve) -> None:
     """The answer's step and state are shown; each call has an id of its own."""
     admin = fake_admin([])
     address = serve_fake(admin)
@@ -167,7 +166,7 @@ def test_pause_tells_the_step_and_sends_reason_and_a_new_request_id(fake_admin: 
     assert len({request.request_id for request in admin.requests} - {""}) == 2
 
 
-def test_request_id_can_be_given(fake_admin: MakeAdmin, serve_fake: Serve) -> None:
+def test_request_id_can_be_given(serve_fake: Serve) -> None:
     """A repeat of a lost call carries the id of the first."""
     admin = fake_admin([])
     address = serve_fake(admin)
@@ -190,13 +189,13 @@ def test_lost_change_tells_how_to_repeat_it() -> None:
         (["resume", "--reason", "x"], "tolaria: the run is not held [31m (WRONG_STATE)\n"),
     ],
 )
-def test_refusal_is_exit_code_1(fake_admin: MakeAdmin, serve_fake: Serve, arguments: list[str], told: str) -> None:
+def test_refusal_is_exit_code_1(serve_fake: Serve, arguments: list[str], told: str) -> None:
     """A service that answers no is told as it says."""
     done = runner.invoke(app, [*arguments, "--address", serve_fake(fake_admin([]))])
     assert (done.exit_code, done.stderr) == (1, told)
 
 
-def test_a_change_needs_its_own_options_only(fake_admin: MakeAdmin, serve_fake: Serve) -> None:
+def test_a_change_needs_its_own_options_only(serve_fake: Serve) -> None:
     """A new command is a function that fills in its request; everything shared comes with it."""
     extended = typer.Typer(cls=Told)
     extended.callback()(lambda: None)

@@ -2,25 +2,21 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
 from leyline.v1.admin_service_pb2 import (
-    GetStatusResponse,
     PauseTrainingRequest,
     ResumeTrainingRequest,
     StopTrainingRequest,
 )
+from support.fake_admin import FakeAdmin, fake_admin, status_of, whole_run
 from tolaria.cli.client import admin_client, connectable, service_address
 from tolaria.cli.failures import RequestRefusedError, ServiceUnreachableError
 from tolaria.config import Address, load_settings
 from tolaria.errors import ConfigurationError
 
-StatusOf = Callable[..., GetStatusResponse]
-WholeRun = list[GetStatusResponse]
-MakeAdmin = Callable[..., Any]
-Serve = Callable[[Any], str]
+Serve = Callable[[FakeAdmin], str]
 
 
 @pytest.fixture
@@ -32,16 +28,14 @@ def nobody() -> Iterator[Address]:
 
 
 @pytest.mark.anyio
-async def test_status_is_the_service_s_own_answer(
-    fake_admin: MakeAdmin, status_of: StatusOf, serve_fake: Serve
-) -> None:
+async def test_status_is_the_service_s_own_answer(serve_fake: Serve) -> None:
     """What the service sends arrives unchanged."""
     async with admin_client(Address.parse(serve_fake(fake_admin([status_of(2)]))), 5.0) as client:
         assert status_of(2) == await client.status()
 
 
 @pytest.mark.anyio
-async def test_refusal_names_the_field(fake_admin: MakeAdmin, serve_fake: Serve) -> None:
+async def test_refusal_names_the_field(serve_fake: Serve) -> None:
     """A BadRequest detail becomes `field: why`, followed by the status."""
     async with admin_client(Address.parse(serve_fake(fake_admin([]))), 5.0) as client:
         with pytest.raises(RequestRefusedError) as caught:
@@ -50,7 +44,7 @@ async def test_refusal_names_the_field(fake_admin: MakeAdmin, serve_fake: Serve)
 
 
 @pytest.mark.anyio
-async def test_refusal_is_one_harmless_line_with_its_stable_reason(fake_admin: MakeAdmin, serve_fake: Serve) -> None:
+async def test_refusal_is_one_harmless_line_with_its_stable_reason(serve_fake: Serve) -> None:
     """An ErrorInfo detail gives the reason; line breaks and escape sequences of the message do not reach the screen."""
     async with admin_client(Address.parse(serve_fake(fake_admin([]))), 5.0) as client:
         with pytest.raises(RequestRefusedError) as caught:
@@ -59,7 +53,7 @@ async def test_refusal_is_one_harmless_line_with_its_stable_reason(fake_admin: M
 
 
 @pytest.mark.anyio
-async def test_refusal_without_details_tells_the_status(fake_admin: MakeAdmin, serve_fake: Serve) -> None:
+async def test_refusal_without_details_tells_the_status(serve_fake: Serve) -> None:
     """A call that the service does not have is refused with gRPC's own word for it."""
     async with admin_client(Address.parse(serve_fake(fake_admin([]))), 5.0) as client:
         with pytest.raises(RequestRefusedError, match="UNIMPLEMENTED"):
@@ -75,7 +69,7 @@ async def test_nobody_there_is_unreachable(nobody: Address) -> None:
 
 
 @pytest.mark.anyio
-async def test_call_ends_at_its_deadline(fake_admin: MakeAdmin, serve_fake: Serve) -> None:
+async def test_call_ends_at_its_deadline(serve_fake: Serve) -> None:
     """A service that hangs is given up after the timeout, and told so."""
     admin = fake_admin([])
     admin.hangs.set()
@@ -85,16 +79,14 @@ async def test_call_ends_at_its_deadline(fake_admin: MakeAdmin, serve_fake: Serv
 
 
 @pytest.mark.anyio
-async def test_watch_ends_with_the_stream(fake_admin: MakeAdmin, whole_run: WholeRun, serve_fake: Serve) -> None:
+async def test_watch_ends_with_the_stream(serve_fake: Serve) -> None:
     """All states arrive in order, and the end of the stream ends the watching."""
-    async with admin_client(Address.parse(serve_fake(fake_admin(whole_run, ends=True))), 5.0) as client:
-        assert whole_run == [status async for status in client.watch()]
+    async with admin_client(Address.parse(serve_fake(fake_admin(whole_run(), ends=True))), 5.0) as client:
+        assert whole_run() == [status async for status in client.watch()]
 
 
 @pytest.mark.anyio
-async def test_silent_stream_is_asked_and_opened_anew(
-    fake_admin: MakeAdmin, status_of: StatusOf, serve_fake: Serve
-) -> None:
+async def test_silent_stream_is_asked_and_opened_anew(serve_fake: Serve) -> None:
     """Silence for the timeout is no failure while the service answers."""
     admin = fake_admin([status_of(1)])
     admin.silent = True
@@ -111,7 +103,7 @@ async def test_silent_stream_is_asked_and_opened_anew(
 
 
 @pytest.mark.anyio
-async def test_silent_stream_of_a_hanging_service_is_unreachable(fake_admin: MakeAdmin, serve_fake: Serve) -> None:
+async def test_silent_stream_of_a_hanging_service_is_unreachable(serve_fake: Serve) -> None:
     """A service that neither streams nor answers ends the watching."""
     admin = fake_admin([])
     admin.silent = True

@@ -26,12 +26,18 @@ class Lifeline(Protocol):
     def until_gone(self) -> list[dict[str, Any]]: ...
 
 
-_FAKE = str(Path(__file__).with_name("fake_serve.py"))
+_TESTS = Path(__file__).parents[2]
+_FAKE = ("-m", "support.fake_serve")
+
+
+@pytest.fixture(autouse=True)
+def _children_find_the_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(_TESTS))
 
 
 def _demo(lifeline: Lifeline, mode: str, *overrides: str, stay: bool = False, as_json: bool = False) -> Demo:
     plan = planned(None, overrides, epochs=None, stay=stay, as_json=as_json)
-    return replace(plan, program=(sys.executable, _FAKE, mode, str(lifeline.path)))
+    return replace(plan, program=(sys.executable, *_FAKE, mode, str(lifeline.path)))
 
 
 def test_demo_follows_sums_up_and_ends_its_service(lifeline: Lifeline, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +75,7 @@ def test_demo_passes_on_what_was_asked_for(lifeline: Lifeline, tmp_path: Path) -
     file = tmp_path / "mine.toml"
     file.write_text("[training]\nseed = 3\n", encoding="utf-8")
     plan = planned(file, ["logging.level=error", "logging.format=console"], epochs=2, stay=False, as_json=False)
-    run(replace(plan, program=(sys.executable, _FAKE, "run", str(lifeline.path))))
+    run(replace(plan, program=(sys.executable, *_FAKE, "run", str(lifeline.path))))
     [said] = lifeline.until_gone()
     arguments = said["arguments"]
     assert arguments[:4] == ["serve", "--while-stdin", "--config", str(file)]
@@ -154,7 +160,7 @@ def test_demo_gives_up_a_service_that_never_serves(lifeline: Lifeline, monkeypat
 @pytest.mark.anyio
 async def test_child_log_is_bounded(lifeline: Lifeline) -> None:
     """A flood of lines neither blocks the child nor fills the memory."""
-    command = [sys.executable, _FAKE, "noisy", str(lifeline.path)]
+    command = [sys.executable, *_FAKE, "noisy", str(lifeline.path)]
     async with serve_child(command, stop_timeout_s=10.0) as child:
         assert await child.serving(20.0) is not None
         assert len(child.log_lines) == LOG_LINES_MAX
@@ -180,7 +186,7 @@ async def test_child_does_not_survive_an_exception(lifeline: Lifeline) -> None:
     """Whatever ends the block ends the child."""
 
     async def fail() -> None:
-        async with serve_child([sys.executable, _FAKE, "endless", str(lifeline.path)], stop_timeout_s=10.0) as child:
+        async with serve_child([sys.executable, *_FAKE, "endless", str(lifeline.path)], stop_timeout_s=10.0) as child:
             await child.serving(20.0)
             raise ZeroDivisionError
 
@@ -196,7 +202,7 @@ async def test_second_cancellation_kills_at_once(lifeline: Lifeline) -> None:
     stopping = asyncio.Event()
 
     async def keep() -> None:
-        async with serve_child([sys.executable, _FAKE, "stubborn", str(lifeline.path)], stop_timeout_s=600.0) as child:
+        async with serve_child([sys.executable, *_FAKE, "stubborn", str(lifeline.path)], stop_timeout_s=600.0) as child:
             await child.serving(20.0)
             serving.set()
             try:
@@ -217,12 +223,12 @@ async def test_second_cancellation_kills_at_once(lifeline: Lifeline) -> None:
 def _in_a_process(lifeline: Lifeline, mode: str, *, stay: bool) -> subprocess.Popen[str]:
     code = (
         "import sys\nfrom dataclasses import replace\nfrom tolaria.cli.app import app\nfrom tolaria.cli import demo\n"
-        "demo.SERVE = tuple(sys.argv[1:5])\n"
+        "demo.SERVE = tuple(sys.argv[1:6])\n"
         "original = demo.planned\n"
         "demo.planned = lambda *a, **k: replace(original(*a, **k), program=demo.SERVE)\n"
-        "app(['demo', *sys.argv[5:]])\n"
+        "app(['demo', *sys.argv[6:]])\n"
     )
-    command: Sequence[str] = [sys.executable, "-c", code, sys.executable, _FAKE, mode, str(lifeline.path)]
+    command: Sequence[str] = [sys.executable, "-c", code, sys.executable, *_FAKE, mode, str(lifeline.path)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [*command, *(["--stay"] if stay else [])],

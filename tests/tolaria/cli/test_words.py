@@ -1,25 +1,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 
 from leyline.v1.admin_service_pb2 import GetStatusResponse, RunState
 from leyline.v1.enums_pb2 import CircuitBreakerState, EmergencyLevel, HealthStatus
 from leyline.v1.telemetry_pb2 import SystemHealth
+from support.fake_admin import status_of
 from tolaria.cli import words
 
-StatusOf = Callable[..., GetStatusResponse]
 
-
-def test_rows_answer_what_an_operator_asks(status_of: StatusOf) -> None:
+def test_rows_answer_what_an_operator_asks() -> None:
     """Every figure of the view has a row."""
-    rows = dict(words.rows(status_of(2), 18.0))
+    rows = dict(words.rows(status_of(2)))
     assert rows["run"] == "run-1, job digits, running"
     assert rows["progress"] == "epoch 2/3, step 0/45 of it, 45 steps in all, 0 samples/s"
     assert rows["learned"] == "loss 0.5000, validation loss 0.2500, accuracy 92.00%"
-    assert rows["boundary"] == "4.2 of 18 ms, p50 4.0, p99 6.5, 0 over budget"
+    assert rows["boundary"] == "4.2 of 25 ms, p50 4.0, p99 6.5, 0 over budget"
     assert rows["seeds"] == "seed-1 training (conv)"
     assert rows["commands"] == "2 accepted, 1 rejected, 1 rollback"
     assert rows["breakers"] == "all closed"
@@ -28,13 +26,13 @@ def test_rows_answer_what_an_operator_asks(status_of: StatusOf) -> None:
 
 def test_a_run_that_has_not_begun_has_no_figures() -> None:
     """The contract's zeros are not shown as measurements."""
-    rows = dict(words.rows(GetStatusResponse(state=RunState.RUN_STATE_STARTING), 18.0))
+    rows = dict(words.rows(GetStatusResponse(state=RunState.RUN_STATE_STARTING)))
     assert {rows[label] for label in ("learned", "boundary", "tamiyo", "kasmina", "learning rate")} == {"not yet"}
     assert rows["seeds"] == "none"
     assert "breakers" not in rows
 
 
-def test_trouble_is_in_the_rows(status_of: StatusOf) -> None:
+def test_trouble_is_in_the_rows() -> None:
     """Reasons, open breakers, emergency and health show once they exist."""
     status = status_of(2, state=RunState.RUN_STATE_HALTED)
     status.state_reason = "emergency"
@@ -42,7 +40,7 @@ def test_trouble_is_in_the_rows(status_of: StatusOf) -> None:
     status.breakers["tamiyo"] = CircuitBreakerState.CIRCUIT_STATE_HALF_OPEN
     status.emergency_level = EmergencyLevel.EMERGENCY_LEVEL_HALT
     status.health.CopyFrom(SystemHealth(status=HealthStatus.HEALTH_STATUS_CRITICAL, summary="halted"))
-    rows = dict(words.rows(status, 18.0))
+    rows = dict(words.rows(status))
     assert rows["run"].endswith("halted: emergency")
     assert rows["conservative"] == "tamiyo breaker"
     assert rows["breakers"] == "tamiyo half open"
@@ -69,7 +67,7 @@ def test_foreign_text_is_bounded() -> None:
     assert words.one_line("x" * 10_000) == "x" * 199 + "…"
 
 
-def test_not_a_number_is_shown_as_it_is(status_of: StatusOf) -> None:
+def test_not_a_number_is_shown_as_it_is() -> None:
     """A diverged loss is news, not a failure of the view."""
     status = status_of(2)
     status.training_loss = math.nan

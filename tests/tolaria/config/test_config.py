@@ -15,6 +15,7 @@ def _no_settings_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 def problems(overrides: list[str] | None = None, config_file: Path | None = None) -> list[str]:
+    """What is wrong with the settings, one line a mistake."""
     with pytest.raises(ConfigurationError) as caught:
         load_settings(config_file, overrides)
     return caught.value.problems
@@ -176,9 +177,9 @@ def test_addresses_read_and_print_alike(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "80", ":80", "host", "host:", "host:-1", "::1:80", "a b:80", "http://x:80", "x:８０"]
+    "text", ["", "80", ":80", "host", "host:", "host:-1", "::1:80", "a b:80", "http://x:80", "x:\uff18\uff10"]
 )
 def test_addresses_that_are_none_are_refused(text: str) -> None:
     """Whatever is not host:port raises with the text in the message."""
-    with pytest.raises(ValueError, match="host:port|no port"):
+    with pytest.raises(ValueError, match=r"host:port|no port"):
         Address.parse(text)

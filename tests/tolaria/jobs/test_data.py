@@ -14,10 +14,12 @@ X = torch.arange(10)
 
 
 def tensors(seed: int = 0, batch_size: int = 3) -> TensorCursor:
+    """A cursor over ten samples held as tensors."""
     return TensorCursor((X, X * 2), batch_size=batch_size, seed=seed)
 
 
 def loader(seed: int = 0, batch_size: int = 3) -> LoaderCursor:
+    """A cursor over ten samples from a shuffling loader."""
     dataset = TensorDataset(X, X * 2)
     return LoaderCursor(
         DataLoader(dataset, batch_size=batch_size, shuffle=True, generator=torch.Generator()), seed=seed
@@ -25,6 +27,7 @@ def loader(seed: int = 0, batch_size: int = 3) -> LoaderCursor:
 
 
 def rest(cursor: BatchCursor) -> list[list[int]]:
+    """The inputs of all batches that are left in the epoch."""
     batches = []
     while (batch := cursor.next_batch()) is not None:
         assert batch.samples == len(batch.payload[0])
@@ -41,7 +44,7 @@ def test_an_epoch_has_every_sample_once(make: Callable[..., BatchCursor]) -> Non
     cursor = make()
     cursor.begin_epoch(1)
     batches = rest(cursor)
-    assert sorted(sum(batches, [])) == list(range(10))
+    assert sorted(sample for batch in batches for sample in batch) == list(range(10))
     assert [len(b) for b in batches] == [3, 3, 3, 1]
     assert cursor.batches_per_epoch == 4
 

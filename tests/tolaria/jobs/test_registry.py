@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.jobs import TinyJob
 
+from support.jobs import TinyJob
 from tolaria.errors import BrokenJobError, JobError, UnknownJobError
 from tolaria.jobs import JobContext, build_job
 from tolaria.jobs.digits import DigitsJob

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
+
 import anyio
 import pytest
-from support.peers import FakeKasmina, FakeTamiyo, command, serving
 
 from leyline.v1.commands_pb2 import AdaptationCommand
-from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN, COMMAND_SEED, SEED_STAGE_TRAINING
+from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, COMMAND_SEED, SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
+from support.peers import FakeKasmina, FakeTamiyo, command, serving
 from tolaria.config import PeerSettings
 from tolaria.errors import PeerError, PeerProtocolError, PeerTimeoutError
 from tolaria.peers.connect import Peers, connected_peers
@@ -26,7 +28,7 @@ class Ward:
         self.breaker_changes = 0
         self._settings = PeerSettings(target=target, timeout_s=timeout_s)
 
-    def connected(self):  # type: ignore[no-untyped-def] # noqa: ANN201 - what connected_peers returns
+    def connected(self) -> AbstractAsyncContextManager[Peers]:
         def count() -> None:
             self.breaker_changes += 1
 
@@ -44,6 +46,7 @@ class Ward:
 
 
 async def no_command(_state: SystemStatePacket) -> AdaptationCommand | None:
+    """A controller that is content."""
     return None
 
 
@@ -77,6 +80,7 @@ async def test_timeouts_are_counted_and_evented_by_peer() -> None:
 
     async def never(_state: SystemStatePacket) -> AdaptationCommand | None:
         await anyio.sleep_forever()
+        raise AssertionError("forever has ended")
 
     async with serving(FakeTamiyo(never)) as target:
         ward = Ward(target, timeout_s=0.05)
@@ -97,13 +101,13 @@ async def test_a_dead_peer_opens_its_breaker_and_no_other() -> None:
             with pytest.raises(PeerError):
                 await peers.tamiyo.evaluate_epoch(SystemStatePacket())
     assert ward.value("tolaria.breaker.state", breaker="tamiyo") == CIRCUIT_STATE_OPEN
-    assert ward.value("tolaria.breaker.state", breaker="kasmina") == 1
+    assert ward.value("tolaria.breaker.state", breaker="kasmina") == CIRCUIT_STATE_CLOSED
     assert ward.events == ["tolaria.tamiyo_error"] * 2 + ["tolaria.breaker_opened", "tolaria.tamiyo_error"]
     assert ward.breaker_changes == 1
 
 
 async def test_a_restarted_peer_is_found_again_within_seconds() -> None:
-    """gRPC's long backoff is cut short, so that a peer that is back is called again soon."""
+    """The long backoff of gRPC is cut short, so that a peer that is back is called again soon."""
     async with serving(FakeTamiyo(no_command)) as target:
         ward = Ward(target)
         peers_of = ward.connected()
@@ -120,5 +124,5 @@ async def test_a_restarted_peer_is_found_again_within_seconds() -> None:
                     break
                 except PeerError:
                     await anyio.sleep(0.05)
-                    peers.breakers["tamiyo"].force(1)
+                    peers.breakers["tamiyo"].force(CIRCUIT_STATE_CLOSED)
         await peers_of.__aexit__(None, None, None)

@@ -5,10 +5,10 @@ import hmac
 
 from hypothesis import given
 from hypothesis import strategies as st
-from support.peers import command
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import COMMAND_SEED
+from support.peers import command
 from tolaria.peers.signing import NonceTable, is_signed, sign
 
 

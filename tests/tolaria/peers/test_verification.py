@@ -6,7 +6,6 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.peers import command
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import (
@@ -20,6 +19,7 @@ from leyline.v1.enums_pb2 import (
     SeedLifecycleStage,
 )
 from leyline.v1.seeds_pb2 import SeedState
+from support.peers import command
 from tolaria.errors import CommandRejectedError, PeerProtocolError
 from tolaria.peers.signing import NonceTable, sign
 from tolaria.peers.verification import REJECTION_REASONS, SEEDS_MAX, CommandVerifier, Trust, verify_seeds
@@ -36,16 +36,19 @@ def rejection(given_command: AdaptationCommand, *, secrets: tuple[bytes, ...] = 
 
 
 def spoilt(kind: CommandType.ValueType, spoil: Callable[[AdaptationCommand], object]) -> AdaptationCommand:
+    """A good command of the kind, with one thing wrong."""
     made = command(kind)
     spoil(made)
     return made
 
 
 def nan_parameter(made: AdaptationCommand) -> None:
+    """Give a seed operation a NaN."""
     made.seed_operation.parameters["alpha"] = float("nan")
 
 
 def infinite_rate(made: AdaptationCommand) -> None:
+    """Give an optimizer an infinite learning rate."""
     made.optimizer_adjustment.hyperparameters["lr"] = float("inf")
 
 
@@ -124,20 +127,24 @@ def test_arbitrary_bytes_pass_or_are_refused(raw: bytes) -> None:
 
 
 def seed(seed_id: str = "a", stage: SeedLifecycleStage.ValueType = SEED_STAGE_TRAINING) -> SeedState:
+    """A seed that can be meant, unless its id or stage cannot."""
     return SeedState(seed_id=seed_id, stage=stage)
 
 
 def seed_with(**fields: float) -> SeedState:
+    """A seed with these numbers."""
     return SeedState(seed_id="a", stage=SEED_STAGE_TRAINING, **fields)  # type: ignore[arg-type]
 
 
 def seed_with_metric(value: float) -> SeedState:
+    """A seed with this number among its metrics."""
     made = seed()
     made.metrics["alpha"] = value
     return made
 
 
 def seed_with_alpha(value: float) -> SeedState:
+    """A seed whose blending ends at this number."""
     made = seed()
     made.alpha.end = value
     return made

@@ -131,7 +131,7 @@ async def test_one_peer_alone(tmp_path: Path) -> None:
         ("import sys; sys.exit('no such thing')", "tamiyo: ended with code 1: no such thing"),
         ("print('hello', flush=True)\nimport time; time.sleep(600)", "announced itself with b'hello'"),
         ("print('[1]', flush=True)\nimport time; time.sleep(600)", "announced itself with"),
-        ("print('x' * 5000, flush=True)\nimport time; time.sleep(600)", "a line that has no end"),
+        ("print('x' * 5000, end='', flush=True)\nimport time; time.sleep(600)", "a line that has no end"),
     ],
 )
 async def test_a_child_that_does_not_start_right(tmp_path: Path, text: str, why: str) -> None:

@@ -5,13 +5,13 @@ import itertools
 import pytest
 
 from leyline.v1 import enums_pb2 as e
+from tolaria.errors import IllegalMoveError
 from tolaria.reference.lifecycle import (
     LIVING,
     OPERATIONS,
     PROGRESS,
     TRANSITIONS,
     Gate,
-    IllegalMoveError,
     Operation,
     Stage,
     gate_between,

@@ -83,7 +83,7 @@ async def test_tamiyo_answers_with_a_command_or_none() -> None:
 
 async def test_tamiyo_signs_with_the_secret() -> None:
     """With a secret set a command carries a signature that the secret verifies and another does not."""
-    async with channel_to("tamiyo", secret="tell nobody") as channel:  # noqa: S106 - made up
+    async with channel_to("tamiyo", secret="tell nobody") as channel:
         stub = TamiyoServiceStub(channel)
         answer = await stub.EvaluateEpoch(EvaluateEpochRequest(state=packet(1, training_loss=NAN)))
         assert is_signed(answer.command, (b"tell nobody",))

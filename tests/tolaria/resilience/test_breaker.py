@@ -13,11 +13,11 @@ from leyline.v1.enums_pb2 import (
     CIRCUIT_STATE_UNKNOWN,
     CircuitBreakerState,
 )
+from tolaria.errors import IllegalBreakerSignalError
 from tolaria.resilience.breaker import (
     TRANSITIONS,
     Breaker,
     BreakerStatus,
-    IllegalBreakerSignalError,
     Signal,
     transition,
 )

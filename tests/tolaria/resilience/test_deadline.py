@@ -2,22 +2,22 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import threading
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import anyio
 import anyio.to_thread
 import grpc.aio
 import pytest
-from support.peers import FakeTamiyo, command, serving
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN
 from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.tamiyo_service_pb2 import EvaluateEpochRequest, EvaluateEpochResponse
 from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
+from support.peers import FakeTamiyo, command, serving
 from tolaria.errors import BreakerOpenError, PeerTimeoutError, PeerUnavailableError
 from tolaria.resilience.breaker import Breaker, BreakerPolicy
 from tolaria.resilience.deadline import CallRecord, DeadlineCaller
@@ -44,11 +44,14 @@ class Peer:
 
 
 async def answer_at_once(_state: SystemStatePacket) -> AdaptationCommand | None:
+    """A peer that is quick."""
     return command()
 
 
 async def never_answer(_state: SystemStatePacket) -> AdaptationCommand | None:
+    """A peer that hangs."""
     await anyio.sleep_forever()
+    raise AssertionError("forever has ended")
 
 
 @pytest.fixture
@@ -108,11 +111,12 @@ async def test_many_timeouts_leave_nothing_behind(hanging: Peer) -> None:
 
 
 def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    """How many files and sockets this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 async def test_a_cancelled_scope_around_a_call_ends_as_its_own(hanging: Peer) -> None:
-    """anyio's scope catches its own cancellation: nothing leaks out of it, and the breaker learns nothing."""
+    """The scope catches its own cancellation: nothing leaks out of it, and the breaker learns nothing."""
     for _ in range(20):
         with anyio.move_on_after(0.01) as scope:
             await hanging.call(5.0)
@@ -122,7 +126,7 @@ async def test_a_cancelled_scope_around_a_call_ends_as_its_own(hanging: Peer) ->
 
 
 async def test_a_channel_closed_under_a_call_is_an_unavailable_peer(hanging: Peer) -> None:
-    """gRPC's own CancelledError, which nobody asked for, does not escape as one."""
+    """A CancelledError of gRPC's own, which nobody asked for, does not escape as one."""
     async with anyio.create_task_group() as tasks:
 
         async def call() -> None:

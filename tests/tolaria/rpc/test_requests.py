@@ -30,6 +30,7 @@ class Effect:
 
 
 def request(request_id: str = "a", reason: str = "why") -> PauseTrainingRequest:
+    """A request that is fine, unless its id or reason is not."""
     return PauseTrainingRequest(request_id=request_id, reason=reason)
 
 

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def get(address: object, path: str) -> tuple[int, str]:
+    """Status and body of a page."""
     async with aiohttp.ClientSession() as session, session.get(f"http://{address}{path}") as response:
         return response.status, await response.text()
 

@@ -11,6 +11,7 @@ from tolaria.telemetry.logging import LogContext, logging_to
 
 
 def logged(settings: LoggingSettings, context: LogContext) -> str:
+    """All that is written of one debug line and one info line."""
     stream = io.StringIO()
     with logging_to(stream, settings, context, on_dropped=lambda _priority: None):
         log = structlog.get_logger()
@@ -51,7 +52,8 @@ class StuckStream(io.StringIO):
 
 def test_a_reader_that_stops_reading_stops_nobody() -> None:
     """When nobody reads the log, lines are dropped by priority and counted; the caller never waits."""
-    stream, dropped = StuckStream(), []
+    stream = StuckStream()
+    dropped: list[str] = []
     with logging_to(stream, LoggingSettings(format="json"), LogContext(), on_dropped=dropped.append):
         log = structlog.get_logger()
         log.info("first")

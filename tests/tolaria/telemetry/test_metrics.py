@@ -12,6 +12,7 @@ UTF8 = "text/plain;version=1.0.0;escaping=allow-utf-8"
 
 
 def exposed(metrics: Metrics, accept: str) -> str:
+    """What a scraper that accepts these forms gets."""
     encode, _ = choose_encoder(accept)
     return encode(metrics.registry).decode()
 

@@ -12,10 +12,12 @@ from tolaria.training.reports import StepReport
 
 
 def step(loss: float = 1.0, norm: float = 1.0, *, void: bool = False) -> StepReport:
+    """A report of one step."""
     return StepReport(1, 1, loss, norm, 8, 0.1, 0.0, 0.0, void)
 
 
 def after(*steps: StepReport) -> Health:
+    """The health after these steps."""
     health = Health()
     for one in steps:
         health = observe(health, one)

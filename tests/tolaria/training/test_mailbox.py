@@ -20,6 +20,7 @@ class Held:
 
 
 def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
+    """Make a call in a thread; its result is put into the list."""
     results: list[object] = []
     thread = threading.Thread(target=lambda: results.append(call()))
     thread.start()
@@ -28,15 +29,15 @@ def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[object
 
 def test_epochs_come_in_order() -> None:
     """What was asked first is run first."""
-    mailbox = Mailbox(Held())
+    mailbox: Mailbox[str] = Mailbox(Held())
     mailbox.run_epoch(1)
     mailbox.run_epoch(2)
-    assert [mailbox.next_epoch(), mailbox.next_epoch()] == [1, 2]
+    assert [mailbox.next_work(), mailbox.next_work()] == [1, 2]
 
 
 def test_the_mailbox_is_bounded() -> None:
     """A shell that asks without end is told so."""
-    mailbox = Mailbox(Held())
+    mailbox: Mailbox[str] = Mailbox(Held())
     for epoch in range(4):
         mailbox.run_epoch(epoch)
     with pytest.raises(LaneError, match="waiting for the lane"):
@@ -53,7 +54,7 @@ def test_an_open_mailbox_lets_microbatches_pass() -> None:
 def test_a_held_lane_stands_between_microbatches_until_released() -> None:
     """Held: told once, stands; released: goes on, and can be held again."""
     held = Held()
-    mailbox = Mailbox(held)
+    mailbox: Mailbox[str] = Mailbox(held)
     for times in (1, 2):
         mailbox.hold()
         held.event.clear()
@@ -69,9 +70,9 @@ def test_a_held_lane_stands_between_microbatches_until_released() -> None:
 def test_a_held_idle_lane_takes_no_work_until_released() -> None:
     """A lane that is held while it waits says so and leaves the next epoch alone."""
     held = Held()
-    mailbox = Mailbox(held)
+    mailbox: Mailbox[str] = Mailbox(held)
     mailbox.hold()
-    thread, results = in_thread(mailbox.next_epoch)
+    thread, results = in_thread(mailbox.next_work)
     assert held.event.wait(5)
     mailbox.run_epoch(3)
     thread.join(0.05)
@@ -84,19 +85,19 @@ def test_a_held_idle_lane_takes_no_work_until_released() -> None:
 def test_stopping_gives_a_held_step_up_and_ends_an_idle_lane() -> None:
     """A stop reaches a lane that stands, and one that waits for work."""
     held = Held()
-    mailbox = Mailbox(held)
+    mailbox: Mailbox[str] = Mailbox(held)
     mailbox.hold()
     thread, results = in_thread(mailbox.pass_microbatch)
     assert held.event.wait(5)
     mailbox.stop()
     thread.join(5)
     assert results == [False]
-    assert mailbox.next_epoch() is None
+    assert mailbox.next_work() is None
 
 
 def test_a_stop_lets_a_running_step_finish() -> None:
     """A lane that is not held passes its microbatches though it shall end after the step."""
-    mailbox = Mailbox(Held())
+    mailbox: Mailbox[str] = Mailbox(Held())
     mailbox.stop()
     assert mailbox.pass_microbatch()
     assert mailbox.stopping

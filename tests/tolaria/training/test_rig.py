@@ -6,28 +6,29 @@ import numpy as np
 import pytest
 import torch
 
-from tolaria.config import TrainingSettings
+from tolaria.config import Settings, TrainingSettings
 from tolaria.errors import BrokenJobError, ConfigurationError, EmptyDatasetError
 from tolaria.jobs import Batch
 from tolaria.training.fastpaths import choose_device, limit_threads
 from tolaria.training.rig import build_rig, on_device, seed_everything, to_device
 
 
-def settings(job: str, **fields: object) -> TrainingSettings:
-    return TrainingSettings(job=job, device="cpu", **fields)  # type: ignore[arg-type]
+def settings(job: str, **fields: object) -> Settings:
+    """Settings for a job on the processor."""
+    return Settings(training=TrainingSettings(job=job, device="cpu", **fields))  # type: ignore[arg-type]
 
 
 def test_the_first_look_leaves_no_trace() -> None:
     """RNGs, buffers and the data's place are as if the forward pass had not been tried."""
     made = build_rig(settings("support.jobs:TinyJob", seed=3, options={"dropout": 0.5}))
-    after = torch.rand(4), np.random.rand(2), random.random()  # noqa: NPY002 - the global RNG is what is tested
+    after = torch.rand(4), np.random.rand(2), random.random()  # noqa: NPY002, S311 - the global RNGs are tested
     seed_everything(3)
     made.job.build_model()
-    expected = torch.rand(4), np.random.rand(2), random.random()  # noqa: NPY002
+    expected = torch.rand(4), np.random.rand(2), random.random()  # noqa: NPY002, S311
     assert torch.equal(after[0], expected[0])
     assert (after[1] == expected[1]).all()
     assert after[2] == expected[2]
-    assert made.model[1].num_batches_tracked.item() == 0  # type: ignore[index,union-attr]
+    assert made.model[1].num_batches_tracked.item() == 0  # type: ignore[index]
 
 
 def test_the_same_seed_gives_the_same_model() -> None:
@@ -42,7 +43,7 @@ def test_the_same_seed_gives_the_same_model() -> None:
 
 def test_an_empty_dataset_is_told() -> None:
     """No batch, no training: an error of its own, naming the job."""
-    with pytest.raises(EmptyDatasetError, match="support.jobs:TinyJob.*holds no batch"):
+    with pytest.raises(EmptyDatasetError, match=r"support\.jobs:TinyJob.*holds no batch"):
         build_rig(settings("support.jobs:TinyJob", options={"samples": 0}))
 
 

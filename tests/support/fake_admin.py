@@ -102,6 +102,7 @@ def status_of(epoch: int, *, state: int = RunState.RUN_STATE_RUNNING, epochs: in
         last_boundary_ms=4.25,
         boundary_ms_p50=4.0,
         boundary_ms_p99=6.5,
+        boundary_budget_ms=25.0,
         tamiyo_answer=f"germinate after epoch {epoch - 1}",
         kasmina_answer="germinated [bold]seed-1",
         commands_accepted=2,

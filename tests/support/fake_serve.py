@@ -1,4 +1,4 @@
-"""Stands where `tolaria serve` would: `fake_serve.py MODE LIFELINE serve --while-stdin ...` acts out MODE.
+"""Stands where `tolaria serve` would: `-m support.fake_serve MODE LIFELINE serve --while-stdin ...` acts it out.
 
 It writes its arguments to the FIFO at LIFELINE and holds it open while it lives.
 """
@@ -12,10 +12,8 @@ import sys
 import threading
 from pathlib import Path
 
-# The script's own folder is on sys.path, for it is run by its path.
-from fake_admin import FakeAdmin, fake_admin, serving, status_of, whole_run  # type: ignore[import-not-found]
-
 from leyline.v1.admin_service_pb2 import RunState
+from support.fake_admin import FakeAdmin, fake_admin, serving, status_of, whole_run
 
 
 def main() -> None:

@@ -1,0 +1,193 @@
+"""The two passes over a gradient matrix that are worth doing fast: its Gram matrix, and a combination of its rows.
+
+Owns numerical range and precision; knows nothing of what the rows mean or how they are projected.
+
+Shapes: n rows, d elements each; a block is all n rows over some of the d columns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import torch
+from torch import Tensor
+
+from tolaria.errors import GradientMismatchError, NoGradientsError
+from tolaria.gradients.flat import check_same_kind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+Rows: TypeAlias = "Tensor | Sequence[Tensor]"
+"""n vectors of d elements, or a matrix of shape (n, d)."""
+
+CHUNK: Final = 16_384
+"""Columns multiplied in float32 before their sum goes on in float64: keeps 1e-7 at full speed."""
+
+SMALL: Final = 32_768
+"""Rows up to this length are multiplied in float64 altogether: the cost is lost in the noise."""
+
+_BLOCK_BYTES: Final = {"cpu": 2**22, "cuda": 2**28}
+"""Bytes of rows held at once when they must be converted or gathered: fits a cache; a small part of a device."""
+
+_SLICE: Final = 524_288
+"""Columns combined at once, so that the running sum stays in the cache while row after row is added."""
+
+_FLOAT32_DIAGONAL_MIN: Final = 1.2e-29
+"""Per element: below it, products lost under float32's smallest normal number could exceed 1e-9 of a squared norm."""
+
+_EXACT: Final = "highest"
+"""What torch calls float32 matrix products that are computed in float32's own 24 bits wherever they run."""
+
+_FLOAT32_COEFFICIENTS: Final = (1e-30, 1e30)
+"""Coefficients outside of this range are applied in float64."""
+
+
+def checked_rows(flats: Rows) -> Rows:
+    """The rows, detached, if they can be merged: real, of one length, dtype and device.
+
+    Raises:
+        NoGradientsError: there are no rows, or they have no elements.
+        GradientMismatchError: the first row that is not a vector or differs from row 0.
+    """
+    if isinstance(flats, Tensor):
+        if flats.dim() != 2:
+            raise GradientMismatchError(0, f"rows are vectors or one matrix (n, d), not a tensor of rank {flats.dim()}")
+        if flats.numel() == 0:
+            raise NoGradientsError
+        check_same_kind(0, flats, flats)
+        return flats.detach()
+    rows = [flat.detach() for flat in flats]
+    if not rows:
+        raise NoGradientsError
+    for index, row in enumerate(rows):
+        _check_row(index, row, rows[0])
+    if rows[0].numel() == 0:
+        raise NoGradientsError
+    return rows
+
+
+def gram_matrix(rows: Rows) -> Tensor:
+    """All dot products between rows.
+
+    Products are summed in float32 over chunks of columns and the chunks in float64, about 1e-7 relative to the rows'
+    norms. Float64 throughout when rows are short, on a device (where TF32 may be on), or when their scale is one that
+    float32 cannot square. So rows in any precision but float64 never overflow or underflow; rows in
+    float64 do not between 1e-150 and 1e150.
+
+    Returns:
+        Shape (n, n), float64, symmetric, on the CPU: one transfer, which waits for the device.
+    """
+    precision = _multiplying_precision(rows)
+    gram = _gram_in(rows, precision)
+    if precision == torch.float32 and not _in_range(gram, rows):
+        gram = _gram_in(rows, torch.float64)
+    return gram
+
+
+def combine_rows(rows: Rows, coefficients: Sequence[float], *, out: Tensor | None = None) -> Tensor:
+    """Sum of c_i times row i, summed in float32 or wider.
+
+    Args:
+        rows: n rows.
+        coefficients: n numbers.
+        out: where to put the result, shape (d,), like a row; not one of the rows. None: new memory, which the
+            processor must first map (two thirds of the whole cost at ten million elements).
+
+    Returns:
+        The vector (d,) in the rows' dtype, on their device. Does not synchronise.
+    """
+    first = rows[0]
+    wide = torch.float32 if _fits_float32(coefficients) else torch.float64
+    precision = torch.promote_types(first.dtype, wide)
+    if out is not None and out.dtype == precision:
+        total = out
+    else:
+        total = torch.empty(first.shape, dtype=precision, device=first.device)
+    for start in range(0, first.numel(), _SLICE):
+        _combine_columns(rows, coefficients, total, slice(start, start + _SLICE))
+    if out is None:
+        return total.to(first.dtype)
+    return out if out is total else out.copy_(total)
+
+
+def _combine_columns(rows: Rows, coefficients: Sequence[float], total: Tensor, columns: slice) -> None:
+    target = total[columns]
+    torch.mul(rows[0][columns].to(total.dtype), coefficients[0], out=target)
+    for row, coefficient in zip(rows[1:], coefficients[1:], strict=True):
+        target.add_(row[columns], alpha=coefficient)
+
+
+def _check_row(index: int, row: Tensor, first: Tensor) -> None:
+    if row.dim() != 1:
+        raise GradientMismatchError(index, f"a row has one dimension, not {row.dim()}")
+    check_same_kind(index, row, first)
+    if row.numel() != first.numel():
+        raise GradientMismatchError(index, f"{row.numel()} elements, but gradient 0 has {first.numel()}")
+
+
+def _multiplying_precision(rows: Rows) -> torch.dtype:
+    """Float32 only where its product is exact: not where TF32 or bfloat16 units may be in use."""
+    row = rows[0]
+    exact = row.device.type == "cpu" and _products_are_exact()
+    if exact and row.dtype != torch.float64 and row.numel() > SMALL:
+        return torch.float32
+    return torch.float64
+
+
+def _products_are_exact() -> bool:
+    """Whether torch is certain that no float32 product is computed in fewer bits."""
+    try:
+        return torch.get_float32_matmul_precision() == _EXACT
+    except RuntimeError:
+        # From 2.9 on precision can be set by backend; torch then has no one answer, and somewhere it is not exact.
+        return False
+
+
+def _gram_in(rows: Rows, precision: torch.dtype) -> Tensor:
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows[0].device)
+    with torch.autocast(gram.device.type, enabled=False):
+        for block in _blocks(rows, precision):
+            gram += _block_gram(block)
+    gram = gram.cpu()
+    return (gram + gram.T) / 2
+
+
+def _block_gram(block: Tensor) -> Tensor:
+    count, width = block.shape
+    whole = width // CHUNK * CHUNK
+    chunks = block[:, :whole].view(count, -1, CHUNK).transpose(0, 1) if whole else block.new_zeros(0, count, 1)
+    gram = torch.bmm(chunks, chunks.transpose(1, 2)).sum(0, dtype=torch.float64)
+    rest = block[:, whole:]
+    return gram + (rest @ rest.T) if rest.shape[1] else gram
+
+
+def _blocks(rows: Rows, precision: torch.dtype) -> Iterator[Tensor]:
+    """The rows from left to right as matrices in the given precision: a view if possible, else copies in one buffer."""
+    first = rows[0]
+    if isinstance(rows, Tensor) and first.dtype == precision:
+        yield rows
+        return
+    room = _BLOCK_BYTES.get(first.device.type, 2**22) // (len(rows) * precision.itemsize)
+    width = min(max(CHUNK, room // CHUNK * CHUNK), first.numel())
+    buffer = torch.empty(len(rows), width, dtype=precision, device=first.device)
+    for start in range(0, first.numel(), width):
+        block = buffer[:, : min(width, first.numel() - start)]
+        for target, row in zip(block, rows, strict=True):
+            target.copy_(row[start : start + width])
+        yield block
+
+
+def _in_range(gram: Tensor, rows: Rows) -> bool:
+    """Whether no squared norm overflowed, and none but a row of zeros is so small that products underflowed."""
+    diagonal: list[float] = gram.diagonal().tolist()
+    smallest = rows[0].numel() * _FLOAT32_DIAGONAL_MIN
+    return all(
+        smallest <= square < float("inf") or (square == 0 and not bool(row.any()))
+        for square, row in zip(diagonal, rows, strict=True)
+    )
+
+
+def _fits_float32(coefficients: Sequence[float]) -> bool:
+    low, high = _FLOAT32_COEFFICIENTS
+    return all(value == 0 or low <= abs(value) <= high for value in coefficients)

@@ -1,0 +1,74 @@
+"""What a command of the controller, or a request of an operator, asks of the lane. Pure: messages in, values out."""
+
+from __future__ import annotations
+
+from leyline.v1.admin_service_pb2 import AdjustLearningRateRequest
+from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.enums_pb2 import COMMAND_OPTIMIZER
+from tolaria.errors import CommandRejectedError, OptimizationError
+from tolaria.optimization import Adjustment
+from tolaria.training.fences import AdjustRate, ChangeHyperparameters, FenceCommand
+
+# Keys of hyperparameters that mean the learning rate; all others go to the optimizer as they are.
+RATE_VALUE, RATE_FACTOR, RATE_EXPIRY = "lr", "lr_factor", "lr_expires_after_steps"
+
+
+def fence_commands(command: AdaptationCommand) -> list[FenceCommand]:
+    """What the lane has to do for `command`; nothing for types that are not the lane's.
+
+    Raises:
+        CommandRejectedError: when what it asks makes no sense by itself; reason `malformed`.
+    """
+    if command.command_type != COMMAND_OPTIMIZER:
+        return []
+    asked = dict(command.optimizer_adjustment.hyperparameters)
+    group = command.optimizer_adjustment.optimizer_id or None
+    expiry = asked.pop(RATE_EXPIRY, None)
+    found: list[FenceCommand] = []
+    value, factor = asked.pop(RATE_VALUE, None), asked.pop(RATE_FACTOR, None)
+    if value is not None or factor is not None:
+        found.append(AdjustRate(_adjustment(command, group, value=value, factor=factor, expiry=expiry)))
+    if asked:
+        found.append(ChangeHyperparameters(asked, group))
+    if not found:
+        raise CommandRejectedError("malformed", command.command_id, "an optimizer command without hyperparameters")
+    return found
+
+
+def operators_adjustment(request: AdjustLearningRateRequest) -> Adjustment:
+    """The change of learning rate that an operator asks for.
+
+    Raises:
+        AdjustmentRefusedError: naming the field that makes no sense by itself.
+    """
+    return Adjustment(
+        group=request.group or None,
+        factor=request.factor if request.WhichOneof("change") == "factor" else None,
+        value=request.value if request.WhichOneof("change") == "value" else None,
+        expires_after_steps=request.expires_after_steps or None,
+        origin="operator",
+        request_id=request.request_id,
+        reason=request.reason,
+    )
+
+
+def _adjustment(
+    command: AdaptationCommand,
+    group: str | None,
+    *,
+    value: float | None,
+    factor: float | None,
+    expiry: float | None,
+) -> Adjustment:
+    try:
+        return Adjustment(
+            group=group,
+            value=value,
+            factor=factor,
+            expires_after_steps=None if expiry is None else int(expiry),
+            origin="tamiyo",
+            request_id=command.command_id,
+            reason=command.annotations.get("reason", ""),
+        )
+    except OptimizationError as error:
+        raise CommandRejectedError("malformed", command.command_id, str(error)) from None

@@ -1,0 +1,86 @@
+"""Carries out what the peers have settled: Kasmina's seeds, Tamiyo's command. Asks the lane, records the outcome.
+
+Owns which type of command goes where. Must not know how commands were verified, nor when fences come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from leyline.v1 import enums_pb2 as enums
+from leyline.v1.commands_pb2 import AdaptationCommand
+from tolaria.errors import CommandRejectedError
+from tolaria.optimization import Adjustment
+from tolaria.training.commands import fence_commands
+from tolaria.training.consult import Consultation, in_words
+from tolaria.training.fence_desk import FenceDesk, OnDone
+from tolaria.training.fences import AdjustRate, FenceCommand, FenceReport, RatesChanged, Reconcile
+from tolaria.training.growth import SeedsReport
+from tolaria.training.record import Recorder
+
+
+class Enactor:
+    """Enacts consultations. Used on the event loop only.
+
+    Args:
+        desk: where the lane is asked.
+        recorder: where outcomes go.
+        hold: holds the run, with a reason.
+        changed: called after something has taken effect.
+    """
+
+    def __init__(
+        self, desk: FenceDesk, recorder: Recorder, *, hold: Callable[[str], None], changed: Callable[[], None]
+    ) -> None:
+        self._desk = desk
+        self._recorder = recorder
+        self._hold = hold
+        self._changed = changed
+
+    def enact(self, consultation: Consultation) -> None:
+        """Follow Kasmina's wishes, then carry Tamiyo's command out; one that cannot be is refused and told."""
+        if consultation.seeds is not None:
+            self._recorder.desired_seeds(consultation.seeds)
+            self._desk.post(Reconcile(tuple(consultation.seeds)), self._reconciled)
+        if consultation.command is not None:
+            try:
+                self._obey(consultation, consultation.command)
+            except CommandRejectedError as rejection:
+                self._recorder.refused(rejection)
+
+    def adjusted(self, adjustment: Adjustment, report: FenceReport) -> None:
+        """A change of rates has come back from the lane."""
+        if isinstance(report.result, RatesChanged):
+            self._recorder.adjusted(adjustment, report.result)
+        self._changed()
+
+    def _reconciled(self, report: FenceReport) -> None:
+        if isinstance(report.result, SeedsReport):
+            self._recorder.fence(report.result, wished=True)
+            self._changed()
+
+    def _obey(self, consultation: Consultation, command: AdaptationCommand) -> None:
+        match command.command_type:
+            case enums.COMMAND_SEED:  # Kasmina has it already, and her wishes follow from it
+                self._recorder.applied(consultation)
+            case enums.COMMAND_PAUSE:
+                self._hold(f"asked by {command.issued_by or 'the controller'}")
+                self._recorder.applied(consultation)
+            case enums.COMMAND_OPTIMIZER:
+                for asked in fence_commands(command):
+                    self._desk.post(asked, self._then_tell(consultation, command, asked))
+            case _:
+                kind = in_words(command)
+                raise CommandRejectedError("unsupported", command.command_id, f"{kind} commands are not carried out")
+
+    def _then_tell(self, consultation: Consultation, command: AdaptationCommand, asked: FenceCommand) -> OnDone:
+        def done(report: FenceReport) -> None:
+            if report.error is not None:
+                self._recorder.refused(CommandRejectedError("refused", command.command_id, str(report.error)))
+            else:
+                self._recorder.applied(consultation)
+            if isinstance(asked, AdjustRate):
+                self.adjusted(asked.adjustment, report)
+            self._changed()
+
+        return done

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from leyline.v1 import enums_pb2
+from tolaria.gradients import (
+    HOST,
+    FlatLayout,
+    PerLayerMetricUpdater,
+    SeedMetrics,
+    SeedMetricSet,
+    SeedMetricUpdater,
+    SourceWeight,
+)
+from tolaria.gradients.accumulate import StepRows
+from tolaria.gradients.seed_metrics import StepFacts
+
+BLENDING = enums_pb2.SEED_STAGE_BLENDING
+
+
+def facts(
+    norms: list[float], conflicts: list[int], *, alpha: float = 0.5, names: tuple[str, ...] = (HOST, "s")
+) -> StepFacts:
+    """One step of the host, a blending seed and a silent one."""
+    sources = (
+        SourceWeight(HOST, enums_pb2.SEED_STAGE_UNKNOWN, 1.0, 1.0, 0.0),
+        SourceWeight("s", BLENDING, alpha, alpha, 0.0),
+        SourceWeight("quiet", enums_pb2.SEED_STAGE_TRAINING, 0.0, 0.0, 0.0),
+    )
+    return StepFacts(
+        sources=sources,
+        names=names,
+        norms=torch.tensor(norms),
+        teacher=torch.tensor([0.5, 0.25][: len(norms)]),
+        conflicts=conflicts,
+        parts={HOST: 2, "s": 1} if "s" in names else {HOST: 2},
+        microbatches=2,
+        pair_conflicts=sum(conflicts) // 2,
+        conflict_rate=float(sum(conflicts) // 2),
+        pair_rate=float(sum(conflicts) // 2),
+        projected=len(norms) > 1,
+    )
+
+
+def test_an_epochs_means_by_source() -> None:
+    """Norms, shares, conflicts are means over steps with a row; weight over all steps; alpha and stage the last."""
+    updater = SeedMetricUpdater()
+    updater.update(facts([3.0, 1.0], [1, 1], alpha=0.25))
+    updater.update(facts([1.0, 1.0], [0, 0], alpha=0.75))
+    updater.update(facts([2.0], [0], alpha=0.5, names=(HOST,)))
+    result = updater.read({"s": 12}, {"s": (("layer", 1.5),)})
+    assert result.seeds[0] == SeedMetrics(
+        seed_id="s",
+        stage=BLENDING,
+        weight=0.5,
+        norm=1.0,
+        share=0.375,
+        share_delta=0.0,
+        alpha=0.5,
+        conflicts=0.5,
+        conflict_ratio=0.5,
+        params=12,
+        mask_fraction=2 / 6,
+        teacher_share=0.25,
+        layer_norms=(("layer", 1.5),),
+    )
+    assert (result.steps, result.microbatches, result.conflicts) == (3, 6, 1)
+    assert result.conflict_ratio == pytest.approx(1 / 3)
+    assert result.pair_conflict_ratio == pytest.approx(1 / 3)
+    assert result.pcgrad_applied == pytest.approx(2 / 3)
+    assert result.teacher_share == 0.5
+    assert result.weights_mean == pytest.approx((1 + 0.25 + 1 + 0.75 + 1 + 0.5) / 6)
+
+
+def test_sources_without_a_row_are_listed() -> None:
+    """A seed that only trains its own parameters has its entry, with zeros."""
+    updater = SeedMetricUpdater()
+    updater.update(facts([1.0, 1.0], [0, 0]))
+    quiet = updater.read({}, {}).seeds[1]
+    assert (quiet.seed_id, quiet.stage, quiet.weight, quiet.norm) == ("quiet", enums_pb2.SEED_STAGE_TRAINING, 0.0, 0.0)
+
+
+def test_share_delta_is_against_the_epoch_before() -> None:
+    """The first epoch has no change; later ones compare their mean share with the last one."""
+    updater = SeedMetricUpdater()
+    deltas = []
+    for norm in (1.0, 3.0, 1.0):
+        updater.update(facts([1.0, norm], [0, 0]))
+        deltas.append(updater.read({}, {}).seeds[0].share_delta)
+    assert deltas == pytest.approx([0.0, 0.25, -0.25])
+
+
+def test_an_epoch_without_steps_is_empty() -> None:
+    """Nothing is divided by zero."""
+    assert SeedMetricUpdater().read({}, {}) == SeedMetricSet(0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, ())
+
+
+def test_zero_norms_share_nothing() -> None:
+    """A step whose rows are all zero does not make shares NaN."""
+    updater = SeedMetricUpdater()
+    updater.update(facts([0.0, 0.0], [0, 0]))
+    assert [source.share for source in updater.read({}, {}).sources] == [0.0, 0.0, 0.0]
+
+
+def test_layer_norms_show_the_largest() -> None:
+    """Norms over a module's parameters together, averaged over steps with a row, the top K of them."""
+    layout = FlatLayout.of(
+        [("a.w", torch.zeros(2)), ("a.b", torch.zeros(1)), ("b.w", torch.zeros(1)), ("c", torch.zeros(()))]
+    )
+    updater = PerLayerMetricUpdater(layout, top_k=2)
+    matrix = torch.tensor([[2.0, 1.0, 2.0, 10.0, 1.0], [0.0] * 5])
+    updater.update(StepRows((HOST, "s"), matrix, (1, 0), 1, {}))
+    updater.update(StepRows((HOST, "s"), torch.stack([matrix[0] * 3, matrix[0]]), (1, 1), 1, {}))
+    assert updater.read() == {HOST: (("b", 20.0), ("a", 6.0)), "s": (("b", 10.0), ("a", 3.0))}
+    assert updater.read() == {}
+
+
+def test_layer_norms_are_off_at_zero() -> None:
+    """Switched off, rows are not even looked at."""
+    updater = PerLayerMetricUpdater(FlatLayout.of([("w", torch.zeros(2))]), top_k=0)
+    updater.update(StepRows((HOST,), torch.full((1, 2), math.nan, device="meta"), (1,), 1, {}))
+    assert updater.read() == {}

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tolaria.errors import ScheduleError
+from tolaria.optimization import (
+    AfterPeriod,
+    Constant,
+    Cosine,
+    Policy,
+    Schedule,
+    ScheduleSpec,
+    StepDecay,
+    Warmup,
+    build_schedule,
+)
+
+SHARES = st.floats(0.0, 1.0)
+POLICIES = st.one_of(
+    st.builds(Constant),
+    st.builds(Cosine, st.integers(1, 500), SHARES, st.sampled_from(AfterPeriod)),
+    st.builds(StepDecay, st.integers(1, 500), st.floats(0.01, 1.0), SHARES),
+)
+WARMUPS = st.builds(Warmup, st.integers(0, 500), SHARES)
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (Constant(), [1, 1, 1, 1, 1, 1, 1]),
+        (Cosine(4, after=AfterPeriod.RESTART), [1, 0.5, 1, 0.5, 1, 0.5, 1]),
+        (Cosine(4, after=AfterPeriod.HOLD), [1, 0.5, 0, 0, 0, 0, 0]),
+        (Cosine(4, floor=0.2, after=AfterPeriod.RESTART), [1, 0.6, 1, 0.6, 1, 0.6, 1]),
+        (Cosine(4, floor=0.2, after=AfterPeriod.HOLD), [1, 0.6, 0.2, 0.2, 0.2, 0.2, 0.2]),
+        (StepDecay(4, decay=0.5), [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125]),
+        (StepDecay(4, decay=0.5, floor=0.2), [1, 1, 0.5, 0.5, 0.25, 0.25, 0.2]),
+    ],
+)
+def test_each_policy_follows_its_formula_over_three_periods(policy: Policy, expected: list[float]) -> None:
+    """At 0, 1/2, 1, 3/2, 2, 5/2 and 3 periods of four steps the factor is what the paper's formula gives."""
+    assert [policy.factor_at(step) for step in range(0, 13, 2)] == pytest.approx(expected)
+
+
+def test_a_restarting_cosine_is_low_right_before_it_restarts() -> None:
+    """The last step of a period has the formula's value, the next one is at the top again."""
+    cosine = Cosine(10, floor=0.1, after=AfterPeriod.RESTART)
+    assert cosine.factor_at(9) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 0.9)) / 2)
+    assert cosine.factor_at(10) == 1.0
+
+
+def test_warmup_is_linear_from_its_floor() -> None:
+    """Four steps of warm-up from a tenth rise by equal amounts, and the policy begins where they end."""
+    schedule = Schedule(StepDecay(2, decay=0.5), Warmup(4, floor=0.2))
+    assert [schedule.factor_at(step) for step in range(8)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 0.5, 0.5])
+
+
+@given(policy=POLICIES, warmup=WARMUPS, periods=st.floats(0.0, 3.0))
+def test_factors_stay_within_zero_and_one(policy: Policy, warmup: Warmup, periods: float) -> None:
+    """No schedule exceeds the base rate, goes below zero, or below the lesser of its floors."""
+    span = getattr(policy, "period_steps", None) or getattr(policy, "every_steps", None) or 100
+    step = int(warmup.steps * min(periods, 1.0) + span * periods)
+    factor = Schedule(policy, warmup).factor_at(step)
+    assert 0.0 <= factor <= 1.0
+    assert factor >= min(warmup.floor, getattr(policy, "floor", 1.0))
+
+
+@given(policy=POLICIES, warmup=WARMUPS)
+def test_nothing_jumps_at_the_end_of_the_warmup(policy: Policy, warmup: Warmup) -> None:
+    """Into the step where the warm-up ends the factor rises by one warm-up increment, to exactly 1."""
+    schedule = Schedule(policy, warmup)
+    assert schedule.factor_at(warmup.steps) == 1.0
+    if warmup.steps:
+        increment = (1.0 - warmup.floor) / warmup.steps
+        assert schedule.factor_at(warmup.steps - 1) == pytest.approx(1.0 - increment, abs=1e-12)
+
+
+@given(warmup=WARMUPS, step=st.integers(0, 600))
+def test_warmup_never_falls(warmup: Warmup, step: int) -> None:
+    """Each step of a warm-up is at least as high as the one before."""
+    assert warmup.factor_at(step) <= warmup.factor_at(step + 1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "run_steps", "expected"),
+    [
+        (ScheduleSpec(), None, Schedule(Constant())),
+        (ScheduleSpec(policy="cosine", warmup_steps=10), 100, Schedule(Cosine(90), Warmup(10))),
+        (
+            ScheduleSpec(policy="cosine", period_steps=7, floor=0.1, after_period="restart"),
+            None,
+            Schedule(Cosine(7, 0.1, AfterPeriod.RESTART)),
+        ),
+        (ScheduleSpec(policy="step", period_steps=7, decay=0.3), 100, Schedule(StepDecay(7, 0.3))),
+    ],
+)
+def test_settings_become_a_schedule(spec: ScheduleSpec, run_steps: int | None, expected: Schedule) -> None:
+    """Each policy can be named; a cosine without a period takes what the warm-up leaves of the run."""
+    assert build_schedule(spec, run_steps=run_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        (ScheduleSpec(policy="linear"), "policy"),
+        (ScheduleSpec(policy="cosine"), "period_steps"),
+        (ScheduleSpec(policy="cosine", period_steps=0), "period_steps"),
+        (ScheduleSpec(policy="cosine", period_steps=5, after_period="stop"), "after_period"),
+        (ScheduleSpec(policy="cosine", period_steps=5, floor=math.nan), "floor"),
+        (ScheduleSpec(policy="step"), "period_steps"),
+        (ScheduleSpec(policy="step", period_steps=-1), "every_steps"),
+        (ScheduleSpec(policy="step", period_steps=5, decay=0.0), "decay"),
+        (ScheduleSpec(policy="step", period_steps=5, decay=1.5), "decay"),
+        (ScheduleSpec(warmup_steps=-1), "warmup_steps"),
+        (ScheduleSpec(warmup_steps=5, warmup_floor=-0.1), "warmup_floor"),
+    ],
+)
+def test_impossible_settings_are_refused(spec: ScheduleSpec, field: str) -> None:
+    """The error names the field that is wrong."""
+    with pytest.raises(ScheduleError) as caught:
+        build_schedule(spec)
+    assert caught.value.field == field
+
+
+def test_a_warmup_longer_than_the_run_is_refused() -> None:
+    """Where the run's length is known, its warm-up must fit in."""
+    build_schedule(ScheduleSpec(warmup_steps=100), run_steps=100)
+    with pytest.raises(ScheduleError, match="warmup_steps: 101 is longer than the run of 100 steps"):
+        build_schedule(ScheduleSpec(warmup_steps=101), run_steps=100)
+
+
+def test_a_negative_step_is_refused() -> None:
+    """Steps count from 0."""
+    with pytest.raises(ScheduleError, match="must not be negative"):
+        Schedule(Constant()).factor_at(-1)

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from tolaria.errors import JournalDamagedError, JournalNewerError, JournalUnavailableError
+from tolaria.rollback import (
+    AdminActionRow,
+    CheckpointRow,
+    CommandRow,
+    EmergencyRow,
+    FaultRow,
+    Journal,
+    RollbackRow,
+    RunRow,
+)
+from tolaria.rollback.journal_rows import ROW_TYPES, Row, values_digest
+
+ROWS: list[Row] = [
+    RunRow("run", 1, "digits", None),
+    CheckpointRow("c1", 2, "run", 10, 1, 100, "aa", None),
+    CheckpointRow("c2", 3, "run", 20, 1, 100, "bb", 1),
+    CommandRow("k", 4, "run", "SEED", 11, "applied", ""),
+    RollbackRow("r", 5, "run", "FAST", 30, 20, "restored", "loss", "aa", "aa", 12, 1),
+    EmergencyRow("e", 6, "run", "HALT", "judge", 31, "stréak \udc80"),
+    AdminActionRow("q", 7, "run", "PauseTraining", "why", 32, b"\x00\xff"),
+    FaultRow("f", 8, "run", "checkpoint_failed", 33, "write", "ENOSPC"),
+]
+
+
+def filled(path: Path) -> Path:
+    """A journal with one row of each kind, closed."""
+    with Journal(path) as journal:
+        for row in ROWS:
+            journal.put(row)
+    return path
+
+
+def test_rows_survive_reopening(tmp_path: Path) -> None:
+    """Every kind of row comes back as it was written, in the order of time."""
+    with Journal(filled(tmp_path / "j")) as journal:
+        found = [row for kind in ROW_TYPES for row in journal.rows(kind)]
+        assert [r for r in found if not isinstance(r, EmergencyRow)] == [
+            r for r in ROWS if not isinstance(r, EmergencyRow)
+        ]
+        assert {type(row) for row in found} == set(ROW_TYPES)
+        assert journal.find(RunRow, "run") == ROWS[0]
+        assert journal.find(RunRow, "other") is None
+        assert journal.rows(CheckpointRow, run_id="other") == ()
+
+
+def test_incidents_are_rollbacks_emergencies_and_faults_newest_first(tmp_path: Path) -> None:
+    """The view joins what an operator wants to see after a bad night, limited as asked."""
+    with Journal(filled(tmp_path / "j")) as journal:
+        assert [i.kind for i in journal.incidents(10)] == ["checkpoint_failed", "emergency", "rollback"]
+        rollback = journal.incidents(10)[2]
+        assert (rollback.reason, rollback.details["tier"], rollback.details["restored_step"]) == ("loss", "FAST", "20")
+        assert len(journal.incidents(1)) == 1
+
+
+def test_the_first_answer_to_a_request_counts(tmp_path: Path) -> None:
+    """A repeated request gets the answer of the first, also after a restart."""
+    first = AdminActionRow("q", 1, "run", "Pause", "", 5, b"first")
+    with Journal(tmp_path / "j") as journal:
+        assert journal.answer_once(first) == first
+    with Journal(tmp_path / "j") as journal:
+        assert journal.answer_once(AdminActionRow("q", 2, "run", "Pause", "", 9, b"second")) == first
+
+
+def test_numbers_must_be_finite(tmp_path: Path) -> None:
+    """SQLite would keep NaN as nothing; it is refused instead."""
+    with Journal(tmp_path / "j") as journal, pytest.raises(ValueError, match="metric"):
+        journal.put(CheckpointRow("c", 1, "r", 1, 1, 1, "d", float("nan")))
+
+
+def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
+    """A journal of a later version is not touched, and not called damaged."""
+    path = filled(tmp_path / "j")
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE meta SET schema_version = 2, row_digest = ?", (values_digest("meta", (2,)),))
+        connection.execute("CREATE TABLE more (x)")
+    connection.close()
+    with pytest.raises(JournalNewerError, match="schema 2"):
+        Journal(path)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE checkpoints SET global_step = 11 WHERE checkpoint_id = 'c1'",
+        "UPDATE rollbacks SET latency_ms = 13.0",
+        "UPDATE meta SET schema_version = 0",
+        "DROP VIEW incidents",
+        "ALTER TABLE faults ADD COLUMN more TEXT",
+    ],
+)
+def test_what_was_changed_behind_its_back_is_damage(tmp_path: Path, statement: str) -> None:
+    """Values that SQLite finds in order are checked against their row's digest, and the tables against their making."""
+    path = filled(tmp_path / "j")
+    with sqlite3.connect(path) as connection:
+        connection.execute(statement)
+    connection.close()
+    with pytest.raises(JournalDamagedError):
+        Journal(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database at all" * 500])
+def test_a_foreign_file_is_damage(tmp_path: Path, content: bytes) -> None:
+    """An empty file or another kind of file is not a journal."""
+    (tmp_path / "j").write_bytes(content)
+    with pytest.raises(JournalDamagedError):
+        Journal(tmp_path / "j")
+
+
+def test_a_refusal_of_the_system_is_no_damage(tmp_path: Path) -> None:
+    """A journal that cannot be opened or is locked is unavailable, and nobody will set it aside."""
+    with pytest.raises(JournalUnavailableError):
+        Journal(tmp_path / "absent" / "j")
+
+
+def test_commits_are_as_durable_as_sqlite_can(tmp_path: Path) -> None:
+    """Write-ahead log, and synced at every commit."""
+    with Journal(tmp_path / "j") as journal:
+        pragmas = [
+            journal._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")
+        ]
+        assert pragmas == ["wal", 2]

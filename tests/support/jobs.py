@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tolaria.jobs import HOST, Batch, Evaluation, JobContext, TensorCursor
+from tolaria.jobs import HOST, Batch, Evaluation, JobContext, PerSampleLosses, TensorCursor
+from tolaria.seeds import SeedSlot
 
 SAMPLES, FEATURES, BATCH = 64, 4, 8
 
@@ -115,3 +117,56 @@ class StuckJob(TinyJob):
         if self.seen:
             threading.Event().wait()
         return super().losses(model, batch)
+
+
+class SlotJob(TinyJob):
+    """TinyJob with a slot in which a seed can grow, and losses for sources that `options["sources"]` names."""
+
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(FEATURES, 8), nn.Tanh(), SeedSlot("middle", features=8, layout="vector"), nn.Linear(8, 1)
+        )
+
+
+class TugOfWarJob(TinyJob):
+    """Two tasks pull two shared weights along and across a curved, steep valley; `options["rate"]` is the step."""
+
+    def build_model(self) -> nn.Module:
+        model = nn.Linear(2, 1, bias=False)
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([[-4.0, 2.0]]))
+        return model
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=float(str(self.context.options["rate"])))
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        along, across = self.tasks(model)
+        return {HOST: 0.0 * along, "along": along, "across": across}
+
+    @staticmethod
+    def tasks(model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Their losses; where the valley is steep the second drowns the first in a plain sum."""
+        along, across = next(model.parameters()).flatten()
+        floor = 0.5 * torch.sin(along) + 0.2 * along
+        return (along - 3).square(), 200 * (across - floor).square() + 0.1 * (along - 2.5).square()
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
+        return Evaluation(sum(task.item() for task in self.tasks(model)), 0, 1)
+
+
+class SeedIdsJob(SlotJob):
+    """The dataloader's triplet: every other sample is meant for seed `a`; losses come by sample."""
+
+    def training_data(self) -> TensorCursor:
+        return _WithSeedIds((self.x, self.y), batch_size=BATCH, seed=self.context.seed)
+
+    def losses(self, model: nn.Module, batch: Batch) -> PerSampleLosses:  # type: ignore[override]
+        x, y = batch.payload
+        return PerSampleLosses((model(x) - y).square().flatten())
+
+
+class _WithSeedIds(TensorCursor):
+    def next_batch(self) -> Batch | None:
+        batch = super().next_batch()
+        return batch and replace(batch, seed_ids=["a" if i % 2 else "" for i in range(batch.samples)])

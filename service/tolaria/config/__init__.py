@@ -5,6 +5,7 @@ from tolaria.config.show import as_toml
 from tolaria.config.sources import child_environment, load_settings, quieten_grpc
 from tolaria.config.tree import (
     ControlSettings,
+    FastPathSettings,
     GradientsSettings,
     LeylineSettings,
     LoggingSettings,
@@ -21,6 +22,7 @@ from tolaria.config.tree import (
 __all__ = [
     "Address",
     "ControlSettings",
+    "FastPathSettings",
     "GradientsSettings",
     "LeylineSettings",
     "LoggingSettings",

@@ -71,5 +71,6 @@ LR_INTEGRITY_VIOLATION = EventSpec(
 )
 OPT_REBUILT = EventSpec("tolaria.opt_rebuilt", TELEMETRY_LEVEL_INFO, ("step", "latency_ms", "kept", "fresh", "dropped"))
 OPT_REBUILD_FAILED = EventSpec("tolaria.opt_rebuild_failed", TELEMETRY_LEVEL_ERROR, ("step", "detail"))
+COMPILE_FALLBACK = EventSpec("tolaria.compile_fallback", TELEMETRY_LEVEL_WARNING, ("path", "detail"))
 
 CATALOGUE: tuple[EventSpec, ...] = tuple(value for value in list(globals().values()) if isinstance(value, EventSpec))

@@ -74,6 +74,7 @@ class Metrics:
 
         self._declare_gradients()
         self._declare_optimization()
+        self._declare_fast_paths()
 
         self.seeds_active = self._gauge("seeds.active", "Seeds by stage, as Kasmina desires them.", ["stage"])
         self.breaker_state = self._gauge("breaker.state", "1 closed, 2 open, 3 half open.", ["breaker"])
@@ -115,6 +116,13 @@ class Metrics:
         self.seed_layer_norm = self._gauge(
             "grad_agg.seed.layer_norm", "Largest layer norms of its row.", ["seed_id", "layer"]
         )
+
+    def _declare_fast_paths(self) -> None:
+        self.train_compile_enabled = self._gauge("train.compile_enabled", "1: the model is compiled.")
+        self.train_amp_enabled = self._gauge("train.amp_enabled", "1: mixed precision.")
+        self.train_tf32_enabled = self._gauge("train.tf32_enabled", "1: TF32 matrix products.")
+        self.train_foreach_enabled = self._gauge("train.foreach_enabled", "1: fused or foreach optimizer kernels.")
+        self.train_pin_memory = self._gauge("train.pin_memory", "1: pinned memory, copies that do not block.")
 
     def _declare_optimization(self) -> None:
         self.lr_controller_enabled = self._gauge("lr_controller.enabled", "1: learning rates are governed.")

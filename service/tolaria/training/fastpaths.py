@@ -1,47 +1,152 @@
-"""Which device and which kernels training uses. Called before anything is built, and in the lane's own thread."""
+"""The fast paths of PyTorch: fused optimizers, compilation, mixed precision, TF32, pinned memory.
+
+Each is on where the device has it, each is a setting, and each falls back to the plain path with a reason instead of an
+error. Must not know who is told of that.
+"""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from tolaria.errors import ConfigurationError
+from tolaria.config import FastPathSettings
+from tolaria.errors import RebuildFailedError
+from tolaria.optimization import OptimizerManager
+
+FastPath = Literal["fused", "compile", "amp", "tf32", "pin_memory"]
+
+_AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device that `training.device` means; auto is the first accelerator there is, else the CPU.
+@dataclass(slots=True)
+class FastPaths:
+    """What runs. `running` maps each fast path to what it is, in words; `fallbacks` to why not; `failed` were tried."""
 
-    Raises:
-        ConfigurationError: when the device is not there.
-    """
+    device: torch.device
+    amp_dtype: torch.dtype | None = None
+    scaler: torch.amp.GradScaler | None = None
+    running: dict[FastPath, str] = field(default_factory=dict)
+    fallbacks: dict[FastPath, str] = field(default_factory=dict)
+    failed: list[FastPath] = field(default_factory=list)
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """The context for a forward pass."""
+        if self.amp_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+    @property
+    def told(self) -> dict[str, str]:
+        """Every fast path and what runs, for people: `on` in words, or `off` and why."""
+        names: tuple[FastPath, ...] = ("fused", "compile", "amp", "tf32", "pin_memory")
+        return {name: self.running.get(name) or f"off: {self.fallbacks.get(name, 'not wanted')}" for name in names}
+
+    def turn_on(self, name: FastPath, words: str) -> None:
+        """It runs."""
+        self.running[name] = words
+
+    def turn_off(self, name: FastPath, why: str, *, failed: bool = False) -> None:
+        """It does not run, though it may; `failed`: it was tried."""
+        self.running.pop(name, None)
+        self.fallbacks[name] = why
+        if failed:
+            self.failed.append(name)
+
+
+def choose_fast_paths(settings: FastPathSettings, device: torch.device, *, deterministic: bool) -> FastPaths:
+    """Settle what the device allows: mixed precision, TF32 and pinned memory. Sets torch's process-wide switches."""
+    paths = FastPaths(device)
+    on_cuda = device.type == "cuda"
+    _settle_amp(paths, settings.amp, on_cuda=on_cuda)
+    if settings.tf32 != "off":
+        if on_cuda and not deterministic:
+            torch.backends.cudnn.allow_tf32 = True
+            torch.set_float32_matmul_precision("high")
+            paths.turn_on("tf32", "on")
+        else:
+            paths.turn_off("tf32", "the run is deterministic" if on_cuda else f"{device.type} has none")
+    if settings.pin_memory != "off":
+        if on_cuda:
+            paths.turn_on("pin_memory", "on")
+        else:
+            paths.turn_off("pin_memory", f"{device.type} shares the host's memory")
+    return paths
+
+
+def fuse(paths: FastPaths, settings: FastPathSettings, manager: OptimizerManager, *, deterministic: bool) -> None:
+    """Let the optimizer take its fused or foreach kernel, where its class has one. Before the first update."""
+    optimizer = manager.optimizer
+    if settings.fused == "off":
+        return
+    if deterministic:
+        paths.turn_off("fused", "the run is deterministic")
+        return
+    options = [option for option in ("fused", "foreach") if option in optimizer.defaults]
+    reasons = [] if options else [f"{type(optimizer).__name__} has neither a fused nor a foreach kernel"]
+    for option in options:
+        if option == "foreach" and paths.device.type == "cpu":
+            reasons.append("foreach is slower on a CPU")
+            continue
+        try:
+            _rebuild_with(manager, option)
+        except RebuildFailedError as error:
+            reasons.append(f"{option}: {error.detail}")
+        else:
+            paths.turn_on("fused", option)
+            return
+    paths.turn_off("fused", "; ".join(reasons), failed="fused" in options)
+
+
+def compile_model(
+    paths: FastPaths, settings: FastPathSettings, model: nn.Module, warm_up: Callable[[], None], *, deterministic: bool
+) -> None:
+    """Compile the model's forward pass, and with it its backward, and run `warm_up` once; undone if that fails."""
+    wanted = settings.compile == "on" or (settings.compile == "auto" and paths.device.type == "cuda")
+    if settings.compile == "off":
+        return
+    if not wanted or deterministic:
+        paths.turn_off("compile", "the run is deterministic" if deterministic else "it does not pay on a CPU")
+        return
+    model.compile(dynamic=None)
+    try:
+        warm_up()
+    except (RuntimeError, ImportError, OSError, NotImplementedError, AssertionError, TypeError) as error:
+        # A compiler that is missing, or a graph that it cannot take, shows as any of these.
+        torch.compiler.reset()
+        model._compiled_call_impl = None  # noqa: SLF001 - torch has no public way back from Module.compile
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        paths.turn_off("compile", first_line[:200], failed=True)
+    else:
+        paths.turn_on("compile", "on")
+
+
+def _settle_amp(paths: FastPaths, wanted: str, *, on_cuda: bool) -> None:
+    if wanted == "off":
+        return
     if wanted == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise ConfigurationError(
-                [f"training.device: {wanted!r} is not there; this machine has {count} CUDA devices"]
-            )
-        return torch.device("cuda", device.index or 0)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigurationError(["training.device: 'mps' is not there"])
-    return device
+        if not on_cuda:
+            paths.turn_off("amp", f"{paths.device.type} is not faster with it")
+            return
+        wanted = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    paths.amp_dtype = _AMP_DTYPES[wanted]
+    if wanted == "float16":  # its gradients underflow; bfloat16 has float32's range
+        paths.scaler = torch.amp.GradScaler(paths.device.type)
+    paths.turn_on("amp", wanted)
 
 
-def prefer_determinism() -> None:
-    """Ask torch for kernels that repeat bit by bit; an operation without one raises when it is used."""
-    torch.use_deterministic_algorithms(mode=True)
-    torch.backends.cudnn.benchmark = False
-
-
-def limit_threads(wanted: int) -> int:
-    """Set this thread's CPU parallelism and return it. 0: one fewer than the process may use, at least 1.
-
-    OpenMP keeps the number for each calling thread, so the lane has to call this itself.
-    """
-    threads = wanted or max(1, len(os.sched_getaffinity(0)) - 1)
-    torch.set_num_threads(threads)
-    return threads
+def _rebuild_with(manager: OptimizerManager, option: str) -> None:
+    before = manager.optimizer
+    defaults: dict[str, Any] = {**before.defaults, "fused": None, "foreach": None, option: True}
+    taken = inspect.signature(type(before)).parameters  # AdamW keeps a default that it does not take
+    known = {name: value for name, value in defaults.items() if name in before.defaults and name in taken}
+    # A job may have given its groups options of their own: only the kernel changes.
+    kept = {"params", "name", "lr", "fused", "foreach"}
+    options = {group["name"]: {k: v for k, v in group.items() if k not in kept} for group in before.param_groups}
+    plans = [replace(plan, options=options[plan.name]) for plan in manager.plan()]
+    manager.rebuild(plans, 0, urgent=True, change_to=lambda groups: type(before)(groups, **known))

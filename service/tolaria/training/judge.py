@@ -40,6 +40,8 @@ Verdict = Proceed | Hold
 
 def observe(health: Health, step: StepReport) -> Health:
     """The health after one more step. Averages and variances are exponentially weighted (Finch 2009, section 9)."""
+    if step.rescaled:
+        return health
     if step.void:
         return replace(health, void_streak=health.void_streak + 1)
     if health.finite_steps == 0:

@@ -11,7 +11,7 @@ import time
 import torch
 
 from tolaria.jobs import Evaluation
-from tolaria.training.fastpaths import limit_threads
+from tolaria.training.device import limit_threads
 from tolaria.training.fences import FenceCommand, carry_out
 from tolaria.training.hardware import hardware_context
 from tolaria.training.mailbox import Mailbox, Posted

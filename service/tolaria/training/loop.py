@@ -88,6 +88,7 @@ class TrainingLoop:
         self._lane = Lane(rig, self._box, threads=training.threads)
         self._desk = FenceDesk(self._lane.post)
         self._enactor = Enactor(self._desk, recorder, hold=self._hold, changed=feed.changed)
+        recorder.fast_paths(rig.paths)
         recorder.rates(rig.growth.controller.learning_rates())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._epoch_report: EpochReport | None = None

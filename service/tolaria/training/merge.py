@@ -73,8 +73,15 @@ class GradientMerger:
         """Start the update after `step` updates, of so many microbatches. What was not finished is dropped."""
         self._step, self._microbatches, self._merging = step, microbatches, None
 
-    def add(self, losses: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """Take one microbatch's scalar losses by source; returns their sum, detached, as its share of the update."""
+    def add(self, losses: Mapping[str, Tensor], batch: Batch, *, scaler: torch.amp.GradScaler | None = None) -> Tensor:
+        """Take one microbatch's scalar losses by source; returns their sum, detached, as its share of the update.
+
+        With a `scaler` the gradients are of the scaled losses; the sum is not.
+        """
+        if scaler is not None:
+            loss = torch.stack([loss.detach() for loss in losses.values()]).sum() / self._microbatches
+            self.add({source: scaler.scale(value) for source, value in losses.items()}, batch)
+            return loss
         share = 1.0 / self._microbatches
         if self._merging is None:
             self._merging = self._has_to_merge(losses)

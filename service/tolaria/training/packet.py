@@ -94,6 +94,7 @@ def status_message(progress: Progress, *, now_s: float) -> GetStatusResponse:
         version=__version__,
         uptime_s=now_s - progress.started_at_s,
         learning_rates=progress.learning_rates,
+        fast_paths=progress.fast_paths,
     )
 
 

@@ -77,6 +77,7 @@ class Progress:
     refusals: tuple[tuple[str, str], ...] = ()
     learning_rates: dict[str, float] = field(default_factory=dict)
     conflict_ratio: float = 0.0
+    fast_paths: dict[str, str] = field(default_factory=dict)
     last_command: AdaptationCommand | None = None
     tamiyo_answer: str = ""
     kasmina_answer: str = ""

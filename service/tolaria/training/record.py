@@ -19,6 +19,7 @@ from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.consult import Consultation
+from tolaria.training.fastpaths import FastPaths
 from tolaria.training.fences import RatesChanged
 from tolaria.training.growth import SeedsReport
 from tolaria.training.judge import forgive, observe
@@ -81,7 +82,7 @@ class Recorder:
         metrics.step_input_wait_seconds.observe(step.input_wait_s)
         if step.violations:
             self._growth.violations(step.violations)
-        if step.void:
+        if step.void and not step.rescaled:
             self._emitter.emit(
                 events.NON_FINITE_STEP, step=step.global_step, loss=step.loss, gradient_norm=step.gradient_norm
             )
@@ -185,6 +186,18 @@ class Recorder:
             self.progress.refusals = report.refusals
         self._grafted(report.states)
         self._growth.fence(report)
+
+    def fast_paths(self, paths: FastPaths) -> None:
+        """These fast paths run; one that was asked for by name and does not is an event."""
+        metrics, running = self._metrics, paths.running
+        metrics.train_compile_enabled.set("compile" in running)
+        metrics.train_amp_enabled.set("amp" in running)
+        metrics.train_tf32_enabled.set("tf32" in running)
+        metrics.train_foreach_enabled.set("fused" in running)
+        metrics.train_pin_memory.set("pin_memory" in running)
+        self.progress.fast_paths = paths.told
+        for path in paths.failed:
+            self._emitter.emit(events.COMPILE_FALLBACK, path=path, detail=paths.fallbacks[path])
 
     def rates(self, rates: Mapping[str, float]) -> None:
         """These are the learning rates now."""

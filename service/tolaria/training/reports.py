@@ -23,6 +23,8 @@ from tolaria.training.growth import SeedsReport
 class StepReport:
     """One optimizer update, or one that was void: not finite, so that nothing was changed.
 
+    A `rescaled` void step is no mistake: float16's loss scale was too large and has been lowered.
+
     `global_step` is the number of updates done by then. Times in seconds, `finished_at_s` on the monotonic clock.
     """
 
@@ -36,6 +38,7 @@ class StepReport:
     finished_at_s: float
     void: bool = False
     violations: tuple[Violation, ...] = ()
+    rescaled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

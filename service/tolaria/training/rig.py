@@ -5,8 +5,9 @@ Owns their making and the first look at the job, which finds its mistakes before
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -25,7 +26,8 @@ from tolaria.errors import (
     SeedError,
 )
 from tolaria.jobs import Batch, BatchCursor, JobContext, TrainingJob, build_job
-from tolaria.training.fastpaths import choose_device, prefer_determinism
+from tolaria.training.device import choose_device, prefer_determinism
+from tolaria.training.fastpaths import FastPaths, choose_fast_paths, compile_model, fuse
 from tolaria.training.growth import Growth, new_growth
 from tolaria.training.losses import checked_losses
 from tolaria.training.merge import GradientMerger
@@ -45,6 +47,7 @@ class Rig:
     clip_norm: float
     growth: Growth
     merger: GradientMerger
+    paths: FastPaths
     parameters: list[nn.Parameter]
     global_step: int = 0
 
@@ -82,7 +85,10 @@ def build_rig(settings: Settings) -> Rig:
         raise BrokenJobError(f"training.job {training.job!r}: its model has no parameter that can be trained")
     optimizer = _made(training.job, "build_optimizer", lambda: job.build_optimizer(model), torch.optim.Optimizer)
     cursor = _made(training.job, "training_data", job.training_data, BatchCursor)
+    _demand_plain_step(training.job, optimizer)
+    paths = choose_fast_paths(settings.fastpaths, device, deterministic=training.deterministic)
     growth = _new_growth(settings, model, optimizer, cursor)
+    fuse(paths, settings.fastpaths, growth.manager, deterministic=training.deterministic)
     rig = Rig(
         job=job,
         model=model,
@@ -97,10 +103,27 @@ def build_rig(settings: Settings) -> Rig:
             run_seed=training.seed,
             ground=growth.ground(0),
         ),
+        paths=paths,
         parameters=growth.trained(),
     )
     _try_forward(training.job, rig)
+    compile_model(
+        paths,
+        settings.fastpaths,
+        model,
+        lambda: _try_forward(training.job, rig, backward=True),
+        deterministic=training.deterministic,
+    )
     return rig
+
+
+def _demand_plain_step(job_name: str, optimizer: torch.optim.Optimizer) -> None:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise BrokenJobError(
+            f"training.job {job_name!r}: {type(optimizer).__name__} evaluates the loss several times in a step, "
+            "by a closure, which gradients merged once a step cannot serve"
+        )
 
 
 def _new_growth(settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer, cursor: BatchCursor) -> Growth:
@@ -131,7 +154,11 @@ def seed_everything(seed: int) -> None:
 def to_device(payload: Any, device: torch.device) -> Any:
     """Tensors in tuples, lists and dicts on `device`; everything else as it is. Does not synchronise."""
     if isinstance(payload, Tensor):
-        return payload if payload.device == device else payload.to(device, non_blocking=True)
+        if payload.device == device:
+            return payload
+        if device.type == "cuda" and payload.device.type == "cpu":  # only a copy from pinned memory does not block
+            payload = payload.pin_memory()
+        return payload.to(device, non_blocking=True)
     if isinstance(payload, dict):
         return {key: to_device(value, device) for key, value in payload.items()}
     if isinstance(payload, (tuple, list)):
@@ -162,8 +189,8 @@ def _calling(job_name: str, method: str, call: Callable[[], Made]) -> Made:
         raise BrokenJobError(f"training.job {job_name!r}: {method}() raised {type(error).__name__}: {error}") from error
 
 
-def _try_forward(job_name: str, rig: Rig) -> None:
-    """One forward pass of the first batch. RNGs, buffers and the cursor are as before afterwards."""
+def _try_forward(job_name: str, rig: Rig, *, backward: bool = False) -> None:
+    """One forward (and backward) pass of the first batch. RNGs, buffers, gradients and the cursor are as before."""
     torch_rng, numpy_rng, python_rng = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
     buffers = [buffer.clone() for buffer in rig.model.buffers()]
     try:
@@ -171,15 +198,23 @@ def _try_forward(job_name: str, rig: Rig) -> None:
         if batch is None or rig.cursor.batches_per_epoch < 1:
             raise EmptyDatasetError(f"training.job {job_name!r}: its training data holds no batch")
         rig.model.train()
-        _calling(job_name, "losses", lambda: checked_losses(rig.job, rig.model, on_device(batch, rig.device), ()))
+        losses = _calling(job_name, "losses", lambda: _forward(rig, batch))
+        if backward:
+            torch.autograd.backward(list(losses.values()))
         if not any(True for _ in _calling(job_name, "validation_batches", rig.job.validation_batches)):
             raise EmptyDatasetError(f"training.job {job_name!r}: its validation data holds no batch")
     finally:
+        rig.optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(rig.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
         torch.set_rng_state(torch_rng)
         np.random.set_state(numpy_rng)  # noqa: NPY002
         random.setstate(python_rng)
+
+
+def _forward(rig: Rig, batch: Batch) -> Mapping[str, Tensor]:
+    with rig.paths.autocast():
+        return checked_losses(rig.job, rig.model, on_device(batch, rig.device), ())
 
 
 def _first_batch(cursor: BatchCursor) -> Batch | None:

@@ -51,10 +51,12 @@ def train_step(rig: Rig, epoch: int, pass_microbatch: Callable[[], bool]) -> Ste
         if not pass_microbatch():
             optimizer.zero_grad(set_to_none=True)
             raise StepAbandonedError
-        losses = checked_losses(rig.job, rig.model, batch, rig.growth.topology.training_seeds)
-        loss = rig.merger.add(losses, batch)
+        with rig.paths.autocast():
+            losses = checked_losses(rig.job, rig.model, batch, rig.growth.topology.training_seeds)
+        loss = rig.merger.add(losses, batch, scaler=rig.paths.scaler)
         total_loss = loss if total_loss is None else total_loss + loss
     rig.merger.finish()
+    _unscale(rig)
     loss_value, norm = _measure(total_loss, rig)
 
     finite = math.isfinite(loss_value) and math.isfinite(norm)
@@ -64,6 +66,8 @@ def train_step(rig: Rig, epoch: int, pass_microbatch: Callable[[], bool]) -> Ste
         violations = rig.growth.controller.before_step(rig.global_step)
         optimizer.step()
         rig.global_step += 1
+    if rig.paths.scaler is not None:
+        rig.paths.scaler.update()
     finished_s = time.monotonic()
     return StepReport(
         global_step=rig.global_step,
@@ -76,6 +80,7 @@ def train_step(rig: Rig, epoch: int, pass_microbatch: Callable[[], bool]) -> Ste
         finished_at_s=finished_s,
         void=not finite,
         violations=tuple(violations),
+        rescaled=not finite and math.isfinite(loss_value) and rig.paths.scaler is not None,
     )
 
 
@@ -84,6 +89,12 @@ def _take_microbatches(rig: Rig) -> list[Batch]:
     while len(batches) < rig.accumulate and (batch := rig.cursor.next_batch()) is not None:
         batches.append(on_device(batch, rig.device))
     return batches
+
+
+def _unscale(rig: Rig) -> None:
+    """Undo the loss scale of float16 in the gradients; those that overflowed are infinite now."""
+    if rig.paths.scaler is not None:
+        rig.paths.scaler.unscale_(rig.optimizer)
 
 
 def _measure(loss: Tensor | None, rig: Rig) -> tuple[float, float]:

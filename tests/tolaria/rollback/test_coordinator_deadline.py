@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -169,6 +170,7 @@ async def test_looking_for_a_point_is_bounded_too() -> None:
     house.lane.finds = False
     outcome = await house.coordinator.roll_back(REQUEST)
     assert outcome.ending is Ending.DEADLINE_EXCEEDED
+    assert 50 <= outcome.latency_ms < 5000
     assert house.slots[-1][0] is Phase.DEADLINE
     assert house.tamiyo.calls == []
 
@@ -186,7 +188,8 @@ async def test_a_silent_peer_costs_its_own_share_only(polite: bool) -> None:
     assert outcome.ending is Ending.RESTORED
     assert outcome.coordinated
     ((call, timeout_s),) = house.tamiyo.calls
-    assert (call, timeout_s) == (Call.PREPARE, pytest.approx(0.15))
+    assert call is Call.PREPARE
+    assert timeout_s == pytest.approx(0.15)
     assert house.tamiyo.cancelled == ([] if polite else [Call.PREPARE])
     assert outcome.votes[0].stance is Stance.SILENT
     assert 150 <= outcome.votes[0].latency_ms < 1500
@@ -284,3 +287,39 @@ async def test_a_thread_and_a_deadline_always_agree() -> None:
             await anyio.sleep(0.001)
         assert copied[0] == (outcome.ending is Ending.RESTORED)
     assert {outcome.ending for outcome in outcomes} <= {Ending.RESTORED, Ending.DEADLINE_EXCEEDED}
+
+
+async def test_a_rollback_cancelled_while_it_is_confirmed_stands() -> None:
+    """The state is back by then: recorded as restored, and nobody is told to abort."""
+
+    async def restore(order: RestoreOrder) -> RestoreOutcome:
+        assert not order.refuses()
+        return DONE
+
+    house = House(restore, budgets=LONG, tamiyo=Peer({Call.CONFIRM}))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(house.coordinator.roll_back, REQUEST)
+        while Call.CONFIRM not in dict(house.tamiyo.calls):
+            await anyio.lowlevel.checkpoint()
+        tasks.cancel_scope.cancel()
+    assert [(row.outcome, row.restored_step, row.coordinated) for row in house.rows] == [("restored", 40, 0)]
+    assert Call.ABORT not in dict(house.tamiyo.calls)
+
+
+async def test_a_task_torn_down_while_the_lane_copies_has_failed() -> None:
+    """Cancelled past every scope, nobody learns what the copy came to: that is said, not guessed."""
+    inside = anyio.Event()
+
+    async def copies(order: RestoreOrder) -> RestoreOutcome:
+        assert not order.refuses()
+        inside.set()
+        return await never(order)
+
+    house = House(copies, budgets=LONG)
+    task = asyncio.ensure_future(house.coordinator.roll_back(REQUEST))
+    await inside.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert [row.outcome for row in house.rows] == ["failed"]
+    assert "which state is live now is not known" in house.rows[0].reason

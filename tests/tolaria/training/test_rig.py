@@ -9,7 +9,7 @@ import torch
 from tolaria.config import Settings, TrainingSettings
 from tolaria.errors import BrokenJobError, ConfigurationError, EmptyDatasetError
 from tolaria.jobs import Batch
-from tolaria.training.fastpaths import choose_device, limit_threads
+from tolaria.training.device import choose_device, limit_threads
 from tolaria.training.rig import build_rig, on_device, seed_everything, to_device
 
 

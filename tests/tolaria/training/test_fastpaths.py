@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from support.runs import FakePeers, new_run, running
 from torch import nn
 
+from support.runs import FakePeers, new_run, running
 from tolaria.config import FastPathSettings, Settings, TrainingSettings
 from tolaria.errors import BrokenJobError
 from tolaria.optimization import OptimizerManager
@@ -17,7 +18,7 @@ from tolaria.training.step import train_step
 CPU = torch.device("cpu")
 
 
-def managed(optimizer: type[torch.optim.Optimizer], **options: object) -> OptimizerManager:
+def managed(optimizer: type[torch.optim.Optimizer], **options: Any) -> OptimizerManager:
     """A manager of such an optimizer over a small model in two groups of their own options."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
     groups = [
@@ -53,7 +54,7 @@ def test_an_optimizer_without_a_kernel_stays_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(("settings", "deterministic"), [({"fused": "off"}, False), ({}, True)])
-def test_fusing_is_left_alone_when_told(settings: dict[str, str], deterministic: bool) -> None:  # noqa: FBT001 - a table
+def test_fusing_is_left_alone_when_told(settings: dict[str, str], deterministic: bool) -> None:
     """Switched off, or in a deterministic run, the job's own optimizer goes on."""
     manager, paths = managed(torch.optim.Adam), FastPaths(CPU)
     before = manager.optimizer

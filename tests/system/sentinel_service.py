@@ -9,6 +9,7 @@ SILENCE is what happens on the first line of standard input: `gil` (the lane hol
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import sys
 import threading
@@ -16,7 +17,6 @@ from collections import deque
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 
 from tolaria.emergency.guard import Post, sentinel_process
 from tolaria.emergency.heartbeats import Heartbeats
@@ -45,6 +45,12 @@ def lane(hearts: Heartbeats, silence: str, go: threading.Event) -> None:
                 threading.Event().wait()
 
 
+def wait_for_line(go: threading.Event) -> None:
+    """Read past Python's buffers: a daemon thread in those would keep the interpreter from ending."""
+    if os.read(0, 1):
+        go.set()
+
+
 async def serve(folder: Path, silence: str) -> None:
     """Until ended from outside."""
     go = threading.Event()
@@ -63,11 +69,10 @@ async def serve(folder: Path, silence: str) -> None:
             drain_s=0.5,
         )
         threading.Thread(target=lane, args=(hearts, silence, go), daemon=True).start()
+        threading.Thread(target=wait_for_line, args=(go,), daemon=True).start()
         async with anyio.create_task_group() as tasks, sentinel_process(post) as sentinel:
             tasks.start_soon(hearts.beat, 0.05)
             print(sentinel.pid, flush=True)  # noqa: T201 - the test reads it
-            await anyio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)
-            go.set()
             await anyio.sleep_forever()
 
 

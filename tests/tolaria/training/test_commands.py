@@ -11,7 +11,7 @@ from tolaria.training.commands import fence_commands, operators_adjustment
 from tolaria.training.fences import AdjustRate, ChangeHyperparameters
 
 
-def optimizer_command(group: str = "", **hyperparameters: float) -> AdaptationCommand:
+def optimizer_command(group: str = "", /, **hyperparameters: float) -> AdaptationCommand:
     """COMMAND_OPTIMIZER with these hyperparameters."""
     made = command(COMMAND_OPTIMIZER)
     made.optimizer_adjustment.optimizer_id = group
@@ -58,7 +58,7 @@ def test_other_commands_are_not_the_lanes() -> None:
 def test_an_operators_nonsense_names_the_field(fields: dict[str, float], field: str) -> None:
     """What an operator asks is checked field by field."""
     with pytest.raises(AdjustmentRefusedError) as caught:
-        operators_adjustment(AdjustLearningRateRequest(request_id="1", reason="x", **fields))
+        operators_adjustment(AdjustLearningRateRequest(request_id="1", reason="x", **fields))  # type: ignore[arg-type]
     assert caught.value.field == field
 
 

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT
+from support.processes import is_alive
+from tolaria.signals import SignalBoard
+
+HERE = Path(__file__).parent
+PATIENCE_S = 30.0
+TIMEOUT_S = 1.0  # the stand-in's heartbeat timeout
+
+
+class StandIn:
+    """A running stand-in and its sentinel; a view of their board."""
+
+    def __init__(self, folder: Path, silence: str) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "sentinel_service.py", folder, silence],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self.process.stdout is not None
+        self.sentinel_pid = int(self.process.stdout.readline())
+        self.board = SignalBoard.attach(folder / "board", "run-1")
+
+    def fall_silent(self) -> None:
+        """Let it begin."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+
+    def said(self) -> list[str]:
+        """What its sentinel has logged, through the service's own standard error; once both have ended."""
+        _, errors = self.process.communicate(timeout=PATIENCE_S)
+        return [json.loads(line)["event"] for line in errors.splitlines() if line.startswith(b'{"event"')]
+
+
+@contextmanager
+def stand_in(folder: Path, silence: str) -> Iterator[StandIn]:
+    """A stand-in that does not survive the block."""
+    service = StandIn(folder, silence)
+    try:
+        yield service
+    finally:
+        service.process.kill()
+        service.process.communicate()
+        until(lambda: not is_alive(service.sentinel_pid))
+        service.board.close()
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Look again until it holds."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C reader of boards, compiled."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler (cc) on this machine")
+    program = tmp_path_factory.mktemp("reader") / "signals_reader"
+    subprocess.run([compiler, "-std=gnu11", "-O2", HERE / "signals_reader.c", "-o", program], check=True)
+    return program
+
+
+def test_sentinel_acts_while_the_gil_is_held(tmp_path: Path, reader: Path) -> None:
+    """HALT on the board within the timeout, seen from C; stacks dumped; SIGTERM is of no use, SIGKILL ends it."""
+    with stand_in(tmp_path, "gil") as service:
+        waiting = [str(reader), str(tmp_path / "board"), "wait", "4", str(int(PATIENCE_S * 1000))]
+        with subprocess.Popen(waiting, stdout=subprocess.PIPE) as waiter:
+            service.fall_silent()
+            assert waiter.wait(PATIENCE_S) == 0
+        beat_ns = service.board.read("tolaria").heartbeat_ns
+        signal_seen = service.board.effective()
+        assert signal_seen is not None
+        assert (signal_seen.origin, signal_seen.level) == ("sentinel", EMERGENCY_LEVEL_HALT)
+        assert "event loop" in signal_seen.reason
+        assert "lane" in signal_seen.reason
+        assert TIMEOUT_S * 0.8 < (signal_seen.raised_ns - beat_ns) / 1e9 < TIMEOUT_S * 10
+        assert service.process.wait(PATIENCE_S) == -signal.SIGKILL
+        until(lambda: not is_alive(service.sentinel_pid))
+        stacks = (tmp_path / "stacks").read_text()
+        assert stacks.index("no heartbeat of the event loop") < stacks.index("in hold_the_gil")
+        assert service.said() == [
+            "sentinel_raised_halt",
+            "sentinel_asked_for_stacks",
+            "sentinel_ends_service",
+            "sentinel_ends_service",
+        ]
+
+
+def test_sentinel_sees_a_stuck_lane_beside_a_healthy_loop(tmp_path: Path) -> None:
+    """The loop beats on; the lane's silence alone raises HALT, and SIGTERM is enough to end the service."""
+    with stand_in(tmp_path, "lane") as service:
+        service.fall_silent()
+        until(service.board.effective)
+        signal_seen = service.board.effective()
+        assert signal_seen is not None
+        assert "the lane" in signal_seen.reason
+        assert "event loop" not in signal_seen.reason
+        assert service.process.wait(PATIENCE_S) == 77
+        until(lambda: not is_alive(service.sentinel_pid))
+
+
+def test_sentinel_leaves_a_held_lane_alone(tmp_path: Path) -> None:
+    """For more than twice the timeout, by the sentinel's own heartbeat, nothing happens."""
+    with stand_in(tmp_path, "rest") as service:
+        service.fall_silent()
+        until_ns = service.board.read("sentinel").heartbeat_ns + int(2.5e9 * TIMEOUT_S)
+        until(lambda: service.board.read("sentinel").heartbeat_ns > until_ns)
+        assert service.board.effective() is None
+        assert service.process.poll() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_sentinel_ends_with_its_service(tmp_path: Path, number: signal.Signals) -> None:
+    """However that ends."""
+    with stand_in(tmp_path, "rest") as service:
+        assert is_alive(service.sentinel_pid)
+        service.process.send_signal(number)
+        service.process.wait(PATIENCE_S)
+        until(lambda: not is_alive(service.sentinel_pid))
+        assert service.said() == []
+
+
+def test_sentinel_needs_neither_torch_nor_grpc() -> None:
+    """It is small, and nothing of theirs can hold it up."""
+    program = (
+        "import sys, tolaria.emergency.sentinel; "
+        "sys.exit(bool({'torch', 'grpc', 'prometheus_client', 'asyncio'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -23,8 +23,16 @@ def _target(text: str) -> str:
     return text
 
 
+def _secret(secret: SecretStr) -> SecretStr:
+    text = secret.get_secret_value()
+    if text and not text.strip("*"):
+        raise ValueError("is nothing but asterisks, which stand for a secret elsewhere and are none")
+    return secret
+
+
 ListenAddress = Annotated[str, AfterValidator(_listen_address)]
 Target = Annotated[str, AfterValidator(_target)]
+Secret = Annotated[SecretStr, AfterValidator(_secret)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Milliseconds = Annotated[float, Field(gt=0, le=60_000, allow_inf_nan=False)]
@@ -234,17 +242,17 @@ class GradientsSettings(_Section):
 class LeylineSettings(_Section):
     """Trust in what comes over the contract."""
 
-    secret: SecretStr = SecretStr("")
+    secret: Secret = SecretStr("")
     """Key of the HMAC-SHA256 that commands must carry. Empty: signatures are not asked for."""
 
-    previous_secret: SecretStr = SecretStr("")
+    previous_secret: Secret = SecretStr("")
     """A second key that is still accepted, so that keys can be changed without an outage."""
 
     freshness_s: Seconds = 60.0
-    """Oldest age of a command. 60: clocks apart by seconds pass, a replay after lunch does not."""
+    """Farthest that a command's time may lie behind this clock, or ahead of it. 60: clocks apart by seconds pass."""
 
     nonce_window_s: Seconds = 300.0
-    """How long a command_id is remembered against replays. 300: five times the freshness."""
+    """How long a command_id is remembered: twice the freshness or more, as it counts both ways. 300: five times it."""
 
 
 class Settings(BaseSettings):
@@ -279,8 +287,12 @@ class Settings(BaseSettings):
             problems.append("leyline.previous_secret is set but leyline.secret is not")
         if self.optimizer.policy == "step" and not self.optimizer.period_steps:
             problems.append("optimizer.policy is step, which needs optimizer.period_steps")
-        if self.leyline.nonce_window_s < self.leyline.freshness_s:
-            problems.append("leyline.nonce_window_s is shorter than leyline.freshness_s, so that replays would pass")
+        # Issued as far ahead of this clock as is allowed, a command is fresh for twice as long.
+        if self.leyline.nonce_window_s < 2 * self.leyline.freshness_s:
+            problems.append(
+                "leyline.nonce_window_s is shorter than twice leyline.freshness_s, which counts both ways: "
+                "replays would pass"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -19,7 +19,7 @@ from tolaria.peers.calls import Peer, call_recorder
 from tolaria.peers.channel import peer_channel
 from tolaria.peers.kasmina import KasminaClient
 from tolaria.peers.tamiyo import TamiyoClient
-from tolaria.resilience.breaker import Breaker
+from tolaria.resilience.breaker import Breaker, BreakerPolicy
 from tolaria.resilience.deadline import DeadlineCaller
 from tolaria.telemetry import events
 from tolaria.telemetry.emitter import Emitter
@@ -43,6 +43,7 @@ async def connected_peers(
     metrics: Metrics,
     emitter: Emitter,
     on_breaker: Callable[[], None],
+    policy: BreakerPolicy | None = None,
 ) -> AsyncIterator[Peers]:
     """Clients for both peers while the block runs; connections are begun at once.
 
@@ -52,6 +53,7 @@ async def connected_peers(
         metrics: for calls and breakers.
         emitter: for events of both.
         on_breaker: called after a breaker has changed its state.
+        policy: how patient both breakers are; None: as patient as breakers are by themselves.
     """
 
     def breaker_changed(name: str, state: CircuitBreakerState.ValueType) -> None:
@@ -66,7 +68,7 @@ async def connected_peers(
     callers: dict[Peer, DeadlineCaller] = {}
     names: tuple[Peer, ...] = ("tamiyo", "kasmina")
     for name in names:
-        breakers[name] = Breaker(name, clock=time.monotonic, on_change=breaker_changed)
+        breakers[name] = Breaker(name, clock=time.monotonic, policy=policy, on_change=breaker_changed)
         callers[name] = DeadlineCaller(name, breakers[name], observe=call_recorder(name, metrics, emitter))
         metrics.breaker_state.labels(name).set(CIRCUIT_STATE_CLOSED)
     async with _channel(tamiyo.target) as tamiyo_channel, _channel(kasmina.target) as kasmina_channel:

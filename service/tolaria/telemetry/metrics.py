@@ -76,7 +76,9 @@ class Metrics:
         self._declare_optimization()
         self._declare_fast_paths()
 
-        self.seeds_active = self._gauge("seeds.active", "Seeds by stage, as Kasmina desires them.", ["stage"])
+        self.seeds_active = self._gauge(
+            "seeds.active", "Seeds by stage: those grafted, and those desired that are not grafted yet.", ["stage"]
+        )
         self.breaker_state = self._gauge("breaker.state", "1 closed, 2 open, 3 half open.", ["breaker"])
         self.timeout_tamiyo_total = self._counter("timeout.tamiyo_total", "Calls to Tamiyo that passed their deadline.")
         self.timeout_kasmina_total = self._counter(

@@ -9,6 +9,7 @@ profile is returned, never raised: training goes on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -37,7 +38,10 @@ _TAIL_BYTES: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class TraceWritten:
-    """A trace is in the directory; `removed` counts older ones that gave way to it. `export_s` held the lane up."""
+    """A trace is in the directory; `removed` counts older ones that gave way to it.
+
+    Ending the profile and exporting it held the lane up for `export_s`.
+    """
 
     path: Path
     size_bytes: int
@@ -92,7 +96,7 @@ class ProfileWindow:
             raise WrongStateError(f"a profile is being taken, {self._steps_left} steps to go")
         if _profiler_enabled():  # a second profiler would end the first without a word
             return TraceFailed("start", "the job's own profiler is running")
-        profiler = profile(activities=_activities(), acc_events=True)
+        profiler = profile(activities=_activities())  # accumulating events would hold the lane up 20 times as long
         try:
             profiler.start()
         except RuntimeError as error:
@@ -106,21 +110,18 @@ class ProfileWindow:
         if self._profile is None:
             return None
         self._steps_left -= 1
-        return self._finish() if self._steps_left == 0 else None
+        return self._finish(self._profile) if self._steps_left == 0 else None
 
     def abandon(self) -> None:
         """End an open window without a trace, as when the lane ends."""
         if self._profile is not None:
-            self._stop(self._profile)
+            with contextlib.suppress(RuntimeError):  # it is ended either way
+                self._stop(self._profile)
 
-    def _finish(self) -> TraceWritten | TraceFailed:
-        profiler = self._profile
-        if profiler is None or (failed := self._stop(profiler)) is not None:
-            return TraceFailed(
-                "export", "the profile was stopped by somebody else" if profiler is None else str(failed)
-            )
+    def _finish(self, profiler: profile) -> TraceWritten | TraceFailed:
         started_s = time.monotonic()
         try:
+            self._stop(profiler)
             path = self._export(profiler)
             size_bytes = path.stat().st_size
             removed = self._make_room(path)
@@ -130,16 +131,12 @@ class ProfileWindow:
             return TraceFailed("cap", f"a trace of {size_bytes} bytes is larger than all traces may be")
         return TraceWritten(path, size_bytes, self._steps, time.monotonic() - started_s, removed)
 
-    def _stop(self, profiler: profile) -> RuntimeError | None:
+    def _stop(self, profiler: profile) -> None:
         self._profile = None
-        try:
-            profiler.stop()
-        except RuntimeError as error:
-            return error
-        return None
+        profiler.stop()
 
     def _export(self, profiler: profile) -> Path:
-        """Written aside and renamed, so that a reader never finds half a trace."""
+        """Written aside, looked at and renamed: the exporter itself puts half a trace in place, and says nothing."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._free_name()
         partial = path.with_name(path.name + _PARTIAL)
@@ -148,7 +145,7 @@ class ProfileWindow:
             _check_whole(partial)
             partial.rename(path)
         finally:
-            partial.unlink(missing_ok=True)
+            self._remove_leftovers()
         return path
 
     def _free_name(self) -> Path:
@@ -162,9 +159,7 @@ class ProfileWindow:
             now_us += 1
 
     def _make_room(self, newest: Path) -> int | None:
-        """Remove the oldest traces, and leftovers, until the rest fits; None: the newest itself does not."""
-        for leftover in self._directory.glob(f"{_PREFIX}*{_PARTIAL}"):
-            leftover.unlink(missing_ok=True)
+        """Remove the oldest traces until the rest fits; None: the newest itself does not."""
         if newest.stat().st_size > self._bytes_max:
             newest.unlink()
             return None
@@ -178,6 +173,12 @@ class ProfileWindow:
                 total_bytes -= size_bytes
                 removed += 1
         return removed
+
+    def _remove_leftovers(self) -> None:
+        """Of a failed export, and of one that a crash broke off; the exporter adds an ending of its own."""
+        for leftover in self._directory.glob(f"{_PREFIX}*{_PARTIAL}*"):
+            if leftover.is_file():
+                leftover.unlink(missing_ok=True)
 
 
 class _Unmarked:

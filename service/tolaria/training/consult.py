@@ -49,6 +49,7 @@ class Consultation:
     refusals: tuple[tuple[str, str], ...] = ()
     command: AdaptationCommand | None = None
     seeds: list[SeedState] | None = None
+    applied: bool = False
     rejected: bool = False
     failed: bool = False
     tamiyo_answer: str = ""
@@ -165,6 +166,7 @@ class Consultant:
         if command is None or command.command_type != COMMAND_SEED:
             return ""
         applied = await self._executor.apply(command, consultation.state)
+        consultation.applied = applied.applied
         return f"{'applied' if applied.applied else 'refused'}: {applied.detail}"
 
 

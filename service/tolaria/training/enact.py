@@ -11,10 +11,10 @@ from leyline.v1 import enums_pb2 as enums
 from leyline.v1.commands_pb2 import AdaptationCommand
 from tolaria.errors import CommandRejectedError
 from tolaria.optimization import Adjustment
-from tolaria.training.commands import fence_commands
+from tolaria.training.commands import optimizer_change
 from tolaria.training.consult import Consultation, in_words
 from tolaria.training.fence_desk import FenceDesk, OnDone
-from tolaria.training.fences import AdjustRate, FenceCommand, FenceReport, RatesChanged, Reconcile
+from tolaria.training.fences import ChangeOptimizer, FenceReport, OptimizerChanged, Reconcile
 from tolaria.training.growth import SeedsReport
 from tolaria.training.record import Recorder
 
@@ -50,36 +50,40 @@ class Enactor:
 
     def adjusted(self, adjustment: Adjustment, report: FenceReport) -> None:
         """A change of rates has come back from the lane."""
-        if isinstance(report.result, RatesChanged):
+        if isinstance(report.result, OptimizerChanged):
             self._recorder.adjusted(adjustment, report.result)
         self._changed()
 
     def _reconciled(self, report: FenceReport) -> None:
         if isinstance(report.result, SeedsReport):
             self._recorder.fence(report.result, wished=True)
-            self._changed()
+        elif report.error is not None:
+            self._recorder.wishes_failed(str(report.error))
+        self._changed()
 
     def _obey(self, consultation: Consultation, command: AdaptationCommand) -> None:
         match command.command_type:
             case enums.COMMAND_SEED:  # Kasmina has it already, and her wishes follow from it
+                if not consultation.applied:
+                    raise CommandRejectedError("refused", command.command_id, consultation.kasmina_answer)
                 self._recorder.applied(consultation)
             case enums.COMMAND_PAUSE:
                 self._hold(f"asked by {command.issued_by or 'the controller'}")
                 self._recorder.applied(consultation)
             case enums.COMMAND_OPTIMIZER:
-                for asked in fence_commands(command):
-                    self._desk.post(asked, self._then_tell(consultation, command, asked))
+                asked = optimizer_change(command)
+                self._desk.post(asked, self._then_tell(consultation, command, asked))
             case _:
                 kind = in_words(command)
                 raise CommandRejectedError("unsupported", command.command_id, f"{kind} commands are not carried out")
 
-    def _then_tell(self, consultation: Consultation, command: AdaptationCommand, asked: FenceCommand) -> OnDone:
+    def _then_tell(self, consultation: Consultation, command: AdaptationCommand, asked: ChangeOptimizer) -> OnDone:
         def done(report: FenceReport) -> None:
             if report.error is not None:
                 self._recorder.refused(CommandRejectedError("refused", command.command_id, str(report.error)))
             else:
                 self._recorder.applied(consultation)
-            if isinstance(asked, AdjustRate):
+            if asked.adjustment is not None:
                 self.adjusted(asked.adjustment, report)
             self._changed()
 

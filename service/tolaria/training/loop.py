@@ -35,7 +35,7 @@ from tolaria.training.consult import Consultant, Consultation
 from tolaria.training.enact import Enactor
 from tolaria.training.feed import StatusFeed
 from tolaria.training.fence_desk import FenceDesk
-from tolaria.training.fences import AdjustRate, FenceReport
+from tolaria.training.fences import ChangeOptimizer, FenceReport
 from tolaria.training.growth import SeedsReport
 from tolaria.training.judge import Hold, Proceed, judge
 from tolaria.training.lane import Lane
@@ -94,6 +94,7 @@ class TrainingLoop:
         self._epoch_report: EpochReport | None = None
         self._epoch_over = anyio.Event()
         self._held = anyio.Event()
+        self._hold_number = 0
         self._lane_ended: LaneEnded | None = None
         self._stopping = False
 
@@ -176,13 +177,14 @@ class TrainingLoop:
             case FenceReport():
                 self._desk.take(report)
             case HeldReport():
-                self._held.set()
-                self.feed.changed()
+                if report.hold == self._hold_number:
+                    self._held.set()
+                    self.feed.changed()
             case LaneEnded():
                 self._lane_ended = report
                 self._desk.close()
                 self._epoch_over.set()
-                self._held.set()
+                self.feed.changed()
 
     def _enact(self, verdict: Proceed | Hold) -> None:
         match verdict:
@@ -221,8 +223,10 @@ class TrainingLoop:
             WrongStateError: when the run has ended or is ending.
         """
         self._hold(reason)
-        if self._lane_ended is None:
-            await self._held.wait()
+        held = self._held
+        await self.feed.until(
+            lambda: held.is_set() or self._lane_ended is not None or self._progress.state != RUN_STATE_PAUSED
+        )
 
     def resume(self, reason: str) -> None:
         """Go on from where the run was held; nothing to do when it runs. Raises WrongStateError as `pause` does."""
@@ -241,12 +245,15 @@ class TrainingLoop:
             raise WrongStateError("the run has ended: there is no rate to change")
         try:
             adjustment = operators_adjustment(request)
-            report = await self._desk.carry_out(AdjustRate(adjustment))
+            report = await self._desk.carry_out(
+                ChangeOptimizer(adjustment, {}, None),
+                key=request.request_id,
+                on_done=lambda done: self._enactor.adjusted(adjustment, done),
+            )
         except AdjustmentRefusedError as error:
             raise InvalidFieldError(error.field, str(error)) from None
         except UnknownGroupError as error:
             raise InvalidFieldError("group", str(error)) from None
-        self._enactor.adjusted(adjustment, report)
         return report.global_step
 
     async def stop(self, reason: str) -> None:
@@ -258,7 +265,8 @@ class TrainingLoop:
 
     def drain(self) -> None:
         """The process is about to end: finish the step and end the run. Returns at once."""
-        self._enter(RunEvent.DRAINING, "the service is stopping")
+        reason = self._progress.state_reason if self._ended else "the service is stopping"
+        self._enter(RunEvent.DRAINING, reason)
         self._stop()
 
     def close(self, timeout_s: float) -> bool:
@@ -280,7 +288,8 @@ class TrainingLoop:
         self._enter(RunEvent.PAUSED, reason)
         if not was_held:
             self._held = anyio.Event()
-            self._lane.hold()
+            self._hold_number += 1
+            self._lane.hold(self._hold_number)
 
     def _stop(self) -> None:
         self._stopping = True

@@ -60,8 +60,9 @@ def test_nonces_are_new_once_within_the_window() -> None:
     table = NonceTable(window_s=300.0)
     assert table.first_seen("a", now_s=0.0)
     assert not table.first_seen("a", now_s=299.9)
-    assert table.first_seen("b", now_s=300.0)
-    assert table.first_seen("a", now_s=300.0)
+    assert not table.first_seen("a", now_s=300.0)
+    assert table.first_seen("b", now_s=300.1)
+    assert table.first_seen("a", now_s=300.1)
 
 
 def test_the_nonce_table_is_bounded() -> None:

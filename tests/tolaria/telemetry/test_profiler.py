@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import get_args
 
@@ -76,7 +77,7 @@ def test_the_oldest_traces_give_way(tmp_path: Path) -> None:
     """The directory stays within its bytes: oldest out first, leftovers of a crash too, other files untouched."""
     size_bytes = traced_size(tmp_path / "measure")
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "trace-old.json.partial").write_text("half")
+    (tmp_path / "trace-old.json.partial.tmp").write_text("half")
     times = iter(range(NOON_NS, NOON_NS + 10**12, 10**9))
     window = ProfileWindow(tmp_path, bytes_max=int(size_bytes * 2.5), wall_ns=lambda: next(times))
     results = [traced(window) for _ in range(4)]
@@ -103,36 +104,50 @@ def test_a_trace_larger_than_all_may_be_is_not_kept(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == before
 
 
-def no_directory(directory: Path) -> None:
+@contextmanager
+def no_directory(directory: Path) -> Iterator[None]:
     """A file stands where the directory should be."""
     directory.write_text("in the way")
+    yield
+    directory.unlink()
 
 
-def full_disk(directory: Path) -> None:
-    """Whatever is written is lost, as the exporter would not tell."""
+@contextmanager
+def full_disk(directory: Path, limit_bytes: int = 2048) -> Iterator[None]:
+    """No file may grow beyond its first bytes; the exporter does not tell."""
     directory.mkdir()
-    (directory / "trace-20231114T221320.123456Z.json.partial").symlink_to(os.devnull)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def dangling(directory: Path) -> None:
-    """The file cannot be made, as the exporter would not tell either."""
-    directory.mkdir()
-    (directory / "trace-20231114T221320.123456Z.json.partial").symlink_to("nowhere/at/all")
+def nearly_full_disk(directory: Path) -> AbstractContextManager[None]:
+    """Only the end of the trace is missing; the exporter then puts what it has in place."""
+    return full_disk(directory, traced_size(directory.with_name("measure")) - 1000)
 
 
-@pytest.mark.parametrize("spoil", [no_directory, full_disk, dangling])
-def test_a_failed_export_is_an_answer(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+@contextmanager
+def no_file(directory: Path) -> Iterator[None]:
+    """A directory stands where the file should be made; the exporter does not tell either."""
+    aside = directory / "trace-20231114T221320.123456Z.json.partial.tmp"
+    aside.mkdir(parents=True)
+    yield
+    aside.rmdir()
+
+
+@pytest.mark.parametrize("spoilt", [no_directory, full_disk, nearly_full_disk, no_file])
+def test_a_failed_export_is_an_answer(tmp_path: Path, spoilt: Callable[[Path], AbstractContextManager[None]]) -> None:
     """Nothing is raised and no trace is left; once the cause is gone the next window works."""
-    directory = tmp_path / "traces"
-    spoil(directory)
-    window = ProfileWindow(directory, bytes_max=LARGE, wall_ns=lambda: NOON_NS)
-    result = traced(window)
+    window = ProfileWindow(tmp_path / "traces", bytes_max=LARGE, wall_ns=lambda: NOON_NS)
+    with spoilt(tmp_path / "traces"):
+        result = traced(window)
     assert isinstance(result, TraceFailed)
     assert result.stage == "export"
     assert result.reason
     assert not list(tmp_path.glob("traces/*"))
-    if directory.is_file():
-        directory.unlink()
     assert isinstance(traced(window), TraceWritten)
 
 
@@ -167,7 +182,7 @@ def test_an_abandoned_window_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_the_job_s_own_profiler_is_left_alone(tmp_path: Path) -> None:
-    """torch has one profiler: ours does not begin while the job's runs, and says why."""
+    """There is but one profiler: ours does not begin while the job's runs, and says why."""
     window = ProfileWindow(tmp_path, bytes_max=LARGE)
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as jobs:
         failed = window.begin(1)

@@ -28,6 +28,7 @@ def test_the_first_look_leaves_no_trace() -> None:
     assert torch.equal(after[0], expected[0])
     assert (after[1] == expected[1]).all()
     assert after[2] == expected[2]
+    assert made.cursor.state_dict() == made.job.training_data().state_dict()
     assert made.model[1].num_batches_tracked.item() == 0  # type: ignore[index]
 
 
@@ -55,6 +56,8 @@ def test_an_empty_dataset_is_told() -> None:
         ("training_data", [1, 2], r"training_data\(\) must return a BatchCursor, got a list"),
         ("build_model", ValueError("no weights"), r"build_model\(\) raised ValueError: no weights"),
         ("losses", KeyError("labels"), r"losses\(\) raised KeyError: 'labels'"),
+        ("evaluate", 3.0, r"evaluate\(\) must return a Evaluation, got a float"),
+        ("evaluate", KeyError("y"), r"evaluate\(\) raised KeyError"),
         ("validation_batches", OSError("gone"), r"validation_batches\(\) raised OSError: gone"),
     ],
 )

@@ -105,7 +105,7 @@ class ControlSettings(_Section):
     """A late answer about a state older than this is dropped. 1000: a second of small steps, minutes of large ones."""
 
     max_void_steps: int = Field(default=8, ge=1)
-    """Consecutive non-finite steps after which the run halts. 8: a bad shard passes, a diverged model does not."""
+    """Consecutive non-finite steps after which the run is held. 8: a bad shard passes, a diverged model does not."""
 
 
 class TrainingSettings(_Section):
@@ -120,7 +120,7 @@ class TrainingSettings(_Section):
     experiment: str = "default"
     """Name that the controller sees; groups runs on its side."""
 
-    epochs: int = Field(default=20, ge=1)
+    epochs: int = Field(default=20, ge=1, le=10**9)
     """Passes over the data. 20: the built-in job is past 97 % by then."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -132,13 +132,13 @@ class TrainingSettings(_Section):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
     """auto takes the first accelerator there is, else the CPU."""
 
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1, le=10**6)
     """Microbatches per optimizer update. 1: no accumulation."""
 
     clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Greatest total gradient norm; larger gradients are scaled down to it. 0: off, as the job may clip itself."""
 
-    threads: int = Field(default=0, ge=0)
+    threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of torch. 0: one fewer than there are cores, at least 1, so that RPCs have a core to answer on."""
 
 

@@ -7,6 +7,7 @@ event loop must not do either.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -141,5 +142,10 @@ def _hand_over(_logger: WrappedLogger, _method: str, event: EventDict) -> EventD
 
 def _renderers(settings: LoggingSettings, stream: TextIO) -> list[Processor]:
     if settings.format == "json" or (settings.format == "auto" and not stream.isatty()):
-        return [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        return [structlog.processors.dict_tracebacks, _json_has_no_nan, structlog.processors.JSONRenderer()]
     return [structlog.dev.ConsoleRenderer(colors=stream.isatty())]
+
+
+def _json_has_no_nan(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """NaN and infinities become words: collectors refuse a line with a bare NaN."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}

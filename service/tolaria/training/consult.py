@@ -150,7 +150,7 @@ class Consultant:
             applied = await self._hand_over(consultation)
             # Asked at every boundary, command or not: this is when Kasmina judges how seeds come along.
             consultation.seeds = await self._executor.export_seeds(consultation.state, consultation.refusals)
-            consultation.kasmina_answer = applied or f"{len(consultation.seeds)} seeds desired"
+            consultation.kasmina_answer = applied or _count(consultation.seeds)
         except PeerError as error:
             consultation.failed = True
             consultation.kasmina_answer = f"no answer ({error.detail})"
@@ -175,8 +175,14 @@ def in_words(command: AdaptationCommand) -> str:
     name = CommandType.Name(command.command_type).removeprefix("COMMAND_").lower()
     if command.command_type == COMMAND_SEED:
         operation = SeedOperation.Name(command.seed_operation.operation).removeprefix("SEED_OP_").lower()
-        return f"{operation} {command.target_seed_id} {command.seed_operation.blueprint_id}".rstrip()
+        return " ".join(
+            word for word in (operation, command.target_seed_id, command.seed_operation.blueprint_id) if word
+        )
     return name
+
+
+def _count(seeds: Sequence[SeedState]) -> str:
+    return "1 seed desired" if len(seeds) == 1 else f"{len(seeds)} seeds desired"
 
 
 def _since_ms(started_s: float) -> float:

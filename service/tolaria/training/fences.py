@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.errors import TolariaError
-from tolaria.optimization import Adjustment, change_hyperparameters
+from tolaria.optimization import Adjustment, LiveAdjustment, change_hyperparameters
 from tolaria.training.growth import SeedsReport
 from tolaria.training.rig import Rig
 
@@ -41,6 +41,7 @@ class OptimizerChanged:
     before: Mapping[str, float]
     after: Mapping[str, float]
     hyperparameters: tuple[str, ...]
+    living: tuple[LiveAdjustment, ...] = ()
 
 
 FenceResult = SeedsReport | OptimizerChanged
@@ -87,4 +88,5 @@ def _changed(
         raise
     controller.apply(step)
     words = tuple(f"{change.group} {change.name}: {change.before:g} -> {change.after:g}" for change in changes)
-    return OptimizerChanged(record.before if record else {}, record.after if record else {}, words)
+    before, after = (record.before, record.after) if record else ({}, {})
+    return OptimizerChanged(before, after, words, controller.living)

@@ -124,6 +124,7 @@ class Lane:
                 hardware=hardware_context(rig.device),
                 seeds=seeds,
                 gradients=gradients,
+                adjustments=rig.growth.controller.living,
             )
         )
 

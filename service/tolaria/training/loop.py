@@ -251,7 +251,7 @@ class TrainingLoop:
                 on_done=lambda done: self._enactor.adjusted(adjustment, done),
             )
         except AdjustmentRefusedError as error:
-            raise InvalidFieldError(error.field, str(error)) from None
+            raise InvalidFieldError(error.field, str(error).removeprefix(f"{error.field}: ")) from None
         except UnknownGroupError as error:
             raise InvalidFieldError("group", str(error)) from None
         return report.global_step

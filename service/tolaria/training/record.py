@@ -111,6 +111,7 @@ class Recorder:
             self._emitter.emit(events.ZERO_SAMPLES, epoch=epoch.epoch)
         self._grafted(epoch.seeds)
         self.rates(epoch.learning_rates)
+        progress.adjustments = epoch.adjustments
         if epoch.gradients is not None:
             progress.conflict_ratio = epoch.gradients.conflict_ratio
             self._growth.gradients(epoch.epoch, epoch.gradients)
@@ -215,6 +216,7 @@ class Recorder:
     def adjusted(self, adjustment: Adjustment, changed: OptimizerChanged) -> None:
         """Somebody has changed learning rates."""
         self.rates({**self.progress.learning_rates, **changed.after})
+        self.progress.adjustments = changed.living
         self._growth.adjusted(adjustment.origin, changed.before, changed.after, adjustment.reason)
 
     def _grafted(self, states: Sequence[SeedState]) -> None:

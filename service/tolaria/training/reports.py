@@ -14,7 +14,7 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.gradients import SeedMetricSet
 from tolaria.jobs import Evaluation
-from tolaria.optimization import Violation
+from tolaria.optimization import LiveAdjustment, Violation
 from tolaria.training.fences import FenceReport
 from tolaria.training.growth import SeedsReport
 
@@ -56,6 +56,7 @@ class EpochReport:
     hardware: HardwareContext
     seeds: tuple[SeedState, ...] = ()
     gradients: SeedMetricSet | None = None
+    adjustments: tuple[LiveAdjustment, ...] = ()
 
     @property
     def learning_rate(self) -> float:

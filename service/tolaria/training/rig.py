@@ -21,6 +21,7 @@ from tolaria.errors import (
     ConfigurationError,
     EmptyDatasetError,
     JobError,
+    LossShapeError,
     OptimizationError,
     ScheduleError,
     SeedError,
@@ -210,9 +211,11 @@ def _made(job_name: str, method: str, make: Callable[[], Made], kind: type[Any])
 def _calling(job_name: str, method: str, call: Callable[[], Made]) -> Made:
     try:
         return call()
+    except LossShapeError as error:
+        raise LossShapeError(f"training.job {job_name!r}: {error}") from None
     except JobError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BrokenJobError(f"training.job {job_name!r}: {method}() raised {type(error).__name__}: {error}") from error
 
 

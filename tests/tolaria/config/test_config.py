@@ -52,7 +52,7 @@ def test_options_of_the_job_come_through_every_source(tmp_path: Path, monkeypatc
     (tmp_path / "tolaria.toml").write_text("[training.options]\nwidth = 8\n")
     monkeypatch.setenv("TOLARIA_TRAINING__OPTIONS", '{"dropout": 0.5}')
     options = load_settings(None, ["training.options.batch_size=64"]).training.options
-    assert options == {"width": 8, "dropout": 0.5, "batch_size": "64"}
+    assert options == {"width": 8, "dropout": 0.5, "batch_size": 64}
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,7 @@ def test_a_mistake_is_named_with_its_setting(override: str, words: list[str]) ->
 def test_all_mistakes_are_told_at_once() -> None:
     """A start with several mistakes needs one correction, not one start for each."""
     assert len(problems(["server.listen=x", "training.epochs=0", "kasmina.timeout_s=-1"])) == 3
+    assert len(problems(["training.epocs=1", "training.epochs=x", "nonsense"])) == 3
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,23 @@ def test_addresses_read_and_print_alike(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "80", ":80", "host", "host:", "host:-1", "::1:80", "a b:80", "http://x:80", "x:\uff18\uff10"]
+    "text",
+    [
+        "",
+        "80",
+        ":80",
+        "999.1.1.1:3",
+        "-:1",
+        "h\u00e9llo:5",
+        "[::zz]:1",
+        "host",
+        "host:",
+        "host:-1",
+        "::1:80",
+        "a b:80",
+        "http://x:80",
+        "x:\uff18\uff10",
+    ],
 )
 def test_addresses_that_are_none_are_refused(text: str) -> None:
     """Whatever is not host:port raises with the text in the message."""

@@ -31,6 +31,19 @@ def test_json_lines_carry_run_epoch_and_step() -> None:
     }  # fmt: skip
 
 
+def test_a_nan_does_not_break_the_json() -> None:
+    """What is not finite is written as a word, so that every line parses strictly."""
+    stream = io.StringIO()
+    with logging_to(stream, LoggingSettings(format="json"), LogContext(), on_dropped=lambda _priority: None):
+        structlog.get_logger().info("x", loss=float("nan"), norm=float("inf"))
+
+    def refuse(word: str) -> float:
+        raise AssertionError(word)
+
+    line = json.loads(stream.getvalue(), parse_constant=refuse)
+    assert (line["loss"], line["norm"]) == ("nan", "inf")
+
+
 def test_console_lines_are_for_people() -> None:
     """The console format is not JSON and holds the same facts; the level decides what is written."""
     text = logged(LoggingSettings(format="console", level="debug"), LogContext("r1", 2, 30))

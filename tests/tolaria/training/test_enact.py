@@ -86,7 +86,11 @@ async def test_operators_change_rates_while_it_runs_and_while_it_is_paused() -> 
         before = run.progress.global_step
         request = AdjustLearningRateRequest(request_id="1", reason="calm", factor=0.5, expires_after_steps=5)
         assert await run.loop.adjust_rate(request) == before
-        assert run.loop.status().learning_rates == {"host": 0.025}
+        status = run.loop.status()
+        assert status.learning_rates == {"host": 0.025}
+        (told,) = status.adjustments
+        assert (told.origin, told.request_id, told.reason, told.factor) == ("operator", "1", "calm", 0.5)
+        assert told.expires_at_step == told.from_step + 5 == before + 5
         run.loop.resume("on")
         await run.until(lambda: run.progress.global_step > before + 40)
         assert run.loop.status().learning_rates == {"host": 0.05}

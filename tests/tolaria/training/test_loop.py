@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import anyio
 import anyio.lowlevel
@@ -16,6 +17,7 @@ from support.peers import command
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.config import ControlSettings
 from tolaria.errors import WrongStateError
+from tolaria.jobs import Batch
 
 pytestmark = pytest.mark.anyio
 
@@ -389,3 +391,26 @@ async def test_the_last_answer_of_a_run_is_still_carried_out() -> None:
         await run.until(lambda: run.state == "FINISHED")
     assert run.progress.commands_accepted == 1
     assert run.progress.commands_rejected == 0
+
+
+class LongValidation(GatedJob):
+    """Trains at once; every batch of its endless validation needs a pass."""
+
+    def losses(self, model: object, batch: object) -> object:  # type: ignore[override]
+        self.passes.release()
+        return super().losses(model, batch)  # type: ignore[arg-type]
+
+    def validation_batches(self) -> Iterator[Batch]:  # type: ignore[override]
+        while True:
+            yield Batch((self.x, self.y), len(self.x))
+
+
+async def test_a_stop_does_not_wait_for_a_long_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ending reaches the lane between two batches of the evaluation as well."""
+    monkeypatch.setattr("support.jobs.GatedJob", LongValidation)
+    run = new_run(FakePeers(), job="GatedJob", epochs=1)
+    async with running(run):
+        await run.until(lambda: run.progress.global_step == 8)
+        with anyio.fail_after(10):
+            await run.loop.stop("enough")
+    assert run.state == "FINISHED"

@@ -85,6 +85,18 @@ def serving(admin: FakeAdmin, listen: str = "127.0.0.1:0") -> Iterator[str]:
         server.stop(grace=None).wait()
 
 
+@contextmanager
+def serving_nothing() -> Iterator[str]:
+    """The address of a gRPC server that has no service at all."""
+    server = grpc.server(ThreadPoolExecutor(max_workers=1), options=[("grpc.so_reuseport", 0)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(grace=None).wait()
+
+
 def status_of(epoch: int, *, state: int = RunState.RUN_STATE_RUNNING, epochs: int = 3) -> GetStatusResponse:
     """A status as a run of 45 steps an epoch has it at the begin of `epoch`."""
     return GetStatusResponse(
@@ -119,6 +131,20 @@ def status_of(epoch: int, *, state: int = RunState.RUN_STATE_RUNNING, epochs: in
 def whole_run() -> list[GetStatusResponse]:
     """Three epochs and the end."""
     return [status_of(1), status_of(2), status_of(3), status_of(3, state=RunState.RUN_STATE_FINISHED)]
+
+
+def grafting_run() -> list[GetStatusResponse]:
+    """The same, with the life of a seed that becomes part of the host."""
+    stages = [
+        SeedLifecycleStage.SEED_STAGE_GERMINATED,
+        SeedLifecycleStage.SEED_STAGE_BLENDING,
+        SeedLifecycleStage.SEED_STAGE_PROBATIONARY,
+        SeedLifecycleStage.SEED_STAGE_FOSSILIZED,
+    ]
+    statuses = whole_run()
+    for status, stage in zip(statuses, stages, strict=True):
+        status.seeds[0].stage = stage
+    return statuses
 
 
 def _until_cancelled(context: grpc.ServicerContext) -> None:

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 from leyline.v1.admin_service_pb2 import RunState
-from support.fake_admin import FakeAdmin, fake_admin, serving, status_of, whole_run
+from support.fake_admin import FakeAdmin, fake_admin, grafting_run, serving, status_of
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def admin_of(mode: str) -> FakeAdmin:
         return fake_admin([status_of(1), failed])
     if mode in {"endless", "stubborn-endless"}:
         return fake_admin([status_of(1), status_of(2)])
-    return fake_admin(whole_run())
+    return fake_admin(grafting_run())
 
 
 if __name__ == "__main__":

@@ -1,188 +1,37 @@
-"""The `tolaria` command: its grammar, its help, and how every failure ends. Must not know how anything is done."""
+"""The console script. Owns the order of the first steps; must not know the commands.
 
-# ruff: noqa: PLC0415 - a command imports what it needs when it runs: `--help` answers in a moment, `status` never waits
-# for what only `serve` needs, and nothing but `serve` ever sees torch.
+Imports late, since a signal may come while the rest is being imported.
+"""
+
+# ruff: noqa: PLC0415 - the reason stands above
 from __future__ import annotations
 
-import platform
-from enum import StrEnum
-from typing import Annotated
+import sys
 
-import typer
-from typer.core import TyperGroup
-
-from tolaria import __version__
-from tolaria.cli.changes import changes
-from tolaria.cli.failures import INTERRUPTED, exit_code
-from tolaria.cli.options import TIMEOUT_S, AsJson, ConfigFile, Overrides, ServiceAddress, Timeout, WhileStdin
-from tolaria.config import quieten_grpc
-from tolaria.errors import TolariaError
+from tolaria.cli.starting import QuietWhenInterrupted, open_standard_streams, take_early_signals
 
 
 def main() -> None:
-    """The console script. Ends the process with the exit code of what happened."""
+    """Run the command that the arguments ask for. Ends the process with the exit code of what happened."""
+    open_standard_streams()
+    # The other commands start nothing that needs more than the default.
+    if sys.argv[1:2] == ["serve"]:
+        take_early_signals()
+    with QuietWhenInterrupted():
+        _run()
+
+
+def _run() -> None:
+    from tolaria.cli.output import tell_of_output_errors
+    from tolaria.config import quieten_grpc
+
     quieten_grpc()
-    app(prog_name="tolaria")
+    tell_of_output_errors()
+    from tolaria.cli.edge import told
+    from tolaria.cli.failures import OutputError
+    from tolaria.cli.grammar import app
 
-
-class Told(TyperGroup):
-    """The process edge: what Tolaria raises on purpose is one message on stderr and an exit code, no traceback."""
-
-    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override] # typer hands its own kind of context on
-        """Run the command that was asked for."""
-        try:
-            return super().invoke(ctx)
-        except TolariaError as error:
-            failures = [error]
-        except BaseExceptionGroup as group:
-            # A task group wraps what its tasks raise; only a group of nothing else is no defect.
-            failures = _failures_alone(group)
-        except KeyboardInterrupt:
-            raise typer.Exit(INTERRUPTED) from None
-        for failure in failures:
-            typer.echo(f"tolaria: {failure}", err=True)
-        raise typer.Exit(exit_code(failures[0]))
-
-
-def _failures_alone(group: BaseExceptionGroup[BaseException]) -> list[TolariaError]:
-    failures: list[TolariaError] = []
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            failures += _failures_alone(error)
-        elif isinstance(error, TolariaError):
-            failures.append(error)
-        else:
-            raise group
-    return failures
-
-
-app = typer.Typer(
-    cls=Told,
-    name="tolaria",
-    help="Trains a PyTorch model unattended, and asks or steers a service that does.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-config_app = typer.Typer(help="Check or show the settings in force.", no_args_is_help=True)
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"tolaria {__version__} (Python {platform.python_version()})")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    *,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command()
-def serve(*, config_file: ConfigFile = None, overrides: Overrides = None, while_stdin: WhileStdin = False) -> None:
-    """Train, and serve operators, until told to stop (SIGTERM or Ctrl-C drains)."""
-    from tolaria.cli.serve import serve as run
-
-    raise typer.Exit(run(config_file, overrides or [], while_stdin=while_stdin))
-
-
-@app.command()
-def demo(
-    *,
-    stay: Annotated[bool, typer.Option("--stay", help="Keep serving after the run, until Ctrl-C.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with one JSON object on stdout; all else goes to stderr.")
-    ] = False,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs to train (default: training.epochs).")] = None,
-    config_file: ConfigFile = None,
-    overrides: Overrides = None,
-) -> None:
-    """Train the built-in digits job in a service of its own, with a live view, in about a minute."""
-    from tolaria.cli.demo import planned, run
-
-    run(planned(config_file, overrides or [], epochs=epochs, stay=stay, as_json=as_json))
-
-
-@app.command()
-def status(
-    *,
-    address: ServiceAddress = None,
-    timeout_s: Timeout = TIMEOUT_S,
-    config_file: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show what a running service does now."""
-    from tolaria.cli import asking
-
-    asking.status(asking.target(address, timeout_s, config_file, overrides or []), as_json=as_json)
-
-
-@app.command()
-def watch(
-    *,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for a service that is not there (yet, or again).")] = False,
-    address: ServiceAddress = None,
-    timeout_s: Timeout = TIMEOUT_S,
-    config_file: ConfigFile = None,
-    overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print each status as one line of JSON.")] = False,
-) -> None:
-    """Follow a running service until its run is over."""
-    from tolaria.cli import asking
-    from tolaria.cli.watch import watch as follow
-
-    follow(asking.target(address, timeout_s, config_file, overrides or []), as_json=as_json, wait=wait)
-
-
-class PeerName(StrEnum):
-    """The peers that have a reference."""
-
-    TAMIYO = "tamiyo"
-    KASMINA = "kasmina"
-
-
-@app.command()
-def peer(
-    name: Annotated[PeerName, typer.Argument(help="The controller (tamiyo) or the executor (kasmina).")],
-    *,
-    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to serve; port 0: any free one.")],
-    config_file: ConfigFile = None,
-    overrides: Overrides = None,
-    while_stdin: WhileStdin = False,
-) -> None:
-    """Serve a reference peer; its address is one line of JSON on stdout."""
-    from tolaria.cli.peer import peer as run
-
-    run(
-        "tamiyo" if name is PeerName.TAMIYO else "kasmina",
-        listen,
-        config_file,
-        overrides or [],
-        while_stdin=while_stdin,
-    )
-
-
-@config_app.command()
-def check(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None:
-    """Say whether the settings can be used; if not, every problem, and exit code 2."""
-    from tolaria.cli import config
-
-    config.check(config_file, overrides or [])
-
-
-@config_app.command()
-def show(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None:
-    """Print the settings in force as TOML, with what each means; secrets are masked."""
-    from tolaria.cli import config
-
-    config.show(config_file, overrides or [])
-
-
-app.add_typer(changes)
-app.add_typer(config_app, name="config")
+    try:
+        app(prog_name="tolaria")
+    except OutputError as error:  # of a help text, which is printed before any command runs
+        sys.exit(told([error]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
@@ -15,6 +16,18 @@ from leyline.v1.admin_service_pb2 import (
 from tolaria.cli.change import changing
 
 changes = typer.Typer()
+
+
+def _finite(number: float | None) -> float | None:
+    if number is not None and not math.isfinite(number):
+        raise typer.BadParameter(f"{number} is no finite number")
+    return number
+
+
+def _positive(number: float | None) -> float | None:
+    if number is not None and not number > 0:
+        raise typer.BadParameter(f"{number} is not above 0")
+    return _finite(number)
 
 
 @changing(changes, lambda admin: admin.PauseTraining)
@@ -31,22 +44,24 @@ def resume() -> ResumeTrainingRequest:
 
 @changing(changes, lambda admin: admin.StopTraining)
 def stop() -> StopTrainingRequest:
-    """End the run for good, after the step that is being done."""
+    """End the run for good, after the step that is being done; the service goes on answering."""
     return StopTrainingRequest()
 
 
 @changing(changes, lambda admin: admin.AdjustLearningRate)
 def lr(
-    factor: Annotated[float | None, typer.Option(help="Multiply the rate by this.")] = None,
-    value: Annotated[float | None, typer.Option(help="Set the rate to this, in place of its schedule.")] = None,
+    factor: Annotated[float | None, typer.Option(callback=_positive, help="Multiply the rate by this.")] = None,
+    value: Annotated[
+        float | None, typer.Option(callback=_finite, help="Set the rate to this, in place of its schedule.")
+    ] = None,
     group: Annotated[
         str, typer.Option(help="Param group, such as host or seed:seed-1 (default: all that train).")
     ] = "",
     for_steps: Annotated[int, typer.Option(min=0, help="Updates until it wears off (default: it stays).")] = 0,
 ) -> AdjustLearningRateRequest:
     """Change learning rates at the next fence, by --factor or --value."""
-    if factor is not None and value is not None:
-        raise typer.BadParameter("--factor and --value exclude each other")
+    if (factor is None) == (value is None):
+        raise typer.BadParameter("give --factor or --value, one of them")
     request = AdjustLearningRateRequest(group=group, expires_after_steps=for_steps)
     if factor is not None:
         request.factor = factor

@@ -33,6 +33,7 @@ ResponseT = TypeVar("ResponseT")
 Rpc = Callable[["TolariaAdminServiceAsyncStub"], "grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT]"]
 
 _GONE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+_GENERATED_REFUSAL = "Method not implemented!"  # what a servicer says that has the call but not its body
 _EVERY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - is looked for here, not bound to
 
 
@@ -86,6 +87,9 @@ class AdminClient:
     def _failure(self, error: grpc.aio.AioRpcError) -> TolariaError:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             return ServiceUnreachableError(f"{self._address}: no answer within {self._timeout_s:g} s")
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED and error.details() != _GENERATED_REFUSAL:
+            told = f"{self._address} answers, but is no Tolaria admin server that knows this call"
+            return RequestRefusedError(f"{told} (UNIMPLEMENTED)")
         told = _told(error)
         if error.code() in _GONE:
             return ServiceUnreachableError(f"no service answers at {self._address}: {told}")
@@ -118,7 +122,8 @@ def service_address(asked: str | None, settings: Settings) -> Address:
     except ValueError as error:
         raise ConfigurationError([f"{origin}: {error}"]) from None
     if address.port == 0:
-        raise ConfigurationError([f"{origin}: {text!r} has port 0, to which nobody can connect; give --address"])
+        hint = "give --address" if asked is None else "give the port that the service has logged"
+        raise ConfigurationError([f"{origin}: {text!r} has port 0, to which nobody can connect; {hint}"])
     return connectable(address)
 
 

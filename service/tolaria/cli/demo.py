@@ -25,7 +25,8 @@ from tolaria.cli.failures import (
     StartRefusedError,
 )
 from tolaria.cli.interrupts import Interrupts, interrupts
-from tolaria.cli.options import TIMEOUT_S
+from tolaria.cli.options import DEMO_EPOCHS, TIMEOUT_S
+from tolaria.cli.stories import Stories
 from tolaria.cli.summary import summary_json, summary_lines, where_next
 from tolaria.cli.view import live_view
 from tolaria.cli.watch import follow_run
@@ -35,7 +36,6 @@ from tolaria.config import Address, MetricsSettings, ServerSettings, Settings, l
 SERVE = (sys.executable, "-m", "tolaria")
 # Part of BindError's message, which is how a child without any other word for it tells that a port is taken.
 BIND_FAILURE = "cannot listen on"
-DEMO_EPOCHS = 60  # time for seeds to germinate, blend and become part of the host
 _START_TIMEOUT_S = 120.0  # a cold disk reads torch for a minute
 _STOP_MARGIN_S = 5.0
 _DYING_S = 2.0
@@ -108,8 +108,11 @@ async def _attempt(demo: Demo, arguments: tuple[str, ...], signals: Interrupts) 
     demo.say("starting a service; it takes a few seconds")
     async with serve_child(command, stop_timeout_s=stop_timeout_s) as child:
         serving = await _serving(child)
-        last = await _followed(demo, child, serving)
-        _report(demo, last, serving, time.monotonic() - started)
+        stories = Stories()
+        last = await _followed(demo, child, serving, stories)
+        _report(demo, last, stories, time.monotonic() - started)
+        for line in where_next(serving, stay=demo.stay):
+            demo.say(line)
         if demo.stay:
             with signals.as_end_of_wait():
                 await child.ended()
@@ -136,11 +139,16 @@ def _start_failure(child: ServeChild) -> DemoFailedError:
     return StartRefusedError(what, lines) if child.returncode == _WRONG_SETTINGS else DemoFailedError(what, lines)
 
 
-async def _followed(demo: Demo, child: ServeChild, serving: Serving) -> GetStatusResponse:
+async def _followed(demo: Demo, child: ServeChild, serving: Serving, stories: Stories) -> GetStatusResponse:
     console = Console(file=sys.stderr if demo.as_json else sys.stdout)
     try:
         with live_view(console) as show:
-            last = await follow_run(connectable(serving.grpc), TIMEOUT_S, show)
+
+            def see(status: GetStatusResponse) -> None:
+                stories.see(status)
+                show(status)
+
+            last = await follow_run(connectable(serving.grpc), TIMEOUT_S, see)
     except ServiceUnreachableError as error:
         raise await _lost(child, error) from None
     if last.state == RunState.RUN_STATE_FAILED:
@@ -159,11 +167,11 @@ async def _lost(child: ServeChild, error: ServiceUnreachableError) -> DemoFailed
     return DemoFailedError(f"the service ended during its run with exit code {child.returncode}", child.log_lines)
 
 
-def _report(demo: Demo, last: GetStatusResponse, serving: Serving, wall_seconds: float) -> None:
-    for line in [*summary_lines(last, wall_seconds), *where_next(serving, stay=demo.stay)]:
+def _report(demo: Demo, last: GetStatusResponse, stories: Stories, wall_seconds: float) -> None:
+    for line in summary_lines(last, stories, wall_seconds):
         demo.say(line)
     if demo.as_json:
-        typer.echo(summary_json(last, wall_seconds))
+        typer.echo(summary_json(last, stories, wall_seconds))
 
 
 def _free_ports(settings: Settings) -> list[str]:

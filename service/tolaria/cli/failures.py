@@ -9,6 +9,8 @@ TolariaError
 ├── DemoFailedError           the demo's service or its run failed; exit code 1
 │   ├── PortTakenError        ... because an address is in use
 │   └── StartRefusedError     ... because its settings or its job are wrong; exit code 2
+├── OutputError               standard output cannot be written to; exit code 1
+│   └── ReaderGoneError       ... because nobody reads it any more, which is told to nobody; exit code 1
 └── SignalledError            SIGINT or SIGTERM ended the command; exit code 128 + the signal's number
 """
 
@@ -19,7 +21,6 @@ from collections.abc import Sequence
 
 from tolaria.errors import ConfigurationError, JobError, TolariaError
 
-INTERRUPTED = 128 + signal.SIGINT
 _SHOWN_LINES = 20
 
 
@@ -49,6 +50,14 @@ class PortTakenError(DemoFailedError):
 
 class StartRefusedError(DemoFailedError):
     """Raised when the demo's service ended with the exit code of wrong settings or of a broken job."""
+
+
+class OutputError(TolariaError):
+    """Raised when standard output does not take what is written: a full disk, say."""
+
+
+class ReaderGoneError(OutputError):
+    """Raised when the reader of standard output has closed its end, as `head` does when it has seen enough."""
 
 
 class SignalledError(TolariaError):

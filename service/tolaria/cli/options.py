@@ -32,3 +32,4 @@ RequestId = Annotated[
 WhileStdin = Annotated[bool, typer.Option("--while-stdin", help="End when standard input is closed.")]
 
 TIMEOUT_S = 5.0
+DEMO_EPOCHS = 60  # time for seeds to germinate, blend and become part of the host

@@ -117,6 +117,11 @@ def enum_word(enum: EnumDescriptor, number: int, prefix: str) -> str:
     return value.name.removeprefix(prefix).lower().replace("_", " ") if value else f"unknown ({number})"
 
 
+def stage_word(stage: int) -> str:
+    """`germinated`, `training`, ...: a seed's stage without its prefix."""
+    return enum_word(SeedLifecycleStage.DESCRIPTOR, stage, "SEED_STAGE_")
+
+
 def one_line(text: str, *, length_max: int = 200) -> str:
     """Text from elsewhere, made harmless to a terminal: nothing but printable characters, one line, bounded."""
     printable = "".join(character if character.isprintable() else " " for character in text[: 4 * length_max])
@@ -137,9 +142,8 @@ def _health(status: GetStatusResponse) -> str:
 
 
 def _seed(state: SeedState) -> str:
-    stage = enum_word(SeedLifecycleStage.DESCRIPTOR, state.stage, "SEED_STAGE_")
     blueprint = f" ({one_line(state.blueprint_id)})" if state.blueprint_id else ""
-    return f"{one_line(state.seed_id)} {stage}{blueprint}"
+    return f"{one_line(state.seed_id)} {stage_word(state.stage)}{blueprint}"
 
 
 def _breakers(breakers: Mapping[str, int]) -> str:

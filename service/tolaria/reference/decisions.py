@@ -1,8 +1,8 @@
-"""What the reference Tamiyo can decide, and the command that says it. Must not know why it was decided."""
+"""What the reference Tamiyo can decide, and the command that says it. Must not judge; `reason` is for people only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias, assert_never
 
 from google.protobuf.struct_pb2 import Struct
@@ -26,6 +26,7 @@ class Germinate:
     """Graft a new seed of this blueprint."""
 
     blueprint_id: str
+    reason: str = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Fossilize:
     """Make a seed part of the host."""
 
     seed_id: str
+    reason: str = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class Cull:
     """Take a seed out again."""
 
     seed_id: str
+    reason: str = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class ScaleLearningRate:
     """Multiply every learning rate."""
 
     factor: float
+    reason: str = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,10 @@ Decision: TypeAlias = Germinate | Fossilize | Cull | ScaleLearningRate | Retreat
 
 
 def command_for(decision: Decision, *, command_id: str, issued_at_ns: int, deadline_ms: int) -> AdaptationCommand:
-    """The unsigned command for a decision. `issued_at_ns` is Unix time; `deadline_ms` counts from it."""
+    """The unsigned command for a decision, its reason among the annotations.
+
+    `issued_at_ns` is Unix time; `deadline_ms` counts from it.
+    """
     issued_at = Timestamp()
     issued_at.FromNanoseconds(issued_at_ns)
     command = AdaptationCommand(
@@ -69,6 +76,7 @@ def command_for(decision: Decision, *, command_id: str, issued_at_ns: int, deadl
         execution_deadline_ms=deadline_ms,
         issued_at=issued_at,
         issued_by=ISSUER,
+        annotations={"reason": decision.reason},
     )
     command.MergeFrom(_payload(decision))
     return command
@@ -76,19 +84,19 @@ def command_for(decision: Decision, *, command_id: str, issued_at_ns: int, deadl
 
 def _payload(decision: Decision) -> AdaptationCommand:
     match decision:
-        case Germinate(blueprint_id):
+        case Germinate(blueprint_id=blueprint_id):
             operation = CommandSeedOperation(operation=SEED_OP_GERMINATE, blueprint_id=blueprint_id)
             return AdaptationCommand(command_type=COMMAND_SEED, seed_operation=operation)
-        case Fossilize(seed_id):
+        case Fossilize(seed_id=seed_id):
             operation = CommandSeedOperation(operation=SEED_OP_FOSSILIZE)
             return AdaptationCommand(command_type=COMMAND_SEED, target_seed_id=seed_id, seed_operation=operation)
-        case Cull(seed_id):
+        case Cull(seed_id=seed_id):
             operation = CommandSeedOperation(operation=SEED_OP_CULL)
             return AdaptationCommand(command_type=COMMAND_SEED, target_seed_id=seed_id, seed_operation=operation)
-        case ScaleLearningRate(factor):
+        case ScaleLearningRate(factor=factor):
             adjustment = CommandOptimizerAdjustment(hyperparameters={"lr_factor": factor})
             return AdaptationCommand(command_type=COMMAND_OPTIMIZER, optimizer_adjustment=adjustment)
-        case Retreat(reason):
+        case Retreat(reason=reason):
             payload = Struct()
             payload.update({"tier": "fast", "reason": reason})
             return AdaptationCommand(command_type=COMMAND_ROLLBACK, rollback_payload=payload)

@@ -1,56 +1,58 @@
-"""The reference peers as child processes of this one: started, watched, and gone when the block ends.
+"""The reference peers as child processes of this one: started, started again when they die, gone when the block ends.
 
-Owns the processes and their pipes. Must not know what the peers serve.
+Owns when a peer runs. Must not know what the peers serve, nor how a process is kept (`peer_process`).
 """
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
 import sys
-from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import anyio
 import structlog
-from anyio.abc import ByteReceiveStream, Process
-from anyio.streams.buffered import BufferedByteReceiveStream
-from anyio.streams.text import TextReceiveStream
+from anyio.abc import TaskGroup
 
-from tolaria.config import Address
 from tolaria.errors import PeerUnavailableError
+from tolaria.reference.peer_process import PeerProcess, spawn, stop
 from tolaria.reference.serve import Peer
 
 BOTH: tuple[Peer, ...] = ("tamiyo", "kasmina")
-_ANNOUNCEMENT_BYTES_MAX = 4096
-_LAST_WORDS_CHARACTERS = 2000
+_ANY_PORT = "127.0.0.1:0"
+_LAST_WORDS_S = 1.0
 _log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Restarts:
+    """How a peer that died is started again: on the port that it had, where its callers look for it."""
+
+    in_a_row_max: int = 5
+    """Starts anew in a row before it is given up. 5: what a quarter of a minute does not mend, stays."""
+
+    pause_s: float = 0.5
+    """Wait before the first start anew; each further one in a row waits twice as long. 0.5: a boundary or two."""
+
+    lived_s: float = 30.0
+    """A life of this length ends the row. 30: a peer that serves so long did not die of being started."""
+
+
+RESTARTS = Restarts()
+
+
+@dataclass(frozen=True, slots=True)
 class EmbeddedPair:
-    """Where the peers listen, as host:port; empty for one that was not asked for. `pids` are their processes."""
+    """Where the peers listen, as host:port; empty for one that was not asked for."""
 
     tamiyo: str
     kasmina: str
-    pids: tuple[int, ...]
+    _keepers: tuple[_Keeper, ...]
 
-
-@dataclass(slots=True)
-class _Child:
-    peer: Peer
-    process: Process
-    last_words: deque[str] = field(default_factory=lambda: deque(maxlen=50))
-    said_all: anyio.Event = field(default_factory=anyio.Event)
-    stopping: bool = False
-
-    def obituary(self) -> str:
-        """How it ended and the last that it wrote to standard error."""
-        words = "".join(self.last_words).strip()[-_LAST_WORDS_CHARACTERS:]
-        return f"ended with code {self.process.returncode}" + (f": {words}" if words else "")
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes that serve them, or did last."""
+        return tuple(keeper.child.process.pid for keeper in self._keepers)
 
 
 @asynccontextmanager
@@ -61,132 +63,119 @@ async def embedded_pair(
     command: Sequence[str] = (sys.executable, "-m", "tolaria"),
     start_timeout_s: float = 30.0,
     stop_timeout_s: float = 3.0,
+    restarts: Restarts = RESTARTS,
 ) -> AsyncIterator[EmbeddedPair]:
     """Run `command peer NAME --listen 127.0.0.1:0 --while-stdin` for each of `peers` while the block runs.
 
     A child's first line on standard output is {"listening": "host:port"}. It ends with its standard input, so that it
-    outlives this process in no case. One that dies within the block is logged, and calls to it fail. At the end each
-    has `stop_timeout_s` to go by itself and as long again after SIGTERM, then it is killed; cancellation does not skip
-    that.
+    outlives this process in no case. One that dies within the block is logged and, as `restarts` says, started again
+    on its port; calls to it fail meanwhile. At the end each has `stop_timeout_s` to go by itself and as long again
+    after SIGTERM, then it is killed; cancellation does not skip that, nor does a start that is under way.
 
     Raises:
-        PeerUnavailableError: when a child cannot be started, dies, or is silent for `start_timeout_s`.
+        PeerUnavailableError: when a child cannot be started, dies, or is silent for `start_timeout_s` at the first
+            start. A later one is logged.
     """
-    children: list[_Child] = []
+    keepers: list[_Keeper] = []
     try:
-        async with anyio.create_task_group() as watchers:
+        async with anyio.create_task_group() as tasks:
+            start = _Start(command, environment, start_timeout_s, tasks)
             try:
                 for peer in peers:
-                    children.append(await _spawn(peer, command, environment))
-                    watchers.start_soon(_collect, children[-1])
-                targets = await _targets(children, start_timeout_s)
-                for child in children:
-                    watchers.start_soon(_watch, child)
-                pids = tuple(child.process.pid for child in children)
-                yield EmbeddedPair(targets.get("tamiyo", ""), targets.get("kasmina", ""), pids)
+                    child = await start.process(peer, _ANY_PORT)
+                    keepers.append(_Keeper(child, start, restarts))
+                targets = await _targets([keeper.child for keeper in keepers], start_timeout_s)
+                for keeper in keepers:
+                    tasks.start_soon(keeper.keep, targets[keeper.child.peer])
+                yield EmbeddedPair(targets.get("tamiyo", ""), targets.get("kasmina", ""), tuple(keepers))
             finally:
-                await _stop(children, stop_timeout_s)
-                watchers.cancel_scope.cancel()
+                for keeper in keepers:
+                    keeper.give_up()
+                # While the tasks still read what the children say: none must wait for a reader.
+                await stop([keeper.child for keeper in keepers], stop_timeout_s)
+                tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        # Watchers raise nothing: the one error inside is the block's own, and its caller knows it by its own type.
+        # Tasks raise nothing: the one error inside is the block's own, and its caller knows it by its own type.
         if len(group.exceptions) != 1:
             raise
         raise group.exceptions[0] from group.exceptions[0].__cause__
     finally:
-        with anyio.CancelScope(shield=True):
-            for child in children:
-                await child.process.aclose()
+        # Also what a start that was under way has brought since.
+        for keeper in keepers:
+            await keeper.child.discard()
 
 
-async def _spawn(peer: Peer, command: Sequence[str], environment: Mapping[str, str]) -> _Child:
-    arguments = [*command, "peer", peer, "--listen", "127.0.0.1:0", "--while-stdin"]
-    # Shielded, since a process that is half started belongs to nobody who could end it.
-    with anyio.CancelScope(shield=True):
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """How a child is started; `tasks` read what it writes."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    timeout_s: float
+    tasks: TaskGroup
+
+    async def process(self, peer: Peer, listen: str) -> PeerProcess:
+        child = await spawn(peer, self.command, self.environment, listen)
+        self.tasks.start_soon(child.collect)
+        return child
+
+
+class _Keeper:
+    """Keeps one peer alive. `child` is its process, the latest when there were several."""
+
+    def __init__(self, child: PeerProcess, start: _Start, restarts: Restarts) -> None:
+        self.child = child
+        self._start = start
+        self._restarts = restarts
+        self._scope = anyio.CancelScope()
+
+    def give_up(self) -> None:
+        """From now on a death is no news, and nothing is started any more."""
+        self._scope.cancel()
+
+    async def keep(self, target: str) -> None:
+        """See the child to its end and start another at `target`, until it is given up."""
+        peer, in_a_row = self.child.peer, 0
+        with self._scope:
+            born_s = anyio.current_time()
+            detail = await self._death()
+            while True:
+                await self.child.discard()
+                in_a_row = 1 if anyio.current_time() - born_s >= self._restarts.lived_s else in_a_row + 1
+                if in_a_row > self._restarts.in_a_row_max:
+                    _log.error("embedded peer given up", peer=peer, deaths_in_a_row=in_a_row, detail=detail)
+                    return
+                pause_s = self._restarts.pause_s * 2 ** (in_a_row - 1)
+                _log.warning("embedded peer died", peer=peer, detail=detail, starts_again_in_s=pause_s)
+                await anyio.sleep(pause_s)
+                born_s = anyio.current_time()
+                detail = await self._another_life(target)
+
+    async def _another_life(self, target: str) -> str:
+        """Start the peer anew and see it to its end; how it ended, or why it did not start."""
         try:
-            # A session of its own: Ctrl-C in a terminal is for Tolaria, which drains before its peers may go.
-            process = await anyio.open_process(
-                arguments,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=environment,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise PeerUnavailableError(peer, f"cannot be started: {error}") from error
-    return _Child(peer, process)
+            self.child = await self._start.process(self.child.peer, target)
+            await _targets([self.child], self._start.timeout_s)
+        except PeerUnavailableError as error:
+            return str(error)
+        _log.info("embedded peer started again", peer=self.child.peer, listening=target)
+        return await self._death()
+
+    async def _death(self) -> str:
+        await self.child.died()
+        with anyio.move_on_after(_LAST_WORDS_S):  # a process of its own may hold the pipe open
+            await self.child.said_all.wait()
+        return self.child.obituary()
 
 
-async def _targets(children: Sequence[_Child], timeout_s: float) -> dict[Peer, str]:
+async def _targets(children: Sequence[PeerProcess], timeout_s: float) -> dict[Peer, str]:
     """Every child's announced target. They start side by side; the time is for all of them together."""
     targets: dict[Peer, str] = {}
     with anyio.move_on_after(timeout_s):
         for child in children:
-            targets[child.peer] = await _announced(child)
+            targets[child.peer] = await child.announced()
     for child in children:
         if child.peer not in targets:
-            words = "".join(child.last_words).strip()[-_LAST_WORDS_CHARACTERS:]
-            detail = f"has not announced where it listens within {timeout_s:g} s"
+            words, detail = child.last_words(), f"has not announced where it listens within {timeout_s:g} s"
             raise PeerUnavailableError(child.peer, f"{detail}: {words}" if words else detail)
     return targets
-
-
-async def _announced(child: _Child) -> str:
-    try:
-        line = await BufferedByteReceiveStream(_pipe(child.process.stdout)).receive_until(
-            b"\n", _ANNOUNCEMENT_BYTES_MAX
-        )
-    except (anyio.IncompleteRead, anyio.BrokenResourceError):
-        await child.process.wait()
-        await child.said_all.wait()
-        raise PeerUnavailableError(child.peer, child.obituary()) from None
-    except anyio.DelimiterNotFound:
-        raise PeerUnavailableError(child.peer, "announced itself with a line that has no end") from None
-    try:
-        return str(Address.parse(json.loads(line)["listening"]))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise PeerUnavailableError(child.peer, f"announced itself with {line[:200]!r}") from None
-
-
-async def _collect(child: _Child) -> None:
-    """Keep the last that a child wrote to standard error; read on, so that it never waits for a reader."""
-    with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
-        async for text in TextReceiveStream(_pipe(child.process.stderr), errors="replace"):
-            child.last_words.append(text[-_LAST_WORDS_CHARACTERS:])
-            _log.debug("peer wrote", peer=child.peer, text=text.rstrip())
-    child.said_all.set()
-
-
-async def _watch(child: _Child) -> None:
-    """Tell of a death that nobody asked for. Its calls fail from then on, which the training lives with."""
-    with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
-        async for _ in _pipe(child.process.stdout):
-            pass
-    await child.process.wait()
-    if not child.stopping:
-        _log.warning("embedded peer died", peer=child.peer, detail=child.obituary())
-
-
-async def _stop(children: Sequence[_Child], timeout_s: float) -> None:
-    """End every child: by the end of its input, by SIGTERM, by SIGKILL, whichever it obeys first."""
-    with anyio.CancelScope(shield=True):
-        for child in children:
-            child.stopping = True
-            if child.process.stdin is not None:
-                await child.process.stdin.aclose()
-        for request in (None, signal.SIGTERM, signal.SIGKILL):
-            left = [child for child in children if child.process.returncode is None]
-            for child in left:
-                if request is not None:
-                    _log.warning("embedded peer does not stop", peer=child.peer, then=request.name)
-                    with suppress(ProcessLookupError):
-                        child.process.send_signal(request)
-            with anyio.move_on_after(timeout_s):
-                for child in left:
-                    await child.process.wait()
-
-
-def _pipe(stream: ByteReceiveStream | None) -> ByteReceiveStream:
-    if stream is None:
-        raise RuntimeError("the process was started without this pipe")
-    return stream

@@ -123,7 +123,7 @@ def gate_between(source: Stage, target: Stage) -> Gate | None:
     """
     followers = TRANSITIONS.get(source, {})
     if target not in followers:
-        raise IllegalMoveError(f"a seed in {stage_name(source)} cannot go to {stage_name(target)}")
+        raise IllegalMoveError(f"a seed in stage {stage_word(source)} cannot go to {stage_word(target)}")
     return followers[target]
 
 
@@ -135,13 +135,14 @@ def target_of(operation: Operation, stage: Stage) -> Stage:
     """
     targets = OPERATIONS.get(operation, {})
     if stage not in targets:
-        raise IllegalMoveError(f"{operation_name(operation)} does not fit a seed in {stage_name(stage)}")
+        raise IllegalMoveError(f"{operation_name(operation)} does not fit a seed in stage {stage_word(stage)}")
     return targets[stage]
 
 
-def stage_name(stage: int) -> str:
-    """The contract's name of a stage; numbers that it lacks (proto3 enums are open) read as themselves."""
-    return SeedLifecycleStage.Name(stage) if stage in SeedLifecycleStage.values() else f"stage {stage}"  # type: ignore[arg-type]
+def stage_word(stage: int) -> str:
+    """A stage as people say it (`germinated`); numbers that the contract lacks (proto3 enums are open) stay numbers."""
+    known = stage in SeedLifecycleStage.values()
+    return SeedLifecycleStage.Name(stage).removeprefix("SEED_STAGE_").lower() if known else str(stage)  # type: ignore[arg-type]
 
 
 def operation_name(operation: int) -> str:

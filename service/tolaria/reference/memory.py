@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING, SEED_STAGE_PROBATIONARY, SEED_STAGE_SHADOWING
 from leyline.v1.state_pb2 import SystemStatePacket
-from tolaria.reference.decisions import Decision
+from tolaria.reference.decisions import Decision, ScaleLearningRate
 
 RECORDS_MAX = 256
 NOTES_MAX = 64
@@ -42,12 +42,13 @@ class SeedNote:
 
 @dataclass(frozen=True, slots=True)
 class RunMemory:
-    """A run so far. `first_loss` outlives the records, which are bounded."""
+    """A run so far. `first_loss` and `rate_changes` (their steps) outlive the records, which are bounded."""
 
     first_loss: float = math.nan
     records: tuple[EpochRecord, ...] = ()
     notes: tuple[SeedNote, ...] = ()
     retreat_asked_step: int | None = None
+    rate_changes: tuple[int, ...] = ()
 
     def with_epoch(self, state: SystemStatePacket) -> RunMemory:
         """The memory after an epoch's state. What was recorded at its step or later has been undone."""
@@ -63,11 +64,14 @@ class RunMemory:
             first_loss=kept.first_loss if math.isfinite(kept.first_loss) else state.training_loss,
             records=(*kept.records, record)[-RECORDS_MAX:],
             notes=_noted(kept, state),
+            rate_changes=kept.rate_changes,
         )
 
     def with_decision(self, decision: Decision | None) -> RunMemory:
         """The memory with what was decided on its newest record."""
-        return replace(self, records=(*self.records[:-1], replace(self.records[-1], decision=decision)))
+        newest = replace(self.records[-1], decision=decision)
+        changed = (newest.step,) if isinstance(decision, ScaleLearningRate) else ()
+        return replace(self, records=(*self.records[:-1], newest), rate_changes=(*self.rate_changes, *changed))
 
     def rewound(self, target_step: int) -> RunMemory:
         """The memory without anything after `target_step`."""
@@ -75,7 +79,9 @@ class RunMemory:
         if len(records) == len(self.records):
             return self
         notes = tuple(_rewound_note(note, target_step) for note in self.notes if note.step <= target_step)
-        return RunMemory(self.first_loss if records else math.nan, records, notes)
+        # A rollback restores the learning rates too, so that a change that it undoes was none.
+        changes = tuple(step for step in self.rate_changes if step <= target_step)
+        return RunMemory(self.first_loss if records else math.nan, records, notes, rate_changes=changes)
 
 
 def _noted(kept: RunMemory, state: SystemStatePacket) -> tuple[SeedNote, ...]:

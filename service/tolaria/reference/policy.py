@@ -47,6 +47,9 @@ class PolicySettings:
     lr_factor: float = 0.5
     """What a volatile loss multiplies the learning rates with. 0.5: the customary halving."""
 
+    lr_changes_max: int = 3
+    """Changes of the learning rates in one run. 3: what an eighth of the rate does not calm is noise."""
+
     divergence_ratio: float = 3.0
     """Training loss over its best that is divergence. 3: no epoch's noise is that large."""
 
@@ -113,16 +116,27 @@ def _verdict_on_probation(memory: RunMemory, state: SystemStatePacket, settings:
         if note.probation_epoch is None or state.current_epoch - note.probation_epoch < settings.probation_epochs:
             continue
         harmless = state.validation_accuracy >= note.accuracy_before - settings.accuracy_drop_max
-        return Fossilize(note.seed_id) if harmless else Cull(note.seed_id)
+        verdict = Fossilize if harmless else Cull
+        return verdict(note.seed_id, _before_and_after(note.accuracy_before, state.validation_accuracy))
     return None
 
 
+def _before_and_after(before: float, after: float) -> str:
+    known = f"{before:.2%} before it blended" if math.isfinite(before) else "unknown before it blended"
+    return f"validation accuracy is {after:.2%} after its probation, was {known}"
+
+
 def _calmer(memory: RunMemory, settings: PolicySettings) -> Decision | None:
+    if len(memory.rate_changes) >= settings.lr_changes_max:
+        return None
     losses = [record.training_loss for record in memory.records[-settings.volatile_epochs - 1 :]]
     jumps = sum(after - before > settings.volatile_rise * abs(before) for before, after in pairwise(losses))
     if jumps < settings.volatile_jumps or _recently(memory, ScaleLearningRate, settings):
         return None
-    return ScaleLearningRate(settings.lr_factor)
+    reason = (
+        f"training loss rose by over {settings.volatile_rise:.0%} in {jumps} of the latest {len(losses) - 1} epochs"
+    )
+    return ScaleLearningRate(settings.lr_factor, reason)
 
 
 def _germination(memory: RunMemory, state: SystemStatePacket, settings: PolicySettings) -> Decision | None:
@@ -137,7 +151,9 @@ def _germination(memory: RunMemory, state: SystemStatePacket, settings: PolicySe
         return None
     last = past[-1].decision if past else None
     turn = settings.blueprints.index(last.blueprint_id) + 1 if isinstance(last, Germinate) else 0
-    return Germinate(settings.blueprints[turn % len(settings.blueprints)])
+    best = min(r.validation_loss for r in memory.records if math.isfinite(r.validation_loss))
+    reason = f"no real improvement for {settings.plateau_epochs} epochs; best validation loss {best:.4g}"
+    return Germinate(settings.blueprints[turn % len(settings.blueprints)], reason)
 
 
 def _plateau(records: tuple[EpochRecord, ...], settings: PolicySettings) -> bool:

@@ -32,7 +32,7 @@ from tolaria.reference.lifecycle import (
     Stage,
     gate_between,
     operation_name,
-    stage_name,
+    stage_word,
     target_of,
 )
 from tolaria.reference.runs import Undo
@@ -186,7 +186,7 @@ class SeedBed:
         places = {known.seed_id: position for position, known in enumerate(self._now.seeds)}
         others.insert(places.get(seed.seed_id, len(others)), moved)
         self._record(state, others, epoch=self._now.epoch)
-        return f"{seed.seed_id} is {stage_name(target)}"
+        return f"{seed.seed_id} is {stage_word(target)}"
 
     def _known_seed(self, seed_id: str) -> Seed:
         for seed in self._now.seeds:

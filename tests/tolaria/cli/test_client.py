@@ -10,7 +10,7 @@ from leyline.v1.admin_service_pb2 import (
     ResumeTrainingRequest,
     StopTrainingRequest,
 )
-from support.fake_admin import FakeAdmin, fake_admin, status_of, whole_run
+from support.fake_admin import FakeAdmin, fake_admin, serving_nothing, status_of, whole_run
 from tolaria.cli.client import admin_client, connectable, service_address
 from tolaria.cli.failures import RequestRefusedError, ServiceUnreachableError
 from tolaria.config import Address, load_settings
@@ -58,6 +58,18 @@ async def test_refusal_without_details_tells_the_status(serve_fake: Serve) -> No
     async with admin_client(Address.parse(serve_fake(fake_admin([]))), 5.0) as client:
         with pytest.raises(RequestRefusedError, match="UNIMPLEMENTED"):
             await client.call(lambda admin: admin.StopTraining, StopTrainingRequest())
+
+
+@pytest.mark.anyio
+async def test_another_kind_of_server_is_named() -> None:
+    """A gRPC server that is no Tolaria answers, which is told beside its address."""
+    with serving_nothing() as address:
+        async with admin_client(Address.parse(address), 5.0) as client:
+            with pytest.raises(RequestRefusedError) as caught:
+                await client.status()
+    assert str(caught.value) == (
+        f"{address} answers, but is no Tolaria admin server that knows this call (UNIMPLEMENTED)"
+    )
 
 
 @pytest.mark.anyio
@@ -125,6 +137,16 @@ def test_address_that_cannot_be_connected_to_is_refused(text: str) -> None:
     """A malformed address is a mistake on the command line, named with its option."""
     with pytest.raises(ConfigurationError, match="--address"):
         service_address(text, load_settings())
+
+
+@pytest.mark.parametrize(
+    ("asked", "hint"), [("127.0.0.1:0", "give the port that the service has logged"), (None, "give --address")]
+)
+def test_port_0_is_refused_with_a_way_out(asked: str | None, hint: str) -> None:
+    """Who gave --address is not told to give it."""
+    with pytest.raises(ConfigurationError) as caught:
+        service_address(asked, load_settings(None, ["server.listen=127.0.0.1:0"]))
+    assert str(caught.value).endswith(hint)
 
 
 @pytest.mark.parametrize(

@@ -41,14 +41,15 @@ def _demo(lifeline: Lifeline, mode: str, *overrides: str, stay: bool = False, as
 
 
 def test_demo_follows_sums_up_and_ends_its_service(lifeline: Lifeline, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line an epoch, a summary, where to look next; and no process is left."""
+    """A line an epoch, a summary with each seed's story, no address that is gone in a moment; no process is left."""
     run(_demo(lifeline, "run"))
     assert len(lifeline.until_gone()) == 1
     out = capsys.readouterr().out
     assert "epoch 3/3" in out
     assert "digits finished: accuracy 93.00% after 3 epochs (135 steps)" in out
-    assert "metrics  http://127.0.0.1:9/metrics" in out
-    assert "status   tolaria status --address 127.0.0.1:" in out
+    told = "seed-1 conv: epoch 1 germinated, 3 fossilized; accuracy 91.00% before it blended, 93.00% after"
+    assert out.splitlines()[-2:] == [told, "the service ends now; --stay keeps it up to look around"]
+    assert "--address" not in out
 
 
 def test_demo_json_is_alone_on_stdout(lifeline: Lifeline, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +64,16 @@ def test_demo_json_is_alone_on_stdout(lifeline: Lifeline, capsys: pytest.Capture
         "steps": 135,
         "boundary_ms_p50": 4.0,
         "boundary_ms_p99": 6.5,
-        "seeds": [{"seed_id": "seed-1", "stage": "SEED_STAGE_TRAINING", "blueprint_id": "conv"}],
+        "seeds": [
+            {
+                "seed_id": "seed-1",
+                "stage": "SEED_STAGE_FOSSILIZED",
+                "blueprint_id": "conv",
+                "epoch_germinated": 1,
+                "accuracy_before": 0.91,
+                "accuracy_after": 0.93,
+            }
+        ],
         "commands": 2,
         "rollbacks": 1,
     }
@@ -222,7 +232,8 @@ async def test_second_cancellation_kills_at_once(lifeline: Lifeline) -> None:
 
 def _in_a_process(lifeline: Lifeline, mode: str, *, stay: bool) -> subprocess.Popen[str]:
     code = (
-        "import sys\nfrom dataclasses import replace\nfrom tolaria.cli.app import app\nfrom tolaria.cli import demo\n"
+        "import sys\nfrom dataclasses import replace\n"
+        "from tolaria.cli import demo\nfrom tolaria.cli.grammar import app\n"
         "demo.SERVE = tuple(sys.argv[1:6])\n"
         "original = demo.planned\n"
         "demo.planned = lambda *a, **k: replace(original(*a, **k), program=demo.SERVE)\n"
@@ -268,8 +279,10 @@ def test_service_does_not_survive_a_killed_demo(lifeline: Lifeline) -> None:
 
 
 def test_stay_keeps_serving_until_ctrl_c(lifeline: Lifeline) -> None:
-    """The end of --stay is the user's wish: exit code 0."""
+    """Where to look is told, and the end of --stay is the user's wish: exit code 0."""
     with _in_a_process(lifeline, "run", stay=True) as process:
+        _until(process, "metrics  http://127.0.0.1:9/metrics")
+        _until(process, "status   tolaria status --address 127.0.0.1:")
         _until(process, "still serving; Ctrl-C ends it")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)

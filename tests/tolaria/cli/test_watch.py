@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from leyline.v1.admin_service_pb2 import GetStatusResponse, RunState
 from support.fake_admin import FakeAdmin, fake_admin, serving, status_of, whole_run
 from tolaria.cli import watch as watch_module
-from tolaria.cli.app import app
 from tolaria.cli.asking import Target
 from tolaria.cli.failures import ServiceUnreachableError
+from tolaria.cli.grammar import app
 from tolaria.config import Address
 
 Serve = Callable[[FakeAdmin], str]

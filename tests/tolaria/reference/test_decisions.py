@@ -11,18 +11,18 @@ from tolaria.reference.decisions import Cull, Decision, Fossilize, Germinate, Re
     ("decision", "command_type", "payload"),
     [
         (
-            Germinate("lora"),
+            Germinate("lora", "why"),
             e.COMMAND_SEED,
             {"seedOperation": {"operation": "SEED_OP_GERMINATE", "blueprintId": "lora"}},
         ),
         (
-            Fossilize("s"),
+            Fossilize("s", "why"),
             e.COMMAND_SEED,
             {"targetSeedId": "s", "seedOperation": {"operation": "SEED_OP_FOSSILIZE"}},
         ),
-        (Cull("s"), e.COMMAND_SEED, {"targetSeedId": "s", "seedOperation": {"operation": "SEED_OP_CULL"}}),
+        (Cull("s", "why"), e.COMMAND_SEED, {"targetSeedId": "s", "seedOperation": {"operation": "SEED_OP_CULL"}}),
         (
-            ScaleLearningRate(0.5),
+            ScaleLearningRate(0.5, "why"),
             e.COMMAND_OPTIMIZER,
             {"optimizerAdjustment": {"hyperparameters": {"lr_factor": 0.5}}},
         ),
@@ -30,7 +30,7 @@ from tolaria.reference.decisions import Cull, Decision, Fossilize, Germinate, Re
     ],
 )
 def test_commands(decision: Decision, command_type: int, payload: dict[str, object]) -> None:
-    """Every decision becomes a command of version 1 with its type, its payload and where and when it comes from."""
+    """Every decision becomes a command of version 1 with its type, payload and reason, and whence and when it comes."""
     command = command_for(decision, command_id="c", issued_at_ns=1_500_000_000_123_000_000, deadline_ms=700)
     assert command_type == command.command_type
     fields = MessageToDict(command)
@@ -41,5 +41,6 @@ def test_commands(decision: Decision, command_type: int, payload: dict[str, obje
         "executionDeadlineMs": 700,
         "issuedAt": "2017-07-14T02:40:00.123Z",
         "issuedBy": "tamiyo-reference",
+        "annotations": {"reason": "why"},
         **payload,
     }

@@ -9,10 +9,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import anyio
+import anyio.abc
 import grpc.aio
 import pytest
 from structlog.testing import capture_logs
@@ -23,7 +26,7 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.tamiyo_service_pb2 import EvaluateEpochRequest
 from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
 from tolaria.errors import PeerUnavailableError
-from tolaria.reference.embedded import EmbeddedPair, embedded_pair
+from tolaria.reference.embedded import EmbeddedPair, Restarts, embedded_pair
 
 pytestmark = pytest.mark.anyio
 
@@ -40,7 +43,7 @@ from tolaria.reference.serve import serve_peer
 def announce(address):
     print(json.dumps({"listening": str(address)}), flush=True)
 
-assert sys.argv[1:2] + sys.argv[3:] == ["peer", "--listen", "127.0.0.1:0", "--while-stdin"]
+assert sys.argv[1:2] + sys.argv[3:4] + sys.argv[5:] == ["peer", "--listen", "--while-stdin"]
 anyio.run(functools.partial(
     serve_peer, sys.argv[2], sys.argv[4], LeylineSettings(), announce=announce, while_stdin=True
 ))
@@ -51,6 +54,22 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print('{"listening": "127.0.0.1:1"}', flush=True)
 while True:
     time.sleep(60)
+"""
+ONCE = """
+import pathlib, sys
+was = pathlib.Path(sys.argv[1])
+if was.exists():
+    sys.exit("the port is taken")
+was.touch()
+print('{"listening": "127.0.0.1:1"}', flush=True)
+"""
+ONCE_THEN_SILENT = """
+import pathlib, sys, time
+was = pathlib.Path(sys.argv[1])
+if was.exists():
+    time.sleep(600)
+was.touch()
+print('{"listening": "127.0.0.1:1"}', flush=True)
 """
 PARENT = """
 import os, sys
@@ -184,16 +203,99 @@ async def test_an_error_of_the_block_keeps_its_type(tmp_path: Path) -> None:
     assert_reaped(pair)
 
 
-async def test_a_peer_that_dies_is_told_of(tmp_path: Path) -> None:
-    """The death of a child is logged with its code; the block goes on."""
+AT_ONCE = Restarts(in_a_row_max=3, pause_s=0.001)
+
+
+async def until_logged(logs: list[MutableMapping[str, Any]], event: str, times: int = 1) -> MutableMapping[str, Any]:
+    """The entry of `event` that was logged as the `times`th."""
+    with anyio.fail_after(PATIENCE_S):
+        while len(found := [entry for entry in logs if entry["event"] == event]) < times:
+            await anyio.wait_all_tasks_blocked()
+    return found[times - 1]
+
+
+async def test_a_peer_that_dies_is_started_again_where_it_was(tmp_path: Path) -> None:
+    """The death is logged with its code; the same channel finds the next process, and nothing of either is left."""
+    state, before = SystemStatePacket(version=1), pipes()
     with capture_logs() as logs:
-        async with embedded_pair(ENVIRONMENT, ["tamiyo"], command=script(tmp_path, PEER)) as pair:
-            os.kill(pair.pids[0], signal.SIGKILL)
-            with anyio.fail_after(PATIENCE_S):
-                while not any(entry["event"] == "embedded peer died" for entry in logs):
-                    await anyio.wait_all_tasks_blocked()
-    death = next(entry for entry in logs if entry["event"] == "embedded peer died")
-    assert (death["peer"], death["detail"]) == ("tamiyo", "ended with code -9")
+        async with (
+            embedded_pair(ENVIRONMENT, ["tamiyo"], command=script(tmp_path, PEER), restarts=AT_ONCE) as pair,
+            grpc.aio.insecure_channel(pair.tamiyo) as channel,
+        ):
+            stub = TamiyoServiceStub(channel)
+            await stub.EvaluateEpoch(EvaluateEpochRequest(state=state), timeout=PATIENCE_S)
+            first = pair.pids
+            os.kill(first[0], signal.SIGKILL)
+            death = await until_logged(logs, "embedded peer died")
+            again = await until_logged(logs, "embedded peer started again")
+            await stub.EvaluateEpoch(EvaluateEpochRequest(state=state), timeout=PATIENCE_S, wait_for_ready=True)
+            assert pair.pids != first
+    assert (death["peer"], death["detail"], death["log_level"]) == ("tamiyo", "ended with code -9", "warning")
+    assert again["listening"] == pair.tamiyo
+    assert_reaped(pair)
+    assert pipes() <= before
+
+
+async def test_a_peer_that_dies_again_and_again_is_given_up(tmp_path: Path) -> None:
+    """Each pause is twice the one before; after the last start in vain that is logged as an error, with the reason."""
+    once = script(tmp_path, ONCE)
+    with capture_logs() as logs:
+        async with embedded_pair(ENVIRONMENT, ["kasmina"], command=(*once, str(tmp_path / "was")), restarts=AT_ONCE):
+            end = await until_logged(logs, "embedded peer given up")
+    pauses = [entry["starts_again_in_s"] for entry in logs if entry["event"] == "embedded peer died"]
+    assert pauses == [0.001, 0.002, 0.004]
+    assert (end["deaths_in_a_row"], end["log_level"]) == (4, "error")
+    assert "the port is taken" in end["detail"]
+
+
+async def test_a_long_life_ends_the_row_of_deaths(tmp_path: Path) -> None:
+    """A peer that dies now and then is started again each time, after the shortest pause."""
+    now_and_then = Restarts(in_a_row_max=1, pause_s=0.001, lived_s=0.0)
+    dying = script(tmp_path, 'print(\'{"listening": "127.0.0.1:1"}\', flush=True)')
+    with capture_logs() as logs:
+        async with embedded_pair(ENVIRONMENT, ["tamiyo"], command=dying, restarts=now_and_then):
+            third = await until_logged(logs, "embedded peer died", 3)
+    assert third["starts_again_in_s"] == 0.001
+
+
+@pytest.mark.parametrize("pause_s", [600.0, 0.0])
+async def test_the_end_may_come_during_a_restart(tmp_path: Path, pause_s: float) -> None:
+    """Whether a peer waits for its start or is being started: at the end nothing runs, and nothing is held open."""
+    before, was = pipes(), tmp_path / "was"
+    restarts = Restarts(pause_s=pause_s)
+    command = (*script(tmp_path, ONCE_THEN_SILENT), str(was))
+    with capture_logs() as logs:
+        async with embedded_pair(
+            ENVIRONMENT, ["tamiyo"], command=command, restarts=restarts, stop_timeout_s=0.2
+        ) as pair:
+            await until_logged(logs, "embedded peer died")
+    assert_reaped(pair)
+    assert pipes() <= before
+
+
+async def test_a_start_that_the_end_overtakes_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that comes to be while the block is already ending is ended too."""
+    open_process, begun, started = anyio.open_process, anyio.Event(), list[anyio.abc.Process]()
+
+    async def slowly(*arguments: Any, **options: Any) -> anyio.abc.Process:
+        if started:
+            begun.set()
+            await anyio.wait_all_tasks_blocked()
+        started.append(await open_process(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(anyio, "open_process", slowly)
+    command = (*script(tmp_path, ONCE_THEN_SILENT), str(tmp_path / "was"))
+    restarts = Restarts(pause_s=0.0)
+    async with embedded_pair(ENVIRONMENT, ["tamiyo"], command=command, restarts=restarts, stop_timeout_s=0.2):
+        with anyio.fail_after(PATIENCE_S):
+            await begun.wait()
+    assert len(started) == 2
+    for process in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process.pid, 0)
 
 
 async def test_peers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tolaria.reference.lifecycle import (
     Stage,
     gate_between,
     operation_name,
-    stage_name,
+    stage_word,
     target_of,
 )
 
@@ -67,7 +67,7 @@ def test_moves(source: Stage, target: Stage) -> None:
     if (source, target) in LEGAL_MOVES:
         assert LEGAL_MOVES[source, target] == gate_between(source, target)
     else:
-        with pytest.raises(IllegalMoveError, match=f"{stage_name(source)} cannot go to {stage_name(target)}"):
+        with pytest.raises(IllegalMoveError, match=f"{stage_word(source)} cannot go to {stage_word(target)}"):
             gate_between(source, target)
 
 
@@ -77,7 +77,7 @@ def test_operations(operation: Operation, stage: Stage) -> None:
     if (operation, stage) in LEGAL_OPERATIONS:
         assert LEGAL_OPERATIONS[operation, stage] == target_of(operation, stage)
     else:
-        with pytest.raises(IllegalMoveError, match=f"{operation_name(operation)} does not fit .*{stage_name(stage)}"):
+        with pytest.raises(IllegalMoveError, match=f"{operation_name(operation)} does not fit .*{stage_word(stage)}"):
             target_of(operation, stage)
 
 
@@ -96,7 +96,7 @@ def test_living_seeds_can_be_culled() -> None:
 
 def test_numbers_beyond_the_contract() -> None:
     """A stage or operation of a newer contract is refused like any other illegal move."""
-    with pytest.raises(IllegalMoveError, match="stage 77 cannot go to stage 78"):
+    with pytest.raises(IllegalMoveError, match="stage 77 cannot go to 78"):
         gate_between(77, 78)  # type: ignore[arg-type]
     with pytest.raises(IllegalMoveError, match="operation 79 does not fit a seed in stage 77"):
         target_of(79, 77)  # type: ignore[arg-type]

@@ -67,11 +67,11 @@ def test_a_plateau_germinates() -> None:
         None,
         None,
         None,
-        Germinate("residual_mlp"),
+        Germinate("residual_mlp", ""),
         None,
         None,
         None,
-        Germinate("bottleneck_adapter"),
+        Germinate("bottleneck_adapter", ""),
         None,
     ] == decisions
 
@@ -87,7 +87,7 @@ def test_a_small_improvement_is_a_plateau_too() -> None:
     """What stays under the margin counts for nothing; what passes it counts."""
     _, small = play([epoch_state(n, validation=0.5 - 0.001 * n) for n in range(1, 6)])
     _, real = play([epoch_state(n, validation=0.5 - 0.02 * n) for n in range(1, 6)])
-    assert Germinate("residual_mlp") in small
+    assert Germinate("residual_mlp", "") in small
     assert real == [None] * 5
 
 
@@ -134,11 +134,48 @@ def test_a_loss_that_jumps_lowers_the_learning_rate() -> None:
     """Two jumps within the window halve the learning rate, once in a while."""
     losses = [1.0, 0.8, 1.1, 0.9, 1.2, 1.0, 1.3, 1.1]
     _, decisions = play([epoch_state(n, loss, 1.0 / n) for n, loss in enumerate(losses, 1)])
-    assert [None] * 4 + [ScaleLearningRate(0.5)] + [None] * 3 == decisions
+    assert [None] * 4 + [ScaleLearningRate(0.5, "")] + [None] * 3 == decisions
+
+
+def test_a_loss_that_stays_noisy_lowers_the_learning_rate_three_times_in_all() -> None:
+    """A tiny loss that jumps for ever is not answered for ever, also when the first answers are long forgotten."""
+    losses = [0.001 if n % 2 else 0.002 for n in range(RECORDS_MAX + 100)]
+    memory, decisions = play([epoch_state(n, loss, 1.0 / n) for n, loss in enumerate(losses, 1)])
+    lowered = [n for n, decision in enumerate(decisions, 1) if isinstance(decision, ScaleLearningRate)]
+    assert (len(lowered), SETTINGS.lr_changes_max) == (3, 3)
+    assert lowered[-1] < 100
+    # What a rollback undoes does not count: the rates are back as well.
+    assert memory.rewound(lowered[1] * 100).rate_changes == (lowered[0] * 100, lowered[1] * 100)
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "verdict"), [(0.9, Fossilize("s")), (0.896, Fossilize("s")), (0.8, Cull("s")), (math.nan, None)]
+    ("states", "reason"),
+    [
+        ([epoch_state(n) for n in range(1, 5)], "no real improvement for 3 epochs; best validation loss 0.5"),
+        (
+            [epoch_state(n, loss, 1.0 / n) for n, loss in enumerate([1.0, 0.8, 1.1, 0.9, 1.2], 1)],
+            "training loss rose by over 20% in 2 of the latest 4 epochs",
+        ),
+        (
+            [
+                epoch_state(n, 1 / n, 1 / n, accuracy=0.9 if n == 1 else 0.8, seeds=[seed("s", stage)])
+                for n, stage in enumerate([e.SEED_STAGE_BLENDING, *[e.SEED_STAGE_PROBATIONARY] * 4], 1)
+            ],
+            "validation accuracy is 80.00% after its probation, was 90.00% before it blended",
+        ),
+        ([epoch_state(1, math.nan)], "training loss is nan"),
+    ],
+)
+def test_every_decision_has_its_reason(states: list[SystemStatePacket], reason: str) -> None:
+    """What an operator reads beside a command is the judgement that led to it, with its figures."""
+    _, decisions = play(states)
+    assert decisions[-1] is not None
+    assert decisions[-1].reason == reason
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "verdict"),
+    [(0.9, Fossilize("s", "")), (0.896, Fossilize("s", "")), (0.8, Cull("s", "")), (math.nan, None)],
 )
 def test_a_probation_ends_with_a_verdict(accuracy: float, verdict: Decision | None) -> None:
     """A seed is judged by the accuracy after its probation against that of the epoch before its blending."""

@@ -49,6 +49,8 @@ from tolaria.training.loop import TrainingLoop
 from tolaria.training.progress import Progress
 from tolaria.training.record import Recorder
 from tolaria.training.rig import Rig, build_rig
+from tolaria.training.safeguards import KASMINA, TAMIYO, Safeguards
+from tolaria.training.safety_desk import SafetyDesk
 
 ADMIN_SERVICE = admin_service_pb2.DESCRIPTOR.services_by_name["TolariaAdminService"].full_name
 
@@ -100,6 +102,12 @@ class _Service:
             log_context=log_context,
         )
         self._feed = StatusFeed()
+        self._safeguards = Safeguards(
+            recovery_epochs=settings.emergency.recovery_epochs,
+            metrics=metrics,
+            emitter=self._emitter,
+            changed=self._feed.changed,
+        )
         self._metrics_address = ""
 
     async def serve(self) -> int:
@@ -114,22 +122,22 @@ class _Service:
             pair = await stack.enter_async_context(self._embedded_peers())
             peers = await stack.enter_async_context(self._connected_peers(pair))
             loop = self._new_loop(peers)
-            server = await stack.enter_async_context(self._admin_server(loop, peers, endings))
+            server = await stack.enter_async_context(self._admin_server(loop, endings))
             stack.push_async_callback(self._end_lane, loop, endings)
             self._log.info(
                 "serving", grpc=str(server.address), metrics=self._metrics_address, run_id=self._progress.run_id
             )
-            await self._train(loop, peers, server, endings)
+            await self._train(loop, server, endings)
         state = RunState.Name(self._progress.state).removeprefix("RUN_STATE_").lower()
         self._log.info("stopped", state=state, reason=self._progress.state_reason)
         return 0 if self._progress.state == RUN_STATE_FINISHED else 1
 
-    async def _train(self, loop: TrainingLoop, peers: Peers, server: GrpcServer, endings: _Endings) -> None:
+    async def _train(self, loop: TrainingLoop, server: GrpcServer, endings: _Endings) -> None:
         """Hold the one task group around the run."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._drain_on_signal, tasks, loop, endings)
             tasks.start_soon(loop.consultant.serve)
-            tasks.start_soon(self._publish_health, peers, server)
+            tasks.start_soon(self._publish_health, server)
             await loop.run()
             if not self._settings.service.exit_when_done:
                 await endings.asked.wait()
@@ -149,14 +157,15 @@ class _Service:
                 loop.drain()
                 endings.asked.set()
 
-    async def _publish_health(self, peers: Peers, server: GrpcServer) -> None:
+    async def _publish_health(self, server: GrpcServer) -> None:
         """Keep grpc.health.v1 in step with the run and the breakers."""
         while True:
             running = self._progress.state in {RUN_STATE_RUNNING, RUN_STATE_PAUSED, RUN_STATE_FINISHED}
             await server.set_health("", serving=not self._reasons_not_ready())
             await server.set_health("tolaria.training", serving=running)
-            for name, breaker in peers.breakers.items():
-                await server.set_health(f"tolaria.{name}", serving=breaker.state != CIRCUIT_STATE_OPEN)
+            for name in (TAMIYO, KASMINA):
+                serving = self._safeguards.breakers[name].state != CIRCUIT_STATE_OPEN
+                await server.set_health(f"tolaria.{name}", serving=serving)
             await self._feed.next()
 
     async def _end_lane(self, loop: TrainingLoop, endings: _Endings) -> None:
@@ -186,6 +195,7 @@ class _Service:
                 verifier=_new_verifier(settings),
                 metrics=self._metrics,
                 emitter=self._emitter,
+                permits=self._safeguards.permits,
                 on_settled=on_settled,
             )
 
@@ -195,24 +205,22 @@ class _Service:
             control=settings.control,
             patience_s=settings.tamiyo.timeout_s + settings.kasmina.timeout_s,
             recorder=self._recorder,
+            safeguards=self._safeguards,
             feed=self._feed,
             make_consultant=make_consultant,
         )
 
-    def _admin_server(
-        self, loop: TrainingLoop, peers: Peers, endings: _Endings
-    ) -> AbstractAsyncContextManager[GrpcServer]:
+    def _admin_server(self, loop: TrainingLoop, endings: _Endings) -> AbstractAsyncContextManager[GrpcServer]:
         settings = self._settings
 
         def complete(status: GetStatusResponse) -> None:
             status.metrics_address = self._metrics_address
             status.boundary_budget_ms = settings.control.boundary_budget_ms
-            for name, breaker in peers.breakers.items():
-                status.breakers[name] = breaker.state
 
         def register(server: grpc.aio.Server) -> None:
             service = AdminService(
                 loop,
+                safety=SafetyDesk(loop, self._safeguards),
                 complete=complete,
                 closing=endings.closing,
                 interval_s=settings.server.status_interval_ms / 1000,
@@ -245,9 +253,9 @@ class _Service:
         return connected_peers(
             with_target(self._settings.tamiyo, pair.tamiyo),
             with_target(self._settings.kasmina, pair.kasmina),
+            breakers=self._safeguards.breakers,
             metrics=self._metrics,
             emitter=self._emitter,
-            on_breaker=self._feed.changed,
         )
 
 

@@ -27,6 +27,7 @@ from tolaria.training.loop import TrainingLoop
 from tolaria.training.progress import Progress
 from tolaria.training.record import Recorder
 from tolaria.training.rig import build_rig
+from tolaria.training.safeguards import Safeguards
 
 Answer = Callable[[SystemStatePacket], Awaitable[AdaptationCommand | None]]
 
@@ -65,9 +66,19 @@ class FakePeers:
 class RunUnderTest:
     """The loop and all that the test looks at."""
 
-    def __init__(self, loop: TrainingLoop, recorder: Recorder, metrics: Metrics, emitter: Emitter, rig: object) -> None:
+    def __init__(
+        self,
+        loop: TrainingLoop,
+        recorder: Recorder,
+        safeguards: Safeguards,
+        *,
+        metrics: Metrics,
+        emitter: Emitter,
+        rig: object,
+    ) -> None:
         self.loop = loop
         self.progress = recorder.progress
+        self.safeguards = safeguards
         self.metrics = metrics
         self.emitter = emitter
         self.rig = rig
@@ -116,19 +127,23 @@ def new_run(
             verifier=CommandVerifier(Trust(), NonceTable(window_s=300.0)),
             metrics=metrics,
             emitter=emitter,
+            permits=safeguards.permits,
             on_settled=on_settled,
         )
 
+    feed = StatusFeed()
+    safeguards = Safeguards(recovery_epochs=3, metrics=metrics, emitter=emitter, changed=feed.changed)
     loop = TrainingLoop(
         rig,
         training=settings,
         control=control,
         patience_s=1.0,
         recorder=recorder,
-        feed=StatusFeed(),
+        safeguards=safeguards,
+        feed=feed,
         make_consultant=make_consultant,
     )
-    return RunUnderTest(loop, recorder, metrics, emitter, rig)
+    return RunUnderTest(loop, recorder, safeguards, metrics=metrics, emitter=emitter, rig=rig)
 
 
 @asynccontextmanager

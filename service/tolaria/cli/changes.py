@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from leyline.v1.admin_service_pb2 import (
     AdjustLearningRateRequest,
     PauseTrainingRequest,
     ResumeTrainingRequest,
+    SetConservativeModeRequest,
     StopTrainingRequest,
 )
 from tolaria.cli.change import changing
@@ -33,6 +35,21 @@ def resume() -> ResumeTrainingRequest:
 def stop() -> StopTrainingRequest:
     """End the run for good, after the step that is being done."""
     return StopTrainingRequest()
+
+
+class Switch(StrEnum):
+    """On or off."""
+
+    ON = "on"
+    OFF = "off"
+
+
+@changing(changes, lambda admin: admin.SetConservativeMode)
+def conservative(
+    switch: Annotated[Switch, typer.Argument(help="on: leave seeds and the controller alone; off: no longer.")],
+) -> SetConservativeModeRequest:
+    """Switch conservative mode: training goes on, seeds and the controller are left alone."""
+    return SetConservativeModeRequest(enabled=switch is Switch.ON)
 
 
 @changing(changes, lambda admin: admin.AdjustLearningRate)

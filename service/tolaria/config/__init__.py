@@ -5,6 +5,7 @@ from tolaria.config.show import as_toml
 from tolaria.config.sources import child_environment, load_settings, quieten_grpc
 from tolaria.config.tree import (
     ControlSettings,
+    EmergencySettings,
     FastPathSettings,
     GradientsSettings,
     LeylineSettings,
@@ -22,6 +23,7 @@ from tolaria.config.tree import (
 __all__ = [
     "Address",
     "ControlSettings",
+    "EmergencySettings",
     "FastPathSettings",
     "GradientsSettings",
     "LeylineSettings",

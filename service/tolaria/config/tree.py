@@ -231,6 +231,13 @@ class GradientsSettings(_Section):
     """Rate of conflicts over all sources that is an event."""
 
 
+class EmergencySettings(_Section):
+    """When the service leaves things alone or stops by itself, and how it comes back."""
+
+    recovery_epochs: int = Field(default=3, ge=1)
+    """Healthy epochs in a row that end a failed one's conservative mode. 3: as many as failures open a breaker."""
+
+
 class LeylineSettings(_Section):
     """Trust in what comes over the contract."""
 
@@ -266,6 +273,7 @@ class Settings(BaseSettings):
     fastpaths: FastPathSettings = FastPathSettings()
     seeds: SeedsSettings = SeedsSettings()
     gradients: GradientsSettings = GradientsSettings()
+    emergency: EmergencySettings = EmergencySettings()
     leyline: LeylineSettings = LeylineSettings()
 
     @model_validator(mode="after")

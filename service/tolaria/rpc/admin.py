@@ -57,11 +57,23 @@ class Run(Protocol):
         """Change learning rates at a fence; returns the step at which it took effect."""
 
 
+class Safety(Protocol):
+    """What operators can do about the safeguards of a run."""
+
+    @property
+    def global_step(self) -> int:
+        """Updates done."""
+
+    def set_conservative(self, *, enabled: bool) -> tuple[str, ...]:
+        """Switch conservative mode; the reasons that stand then."""
+
+
 class AdminService(TolariaAdminServiceServicer):
     """Serves TolariaAdminService for one run.
 
     Args:
         run: whom to hand requests to.
+        safety: whom to hand those about safeguards to.
         complete: adds to a status what only the service knows.
         closing: set when the service is about to end, so that streams end too.
         interval_s: pace of WatchStatus between changes.
@@ -72,12 +84,14 @@ class AdminService(TolariaAdminServiceServicer):
         self,
         run: Run,
         *,
+        safety: Safety,
         complete: Callable[[admin.GetStatusResponse], None],
         closing: anyio.Event,
         interval_s: float,
         request_memory: int,
     ) -> None:
         self._run = run
+        self._safety = safety
         self._complete = complete
         self._closing = closing
         self._interval_s = interval_s
@@ -156,9 +170,16 @@ class AdminService(TolariaAdminServiceServicer):
         """Not served yet."""
         await _not_yet(context, "ListIncidents", "this version keeps no journal; incidents are in the log")
 
-    async def SetConservativeMode(self, request: admin.SetConservativeModeRequest, context: Context) -> NoReturn:
-        """Not served yet."""
-        await _not_yet(context, "SetConservativeMode", "this version has no conservative mode")
+    async def SetConservativeMode(
+        self, request: admin.SetConservativeModeRequest, context: Context
+    ) -> admin.SetConservativeModeResponse:
+        """Leave seeds and the controller alone, or no longer; the answer tells the reasons that stand."""
+
+        async def carry_out() -> admin.SetConservativeModeResponse:
+            reasons = self._safety.set_conservative(enabled=request.enabled)
+            return admin.SetConservativeModeResponse(global_step=self._safety.global_step, conservative_reasons=reasons)
+
+        return await self._once("SetConservativeMode", request, context, carry_out)
 
     async def AdjustLearningRate(
         self, request: admin.AdjustLearningRateRequest, context: Context

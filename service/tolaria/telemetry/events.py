@@ -54,6 +54,8 @@ KASMINA_ERROR = EventSpec("tolaria.kasmina_error", TELEMETRY_LEVEL_WARNING, _CAL
 TIMEOUT_INFERENCE = EventSpec("timeout_inference", TELEMETRY_LEVEL_WARNING, _CALL)
 BREAKER_OPENED = EventSpec("tolaria.breaker_opened", TELEMETRY_LEVEL_WARNING, ("breaker",))
 BREAKER_CLOSED = EventSpec("tolaria.breaker_closed", TELEMETRY_LEVEL_INFO, ("breaker",))
+CONSERVATIVE_MODE_ENTERED = EventSpec("tolaria.conservative_mode_entered", TELEMETRY_LEVEL_WARNING, ("reasons",))
+CONSERVATIVE_MODE_CLEARED = EventSpec("tolaria.conservative_mode_cleared", TELEMETRY_LEVEL_INFO, ("reasons",))
 EPOCH_BUDGET_EXCEEDED = EventSpec(
     "tolaria.epoch_budget_exceeded", TELEMETRY_LEVEL_WARNING, ("epoch", "latency_ms", "budget_ms")
 )

@@ -1,4 +1,4 @@
-"""What a command of the controller, or a request of an operator, asks of the lane. Pure: messages in, values out."""
+"""What a command of the controller, or a request of an operator, asks: of the lane as values, of a breaker at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from leyline.v1.enums_pb2 import COMMAND_OPTIMIZER
 from tolaria.errors import CommandRejectedError, OptimizationError
 from tolaria.optimization import Adjustment
 from tolaria.training.fences import AdjustRate, ChangeHyperparameters, FenceCommand
+from tolaria.training.safeguards import Safeguards
 
+# Which breaker a circuit breaker command means.
+BREAKER_KEY = "breaker"
 # Keys of hyperparameters that mean the learning rate; all others go to the optimizer as they are.
 RATE_VALUE, RATE_FACTOR, RATE_EXPIRY = "lr", "lr_factor", "lr_expires_after_steps"
 
@@ -33,6 +36,21 @@ def fence_commands(command: AdaptationCommand) -> list[FenceCommand]:
     if not found:
         raise CommandRejectedError("malformed", command.command_id, "an optimizer command without hyperparameters")
     return found
+
+
+def force_breaker(command: AdaptationCommand, safeguards: Safeguards) -> None:
+    """Open or close the breaker that `annotations["breaker"]` names.
+
+    Raises:
+        CommandRejectedError: when there is no such breaker or it cannot be put in that state; reason `malformed`.
+    """
+    name, state = command.annotations.get(BREAKER_KEY, ""), command.circuit_breaker.desired_state
+    if name not in safeguards.breakers:
+        raise CommandRejectedError("malformed", command.command_id, f"there is no breaker {name!r}")
+    try:
+        safeguards.force(name, state)
+    except ValueError as error:
+        raise CommandRejectedError("malformed", command.command_id, str(error)) from None
 
 
 def operators_adjustment(request: AdjustLearningRateRequest) -> Adjustment:

@@ -23,6 +23,8 @@ from tolaria.telemetry import events
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 
+NOT_ASKED = "not asked (conservative mode)"
+
 
 class Controller(Protocol):
     """Tamiyo, as far as a consultation goes."""
@@ -51,8 +53,8 @@ class Consultation:
     seeds: list[SeedState] | None = None
     rejected: bool = False
     failed: bool = False
-    tamiyo_answer: str = ""
-    kasmina_answer: str = ""
+    tamiyo_answer: str = NOT_ASKED
+    kasmina_answer: str = NOT_ASKED
     tamiyo_latency_ms: float = 0.0
     kasmina_latency_ms: float = 0.0
     answered: anyio.Event = field(default_factory=anyio.Event)
@@ -68,6 +70,7 @@ class Consultant:
         verifier: what a command has to pass.
         metrics: for rejections.
         emitter: for events.
+        permits: whether a peer, by name, may be asked now; one that may not is passed over.
         on_settled: called on the event loop with each consultation that has come to its end.
     """
 
@@ -79,6 +82,7 @@ class Consultant:
         verifier: CommandVerifier,
         metrics: Metrics,
         emitter: Emitter,
+        permits: Callable[[str], bool],
         on_settled: Callable[[Consultation], None],
     ) -> None:
         self._controller = controller
@@ -86,6 +90,7 @@ class Consultant:
         self._verifier = verifier
         self._metrics = metrics
         self._emitter = emitter
+        self._permits = permits
         self._on_settled = on_settled
         self._waiting: Consultation | None = None
         self._asked = anyio.Event()
@@ -109,9 +114,12 @@ class Consultant:
                 await self._hold(consultation)
 
     async def _hold(self, consultation: Consultation) -> None:
-        await self._ask_tamiyo(consultation)
+        if self._permits("tamiyo"):
+            await self._ask_tamiyo(consultation)
         consultation.answered.set()
-        await self._tell_kasmina(consultation)
+        # Asked again: Tamiyo's answer, or the lack of one, may have switched the mode.
+        if self._permits("kasmina"):
+            await self._tell_kasmina(consultation)
         self._on_settled(consultation)
         consultation.settled.set()
 

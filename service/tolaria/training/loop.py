@@ -22,20 +22,13 @@ from leyline.v1.admin_service_pb2 import (
     GetStatusResponse,
 )
 from tolaria.config import ControlSettings, TrainingSettings
-from tolaria.errors import (
-    AdjustmentRefusedError,
-    InvalidFieldError,
-    LaneFailedError,
-    UnknownGroupError,
-    WrongStateError,
-)
+from tolaria.errors import LaneFailedError, WrongStateError
 from tolaria.training.boundary import Boundary, BoundaryPolicy
-from tolaria.training.commands import operators_adjustment
 from tolaria.training.consult import Consultant, Consultation
 from tolaria.training.enact import Enactor
 from tolaria.training.feed import StatusFeed
 from tolaria.training.fence_desk import FenceDesk
-from tolaria.training.fences import AdjustRate, FenceReport
+from tolaria.training.fences import FenceReport
 from tolaria.training.growth import SeedsReport
 from tolaria.training.judge import Hold, Proceed, judge
 from tolaria.training.lane import Lane
@@ -44,6 +37,7 @@ from tolaria.training.record import Recorder
 from tolaria.training.reports import EpochReport, HeldReport, LaneEnded, Report, ReportBox, StepReport
 from tolaria.training.rig import Rig
 from tolaria.training.run_state import RunEvent, after
+from tolaria.training.safeguards import PEER_FAILURE, Safeguards
 
 
 class TrainingLoop:
@@ -55,6 +49,7 @@ class TrainingLoop:
         control: budgets and bounds.
         patience_s: how long a deterministic boundary waits for the peers.
         recorder: writes progress, metrics and events.
+        safeguards: breakers and conservative mode.
         feed: told of every change.
         make_consultant: given what to call with settled consultations, makes the one to ask.
     """
@@ -67,6 +62,7 @@ class TrainingLoop:
         control: ControlSettings,
         patience_s: float,
         recorder: Recorder,
+        safeguards: Safeguards,
         feed: StatusFeed,
         make_consultant: Callable[[Callable[[Consultation], None]], Consultant],
     ) -> None:
@@ -74,6 +70,7 @@ class TrainingLoop:
         self._control = control
         self._recorder = recorder
         self._progress = recorder.progress
+        self._safeguards = safeguards
         self._log = structlog.get_logger()
         self.feed = feed
         self.consultant = make_consultant(self._settle)
@@ -87,7 +84,7 @@ class TrainingLoop:
         self._box = ReportBox(self._notify)
         self._lane = Lane(rig, self._box, threads=training.threads)
         self._desk = FenceDesk(self._lane.post)
-        self._enactor = Enactor(self._desk, recorder, hold=self._hold, changed=feed.changed)
+        self._enactor = Enactor(self._desk, recorder, hold=self._hold, safeguards=safeguards, changed=feed.changed)
         recorder.fast_paths(rig.paths)
         recorder.rates(rig.growth.controller.learning_rates())
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -130,11 +127,12 @@ class TrainingLoop:
         return self._epoch_report
 
     async def _cross_boundary(self, report: EpochReport) -> None:
-        self._recorder.epoch_ends(report)
+        self._recorder.epoch_ends(report, layers=not self._safeguards.mode.on)
         state = state_packet(self._progress, report, wall_ns=time.time_ns())
         await self._boundary.wait_for_answer(state, self._progress.refusals, since_s=report.finished_at_s)
         held_up_s = time.monotonic() - report.finished_at_s
-        self._recorder.boundary(report, held_up_s, self._policy.budget_s, binding=not self._policy.patient)
+        breach = self._recorder.boundary(report, held_up_s, self._policy.budget_s, binding=not self._policy.patient)
+        self._safeguards.epoch_over(breach=breach)
         self.feed.changed()
 
     async def _end_lane(self) -> None:
@@ -167,12 +165,14 @@ class TrainingLoop:
         match report:
             case StepReport():
                 self._recorder.step(report)
+                self._safeguards.step(report)
                 self._enact(judge(self._progress.health, void_steps_max=self._control.max_void_steps))
             case EpochReport():
                 self._epoch_report = report
                 self._epoch_over.set()
             case SeedsReport():
                 self._recorder.fence(report, wished=False)
+                self._safeguards.rebuilt(report)
             case FenceReport():
                 self._desk.take(report)
             case HeldReport():
@@ -199,6 +199,8 @@ class TrainingLoop:
         age_steps = self._progress.global_step - consultation.state.global_step
         stale = age_steps > self._control.max_staleness_steps
         self._recorder.consultation(consultation, stale=stale)
+        if consultation.failed:
+            self._safeguards.failing(PEER_FAILURE)
         if not stale and not self._ended:
             self._enactor.enact(consultation)
         self.feed.changed()
@@ -207,7 +209,9 @@ class TrainingLoop:
 
     def status(self) -> GetStatusResponse:
         """The run's part of GetStatus."""
-        return status_message(self._progress, now_s=time.monotonic())
+        status = status_message(self._progress, now_s=time.monotonic())
+        self._safeguards.tell(status)
+        return status
 
     @property
     def global_step(self) -> int:
@@ -231,23 +235,10 @@ class TrainingLoop:
         self._lane.release()
 
     async def adjust_rate(self, request: AdjustLearningRateRequest) -> int:
-        """Change learning rates at the next fence; returns the global step at which it took effect.
-
-        Raises:
-            WrongStateError: when the run has ended.
-            InvalidFieldError: what makes no sense, is out of bounds or means no group; nothing has changed then.
-        """
+        """Change learning rates at the next fence, as `Enactor.adjust` does. WrongStateError: the run has ended."""
         if self._ended:
             raise WrongStateError("the run has ended: there is no rate to change")
-        try:
-            adjustment = operators_adjustment(request)
-            report = await self._desk.carry_out(AdjustRate(adjustment))
-        except AdjustmentRefusedError as error:
-            raise InvalidFieldError(error.field, str(error)) from None
-        except UnknownGroupError as error:
-            raise InvalidFieldError("group", str(error)) from None
-        self._enactor.adjusted(adjustment, report)
-        return report.global_step
+        return await self._enactor.adjust(request)
 
     async def stop(self, reason: str) -> None:
         """Finish the step and end the run; returns when it has ended. Raises WrongStateError when it had before."""

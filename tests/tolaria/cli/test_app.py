@@ -22,7 +22,7 @@ from tolaria.errors import BindError, TolariaError, UnknownJobError
 
 Serve = Callable[[FakeAdmin], str]
 
-_COMMANDS = ("serve", "demo", "status", "watch", "pause", "resume", "stop", "peer", "config")
+_COMMANDS = ("serve", "demo", "status", "watch", "pause", "resume", "stop", "conservative", "peer", "config")
 _NOBODY = "127.0.0.1:1"
 
 runner = CliRunner()

@@ -54,6 +54,10 @@ class FakeRun:
             raise InvalidFieldError("value", "must not be")
         return self.global_step
 
+    def set_conservative(self, *, enabled: bool) -> tuple[str, ...]:
+        """One reason stands whatever is wished."""
+        return ("operator", "breaker_open:tamiyo") if enabled else ("breaker_open:tamiyo",)
+
     def _enter(self, event: RunEvent, reason: str) -> None:
         self.state = after(self.state, event)
         self.reasons.append(reason)
@@ -74,7 +78,9 @@ async def served(interval_s: float = 60.0) -> AsyncIterator[Served]:
         status.metrics_address = "m"
 
     def register(server: grpc.aio.Server) -> None:
-        service = AdminService(run, complete=complete, closing=closing, interval_s=interval_s, request_memory=100)
+        service = AdminService(
+            run, safety=run, complete=complete, closing=closing, interval_s=interval_s, request_memory=100
+        )
         add_TolariaAdminServiceServicer_to_server(service, server)
 
     async with (
@@ -112,6 +118,18 @@ async def test_pause_resume_stop_tell_step_and_state() -> None:
     ]  # fmt: skip
     assert {a.global_step for a in (paused, resumed, stopped)} == {7}
     assert it.run.reasons == ["look", "fine", "enough"]
+
+
+async def test_conservative_mode_is_switched_and_what_stands_is_told() -> None:
+    """Switched off, a reason whose cause stands is still in the answer."""
+    async with served() as it:
+        on = await it.stub.SetConservativeMode(
+            admin.SetConservativeModeRequest(request_id="1", reason="look", enabled=True)
+        )
+        off = await it.stub.SetConservativeMode(admin.SetConservativeModeRequest(request_id="2", reason="fine"))
+    assert list(on.conservative_reasons) == ["operator", "breaker_open:tamiyo"]
+    assert list(off.conservative_reasons) == ["breaker_open:tamiyo"]
+    assert on.global_step == 7
 
 
 async def test_a_repeated_request_is_carried_out_once() -> None:
@@ -152,7 +170,6 @@ async def test_a_missing_reason_is_named() -> None:
         ("RaiseEmergency", admin.RaiseEmergencyRequest()),
         ("ClearEmergency", admin.ClearEmergencyRequest()),
         ("ListIncidents", admin.ListIncidentsRequest()),
-        ("SetConservativeMode", admin.SetConservativeModeRequest()),
         ("CaptureProfile", admin.CaptureProfileRequest()),
     ],
 )

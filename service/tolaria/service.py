@@ -32,6 +32,7 @@ from leyline.v1.admin_service_pb2_grpc import add_TolariaAdminServiceServicer_to
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN
 from tolaria import __version__
 from tolaria.config import PeerSettings, Settings, child_environment
+from tolaria.emergency.watching import watch_board
 from tolaria.grpc_server import GrpcServer, grpc_server
 from tolaria.peers.calls import Peer
 from tolaria.peers.connect import Peers, connected_peers
@@ -39,17 +40,19 @@ from tolaria.peers.signing import NonceTable
 from tolaria.peers.verification import CommandVerifier, Trust
 from tolaria.reference.embedded import EmbeddedPair, embedded_pair
 from tolaria.rpc.admin import AdminService
+from tolaria.signals import SignalBoard
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.exporter import exporter
 from tolaria.telemetry.logging import LogContext, logging_to
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.consult import Consultant, Consultation
 from tolaria.training.feed import StatusFeed
+from tolaria.training.guardian import Guardian
 from tolaria.training.loop import TrainingLoop
 from tolaria.training.progress import Progress
 from tolaria.training.record import Recorder
 from tolaria.training.rig import Rig, build_rig
-from tolaria.training.safeguards import KASMINA, TAMIYO, Safeguards
+from tolaria.training.safeguards import KASMINA, TAMIYO
 from tolaria.training.safety_desk import SafetyDesk
 
 ADMIN_SERVICE = admin_service_pb2.DESCRIPTOR.services_by_name["TolariaAdminService"].full_name
@@ -66,6 +69,7 @@ def run(settings: Settings) -> int:
         JobError: when the job cannot be built; nothing has been started by then.
         BindError: when an address cannot be had; what had been started is stopped again.
         PeerUnavailableError: when an embedded peer does not start.
+        SignalError: when the signal board cannot be had.
     """
     metrics = Metrics()
     context = LogContext()
@@ -73,7 +77,9 @@ def run(settings: Settings) -> int:
     with logging_to(sys.stderr, settings.logging, context, on_dropped=lambda priority: dropped.labels(priority).inc()):
         rig = build_rig(settings)
         metrics.build_info.info({"version": __version__, "torch": version("torch"), "device": str(rig.device)})
-        return anyio.run(_Service(settings, rig, metrics, context).serve)
+        progress = _new_progress(settings, rig)
+        with SignalBoard.create(settings.signals.board(progress.run_id), progress.run_id) as board:
+            return anyio.run(_Service(settings, rig, progress, metrics=metrics, log_context=context, board=board).serve)
 
 
 @dataclass(slots=True)
@@ -87,13 +93,22 @@ class _Endings:
 class _Service:
     """One service around one run. Built inside the event loop's process, used on the event loop only."""
 
-    def __init__(self, settings: Settings, rig: Rig, metrics: Metrics, log_context: LogContext) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        rig: Rig,
+        progress: Progress,
+        *,
+        metrics: Metrics,
+        log_context: LogContext,
+        board: SignalBoard,
+    ) -> None:
         self._settings = settings
         self._rig = rig
         self._metrics = metrics
         self._emitter = Emitter()
         self._log = structlog.get_logger()
-        self._progress = _new_progress(settings, rig)
+        self._progress = progress
         self._recorder = Recorder(
             self._progress,
             gradients=settings.gradients,
@@ -102,8 +117,11 @@ class _Service:
             log_context=log_context,
         )
         self._feed = StatusFeed()
-        self._safeguards = Safeguards(
-            recovery_epochs=settings.emergency.recovery_epochs,
+        self._board = board
+        self._guardian = Guardian(
+            board,
+            board.claim("tolaria"),
+            settings=settings.emergency,
             metrics=metrics,
             emitter=self._emitter,
             changed=self._feed.changed,
@@ -137,6 +155,7 @@ class _Service:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._drain_on_signal, tasks, loop, endings)
             tasks.start_soon(loop.consultant.serve)
+            tasks.start_soon(watch_board, self._board, self._guardian.controller)
             tasks.start_soon(self._publish_health, server)
             await loop.run()
             if not self._settings.service.exit_when_done:
@@ -164,7 +183,7 @@ class _Service:
             await server.set_health("", serving=not self._reasons_not_ready())
             await server.set_health("tolaria.training", serving=running)
             for name in (TAMIYO, KASMINA):
-                serving = self._safeguards.breakers[name].state != CIRCUIT_STATE_OPEN
+                serving = self._guardian.safeguards.breakers[name].state != CIRCUIT_STATE_OPEN
                 await server.set_health(f"tolaria.{name}", serving=serving)
             await self._feed.next()
 
@@ -195,7 +214,7 @@ class _Service:
                 verifier=_new_verifier(settings),
                 metrics=self._metrics,
                 emitter=self._emitter,
-                permits=self._safeguards.permits,
+                permits=self._guardian.safeguards.permits,
                 on_settled=on_settled,
             )
 
@@ -205,7 +224,7 @@ class _Service:
             control=settings.control,
             patience_s=settings.tamiyo.timeout_s + settings.kasmina.timeout_s,
             recorder=self._recorder,
-            safeguards=self._safeguards,
+            guardian=self._guardian,
             feed=self._feed,
             make_consultant=make_consultant,
         )
@@ -220,7 +239,7 @@ class _Service:
         def register(server: grpc.aio.Server) -> None:
             service = AdminService(
                 loop,
-                safety=SafetyDesk(loop, self._safeguards),
+                safety=SafetyDesk(loop, self._guardian),
                 complete=complete,
                 closing=endings.closing,
                 interval_s=settings.server.status_interval_ms / 1000,
@@ -244,7 +263,9 @@ class _Service:
         if missing:
             self._log.info("embedded_peers", peers=missing, detail="no target was given: the reference peers start")
         stop_timeout_s = _CHILDREN_SHARE * settings.service.drain_timeout_s
-        return embedded_pair(child_environment(settings), missing, stop_timeout_s=stop_timeout_s)
+        return embedded_pair(
+            child_environment(settings), missing, board=self._board.path, stop_timeout_s=stop_timeout_s
+        )
 
     def _connected_peers(self, pair: EmbeddedPair) -> AbstractAsyncContextManager[Peers]:
         def with_target(settings: PeerSettings, embedded: str) -> PeerSettings:
@@ -253,7 +274,7 @@ class _Service:
         return connected_peers(
             with_target(self._settings.tamiyo, pair.tamiyo),
             with_target(self._settings.kasmina, pair.kasmina),
-            breakers=self._safeguards.breakers,
+            breakers=self._guardian.safeguards.breakers,
             metrics=self._metrics,
             emitter=self._emitter,
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -14,20 +16,22 @@ from leyline.v1.admin_service_pb2 import RunState
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
-from tolaria.config import ControlSettings, GradientsSettings, Settings, TrainingSettings
+from tolaria.config import ControlSettings, EmergencySettings, GradientsSettings, Settings, TrainingSettings
+from tolaria.emergency.watching import watch_board
 from tolaria.peers.kasmina import Applied
 from tolaria.peers.signing import NonceTable
 from tolaria.peers.verification import CommandVerifier, Trust
+from tolaria.signals import SignalBoard
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.consult import Consultant, Consultation
 from tolaria.training.feed import StatusFeed
+from tolaria.training.guardian import Guardian
 from tolaria.training.loop import TrainingLoop
 from tolaria.training.progress import Progress
 from tolaria.training.record import Recorder
 from tolaria.training.rig import build_rig
-from tolaria.training.safeguards import Safeguards
 
 Answer = Callable[[SystemStatePacket], Awaitable[AdaptationCommand | None]]
 
@@ -70,15 +74,17 @@ class RunUnderTest:
         self,
         loop: TrainingLoop,
         recorder: Recorder,
-        safeguards: Safeguards,
+        guardian: Guardian,
         *,
+        board: SignalBoard,
         metrics: Metrics,
         emitter: Emitter,
         rig: object,
     ) -> None:
         self.loop = loop
         self.progress = recorder.progress
-        self.safeguards = safeguards
+        self.guardian, self.safeguards = guardian, guardian.safeguards
+        self.board = board
         self.metrics = metrics
         self.emitter = emitter
         self.rig = rig
@@ -115,6 +121,7 @@ def new_run(
     # In a thread, as the service builds it before there is a loop: jobs read files and import modules.
     with ThreadPoolExecutor(1) as pool:
         rig = pool.submit(build_rig, Settings(training=settings, **(sections or {}))).result()  # type: ignore[arg-type]
+        board = pool.submit(_board).result()
     metrics, emitter = Metrics(), Emitter()
     progress = Progress("run", settings.job, "test", settings.epochs, rig.steps_per_epoch, time.monotonic())
     gradients = GradientsSettings.model_validate((sections or {}).get("gradients", {}))
@@ -127,29 +134,33 @@ def new_run(
             verifier=CommandVerifier(Trust(), NonceTable(window_s=300.0)),
             metrics=metrics,
             emitter=emitter,
-            permits=safeguards.permits,
+            permits=guardian.safeguards.permits,
             on_settled=on_settled,
         )
 
     feed = StatusFeed()
-    safeguards = Safeguards(recovery_epochs=3, metrics=metrics, emitter=emitter, changed=feed.changed)
+    emergency = EmergencySettings.model_validate((sections or {}).get("emergency", {}))
+    guardian = Guardian(
+        board, board.claim("tolaria"), settings=emergency, metrics=metrics, emitter=emitter, changed=feed.changed
+    )
     loop = TrainingLoop(
         rig,
         training=settings,
         control=control,
         patience_s=1.0,
         recorder=recorder,
-        safeguards=safeguards,
+        guardian=guardian,
         feed=feed,
         make_consultant=make_consultant,
     )
-    return RunUnderTest(loop, recorder, safeguards, metrics=metrics, emitter=emitter, rig=rig)
+    return RunUnderTest(loop, recorder, guardian, board=board, metrics=metrics, emitter=emitter, rig=rig)
 
 
 @asynccontextmanager
 async def running(run: RunUnderTest) -> AsyncIterator[RunUnderTest]:
     """The run and its consultations going on; at the end the lane's thread must be gone."""
     async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watch_board, run.board, run.guardian.controller)
         tasks.start_soon(run.loop.consultant.serve)
         tasks.start_soon(run.loop.run)
         try:
@@ -158,4 +169,15 @@ async def running(run: RunUnderTest) -> AsyncIterator[RunUnderTest]:
             with anyio.CancelScope(shield=True):
                 ended = await anyio.to_thread.run_sync(run.loop.close, 10.0)
             tasks.cancel_scope.cancel()
+    await anyio.to_thread.run_sync(_remove, run.board)
     assert ended
+
+
+def _board() -> SignalBoard:
+    """A board that nobody else finds, in a folder of its own."""
+    return SignalBoard.create(Path(tempfile.mkdtemp(prefix="tolaria-test-")) / "board", "run")
+
+
+def _remove(board: SignalBoard) -> None:
+    board.close(unlink=True)
+    board.path.parent.rmdir()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import platform
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,8 +14,10 @@ from typer.core import TyperGroup
 
 from tolaria import __version__
 from tolaria.cli.changes import changes
+from tolaria.cli.emergency import emergency_app
 from tolaria.cli.failures import INTERRUPTED, exit_code
 from tolaria.cli.options import TIMEOUT_S, AsJson, ConfigFile, Overrides, ServiceAddress, Timeout, WhileStdin
+from tolaria.cli.signals import signals_app
 from tolaria.config import quieten_grpc
 from tolaria.errors import TolariaError
 
@@ -152,6 +155,9 @@ def peer(
     name: Annotated[PeerName, typer.Argument(help="The controller (tamiyo) or the executor (kasmina).")],
     *,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to serve; port 0: any free one.")],
+    board: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The service's signal board, to acknowledge emergencies on.")
+    ] = None,
     config_file: ConfigFile = None,
     overrides: Overrides = None,
     while_stdin: WhileStdin = False,
@@ -164,6 +170,7 @@ def peer(
         listen,
         config_file,
         overrides or [],
+        board=board,
         while_stdin=while_stdin,
     )
 
@@ -185,4 +192,6 @@ def show(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None
 
 
 app.add_typer(changes)
+app.add_typer(emergency_app, name="emergency")
+app.add_typer(signals_app, name="signals")
 app.add_typer(config_app, name="config")

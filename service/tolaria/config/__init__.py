@@ -1,11 +1,11 @@
 """The one settings tree, where its values come from, and how they are shown. Knows nothing of what is configured."""
 
 from tolaria.config.addresses import Address
+from tolaria.config.safety import EmergencySettings, SignalsSettings
 from tolaria.config.show import as_toml
 from tolaria.config.sources import child_environment, load_settings, quieten_grpc
 from tolaria.config.tree import (
     ControlSettings,
-    EmergencySettings,
     FastPathSettings,
     GradientsSettings,
     LeylineSettings,
@@ -35,6 +35,7 @@ __all__ = [
     "ServerSettings",
     "ServiceSettings",
     "Settings",
+    "SignalsSettings",
     "TrainingSettings",
     "as_toml",
     "child_environment",

@@ -7,34 +7,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, SecretStr, model_validator
+from pydantic import Field, JsonValue, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tolaria.config.addresses import Address
+from tolaria.config.parts import ListenAddress, Milliseconds, Seconds, Section, Share, Target
+from tolaria.config.safety import EmergencySettings, SignalsSettings
 
 
-def _listen_address(text: str) -> str:
-    return str(Address.parse(text))
-
-
-def _target(text: str) -> str:
-    if text and Address.parse(text).port == 0:
-        raise ValueError(f"{text!r} has port 0, to which nobody can connect")
-    return text
-
-
-ListenAddress = Annotated[str, AfterValidator(_listen_address)]
-Target = Annotated[str, AfterValidator(_target)]
-Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Milliseconds = Annotated[float, Field(gt=0, le=60_000, allow_inf_nan=False)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class ServiceSettings(_Section):
+class ServiceSettings(Section):
     """The process itself."""
 
     drain_timeout_s: Seconds = 10.0
@@ -44,7 +25,7 @@ class ServiceSettings(_Section):
     """End the process when the run has finished (exit 0) or failed (exit 1). Off: final metrics stay readable."""
 
 
-class ServerSettings(_Section):
+class ServerSettings(Section):
     """The admin gRPC server."""
 
     listen: ListenAddress = "127.0.0.1:50051"
@@ -57,14 +38,14 @@ class ServerSettings(_Section):
     """How many request_ids are remembered, so that a repeat gets the first answer. 4096: days of operators."""
 
 
-class MetricsSettings(_Section):
+class MetricsSettings(Section):
     """The HTTP server for /metrics, /livez and /readyz."""
 
     listen: ListenAddress = "127.0.0.1:9464"
     """Where Prometheus scrapes. 9464 is the port that exporters of OpenTelemetry's kind use."""
 
 
-class LoggingSettings(_Section):
+class LoggingSettings(Section):
     """Logs go to standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -74,7 +55,7 @@ class LoggingSettings(_Section):
     """auto is console on a terminal and JSON elsewhere: people and collectors both get what they read."""
 
 
-class PeerSettings(_Section):
+class PeerSettings(Section):
     """One peer: Tamiyo (the controller) or Kasmina (the executor)."""
 
     target: Target = ""
@@ -84,7 +65,7 @@ class PeerSettings(_Section):
     """Deadline of one call, cancelled on the peer's side too. 2.0: an answer later than that is stale anyway."""
 
 
-class ControlSettings(_Section):
+class ControlSettings(Section):
     """The control loop at fences."""
 
     boundary_budget_ms: Milliseconds = 18.0
@@ -100,7 +81,7 @@ class ControlSettings(_Section):
     """Consecutive non-finite steps after which the run halts. 8: a bad shard passes, a diverged model does not."""
 
 
-class TrainingSettings(_Section):
+class TrainingSettings(Section):
     """What is trained, and how."""
 
     job: str = Field(default="digits", min_length=1)
@@ -134,7 +115,7 @@ class TrainingSettings(_Section):
     """CPU threads of torch. 0: one fewer than there are cores, at least 1, so that RPCs have a core to answer on."""
 
 
-class OptimizerSettings(_Section):
+class OptimizerSettings(Section):
     """The learning rate, and when the optimizer is rebuilt. Schedules count optimizer updates of the whole run."""
 
     policy: Literal["constant", "cosine", "step"] = "constant"
@@ -177,7 +158,7 @@ class OptimizerSettings(_Section):
     """Least updates between two rebuilds. 10: a controller gone wild cannot keep the lane busy with them."""
 
 
-class FastPathSettings(_Section):
+class FastPathSettings(Section):
     """Fast paths of PyTorch. auto is on where the device gains by it; what runs is shown by `tolaria status`."""
 
     fused: Literal["auto", "off"] = "auto"
@@ -196,7 +177,7 @@ class FastPathSettings(_Section):
     """Pinned memory and copies that do not block on CUDA. auto: on."""
 
 
-class SeedsSettings(_Section):
+class SeedsSettings(Section):
     """Networks grafted into the host."""
 
     isolation: bool = True
@@ -206,7 +187,7 @@ class SeedsSettings(_Section):
     """Updates over which a culled seed fades. 100: the host follows without a jump."""
 
 
-class GradientsSettings(_Section):
+class GradientsSettings(Section):
     """How gradients of several sources become one."""
 
     mode: Literal["seed", "microbatch", "sum"] = "seed"
@@ -231,14 +212,7 @@ class GradientsSettings(_Section):
     """Rate of conflicts over all sources that is an event."""
 
 
-class EmergencySettings(_Section):
-    """When the service leaves things alone or stops by itself, and how it comes back."""
-
-    recovery_epochs: int = Field(default=3, ge=1)
-    """Healthy epochs in a row that end a failed one's conservative mode. 3: as many as failures open a breaker."""
-
-
-class LeylineSettings(_Section):
+class LeylineSettings(Section):
     """Trust in what comes over the contract."""
 
     secret: SecretStr = SecretStr("")
@@ -274,6 +248,7 @@ class Settings(BaseSettings):
     seeds: SeedsSettings = SeedsSettings()
     gradients: GradientsSettings = GradientsSettings()
     emergency: EmergencySettings = EmergencySettings()
+    signals: SignalsSettings = SignalsSettings()
     leyline: LeylineSettings = LeylineSettings()
 
     @model_validator(mode="after")

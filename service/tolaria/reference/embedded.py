@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import anyio
 import structlog
@@ -59,10 +60,13 @@ async def embedded_pair(
     peers: Sequence[Peer] = BOTH,
     *,
     command: Sequence[str] = (sys.executable, "-m", "tolaria"),
+    board: Path | None = None,
     start_timeout_s: float = 30.0,
     stop_timeout_s: float = 3.0,
 ) -> AsyncIterator[EmbeddedPair]:
     """Run `command peer NAME --listen 127.0.0.1:0 --while-stdin` for each of `peers` while the block runs.
+
+    With a `board` they attend it too.
 
     A child's first line on standard output is {"listening": "host:port"}. It ends with its standard input, so that it
     outlives this process in no case. One that dies within the block is logged, and calls to it fail. At the end each
@@ -77,7 +81,7 @@ async def embedded_pair(
         async with anyio.create_task_group() as watchers:
             try:
                 for peer in peers:
-                    children.append(await _spawn(peer, command, environment))
+                    children.append(await _spawn(peer, command, environment, board))
                     watchers.start_soon(_collect, children[-1])
                 targets = await _targets(children, start_timeout_s)
                 for child in children:
@@ -98,8 +102,9 @@ async def embedded_pair(
                 await child.process.aclose()
 
 
-async def _spawn(peer: Peer, command: Sequence[str], environment: Mapping[str, str]) -> _Child:
+async def _spawn(peer: Peer, command: Sequence[str], environment: Mapping[str, str], board: Path | None) -> _Child:
     arguments = [*command, "peer", peer, "--listen", "127.0.0.1:0", "--while-stdin"]
+    arguments += [] if board is None else [f"--board={board}"]
     # Shielded, since a process that is half started belongs to nobody who could end it.
     with anyio.CancelScope(shield=True):
         try:

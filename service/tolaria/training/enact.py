@@ -12,13 +12,14 @@ from leyline.v1.admin_service_pb2 import AdjustLearningRateRequest
 from leyline.v1.commands_pb2 import AdaptationCommand
 from tolaria.errors import AdjustmentRefusedError, CommandRejectedError, InvalidFieldError, UnknownGroupError
 from tolaria.optimization import Adjustment
-from tolaria.training.commands import fence_commands, force_breaker, operators_adjustment
+from tolaria.training.commands import emergency_asked, fence_commands, force_breaker, operators_adjustment
 from tolaria.training.consult import Consultation, in_words
 from tolaria.training.fence_desk import FenceDesk, OnDone
 from tolaria.training.fences import AdjustRate, FenceCommand, FenceReport, RatesChanged, Reconcile
 from tolaria.training.growth import SeedsReport
+from tolaria.training.guardian import Guardian
 from tolaria.training.record import Recorder
-from tolaria.training.safeguards import Safeguards
+from tolaria.training.safeguards import TAMIYO
 
 
 class Enactor:
@@ -28,7 +29,7 @@ class Enactor:
         desk: where the lane is asked.
         recorder: where outcomes go.
         hold: holds the run, with a reason.
-        safeguards: breakers to force, and the mode in which seeds are left alone.
+        guardian: breakers to force, emergencies to raise, and the mode in which seeds are left alone.
         changed: called after something has taken effect.
     """
 
@@ -38,13 +39,13 @@ class Enactor:
         recorder: Recorder,
         *,
         hold: Callable[[str], None],
-        safeguards: Safeguards,
+        guardian: Guardian,
         changed: Callable[[], None],
     ) -> None:
         self._desk = desk
         self._recorder = recorder
         self._hold = hold
-        self._safeguards = safeguards
+        self._guardian, self._safeguards = guardian, guardian.safeguards
         self._changed = changed
 
     def enact(self, consultation: Consultation) -> None:
@@ -95,6 +96,9 @@ class Enactor:
                 self._recorder.applied(consultation)
             case enums.COMMAND_CIRCUIT_BREAKER:
                 force_breaker(command, self._safeguards)
+                self._recorder.applied(consultation)
+            case enums.COMMAND_EMERGENCY:
+                self._guardian.controller.escalate(*emergency_asked(command), origin=TAMIYO)
                 self._recorder.applied(consultation)
             case enums.COMMAND_PAUSE:
                 self._hold(f"asked by {command.issued_by or 'the controller'}")

@@ -17,6 +17,7 @@ from leyline.v1.admin_service_pb2 import (
     RUN_STATE_DRAINING,
     RUN_STATE_FAILED,
     RUN_STATE_FINISHED,
+    RUN_STATE_HALTED,
     RUN_STATE_PAUSED,
     AdjustLearningRateRequest,
     GetStatusResponse,
@@ -30,6 +31,7 @@ from tolaria.training.feed import StatusFeed
 from tolaria.training.fence_desk import FenceDesk
 from tolaria.training.fences import FenceReport
 from tolaria.training.growth import SeedsReport
+from tolaria.training.guardian import Guardian
 from tolaria.training.judge import Hold, Proceed, judge
 from tolaria.training.lane import Lane
 from tolaria.training.packet import state_packet, status_message
@@ -37,7 +39,7 @@ from tolaria.training.record import Recorder
 from tolaria.training.reports import EpochReport, HeldReport, LaneEnded, Report, ReportBox, StepReport
 from tolaria.training.rig import Rig
 from tolaria.training.run_state import RunEvent, after
-from tolaria.training.safeguards import PEER_FAILURE, Safeguards
+from tolaria.training.safeguards import PEER_FAILURE
 
 
 class TrainingLoop:
@@ -49,7 +51,7 @@ class TrainingLoop:
         control: budgets and bounds.
         patience_s: how long a deterministic boundary waits for the peers.
         recorder: writes progress, metrics and events.
-        safeguards: breakers and conservative mode.
+        guardian: safeguards and emergencies; told to halt this run where one asks for it.
         feed: told of every change.
         make_consultant: given what to call with settled consultations, makes the one to ask.
     """
@@ -62,7 +64,7 @@ class TrainingLoop:
         control: ControlSettings,
         patience_s: float,
         recorder: Recorder,
-        safeguards: Safeguards,
+        guardian: Guardian,
         feed: StatusFeed,
         make_consultant: Callable[[Callable[[Consultation], None]], Consultant],
     ) -> None:
@@ -70,21 +72,16 @@ class TrainingLoop:
         self._control = control
         self._recorder = recorder
         self._progress = recorder.progress
-        self._safeguards = safeguards
+        self._guardian, self._safeguards = guardian, guardian.safeguards
         self._log = structlog.get_logger()
         self.feed = feed
         self.consultant = make_consultant(self._settle)
-        self._policy = BoundaryPolicy(
-            budget_s=control.boundary_budget_ms / 1000,
-            tamiyo_s=control.tamiyo_budget_ms / 1000,
-            patient=training.deterministic,
-            patience_s=patience_s,
-        )
+        self._policy = BoundaryPolicy.of(control, patient=training.deterministic, patience_s=patience_s)
         self._boundary = Boundary(self.consultant, self._policy)
         self._box = ReportBox(self._notify)
         self._lane = Lane(rig, self._box, threads=training.threads)
         self._desk = FenceDesk(self._lane.post)
-        self._enactor = Enactor(self._desk, recorder, hold=self._hold, safeguards=safeguards, changed=feed.changed)
+        self._enactor = Enactor(self._desk, recorder, hold=self._hold, guardian=guardian, changed=feed.changed)
         recorder.fast_paths(rig.paths)
         recorder.rates(rig.growth.controller.learning_rates())
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -93,6 +90,7 @@ class TrainingLoop:
         self._held = anyio.Event()
         self._lane_ended: LaneEnded | None = None
         self._stopping = False
+        guardian.watch(self._halt)
 
     # -- the task ------------------------------------------------------------------------------------------------
 
@@ -132,7 +130,7 @@ class TrainingLoop:
         await self._boundary.wait_for_answer(state, self._progress.refusals, since_s=report.finished_at_s)
         held_up_s = time.monotonic() - report.finished_at_s
         breach = self._recorder.boundary(report, held_up_s, self._policy.budget_s, binding=not self._policy.patient)
-        self._safeguards.epoch_over(breach=breach)
+        self._guardian.epoch_over(breach=breach)
         self.feed.changed()
 
     async def _end_lane(self) -> None:
@@ -177,6 +175,7 @@ class TrainingLoop:
                 self._desk.take(report)
             case HeldReport():
                 self._held.set()
+                self._guardian.held()
                 self.feed.changed()
             case LaneEnded():
                 self._lane_ended = report
@@ -210,7 +209,7 @@ class TrainingLoop:
     def status(self) -> GetStatusResponse:
         """The run's part of GetStatus."""
         status = status_message(self._progress, now_s=time.monotonic())
-        self._safeguards.tell(status)
+        self._guardian.tell(status)
         return status
 
     @property
@@ -229,7 +228,13 @@ class TrainingLoop:
             await self._held.wait()
 
     def resume(self, reason: str) -> None:
-        """Go on from where the run was held; nothing to do when it runs. Raises WrongStateError as `pause` does."""
+        """Go on from where the run was held; nothing to do when it runs.
+
+        Raises:
+            WrongStateError: when the run has ended or is ending, or while an emergency halts it.
+        """
+        if self._guardian.halting:
+            raise WrongStateError("an emergency halts the run: clear it first")
         self._enter(RunEvent.RESUMED, reason)
         self._recorder.resumed()
         self._lane.release()
@@ -264,11 +269,20 @@ class TrainingLoop:
 
     @property
     def _on_hold(self) -> bool:
-        return self._ended or self._progress.state == RUN_STATE_PAUSED
+        return self._ended or self._progress.state in {RUN_STATE_PAUSED, RUN_STATE_HALTED}
 
-    def _hold(self, reason: str) -> None:
+    def _halt(self, reason: str) -> None:
+        """Freeze training; a run that stands already, or has ended, says so at once."""
+        if not self._ended:
+            self._hold(reason, RunEvent.HALTED)
+        if self._ended or self._held.is_set():
+            self._guardian.held()
+
+    def _hold(self, reason: str, event: RunEvent = RunEvent.PAUSED) -> None:
+        if self._progress.state == RUN_STATE_HALTED:
+            return  # by more than a pause
         was_held = self._progress.state == RUN_STATE_PAUSED
-        self._enter(RunEvent.PAUSED, reason)
+        self._enter(event, reason)
         if not was_held:
             self._held = anyio.Event()
             self._lane.hold()

@@ -46,7 +46,7 @@ async def test_the_mode_leaves_peers_and_seeds_alone_while_training_goes_on() ->
     """Nobody is asked, no seed grows, every epoch is trained; switched off, all of it comes back."""
     peers = FakePeers(seeds=[SeedState(seed_id="a", stage=SEED_STAGE_TRAINING, blueprint_id="residual_mlp")])
     run = new_run(peers, job="SlotJob", epochs=10**6, control=patient())
-    desk = SafetyDesk(run.loop, run.safeguards)
+    desk = SafetyDesk(run.loop, run.guardian)
     assert desk.set_conservative(enabled=True) == ("operator",)
     async with running(run):
         await run.until(lambda: len(run.progress.boundaries_ms) >= 3)
@@ -88,23 +88,21 @@ async def test_a_command_opens_the_breaker_that_it_names() -> None:
     status = run.loop.status()
     assert status.breakers["kasmina"] == CIRCUIT_STATE_OPEN
     assert status.breakers["tamiyo"] == CIRCUIT_STATE_CLOSED
-    assert list(status.conservative_reasons) == ["breaker_open:kasmina"]
+    assert list(status.conservative_reasons) == ["breaker_open:kasmina", "emergency"]
     assert status.commands_accepted == 1
 
 
 @pytest.mark.parametrize(
-    "made",
-    [
-        breaker_command("nobody", CIRCUIT_STATE_OPEN),
-        breaker_command("", CIRCUIT_STATE_OPEN),
-        breaker_command("tamiyo", CIRCUIT_STATE_HALF_OPEN),
-    ],
+    ("name", "desired"),
+    [("nobody", CIRCUIT_STATE_OPEN), ("", CIRCUIT_STATE_OPEN), ("tamiyo", CIRCUIT_STATE_HALF_OPEN)],
 )
-async def test_a_breaker_command_that_means_nothing_is_malformed(made: AdaptationCommand) -> None:
+async def test_a_breaker_command_that_means_nothing_is_malformed(
+    name: str, desired: CircuitBreakerState.ValueType
+) -> None:
     """No known name, or a state that nobody can order: refused by reason, and every breaker stays."""
 
     async def once(state: SystemStatePacket) -> AdaptationCommand | None:
-        return made if state.current_epoch == 1 else None
+        return breaker_command(name, desired) if state.current_epoch == 1 else None
 
     run = await finished(FakePeers(once), epochs=2)
     assert run.metrics.registry.get_sample_value("tolaria.command.rejected_total", {"reason": "malformed"}) == 1

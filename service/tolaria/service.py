@@ -32,12 +32,12 @@ from leyline.v1.admin_service_pb2_grpc import add_TolariaAdminServiceServicer_to
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN
 from tolaria import __version__
 from tolaria.config import PeerSettings, Settings, child_environment
+from tolaria.emergency.watched import stacks_on_request, stay_watched
 from tolaria.emergency.watching import watch_board
 from tolaria.grpc_server import GrpcServer, grpc_server
 from tolaria.peers.calls import Peer
 from tolaria.peers.connect import Peers, connected_peers
-from tolaria.peers.signing import NonceTable
-from tolaria.peers.verification import CommandVerifier, Trust
+from tolaria.peers.verification import new_verifier
 from tolaria.reference.embedded import EmbeddedPair, embedded_pair
 from tolaria.rpc.admin import AdminService
 from tolaria.signals import SignalBoard
@@ -70,6 +70,7 @@ def run(settings: Settings) -> int:
         BindError: when an address cannot be had; what had been started is stopped again.
         PeerUnavailableError: when an embedded peer does not start.
         SignalError: when the signal board cannot be had.
+        ConfigurationError: when state.dir cannot be written.
     """
     metrics = Metrics()
     context = LogContext()
@@ -78,7 +79,10 @@ def run(settings: Settings) -> int:
         rig = build_rig(settings)
         metrics.build_info.info({"version": __version__, "torch": version("torch"), "device": str(rig.device)})
         progress = _new_progress(settings, rig)
-        with SignalBoard.create(settings.signals.board(progress.run_id), progress.run_id) as board:
+        with (
+            SignalBoard.create(settings.signals.board(progress.run_id), progress.run_id) as board,
+            stacks_on_request(settings),
+        ):
             return anyio.run(_Service(settings, rig, progress, metrics=metrics, log_context=context, board=board).serve)
 
 
@@ -156,6 +160,7 @@ class _Service:
             tasks.start_soon(self._drain_on_signal, tasks, loop, endings)
             tasks.start_soon(loop.consultant.serve)
             tasks.start_soon(watch_board, self._board, self._guardian.controller)
+            tasks.start_soon(stay_watched, self._settings, self._board, self._guardian.hearts)
             tasks.start_soon(self._publish_health, server)
             await loop.run()
             if not self._settings.service.exit_when_done:
@@ -211,7 +216,7 @@ class _Service:
             return Consultant(
                 controller=peers.tamiyo,
                 executor=peers.kasmina,
-                verifier=_new_verifier(settings),
+                verifier=new_verifier(settings.leyline),
                 metrics=self._metrics,
                 emitter=self._emitter,
                 permits=self._guardian.safeguards.permits,
@@ -290,10 +295,3 @@ def _new_progress(settings: Settings, rig: Rig) -> Progress:
         steps_per_epoch=rig.steps_per_epoch,
         started_at_s=time.monotonic(),
     )
-
-
-def _new_verifier(settings: Settings) -> CommandVerifier:
-    leyline = settings.leyline
-    secrets = tuple(s.get_secret_value().encode() for s in (leyline.secret, leyline.previous_secret) if s)
-    trust = Trust(secrets=secrets, freshness_s=leyline.freshness_s)
-    return CommandVerifier(trust, NonceTable(window_s=leyline.nonce_window_s))

@@ -17,6 +17,7 @@ from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, EMERGENCY_LEVEL_UNSPECIFIED
 from support.processes import Serve, serve
+from tolaria.signals import SignalBoard
 
 LONG = ["training.epochs=100000"]
 PATIENCE_S = 30.0
@@ -32,7 +33,7 @@ def until(condition: Callable[[], object]) -> None:
 
 def tolaria(service: Serve, *arguments: str) -> str:
     """What the command prints."""
-    command = [sys.executable, "-m", "tolaria", *arguments, "--address", service.addresses()[0]]
+    command = [sys.executable, "-m", "tolaria", *arguments, "--timeout", "30", "--address", service.addresses()[0]]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
@@ -97,3 +98,33 @@ def test_an_operator_halts_by_the_board_when_no_rpc_would_do(tmp_path: Path, boa
         command = [sys.executable, "-m", "tolaria", "signals", "raise", "halt", "--reason", "by hand"]
         subprocess.run([*command, "--board", str(board)], check=True, timeout=60)
         until(lambda: json.loads(tolaria(service, "status", "--json"))["state"] == "RUN_STATE_HALTED")
+
+
+def test_a_lane_that_holds_the_gil_is_noticed_from_outside(tmp_path: Path, board: Path, reader: Path) -> None:
+    """HALT on the board while the process cannot do anything, seen from C; stacks dumped; halted once it is back."""
+    job = ["training.job=support.jobs:GilJob", "training.options.seconds=8", *LONG]
+    patience = ["emergency.heartbeat_timeout_s=2", "emergency.startup_allowance_s=0.1", "emergency.grace_s=60"]
+    with serve(*job, *patience, f"signals.path={board}", cwd=tmp_path) as service:
+        until(board.exists)
+        waiting = [str(reader), str(board), "wait", "4", str(int(PATIENCE_S * 1000))]
+        assert subprocess.run(waiting, check=False, stdout=subprocess.DEVNULL).returncode == 0
+        with SignalBoard.attach(board) as attached:
+            raised = attached.effective()
+            assert raised is not None
+            assert raised.origin == "sentinel"
+            silent_s = (raised.raised_ns - attached.read("tolaria").heartbeat_ns) / 1e9
+            assert 1.5 < silent_s < 8.0
+        assert "tolaria" not in attached_acknowledgements(board, raised.signal_id)
+        until(lambda: json.loads(tolaria(service, "status", "--json"))["state"] == "RUN_STATE_HALTED")
+        until(lambda: "tolaria" in attached_acknowledgements(board, raised.signal_id))
+        stacks = (tmp_path / "state" / "stacks.txt").read_text()
+        assert stacks.index("no heartbeat of the event loop") < stacks.index("in losses")
+        service.terminate()
+        service.wait()
+    assert "tolaria.heartbeat_lost" in [event["event"] for event in service.events()]
+
+
+def attached_acknowledgements(board: Path, signal_id: int) -> dict[str, int]:
+    """Who has acknowledged a signal by now."""
+    with SignalBoard.attach(board) as attached:
+        return attached.acknowledgements(signal_id)

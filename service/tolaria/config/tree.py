@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tolaria.config.addresses import Address
 from tolaria.config.parts import ListenAddress, Milliseconds, Seconds, Section, Share, Target
-from tolaria.config.safety import EmergencySettings, SignalsSettings
+from tolaria.config.safety import EmergencySettings, SignalsSettings, StateSettings
 
 
 class ServiceSettings(Section):
@@ -249,6 +249,7 @@ class Settings(BaseSettings):
     gradients: GradientsSettings = GradientsSettings()
     emergency: EmergencySettings = EmergencySettings()
     signals: SignalsSettings = SignalsSettings()
+    state: StateSettings = StateSettings()
     leyline: LeylineSettings = LeylineSettings()
 
     @model_validator(mode="after")
@@ -264,6 +265,8 @@ class Settings(BaseSettings):
             problems.append("optimizer.policy is step, which needs optimizer.period_steps")
         if self.leyline.nonce_window_s < self.leyline.freshness_s:
             problems.append("leyline.nonce_window_s is shorter than leyline.freshness_s, so that replays would pass")
+        if self.emergency.sentinel and self.emergency.drain_s <= self.service.drain_timeout_s:
+            problems.append("emergency.drain_s must exceed service.drain_timeout_s, or a drain would be cut short")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -25,6 +25,7 @@ from tolaria.emergency import (
     Trigger,
     recovered,
 )
+from tolaria.emergency.heartbeats import Heartbeats
 from tolaria.emergency.protocol import SENTINEL, TOLARIA
 from tolaria.errors import ClearanceRefusedError, EmergencyError
 from tolaria.resilience.conservative import EMERGENCY
@@ -64,6 +65,7 @@ class Guardian:
         self._changed = changed
         self._halt: Callable[[str], None] = lambda _reason: None
         self._streak = EpochStreak(settings.failed_epochs_max)
+        self.hearts = Heartbeats(participant)
         self._recorder = EmergencyRecorder(metrics, emitter, degraded=board.degraded)
         self._adopted = board.adopted
         self.controller = EmergencyController(

@@ -79,7 +79,7 @@ class TrainingLoop:
         self._policy = BoundaryPolicy.of(control, patient=training.deterministic, patience_s=patience_s)
         self._boundary = Boundary(self.consultant, self._policy)
         self._box = ReportBox(self._notify)
-        self._lane = Lane(rig, self._box, threads=training.threads)
+        self._lane = Lane(rig, self._box, threads=training.threads, hearts=guardian.hearts)
         self._desk = FenceDesk(self._lane.post)
         self._enactor = Enactor(self._desk, recorder, hold=self._hold, guardian=guardian, changed=feed.changed)
         recorder.fast_paths(rig.paths)

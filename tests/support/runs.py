@@ -48,12 +48,18 @@ class FakePeers:
         self.answer = answer
         self.seeds = seeds or []
         self.states: list[SystemStatePacket] = []
+        self.step_states: list[SystemStatePacket] = []
         self.applied: list[AdaptationCommand] = []
         self.refusals: list[tuple[str, str]] = []
 
     async def evaluate_epoch(self, state: SystemStatePacket) -> AdaptationCommand | None:
         """What the test scripted."""
         self.states.append(state)
+        return await self.answer(state)
+
+    async def evaluate_step(self, state: SystemStatePacket) -> AdaptationCommand | None:
+        """Likewise, between epochs."""
+        self.step_states.append(state)
         return await self.answer(state)
 
     async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> Applied:

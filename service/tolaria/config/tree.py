@@ -77,6 +77,9 @@ class ControlSettings(Section):
     max_staleness_steps: int = Field(default=1000, ge=0)
     """A late answer about a state older than this is dropped. 1000: a second of small steps, minutes of large ones."""
 
+    step_interval: int = Field(default=0, ge=0)
+    """Ask the controller every so many updates too, one question at a time, the newest state first. 0: epochs only."""
+
     max_void_steps: int = Field(default=8, ge=1)
     """Consecutive non-finite steps after which the run halts. 8: a bad shard passes, a diverged model does not."""
 

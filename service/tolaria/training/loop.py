@@ -25,6 +25,7 @@ from leyline.v1.admin_service_pb2 import (
 from tolaria.config import ControlSettings, TrainingSettings
 from tolaria.errors import LaneFailedError, WrongStateError
 from tolaria.training.boundary import Boundary, BoundaryPolicy
+from tolaria.training.cadence import StepCadence
 from tolaria.training.consult import Consultant, Consultation
 from tolaria.training.enact import Enactor
 from tolaria.training.feed import StatusFeed
@@ -78,6 +79,7 @@ class TrainingLoop:
         self.consultant = make_consultant(self._settle)
         self._policy = BoundaryPolicy.of(control, patient=training.deterministic, patience_s=patience_s)
         self._boundary = Boundary(self.consultant, self._policy)
+        self._cadence = StepCadence(self.consultant, self._progress, interval=control.step_interval)
         self._box = ReportBox(self._notify)
         self._lane = Lane(rig, self._box, threads=training.threads, hearts=guardian.hearts)
         self._desk = FenceDesk(self._lane.post)
@@ -164,6 +166,7 @@ class TrainingLoop:
             case StepReport():
                 self._recorder.step(report)
                 self._safeguards.step(report)
+                self._cadence.step(report)
                 self._enact(judge(self._progress.health, void_steps_max=self._control.max_void_steps))
             case EpochReport():
                 self._epoch_report = report

@@ -117,7 +117,7 @@ async def test_the_peer_sees_what_is_asked_and_how_long_it_has() -> None:
         rollback_id="r1", target_step=40, reason="loss exploded", deadline_ms=500
     )
     assert peer.requests[1].deadline_ms == 5000
-    assert 0 < peer.time_left_s[0] <= 0.5 < peer.time_left_s[1] <= 5.0
+    assert 0 < peer.time_left_s[0] <= 0.5 < peer.time_left_s[1] < 5.1
 
 
 async def test_a_silent_peer_is_a_timeout_and_then_an_open_breaker() -> None:

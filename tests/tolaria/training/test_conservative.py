@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from leyline.v1.commands_pb2 import AdaptationCommand
@@ -8,6 +10,7 @@ from leyline.v1.enums_pb2 import (
     CIRCUIT_STATE_HALF_OPEN,
     CIRCUIT_STATE_OPEN,
     COMMAND_CIRCUIT_BREAKER,
+    COMMAND_SEED,
     SEED_STAGE_TRAINING,
     CircuitBreakerState,
 )
@@ -107,3 +110,25 @@ async def test_a_breaker_command_that_means_nothing_is_malformed(
     run = await finished(FakePeers(once), epochs=2)
     assert run.metrics.registry.get_sample_value("tolaria.command.rejected_total", {"reason": "malformed"}) == 1
     assert set(run.loop.status().breakers.values()) == {CIRCUIT_STATE_CLOSED}
+
+
+async def test_an_answer_that_the_mode_has_overtaken_moves_no_seed() -> None:
+    """The mode comes while Kasmina is still answering: neither her wishes nor the command behind them take effect."""
+    seed = SeedState(seed_id="a", stage=SEED_STAGE_TRAINING, blueprint_id="residual_mlp")
+
+    async def germinate(_state: SystemStatePacket) -> AdaptationCommand | None:
+        return command(COMMAND_SEED)
+
+    class Overtaken(FakePeers):
+        async def export_seeds(
+            self, state: SystemStatePacket, refusals: Sequence[tuple[str, str]] = ()
+        ) -> list[SeedState]:
+            run.safeguards.mode.force_on()
+            return await super().export_seeds(state, refusals)
+
+    run = new_run(Overtaken(germinate, [seed]), epochs=3, job="SlotJob", control=patient())
+    async with running(run):
+        await run.until(lambda: run.state == "FINISHED")
+    assert list(run.loop.status().seeds) == []
+    assert run.progress.commands_accepted == 0
+    assert run.metrics.registry.get_sample_value("tolaria.command.rejected_total", {"reason": "conservative"}) == 1

@@ -64,13 +64,14 @@ async def test_one_question_at_a_time_and_the_newest_state_next() -> None:
 @pytest.mark.parametrize("kind", [COMMAND_PAUSE, COMMAND_SEED])
 async def test_an_answer_between_epochs_takes_effect(kind: CommandType.ValueType) -> None:
     """A pause holds the run; a seed command goes to Kasmina, and what she desires then grows."""
+    asked = [command(kind)]
 
     async def once(_state: SystemStatePacket) -> AdaptationCommand | None:
-        return command(kind) if len(peers.step_states) == 1 else None
+        return asked.pop() if asked else None
 
     seed = SeedState(seed_id="a", stage=SEED_STAGE_TRAINING, blueprint_id="residual_mlp")
     peers = FakePeers(once, [seed])
-    run = asking_every(2, peers, job="SlotJob")
+    run = asking_every(2, peers, job="SlotJob")  # an epoch has eight: the first question comes between epochs
     async with running(run):
         await run.until(lambda: run.progress.commands_accepted >= 1)
         if kind == COMMAND_PAUSE:

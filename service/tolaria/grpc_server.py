@@ -121,8 +121,8 @@ def _bind(server: grpc.aio.Server, what: str, listen: str) -> Address:
     host = Address.parse(listen).host
     try:
         port = server.add_insecure_port(listen)
-    except RuntimeError as error:
-        raise BindError(what, listen, str(error)) from None
+    except RuntimeError:  # gRPC's own words are about its environment variables
+        port = 0
     if port == 0:
         raise BindError(what, listen, "the address is in use or not of this machine")
     return Address(host, port)

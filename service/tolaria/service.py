@@ -5,6 +5,7 @@ Owns start, drain and exit code. Must not hold rules, and never touches a tensor
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 import time
@@ -75,7 +76,8 @@ def run(settings: Settings) -> int:
     metrics = Metrics()
     context = LogContext()
     dropped = metrics.telemetry_dropped_total
-    with logging_to(sys.stderr, settings.logging, context, on_dropped=lambda priority: dropped.labels(priority).inc()):
+    stderr = sys.stderr or io.StringIO()  # closed: whoever started us does not want to hear
+    with logging_to(stderr, settings.logging, context, on_dropped=lambda priority: dropped.labels(priority).inc()):
         rig = build_rig(settings)
         metrics.build_info.info({"version": __version__, "torch": version("torch"), "device": str(rig.device)})
         progress = _new_progress(settings, rig)
@@ -227,7 +229,8 @@ class _Service:
             self._rig,
             training=settings.training,
             control=settings.control,
-            patience_s=settings.tamiyo.timeout_s + settings.kasmina.timeout_s,
+            # Three calls at most: ask, hand over, hear what is desired; each has its own deadline.
+            patience_s=settings.tamiyo.timeout_s + 2 * settings.kasmina.timeout_s + 1.0,
             recorder=self._recorder,
             guardian=self._guardian,
             feed=self._feed,

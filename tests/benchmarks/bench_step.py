@@ -34,7 +34,7 @@ def plain_s(job_name: str, options: dict[str, int]) -> float:
     optimizer, cursor = job.build_optimizer(model), job.training_data()
     cursor.begin_epoch(1)
     model.train()
-    times = []
+    times: list[float] = []
     while (batch := cursor.next_batch()) is not None:
         started = time.perf_counter()
         optimizer.zero_grad()
@@ -51,7 +51,7 @@ def lane_s(job_name: str, options: dict[str, int]) -> float:
     rig = build_rig(Settings(training=training, fastpaths=FastPathSettings(fused="off")))
     rig.cursor.begin_epoch(1)
     rig.model.train()
-    times = []
+    times: list[float] = []
     while True:
         started = time.perf_counter()
         report = train_step(rig, 1, lambda: True)

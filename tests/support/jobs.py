@@ -177,6 +177,11 @@ class SeedIdsJob(SlotJob):
 
 
 class _WithSeedIds(TensorCursor):
+    @staticmethod
+    def owner(place: int) -> str:
+        """Whose the sample at a place in the batch is."""
+        return "a" if place % 2 else ""
+
     def next_batch(self) -> Batch | None:
         batch = super().next_batch()
-        return batch and replace(batch, seed_ids=["a" if i % 2 else "" for i in range(batch.samples)])
+        return batch and replace(batch, seed_ids=[self.owner(place) for place in range(batch.samples)])

@@ -51,6 +51,7 @@ class FakePeers:
         self.step_states: list[SystemStatePacket] = []
         self.applied: list[AdaptationCommand] = []
         self.refusals: list[tuple[str, str]] = []
+        self.takes = True
 
     async def evaluate_epoch(self, state: SystemStatePacket) -> AdaptationCommand | None:
         """What the test scripted."""
@@ -63,9 +64,9 @@ class FakePeers:
         return await self.answer(state)
 
     async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> Applied:
-        """Take every command."""
+        """Take every command, unless the test says otherwise."""
         self.applied.append(command)
-        return Applied(applied=True, detail="germinated", seeds=self.seeds)
+        return Applied(applied=self.takes, detail="germinated" if self.takes else "no room", seeds=self.seeds)
 
     async def export_seeds(self, state: SystemStatePacket, refusals: Sequence[tuple[str, str]] = ()) -> list[SeedState]:
         """The scripted seeds."""

@@ -169,6 +169,7 @@ class GetStatusResponse(_message.Message):
     UPTIME_S_FIELD_NUMBER: _builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     BOUNDARY_BUDGET_MS_FIELD_NUMBER: _builtins.int
+    ADJUSTMENTS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     state: Global___RunState.ValueType
     epoch: _builtins.int
@@ -222,6 +223,10 @@ class GetStatusResponse(_message.Message):
     def fast_paths(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Fast path name -> what runs ("fused", "off: no device")."""
 
+    @_builtins.property
+    def adjustments(self) -> _containers.RepeatedCompositeFieldContainer[Global___LearningRateAdjustment]:
+        """Changes of learning rate that hold now, oldest first."""
+
     def __init__(
         self,
         *,
@@ -260,14 +265,61 @@ class GetStatusResponse(_message.Message):
         uptime_s: _builtins.float = ...,
         metrics_address: _builtins.str = ...,
         boundary_budget_ms: _builtins.float = ...,
+        adjustments: _abc.Iterable[Global___LearningRateAdjustment] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["health", b"health", "last_command", b"last_command"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boundaries_over_budget", b"boundaries_over_budget", "boundary_budget_ms", b"boundary_budget_ms", "boundary_ms_p50", b"boundary_ms_p50", "boundary_ms_p99", b"boundary_ms_p99", "breakers", b"breakers", "commands_accepted", b"commands_accepted", "commands_rejected", b"commands_rejected", "conservative_reasons", b"conservative_reasons", "emergency_level", b"emergency_level", "epoch", b"epoch", "epoch_step", b"epoch_step", "epochs", b"epochs", "fast_paths", b"fast_paths", "global_step", b"global_step", "health", b"health", "job", b"job", "kasmina_answer", b"kasmina_answer", "last_boundary_ms", b"last_boundary_ms", "last_command", b"last_command", "learning_rates", b"learning_rates", "metrics_address", b"metrics_address", "rollbacks", b"rollbacks", "run_id", b"run_id", "samples_per_s", b"samples_per_s", "samples_total", b"samples_total", "seeds", b"seeds", "state", b"state", "state_reason", b"state_reason", "steps_per_epoch", b"steps_per_epoch", "tamiyo_answer", b"tamiyo_answer", "training_loss", b"training_loss", "uptime_s", b"uptime_s", "validation_accuracy", b"validation_accuracy", "validation_loss", b"validation_loss", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adjustments", b"adjustments", "boundaries_over_budget", b"boundaries_over_budget", "boundary_budget_ms", b"boundary_budget_ms", "boundary_ms_p50", b"boundary_ms_p50", "boundary_ms_p99", b"boundary_ms_p99", "breakers", b"breakers", "commands_accepted", b"commands_accepted", "commands_rejected", b"commands_rejected", "conservative_reasons", b"conservative_reasons", "emergency_level", b"emergency_level", "epoch", b"epoch", "epoch_step", b"epoch_step", "epochs", b"epochs", "fast_paths", b"fast_paths", "global_step", b"global_step", "health", b"health", "job", b"job", "kasmina_answer", b"kasmina_answer", "last_boundary_ms", b"last_boundary_ms", "last_command", b"last_command", "learning_rates", b"learning_rates", "metrics_address", b"metrics_address", "rollbacks", b"rollbacks", "run_id", b"run_id", "samples_per_s", b"samples_per_s", "samples_total", b"samples_total", "seeds", b"seeds", "state", b"state", "state_reason", b"state_reason", "steps_per_epoch", b"steps_per_epoch", "tamiyo_answer", b"tamiyo_answer", "training_loss", b"training_loss", "uptime_s", b"uptime_s", "validation_accuracy", b"validation_accuracy", "validation_loss", b"validation_loss", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class LearningRateAdjustment(_message.Message):
+    """A change of learning rate, by whom and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    FACTOR_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    FROM_STEP_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_STEP_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    """Empty: every group."""
+    factor: _builtins.float
+    value: _builtins.float
+    origin: _builtins.str
+    request_id: _builtins.str
+    reason: _builtins.str
+    from_step: _builtins.int
+    expires_at_step: _builtins.int
+    """0: it stays."""
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+        factor: _builtins.float = ...,
+        value: _builtins.float = ...,
+        origin: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        from_step: _builtins.int = ...,
+        expires_at_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "factor", b"factor", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "expires_at_step", b"expires_at_step", "factor", b"factor", "from_step", b"from_step", "group", b"group", "origin", b"origin", "reason", b"reason", "request_id", b"request_id", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_change: _TypeAlias = _typing.Literal["factor", "value"]  # noqa: Y015
+    _WhichOneofArgType_change: _TypeAlias = _typing.Literal["change", b"change"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
+
+Global___LearningRateAdjustment: _TypeAlias = LearningRateAdjustment  # noqa: Y015
 
 @_typing.final
 class WatchStatusRequest(_message.Message):

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from dataclasses import dataclass
+
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
+_LOOKS_NUMERIC = re.compile(r"[0-9.]+|.*:.*", re.ASCII)
+
+
+def _is_wrong_ip(host: str) -> bool:
+    """Whether it can only be meant as an IP address and is none."""
+    if not _LOOKS_NUMERIC.fullmatch(host):
+        return False
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +37,7 @@ class Address:
         """
         host, separator, port_text = text.rpartition(":")
         bracketed = host.startswith("[") and host.endswith("]")
-        if not separator or not host or (":" in host and not bracketed) or any(c.isspace() or c == "/" for c in host):
+        if not separator or not (bracketed or _HOST.fullmatch(host)) or _is_wrong_ip(host.strip("[]")):
             raise ValueError(f"{text!r} is not host:port")
         if not (port_text.isascii() and port_text.isdigit()) or int(port_text) > 65535:
             raise ValueError(f"{text!r} has no port from 0 to 65535")

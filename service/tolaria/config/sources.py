@@ -41,15 +41,18 @@ def load_settings(config_file: Path | None = None, overrides: list[str] | None =
     on_command_line, problems = _parse_overrides(overrides or [])
     problems += _unknown_names(in_file, str(path)) + _unknown_environment()
     problems += _unknown_names(on_command_line, "--set")
-    if problems:
-        raise ConfigurationError(problems)
     try:
-        return _sourced(path)(**on_command_line)
+        settings = _sourced(path)(**on_command_line)
     except ValidationError as error:
         origins = _Origins(in_file, on_command_line, str(path))
-        raise ConfigurationError([_sentence(item, origins) for item in error.errors()]) from None
+        # Unknown names are told already, with a guess at what was meant.
+        wrong = [item for item in error.errors() if item["type"] != "extra_forbidden"]
+        raise ConfigurationError(problems + [_sentence(item, origins) for item in wrong]) from None
     except SettingsError:
-        raise ConfigurationError(_malformed_json()) from None
+        raise ConfigurationError(problems + _malformed_json()) from None
+    if problems:
+        raise ConfigurationError(problems)
+    return settings
 
 
 def quieten_grpc() -> None:
@@ -94,7 +97,8 @@ def _parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
         node = parsed
         for part in parts[:-1]:
             node = node.setdefault(part, {})
-        node[parts[-1]] = _value(value)
+        # A field knows how to read its text; what is deeper belongs to a job, which is given what the text says.
+        node[parts[-1]] = _value(value) if len(parts) == 2 else _json_or_text(value)
     return parsed, problems
 
 
@@ -106,6 +110,13 @@ def _value(text: str) -> Any:
         except json.JSONDecodeError:
             return text
     return text
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _unknown_names(values: dict[str, Any], origin: str) -> list[str]:

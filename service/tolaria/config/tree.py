@@ -7,12 +7,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue, SecretStr, model_validator
+from pydantic import AfterValidator, Field, JsonValue, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tolaria.config.addresses import Address
 from tolaria.config.parts import ListenAddress, Milliseconds, Seconds, Section, Share, Target
 from tolaria.config.safety import EmergencySettings, SignalsSettings, StateSettings
+
+
+def _secret(secret: SecretStr) -> SecretStr:
+    text = secret.get_secret_value()
+    if text and not text.strip("*"):
+        raise ValueError("is nothing but asterisks, which stand for a secret elsewhere and are none")
+    return secret
+
+
+Secret = Annotated[SecretStr, AfterValidator(_secret)]
 
 
 class ServiceSettings(Section):
@@ -81,7 +91,7 @@ class ControlSettings(Section):
     """Ask the controller every so many updates too, one question at a time, the newest state first. 0: epochs only."""
 
     max_void_steps: int = Field(default=8, ge=1)
-    """Consecutive non-finite steps after which the run halts. 8: a bad shard passes, a diverged model does not."""
+    """Consecutive non-finite steps after which the run is held. 8: a bad shard passes, a diverged model does not."""
 
 
 class TrainingSettings(Section):
@@ -96,7 +106,7 @@ class TrainingSettings(Section):
     experiment: str = "default"
     """Name that the controller sees; groups runs on its side."""
 
-    epochs: int = Field(default=20, ge=1)
+    epochs: int = Field(default=20, ge=1, le=10**9)
     """Passes over the data. 20: the built-in job is past 97 % by then."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -108,13 +118,13 @@ class TrainingSettings(Section):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
     """auto takes the first accelerator there is, else the CPU."""
 
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1, le=10**6)
     """Microbatches per optimizer update. 1: no accumulation."""
 
     clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Greatest total gradient norm; larger gradients are scaled down to it. 0: off, as the job may clip itself."""
 
-    threads: int = Field(default=0, ge=0)
+    threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of torch. 0: one fewer than there are cores, at least 1, so that RPCs have a core to answer on."""
 
 
@@ -218,17 +228,17 @@ class GradientsSettings(Section):
 class LeylineSettings(Section):
     """Trust in what comes over the contract."""
 
-    secret: SecretStr = SecretStr("")
+    secret: Secret = SecretStr("")
     """Key of the HMAC-SHA256 that commands must carry. Empty: signatures are not asked for."""
 
-    previous_secret: SecretStr = SecretStr("")
+    previous_secret: Secret = SecretStr("")
     """A second key that is still accepted, so that keys can be changed without an outage."""
 
     freshness_s: Seconds = 60.0
-    """Oldest age of a command. 60: clocks apart by seconds pass, a replay after lunch does not."""
+    """Farthest that a command's time may lie behind this clock, or ahead of it. 60: clocks apart by seconds pass."""
 
     nonce_window_s: Seconds = 300.0
-    """How long a command_id is remembered against replays. 300: five times the freshness."""
+    """How long a command_id is remembered: twice the freshness or more, as it counts both ways. 300: five times it."""
 
 
 class Settings(BaseSettings):
@@ -266,10 +276,14 @@ class Settings(BaseSettings):
             problems.append("leyline.previous_secret is set but leyline.secret is not")
         if self.optimizer.policy == "step" and not self.optimizer.period_steps:
             problems.append("optimizer.policy is step, which needs optimizer.period_steps")
-        if self.leyline.nonce_window_s < self.leyline.freshness_s:
-            problems.append("leyline.nonce_window_s is shorter than leyline.freshness_s, so that replays would pass")
         if self.emergency.sentinel and self.emergency.drain_s <= self.service.drain_timeout_s:
             problems.append("emergency.drain_s must exceed service.drain_timeout_s, or a drain would be cut short")
+        # Issued as far ahead of this clock as is allowed, a command is fresh for twice as long.
+        if self.leyline.nonce_window_s < 2 * self.leyline.freshness_s:
+            problems.append(
+                "leyline.nonce_window_s is shorter than twice leyline.freshness_s, which counts both ways: "
+                "replays would pass"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -31,7 +31,7 @@ def build_job(name: str, context: JobContext) -> TrainingJob:
         job = factory(context)
     except JobError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BrokenJobError(f"training.job {name!r}: its factory raised {type(error).__name__}: {error}") from error
     missing = [method for method in _methods() if not callable(getattr(job, method, None))]
     if missing:
@@ -79,7 +79,7 @@ def _imported(name: str, module: str, attribute: str) -> object:
         if error.name is not None and (module == error.name or module.startswith(error.name + ".")):
             raise UnknownJobError(f"training.job {name!r}: there is no module {error.name!r} on the path") from None
         raise BrokenJobError(f"training.job {name!r}: importing it failed: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BrokenJobError(f"training.job {name!r}: importing it raised {type(error).__name__}: {error}") from error
     try:
         return getattr(loaded, attribute)

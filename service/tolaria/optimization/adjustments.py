@@ -1,6 +1,7 @@
 """Changes of learning rate from outside, and how several at once compose. Pure: no optimizer, no clock.
 
-The rule: the newest living value stands in for the schedule, then all living factors multiply, then the bounds hold.
+The rule: the newest living value stands in for the schedule, then the factors that are newer than it multiply, then the
+bounds hold.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def composed(living: Sequence[LiveAdjustment], group: str, scheduled: float, ste
         if live.over_at(step) or not change.concerns(group):
             continue
         if change.value is not None:
-            rate = change.value
+            rate, factor = change.value, 1.0  # whoever sets a value means that value: older factors do not bend it
         if change.factor is not None:
             factor *= change.factor
     return rate * factor
@@ -111,16 +112,11 @@ def composed(living: Sequence[LiveAdjustment], group: str, scheduled: float, ste
 def without_replaced(living: Sequence[LiveAdjustment], new: Adjustment) -> list[LiveAdjustment]:
     """Those of `living` that still matter beside `new`.
 
-    A lasting value of the same groups ends older values and lasting factors; factors with an expiry, such as the cut
-    after a rollback, hold on until then.
+    A lasting value of the same groups ends all that is older.
     """
     if new.value is None or new.expires_after_steps is not None:
         return list(living)
-    return [live for live in living if not (_covers(new, live.adjustment) and _replaceable(live.adjustment))]
-
-
-def _replaceable(old: Adjustment) -> bool:
-    return old.value is not None or old.expires_after_steps is None
+    return [live for live in living if not _covers(new, live.adjustment)]
 
 
 def _covers(new: Adjustment, old: Adjustment) -> bool:

@@ -170,8 +170,8 @@ class UnifiedLRController:
     def adjust(self, adjustment: Adjustment, *, at_step: int) -> AdjustmentRecord:
         """Take a change of learning rate; it holds from the next `apply` with a step of at least `at_step`.
 
-        Several compose: the newest living value stands in the schedule's place, then all living factors multiply. A
-        value without expiry also ends older values and lasting factors of the same groups.
+        Several compose: the newest living value stands in the schedule's place, then the factors that are newer than it
+        multiply. A value without expiry also ends all older ones of the same groups.
 
         Returns:
             The line of the audit trail, with the rates of the groups concerned before and after, at `at_step`.

@@ -35,7 +35,7 @@ def _digest(command: AdaptationCommand, secret: bytes) -> str:
 
 
 class NonceTable:
-    """Remembers command ids for `window_s`, at most `capacity` of them, the oldest forgotten first."""
+    """Remembers command ids for `window_s` and not less, at most `capacity` of them, the oldest forgotten first."""
 
     def __init__(self, *, window_s: float, capacity: int = 4096) -> None:
         self._window_s = window_s
@@ -47,7 +47,7 @@ class NonceTable:
 
     def first_seen(self, nonce: str, *, now_s: float) -> bool:
         """Remember `nonce` and tell whether it is new within the window."""
-        while self._seen and next(iter(self._seen.values())) <= now_s - self._window_s:
+        while self._seen and next(iter(self._seen.values())) < now_s - self._window_s:
             self._seen.popitem(last=False)
         if nonce in self._seen:
             return False

@@ -9,14 +9,14 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import anyio.lowlevel
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from tolaria.errors import BreakerOpenError, PeerError, PeerTimeoutError, PeerUnavailableError
+from tolaria.errors import BreakerOpenError, PeerError, PeerProtocolError, PeerTimeoutError, PeerUnavailableError
 from tolaria.resilience.breaker import Breaker
 
 Request = TypeVar("Request", bound=Message)
@@ -65,6 +65,7 @@ class DeadlineCaller:
         Raises:
             BreakerOpenError: without calling.
             PeerTimeoutError: when the deadline passed.
+            PeerProtocolError: when the answer's bytes are no such message.
             PeerUnavailableError: for every other status but OK.
         """
         if not self._breaker.allows():
@@ -96,7 +97,7 @@ async def _bounded(
     """Await `call`. The gRPC deadline cancels the server; the local one holds even if the library is late."""
     try:
         async with asyncio.timeout(timeout_s):
-            return await call
+            response = cast("Response | None", await call)
     except TimeoutError:
         raise PeerTimeoutError(peer, f"{name} did not answer within {timeout_s * 1000:.0f} ms") from None
     except grpc.aio.AioRpcError as error:
@@ -110,3 +111,6 @@ async def _bounded(
         if task is None or task.cancelling():
             raise
         raise PeerUnavailableError(peer, f"{name} was cancelled by the channel") from None
+    if response is None:  # gRPC logs bytes that it cannot decode, and gives None for an answer
+        raise PeerProtocolError(peer, f"{name} answered with bytes that are no {name} response")
+    return response

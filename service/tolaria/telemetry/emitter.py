@@ -1,4 +1,4 @@
-"""Where events go when they happen: into the log, and into a short memory that status answers read.
+"""Where events go when they happen: into the log, and into a short memory of the latest.
 
 Owns the fan-out. Must not know why an event happened.
 """

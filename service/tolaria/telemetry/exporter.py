@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 import anyio
 import anyio.to_thread
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from tolaria.config import Address
@@ -48,7 +49,7 @@ def _application(metrics: Metrics, readiness: Readiness) -> web.Application:
     one_at_a_time = anyio.CapacityLimiter(1)
 
     async def render(request: web.Request) -> web.Response:
-        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        encode, content_type = _encoder(request.headers.get("Accept", ""))
         # Off the loop: a few hundred series take milliseconds, and boundaries are counted in them.
         body = await anyio.to_thread.run_sync(encode, metrics.registry, limiter=one_at_a_time)
         return web.Response(body=body, headers={"Content-Type": content_type})
@@ -63,3 +64,13 @@ def _application(metrics: Metrics, readiness: Readiness) -> web.Application:
     application = web.Application()
     application.add_routes([web.get("/metrics", render), web.get("/livez", live), web.get("/readyz", ready)])
     return application
+
+
+def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
+    """The form that is asked for, and its content type; plain text where the library cannot make sense of it."""
+    try:
+        encode, content_type = choose_encoder(accept)
+        content_type.encode("ascii")  # it repeats the version as it was asked for
+    except (TypeError, ValueError):
+        return choose_encoder("")
+    return encode, content_type

@@ -1,17 +1,20 @@
 """Logs: JSON or console lines on standard error, rendered and written by a thread of their own.
 
-Owns format and delivery. A reader of the log that stops reading must not stop training: lines are dropped and counted
-once the queue is full. Rendering a traceback reads source files, which the event loop must not do either.
+Owns format and delivery. A reader of the log that stops reading, or goes away, must not stop training: lines are
+dropped and counted once the queue is full, or the stream is closed. Rendering a traceback reads source files, which the
+event loop must not do either.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TextIO
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self, TextIO
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -21,6 +24,8 @@ from tolaria.config import LoggingSettings
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _QUEUE_LINES_MAX = 8192
 _FLUSH_TIMEOUT_S = 1.0
+
+Priority = Literal["normal", "high"]
 
 
 @dataclass(slots=True)
@@ -40,35 +45,37 @@ class LogContext:
         return event
 
 
-@dataclass(slots=True)
 class LineWriter:
-    """Renders events and writes them to a stream, in its own thread.
+    """Renders events and writes them to a stream, in a thread of its own that runs while the block does.
+
+    The thread is daemonic: a reader that blocks it cannot keep the process from ending. The end of the block waits for
+    what is queued, for a blocked reader a second at most.
 
     Args:
         stream: where lines go.
         renderers: structlog processors, the last of which returns the line.
-        on_dropped: told the priority of an event that found no room.
+        on_dropped: told the priority of an event that found no room, or could not be written; by any thread.
     """
 
-    stream: TextIO
-    renderers: list[Processor]
-    on_dropped: Callable[[str], None]
-    _events: queue.Queue[EventDict | None] = field(default_factory=lambda: queue.Queue(_QUEUE_LINES_MAX))
-    _thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Start the thread. Daemonic: a reader that blocks it cannot keep the process from ending."""
+    def __init__(self, stream: TextIO, renderers: list[Processor], on_dropped: Callable[[str], None]) -> None:
+        self._stream = stream
+        self._renderers = renderers
+        self._on_dropped = on_dropped
+        self._events: queue.Queue[tuple[Priority, EventDict] | None] = queue.Queue(_QUEUE_LINES_MAX)
         self._thread = threading.Thread(target=self._run, name="tolaria-log", daemon=True)
-        self._thread.start()
 
-    def stop(self) -> None:
-        """Write what is queued, waiting for a blocked reader a second at most."""
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self._events.put(None, timeout=_FLUSH_TIMEOUT_S)
         except queue.Full:
             return
-        if self._thread is not None:
-            self._thread.join(_FLUSH_TIMEOUT_S)
+        self._thread.join(_FLUSH_TIMEOUT_S)
 
     def msg(self, **event: Any) -> None:
         """Queue one event; never blocks."""
@@ -82,19 +89,23 @@ class LineWriter:
     debug = info = msg
     warning = error = critical = exception = failure
 
-    def _put(self, event: EventDict, priority: str) -> None:
+    def _put(self, event: EventDict, priority: Priority) -> None:
         try:
-            self._events.put_nowait(event)
+            self._events.put_nowait((priority, event))
         except queue.Full:
-            self.on_dropped(priority)
+            self._on_dropped(priority)
 
     def _run(self) -> None:
-        while (event := self._events.get()) is not None:
+        while (queued := self._events.get()) is not None:
+            priority, event = queued
             rendered: Any = event
-            for render in self.renderers:
+            for render in self._renderers:
                 rendered = render(None, event["level"], rendered)
-            self.stream.write(f"{rendered}\n")
-            self.stream.flush()
+            try:
+                self._stream.write(f"{rendered}\n")
+                self._stream.flush()
+            except (OSError, ValueError):  # a broken pipe; a closed stream
+                self._on_dropped(priority)
 
 
 @contextmanager
@@ -102,18 +113,16 @@ def logging_to(
     stream: TextIO, settings: LoggingSettings, context: LogContext, *, on_dropped: Callable[[str], None]
 ) -> Iterator[None]:
     """Send structlog's lines to `stream` until the block ends."""
-    writer = LineWriter(stream, _renderers(settings, stream), on_dropped)
-    writer.start()
-    structlog.configure(
-        processors=[*_stamps(context), _hand_over],
-        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[settings.level]),
-        logger_factory=lambda *_args: writer,
-        cache_logger_on_first_use=False,
-    )
     try:
-        yield
+        with LineWriter(stream, _renderers(settings, stream), on_dropped) as writer:
+            structlog.configure(
+                processors=[*_stamps(context), _hand_over],
+                wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[settings.level]),
+                logger_factory=lambda *_args: writer,
+                cache_logger_on_first_use=False,
+            )
+            yield
     finally:
-        writer.stop()
         structlog.reset_defaults()
 
 
@@ -133,5 +142,10 @@ def _hand_over(_logger: WrappedLogger, _method: str, event: EventDict) -> EventD
 
 def _renderers(settings: LoggingSettings, stream: TextIO) -> list[Processor]:
     if settings.format == "json" or (settings.format == "auto" and not stream.isatty()):
-        return [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        return [structlog.processors.dict_tracebacks, _json_has_no_nan, structlog.processors.JSONRenderer()]
     return [structlog.dev.ConsoleRenderer(colors=stream.isatty())]
+
+
+def _json_has_no_nan(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """NaN and infinities become words: collectors refuse a line with a bare NaN."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}

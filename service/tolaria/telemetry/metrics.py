@@ -77,10 +77,12 @@ class Metrics:
         self._declare_fast_paths()
         self._declare_emergency()
 
-        self.seeds_active = self._gauge("seeds.active", "Seeds by stage, as Kasmina desires them.", ["stage"])
         self.mode_conservative = self._gauge("mode.conservative", "1: seeds and the controller are left alone.")
         self.mode_conservative_reasons = self._gauge(
             "mode.conservative_reasons", "1: this reason for conservative mode stands.", ["reason"]
+        )
+        self.seeds_active = self._gauge(
+            "seeds.active", "Seeds by stage: those grafted, and those desired that are not grafted yet.", ["stage"]
         )
         self.breaker_state = self._gauge("breaker.state", "1 closed, 2 open, 3 half open.", ["breaker"])
         self.timeout_tamiyo_total = self._counter("timeout.tamiyo_total", "Calls to Tamiyo that passed their deadline.")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from leyline.v1.admin_service_pb2 import AdjustLearningRateRequest
 from leyline.v1.commands_pb2 import AdaptationCommand
-from leyline.v1.enums_pb2 import COMMAND_OPTIMIZER, EMERGENCY_LEVEL_UNSPECIFIED, EmergencyLevel
+from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_UNSPECIFIED, EmergencyLevel
 from tolaria.errors import CommandRejectedError, OptimizationError
 from tolaria.optimization import Adjustment
-from tolaria.training.fences import AdjustRate, ChangeHyperparameters, FenceCommand
+from tolaria.training.fences import ChangeOptimizer
 from tolaria.training.safeguards import Safeguards
 
 # Which breaker a circuit breaker command means.
@@ -19,26 +19,23 @@ _LEVEL_PREFIX = "EMERGENCY_LEVEL_"
 RATE_VALUE, RATE_FACTOR, RATE_EXPIRY = "lr", "lr_factor", "lr_expires_after_steps"
 
 
-def fence_commands(command: AdaptationCommand) -> list[FenceCommand]:
-    """What the lane has to do for `command`; nothing for types that are not the lane's.
+def optimizer_change(command: AdaptationCommand) -> ChangeOptimizer:
+    """What the lane has to do for a COMMAND_OPTIMIZER.
 
     Raises:
         CommandRejectedError: when what it asks makes no sense by itself; reason `malformed`.
     """
-    if command.command_type != COMMAND_OPTIMIZER:
-        return []
     asked = dict(command.optimizer_adjustment.hyperparameters)
     group = command.optimizer_adjustment.optimizer_id or None
     expiry = asked.pop(RATE_EXPIRY, None)
-    found: list[FenceCommand] = []
     value, factor = asked.pop(RATE_VALUE, None), asked.pop(RATE_FACTOR, None)
+    adjustment = None
     if value is not None or factor is not None:
-        found.append(AdjustRate(_adjustment(command, group, value=value, factor=factor, expiry=expiry)))
-    if asked:
-        found.append(ChangeHyperparameters(asked, group))
-    if not found:
-        raise CommandRejectedError("malformed", command.command_id, "an optimizer command without hyperparameters")
-    return found
+        adjustment = _adjustment(command, group, value=value, factor=factor, expiry=expiry)
+    elif expiry is not None or not asked:
+        what = f"{RATE_EXPIRY} without a rate" if expiry is not None else "an optimizer command without hyperparameters"
+        raise CommandRejectedError("malformed", command.command_id, what)
+    return ChangeOptimizer(adjustment, asked, group)
 
 
 def force_breaker(command: AdaptationCommand, safeguards: Safeguards) -> None:

@@ -55,6 +55,7 @@ class Consultation:
     between_epochs: bool = False
     command: AdaptationCommand | None = None
     seeds: list[SeedState] | None = None
+    applied: bool = False
     rejected: bool = False
     failed: bool = False
     tamiyo_answer: str = NOT_ASKED
@@ -173,7 +174,7 @@ class Consultant:
             # Asked at every boundary, command or not: this is when Kasmina judges how seeds come along.
             if not consultation.between_epochs:
                 consultation.seeds = await self._executor.export_seeds(consultation.state, consultation.refusals)
-            consultation.kasmina_answer = applied or f"{len(consultation.seeds or ())} seeds desired"
+            consultation.kasmina_answer = applied or _count(consultation.seeds or ())
         except PeerError as error:
             consultation.failed |= not isinstance(error, BreakerOpenError)
             consultation.kasmina_answer = f"no answer ({error.detail})"
@@ -190,6 +191,7 @@ class Consultant:
             return ""
         applied = await self._executor.apply(command, consultation.state)
         consultation.seeds = applied.seeds
+        consultation.applied = applied.applied
         return f"{'applied' if applied.applied else 'refused'}: {applied.detail}"
 
 
@@ -202,8 +204,14 @@ def in_words(command: AdaptationCommand) -> str:
     name = CommandType.Name(command.command_type).removeprefix("COMMAND_").lower()
     if command.command_type == COMMAND_SEED:
         operation = SeedOperation.Name(command.seed_operation.operation).removeprefix("SEED_OP_").lower()
-        return f"{operation} {command.target_seed_id} {command.seed_operation.blueprint_id}".rstrip()
+        return " ".join(
+            word for word in (operation, command.target_seed_id, command.seed_operation.blueprint_id) if word
+        )
     return name
+
+
+def _count(seeds: Sequence[SeedState]) -> str:
+    return "1 seed desired" if len(seeds) == 1 else f"{len(seeds)} seeds desired"
 
 
 def _since_ms(started_s: float) -> float:

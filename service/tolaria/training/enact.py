@@ -12,10 +12,10 @@ from leyline.v1.admin_service_pb2 import AdjustLearningRateRequest
 from leyline.v1.commands_pb2 import AdaptationCommand
 from tolaria.errors import AdjustmentRefusedError, CommandRejectedError, InvalidFieldError, UnknownGroupError
 from tolaria.optimization import Adjustment
-from tolaria.training.commands import emergency_asked, fence_commands, force_breaker, operators_adjustment
+from tolaria.training.commands import emergency_asked, force_breaker, operators_adjustment, optimizer_change
 from tolaria.training.consult import Consultation, in_words
 from tolaria.training.fence_desk import FenceDesk, OnDone
-from tolaria.training.fences import AdjustRate, FenceCommand, FenceReport, RatesChanged, Reconcile
+from tolaria.training.fences import ChangeOptimizer, FenceReport, OptimizerChanged, Reconcile
 from tolaria.training.growth import SeedsReport
 from tolaria.training.guardian import Guardian
 from tolaria.training.record import Recorder
@@ -68,17 +68,20 @@ class Enactor:
         """
         try:
             adjustment = operators_adjustment(request)
-            report = await self._desk.carry_out(AdjustRate(adjustment))
+            report = await self._desk.carry_out(
+                ChangeOptimizer(adjustment, {}, None),
+                key=request.request_id,
+                on_done=lambda done: self.adjusted(adjustment, done),
+            )
         except AdjustmentRefusedError as error:
-            raise InvalidFieldError(error.field, str(error)) from None
+            raise InvalidFieldError(error.field, str(error).removeprefix(f"{error.field}: ")) from None
         except UnknownGroupError as error:
             raise InvalidFieldError("group", str(error)) from None
-        self.adjusted(adjustment, report)
         return report.global_step
 
     def adjusted(self, adjustment: Adjustment, report: FenceReport) -> None:
         """A change of rates has come back from the lane."""
-        if isinstance(report.result, RatesChanged):
+        if isinstance(report.result, OptimizerChanged):
             self._recorder.adjusted(adjustment, report.result)
         self._changed()
 
@@ -86,13 +89,17 @@ class Enactor:
         if isinstance(report.result, SeedsReport):
             self._recorder.fence(report.result, wished=True)
             self._safeguards.rebuilt(report.result)
-            self._changed()
+        elif report.error is not None:
+            self._recorder.wishes_failed(str(report.error))
+        self._changed()
 
     def _obey(self, consultation: Consultation, command: AdaptationCommand) -> None:
         match command.command_type:
             case enums.COMMAND_SEED if self._safeguards.mode.on:
                 raise CommandRejectedError("conservative", command.command_id, "seeds are left alone in this mode")
             case enums.COMMAND_SEED:  # Kasmina has it already, and her wishes follow from it
+                if not consultation.applied:
+                    raise CommandRejectedError("refused", command.command_id, consultation.kasmina_answer)
                 self._recorder.applied(consultation)
             case enums.COMMAND_CIRCUIT_BREAKER:
                 force_breaker(command, self._safeguards)
@@ -104,19 +111,19 @@ class Enactor:
                 self._hold(f"asked by {command.issued_by or 'the controller'}")
                 self._recorder.applied(consultation)
             case enums.COMMAND_OPTIMIZER:
-                for asked in fence_commands(command):
-                    self._desk.post(asked, self._then_tell(consultation, command, asked))
+                asked = optimizer_change(command)
+                self._desk.post(asked, self._then_tell(consultation, command, asked))
             case _:
                 kind = in_words(command)
                 raise CommandRejectedError("unsupported", command.command_id, f"{kind} commands are not carried out")
 
-    def _then_tell(self, consultation: Consultation, command: AdaptationCommand, asked: FenceCommand) -> OnDone:
+    def _then_tell(self, consultation: Consultation, command: AdaptationCommand, asked: ChangeOptimizer) -> OnDone:
         def done(report: FenceReport) -> None:
             if report.error is not None:
                 self._recorder.refused(CommandRejectedError("refused", command.command_id, str(report.error)))
             else:
                 self._recorder.applied(consultation)
-            if isinstance(asked, AdjustRate):
+            if asked.adjustment is not None:
                 self.adjusted(asked.adjustment, report)
             self._changed()
 

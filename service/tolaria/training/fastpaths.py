@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from tolaria.config import FastPathSettings
-from tolaria.errors import RebuildFailedError
+from tolaria.errors import BrokenJobError, RebuildFailedError
 from tolaria.optimization import OptimizerManager
 
 FastPath = Literal["fused", "compile", "amp", "tf32", "pin_memory"]
 
+_BEFORE_THE_RUN = -(10**9)  # a step that no storm guard counts from
 _AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,6 +41,22 @@ class FastPaths:
         if self.amp_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+    @property
+    def pins(self) -> bool:
+        """Whether batches go to the device by way of pinned memory."""
+        return "pin_memory" in self.running
+
+    def lowered_scale(self, *, finite: bool, loss_finite: bool) -> bool:
+        """Let the loss scale of float16 follow a step; whether a void step was only its overflow.
+
+        A scale that has come down to 1 and still overflows is a mistake like any other. Synchronises on void steps.
+        """
+        if self.scaler is None:
+            return False
+        overflowed = not finite and loss_finite and self.scaler.get_scale() > 1.0
+        self.scaler.update()
+        return overflowed
 
     @property
     def told(self) -> dict[str, str]:
@@ -114,16 +131,24 @@ def compile_model(
         paths.turn_off("compile", "the run is deterministic" if deterministic else "it does not pay on a CPU")
         return
     model.compile(dynamic=None)
+    graphs_before = _compiled_graphs()
     try:
         warm_up()
-    except (RuntimeError, ImportError, OSError, NotImplementedError, AssertionError, TypeError) as error:
-        # A compiler that is missing, or a graph that it cannot take, shows as any of these.
+        why = "" if _compiled_graphs() > graphs_before else "torch found nothing to compile in the model"
+    except BrokenJobError as error:  # the forward pass has been through once without: it is the compiler's doing
+        why = str(error.__cause__ or error).strip().splitlines()[0][:200]
+    if why:
         torch.compiler.reset()
         model._compiled_call_impl = None  # noqa: SLF001 - torch has no public way back from Module.compile
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        paths.turn_off("compile", first_line[:200], failed=True)
-    else:
-        paths.turn_on("compile", "on")
+        paths.turn_off("compile", why, failed=True)
+        return
+    # A seed that is grafted later makes other graphs: one that the compiler cannot take then runs as it is.
+    torch._dynamo.config.suppress_errors = True  # noqa: SLF001 - the documented switch lives there
+    paths.turn_on("compile", "on")
+
+
+def _compiled_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])  # noqa: SLF001 - torch has no public count
 
 
 def _settle_amp(paths: FastPaths, wanted: str, *, on_cuda: bool) -> None:
@@ -149,4 +174,4 @@ def _rebuild_with(manager: OptimizerManager, option: str) -> None:
     kept = {"params", "name", "lr", "fused", "foreach"}
     options = {group["name"]: {k: v for k, v in group.items() if k not in kept} for group in before.param_groups}
     plans = [replace(plan, options=options[plan.name]) for plan in manager.plan()]
-    manager.rebuild(plans, 0, urgent=True, change_to=lambda groups: type(before)(groups, **known))
+    manager.rebuild(plans, _BEFORE_THE_RUN, urgent=True, change_to=lambda groups: type(before)(groups, **known))

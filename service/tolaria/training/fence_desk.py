@@ -5,13 +5,16 @@ Owns tickets. Must not know what commands do.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import anyio
 
-from tolaria.errors import LaneStoppedError
+from tolaria.errors import LaneError, LaneStoppedError
 from tolaria.training.fences import FenceCommand, FenceReport
+
+_KEYS_MAX = 256
 
 OnDone = Callable[[FenceReport], None]
 
@@ -33,6 +36,7 @@ class FenceDesk:
         self._post = post
         self._next_ticket = 1
         self._on_done: dict[int, OnDone] = {}
+        self._by_key: OrderedDict[str, _Waiting] = OrderedDict()
         self._closed = False
 
     def post(self, command: FenceCommand, on_done: OnDone) -> None:
@@ -41,22 +45,26 @@ class FenceDesk:
             return
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         self._on_done[ticket] = on_done
-        self._post(ticket, command)
+        try:
+            self._post(ticket, command)
+        except LaneError as error:  # too many wait already
+            self.take(FenceReport(ticket, 0, None, error))
 
-    async def carry_out(self, command: FenceCommand) -> FenceReport:
+    async def carry_out(
+        self, command: FenceCommand, *, key: str = "", on_done: OnDone = lambda _report: None
+    ) -> FenceReport:
         """Have `command` carried out at the next fence and wait for it.
+
+        With a `key` it is carried out once, however often it is asked for: a caller who went away may come again, and
+        `on_done` is called though nobody waits any more.
 
         Raises:
             TolariaError: why it was refused; nothing has changed then.
             LaneStoppedError: when the run has ended before.
         """
-        waiting = _Waiting(anyio.Event())
-
-        def done(report: FenceReport) -> None:
-            waiting.report = report
-            waiting.event.set()
-
-        self.post(command, done)
+        waiting = self._by_key.get(key) if key else None
+        if waiting is None:
+            waiting = self._ask(command, key, on_done)
         if not self._closed:
             await waiting.event.wait()
         if waiting.report is None:
@@ -64,6 +72,21 @@ class FenceDesk:
         if waiting.report.error is not None:
             raise waiting.report.error
         return waiting.report
+
+    def _ask(self, command: FenceCommand, key: str, on_done: OnDone) -> _Waiting:
+        waiting = _Waiting(anyio.Event())
+        if key:
+            self._by_key[key] = waiting
+            while len(self._by_key) > _KEYS_MAX:
+                self._by_key.popitem(last=False)
+
+        def done(report: FenceReport) -> None:
+            waiting.report = report
+            waiting.event.set()
+            on_done(report)
+
+        self.post(command, done)
+        return waiting
 
     def take(self, report: FenceReport) -> None:
         """The lane has answered."""

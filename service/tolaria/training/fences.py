@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.errors import TolariaError
-from tolaria.optimization import Adjustment, change_hyperparameters
+from tolaria.optimization import Adjustment, LiveAdjustment, change_hyperparameters
 from tolaria.training.growth import SeedsReport
 from tolaria.training.rig import Rig
 
@@ -23,39 +23,28 @@ class Reconcile:
 
 
 @dataclass(frozen=True, slots=True)
-class AdjustRate:
-    """Change learning rates."""
+class ChangeOptimizer:
+    """Change learning rates, or set other hyperparameters of a group (None: of all), or both: all of it or nothing."""
 
-    adjustment: Adjustment
-
-
-@dataclass(frozen=True, slots=True)
-class ChangeHyperparameters:
-    """Set hyperparameters other than the learning rate. `group` None: all."""
-
-    changes: Mapping[str, float]
+    adjustment: Adjustment | None
+    hyperparameters: Mapping[str, float]
     group: str | None
 
 
-FenceCommand = Reconcile | AdjustRate | ChangeHyperparameters
+FenceCommand = Reconcile | ChangeOptimizer
 
 
 @dataclass(frozen=True, slots=True)
-class RatesChanged:
-    """Learning rates by group, before and after."""
+class OptimizerChanged:
+    """Learning rates by group, before and after, and what else was changed, in words."""
 
     before: Mapping[str, float]
     after: Mapping[str, float]
+    hyperparameters: tuple[str, ...]
+    living: tuple[LiveAdjustment, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class HyperparametersChanged:
-    """What was changed, in words."""
-
-    changes: tuple[str, ...]
-
-
-FenceResult = SeedsReport | RatesChanged | HyperparametersChanged
+FenceResult = SeedsReport | OptimizerChanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +71,22 @@ def _result(rig: Rig, command: FenceCommand) -> FenceResult:
             report = rig.growth.reconcile(desired, rig.global_step)
             rig.grew()
             return report
-        case AdjustRate(adjustment):
-            record = rig.growth.controller.adjust(adjustment, at_step=rig.global_step)
-            rig.growth.controller.apply(rig.global_step)
-            return RatesChanged(record.before, record.after)
-        case ChangeHyperparameters(changes, group):
-            changed = change_hyperparameters(rig.growth.manager.optimizer, changes, group=group)
-            return HyperparametersChanged(tuple(f"{c.group} {c.name}: {c.before:g} -> {c.after:g}" for c in changed))
+        case ChangeOptimizer(adjustment, hyperparameters, group):
+            return _changed(rig, adjustment, hyperparameters, group)
+
+
+def _changed(
+    rig: Rig, adjustment: Adjustment | None, hyperparameters: Mapping[str, float], group: str | None
+) -> OptimizerChanged:
+    controller, step = rig.growth.controller, rig.global_step
+    kept = controller.state_dict()
+    record = None if adjustment is None else controller.adjust(adjustment, at_step=step)
+    try:
+        changes = change_hyperparameters(rig.optimizer, hyperparameters, group=group) if hyperparameters else []
+    except TolariaError:
+        controller.load_state_dict(kept)
+        raise
+    controller.apply(step)
+    words = tuple(f"{change.group} {change.name}: {change.before:g} -> {change.after:g}" for change in changes)
+    before, after = (record.before, record.after) if record else ({}, {})
+    return OptimizerChanged(before, after, words, controller.living)

@@ -5,12 +5,14 @@ Owns the one order in which the three change at a fence. Must not know why a see
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from leyline.v1.enums_pb2 import SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import OptimizerSettings, SeedsSettings
 from tolaria.errors import OptimizationError
@@ -33,6 +35,7 @@ from tolaria.seeds import Blueprints, SeedTopology, ownership
 from tolaria.training.merge import Ground
 
 SEED_GROUP = "seed:"
+_RETRY_STEPS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,10 @@ class Growth:
     topology: SeedTopology
     manager: OptimizerManager
     controller: UnifiedLRController
+    isolates: bool
     _rebuild_due: bool = field(default=False)
     _urgent: bool = field(default=False)
+    _retry_at_step: int = field(default=0)
 
     def reconcile(self, desired: Sequence[SeedState], global_step: int) -> SeedsReport:
         """Bring the model to the desired seeds, and the optimizer to the model."""
@@ -79,7 +84,7 @@ class Growth:
         if left is not None:
             self._note(trains=False, gone=True)
             return self._settled(global_step, tuple(str(change) for change in left.changes), ())
-        if self._rebuild_due:
+        if self._rebuild_due and global_step >= self._retry_at_step:
             report = self._settled(global_step, (), ())
             return None if report.rebuild is not None and report.rebuild.outcome is RebuildOutcome.SKIPPED else report
         return None
@@ -87,7 +92,8 @@ class Growth:
     def ground(self, global_step: int) -> Ground:
         """What gradients are for from now on."""
         owned = ownership(self.model).by_owner
-        shared = [(name, parameter) for name, parameter in owned[HOST] if parameter.requires_grad]
+        held = {id(parameter) for parameter in self.trained()}
+        shared = [(name, parameter) for name, parameter in owned[HOST] if id(parameter) in held]
         own = {
             seed_id: [parameter for _, parameter in self.topology.training_parameters(seed_id)]
             for seed_id in self.topology.training_seeds
@@ -96,8 +102,20 @@ class Growth:
         return Ground(shared, {seed_id: parameters for seed_id, parameters in own.items() if parameters}, states)
 
     def trained(self) -> list[nn.Parameter]:
-        """All parameters that gradients go to."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        """All parameters that the optimizer holds and that gradients go to."""
+        return [p for group in self.manager.optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """The trained parameters, first those that act on the host's loss, then each isolated seed's alone."""
+        isolated = [
+            {id(p) for _, p in self.topology.training_parameters(state.seed_id)}
+            for state in self.topology.states(0)
+            if self.isolates and state.stage == SEED_STAGE_TRAINING
+        ]
+        apart = set[int]().union(*isolated)
+        trained = self.trained()
+        alone = [[p for p in trained if id(p) in ids] for ids in isolated]
+        return [[p for p in trained if id(p) not in apart], *(group for group in alone if group)]
 
     def told_states(self, global_step: int, metrics: SeedMetricSet | None) -> tuple[SeedState, ...]:
         """The seeds in the model with what is known of their training: gradient norm of the last step, rate, metrics.
@@ -109,8 +127,8 @@ class Growth:
         states = self.topology.states(global_step)
         for state in states:
             gradients = [p.grad for _, p in self.topology.training_parameters(state.seed_id) if p.grad is not None]
-            if gradients:
-                state.gradient_norm = float(torch.nn.utils.get_total_norm(gradients))
+            norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+            state.gradient_norm = norm if math.isfinite(norm) else 0.0
             state.learning_rate = rates.get(SEED_GROUP + state.seed_id, 0.0)
             if state.seed_id in by_id:
                 seed = by_id[state.seed_id]
@@ -133,6 +151,7 @@ class Growth:
                 rebuild = regroup(self.manager, self.controller, self._groups(), global_step, urgent=self._urgent)
             except OptimizationError as failure:
                 error = str(failure)
+                self._retry_at_step = global_step + _RETRY_STEPS  # what has just failed will not work a step later
             self._rebuild_due = rebuild is None or rebuild.outcome is RebuildOutcome.SKIPPED
             self._urgent = self._urgent and self._rebuild_due
         states = tuple(self.topology.states(global_step))
@@ -170,7 +189,7 @@ def new_growth(
     )
     controller = UnifiedLRController(manager, _rates(settings, run_steps))
     controller.apply(0)
-    return Growth(model, topology, manager, controller)
+    return Growth(model, topology, manager, controller, isolates=seeds.isolation)
 
 
 def _rates(settings: OptimizerSettings, run_steps: int) -> LearningRateSettings:

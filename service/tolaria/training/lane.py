@@ -51,7 +51,7 @@ class Lane:
         self._threads = threads
         self._hearts = hearts
         self._mailbox: Mailbox[FenceCommand] = Mailbox(
-            on_held=lambda: box.put(HeldReport(rig.global_step)), resting=hearts.lane_rests
+            on_held=lambda hold: box.put(HeldReport(rig.global_step, hold)), resting=hearts.lane_rests
         )
         # Daemonic: a job stuck in its own code cannot keep the process from ending.
         self._thread = threading.Thread(target=self._run, name="tolaria-lane", daemon=True)
@@ -68,9 +68,9 @@ class Lane:
         """Carry `command` out at the next fence, or where it stands between updates; a FenceReport tells the result."""
         self._mailbox.post(ticket, command)
 
-    def hold(self) -> None:
-        """Come to a stand between two microbatches; a HeldReport tells when."""
-        self._mailbox.hold()
+    def hold(self, number: int) -> None:
+        """Come to a stand between two microbatches; a HeldReport with this number tells when."""
+        self._mailbox.hold(number)
 
     def release(self) -> None:
         """Go on exactly where it stood."""
@@ -87,7 +87,7 @@ class Lane:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             limit_threads(self._threads)
             while (work := self._mailbox.next_work()) is not None:
@@ -95,7 +95,7 @@ class Lane:
                     self._work(work)
         except StepAbandonedError:
             pass  # told to stop while held: nothing was changed, and nobody waits for more
-        except Exception as raised:  # noqa: BLE001 - the job is the user's code; what it raises ends the run, not the process
+        except BaseException as raised:  # noqa: BLE001 - the job is the user's code; what it raises ends the run, not the process
             error = raised
         self._box.put(LaneEnded(self._rig.global_step, error))
 
@@ -135,6 +135,7 @@ class Lane:
 
     def _finish_epoch(self, epoch: int, steps_s: float) -> None:
         started_s = time.monotonic()
+        self._box.flush()
         rig = self._rig
         evaluation = self._evaluate()
         gradients = rig.merger.finish_epoch()
@@ -153,6 +154,7 @@ class Lane:
                 hardware=hardware_context(rig.device),
                 seeds=seeds,
                 gradients=gradients,
+                adjustments=rig.growth.controller.living,
             )
         )
 
@@ -162,9 +164,9 @@ class Lane:
         rig.model.eval()
         with torch.no_grad():
             for batch in rig.job.validation_batches():
-                if not self._pass_microbatch():
-                    raise StepAbandonedError
-                total += rig.job.evaluate(rig.model, on_device(batch, rig.device))
+                if self._mailbox.stopping or not self._pass_microbatch():
+                    raise StepAbandonedError  # a long validation must not hold an ending up
+                total += rig.job.evaluate(rig.model, on_device(batch, rig.device, pinned=rig.paths.pins))
         return total
 
 

@@ -90,6 +90,7 @@ class TrainingLoop:
         self._epoch_report: EpochReport | None = None
         self._epoch_over = anyio.Event()
         self._held = anyio.Event()
+        self._hold_number = 0
         self._lane_ended: LaneEnded | None = None
         self._stopping = False
         guardian.watch(self._halt)
@@ -177,14 +178,15 @@ class TrainingLoop:
             case FenceReport():
                 self._desk.take(report)
             case HeldReport():
-                self._held.set()
-                self._guardian.held()
-                self.feed.changed()
+                if report.hold == self._hold_number:
+                    self._held.set()
+                    self._guardian.held()
+                    self.feed.changed()
             case LaneEnded():
                 self._lane_ended = report
                 self._desk.close()
                 self._epoch_over.set()
-                self._held.set()
+                self.feed.changed()
 
     def _enact(self, verdict: Proceed | Hold) -> None:
         match verdict:
@@ -227,8 +229,10 @@ class TrainingLoop:
             WrongStateError: when the run has ended or is ending.
         """
         self._hold(reason)
-        if self._lane_ended is None:
-            await self._held.wait()
+        held = self._held
+        await self.feed.until(
+            lambda: held.is_set() or self._lane_ended is not None or self._progress.state != RUN_STATE_PAUSED
+        )
 
     def resume(self, reason: str) -> None:
         """Go on from where the run was held; nothing to do when it runs.
@@ -257,7 +261,8 @@ class TrainingLoop:
 
     def drain(self) -> None:
         """The process is about to end: finish the step and end the run. Returns at once."""
-        self._enter(RunEvent.DRAINING, "the service is stopping")
+        reason = self._progress.state_reason if self._ended else "the service is stopping"
+        self._enter(RunEvent.DRAINING, reason)
         self._stop()
 
     def close(self, timeout_s: float) -> bool:
@@ -288,7 +293,8 @@ class TrainingLoop:
         self._enter(event, reason)
         if not was_held:
             self._held = anyio.Event()
-            self._lane.hold()
+            self._hold_number += 1
+            self._lane.hold(self._hold_number)
 
     def _stop(self) -> None:
         self._stopping = True

@@ -32,19 +32,21 @@ class Mailbox(Generic[Command]):
     """Commands in. `closed` and `fence_due` are read by the lane without a lock; all else is under one.
 
     Args:
-        on_held: called from the lane's thread when it has come to a stand, once for every `hold`.
+        on_held: called from the lane's thread when it has come to a stand, once for every `hold`, with its number.
+            Must not wait for anything.
         resting: around every wait in the middle of work.
     """
 
     def __init__(
-        self, on_held: Callable[[], None], *, resting: Callable[[], AbstractContextManager[None]] = nullcontext
+        self, on_held: Callable[[int], None], *, resting: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> None:
         self.closed = False
         self.fence_due = False
         self._stopping = False
         self._on_held = on_held
         self._resting = resting
-        self._told_held = True
+        self._hold = 0
+        self._told_hold = 0
         self._epochs: deque[int] = deque()
         self._commands: deque[Posted[Command]] = deque()
         self._changed = threading.Condition()  # its lock is reentrant: waiting for work takes commands
@@ -71,11 +73,10 @@ class Mailbox(Generic[Command]):
             self.fence_due = True
             self._changed.notify_all()
 
-    def hold(self) -> None:
-        """Let the lane come to a stand between two microbatches."""
+    def hold(self, number: int) -> None:
+        """Let the lane come to a stand between two microbatches; numbers are the caller's and go up."""
         with self._changed:
-            if not self.closed:
-                self.closed, self._told_held = True, False
+            self.closed, self._hold = True, number
             self._changed.notify_all()
 
     def release(self) -> None:
@@ -135,7 +136,7 @@ class Mailbox(Generic[Command]):
             return not self._stopping
 
     def _standing(self) -> bool:
-        if self.closed and not self._told_held:
-            self._told_held = True
-            self._on_held()
+        if self.closed and self._told_hold != self._hold:
+            self._told_hold = self._hold
+            self._on_held(self._hold)
         return self.closed

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from leyline.v1.enums_pb2 import SEED_STAGE_PROBATIONARY
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import GradientsSettings
+from tolaria.errors import LossShapeError
 from tolaria.gradients import (
     AttributionMode,
     FlatLayout,
@@ -61,6 +62,8 @@ class GradientMerger:
         self._sources: tuple[str, ...] = ()
         self._step = 0
         self._microbatches = 1
+        self._rows_added = False
+        self._alone: dict[nn.Parameter, Tensor] = {}
 
     def follow(self, ground: Ground) -> None:
         """From the next step on gradients are for this."""
@@ -72,40 +75,62 @@ class GradientMerger:
     def begin(self, step: int, microbatches: int) -> None:
         """Start the update after `step` updates, of so many microbatches. What was not finished is dropped."""
         self._step, self._microbatches, self._merging = step, microbatches, None
+        self._rows_added, self._alone = False, {}
 
-    def add(self, losses: Mapping[str, Tensor], batch: Batch, *, scaler: torch.amp.GradScaler | None = None) -> Tensor:
-        """Take one microbatch's scalar losses by source; returns their sum, detached, as its share of the update.
+    def add(
+        self,
+        losses: Mapping[str, Tensor],
+        batch: Batch,
+        *,
+        share: float,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
+        """Take one microbatch's scalar losses by source; returns their sum, detached, times its `share` of the update.
 
         With a `scaler` the gradients are of the scaled losses; the sum is not.
+
+        Raises:
+            LossShapeError: when the sources are others than in the update's first microbatch.
         """
-        if scaler is not None:
-            loss = torch.stack([loss.detach() for loss in losses.values()]).sum() / self._microbatches
-            self.add({source: scaler.scale(value) for source, value in losses.items()}, batch)
-            return loss
-        share = 1.0 / self._microbatches
         if self._merging is None:
-            self._merging = self._has_to_merge(losses)
-            if self._merging:
-                self._prepare(losses if batch.seed_ids is None else (HOST, *self._seeds))
-        return self._add_rows(losses, batch, share) if self._merging else _backward(losses, share)
+            self._start(losses, batch)
+        elif batch.seed_ids is None and tuple(losses) != self._sources:
+            raise LossShapeError(
+                f"losses() named the sources {list(losses)} in an update that began with {list(self._sources)}"
+            )
+        scaled = {source: _scaled(loss, share, scaler) for source, loss in losses.items()}
+        if not self._merging:
+            _total(scaled).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+        elif any(source in self._names for source in scaled):
+            self._add_rows(scaled, batch)
+        else:
+            self._add_alone(scaled)
+        total = _total(losses).detach()
+        return total if share == 1.0 else total * share
 
     def finish(self) -> None:
         """Put the merged gradient into the parameters' `.grad`. Waits for the device at most once."""
         if not self._merging or self._tracker is None or self._layout is None:
             return
-        gradient = self._tracker.combine()
-        shared = (parameter for _, parameter in self._ground.shared)
-        for parameter, part in zip(shared, flat_to_grads(gradient.merged.vector, self._layout.shapes), strict=True):
-            parameter.grad = part
-        for source, parts in gradient.own.items():
-            for parameter, own in zip(self._own_of(source), parts, strict=True):
-                parameter.grad = own
+        if self._rows_added:
+            self._write_merged(self._tracker, self._layout)
+        for parameter, gradient in self._alone.items():
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def finish_epoch(self) -> SeedMetricSet | None:
         """The epoch's metrics; None when no step merged. Waits for the device."""
         return None if self._tracker is None else self._tracker.finish_epoch()
 
-    def _has_to_merge(self, losses: Mapping[str, Tensor]) -> bool:
+    def _start(self, losses: Mapping[str, Tensor], batch: Batch) -> None:
+        """Decide for the whole update, which has one set of sources."""
+        wanted = tuple(losses) if batch.seed_ids is None else (HOST, *self._seeds)
+        self._merging = self._has_to_merge(wanted)
+        if self._merging:
+            self._prepare(wanted)
+        else:
+            self._sources = wanted
+
+    def _has_to_merge(self, sources: Sequence[str]) -> bool:
         match self._merge.mode:
             case GradientMode.SUM:
                 return False
@@ -113,7 +138,7 @@ class GradientMerger:
                 return self._microbatches > 1
             case GradientMode.SEED:
                 shares_out = self._merge.attribution is not AttributionMode.OFF and bool(self._ground.states)
-                return len(losses) > 1 or shares_out
+                return len(sources) > 1 or shares_out
 
     @property
     def _seeds(self) -> list[str]:
@@ -134,6 +159,13 @@ class GradientMerger:
         return [SeedState(seed_id=s, stage=SEED_STAGE_PROBATIONARY) for s in self._sources if s not in known]
 
     def _new_tracker(self) -> SeedAggregationTracker:
+        dtypes = {parameter.dtype for _, parameter in self._ground.shared}
+        if len(dtypes) > 1:
+            raise LossShapeError(
+                f"gradients of several sources are merged over shared parameters of one dtype, not on "
+                f"{sorted(map(str, dtypes))}; "
+                "gradients.mode = sum has no such need"
+            )
         self._layout = FlatLayout.of(self._ground.shared)
         first = self._ground.shared[0][1]
         return SeedAggregationTracker(
@@ -145,39 +177,55 @@ class GradientMerger:
             device=first.device,
         )
 
-    def _add_rows(self, losses: Mapping[str, Tensor], batch: Batch, share: float) -> Tensor:
+    def _add_rows(self, losses: Mapping[str, Tensor], batch: Batch) -> None:
         if self._tracker is None:
             raise AssertionError("rows are added only after they were prepared for")
-        scaled = {source: loss * share for source, loss in losses.items()}
-        own = {source: self._own_of(source) for source in scaled}
-        given = _summed(scaled) if self._merge.mode is GradientMode.MICROBATCH else scaled
+        given = {HOST: _total(losses)} if self._merge.mode is GradientMode.MICROBATCH else losses
+        own = {source: self._own_of(source) for source in given}
         rows = source_rows(
             given,
             [parameter for _, parameter in self._ground.shared],
             names=self._names,
-            own={source: own[source] for source in given if own[source]},
+            own={source: parameters for source, parameters in own.items() if parameters},
             out=self._tracker.lend(),
         )
         self._tracker.add(rows, {} if batch.seed_ids is None else sample_counts(batch.seed_ids, self._names))
-        return torch.stack([loss.detach() for loss in scaled.values()]).sum()
+        self._rows_added = True
+
+    def _add_alone(self, losses: Mapping[str, Tensor]) -> None:
+        """A microbatch that is for isolated seeds only: their own parameters learn, the host is left alone."""
+        for source, loss in losses.items():
+            own = self._own_of(source)
+            if not own:
+                continue
+            found = torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True)
+            for parameter, gradient in zip(own, found, strict=True):
+                if gradient is not None:
+                    before = self._alone.get(parameter)
+                    self._alone[parameter] = gradient if before is None else before + gradient
+
+    def _write_merged(self, tracker: SeedAggregationTracker, layout: FlatLayout) -> None:
+        gradient = tracker.combine()
+        shared = (parameter for _, parameter in self._ground.shared)
+        for parameter, part in zip(shared, flat_to_grads(gradient.merged.vector, layout.shapes), strict=True):
+            parameter.grad = part
+        for source, parts in gradient.own.items():
+            for parameter, own in zip(self._own_of(source), parts, strict=True):
+                parameter.grad = own
 
     def _own_of(self, source: str) -> list[nn.Parameter]:
         """A seed's own parameters take its own loss's gradient; those of seeds without one take the host's."""
         if source != HOST:
             return list(self._ground.own.get(source, ()))
-        without_loss = (
-            p for seed, parameters in self._ground.own.items() if seed not in self._sources for p in parameters
-        )
-        return list(without_loss)
+        lossless = (own for seed, own in self._ground.own.items() if seed not in self._sources)
+        return [parameter for own in lossless for parameter in own]
 
 
-def _backward(losses: Mapping[str, Tensor], share: float) -> Tensor:
-    loss = next(iter(losses.values())) if len(losses) == 1 else torch.stack(list(losses.values())).sum()
-    if share != 1.0:
-        loss = loss * share
-    loss.backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
-    return loss.detach()
+def _total(losses: Mapping[str, Tensor]) -> Tensor:
+    values = list(losses.values())
+    return values[0] if len(values) == 1 else torch.stack(values).sum()
 
 
-def _summed(losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return losses if len(losses) == 1 else {HOST: torch.stack(list(losses.values())).sum()}
+def _scaled(loss: Tensor, share: float, scaler: torch.amp.GradScaler | None) -> Tensor:
+    scaled: Tensor = loss if scaler is None else scaler.scale(loss)
+    return scaled if share == 1.0 else scaled * share

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import uuid
 
-from leyline.v1.admin_service_pb2 import RUN_STATE_FAILED, GetStatusResponse
+from leyline.v1.admin_service_pb2 import RUN_STATE_FAILED, GetStatusResponse, LearningRateAdjustment
 from leyline.v1.enums_pb2 import HEALTH_STATUS_DEGRADED, HEALTH_STATUS_HEALTHY, HEALTH_STATUS_UNHEALTHY
 from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.telemetry_pb2 import SystemHealth
 from tolaria import __version__
+from tolaria.optimization import LiveAdjustment
 from tolaria.training.progress import Progress
 from tolaria.training.reports import EpochReport, StepReport
 
@@ -125,7 +126,25 @@ def status_message(progress: Progress, *, now_s: float) -> GetStatusResponse:
         uptime_s=now_s - progress.started_at_s,
         learning_rates=progress.learning_rates,
         fast_paths=progress.fast_paths,
+        adjustments=[_adjustment(live) for live in progress.adjustments],
     )
+
+
+def _adjustment(live: LiveAdjustment) -> LearningRateAdjustment:
+    change = live.adjustment
+    told = LearningRateAdjustment(
+        group=change.group or "",
+        origin=change.origin,
+        request_id=change.request_id,
+        reason=change.reason,
+        from_step=live.at_step,
+        expires_at_step=live.at_step + change.expires_after_steps if change.expires_after_steps else 0,
+    )
+    if change.factor is not None:
+        told.factor = change.factor
+    if change.value is not None:
+        told.value = change.value
+    return told
 
 
 def _health(progress: Progress) -> SystemHealth:

@@ -20,7 +20,7 @@ from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.consult import Consultation
 from tolaria.training.fastpaths import FastPaths
-from tolaria.training.fences import RatesChanged
+from tolaria.training.fences import OptimizerChanged
 from tolaria.training.growth import SeedsReport
 from tolaria.training.judge import forgive, observe
 from tolaria.training.progress import Progress
@@ -51,6 +51,7 @@ class Recorder:
         # Cached children: three times cheaper than labels() for every step.
         self._state_gauges = {name: metrics.training_state.labels(name) for name in _STATES}
         self._samples_told = 0
+        self._step_told = 0
         log_context.run_id = progress.run_id
 
     def state(self, state: RunState.ValueType, reason: str) -> None:
@@ -94,7 +95,9 @@ class Recorder:
         metrics.training_step.set(progress.global_step)
         metrics.training_samples_total.inc(progress.samples_total - self._samples_told)
         self._samples_told = progress.samples_total
-        metrics.training_last_step_timestamp_seconds.set(time.time())
+        if progress.global_step != self._step_told:
+            metrics.training_last_step_timestamp_seconds.set(time.time())
+        self._step_told = progress.global_step
 
     def epoch_ends(self, epoch: EpochReport, *, layers: bool) -> None:
         """The epoch's steps and evaluation are done; `layers` shows what costs a series for each layer."""
@@ -108,6 +111,7 @@ class Recorder:
             self._emitter.emit(events.ZERO_SAMPLES, epoch=epoch.epoch)
         self._grafted(epoch.seeds)
         self.rates(epoch.learning_rates)
+        progress.adjustments = epoch.adjustments
         if epoch.gradients is not None:
             progress.conflict_ratio = epoch.gradients.conflict_ratio
             self._growth.gradients(epoch.epoch, epoch.gradients, layers=layers)
@@ -198,14 +202,20 @@ class Recorder:
         for path in paths.failed:
             self._emitter.emit(events.COMPILE_FALLBACK, path=path, detail=paths.fallbacks[path])
 
+    def wishes_failed(self, reason: str) -> None:
+        """Nothing of what Kasmina desires could be done; she is told so for each seed."""
+        self.progress.refusals = tuple((seed.seed_id, reason) for seed in self.progress.desired)
+        self._log.error("seeds_failed", reason=reason)
+
     def rates(self, rates: Mapping[str, float]) -> None:
         """These are the learning rates now."""
         self.progress.learning_rates = dict(rates)
         self._growth.rates(rates)
 
-    def adjusted(self, adjustment: Adjustment, changed: RatesChanged) -> None:
+    def adjusted(self, adjustment: Adjustment, changed: OptimizerChanged) -> None:
         """Somebody has changed learning rates."""
         self.rates({**self.progress.learning_rates, **changed.after})
+        self.progress.adjustments = changed.living
         self._growth.adjusted(adjustment.origin, changed.before, changed.after, adjustment.reason)
 
     def _grafted(self, states: Sequence[SeedState]) -> None:

@@ -14,7 +14,7 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.gradients import SeedMetricSet
 from tolaria.jobs import Evaluation
-from tolaria.optimization import Violation
+from tolaria.optimization import LiveAdjustment, Violation
 from tolaria.training.fences import FenceReport
 from tolaria.training.growth import SeedsReport
 
@@ -56,6 +56,7 @@ class EpochReport:
     hardware: HardwareContext
     seeds: tuple[SeedState, ...] = ()
     gradients: SeedMetricSet | None = None
+    adjustments: tuple[LiveAdjustment, ...] = ()
 
     @property
     def learning_rate(self) -> float:
@@ -65,9 +66,13 @@ class EpochReport:
 
 @dataclass(frozen=True, slots=True)
 class HeldReport:
-    """The lane has stopped between two microbatches, as it was told, and changes nothing until it is released."""
+    """The lane has stopped between two microbatches, as it was told, and changes nothing until it is released.
+
+    `hold` is the number of the order that it answers.
+    """
 
     global_step: int
+    hold: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ class LaneEnded:
     """The lane's thread is about to end; `error` says why, if it was not told to."""
 
     global_step: int
-    error: Exception | None
+    error: BaseException | None
 
 
 Report = StepReport | EpochReport | SeedsReport | FenceReport | HeldReport | LaneEnded
@@ -100,9 +105,12 @@ class ReportBox:
         self._notified_at_s = 0.0
 
     def put(self, report: Report) -> None:
-        """Add a report, from the lane's thread. Waits for room; after `close` nothing is kept."""
+        """Add a report, from the lane's thread. A step report waits for room; after `close` nothing is kept.
+
+        Others never wait: they are few, and the lane may hold a lock that the event loop needs to make room.
+        """
         with self._room:
-            while self._open and len(self._reports) >= self._capacity:
+            while self._open and isinstance(report, StepReport) and len(self._reports) >= self._capacity:
                 self._room.wait()
             if not self._open:
                 return
@@ -111,6 +119,10 @@ class ReportBox:
         if not isinstance(report, StepReport) or now_s - self._notified_at_s >= self._frame_s:
             self._notified_at_s = now_s
             self._notify()
+
+    def flush(self) -> None:
+        """Have the reports so far taken now, from the lane's thread, before it is busy with something else."""
+        self._notify()
 
     def take(self) -> list[Report]:
         """All reports so far, oldest first, from the event loop's thread."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,11 +21,12 @@ from tolaria.errors import (
     ConfigurationError,
     EmptyDatasetError,
     JobError,
+    LossShapeError,
     OptimizationError,
     ScheduleError,
     SeedError,
 )
-from tolaria.jobs import Batch, BatchCursor, JobContext, TrainingJob, build_job
+from tolaria.jobs import Batch, BatchCursor, Evaluation, JobContext, TrainingJob, build_job
 from tolaria.training.device import choose_device, prefer_determinism
 from tolaria.training.fastpaths import FastPaths, choose_fast_paths, compile_model, fuse
 from tolaria.training.growth import Growth, new_growth
@@ -48,8 +49,15 @@ class Rig:
     growth: Growth
     merger: GradientMerger
     paths: FastPaths
-    parameters: list[nn.Parameter]
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    clip_groups: list[list[nn.Parameter]] = field(default_factory=list)
     global_step: int = 0
+    _with_gradients: list[nn.Parameter] = field(default_factory=list)
+    _buffers: list[Tensor] = field(default_factory=list)
+    _kept_buffers: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.grew()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -64,7 +72,26 @@ class Rig:
     def grew(self) -> None:
         """Look at the model anew, after its seeds have changed."""
         self.parameters = self.growth.trained()
+        self.clip_groups = self.growth.clip_groups()
         self.merger.follow(self.growth.ground(self.global_step))
+        self._with_gradients = [p for p in self.model.parameters() if p.requires_grad]
+        self._buffers = list(self.model.buffers())
+        self._kept_buffers = [buffer.detach().clone() for buffer in self._buffers]
+
+    def clear_gradients(self) -> None:
+        """Drop all gradients, also those of parameters that no optimizer holds."""
+        for parameter in self._with_gradients:
+            parameter.grad = None
+
+    def keep_buffers(self) -> None:
+        """Note the buffers (running statistics), so that a step that turns out void leaves no trace in them."""
+        if self._buffers:
+            torch._foreach_copy_(self._kept_buffers, self._buffers)
+
+    def put_buffers_back(self) -> None:
+        """Make the buffers what `keep_buffers` noted."""
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._kept_buffers)
 
 
 def build_rig(settings: Settings) -> Rig:
@@ -104,7 +131,6 @@ def build_rig(settings: Settings) -> Rig:
             ground=growth.ground(0),
         ),
         paths=paths,
-        parameters=growth.trained(),
     )
     _try_forward(training.job, rig)
     compile_model(
@@ -128,7 +154,8 @@ def _demand_plain_step(job_name: str, optimizer: torch.optim.Optimizer) -> None:
 
 def _new_growth(settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer, cursor: BatchCursor) -> Growth:
     training = settings.training
-    updates = training.epochs * -(-cursor.batches_per_epoch // training.accumulate)
+    batches = _calling(training.job, "training_data", lambda: cursor.batches_per_epoch)
+    updates = training.epochs * -(-batches // training.accumulate)
     try:
         return new_growth(
             model,
@@ -139,7 +166,7 @@ def _new_growth(settings: Settings, model: nn.Module, optimizer: torch.optim.Opt
             run_steps=updates,
         )
     except ScheduleError as error:
-        raise ConfigurationError([f"optimizer.{error}"]) from None
+        raise ConfigurationError([f"optimizer: {error}"]) from None
     except (OptimizationError, SeedError) as error:
         raise BrokenJobError(f"training.job {training.job!r}: {error}") from None
 
@@ -151,24 +178,25 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def to_device(payload: Any, device: torch.device) -> Any:
+def to_device(payload: Any, device: torch.device, *, pinned: bool = False) -> Any:
     """Tensors in tuples, lists and dicts on `device`; everything else as it is. Does not synchronise."""
     if isinstance(payload, Tensor):
         if payload.device == device:
             return payload
-        if device.type == "cuda" and payload.device.type == "cpu":  # only a copy from pinned memory does not block
+        if pinned and payload.device.type == "cpu":  # only a copy from pinned memory does not block
             payload = payload.pin_memory()
         return payload.to(device, non_blocking=True)
     if isinstance(payload, dict):
-        return {key: to_device(value, device) for key, value in payload.items()}
+        return {key: to_device(value, device, pinned=pinned) for key, value in payload.items()}
     if isinstance(payload, (tuple, list)):
-        return type(payload)(to_device(value, device) for value in payload)
+        moved = [to_device(value, device, pinned=pinned) for value in payload]
+        return type(payload)(*moved) if hasattr(payload, "_fields") else type(payload)(moved)  # a namedtuple has fields
     return payload
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its payload on `device`; on the CPU the batch itself."""
-    return batch if device.type == "cpu" else replace(batch, payload=to_device(batch.payload, device))
+def on_device(batch: Batch, device: torch.device, *, pinned: bool = False) -> Batch:
+    """The batch with its payload on `device`; on the CPU the batch itself. `pinned`: by way of pinned memory."""
+    return batch if device.type == "cpu" else replace(batch, payload=to_device(batch.payload, device, pinned=pinned))
 
 
 def _made(job_name: str, method: str, make: Callable[[], Made], kind: type[Any]) -> Made:
@@ -183,17 +211,20 @@ def _made(job_name: str, method: str, make: Callable[[], Made], kind: type[Any])
 def _calling(job_name: str, method: str, call: Callable[[], Made]) -> Made:
     try:
         return call()
+    except LossShapeError as error:
+        raise LossShapeError(f"training.job {job_name!r}: {error}") from None
     except JobError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BrokenJobError(f"training.job {job_name!r}: {method}() raised {type(error).__name__}: {error}") from error
 
 
 def _try_forward(job_name: str, rig: Rig, *, backward: bool = False) -> None:
     """One forward (and backward) pass of the first batch. RNGs, buffers, gradients and the cursor are as before."""
     torch_rng, numpy_rng, python_rng = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    buffers = [buffer.clone() for buffer in rig.model.buffers()]
+    rig.keep_buffers()
     try:
+        place = _calling(job_name, "training_data", rig.cursor.state_dict)
         batch = _calling(job_name, "training_data", lambda: _first_batch(rig.cursor))
         if batch is None or rig.cursor.batches_per_epoch < 1:
             raise EmptyDatasetError(f"training.job {job_name!r}: its training data holds no batch")
@@ -201,15 +232,25 @@ def _try_forward(job_name: str, rig: Rig, *, backward: bool = False) -> None:
         losses = _calling(job_name, "losses", lambda: _forward(rig, batch))
         if backward:
             torch.autograd.backward(list(losses.values()))
-        if not any(True for _ in _calling(job_name, "validation_batches", rig.job.validation_batches)):
-            raise EmptyDatasetError(f"training.job {job_name!r}: its validation data holds no batch")
+        _try_evaluation(job_name, rig)
+        _calling(job_name, "training_data", lambda: rig.cursor.load_state_dict(place))
     finally:
-        rig.optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(rig.model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
+        rig.model.train()
+        rig.clear_gradients()
+        rig.put_buffers_back()
         torch.set_rng_state(torch_rng)
         np.random.set_state(numpy_rng)  # noqa: NPY002
         random.setstate(python_rng)
+
+
+def _try_evaluation(job_name: str, rig: Rig) -> None:
+    batches = _calling(job_name, "validation_batches", rig.job.validation_batches)
+    batch = _calling(job_name, "validation_batches", lambda: next(iter(batches), None))
+    if batch is None:
+        raise EmptyDatasetError(f"training.job {job_name!r}: its validation data holds no batch")
+    rig.model.eval()
+    with torch.no_grad():
+        _made(job_name, "evaluate", lambda: rig.job.evaluate(rig.model, on_device(batch, rig.device)), Evaluation)
 
 
 def _forward(rig: Rig, batch: Batch) -> Mapping[str, Tensor]:

@@ -75,5 +75,6 @@ def after(state: RunState.ValueType, event: RunEvent) -> RunState.ValueType:
     """
     following = TRANSITIONS.get((state, event))
     if following is None:
-        raise WrongStateError(f"a run in {RunState.Name(state)} cannot be {event.name.lower()}")
+        name = RunState.Name(state).removeprefix("RUN_STATE_").lower()
+        raise WrongStateError(f"a run that is {name} cannot be {event.name.lower()}")
     return following

@@ -1,6 +1,6 @@
 """One optimizer update, top to bottom. Runs in the lane; the only place that changes parameters.
 
-Synchronises with the device once: for the loss and the gradient norm, which must be known before anything changes.
+Synchronises with the device once: for the loss and the gradient norms, which must be known before anything changes.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tolaria.jobs import Batch
 from tolaria.optimization import Violation
 from tolaria.training.losses import checked_losses
 from tolaria.training.reports import StepReport
@@ -23,13 +23,24 @@ class StepAbandonedError(Exception):
     """Raised out of a step that the lane was told to give up; no parameter has changed."""
 
 
+@dataclass(slots=True)
+class _Taken:
+    """What the microbatches of one update came to."""
+
+    microbatches: int = 0
+    samples: int = 0
+    planned_samples: int = 0
+    waited_s: float = 0.0
+    loss: Tensor | None = None
+
+
 def train_step(rig: Rig, epoch: int, pass_microbatch: Callable[[], bool]) -> StepReport | None:
     """Take microbatches, sum their gradients, and update the parameters, unless something is not finite.
 
     Args:
         rig: what to work on; its `global_step` counts up unless the step is void.
         epoch: for the report.
-        pass_microbatch: asked before each microbatch; may wait; False gives the step up.
+        pass_microbatch: asked between two microbatches; may wait; False gives the step up.
 
     Returns:
         The step's report; None when the epoch has no batch left.
@@ -38,85 +49,122 @@ def train_step(rig: Rig, epoch: int, pass_microbatch: Callable[[], bool]) -> Ste
         StepAbandonedError: when `pass_microbatch` said so.
     """
     started_s = time.monotonic()
-    batches = _take_microbatches(rig)
-    if not batches:
+    taken = _take_microbatches(rig, pass_microbatch)
+    if taken.loss is None:
         return None
-    waited_s = time.monotonic() - started_s
-
-    optimizer = rig.optimizer
-    optimizer.zero_grad(set_to_none=True)
-    rig.merger.begin(rig.global_step, len(batches))
-    total_loss: Tensor | None = None
-    for batch in batches:
-        if not pass_microbatch():
-            optimizer.zero_grad(set_to_none=True)
-            raise StepAbandonedError
-        with rig.paths.autocast():
-            losses = checked_losses(rig.job, rig.model, batch, rig.growth.topology.training_seeds)
-        loss = rig.merger.add(losses, batch, scaler=rig.paths.scaler)
-        total_loss = loss if total_loss is None else total_loss + loss
     rig.merger.finish()
-    _unscale(rig)
-    loss_value, norm = _measure(total_loss, rig)
+    _make_up_for_missing_samples(rig, taken)
+    loss, norms = _measure(taken.loss, rig)
 
-    finite = math.isfinite(loss_value) and math.isfinite(norm)
+    norm = norms[0]
+    finite = math.isfinite(loss) and math.isfinite(norm)
     violations: list[Violation] = []
     if finite:
-        _clip(rig, norm)
+        _clip(rig, norms)
         violations = rig.growth.controller.before_step(rig.global_step)
-        optimizer.step()
+        rig.optimizer.step()
         rig.global_step += 1
-    if rig.paths.scaler is not None:
-        rig.paths.scaler.update()
+    else:
+        rig.clear_gradients()
+        rig.put_buffers_back()
+    rescaled = rig.paths.lowered_scale(finite=finite, loss_finite=math.isfinite(loss))
     finished_s = time.monotonic()
     return StepReport(
         global_step=rig.global_step,
         epoch=epoch,
-        loss=loss_value,
+        loss=loss,
         gradient_norm=norm,
-        samples=sum(batch.samples for batch in batches),
+        samples=taken.samples,
         duration_s=finished_s - started_s,
-        input_wait_s=waited_s,
+        input_wait_s=taken.waited_s,
         finished_at_s=finished_s,
         void=not finite,
         violations=tuple(violations),
-        rescaled=not finite and math.isfinite(loss_value) and rig.paths.scaler is not None,
+        rescaled=rescaled,
     )
 
 
-def _take_microbatches(rig: Rig) -> list[Batch]:
-    batches: list[Batch] = []
-    while len(batches) < rig.accumulate and (batch := rig.cursor.next_batch()) is not None:
-        batches.append(on_device(batch, rig.device))
-    return batches
+def _take_microbatches(rig: Rig, pass_microbatch: Callable[[], bool]) -> _Taken:
+    """Up to `accumulate` microbatches, each fetched when it is its turn; their gradients weigh by samples."""
+    taken = _Taken()
+    while taken.microbatches < rig.accumulate:
+        if taken.microbatches and not pass_microbatch():
+            rig.clear_gradients()
+            rig.put_buffers_back()
+            raise StepAbandonedError
+        asked_s = time.monotonic()
+        batch = rig.cursor.next_batch()
+        if batch is None:
+            break
+        batch = on_device(batch, rig.device, pinned=rig.paths.pins)
+        taken.waited_s += time.monotonic() - asked_s
+        if not taken.microbatches:
+            rig.clear_gradients()
+            rig.keep_buffers()
+            taken.planned_samples = batch.samples * rig.accumulate
+            rig.merger.begin(rig.global_step, rig.accumulate)
+        with rig.paths.autocast():
+            losses = checked_losses(rig.job, rig.model, batch, rig.growth.topology.training_seeds)
+        share = batch.samples / taken.planned_samples
+        loss = rig.merger.add(losses, batch, share=share, scaler=rig.paths.scaler)
+        taken.loss = loss if taken.loss is None else taken.loss + loss
+        taken.microbatches += 1
+        taken.samples += batch.samples
+    return taken
 
 
-def _unscale(rig: Rig) -> None:
-    """Undo the loss scale of float16 in the gradients; those that overflowed are infinite now."""
+def _make_up_for_missing_samples(rig: Rig, taken: _Taken) -> None:
+    """Gradients are means over the samples planned for; where fewer came, as at an epoch's end, scale to the real mean.
+
+    Also undoes the loss scale of float16; gradients that overflowed are infinite now.
+    """
     if rig.paths.scaler is not None:
         rig.paths.scaler.unscale_(rig.optimizer)
+    if taken.samples != taken.planned_samples and taken.loss is not None:
+        factor = taken.planned_samples / taken.samples
+        taken.loss = taken.loss * factor
+        gradients = [p.grad for p in rig.parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
 
 
-def _measure(loss: Tensor | None, rig: Rig) -> tuple[float, float]:
-    """Loss and total gradient norm (L2, over all parameters) as numbers."""
-    gradients = [p.grad for p in rig.parameters if p.grad is not None]
-    if loss is None or not gradients:
-        return float("nan"), float("nan")
+def _measure(loss: Tensor, rig: Rig) -> tuple[float, list[float]]:
+    """The loss, and the gradient norm (L2) of each of the rig's clip groups, as numbers.
+
+    A seed that is isolated from the host is a group of its own, so that it can never move the host; where its norm is
+    not finite its gradients are dropped.
+    """
+    groups = [[p.grad for p in group if p.grad is not None] for group in rig.clip_groups]
+    gradients = [gradient for group in groups for gradient in group]
+    if not gradients:  # a batch that is for nobody whom the optimizer holds
+        return loss.item(), [0.0] * len(groups)
     # All gradients are on one device, so the grouping that torch.nn.utils.get_total_norm does first is not needed: on
     # small models it costs as much as an operation of the model.
     norms = torch._foreach_norm(gradients, 2, dtype=_norm_dtype(gradients))  # noqa: SLF001 - torch's name for the batched norm
     # One transfer: the loss and the norm of each gradient; their root sum of squares costs less here than there.
-    values: list[float] = torch.stack([loss.to(norms[0].dtype), *norms]).tolist()
-    return values[0], math.hypot(*values[1:])
+    values: list[float] = torch.stack([loss.to(norms[0].dtype), *(n.to(norms[0].dtype) for n in norms)]).tolist()
+    found, place = [], 1
+    for group in groups:
+        found.append(math.hypot(*values[place : place + len(group)]))
+        place += len(group)
+    for parameters, norm in zip(rig.clip_groups[1:], found[1:], strict=True):
+        if not math.isfinite(norm):
+            for parameter in parameters:
+                parameter.grad = None
+    return values[0], found
 
 
 def _norm_dtype(gradients: list[Tensor]) -> torch.dtype | None:
     """Half precision overflows at norms that are no mistake; None is the gradients' own dtype."""
-    return torch.float32 if gradients[0].dtype in {torch.float16, torch.bfloat16} else None
+    halves = {torch.float16, torch.bfloat16}
+    return torch.float32 if any(gradient.dtype in halves for gradient in gradients) else None
 
 
-def _clip(rig: Rig, norm: float) -> None:
-    """Scale gradients so that their norm is at most `clip_norm` (Pascanu et al. 2013, algorithm 1)."""
-    if rig.clip_norm and norm > rig.clip_norm:
-        gradients = [p.grad for p in rig.parameters if p.grad is not None]
-        torch._foreach_mul_(gradients, rig.clip_norm / norm)
+def _clip(rig: Rig, norms: list[float]) -> None:
+    """Scale each group's gradients so that their norm is at most `clip_norm` (Pascanu et al. 2013, algorithm 1)."""
+    if not rig.clip_norm:
+        return
+    for group, norm in zip(rig.clip_groups, norms, strict=True):
+        gradients = [p.grad for p in group if p.grad is not None]
+        if norm > rig.clip_norm and gradients:
+            torch._foreach_mul_(gradients, rig.clip_norm / norm)

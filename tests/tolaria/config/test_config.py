@@ -52,7 +52,7 @@ def test_options_of_the_job_come_through_every_source(tmp_path: Path, monkeypatc
     (tmp_path / "tolaria.toml").write_text("[training.options]\nwidth = 8\n")
     monkeypatch.setenv("TOLARIA_TRAINING__OPTIONS", '{"dropout": 0.5}')
     options = load_settings(None, ["training.options.batch_size=64"]).training.options
-    assert options == {"width": 8, "dropout": 0.5, "batch_size": "64"}
+    assert options == {"width": 8, "dropout": 0.5, "batch_size": 64}
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,7 @@ def test_a_mistake_is_named_with_its_setting(override: str, words: list[str]) ->
 def test_all_mistakes_are_told_at_once() -> None:
     """A start with several mistakes needs one correction, not one start for each."""
     assert len(problems(["server.listen=x", "training.epochs=0", "kasmina.timeout_s=-1"])) == 3
+    assert len(problems(["training.epocs=1", "training.epochs=x", "nonsense"])) == 3
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,8 @@ def test_a_broken_or_missing_file_is_named(tmp_path: Path) -> None:
         (["control.tamiyo_budget_ms=20"], "control.tamiyo_budget_ms"),
         (["leyline.previous_secret=old"], "leyline.secret"),
         (["leyline.nonce_window_s=10"], "leyline.nonce_window_s"),
+        (["leyline.nonce_window_s=119"], "twice leyline.freshness_s, which counts both ways"),
+        (["leyline.freshness_s=151"], "twice leyline.freshness_s, which counts both ways"),
     ],
 )
 def test_impossible_combinations_are_refused(overrides: list[str], words: str) -> None:
@@ -130,16 +133,36 @@ def test_impossible_combinations_are_refused(overrides: list[str], words: str) -
 
 
 def test_shown_settings_read_back_and_hide_secrets(tmp_path: Path) -> None:
-    """`config show` is a file that `--config` takes; a secret never appears in it."""
+    """`config show` is a file that `--config` takes; of a secret it says that it is set, and never sets another."""
     settings = load_settings(
-        None, ["leyline.secret=hush-hush", 'training.options={"a": [1, "b"]}', "training.epochs=7"]
+        None,
+        [
+            "leyline.secret=hush-hush",
+            "leyline.previous_secret=hush-before",
+            'training.options={"a": [1, "b"]}',
+            "training.epochs=7",
+        ],
     )
     text = as_toml(settings)
-    assert "hush-hush" not in text
+    assert "hush" not in text
+    assert "\n# secret is set, not shown\n" in text
+    assert "\n# previous_secret is set, not shown\n" in text
     assert tomllib.loads(text)["training"]["options"] == {"a": [1, "b"]}
     shown = tmp_path / "shown.toml"
     shown.write_text(text)
-    assert load_settings(shown).training == settings.training
+    again = load_settings(shown)
+    assert again.training == settings.training
+    assert again.leyline == Settings().leyline
+    assert '\nsecret = ""\n' in as_toml(again)
+
+
+@pytest.mark.parametrize("field", ["secret", "previous_secret"])
+def test_asterisks_are_no_secret(field: str) -> None:
+    """A masked secret that somebody has copied from elsewhere does not become the key."""
+    (problem,) = problems([f"leyline.{field}=**********"])
+    assert problem == (
+        f"leyline.{field}: is nothing but asterisks, which stand for a secret elsewhere and are none (--set)"
+    )
 
 
 def test_a_bad_secret_is_not_printed(tmp_path: Path) -> None:
@@ -177,7 +200,23 @@ def test_addresses_read_and_print_alike(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "80", ":80", "host", "host:", "host:-1", "::1:80", "a b:80", "http://x:80", "x:\uff18\uff10"]
+    "text",
+    [
+        "",
+        "80",
+        ":80",
+        "999.1.1.1:3",
+        "-:1",
+        "h\u00e9llo:5",
+        "[::zz]:1",
+        "host",
+        "host:",
+        "host:-1",
+        "::1:80",
+        "a b:80",
+        "http://x:80",
+        "x:\uff18\uff10",
+    ],
 )
 def test_addresses_that_are_none_are_refused(text: str) -> None:
     """Whatever is not host:port raises with the text in the message."""

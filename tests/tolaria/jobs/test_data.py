@@ -1,12 +1,26 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from tolaria.jobs import BatchCursor, LoaderCursor, TensorCursor
 
@@ -72,7 +86,7 @@ def test_a_saved_place_is_found_again(make: Callable[..., BatchCursor], taken: i
     cursor.begin_epoch(epoch)
     for _ in range(taken):
         cursor.next_batch()
-    place = cursor.state_dict()
+    place = json.loads(json.dumps(cursor.state_dict()))
     other = make()
     other.load_state_dict(place)
     assert rest(other) == rest(cursor)
@@ -86,10 +100,141 @@ def test_tensors_of_different_lengths_are_refused() -> None:
         TensorCursor((X,), batch_size=0, seed=0)
 
 
-def test_a_loader_that_cannot_be_repeated_is_refused() -> None:
-    """A shuffling loader without a generator of its own could never find a place again."""
-    with pytest.raises(ValueError, match="generator"):
-        LoaderCursor(DataLoader(TensorDataset(X), shuffle=True), seed=0)
+@BOTH
+def test_a_place_before_the_first_epoch_is_found_again(make: Callable[..., BatchCursor]) -> None:
+    """Before the first epoch there are no batches, nor are there after going back to before it."""
+    place = make().state_dict()
+    other = make()
+    other.begin_epoch(1)
+    other.next_batch()
+    other.load_state_dict(place)
+    assert other.next_batch() is None
+    assert other.state_dict() == place
+
+
+@BOTH
+@pytest.mark.parametrize(("change", "words"), [({"batch_size": 4}, "batch_size 4"), ({"seed": 7}, "seed 7")])
+def test_a_place_among_other_batches_is_refused(
+    make: Callable[..., BatchCursor], change: dict[str, int], words: str
+) -> None:
+    """A place counts batches of one size in the order of one seed; in others it would be somewhere else."""
+    foreign = make(**change)
+    foreign.begin_epoch(1)
+    cursor, untouched = make(), make()
+    for each in (cursor, untouched):
+        each.begin_epoch(2)
+        each.next_batch()
+    with pytest.raises(ValueError, match=f"saved with {words}, and this cursor has"):
+        cursor.load_state_dict(foreign.state_dict())
+    assert rest(cursor) == rest(untouched)
+
+
+class Backwards(Sampler[int]):
+    """An order of somebody's own."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(9, -1, -1))
+
+    def __len__(self) -> int:
+        return 10
+
+
+class Picky(RandomSampler):
+    """A kind of RandomSampler that may draw from anywhere."""
+
+
+class Stream(IterableDataset[int]):
+    """Samples without places."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(10))
+
+
+class Endless(Dataset[int]):
+    """Samples by index, without a length."""
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+DATA = TensorDataset(X)
+GENERATOR = torch.Generator()
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda: DataLoader(DATA, shuffle=True), "generator"),
+        (lambda: DataLoader(DATA, sampler=RandomSampler(DATA, generator=torch.Generator())), "the same one"),
+        (
+            lambda: DataLoader(DATA, sampler=RandomSampler(DATA, generator=torch.Generator()), generator=GENERATOR),
+            "the same one",
+        ),
+        (lambda: DataLoader(DATA, sampler=WeightedRandomSampler([0.1] * 10, 10)), "a WeightedRandomSampler"),
+        (
+            lambda: DataLoader(DATA, sampler=SubsetRandomSampler(range(5), GENERATOR), generator=GENERATOR),
+            "a SubsetRandomSampler",
+        ),
+        (lambda: DataLoader(DATA, sampler=Backwards()), "a Backwards"),
+        (lambda: DataLoader(DATA, sampler=Picky(DATA, generator=GENERATOR), generator=GENERATOR), "a Picky"),
+        (
+            lambda: DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 2, drop_last=False)),
+            "batch_sampler",
+        ),
+        (lambda: DataLoader(Stream()), "IterableDataset"),
+        (lambda: DataLoader(Endless()), "an? Endless, has no length"),
+    ],
+)
+def test_a_loader_that_cannot_be_repeated_is_refused(made: Callable[[], DataLoader[Any]], words: str) -> None:
+    """Where the order comes from anywhere but the loader's generator, a place could not be found again."""
+    with pytest.raises(ValueError, match=words):
+        LoaderCursor(made(), seed=0)
+
+
+def test_samplers_that_can_be_repeated_are_taken() -> None:
+    """The two samplers that a loader makes by itself may also be given to it."""
+    sampler = RandomSampler(DATA, generator=GENERATOR)
+    for made in (
+        DataLoader(DATA, sampler=sampler, generator=GENERATOR),
+        DataLoader(DATA, sampler=SequentialSampler(X)),
+    ):
+        cursor = LoaderCursor(made, seed=0)
+        cursor.begin_epoch(1)
+        assert sorted(sample for (sample,) in rest(cursor)) == list(range(10))
+
+
+class Watched(DataLoader[Any]):
+    """Counts its iterators that are alive, which keep their workers alive, whenever it makes another one."""
+
+    def __init__(self) -> None:
+        super().__init__(DATA, batch_size=3)
+        self.made: list[weakref.ref[Any]] = []
+        self.alive_at_making: list[int] = []
+
+    def __iter__(self) -> Any:
+        self.alive_at_making.append(self.alive)
+        iterator = super().__iter__()
+        self.made.append(weakref.ref(iterator))
+        return iterator
+
+    @property
+    def alive(self) -> int:
+        return sum(ref() is not None for ref in self.made)
+
+
+def test_an_unfinished_epoch_ends_before_the_next_begins() -> None:
+    """The iterator of an epoch, and with it its workers, is gone when a new epoch or none is begun."""
+    watched = Watched()
+    cursor = LoaderCursor(watched, seed=0)
+    before = cursor.state_dict()
+    for epoch in (1, 2):
+        cursor.begin_epoch(epoch)
+        cursor.next_batch()
+    cursor.load_state_dict(cursor.state_dict())
+    assert watched.alive_at_making == [0, 0, 0]
+    assert watched.alive == 1
+    cursor.load_state_dict(before)
+    assert watched.alive == 0
 
 
 def test_batches_of_dicts_are_counted() -> None:

@@ -27,7 +27,7 @@ def live(at_step: int, group: str | None = None, **what: Any) -> LiveAdjustment:
         ([live(0, factor=0.5)], 0.05),
         ([live(0, factor=0.5), live(1, factor=0.5)], 0.025),
         ([live(0, value=0.4), live(1, value=0.2)], 0.2),
-        ([live(0, factor=0.5), live(1, value=0.2)], 0.1),
+        ([live(0, factor=0.5), live(1, value=0.2)], 0.2),
         ([live(0, value=0.2), live(1, factor=0.5)], 0.1),
         ([live(0, "host", value=0.2)], 0.2),
         ([live(0, "seed:a", value=0.2)], 0.1),
@@ -37,7 +37,7 @@ def live(at_step: int, group: str | None = None, **what: Any) -> LiveAdjustment:
     ],
 )
 def test_adjustments_compose(living: list[LiveAdjustment], expected: float) -> None:
-    """At step 10: factors multiply, the newest living value wins; what expired or means another group does nothing."""
+    """At step 10: the newest value wins, newer factors multiply; what expired or means another group does nothing."""
     assert composed(living, "host", 0.1, step=10) == pytest.approx(expected)
 
 
@@ -48,15 +48,15 @@ def test_a_name_means_its_family_but_not_every_name_it_begins() -> None:
 
 
 def test_a_lasting_value_ends_what_it_replaces() -> None:
-    """Older values and lasting factors of its groups go; other groups' and factors with an expiry stay."""
+    """All that is older and of its groups goes; other groups' and those of all groups stay."""
     stays = [
         live(0, "seed:a", value=0.3),
         live(0, None, value=0.1),
-        live(0, "host", factor=0.5, expires_after_steps=50),
     ]
     goes = [
         live(0, "host/1", value=0.2),
         live(0, "host", factor=0.9),
+        live(0, "host", factor=0.5, expires_after_steps=50),
         live(0, "host", value=1.0, expires_after_steps=9),
     ]
     assert without_replaced([*goes, *stays], change("host", value=0.5)) == stays

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import anyio
+import grpc
+import grpc.aio
 import pytest
 
 from leyline.v1.commands_pb2 import AdaptationCommand
@@ -14,7 +17,7 @@ from support.peers import FakeKasmina, FakeTamiyo, command, serving
 from tolaria.config import PeerSettings
 from tolaria.errors import PeerError, PeerProtocolError, PeerTimeoutError
 from tolaria.peers.connect import Peers, connected_peers
-from tolaria.resilience.breaker import Breaker
+from tolaria.resilience.breaker import Breaker, BreakerPolicy
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 
@@ -24,10 +27,10 @@ pytestmark = pytest.mark.anyio
 class Ward:
     """Both clients against one target, with telemetry of their own."""
 
-    def __init__(self, target: str, timeout_s: float = 2.0) -> None:
+    def __init__(self, target: str, timeout_s: float = 2.0, policy: BreakerPolicy | None = None) -> None:
         self.metrics = Metrics()
         self.emitter = Emitter()
-        self.breakers = {name: Breaker(name, clock=time.monotonic) for name in ("tamiyo", "kasmina")}
+        self.breakers = {name: Breaker(name, clock=time.monotonic, policy=policy) for name in ("tamiyo", "kasmina")}
         self._settings = PeerSettings(target=target, timeout_s=timeout_s)
 
     def connected(self) -> AbstractAsyncContextManager[Peers]:
@@ -105,15 +108,16 @@ async def test_a_dead_peer_opens_its_breaker_and_no_other() -> None:
 
 
 async def test_a_restarted_peer_is_found_again_within_seconds() -> None:
-    """The long backoff of gRPC is cut short, so that a peer that is back is called again soon."""
+    """The long backoff of gRPC is cut short: once the breaker has cooled down, a peer that is back is called again."""
     async with serving(FakeTamiyo(no_command)) as target:
-        ward = Ward(target)
+        ward = Ward(target, policy=BreakerPolicy(failures_max=1, cooldown_s=0.1))
         peers_of = ward.connected()
         peers: Peers = await peers_of.__aenter__()
         await peers.tamiyo.evaluate_epoch(SystemStatePacket())
     port = int(target.rpartition(":")[2])
     with pytest.raises(PeerError):
         await peers.tamiyo.evaluate_epoch(SystemStatePacket())
+    assert ward.breakers["tamiyo"].state == CIRCUIT_STATE_OPEN
     async with serving(FakeTamiyo(no_command), port=port):
         with anyio.fail_after(10):
             while True:
@@ -122,5 +126,49 @@ async def test_a_restarted_peer_is_found_again_within_seconds() -> None:
                     break
                 except PeerError:
                     await anyio.sleep(0.05)
-                    ward.breakers["tamiyo"].force(CIRCUIT_STATE_CLOSED)
         await peers_of.__aexit__(None, None, None)
+    assert ward.breakers["tamiyo"].state == CIRCUIT_STATE_CLOSED
+
+
+class Babbler(grpc.GenericRpcHandler):
+    """Answers every method with bytes that are no message."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
+        async def babble(_request: bytes, _context: object) -> bytes:
+            return b"\xff\xff\xff"
+
+        return grpc.unary_unary_rpc_method_handler(babble)
+
+
+@asynccontextmanager
+async def babbling() -> AsyncIterator[str]:
+    """A peer of any kind that talks nonsense; yields host:port."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    server.add_generic_rpc_handlers((Babbler(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
+
+
+ASKING: dict[str, Callable[[Peers], Awaitable[object]]] = {
+    "tamiyo": lambda peers: peers.tamiyo.evaluate_epoch(SystemStatePacket()),
+    "kasmina": lambda peers: peers.kasmina.export_seeds(SystemStatePacket()),
+    "kasmina's apply": lambda peers: peers.kasmina.apply(command(COMMAND_SEED), SystemStatePacket()),
+}
+
+
+@pytest.mark.parametrize("asked", ASKING)
+async def test_a_peer_that_talks_nonsense_fails_and_is_left_alone(asked: str) -> None:
+    """Bytes that are no message are a protocol error and count as failures: an event each, and the breaker opens."""
+    peer = asked.partition("'")[0]
+    async with babbling() as target:
+        ward = Ward(target, policy=BreakerPolicy(failures_max=2))
+        async with ward.connected() as peers:
+            for _ in range(2):
+                with pytest.raises(PeerProtocolError, match="answered with bytes"):
+                    await ASKING[asked](peers)
+    assert ward.breakers[peer].state == CIRCUIT_STATE_OPEN
+    assert ward.events.count(f"tolaria.{peer}_error") == 2

@@ -20,6 +20,7 @@ from leyline.v1.enums_pb2 import (
 )
 from leyline.v1.seeds_pb2 import SeedState
 from support.peers import command
+from tolaria.config import LeylineSettings, Settings
 from tolaria.errors import CommandRejectedError, PeerProtocolError
 from tolaria.peers.signing import NonceTable, sign
 from tolaria.peers.verification import REJECTION_REASONS, SEEDS_MAX, CommandVerifier, Trust, verify_seeds
@@ -113,6 +114,19 @@ def test_a_replay_is_refused_and_a_forgery_uses_no_id_up() -> None:
     verifier.verify(good, wall_s=time.time(), now_s=1.0)
     with pytest.raises(CommandRejectedError, match="replayed"):
         verifier.verify(good, wall_s=time.time(), now_s=2.0)
+
+
+@pytest.mark.parametrize("later_s", [60.0, 61.0, 119.0, 120.0, 121.0])
+def test_with_the_shortest_window_that_settings_allow_no_replay_passes(later_s: float) -> None:
+    """A command from a minute ahead is fresh for two: its id is remembered for as long."""
+    leyline = Settings(leyline=LeylineSettings(freshness_s=60.0, nonce_window_s=120.0)).leyline
+    verifier = CommandVerifier(Trust(freshness_s=leyline.freshness_s), NonceTable(window_s=leyline.nonce_window_s))
+    ahead = command()
+    ahead.issued_at.FromSeconds(1_700_000_060)
+    verifier.verify(ahead, wall_s=1_700_000_000.0, now_s=0.0)
+    with pytest.raises(CommandRejectedError) as caught:
+        verifier.verify(ahead, wall_s=1_700_000_000.0 + later_s, now_s=later_s)
+    assert caught.value.reason == ("replayed" if later_s <= 120 else "stale")
 
 
 @given(st.binary(max_size=200))

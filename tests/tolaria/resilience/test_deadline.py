@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any, cast
 
 import anyio
 import anyio.to_thread
@@ -18,7 +19,7 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.tamiyo_service_pb2 import EvaluateEpochRequest, EvaluateEpochResponse
 from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
 from support.peers import FakeTamiyo, command, serving
-from tolaria.errors import BreakerOpenError, PeerTimeoutError, PeerUnavailableError
+from tolaria.errors import BreakerOpenError, PeerProtocolError, PeerTimeoutError, PeerUnavailableError
 from tolaria.resilience.breaker import Breaker, BreakerPolicy
 from tolaria.resilience.deadline import CallRecord, DeadlineCaller
 
@@ -163,3 +164,18 @@ async def test_an_error_status_carries_its_words() -> None:
         with pytest.raises(PeerUnavailableError, match="no policy loaded"):
             await peer.call(2.0)
         await peer.channel.close()
+
+
+async def test_an_answer_that_cannot_be_decoded_is_a_failure() -> None:
+    """Bytes that gRPC cannot decode, for which it gives None, are an error in the record and to the breaker."""
+
+    async def undecodable(_request: EvaluateEpochRequest, *, timeout: float) -> None:  # noqa: ASYNC109 - gRPC's word
+        """What a method of gRPC's does with such bytes."""
+
+    records: list[CallRecord] = []
+    breaker = Breaker("tamiyo", clock=time.monotonic, policy=BreakerPolicy(failures_max=1))
+    caller = DeadlineCaller("tamiyo", breaker, observe=records.append)
+    with pytest.raises(PeerProtocolError, match="EvaluateEpoch answered with bytes that are no"):
+        await caller.call(cast("Any", undecodable), EvaluateEpochRequest(), name="EvaluateEpoch", timeout_s=2.0)
+    assert [r.outcome for r in records] == ["error"]
+    assert breaker.state == CIRCUIT_STATE_OPEN

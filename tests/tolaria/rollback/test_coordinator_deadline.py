@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -14,14 +15,14 @@ from tolaria.errors import PeerTimeoutError, RestoreAbandonedError
 from tolaria.rollback.budget import RollbackBudgets
 from tolaria.rollback.coordinator import Clocks, RollbackCoordinator
 from tolaria.rollback.journal_rows import RollbackRow
-from tolaria.rollback.orders import Ending, RestoreOrder, RestoreOutcome, RollbackOutcome, RollbackRequest
+from tolaria.rollback.orders import Ending, RestoreOrder, RestoreOutcome, RollbackRequest
 from tolaria.rollback.participants import Call, RollbackOrder, Seat, Stance
 from tolaria.rollback.phases import Phase
 
 pytestmark = pytest.mark.anyio
 
 Work = Callable[[RestoreOrder], Awaitable[RestoreOutcome]]
-SHORT = RollbackBudgets(fast_s=0.05, full_s=0.05)
+SHORT = RollbackBudgets(fast_s=0.2, full_s=0.2)
 LONG = RollbackBudgets(fast_s=60.0, full_s=60.0)
 REQUEST = RollbackRequest("r1", ROLLBACK_TIER_UNSPECIFIED, None, 50, "loss exploded")
 DONE = RestoreOutcome(40, "d", "d", 1.0)
@@ -128,11 +129,11 @@ async def test_a_lane_that_does_not_come_to_a_fence_is_given_up_at_the_deadline(
     assert isinstance(outcome.error, RestoreAbandonedError)
     assert seen[0].expired()
     assert seen[0].refuses()
-    assert 0 <= seen[0].deadline_s - started_s - 0.05 < 0.05
+    assert 0 <= seen[0].deadline_s - started_s - 0.2 < 0.2
     assert [call for call, _ in house.kasmina.calls] == [Call.PREPARE, Call.COMMIT, Call.ABORT]
     assert house.slots[-1] == (Phase.DEADLINE, "r1", 40, int(seen[0].deadline_s * 1e9), ROLLBACK_TIER_FAST)
     assert [row.outcome for row in house.rows] == ["deadline_exceeded"]
-    assert outcome.latency_ms >= 50
+    assert outcome.latency_ms >= 200
 
 
 async def test_a_lane_that_notices_the_deadline_itself_has_missed_it() -> None:
@@ -170,7 +171,7 @@ async def test_looking_for_a_point_is_bounded_too() -> None:
     house.lane.finds = False
     outcome = await house.coordinator.roll_back(REQUEST)
     assert outcome.ending is Ending.DEADLINE_EXCEEDED
-    assert 50 <= outcome.latency_ms < 5000
+    assert 200 <= outcome.latency_ms < 5000
     assert house.slots[-1][0] is Phase.DEADLINE
     assert house.tamiyo.calls == []
 
@@ -183,16 +184,16 @@ async def test_a_silent_peer_costs_its_own_share_only(polite: bool) -> None:
         assert not order.refuses()
         return DONE
 
-    house = House(restore, budgets=RollbackBudgets(fast_s=0.5), tamiyo=Peer({Call.PREPARE}, polite=polite))
+    house = House(restore, budgets=RollbackBudgets(fast_s=1.0), tamiyo=Peer({Call.PREPARE}, polite=polite))
     outcome = await house.coordinator.roll_back(REQUEST)
     assert outcome.ending is Ending.RESTORED
     assert outcome.coordinated
     ((call, timeout_s),) = house.tamiyo.calls
     assert call is Call.PREPARE
-    assert timeout_s == pytest.approx(0.15)
+    assert timeout_s == pytest.approx(0.3)
     assert house.tamiyo.cancelled == ([] if polite else [Call.PREPARE])
     assert outcome.votes[0].stance is Stance.SILENT
-    assert 150 <= outcome.votes[0].latency_ms < 1500
+    assert 300 <= outcome.votes[0].latency_ms < 3000
     assert [call for call, _ in house.kasmina.calls] == [Call.PREPARE, Call.COMMIT, Call.CONFIRM]
 
 
@@ -263,30 +264,40 @@ async def test_a_rollback_cancelled_while_copying_is_seen_through() -> None:
     assert house.slots[-1][0] is Phase.IDLE
 
 
-async def test_a_thread_and_a_deadline_always_agree() -> None:
-    """With a lane in a thread that copies right around the deadline, a copy is made if and only if it is reported."""
-    outcomes: list[RollbackOutcome] = []
-    for attempt in range(40):
-        copied: list[bool] = []
+class ThreadedLane:
+    """A lane in a thread of its own, which asks for its copy this much before the deadline."""
 
-        def lane(order: RestoreOrder, copied: list[bool] = copied, early_s: float = (attempt - 20) * 1e-4) -> None:
-            while time.monotonic() < order.deadline_s - early_s:
+    def __init__(self, early_s: float) -> None:
+        self.early_s = early_s
+        self.copied = False
+        self.threads: list[threading.Thread] = []
+
+    async def restore(self, order: RestoreOrder) -> RestoreOutcome:
+        loop, done = asyncio.get_running_loop(), anyio.Event()
+
+        def work() -> None:
+            while time.monotonic() < order.deadline_s - self.early_s:
                 pass
-            copied.append(not order.refuses())
+            self.copied = not order.refuses()
+            loop.call_soon_threadsafe(done.set)
 
-        async def restore(order: RestoreOrder, copied: list[bool] = copied) -> RestoreOutcome:
-            await anyio.to_thread.run_sync(lane, order, abandon_on_cancel=True)
-            if not copied[0]:
-                raise RestoreAbandonedError("about to copy")
-            return DONE
+        self.threads.append(threading.Thread(target=work))
+        self.threads[0].start()
+        await done.wait()
+        if not self.copied:
+            raise RestoreAbandonedError("about to copy")
+        return DONE
 
-        house = House(restore, budgets=RollbackBudgets(fast_s=0.01))
+
+async def test_a_thread_and_a_deadline_always_agree() -> None:
+    """With a lane that copies right around the deadline, a copy is made if and only if it is reported."""
+    for attempt in range(40):
+        lane = ThreadedLane((attempt - 20) * 1e-4)
+        house = House(lane.restore, budgets=RollbackBudgets(fast_s=0.01))
         outcome = await house.coordinator.roll_back(REQUEST)
-        outcomes.append(outcome)
-        while not copied:
-            await anyio.sleep(0.001)
-        assert copied[0] == (outcome.ending is Ending.RESTORED)
-    assert {outcome.ending for outcome in outcomes} <= {Ending.RESTORED, Ending.DEADLINE_EXCEEDED}
+        for thread in lane.threads:
+            await anyio.to_thread.run_sync(thread.join)
+        assert outcome.ending is (Ending.RESTORED if lane.copied else Ending.DEADLINE_EXCEEDED)
 
 
 async def test_a_rollback_cancelled_while_it_is_confirmed_stands() -> None:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 
 import aiohttp
+import anyio
 import pytest
 
+from tolaria.config import Address
 from tolaria.errors import BindError
 from tolaria.telemetry.exporter import exporter
 from tolaria.telemetry.metrics import Metrics
@@ -45,3 +47,37 @@ async def test_a_port_in_use_is_a_bind_error_with_the_address() -> None:
         with pytest.raises(BindError, match=f"the metrics server cannot listen on {address}: "):
             async with exporter(str(address), Metrics(), list):
                 pass
+
+
+async def scraped(address: Address, accept: bytes) -> tuple[bytes, bytes]:
+    """Head and body of a scrape with this Accept header, sent as it is."""
+    async with await anyio.connect_tcp(address.host, address.port) as stream:
+        await stream.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAccept: " + accept + b"\r\n\r\n")
+        head, _, body = b"".join([part async for part in stream]).partition(b"\r\n\r\n")
+    return head, body
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        b"text/plain;version=abc",
+        b"text/plain;version=1.x",
+        b'text/plain;version="1.0.0"',
+        b"application/openmetrics-text;version=abc",
+        b"application/openmetrics-text;version=9.\x80",
+        "application/openmetrics-text;version=\uff19".encode(),
+        b"application/openmetrics-text;version=" + b"9" * 5000,
+        b"text/plain;version=",
+        b";=;,,;version;=version,",
+        b"image/png",
+        b"\xff\xfe",
+        b"",
+    ],
+)
+async def test_a_scraper_that_asks_for_nonsense_gets_plain_text(accept: bytes) -> None:
+    """Whatever Accept holds, the metrics are served, in the oldest form."""
+    async with exporter("127.0.0.1:0", Metrics(), list) as address:
+        head, body = await scraped(address, accept)
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert b"Content-Type: text/plain; version=0.0.4; charset=utf-8" in head
+    assert b"tolaria_training_step 0.0" in body

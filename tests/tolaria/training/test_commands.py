@@ -4,11 +4,10 @@ import pytest
 
 from leyline.v1.admin_service_pb2 import AdjustLearningRateRequest
 from leyline.v1.commands_pb2 import AdaptationCommand
-from leyline.v1.enums_pb2 import COMMAND_OPTIMIZER, COMMAND_PAUSE
+from leyline.v1.enums_pb2 import COMMAND_OPTIMIZER
 from support.peers import command
 from tolaria.errors import AdjustmentRefusedError, CommandRejectedError
-from tolaria.training.commands import fence_commands, operators_adjustment
-from tolaria.training.fences import AdjustRate, ChangeHyperparameters
+from tolaria.training.commands import operators_adjustment, optimizer_change
 
 
 def optimizer_command(group: str = "", /, **hyperparameters: float) -> AdaptationCommand:
@@ -22,27 +21,29 @@ def optimizer_command(group: str = "", /, **hyperparameters: float) -> Adaptatio
 def test_rates_go_to_the_controller_and_the_rest_to_the_optimizer() -> None:
     """lr, lr_factor and their expiry are one adjustment; other names are hyperparameters; the group is for both."""
     asked = optimizer_command("host", lr_factor=0.5, lr_expires_after_steps=10, weight_decay=0.25)
-    rate, other = fence_commands(asked)
-    assert isinstance(rate, AdjustRate)
-    adjustment = rate.adjustment
+    change = optimizer_change(asked)
+    adjustment = change.adjustment
+    assert adjustment is not None
     assert (adjustment.group, adjustment.factor, adjustment.expires_after_steps) == ("host", 0.5, 10)
     assert (adjustment.origin, adjustment.request_id) == ("tamiyo", asked.command_id)
-    assert other == ChangeHyperparameters({"weight_decay": 0.25}, "host")
+    assert (change.hyperparameters, change.group) == ({"weight_decay": 0.25}, "host")
 
 
 @pytest.mark.parametrize(
     "hyperparameters",
-    [{}, {"lr": 0.1, "lr_factor": 0.5}, {"lr_factor": 0.0}, {"lr": -1.0}, {"lr_expires_after_steps": 5}],
+    [
+        {},
+        {"lr": 0.1, "lr_factor": 0.5},
+        {"lr_factor": 0.0},
+        {"lr": -1.0},
+        {"lr_expires_after_steps": 5},
+        {"lr_expires_after_steps": 5, "momentum": 0.5},
+    ],
 )
 def test_what_makes_no_sense_is_malformed(hyperparameters: dict[str, float]) -> None:
     """Nothing at all, both ways at once, rates that are none: refused before the lane hears of it."""
     with pytest.raises(CommandRejectedError, match="malformed"):
-        fence_commands(optimizer_command(**hyperparameters))
-
-
-def test_other_commands_are_not_the_lanes() -> None:
-    """A pause asks nothing of the optimizer."""
-    assert fence_commands(command(COMMAND_PAUSE)) == []
+        optimizer_change(optimizer_command(**hyperparameters))
 
 
 @pytest.mark.parametrize(

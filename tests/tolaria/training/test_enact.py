@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import anyio
 import pytest
 
 from leyline.v1.admin_service_pb2 import AdjustLearningRateRequest
@@ -7,6 +8,7 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import (
     COMMAND_OPTIMIZER,
     COMMAND_ROLLBACK,
+    COMMAND_SEED,
     SEED_STAGE_TRAINING,
     CommandType,
 )
@@ -49,11 +51,14 @@ async def test_tamiyo_changes_rates_and_hyperparameters() -> None:
     assert (group["lr"], group["momentum"]) == (0.025, 0.25)
     assert run.loop.status().learning_rates == {"host": 0.025}
     value = run.metrics.registry.get_sample_value
+    assert run.progress.commands_accepted == 1
     assert value("tolaria.lr_controller.current_lr", {"group": "host"}) == 0.025
     assert value("tolaria.lr_controller.adjustments_total", {"origin": "tamiyo"}) == 1
 
 
-@pytest.mark.parametrize("hyperparameters", [{"lr_factor": 1e9}, {"nonsense": 1.0}, {"momentum": 2.0}])
+@pytest.mark.parametrize(
+    "hyperparameters", [{"lr_factor": 1e9}, {"nonsense": 1.0}, {"momentum": 2.0}, {"lr_factor": 0.5, "nonsense": 1.0}]
+)
 async def test_what_the_lane_refuses_changes_nothing_and_is_told(hyperparameters: dict[str, float]) -> None:
     """Out of bounds or unknown: counted as refused, evented, and every rate stays."""
     run = await finished(once(optimizer_command(**hyperparameters)))
@@ -80,7 +85,11 @@ async def test_operators_change_rates_while_it_runs_and_while_it_is_paused() -> 
         before = run.progress.global_step
         request = AdjustLearningRateRequest(request_id="1", reason="calm", factor=0.5, expires_after_steps=5)
         assert await run.loop.adjust_rate(request) == before
-        assert run.loop.status().learning_rates == {"host": 0.025}
+        status = run.loop.status()
+        assert status.learning_rates == {"host": 0.025}
+        (told,) = status.adjustments
+        assert (told.origin, told.request_id, told.reason, told.factor) == ("operator", "1", "calm", 0.5)
+        assert told.expires_at_step == told.from_step + 5 == before + 5
         run.loop.resume("on")
         await run.until(lambda: run.progress.global_step > before + 40)
         assert run.loop.status().learning_rates == {"host": 0.05}
@@ -145,3 +154,28 @@ async def test_a_seed_that_kasmina_desires_grows_and_shows() -> None:
     assert value("tolaria.seeds.active", {"stage": "training"}) == 1
     assert value("tolaria.opt.rebuilds_total") == 1
     assert "tolaria.opt_rebuilt" in run.events
+
+
+async def test_a_seed_command_that_kasmina_refuses_is_not_applied() -> None:
+    """Her no counts as a refusal, with her words."""
+    peers = once(command(COMMAND_SEED))
+    peers.takes = False
+    run = await finished(peers)
+    assert run.progress.commands_accepted == 0
+    assert run.metrics.registry.get_sample_value("tolaria.command.rejected_total", {"reason": "refused"}) == 1
+
+
+async def test_a_rate_change_whose_caller_goes_away_is_made_once() -> None:
+    """The client hangs up while the lane is busy; its repeat finds the change made, counted and shown once."""
+    run = new_run(FakePeers(), job="GatedJob", epochs=10**6)
+    async with running(run):
+        job = run.job
+        request = AdjustLearningRateRequest(request_id="1", reason="calm", factor=0.5)
+        with anyio.move_on_after(0.05):
+            await run.loop.adjust_rate(request)
+        job.passes.release(10**6)
+        await run.loop.adjust_rate(request)
+        assert run.loop.status().learning_rates == {"host": 0.025}
+        value = run.metrics.registry.get_sample_value
+        assert value("tolaria.lr_controller.adjustments_total", {"origin": "operator"}) == 1
+        await run.loop.stop("enough")

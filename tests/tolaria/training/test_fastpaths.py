@@ -74,7 +74,7 @@ def test_a_compiler_that_fails_is_undone() -> None:
     model, paths = nn.Linear(2, 1), FastPaths(CPU)
 
     def no_compiler() -> None:
-        raise RuntimeError("no C++ compiler\nand a long trace")
+        raise BrokenJobError("losses() raised") from RuntimeError("no C++ compiler\nand a long trace")
 
     compile_model(paths, FastPathSettings(compile="on"), model, no_compiler, deterministic=False)
     assert paths.told["compile"] == "off: no C++ compiler"
@@ -143,3 +143,20 @@ async def test_what_runs_is_shown() -> None:
     assert run.loop.status().fast_paths["amp"] == "off: not wanted"
     assert run.metrics.registry.get_sample_value("tolaria.train.foreach_enabled") == 1
     assert run.metrics.registry.get_sample_value("tolaria.train.amp_enabled") == 0
+
+
+def test_a_scale_that_has_come_down_to_one_hides_nothing() -> None:
+    """NaN gradients under float16 void steps; once the scale is spent they count as the mistake that they are."""
+    made = rig(amp="float16")
+    made.paths.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for parameter in made.parameters:
+        parameter.register_hook(lambda gradient: gradient * float("nan"))  # type: ignore[no-untyped-call]
+    reports = [train_step(made, 1, lambda: True) for _ in range(3)]
+    assert [r.rescaled for r in reports if r] == [True, False, False]
+
+
+def test_a_model_that_is_not_compiled_is_not_called_compiled() -> None:
+    """A warm-up in which torch compiles nothing turns the fast path off, with that as the reason."""
+    paths = FastPaths(CPU)
+    compile_model(paths, FastPathSettings(compile="on"), nn.Linear(2, 1), lambda: None, deterministic=False)
+    assert paths.told["compile"] == "off: torch found nothing to compile in the model"

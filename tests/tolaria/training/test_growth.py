@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from leyline.v1.enums_pb2 import (
@@ -13,6 +14,7 @@ from leyline.v1.enums_pb2 import (
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from support.jobs import SlotJob
 from tolaria.config import OptimizerSettings, SeedsSettings, Settings, TrainingSettings
+from tolaria.errors import RebuildFailedError
 from tolaria.optimization import RebuildOutcome
 from tolaria.training.fences import Reconcile, carry_out
 from tolaria.training.growth import SeedsReport
@@ -107,11 +109,13 @@ def test_the_hosts_momentum_survives_every_rebuild() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, momentum(), strict=True))
 
 
-def test_a_seed_in_training_never_moves_the_host() -> None:
-    """With and without a training seed the host's parameters go the same way, bit by bit."""
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_a_seed_in_training_never_moves_the_host(clip_norm: float) -> None:
+    """With and without a training seed the host's parameters go the same way, bit by bit, clipped or not."""
 
     def hosts(*, seeded: bool) -> list[torch.Tensor]:
         made = rig()
+        made.clip_norm = clip_norm
         if seeded:
             fence(made, wish(SEED_STAGE_TRAINING))
         train(made, 6)
@@ -167,3 +171,33 @@ def test_refusals_are_told_one_by_one() -> None:
     assert [seed_id for seed_id, _ in report.refusals] == ["b"]
     assert "perpetuum_mobile" in report.refusals[0][1]
     assert list(groups(made)) == ["host", "seed:a"]
+
+
+def test_a_seed_whose_gradients_are_not_finite_harms_nobody() -> None:
+    """An isolated seed with NaN weights: the step is not void, and the host goes its way."""
+    made = rig()
+    fence(made, wish(SEED_STAGE_TRAINING))
+    with torch.no_grad():
+        for _, parameter in made.growth.topology.training_parameters("a"):
+            parameter.fill_(float("nan"))
+    report = train_step(made, 1, lambda: True)
+    assert report is not None
+    assert not report.void
+    assert all(p.isfinite().all() for n, p in made.model.named_parameters() if ".seeds." not in n)
+
+
+def test_a_rebuild_that_keeps_failing_is_not_tried_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a failure the next try is a hundred steps away; the old optimizer trains on meanwhile."""
+    made = rig()
+    attempts = []
+
+    def failing(*_args: object, **_kwargs: object) -> None:
+        attempts.append(made.global_step)
+        raise RebuildFailedError("build", "injected")
+
+    monkeypatch.setattr("tolaria.training.growth.regroup", failing)
+    report = fence(made, wish(SEED_STAGE_TRAINING))
+    assert "injected" in report.rebuild_error
+    train(made, 30)
+    assert attempts == [0]
+    assert list(groups(made)) == ["host"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import anyio
 import anyio.lowlevel
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from leyline.v1.commands_pb2 import AdaptationCommand
-from leyline.v1.enums_pb2 import COMMAND_PAUSE, COMMAND_SEED, SEED_STAGE_TRAINING
+from leyline.v1.enums_pb2 import COMMAND_OPTIMIZER, COMMAND_PAUSE, COMMAND_SEED, SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.jobs import GatedJob
@@ -16,6 +17,7 @@ from support.peers import command
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.config import ControlSettings
 from tolaria.errors import WrongStateError
+from tolaria.jobs import Batch
 
 pytestmark = pytest.mark.anyio
 
@@ -333,3 +335,82 @@ async def test_an_empty_epoch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(run):
         await run.until(lambda: run.state == "FINISHED")
     assert "zero_samples" in run.events
+
+
+class Exiting(GatedJob):
+    """Calls sys.exit in its second forward pass."""
+
+    def losses(self, model: object, batch: object) -> object:  # type: ignore[override]
+        if self.seen:
+            raise SystemExit(3)
+        return super().losses(model, batch)  # type: ignore[arg-type]
+
+
+async def test_a_job_that_calls_exit_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SystemExit out of the job's code ends the run with its name, not the lane in silence."""
+    monkeypatch.setattr("support.jobs.GatedJob", Exiting)
+    run = new_run(FakePeers(), job="GatedJob")
+    async with running(run):
+        await run.until(lambda: run.state == "FAILED")
+    assert run.progress.state_reason.startswith("SystemExit")
+
+
+async def test_a_resume_that_overtakes_a_pause_leaves_nobody_waiting() -> None:
+    """Paused and resumed while the lane is inside a microbatch: the first caller is answered all the same."""
+    run = new_run(FakePeers(), job="GatedJob")
+    async with running(run):
+        job = gate(run)
+        await entered(job)
+        with anyio.fail_after(5):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(run.loop.pause, "look")
+                await run.until(lambda: run.state == "PAUSED")
+                run.loop.resume("never mind")
+        job.passes.release(10**6)
+        await run.loop.stop("enough")
+
+
+async def test_an_ended_run_keeps_its_reason_when_the_service_stops() -> None:
+    """SIGTERM after a failure does not hide why it failed."""
+    run = new_run(FakePeers(), job="LateCrashJob")
+    async with running(run):
+        await run.until(lambda: run.state == "FAILED")
+        run.loop.drain()
+    assert "the disk with the labels is gone" in run.progress.state_reason
+
+
+async def test_the_last_answer_of_a_run_is_still_carried_out() -> None:
+    """A command that comes at the last boundary takes effect before the run ends."""
+
+    async def halve(_state: SystemStatePacket) -> AdaptationCommand | None:
+        made = command(COMMAND_OPTIMIZER)
+        made.optimizer_adjustment.hyperparameters["lr_factor"] = 0.5
+        return made
+
+    async with running(new_run(FakePeers(halve), epochs=1)) as run:
+        await run.until(lambda: run.state == "FINISHED")
+    assert run.progress.commands_accepted == 1
+    assert run.progress.commands_rejected == 0
+
+
+class LongValidation(GatedJob):
+    """Trains at once; every batch of its endless validation needs a pass."""
+
+    def losses(self, model: object, batch: object) -> object:  # type: ignore[override]
+        self.passes.release()
+        return super().losses(model, batch)  # type: ignore[arg-type]
+
+    def validation_batches(self) -> Iterator[Batch]:
+        while True:
+            yield Batch((self.x, self.y), len(self.x))
+
+
+async def test_a_stop_does_not_wait_for_a_long_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ending reaches the lane between two batches of the evaluation as well."""
+    monkeypatch.setattr("support.jobs.GatedJob", LongValidation)
+    run = new_run(FakePeers(), job="GatedJob", epochs=1)
+    async with running(run):
+        await run.until(lambda: run.progress.global_step == 8)
+        with anyio.fail_after(10):
+            await run.loop.stop("enough")
+    assert run.state == "FINISHED"

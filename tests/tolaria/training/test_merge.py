@@ -5,14 +5,17 @@ from collections.abc import Mapping
 import pytest
 import torch
 from pydantic import JsonValue
+from torch import nn
 
 from leyline.v1.commands_pb2 import AdaptationCommand
-from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING
+from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING, SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.jobs import TugOfWarJob
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.config import GradientsSettings, Settings, TrainingSettings
+from tolaria.errors import LossShapeError
+from tolaria.jobs import HOST, Batch
 from tolaria.training.fences import Reconcile, carry_out
 from tolaria.training.rig import Rig, build_rig
 from tolaria.training.step import train_step
@@ -137,3 +140,36 @@ def test_a_merged_step_repeats_bit_by_bit() -> None:
         return torch.cat([p.detach().flatten() for p in made.parameters])
 
     assert torch.equal(after_some(), after_some())
+
+
+class Drifting(TugOfWarJob):
+    """Names another source in every second microbatch."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, torch.Tensor]:
+        self.seen += 1
+        along, across = self.tasks(model)
+        return {HOST: along, ("aux" if self.seen % 2 else "bux"): across}
+
+
+@pytest.mark.parametrize("mode", ["seed", "sum"])
+def test_sources_that_change_within_an_update_are_refused(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No gradient is dropped in silence: the job is told which sources it named, and which before."""
+    monkeypatch.setattr("support.jobs.TugOfWarJob", Drifting)
+    made = rig("TugOfWarJob", accumulate=2, mode=mode, options={"rate": 0.1})
+    with pytest.raises(LossShapeError, match=r"bux.*began with|aux.*began with"):
+        train_step(made, 1, lambda: True)
+
+
+@pytest.mark.parametrize("attribution", ["off", "dataloader"])
+def test_samples_for_an_isolated_seed_leave_the_host_alone(attribution: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that is all a training seed's: its own parameters get a gradient, the host's get none."""
+    monkeypatch.setattr("support.jobs._WithSeedIds.owner", staticmethod(lambda _place: "a"))
+    made = rig("SeedIdsJob", attribution=attribution)
+    seed = SeedState(seed_id="a", stage=SEED_STAGE_TRAINING, blueprint_id="residual_mlp", slot="middle")
+    assert carry_out(made, 1, Reconcile((seed,))).error is None
+    host = [p.detach().clone() for n, p in made.model.named_parameters() if ".seeds." not in n]
+    report = train_step(made, 1, lambda: True)
+    assert report is not None
+    after = [p for n, p in made.model.named_parameters() if ".seeds." not in n]
+    assert all(torch.equal(a, b) for a, b in zip(host, after, strict=True))
+    assert any(p.grad is not None and p.grad.any() for _, p in made.growth.topology.training_parameters("a"))

@@ -35,9 +35,9 @@ def test_everything_else_notifies_at_once_and_keeps_its_place() -> None:
     box = ReportBox(notified, frame_s=60.0)
     box.put(step(1))
     box.put(step(2))
-    box.put(HeldReport(2))
+    box.put(HeldReport(2, 1))
     assert notified.times == 2
-    assert box.take()[-1] == HeldReport(2)
+    assert box.take()[-1] == HeldReport(2, 1)
 
 
 def test_a_lane_far_ahead_of_its_judge_waits_for_it() -> None:
@@ -65,3 +65,22 @@ def test_closing_lets_a_waiting_lane_go() -> None:
     assert not thread.is_alive()
     box.put(step(3))
     assert len(box.take()) == 1
+
+
+def test_only_steps_wait_for_room() -> None:
+    """A full box never holds up what somebody waits for: the lane may hold a lock that the loop needs."""
+    notified = Notified()
+    box = ReportBox(notified, capacity=1)
+    box.put(step(1))
+    box.put(HeldReport(1, 1))
+    assert len(box.take()) == 2
+
+
+def test_a_flush_has_the_rest_taken() -> None:
+    """Before the lane is busy with something else, reports of the frame are not left behind."""
+    notified = Notified()
+    box = ReportBox(notified, frame_s=60.0)
+    box.put(step(1))
+    box.put(step(2))
+    box.flush()
+    assert notified.times == 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tolaria.config import Settings, TrainingSettings
+from tolaria.config import OptimizerSettings, Settings, TrainingSettings
 from tolaria.errors import BrokenJobError, ConfigurationError, EmptyDatasetError
 from tolaria.jobs import Batch
 from tolaria.training.device import choose_device, limit_threads
@@ -28,6 +28,7 @@ def test_the_first_look_leaves_no_trace() -> None:
     assert torch.equal(after[0], expected[0])
     assert (after[1] == expected[1]).all()
     assert after[2] == expected[2]
+    assert made.cursor.state_dict() == made.job.training_data().state_dict()
     assert made.model[1].num_batches_tracked.item() == 0  # type: ignore[index]
 
 
@@ -55,6 +56,8 @@ def test_an_empty_dataset_is_told() -> None:
         ("training_data", [1, 2], r"training_data\(\) must return a BatchCursor, got a list"),
         ("build_model", ValueError("no weights"), r"build_model\(\) raised ValueError: no weights"),
         ("losses", KeyError("labels"), r"losses\(\) raised KeyError: 'labels'"),
+        ("evaluate", 3.0, r"evaluate\(\) must return a Evaluation, got a float"),
+        ("evaluate", KeyError("y"), r"evaluate\(\) raised KeyError"),
         ("validation_batches", OSError("gone"), r"validation_batches\(\) raised OSError: gone"),
     ],
 )
@@ -122,3 +125,51 @@ def test_determinism_is_asked_of_torch() -> None:
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(mode=False)
+
+
+class NoRate(torch.optim.Optimizer):
+    """An optimizer that has no learning rate."""
+
+    def __init__(self, params: object) -> None:
+        super().__init__(params, {"momentum": 0.9})  # type: ignore[arg-type]
+
+
+def test_an_optimizer_without_a_rate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There would be nothing to govern: the start ends with the optimizer's name."""
+    monkeypatch.setattr("support.jobs.TinyJob.build_optimizer", lambda _self, model: NoRate(model.parameters()))
+    with pytest.raises(BrokenJobError, match=r"NoRate.*has no lr"):
+        build_rig(settings("support.jobs:TinyJob"))
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan")])
+def test_a_rate_that_is_none_is_told(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A negative or NaN learning rate of the job's optimizer is a mistake, told before anything is served."""
+
+    def optimizer(_self: object, model: torch.nn.Module) -> torch.optim.Optimizer:
+        made = torch.optim.SGD(model.parameters(), lr=0.1)
+        made.param_groups[0]["lr"] = rate
+        return made
+
+    monkeypatch.setattr("support.jobs.TinyJob.build_optimizer", optimizer)
+    with pytest.raises((BrokenJobError, ConfigurationError), match="lr"):
+        build_rig(settings("support.jobs:TinyJob"))
+
+
+def test_a_warm_up_longer_than_the_run_is_a_configuration_error() -> None:
+    """16 updates and a warm-up of 100 are impossible together, which is known once the data is."""
+    wanted = settings("support.jobs:TinyJob", epochs=2).model_copy(
+        update={"optimizer": OptimizerSettings(warmup_steps=100)}
+    )
+    with pytest.raises(ConfigurationError, match=r"warmup_steps.*100 is longer than the run of 16 steps"):
+        build_rig(wanted)
+
+
+def test_a_job_that_calls_exit_while_it_is_built_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sys.exit in a job's method is told with the method, not obeyed."""
+
+    def leave(_self: object) -> None:
+        raise SystemExit(7)
+
+    monkeypatch.setattr("support.jobs.TinyJob.build_model", leave)
+    with pytest.raises(BrokenJobError, match=r"build_model\(\) raised SystemExit: 7"):
+        build_rig(settings("support.jobs:TinyJob"))

@@ -15,7 +15,10 @@ def test_every_state_and_event(state: RunState.ValueType, event: RunEvent) -> No
     if (state, event) in TRANSITIONS:
         assert after(state, event) == TRANSITIONS[state, event]
     else:
-        with pytest.raises(WrongStateError, match=f"{RunState.Name(state)} cannot be {event.name.lower()}"):
+        with pytest.raises(
+            WrongStateError,
+            match=f"is {RunState.Name(state).removeprefix('RUN_STATE_').lower()} cannot be {event.name.lower()}",
+        ):
             after(state, event)
 
 

@@ -102,9 +102,9 @@ def test_a_step_given_up_changes_no_parameter() -> None:
     """Told to stop between two microbatches, the step leaves everything as it was."""
     made = rig(accumulate=2)
     before = weights(made.model)
-    answers = iter([True, False])
     with pytest.raises(StepAbandonedError):
-        train_step(made, 1, lambda: next(answers))
+        train_step(made, 1, lambda: False)
+    assert all(p.grad is None for p in made.model.parameters())
     assert same(weights(made.model), before)
     assert made.global_step == 0
 
@@ -146,3 +146,63 @@ def test_losses_must_be_a_mapping() -> None:
     job = TensorLossJob(made.job.context)  # type: ignore[attr-defined]
     with pytest.raises(LossShapeError, match="got a Tensor"):
         checked_losses(job, made.model, None, ())  # type: ignore[arg-type]
+
+
+def test_accumulation_weighs_by_samples() -> None:
+    """Microbatches of 8, 8 and 1 give the gradient of the 17 samples together, not a mean of three means."""
+    made = rig(accumulate=3, options={"samples": 17})
+    made.model[1].eval()  # type: ignore[index] # batch statistics do differ
+    model = copy.deepcopy(made.model)
+    x, y = made.job.x, made.job.y  # type: ignore[attr-defined]
+    loss = nn.functional.mse_loss(model(x), y)
+    loss.backward()  # type: ignore[no-untyped-call]
+    report = train_step(made, 1, always)
+    assert report is not None
+    assert report.samples == 17
+    assert report.loss == pytest.approx(loss.item(), rel=1e-5)
+    for ours, theirs in zip(made.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_void_step_leaves_no_trace_in_buffers() -> None:
+    """A batch of NaNs reaches the running statistics; when the step is void they are as before."""
+    made = rig()
+    train_step(made, 1, always)
+    before = [b.clone() for b in made.model.buffers()]
+    made.job.x.fill_(float("nan"))  # type: ignore[attr-defined]
+    report = train_step(made, 1, always)
+    assert report is not None
+    assert report.void
+    assert same(before, list(made.model.buffers()))
+
+
+def test_parameters_that_no_optimizer_holds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head-only optimizer: the body's gradients neither grow from step to step nor enter the norm."""
+    monkeypatch.setattr(
+        "support.jobs.TinyJob.build_optimizer", lambda _self, model: torch.optim.SGD(model[4].parameters(), lr=0.0)
+    )
+    made = rig()
+    for _ in range(3):
+        report = train_step(made, 1, always)
+        assert report is not None
+        head = torch.cat([p.grad.flatten() for p in made.model[4].parameters() if p.grad is not None])  # type: ignore[index]
+        assert report.gradient_norm == pytest.approx(head.norm().item())
+    body = next(made.model.parameters())
+    assert body.grad is not None
+    made.cursor.begin_epoch(1)
+    made.model.eval()
+    one = train_step(made, 1, always)
+    first = body.grad.clone()
+    made.cursor.begin_epoch(1)
+    again = train_step(made, 1, always)
+    assert one is not None
+    assert again is not None
+    torch.testing.assert_close(body.grad, first)
+
+
+def test_data_is_fetched_when_it_is_its_turn() -> None:
+    """A pause between two microbatches finds the second one not fetched yet."""
+    made = rig(accumulate=4)
+    with pytest.raises(StepAbandonedError):
+        train_step(made, 1, lambda: False)
+    assert made.cursor.state_dict()["index"] == 1

@@ -9,7 +9,13 @@ import time
 from collections.abc import Callable
 
 from leyline.v1.admin_service_pb2 import GetStatusResponse
-from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CircuitBreakerState
+from leyline.v1.enums_pb2 import (
+    CIRCUIT_STATE_CLOSED,
+    CIRCUIT_STATE_OPEN,
+    HEALTH_STATUS_DEGRADED,
+    HEALTH_STATUS_HEALTHY,
+    CircuitBreakerState,
+)
 from tolaria.resilience.breaker import Breaker
 from tolaria.resilience.conservative import ConservativeMode, ModeChange, breaker_open, epoch_failed
 from tolaria.telemetry import events
@@ -71,10 +77,16 @@ class Safeguards:
         return self.mode.permits_call(peer, self.breakers[peer].state)
 
     def tell(self, status: GetStatusResponse) -> None:
-        """Add reasons and breakers to a status."""
+        """Add reasons and breakers to a status; a healthy run with a breaker that is not closed is degraded."""
         status.conservative_reasons.extend(self.mode.reasons)
         for name, breaker in self.breakers.items():
             status.breakers[name] = breaker.state
+        not_closed = [name for name, state in status.breakers.items() if state != CIRCUIT_STATE_CLOSED]
+        if status.health.status == HEALTH_STATUS_HEALTHY and (not_closed or self.mode.on):
+            status.health.status = HEALTH_STATUS_DEGRADED
+            status.health.summary = (
+                f"breakers not closed: {', '.join(sorted(not_closed))}" if not_closed else "conservative mode is on"
+            )
 
     def force(self, name: str, state: CircuitBreakerState.ValueType) -> None:
         """Open or close a breaker by order. Raises KeyError for an unknown name, ValueError for any other state."""

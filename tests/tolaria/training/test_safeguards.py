@@ -5,8 +5,12 @@ from leyline.v1.enums_pb2 import (
     CIRCUIT_STATE_CLOSED,
     CIRCUIT_STATE_HALF_OPEN,
     CIRCUIT_STATE_OPEN,
+    HEALTH_STATUS_DEGRADED,
+    HEALTH_STATUS_HEALTHY,
+    HEALTH_STATUS_UNHEALTHY,
     CircuitBreakerState,
 )
+from leyline.v1.telemetry_pb2 import SystemHealth
 from tolaria.optimization import Violation
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
@@ -133,3 +137,17 @@ def test_a_half_open_peer_gets_its_trial_while_the_mode_is_on() -> None:
     ward.it.breakers["tamiyo"].succeeded()
     assert ward.it.permits("kasmina")
     assert ward.it.all_closed
+
+
+def test_a_breaker_that_is_not_closed_degrades_the_health() -> None:
+    """A run that is well otherwise is degraded while a breaker is open, with its name; a failed one stays unhealthy."""
+    safeguards = Ward().it
+    healthy = GetStatusResponse(health=SystemHealth(status=HEALTH_STATUS_HEALTHY))
+    safeguards.tell(healthy)
+    assert healthy.health.status == HEALTH_STATUS_HEALTHY
+    safeguards.force("tamiyo", CIRCUIT_STATE_OPEN)
+    for before, after in ((HEALTH_STATUS_HEALTHY, HEALTH_STATUS_DEGRADED), (HEALTH_STATUS_UNHEALTHY,) * 2):
+        status = GetStatusResponse(health=SystemHealth(status=before))
+        safeguards.tell(status)
+        assert status.health.status == after
+    assert healthy.health.summary == ""

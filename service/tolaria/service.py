@@ -5,6 +5,7 @@ Owns start, drain and exit code. Must not hold rules, and never touches a tensor
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 import time
@@ -32,23 +33,28 @@ from leyline.v1.admin_service_pb2_grpc import add_TolariaAdminServiceServicer_to
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN
 from tolaria import __version__
 from tolaria.config import PeerSettings, Settings, child_environment
+from tolaria.emergency.watched import stacks_on_request, stay_watched
+from tolaria.emergency.watching import watch_board
 from tolaria.grpc_server import GrpcServer, grpc_server
 from tolaria.peers.calls import Peer
 from tolaria.peers.connect import Peers, connected_peers
-from tolaria.peers.signing import NonceTable
-from tolaria.peers.verification import CommandVerifier, Trust
+from tolaria.peers.verification import new_verifier
 from tolaria.reference.embedded import EmbeddedPair, embedded_pair
 from tolaria.rpc.admin import AdminService
+from tolaria.signals import SignalBoard
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.exporter import exporter
 from tolaria.telemetry.logging import LogContext, logging_to
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.consult import Consultant, Consultation
 from tolaria.training.feed import StatusFeed
+from tolaria.training.guardian import Guardian
 from tolaria.training.loop import TrainingLoop
 from tolaria.training.progress import Progress
 from tolaria.training.record import Recorder
 from tolaria.training.rig import Rig, build_rig
+from tolaria.training.safeguards import KASMINA, TAMIYO
+from tolaria.training.safety_desk import SafetyDesk
 
 ADMIN_SERVICE = admin_service_pb2.DESCRIPTOR.services_by_name["TolariaAdminService"].full_name
 
@@ -64,14 +70,22 @@ def run(settings: Settings) -> int:
         JobError: when the job cannot be built; nothing has been started by then.
         BindError: when an address cannot be had; what had been started is stopped again.
         PeerUnavailableError: when an embedded peer does not start.
+        SignalError: when the signal board cannot be had.
+        ConfigurationError: when state.dir cannot be written.
     """
     metrics = Metrics()
     context = LogContext()
     dropped = metrics.telemetry_dropped_total
-    with logging_to(sys.stderr, settings.logging, context, on_dropped=lambda priority: dropped.labels(priority).inc()):
+    stderr = sys.stderr or io.StringIO()  # closed: whoever started us does not want to hear
+    with logging_to(stderr, settings.logging, context, on_dropped=lambda priority: dropped.labels(priority).inc()):
         rig = build_rig(settings)
         metrics.build_info.info({"version": __version__, "torch": version("torch"), "device": str(rig.device)})
-        return anyio.run(_Service(settings, rig, metrics, context).serve)
+        progress = _new_progress(settings, rig)
+        with (
+            SignalBoard.create(settings.signals.board(progress.run_id), progress.run_id) as board,
+            stacks_on_request(settings),
+        ):
+            return anyio.run(_Service(settings, rig, progress, metrics=metrics, log_context=context, board=board).serve)
 
 
 @dataclass(slots=True)
@@ -85,13 +99,22 @@ class _Endings:
 class _Service:
     """One service around one run. Built inside the event loop's process, used on the event loop only."""
 
-    def __init__(self, settings: Settings, rig: Rig, metrics: Metrics, log_context: LogContext) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        rig: Rig,
+        progress: Progress,
+        *,
+        metrics: Metrics,
+        log_context: LogContext,
+        board: SignalBoard,
+    ) -> None:
         self._settings = settings
         self._rig = rig
         self._metrics = metrics
         self._emitter = Emitter()
         self._log = structlog.get_logger()
-        self._progress = _new_progress(settings, rig)
+        self._progress = progress
         self._recorder = Recorder(
             self._progress,
             gradients=settings.gradients,
@@ -100,6 +123,15 @@ class _Service:
             log_context=log_context,
         )
         self._feed = StatusFeed()
+        self._board = board
+        self._guardian = Guardian(
+            board,
+            board.claim("tolaria"),
+            settings=settings.emergency,
+            metrics=metrics,
+            emitter=self._emitter,
+            changed=self._feed.changed,
+        )
         self._metrics_address = ""
 
     async def serve(self) -> int:
@@ -114,22 +146,24 @@ class _Service:
             pair = await stack.enter_async_context(self._embedded_peers())
             peers = await stack.enter_async_context(self._connected_peers(pair))
             loop = self._new_loop(peers)
-            server = await stack.enter_async_context(self._admin_server(loop, peers, endings))
+            server = await stack.enter_async_context(self._admin_server(loop, endings))
             stack.push_async_callback(self._end_lane, loop, endings)
             self._log.info(
                 "serving", grpc=str(server.address), metrics=self._metrics_address, run_id=self._progress.run_id
             )
-            await self._train(loop, peers, server, endings)
+            await self._train(loop, server, endings)
         state = RunState.Name(self._progress.state).removeprefix("RUN_STATE_").lower()
         self._log.info("stopped", state=state, reason=self._progress.state_reason)
         return 0 if self._progress.state == RUN_STATE_FINISHED else 1
 
-    async def _train(self, loop: TrainingLoop, peers: Peers, server: GrpcServer, endings: _Endings) -> None:
+    async def _train(self, loop: TrainingLoop, server: GrpcServer, endings: _Endings) -> None:
         """Hold the one task group around the run."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._drain_on_signal, tasks, loop, endings)
             tasks.start_soon(loop.consultant.serve)
-            tasks.start_soon(self._publish_health, peers, server)
+            tasks.start_soon(watch_board, self._board, self._guardian.controller)
+            tasks.start_soon(stay_watched, self._settings, self._board, self._guardian.hearts)
+            tasks.start_soon(self._publish_health, server)
             await loop.run()
             if not self._settings.service.exit_when_done:
                 await endings.asked.wait()
@@ -149,14 +183,15 @@ class _Service:
                 loop.drain()
                 endings.asked.set()
 
-    async def _publish_health(self, peers: Peers, server: GrpcServer) -> None:
+    async def _publish_health(self, server: GrpcServer) -> None:
         """Keep grpc.health.v1 in step with the run and the breakers."""
         while True:
             running = self._progress.state in {RUN_STATE_RUNNING, RUN_STATE_PAUSED, RUN_STATE_FINISHED}
             await server.set_health("", serving=not self._reasons_not_ready())
             await server.set_health("tolaria.training", serving=running)
-            for name, breaker in peers.breakers.items():
-                await server.set_health(f"tolaria.{name}", serving=breaker.state != CIRCUIT_STATE_OPEN)
+            for name in (TAMIYO, KASMINA):
+                serving = self._guardian.safeguards.breakers[name].state != CIRCUIT_STATE_OPEN
+                await server.set_health(f"tolaria.{name}", serving=serving)
             await self._feed.next()
 
     async def _end_lane(self, loop: TrainingLoop, endings: _Endings) -> None:
@@ -183,9 +218,10 @@ class _Service:
             return Consultant(
                 controller=peers.tamiyo,
                 executor=peers.kasmina,
-                verifier=_new_verifier(settings),
+                verifier=new_verifier(settings.leyline),
                 metrics=self._metrics,
                 emitter=self._emitter,
+                permits=self._guardian.safeguards.permits,
                 on_settled=on_settled,
             )
 
@@ -193,26 +229,25 @@ class _Service:
             self._rig,
             training=settings.training,
             control=settings.control,
-            patience_s=settings.tamiyo.timeout_s + settings.kasmina.timeout_s,
+            # Three calls at most: ask, hand over, hear what is desired; each has its own deadline.
+            patience_s=settings.tamiyo.timeout_s + 2 * settings.kasmina.timeout_s + 1.0,
             recorder=self._recorder,
+            guardian=self._guardian,
             feed=self._feed,
             make_consultant=make_consultant,
         )
 
-    def _admin_server(
-        self, loop: TrainingLoop, peers: Peers, endings: _Endings
-    ) -> AbstractAsyncContextManager[GrpcServer]:
+    def _admin_server(self, loop: TrainingLoop, endings: _Endings) -> AbstractAsyncContextManager[GrpcServer]:
         settings = self._settings
 
         def complete(status: GetStatusResponse) -> None:
             status.metrics_address = self._metrics_address
             status.boundary_budget_ms = settings.control.boundary_budget_ms
-            for name, breaker in peers.breakers.items():
-                status.breakers[name] = breaker.state
 
         def register(server: grpc.aio.Server) -> None:
             service = AdminService(
                 loop,
+                safety=SafetyDesk(loop, self._guardian),
                 complete=complete,
                 closing=endings.closing,
                 interval_s=settings.server.status_interval_ms / 1000,
@@ -236,7 +271,9 @@ class _Service:
         if missing:
             self._log.info("embedded_peers", peers=missing, detail="no target was given: the reference peers start")
         stop_timeout_s = _CHILDREN_SHARE * settings.service.drain_timeout_s
-        return embedded_pair(child_environment(settings), missing, stop_timeout_s=stop_timeout_s)
+        return embedded_pair(
+            child_environment(settings), missing, board=self._board.path, stop_timeout_s=stop_timeout_s
+        )
 
     def _connected_peers(self, pair: EmbeddedPair) -> AbstractAsyncContextManager[Peers]:
         def with_target(settings: PeerSettings, embedded: str) -> PeerSettings:
@@ -245,9 +282,9 @@ class _Service:
         return connected_peers(
             with_target(self._settings.tamiyo, pair.tamiyo),
             with_target(self._settings.kasmina, pair.kasmina),
+            breakers=self._guardian.safeguards.breakers,
             metrics=self._metrics,
             emitter=self._emitter,
-            on_breaker=self._feed.changed,
         )
 
 
@@ -261,10 +298,3 @@ def _new_progress(settings: Settings, rig: Rig) -> Progress:
         steps_per_epoch=rig.steps_per_epoch,
         started_at_s=time.monotonic(),
     )
-
-
-def _new_verifier(settings: Settings) -> CommandVerifier:
-    leyline = settings.leyline
-    secrets = tuple(s.get_secret_value().encode() for s in (leyline.secret, leyline.previous_secret) if s)
-    trust = Trust(secrets=secrets, freshness_s=leyline.freshness_s)
-    return CommandVerifier(trust, NonceTable(window_s=leyline.nonce_window_s))

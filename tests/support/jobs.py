@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -116,6 +117,15 @@ class StuckJob(TinyJob):
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         if self.seen:
             threading.Event().wait()
+        return super().losses(model, batch)
+
+
+class GilJob(TinyJob):
+    """Holds the GIL in C for `options["seconds"]` in its fiftieth forward pass, as a bad extension does."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        if self.seen == 50:
+            ctypes.PyDLL(None).sleep(int(str(self.context.options["seconds"])))
         return super().losses(model, batch)
 
 

@@ -28,7 +28,7 @@ class Serve:
             stderr=subprocess.PIPE,
             text=True,
             cwd=cwd,
-            env=environment | {"PYTHONPATH": str(TESTS)},
+            env=environment | {"PYTHONPATH": python_path()},
         )
         self.lines: list[str] = []
         self._serving = threading.Event()
@@ -86,6 +86,11 @@ def serve(*overrides: str, cwd: Path, ports: bool = True) -> Iterator[Serve]:
         for stream in (service.process.stdout, service.process.stderr):
             if stream is not None:
                 stream.close()
+
+
+def python_path() -> str:
+    """Where children look for modules: here first, then wherever this process was told to."""
+    return os.pathsep.join(path for path in (str(TESTS), os.environ.get("PYTHONPATH", "")) if path)
 
 
 def _overrides(values: Sequence[str]) -> list[str]:

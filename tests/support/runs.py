@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -14,15 +16,18 @@ from leyline.v1.admin_service_pb2 import RunState
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
-from tolaria.config import ControlSettings, GradientsSettings, Settings, TrainingSettings
+from tolaria.config import ControlSettings, EmergencySettings, GradientsSettings, Settings, TrainingSettings
+from tolaria.emergency.watching import watch_board
 from tolaria.peers.kasmina import Applied
 from tolaria.peers.signing import NonceTable
 from tolaria.peers.verification import CommandVerifier, Trust
+from tolaria.signals import SignalBoard
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.consult import Consultant, Consultation
 from tolaria.training.feed import StatusFeed
+from tolaria.training.guardian import Guardian
 from tolaria.training.loop import TrainingLoop
 from tolaria.training.progress import Progress
 from tolaria.training.record import Recorder
@@ -43,6 +48,7 @@ class FakePeers:
         self.answer = answer
         self.seeds = seeds or []
         self.states: list[SystemStatePacket] = []
+        self.step_states: list[SystemStatePacket] = []
         self.applied: list[AdaptationCommand] = []
         self.refusals: list[tuple[str, str]] = []
         self.takes = True
@@ -50,6 +56,11 @@ class FakePeers:
     async def evaluate_epoch(self, state: SystemStatePacket) -> AdaptationCommand | None:
         """What the test scripted."""
         self.states.append(state)
+        return await self.answer(state)
+
+    async def evaluate_step(self, state: SystemStatePacket) -> AdaptationCommand | None:
+        """Likewise, between epochs."""
+        self.step_states.append(state)
         return await self.answer(state)
 
     async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> Applied:
@@ -66,9 +77,21 @@ class FakePeers:
 class RunUnderTest:
     """The loop and all that the test looks at."""
 
-    def __init__(self, loop: TrainingLoop, recorder: Recorder, metrics: Metrics, emitter: Emitter, rig: object) -> None:
+    def __init__(
+        self,
+        loop: TrainingLoop,
+        recorder: Recorder,
+        guardian: Guardian,
+        *,
+        board: SignalBoard,
+        metrics: Metrics,
+        emitter: Emitter,
+        rig: object,
+    ) -> None:
         self.loop = loop
         self.progress = recorder.progress
+        self.guardian, self.safeguards = guardian, guardian.safeguards
+        self.board = board
         self.metrics = metrics
         self.emitter = emitter
         self.rig = rig
@@ -105,6 +128,7 @@ def new_run(
     # In a thread, as the service builds it before there is a loop: jobs read files and import modules.
     with ThreadPoolExecutor(1) as pool:
         rig = pool.submit(build_rig, Settings(training=settings, **(sections or {}))).result()  # type: ignore[arg-type]
+        board = pool.submit(_board).result()
     metrics, emitter = Metrics(), Emitter()
     progress = Progress("run", settings.job, "test", settings.epochs, rig.steps_per_epoch, time.monotonic())
     gradients = GradientsSettings.model_validate((sections or {}).get("gradients", {}))
@@ -117,25 +141,33 @@ def new_run(
             verifier=CommandVerifier(Trust(), NonceTable(window_s=300.0)),
             metrics=metrics,
             emitter=emitter,
+            permits=guardian.safeguards.permits,
             on_settled=on_settled,
         )
 
+    feed = StatusFeed()
+    emergency = EmergencySettings.model_validate((sections or {}).get("emergency", {}))
+    guardian = Guardian(
+        board, board.claim("tolaria"), settings=emergency, metrics=metrics, emitter=emitter, changed=feed.changed
+    )
     loop = TrainingLoop(
         rig,
         training=settings,
         control=control,
         patience_s=1.0,
         recorder=recorder,
-        feed=StatusFeed(),
+        guardian=guardian,
+        feed=feed,
         make_consultant=make_consultant,
     )
-    return RunUnderTest(loop, recorder, metrics, emitter, rig)
+    return RunUnderTest(loop, recorder, guardian, board=board, metrics=metrics, emitter=emitter, rig=rig)
 
 
 @asynccontextmanager
 async def running(run: RunUnderTest) -> AsyncIterator[RunUnderTest]:
     """The run and its consultations going on; at the end the lane's thread must be gone."""
     async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watch_board, run.board, run.guardian.controller)
         tasks.start_soon(run.loop.consultant.serve)
         tasks.start_soon(run.loop.run)
         try:
@@ -144,4 +176,15 @@ async def running(run: RunUnderTest) -> AsyncIterator[RunUnderTest]:
             with anyio.CancelScope(shield=True):
                 ended = await anyio.to_thread.run_sync(run.loop.close, 10.0)
             tasks.cancel_scope.cancel()
+    await anyio.to_thread.run_sync(_remove, run.board)
     assert ended
+
+
+def _board() -> SignalBoard:
+    """A board that nobody else finds, in a folder of its own."""
+    return SignalBoard.create(Path(tempfile.mkdtemp(prefix="tolaria-test-")) / "board", "run")
+
+
+def _remove(board: SignalBoard) -> None:
+    board.close(unlink=True)
+    board.path.parent.rmdir()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -67,17 +66,6 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < end_s
         time.sleep(0.01)
-
-
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C reader of boards, compiled."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler (cc) on this machine")
-    program = tmp_path_factory.mktemp("reader") / "signals_reader"
-    subprocess.run([compiler, "-std=gnu11", "-O2", HERE / "signals_reader.c", "-o", program], check=True)
-    return program
 
 
 def test_sentinel_acts_while_the_gil_is_held(tmp_path: Path, reader: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_service_trains_answers_scrapes_and_drains(tmp_path: Path) -> None:
             for part in ("", "tolaria.training", "tolaria.tamiyo", "tolaria.kasmina"):
                 assert health.Check(health_pb2.HealthCheckRequest(service=part)).status == 1, part
         children = service.children()
-        assert len(children) == 2
+        assert len(children) == 3  # both peers and the sentinel
         started = time.monotonic()
         service.terminate()
         assert service.wait() == 0

@@ -3,17 +3,20 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import FakeKasmina, FakeTamiyo, serving
-from tolaria.config import load_settings
-from tolaria.service import _Service
+from tolaria.config import Settings, load_settings
+from tolaria.service import _new_progress, _Service
+from tolaria.signals import SignalBoard
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
-from tolaria.training.rig import build_rig
+from tolaria.training.progress import Progress
+from tolaria.training.rig import Rig, build_rig
 
 pytestmark = pytest.mark.anyio
 
@@ -23,7 +26,7 @@ async def no_command(_state: SystemStatePacket) -> AdaptationCommand | None:
     return None
 
 
-async def served(job: str, target: str) -> int:
+async def served(job: str, target: str, folder: Path) -> int:
     """The exit code of a whole service around this job, run on this test's own loop."""
     overrides = [
         f"training.job=support.jobs:{job}",
@@ -38,16 +41,26 @@ async def served(job: str, target: str) -> int:
     with ThreadPoolExecutor(1) as pool:  # as the service does it: before there is a loop
         settings = pool.submit(load_settings, None, overrides).result()
         rig = pool.submit(build_rig, settings).result()
-    return await _Service(settings, rig, Metrics(), LogContext()).serve()
+        board = pool.submit(SignalBoard.create, settings.signals.board("test"), "test").result()
+        progress = _new_progress(settings, rig)
+        service = pool.submit(_service, settings, rig, progress, board).result()
+        code = await service.serve()
+        pool.submit(board.close, unlink=True).result()
+    return code
+
+
+def _service(settings: Settings, rig: Rig, progress: Progress, board: SignalBoard) -> _Service:
+    return _Service(settings, rig, progress, metrics=Metrics(), log_context=LogContext(), board=board)
 
 
 @pytest.mark.parametrize(("job", "code"), [("TinyJob", 0), ("LateCrashJob", 1)])
-async def test_a_service_leaves_nothing_behind_and_blocks_nothing(job: str, code: int) -> None:
+async def test_a_service_leaves_nothing_behind_and_blocks_nothing(job: str, code: int, tmp_path: Path) -> None:
     """After a run that went well, or failed: no task, no thread of the lane; no call blocked the loop on the way."""
     async with serving(FakeTamiyo(no_command), FakeKasmina()) as target:
-        await served("TinyJob", target)  # what is made once for all (thread pools, gRPC) is there from now on
+        await served("TinyJob", target, tmp_path)  # what is made once for all (thread pools, gRPC) is there from now on
         tasks_before, threads_before = asyncio.all_tasks(), set(threading.enumerate())
-        assert await served(job, target) == code
-        left = {t for t in asyncio.all_tasks() - tasks_before if not t.done()}
+        assert await served(job, target, tmp_path) == code
+        # The fake peers' own server takes its next call by a new task each time.
+        left = {t for t in asyncio.all_tasks() - tasks_before if not t.done() and "AioServer" not in repr(t)}
         assert left == set()
         assert [t.name for t in set(threading.enumerate()) - threads_before if "tolaria" in t.name] == []

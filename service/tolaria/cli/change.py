@@ -36,11 +36,12 @@ ResponseT = TypeVar("ResponseT", bound="Message")
 Register = Callable[[Callable[P, RequestT]], Callable[P, RequestT]]
 
 
-def changing(app: typer.Typer, rpc: Rpc[RequestT, ResponseT]) -> Register[P, RequestT]:
+def changing(app: typer.Typer, rpc: Rpc[RequestT, ResponseT], *, name: str = "") -> Register[P, RequestT]:
     """Register the function below as a command of `app` that makes one call.
 
     The function's parameters are the command's own options, its docstring is the help, and it returns the request with
-    its own fields set. Options of every change, and `request_id` and `reason`, are added here:
+    its own fields set. The command is called `name`, or like the function. Options of every change, and
+    `request_id` and `reason`, are added here:
 
         @changing(app, lambda admin: admin.AdjustLearningRate)
         def lr(factor: float) -> AdjustLearningRateRequest:
@@ -50,19 +51,20 @@ def changing(app: typer.Typer, rpc: Rpc[RequestT, ResponseT]) -> Register[P, Req
 
     def register(build: Callable[P, RequestT]) -> Callable[P, RequestT]:
         own = list(inspect.signature(build, eval_str=True).parameters.values())
-        command = _command(build, rpc)
+        called = name or build.__name__.replace("_", "-")
+        command = _command(build, rpc, name or build.__name__)
         command.__doc__ = build.__doc__
         command.__annotations__ = {p.name: p.annotation for p in [*own, *_SHARED]}
         # typer reads a command's options from its signature: this is where they meet.
         signature = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *_SHARED]])
         setattr(command, "__signature__", signature)  # noqa: B010 - mypy knows no such attribute of a function
-        app.command(build.__name__.replace("_", "-"))(command)
+        app.command(called)(command)
         return build
 
     return register
 
 
-def _command(build: Callable[..., RequestT], rpc: Rpc[RequestT, ResponseT]) -> Callable[..., None]:
+def _command(build: Callable[..., RequestT], rpc: Rpc[RequestT, ResponseT], name: str) -> Callable[..., None]:
     def command(
         *,
         reason: str,
@@ -80,7 +82,7 @@ def _command(build: Callable[..., RequestT], rpc: Rpc[RequestT, ResponseT]) -> C
         request.request_id = request_id or str(uuid.uuid4())
         request.reason = reason
         whom = asking.target(address, timeout_s, config_file, overrides or [])
-        show = partial(asking.show_change, build.__name__)
+        show = partial(asking.show_change, name)
         try:
             asking.ask(whom, rpc, request, as_json=as_json, show=show)
         except ServiceUnreachableError as error:

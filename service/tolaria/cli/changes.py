@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from leyline.v1.admin_service_pb2 import (
     AdjustLearningRateRequest,
     PauseTrainingRequest,
     ResumeTrainingRequest,
+    SetConservativeModeRequest,
     StopTrainingRequest,
 )
 from tolaria.cli.change import changing
@@ -46,6 +48,21 @@ def resume() -> ResumeTrainingRequest:
 def stop() -> StopTrainingRequest:
     """End the run for good, after the step that is being done; the service goes on answering."""
     return StopTrainingRequest()
+
+
+class Switch(StrEnum):
+    """On or off."""
+
+    ON = "on"
+    OFF = "off"
+
+
+@changing(changes, lambda admin: admin.SetConservativeMode)
+def conservative(
+    switch: Annotated[Switch, typer.Argument(help="on: leave seeds and the controller alone; off: no longer.")],
+) -> SetConservativeModeRequest:
+    """Switch conservative mode: training goes on, seeds and the controller are left alone."""
+    return SetConservativeModeRequest(enabled=switch is Switch.ON)
 
 
 @changing(changes, lambda admin: admin.AdjustLearningRate)

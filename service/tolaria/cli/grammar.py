@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import platform
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ import typer
 from tolaria import __version__
 from tolaria.cli.changes import changes
 from tolaria.cli.edge import Told
+from tolaria.cli.emergency import emergency_app
 from tolaria.cli.options import (
     DEMO_EPOCHS,
     TIMEOUT_S,
@@ -23,6 +25,7 @@ from tolaria.cli.options import (
     Timeout,
     WhileStdin,
 )
+from tolaria.cli.signals import signals_app
 
 app = typer.Typer(
     cls=Told,
@@ -123,6 +126,9 @@ def peer(
     name: Annotated[PeerName, typer.Argument(help="The controller (tamiyo) or the executor (kasmina).")],
     *,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to serve; port 0: any free one.")],
+    board: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The service's signal board, to acknowledge emergencies on.")
+    ] = None,
     config_file: ConfigFile = None,
     overrides: Overrides = None,
     while_stdin: WhileStdin = False,
@@ -135,6 +141,7 @@ def peer(
         listen,
         config_file,
         overrides or [],
+        board=board,
         while_stdin=while_stdin,
     )
 
@@ -156,4 +163,6 @@ def show(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None
 
 
 app.add_typer(changes)
+app.add_typer(emergency_app, name="emergency")
+app.add_typer(signals_app, name="signals")
 app.add_typer(config_app, name="config")

@@ -22,6 +22,7 @@ def peer(
     config_file: Path | None,
     overrides: list[str],
     *,
+    board: Path | None,
     while_stdin: bool,
 ) -> None:
     """Serve the peer on `listen` until told to stop; its real address is one JSON line on stdout.
@@ -37,7 +38,7 @@ def peer(
         raise ConfigurationError([f"--listen: {error}"]) from None
 
     async def serve() -> None:
-        await serve_peer(name, listen, settings.leyline, announce=_announce, while_stdin=while_stdin)
+        await serve_peer(name, listen, settings.leyline, announce=_announce, board=board, while_stdin=while_stdin)
 
     # stdout holds the announcement alone. A peer has no metrics in which lost lines could be counted.
     with logging_to(sys.stderr, settings.logging, LogContext(), on_dropped=lambda _priority: None):

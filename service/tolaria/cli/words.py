@@ -14,15 +14,14 @@ from leyline.v1.enums_pb2 import CircuitBreakerState, EmergencyLevel, HealthStat
 from leyline.v1.seeds_pb2 import SeedState
 
 _NOT_YET = "not yet"
+_NONE = "none"
 
 
 def rows(status: GetStatusResponse) -> list[tuple[str, str]]:
     """Everything that an operator asks first, as (label, words); what does not apply is left out."""
     optional = [
         ("health", _health(status)),
-        ("emergency", emergency_word(status)),
-        ("conservative", one_line(", ".join(status.conservative_reasons))),
-        ("breakers", _breakers(status.breakers)),
+        *((label, words) for label, words in safety_rows(status) if words != _NONE),
         ("fast paths", _pairs(status.fast_paths)),
         ("metrics", f"http://{one_line(status.metrics_address)}/metrics" if status.metrics_address else ""),
         ("version", one_line(f"{status.version}, up {status.uptime_s:.0f} s") if status.version else ""),
@@ -38,6 +37,15 @@ def rows(status: GetStatusResponse) -> list[tuple[str, str]]:
         ("seeds", seeds(status.seeds)),
         ("commands", commands(status)),
         *((label, words) for label, words in optional if words),
+    ]
+
+
+def safety_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
+    """What keeps the run from going on as usual, as (label, words)."""
+    return [
+        ("emergency", emergency_word(status) or _NONE),
+        ("conservative", one_line(", ".join(status.conservative_reasons)) or _NONE),
+        ("breakers", _breakers(status.breakers) if status.breakers else _NONE),
     ]
 
 
@@ -107,8 +115,12 @@ def state_word(state: int) -> str:
 
 def emergency_word(status: GetStatusResponse) -> str:
     """The emergency level, empty while there is none."""
-    level = status.emergency_level
-    return enum_word(EmergencyLevel.DESCRIPTOR, level, "EMERGENCY_LEVEL_") if level else ""
+    return level_word(status.emergency_level) if status.emergency_level else ""
+
+
+def level_word(level: int) -> str:
+    """`halt`, ...: an EmergencyLevel without its prefix."""
+    return enum_word(EmergencyLevel.DESCRIPTOR, level, "EMERGENCY_LEVEL_")
 
 
 def enum_word(enum: EnumDescriptor, number: int, prefix: str) -> str:

@@ -1,6 +1,7 @@
 """The one settings tree, where its values come from, and how they are shown. Knows nothing of what is configured."""
 
 from tolaria.config.addresses import Address
+from tolaria.config.safety import EmergencySettings, SignalsSettings, StateSettings
 from tolaria.config.show import as_toml
 from tolaria.config.sources import child_environment, load_settings, quieten_grpc
 from tolaria.config.tree import (
@@ -22,6 +23,7 @@ from tolaria.config.tree import (
 __all__ = [
     "Address",
     "ControlSettings",
+    "EmergencySettings",
     "FastPathSettings",
     "GradientsSettings",
     "LeylineSettings",
@@ -33,6 +35,8 @@ __all__ = [
     "ServerSettings",
     "ServiceSettings",
     "Settings",
+    "SignalsSettings",
+    "StateSettings",
     "TrainingSettings",
     "as_toml",
     "child_environment",

@@ -7,20 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, SecretStr, model_validator
+from pydantic import AfterValidator, Field, JsonValue, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tolaria.config.addresses import Address
-
-
-def _listen_address(text: str) -> str:
-    return str(Address.parse(text))
-
-
-def _target(text: str) -> str:
-    if text and Address.parse(text).port == 0:
-        raise ValueError(f"{text!r} has port 0, to which nobody can connect")
-    return text
+from tolaria.config.parts import ListenAddress, Milliseconds, Seconds, Section, Share, Target
+from tolaria.config.safety import EmergencySettings, SignalsSettings, StateSettings
 
 
 def _secret(secret: SecretStr) -> SecretStr:
@@ -30,19 +22,10 @@ def _secret(secret: SecretStr) -> SecretStr:
     return secret
 
 
-ListenAddress = Annotated[str, AfterValidator(_listen_address)]
-Target = Annotated[str, AfterValidator(_target)]
 Secret = Annotated[SecretStr, AfterValidator(_secret)]
-Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Milliseconds = Annotated[float, Field(gt=0, le=60_000, allow_inf_nan=False)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class ServiceSettings(_Section):
+class ServiceSettings(Section):
     """The process itself."""
 
     drain_timeout_s: Seconds = 10.0
@@ -52,7 +35,7 @@ class ServiceSettings(_Section):
     """End the process when the run has finished (exit 0) or failed (exit 1). Off: final metrics stay readable."""
 
 
-class ServerSettings(_Section):
+class ServerSettings(Section):
     """The admin gRPC server."""
 
     listen: ListenAddress = "127.0.0.1:50051"
@@ -65,14 +48,14 @@ class ServerSettings(_Section):
     """How many request_ids are remembered, so that a repeat gets the first answer. 4096: days of operators."""
 
 
-class MetricsSettings(_Section):
+class MetricsSettings(Section):
     """The HTTP server for /metrics, /livez and /readyz."""
 
     listen: ListenAddress = "127.0.0.1:9464"
     """Where Prometheus scrapes. 9464 is the port that exporters of OpenTelemetry's kind use."""
 
 
-class LoggingSettings(_Section):
+class LoggingSettings(Section):
     """Logs go to standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -82,7 +65,7 @@ class LoggingSettings(_Section):
     """auto is console on a terminal and JSON elsewhere: people and collectors both get what they read."""
 
 
-class PeerSettings(_Section):
+class PeerSettings(Section):
     """One peer: Tamiyo (the controller) or Kasmina (the executor)."""
 
     target: Target = ""
@@ -92,7 +75,7 @@ class PeerSettings(_Section):
     """Deadline of one call, cancelled on the peer's side too. 2.0: an answer later than that is stale anyway."""
 
 
-class ControlSettings(_Section):
+class ControlSettings(Section):
     """The control loop at fences."""
 
     boundary_budget_ms: Milliseconds = 18.0
@@ -104,11 +87,14 @@ class ControlSettings(_Section):
     max_staleness_steps: int = Field(default=1000, ge=0)
     """A late answer about a state older than this is dropped. 1000: a second of small steps, minutes of large ones."""
 
+    step_interval: int = Field(default=0, ge=0)
+    """Ask the controller every so many updates too, one question at a time, the newest state first. 0: epochs only."""
+
     max_void_steps: int = Field(default=8, ge=1)
     """Consecutive non-finite steps after which the run is held. 8: a bad shard passes, a diverged model does not."""
 
 
-class TrainingSettings(_Section):
+class TrainingSettings(Section):
     """What is trained, and how."""
 
     job: str = Field(default="digits", min_length=1)
@@ -142,7 +128,7 @@ class TrainingSettings(_Section):
     """CPU threads of torch. 0: one fewer than there are cores, at least 1, so that RPCs have a core to answer on."""
 
 
-class OptimizerSettings(_Section):
+class OptimizerSettings(Section):
     """The learning rate, and when the optimizer is rebuilt. Schedules count optimizer updates of the whole run."""
 
     policy: Literal["constant", "cosine", "step"] = "constant"
@@ -185,7 +171,7 @@ class OptimizerSettings(_Section):
     """Least updates between two rebuilds. 10: a controller gone wild cannot keep the lane busy with them."""
 
 
-class FastPathSettings(_Section):
+class FastPathSettings(Section):
     """Fast paths of PyTorch. auto is on where the device gains by it; what runs is shown by `tolaria status`."""
 
     fused: Literal["auto", "off"] = "auto"
@@ -204,7 +190,7 @@ class FastPathSettings(_Section):
     """Pinned memory and copies that do not block on CUDA. auto: on."""
 
 
-class SeedsSettings(_Section):
+class SeedsSettings(Section):
     """Networks grafted into the host."""
 
     isolation: bool = True
@@ -214,7 +200,7 @@ class SeedsSettings(_Section):
     """Updates over which a culled seed fades. 100: the host follows without a jump."""
 
 
-class GradientsSettings(_Section):
+class GradientsSettings(Section):
     """How gradients of several sources become one."""
 
     mode: Literal["seed", "microbatch", "sum"] = "seed"
@@ -239,7 +225,7 @@ class GradientsSettings(_Section):
     """Rate of conflicts over all sources that is an event."""
 
 
-class LeylineSettings(_Section):
+class LeylineSettings(Section):
     """Trust in what comes over the contract."""
 
     secret: Secret = SecretStr("")
@@ -274,6 +260,9 @@ class Settings(BaseSettings):
     fastpaths: FastPathSettings = FastPathSettings()
     seeds: SeedsSettings = SeedsSettings()
     gradients: GradientsSettings = GradientsSettings()
+    emergency: EmergencySettings = EmergencySettings()
+    signals: SignalsSettings = SignalsSettings()
+    state: StateSettings = StateSettings()
     leyline: LeylineSettings = LeylineSettings()
 
     @model_validator(mode="after")
@@ -287,6 +276,8 @@ class Settings(BaseSettings):
             problems.append("leyline.previous_secret is set but leyline.secret is not")
         if self.optimizer.policy == "step" and not self.optimizer.period_steps:
             problems.append("optimizer.policy is step, which needs optimizer.period_steps")
+        if self.emergency.sentinel and self.emergency.drain_s <= self.service.drain_timeout_s:
+            problems.append("emergency.drain_s must exceed service.drain_timeout_s, or a drain would be cut short")
         # Issued as far ahead of this clock as is allowed, a command is fresh for twice as long.
         if self.leyline.nonce_window_s < 2 * self.leyline.freshness_s:
             problems.append(

@@ -6,7 +6,7 @@ import grpc.aio
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.state_pb2 import SystemStatePacket
-from leyline.v1.tamiyo_service_pb2 import EvaluateEpochRequest
+from leyline.v1.tamiyo_service_pb2 import EvaluateEpochRequest, EvaluateStepRequest
 from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
 from tolaria.resilience.deadline import DeadlineCaller
 
@@ -23,5 +23,12 @@ class TamiyoClient:
         """What to do after this epoch; None: go on as you are. The command is not verified yet."""
         response = await self._caller.call(
             self._stub.EvaluateEpoch, EvaluateEpochRequest(state=state), name="EvaluateEpoch", timeout_s=self._timeout_s
+        )
+        return response.command if response.HasField("command") else None
+
+    async def evaluate_step(self, state: SystemStatePacket) -> AdaptationCommand | None:
+        """What to do between epochs; None: go on as you are. The command is not verified yet."""
+        response = await self._caller.call(
+            self._stub.EvaluateStep, EvaluateStepRequest(state=state), name="EvaluateStep", timeout_s=self._timeout_s
         )
         return response.command if response.HasField("command") else None

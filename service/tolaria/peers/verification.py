@@ -24,6 +24,7 @@ from leyline.v1.enums_pb2 import (
     SeedOperation,
 )
 from leyline.v1.seeds_pb2 import SeedState
+from tolaria.config import LeylineSettings
 from tolaria.errors import CommandRejectedError, PeerProtocolError
 from tolaria.peers.signing import NonceTable, is_signed
 
@@ -69,6 +70,13 @@ class CommandVerifier:
         # Last, so that a forged command cannot use up the id of a real one.
         if not self._nonces.first_seen(command.command_id, now_s=now_s):
             raise CommandRejectedError("replayed", command.command_id, _describe(command))
+
+
+def new_verifier(leyline: LeylineSettings) -> CommandVerifier:
+    """A verifier that trusts what the settings say."""
+    secrets = tuple(s.get_secret_value().encode() for s in (leyline.secret, leyline.previous_secret) if s)
+    trust = Trust(secrets=secrets, freshness_s=leyline.freshness_s)
+    return CommandVerifier(trust, NonceTable(window_s=leyline.nonce_window_s))
 
 
 def verify_seeds(peer: str, seeds: Iterable[SeedState]) -> list[SeedState]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import anyio
 import structlog
@@ -61,11 +62,14 @@ async def embedded_pair(
     peers: Sequence[Peer] = BOTH,
     *,
     command: Sequence[str] = (sys.executable, "-m", "tolaria"),
+    board: Path | None = None,
     start_timeout_s: float = 30.0,
     stop_timeout_s: float = 3.0,
     restarts: Restarts = RESTARTS,
 ) -> AsyncIterator[EmbeddedPair]:
     """Run `command peer NAME --listen 127.0.0.1:0 --while-stdin` for each of `peers` while the block runs.
+
+    With a `board` they attend it too.
 
     A child's first line on standard output is {"listening": "host:port"}. It ends with its standard input, so that it
     outlives this process in no case. One that dies within the block is logged and, as `restarts` says, started again
@@ -79,7 +83,8 @@ async def embedded_pair(
     keepers: list[_Keeper] = []
     try:
         async with anyio.create_task_group() as tasks:
-            start = _Start(command, environment, start_timeout_s, tasks)
+            options = () if board is None else (f"--board={board}",)
+            start = _Start(command, environment, options, start_timeout_s, tasks)
             try:
                 for peer in peers:
                     child = await start.process(peer, _ANY_PORT)
@@ -111,11 +116,12 @@ class _Start:
 
     command: Sequence[str]
     environment: Mapping[str, str]
+    options: Sequence[str]
     timeout_s: float
     tasks: TaskGroup
 
     async def process(self, peer: Peer, listen: str) -> PeerProcess:
-        child = await spawn(peer, self.command, self.environment, listen)
+        child = await spawn(peer, self.command, self.environment, listen, self.options)
         self.tasks.start_soon(child.collect)
         return child
 

@@ -87,13 +87,17 @@ class PeerProcess:
             await self.process.aclose()
 
 
-async def spawn(peer: Peer, command: Sequence[str], environment: Mapping[str, str], listen: str) -> PeerProcess:
-    """Run `command peer NAME --listen LISTEN --while-stdin`. Once it runs its handle is returned, cancelled or not.
+async def spawn(
+    peer: Peer, command: Sequence[str], environment: Mapping[str, str], listen: str, options: Sequence[str] = ()
+) -> PeerProcess:
+    """Run `command peer NAME --listen LISTEN --while-stdin` with `options`.
+
+    Once it runs its handle is returned, cancelled or not.
 
     Raises:
         PeerUnavailableError: when there is no such command.
     """
-    arguments = [*command, "peer", peer, "--listen", listen, "--while-stdin"]
+    arguments = [*command, "peer", peer, "--listen", listen, "--while-stdin", *options]
     # Shielded, since a process that is half started belongs to nobody who could end it.
     with anyio.CancelScope(shield=True):
         try:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import anyio
@@ -21,6 +22,7 @@ from leyline.v1.rollback_service_pb2_grpc import add_RollbackParticipantServiceS
 from leyline.v1.tamiyo_service_pb2_grpc import add_TamiyoServiceServicer_to_server
 from tolaria.config import Address, LeylineSettings
 from tolaria.grpc_server import GrpcServer, grpc_server
+from tolaria.reference.attendance import attend_board
 from tolaria.reference.gates import LifecycleSettings
 from tolaria.reference.kasmina import KasminaService
 from tolaria.reference.policy import PolicySettings
@@ -46,18 +48,22 @@ async def serve_peer(
     leyline: LeylineSettings,
     *,
     announce: Callable[[Address], None],
+    board: Path | None = None,
     while_stdin: bool,
 ) -> None:
     """Serve one peer until SIGTERM or SIGINT, or, with `while_stdin`, until standard input ends.
 
     Standard input that is a pipe ends with the process that holds its other side, also where that was killed.
-    `announce` is called once, with the address that is listened on. Needs the main thread, for the signals.
+    `announce` is called once, with the address that is listened on. On a signal `board` it lets its heart be seen and
+    acknowledges emergencies. Needs the main thread, for the signals.
 
     Raises:
         BindError: when `listen` cannot be had.
     """
     async with peer_server(peer, listen, leyline) as server, anyio.create_task_group() as endings:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            if board is not None:
+                endings.start_soon(attend_board, board, peer)
             announce(server.address)
             if while_stdin:
                 endings.start_soon(_end_with_stdin, endings.cancel_scope)

@@ -10,6 +10,8 @@ import grpc.aio
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceServicer
+from leyline.v1.enums_pb2 import EmergencyLevel
+from tolaria.emergency import EmergencyState
 from tolaria.errors import NotImplementedYetError, TolariaError, WrongStateError
 from tolaria.rpc.requests import Answer, MutatingRequest, RequestLedger
 from tolaria.rpc.status import abort
@@ -57,11 +59,25 @@ class Run(Protocol):
         """Change learning rates at a fence; returns the step at which it took effect."""
 
 
+class Safety(Protocol):
+    """What operators can do about the safeguards of a run."""
+
+    def set_conservative(self, *, enabled: bool) -> tuple[str, ...]:
+        """Switch conservative mode; the reasons that stand then."""
+
+    async def raise_emergency(self, level: EmergencyLevel.ValueType, reason: str) -> EmergencyState:
+        """Raise a level; returns when it is answered or overdue."""
+
+    def clear_emergency(self, reason: str) -> None:
+        """End the emergency."""
+
+
 class AdminService(TolariaAdminServiceServicer):
     """Serves TolariaAdminService for one run.
 
     Args:
         run: whom to hand requests to.
+        safety: whom to hand those about safeguards to.
         complete: adds to a status what only the service knows.
         closing: set when the service is about to end, so that streams end too.
         interval_s: pace of WatchStatus between changes.
@@ -72,12 +88,14 @@ class AdminService(TolariaAdminServiceServicer):
         self,
         run: Run,
         *,
+        safety: Safety,
         complete: Callable[[admin.GetStatusResponse], None],
         closing: anyio.Event,
         interval_s: float,
         request_memory: int,
     ) -> None:
         self._run = run
+        self._safety = safety
         self._complete = complete
         self._closing = closing
         self._interval_s = interval_s
@@ -144,21 +162,53 @@ class AdminService(TolariaAdminServiceServicer):
         """Not served yet."""
         await _not_yet(context, "CreateCheckpoint", "this version writes no checkpoints")
 
-    async def RaiseEmergency(self, request: admin.RaiseEmergencyRequest, context: Context) -> NoReturn:
-        """Not served yet."""
-        await _not_yet(context, "RaiseEmergency", "this version has no emergency protocol; PauseTraining holds the run")
+    async def RaiseEmergency(
+        self, request: admin.RaiseEmergencyRequest, context: Context
+    ) -> admin.RaiseEmergencyResponse:
+        """Raise an emergency; the answer tells who has acknowledged it, and how soon."""
 
-    async def ClearEmergency(self, request: admin.ClearEmergencyRequest, context: Context) -> NoReturn:
-        """Not served yet."""
-        await _not_yet(context, "ClearEmergency", "this version has no emergency protocol")
+        async def carry_out() -> admin.RaiseEmergencyResponse:
+            state = await self._safety.raise_emergency(request.level, request.reason)
+            return admin.RaiseEmergencyResponse(
+                global_step=self._run.global_step,
+                level=state.level,
+                state=self._run.status().state,
+                acknowledgements=[
+                    admin.EmergencyAcknowledgement(participant=given.participant, latency_ms=given.latency_ns / 1e6)
+                    for given in state.acknowledgements
+                ],
+            )
+
+        return await self._once("RaiseEmergency", request, context, carry_out)
+
+    async def ClearEmergency(
+        self, request: admin.ClearEmergencyRequest, context: Context
+    ) -> admin.ClearEmergencyResponse:
+        """End an emergency; training that it halted goes on when it is resumed."""
+
+        async def carry_out() -> admin.ClearEmergencyResponse:
+            self._safety.clear_emergency(request.reason)
+            status = self._run.status()
+            return admin.ClearEmergencyResponse(
+                global_step=self._run.global_step, level=status.emergency_level, state=status.state
+            )
+
+        return await self._once("ClearEmergency", request, context, carry_out)
 
     async def ListIncidents(self, request: admin.ListIncidentsRequest, context: Context) -> NoReturn:
         """Not served yet."""
         await _not_yet(context, "ListIncidents", "this version keeps no journal; incidents are in the log")
 
-    async def SetConservativeMode(self, request: admin.SetConservativeModeRequest, context: Context) -> NoReturn:
-        """Not served yet."""
-        await _not_yet(context, "SetConservativeMode", "this version has no conservative mode")
+    async def SetConservativeMode(
+        self, request: admin.SetConservativeModeRequest, context: Context
+    ) -> admin.SetConservativeModeResponse:
+        """Leave seeds and the controller alone, or no longer; the answer tells the reasons that stand."""
+
+        async def carry_out() -> admin.SetConservativeModeResponse:
+            reasons = self._safety.set_conservative(enabled=request.enabled)
+            return admin.SetConservativeModeResponse(global_step=self._run.global_step, conservative_reasons=reasons)
+
+        return await self._once("SetConservativeMode", request, context, carry_out)
 
     async def AdjustLearningRate(
         self, request: admin.AdjustLearningRateRequest, context: Context

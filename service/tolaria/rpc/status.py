@@ -13,8 +13,10 @@ from grpc_status import rpc_status
 from tolaria.errors import (
     BindError,
     BreakerOpenError,
+    ClearanceRefusedError,
     CommandRejectedError,
     ConfigurationError,
+    IllegalEmergencyEventError,
     InvalidFieldError,
     JobError,
     LaneError,
@@ -23,6 +25,7 @@ from tolaria.errors import (
     PeerTimeoutError,
     PeerUnavailableError,
     TolariaError,
+    UnknownLevelError,
     WrongStateError,
 )
 
@@ -41,6 +44,9 @@ class Answer:
 ANSWERS: tuple[tuple[type[TolariaError], Answer], ...] = (
     (InvalidFieldError, Answer(code_pb2.INVALID_ARGUMENT, "INVALID_FIELD")),
     (WrongStateError, Answer(code_pb2.FAILED_PRECONDITION, "WRONG_STATE")),
+    (UnknownLevelError, Answer(code_pb2.INVALID_ARGUMENT, "UNKNOWN_LEVEL")),
+    (IllegalEmergencyEventError, Answer(code_pb2.FAILED_PRECONDITION, "NO_SUCH_EMERGENCY")),
+    (ClearanceRefusedError, Answer(code_pb2.FAILED_PRECONDITION, "CLEARANCE_REFUSED")),
     (NotImplementedYetError, Answer(code_pb2.UNIMPLEMENTED, "NOT_IMPLEMENTED")),
     (CommandRejectedError, Answer(code_pb2.INVALID_ARGUMENT, "COMMAND_REJECTED")),
     (PeerTimeoutError, Answer(code_pb2.DEADLINE_EXCEEDED, "PEER_TIMEOUT")),

@@ -9,6 +9,7 @@ import uuid
 from dataclasses import dataclass
 
 from leyline.v1.enums_pb2 import (
+    TELEMETRY_LEVEL_CRITICAL,
     TELEMETRY_LEVEL_ERROR,
     TELEMETRY_LEVEL_INFO,
     TELEMETRY_LEVEL_WARNING,
@@ -45,6 +46,7 @@ def _text(value: str | float) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+_EMERGENCY = ("emergency_level", "reason", "origin")
 _CALL = ("method", "detail", "latency_ms")
 
 TAMIYO_TIMEOUT = EventSpec("tolaria.tamiyo_timeout", TELEMETRY_LEVEL_WARNING, _CALL)
@@ -54,6 +56,18 @@ KASMINA_ERROR = EventSpec("tolaria.kasmina_error", TELEMETRY_LEVEL_WARNING, _CAL
 TIMEOUT_INFERENCE = EventSpec("timeout_inference", TELEMETRY_LEVEL_WARNING, _CALL)
 BREAKER_OPENED = EventSpec("tolaria.breaker_opened", TELEMETRY_LEVEL_WARNING, ("breaker",))
 BREAKER_CLOSED = EventSpec("tolaria.breaker_closed", TELEMETRY_LEVEL_INFO, ("breaker",))
+CONSERVATIVE_MODE_ENTERED = EventSpec("tolaria.conservative_mode_entered", TELEMETRY_LEVEL_WARNING, ("reasons",))
+CONSERVATIVE_MODE_CLEARED = EventSpec("tolaria.conservative_mode_cleared", TELEMETRY_LEVEL_INFO, ("reasons",))
+EMERGENCY_ESCALATED = EventSpec(
+    "tolaria.emergency.escalated", TELEMETRY_LEVEL_WARNING, ("emergency_level", "reason", "origin")
+)
+EMERGENCY_HALT = EventSpec("tolaria.emergency.halt", TELEMETRY_LEVEL_CRITICAL, ("reason", "origin"))
+EMERGENCY_CLEARED = EventSpec("tolaria.emergency.cleared", TELEMETRY_LEVEL_INFO, (*_EMERGENCY, "by"))
+EMERGENCY_BROADCAST = EventSpec("emergency_broadcast", TELEMETRY_LEVEL_CRITICAL, (*_EMERGENCY, "count"))
+EMERGENCY_BROADCAST_FAILED = EventSpec(
+    "tolaria.emergency.broadcast_failed", TELEMETRY_LEVEL_CRITICAL, ("reason", "detail")
+)
+HEARTBEAT_LOST = EventSpec("tolaria.heartbeat_lost", TELEMETRY_LEVEL_CRITICAL, ("reason",))
 EPOCH_BUDGET_EXCEEDED = EventSpec(
     "tolaria.epoch_budget_exceeded", TELEMETRY_LEVEL_WARNING, ("epoch", "latency_ms", "budget_ms")
 )

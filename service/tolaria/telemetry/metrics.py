@@ -75,7 +75,12 @@ class Metrics:
         self._declare_gradients()
         self._declare_optimization()
         self._declare_fast_paths()
+        self._declare_emergency()
 
+        self.mode_conservative = self._gauge("mode.conservative", "1: seeds and the controller are left alone.")
+        self.mode_conservative_reasons = self._gauge(
+            "mode.conservative_reasons", "1: this reason for conservative mode stands.", ["reason"]
+        )
         self.seeds_active = self._gauge(
             "seeds.active", "Seeds by stage: those grafted, and those desired that are not grafted yet.", ["stage"]
         )
@@ -125,6 +130,27 @@ class Metrics:
         self.train_tf32_enabled = self._gauge("train.tf32_enabled", "1: TF32 matrix products.")
         self.train_foreach_enabled = self._gauge("train.foreach_enabled", "1: fused or foreach optimizer kernels.")
         self.train_pin_memory = self._gauge("train.pin_memory", "1: pinned memory, copies that do not block.")
+
+    def _declare_emergency(self) -> None:
+        self.emergency_level = self._gauge("emergency.level", "0 none, 1 notice, 2 elevated, 3 conservative, 4 halt.")
+        self.emergency_halt = self._gauge("emergency.halt", "1: an emergency keeps training from going on.")
+        self.emergency_halts_total = self._counter("emergency.halts_total", "Emergencies that halted training.")
+        self.emergency_broadcasts_total = self._counter("emergency.broadcasts_total", "Notices told.")
+        self.emergency_broadcast_failures_total = self._counter(
+            "emergency.broadcast_failures_total", "Notices that could not be told at once."
+        )
+        self.emergency_bypass_applied_total = self._counter(
+            "emergency.bypass_applied_total", "Notices told before everything that queues."
+        )
+        self.emergency_bypass_dropped_total = self._counter(
+            "emergency.bypass_dropped_total", "Notices lost: always 0, alert when it is not."
+        )
+        self.emergency_last_broadcast_latency_ms = self._gauge(
+            "emergency.last_broadcast_latency_ms", "Time of the last hand-over to telemetry."
+        )
+        self.emergency_shared_signal_degraded = self._gauge(
+            "emergency.shared_signal_degraded", "1: waiting on the signal board polls, as there is no futex."
+        )
 
     def _declare_optimization(self) -> None:
         self.lr_controller_enabled = self._gauge("lr_controller.enabled", "1: learning rates are governed.")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Self
 
 import anyio
 
 from leyline.v1.state_pb2 import SystemStatePacket
+from tolaria.config import ControlSettings
 from tolaria.training.consult import Consultant
 
 # Kept back from the budget so that letting training go on is still inside it.
@@ -28,6 +30,11 @@ class BoundaryPolicy:
     tamiyo_s: float
     patient: bool
     patience_s: float
+
+    @classmethod
+    def of(cls, control: ControlSettings, *, patient: bool, patience_s: float) -> Self:
+        """The policy that the settings ask for."""
+        return cls(control.boundary_budget_ms / 1000, control.tamiyo_budget_ms / 1000, patient, patience_s)
 
 
 class Boundary:

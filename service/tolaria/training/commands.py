@@ -1,13 +1,20 @@
-"""What a command of the controller, or a request of an operator, asks of the lane. Pure: messages in, values out."""
+"""What a command of the controller, or a request of an operator, asks: of the lane as values, of a breaker at once."""
 
 from __future__ import annotations
 
 from leyline.v1.admin_service_pb2 import AdjustLearningRateRequest
 from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_UNSPECIFIED, EmergencyLevel
 from tolaria.errors import CommandRejectedError, OptimizationError
 from tolaria.optimization import Adjustment
 from tolaria.training.fences import ChangeOptimizer
+from tolaria.training.safeguards import Safeguards
 
+# Which breaker a circuit breaker command means.
+BREAKER_KEY = "breaker"
+# Which level an emergency command means.
+LEVEL_KEY = "level"
+_LEVEL_PREFIX = "EMERGENCY_LEVEL_"
 # Keys of hyperparameters that mean the learning rate; all others go to the optimizer as they are.
 RATE_VALUE, RATE_FACTOR, RATE_EXPIRY = "lr", "lr_factor", "lr_expires_after_steps"
 
@@ -29,6 +36,35 @@ def optimizer_change(command: AdaptationCommand) -> ChangeOptimizer:
         what = f"{RATE_EXPIRY} without a rate" if expiry is not None else "an optimizer command without hyperparameters"
         raise CommandRejectedError("malformed", command.command_id, what)
     return ChangeOptimizer(adjustment, asked, group)
+
+
+def force_breaker(command: AdaptationCommand, safeguards: Safeguards) -> None:
+    """Open or close the breaker that `annotations["breaker"]` names.
+
+    Raises:
+        CommandRejectedError: when there is no such breaker or it cannot be put in that state; reason `malformed`.
+    """
+    name, state = command.annotations.get(BREAKER_KEY, ""), command.circuit_breaker.desired_state
+    if name not in safeguards.breakers:
+        raise CommandRejectedError("malformed", command.command_id, f"there is no breaker {name!r}")
+    try:
+        safeguards.force(name, state)
+    except ValueError as error:
+        raise CommandRejectedError("malformed", command.command_id, str(error)) from None
+
+
+def emergency_asked(command: AdaptationCommand) -> tuple[EmergencyLevel.ValueType, str]:
+    """The level that `annotations["level"]` names, as a word (halt, EMERGENCY_LEVEL_HALT) or a number, and the reason.
+
+    Raises:
+        CommandRejectedError: when there is no such level; reason `malformed`.
+    """
+    asked = command.annotations.get(LEVEL_KEY, "")
+    name = asked.upper().removeprefix(_LEVEL_PREFIX)
+    for known, level in EmergencyLevel.items():
+        if level != EMERGENCY_LEVEL_UNSPECIFIED and name in {known.removeprefix(_LEVEL_PREFIX), str(level)}:
+            return level, command.annotations.get("reason", "") or f"asked by {command.issued_by or 'the controller'}"
+    raise CommandRejectedError("malformed", command.command_id, f"there is no emergency level {asked!r}")
 
 
 def operators_adjustment(request: AdjustLearningRateRequest) -> Adjustment:

@@ -16,12 +16,14 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import COMMAND_SEED, CommandType, SeedOperation
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
-from tolaria.errors import CommandRejectedError, PeerError, PeerProtocolError
+from tolaria.errors import BreakerOpenError, CommandRejectedError, PeerError, PeerProtocolError
 from tolaria.peers.kasmina import Applied
 from tolaria.peers.verification import CommandVerifier
 from tolaria.telemetry import events
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
+
+NOT_ASKED = "not asked (conservative mode)"
 
 
 class Controller(Protocol):
@@ -29,6 +31,9 @@ class Controller(Protocol):
 
     async def evaluate_epoch(self, state: SystemStatePacket) -> AdaptationCommand | None:
         """The command for this state, not verified; None: go on."""
+
+    async def evaluate_step(self, state: SystemStatePacket) -> AdaptationCommand | None:
+        """The same between epochs."""
 
 
 class Executor(Protocol):
@@ -47,13 +52,14 @@ class Consultation:
 
     state: SystemStatePacket
     refusals: tuple[tuple[str, str], ...] = ()
+    between_epochs: bool = False
     command: AdaptationCommand | None = None
     seeds: list[SeedState] | None = None
     applied: bool = False
     rejected: bool = False
     failed: bool = False
-    tamiyo_answer: str = ""
-    kasmina_answer: str = ""
+    tamiyo_answer: str = NOT_ASKED
+    kasmina_answer: str = NOT_ASKED
     tamiyo_latency_ms: float = 0.0
     kasmina_latency_ms: float = 0.0
     answered: anyio.Event = field(default_factory=anyio.Event)
@@ -69,6 +75,7 @@ class Consultant:
         verifier: what a command has to pass.
         metrics: for rejections.
         emitter: for events.
+        permits: whether a peer, by name, may be asked now; one that may not is passed over.
         on_settled: called on the event loop with each consultation that has come to its end.
     """
 
@@ -80,6 +87,7 @@ class Consultant:
         verifier: CommandVerifier,
         metrics: Metrics,
         emitter: Emitter,
+        permits: Callable[[str], bool],
         on_settled: Callable[[Consultation], None],
     ) -> None:
         self._controller = controller
@@ -87,6 +95,7 @@ class Consultant:
         self._verifier = verifier
         self._metrics = metrics
         self._emitter = emitter
+        self._permits = permits
         self._on_settled = on_settled
         self._waiting: Consultation | None = None
         self._asked = anyio.Event()
@@ -100,6 +109,12 @@ class Consultant:
         self._asked.set()
         return self._waiting
 
+    def ask_between_epochs(self, state: SystemStatePacket) -> None:
+        """Put a question that nobody waits for. An epoch's question that waits already comes first: this is dropped."""
+        if self._waiting is None or self._waiting.between_epochs:
+            self._waiting = Consultation(state, between_epochs=True)
+            self._asked.set()
+
     async def serve(self) -> None:
         """Hold consultations until cancelled."""
         while True:
@@ -110,16 +125,24 @@ class Consultant:
                 await self._hold(consultation)
 
     async def _hold(self, consultation: Consultation) -> None:
-        await self._ask_tamiyo(consultation)
+        if self._permits("tamiyo"):
+            await self._ask_tamiyo(consultation)
         consultation.answered.set()
-        await self._tell_kasmina(consultation)
+        # Asked again: Tamiyo's answer, or the lack of one, may have switched the mode.
+        # Between epochs she is only told of commands: she judges how seeds come along by epochs.
+        told = not consultation.between_epochs or _is_for_kasmina(consultation.command)
+        if told and self._permits("kasmina"):
+            await self._tell_kasmina(consultation)
         self._on_settled(consultation)
         consultation.settled.set()
 
     async def _ask_tamiyo(self, consultation: Consultation) -> None:
         started_s = time.monotonic()
         try:
-            command = await self._controller.evaluate_epoch(consultation.state)
+            evaluate = self._controller.evaluate_epoch
+            if consultation.between_epochs:
+                evaluate = self._controller.evaluate_step
+            command = await evaluate(consultation.state)
             consultation.tamiyo_answer = "no change"
             if command is not None:
                 self._verifier.verify(command, wall_s=time.time(), now_s=time.monotonic())
@@ -129,7 +152,7 @@ class Consultant:
             self._reject(consultation, rejection)
         except PeerError as error:
             # The conservative command: no change. Training goes on.
-            consultation.failed = True
+            consultation.failed |= not isinstance(error, BreakerOpenError)  # then she was not asked
             consultation.tamiyo_answer = f"no change ({error.detail})"
         consultation.tamiyo_latency_ms = (time.monotonic() - started_s) * 1000
 
@@ -149,10 +172,11 @@ class Consultant:
         try:
             applied = await self._hand_over(consultation)
             # Asked at every boundary, command or not: this is when Kasmina judges how seeds come along.
-            consultation.seeds = await self._executor.export_seeds(consultation.state, consultation.refusals)
-            consultation.kasmina_answer = applied or _count(consultation.seeds)
+            if not consultation.between_epochs:
+                consultation.seeds = await self._executor.export_seeds(consultation.state, consultation.refusals)
+            consultation.kasmina_answer = applied or _count(consultation.seeds or ())
         except PeerError as error:
-            consultation.failed = True
+            consultation.failed |= not isinstance(error, BreakerOpenError)
             consultation.kasmina_answer = f"no answer ({error.detail})"
             if isinstance(error, PeerProtocolError):
                 self._emitter.emit(
@@ -163,11 +187,16 @@ class Consultant:
     async def _hand_over(self, consultation: Consultation) -> str:
         """Give a seed command to Kasmina; her answer in words, empty where there was no such command."""
         command = consultation.command
-        if command is None or command.command_type != COMMAND_SEED:
+        if command is None or not _is_for_kasmina(command):
             return ""
         applied = await self._executor.apply(command, consultation.state)
+        consultation.seeds = applied.seeds
         consultation.applied = applied.applied
         return f"{'applied' if applied.applied else 'refused'}: {applied.detail}"
+
+
+def _is_for_kasmina(command: AdaptationCommand | None) -> bool:
+    return command is not None and command.command_type == COMMAND_SEED
 
 
 def in_words(command: AdaptationCommand) -> str:

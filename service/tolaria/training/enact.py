@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from leyline.v1 import enums_pb2 as enums
+from leyline.v1.admin_service_pb2 import AdjustLearningRateRequest
 from leyline.v1.commands_pb2 import AdaptationCommand
-from tolaria.errors import CommandRejectedError
+from tolaria.errors import AdjustmentRefusedError, CommandRejectedError, InvalidFieldError, UnknownGroupError
 from tolaria.optimization import Adjustment
-from tolaria.training.commands import optimizer_change
+from tolaria.training.commands import emergency_asked, force_breaker, operators_adjustment, optimizer_change
 from tolaria.training.consult import Consultation, in_words
 from tolaria.training.fence_desk import FenceDesk, OnDone
 from tolaria.training.fences import ChangeOptimizer, FenceReport, OptimizerChanged, Reconcile
 from tolaria.training.growth import SeedsReport
+from tolaria.training.guardian import Guardian
 from tolaria.training.record import Recorder
+from tolaria.training.safeguards import TAMIYO
 
 
 class Enactor:
@@ -26,20 +29,28 @@ class Enactor:
         desk: where the lane is asked.
         recorder: where outcomes go.
         hold: holds the run, with a reason.
+        guardian: breakers to force, emergencies to raise, and the mode in which seeds are left alone.
         changed: called after something has taken effect.
     """
 
     def __init__(
-        self, desk: FenceDesk, recorder: Recorder, *, hold: Callable[[str], None], changed: Callable[[], None]
+        self,
+        desk: FenceDesk,
+        recorder: Recorder,
+        *,
+        hold: Callable[[str], None],
+        guardian: Guardian,
+        changed: Callable[[], None],
     ) -> None:
         self._desk = desk
         self._recorder = recorder
         self._hold = hold
+        self._guardian, self._safeguards = guardian, guardian.safeguards
         self._changed = changed
 
     def enact(self, consultation: Consultation) -> None:
         """Follow Kasmina's wishes, then carry Tamiyo's command out; one that cannot be is refused and told."""
-        if consultation.seeds is not None:
+        if consultation.seeds is not None and not self._safeguards.mode.on:
             self._recorder.desired_seeds(consultation.seeds)
             self._desk.post(Reconcile(tuple(consultation.seeds)), self._reconciled)
         if consultation.command is not None:
@@ -47,6 +58,26 @@ class Enactor:
                 self._obey(consultation, consultation.command)
             except CommandRejectedError as rejection:
                 self._recorder.refused(rejection)
+
+    async def adjust(self, request: AdjustLearningRateRequest) -> int:
+        """Change learning rates at the next fence; returns the global step at which it took effect.
+
+        Raises:
+            InvalidFieldError: what makes no sense, is out of bounds or means no group; nothing has changed then.
+            LaneStoppedError: the run has ended before.
+        """
+        try:
+            adjustment = operators_adjustment(request)
+            report = await self._desk.carry_out(
+                ChangeOptimizer(adjustment, {}, None),
+                key=request.request_id,
+                on_done=lambda done: self.adjusted(adjustment, done),
+            )
+        except AdjustmentRefusedError as error:
+            raise InvalidFieldError(error.field, str(error).removeprefix(f"{error.field}: ")) from None
+        except UnknownGroupError as error:
+            raise InvalidFieldError("group", str(error)) from None
+        return report.global_step
 
     def adjusted(self, adjustment: Adjustment, report: FenceReport) -> None:
         """A change of rates has come back from the lane."""
@@ -57,15 +88,24 @@ class Enactor:
     def _reconciled(self, report: FenceReport) -> None:
         if isinstance(report.result, SeedsReport):
             self._recorder.fence(report.result, wished=True)
+            self._safeguards.rebuilt(report.result)
         elif report.error is not None:
             self._recorder.wishes_failed(str(report.error))
         self._changed()
 
     def _obey(self, consultation: Consultation, command: AdaptationCommand) -> None:
         match command.command_type:
+            case enums.COMMAND_SEED if self._safeguards.mode.on:
+                raise CommandRejectedError("conservative", command.command_id, "seeds are left alone in this mode")
             case enums.COMMAND_SEED:  # Kasmina has it already, and her wishes follow from it
                 if not consultation.applied:
                     raise CommandRejectedError("refused", command.command_id, consultation.kasmina_answer)
+                self._recorder.applied(consultation)
+            case enums.COMMAND_CIRCUIT_BREAKER:
+                force_breaker(command, self._safeguards)
+                self._recorder.applied(consultation)
+            case enums.COMMAND_EMERGENCY:
+                self._guardian.controller.escalate(*emergency_asked(command), origin=TAMIYO)
                 self._recorder.applied(consultation)
             case enums.COMMAND_PAUSE:
                 self._hold(f"asked by {command.issued_by or 'the controller'}")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 
@@ -20,6 +22,19 @@ from tolaria.training.rig import Rig, on_device
 from tolaria.training.step import StepAbandonedError, train_step
 
 
+class Hearts(Protocol):
+    """Shows from outside that the lane gets on. Every method is called from the lane's thread."""
+
+    def lane_beat(self) -> None:
+        """It has got on."""
+
+    def lane_works(self) -> AbstractContextManager[None]:
+        """Around work: a beat is due every so often."""
+
+    def lane_rests(self) -> AbstractContextManager[None]:
+        """Around a wait, or what is known to take long: none is due."""
+
+
 class Lane:
     """Runs the rig in a thread of its own. Every method is called from the event loop's thread and returns at once.
 
@@ -27,13 +42,17 @@ class Lane:
         rig: from `start` on the lane's alone.
         box: where reports go.
         threads: CPU threads of torch, as `limit_threads` takes them.
+        hearts: where it shows that it gets on.
     """
 
-    def __init__(self, rig: Rig, box: ReportBox, *, threads: int) -> None:
+    def __init__(self, rig: Rig, box: ReportBox, *, threads: int, hearts: Hearts) -> None:
         self._rig = rig
         self._box = box
         self._threads = threads
-        self._mailbox: Mailbox[FenceCommand] = Mailbox(on_held=lambda hold: box.put(HeldReport(rig.global_step, hold)))
+        self._hearts = hearts
+        self._mailbox: Mailbox[FenceCommand] = Mailbox(
+            on_held=lambda hold: box.put(HeldReport(rig.global_step, hold)), resting=hearts.lane_rests
+        )
         # Daemonic: a job stuck in its own code cannot keep the process from ending.
         self._thread = threading.Thread(target=self._run, name="tolaria-lane", daemon=True)
 
@@ -72,15 +91,19 @@ class Lane:
         try:
             limit_threads(self._threads)
             while (work := self._mailbox.next_work()) is not None:
-                if isinstance(work, Posted):
-                    self._box.put(carry_out(self._rig, work.ticket, work.command))
-                else:
-                    self._run_epoch(work)
+                with self._hearts.lane_works():
+                    self._work(work)
         except StepAbandonedError:
             pass  # told to stop while held: nothing was changed, and nobody waits for more
         except BaseException as raised:  # noqa: BLE001 - the job is the user's code; what it raises ends the run, not the process
             error = raised
         self._box.put(LaneEnded(self._rig.global_step, error))
+
+    def _work(self, work: int | Posted[FenceCommand]) -> None:
+        if isinstance(work, Posted):
+            self._box.put(carry_out(self._rig, work.ticket, work.command))
+        else:
+            self._run_epoch(work)
 
     def _run_epoch(self, epoch: int) -> None:
         rig = self._rig
@@ -88,7 +111,10 @@ class Lane:
         rig.model.train()
         rig.cursor.begin_epoch(epoch)
         while self._pass_fence():
-            report = train_step(rig, epoch, self._mailbox.pass_microbatch)
+            # Compiling takes minutes, in which nothing can beat.
+            compiling = rig.global_step == 0 and "compile" in rig.paths.running
+            with self._hearts.lane_rests() if compiling else nullcontext():
+                report = train_step(rig, epoch, self._pass_microbatch)
             if report is None:
                 self._finish_epoch(epoch, time.monotonic() - started_s)
                 return
@@ -102,6 +128,10 @@ class Lane:
         while (posted := self._mailbox.pass_fence()) is not None:
             self._box.put(carry_out(self._rig, posted.ticket, posted.command))
         return not self._mailbox.stopping
+
+    def _pass_microbatch(self) -> bool:
+        self._hearts.lane_beat()
+        return self._mailbox.pass_microbatch()
 
     def _finish_epoch(self, epoch: int, steps_s: float) -> None:
         started_s = time.monotonic()
@@ -134,7 +164,7 @@ class Lane:
         rig.model.eval()
         with torch.no_grad():
             for batch in rig.job.validation_batches():
-                if self._mailbox.stopping or not self._mailbox.pass_microbatch():
+                if self._mailbox.stopping or not self._pass_microbatch():
                     raise StepAbandonedError  # a long validation must not hold an ending up
                 total += rig.job.evaluate(rig.model, on_device(batch, rig.device, pinned=rig.paths.pins))
         return total

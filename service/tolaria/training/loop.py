@@ -17,26 +17,22 @@ from leyline.v1.admin_service_pb2 import (
     RUN_STATE_DRAINING,
     RUN_STATE_FAILED,
     RUN_STATE_FINISHED,
+    RUN_STATE_HALTED,
     RUN_STATE_PAUSED,
     AdjustLearningRateRequest,
     GetStatusResponse,
 )
 from tolaria.config import ControlSettings, TrainingSettings
-from tolaria.errors import (
-    AdjustmentRefusedError,
-    InvalidFieldError,
-    LaneFailedError,
-    UnknownGroupError,
-    WrongStateError,
-)
+from tolaria.errors import LaneFailedError, WrongStateError
 from tolaria.training.boundary import Boundary, BoundaryPolicy
-from tolaria.training.commands import operators_adjustment
+from tolaria.training.cadence import StepCadence
 from tolaria.training.consult import Consultant, Consultation
 from tolaria.training.enact import Enactor
 from tolaria.training.feed import StatusFeed
 from tolaria.training.fence_desk import FenceDesk
-from tolaria.training.fences import ChangeOptimizer, FenceReport
+from tolaria.training.fences import FenceReport
 from tolaria.training.growth import SeedsReport
+from tolaria.training.guardian import Guardian
 from tolaria.training.judge import Hold, Proceed, judge
 from tolaria.training.lane import Lane
 from tolaria.training.packet import state_packet, status_message
@@ -44,6 +40,7 @@ from tolaria.training.record import Recorder
 from tolaria.training.reports import EpochReport, HeldReport, LaneEnded, Report, ReportBox, StepReport
 from tolaria.training.rig import Rig
 from tolaria.training.run_state import RunEvent, after
+from tolaria.training.safeguards import PEER_FAILURE
 
 
 class TrainingLoop:
@@ -55,6 +52,7 @@ class TrainingLoop:
         control: budgets and bounds.
         patience_s: how long a deterministic boundary waits for the peers.
         recorder: writes progress, metrics and events.
+        guardian: safeguards and emergencies; told to halt this run where one asks for it.
         feed: told of every change.
         make_consultant: given what to call with settled consultations, makes the one to ask.
     """
@@ -67,6 +65,7 @@ class TrainingLoop:
         control: ControlSettings,
         patience_s: float,
         recorder: Recorder,
+        guardian: Guardian,
         feed: StatusFeed,
         make_consultant: Callable[[Callable[[Consultation], None]], Consultant],
     ) -> None:
@@ -74,20 +73,17 @@ class TrainingLoop:
         self._control = control
         self._recorder = recorder
         self._progress = recorder.progress
+        self._guardian, self._safeguards = guardian, guardian.safeguards
         self._log = structlog.get_logger()
         self.feed = feed
         self.consultant = make_consultant(self._settle)
-        self._policy = BoundaryPolicy(
-            budget_s=control.boundary_budget_ms / 1000,
-            tamiyo_s=control.tamiyo_budget_ms / 1000,
-            patient=training.deterministic,
-            patience_s=patience_s,
-        )
+        self._policy = BoundaryPolicy.of(control, patient=training.deterministic, patience_s=patience_s)
         self._boundary = Boundary(self.consultant, self._policy)
+        self._cadence = StepCadence(self.consultant, self._progress, interval=control.step_interval)
         self._box = ReportBox(self._notify)
-        self._lane = Lane(rig, self._box, threads=training.threads)
+        self._lane = Lane(rig, self._box, threads=training.threads, hearts=guardian.hearts)
         self._desk = FenceDesk(self._lane.post)
-        self._enactor = Enactor(self._desk, recorder, hold=self._hold, changed=feed.changed)
+        self._enactor = Enactor(self._desk, recorder, hold=self._hold, guardian=guardian, changed=feed.changed)
         recorder.fast_paths(rig.paths)
         recorder.rates(rig.growth.controller.learning_rates())
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -97,6 +93,7 @@ class TrainingLoop:
         self._hold_number = 0
         self._lane_ended: LaneEnded | None = None
         self._stopping = False
+        guardian.watch(self._halt)
 
     # -- the task ------------------------------------------------------------------------------------------------
 
@@ -131,11 +128,12 @@ class TrainingLoop:
         return self._epoch_report
 
     async def _cross_boundary(self, report: EpochReport) -> None:
-        self._recorder.epoch_ends(report)
+        self._recorder.epoch_ends(report, layers=not self._safeguards.mode.on)
         state = state_packet(self._progress, report, wall_ns=time.time_ns())
         await self._boundary.wait_for_answer(state, self._progress.refusals, since_s=report.finished_at_s)
         held_up_s = time.monotonic() - report.finished_at_s
-        self._recorder.boundary(report, held_up_s, self._policy.budget_s, binding=not self._policy.patient)
+        breach = self._recorder.boundary(report, held_up_s, self._policy.budget_s, binding=not self._policy.patient)
+        self._guardian.epoch_over(breach=breach)
         self.feed.changed()
 
     async def _end_lane(self) -> None:
@@ -168,17 +166,21 @@ class TrainingLoop:
         match report:
             case StepReport():
                 self._recorder.step(report)
+                self._safeguards.step(report)
+                self._cadence.step(report)
                 self._enact(judge(self._progress.health, void_steps_max=self._control.max_void_steps))
             case EpochReport():
                 self._epoch_report = report
                 self._epoch_over.set()
             case SeedsReport():
                 self._recorder.fence(report, wished=False)
+                self._safeguards.rebuilt(report)
             case FenceReport():
                 self._desk.take(report)
             case HeldReport():
                 if report.hold == self._hold_number:
                     self._held.set()
+                    self._guardian.held()
                     self.feed.changed()
             case LaneEnded():
                 self._lane_ended = report
@@ -201,6 +203,8 @@ class TrainingLoop:
         age_steps = self._progress.global_step - consultation.state.global_step
         stale = age_steps > self._control.max_staleness_steps
         self._recorder.consultation(consultation, stale=stale)
+        if consultation.failed:
+            self._safeguards.failing(PEER_FAILURE)
         if not stale and not self._ended:
             self._enactor.enact(consultation)
         self.feed.changed()
@@ -209,7 +213,9 @@ class TrainingLoop:
 
     def status(self) -> GetStatusResponse:
         """The run's part of GetStatus."""
-        return status_message(self._progress, now_s=time.monotonic())
+        status = status_message(self._progress, now_s=time.monotonic())
+        self._guardian.tell(status)
+        return status
 
     @property
     def global_step(self) -> int:
@@ -229,32 +235,22 @@ class TrainingLoop:
         )
 
     def resume(self, reason: str) -> None:
-        """Go on from where the run was held; nothing to do when it runs. Raises WrongStateError as `pause` does."""
+        """Go on from where the run was held; nothing to do when it runs.
+
+        Raises:
+            WrongStateError: when the run has ended or is ending, or while an emergency halts it.
+        """
+        if self._guardian.halting:
+            raise WrongStateError("an emergency halts the run: clear it first")
         self._enter(RunEvent.RESUMED, reason)
         self._recorder.resumed()
         self._lane.release()
 
     async def adjust_rate(self, request: AdjustLearningRateRequest) -> int:
-        """Change learning rates at the next fence; returns the global step at which it took effect.
-
-        Raises:
-            WrongStateError: when the run has ended.
-            InvalidFieldError: what makes no sense, is out of bounds or means no group; nothing has changed then.
-        """
+        """Change learning rates at the next fence, as `Enactor.adjust` does. WrongStateError: the run has ended."""
         if self._ended:
             raise WrongStateError("the run has ended: there is no rate to change")
-        try:
-            adjustment = operators_adjustment(request)
-            report = await self._desk.carry_out(
-                ChangeOptimizer(adjustment, {}, None),
-                key=request.request_id,
-                on_done=lambda done: self._enactor.adjusted(adjustment, done),
-            )
-        except AdjustmentRefusedError as error:
-            raise InvalidFieldError(error.field, str(error).removeprefix(f"{error.field}: ")) from None
-        except UnknownGroupError as error:
-            raise InvalidFieldError("group", str(error)) from None
-        return report.global_step
+        return await self._enactor.adjust(request)
 
     async def stop(self, reason: str) -> None:
         """Finish the step and end the run; returns when it has ended. Raises WrongStateError when it had before."""
@@ -281,11 +277,20 @@ class TrainingLoop:
 
     @property
     def _on_hold(self) -> bool:
-        return self._ended or self._progress.state == RUN_STATE_PAUSED
+        return self._ended or self._progress.state in {RUN_STATE_PAUSED, RUN_STATE_HALTED}
 
-    def _hold(self, reason: str) -> None:
+    def _halt(self, reason: str) -> None:
+        """Freeze training; a run that stands already, or has ended, says so at once."""
+        if not self._ended:
+            self._hold(reason, RunEvent.HALTED)
+        if self._ended or self._held.is_set():
+            self._guardian.held()
+
+    def _hold(self, reason: str, event: RunEvent = RunEvent.PAUSED) -> None:
+        if self._progress.state == RUN_STATE_HALTED:
+            return  # by more than a pause
         was_held = self._progress.state == RUN_STATE_PAUSED
-        self._enter(RunEvent.PAUSED, reason)
+        self._enter(event, reason)
         if not was_held:
             self._held = anyio.Event()
             self._hold_number += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -33,13 +34,17 @@ class Mailbox(Generic[Command]):
     Args:
         on_held: called from the lane's thread when it has come to a stand, once for every `hold`, with its number.
             Must not wait for anything.
+        resting: around every wait in the middle of work.
     """
 
-    def __init__(self, on_held: Callable[[int], None]) -> None:
+    def __init__(
+        self, on_held: Callable[[int], None], *, resting: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self.closed = False
         self.fence_due = False
         self._stopping = False
         self._on_held = on_held
+        self._resting = resting
         self._hold = 0
         self._told_hold = 0
         self._epochs: deque[int] = deque()
@@ -116,7 +121,8 @@ class Mailbox(Generic[Command]):
                     return self.take_command()
                 if not standing:
                     return None
-                self._changed.wait()
+                with self._resting():
+                    self._changed.wait()
             return None
 
     def pass_microbatch(self) -> bool:
@@ -125,7 +131,8 @@ class Mailbox(Generic[Command]):
             return True
         with self._changed:
             while self._standing() and not self._stopping:
-                self._changed.wait()
+                with self._resting():
+                    self._changed.wait()
             return not self._stopping
 
     def _standing(self) -> bool:

@@ -12,7 +12,7 @@ from leyline.v1.telemetry_pb2 import SystemHealth
 from tolaria import __version__
 from tolaria.optimization import LiveAdjustment
 from tolaria.training.progress import Progress
-from tolaria.training.reports import EpochReport
+from tolaria.training.reports import EpochReport, StepReport
 
 PACKET_VERSION = 1
 
@@ -31,6 +31,36 @@ def state_packet(progress: Progress, epoch: EpochReport, *, wall_ns: int) -> Sys
         packet_id=uuid.uuid4().hex,
         global_step=epoch.global_step,
         training_loss=progress.sums.loss,
+        source_subsystem="tolaria",
+        training_run_id=progress.run_id,
+        experiment_name=progress.experiment,
+    )
+
+
+def step_packet(progress: Progress, step: StepReport, *, wall_ns: int) -> SystemStatePacket:
+    """The packet between epochs, after `step`: the last validation's figures, this step's own loss."""
+    sums, health = progress.sums, progress.health
+    return SystemStatePacket(
+        version=PACKET_VERSION,
+        current_epoch=step.epoch,
+        validation_accuracy=_known(progress.validation_accuracy),
+        validation_loss=_known(progress.validation_loss),
+        timestamp_ns=wall_ns,
+        training_metrics={
+            "loss": step.loss,
+            "gradient_norm": step.gradient_norm,
+            "samples_per_s": sums.samples_per_s,
+            "loss_delta": health.loss_delta,
+            "loss_ewma": health.loss_ewma,
+            "loss_volatility": math.sqrt(health.loss_variance),
+            "grad_norm_ewma": health.gradient_norm_ewma,
+            "grad_var": health.gradient_norm_variance,
+            "step_latency_ms": step.duration_s * 1000,
+        },
+        seed_states=progress.grafted,
+        packet_id=uuid.uuid4().hex,
+        global_step=step.global_step,
+        training_loss=step.loss,
         source_subsystem="tolaria",
         training_run_id=progress.run_id,
         experiment_name=progress.experiment,

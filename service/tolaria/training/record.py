@@ -99,8 +99,8 @@ class Recorder:
             metrics.training_last_step_timestamp_seconds.set(time.time())
         self._step_told = progress.global_step
 
-    def epoch_ends(self, epoch: EpochReport) -> None:
-        """The epoch's steps and evaluation are done."""
+    def epoch_ends(self, epoch: EpochReport, *, layers: bool) -> None:
+        """The epoch's steps and evaluation are done; `layers` shows what costs a series for each layer."""
         progress, metrics = self.progress, self._metrics
         progress.last_epoch = epoch
         progress.training_loss = progress.sums.loss
@@ -114,10 +114,10 @@ class Recorder:
         progress.adjustments = epoch.adjustments
         if epoch.gradients is not None:
             progress.conflict_ratio = epoch.gradients.conflict_ratio
-            self._growth.gradients(epoch.epoch, epoch.gradients)
+            self._growth.gradients(epoch.epoch, epoch.gradients, layers=layers)
 
-    def boundary(self, epoch: EpochReport, held_up_s: float, budget_s: float, *, binding: bool) -> None:
-        """The boundary after `epoch` held training up so long; over a `binding` budget that is a breach."""
+    def boundary(self, epoch: EpochReport, held_up_s: float, budget_s: float, *, binding: bool) -> bool:
+        """The boundary after `epoch` held training up so long; over a `binding` budget that is a breach, and told."""
         progress, metrics = self.progress, self._metrics
         held_up_ms = held_up_s * 1000
         progress.boundaries_ms.append(held_up_ms)
@@ -130,8 +130,6 @@ class Recorder:
                 events.EPOCH_BUDGET_EXCEEDED, epoch=epoch.epoch, latency_ms=held_up_ms, budget_ms=budget_s * 1000
             )
         metrics.epochs_total.inc()
-        if breach or progress.sums.void_steps:
-            metrics.epochs_failed.inc()
         self._log.info(
             "epoch_finished",
             loss=_round(progress.sums.loss),
@@ -143,6 +141,7 @@ class Recorder:
             tamiyo=progress.tamiyo_answer,
             kasmina=progress.kasmina_answer,
         )
+        return breach
 
     def consultation(self, settled: Consultation, *, stale: bool) -> None:
         """Both peers have answered, or have failed to. A `stale` answer is told and changes nothing."""

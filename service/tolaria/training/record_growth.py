@@ -74,8 +74,8 @@ class GrowthRecorder:
                 found=violation.found,
             )
 
-    def gradients(self, epoch: int, gathered: SeedMetricSet) -> None:
-        """An epoch's rows have been merged."""
+    def gradients(self, epoch: int, gathered: SeedMetricSet, *, layers: bool) -> None:
+        """An epoch's rows have been merged; `layers`: show the norms of layers too."""
         metrics = self._metrics
         metrics.grad_agg_microbatches_total.inc(gathered.microbatches)
         metrics.grad_agg_conflicts.set(gathered.conflicts)
@@ -86,7 +86,7 @@ class GrowthRecorder:
         metrics.grad_agg_teacher_share.set(gathered.teacher_share)
         self._forget_seeds()
         for source in gathered.sources:
-            self._seed(source)
+            self._seed(source, layers=layers)
         for alarm in alarms(gathered, self._thresholds):
             self._raise(epoch, alarm)
         if self._compact:
@@ -103,7 +103,7 @@ class GrowthRecorder:
         ):  # fmt: skip
             gauge.clear()
 
-    def _seed(self, source: SeedMetrics) -> None:
+    def _seed(self, source: SeedMetrics, *, layers: bool) -> None:
         metrics, labels = self._metrics, (source.seed_id, stage_name(source.stage))
         metrics.seed_weight.labels(*labels).set(source.weight)
         metrics.seed_norm.labels(*labels).set(source.norm)
@@ -115,7 +115,7 @@ class GrowthRecorder:
         metrics.seed_params.labels(*labels).set(source.params)
         metrics.seed_mask_fraction.labels(*labels).set(source.mask_fraction)
         metrics.seed_teacher_share.labels(*labels).set(source.teacher_share)
-        for layer, norm in source.layer_norms:
+        for layer, norm in source.layer_norms if layers else ():
             metrics.seed_layer_norm.labels(source.seed_id, layer).set(norm)
 
     def _raise(self, epoch: int, alarm: Alarm) -> None:

@@ -24,7 +24,14 @@ from tolaria.errors import BindError, TolariaError, UnknownJobError
 
 Serve = Callable[[FakeAdmin], str]
 
-_COMMANDS = ("serve", "demo", "status", "watch", "pause", "resume", "stop", "lr", "peer", "config")
+_COMMANDS = (
+    *("serve", "demo", "status", "watch", "pause", "resume", "stop", "lr", "conservative"),
+    *("emergency", "signals", "peer", "config"),
+)
+_BELOW = (
+    *("config check", "config show", "emergency raise", "emergency clear", "emergency show"),
+    *("signals watch", "signals raise", "signals clear", "signals show"),
+)
 _NOBODY = "127.0.0.1:1"
 
 runner = CliRunner()
@@ -37,7 +44,7 @@ def test_help_lists_every_command() -> None:
     assert all(name in shown.stdout for name in _COMMANDS)
 
 
-@pytest.mark.parametrize("name", [*_COMMANDS, "config check", "config show"])
+@pytest.mark.parametrize("name", [*_COMMANDS, *_BELOW])
 def test_every_command_has_help(name: str) -> None:
     """--help explains each command and ends well."""
     shown = runner.invoke(app, [*name.split(), "--help"], env={"COLUMNS": "200"})

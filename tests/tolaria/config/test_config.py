@@ -222,3 +222,21 @@ def test_addresses_that_are_none_are_refused(text: str) -> None:
     """Whatever is not host:port raises with the text in the message."""
     with pytest.raises(ValueError, match=r"host:port|no port"):
         Address.parse(text)
+
+
+def test_every_setting_is_read_by_something() -> None:
+    """A setting that nothing reads would be a promise nobody keeps."""
+    root = Path(__file__).parents[3] / "service" / "tolaria"
+    sources = "".join(path.read_text() for path in root.rglob("*.py") if path.name != "tree.py")
+    fields = [
+        name
+        for section in Settings.model_fields.values()
+        for name in section.annotation.model_fields  # type: ignore[union-attr]
+    ]
+    assert [name for name in fields if f".{name}" not in sources] == []
+
+
+def test_a_sentinel_that_would_cut_a_drain_short_is_refused() -> None:
+    """SIGKILL must come later than the longest sound drain."""
+    (problem,) = problems(["service.drain_timeout_s=20"])
+    assert "emergency.drain_s" in problem

@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub, add_TolariaAdminServiceServicer_to_server
-from tolaria.errors import InvalidFieldError, WrongStateError
+from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, EMERGENCY_LEVEL_UNSPECIFIED, EmergencyLevel
+from tolaria.emergency import Acknowledgement, EmergencyState
+from tolaria.emergency.protocol import require_level
+from tolaria.errors import IllegalEmergencyEventError, InvalidFieldError, WrongStateError
 from tolaria.grpc_server import grpc_server
 from tolaria.rpc.admin import AdminService
 from tolaria.training.feed import StatusFeed
@@ -35,9 +38,12 @@ class FakeRun:
         self.global_step = 7
         self.state = admin.RUN_STATE_RUNNING
         self.reasons: list[str] = []
+        self.level: EmergencyLevel.ValueType = EMERGENCY_LEVEL_UNSPECIFIED
 
     def status(self) -> admin.GetStatusResponse:
-        return admin.GetStatusResponse(run_id="run", state=self.state, global_step=self.global_step)
+        return admin.GetStatusResponse(
+            run_id="run", state=self.state, global_step=self.global_step, emergency_level=self.level
+        )
 
     async def pause(self, reason: str) -> None:
         self._enter(RunEvent.PAUSED, reason)
@@ -53,6 +59,23 @@ class FakeRun:
         if request.WhichOneof("change") != "factor":
             raise InvalidFieldError("value", "must not be")
         return self.global_step
+
+    def set_conservative(self, *, enabled: bool) -> tuple[str, ...]:
+        """One reason stands whatever is wished."""
+        return ("operator", "breaker_open:tamiyo") if enabled else ("breaker_open:tamiyo",)
+
+    async def raise_emergency(self, level: EmergencyLevel.ValueType, reason: str) -> EmergencyState:
+        """Stands at once, acknowledged by itself."""
+        require_level(level)
+        self.reasons.append(reason)
+        self.level = level
+        return EmergencyState(level=level, acknowledgements=(Acknowledgement("tolaria", 1_500_000),))
+
+    def clear_emergency(self, reason: str) -> None:
+        """There must be one."""
+        if not self.level:
+            raise IllegalEmergencyEventError("there is none")
+        self.level = EMERGENCY_LEVEL_UNSPECIFIED
 
     def _enter(self, event: RunEvent, reason: str) -> None:
         self.state = after(self.state, event)
@@ -74,7 +97,9 @@ async def served(interval_s: float = 60.0) -> AsyncIterator[Served]:
         status.metrics_address = "m"
 
     def register(server: grpc.aio.Server) -> None:
-        service = AdminService(run, complete=complete, closing=closing, interval_s=interval_s, request_memory=100)
+        service = AdminService(
+            run, safety=run, complete=complete, closing=closing, interval_s=interval_s, request_memory=100
+        )
         add_TolariaAdminServiceServicer_to_server(service, server)
 
     async with (
@@ -114,6 +139,43 @@ async def test_pause_resume_stop_tell_step_and_state() -> None:
     assert it.run.reasons == ["look", "fine", "enough"]
 
 
+async def test_conservative_mode_is_switched_and_what_stands_is_told() -> None:
+    """Switched off, a reason whose cause stands is still in the answer."""
+    async with served() as it:
+        on = await it.stub.SetConservativeMode(
+            admin.SetConservativeModeRequest(request_id="1", reason="look", enabled=True)
+        )
+        off = await it.stub.SetConservativeMode(admin.SetConservativeModeRequest(request_id="2", reason="fine"))
+    assert list(on.conservative_reasons) == ["operator", "breaker_open:tamiyo"]
+    assert list(off.conservative_reasons) == ["breaker_open:tamiyo"]
+    assert on.global_step == 7
+
+
+async def test_an_emergency_is_raised_acknowledged_and_cleared() -> None:
+    """The answer tells level, state and who has acknowledged how soon; clearing leaves none."""
+    async with served() as it:
+        raised = await it.stub.RaiseEmergency(
+            admin.RaiseEmergencyRequest(request_id="1", reason="smoke", level=EMERGENCY_LEVEL_HALT)
+        )
+        cleared = await it.stub.ClearEmergency(admin.ClearEmergencyRequest(request_id="2", reason="no smoke"))
+    assert (raised.level, raised.global_step) == (EMERGENCY_LEVEL_HALT, 7)
+    assert [(a.participant, a.latency_ms) for a in raised.acknowledgements] == [("tolaria", 1.5)]
+    assert cleared.level == EMERGENCY_LEVEL_UNSPECIFIED
+
+
+async def test_emergencies_that_make_no_sense_are_refused() -> None:
+    """A level that does not exist is a bad argument; clearing what does not stand fits no state."""
+    async with served() as it:
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await it.stub.RaiseEmergency(admin.RaiseEmergencyRequest(request_id="1", reason="smoke"))
+        with pytest.raises(grpc.aio.AioRpcError) as none:
+            await it.stub.ClearEmergency(admin.ClearEmergencyRequest(request_id="2", reason="x"))
+    assert unknown.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert reason_of(unknown.value) == "UNKNOWN_LEVEL"
+    assert none.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert reason_of(none.value) == "NO_SUCH_EMERGENCY"
+
+
 async def test_a_repeated_request_is_carried_out_once() -> None:
     """The same request_id gets the first answer, though the run has moved on."""
     async with served() as it:
@@ -149,10 +211,7 @@ async def test_a_missing_reason_is_named() -> None:
         ("TriggerRollback", admin.TriggerRollbackRequest()),
         ("ListRestorePoints", admin.ListRestorePointsRequest()),
         ("CreateCheckpoint", admin.CreateCheckpointRequest()),
-        ("RaiseEmergency", admin.RaiseEmergencyRequest()),
-        ("ClearEmergency", admin.ClearEmergencyRequest()),
         ("ListIncidents", admin.ListIncidentsRequest()),
-        ("SetConservativeMode", admin.SetConservativeModeRequest()),
         ("CaptureProfile", admin.CaptureProfileRequest()),
     ],
 )

@@ -6,7 +6,6 @@ import pytest
 from leyline.v1.admin_service_pb2 import AdjustLearningRateRequest
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import (
-    COMMAND_EMERGENCY,
     COMMAND_OPTIMIZER,
     COMMAND_ROLLBACK,
     COMMAND_SEED,
@@ -69,7 +68,7 @@ async def test_what_the_lane_refuses_changes_nothing_and_is_told(hyperparameters
     assert run.progress.commands_accepted == 0
 
 
-@pytest.mark.parametrize("kind", [COMMAND_ROLLBACK, COMMAND_EMERGENCY])
+@pytest.mark.parametrize("kind", [COMMAND_ROLLBACK])
 async def test_what_this_version_cannot_do_is_refused_by_name(kind: CommandType.ValueType) -> None:
     """A command that nothing carries out is unsupported, never silently taken."""
     run = await finished(once(command(kind)))

@@ -179,7 +179,7 @@ async def test_a_slow_controller_holds_training_up_no_longer_than_its_budget() -
         await release.wait()
         return None
 
-    control = ControlSettings(boundary_budget_ms=18, tamiyo_budget_ms=12)
+    control = ControlSettings(boundary_budget_ms=400, tamiyo_budget_ms=12)
     run = new_run(FakePeers(slow), control=control, epochs=5)
     async with running(run):
         await run.until(lambda: run.state == "FINISHED")
@@ -201,7 +201,7 @@ async def test_a_late_answer_is_applied_and_a_stale_one_dropped() -> None:
             await release.wait()
             return command(COMMAND_SEED)
 
-        control = ControlSettings(boundary_budget_ms=18, tamiyo_budget_ms=12, max_staleness_steps=max_staleness_steps)
+        control = ControlSettings(boundary_budget_ms=400, tamiyo_budget_ms=12, max_staleness_steps=max_staleness_steps)
         run = new_run(FakePeers(late), control=control, epochs=10**6)
         async with running(run):
             await run.until(lambda: run.progress.global_step > 24)
@@ -400,7 +400,7 @@ class LongValidation(GatedJob):
         self.passes.release()
         return super().losses(model, batch)  # type: ignore[arg-type]
 
-    def validation_batches(self) -> Iterator[Batch]:  # type: ignore[override]
+    def validation_batches(self) -> Iterator[Batch]:
         while True:
             yield Batch((self.x, self.y), len(self.x))
 

@@ -65,27 +65,29 @@ class Recorded:
 def test_thresholds_are_events(epoch: SeedMetricSet, event: list[str]) -> None:
     """A jump of a share, a seed's conflicts and all conflicts each have their event at their threshold."""
     recorded = Recorded()
-    recorded.recorder.gradients(3, epoch)
+    recorded.recorder.gradients(3, epoch, layers=True)
     assert recorded.events == event
 
 
 def test_compact_is_one_event_a_seed() -> None:
     """In compact mode a seed has one seed_health event and no others; conflicts over all sources are still told."""
     recorded = Recorded(compact=True)
-    recorded.recorder.gradients(3, gathered(share_delta=0.9, conflict_ratio=0.9, overall=0.9))
+    recorded.recorder.gradients(3, gathered(share_delta=0.9, conflict_ratio=0.9, overall=0.9), layers=True)
     assert recorded.events == ["grad_conflict_high", "seed_health"]
 
 
 def test_every_source_has_its_series_and_loses_them_when_it_is_gone() -> None:
-    """Series are by seed and stage; a seed that is no source any more does not stay on a dashboard."""
+    """Series are by seed and stage; a seed that is no source any more, or a layer not asked for, has none."""
     recorded = Recorded()
-    recorded.recorder.gradients(1, gathered())
+    recorded.recorder.gradients(1, gathered(), layers=True)
     assert recorded.value("tolaria.grad_agg.seed.params", seed_id="a", stage="blending") == 10
     assert recorded.value("tolaria.grad_agg.seed.layer_norm", seed_id="a", layer="body") == 1.5
     assert recorded.value("tolaria.grad_agg.microbatches_total") == 8
-    recorded.recorder.gradients(2, SeedMetricSet(4, 8, 3, 0.0, 0.5, 1.0, 1.0, 0.5, ()))
+    recorded.recorder.gradients(1, gathered(), layers=False)
+    assert recorded.value("tolaria.grad_agg.seed.layer_norm", seed_id="a", layer="body") is None
+    recorded.recorder.gradients(2, SeedMetricSet(4, 8, 3, 0.0, 0.5, 1.0, 1.0, 0.5, ()), layers=True)
     assert recorded.value("tolaria.grad_agg.seed.params", seed_id="a", stage="blending") is None
-    assert recorded.value("tolaria.grad_agg.microbatches_total") == 16
+    assert recorded.value("tolaria.grad_agg.microbatches_total") == 24
 
 
 def test_a_failed_rebuild_is_an_event_and_a_count() -> None:

@@ -1,0 +1,27 @@
+"""Asks the controller between epochs, every so many updates. Must not know what becomes of the answers."""
+
+from __future__ import annotations
+
+import time
+
+from tolaria.training.consult import Consultant
+from tolaria.training.packet import step_packet
+from tolaria.training.progress import Progress
+from tolaria.training.reports import StepReport
+
+
+class StepCadence:
+    """Puts a question every `interval` updates; 0: never. Nothing waits for answers.
+
+    Steps come in frames: of several due ones in a frame the last is what the consultant asks.
+    """
+
+    def __init__(self, consultant: Consultant, progress: Progress, *, interval: int) -> None:
+        self._consultant = consultant
+        self._progress = progress
+        self._interval = interval
+
+    def step(self, step: StepReport) -> None:
+        """One more step is done."""
+        if self._interval and not step.void and step.global_step % self._interval == 0:
+            self._consultant.ask_between_epochs(step_packet(self._progress, step, wall_ns=time.time_ns()))

@@ -1,0 +1,130 @@
+"""Emergencies in the real service, with both reference peers beside it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from leyline.v1 import admin_service_pb2 as admin
+from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
+from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, EMERGENCY_LEVEL_UNSPECIFIED
+from support.processes import Serve, serve
+from tolaria.signals import SignalBoard
+
+LONG = ["training.epochs=100000"]
+PATIENCE_S = 30.0
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Look again until it holds."""
+    end_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
+def tolaria(service: Serve, *arguments: str) -> str:
+    """What the command prints."""
+    command = [sys.executable, "-m", "tolaria", *arguments, "--timeout", "30", "--address", service.addresses()[0]]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def ready(service: Serve) -> bool:
+    """What /readyz says."""
+    try:
+        with urllib.request.urlopen(f"http://{service.addresses()[1]}/readyz", timeout=10) as response:
+            return bool(response.status == 200)
+    except urllib.error.HTTPError:
+        return False
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Path:
+    """Where the service's board is."""
+    return tmp_path / "board"
+
+
+def test_a_halt_is_acknowledged_by_all_three_and_undone(tmp_path: Path, board: Path) -> None:
+    """Both reference peers and the lane acknowledge; nothing moves while halted; it goes on from the same step."""
+    with (
+        serve(*LONG, f"signals.path={board}", cwd=tmp_path) as service,
+        grpc.insecure_channel(service.addresses()[0]) as channel,
+    ):
+        stub = TolariaAdminServiceStub(channel)
+
+        def status() -> admin.GetStatusResponse:
+            answer: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=10)
+            return answer
+
+        until(lambda: status().global_step > 20)
+        request = admin.RaiseEmergencyRequest(request_id="1", reason="smoke", level=EMERGENCY_LEVEL_HALT)
+        raised = stub.RaiseEmergency(request, timeout=20)
+        assert raised.state == admin.RUN_STATE_HALTED
+        latency_ms = {given.participant: given.latency_ms for given in raised.acknowledgements}
+        assert set(latency_ms) == {"tolaria", "kasmina", "tamiyo"}
+        assert max(latency_ms.values()) < 1000  # ten times what it may take
+        halted = status()
+        time.sleep(0.2)
+        assert status().global_step == halted.global_step
+        assert not ready(service)
+        assert "emergency: halt\n" in tolaria(service, "emergency", "show")
+        with pytest.raises(grpc.RpcError, match="clear it first"):
+            stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="2", reason="x"), timeout=10)
+        tolaria(service, "emergency", "clear", "--reason", "no smoke")
+        assert status().emergency_level == EMERGENCY_LEVEL_UNSPECIFIED
+        assert status().global_step == halted.global_step
+        tolaria(service, "resume", "--reason", "on")
+        until(lambda: status().global_step > halted.global_step)
+        until(lambda: ready(service))
+        service.terminate()
+        assert service.wait() == 0
+    assert not board.exists()
+    (halt,) = [event for event in service.events() if event["event"] == "tolaria.emergency.halt"]
+    assert halt["reason"] == "smoke"
+
+
+def test_an_operator_halts_by_the_board_when_no_rpc_would_do(tmp_path: Path, board: Path) -> None:
+    """`tolaria signals raise` needs no service to answer; training is frozen all the same."""
+    with serve(*LONG, f"signals.path={board}", cwd=tmp_path) as service:
+        service.addresses()
+        command = [sys.executable, "-m", "tolaria", "signals", "raise", "halt", "--reason", "by hand"]
+        subprocess.run([*command, "--board", str(board)], check=True, timeout=60)
+        until(lambda: json.loads(tolaria(service, "status", "--json"))["state"] == "RUN_STATE_HALTED")
+
+
+def test_a_lane_that_holds_the_gil_is_noticed_from_outside(tmp_path: Path, board: Path, reader: Path) -> None:
+    """HALT on the board while the process cannot do anything, seen from C; stacks dumped; halted once it is back."""
+    job = ["training.job=support.jobs:GilJob", "training.options.seconds=8", *LONG]
+    patience = ["emergency.heartbeat_timeout_s=2", "emergency.startup_allowance_s=0.1", "emergency.grace_s=60"]
+    with serve(*job, *patience, f"signals.path={board}", cwd=tmp_path) as service:
+        until(board.exists)
+        waiting = [str(reader), str(board), "wait", "4", str(int(PATIENCE_S * 1000))]
+        assert subprocess.run(waiting, check=False, stdout=subprocess.DEVNULL).returncode == 0
+        with SignalBoard.attach(board) as attached:
+            raised = attached.effective()
+            assert raised is not None
+            assert raised.origin == "sentinel"
+            silent_s = (raised.raised_ns - attached.read("tolaria").heartbeat_ns) / 1e9
+            assert 1.5 < silent_s < 8.0
+        assert "tolaria" not in attached_acknowledgements(board, raised.signal_id)
+        until(lambda: json.loads(tolaria(service, "status", "--json"))["state"] == "RUN_STATE_HALTED")
+        until(lambda: "tolaria" in attached_acknowledgements(board, raised.signal_id))
+        stacks = (tmp_path / "state" / "stacks.txt").read_text()
+        assert stacks.index("no heartbeat of the event loop") < stacks.index("in losses")
+        service.terminate()
+        service.wait()
+    assert "tolaria.heartbeat_lost" in [event["event"] for event in service.events()]
+
+
+def attached_acknowledgements(board: Path, signal_id: int) -> dict[str, int]:
+    """Who has acknowledged a signal by now."""
+    with SignalBoard.attach(board) as attached:
+        return attached.acknowledgements(signal_id)

@@ -25,9 +25,14 @@ async def attend_board(path: Path, name: str) -> None:
     told = ""
     while True:
         try:
-            with SignalBoard.attach(path) as board:
+            board = await anyio.to_thread.run_sync(SignalBoard.attach, path)
+            try:
                 _log.info("attending", board=str(path), participant=name)
                 await _attend(board, board.claim(name))
+            finally:
+                # In a thread: it waits for the one that waits on the bell.
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(board.close)
         except SignalError as error:
             if str(error) != told:
                 _log.warning("board_not_attended", board=str(path), detail=str(error))

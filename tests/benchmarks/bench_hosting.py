@@ -140,6 +140,7 @@ def hosted(options: dict[str, int], epochs: int) -> Stamps:
         "training.job=bench_hosting:HostedJob",
         f"training.epochs={epochs}",
         "training.threads=1",
+        "fastpaths.fused=off",  # the same optimizer kernel as the bare loop has
         "service.exit_when_done=true",
         "server.listen=127.0.0.1:0",
         "metrics.listen=127.0.0.1:0",

@@ -90,7 +90,7 @@ def run(settings: Settings) -> int:
 
 @dataclass(slots=True)
 class _Endings:
-    """Why and how the service ends: a signal has asked for it; streams shall end; how many signals came."""
+    """What ends the service: a signal has asked for it; streams shall end."""
 
     asked: anyio.Event
     closing: anyio.Event

@@ -1,4 +1,4 @@
-"""Makes the state packet for the controller and the status for operators from `Progress`. Pure."""
+"""Makes the state packet for the controller and the status for operators from `Progress`. Changes nothing."""
 
 from __future__ import annotations
 

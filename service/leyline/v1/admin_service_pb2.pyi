@@ -537,6 +537,7 @@ class TriggerRollbackResponse(_message.Message):
     EXPECTED_DIGEST_FIELD_NUMBER: _builtins.int
     LATENCY_MS_FIELD_NUMBER: _builtins.int
     GLOBAL_STEP_FIELD_NUMBER: _builtins.int
+    COORDINATED_FIELD_NUMBER: _builtins.int
     rollback_id: _builtins.str
     tier: _enums_pb2.RollbackTier.ValueType
     restored_step: _builtins.int
@@ -545,7 +546,10 @@ class TriggerRollbackResponse(_message.Message):
     expected_digest: _builtins.str
     """Digest recorded when that state was captured. Equal, or the rollback lied."""
     latency_ms: _builtins.float
+    """From the request to the state brought back."""
     global_step: _builtins.int
+    coordinated: _builtins.bool
+    """Whether a majority of Tamiyo, Kasmina and Tolaria went back together."""
     def __init__(
         self,
         *,
@@ -556,10 +560,11 @@ class TriggerRollbackResponse(_message.Message):
         expected_digest: _builtins.str = ...,
         latency_ms: _builtins.float = ...,
         global_step: _builtins.int = ...,
+        coordinated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_digest", b"expected_digest", "global_step", b"global_step", "latency_ms", b"latency_ms", "restored_step", b"restored_step", "rollback_id", b"rollback_id", "state_digest", b"state_digest", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinated", b"coordinated", "expected_digest", b"expected_digest", "global_step", b"global_step", "latency_ms", b"latency_ms", "restored_step", b"restored_step", "rollback_id", b"rollback_id", "state_digest", b"state_digest", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1049,6 +1054,7 @@ class CaptureProfileRequest(_message.Message):
     request_id: _builtins.str
     reason: _builtins.str
     active_steps: _builtins.int
+    """Updates to take; 0: as many as the settings say."""
     def __init__(
         self,
         *,
@@ -1070,17 +1076,21 @@ class CaptureProfileResponse(_message.Message):
 
     GLOBAL_STEP_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
     global_step: _builtins.int
     path: _builtins.str
+    """The trace, on the machine where Tolaria runs."""
+    size_bytes: _builtins.int
     def __init__(
         self,
         *,
         global_step: _builtins.int = ...,
         path: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["global_step", b"global_step", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["global_step", b"global_step", "path", b"path", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

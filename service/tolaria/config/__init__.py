@@ -1,6 +1,7 @@
 """The one settings tree, where its values come from, and how they are shown. Knows nothing of what is configured."""
 
 from tolaria.config.addresses import Address
+from tolaria.config.durability import CheckpointSettings, ProfilerSettings, RollbackSettings
 from tolaria.config.safety import EmergencySettings, SignalsSettings, StateSettings
 from tolaria.config.show import as_toml
 from tolaria.config.sources import child_environment, load_settings, quieten_grpc
@@ -22,6 +23,7 @@ from tolaria.config.tree import (
 
 __all__ = [
     "Address",
+    "CheckpointSettings",
     "ControlSettings",
     "EmergencySettings",
     "FastPathSettings",
@@ -31,6 +33,8 @@ __all__ = [
     "MetricsSettings",
     "OptimizerSettings",
     "PeerSettings",
+    "ProfilerSettings",
+    "RollbackSettings",
     "SeedsSettings",
     "ServerSettings",
     "ServiceSettings",

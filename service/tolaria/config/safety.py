@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -42,6 +43,9 @@ class StateSettings(Section):
 
     dir: str = Field(default="state", min_length=1, max_length=4096)
     """Folder, made where it is missing. Relative to where the service starts: a container's volume is mounted there."""
+
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on with the run that did not come to its end there, from its newest checkpoint. never: begin anew."""
 
 
 class SignalsSettings(Section):

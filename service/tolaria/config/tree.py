@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, JsonValue, SecretStr, model_validato
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tolaria.config.addresses import Address
+from tolaria.config.durability import CheckpointSettings, ProfilerSettings, RollbackSettings
 from tolaria.config.parts import ListenAddress, Milliseconds, Seconds, Section, Share, Target
 from tolaria.config.safety import EmergencySettings, SignalsSettings, StateSettings
 
@@ -263,6 +264,9 @@ class Settings(BaseSettings):
     emergency: EmergencySettings = EmergencySettings()
     signals: SignalsSettings = SignalsSettings()
     state: StateSettings = StateSettings()
+    rollback: RollbackSettings = RollbackSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    profiler: ProfilerSettings = ProfilerSettings()
     leyline: LeylineSettings = LeylineSettings()
 
     @model_validator(mode="after")

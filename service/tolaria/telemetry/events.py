@@ -86,5 +86,19 @@ LR_INTEGRITY_VIOLATION = EventSpec(
 OPT_REBUILT = EventSpec("tolaria.opt_rebuilt", TELEMETRY_LEVEL_INFO, ("step", "latency_ms", "kept", "fresh", "dropped"))
 OPT_REBUILD_FAILED = EventSpec("tolaria.opt_rebuild_failed", TELEMETRY_LEVEL_ERROR, ("step", "detail"))
 COMPILE_FALLBACK = EventSpec("tolaria.compile_fallback", TELEMETRY_LEVEL_WARNING, ("path", "detail"))
+LOSS_EXPLOSION = EventSpec("tolaria.loss_explosion", TELEMETRY_LEVEL_ERROR, ("step", "loss", "gradient_norm", "reason"))
+ROLLBACK_COMPLETED = EventSpec(
+    "tolaria.rollback.completed",
+    TELEMETRY_LEVEL_WARNING,
+    ("rollback_id", "tier", "restored_step", "latency_ms", "coordinated", "reason"),
+)
+ROLLBACK_RESTORE_FAILED = EventSpec(
+    "tolaria.rollback.restore_failed", TELEMETRY_LEVEL_ERROR, ("rollback_id", "tier", "stage", "reason")
+)
+ROLLBACK_DEADLINE_EXCEEDED = EventSpec(
+    "tolaria.rollback.deadline_exceeded", TELEMETRY_LEVEL_ERROR, ("rollback_id", "tier", "latency_ms")
+)
+CHECKPOINT_FAILED = EventSpec("tolaria.checkpoint_failed", TELEMETRY_LEVEL_ERROR, ("step", "stage", "reason"))
+PROFILER_EXPORT_FAILED = EventSpec("tolaria.profiler.export_failed", TELEMETRY_LEVEL_WARNING, ("stage", "reason"))
 
 CATALOGUE: tuple[EventSpec, ...] = tuple(value for value in list(globals().values()) if isinstance(value, EventSpec))

@@ -19,6 +19,9 @@ STEP_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 CALL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.012, 0.018, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)
 BOUNDARY_BUCKETS_S = (0.001, 0.002, 0.004, 0.006, 0.009, 0.012, 0.015, 0.018, 0.022, 0.03, 0.05, 0.1, 0.5, 2.0)
 
+ROLLBACK_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 12.0, 30.0)
+CHECKPOINT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
 
 class Kind(Enum):
     """What a metric is to Prometheus."""
@@ -76,6 +79,8 @@ class Metrics:
         self._declare_optimization()
         self._declare_fast_paths()
         self._declare_emergency()
+        self._declare_rollback()
+        self._declare_profiler()
 
         self.mode_conservative = self._gauge("mode.conservative", "1: seeds and the controller are left alone.")
         self.mode_conservative_reasons = self._gauge(
@@ -151,6 +156,41 @@ class Metrics:
         self.emergency_shared_signal_degraded = self._gauge(
             "emergency.shared_signal_degraded", "1: waiting on the signal board polls, as there is no futex."
         )
+
+    def _declare_rollback(self) -> None:
+        self.rollback_fast_size_bytes = self._gauge("rollback.fast_size_bytes", "Memory that snapshots hold.")
+        self.rollback_restore_latency_ms = self._gauge(
+            "rollback.restore_latency_ms", "Time of the last restore, the lane's part alone."
+        )
+        self.rollback_fast_hits_total = self._counter("rollback.fast_hits_total", "Snapshots found in memory.")
+        self.rollback_fast_misses_total = self._counter(
+            "rollback.fast_misses_total", "Snapshots looked for in memory in vain."
+        )
+        self.rollback_snapshots_total = self._counter("rollback.snapshots_total", "Snapshots taken.")
+        self.rollback_failures_total = self._counter(
+            "rollback.failures_total", "Rollbacks that came to nothing.", ["stage", "reason"]
+        )
+        self.rollback_deadline_exceeded_total = self._counter(
+            "rollback.deadline_exceeded_total", "Rollbacks that missed their budget."
+        )
+        self.rollback_duration_seconds = self._histogram(
+            "rollback.duration_seconds",
+            "From the trigger to the first good step, or to the giving up.",
+            ROLLBACK_BUCKETS_S,
+            ["tier", "outcome"],
+        )
+        self.checkpoint_duration_seconds = self._histogram(
+            "checkpoint.duration_seconds", "Writing and committing a checkpoint.", CHECKPOINT_BUCKETS_S
+        )
+        self.checkpoint_size_bytes = self._gauge("checkpoint.size_bytes", "Size of the newest checkpoint.")
+        self.checkpoint_failures_total = self._counter(
+            "checkpoint.failures_total", "Checkpoints that could not be written."
+        )
+
+    def _declare_profiler(self) -> None:
+        self.profiler_enabled = self._gauge("profiler.enabled", "1: a trace is being taken.")
+        self.profiler_traces_emitted_total = self._counter("profiler.traces_emitted_total", "Traces written.")
+        self.profiler_traces_failed_total = self._counter("profiler.traces_failed_total", "Traces that failed.")
 
     def _declare_optimization(self) -> None:
         self.lr_controller_enabled = self._gauge("lr_controller.enabled", "1: learning rates are governed.")

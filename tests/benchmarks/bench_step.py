@@ -54,7 +54,7 @@ def lane_s(job_name: str, options: dict[str, int]) -> float:
     times: list[float] = []
     while True:
         started = time.perf_counter()
-        report = train_step(rig, 1, lambda: True)
+        report = train_step(rig, lambda: True)
         if report is None:
             return statistics.median(times)
         rig.growth.advance(rig.global_step)

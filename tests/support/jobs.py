@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import random
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -136,6 +139,57 @@ class SlotJob(TinyJob):
         return nn.Sequential(
             nn.Linear(FEATURES, 8), nn.Tanh(), SeedSlot("middle", features=8, layout="vector"), nn.Linear(8, 1)
         )
+
+
+class RandomisedJob(SlotJob):
+    """SlotJob with dropout, data that numpy's and Python's RNGs touch, and the optimizer that `options` name."""
+
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(FEATURES, 8),
+            nn.BatchNorm1d(8),
+            nn.Dropout(0.2),
+            nn.Tanh(),
+            SeedSlot("middle", features=8, layout="vector"),
+            nn.Linear(8, 1),
+        )
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        kind = str(self.context.options["optimizer"])
+        if kind == "SGD":
+            return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+        adams = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
+        optimizer: torch.optim.Optimizer = adams[kind](model.parameters(), lr=0.01, amsgrad=True)
+        return optimizer
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        x, y = batch.payload
+        noisy = x + 0.01 * float(np.random.standard_normal()) + 0.01 * random.random()  # noqa: NPY002, S311 - the global ones
+        return {HOST: functional.mse_loss(model(noisy), y)}
+
+
+class SpoiltJob(TinyJob):
+    """TinyJob whose batches at the (epoch, place) pairs of `options["spoilt"]` have targets times `options["by"]`."""
+
+    def training_data(self) -> TensorCursor:
+        spoilt = cast("list[list[int]]", self.context.options["spoilt"])
+        cursor = _Spoiling((self.x, self.y), batch_size=BATCH, seed=self.context.seed)
+        cursor.spoilt = {(epoch, place) for epoch, place in spoilt}
+        cursor.by = float(str(self.context.options.get("by", 1e4)))
+        return cursor
+
+
+class _Spoiling(TensorCursor):
+    spoilt: set[tuple[int, int]]
+    by: float
+
+    def next_batch(self) -> Batch | None:
+        state = self.state_dict()
+        batch = super().next_batch()
+        if batch is None or (state["epoch"], state["index"]) not in self.spoilt:
+            return batch
+        x, y = batch.payload
+        return replace(batch, payload=(x, y * self.by))
 
 
 class TugOfWarJob(TinyJob):

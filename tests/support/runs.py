@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -16,21 +17,18 @@ from leyline.v1.admin_service_pb2 import RunState
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
-from tolaria.config import ControlSettings, EmergencySettings, GradientsSettings, Settings, TrainingSettings
+from tolaria.config import ControlSettings, Settings, TrainingSettings
 from tolaria.emergency.watching import watch_board
 from tolaria.peers.kasmina import Applied
-from tolaria.peers.signing import NonceTable
-from tolaria.peers.verification import CommandVerifier, Trust
+from tolaria.rollback.participants import Seat
+from tolaria.service.parts import Ground, Parts, new_loop
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
-from tolaria.training.consult import Consultant, Consultation
-from tolaria.training.feed import StatusFeed
-from tolaria.training.guardian import Guardian
 from tolaria.training.loop import TrainingLoop
 from tolaria.training.progress import Progress
-from tolaria.training.record import Recorder
+from tolaria.training.recovery.keeper import SnapshotKeeper
 from tolaria.training.rig import build_rig
 
 Answer = Callable[[SystemStatePacket], Awaitable[AdaptationCommand | None]]
@@ -52,6 +50,7 @@ class FakePeers:
         self.applied: list[AdaptationCommand] = []
         self.refusals: list[tuple[str, str]] = []
         self.takes = True
+        self.seats: list[Seat] = []
 
     async def evaluate_epoch(self, state: SystemStatePacket) -> AdaptationCommand | None:
         """What the test scripted."""
@@ -77,25 +76,16 @@ class FakePeers:
 class RunUnderTest:
     """The loop and all that the test looks at."""
 
-    def __init__(
-        self,
-        loop: TrainingLoop,
-        recorder: Recorder,
-        guardian: Guardian,
-        *,
-        board: SignalBoard,
-        metrics: Metrics,
-        emitter: Emitter,
-        rig: object,
-    ) -> None:
+    def __init__(self, loop: TrainingLoop, parts: Parts, *, job: Any) -> None:
         self.loop = loop
-        self.progress = recorder.progress
-        self.guardian, self.safeguards = guardian, guardian.safeguards
-        self.board = board
-        self.metrics = metrics
-        self.emitter = emitter
-        self.rig = rig
-        self.job = rig.job  # type: ignore[attr-defined]
+        self.parts = parts
+        self.progress = parts.progress
+        self.guardian, self.safeguards = parts.guardian, parts.guardian.safeguards
+        self.board = parts.ground.board
+        self.metrics = parts.ground.metrics
+        self.emitter = parts.ground.emitter
+        self.rig = parts.ground.rig
+        self.job = job
 
     @property
     def state(self) -> str:
@@ -122,45 +112,34 @@ def new_run(
     sections: dict[str, object] | None = None,
     **training: object,
 ) -> RunUnderTest:
-    """A run that has not been started."""
-    settings = TrainingSettings(job=f"support.jobs:{job}", device="cpu", threads=1, **training)  # type: ignore[arg-type]
-    control = control or ControlSettings(boundary_budget_ms=2000, tamiyo_budget_ms=1000)
+    """A run that has not been started. Without automatic rollbacks unless `sections` asks for them."""
+    chosen: dict[str, object] = {"rollback": {"automatic": False}, **(sections or {})}
+    settings = Settings(
+        training=TrainingSettings(job=f"support.jobs:{job}", device="cpu", threads=1, **training),  # type: ignore[arg-type]
+        control=control or ControlSettings(boundary_budget_ms=2000, tamiyo_budget_ms=1000),
+        **chosen,  # type: ignore[arg-type]
+    )
     # In a thread, as the service builds it before there is a loop: jobs read files and import modules.
     with ThreadPoolExecutor(1) as pool:
-        rig = pool.submit(build_rig, Settings(training=settings, **(sections or {}))).result()  # type: ignore[arg-type]
+        rig = pool.submit(build_rig, settings).result()
+        keeper = pool.submit(SnapshotKeeper, rig, settings.rollback).result()
         board = pool.submit(_board).result()
-    metrics, emitter = Metrics(), Emitter()
-    progress = Progress("run", settings.job, "test", settings.epochs, rig.steps_per_epoch, time.monotonic())
-    gradients = GradientsSettings.model_validate((sections or {}).get("gradients", {}))
-    recorder = Recorder(progress, gradients=gradients, metrics=metrics, emitter=emitter, log_context=LogContext())
-
-    def make_consultant(on_settled: Callable[[Consultation], None]) -> Consultant:
-        return Consultant(
-            controller=peers,
-            executor=peers,
-            verifier=CommandVerifier(Trust(), NonceTable(window_s=300.0)),
-            metrics=metrics,
-            emitter=emitter,
-            permits=guardian.safeguards.permits,
-            on_settled=on_settled,
-        )
-
-    feed = StatusFeed()
-    emergency = EmergencySettings.model_validate((sections or {}).get("emergency", {}))
-    guardian = Guardian(
-        board, board.claim("tolaria"), settings=emergency, metrics=metrics, emitter=emitter, changed=feed.changed
+    progress = Progress(
+        "run", settings.training.job, "test", settings.training.epochs, rig.steps_per_epoch, time.monotonic()
     )
-    loop = TrainingLoop(
-        rig,
-        training=settings,
-        control=control,
-        patience_s=1.0,
-        recorder=recorder,
-        guardian=guardian,
-        feed=feed,
-        make_consultant=make_consultant,
+    ground = Ground(
+        settings=settings,
+        rig=rig,
+        keeper=keeper,
+        progress=progress,
+        board=board,
+        metrics=Metrics(),
+        emitter=Emitter(),
+        log_context=LogContext(),
     )
-    return RunUnderTest(loop, recorder, guardian, board=board, metrics=metrics, emitter=emitter, rig=rig)
+    parts = Parts(ground)
+    loop = new_loop(parts, controller=peers, executor=peers, seats=peers.seats)
+    return RunUnderTest(loop, parts, job=rig.job)
 
 
 @asynccontextmanager
@@ -169,6 +148,7 @@ async def running(run: RunUnderTest) -> AsyncIterator[RunUnderTest]:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(watch_board, run.board, run.guardian.controller)
         tasks.start_soon(run.loop.consultant.serve)
+        tasks.start_soon(run.loop.rollbacks.serve)
         tasks.start_soon(run.loop.run)
         try:
             yield run

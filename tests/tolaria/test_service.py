@@ -11,11 +11,13 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import FakeKasmina, FakeTamiyo, serving
 from tolaria.config import Settings, load_settings
-from tolaria.service import _new_progress, _Service
+from tolaria.service.host import Host
+from tolaria.service.parts import Ground, Parts
+from tolaria.service.start import new_keeper, new_progress
 from tolaria.signals import SignalBoard
+from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
-from tolaria.training.progress import Progress
 from tolaria.training.rig import Rig, build_rig
 
 pytestmark = pytest.mark.anyio
@@ -42,15 +44,24 @@ async def served(job: str, target: str, folder: Path) -> int:
         settings = pool.submit(load_settings, None, overrides).result()
         rig = pool.submit(build_rig, settings).result()
         board = pool.submit(SignalBoard.create, settings.signals.board("test"), "test").result()
-        progress = _new_progress(settings, rig)
-        service = pool.submit(_service, settings, rig, progress, board).result()
-        code = await service.serve()
+        host = pool.submit(_host, settings, rig, board).result()
+        code = await host.serve()
         pool.submit(board.close, unlink=True).result()
     return code
 
 
-def _service(settings: Settings, rig: Rig, progress: Progress, board: SignalBoard) -> _Service:
-    return _Service(settings, rig, progress, metrics=Metrics(), log_context=LogContext(), board=board)
+def _host(settings: Settings, rig: Rig, board: SignalBoard) -> Host:
+    ground = Ground(
+        settings=settings,
+        rig=rig,
+        keeper=new_keeper(settings, rig),
+        progress=new_progress(settings, rig),
+        board=board,
+        metrics=Metrics(),
+        emitter=Emitter(),
+        log_context=LogContext(),
+    )
+    return Host(Parts(ground))
 
 
 @pytest.mark.parametrize(("job", "code"), [("TinyJob", 0), ("LateCrashJob", 1)])

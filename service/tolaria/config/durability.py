@@ -85,7 +85,7 @@ class CheckpointSettings(Section):
     """
 
     retry_s: Seconds = 15.0
-    """After a failure, time until the next try; the run goes on by itself once one succeeds. 15: soon after the mending."""
+    """After a failure, time until the next try; once one succeeds the run goes on. 15: soon after the mending."""
 
 
 class ProfilerSettings(Section):

@@ -34,6 +34,9 @@ class EmergencySettings(Section):
     failed_epochs_max: int = Field(default=3, ge=1)
     """Failed epochs in a row that halt training. 3: two may be chance."""
 
+    rollback: bool = True
+    """Go back to the newest snapshot at the level CONSERVATIVE. On: what led there may be in the parameters already."""
+
     recovery_epochs: int = Field(default=3, ge=1)
     """Healthy epochs in a row that forgive a failed one. 3: as many as failures open a breaker."""
 

@@ -58,7 +58,10 @@ class RebuildResult:
 
 
 class OptimizerManager:
-    """Holds the live optimizer and puts another one in its place on demand. Nobody else keeps a reference to it."""
+    """Holds the live optimizer and puts another one in its place on demand. Nobody else keeps a reference to it.
+
+    `attempted_at_step` is what the storm guard counts from: part of the training state, as rebuilds depend on it.
+    """
 
     def __init__(
         self,
@@ -91,7 +94,7 @@ class OptimizerManager:
         self._held = held_by(optimizer, names)
         self._roles: dict[str, GroupRole] = {name_of(group): GroupRole.HOST for group in optimizer.param_groups}
         self._min_interval_steps = min_interval_steps
-        self._attempted_at_step: int | None = None
+        self.attempted_at_step: int | None = None
         self._build = build
 
     @property
@@ -133,7 +136,7 @@ class OptimizerManager:
         started_s = time.perf_counter()
         if not urgent and (retry_at_step := self._too_soon(at_step)) is not None:
             return RebuildResult(RebuildOutcome.SKIPPED, at_step, _since_ms(started_s), retry_at_step)
-        self._attempted_at_step = at_step
+        self.attempted_at_step = at_step
         old, before = self._optimizer, self._held
         with _Stage("plan"):
             _check_plan(groups)
@@ -167,7 +170,7 @@ class OptimizerManager:
 
     def _too_soon(self, at_step: int) -> int | None:
         """The step to try again at, if the last attempt was too recent. A rollback to before it clears the guard."""
-        last = self._attempted_at_step
+        last = self.attempted_at_step
         if last is None or not 0 <= at_step - last < self._min_interval_steps:
             return None
         return last + self._min_interval_steps

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import NoReturn, Protocol, TypeVar
+from collections.abc import AsyncIterator, Callable
+from typing import NoReturn, Protocol
 
 import anyio
-import grpc.aio
 
 from leyline.v1 import admin_service_pb2 as admin
-from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceServicer
 from leyline.v1.enums_pb2 import EmergencyLevel
 from tolaria.emergency import EmergencyState
-from tolaria.errors import NotImplementedYetError, TolariaError, WrongStateError
-from tolaria.rpc.requests import Answer, MutatingRequest, RequestLedger
+from tolaria.errors import NotImplementedYetError
+from tolaria.rpc.ledgered import Context, bounded
+from tolaria.rpc.recovery import Recovery, RecoveryService
+from tolaria.rpc.requests import RequestLedger
 from tolaria.rpc.status import abort
-
-Context = grpc.aio.ServicerContext[object, object]
-Result = TypeVar("Result")
-
-# Longest that a call may wait for the lane; a microbatch that takes longer still takes effect, unanswered.
-EFFECT_TIMEOUT_S = 60.0
 
 
 class Feed(Protocol):
@@ -72,12 +66,13 @@ class Safety(Protocol):
         """End the emergency."""
 
 
-class AdminService(TolariaAdminServiceServicer):
+class AdminService(RecoveryService):
     """Serves TolariaAdminService for one run.
 
     Args:
         run: whom to hand requests to.
         safety: whom to hand those about safeguards to.
+        recovery: whom to hand those about going back to.
         complete: adds to a status what only the service knows.
         closing: set when the service is about to end, so that streams end too.
         interval_s: pace of WatchStatus between changes.
@@ -89,17 +84,18 @@ class AdminService(TolariaAdminServiceServicer):
         run: Run,
         *,
         safety: Safety,
+        recovery: Recovery,
         complete: Callable[[admin.GetStatusResponse], None],
         closing: anyio.Event,
         interval_s: float,
         request_memory: int,
     ) -> None:
+        super().__init__(RequestLedger(request_memory), recovery)
         self._run = run
         self._safety = safety
         self._complete = complete
         self._closing = closing
         self._interval_s = interval_s
-        self._ledger = RequestLedger(request_memory)
 
     async def GetStatus(self, request: admin.GetStatusRequest, context: Context) -> admin.GetStatusResponse:
         """How the run stands."""
@@ -125,7 +121,7 @@ class AdminService(TolariaAdminServiceServicer):
         """Hold the run within one microbatch."""
 
         async def carry_out() -> admin.PauseTrainingResponse:
-            await _bounded(self._run.pause(request.reason))
+            await bounded(self._run.pause(request.reason))
             return admin.PauseTrainingResponse(global_step=self._run.global_step, state=self._run.status().state)
 
         return await self._once("PauseTraining", request, context, carry_out)
@@ -145,22 +141,10 @@ class AdminService(TolariaAdminServiceServicer):
         """End the run after its step; the service stays."""
 
         async def carry_out() -> admin.StopTrainingResponse:
-            await _bounded(self._run.stop(request.reason))
+            await bounded(self._run.stop(request.reason))
             return admin.StopTrainingResponse(global_step=self._run.global_step, state=self._run.status().state)
 
         return await self._once("StopTraining", request, context, carry_out)
-
-    async def TriggerRollback(self, request: admin.TriggerRollbackRequest, context: Context) -> NoReturn:
-        """Not served yet."""
-        await _not_yet(context, "TriggerRollback", "this version keeps no restore points")
-
-    async def ListRestorePoints(self, request: admin.ListRestorePointsRequest, context: Context) -> NoReturn:
-        """Not served yet."""
-        await _not_yet(context, "ListRestorePoints", "this version keeps no restore points")
-
-    async def CreateCheckpoint(self, request: admin.CreateCheckpointRequest, context: Context) -> NoReturn:
-        """Not served yet."""
-        await _not_yet(context, "CreateCheckpoint", "this version writes no checkpoints")
 
     async def RaiseEmergency(
         self, request: admin.RaiseEmergencyRequest, context: Context
@@ -195,10 +179,6 @@ class AdminService(TolariaAdminServiceServicer):
 
         return await self._once("ClearEmergency", request, context, carry_out)
 
-    async def ListIncidents(self, request: admin.ListIncidentsRequest, context: Context) -> NoReturn:
-        """Not served yet."""
-        await _not_yet(context, "ListIncidents", "this version keeps no journal; incidents are in the log")
-
     async def SetConservativeMode(
         self, request: admin.SetConservativeModeRequest, context: Context
     ) -> admin.SetConservativeModeResponse:
@@ -216,14 +196,10 @@ class AdminService(TolariaAdminServiceServicer):
         """Change learning rates at the next fence, for good or for some steps."""
 
         async def carry_out() -> admin.AdjustLearningRateResponse:
-            step = await _bounded(self._run.adjust_rate(request))
+            step = await bounded(self._run.adjust_rate(request))
             return admin.AdjustLearningRateResponse(global_step=step, learning_rates=self._run.status().learning_rates)
 
         return await self._once("AdjustLearningRate", request, context, carry_out)
-
-    async def CaptureProfile(self, request: admin.CaptureProfileRequest, context: Context) -> NoReturn:
-        """Not served yet."""
-        await _not_yet(context, "CaptureProfile", "this version has no profiler")
 
     # grpc.aio takes a coroutine for a stream as well; the generated type knows generators only.
     async def StreamTelemetry(  # type: ignore[override]
@@ -236,20 +212,6 @@ class AdminService(TolariaAdminServiceServicer):
         status = self._run.status()
         self._complete(status)
         return status
-
-    async def _once(
-        self, method: str, request: MutatingRequest, context: Context, carry_out: Callable[[], Awaitable[Answer]]
-    ) -> Answer:
-        try:
-            return await self._ledger.once(method, request, carry_out)
-        except TolariaError as error:
-            await abort(context, error)
-
-
-async def _bounded(effect: Awaitable[Result]) -> Result:
-    with anyio.move_on_after(EFFECT_TIMEOUT_S):
-        return await effect
-    raise WrongStateError(f"the lane did not come to a fence within {EFFECT_TIMEOUT_S:.0f} s; the request stands")
 
 
 async def _not_yet(context: Context, method: str, why: str) -> NoReturn:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from google.protobuf.json_format import MessageToDict
+
 from leyline.v1.admin_service_pb2 import AdjustLearningRateRequest
 from leyline.v1.commands_pb2 import AdaptationCommand
-from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_UNSPECIFIED, EmergencyLevel
+from leyline.v1.enums_pb2 import (
+    EMERGENCY_LEVEL_UNSPECIFIED,
+    ROLLBACK_TIER_FAST,
+    ROLLBACK_TIER_FULL,
+    ROLLBACK_TIER_UNSPECIFIED,
+    EmergencyLevel,
+)
 from tolaria.errors import CommandRejectedError, OptimizationError
 from tolaria.optimization import Adjustment
 from tolaria.training.fences import ChangeOptimizer
+from tolaria.training.recovery.rollbacks import Asked
 from tolaria.training.safeguards import Safeguards
 
 # Which breaker a circuit breaker command means.
 BREAKER_KEY = "breaker"
 # Which level an emergency command means.
 LEVEL_KEY = "level"
+# How a rollback's payload names tiers.
+TIERS = {"auto": ROLLBACK_TIER_UNSPECIFIED, "fast": ROLLBACK_TIER_FAST, "full": ROLLBACK_TIER_FULL}
 _LEVEL_PREFIX = "EMERGENCY_LEVEL_"
 # Keys of hyperparameters that mean the learning rate; all others go to the optimizer as they are.
 RATE_VALUE, RATE_FACTOR, RATE_EXPIRY = "lr", "lr_factor", "lr_expires_after_steps"
@@ -65,6 +76,28 @@ def emergency_asked(command: AdaptationCommand) -> tuple[EmergencyLevel.ValueTyp
         if level != EMERGENCY_LEVEL_UNSPECIFIED and name in {known.removeprefix(_LEVEL_PREFIX), str(level)}:
             return level, command.annotations.get("reason", "") or f"asked by {command.issued_by or 'the controller'}"
     raise CommandRejectedError("malformed", command.command_id, f"there is no emergency level {asked!r}")
+
+
+def rollback_asked(command: AdaptationCommand) -> Asked:
+    """The rollback that `rollback_payload` describes: `tier` (auto, fast, full), `target_step`, `reason`; all optional.
+
+    Raises:
+        CommandRejectedError: when one of them makes no sense, or there is another key; reason `malformed`.
+    """
+    payload = MessageToDict(command.rollback_payload)
+    unknown = sorted(set(payload) - {"tier", "target_step", "reason"})
+    tier, step = payload.get("tier", "auto"), payload.get("target_step")
+    problem = ""
+    if unknown:
+        problem = f"rollback_payload has no {unknown[0]!r}"
+    elif tier not in TIERS:
+        problem = f"rollback_payload.tier must be one of {', '.join(TIERS)}, got {tier!r}"
+    elif step is not None and not (isinstance(step, float) and step.is_integer() and 0 <= step < 2**53):
+        problem = f"rollback_payload.target_step must be a whole number from 0, got {step!r}"
+    if problem:
+        raise CommandRejectedError("malformed", command.command_id, problem)
+    reason = str(payload.get("reason", "") or command.annotations.get("reason", "")) or "asked by the controller"
+    return Asked(TIERS[tier], None if step is None else int(step), reason, command.issued_by or "tamiyo")
 
 
 def operators_adjustment(request: AdjustLearningRateRequest) -> Adjustment:

@@ -10,15 +10,28 @@ from collections.abc import Callable
 from leyline.v1 import enums_pb2 as enums
 from leyline.v1.admin_service_pb2 import AdjustLearningRateRequest
 from leyline.v1.commands_pb2 import AdaptationCommand
-from tolaria.errors import AdjustmentRefusedError, CommandRejectedError, InvalidFieldError, UnknownGroupError
+from tolaria.errors import (
+    AdjustmentRefusedError,
+    CommandRejectedError,
+    InvalidFieldError,
+    UnknownGroupError,
+    WrongStateError,
+)
 from tolaria.optimization import Adjustment
-from tolaria.training.commands import emergency_asked, force_breaker, operators_adjustment, optimizer_change
+from tolaria.training.commands import (
+    emergency_asked,
+    force_breaker,
+    operators_adjustment,
+    optimizer_change,
+    rollback_asked,
+)
 from tolaria.training.consult import Consultation, in_words
 from tolaria.training.fence_desk import FenceDesk, OnDone
 from tolaria.training.fences import ChangeOptimizer, FenceReport, OptimizerChanged, Reconcile
 from tolaria.training.growth import SeedsReport
 from tolaria.training.guardian import Guardian
 from tolaria.training.record import Recorder
+from tolaria.training.recovery.rollbacks import RollbackDesk
 from tolaria.training.safeguards import TAMIYO
 
 
@@ -30,6 +43,7 @@ class Enactor:
         recorder: where outcomes go.
         hold: holds the run, with a reason.
         guardian: breakers to force, emergencies to raise, and the mode in which seeds are left alone.
+        rollbacks: where the run goes back.
         changed: called after something has taken effect.
     """
 
@@ -40,8 +54,10 @@ class Enactor:
         *,
         hold: Callable[[str], None],
         guardian: Guardian,
+        rollbacks: RollbackDesk,
         changed: Callable[[], None],
     ) -> None:
+        self._rollbacks = rollbacks
         self._desk = desk
         self._recorder = recorder
         self._hold = hold
@@ -107,6 +123,9 @@ class Enactor:
             case enums.COMMAND_EMERGENCY:
                 self._guardian.controller.escalate(*emergency_asked(command), origin=TAMIYO)
                 self._recorder.applied(consultation)
+            case enums.COMMAND_ROLLBACK:
+                self._go_back(command)
+                self._recorder.applied(consultation)
             case enums.COMMAND_PAUSE:
                 self._hold(f"asked by {command.issued_by or 'the controller'}")
                 self._recorder.applied(consultation)
@@ -116,6 +135,13 @@ class Enactor:
             case _:
                 kind = in_words(command)
                 raise CommandRejectedError("unsupported", command.command_id, f"{kind} commands are not carried out")
+
+    def _go_back(self, command: AdaptationCommand) -> None:
+        """Begun here; what becomes of it, the journal and the events tell."""
+        try:
+            self._rollbacks.begin(rollback_asked(command))
+        except WrongStateError as error:
+            raise CommandRejectedError("refused", command.command_id, str(error)) from None
 
     def _then_tell(self, consultation: Consultation, command: AdaptationCommand, asked: ChangeOptimizer) -> OnDone:
         def done(report: FenceReport) -> None:

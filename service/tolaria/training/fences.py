@@ -1,4 +1,4 @@
-"""What the event loop can ask of the lane at a fence: small values in, results out. No tensor crosses.
+"""What the event loop can ask of the lane at a fence: small values in, results out. Tensors cross as images only.
 
 Owns how each command is carried out on the rig. Must not know who asked, or when a fence comes.
 """
@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import assert_never
 
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.errors import TolariaError
 from tolaria.optimization import Adjustment, LiveAdjustment, change_hyperparameters
+from tolaria.rollback import StateImage
+from tolaria.rollback.orders import RestoreOrder
 from tolaria.training.growth import SeedsReport
+from tolaria.training.recovery.keeper import Kept, Restored, SnapshotKeeper
 from tolaria.training.rig import Rig
 
 
@@ -31,7 +35,30 @@ class ChangeOptimizer:
     group: str | None
 
 
-FenceCommand = Reconcile | ChangeOptimizer
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Go back: to the image of a checkpoint, or, where there is none, to the snapshot of the order's step."""
+
+    order: RestoreOrder
+    image: StateImage | None
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Have an image of the state as it is at the fence."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveOut:
+    """From now on pass over these batches: (epoch, place in the epoch)."""
+
+    batches: frozenset[tuple[int, int]]
+
+
+FenceCommand = Reconcile | ChangeOptimizer | Restore | Keep | LeaveOut
+
+URGENT = (Restore,)
+"""For these an unfinished update is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +71,14 @@ class OptimizerChanged:
     living: tuple[LiveAdjustment, ...] = ()
 
 
-FenceResult = SeedsReport | OptimizerChanged
+@dataclass(frozen=True, slots=True)
+class BatchesLeftOut:
+    """How many batches are left out by now, in all epochs."""
+
+    count: int
+
+
+FenceResult = SeedsReport | OptimizerChanged | Restored | Kept | BatchesLeftOut
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +91,16 @@ class FenceReport:
     error: TolariaError | None
 
 
-def carry_out(rig: Rig, ticket: int, command: FenceCommand) -> FenceReport:
+def carry_out(rig: Rig, keeper: SnapshotKeeper, ticket: int, command: FenceCommand) -> FenceReport:
     """Carry a command out between two updates."""
     try:
-        return FenceReport(ticket, rig.global_step, _result(rig, command), None)
+        result = _result(rig, keeper, command)
+        return FenceReport(ticket, rig.global_step, result, None)
     except TolariaError as error:
         return FenceReport(ticket, rig.global_step, None, error)
 
 
-def _result(rig: Rig, command: FenceCommand) -> FenceResult:
+def _result(rig: Rig, keeper: SnapshotKeeper, command: FenceCommand) -> FenceResult:
     match command:
         case Reconcile(desired):
             report = rig.growth.reconcile(desired, rig.global_step)
@@ -73,6 +108,15 @@ def _result(rig: Rig, command: FenceCommand) -> FenceResult:
             return report
         case ChangeOptimizer(adjustment, hyperparameters, group):
             return _changed(rig, adjustment, hyperparameters, group)
+        case Restore(order, image):
+            return keeper.restore(order, image)
+        case Keep():
+            return keeper.keep()
+        case LeaveOut(batches):
+            rig.left_out.batches |= batches
+            return BatchesLeftOut(len(rig.left_out.batches))
+        case _:
+            assert_never(command)
 
 
 def _changed(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
+from pydantic import JsonValue
 from torch import nn
 
 from leyline.v1.enums_pb2 import SEED_STAGE_TRAINING
@@ -88,6 +90,21 @@ class Growth:
             report = self._settled(global_step, (), ())
             return None if report.rebuild is not None and report.rebuild.outcome is RebuildOutcome.SKIPPED else report
         return None
+
+    def state_dict(self) -> dict[str, JsonValue]:
+        """What is put off, and since when: a run that goes back puts the same off again."""
+        return {
+            "rebuild_due": self._rebuild_due,
+            "urgent": self._urgent,
+            "retry_at_step": self._retry_at_step,
+            "attempted_at_step": self.manager.attempted_at_step,
+        }
+
+    def load_state_dict(self, state: Mapping[str, JsonValue]) -> None:
+        """Become what `state_dict` told. Raises KeyError where something is missing; nothing has changed then."""
+        due, urgent, retry = state["rebuild_due"], state["urgent"], state["retry_at_step"]
+        self.manager.attempted_at_step = cast("int | None", state["attempted_at_step"])
+        self._rebuild_due, self._urgent, self._retry_at_step = bool(due), bool(urgent), cast("int", retry)
 
     def ground(self, global_step: int) -> Ground:
         """What gradients are for from now on."""

@@ -64,6 +64,7 @@ class Guardian:
         self._settings = settings
         self._changed = changed
         self._halt: Callable[[str], None] = lambda _reason: None
+        self._roll_back: Callable[[str, str], None] = lambda _reason, _origin: None
         self._streak = EpochStreak(settings.failed_epochs_max)
         self.hearts = Heartbeats(participant)
         self._recorder = EmergencyRecorder(metrics, emitter, degraded=board.degraded)
@@ -88,12 +89,14 @@ class Guardian:
         """Whether an emergency stands that training must not go on in."""
         return self.controller.state.level == EMERGENCY_LEVEL_HALT
 
-    def watch(self, halt: Callable[[str], None]) -> None:
+    def watch(self, halt: Callable[[str], None], roll_back: Callable[[str, str], None]) -> None:
         """Begin: `halt` freezes training, and has `held` called when it stands. Takes in what the board says already.
+
+        `roll_back` begins a fast rollback, given a reason and whose it is.
 
         A halt that only the sentinel had raised was about the process that this one has replaced.
         """
-        self._halt = halt
+        self._halt, self._roll_back = halt, roll_back
         self.controller.observe_board()
         if self._adopted and self.controller.state.origin == SENTINEL:
             with suppress(ClearanceRefusedError):  # others raised it too: it stands until an operator has looked
@@ -113,6 +116,14 @@ class Guardian:
         if self._streak.spent:
             self._trigger(Trigger.FAILED_EPOCH_STREAK, f"{self._streak.failed} epochs in a row")
         self._recover()
+
+    def rollbacks_spent(self, reason: str) -> None:
+        """Training has gone wrong by itself once more, and may not go back any more."""
+        self._trigger(Trigger.ROLLBACK_BUDGET_SPENT, reason)
+
+    def rollback_late(self, reason: str) -> None:
+        """A rollback has missed its deadline: what somebody wanted undone is still live."""
+        self._trigger(Trigger.ROLLBACK_DEADLINE_MISSED, reason)
 
     def tell(self, status: GetStatusResponse) -> None:
         """Add reasons, breakers and the level to a status."""
@@ -151,7 +162,7 @@ class Guardian:
             self._halt(f"emergency: {state.reason}")
         if response.conservative_mode:
             self.safeguards.mode.enter(EMERGENCY)
-        if response.fast_rollback:
-            self._log.warning("no_fast_rollback", detail="this version keeps no restore points")
+        if response.fast_rollback and self._settings.rollback:
+            self._roll_back(f"emergency: {state.reason}", state.origin)
         if not response.halt and self.controller.state.phase is not Phase.CALM:
             self.controller.acknowledge()

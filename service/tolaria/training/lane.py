@@ -8,15 +8,17 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
 from tolaria.jobs import Evaluation
 from tolaria.training.device import limit_threads
-from tolaria.training.fences import FenceCommand, carry_out
+from tolaria.training.fences import URGENT, FenceCommand, carry_out
 from tolaria.training.hardware import hardware_context
 from tolaria.training.mailbox import Mailbox, Posted
+from tolaria.training.recovery.keeper import PointsLost, Restored, SnapshotKeeper
 from tolaria.training.reports import EpochReport, HeldReport, LaneEnded, ReportBox
 from tolaria.training.rig import Rig, on_device
 from tolaria.training.step import StepAbandonedError, train_step
@@ -42,11 +44,13 @@ class Lane:
         rig: from `start` on the lane's alone.
         box: where reports go.
         threads: CPU threads of torch, as `limit_threads` takes them.
+        keeper: of the rig's states; likewise the lane's.
         hearts: where it shows that it gets on.
     """
 
-    def __init__(self, rig: Rig, box: ReportBox, *, threads: int, hearts: Hearts) -> None:
+    def __init__(self, rig: Rig, box: ReportBox, *, keeper: SnapshotKeeper, threads: int, hearts: Hearts) -> None:
         self._rig = rig
+        self._keeper = keeper
         self._box = box
         self._threads = threads
         self._hearts = hearts
@@ -60,13 +64,16 @@ class Lane:
         """Start the thread; it waits for work."""
         self._thread.start()
 
-    def run_epoch(self, epoch: int) -> None:
-        """Train and evaluate `epoch` (from 1) when what was asked before is done."""
-        self._mailbox.run_epoch(epoch)
+    def run_epoch(self, order: int) -> None:
+        """Train and evaluate the epoch that goes on or else the next, when what was asked before is done.
+
+        Which one that is the state says, and a report tells. Numbers of orders are the caller's, and go up.
+        """
+        self._mailbox.run_epoch(order)
 
     def post(self, ticket: int, command: FenceCommand) -> None:
         """Carry `command` out at the next fence, or where it stands between updates; a FenceReport tells the result."""
-        self._mailbox.post(ticket, command)
+        self._mailbox.post(ticket, command, urgent=isinstance(command, URGENT))
 
     def hold(self, number: int) -> None:
         """Come to a stand between two microbatches; a HeldReport with this number tells when."""
@@ -101,49 +108,75 @@ class Lane:
 
     def _work(self, work: int | Posted[FenceCommand]) -> None:
         if isinstance(work, Posted):
-            self._box.put(carry_out(self._rig, work.ticket, work.command))
+            self._carry_out(work, in_epoch=False)
         else:
-            self._run_epoch(work)
+            self._run_epoch()
 
-    def _run_epoch(self, epoch: int) -> None:
+    def _run_epoch(self) -> None:
         rig = self._rig
         started_s = time.monotonic()
-        rig.model.train()
-        rig.cursor.begin_epoch(epoch)
+        rig.begin_epoch()
+        self._tell_if(self._keeper.epoch_begins())
         while self._pass_fence():
-            # Compiling takes minutes, in which nothing can beat.
-            compiling = rig.global_step == 0 and "compile" in rig.paths.running
-            with self._hearts.lane_rests() if compiling else nullcontext():
-                report = train_step(rig, epoch, self._pass_microbatch)
-            if report is None:
-                self._finish_epoch(epoch, time.monotonic() - started_s)
-                return
-            self._box.put(report)
-            if (grown := rig.growth.advance(rig.global_step)) is not None:
-                rig.grew()
-                self._box.put(grown)
+            try:
+                if not self._step():
+                    self._finish_epoch(time.monotonic() - started_s)
+            except StepAbandonedError:
+                if self._mailbox.stopping:
+                    raise
+                # A command could not wait for the end of this step, or of the evaluation: afterwards it begins anew.
+                rig.model.train()
+
+    def _step(self) -> bool:
+        """One update and what follows it; False: there are no more in this epoch."""
+        rig = self._rig
+        # Compiling takes minutes, in which nothing can beat.
+        compiling = rig.global_step == 0 and "compile" in rig.paths.running
+        with self._hearts.lane_rests() if compiling else nullcontext():
+            report = train_step(rig, self._pass_microbatch)
+        if report is None:
+            return False
+        self._box.put(report)
+        if (grown := rig.growth.advance(rig.global_step)) is not None:
+            rig.grew()
+            self._box.put(grown)
+        self._tell_if(self._keeper.step_done(report.duration_s))
+        return True
+
+    def _tell_if(self, lost: PointsLost | None) -> None:
+        if lost is not None:
+            self._box.put(lost)
 
     def _pass_fence(self) -> bool:
-        """Between two updates: carry out what waits, stand while held; whether there shall be another update."""
+        """Between two updates: carry out what waits, stand while held; whether the epoch goes on."""
         while (posted := self._mailbox.pass_fence()) is not None:
-            self._box.put(carry_out(self._rig, posted.ticket, posted.command))
-        return not self._mailbox.stopping
+            self._carry_out(posted, in_epoch=True)
+        return not (self._mailbox.stopping or self._rig.epoch.over)
+
+    def _carry_out(self, posted: Posted[FenceCommand], *, in_epoch: bool) -> None:
+        report = carry_out(self._rig, self._keeper, posted.ticket, posted.command)
+        if isinstance(report.result, Restored):
+            underway = (in_epoch and not self._rig.epoch.over) or self._mailbox.orders_waiting
+            restored = replace(report.result, underway=underway, latest_order=self._mailbox.latest_order)
+            report = replace(report, result=restored)
+        self._box.put(report)
 
     def _pass_microbatch(self) -> bool:
         self._hearts.lane_beat()
         return self._mailbox.pass_microbatch()
 
-    def _finish_epoch(self, epoch: int, steps_s: float) -> None:
+    def _finish_epoch(self, steps_s: float) -> None:
         started_s = time.monotonic()
         self._box.flush()
         rig = self._rig
         evaluation = self._evaluate()
         gradients = rig.merger.finish_epoch()
         seeds = rig.growth.told_states(rig.global_step, gradients)
+        rig.epoch.over = True
         finished_s = time.monotonic()
         self._box.put(
             EpochReport(
-                epoch=epoch,
+                epoch=rig.epoch.number,
                 global_step=rig.global_step,
                 evaluation=evaluation,
                 steps_s=steps_s,
@@ -152,6 +185,8 @@ class Lane:
                 learning_rates=rig.growth.controller.learning_rates(),
                 momentum=_momentum(rig.optimizer.param_groups[0]),
                 hardware=hardware_context(rig.device),
+                training_loss=rig.epoch.loss,
+                samples=rig.epoch.samples,
                 seeds=seeds,
                 gradients=gradients,
                 adjustments=rig.growth.controller.living,

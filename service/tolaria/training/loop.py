@@ -6,9 +6,9 @@ training stands.
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import assert_never
 
 import anyio
 import structlog
@@ -24,90 +24,97 @@ from leyline.v1.admin_service_pb2 import (
 )
 from tolaria.config import ControlSettings, TrainingSettings
 from tolaria.errors import LaneFailedError, WrongStateError
+from tolaria.rollback.orders import RollbackOutcome
 from tolaria.training.boundary import Boundary, BoundaryPolicy
 from tolaria.training.cadence import StepCadence
 from tolaria.training.consult import Consultant, Consultation
 from tolaria.training.enact import Enactor
 from tolaria.training.feed import StatusFeed
-from tolaria.training.fence_desk import FenceDesk
 from tolaria.training.fences import FenceReport
 from tolaria.training.growth import SeedsReport
 from tolaria.training.guardian import Guardian
 from tolaria.training.judge import Hold, Proceed, judge
-from tolaria.training.lane import Lane
+from tolaria.training.lane_link import LaneLink
 from tolaria.training.packet import state_packet, status_message
 from tolaria.training.record import Recorder
-from tolaria.training.reports import EpochReport, HeldReport, LaneEnded, Report, ReportBox, StepReport
-from tolaria.training.rig import Rig
+from tolaria.training.recovery.keeper import PointsLost, Restored
+from tolaria.training.recovery.retreats import Retreats
+from tolaria.training.recovery.rollbacks import Asked, RollbackDesk
+from tolaria.training.reports import EpochReport, HeldReport, LaneEnded, Report, StepReport
 from tolaria.training.run_state import RunEvent, after
-from tolaria.training.safeguards import PEER_FAILURE
+from tolaria.training.safeguards import COLLAPSE, EXPLOSION, PEER_FAILURE
+from tolaria.training.verdicts import Halt, Retreat
+
+_RUN = "run"
 
 
 class TrainingLoop:
     """One run. `run` is the task; everything else answers operators and peers while it goes on.
 
     Args:
-        rig: built already; goes to the lane.
+        link: to the lane, which has not been started.
         training: how long, how.
         control: budgets and bounds.
         patience_s: how long a deterministic boundary waits for the peers.
         recorder: writes progress, metrics and events.
         guardian: safeguards and emergencies; told to halt this run where one asks for it.
+        rollbacks: where the run goes back; served by somebody else.
+        retreats: says when it has to by itself.
         feed: told of every change.
         make_consultant: given what to call with settled consultations, makes the one to ask.
     """
 
     def __init__(
         self,
-        rig: Rig,
+        link: LaneLink,
         *,
         training: TrainingSettings,
         control: ControlSettings,
         patience_s: float,
         recorder: Recorder,
         guardian: Guardian,
+        rollbacks: RollbackDesk,
+        retreats: Retreats,
         feed: StatusFeed,
         make_consultant: Callable[[Callable[[Consultation], None]], Consultant],
     ) -> None:
+        self._link = link
         self._training = training
         self._control = control
         self._recorder = recorder
         self._progress = recorder.progress
         self._guardian, self._safeguards = guardian, guardian.safeguards
+        self._retreats = retreats
         self._log = structlog.get_logger()
         self.feed = feed
+        self.rollbacks = rollbacks
         self.consultant = make_consultant(self._settle)
         self._policy = BoundaryPolicy.of(control, patient=training.deterministic, patience_s=patience_s)
         self._boundary = Boundary(self.consultant, self._policy)
         self._cadence = StepCadence(self.consultant, self._progress, interval=control.step_interval)
-        self._box = ReportBox(self._notify)
-        self._lane = Lane(rig, self._box, threads=training.threads, hearts=guardian.hearts)
-        self._desk = FenceDesk(self._lane.post)
-        self._enactor = Enactor(self._desk, recorder, hold=self._hold, guardian=guardian, changed=feed.changed)
-        recorder.fast_paths(rig.paths)
-        recorder.rates(rig.growth.controller.learning_rates())
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._enactor = Enactor(
+            link.desk, recorder, hold=self._hold, guardian=guardian, rollbacks=rollbacks, changed=feed.changed
+        )
+        recorder.begin(link.rig)
+        self._next_epoch = link.rig.epoch.number + link.rig.epoch.over
         self._epoch_report: EpochReport | None = None
         self._epoch_over = anyio.Event()
-        self._held = anyio.Event()
-        self._hold_number = 0
         self._lane_ended: LaneEnded | None = None
         self._stopping = False
-        guardian.watch(self._halt)
+        guardian.watch(self._halt, rollbacks.go_back_if_calm)
 
     # -- the task ------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Train all epochs, or until stopped. Ends in FINISHED, or in FAILED when the job's own code raised."""
-        self._loop = asyncio.get_running_loop()
-        self._lane.start()
+        self._link.start(self._take_all)
         self._enter(RunEvent.STARTED, self._progress.state_reason)
         try:
-            for epoch in range(1, self._training.epochs + 1):
-                report = await self._run_epoch(epoch)
-                if report is None:
-                    break
-                await self._cross_boundary(report)
+            while self._next_epoch <= self._training.epochs and not self._stopping:
+                report = await self._run_epoch()
+                if report is not None:
+                    await self._cross_boundary(report)
+                await self.feed.until(lambda: not self.rollbacks.running or self._lane_ended is not None)
             await self._end_lane()
         except LaneFailedError as error:
             self._log.error("training_failed", error=str(error), exc_info=error.__cause__)
@@ -116,19 +123,23 @@ class TrainingLoop:
             reason = self._progress.state_reason if self._stopping else "all epochs done"
             self._enter(RunEvent.FINISHED, reason)
 
-    async def _run_epoch(self, epoch: int) -> EpochReport | None:
-        """Let the lane run `epoch`; None when the run was stopped in it."""
-        if self._stopping:
-            return None
+    async def _run_epoch(self) -> EpochReport | None:
+        """Let the lane run the next epoch, or the rest of it; None when the run was stopped in it, or went back."""
         self._epoch_over, self._epoch_report = anyio.Event(), None
-        self._recorder.epoch_begins(epoch)
-        self._lane.run_epoch(epoch)
+        if self._progress.epoch != self._next_epoch:
+            self._recorder.epoch_begins(self._next_epoch)
+        self._link.run_epoch()
         await self._epoch_over.wait()
         self._raise_if_lane_failed()
         return self._epoch_report
 
     async def _cross_boundary(self, report: EpochReport) -> None:
+        verdict = self._retreats.epoch(report)
         self._recorder.epoch_ends(report, layers=not self._safeguards.mode.on)
+        if not isinstance(verdict, Proceed):  # what the controller would say of this epoch is of no use any more
+            self._safeguards.failing(COLLAPSE)
+            self._enact_verdict(verdict, before_step=report.global_step)
+            return
         state = state_packet(self._progress, report, wall_ns=time.time_ns())
         await self._boundary.wait_for_answer(state, self._progress.refusals, since_s=report.finished_at_s)
         held_up_s = time.monotonic() - report.finished_at_s
@@ -137,7 +148,7 @@ class TrainingLoop:
         self.feed.changed()
 
     async def _end_lane(self) -> None:
-        self._lane.stop()
+        self._link.stop()
         while self._lane_ended is None:
             self._epoch_over = anyio.Event()
             await self._epoch_over.wait()
@@ -150,51 +161,76 @@ class TrainingLoop:
 
     # -- what the lane reports -----------------------------------------------------------------------------------
 
-    def _notify(self) -> None:
-        """Called from the lane's thread: let the event loop take the box's reports."""
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._take_reports)
-
-    def _take_reports(self) -> None:
-        reports = self._box.take()
+    def _take_all(self, reports: Sequence[Report]) -> None:
         for report in reports:
             self._take(report)
-        if reports:
-            self._recorder.frame_ends()
+        self._recorder.frame_ends(self._link.snapshots())
 
     def _take(self, report: Report) -> None:
         match report:
             case StepReport():
-                self._recorder.step(report)
-                self._safeguards.step(report)
-                self._cadence.step(report)
-                self._enact(judge(self._progress.health, void_steps_max=self._control.max_void_steps))
+                self._take_step(report)
             case EpochReport():
                 self._epoch_report = report
+                self._next_epoch = report.epoch + 1
                 self._epoch_over.set()
             case SeedsReport():
                 self._recorder.fence(report, wished=False)
                 self._safeguards.rebuilt(report)
             case FenceReport():
-                self._desk.take(report)
+                if isinstance(report.result, Restored):
+                    self._rewind(report.result)
+                self._link.desk.take(report)
             case HeldReport():
-                if report.hold == self._hold_number:
-                    self._held.set()
+                if self._link.standstill.answered(report.hold):
                     self._guardian.held()
                     self.feed.changed()
+            case PointsLost():
+                self._recorder.rollbacks.points_lost(report.reason)
             case LaneEnded():
                 self._lane_ended = report
-                self._desk.close()
+                self._link.desk.close()
                 self._epoch_over.set()
                 self.feed.changed()
+            case _:
+                assert_never(report)
 
-    def _enact(self, verdict: Proceed | Hold) -> None:
+    def _take_step(self, step: StepReport) -> None:
+        verdict = self._retreats.step(step, self._progress.health)
+        healthy = isinstance(verdict, Proceed) and not self.rollbacks.running
+        self._recorder.step(step, observed=healthy or step.void)
+        self._safeguards.step(step)
+        if healthy:
+            self._retreats.observed(self._progress.health)
+            self._cadence.step(step)
+            self.rollbacks.step(step)
+        if not isinstance(verdict, Proceed):
+            self._recorder.unhealthy(step, verdict.reason)
+            if not step.void:
+                self._safeguards.failing(EXPLOSION)
+            self._enact_verdict(verdict, before_step=step.global_step - (not step.void))
+        elif not (self._on_hold or self.rollbacks.running):
+            held = judge(self._progress.health, void_steps_max=self._control.max_void_steps)
+            if isinstance(held, Hold):
+                self._hold(held.reason)
+
+    def _enact_verdict(self, verdict: Retreat | Halt, *, before_step: int) -> None:
         match verdict:
-            case Proceed():
-                pass
-            case Hold(reason):
-                if not self._on_hold:
-                    self._hold(reason)
+            case Retreat():
+                self.rollbacks.retreat(verdict, target_step=before_step)
+            case Halt(reason):
+                self._guardian.rollbacks_spent(reason)
+            case _:
+                assert_never(verdict)
+
+    def _rewind(self, restored: Restored) -> None:
+        """The lane has gone back: so does what is known of it here."""
+        self._recorder.rewound(restored)
+        self._next_epoch = restored.place.number + restored.place.over
+        self._epoch_report = None
+        if not restored.underway and restored.latest_order == self._link.order:
+            self._epoch_over.set()  # nobody will report the epoch that is waited for: it has to be ordered anew
+        self.feed.changed()
 
     # -- what the peers answer -----------------------------------------------------------------------------------
 
@@ -214,6 +250,7 @@ class TrainingLoop:
     def status(self) -> GetStatusResponse:
         """The run's part of GetStatus."""
         status = status_message(self._progress, now_s=time.monotonic())
+        status.rollbacks = self.rollbacks.completed
         self._guardian.tell(status)
         return status
 
@@ -229,7 +266,7 @@ class TrainingLoop:
             WrongStateError: when the run has ended or is ending.
         """
         self._hold(reason)
-        held = self._held
+        held = self._link.standstill.held
         await self.feed.until(
             lambda: held.is_set() or self._lane_ended is not None or self._progress.state != RUN_STATE_PAUSED
         )
@@ -244,13 +281,19 @@ class TrainingLoop:
             raise WrongStateError("an emergency halts the run: clear it first")
         self._enter(RunEvent.RESUMED, reason)
         self._recorder.resumed()
-        self._lane.release()
+        self._link.standstill.let_go(_RUN)
 
     async def adjust_rate(self, request: AdjustLearningRateRequest) -> int:
         """Change learning rates at the next fence, as `Enactor.adjust` does. WrongStateError: the run has ended."""
         if self._ended:
             raise WrongStateError("the run has ended: there is no rate to change")
         return await self._enactor.adjust(request)
+
+    async def roll_back(self, asked: Asked) -> RollbackOutcome:
+        """Go back, as `RollbackDesk.carry_out` does. WrongStateError: the run has ended."""
+        if self._ended:
+            raise WrongStateError("the run has ended: there is nothing that could go back")
+        return await self.rollbacks.carry_out(asked)
 
     async def stop(self, reason: str) -> None:
         """Finish the step and end the run; returns when it has ended. Raises WrongStateError when it had before."""
@@ -267,9 +310,7 @@ class TrainingLoop:
 
     def close(self, timeout_s: float) -> bool:
         """Make sure that the lane's thread ends, after `run` has; whether it did. Blocks, but for a moment."""
-        self._lane.stop()
-        self._box.close()
-        return self._lane.join(timeout_s)
+        return self._link.close(timeout_s)
 
     @property
     def _ended(self) -> bool:
@@ -283,22 +324,18 @@ class TrainingLoop:
         """Freeze training; a run that stands already, or has ended, says so at once."""
         if not self._ended:
             self._hold(reason, RunEvent.HALTED)
-        if self._ended or self._held.is_set():
+        if self._ended or self._link.standstill.standing:
             self._guardian.held()
 
     def _hold(self, reason: str, event: RunEvent = RunEvent.PAUSED) -> None:
         if self._progress.state == RUN_STATE_HALTED:
             return  # by more than a pause
-        was_held = self._progress.state == RUN_STATE_PAUSED
         self._enter(event, reason)
-        if not was_held:
-            self._held = anyio.Event()
-            self._hold_number += 1
-            self._lane.hold(self._hold_number)
+        self._link.standstill.want(_RUN)
 
     def _stop(self) -> None:
         self._stopping = True
-        self._lane.stop()
+        self._link.stop()
 
     def _enter(self, event: RunEvent, reason: str) -> None:
         self._recorder.state(after(self._progress.state, event), reason)

@@ -47,7 +47,9 @@ class Mailbox(Generic[Command]):
         self._resting = resting
         self._hold = 0
         self._told_hold = 0
-        self._epochs: deque[int] = deque()
+        self._orders: deque[int] = deque()
+        self._latest_order = 0
+        self._urgent = False
         self._commands: deque[Posted[Command]] = deque()
         self._changed = threading.Condition()  # its lock is reentrant: waiting for work takes commands
 
@@ -56,21 +58,36 @@ class Mailbox(Generic[Command]):
         """Whether the lane shall end at the next fence."""
         return self._stopping
 
-    def run_epoch(self, epoch: int) -> None:
-        """Let the lane run `epoch` when it is free. Raises LaneError when too many wait."""
+    @property
+    def latest_order(self) -> int:
+        """Number of the last order for an epoch, taken or waiting; 0 before the first."""
+        return self._latest_order
+
+    @property
+    def orders_waiting(self) -> bool:
+        """Whether an order for an epoch has not been taken yet."""
+        return bool(self._orders)
+
+    def run_epoch(self, order: int) -> None:
+        """Let the lane run an epoch when it is free; numbers are the caller's. Raises LaneError when too many wait."""
         with self._changed:
-            if len(self._epochs) >= _EPOCHS_WAITING_MAX:
+            if len(self._orders) >= _EPOCHS_WAITING_MAX:
                 raise LaneError(f"{_EPOCHS_WAITING_MAX} epochs are waiting for the lane already")
-            self._epochs.append(epoch)
+            self._orders.append(order)
+            self._latest_order = order
             self._changed.notify_all()
 
-    def post(self, ticket: int, command: Command) -> None:
-        """Let the lane carry a command out at the next fence. Raises LaneError when too many wait."""
+    def post(self, ticket: int, command: Command, *, urgent: bool = False) -> None:
+        """Let the lane carry a command out at the next fence. Raises LaneError when too many wait.
+
+        For an `urgent` one an unfinished update is given up, as it is for any while the lane is held.
+        """
         with self._changed:
             if len(self._commands) >= _COMMANDS_WAITING_MAX:
                 raise LaneError(f"{_COMMANDS_WAITING_MAX} commands are waiting for a fence already")
             self._commands.append(Posted(ticket, command))
             self.fence_due = True
+            self._urgent = self._urgent or urgent
             self._changed.notify_all()
 
     def hold(self, number: int) -> None:
@@ -96,6 +113,7 @@ class Mailbox(Generic[Command]):
         with self._changed:
             posted = self._commands.popleft() if self._commands else None
             self.fence_due = bool(self._commands)
+            self._urgent = self._urgent and self.fence_due
             return posted
 
     def next_work(self) -> int | Posted[Command] | None:
@@ -105,8 +123,8 @@ class Mailbox(Generic[Command]):
                 standing = self._standing()
                 if self._commands:
                     return self.take_command()
-                if not standing and self._epochs:
-                    return self._epochs.popleft()
+                if not standing and self._orders:
+                    return self._orders.popleft()
                 self._changed.wait()
             return None
 
@@ -126,14 +144,17 @@ class Mailbox(Generic[Command]):
             return None
 
     def pass_microbatch(self) -> bool:
-        """Within an update: go on at once, or stand while the lane is held. False: give this update up and end."""
-        if not self.closed or self._stopping:
+        """Within an update: go on at once, or stand while the lane is held. False: give this update up.
+
+        That is for what cannot wait for its end: the lane's own end while it is held, and commands, see `post`.
+        """
+        if not (self.closed or self._urgent):
             return True
         with self._changed:
-            while self._standing() and not self._stopping:
+            while self._standing() and not self._stopping and not self._commands:
                 with self._resting():
                     self._changed.wait()
-            return not self._stopping
+            return not (self._urgent or (self.closed and (self._stopping or self._commands)))
 
     def _standing(self) -> bool:
         if self.closed and self._told_hold != self._hold:

@@ -30,7 +30,7 @@ def state_packet(progress: Progress, epoch: EpochReport, *, wall_ns: int) -> Sys
         seed_states=progress.grafted,
         packet_id=uuid.uuid4().hex,
         global_step=epoch.global_step,
-        training_loss=progress.sums.loss,
+        training_loss=epoch.training_loss,
         source_subsystem="tolaria",
         training_run_id=progress.run_id,
         experiment_name=progress.experiment,
@@ -71,7 +71,7 @@ def _training_metrics(progress: Progress, epoch: EpochReport) -> dict[str, float
     sums, health = progress.sums, progress.health
     steps = max(1, sums.steps + sums.void_steps)
     return {
-        "loss": sums.loss,
+        "loss": epoch.training_loss,
         "accuracy": epoch.evaluation.accuracy,
         "gradient_norm": sums.gradient_norm,
         "samples_per_s": sums.samples_per_s,

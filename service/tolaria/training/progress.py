@@ -10,6 +10,7 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.optimization import LiveAdjustment
 from tolaria.training.judge import Health
+from tolaria.training.place import EpochPlace
 from tolaria.training.reports import EpochReport, StepReport
 
 _BOUNDARIES_KEPT = 1024
@@ -38,6 +39,11 @@ class EpochSums:
         self.steps += 1
         self.loss_sum += step.loss
         self.gradient_norm = step.gradient_norm
+
+    def take_over(self, place: EpochPlace) -> None:
+        """Count on from where the run has gone back to, or goes on from; times count anew."""
+        self.steps, self.void_steps, self.samples = place.steps, place.void_steps, place.samples
+        self.loss_sum = place.loss_sum
 
     @property
     def loss(self) -> float:

@@ -14,6 +14,7 @@ from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import GradientsSettings
 from tolaria.errors import CommandRejectedError
 from tolaria.optimization import Adjustment
+from tolaria.rollback import FastCacheStatistics
 from tolaria.telemetry import events
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.logging import LogContext
@@ -23,9 +24,13 @@ from tolaria.training.fastpaths import FastPaths
 from tolaria.training.fences import OptimizerChanged
 from tolaria.training.growth import SeedsReport
 from tolaria.training.judge import forgive, observe
+from tolaria.training.place import EpochPlace
 from tolaria.training.progress import Progress
 from tolaria.training.record_growth import GrowthRecorder
+from tolaria.training.record_rollback import RollbackRecorder
+from tolaria.training.recovery.keeper import Restored
 from tolaria.training.reports import EpochReport, StepReport
+from tolaria.training.rig import Rig
 
 _STATES = [name.removeprefix("RUN_STATE_").lower() for name in RunState.keys()[1:]]
 
@@ -43,6 +48,7 @@ class Recorder:
         log_context: LogContext,
     ) -> None:
         self.progress = progress
+        self.rollbacks = RollbackRecorder(metrics, emitter)
         self._growth = GrowthRecorder(gradients, metrics, emitter)
         self._metrics = metrics
         self._emitter = emitter
@@ -72,10 +78,17 @@ class Recorder:
         self._log_context.epoch = epoch
         self._metrics.training_epoch.set(epoch)
 
-    def step(self, step: StepReport) -> None:
-        """One more step is done."""
+    def begin(self, rig: Rig) -> None:
+        """This is what will be trained, and from where on."""
+        self.fast_paths(rig.paths)
+        self.rates(rig.growth.controller.learning_rates())
+        self._at(rig.epoch, rig.global_step)
+
+    def step(self, step: StepReport, *, observed: bool) -> None:
+        """One more step is done; one that is not `observed` has no part in the averages that others are judged by."""
         progress, metrics = self.progress, self._metrics
-        progress.health = observe(progress.health, step)
+        if observed:
+            progress.health = observe(progress.health, step)
         progress.sums.add(step)
         progress.global_step = step.global_step
         progress.samples_total += step.samples
@@ -88,8 +101,31 @@ class Recorder:
                 events.NON_FINITE_STEP, step=step.global_step, loss=step.loss, gradient_norm=step.gradient_norm
             )
 
-    def frame_ends(self) -> None:
+    def unhealthy(self, step: StepReport, reason: str) -> None:
+        """A step, which is not void, has gone wrong."""
+        if not step.void:
+            self._emitter.emit(
+                events.LOSS_EXPLOSION,
+                step=step.global_step,
+                loss=step.loss,
+                gradient_norm=step.gradient_norm,
+                reason=reason,
+            )
+
+    def rewound(self, restored: Restored) -> None:
+        """The run has gone back to here."""
+        progress = self.progress
+        progress.health = forgive(progress.health)
+        self._at(restored.place, restored.position.global_step)
+        self._log_context.epoch = restored.place.number
+        self._metrics.training_epoch.set(restored.place.number)
+        self._grafted(restored.seeds)
+        self.rates(restored.learning_rates)
+        progress.adjustments = restored.adjustments
+
+    def frame_ends(self, snapshots: FastCacheStatistics) -> None:
         """A frame of reports has been read: what need not be told for each step is told once for all of them."""
+        self.rollbacks.ring(snapshots)
         progress, metrics = self.progress, self._metrics
         self._log_context.step = progress.global_step
         metrics.training_step.set(progress.global_step)
@@ -103,11 +139,11 @@ class Recorder:
         """The epoch's steps and evaluation are done; `layers` shows what costs a series for each layer."""
         progress, metrics = self.progress, self._metrics
         progress.last_epoch = epoch
-        progress.training_loss = progress.sums.loss
-        metrics.training_loss.set(progress.sums.loss)
+        progress.training_loss = epoch.training_loss
+        metrics.training_loss.set(epoch.training_loss)
         metrics.training_accuracy.set(epoch.evaluation.accuracy)
         metrics.training_latency_ms.set(epoch.steps_s * 1000)
-        if progress.sums.samples == 0:
+        if epoch.samples == 0:
             self._emitter.emit(events.ZERO_SAMPLES, epoch=epoch.epoch)
         self._grafted(epoch.seeds)
         self.rates(epoch.learning_rates)
@@ -132,7 +168,7 @@ class Recorder:
         metrics.epochs_total.inc()
         self._log.info(
             "epoch_finished",
-            loss=_round(progress.sums.loss),
+            loss=_round(epoch.training_loss),
             accuracy=_round(epoch.evaluation.accuracy),
             validation_loss=_round(epoch.evaluation.loss),
             steps=progress.sums.steps,
@@ -217,6 +253,11 @@ class Recorder:
         self.rates({**self.progress.learning_rates, **changed.after})
         self.progress.adjustments = changed.living
         self._growth.adjusted(adjustment.origin, changed.before, changed.after, adjustment.reason)
+
+    def _at(self, place: EpochPlace, global_step: int) -> None:
+        self.progress.global_step = global_step
+        self.progress.begin_epoch(place.number)
+        self.progress.sums.take_over(place)
 
     def _grafted(self, states: Sequence[SeedState]) -> None:
         self.progress.grafted = list(states)

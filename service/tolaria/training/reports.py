@@ -17,6 +17,7 @@ from tolaria.jobs import Evaluation
 from tolaria.optimization import LiveAdjustment, Violation
 from tolaria.training.fences import FenceReport
 from tolaria.training.growth import SeedsReport
+from tolaria.training.recovery.keeper import PointsLost
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,8 @@ class StepReport:
 
     A `rescaled` void step is no mistake: float16's loss scale was too large and has been lowered.
 
-    `global_step` is the number of updates done by then. Times in seconds, `finished_at_s` on the monotonic clock.
+    `global_step` is the number of updates done by then, `batches` are the places in the epoch of what it took. Times in
+    seconds, `finished_at_s` on the monotonic clock.
     """
 
     global_step: int
@@ -39,11 +41,15 @@ class StepReport:
     void: bool = False
     violations: tuple[Violation, ...] = ()
     rescaled: bool = False
+    batches: range = range(0)
 
 
 @dataclass(frozen=True, slots=True)
 class EpochReport:
-    """An epoch's steps and its evaluation are done; the lane waits for work. `steps_s` is the time of the steps."""
+    """An epoch's steps and its evaluation are done; the lane waits for work. `steps_s` is the time of the steps.
+
+    `training_loss` is the mean over the epoch's finite steps, as the state has it: undone steps do not count.
+    """
 
     epoch: int
     global_step: int
@@ -54,6 +60,8 @@ class EpochReport:
     learning_rates: Mapping[str, float]
     momentum: float
     hardware: HardwareContext
+    training_loss: float = float("nan")
+    samples: int = 0
     seeds: tuple[SeedState, ...] = ()
     gradients: SeedMetricSet | None = None
     adjustments: tuple[LiveAdjustment, ...] = ()
@@ -83,7 +91,7 @@ class LaneEnded:
     error: BaseException | None
 
 
-Report = StepReport | EpochReport | SeedsReport | FenceReport | HeldReport | LaneEnded
+Report = StepReport | EpochReport | SeedsReport | FenceReport | HeldReport | PointsLost | LaneEnded
 
 
 class ReportBox:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
 from tolaria.config import Settings
@@ -26,19 +27,33 @@ from tolaria.errors import (
     ScheduleError,
     SeedError,
 )
-from tolaria.jobs import Batch, BatchCursor, Evaluation, JobContext, TrainingJob, build_job
+from tolaria.jobs import Batch, BatchCursor, CursorState, Evaluation, JobContext, TrainingJob, build_job
+from tolaria.rollback.rng import capture_rngs, restore_rngs
 from tolaria.training.device import choose_device, prefer_determinism
 from tolaria.training.fastpaths import FastPaths, choose_fast_paths, compile_model, fuse
 from tolaria.training.growth import Growth, new_growth
 from tolaria.training.losses import checked_losses
 from tolaria.training.merge import GradientMerger
+from tolaria.training.place import EpochPlace, LeftOut
 
 Made = TypeVar("Made")
 
 
+@dataclass(frozen=True, slots=True)
+class _UpdateBegan:
+    """The place before an update's first microbatch."""
+
+    cursor: CursorState
+    batches: int
+    rngs: tuple[dict[str, Tensor], dict[str, JsonValue]]
+
+
 @dataclass(slots=True)
 class Rig:
-    """What the lane works on. `global_step` counts updates done; `parameters` are those that gradients go to."""
+    """What the lane works on. `global_step` counts updates done; `parameters` are those that gradients go to.
+
+    `left_out` are batches that `next_batch` passes over.
+    """
 
     job: TrainingJob
     model: nn.Module
@@ -52,6 +67,9 @@ class Rig:
     parameters: list[nn.Parameter] = field(default_factory=list)
     clip_groups: list[list[nn.Parameter]] = field(default_factory=list)
     global_step: int = 0
+    epoch: EpochPlace = field(default_factory=EpochPlace)
+    left_out: LeftOut = field(default_factory=LeftOut)
+    _update_began: _UpdateBegan | None = None
     _with_gradients: list[nn.Parameter] = field(default_factory=list)
     _buffers: list[Tensor] = field(default_factory=list)
     _kept_buffers: list[Tensor] = field(default_factory=list)
@@ -77,6 +95,35 @@ class Rig:
         self._with_gradients = [p for p in self.model.parameters() if p.requires_grad]
         self._buffers = list(self.model.buffers())
         self._kept_buffers = [buffer.detach().clone() for buffer in self._buffers]
+
+    def begin_epoch(self) -> None:
+        """Go to the first batch of the next epoch; nothing to do in the midst of one, as after a rollback."""
+        self.model.train()
+        if self.epoch.over:
+            self.epoch.begin(self.epoch.number + 1)
+            self.cursor.begin_epoch(self.epoch.number)
+
+    def next_batch(self) -> Batch | None:
+        """The next batch that is not left out; None at the end of the epoch."""
+        while (batch := self.cursor.next_batch()) is not None:
+            place, self.epoch.batches = self.epoch.batches, self.epoch.batches + 1
+            if not self.left_out.holds(self.epoch.number, place):
+                return batch
+        return None
+
+    def note_place(self) -> None:
+        """Note where an update begins, so that one of several microbatches can be given up in between."""
+        if self.accumulate > 1:
+            self._update_began = _UpdateBegan(self.cursor.state_dict(), self.epoch.batches, capture_rngs())
+
+    def give_update_up(self) -> None:
+        """Be as `note_place` found it: the same update can be begun again."""
+        self.clear_gradients()
+        self.put_buffers_back()
+        if (began := self._update_began) is not None:
+            self.cursor.load_state_dict(began.cursor)
+            self.epoch.batches = began.batches
+            restore_rngs(*began.rngs)
 
     def clear_gradients(self) -> None:
         """Drop all gradients, also those of parameters that no optimizer holds."""

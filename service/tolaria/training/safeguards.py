@@ -25,11 +25,12 @@ from tolaria.training.growth import SeedsReport
 from tolaria.training.reports import StepReport
 
 TAMIYO, KASMINA = "tamiyo", "kasmina"
-BOUNDARY, LR_INTEGRITY, OPTIMIZER = "boundary", "lr_integrity", "optimizer"
-BREAKERS = (TAMIYO, KASMINA, BOUNDARY, LR_INTEGRITY, OPTIMIZER)
+BOUNDARY, LR_INTEGRITY, OPTIMIZER, CHECKPOINT = "boundary", "lr_integrity", "optimizer", "checkpoint"
+BREAKERS = (TAMIYO, KASMINA, BOUNDARY, LR_INTEGRITY, OPTIMIZER, CHECKPOINT)
 
 # Causes of a failed epoch, as the reasons for conservative mode name them.
 BREACH, PEER_FAILURE, NON_FINITE, BREAKER_OPENED = "boundary_breach", "peer_failure", "non_finite", "breaker_open"
+EXPLOSION, COLLAPSE = "loss_explosion", "accuracy_collapse"
 
 
 class Safeguards:

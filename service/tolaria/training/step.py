@@ -34,13 +34,12 @@ class _Taken:
     loss: Tensor | None = None
 
 
-def train_step(rig: Rig, epoch: int, pass_microbatch: Callable[[], bool]) -> StepReport | None:
+def train_step(rig: Rig, pass_microbatch: Callable[[], bool]) -> StepReport | None:
     """Take microbatches, sum their gradients, and update the parameters, unless something is not finite.
 
     Args:
         rig: what to work on; its `global_step` counts up unless the step is void.
-        epoch: for the report.
-        pass_microbatch: asked between two microbatches; may wait; False gives the step up.
+        pass_microbatch: asked between two microbatches; may wait; False gives the step up, so that it can be done anew.
 
     Returns:
         The step's report; None when the epoch has no batch left.
@@ -49,6 +48,7 @@ def train_step(rig: Rig, epoch: int, pass_microbatch: Callable[[], bool]) -> Ste
         StepAbandonedError: when `pass_microbatch` said so.
     """
     started_s = time.monotonic()
+    first_batch = rig.epoch.batches
     taken = _take_microbatches(rig, pass_microbatch)
     if taken.loss is None:
         return None
@@ -68,10 +68,11 @@ def train_step(rig: Rig, epoch: int, pass_microbatch: Callable[[], bool]) -> Ste
         rig.clear_gradients()
         rig.put_buffers_back()
     rescaled = rig.paths.lowered_scale(finite=finite, loss_finite=math.isfinite(loss))
+    rig.epoch.count(loss, taken.samples, void=not finite)
     finished_s = time.monotonic()
     return StepReport(
         global_step=rig.global_step,
-        epoch=epoch,
+        epoch=rig.epoch.number,
         loss=loss,
         gradient_norm=norm,
         samples=taken.samples,
@@ -81,6 +82,7 @@ def train_step(rig: Rig, epoch: int, pass_microbatch: Callable[[], bool]) -> Ste
         void=not finite,
         violations=tuple(violations),
         rescaled=rescaled,
+        batches=range(first_batch, rig.epoch.batches),
     )
 
 
@@ -89,11 +91,12 @@ def _take_microbatches(rig: Rig, pass_microbatch: Callable[[], bool]) -> _Taken:
     taken = _Taken()
     while taken.microbatches < rig.accumulate:
         if taken.microbatches and not pass_microbatch():
-            rig.clear_gradients()
-            rig.put_buffers_back()
+            rig.give_update_up()
             raise StepAbandonedError
         asked_s = time.monotonic()
-        batch = rig.cursor.next_batch()
+        if not taken.microbatches:
+            rig.note_place()
+        batch = rig.next_batch()
         if batch is None:
             break
         batch = on_device(batch, rig.device, pinned=rig.paths.pins)

@@ -98,7 +98,7 @@ async def served(interval_s: float = 60.0) -> AsyncIterator[Served]:
 
     def register(server: grpc.aio.Server) -> None:
         service = AdminService(
-            run, safety=run, complete=complete, closing=closing, interval_s=interval_s, request_memory=100
+            run, safety=run, recovery=run, complete=complete, closing=closing, interval_s=interval_s, request_memory=100
         )
         add_TolariaAdminServiceServicer_to_server(service, server)
 

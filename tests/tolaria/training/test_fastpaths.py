@@ -97,7 +97,7 @@ def rig(**paths: str) -> Rig:
 def losses_of(made: Rig) -> list[float]:
     """The losses of an epoch."""
     found = []
-    while (report := train_step(made, 1, lambda: True)) is not None:
+    while (report := train_step(made, lambda: True)) is not None:
         found.append(report.loss)
     return found
 
@@ -118,7 +118,7 @@ def test_an_overflow_of_the_loss_scale_is_no_mistake() -> None:
     made = rig(amp="float16")
     assert made.paths.scaler is not None
     made.paths.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    first = train_step(made, 1, lambda: True)
+    first = train_step(made, lambda: True)
     assert first is not None
     assert first.void
     assert first.rescaled
@@ -151,7 +151,7 @@ def test_a_scale_that_has_come_down_to_one_hides_nothing() -> None:
     made.paths.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for parameter in made.parameters:
         parameter.register_hook(lambda gradient: gradient * float("nan"))  # type: ignore[no-untyped-call]
-    reports = [train_step(made, 1, lambda: True) for _ in range(3)]
+    reports = [train_step(made, lambda: True) for _ in range(3)]
     assert [r.rescaled for r in reports if r] == [True, False, False]
 
 

@@ -13,11 +13,12 @@ from leyline.v1.enums_pb2 import (
 )
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from support.jobs import SlotJob
-from tolaria.config import OptimizerSettings, SeedsSettings, Settings, TrainingSettings
+from tolaria.config import OptimizerSettings, RollbackSettings, SeedsSettings, Settings, TrainingSettings
 from tolaria.errors import RebuildFailedError
 from tolaria.optimization import RebuildOutcome
 from tolaria.training.fences import Reconcile, carry_out
 from tolaria.training.growth import SeedsReport
+from tolaria.training.recovery.keeper import SnapshotKeeper
 from tolaria.training.rig import Rig, build_rig
 from tolaria.training.step import train_step
 
@@ -44,7 +45,7 @@ def wish(stage: SeedLifecycleStage.ValueType, begin: int = 0, steps: int = 2) ->
 
 def fence(made: Rig, desired: tuple[SeedState, ...]) -> SeedsReport:
     """Reconcile as the lane does."""
-    report = carry_out(made, 1, Reconcile(desired))
+    report = carry_out(made, SnapshotKeeper(made, RollbackSettings()), 1, Reconcile(desired))
     assert report.error is None
     assert isinstance(report.result, SeedsReport)
     return report.result
@@ -58,7 +59,7 @@ def groups(made: Rig) -> dict[str, float]:
 def train(made: Rig, steps: int) -> None:
     """So many updates, with the alphas following."""
     for _ in range(steps):
-        report = train_step(made, 1, lambda: True)
+        report = train_step(made, lambda: True)
         if report is None:
             made.cursor.begin_epoch(1)
             continue
@@ -180,7 +181,7 @@ def test_a_seed_whose_gradients_are_not_finite_harms_nobody() -> None:
     with torch.no_grad():
         for _, parameter in made.growth.topology.training_parameters("a"):
             parameter.fill_(float("nan"))
-    report = train_step(made, 1, lambda: True)
+    report = train_step(made, lambda: True)
     assert report is not None
     assert not report.void
     assert all(p.isfinite().all() for n, p in made.model.named_parameters() if ".seeds." not in n)

@@ -37,7 +37,7 @@ def forever(peers: FakePeers | None = None) -> RunUnderTest:
 
 def parameters(run: RunUnderTest) -> list[torch.Tensor]:
     """Copies of the model's parameters."""
-    return [p.detach().clone() for p in run.rig.parameters]  # type: ignore[attr-defined]
+    return [p.detach().clone() for p in run.rig.parameters]
 
 
 async def test_a_halt_freezes_training_until_it_is_cleared_and_resumed() -> None:
@@ -58,7 +58,7 @@ async def test_a_halt_freezes_training_until_it_is_cleared_and_resumed() -> None
         await run.loop.pause("and look")
         assert run.state == "HALTED"
         assert run.progress.state_reason == "emergency: smoke"
-        assert await anyio.to_thread.run_sync(lambda: not run.loop._lane.join(0.1))
+        assert await anyio.to_thread.run_sync(lambda: not run.parts.link._lane.join(0.1))
         desk.clear_emergency("no smoke")
         assert run.state == "HALTED"
         assert run.loop.status().emergency_level == EMERGENCY_LEVEL_UNSPECIFIED

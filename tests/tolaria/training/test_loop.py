@@ -60,11 +60,11 @@ async def test_a_pause_takes_effect_between_two_microbatches() -> None:
             tasks.start_soon(run.loop.pause, "look at it")
             await run.until(lambda: run.state == "PAUSED")
             job.passes.release()  # lets the one microbatch end that is under way
-        before = [p.detach().clone() for p in run.rig.parameters]  # type: ignore[attr-defined]
+        before = [p.detach().clone() for p in run.rig.parameters]
         job.passes.release(2)
         assert not await anyio.to_thread.run_sync(lambda: job.entered.acquire(timeout=0.1))
         assert run.loop.global_step == 0
-        after = run.rig.parameters  # type: ignore[attr-defined]
+        after = run.rig.parameters
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         job.passes.release(100)
         run.loop.resume("go on")
@@ -86,7 +86,7 @@ async def test_a_paused_run_ends_as_the_one_that_was_not() -> None:
                     run.loop.resume("on")
                     await anyio.lowlevel.checkpoint()
             await run.until(lambda: run.state == "FINISHED")
-        return [p.detach() for p in run.rig.parameters]  # type: ignore[attr-defined]
+        return [p.detach() for p in run.rig.parameters]
 
     plain, paused = await final(pausing=False), await final(pausing=True)
     assert all(torch.equal(a, b) for a, b in zip(plain, paused, strict=True))
@@ -330,7 +330,7 @@ async def test_a_lane_that_does_not_end_is_told() -> None:
 async def test_an_empty_epoch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Data that has dried up is an event, not a crash."""
     run = new_run(FakePeers(), epochs=1)
-    monkeypatch.setattr(run.rig.cursor, "begin_epoch", lambda _epoch: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(run.rig.cursor, "begin_epoch", lambda _epoch: None)
     run.rig.cursor._chunks = ()  # type: ignore[attr-defined]
     async with running(run):
         await run.until(lambda: run.state == "FINISHED")

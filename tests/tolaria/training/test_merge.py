@@ -13,10 +13,11 @@ from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.jobs import TugOfWarJob
 from support.runs import FakePeers, RunUnderTest, new_run, running
-from tolaria.config import GradientsSettings, Settings, TrainingSettings
+from tolaria.config import GradientsSettings, RollbackSettings, Settings, TrainingSettings
 from tolaria.errors import LossShapeError
 from tolaria.jobs import HOST, Batch
 from tolaria.training.fences import Reconcile, carry_out
+from tolaria.training.recovery.keeper import SnapshotKeeper
 from tolaria.training.rig import Rig, build_rig
 from tolaria.training.step import train_step
 
@@ -57,7 +58,7 @@ async def tug_of_war(mode: str, rate: float) -> tuple[RunUnderTest, Dashboard, l
     peers.run = run
     async with running(run):
         await run.until(lambda: run.state == "FINISHED")
-    return run, peers, [task.item() for task in TugOfWarJob.tasks(run.rig.model)]  # type: ignore[attr-defined]
+    return run, peers, [task.item() for task in TugOfWarJob.tasks(run.rig.model)]
 
 
 @pytest.mark.anyio
@@ -80,7 +81,7 @@ def gradient(made: Rig) -> torch.Tensor:
 def test_one_loss_is_plain_backpropagation() -> None:
     """With the host alone a step's gradient is that of `backward`, and no rows are made."""
     made, plain = rig("TinyJob"), rig("TinyJob")
-    train_step(made, 1, lambda: True)
+    train_step(made, lambda: True)
     batch = plain.cursor.next_batch()
     assert batch is not None
     plain.model.train()
@@ -93,7 +94,7 @@ def test_one_loss_is_plain_backpropagation() -> None:
 def test_microbatches_are_merged_where_the_mode_says_so(mode: str, merges: bool) -> None:
     """PCGrad across microbatches needs their rows; the other modes have one source and add up."""
     made = rig("TinyJob", accumulate=4, mode=mode)
-    report = train_step(made, 1, lambda: True)
+    report = train_step(made, lambda: True)
     assert report is not None
     assert not report.void
     gathered = made.merger.finish_epoch()
@@ -105,9 +106,9 @@ def test_losses_by_sample_are_split_among_host_and_seeds() -> None:
     made = rig("SeedIdsJob", attribution="dataloader")
     alpha = AlphaSchedule(start=0.5, end=0.5, begin_step=0, duration_steps=1)
     seed = SeedState(seed_id="a", stage=SEED_STAGE_BLENDING, blueprint_id="residual_mlp", slot="middle", alpha=alpha)
-    assert carry_out(made, 1, Reconcile((seed,))).error is None
+    assert carry_out(made, SnapshotKeeper(made, RollbackSettings()), 1, Reconcile((seed,))).error is None
     for _ in range(5):
-        report = train_step(made, 1, lambda: True)
+        report = train_step(made, lambda: True)
         assert report is not None
         assert not report.void
         made.growth.advance(made.global_step)
@@ -123,7 +124,7 @@ def test_losses_by_sample_are_split_among_host_and_seeds() -> None:
 def test_samples_of_unknown_seeds_are_the_hosts() -> None:
     """Before the seed is there its samples train the host, by plain backpropagation."""
     made = rig("SeedIdsJob")
-    report = train_step(made, 1, lambda: True)
+    report = train_step(made, lambda: True)
     assert report is not None
     assert not report.void
     assert made.merger.finish_epoch() is None
@@ -136,7 +137,7 @@ def test_a_merged_step_repeats_bit_by_bit() -> None:
         made = rig("TugOfWarJob", options={"rate": 0.003})
         for _ in range(6):
             torch.rand(3)
-            train_step(made, 1, lambda: True)
+            train_step(made, lambda: True)
         return torch.cat([p.detach().flatten() for p in made.parameters])
 
     assert torch.equal(after_some(), after_some())
@@ -157,7 +158,7 @@ def test_sources_that_change_within_an_update_are_refused(mode: str, monkeypatch
     monkeypatch.setattr("support.jobs.TugOfWarJob", Drifting)
     made = rig("TugOfWarJob", accumulate=2, mode=mode, options={"rate": 0.1})
     with pytest.raises(LossShapeError, match=r"bux.*began with|aux.*began with"):
-        train_step(made, 1, lambda: True)
+        train_step(made, lambda: True)
 
 
 @pytest.mark.parametrize("attribution", ["off", "dataloader"])
@@ -166,9 +167,9 @@ def test_samples_for_an_isolated_seed_leave_the_host_alone(attribution: str, mon
     monkeypatch.setattr("support.jobs._WithSeedIds.owner", staticmethod(lambda _place: "a"))
     made = rig("SeedIdsJob", attribution=attribution)
     seed = SeedState(seed_id="a", stage=SEED_STAGE_TRAINING, blueprint_id="residual_mlp", slot="middle")
-    assert carry_out(made, 1, Reconcile((seed,))).error is None
+    assert carry_out(made, SnapshotKeeper(made, RollbackSettings()), 1, Reconcile((seed,))).error is None
     host = [p.detach().clone() for n, p in made.model.named_parameters() if ".seeds." not in n]
-    report = train_step(made, 1, lambda: True)
+    report = train_step(made, lambda: True)
     assert report is not None
     after = [p for n, p in made.model.named_parameters() if ".seeds." not in n]
     assert all(torch.equal(a, b) for a, b in zip(host, after, strict=True))

@@ -12,7 +12,7 @@ from tolaria.training.progress import Progress
 from tolaria.training.reports import EpochReport, StepReport
 
 EPOCH = EpochReport(
-    2, 30, Evaluation(8.0, 3, 4), 1.5, 0.1, 50.0, {"host": 0.01}, 0.9, HardwareContext(device_type="cpu")
+    2, 30, Evaluation(8.0, 3, 4), 1.5, 0.1, 50.0, {"host": 0.01}, 0.9, HardwareContext(device_type="cpu"), 2.0
 )
 
 

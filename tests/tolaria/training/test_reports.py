@@ -25,7 +25,7 @@ def test_many_steps_make_few_notifications() -> None:
     for number in range(1000):
         box.put(step(number))
     assert notified.times == 1
-    assert [r.global_step for r in box.take()] == list(range(1000))
+    assert [r.global_step for r in box.take() if isinstance(r, StepReport)] == list(range(1000))
     assert box.take() == []
 
 
@@ -51,7 +51,7 @@ def test_a_lane_far_ahead_of_its_judge_waits_for_it() -> None:
     assert thread.is_alive()
     assert len(box.take()) == 2
     thread.join(5)
-    assert [r.global_step for r in box.take()] == [3]
+    assert [r.global_step for r in box.take() if isinstance(r, StepReport)] == [3]
 
 
 def test_closing_lets_a_waiting_lane_go() -> None:

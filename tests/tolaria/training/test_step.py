@@ -50,7 +50,7 @@ def test_a_step_is_the_plain_loop_bit_for_bit() -> None:
         checked_losses(job, model, batch, ())["host"].backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
         optimizer.step()
     reports = []
-    while (report := train_step(made, 1, always)) is not None:
+    while (report := train_step(made, always)) is not None:
         reports.append(report)
     assert same(weights(made.model), weights(model))
     assert [r.global_step for r in reports] == list(range(1, 9))
@@ -70,30 +70,30 @@ def test_accumulated_microbatches_are_one_large_batch() -> None:
     y = torch.cat([b.payload[1] for b in first if b])
     nn.functional.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
     optimizer.step()
-    report = train_step(made, 1, always)
+    report = train_step(made, always)
     assert report is not None
     assert report.samples == 24
     for ours, theirs in zip(weights(made.model), weights(model), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert made.steps_per_epoch == 3
-    assert [r.samples for r in [train_step(made, 1, always), train_step(made, 1, always)] if r] == [24, 16]
-    assert train_step(made, 1, always) is None
+    assert [r.samples for r in [train_step(made, always), train_step(made, always)] if r] == [24, 16]
+    assert train_step(made, always) is None
 
 
 def test_a_step_that_is_not_finite_changes_no_parameter() -> None:
     """A NaN loss voids the step: parameters, momentum and the step count stay, the batch is behind."""
     made = rig(options={"poison_from": 3})
-    train_step(made, 1, always)
-    train_step(made, 1, always)
+    train_step(made, always)
+    train_step(made, always)
     before, momentum = weights(made.model), copy.deepcopy(made.optimizer.state_dict())
-    report = train_step(made, 1, always)
+    report = train_step(made, always)
     assert report is not None
     assert report.void
     assert math.isnan(report.loss)
     assert report.global_step == 2
     assert same(weights(made.model), before)
     assert str(made.optimizer.state_dict()) == str(momentum)
-    following = train_step(made, 1, always)
+    following = train_step(made, always)
     assert following is not None
     assert not following.void
 
@@ -103,7 +103,7 @@ def test_a_step_given_up_changes_no_parameter() -> None:
     made = rig(accumulate=2)
     before = weights(made.model)
     with pytest.raises(StepAbandonedError):
-        train_step(made, 1, lambda: False)
+        train_step(made, lambda: False)
     assert all(p.grad is None for p in made.model.parameters())
     assert same(weights(made.model), before)
     assert made.global_step == 0
@@ -114,7 +114,7 @@ def test_large_gradients_are_clipped_to_the_norm() -> None:
     made = rig(clip_norm=0.01)
     made.optimizer.param_groups[0].update(momentum=0.0)
     before = weights(made.model)
-    report = train_step(made, 1, always)
+    report = train_step(made, always)
     assert report is not None
     assert report.gradient_norm > 0.01
     moved = torch.cat([(a - b).flatten() for a, b in zip(weights(made.model), before, strict=True)])
@@ -156,7 +156,7 @@ def test_accumulation_weighs_by_samples() -> None:
     x, y = made.job.x, made.job.y  # type: ignore[attr-defined]
     loss = nn.functional.mse_loss(model(x), y)
     loss.backward()  # type: ignore[no-untyped-call]
-    report = train_step(made, 1, always)
+    report = train_step(made, always)
     assert report is not None
     assert report.samples == 17
     assert report.loss == pytest.approx(loss.item(), rel=1e-5)
@@ -167,10 +167,10 @@ def test_accumulation_weighs_by_samples() -> None:
 def test_a_void_step_leaves_no_trace_in_buffers() -> None:
     """A batch of NaNs reaches the running statistics; when the step is void they are as before."""
     made = rig()
-    train_step(made, 1, always)
+    train_step(made, always)
     before = [b.clone() for b in made.model.buffers()]
     made.job.x.fill_(float("nan"))  # type: ignore[attr-defined]
-    report = train_step(made, 1, always)
+    report = train_step(made, always)
     assert report is not None
     assert report.void
     assert same(before, list(made.model.buffers()))
@@ -183,7 +183,7 @@ def test_parameters_that_no_optimizer_holds_do_not_count(monkeypatch: pytest.Mon
     )
     made = rig()
     for _ in range(3):
-        report = train_step(made, 1, always)
+        report = train_step(made, always)
         assert report is not None
         head = torch.cat([p.grad.flatten() for p in made.model[4].parameters() if p.grad is not None])  # type: ignore[index]
         assert report.gradient_norm == pytest.approx(head.norm().item())
@@ -191,18 +191,27 @@ def test_parameters_that_no_optimizer_holds_do_not_count(monkeypatch: pytest.Mon
     assert body.grad is not None
     made.cursor.begin_epoch(1)
     made.model.eval()
-    one = train_step(made, 1, always)
+    one = train_step(made, always)
     first = body.grad.clone()
     made.cursor.begin_epoch(1)
-    again = train_step(made, 1, always)
+    again = train_step(made, always)
     assert one is not None
     assert again is not None
     torch.testing.assert_close(body.grad, first)
 
 
 def test_data_is_fetched_when_it_is_its_turn() -> None:
-    """A pause between two microbatches finds the second one not fetched yet."""
+    """A pause between two microbatches finds the second one not fetched yet; given up, the update begins anew."""
     made = rig(accumulate=4)
+    fetched = []
+
+    def give_up() -> bool:
+        fetched.append(made.cursor.state_dict()["index"])
+        return False
+
+    random = torch.get_rng_state()
     with pytest.raises(StepAbandonedError):
-        train_step(made, 1, lambda: False)
-    assert made.cursor.state_dict()["index"] == 1
+        train_step(made, give_up)
+    assert fetched == [1]
+    assert (made.cursor.state_dict()["index"], made.epoch.batches) == (0, 0)
+    assert torch.equal(torch.get_rng_state(), random)

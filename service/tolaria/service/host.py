@@ -1,19 +1,13 @@
-"""The composition root: builds every part from the settings and holds the one task group.
+"""Serves: starts everything in order, holds the one task group, drains on a signal, stops everything.
 
-Owns start, drain and exit code. Must not hold rules, and never touches a tensor.
+Owns the exit code. Must not hold rules, and never touches a tensor.
 """
 
 from __future__ import annotations
 
-import io
 import signal
-import sys
-import time
-import uuid
-from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import anyio
 import anyio.to_thread
@@ -31,28 +25,18 @@ from leyline.v1.admin_service_pb2 import (
 )
 from leyline.v1.admin_service_pb2_grpc import add_TolariaAdminServiceServicer_to_server
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN
-from tolaria import __version__
-from tolaria.config import PeerSettings, Settings, child_environment
-from tolaria.emergency.watched import stacks_on_request, stay_watched
+from tolaria.config import PeerSettings, child_environment
+from tolaria.emergency.watched import stay_watched
 from tolaria.emergency.watching import watch_board
 from tolaria.grpc_server import GrpcServer, grpc_server
 from tolaria.peers.calls import Peer
 from tolaria.peers.connect import Peers, connected_peers
-from tolaria.peers.verification import new_verifier
 from tolaria.reference.embedded import EmbeddedPair, embedded_pair
 from tolaria.rpc.admin import AdminService
-from tolaria.signals import SignalBoard
-from tolaria.telemetry.emitter import Emitter
+from tolaria.service.parts import Parts, new_loop
 from tolaria.telemetry.exporter import exporter
-from tolaria.telemetry.logging import LogContext, logging_to
-from tolaria.telemetry.metrics import Metrics
-from tolaria.training.consult import Consultant, Consultation
-from tolaria.training.feed import StatusFeed
-from tolaria.training.guardian import Guardian
 from tolaria.training.loop import TrainingLoop
-from tolaria.training.progress import Progress
-from tolaria.training.record import Recorder
-from tolaria.training.rig import Rig, build_rig
+from tolaria.training.recovery.operators import RecoveryDesk
 from tolaria.training.safeguards import KASMINA, TAMIYO
 from tolaria.training.safety_desk import SafetyDesk
 
@@ -63,31 +47,6 @@ _LANE_SHARE, _CALLS_SHARE, _CHILDREN_SHARE = 0.5, 0.2, 0.1
 _LANE_JOIN_S = 1.0
 
 
-def run(settings: Settings) -> int:
-    """Serve until the run is done or a signal comes; returns the exit code.
-
-    Raises:
-        JobError: when the job cannot be built; nothing has been started by then.
-        BindError: when an address cannot be had; what had been started is stopped again.
-        PeerUnavailableError: when an embedded peer does not start.
-        SignalError: when the signal board cannot be had.
-        ConfigurationError: when state.dir cannot be written.
-    """
-    metrics = Metrics()
-    context = LogContext()
-    dropped = metrics.telemetry_dropped_total
-    stderr = sys.stderr or io.StringIO()  # closed: whoever started us does not want to hear
-    with logging_to(stderr, settings.logging, context, on_dropped=lambda priority: dropped.labels(priority).inc()):
-        rig = build_rig(settings)
-        metrics.build_info.info({"version": __version__, "torch": version("torch"), "device": str(rig.device)})
-        progress = _new_progress(settings, rig)
-        with (
-            SignalBoard.create(settings.signals.board(progress.run_id), progress.run_id) as board,
-            stacks_on_request(settings),
-        ):
-            return anyio.run(_Service(settings, rig, progress, metrics=metrics, log_context=context, board=board).serve)
-
-
 @dataclass(slots=True)
 class _Endings:
     """What ends the service: a signal has asked for it; streams shall end."""
@@ -96,42 +55,19 @@ class _Endings:
     closing: anyio.Event
 
 
-class _Service:
-    """One service around one run. Built inside the event loop's process, used on the event loop only."""
+class Host:
+    """One service around one run. Used on the event loop only."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        rig: Rig,
-        progress: Progress,
-        *,
-        metrics: Metrics,
-        log_context: LogContext,
-        board: SignalBoard,
-    ) -> None:
-        self._settings = settings
-        self._rig = rig
-        self._metrics = metrics
-        self._emitter = Emitter()
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._settings = parts.settings
+        self._metrics = parts.ground.metrics
+        self._emitter = parts.ground.emitter
+        self._progress = parts.progress
+        self._feed = parts.feed
+        self._board = parts.ground.board
+        self._guardian = parts.guardian
         self._log = structlog.get_logger()
-        self._progress = progress
-        self._recorder = Recorder(
-            self._progress,
-            gradients=settings.gradients,
-            metrics=metrics,
-            emitter=self._emitter,
-            log_context=log_context,
-        )
-        self._feed = StatusFeed()
-        self._board = board
-        self._guardian = Guardian(
-            board,
-            board.claim("tolaria"),
-            settings=settings.emergency,
-            metrics=metrics,
-            emitter=self._emitter,
-            changed=self._feed.changed,
-        )
         self._metrics_address = ""
 
     async def serve(self) -> int:
@@ -145,7 +81,7 @@ class _Service:
             self._metrics_address = str(address)
             pair = await stack.enter_async_context(self._embedded_peers())
             peers = await stack.enter_async_context(self._connected_peers(pair))
-            loop = self._new_loop(peers)
+            loop = new_loop(self._parts, controller=peers.tamiyo, executor=peers.kasmina, seats=[])
             server = await stack.enter_async_context(self._admin_server(loop, endings))
             stack.push_async_callback(self._end_lane, loop, endings)
             self._log.info(
@@ -161,6 +97,7 @@ class _Service:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._drain_on_signal, tasks, loop, endings)
             tasks.start_soon(loop.consultant.serve)
+            tasks.start_soon(loop.rollbacks.serve)
             tasks.start_soon(watch_board, self._board, self._guardian.controller)
             tasks.start_soon(stay_watched, self._settings, self._board, self._guardian.hearts)
             tasks.start_soon(self._publish_health, server)
@@ -211,32 +148,6 @@ class _Service:
         reason = self._progress.state_reason
         return [f"the run is {state}: {reason}" if reason else f"the run is {state}"]
 
-    def _new_loop(self, peers: Peers) -> TrainingLoop:
-        settings = self._settings
-
-        def make_consultant(on_settled: Callable[[Consultation], None]) -> Consultant:
-            return Consultant(
-                controller=peers.tamiyo,
-                executor=peers.kasmina,
-                verifier=new_verifier(settings.leyline),
-                metrics=self._metrics,
-                emitter=self._emitter,
-                permits=self._guardian.safeguards.permits,
-                on_settled=on_settled,
-            )
-
-        return TrainingLoop(
-            self._rig,
-            training=settings.training,
-            control=settings.control,
-            # Three calls at most: ask, hand over, hear what is desired; each has its own deadline.
-            patience_s=settings.tamiyo.timeout_s + 2 * settings.kasmina.timeout_s + 1.0,
-            recorder=self._recorder,
-            guardian=self._guardian,
-            feed=self._feed,
-            make_consultant=make_consultant,
-        )
-
     def _admin_server(self, loop: TrainingLoop, endings: _Endings) -> AbstractAsyncContextManager[GrpcServer]:
         settings = self._settings
 
@@ -248,6 +159,7 @@ class _Service:
             service = AdminService(
                 loop,
                 safety=SafetyDesk(loop, self._guardian),
+                recovery=RecoveryDesk(loop),
                 complete=complete,
                 closing=endings.closing,
                 interval_s=settings.server.status_interval_ms / 1000,
@@ -286,15 +198,3 @@ class _Service:
             metrics=self._metrics,
             emitter=self._emitter,
         )
-
-
-def _new_progress(settings: Settings, rig: Rig) -> Progress:
-    training = settings.training
-    return Progress(
-        run_id=uuid.uuid4().hex[:12],
-        job=training.job,
-        experiment=training.experiment,
-        epochs=training.epochs,
-        steps_per_epoch=rig.steps_per_epoch,
-        started_at_s=time.monotonic(),
-    )

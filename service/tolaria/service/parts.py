@@ -1,0 +1,161 @@
+"""The parts of a service, put together from the settings. Owns who gets what; nothing here runs yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from leyline.v1.enums_pb2 import RollbackTier
+from tolaria.config import Settings
+from tolaria.emergency import Trigger
+from tolaria.errors import SignalError
+from tolaria.peers.verification import new_verifier
+from tolaria.rollback import RollbackRow
+from tolaria.rollback.budget import RollbackBudgets
+from tolaria.rollback.coordinator import Clocks, OnSlot, RollbackCoordinator
+from tolaria.rollback.participants import Seat
+from tolaria.rollback.phases import Phase
+from tolaria.signals import SignalBoard
+from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.logging import LogContext
+from tolaria.telemetry.metrics import Metrics
+from tolaria.training.consult import Consultant, Consultation, Controller, Executor
+from tolaria.training.feed import StatusFeed
+from tolaria.training.guardian import Guardian
+from tolaria.training.lane_link import LaneLink
+from tolaria.training.loop import TrainingLoop
+from tolaria.training.progress import Progress
+from tolaria.training.record import Recorder
+from tolaria.training.recovery.keeper import SnapshotKeeper
+from tolaria.training.recovery.restorer import LaneRestorer, NoCheckpoints
+from tolaria.training.recovery.retreats import Retreats
+from tolaria.training.recovery.rollbacks import RollbackDesk, RollbackTies
+from tolaria.training.rig import Rig
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What is there before anything is built on it."""
+
+    settings: Settings
+    rig: Rig
+    keeper: SnapshotKeeper
+    progress: Progress
+    board: SignalBoard
+    metrics: Metrics
+    emitter: Emitter
+    log_context: LogContext
+
+
+class Parts:
+    """What a service consists of beside its peers. Built once, for one run."""
+
+    def __init__(self, ground: Ground) -> None:
+        settings = ground.settings
+        self.ground = ground
+        self.settings = settings
+        self.progress = ground.progress
+        self.recorder = Recorder(
+            ground.progress,
+            gradients=settings.gradients,
+            metrics=ground.metrics,
+            emitter=ground.emitter,
+            log_context=ground.log_context,
+        )
+        self.feed = StatusFeed()
+        self.guardian = Guardian(
+            ground.board,
+            ground.board.claim("tolaria"),
+            settings=settings.emergency,
+            metrics=ground.metrics,
+            emitter=ground.emitter,
+            changed=self.feed.changed,
+        )
+        self.link = LaneLink(ground.rig, ground.keeper, threads=settings.training.threads, hearts=self.guardian.hearts)
+        self.retreats = Retreats(settings.rollback)
+        self.on_slot = _slot(ground.board)
+
+
+def new_loop(parts: Parts, *, controller: Controller, executor: Executor, seats: Sequence[Seat]) -> TrainingLoop:
+    """The run, with these peers; `seats` are those that take part in rollbacks, in order."""
+    settings, ground = parts.settings, parts.ground
+
+    def make_consultant(on_settled: Callable[[Consultation], None]) -> Consultant:
+        return Consultant(
+            controller=controller,
+            executor=executor,
+            verifier=new_verifier(settings.leyline),
+            metrics=ground.metrics,
+            emitter=ground.emitter,
+            permits=parts.guardian.safeguards.permits,
+            on_settled=on_settled,
+        )
+
+    return TrainingLoop(
+        parts.link,
+        training=settings.training,
+        control=settings.control,
+        # Three calls at most: ask, hand over, hear what is desired; each has its own deadline.
+        patience_s=settings.tamiyo.timeout_s + 2 * settings.kasmina.timeout_s + 1.0,
+        recorder=parts.recorder,
+        guardian=parts.guardian,
+        rollbacks=new_rollbacks(parts, seats),
+        retreats=parts.retreats,
+        feed=parts.feed,
+        make_consultant=make_consultant,
+    )
+
+
+def new_rollbacks(parts: Parts, seats: Sequence[Seat]) -> RollbackDesk:
+    """Where this run goes back, with these participants beside Tolaria."""
+    settings, recorder = parts.settings.rollback, parts.recorder
+
+    def missed(reason: str) -> None:
+        if settings.halt_on_deadline:
+            parts.guardian.controller.trigger(Trigger.ROLLBACK_DEADLINE_MISSED, reason)
+
+    async def record(row: RollbackRow) -> None:
+        del row
+
+    async def supersede(global_step: int) -> None:
+        del global_step
+
+    restorer = LaneRestorer(
+        parts.link.desk, points=parts.link.points, checkpoints=NoCheckpoints(), damaged=recorder.rollbacks.damaged
+    )
+    coordinator = RollbackCoordinator(
+        seats,
+        restorer,
+        run_id=parts.progress.run_id,
+        budgets=RollbackBudgets(fast_s=settings.fast_budget_s, full_s=settings.full_budget_s),
+        on_slot=parts.on_slot,
+        record=record,
+        clocks=Clocks(),
+    )
+    ties = RollbackTies(
+        standstill=parts.link.standstill,
+        desk=parts.link.desk,
+        retreats=parts.retreats,
+        recorder=recorder.rollbacks,
+        adjusted=recorder.adjusted,
+        supersede=supersede,
+        missed=missed,
+        changed=parts.feed.changed,
+    )
+    return RollbackDesk(coordinator, ties, global_step=lambda: parts.progress.global_step)
+
+
+def _slot(board: SignalBoard) -> OnSlot:
+    """Shows a rollback's phases on the board; one that cannot be written must not stop the rollback."""
+    writer = board.claim_rollback()
+    log = structlog.get_logger()
+
+    def show(phase: Phase, rollback_id: str, target_step: int, deadline_ns: int, tier: RollbackTier.ValueType) -> None:
+        try:
+            writer.write(phase, rollback_id=rollback_id, target_step=target_step, deadline_ns=deadline_ns, tier=tier)
+        except SignalError:
+            log.exception("signal_board_not_written")
+
+    return show

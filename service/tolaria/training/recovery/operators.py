@@ -1,0 +1,61 @@
+"""What operators ask about the state of a run, in the contract's messages. Must not know how a request reached it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from leyline.v1 import admin_service_pb2 as admin
+from tolaria.errors import NotImplementedYetError
+from tolaria.rollback.orders import RollbackOutcome
+from tolaria.training.recovery.rollbacks import Asked
+
+_OPERATOR = "operator"
+
+
+class Revertible(Protocol):
+    """A run that can go back."""
+
+    async def roll_back(self, asked: Asked) -> RollbackOutcome:
+        """Go back and wait for it."""
+
+
+class RecoveryDesk:
+    """Serves operators. Used on the event loop only."""
+
+    def __init__(self, run: Revertible) -> None:
+        self._run = run
+
+    async def trigger_rollback(self, request: admin.TriggerRollbackRequest) -> admin.TriggerRollbackResponse:
+        """Go back; returns when the state is back.
+
+        Raises:
+            TolariaError: why nothing was restored; the live state is as it was.
+        """
+        target = request.target_step if request.HasField("target_step") else None
+        outcome = await self._run.roll_back(Asked(request.tier, target, request.reason, _OPERATOR))
+        return admin.TriggerRollbackResponse(
+            rollback_id=outcome.rollback_id,
+            tier=outcome.tier,
+            restored_step=outcome.restored_step,
+            state_digest=outcome.state_digest,
+            expected_digest=outcome.expected_digest,
+            latency_ms=outcome.latency_ms,
+            global_step=outcome.restored_step,
+            coordinated=outcome.coordinated,
+        )
+
+    async def restore_points(self) -> admin.ListRestorePointsResponse:
+        """Where one can go back to, newest first."""
+        raise NotImplementedYetError("x")
+
+    async def create_checkpoint(self, request: admin.CreateCheckpointRequest) -> admin.CreateCheckpointResponse:
+        """Write one now; returns when it is committed."""
+        raise NotImplementedYetError("x")
+
+    async def incidents(self, limit: int) -> admin.ListIncidentsResponse:
+        """What has gone wrong, newest first."""
+        raise NotImplementedYetError("x")
+
+    async def capture_profile(self, request: admin.CaptureProfileRequest) -> admin.CaptureProfileResponse:
+        """Take a trace; returns when it is written."""
+        raise NotImplementedYetError("x")

@@ -1,0 +1,72 @@
+"""Watches a run's health and says when it has to go back by itself; remembers which batches have spoiled it meanwhile.
+
+Owns the record that steps are judged against. Must not know how a rollback is done.
+"""
+
+from __future__ import annotations
+
+from tolaria.config import RollbackSettings
+from tolaria.training.judge import Health, Proceed
+from tolaria.training.reports import EpochReport, StepReport
+from tolaria.training.verdicts import HealthLimits, Record, Retreat, Verdict, judge_epoch, judge_step
+
+
+class Retreats:
+    """Used on the event loop only."""
+
+    def __init__(self, settings: RollbackSettings) -> None:
+        self._automatic = settings.automatic
+        self._limits = limits_of(settings)
+        self._record = Record()
+        self._retreating = False
+        self._spoiled: set[tuple[int, int]] = set()
+
+    def step(self, step: StepReport, health: Health) -> Verdict:
+        """Judge a step against the averages before it. While going back nothing is begun, but spoilt steps count."""
+        if not self._automatic:
+            return Proceed()
+        verdict = judge_step(health, self._record, step, self._limits)
+        if isinstance(verdict, Proceed):
+            return verdict
+        self._spoiled.update((step.epoch, place) for place in step.batches)
+        if self._retreating:
+            return Proceed()
+        return self._begun(verdict)
+
+    def observed(self, health: Health) -> None:
+        """A healthy step has entered the averages."""
+        self._record = self._record.after_step(health, self._limits)
+
+    def epoch(self, epoch: EpochReport) -> Verdict:
+        """Judge an epoch against the best before it."""
+        if not self._automatic or self._retreating:
+            return Proceed()
+        verdict = judge_epoch(self._record, epoch, self._limits)
+        self._record = self._record.after_epoch(epoch)
+        return verdict if isinstance(verdict, Proceed) else self._begun(verdict)
+
+    def over(self) -> frozenset[tuple[int, int]]:
+        """A rollback has ended: the batches, (epoch, place in it), that were spoilt since it was asked for."""
+        spoiled, self._spoiled = frozenset(self._spoiled), set()
+        self._retreating = False
+        return spoiled
+
+    def _begun(self, verdict: Verdict) -> Verdict:
+        if isinstance(verdict, Retreat):
+            self._record = self._record.after_retreat(verdict, self._limits)
+            self._retreating = True
+        return verdict
+
+
+def limits_of(settings: RollbackSettings) -> HealthLimits:
+    """The judge's limits as the settings have them."""
+    return HealthLimits(
+        loss_factor=settings.loss_factor,
+        norm_factor=settings.norm_factor,
+        accuracy_drop=settings.accuracy_drop,
+        warmup_steps=settings.warmup_steps,
+        rollbacks_max=settings.automatic_max,
+        per_steps=settings.per_steps,
+        lr_cut=settings.lr_cut,
+        lr_cut_steps=settings.lr_cut_steps,
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tolaria.errors import JournalDamagedError, JournalError, JournalNewerError, JournalUnavailableError
-from tolaria.rollback import CheckpointRow, Journal
+from tolaria.rollback import CheckpointRow, Journal, journal_reading
 from tolaria.rollback.journal_reading import read_journal
 from tolaria.rollback.journal_rows import values_digest
 
@@ -166,6 +166,26 @@ def test_a_refusal_of_the_system_is_no_damage(tmp_path: Path) -> None:
     path.chmod(0)
     with pytest.raises(JournalUnavailableError):
         read_journal(path, CheckpointRow)
+
+
+def test_a_service_that_ends_while_the_journal_is_being_opened_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files beside it are gone between the look and the opening: it is read as the closed one that it is now."""
+    path = filled(tmp_path / "j")
+    service = Journal(path)
+    connected = journal_reading._connected
+    tries: list[str] = []
+
+    def late(uri: str) -> sqlite3.Connection:
+        tries.append(uri)
+        service.close()
+        return connected(uri)
+
+    monkeypatch.setattr(journal_reading, "_connected", late)
+    assert steps(path) == list(range(20))
+    assert len(tries) == 2
+    Journal(path).close()
 
 
 def test_a_journal_that_is_opened_and_closed_all_the_time_is_read(tmp_path: Path) -> None:

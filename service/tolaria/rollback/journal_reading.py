@@ -87,7 +87,7 @@ def _untouched(path: Path) -> Iterator[str]:
     """How SQLite is to open the journal so that it neither writes to it nor makes files beside it."""
     log, shared = (path.with_name(path.name + ending) for ending in ("-wal", "-shm"))
     if shared.exists() and log.exists():  # a service has it open, or was killed
-        # Should it close the journal before SQLite opens the log here, an empty log is made: the one trace there can be.
+        # Should it close the journal before SQLite opens the log here, an empty log is made: the one trace possible.
         yield f"file:{quote(str(path.absolute()))}?mode=ro&readonly_shm=1"
     elif not log.exists():
         yield f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"

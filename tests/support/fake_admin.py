@@ -10,25 +10,44 @@ from typing import Any
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from leyline.v1.admin_service_pb2 import (
+    CaptureProfileRequest,
+    CaptureProfileResponse,
+    CreateCheckpointRequest,
+    CreateCheckpointResponse,
     GetStatusRequest,
     GetStatusResponse,
+    Incident,
+    ListIncidentsRequest,
+    ListIncidentsResponse,
+    ListRestorePointsRequest,
+    ListRestorePointsResponse,
     PauseTrainingRequest,
     PauseTrainingResponse,
+    RestorePoint,
     RunState,
+    TriggerRollbackRequest,
+    TriggerRollbackResponse,
     WatchStatusRequest,
     WatchStatusResponse,
 )
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceServicer, add_TolariaAdminServiceServicer_to_server
-from leyline.v1.enums_pb2 import CircuitBreakerState, SeedLifecycleStage
+from leyline.v1.enums_pb2 import CircuitBreakerState, RollbackTier, SeedLifecycleStage
 from leyline.v1.seeds_pb2 import SeedState
+
+DIGEST = "0123456789abcdef0123456789abcdef"
 
 
 class FakeAdmin(TolariaAdminServiceServicer):
-    """Streams `statuses` and then stays open, unless `ends`; pauses; refuses to resume."""
+    """Streams `statuses` and then stays open, unless `ends`; pauses; refuses to resume.
+
+    Rolls back with the digest `restored_digest` to what was captured with `DIGEST`; keeps `restore_points` and
+    `incidents`. `patience_s` is how long the latest caller of a slow call was ready to wait.
+    """
 
     def __init__(self, statuses: list[GetStatusResponse], *, ends: bool = False) -> None:
         self.statuses = statuses
@@ -36,6 +55,11 @@ class FakeAdmin(TolariaAdminServiceServicer):
         self.silent = False
         self.hangs = threading.Event()
         self.requests: list[Any] = []
+        self.restored_digest = DIGEST
+        self.coordinated = True
+        self.restore_points: list[RestorePoint] = []
+        self.incidents: list[Incident] = []
+        self.patience_s = 0.0
 
     def GetStatus(self, request: GetStatusRequest, context: grpc.ServicerContext) -> GetStatusResponse:  # noqa: N802
         self.requests.append(request)
@@ -65,6 +89,50 @@ class FakeAdmin(TolariaAdminServiceServicer):
     def ResumeTraining(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
         info = error_details_pb2.ErrorInfo(reason="WRONG_STATE", domain="tolaria")
         _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "the run is\nnot held\x1b[31m", info)
+
+    def TriggerRollback(  # noqa: N802
+        self, request: TriggerRollbackRequest, context: grpc.ServicerContext
+    ) -> TriggerRollbackResponse:
+        self._note(request, context)
+        return TriggerRollbackResponse(
+            rollback_id="rollback-1",
+            tier=request.tier or RollbackTier.ROLLBACK_TIER_FAST,
+            restored_step=min(40, request.target_step) if request.HasField("target_step") else 40,
+            state_digest=self.restored_digest,
+            expected_digest=DIGEST,
+            latency_ms=12.34,
+            global_step=57,
+            coordinated=self.coordinated,
+        )
+
+    def CreateCheckpoint(  # noqa: N802
+        self, request: CreateCheckpointRequest, context: grpc.ServicerContext
+    ) -> CreateCheckpointResponse:
+        self._note(request, context)
+        return CreateCheckpointResponse(
+            global_step=57, checkpoint_id="000000000057-0badcafe", digest=DIGEST, size_bytes=1_572_864
+        )
+
+    def CaptureProfile(  # noqa: N802
+        self, request: CaptureProfileRequest, context: grpc.ServicerContext
+    ) -> CaptureProfileResponse:
+        self._note(request, context)
+        return CaptureProfileResponse(global_step=62, path="/state/traces/trace-1.json", size_bytes=2048)
+
+    def ListRestorePoints(  # noqa: N802
+        self, request: ListRestorePointsRequest, context: grpc.ServicerContext
+    ) -> ListRestorePointsResponse:
+        return ListRestorePointsResponse(restore_points=self.restore_points)
+
+    def ListIncidents(  # noqa: N802
+        self, request: ListIncidentsRequest, context: grpc.ServicerContext
+    ) -> ListIncidentsResponse:
+        self.requests.append(request)
+        return ListIncidentsResponse(incidents=self.incidents[: request.limit or None])
+
+    def _note(self, request: Any, context: grpc.ServicerContext) -> None:
+        self.requests.append(request)
+        self.patience_s = context.time_remaining() or 0.0
 
 
 def fake_admin(statuses: list[GetStatusResponse], *, ends: bool = False) -> FakeAdmin:
@@ -145,6 +213,59 @@ def grafting_run() -> list[GetStatusResponse]:
     for status, stage in zip(statuses, stages, strict=True):
         status.seeds[0].stage = stage
     return statuses
+
+
+def restore_points(now_s: int) -> list[RestorePoint]:
+    """One on disk, from two hours before, and a later one in memory."""
+    return [
+        RestorePoint(
+            tier=RollbackTier.ROLLBACK_TIER_FULL,
+            global_step=45,
+            epoch=1,
+            size_bytes=1_572_864,
+            digest=DIGEST,
+            created_at=Timestamp(seconds=now_s - 7300),
+            checkpoint_id="000000000045-0badcafe",
+            stable=True,
+        ),
+        RestorePoint(
+            tier=RollbackTier.ROLLBACK_TIER_FAST,
+            global_step=57,
+            epoch=2,
+            size_bytes=1_572_864,
+            digest=DIGEST[::-1],
+            created_at=Timestamp(seconds=now_s),
+        ),
+    ]
+
+
+def incidents_of_a_night() -> list[Incident]:
+    """Older first, as no service has them, with words that would act on a terminal."""
+    return [
+        Incident(
+            incident_id="f1",
+            kind="checkpoint_failed",
+            occurred_at=Timestamp(seconds=1_800_000_000),
+            global_step=45,
+            reason="no space\nleft \x1b[2J[bold]here",
+            details={"stage": "write"},
+        ),
+        Incident(
+            incident_id="r1",
+            kind="rollback",
+            occurred_at=Timestamp(seconds=1_800_000_060, nanos=5),
+            global_step=57,
+            reason="loss exploded",
+            details={
+                "tier": "FAST",
+                "outcome": "restored",
+                "restored_step": "40",
+                "cleared": "",
+                "state_digest": DIGEST,
+                "expected_digest": DIGEST,
+            },
+        ),
+    ]
 
 
 def _until_cancelled(context: grpc.ServicerContext) -> None:

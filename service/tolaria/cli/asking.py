@@ -52,8 +52,8 @@ def ask(
     *,
     as_json: bool,
     show: Callable[[ResponseT], None],
-) -> None:
-    """Make one call and print its answer: as JSON, else by `show`.
+) -> ResponseT:
+    """Make one call, print its answer, as JSON or else by `show`, and return it.
 
     Raises:
         ServiceUnreachableError: when nobody answers.
@@ -69,6 +69,7 @@ def ask(
         typer.echo(json_text(answer))
     else:
         show(answer)
+    return answer
 
 
 def status(whom: Target, *, as_json: bool) -> None:

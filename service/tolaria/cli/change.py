@@ -8,9 +8,10 @@ from __future__ import annotations
 import inspect
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, ParamSpec, Protocol, TypeVar
 
 import typer
 
@@ -36,12 +37,30 @@ ResponseT = TypeVar("ResponseT", bound="Message")
 Register = Callable[[Callable[P, RequestT]], Callable[P, RequestT]]
 
 
-def changing(app: typer.Typer, rpc: Rpc[RequestT, ResponseT], *, name: str = "") -> Register[P, RequestT]:
+@dataclass(frozen=True, slots=True)
+class Telling(Generic[ResponseT]):
+    """How an answer is told, where the step and its other fields are not enough.
+
+    `show` prints it for people. `prove` raises a TolariaError when the answer is not what it should be, JSON or not.
+    """
+
+    show: Callable[[ResponseT], None]
+    prove: Callable[[ResponseT], None] = lambda _: None
+
+
+def changing(
+    app: typer.Typer,
+    rpc: Rpc[RequestT, ResponseT],
+    *,
+    name: str = "",
+    timeout_s: float = TIMEOUT_S,
+    telling: Telling[ResponseT] | None = None,
+) -> Register[P, RequestT]:
     """Register the function below as a command of `app` that makes one call.
 
     The function's parameters are the command's own options, its docstring is the help, and it returns the request with
-    its own fields set. The command is called `name`, or like the function. Options of every change, and
-    `request_id` and `reason`, are added here:
+    its own fields set. The command is called `name`, or like the function; it waits `timeout_s` unless told otherwise.
+    Options of every change, and `request_id` and `reason`, are added here:
 
         @changing(app, lambda admin: admin.AdjustLearningRate)
         def lr(factor: float) -> AdjustLearningRateRequest:
@@ -52,11 +71,12 @@ def changing(app: typer.Typer, rpc: Rpc[RequestT, ResponseT], *, name: str = "")
     def register(build: Callable[P, RequestT]) -> Callable[P, RequestT]:
         own = list(inspect.signature(build, eval_str=True).parameters.values())
         called = name or build.__name__.replace("_", "-")
-        command = _command(build, rpc, name or build.__name__)
+        command = _command(build, rpc, name or build.__name__, telling)
         command.__doc__ = build.__doc__
-        command.__annotations__ = {p.name: p.annotation for p in [*own, *_SHARED]}
+        shared = [p.replace(default=timeout_s) if p.name == "timeout_s" else p for p in _SHARED]
+        command.__annotations__ = {p.name: p.annotation for p in [*own, *shared]}
         # typer reads a command's options from its signature: this is where they meet.
-        signature = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *_SHARED]])
+        signature = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in [*own, *shared]])
         setattr(command, "__signature__", signature)  # noqa: B010 - mypy knows no such attribute of a function
         app.command(called)(command)
         return build
@@ -64,7 +84,9 @@ def changing(app: typer.Typer, rpc: Rpc[RequestT, ResponseT], *, name: str = "")
     return register
 
 
-def _command(build: Callable[..., RequestT], rpc: Rpc[RequestT, ResponseT], name: str) -> Callable[..., None]:
+def _command(
+    build: Callable[..., RequestT], rpc: Rpc[RequestT, ResponseT], name: str, telling: Telling[ResponseT] | None
+) -> Callable[..., None]:
     def command(
         *,
         reason: str,
@@ -82,13 +104,15 @@ def _command(build: Callable[..., RequestT], rpc: Rpc[RequestT, ResponseT], name
         request.request_id = request_id or str(uuid.uuid4())
         request.reason = reason
         whom = asking.target(address, timeout_s, config_file, overrides or [])
-        show = partial(asking.show_change, name)
+        show = telling.show if telling else partial(asking.show_change, name)
         try:
-            asking.ask(whom, rpc, request, as_json=as_json, show=show)
+            answer = asking.ask(whom, rpc, request, as_json=as_json, show=show)
         except ServiceUnreachableError as error:
             # The change may have been made although its answer is lost.
             hint = f"--request-id {request.request_id} repeats it safely"
             raise ServiceUnreachableError(f"{error}; {hint}") from None
+        if telling:
+            telling.prove(answer)
 
     return command
 

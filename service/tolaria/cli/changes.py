@@ -1,4 +1,7 @@
-"""The changes that an operator can ask of a running service. Must not know how a call is made."""
+"""The changes that an operator can ask of a running service.
+
+Must not know how a call is made, nor how answers are worded that need more than their fields.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,26 @@ import typer
 
 from leyline.v1.admin_service_pb2 import (
     AdjustLearningRateRequest,
+    CaptureProfileRequest,
+    CreateCheckpointRequest,
     PauseTrainingRequest,
     ResumeTrainingRequest,
     SetConservativeModeRequest,
     StopTrainingRequest,
+    TriggerRollbackRequest,
 )
-from tolaria.cli.change import changing
+from leyline.v1.enums_pb2 import RollbackTier
+from tolaria.cli.answers import digests_equal, show_checkpoint, show_profile, show_rollback
+from tolaria.cli.change import Telling, changing
 
 changes = typer.Typer()
+
+ROLLBACK_TIMEOUT_S = 30.0  # rollback.full_budget_s is 12, and a fence has to come first
+CHECKPOINT_TIMEOUT_S = 60.0
+PROFILE_TIMEOUT_S = 900.0  # however slow the steps are
+
+_UINT32_MAX = 2**32 - 1
+_UINT64_MAX = 2**64 - 1
 
 
 def _finite(number: float | None) -> float | None:
@@ -74,7 +89,9 @@ def lr(
     group: Annotated[
         str, typer.Option(help="Param group, such as host or seed:seed-1 (default: all that train).")
     ] = "",
-    for_steps: Annotated[int, typer.Option(min=0, help="Updates until it wears off (default: it stays).")] = 0,
+    for_steps: Annotated[
+        int, typer.Option(min=0, max=_UINT64_MAX, help="Updates until it wears off (default: it stays).")
+    ] = 0,
 ) -> AdjustLearningRateRequest:
     """Change learning rates at the next fence, by --factor or --value."""
     if (factor is None) == (value is None):
@@ -85,3 +102,59 @@ def lr(
     if value is not None:
         request.value = value
     return request
+
+
+class Tier(StrEnum):
+    """From where a rollback takes the state."""
+
+    FAST = "fast"
+    FULL = "full"
+    AUTO = "auto"
+
+    @property
+    def number(self) -> RollbackTier.ValueType:
+        """The contract's value."""
+        if self is Tier.AUTO:
+            return RollbackTier.ROLLBACK_TIER_UNSPECIFIED
+        return RollbackTier.Value(f"ROLLBACK_TIER_{self.name}")
+
+
+@changing(
+    changes,
+    lambda admin: admin.TriggerRollback,
+    timeout_s=ROLLBACK_TIMEOUT_S,
+    telling=Telling(show_rollback, prove=digests_equal),
+)
+def rollback(
+    tier: Annotated[
+        Tier, typer.Option(help="fast: from memory; full: from disk; auto: the service decides.")
+    ] = Tier.AUTO,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=_UINT64_MAX,
+            help="Back to the nearest restore point at or before this step (default: the last stable one).",
+        ),
+    ] = None,
+) -> TriggerRollbackRequest:
+    """Bring back an earlier state of training, proved by its digest, and go on from there."""
+    return TriggerRollbackRequest(tier=tier.number, target_step=step)
+
+
+@changing(
+    changes, lambda admin: admin.CreateCheckpoint, timeout_s=CHECKPOINT_TIMEOUT_S, telling=Telling(show_checkpoint)
+)
+def checkpoint() -> CreateCheckpointRequest:
+    """Write a checkpoint now, and wait until it is on the disk; training goes on meanwhile."""
+    return CreateCheckpointRequest()
+
+
+@changing(changes, lambda admin: admin.CaptureProfile, timeout_s=PROFILE_TIMEOUT_S, telling=Telling(show_profile))
+def profile(
+    steps: Annotated[
+        int, typer.Option(min=0, max=_UINT32_MAX, help="Updates to trace (default: profiler.active_steps).")
+    ] = 0,
+) -> CaptureProfileRequest:
+    """Trace the next updates, and tell where the trace is."""
+    return CaptureProfileRequest(active_steps=steps)

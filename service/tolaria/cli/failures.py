@@ -5,6 +5,8 @@ Must not know how a failure is printed.
 TolariaError
 ├── ServiceUnreachableError   no service answers; exit code 3
 ├── RequestRefusedError       a service answered no; exit code 1
+├── DigestsDifferError        a rollback brought back another state than was captured; exit code 1
+├── StorageDamagedError       a state directory does not hold what was written; exit code 1
 ├── RunFailedError            the run that was watched failed; exit code 1
 ├── DemoFailedError           the demo's service or its run failed; exit code 1
 │   ├── PortTakenError        ... because an address is in use
@@ -30,6 +32,14 @@ class ServiceUnreachableError(TolariaError):
 
 class RequestRefusedError(TolariaError):
     """Raised when a running service answers that it will not do what was asked; the message names the field."""
+
+
+class DigestsDifferError(TolariaError):
+    """Raised when a rollback is not proved by its digests: that of the state restored and that of its capture."""
+
+
+class StorageDamagedError(TolariaError):
+    """Raised when something that was committed in a state directory is not there as it was written."""
 
 
 class RunFailedError(TolariaError):

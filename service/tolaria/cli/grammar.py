@@ -15,6 +15,7 @@ from tolaria import __version__
 from tolaria.cli.changes import changes
 from tolaria.cli.edge import Told
 from tolaria.cli.emergency import emergency_app
+from tolaria.cli.history import history
 from tolaria.cli.options import (
     DEMO_EPOCHS,
     TIMEOUT_S,
@@ -163,6 +164,7 @@ def show(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None
 
 
 app.add_typer(changes)
+app.add_typer(history)
 app.add_typer(emergency_app, name="emergency")
 app.add_typer(signals_app, name="signals")
 app.add_typer(config_app, name="config")

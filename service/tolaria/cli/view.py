@@ -5,7 +5,7 @@ Owns layout and colour. Must not know where a status comes from; its words are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
@@ -39,6 +39,23 @@ def print_status(console: Console, status: GetStatusResponse) -> None:
         return
     for label, text in words.rows(status):
         print(f"{label:<{_PLAIN_LABEL_WIDTH}} {text}", file=console.file)
+
+
+def print_table(console: Console, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows under their columns' names: a table on a terminal, elsewhere a line each, however long."""
+    if console.is_terminal:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in names:
+            table.add_column(name, overflow="fold")
+        for row in rows:
+            # Text, not markup: words from elsewhere may hold brackets.
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    for row in (names, *rows):
+        line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        print(line.rstrip(), file=console.file)
 
 
 @contextmanager

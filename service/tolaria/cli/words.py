@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping
 from google.protobuf.descriptor import EnumDescriptor
 
 from leyline.v1.admin_service_pb2 import GetStatusResponse, RunState
-from leyline.v1.enums_pb2 import CircuitBreakerState, EmergencyLevel, HealthStatus, SeedLifecycleStage
+from leyline.v1.enums_pb2 import CircuitBreakerState, EmergencyLevel, HealthStatus, RollbackTier, SeedLifecycleStage
 from leyline.v1.seeds_pb2 import SeedState
 
 _NOT_YET = "not yet"
 _NONE = "none"
+_BINARY_UNITS = ("KiB", "MiB", "GiB", "TiB")
+_TIME_UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 
 
 def rows(status: GetStatusResponse) -> list[tuple[str, str]]:
@@ -60,6 +62,7 @@ def epoch_line(status: GetStatusResponse, epoch: int) -> str:
             f"tamiyo: {one_line(status.tamiyo_answer) or _NOT_YET}",
             f"kasmina: {one_line(status.kasmina_answer) or _NOT_YET}",
             f"seeds: {seeds(status.seeds)}",
+            *([rollbacks(status)] if status.rollbacks else []),
         ]
     )
 
@@ -102,10 +105,13 @@ def seeds(states: Iterable[SeedState]) -> str:
 
 def commands(status: GetStatusResponse) -> str:
     """How many of the controller's commands were taken, how many refused, and how often the run was rolled back."""
-    return (
-        f"{status.commands_accepted} accepted, {status.commands_rejected} rejected, "
-        f"{status.rollbacks} rollback{'' if status.rollbacks == 1 else 's'}"
-    )
+    told = f"{status.commands_accepted} accepted, {status.commands_rejected} rejected"
+    return f"{told}, {rollbacks(status)}" if status.rollbacks else told
+
+
+def rollbacks(status: GetStatusResponse) -> str:
+    """How often the run was rolled back."""
+    return f"{status.rollbacks} rollback{'' if status.rollbacks == 1 else 's'}"
 
 
 def state_word(state: int) -> str:
@@ -123,6 +129,11 @@ def level_word(level: int) -> str:
     return enum_word(EmergencyLevel.DESCRIPTOR, level, "EMERGENCY_LEVEL_")
 
 
+def tier_word(tier: int) -> str:
+    """`fast` or `full`: a RollbackTier without its prefix."""
+    return enum_word(RollbackTier.DESCRIPTOR, tier, "ROLLBACK_TIER_")
+
+
 def enum_word(enum: EnumDescriptor, number: int, prefix: str) -> str:
     """The name of an enum's value as a lower-case word; a number that this version does not know stays a number."""
     value = enum.values_by_number.get(number)
@@ -132,6 +143,20 @@ def enum_word(enum: EnumDescriptor, number: int, prefix: str) -> str:
 def stage_word(stage: int) -> str:
     """`germinated`, `training`, ...: a seed's stage without its prefix."""
     return enum_word(SeedLifecycleStage.DESCRIPTOR, stage, "SEED_STAGE_")
+
+
+def size(size_bytes: int) -> str:
+    """Bytes as a person reads them: `512 B`, `1.5 MiB`."""
+    if size_bytes < 1024:
+        return f"{size_bytes} B"
+    power = min((size_bytes.bit_length() - 1) // 10, len(_BINARY_UNITS))
+    return f"{size_bytes / 1024**power:.1f} {_BINARY_UNITS[power - 1]}"
+
+
+def duration(seconds: float) -> str:
+    """A stretch of time in its largest whole unit: `42 s`, `3 min`, `5 h`, `2 d`."""
+    unit, length_s = next(((unit, length_s) for unit, length_s in _TIME_UNITS if seconds >= length_s), ("s", 1))
+    return f"{int(seconds // length_s)} {unit}"
 
 
 def one_line(text: str, *, length_max: int = 200) -> str:

@@ -69,11 +69,11 @@ class Journal:
         self._lock = threading.Lock()
         if not path.exists():
             _create(path)
-        with _translated():
+        with translated():
             self._connection = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
         try:
-            with _translated():
-                self._connection.text_factory = _lenient_text
+            with translated():
+                self._connection.text_factory = lenient_text
                 self._prepare(path)
         except BaseException:
             self._connection.close()
@@ -88,15 +88,15 @@ class Journal:
         names = (*columns(type(row)), "row_digest")
         marks = ", ".join("?" * len(names))
         statement = f"INSERT OR REPLACE INTO {row.table} ({', '.join(names)}) VALUES ({marks})"  # noqa: S608 - our names
-        with self._lock, _translated():
+        with self._lock, translated():
             self._connection.execute(statement, stored_values(row))
 
     def answer_once(self, row: AdminActionRow) -> AdminActionRow:
         """Record an operator's request and its answer, unless that request has one: then the first, which counts."""
-        with self._lock, _translated():
+        with self._lock, translated():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
-                found = self._select(AdminActionRow, "WHERE request_id = ?", (row.request_id,))
+                found = select_rows(self._connection, AdminActionRow, "WHERE request_id = ?", (row.request_id,))
                 if not found:
                     names = (*columns(AdminActionRow), "row_digest")
                     statement = f"INSERT INTO admin_actions VALUES ({', '.join('?' * len(names))})"  # noqa: S608 - marks
@@ -109,19 +109,19 @@ class Journal:
 
     def find(self, kind: type[AnyRow], key: str) -> AnyRow | None:
         """The row with this key."""
-        with self._lock, _translated():
-            found = self._select(kind, f"WHERE {columns(kind)[0]} = ?", (key,))
+        with self._lock, translated():
+            found = select_rows(self._connection, kind, f"WHERE {columns(kind)[0]} = ?", (key,))
             return found[0] if found else None
 
     def rows(self, kind: type[AnyRow], *, run_id: str | None = None) -> tuple[AnyRow, ...]:
         """All rows of a table, oldest first; of one run if told."""
-        with self._lock, _translated():
+        with self._lock, translated():
             clause, values = ("", ()) if run_id is None else ("WHERE run_id = ?", (run_id,))
-            return tuple(self._select(kind, f"{clause} ORDER BY at_ns, rowid", values))
+            return tuple(select_rows(self._connection, kind, f"{clause} ORDER BY at_ns, rowid", values))
 
     def incidents(self, limit: int) -> tuple[Incident, ...]:
         """The newest `limit` incidents, newest first."""
-        with self._lock, _translated():
+        with self._lock, translated():
             found = self._connection.execute(
                 "SELECT incident_id, kind, at_ns, global_step, reason, details FROM incidents"
                 " ORDER BY at_ns DESC LIMIT ?",
@@ -146,45 +146,64 @@ class Journal:
         self.close()
 
     def _prepare(self, path: Path) -> None:
-        tables = self._connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
-        if not tables:
-            raise JournalDamagedError(f"{path}: the file is there but empty")
-        self._refuse_newer(path)
+        _refuse_newer(self._connection, path)
         (mode,) = self._connection.execute("PRAGMA journal_mode=WAL").fetchone()
         if mode != "wal":
             raise JournalDamagedError(f"{path}: its journal mode cannot be set, it is {mode}")
         self._connection.execute("PRAGMA synchronous=FULL")
-        self._check(path, {sql for (sql,) in tables})
-
-    def _refuse_newer(self, path: Path) -> None:
-        found = self._connection.execute("SELECT schema_version, row_digest FROM meta").fetchall()
-        if len(found) != 1 or values_digest("meta", found[0][:1]) != found[0][1]:
-            raise JournalDamagedError(f"{path}: its version cannot be told")
-        if found[0][0] > SCHEMA_VERSION:
-            raise JournalNewerError(f"{path} has schema {found[0][0]}; this Tolaria knows {SCHEMA_VERSION}")
-
-    def _check(self, path: Path, schema: set[str]) -> None:
-        if schema != set(_schema()):
-            raise JournalDamagedError(f"{path}: its tables are not those that were made")
-        verdicts = self._connection.execute("PRAGMA integrity_check").fetchall()
-        if verdicts != [("ok",)]:
-            raise JournalDamagedError(f"{path}: {verdicts[0][0]}")
-        for kind in ROW_TYPES:
-            self._select(kind, "", ())
+        check_content(self._connection, path)
         # A write that changes nothing: a header that forbids writing shows now rather than at the first commit.
         self._connection.execute("BEGIN IMMEDIATE")
         self._connection.execute("UPDATE meta SET schema_version = schema_version")
         self._connection.execute("COMMIT")
 
-    def _select(self, kind: type[AnyRow], clause: str, values: tuple[Scalar, ...]) -> list[AnyRow]:
-        names = ", ".join(columns(kind))
-        query = f"SELECT {names}, row_digest FROM {kind.table} {clause}"  # noqa: S608 - our own names
-        rows = []
-        for *found, digest in self._connection.execute(query, values):
-            if values_digest(kind.table, tuple(found)) != digest:
-                raise JournalDamagedError(f"a row of {kind.table} is not what was written")
-            rows.append(kind(*found))
-        return rows
+
+def check_content(connection: sqlite3.Connection, path: Path) -> None:
+    """Read everything once: the version, the tables, SQLite's own check, every row's digest. Nothing is written.
+
+    Raises:
+        JournalDamagedError: something is not what was written.
+        JournalNewerError: a newer Tolaria wrote it.
+        sqlite3.DatabaseError: SQLite's own word for either, or for a refusal of the system; see `translated`.
+    """
+    _refuse_newer(connection, path)
+    schema = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+    if {sql for (sql,) in schema} != set(_schema()):
+        raise JournalDamagedError(f"{path}: its tables are not those that were made")
+    verdicts = connection.execute("PRAGMA integrity_check").fetchall()
+    if verdicts != [("ok",)]:
+        raise JournalDamagedError(f"{path}: {verdicts[0][0]}")
+    for kind in ROW_TYPES:
+        select_rows(connection, kind, "", ())
+
+
+def select_rows(
+    connection: sqlite3.Connection, kind: type[AnyRow], clause: str, values: tuple[Scalar, ...]
+) -> list[AnyRow]:
+    """The rows of a table that `clause` selects, each proved by its digest.
+
+    Raises:
+        JournalDamagedError: a row is not what was written.
+        sqlite3.DatabaseError: as `check_content` does.
+    """
+    names = ", ".join(columns(kind))
+    query = f"SELECT {names}, row_digest FROM {kind.table} {clause}"  # noqa: S608 - our own names
+    rows = []
+    for *found, digest in connection.execute(query, values):
+        if values_digest(kind.table, tuple(found)) != digest:
+            raise JournalDamagedError(f"a row of {kind.table} is not what was written")
+        rows.append(kind(*found))
+    return rows
+
+
+def _refuse_newer(connection: sqlite3.Connection, path: Path) -> None:
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE sql IS NOT NULL LIMIT 1").fetchall():
+        raise JournalDamagedError(f"{path}: the file is there but empty")
+    found = connection.execute("SELECT schema_version, row_digest FROM meta").fetchall()
+    if len(found) != 1 or values_digest("meta", found[0][:1]) != found[0][1]:
+        raise JournalDamagedError(f"{path}: its version cannot be told")
+    if found[0][0] > SCHEMA_VERSION:
+        raise JournalNewerError(f"{path} has schema {found[0][0]}; this Tolaria knows {SCHEMA_VERSION}")
 
 
 def _create(path: Path) -> None:
@@ -193,7 +212,7 @@ def _create(path: Path) -> None:
     try:
         for ending in (*SIDE_FILES, "-journal"):
             aside.with_name(aside.name + ending).unlink(missing_ok=True)
-        with _translated(), closing(sqlite3.connect(aside, isolation_level=None)) as connection:
+        with translated(), closing(sqlite3.connect(aside, isolation_level=None)) as connection:
             connection.execute("PRAGMA synchronous=FULL")
             connection.execute("BEGIN IMMEDIATE")
             for statement in _schema():
@@ -211,13 +230,13 @@ def _schema() -> list[str]:
     return [_META, *(create_table(kind) for kind in ROW_TYPES), INCIDENTS_VIEW]
 
 
-def _lenient_text(content: bytes) -> str:
+def lenient_text(content: bytes) -> str:
     """Damaged text shall reach the row's digest rather than stop SQLite's driver."""
     return content.decode("utf-8", "surrogateescape")
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
     """The one place where SQLite's errors become ours."""
     try:
         yield

@@ -26,6 +26,7 @@ Serve = Callable[[FakeAdmin], str]
 
 _COMMANDS = (
     *("serve", "demo", "status", "watch", "pause", "resume", "stop", "lr", "conservative"),
+    *("rollback", "checkpoint", "profile", "restore-points", "incidents", "verify"),
     *("emergency", "signals", "peer", "config"),
 )
 _BELOW = (
@@ -66,7 +67,16 @@ def test_version_is_the_package_s() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["config", "check"], ["config", "show"], ["status", "--address", _NOBODY]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["config", "check"],
+        ["config", "show"],
+        ["status", "--address", _NOBODY],
+        ["incidents", "--address", _NOBODY],
+        ["verify"],
+    ],
 )
 def test_torch_is_never_imported(arguments: list[str]) -> None:
     """Nothing but `serve` pays for torch, told by a fresh interpreter."""
@@ -163,6 +173,15 @@ def test_nobody_there_is_exit_code_3() -> None:
         ["lr", "--reason", "x", "--factor", "2", "--value", "1"],
         *(["lr", "--reason", "x", f"--factor={factor}"] for factor in ("nan", "inf", "0", "-1")),
         *(["lr", "--reason", "x", f"--value={value}"] for value in ("nan", "inf", "-inf")),
+        ["rollback", "--tier", "slow", "--reason", "x"],
+        ["rollback"],
+        *(["rollback", "--reason", "x", f"--step={step}"] for step in (-1, 2**64)),
+        ["checkpoint"],
+        *(["profile", "--reason", "x", f"--steps={steps}"] for steps in (-1, 2**32)),
+        ["incidents", "--limit", "-1"],
+        ["incidents", "--limit", str(2**32)],
+        ["verify"],
+        ["verify", "--state-dir", "."],
         ["unheard-of"],
     ],
 )

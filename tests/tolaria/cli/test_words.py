@@ -72,3 +72,38 @@ def test_not_a_number_is_shown_as_it_is() -> None:
     status = status_of(2)
     status.training_loss = math.nan
     assert words.learned(status).startswith("loss nan")
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "told"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1_572_864, "1.5 MiB"),
+        (2**30, "1.0 GiB"),
+        (2**60, "1048576.0 TiB"),
+    ],
+)
+def test_sizes(size_bytes: int, told: str) -> None:
+    """The largest unit that leaves a whole number before the point."""
+    assert words.size(size_bytes) == told
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.0, "0 s"), (59.9, "59 s"), (60.0, "1 min"), (3599.0, "59 min"), (7300.0, "2 h"), (1e6, "11 d")],
+)
+def test_durations(seconds: float, told: str) -> None:
+    """Whole units, the largest that fits."""
+    assert words.duration(seconds) == told
+
+
+def test_rollbacks_are_told_once_there_are_any() -> None:
+    """A run that never went back is not said to have gone back zero times, in the table as in an epoch's line."""
+    status = status_of(2)
+    assert words.epoch_line(status, 1).endswith("  1 rollback")
+    status.rollbacks = 3
+    assert dict(words.rows(status))["commands"].endswith(", 3 rollbacks")
+    status.rollbacks = 0
+    assert "rollback" not in words.epoch_line(status, 1) + dict(words.rows(status))["commands"]

@@ -16,6 +16,7 @@ from tolaria.training.reports import EpochReport, StepReport
 
 _FLOOR: Final = 0.01
 _DEVIATIONS: Final = 6.0
+_LOG_DEVIATIONS: Final = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,11 @@ def _explosion_reason(health: Health, record: Record, step: StepReport, limits: 
     if step.loss > max(limit, swing):
         return f"loss {step.loss:g} exceeds {limits.loss_factor:g} times its average {health.loss_ewma:g}"
     limit = explosion_limit(health.gradient_norm_ewma, limits.norm_factor, record.norm_level)
-    if step.gradient_norm > limit:
+    # Late in training the norms of a sound run scatter log-normally over far more than that factor: that is no
+    # explosion, unless it goes beyond what the whole run has been like.
+    scatter = math.exp(health.log_norm_ewma + _LOG_DEVIATIONS * math.sqrt(health.log_norm_variance))
+    unheard_of = explosion_limit(record.norm_level, limits.norm_factor, record.norm_level)
+    if step.gradient_norm > limit and step.gradient_norm > min(scatter, unheard_of):
         return (
             f"gradient norm {step.gradient_norm:g} exceeds {limits.norm_factor:g} times its average"
             f" {health.gradient_norm_ewma:g}"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -75,7 +76,7 @@ def test_what_a_step_leads_to(health: Health, report: StepReport, words: str | N
 
 def test_near_zero_the_run_s_own_scale_decides() -> None:
     """A run that has converged from 2.0 to nearly nothing is not rolled back for a loss that is still small for it."""
-    converged = Health(loss_ewma=1e-6, gradient_norm_ewma=1e-6, finite_steps=500)
+    converged = Health(loss_ewma=1e-6, gradient_norm_ewma=1e-6, log_norm_ewma=math.log(1e-6), finite_steps=500)
     record = Record(loss_level=2.0, norm_level=1.0)
     assert judge_step(converged, record, step(0.1, 0.01), LIMITS) == Proceed()
     assert isinstance(judge_step(converged, record, step(0.3, 0.01), LIMITS), Retreat)
@@ -165,6 +166,23 @@ def test_an_ordinary_run_is_left_alone(losses: list[float]) -> None:
         assert judge_step(health, record, report, LIMITS) == Proceed()
         health = observe(health, report)
         record = record.after_step(health, LIMITS)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_norms_that_scatter_log_normally_are_left_alone(seed: int) -> None:
+    """As those of a sound run do late in training, far beyond five times their average now and then."""
+    draw = random.Random(seed)
+    health, record, highest = Health(), Record(), 0.0
+    for number in range(4000):
+        decay = math.exp(-number / 500)  # while it converges
+        report = step(0.05 + decay, 0.05 * draw.lognormvariate(0.0, 0.9) + decay)
+        assert judge_step(health, record, report, LIMITS) == Proceed()
+        if number > LIMITS.warmup_steps:
+            highest = max(highest, report.gradient_norm / health.gradient_norm_ewma)
+        health = observe(health, report)
+        record = record.after_step(health, LIMITS)
+    assert highest > LIMITS.norm_factor
+    assert isinstance(judge_step(health, record, step(0.05, 5.0), LIMITS), Retreat)
 
 
 @pytest.mark.parametrize("growth", [1.3, 2.0, 10.0])

@@ -20,6 +20,7 @@ import structlog
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED
 from tolaria.errors import CheckpointWriteError, LaneError, TolariaError
 from tolaria.rollback import Retention
+from tolaria.rollback.checkpoint import errno_name
 from tolaria.telemetry import events
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class CheckpointDesk:
             self._failed(error)
             raise
         except OSError as error:
-            refused = CheckpointWriteError("keep", error.strerror or "OSError", str(error))
+            refused = CheckpointWriteError("keep", errno_name(error), str(error))
             self._failed(refused)
             raise refused from error
         if row is not None:

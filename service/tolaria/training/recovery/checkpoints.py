@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 BUSY_S: Final = 0.25
 """Until an operator's checkpoint is tried again while the writer has its hands full: it seals an image in less."""
 
+STALLED_S: Final = 120.0
+"""A checkpoint that takes so long is told of: a disk that hangs refuses nothing, and what falls due is left out."""
+
 _BEST: Final[dict[str, Literal["highest", "lowest"]]] = {"accuracy": "highest", "loss": "lowest"}
 
 
@@ -77,6 +80,7 @@ class CheckpointDesk:
         settings: when they are due, and what follows from failure.
         tools: see there.
         from_step: updates that the run has done when it begins here, as a resumed one has.
+        stalled_s: time that a checkpoint may take before it is told of in `failing`.
         changed: called when `failing` has changed.
         clock: monotonic seconds.
         sleep: waits that many seconds.
@@ -88,6 +92,7 @@ class CheckpointDesk:
         tools: DeskTools,
         *,
         from_step: int = 0,
+        stalled_s: float = STALLED_S,
         changed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
@@ -95,6 +100,7 @@ class CheckpointDesk:
         self._log = structlog.get_logger(__name__)
         self._settings = settings
         self._tools = tools
+        self._stalled_s = stalled_s
         self._changed = changed
         self._clock = clock
         self._sleep = sleep
@@ -150,7 +156,7 @@ class CheckpointDesk:
 
     def _ask(self, global_step: int) -> None:
         """One that is due while another is being made is left out, quietly: the disk is slower than the settings."""
-        if not self._turn.locked() and not self._mending:
+        if not self._turn.locked():
             self._asked_step = global_step
             self._due = True
             self._wake.set()
@@ -192,10 +198,19 @@ class CheckpointDesk:
         future = self._tools.writer.write(lease, metric=self._metric())
         if future is None:
             return None
-        await _over(future)
+        await self._end_of(future)
         row = future.result()
         self._tools.metrics.checkpoint_duration_seconds.observe(self._clock() - started_s)
         return row
+
+    async def _end_of(self, future: Future[CheckpointRow]) -> None:
+        over = _event_of(future)
+        with anyio.move_on_after(self._stalled_s):
+            await over.wait()
+        if not over.is_set():
+            self._log.error("checkpoint_stalled", step=self._step, stalled_s=self._stalled_s)
+            self._tell(f"the checkpoint of step {self._step} takes longer than {self._stalled_s:g} s")
+            await over.wait()
 
     def _metric(self) -> float | None:
         """The figure by which retention finds the best; none for a state that has not been validated.
@@ -262,8 +277,8 @@ def retention_of(settings: CheckpointSettings) -> Retention:
     return Retention(last=settings.keep_last, best=_BEST[settings.best])
 
 
-async def _over(future: Future[CheckpointRow]) -> None:
-    """Wait for another thread's future, which goes on, and releases its lease, when whoever waits is cancelled."""
+def _event_of(future: Future[CheckpointRow]) -> anyio.Event:
+    """Set when another thread's future is done, which goes on when whoever waits is cancelled."""
     over, loop = anyio.Event(), asyncio.get_running_loop()
 
     def tell(_future: Future[CheckpointRow]) -> None:
@@ -271,4 +286,4 @@ async def _over(future: Future[CheckpointRow]) -> None:
             loop.call_soon_threadsafe(over.set)
 
     future.add_done_callback(tell)
-    await over.wait()
+    return over

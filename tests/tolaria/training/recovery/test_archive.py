@@ -169,8 +169,10 @@ async def test_beyond_the_bound_commands_give_way_first_and_it_is_told_now_and_t
     now_s = 100.0
     archive = Archive(storage, rows_max=3, clock=lambda: now_s)
     with capture_logs() as logs:
-        for row in (fault("f0"), command("c0"), command("c1"), fault("f1"), fault("f2"), fault("f3")):
+        for row in (fault("f0"), fault("f1"), command("c0"), command("c1"), fault("f2")):
             archive.note(row)
+        assert (archive.lost, list(archive._waiting)) == (2, [("faults", key) for key in ("f0", "f1", "f2")])
+        archive.note(fault("f3"))
         now_s += TOLD_EVERY_S
         archive.note(fault("f4"))
     assert archive.lost == 4

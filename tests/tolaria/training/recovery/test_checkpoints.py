@@ -260,6 +260,19 @@ async def test_a_resumed_run_counts_from_where_it_goes_on(rooms: Rooms) -> None:
     assert room.kept == 1
 
 
+async def test_updates_are_counted_from_an_operators_checkpoint_too(rooms: Rooms) -> None:
+    """The next periodic one comes its full distance after it."""
+    room = await rooms(every_steps=10)
+    async with serving(room):
+        room.at(8)
+        await room.desk.create("test")
+        for step in (17, 18):
+            room.at(step)
+            room.desk.stepped(step)
+            await room.quiet()
+    assert await room.steps() == [8, 18]
+
+
 @pytest.mark.parametrize(("best", "metric"), [("accuracy", 0.5), ("loss", 2.0)])
 async def test_only_a_validated_state_can_be_the_best(rooms: Rooms, best: str, metric: float) -> None:
     """An epoch's checkpoint has its figure, also when its fence is a little later, and one of the same step as well."""
@@ -311,6 +324,24 @@ async def test_what_falls_due_while_one_is_written_is_left_out_quietly(rooms: Ro
         room.desk.stepped(4)
         await room.quiet()
     assert (room.kept, await room.steps(), room.log) == (2, [1, 4], [])
+
+
+async def test_a_disk_that_hangs_is_told_of(rooms: Rooms) -> None:
+    """It refuses nothing, so nothing has failed; but that there is no checkpoint shows until there is one."""
+    room = await rooms()
+    room.desk = CheckpointDesk(
+        CheckpointSettings(), room.desk._tools, stalled_s=0.01, changed=lambda: room.log.append(("", room.desk.failing))
+    )
+    room.disk.gate.clear()
+    async with serving(room):
+        room.desk.epoch_over(evaluation(0))
+        with anyio.fail_after(20):
+            while not room.desk.failing:
+                await anyio.sleep(0.001)
+        room.disk.gate.set()
+        await room.quiet()
+    assert room.log == [("", "the checkpoint of step 0 takes longer than 0.01 s"), ("", "")]
+    assert (await room.steps(), room.value("failures_total")) == ([0], 0)
 
 
 async def test_an_operators_checkpoint_waits_for_its_turn(rooms: Rooms) -> None:

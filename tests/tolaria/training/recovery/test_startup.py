@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from tolaria.cli.failures import exit_code
 from tolaria.config import CheckpointSettings, Settings, StateSettings, TrainingSettings
-from tolaria.errors import ConfigurationError, JournalUnavailableError, NoCheckpointError, StateHeldError
+from tolaria.errors import ConfigurationError, JournalError, JournalUnavailableError, NoCheckpointError, StateHeldError
 from tolaria.rollback import CheckpointRow, FaultRow, Filesystem, Journal, Position, RunRow
 from tolaria.training.recovery.startup import (
     PreparedState,
@@ -144,6 +144,8 @@ def test_an_ended_run_is_over(tmp_path: Path, training: Training, outcome: RunOu
         assert load_resume_point(prepared).loaded is None
         write(prepared, training, 1)
         kept = prepared.storage.journal.rows(CheckpointRow)
+    with pytest.raises(JournalError):
+        prepared.storage.journal.put(kept[0])  # it is closed
     assert [(row.run_id, row.state) for row in kept] == [(run_id, "committed"), (prepared.run_id, "committed")]
 
 
@@ -186,11 +188,12 @@ def test_a_new_run_is_the_latest_when_the_clock_goes_back(
     tmp_path: Path, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Order follows what happened, not the wall clock."""
-    left(tmp_path, training, "finished", 3)
+    run_id = left(tmp_path, training, None, 3)
     monkeypatch.setattr("time.time_ns", lambda: 5)
-    run_id = left(tmp_path, training, None, 1)
+    with prepare_state(settings(tmp_path, resume="never")) as prepared:
+        end_run(prepared, "finished")
     with prepare_state(settings(tmp_path)) as prepared:
-        assert prepared.run_id == run_id
+        assert (prepared.resumed, prepared.run_id != run_id) == (False, True)
 
 
 # -- what cannot be loaded -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 import anyio
@@ -110,6 +110,7 @@ class CheckpointDesk:
         self._step = self._asked_step = from_step
         self._evaluation: Evaluation | None = None
         self._evaluation_wanted = False
+        self._evaluated_step = -1
         self._held = ""
         self._mending = False
         self.failing = ""
@@ -126,6 +127,7 @@ class CheckpointDesk:
     def epoch_over(self, evaluation: Evaluation) -> None:
         """An epoch has ended and has been validated."""
         self._step, self._evaluation = evaluation.global_step, evaluation
+        self._evaluated_step = evaluation.global_step
         self._evaluation_wanted = due_by_epochs(self._settings.every_epochs, evaluation.epoch)
         if self._evaluation_wanted:
             self._ask(evaluation.global_step)
@@ -222,8 +224,8 @@ class CheckpointDesk:
             return None
         if self._evaluation_wanted:
             self._evaluation_wanted = False
-            self._evaluation = replace(self._evaluation, global_step=self._step)
-        if self._evaluation.global_step != self._step:
+            self._evaluated_step = self._step
+        if self._evaluated_step != self._step:
             return None
         return self._evaluation.accuracy if self._settings.best == "accuracy" else self._evaluation.loss
 

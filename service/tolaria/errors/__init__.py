@@ -10,6 +10,7 @@ TolariaError
 │   ├── EmptyDatasetError
 │   └── LossShapeError
 ├── BindError                     a listening address cannot be had
+├── StateHeldError                the state directory is in use by another process
 ├── PeerError                     a call to Tamiyo or Kasmina came to nothing
 │   ├── PeerTimeoutError
 │   ├── PeerUnavailableError
@@ -85,6 +86,7 @@ from tolaria.errors.base import (
     CommandRejectedError,
     ConfigurationError,
     NonFiniteStepError,
+    StateHeldError,
     TolariaError,
 )
 from tolaria.errors.emergency import (
@@ -237,6 +239,7 @@ __all__ = [
     "SignalError",
     "SignalValueError",
     "SlotError",
+    "StateHeldError",
     "StateMismatchError",
     "StateUnsupportedError",
     "TolariaError",

@@ -27,6 +27,16 @@ class BindError(TolariaError):
         super().__init__(f"{what} cannot listen on {address}: {cause}")
 
 
+class StateHeldError(TolariaError):
+    """Raised at start when another process uses the state directory. `holder_pid` is 0 where it cannot be told."""
+
+    def __init__(self, directory: str, holder_pid: int) -> None:
+        self.directory = directory
+        self.holder_pid = holder_pid
+        holder = f"process {holder_pid}" if holder_pid else "another process"
+        super().__init__(f"state.dir: {directory} is in use by {holder}; a directory serves one service at a time")
+
+
 class CommandRejectedError(TolariaError):
     """Raised when a command fails a check. `reason` is its stable name in metrics and events."""
 

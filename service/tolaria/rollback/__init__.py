@@ -1,7 +1,7 @@
 """Keeping and bringing back the training state: in memory, on disk, with a journal. Knows no grpc, no metrics."""
 
 from tolaria.rollback.cadence import Cadence, interval_steps
-from tolaria.rollback.checkpoint_store import CheckpointStore, Damage, LoadedCheckpoint, Recovery, Retention
+from tolaria.rollback.checkpoint_store import CheckpointStore, Damage, LoadedCheckpoint, Recovery
 from tolaria.rollback.digest import Fingerprint
 from tolaria.rollback.fast_cache import (
     Captured,
@@ -25,6 +25,7 @@ from tolaria.rollback.journal_rows import (
     RunRow,
 )
 from tolaria.rollback.restore import StagedRestore, never, stage_restore
+from tolaria.rollback.retention import Retention
 from tolaria.rollback.state import LiveTraining, Position, StateImage, StatePart, TrainingState
 from tolaria.rollback.storage import Storage, open_storage
 from tolaria.rollback.writer import CheckpointWriter

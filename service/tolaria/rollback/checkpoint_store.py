@@ -14,7 +14,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tolaria.errors import (
     CheckpointDamagedError,
@@ -32,6 +32,7 @@ from tolaria.rollback.checkpoint import (
 )
 from tolaria.rollback.filesystem import Filesystem, remove_quietly
 from tolaria.rollback.journal_rows import CheckpointRow, CheckpointState, FaultRow
+from tolaria.rollback.retention import Retention, kept_of_all
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,14 +46,6 @@ UNRECORDED_FAULTS_MAX = 100
 
 CHECKPOINTS = "checkpoints"
 QUARANTINE = "quarantine"
-
-
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """Which checkpoints stay: the newest `last`, and the best by metric."""
-
-    last: int = 3
-    best: Literal["highest", "lowest"] = "highest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +80,9 @@ class Recovery:
 class CheckpointStore:
     """The checkpoints under `directory`, which is made if need be. Call `recover` once before anything else.
 
-    `write` is for one thread at a time, usually the checkpoint writer's; loading may be done by another meanwhile.
+    Several runs may share the directory. What is listed, loaded and superseded is `run_id`'s alone; of the others only
+    `recover` and retention know. `write` is for one thread at a time, usually the checkpoint writer's; loading may be
+    done by another meanwhile.
     """
 
     def __init__(
@@ -99,10 +94,17 @@ class CheckpointStore:
         self._retention = retention
         self._unrecorded: deque[FaultRow] = deque(maxlen=UNRECORDED_FAULTS_MAX)
         self._removal = threading.Lock()  # nothing is removed while it is being read
+        self._directory = directory
         self._checkpoints = directory / CHECKPOINTS
         self._quarantine = directory / QUARANTINE
         for place in (directory, self._checkpoints, self._quarantine):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def for_run(self, run_id: str) -> CheckpointStore:
+        """The same checkpoints as another run sees them, in place of this object."""
+        return CheckpointStore(
+            self._directory, self._journal, run_id=run_id, retention=self._retention, files=self._files
+        )
 
     def recover(self) -> Recovery:
         """Bring directory and journal to agree after a crash or a lost journal.
@@ -149,11 +151,12 @@ class CheckpointStore:
         return row
 
     def restore_points(self) -> tuple[CheckpointRow, ...]:
-        """The committed checkpoints, oldest first."""
-        return tuple(row for row in self._journal.rows(CheckpointRow) if row.state == "committed")
+        """The run's committed checkpoints, oldest first."""
+        rows = self._journal.rows(CheckpointRow, run_id=self._run_id)
+        return tuple(row for row in rows if row.state == "committed")
 
     def load_newest(self, expired: Callable[[], bool], *, at_or_before: int | None = None) -> LoadedCheckpoint:
-        """The newest committed checkpoint that is whole, or the one with the highest step not above `at_or_before`.
+        """The run's newest committed checkpoint that is whole; of those at or before a step the one with the highest.
 
         Damaged ones are moved to the quarantine and the next older one is tried; so are those that the system refuses
         to read, which stay where they are.
@@ -256,10 +259,10 @@ class CheckpointStore:
             self._fault("retention_failed", -1, "journal", str(error))
 
     def _doomed(self) -> list[CheckpointRow]:
-        rows = self.restore_points()
-        kept = kept_rows(rows, self._retention)
-        stale = [row for row in self._journal.rows(CheckpointRow) if row.state == "superseded"]
-        return [*stale, *(row for row in rows if row not in kept)]
+        rows = self._journal.rows(CheckpointRow)
+        committed = [row for row in rows if row.state == "committed"]
+        kept = kept_of_all(committed, self._retention, run_id=self._run_id)
+        return [*(r for r in rows if r.state == "superseded"), *(r for r in committed if r not in kept)]
 
     def _set_aside(self, place: Path) -> None:
         try:
@@ -287,16 +290,6 @@ class CheckpointStore:
     def _next_time_ns(self) -> int:
         """Now, but after every checkpoint there is: the newest must stay the newest when the clock is set back."""
         return max([time.time_ns(), *(row.at_ns + 1 for row in self._journal.rows(CheckpointRow))])
-
-
-def kept_rows(rows: tuple[CheckpointRow, ...], retention: Retention) -> set[CheckpointRow]:
-    """Those of the committed rows, oldest first, that retention keeps. Of equally good ones the newest is best."""
-    kept = set(rows[-retention.last :]) if retention.last > 0 else set()
-    sign = 1.0 if retention.best == "highest" else -1.0
-    rated = [(sign * row.metric, row.at_ns, row) for row in rows if row.metric is not None]
-    if rated:
-        kept.add(max(rated, key=lambda entry: entry[:2])[2])
-    return kept
 
 
 def _row_of(manifest: Manifest) -> CheckpointRow:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from tolaria.errors import JournalDamagedError, JournalUnavailableError
-from tolaria.rollback.checkpoint_store import QUARANTINE, CheckpointStore, Recovery, Retention
+from tolaria.rollback.checkpoint_store import QUARANTINE, CheckpointStore, Recovery
 from tolaria.rollback.journal import SIDE_FILES, Journal
 from tolaria.rollback.journal_rows import FaultRow
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tolaria.rollback.filesystem import Filesystem
+    from tolaria.rollback.retention import Retention
 
 JOURNAL: Final = "journal.sqlite3"
 
@@ -31,6 +32,10 @@ class Storage:
     checkpoints: CheckpointStore
     recovery: Recovery
     journal_damage: str | None
+
+    def for_run(self, run_id: str) -> Storage:
+        """The same storage as another run sees it: which run goes on is known only once the journal has been read."""
+        return replace(self, checkpoints=self.checkpoints.for_run(run_id))
 
 
 def open_storage(directory: Path, *, run_id: str, retention: Retention, files: Filesystem | None = None) -> Storage:

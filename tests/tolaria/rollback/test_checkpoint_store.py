@@ -20,7 +20,6 @@ from tolaria.rollback import (
     open_storage,
 )
 from tolaria.rollback.checkpoint import manifest_of, write_checkpoint
-from tolaria.rollback.checkpoint_store import kept_rows
 
 if TYPE_CHECKING:
     from faults.small_training import Training
@@ -53,27 +52,6 @@ def on_disk(directory: Path) -> list[int]:
 def load(storage: Storage, at_or_before: int | None = None) -> LoadedCheckpoint:
     """Load without a deadline."""
     return storage.checkpoints.load_newest(never, at_or_before=at_or_before)
-
-
-def rows(*described: tuple[int, float | None]) -> tuple[CheckpointRow, ...]:
-    """Rows of these steps and metrics."""
-    return tuple(CheckpointRow(f"c{step}", step, "r", step, 1, 1, "d", metric) for step, metric in described)
-
-
-@pytest.mark.parametrize(
-    ("described", "retention", "kept"),
-    [
-        ([], Retention(), []),
-        ([(1, None), (2, None), (3, None), (4, None)], Retention(), [2, 3, 4]),
-        ([(1, 0.9), (2, 0.1), (3, 0.2), (4, 0.3), (5, 0.4)], Retention(), [1, 3, 4, 5]),
-        ([(1, 0.9), (2, 0.1), (3, 0.2), (4, 0.3), (5, 0.4)], Retention(best="lowest"), [2, 3, 4, 5]),
-        ([(1, 0.9), (2, 0.9), (3, 0.2), (4, 0.3), (5, 0.4)], Retention(), [2, 3, 4, 5]),
-        ([(1, 0.9), (2, 0.1)], Retention(last=1), [1, 2]),
-    ],
-)
-def test_retention(described: list[tuple[int, float | None]], retention: Retention, kept: list[int]) -> None:
-    """The newest ones and the best stay; of equals the newest is the best; without a metric none is."""
-    assert sorted(row.global_step for row in kept_rows(rows(*described), retention)) == kept
 
 
 def test_pruned_checkpoints_leave_the_disk(tmp_path: Path, storage: Storage, training: Training) -> None:
@@ -166,13 +144,13 @@ def test_a_start_adopts_removes_and_misses(tmp_path: Path, training: Training) -
         kept, lost = write(storage, training, 1), write(storage, training, 2)
     for path in tmp_path.glob("journal*"):
         path.unlink()
-    storage = open_storage(tmp_path, run_id="b", retention=Retention())
+    storage = open_storage(tmp_path, run_id="a", retention=Retention())
     with storage.journal:
         assert storage.recovery.adopted == (kept.checkpoint_id, lost.checkpoint_id)
         assert storage.checkpoints.restore_points() == (kept, lost)
     shutil.rmtree(tmp_path / "checkpoints" / lost.checkpoint_id)
     (tmp_path / "checkpoints" / ".partial-x").mkdir()
-    storage = open_storage(tmp_path, run_id="c", retention=Retention())
+    storage = open_storage(tmp_path, run_id="a", retention=Retention())
     with storage.journal:
         assert storage.recovery.missing == (lost.checkpoint_id,)
         assert storage.recovery.removed == (".partial-x",)
@@ -185,7 +163,7 @@ def test_a_damaged_journal_is_rebuilt_from_the_manifests(tmp_path: Path, trainin
     with storage.journal:
         expected = [write(storage, training, step, step / 10) for step in (1, 2)]
     (tmp_path / "journal.sqlite3").write_bytes(b"garbage" * 1000)
-    storage = open_storage(tmp_path, run_id="b", retention=Retention())
+    storage = open_storage(tmp_path, run_id="a", retention=Retention())
     with storage.journal:
         assert storage.journal_damage is not None
         assert list(storage.checkpoints.restore_points()) == expected
@@ -201,3 +179,19 @@ def test_the_newest_stays_newest_when_the_clock_goes_back(
     monkeypatch.setattr("time.time_ns", lambda: 5)
     write(storage, training, 5)
     assert load(storage).row.global_step == 5
+
+
+def test_runs_that_share_a_directory_do_not_see_each_other(tmp_path: Path, training: Training) -> None:
+    """A run lists, loads and supersedes its own checkpoints alone; after its first one the others' last ones stay."""
+    storage = open_storage(tmp_path, run_id="a", retention=Retention())
+    with storage.journal:
+        for step in (10, 20):
+            write(storage, training, step)
+        other = storage.for_run("b")
+        with pytest.raises(NoCheckpointError):
+            load(other)
+        assert other.checkpoints.supersede_after(0) == 0
+        assert steps(storage) == [10, 20]
+        write(other, training, 5)
+        assert (steps(storage), steps(other), on_disk(tmp_path)) == ([20], [5], [5, 20])
+        assert (load(storage).row.global_step, load(other, 100).row.global_step) == (20, 5)

@@ -68,7 +68,7 @@ def test_training_on_from_disk_in_a_new_run_is_bit_exact(
 
     resumed = make_training(make_optimizer, seed=99)
     resumed.cursor = make_training(make_optimizer).cursor  # the same data; elsewhere in it
-    storage = open_storage(tmp_path, run_id="b", retention=Retention())
+    storage = open_storage(tmp_path, run_id="a", retention=Retention())
     with storage.journal:
         loaded = storage.checkpoints.load_newest(never)
     stage_restore(resumed.state(), loaded.image, verify=False).commit()

@@ -123,7 +123,8 @@ def new_run(
     **training: object,
 ) -> RunUnderTest:
     """A run that has not been started."""
-    settings = TrainingSettings(job=f"support.jobs:{job}", device="cpu", threads=1, **training)  # type: ignore[arg-type]
+    name = job if ":" in job else f"support.jobs:{job}"
+    settings = TrainingSettings(job=name, device="cpu", threads=1, **training)  # type: ignore[arg-type]
     control = control or ControlSettings(boundary_budget_ms=2000, tamiyo_budget_ms=1000)
     # In a thread, as the service builds it before there is a loop: jobs read files and import modules.
     with ThreadPoolExecutor(1) as pool:

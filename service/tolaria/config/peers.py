@@ -57,7 +57,7 @@ class PeerSettings(Section):
                 raise ValueError(f"{method!r} is no method with a deadline of its own; {hint}")
             # Others wait for a peer as long as timeout_s says, and no longer.
             if longest_s is not None and seconds > longest_s:
-                raise ValueError(f"{method} has {seconds} s, more than timeout_s ({longest_s}), the longest of all")
+                raise ValueError(f"gives {method} {seconds} s, more than timeout_s ({longest_s}), the longest of all")
         return timeouts_s
 
 

@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from support.peers import command
 from support.processes import python_path
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.config import ControlSettings, KasminaSettings, TamiyoSettings
-from tolaria.errors import PeerError, PeerTimeoutError
+from tolaria.errors import PeerTimeoutError
 from tolaria.peers.connect import Peers, connected_peers
 from tolaria.peers.kasmina import Applied
 from tolaria.resilience.breaker import Breaker, BreakerPolicy
@@ -119,20 +120,24 @@ async def time_out(peers: Peers, methods: Sequence[str], times: int) -> int:
 
 
 @asynccontextmanager
-async def hammered(peers: Peers) -> AsyncIterator[None]:
-    """Both peers called again and again, each as soon as its last call has ended, while the block runs."""
+async def hammered(peers: Peers) -> AsyncIterator[Counter[str]]:
+    """Both peers called again and again, each as soon as its last call has ended, while the block runs.
+
+    Yields the calls that ended with a timeout, by method.
+    """
+    timeouts: Counter[str] = Counter()
 
     async def hammer(method: str) -> None:
         while True:
             try:
                 await ASKED[method](peers)
-            except PeerError:
-                continue
+            except PeerTimeoutError:
+                timeouts[method] += 1
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(hammer, "EvaluateEpoch")
         tasks.start_soon(hammer, "ExportSeedStates")
-        yield
+        yield timeouts
         tasks.cancel_scope.cancel()
 
 
@@ -156,13 +161,18 @@ class WiredPeers(FakePeers):
 
 @asynccontextmanager
 async def training(
-    target: str, *, timeout_s: float, control: ControlSettings | None = None, job: str = "TinyJob", **options: int
-) -> AsyncIterator[RunUnderTest]:
-    """A run without an end that asks the peers at `target` as a service does, through its own breakers."""
+    target: str,
+    *,
+    timeout_s: float,
+    control: ControlSettings | None = None,
+    job: str = "TinyJob",
+    options: Mapping[str, int] | None = None,
+) -> AsyncIterator[tuple[RunUnderTest, WiredPeers]]:
+    """A run without an end, and its peers: those at `target`, asked as a service asks, through its own breakers."""
     peers = WiredPeers()
-    run = new_run(peers, job=job, control=control or ControlSettings(), epochs=10**6, options=options)
+    run = new_run(peers, job=job, control=control or ControlSettings(), epochs=10**6, options=dict(options or {}))
     async with wired(target, timeout_s=timeout_s, run=run) as peers.clients, running(run):
-        yield run
+        yield run, peers
 
 
 async def steps_per_s(run: RunUnderTest, *, after_steps: int, seconds: float) -> float:

@@ -278,6 +278,7 @@ async def test_a_call_too_many_is_refused_and_told() -> None:
             await begun.wait()
             with pytest.raises(CallRefusedError):
                 await peers.kasmina_rollback.prepare(ORDER)  # the peer's places are for all its clients
+            assert ward.value("tolaria.timeout.kasmina_last_ms") == 0
             end.set()
     (event,) = ward.emitter.recent
     assert event.description == "tolaria.kasmina_error"

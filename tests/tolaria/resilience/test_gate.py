@@ -114,19 +114,20 @@ async def test_a_drain_waits_for_what_is_in_flight_and_refuses_the_rest() -> Non
         await gate.drain(10.0)
         drained.set()
 
-    async with anyio.create_task_group() as tasks:
-        first, waiting = Holder(gate, tasks), Holder(gate, tasks)
-        await settled()
-        tasks.start_soon(drain)
-        await settled()
-        assert not drained.is_set()
-        with pytest.raises(CallRefusedError, match="the channel is closing"):
-            async with gate.place("Ask", 10.0):
-                raise AssertionError("the gate is closed")
-        await first.end()
-        await drained.wait()
-        await waiting.over.wait()
-        assert waiting.refused == "Ask refused: the channel is closing"
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            first, waiting = Holder(gate, tasks), Holder(gate, tasks)
+            await settled()
+            tasks.start_soon(drain)
+            await settled()
+            assert not drained.is_set()
+            with pytest.raises(CallRefusedError, match="the channel is closing"):
+                async with gate.place("Ask", 10.0):
+                    raise AssertionError("the gate is closed")
+            await first.end()
+            await drained.wait()
+            await waiting.over.wait()
+            assert waiting.refused == "Ask refused: the channel is closing"
 
 
 async def test_a_drain_has_an_end() -> None:

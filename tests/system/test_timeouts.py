@@ -55,13 +55,11 @@ async def test_hundreds_of_timeouts_at_once_leave_nothing_behind_on_either_side(
         async def once(number: int) -> None:
             timeouts.append(await time_out(peers, (tuple(ASKED)[number % len(ASKED)],), 1))
 
-        async with (
-            wired(child.target, timeout_s=2.0, in_flight_max=AT_ONCE) as peers,
-            anyio.create_task_group() as tasks,
-        ):
-            for number in range(AT_ONCE):
-                tasks.start_soon(once, number)
-        ended = await child.at_rest(theirs.footprint)
+        async with wired(child.target, timeout_s=2.0, in_flight_max=AT_ONCE) as peers:
+            async with anyio.create_task_group() as tasks:
+                for number in range(AT_ONCE):
+                    tasks.start_soon(once, number)
+            ended = await child.at_rest(theirs.footprint)  # while the channel is open: closing it would cancel all
         assert sum(timeouts) == AT_ONCE
         assert ended.begun - theirs.begun == ended.cancelled - theirs.cancelled == AT_ONCE
         assert await settled(before) == before

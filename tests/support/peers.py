@@ -8,13 +8,19 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+import grpc
 import grpc.aio
 
 from leyline.v1 import kasmina_service_pb2 as kasmina
+from leyline.v1 import rollback_service_pb2 as rollback
 from leyline.v1 import tamiyo_service_pb2 as tamiyo
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import COMMAND_PAUSE, COMMAND_SEED, SEED_OP_GERMINATE, CommandType
 from leyline.v1.kasmina_service_pb2_grpc import KasminaServiceServicer, add_KasminaServiceServicer_to_server
+from leyline.v1.rollback_service_pb2_grpc import (
+    RollbackParticipantServiceServicer,
+    add_RollbackParticipantServiceServicer_to_server,
+)
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceServicer, add_TamiyoServiceServicer_to_server
@@ -35,30 +41,24 @@ def command(kind: CommandType.ValueType = COMMAND_PAUSE, **fields: object) -> Ad
     return made
 
 
-class FakeTamiyo(TamiyoServiceServicer):
-    """Answers with what `answer` returns; counts calls, and handlers that are running now."""
+class Attended:
+    """Counts the calls of a fake: begun, running now, cancelled. First calls end as `failures` says."""
 
-    def __init__(self, answer: Answering) -> None:
-        self.answer = answer
-        self.states: list[SystemStatePacket] = []
+    def __init__(self) -> None:
+        self.begun = 0
         self.running = 0
         self.cancelled = 0
+        self.failures: list[grpc.StatusCode] = []
 
-    async def EvaluateEpoch(  # noqa: N802
-        self, request: tamiyo.EvaluateEpochRequest, context: Context
-    ) -> tamiyo.EvaluateEpochResponse:
-        return tamiyo.EvaluateEpochResponse(command=await self._answered(request.state))
-
-    async def EvaluateStep(  # noqa: N802
-        self, request: tamiyo.EvaluateStepRequest, context: Context
-    ) -> tamiyo.EvaluateStepResponse:
-        return tamiyo.EvaluateStepResponse(command=await self._answered(request.state))
-
-    async def _answered(self, state: SystemStatePacket) -> AdaptationCommand | None:
-        self.states.append(state)
+    @asynccontextmanager
+    async def attended(self, context: Context) -> AsyncIterator[None]:
+        """One call."""
+        self.begun += 1
         self.running += 1
         try:
-            return await self.answer(state)
+            if self.failures:
+                await context.abort(self.failures.pop(0), "as scripted")
+            yield
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
@@ -66,34 +66,97 @@ class FakeTamiyo(TamiyoServiceServicer):
             self.running -= 1
 
 
-class FakeKasmina(KasminaServiceServicer):
-    """Desires `seeds` and takes every command."""
+class FakeTamiyo(Attended, TamiyoServiceServicer):
+    """Answers with what `answer` returns."""
 
-    def __init__(self, seeds: list[SeedState] | None = None) -> None:
+    def __init__(self, answer: Answering) -> None:
+        super().__init__()
+        self.answer = answer
+        self.states: list[SystemStatePacket] = []
+
+    async def EvaluateEpoch(  # noqa: N802
+        self, request: tamiyo.EvaluateEpochRequest, context: Context
+    ) -> tamiyo.EvaluateEpochResponse:
+        async with self.attended(context):
+            self.states.append(request.state)
+            return tamiyo.EvaluateEpochResponse(command=await self.answer(request.state))
+
+    async def EvaluateStep(  # noqa: N802
+        self, request: tamiyo.EvaluateStepRequest, context: Context
+    ) -> tamiyo.EvaluateStepResponse:
+        async with self.attended(context):
+            self.states.append(request.state)
+            return tamiyo.EvaluateStepResponse(command=await self.answer(request.state))
+
+
+async def at_once() -> None:
+    """What a quick peer waits for."""
+
+
+class FakeKasmina(Attended, KasminaServiceServicer):
+    """Desires `seeds` and takes every command, after `ponder`."""
+
+    def __init__(self, seeds: list[SeedState] | None = None, ponder: Callable[[], Awaitable[None]] = at_once) -> None:
+        super().__init__()
         self.seeds = seeds or []
+        self.ponder = ponder
         self.commands: list[AdaptationCommand] = []
 
     async def ApplyCommand(  # noqa: N802
         self, request: kasmina.ApplyCommandRequest, context: Context
     ) -> kasmina.ApplyCommandResponse:
-        self.commands.append(request.command)
-        return kasmina.ApplyCommandResponse(seeds=self.seeds, applied=True, detail="germinated")
+        async with self.attended(context):
+            self.commands.append(request.command)
+            await self.ponder()
+            return kasmina.ApplyCommandResponse(seeds=self.seeds, applied=True, detail="germinated")
 
     async def ExportSeedStates(  # noqa: N802
         self, request: kasmina.ExportSeedStatesRequest, context: Context
     ) -> kasmina.ExportSeedStatesResponse:
-        return kasmina.ExportSeedStatesResponse(seeds=self.seeds)
+        async with self.attended(context):
+            await self.ponder()
+            return kasmina.ExportSeedStatesResponse(seeds=self.seeds)
+
+
+class FakeParticipant(Attended, RollbackParticipantServiceServicer):
+    """Takes every call of a rollback."""
+
+    async def PrepareRollback(  # noqa: N802
+        self, request: rollback.PrepareRollbackRequest, context: Context
+    ) -> rollback.PrepareRollbackResponse:
+        async with self.attended(context):
+            return rollback.PrepareRollbackResponse(rollback_id=request.rollback_id, accepted=True)
+
+    async def CommitRollback(  # noqa: N802
+        self, request: rollback.CommitRollbackRequest, context: Context
+    ) -> rollback.CommitRollbackResponse:
+        async with self.attended(context):
+            return rollback.CommitRollbackResponse(rollback_id=request.rollback_id, accepted=True)
+
+    async def ConfirmRollback(  # noqa: N802
+        self, request: rollback.ConfirmRollbackRequest, context: Context
+    ) -> rollback.ConfirmRollbackResponse:
+        async with self.attended(context):
+            return rollback.ConfirmRollbackResponse(rollback_id=request.rollback_id, accepted=True)
+
+    async def AbortRollback(  # noqa: N802
+        self, request: rollback.AbortRollbackRequest, context: Context
+    ) -> rollback.AbortRollbackResponse:
+        async with self.attended(context):
+            return rollback.AbortRollbackResponse(rollback_id=request.rollback_id, accepted=True)
 
 
 @asynccontextmanager
-async def serving(*servicers: FakeTamiyo | FakeKasmina, port: int = 0) -> AsyncIterator[str]:
+async def serving(*servicers: FakeTamiyo | FakeKasmina | FakeParticipant, port: int = 0) -> AsyncIterator[str]:
     """The servicers on one loopback port; yields host:port."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     for servicer in servicers:
         if isinstance(servicer, FakeTamiyo):
             add_TamiyoServiceServicer_to_server(servicer, server)
-        else:
+        elif isinstance(servicer, FakeKasmina):
             add_KasminaServiceServicer_to_server(servicer, server)
+        else:
+            add_RollbackParticipantServiceServicer_to_server(servicer, server)
     bound = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     try:

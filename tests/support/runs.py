@@ -115,7 +115,9 @@ def new_run(
     """A run that has not been started. Without automatic rollbacks unless `sections` asks for them."""
     chosen: dict[str, object] = {"rollback": {"automatic": False}, **(sections or {})}
     settings = Settings(
-        training=TrainingSettings(job=f"support.jobs:{job}", device="cpu", threads=1, **training),  # type: ignore[arg-type]
+        training=TrainingSettings(
+            job=job if ":" in job else f"support.jobs:{job}", device="cpu", threads=1, **training
+        ),  # type: ignore[arg-type]
         control=control or ControlSettings(boundary_budget_ms=2000, tamiyo_budget_ms=1000),
         **chosen,  # type: ignore[arg-type]
     )

@@ -2,6 +2,7 @@
 
 from tolaria.config.addresses import Address
 from tolaria.config.durability import CheckpointSettings, ProfilerSettings, RollbackSettings
+from tolaria.config.peers import KasminaSettings, PeerSettings, TamiyoSettings
 from tolaria.config.safety import EmergencySettings, SignalsSettings, StateSettings
 from tolaria.config.show import as_toml
 from tolaria.config.sources import child_environment, load_settings, quieten_grpc
@@ -13,7 +14,6 @@ from tolaria.config.tree import (
     LoggingSettings,
     MetricsSettings,
     OptimizerSettings,
-    PeerSettings,
     SeedsSettings,
     ServerSettings,
     ServiceSettings,
@@ -28,6 +28,7 @@ __all__ = [
     "EmergencySettings",
     "FastPathSettings",
     "GradientsSettings",
+    "KasminaSettings",
     "LeylineSettings",
     "LoggingSettings",
     "MetricsSettings",
@@ -41,6 +42,7 @@ __all__ = [
     "Settings",
     "SignalsSettings",
     "StateSettings",
+    "TamiyoSettings",
     "TrainingSettings",
     "as_toml",
     "child_environment",

@@ -12,7 +12,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tolaria.config.addresses import Address
 from tolaria.config.durability import CheckpointSettings, ProfilerSettings, RollbackSettings
-from tolaria.config.parts import ListenAddress, Milliseconds, Seconds, Section, Share, Target
+from tolaria.config.parts import ListenAddress, Milliseconds, Seconds, Section, Share
+from tolaria.config.peers import KasminaSettings, TamiyoSettings
 from tolaria.config.safety import EmergencySettings, SignalsSettings, StateSettings
 
 
@@ -64,16 +65,6 @@ class LoggingSettings(Section):
 
     format: Literal["auto", "json", "console"] = "auto"
     """auto is console on a terminal and JSON elsewhere: people and collectors both get what they read."""
-
-
-class PeerSettings(Section):
-    """One peer: Tamiyo (the controller) or Kasmina (the executor)."""
-
-    target: Target = ""
-    """host:port of the peer. Empty: the reference peer that comes with Tolaria is started beside it."""
-
-    timeout_s: Seconds = 2.0
-    """Deadline of one call, cancelled on the peer's side too. 2.0: an answer later than that is stale anyway."""
 
 
 class ControlSettings(Section):
@@ -253,8 +244,8 @@ class Settings(BaseSettings):
     server: ServerSettings = ServerSettings()
     metrics: MetricsSettings = MetricsSettings()
     logging: LoggingSettings = LoggingSettings()
-    tamiyo: PeerSettings = PeerSettings()
-    kasmina: PeerSettings = PeerSettings()
+    tamiyo: TamiyoSettings = TamiyoSettings()
+    kasmina: KasminaSettings = KasminaSettings()
     control: ControlSettings = ControlSettings()
     training: TrainingSettings = TrainingSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -282,6 +273,9 @@ class Settings(BaseSettings):
             problems.append("optimizer.policy is step, which needs optimizer.period_steps")
         if self.emergency.sentinel and self.emergency.drain_s <= self.service.drain_timeout_s:
             problems.append("emergency.drain_s must exceed service.drain_timeout_s, or a drain would be cut short")
+        for name, peer in (("tamiyo", self.tamiyo), ("kasmina", self.kasmina)):
+            if peer.drain_s >= self.service.drain_timeout_s:
+                problems.append(f"{name}.drain_s must be less than service.drain_timeout_s, of which it is a part")
         # Issued as far ahead of this clock as is allowed, a command is fresh for twice as long.
         if self.leyline.nonce_window_s < 2 * self.leyline.freshness_s:
             problems.append(

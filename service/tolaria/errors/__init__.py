@@ -15,7 +15,8 @@ TolariaError
 │   ├── PeerTimeoutError
 │   ├── PeerUnavailableError
 │   ├── PeerProtocolError
-│   └── BreakerOpenError
+│   ├── BreakerOpenError
+│   └── CallRefusedError
 ├── IllegalBreakerSignalError     a circuit breaker was told what cannot happen to it
 ├── CommandRejectedError          a command failed a check and changed nothing
 ├── NonFiniteStepError            a step was voided before any parameter changed
@@ -118,6 +119,7 @@ from tolaria.errors.optimization import (
 )
 from tolaria.errors.peers import (
     BreakerOpenError,
+    CallRefusedError,
     GateShutError,
     IllegalBreakerSignalError,
     IllegalMoveError,
@@ -187,6 +189,7 @@ __all__ = [
     "BreakerOpenError",
     "BroadcastFailedError",
     "BrokenJobError",
+    "CallRefusedError",
     "CheckpointDamagedError",
     "CheckpointError",
     "CheckpointUnreadableError",

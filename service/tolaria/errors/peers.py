@@ -30,6 +30,10 @@ class BreakerOpenError(PeerError):
     """Raised instead of calling a peer whose circuit breaker is open."""
 
 
+class CallRefusedError(PeerError):
+    """Raised instead of calling a peer to which too many calls are in flight, or whose channel is closing."""
+
+
 class IllegalBreakerSignalError(TolariaError):
     """Raised when a signal cannot happen to a circuit breaker in its state; nothing has changed."""
 

@@ -16,8 +16,10 @@ Peer = Literal["tamiyo", "kasmina"]
 EVENTS_OF: dict[tuple[Peer, Outcome], tuple[EventSpec, ...]] = {
     ("tamiyo", "timeout"): (events.TAMIYO_TIMEOUT, events.TIMEOUT_INFERENCE),
     ("tamiyo", "error"): (events.TAMIYO_ERROR,),
+    ("tamiyo", "refused"): (events.TAMIYO_ERROR,),
     ("kasmina", "timeout"): (events.KASMINA_TIMEOUT,),
     ("kasmina", "error"): (events.KASMINA_ERROR,),
+    ("kasmina", "refused"): (events.KASMINA_ERROR,),
 }
 
 
@@ -30,7 +32,9 @@ def call_recorder(peer: Peer, metrics: Metrics, emitter: Emitter) -> Callable[[C
     def record(call: CallRecord) -> None:
         latency_ms = call.duration_s * 1000
         metrics.peer_call_duration_seconds.labels(peer, call.method, call.outcome).observe(call.duration_s)
-        if call.outcome not in {"skipped", "abandoned"}:
+        if call.retries:
+            metrics.peer_retries_total.labels(peer, call.method).inc(call.retries)
+        if call.outcome not in {"skipped", "refused", "abandoned"}:
             last_ms.set(latency_ms)
         if call.outcome == "timeout":
             timeouts.inc()

@@ -86,7 +86,8 @@ class RollbackClient:
             deadline_ms=max(1, int(order.timeout_s * 1000)),
         )
         name = kind.__name__.removesuffix("Request")
-        response = await self._caller.call(method, request, name=name, timeout_s=order.timeout_s)
+        # Repeatable, all four: the contract has answers idempotent per rollback_id.
+        response = await self._caller.call(method, request, name=name, timeout_s=order.timeout_s, repeatable=True)
         if response.rollback_id != order.rollback_id:
             raise PeerProtocolError(self._caller.peer, f"{name} answered about rollback {response.rollback_id!r}")
         return PeerVote(response.accepted, response.detail)

@@ -11,7 +11,7 @@ from typing import Final, assert_never
 import anyio
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
-from tolaria.errors import BreakerOpenError, PeerError
+from tolaria.errors import BreakerOpenError, CallRefusedError, PeerError
 from tolaria.rollback.budget import RollbackBudgets
 from tolaria.rollback.orders import RollbackRun
 from tolaria.rollback.participants import (
@@ -66,7 +66,7 @@ async def _answer(answer: Awaitable[Vote], bound_s: float) -> tuple[Stance, str]
         with anyio.move_on_after(bound_s):
             vote = await answer
             return (Stance.ACCEPTED if vote.accepted else Stance.REFUSED), vote.detail
-    except BreakerOpenError as error:
+    except (BreakerOpenError, CallRefusedError) as error:
         return Stance.NOT_ASKED, error.detail
     except PeerError as error:
         return Stance.SILENT, error.detail

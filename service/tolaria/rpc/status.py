@@ -13,6 +13,7 @@ from grpc_status import rpc_status
 from tolaria.errors import (
     BindError,
     BreakerOpenError,
+    CallRefusedError,
     CheckpointError,
     CheckpointWriteError,
     ClearanceRefusedError,
@@ -59,6 +60,7 @@ ANSWERS: tuple[tuple[type[TolariaError], Answer], ...] = (
     (CommandRejectedError, Answer(code_pb2.INVALID_ARGUMENT, "COMMAND_REJECTED")),
     (PeerTimeoutError, Answer(code_pb2.DEADLINE_EXCEEDED, "PEER_TIMEOUT")),
     (BreakerOpenError, Answer(code_pb2.UNAVAILABLE, "BREAKER_OPEN")),
+    (CallRefusedError, Answer(code_pb2.UNAVAILABLE, "CALL_REFUSED")),
     (PeerUnavailableError, Answer(code_pb2.UNAVAILABLE, "PEER_UNAVAILABLE")),
     (LaneError, Answer(code_pb2.ABORTED, "LANE_ENDED")),
     (NonFiniteStepError, Answer(code_pb2.FAILED_PRECONDITION, "NON_FINITE_STEP")),

@@ -99,6 +99,9 @@ class Metrics:
         self.peer_call_duration_seconds = self._histogram(
             "peer.call_duration_seconds", "Calls to peers.", CALL_BUCKETS_S, ["peer", "method", "outcome"]
         )
+        self.peer_retries_total = self._counter(
+            "peer.retries_total", "Calls made again because the peer was away.", ["peer", "method"]
+        )
         self.command_applied_total = self._counter("command.applied_total", "Commands carried out.", ["type"])
         self.command_rejected_total = self._counter("command.rejected_total", "Commands refused.", ["reason"])
         self.telemetry_dropped_total = self._counter(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
 
 import anyio
 import grpc
@@ -13,11 +14,12 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, COMMAND_SEED, SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
-from support.peers import FakeKasmina, FakeTamiyo, command, serving
-from tolaria.config import PeerSettings
-from tolaria.errors import PeerError, PeerProtocolError, PeerTimeoutError
+from support.peers import FakeKasmina, FakeParticipant, FakeTamiyo, command, serving
+from tolaria.config import KasminaSettings, PeerSettings, TamiyoSettings
+from tolaria.errors import CallRefusedError, PeerError, PeerProtocolError, PeerTimeoutError, PeerUnavailableError
 from tolaria.peers.connect import Peers, connected_peers
 from tolaria.resilience.breaker import Breaker, BreakerPolicy
+from tolaria.rollback.participants import RollbackOrder
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 
@@ -27,24 +29,43 @@ pytestmark = pytest.mark.anyio
 class Ward:
     """Both clients against one target, with telemetry of their own."""
 
-    def __init__(self, target: str, timeout_s: float = 2.0, policy: BreakerPolicy | None = None) -> None:
+    def __init__(
+        self, target: str, timeout_s: float = 2.0, policy: BreakerPolicy | None = None, **settings: Any
+    ) -> None:
         self.metrics = Metrics()
         self.emitter = Emitter()
         self.breakers = {name: Breaker(name, clock=time.monotonic, policy=policy) for name in ("tamiyo", "kasmina")}
-        self._settings = PeerSettings(target=target, timeout_s=timeout_s)
+        own = settings.pop("timeouts_s", {})
+        common = {"target": target, "timeout_s": timeout_s, **settings}
+        self._tamiyo = TamiyoSettings(**common, timeouts_s=_of(TamiyoSettings, own))
+        self._kasmina = KasminaSettings(**common, timeouts_s=_of(KasminaSettings, own))
 
     def connected(self) -> AbstractAsyncContextManager[Peers]:
         return connected_peers(
-            self._settings, self._settings, breakers=self.breakers, metrics=self.metrics, emitter=self.emitter
+            self._tamiyo, self._kasmina, breakers=self.breakers, metrics=self.metrics, emitter=self.emitter
         )
 
     def value(self, name: str, **labels: str) -> float:
         found = self.metrics.registry.get_sample_value(name, labels)
         return 0.0 if found is None else found
 
+    def retries(self, peer: str) -> dict[str, float]:
+        """By method, as counted."""
+        return {
+            sample.labels["method"]: sample.value
+            for metric in self.metrics.registry.collect()
+            for sample in metric.samples
+            if sample.name == "tolaria.peer.retries_total" and sample.labels["peer"] == peer
+        }
+
     @property
     def events(self) -> list[str]:
         return [event.description for event in self.emitter.recent]
+
+
+def _of(kind: type[PeerSettings], timeouts_s: dict[str, float]) -> dict[str, float]:
+    """Those that are of a peer's methods."""
+    return {method: seconds for method, seconds in timeouts_s.items() if method in kind.methods}
 
 
 async def no_command(_state: SystemStatePacket) -> AdaptationCommand | None:
@@ -153,11 +174,19 @@ async def babbling() -> AsyncIterator[str]:
         await server.stop(None)
 
 
+ORDER = RollbackOrder("r1", 40, "loss exploded", 2.0)
 ASKING: dict[str, Callable[[Peers], Awaitable[object]]] = {
     "tamiyo": lambda peers: peers.tamiyo.evaluate_epoch(SystemStatePacket()),
+    "tamiyo's step": lambda peers: peers.tamiyo.evaluate_step(SystemStatePacket()),
+    "tamiyo's prepare": lambda peers: peers.tamiyo_rollback.prepare(ORDER),
+    "tamiyo's commit": lambda peers: peers.tamiyo_rollback.commit(ORDER),
     "kasmina": lambda peers: peers.kasmina.export_seeds(SystemStatePacket()),
     "kasmina's apply": lambda peers: peers.kasmina.apply(command(COMMAND_SEED), SystemStatePacket()),
+    "kasmina's confirm": lambda peers: peers.kasmina_rollback.confirm(ORDER),
+    "kasmina's abort": lambda peers: peers.kasmina_rollback.abort(ORDER),
 }
+HEARD_ONCE = {"tamiyo's step", "kasmina's apply"}
+"""Calls that a peer must not hear twice."""
 
 
 @pytest.mark.parametrize("asked", ASKING)
@@ -172,3 +201,144 @@ async def test_a_peer_that_talks_nonsense_fails_and_is_left_alone(asked: str) ->
                     await ASKING[asked](peers)
     assert ward.breakers[peer].state == CIRCUIT_STATE_OPEN
     assert ward.events.count(f"tolaria.{peer}_error") == 2
+
+
+@pytest.mark.parametrize("asked", ASKING)
+async def test_only_what_may_be_heard_twice_is_asked_again(asked: str) -> None:
+    """A peer that is away for one attempt answers the second, where there is one; the retry is counted, no failure."""
+    fakes = (FakeTamiyo(no_command), FakeKasmina(), FakeParticipant())
+    for fake in fakes:
+        fake.failures = [grpc.StatusCode.UNAVAILABLE]
+    peer = asked.partition("'")[0]
+    async with serving(*fakes) as target:
+        ward = Ward(target, policy=BreakerPolicy(failures_max=1))
+        async with ward.connected() as peers:
+            if asked in HEARD_ONCE:
+                with pytest.raises(PeerUnavailableError, match="UNAVAILABLE: as scripted"):
+                    await ASKING[asked](peers)
+            else:
+                await ASKING[asked](peers)
+    once = asked in HEARD_ONCE
+    assert sum(fake.begun for fake in fakes) == (1 if once else 2)
+    assert sum(ward.retries(peer).values()) == (0 if once else 1)
+    assert ward.breakers[peer].state == (CIRCUIT_STATE_OPEN if once else CIRCUIT_STATE_CLOSED)
+    assert ward.events == ([f"tolaria.{peer}_error"] if once else [])
+
+
+async def test_retries_are_a_setting() -> None:
+    """None at all, where nobody wants any."""
+    tamiyo = FakeTamiyo(no_command)
+    tamiyo.failures = [grpc.StatusCode.UNAVAILABLE]
+    async with serving(tamiyo) as target, Ward(target, retries=0).connected() as peers:
+        with pytest.raises(PeerUnavailableError):
+            await peers.tamiyo.evaluate_epoch(SystemStatePacket())
+    assert tamiyo.begun == 1
+
+
+OWN_DEADLINE = {
+    "EvaluateEpoch": "tamiyo",
+    "EvaluateStep": "tamiyo's step",
+    "ExportSeedStates": "kasmina",
+    "ApplyCommand": "kasmina's apply",
+}
+
+
+@pytest.mark.parametrize(("method", "asked"), OWN_DEADLINE.items())
+async def test_each_method_has_its_own_deadline(method: str, asked: str) -> None:
+    """Of all methods only the one that was given a shorter deadline has it; the peer's handlers are cancelled."""
+
+    async def never() -> None:
+        await anyio.sleep_forever()
+
+    async def never_answer(_state: SystemStatePacket) -> AdaptationCommand | None:
+        await anyio.sleep_forever()
+        raise AssertionError("forever has ended")
+
+    async with serving(FakeTamiyo(never_answer), FakeKasmina(ponder=never)) as target:
+        ward = Ward(target, timeout_s=0.2, timeouts_s={method: 0.05})
+        async with ward.connected() as peers:
+            for name, other in OWN_DEADLINE.items():
+                expected = 50 if name == method else 200
+                with pytest.raises(PeerTimeoutError, match=f"{name} did not answer within {expected} ms"):
+                    await ASKING[other](peers)
+
+
+async def test_a_call_too_many_is_refused_and_told() -> None:
+    """The settings bound what is in flight and what waits; a refusal is an event with its reason and no timeout."""
+    begun, end = anyio.Event(), anyio.Event()
+
+    async def ponder() -> None:
+        begun.set()
+        await end.wait()
+
+    async with serving(FakeKasmina(ponder=ponder)) as target:
+        ward = Ward(target, in_flight_max=1, waiting_max=0)
+        async with ward.connected() as peers, anyio.create_task_group() as tasks:
+            tasks.start_soon(peers.kasmina.export_seeds, SystemStatePacket())
+            await begun.wait()
+            with pytest.raises(CallRefusedError):
+                await peers.kasmina_rollback.prepare(ORDER)  # the peer's places are for all its clients
+            assert ward.value("tolaria.timeout.kasmina_last_ms") == 0
+            end.set()
+    (event,) = ward.emitter.recent
+    assert event.description == "tolaria.kasmina_error"
+    assert "1 calls are in flight" in event.attributes["detail"]
+    assert ward.value("tolaria.timeout.kasmina_total") == 0
+    assert ward.breakers["kasmina"].state == CIRCUIT_STATE_CLOSED
+
+
+async def test_calls_in_flight_end_before_the_channel_closes() -> None:
+    """What a peer answers within the drain is still heard."""
+    begun, end = anyio.Event(), anyio.Event()
+    heard: list[list[SeedState]] = []
+
+    async def ponder() -> None:
+        begun.set()
+        await end.wait()
+
+    async def ask(peers: Peers) -> None:
+        heard.append(await peers.kasmina.export_seeds(SystemStatePacket()))
+
+    kasmina = FakeKasmina([SeedState(seed_id="a", stage=SEED_STAGE_TRAINING)], ponder)
+    async with serving(FakeTamiyo(no_command), kasmina) as target:
+        ward = Ward(target, drain_s=10.0)
+        async with anyio.create_task_group() as tasks, ward.connected() as peers:
+            tasks.start_soon(ask, peers)
+            await begun.wait()
+            tasks.start_soon(_set_when_closing, peers, end)
+    assert [seed.seed_id for seeds in heard for seed in seeds] == ["a"]
+
+
+async def _set_when_closing(peers: Peers, end: anyio.Event) -> None:
+    """Let the peer answer once further calls are refused: the drain has begun."""
+    while True:
+        try:
+            await peers.tamiyo.evaluate_epoch(SystemStatePacket())
+        except CallRefusedError:
+            end.set()
+            return
+
+
+async def test_a_drain_is_bounded_and_what_outlasts_it_is_cancelled() -> None:
+    """A hanging peer does not keep the service from ending: its call is cut, on both sides."""
+    begun = anyio.Event()
+
+    async def ponder() -> None:
+        begun.set()
+        await anyio.sleep_forever()
+
+    kasmina = FakeKasmina(ponder=ponder)
+    async with serving(kasmina) as target:
+        ward = Ward(target, timeout_s=60.0, drain_s=0.02)
+
+        async def ask(peers: Peers) -> None:
+            with pytest.raises(PeerUnavailableError, match="cancelled by the channel"):
+                await peers.kasmina.export_seeds(SystemStatePacket())
+
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as tasks, ward.connected() as peers:
+                tasks.start_soon(ask, peers)
+                await begun.wait()
+            while kasmina.running:
+                await anyio.sleep(0.005)
+    assert kasmina.cancelled == 1

@@ -1,0 +1,83 @@
+"""The child process of `support.hanging`: both peers on one port, which hang or answer at once. Imports no torch.
+
+python tests/support/hanging_child.py (hang | answer)
+
+It says its address, then a line of counts for every line that it is sent; it ends with its standard input.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import anyio
+import anyio.to_thread
+
+from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.state_pb2 import SystemStatePacket
+from support.peers import FakeKasmina, FakeTamiyo, at_once, serving
+
+Manner = Literal["hang", "answer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a process holds."""
+
+    threads: int
+    tasks: int
+    descriptors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """What became of a peer process's calls, and what the process holds."""
+
+    begun: int
+    running: int
+    cancelled: int
+    footprint: Footprint
+
+
+async def footprint() -> Footprint:
+    """Of this process, now, what is garbage left aside."""
+    gc.collect()
+    descriptors = await anyio.to_thread.run_sync(lambda: len(list(Path("/proc/self/fd").iterdir())))
+    return Footprint(threading.active_count(), len(asyncio.all_tasks()), descriptors)
+
+
+async def _hang(_state: SystemStatePacket | None = None) -> NoReturn:
+    await anyio.sleep_forever()
+    raise AssertionError("forever has ended")
+
+
+async def _no_change(_state: SystemStatePacket) -> AdaptationCommand | None:
+    return None
+
+
+async def _serve(manner: str) -> None:
+    hangs = manner == "hang"
+    tamiyo = FakeTamiyo(_hang if hangs else _no_change)
+    kasmina = FakeKasmina(ponder=_hang if hangs else at_once)
+    async with serving(tamiyo, kasmina) as target:
+        _say(target)
+        while await anyio.to_thread.run_sync(sys.stdin.readline):
+            tamiyo.states.clear()
+            begun, running = tamiyo.begun + kasmina.begun, tamiyo.running + kasmina.running
+            counts = Handlers(begun, running, tamiyo.cancelled + kasmina.cancelled, await footprint())
+            _say(json.dumps(asdict(counts)))
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    anyio.run(_serve, sys.argv[1])

@@ -6,9 +6,9 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from tolaria.signals.layout import LINE, MASK64
+from tolaria.signals.layout import LINE
 from tolaria.signals.memory import fence
-from tolaria.signals.records import BlockCondition
+from tolaria.signals.records import BlockCondition, new_tuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,8 +69,7 @@ class Latch(Generic[Record]):
         self._memory = memory
         self.extent = (at, LINE + 2 * size)
         self._word = at // 8
-        self._copies = (at + LINE, at + LINE + size)
-        self._size = size
+        self._copies = (slice(at + LINE, at + LINE + size), slice(at + LINE + size, at + LINE + 2 * size))
         self._decode = decode
         self._tally = tally
 
@@ -85,10 +84,11 @@ class Latch(Generic[Record]):
         condition = BlockCondition.TORN
         for tried in range(READ_TRIES):
             sequence = words[self._word]
-            start = self._copies[sequence & 1]
-            fence()
-            payload = bytes(view[start : start + self._size])
-            fence()
+            if fence is not None:
+                fence()
+            payload = view[self._copies[sequence & 1]].tobytes()
+            if fence is not None:
+                fence()
             if words[self._word] != sequence:
                 condition = BlockCondition.TORN
                 continue
@@ -96,7 +96,7 @@ class Latch(Generic[Record]):
             if record is not None:
                 if tried:
                     self._tally.add("retries", tried)
-                return Reading(BlockCondition.OK, record, sequence)
+                return new_tuple(Reading, (BlockCondition.OK, record, sequence))
             condition = BlockCondition.DAMAGED
         self._tally.add("retries", READ_TRIES - 1)
         self._tally.add("torn" if condition is BlockCondition.TORN else "crc_failures")
@@ -104,12 +104,7 @@ class Latch(Generic[Record]):
 
     def write(self, payload: bytes, generation: int) -> None:
         """Publish `payload`, sealed with `generation`, the successor of the last one."""
-        start = self._copies[generation & 1]
-        self._memory.view[start : start + self._size] = payload
-        fence()
+        self._memory.view[self._copies[generation & 1]] = payload
+        if fence is not None:
+            fence()
         self._memory.words[self._word] = generation
-
-
-def following(generation: int) -> int:
-    """The generation after `generation`."""
-    return (generation + 1) & MASK64

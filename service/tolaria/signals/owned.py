@@ -23,7 +23,14 @@ from tolaria.signals.layout import (
     encode_rollback,
     participant_at,
 )
-from tolaria.signals.records import CLEARERS, BlockCondition, ParticipantRecord, RollbackRecord, RollbackState, new_tuple
+from tolaria.signals.records import (
+    CLEARERS,
+    BlockCondition,
+    ParticipantRecord,
+    RollbackRecord,
+    RollbackState,
+    new_tuple,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,6 +1,7 @@
 """The service's side of being watched: heartbeats, the sentinel's process, and the file that stacks are dumped to.
 
-Owns how the settings become a sentinel's post, and when boards that nobody watches any more are removed. Must not know what a run is.
+Owns how the settings become a sentinel's post, and when boards of dead runs are removed. Must not know what a run
+is.
 """
 
 from __future__ import annotations

@@ -135,7 +135,10 @@ def _is_ours(path: Path, fd: int, header: Header) -> bool:
 
 
 def checked_header(path: Path, fd: int) -> Header:
-    """The header of the file open as `fd`, or `BoardRefusedError`. Read with pread, never through a map: a file that is too short must not become a SIGBUS."""
+    """The header of the file open as `fd`. Raises `BoardRefusedError` when it is no board.
+
+    Read with pread, never through a map: a file that is too short must not become a SIGBUS.
+    """
     head = os.pread(fd, HEADER_SIZE, 0)
     fault = header_fault(head, os.fstat(fd).st_size)
     if fault is not None:

@@ -212,7 +212,7 @@ class Participant:
             reason = cut_at_character(reason, REASON_MAX).decode()
         # Unique on the board: the block's number, then microseconds: ids do not repeat after a repair either.
         count, next_count = now_ns // 1000, (record.signal_id & _COUNT_MASK) + 1
-        signal_id = self._id_base | (count if count > next_count else next_count) & _COUNT_MASK
+        signal_id = self._id_base | max(count, next_count) & _COUNT_MASK
         # In the order of the record's fields, as `_replace` would do it in three times the time.
         return new_tuple(ParticipantRecord, (level, reason, signal_id, now_ns, *record[_ACKNOWLEDGED_ON:]))
 

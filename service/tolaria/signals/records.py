@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 CLEARERS = ("tolaria", "operator")
 
 new_tuple = tuple.__new__
-"""`new_tuple(ParticipantRecord, fields)` is `ParticipantRecord(*fields)` without a call into Python, at half the cost."""
+"""`new_tuple(ParticipantRecord, fields)` is `ParticipantRecord(*fields)` without a call into Python: half the cost."""
 
 
 @unique

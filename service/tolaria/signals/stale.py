@@ -1,4 +1,4 @@
-"""Boards that crashed runs have left behind, and their removal. Owns what counts as left behind; knows no blocks' meaning.
+"""Boards that crashed runs have left behind, and their removal. Owns what counts as left behind, not what boards say.
 
 A run that is killed cannot take its board away, and the next run, of another id, founds one of another name. A board
 is left behind when all of this holds:

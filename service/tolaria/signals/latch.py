@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tolaria.signals.memory import BoardMemory
 
 READ_TRIES = 16
+_OK, _TORN = BlockCondition.OK, BlockCondition.TORN  # a look at an enum's member costs more than one at the board
 
 Record = TypeVar("Record")
 
@@ -81,7 +82,7 @@ class Latch(Generic[Record]):
     def read(self) -> Reading[Record]:
         """The current payload; at most `READ_TRIES` times, so a reader is never held up by a writer."""
         words, view = self._memory.words, self._memory.view
-        condition = BlockCondition.TORN
+        condition = _TORN
         for tried in range(READ_TRIES):
             sequence = words[self._word]
             if fence is not None:
@@ -90,16 +91,16 @@ class Latch(Generic[Record]):
             if fence is not None:
                 fence()
             if words[self._word] != sequence:
-                condition = BlockCondition.TORN
+                condition = _TORN
                 continue
             record = self._decode(payload, sequence)
             if record is not None:
                 if tried:
                     self._tally.add("retries", tried)
-                return new_tuple(Reading, (BlockCondition.OK, record, sequence))
+                return new_tuple(Reading, (_OK, record, sequence))
             condition = BlockCondition.DAMAGED
         self._tally.add("retries", READ_TRIES - 1)
-        self._tally.add("torn" if condition is BlockCondition.TORN else "crc_failures")
+        self._tally.add("torn" if condition is _TORN else "crc_failures")
         return Reading(condition, None, sequence)
 
     def write(self, payload: bytes, generation: int) -> None:

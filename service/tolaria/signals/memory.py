@@ -43,7 +43,7 @@ class BoardMemory:
         Half a microsecond. A file cut between this look and the touch still kills; nobody who keeps to the protocol
         cuts one.
         """
-        return not self._closed and self._map.size() >= BOARD_SIZE
+        return not self._closed and self._file_size() >= BOARD_SIZE
 
     @property
     def named(self) -> bool:

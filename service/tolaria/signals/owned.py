@@ -131,6 +131,7 @@ class Participant:
         self._id_base = (index + 1) << _ID_BITS
         self._block = block
         self._parts = parts
+        self._memory, self._clock = parts.memory, parts.clock
         self._voided_ns = voided_ns
         at = participant_at(index)
         self._heartbeat = (at + HEARTBEAT) // 8
@@ -198,8 +199,9 @@ class Participant:
 
     def _store(self, word: int) -> None:
         # A lost board must not stop training: it is counted here, and whoever raises or reads learns of it.
-        if self._parts.memory.intact:
-            self._parts.memory.words[word] = self._parts.clock()
+        memory = self._memory
+        if memory.intact:
+            memory.words[word] = self._clock()
         else:
             self._parts.tally.add("lost_beats")
 
@@ -207,7 +209,7 @@ class Participant:
         if level < record.level and record.raised_ns > self._voided_ns():
             standing = EmergencyLevel.Name(record.level)
             raise SignalValueError(f"{self.name} already raised {standing}; it must be cleared before a lower level")
-        now_ns = self._parts.clock()
+        now_ns = self._clock()
         if not (reason.isascii() and len(reason) <= REASON_MAX):
             reason = cut_at_character(reason, REASON_MAX).decode()
         # Unique on the board: the block's number, then microseconds: ids do not repeat after a repair either.

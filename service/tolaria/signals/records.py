@@ -102,7 +102,7 @@ def standing_signals(records: Mapping[str, ParticipantRecord]) -> tuple[Signal, 
     """Every signal that is raised and not void, the one that counts first: highest level, then raised first."""
     void_until_ns = voided_until(records)
     signals = [
-        Signal(name, record.level, record.reason, record.signal_id, record.raised_ns)
+        new_tuple(Signal, (name, record.level, record.reason, record.signal_id, record.raised_ns))
         for name, record in records.items()
         if record.level and record.raised_ns > void_until_ns
     ]

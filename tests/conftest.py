@@ -17,6 +17,11 @@ from structlog.typing import EventDict
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--long`: tests that have a long form, as README tells, run it in place of the short one."""
+    parser.addoption("--long", action="store_true", help="run the long forms of tests that have one")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def grpc_stays_up() -> Iterator[None]:
     """Hold gRPC's poller thread: the last channel or server to go would join it, on a loop where nothing may block."""

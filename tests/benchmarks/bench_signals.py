@@ -2,10 +2,16 @@
 
     python tests/benchmarks/bench_signals.py [--rounds 2000]
 
-One process raises, another waits; a third keeps a core busy as a training step would. Bare pings and board signals take
-turns, so that both meet the same machine. A latency runs from just before the store or `raise_level` to just after the
-wake or `effective()`, on the monotonic clock that both share. Targets: median at most 1.5 x the bare ping, p99
-under 1 ms. The raiser computes between signals, as a service that raises does; the waiter sleeps.
+One process raises, another waits. Bare pings and board signals take turns, so that both meet the same machine, first
+with nothing else, then with a third process that trains on one core.
+
+A board signal's latency runs from just before `raise_level` is called to just after the waiter has it: `wait` has
+returned, then `effective`, and it is the new signal. A bare ping's runs from just before the store to just after the
+futex wait has returned and the word has been looked at; it goes through the same Python bindings. The clock is the
+monotonic one that both processes share. The raiser computes between signals, as a service that raises does, so that
+its caches are its own work's; the waiter sleeps.
+
+Targets: the median at most 1.5 x the bare ping's, and a p99 under 1 ms while another process trains.
 """
 
 from __future__ import annotations
@@ -19,15 +25,31 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from leyline.v1.enums_pb2 import EmergencyLevel
 from tolaria.signals import Participant, SignalBoard
 from tolaria.signals.futex import futex_available, futex_wait, futex_waker
 
+_RATIO_MAX = 1.5
+_P99_US_MAX = 1000.0
 _SHARED_SIZE = 4096
 _TIMEOUT_S = 10.0
 _PAUSE_S = 0.0005  # long enough for the waiter to be asleep again
+_TRAINING = """
+import torch
+torch.set_num_threads(1)
+model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
+optimizer = torch.optim.Adam(model.parameters())
+x, y = torch.randn(256, 64), torch.randint(10, (256,))
+print("training", flush=True)
+while True:
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+"""
 
 
 class Mailbox:
@@ -121,12 +143,39 @@ def _raise(participant: Participant) -> int:
     return started_ns
 
 
+def figures(rounds: int) -> dict[str, float]:
+    """Medians and 99th percentiles, in microseconds, and the ratio of the medians."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        bare_us, woken_us, board_us = measure(Path(folder), rounds)
+    medians = {
+        "bare_median_us": statistics.median(bare_us),
+        "board_woken_median_us": statistics.median(woken_us),
+        "board_median_us": statistics.median(board_us),
+    }
+    ratio = medians["board_median_us"] / medians["bare_median_us"]
+    tails = {"bare_p99_us": _percentile_99(bare_us), "board_p99_us": _percentile_99(board_us)}
+    return {name: round(value, 2) for name, value in {**medians, "ratio": ratio, **tails}.items()}
+
+
+@contextmanager
+def training() -> Iterator[None]:
+    """Around a measurement beside a process that trains."""
+    process = subprocess.Popen([sys.executable, "-c", _TRAINING], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def _percentile_99(values: list[float]) -> float:
     return statistics.quantiles(values, n=100)[98]
 
 
 def main() -> int:
-    """Print the figures as JSON; exit status 0 when both targets are met."""
+    """Print the figures as JSON, a line idle and a line beside training; exit status 0 when the targets are met."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2000)
     parser.add_argument("--waiter", type=Path)
@@ -137,24 +186,12 @@ def main() -> int:
     if not futex_available():
         sys.stdout.write("skipped: this platform has no futex\n")
         return 0
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-            bare_us, woken_us, board_us = measure(Path(folder), arguments.rounds)
-    finally:
-        busy.kill()
-        busy.wait()
-    ratio = statistics.median(board_us) / statistics.median(bare_us)
-    figures = {
-        "bare_median_us": round(statistics.median(bare_us), 1),
-        "board_woken_median_us": round(statistics.median(woken_us), 1),
-        "board_median_us": round(statistics.median(board_us), 1),
-        "ratio": round(ratio, 2),
-        "bare_p99_us": round(_percentile_99(bare_us), 1),
-        "board_p99_us": round(_percentile_99(board_us), 1),
-    }
-    met = ratio <= 1.5 and figures["board_p99_us"] < 1000
-    sys.stdout.write(json.dumps({**figures, "met": met}) + "\n")
+    met = True
+    for beside, context in (("nothing", nullcontext()), ("training", training())):
+        with context:
+            found = figures(arguments.rounds)
+        sys.stdout.write(json.dumps({"beside": beside, **found}) + "\n")
+        met = met and found["ratio"] <= _RATIO_MAX and (beside == "nothing" or found["board_p99_us"] < _P99_US_MAX)
     return 0 if met else 1
 
 

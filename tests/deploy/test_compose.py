@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 
 from tolaria.config import load_settings
 from tolaria.config.tree import ServiceSettings
+from tolaria.signals import SignalBoard
 
 ROOT = Path(__file__).parents[2]
 PEERS = {"tamiyo": 50052, "kasmina": 50053}
@@ -120,6 +121,28 @@ def test_peers_share_the_memory_of_tolaria(services: dict[str, Any]) -> None:
     assert "depends_on" not in services["tolaria"]
 
 
+def test_peers_attend_the_board_that_tolaria_founds(services: dict[str, Any], tmp_path: Path) -> None:
+    """One name in the memory that they share, which a peer's command line takes."""
+    board = services["tolaria"]["environment"]["TOLARIA_SIGNALS__PATH"]
+
+    assert Path(board).parent == Path("/dev/shm")  # noqa: S108 - a path inside a container
+    for peer in PEERS:
+        *command, address = services[peer]["command"][:4]
+        assert services[peer]["command"][4:] == ["--board", board]
+        with SignalBoard.create(tmp_path / peer, "run-1") as mine:
+            options = ["127.0.0.1:0", "--board", str(mine.path), "--while-stdin"]
+            assert address.startswith("0.0.0.0:")
+            child = subprocess.Popen(
+                [sys.executable, "-m", "tolaria", *command, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            seen, beaten = mine.bell, 0
+            while not beaten and child.poll() is None:
+                seen = mine.wait(seen, timeout_s=1.0)
+                beaten = mine.read(peer).heartbeat_ns
+            child.communicate(timeout=30)
+            assert beaten
+
+
 def test_three_services_run_one_image(services: dict[str, Any]) -> None:
     """The image is built once, and the peers run the same one."""
     assert len({services[name]["image"] for name in OURS}) == 1
@@ -131,7 +154,7 @@ def test_peer_listens_where_tolaria_calls(peer: str, services: dict[str, Any]) -
     """The peer's address, Tolaria's target and the health check agree on the port."""
     port = PEERS[peer]
 
-    assert services[peer]["command"] == ["peer", peer, "--listen", f"0.0.0.0:{port}"]
+    assert services[peer]["command"][:4] == ["peer", peer, "--listen", f"0.0.0.0:{port}"]
     assert services["tolaria"]["environment"][f"TOLARIA_{peer.upper()}__TARGET"] == f"{peer}:{port}"
     assert services[peer]["healthcheck"]["test"][-1] == f"127.0.0.1:{port}"
 
@@ -157,6 +180,7 @@ def test_environment_is_accepted(
     if name == "tolaria":
         assert (settings.server.listen, settings.metrics.listen) == ("0.0.0.0:50051", "0.0.0.0:9464")
         assert (settings.tamiyo.target, settings.kasmina.target) == ("tamiyo:50052", "kasmina:50053")
+        assert str(settings.signals.board("any run")) == services[name]["environment"]["TOLARIA_SIGNALS__PATH"]
 
 
 def test_secret_is_shared_and_never_written_down(services: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The service's side of being watched: heartbeats, the sentinel's process, and the file that stacks are dumped to.
 
-Owns how the settings become a sentinel's post. Must not know what a run is.
+Owns how the settings become a sentinel's post, and when boards of dead runs are removed. Must not know what a run
+is.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import structlog
 
 from tolaria.config import Settings
@@ -17,7 +19,7 @@ from tolaria.emergency.guard import Post, keep_sentinel
 from tolaria.emergency.heartbeats import Heartbeats
 from tolaria.emergency.stacks import register_stack_dump
 from tolaria.errors import ConfigurationError
-from tolaria.signals import SignalBoard
+from tolaria.signals import SignalBoard, remove_stale_boards
 
 _BEAT_S_MAX = 1.0
 _BEATS_PER_TIMEOUT = 4
@@ -42,10 +44,14 @@ def stacks_on_request(settings: Settings) -> Iterator[None]:
 
 
 async def stay_watched(settings: Settings, board: SignalBoard, hearts: Heartbeats) -> None:
-    """A task: beat, and have a sentinel watch this process where the settings ask for one, until cancelled."""
+    """A task: beat, and have a sentinel watch this process where the settings ask for one, until cancelled.
+
+    At its start it removes the boards that crashed runs have left beside this one.
+    """
     emergency = settings.emergency
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(hearts.beat, min(_BEAT_S_MAX, emergency.heartbeat_timeout_s / _BEATS_PER_TIMEOUT))
+        tasks.start_soon(_remove_stale_boards, board.path)
         if emergency.sentinel:
             post = Post(
                 board=board.path,
@@ -57,6 +63,11 @@ async def stay_watched(settings: Settings, board: SignalBoard, hearts: Heartbeat
                 drain_s=emergency.drain_s,
             )
             await keep_sentinel(post, on_lost=lambda why: _log.error("sentinel_lost", detail=why))
+
+
+async def _remove_stale_boards(beside: Path) -> None:
+    for path in await anyio.to_thread.run_sync(remove_stale_boards, beside):
+        _log.info("stale_board_removed", board=str(path))
 
 
 def _stacks(settings: Settings) -> Path:

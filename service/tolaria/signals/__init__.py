@@ -13,6 +13,7 @@ from tolaria.signals.records import (
     RollbackState,
     Signal,
 )
+from tolaria.signals.stale import remove_stale_boards
 
 __all__ = [
     "CLEARERS",
@@ -28,4 +29,5 @@ __all__ = [
     "RollbackWriter",
     "Signal",
     "SignalBoard",
+    "remove_stale_boards",
 ]

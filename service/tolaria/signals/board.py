@@ -20,12 +20,12 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from tolaria.errors import BlockOwnedError
 from tolaria.signals import founding
 from tolaria.signals.futex import Bell, futex_available
-from tolaria.signals.latch import BoardStatistics, Latch, Reading, Tally
+from tolaria.signals.latch import BoardStatistics, Latch, Tally
 from tolaria.signals.layout import (
     BELL_AT,
     BLOCKS_AT,
@@ -48,7 +48,6 @@ from tolaria.signals.memory import BoardMemory
 from tolaria.signals.owned import BoardParts, Participant, RollbackWriter, claim_participant, claim_rollback
 from tolaria.signals.records import (
     CLEARERS,
-    BlockCondition,
     ParticipantRecord,
     ParticipantState,
     RollbackRecord,
@@ -62,6 +61,19 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _SEQUENCES = slice(BLOCKS_AT // 8, ROLLBACK_AT // 8, PARTICIPANT_SIZE // 8)
+_UNREAD = -1
+_NOTHING = ParticipantRecord()
+
+
+class _Seen(NamedTuple):
+    """The last look at all participants: the sequence of each, `_UNREAD` for one without a record, and what it said.
+
+    Never changed, only replaced: any thread may look.
+    """
+
+    sequences: list[int]
+    records: dict[str, ParticipantRecord]
+    standing: tuple[Signal, ...]
 
 
 class SignalBoard:
@@ -87,8 +99,7 @@ class SignalBoard:
             self._memory, ROLLBACK_AT, ROLLBACK_PAYLOAD, decode=decode_rollback, tally=self._tally
         )
         self._claimed: dict[str, Participant | RollbackWriter] = {}
-        unread: Reading[ParticipantRecord] = Reading(BlockCondition.TORN, None, -1)
-        self._standing = [unread] * len(PARTICIPANTS), standing_signals({})
+        self._seen = _Seen([_UNREAD] * len(PARTICIPANTS), dict.fromkeys(PARTICIPANTS, _NOTHING), ())
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], run_id: str, *, clock: Callable[[], int] = time.monotonic_ns) -> Self:
@@ -156,7 +167,8 @@ class SignalBoard:
 
     def effective(self) -> Signal | None:
         """The signal that counts: the highest standing level, the first raised of equals. A few microseconds."""
-        return next(iter(self.standing()), None)
+        standing = self.standing()
+        return standing[0] if standing else None
 
     def standing(self) -> tuple[Signal, ...]:
         """Every signal raised and not void, the effective one first. Torn and damaged blocks are counted and left out.
@@ -165,22 +177,10 @@ class SignalBoard:
         """
         self._memory.require_intact()
         sequences = self._memory.words[_SEQUENCES].tolist()
-        known, standing = self._standing
-        if sequences == [reading.sequence for reading in known]:
-            return standing
-        fresh = [
-            reading if reading.sequence == sequence and reading.record is not None else latch.read()
-            for reading, sequence, latch in zip(known, sequences, self._latches, strict=True)
-        ]
-        records = {
-            name: reading.record
-            for name, reading in zip(PARTICIPANTS, fresh, strict=True)
-            if reading.record is not None
-        }
-        standing = standing_signals(records)
-        if len(records) == len(PARTICIPANTS):
-            self._standing = fresh, standing
-        return standing
+        seen = self._seen
+        if sequences != seen.sequences:
+            seen = self._seen = self._look_again(seen, sequences)
+        return seen.standing
 
     def read(self, name: str) -> ParticipantState:
         """One participant's block as its bytes are now. Raises `SignalValueError` for an unknown name."""
@@ -238,6 +238,16 @@ class SignalBoard:
         """Close; the founder takes the file away too."""
         self.close(unlink=self._founder)
 
+    def _look_again(self, seen: _Seen, sequences: list[int]) -> _Seen:
+        """What stands now: `seen`, but for the blocks whose sequence is another one by now."""
+        known, records = seen.sequences.copy(), seen.records.copy()
+        for index, sequence in enumerate(sequences):
+            if sequence != known[index]:
+                _, record, sequence_read = self._latches[index].read()
+                known[index] = _UNREAD if record is None else sequence_read
+                records[PARTICIPANTS[index]] = _NOTHING if record is None else record
+        return _Seen(known, records, standing_signals(records))
+
     def _participant_latch(self, index: int) -> Latch[ParticipantRecord]:
         decode = partial(decode_participant, index=index)
         return Latch(self._memory, participant_at(index), PARTICIPANT_PAYLOAD, decode=decode, tally=self._tally)
@@ -249,5 +259,5 @@ class SignalBoard:
             raise BlockOwnedError(f"{name} is claimed by this process already")
 
     def _voided_ns(self) -> int:
-        readings = [self._latches[index_of(name)].read() for name in CLEARERS]
-        return voided_until(reading.record for reading in readings if reading.record is not None)
+        readings = {name: self._latches[index_of(name)].read() for name in CLEARERS}
+        return voided_until({name: found.record for name, found in readings.items() if found.record is not None})

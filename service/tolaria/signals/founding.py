@@ -28,7 +28,7 @@ from tolaria.signals.records import Header
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_MODE = 0o600
+MODE = 0o600
 _TRIES = 100
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -49,7 +49,7 @@ def found(path: Path, run_id: str) -> BoardFile:
     Raises `BoardBusyError` while another living process is the founder, `BoardRefusedError` when the name cannot be
     had.
     """
-    header = Header(run_id, _boot_id(), time.time_ns(), time.monotonic_ns())
+    header = Header(run_id, boot_id(), time.time_ns(), time.monotonic_ns())
     image = blank_board(header)
     with _translated(path), ExitStack() as replaced, ExitStack() as undo:
         new = path.with_name(path.name + ".new")
@@ -61,7 +61,7 @@ def found(path: Path, run_id: str) -> BoardFile:
             return left
         fd = os.open(new, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         undo.callback(os.close, fd)
-        os.fchmod(fd, _MODE)  # the umask must not decide, nor what a crash left
+        os.fchmod(fd, MODE)  # the umask must not decide, nor what a crash left
         os.ftruncate(fd, 0)
         os.pwrite(fd, image, 0)  # written, not only sized: a full file system must show now, not as a SIGBUS later
         new.rename(path)
@@ -72,13 +72,13 @@ def found(path: Path, run_id: str) -> BoardFile:
 def join(path: Path, expected_run_id: str | None) -> BoardFile:
     """Open the board that another process founded. Raises `BoardRefusedError`; its `reason` says why."""
     with _translated(path), ExitStack() as undo:
-        fd = _open(path)
+        fd = open_board(path)
         undo.callback(os.close, fd)
-        lock_fd = _open(path)
+        lock_fd = open_board(path)
         undo.callback(os.close, lock_fd)
         if not _same(os.fstat(fd), os.fstat(lock_fd)):
             raise BoardRefusedError(str(path), "replaced", "its file was replaced at this moment; ask again")
-        header = _checked_header(path, fd)
+        header = checked_header(path, fd)
         if expected_run_id is not None and header.run_id != expected_run_id:
             raise BoardRefusedError(str(path), "run", f"it belongs to run {header.run_id!r}, not {expected_run_id!r}")
         undo.pop_all()
@@ -88,19 +88,19 @@ def join(path: Path, expected_run_id: str | None) -> BoardFile:
 def remove(path: Path, fd: int) -> None:
     """Take the name away from the board open as `fd`, unless the name leads elsewhere by now."""
     with _translated(path):
-        if _leads_to(path, fd):
+        if leads_to(path, fd):
             path.unlink()
 
 
 def _own(path: Path, flags: int) -> RangeLocks:
     """Open `path` and lock its header, making sure that the locked file is the one that still has the name."""
     for _ in range(_TRIES):
-        fd = _open(path, flags)
+        fd = open_board(path, flags)
         locks = RangeLocks(fd)
         if not locks.try_lock(0, HEADER_SIZE):
             locks.close()
             raise BoardBusyError(f"{path}: another living process holds this board")
-        if _leads_to(path, fd):
+        if leads_to(path, fd):
             return locks
         locks.close()
     raise BoardBusyError(f"{path}: other processes keep replacing this board")
@@ -114,19 +114,19 @@ def _left_behind(path: Path, header: Header, replaced: ExitStack) -> BoardFile |
         return None
     with ExitStack() as release:
         release.callback(locks.close)
-        fd = _open(path)
+        fd = open_board(path)
         release.callback(os.close, fd)
         if not _is_ours(path, fd, header):
             replaced.push(release.pop_all())
             return None
-        os.fchmod(fd, _MODE)
+        os.fchmod(fd, MODE)
         release.pop_all()
-        return BoardFile(fd, locks, _checked_header(path, fd), adopted=True)
+        return BoardFile(fd, locks, checked_header(path, fd), adopted=True)
 
 
 def _is_ours(path: Path, fd: int, header: Header) -> bool:
     try:
-        found = _checked_header(path, fd)
+        found = checked_header(path, fd)
     except BoardRefusedError as refusal:
         if refusal.reason == "foreign":
             raise
@@ -134,8 +134,11 @@ def _is_ours(path: Path, fd: int, header: Header) -> bool:
     return found.run_id == header.run_id and found.boot_id == header.boot_id
 
 
-def _checked_header(path: Path, fd: int) -> Header:
-    """Read with pread, never through a map: a file that is too short must not become a SIGBUS."""
+def checked_header(path: Path, fd: int) -> Header:
+    """The header of the file open as `fd`. Raises `BoardRefusedError` when it is no board.
+
+    Read with pread, never through a map: a file that is too short must not become a SIGBUS.
+    """
     head = os.pread(fd, HEADER_SIZE, 0)
     fault = header_fault(head, os.fstat(fd).st_size)
     if fault is not None:
@@ -143,15 +146,17 @@ def _checked_header(path: Path, fd: int) -> Header:
     return decode_header(head)
 
 
-def _open(path: Path, flags: int = 0) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, _MODE)
+def open_board(path: Path, flags: int = 0) -> int:
+    """A descriptor to read and write `path`, no link followed. Raises `OSError`, or `BoardRefusedError` for no file."""
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, MODE)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise BoardRefusedError(str(path), "foreign", "it is not a regular file")
     return fd
 
 
-def _leads_to(path: Path, fd: int) -> bool:
+def leads_to(path: Path, fd: int) -> bool:
+    """Whether the name belongs to the file open as `fd`."""
     try:
         return _same(path.lstat(), os.fstat(fd))
     except FileNotFoundError:
@@ -162,7 +167,8 @@ def _same(one: os.stat_result, other: os.stat_result) -> bool:
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
-def _boot_id() -> bytes:
+def boot_id() -> bytes:
+    """Names this boot of the kernel; zeros where it has no name."""
     try:
         return bytes.fromhex(_BOOT_ID.read_text(encoding="ascii").strip().replace("-", ""))
     except FileNotFoundError:

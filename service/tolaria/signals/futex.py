@@ -115,8 +115,8 @@ def futex_wait(address: int, expected: int, timeout_s: float) -> None:
 def futex_waker(address: int) -> Callable[[], object]:
     """A function that wakes all who wait on the word at `address`, holding the GIL; its arguments are ready made."""
     syscall = ctypes.PyDLL(None).syscall
-    syscall.restype = ctypes.c_long
-    return partial(syscall, *_arguments(address, _FUTEX_WAKE, _EVERYONE), None, None, _UNUSED)
+    syscall.restype = None  # how many were woken is of no use, and to make a number of it takes time
+    return partial(syscall, *_arguments(address, _FUTEX_WAKE, _EVERYONE))
 
 
 class _Timespec(ctypes.Structure):

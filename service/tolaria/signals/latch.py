@@ -6,9 +6,9 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from tolaria.signals.layout import LINE, MASK64
+from tolaria.signals.layout import LINE
 from tolaria.signals.memory import fence
-from tolaria.signals.records import BlockCondition
+from tolaria.signals.records import BlockCondition, new_tuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tolaria.signals.memory import BoardMemory
 
 READ_TRIES = 16
+_OK, _TORN = BlockCondition.OK, BlockCondition.TORN  # a look at an enum's member costs more than one at the board
 
 Record = TypeVar("Record")
 
@@ -69,8 +70,7 @@ class Latch(Generic[Record]):
         self._memory = memory
         self.extent = (at, LINE + 2 * size)
         self._word = at // 8
-        self._copies = (at + LINE, at + LINE + size)
-        self._size = size
+        self._copies = (slice(at + LINE, at + LINE + size), slice(at + LINE + size, at + LINE + 2 * size))
         self._decode = decode
         self._tally = tally
 
@@ -82,34 +82,30 @@ class Latch(Generic[Record]):
     def read(self) -> Reading[Record]:
         """The current payload; at most `READ_TRIES` times, so a reader is never held up by a writer."""
         words, view = self._memory.words, self._memory.view
-        condition = BlockCondition.TORN
+        condition = _TORN
         for tried in range(READ_TRIES):
             sequence = words[self._word]
-            start = self._copies[sequence & 1]
-            fence()
-            payload = bytes(view[start : start + self._size])
-            fence()
+            if fence is not None:
+                fence()
+            payload = view[self._copies[sequence & 1]].tobytes()
+            if fence is not None:
+                fence()
             if words[self._word] != sequence:
-                condition = BlockCondition.TORN
+                condition = _TORN
                 continue
             record = self._decode(payload, sequence)
             if record is not None:
                 if tried:
                     self._tally.add("retries", tried)
-                return Reading(BlockCondition.OK, record, sequence)
+                return new_tuple(Reading, (_OK, record, sequence))
             condition = BlockCondition.DAMAGED
         self._tally.add("retries", READ_TRIES - 1)
-        self._tally.add("torn" if condition is BlockCondition.TORN else "crc_failures")
+        self._tally.add("torn" if condition is _TORN else "crc_failures")
         return Reading(condition, None, sequence)
 
     def write(self, payload: bytes, generation: int) -> None:
         """Publish `payload`, sealed with `generation`, the successor of the last one."""
-        start = self._copies[generation & 1]
-        self._memory.view[start : start + self._size] = payload
-        fence()
+        self._memory.view[self._copies[generation & 1]] = payload
+        if fence is not None:
+            fence()
         self._memory.words[self._word] = generation
-
-
-def following(generation: int) -> int:
-    """The generation after `generation`."""
-    return (generation + 1) & MASK64

@@ -91,11 +91,11 @@ first counts.
 from __future__ import annotations
 
 import struct
-import zlib
+from zlib import crc32
 
 from leyline.v1.enums_pb2 import EmergencyLevel, RollbackTier
 from tolaria.errors import SignalValueError
-from tolaria.signals.records import Header, ParticipantRecord, RollbackRecord, RollbackState
+from tolaria.signals.records import Header, ParticipantRecord, RollbackRecord, RollbackState, new_tuple
 
 MAGIC = b"TOLBOARD"
 VERSION = 1
@@ -159,7 +159,7 @@ def cut_at_character(text: str, size_max: int) -> bytes:
 def blank_board(header: Header) -> bytes:
     """A whole new board: the header, and every block with a valid empty payload of generation 0."""
     blocks = b"".join(
-        bytes(LINE) + encode_participant(0, index, ParticipantRecord()) + bytes(PARTICIPANT_PAYLOAD)
+        bytes(LINE) + encode_participant(index, 0, ParticipantRecord()) + bytes(PARTICIPANT_PAYLOAD)
         for index in range(len(PARTICIPANTS))
     )
     rollback = bytes(LINE) + encode_rollback(0, RollbackRecord()) + bytes(ROLLBACK_PAYLOAD)
@@ -195,23 +195,28 @@ def decode_header(head: bytes) -> Header:
     return header
 
 
-def encode_participant(generation: int, index: int, record: ParticipantRecord) -> bytes:
+def encode_participant(index: int, generation: int, record: ParticipantRecord) -> bytes:
     """A participant's sealed payload. Raises `SignalValueError` when a number does not fit its field."""
-    level, text, signal_id, raised, acknowledged_id, acknowledged, cleared, pid = record
-    reason = cut_at_character(text, REASON_MAX)
-    times = (generation, signal_id, raised, acknowledged_id, acknowledged, cleared)
-    return _sealed(_PARTICIPANT, *times, index, pid, level, len(reason), reason)
+    level, text, signal_id, raised, acked_id, acked, cleared, pid = record
+    reason = text.encode("utf-8", "replace")
+    size = len(reason)
+    if size > REASON_MAX:
+        reason = cut_at_character(text, REASON_MAX)
+        size = len(reason)
+    return _sealed(
+        _PARTICIPANT, generation, signal_id, raised, acked_id, acked, cleared, index, pid, level, size, reason
+    )
 
 
 def decode_participant(payload: bytes, generation: int, index: int) -> ParticipantRecord | None:
     """The record in a payload, or None when it is not the whole payload of that generation and block."""
-    if not _whole(payload):
+    if crc32(payload) != _CRC_OF_SEALED:
         return None
     own, signal_id, raised, acked_id, acked, cleared, slot, pid, level, size, reason = _PARTICIPANT.unpack_from(payload)
     text = _text(reason, size)
     if own != generation or slot != index or level not in LEVELS or text is None:
         return None
-    return ParticipantRecord(level, text, signal_id, raised, acked_id, acked, cleared, pid)
+    return new_tuple(ParticipantRecord, (level, text, signal_id, raised, acked_id, acked, cleared, pid))
 
 
 def encode_rollback(generation: int, record: RollbackRecord) -> bytes:
@@ -254,12 +259,12 @@ def _sealed(form: struct.Struct, *fields: int | bytes) -> bytes:
         body = form.pack(*fields)
     except struct.error as cause:
         raise SignalValueError(f"a number does not fit its field on the board: {cause}") from cause
-    return body + _CRC.pack(zlib.crc32(body))
+    return body + _CRC.pack(crc32(body))
 
 
 def _whole(sealed: bytes) -> bool:
     # The CRC of something followed by its own little-endian CRC-32 is always this number.
-    return zlib.crc32(sealed) == _CRC_OF_SEALED
+    return crc32(sealed) == _CRC_OF_SEALED
 
 
 def _text(field: bytes, size: int) -> str | None:

@@ -25,12 +25,9 @@ class RangeLocks:
 
     def __init__(self, fd: int) -> None:
         self._fd: int | None = fd
-        _alive.add(self)
-
-    @property
-    def held(self) -> bool:
+        self.held = True
         """False once closed, and in a child forked from the owner: then nothing is owned any more."""
-        return self._fd is not None
+        _alive.add(self)
 
     def try_lock(self, start: int, length: int) -> bool:
         """Lock a range unless another holder has a part of it. Locking what is held already succeeds."""
@@ -50,6 +47,7 @@ class RangeLocks:
     def close(self) -> None:
         """Let everything go."""
         if self._fd is not None:
+            self.held = False
             os.close(self._fd)
             self._fd = None
 

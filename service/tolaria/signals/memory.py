@@ -26,6 +26,7 @@ class BoardMemory:
         self._fd = fd
         self._path = path
         self._map = mmap.mmap(fd, BOARD_SIZE)
+        self._file_size = self._map.size
         self._closed = False
         self.view = memoryview(self._map)
         self.words = self.view.cast("Q")
@@ -42,7 +43,7 @@ class BoardMemory:
         Half a microsecond. A file cut between this look and the touch still kills; nobody who keeps to the protocol
         cuts one.
         """
-        return not self._closed and self._map.size() >= BOARD_SIZE
+        return not self._closed and self._file_size() >= BOARD_SIZE
 
     @property
     def named(self) -> bool:
@@ -50,10 +51,10 @@ class BoardMemory:
         return not self._closed and os.fstat(self._fd).st_nlink > 0
 
     def require_intact(self) -> None:
-        """Raise `BoardLostError` when the memory must not be touched any more."""
+        """Raise `BoardLostError` when the memory must not be touched any more: `intact`, on the way of every signal."""
         if self._closed:
             raise BoardLostError(f"{self._path}: this board has been closed")
-        if not self.intact:
+        if self._file_size() < BOARD_SIZE:
             raise BoardLostError(f"{self._path}: the file was cut short")
 
     def close(self) -> None:
@@ -76,8 +77,6 @@ def locked_fence() -> None:
         pass
 
 
-def no_fence() -> None:
-    """x86-64 keeps loads and stores each in order, and CPython's calls keep the compiler from swapping them."""
-
-
-fence = no_fence if platform.machine() in {"x86_64", "AMD64"} else locked_fence
+fence = None if platform.machine() in {"x86_64", "AMD64"} else locked_fence
+"""What to call between two steps whose order matters. None: x86-64 keeps loads and stores each in order, and CPython's
+calls keep the compiler from swapping them."""

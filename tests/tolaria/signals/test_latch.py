@@ -112,3 +112,20 @@ def test_latch_heartbeats_survive_damage_around_them(board: SignalBoard, path: P
     state = board.read("kasmina")
     assert (state.condition, state.heartbeat_ns > 0) == (BlockCondition.DAMAGED, True)
     assert participant_at(1) + HEARTBEAT == 320 + 576 + 8
+
+
+def test_latch_what_was_read_whole_survives_later_damage(board: SignalBoard, other: SignalBoard, path: Path) -> None:
+    """A view that knows a signal keeps it when its bytes rot; once the block has moved on, damaged, it is left out."""
+    kasmina, tamiyo = board.claim("kasmina"), board.claim("tamiyo")
+    kasmina.raise_level(HALT, "stop")
+    assert [signal.origin for signal in other.standing()] == ["kasmina"]
+    flip(path, copy_at("kasmina", board._latches[1].sequence))
+    tamiyo.raise_level(HALT, "me too")
+    assert [signal.origin for signal in other.standing()] == ["kasmina", "tamiyo"]
+    assert other.statistics().crc_failures == 0
+    kasmina.raise_level(HALT, "stop again")
+    flip(path, copy_at("kasmina", board._latches[1].sequence))
+    assert [[signal.origin for signal in other.standing()] for _ in range(2)] == [["tamiyo"], ["tamiyo"]]
+    assert other.statistics().crc_failures == 2
+    kasmina.acknowledge(1)
+    assert [signal.reason for signal in other.standing()] == ["me too", "stop again"]

@@ -30,7 +30,7 @@ def test_layout_every_block_is_aligned_and_sizes_are_as_documented() -> None:
 def test_layout_fields_lie_at_the_documented_offsets() -> None:
     """A participant's payload has each field where the table says."""
     record = ParticipantRecord(EmergencyLevel.EMERGENCY_LEVEL_HALT, "é!", 11, 12, 13, 14, 15, 16)
-    payload = layout.encode_participant(10, 3, record)
+    payload = layout.encode_participant(3, 10, record)
     assert struct.unpack_from("<6Q4I", payload) == (10, 11, 12, 13, 14, 15, 3, 16, 4, 3)
     assert payload[64:67] == "é!".encode()
 
@@ -47,7 +47,7 @@ def test_layout_participant_round_trip(
 ) -> None:
     """What is encoded decodes to itself, its reason cut; under another generation or block to nothing."""
     record = ParticipantRecord(level, reason, *numbers, 77)
-    payload = layout.encode_participant(generation, index, record)
+    payload = layout.encode_participant(index, generation, record)
     expected = record._replace(reason=layout.cut_at_character(reason, layout.REASON_MAX).decode())
     assert layout.decode_participant(payload, generation, index) == expected
     assert layout.decode_participant(payload, generation ^ 1, index) is None
@@ -68,7 +68,7 @@ def test_layout_rollback_round_trip(
 @given(flip=st.integers(0, layout.PARTICIPANT_PAYLOAD * 8 - 1), index=st.integers(0, 7))
 def test_layout_any_flipped_bit_is_noticed(flip: int, index: int) -> None:
     """No payload with one bit flipped decodes."""
-    payload = bytearray(layout.encode_participant(4, index, ParticipantRecord(reason="all is well")))
+    payload = bytearray(layout.encode_participant(index, 4, ParticipantRecord(reason="all is well")))
     payload[flip // 8] ^= 1 << flip % 8
     assert layout.decode_participant(bytes(payload), 4, index) is None
 

@@ -17,6 +17,18 @@ from structlog.typing import EventDict
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Flags that turn short forms into long ones; README, "Tests", lists them."""
+    parser.addoption("--fuzz-cases", type=int, default=150, help="requests and answers that each fuzzing test makes up")
+
+
+@pytest.fixture
+def fuzz_cases(request: pytest.FixtureRequest) -> int:
+    """How many requests or answers a fuzzing test makes up."""
+    cases: int = request.config.getoption("--fuzz-cases")
+    return cases
+
+
 @pytest.fixture(autouse=True, scope="session")
 def grpc_stays_up() -> Iterator[None]:
     """Hold gRPC's poller thread: the last channel or server to go would join it, on a loop where nothing may block."""

@@ -52,14 +52,7 @@ class AdminModel:
             return {OK}
         if method in OPEN_METHODS:
             return OPEN_METHODS[method]
-        if not _is_complete(request):
-            return {INVALID}
-        if request.request_id in self._open_ids:
-            return {INVALID, *self._judged(method, request)}
-        if request.request_id in self._first:
-            of, raw, (code, _) = self._first[request.request_id]
-            return {code} if (of, raw) == (method, _bytes(request)) else {INVALID}
-        return self._judged(method, request)
+        return self._allowed_once(method, request) if _is_complete(request) else {INVALID}
 
     def took(self, method: str, request: Any, outcome: Outcome, status: admin.GetStatusResponse) -> str:
         """Follow an allowed outcome; what does not agree with it, in words. `status` is asked for afterwards."""
@@ -85,6 +78,14 @@ class AdminModel:
             self._enact(method, request)
             return self._misanswered(method, outcome[1])
         return ""
+
+    def _allowed_once(self, method: str, request: Any) -> set[StatusCode]:
+        if request.request_id in self._open_ids:
+            return {INVALID, *self._judged(method, request)}
+        if request.request_id in self._first:
+            of, raw, (code, _) = self._first[request.request_id]
+            return {code} if (of, raw) == (method, _bytes(request)) else {INVALID}
+        return self._judged(method, request)
 
     def _judged(self, method: str, request: Any) -> set[StatusCode]:
         ended = self.state == FINISHED
@@ -119,6 +120,8 @@ class AdminModel:
                 self.level, self.emergency = 0, False
             case "SetConservativeMode":
                 self.operator = request.enabled
+            case _:
+                pass  # a lower level, another rate: nothing that stands
 
     def _misanswered(self, method: str, raw: bytes) -> str:
         answer = getattr(admin, f"{method}Response").FromString(raw)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import grpc
@@ -29,7 +29,7 @@ Answer = bytes | grpc.StatusCode
 
 
 class RawPeers(FakePeers):
-    """Peers behind Tolaria's own clients. `answers` holds what each method answers with; empty bytes where it is silent.
+    """Peers behind Tolaria's own clients. `answers` holds what each method answers with; others answer with no bytes.
 
     `served` counts the answers by method.
     """
@@ -44,12 +44,14 @@ class RawPeers(FakePeers):
     async def connected(self, safeguards: Safeguards) -> AsyncIterator[None]:
         """Serve, and call through the breakers of a run."""
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-        server.add_generic_rpc_handlers([
-            grpc.method_handlers_generic_handler(
-                service, {name: grpc.unary_unary_rpc_method_handler(self._handler(name)) for name in names}
-            )
-            for service, names in METHODS.items()
-        ])
+        server.add_generic_rpc_handlers(
+            [
+                grpc.method_handlers_generic_handler(
+                    service, {name: grpc.unary_unary_rpc_method_handler(self._handler(name)) for name in names}
+                )
+                for service, names in METHODS.items()
+            ]
+        )
         target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
         settings = PeerSettings(target=target, timeout_s=10)
@@ -81,7 +83,7 @@ class RawPeers(FakePeers):
         assert self._clients is not None
         return self._clients
 
-    def _handler(self, name: str) -> object:
+    def _handler(self, name: str) -> Callable[..., Awaitable[bytes]]:
         async def answer(_raw: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
             self.served[name] = self.served.get(name, 0) + 1
             answer = self.answers.get(name, b"")

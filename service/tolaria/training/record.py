@@ -144,7 +144,7 @@ class Recorder:
         return breach
 
     def consultation(self, settled: Consultation, *, stale: bool) -> None:
-        """Both peers have answered, or have failed to. A `stale` answer is told, its command refused; nothing changes."""
+        """Both peers have answered, or have failed to. A `stale` answer changes nothing: its command is refused."""
         progress = self.progress
         late = " (too late, dropped)" if stale else ""
         progress.tamiyo_answer = settled.tamiyo_answer + late

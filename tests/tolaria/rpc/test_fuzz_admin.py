@@ -219,7 +219,7 @@ async def goes_on(run: RunUnderTest, client: Client) -> None:
 
 
 def test_no_request_breaks_the_service_and_a_model_agrees(fuzz_cases: int) -> None:
-    """Mad, repeated, simultaneous requests: no INTERNAL, no UNKNOWN; state, level and reasons are as a model has them."""
+    """Mad, repeated, simultaneous requests: no INTERNAL, no UNKNOWN; the run stands where a model says it does."""
     steps = METHODS.flatmap(lambda method: STEPS[method])
     run_cases(steps, walk, count=fuzz_cases, session_length=CASES_PER_RUN)
 

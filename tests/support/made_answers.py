@@ -153,12 +153,16 @@ class Meant:
 
 @dataclass(frozen=True)
 class Case:
-    """What each method answers in one consultation; `late`: training has moved on too far when it settles."""
+    """What each method answers in one consultation.
+
+    `late`: training has moved on too far when it settles. `replayed`: Tamiyo sends what was last carried out once more.
+    """
 
     tamiyo: Meant | Answer
     apply: Answer
     export: Answer
     late: bool
+    replayed: bool
 
 
 def _errors() -> SearchStrategy[Answer]:
@@ -183,5 +187,6 @@ CASES = st.builds(
     weighted((6, MEANT), (1, _raw(EvaluateEpochResponse, 0))),
     _raw(ApplyCommandResponse, 8),
     _raw(ExportSeedStatesResponse, 8),
+    st.sampled_from([False] * 5 + [True]),
     st.sampled_from([False] * 5 + [True]),
 )

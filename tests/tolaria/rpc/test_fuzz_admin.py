@@ -71,7 +71,7 @@ def sensible_fields(method: str) -> dict[str, SearchStrategy[Any]]:
     return {
         f"{kind}.request_id": st.sampled_from([f"{prefix}-{number}" for number in range(5)]),
         f"{kind}.reason": st.sampled_from(["look", "😀" * 60, "x" * 1024, "\x00", "a\nb"]),
-        f"{kind}.level": st.sampled_from([1, 2, 3, 4, 4, 0, 5, -1]),
+        f"{kind}.level": st.sampled_from([1, 2, 3, 4, 4, 4, 4, 0, 5, -1]),
         f"{kind}.group": st.sampled_from(["", "host", "nobody"]),
         f"{kind}.factor": st.sampled_from([None, None, 0.5, 0.99, 1.01, 1.1, 1e300, 0.0, -1.0, math.nan]),
         f"{kind}.expires_after_steps": st.sampled_from([0, 1, 50, 2**64 - 1]),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anyio
@@ -78,6 +78,7 @@ class Talk:
     def __init__(self, run: RunUnderTest, peers: RawPeers, *, signed: bool) -> None:
         self.run, self.peers, self.signed = run, peers, signed
         self._done: set[str] = set()
+        self._last = b""
         self._held = 0
         if signed:
             trust = Trust(secrets=(SECRET,))
@@ -85,6 +86,8 @@ class Talk:
 
     async def hold(self, case: Case) -> None:
         """Consult, and see that what was refused has changed nothing."""
+        if case.replayed and self._last:
+            case = replace(case, tamiyo=self._last)
         answer, response = _answered(case.tamiyo)
         self.peers.answers = {"EvaluateEpoch": answer, "ApplyCommand": case.apply, "ExportSeedStates": case.export}
         before = Picture.of(self.run)
@@ -96,6 +99,7 @@ class Talk:
         if response is not None and after.applied > before.applied:
             assert response.command.command_id not in self._done, "a replay was carried out"
             self._done.add(response.command.command_id)
+            self._last = response.SerializeToString()
         await self._mend()
         self._held += 1
         if self._held % 10 == 0:

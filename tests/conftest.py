@@ -18,8 +18,16 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--long`: tests that have a long form, as README tells, run it in place of the short one."""
+    """Flags that turn short forms into long ones; README, "Tests", lists them."""
     parser.addoption("--long", action="store_true", help="run the long forms of tests that have one")
+    parser.addoption("--fuzz-cases", type=int, default=150, help="requests and answers that each fuzzing test makes up")
+
+
+@pytest.fixture
+def fuzz_cases(request: pytest.FixtureRequest) -> int:
+    """How many requests or answers a fuzzing test makes up."""
+    cases: int = request.config.getoption("--fuzz-cases")
+    return cases
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -239,3 +239,16 @@ class _WithSeedIds(TensorCursor):
     def next_batch(self) -> Batch | None:
         batch = super().next_batch()
         return batch and replace(batch, seed_ids=[self.owner(place) for place in range(batch.samples)])
+
+
+class StandingJob(SlotJob):
+    """SlotJob that validates at the first look at it only: wherever its run is held, it stands at a fence.
+
+    An update is one microbatch, so that nothing but a validation has places to stand that are none.
+    """
+
+    looked_at = False
+
+    def validation_batches(self) -> Iterable[Batch]:
+        first, self.looked_at = not self.looked_at, True
+        return super().validation_batches() if first else []

@@ -15,6 +15,8 @@ from tolaria.training.progress import Progress
 from tolaria.training.reports import EpochReport, StepReport
 
 PACKET_VERSION = 1
+# The last step that the contract can tell. An adjustment may be asked to last for longer.
+_STEP_MAX = 2**64 - 1
 
 
 def state_packet(progress: Progress, epoch: EpochReport, *, wall_ns: int) -> SystemStatePacket:
@@ -138,7 +140,7 @@ def _adjustment(live: LiveAdjustment) -> LearningRateAdjustment:
         request_id=change.request_id,
         reason=change.reason,
         from_step=live.at_step,
-        expires_at_step=live.at_step + change.expires_after_steps if change.expires_after_steps else 0,
+        expires_at_step=min(live.at_step + change.expires_after_steps, _STEP_MAX) if change.expires_after_steps else 0,
     )
     if change.factor is not None:
         told.factor = change.factor

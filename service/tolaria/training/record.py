@@ -180,7 +180,7 @@ class Recorder:
         return breach
 
     def consultation(self, settled: Consultation, *, stale: bool) -> None:
-        """Both peers have answered, or have failed to. A `stale` answer is told and changes nothing."""
+        """Both peers have answered, or have failed to. A `stale` answer changes nothing: its command is refused."""
         progress = self.progress
         late = " (too late, dropped)" if stale else ""
         progress.tamiyo_answer = settled.tamiyo_answer + late
@@ -188,6 +188,8 @@ class Recorder:
         progress.tamiyo_latency_ms = settled.tamiyo_latency_ms
         progress.kasmina_latency_ms = settled.kasmina_latency_ms
         progress.commands_rejected += settled.rejected
+        if stale and settled.command is not None:
+            self._reject(CommandRejectedError("late", settled.command.command_id, "training has moved on too far"))
 
     def applied(self, settled: Consultation) -> None:
         """A command of the controller has taken effect."""
@@ -208,8 +210,11 @@ class Recorder:
 
     def refused(self, rejection: CommandRejectedError) -> None:
         """A verified command could not be carried out; nothing has changed."""
-        self.progress.commands_rejected += 1
         self.progress.tamiyo_answer = f"rejected: {rejection.detail}"
+        self._reject(rejection)
+
+    def _reject(self, rejection: CommandRejectedError) -> None:
+        self.progress.commands_rejected += 1
         self._metrics.command_rejected_total.labels(rejection.reason).inc()
         self._emitter.emit(
             events.COMMAND_REJECTED, command_id=rejection.command_id, reason=rejection.reason, detail=rejection.detail

@@ -198,3 +198,42 @@ def test_the_first_acknowledgement_of_each_counts() -> None:
 def test_who_is_not_on_the_board_is_not_awaited() -> None:
     """A peer that does not know the board must not make every halt overdue."""
     assert transition(CALM, raised(HALT, attached=())).awaited == ("tolaria",)
+
+
+# Where each event leads from each phase (columns: calm, raised, answered, overdue), or what it raises. In all but calm
+# the level is CONSERVATIVE, and of tolaria and kasmina, who are awaited, tolaria has answered already.
+ILLEGAL, REFUSED, UNKNOWN = IllegalEmergencyEventError, ClearanceRefusedError, UnknownLevelError
+RAISED, ANSWERED, OVERDUE = Phase.RAISED, Phase.ANSWERED, Phase.OVERDUE
+EVENTS: dict[str, tuple[Event, tuple[Phase | type[Exception], ...]]] = {
+    "a higher level": (raised(HALT), (RAISED, RAISED, RAISED, RAISED)),
+    "the same level": (raised(CONSERVATIVE), (RAISED, RAISED, ANSWERED, OVERDUE)),
+    "a lower level": (raised(NOTICE), (RAISED, RAISED, ANSWERED, OVERDUE)),
+    "no level": (raised(0), (UNKNOWN,) * 4),  # type: ignore[arg-type] # on purpose
+    "a level of the future": (raised(5), (UNKNOWN,) * 4),  # type: ignore[arg-type] # on purpose
+    "the last answer": (Acknowledge("kasmina", 1500), (ILLEGAL, ANSWERED, ANSWERED, ANSWERED)),
+    "an answer come twice": (Acknowledge("tolaria", 1500), (ILLEGAL, RAISED, ANSWERED, OVERDUE)),
+    "an answer nobody awaits": (Acknowledge("tamiyo", 1500), (ILLEGAL, RAISED, ANSWERED, OVERDUE)),
+    "a deadline too early": (PassDeadline(1999), (ILLEGAL,) * 4),
+    "the deadline": (PassDeadline(2000), (ILLEGAL, OVERDUE, ILLEGAL, ILLEGAL)),
+    "put up again": (Reissue(9), (ILLEGAL, RAISED, ANSWERED, OVERDUE)),
+    "cleared by an operator": (Clear(Clearer.OPERATOR, ()), (ILLEGAL, *[Phase.CALM] * 3)),
+    "cleared by recovery": (Clear(Clearer.RECOVERED, ("tolaria",)), (ILLEGAL, *[Phase.CALM] * 3)),
+    "cleared by a restart": (Clear(Clearer.RESTARTED, ("sentinel",)), (ILLEGAL, *[Phase.CALM] * 3)),
+    "cleared by another's restart": (Clear(Clearer.RESTARTED, ("tolaria",)), (REFUSED,) * 4),
+}
+
+
+@pytest.mark.parametrize(("what", "phase"), list(itertools.product(EVENTS, Phase)))
+def test_every_phase_and_event(what: str, phase: Phase) -> None:
+    """As the table above says; what raises changes nothing."""
+    state = STATES[phase]
+    if phase in {RAISED, OVERDUE}:
+        state = replace(state, acknowledgements=(Acknowledgement("tolaria", 1),))
+    event, outcomes = EVENTS[what]
+    outcome, before = outcomes[list(Phase).index(phase)], replace(state)
+    if isinstance(outcome, Phase):
+        assert transition(state, event).phase is outcome
+    else:
+        with pytest.raises(outcome):
+            transition(state, event)
+    assert state == before

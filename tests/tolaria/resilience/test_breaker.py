@@ -133,3 +133,53 @@ def test_no_sequence_breaks_it(steps: list[str]) -> None:
         if step == "fail" and (failures >= 3 or not was_closed):
             assert breaker.state == CIRCUIT_STATE_OPEN
             failures = 0
+
+
+# What becomes of a breaker in each state (columns: closed, open, half open) by each thing that can happen to its shell.
+SHELL = {
+    "succeeded": (CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_CLOSED),
+    "failed": (CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_OPEN),
+    "failed three times": (CIRCUIT_STATE_OPEN, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_OPEN),
+    "abandoned": (CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_HALF_OPEN),
+    "waited 29 s": (CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_HALF_OPEN),
+    "waited 31 s": (CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_HALF_OPEN, CIRCUIT_STATE_HALF_OPEN),
+    "forced open": (CIRCUIT_STATE_OPEN, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_OPEN),
+    "forced closed": (CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_CLOSED),
+    "forced half open": (CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_HALF_OPEN),
+    "forced to nothing": (CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_HALF_OPEN),
+}
+
+
+def happens(breaker: Breaker, clock: Clock, what: str) -> None:
+    """Let something happen to it; orders that make no sense raise, and their changes would show."""
+    match what.split():
+        case ["failed", "three", "times"]:
+            for _ in range(3):
+                breaker.failed()
+        case ["waited", seconds, "s"]:
+            clock.now_s += float(seconds)
+        case ["forced", "open"]:
+            breaker.force(CIRCUIT_STATE_OPEN)
+        case ["forced", "closed"]:
+            breaker.force(CIRCUIT_STATE_CLOSED)
+        case ["forced", *_]:
+            with pytest.raises(ValueError, match="forced open or closed"):
+                breaker.force(CIRCUIT_STATE_UNKNOWN if what.endswith("nothing") else CIRCUIT_STATE_HALF_OPEN)
+        case _:
+            {"succeeded": breaker.succeeded, "failed": breaker.failed, "abandoned": breaker.abandoned}[what]()
+
+
+@pytest.mark.parametrize(("what", "column"), list(itertools.product(SHELL, range(3))))
+def test_the_shell_in_every_state(what: str, column: int) -> None:
+    """As the table above says; observers are told of changes and of nothing else."""
+    clock, changes = Clock(), list[int]()
+    breaker = Breaker("x", clock=clock, on_change=lambda _name, state: changes.append(state))
+    if column:
+        breaker.force(CIRCUIT_STATE_OPEN)
+    if column == 2:
+        clock.now_s += 31
+    assert breaker.state == STATES[column]
+    changes.clear()
+    happens(breaker, clock, what)
+    assert breaker.state == SHELL[what][column]
+    assert changes[-1:] == [SHELL[what][column]] * (SHELL[what][column] != STATES[column])

@@ -184,3 +184,41 @@ def test_no_sequence_breaks_it(steps: list[tuple[str, Reason]]) -> None:
         told = (told | set(change.entered)) - set(change.left)
         assert set(change.reasons) == told
     assert told == set(mode.reasons)
+
+
+# Whether a reason of each kind stands afterwards: where it stood, and where it did not. None: that is illegal.
+SHELL: dict[tuple[str, Recovery], tuple[bool | None, bool | None]] = {
+    **{("enter", recovery): (True, True) for recovery in Recovery},
+    **{("leave", recovery): (False, None) for recovery in Recovery if recovery is not Recovery.HEALTHY_EPOCHS},
+    ("leave", Recovery.HEALTHY_EPOCHS): (None, None),
+    **{("healthy", recovery): (True, False) for recovery in Recovery if recovery is not Recovery.HEALTHY_EPOCHS},
+    ("healthy", Recovery.HEALTHY_EPOCHS): (False, False),
+    **{("failed", recovery): (True, False) for recovery in Recovery},
+    ("off", Recovery.BREAKER_CLOSES): (True, False),
+    ("off", Recovery.EMERGENCY_CLEARED): (True, False),
+    ("off", Recovery.OPERATOR): (False, False),
+    ("off", Recovery.HEALTHY_EPOCHS): (False, False),
+}
+
+
+@pytest.mark.parametrize(("what", "recovery", "stood"), [(*key, stood) for key in SHELL for stood in (True, False)])
+def test_the_shell_with_every_kind_of_reason(what: str, recovery: Recovery, stood: bool) -> None:
+    """As the table above says; what is illegal raises and changes nothing, and only changes are told."""
+    changes, reason = Changes(), Reason("x", recovery)
+    mode = changes.mode(recovery_epochs=1)
+    if stood:
+        mode.enter(reason)
+    changes.seen.clear()
+    stands = SHELL[what, recovery][0 if stood else 1]
+    if what == "enter":
+        mode.enter(reason)
+    elif stands is None:
+        with pytest.raises(IllegalModeEventError):
+            mode.leave(reason)
+    elif what == "leave":
+        mode.leave(reason)
+    else:
+        {"healthy": mode.healthy_epoch, "failed": mode.failed_epoch, "off": mode.force_off}[what]()
+    expected = stood if stands is None else stands
+    assert mode.reasons == (("x",) if expected else ())
+    assert len(changes.seen) == (expected != stood)

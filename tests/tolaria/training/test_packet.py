@@ -7,6 +7,7 @@ from google.protobuf.json_format import MessageToJson
 
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.jobs import Evaluation
+from tolaria.optimization import Adjustment, LiveAdjustment
 from tolaria.training.packet import state_packet, status_message
 from tolaria.training.progress import Progress
 from tolaria.training.reports import EpochReport, StepReport
@@ -64,6 +65,18 @@ def test_quantiles_are_nearest_rank() -> None:
     made.boundaries_ms.extend(range(1, 101))
     status = status_message(made, now_s=12.0)
     assert (status.boundary_ms_p50, status.boundary_ms_p99, status.last_boundary_ms) == (50, 99, 100)
+
+
+@pytest.mark.parametrize(("lasts", "told"), [(None, 0), (7, 107), (2**64 - 1, 2**64 - 1), (10**38, 2**64 - 1)])
+def test_a_change_may_outlast_the_steps_that_can_be_told(lasts: int | None, told: int) -> None:
+    """What expires beyond the contract's last step is told as expiring there: operators still get their status."""
+    made = progress()
+    change = Adjustment(
+        group=None, factor=0.5, expires_after_steps=lasts, origin="operator", request_id="1", reason="calm"
+    )
+    made.adjustments = (LiveAdjustment(change, at_step=100),)
+    (adjustment,) = status_message(made, now_s=1.0).adjustments
+    assert adjustment.expires_at_step == told
 
 
 def test_void_steps_do_not_spoil_the_mean_loss() -> None:

@@ -36,6 +36,8 @@ from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.guardian import Guardian
 from tolaria.training.mailbox import Mailbox
+from tolaria.training.progress import Progress
+from tolaria.training.recovery.chronicle import Chronicle
 from tolaria.training.reports import StepReport
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -131,6 +133,7 @@ def guardian() -> Iterator[Guardian]:
             settings=EmergencySettings(),
             metrics=Metrics(),
             emitter=Emitter(),
+            chronicle=Chronicle(lambda _row: None, Progress("bench", "none", "bench", 1, 1, 0.0)),
             changed=lambda: None,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -20,6 +21,7 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.config import ControlSettings, Settings, TrainingSettings
 from tolaria.emergency.watching import watch_board
 from tolaria.peers.kasmina import Applied
+from tolaria.rollback import CheckpointWriter, Retention, open_storage
 from tolaria.rollback.participants import Seat
 from tolaria.service.parts import Ground, Parts, new_loop
 from tolaria.signals import SignalBoard
@@ -112,20 +114,26 @@ def new_run(
     sections: dict[str, object] | None = None,
     **training: object,
 ) -> RunUnderTest:
-    """A run that has not been started. Without automatic rollbacks unless `sections` asks for them."""
-    chosen: dict[str, object] = {"rollback": {"automatic": False}, **(sections or {})}
+    """A run that has not been started. Without automatic rollbacks and checkpoints unless `sections` asks for them."""
+    name = job if ":" in job else f"support.jobs:{job}"
+    place = Path(tempfile.mkdtemp(prefix="tolaria-test-"))
+    chosen: dict[str, Any] = {
+        "rollback": {"automatic": False},
+        "checkpoint": {"every_epochs": 0},
+        "state": {"dir": str(place / "state")},
+        **(sections or {}),
+    }
     settings = Settings(
-        training=TrainingSettings(
-            job=job if ":" in job else f"support.jobs:{job}", device="cpu", threads=1, **training
-        ),  # type: ignore[arg-type]
+        training=TrainingSettings.model_validate({"job": name, "device": "cpu", "threads": 1, **training}),
         control=control or ControlSettings(boundary_budget_ms=2000, tamiyo_budget_ms=1000),
-        **chosen,  # type: ignore[arg-type]
+        **chosen,
     )
     # In a thread, as the service builds it before there is a loop: jobs read files and import modules.
     with ThreadPoolExecutor(1) as pool:
         rig = pool.submit(build_rig, settings).result()
         keeper = pool.submit(SnapshotKeeper, rig, settings.rollback).result()
-        board = pool.submit(_board).result()
+        board = pool.submit(SignalBoard.create, place / "board", "run").result()
+        storage = pool.submit(open_storage, Path(settings.state.dir), run_id="run", retention=Retention()).result()
     progress = Progress(
         "run", settings.training.job, "test", settings.training.epochs, rig.steps_per_epoch, time.monotonic()
     )
@@ -138,6 +146,8 @@ def new_run(
         metrics=Metrics(),
         emitter=Emitter(),
         log_context=LogContext(),
+        storage=storage,
+        writer=CheckpointWriter(storage.checkpoints),
     )
     parts = Parts(ground)
     loop = new_loop(parts, controller=peers, executor=peers, seats=peers.seats)
@@ -151,6 +161,8 @@ async def running(run: RunUnderTest) -> AsyncIterator[RunUnderTest]:
         tasks.start_soon(watch_board, run.board, run.guardian.controller)
         tasks.start_soon(run.loop.consultant.serve)
         tasks.start_soon(run.loop.rollbacks.serve)
+        tasks.start_soon(run.loop.checkpoints.serve)
+        tasks.start_soon(run.parts.archive.serve)
         tasks.start_soon(run.loop.run)
         try:
             yield run
@@ -158,15 +170,13 @@ async def running(run: RunUnderTest) -> AsyncIterator[RunUnderTest]:
             with anyio.CancelScope(shield=True):
                 ended = await anyio.to_thread.run_sync(run.loop.close, 10.0)
             tasks.cancel_scope.cancel()
-    await anyio.to_thread.run_sync(_remove, run.board)
+    await anyio.to_thread.run_sync(_remove, run.parts.ground)
     assert ended
 
 
-def _board() -> SignalBoard:
-    """A board that nobody else finds, in a folder of its own."""
-    return SignalBoard.create(Path(tempfile.mkdtemp(prefix="tolaria-test-")) / "board", "run")
-
-
-def _remove(board: SignalBoard) -> None:
-    board.close(unlink=True)
-    board.path.parent.rmdir()
+def _remove(ground: Ground) -> None:
+    ground.board.close(unlink=True)
+    with ground.writer:
+        pass
+    ground.storage.journal.close()
+    shutil.rmtree(ground.board.path.parent)

@@ -11,6 +11,7 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import FakeKasmina, FakeTamiyo, serving
 from tolaria.config import Settings, load_settings
+from tolaria.rollback import CheckpointWriter, Retention, Storage, open_storage
 from tolaria.service.host import Host
 from tolaria.service.parts import Ground, Parts
 from tolaria.service.start import new_keeper, new_progress
@@ -39,27 +40,34 @@ async def served(job: str, target: str, folder: Path) -> int:
         "metrics.listen=127.0.0.1:0",
         f"tamiyo.target={target}",
         f"kasmina.target={target}",
+        f"state.dir={folder / 'state'}",
     ]
     with ThreadPoolExecutor(1) as pool:  # as the service does it: before there is a loop
         settings = pool.submit(load_settings, None, overrides).result()
         rig = pool.submit(build_rig, settings).result()
         board = pool.submit(SignalBoard.create, settings.signals.board("test"), "test").result()
-        host = pool.submit(_host, settings, rig, board).result()
+        storage = pool.submit(open_storage, folder / "state", run_id="test", retention=Retention()).result()
+        writer = CheckpointWriter(storage.checkpoints)
+        host = pool.submit(_host, settings, rig, board, storage, writer).result()
         code = await host.serve()
         pool.submit(board.close, unlink=True).result()
+        pool.submit(writer.__exit__, None, None, None).result()
+        pool.submit(storage.journal.close).result()
     return code
 
 
-def _host(settings: Settings, rig: Rig, board: SignalBoard) -> Host:
+def _host(settings: Settings, rig: Rig, board: SignalBoard, storage: Storage, writer: CheckpointWriter) -> Host:
     ground = Ground(
         settings=settings,
         rig=rig,
         keeper=new_keeper(settings, rig),
-        progress=new_progress(settings, rig),
+        progress=new_progress(settings, rig, run_id="test"),
         board=board,
         metrics=Metrics(),
         emitter=Emitter(),
         log_context=LogContext(),
+        storage=storage,
+        writer=writer,
     )
     return Host(Parts(ground))
 

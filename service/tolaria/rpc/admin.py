@@ -76,7 +76,7 @@ class AdminService(RecoveryService):
         complete: adds to a status what only the service knows.
         closing: set when the service is about to end, so that streams end too.
         interval_s: pace of WatchStatus between changes.
-        request_memory: how many request ids are remembered.
+        ledger: of requests that change something.
     """
 
     def __init__(
@@ -88,9 +88,9 @@ class AdminService(RecoveryService):
         complete: Callable[[admin.GetStatusResponse], None],
         closing: anyio.Event,
         interval_s: float,
-        request_memory: int,
+        ledger: RequestLedger,
     ) -> None:
-        super().__init__(RequestLedger(request_memory), recovery)
+        super().__init__(ledger, recovery)
         self._run = run
         self._safety = safety
         self._complete = complete

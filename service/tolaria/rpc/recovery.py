@@ -15,7 +15,6 @@ from tolaria.rpc.requests import RequestLedger
 from tolaria.rpc.status import abort
 
 INCIDENTS_MAX = 1000
-_INCIDENTS_DEFAULT = 100
 
 
 class Recovery(Protocol):
@@ -31,7 +30,7 @@ class Recovery(Protocol):
         """Write one now; returns when it is committed."""
 
     async def incidents(self, limit: int) -> admin.ListIncidentsResponse:
-        """What has gone wrong, newest first."""
+        """The newest so many things that have gone wrong, newest first; 0: as many as is usual."""
 
     async def capture_profile(self, request: admin.CaptureProfileRequest) -> admin.CaptureProfileResponse:
         """Take a trace; returns when it is written."""
@@ -80,7 +79,7 @@ class RecoveryService(LedgeredService):
         try:
             if request.limit > INCIDENTS_MAX:
                 raise InvalidFieldError("limit", f"must not be more than {INCIDENTS_MAX}, is {request.limit}")
-            return await self._recovery.incidents(request.limit or _INCIDENTS_DEFAULT)
+            return await self._recovery.incidents(request.limit)
         except TolariaError as error:
             await abort(context, error)
 

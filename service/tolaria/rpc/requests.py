@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar, cast
 import anyio
 from google.protobuf.message import Message
 
+from leyline.v1 import admin_service_pb2
 from tolaria.errors import InvalidFieldError, TolariaError
 
 REQUEST_ID_MAX = 128
@@ -56,11 +57,25 @@ class _Entry:
     error: TolariaError | None = None
 
 
-class RequestLedger:
-    """Remembers the answers to the newest `capacity` requests. Used on the event loop only."""
+class AnswerStore(Protocol):
+    """Remembers answers beyond the life of this process. What it cannot do it tells in the log; it never raises."""
 
-    def __init__(self, capacity: int) -> None:
+    async def find(self, request_id: str) -> tuple[str, bytes] | None:
+        """The method that a request called and its answer, serialized; None: it has none."""
+
+    async def keep(self, request_id: str, reason: str, answer: Message) -> None:
+        """Keep a request's answer."""
+
+
+class RequestLedger:
+    """Remembers the answers to the newest `capacity` requests, and those of earlier processes by `store`.
+
+    Used on the event loop only.
+    """
+
+    def __init__(self, capacity: int, store: AnswerStore) -> None:
         self._capacity = capacity
+        self._store = store
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
 
     async def once(self, method: str, request: MutatingRequest, carry_out: Callable[[], Awaitable[Answer]]) -> Answer:
@@ -81,12 +96,18 @@ class RequestLedger:
             if entry.answer is not None:
                 return cast("Answer", entry.answer)
             # Its caller went away before there was an answer: this repeat carries the request on.
-        return await self._first(request.request_id, _Entry(fingerprint), carry_out)
+        return await self._first(request, _Entry(fingerprint), carry_out)
 
-    async def _first(self, request_id: str, entry: _Entry, carry_out: Callable[[], Awaitable[Answer]]) -> Answer:
+    async def _first(
+        self, request: MutatingRequest, entry: _Entry, carry_out: Callable[[], Awaitable[Answer]]
+    ) -> Answer:
+        request_id, method = request.request_id, entry.fingerprint[0]
         self._entries[request_id] = entry
         self._forget_oldest()
         try:
+            if (found := await self._store.find(request_id)) is not None:
+                entry.answer = answer = cast("Answer", _parsed(method, *found))
+                return answer
             entry.answer = answer = await carry_out()
         except TolariaError as error:
             entry.error = error
@@ -95,8 +116,17 @@ class RequestLedger:
             if entry.answer is None and entry.error is None:
                 self._entries.pop(request_id, None)
             entry.done.set()
+        await self._store.keep(request_id, request.reason, answer)
         return answer
 
     def _forget_oldest(self) -> None:
         while len(self._entries) > self._capacity:
             self._entries.popitem(last=False)
+
+
+def _parsed(method: str, answered: str, content: bytes) -> Message:
+    """An earlier process's answer. What it was asked in full is not kept: the method has to do."""
+    if answered != method:
+        raise InvalidFieldError("request_id", "was used for another request already")
+    kind: type[Message] = getattr(admin_service_pb2, f"{method}Response")
+    return kind.FromString(content)

@@ -32,18 +32,24 @@ from tolaria.grpc_server import GrpcServer, grpc_server
 from tolaria.peers.calls import Peer
 from tolaria.peers.connect import Peers, connected_peers
 from tolaria.reference.embedded import EmbeddedPair, embedded_pair
+from tolaria.rollback.participants import Seat
 from tolaria.rpc.admin import AdminService
+from tolaria.rpc.requests import RequestLedger
 from tolaria.service.parts import Parts, new_loop
 from tolaria.telemetry.exporter import exporter
 from tolaria.training.loop import TrainingLoop
+from tolaria.training.recovery.answers import JournaledAnswers
+from tolaria.training.recovery.checkpoints import CheckpointDesk
 from tolaria.training.recovery.operators import RecoveryDesk
+from tolaria.training.recovery.startup import RunOutcome
 from tolaria.training.safeguards import KASMINA, TAMIYO
 from tolaria.training.safety_desk import SafetyDesk
 
 ADMIN_SERVICE = admin_service_pb2.DESCRIPTOR.services_by_name["TolariaAdminService"].full_name
 
-# Shares of service.drain_timeout_s: the lane's step, calls in flight, child processes (asked, then told).
-_LANE_SHARE, _CALLS_SHARE, _CHILDREN_SHARE = 0.5, 0.2, 0.1
+# Shares of service.drain_timeout_s: the lane's step, calls in flight, child processes (asked, then told), the
+# journal.
+_LANE_SHARE, _CALLS_SHARE, _CHILDREN_SHARE, _FLUSH_SHARE = 0.5, 0.2, 0.1, 0.1
 _LANE_JOIN_S = 1.0
 
 
@@ -69,6 +75,9 @@ class Host:
         self._guardian = parts.guardian
         self._log = structlog.get_logger()
         self._metrics_address = ""
+        self._checkpoints: CheckpointDesk | None = None
+        self.ending: RunOutcome | None = None
+        """How the run has left; None before."""
 
     async def serve(self) -> int:
         """Start everything, train, stop everything; returns the exit code."""
@@ -81,13 +90,16 @@ class Host:
             self._metrics_address = str(address)
             pair = await stack.enter_async_context(self._embedded_peers())
             peers = await stack.enter_async_context(self._connected_peers(pair))
-            loop = new_loop(self._parts, controller=peers.tamiyo, executor=peers.kasmina, seats=[])
+            seats = [Seat("tamiyo", peers.tamiyo_rollback), Seat("kasmina", peers.kasmina_rollback)]
+            loop = new_loop(self._parts, controller=peers.tamiyo, executor=peers.kasmina, seats=seats)
+            self._checkpoints = loop.checkpoints
             server = await stack.enter_async_context(self._admin_server(loop, endings))
             stack.push_async_callback(self._end_lane, loop, endings)
             self._log.info(
                 "serving", grpc=str(server.address), metrics=self._metrics_address, run_id=self._progress.run_id
             )
             await self._train(loop, server, endings)
+            self.ending = loop.ending
         state = RunState.Name(self._progress.state).removeprefix("RUN_STATE_").lower()
         self._log.info("stopped", state=state, reason=self._progress.state_reason)
         return 0 if self._progress.state == RUN_STATE_FINISHED else 1
@@ -98,6 +110,8 @@ class Host:
             tasks.start_soon(self._drain_on_signal, tasks, loop, endings)
             tasks.start_soon(loop.consultant.serve)
             tasks.start_soon(loop.rollbacks.serve)
+            tasks.start_soon(loop.checkpoints.serve)
+            tasks.start_soon(self._parts.archive.serve)
             tasks.start_soon(watch_board, self._board, self._guardian.controller)
             tasks.start_soon(stay_watched, self._settings, self._board, self._guardian.hearts)
             tasks.start_soon(self._publish_health, server)
@@ -110,15 +124,21 @@ class Host:
         """First signal: finish the step and stop, within a share of the drain timeout. Second: stop at once."""
         step_s = _LANE_SHARE * self._settings.service.drain_timeout_s
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            draining = False
             async for received in signals:
-                if endings.asked.is_set():
+                if draining:
                     self._log.warning("draining_cut_short", signal=received.name)
                     tasks.cancel_scope.cancel()
                     return
+                draining = True
                 self._log.info("draining", signal=received.name)
                 tasks.cancel_scope.deadline = anyio.current_time() + step_s
-                loop.drain()
-                endings.asked.set()
+                tasks.start_soon(self._drain, loop, endings, step_s / 2)
+
+    async def _drain(self, loop: TrainingLoop, endings: _Endings, keeping_s: float) -> None:
+        """Apart from the waiting for signals, so that a second one is heard."""
+        await loop.keep_and_drain(keeping_s)
+        endings.asked.set()
 
     async def _publish_health(self, server: GrpcServer) -> None:
         """Keep grpc.health.v1 in step with the run and the breakers."""
@@ -135,18 +155,29 @@ class Host:
         """Last thing before the servers stop: no thread is left behind, and streams end with the last status."""
         with anyio.CancelScope(shield=True):
             ended = await anyio.to_thread.run_sync(loop.close, _LANE_JOIN_S)
+            await self._parts.archive.flush(_FLUSH_SHARE * self._settings.service.drain_timeout_s)
         if not ended:
             self._log.error("lane_stuck", detail="a microbatch did not end in time; its thread is left to die")
         endings.closing.set()
         self._feed.changed()
 
     def _reasons_not_ready(self) -> list[str]:
-        """Why /readyz says no. A paused or finished run answers operators as a running one does: it is ready."""
+        """Why /readyz says no. A paused or finished run answers operators as a running one does: it is ready.
+
+        One that cannot keep its state is not, whether it trains on or stands.
+        """
+        kept = (
+            [f"checkpoints fail: {self._checkpoints.failing}"]
+            if self._checkpoints and self._checkpoints.failing
+            else []
+        )
+        if self._parts.archive.failing:
+            kept.append(f"the journal fails: {self._parts.archive.failing}")
         if self._progress.state in {RUN_STATE_RUNNING, RUN_STATE_PAUSED, RUN_STATE_FINISHED}:
-            return []
+            return kept
         state = RunState.Name(self._progress.state).removeprefix("RUN_STATE_").lower()
         reason = self._progress.state_reason
-        return [f"the run is {state}: {reason}" if reason else f"the run is {state}"]
+        return [f"the run is {state}: {reason}" if reason else f"the run is {state}", *kept]
 
     def _admin_server(self, loop: TrainingLoop, endings: _Endings) -> AbstractAsyncContextManager[GrpcServer]:
         settings = self._settings
@@ -159,11 +190,13 @@ class Host:
             service = AdminService(
                 loop,
                 safety=SafetyDesk(loop, self._guardian),
-                recovery=RecoveryDesk(loop),
+                recovery=RecoveryDesk(loop, self._parts.archive, self._parts.link.points),
                 complete=complete,
                 closing=endings.closing,
                 interval_s=settings.server.status_interval_ms / 1000,
-                request_memory=settings.server.request_memory,
+                ledger=RequestLedger(
+                    settings.server.request_memory, JournaledAnswers(self._parts.archive, self._progress)
+                ),
             )
             add_TolariaAdminServiceServicer_to_server(service, server)
 

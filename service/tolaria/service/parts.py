@@ -9,10 +9,9 @@ import structlog
 
 from leyline.v1.enums_pb2 import RollbackTier
 from tolaria.config import Settings
-from tolaria.emergency import Trigger
 from tolaria.errors import SignalError
 from tolaria.peers.verification import new_verifier
-from tolaria.rollback import RollbackRow
+from tolaria.rollback import CheckpointWriter, Storage
 from tolaria.rollback.budget import RollbackBudgets
 from tolaria.rollback.coordinator import Clocks, OnSlot, RollbackCoordinator
 from tolaria.rollback.participants import Seat
@@ -28,11 +27,16 @@ from tolaria.training.lane_link import LaneLink
 from tolaria.training.loop import TrainingLoop
 from tolaria.training.progress import Progress
 from tolaria.training.record import Recorder
+from tolaria.training.recovery.archive import Archive
+from tolaria.training.recovery.checkpoints import CheckpointDesk, DeskTools
+from tolaria.training.recovery.chronicle import Chronicle
 from tolaria.training.recovery.keeper import SnapshotKeeper
-from tolaria.training.recovery.restorer import LaneRestorer, NoCheckpoints
+from tolaria.training.recovery.keeping import kept_image
+from tolaria.training.recovery.restorer import LaneRestorer
 from tolaria.training.recovery.retreats import Retreats
 from tolaria.training.recovery.rollbacks import RollbackDesk, RollbackTies
 from tolaria.training.rig import Rig
+from tolaria.training.safeguards import CHECKPOINT
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,8 @@ class Ground:
     metrics: Metrics
     emitter: Emitter
     log_context: LogContext
+    storage: Storage
+    writer: CheckpointWriter
 
 
 class Parts:
@@ -57,12 +63,15 @@ class Parts:
         self.ground = ground
         self.settings = settings
         self.progress = ground.progress
+        self.archive = Archive(ground.storage)
+        chronicle = Chronicle(self.archive.note, ground.progress)
         self.recorder = Recorder(
             ground.progress,
             gradients=settings.gradients,
             metrics=ground.metrics,
             emitter=ground.emitter,
             log_context=ground.log_context,
+            chronicle=chronicle,
         )
         self.feed = StatusFeed()
         self.guardian = Guardian(
@@ -71,6 +80,7 @@ class Parts:
             settings=settings.emergency,
             metrics=ground.metrics,
             emitter=ground.emitter,
+            chronicle=chronicle,
             changed=self.feed.changed,
         )
         self.link = LaneLink(ground.rig, ground.keeper, threads=settings.training.threads, hearts=self.guardian.hearts)
@@ -87,22 +97,37 @@ def new_loop(parts: Parts, *, controller: Controller, executor: Executor, seats:
             controller=controller,
             executor=executor,
             verifier=new_verifier(settings.leyline),
-            metrics=ground.metrics,
             emitter=ground.emitter,
             permits=parts.guardian.safeguards.permits,
             on_settled=on_settled,
+        )
+
+    def make_checkpoints(hold: Callable[[str], None], go_on: Callable[[str], None]) -> CheckpointDesk:
+        tools = DeskTools(
+            writer=ground.writer,
+            keep=lambda: kept_image(parts.link.desk),
+            hold=hold,
+            go_on=go_on,
+            breaker=parts.guardian.safeguards.breakers[CHECKPOINT],
+            metrics=ground.metrics,
+            emitter=ground.emitter,
+        )
+        return CheckpointDesk(
+            settings.checkpoint, tools, from_step=parts.progress.global_step, changed=parts.feed.changed
         )
 
     return TrainingLoop(
         parts.link,
         training=settings.training,
         control=settings.control,
+        checkpointing=settings.checkpoint,
         # Three calls at most: ask, hand over, hear what is desired; each has its own deadline.
         patience_s=settings.tamiyo.timeout_s + 2 * settings.kasmina.timeout_s + 1.0,
         recorder=parts.recorder,
         guardian=parts.guardian,
         rollbacks=new_rollbacks(parts, seats),
         retreats=parts.retreats,
+        make_checkpoints=make_checkpoints,
         feed=parts.feed,
         make_consultant=make_consultant,
     )
@@ -110,20 +135,14 @@ def new_loop(parts: Parts, *, controller: Controller, executor: Executor, seats:
 
 def new_rollbacks(parts: Parts, seats: Sequence[Seat]) -> RollbackDesk:
     """Where this run goes back, with these participants beside Tolaria."""
-    settings, recorder = parts.settings.rollback, parts.recorder
+    settings, recorder, checkpoints = parts.settings.rollback, parts.recorder, parts.ground.storage.checkpoints
 
     def missed(reason: str) -> None:
         if settings.halt_on_deadline:
-            parts.guardian.controller.trigger(Trigger.ROLLBACK_DEADLINE_MISSED, reason)
-
-    async def record(row: RollbackRow) -> None:
-        del row
-
-    async def supersede(global_step: int) -> None:
-        del global_step
+            parts.guardian.rollback_late(reason)
 
     restorer = LaneRestorer(
-        parts.link.desk, points=parts.link.points, checkpoints=NoCheckpoints(), damaged=recorder.rollbacks.damaged
+        parts.link.desk, points=parts.link.points, checkpoints=checkpoints, damaged=recorder.rollbacks.damaged
     )
     coordinator = RollbackCoordinator(
         seats,
@@ -131,7 +150,7 @@ def new_rollbacks(parts: Parts, seats: Sequence[Seat]) -> RollbackDesk:
         run_id=parts.progress.run_id,
         budgets=RollbackBudgets(fast_s=settings.fast_budget_s, full_s=settings.full_budget_s),
         on_slot=parts.on_slot,
-        record=record,
+        record=parts.archive.put,
         clocks=Clocks(),
     )
     ties = RollbackTies(
@@ -140,7 +159,7 @@ def new_rollbacks(parts: Parts, seats: Sequence[Seat]) -> RollbackDesk:
         retreats=parts.retreats,
         recorder=recorder.rollbacks,
         adjusted=recorder.adjusted,
-        supersede=supersede,
+        supersede=parts.archive.supersede_after,
         missed=missed,
         changed=parts.feed.changed,
     )

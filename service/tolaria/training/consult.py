@@ -21,7 +21,6 @@ from tolaria.peers.kasmina import Applied
 from tolaria.peers.verification import CommandVerifier
 from tolaria.telemetry import events
 from tolaria.telemetry.emitter import Emitter
-from tolaria.telemetry.metrics import Metrics
 
 NOT_ASKED = "not asked (conservative mode)"
 
@@ -56,7 +55,7 @@ class Consultation:
     command: AdaptationCommand | None = None
     seeds: list[SeedState] | None = None
     applied: bool = False
-    rejected: bool = False
+    rejection: CommandRejectedError | None = None
     failed: bool = False
     tamiyo_answer: str = NOT_ASKED
     kasmina_answer: str = NOT_ASKED
@@ -73,7 +72,6 @@ class Consultant:
         controller: whom to ask.
         executor: whom to tell.
         verifier: what a command has to pass.
-        metrics: for rejections.
         emitter: for events.
         permits: whether a peer, by name, may be asked now; one that may not is passed over.
         on_settled: called on the event loop with each consultation that has come to its end.
@@ -85,7 +83,6 @@ class Consultant:
         controller: Controller,
         executor: Executor,
         verifier: CommandVerifier,
-        metrics: Metrics,
         emitter: Emitter,
         permits: Callable[[str], bool],
         on_settled: Callable[[Consultation], None],
@@ -93,7 +90,6 @@ class Consultant:
         self._controller = controller
         self._executor = executor
         self._verifier = verifier
-        self._metrics = metrics
         self._emitter = emitter
         self._permits = permits
         self._on_settled = on_settled
@@ -149,23 +145,13 @@ class Consultant:
                 consultation.command = command
                 consultation.tamiyo_answer = in_words(command)
         except CommandRejectedError as rejection:
-            self._reject(consultation, rejection)
+            consultation.rejection = rejection
+            consultation.tamiyo_answer = f"rejected: {rejection.reason}"
         except PeerError as error:
             # The conservative command: no change. Training goes on.
             consultation.failed |= not isinstance(error, BreakerOpenError)  # then she was not asked
             consultation.tamiyo_answer = f"no change ({error.detail})"
         consultation.tamiyo_latency_ms = (time.monotonic() - started_s) * 1000
-
-    def _reject(self, consultation: Consultation, rejection: CommandRejectedError) -> None:
-        consultation.rejected = True
-        consultation.tamiyo_answer = f"rejected: {rejection.reason}"
-        self._metrics.command_rejected_total.labels(rejection.reason).inc()
-        self._emitter.emit(
-            events.COMMAND_REJECTED,
-            command_id=rejection.command_id,
-            reason=rejection.reason,
-            detail=rejection.detail,
-        )
 
     async def _tell_kasmina(self, consultation: Consultation) -> None:
         started_s = time.monotonic()

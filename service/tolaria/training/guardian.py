@@ -33,7 +33,8 @@ from tolaria.signals import Participant, SignalBoard
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.record_emergency import EmergencyRecorder
-from tolaria.training.safeguards import Safeguards
+from tolaria.training.recovery.chronicle import Chronicle
+from tolaria.training.safeguards import CHECKPOINT, Safeguards
 
 
 class Guardian:
@@ -47,6 +48,7 @@ class Guardian:
         settings: of emergencies.
         metrics: of all this.
         emitter: for its events.
+        chronicle: where emergencies are noted.
         changed: called after something has changed that a status shows.
     """
 
@@ -58,11 +60,13 @@ class Guardian:
         settings: EmergencySettings,
         metrics: Metrics,
         emitter: Emitter,
+        chronicle: Chronicle,
         changed: Callable[[], None],
     ) -> None:
         self._log = structlog.get_logger()
         self._settings = settings
         self._changed = changed
+        self._chronicle = chronicle
         self._halt: Callable[[str], None] = lambda _reason: None
         self._roll_back: Callable[[str, str], None] = lambda _reason, _origin: None
         self._streak = EpochStreak(settings.failed_epochs_max)
@@ -81,7 +85,7 @@ class Guardian:
             metrics=metrics,
             emitter=emitter,
             changed=changed,
-            opened=lambda name: self._trigger(Trigger.BREAKER_OPEN, name),
+            opened=self._opened,
         )
 
     @property
@@ -141,6 +145,11 @@ class Guardian:
             with suppress(EmergencyError):  # somebody has cleared or raised it in this very moment
                 self.controller.clear(f"{self._streak.healthy} healthy epochs", TOLARIA, by=Clearer.RECOVERED)
 
+    def _opened(self, breaker: str) -> None:
+        """Of a disk that takes no checkpoints only operators are told: to go back would not help it."""
+        if breaker != CHECKPOINT:
+            self._trigger(Trigger.BREAKER_OPEN, breaker)
+
     def _trigger(self, trigger: Trigger, detail: str) -> None:
         self.controller.trigger(trigger, detail)
 
@@ -154,6 +163,7 @@ class Guardian:
             case _:
                 pass  # nothing but to be told
         self._recorder.take(report)
+        self._chronicle.emergency(report)
         self._changed()
 
     def _answer(self, report: Escalated) -> None:

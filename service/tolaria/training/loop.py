@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import assert_never
 
 import anyio
@@ -22,8 +23,9 @@ from leyline.v1.admin_service_pb2 import (
     AdjustLearningRateRequest,
     GetStatusResponse,
 )
-from tolaria.config import ControlSettings, TrainingSettings
-from tolaria.errors import LaneFailedError, WrongStateError
+from tolaria.config import CheckpointSettings, ControlSettings, TrainingSettings
+from tolaria.errors import LaneFailedError, TolariaError, WrongStateError
+from tolaria.rollback import CheckpointRow
 from tolaria.rollback.orders import RollbackOutcome
 from tolaria.training.boundary import Boundary, BoundaryPolicy
 from tolaria.training.cadence import StepCadence
@@ -37,15 +39,18 @@ from tolaria.training.judge import Hold, Proceed, judge
 from tolaria.training.lane_link import LaneLink
 from tolaria.training.packet import state_packet, status_message
 from tolaria.training.record import Recorder
+from tolaria.training.recovery.checkpoints import CheckpointDesk, Evaluation
 from tolaria.training.recovery.keeper import PointsLost, Restored
 from tolaria.training.recovery.retreats import Retreats
 from tolaria.training.recovery.rollbacks import Asked, RollbackDesk
+from tolaria.training.recovery.startup import RunOutcome
 from tolaria.training.reports import EpochReport, HeldReport, LaneEnded, Report, StepReport
 from tolaria.training.run_state import RunEvent, after
 from tolaria.training.safeguards import COLLAPSE, EXPLOSION, PEER_FAILURE
 from tolaria.training.verdicts import Halt, Retreat
 
-_RUN = "run"
+_RUN, _LEAVING = "run", "leaving"
+_LAST_CHECKPOINT_S = 30.0
 
 
 class TrainingLoop:
@@ -55,11 +60,13 @@ class TrainingLoop:
         link: to the lane, which has not been started.
         training: how long, how.
         control: budgets and bounds.
+        checkpointing: whether there are checkpoints.
         patience_s: how long a deterministic boundary waits for the peers.
         recorder: writes progress, metrics and events.
         guardian: safeguards and emergencies; told to halt this run where one asks for it.
         rollbacks: where the run goes back; served by somebody else.
         retreats: says when it has to by itself.
+        make_checkpoints: given how the run is held and let go on, makes the desk of its checkpoints.
         feed: told of every change.
         make_consultant: given what to call with settled consultations, makes the one to ask.
     """
@@ -70,17 +77,20 @@ class TrainingLoop:
         *,
         training: TrainingSettings,
         control: ControlSettings,
+        checkpointing: CheckpointSettings,
         patience_s: float,
         recorder: Recorder,
         guardian: Guardian,
         rollbacks: RollbackDesk,
         retreats: Retreats,
+        make_checkpoints: Callable[[Callable[[str], None], Callable[[str], None]], CheckpointDesk],
         feed: StatusFeed,
         make_consultant: Callable[[Callable[[Consultation], None]], Consultant],
     ) -> None:
         self._link = link
         self._training = training
         self._control = control
+        self._checkpointing = checkpointing
         self._recorder = recorder
         self._progress = recorder.progress
         self._guardian, self._safeguards = guardian, guardian.safeguards
@@ -88,6 +98,7 @@ class TrainingLoop:
         self._log = structlog.get_logger()
         self.feed = feed
         self.rollbacks = rollbacks
+        self.checkpoints = make_checkpoints(self._hold, self._go_on)
         self.consultant = make_consultant(self._settle)
         self._policy = BoundaryPolicy.of(control, patient=training.deterministic, patience_s=patience_s)
         self._boundary = Boundary(self.consultant, self._policy)
@@ -101,6 +112,8 @@ class TrainingLoop:
         self._epoch_over = anyio.Event()
         self._lane_ended: LaneEnded | None = None
         self._stopping = False
+        self.ending: RunOutcome = "drained"
+        """How the run leaves this process, once it has ended."""
         guardian.watch(self._halt, rollbacks.go_back_if_calm)
 
     # -- the task ------------------------------------------------------------------------------------------------
@@ -115,9 +128,13 @@ class TrainingLoop:
                 if report is not None:
                     await self._cross_boundary(report)
                 await self.feed.until(lambda: not self.rollbacks.running or self._lane_ended is not None)
+            if not self._stopping:
+                self.ending = "finished"
+                await self.keep_last("all epochs are done")
             await self._end_lane()
         except LaneFailedError as error:
             self._log.error("training_failed", error=str(error), exc_info=error.__cause__)
+            self.ending = "failed"
             self._enter(RunEvent.FAILED, str(error))
         else:
             reason = self._progress.state_reason if self._stopping else "all epochs done"
@@ -145,7 +162,15 @@ class TrainingLoop:
         held_up_s = time.monotonic() - report.finished_at_s
         breach = self._recorder.boundary(report, held_up_s, self._policy.budget_s, binding=not self._policy.patient)
         self._guardian.epoch_over(breach=breach)
+        found = report.evaluation
+        self.checkpoints.epoch_over(Evaluation(report.global_step, report.epoch, found.accuracy, found.loss))
         self.feed.changed()
+
+    async def keep_last(self, why: str) -> None:
+        """Have a last checkpoint written, where any are, before the run leaves; not for longer than a while."""
+        if self._keeps:
+            with anyio.move_on_after(_LAST_CHECKPOINT_S), suppress(TolariaError):  # told by the desk
+                await self.checkpoints.create(why)
 
     async def _end_lane(self) -> None:
         self._link.stop()
@@ -204,6 +229,7 @@ class TrainingLoop:
             self._retreats.observed(self._progress.health)
             self._cadence.step(step)
             self.rollbacks.step(step)
+            self.checkpoints.stepped(step.global_step)
         if not isinstance(verdict, Proceed):
             self._recorder.unhealthy(step, verdict.reason)
             if not step.void:
@@ -226,6 +252,7 @@ class TrainingLoop:
     def _rewind(self, restored: Restored) -> None:
         """The lane has gone back: so does what is known of it here."""
         self._recorder.rewound(restored)
+        self.checkpoints.stepped(restored.position.global_step)
         self._next_epoch = restored.place.number + restored.place.over
         self._epoch_report = None
         if not restored.underway and restored.latest_order == self._link.order:
@@ -295,15 +322,33 @@ class TrainingLoop:
             raise WrongStateError("the run has ended: there is nothing that could go back")
         return await self.rollbacks.carry_out(asked)
 
+    async def checkpoint(self, reason: str) -> CheckpointRow:
+        """Have one written, as `CheckpointDesk.create` does. WrongStateError: the run has ended."""
+        if self._ended:
+            raise WrongStateError("the run has ended: its last checkpoint stands")
+        return await self.checkpoints.create(reason)
+
     async def stop(self, reason: str) -> None:
         """Finish the step and end the run; returns when it has ended. Raises WrongStateError when it had before."""
         after(self._progress.state, RunEvent.FINISHED)
+        self.ending = "stopped"
         self._progress.state_reason = f"stopped: {reason}"
+        if self._keeps:
+            self._link.standstill.want(_LEAVING)
+            await self.keep_last(f"stopped: {reason}")
         self._stop()
         await self.feed.until(lambda: self._ended)
 
+    async def keep_and_drain(self, within_s: float) -> None:
+        """The process is about to end: keep the state, if that can be done in time, and end the run."""
+        if self._keeps and not self._ended:
+            self._link.standstill.want(_LEAVING)
+            with anyio.move_on_after(within_s):
+                await self.keep_last("the service is stopping")
+        self.drain()
+
     def drain(self) -> None:
-        """The process is about to end: finish the step and end the run. Returns at once."""
+        """Finish the step and end the run. Returns at once."""
         reason = self._progress.state_reason if self._ended else "the service is stopping"
         self._enter(RunEvent.DRAINING, reason)
         self._stop()
@@ -311,6 +356,11 @@ class TrainingLoop:
     def close(self, timeout_s: float) -> bool:
         """Make sure that the lane's thread ends, after `run` has; whether it did. Blocks, but for a moment."""
         return self._link.close(timeout_s)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether there are checkpoints."""
+        return bool(self._checkpointing.every_epochs or self._checkpointing.every_steps)
 
     @property
     def _ended(self) -> bool:
@@ -332,6 +382,11 @@ class TrainingLoop:
             return  # by more than a pause
         self._enter(event, reason)
         self._link.standstill.want(_RUN)
+
+    def _go_on(self, reason: str) -> None:
+        """That reason to stand is gone: go on, unless somebody else has had the run stand meanwhile."""
+        if self._progress.state == RUN_STATE_PAUSED and self._progress.state_reason == reason:
+            self.resume(f"over: {reason}")
 
     def _stop(self) -> None:
         self._stopping = True

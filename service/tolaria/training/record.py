@@ -28,6 +28,7 @@ from tolaria.training.place import EpochPlace
 from tolaria.training.progress import Progress
 from tolaria.training.record_growth import GrowthRecorder
 from tolaria.training.record_rollback import RollbackRecorder
+from tolaria.training.recovery.chronicle import Chronicle
 from tolaria.training.recovery.keeper import Restored
 from tolaria.training.reports import EpochReport, StepReport
 from tolaria.training.rig import Rig
@@ -46,8 +47,10 @@ class Recorder:
         metrics: Metrics,
         emitter: Emitter,
         log_context: LogContext,
+        chronicle: Chronicle,
     ) -> None:
         self.progress = progress
+        self._chronicle = chronicle
         self.rollbacks = RollbackRecorder(metrics, emitter)
         self._growth = GrowthRecorder(gradients, metrics, emitter)
         self._metrics = metrics
@@ -83,6 +86,7 @@ class Recorder:
         self.fast_paths(rig.paths)
         self.rates(rig.growth.controller.learning_rates())
         self._at(rig.epoch, rig.global_step)
+        self._grafted(rig.growth.topology.states(rig.global_step))
 
     def step(self, step: StepReport, *, observed: bool) -> None:
         """One more step is done; one that is not `observed` has no part in the averages that others are judged by."""
@@ -187,7 +191,8 @@ class Recorder:
         progress.kasmina_answer = settled.kasmina_answer + late
         progress.tamiyo_latency_ms = settled.tamiyo_latency_ms
         progress.kasmina_latency_ms = settled.kasmina_latency_ms
-        progress.commands_rejected += settled.rejected
+        if settled.rejection is not None:
+            self._reject(settled.rejection)
         if stale and settled.command is not None:
             self._reject(CommandRejectedError("late", settled.command.command_id, "training has moved on too far"))
 
@@ -200,6 +205,7 @@ class Recorder:
         self.progress.last_command = command
         kind = CommandType.Name(command.command_type).removeprefix("COMMAND_").lower()
         self._metrics.command_applied_total.labels(kind).inc()
+        self._chronicle.applied(command)
         self._log.info(
             "command_applied",
             command_id=command.command_id,
@@ -215,6 +221,7 @@ class Recorder:
 
     def _reject(self, rejection: CommandRejectedError) -> None:
         self.progress.commands_rejected += 1
+        self._chronicle.rejected(rejection)
         self._metrics.command_rejected_total.labels(rejection.reason).inc()
         self._emitter.emit(
             events.COMMAND_REJECTED, command_id=rejection.command_id, reason=rejection.reason, detail=rejection.detail

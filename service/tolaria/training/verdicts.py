@@ -16,7 +16,7 @@ from tolaria.training.reports import EpochReport, StepReport
 
 _FLOOR: Final = 0.01
 _DEVIATIONS: Final = 6.0
-_LOG_DEVIATIONS: Final = 4.0
+_LOG_DEVIATIONS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,26 @@ from hypothesis import strategies as st
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub, add_TolariaAdminServiceServicer_to_server
-from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, EMERGENCY_LEVEL_UNSPECIFIED, EmergencyLevel
+from leyline.v1.enums_pb2 import (
+    EMERGENCY_LEVEL_HALT,
+    EMERGENCY_LEVEL_UNSPECIFIED,
+    ROLLBACK_TIER_FAST,
+    EmergencyLevel,
+    RollbackTier,
+)
+from support.answers import FakeAnswers
 from tolaria.emergency import Acknowledgement, EmergencyState
 from tolaria.emergency.protocol import require_level
-from tolaria.errors import IllegalEmergencyEventError, InvalidFieldError, WrongStateError
+from tolaria.errors import (
+    CheckpointWriteError,
+    IllegalEmergencyEventError,
+    InvalidFieldError,
+    NoCheckpointError,
+    WrongStateError,
+)
 from tolaria.grpc_server import grpc_server
 from tolaria.rpc.admin import AdminService
+from tolaria.rpc.requests import RequestLedger
 from tolaria.training.feed import StatusFeed
 from tolaria.training.run_state import RunEvent, after
 
@@ -60,6 +74,28 @@ class FakeRun:
             raise InvalidFieldError("value", "must not be")
         return self.global_step
 
+    async def trigger_rollback(self, request: admin.TriggerRollbackRequest) -> admin.TriggerRollbackResponse:
+        """To the step that is asked for, if that is not too far."""
+        if request.target_step > 7:
+            raise NoCheckpointError("nothing to go back to")
+        return admin.TriggerRollbackResponse(restored_step=request.target_step, tier=request.tier, coordinated=True)
+
+    async def restore_points(self) -> admin.ListRestorePointsResponse:
+        """One."""
+        return admin.ListRestorePointsResponse(restore_points=[admin.RestorePoint(global_step=3)])
+
+    async def create_checkpoint(self, request: admin.CreateCheckpointRequest) -> admin.CreateCheckpointResponse:
+        """The disk is full."""
+        raise CheckpointWriteError("write", "ENOSPC", request.reason)
+
+    async def incidents(self, limit: int) -> admin.ListIncidentsResponse:
+        """As many as are asked for."""
+        return admin.ListIncidentsResponse(incidents=[admin.Incident(kind="rollback")] * limit)
+
+    async def capture_profile(self, request: admin.CaptureProfileRequest) -> admin.CaptureProfileResponse:
+        """Into the file that is named after the number of steps."""
+        return admin.CaptureProfileResponse(path=f"{request.active_steps}.json")
+
     def set_conservative(self, *, enabled: bool) -> tuple[str, ...]:
         """One reason stands whatever is wished."""
         return ("operator", "breaker_open:tamiyo") if enabled else ("breaker_open:tamiyo",)
@@ -98,7 +134,13 @@ async def served(interval_s: float = 60.0) -> AsyncIterator[Served]:
 
     def register(server: grpc.aio.Server) -> None:
         service = AdminService(
-            run, safety=run, recovery=run, complete=complete, closing=closing, interval_s=interval_s, request_memory=100
+            run,
+            safety=run,
+            recovery=run,
+            complete=complete,
+            closing=closing,
+            interval_s=interval_s,
+            ledger=RequestLedger(100, FakeAnswers()),
         )
         add_TolariaAdminServiceServicer_to_server(service, server)
 
@@ -205,22 +247,54 @@ async def test_a_missing_reason_is_named() -> None:
     assert reason_of(caught.value) == "INVALID_FIELD"
 
 
+async def test_calls_about_going_back_are_handed_over_and_answered() -> None:
+    """Each reaches the run's recovery once, with its fields, and its answer comes back."""
+    async with served() as it:
+        asked = admin.TriggerRollbackRequest(request_id="a", reason="r", tier=ROLLBACK_TIER_FAST, target_step=5)
+        for _ in range(2):
+            back = await it.stub.TriggerRollback(asked)
+            assert (back.restored_step, back.tier, back.coordinated) == (5, ROLLBACK_TIER_FAST, True)
+        points = await it.stub.ListRestorePoints(admin.ListRestorePointsRequest())
+        assert [point.global_step for point in points.restore_points] == [3]
+        listed = await it.stub.ListIncidents(admin.ListIncidentsRequest(limit=2))
+        assert len(listed.incidents) == 2
+        profile = await it.stub.CaptureProfile(admin.CaptureProfileRequest(request_id="p", reason="r", active_steps=4))
+        assert profile.path == "4.json"
+
+
 @pytest.mark.parametrize(
-    ("method", "request_"),
+    ("method", "request_", "code", "words"),
     [
-        ("TriggerRollback", admin.TriggerRollbackRequest()),
-        ("ListRestorePoints", admin.ListRestorePointsRequest()),
-        ("CreateCheckpoint", admin.CreateCheckpointRequest()),
-        ("ListIncidents", admin.ListIncidentsRequest()),
-        ("CaptureProfile", admin.CaptureProfileRequest()),
+        (
+            "TriggerRollback",
+            admin.TriggerRollbackRequest(request_id="a", reason="r", target_step=8),
+            grpc.StatusCode.NOT_FOUND,
+            "nothing to go back to",
+        ),
+        (
+            "TriggerRollback",
+            admin.TriggerRollbackRequest(request_id="a", reason="r", tier=cast("RollbackTier.ValueType", 9)),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "tier",
+        ),
+        ("TriggerRollback", admin.TriggerRollbackRequest(reason="r"), grpc.StatusCode.INVALID_ARGUMENT, "request_id"),
+        (
+            "CreateCheckpoint",
+            admin.CreateCheckpointRequest(request_id="a", reason="r"),
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "ENOSPC",
+        ),
+        ("ListIncidents", admin.ListIncidentsRequest(limit=1001), grpc.StatusCode.INVALID_ARGUMENT, "limit"),
     ],
 )
-async def test_calls_that_are_not_served_say_why(method: str, request_: object) -> None:
-    """UNIMPLEMENTED, with the reason in words."""
+async def test_calls_about_going_back_say_why_not(
+    method: str, request_: object, code: grpc.StatusCode, words: str
+) -> None:
+    """The status tells what kind of reason it is, the message which."""
     async with served() as it:
-        with pytest.raises(grpc.aio.AioRpcError, match=f"{method} is not served: .{{10,}}") as caught:
+        with pytest.raises(grpc.aio.AioRpcError, match=words) as caught:
             await getattr(it.stub, method)(request_)
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert caught.value.code() is code
 
 
 async def test_the_telemetry_stream_is_not_served_either() -> None:

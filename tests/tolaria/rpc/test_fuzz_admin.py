@@ -22,6 +22,9 @@ from support.sessions import Taking, run_cases
 from tolaria.config import ControlSettings
 from tolaria.grpc_server import grpc_server
 from tolaria.rpc.admin import AdminService
+from tolaria.rpc.requests import RequestLedger
+from tolaria.training.recovery.answers import JournaledAnswers
+from tolaria.training.recovery.operators import RecoveryDesk
 from tolaria.training.safety_desk import SafetyDesk
 
 SERVICE = admin.DESCRIPTOR.services_by_name["TolariaAdminService"]
@@ -145,7 +148,10 @@ async def served_run() -> AsyncIterator[tuple[RunUnderTest, Client]]:
         job="StandingJob",
         epochs=10**6,
         control=control,
-        sections={"emergency": {"recovery_epochs": 10**9}},
+        sections={
+            "emergency": {"recovery_epochs": 10**9},
+            "rollback": {"automatic": False, "halt_on_deadline": False, "fast_budget_s": 10.0},
+        },
     )
 
     def register(server: grpc.aio.Server) -> None:
@@ -155,7 +161,8 @@ async def served_run() -> AsyncIterator[tuple[RunUnderTest, Client]]:
             complete=lambda _status: None,
             closing=anyio.Event(),
             interval_s=60.0,
-            request_memory=1000,
+            ledger=RequestLedger(1000, JournaledAnswers(run.parts.archive, run.progress)),
+            recovery=RecoveryDesk(run.loop, run.parts.archive, run.parts.link.points),
         )
         add_TolariaAdminServiceServicer_to_server(service, server)
 
@@ -179,6 +186,7 @@ async def walk() -> AsyncIterator[Taking[Step]]:
             step = taken[-step.again] if 0 < step.again <= len(taken) else step.numbered(len(taken))
             taken.append(step)
             outcomes = await client.send_at_once(step)
+            await run.until(lambda: not run.loop.rollbacks.running)
             status = await client.status()
             agree(model, step, outcomes, status)
             stands_still(before, status)
@@ -200,7 +208,9 @@ def agree(model: AdminModel, step: Step, outcomes: list[Outcome], status: admin.
 
 
 def stands_still(before: admin.GetStatusResponse, after: admin.GetStatusResponse) -> None:
-    """Steps only go up, and not while the run is held or over."""
+    """Steps only go up, and not while the run is held or over; but for rollbacks."""
+    if after.rollbacks > before.rollbacks:
+        return
     assert after.global_step >= before.global_step
     if after.state == before.state and after.state in {PAUSED, HALTED, FINISHED}:
         assert after.global_step == before.global_step

@@ -73,7 +73,7 @@ async def trained() -> tuple[list[torch.Tensor], list[tuple[str, dict[str, str]]
     peers = FakePeers(seeds=[seed])
     async with running(patient(peers, epochs=5)) as run:
         await run.until(lambda: run.state == "FINISHED")
-    parameters = [p.detach().clone() for p in run.rig.model.parameters()]  # type: ignore[attr-defined]
+    parameters = [p.detach().clone() for p in run.rig.model.parameters()]
     events = [(event.description, dict(event.attributes)) for event in run.emitter.recent]
     assert not run.safeguards.mode.on
     return parameters, [event for event in events if "ms" not in str(event)], [
@@ -149,7 +149,7 @@ async def test_freshness_alone_follows_the_wall(wall: WallClock, jump_s: float) 
         return sent.pop() if sent else None
 
     def rate() -> object:
-        return run.rig.optimizer.param_groups[0]["lr"]  # type: ignore[attr-defined]
+        return run.rig.optimizer.param_groups[0]["lr"]
 
     def rejected(reason: str) -> float:
         value = run.metrics.registry.get_sample_value("tolaria.command.rejected_total", {"reason": reason})

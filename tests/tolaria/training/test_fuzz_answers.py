@@ -34,6 +34,7 @@ class Picture:
 
     host: bytes
     global_step: int
+    rollbacks: int
     seeds: tuple[bytes, ...]
     controls: tuple[object, ...]
     applied: float
@@ -57,6 +58,7 @@ class Picture:
         return cls(
             host=b"".join(p.detach().numpy().tobytes() for p in named),
             global_step=rig.global_step,
+            rollbacks=run.loop.rollbacks.completed,
             seeds=tuple(s.SerializeToString(deterministic=True) for s in rig.growth.topology.states(rig.global_step)),
             controls=(
                 host["lr"],
@@ -124,14 +126,16 @@ class Talk:
         self, case: Case, consultation: Consultation, pictures: tuple[Picture, Picture], *, delivered: bool
     ) -> None:
         before, after = pictures
-        assert (after.host, after.global_step) == (before.host, before.global_step)
+        back = after.rollbacks > before.rollbacks  # which a command may ask for, and an emergency that one raises
+        assert back or (after.host, after.global_step) == (before.host, before.global_step)
         new = {reason for reason, count in after.rejected.items() if count > before.rejected.get(reason, 0)}
         applied = after.applied - before.applied
         assert applied + sum(after.rejected.values()) - sum(before.rejected.values()) == delivered, consultation
         assert new <= REASONS
+        assert applied or not back
         if not applied:
             assert after.controls == before.controls, consultation
-        if case.late or consultation.seeds is None:
+        if (case.late or consultation.seeds is None) and not back:
             assert after.seeds == before.seeds
         if isinstance(case.tamiyo, Meant):
             forged = self.signed and case.tamiyo.signature != "right"
@@ -148,7 +152,8 @@ class Talk:
         consultation = self.run.loop.consultant.ask(SystemStatePacket(current_epoch=1, global_step=step))
         with anyio.fail_after(10):
             await consultation.settled.wait()
-        await self.run.until(lambda: not self.run.loop._desk._on_done)
+        await self.run.until(lambda: not self.run.loop.rollbacks.running)
+        await self.run.until(lambda: not self.run.parts.link.desk._on_done)
         assert self.run.state in {"PAUSED", "HALTED"}
         return consultation
 

@@ -34,7 +34,7 @@ async def test_a_command_that_comes_too_late_is_refused_as_late(kind: CommandTyp
         asked = SystemStatePacket(packet_id="asked", current_epoch=1, global_step=run.progress.global_step - behind)
         consultation = run.loop.consultant.ask(asked)
         await consultation.settled.wait()
-        await run.until(lambda: not run.loop._desk._on_done)
+        await run.until(lambda: not run.parts.link.desk._on_done)
         await run.loop.stop("enough")
     late = run.metrics.registry.get_sample_value("tolaria.command.rejected_total", {"reason": "late"}) or 0.0
     assert (late, run.progress.commands_rejected, run.events.count("command_rejected")) == (behind,) * 3

@@ -126,6 +126,17 @@ class Archive:
         """The run's committed checkpoints, oldest first. Raises JournalError."""
         return await self._in_thread(self._storage.checkpoints.restore_points)
 
+    async def supersede_after(self, global_step: int) -> None:
+        """The run has gone back to that step: its later checkpoints are not resumed from any more.
+
+        What the journal refuses is told in the log: a crash before the next checkpoint would resume from one of them.
+        """
+        try:
+            async with self._writing:
+                await self._in_thread(lambda: self._storage.checkpoints.supersede_after(global_step))
+        except JournalError as error:
+            self._log.error("checkpoints_not_superseded", after_step=global_step, detail=str(error))
+
     async def find_answer(self, request_id: str) -> AdminActionRow | None:
         """The answer that a request got before, from this process or an earlier one. Raises JournalError."""
         return await self._in_thread(lambda: self._storage.journal.find(AdminActionRow, request_id))

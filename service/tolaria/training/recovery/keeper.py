@@ -10,9 +10,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FULL
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import RollbackSettings
-from tolaria.errors import NoCheckpointError, StateUnsupportedError
+from tolaria.errors import NoCheckpointError, StateMismatchError, StateUnsupportedError
 from tolaria.optimization import LiveAdjustment
 from tolaria.rollback import (
     Cadence,
@@ -106,6 +107,16 @@ class SnapshotKeeper:
         """Of the ring."""
         return self._ring.statistics()
 
+    def resume(self, image: StateImage) -> Restored:
+        """Bring back an earlier process's image, before the lane runs.
+
+        Raises:
+            RollbackError, SeedError, OptimizationError: it does not fit; everything is as it was.
+        """
+        step = image.position.global_step
+        order = RestoreOrder("resume", ROLLBACK_TIER_FULL, step, 0.0, lambda: False, lambda: False)
+        return self._restore(order, image, verify=False)
+
     # -- in the lane ---------------------------------------------------------------------------------------------
 
     def epoch_begins(self) -> PointsLost | None:
@@ -155,6 +166,8 @@ class SnapshotKeeper:
             staged = stage_restore(self._state, image, verify=verify)
             staged.commit(order.refuses)
             found = self._state.fingerprint().total
+        except (KeyError, TypeError, ValueError) as error:  # a piece, the job's cursor for one, does not know it
+            raise StateMismatchError([f"{type(error).__name__}: {error}"]) from error
         finally:  # also after a failure: what was undone may have been grafted and regrouped on the way
             rig.growth.topology.advance(rig.global_step)
             rig.grew()

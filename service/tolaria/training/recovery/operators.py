@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from leyline.v1 import admin_service_pb2 as admin
 from tolaria.errors import NotImplementedYetError
+from tolaria.rollback import CheckpointRow, SnapshotInfo
 from tolaria.rollback.orders import RollbackOutcome
+from tolaria.training.recovery.archive import Archive
+from tolaria.training.recovery.listing import (
+    checkpoint_created,
+    incident_limit,
+    list_incidents,
+    list_restore_points,
+)
 from tolaria.training.recovery.rollbacks import Asked
 
 _OPERATOR = "operator"
 
 
 class Revertible(Protocol):
-    """A run that can go back."""
+    """A run that can go back, and be kept."""
+
+    @property
+    def global_step(self) -> int:
+        """Updates done."""
 
     async def roll_back(self, asked: Asked) -> RollbackOutcome:
         """Go back and wait for it."""
 
+    async def checkpoint(self, reason: str) -> CheckpointRow:
+        """Have one written and wait for it."""
+
 
 class RecoveryDesk:
-    """Serves operators. Used on the event loop only."""
+    """Serves operators. Used on the event loop only.
 
-    def __init__(self, run: Revertible) -> None:
+    Args:
+        run: whose state it is.
+        archive: the journal and the durable points.
+        points: those in memory.
+    """
+
+    def __init__(self, run: Revertible, archive: Archive, points: Callable[[], tuple[SnapshotInfo, ...]]) -> None:
         self._run = run
+        self._archive = archive
+        self._points = points
 
     async def trigger_rollback(self, request: admin.TriggerRollbackRequest) -> admin.TriggerRollbackResponse:
         """Go back; returns when the state is back.
@@ -45,16 +69,16 @@ class RecoveryDesk:
         )
 
     async def restore_points(self) -> admin.ListRestorePointsResponse:
-        """Where one can go back to, newest first."""
-        raise NotImplementedYetError("x")
+        """Where one can go back to, newest first. Raises JournalError."""
+        return list_restore_points(await self._archive.restore_points(), self._points(), healthy_step=None)
 
     async def create_checkpoint(self, request: admin.CreateCheckpointRequest) -> admin.CreateCheckpointResponse:
-        """Write one now; returns when it is committed."""
-        raise NotImplementedYetError("x")
+        """Write one now; returns when it is committed. Raises TolariaError: there is none."""
+        return checkpoint_created(await self._run.checkpoint(request.reason))
 
     async def incidents(self, limit: int) -> admin.ListIncidentsResponse:
-        """What has gone wrong, newest first."""
-        raise NotImplementedYetError("x")
+        """The newest so many things that have gone wrong, newest first; 0: as many as is usual. Raises JournalError."""
+        return list_incidents(await self._archive.incidents(incident_limit(limit)))
 
     async def capture_profile(self, request: admin.CaptureProfileRequest) -> admin.CaptureProfileResponse:
         """Take a trace; returns when it is written."""

@@ -11,7 +11,7 @@ from typing import Protocol
 import anyio.to_thread
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, RollbackTier
-from tolaria.errors import LaneError, NoCheckpointError
+from tolaria.errors import LaneError
 from tolaria.rollback import CheckpointRow, Damage, LoadedCheckpoint, SnapshotInfo, StateImage
 from tolaria.rollback.orders import RestoreOrder, RestoreOutcome
 from tolaria.training.fence_desk import FenceDesk
@@ -86,16 +86,3 @@ class LaneRestorer:
         for damage in loaded.damaged:
             self._damaged(order.rollback_id, damage)
         return loaded.image
-
-
-class NoCheckpoints:
-    """Where nothing is kept on disk."""
-
-    def restore_points(self) -> tuple[CheckpointRow, ...]:
-        """None."""
-        return ()
-
-    def load_newest(self, expired: Callable[[], bool], *, at_or_before: int | None = None) -> LoadedCheckpoint:
-        """Nothing to load."""
-        del expired, at_or_before
-        raise NoCheckpointError("this run keeps no checkpoints")

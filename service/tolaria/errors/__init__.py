@@ -75,6 +75,7 @@ TolariaError
 └── RequestError                  an operator's request cannot be served
     ├── InvalidFieldError
     ├── WrongStateError
+    ├── ProfileFailedError
     └── NotImplementedYetError
 """
 
@@ -151,6 +152,7 @@ from tolaria.errors.run import (
     LaneStoppedError,
     LossShapeError,
     NotImplementedYetError,
+    ProfileFailedError,
     RequestError,
     UnknownJobError,
     WrongStateError,
@@ -227,6 +229,7 @@ __all__ = [
     "PeerProtocolError",
     "PeerTimeoutError",
     "PeerUnavailableError",
+    "ProfileFailedError",
     "RebuildFailedError",
     "RequestError",
     "RestoreAbandonedError",

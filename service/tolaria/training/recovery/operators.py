@@ -7,16 +7,20 @@ from typing import Protocol
 from leyline.v1 import admin_service_pb2 as admin
 from tolaria.errors import NotImplementedYetError
 from tolaria.rollback.orders import RollbackOutcome
+from tolaria.training.profile_desk import ProfileTaken
 from tolaria.training.recovery.rollbacks import Asked
 
 _OPERATOR = "operator"
 
 
 class Revertible(Protocol):
-    """A run that can go back."""
+    """A run that can go back, and be profiled."""
 
     async def roll_back(self, asked: Asked) -> RollbackOutcome:
         """Go back and wait for it."""
+
+    async def capture_profile(self, request_id: str, active_steps: int) -> ProfileTaken:
+        """Take a profile and wait for its trace."""
 
 
 class RecoveryDesk:
@@ -57,5 +61,12 @@ class RecoveryDesk:
         raise NotImplementedYetError("x")
 
     async def capture_profile(self, request: admin.CaptureProfileRequest) -> admin.CaptureProfileResponse:
-        """Take a trace; returns when it is written."""
-        raise NotImplementedYetError("x")
+        """Take a trace; returns when it is written.
+
+        Raises:
+            TolariaError: why there is none; training goes on.
+        """
+        taken = await self._run.capture_profile(request.request_id, request.active_steps)
+        return admin.CaptureProfileResponse(
+            global_step=taken.global_step, path=str(taken.trace.path), size_bytes=taken.trace.size_bytes
+        )

@@ -28,13 +28,17 @@ class ProfileTaken:
     trace: TraceWritten
 
 
+def _ended_before() -> LaneStoppedError:
+    return LaneStoppedError("the run has ended before the last step of the profile; there is no trace")
+
+
 @dataclass(slots=True)
 class _Asked:
-    """One profile; `result` is there once it is `over`. Nobody waits for the schedule's: its `request_id` is empty."""
+    """One profile; `result` holds once it is `over`. Nobody waits for the schedule's: its `request_id` is empty."""
 
     request_id: str
     over: anyio.Event = field(default_factory=anyio.Event)
-    result: ProfileTaken | TolariaError | None = None
+    result: ProfileTaken | TolariaError = field(default_factory=_ended_before)
 
     def end(self, result: ProfileTaken | TolariaError) -> None:
         """Tell who waits."""
@@ -94,7 +98,7 @@ class ProfileDesk:
         await asked.over.wait()
         if isinstance(asked.result, ProfileTaken):
             return asked.result
-        raise asked.result or _ended_before()
+        raise asked.result
 
     def step(self, step: StepReport) -> None:
         """One more step is done; begin a profile if the schedule has one."""
@@ -120,7 +124,7 @@ class ProfileDesk:
         self._closed = True
         if self._open is not None:
             self._recorder.abandoned()
-            self._open.end(_ended_before())
+            self._open.over.set()
             self._open = None
 
     def _begin(self, asked: _Asked, steps: int) -> None:
@@ -135,7 +139,7 @@ class ProfileDesk:
             case TraceFailed() as failure:
                 asked.end(self._result_of(failure, report.global_step))
             case _:  # refused, as while another window is open
-                asked.end(report.error or _ended_before())
+                asked.end(report.error or asked.result)
 
     def _result_of(self, outcome: TraceWritten | TraceFailed, global_step: int) -> ProfileTaken | TolariaError:
         if isinstance(outcome, TraceWritten):
@@ -145,7 +149,3 @@ class ProfileDesk:
         if outcome.stage == "start":
             return WrongStateError(f"a profile cannot be taken now: {outcome.reason}")
         return ProfileFailedError(f"the profile left no trace ({outcome.stage}): {outcome.reason}")
-
-
-def _ended_before() -> LaneStoppedError:
-    return LaneStoppedError("the run has ended before the last step of the profile; there is no trace")

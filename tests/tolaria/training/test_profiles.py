@@ -45,6 +45,11 @@ def value(run: RunUnderTest, name: str) -> float | None:
     return run.metrics.registry.get_sample_value(f"tolaria.profiler.{name}")
 
 
+def window_open(run: RunUnderTest) -> bool:
+    """Whether the lane's profiler runs."""
+    return run.parts.link._lane._profiler._window.open
+
+
 def in_thread(read: Callable[[], Any]) -> Any:
     """What blocks, off the event loop."""
     return anyio.to_thread.run_sync(read)
@@ -225,6 +230,7 @@ async def test_requests_that_cannot_be_served_say_why(tmp_path: Path) -> None:
         refused = await failure(capture("late", 5))
         assert refused.code() == grpc.StatusCode.FAILED_PRECONDITION
         assert "has ended" in (refused.details() or "")
+    assert not window_open(run)
     assert (value(run, "enabled"), value(run, "traces_emitted_total"), value(run, "traces_failed_total")) == (0, 0, 0)
     assert not (tmp_path / "traces").exists()
 
@@ -275,6 +281,7 @@ async def test_a_job_that_raises_within_a_window_ends_it(tmp_path: Path) -> None
         await run.until(lambda: run.state == "FAILED")
     assert [type(error) for error in told] == [LaneStoppedError]
     assert "ZeroDivisionError" in run.progress.state_reason
+    assert not window_open(run)
     assert value(run, "enabled") == 0
 
 

@@ -216,7 +216,8 @@ async def test_requests_that_cannot_be_served_say_why(tmp_path: Path) -> None:
             endings: list[grpc.aio.AioRpcError] = []
 
             async def ask() -> None:
-                endings.append(await failure(capture("first", 5)))
+                with anyio.fail_after(10):
+                    endings.append(await failure(capture("first", 5)))
 
             tasks.start_soon(ask)
             await run.until(lambda: value(run, "enabled") == 1)
@@ -264,7 +265,8 @@ async def test_a_job_that_raises_within_a_window_ends_it(tmp_path: Path) -> None
 
         async def ask() -> None:
             try:
-                await run.loop.capture_profile("r", 100)
+                with anyio.fail_after(10):
+                    await run.loop.capture_profile("r", 100)
             except TolariaError as error:
                 told.append(error)
 

@@ -38,13 +38,14 @@ from tolaria.training.guardian import Guardian
 from tolaria.training.judge import Hold, Proceed, judge
 from tolaria.training.lane_link import LaneLink
 from tolaria.training.packet import state_packet, status_message
+from tolaria.training.profile_desk import ProfileDesk, ProfileTaken
 from tolaria.training.record import Recorder
 from tolaria.training.recovery.checkpoints import CheckpointDesk, Evaluation
 from tolaria.training.recovery.keeper import PointsLost, Restored
 from tolaria.training.recovery.retreats import Retreats
 from tolaria.training.recovery.rollbacks import Asked, RollbackDesk
 from tolaria.training.recovery.startup import RunOutcome
-from tolaria.training.reports import EpochReport, HeldReport, LaneEnded, Report, StepReport
+from tolaria.training.reports import EpochReport, HeldReport, LaneEnded, ProfileEnded, Report, StepReport
 from tolaria.training.run_state import RunEvent, after
 from tolaria.training.safeguards import COLLAPSE, EXPLOSION, PEER_FAILURE
 from tolaria.training.verdicts import Halt, Retreat
@@ -67,6 +68,7 @@ class TrainingLoop:
         rollbacks: where the run goes back; served by somebody else.
         retreats: says when it has to by itself.
         make_checkpoints: given how the run is held and let go on, makes the desk of its checkpoints.
+        profiles: where profiles are asked for.
         feed: told of every change.
         make_consultant: given what to call with settled consultations, makes the one to ask.
     """
@@ -84,6 +86,7 @@ class TrainingLoop:
         rollbacks: RollbackDesk,
         retreats: Retreats,
         make_checkpoints: Callable[[Callable[[str], None], Callable[[str], None]], CheckpointDesk],
+        profiles: ProfileDesk,
         feed: StatusFeed,
         make_consultant: Callable[[Callable[[Consultation], None]], Consultant],
     ) -> None:
@@ -95,6 +98,7 @@ class TrainingLoop:
         self._progress = recorder.progress
         self._guardian, self._safeguards = guardian, guardian.safeguards
         self._retreats = retreats
+        self._profiles = profiles
         self._log = structlog.get_logger()
         self.feed = feed
         self.rollbacks = rollbacks
@@ -203,28 +207,35 @@ class TrainingLoop:
                 self._recorder.fence(report, wished=False)
                 self._safeguards.rebuilt(report)
             case FenceReport():
-                if isinstance(report.result, Restored):
-                    self._rewind(report.result)
-                self._link.desk.take(report)
+                self._take_fence(report)
             case HeldReport():
                 if self._link.standstill.answered(report.hold):
                     self._guardian.held()
                     self.feed.changed()
             case PointsLost():
                 self._recorder.rollbacks.points_lost(report.reason)
+            case ProfileEnded():
+                self._profiles.take(report)
             case LaneEnded():
                 self._lane_ended = report
                 self._link.desk.close()
+                self._profiles.close()
                 self._epoch_over.set()
                 self.feed.changed()
             case _:
                 assert_never(report)
+
+    def _take_fence(self, report: FenceReport) -> None:
+        if isinstance(report.result, Restored):
+            self._rewind(report.result)
+        self._link.desk.take(report)
 
     def _take_step(self, step: StepReport) -> None:
         verdict = self._retreats.step(step, self._progress.health)
         healthy = isinstance(verdict, Proceed) and not self.rollbacks.running
         self._recorder.step(step, observed=healthy or step.void)
         self._safeguards.step(step)
+        self._profiles.step(step)
         if healthy:
             self._retreats.observed(self._progress.health)
             self._cadence.step(step)
@@ -327,6 +338,12 @@ class TrainingLoop:
         if self._ended:
             raise WrongStateError("the run has ended: its last checkpoint stands")
         return await self.checkpoints.create(reason)
+
+    async def capture_profile(self, request_id: str, active_steps: int) -> ProfileTaken:
+        """Take a profile, as `ProfileDesk.capture` does. WrongStateError: the run has ended."""
+        if self._ended:
+            raise WrongStateError("the run has ended: there is no step to profile")
+        return await self._profiles.capture(request_id, active_steps)
 
     async def stop(self, reason: str) -> None:
         """Finish the step and end the run; returns when it has ended. Raises WrongStateError when it had before."""

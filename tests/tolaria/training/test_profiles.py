@@ -153,11 +153,10 @@ def a_file_in_its_place(state: Path) -> Iterator[None]:
 
 @contextmanager
 def no_place(state: Path) -> Iterator[None]:
-    """The state's folder leads nowhere: nothing can be made there."""
-    state.rmdir()
-    state.symlink_to(state.parent / "nowhere")
+    """The folder of traces leads nowhere: nothing can be made there."""
+    (state / "traces").symlink_to(state / "nowhere" / "else")
     yield
-    state.unlink()
+    (state / "traces").unlink()
 
 
 @contextmanager

@@ -129,6 +129,7 @@ async def test_between_epochs_kasmina_is_only_told_of_her_commands(
     settled = await one(talk, between_epochs=True)
     assert talk.asked == asked
     assert settled.command is not None
+    assert (settled.kasmina_answer == NOT_ASKED) is ("apply" not in asked)
 
 
 async def test_a_command_that_does_not_pass_is_no_command() -> None:

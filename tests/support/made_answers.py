@@ -48,11 +48,16 @@ SENSE: dict[str, SearchStrategy[Any]] = {
     ),
     "CommandOptimizerAdjustment.optimizer_id": st.sampled_from(["", "host", "seed:a", "nobody"]),
     "CommandOptimizerAdjustment.hyperparameters": weighted(
-        (1, st.sampled_from([{"lr": 0.01}, {"lr_factor": 0.9}, {"momentum": 0.5}, {"lr": 0.02, LASTS: 3e38}])),
+        (
+            1,
+            st.sampled_from(
+                [{"lr": 0.01}, {"lr_factor": 0.9}, {"momentum": 0.5}, {"weight_decay": 0.1}, {"lr": 0.02, LASTS: 3e38}]
+            ),
+        ),
         (
             1,
             st.dictionaries(
-                st.sampled_from(["lr", "lr_factor", LASTS, "momentum", "momentum", "beta1", ""]),
+                st.sampled_from(["lr", "lr_factor", LASTS, "momentum", "weight_decay", "beta1", ""]),
                 st.one_of(st.sampled_from([0.5, 0.01, 1.0, 0.0, 3e38, -1.0]), st.floats(width=32)),
                 max_size=2,
             ),

@@ -76,6 +76,9 @@ class ControlSettings(Section):
     tamiyo_budget_ms: Milliseconds = 12.0
     """Tamiyo's share of the boundary. A later answer is applied at a later fence."""
 
+    hook_budget_ms: Milliseconds = 3.5
+    """How long making and putting a question between epochs may take. 3.5: the state's share of a boundary."""
+
     max_staleness_steps: int = Field(default=1000, ge=0)
     """A late answer about a state older than this is dropped. 1000: a second of small steps, minutes of large ones."""
 

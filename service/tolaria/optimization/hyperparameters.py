@@ -5,9 +5,9 @@ Owns which names there are, their bounds and what an optimizer's state needs to 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,8 +18,45 @@ from tolaria.errors import HyperparameterError, UnknownGroupError
 from tolaria.optimization.adjustments import in_family
 from tolaria.optimization.groups import ParamGroup, name_of
 
-_BETAS = {"beta1": 0, "beta2": 1}
-_OPTION_OF = {"weight_decay": "weight_decay", "momentum": "momentum", "beta1": "betas", "beta2": "betas"}
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Where an optimizer keeps a hyperparameter, and what it may be: 0 to `most`, which only `inclusive` is allowed."""
+
+    option: str
+    place: int | None
+    most: float
+    inclusive: bool
+
+    def read(self, options: Mapping[str, Any]) -> Any:
+        """The value among an optimizer's options. Raises KeyError where it has none."""
+        held = options[self.option]
+        return held if self.place is None else held[self.place]
+
+    def write(self, options: dict[str, Any], value: float) -> None:
+        """Set it among an optimizer's options."""
+        if self.place is None:
+            options[self.option] = value
+        else:
+            held = options[self.option]
+            options[self.option] = (*held[: self.place], value, *held[self.place + 1 :])
+
+    def why_not(self, value: float) -> str:
+        """What is wrong with a value; empty when nothing is. Not a number is never in bounds."""
+        if 0.0 <= value < self.most or (self.inclusive and value == self.most):
+            return ""
+        bounds = f"from 0 to {self.most:g}" if self.inclusive else f"at least 0 and below {self.most:g}"
+        return f"must be {bounds}, is {value:g}"
+
+
+# A decay shrinks weights by its product with the learning rate in every step: past 10, rates that are common for large
+# batches would turn their signs. At 1 and above, momentum and averages grow without end.
+_KINDS: Mapping[str, _Kind] = {
+    "weight_decay": _Kind("weight_decay", None, 10.0, inclusive=True),
+    "momentum": _Kind("momentum", None, 1.0, inclusive=False),
+    "beta1": _Kind("betas", 0, 1.0, inclusive=False),
+    "beta2": _Kind("betas", 1, 1.0, inclusive=False),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +76,7 @@ def change_hyperparameters(
 
     Args:
         optimizer: the live one.
-        changes: by name: weight_decay (at least 0), momentum, beta1, beta2 (each at least 0 and below 1).
+        changes: by name: weight_decay (0 to 10), momentum, beta1, beta2 (each at least 0 and below 1).
         group: name of a param group or of a family of them; None for all, and then also for groups still to come.
 
     Returns:
@@ -52,56 +89,46 @@ def change_hyperparameters(
     meant = [entry for entry in optimizer.param_groups if group is None or in_family(name_of(entry), group)]
     if not meant:
         raise UnknownGroupError(group or "all", [name_of(entry) for entry in optimizer.param_groups])
-    for name, value in changes.items():
-        for entry in meant:
-            _check(optimizer, entry, name, value)
+    asked = list(product(meant, changes.items()))
+    for entry, (name, value) in asked:
+        _check(optimizer, entry, name, value)
     changed = [
-        HyperparameterChange(name_of(entry), name, _get(entry, name), value)
-        for entry in meant
-        for name, value in changes.items()
+        HyperparameterChange(name_of(entry), name, float(_KINDS[name].read(entry)), value)
+        for entry, (name, value) in asked
     ]
-    for name, value in changes.items():
-        for entry in meant:
-            _set(entry, name, value)
-            if name == "momentum" and value > 0.0:
-                _add_momentum_buffers(optimizer, entry)
-        if group is None:
-            _set(optimizer.defaults, name, value)
+    for entry, (name, value) in asked:
+        _set(optimizer, entry, name, value)
+    if group is None:
+        for name, value in changes.items():
+            _KINDS[name].write(optimizer.defaults, value)
     return changed
 
 
 def _check(optimizer: Optimizer, entry: ParamGroup, name: str, value: float) -> None:
-    kind = type(optimizer).__name__
+    optimizers = type(optimizer).__name__
+    kind = _kind(name)
+    if kind.option not in entry:
+        raise HyperparameterError(name, f"{optimizers} has none")
+    if isinstance(kind.read(entry), Tensor):
+        raise HyperparameterError(name, f"is a tensor in this {optimizers} and fixed where it was captured")
+    if problem := kind.why_not(value):
+        raise HyperparameterError(name, problem)
+    if name == "momentum" and value == 0.0 and entry.get("nesterov"):
+        raise HyperparameterError(name, f"must stay above 0 while {optimizers} uses Nesterov's momentum")
+
+
+def _kind(name: str) -> _Kind:
     if name in {"lr", "learning_rate"}:
         raise HyperparameterError(name, "is the learning-rate controller's to change")
-    if name not in _OPTION_OF:
-        raise HyperparameterError(name, f"is unknown; there are {', '.join(_OPTION_OF)}")
-    option = _OPTION_OF[name]
-    if option not in entry:
-        raise HyperparameterError(name, f"{kind} has none")
-    held = entry[option] if option != "betas" else entry[option][_BETAS[name]]
-    if isinstance(held, Tensor):
-        raise HyperparameterError(name, f"is a tensor in this {kind} and fixed where it was captured")
-    most = math.inf if name == "weight_decay" else 1.0
-    if not (math.isfinite(value) and 0.0 <= value < most):
-        raise HyperparameterError(name, f"must be finite, at least 0{'' if most > 1.0 else ' and below 1'}, is {value}")
-    if name == "momentum" and value == 0.0 and entry.get("nesterov"):
-        raise HyperparameterError(name, f"must stay above 0 while {kind} uses Nesterov's momentum")
+    if name not in _KINDS:
+        raise HyperparameterError(name, f"is unknown; there are {', '.join(_KINDS)}")
+    return _KINDS[name]
 
 
-def _get(options: Mapping[str, Any], name: str) -> float:
-    held = options[_OPTION_OF[name]]
-    return float(held[_BETAS[name]] if name in _BETAS else held)
-
-
-def _set(options: dict[str, Any], name: str, value: float) -> None:
-    option = _OPTION_OF[name]
-    if name in _BETAS:
-        betas = list(options[option])
-        betas[_BETAS[name]] = value
-        options[option] = tuple(betas)
-    else:
-        options[option] = value
+def _set(optimizer: Optimizer, entry: ParamGroup, name: str, value: float) -> None:
+    _KINDS[name].write(entry, value)
+    if name == "momentum" and value > 0.0:
+        _add_momentum_buffers(optimizer, entry)
 
 
 def _add_momentum_buffers(optimizer: Optimizer, entry: ParamGroup) -> None:

@@ -170,22 +170,25 @@ class FastRollbackCache:
         if needed_bytes > self._bytes_max:
             return DeclineReason.TOO_LARGE
         fresh = _Slot(specs)
-        same_step = [s for s in self._slots if s.free and s.listed and s.global_step == global_step]
-        spare = [slot for slot in self._slots if slot.free and not slot.listed]
-        if not same_step and not spare and self._fits(needed_bytes, self._slots):
+        unneeded, others = self._expendable(global_step)
+        if not unneeded and self._fits(needed_bytes, self._slots):
             return fresh
-        others = [slot for slot in self._slots if slot.free and slot.listed and slot not in same_step]
         kept = list(self._slots)
-        for slot in [*same_step, *spare, *others]:
+        for slot in [*unneeded, *others]:
             kept.remove(slot)
-            if fresh.arena is None and slot.specs == specs:
-                fresh.arena = slot.arena
-            if slot.listed:
-                fresh.replaces.append(slot.global_step)
+            fresh.take_over(slot)
             if self._fits(needed_bytes, kept):
                 self._slots = kept
                 return fresh
         return DeclineReason.ALL_LEASED
+
+    def _expendable(self, global_step: int) -> tuple[list[_Slot], list[_Slot]]:
+        """What nobody needs when this step is kept anew, and what else may go, in the order of going."""
+        free = [slot for slot in self._slots if slot.free]
+        same_step = [slot for slot in free if slot.listed and slot.global_step == global_step]
+        spare = [slot for slot in free if not slot.listed]
+        others = [slot for slot in free if slot.listed and slot.global_step != global_step]
+        return [*same_step, *spare], others
 
     def _fits(self, needed_bytes: int, slots: list[_Slot]) -> bool:
         held_bytes = sum(slot.size_bytes for slot in slots)
@@ -255,3 +258,10 @@ class _Slot:
     def free(self) -> bool:
         """Whether nobody reads it."""
         return self.leases == 0
+
+    def take_over(self, other: _Slot) -> None:
+        """Another goes in favour of this one, which uses its memory where that has the layout and is still wanted."""
+        if self.arena is None and other.specs == self.specs:
+            self.arena = other.arena
+        if other.listed:
+            self.replaces.append(other.global_step)

@@ -132,17 +132,12 @@ def plan(current: Sequence[Standing], desired: Sequence[SeedState], ground: Grou
     its seed as it is. Planning again from the result gives no change.
     """
     wishes, refusals = _sort_out(desired)
-    mentioned = {state.seed_id for state in desired}
+    spared = {state.seed_id for state in desired} | {each.seed_id for each in current if each.stage in FOSSIL}
     leaving: list[Change] = []
     moving: list[Change] = []
     staying: list[Standing] = []
     for standing in current:
-        if standing.seed_id in wishes:
-            after, reason = _follow(standing, wishes[standing.seed_id], ground, global_step)
-        elif standing.seed_id in mentioned or standing.stage in FOSSIL:
-            after, reason = standing, None
-        else:
-            after, reason = _leave(standing, ground, global_step), None
+        after, reason = _become(standing, wishes.get(standing.seed_id), spared, (ground, global_step))
         if reason is not None:
             refusals.append(Refusal(standing.seed_id, reason))
         if after is not None:
@@ -176,6 +171,12 @@ def _malformed(state: SeedState) -> str | None:
     if not (math.isfinite(state.attribution) and state.attribution >= 0.0):
         return f"attribution {state.attribution:g} is not a finite number of at least 0"
     return None
+
+
+def _become(standing: Standing, wish: SeedState | None, spared: set[str], now: tuple[Ground, int]) -> _Outcome:
+    if wish is not None:
+        return _follow(standing, wish, *now)
+    return (standing if standing.seed_id in spared else _leave(standing, *now)), None
 
 
 def _follow(standing: Standing, wish: SeedState, ground: Ground, step: int) -> _Outcome:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 
@@ -21,8 +20,11 @@ from tolaria.signals import SignalBoard
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
-from tolaria.telemetry.profiler import ProfileWindow
-from tolaria.training.consult import Consultant, Consultation, Controller, Executor
+from tolaria.training.boundary import Boundary, BoundaryPolicy
+from tolaria.training.cadence import StepCadence
+from tolaria.training.conduct import Conduct
+from tolaria.training.consult import Consultant, Controller, Executor
+from tolaria.training.enact import Enactor
 from tolaria.training.feed import StatusFeed
 from tolaria.training.guardian import Guardian
 from tolaria.training.lane_link import LaneLink
@@ -42,6 +44,7 @@ from tolaria.training.recovery.retreats import Retreats
 from tolaria.training.recovery.rollbacks import RollbackDesk, RollbackTies
 from tolaria.training.rig import Rig
 from tolaria.training.safeguards import CHECKPOINT
+from tolaria.training.ties import RunPlan, RunTies
 
 _TRACES = "traces"
 _MIB = 2**20
@@ -113,46 +116,73 @@ def new_loop(parts: Parts, *, controller: Controller, executor: Executor, seats:
     """The run, with these peers; `seats` are those that take part in rollbacks, in order."""
     settings, ground = parts.settings, parts.ground
 
-    def make_consultant(on_settled: Callable[[Consultation], None]) -> Consultant:
-        return Consultant(
-            controller=controller,
-            executor=executor,
-            verifier=new_verifier(settings.leyline),
-            emitter=ground.emitter,
-            permits=parts.guardian.safeguards.permits,
-            on_settled=on_settled,
-        )
-
-    def make_checkpoints(hold: Callable[[str], None], go_on: Callable[[str], None]) -> CheckpointDesk:
-        tools = DeskTools(
-            writer=ground.writer,
-            keep=lambda: kept_image(parts.link.desk),
-            hold=hold,
-            go_on=go_on,
-            breaker=parts.guardian.safeguards.breakers[CHECKPOINT],
-            metrics=ground.metrics,
-            emitter=ground.emitter,
-        )
-        return CheckpointDesk(
-            settings.checkpoint, tools, from_step=parts.progress.global_step, changed=parts.feed.changed
-        )
-
-    return TrainingLoop(
-        parts.link,
-        training=settings.training,
-        control=settings.control,
-        checkpointing=settings.checkpoint,
-        # Three calls at most: ask, hand over, hear what is desired; each has its own deadline.
-        patience_s=settings.tamiyo.timeout_s + 2 * settings.kasmina.timeout_s + 1.0,
-        recorder=parts.recorder,
+    conduct = Conduct(parts.link.standstill, parts.recorder, guardian=parts.guardian, changed=parts.feed.changed)
+    rollbacks = new_rollbacks(parts, seats)
+    enactor = Enactor(
+        parts.link.desk,
+        parts.recorder,
+        conduct=conduct,
         guardian=parts.guardian,
-        rollbacks=new_rollbacks(parts, seats),
+        rollbacks=rollbacks,
+        max_staleness_steps=settings.control.max_staleness_steps,
+        changed=parts.feed.changed,
+    )
+    consultant = Consultant(
+        controller=controller,
+        executor=executor,
+        verifier=new_verifier(settings.leyline),
+        emitter=ground.emitter,
+        permits=parts.guardian.safeguards.permits,
+        on_settled=enactor.settle,
+    )
+    ties = RunTies(
+        link=parts.link,
+        recorder=parts.recorder,
+        conduct=conduct,
+        guardian=parts.guardian,
+        rollbacks=rollbacks,
         retreats=parts.retreats,
-        make_checkpoints=make_checkpoints,
+        checkpoints=new_checkpoints(parts, conduct),
+        consultant=consultant,
+        enactor=enactor,
+        boundary=Boundary(consultant, _boundary_policy(settings)),
+        cadence=new_cadence(parts, consultant),
         profiles=parts.profiles,
         feed=parts.feed,
-        make_consultant=make_consultant,
     )
+    plan = RunPlan(
+        epochs=settings.training.epochs,
+        void_steps_max=settings.control.max_void_steps,
+        keeps=bool(settings.checkpoint.every_epochs or settings.checkpoint.every_steps),
+    )
+    return TrainingLoop(ties, plan)
+
+
+def new_checkpoints(parts: Parts, conduct: Conduct) -> CheckpointDesk:
+    """The desk of this run's checkpoints, which may hold it."""
+    tools = DeskTools(
+        writer=parts.ground.writer,
+        keep=lambda: kept_image(parts.link.desk),
+        hold=conduct.hold,
+        go_on=conduct.go_on,
+        breaker=parts.guardian.safeguards.breakers[CHECKPOINT],
+        metrics=parts.ground.metrics,
+        emitter=parts.ground.emitter,
+    )
+    return CheckpointDesk(
+        parts.settings.checkpoint, tools, from_step=parts.progress.global_step, changed=parts.feed.changed
+    )
+
+
+def new_cadence(parts: Parts, consultant: Consultant) -> StepCadence:
+    """What asks between epochs; a question that costs more than its budget is an emergency's trigger."""
+    control, recorder = parts.settings.control, parts.recorder
+
+    def hooked(step: int, latency_ms: float) -> None:
+        if recorder.hook(step, latency_ms, control.hook_budget_ms):
+            parts.guardian.hook_breach("over budget")
+
+    return StepCadence(consultant, parts.progress, interval=control.step_interval, on_hook=hooked)
 
 
 def new_rollbacks(parts: Parts, seats: Sequence[Seat]) -> RollbackDesk:
@@ -188,8 +218,10 @@ def new_rollbacks(parts: Parts, seats: Sequence[Seat]) -> RollbackDesk:
     return RollbackDesk(coordinator, ties, global_step=lambda: parts.progress.global_step)
 
 
-def _window(settings: Settings) -> ProfileWindow:
-    return ProfileWindow(Path(settings.state.dir) / _TRACES, bytes_max=settings.profiler.traces_mb * _MIB)
+def _boundary_policy(settings: Settings) -> BoundaryPolicy:
+    # Three calls at most: ask, hand over, hear what is desired; each has its own deadline.
+    patience_s = settings.tamiyo.timeout_s + 2 * settings.kasmina.timeout_s + 1.0
+    return BoundaryPolicy.of(settings.control, patient=settings.training.deterministic, patience_s=patience_s)
 
 
 def _slot(board: SignalBoard) -> OnSlot:

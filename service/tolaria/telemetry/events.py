@@ -71,6 +71,9 @@ HEARTBEAT_LOST = EventSpec("tolaria.heartbeat_lost", TELEMETRY_LEVEL_CRITICAL, (
 EPOCH_BUDGET_EXCEEDED = EventSpec(
     "tolaria.epoch_budget_exceeded", TELEMETRY_LEVEL_WARNING, ("epoch", "latency_ms", "budget_ms")
 )
+HOOK_BUDGET_EXCEEDED = EventSpec(
+    "tolaria.hook_budget_exceeded", TELEMETRY_LEVEL_WARNING, ("step", "latency_ms", "budget_ms")
+)
 ZERO_SAMPLES = EventSpec("zero_samples", TELEMETRY_LEVEL_WARNING, ("epoch",))
 COMMAND_REJECTED = EventSpec("command_rejected", TELEMETRY_LEVEL_WARNING, ("command_id", "reason", "detail"))
 NON_FINITE_STEP = EventSpec("tolaria.non_finite_step", TELEMETRY_LEVEL_ERROR, ("step", "loss", "gradient_norm"))

@@ -71,6 +71,9 @@ class Metrics:
         )
 
         self.epoch_hook_latency_ms = self._gauge("epoch_hook.latency_ms", "How long the last boundary took.")
+        self.hook_latency_ms = self._gauge(
+            "hook.latency_ms", "How long making and putting the last question between epochs took."
+        )
         self.epoch_hook_duration_seconds = self._histogram(
             "epoch_hook.duration_seconds", "How long boundaries held training up.", BOUNDARY_BUCKETS_S
         )

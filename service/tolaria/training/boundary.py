@@ -42,13 +42,13 @@ class Boundary:
 
     def __init__(self, consultant: Consultant, policy: BoundaryPolicy) -> None:
         self._consultant = consultant
-        self._policy = policy
+        self.policy = policy
 
     async def wait_for_answer(
         self, state: SystemStatePacket, refusals: tuple[tuple[str, str], ...], *, since_s: float
     ) -> None:
         """Ask, then wait for the answer until the budget that began at `since_s` (monotonic) ends."""
-        policy = self._policy
+        policy = self.policy
         consultation = self._consultant.ask(state, refusals)
         if policy.patient:
             with anyio.move_on_after(policy.patience_s):

@@ -25,6 +25,7 @@ from tolaria.training.commands import (
     optimizer_change,
     rollback_asked,
 )
+from tolaria.training.conduct import Conduct
 from tolaria.training.consult import Consultation, in_words
 from tolaria.training.fence_desk import FenceDesk, OnDone
 from tolaria.training.fences import ChangeOptimizer, FenceReport, OptimizerChanged, Reconcile
@@ -32,7 +33,7 @@ from tolaria.training.growth import SeedsReport
 from tolaria.training.guardian import Guardian
 from tolaria.training.record import Recorder
 from tolaria.training.recovery.rollbacks import RollbackDesk
-from tolaria.training.safeguards import TAMIYO
+from tolaria.training.safeguards import PEER_FAILURE, TAMIYO
 
 
 class Enactor:
@@ -41,9 +42,10 @@ class Enactor:
     Args:
         desk: where the lane is asked.
         recorder: where outcomes go.
-        hold: holds the run, with a reason.
+        conduct: holds the run; of one that has ended nothing is carried out.
         guardian: breakers to force, emergencies to raise, and the mode in which seeds are left alone.
         rollbacks: where the run goes back.
+        max_staleness_steps: an answer about a state that is older changes nothing.
         changed: called after something has taken effect.
     """
 
@@ -52,28 +54,30 @@ class Enactor:
         desk: FenceDesk,
         recorder: Recorder,
         *,
-        hold: Callable[[str], None],
+        conduct: Conduct,
         guardian: Guardian,
         rollbacks: RollbackDesk,
+        max_staleness_steps: int,
         changed: Callable[[], None],
     ) -> None:
         self._rollbacks = rollbacks
         self._desk = desk
         self._recorder = recorder
-        self._hold = hold
+        self._conduct = conduct
+        self._max_staleness_steps = max_staleness_steps
         self._guardian, self._safeguards = guardian, guardian.safeguards
         self._changed = changed
 
-    def enact(self, consultation: Consultation) -> None:
-        """Follow Kasmina's wishes, then carry Tamiyo's command out; one that cannot be is refused and told."""
-        if consultation.seeds is not None and not self._safeguards.mode.on:
-            self._recorder.desired_seeds(consultation.seeds)
-            self._desk.post(Reconcile(tuple(consultation.seeds)), self._reconciled)
-        if consultation.command is not None:
-            try:
-                self._obey(consultation, consultation.command)
-            except CommandRejectedError as rejection:
-                self._recorder.refused(rejection)
+    def settle(self, consultation: Consultation) -> None:
+        """Take a settled consultation in, at the boundary or whenever it comes, unless it is too old to be meant."""
+        age_steps = self._recorder.progress.global_step - consultation.state.global_step
+        stale = age_steps > self._max_staleness_steps
+        self._recorder.consultation(consultation, stale=stale)
+        if consultation.failed:
+            self._safeguards.failing(PEER_FAILURE)
+        if not stale and not self._conduct.ended:
+            self._enact(consultation)
+        self._changed()
 
     async def adjust(self, request: AdjustLearningRateRequest) -> int:
         """Change learning rates at the next fence; returns the global step at which it took effect.
@@ -101,6 +105,17 @@ class Enactor:
             self._recorder.adjusted(adjustment, report.result)
         self._changed()
 
+    def _enact(self, consultation: Consultation) -> None:
+        """Follow Kasmina's wishes, then carry Tamiyo's command out; one that cannot be is refused and told."""
+        if consultation.seeds is not None and not self._safeguards.mode.on:
+            self._recorder.desired_seeds(consultation.seeds)
+            self._desk.post(Reconcile(tuple(consultation.seeds)), self._reconciled)
+        if consultation.command is not None:
+            try:
+                self._obey(consultation, consultation.command)
+            except CommandRejectedError as rejection:
+                self._recorder.refused(rejection)
+
     def _reconciled(self, report: FenceReport) -> None:
         if isinstance(report.result, SeedsReport):
             self._recorder.fence(report.result, wished=True)
@@ -127,7 +142,7 @@ class Enactor:
                 self._go_back(command)
                 self._recorder.applied(consultation)
             case enums.COMMAND_PAUSE:
-                self._hold(f"asked by {command.issued_by or 'the controller'}")
+                self._conduct.hold(f"asked by {command.issued_by or 'the controller'}")
                 self._recorder.applied(consultation)
             case enums.COMMAND_OPTIMIZER:
                 asked = optimizer_change(command)

@@ -121,6 +121,10 @@ class Guardian:
             self._trigger(Trigger.FAILED_EPOCH_STREAK, f"{self._streak.failed} epochs in a row")
         self._recover()
 
+    def hook_breach(self, detail: str) -> None:
+        """Putting a question between epochs has taken longer than its budget."""
+        self._trigger(Trigger.HOOK_BREACH, detail)
+
     def rollbacks_spent(self, reason: str) -> None:
         """Training has gone wrong by itself once more, and may not go back any more."""
         self._trigger(Trigger.ROLLBACK_BUDGET_SPENT, reason)

@@ -183,6 +183,14 @@ class Recorder:
         )
         return breach
 
+    def hook(self, step: int, latency_ms: float, budget_ms: float) -> bool:
+        """Putting a question after `step` took so long; whether that was over the budget, which is told."""
+        self._metrics.hook_latency_ms.set(latency_ms)
+        breach = latency_ms > budget_ms
+        if breach:
+            self._emitter.emit(events.HOOK_BUDGET_EXCEEDED, step=step, latency_ms=latency_ms, budget_ms=budget_ms)
+        return breach
+
     def consultation(self, settled: Consultation, *, stale: bool) -> None:
         """Both peers have answered, or have failed to. A `stale` answer changes nothing: its command is refused."""
         progress = self.progress

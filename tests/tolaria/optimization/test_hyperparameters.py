@@ -71,8 +71,11 @@ def test_momentum_can_be_turned_on_under_way(kind: type[Optimizer], options: dic
         ("momentum", 1.0, "below 1"),
         ("momentum", -0.1, "at least 0"),
         ("momentum", 0.0, "Nesterov"),
-        ("weight_decay", math.nan, "finite"),
-        ("weight_decay", -1.0, "at least 0"),
+        ("momentum", math.inf, "at least 0 and below 1, is inf"),
+        ("weight_decay", math.nan, "from 0 to 10, is nan"),
+        ("weight_decay", -1.0, "from 0 to 10, is -1"),
+        ("weight_decay", math.nextafter(10.0, 11.0), "from 0 to 10"),
+        ("weight_decay", 3e38, r"from 0 to 10, is 3e\+38"),
     ],
 )
 def test_a_bad_change_is_refused_and_nothing_changes(name: str, value: float, message: str) -> None:
@@ -82,6 +85,46 @@ def test_a_bad_change_is_refused_and_nothing_changes(name: str, value: float, me
         change_hyperparameters(optimizer, {"weight_decay": 0.5, name: value})
     assert caught.value.name == name
     assert [(group["weight_decay"], group["momentum"]) for group in optimizer.param_groups] == [(0, 0.9), (0, 0.9)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight_decay", 0.0),
+        ("weight_decay", 10.0),
+        ("beta1", 0.0),
+        ("beta1", math.nextafter(1.0, 0.0)),
+        ("beta2", 0.0),
+        ("beta2", math.nextafter(1.0, 0.0)),
+    ],
+)
+def test_the_bounds_themselves_are_good(name: str, value: float) -> None:
+    """The least and the greatest value that may be are taken as they are, and the other beta stays."""
+    optimizer = over(Adam, lr=0.1)
+    change_hyperparameters(optimizer, {name: value})
+    host = optimizer.param_groups[0]
+    found = {"weight_decay": host["weight_decay"], "beta1": host["betas"][0], "beta2": host["betas"][1]}
+    assert found == {"weight_decay": 0, "beta1": 0.9, "beta2": 0.999, name: value}
+
+
+@pytest.mark.parametrize(("name", "value"), [("beta1", 1.0), ("beta1", -0.1), ("beta2", 1.0), ("beta2", math.nan)])
+def test_betas_stay_in_bounds(name: str, value: float) -> None:
+    """An average that never forgets is none; the error names the beta."""
+    optimizer = over(Adam, lr=0.1)
+    with pytest.raises(HyperparameterError, match=f"{name}: must be at least 0 and below 1"):
+        change_hyperparameters(optimizer, {name: value})
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_the_greatest_decay_ruins_no_weights() -> None:
+    """At a customary rate a step at the bound shrinks weights; it does not throw them about."""
+    optimizer = over(SGD, lr=0.05)
+    change_hyperparameters(optimizer, {"weight_decay": 10.0})
+    parameter = optimizer.param_groups[0]["params"][0]
+    before = parameter.detach().abs().max()
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert parameter.abs().max() <= before
 
 
 def test_an_optimizer_without_momentum_has_none() -> None:

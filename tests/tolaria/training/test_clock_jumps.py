@@ -63,7 +63,7 @@ def wall(monkeypatch: pytest.MonkeyPatch) -> WallClock:
 
 def patient(peers: FakePeers, *, epochs: int) -> RunUnderTest:
     """A run whose boundaries wait for their answers, and which asks every third step too."""
-    control = ControlSettings(boundary_budget_ms=5000, tamiyo_budget_ms=4000, step_interval=3)
+    control = ControlSettings(boundary_budget_ms=5000, tamiyo_budget_ms=4000, hook_budget_ms=5000, step_interval=3)
     return new_run(peers, job="SlotJob", control=control, deterministic=True, epochs=epochs)
 
 

@@ -63,6 +63,7 @@ class Picture:
             controls=(
                 host["lr"],
                 host["momentum"],
+                host["weight_decay"],
                 rig.growth.controller.living,
                 run.state,
                 run.guardian.controller.state.level,

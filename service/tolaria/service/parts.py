@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
@@ -20,6 +21,7 @@ from tolaria.signals import SignalBoard
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
+from tolaria.telemetry.profiler import ProfileWindow
 from tolaria.training.boundary import Boundary, BoundaryPolicy
 from tolaria.training.cadence import StepCadence
 from tolaria.training.conduct import Conduct
@@ -222,6 +224,10 @@ def _boundary_policy(settings: Settings) -> BoundaryPolicy:
     # Three calls at most: ask, hand over, hear what is desired; each has its own deadline.
     patience_s = settings.tamiyo.timeout_s + 2 * settings.kasmina.timeout_s + 1.0
     return BoundaryPolicy.of(settings.control, patient=settings.training.deterministic, patience_s=patience_s)
+
+
+def _window(settings: Settings) -> ProfileWindow:
+    return ProfileWindow(Path(settings.state.dir) / _TRACES, bytes_max=settings.profiler.traces_mb * _MIB)
 
 
 def _slot(board: SignalBoard) -> OnSlot:

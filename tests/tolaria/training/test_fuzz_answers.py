@@ -91,6 +91,8 @@ class Talk:
         """Consult, and see that what was refused has changed nothing."""
         if case.replayed and self._last:
             case = replace(case, tamiyo=self._last)
+        if not self.run.progress.global_step:  # gone back to where it began: no state is older
+            case = replace(case, late=False)
         answer, response = _answered(case.tamiyo)
         self.peers.answers = {"EvaluateEpoch": answer, "ApplyCommand": case.apply, "ExportSeedStates": case.export}
         before = Picture.of(self.run)
@@ -142,11 +144,10 @@ class Talk:
             forged = self.signed and case.tamiyo.signature != "right"
             assert not (applied and (case.late or forged or case.tamiyo.doomed)), case
             assert not forged or new <= {"unsigned", "oversized"}
-        rate, momentum = after.controls[0], after.controls[1]
-        assert isinstance(rate, float)
+        rate, momentum, decay = (float(str(value)) for value in after.controls[:3])
         assert rate == 0.0 or RATE_FLOOR <= rate <= RATE_CEILING
-        assert isinstance(momentum, float)
         assert 0.0 <= momentum < 1.0
+        assert 0.0 <= decay <= 10.0
 
     async def _consult(self, *, behind: bool) -> Consultation:
         step = self.run.progress.global_step - behind

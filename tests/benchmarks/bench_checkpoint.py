@@ -26,7 +26,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from pydantic import JsonValue
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.side_by_side import machine, p99, show, timed
@@ -41,7 +42,7 @@ class Lane:
     """The lane's work by hand: a rig, its keeper, and the storage that checkpoints go to."""
 
     def __init__(self, layers: int, storage: Storage, writer: CheckpointWriter) -> None:
-        options = {"layers": layers, "batch": 8, "steps": 100_000 // layers}
+        options: dict[str, JsonValue] = {"layers": layers, "batch": 8, "steps": 100_000 // layers}
         training = TrainingSettings(
             job="benchmarks.side_by_side:WideJob", options=options, device="cpu", threads=1, epochs=1
         )
@@ -179,12 +180,12 @@ class Rivals:
 
     def dcp_save(self) -> tuple[float, float]:
         """torch.distributed.checkpoint, which syncs its files."""
-        return self._both(lambda: dcp.save(self._state(), checkpoint_id=self._emptied()))
+        return self._both(lambda: save(self._state(), checkpoint_id=self._emptied()))
 
     def dcp_async_save(self) -> tuple[float, float]:
         """The same in the background, after the state has been copied aside."""
         target, started_s = self._emptied(), time.perf_counter()
-        future = dcp.async_save(self._state(), checkpoint_id=target)
+        future = async_save(self._state(), checkpoint_id=target)
         blocked_s = time.perf_counter() - started_s
         waited: Future[object] = future  # type: ignore[assignment] # a response object only with another stager
         waited.result()

@@ -59,7 +59,10 @@ class AtHome:
         self._save(self._file)
         data = rig.job.training_data()
         data.begin_epoch(1)
-        self._batch = data.next_batch()
+        batch = data.next_batch()
+        if batch is None:
+            raise LookupError("the job has no data")
+        self._batch = batch
 
     def from_memory(self) -> None:
         """Load and step."""

@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_snapshot.py [--repeats 7] [--threads 1] [--steps 6000]
 
 0.6 GB of training state (parameters and Adam's two moments), medians of a few runs taken in turn, as ratios within one
-run; then the digits, with snapshots as often as `rollback.overhead_max` lets them be taken. Takes a minute, at most 5 GB
-of memory and 1.4 GB of disk under the working directory.
+run; then the digits, with snapshots as often as `rollback.overhead_max` lets them be taken. Takes a minute, at most 5
+GB of memory and 1.4 GB of disk under the working directory.
 """
 
 from __future__ import annotations

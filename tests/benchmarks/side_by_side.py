@@ -5,7 +5,6 @@ Owns how samples are taken and told. Must not know what is measured.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
@@ -83,7 +82,7 @@ def p99(seconds: Sequence[float]) -> float:
 
 
 def show(title: str, base: str, found: Mapping[str, Sequence[float]], words: Mapping[str, str]) -> None:
-    """One table: median, p99 and the ratio of medians to `base`'s, as ratios within rounds have the same noise."""
+    """One table: median, p99, and the median of each round's ratio to `base`, whose noise is mostly shared."""
     print(f"\n{title}")
     print(f"| {'what':<66} | median ms | p99 ms | ratio |")
     print("| --- | --- | --- | --- |")
@@ -98,8 +97,3 @@ def machine() -> str:
     load = Path("/proc/loadavg").read_text(encoding="ascii").split()[0]
     cores = len(os.sched_getaffinity(0))
     return f"{cores} cores, torch {torch.__version__}, {torch.get_num_threads()} thread(s), load {load}"
-
-
-def describe(**figures: float) -> str:
-    """Figures in one line of JSON."""
-    return json.dumps({name: round(value, 4) for name, value in figures.items()})

@@ -1,6 +1,6 @@
 """A rollback from its trigger to the first good step after it, against torch's own way of going back.
 
-    python tests/benchmarks/bench_rollback.py [--rounds 12] [--layers 30]
+    python tests/benchmarks/bench_rollback.py [--rounds 8] [--layers 30]
 
 A whole run (event loop, lane, coordinator, journal, files) of the digits and of a model with 0.36 GB of state, without
 peers. Each round rolls both tiers back, and, while the run is held, does what one would write at home to the same
@@ -173,7 +173,7 @@ def tell(case: Case, found: dict[str, list[float]], size_gb: float) -> None:
 def main() -> None:
     """Print both tables of both cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--layers", type=int, default=30)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

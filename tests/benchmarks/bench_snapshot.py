@@ -1,7 +1,10 @@
-"""What snapshots and restores cost beside moving the same bytes plainly: `python tests/benchmarks/bench_snapshot.py`.
+"""What snapshots and restores cost beside moving the same bytes plainly, and their share of a run.
+
+    python tests/benchmarks/bench_snapshot.py [--repeats 7] [--threads 1] [--steps 6000]
 
 0.6 GB of training state (parameters and Adam's two moments), medians of a few runs taken in turn, as ratios within one
-run. Takes half a minute, at most 4 GB of memory and 0.7 GB of disk under the working directory.
+run; then the digits, with snapshots as often as `rollback.overhead_max` lets them be taken. Takes a minute, at most 5
+GB of memory and 1.4 GB of disk under the working directory.
 """
 
 from __future__ import annotations
@@ -9,15 +12,18 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.side_by_side import in_turn, machine, show
+from tolaria.config import Settings, TrainingSettings
 from tolaria.rollback import (
     FastRollbackCache,
     Lease,
@@ -30,6 +36,9 @@ from tolaria.rollback import (
     stage_restore,
 )
 from tolaria.rollback.digest import fingerprint
+from tolaria.training.recovery.keeper import SnapshotKeeper
+from tolaria.training.rig import build_rig
+from tolaria.training.step import train_step
 
 LAYERS, WIDTH = 50, 1000
 
@@ -54,18 +63,6 @@ def live_training() -> Live:
     return Live(model, optimizer, Position(1, 1))
 
 
-def medians(repeats: int, **actions: Callable[[], object]) -> dict[str, float]:
-    """Median seconds of each action, run in turn so that all see the same machine; the first round is left out."""
-    taken: dict[str, list[float]] = {name: [] for name in actions}
-    for turn in range(repeats + 1):
-        for name, action in actions.items():
-            started_s = time.perf_counter()
-            action()
-            if turn:
-                taken[name].append(time.perf_counter() - started_s)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
-
-
 def held(lease: Lease | None) -> StateImage:
     """The image of a lease that must be there."""
     if lease is None:
@@ -76,9 +73,10 @@ def held(lease: Lease | None) -> StateImage:
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=6000)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     live = live_training()
@@ -86,33 +84,41 @@ def main() -> None:
     in_memory(state, arguments.repeats)
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as name:
         on_disk(state, Path(name), max(3, arguments.repeats // 2))
+    del state, live
+    share(arguments.steps)
 
 
 def in_memory(state: TrainingState, repeats: int) -> None:
     """The fast tier against memcpy of the same bytes, in one piece, into memory that is there."""
-    cache = FastRollbackCache(bytes_max=10**9, entries_max=1, seal=False)
-    cache.capture(state)
-    image = held(cache.lookup())
+    bare = FastRollbackCache(bytes_max=10**9, entries_max=1, seal=False)
+    sealing = FastRollbackCache(bytes_max=10**9, entries_max=1, seal=True)
+    bare.capture(state)
+    image = held(bare.lookup())
     size_bytes = image.size_bytes
     source, target = torch.ones(size_bytes, dtype=torch.uint8), torch.ones(size_bytes, dtype=torch.uint8)
-    found = medians(
+    found = in_turn(
         repeats,
-        memcpy=lambda: target.copy_(source),
-        snapshot=lambda: cache.capture(state),
-        seal=lambda: fingerprint(image.tensors, image.values),
-        commit=lambda: restore_fast(state, cache, verify=False),
-        proved=lambda: restore_fast(state, cache, verify=True),
+        {
+            "memcpy": lambda: target.copy_(source),
+            "snapshot": lambda: bare.capture(state),
+            "sealed": lambda: sealing.capture(state),
+            "seal": lambda: fingerprint(image.tensors, image.values),
+            "commit": lambda: restore_fast(state, bare, verify=False),
+            "proved": lambda: restore_fast(state, sealing, verify=True),
+        },
     )
-    print(f"in memory, {size_bytes / 1e9:.2f} GB, memcpy {size_bytes / found['memcpy'] / 1e9:.1f} GB/s")
+    speed = size_bytes / statistics.median(found["memcpy"]) / 1e9
     show(
-        found,
+        f"in memory, {size_bytes / 1e9:.2f} GB, memcpy {speed:.1f} GB/s; {machine()}",
         "memcpy",
+        found,
         {
             "memcpy": "plain copy",
-            "snapshot": "snapshot into the ring",
+            "snapshot": "snapshot into the ring, without its digest",
+            "sealed": "snapshot into the ring, with its digest, as the lane takes it",
             "seal": "digest of a snapshot (any thread, GIL free)",
-            "commit": "fast restore",
-            "proved": "fast restore, image verified before and live state proved after",
+            "commit": "fast restore, without proof",
+            "proved": "fast restore, image verified before, live state proved after",
         },
     )
 
@@ -137,23 +143,29 @@ def on_disk(state: TrainingState, directory: Path, repeats: int) -> None:
             if prove:
                 state.fingerprint()
 
-        found = medians(
+        found = in_turn(
             repeats,
-            read=path.read_bytes,
-            load=lambda: storage.checkpoints.load_newest(never),
-            restore=lambda: restore(prove=False),
-            proved=lambda: restore(prove=True),
+            {
+                "read": path.read_bytes,
+                "load": lambda: storage.checkpoints.load_newest(never),
+                "restore": lambda: restore(prove=False),
+                "proved": lambda: restore(prove=True),
+            },
         )
         image = state.copy()
-        written = medians(
-            1,
-            plain=lambda: write_plainly(image, directory / "plain"),
-            checkpoint=lambda: storage.checkpoints.write(image),
+        image.seal()
+        written = in_turn(
+            2,
+            {
+                "plain": lambda: write_plainly(image, directory / "plain"),
+                "checkpoint": lambda: storage.checkpoints.write(image),
+            },
         )
-    print(f"on disk, reading {row.size_bytes / found['read'] / 1e9:.1f} GB/s from the page cache")
+    speed = row.size_bytes / statistics.median(found["read"]) / 1e9
     show(
-        found,
+        f"on disk, reading {speed:.1f} GB/s from the page cache; {machine()}",
         "read",
+        found,
         {
             "read": "reading the file into memory",
             "load": "checkpoint loaded, every digest verified",
@@ -161,22 +173,49 @@ def on_disk(state: TrainingState, directory: Path, repeats: int) -> None:
             "proved": "full restore, live state proved after",
         },
     )
-    show(written, "plain", {"plain": "plain write and fsync", "checkpoint": "checkpoint written and committed"})
+    show("", "plain", written, {"plain": "plain write and fsync", "checkpoint": "checkpoint written and committed"})
 
 
 def write_plainly(image: StateImage, path: Path) -> None:
-    """The image's bytes into one file, synced."""
+    """The image's bytes into one file, synced, which is removed again as retention does."""
     with path.open("wb") as file:
         for tensor in image.tensors.values():
             file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
+    path.unlink()
 
 
-def show(found: dict[str, float], base: str, titles: dict[str, str]) -> None:
-    """One table."""
-    for name, title in titles.items():
-        print(f"  {found[name] * 1e3:8.1f} ms  {found[name] / found[base]:5.2f} x  {title}")
+def share(steps: int) -> None:
+    """Which part of the lane's time the keeper takes on the digits; the first tenth of the steps is left out."""
+    settings = Settings(training=TrainingSettings(job="digits", device="cpu", threads=1))
+    rig = build_rig(settings)
+    keeper = SnapshotKeeper(rig, settings.rollback)
+    stepping_s = keeping_s = 0.0
+    snapshots = 0
+    rig.begin_epoch()
+    keeper.epoch_begins()
+    for place in range(steps):
+        if place == steps // 10:
+            stepping_s, keeping_s, snapshots = 0.0, 0.0, keeper.statistics().snapshots
+        started_s = time.perf_counter()
+        report = train_step(rig, lambda: True)
+        if report is None:
+            rig.epoch.over = True
+            rig.begin_epoch()
+            continue
+        rig.growth.advance(rig.global_step)
+        stepped_s = time.perf_counter()
+        keeper.step_done(report.duration_s)
+        kept_s = time.perf_counter()
+        stepping_s += stepped_s - started_s
+        keeping_s += kept_s - stepped_s
+    taken = keeper.statistics().snapshots - snapshots
+    print(f"\ndigits, {steps - steps // 10} steps of {1e3 * stepping_s / (steps - steps // 10):.2f} ms; {machine()}")
+    print(
+        f"{taken} snapshots, {100 * keeping_s / (stepping_s + keeping_s):.2f} % of the lane's time "
+        f"(overhead_max {100 * settings.rollback.overhead_max:g} %), {1e3 * keeping_s / max(1, taken):.2f} ms each"
+    )
 
 
 if __name__ == "__main__":

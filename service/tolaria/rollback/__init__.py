@@ -1,6 +1,6 @@
 """Keeping and bringing back the training state: in memory, on disk, with a journal. Knows no grpc, no metrics."""
 
-from tolaria.rollback.cadence import Cadence, interval_steps
+from tolaria.rollback.cadence import Cadence
 from tolaria.rollback.checkpoint_store import CheckpointStore, Damage, LoadedCheckpoint, Recovery
 from tolaria.rollback.digest import Fingerprint
 from tolaria.rollback.fast_cache import (
@@ -63,7 +63,6 @@ __all__ = [
     "StatePart",
     "Storage",
     "TrainingState",
-    "interval_steps",
     "never",
     "open_storage",
     "stage_restore",

@@ -12,11 +12,10 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final, cast
 
-import torch
-
 from tolaria.errors import RestoreAbandonedError
 from tolaria.rollback.digest import DTYPES, TensorSpec, packed_bytes
 from tolaria.rollback.filesystem import Filesystem, read_exactly
+from tolaria.rollback.memory import FreshMemory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,8 +92,7 @@ def read_tensors(
         read_exactly(files, descriptor, memoryview(found))
         if found != header:
             raise TensorFileError("header")
-        buffer = torch.empty(data_bytes, dtype=torch.uint8)
-        reader = _HashingReader(files, descriptor, buffer, expired)
+        reader = _HashingReader(files, descriptor, FreshMemory(data_bytes), expired)
         by_name = {spec.name: reader.take(spec, digests[spec.name]) for spec in ordered}
     except EOFError as error:
         raise TensorFileError("size") from error
@@ -106,11 +104,11 @@ def read_tensors(
 class _HashingReader:
     """Reads ahead in pieces and hashes each tensor's bytes while they are in the cache."""
 
-    def __init__(self, files: Filesystem, descriptor: int, buffer: Tensor, expired: Callable[[], bool]) -> None:
+    def __init__(self, files: Filesystem, descriptor: int, memory: FreshMemory, expired: Callable[[], bool]) -> None:
         self._files = files
         self._descriptor = descriptor
-        self._buffer = buffer
-        self._bytes = memoryview(cast("Buffer", buffer.numpy()))
+        self._memory = memory
+        self._bytes = memoryview(cast("Buffer", memory.tensor.numpy()))
         self._expired = expired
         self._filled = 0
         self._offset = 0
@@ -125,12 +123,13 @@ class _HashingReader:
         if hasher.hexdigest() != digest:
             raise TensorFileError("digest")
         self._offset = end
-        return self._buffer[start:end].view(DTYPES[spec.dtype]).view(spec.shape)
+        return self._memory.tensor[start:end].view(DTYPES[spec.dtype]).view(spec.shape)
 
     def _fill_to(self, wanted: int) -> None:
         while self._filled < wanted:
             if self._expired():
                 raise RestoreAbandonedError("reading the checkpoint")
             high = min(self._filled + _PIECE_BYTES, len(self._bytes))
+            self._memory.provide(self._filled, high)
             read_exactly(self._files, self._descriptor, self._bytes[self._filled : high])
             self._filled = high

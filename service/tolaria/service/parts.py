@@ -102,7 +102,7 @@ def new_loop(parts: Parts, *, controller: Controller, executor: Executor, seats:
             on_settled=on_settled,
         )
 
-    def make_checkpoints(hold: Callable[[str], None], go_on: Callable[[str], None]) -> CheckpointDesk:
+    def make_checkpoints(hold: Callable[[str], bool], go_on: Callable[[str], None]) -> CheckpointDesk:
         tools = DeskTools(
             writer=ground.writer,
             keep=lambda: kept_image(parts.link.desk),

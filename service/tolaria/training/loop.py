@@ -83,7 +83,7 @@ class TrainingLoop:
         guardian: Guardian,
         rollbacks: RollbackDesk,
         retreats: Retreats,
-        make_checkpoints: Callable[[Callable[[str], None], Callable[[str], None]], CheckpointDesk],
+        make_checkpoints: Callable[[Callable[[str], bool], Callable[[str], None]], CheckpointDesk],
         feed: StatusFeed,
         make_consultant: Callable[[Callable[[Consultation], None]], Consultant],
     ) -> None:
@@ -98,7 +98,7 @@ class TrainingLoop:
         self._log = structlog.get_logger()
         self.feed = feed
         self.rollbacks = rollbacks
-        self.checkpoints = make_checkpoints(self._hold, self._go_on)
+        self.checkpoints = make_checkpoints(self._hold_where_none_does, self._go_on)
         self.consultant = make_consultant(self._settle)
         self._policy = BoundaryPolicy.of(control, patient=training.deterministic, patience_s=patience_s)
         self._boundary = Boundary(self.consultant, self._policy)
@@ -123,14 +123,12 @@ class TrainingLoop:
         self._link.start(self._take_all)
         self._enter(RunEvent.STARTED, self._progress.state_reason)
         try:
-            while self._next_epoch <= self._training.epochs and not self._stopping:
-                report = await self._run_epoch()
-                if report is not None:
+            while self.ending != "finished" and not self._stopping:
+                if self._next_epoch > self._training.epochs:
+                    await self._finish()
+                elif (report := await self._run_epoch()) is not None:
                     await self._cross_boundary(report)
                 await self.feed.until(lambda: not self.rollbacks.running or self._lane_ended is not None)
-            if not self._stopping:
-                self.ending = "finished"
-                await self.keep_last("all epochs are done")
             await self._end_lane()
         except LaneFailedError as error:
             self._log.error("training_failed", error=str(error), exc_info=error.__cause__)
@@ -165,6 +163,14 @@ class TrainingLoop:
         found = report.evaluation
         self.checkpoints.epoch_over(Evaluation(report.global_step, report.epoch, found.accuracy, found.loss))
         self.feed.changed()
+
+    async def _finish(self) -> None:
+        """All epochs are done. Where a run stands without checkpoints, it does not leave without its last one."""
+        await self.keep_last("all epochs are done")
+        if self._checkpointing.on_failure == "pause":
+            await self.feed.until(lambda: not self.checkpoints.failing or self._stopping or bool(self._lane_ended))
+        if self._next_epoch > self._training.epochs and not (self._stopping or self.rollbacks.running):
+            self.ending = "finished"
 
     async def keep_last(self, why: str) -> None:
         """Have a last checkpoint written, where any are, before the run leaves; not for longer than a while."""
@@ -382,6 +388,12 @@ class TrainingLoop:
             return  # by more than a pause
         self._enter(event, reason)
         self._link.standstill.want(_RUN)
+
+    def _hold_where_none_does(self, reason: str) -> bool:
+        """Whether it was running; else whoever has it stand lets it go on."""
+        if held := not self._on_hold:
+            self._hold(reason)
+        return held
 
     def _go_on(self, reason: str) -> None:
         """That reason to stand is gone: go on, unless somebody else has had the run stand meanwhile."""

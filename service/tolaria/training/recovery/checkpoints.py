@@ -58,7 +58,9 @@ class DeskTools:
         keep: has the lane keep its state at the next fence, also while training is held, and gives a lease of it, which
             is the desk's from then on. Raises a `LaneError` where there is no lane any more, another `TolariaError`
             where the state cannot be kept; releases what it has when it is cancelled.
-        hold: asked for training to stand, with a reason. Not called again before `go_on` was, with the same words.
+        hold: asked for training to stand, with a reason; says whether it does for that one. Where it stands already,
+            for somebody else's, it is asked again after the next failure. Else not before `go_on` was, with the same
+            words.
         go_on: that reason stands no more. Whether training goes on is for it to decide: not while an operator's pause
             or an emergency holds it as well.
         breaker: takes each failure, and the successes that follow.
@@ -66,7 +68,7 @@ class DeskTools:
 
     writer: CheckpointWriter
     keep: Callable[[], Awaitable[Lease]]
-    hold: Callable[[str], None]
+    hold: Callable[[str], bool]
     go_on: Callable[[str], None]
     breaker: Breaker
     metrics: Metrics
@@ -252,8 +254,8 @@ class CheckpointDesk:
         self._mending = True
         self._wake.set()
         if self._settings.on_failure == "pause" and not self._held:
-            self._held = f"no checkpoint can be written: {error}"
-            self._tools.hold(self._held)
+            reason = f"no checkpoint can be written: {error}"
+            self._held = reason if self._tools.hold(reason) else ""
         self._tell(str(error))
         if self._tools.breaker.allows():
             self._tools.breaker.failed()

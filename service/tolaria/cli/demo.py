@@ -87,13 +87,13 @@ def run(demo: Demo) -> None:
         DemoFailedError: when the service or its run failed.
         SignalledError: when a signal ended it early.
     """
-    asyncio.run(run_demo(demo))
+    with _place_of_its_own(demo.settings) as place:
+        asyncio.run(run_demo(replace(demo, arguments=(*demo.arguments, *_as_options(place)))))
 
 
 async def run_demo(demo: Demo) -> None:
     """The same inside an event loop, in its main thread."""
-    with interrupts() as signals, _place_of_its_own(demo.settings) as place:
-        demo = replace(demo, arguments=(*demo.arguments, *_as_options(place)))
+    with interrupts() as signals:
         try:
             await _attempt(demo, demo.arguments, signals)
         except PortTakenError as error:

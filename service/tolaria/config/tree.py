@@ -274,7 +274,7 @@ class Settings(BaseSettings):
         if self.emergency.sentinel and self.emergency.drain_s <= self.service.drain_timeout_s:
             problems.append("emergency.drain_s must exceed service.drain_timeout_s, or a drain would be cut short")
         for name, peer in (("tamiyo", self.tamiyo), ("kasmina", self.kasmina)):
-            if peer.drain_s >= self.service.drain_timeout_s:
+            if "drain_s" in peer.model_fields_set and peer.drain_s >= self.service.drain_timeout_s:
                 problems.append(f"{name}.drain_s must be less than service.drain_timeout_s, of which it is a part")
         # Issued as far ahead of this clock as is allowed, a command is fresh for twice as long.
         if self.leyline.nonce_window_s < 2 * self.leyline.freshness_s:

@@ -77,6 +77,7 @@ TolariaError
 └── RequestError                  an operator's request cannot be served
     ├── InvalidFieldError
     ├── WrongStateError
+    ├── ProfileFailedError
     └── NotImplementedYetError
 """
 
@@ -155,6 +156,7 @@ from tolaria.errors.run import (
     LaneStoppedError,
     LossShapeError,
     NotImplementedYetError,
+    ProfileFailedError,
     RequestError,
     UnknownJobError,
     WrongStateError,
@@ -232,6 +234,7 @@ __all__ = [
     "PeerProtocolError",
     "PeerTimeoutError",
     "PeerUnavailableError",
+    "ProfileFailedError",
     "RebuildFailedError",
     "RequestError",
     "RestoreAbandonedError",

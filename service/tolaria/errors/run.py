@@ -54,5 +54,9 @@ class WrongStateError(RequestError):
     """Raised when a request does not fit the state that the run is in."""
 
 
+class ProfileFailedError(RequestError):
+    """Raised when a profile that was asked for has left no trace; training is as if nobody had asked."""
+
+
 class NotImplementedYetError(RequestError):
     """Raised for a call of the contract that this version does not serve."""

@@ -38,12 +38,14 @@ class LedgeredService(TolariaAdminServiceServicer):
             await abort(context, error)
 
 
-async def bounded(effect: Awaitable[Result]) -> Result:
-    """Wait for an effect in the lane.
+async def bounded(
+    effect: Awaitable[Result], *, timeout_s: float = EFFECT_TIMEOUT_S, missed: str = "the lane did not come to a fence"
+) -> Result:
+    """Wait for an effect in the lane; `missed` says what did not happen in time.
 
     Raises:
         WrongStateError: it took too long; it still takes effect.
     """
-    with anyio.move_on_after(EFFECT_TIMEOUT_S):
+    with anyio.move_on_after(timeout_s):
         return await effect
-    raise WrongStateError(f"the lane did not come to a fence within {EFFECT_TIMEOUT_S:.0f} s; the request stands")
+    raise WrongStateError(f"{missed} within {timeout_s:.0f} s; the request stands")

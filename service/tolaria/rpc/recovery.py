@@ -10,11 +10,14 @@ from typing import Protocol
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.enums_pb2 import RollbackTier
 from tolaria.errors import InvalidFieldError, TolariaError
-from tolaria.rpc.ledgered import Context, LedgeredService
+from tolaria.rpc.ledgered import Context, LedgeredService, bounded
 from tolaria.rpc.requests import RequestLedger
 from tolaria.rpc.status import abort
 
 INCIDENTS_MAX = 1000
+
+# A thousand slow steps, or a pause in between; the command line waits longer.
+PROFILE_TIMEOUT_S = 600.0
 
 
 class Recovery(Protocol):
@@ -89,6 +92,7 @@ class RecoveryService(LedgeredService):
         """Take a trace of the next steps."""
 
         async def carry_out() -> admin.CaptureProfileResponse:
-            return await self._recovery.capture_profile(request)
+            taking = self._recovery.capture_profile(request)
+            return await bounded(taking, timeout_s=PROFILE_TIMEOUT_S, missed="the steps of the profile were not done")
 
         return await self._once("CaptureProfile", request, context, carry_out)

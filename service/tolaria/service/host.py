@@ -48,8 +48,8 @@ from tolaria.training.safety_desk import SafetyDesk
 ADMIN_SERVICE = admin_service_pb2.DESCRIPTOR.services_by_name["TolariaAdminService"].full_name
 
 # Shares of service.drain_timeout_s: the lane's step, calls in flight, child processes (asked, then told), the
-# journal.
-_LANE_SHARE, _CALLS_SHARE, _CHILDREN_SHARE, _FLUSH_SHARE = 0.5, 0.2, 0.1, 0.1
+# journal, calls to peers.
+_LANE_SHARE, _CALLS_SHARE, _CHILDREN_SHARE, _FLUSH_SHARE, _PEERS_SHARE = 0.5, 0.2, 0.1, 0.1, 0.05
 _LANE_JOIN_S = 1.0
 
 
@@ -222,7 +222,8 @@ class Host:
 
     def _connected_peers(self, pair: EmbeddedPair) -> AbstractAsyncContextManager[Peers]:
         def with_target(settings: PeerSettings, embedded: str) -> PeerSettings:
-            return settings if settings.target else settings.model_copy(update={"target": embedded})
+            drain_s = min(settings.drain_s, _PEERS_SHARE * self._settings.service.drain_timeout_s)
+            return settings.model_copy(update={"target": settings.target or embedded, "drain_s": drain_s})
 
         return connected_peers(
             with_target(self._settings.tamiyo, pair.tamiyo),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
@@ -20,13 +21,17 @@ from tolaria.signals import SignalBoard
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
+from tolaria.telemetry.profiler import ProfileWindow
 from tolaria.training.consult import Consultant, Consultation, Controller, Executor
 from tolaria.training.feed import StatusFeed
 from tolaria.training.guardian import Guardian
 from tolaria.training.lane_link import LaneLink
 from tolaria.training.loop import TrainingLoop
+from tolaria.training.profile_desk import ProfileDesk
+from tolaria.training.profiling import LaneProfiler
 from tolaria.training.progress import Progress
 from tolaria.training.record import Recorder
+from tolaria.training.record_profile import ProfileRecorder
 from tolaria.training.recovery.archive import Archive
 from tolaria.training.recovery.checkpoints import CheckpointDesk, DeskTools
 from tolaria.training.recovery.chronicle import Chronicle
@@ -37,6 +42,9 @@ from tolaria.training.recovery.retreats import Retreats
 from tolaria.training.recovery.rollbacks import RollbackDesk, RollbackTies
 from tolaria.training.rig import Rig
 from tolaria.training.safeguards import CHECKPOINT
+
+_TRACES = "traces"
+_MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +91,20 @@ class Parts:
             chronicle=chronicle,
             changed=self.feed.changed,
         )
-        self.link = LaneLink(ground.rig, ground.keeper, threads=settings.training.threads, hearts=self.guardian.hearts)
+        hearts = self.guardian.hearts
+        self.link = LaneLink(
+            ground.rig,
+            ground.keeper,
+            threads=settings.training.threads,
+            hearts=hearts,
+            profiler=LaneProfiler(_window(settings), resting=hearts.lane_rests),
+        )
+        self.profiles = ProfileDesk(
+            self.link.desk,
+            settings.profiler,
+            recorder=ProfileRecorder(ground.metrics, ground.emitter),
+            permitted=lambda: not self.guardian.safeguards.mode.on,
+        )
         self.retreats = Retreats(settings.rollback)
         self.on_slot = _slot(ground.board)
 
@@ -128,6 +149,7 @@ def new_loop(parts: Parts, *, controller: Controller, executor: Executor, seats:
         rollbacks=new_rollbacks(parts, seats),
         retreats=parts.retreats,
         make_checkpoints=make_checkpoints,
+        profiles=parts.profiles,
         feed=parts.feed,
         make_consultant=make_consultant,
     )
@@ -164,6 +186,10 @@ def new_rollbacks(parts: Parts, seats: Sequence[Seat]) -> RollbackDesk:
         changed=parts.feed.changed,
     )
     return RollbackDesk(coordinator, ties, global_step=lambda: parts.progress.global_step)
+
+
+def _window(settings: Settings) -> ProfileWindow:
+    return ProfileWindow(Path(settings.state.dir) / _TRACES, bytes_max=settings.profiler.traces_mb * _MIB)
 
 
 def _slot(board: SignalBoard) -> OnSlot:

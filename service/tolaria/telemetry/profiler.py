@@ -102,6 +102,7 @@ class ProfileWindow:
         except RuntimeError as error:
             return TraceFailed("start", str(error))
         self._profile = profiler
+        self._directory = self._directory.absolute()  # who is told of the trace may be somewhere else
         self._steps = self._steps_left = active_steps
         return None
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import anyio
 
 from tolaria.errors import LaneError, LaneStoppedError
-from tolaria.training.fences import FenceCommand, FenceReport
+from tolaria.training.fences import FenceReport, LaneCommand
 
 _KEYS_MAX = 256
 
@@ -32,14 +32,14 @@ class FenceDesk:
         post: hands a ticket and a command to the lane.
     """
 
-    def __init__(self, post: Callable[[int, FenceCommand], None]) -> None:
+    def __init__(self, post: Callable[[int, LaneCommand], None]) -> None:
         self._post = post
         self._next_ticket = 1
         self._on_done: dict[int, OnDone] = {}
         self._by_key: OrderedDict[str, _Waiting] = OrderedDict()
         self._closed = False
 
-    def post(self, command: FenceCommand, on_done: OnDone) -> None:
+    def post(self, command: LaneCommand, on_done: OnDone) -> None:
         """Have `command` carried out at the next fence and `on_done` called with what came of it."""
         if self._closed:
             return
@@ -51,7 +51,7 @@ class FenceDesk:
             self.take(FenceReport(ticket, 0, None, error))
 
     async def carry_out(
-        self, command: FenceCommand, *, key: str = "", on_done: OnDone = lambda _report: None
+        self, command: LaneCommand, *, key: str = "", on_done: OnDone = lambda _report: None
     ) -> FenceReport:
         """Have `command` carried out at the next fence and wait for it.
 
@@ -73,7 +73,7 @@ class FenceDesk:
             raise waiting.report.error
         return waiting.report
 
-    def _ask(self, command: FenceCommand, key: str, on_done: OnDone) -> _Waiting:
+    def _ask(self, command: LaneCommand, key: str, on_done: OnDone) -> _Waiting:
         waiting = _Waiting(anyio.Event())
         if key:
             self._by_key[key] = waiting

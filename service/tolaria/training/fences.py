@@ -14,6 +14,7 @@ from tolaria.errors import TolariaError
 from tolaria.optimization import Adjustment, LiveAdjustment, change_hyperparameters
 from tolaria.rollback import StateImage
 from tolaria.rollback.orders import RestoreOrder
+from tolaria.telemetry.profiler import TraceFailed
 from tolaria.training.growth import SeedsReport
 from tolaria.training.recovery.keeper import Kept, Restored, SnapshotKeeper
 from tolaria.training.rig import Rig
@@ -55,7 +56,15 @@ class LeaveOut:
     batches: frozenset[tuple[int, int]]
 
 
+@dataclass(frozen=True, slots=True)
+class CaptureProfile:
+    """Profile the next steps; a ProfileEnded tells of the trace. Nothing for the rig: the lane does it itself."""
+
+    steps: int
+
+
 FenceCommand = Reconcile | ChangeOptimizer | Restore | Keep | LeaveOut
+LaneCommand = FenceCommand | CaptureProfile
 
 URGENT = (Restore,)
 """For these an unfinished update is given up."""
@@ -78,7 +87,14 @@ class BatchesLeftOut:
     count: int
 
 
-FenceResult = SeedsReport | OptimizerChanged | Restored | Kept | BatchesLeftOut
+@dataclass(frozen=True, slots=True)
+class ProfileBegun:
+    """A window of so many steps is open."""
+
+    steps: int
+
+
+FenceResult = SeedsReport | OptimizerChanged | Restored | Kept | BatchesLeftOut | ProfileBegun | TraceFailed
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,12 @@ import torch
 
 from tolaria.jobs import Evaluation
 from tolaria.training.device import limit_threads
-from tolaria.training.fences import URGENT, FenceCommand, carry_out
+from tolaria.training.fences import URGENT, CaptureProfile, FenceReport, LaneCommand, Restore, carry_out
 from tolaria.training.hardware import hardware_context
 from tolaria.training.mailbox import Mailbox, Posted
+from tolaria.training.profiling import LaneProfiler
 from tolaria.training.recovery.keeper import PointsLost, Restored, SnapshotKeeper
-from tolaria.training.reports import EpochReport, HeldReport, LaneEnded, ReportBox
+from tolaria.training.reports import EpochReport, HeldReport, LaneEnded, ProfileEnded, ReportBox
 from tolaria.training.rig import Rig, on_device
 from tolaria.training.step import StepAbandonedError, train_step
 
@@ -46,15 +47,26 @@ class Lane:
         threads: CPU threads of torch, as `limit_threads` takes them.
         keeper: of the rig's states; likewise the lane's.
         hearts: where it shows that it gets on.
+        profiler: of its steps; likewise the lane's.
     """
 
-    def __init__(self, rig: Rig, box: ReportBox, *, keeper: SnapshotKeeper, threads: int, hearts: Hearts) -> None:
+    def __init__(
+        self,
+        rig: Rig,
+        box: ReportBox,
+        *,
+        keeper: SnapshotKeeper,
+        threads: int,
+        hearts: Hearts,
+        profiler: LaneProfiler,
+    ) -> None:
         self._rig = rig
         self._keeper = keeper
         self._box = box
         self._threads = threads
         self._hearts = hearts
-        self._mailbox: Mailbox[FenceCommand] = Mailbox(
+        self._profiler = profiler
+        self._mailbox: Mailbox[LaneCommand] = Mailbox(
             on_held=lambda hold: box.put(HeldReport(rig.global_step, hold)), resting=hearts.lane_rests
         )
         # Daemonic: a job stuck in its own code cannot keep the process from ending.
@@ -71,7 +83,7 @@ class Lane:
         """
         self._mailbox.run_epoch(order)
 
-    def post(self, ticket: int, command: FenceCommand) -> None:
+    def post(self, ticket: int, command: LaneCommand) -> None:
         """Carry `command` out at the next fence, or where it stands between updates; a FenceReport tells the result."""
         self._mailbox.post(ticket, command, urgent=isinstance(command, URGENT))
 
@@ -97,16 +109,26 @@ class Lane:
         error: BaseException | None = None
         try:
             limit_threads(self._threads)
-            while (work := self._mailbox.next_work()) is not None:
-                with self._hearts.lane_works():
-                    self._work(work)
+            try:
+                self._work_through()
+            finally:
+                self._profiler.abandon()
         except StepAbandonedError:
             pass  # told to stop while held: nothing was changed, and nobody waits for more
         except BaseException as raised:  # noqa: BLE001 - the job is the user's code; what it raises ends the run, not the process
             error = raised
         self._box.put(LaneEnded(self._rig.global_step, error))
 
-    def _work(self, work: int | Posted[FenceCommand]) -> None:
+    def _work_through(self) -> None:
+        while (work := self._next_work()) is not None:
+            with self._hearts.lane_works():
+                self._work(work)
+
+    def _next_work(self) -> int | Posted[LaneCommand] | None:
+        with self._profiler.mark("boundary"):
+            return self._mailbox.next_work()
+
+    def _work(self, work: int | Posted[LaneCommand]) -> None:
         if isinstance(work, Posted):
             self._carry_out(work, in_epoch=False)
         else:
@@ -120,7 +142,8 @@ class Lane:
         while self._pass_fence():
             try:
                 if not self._step():
-                    self._finish_epoch(time.monotonic() - started_s)
+                    with self._profiler.mark("boundary"):
+                        self._finish_epoch(time.monotonic() - started_s)
             except StepAbandonedError:
                 if self._mailbox.stopping:
                     raise
@@ -133,7 +156,7 @@ class Lane:
         # Compiling takes minutes, in which nothing can beat.
         compiling = rig.global_step == 0 and "compile" in rig.paths.running
         with self._hearts.lane_rests() if compiling else nullcontext():
-            report = train_step(rig, self._pass_microbatch)
+            report = train_step(rig, self._pass_microbatch, self._profiler.mark)
         if report is None:
             return False
         self._box.put(report)
@@ -141,11 +164,12 @@ class Lane:
             rig.grew()
             self._box.put(grown)
         self._tell_if(self._keeper.step_done(report.duration_s))
+        self._tell_if(self._profiler.step_done(rig.global_step))
         return True
 
-    def _tell_if(self, lost: PointsLost | None) -> None:
-        if lost is not None:
-            self._box.put(lost)
+    def _tell_if(self, report: PointsLost | ProfileEnded | None) -> None:
+        if report is not None:
+            self._box.put(report)
 
     def _pass_fence(self) -> bool:
         """Between two updates: carry out what waits, stand while held; whether the epoch goes on."""
@@ -153,13 +177,20 @@ class Lane:
             self._carry_out(posted, in_epoch=True)
         return not (self._mailbox.stopping or self._rig.epoch.over)
 
-    def _carry_out(self, posted: Posted[FenceCommand], *, in_epoch: bool) -> None:
-        report = carry_out(self._rig, self._keeper, posted.ticket, posted.command)
+    def _carry_out(self, posted: Posted[LaneCommand], *, in_epoch: bool) -> None:
+        report = self._report_of(posted)
         if isinstance(report.result, Restored):
             underway = (in_epoch and not self._rig.epoch.over) or self._mailbox.orders_waiting
             restored = replace(report.result, underway=underway, latest_order=self._mailbox.latest_order)
             report = replace(report, result=restored)
         self._box.put(report)
+
+    def _report_of(self, posted: Posted[LaneCommand]) -> FenceReport:
+        ticket, command = posted.ticket, posted.command
+        if isinstance(command, CaptureProfile):
+            return self._profiler.carry_out(ticket, command, self._rig.global_step)
+        with self._profiler.mark("rollback") if isinstance(command, Restore) else nullcontext():
+            return carry_out(self._rig, self._keeper, ticket, command)
 
     def _pass_microbatch(self) -> bool:
         self._hearts.lane_beat()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from tolaria.rollback import FastCacheStatistics, SnapshotInfo
 from tolaria.training.fence_desk import FenceDesk
 from tolaria.training.lane import Hearts, Lane
+from tolaria.training.profiling import LaneProfiler
 from tolaria.training.recovery.keeper import SnapshotKeeper
 from tolaria.training.reports import Report, ReportBox
 from tolaria.training.rig import Rig
@@ -27,13 +28,16 @@ class LaneLink:
         keeper: of the rig's states.
         threads: CPU threads of torch.
         hearts: where the lane shows that it gets on.
+        profiler: of its steps.
     """
 
-    def __init__(self, rig: Rig, keeper: SnapshotKeeper, *, threads: int, hearts: Hearts) -> None:
+    def __init__(
+        self, rig: Rig, keeper: SnapshotKeeper, *, threads: int, hearts: Hearts, profiler: LaneProfiler
+    ) -> None:
         self.rig = rig
         self._keeper = keeper
         self._box = ReportBox(self._notify)
-        self._lane = Lane(rig, self._box, keeper=keeper, threads=threads, hearts=hearts)
+        self._lane = Lane(rig, self._box, keeper=keeper, threads=threads, hearts=hearts, profiler=profiler)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._take: Take = lambda _reports: None
         self._order = 0

@@ -15,10 +15,6 @@ import anyio
 import structlog
 
 from leyline.v1.admin_service_pb2 import (
-    RUN_STATE_DRAINING,
-    RUN_STATE_FAILED,
-    RUN_STATE_FINISHED,
-    RUN_STATE_HALTED,
     RUN_STATE_PAUSED,
     AdjustLearningRateRequest,
     GetStatusResponse,
@@ -35,21 +31,23 @@ from tolaria.training.feed import StatusFeed
 from tolaria.training.fences import FenceReport
 from tolaria.training.growth import SeedsReport
 from tolaria.training.guardian import Guardian
+from tolaria.training.holding import Holding
 from tolaria.training.judge import Hold, Proceed, judge
 from tolaria.training.lane_link import LaneLink
 from tolaria.training.packet import state_packet, status_message
+from tolaria.training.profile_desk import ProfileDesk, ProfileTaken
 from tolaria.training.record import Recorder
 from tolaria.training.recovery.checkpoints import CheckpointDesk, Evaluation
 from tolaria.training.recovery.keeper import PointsLost, Restored
 from tolaria.training.recovery.retreats import Retreats
 from tolaria.training.recovery.rollbacks import Asked, RollbackDesk
 from tolaria.training.recovery.startup import RunOutcome
-from tolaria.training.reports import EpochReport, HeldReport, LaneEnded, Report, StepReport
+from tolaria.training.reports import EpochReport, HeldReport, LaneEnded, ProfileEnded, Report, StepReport
 from tolaria.training.run_state import RunEvent, after
 from tolaria.training.safeguards import COLLAPSE, EXPLOSION, PEER_FAILURE
 from tolaria.training.verdicts import Halt, Retreat
 
-_RUN, _LEAVING = "run", "leaving"
+_LEAVING = "leaving"
 _LAST_CHECKPOINT_S = 30.0
 
 
@@ -67,6 +65,7 @@ class TrainingLoop:
         rollbacks: where the run goes back; served by somebody else.
         retreats: says when it has to by itself.
         make_checkpoints: given how the run is held and let go on, makes the desk of its checkpoints.
+        profiles: where profiles are asked for.
         feed: told of every change.
         make_consultant: given what to call with settled consultations, makes the one to ask.
     """
@@ -84,6 +83,7 @@ class TrainingLoop:
         rollbacks: RollbackDesk,
         retreats: Retreats,
         make_checkpoints: Callable[[Callable[[str], bool], Callable[[str], None]], CheckpointDesk],
+        profiles: ProfileDesk,
         feed: StatusFeed,
         make_consultant: Callable[[Callable[[Consultation], None]], Consultant],
     ) -> None:
@@ -95,16 +95,18 @@ class TrainingLoop:
         self._progress = recorder.progress
         self._guardian, self._safeguards = guardian, guardian.safeguards
         self._retreats = retreats
+        self._profiles = profiles
         self._log = structlog.get_logger()
         self.feed = feed
         self.rollbacks = rollbacks
-        self.checkpoints = make_checkpoints(self._hold_where_none_does, self._go_on)
+        self._holding = Holding(link.standstill, recorder, guardian, feed)
+        self.checkpoints = make_checkpoints(self._holding.hold_where_none_does, self._holding.go_on)
         self.consultant = make_consultant(self._settle)
         self._policy = BoundaryPolicy.of(control, patient=training.deterministic, patience_s=patience_s)
         self._boundary = Boundary(self.consultant, self._policy)
         self._cadence = StepCadence(self.consultant, self._progress, interval=control.step_interval)
         self._enactor = Enactor(
-            link.desk, recorder, hold=self._hold, guardian=guardian, rollbacks=rollbacks, changed=feed.changed
+            link.desk, recorder, hold=self._holding.hold, guardian=guardian, rollbacks=rollbacks, changed=feed.changed
         )
         recorder.begin(link.rig)
         self._next_epoch = link.rig.epoch.number + link.rig.epoch.over
@@ -114,14 +116,14 @@ class TrainingLoop:
         self._stopping = False
         self.ending: RunOutcome = "drained"
         """How the run leaves this process, once it has ended."""
-        guardian.watch(self._halt, rollbacks.go_back_if_calm)
+        guardian.watch(self._holding.halt, rollbacks.go_back_if_calm)
 
     # -- the task ------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Train all epochs, or until stopped. Ends in FINISHED, or in FAILED when the job's own code raised."""
         self._link.start(self._take_all)
-        self._enter(RunEvent.STARTED, self._progress.state_reason)
+        self._holding.enter(RunEvent.STARTED, self._progress.state_reason)
         try:
             while self.ending != "finished" and not self._stopping:
                 if self._next_epoch > self._training.epochs:
@@ -133,10 +135,10 @@ class TrainingLoop:
         except LaneFailedError as error:
             self._log.error("training_failed", error=str(error), exc_info=error.__cause__)
             self.ending = "failed"
-            self._enter(RunEvent.FAILED, str(error))
+            self._holding.enter(RunEvent.FAILED, str(error))
         else:
             reason = self._progress.state_reason if self._stopping else "all epochs done"
-            self._enter(RunEvent.FINISHED, reason)
+            self._holding.enter(RunEvent.FINISHED, reason)
 
     async def _run_epoch(self) -> EpochReport | None:
         """Let the lane run the next epoch, or the rest of it; None when the run was stopped in it, or went back."""
@@ -153,10 +155,12 @@ class TrainingLoop:
         self._recorder.epoch_ends(report, layers=not self._safeguards.mode.on)
         if not isinstance(verdict, Proceed):  # what the controller would say of this epoch is of no use any more
             self._safeguards.failing(COLLAPSE)
-            self._enact_verdict(verdict, before_step=report.global_step)
+            self._enact_verdict(verdict, before_step=self.checkpoints.validated_step)
             return
         state = state_packet(self._progress, report, wall_ns=time.time_ns())
         await self._boundary.wait_for_answer(state, self._progress.refusals, since_s=report.finished_at_s)
+        if self._epoch_report is not report:
+            return  # the run has gone back meanwhile: to this epoch's figures there is no state any more
         held_up_s = time.monotonic() - report.finished_at_s
         breach = self._recorder.boundary(report, held_up_s, self._policy.budget_s, binding=not self._policy.patient)
         self._guardian.epoch_over(breach=breach)
@@ -209,28 +213,35 @@ class TrainingLoop:
                 self._recorder.fence(report, wished=False)
                 self._safeguards.rebuilt(report)
             case FenceReport():
-                if isinstance(report.result, Restored):
-                    self._rewind(report.result)
-                self._link.desk.take(report)
+                self._take_fence(report)
             case HeldReport():
                 if self._link.standstill.answered(report.hold):
                     self._guardian.held()
                     self.feed.changed()
             case PointsLost():
                 self._recorder.rollbacks.points_lost(report.reason)
+            case ProfileEnded():
+                self._profiles.take(report)
             case LaneEnded():
                 self._lane_ended = report
                 self._link.desk.close()
+                self._profiles.close()
                 self._epoch_over.set()
                 self.feed.changed()
             case _:
                 assert_never(report)
+
+    def _take_fence(self, report: FenceReport) -> None:
+        if isinstance(report.result, Restored):
+            self._rewind(report.result)
+        self._link.desk.take(report)
 
     def _take_step(self, step: StepReport) -> None:
         verdict = self._retreats.step(step, self._progress.health)
         healthy = isinstance(verdict, Proceed) and not self.rollbacks.running
         self._recorder.step(step, observed=healthy or step.void)
         self._safeguards.step(step)
+        self._profiles.step(step)
         if healthy:
             self._retreats.observed(self._progress.health)
             self._cadence.step(step)
@@ -241,10 +252,10 @@ class TrainingLoop:
             if not step.void:
                 self._safeguards.failing(EXPLOSION)
             self._enact_verdict(verdict, before_step=step.global_step - (not step.void))
-        elif not (self._on_hold or self.rollbacks.running):
+        elif not (self._holding.on_hold or self.rollbacks.running):
             held = judge(self._progress.health, void_steps_max=self._control.max_void_steps)
             if isinstance(held, Hold):
-                self._hold(held.reason)
+                self._holding.hold(held.reason)
 
     def _enact_verdict(self, verdict: Retreat | Halt, *, before_step: int) -> None:
         match verdict:
@@ -274,7 +285,7 @@ class TrainingLoop:
         self._recorder.consultation(consultation, stale=stale)
         if consultation.failed:
             self._safeguards.failing(PEER_FAILURE)
-        if not stale and not self._ended:
+        if not stale and not self._holding.ended:
             self._enactor.enact(consultation)
         self.feed.changed()
 
@@ -298,7 +309,7 @@ class TrainingLoop:
         Raises:
             WrongStateError: when the run has ended or is ending.
         """
-        self._hold(reason)
+        self._holding.hold(reason)
         held = self._link.standstill.held
         await self.feed.until(
             lambda: held.is_set() or self._lane_ended is not None or self._progress.state != RUN_STATE_PAUSED
@@ -310,29 +321,31 @@ class TrainingLoop:
         Raises:
             WrongStateError: when the run has ended or is ending, or while an emergency halts it.
         """
-        if self._guardian.halting:
-            raise WrongStateError("an emergency halts the run: clear it first")
-        self._enter(RunEvent.RESUMED, reason)
-        self._recorder.resumed()
-        self._link.standstill.let_go(_RUN)
+        self._holding.resume(reason)
 
     async def adjust_rate(self, request: AdjustLearningRateRequest) -> int:
         """Change learning rates at the next fence, as `Enactor.adjust` does. WrongStateError: the run has ended."""
-        if self._ended:
+        if self._holding.ended:
             raise WrongStateError("the run has ended: there is no rate to change")
         return await self._enactor.adjust(request)
 
     async def roll_back(self, asked: Asked) -> RollbackOutcome:
         """Go back, as `RollbackDesk.carry_out` does. WrongStateError: the run has ended."""
-        if self._ended:
+        if self._holding.ended:
             raise WrongStateError("the run has ended: there is nothing that could go back")
         return await self.rollbacks.carry_out(asked)
 
     async def checkpoint(self, reason: str) -> CheckpointRow:
         """Have one written, as `CheckpointDesk.create` does. WrongStateError: the run has ended."""
-        if self._ended:
+        if self._holding.ended:
             raise WrongStateError("the run has ended: its last checkpoint stands")
         return await self.checkpoints.create(reason)
+
+    async def capture_profile(self, request_id: str, active_steps: int) -> ProfileTaken:
+        """Take a profile, as `ProfileDesk.capture` does. WrongStateError: the run has ended."""
+        if self._holding.ended:
+            raise WrongStateError("the run has ended: there is no step to profile")
+        return await self._profiles.capture(request_id, active_steps)
 
     async def stop(self, reason: str) -> None:
         """Finish the step and end the run; returns when it has ended. Raises WrongStateError when it had before."""
@@ -343,11 +356,11 @@ class TrainingLoop:
             self._link.standstill.want(_LEAVING)
             await self.keep_last(f"stopped: {reason}")
         self._stop()
-        await self.feed.until(lambda: self._ended)
+        await self.feed.until(lambda: self._holding.ended)
 
     async def keep_and_drain(self, within_s: float) -> None:
         """The process is about to end: keep the state, if that can be done in time, and end the run."""
-        if self._keeps and not self._ended:
+        if self._keeps and not self._holding.ended:
             self._link.standstill.want(_LEAVING)
             with anyio.move_on_after(within_s):
                 await self.keep_last("the service is stopping")
@@ -355,8 +368,8 @@ class TrainingLoop:
 
     def drain(self) -> None:
         """Finish the step and end the run. Returns at once."""
-        reason = self._progress.state_reason if self._ended else "the service is stopping"
-        self._enter(RunEvent.DRAINING, reason)
+        reason = self._progress.state_reason if self._holding.ended else "the service is stopping"
+        self._holding.enter(RunEvent.DRAINING, reason)
         self._stop()
 
     def close(self, timeout_s: float) -> bool:
@@ -368,42 +381,6 @@ class TrainingLoop:
         """Whether there are checkpoints."""
         return bool(self._checkpointing.every_epochs or self._checkpointing.every_steps)
 
-    @property
-    def _ended(self) -> bool:
-        return self._progress.state in {RUN_STATE_FINISHED, RUN_STATE_FAILED, RUN_STATE_DRAINING}
-
-    @property
-    def _on_hold(self) -> bool:
-        return self._ended or self._progress.state in {RUN_STATE_PAUSED, RUN_STATE_HALTED}
-
-    def _halt(self, reason: str) -> None:
-        """Freeze training; a run that stands already, or has ended, says so at once."""
-        if not self._ended:
-            self._hold(reason, RunEvent.HALTED)
-        if self._ended or self._link.standstill.standing:
-            self._guardian.held()
-
-    def _hold(self, reason: str, event: RunEvent = RunEvent.PAUSED) -> None:
-        if self._progress.state == RUN_STATE_HALTED:
-            return  # by more than a pause
-        self._enter(event, reason)
-        self._link.standstill.want(_RUN)
-
-    def _hold_where_none_does(self, reason: str) -> bool:
-        """Whether it was running; else whoever has it stand lets it go on."""
-        if held := not self._on_hold:
-            self._hold(reason)
-        return held
-
-    def _go_on(self, reason: str) -> None:
-        """That reason to stand is gone: go on, unless somebody else has had the run stand meanwhile."""
-        if self._progress.state == RUN_STATE_PAUSED and self._progress.state_reason == reason:
-            self.resume(f"over: {reason}")
-
     def _stop(self) -> None:
         self._stopping = True
         self._link.stop()
-
-    def _enter(self, event: RunEvent, reason: str) -> None:
-        self._recorder.state(after(self._progress.state, event), reason)
-        self.feed.changed()

@@ -15,6 +15,7 @@ from leyline.v1.state_pb2 import HardwareContext
 from tolaria.gradients import SeedMetricSet
 from tolaria.jobs import Evaluation
 from tolaria.optimization import LiveAdjustment, Violation
+from tolaria.telemetry.profiler import TraceFailed, TraceWritten
 from tolaria.training.fences import FenceReport
 from tolaria.training.growth import SeedsReport
 from tolaria.training.recovery.keeper import PointsLost
@@ -84,6 +85,14 @@ class HeldReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileEnded:
+    """The last step of a profile is done, and its trace is written, or is not."""
+
+    global_step: int
+    outcome: TraceWritten | TraceFailed
+
+
+@dataclass(frozen=True, slots=True)
 class LaneEnded:
     """The lane's thread is about to end; `error` says why, if it was not told to."""
 
@@ -91,7 +100,7 @@ class LaneEnded:
     error: BaseException | None
 
 
-Report = StepReport | EpochReport | SeedsReport | FenceReport | HeldReport | PointsLost | LaneEnded
+Report = StepReport | EpochReport | SeedsReport | FenceReport | HeldReport | PointsLost | ProfileEnded | LaneEnded
 
 
 class ReportBox:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tolaria.optimization import Violation
 from tolaria.training.losses import checked_losses
+from tolaria.training.profiling import Mark, unmarked
 from tolaria.training.reports import StepReport
 from tolaria.training.rig import Rig, on_device
 
@@ -34,12 +35,13 @@ class _Taken:
     loss: Tensor | None = None
 
 
-def train_step(rig: Rig, pass_microbatch: Callable[[], bool]) -> StepReport | None:
+def train_step(rig: Rig, pass_microbatch: Callable[[], bool], mark: Mark = unmarked) -> StepReport | None:
     """Take microbatches, sum their gradients, and update the parameters, unless something is not finite.
 
     Args:
         rig: what to work on; its `global_step` counts up unless the step is void.
         pass_microbatch: asked between two microbatches; may wait; False gives the step up, so that it can be done anew.
+        mark: marks forward, backward, merge and optimizer for a profile.
 
     Returns:
         The step's report; None when the epoch has no batch left.
@@ -49,20 +51,22 @@ def train_step(rig: Rig, pass_microbatch: Callable[[], bool]) -> StepReport | No
     """
     started_s = time.monotonic()
     first_batch = rig.epoch.batches
-    taken = _take_microbatches(rig, pass_microbatch)
+    taken = _take_microbatches(rig, pass_microbatch, mark)
     if taken.loss is None:
         return None
-    rig.merger.finish()
-    _make_up_for_missing_samples(rig, taken)
+    with mark("merge"):
+        rig.merger.finish()
+        _make_up_for_missing_samples(rig, taken)
     loss, norms = _measure(taken.loss, rig)
 
     norm = norms[0]
     finite = math.isfinite(loss) and math.isfinite(norm)
     violations: list[Violation] = []
     if finite:
-        _clip(rig, norms)
-        violations = rig.growth.controller.before_step(rig.global_step)
-        rig.optimizer.step()
+        with mark("optimizer"):
+            _clip(rig, norms)
+            violations = rig.growth.controller.before_step(rig.global_step)
+            rig.optimizer.step()
         rig.global_step += 1
     else:
         rig.clear_gradients()
@@ -86,7 +90,7 @@ def train_step(rig: Rig, pass_microbatch: Callable[[], bool]) -> StepReport | No
     )
 
 
-def _take_microbatches(rig: Rig, pass_microbatch: Callable[[], bool]) -> _Taken:
+def _take_microbatches(rig: Rig, pass_microbatch: Callable[[], bool], mark: Mark) -> _Taken:
     """Up to `accumulate` microbatches, each fetched when it is its turn; their gradients weigh by samples."""
     taken = _Taken()
     while taken.microbatches < rig.accumulate:
@@ -106,10 +110,11 @@ def _take_microbatches(rig: Rig, pass_microbatch: Callable[[], bool]) -> _Taken:
             rig.keep_buffers()
             taken.planned_samples = batch.samples * rig.accumulate
             rig.merger.begin(rig.global_step, rig.accumulate)
-        with rig.paths.autocast():
+        with mark("forward"), rig.paths.autocast():
             losses = checked_losses(rig.job, rig.model, batch, rig.growth.topology.training_seeds)
         share = batch.samples / taken.planned_samples
-        loss = rig.merger.add(losses, batch, share=share, scaler=rig.paths.scaler)
+        with mark("backward"):
+            loss = rig.merger.add(losses, batch, share=share, scaler=rig.paths.scaler)
         taken.loss = loss if taken.loss is None else taken.loss + loss
         taken.microbatches += 1
         taken.samples += batch.samples

@@ -5,7 +5,7 @@ import pytest
 
 from tolaria.errors import LaneError, LaneStoppedError, UnknownGroupError
 from tolaria.training.fence_desk import FenceDesk
-from tolaria.training.fences import ChangeOptimizer, FenceCommand, FenceReport, OptimizerChanged
+from tolaria.training.fences import ChangeOptimizer, FenceReport, LaneCommand, OptimizerChanged
 
 pytestmark = pytest.mark.anyio
 COMMAND = ChangeOptimizer(None, {"momentum": 0.5}, None)
@@ -16,9 +16,9 @@ class Lane:
     """Notes what is posted."""
 
     def __init__(self) -> None:
-        self.posted: list[tuple[int, FenceCommand]] = []
+        self.posted: list[tuple[int, LaneCommand]] = []
 
-    def post(self, ticket: int, command: FenceCommand) -> None:
+    def post(self, ticket: int, command: LaneCommand) -> None:
         """Note it."""
         self.posted.append((ticket, command))
 
@@ -90,7 +90,7 @@ async def test_what_has_a_key_is_carried_out_once_though_its_asker_went_away() -
 async def test_a_full_mailbox_is_a_refusal_and_nothing_else() -> None:
     """Too many commands: whoever asked is told, and nothing is kept waiting."""
 
-    def full(_ticket: int, _command: FenceCommand) -> None:
+    def full(_ticket: int, _command: LaneCommand) -> None:
         raise LaneError("256 commands are waiting for a fence already")
 
     desk = FenceDesk(full)

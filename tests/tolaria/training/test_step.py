@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from support.jobs import TinyJob
 from tolaria.config import Settings, TrainingSettings
 from tolaria.errors import LossShapeError
+from tolaria.telemetry.profiler import Region
 from tolaria.training.losses import checked_losses
 from tolaria.training.rig import Rig, build_rig
 from tolaria.training.step import StepAbandonedError, train_step
@@ -96,6 +99,25 @@ def test_a_step_that_is_not_finite_changes_no_parameter() -> None:
     following = train_step(made, always)
     assert following is not None
     assert not following.void
+
+
+def test_a_step_marks_its_parts() -> None:
+    """In their order, each microbatch's apart; a void step has no part in which parameters change."""
+    made = rig(accumulate=2, options={"poison_from": 3})
+    marked: list[str] = []
+
+    @contextmanager
+    def mark(name: Region) -> Iterator[None]:
+        marked.append(name)
+        yield
+        marked.append(f"/{name}")
+
+    passes = ["forward", "/forward", "backward", "/backward"] * 2
+    train_step(made, always, mark)
+    assert marked == [*passes, "merge", "/merge", "optimizer", "/optimizer"]
+    marked.clear()
+    train_step(made, always, mark)
+    assert marked == [*passes, "merge", "/merge"]
 
 
 def test_a_step_given_up_changes_no_parameter() -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from leyline.v1 import admin_service_pb2 as admin
-from tolaria.errors import NotImplementedYetError
 from tolaria.rollback import CheckpointRow, SnapshotInfo
 from tolaria.rollback.orders import RollbackOutcome
+from tolaria.training.profile_desk import ProfileTaken
 from tolaria.training.recovery.archive import Archive
 from tolaria.training.recovery.listing import (
     checkpoint_created,
@@ -22,17 +22,16 @@ _OPERATOR = "operator"
 
 
 class Revertible(Protocol):
-    """A run that can go back, and be kept."""
-
-    @property
-    def global_step(self) -> int:
-        """Updates done."""
+    """A run that can go back, be kept, and be profiled."""
 
     async def roll_back(self, asked: Asked) -> RollbackOutcome:
         """Go back and wait for it."""
 
     async def checkpoint(self, reason: str) -> CheckpointRow:
         """Have one written and wait for it."""
+
+    async def capture_profile(self, request_id: str, active_steps: int) -> ProfileTaken:
+        """Take a profile and wait for its trace."""
 
 
 class RecoveryDesk:
@@ -81,5 +80,12 @@ class RecoveryDesk:
         return list_incidents(await self._archive.incidents(incident_limit(limit)))
 
     async def capture_profile(self, request: admin.CaptureProfileRequest) -> admin.CaptureProfileResponse:
-        """Take a trace; returns when it is written."""
-        raise NotImplementedYetError("x")
+        """Take a trace; returns when it is written.
+
+        Raises:
+            TolariaError: why there is none; training goes on.
+        """
+        taken = await self._run.capture_profile(request.request_id, request.active_steps)
+        return admin.CaptureProfileResponse(
+            global_step=taken.global_step, path=str(taken.trace.path), size_bytes=taken.trace.size_bytes
+        )

@@ -53,6 +53,11 @@ def failures(run: RunUnderTest) -> float:
     return run.metrics.registry.get_sample_value("tolaria.checkpoint.failures_total") or 0.0
 
 
+async def failed_again(run: RunUnderTest, before: float) -> None:
+    """Until there is a further failure."""
+    await run.until(lambda: failures(run) > before)
+
+
 @pytest.mark.parametrize("on_failure", ["pause", "continue"])
 async def test_no_failing_call_ends_a_run_and_each_is_got_over(on_failure: str) -> None:
     """Every call fails with every errno, once and for good: told, held or not as set, mended, and training goes on."""
@@ -63,7 +68,7 @@ async def test_no_failing_call_ends_a_run_and_each_is_got_over(on_failure: str) 
             what = (call, errno.errorcode[code], times)
             before = failures(run)
             disk.fail(call, code, times=times)
-            await run.until(lambda before=before: failures(run) > before)
+            await failed_again(run, before)
             assert "tolaria.checkpoint_failed" in run.events, what
             if times == FOR_GOOD and on_failure == "pause":
                 await run.until(lambda: run.state == "PAUSED" and run.loop._link.standstill.standing)
@@ -77,7 +82,6 @@ async def test_no_failing_call_ends_a_run_and_each_is_got_over(on_failure: str) 
             await run.until(lambda: not run.loop.checkpoints.failing and run.state == "RUNNING")
             assert host._reasons_not_ready() == [], what
             await steps_on(run)
-        print("XX", run.loop.rollbacks.completed, set(run.events))
         await run.loop.stop("enough")
     assert run.state == "FINISHED"
 

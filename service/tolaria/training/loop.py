@@ -155,7 +155,7 @@ class TrainingLoop:
         self._recorder.epoch_ends(report, layers=not self._safeguards.mode.on)
         if not isinstance(verdict, Proceed):  # what the controller would say of this epoch is of no use any more
             self._safeguards.failing(COLLAPSE)
-            self._enact_verdict(verdict, before_step=self.checkpoints.validated_step)
+            self._enact_verdict(verdict, before_step=min(self.checkpoints.validated_step, report.global_step - 1))
             return
         state = state_packet(self._progress, report, wall_ns=time.time_ns())
         await self._boundary.wait_for_answer(state, self._progress.refusals, since_s=report.finished_at_s)

@@ -257,14 +257,14 @@ class StandingJob(SlotJob):
 class CollapsingJob(GatedJob):
     """TinyJob with an accuracy of 0.9, but of 0.1 in the epochs of `options["collapses"]`, `options["times"]` each.
 
-    In the epoch of `options["gated"]` it stands, as GatedJob does, in the passes from the sixth on.
+    In the epochs of `options["gated"]` it stands, as GatedJob does, in the passes from the sixth on.
     """
 
     def __init__(self, context: JobContext) -> None:
         super().__init__(context)
         collapses = cast("list[int]", context.options["collapses"])
         self.left = dict.fromkeys(collapses, int(str(context.options["times"])))
-        self.gated = int(str(context.options.get("gated", 0)))
+        self.gated = cast("list[int]", context.options["gated"])
         self.collapsed = 0
         self.cursor = super().training_data()
 
@@ -273,7 +273,7 @@ class CollapsingJob(GatedJob):
 
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         place = self.cursor.state_dict()
-        if place["epoch"] != self.gated or int(str(place["index"])) < 6:
+        if self.seen and (place["epoch"] not in self.gated or int(str(place["index"])) < 6):
             self.passes.release()
         return super().losses(model, batch)
 

@@ -29,17 +29,19 @@ class Keepers(FakePeers):
             await self.run.loop.checkpoint("a good epoch")
 
 
-def collapsing_run(*epochs: int, times: int = 1, gated: int = 0, kept: bool = True) -> tuple[RunUnderTest, Keepers]:
+def collapsing_run(
+    *epochs: int, times: int = 1, gated: tuple[int, ...] = (), kept: bool = True, every_epochs: int = 0
+) -> tuple[RunUnderTest, Keepers]:
     """A run whose accuracy is lost in these epochs, so many times each; `kept`: with a checkpoint at each boundary."""
     rollback = {"automatic": True, "full_budget_s": 20.0, "automatic_max": 2}
     peers = Keepers()
     run = new_run(
         peers,
         job="CollapsingJob",
-        sections={"rollback": rollback, "checkpoint": {"every_epochs": 0}},
+        sections={"rollback": rollback, "checkpoint": {"every_epochs": every_epochs}},
         epochs=EPOCHS,
         deterministic=True,
-        options={"collapses": list(epochs), "times": times, "gated": gated},
+        options={"collapses": list(epochs), "times": times, "gated": list(gated)},
     )
     peers.run = run if kept else None
     return run, peers
@@ -77,7 +79,7 @@ async def test_a_collapse_is_undone_from_disk_and_the_run_comes_to_a_good_end(ep
 
 async def test_a_checkpoint_of_the_collapsed_epoch_is_not_gone_back_to() -> None:
     """One written within it is of the state that has gone wrong, and is not resumed from afterwards either."""
-    run, _ = collapsing_run(3, gated=3)
+    run, _ = collapsing_run(3, gated=(3,))
     async with running(run), anyio.create_task_group() as tasks:
         await anyio.to_thread.run_sync(run.job.entered.acquire)
         while run.rig.global_step < 2 * STEPS + 5:
@@ -110,3 +112,20 @@ async def test_without_any_checkpoint_a_collapse_is_told_and_training_goes_on() 
     await ended(run)
     assert (run.state, run.loop.rollbacks.completed) == ("FINISHED", 0)
     assert "tolaria.rollback.restore_failed" in run.events
+
+
+async def test_going_back_into_the_midst_of_the_collapsed_epoch_runs_its_rest_and_no_more() -> None:
+    """A checkpoint is of some steps after the epoch that asked for it: every epoch has its steps and its boundary."""
+    run, peers = collapsing_run(3, gated=(2, 3), kept=False, every_epochs=1)
+    async with running(run):
+        for epoch in (2, 3):
+            await run.until(lambda epoch=epoch: run.rig.global_step == (epoch - 1) * STEPS + 5)
+            while len(await run.parts.archive.restore_points()) < epoch - 1:
+                await anyio.sleep(0.002)
+            run.job.passes.release(3)
+        run.job.passes.release(100)
+        await run.until(lambda: run.state in {"FINISHED", "FAILED", "HALTED"})
+        ((tier, step),) = await rolled_back_to(run)
+        assert (tier, step // STEPS) == ("full", 2)
+    assert (run.state, run.rig.global_step) == ("FINISHED", EPOCHS * STEPS)
+    assert len(peers.states) == len({state.current_epoch for state in peers.states})

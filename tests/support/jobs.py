@@ -257,7 +257,7 @@ class StandingJob(SlotJob):
 class CollapsingJob(GatedJob):
     """TinyJob with an accuracy of 0.9, but of 0.1 in the epochs of `options["collapses"]`, `options["times"]` each.
 
-    In the epochs of `options["gated"]` it stands, as GatedJob does, in the passes from the sixth on.
+    In the epochs of `options["gated"]` it stands, as GatedJob does, from the sixth pass on and in bad validations.
     """
 
     def __init__(self, context: JobContext) -> None:
@@ -266,6 +266,7 @@ class CollapsingJob(GatedJob):
         self.left = dict.fromkeys(collapses, int(str(context.options["times"])))
         self.gated = cast("list[int]", context.options["gated"])
         self.collapsed = 0
+        self.validating = threading.Event()
         self.cursor = super().training_data()
 
     def training_data(self) -> TensorCursor:
@@ -281,6 +282,9 @@ class CollapsingJob(GatedJob):
         epoch = int(str(self.cursor.state_dict()["epoch"]))
         bad = self.left.get(epoch, 0) > 0
         if bad:
+            if epoch in self.gated:
+                self.validating.set()
+                assert self.passes.acquire(timeout=30)
             self.left[epoch] -= 1
             self.collapsed += 1
         return Evaluation(1.0 * batch.samples, round((0.1 if bad else 0.9) * batch.samples), batch.samples)

@@ -96,8 +96,15 @@ def test_a_killed_service_comes_back_and_ends_as_one_that_never_died(tmp_path: P
 
     What was reported as committed is there, and a request that was answered before the kill gets that answer again.
     """
-    epochs = 80
-    arguments = [*JOB, *peers, "training.deterministic=true", "rollback.automatic=false", f"training.epochs={epochs}", "service.exit_when_done=true"]
+    epochs = 40
+    arguments = [
+        *JOB,
+        *peers,
+        "training.deterministic=true",
+        "rollback.automatic=false",
+        f"training.epochs={epochs}",
+        "service.exit_when_done=true",
+    ]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     for directory in (straight, killed):
         directory.mkdir()

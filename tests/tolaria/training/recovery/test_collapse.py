@@ -17,7 +17,7 @@ EPOCHS, STEPS = 5, 8
 
 
 class Keepers(FakePeers):
-    """Peers that have a checkpoint written at every boundary, which waits for it: of the validated state to the step."""
+    """Peers that have a checkpoint written at every boundary, which waits for it: exactly of the validated state."""
 
     run: RunUnderTest | None = None
 
@@ -30,7 +30,7 @@ class Keepers(FakePeers):
 
 
 def collapsing_run(
-    *epochs: int, times: int = 1, gated: tuple[int, ...] = (), kept: bool = True, every_epochs: int = 0
+    *epochs: int, times: int = 1, gated: tuple[int, ...] = (), kept: bool = True
 ) -> tuple[RunUnderTest, Keepers]:
     """A run whose accuracy is lost in these epochs, so many times each; `kept`: with a checkpoint at each boundary."""
     rollback = {"automatic": True, "full_budget_s": 20.0, "automatic_max": 2}
@@ -38,7 +38,7 @@ def collapsing_run(
     run = new_run(
         peers,
         job="CollapsingJob",
-        sections={"rollback": rollback, "checkpoint": {"every_epochs": every_epochs}},
+        sections={"rollback": rollback, "checkpoint": {"every_epochs": 0}},
         epochs=EPOCHS,
         deterministic=True,
         options={"collapses": list(epochs), "times": times, "gated": list(gated)},
@@ -114,18 +114,29 @@ async def test_without_any_checkpoint_a_collapse_is_told_and_training_goes_on() 
     assert "tolaria.rollback.restore_failed" in run.events
 
 
-async def test_going_back_into_the_midst_of_the_collapsed_epoch_runs_its_rest_and_no_more() -> None:
-    """A checkpoint is of some steps after the epoch that asked for it: every epoch has its steps and its boundary."""
-    run, peers = collapsing_run(3, gated=(2, 3), kept=False, every_epochs=1)
-    async with running(run):
-        for epoch in (2, 3):
-            await run.until(lambda epoch=epoch: run.rig.global_step == (epoch - 1) * STEPS + 5)
-            while len(await run.parts.archive.restore_points()) < epoch - 1:
-                await anyio.sleep(0.002)
-            run.job.passes.release(3)
+@pytest.mark.parametrize("paused", [False, True])
+async def test_going_back_into_the_midst_of_the_collapsed_epoch_runs_its_rest_and_no_more(paused: bool) -> None:
+    """A checkpoint is of some steps after the epoch that asked for it: every epoch has its steps and its boundary.
+
+    Also for a lane that has been made to stand before it has left the epoch.
+    """
+    run, peers = collapsing_run(3, gated=(3,))
+    async with running(run), anyio.create_task_group() as tasks:
+        await run.until(lambda: run.rig.global_step == 2 * STEPS + 5)
+        run.loop.checkpoints._evaluation_wanted = True  # as if the last epoch's were so late
+        tasks.start_soon(run.loop.checkpoint, "within")
+        await anyio.wait_all_tasks_blocked()
+        run.job.passes.release()
+        while len(await run.parts.archive.restore_points()) < 3:
+            await anyio.sleep(0.002)
+        run.job.passes.release(2)
+        if paused:
+            await run.until(run.job.validating.is_set)
+            run.loop._link.standstill.want("test")
         run.job.passes.release(100)
+        await run.until(lambda: run.loop.rollbacks.completed == 1)
+        run.loop._link.standstill.let_go("test")
         await run.until(lambda: run.state in {"FINISHED", "FAILED", "HALTED"})
-        ((tier, step),) = await rolled_back_to(run)
-        assert (tier, step // STEPS) == ("full", 2)
+        assert await rolled_back_to(run) == [("full", 2 * STEPS + 6)]
     assert (run.state, run.rig.global_step) == ("FINISHED", EPOCHS * STEPS)
     assert len(peers.states) == len({state.current_epoch for state in peers.states})

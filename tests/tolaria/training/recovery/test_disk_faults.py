@@ -7,9 +7,9 @@ import anyio
 import anyio.to_thread
 import pytest
 
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
 from support.disks import WRITES, FailingDisk
 from support.runs import FakePeers, RunUnderTest, new_run, running
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
 from tolaria.errors import CheckpointWriteError
 from tolaria.rollback import FaultRow
 from tolaria.service.host import Host

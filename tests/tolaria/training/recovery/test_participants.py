@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import anyio
@@ -23,6 +23,9 @@ class Said:
 
     accepted: bool
     detail: str = ""
+
+
+Answer = Callable[[], Awaitable[Said]]
 
 
 async def accepts() -> Said:
@@ -49,7 +52,7 @@ async def is_dead() -> Said:
 class Participant:
     """Answers every call in one way, or from one on; notes which calls came, for which step."""
 
-    def __init__(self, answer: Callable[[], object], since: Call = Call.PREPARE) -> None:
+    def __init__(self, answer: Answer, since: Call = Call.PREPARE) -> None:
         self._answer = answer
         self._since = list(Call).index(since)
         self.calls: list[tuple[Call, int]] = []
@@ -77,9 +80,7 @@ ALL = [Call.PREPARE, Call.COMMIT, Call.CONFIRM]
 @pytest.mark.parametrize("since", ALL)
 @pytest.mark.parametrize("answer", [accepts, refuses, is_silent, is_dead])
 @pytest.mark.parametrize("other", [accepts, is_dead])
-async def test_a_run_goes_back_with_whoever_takes_part(
-    answer: Callable[[], object], other: Callable[[], object], since: Call
-) -> None:
+async def test_a_run_goes_back_with_whoever_takes_part(answer: Answer, other: Answer, since: Call) -> None:
     """Within the budget the state comes back whatever peers say; coordinated is 2 of 3; nobody is asked in vain."""
     tamiyo, kasmina = Participant(other), Participant(answer, since)
     peers = FakePeers()

@@ -21,7 +21,7 @@ BACK = Asked(ROLLBACK_TIER_FULL, None, "back", "operator")
 
 @pytest.mark.parametrize("halts", [True, False])
 async def test_a_disk_that_reads_too_slowly_costs_the_rollback_and_nothing_else(halts: bool) -> None:
-    """Given up in time, the live state bit-equal, told on the board, in metrics and incidents; HALT where that is set."""
+    """Given up in time, the live state bit-equal, told on the board, in metrics and incidents; HALT where set."""
     disk = FailingDisk()
     sections: dict[str, object] = {
         "checkpoint": {"every_epochs": 0},

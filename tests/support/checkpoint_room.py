@@ -76,7 +76,7 @@ class Room:
         tools = DeskTools(
             writer=self.writer,
             keep=self.keep,
-            hold=lambda reason: self.log.append(("hold", reason)),
+            hold=self.hold,
             go_on=lambda reason: self.log.append(("go_on", reason)),
             breaker=self.breaker,
             metrics=self.metrics,
@@ -89,6 +89,10 @@ class Room:
             clock=lambda: self.now_s,
             sleep=self.sleep,
         )
+
+    def hold(self, reason: str) -> bool:
+        self.log.append(("hold", reason))
+        return True
 
     async def keep(self) -> Lease:
         self.kept += 1

@@ -252,3 +252,39 @@ class StandingJob(SlotJob):
     def validation_batches(self) -> Iterable[Batch]:
         first, self.looked_at = not self.looked_at, True
         return super().validation_batches() if first else []
+
+
+class CollapsingJob(GatedJob):
+    """TinyJob with an accuracy of 0.9, but of 0.1 in the epochs of `options["collapses"]`, `options["times"]` each.
+
+    In the epochs of `options["gated"]` it stands, as GatedJob does, from the sixth pass on and in bad validations.
+    """
+
+    def __init__(self, context: JobContext) -> None:
+        super().__init__(context)
+        collapses = cast("list[int]", context.options["collapses"])
+        self.left = dict.fromkeys(collapses, int(str(context.options["times"])))
+        self.gated = cast("list[int]", context.options["gated"])
+        self.collapsed = 0
+        self.validating = threading.Event()
+        self.cursor = super().training_data()
+
+    def training_data(self) -> TensorCursor:
+        return self.cursor
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        place = self.cursor.state_dict()
+        if self.seen and (place["epoch"] not in self.gated or int(str(place["index"])) < 6):
+            self.passes.release()
+        return super().losses(model, batch)
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
+        epoch = int(str(self.cursor.state_dict()["epoch"]))
+        bad = self.left.get(epoch, 0) > 0
+        if bad:
+            if epoch in self.gated:
+                self.validating.set()
+                assert self.passes.acquire(timeout=30)
+            self.left[epoch] -= 1
+            self.collapsed += 1
+        return Evaluation(1.0 * batch.samples, round((0.1 if bad else 0.9) * batch.samples), batch.samples)

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.config import ControlSettings, Settings, TrainingSettings
 from tolaria.emergency.watching import watch_board
 from tolaria.peers.kasmina import Applied
-from tolaria.rollback import CheckpointWriter, Retention, open_storage
+from tolaria.rollback import CheckpointWriter, Filesystem, Retention, open_storage
 from tolaria.rollback.participants import Seat
 from tolaria.service.parts import Ground, Parts, new_loop
 from tolaria.signals import SignalBoard
@@ -112,9 +113,13 @@ def new_run(
     job: str = "TinyJob",
     control: ControlSettings | None = None,
     sections: dict[str, object] | None = None,
+    files: Filesystem | None = None,
     **training: object,
 ) -> RunUnderTest:
-    """A run that has not been started. Without automatic rollbacks and checkpoints unless `sections` asks for them."""
+    """A run that has not been started. Without automatic rollbacks and checkpoints unless `sections` asks for them.
+
+    `files` is the disk that its checkpoints are on.
+    """
     name = job if ":" in job else f"support.jobs:{job}"
     place = Path(tempfile.mkdtemp(prefix="tolaria-test-"))
     chosen: dict[str, Any] = {
@@ -133,7 +138,8 @@ def new_run(
         rig = pool.submit(build_rig, settings).result()
         keeper = pool.submit(SnapshotKeeper, rig, settings.rollback).result()
         board = pool.submit(SignalBoard.create, place / "board", "run").result()
-        storage = pool.submit(open_storage, Path(settings.state.dir), run_id="run", retention=Retention()).result()
+        open_it = partial(open_storage, run_id="run", retention=Retention(), files=files)
+        storage = pool.submit(open_it, Path(settings.state.dir)).result()
     progress = Progress(
         "run", settings.training.job, "test", settings.training.epochs, rig.steps_per_epoch, time.monotonic()
     )

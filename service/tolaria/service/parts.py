@@ -156,6 +156,7 @@ def new_loop(parts: Parts, *, controller: Controller, executor: Executor, seats:
         epochs=settings.training.epochs,
         void_steps_max=settings.control.max_void_steps,
         keeps=bool(settings.checkpoint.every_epochs or settings.checkpoint.every_steps),
+        insists=settings.checkpoint.on_failure == "pause",
     )
     return TrainingLoop(ties, plan)
 
@@ -165,7 +166,7 @@ def new_checkpoints(parts: Parts, conduct: Conduct) -> CheckpointDesk:
     tools = DeskTools(
         writer=parts.ground.writer,
         keep=lambda: kept_image(parts.link.desk),
-        hold=conduct.hold,
+        hold=conduct.hold_where_none_does,
         go_on=conduct.go_on,
         breaker=parts.guardian.safeguards.breakers[CHECKPOINT],
         metrics=parts.ground.metrics,

@@ -75,6 +75,12 @@ class Conduct:
         """
         self._hold(reason, RunEvent.PAUSED)
 
+    def hold_where_none_does(self, reason: str) -> bool:
+        """Have a running one stand; False for one that stands already, which keeps its reason and who has it stand."""
+        if held := not self.on_hold:
+            self.hold(reason)
+        return held
+
     def halt(self, reason: str) -> None:
         """Freeze training; a run that stands already, or has ended, says so to the guardian at once."""
         if not self.ended:

@@ -73,14 +73,21 @@ class Course:
 
     async def _train(self) -> None:
         ties, laps = self._ties, self._laps
-        while laps.next_epoch <= self._plan.epochs and not self._stopping:
-            report = await self._run_epoch()
-            if report is not None:
+        while self.ending != "finished" and not self._stopping:
+            if laps.next_epoch > self._plan.epochs:
+                await self._finish()
+            elif (report := await self._run_epoch()) is not None:
                 await self._cross_boundary(report)
             await ties.feed.until(lambda: not ties.rollbacks.running or laps.lane_ended)
-        if not self._stopping:
+
+    async def _finish(self) -> None:
+        """All epochs are done. A run that would stand for want of a checkpoint does not leave without its last one."""
+        ties, laps = self._ties, self._laps
+        await self.keep_last("all epochs are done")
+        if self._plan.insists:
+            await ties.feed.until(lambda: not ties.checkpoints.failing or self._stopping or laps.lane_ended)
+        if laps.next_epoch > self._plan.epochs and not (self._stopping or ties.rollbacks.running):
             self.ending = "finished"
-            await self.keep_last("all epochs are done")
 
     async def _run_epoch(self) -> EpochReport | None:
         """Let the lane run the next epoch, or the rest of it; None when the run was stopped in it, or went back."""
@@ -96,6 +103,8 @@ class Course:
         ties, policy = self._ties, self._ties.boundary.policy
         state = state_packet(self._progress, report, wall_ns=time.time_ns())
         await ties.boundary.wait_for_answer(state, self._progress.refusals, since_s=report.finished_at_s)
+        if not self._laps.stands(report):
+            return  # the run has gone back meanwhile: there is no state any more to which its figures belong
         held_up_s = time.monotonic() - report.finished_at_s
         breach = ties.recorder.boundary(report, held_up_s, policy.budget_s, binding=not policy.patient)
         ties.guardian.epoch_over(breach=breach)

@@ -144,6 +144,7 @@ class Lane:
                 if not self._step():
                     with self._profiler.mark("boundary"):
                         self._finish_epoch(time.monotonic() - started_s)
+                    return  # what comes from here on, a restore above all, finds no epoch that goes on by itself
             except StepAbandonedError:
                 if self._mailbox.stopping:
                     raise

@@ -54,6 +54,10 @@ class Laps:
         self.next_epoch = report.epoch + 1
         self._over.set()
 
+    def stands(self, report: EpochReport) -> bool:
+        """Whether this is still the last epoch: not once the run has gone back behind its end."""
+        return self._report is report
+
     def went_back(self, place: EpochPlace, *, given_up: bool) -> None:
         """The lane is at an earlier place; `given_up`: it does not work on what it was given last any more."""
         self.next_epoch = place.number + place.over

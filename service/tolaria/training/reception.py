@@ -47,7 +47,10 @@ class Reception:
         if isinstance(verdict, Proceed):
             return True
         self._safeguards.failing(COLLAPSE)
-        self._enact(verdict, before_step=report.global_step)
+        # A checkpoint from within that epoch may be as bad as its end.
+        validated_step = self._ties.checkpoints.validated_step
+        self._enact(verdict, before_step=min(validated_step, report.global_step - 1))
+        self._ties.guardian.epoch_over(breach=False)
         return False
 
     def _take(self, report: Report) -> None:

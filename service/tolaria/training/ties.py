@@ -62,8 +62,10 @@ class RunPlan:
         epochs: to train.
         void_steps_max: consecutive steps without effect after which the run is held.
         keeps: whether checkpoints are made.
+        insists: whether a run stands rather than go on without.
     """
 
     epochs: int
     void_steps_max: int
     keeps: bool
+    insists: bool

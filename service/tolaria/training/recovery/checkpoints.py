@@ -58,7 +58,9 @@ class DeskTools:
         keep: has the lane keep its state at the next fence, also while training is held, and gives a lease of it, which
             is the desk's from then on. Raises a `LaneError` where there is no lane any more, another `TolariaError`
             where the state cannot be kept; releases what it has when it is cancelled.
-        hold: asked for training to stand, with a reason. Not called again before `go_on` was, with the same words.
+        hold: asked for training to stand, with a reason; says whether it does for that one. Where it stands already,
+            for somebody else's, it is asked again after the next failure. Else not before `go_on` was, with the same
+            words.
         go_on: that reason stands no more. Whether training goes on is for it to decide: not while an operator's pause
             or an emergency holds it as well.
         breaker: takes each failure, and the successes that follow.
@@ -66,7 +68,7 @@ class DeskTools:
 
     writer: CheckpointWriter
     keep: Callable[[], Awaitable[Lease]]
-    hold: Callable[[str], None]
+    hold: Callable[[str], bool]
     go_on: Callable[[str], None]
     breaker: Breaker
     metrics: Metrics
@@ -110,24 +112,34 @@ class CheckpointDesk:
         self._step = self._asked_step = from_step
         self._evaluation: Evaluation | None = None
         self._evaluation_wanted = False
-        self._evaluated_step = -1
+        self._evaluated_step = self._sound_step = -1
         self._held = ""
         self._mending = False
         self.failing = ""
         """Why there is no new checkpoint although one is due; empty when all is well."""
+
+    @property
+    def validated_step(self) -> int:
+        """Up to which updates the run was last found well by a validation, or was gone back to; -1: by none so far.
+
+        The checkpoint that was asked for then, if any, is of no later step.
+        """
+        return self._sound_step
 
     def stepped(self, global_step: int) -> None:
         """So many updates are done, fewer than before after a rollback."""
         self._step, self._asked_step = global_step, min(self._asked_step, global_step)
         if self._evaluation is not None and global_step < self._evaluation.global_step:
             self._evaluation = None  # of a past that never was
+        if self._evaluation is None:
+            self._sound_step = min(self._sound_step, global_step)
         if due_by_steps(self._settings.every_steps, global_step, self._asked_step):
             self._ask(global_step)
 
     def epoch_over(self, evaluation: Evaluation) -> None:
         """An epoch has ended and has been validated."""
         self._step, self._evaluation = evaluation.global_step, evaluation
-        self._evaluated_step = evaluation.global_step
+        self._evaluated_step = self._sound_step = evaluation.global_step
         self._evaluation_wanted = due_by_epochs(self._settings.every_epochs, evaluation.epoch)
         if self._evaluation_wanted:
             self._ask(evaluation.global_step)
@@ -224,7 +236,7 @@ class CheckpointDesk:
             return None
         if self._evaluation_wanted:
             self._evaluation_wanted = False
-            self._evaluated_step = self._step
+            self._evaluated_step = self._sound_step = self._step
         if self._evaluated_step != self._step:
             return None
         return self._evaluation.accuracy if self._settings.best == "accuracy" else self._evaluation.loss
@@ -252,8 +264,8 @@ class CheckpointDesk:
         self._mending = True
         self._wake.set()
         if self._settings.on_failure == "pause" and not self._held:
-            self._held = f"no checkpoint can be written: {error}"
-            self._tools.hold(self._held)
+            reason = f"no checkpoint can be written: {error}"
+            self._held = reason if self._tools.hold(reason) else ""
         self._tell(str(error))
         if self._tools.breaker.allows():
             self._tools.breaker.failed()

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import tolaria
+
+FORBIDDEN = re.compile(
+    r"\b(c?pickle|cloudpickle|dill|shelve|marshal|joblib|jsonpickle)\b(?!d)"
+    r"|\b(torch|th)\.(load|save)\b|\b(np|numpy)\.(load|save)z?\b|allow_pickle|torch\.jit\.load|torch\.distributed"
+    r"|\bmultiprocessing\b|\bfrom_pickle\b|weights_only"
+)
+
+
+def test_nothing_in_the_service_can_read_or_write_a_pickle() -> None:
+    """No line of code of any module names pickle, what is made of it, or a function that reads or writes it."""
+    service = Path(tolaria.__file__).parents[1]
+    sources = sorted(service.rglob("*.py"))
+    assert len(sources) > 150
+    found = [
+        f"{source.relative_to(service)}:{number}: {line.strip()}"
+        for source in sources
+        for number, line in enumerate(source.read_text().splitlines(), 1)
+        if FORBIDDEN.search(line) and not line.lstrip().startswith(("#", '"', "Not "))
+    ]
+    assert found == []
+
+
+def test_the_search_finds_what_it_is_for() -> None:
+    """Each way to a pickle is seen."""
+    for line in (
+        "import pickle",
+        "from pickle import loads",
+        "torch.load(x)",
+        "np.load(x)",
+        "shelve.open(x)",
+        "joblib.dump",
+    ):
+        assert FORBIDDEN.search(line), line

@@ -1,0 +1,186 @@
+"""Real services that are killed, stopped and started again on the same state directory."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from anyio.from_thread import start_blocking_portal
+
+from leyline.v1 import admin_service_pb2 as admin
+from leyline.v1 import kasmina_service_pb2 as kasmina
+from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
+from leyline.v1.enums_pb2 import (
+    ROLLBACK_TIER_FAST,
+    ROLLBACK_TIER_FULL,
+    SEED_STAGE_BLENDING,
+    SEED_STAGE_TRAINING,
+)
+from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
+from support.peers import Context, FakeKasmina, FakeParticipant, FakeTamiyo, serving
+from support.processes import Serve, python_path, serve
+from support.waiting import wait_for
+
+JOB = ["training.job=support.jobs:RandomisedJob", "training.options.optimizer=AdamW", "training.device=cpu"]
+STEPS = 8
+
+
+class GrowingKasmina(FakeKasmina):
+    """Has a seed train from the third epoch on, blend from the fifth on, and another one come and go."""
+
+    async def ExportSeedStates(  # noqa: N802
+        self, request: kasmina.ExportSeedStatesRequest, context: Context
+    ) -> kasmina.ExportSeedStatesResponse:
+        epoch = request.state.current_epoch
+        seeds = []
+        if epoch >= 5:
+            ramp = AlphaSchedule(start=0.0, end=1.0, begin_step=5 * STEPS, duration_steps=50)
+            seeds = [SeedState(seed_id="a", blueprint_id="residual_mlp", stage=SEED_STAGE_BLENDING, alpha=ramp)]
+        elif epoch >= 3:
+            seeds = [SeedState(seed_id="a", blueprint_id="residual_mlp", stage=SEED_STAGE_TRAINING)]
+        for seed in seeds:
+            seed.slot = "middle"
+        return kasmina.ExportSeedStatesResponse(seeds=seeds)
+
+
+@pytest.fixture
+def peers() -> Iterator[list[str]]:
+    """Peers whose answers hang on the state alone, and outlive services; the settings that name them."""
+
+    async def content(_state: object) -> None:
+        return None
+
+    @asynccontextmanager
+    async def both() -> AsyncIterator[str]:
+        async with serving(FakeTamiyo(content), GrowingKasmina(), FakeParticipant()) as address:
+            yield address
+
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(both()) as address:
+        yield [f"tamiyo.target={address}", f"kasmina.target={address}"]
+
+
+@contextmanager
+def stub_of(service: Serve) -> Iterator[TolariaAdminServiceStub]:
+    """A stub that waits for the service's address."""
+    with grpc.insecure_channel(service.addresses()[0]) as channel:
+        yield TolariaAdminServiceStub(channel)
+
+
+def status(stub: TolariaAdminServiceStub) -> admin.GetStatusResponse:
+    """As it is now."""
+    answer: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=10)
+    return answer
+
+
+def last_checkpoint(directory: Path) -> tuple[str, int, str]:
+    """Run, step and digest of the newest committed one."""
+    with closing(sqlite3.connect(directory / "state" / "journal.sqlite3")) as journal:
+        query = "SELECT run_id, global_step, digest FROM checkpoints WHERE state = 'committed' ORDER BY at_ns DESC"
+        run_id, step, digest = journal.execute(query).fetchone()
+    return run_id, step, digest
+
+
+def told(service: Serve, event: str) -> dict[str, object]:
+    """The first line of that event."""
+    return next(line for line in service.events() if line["event"] == event)
+
+
+def test_a_killed_service_comes_back_and_ends_as_one_that_never_died(tmp_path: Path, peers: list[str]) -> None:
+    """SIGKILL in the midst, with a seed grown; the next start resumes by itself; the last digests are equal.
+
+    What was reported as committed is there, and a request that was answered before the kill gets that answer again.
+    """
+    epochs = 40
+    arguments = [
+        *JOB,
+        *peers,
+        "training.deterministic=true",
+        "rollback.automatic=false",
+        f"training.epochs={epochs}",
+        "service.exit_when_done=true",
+    ]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    for directory in (straight, killed):
+        directory.mkdir()
+    with serve(*arguments, cwd=straight) as service:
+        assert service.wait() == 0
+    request = admin.CreateCheckpointRequest(request_id="once", reason="before the kill")
+    with serve(*arguments, cwd=killed) as service, stub_of(service) as stub:
+        wait_for(lambda: status(stub).global_step > 10 * STEPS)
+        assert [seed.seed_id for seed in status(stub).seeds] == ["a"]
+        kept = stub.CreateCheckpoint(request, timeout=10)
+        service.process.kill()
+        service.wait()
+    assert 10 * STEPS < kept.global_step < epochs * STEPS
+    with serve(*arguments, cwd=killed) as service, stub_of(service) as stub:
+        assert stub.CreateCheckpoint(request, timeout=10) == kept
+        assert service.wait() == 0
+    resumed = told(service, "resumed")
+    assert resumed["step"] >= kept.global_step  # type: ignore[operator] # a number
+    (run_a, step_a, digest_a), (run_b, step_b, digest_b) = last_checkpoint(straight), last_checkpoint(killed)
+    assert step_a == step_b == epochs * STEPS
+    assert run_b == resumed["run_id"] != run_a
+    assert digest_a == digest_b
+
+
+def test_one_directory_through_services_that_come_and_go(tmp_path: Path, peers: list[str]) -> None:
+    """Rollbacks by RPC, a second service refused, SIGTERM and resuming, another job refused, an end and a new run."""
+    arguments = [*JOB, *peers, "training.epochs=1000000", "rollback.every_steps=5", "rollback.fast_budget_s=20"]
+    with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
+        wait_for(lambda: status(stub).global_step > 10 * STEPS)
+        run_id = told(service, "serving")["run_id"]
+        goes_back_by_both_tiers(stub)
+        verified = subprocess.run(
+            [sys.executable, "-m", "tolaria", "verify", "--state-dir", str(tmp_path / "state")],
+            capture_output=True, text=True, timeout=60, check=False, env={"PYTHONPATH": python_path()},
+        )  # fmt: skip
+        assert (verified.returncode, verified.stderr) == (0, ""), verified
+        with serve(*arguments, cwd=tmp_path) as second:
+            assert second.wait() == 1
+        assert f"state.dir: {tmp_path / 'state'}" in "\n".join(second.lines)
+        assert "Traceback" not in "\n".join(second.lines)
+        before = status(stub).global_step
+        service.terminate()
+        assert service.wait() == 0
+    with serve("training.job=digits", cwd=tmp_path) as other:
+        assert other.wait() == 2
+    assert f"holds the unfinished run {run_id}" in "\n".join(other.lines)
+    with serve(*arguments, "service.exit_when_done=true", cwd=tmp_path) as service, stub_of(service) as stub:
+        assert told(service, "resumed")["run_id"] == run_id
+        assert status(stub).global_step >= before
+        stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=10)
+        assert service.wait() == 0
+    with serve(*JOB, *peers, "training.epochs=1", "service.exit_when_done=true", cwd=tmp_path) as service:
+        assert service.wait() == 0
+    assert told(service, "serving")["run_id"] != run_id
+    assert not any(line["event"] == "resumed" for line in service.events())
+
+
+def goes_back_by_both_tiers(stub: TolariaAdminServiceStub) -> None:
+    """A checkpoint, then a rollback by each tier: listed, proven by equal digests, and repeated it is the same one."""
+    kept = stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=20)
+    stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="to look"), timeout=10)
+    for tier in (ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL):
+        points = stub.ListRestorePoints(admin.ListRestorePointsRequest(), timeout=10).restore_points
+        newest = next(point for point in points if point.tier == tier)
+        request = admin.TriggerRollbackRequest(
+            request_id=f"r{tier}", tier=tier, target_step=newest.global_step, reason="odd"
+        )
+        back = stub.TriggerRollback(request, timeout=30)
+        assert (back.tier, back.restored_step) == (tier, newest.global_step)
+        assert back.state_digest == back.expected_digest == newest.digest
+        assert back.coordinated
+        assert stub.TriggerRollback(request, timeout=30) == back
+        assert status(stub).global_step == newest.global_step
+        assert status(stub).state == admin.RUN_STATE_PAUSED
+    assert back.restored_step >= kept.global_step
+    incidents = stub.ListIncidents(admin.ListIncidentsRequest(), timeout=10).incidents
+    assert [incident.kind for incident in incidents][:2] == ["rollback", "rollback"], incidents
+    stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="g", reason="fine"), timeout=10)
+    wait_for(lambda: status(stub).global_step > back.restored_step)

@@ -31,6 +31,7 @@ from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT
 from tolaria.config import EmergencySettings
+from tolaria.rollback import RunRow
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
@@ -133,7 +134,9 @@ def guardian() -> Iterator[Guardian]:
             settings=EmergencySettings(),
             metrics=Metrics(),
             emitter=Emitter(),
-            chronicle=Chronicle(lambda _row: None, Progress("bench", "none", "bench", 1, 1, 0.0)),
+            chronicle=Chronicle(
+                lambda _row: None, Progress("bench", "none", "bench", 1, 1, 0.0), RunRow("bench", 0, "none")
+            ),
             changed=lambda: None,
         )
 

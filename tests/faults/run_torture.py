@@ -43,7 +43,7 @@ from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.loop import TrainingLoop
 from tolaria.training.recovery.rollbacks import Asked
-from tolaria.training.recovery.startup import load_resume_point, prepare_state
+from tolaria.training.recovery.startup import load_resume_point, prepare_state, run_row
 from tolaria.training.rig import build_rig
 
 
@@ -118,6 +118,7 @@ def train(directory: Path, seed: int, tell: Tell) -> None:
             emitter=Emitter(),
             log_context=LogContext(),
             storage=storage,
+            run=run_row(storage.journal, progress.run_id),
             writer=stack.enter_context(CheckpointWriter(storage.checkpoints)),
         )
         anyio.run(serve, Parts(ground), random.Random(seed), tell)  # noqa: S311 - chance, not secrets

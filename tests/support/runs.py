@@ -22,7 +22,7 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.config import ControlSettings, Settings, TrainingSettings
 from tolaria.emergency.watching import watch_board
 from tolaria.peers.kasmina import Applied
-from tolaria.rollback import CheckpointWriter, Filesystem, Retention, open_storage
+from tolaria.rollback import CheckpointWriter, Filesystem, Retention, RunRow, open_storage
 from tolaria.rollback.participants import Seat
 from tolaria.service.parts import Ground, Parts, new_loop
 from tolaria.signals import SignalBoard
@@ -153,6 +153,7 @@ def new_run(
         emitter=Emitter(),
         log_context=LogContext(),
         storage=storage,
+        run=RunRow("run", 0, settings.training.job),
         writer=CheckpointWriter(storage.checkpoints),
     )
     parts = Parts(ground)

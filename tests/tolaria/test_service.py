@@ -11,7 +11,7 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import FakeKasmina, FakeTamiyo, serving
 from tolaria.config import Settings, load_settings
-from tolaria.rollback import CheckpointWriter, Retention, Storage, open_storage
+from tolaria.rollback import CheckpointWriter, Retention, RunRow, Storage, open_storage
 from tolaria.service.host import Host
 from tolaria.service.parts import Ground, Parts
 from tolaria.service.start import new_keeper, new_progress
@@ -67,6 +67,7 @@ def _host(settings: Settings, rig: Rig, board: SignalBoard, storage: Storage, wr
         emitter=Emitter(),
         log_context=LogContext(),
         storage=storage,
+        run=RunRow("test", 0, settings.training.job),
         writer=writer,
     )
     return Host(Parts(ground))

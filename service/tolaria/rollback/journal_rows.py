@@ -32,7 +32,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class RunRow(Row):
-    """One run of the service. `resumed_from` is a checkpoint's id; `outcome` is empty while it lasts."""
+    """One run of the service. `resumed_from` is a checkpoint's id; `outcome` is empty while it lasts.
+
+    `scale` is what its health is measured against, as JSON: more than its state, which a rollback turns back.
+    """
 
     table: ClassVar[str] = "runs"
     run_id: str
@@ -41,6 +44,7 @@ class RunRow(Row):
     resumed_from: str | None = None
     ended_at_ns: int | None = None
     outcome: str = ""
+    scale: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from leyline.v1.enums_pb2 import RollbackTier
 from tolaria.config import Settings
 from tolaria.errors import SignalError
 from tolaria.peers.verification import new_verifier
-from tolaria.rollback import CheckpointWriter, Storage
+from tolaria.rollback import CheckpointWriter, RunRow, Storage
 from tolaria.rollback.budget import RollbackBudgets
 from tolaria.rollback.coordinator import Clocks, OnSlot, RollbackCoordinator
 from tolaria.rollback.participants import Seat
@@ -65,6 +65,7 @@ class Ground:
     emitter: Emitter
     log_context: LogContext
     storage: Storage
+    run: RunRow
     writer: CheckpointWriter
 
 
@@ -77,7 +78,7 @@ class Parts:
         self.settings = settings
         self.progress = ground.progress
         self.archive = Archive(ground.storage)
-        chronicle = Chronicle(self.archive.note, ground.progress)
+        chronicle = Chronicle(self.archive.note, ground.progress, ground.run)
         self.recorder = Recorder(
             ground.progress,
             gradients=settings.gradients,
@@ -110,7 +111,7 @@ class Parts:
             recorder=ProfileRecorder(ground.metrics, ground.emitter),
             permitted=lambda: not self.guardian.safeguards.mode.on,
         )
-        self.retreats = Retreats(settings.rollback)
+        self.retreats = Retreats(settings.rollback, ground.run.scale)
         self.on_slot = _slot(ground.board)
 
 

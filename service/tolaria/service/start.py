@@ -33,7 +33,7 @@ from tolaria.telemetry.logging import LogContext, logging_to
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.progress import Progress
 from tolaria.training.recovery.keeper import SnapshotKeeper
-from tolaria.training.recovery.startup import ResumePoint, end_run, load_resume_point, prepare_state
+from tolaria.training.recovery.startup import ResumePoint, end_run, load_resume_point, prepare_state, run_row
 from tolaria.training.rig import Rig, build_rig
 
 
@@ -77,6 +77,7 @@ def run(settings: Settings) -> int:
                     emitter=Emitter(),
                     log_context=context,
                     storage=point.state.storage,
+                    run=run_row(point.state.storage.journal, progress.run_id),
                     writer=writer,
                 )
                 host = Host(Parts(ground))

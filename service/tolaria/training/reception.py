@@ -44,6 +44,7 @@ class Reception:
     def accepts(self, report: EpochReport) -> bool:
         """Judge an epoch; where it is found wanting the run goes back, or is halted, and the answer is no."""
         verdict = self._ties.retreats.epoch(report)
+        self._recorder.scale(self._ties.retreats.scale)
         if isinstance(verdict, Proceed):
             return True
         self._safeguards.failing(COLLAPSE)

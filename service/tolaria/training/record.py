@@ -75,6 +75,10 @@ class Recorder:
         """An operator lets the run go on."""
         self.progress.health = forgive(self.progress.health)
 
+    def scale(self, scale: str) -> None:
+        """What the run's health is measured against now."""
+        self._chronicle.scale(scale)
+
     def epoch_begins(self, epoch: int) -> None:
         """`epoch` has been given to the lane."""
         self.progress.begin_epoch(epoch)

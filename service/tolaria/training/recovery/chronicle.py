@@ -8,12 +8,13 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from tolaria.emergency import Cleared, Escalated, HeldBack, Report
 from tolaria.emergency.protocol import EmergencyState
 from tolaria.errors import CommandRejectedError
-from tolaria.rollback import CommandRow, EmergencyRow
+from tolaria.rollback import CommandRow, EmergencyRow, RunRow
 from tolaria.rollback.journal_rows import Row
 from tolaria.training.progress import Progress
 from tolaria.training.record_emergency import level_word
@@ -28,16 +29,29 @@ class Chronicle:
     Args:
         note: has a row written some time soon.
         progress: tells run and step.
+        run: the run's row.
         wall_ns: Unix time.
     """
 
     def __init__(
-        self, note: Callable[[Row], None], progress: Progress, *, wall_ns: Callable[[], int] = time.time_ns
+        self,
+        note: Callable[[Row], None],
+        progress: Progress,
+        run: RunRow,
+        *,
+        wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
+        self._run = run
         self._note = note
         self._progress = progress
         self._wall_ns = wall_ns
         self._emergency: tuple[str, int] = ("", 0)
+
+    def scale(self, scale: str) -> None:
+        """What the run's health is measured against now; noted where it has changed."""
+        if scale != self._run.scale:
+            self._run = replace(self._run, scale=scale)
+            self._note(self._run)
 
     def applied(self, command: AdaptationCommand) -> None:
         """A command has taken effect."""

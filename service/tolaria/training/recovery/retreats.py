@@ -5,21 +5,50 @@ Owns the record that steps are judged against. Must not know how a rollback is d
 
 from __future__ import annotations
 
+import json
+
+from pydantic import BaseModel, ValidationError
+
 from tolaria.config import RollbackSettings
 from tolaria.training.judge import Health, Proceed
 from tolaria.training.reports import EpochReport, StepReport
-from tolaria.training.verdicts import HealthLimits, Record, Retreat, Verdict, judge_epoch, judge_step
+from tolaria.training.verdicts import (
+    HealthLimits,
+    Record,
+    Retreat,
+    RollbackBudget,
+    Verdict,
+    judge_epoch,
+    judge_step,
+)
 
 
 class Retreats:
-    """Used on the event loop only."""
+    """Used on the event loop only.
 
-    def __init__(self, settings: RollbackSettings) -> None:
+    Args:
+        settings: limits, and whether anything is done at all.
+        scale: what `scale` told in an earlier process of the run; empty for a new one.
+    """
+
+    def __init__(self, settings: RollbackSettings, scale: str = "") -> None:
         self._automatic = settings.automatic
         self._limits = limits_of(settings)
-        self._record = Record()
+        self._record = _read(scale)
         self._retreating = False
         self._spoiled: set[tuple[int, int]] = set()
+
+    @property
+    def scale(self) -> str:
+        """What steps and epochs are measured against, as JSON: a run that is resumed goes on with it."""
+        record = self._record
+        levels = {
+            "loss_level": record.loss_level,
+            "norm_level": record.norm_level,
+            "best_accuracy": record.best_accuracy,
+            "rolled_back_at": list(record.budget.begun_at),
+        }
+        return json.dumps(levels)
 
     def step(self, step: StepReport, health: Health) -> Verdict:
         """Judge a step against the averages before it. While going back nothing is begun, but spoilt steps count."""
@@ -70,3 +99,21 @@ def limits_of(settings: RollbackSettings) -> HealthLimits:
         lr_cut=settings.lr_cut,
         lr_cut_steps=settings.lr_cut_steps,
     )
+
+
+def _read(scale: str) -> Record:
+    """The record that `scale` told; a new one where that is nothing, or nothing that can be read."""
+    try:
+        levels = _Levels.model_validate_json(scale) if scale else _Levels()
+    except ValidationError:
+        levels = _Levels()
+    return Record(
+        levels.loss_level, levels.norm_level, levels.best_accuracy, RollbackBudget(tuple(levels.rolled_back_at))
+    )
+
+
+class _Levels(BaseModel):
+    loss_level: float = 0.0
+    norm_level: float = 0.0
+    best_accuracy: float = 0.0
+    rolled_back_at: list[int] = []

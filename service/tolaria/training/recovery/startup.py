@@ -117,7 +117,7 @@ def load_resume_point(prepared: PreparedState) -> ResumePoint:
                 quarantined=damage.quarantined,
             )
         journal = prepared.storage.journal
-        row = _run_row(journal, prepared.run_id)
+        row = run_row(journal, prepared.run_id)
         journal.put(replace(row, resumed_from=loaded.row.checkpoint_id))
     return ResumePoint(prepared, loaded)
 
@@ -129,7 +129,7 @@ def end_run(prepared: PreparedState, outcome: RunOutcome) -> None:
     """
     journal = prepared.storage.journal
     try:
-        row = _run_row(journal, prepared.run_id)
+        row = run_row(journal, prepared.run_id)
         journal.put(replace(row, outcome=outcome, ended_at_ns=time.time_ns()))
     except JournalError as error:
         _log.error("run_end_not_recorded", outcome=outcome, detail=str(error))
@@ -191,7 +191,7 @@ def _check_job(directory: Path, found: RunRow, job: str) -> None:
 
 def _begin_anew(prepared: PreparedState, why: str) -> PreparedState:
     journal = prepared.storage.journal
-    lost = _run_row(journal, prepared.run_id)
+    lost = run_row(journal, prepared.run_id)
     now_ns = time.time_ns()
     journal.put(FaultRow(uuid.uuid4().hex, now_ns, lost.run_id, "run_lost", -1, "resume", why))
     journal.put(replace(lost, outcome="failed", ended_at_ns=now_ns))
@@ -219,7 +219,8 @@ def _new_run_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def _run_row(journal: Journal, run_id: str) -> RunRow:
+def run_row(journal: Journal, run_id: str) -> RunRow:
+    """The run's row. Raises JournalDamagedError: it has none."""
     row = journal.find(RunRow, run_id)
     if row is None:
         raise JournalDamagedError(f"the run {run_id} is not in the journal")

@@ -119,6 +119,7 @@ def train(directory: Path, seed: int, tell: Tell) -> None:
             log_context=LogContext(),
             storage=storage,
             run=run_row(storage.journal, progress.run_id),
+            standing=None,
             writer=stack.enter_context(CheckpointWriter(storage.checkpoints)),
         )
         anyio.run(serve, Parts(ground), random.Random(seed), tell)  # noqa: S311 - chance, not secrets

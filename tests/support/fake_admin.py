@@ -94,6 +94,9 @@ class FakeAdmin(TolariaAdminServiceServicer):
         self, request: TriggerRollbackRequest, context: grpc.ServicerContext
     ) -> TriggerRollbackResponse:
         self._note(request, context)
+        if request.reason == "too late":
+            info = error_details_pb2.ErrorInfo(reason="ROLLBACK_DEADLINE", domain="tolaria")
+            _refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, "the restore was abandoned", info)
         return TriggerRollbackResponse(
             rollback_id="rollback-1",
             tier=request.tier or RollbackTier.ROLLBACK_TIER_FAST,

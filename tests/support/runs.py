@@ -22,7 +22,7 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.config import ControlSettings, Settings, TrainingSettings
 from tolaria.emergency.watching import watch_board
 from tolaria.peers.kasmina import Applied
-from tolaria.rollback import CheckpointWriter, Filesystem, Retention, RunRow, open_storage
+from tolaria.rollback import CheckpointWriter, EmergencyRow, Filesystem, Retention, RunRow, open_storage
 from tolaria.rollback.participants import Seat
 from tolaria.service.parts import Ground, Parts, new_loop
 from tolaria.signals import SignalBoard
@@ -114,11 +114,12 @@ def new_run(
     control: ControlSettings | None = None,
     sections: dict[str, object] | None = None,
     files: Filesystem | None = None,
+    standing: EmergencyRow | None = None,
     **training: object,
 ) -> RunUnderTest:
     """A run that has not been started. Without automatic rollbacks and checkpoints unless `sections` asks for them.
 
-    `files` is the disk that its checkpoints are on.
+    `files` is the disk that its checkpoints are on, `standing` a halt that it comes with.
     """
     name = job if ":" in job else f"support.jobs:{job}"
     place = Path(tempfile.mkdtemp(prefix="tolaria-test-"))
@@ -154,6 +155,7 @@ def new_run(
         log_context=LogContext(),
         storage=storage,
         run=RunRow("run", 0, settings.training.job),
+        standing=standing,
         writer=CheckpointWriter(storage.checkpoints),
     )
     parts = Parts(ground)

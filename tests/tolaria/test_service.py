@@ -68,6 +68,7 @@ def _host(settings: Settings, rig: Rig, board: SignalBoard, storage: Storage, wr
         log_context=LogContext(),
         storage=storage,
         run=RunRow("test", 0, settings.training.job),
+        standing=None,
         writer=writer,
     )
     return Host(Parts(ground))

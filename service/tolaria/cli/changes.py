@@ -29,6 +29,7 @@ changes = typer.Typer()
 
 ROLLBACK_TIMEOUT_S = 30.0  # rollback.full_budget_s is 12, and a fence has to come first
 CHECKPOINT_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 60.0  # a last checkpoint is written first
 PROFILE_TIMEOUT_S = 900.0  # however slow the steps are
 
 _UINT32_MAX = 2**32 - 1
@@ -59,7 +60,7 @@ def resume() -> ResumeTrainingRequest:
     return ResumeTrainingRequest()
 
 
-@changing(changes, lambda admin: admin.StopTraining)
+@changing(changes, lambda admin: admin.StopTraining, timeout_s=STOP_TIMEOUT_S)
 def stop() -> StopTrainingRequest:
     """End the run for good, after the step that is being done; the service goes on answering."""
     return StopTrainingRequest()

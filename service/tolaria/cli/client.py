@@ -85,7 +85,8 @@ class AdminClient:
         return answer.status if isinstance(answer, WatchStatusResponse) else None
 
     def _failure(self, error: grpc.aio.AioRpcError) -> TolariaError:
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        # A deadline of the service's own, as a rollback has one, comes with its reason.
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not _rich_status(error).details:
             return ServiceUnreachableError(f"{self._address}: no answer within {self._timeout_s:g} s")
         if error.code() is grpc.StatusCode.UNIMPLEMENTED and error.details() != _GENERATED_REFUSAL:
             told = f"{self._address} answers, but is no Tolaria admin server that knows this call"

@@ -67,7 +67,10 @@ class CheckpointSettings(Section):
     """Durable checkpoints in state.dir."""
 
     every_epochs: int = Field(default=1, ge=0)
-    """Epochs between two checkpoints. 1: a crash costs an epoch at most. 0: none at epochs' ends."""
+    """Epochs between two checkpoints. 1: a crash costs an epoch at most. 0: none at epochs' ends.
+
+    With every_steps 0 as well there are none at all, at a run's end neither.
+    """
 
     every_steps: int = Field(default=0, ge=0)
     """Updates between two checkpoints, for long epochs. 0: only at epochs' ends."""

@@ -25,6 +25,7 @@ from tolaria.errors import (
 )
 from tolaria.rollback.checkpoint import (
     TEMPORARY_PREFIX,
+    errno_name,
     manifest_of,
     read_checkpoint,
     read_manifest,
@@ -92,6 +93,7 @@ class CheckpointStore:
         self._journal = journal
         self._run_id = run_id
         self._retention = retention
+        self._last_fault: FaultRow | None = None
         self._unrecorded: deque[FaultRow] = deque(maxlen=UNRECORDED_FAULTS_MAX)
         self._removal = threading.Lock()  # nothing is removed while it is being read
         self._directory = directory
@@ -141,11 +143,13 @@ class CheckpointStore:
         """
         try:
             manifest = self._manifest(image, metric)
+            self._make_places()
             place = write_checkpoint(self._files, self._checkpoints, manifest, image)
             row = self._commit(manifest, place)
         except CheckpointWriteError as error:
             self._fault("checkpoint_failed", image.position.global_step, error.stage, str(error))
             raise
+        self._last_fault = None
         self._prune()
         self._record_faults()
         return row
@@ -207,6 +211,14 @@ class CheckpointStore:
             metric=metric if metric is not None and math.isfinite(metric) else None,
         )
 
+    def _make_places(self) -> None:
+        """They were made at the start; somebody may have removed them since."""
+        try:
+            for place in (self._checkpoints, self._quarantine):
+                place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointWriteError("create", errno_name(error), str(error)) from error
+
     def _commit(self, manifest: Manifest, place: Path) -> CheckpointRow:
         row = _row_of(manifest)
         try:
@@ -238,7 +250,7 @@ class CheckpointStore:
             return Damage(row.checkpoint_id, row.global_step, error.stage, error.reason, quarantined=False)
         except CheckpointDamagedError as error:
             self._set_aside(self._checkpoints / row.checkpoint_id)
-            self._mark(row, "quarantined", f"{error.stage}: {error.reason}")
+            self._mark_if_possible(row, "quarantined", f"{error.stage}: {error.reason}")
             self._fault("checkpoint_damaged", row.global_step, error.stage, str(error))
             return Damage(row.checkpoint_id, row.global_step, error.stage, error.reason, quarantined=True)
 
@@ -275,9 +287,19 @@ class CheckpointStore:
     def _mark(self, row: CheckpointRow, state: CheckpointState, detail: str) -> None:
         self._journal.put(replace(row, state=state, detail=detail))
 
+    def _mark_if_possible(self, row: CheckpointRow, state: CheckpointState, detail: str) -> None:
+        """Without its row marked it is found damaged once more at the next look, which costs no more than that."""
+        with contextlib.suppress(JournalError):
+            self._mark(row, state, detail)
+
     def _fault(self, kind: str, global_step: int, stage: str, reason: str) -> None:
-        fault_id = uuid.uuid4().hex
-        self._unrecorded.append(FaultRow(fault_id, time.time_ns(), self._run_id, kind, global_step, stage, reason))
+        """The same fault over and over, as of a disk that stays full, is one row: when it began."""
+        told = (kind, stage, reason)
+        if self._last_fault is None or told != (self._last_fault.kind, self._last_fault.stage, self._last_fault.reason):
+            self._last_fault = FaultRow(
+                uuid.uuid4().hex, time.time_ns(), self._run_id, kind, global_step, stage, reason
+            )
+            self._unrecorded.append(self._last_fault)
         self._record_faults()
 
     def _record_faults(self) -> None:

@@ -67,6 +67,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
+        self._path = path
         if not path.exists():
             _create(path)
         with translated():
@@ -89,11 +90,13 @@ class Journal:
         marks = ", ".join("?" * len(names))
         statement = f"INSERT OR REPLACE INTO {row.table} ({', '.join(names)}) VALUES ({marks})"  # noqa: S608 - our names
         with self._lock, translated():
+            self._demand_file()
             self._connection.execute(statement, stored_values(row))
 
     def answer_once(self, row: AdminActionRow) -> AdminActionRow:
         """Record an operator's request and its answer, unless that request has one: then the first, which counts."""
         with self._lock, translated():
+            self._demand_file()
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 found = select_rows(self._connection, AdminActionRow, "WHERE request_id = ?", (row.request_id,))
@@ -144,6 +147,11 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _demand_file(self) -> None:
+        """SQLite writes on, without a word, into a file that somebody has removed."""
+        if not self._path.exists():
+            raise JournalUnavailableError(f"{self._path} has been removed while it was in use: restart the service")
 
     def _prepare(self, path: Path) -> None:
         _refuse_newer(self._connection, path)

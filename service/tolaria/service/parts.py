@@ -12,7 +12,7 @@ from leyline.v1.enums_pb2 import RollbackTier
 from tolaria.config import Settings
 from tolaria.errors import SignalError
 from tolaria.peers.verification import new_verifier
-from tolaria.rollback import CheckpointWriter, RunRow, Storage
+from tolaria.rollback import CheckpointWriter, EmergencyRow, RunRow, Storage
 from tolaria.rollback.budget import RollbackBudgets
 from tolaria.rollback.coordinator import Clocks, OnSlot, RollbackCoordinator
 from tolaria.rollback.participants import Seat
@@ -66,6 +66,7 @@ class Ground:
     log_context: LogContext
     storage: Storage
     run: RunRow
+    standing: EmergencyRow | None
     writer: CheckpointWriter
 
 
@@ -78,7 +79,7 @@ class Parts:
         self.settings = settings
         self.progress = ground.progress
         self.archive = Archive(ground.storage)
-        chronicle = Chronicle(self.archive.note, ground.progress, ground.run)
+        chronicle = Chronicle(self.archive.note, ground.progress, ground.run, standing=ground.standing)
         self.recorder = Recorder(
             ground.progress,
             gradients=settings.gradients,
@@ -95,6 +96,7 @@ class Parts:
             metrics=ground.metrics,
             emitter=ground.emitter,
             chronicle=chronicle,
+            standing=ground.standing,
             changed=self.feed.changed,
         )
         hearts = self.guardian.hearts

@@ -33,7 +33,14 @@ from tolaria.telemetry.logging import LogContext, logging_to
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.progress import Progress
 from tolaria.training.recovery.keeper import SnapshotKeeper
-from tolaria.training.recovery.startup import ResumePoint, end_run, load_resume_point, prepare_state, run_row
+from tolaria.training.recovery.startup import (
+    ResumePoint,
+    end_run,
+    load_resume_point,
+    prepare_state,
+    run_row,
+    standing_halt,
+)
 from tolaria.training.rig import Rig, build_rig
 
 
@@ -78,6 +85,7 @@ def run(settings: Settings) -> int:
                     log_context=context,
                     storage=point.state.storage,
                     run=run_row(point.state.storage.journal, progress.run_id),
+                    standing=standing_halt(point.state),
                     writer=writer,
                 )
                 host = Host(Parts(ground))

@@ -103,7 +103,7 @@ class Conduct:
     def go_on(self, reason: str) -> None:
         """That reason to stand is gone: go on, unless somebody else has had the run stand meanwhile."""
         if self.paused and self._progress.state_reason == reason:
-            self.resume(f"over: {reason}")
+            self.resume(f"recovered from: {reason}")
 
     def leave(self) -> None:
         """Have the lane stand for good, so that what is kept of it now is the last there is."""

@@ -29,6 +29,7 @@ from tolaria.emergency.heartbeats import Heartbeats
 from tolaria.emergency.protocol import SENTINEL, TOLARIA
 from tolaria.errors import ClearanceRefusedError, EmergencyError
 from tolaria.resilience.conservative import EMERGENCY
+from tolaria.rollback import EmergencyRow
 from tolaria.signals import Participant, SignalBoard
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
@@ -49,6 +50,7 @@ class Guardian:
         metrics: of all this.
         emitter: for its events.
         chronicle: where emergencies are noted.
+        standing: the halt that the run came with from an earlier process, if there was one.
         changed: called after something has changed that a status shows.
     """
 
@@ -61,12 +63,14 @@ class Guardian:
         metrics: Metrics,
         emitter: Emitter,
         chronicle: Chronicle,
+        standing: EmergencyRow | None = None,
         changed: Callable[[], None],
     ) -> None:
         self._log = structlog.get_logger()
         self._settings = settings
         self._changed = changed
         self._chronicle = chronicle
+        self._standing = standing
         self._halt: Callable[[str], None] = lambda _reason: None
         self._roll_back: Callable[[str, str], None] = lambda _reason, _origin: None
         self._streak = EpochStreak(settings.failed_epochs_max)
@@ -98,13 +102,16 @@ class Guardian:
 
         `roll_back` begins a fast rollback, given a reason and whose it is.
 
-        A halt that only the sentinel had raised was about the process that this one has replaced.
+        A halt that only the sentinel had raised was about the process that this one has replaced; any other stands
+        until somebody clears it, however the process was ended.
         """
         self._halt, self._roll_back = halt, roll_back
         self.controller.observe_board()
         if self._adopted and self.controller.state.origin == SENTINEL:
             with suppress(ClearanceRefusedError):  # others raised it too: it stands until an operator has looked
                 self.controller.clear("restarted", TOLARIA, by=Clearer.RESTARTED)
+        if self._standing is not None and not self.halting:  # the board was new, as after a drain or in a new container
+            self.controller.escalate(EMERGENCY_LEVEL_HALT, self._standing.reason, self._standing.origin)
 
     def held(self) -> None:
         """Training stands: if that is what the emergency asks for, it is acknowledged."""

@@ -120,6 +120,7 @@ class Reception:
     def _enact(self, verdict: Retreat | Halt, *, before_step: int) -> None:
         match verdict:
             case Retreat():
+                self._recorder.scale(self._ties.retreats.scale)  # the budget outlives the process as well
                 self._ties.rollbacks.retreat(verdict, target_step=before_step)
             case Halt(reason):
                 self._ties.guardian.rollbacks_spent(reason)
@@ -129,6 +130,7 @@ class Reception:
     def _rewind(self, restored: Restored) -> None:
         """The lane has gone back: so does what is known of it here."""
         self._recorder.rewound(restored)
+        self._safeguards.mended()
         self._ties.checkpoints.stepped(restored.position.global_step)
         given_up = not restored.underway and restored.latest_order == self._ties.link.order
         self._laps.went_back(restored.place, given_up=given_up)

@@ -125,8 +125,6 @@ class Recorder:
         progress = self.progress
         progress.health = forgive(progress.health)
         self._at(restored.place, restored.position.global_step)
-        self._log_context.epoch = restored.place.number
-        self._metrics.training_epoch.set(restored.place.number)
         self._grafted(restored.seeds)
         self.rates(restored.learning_rates)
         progress.adjustments = restored.adjustments
@@ -282,6 +280,9 @@ class Recorder:
         self.progress.global_step = global_step
         self.progress.begin_epoch(place.number)
         self.progress.sums.take_over(place)
+        self._log_context.epoch, self._log_context.step = place.number, global_step
+        self._metrics.training_epoch.set(place.number)
+        self._metrics.training_step.set(global_step)
 
     def _grafted(self, states: Sequence[SeedState]) -> None:
         self.progress.grafted = list(states)

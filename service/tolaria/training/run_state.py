@@ -38,6 +38,8 @@ TRANSITIONS: dict[tuple[RunState.ValueType, RunEvent], RunState.ValueType] = {
     (_STARTING, RunEvent.HALTED): _HALTED,
     (_STARTING, RunEvent.FAILED): _FAILED,
     (_STARTING, RunEvent.DRAINING): _DRAINING,
+    # Halted and resumed before it was started, as one may be that came with a halt.
+    (_RUNNING, RunEvent.STARTED): _RUNNING,
     (_RUNNING, RunEvent.PAUSED): _PAUSED,
     (_RUNNING, RunEvent.HALTED): _HALTED,
     (_RUNNING, RunEvent.RESUMED): _RUNNING,

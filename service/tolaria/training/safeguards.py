@@ -110,6 +110,13 @@ class Safeguards:
         self._causes.add(cause)
         self.mode.enter(epoch_failed(cause))
 
+    def mended(self) -> None:
+        """The run has gone back behind what had gone wrong with its steps: that is no failure of the epoch any more.
+
+        How often it may do so has a budget of its own; the mode stays on until enough epochs have been healthy.
+        """
+        self._causes -= {NON_FINITE, EXPLOSION}
+
     def epoch_over(self, *, breach: bool) -> bool:
         """An epoch and its boundary are over, which may have been a `breach` of its budget; whether all went well.
 

@@ -9,6 +9,7 @@ from leyline.v1.admin_service_pb2 import (
     PauseTrainingRequest,
     ResumeTrainingRequest,
     StopTrainingRequest,
+    TriggerRollbackRequest,
 )
 from support.fake_admin import FakeAdmin, fake_admin, serving_nothing, status_of, whole_run
 from tolaria.cli.client import admin_client, connectable, service_address
@@ -50,6 +51,14 @@ async def test_refusal_is_one_harmless_line_with_its_stable_reason(serve_fake: S
         with pytest.raises(RequestRefusedError) as caught:
             await client.call(lambda admin: admin.ResumeTraining, ResumeTrainingRequest())
     assert str(caught.value) == "the run is not held [31m (WRONG_STATE)"
+
+
+@pytest.mark.anyio
+async def test_a_deadline_of_the_service_s_own_is_no_silence(serve_fake: Serve) -> None:
+    """A rollback that missed its budget is told as what it is: the service is there."""
+    async with admin_client(Address.parse(serve_fake(fake_admin([]))), 5.0) as client:
+        with pytest.raises(RequestRefusedError, match=r"abandoned \(ROLLBACK_DEADLINE\)"):
+            await client.call(lambda admin: admin.TriggerRollback, TriggerRollbackRequest(reason="too late"))
 
 
 @pytest.mark.anyio

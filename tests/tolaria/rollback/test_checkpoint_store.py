@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tolaria.errors import NoCheckpointError, RestoreAbandonedError
+from tolaria.errors import JournalUnavailableError, NoCheckpointError, RestoreAbandonedError
 from tolaria.rollback import (
     CheckpointRow,
     FaultRow,
@@ -20,6 +20,7 @@ from tolaria.rollback import (
     open_storage,
 )
 from tolaria.rollback.checkpoint import manifest_of, write_checkpoint
+from tolaria.rollback.journal_rows import Row
 
 if TYPE_CHECKING:
     from faults.small_training import Training
@@ -195,3 +196,27 @@ def test_runs_that_share_a_directory_do_not_see_each_other(tmp_path: Path, train
         write(other, training, 5)
         assert (steps(storage), steps(other), on_disk(tmp_path)) == ([20], [5], [5, 20])
         assert (load(storage).row.global_step, load(other, 100).row.global_step) == (20, 5)
+
+
+def test_folders_that_were_removed_are_made_again(storage: Storage, training: Training, tmp_path: Path) -> None:
+    """Whoever cleans up too much costs the checkpoints that there were, and none that come."""
+    write(storage, training, 10)
+    shutil.rmtree(tmp_path / "checkpoints")
+    write(storage, training, 20)
+    assert load(storage).row.global_step == 20
+
+
+def test_a_damaged_checkpoint_is_passed_over_also_when_nothing_can_be_written(
+    storage: Storage, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk the next older one is loaded all the same."""
+    for step in (10, 20):
+        write(storage, training, step)
+    newest = max((tmp_path / "checkpoints").iterdir())
+    (newest / "manifest.json").write_text("{")
+
+    def full(_row: Row) -> None:
+        raise JournalUnavailableError("database or disk is full")
+
+    monkeypatch.setattr(storage.journal, "put", full)
+    assert load(storage).row.global_step == 10

@@ -127,3 +127,13 @@ def test_commits_are_as_durable_as_sqlite_can(tmp_path: Path) -> None:
             journal._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")
         ]
         assert pragmas == ["wal", 2]
+
+
+def test_a_journal_whose_file_is_gone_is_unavailable(tmp_path: Path) -> None:
+    """SQLite would write on into nothing, and whoever counts on the row would be told that it is durable."""
+    with Journal(tmp_path / "j") as journal:
+        journal.put(ROWS[0])
+        (tmp_path / "j").unlink()
+        for write in (lambda: journal.put(ROWS[0]), lambda: journal.answer_once(ROWS[6])):  # type: ignore[arg-type]
+            with pytest.raises(JournalUnavailableError, match="removed"):
+                write()

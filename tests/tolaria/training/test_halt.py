@@ -23,6 +23,7 @@ from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.config import ControlSettings
 from tolaria.emergency import Phase
 from tolaria.errors import IllegalEmergencyEventError, UnknownLevelError, WrongStateError
+from tolaria.rollback import EmergencyRow
 from tolaria.signals import SignalBoard
 from tolaria.training.safety_desk import SafetyDesk
 
@@ -184,3 +185,30 @@ async def test_a_command_without_a_level_is_malformed(level: str) -> None:
     async with running(new_run(FakePeers(once), epochs=2)) as run:
         await run.until(lambda: run.state == "FINISHED")
     assert run.metrics.registry.get_sample_value("tolaria.command.rejected_total", {"reason": "malformed"}) == 1
+
+
+async def test_a_halt_outlives_the_process_until_somebody_clears_it() -> None:
+    """A run that was halted when its process was told to end stands in the next; its row is closed when cleared."""
+    row = EmergencyRow("e1", 7, "run", "halt", "operator", 3, "smoke")
+    run = new_run(FakePeers(), epochs=10**6, standing=row)
+    async with running(run):
+        await run.until(lambda: run.state == "HALTED")
+        assert (run.progress.state_reason, run.progress.global_step) == ("emergency: smoke", 0)
+        SafetyDesk(run.loop, run.guardian).clear_emergency("no smoke")
+        run.loop.resume("on")
+        await run.until(lambda: run.progress.global_step > 3)
+        await run.parts.archive.flush(5)
+        rows = await anyio.to_thread.run_sync(run.parts.ground.storage.journal.rows, EmergencyRow)
+        await run.loop.stop("enough")
+    assert [(kept.emergency_id, kept.at_ns, kept.cleared_at_ns is not None) for kept in rows] == [("e1", 7, True)]
+
+
+async def test_an_epoch_that_was_mended_by_going_back_is_no_failed_one() -> None:
+    """Spikes that rollbacks undo do not add up to the streak of failed epochs that halts; the budget is for them."""
+    options = {"spoilt": [[epoch, 3] for epoch in (3, 4, 5, 6)], "by": 1e4}
+    rollback = {"every_steps": 2, "warmup_steps": 5, "fast_budget_s": 10.0, "automatic_max": 9}
+    sections: dict[str, object] = {"rollback": rollback, "emergency": {"rollback": False}}
+    run = new_run(FakePeers(), job="SpoiltJob", epochs=8, options=options, sections=sections)
+    async with running(run):
+        await run.until(lambda: run.state in {"FINISHED", "HALTED"})
+    assert (run.state, run.loop.rollbacks.completed) == ("FINISHED", 4)

@@ -30,6 +30,7 @@ class Chronicle:
         note: has a row written some time soon.
         progress: tells run and step.
         run: the run's row.
+        standing: the emergency that the run came with, raised once more: it has its row already.
         wall_ns: Unix time.
     """
 
@@ -39,12 +40,14 @@ class Chronicle:
         progress: Progress,
         run: RunRow,
         *,
+        standing: EmergencyRow | None = None,
         wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._run = run
         self._note = note
         self._progress = progress
         self._wall_ns = wall_ns
+        self._standing = standing
         self._emergency: tuple[str, int] = ("", 0)
 
     def scale(self, scale: str) -> None:
@@ -67,7 +70,7 @@ class Chronicle:
         """Something has happened to emergencies; what only repeats is left out."""
         match report:
             case Escalated():
-                self._emergency = (uuid.uuid4().hex, self._wall_ns())
+                self._emergency = self._key_of(report.state)
                 self._note(self._row_of(report.state, cleared_at_ns=None))
             case Cleared():
                 self._note(self._row_of(report.before, cleared_at_ns=self._wall_ns()))
@@ -86,6 +89,12 @@ class Chronicle:
                 )
             case _:
                 pass  # acknowledgements and the like are in the log
+
+    def _key_of(self, state: EmergencyState) -> tuple[str, int]:
+        standing, self._standing = self._standing, None
+        if standing is not None and (standing.reason, standing.origin) == (state.reason, state.origin):
+            return standing.emergency_id, standing.at_ns
+        return uuid.uuid4().hex, self._wall_ns()
 
     def _row_of(self, state: EmergencyState, *, cleared_at_ns: int | None) -> EmergencyRow:
         emergency_id, at_ns = self._emergency if self._emergency[0] else (uuid.uuid4().hex, self._wall_ns())

@@ -18,8 +18,18 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import structlog
 
+from tolaria.emergency.protocol import SENTINEL
 from tolaria.errors import ConfigurationError, JournalDamagedError, JournalError, NoCheckpointError, StateHeldError
-from tolaria.rollback import CheckpointRow, FaultRow, LoadedCheckpoint, RunRow, Storage, never, open_storage
+from tolaria.rollback import (
+    CheckpointRow,
+    EmergencyRow,
+    FaultRow,
+    LoadedCheckpoint,
+    RunRow,
+    Storage,
+    never,
+    open_storage,
+)
 from tolaria.training.recovery.checkpoints import retention_of
 
 if TYPE_CHECKING:
@@ -133,6 +143,16 @@ def end_run(prepared: PreparedState, outcome: RunOutcome) -> None:
         journal.put(replace(row, outcome=outcome, ended_at_ns=time.time_ns()))
     except JournalError as error:
         _log.error("run_end_not_recorded", outcome=outcome, detail=str(error))
+
+
+def standing_halt(prepared: PreparedState) -> EmergencyRow | None:
+    """The halt that stood when the run left its earlier process, which nobody has cleared; None: there is none.
+
+    One that the sentinel raised was about that process. Raises JournalError.
+    """
+    rows = prepared.storage.journal.rows(EmergencyRow, run_id=prepared.run_id)
+    halts = [row for row in rows if row.level == "halt" and row.cleared_at_ns is None and row.origin != SENTINEL]
+    return max(halts, key=lambda row: row.at_ns, default=None)
 
 
 def unfinished_run(runs: Sequence[RunRow], checkpoints: Sequence[CheckpointRow]) -> RunRow | None:

@@ -18,13 +18,14 @@ from structlog.testing import capture_logs
 from tolaria.cli.failures import exit_code
 from tolaria.config import CheckpointSettings, Settings, StateSettings, TrainingSettings
 from tolaria.errors import ConfigurationError, JournalError, JournalUnavailableError, NoCheckpointError, StateHeldError
-from tolaria.rollback import CheckpointRow, FaultRow, Filesystem, Journal, Position, RunRow
+from tolaria.rollback import CheckpointRow, EmergencyRow, FaultRow, Filesystem, Journal, Position, RunRow
 from tolaria.training.recovery.startup import (
     PreparedState,
     RunOutcome,
     end_run,
     load_resume_point,
     prepare_state,
+    standing_halt,
     unfinished_run,
 )
 
@@ -320,3 +321,24 @@ def test_a_full_disk_at_the_start_is_a_wrong_setting_and_at_the_end_a_log_line(
     with capture_logs() as logs, prepare_state(settings(tmp_path)) as prepared, full_disk(monkeypatch):
         end_run(prepared, "finished")
     assert [line["event"] for line in logs] == ["run_end_not_recorded"]
+
+
+def test_the_halt_that_a_run_was_left_with_is_found(tmp_path: Path) -> None:
+    """The newest that nobody cleared, of this run, and not the sentinel's about a process that is no more."""
+    with prepare_state(settings(tmp_path)) as prepared:
+        journal, run_id = prepared.storage.journal, prepared.run_id
+        assert standing_halt(prepared) is None
+        rows = [
+            EmergencyRow("cleared", 1, run_id, "halt", "operator", 1, "a", cleared_at_ns=2),
+            EmergencyRow("lower", 3, run_id, "conservative", "tolaria", 1, "b"),
+            EmergencyRow("sentinel", 9, run_id, "halt", "sentinel", 1, "c"),
+            EmergencyRow("other", 9, "another", "halt", "operator", 1, "d"),
+        ]
+        for row in rows:
+            journal.put(row)
+        assert standing_halt(prepared) is None
+        for at_ns in (5, 4):
+            journal.put(EmergencyRow(f"halt-{at_ns}", at_ns, run_id, "halt", "tolaria", 1, "e"))
+        found = standing_halt(prepared)
+        assert found is not None
+        assert found.emergency_id == "halt-5"

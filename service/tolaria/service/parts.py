@@ -24,7 +24,7 @@ from tolaria.telemetry.metrics import Metrics
 from tolaria.telemetry.profiler import ProfileWindow
 from tolaria.training.boundary import Boundary, BoundaryPolicy
 from tolaria.training.cadence import StepCadence
-from tolaria.training.conduct import Conduct
+from tolaria.training.conduct import RUN, Conduct
 from tolaria.training.consult import Consultant, Controller, Executor
 from tolaria.training.enact import Enactor
 from tolaria.training.feed import StatusFeed
@@ -112,6 +112,7 @@ class Parts:
             settings.profiler,
             recorder=ProfileRecorder(ground.metrics, ground.emitter),
             permitted=lambda: not self.guardian.safeguards.mode.on,
+            standing=lambda: self.link.standstill.wanted_by(RUN),
         )
         self.retreats = Retreats(settings.rollback, ground.run.scale)
         self.on_slot = _slot(ground.board)

@@ -20,7 +20,10 @@ from tolaria.training.record import Recorder
 from tolaria.training.run_state import RunEvent, after
 from tolaria.training.standstill import Standstill
 
-_RUN, _LEAVING = "run", "leaving"
+RUN = "run"
+"""Who wants the lane to stand while the run is held."""
+
+_LEAVING = "leaving"
 
 
 class Conduct:
@@ -98,7 +101,7 @@ class Conduct:
             raise WrongStateError("an emergency halts the run: clear it first")
         self.enter(RunEvent.RESUMED, reason)
         self._recorder.resumed()
-        self._standstill.let_go(_RUN)
+        self._standstill.let_go(RUN)
 
     def go_on(self, reason: str) -> None:
         """That reason to stand is gone: go on, unless somebody else has had the run stand meanwhile."""
@@ -113,4 +116,4 @@ class Conduct:
         if self._progress.state == RUN_STATE_HALTED:
             return  # by more than a pause
         self.enter(event, reason)
-        self._standstill.want(_RUN)
+        self._standstill.want(RUN)

@@ -57,6 +57,7 @@ class ProfileDesk:
         settings: the schedule, and the steps of a profile that nobody gave a number for.
         recorder: of metrics and events.
         permitted: whether the schedule may begin one now.
+        standing: whether the run is held, so that there are no steps.
     """
 
     def __init__(
@@ -66,11 +67,13 @@ class ProfileDesk:
         *,
         recorder: ProfileRecorder,
         permitted: Callable[[], bool],
+        standing: Callable[[], bool],
     ) -> None:
         self._desk = desk
         self._settings = settings
         self._recorder = recorder
         self._permitted = permitted
+        self._standing = standing
         self._steps_since = 0
         self._open: _Asked | None = None
         self._latest: _Asked | None = None
@@ -83,7 +86,7 @@ class ProfileDesk:
 
         Raises:
             InvalidFieldError: more steps than a profile may have.
-            WrongStateError: another one is being taken, or the job's own profiler runs.
+            WrongStateError: another one is being taken, the job's own profiler runs, or training stands.
             ProfileFailedError: the trace could not be written.
             LaneStoppedError: the run has ended before its last step.
         """
@@ -93,6 +96,8 @@ class ProfileDesk:
         if asked is None or asked.request_id != request_id:
             if self._closed:
                 raise _ended_before()
+            if self._standing():
+                raise WrongStateError("training stands: there is no step to profile before it is resumed")
             asked = self._latest = _Asked(request_id)
             self._begin(asked, active_steps or self._settings.active_steps)
         await asked.over.wait()

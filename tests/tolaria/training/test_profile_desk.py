@@ -31,12 +31,13 @@ class Bench:
         self.posted: list[tuple[int, LaneCommand]] = []
         self.fences = FenceDesk(lambda ticket, command: self.posted.append((ticket, command)))
         self.metrics, self.emitter = Metrics(), Emitter()
-        self.calm = True
+        self.calm, self.stands = True, False
         self.desk = ProfileDesk(
             self.fences,
             ProfilerSettings(**settings),
             recorder=ProfileRecorder(self.metrics, self.emitter),
             permitted=lambda: self.calm,
+            standing=lambda: self.stands,
         )
         self.outcomes: list[ProfileTaken | str] = []
 
@@ -197,3 +198,19 @@ def test_the_lane_rests_while_the_profiler_is_begun_and_a_trace_is_written(tmp_p
     assert isinstance(ended.outcome, TraceWritten)
     assert ended.global_step == 3
     assert rests == [(False, True), (True, True), (True, False)]
+
+
+@pytest.mark.anyio
+async def test_a_run_that_stands_has_no_steps_to_show() -> None:
+    """Nobody is left waiting for steps that do not come; once training goes on there is a profile."""
+    bench = Bench()
+    bench.stands = True
+    await bench.capture()
+    assert bench.outcomes == ["WrongStateError: training stands: there is no step to profile before it is resumed"]
+    assert bench.posted == []
+    bench.stands = False
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(bench.capture)
+        await anyio.wait_all_tasks_blocked()
+        assert len(bench.posted) == 1
+        tasks.cancel_scope.cancel()

@@ -94,7 +94,7 @@ async def test_a_profile_shows_every_region_of_the_lane(tmp_path: Path) -> None:
     run = forever(tmp_path)
     async with running(run), served(run) as capture, anyio.create_task_group() as tasks:
         await run.until(lambda: run.progress.global_step > 20)
-        await run.loop.pause("so that the rollback is within the window")
+        run.parts.link.standstill.want("test")  # so that the rollback is within the window
         answers: list[admin.CaptureProfileResponse] = []
 
         async def ask() -> None:
@@ -104,7 +104,7 @@ async def test_a_profile_shows_every_region_of_the_lane(tmp_path: Path) -> None:
         tasks.start_soon(ask)
         await run.until(lambda: value(run, "enabled") == 1)
         back = await run.loop.roll_back(Asked(ROLLBACK_TIER_FAST, None, "look", "operator"))
-        run.loop.resume("on")
+        run.parts.link.standstill.let_go("test")
         await run.until(lambda: len(answers) == 2)
         await goes_on(run)
     first, repeated = answers
@@ -212,7 +212,7 @@ async def test_requests_that_cannot_be_served_say_why(tmp_path: Path) -> None:
         refused = await failure(capture("many", 1001))
         assert refused.code() == grpc.StatusCode.INVALID_ARGUMENT
         assert "active_steps" in (refused.details() or "")
-        await run.loop.pause("so that the window stays open")
+        run.parts.link.standstill.want("test")  # so that the window stays open
         async with anyio.create_task_group() as tasks:
             endings: list[grpc.aio.AioRpcError] = []
 
@@ -245,16 +245,16 @@ async def failure(call: Any) -> grpc.aio.AioRpcError:
 
 
 async def test_an_answer_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pause within the window outlasts the call; the trace is written when the steps are done."""
+    """A lane that stands within the window outlasts the call; the trace is written when the steps are done."""
     monkeypatch.setattr(rpc_recovery, "PROFILE_TIMEOUT_S", 0.05)
     run = forever(tmp_path)
     async with running(run), served(run) as capture:
         await run.until(lambda: run.progress.global_step > 3)
-        await run.loop.pause("for long")
+        run.parts.link.standstill.want("test")  # for long
         refused = await failure(capture("r", 2))
         assert refused.code() == grpc.StatusCode.FAILED_PRECONDITION
         assert "the request stands" in (refused.details() or "")
-        run.loop.resume("on")
+        run.parts.link.standstill.let_go("test")
         await run.until(lambda: value(run, "traces_emitted_total") == 1)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 
 import anyio
-import anyio.to_thread
 import pytest
 
 from support.checkpoint_room import Disk
@@ -13,7 +12,7 @@ from support.runs import FakePeers, RunUnderTest, new_run, running
 
 pytestmark = pytest.mark.anyio
 
-ENDINGS: dict[str, Callable[[RunUnderTest], Awaitable[None]]] = {
+ENDINGS: dict[str, Callable[[RunUnderTest], Coroutine[None, None, None]]] = {
     "stop": lambda run: run.loop.stop("enough"),
     "drain": lambda run: run.loop.keep_and_drain(20.0),
 }

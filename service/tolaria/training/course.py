@@ -76,7 +76,7 @@ class Course:
         self._ties.link.stop()
 
     async def _train(self) -> None:
-        ties, laps = self._ties, self._laps
+        laps = self._laps
         while self.ending != "finished" and not self._stopping:
             if laps.next_epoch > self._plan.epochs:
                 await self._finish()

@@ -13,9 +13,11 @@ from leyline.v1.enums_pb2 import COMMAND_ROLLBACK, ROLLBACK_TIER_FAST
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.checkpoint_room import Disk, Rooms, evaluation, serving
 from support.peers import command
-from support.runs import FakePeers, new_run, running
+from support.runs import Answer, FakePeers, new_run, no_change, running
+from tolaria.rollback import CheckpointRow
 from tolaria.rollback.participants import Seat
 from tolaria.rollback.writer import TASKS_MAX
+from tolaria.training.recovery.checkpoints import Evaluation
 from tolaria.training.recovery.rollbacks import Asked
 
 pytestmark = pytest.mark.anyio
@@ -90,13 +92,20 @@ async def test_an_operator_who_goes_away_leaves_no_undone_state(rooms: Rooms) ->
     assert await room.steps() == []
 
 
+def _slow_to_go_back(answer: Answer = no_change) -> FakePeers:
+    peers = FakePeers(answer)
+    participant = SimpleNamespace(prepare=_assent, commit=_assent, confirm=_assent, abort=_assent)
+    peers.seats = [Seat("tamiyo", participant)]
+    return peers
+
+
 async def _assent(_order: object, /) -> SimpleNamespace:
     await anyio.sleep(0.02)
     return SimpleNamespace(accepted=True, detail="")
 
 
-async def test_a_crash_after_a_rollback_at_a_boundary_resumes_no_undone_past() -> None:
-    """The controller's answer at an epoch's end begins it; no checkpoint of that end is asked for meanwhile."""
+async def test_nothing_is_kept_at_a_boundary_while_the_run_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller's answer at an epoch's end begins it: what is about to be undone is not asked for."""
     asked = anyio.Event()
 
     async def answer(state: SystemStatePacket) -> AdaptationCommand | None:
@@ -107,18 +116,40 @@ async def test_a_crash_after_a_rollback_at_a_boundary_resumes_no_undone_past() -
         back.rollback_payload.update({"target_step": 3})
         return back
 
-    peers = FakePeers(answer)
-    participant = SimpleNamespace(prepare=_assent, commit=_assent, confirm=_assent, abort=_assent)
-    peers.seats = [Seat("tamiyo", participant)]
-    run = new_run(peers, epochs=10**6, sections={"rollback": RING, "checkpoint": {"every_epochs": 2}})
-    wrote = run.parts.ground.storage.checkpoints.restore_points
+    run = new_run(
+        _slow_to_go_back(answer), epochs=10**6, sections={"rollback": RING, "checkpoint": {"every_epochs": 2}}
+    )
+    told: list[bool] = []
+    epoch_over = run.loop.checkpoints.epoch_over
+
+    def watched(found: Evaluation) -> None:
+        told.append(run.loop.rollbacks.running)
+        epoch_over(found)
+
+    monkeypatch.setattr(run.loop.checkpoints, "epoch_over", watched)
     async with running(run):
-        await run.until(lambda: run.loop.rollbacks.completed == 1)
-        await run.loop.pause("look")
-        at = run.progress.global_step
-        points = await anyio.to_thread.run_sync(wrote)
-        assert [row.global_step for row in points if row.global_step > at] == []
+        await run.until(lambda: run.loop.rollbacks.completed == 1 and len(told) > 1)
+        assert not any(told)
         await run.loop.stop("enough")
+
+
+async def test_a_last_checkpoint_waits_for_a_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped while it goes back, the run leaves with the state that it went back to."""
+    run = new_run(_slow_to_go_back(), epochs=10**6, sections={"rollback": RING, "checkpoint": {"every_epochs": 10**6}})
+    create, asked = run.loop.checkpoints.create, list[bool]()
+
+    async def watched(reason: str) -> CheckpointRow:
+        asked.append(run.loop.rollbacks.running)
+        return await create(reason)
+
+    monkeypatch.setattr(run.loop.checkpoints, "create", watched)
+    async with running(run):
+        await run.until(lambda: run.progress.global_step > 20)
+        run.loop.rollbacks.begin(Asked(ROLLBACK_TIER_FAST, 6, "back", "operator"))
+        await run.loop.stop("enough")
+        points = await anyio.to_thread.run_sync(run.parts.ground.storage.checkpoints.restore_points)
+    assert asked == [False]
+    assert [row.global_step for row in points] == [6]
 
 
 async def test_a_checkpoint_on_its_way_when_an_operator_goes_back_is_superseded() -> None:

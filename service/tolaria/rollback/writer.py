@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 TASKS_MAX: Final = 2
 """One being worked on and one waiting. More would only pin more of the ring while the disk is slow."""
 
-LEAVING_S: Final = 5.0
+LEAVING_S: Final = 30.0
 """Time that leaving waits for what has been accepted, in seconds: a disk that hangs must not hold the process."""
 
 _Result = TypeVar("_Result")
@@ -95,11 +95,9 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Who has closed it before has waited as long as there was time.
-        if not self.close(0.0 if self._closed else LEAVING_S):
-            self._log.error(
-                "checkpoint_left_behind", detail="the disk did not answer in time; its thread is left to die"
-            )
+        if not self._closed and not self.close(LEAVING_S):  # whoever has closed it has waited as long as there was time
+            detail = "the disk did not answer in time; its thread is left to die"
+            self._log.error("checkpoint_left_behind", detail=detail)
 
     def _submit(self, lease: Lease, work: Callable[[], _Result]) -> Future[_Result] | None:
         if self._closed or not self._places.acquire(blocking=False):

@@ -49,7 +49,8 @@ ADMIN_SERVICE = admin_service_pb2.DESCRIPTOR.services_by_name["TolariaAdminServi
 
 # Shares of service.drain_timeout_s: the lane's step, calls in flight, child processes (asked, then told), the
 # journal, calls to peers.
-_LANE_SHARE, _CALLS_SHARE, _CHILDREN_SHARE, _FLUSH_SHARE, _PEERS_SHARE = 0.5, 0.2, 0.1, 0.1, 0.05
+_LANE_SHARE, _CALLS_SHARE, _CHILDREN_SHARE, _FLUSH_SHARE, _PEERS_SHARE = 0.5, 0.2, 0.1, 0.05, 0.05
+_WRITER_SHARE = 0.05  # what is being written after the last checkpoint has been waited for, or given up
 _LANE_JOIN_S = 1.0
 
 
@@ -143,21 +144,29 @@ class Host:
     async def _publish_health(self, server: GrpcServer) -> None:
         """Keep grpc.health.v1 in step with the run and the breakers."""
         while True:
+            version = self._feed.version
             running = self._progress.state in {RUN_STATE_RUNNING, RUN_STATE_PAUSED, RUN_STATE_FINISHED}
             await server.set_health("", serving=not self._reasons_not_ready())
             await server.set_health("tolaria.training", serving=running)
             for name in (TAMIYO, KASMINA):
                 serving = self._guardian.safeguards.breakers[name].state != CIRCUIT_STATE_OPEN
                 await server.set_health(f"tolaria.{name}", serving=serving)
-            await self._feed.next()
+            while self._feed.version == version:  # what has changed while this was told is not missed
+                await self._feed.next()
 
     async def _end_lane(self, loop: TrainingLoop, endings: _Endings) -> None:
         """Last thing before the servers stop: no thread is left behind, and streams end with the last status."""
         with anyio.CancelScope(shield=True):
             ended = await anyio.to_thread.run_sync(loop.close, _LANE_JOIN_S)
-            await self._parts.archive.flush(_FLUSH_SHARE * self._settings.service.drain_timeout_s)
+            drain_s = self._settings.service.drain_timeout_s
+            await self._parts.archive.flush(_FLUSH_SHARE * drain_s)
+            written = await anyio.to_thread.run_sync(self._parts.ground.writer.close, _WRITER_SHARE * drain_s)
         if not ended:
             self._log.error("lane_stuck", detail="a microbatch did not end in time; its thread is left to die")
+        if not written:
+            self._log.error(
+                "checkpoint_left_behind", detail="the disk did not answer in time; its thread is left to die"
+            )
         endings.closing.set()
         self._feed.changed()
 

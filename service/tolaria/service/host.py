@@ -56,10 +56,14 @@ _LANE_JOIN_S = 1.0
 
 @dataclass(slots=True)
 class _Endings:
-    """What ends the service: a signal has asked for it; streams shall end."""
+    """What ends the service: a signal has asked for it and the run has been told; streams shall end.
+
+    `draining` from the signal on: there is a time by which all has to be over.
+    """
 
     asked: anyio.Event
     closing: anyio.Event
+    draining: bool = False
 
 
 class Host:
@@ -125,13 +129,12 @@ class Host:
         """First signal: finish the step and stop, within a share of the drain timeout. Second: stop at once."""
         step_s = _LANE_SHARE * self._settings.service.drain_timeout_s
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            draining = False
             async for received in signals:
-                if draining:
+                if endings.draining:
                     self._log.warning("draining_cut_short", signal=received.name)
                     tasks.cancel_scope.cancel()
                     return
-                draining = True
+                endings.draining = True
                 self._log.info("draining", signal=received.name)
                 tasks.cancel_scope.deadline = anyio.current_time() + step_s
                 tasks.start_soon(self._drain, loop, endings, step_s / 2)
@@ -160,13 +163,12 @@ class Host:
             ended = await anyio.to_thread.run_sync(loop.close, _LANE_JOIN_S)
             drain_s = self._settings.service.drain_timeout_s
             await self._parts.archive.flush(_FLUSH_SHARE * drain_s)
-            written = await anyio.to_thread.run_sync(self._parts.ground.writer.close, _WRITER_SHARE * drain_s)
+            if endings.draining:  # else there is time: whoever has opened the writer waits for it
+                written = await anyio.to_thread.run_sync(self._parts.ground.writer.close, _WRITER_SHARE * drain_s)
+                if not written:
+                    self._log.error("checkpoint_left_behind", detail="the disk did not answer in time")
         if not ended:
             self._log.error("lane_stuck", detail="a microbatch did not end in time; its thread is left to die")
-        if not written:
-            self._log.error(
-                "checkpoint_left_behind", detail="the disk did not answer in time; its thread is left to die"
-            )
         endings.closing.set()
         self._feed.changed()
 

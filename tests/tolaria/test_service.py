@@ -93,11 +93,11 @@ async def test_a_service_leaves_nothing_behind_and_blocks_nothing(job: str, code
 class SlowHealth:
     """A server to which telling its health takes until the test says so."""
 
-    def __in    def __init__(self) -> None:
+    def __init__(self) -> None:
         self.told: dict[str, bool] = {}
         self.asked, self.go = anyio.Event(), anyio.Event()
 
-f set_health(self, part: str, *, serving: bool) -> None:
+    async def set_health(self, part: str, *, serving: bool) -> None:
         self.told[part] = serving
         self.asked.set()
         await self.go.wait()
@@ -111,7 +111,7 @@ async def test_health_that_changes_while_it_is_told_is_told_again(monkeypatch: p
     monkeypatch.setattr(host, "_reasons_not_ready", lambda: reasons)
     async with running(run), anyio.create_task_group() as tasks:
         await run.loop.pause("nothing else shall change")
-        tasks.start_soon(host._publish_health, cast('GrpcServer', health))
+        tasks.start_soon(host._publish_health, cast(GrpcServer, health))
         await health.asked.wait()
         assert health.told == {"": False}
         reasons.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from tolaria.rollback import (
     Storage,
     open_storage,
 )
+from tolaria.rollback.writer import TASKS_MAX
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.recovery.checkpoints import (
@@ -71,13 +72,14 @@ class Room:
         self.log: list[tuple[str, str]] = []
         self.refusal: TolariaError | OSError | None = None
         self.kept = 0
+        self.standing = False
         self.slept_s: list[float] = []
         self.morning = anyio.Event()
         tools = DeskTools(
             writer=self.writer,
             keep=self.keep,
             hold=self.hold,
-            go_on=lambda reason: self.log.append(("go_on", reason)),
+            go_on=self.go_on,
             breaker=self.breaker,
             metrics=self.metrics,
             emitter=self.emitter,
@@ -91,14 +93,23 @@ class Room:
         )
 
     def hold(self, reason: str) -> bool:
+        if self.standing:
+            return False
         self.log.append(("hold", reason))
+        self.standing = True
         return True
 
-    async def keep(self) -> Lease:
+    def go_on(self, reason: str) -> None:
+        self.log.append(("go_on", reason))
+        self.standing = False
+
+    async def keep(self, on_kept: Callable[[], None]) -> Lease:
         self.kept += 1
         if self.refusal is not None:
             raise self.refusal
-        return await anyio.to_thread.run_sync(self.leased)
+        lease = await anyio.to_thread.run_sync(self.leased)
+        on_kept()
+        return lease
 
     def leased(self) -> Lease:
         self.cache.capture(self.training.state())
@@ -132,6 +143,12 @@ class Room:
         """Until the desk, or who waits there, has gone to sleep so many times."""
         with anyio.fail_after(20):
             while len(self.slept_s) < times:
+                await anyio.sleep(0.001)
+
+    async def handed_over(self) -> None:
+        """Until the writer has an image that it has not done with."""
+        with anyio.fail_after(20):
+            while self.writer._places._value == TASKS_MAX:
                 await anyio.sleep(0.001)
 
     async def rows(self) -> list[CheckpointRow]:

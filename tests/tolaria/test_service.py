@@ -4,13 +4,17 @@ import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
+import anyio
 import pytest
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import FakeKasmina, FakeTamiyo, serving
+from support.runs import FakePeers, new_run, running
 from tolaria.config import Settings, load_settings
+from tolaria.grpc_server import GrpcServer
 from tolaria.rollback import CheckpointWriter, Retention, RunRow, Storage, open_storage
 from tolaria.service.host import Host
 from tolaria.service.parts import Ground, Parts
@@ -85,3 +89,34 @@ async def test_a_service_leaves_nothing_behind_and_blocks_nothing(job: str, code
         left = {t for t in asyncio.all_tasks() - tasks_before if not t.done() and "AioServer" not in repr(t)}
         assert left == set()
         assert [t.name for t in set(threading.enumerate()) - threads_before if "tolaria" in t.name] == []
+
+
+class SlowHealth:
+    """A server to which telling its health takes until the test says so."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, bool] = {}
+        self.asked, self.go = anyio.Event(), anyio.Event()
+
+    async def set_health(self, part: str, *, serving: bool) -> None:
+        self.told[part] = serving
+        self.asked.set()
+        await self.go.wait()
+
+
+async def test_health_that_changes_while_it_is_told_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last word is how things stand, also where nothing changes afterwards."""
+    run = new_run(FakePeers())
+    host, health = Host(run.parts), SlowHealth()
+    reasons = ["not yet"]
+    monkeypatch.setattr(host, "_reasons_not_ready", lambda: reasons)
+    async with running(run), anyio.create_task_group() as tasks:
+        await run.loop.pause("nothing else shall change")
+        tasks.start_soon(host._publish_health, cast(GrpcServer, health))
+        await health.asked.wait()
+        assert health.told == {"": False}
+        reasons.clear()
+        run.parts.feed.changed()
+        health.go.set()
+        await run.until(lambda: health.told[""])
+        tasks.cancel_scope.cancel()

@@ -21,7 +21,10 @@ class RollbackSettings(Section):
     """The same from disk. 12: gigabytes are read and checked in it."""
 
     memory_mb: int = Field(default=256, ge=1, le=1_000_000)
-    """Memory for snapshots, in MiB, on the model's device. 256: five snapshots of ten million parameters with Adam."""
+    """Memory for snapshots, in MiB of the host's, wherever the model is.
+
+    256: five snapshots of ten million parameters with Adam.
+    """
 
     snapshots_max: int = Field(default=5, ge=1, le=1000)
     """Snapshots kept in memory. 5: far enough back to be before a mistake that shows late."""

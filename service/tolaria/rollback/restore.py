@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from tolaria.errors import RestoreAbandonedError, StateMismatchError
 from tolaria.rollback.encoding import decode_plain, encode_plain
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from pydantic import JsonValue
 
     from tolaria.rollback.state import StateImage, StatePart, TrainingState
+
+_REFUSALS: Final = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a part, a job's own cursor above all, may raise at a state that it does not know."""
 
 
 def never() -> bool:
@@ -70,7 +73,8 @@ class StagedRestore:
         Raises:
             StateMismatchError: the image does not fit the live state, or not the topology that it names itself.
             RestoreAbandonedError: `expired` said so.
-            Exception: whatever a part or the topology raised while loading.
+            TolariaError: whatever else the topology raised while loading.
+            RuntimeError: a part takes neither the image's state nor its own of before: what is live now is not known.
         """
         with ExitStack() as undo:
             rng_tensors, rng_values = capture_rngs()
@@ -107,12 +111,22 @@ def _check_parts(state: TrainingState, values: Mapping[str, JsonValue]) -> None:
 def _load_parts(parts: Mapping[str, StatePart], wanted: Mapping[str, JsonValue], undo: ExitStack) -> None:
     for name, part in parts.items():
         before = encode_plain(part.state_dict(), f"parts/{name}")
-        undo.callback(_load_part, part, before)
-        _load_part(part, wanted[name])
+        undo.callback(_put_back, name, part, before)
+        _load_part(name, part, wanted[name])
 
 
-def _load_part(part: StatePart, state: JsonValue) -> None:
-    part.load_state_dict(_part_state(state))
+def _load_part(name: str, part: StatePart, state: JsonValue) -> None:
+    try:
+        part.load_state_dict(_part_state(state))
+    except _REFUSALS as error:
+        raise StateMismatchError([f"parts/{name}: {type(error).__name__}: {error}"]) from error
+
+
+def _put_back(name: str, part: StatePart, before: JsonValue) -> None:
+    try:
+        part.load_state_dict(_part_state(before))
+    except _REFUSALS as error:  # no mismatch, which would say that nothing has changed
+        raise RuntimeError(f"parts/{name} refuses the state that it had itself: {error}") from error
 
 
 def _part_state(state: JsonValue) -> dict[str, JsonValue]:
@@ -123,5 +137,5 @@ def _go_back(state: TrainingState, before: StateImage) -> None:
     """Undo a changed topology: the old one, then everything as it was in it."""
     values = cast("dict[str, JsonValue]", json.loads(before.values))
     if state.topology is not None:
-        _load_part(state.topology, values["topology"])
+        state.topology.load_state_dict(_part_state(values["topology"]))
     plan_restore(state, before, values).apply()

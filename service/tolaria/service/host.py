@@ -49,16 +49,21 @@ ADMIN_SERVICE = admin_service_pb2.DESCRIPTOR.services_by_name["TolariaAdminServi
 
 # Shares of service.drain_timeout_s: the lane's step, calls in flight, child processes (asked, then told), the
 # journal, calls to peers.
-_LANE_SHARE, _CALLS_SHARE, _CHILDREN_SHARE, _FLUSH_SHARE, _PEERS_SHARE = 0.5, 0.2, 0.1, 0.1, 0.05
+_LANE_SHARE, _CALLS_SHARE, _CHILDREN_SHARE, _FLUSH_SHARE, _PEERS_SHARE = 0.5, 0.2, 0.1, 0.05, 0.05
+_WRITER_SHARE = 0.05  # what is being written after the last checkpoint has been waited for, or given up
 _LANE_JOIN_S = 1.0
 
 
 @dataclass(slots=True)
 class _Endings:
-    """What ends the service: a signal has asked for it; streams shall end."""
+    """What ends the service: a signal has asked for it and the run has been told; streams shall end.
+
+    `draining` from the signal on: there is a time by which all has to be over.
+    """
 
     asked: anyio.Event
     closing: anyio.Event
+    draining: bool = False
 
 
 class Host:
@@ -124,13 +129,12 @@ class Host:
         """First signal: finish the step and stop, within a share of the drain timeout. Second: stop at once."""
         step_s = _LANE_SHARE * self._settings.service.drain_timeout_s
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            draining = False
             async for received in signals:
-                if draining:
+                if endings.draining:
                     self._log.warning("draining_cut_short", signal=received.name)
                     tasks.cancel_scope.cancel()
                     return
-                draining = True
+                endings.draining = True
                 self._log.info("draining", signal=received.name)
                 tasks.cancel_scope.deadline = anyio.current_time() + step_s
                 tasks.start_soon(self._drain, loop, endings, step_s / 2)
@@ -143,19 +147,26 @@ class Host:
     async def _publish_health(self, server: GrpcServer) -> None:
         """Keep grpc.health.v1 in step with the run and the breakers."""
         while True:
+            version = self._feed.version
             running = self._progress.state in {RUN_STATE_RUNNING, RUN_STATE_PAUSED, RUN_STATE_FINISHED}
             await server.set_health("", serving=not self._reasons_not_ready())
             await server.set_health("tolaria.training", serving=running)
             for name in (TAMIYO, KASMINA):
                 serving = self._guardian.safeguards.breakers[name].state != CIRCUIT_STATE_OPEN
                 await server.set_health(f"tolaria.{name}", serving=serving)
-            await self._feed.next()
+            while self._feed.version == version:  # what has changed while this was told is not missed
+                await self._feed.next()
 
     async def _end_lane(self, loop: TrainingLoop, endings: _Endings) -> None:
         """Last thing before the servers stop: no thread is left behind, and streams end with the last status."""
         with anyio.CancelScope(shield=True):
             ended = await anyio.to_thread.run_sync(loop.close, _LANE_JOIN_S)
-            await self._parts.archive.flush(_FLUSH_SHARE * self._settings.service.drain_timeout_s)
+            drain_s = self._settings.service.drain_timeout_s
+            await self._parts.archive.flush(_FLUSH_SHARE * drain_s)
+            if endings.draining:  # else there is time: whoever has opened the writer waits for it
+                written = await anyio.to_thread.run_sync(self._parts.ground.writer.close, _WRITER_SHARE * drain_s)
+                if not written:
+                    self._log.error("checkpoint_left_behind", detail="the disk did not answer in time")
         if not ended:
             self._log.error("lane_stuck", detail="a microbatch did not end in time; its thread is left to die")
         endings.closing.set()

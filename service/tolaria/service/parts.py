@@ -123,7 +123,8 @@ def new_loop(parts: Parts, *, controller: Controller, executor: Executor, seats:
     settings, ground = parts.settings, parts.ground
 
     conduct = Conduct(parts.link.standstill, parts.recorder, guardian=parts.guardian, changed=parts.feed.changed)
-    rollbacks = new_rollbacks(parts, seats)
+    checkpoints = new_checkpoints(parts, conduct)
+    rollbacks = new_rollbacks(parts, seats, checkpoints)
     enactor = Enactor(
         parts.link.desk,
         parts.recorder,
@@ -148,7 +149,7 @@ def new_loop(parts: Parts, *, controller: Controller, executor: Executor, seats:
         guardian=parts.guardian,
         rollbacks=rollbacks,
         retreats=parts.retreats,
-        checkpoints=new_checkpoints(parts, conduct),
+        checkpoints=checkpoints,
         consultant=consultant,
         enactor=enactor,
         boundary=Boundary(consultant, _boundary_policy(settings)),
@@ -169,7 +170,7 @@ def new_checkpoints(parts: Parts, conduct: Conduct) -> CheckpointDesk:
     """The desk of this run's checkpoints, which may hold it."""
     tools = DeskTools(
         writer=parts.ground.writer,
-        keep=lambda: kept_image(parts.link.desk),
+        keep=lambda on_kept: kept_image(parts.link.desk, on_kept),
         hold=conduct.hold_where_none_does,
         go_on=conduct.go_on,
         breaker=parts.guardian.safeguards.breakers[CHECKPOINT],
@@ -192,13 +193,17 @@ def new_cadence(parts: Parts, consultant: Consultant) -> StepCadence:
     return StepCadence(consultant, parts.progress, interval=control.step_interval, on_hook=hooked)
 
 
-def new_rollbacks(parts: Parts, seats: Sequence[Seat]) -> RollbackDesk:
-    """Where this run goes back, with these participants beside Tolaria."""
+def new_rollbacks(parts: Parts, seats: Sequence[Seat], desk: CheckpointDesk) -> RollbackDesk:
+    """Where this run goes back, with these participants beside Tolaria; `desk` has what is on its way to disk."""
     settings, recorder, checkpoints = parts.settings.rollback, parts.recorder, parts.ground.storage.checkpoints
 
     def missed(reason: str) -> None:
         if settings.halt_on_deadline:
             parts.guardian.rollback_late(reason)
+
+    async def supersede(global_step: int) -> None:
+        desk.went_back(global_step)  # first: what is committed from here on looks for it, what is by now has its row
+        await parts.archive.supersede_after(global_step)
 
     restorer = LaneRestorer(
         parts.link.desk, points=parts.link.points, checkpoints=checkpoints, damaged=recorder.rollbacks.damaged
@@ -218,7 +223,7 @@ def new_rollbacks(parts: Parts, seats: Sequence[Seat]) -> RollbackDesk:
         retreats=parts.retreats,
         recorder=recorder.rollbacks,
         adjusted=recorder.adjusted,
-        supersede=parts.archive.supersede_after,
+        supersede=supersede,
         missed=missed,
         changed=parts.feed.changed,
     )

@@ -61,9 +61,13 @@ class Course:
             self._ties.conduct.enter(RunEvent.FINISHED, reason)
 
     async def keep_last(self, why: str) -> None:
-        """Have a last checkpoint written, where any are, before the run leaves; not for longer than a while."""
+        """Have a last checkpoint written, where any are, before the run leaves; not for longer than a while.
+
+        What a rollback is about to undo is not worth keeping: it is waited for.
+        """
         if self._plan.keeps:
             with anyio.move_on_after(_LAST_CHECKPOINT_S), suppress(TolariaError):  # told by the desk
+                await self._rollback_over()
                 await self._ties.checkpoints.create(why)
 
     def stop(self) -> None:
@@ -72,13 +76,17 @@ class Course:
         self._ties.link.stop()
 
     async def _train(self) -> None:
-        ties, laps = self._ties, self._laps
+        laps = self._laps
         while self.ending != "finished" and not self._stopping:
             if laps.next_epoch > self._plan.epochs:
                 await self._finish()
             elif (report := await self._run_epoch()) is not None:
                 await self._cross_boundary(report)
-            await ties.feed.until(lambda: not ties.rollbacks.running or laps.lane_ended)
+            await self._rollback_over()
+
+    async def _rollback_over(self) -> None:
+        ties, laps = self._ties, self._laps
+        await ties.feed.until(lambda: not ties.rollbacks.running or laps.lane_ended)
 
     async def _finish(self) -> None:
         """All epochs are done. A run that would stand for want of a checkpoint does not leave without its last one."""
@@ -108,9 +116,11 @@ class Course:
         held_up_s = time.monotonic() - report.finished_at_s
         breach = ties.recorder.boundary(report, held_up_s, policy.budget_s, binding=not policy.patient)
         ties.guardian.epoch_over(breach=breach)
-        found = report.evaluation
-        ties.checkpoints.epoch_over(Evaluation(report.global_step, report.epoch, found.accuracy, found.loss))
         ties.feed.changed()
+        await self._rollback_over()
+        if self._laps.stands(report):  # else there is nothing to keep any more
+            found = report.evaluation
+            ties.checkpoints.epoch_over(Evaluation(report.global_step, report.epoch, found.accuracy, found.loss))
 
     async def _end_lane(self) -> None:
         self._ties.link.stop()

@@ -174,6 +174,7 @@ class Lane:
 
     def _pass_fence(self) -> bool:
         """Between two updates: carry out what waits, stand while held; whether the epoch goes on."""
+        self._hearts.lane_beat()  # also here: an update may be of one microbatch, with nothing in between
         while (posted := self._mailbox.pass_fence()) is not None:
             self._carry_out(posted, in_epoch=True)
         return not (self._mailbox.stopping or self._rig.epoch.over)

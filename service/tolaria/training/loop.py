@@ -111,23 +111,31 @@ class TrainingLoop:
         return await self._profiles.capture(request_id, active_steps)
 
     async def stop(self, reason: str) -> None:
-        """Finish the step and end the run; returns when it has ended. Raises WrongStateError when it had before."""
+        """Finish the step and end the run; returns when it has ended, and it ends also when whoever asked goes away.
+
+        Raises:
+            WrongStateError: when it had ended before.
+        """
         after(self._progress.state, RunEvent.FINISHED)
         self._course.ending = "stopped"
         self._progress.state_reason = f"stopped: {reason}"
-        if self._plan.keeps:
-            self._conduct.leave()
-            await self._course.keep_last(f"stopped: {reason}")
-        self._course.stop()
+        try:
+            if self._plan.keeps:
+                self._conduct.leave()
+                await self._course.keep_last(f"stopped: {reason}")
+        finally:  # whoever asked may go away meanwhile: the lane, which stands for good by now, ends all the same
+            self._course.stop()
         await self.feed.until(lambda: self._conduct.ended)
 
     async def keep_and_drain(self, within_s: float) -> None:
         """The process is about to end: keep the state, if that can be done in time, and end the run."""
-        if self._plan.keeps and not self._conduct.ended:
-            self._conduct.leave()
-            with anyio.move_on_after(within_s):
-                await self._course.keep_last("the service is stopping")
-        self.drain()
+        try:
+            if self._plan.keeps and not self._conduct.ended:
+                self._conduct.leave()
+                with anyio.move_on_after(within_s):
+                    await self._course.keep_last("the service is stopping")
+        finally:
+            self.drain()
 
     def drain(self) -> None:
         """Finish the step and end the run. Returns at once."""

@@ -13,14 +13,16 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
+from weakref import WeakSet
 
 import anyio
 import structlog
 
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED
-from tolaria.errors import CheckpointWriteError, LaneError, TolariaError
+from tolaria.errors import CheckpointWriteError, LaneStoppedError, TolariaError
 from tolaria.rollback import Retention
 from tolaria.rollback.checkpoint import errno_name
+from tolaria.rollback.writer import Passage
 from tolaria.telemetry import events
 
 if TYPE_CHECKING:
@@ -56,18 +58,18 @@ class DeskTools:
     Args:
         writer: its thread writes; open as long as the desk serves.
         keep: has the lane keep its state at the next fence, also while training is held, and gives a lease of it, which
-            is the desk's from then on. Raises a `LaneError` where there is no lane any more, another `TolariaError`
-            where the state cannot be kept; releases what it has when it is cancelled.
-        hold: asked for training to stand, with a reason; says whether it does for that one. Where it stands already,
-            for somebody else's, it is asked again after the next failure. Else not before `go_on` was, with the same
-            words.
+            is the desk's from then on. Calls what it is given when it has got the image, in the order of what the desk
+            is told of steps. Raises a `LaneStoppedError` where there is no lane any more, another `TolariaError` where
+            the state cannot be kept; releases what it has when it is cancelled.
+        hold: asked after every failure for training to stand, with a reason; says whether it does for that one. Where
+            it stands already, for an earlier failure or for somebody else's reason, it does not.
         go_on: that reason stands no more. Whether training goes on is for it to decide: not while an operator's pause
             or an emergency holds it as well.
         breaker: takes each failure, and the successes that follow.
     """
 
     writer: CheckpointWriter
-    keep: Callable[[], Awaitable[Lease]]
+    keep: Callable[[Callable[[], None]], Awaitable[Lease]]
     hold: Callable[[str], bool]
     go_on: Callable[[str], None]
     breaker: Breaker
@@ -109,7 +111,9 @@ class CheckpointDesk:
         self._turn = anyio.Lock()
         self._wake = anyio.Event()
         self._due = False
-        self._step = self._asked_step = from_step
+        self._step = self._asked_step = self._told_step = from_step
+        self._passages: WeakSet[Passage] = WeakSet()
+        """Of the images on their way to disk; whoever carries one holds on to its passage."""
         self._evaluation: Evaluation | None = None
         self._evaluation_wanted = False
         self._evaluated_step = self._sound_step = -1
@@ -128,13 +132,24 @@ class CheckpointDesk:
 
     def stepped(self, global_step: int) -> None:
         """So many updates are done, fewer than before after a rollback."""
-        self._step, self._asked_step = global_step, min(self._asked_step, global_step)
+        if global_step < self._told_step:
+            self.went_back(global_step)
+        self._step = self._told_step = global_step
+        self._asked_step = min(self._asked_step, global_step)
         if self._evaluation is not None and global_step < self._evaluation.global_step:
             self._evaluation = None  # of a past that never was
         if self._evaluation is None:
             self._sound_step = min(self._sound_step, global_step)
         if due_by_steps(self._settings.every_steps, global_step, self._asked_step):
             self._ask(global_step)
+
+    def went_back(self, global_step: int) -> None:
+        """The run is at that step again: no image kept before, of a later one, is to be resumed from.
+
+        What is committed by then is for whoever tells this to supersede.
+        """
+        for passage in self._passages:
+            passage.went_back(global_step)
 
     def epoch_over(self, evaluation: Evaluation) -> None:
         """An epoch has ended and has been validated."""
@@ -181,7 +196,7 @@ class CheckpointDesk:
             self._due = False
             try:
                 await self._attempt()
-            except LaneError as error:
+            except LaneStoppedError as error:
                 self._log.info("checkpoints_end", detail=str(error))
                 return False
             except TolariaError:
@@ -189,10 +204,13 @@ class CheckpointDesk:
         return True
 
     async def _attempt(self) -> CheckpointRow | None:
-        """One checkpoint, and what follows from it; None: the writer was busy. Raises TolariaError."""
+        """One checkpoint, and what follows from it. Raises TolariaError.
+
+        None: the writer was busy, or the run went back behind the state before it was committed.
+        """
         try:
             row = await self._written()
-        except LaneError:
+        except LaneStoppedError:
             raise
         except TolariaError as error:
             self._failed(error)
@@ -203,13 +221,14 @@ class CheckpointDesk:
             raise refused from error
         if row is not None:
             self._succeeded(row)
-        return row
+        return None if row is None or row.state == "superseded" else row
 
     async def _written(self) -> CheckpointRow | None:
-        lease = await self._tools.keep()
+        passage = Passage()
+        lease = await self._tools.keep(lambda: self._passages.add(passage))
         self._step = lease.image.position.global_step
         started_s = self._clock()
-        future = self._tools.writer.write(lease, metric=self._metric())
+        future = self._tools.writer.write(lease, metric=self._metric(), passage=passage)
         if future is None:
             return None
         await self._end_of(future)
@@ -263,9 +282,10 @@ class CheckpointDesk:
         self._tools.emitter.emit(events.CHECKPOINT_FAILED, step=self._step, stage=stage, reason=reason)
         self._mending = True
         self._wake.set()
-        if self._settings.on_failure == "pause" and not self._held:
+        if self._settings.on_failure == "pause":
             reason = f"no checkpoint can be written: {error}"
-            self._held = reason if self._tools.hold(reason) else ""
+            if self._tools.hold(reason):
+                self._held = reason
         self._tell(str(error))
         if self._tools.breaker.allows():
             self._tools.breaker.failed()

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FULL
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import RollbackSettings
-from tolaria.errors import NoCheckpointError, StateMismatchError, StateUnsupportedError
+from tolaria.errors import NoCheckpointError, RestoreAbandonedError, StateMismatchError, StateUnsupportedError
 from tolaria.optimization import LiveAdjustment
 from tolaria.rollback import (
     Cadence,
@@ -149,6 +149,8 @@ class SnapshotKeeper:
             RestoreAbandonedError: the order says so.
             RollbackError: it cannot be; everything is as it was.
         """
+        if order.expired():  # it may have waited long for its fence
+            raise RestoreAbandonedError("waiting for its fence")
         if image is not None:
             return self._restore(order, image, verify=False)
         lease = self._ring.lookup(order.target_step)

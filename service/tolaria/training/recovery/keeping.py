@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import anyio
 
 from tolaria.errors import LaneError
@@ -11,24 +13,33 @@ from tolaria.training.fences import FenceReport, Keep
 from tolaria.training.recovery.keeper import Kept
 
 
-async def kept_image(desk: FenceDesk) -> Lease:
+async def kept_image(desk: FenceDesk, on_kept: Callable[[], None] = lambda: None) -> Lease:
     """A lease of the state as it is at the next fence; also while the lane stands. The caller's from then on.
 
+    `on_kept` is called when the lane's answer comes, in its order among the lane's reports.
+
     Raises:
-        LaneError: there is no lane any more.
+        LaneStoppedError: there is no lane any more.
         TolariaError: the state cannot be kept.
     """
     given_up = False
+    delivered: Lease | None = None
 
-    def give_back(report: FenceReport) -> None:
-        if given_up and isinstance(report.result, Kept):
-            report.result.lease.release()
+    def take(report: FenceReport) -> None:
+        nonlocal delivered
+        if isinstance(report.result, Kept):
+            delivered = report.result.lease
+            on_kept()
+            if given_up:
+                delivered.release()
 
     try:
-        report = await desk.carry_out(Keep(), on_done=give_back)
+        report = await desk.carry_out(Keep(), on_done=take)
     except anyio.get_cancelled_exc_class():
-        given_up = True  # the lane keeps it all the same, and nobody will come for it
+        given_up = True  # the lane keeps it all the same, or has, and nobody will come for it
+        if delivered is not None:
+            delivered.release()
         raise
-    if not isinstance(report.result, Kept):
+    if delivered is None:
         raise LaneError(f"the lane answered with a {type(report.result).__name__}, not with an image")
-    return report.result.lease
+    return delivered

@@ -8,7 +8,7 @@ import pytest
 
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN
 from support.checkpoint_room import Rooms, evaluation, serving
-from tolaria.errors import CheckpointWriteError, LaneStoppedError, StateUnsupportedError, TolariaError
+from tolaria.errors import CheckpointWriteError, LaneError, LaneStoppedError, StateUnsupportedError, TolariaError
 from tolaria.rollback import FaultRow
 
 pytestmark = pytest.mark.anyio
@@ -127,6 +127,7 @@ async def test_an_operators_checkpoint_that_fails_counts_and_one_that_succeeds_m
     [
         (StateUnsupportedError("group/0/x", "an object"), "group/0/x: an object"),
         (OSError(errno.EIO, "made to fail"), "EIO"),
+        (LaneError("256 commands are waiting"), "256 commands are waiting"),
     ],
 )
 async def test_a_state_that_cannot_be_kept_is_a_failure_like_any(
@@ -156,3 +157,24 @@ async def test_without_a_lane_the_task_ends_and_nothing_has_failed(rooms: Rooms)
     with pytest.raises(LaneStoppedError):
         await room.desk.create("test")
     assert (room.log, room.value("failures_total"), list(room.emitter.recent)) == ([], 0, [])
+
+
+async def test_every_failure_has_a_run_stand_that_goes_on(rooms: Rooms) -> None:
+    """An operator's resume while the disk is still full holds until the next failure."""
+    room = await rooms(on_failure="pause")
+    room.disk.full = True
+    async with serving(room):
+        room.desk.epoch_over(evaluation(3))
+        await room.quiet(sleeps=1)
+        room.wake()
+        await room.quiet(sleeps=2)
+        assert [word for word in room.words() if word != "failing"] == ["hold"]
+        room.standing = False  # somebody lets it go on
+        room.wake()
+        await room.quiet(sleeps=3)
+        assert [word for word in room.words() if word != "failing"] == ["hold", "hold"]
+        room.disk.full = False
+        room.wake()
+        await room.quiet()
+    assert [word for word in room.words() if word != "failing"] == ["hold", "hold", "go_on"]
+    assert not room.standing

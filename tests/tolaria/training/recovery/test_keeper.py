@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import JsonValue
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
 from support.driving import Driven, driven, order, seed
 from tolaria.config import RollbackSettings
 from tolaria.errors import NoCheckpointError, RestoreAbandonedError, StateMismatchError
+from tolaria.jobs import TensorCursor
 from tolaria.optimization import Adjustment
 from tolaria.rollback import Retention, StateImage, open_storage
 from tolaria.rollback.orders import RestoreOrder
@@ -104,7 +106,7 @@ def test_a_restore_that_fails_leaves_everything_as_it_was(refuses: bool) -> None
     run.to(12, {8: Reconcile(seed(begin=8))})
     before = run.digest
     if refuses:
-        late = RestoreOrder("r", ROLLBACK_TIER_FAST, 6, 0.0, lambda: True, lambda: True)
+        late = RestoreOrder("r", ROLLBACK_TIER_FAST, 6, 0.0, lambda: False, lambda: True)
         report = run.do(Restore(late, image))
         assert isinstance(report.error, RestoreAbandonedError)
     else:
@@ -115,6 +117,52 @@ def test_a_restore_that_fails_leaves_everything_as_it_was(refuses: bool) -> None
     straight = driven(optimizer="Adam")
     straight.to(20, {8: Reconcile(seed(begin=8))})
     assert run.losses == straight.losses
+
+
+def test_a_restore_that_waited_too_long_is_not_begun() -> None:
+    """Its deadline has passed in the queue: nothing is looked for, let alone read."""
+    run = driven()
+    run.to(3)
+    late = RestoreOrder("r", ROLLBACK_TIER_FAST, 10**6, 0.0, lambda: True, lambda: False)
+    assert isinstance(run.do(Restore(late, None)).error, RestoreAbandonedError)
+
+
+@pytest.mark.parametrize("error", [AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError])
+def test_a_cursor_that_refuses_a_state_is_named(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    """The job's own code, whatever it raises: the rollback fails, the live state is as it was."""
+    run = driven()
+    run.to(3)
+    image = kept(run)
+    run.to(5)
+    before = run.digest
+    refusals = iter([error("odd")])
+    load = TensorCursor.load_state_dict
+
+    def refuse_once(cursor: TensorCursor, state: dict[str, JsonValue]) -> None:
+        load(cursor, state)
+        for refusal in refusals:
+            raise refusal
+
+    monkeypatch.setattr(TensorCursor, "load_state_dict", refuse_once)
+    failed = run.do(Restore(order(3), image)).error
+    assert isinstance(failed, StateMismatchError)
+    assert error.__name__ in failed.problems[0]
+    assert failed.problems[0].startswith("parts/")
+    assert run.digest == before
+
+
+def test_a_cursor_that_refuses_its_own_state_is_no_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is live is not known any more: nobody may train on from it."""
+    run = driven()
+    run.to(3)
+    image = kept(run)
+
+    def refuse(_cursor: TensorCursor, _state: dict[str, JsonValue]) -> None:
+        raise ValueError("odd")
+
+    monkeypatch.setattr(TensorCursor, "load_state_dict", refuse)
+    with pytest.raises(RuntimeError, match="refuses the state that it had itself"):
+        run.do(Restore(order(3), image))
 
 
 def test_later_snapshots_are_a_past_that_never_was() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import structlog
 
-from leyline.v1.enums_pb2 import RollbackTier
+from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, RollbackTier
 from tolaria.config import Settings
 from tolaria.errors import SignalError
 from tolaria.peers.verification import new_verifier
@@ -120,7 +120,7 @@ def new_loop(parts: Parts, *, controller: Controller, executor: Executor, seats:
     settings, ground = parts.settings, parts.ground
 
     conduct = Conduct(parts.link.standstill, parts.recorder, guardian=parts.guardian, changed=parts.feed.changed)
-    rollbacks = new_rollbacks(parts, seats)
+    rollbacks = new_rollbacks(parts, seats, conduct)
     enactor = Enactor(
         parts.link.desk,
         parts.recorder,
@@ -189,13 +189,16 @@ def new_cadence(parts: Parts, consultant: Consultant) -> StepCadence:
     return StepCadence(consultant, parts.progress, interval=control.step_interval, on_hook=hooked)
 
 
-def new_rollbacks(parts: Parts, seats: Sequence[Seat]) -> RollbackDesk:
+def new_rollbacks(parts: Parts, seats: Sequence[Seat], conduct: Conduct) -> RollbackDesk:
     """Where this run goes back, with these participants beside Tolaria."""
     settings, recorder, checkpoints = parts.settings.rollback, parts.recorder, parts.ground.storage.checkpoints
 
     def missed(reason: str) -> None:
         if settings.halt_on_deadline:
             parts.guardian.rollback_late(reason)
+
+    def unproven(reason: str) -> None:
+        parts.guardian.controller.escalate(EMERGENCY_LEVEL_HALT, f"rollback_unproven: {reason}", "tolaria")
 
     restorer = LaneRestorer(
         parts.link.desk, points=parts.link.points, checkpoints=checkpoints, damaged=recorder.rollbacks.damaged
@@ -217,6 +220,8 @@ def new_rollbacks(parts: Parts, seats: Sequence[Seat]) -> RollbackDesk:
         adjusted=recorder.adjusted,
         supersede=parts.archive.supersede_after,
         missed=missed,
+        unproven=unproven,
+        ended=lambda: conduct.ended,
         changed=parts.feed.changed,
     )
     return RollbackDesk(coordinator, ties, global_step=lambda: parts.progress.global_step)

@@ -15,11 +15,11 @@ from leyline.v1.enums_pb2 import (
 )
 from tolaria.errors import (
     BreakerOpenError,
-    ImageDamagedError,
     InvalidFieldError,
     JournalUnavailableError,
     NoCheckpointError,
     PeerTimeoutError,
+    RestoreUnprovenError,
     StateMismatchError,
     WrongStateError,
 )
@@ -281,7 +281,7 @@ async def test_a_restore_that_cannot_be_proved_has_failed() -> None:
     house.lane.work = wrong
     outcome = await house.coordinator.roll_back(request())
     assert (outcome.ending, outcome.restored_step) == (Ending.FAILED, 40)
-    assert isinstance(outcome.error, ImageDamagedError)
+    assert isinstance(outcome.error, RestoreUnprovenError)
     assert [(r.outcome, r.restored_step, r.state_digest, r.expected_digest) for r in house.rows] == [
         ("failed", -1, "live", "captured")
     ]

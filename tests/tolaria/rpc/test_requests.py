@@ -135,6 +135,7 @@ class HangingAnswers(FakeAnswers):
 
     async def find(self, request_id: str) -> tuple[str, bytes] | None:
         await anyio.sleep_forever()
+        return None
 
     async def keep(self, request_id: str, reason: str, answer: Message) -> None:
         await anyio.sleep_forever()

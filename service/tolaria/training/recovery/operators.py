@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from leyline.v1 import admin_service_pb2 as admin
+from tolaria.errors import WrongStateError
 from tolaria.rollback import CheckpointRow, SnapshotInfo
 from tolaria.rollback.orders import RollbackOutcome
 from tolaria.training.profile_desk import ProfileTaken
@@ -19,10 +21,24 @@ from tolaria.training.recovery.listing import (
 from tolaria.training.recovery.rollbacks import Asked
 
 _OPERATOR = "operator"
+_CREATIONS_MAX: Final = 16
+"""Checkpoints that operators have asked for lately, or wait for."""
+
+
+class Health(Protocol):
+    """Knows how far training is known to be well."""
+
+    @property
+    def healthy_step(self) -> int | None:
+        """The newest such step; None: nothing has ever gone wrong."""
 
 
 class Revertible(Protocol):
     """A run that can go back, be kept, and be profiled."""
+
+    @property
+    def rollbacks(self) -> Health:
+        """Where it goes back."""
 
     async def roll_back(self, asked: Asked) -> RollbackOutcome:
         """Go back and wait for it."""
@@ -47,15 +63,18 @@ class RecoveryDesk:
         self._run = run
         self._archive = archive
         self._points = points
+        self._creations: dict[bytes, asyncio.Task[CheckpointRow]] = {}
 
     async def trigger_rollback(self, request: admin.TriggerRollbackRequest) -> admin.TriggerRollbackResponse:
-        """Go back; returns when the state is back.
+        """Go back; returns when the state is back. A caller who went away gets, or waits for, the same by asking again.
 
         Raises:
+            RestoreUnprovenError: the live state was overwritten and is not what was captured; the run is halted.
             TolariaError: why nothing was restored; the live state is as it was.
         """
         target = request.target_step if request.HasField("target_step") else None
-        outcome = await self._run.roll_back(Asked(request.tier, target, request.reason, _OPERATOR))
+        asked = Asked(request.tier, target, request.reason, _OPERATOR, request_id=request.request_id)
+        outcome = await self._run.roll_back(asked)
         return admin.TriggerRollbackResponse(
             rollback_id=outcome.rollback_id,
             tier=outcome.tier,
@@ -69,11 +88,17 @@ class RecoveryDesk:
 
     async def restore_points(self) -> admin.ListRestorePointsResponse:
         """Where one can go back to, newest first. Raises JournalError."""
-        return list_restore_points(await self._archive.restore_points(), self._points(), healthy_step=None)
+        rows = await self._archive.restore_points()
+        return list_restore_points(rows, self._points(), healthy_step=self._run.rollbacks.healthy_step)
 
     async def create_checkpoint(self, request: admin.CreateCheckpointRequest) -> admin.CreateCheckpointResponse:
-        """Write one now; returns when it is committed. Raises TolariaError: there is none."""
-        return checkpoint_created(await self._run.checkpoint(request.reason))
+        """Write one now; returns when it is committed. A caller who went away gets, or waits for, the same one.
+
+        Raises:
+            WrongStateError: too many are being waited for already, or the run has ended.
+            TolariaError: there is none.
+        """
+        return checkpoint_created(await asyncio.shield(self._creation(request)))
 
     async def incidents(self, limit: int) -> admin.ListIncidentsResponse:
         """The newest so many things that have gone wrong, newest first; 0: as many as is usual. Raises JournalError."""
@@ -89,3 +114,26 @@ class RecoveryDesk:
         return admin.CaptureProfileResponse(
             global_step=taken.global_step, path=str(taken.trace.path), size_bytes=taken.trace.size_bytes
         )
+
+    def _creation(self, request: admin.CreateCheckpointRequest) -> asyncio.Task[CheckpointRow]:
+        """The task, of its own so that it outlives its caller, that serves this very request."""
+        key = request.SerializeToString(deterministic=True)
+        if (known := self._creations.get(key)) is not None:
+            return known
+        if len(self._creations) >= _CREATIONS_MAX:
+            over = next((kept for kept, task in self._creations.items() if task.done()), None)
+            if over is None:
+                raise WrongStateError(f"{_CREATIONS_MAX} checkpoints are being waited for already")
+            del self._creations[over]
+        task = self._creations[key] = asyncio.create_task(self._create(request.reason))
+        task.add_done_callback(_look_at)
+        return task
+
+    async def _create(self, reason: str) -> CheckpointRow:
+        return await self._run.checkpoint(reason)
+
+
+def _look_at(task: asyncio.Task[CheckpointRow]) -> None:
+    """Its error is for those who wait; where nobody does any more it has been told where it happened."""
+    if not task.cancelled():
+        task.exception()

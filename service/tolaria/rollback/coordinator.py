@@ -54,7 +54,7 @@ from tolaria.rollback.phases import Phase, RollbackEvent, after
 from tolaria.rollback.polling import abort_all, ask_in_turn
 
 OUTCOMES_KEPT: Final = 128
-RECORD_S_MAX: Final = 1.0
+RECORD_S_MAX: Final = 0.5
 """Longest that the end of a rollback, and with it the lane, waits for the journal."""
 
 _LAST_EVENT: Final = {

@@ -22,6 +22,9 @@ INCIDENTS_MAX = 1000
 # A thousand slow steps, or a pause in between; the command line waits longer.
 PROFILE_TIMEOUT_S = 600.0
 
+# A full rollback's budget and the restoring of what belongs around it, several times over.
+ROLLBACK_TIMEOUT_S = 60.0
+
 # Many times the largest state that a disk takes in its stride; the writing goes on.
 CHECKPOINT_TIMEOUT_S = 300.0
 
@@ -65,7 +68,8 @@ class RecoveryService(LedgeredService):
         async def carry_out() -> admin.TriggerRollbackResponse:
             if request.tier not in RollbackTier.values():
                 raise InvalidFieldError("tier", f"must be auto (0), fast (1) or full (2), is {request.tier}")
-            return await bounded(self._recovery.trigger_rollback(request), missed="the rollback was not over")
+            going = self._recovery.trigger_rollback(request)
+            return await bounded(going, timeout_s=ROLLBACK_TIMEOUT_S, missed="the rollback was not over")
 
         return await self._once("TriggerRollback", request, context, carry_out)
 

@@ -42,7 +42,7 @@ _JUDGE = "judge"
 # Small commands to a lane that stands already.
 _AFTERMATH_S = 5.0
 # One small transaction; the lane stands meanwhile.
-_SUPERSEDE_S: Final = 2.0
+_SUPERSEDE_S: Final = 1.0
 _ERRANDS_KEPT: Final = 64
 _BATCHES_LOGGED_MAX: Final = 20
 

@@ -368,6 +368,9 @@ async def test_a_refused_move_changes_nothing() -> None:
     assert run.reasons == []
 
 
+LATE = ("FAILED_PRECONDITION", "; the request stands")
+
+
 @pytest.mark.parametrize(
     ("method", "asked", "code", "said"),
     [

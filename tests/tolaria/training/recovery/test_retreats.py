@@ -87,7 +87,6 @@ def test_nothing_is_judged_where_nobody_wants_it() -> None:
 def test_what_is_healthy_ends_where_it_went_wrong() -> None:
     """Not with a step that exploded, nor with one on the way back; a collapse takes the epoch's steps back."""
     retreats = Retreats(SETTINGS)
-    assert retreats.healthy_step is None
     health = trained(retreats, 10, 1.0)
     assert retreats.healthy_step == 9
     assert isinstance(retreats.step(step(10, 100.0), health), Retreat)

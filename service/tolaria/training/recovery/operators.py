@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Protocol
 
 from leyline.v1 import admin_service_pb2 as admin
-from tolaria.errors import WrongStateError
 from tolaria.rollback import CheckpointRow, SnapshotInfo
 from tolaria.rollback.orders import RollbackOutcome
 from tolaria.training.profile_desk import ProfileTaken
@@ -21,8 +19,6 @@ from tolaria.training.recovery.listing import (
 from tolaria.training.recovery.rollbacks import Asked
 
 _OPERATOR = "operator"
-_CREATIONS_MAX: Final = 16
-"""Checkpoints that operators have asked for lately, or wait for."""
 
 
 class Health(Protocol):
@@ -63,7 +59,6 @@ class RecoveryDesk:
         self._run = run
         self._archive = archive
         self._points = points
-        self._creations: dict[bytes, asyncio.Task[CheckpointRow]] = {}
 
     async def trigger_rollback(self, request: admin.TriggerRollbackRequest) -> admin.TriggerRollbackResponse:
         """Go back; returns when the state is back. A caller who went away gets, or waits for, the same by asking again.
@@ -92,13 +87,8 @@ class RecoveryDesk:
         return list_restore_points(rows, self._points(), healthy_step=self._run.rollbacks.healthy_step)
 
     async def create_checkpoint(self, request: admin.CreateCheckpointRequest) -> admin.CreateCheckpointResponse:
-        """Write one now; returns when it is committed. A caller who went away gets, or waits for, the same one.
-
-        Raises:
-            WrongStateError: too many are being waited for already, or the run has ended.
-            TolariaError: there is none.
-        """
-        return checkpoint_created(await asyncio.shield(self._creation(request)))
+        """Write one now; returns when it is committed. Raises TolariaError: there is none."""
+        return checkpoint_created(await self._run.checkpoint(request.reason))
 
     async def incidents(self, limit: int) -> admin.ListIncidentsResponse:
         """The newest so many things that have gone wrong, newest first; 0: as many as is usual. Raises JournalError."""
@@ -114,26 +104,3 @@ class RecoveryDesk:
         return admin.CaptureProfileResponse(
             global_step=taken.global_step, path=str(taken.trace.path), size_bytes=taken.trace.size_bytes
         )
-
-    def _creation(self, request: admin.CreateCheckpointRequest) -> asyncio.Task[CheckpointRow]:
-        """The task, of its own so that it outlives its caller, that serves this very request."""
-        key = request.SerializeToString(deterministic=True)
-        if (known := self._creations.get(key)) is not None:
-            return known
-        if len(self._creations) >= _CREATIONS_MAX:
-            over = next((kept for kept, task in self._creations.items() if task.done()), None)
-            if over is None:
-                raise WrongStateError(f"{_CREATIONS_MAX} checkpoints are being waited for already")
-            del self._creations[over]
-        task = self._creations[key] = asyncio.create_task(self._create(request.reason))
-        task.add_done_callback(_look_at)
-        return task
-
-    async def _create(self, reason: str) -> CheckpointRow:
-        return await self._run.checkpoint(reason)
-
-
-def _look_at(task: asyncio.Task[CheckpointRow]) -> None:
-    """Its error is for those who wait; where nobody does any more it has been told where it happened."""
-    if not task.cancelled():
-        task.exception()

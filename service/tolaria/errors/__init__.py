@@ -64,6 +64,7 @@ TolariaError
 │   ├── StateUnsupportedError
 │   ├── StateMismatchError
 │   ├── ImageDamagedError
+│   ├── RestoreUnprovenError
 │   ├── RestoreAbandonedError
 │   ├── CheckpointError
 │   │   ├── CheckpointWriteError
@@ -77,6 +78,7 @@ TolariaError
 └── RequestError                  an operator's request cannot be served
     ├── InvalidFieldError
     ├── WrongStateError
+    │   └── StillUnderwayError
     ├── ProfileFailedError
     └── NotImplementedYetError
 """
@@ -142,6 +144,7 @@ from tolaria.errors.rollback import (
     JournalUnavailableError,
     NoCheckpointError,
     RestoreAbandonedError,
+    RestoreUnprovenError,
     RollbackError,
     StateMismatchError,
     StateUnsupportedError,
@@ -158,6 +161,7 @@ from tolaria.errors.run import (
     NotImplementedYetError,
     ProfileFailedError,
     RequestError,
+    StillUnderwayError,
     UnknownJobError,
     WrongStateError,
 )
@@ -238,6 +242,7 @@ __all__ = [
     "RebuildFailedError",
     "RequestError",
     "RestoreAbandonedError",
+    "RestoreUnprovenError",
     "RollbackError",
     "ScheduleError",
     "SeedError",
@@ -248,6 +253,7 @@ __all__ = [
     "StateHeldError",
     "StateMismatchError",
     "StateUnsupportedError",
+    "StillUnderwayError",
     "TolariaError",
     "TopologyStateError",
     "UnknownBlueprintError",

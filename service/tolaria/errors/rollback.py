@@ -37,6 +37,17 @@ class ImageDamagedError(RollbackError):
         super().__init__(f"{name}: its bytes have changed since they were captured")
 
 
+class RestoreUnprovenError(RollbackError):
+    """Raised when the live state, overwritten by a restore, has not the digest of what was captured: the proof failed.
+
+    What is live then is no state that the run was ever in. `step` is the one that it was to be.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        super().__init__(f"the live state was overwritten and is not what was captured at step {step}")
+
+
 class RestoreAbandonedError(RollbackError):
     """Raised when a restore was told to give up, at its deadline for instance; the live state is as it was."""
 

@@ -54,6 +54,10 @@ class WrongStateError(RequestError):
     """Raised when a request does not fit the state that the run is in."""
 
 
+class StillUnderwayError(WrongStateError):
+    """Raised when what was asked for takes longer than a call may wait; it goes on, and a repeat waits for it."""
+
+
 class ProfileFailedError(RequestError):
     """Raised when a profile that was asked for has left no trace; training is as if nobody had asked."""
 

@@ -25,18 +25,20 @@ from leyline.v1.enums_pb2 import (
     RollbackTier,
 )
 from tolaria.errors import (
-    ImageDamagedError,
     InvalidFieldError,
     JournalError,
+    JournalUnavailableError,
     LaneError,
     NoCheckpointError,
     RestoreAbandonedError,
+    RestoreUnprovenError,
     TolariaError,
 )
 from tolaria.rollback.budget import TOLARIA, RollbackBudgets
 from tolaria.rollback.commit_gate import CommitGate
 from tolaria.rollback.journal_rows import RollbackRow
 from tolaria.rollback.orders import (
+    ID_BYTES_MAX,
     Ending,
     RestoreOrder,
     RestoreOutcome,
@@ -52,7 +54,8 @@ from tolaria.rollback.phases import Phase, RollbackEvent, after
 from tolaria.rollback.polling import abort_all, ask_in_turn
 
 OUTCOMES_KEPT: Final = 128
-_ID_BYTES_MAX: Final = 64
+RECORD_S_MAX: Final = 0.5
+"""Longest that the end of a rollback, and with it the lane, waits for the journal."""
 
 _LAST_EVENT: Final = {
     Ending.RESTORED: RollbackEvent.CONFIRMED,
@@ -83,6 +86,7 @@ class RollbackCoordinator:
         budgets: how long it may take.
         on_slot: shows every phase on the board.
         record: writes the journal's row, not on the event loop; a `JournalError` of it is part of the outcome.
+            Cancelled because it takes long, it has the row written later.
         clocks: time.
     """
 
@@ -147,8 +151,8 @@ class RollbackCoordinator:
     # -- in order ------------------------------------------------------------------------------------------------
 
     def _begin(self, request: RollbackRequest) -> tuple[RollbackRun, anyio.Event]:
-        if not 0 < len(request.rollback_id.encode()) <= _ID_BYTES_MAX:
-            raise InvalidFieldError("rollback_id", f"must have 1 to {_ID_BYTES_MAX} bytes")
+        if not 0 < len(request.rollback_id.encode()) <= ID_BYTES_MAX:
+            raise InvalidFieldError("rollback_id", f"must have 1 to {ID_BYTES_MAX} bytes")
         phase = after(self._phase, RollbackEvent.BEGUN)
         now_s = self._clocks.monotonic_s()
         run = RollbackRun(
@@ -204,7 +208,7 @@ class RollbackCoordinator:
         await ask_in_turn(run, self._seats, Call.COMMIT, self._budgets, self._clocks.monotonic_s)
         await self._restore(run)
         if not run.proven:
-            raise ImageDamagedError("the restored state")
+            raise RestoreUnprovenError(run.restored_step)
 
     async def _restore(self, run: RollbackRun) -> None:
         """Let the lane restore. At the deadline, or when cancelled, it is cancelled, unless it is copying by then."""
@@ -255,14 +259,21 @@ class RollbackCoordinator:
         if ending is not Ending.RESTORED:
             await abort_all(run, self._seats, self._budgets, self._clocks.monotonic_s)
         outcome = self._outcome(run, ending)
-        try:
-            await self._record(row_of(outcome, run, self._run_id))
-        except JournalError as error:
-            outcome = replace(outcome, unrecorded=error)
+        outcome = replace(outcome, unrecorded=await self._unrecorded(row_of(outcome, run, self._run_id)))
         self._outcomes[outcome.rollback_id] = outcome
         if len(self._outcomes) > OUTCOMES_KEPT:
             self._outcomes.popitem(last=False)
         return outcome
+
+    async def _unrecorded(self, row: RollbackRow) -> JournalError | None:
+        """Record it; why the journal does not hold it."""
+        try:
+            with anyio.move_on_after(RECORD_S_MAX):
+                await self._record(row)
+                return None
+        except JournalError as error:
+            return error
+        return JournalUnavailableError(f"it did not answer within {RECORD_S_MAX:g} s; the row is written later")
 
     # -- details -------------------------------------------------------------------------------------------------
 
@@ -301,7 +312,7 @@ def _cancelled(run: RollbackRun) -> tuple[Ending, TolariaError | None]:
     if run.proven:
         return Ending.RESTORED, None
     if run.restored is not None:
-        return Ending.FAILED, ImageDamagedError("the restored state")
+        return Ending.FAILED, RestoreUnprovenError(run.restored_step)
     if run.granted:
         return Ending.FAILED, LaneError("nobody waited for the lane's copy: which state is live now is not known")
     return Ending.ABORTED, None

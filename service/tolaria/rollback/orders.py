@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, unique
-from typing import Protocol
+from typing import Final, Protocol
 
 from leyline.v1.enums_pb2 import RollbackTier
 from tolaria.errors import JournalError, TolariaError
 from tolaria.rollback.journal_rows import RollbackRow
 from tolaria.rollback.participants import Ballot
+
+ID_BYTES_MAX: Final = 64
+"""Of a rollback_id: the board has room for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +21,7 @@ class RollbackRequest:
     """What is asked for.
 
     Args:
-        rollback_id: 1 to 64 bytes (the board has room for that); the same one is carried out once.
+        rollback_id: 1 to `ID_BYTES_MAX` bytes; the same one is carried out once.
         tier: UNSPECIFIED takes the fast one if it has a point, else the full one.
         target_step: go to the nearest point at or before it; None: to the newest.
         global_step: where training is now, for the journal.
@@ -77,7 +80,8 @@ class Restorer(Protocol):
 class Ending(Enum):
     """How a rollback ended; the values are the journal's words. Only RESTORED may have changed live state.
 
-    FAILED with `restored_step` set is the exception: the copy was made, and the proof of it failed.
+    FAILED with `restored_step` set is the exception: the copy was made, and the proof of it failed. The live state is
+    then neither what it was nor what was captured; see `RollbackOutcome.unproven`.
     """
 
     RESTORED = "restored"
@@ -88,7 +92,7 @@ class Ending(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RollbackOutcome:
-    """How a rollback ended. `restored_step` is -1 and the digests are empty where nothing was restored.
+    """How a rollback ended. `restored_step` is -1 and the digests are empty where nothing was copied.
 
     `latency_ms`: from the trigger until the live state was back, or given up. `restore_ms`: the lane's own part.
     `unrecorded`: why the journal does not hold it.
@@ -108,6 +112,11 @@ class RollbackOutcome:
     error: TolariaError | None
     unrecorded: JournalError | None = None
 
+    @property
+    def unproven(self) -> bool:
+        """Whether live state was overwritten with something else than what was captured: nobody may train on."""
+        return self.ending is Ending.FAILED and self.restored_step >= 0
+
 
 @dataclass(slots=True)
 class RollbackRun:
@@ -126,6 +135,11 @@ class RollbackRun:
     decided_s: float | None = None
     ending: Ending | None = None
     error: TolariaError | None = None
+
+    @property
+    def restored_step(self) -> int:
+        """The step that the lane copied; -1: none."""
+        return -1 if self.restored is None else self.restored.restored_step
 
     @property
     def proven(self) -> bool:

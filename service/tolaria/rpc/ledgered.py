@@ -12,7 +12,7 @@ import anyio
 import grpc.aio
 
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceServicer
-from tolaria.errors import TolariaError, WrongStateError
+from tolaria.errors import StillUnderwayError, TolariaError
 from tolaria.rpc.requests import Answer, MutatingRequest, RequestLedger
 from tolaria.rpc.status import abort
 
@@ -44,8 +44,8 @@ async def bounded(
     """Wait for an effect in the lane; `missed` says what did not happen in time.
 
     Raises:
-        WrongStateError: it took too long; it still takes effect.
+        StillUnderwayError: it took too long; it still takes effect.
     """
     with anyio.move_on_after(timeout_s):
         return await effect
-    raise WrongStateError(f"{missed} within {timeout_s:.0f} s; the request stands")
+    raise StillUnderwayError(f"{missed} within {timeout_s:.0f} s; the request stands")

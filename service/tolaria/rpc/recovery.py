@@ -5,11 +5,14 @@ Checks a request, hands it over, answers. Takes no decisions; must not know how 
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Awaitable
+from typing import Final, Protocol, TypeVar
+
+import anyio
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.enums_pb2 import RollbackTier
-from tolaria.errors import InvalidFieldError, TolariaError
+from tolaria.errors import InvalidFieldError, JournalUnavailableError, TolariaError
 from tolaria.rpc.ledgered import Context, LedgeredService, bounded
 from tolaria.rpc.requests import RequestLedger
 from tolaria.rpc.status import abort
@@ -18,6 +21,17 @@ INCIDENTS_MAX = 1000
 
 # A thousand slow steps, or a pause in between; the command line waits longer.
 PROFILE_TIMEOUT_S = 600.0
+
+# A full rollback's budget and the restoring of what belongs around it, several times over.
+ROLLBACK_TIMEOUT_S = 60.0
+
+# Many times the largest state that a disk takes in its stride; the writing goes on.
+CHECKPOINT_TIMEOUT_S = 300.0
+
+# A thousand rows are read in tens of milliseconds.
+READ_S_MAX: Final = 10.0
+
+_Read = TypeVar("_Read")
 
 
 class Recovery(Protocol):
@@ -54,7 +68,8 @@ class RecoveryService(LedgeredService):
         async def carry_out() -> admin.TriggerRollbackResponse:
             if request.tier not in RollbackTier.values():
                 raise InvalidFieldError("tier", f"must be auto (0), fast (1) or full (2), is {request.tier}")
-            return await self._recovery.trigger_rollback(request)
+            going = self._recovery.trigger_rollback(request)
+            return await bounded(going, timeout_s=ROLLBACK_TIMEOUT_S, missed="the rollback was not over")
 
         return await self._once("TriggerRollback", request, context, carry_out)
 
@@ -63,7 +78,7 @@ class RecoveryService(LedgeredService):
     ) -> admin.ListRestorePointsResponse:
         """Where one can go back to."""
         try:
-            return await self._recovery.restore_points()
+            return await _read(self._recovery.restore_points())
         except TolariaError as error:
             await abort(context, error)
 
@@ -73,7 +88,8 @@ class RecoveryService(LedgeredService):
         """Write a durable checkpoint now."""
 
         async def carry_out() -> admin.CreateCheckpointResponse:
-            return await self._recovery.create_checkpoint(request)
+            writing = self._recovery.create_checkpoint(request)
+            return await bounded(writing, timeout_s=CHECKPOINT_TIMEOUT_S, missed="the checkpoint was not written")
 
         return await self._once("CreateCheckpoint", request, context, carry_out)
 
@@ -82,7 +98,7 @@ class RecoveryService(LedgeredService):
         try:
             if request.limit > INCIDENTS_MAX:
                 raise InvalidFieldError("limit", f"must not be more than {INCIDENTS_MAX}, is {request.limit}")
-            return await self._recovery.incidents(request.limit)
+            return await _read(self._recovery.incidents(request.limit))
         except TolariaError as error:
             await abort(context, error)
 
@@ -96,3 +112,10 @@ class RecoveryService(LedgeredService):
             return await bounded(taking, timeout_s=PROFILE_TIMEOUT_S, missed="the steps of the profile were not done")
 
         return await self._once("CaptureProfile", request, context, carry_out)
+
+
+async def _read(reading: Awaitable[_Read]) -> _Read:
+    """What is read from the journal. Raises JournalUnavailableError: it does not answer."""
+    with anyio.move_on_after(READ_S_MAX):
+        return await reading
+    raise JournalUnavailableError(f"the journal did not answer within {READ_S_MAX:g} s")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import structlog
 
-from leyline.v1.enums_pb2 import RollbackTier
+from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, RollbackTier
 from tolaria.config import Settings
 from tolaria.errors import SignalError
 from tolaria.peers.verification import new_verifier
@@ -124,7 +124,7 @@ def new_loop(parts: Parts, *, controller: Controller, executor: Executor, seats:
 
     conduct = Conduct(parts.link.standstill, parts.recorder, guardian=parts.guardian, changed=parts.feed.changed)
     checkpoints = new_checkpoints(parts, conduct)
-    rollbacks = new_rollbacks(parts, seats, checkpoints)
+    rollbacks = new_rollbacks(parts, seats, conduct=conduct, desk=checkpoints)
     enactor = Enactor(
         parts.link.desk,
         parts.recorder,
@@ -193,7 +193,7 @@ def new_cadence(parts: Parts, consultant: Consultant) -> StepCadence:
     return StepCadence(consultant, parts.progress, interval=control.step_interval, on_hook=hooked)
 
 
-def new_rollbacks(parts: Parts, seats: Sequence[Seat], desk: CheckpointDesk) -> RollbackDesk:
+def new_rollbacks(parts: Parts, seats: Sequence[Seat], *, conduct: Conduct, desk: CheckpointDesk) -> RollbackDesk:
     """Where this run goes back, with these participants beside Tolaria; `desk` has what is on its way to disk."""
     settings, recorder, checkpoints = parts.settings.rollback, parts.recorder, parts.ground.storage.checkpoints
 
@@ -204,6 +204,9 @@ def new_rollbacks(parts: Parts, seats: Sequence[Seat], desk: CheckpointDesk) -> 
     async def supersede(global_step: int) -> None:
         desk.went_back(global_step)  # first: what is committed from here on looks for it, what is by now has its row
         await parts.archive.supersede_after(global_step)
+
+    def unproven(reason: str) -> None:
+        parts.guardian.controller.escalate(EMERGENCY_LEVEL_HALT, f"rollback_unproven: {reason}", "tolaria")
 
     restorer = LaneRestorer(
         parts.link.desk, points=parts.link.points, checkpoints=checkpoints, damaged=recorder.rollbacks.damaged
@@ -225,6 +228,8 @@ def new_rollbacks(parts: Parts, seats: Sequence[Seat], desk: CheckpointDesk) -> 
         adjusted=recorder.adjusted,
         supersede=supersede,
         missed=missed,
+        unproven=unproven,
+        ended=lambda: conduct.ended,
         changed=parts.feed.changed,
     )
     return RollbackDesk(coordinator, ties, global_step=lambda: parts.progress.global_step)

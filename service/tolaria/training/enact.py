@@ -18,6 +18,7 @@ from tolaria.errors import (
     WrongStateError,
 )
 from tolaria.optimization import Adjustment
+from tolaria.rollback.orders import Ending, RollbackOutcome
 from tolaria.training.commands import (
     emergency_asked,
     force_breaker,
@@ -139,8 +140,7 @@ class Enactor:
                 self._guardian.controller.escalate(*emergency_asked(command), origin=TAMIYO)
                 self._recorder.applied(consultation)
             case enums.COMMAND_ROLLBACK:
-                self._go_back(command)
-                self._recorder.applied(consultation)
+                self._go_back(consultation, command)
             case enums.COMMAND_PAUSE:
                 self._conduct.hold(f"asked by {command.issued_by or 'the controller'}")
                 self._recorder.applied(consultation)
@@ -151,10 +151,18 @@ class Enactor:
                 kind = in_words(command)
                 raise CommandRejectedError("unsupported", command.command_id, f"{kind} commands are not carried out")
 
-    def _go_back(self, command: AdaptationCommand) -> None:
-        """Begun here; what becomes of it, the journal and the events tell."""
+    def _go_back(self, consultation: Consultation, command: AdaptationCommand) -> None:
+        """Begun here; it has been applied, or was refused, once it is over."""
+
+        def over(outcome: RollbackOutcome) -> None:
+            if outcome.ending is Ending.RESTORED:
+                self._recorder.applied(consultation)
+            else:
+                why = str(outcome.error or outcome.ending.value)
+                self._recorder.refused(CommandRejectedError("refused", command.command_id, why))
+
         try:
-            self._rollbacks.begin(rollback_asked(command))
+            self._rollbacks.begin(rollback_asked(command), over)
         except WrongStateError as error:
             raise CommandRejectedError("refused", command.command_id, str(error)) from None
 

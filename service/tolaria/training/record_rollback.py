@@ -10,6 +10,7 @@ from tolaria.errors import (
     LaneError,
     NoCheckpointError,
     RestoreAbandonedError,
+    RestoreUnprovenError,
     StateMismatchError,
     TolariaError,
 )
@@ -23,6 +24,7 @@ from tolaria.telemetry.metrics import Metrics
 FAILURES: tuple[tuple[type[TolariaError], tuple[str, str]], ...] = (
     (NoCheckpointError, ("locate", "no_point")),
     (RestoreAbandonedError, ("restore", "deadline")),
+    (RestoreUnprovenError, ("verify", "unproven")),
     (ImageDamagedError, ("verify", "damaged")),
     (StateMismatchError, ("stage", "mismatch")),
     (LaneError, ("restore", "lane_ended")),

@@ -54,7 +54,7 @@ class RateCut:
 
 @dataclass(frozen=True, slots=True)
 class Retreat:
-    """Roll back to the newest point of the tier, skip the batches up to `at_step`'s, and cut the learning rate."""
+    """Roll back to a point of the tier before `at_step`, leave out the spoilt batches, and cut the learning rate."""
 
     tier: RollbackTier.ValueType
     reason: str

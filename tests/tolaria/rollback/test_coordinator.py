@@ -15,11 +15,11 @@ from leyline.v1.enums_pb2 import (
 )
 from tolaria.errors import (
     BreakerOpenError,
-    ImageDamagedError,
     InvalidFieldError,
     JournalUnavailableError,
     NoCheckpointError,
     PeerTimeoutError,
+    RestoreUnprovenError,
     StateMismatchError,
     WrongStateError,
 )
@@ -114,6 +114,7 @@ class House:
         self.rows: list[RollbackRow] = []
         self.slots: list[tuple[Phase, int, int, Tier]] = []
         self.journal_error: JournalUnavailableError | None = None
+        self.journal_hangs = False
         self.lane = FakeLane(self.log)
         answers = {"tamiyo": tamiyo or {}, "kasmina": kasmina or {}}
         self.peers = {name: FakePeer(name, self.log, answers[name]) for name in peers}
@@ -129,6 +130,8 @@ class House:
 
     async def _record(self, row: RollbackRow) -> None:
         await anyio.lowlevel.checkpoint()
+        if self.journal_hangs:
+            await anyio.sleep_forever()
         if self.journal_error is not None:
             raise self.journal_error
         self.rows.append(row)
@@ -280,8 +283,9 @@ async def test_a_restore_that_cannot_be_proved_has_failed() -> None:
 
     house.lane.work = wrong
     outcome = await house.coordinator.roll_back(request())
-    assert (outcome.ending, outcome.restored_step) == (Ending.FAILED, 40)
-    assert isinstance(outcome.error, ImageDamagedError)
+    assert (outcome.ending, outcome.restored_step, outcome.unproven) == (Ending.FAILED, 40, True)
+    assert "the live state was overwritten and is not what was captured" in str(outcome.error)
+    assert isinstance(outcome.error, RestoreUnprovenError)
     assert [(r.outcome, r.restored_step, r.state_digest, r.expected_digest) for r in house.rows] == [
         ("failed", -1, "live", "captured")
     ]
@@ -353,6 +357,16 @@ async def test_a_journal_that_fails_is_told_and_changes_nothing() -> None:
     outcome = await house.coordinator.roll_back(request())
     assert outcome.ending is Ending.RESTORED
     assert outcome.unrecorded is house.journal_error
+
+
+async def test_a_journal_that_hangs_holds_up_nothing() -> None:
+    """The rollback ends, which lets the lane go on, and says that the journal does not hold it."""
+    house = House()
+    house.journal_hangs = True
+    with anyio.fail_after(10):
+        outcome = await house.coordinator.roll_back(request())
+    assert outcome.ending is Ending.RESTORED
+    assert isinstance(outcome.unrecorded, JournalUnavailableError)
 
 
 async def test_outcomes_are_not_kept_forever() -> None:

@@ -8,6 +8,7 @@ import anyio
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from hypothesis import HealthCheck, given, settings
@@ -33,6 +34,7 @@ from tolaria.errors import (
     WrongStateError,
 )
 from tolaria.grpc_server import grpc_server
+from tolaria.rpc import recovery
 from tolaria.rpc.admin import AdminService
 from tolaria.rpc.requests import RequestLedger
 from tolaria.training.feed import StatusFeed
@@ -364,3 +366,40 @@ async def test_a_refused_move_changes_nothing() -> None:
     with pytest.raises(WrongStateError):
         await run.pause("x")
     assert run.reasons == []
+
+
+LATE = ("FAILED_PRECONDITION", "; the request stands")
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "code", "said"),
+    [
+        ("restore_points", admin.ListRestorePointsRequest(), "UNAVAILABLE", "did not answer within"),
+        ("incidents", admin.ListIncidentsRequest(), "UNAVAILABLE", "did not answer within"),
+        (
+            "create_checkpoint",
+            admin.CreateCheckpointRequest(request_id="1", reason="r"),
+            "FAILED_PRECONDITION",
+            "stands",
+        ),
+        ("trigger_rollback", admin.TriggerRollbackRequest(request_id="1", reason="r"), "FAILED_PRECONDITION", "stands"),
+    ],
+)
+async def test_no_call_about_going_back_waits_for_ever(
+    method: str, asked: Message, code: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind each is a bound, also where the client has none, and an error that says what did not happen."""
+    for bound in ("READ_S_MAX", "CHECKPOINT_TIMEOUT_S", "ROLLBACK_TIMEOUT_S"):
+        monkeypatch.setattr(recovery, bound, 0.05)
+
+    async def never(_asked: object = None) -> Message:
+        await anyio.sleep_forever()
+        return asked
+
+    async with served() as it:
+        monkeypatch.setattr(it.run, method, never)
+        call = getattr(it.stub, type(asked).__name__.removesuffix("Request"))
+        with anyio.fail_after(10), pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(asked)
+    assert caught.value.code().name == code
+    assert said in str(caught.value.details())

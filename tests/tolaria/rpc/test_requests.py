@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import anyio
 import pytest
+from google.protobuf.message import Message
 
 from leyline.v1.admin_service_pb2 import PauseTrainingRequest, PauseTrainingResponse
 from support.answers import FakeAnswers
-from tolaria.errors import InvalidFieldError, WrongStateError
+from tolaria.errors import InvalidFieldError, StillUnderwayError, WrongStateError
 from tolaria.rpc.requests import RequestLedger
 
 pytestmark = pytest.mark.anyio
@@ -127,3 +128,33 @@ async def test_a_repeat_after_a_restart_gets_the_first_answer() -> None:
         await RequestLedger(10, answers).once("ResumeTraining", request("a"), effect.now)
     assert effect.times == 1
     assert answers.reasons[0]
+
+
+class HangingAnswers(FakeAnswers):
+    """A store whose disk hangs."""
+
+    async def find(self, request_id: str) -> tuple[str, bytes] | None:
+        await anyio.sleep_forever()
+        return None
+
+    async def keep(self, request_id: str, reason: str, answer: Message) -> None:
+        await anyio.sleep_forever()
+
+
+async def test_a_store_that_hangs_holds_up_neither_the_effect_nor_the_answer() -> None:
+    """An emergency cannot wait for the disk: it is carried out, answered, and remembered here."""
+    ledger, effect = RequestLedger(10, HangingAnswers()), Effect()
+    with anyio.fail_after(5):
+        first = await ledger.once("PauseTraining", request(), effect.now)
+        assert await ledger.once("PauseTraining", request(), effect.now) == first
+    assert effect.times == 1
+
+
+async def test_what_is_still_under_way_is_asked_for_again() -> None:
+    """That it takes long is no answer to remember: the repeat gets what has become of it."""
+    ledger, effect = RequestLedger(10, FakeAnswers()), Effect()
+    effect.error = StillUnderwayError("not yet")
+    with pytest.raises(StillUnderwayError):
+        await ledger.once("PauseTraining", request(), effect.now)
+    effect.error = None
+    assert (await ledger.once("PauseTraining", request(), effect.now)).global_step == 2

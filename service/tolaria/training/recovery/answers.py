@@ -17,7 +17,7 @@ from tolaria.training.recovery.listing import admin_row
 
 
 class JournaledAnswers:
-    """Used on the event loop only. A journal that refuses costs the memory of a request, not its answer."""
+    """Used on the event loop only. What the journal refuses now it is given again later."""
 
     def __init__(self, archive: Archive, progress: Progress) -> None:
         self._archive = archive
@@ -34,7 +34,7 @@ class JournaledAnswers:
         return None if row is None else (row.method, row.answer)
 
     async def keep(self, request_id: str, reason: str, answer: Message) -> None:
-        """Keep a request's answer."""
+        """Keep a request's answer, unless it has one; where that takes long, cancel this: it is kept later."""
         row = admin_row(
             request_id,
             answer,
@@ -43,7 +43,12 @@ class JournaledAnswers:
             reason=reason,
             global_step=self._progress.global_step,
         )
+        kept = False
         try:
             await self._archive.answer_once(row)
+            kept = True
         except JournalError as error:
-            self._log.warning("request_not_remembered", request_id=request_id, error=str(error))
+            self._log.warning("request_not_remembered_yet", request_id=request_id, error=str(error))
+        finally:
+            if not kept:
+                self._archive.note(row)

@@ -77,10 +77,13 @@ class Archive:
         """Have the row written some time soon; returns at once and never raises.
 
         Beyond the bound the oldest row gives way, commands before all others: they are by far the most, while
-        rollbacks, emergencies and faults are what somebody will look for. An answer to an operator is not for here
-        but for `answer_once`, since a later one must not take the place of the first.
+        rollbacks, emergencies and faults are what somebody will look for. Of the answers to one request the first
+        counts, here as in `answer_once`.
         """
-        self._waiting[_key(row)] = row
+        if isinstance(row, AdminActionRow):
+            self._waiting.setdefault(_key(row), row)
+        else:
+            self._waiting[_key(row)] = row
         if len(self._waiting) > self._rows_max:
             commands = (key for key, waiting in self._waiting.items() if isinstance(waiting, CommandRow))
             del self._waiting[next(commands, next(iter(self._waiting)))]
@@ -106,17 +109,21 @@ class Archive:
         return len(self._waiting)
 
     async def put(self, row: Row) -> None:
-        """Add a row, or replace the one with its key; durable when this returns.
+        """Add a row, or replace the one with its key; durable when this returns. Cancelled, it is noted for later.
 
         Raises:
             JournalError: it is not written, and will not be.
         """
         key = _key(row)
         older = self._waiting.get(key)
-        async with self._writing:
-            await self._in_thread(lambda: self._storage.journal.put(row))
-            if older is not None and self._waiting.get(key) is older:
-                del self._waiting[key]
+        try:
+            async with self._writing:
+                await self._in_thread(lambda: self._storage.journal.put(row))
+                if older is not None and self._waiting.get(key) is older:
+                    del self._waiting[key]
+        except anyio.get_cancelled_exc_class():
+            self.note(row)
+            raise
 
     async def incidents(self, limit: int) -> tuple[Incident, ...]:
         """The newest `limit` incidents, newest first. Raises JournalError."""
@@ -139,6 +146,9 @@ class Archive:
 
     async def find_answer(self, request_id: str) -> AdminActionRow | None:
         """The answer that a request got before, from this process or an earlier one. Raises JournalError."""
+        waiting = self._waiting.get((AdminActionRow.table, request_id))
+        if isinstance(waiting, AdminActionRow):
+            return waiting
         return await self._in_thread(lambda: self._storage.journal.find(AdminActionRow, request_id))
 
     async def answer_once(self, row: AdminActionRow) -> AdminActionRow:
@@ -161,7 +171,7 @@ class Archive:
                 return True
             key, row = next(iter(self._waiting.items()))
             try:
-                await self._in_thread(lambda: self._storage.journal.put(row))
+                await self._in_thread(lambda: self._write(row))
             except JournalError as error:
                 self._refused(str(error))
                 return False
@@ -173,6 +183,12 @@ class Archive:
             if self._waiting.get(key) is row:
                 del self._waiting[key]
         return True
+
+    def _write(self, row: Row) -> None:
+        if isinstance(row, AdminActionRow):
+            self._storage.journal.answer_once(row)
+        else:
+            self._storage.journal.put(row)
 
     def _accepted(self) -> None:
         if self.failing:

@@ -21,8 +21,20 @@ from tolaria.training.recovery.rollbacks import Asked
 _OPERATOR = "operator"
 
 
+class Health(Protocol):
+    """Knows how far training is known to be well."""
+
+    @property
+    def healthy_step(self) -> int | None:
+        """The newest such step; None: nothing has ever gone wrong."""
+
+
 class Revertible(Protocol):
     """A run that can go back, be kept, and be profiled."""
+
+    @property
+    def rollbacks(self) -> Health:
+        """Where it goes back."""
 
     async def roll_back(self, asked: Asked) -> RollbackOutcome:
         """Go back and wait for it."""
@@ -49,13 +61,15 @@ class RecoveryDesk:
         self._points = points
 
     async def trigger_rollback(self, request: admin.TriggerRollbackRequest) -> admin.TriggerRollbackResponse:
-        """Go back; returns when the state is back.
+        """Go back; returns when the state is back. A caller who went away gets, or waits for, the same by asking again.
 
         Raises:
+            RestoreUnprovenError: the live state was overwritten and is not what was captured; the run is halted.
             TolariaError: why nothing was restored; the live state is as it was.
         """
         target = request.target_step if request.HasField("target_step") else None
-        outcome = await self._run.roll_back(Asked(request.tier, target, request.reason, _OPERATOR))
+        asked = Asked(request.tier, target, request.reason, _OPERATOR, request_id=request.request_id)
+        outcome = await self._run.roll_back(asked)
         return admin.TriggerRollbackResponse(
             rollback_id=outcome.rollback_id,
             tier=outcome.tier,
@@ -69,7 +83,8 @@ class RecoveryDesk:
 
     async def restore_points(self) -> admin.ListRestorePointsResponse:
         """Where one can go back to, newest first. Raises JournalError."""
-        return list_restore_points(await self._archive.restore_points(), self._points(), healthy_step=None)
+        rows = await self._archive.restore_points()
+        return list_restore_points(rows, self._points(), healthy_step=self._run.rollbacks.healthy_step)
 
     async def create_checkpoint(self, request: admin.CreateCheckpointRequest) -> admin.CreateCheckpointResponse:
         """Write one now; returns when it is committed. Raises TolariaError: there is none."""

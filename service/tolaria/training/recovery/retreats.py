@@ -37,6 +37,9 @@ class Retreats:
         self._record = _read(scale)
         self._retreating = False
         self._spoiled: set[tuple[int, int]] = set()
+        self._validated_step: int | None = None
+        self.healthy_step: int | None = None
+        """The newest step that was judged and found well, by its epoch too where that is over; None: none was."""
 
     @property
     def scale(self) -> str:
@@ -56,6 +59,8 @@ class Retreats:
             return Proceed()
         verdict = judge_step(health, self._record, step, self._limits)
         if isinstance(verdict, Proceed):
+            if not (step.void or self._retreating):
+                self.healthy_step = step.global_step
             return verdict
         self._spoiled.update((step.epoch, place) for place in step.batches)
         if self._retreating:
@@ -72,7 +77,12 @@ class Retreats:
             return Proceed()
         verdict = judge_epoch(self._record, epoch, self._limits)
         self._record = self._record.after_epoch(epoch)
-        return verdict if isinstance(verdict, Proceed) else self._begun(verdict)
+        if isinstance(verdict, Proceed):
+            self._validated_step = epoch.global_step
+            return verdict
+        if self._validated_step is not None and self.healthy_step is not None:
+            self.healthy_step = min(self._validated_step, self.healthy_step)
+        return self._begun(verdict)
 
     def over(self) -> frozenset[tuple[int, int]]:
         """A rollback has ended: the batches, (epoch, place in it), that were spoilt since it was asked for."""

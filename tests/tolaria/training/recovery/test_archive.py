@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -208,3 +209,23 @@ async def test_the_first_answer_counts(storage: Storage) -> None:
     assert await archive.find_answer("q") is None
     first = await archive.answer_once(action(b"first"))
     assert await archive.answer_once(action(b"second")) == first == await archive.find_answer("q") == action(b"first")
+
+
+async def test_a_row_that_nobody_waits_for_any_more_is_written_later(storage: Storage) -> None:
+    """Whoever puts it may give up while the journal hangs; the row is not lost by that."""
+    archive, held, over = Archive(storage), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with storage.journal._lock:
+            held.set()
+            over.wait(30)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(anyio.to_thread.run_sync, hold)
+        await anyio.to_thread.run_sync(held.wait)
+        with anyio.move_on_after(0.05):
+            await archive.put(fault("a"))
+        assert archive.waiting == 1
+        over.set()
+    assert await archive.flush(5.0) == 0
+    assert await keys(storage) == ["a"]

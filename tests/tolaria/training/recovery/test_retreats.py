@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from leyline.v1.state_pb2 import HardwareContext
@@ -80,3 +82,19 @@ def test_nothing_is_judged_where_nobody_wants_it() -> None:
     assert retreats.step(step(31, 1e9), health) == Proceed()
     assert retreats.epoch(epoch(0.9)) == Proceed()
     assert retreats.epoch(epoch(0.0)) == Proceed()
+
+
+def test_what_is_healthy_ends_where_it_went_wrong() -> None:
+    """Not with a step that exploded, nor with one on the way back; a collapse takes the epoch's steps back."""
+    retreats = Retreats(SETTINGS)
+    health = trained(retreats, 10, 1.0)
+    assert retreats.healthy_step == 9
+    assert isinstance(retreats.step(step(10, 100.0), health), Retreat)
+    assert retreats.step(step(11, 1.0), health) == Proceed()
+    assert retreats.healthy_step == 9
+    retreats.over()
+    assert retreats.epoch(replace(epoch(0.9), global_step=9)) == Proceed()
+    assert retreats.step(step(12, 1.0), health) == Proceed()
+    assert retreats.healthy_step == 12
+    assert isinstance(retreats.epoch(epoch(0.1)), Retreat)
+    assert retreats.healthy_step == 9

@@ -172,6 +172,7 @@ async def test_a_missed_deadline_is_told_everywhere_and_halts_if_that_is_set(hal
     [
         ({"tier": "fast", "reason": "r"}, ""),
         ({}, ""),
+        ({"tier": "full"}, "refused"),
         ({"tier": "slow"}, "malformed"),
         ({"target_step": -1}, "malformed"),
     ],
@@ -193,6 +194,7 @@ async def test_the_controller_has_the_run_roll_back(payload: dict[str, object], 
     assert run.loop.rollbacks.completed == (not rejected)
     if rejected:
         assert value(run, "command.rejected_total", reason=rejected) == 1
+        assert value(run, "command.applied_total", type="rollback") is None
     else:
         assert value(run, "command.applied_total", type="rollback") == 1
 

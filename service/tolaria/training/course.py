@@ -68,7 +68,8 @@ class Course:
         if self._plan.keeps:
             with anyio.move_on_after(_LAST_CHECKPOINT_S), suppress(TolariaError):  # told by the desk
                 await self._rollback_over()
-                await self._ties.checkpoints.create(why)
+                if not self._ties.rollbacks.unproven:  # else a restart would go on from what nobody has captured
+                    await self._ties.checkpoints.create(why)
 
     def stop(self) -> None:
         """Have the lane finish its step, and `run` end."""

@@ -10,6 +10,7 @@ import time
 import anyio
 
 from leyline.v1.admin_service_pb2 import AdjustLearningRateRequest, GetStatusResponse
+from tolaria.errors import WrongStateError
 from tolaria.rollback import CheckpointRow
 from tolaria.rollback.orders import RollbackOutcome
 from tolaria.training.course import Course
@@ -101,8 +102,14 @@ class TrainingLoop:
         return await self.rollbacks.carry_out(asked)
 
     async def checkpoint(self, reason: str) -> CheckpointRow:
-        """Have one written, as `CheckpointDesk.create` does. WrongStateError: the run has ended."""
+        """Have one written, as `CheckpointDesk.create` does.
+
+        Raises:
+            WrongStateError: the run has ended, or its state is not what a rollback should have brought back.
+        """
         self._conduct.require_unended("its last checkpoint stands")
+        if self.rollbacks.unproven:
+            raise WrongStateError("the live state is not what was rolled back to: roll back once more first")
         return await self.checkpoints.create(reason)
 
     async def capture_profile(self, request_id: str, active_steps: int) -> ProfileTaken:

@@ -137,6 +137,8 @@ class RollbackDesk:
         self._errands: OrderedDict[str, Errand] = OrderedDict()
         self.completed = 0
         """Rollbacks that restored a state."""
+        self.unproven = False
+        """Whether the live state is what the last rollback left, and not what it should have brought back."""
 
     @property
     def running(self) -> bool:
@@ -233,6 +235,7 @@ class RollbackDesk:
 
     async def _settle(self, errand: Errand, outcome: RollbackOutcome) -> None:
         """What must be so before the lane goes on, by how it ended."""
+        self.unproven = outcome.unproven or (self.unproven and outcome.ending is not Ending.RESTORED)
         if outcome.unproven:
             self._ties.unproven(str(outcome.error))
         elif outcome.ending is Ending.DEADLINE_EXCEEDED:

@@ -73,6 +73,11 @@ async def test_a_proof_that_fails_halts_and_nothing_is_resumed_from_what_was_und
         checkpoints = run.parts.ground.storage.checkpoints
         assert await anyio.to_thread.run_sync(checkpoints.restore_points) == ()
         assert run.loop.rollbacks.completed == 0
+        with pytest.raises(WrongStateError, match="roll back once more"):
+            await run.loop.checkpoint("of what nobody has captured")
+        restorer.restore = restore
+        await run.loop.roll_back(fast(3))
+        assert (await run.loop.checkpoint("of what was captured")).global_step == 3
 
 
 async def test_a_missed_deadline_is_told_while_the_lane_still_stands() -> None:

@@ -14,6 +14,7 @@ import itertools
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -147,8 +148,9 @@ def hosted(options: dict[str, int], epochs: int) -> Stamps:
         "logging.level=error",
         *(f"training.options.{name}={value}" for name, value in options.items()),
     ]
-    if service.run(load_settings(None, overrides)):
-        raise SystemExit("the hosted run failed")
+    with tempfile.TemporaryDirectory() as state:
+        if service.run(load_settings(None, [*overrides, f"state.dir={state}"])):
+            raise SystemExit("the hosted run failed")
     # The service has imported this file under its own name.
     stamps: Stamps = importlib.import_module("bench_hosting").HostedJob.stamps
     return stamps

@@ -156,7 +156,7 @@ class CheckpointStore:
 
     def restore_points(self) -> tuple[CheckpointRow, ...]:
         """The run's committed checkpoints, oldest first."""
-        rows = self._journal.rows(CheckpointRow, run_id=self._run_id)
+        rows = self._journal.checkpoints(run_id=self._run_id)
         return tuple(row for row in rows if row.state == "committed")
 
     def load_newest(self, expired: Callable[[], bool], *, at_or_before: int | None = None) -> LoadedCheckpoint:
@@ -271,7 +271,7 @@ class CheckpointStore:
             self._fault("retention_failed", -1, "journal", str(error))
 
     def _doomed(self) -> list[CheckpointRow]:
-        rows = self._journal.rows(CheckpointRow)
+        rows = self._journal.checkpoints()
         committed = [row for row in rows if row.state == "committed"]
         kept = kept_of_all(committed, self._retention, run_id=self._run_id)
         return [*(r for r in rows if r.state == "superseded"), *(r for r in committed if r not in kept)]
@@ -311,7 +311,7 @@ class CheckpointStore:
 
     def _next_time_ns(self) -> int:
         """Now, but after every checkpoint there is: the newest must stay the newest when the clock is set back."""
-        return max([time.time_ns(), *(row.at_ns + 1 for row in self._journal.rows(CheckpointRow))])
+        return max([time.time_ns(), *(row.at_ns + 1 for row in self._journal.checkpoints())])
 
 
 def _row_of(manifest: Manifest) -> CheckpointRow:

@@ -21,6 +21,7 @@ from tolaria.rollback.journal_rows import (
     ROW_TYPES,
     SCHEMA_VERSION,
     AdminActionRow,
+    CheckpointRow,
     Incident,
     Row,
     Scalar,
@@ -121,6 +122,13 @@ class Journal:
         with self._lock, translated():
             clause, values = ("", ()) if run_id is None else ("WHERE run_id = ?", (run_id,))
             return tuple(select_rows(self._connection, kind, f"{clause} ORDER BY at_ns, rowid", values))
+
+    def checkpoints(self, *, run_id: str | None = None) -> tuple[CheckpointRow, ...]:
+        """As `rows`, without those that retention has removed: these are by far the most, and only ever more."""
+        with self._lock, translated():
+            clause, values = ("", ()) if run_id is None else (" AND run_id = ?", (run_id,))
+            where = f"WHERE state != 'pruned'{clause} ORDER BY at_ns, rowid"
+            return tuple(select_rows(self._connection, CheckpointRow, where, values))
 
     def incidents(self, limit: int) -> tuple[Incident, ...]:
         """The newest `limit` incidents, newest first."""

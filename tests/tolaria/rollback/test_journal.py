@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,19 @@ def test_a_journal_whose_file_is_gone_is_unavailable(tmp_path: Path) -> None:
         for write in (lambda: journal.put(ROWS[0]), lambda: journal.answer_once(ROWS[6])):  # type: ignore[arg-type]
             with pytest.raises(JournalUnavailableError, match="removed"):
                 write()
+
+
+def test_what_retention_has_removed_is_not_read_again(tmp_path: Path) -> None:
+    """The others are, of all runs or of one, oldest first: a long run's next checkpoint costs what its first did."""
+    row = CheckpointRow("c", 1, "a", 10, 1, 100, "aa", None)
+    kept = [
+        replace(row, checkpoint_id="late", at_ns=9, state="superseded"),
+        replace(row, checkpoint_id="early", at_ns=2),
+        replace(row, checkpoint_id="other", at_ns=5, run_id="b"),
+    ]
+    with Journal(tmp_path / "j") as journal:
+        for each in [*kept, replace(row, checkpoint_id="gone", at_ns=4, state="pruned")]:
+            journal.put(each)
+        assert [found.checkpoint_id for found in journal.checkpoints()] == ["early", "other", "late"]
+        assert [found.checkpoint_id for found in journal.checkpoints(run_id="a")] == ["early", "late"]
+        assert len(journal.rows(CheckpointRow)) == 4

@@ -1,0 +1,223 @@
+"""The event loop's client of the lane: submits commands, holds and releases it, takes its events in order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import anyio
+
+from tolaria.errors import LaneError, LaneStoppedError
+from tolaria.images.pool import ImagePool
+from tolaria.lane.messages import (
+    BoundaryCommand,
+    Command,
+    CommandDone,
+    Event,
+    Held,
+    Hold,
+    ImageCaptured,
+    LaneEnded,
+    Release,
+    RunEpoch,
+    Stop,
+)
+
+
+class LaneHandle(Protocol):
+    """A lane as its client sees it: a thread, or later a process. Every method returns at once."""
+
+    images: ImagePool
+    """Where images cross between the two sides by id."""
+
+    def start(self, notify: Callable[[], None]) -> None:
+        """Starts the lane; it calls `notify` from its own thread when events can be taken."""
+
+    def send(self, command_id: int, command: Command) -> None:
+        """Queues a command; `Hold`, `Release` and `Stop` act at once. Raises LaneError when too many are queued."""
+
+    def take_events(self) -> list[Event]:
+        """Returns the events since the last call, oldest first."""
+
+    def forbid_restore(self, command_id: int) -> bool:
+        """Forbids that restore to change live state; False when the change has already begun."""
+
+    def close(self, timeout_s: float) -> bool:
+        """Stops the lane, drops its events and waits up to `timeout_s`; returns whether it has ended. Blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingCommand:
+    """A submitted command and the future of its `CommandDone`."""
+
+    command: BoundaryCommand
+    done: asyncio.Future[CommandDone]
+
+
+class LaneClient:
+    """Used on the event loop only.
+
+    Events have to be applied in the order of the lane. So `start` passes whole frames to the run, which applies each
+    event and gives `CommandDone` and `Held` back by `settle` and `held_by_order`; futures only wake who waits.
+    """
+
+    def __init__(self, handle: LaneHandle) -> None:
+        self._handle = handle
+        self._take: Callable[[list[Event]], None] = lambda _events: None
+        self._next_id = 1
+        self._pending: dict[int, PendingCommand] = {}
+        self._holders: set[str] = set()
+        self._hold_number = 0
+        self._ended: LaneEnded | None = None
+        self.order = 0
+        """Number of the newest order for an epoch; 0 before the first."""
+        self.held = anyio.Event()
+        """Set while the lane is held; replaced for each hold."""
+
+    @property
+    def images(self) -> ImagePool:
+        """Images that cross between the two sides."""
+        return self._handle.images
+
+    @property
+    def ended(self) -> LaneEnded | None:
+        """How the lane ended; None while it runs."""
+        return self._ended
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the lane is held between two microbatches."""
+        return bool(self._holders) and self.held.is_set()
+
+    def start(self, take: Callable[[list[Event]], None]) -> None:
+        """Starts the lane; `take` is called with its events, frame by frame."""
+        loop, self._take = asyncio.get_running_loop(), take
+        self._handle.start(lambda: loop.call_soon_threadsafe(self._deliver))
+
+    def run_epoch(self) -> None:
+        """Orders the rest of the current epoch, or else the next one."""
+        self.order += 1
+        self._send(RunEpoch(self.order))
+
+    def submit(self, command: BoundaryCommand) -> asyncio.Future[CommandDone]:
+        """Has `command` carried out at the next step boundary; returns the future of its `CommandDone`.
+
+        A refused command is a result, with `failure` set. The future raises `LaneStoppedError` when the lane ends
+        before, `LaneError` when too many commands are queued. A cancelled future does not cancel the command; an image
+        that it captures is released.
+        """
+        future: asyncio.Future[CommandDone] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(_retrieved)
+        if self._ended is not None:
+            future.set_exception(LaneStoppedError("the run has ended; there is no further step boundary"))
+            return future
+        try:
+            command_id = self._send(command)
+        except LaneError as error:
+            future.set_exception(error)
+        else:
+            self._pending[command_id] = PendingCommand(command, future)
+        return future
+
+    async def call(self, command: BoundaryCommand) -> CommandDone:
+        """Submits `command` and waits for it.
+
+        Raises:
+            TolariaError: the command was refused; nothing has changed.
+            LaneStoppedError: the lane ended before.
+        """
+        future = self.submit(command)
+        try:
+            done = await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._discard(future.result())
+            raise
+        if done.failure is not None:
+            raise done.failure.error()
+        return done
+
+    def forbid_restore(self, future: asyncio.Future[CommandDone]) -> bool:
+        """Forbids a submitted restore to change live state; False when the change has already begun."""
+        pending = next((number for number, entry in self._pending.items() if entry.done is future), None)
+        return pending is not None and self._handle.forbid_restore(pending)
+
+    def hold(self, holder: str) -> None:
+        """Holds the lane between two microbatches, for as long as any holder wants it held."""
+        if not self._holders:
+            self.held = anyio.Event()
+            self._hold_number += 1
+            self._send(Hold(self._hold_number))
+        self._holders.add(holder)
+
+    def release(self, holder: str) -> None:
+        """Ends the hold of `holder`; the lane goes on when no other one is left."""
+        if holder in self._holders:
+            self._holders.discard(holder)
+            if not self._holders:
+                self._send(Release())
+
+    def held_for(self, holder: str) -> bool:
+        """Whether `holder` wants the lane held."""
+        return holder in self._holders
+
+    def held_for_others(self, holder: str) -> bool:
+        """Whether any holder but this one wants the lane held."""
+        return bool(self._holders - {holder})
+
+    def stop(self) -> None:
+        """Ends the lane after its step."""
+        self._send(Stop())
+
+    def close(self, timeout_s: float) -> bool:
+        """Ends the lane; returns whether it has ended within `timeout_s`. Blocks; not for the event loop's thread."""
+        return self._handle.close(timeout_s)
+
+    # -- events, applied by the run in order -------------------------------------------------------------------------
+
+    def take_pending(self, event: CommandDone) -> PendingCommand | None:
+        """Removes and returns what was submitted under the event's id."""
+        return self._pending.pop(event.command_id, None)
+
+    def settle(self, pending: PendingCommand, event: CommandDone) -> None:
+        """Completes the future of a command whose event has been applied."""
+        if pending.done.done():
+            self._discard(event)
+        else:
+            pending.done.set_result(event)
+
+    def mark_held(self, event: Held) -> bool:
+        """Notes that the lane is held; returns whether that answers the newest hold."""
+        if event.number == self._hold_number:
+            self.held.set()
+        return event.number == self._hold_number
+
+    def mark_ended(self, event: LaneEnded) -> None:
+        """Notes that the lane has ended: every pending future raises `LaneStoppedError`."""
+        self._ended = event
+        pending, self._pending = self._pending, {}
+        for entry in pending.values():
+            if not entry.done.done():
+                entry.done.set_exception(LaneStoppedError("the run has ended before the next step boundary"))
+
+    def _send(self, command: Command) -> int:
+        command_id, self._next_id = self._next_id, self._next_id + 1
+        self._handle.send(command_id, command)
+        return command_id
+
+    def _deliver(self) -> None:
+        if events := self._handle.take_events():
+            self._take(events)
+
+    def _discard(self, event: CommandDone) -> None:
+        """Releases what a command brought for a caller that has gone away."""
+        if isinstance(event.result, ImageCaptured):
+            self.images.discard(event.result.image_id)
+
+
+def _retrieved(future: asyncio.Future[CommandDone]) -> None:
+    """Marks an exception as retrieved: a caller may submit a command without waiting for it."""
+    if not future.cancelled():
+        future.exception()

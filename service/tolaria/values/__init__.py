@@ -1,0 +1,1 @@
+"""Plain values that cross between the lane and the run. No torch."""

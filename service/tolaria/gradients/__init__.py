@@ -8,19 +8,14 @@ from tolaria.gradients.accumulate import MicrobatchAccumulator, SeedGradientAccu
 from tolaria.gradients.attribution import AttributionMode, TeacherAttributionMixer
 from tolaria.gradients.flat import FlatLayout, flat_to_grads, grads_to_flat
 from tolaria.gradients.merging import GradientMode, MergeSettings
-from tolaria.gradients.metric_set import Alarm, AlarmKind, AlarmThresholds, SeedMetrics, SeedMetricSet, alarms
 from tolaria.gradients.pcgrad import MergedGradient, combine_flat_grads, step_generator
 from tolaria.gradients.rows import SourceRows, losses_by_source, sample_counts, source_rows
 from tolaria.gradients.seed_metrics import PerLayerMetricUpdater, SeedMetricUpdater
 from tolaria.gradients.tracker import SeedAggregationTracker, StepGradient
 from tolaria.gradients.weighted import aggregate_weighted
-from tolaria.gradients.weights import HOST, SeedWeightResolver, SourceWeight, alpha_at
+from tolaria.gradients.weights import SeedWeightResolver, SourceWeight, alpha_at
 
 __all__ = [
-    "HOST",
-    "Alarm",
-    "AlarmKind",
-    "AlarmThresholds",
     "AttributionMode",
     "FlatLayout",
     "GradientMode",
@@ -31,16 +26,13 @@ __all__ = [
     "PerLayerMetricUpdater",
     "SeedAggregationTracker",
     "SeedGradientAccumulator",
-    "SeedMetricSet",
     "SeedMetricUpdater",
-    "SeedMetrics",
     "SeedWeightResolver",
     "SourceRows",
     "SourceWeight",
     "StepGradient",
     "TeacherAttributionMixer",
     "aggregate_weighted",
-    "alarms",
     "alpha_at",
     "combine_flat_grads",
     "flat_to_grads",

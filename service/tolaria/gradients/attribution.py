@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, assert_never
 
 import torch
 
-from tolaria.gradients.weights import HOST
+from tolaria.values.training import HOST
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

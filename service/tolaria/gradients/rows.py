@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import torch
 
 from tolaria.errors import GradientMismatchError, LossShapeError, NoGradientsError, UnknownSourceError
-from tolaria.gradients.weights import HOST
+from tolaria.values.training import HOST
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from leyline.v1 import enums_pb2
-from tolaria.gradients.metric_set import SeedMetrics, SeedMetricSet
-from tolaria.gradients.weights import HOST
+from tolaria.values.gradients import SeedMetrics, SeedMetricSet
+from tolaria.values.training import HOST
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

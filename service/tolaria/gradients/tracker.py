@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from tolaria.gradients.accumulate import OwnGradients
     from tolaria.gradients.flat import FlatLayout
     from tolaria.gradients.merging import MergeSettings
-    from tolaria.gradients.metric_set import SeedMetricSet
     from tolaria.gradients.pcgrad import MergedGradient
     from tolaria.gradients.rows import SourceRows
     from tolaria.gradients.weights import SourceWeight
+    from tolaria.values.gradients import SeedMetricSet
 
 NO_SAMPLES: Final[Counter[str]] = Counter()
 

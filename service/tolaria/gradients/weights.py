@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Final
 from leyline.v1 import enums_pb2
 from tolaria.errors import GradientWeightError
 from tolaria.gradients.weighted import check_weight
+from tolaria.values.training import HOST
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from leyline.v1.enums_pb2 import SeedLifecycleStage
     from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
-
-HOST: Final = "host"
-"""The source that is no seed: the host model's own loss. Its row always weighs 1."""
 
 STAGE_WEIGHTS: Final[Mapping[SeedLifecycleStage.ValueType, float | None]] = {
     enums_pb2.SEED_STAGE_UNKNOWN: 0.0,

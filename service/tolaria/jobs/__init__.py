@@ -2,17 +2,16 @@
 
 from tolaria.jobs.data import LoaderCursor, TensorCursor
 from tolaria.jobs.job import (
-    HOST,
     Batch,
     BatchCursor,
     CursorState,
-    Evaluation,
     JobContext,
     JobFactory,
     PerSampleLosses,
     TrainingJob,
 )
 from tolaria.jobs.registry import build_job
+from tolaria.values.training import HOST, Evaluation
 
 __all__ = [
     "HOST",

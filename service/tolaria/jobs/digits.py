@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from tolaria.errors import BrokenJobError
 from tolaria.jobs.data import TensorCursor
-from tolaria.jobs.job import HOST, Batch, Evaluation, JobContext
+from tolaria.jobs.job import Batch, JobContext
 from tolaria.seeds import SeedSlot
+from tolaria.values.training import HOST, Evaluation
 
 _CLASSES = 10
 _VALIDATION_SAMPLES = 360  # a fifth

@@ -13,8 +13,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-HOST = "host"
-"""The source name of the host model's own loss. Every job has it; seeds bring sources of their own."""
+from tolaria.values.training import Evaluation
 
 CursorState = dict[str, JsonValue]
 
@@ -45,28 +44,6 @@ class PerSampleLosses:
     """Losses of shape (samples,), differentiable, for a batch with `seed_ids`: Tolaria splits them by seed."""
 
     values: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Sums over evaluated samples: summed loss, correct answers (0 where a job has no such thing), samples."""
-
-    loss_sum: float
-    correct: int
-    samples: int
-
-    def __add__(self, other: Evaluation) -> Evaluation:
-        return Evaluation(self.loss_sum + other.loss_sum, self.correct + other.correct, self.samples + other.samples)
-
-    @property
-    def loss(self) -> float:
-        """Mean loss per sample; NaN when nothing was evaluated."""
-        return self.loss_sum / self.samples if self.samples else float("nan")
-
-    @property
-    def accuracy(self) -> float:
-        """Share of correct answers, 0 to 1; 0 when nothing was evaluated."""
-        return self.correct / self.samples if self.samples else 0.0
 
 
 @runtime_checkable

@@ -3,13 +3,12 @@
 Imports torch; knows nothing of grpc, settings files, metric names, the training loop or seeds' modules.
 """
 
-from tolaria.optimization.adjustments import Adjustment, AdjustmentRecord, LiveAdjustment, Retraction
+from tolaria.optimization.adjustments import AdjustmentRecord, Retraction
 from tolaria.optimization.carry import Build
-from tolaria.optimization.groups import HOST_GROUP, GroupPlan, GroupRole, OptimizerHolder
+from tolaria.optimization.groups import HOST_GROUP, GroupPlan, OptimizerHolder
 from tolaria.optimization.hyperparameters import HyperparameterChange, change_hyperparameters
 from tolaria.optimization.lr_controller import LearningRateSettings, UnifiedLRController
-from tolaria.optimization.optimizer_manager import OptimizerManager, RebuildOutcome, RebuildResult
-from tolaria.optimization.rate_writer import Violation
+from tolaria.optimization.optimizer_manager import OptimizerManager
 from tolaria.optimization.regroup import regroup
 from tolaria.optimization.schedules import (
     AfterPeriod,
@@ -25,28 +24,22 @@ from tolaria.optimization.schedules import (
 
 __all__ = [
     "HOST_GROUP",
-    "Adjustment",
     "AdjustmentRecord",
     "AfterPeriod",
     "Build",
     "Constant",
     "Cosine",
     "GroupPlan",
-    "GroupRole",
     "HyperparameterChange",
     "LearningRateSettings",
-    "LiveAdjustment",
     "OptimizerHolder",
     "OptimizerManager",
     "Policy",
-    "RebuildOutcome",
-    "RebuildResult",
     "Retraction",
     "Schedule",
     "ScheduleSpec",
     "StepDecay",
     "UnifiedLRController",
-    "Violation",
     "Warmup",
     "build_schedule",
     "change_hyperparameters",

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from tolaria.errors import UnsuitableOptimizerError
+from tolaria.values.optimization import GroupRole
 
 HOST_GROUP = "host"
 
 ParamGroup = dict[str, Any]
 """One entry of `Optimizer.param_groups`, which torch leaves untyped."""
-
-
-class GroupRole(StrEnum):
-    """What a group's learning rate follows: the schedule, a share of it with a warm-up of its own, or nothing."""
-
-    HOST = "host"
-    SEED = "seed"
-    FROZEN = "frozen"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

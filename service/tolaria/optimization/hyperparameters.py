@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from tolaria.errors import HyperparameterError, UnknownGroupError
-from tolaria.optimization.adjustments import in_family
 from tolaria.optimization.groups import ParamGroup, name_of
+from tolaria.values.optimization import in_family
 
 
 @dataclass(frozen=True, slots=True)

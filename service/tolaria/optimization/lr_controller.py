@@ -15,17 +15,16 @@ from typing import Any
 
 from tolaria.errors import AdjustmentRefusedError, GroupConflictError, ScheduleError, UnknownGroupError
 from tolaria.optimization.adjustments import (
-    Adjustment,
     AdjustmentRecord,
-    LiveAdjustment,
     Retraction,
     composed,
     without_replaced,
 )
-from tolaria.optimization.groups import GroupRole, OptimizerHolder, name_groups, name_of
+from tolaria.optimization.groups import OptimizerHolder, name_groups, name_of
 from tolaria.optimization.lr_state import GovernedGroup, read_state, write_state
-from tolaria.optimization.rate_writer import RateWriter, Violation, rate_in
+from tolaria.optimization.rate_writer import RateWriter, rate_in
 from tolaria.optimization.schedules import Schedule, Warmup
+from tolaria.values.optimization import ActiveAdjustment, Adjustment, GroupRole, LearningRateViolation
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class UnifiedLRController:
         self._holder = holder
         self._settings = settings
         self._groups: dict[str, GovernedGroup] = {}
-        self._living: list[LiveAdjustment] = []
+        self._living: list[ActiveAdjustment] = []
         self._history: deque[AdjustmentRecord] = deque(maxlen=settings.history_max)
         self._writer = RateWriter()
         for group in holder.optimizer.param_groups:
@@ -89,7 +88,7 @@ class UnifiedLRController:
         return self._groups
 
     @property
-    def living(self) -> tuple[LiveAdjustment, ...]:
+    def living(self) -> tuple[ActiveAdjustment, ...]:
         """Adjustments that hold at present, oldest first."""
         return tuple(self._living)
 
@@ -139,7 +138,7 @@ class UnifiedLRController:
         """
         self._groups[name] = replace(self._known(name), role=role)
 
-    def before_step(self, global_step: int) -> list[Violation]:
+    def before_step(self, global_step: int) -> list[LearningRateViolation]:
         """Verify, then apply: all that an update needs. `global_step` counts the updates done before this one."""
         violations = self.verify()
         self.apply(global_step)
@@ -153,12 +152,12 @@ class UnifiedLRController:
             UnsuitableOptimizerError: when it has one without a name.
         """
         if self._living:
-            self._living = [live for live in self._living if not live.over_at(global_step)]
+            self._living = [live for live in self._living if not live.expired_at(global_step)]
         for group in self._holder.optimizer.param_groups:
             name = name_of(group)
             self._writer.write(group, self._rate_at(name, self._known(name), global_step, self._living))
 
-    def verify(self) -> list[Violation]:
+    def verify(self) -> list[LearningRateViolation]:
         """Find rates that differ from what was last written by more than 1e-6 of it, and put them back.
 
         Returns:
@@ -180,14 +179,14 @@ class UnifiedLRController:
             UnknownGroupError: when no group of that name is registered.
             AdjustmentRefusedError: when it brings a rate out of bounds, means only frozen groups, or too many live.
         """
-        meant = [name for name in self._groups if adjustment.concerns(name)]
+        meant = [name for name in self._groups if adjustment.applies_to(name)]
         if not meant:
             raise UnknownGroupError(adjustment.group or "all", list(self._groups))
         meant = [name for name in meant if self._groups[name].role is not GroupRole.FROZEN]
         if not meant:
             raise AdjustmentRefusedError("group", f"{adjustment.group!r} is frozen")
-        living = [live for live in self._living if not live.over_at(at_step)]
-        changed = [*without_replaced(living, adjustment), LiveAdjustment(adjustment, at_step)]
+        living = [live for live in self._living if not live.expired_at(at_step)]
+        changed = [*without_replaced(living, adjustment), ActiveAdjustment(adjustment, at_step)]
         if len(changed) > self._settings.adjustments_max:
             raise AdjustmentRefusedError(
                 "group", f"{len(living)} adjustments live already; take one back, or set a value for good"
@@ -210,7 +209,7 @@ class UnifiedLRController:
         if taken is None:
             raise AdjustmentRefusedError("request_id", f"no living adjustment is of request {request_id!r}")
         changed = [live for live in self._living if live is not taken]
-        names = [name for name in self._groups if taken.adjustment.concerns(name)]
+        names = [name for name in self._groups if taken.adjustment.applies_to(name)]
         before, after = self._rates_at(names, at_step, self._living), self._rates_at(names, at_step, changed)
         record = AdjustmentRecord(taken.adjustment, at_step, before, after, retraction)
         self._living = changed
@@ -256,10 +255,10 @@ class UnifiedLRController:
             )
         return host.base_lr * (self._settings.seed_factor if role is GroupRole.SEED else 1.0)
 
-    def _rates_at(self, names: list[str], step: int, living: list[LiveAdjustment]) -> dict[str, float]:
+    def _rates_at(self, names: list[str], step: int, living: list[ActiveAdjustment]) -> dict[str, float]:
         return {name: self._rate_at(name, self._groups[name], step, living) for name in names}
 
-    def _rate_at(self, name: str, group: GovernedGroup, step: int, living: list[LiveAdjustment]) -> float:
+    def _rate_at(self, name: str, group: GovernedGroup, step: int, living: list[ActiveAdjustment]) -> float:
         scheduled = self._scheduled(group, step)
         if not living or group.role is GroupRole.FROZEN:
             return scheduled
@@ -275,7 +274,7 @@ class UnifiedLRController:
         return rate
 
     def _demand_bounds(
-        self, adjustment: Adjustment, meant: list[str], living: list[LiveAdjustment], at_step: int
+        self, adjustment: Adjustment, meant: list[str], living: list[ActiveAdjustment], at_step: int
     ) -> None:
         wrong = "value" if adjustment.factor is None else "factor"
         for name in meant:

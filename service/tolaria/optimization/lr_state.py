@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tolaria.errors import AdjustmentRefusedError, ControllerStateError
-from tolaria.optimization.adjustments import Adjustment, LiveAdjustment
-from tolaria.optimization.groups import GroupRole
+from tolaria.values.optimization import ActiveAdjustment, Adjustment, GroupRole
 
 _VERSION = 1
 
@@ -22,7 +21,7 @@ class GovernedGroup:
     registered_at: int
 
 
-def write_state(groups: Mapping[str, GovernedGroup], living: Sequence[LiveAdjustment]) -> dict[str, Any]:
+def write_state(groups: Mapping[str, GovernedGroup], living: Sequence[ActiveAdjustment]) -> dict[str, Any]:
     """Numbers, strings, lists and dicts only."""
     return {
         "version": _VERSION,
@@ -31,7 +30,7 @@ def write_state(groups: Mapping[str, GovernedGroup], living: Sequence[LiveAdjust
     }
 
 
-def read_state(state: Mapping[str, Any], *, ceiling: float) -> tuple[dict[str, GovernedGroup], list[LiveAdjustment]]:
+def read_state(state: Mapping[str, Any], *, ceiling: float) -> tuple[dict[str, GovernedGroup], list[ActiveAdjustment]]:
     """What `write_state` wrote, checked.
 
     Raises:
@@ -42,7 +41,7 @@ def read_state(state: Mapping[str, Any], *, ceiling: float) -> tuple[dict[str, G
     try:
         groups = {str(name): _read_group(entry, ceiling) for name, entry in state["groups"].items()}
         living = [
-            LiveAdjustment(Adjustment(**entry["adjustment"]), int(entry["at_step"])) for entry in state["adjustments"]
+            ActiveAdjustment(Adjustment(**entry["adjustment"]), int(entry["at_step"])) for entry in state["adjustments"]
         ]
     except (KeyError, TypeError, ValueError, AttributeError, AdjustmentRefusedError) as error:
         raise ControllerStateError(f"learning-rate state is damaged: {type(error).__name__}: {error}") from error

@@ -10,8 +10,6 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from types import TracebackType
 from typing import Any
 
@@ -20,41 +18,8 @@ from torch.optim import Optimizer
 
 from tolaria.errors import RebuildFailedError, UnsuitableOptimizerError
 from tolaria.optimization.carry import Build, carry, flaws, held_by
-from tolaria.optimization.groups import GroupPlan, GroupRole, ParamGroup, name_groups, name_of
-
-
-class RebuildOutcome(StrEnum):
-    """How a rebuild that did not fail ended."""
-
-    REBUILT = "rebuilt"
-    SKIPPED = "skipped"
-
-
-@dataclass(frozen=True, slots=True)
-class RebuildResult:
-    """What a rebuild did.
-
-    Args:
-        outcome: rebuilt, or skipped by the storm guard.
-        at_step: the global step of the fence.
-        latency_ms: from the call to the swap.
-        retry_at_step: the first step at which it would not be skipped; None when it was not.
-        kept: names of parameters whose state was carried as it is.
-        transformed: whose state was fitted to a new form or place.
-        fresh: new ones, which start clean.
-        restarted: which were there, but whose state could not follow.
-        dropped: which are gone.
-    """
-
-    outcome: RebuildOutcome
-    at_step: int
-    latency_ms: float
-    retry_at_step: int | None = None
-    kept: tuple[str, ...] = ()
-    transformed: tuple[str, ...] = ()
-    fresh: tuple[str, ...] = ()
-    restarted: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
+from tolaria.optimization.groups import GroupPlan, ParamGroup, name_groups, name_of
+from tolaria.values.optimization import GroupRole, RebuildOutcome, RebuildResult
 
 
 class OptimizerManager:

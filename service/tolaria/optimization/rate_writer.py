@@ -12,17 +12,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tolaria.optimization.groups import ParamGroup, name_of
+from tolaria.values.optimization import LearningRateViolation
 
 RELATIVE_TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True, slots=True)
-class Violation:
-    """A learning rate that somebody else wrote; `found` is NaN where it was no number. It has been put back."""
-
-    group: str
-    expected: float
-    found: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +54,7 @@ class RateWriter:
         if written is None or written.rate != rate or not written.still_in(group):
             self._put(group, rate)
 
-    def put_back(self, group: ParamGroup) -> Violation | None:
+    def put_back(self, group: ParamGroup) -> LearningRateViolation | None:
         """Restore what was last written. None when nothing was yet, or what is there is within 1e-6 of it."""
         written = self._written.get(name_of(group))
         if written is None or written.still_in(group):
@@ -71,7 +63,7 @@ class RateWriter:
         self._put(group, written.rate)
         if math.isclose(found, written.rate, rel_tol=RELATIVE_TOLERANCE):
             return None
-        return Violation(name_of(group), written.rate, found)
+        return LearningRateViolation(name_of(group), written.rate, found)
 
     def forget(self, name: str) -> None:
         """Know nothing any more of a group that is gone."""

@@ -8,7 +8,8 @@ from tolaria.errors import OptimizationError
 from tolaria.optimization.carry import Build
 from tolaria.optimization.groups import GroupPlan
 from tolaria.optimization.lr_controller import UnifiedLRController
-from tolaria.optimization.optimizer_manager import OptimizerManager, RebuildOutcome, RebuildResult
+from tolaria.optimization.optimizer_manager import OptimizerManager
+from tolaria.values.optimization import RebuildOutcome, RebuildResult
 
 
 def regroup(

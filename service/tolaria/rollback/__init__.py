@@ -26,9 +26,10 @@ from tolaria.rollback.journal_rows import (
 )
 from tolaria.rollback.restore import StagedRestore, never, stage_restore
 from tolaria.rollback.retention import Retention
-from tolaria.rollback.state import LiveTraining, Position, StateImage, StatePart, TrainingState
+from tolaria.rollback.state import LiveTraining, StateImage, StatePart, TrainingState
 from tolaria.rollback.storage import Storage, open_storage
 from tolaria.rollback.writer import CheckpointWriter
+from tolaria.values.training import Position
 
 __all__ = [
     "AdminActionRow",

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from tolaria.rollback.digest import TensorSpec
-    from tolaria.rollback.state import Position, StateImage, TrainingState
+    from tolaria.rollback.state import StateImage, TrainingState
+    from tolaria.values.training import Position
 
 BYTES_MAX: Final = 256 * 2**20
 ENTRIES_MAX: Final = 5

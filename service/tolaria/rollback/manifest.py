@@ -13,7 +13,7 @@ import xxhash
 
 from tolaria.rollback.digest import Fingerprint, TensorSpec, combine
 from tolaria.rollback.encoding import canonical_json
-from tolaria.rollback.state import Position
+from tolaria.values.training import Position
 
 FORMAT: Final = 1
 

@@ -17,7 +17,8 @@ from tolaria.errors import StateMismatchError
 from tolaria.rollback.digest import TensorSpec, spec_of
 from tolaria.rollback.encoding import TENSOR_KEY, decode
 from tolaria.rollback.rng import restore_rngs
-from tolaria.rollback.state import Position, StateImage, Survey, TrainingState, parameter_names, whole
+from tolaria.rollback.state import StateImage, Survey, TrainingState, parameter_names, whole
+from tolaria.values.training import Position
 
 if TYPE_CHECKING:
     from pydantic import JsonValue

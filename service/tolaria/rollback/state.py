@@ -23,14 +23,7 @@ from tolaria.errors import ImageDamagedError, StateUnsupportedError
 from tolaria.rollback.digest import Fingerprint, fingerprint
 from tolaria.rollback.encoding import TENSOR_KEY, canonical_json, encode, encode_plain
 from tolaria.rollback.rng import capture_rngs
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Where training is: optimizer updates done, and the epoch (from 1; 0 before the first)."""
-
-    global_step: int
-    epoch: int
+from tolaria.values.training import Position
 
 
 class LiveTraining(Protocol):

@@ -5,7 +5,7 @@ Imports torch and the contract; knows nothing of gradients' merging, optimizers,
 
 from tolaria.seeds.alpha import Ramp
 from tolaria.seeds.blueprints import bottleneck_adapter, depthwise_conv_adapter, lora, residual_mlp
-from tolaria.seeds.ownership import HOST, Ownership, ownership
+from tolaria.seeds.ownership import Ownership, ownership
 from tolaria.seeds.plan import Change, ChangeKind, Ground, Plan, Refusal, Standing, plan
 from tolaria.seeds.reconcile import SeedTopology
 from tolaria.seeds.reconciled import Reconciled
@@ -13,7 +13,6 @@ from tolaria.seeds.registry import Blueprint, Blueprints
 from tolaria.seeds.slots import Layout, SeedSlot, SlotSpec, training_seeds
 
 __all__ = [
-    "HOST",
     "Blueprint",
     "Blueprints",
     "Change",

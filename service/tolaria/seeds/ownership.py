@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 from torch import nn
 
 from tolaria.errors import OwnershipError
 from tolaria.seeds.slots import slots_of
-
-HOST: Final = "host"
-"""Owner of every parameter outside the seeds. No seed may bear that name."""
+from tolaria.values.training import HOST
 
 NamedParameters: TypeAlias = list[tuple[str, nn.Parameter]]
 """Parameters with their names in the model, in the model's order."""

@@ -14,48 +14,21 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch._C._autograd import _profiler_enabled
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tolaria.errors import InvalidFieldError, WrongStateError
-
-Region = Literal["forward", "backward", "merge", "optimizer", "boundary", "rollback"]
-
-STEPS_MAX: Final = 1000
-"""Steps in one window. A trace holds every operation of each: more than a person can look at."""
+from tolaria.values.profiling import STEPS_MAX, Region, TraceFailed, TraceWritten
 
 _PREFIX: Final = "trace-"
 _PARTIAL: Final = ".partial"
 _TAIL_BYTES: Final = 16
-
-
-@dataclass(frozen=True, slots=True)
-class TraceWritten:
-    """A trace is in the directory; `removed` counts older ones that gave way to it.
-
-    Ending the profile and exporting it held the lane up for `export_s`.
-    """
-
-    path: Path
-    size_bytes: int
-    steps: int
-    export_s: float
-    removed: int
-
-
-@dataclass(frozen=True, slots=True)
-class TraceFailed:
-    """There is no trace. `stage` is start, export or cap; training is as if nobody had asked."""
-
-    stage: Literal["start", "export", "cap"]
-    reason: str
 
 
 class ProfileWindow:
@@ -130,7 +103,7 @@ class ProfileWindow:
             return TraceFailed("export", str(error))
         if removed is None:
             return TraceFailed("cap", f"a trace of {size_bytes} bytes is larger than all traces may be")
-        return TraceWritten(path, size_bytes, self._steps, time.monotonic() - started_s, removed)
+        return TraceWritten(str(path), size_bytes, self._steps, time.monotonic() - started_s, removed)
 
     def _stop(self, profiler: profile) -> None:
         self._profile = None

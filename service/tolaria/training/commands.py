@@ -14,10 +14,10 @@ from leyline.v1.enums_pb2 import (
     EmergencyLevel,
 )
 from tolaria.errors import CommandRejectedError, OptimizationError
-from tolaria.optimization import Adjustment
 from tolaria.training.fences import ChangeOptimizer
 from tolaria.training.recovery.rollbacks import Asked
 from tolaria.training.safeguards import Safeguards
+from tolaria.values.optimization import Adjustment
 
 # Which breaker a circuit breaker command means.
 BREAKER_KEY = "breaker"

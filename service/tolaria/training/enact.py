@@ -17,7 +17,6 @@ from tolaria.errors import (
     UnknownGroupError,
     WrongStateError,
 )
-from tolaria.optimization import Adjustment
 from tolaria.rollback.orders import Ending, RollbackOutcome
 from tolaria.training.commands import (
     emergency_asked,
@@ -35,6 +34,7 @@ from tolaria.training.guardian import Guardian
 from tolaria.training.record import Recorder
 from tolaria.training.recovery.rollbacks import RollbackDesk
 from tolaria.training.safeguards import PEER_FAILURE, TAMIYO
+from tolaria.values.optimization import Adjustment
 
 
 class Enactor:

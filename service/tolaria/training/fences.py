@@ -11,13 +11,14 @@ from typing import assert_never
 
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.errors import TolariaError
-from tolaria.optimization import Adjustment, LiveAdjustment, change_hyperparameters
+from tolaria.optimization import change_hyperparameters
 from tolaria.rollback import StateImage
 from tolaria.rollback.orders import RestoreOrder
-from tolaria.telemetry.profiler import TraceFailed
 from tolaria.training.growth import SeedsReport
 from tolaria.training.recovery.keeper import Kept, Restored, SnapshotKeeper
 from tolaria.training.rig import Rig
+from tolaria.values.optimization import ActiveAdjustment, Adjustment
+from tolaria.values.profiling import TraceFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class OptimizerChanged:
     before: Mapping[str, float]
     after: Mapping[str, float]
     hyperparameters: tuple[str, ...]
-    living: tuple[LiveAdjustment, ...] = ()
+    living: tuple[ActiveAdjustment, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,15 +18,11 @@ from leyline.v1.enums_pb2 import SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import OptimizerSettings, SeedsSettings
 from tolaria.errors import OptimizationError
-from tolaria.gradients import SeedMetricSet
 from tolaria.jobs import HOST
 from tolaria.optimization import (
     GroupPlan,
-    GroupRole,
     LearningRateSettings,
     OptimizerManager,
-    RebuildOutcome,
-    RebuildResult,
     ScheduleSpec,
     UnifiedLRController,
     Warmup,
@@ -35,6 +31,8 @@ from tolaria.optimization import (
 )
 from tolaria.seeds import Blueprints, SeedTopology, ownership
 from tolaria.training.merge import Ground
+from tolaria.values.gradients import SeedMetricSet
+from tolaria.values.optimization import GroupRole, RebuildOutcome, RebuildResult
 
 SEED_GROUP = "seed:"
 _RETRY_STEPS = 100

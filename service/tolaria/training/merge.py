@@ -21,12 +21,12 @@ from tolaria.gradients import (
     GradientMode,
     MergeSettings,
     SeedAggregationTracker,
-    SeedMetricSet,
     flat_to_grads,
     sample_counts,
     source_rows,
 )
 from tolaria.jobs import HOST, Batch
+from tolaria.values.gradients import SeedMetricSet
 
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 

@@ -10,9 +10,9 @@ from leyline.v1.enums_pb2 import HEALTH_STATUS_DEGRADED, HEALTH_STATUS_HEALTHY, 
 from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.telemetry_pb2 import SystemHealth
 from tolaria import __version__
-from tolaria.optimization import LiveAdjustment
 from tolaria.training.progress import Progress
 from tolaria.training.reports import EpochReport, StepReport
+from tolaria.values.optimization import ActiveAdjustment
 
 PACKET_VERSION = 1
 # The last step that the contract can tell. An adjustment may be asked to last for longer.
@@ -132,7 +132,7 @@ def status_message(progress: Progress, *, now_s: float) -> GetStatusResponse:
     )
 
 
-def _adjustment(live: LiveAdjustment) -> LearningRateAdjustment:
+def _adjustment(live: ActiveAdjustment) -> LearningRateAdjustment:
     change = live.adjustment
     told = LearningRateAdjustment(
         group=change.group or "",

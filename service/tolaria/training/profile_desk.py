@@ -13,11 +13,11 @@ import anyio
 
 from tolaria.config import ProfilerSettings
 from tolaria.errors import InvalidFieldError, LaneStoppedError, ProfileFailedError, TolariaError, WrongStateError
-from tolaria.telemetry.profiler import STEPS_MAX, TraceFailed, TraceWritten
 from tolaria.training.fence_desk import FenceDesk
 from tolaria.training.fences import CaptureProfile, FenceReport, ProfileBegun
 from tolaria.training.record_profile import ProfileRecorder
 from tolaria.training.reports import ProfileEnded, StepReport
+from tolaria.values.profiling import STEPS_MAX, TraceFailed, TraceWritten
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TypeAlias
 
 from tolaria.errors import RequestError
-from tolaria.telemetry.profiler import ProfileWindow, Region
+from tolaria.telemetry.profiler import ProfileWindow
 from tolaria.training.fences import CaptureProfile, FenceReport, ProfileBegun
 from tolaria.training.reports import ProfileEnded
+from tolaria.values.profiling import Region
 
 Mark: TypeAlias = Callable[[Region], AbstractContextManager[object]]
 """Marks what runs in a block, in the trace of a window that is open."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from leyline.v1.admin_service_pb2 import RUN_STATE_STARTING, RunState
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.seeds_pb2 import SeedState
-from tolaria.optimization import LiveAdjustment
 from tolaria.training.judge import Health
 from tolaria.training.place import EpochPlace
 from tolaria.training.reports import EpochReport, StepReport
+from tolaria.values.optimization import ActiveAdjustment
 
 _BOUNDARIES_KEPT = 1024
 
@@ -83,7 +83,7 @@ class Progress:
     grafted: list[SeedState] = field(default_factory=list)
     refusals: tuple[tuple[str, str], ...] = ()
     learning_rates: dict[str, float] = field(default_factory=dict)
-    adjustments: tuple[LiveAdjustment, ...] = ()
+    adjustments: tuple[ActiveAdjustment, ...] = ()
     conflict_ratio: float = 0.0
     fast_paths: dict[str, str] = field(default_factory=dict)
     last_command: AdaptationCommand | None = None

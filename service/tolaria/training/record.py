@@ -13,7 +13,6 @@ from leyline.v1.enums_pb2 import CommandType
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import GradientsSettings
 from tolaria.errors import CommandRejectedError
-from tolaria.optimization import Adjustment
 from tolaria.rollback import FastCacheStatistics
 from tolaria.telemetry import events
 from tolaria.telemetry.emitter import Emitter
@@ -32,6 +31,7 @@ from tolaria.training.recovery.chronicle import Chronicle
 from tolaria.training.recovery.keeper import Restored
 from tolaria.training.reports import EpochReport, StepReport
 from tolaria.training.rig import Rig
+from tolaria.values.optimization import Adjustment
 
 _STATES = [name.removeprefix("RUN_STATE_").lower() for name in RunState.keys()[1:]]
 

@@ -13,12 +13,12 @@ import structlog
 from leyline.v1.enums_pb2 import SeedLifecycleStage
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import GradientsSettings
-from tolaria.gradients import Alarm, AlarmKind, AlarmThresholds, SeedMetrics, SeedMetricSet, alarms
-from tolaria.optimization import RebuildOutcome, RebuildResult, Violation
 from tolaria.telemetry import events
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.growth import SeedsReport
+from tolaria.values.gradients import Alarm, AlarmKind, AlarmThresholds, SeedMetrics, SeedMetricSet, alarms
+from tolaria.values.optimization import LearningRateViolation, RebuildOutcome, RebuildResult
 
 _STAGES = [name.removeprefix("SEED_STAGE_").lower() for name in SeedLifecycleStage.keys()[1:]]
 
@@ -63,7 +63,7 @@ class GrowthRecorder:
         self._metrics.lr_controller_adjustments_total.labels(origin).inc()
         self._log.info("learning_rate_adjusted", origin=origin, reason=reason, before=dict(before), after=dict(after))
 
-    def violations(self, violations: Sequence[Violation]) -> None:
+    def violations(self, violations: Sequence[LearningRateViolation]) -> None:
         """Rates that somebody else wrote were found and put back."""
         for violation in violations:
             self._metrics.lr_controller_integrity_violations_total.labels(violation.group).inc()

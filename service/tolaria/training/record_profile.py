@@ -7,7 +7,7 @@ import structlog
 from tolaria.telemetry import events
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
-from tolaria.telemetry.profiler import TraceFailed, TraceWritten
+from tolaria.values.profiling import TraceFailed, TraceWritten
 
 
 class ProfileRecorder:
@@ -30,7 +30,7 @@ class ProfileRecorder:
         self._metrics.profiler_traces_emitted_total.inc()
         self._log.info(
             "profile_written",
-            path=str(trace.path),
+            path=trace.path,
             size_bytes=trace.size_bytes,
             steps=trace.steps,
             export_ms=round(trace.export_s * 1000, 1),

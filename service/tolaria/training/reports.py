@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
-from tolaria.gradients import SeedMetricSet
 from tolaria.jobs import Evaluation
-from tolaria.optimization import LiveAdjustment, Violation
-from tolaria.telemetry.profiler import TraceFailed, TraceWritten
 from tolaria.training.fences import FenceReport
 from tolaria.training.growth import SeedsReport
 from tolaria.training.recovery.keeper import PointsLost
+from tolaria.values.gradients import SeedMetricSet
+from tolaria.values.optimization import ActiveAdjustment, LearningRateViolation
+from tolaria.values.profiling import TraceFailed, TraceWritten
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class StepReport:
     input_wait_s: float
     finished_at_s: float
     void: bool = False
-    violations: tuple[Violation, ...] = ()
+    violations: tuple[LearningRateViolation, ...] = ()
     rescaled: bool = False
     batches: range = range(0)
 
@@ -65,7 +65,7 @@ class EpochReport:
     samples: int = 0
     seeds: tuple[SeedState, ...] = ()
     gradients: SeedMetricSet | None = None
-    adjustments: tuple[LiveAdjustment, ...] = ()
+    adjustments: tuple[ActiveAdjustment, ...] = ()
 
     @property
     def learning_rate(self) -> float:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tolaria.optimization import Violation
 from tolaria.training.losses import checked_losses
 from tolaria.training.profiling import Mark, unmarked
 from tolaria.training.reports import StepReport
 from tolaria.training.rig import Rig, on_device
+from tolaria.values.optimization import LearningRateViolation
 
 
 class StepAbandonedError(Exception):
@@ -61,7 +61,7 @@ def train_step(rig: Rig, pass_microbatch: Callable[[], bool], mark: Mark = unmar
 
     norm = norms[0]
     finite = math.isfinite(loss) and math.isfinite(norm)
-    violations: list[Violation] = []
+    violations: list[LearningRateViolation] = []
     if finite:
         with mark("optimizer"):
             _clip(rig, norms)

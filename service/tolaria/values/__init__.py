@@ -1,1 +1,1 @@
-"""Plain values that cross between the lane and the run. No torch."""
+"""Value types that cross the border between the lane and the run: frozen dataclasses of plain values, without torch."""

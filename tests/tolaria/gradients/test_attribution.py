@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leyline.v1 import enums_pb2
-from tolaria.gradients import HOST, AttributionMode, SourceWeight, TeacherAttributionMixer
+from tolaria.gradients import AttributionMode, SourceWeight, TeacherAttributionMixer
+from tolaria.values.training import HOST
 
 
 def source(name: str, attribution: float = 0.0) -> SourceWeight:

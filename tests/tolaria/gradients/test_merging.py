@@ -5,7 +5,6 @@ import torch
 
 from leyline.v1 import enums_pb2
 from tolaria.gradients import (
-    HOST,
     AttributionMode,
     GradientMode,
     MergeSettings,
@@ -15,6 +14,7 @@ from tolaria.gradients import (
 )
 from tolaria.gradients.accumulate import StepRows
 from tolaria.gradients.merging import StepContext, StepMerger
+from tolaria.values.training import HOST
 
 NAMES = (HOST, "s", "t")
 ROWS = torch.tensor([[1.0, 0.5, 0.0], [-1.0, 1.0, 0.5], [0.5, -2.0, 1.0]])

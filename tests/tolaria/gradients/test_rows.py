@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from tolaria.errors import GradientMismatchError, LossShapeError, NoGradientsError, UnknownSourceError
-from tolaria.gradients import HOST, losses_by_source, sample_counts, source_rows
+from tolaria.gradients import losses_by_source, sample_counts, source_rows
+from tolaria.values.training import HOST
 
 if TYPE_CHECKING:
     from torch import Tensor

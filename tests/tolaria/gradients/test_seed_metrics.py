@@ -6,17 +6,11 @@ import pytest
 import torch
 
 from leyline.v1 import enums_pb2
-from tolaria.gradients import (
-    HOST,
-    FlatLayout,
-    PerLayerMetricUpdater,
-    SeedMetrics,
-    SeedMetricSet,
-    SeedMetricUpdater,
-    SourceWeight,
-)
+from tolaria.gradients import FlatLayout, PerLayerMetricUpdater, SeedMetricUpdater, SourceWeight
 from tolaria.gradients.accumulate import StepRows
 from tolaria.gradients.seed_metrics import StepFacts
+from tolaria.values.gradients import SeedMetrics, SeedMetricSet
+from tolaria.values.training import HOST
 
 BLENDING = enums_pb2.SEED_STAGE_BLENDING
 

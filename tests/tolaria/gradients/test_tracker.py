@@ -8,7 +8,6 @@ from leyline.v1 import enums_pb2
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from tolaria.errors import NoGradientsError, UnknownSourceError
 from tolaria.gradients import (
-    HOST,
     AttributionMode,
     FlatLayout,
     GradientMode,
@@ -20,6 +19,7 @@ from tolaria.gradients import (
     source_rows,
     step_generator,
 )
+from tolaria.values.training import HOST
 
 PROBATIONARY = SeedState(seed_id="s", stage=enums_pb2.SEED_STAGE_PROBATIONARY, attribution=0.5)
 BLENDING = SeedState(

@@ -8,8 +8,9 @@ from leyline.v1 import enums_pb2
 from leyline.v1.enums_pb2 import SeedLifecycleStage
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from tolaria.errors import GradientWeightError
-from tolaria.gradients import HOST, SeedWeightResolver, alpha_at
+from tolaria.gradients import SeedWeightResolver, alpha_at
 from tolaria.gradients.weights import STAGE_WEIGHTS
+from tolaria.values.training import HOST
 
 OPEN_WEIGHTS = {
     "DORMANT": 0.0,

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tolaria.errors import AdjustmentRefusedError
-from tolaria.optimization import Adjustment, LiveAdjustment
 from tolaria.optimization.adjustments import composed, without_replaced
+from tolaria.values.optimization import ActiveAdjustment, Adjustment
 
 
 def change(group: str | None = None, **what: Any) -> Adjustment:
@@ -15,9 +15,9 @@ def change(group: str | None = None, **what: Any) -> Adjustment:
     return Adjustment(group=group, origin="operator", request_id="r", reason="trial", **what)
 
 
-def live(at_step: int, group: str | None = None, **what: Any) -> LiveAdjustment:
+def live(at_step: int, group: str | None = None, **what: Any) -> ActiveAdjustment:
     """One that holds from `at_step` on."""
-    return LiveAdjustment(change(group, **what), at_step)
+    return ActiveAdjustment(change(group, **what), at_step)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def live(at_step: int, group: str | None = None, **what: Any) -> LiveAdjustment:
         ([live(0, value=0.4), live(1, value=0.2, expires_after_steps=9)], 0.4),
     ],
 )
-def test_adjustments_compose(living: list[LiveAdjustment], expected: float) -> None:
+def test_adjustments_compose(living: list[ActiveAdjustment], expected: float) -> None:
     """At step 10: the newest value wins, newer factors multiply; what expired or means another group does nothing."""
     assert composed(living, "host", 0.1, step=10) == pytest.approx(expected)
 
@@ -44,7 +44,7 @@ def test_adjustments_compose(living: list[LiveAdjustment], expected: float) -> N
 def test_a_name_means_its_family_but_not_every_name_it_begins() -> None:
     """`host` means host and host/1, not hostess."""
     meant = change("host", factor=2.0)
-    assert [meant.concerns(name) for name in ("host", "host/1", "hostess")] == [True, True, False]
+    assert [meant.applies_to(name) for name in ("host", "host/1", "hostess")] == [True, True, False]
 
 
 def test_a_lasting_value_ends_what_it_replaces() -> None:

@@ -22,19 +22,17 @@ from tolaria.errors import (
     UnsuitableOptimizerError,
 )
 from tolaria.optimization import (
-    Adjustment,
     AfterPeriod,
     Constant,
     Cosine,
-    GroupRole,
     LearningRateSettings,
     Retraction,
     Schedule,
     StepDecay,
     UnifiedLRController,
-    Violation,
     Warmup,
 )
+from tolaria.values.optimization import Adjustment, GroupRole, LearningRateViolation
 
 FLAT = LearningRateSettings(Schedule(Constant()), seed_warmup=Warmup(4, floor=0.2), floor=1e-4, ceiling=2.0)
 
@@ -109,7 +107,7 @@ def test_a_foreign_write_is_found_and_put_back() -> None:
     controller.apply(0)
     assert controller.verify() == []
     held.optimizer.param_groups[0]["lr"] = 0.7
-    assert controller.before_step(1) == [Violation("host", 0.1, 0.7)]
+    assert controller.before_step(1) == [LearningRateViolation("host", 0.1, 0.7)]
     assert rates_in(held) == {"host": 0.1}
     assert controller.before_step(2) == []
 
@@ -145,7 +143,7 @@ def test_a_frozen_group_is_guarded_at_zero() -> None:
     controller.set_role("host", GroupRole.FROZEN)
     controller.apply(0)
     held.optimizer.param_groups[0]["lr"] = 1e-12
-    assert controller.verify() == [Violation("host", 0.0, 1e-12)]
+    assert controller.verify() == [LearningRateViolation("host", 0.0, 1e-12)]
 
 
 def test_rates_that_are_tensors_are_filled_in_place() -> None:

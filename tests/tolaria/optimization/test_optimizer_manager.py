@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Adam, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop, SparseAdam
 
 from tolaria.errors import RebuildFailedError, UnsuitableOptimizerError
-from tolaria.optimization import GroupPlan, OptimizerManager, RebuildOutcome
+from tolaria.optimization import GroupPlan, OptimizerManager
 from tolaria.optimization import optimizer_manager as rebuilding
 from tolaria.optimization.groups import ParamGroup
+from tolaria.values.optimization import RebuildOutcome
 
 torch.set_num_threads(1)
 

@@ -11,15 +11,14 @@ from tolaria.errors import RebuildFailedError
 from tolaria.optimization import (
     Constant,
     GroupPlan,
-    GroupRole,
     LearningRateSettings,
     OptimizerManager,
-    RebuildOutcome,
     Schedule,
     UnifiedLRController,
     Warmup,
     regroup,
 )
+from tolaria.values.optimization import GroupRole, RebuildOutcome
 
 torch.set_num_threads(1)
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.errors import OwnershipError
-from tolaria.seeds import HOST, SeedSlot, SeedTopology, ownership
+from tolaria.seeds import SeedSlot, SeedTopology, ownership
+from tolaria.values.training import HOST
 
 
 def test_every_parameter_has_one_owner(host: nn.Module, topology: SeedTopology, wish: Callable[..., SeedState]) -> None:

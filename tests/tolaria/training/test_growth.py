@@ -15,12 +15,12 @@ from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from support.jobs import SlotJob
 from tolaria.config import OptimizerSettings, RollbackSettings, SeedsSettings, Settings, TrainingSettings
 from tolaria.errors import RebuildFailedError
-from tolaria.optimization import RebuildOutcome
 from tolaria.training.fences import Reconcile, carry_out
 from tolaria.training.growth import SeedsReport
 from tolaria.training.recovery.keeper import SnapshotKeeper
 from tolaria.training.rig import Rig, build_rig
 from tolaria.training.step import train_step
+from tolaria.values.optimization import RebuildOutcome
 
 
 def rig(interval: int = 0) -> Rig:

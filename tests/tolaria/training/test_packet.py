@@ -7,10 +7,10 @@ from google.protobuf.json_format import MessageToJson
 
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.jobs import Evaluation
-from tolaria.optimization import Adjustment, LiveAdjustment
 from tolaria.training.packet import state_packet, status_message
 from tolaria.training.progress import Progress
 from tolaria.training.reports import EpochReport, StepReport
+from tolaria.values.optimization import ActiveAdjustment, Adjustment
 
 EPOCH = EpochReport(
     2, 30, Evaluation(8.0, 3, 4), 1.5, 0.1, 50.0, {"host": 0.01}, 0.9, HardwareContext(device_type="cpu"), 2.0
@@ -74,7 +74,7 @@ def test_a_change_may_outlast_the_steps_that_can_be_told(lasts: int | None, told
     change = Adjustment(
         group=None, factor=0.5, expires_after_steps=lasts, origin="operator", request_id="1", reason="calm"
     )
-    made.adjustments = (LiveAdjustment(change, at_step=100),)
+    made.adjustments = (ActiveAdjustment(change, at_step=100),)
     (adjustment,) = status_message(made, now_s=1.0).adjustments
     assert adjustment.expires_at_step == told
 

@@ -11,17 +11,18 @@ from tolaria.config import ProfilerSettings
 from tolaria.errors import InvalidFieldError, LaneStoppedError, ProfileFailedError, WrongStateError
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
-from tolaria.telemetry.profiler import ProfileWindow, TraceFailed, TraceWritten
+from tolaria.telemetry.profiler import ProfileWindow
 from tolaria.training.fence_desk import FenceDesk
 from tolaria.training.fences import CaptureProfile, FenceReport, LaneCommand, ProfileBegun
 from tolaria.training.profile_desk import ProfileDesk, ProfileTaken
 from tolaria.training.profiling import LaneProfiler
 from tolaria.training.record_profile import ProfileRecorder
 from tolaria.training.reports import ProfileEnded, StepReport
+from tolaria.values.profiling import TraceFailed, TraceWritten
 
 pytestmark = pytest.mark.anyio
 
-TRACE = TraceWritten(Path("/traces/t.json"), 10, 5, 0.1, 0)
+TRACE = TraceWritten("/traces/t.json", 10, 5, 0.1, 0)
 
 
 class Bench:

@@ -27,10 +27,10 @@ from tolaria.jobs import Batch
 from tolaria.rpc import recovery as rpc_recovery
 from tolaria.rpc.admin import AdminService
 from tolaria.rpc.requests import RequestLedger
-from tolaria.telemetry.profiler import Region
 from tolaria.training.recovery.operators import RecoveryDesk
 from tolaria.training.recovery.rollbacks import Asked
 from tolaria.training.safety_desk import SafetyDesk
+from tolaria.values.profiling import Region
 
 pytestmark = pytest.mark.anyio
 
@@ -189,7 +189,7 @@ async def test_training_goes_on_when_there_can_be_no_trace(
         assert run.events.count("tolaria.profiler.export_failed") == 1
         await goes_on(run)
         taken = await run.loop.capture_profile("again", 2)
-        assert await in_thread(taken.trace.path.exists)
+        assert await in_thread(Path(taken.trace.path).exists)
 
 
 async def test_a_directory_that_is_removed_meanwhile_is_made_again(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ async def test_a_directory_that_is_removed_meanwhile_is_made_again(tmp_path: Pat
     async with running(run):
         for request_id in ("1", "2"):
             taken = await run.loop.capture_profile(request_id, 2)
-            await in_thread(taken.trace.path.unlink)
+            await in_thread(Path(taken.trace.path).unlink)
             await in_thread((tmp_path / "traces").rmdir)
         assert value(run, "traces_emitted_total") == 2
         await goes_on(run)

@@ -4,11 +4,11 @@ import pytest
 
 from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING, SEED_STAGE_UNKNOWN
 from tolaria.config import GradientsSettings
-from tolaria.gradients import SeedMetrics, SeedMetricSet
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.growth import SeedsReport
 from tolaria.training.record_growth import GrowthRecorder
+from tolaria.values.gradients import SeedMetrics, SeedMetricSet
 
 
 def gathered(*, share_delta: float = 0.0, conflict_ratio: float = 0.0, overall: float = 0.0) -> SeedMetricSet:

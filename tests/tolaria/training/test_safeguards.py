@@ -11,12 +11,12 @@ from leyline.v1.enums_pb2 import (
     CircuitBreakerState,
 )
 from leyline.v1.telemetry_pb2 import SystemHealth
-from tolaria.optimization import Violation
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.growth import SeedsReport
 from tolaria.training.reports import StepReport
 from tolaria.training.safeguards import BREAKERS, Safeguards
+from tolaria.values.optimization import LearningRateViolation
 
 COOLDOWN_S = 30.0
 
@@ -49,7 +49,7 @@ class Ward:
 
 def step(*, violated: bool = False, void: bool = False, rescaled: bool = False) -> StepReport:
     """A step report with one mishap at most."""
-    violations = (Violation("host", 0.1, 7.0),) if violated else ()
+    violations = (LearningRateViolation("host", 0.1, 7.0),) if violated else ()
     return StepReport(1, 1, 0.5, 1.0, 8, 0.01, 0.0, 0.0, void=void, violations=violations, rescaled=rescaled)
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from support.jobs import TinyJob
 from tolaria.config import Settings, TrainingSettings
 from tolaria.errors import LossShapeError
-from tolaria.telemetry.profiler import Region
 from tolaria.training.losses import checked_losses
 from tolaria.training.rig import Rig, build_rig
 from tolaria.training.step import StepAbandonedError, train_step
+from tolaria.values.profiling import Region
 
 
 def rig(job: str = "TinyJob", **fields: object) -> Rig:

@@ -14,7 +14,6 @@ from leyline.v1.enums_pb2 import ROLLBACK_TIER_FULL
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import RollbackSettings
 from tolaria.errors import NoCheckpointError, RestoreAbandonedError, StateMismatchError, StateUnsupportedError
-from tolaria.optimization import LiveAdjustment
 from tolaria.rollback import (
     Cadence,
     Captured,
@@ -33,6 +32,7 @@ from tolaria.rollback.writer import TASKS_MAX
 from tolaria.training.place import EpochPlace
 from tolaria.training.recovery.live import GrownStructure, training_state
 from tolaria.training.rig import Rig
+from tolaria.values.optimization import ActiveAdjustment
 
 _MIB = 2**20
 _NO_LIMIT_BYTES = 2**62
@@ -61,7 +61,7 @@ class Restored:
     place: EpochPlace
     seeds: tuple[SeedState, ...]
     learning_rates: Mapping[str, float]
-    adjustments: tuple[LiveAdjustment, ...]
+    adjustments: tuple[ActiveAdjustment, ...]
     underway: bool = False
     latest_order: int = 0
 

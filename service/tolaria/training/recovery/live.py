@@ -15,11 +15,12 @@ from pydantic import JsonValue
 from torch import nn
 
 from tolaria.errors import StateMismatchError, TopologyStateError
-from tolaria.optimization import GroupPlan, GroupRole
+from tolaria.optimization import GroupPlan
 from tolaria.rollback import Position, StateImage, StatePart, TrainingState
 from tolaria.rollback.encoding import decode_plain
 from tolaria.training.growth import Growth
 from tolaria.training.rig import Rig
+from tolaria.values.optimization import GroupRole
 
 
 class LiveRig:

@@ -19,7 +19,6 @@ import structlog
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
 from tolaria.errors import InvalidFieldError, TolariaError, WrongStateError
-from tolaria.optimization import Adjustment
 from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.orders import ID_BYTES_MAX, Ending, RollbackOutcome, RollbackRequest
 from tolaria.training.fence_desk import FenceDesk
@@ -36,6 +35,7 @@ from tolaria.training.recovery.retreats import Retreats
 from tolaria.training.reports import StepReport
 from tolaria.training.standstill import Standstill
 from tolaria.training.verdicts import RateCut, Retreat
+from tolaria.values.optimization import Adjustment
 
 _ROLLBACK = "rollback"
 _JUDGE = "judge"

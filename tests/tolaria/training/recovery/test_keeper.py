@@ -11,11 +11,11 @@ from support.driving import Driven, driven, order, seed
 from tolaria.config import RollbackSettings
 from tolaria.errors import NoCheckpointError, RestoreAbandonedError, StateMismatchError
 from tolaria.jobs import TensorCursor
-from tolaria.optimization import Adjustment
 from tolaria.rollback import Retention, StateImage, open_storage
 from tolaria.rollback.orders import RestoreOrder
 from tolaria.training.fences import ChangeOptimizer, FenceCommand, Keep, LeaveOut, Reconcile, Restore
 from tolaria.training.recovery.keeper import Kept, PointsLost
+from tolaria.values.optimization import Adjustment
 
 HALVED = ChangeOptimizer(
     Adjustment(

@@ -3,9 +3,11 @@ from __future__ import annotations
 import pytest
 
 from leyline.v1 import enums_pb2
-from tolaria.gradients import HOST, Alarm, AlarmKind, AlarmThresholds, SeedMetrics, SeedMetricSet, alarms
+from tolaria.values.gradients import Alarm, AlarmKind, AlarmThresholds, SeedMetrics, SeedMetricSet, alarms
+from tolaria.values.training import HOST
 
 BLENDING = enums_pb2.SEED_STAGE_BLENDING
+THRESHOLDS = AlarmThresholds(share_jump=0.3, seed_conflict=0.5, conflict=0.75)
 
 
 def metrics(**changes: float) -> SeedMetricSet:
@@ -27,10 +29,10 @@ def metrics(**changes: float) -> SeedMetricSet:
     ],
 )
 def test_alarms_by_threshold(changes: dict[str, float], expected: tuple[Alarm, ...]) -> None:
-    """Each threshold is reached at its value, in either direction for shares; the host's own numbers raise none."""
-    assert alarms(metrics(**changes), AlarmThresholds()) == expected
+    """A value equal to its threshold raises an alarm, shares in either direction; the host raises none."""
+    assert alarms(metrics(**changes), THRESHOLDS) == expected
 
 
-def test_seeds_are_the_sources_but_the_host() -> None:
-    """Whoever reports on seeds need not know that the host is among the sources."""
+def test_seeds_exclude_the_host() -> None:
+    """`seeds` holds every source except the host."""
     assert [seed.seed_id for seed in metrics().seeds] == ["s"]

@@ -1,0 +1,308 @@
+"""Checkpoints of a run: when they are due, how they are made beside training, and what follows when one fails.
+
+Failures of storage end no task: they are reported, counted and tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from contextlib import suppress
+from time import monotonic
+from typing import Final
+from weakref import WeakSet
+
+import anyio
+import structlog
+from anyio import sleep
+
+from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED
+from tolaria.checkpoint.writer import CheckpointWriter, RewindMark
+from tolaria.config import CheckpointSettings
+from tolaria.errors import CheckpointWriteError, LaneError, LaneStoppedError, TolariaError
+from tolaria.filesystem import errno_name
+from tolaria.images.pool import Lease
+from tolaria.journal.async_journal import AsyncJournal
+from tolaria.journal.rows import CheckpointRow
+from tolaria.lane.messages import CaptureImage, EpochDone, ImageCaptured
+from tolaria.resilience.breaker import Breaker
+from tolaria.run.lane_client import LaneClient
+from tolaria.run.observers import RunObserver
+from tolaria.run.run_state import Lifecycle
+
+BUSY_S: Final = 0.25
+"""Time until an operator's checkpoint is tried again while the writer is busy."""
+
+STALLED_S: Final = 120.0
+"""Time after which a checkpoint counts as stalled: a disk that hangs raises no error."""
+
+_SUPERSEDE_S: Final = 1.0  # one small transaction, for which the lane is held
+
+
+class Checkpointing:
+    """Makes the checkpoints of one run. Used on the event loop only.
+
+    Args:
+        settings: when checkpoints are due, and whether a failure holds the run.
+        lane: captures images at step boundaries, also while it is held.
+        writer: writes images in its thread.
+        lifecycle: holds the run while no checkpoint can be written, if the settings say so.
+        breaker: receives failures and successes.
+        observers: receive each checkpoint and failure.
+        journal: supersedes committed checkpoints.
+        from_step: step at which the run begins in this process.
+    """
+
+    def __init__(
+        self,
+        settings: CheckpointSettings,
+        lane: LaneClient,
+        writer: CheckpointWriter,
+        *,
+        lifecycle: Lifecycle,
+        breaker: Breaker,
+        observers: RunObserver,
+        journal: AsyncJournal,
+        from_step: int = 0,
+    ) -> None:
+        self._log = structlog.get_logger(__name__)
+        self._settings = settings
+        self._lane = lane
+        self._writer = writer
+        self._lifecycle = lifecycle
+        self._breaker = breaker
+        self._observers = observers
+        self._journal = journal
+        self._turn = anyio.Lock()
+        self._wake = anyio.Event()
+        self._due = False
+        self._step = self._due_from_step = self._last_step = from_step
+        self._captured: dict[str, RewindMark] = {}
+        self._in_flight: WeakSet[RewindMark] = WeakSet()
+        """Images on their way to disk; each is kept alive by `_captured` or by the task or thread that has it."""
+        self._epoch: EpochDone | None = None
+        self._epoch_due = False
+        self._evaluated_step = self._validated_step = -1
+        self._held_reason = ""
+        self._retrying = False
+        self.failing = ""
+        """Why there is no new checkpoint although one is due; empty without a failure."""
+
+    @property
+    def validated_step(self) -> int:
+        """The newest step that a validation found healthy, or an earlier one restored since; -1 before the first.
+
+        A checkpoint that was due after that validation is of no later step.
+        """
+        return self._validated_step
+
+    # -- events, in the lane's order ---------------------------------------------------------------------------------
+
+    def on_step(self, global_step: int) -> None:
+        """Takes the step of a healthy `StepDone`, or of a `Restored`, which may be lower."""
+        if global_step < self._last_step:
+            self._undo_after(global_step)
+        self._step = self._last_step = global_step
+        self._due_from_step = min(self._due_from_step, global_step)
+        if self._epoch is not None and global_step < self._epoch.global_step:
+            self._epoch = None  # its state has been undone
+        if self._epoch is None:
+            self._validated_step = min(self._validated_step, global_step)
+        if due_by_steps(self._settings.every_steps, global_step, self._due_from_step):
+            self._make_due(global_step)
+
+    def on_epoch(self, epoch: EpochDone) -> None:
+        """Takes an epoch that has been validated and found healthy."""
+        self._step, self._epoch = epoch.global_step, epoch
+        self._evaluated_step = self._validated_step = epoch.global_step
+        self._epoch_due = due_by_epochs(self._settings.every_epochs, epoch.epoch)
+        if self._epoch_due:
+            self._make_due(epoch.global_step)
+
+    def on_image_captured(self, image_id: str) -> None:
+        """Takes the lane's `ImageCaptured`: a rollback that is applied from now on supersedes the image."""
+        mark = self._captured[image_id] = RewindMark()
+        self._in_flight.add(mark)
+
+    async def supersede_after(self, global_step: int) -> None:
+        """Marks the checkpoints after `global_step` as undone, those in flight first. Waits a second at most.
+
+        A failure is logged: a crash before the next checkpoint would resume from one of them.
+        """
+        self._undo_after(global_step)
+        with anyio.move_on_after(_SUPERSEDE_S) as scope:
+            await self._journal.supersede_after(global_step)
+        if scope.cancelled_caught:
+            detail = "the journal did not answer"
+            self._log.error("checkpoints_not_superseded", after_step=global_step, detail=detail)
+
+    def _undo_after(self, global_step: int) -> None:
+        for mark in self._in_flight:
+            mark.rewound_to(global_step)
+
+    # -- making checkpoints ------------------------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Makes the checkpoints that are due and retries after failures, until the lane has ended."""
+        while True:
+            if self._retrying:
+                await sleep(self._settings.retry_s)
+            else:
+                await self._wake.wait()
+            self._wake = anyio.Event()
+            # While this slept, an operator's checkpoint may have succeeded.
+            if (self._retrying or self._due) and not await self._serve_due():
+                return
+
+    async def create(self, reason: str) -> CheckpointRow:
+        """Makes a checkpoint now, after one that is being made, and returns its committed row.
+
+        Raises:
+            TolariaError: no checkpoint was made; the failure counts as any other.
+        """
+        async with self._turn:
+            while (row := await self._attempt()) is None:
+                await sleep(BUSY_S)
+        self._log.info("checkpoint_created", checkpoint_id=row.checkpoint_id, reason=reason)
+        return row
+
+    def _make_due(self, global_step: int) -> None:
+        """Has a checkpoint made, unless one is being made: then the disk is slower than the settings."""
+        if not self._turn.locked():
+            self._due_from_step = global_step
+            self._due = True
+            self._wake.set()
+
+    async def _serve_due(self) -> bool:
+        """Returns whether the lane still runs."""
+        async with self._turn:
+            self._due = False
+            try:
+                await self._attempt()
+            except LaneStoppedError as error:
+                self._log.info("checkpoints_end", detail=str(error))
+                return False
+            except TolariaError:
+                pass  # reported by `_failed`, and tried again
+        return True
+
+    async def _attempt(self) -> CheckpointRow | None:
+        """Makes one checkpoint. Returns None when the writer is busy, or the run went back before the commit.
+
+        Raises:
+            TolariaError: no checkpoint was made.
+        """
+        try:
+            row, duration_s = await self._write()
+        except LaneStoppedError:
+            raise
+        except TolariaError as error:
+            self._failed(error)
+            raise
+        except OSError as error:
+            refused = CheckpointWriteError("keep", errno_name(error), str(error))
+            self._failed(refused)
+            raise refused from error
+        if row is None:
+            return None
+        self._succeeded(row, duration_s)
+        return None if row.state == "superseded" else row
+
+    async def _write(self) -> tuple[CheckpointRow | None, float]:
+        lease, mark = await self._capture()
+        self._step = lease.image.position.global_step
+        started_s = monotonic()
+        future = self._writer.write(lease, metric=self._metric(), mark=mark)
+        if future is None:
+            return None, 0.0
+        await self._wait_for(future)
+        return future.result(), monotonic() - started_s
+
+    async def _capture(self) -> tuple[Lease, RewindMark]:
+        self._captured.clear()  # images whose callers went away
+        done = await self._lane.call(CaptureImage())
+        if not isinstance(done.result, ImageCaptured):
+            raise LaneError(f"the lane answered with {type(done.result).__name__}, not with an image")
+        image_id = done.result.image_id
+        return self._lane.images.take(image_id), self._captured.pop(image_id)
+
+    async def _wait_for(self, future: Future[CheckpointRow]) -> None:
+        done = _done_event(future)
+        with anyio.move_on_after(STALLED_S):
+            await done.wait()
+        if not done.is_set():
+            self._observers.on_checkpoint_stalled(self._step, STALLED_S)
+            self._set_failing(f"the checkpoint of step {self._step} takes longer than {STALLED_S:g} s")
+            await done.wait()
+
+    def _metric(self) -> float | None:
+        """Returns the figure that decides which checkpoint is best; None for a state that has not been validated.
+
+        A checkpoint that is due at an epoch's end is captured at the next step boundary, which may be a few steps
+        later: that state gets the epoch's figure.
+        """
+        if self._epoch is None:
+            return None
+        if self._epoch_due:
+            self._epoch_due = False
+            self._evaluated_step = self._validated_step = self._step
+        if self._evaluated_step != self._step:
+            return None
+        evaluation = self._epoch.evaluation
+        return evaluation.accuracy if self._settings.best == "accuracy" else evaluation.loss
+
+    # -- what follows ------------------------------------------------------------------------------------------------
+
+    def _succeeded(self, row: CheckpointRow, duration_s: float) -> None:
+        self._observers.on_checkpoint_written(row, duration_s)
+        self._due_from_step = row.global_step
+        if self._breaker.allows():
+            self._breaker.succeeded()
+        # An open breaker ignores successes until it has cooled down; a further checkpoint closes it then.
+        self._retrying = self._retrying and self._breaker.state != CIRCUIT_STATE_CLOSED
+        held_reason, self._held_reason = self._held_reason, ""
+        if held_reason:
+            self._lifecycle.resume_if_held_for(held_reason)
+        self._set_failing("")
+
+    def _failed(self, error: TolariaError) -> None:
+        stage, reason = "keep", str(error)
+        if isinstance(error, CheckpointWriteError):
+            stage, reason = error.stage, error.reason
+        self._observers.on_checkpoint_failed(self._step, stage, reason)
+        self._retrying = True
+        self._wake.set()
+        if self._settings.on_failure == "pause":
+            reason = f"no checkpoint can be written: {error}"
+            if self._lifecycle.hold_if_training(reason):
+                self._held_reason = reason
+        self._set_failing(str(error))
+        if self._breaker.allows():
+            self._breaker.failed()
+
+    def _set_failing(self, failing: str) -> None:
+        if failing != self.failing:
+            self.failing = failing
+            self._lifecycle.changed()
+
+
+def due_by_steps(every_steps: int, global_step: int, last_step: int) -> bool:
+    """Whether a checkpoint is due `every_steps` after the one of `last_step`; 0 is never."""
+    return every_steps > 0 and global_step - last_step >= every_steps
+
+
+def due_by_epochs(every_epochs: int, epoch: int) -> bool:
+    """Whether a checkpoint is due at the end of this epoch, counted from 1; 0 is never."""
+    return every_epochs > 0 and epoch % every_epochs == 0
+
+
+def _done_event(future: Future[CheckpointRow]) -> anyio.Event:
+    """Returns an event that is set when another thread's future is done; its work goes on if the waiter is cancelled."""
+    done, loop = anyio.Event(), asyncio.get_running_loop()
+
+    def notify(_future: Future[CheckpointRow]) -> None:
+        with suppress(RuntimeError):  # the loop has ended: nothing waits
+            loop.call_soon_threadsafe(done.set)
+
+    future.add_done_callback(notify)
+    return done

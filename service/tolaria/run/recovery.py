@@ -1,0 +1,315 @@
+"""Rollbacks of a run: who may begin one, how its state is found and restored, and what follows before training goes on.
+
+The lane is held from the request until spoiled batches are skipped, the learning rate is cut and later checkpoints are
+superseded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Final
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
+from tolaria.checkpoint.store import CheckpointStore
+from tolaria.errors import LaneError, TolariaError, WrongStateError
+from tolaria.images.image import StateImage
+from tolaria.lane.messages import (
+    BatchesSkipped,
+    BoundaryCommand,
+    ChangeOptimizer,
+    CommandDone,
+    Restore,
+    Restored,
+    SkipBatches,
+    StepDone,
+)
+from tolaria.rollback.coordinator import RollbackCoordinator
+from tolaria.rollback.protocol import Ending, Rollback
+from tolaria.run.checkpointing import Checkpointing
+from tolaria.run.health import Health, RateCut, Retreat
+from tolaria.run.lane_client import LaneClient
+from tolaria.run.observers import RunObserver
+from tolaria.run.run_state import Lifecycle
+from tolaria.run.safety import Safety
+from tolaria.run.status import RunStatus
+from tolaria.values.optimization import Adjustment
+
+_ROLLBACK: Final = "rollback"  # holder of the lane, and origin of a cut of the learning rate
+_JUDGE: Final = "judge"
+_FOLLOW_UP_S: Final = 5.0  # for small commands to a lane that is held already
+_BATCHES_LOGGED_MAX: Final = 20
+
+
+class LaneRestorer:
+    """Finds restore points and has the lane restore them: the run's `Restorer`. Used on the event loop only.
+
+    Args:
+        lane: restores at a step boundary.
+        status: the snapshots in memory.
+        store: the checkpoints on disk; read in a thread.
+        observers: receive each checkpoint that cannot be loaded.
+    """
+
+    def __init__(self, lane: LaneClient, status: RunStatus, store: CheckpointStore, observers: RunObserver) -> None:
+        self._lane = lane
+        self._status = status
+        self._store = store
+        self._observers = observers
+        self._submitted: asyncio.Future[CommandDone] | None = None
+        self._forbidden = False
+
+    async def locate(self, tier: RollbackTier.ValueType, at_or_before: int | None, /) -> int | None:
+        """Returns the step of the tier's nearest restore point; None if there is none. Raises JournalError."""
+        if tier == ROLLBACK_TIER_FAST:
+            steps = [info.position.global_step for info in self._status.snapshots]
+        else:
+            rows = await anyio.to_thread.run_sync(self._store.restore_points, abandon_on_cancel=True)
+            steps = [row.global_step for row in rows]
+        return max((step for step in steps if at_or_before is None or step <= at_or_before), default=None)
+
+    async def restore(self, rollback: Rollback, /) -> None:
+        """Restores the target at the next step boundary and sets the restored fields of `rollback`.
+
+        Raises:
+            TolariaError: nothing was restored; the live state is unchanged.
+        """
+        self._submitted, self._forbidden = None, False
+        if rollback.tier == ROLLBACK_TIER_FAST:
+            restored = await self._restore(rollback, "")
+        else:
+            image_id = self._lane.images.put(await self._load(rollback))
+            try:
+                restored = await self._restore(rollback, image_id)
+            finally:
+                self._lane.images.discard(image_id)
+        rollback.restored_step = restored.position.global_step
+        rollback.state_digest, rollback.expected_digest = restored.state_digest, restored.expected_digest
+        rollback.restore_ms = restored.restore_ms
+
+    def forbid(self, rollback: Rollback, /) -> bool:  # noqa: ARG002 - one rollback runs at a time
+        """Forbids the restore to change live state; returns False when the change has already begun."""
+        self._forbidden = True
+        return self._submitted is None or self._lane.forbid_restore(self._submitted)
+
+    async def _restore(self, rollback: Rollback, image_id: str) -> Restored:
+        command = Restore(
+            rollback.rollback_id, rollback.tier, rollback.destination, rollback.deadline_s, image_id=image_id
+        )
+        self._submitted = self._lane.submit(command)
+        done = await self._submitted
+        if done.failure is not None:
+            raise done.failure.error()
+        if not isinstance(done.result, Restored):
+            raise LaneError(f"the lane answered a restore with {type(done.result).__name__}")
+        return done.result
+
+    async def _load(self, rollback: Rollback) -> StateImage:
+        def expired() -> bool:
+            return self._forbidden or time.monotonic() >= rollback.deadline_s
+
+        loaded = await anyio.to_thread.run_sync(
+            lambda: self._store.load_newest(expired, at_or_before=rollback.target_step), abandon_on_cancel=True
+        )
+        for damage in loaded.damaged:
+            self._observers.on_checkpoint_damaged(rollback.rollback_id, damage)
+        return loaded.image
+
+
+class Recovery:
+    """Carries rollbacks out, one at a time, in the task `serve`. Used on the event loop only.
+
+    Args:
+        coordinator: carries out the protocol.
+        lane: held from the request until training may go on.
+        lifecycle: a run that has ended is not rolled back.
+        health: the healthy step, and the batches that spoiled training.
+        checkpointing: supersedes the checkpoints that a rollback undoes.
+        observers: receive the start and the end of each rollback.
+        safety: receives missed deadlines and failed proofs, while the lane is still held.
+        status: has the step of the run, and counts rollbacks.
+    """
+
+    def __init__(
+        self,
+        coordinator: RollbackCoordinator,
+        lane: LaneClient,
+        *,
+        lifecycle: Lifecycle,
+        health: Health,
+        checkpointing: Checkpointing,
+        observers: RunObserver,
+        safety: Safety,
+        status: RunStatus,
+    ) -> None:
+        self._coordinator = coordinator
+        self._lane = lane
+        self._lifecycle = lifecycle
+        self._health = health
+        self._checkpointing = checkpointing
+        self._observers = observers
+        self._safety = safety
+        self._status = status
+        self._log = structlog.get_logger()
+        self._wake = anyio.Event()
+        self._current: tuple[Rollback, Callable[[Rollback], None]] | None = None
+        self._over = anyio.Event()
+        self._recovering: Rollback | None = None
+        self.unproven = False
+        """Whether the live state is what a failed restore left: neither trainable nor worth a checkpoint."""
+
+    @property
+    def running(self) -> bool:
+        """Whether a rollback is under way."""
+        return self._current is not None
+
+    @property
+    def completed(self) -> int:
+        """Number of rollbacks that restored a state."""
+        return self._status.rollbacks
+
+    async def serve(self) -> None:
+        """Carries out the rollbacks that are begun, until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake = anyio.Event()
+            if self._current is not None:
+                await self._carry_out(*self._current)
+
+    def begin(self, rollback: Rollback, on_over: Callable[[Rollback], None] = lambda _rollback: None) -> None:
+        """Begins a rollback and holds the lane; `on_over` is called when it has ended.
+
+        Without a target step it goes to the newest healthy restore point.
+
+        Raises:
+            WrongStateError: another rollback is under way, or the run has ended.
+        """
+        if self._lifecycle.ended:
+            raise WrongStateError("the run has ended: there is nothing that could go back")
+        if self._current is not None:
+            raise WrongStateError("another rollback is running")
+        if rollback.target_step is None:
+            rollback.target_step = self._health.healthy_step
+        rollback.global_step = self._status.global_step
+        self._stop_awaiting_step()
+        self._current, self._over = (rollback, on_over), anyio.Event()
+        self._lane.hold(_ROLLBACK)
+        self._observers.on_rollback_started(rollback)
+        self._wake.set()
+
+    async def roll_back(self, rollback: Rollback) -> None:
+        """Begins a rollback and waits for its end; it goes on when the caller is cancelled.
+
+        Raises:
+            RestoreUnprovenError: the live state was overwritten and is not what was captured; the run is halted.
+            WrongStateError: another rollback is under way, or the run has ended.
+            TolariaError: nothing was restored; the live state is unchanged.
+        """
+        self.begin(rollback)
+        await self._over.wait()
+        if rollback.ending is not Ending.RESTORED:
+            raise rollback.error or WrongStateError("the rollback was aborted")
+
+    def retreat(self, verdict: Retreat, *, before_step: int) -> None:
+        """Begins the rollback of a verdict on health, unless one is under way or the run has ended."""
+        if self.running or self._lifecycle.ended:
+            return
+        # A checkpoint serves as well where memory has no snapshot.
+        tier = ROLLBACK_TIER_UNSPECIFIED if verdict.tier == ROLLBACK_TIER_FAST else verdict.tier
+        rollback = Rollback(tier, before_step, verdict.reason, _JUDGE)
+        rollback.lr_cut = _adjustment(verdict.cut, rollback.rollback_id)
+        self.begin(rollback)
+
+    def roll_back_if_idle(self, reason: str, origin: str) -> None:
+        """Begins a rollback to a snapshot, unless one is under way or the run has ended."""
+        if not (self.running or self._lifecycle.ended):
+            self.begin(Rollback(ROLLBACK_TIER_FAST, None, reason, origin))
+
+    def on_step(self, step: StepDone) -> None:
+        """Takes a healthy step: the first one that is not skipped ends the recovery from a rollback."""
+        rollback = self._recovering
+        if rollback is not None and not step.skipped:
+            self._recovering = None
+            duration_s = step.finished_at_s - rollback.began_s  # both monotonic; events arrive a little later
+            self._observers.on_rollback_recovered(rollback, duration_s, step.global_step)
+
+    async def _carry_out(self, rollback: Rollback, on_over: Callable[[Rollback], None]) -> None:
+        try:
+            await self._coordinator.run(rollback)
+            await self._follow_up(rollback)
+        finally:
+            self._health.end_retreat()
+            self._current = None
+            self._lane.release(_ROLLBACK)
+            self._over.set()
+        on_over(rollback)
+        self._lifecycle.changed()
+
+    async def _follow_up(self, rollback: Rollback) -> None:
+        """Does what has to be done before the lane is released, depending on how the rollback ended."""
+        restored = rollback.ending is Ending.RESTORED
+        self.unproven = rollback.unproven or (self.unproven and not restored)
+        if rollback.unproven:
+            self._safety.rollback_unproven(str(rollback.error))
+        elif rollback.ending is Ending.DEADLINE_EXCEEDED:
+            self._safety.rollback_missed(rollback.reason)
+        self._observers.on_rollback_ended(rollback)
+        if restored:
+            await self._follow_restore(rollback)
+        if restored or rollback.unproven:
+            await self._checkpointing.supersede_after(rollback.restored_step)
+
+    async def _follow_restore(self, rollback: Rollback) -> None:
+        self._status.rollbacks += 1
+        self._recovering = rollback
+        if self._lane.held_for_others(_ROLLBACK):
+            self._stop_awaiting_step()
+        if spoiled := self._health.end_retreat():
+            await self._skip(spoiled, rollback.rollback_id)
+        if rollback.lr_cut is not None:
+            await self._call(ChangeOptimizer(rollback.lr_cut, {}, None))
+
+    async def _skip(self, spoiled: tuple[tuple[int, int], ...], rollback_id: str) -> None:
+        done = await self._call(SkipBatches(spoiled))
+        if done is not None and isinstance(done.result, BatchesSkipped):
+            self._log.warning(
+                "batches_left_out",
+                rollback_id=rollback_id,
+                epochs_and_places=sorted(spoiled)[:_BATCHES_LOGGED_MAX],
+                count=len(spoiled),
+                count_in_all=done.result.count,
+            )
+
+    def _stop_awaiting_step(self) -> None:
+        """No step follows soon: the last rollback took until its state was restored."""
+        rollback, self._recovering = self._recovering, None
+        if rollback is not None and rollback.ending is not None:
+            self._observers.on_rollback_duration(rollback.tier, rollback.ending.value, rollback.latency_ms / 1000)
+
+    async def _call(self, command: BoundaryCommand) -> CommandDone | None:
+        """Has the lane carry out a command; a failure is logged, because the state has been restored already."""
+        error = "the lane did not answer"
+        try:
+            with anyio.move_on_after(_FOLLOW_UP_S):
+                return await self._lane.call(command)
+        except TolariaError as failure:
+            error = str(failure)
+        self._log.error("after_rollback_failed", command=type(command).__name__, error=error)
+        return None
+
+
+def _adjustment(cut: RateCut, rollback_id: str) -> Adjustment:
+    return Adjustment(
+        group=None,
+        factor=cut.factor,
+        value=None,
+        expires_after_steps=cut.steps,
+        origin=_ROLLBACK,
+        request_id=rollback_id,
+        reason="training went wrong at the previous learning rate",
+    )

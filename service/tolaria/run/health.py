@@ -1,0 +1,290 @@
+"""The health of training: averages, limits, the budget of automatic rollbacks, and the verdict on each step and epoch.
+
+A step is judged against the averages of the steps before it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from typing import Final, TypeAlias
+
+from pydantic import BaseModel, ValidationError
+
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, RollbackTier
+from tolaria.config import RollbackSettings
+from tolaria.lane.messages import EpochDone, StepDone
+
+EWMA_WEIGHT: Final = 0.05
+"""Weight of the newest step in the moving averages: about the last twenty steps count."""
+
+_FLOOR: Final = 0.01
+_DEVIATIONS: Final = 6.0
+_LOG_DEVIATIONS: Final = 5.0
+_NORM_MIN: Final = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Proceed:
+    """Training goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class RateCut:
+    """Multiplies the learning rate by `factor` for `steps` steps."""
+
+    factor: float
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retreat:
+    """Training has to go back to a restore point of `tier` before `at_step`, with a cut of the learning rate."""
+
+    tier: RollbackTier.ValueType
+    reason: str
+    at_step: int
+    cut: RateCut
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """Training has to be frozen: going on would repeat what went wrong."""
+
+    reason: str
+
+
+Verdict: TypeAlias = Proceed | Retreat | Halt
+
+
+@dataclass(frozen=True, slots=True)
+class Averages:
+    """Exponentially weighted averages and variances over finite steps (Finch 2009, section 9).
+
+    The logarithm of the gradient norm has averages of its own, since norms vary by factors. `skipped_streak` counts the
+    last steps in a row that were skipped.
+    """
+
+    loss: float = 0.0
+    loss_variance: float = 0.0
+    gradient_norm: float = 0.0
+    gradient_norm_variance: float = 0.0
+    log_norm: float = 0.0
+    log_norm_variance: float = 0.0
+    loss_delta: float = 0.0
+    finite_steps: int = 0
+    skipped_streak: int = 0
+
+    def after(self, step: StepDone) -> Averages:
+        """Returns the averages with one more step."""
+        if step.rescaled:
+            return self
+        if step.skipped:
+            return replace(self, skipped_streak=self.skipped_streak + 1)
+        log_norm = math.log(max(step.gradient_norm, _NORM_MIN))
+        if self.finite_steps == 0:
+            return Averages(loss=step.loss, gradient_norm=step.gradient_norm, log_norm=log_norm, finite_steps=1)
+        loss, loss_variance = _blend(self.loss, self.loss_variance, step.loss)
+        norm, norm_variance = _blend(self.gradient_norm, self.gradient_norm_variance, step.gradient_norm)
+        log, log_variance = _blend(self.log_norm, self.log_norm_variance, log_norm)
+        return Averages(
+            loss=loss,
+            loss_variance=loss_variance,
+            gradient_norm=norm,
+            gradient_norm_variance=norm_variance,
+            log_norm=log,
+            log_norm_variance=log_variance,
+            loss_delta=step.loss - self.loss,
+            finite_steps=self.finite_steps + 1,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackBudget:
+    """Steps at which automatic rollbacks began. A rollback takes steps back and gives nothing of the budget back."""
+
+    begun_at: tuple[int, ...] = ()
+
+    def spent(self, at_step: int, settings: RollbackSettings) -> bool:
+        """Whether no further automatic rollback is allowed at `at_step`. Those of later, undone steps count too."""
+        return sum(step > at_step - settings.per_steps for step in self.begun_at) >= settings.automatic_max
+
+    def after(self, at_step: int, settings: RollbackSettings) -> RollbackBudget:
+        """Returns the budget with one more rollback, begun at `at_step`."""
+        return RollbackBudget(tuple(sorted((*self.begun_at, at_step))[-settings.automatic_max :]))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What the run has been like: the scale for what is new. Not part of the training state.
+
+    `loss_level` and `norm_level` are the highest values of the moving averages since the warm-up.
+    """
+
+    loss_level: float = 0.0
+    norm_level: float = 0.0
+    best_accuracy: float = 0.0
+    budget: RollbackBudget = RollbackBudget()
+
+
+class Health:
+    """Judges steps and epochs of one run. Used on the event loop only.
+
+    Args:
+        settings: limits, and whether anything is judged at all.
+        saved: JSON from `to_json` of an earlier process of the run; empty for a new run.
+    """
+
+    def __init__(self, settings: RollbackSettings, saved: str = "") -> None:
+        self._settings = settings
+        self._record = _parse(saved)
+        self._retreating = False
+        self._spoiled: set[tuple[int, int]] = set()
+        self._validated_step: int | None = None
+        self.averages = Averages()
+        self.healthy_step: int | None = None
+        """The newest step that was judged healthy; None before the first."""
+
+    def to_json(self) -> str:
+        """Returns what steps and epochs are measured against; a resumed run goes on with it."""
+        record = self._record
+        return json.dumps(
+            {
+                "loss_level": record.loss_level,
+                "norm_level": record.norm_level,
+                "best_accuracy": record.best_accuracy,
+                "rolled_back_at": list(record.budget.begun_at),
+            }
+        )
+
+    def step(self, step: StepDone, *, rolling_back: bool) -> Verdict:
+        """Judges a step and counts it in the averages if it is healthy or skipped.
+
+        While a rollback is under way nothing new begins, but the batches of unhealthy steps are still noted.
+        """
+        verdict = self._judge_step(step)
+        healthy = isinstance(verdict, Proceed) and not rolling_back
+        if healthy or step.skipped:
+            self.averages = self.averages.after(step)
+        if healthy and self.averages.finite_steps >= self._settings.warmup_steps:
+            self._record = replace(
+                self._record,
+                loss_level=max(self._record.loss_level, abs(self.averages.loss)),
+                norm_level=max(self._record.norm_level, self.averages.gradient_norm),
+            )
+        return verdict
+
+    def epoch(self, epoch: EpochDone) -> Verdict:
+        """Judges the validation accuracy of an epoch against the best one before it."""
+        if not self._settings.automatic or self._retreating:
+            return Proceed()
+        accuracy, best = epoch.evaluation.accuracy, self._record.best_accuracy
+        reason = ""
+        if best - accuracy > self._settings.accuracy_drop:
+            reason = f"validation accuracy fell to {accuracy:.3f} from {best:.3f}"
+        verdict = self._within_budget(ROLLBACK_TIER_FULL, reason, epoch.global_step)
+        self._record = replace(self._record, best_accuracy=max(best, accuracy))
+        if isinstance(verdict, Proceed):
+            self._validated_step = epoch.global_step
+            return verdict
+        if self._validated_step is not None and self.healthy_step is not None:
+            self.healthy_step = min(self._validated_step, self.healthy_step)
+        return self._begin(verdict)
+
+    def skipped_too_many(self, skipped_max: int) -> bool:
+        """Whether at least `skipped_max` steps in a row were skipped."""
+        return self.averages.skipped_streak >= skipped_max
+
+    def forgive_skipped_steps(self) -> None:
+        """Starts the streak of skipped steps anew."""
+        self.averages = replace(self.averages, skipped_streak=0)
+
+    def end_retreat(self) -> tuple[tuple[int, int], ...]:
+        """Ends a rollback; returns the batches, as (epoch, place), of the unhealthy steps since it was asked for."""
+        spoiled, self._spoiled = tuple(sorted(self._spoiled)), set()
+        self._retreating = False
+        return spoiled
+
+    def _judge_step(self, step: StepDone) -> Verdict:
+        if not self._settings.automatic:
+            return Proceed()
+        reason = _not_finite(step) or self._explosion(step)
+        verdict = self._within_budget(ROLLBACK_TIER_FAST, reason, step.global_step)
+        if isinstance(verdict, Proceed):
+            if not (step.skipped or self._retreating):
+                self.healthy_step = step.global_step
+            return verdict
+        self._spoiled.update((step.epoch, place) for place in step.batches)
+        return Proceed() if self._retreating else self._begin(verdict)
+
+    def _explosion(self, step: StepDone) -> str:
+        averages, record, settings = self.averages, self._record, self._settings
+        if step.skipped or averages.finite_steps < settings.warmup_steps:
+            return ""
+        limit = explosion_limit(averages.loss, settings.loss_factor, record.loss_level)
+        # The average of a loss around zero means nothing; its deviation does.
+        swing = averages.loss + _DEVIATIONS * math.sqrt(averages.loss_variance)
+        if step.loss > max(limit, swing):
+            return f"loss {step.loss:g} exceeds {settings.loss_factor:g} times its average {averages.loss:g}"
+        limit = explosion_limit(averages.gradient_norm, settings.norm_factor, record.norm_level)
+        # Late in training the norms of a sound run scatter log-normally over far more than that factor.
+        scatter = math.exp(averages.log_norm + _LOG_DEVIATIONS * math.sqrt(averages.log_norm_variance))
+        beyond_record = explosion_limit(record.norm_level, settings.norm_factor, record.norm_level)
+        if step.gradient_norm > limit and step.gradient_norm > min(scatter, beyond_record):
+            return (
+                f"gradient norm {step.gradient_norm:g} exceeds {settings.norm_factor:g} times its average"
+                f" {averages.gradient_norm:g}"
+            )
+        return ""
+
+    def _within_budget(self, tier: RollbackTier.ValueType, reason: str, at_step: int) -> Verdict:
+        settings = self._settings
+        if not reason:
+            return Proceed()
+        if self._record.budget.spent(at_step, settings):
+            spent = f"{settings.automatic_max} automatic rollbacks in {settings.per_steps} steps are spent"
+            return Halt(f"{reason}; {spent}")
+        return Retreat(tier, reason, at_step, RateCut(settings.lr_cut, settings.lr_cut_steps))
+
+    def _begin(self, verdict: Verdict) -> Verdict:
+        if isinstance(verdict, Retreat):
+            self._record = replace(self._record, budget=self._record.budget.after(verdict.at_step, self._settings))
+            self._retreating = True
+        return verdict
+
+
+def explosion_limit(average: float, factor: float, level: float) -> float:
+    """Returns the value above which something has exploded: `factor` times its average, if that is far above zero.
+
+    The distance above the average is measured in the average's size, so it works for averages below zero; near zero a
+    hundredth of the highest level so far takes its place.
+    """
+    return average + (factor - 1.0) * max(abs(average), _FLOOR * level)
+
+
+def _not_finite(step: StepDone) -> str:
+    if not step.skipped or step.rescaled:
+        return ""
+    return f"not finite: loss {step.loss:g}, gradient norm {step.gradient_norm:g}"
+
+
+def _blend(average: float, variance: float, value: float) -> tuple[float, float]:
+    off = value - average
+    return average + EWMA_WEIGHT * off, (1.0 - EWMA_WEIGHT) * (variance + EWMA_WEIGHT * off * off)
+
+
+class _SavedRecord(BaseModel):
+    loss_level: float = 0.0
+    norm_level: float = 0.0
+    best_accuracy: float = 0.0
+    rolled_back_at: list[int] = []
+
+
+def _parse(saved: str) -> Record:
+    """Returns the record of `Health.to_json`; a new one for an empty or unreadable text."""
+    try:
+        found = _SavedRecord.model_validate_json(saved) if saved else _SavedRecord()
+    except ValidationError:
+        found = _SavedRecord()
+    return Record(found.loss_level, found.norm_level, found.best_accuracy, RollbackBudget(tuple(found.rolled_back_at)))

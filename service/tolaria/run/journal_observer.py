@@ -1,0 +1,122 @@
+"""Writes commands, emergencies and the health record of a run to its journal, without waiting."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from leyline.v1.enums_pb2 import CommandType
+from tolaria.emergency import Cleared, Escalated, HeldBack, Report
+from tolaria.emergency.protocol import EmergencyState, level_name
+from tolaria.errors import CommandRejectedError
+from tolaria.journal.async_journal import AsyncJournal
+from tolaria.journal.rows import CommandRow, EmergencyRow, RunRow
+from tolaria.peers.consultation import Consultation
+from tolaria.run.observers import RunObserver
+from tolaria.run.status import RunStatus
+
+_UNVERIFIED: Final = "unverified"
+
+
+class JournalObserver(RunObserver):
+    """Writes the rows of one run.
+
+    Args:
+        journal: writes rows in a task of its own.
+        status: run id and step.
+        run: the run's row.
+        active: the emergency that the run was resumed with; it has a row already.
+        wall_ns: Unix time in nanoseconds.
+    """
+
+    def __init__(
+        self,
+        journal: AsyncJournal,
+        status: RunStatus,
+        run: RunRow,
+        *,
+        active: EmergencyRow | None,
+        wall_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._journal = journal
+        self._status = status
+        self._run = run
+        self._active = active
+        self._wall_ns = wall_ns
+        self._emergency: tuple[str, int] | None = None
+
+    def on_health(self, saved: str) -> None:
+        """Updates the run's row when the record has changed."""
+        if saved != self._run.scale:
+            self._run = replace(self._run, scale=saved)
+            self._journal.note(self._run)
+
+    def on_command_applied(self, consultation: Consultation) -> None:
+        """Writes the row of a command that took effect."""
+        if (command := consultation.command) is not None:
+            kind = _command_name(command.command_type)
+            self._command(command.command_id, kind, "applied", "")
+
+    def on_command_rejected(self, rejection: CommandRejectedError) -> None:
+        """Writes the row of a rejected command, under a key with the time: a replay keeps the first one's row."""
+        self._command(f"{rejection.command_id}@{self._wall_ns()}", _UNVERIFIED, "rejected", rejection.reason)
+
+    def on_emergency(self, report: Report) -> None:
+        """Writes escalations, clearances and signals that had to wait."""
+        match report:
+            case Escalated():
+                self._emergency = self._key(report.state)
+                self._emergency_row(report.state, cleared_at_ns=None)
+            case Cleared():
+                self._emergency_row(report.before, cleared_at_ns=self._wall_ns())
+            case HeldBack():
+                signal = report.notice.signal
+                self._journal.note(
+                    EmergencyRow(
+                        emergency_id=uuid.uuid4().hex,
+                        at_ns=self._wall_ns(),
+                        run_id=self._status.run_id,
+                        level=level_name(signal.level),
+                        origin=signal.origin,
+                        global_step=self._status.global_step,
+                        reason=f"told later: {signal.reason}",
+                    )
+                )
+            case _:
+                pass  # acknowledgements and repeats are in the log only
+
+    def _command(self, key: str, kind: str, outcome: str, reason: str) -> None:
+        status = self._status
+        self._journal.note(
+            CommandRow(key, self._wall_ns(), status.run_id, kind, status.global_step, outcome, reason)  # type: ignore[arg-type]
+        )
+
+    def _key(self, state: EmergencyState) -> tuple[str, int]:
+        active, self._active = self._active, None
+        if active is not None and (active.reason, active.origin) == (state.reason, state.origin):
+            return active.emergency_id, active.at_ns
+        return uuid.uuid4().hex, self._wall_ns()
+
+    def _emergency_row(self, state: EmergencyState, *, cleared_at_ns: int | None) -> None:
+        emergency_id, at_ns = self._emergency or (uuid.uuid4().hex, self._wall_ns())
+        self._journal.note(
+            EmergencyRow(
+                emergency_id=emergency_id,
+                at_ns=at_ns,
+                run_id=self._status.run_id,
+                level=level_name(state.level),
+                origin=state.origin,
+                global_step=self._status.global_step,
+                reason=state.reason,
+                cleared_at_ns=cleared_at_ns,
+            )
+        )
+
+
+def _command_name(kind: CommandType.ValueType) -> str:
+    """Returns the command type in lower case; its number where the contract has no name for it."""
+    known = {number: name.removeprefix("COMMAND_").lower() for name, number in CommandType.items()}
+    return known.get(kind, str(kind))

@@ -1,0 +1,173 @@
+"""The run state machine, and the lifecycle that holds, resumes and ends a run by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum, auto
+from typing import Final
+
+from leyline.v1.admin_service_pb2 import (
+    RUN_STATE_DRAINING,
+    RUN_STATE_FAILED,
+    RUN_STATE_FINISHED,
+    RUN_STATE_HALTED,
+    RUN_STATE_PAUSED,
+    RUN_STATE_RUNNING,
+    RUN_STATE_STARTING,
+    RunState,
+)
+from tolaria.errors import WrongStateError
+from tolaria.run.health import Health
+from tolaria.run.lane_client import LaneClient
+from tolaria.run.observers import RunObserver
+from tolaria.run.status import RunStatus, state_name
+
+RUN: Final = "run"
+"""Holder of the lane while the run is paused or halted."""
+
+_EXIT: Final = "exit"
+
+
+class RunEvent(Enum):
+    """Events of a run."""
+
+    STARTED = auto()
+    PAUSED = auto()
+    HALTED = auto()
+    RESUMED = auto()
+    FINISHED = auto()
+    FAILED = auto()
+    DRAINING = auto()
+
+
+_STARTING, _RUNNING, _PAUSED, _HALTED = RUN_STATE_STARTING, RUN_STATE_RUNNING, RUN_STATE_PAUSED, RUN_STATE_HALTED
+_DRAINING, _FINISHED, _FAILED = RUN_STATE_DRAINING, RUN_STATE_FINISHED, RUN_STATE_FAILED
+
+TRANSITIONS: Final[Mapping[tuple[RunState.ValueType, RunEvent], RunState.ValueType]] = {
+    (_STARTING, RunEvent.STARTED): _RUNNING,
+    (_STARTING, RunEvent.PAUSED): _PAUSED,
+    (_STARTING, RunEvent.HALTED): _HALTED,
+    (_STARTING, RunEvent.FAILED): _FAILED,
+    (_STARTING, RunEvent.DRAINING): _DRAINING,
+    # A run that was resumed as halted may be cleared before it has started.
+    (_RUNNING, RunEvent.STARTED): _RUNNING,
+    (_RUNNING, RunEvent.PAUSED): _PAUSED,
+    (_RUNNING, RunEvent.HALTED): _HALTED,
+    (_RUNNING, RunEvent.RESUMED): _RUNNING,
+    (_RUNNING, RunEvent.FINISHED): _FINISHED,
+    (_RUNNING, RunEvent.FAILED): _FAILED,
+    (_RUNNING, RunEvent.DRAINING): _DRAINING,
+    (_PAUSED, RunEvent.STARTED): _PAUSED,
+    (_PAUSED, RunEvent.PAUSED): _PAUSED,
+    (_PAUSED, RunEvent.HALTED): _HALTED,
+    (_PAUSED, RunEvent.RESUMED): _RUNNING,
+    (_PAUSED, RunEvent.FINISHED): _FINISHED,
+    (_PAUSED, RunEvent.FAILED): _FAILED,
+    (_PAUSED, RunEvent.DRAINING): _DRAINING,
+    (_HALTED, RunEvent.STARTED): _HALTED,
+    (_HALTED, RunEvent.PAUSED): _HALTED,
+    (_HALTED, RunEvent.HALTED): _HALTED,
+    # Allowed only after the emergency has been cleared, which TrainingRun.resume checks.
+    (_HALTED, RunEvent.RESUMED): _RUNNING,
+    (_HALTED, RunEvent.FINISHED): _FINISHED,
+    (_HALTED, RunEvent.FAILED): _FAILED,
+    (_HALTED, RunEvent.DRAINING): _DRAINING,
+    (_DRAINING, RunEvent.DRAINING): _DRAINING,
+    (_DRAINING, RunEvent.FINISHED): _FINISHED,
+    (_DRAINING, RunEvent.FAILED): _FAILED,
+    (_FINISHED, RunEvent.DRAINING): _FINISHED,
+    (_FAILED, RunEvent.DRAINING): _FAILED,
+}
+
+
+def after(state: RunState.ValueType, event: RunEvent) -> RunState.ValueType:
+    """Returns the state after `event`. Raises WrongStateError for an event that is not in the table."""
+    following = TRANSITIONS.get((state, event))
+    if following is None:
+        raise WrongStateError(f"a run that is {state_name(state)} cannot be {event.name.lower()}")
+    return following
+
+
+class Lifecycle:
+    """Changes the state of a run, and holds the lane while the run is paused or halted.
+
+    Used on the event loop only.
+    """
+
+    def __init__(self, lane: LaneClient, status: RunStatus, health: Health, observers: RunObserver) -> None:
+        self._lane = lane
+        self._status = status
+        self._health = health
+        self._observers = observers
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has ended, or is ending with its process."""
+        return self._status.state in {RUN_STATE_FINISHED, RUN_STATE_FAILED, RUN_STATE_DRAINING}
+
+    @property
+    def paused(self) -> bool:
+        """Whether the run is held by less than an emergency."""
+        return self._status.state == RUN_STATE_PAUSED
+
+    @property
+    def training(self) -> bool:
+        """Whether the run is neither held nor ended."""
+        return not (self.ended or self.paused or self._status.state == RUN_STATE_HALTED)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing is trained now: the lane is held, or the run has ended."""
+        return self.ended or self._lane.is_held
+
+    def changed(self) -> None:
+        """Wakes everything that waits for a change of the run."""
+        self._status.feed.changed()
+
+    def require_not_ended(self, consequence: str) -> None:
+        """Raises WrongStateError, which names the consequence, when the run has ended."""
+        if self.ended:
+            raise WrongStateError(f"the run has ended: {consequence}")
+
+    def enter(self, event: RunEvent, reason: str) -> None:
+        """Applies an event. Raises WrongStateError where the state does not allow it."""
+        self._status.state = after(self._status.state, event)
+        self._status.state_reason = reason
+        self._observers.on_state(self._status.state, reason)
+        self.changed()
+
+    def hold(self, reason: str) -> None:
+        """Pauses training. A halted run stays halted. Raises WrongStateError when the run has ended or is ending."""
+        self._hold(reason, RunEvent.PAUSED)
+
+    def hold_if_training(self, reason: str) -> bool:
+        """Pauses a run that is training; returns False for one that is held already or has ended."""
+        if held := self.training:
+            self.hold(reason)
+        return held
+
+    def halt(self, reason: str) -> None:
+        """Freezes training because of an emergency; does nothing to a run that has ended."""
+        if not self.ended:
+            self._hold(reason, RunEvent.HALTED)
+
+    def resume(self, reason: str) -> None:
+        """Lets a held run train on. Raises WrongStateError when the run has ended or is ending."""
+        self.enter(RunEvent.RESUMED, reason)
+        self._health.forgive_skipped_steps()
+        self._lane.release(RUN)
+
+    def resume_if_held_for(self, reason: str) -> None:
+        """Lets the run train on if it is still paused for exactly this reason."""
+        if self.paused and self._status.state_reason == reason:
+            self.resume(f"recovered from: {reason}")
+
+    def hold_for_exit(self) -> None:
+        """Holds the lane for good: the state that is captured next is the last one of this process."""
+        self._lane.hold(_EXIT)
+
+    def _hold(self, reason: str, event: RunEvent) -> None:
+        if self._status.state == RUN_STATE_HALTED:
+            return
+        self.enter(event, reason)
+        self._lane.hold(RUN)

@@ -1,0 +1,361 @@
+"""What guards a run: breakers, conservative mode, failed epochs and the emergency with its responses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Final
+
+import anyio
+
+from leyline.v1.admin_service_pb2 import GetStatusResponse
+from leyline.v1.enums_pb2 import (
+    CIRCUIT_STATE_CLOSED,
+    CIRCUIT_STATE_OPEN,
+    EMERGENCY_LEVEL_HALT,
+    HEALTH_STATUS_DEGRADED,
+    HEALTH_STATUS_HEALTHY,
+    CircuitBreakerState,
+    EmergencyLevel,
+)
+from tolaria.config import EmergencySettings
+from tolaria.emergency import (
+    RESPONSES,
+    Cleared,
+    Clearer,
+    EmergencyController,
+    EmergencyPolicy,
+    EmergencyState,
+    EpochStreak,
+    Escalated,
+    Phase,
+    Report,
+    Trigger,
+    recovered,
+)
+from tolaria.emergency.protocol import SENTINEL, TOLARIA
+from tolaria.errors import ClearanceRefusedError, EmergencyError
+from tolaria.journal.rows import EmergencyRow
+from tolaria.lane.messages import SeedsChanged, StepDone
+from tolaria.resilience.breaker import Breaker
+from tolaria.resilience.conservative import EMERGENCY, ConservativeMode, ModeChange, breaker_open, epoch_failed
+from tolaria.run.observers import RunObserver
+from tolaria.run.run_state import Lifecycle
+from tolaria.run.safety_telemetry import SafetyTelemetry
+from tolaria.run.status import RunStatus
+from tolaria.signals import Participant, SignalBoard
+
+TAMIYO, KASMINA = "tamiyo", "kasmina"
+BOUNDARY, LR_INTEGRITY, OPTIMIZER, CHECKPOINT = "boundary", "lr_integrity", "optimizer", "checkpoint"
+BREAKERS: Final = (TAMIYO, KASMINA, BOUNDARY, LR_INTEGRITY, OPTIMIZER, CHECKPOINT)
+
+# Causes of a failed epoch, as the reasons for conservative mode name them.
+BREACH, PEER_FAILURE, NON_FINITE, BREAKER_OPENED = "boundary_breach", "peer_failure", "non_finite", "breaker_open"
+EXPLOSION, COLLAPSE = "loss_explosion", "accuracy_collapse"
+
+_OPERATOR: Final = "operator"
+_LATE_ACKNOWLEDGEMENTS_S: Final = 1.0
+"""How long raising an emergency waits beyond its deadline, so that late acknowledgements are in the answer."""
+
+
+class Safeguards:
+    """The breakers of a run and its conservative mode. Used on the event loop only.
+
+    Args:
+        recovery_epochs: healthy epochs in a row after which a failed one is forgiven.
+        observers: of changes.
+        status: its feed wakes what waits for a change.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        observers: RunObserver,
+        status: RunStatus,
+        *,
+        recovery_epochs: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._observers = observers
+        self._feed = status.feed
+        self.mode = ConservativeMode(recovery_epochs=recovery_epochs, on_change=self._mode_changed)
+        self.breakers: Mapping[str, Breaker] = {
+            name: Breaker(name, clock=clock, on_change=self._breaker_changed) for name in BREAKERS
+        }
+        self._causes: set[str] = set()
+        self._failed: set[str] = set()
+        """Breakers of the lane that took a failure in this epoch; an epoch without one is a success."""
+        self._opened: list[str] = []
+
+    @property
+    def all_closed(self) -> bool:
+        """Whether no breaker is open or half-open."""
+        return all(breaker.state == CIRCUIT_STATE_CLOSED for breaker in self.breakers.values())
+
+    def permits(self, peer: str) -> bool:
+        """Whether a peer may be called now."""
+        return self.mode.permits_call(peer, self.breakers[peer].state)
+
+    def add_to(self, status: GetStatusResponse) -> None:
+        """Adds reasons and breakers to a status; a breaker that is not closed makes a healthy run degraded."""
+        status.conservative_reasons.extend(self.mode.reasons)
+        for name, breaker in self.breakers.items():
+            status.breakers[name] = breaker.state
+        not_closed = [name for name, state in status.breakers.items() if state != CIRCUIT_STATE_CLOSED]
+        if status.health.status == HEALTH_STATUS_HEALTHY and (not_closed or self.mode.on):
+            status.health.status = HEALTH_STATUS_DEGRADED
+            status.health.summary = (
+                f"breakers not closed: {', '.join(sorted(not_closed))}" if not_closed else "conservative mode is on"
+            )
+
+    def force(self, name: str, state: CircuitBreakerState.ValueType) -> None:
+        """Opens or closes a breaker. Raises KeyError for an unknown name, ValueError for any other state."""
+        self.breakers[name].force(state)
+
+    def step(self, step: StepDone) -> None:
+        """Counts what one step says about the learning rate and about finiteness."""
+        if step.violations:
+            self._fail(LR_INTEGRITY)
+        if step.skipped and not step.rescaled:
+            self.epoch_failing(NON_FINITE)
+
+    def seeds_changed(self, change: SeedsChanged) -> None:
+        """Counts a failed rebuild of the optimizer."""
+        if change.rebuild_error:
+            self._fail(OPTIMIZER)
+
+    def epoch_failing(self, cause: str) -> None:
+        """Counts the current epoch as failed, and enters conservative mode."""
+        self._causes.add(cause)
+        self.mode.enter(epoch_failed(cause))
+
+    def rolled_back(self) -> None:
+        """Forgives what was wrong with steps that are undone: rollbacks have a budget of their own."""
+        self._causes -= {NON_FINITE, EXPLOSION}
+
+    def epoch_over(self, *, breach: bool) -> bool:
+        """Counts an epoch and its boundary; returns whether the epoch was healthy.
+
+        A peer's failure that shows later counts in the epoch that is current by then.
+        """
+        if breach:
+            self.epoch_failing(BREACH)
+        healthy = not self._causes
+        self._causes = set()
+        self._count(BOUNDARY, healthy=healthy)
+        for name in (LR_INTEGRITY, OPTIMIZER):
+            if name not in self._failed:
+                self._count(name, healthy=True)
+        self._failed = set()
+        if healthy:
+            self.mode.healthy_epoch()
+        else:
+            self._observers.on_epoch_failed()
+            self.mode.failed_epoch()
+        return healthy
+
+    def take_opened(self) -> list[str]:
+        """Returns the breakers that have opened since the last call."""
+        opened, self._opened = self._opened, []
+        return opened
+
+    def _fail(self, name: str) -> None:
+        self._failed.add(name)
+        self._count(name, healthy=False)
+
+    def _count(self, name: str, *, healthy: bool) -> None:
+        breaker = self.breakers[name]
+        if not breaker.allows():
+            return  # open, and not cooled down yet
+        if healthy:
+            breaker.succeeded()
+        else:
+            breaker.failed()
+
+    def _breaker_changed(self, name: str, state: CircuitBreakerState.ValueType) -> None:
+        self._observers.on_breaker(name, state)
+        reason = breaker_open(name)
+        if state == CIRCUIT_STATE_OPEN:
+            if name != BOUNDARY:  # it counts failed epochs: its opening is not another one
+                self._causes.add(BREAKER_OPENED)
+            self.mode.enter(reason)
+            self._opened.append(name)
+        elif state == CIRCUIT_STATE_CLOSED and reason.name in self.mode.reasons:
+            self.mode.leave(reason)
+        self._feed.changed()
+
+    def _mode_changed(self, change: ModeChange) -> None:
+        self._observers.on_mode(change)
+        self._feed.changed()
+
+
+class Safety:
+    """The safeguards and the emergency of one run, and what each emergency level does to it.
+
+    Used on the event loop only. `start` has to be called before the first emergency.
+
+    Args:
+        board: stays open as long as this is used.
+        participant: "tolaria", claimed on that board.
+        settings: of emergencies.
+        lifecycle: halts the run.
+        safeguards: breakers and conservative mode.
+        observers: of emergencies.
+        telemetry: gets emergency signals first.
+        active: the halt that the run was resumed with, if there is one.
+    """
+
+    def __init__(
+        self,
+        board: SignalBoard,
+        participant: Participant,
+        settings: EmergencySettings,
+        *,
+        lifecycle: Lifecycle,
+        safeguards: Safeguards,
+        observers: RunObserver,
+        telemetry: SafetyTelemetry,
+        active: EmergencyRow | None = None,
+    ) -> None:
+        self._settings = settings
+        self._lifecycle = lifecycle
+        self._observers = observers
+        self._active = active
+        self._adopted = board.adopted
+        self._streak = EpochStreak(settings.failed_epochs_max)
+        self.safeguards = safeguards
+        self.controller = EmergencyController(
+            board,
+            participant,
+            broadcast=telemetry.broadcast,
+            observer=self._observe,
+            policy=EmergencyPolicy(broadcasts_per_minute=settings.broadcasts_per_minute),
+        )
+
+    @property
+    def halting(self) -> bool:
+        """Whether an emergency halts training."""
+        return self.controller.state.level == EMERGENCY_LEVEL_HALT
+
+    def start(self) -> None:
+        """Takes in what is on the board, and raises the halt that the run was resumed with.
+
+        A halt that only the sentinel raised was about the process that this one has replaced, and is cleared; any
+        other stays until an operator clears it.
+        """
+        self.controller.observe_board()
+        if self._adopted and self.controller.state.origin == SENTINEL:
+            with suppress(ClearanceRefusedError):  # others raised it as well
+                self.controller.clear("restarted", TOLARIA, by=Clearer.RESTARTED)
+        if self._active is not None and not self.halting:
+            self.controller.escalate(EMERGENCY_LEVEL_HALT, self._active.reason, self._active.origin)
+
+    def lane_held(self) -> None:
+        """Acknowledges a halt once the lane is held."""
+        if self.halting:
+            self.controller.acknowledge()
+
+    def check_breakers(self) -> None:
+        """Raises the emergency of every breaker that has opened.
+
+        Of a disk that takes no checkpoints only the event and `/readyz` tell.
+        """
+        for name in self.safeguards.take_opened():
+            if name != CHECKPOINT:
+                self.controller.trigger(Trigger.BREAKER_OPEN, name)
+
+    def epoch_over(self, *, breach: bool) -> None:
+        """Counts an epoch and its boundary, and raises or clears what follows."""
+        healthy = self.safeguards.epoch_over(breach=breach)
+        self.check_breakers()
+        self._streak = self._streak.after(healthy=healthy)
+        if breach:
+            self.controller.trigger(Trigger.BOUNDARY_BREACH, "over budget")
+        if self._streak.spent:
+            self.controller.trigger(Trigger.FAILED_EPOCH_STREAK, f"{self._streak.failed} epochs in a row")
+        rule = recovered(
+            self.controller.state,
+            self._streak,
+            recovery_epochs=self._settings.recovery_epochs,
+            cause_stands=not self.safeguards.all_closed,
+        )
+        if rule:
+            with suppress(EmergencyError):  # cleared or raised at this very moment
+                self.controller.clear(f"{self._streak.healthy} healthy epochs", TOLARIA, by=Clearer.RECOVERED)
+
+    def hook_breach(self) -> None:
+        """Raises that a question between epochs was over its budget."""
+        self.controller.trigger(Trigger.HOOK_BREACH, "over budget")
+
+    def rollback_budget_spent(self, reason: str) -> None:
+        """Raises that training went wrong with no automatic rollback left."""
+        self.controller.trigger(Trigger.ROLLBACK_BUDGET_SPENT, reason)
+
+    def rollback_missed(self, reason: str) -> None:
+        """Raises that a rollback missed its deadline: the state that was to be undone is still live."""
+        self.controller.trigger(Trigger.ROLLBACK_DEADLINE_MISSED, reason)
+
+    def rollback_unproven(self, reason: str) -> None:
+        """Raises that live state was overwritten with something that is not what was captured."""
+        self.controller.escalate(EMERGENCY_LEVEL_HALT, f"rollback_unproven: {reason}", TOLARIA)
+
+    def add_to(self, status: GetStatusResponse) -> None:
+        """Adds reasons, breakers and the emergency level to a status."""
+        self.safeguards.add_to(status)
+        status.emergency_level = self.controller.state.level
+
+    # -- operators ---------------------------------------------------------------------------------------------------
+
+    def set_conservative(self, *, enabled: bool) -> tuple[str, ...]:
+        """Switches the operator's reason for conservative mode; returns the reasons that are left.
+
+        Reasons whose cause persists stay: open breakers, an active emergency.
+        """
+        if enabled:
+            self.safeguards.mode.force_on()
+        else:
+            self.safeguards.mode.force_off()
+        return self.safeguards.mode.reasons
+
+    async def raise_emergency(self, level: EmergencyLevel.ValueType, reason: str, status: RunStatus) -> EmergencyState:
+        """Raises a level and waits for the acknowledgements, or until a little past the level's deadline.
+
+        Raises:
+            UnknownLevelError: there is no such level; nothing has changed.
+        """
+        controller = self.controller
+        controller.escalate(level, reason, _OPERATOR)
+        with anyio.move_on_after(RESPONSES[level].deadline_ms / 1000 + _LATE_ACKNOWLEDGEMENTS_S):
+            await status.feed.until(lambda: controller.state.phase in {Phase.ANSWERED, Phase.CALM})
+        return controller.state
+
+    def clear_emergency(self, reason: str) -> None:
+        """Clears the emergency; a halted run stays halted until it is resumed.
+
+        Raises:
+            IllegalEmergencyEventError: there is none.
+        """
+        self.controller.clear(reason, _OPERATOR, by=Clearer.OPERATOR)
+
+    # -- responses ---------------------------------------------------------------------------------------------------
+
+    def _observe(self, report: Report) -> None:
+        """Responds first, then passes the report on."""
+        if isinstance(report, Escalated):
+            self._respond(report)
+        elif isinstance(report, Cleared) and EMERGENCY.name in self.safeguards.mode.reasons:
+            self.safeguards.mode.leave(EMERGENCY)
+        self._observers.on_emergency(report)
+        self._lifecycle.changed()
+
+    def _respond(self, report: Escalated) -> None:
+        if report.response.halt:
+            self._lifecycle.halt(f"emergency: {report.state.reason}")
+            if self._lifecycle.frozen:
+                self.lane_held()
+            return
+        if report.response.conservative_mode:
+            self.safeguards.mode.enter(EMERGENCY)
+        if self.controller.state.phase is not Phase.CALM:
+            self.controller.acknowledge()

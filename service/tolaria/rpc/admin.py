@@ -21,7 +21,7 @@ from tolaria.errors import (
     UnknownGroupError,
 )
 from tolaria.journal.async_journal import AsyncJournal
-from tolaria.rollback.protocol import Rollback, new_rollback_id
+from tolaria.rollback.protocol import Rollback, rollback_id_of
 from tolaria.rpc.listing import INCIDENTS_DEFAULT, INCIDENTS_MAX, list_incidents, list_restore_points
 from tolaria.rpc.requests import Answer, MutatingRequest, RequestLedger
 from tolaria.rpc.status import abort
@@ -175,11 +175,11 @@ class AdminService(TolariaAdminServiceServicer):
                 raise InvalidFieldError("tier", f"must be auto (0), fast (1) or full (2), is {request.tier}")
             done = await self._run.roll_back(
                 Rollback(
-                    rollback_id=new_rollback_id(request.request_id),
                     tier=request.tier,
                     target_step=request.target_step if request.HasField("target_step") else None,
                     reason=request.reason,
                     origin=_OPERATOR,
+                    rollback_id=rollback_id_of(request.request_id),
                     global_step=self._run.global_step,
                 )
             )

@@ -39,16 +39,17 @@ def list_incidents(incidents: Iterable[Incident]) -> ListIncidentsResponse:
 def list_restore_points(
     checkpoints: Iterable[CheckpointRow], snapshots: Iterable[SnapshotInfo], *, healthy_step: int | None
 ) -> ListRestorePointsResponse:
-    """Returns what a rollback can go to, newest step first; of one step the snapshot before the checkpoint.
+    """Returns what a rollback can go to, newest first; of one step the snapshot before the checkpoints.
 
     Args:
-        checkpoints: of the run; only committed ones are shown.
+        checkpoints: of the run, oldest first; only committed ones are shown.
         snapshots: in memory. `created_at` is absent: when one was taken is not known.
         healthy_step: the last step known to be healthy; later points are not stable, nor is a snapshot without a
             digest. None: no step has been judged.
     """
     points = [_snapshot_point(info, healthy_step) for info in snapshots]
-    points += [_checkpoint_point(row, healthy_step) for row in checkpoints if row.state == "committed"]
+    newest_first = reversed(list(checkpoints))  # of several of one step, a rollback takes the newest
+    points += [_checkpoint_point(row, healthy_step) for row in newest_first if row.state == "committed"]
     points.sort(key=lambda point: point.global_step, reverse=True)
     return ListRestorePointsResponse(restore_points=points)
 

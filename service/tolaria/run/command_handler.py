@@ -12,8 +12,8 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import EmergencyLevel
 from tolaria.errors import CommandRejectedError, OptimizationError, TolariaError, WrongStateError
 from tolaria.lane.messages import ChangeOptimizer, CommandDone, ReconcileSeeds
-from tolaria.peers.consultation import Consultation, command_text
-from tolaria.rollback.protocol import TIERS, Ending, Rollback, new_rollback_id
+from tolaria.peers.consultation import Consultation, describe_command
+from tolaria.rollback.protocol import TIERS, Ending, Rollback
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
 from tolaria.run.recovery import Recovery
@@ -124,7 +124,7 @@ class CommandHandler:
             case enums.COMMAND_OPTIMIZER:
                 self._change_optimizer(consultation, command)
             case _:
-                kind = command_text(command)
+                kind = describe_command(command)
                 raise CommandRejectedError("unsupported", command.command_id, f"{kind} commands are not carried out")
 
     def _roll_back(self, consultation: Consultation, command: AdaptationCommand) -> None:
@@ -251,7 +251,6 @@ def rollback_of(command: AdaptationCommand, global_step: int) -> Rollback:
         raise CommandRejectedError("malformed", command.command_id, problem)
     reason = str(payload.get("reason", "") or command.annotations.get("reason", "")) or "asked by the controller"
     return Rollback(
-        rollback_id=new_rollback_id(),
         tier=TIERS[tier],
         target_step=None if step is None else int(step),
         reason=reason,

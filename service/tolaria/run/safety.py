@@ -278,7 +278,7 @@ class Safety:
             self.controller.state,
             self._streak,
             recovery_epochs=self._settings.recovery_epochs,
-            cause_stands=not self.safeguards.all_closed,
+            cause_remains=not self.safeguards.all_closed,
         )
         if rule:
             with suppress(EmergencyError):  # cleared or raised at this very moment

@@ -9,6 +9,7 @@ from typing import TypeAlias, TypeVar
 from tolaria.errors import TolariaError
 from tolaria.images.image import StateImage
 from tolaria.images.pool import ImagePool, Lease
+from tolaria.images.specs import TensorSpec
 from tolaria.lane.messages import (
     Command,
     CommandDone,
@@ -24,6 +25,7 @@ from tolaria.lane.messages import (
     Stop,
 )
 from tolaria.run.lane_client import LaneClient
+from tolaria.values.training import Position
 
 Answer: TypeAlias = Result | TolariaError
 Script: TypeAlias = Answer | Callable[..., Answer | None]
@@ -141,3 +143,9 @@ def started_client(lane: FakeLane, on_event: Callable[[Event], None] = lambda _e
 
     client.start(apply)
     return client
+
+
+def small_image(global_step: int, epoch: int = 1) -> StateImage:
+    """Returns an image of two numbers at this step."""
+    spec = TensorSpec("parameter/w", "F32", (2,))
+    return StateImage(Position(global_step, epoch), (spec,), {spec.name: memoryview(bytearray(8))}, b"{}")

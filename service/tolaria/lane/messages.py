@@ -15,7 +15,7 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.errors import LaneFailedError, TolariaError, error_fields, error_from_fields
 from tolaria.images.image import SnapshotInfo, SnapshotStatistics
-from tolaria.values.encoding import Codec
+from tolaria.values.encoding import Codec, EncodingError
 from tolaria.values.gradients import SeedMetrics, SeedMetricSet
 from tolaria.values.optimization import (
     ActiveAdjustment,
@@ -77,7 +77,7 @@ class CaptureImage:
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """Restores the image `image_id` (a loaded checkpoint), or with an empty id the snapshot of `target_step`.
+    """Restores the image `image_id` (a loaded checkpoint), or with id 0 the snapshot of `target_step`.
 
     Live state changes before `deadline_s` (monotonic seconds) or not at all. Gives up an unfinished step.
     """
@@ -86,7 +86,7 @@ class Restore:
     tier: RollbackTier.ValueType
     target_step: int
     deadline_s: float
-    image_id: str = ""
+    image_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ class ImageCaptured:
     """The state at `position` is captured as `image_id` in the image pool; the receiver has to release it."""
 
     position: Position
-    image_id: str
+    image_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ class Failure:
     @classmethod
     def of(cls, error: BaseException, traceback: str = "") -> Self:
         """Returns the failure for an exception."""
-        if isinstance(error, TolariaError):
+        if isinstance(error, TolariaError) and type(error).__module__ == TolariaError.__module__:
             return cls(*error_fields(error), traceback=traceback)
         return cls(type(error).__name__, (str(error),), traceback)
 
@@ -358,6 +358,14 @@ def to_bytes(message: Command | Event | LaneReady) -> bytes:
     return _CODEC.encode(message)
 
 
-def from_bytes(data: bytes) -> Any:
+def from_bytes(data: bytes) -> Command | Event | LaneReady:
     """Returns the message of `to_bytes`. Raises EncodingError for other bytes."""
-    return _CODEC.decode(data)
+    try:
+        message = _CODEC.decode(data)
+    except EncodingError:
+        raise
+    except (ValueError, TolariaError) as error:  # a value that its own class refuses
+        raise EncodingError(f"not a message: {error}") from error
+    if not isinstance(message, Command | Event | LaneReady):
+        raise EncodingError(f"a {type(message).__name__} is not a message")
+    return message

@@ -77,7 +77,7 @@ class Checkpointing:
         self._wake = anyio.Event()
         self._due = False
         self._step = self._due_from_step = self._last_step = from_step
-        self._captured: dict[str, RewindMark] = {}
+        self._captured: dict[int, RewindMark] = {}
         self._in_flight: WeakSet[RewindMark] = WeakSet()
         """Images on their way to disk; each is kept alive by `_captured` or by the task or thread that has it."""
         self._epoch: EpochDone | None = None
@@ -119,7 +119,7 @@ class Checkpointing:
         if self._epoch_due:
             self._make_due(epoch.global_step)
 
-    def on_image_captured(self, image_id: str) -> None:
+    def on_image_captured(self, image_id: int) -> None:
         """Takes the lane's `ImageCaptured`: a rollback that is applied from now on supersedes the image."""
         mark = self._captured[image_id] = RewindMark()
         self._in_flight.add(mark)

@@ -127,6 +127,39 @@ class Record:
     best_accuracy: float = 0.0
     budget: RollbackBudget = RollbackBudget()
 
+    def after_step(self, averages: Averages, settings: RollbackSettings) -> Record:
+        """Returns the record with the averages after one more healthy step."""
+        if averages.finite_steps < settings.warmup_steps:
+            return self
+        return replace(
+            self,
+            loss_level=max(self.loss_level, abs(averages.loss)),
+            norm_level=max(self.norm_level, averages.gradient_norm),
+        )
+
+    def after_epoch(self, epoch: EpochDone) -> Record:
+        """Returns the record with the accuracy of one more epoch."""
+        return replace(self, best_accuracy=max(self.best_accuracy, epoch.evaluation.accuracy))
+
+    def after_retreat(self, retreat: Retreat, settings: RollbackSettings) -> Record:
+        """Returns the record with one more automatic rollback begun."""
+        return replace(self, budget=self.budget.after(retreat.at_step, settings))
+
+
+def judge_step(averages: Averages, record: Record, step: StepDone, settings: RollbackSettings) -> Verdict:
+    """Returns what to do about a step, given the averages and the record before it."""
+    reason = _not_finite(step) or _explosion(averages, record, step, settings)
+    return _within_budget(ROLLBACK_TIER_FAST, reason, record.budget, step.global_step, settings)
+
+
+def judge_epoch(record: Record, epoch: EpochDone, settings: RollbackSettings) -> Verdict:
+    """Returns what to do after an epoch, given the record before it. A job without accuracies never collapses."""
+    accuracy = epoch.evaluation.accuracy
+    reason = ""
+    if record.best_accuracy - accuracy > settings.accuracy_drop:
+        reason = f"validation accuracy fell to {accuracy:.3f} from {record.best_accuracy:.3f}"
+    return _within_budget(ROLLBACK_TIER_FULL, reason, record.budget, epoch.global_step, settings)
+
 
 class Health:
     """Judges steps and epochs of one run. Used on the event loop only.
@@ -167,24 +200,16 @@ class Health:
         healthy = isinstance(verdict, Proceed) and not rolling_back
         if healthy or step.skipped:
             self.averages = self.averages.after(step)
-        if healthy and self.averages.finite_steps >= self._settings.warmup_steps:
-            self._record = replace(
-                self._record,
-                loss_level=max(self._record.loss_level, abs(self.averages.loss)),
-                norm_level=max(self._record.norm_level, self.averages.gradient_norm),
-            )
+        if healthy:
+            self._record = self._record.after_step(self.averages, self._settings)
         return verdict
 
     def epoch(self, epoch: EpochDone) -> Verdict:
         """Judges the validation accuracy of an epoch against the best one before it."""
         if not self._settings.automatic or self._retreating:
             return Proceed()
-        accuracy, best = epoch.evaluation.accuracy, self._record.best_accuracy
-        reason = ""
-        if best - accuracy > self._settings.accuracy_drop:
-            reason = f"validation accuracy fell to {accuracy:.3f} from {best:.3f}"
-        verdict = self._within_budget(ROLLBACK_TIER_FULL, reason, epoch.global_step)
-        self._record = replace(self._record, best_accuracy=max(best, accuracy))
+        verdict = judge_epoch(self._record, epoch, self._settings)
+        self._record = self._record.after_epoch(epoch)
         if isinstance(verdict, Proceed):
             self._validated_step = epoch.global_step
             return verdict
@@ -209,8 +234,7 @@ class Health:
     def _judge_step(self, step: StepDone) -> Verdict:
         if not self._settings.automatic:
             return Proceed()
-        reason = _not_finite(step) or self._explosion(step)
-        verdict = self._within_budget(ROLLBACK_TIER_FAST, reason, step.global_step)
+        verdict = judge_step(self.averages, self._record, step, self._settings)
         if isinstance(verdict, Proceed):
             if not (step.skipped or self._retreating):
                 self.healthy_step = step.global_step
@@ -218,38 +242,9 @@ class Health:
         self._spoiled.update((step.epoch, place) for place in step.batches)
         return Proceed() if self._retreating else self._begin(verdict)
 
-    def _explosion(self, step: StepDone) -> str:
-        averages, record, settings = self.averages, self._record, self._settings
-        if step.skipped or averages.finite_steps < settings.warmup_steps:
-            return ""
-        limit = explosion_limit(averages.loss, settings.loss_factor, record.loss_level)
-        # The average of a loss around zero means nothing; its deviation does.
-        swing = averages.loss + _DEVIATIONS * math.sqrt(averages.loss_variance)
-        if step.loss > max(limit, swing):
-            return f"loss {step.loss:g} exceeds {settings.loss_factor:g} times its average {averages.loss:g}"
-        limit = explosion_limit(averages.gradient_norm, settings.norm_factor, record.norm_level)
-        # Late in training the norms of a sound run scatter log-normally over far more than that factor.
-        scatter = math.exp(averages.log_norm + _LOG_DEVIATIONS * math.sqrt(averages.log_norm_variance))
-        beyond_record = explosion_limit(record.norm_level, settings.norm_factor, record.norm_level)
-        if step.gradient_norm > limit and step.gradient_norm > min(scatter, beyond_record):
-            return (
-                f"gradient norm {step.gradient_norm:g} exceeds {settings.norm_factor:g} times its average"
-                f" {averages.gradient_norm:g}"
-            )
-        return ""
-
-    def _within_budget(self, tier: RollbackTier.ValueType, reason: str, at_step: int) -> Verdict:
-        settings = self._settings
-        if not reason:
-            return Proceed()
-        if self._record.budget.spent(at_step, settings):
-            spent = f"{settings.automatic_max} automatic rollbacks in {settings.per_steps} steps are spent"
-            return Halt(f"{reason}; {spent}")
-        return Retreat(tier, reason, at_step, RateCut(settings.lr_cut, settings.lr_cut_steps))
-
     def _begin(self, verdict: Verdict) -> Verdict:
         if isinstance(verdict, Retreat):
-            self._record = replace(self._record, budget=self._record.budget.after(verdict.at_step, self._settings))
+            self._record = self._record.after_retreat(verdict, self._settings)
             self._retreating = True
         return verdict
 
@@ -267,6 +262,37 @@ def _not_finite(step: StepDone) -> str:
     if not step.skipped or step.rescaled:
         return ""
     return f"not finite: loss {step.loss:g}, gradient norm {step.gradient_norm:g}"
+
+
+def _explosion(averages: Averages, record: Record, step: StepDone, settings: RollbackSettings) -> str:
+    if step.skipped or averages.finite_steps < settings.warmup_steps:
+        return ""
+    limit = explosion_limit(averages.loss, settings.loss_factor, record.loss_level)
+    # The average of a loss around zero means nothing; its deviation does.
+    swing = averages.loss + _DEVIATIONS * math.sqrt(averages.loss_variance)
+    if step.loss > max(limit, swing):
+        return f"loss {step.loss:g} exceeds {settings.loss_factor:g} times its average {averages.loss:g}"
+    limit = explosion_limit(averages.gradient_norm, settings.norm_factor, record.norm_level)
+    # Late in training the norms of a sound run scatter log-normally over far more than that factor.
+    scatter = math.exp(averages.log_norm + _LOG_DEVIATIONS * math.sqrt(averages.log_norm_variance))
+    beyond_record = explosion_limit(record.norm_level, settings.norm_factor, record.norm_level)
+    if step.gradient_norm > limit and step.gradient_norm > min(scatter, beyond_record):
+        return (
+            f"gradient norm {step.gradient_norm:g} exceeds {settings.norm_factor:g} times its average"
+            f" {averages.gradient_norm:g}"
+        )
+    return ""
+
+
+def _within_budget(
+    tier: RollbackTier.ValueType, reason: str, budget: RollbackBudget, at_step: int, settings: RollbackSettings
+) -> Verdict:
+    if not reason:
+        return Proceed()
+    if budget.spent(at_step, settings):
+        spent = f"{settings.automatic_max} automatic rollbacks in {settings.per_steps} steps are spent"
+        return Halt(f"{reason}; {spent}")
+    return Retreat(tier, reason, at_step, RateCut(settings.lr_cut, settings.lr_cut_steps))
 
 
 def _blend(average: float, variance: float, value: float) -> tuple[float, float]:

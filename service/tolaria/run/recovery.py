@@ -81,7 +81,7 @@ class LaneRestorer:
         """
         self._submitted, self._forbidden = None, False
         if rollback.tier == ROLLBACK_TIER_FAST:
-            restored = await self._restore(rollback, "")
+            restored = await self._restore(rollback)
         else:
             image_id = self._lane.images.put(await self._load(rollback))
             try:
@@ -97,7 +97,7 @@ class LaneRestorer:
         self._forbidden = True
         return self._submitted is None or self._lane.forbid_restore(self._submitted)
 
-    async def _restore(self, rollback: Rollback, image_id: str) -> Restored:
+    async def _restore(self, rollback: Rollback, image_id: int = 0) -> Restored:
         command = Restore(
             rollback.rollback_id, rollback.tier, rollback.destination, rollback.deadline_s, image_id=image_id
         )
@@ -202,8 +202,8 @@ class Recovery:
         self._observers.on_rollback_started(rollback)
         self._wake.set()
 
-    async def roll_back(self, rollback: Rollback) -> None:
-        """Begins a rollback and waits for its end; it goes on when the caller is cancelled.
+    async def roll_back(self, rollback: Rollback) -> Rollback:
+        """Begins a rollback, waits for its end and returns it; it goes on when the caller is cancelled.
 
         Raises:
             RestoreUnprovenError: the live state was overwritten and is not what was captured; the run is halted.
@@ -214,6 +214,7 @@ class Recovery:
         await self._over.wait()
         if rollback.ending is not Ending.RESTORED:
             raise rollback.error or WrongStateError("the rollback was aborted")
+        return rollback
 
     def retreat(self, verdict: Retreat, *, before_step: int) -> None:
         """Begins the rollback of a verdict on health, unless one is under way or the run has ended."""
@@ -224,11 +225,6 @@ class Recovery:
         rollback = Rollback(tier, before_step, verdict.reason, _JUDGE)
         rollback.lr_cut = _adjustment(verdict.cut, rollback.rollback_id)
         self.begin(rollback)
-
-    def roll_back_if_idle(self, reason: str, origin: str) -> None:
-        """Begins a rollback to a snapshot, unless one is under way or the run has ended."""
-        if not (self.running or self._lifecycle.ended):
-            self.begin(Rollback(ROLLBACK_TIER_FAST, None, reason, origin))
 
     def on_step(self, step: StepDone) -> None:
         """Takes a healthy step: the first one that is not skipped ends the recovery from a rollback."""

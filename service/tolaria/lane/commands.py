@@ -1,0 +1,294 @@
+"""Commands to the lane: their queue with its hold and stop flags, the gate of a restore, and their execution."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Final, assert_never
+
+from tolaria.errors import LaneError, RestoreAbandonedError, TolariaError
+from tolaria.images.pool import ImagePool, Lease
+from tolaria.lane.messages import (
+    BatchesSkipped,
+    BoundaryCommand,
+    CaptureImage,
+    CaptureProfile,
+    ChangeOptimizer,
+    Command,
+    CommandDone,
+    Failure,
+    Hold,
+    ImageCaptured,
+    OptimizerChanged,
+    ReconcileSeeds,
+    Release,
+    Restore,
+    Result,
+    RunEpoch,
+    SkipBatches,
+    Stop,
+)
+from tolaria.lane.profiling import LaneProfiler
+from tolaria.lane.snapshot_manager import SnapshotManager
+from tolaria.lane.train_module import TrainModule
+from tolaria.optimization import change_hyperparameters
+
+_EPOCHS_QUEUED_MAX: Final = 4
+_COMMANDS_QUEUED_MAX: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedCommand:
+    """A command for the next step boundary, and the id of its `CommandDone`."""
+
+    command_id: int
+    command: BoundaryCommand
+
+
+class CommandQueue:
+    """Commands on their way to the lane's thread, and the flags for hold and stop.
+
+    Args:
+        on_held: called in the lane's thread, once for each `Hold`, with its number. Must not block: the queue is
+            locked meanwhile.
+        resting: spans every wait in the middle of an epoch.
+    """
+
+    def __init__(self, on_held: Callable[[int], None], resting: Callable[[], AbstractContextManager[None]]) -> None:
+        # The lane reads these two without the lock, once for each microbatch.
+        self._held = False
+        self._command_due = False
+        self._on_held = on_held
+        self._resting = resting
+        self._stopping = False
+        self._hold_number = 0
+        self._reported_hold = 0
+        self._orders: deque[RunEpoch] = deque()
+        self._latest_order = 0
+        self._urgent = False
+        self._commands: deque[QueuedCommand] = deque()
+        self._changed = threading.Condition()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the lane is to end at the next step boundary."""
+        return self._stopping
+
+    @property
+    def latest_order(self) -> int:
+        """Number of the newest order for an epoch, taken or not; 0 before the first."""
+        return self._latest_order
+
+    @property
+    def epochs_queued(self) -> bool:
+        """Whether an order for an epoch has not been taken yet."""
+        return bool(self._orders)
+
+    def put(self, command_id: int, command: Command) -> None:
+        """Queues a command; `Hold`, `Release` and `Stop` act at once. A `Restore` is urgent: see `continue_step`.
+
+        Raises:
+            LaneError: too many commands of the kind are queued.
+        """
+        with self._changed:
+            match command:
+                case RunEpoch(order):
+                    if len(self._orders) >= _EPOCHS_QUEUED_MAX:
+                        raise LaneError(f"{_EPOCHS_QUEUED_MAX} epochs are waiting for the lane already")
+                    self._orders.append(command)
+                    self._latest_order = order
+                case Hold(number):
+                    self._held, self._hold_number = True, number
+                case Release():
+                    self._held = False
+                case Stop():
+                    self._stopping = True
+                case _:
+                    if len(self._commands) >= _COMMANDS_QUEUED_MAX:
+                        raise LaneError(f"{_COMMANDS_QUEUED_MAX} commands are waiting for a step boundary already")
+                    self._commands.append(QueuedCommand(command_id, command))
+                    self._command_due = True
+                    self._urgent = self._urgent or isinstance(command, Restore)
+            self._changed.notify_all()
+
+    def next_work(self) -> RunEpoch | QueuedCommand | None:
+        """Waits for an epoch or a command; commands come first. None: the lane is to end, and none is queued."""
+        with self._changed:
+            while not (self._stopping and not self._commands):
+                held = self._report_hold()
+                if self._commands:
+                    return self._take_command()
+                if self._orders and not held:
+                    return self._orders.popleft()
+                self._changed.wait()
+            return None
+
+    def next_command(self) -> QueuedCommand | None:
+        """Returns the next command for a step boundary, waiting while held; None: training goes on, or ends."""
+        if not (self._held or self._command_due):
+            return None
+        with self._changed:
+            while not self._stopping:
+                held = self._report_hold()
+                if self._commands:
+                    return self._take_command()
+                if not held:
+                    return None
+                self._wait()
+            return None
+
+    def continue_step(self) -> bool:
+        """Waits between two microbatches while held; False: the unfinished step has to be abandoned.
+
+        That is so for an urgent command, and while held for any command and for a stop.
+        """
+        if not (self._held or self._urgent):
+            return True
+        with self._changed:
+            while self._report_hold() and not self._stopping and not self._commands:
+                self._wait()
+            return not (self._urgent or (self._held and (self._stopping or self._commands)))
+
+    def _take_command(self) -> QueuedCommand:
+        queued = self._commands.popleft()
+        self._command_due = bool(self._commands)
+        self._urgent = self._urgent and self._command_due
+        return queued
+
+    def _wait(self) -> None:
+        with self._resting():
+            self._changed.wait()
+
+    def _report_hold(self) -> bool:
+        """Reports a hold that has not been reported yet, and returns whether the lane is held."""
+        if self._held and self._reported_hold != self._hold_number:
+            self._reported_hold = self._hold_number
+            self._on_held(self._hold_number)
+        return self._held
+
+
+class RestoreGate:
+    """Decides, once for each restore, whether it may change live state. Thread-safe.
+
+    The lane requests permission right before the change, the run forbids it at its deadline: the first one decides.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._granted: dict[int, bool] = {}
+
+    def expired(self, command_id: int, deadline_s: float) -> bool:
+        """Whether the restore is forbidden or past its deadline. Decides nothing."""
+        return time.monotonic() >= deadline_s or self._granted.get(command_id) is False
+
+    def grant(self, command_id: int, deadline_s: float) -> bool:
+        """Whether live state may change now; then it has to. Forbids the restore past its deadline."""
+        with self._lock:
+            return self._granted.setdefault(command_id, time.monotonic() < deadline_s)
+
+    def forbid(self, command_id: int) -> bool:
+        """Forbids the restore to change live state; False when that was granted before."""
+        with self._lock:
+            return not self._granted.setdefault(command_id, False)
+
+
+class CommandExecutor:
+    """Carries out commands at a step boundary, in the lane's thread.
+
+    Args:
+        module: what is trained.
+        snapshots: of the module's state.
+        profiler: of the lane's steps.
+        images: where captured and loaded images cross.
+        gate: asked before a restore changes live state.
+    """
+
+    def __init__(
+        self,
+        module: TrainModule,
+        snapshots: SnapshotManager,
+        profiler: LaneProfiler,
+        images: ImagePool,
+        gate: RestoreGate,
+    ) -> None:
+        self._module = module
+        self._snapshots = snapshots
+        self._profiler = profiler
+        self._images = images
+        self._gate = gate
+
+    def execute(self, queued: QueuedCommand) -> CommandDone:
+        """Carries out a command. After a `TolariaError`, which becomes the failure, nothing has changed."""
+        result, failure = None, None
+        try:
+            result = self._result(queued.command_id, queued.command)
+        except TolariaError as error:
+            failure = Failure.of(error)
+        return CommandDone(queued.command_id, self._module.global_step, result, failure)
+
+    def _result(self, command_id: int, command: BoundaryCommand) -> Result:
+        module = self._module
+        match command:
+            case ReconcileSeeds(desired):
+                changed = module.seeds.reconcile(desired, module.global_step)
+                module.refresh()
+                return changed
+            case ChangeOptimizer():
+                return self._change_optimizer(command)
+            case Restore():
+                return self._restore(command_id, command)
+            case CaptureImage():
+                position, lease = self._snapshots.capture_image()
+                return ImageCaptured(position, self._images.put(lease))
+            case SkipBatches(batches):
+                module.skipped.batches.update(batches)
+                return BatchesSkipped(len(module.skipped.batches))
+            case CaptureProfile(steps):
+                return self._profiler.start(steps)
+            case _:
+                assert_never(command)
+
+    def _change_optimizer(self, command: ChangeOptimizer) -> OptimizerChanged:
+        module, controller = self._module, self._module.seeds.controller
+        saved = controller.state_dict()
+        record = None
+        if command.adjustment is not None:
+            record = controller.adjust(command.adjustment, at_step=module.global_step)
+        try:
+            hyperparameters = _set_hyperparameters(module, command.hyperparameters, command.group)
+        except TolariaError:
+            controller.load_state_dict(saved)
+            raise
+        controller.apply(module.global_step)
+        before, after = (record.before, record.after) if record else ({}, {})
+        return OptimizerChanged(before, after, hyperparameters, controller.living)
+
+    def _restore(self, command_id: int, command: Restore) -> Result:
+        """Raises RestoreAbandonedError past the deadline, also when the image has been discarded by then."""
+        if self._gate.expired(command_id, command.deadline_s):
+            raise RestoreAbandonedError("waiting for its step boundary")
+
+        def refused() -> bool:
+            return not self._gate.grant(command_id, command.deadline_s)
+
+        with self._profiler.mark("rollback"):
+            if not command.image_id:
+                return self._snapshots.restore_snapshot(command.target_step, refused)
+            with self._take_image(command.image_id) as image:
+                return self._snapshots.restore_image(image, refused)
+
+    def _take_image(self, image_id: int) -> Lease:
+        try:
+            return self._images.take(image_id)
+        except KeyError:
+            raise RestoreAbandonedError("waiting for its step boundary") from None
+
+
+def _set_hyperparameters(module: TrainModule, wanted: Mapping[str, float], group: str | None) -> tuple[str, ...]:
+    """Returns the changes as sentences."""
+    changes = change_hyperparameters(module.optimizer, wanted, group=group) if wanted else []
+    return tuple(f"{change.group} {change.name}: {change.before:g} -> {change.after:g}" for change in changes)

@@ -1,0 +1,177 @@
+"""PyTorch's fast paths: fused optimizers, compilation, mixed precision, TF32, pinned memory.
+
+Each is in use where the device supports it and the setting allows it, and otherwise off, with a reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final, Literal
+
+import torch
+from torch import nn
+
+from tolaria.config import FastPathSettings
+from tolaria.errors import BrokenJobError, RebuildFailedError
+from tolaria.optimization import OptimizerManager
+
+FastPath = Literal["fused", "compile", "amp", "tf32", "pin_memory"]
+
+_NAMES: Final[tuple[FastPath, ...]] = ("fused", "compile", "amp", "tf32", "pin_memory")
+_BEFORE_THE_RUN: Final = -(10**9)  # a step from which no minimum interval between rebuilds counts
+_AMP_DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class FastPaths:
+    """The fast paths of one run. Sets torch's process-wide switches for TF32.
+
+    Mixed precision, TF32 and pinned memory are decided here; `fuse` and `compile` follow once there is an optimizer
+    and a model.
+
+    Attributes:
+        scaler: of the loss, with float16 only.
+        running: a short description of each fast path in use.
+        fallbacks: the reason of each one that is off although the setting allows it.
+        failed: those of `fallbacks` that were tried.
+    """
+
+    def __init__(self, settings: FastPathSettings, device: torch.device, *, deterministic: bool) -> None:
+        self._settings = settings
+        self._device = device
+        self._deterministic = deterministic
+        self._amp_dtype: torch.dtype | None = None
+        self.scaler: torch.amp.GradScaler | None = None
+        self.running: dict[FastPath, str] = {}
+        self.fallbacks: dict[FastPath, str] = {}
+        self.failed: list[FastPath] = []
+        self._choose_amp()
+        self._choose_tf32()
+        if settings.pin_memory != "off":
+            if device.type == "cuda":
+                self.running["pin_memory"] = "on"
+            else:
+                self._turn_off("pin_memory", f"{device.type} shares the host's memory")
+
+    @property
+    def pins_memory(self) -> bool:
+        """Whether batches are copied to the device through pinned memory."""
+        return "pin_memory" in self.running
+
+    @property
+    def descriptions(self) -> dict[str, str]:
+        """Every fast path, with what is in use, or `off` and the reason."""
+        return {name: self.running.get(name) or f"off: {self.fallbacks.get(name, 'not wanted')}" for name in _NAMES}
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Returns the context of a forward pass."""
+        if self._amp_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=self._amp_dtype)
+
+    def update_scale(self, *, finite: bool, loss_finite: bool) -> bool:
+        """Updates float16's loss scale after a step; returns whether the step was skipped only by its overflow.
+
+        At a scale of 1 an overflow is not the scale's fault. Synchronises after skipped steps.
+        """
+        if self.scaler is None:
+            return False
+        overflowed = not finite and loss_finite and self.scaler.get_scale() > 1.0
+        self.scaler.update()
+        return overflowed
+
+    def fuse(self, manager: OptimizerManager) -> None:
+        """Rebuilds the optimizer with its fused or foreach kernel, if its class has one. Before the first step."""
+        optimizer = manager.optimizer
+        if self._settings.fused == "off":
+            return
+        if self._deterministic:
+            self._turn_off("fused", "the run is deterministic")
+            return
+        options = [option for option in ("fused", "foreach") if option in optimizer.defaults]
+        reasons = [] if options else [f"{type(optimizer).__name__} has neither a fused nor a foreach kernel"]
+        for option in options:
+            if option == "foreach" and self._device.type == "cpu":
+                reasons.append("foreach is slower on a CPU")
+                continue
+            try:
+                _rebuild_with(manager, option)
+            except RebuildFailedError as error:
+                reasons.append(f"{option}: {error.detail}")
+            else:
+                self.running["fused"] = option
+                return
+        self._turn_off("fused", "; ".join(reasons), failed="fused" in options)
+
+    def compile(self, model: nn.Module, warm_up: Callable[[], None]) -> None:
+        """Compiles the model's forward and backward pass and calls `warm_up`; undone if that fails."""
+        wanted = self._settings.compile == "on" or (self._settings.compile == "auto" and self._device.type == "cuda")
+        if self._settings.compile == "off":
+            return
+        if not wanted or self._deterministic:
+            reason = "the run is deterministic" if self._deterministic else "it does not pay on a CPU"
+            self._turn_off("compile", reason)
+            return
+        model.compile(dynamic=None)
+        graphs_before = _compiled_graphs()
+        try:
+            warm_up()
+            why = "" if _compiled_graphs() > graphs_before else "torch found nothing to compile in the model"
+        except BrokenJobError as error:  # the forward pass has succeeded without the compiler before
+            why = str(error.__cause__ or error).strip().splitlines()[0][:200]
+        if why:
+            torch.compiler.reset()
+            model._compiled_call_impl = None  # noqa: SLF001 - torch has no public way back from Module.compile
+            self._turn_off("compile", why, failed=True)
+            return
+        # A seed that is grafted later changes the graph: one that the compiler does not support runs uncompiled.
+        torch._dynamo.config.suppress_errors = True  # noqa: SLF001 - the documented switch is there
+        self.running["compile"] = "on"
+
+    def _choose_amp(self) -> None:
+        wanted, on_cuda = self._settings.amp, self._device.type == "cuda"
+        if wanted == "off":
+            return
+        if wanted == "auto":
+            if not on_cuda:
+                self._turn_off("amp", f"{self._device.type} is not faster with it")
+                return
+            wanted = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        self._amp_dtype = _AMP_DTYPES[wanted]
+        if wanted == "float16":  # its gradients underflow; bfloat16 has float32's range
+            self.scaler = torch.amp.GradScaler(self._device.type)
+        self.running["amp"] = wanted
+
+    def _choose_tf32(self) -> None:
+        if self._settings.tf32 == "off":
+            return
+        on_cuda = self._device.type == "cuda"
+        if on_cuda and not self._deterministic:
+            torch.backends.cudnn.allow_tf32 = True
+            torch.set_float32_matmul_precision("high")
+            self.running["tf32"] = "on"
+        else:
+            self._turn_off("tf32", "the run is deterministic" if on_cuda else f"{self._device.type} has none")
+
+    def _turn_off(self, name: FastPath, reason: str, *, failed: bool = False) -> None:
+        self.fallbacks[name] = reason
+        if failed:
+            self.failed.append(name)
+
+
+def _compiled_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])  # noqa: SLF001 - torch has no public count
+
+
+def _rebuild_with(manager: OptimizerManager, option: str) -> None:
+    before = manager.optimizer
+    defaults: dict[str, Any] = {**before.defaults, "fused": None, "foreach": None, option: True}
+    taken = inspect.signature(type(before)).parameters  # AdamW has a default that its constructor does not take
+    known = {name: value for name, value in defaults.items() if name in before.defaults and name in taken}
+    # A job may have given its groups options of their own: only the kernel changes.
+    kept = {"params", "name", "lr", "fused", "foreach"}
+    options = {group["name"]: {k: v for k, v in group.items() if k not in kept} for group in before.param_groups}
+    plans = [replace(plan, options=options[plan.name]) for plan in manager.plan()]
+    manager.rebuild(plans, _BEFORE_THE_RUN, urgent=True, change_to=lambda groups: type(before)(groups, **known))

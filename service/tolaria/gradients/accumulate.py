@@ -1,23 +1,15 @@
-"""Microbatches into the rows of one step. Owns the memory that rows live in; knows nothing of weights or merging."""
+"""Accumulation of the microbatches of a step into rows, in reused memory."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from torch import Tensor
 
 from tolaria.errors import GradientMismatchError, NoGradientsError, UnknownSourceError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from tolaria.gradients.rows import SourceRows
-
-OwnGradients: TypeAlias = "Mapping[str, tuple[Tensor | None, ...]]"
-"""By source, the gradients over the parameters that only it owns; None where its loss reaches one never."""
+from tolaria.gradients.rows import OwnGradients, SourceRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +18,9 @@ class StepRows:
 
     Attributes:
         names: the n sources, in the order of the accumulator.
-        matrix: shape (n, d); zeros in rows of sources that took no part. Valid until memory is lent again.
+        matrix: shape (n, d); rows of sources that took no part are zero. Valid until memory is lent again.
         parts: for each source, the number of microbatches that it took part in.
-        microbatches: how many there were.
+        microbatches: number of microbatches.
         own: sums over the microbatches.
     """
 
@@ -40,16 +32,15 @@ class StepRows:
 
     @property
     def mask(self) -> tuple[bool, ...]:
-        """For each source, whether it took part at all."""
+        """For each source, whether it took part."""
         return tuple(part > 0 for part in self.parts)
 
 
 class SeedGradientAccumulator:
-    """Adds up microbatches: one row for each source, always all sources in the order given.
+    """Adds up microbatches, one row for each source, in the order given.
 
-    Matrices are lent, taken back and lent again (two at most), so that steps allocate nothing, and rows are written
-    once when there is one microbatch. Losses are to be scaled by the caller (by 1 / microbatches for a mean). Nothing
-    here waits for the device.
+    At most two matrices are lent, returned and lent again, so that steps allocate nothing. The caller scales losses
+    (by 1 / microbatches for a mean). No method synchronises with the device.
     """
 
     def __init__(self, sources: Sequence[str], numel: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -59,25 +50,20 @@ class SeedGradientAccumulator:
         self._total: Tensor | None = None
         self._parts = [0] * len(self._sources)
         self._microbatches = 0
-        self._own = _OwnSums()
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Whose rows these are, in order."""
-        return self._sources
+        self._own: dict[str, tuple[Tensor | None, ...]] = {}
 
     def lend(self) -> Tensor:
-        """A matrix (n, d) with anything in it, to write a microbatch's rows into and hand over with `add`."""
+        """Returns an uninitialised matrix (n, d) for the rows of a microbatch, to be passed to `add`."""
         if self._spare:
             return self._spare.pop()
         numel, dtype, device = self._kind
         return torch.empty(len(self._sources), numel, dtype=dtype, device=device)
 
     def add(self, rows: SourceRows) -> None:
-        """Add one microbatch. Its matrix belongs to the accumulator from now on.
+        """Adds one microbatch and takes over its matrix.
 
         Raises:
-            UnknownSourceError: rows for other sources, or in another order.
+            UnknownSourceError: rows of other sources, or in another order.
             GradientMismatchError: rows of another length, dtype or device.
         """
         _check_sources(self._sources, rows)
@@ -89,10 +75,10 @@ class SeedGradientAccumulator:
             self._take_back(rows.matrix)
         self._parts = [part + here for part, here in zip(self._parts, rows.present, strict=True)]
         self._microbatches += 1
-        self._own.add(rows.own)
+        _add_own(self._own, rows.own)
 
     def take(self) -> StepRows:
-        """All that was added since the last time, which starts the next step.
+        """Returns the sum of the microbatches since the last call and starts the next step.
 
         Raises:
             NoGradientsError: nothing was added, or no source took part.
@@ -100,18 +86,18 @@ class SeedGradientAccumulator:
         if self._total is None or not any(self._parts):
             self.clear()
             raise NoGradientsError
-        step = StepRows(self._sources, self._total, tuple(self._parts), self._microbatches, self._own.take())
+        step = StepRows(self._sources, self._total, tuple(self._parts), self._microbatches, self._own)
         self.clear()
         return step
 
     def clear(self) -> None:
-        """Forget what was added since the last `take`."""
+        """Discards the microbatches since the last `take`."""
         if self._total is not None:
             self._take_back(self._total)
         self._total = None
         self._parts = [0] * len(self._sources)
         self._microbatches = 0
-        self._own = _OwnSums()
+        self._own = {}
 
     def _check_kind(self, matrix: Tensor) -> None:
         numel, dtype, device = self._kind
@@ -131,21 +117,21 @@ class MicrobatchAccumulator:
     def __init__(self, sources: Sequence[str], numel: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
         self._sums = SeedGradientAccumulator(sources, numel, dtype=dtype, device=device)
         self._rows: list[Tensor] = []
-        self._own = _OwnSums()
+        self._own: dict[str, tuple[Tensor | None, ...]] = {}
 
     def lend(self) -> Tensor:
         """As `SeedGradientAccumulator.lend`."""
         return self._sums.lend()
 
     def add(self, rows: SourceRows) -> None:
-        """Add one microbatch as a row of its own; raises as `SeedGradientAccumulator.add`."""
+        """Adds one microbatch as a row; raises as `SeedGradientAccumulator.add`."""
         self._sums.add(rows)
-        alone = self._sums.take()
-        self._rows.append(alone.matrix.sum(0))
-        self._own.add(alone.own)
+        microbatch = self._sums.take()
+        self._rows.append(microbatch.matrix.sum(0))
+        _add_own(self._own, microbatch.own)
 
     def take(self) -> StepRows:
-        """A row for each microbatch since the last time, named `microbatch 0` and so on.
+        """Returns a row for each microbatch since the last call, named `microbatch 0` and so on.
 
         Raises:
             NoGradientsError: nothing was added.
@@ -154,31 +140,23 @@ class MicrobatchAccumulator:
             raise NoGradientsError
         count = len(self._rows)
         names = tuple(f"microbatch {number}" for number in range(count))
-        step = StepRows(names, torch.stack(self._rows), (1,) * count, count, self._own.take())
+        step = StepRows(names, torch.stack(self._rows), (1,) * count, count, self._own)
         self.clear()
         return step
 
     def clear(self) -> None:
-        """Forget what was added since the last `take`."""
+        """Discards the microbatches since the last `take`."""
         self._rows = []
-        self._own = _OwnSums()
+        self._own = {}
 
 
-class _OwnSums:
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor | None, ...]] = {}
-
-    def add(self, own: OwnGradients) -> None:
-        for name, gradients in own.items():
-            before = self._sums.get(name)
-            self._sums[name] = gradients if before is None else _add_pairwise(before, gradients)
-
-    def take(self) -> OwnGradients:
-        return self._sums
-
-
-def _add_pairwise(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    return tuple(b if a is None else a if b is None else a + b for a, b in zip(left, right, strict=True))
+def _add_own(sums: dict[str, tuple[Tensor | None, ...]], own: OwnGradients) -> None:
+    for name, gradients in own.items():
+        if name in sums:
+            pairs = zip(sums[name], gradients, strict=True)
+            sums[name] = tuple(b if a is None else a if b is None else a + b for a, b in pairs)
+        else:
+            sums[name] = gradients
 
 
 def _check_sources(expected: tuple[str, ...], rows: SourceRows) -> None:

@@ -1,13 +1,12 @@
-"""The two passes over a gradient matrix that are worth doing fast: its Gram matrix, and a combination of its rows.
-
-Owns numerical range and precision; knows nothing of what the rows mean or how they are projected.
+"""The two passes over a gradient matrix that dominate the cost of a merge: its Gram matrix, and combinations of rows.
 
 Shapes: n rows, d elements each; a block is all n rows over some of the d columns.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,40 +14,37 @@ from torch import Tensor
 from tolaria.errors import GradientMismatchError, NoGradientsError
 from tolaria.gradients.flat import check_same_kind
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-Rows: TypeAlias = "Tensor | Sequence[Tensor]"
+Rows: TypeAlias = Tensor | Sequence[Tensor]
 """n vectors of d elements, or a matrix of shape (n, d)."""
 
 CHUNK: Final = 16_384
-"""Columns multiplied in float32 before their sum goes on in float64: keeps 1e-7 at full speed."""
+"""Columns whose products are summed in float32 before the sum continues in float64: 1e-7 at full speed."""
 
 SMALL: Final = 32_768
-"""Rows up to this length are multiplied in float64 altogether: the cost is lost in the noise."""
+"""Rows up to this length are multiplied in float64 throughout, at no measurable cost."""
 
 _BLOCK_BYTES: Final = {"cpu": 2**22, "cuda": 2**28}
-"""Bytes of rows held at once when they must be converted or gathered: fits a cache; a small part of a device."""
+"""Bytes of rows that are converted or gathered at once: fits a cache, or a small part of a device."""
 
 _SLICE: Final = 524_288
-"""Columns combined at once, so that the running sum stays in the cache while row after row is added."""
+"""Columns combined at once, so that the running sum stays in the cache."""
 
 _FLOAT32_DIAGONAL_MIN: Final = 1.2e-29
-"""Per element: below it, products lost under float32's smallest normal number could exceed 1e-9 of a squared norm."""
+"""Per element: below it, products that underflow in float32 could exceed 1e-9 of a squared norm."""
 
 _EXACT: Final = "highest"
-"""What torch calls float32 matrix products that are computed in float32's own 24 bits wherever they run."""
+"""torch's name of the precision in which float32 matrix products are computed in all of float32's 24 bits."""
 
 _FLOAT32_COEFFICIENTS: Final = (1e-30, 1e30)
-"""Coefficients outside of this range are applied in float64."""
+"""Coefficients outside this range are applied in float64."""
 
 
 def checked_rows(flats: Rows) -> Rows:
-    """The rows, detached, if they can be merged: real, of one length, dtype and device.
+    """Returns the rows, detached, if they are real and of one length, dtype and device.
 
     Raises:
         NoGradientsError: there are no rows, or they have no elements.
-        GradientMismatchError: the first row that is not a vector or differs from row 0.
+        GradientMismatchError: a row is not a vector or differs from row 0.
     """
     if isinstance(flats, Tensor):
         if flats.dim() != 2:
@@ -68,15 +64,14 @@ def checked_rows(flats: Rows) -> Rows:
 
 
 def gram_matrix(rows: Rows) -> Tensor:
-    """All dot products between rows.
+    """Returns all dot products between rows.
 
-    Products are summed in float32 over chunks of columns and the chunks in float64, about 1e-7 relative to the rows'
-    norms. Float64 throughout when rows are short, on a device (where TF32 may be on), or when their scale is one that
-    float32 cannot square. So rows in any precision but float64 never overflow or underflow; rows in
-    float64 do not between 1e-150 and 1e150.
+    Products are summed in float32 over chunks of columns and the chunks in float64, with an error of about 1e-7 of the
+    rows' norms; in float64 throughout for short rows, on a device (where TF32 may be on), or where the squares exceed
+    the range of float32. So only float64 rows can overflow or underflow, outside 1e-150 to 1e150.
 
     Returns:
-        Shape (n, n), float64, symmetric, on the CPU: one transfer, which waits for the device.
+        Shape (n, n), float64, symmetric, on the CPU: one transfer, which synchronises.
     """
     precision = _multiplying_precision(rows)
     gram = _gram_in(rows, precision)
@@ -86,13 +81,13 @@ def gram_matrix(rows: Rows) -> Tensor:
 
 
 def combine_rows(rows: Rows, coefficients: Sequence[float], *, out: Tensor | None = None) -> Tensor:
-    """Sum of c_i times row i, summed in float32 or wider.
+    """Returns the sum of c_i times row i, computed in float32 or wider.
 
     Args:
         rows: n rows.
         coefficients: n numbers.
-        out: where to put the result, shape (d,), like a row; not one of the rows. None: new memory, which the
-            processor must first map (two thirds of the whole cost at ten million elements).
+        out: memory for the result, like a row but not one of them. None: new memory, whose mapping takes two thirds
+            of the whole time at ten million elements.
 
     Returns:
         The vector (d,) in the rows' dtype, on their device. Does not synchronise.
@@ -127,7 +122,7 @@ def _check_row(index: int, row: Tensor, first: Tensor) -> None:
 
 
 def _multiplying_precision(rows: Rows) -> torch.dtype:
-    """Float32 only where its product is exact: not where TF32 or bfloat16 units may be in use."""
+    """Returns float32 only where products have full precision: not where TF32 or bfloat16 may be in use."""
     row = rows[0]
     exact = row.device.type == "cpu" and _products_are_exact()
     if exact and row.dtype != torch.float64 and row.numel() > SMALL:
@@ -136,11 +131,11 @@ def _multiplying_precision(rows: Rows) -> torch.dtype:
 
 
 def _products_are_exact() -> bool:
-    """Whether torch is certain that no float32 product is computed in fewer bits."""
+    """Whether torch guarantees that no float32 product is computed in fewer bits."""
     try:
         return torch.get_float32_matmul_precision() == _EXACT
     except RuntimeError:
-        # From 2.9 on precision can be set by backend; torch then has no one answer, and somewhere it is not exact.
+        # From 2.9 on precision can be set by backend; torch then has no single answer, and some backend is not exact.
         return False
 
 
@@ -163,7 +158,7 @@ def _block_gram(block: Tensor) -> Tensor:
 
 
 def _blocks(rows: Rows, precision: torch.dtype) -> Iterator[Tensor]:
-    """The rows from left to right as matrices in the given precision: a view if possible, else copies in one buffer."""
+    """Yields blocks of columns in the given precision: a view if possible, else copies in one buffer."""
     first = rows[0]
     if isinstance(rows, Tensor) and first.dtype == precision:
         yield rows
@@ -179,7 +174,7 @@ def _blocks(rows: Rows, precision: torch.dtype) -> Iterator[Tensor]:
 
 
 def _in_range(gram: Tensor, rows: Rows) -> bool:
-    """Whether no squared norm overflowed, and none but a row of zeros is so small that products underflowed."""
+    """Whether no squared norm overflowed, and no row but zeros is so small that products underflowed."""
     diagonal: list[float] = gram.diagonal().tolist()
     smallest = rows[0].numel() * _FLOAT32_DIAGONAL_MIN
     return all(

@@ -1,12 +1,8 @@
-"""Whose every parameter of a model is: the host's or a seed's. Reads the model; changes nothing.
-
-Must not know optimizers or gradients, which ask here.
-"""
+"""The owner of every parameter of a model: the host or a seed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from torch import nn
@@ -19,61 +15,37 @@ NamedParameters: TypeAlias = list[tuple[str, nn.Parameter]]
 """Parameters with their names in the model, in the model's order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ownership:
-    """Parameters by owner: `HOST` first, then seeds in the order of the model.
+def parameters_by_owner(model: nn.Module) -> dict[str, NamedParameters]:
+    """Returns the parameters of each owner: `HOST` first, then the seeds in the model's order.
 
-    A parameter tied within one owner appears once, under its first name.
-    """
-
-    by_owner: Mapping[str, NamedParameters]
-
-    def owner_of(self, name: str) -> str:
-        """The owner of the parameter of that name.
-
-        Raises:
-            OwnershipError: no parameter has it.
-        """
-        for owner, parameters in self.by_owner.items():
-            if any(name == known for known, _ in parameters):
-                return owner
-        raise OwnershipError(f"the model has no parameter {name!r}")
-
-
-def ownership(model: nn.Module) -> Ownership:
-    """Find the owner of every parameter.
+    A parameter that is tied within one owner appears once, under its first name.
 
     Raises:
         OwnershipError: a parameter belongs to two owners.
-        SlotError: two slots of one name.
+        SlotError: two slots have the same name.
     """
-    prefixes = seed_prefixes(model)
+    prefixes = _seed_prefixes(model)
     owned: dict[str, NamedParameters] = {HOST: [], **{seed_id: [] for seed_id in prefixes.values()}}
-    taken: dict[int, tuple[str, str]] = {}
+    first_seen: dict[int, tuple[str, str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner = _owner(name, prefixes)
-        if id(parameter) not in taken:
-            taken[id(parameter)] = (owner, name)
-            owned[owner].append((name, parameter))
-        elif taken[id(parameter)][0] != owner:
-            first_owner, first_name = taken[id(parameter)]
+        owner = next((seed_id for prefix, seed_id in prefixes.items() if name.startswith(prefix)), HOST)
+        first_owner, first_name = first_seen.setdefault(id(parameter), (owner, name))
+        if first_owner != owner:
             raise OwnershipError(
                 f"one parameter is owned twice: as {first_name!r} by {first_owner!r} and as {name!r} by {owner!r}"
             )
-    return Ownership(owned)
+        if first_name == name:
+            owned[owner].append((name, parameter))
+    return owned
 
 
-def seed_prefixes(model: nn.Module) -> dict[str, str]:
-    """Name prefix (with the dot) of the parameters of each seed -> its id."""
+def seed_prefix(slot_path: str, seed_id: str) -> str:
+    """Returns the module path of a seed in the slot at `slot_path`."""
+    return ".".join(part for part in (slot_path, "seeds", seed_id) if part)
+
+
+def _seed_prefixes(model: nn.Module) -> Mapping[str, str]:
+    """Returns the id of each seed by the prefix (with the dot) of its parameters' names."""
     return {
-        ".".join(part for part in (path, "seeds", seed_id) if part) + ".": seed_id
-        for path, slot in slots_of(model).values()
-        for seed_id in slot.seeds
+        f"{seed_prefix(path, seed_id)}.": seed_id for path, slot in slots_of(model).values() for seed_id in slot.seeds
     }
-
-
-def _owner(name: str, prefixes: Mapping[str, str]) -> str:
-    for prefix, seed_id in prefixes.items():
-        if name.startswith(prefix):
-            return seed_id
-    return HOST

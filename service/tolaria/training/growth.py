@@ -29,7 +29,7 @@ from tolaria.optimization import (
     build_schedule,
     regroup,
 )
-from tolaria.seeds import Blueprints, SeedTopology, ownership
+from tolaria.seeds import Blueprints, SeedTopology, parameters_by_owner
 from tolaria.training.merge import Ground
 from tolaria.values.gradients import SeedMetricSet
 from tolaria.values.optimization import GroupRole, RebuildOutcome, RebuildResult
@@ -106,7 +106,7 @@ class Growth:
 
     def ground(self, global_step: int) -> Ground:
         """What gradients are for from now on."""
-        owned = ownership(self.model).by_owner
+        owned = parameters_by_owner(self.model)
         held = {id(parameter) for parameter in self.trained()}
         shared = [(name, parameter) for name, parameter in owned[HOST] if id(parameter) in held]
         own = {

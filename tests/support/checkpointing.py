@@ -217,7 +217,7 @@ class CheckpointingFactory:
             parts.storage.journal.close()
 
     def _open(self, disk: Disk) -> Storage:
-        return open_storage(self._directory, run_id="run", retention=Retention(last=100), files=disk)
+        return open_storage(self._directory, run_id="run", retention=Retention(last=100, best="highest"), files=disk)
 
 
 @asynccontextmanager

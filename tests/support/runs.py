@@ -17,11 +17,12 @@ import anyio.to_thread
 
 from leyline.v1.admin_service_pb2 import RunState
 from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.kasmina_service_pb2 import ApplyCommandResponse
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
+from support.peers import as_clients
 from tolaria.config import ControlSettings, Settings, TrainingSettings
 from tolaria.emergency.watching import watch_board
-from tolaria.peers.kasmina import Applied
 from tolaria.rollback import CheckpointWriter, EmergencyRow, Filesystem, Retention, RunRow, open_storage
 from tolaria.rollback.participants import Seat
 from tolaria.service.parts import Ground, Parts, new_loop
@@ -65,10 +66,12 @@ class FakePeers:
         self.step_states.append(state)
         return await self.answer(state)
 
-    async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> Applied:
+    async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> ApplyCommandResponse:
         """Take every command, unless the test says otherwise."""
         self.applied.append(command)
-        return Applied(applied=self.takes, detail="germinated" if self.takes else "no room", seeds=self.seeds)
+        return ApplyCommandResponse(
+            applied=self.takes, detail="germinated" if self.takes else "no room", seeds=self.seeds
+        )
 
     async def export_seeds(self, state: SystemStatePacket, refusals: Sequence[tuple[str, str]] = ()) -> list[SeedState]:
         """The scripted seeds."""
@@ -159,7 +162,8 @@ def new_run(
         writer=CheckpointWriter(storage.checkpoints),
     )
     parts = Parts(ground)
-    loop = new_loop(parts, controller=peers, executor=peers, seats=peers.seats)
+    tamiyo, kasmina = as_clients(peers)
+    loop = new_loop(parts, tamiyo=tamiyo, kasmina=kasmina, seats=peers.seats)
     return RunUnderTest(loop, parts, job=rig.job)
 
 

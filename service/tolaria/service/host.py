@@ -29,8 +29,7 @@ from tolaria.config import PeerSettings, child_environment
 from tolaria.emergency.watched import stay_watched
 from tolaria.emergency.watching import watch_board
 from tolaria.grpc_server import GrpcServer, grpc_server
-from tolaria.peers.calls import Peer
-from tolaria.peers.connect import Peers, connected_peers
+from tolaria.peers.connect import Peer, Peers, connected_peers
 from tolaria.reference.embedded import EmbeddedPair, embedded_pair
 from tolaria.rollback.participants import Seat
 from tolaria.rpc.admin import AdminService
@@ -96,7 +95,7 @@ class Host:
             pair = await stack.enter_async_context(self._embedded_peers())
             peers = await stack.enter_async_context(self._connected_peers(pair))
             seats = [Seat("tamiyo", peers.tamiyo_rollback), Seat("kasmina", peers.kasmina_rollback)]
-            loop = new_loop(self._parts, controller=peers.tamiyo, executor=peers.kasmina, seats=seats)
+            loop = new_loop(self._parts, tamiyo=peers.tamiyo, kasmina=peers.kasmina, seats=seats)
             self._checkpoints = loop.checkpoints
             server = await stack.enter_async_context(self._admin_server(loop, endings))
             stack.push_async_callback(self._end_lane, loop, endings)

@@ -11,7 +11,9 @@ import structlog
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, RollbackTier
 from tolaria.config import Settings
 from tolaria.errors import SignalError
-from tolaria.peers.verification import new_verifier
+from tolaria.peers.clients import KasminaClient, TamiyoClient
+from tolaria.peers.consultation import Consultations
+from tolaria.peers.verification import CommandVerifier
 from tolaria.rollback import CheckpointWriter, EmergencyRow, RunRow, Storage
 from tolaria.rollback.budget import RollbackBudgets
 from tolaria.rollback.coordinator import Clocks, OnSlot, RollbackCoordinator
@@ -25,7 +27,6 @@ from tolaria.telemetry.profiler import ProfileWindow
 from tolaria.training.boundary import Boundary, BoundaryPolicy
 from tolaria.training.cadence import StepCadence
 from tolaria.training.conduct import RUN, Conduct
-from tolaria.training.consult import Consultant, Controller, Executor
 from tolaria.training.enact import Enactor
 from tolaria.training.feed import StatusFeed
 from tolaria.training.guardian import Guardian
@@ -118,7 +119,7 @@ class Parts:
         self.on_slot = _slot(ground.board)
 
 
-def new_loop(parts: Parts, *, controller: Controller, executor: Executor, seats: Sequence[Seat]) -> TrainingLoop:
+def new_loop(parts: Parts, *, tamiyo: TamiyoClient, kasmina: KasminaClient, seats: Sequence[Seat]) -> TrainingLoop:
     """The run, with these peers; `seats` are those that take part in rollbacks, in order."""
     settings, ground = parts.settings, parts.ground
 
@@ -134,10 +135,10 @@ def new_loop(parts: Parts, *, controller: Controller, executor: Executor, seats:
         max_staleness_steps=settings.control.max_staleness_steps,
         changed=parts.feed.changed,
     )
-    consultant = Consultant(
-        controller=controller,
-        executor=executor,
-        verifier=new_verifier(settings.leyline),
+    consultant = Consultations(
+        tamiyo,
+        kasmina,
+        verifier=CommandVerifier(settings.leyline),
         emitter=ground.emitter,
         permits=parts.guardian.safeguards.permits,
         on_settled=enactor.settle,
@@ -182,7 +183,7 @@ def new_checkpoints(parts: Parts, conduct: Conduct) -> CheckpointDesk:
     )
 
 
-def new_cadence(parts: Parts, consultant: Consultant) -> StepCadence:
+def new_cadence(parts: Parts, consultant: Consultations) -> StepCadence:
     """What asks between epochs; a question that costs more than its budget is an emergency's trigger."""
     control, recorder = parts.settings.control, parts.recorder
 

@@ -13,7 +13,7 @@ import anyio
 
 from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.config import ControlSettings
-from tolaria.training.consult import Consultant
+from tolaria.peers.consultation import Consultations
 
 # Kept back from the budget so that letting training go on is still inside it.
 GUARD_S = 0.001
@@ -40,7 +40,7 @@ class BoundaryPolicy:
 class Boundary:
     """Puts the question of an epoch's end and waits as long as the policy lets it."""
 
-    def __init__(self, consultant: Consultant, policy: BoundaryPolicy) -> None:
+    def __init__(self, consultant: Consultations, policy: BoundaryPolicy) -> None:
         self._consultant = consultant
         self.policy = policy
 

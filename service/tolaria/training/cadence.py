@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from tolaria.training.consult import Consultant
+from tolaria.peers.consultation import Consultations
 from tolaria.training.packet import step_packet
 from tolaria.training.progress import Progress
 from tolaria.training.reports import StepReport
@@ -26,7 +26,7 @@ class StepCadence:
 
     def __init__(
         self,
-        consultant: Consultant,
+        consultant: Consultations,
         progress: Progress,
         *,
         interval: int,

@@ -18,6 +18,7 @@ from tolaria.errors import (
     WrongStateError,
 )
 from tolaria.optimization import Adjustment
+from tolaria.peers.consultation import Consultation, describe_command
 from tolaria.rollback.orders import Ending, RollbackOutcome
 from tolaria.training.commands import (
     emergency_asked,
@@ -27,7 +28,6 @@ from tolaria.training.commands import (
     rollback_asked,
 )
 from tolaria.training.conduct import Conduct
-from tolaria.training.consult import Consultation, in_words
 from tolaria.training.fence_desk import FenceDesk, OnDone
 from tolaria.training.fences import ChangeOptimizer, FenceReport, OptimizerChanged, Reconcile
 from tolaria.training.growth import SeedsReport
@@ -148,7 +148,7 @@ class Enactor:
                 asked = optimizer_change(command)
                 self._desk.post(asked, self._then_tell(consultation, command, asked))
             case _:
-                kind = in_words(command)
+                kind = describe_command(command)
                 raise CommandRejectedError("unsupported", command.command_id, f"{kind} commands are not carried out")
 
     def _go_back(self, consultation: Consultation, command: AdaptationCommand) -> None:

@@ -14,12 +14,12 @@ from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import GradientsSettings
 from tolaria.errors import CommandRejectedError
 from tolaria.optimization import Adjustment
+from tolaria.peers.consultation import Consultation
 from tolaria.rollback import FastCacheStatistics
 from tolaria.telemetry import events
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
-from tolaria.training.consult import Consultation
 from tolaria.training.fastpaths import FastPaths
 from tolaria.training.fences import OptimizerChanged
 from tolaria.training.growth import SeedsReport

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tolaria.peers.consultation import Consultations
 from tolaria.training.boundary import Boundary
 from tolaria.training.cadence import StepCadence
 from tolaria.training.conduct import Conduct
-from tolaria.training.consult import Consultant
 from tolaria.training.enact import Enactor
 from tolaria.training.feed import StatusFeed
 from tolaria.training.guardian import Guardian
@@ -46,7 +46,7 @@ class RunTies:
     rollbacks: RollbackDesk
     retreats: Retreats
     checkpoints: CheckpointDesk
-    consultant: Consultant
+    consultant: Consultations
     enactor: Enactor
     boundary: Boundary
     cadence: StepCadence

@@ -22,9 +22,9 @@ TRIALS_MAX = 64
 # When Tamiyo acts. Epochs are those of the training run; losses are compared by ratio.
 PLATEAU_EPOCHS = 3  # without improvement; the demo reaches a plateau within a minute
 PLATEAU_MARGIN = 0.02  # relative improvement of the validation loss that counts; the noise of an epoch is smaller
-ACTIVE_MAX = 2  # active seeds; the effects of two can still be told apart
+ACTIVE_MAX = 2  # active seeds; the effects of two can still be separated
 YOUNG_EPOCHS = 4  # age below which a seed prevents another germination; by then it has begun to learn
-VOLATILE_EPOCHS = 5  # latest changes of the training loss; enough to tell a pattern from an outlier
+VOLATILE_EPOCHS = 5  # latest changes of the training loss; enough to distinguish a pattern from an outlier
 VOLATILE_RISE = 0.2  # relative rise of the training loss that counts as a jump; above the noise of an epoch
 VOLATILE_JUMPS = 2  # jumps that make a loss volatile; a single one can be a hard batch
 LR_FACTOR = 0.5  # on the learning rates of a run with a volatile loss; the customary halving

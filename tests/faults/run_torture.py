@@ -30,6 +30,7 @@ from faults.torture import IN_MEMORY
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
+from support.peers import as_clients
 from support.runs import FakePeers
 from tolaria.config import Settings
 from tolaria.errors import TolariaError
@@ -128,7 +129,8 @@ def train(directory: Path, seed: int, tell: Tell) -> None:
 async def serve(parts: Parts, generator: random.Random, tell: Tell) -> None:
     """The run with all that belongs to it."""
     peers = Growers()
-    loop = new_loop(parts, controller=peers, executor=peers, seats=peers.seats)
+    tamiyo, kasmina = as_clients(peers)
+    loop = new_loop(parts, tamiyo=tamiyo, kasmina=kasmina, seats=peers.seats)
     async with anyio.create_task_group() as tasks:
         for task in (loop.consultant.serve, loop.rollbacks.serve, loop.checkpoints.serve, parts.archive.serve):
             tasks.start_soon(task)

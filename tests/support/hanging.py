@@ -17,6 +17,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import COMMAND_SEED
+from leyline.v1.kasmina_service_pb2 import ApplyCommandResponse
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.hanging_child import Footprint, Handlers, Manner
@@ -26,7 +27,6 @@ from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.config import ControlSettings, KasminaSettings, TamiyoSettings
 from tolaria.errors import PeerTimeoutError
 from tolaria.peers.connect import Peers, connected_peers
-from tolaria.peers.kasmina import Applied
 from tolaria.resilience.breaker import Breaker, BreakerPolicy
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
@@ -152,7 +152,7 @@ class WiredPeers(FakePeers):
     async def evaluate_step(self, state: SystemStatePacket) -> AdaptationCommand | None:
         return await self.clients.tamiyo.evaluate_step(state)
 
-    async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> Applied:
+    async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> ApplyCommandResponse:
         return await self.clients.kasmina.apply(command, state)
 
     async def export_seeds(self, state: SystemStatePacket, refusals: Sequence[tuple[str, str]] = ()) -> list[SeedState]:

@@ -21,7 +21,7 @@ import anyio.to_thread
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.state_pb2 import SystemStatePacket
-from support.peers import FakeKasmina, FakeTamiyo, at_once, serving
+from support.peers import FakeKasmina, FakeTamiyo, no_delay, serving
 
 Manner = Literal["hang", "answer"]
 
@@ -64,7 +64,7 @@ async def _no_change(_state: SystemStatePacket) -> AdaptationCommand | None:
 async def _serve(manner: str) -> None:
     hangs = manner == "hang"
     tamiyo = FakeTamiyo(_hang if hangs else _no_change)
-    kasmina = FakeKasmina(ponder=_hang if hangs else at_once)
+    kasmina = FakeKasmina(before_answer=_hang if hangs else no_delay)
     async with serving(tamiyo, kasmina) as target:
         _say(target)
         while await anyio.to_thread.run_sync(sys.stdin.readline):

@@ -1,4 +1,4 @@
-"""Answers of a Tamiyo and a Kasmina that lie, rave or stammer: strategies for hypothesis, dated as they are sent."""
+"""Hypothesis strategies for valid, invalid and malformed answers of Tamiyo and Kasmina."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from support.raw_peers import Answer
 from tolaria.peers.signing import sign
 
 SECRET = b"key"
-LASTS = "lr_expires_after_steps"
+EXPIRES_AFTER = "lr_expires_after_steps"
 
-# What gets a command past the first checks, most of the time.
-SENSE: dict[str, SearchStrategy[Any]] = {
+# Values with which most commands pass the first checks.
+PLAUSIBLE: dict[str, SearchStrategy[Any]] = {
     "AdaptationCommand.version": st.sampled_from([1] * 9 + [0, 2]),
     "AdaptationCommand.command_id": st.sampled_from(["one", "two", "three", "", "🜍" * 50]),
     "AdaptationCommand.execution_deadline_ms": st.sampled_from([0, 0, 0, 1, 60_000, 2**32 - 1]),
@@ -51,13 +51,19 @@ SENSE: dict[str, SearchStrategy[Any]] = {
         (
             1,
             st.sampled_from(
-                [{"lr": 0.01}, {"lr_factor": 0.9}, {"momentum": 0.5}, {"weight_decay": 0.1}, {"lr": 0.02, LASTS: 3e38}]
+                [
+                    {"lr": 0.01},
+                    {"lr_factor": 0.9},
+                    {"momentum": 0.5},
+                    {"weight_decay": 0.1},
+                    {"lr": 0.02, EXPIRES_AFTER: 3e38},
+                ]
             ),
         ),
         (
             1,
             st.dictionaries(
-                st.sampled_from(["lr", "lr_factor", LASTS, "momentum", "weight_decay", "beta1", ""]),
+                st.sampled_from(["lr", "lr_factor", EXPIRES_AFTER, "momentum", "weight_decay", "beta1", ""]),
                 st.one_of(st.sampled_from([0.5, 0.01, 1.0, 0.0, 3e38, -1.0]), st.floats(width=32)),
                 max_size=2,
             ),
@@ -67,8 +73,8 @@ SENSE: dict[str, SearchStrategy[Any]] = {
     "CommandSeedOperation.parameters": st.sampled_from([{}, {}, {}, {"alpha": 1.0}, {"alpha": math.nan}]),
     "CommandCircuitBreaker.desired_state": st.sampled_from([0, 1, 2, 2, 3, 7]),
 }
-# Seeds that can live, mostly, and a few of which one thing cannot be meant.
-SEED_SENSE: dict[str, SearchStrategy[Any]] = {
+# Mostly valid seeds; a few have one invalid value.
+PLAUSIBLE_SEED: dict[str, SearchStrategy[Any]] = {
     "SeedState.seed_id": st.sampled_from(["a", "a", "b", "c"]),
     "SeedState.stage": st.sampled_from([2, 3, 3, 4, 4, 4, 6, 6, 7, 8, 11]),
     "SeedState.blueprint_id": st.sampled_from(["residual_mlp"] * 6 + ["", "lora", "depthwise_conv_adapter", "x"]),
@@ -89,7 +95,7 @@ SEED_SENSE: dict[str, SearchStrategy[Any]] = {
     "SeedState.risk_score": st.just(0.0),
     "SeedState.metrics": st.sampled_from([{}, {}, {"alpha": 0.25}, {"alpha": 9.0}]),
 }
-SEED_NONSENSE = SEED_SENSE | {
+INVALID_SEED = PLAUSIBLE_SEED | {
     "SeedState.seed_id": st.sampled_from(
         ["a.b", "", "keys", "forward", "__class__", "_modules", "x" * 300, "\0", "é/"]
     ),
@@ -97,10 +103,12 @@ SEED_NONSENSE = SEED_SENSE | {
     "SeedState.learning_rate": st.sampled_from([0.0, 0.0, 0.0, math.inf]),
     "SeedState.metrics": st.sampled_from([{}, {}, {}, {"": math.nan}]),
 }
-SEEDS = st.lists(weighted((12, messages(SeedState, SEED_SENSE)), (1, messages(SeedState, SEED_NONSENSE))), max_size=3)
-KASMINAS = {"ApplyCommandResponse.seeds": SEEDS, "ExportSeedStatesResponse.seeds": SEEDS}
+SEEDS = st.lists(
+    weighted((12, messages(SeedState, PLAUSIBLE_SEED)), (1, messages(SeedState, INVALID_SEED))), max_size=3
+)
+KASMINA_FIELDS = {"ApplyCommandResponse.seeds": SEEDS, "ExportSeedStatesResponse.seeds": SEEDS}
 
-# The payload that goes with each type of command; of no matter for the others.
+# The payload that each type of command requires; other types have none.
 PAYLOADS: dict[int, tuple[str, type[Message]]] = {
     1: ("seed_operation", CommandSeedOperation),
     3: ("optimizer_adjustment", CommandOptimizerAdjustment),
@@ -109,19 +117,19 @@ PAYLOADS: dict[int, tuple[str, type[Message]]] = {
 
 
 def commands(kind: int) -> SearchStrategy[AdaptationCommand]:
-    """Commands of one type, with its payload."""
+    """Returns a strategy for commands of one type, with its payload."""
     fixed: dict[str, SearchStrategy[Any]] = {"AdaptationCommand.command_type": st.just(kind)}
     if kind in PAYLOADS:
         name, payload = PAYLOADS[kind]
         fixed |= {f"AdaptationCommand.{other}": st.none() for other, _ in PAYLOADS.values()}
         fixed |= {"AdaptationCommand.rollback_payload": st.none()}
-        fixed |= {f"AdaptationCommand.{name}": messages(payload, SENSE)}
-    return messages(AdaptationCommand, SENSE | fixed)
+        fixed |= {f"AdaptationCommand.{name}": messages(payload, PLAUSIBLE)}
+    return messages(AdaptationCommand, PLAUSIBLE | fixed)
 
 
 @dataclass(frozen=True)
-class Meant:
-    """A command that is dated, signed and, if it is to be `fresh`, numbered as it is sent."""
+class SentCommand:
+    """A command that gets its time, signature and, if `fresh`, a new id when it is sent."""
 
     command: AdaptationCommand
     age_s: float | None
@@ -129,7 +137,7 @@ class Meant:
     fresh: bool
 
     def sent(self) -> EvaluateEpochResponse:
-        """The answer that carries it. Without an age, its date is what was made up."""
+        """Returns the response with the command. Without an age the generated time is kept."""
         made = AdaptationCommand()
         made.CopyFrom(self.command)
         if self.fresh:
@@ -141,8 +149,8 @@ class Meant:
         return EvaluateEpochResponse(command=made)
 
     @property
-    def doomed(self) -> bool:
-        """Whether it must be refused, whatever else there is to it; signatures apart."""
+    def must_be_refused(self) -> bool:
+        """Whether it must be refused whatever its other fields are, signatures apart."""
         good_type = 0 < self.command.command_type < 7
         fresh = self.age_s is not None and abs(self.age_s) < 60
         undated = self.age_s is None and not self.command.HasField("issued_at")
@@ -158,12 +166,12 @@ class Meant:
 
 @dataclass(frozen=True)
 class Case:
-    """What each method answers in one consultation.
+    """The answer of each method in one consultation.
 
-    `late`: training has moved on too far when it settles. `replayed`: Tamiyo sends what was last carried out once more.
+    `late`: the state is too old when the consultation settles. `replayed`: Tamiyo repeats the last applied command.
     """
 
-    tamiyo: Meant | Answer
+    tamiyo: SentCommand | Answer
     apply: Answer
     export: Answer
     late: bool
@@ -174,14 +182,14 @@ def _errors() -> SearchStrategy[Answer]:
     return st.sampled_from([grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED])
 
 
-def _raw(kind: type[Message], sense: int) -> SearchStrategy[Answer]:
-    sensible = messages(kind, KASMINAS).map(lambda message: message.SerializeToString())
-    mad = messages(kind).map(lambda message: message.SerializeToString())
-    return weighted((sense, sensible), (1, mad), (1, wire(kind, KASMINAS)), (1, _errors()))
+def _raw(kind: type[Message], weight_of_plausible: int) -> SearchStrategy[Answer]:
+    plausible = messages(kind, KASMINA_FIELDS).map(lambda message: message.SerializeToString())
+    arbitrary = messages(kind).map(lambda message: message.SerializeToString())
+    return weighted((weight_of_plausible, plausible), (1, arbitrary), (1, wire(kind, KASMINA_FIELDS)), (1, _errors()))
 
 
-MEANT = st.builds(
-    Meant,
+SENT_COMMANDS = st.builds(
+    SentCommand,
     weighted(*[(2 if kind in PAYLOADS else 1, commands(kind)) for kind in (1, 2, 3, 4, 5, 6, 7, 0, 99)]),
     st.sampled_from([0.0] * 12 + [59.0, 61.0, -59.0, -61.0, 1e9, None]),
     st.sampled_from(["right"] * 6 + ["wrong", "none"]),
@@ -189,7 +197,7 @@ MEANT = st.builds(
 )
 CASES = st.builds(
     Case,
-    weighted((6, MEANT), (1, _raw(EvaluateEpochResponse, 0))),
+    weighted((6, SENT_COMMANDS), (1, _raw(EvaluateEpochResponse, 0))),
     _raw(ApplyCommandResponse, 8),
     _raw(ExportSeedStatesResponse, 8),
     st.sampled_from([False] * 5 + [True]),

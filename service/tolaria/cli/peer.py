@@ -12,7 +12,7 @@ import typer
 
 from tolaria.config import Address, load_settings
 from tolaria.errors import ConfigurationError
-from tolaria.reference.serve import serve_peer
+from tolaria.reference.server import serve_peer
 from tolaria.telemetry.logging import LogContext, logging_to
 
 

@@ -1,7 +1,4 @@
-"""Signatures of commands: hex HMAC-SHA256 over the command's deterministic serialization without the signature.
-
-Owns making and checking them, and the memory of command ids. Must not know what commands do.
-"""
+"""Command signatures: hex HMAC-SHA256 of a command's deterministic serialization without the signature."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ SIGNATURE = "signature"
 
 
 def sign(command: AdaptationCommand, secret: bytes) -> None:
-    """Put the signature into the command's annotations."""
+    """Adds the signature to the command's annotations."""
     command.annotations[SIGNATURE] = _digest(command, secret)
 
 
 def is_signed(command: AdaptationCommand, secrets: tuple[bytes, ...]) -> bool:
-    """Whether the command carries a signature made with one of `secrets`. Compares in constant time."""
+    """Returns whether the command's signature was made with one of `secrets`. Compares in constant time."""
     if SIGNATURE not in command.annotations:  # reading a missing key of a map field would create it
         return False
     given = command.annotations[SIGNATURE].encode()
@@ -35,7 +32,7 @@ def _digest(command: AdaptationCommand, secret: bytes) -> str:
 
 
 class NonceTable:
-    """Remembers command ids for `window_s` and not less, at most `capacity` of them, the oldest forgotten first."""
+    """Remembers command ids for `window_s`, at most `capacity` of them; the oldest are forgotten first."""
 
     def __init__(self, *, window_s: float, capacity: int = 4096) -> None:
         self._window_s = window_s
@@ -46,7 +43,7 @@ class NonceTable:
         return len(self._seen)
 
     def first_seen(self, nonce: str, *, now_s: float) -> bool:
-        """Remember `nonce` and tell whether it is new within the window."""
+        """Remembers `nonce` and returns whether it is new within the window."""
         while self._seen and next(iter(self._seen.values())) < now_s - self._window_s:
             self._seen.popitem(last=False)
         if nonce in self._seen:

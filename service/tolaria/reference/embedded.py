@@ -16,8 +16,8 @@ import structlog
 from anyio.abc import TaskGroup
 
 from tolaria.errors import PeerUnavailableError
+from tolaria.peers.connect import Peer
 from tolaria.reference.peer_process import PeerProcess, spawn, stop
-from tolaria.reference.serve import Peer
 
 BOTH: tuple[Peer, ...] = ("tamiyo", "kasmina")
 _ANY_PORT = "127.0.0.1:0"

@@ -18,7 +18,7 @@ from anyio.streams.text import TextReceiveStream
 
 from tolaria.config import Address
 from tolaria.errors import PeerUnavailableError
-from tolaria.reference.serve import Peer
+from tolaria.peers.connect import Peer
 
 _ANNOUNCEMENT_BYTES_MAX = 4096
 _LAST_WORDS_CHARACTERS = 2000

@@ -21,7 +21,7 @@ from tolaria.journal.rows import EmergencyRow, RunRow
 from tolaria.lane.messages import LaneReady, Restored
 from tolaria.peers.connect import Peers
 from tolaria.peers.consultation import Consultations
-from tolaria.peers.verification import new_verifier
+from tolaria.peers.verification import CommandVerifier
 from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.protocol import Participant, RollbackBudgets
 from tolaria.rpc.requests import RequestLedger
@@ -175,7 +175,7 @@ def new_run(core: Core, peers: Peers) -> RunService:
     consultations = Consultations(
         peers.tamiyo,
         peers.kasmina,
-        verifier=new_verifier(settings.leyline),
+        verifier=CommandVerifier(settings.leyline),
         emitter=core.foundation.emitter,
         permits=core.safeguards.permits,
         on_settled=handler.settle,

@@ -38,7 +38,7 @@ PEER = """
 import functools, json, sys
 import anyio
 from tolaria.config import LeylineSettings
-from tolaria.reference.serve import serve_peer
+from tolaria.reference.server import serve_peer
 
 def announce(address):
     print(json.dumps({"listening": str(address)}), flush=True)

@@ -10,8 +10,8 @@ import pytest
 
 from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.config import ControlSettings
+from tolaria.peers.consultation import Consultation, Consultations
 from tolaria.training.boundary import Boundary, BoundaryPolicy
-from tolaria.training.consult import Consultant, Consultation
 
 pytestmark = pytest.mark.anyio
 
@@ -53,7 +53,9 @@ async def waiting(
     policy = BoundaryPolicy(budget_s, tamiyo_s, patient, patience_s)
 
     async def wait() -> None:
-        await Boundary(cast("Consultant", it.asked), policy).wait_for_answer(STATE, REFUSALS, since_s=time.monotonic())
+        await Boundary(cast("Consultations", it.asked), policy).wait_for_answer(
+            STATE, REFUSALS, since_s=time.monotonic()
+        )
         it.over = True
 
     with anyio.fail_after(10):

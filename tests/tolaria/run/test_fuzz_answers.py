@@ -8,19 +8,19 @@ from typing import Any
 import anyio
 import grpc
 from google.protobuf.message import DecodeError
+from pydantic import SecretStr
 
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED
 from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.tamiyo_service_pb2 import EvaluateEpochResponse
-from support.made_answers import CASES, SECRET, Case, Meant
+from support.made_answers import CASES, SECRET, Case, SentCommand
 from support.raw_peers import Answer, RawPeers
 from support.runs import RunUnderTest, new_run, running
 from support.sessions import Taking, run_cases
-from tolaria.config import ControlSettings
+from tolaria.config import ControlSettings, LeylineSettings
 from tolaria.emergency import Clearer
-from tolaria.peers.signing import NonceTable
-from tolaria.peers.verification import REJECTION_REASONS, CommandVerifier, Trust
-from tolaria.training.consult import Consultation
+from tolaria.peers.consultation import Consultation
+from tolaria.peers.verification import REJECTION_REASONS, CommandVerifier
 
 CASES_PER_RUN = 40
 RATE_FLOOR, RATE_CEILING = 1e-8, 0.06
@@ -84,8 +84,8 @@ class Talk:
         self._last = b""
         self._held = 0
         if signed:
-            trust = Trust(secrets=(SECRET,))
-            run.consultations._verifier = CommandVerifier(trust, NonceTable(window_s=300.0))
+            leyline = LeylineSettings(secret=SecretStr(SECRET.decode()))
+            run.consultations._verifier = CommandVerifier(leyline)
 
     async def hold(self, case: Case) -> None:
         """Consult, and see that what was refused has changed nothing."""
@@ -140,9 +140,9 @@ class Talk:
             assert after.controls == before.controls, consultation
         if (case.late or consultation.seeds is None) and not back:
             assert after.seeds == before.seeds
-        if isinstance(case.tamiyo, Meant):
+        if isinstance(case.tamiyo, SentCommand):
             forged = self.signed and case.tamiyo.signature != "right"
-            assert not (applied and (case.late or forged or case.tamiyo.doomed)), case
+            assert not (applied and (case.late or forged or case.tamiyo.must_be_refused)), case
             assert not forged or new <= {"unsigned", "oversized"}
         rate, momentum, decay = (float(str(value)) for value in after.controls[:3])
         assert rate == 0.0 or RATE_FLOOR <= rate <= RATE_CEILING
@@ -172,9 +172,9 @@ class Talk:
             await self.rest()
 
 
-def _answered(tamiyo: Meant | Answer) -> tuple[Answer, EvaluateEpochResponse | None]:
+def _answered(tamiyo: SentCommand | Answer) -> tuple[Answer, EvaluateEpochResponse | None]:
     """What Tamiyo sends, and what can be read of it."""
-    if isinstance(tamiyo, Meant):
+    if isinstance(tamiyo, SentCommand):
         sent = tamiyo.sent()
         return sent.SerializeToString(), sent
     if isinstance(tamiyo, grpc.StatusCode):

@@ -13,8 +13,8 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import command
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.config import ControlSettings
+from tolaria.peers.consultation import Consultations
 from tolaria.training.cadence import StepCadence
-from tolaria.training.consult import Consultant
 from tolaria.training.progress import Progress
 from tolaria.training.reports import StepReport
 
@@ -107,7 +107,7 @@ def test_the_time_of_every_question_is_told() -> None:
     """In milliseconds, with the step's number; steps that nobody is asked about, and void ones, cost nothing."""
     ear, told = Ear(), list[tuple[int, float]]()
     cadence = StepCadence(
-        cast("Consultant", ear),
+        cast("Consultations", ear),
         Progress("run", "job", "test", epochs=1, steps_per_epoch=8, started_at_s=0.0),
         interval=2,
         on_hook=lambda step, latency_ms: told.append((step, latency_ms)),

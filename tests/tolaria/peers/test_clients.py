@@ -13,9 +13,8 @@ import pytest
 from leyline.v1 import rollback_service_pb2 as wire
 from leyline.v1.rollback_service_pb2_grpc import add_RollbackParticipantServiceServicer_to_server
 from tolaria.errors import BreakerOpenError, PeerProtocolError, PeerTimeoutError, PeerUnavailableError
-from tolaria.peers.rollback_client import RollbackClient
-from tolaria.reference.rollback import RollbackParticipantService
-from tolaria.reference.runs import Undo
+from tolaria.peers.clients import RollbackClient
+from tolaria.reference.rollback import RollbackParticipantService, Undo
 from tolaria.resilience.breaker import Breaker, BreakerPolicy
 from tolaria.resilience.deadline import CallRecord, DeadlineCaller
 from tolaria.rollback.participants import RollbackOrder, RollbackParticipant, Seat
@@ -26,7 +25,7 @@ ORDER = RollbackOrder("r1", 40, "loss exploded", 2.0)
 
 
 @dataclass
-class Ledger:
+class Revertible:
     step: int = 50
 
     def revert(self, target_step: int) -> Undo:
@@ -39,10 +38,10 @@ class Ledger:
 
 
 class Scripted(RollbackParticipantService):
-    """Notes its requests, and answers a prepare as the test wants."""
+    """Records its requests, and answers a prepare as scripted."""
 
     def __init__(self, *, answer_id: str = "r1", hang: bool = False) -> None:
-        super().__init__(Ledger())
+        super().__init__(Revertible())
         self.answer_id = answer_id
         self.hang = hang
         self.requests: list[wire.PrepareRollbackRequest] = []
@@ -59,16 +58,16 @@ class Scripted(RollbackParticipantService):
 
 
 @dataclass
-class Line:
-    """A client and what its caller recorded."""
+class Connection:
+    """A client and the records of its calls."""
 
     client: RollbackClient
     records: list[CallRecord]
 
 
 @asynccontextmanager
-async def connected(servicer: RollbackParticipantService | None) -> AsyncIterator[Line]:
-    """A client of the servicer; of a port where nobody listens for None."""
+async def connected(servicer: RollbackParticipantService | None) -> AsyncIterator[Connection]:
+    """Yields a client of the servicer; of a closed port for None."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     target = "127.0.0.1:1"
     if servicer is not None:
@@ -78,39 +77,39 @@ async def connected(servicer: RollbackParticipantService | None) -> AsyncIterato
     records: list[CallRecord] = []
     breaker = Breaker("kasmina", clock=time.monotonic, policy=BreakerPolicy(failures_max=1))
     async with grpc.aio.insecure_channel(target) as channel:
-        yield Line(RollbackClient(channel, DeadlineCaller("kasmina", breaker, observe=records.append)), records)
+        yield Connection(RollbackClient(channel, DeadlineCaller("kasmina", breaker, observe=records.append)), records)
     await server.stop(None)
 
 
-async def test_the_reference_peer_goes_back_and_stays() -> None:
-    """Prepare, commit, confirm: each accepted, the commit reverts, and each call is recorded under its name."""
-    ledger = Ledger()
-    async with connected(RollbackParticipantService(ledger)) as line:
-        seat: RollbackParticipant = Seat("kasmina", line.client).participant
+async def test_a_rollback_of_the_reference_peer_is_confirmed() -> None:
+    """Prepare, commit and confirm are accepted and recorded under their names; the commit reverts."""
+    state = Revertible()
+    async with connected(RollbackParticipantService(state)) as connection:
+        seat: RollbackParticipant = Seat("kasmina", connection.client).participant
         details = [(await call(ORDER)).detail for call in (seat.prepare, seat.commit, seat.confirm)]
     assert details == ["prepared", "committed", "confirmed"]
-    assert ledger.step == 40
-    assert [r.method for r in line.records] == ["PrepareRollback", "CommitRollback", "ConfirmRollback"]
+    assert state.step == 40
+    assert [r.method for r in connection.records] == ["PrepareRollback", "CommitRollback", "ConfirmRollback"]
 
 
-async def test_the_reference_peer_takes_it_back() -> None:
-    """An abort undoes the commit; a refusal is an answer, not an error."""
-    ledger = Ledger()
-    async with connected(RollbackParticipantService(ledger)) as line:
-        for call in (line.client.prepare, line.client.commit, line.client.abort):
+async def test_a_rollback_of_the_reference_peer_is_aborted() -> None:
+    """An abort undoes the commit; a refusal is a response, not an error."""
+    state = Revertible()
+    async with connected(RollbackParticipantService(state)) as connection:
+        for call in (connection.client.prepare, connection.client.commit, connection.client.abort):
             assert (await call(ORDER)).accepted
-        refused = await line.client.confirm(ORDER)
-    assert ledger.step == 50
+        refused = await connection.client.confirm(ORDER)
+    assert state.step == 50
     assert not refused.accepted
     assert "aborted" in refused.detail
 
 
-async def test_the_peer_sees_what_is_asked_and_how_long_it_has() -> None:
-    """Every field crosses, and the deadline is what is left, in the message and on the call."""
+async def test_the_request_contains_the_order_and_its_deadline() -> None:
+    """Every field is sent; the deadline is in the message and on the call."""
     peer = Scripted()
-    async with connected(peer) as line:
-        await line.client.prepare(RollbackOrder("r1", 40, "loss exploded", 0.5))
-        await line.client.prepare(RollbackOrder("r1", 40, "loss exploded", 5.0))
+    async with connected(peer) as connection:
+        await connection.client.prepare(RollbackOrder("r1", 40, "loss exploded", 0.5))
+        await connection.client.prepare(RollbackOrder("r1", 40, "loss exploded", 5.0))
     assert peer.requests[0] == wire.PrepareRollbackRequest(
         rollback_id="r1", target_step=40, reason="loss exploded", deadline_ms=500
     )
@@ -118,24 +117,24 @@ async def test_the_peer_sees_what_is_asked_and_how_long_it_has() -> None:
     assert 0 < peer.time_left_s[0] <= 0.5 < peer.time_left_s[1] < 5.5
 
 
-async def test_a_silent_peer_is_a_timeout_and_then_an_open_breaker() -> None:
-    """The call ends at its order's timeout; the breaker, shared with the peer's other calls, then spares it."""
-    async with connected(Scripted(hang=True)) as line:
+async def test_a_peer_that_hangs_times_out_and_opens_the_breaker() -> None:
+    """The call ends at the timeout of its order; the next call fails at once."""
+    async with connected(Scripted(hang=True)) as connection:
         with pytest.raises(PeerTimeoutError, match="PrepareRollback did not answer within 50 ms"):
-            await line.client.prepare(RollbackOrder("r1", 40, "x", 0.05))
+            await connection.client.prepare(RollbackOrder("r1", 40, "x", 0.05))
         with pytest.raises(BreakerOpenError):
-            await line.client.prepare(ORDER)
+            await connection.client.prepare(ORDER)
 
 
-async def test_a_peer_that_is_not_there_is_unavailable() -> None:
-    """As with any other call."""
-    async with connected(None) as line:
+async def test_an_unreachable_peer_is_unavailable() -> None:
+    """The error contains the status code."""
+    async with connected(None) as connection:
         with pytest.raises(PeerUnavailableError, match="UNAVAILABLE"):
-            await line.client.abort(ORDER)
+            await connection.client.abort(ORDER)
 
 
-async def test_an_answer_about_another_rollback_is_not_taken() -> None:
-    """It breaks the contract."""
-    async with connected(Scripted(answer_id="other")) as line:
+async def test_a_response_about_another_rollback_is_a_protocol_error() -> None:
+    """The error names the other rollback."""
+    async with connected(Scripted(answer_id="other")) as connection:
         with pytest.raises(PeerProtocolError, match="'other'"):
-            await line.client.prepare(ORDER)
+            await connection.client.prepare(ORDER)

@@ -1,10 +1,14 @@
-"""Both peers over real loopback gRPC."""
+"""Both reference peers over loopback gRPC, and on the signal board."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import grpc
 import grpc.aio
 import pytest
@@ -27,8 +31,10 @@ from leyline.v1.tamiyo_service_pb2 import EvaluateEpochRequest, EvaluateStepRequ
 from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
 from tolaria.config import LeylineSettings
 from tolaria.errors import BindError
+from tolaria.peers.connect import Peer
 from tolaria.peers.signing import is_signed
-from tolaria.reference.serve import Peer, peer_server
+from tolaria.reference.server import join_board, peer_server
+from tolaria.signals import SignalBoard
 
 pytestmark = pytest.mark.anyio
 
@@ -37,7 +43,7 @@ NAN = float("nan")
 
 @asynccontextmanager
 async def channel_to(peer: Peer, *, secret: str = "") -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to a peer that serves within this process."""
+    """Yields a channel to a peer that serves in this process."""
     leyline = LeylineSettings(secret=SecretStr(secret))
     async with (
         peer_server(peer, "127.0.0.1:0", leyline) as server,
@@ -47,7 +53,7 @@ async def channel_to(peer: Peer, *, secret: str = "") -> AsyncIterator[grpc.aio.
 
 
 def packet(epoch: int, *, training_loss: float = 0.5, run: str = "run") -> SystemStatePacket:
-    """An epoch's state; every epoch has 100 steps."""
+    """Returns the state of an epoch; each epoch has 100 steps."""
     return SystemStatePacket(
         version=1,
         current_epoch=epoch,
@@ -61,13 +67,13 @@ def packet(epoch: int, *, training_loss: float = 0.5, run: str = "run") -> Syste
 
 
 def germination(command_id: str) -> AdaptationCommand:
-    """A command for a new seed."""
+    """Returns a command for a new seed."""
     operation = CommandSeedOperation(operation=e.SEED_OP_GERMINATE, blueprint_id="lora")
     return AdaptationCommand(version=1, command_id=command_id, command_type=e.COMMAND_SEED, seed_operation=operation)
 
 
 async def test_tamiyo_answers_with_a_command_or_none() -> None:
-    """A healthy epoch is answered without a command, a diverged one with an unsigned rollback."""
+    """A healthy epoch gets no command, a diverged one an unsigned rollback."""
     async with channel_to("tamiyo") as channel:
         stub = TamiyoServiceStub(channel)
         healthy = await stub.EvaluateEpoch(EvaluateEpochRequest(state=packet(1)))
@@ -82,16 +88,16 @@ async def test_tamiyo_answers_with_a_command_or_none() -> None:
 
 
 async def test_tamiyo_signs_with_the_secret() -> None:
-    """With a secret set a command carries a signature that the secret verifies and another does not."""
-    async with channel_to("tamiyo", secret="tell nobody") as channel:
+    """The signature is valid for the secret and for no other."""
+    async with channel_to("tamiyo", secret="key") as channel:
         stub = TamiyoServiceStub(channel)
         answer = await stub.EvaluateEpoch(EvaluateEpochRequest(state=packet(1, training_loss=NAN)))
-        assert is_signed(answer.command, (b"tell nobody",))
-        assert not is_signed(answer.command, (b"tell everybody",))
+        assert is_signed(answer.command, (b"key",))
+        assert not is_signed(answer.command, (b"another",))
 
 
-async def test_tamiyo_answers_a_repeat_alike() -> None:
-    """The same packet again gets the very same command; runs do not know of each other."""
+async def test_tamiyo_answers_a_repeated_packet_with_the_same_command() -> None:
+    """Runs are independent of each other."""
     async with channel_to("tamiyo") as channel:
         stub = TamiyoServiceStub(channel)
         request = EvaluateEpochRequest(state=packet(1, training_loss=NAN))
@@ -101,8 +107,8 @@ async def test_tamiyo_answers_a_repeat_alike() -> None:
         assert other.command.command_type == e.COMMAND_ROLLBACK
 
 
-async def test_kasmina_keeps_the_desired_set() -> None:
-    """Every answer carries the whole desired set of its run, repeats and refusals included."""
+async def test_kasmina_answers_with_all_desired_seeds() -> None:
+    """Every response contains the desired seeds of its run, also after repeats and refusals."""
     async with channel_to("kasmina") as channel:
         stub = KasminaServiceStub(channel)
         applied = await stub.ApplyCommand(ApplyCommandRequest(command=germination("c1"), state=packet(1)))
@@ -125,8 +131,8 @@ async def test_kasmina_keeps_the_desired_set() -> None:
         (SystemStatePacket(version=1, training_run_id="x" * 300), "state.training_run_id"),
     ],
 )
-async def test_a_state_that_means_nothing_is_refused(state: SystemStatePacket, field: str) -> None:
-    """All four calls answer INVALID_ARGUMENT and name the field."""
+async def test_an_invalid_state_is_refused(state: SystemStatePacket, field: str) -> None:
+    """All four methods answer INVALID_ARGUMENT and name the field."""
     async with channel_to("tamiyo") as tamiyo, channel_to("kasmina") as kasmina:
         controller, executor = TamiyoServiceStub(tamiyo), KasminaServiceStub(kasmina)
         for call in (
@@ -141,8 +147,8 @@ async def test_a_state_that_means_nothing_is_refused(state: SystemStatePacket, f
             assert (caught.value.details() or "").startswith(field)
 
 
-async def test_kasmina_takes_part_in_a_rollback() -> None:
-    """A commit reverts the bed to the target step, an abort undoes that, and a confirm makes it stay."""
+async def test_a_rollback_reverts_the_desired_seeds() -> None:
+    """A commit reverts to the target step; an abort undoes it, a confirm makes it final."""
     async with channel_to("kasmina") as channel:
         kasmina, participant = KasminaServiceStub(channel), RollbackParticipantServiceStub(channel)
         await kasmina.ExportSeedStates(ExportSeedStatesRequest(state=packet(1)))
@@ -166,8 +172,8 @@ async def test_kasmina_takes_part_in_a_rollback() -> None:
         assert seen == [1, 0]
 
 
-async def test_tamiyo_forgets_after_the_target_step() -> None:
-    """After a committed rollback the best loss of the undone epochs is no measure any more."""
+async def test_a_rollback_reverts_the_history_of_tamiyo() -> None:
+    """After the commit losses are not compared with the best loss of the undone epochs."""
     async with channel_to("tamiyo") as channel:
         tamiyo, participant = TamiyoServiceStub(channel), RollbackParticipantServiceStub(channel)
         for epoch, loss in ((1, 2.0), (2, 0.1)):
@@ -184,7 +190,7 @@ async def test_tamiyo_forgets_after_the_target_step() -> None:
     ("peer", "service"), [("tamiyo", "leyline.v1.TamiyoService"), ("kasmina", "leyline.v1.KasminaService")]
 )
 async def test_health(peer: Peer, service: str) -> None:
-    """The whole and each service report that they serve."""
+    """The server and each service report SERVING."""
     async with channel_to(peer) as channel:
         for name in ("", service, "leyline.v1.RollbackParticipantService"):
             check = channel.unary_unary(
@@ -196,9 +202,27 @@ async def test_health(peer: Peer, service: str) -> None:
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_an_address_in_use_is_named() -> None:
-    """A second peer on a taken port raises with the address."""
+async def test_an_address_in_use_raises() -> None:
+    """The error names the address."""
     async with peer_server("tamiyo", "127.0.0.1:0", LeylineSettings()) as server:
         with pytest.raises(BindError, match=str(server.address)):
             async with peer_server("kasmina", str(server.address), LeylineSettings()):
                 pass
+
+
+async def test_a_peer_sends_heartbeats_acknowledges_and_joins_a_new_board(tmp_path: Path) -> None:
+    """It waits for a board, acknowledges emergencies, and joins the next board under the same name."""
+    path = tmp_path / "board"
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(join_board, path, "kasmina")
+        for run_id in ("one", "two"):
+            board = await anyio.to_thread.run_sync(SignalBoard.create, path, run_id)
+            me = board.claim("tolaria")
+            with anyio.fail_after(10):
+                while not board.read("kasmina").heartbeat_ns:
+                    await anyio.sleep(0.01)
+                signal_id = me.raise_level(e.EMERGENCY_LEVEL_HALT, "smoke")
+                while "kasmina" not in board.acknowledgements(signal_id):
+                    await anyio.sleep(0.01)
+            await anyio.to_thread.run_sync(partial(board.close, unlink=True))
+        tasks.cancel_scope.cancel()

@@ -96,7 +96,7 @@ class ExtraStateModel(torch.nn.Linear):
 def test_a_model_with_extra_state_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """State that cannot be captured is found when the lane is built."""
     monkeypatch.setattr("support.jobs.TinyJob.build_model", lambda _self: ExtraStateModel(4, 1))
-    with pytest.raises(BrokenJobError, match="cannot be rolled back.*extra state"):
+    with pytest.raises(BrokenJobError, match=r"cannot be rolled back.*extra state"):
         built()
 
 

@@ -12,7 +12,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tolaria.errors import InvalidFieldError, WrongStateError
-from tolaria.telemetry.profiler import ProfileWindow
+from tolaria.lane.messages import ProfileDone, ProfileStarted
+from tolaria.lane.profiling import LaneProfiler, ProfileWindow
 from tolaria.values.profiling import STEPS_MAX, Region, TraceFailed, TraceWritten
 
 NOON_NS = 1_700_000_000_123_456_789
@@ -20,14 +21,14 @@ LARGE = 10**8
 
 
 def work(window: ProfileWindow) -> None:
-    """What a lane does in a step."""
+    """Passes every region once."""
     for name in get_args(Region):
         with window.region(name):
             torch.ones(4).sum()
 
 
 def traced(window: ProfileWindow, steps: int = 1) -> TraceWritten | TraceFailed | None:
-    """Open a window of these steps and go through them."""
+    """Profiles that many steps and returns the outcome."""
     assert window.begin(steps) is None
     result = None
     for _ in range(steps):
@@ -37,8 +38,8 @@ def traced(window: ProfileWindow, steps: int = 1) -> TraceWritten | TraceFailed 
     return result
 
 
-def test_a_window_leaves_a_chrome_trace_with_every_region(tmp_path: Path) -> None:
-    """After its steps, not before, the trace is there: valid JSON with each region, each as often as it was passed."""
+def test_a_window_writes_a_chrome_trace_with_every_region(tmp_path: Path) -> None:
+    """After its last step there is a trace: valid JSON with each region as often as it was passed."""
     window = ProfileWindow(tmp_path / "traces", bytes_max=LARGE, wall_ns=lambda: NOON_NS)
     work(window)
     result = traced(window, steps=3)
@@ -52,8 +53,8 @@ def test_a_window_leaves_a_chrome_trace_with_every_region(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "traces").iterdir()] == [Path(result.path).name]
 
 
-def test_without_a_window_nothing_happens(tmp_path: Path) -> None:
-    """Regions and steps are free of effects, and the exception in a region comes out."""
+def test_without_a_window_nothing_is_written(tmp_path: Path) -> None:
+    """Regions and steps have no effect, and exceptions pass through regions."""
     window = ProfileWindow(tmp_path / "traces", bytes_max=LARGE)
     work(window)
     assert window.step() is None
@@ -63,7 +64,7 @@ def test_without_a_window_nothing_happens(tmp_path: Path) -> None:
 
 
 def test_names_are_unique_and_sort_by_age(tmp_path: Path) -> None:
-    """Two traces in the same microsecond, and two runs of the service: four files."""
+    """Two traces in the same microsecond by each of two windows are four files."""
     paths = []
     for _ in range(2):
         window = ProfileWindow(tmp_path, bytes_max=LARGE, wall_ns=lambda: NOON_NS)
@@ -74,8 +75,8 @@ def test_names_are_unique_and_sort_by_age(tmp_path: Path) -> None:
     assert paths == sorted(set(paths))
 
 
-def test_the_oldest_traces_give_way(tmp_path: Path) -> None:
-    """The directory stays within its bytes: oldest out first, leftovers of a crash too, other files untouched."""
+def test_the_oldest_traces_are_deleted(tmp_path: Path) -> None:
+    """The directory stays within its size; partial files of a crash are deleted too, and other files are kept."""
     size_bytes = traced_size(tmp_path / "measure")
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "trace-old.json.partial.tmp").write_text("half")
@@ -89,14 +90,14 @@ def test_the_oldest_traces_give_way(tmp_path: Path) -> None:
 
 
 def traced_size(directory: Path) -> int:
-    """Bytes of a trace of one step."""
+    """Size in bytes of a trace of one step."""
     result = traced(ProfileWindow(directory, bytes_max=LARGE))
     assert isinstance(result, TraceWritten)
     return result.size_bytes
 
 
-def test_a_trace_larger_than_all_may_be_is_not_kept(tmp_path: Path) -> None:
-    """The cap is a cap: the trace goes, older ones stay, and the failure says so."""
+def test_a_trace_larger_than_the_directory_is_not_kept(tmp_path: Path) -> None:
+    """The trace is deleted, older ones stay, and the failure gives the reason."""
     assert isinstance(traced(ProfileWindow(tmp_path, bytes_max=LARGE)), TraceWritten)
     before = list(tmp_path.iterdir())
     result = traced(ProfileWindow(tmp_path, bytes_max=100))
@@ -107,7 +108,7 @@ def test_a_trace_larger_than_all_may_be_is_not_kept(tmp_path: Path) -> None:
 
 @contextmanager
 def no_directory(directory: Path) -> Iterator[None]:
-    """A file stands where the directory should be."""
+    """There is a file in place of the directory."""
     directory.write_text("in the way")
     yield
     directory.unlink()
@@ -115,7 +116,7 @@ def no_directory(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def full_disk(directory: Path, limit_bytes: int = 2048) -> Iterator[None]:
-    """No file may grow beyond its first bytes; the exporter does not tell."""
+    """No file may grow beyond the limit; the exporter reports no error."""
     directory.mkdir()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
@@ -126,24 +127,24 @@ def full_disk(directory: Path, limit_bytes: int = 2048) -> Iterator[None]:
 
 
 def nearly_full_disk(directory: Path) -> AbstractContextManager[None]:
-    """Only the end of the trace is missing; the exporter then puts what it has in place."""
+    """Only the end of the trace does not fit; the exporter writes the rest."""
     return full_disk(directory, traced_size(directory.with_name("measure")) - 1000)
 
 
 @contextmanager
 def no_file(directory: Path) -> Iterator[None]:
-    """A directory stands where the file should be made; the exporter does not tell either."""
+    """There is a directory in place of the file; the exporter reports no error."""
     aside = directory / "trace-20231114T221320.123456Z.json.partial.tmp"
     aside.mkdir(parents=True)
     yield
     aside.rmdir()
 
 
-@pytest.mark.parametrize("spoilt", [no_directory, full_disk, nearly_full_disk, no_file])
-def test_a_failed_export_is_an_answer(tmp_path: Path, spoilt: Callable[[Path], AbstractContextManager[None]]) -> None:
+@pytest.mark.parametrize("broken", [no_directory, full_disk, nearly_full_disk, no_file])
+def test_a_failed_export_is_a_result(tmp_path: Path, broken: Callable[[Path], AbstractContextManager[None]]) -> None:
     """Nothing is raised and no trace is left; once the cause is gone the next window works."""
     window = ProfileWindow(tmp_path / "traces", bytes_max=LARGE, wall_ns=lambda: NOON_NS)
-    with spoilt(tmp_path / "traces"):
+    with broken(tmp_path / "traces"):
         result = traced(window)
     assert isinstance(result, TraceFailed)
     assert result.stage == "export"
@@ -154,7 +155,7 @@ def test_a_failed_export_is_an_answer(tmp_path: Path, spoilt: Callable[[Path], A
 
 @pytest.mark.parametrize("steps", [0, -1, STEPS_MAX + 1])
 def test_a_window_is_bounded(tmp_path: Path, steps: int) -> None:
-    """No steps or too many are refused."""
+    """No steps, or too many, are an error."""
     window = ProfileWindow(tmp_path, bytes_max=LARGE)
     with pytest.raises(InvalidFieldError, match="steps"):
         window.begin(steps)
@@ -162,7 +163,7 @@ def test_a_window_is_bounded(tmp_path: Path, steps: int) -> None:
 
 
 def test_one_window_at_a_time(tmp_path: Path) -> None:
-    """A second is refused and the first goes on."""
+    """A second one is an error, and the first goes on."""
     window = ProfileWindow(tmp_path, bytes_max=LARGE)
     assert window.begin(2) is None
     with pytest.raises(WrongStateError, match="2 steps to go"):
@@ -171,8 +172,8 @@ def test_one_window_at_a_time(tmp_path: Path) -> None:
     assert isinstance(window.step(), TraceWritten)
 
 
-def test_an_abandoned_window_leaves_nothing(tmp_path: Path) -> None:
-    """No trace, no profiler left running; abandoning again does nothing."""
+def test_an_abandoned_window_writes_nothing(tmp_path: Path) -> None:
+    """There is no trace and no running profiler; abandoning again does nothing."""
     window = ProfileWindow(tmp_path, bytes_max=LARGE)
     assert window.begin(2) is None
     window.abandon()
@@ -182,8 +183,8 @@ def test_an_abandoned_window_leaves_nothing(tmp_path: Path) -> None:
     assert isinstance(traced(window), TraceWritten)
 
 
-def test_the_job_s_own_profiler_is_left_alone(tmp_path: Path) -> None:
-    """There is but one profiler: ours does not begin while the job's runs, and says why."""
+def test_the_jobs_own_profiler_is_not_interrupted(tmp_path: Path) -> None:
+    """Torch has one profiler: the window does not open while the job's is running, and gives the reason."""
     window = ProfileWindow(tmp_path, bytes_max=LARGE)
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as jobs:
         failed = window.begin(1)
@@ -191,3 +192,28 @@ def test_the_job_s_own_profiler_is_left_alone(tmp_path: Path) -> None:
     assert failed == TraceFailed("start", "the job's own profiler is running")
     assert jobs.key_averages()
     assert not window.open
+
+
+def test_the_lane_profiler_rests_only_while_it_may_be_slow(tmp_path: Path) -> None:
+    """The heartbeat rests while the profiler starts and while it counts steps, and at no other step."""
+    rests: list[str] = []
+
+    @contextmanager
+    def resting() -> Iterator[None]:
+        rests.append("rest")
+        yield
+
+    profiler = LaneProfiler(ProfileWindow(tmp_path, bytes_max=LARGE), resting)
+    assert profiler.after_step(1) is None
+    assert rests == []
+    assert profiler.start(2) == ProfileStarted(2)
+    with pytest.raises(WrongStateError):
+        profiler.start(2)
+    assert profiler.after_step(2) is None
+    done = profiler.after_step(3)
+    assert isinstance(done, ProfileDone)
+    assert done.global_step == 3
+    assert isinstance(done.outcome, TraceWritten)
+    assert len(rests) == 4
+    assert profiler.after_step(4) is None
+    assert len(rests) == 4

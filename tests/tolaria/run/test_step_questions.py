@@ -14,15 +14,15 @@ from support.peers import command
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.config import ControlSettings
 from tolaria.peers.consultation import Consultations
-from tolaria.training.cadence import StepCadence
-from tolaria.training.progress import Progress
-from tolaria.training.reports import StepReport
+from tolaria.lane.messages import StepDone
+from tolaria.peers.consultation import Consultations
+from tolaria.run.boundary import StepQuestions
 
 pytestmark = pytest.mark.anyio
 
 
 def asking_every(interval: int, peers: FakePeers, *, job: str = "TinyJob", epochs: int = 10**6) -> RunUnderTest:
-    """A run that asks between epochs, and of which nothing is a breach."""
+    """Returns a run that asks between epochs, within its budgets."""
     control = ControlSettings(
         boundary_budget_ms=5000, tamiyo_budget_ms=4000, hook_budget_ms=5000, step_interval=interval
     )
@@ -30,14 +30,14 @@ def asking_every(interval: int, peers: FakePeers, *, job: str = "TinyJob", epoch
 
 
 async def test_by_default_the_controller_is_asked_at_boundaries_only() -> None:
-    """The cadence is off unless somebody wants it."""
+    """Questions between epochs are off by default."""
     peers = FakePeers()
     async with running(asking_every(0, peers, epochs=3)) as run:
         await run.until(lambda: run.state == "FINISHED")
     assert peers.step_states == []
 
 
-async def test_it_is_asked_about_every_so_many_steps() -> None:
+async def test_the_controller_is_asked_at_the_interval() -> None:
     """Only at multiples of the interval, with the step's own loss, and never to Kasmina."""
     peers = FakePeers()
     async with running(asking_every(3, peers)) as run:
@@ -72,7 +72,7 @@ async def test_one_question_at_a_time_and_the_newest_state_next() -> None:
 
 @pytest.mark.parametrize("kind", [COMMAND_PAUSE, COMMAND_SEED])
 async def test_an_answer_between_epochs_takes_effect(kind: CommandType.ValueType) -> None:
-    """A pause holds the run; a seed command goes to Kasmina, and what she desires then grows."""
+    """A pause holds the run; a seed command goes to Kasmina, and the seed that it desires grows."""
     asked = [command(kind)]
 
     async def once(_state: SystemStatePacket) -> AdaptationCommand | None:
@@ -91,38 +91,49 @@ async def test_an_answer_between_epochs_takes_effect(kind: CommandType.ValueType
         await run.run.stop("enough")
 
 
-class Ear:
-    """Stands where the consultant does, and takes so many seconds of `now_s` to hear a question."""
+class SlowConsultations:
+    """Consultations that take `takes_s` of the test's clock to accept a question."""
 
-    def __init__(self) -> None:
+    def __init__(self, questions: Consultations) -> None:
         self.now_s, self.takes_s = 100.0, 0.0
-        self.heard: list[int] = []
+        self.questions = questions
+        self.asked: list[int] = []
 
     def ask_between_epochs(self, state: SystemStatePacket) -> None:
         self.now_s += self.takes_s
-        self.heard.append(state.global_step)
+        self.asked.append(state.global_step)
+        self.questions.ask_between_epochs(state)
 
 
-def test_the_time_of_every_question_is_told() -> None:
-    """In milliseconds, with the step's number; steps that nobody is asked about, and void ones, cost nothing."""
-    ear, told = Ear(), list[tuple[int, float]]()
-    cadence = StepCadence(
-        cast("Consultations", ear),
-        Progress("run", "job", "test", epochs=1, steps_per_epoch=8, started_at_s=0.0),
-        interval=2,
-        on_hook=lambda step, latency_ms: told.append((step, latency_ms)),
-        clock=lambda: ear.now_s,
-    )
-    step = StepReport(1, 1, 0.5, 1.0, samples=8, duration_s=0.01, input_wait_s=0.0, finished_at_s=0.0)
-    for number, takes_s in [(1, 1.0), (2, 0.25), (3, 1.0), (4, 0.5)]:
-        ear.takes_s = takes_s
-        cadence.step(replace(step, global_step=number))
-    cadence.step(replace(step, global_step=6, void=True))
-    assert ear.heard == [2, 4]
-    assert told == [(2, 250.0), (4, 500.0)]
+async def test_the_time_of_every_question_is_recorded() -> None:
+    """In milliseconds, with the step's number; steps between two questions, and skipped ones, cost nothing."""
+    run = new_run(FakePeers())
+    async with running(run):
+        await run.run.pause("only the questions of this test")
+        slow = SlowConsultations(run.consultations)
+        questions = StepQuestions(
+            cast("Consultations", slow),
+            ControlSettings(step_interval=2, hook_budget_ms=300),
+            status=run.status,
+            health=run.health,
+            observers=run.core.observers,
+            safety=run.safety,
+            clock=lambda: slow.now_s,
+        )
+        step = StepDone(1, 1, 0.5, 1.0, samples=8, duration_s=0.01, input_wait_s=0.0, finished_at_s=0.0)
+        latencies = []
+        for number, takes_s in [(1, 1.0), (2, 0.25), (3, 1.0), (4, 0.5)]:
+            slow.takes_s = takes_s
+            questions.step(replace(step, global_step=number))
+            latencies.append(run.sample("tolaria.hook.latency_ms"))
+        questions.step(replace(step, global_step=6, skipped=True))
+        await run.run.stop("enough")
+    assert slow.asked == [2, 4]
+    assert latencies == [0, 250, 250, 500]
+    assert [attributes["step"] for attributes in run.emitter.attributes_of("tolaria.hook_budget_exceeded")] == ["4"]
 
 
-async def test_a_question_over_its_budget_is_told_and_raises_an_emergency() -> None:
+async def test_a_question_over_its_budget_is_an_event_and_raises_an_emergency() -> None:
     """The gauge shows its time, the event names step and budget, and the level is ELEVATED: training goes on."""
     control = ControlSettings(boundary_budget_ms=5000, tamiyo_budget_ms=4000, hook_budget_ms=1e-6, step_interval=2)
     run = new_run(FakePeers(), epochs=10**6, control=control)
@@ -133,15 +144,15 @@ async def test_a_question_over_its_budget_is_told_and_raises_an_emergency() -> N
         assert run.state == "RUNNING"
         assert not run.safeguards.mode.on
         await run.run.stop("enough")
-    told = [e.attributes for e in run.emitter.emitted if e.description == "tolaria.hook_budget_exceeded"]
-    assert [int(attributes["step"]) for attributes in told[:3]] == [2, 4, 6]
-    assert told[0]["budget_ms"] == "1e-06"
-    assert float(told[0]["latency_ms"]) > 0
+    breaches = run.emitter.attributes_of("tolaria.hook_budget_exceeded")
+    assert [int(attributes["step"]) for attributes in breaches[:3]] == [2, 4, 6]
+    assert breaches[0]["budget_ms"] == "1e-06"
+    assert float(breaches[0]["latency_ms"]) > 0
     assert (run.sample("tolaria.hook.latency_ms") or 0) > 0
 
 
 async def test_questions_within_their_budget_are_no_breach() -> None:
-    """Their time is shown, and that is all."""
+    """Their time is shown; there is no event and no emergency."""
     async with running(asking_every(2, FakePeers(), epochs=3)) as run:
         await run.until(lambda: run.state == "FINISHED")
     assert (run.sample("tolaria.hook.latency_ms") or 0) > 0

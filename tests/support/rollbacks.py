@@ -20,13 +20,13 @@ from tolaria.errors import JournalError, PeerTimeoutError, TolariaError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import RollbackRow, Row
 from tolaria.rollback.coordinator import RollbackCoordinator
-from tolaria.rollback.protocol import Call, ParticipantRequest, Rollback, RollbackBudgets
+from tolaria.rollback.protocol import Call, ParticipantRequest, Rollback, RollbackPolicy
 from tolaria.signals import RollbackState, RollbackWriter
 
 Tier: TypeAlias = RollbackTier.ValueType
 Work: TypeAlias = Callable[[Rollback], Awaitable[None]]
 
-GENEROUS = RollbackBudgets(fast_s=60.0, full_s=60.0)
+GENEROUS = RollbackPolicy(fast_s=60.0, full_s=60.0)
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class FakeJournal(AsyncJournal):
 class CoordinatedParts:
     """A coordinator and everything around it; `log` has the calls in order."""
 
-    budgets: RollbackBudgets = GENEROUS
+    policy: RollbackPolicy = GENEROUS
     tamiyo: FakeParticipant = field(default_factory=FakeParticipant)
     kasmina: FakeParticipant = field(default_factory=FakeParticipant)
     restorer: FakeRestorer = field(default_factory=FakeRestorer)
@@ -229,7 +229,7 @@ class CoordinatedParts:
             {name: known[name] for name in self.peers},
             self.restorer,
             run_id="run",
-            budgets=self.budgets,
+            policy=self.policy,
             board=self.board,
             journal=self.journal,
         )

@@ -44,7 +44,7 @@ from tolaria.rollback.protocol import (
     Participant,
     ParticipantRequest,
     Rollback,
-    RollbackBudgets,
+    RollbackPolicy,
     RollbackEvent,
     Vote,
     VoteOutcome,
@@ -87,10 +87,10 @@ class RollbackCoordinator:
     """Carries rollbacks out, one at a time. Used on the event loop only.
 
     Args:
-        participants: the peers by name, in the order in which they are asked; each has a share in `budgets`.
+        participants: the peers by name, in the order in which they are asked; each has a share in `policy`.
         restorer: finds and restores the state.
         run_id: for the journal.
-        budgets: how long a rollback may take.
+        policy: how long a rollback may take.
         board: shows every state of a rollback.
         journal: receives a row for each rollback.
         clock: monotonic seconds, the clock of deadlines.
@@ -102,17 +102,17 @@ class RollbackCoordinator:
         restorer: Restorer,
         *,
         run_id: str,
-        budgets: RollbackBudgets,
+        policy: RollbackPolicy,
         board: RollbackWriter,
         journal: AsyncJournal,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if unknown := [name for name in participants if name not in budgets.shares or name == TOLARIA]:
+        if unknown := [name for name in participants if name not in policy.shares or name == TOLARIA]:
             raise ValueError(f"no share of the budget for {', '.join(unknown)}")
         self._participants = participants
         self._restorer = restorer
         self._run_id = run_id
-        self._budgets = budgets
+        self.policy = policy
         self._board = board
         self._journal = journal
         self._clock = clock
@@ -139,7 +139,7 @@ class RollbackCoordinator:
             raise InvalidFieldError("rollback_id", f"must have 1 to {ID_BYTES_MAX} bytes")
         state = next_state(self._state, RollbackEvent.BEGUN)
         rollback.peers = len(self._participants)
-        rollback.deadline_s = rollback.began_s + self._budgets.total_s(rollback.tier)
+        rollback.deadline_s = rollback.began_s + self.policy.total_s(rollback.tier)
         self._show(rollback, state)
         try:
             await self._carry_out(rollback)
@@ -171,7 +171,7 @@ class RollbackCoordinator:
             rollback.tier, rollback.target_step = await self._locate(rollback)
         if scope.cancelled_caught:
             raise RestoreAbandonedError("looking for a restore point")
-        rollback.deadline_s = rollback.began_s + self._budgets.total_s(rollback.tier)
+        rollback.deadline_s = rollback.began_s + self.policy.total_s(rollback.tier)
         self._show(rollback, self._state)  # with the tier, target and deadline that are known now
         await self._ask_in_turn(rollback, Call.PREPARE)
         if self._left_s(rollback) <= 0:
@@ -251,7 +251,7 @@ class RollbackCoordinator:
         """Asks every participant that may be asked, in order, each within the rest of its share."""
         for name in self._participants:
             if may_be_asked(rollback.votes, name, call):
-                left_s = self._budgets.share_s(name, rollback.tier) - rollback.spent_s(name)
+                left_s = self.policy.share_s(name, rollback.tier) - rollback.spent_s(name)
                 await self._ask(rollback, name, call, left_s)
 
     async def _abort(self, rollback: Rollback) -> None:
@@ -259,7 +259,7 @@ class RollbackCoordinator:
         async with anyio.create_task_group() as tasks:
             for name in self._participants:
                 if may_be_asked(rollback.votes, name, Call.ABORT):
-                    share_s = self._budgets.share_s(name, ROLLBACK_TIER_FAST)
+                    share_s = self.policy.share_s(name, ROLLBACK_TIER_FAST)
                     tasks.start_soon(self._ask, rollback, name, Call.ABORT, share_s)
 
     async def _ask(self, rollback: Rollback, name: str, call: Call, timeout_s: float) -> None:

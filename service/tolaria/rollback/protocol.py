@@ -178,10 +178,15 @@ def has_quorum(votes: Sequence[Vote], peers: int) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class RollbackBudgets:
-    """Seconds from the request to the restored state by tier, and each participant's share for all its calls.
+class RollbackPolicy:
+    """How long a rollback may take, and whether a missed deadline halts the run.
 
-    Time that peers do not use is Tolaria's; its own share cannot be used up by peers.
+    Args:
+        fast_s: seconds from the request to the restored state in the fast tier.
+        full_s: the same in the full tier.
+        halt_on_deadline: whether a missed deadline halts the run.
+        shares: each participant's part for all its calls. Time that peers do not use is Tolaria's; its own share
+            cannot be used up by peers.
 
     Raises:
         ValueError: a budget or share is not positive, or the shares exceed 1 or lack Tolaria's.
@@ -189,6 +194,7 @@ class RollbackBudgets:
 
     fast_s: float
     full_s: float
+    halt_on_deadline: bool = True
     shares: Mapping[str, float] = field(default_factory=lambda: SHARES)
 
     def __post_init__(self) -> None:

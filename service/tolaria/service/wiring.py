@@ -23,7 +23,7 @@ from tolaria.peers.connect import Peers
 from tolaria.peers.consultation import Consultations
 from tolaria.peers.verification import CommandVerifier
 from tolaria.rollback.coordinator import RollbackCoordinator
-from tolaria.rollback.protocol import Participant, RollbackBudgets
+from tolaria.rollback.protocol import Participant, RollbackPolicy
 from tolaria.rpc.requests import RequestLedger
 from tolaria.run.boundary import BoundaryPolicy, EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
@@ -228,7 +228,7 @@ def _new_recovery(core: Core, participants: Mapping[str, Participant]) -> Recove
         participants,
         restorer,
         run_id=core.status.run_id,
-        budgets=RollbackBudgets(fast_s=settings.fast_budget_s, full_s=settings.full_budget_s),
+        policy=RollbackPolicy(settings.fast_budget_s, settings.full_budget_s, settings.halt_on_deadline),
         board=foundation.board.claim_rollback(),
         journal=core.journal,
     )

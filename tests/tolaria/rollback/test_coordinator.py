@@ -18,7 +18,7 @@ from tolaria.errors import (
     WrongStateError,
 )
 from tolaria.journal.rows import RollbackRow
-from tolaria.rollback.protocol import Call, Ending, Rollback, RollbackBudgets, VoteOutcome
+from tolaria.rollback.protocol import Call, Ending, Rollback, RollbackPolicy, VoteOutcome
 from tolaria.signals import RollbackState
 
 pytestmark = pytest.mark.anyio
@@ -31,7 +31,7 @@ NO = Said(accepted=False, detail="no")
 
 async def test_a_rollback_with_all_participants() -> None:
     """Each phase calls Tamiyo, then Kasmina, then the lane; the outcome, the row and the board agree."""
-    parts = CoordinatedParts(budgets=RollbackBudgets(fast_s=30.0, full_s=60.0))
+    parts = CoordinatedParts(policy=RollbackPolicy(fast_s=30.0, full_s=60.0))
     rollback = await parts.run()
     assert parts.log == [
         "tamiyo prepare",
@@ -261,4 +261,4 @@ async def test_an_unexpected_error_leaves_nothing_half_done() -> None:
 def test_every_participant_has_a_share() -> None:
     """A participant without a share of the budget is rejected when the coordinator is built."""
     with pytest.raises(ValueError, match="kasmina"):
-        CoordinatedParts(budgets=RollbackBudgets(1.0, 1.0, shares={"tamiyo": 0.5, "tolaria": 0.5}))
+        CoordinatedParts(policy=RollbackPolicy(1.0, 1.0, shares={"tamiyo": 0.5, "tolaria": 0.5}))

@@ -24,7 +24,7 @@ from leyline.v1.enums_pb2 import (
 )
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
-from tolaria.errors import GateShutError, IllegalMoveError, LifecycleError
+from tolaria.errors import IllegalMoveError
 from tolaria.reference.gates import GateFacts, LifecycleSettings, loss_of, obstacle
 from tolaria.reference.lifecycle import (
     LIVING,
@@ -99,7 +99,7 @@ class SeedBed:
         self._take_over_where_new(state)
         try:
             answer = Answer(applied=True, detail=self._carry_out(command, state))
-        except LifecycleError as error:
+        except IllegalMoveError as error:
             answer = Answer(applied=False, detail=str(error))
         if 0 < len(command.command_id) <= NAME_LENGTH_MAX:
             self._answers[command.command_id] = answer
@@ -180,7 +180,7 @@ class SeedBed:
         reported = next((known for known in state.seed_states if known.seed_id == seed.seed_id), None)
         why_not = obstacle(gate_between(seed.stage, target), self._facts(seed, reported, state), self._settings)
         if why_not:
-            raise GateShutError(f"{operation_name(command.seed_operation.operation)} of {seed.seed_id}: {why_not}")
+            raise IllegalMoveError(f"{operation_name(command.seed_operation.operation)} of {seed.seed_id}: {why_not}")
         others = [known for known in self._now.seeds if known.seed_id != seed.seed_id]
         moved = self._enter(seed, target, state)
         places = {known.seed_id: position for position, known in enumerate(self._now.seeds)}

@@ -16,7 +16,7 @@ from leyline.v1.enums_pb2 import (
     CIRCUIT_STATE_OPEN,
     CircuitBreakerState,
 )
-from tolaria.errors import IllegalBreakerSignalError
+from tolaria.errors import IllegalTransitionError
 
 
 class Signal(Enum):
@@ -75,12 +75,12 @@ def transition(status: BreakerStatus, signal: Signal, *, now_s: float) -> Breake
     """The status after `signal`.
 
     Raises:
-        IllegalBreakerSignalError: when the table has no such move.
+        IllegalTransitionError: when the table has no such move.
     """
     state = TRANSITIONS.get((status.state, signal))
     if state is None:
         name = CircuitBreakerState.Name(status.state)
-        raise IllegalBreakerSignalError(f"{signal.name} cannot happen to a breaker in {name}")
+        raise IllegalTransitionError(f"{signal.name} cannot happen to a breaker in {name}")
     if state == CIRCUIT_STATE_OPEN and status.state != CIRCUIT_STATE_OPEN:
         return BreakerStatus(state, 0, now_s)
     if state == CIRCUIT_STATE_CLOSED and signal is Signal.FAILURE:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_HALF_OPEN, CircuitBreakerState
-from tolaria.errors import IllegalModeEventError
+from tolaria.errors import IllegalTransitionError
 
 
 class Recovery(Enum):
@@ -79,12 +79,12 @@ def stands_after(reason: Reason, event: ReasonEvent, *, stood: bool) -> bool:
     """Whether a reason stands after `event`.
 
     Raises:
-        IllegalModeEventError: when the table has no such move.
+        IllegalTransitionError: when the table has no such move.
     """
     stands = TRANSITIONS.get((reason.recovery, stood, event))
     if stands is None:
         state = "a standing" if stood else "an absent"
-        raise IllegalModeEventError(f"{event.name} cannot happen to {state} reason {reason.name!r}")
+        raise IllegalTransitionError(f"{event.name} cannot happen to {state} reason {reason.name!r}")
     return stands
 
 
@@ -137,7 +137,7 @@ class ConservativeMode:
         """A reason's cause has ended: its breaker closed, its emergency was cleared, the operator takes it back.
 
         Raises:
-            IllegalModeEventError: when it does not stand, or leaves by healthy epochs only.
+            IllegalTransitionError: when it does not stand, or leaves by healthy epochs only.
         """
         stands_after(reason, ReasonEvent.CAUSE_ENDED, stood=reason in self._standing)
         self._become({other: epochs for other, epochs in self._standing.items() if other != reason})

@@ -13,7 +13,7 @@ from leyline.v1.enums_pb2 import (
     CIRCUIT_STATE_UNKNOWN,
     CircuitBreakerState,
 )
-from tolaria.errors import IllegalBreakerSignalError
+from tolaria.errors import IllegalTransitionError
 from tolaria.resilience.breaker import (
     TRANSITIONS,
     Breaker,
@@ -40,7 +40,7 @@ def test_every_state_and_signal(state: CircuitBreakerState.ValueType, signal: Si
     if (state, signal) in TRANSITIONS:
         assert transition(before, signal, now_s=9.0).state == TRANSITIONS[state, signal]
     else:
-        with pytest.raises(IllegalBreakerSignalError):
+        with pytest.raises(IllegalTransitionError):
             transition(before, signal, now_s=9.0)
         assert before == BreakerStatus(state, failures=1, opened_at_s=5.0)
 

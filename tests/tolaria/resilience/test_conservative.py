@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_HALF_OPEN, CIRCUIT_STATE_OPEN
-from tolaria.errors import IllegalModeEventError
+from tolaria.errors import IllegalTransitionError
 from tolaria.resilience.conservative import (
     EMERGENCY,
     OPERATOR,
@@ -41,7 +41,7 @@ def test_every_kind_of_reason_and_event(recovery: Recovery, stood: bool, event: 
     if (recovery, stood, event) in TRANSITIONS:
         assert stands_after(reason, event, stood=stood) is TRANSITIONS[recovery, stood, event]
     else:
-        with pytest.raises(IllegalModeEventError, match=event.name):
+        with pytest.raises(IllegalTransitionError, match=event.name):
             stands_after(reason, event, stood=stood)
 
 
@@ -87,7 +87,7 @@ def test_leaving_what_does_not_stand_changes_nothing(reason: Reason) -> None:
     changes = Changes()
     mode = changes.mode()
     mode.enter(epoch_failed("boundary_breach"))
-    with pytest.raises(IllegalModeEventError):
+    with pytest.raises(IllegalTransitionError):
         mode.leave(reason)
     assert (mode.reasons, len(changes.seen)) == (("epoch_failed:boundary_breach",), 1)
 
@@ -159,7 +159,7 @@ def test_no_sequence_breaks_it(steps: list[tuple[str, Reason]]) -> None:
             model.add(reason)
             epochs[reason] = 0
         elif step == "leave" and (reason not in model or reason.recovery is Recovery.HEALTHY_EPOCHS):
-            with pytest.raises(IllegalModeEventError):
+            with pytest.raises(IllegalTransitionError):
                 mode.leave(reason)
         elif step == "leave":
             mode.leave(reason)
@@ -213,7 +213,7 @@ def test_the_shell_with_every_kind_of_reason(what: str, recovery: Recovery, stoo
     if what == "enter":
         mode.enter(reason)
     elif stands is None:
-        with pytest.raises(IllegalModeEventError):
+        with pytest.raises(IllegalTransitionError):
             mode.leave(reason)
     elif what == "leave":
         mode.leave(reason)

@@ -19,7 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from tolaria.config.addresses import Address
+from tolaria.config import Address
 from tolaria.errors import BindError
 
 REQUEST_BYTES_MAX = 4 * 1024 * 1024

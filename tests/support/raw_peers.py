@@ -15,7 +15,7 @@ from support.runs import FakePeers
 from tolaria.config import PeerSettings
 from tolaria.peers.connect import Peers, connected_peers
 from tolaria.peers.kasmina import Applied
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.safeguards import Safeguards
 

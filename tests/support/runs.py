@@ -19,6 +19,7 @@ from leyline.v1.admin_service_pb2 import RunState
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
+from support.events import RecordingEmitter
 from tolaria.config import ControlSettings, Settings, TrainingSettings
 from tolaria.emergency.watching import watch_board
 from tolaria.peers.kasmina import Applied
@@ -26,7 +27,6 @@ from tolaria.rollback import CheckpointWriter, EmergencyRow, Filesystem, Retenti
 from tolaria.rollback.participants import Seat
 from tolaria.service.parts import Ground, Parts, new_loop
 from tolaria.signals import SignalBoard
-from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.loop import TrainingLoop
@@ -86,6 +86,7 @@ class RunUnderTest:
         self.guardian, self.safeguards = parts.guardian, parts.guardian.safeguards
         self.board = parts.ground.board
         self.metrics = parts.ground.metrics
+        assert isinstance(parts.ground.emitter, RecordingEmitter)
         self.emitter = parts.ground.emitter
         self.rig = parts.ground.rig
         self.job = job
@@ -98,7 +99,7 @@ class RunUnderTest:
     @property
     def events(self) -> list[str]:
         """Names of the events so far."""
-        return [event.description for event in self.emitter.recent]
+        return [event.name for event in self.emitter.events]
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Wait for something to become true, ten seconds at most."""
@@ -151,7 +152,7 @@ def new_run(
         progress=progress,
         board=board,
         metrics=Metrics(),
-        emitter=Emitter(),
+        emitter=RecordingEmitter(),
         log_context=LogContext(),
         storage=storage,
         run=RunRow("run", 0, settings.training.job),

@@ -7,8 +7,7 @@ from typing import Literal
 
 from tolaria.resilience.deadline import CallRecord, Outcome
 from tolaria.telemetry import events
-from tolaria.telemetry.emitter import Emitter
-from tolaria.telemetry.events import EventSpec
+from tolaria.telemetry.events import Emitter, EventSpec
 from tolaria.telemetry.metrics import Metrics
 
 Peer = Literal["tamiyo", "kasmina"]

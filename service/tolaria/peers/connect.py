@@ -20,7 +20,7 @@ from tolaria.peers.rollback_client import RollbackClient
 from tolaria.peers.tamiyo import TamiyoClient
 from tolaria.resilience.breaker import Breaker
 from tolaria.resilience.deadline import CallLimits, DeadlineCaller
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
 
 

@@ -18,7 +18,7 @@ from tolaria.rollback.coordinator import Clocks, OnSlot, RollbackCoordinator
 from tolaria.rollback.participants import Seat
 from tolaria.rollback.phases import Phase
 from tolaria.signals import SignalBoard
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
 from tolaria.telemetry.profiler import ProfileWindow

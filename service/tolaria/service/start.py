@@ -28,7 +28,7 @@ from tolaria.rollback import CheckpointWriter, LoadedCheckpoint
 from tolaria.service.host import Host
 from tolaria.service.parts import Ground, Parts
 from tolaria.signals import SignalBoard
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext, logging_to
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.progress import Progress

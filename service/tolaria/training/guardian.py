@@ -31,7 +31,7 @@ from tolaria.errors import ClearanceRefusedError, EmergencyError
 from tolaria.resilience.conservative import EMERGENCY
 from tolaria.rollback import EmergencyRow
 from tolaria.signals import Participant, SignalBoard
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.record_emergency import EmergencyRecorder
 from tolaria.training.recovery.chronicle import Chronicle

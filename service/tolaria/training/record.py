@@ -16,7 +16,7 @@ from tolaria.errors import CommandRejectedError
 from tolaria.optimization import Adjustment
 from tolaria.rollback import FastCacheStatistics
 from tolaria.telemetry import events
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.consult import Consultation

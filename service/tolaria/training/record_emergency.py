@@ -22,7 +22,7 @@ from tolaria.emergency import (
 )
 from tolaria.emergency.protocol import SENTINEL
 from tolaria.telemetry import events
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
 
 _MS = 1_000_000

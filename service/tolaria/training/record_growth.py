@@ -16,7 +16,7 @@ from tolaria.config import GradientsSettings
 from tolaria.gradients import Alarm, AlarmKind, AlarmThresholds, SeedMetrics, SeedMetricSet, alarms
 from tolaria.optimization import RebuildOutcome, RebuildResult, Violation
 from tolaria.telemetry import events
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.growth import SeedsReport
 

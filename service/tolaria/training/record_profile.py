@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 
 from tolaria.telemetry import events
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.telemetry.profiler import TraceFailed, TraceWritten
 

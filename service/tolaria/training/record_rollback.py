@@ -17,7 +17,7 @@ from tolaria.errors import (
 from tolaria.rollback import Damage, FastCacheStatistics
 from tolaria.rollback.orders import Ending, RollbackOutcome, tier_word
 from tolaria.telemetry import events
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
 
 # Where a rollback came to nothing, and why: the labels of its failure. The first that fits counts.

@@ -19,7 +19,7 @@ from leyline.v1.enums_pb2 import (
 from tolaria.resilience.breaker import Breaker
 from tolaria.resilience.conservative import ConservativeMode, ModeChange, breaker_open, epoch_failed
 from tolaria.telemetry import events
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.growth import SeedsReport
 from tolaria.training.reports import StepReport

@@ -133,7 +133,7 @@ async def test_a_question_over_its_budget_is_told_and_raises_an_emergency() -> N
         assert run.state == "RUNNING"
         assert not run.safeguards.mode.on
         await run.loop.stop("enough")
-    told = [e.attributes for e in run.emitter.recent if e.description == "tolaria.hook_budget_exceeded"]
+    told = [e.attributes for e in run.emitter.events if e.name == "tolaria.hook_budget_exceeded"]
     assert [int(attributes["step"]) for attributes in told[:3]] == [2, 4, 6]
     assert told[0]["budget_ms"] == "1e-06"
     assert float(told[0]["latency_ms"]) > 0

@@ -18,6 +18,7 @@ from leyline.v1.enums_pb2 import (
 )
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
+from support.events import RecordingEmitter
 from support.peers import FakeTamiyo, command, serving
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.config import ControlSettings, PeerSettings
@@ -25,7 +26,6 @@ from tolaria.emergency import Phase
 from tolaria.errors import PeerTimeoutError
 from tolaria.peers.connect import connected_peers
 from tolaria.resilience.breaker import Breaker
-from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.safety_desk import SafetyDesk
 
@@ -74,7 +74,7 @@ async def trained() -> tuple[list[torch.Tensor], list[tuple[str, dict[str, str]]
     async with running(patient(peers, epochs=5)) as run:
         await run.until(lambda: run.state == "FINISHED")
     parameters = [p.detach().clone() for p in run.rig.model.parameters()]
-    events = [(event.description, dict(event.attributes)) for event in run.emitter.recent]
+    events = [(event.name, dict(event.attributes)) for event in run.emitter.events]
     assert not run.safeguards.mode.on
     return parameters, [event for event in events if "ms" not in str(event)], [
         (state.current_epoch, state.global_step) for state in peers.states
@@ -197,7 +197,7 @@ async def test_a_jump_in_the_middle_of_a_call_neither_ends_nor_lengthens_it(wall
     async with serving(FakeTamiyo(jumping)) as target:
         settings = PeerSettings(target=target, timeout_s=0.5)
         async with connected_peers(
-            settings, settings, breakers=breakers, metrics=Metrics(), emitter=Emitter()
+            settings, settings, breakers=breakers, metrics=Metrics(), emitter=RecordingEmitter()
         ) as peers:
             assert await peers.tamiyo.evaluate_epoch(SystemStatePacket(current_epoch=1)) is None
             wall.off_s = 0.0

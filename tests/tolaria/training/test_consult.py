@@ -10,12 +10,12 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import COMMAND_PAUSE, COMMAND_SEED, SEED_OP_GERMINATE, CommandType
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
+from support.events import RecordingEmitter
 from support.peers import command
 from tolaria.config import LeylineSettings
 from tolaria.errors import BreakerOpenError, PeerProtocolError, PeerUnavailableError
 from tolaria.peers.kasmina import Applied
 from tolaria.peers.verification import new_verifier
-from tolaria.telemetry.emitter import Emitter
 from tolaria.training.consult import NOT_ASKED, Consultant, Consultation, in_words
 
 pytestmark = pytest.mark.anyio
@@ -35,7 +35,7 @@ class Talk:
         self.may_answer, self.may_export = anyio.Event(), anyio.Event()
         self.may_answer.set()
         self.may_export.set()
-        self.emitter = Emitter()
+        self.emitter = RecordingEmitter()
         self.it = Consultant(
             controller=self,
             executor=self,
@@ -170,7 +170,7 @@ async def test_a_kasmina_that_fails_desires_nothing_that_is_known(error: Excepti
     assert settled.seeds is None
     assert settled.failed
     assert settled.kasmina_answer.startswith("no answer (")
-    assert [event.description for event in talk.emitter.recent] == events
+    assert [event.name for event in talk.emitter.events] == events
 
 
 @pytest.mark.parametrize(

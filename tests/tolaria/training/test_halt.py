@@ -150,9 +150,7 @@ async def test_failed_epochs_in_a_row_halt_the_run() -> None:
         await run.until(lambda: run.state == "HALTED")
         assert run.progress.state_reason == "emergency: failed_epoch_streak: 3 epochs in a row"
         await run.loop.stop("enough")
-    levels = [
-        e.attributes["emergency_level"] for e in run.emitter.recent if e.description == "tolaria.emergency.escalated"
-    ]
+    levels = [e.attributes["emergency_level"] for e in run.emitter.events if e.name == "tolaria.emergency.escalated"]
     assert levels == ["elevated", "conservative", "halt"]
 
 

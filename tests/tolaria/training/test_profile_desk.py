@@ -7,9 +7,9 @@ from pathlib import Path
 import anyio
 import pytest
 
+from support.events import RecordingEmitter
 from tolaria.config import ProfilerSettings
 from tolaria.errors import InvalidFieldError, LaneStoppedError, ProfileFailedError, WrongStateError
-from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.telemetry.profiler import ProfileWindow, TraceFailed, TraceWritten
 from tolaria.training.fence_desk import FenceDesk
@@ -30,7 +30,7 @@ class Bench:
     def __init__(self, **settings: int) -> None:
         self.posted: list[tuple[int, LaneCommand]] = []
         self.fences = FenceDesk(lambda ticket, command: self.posted.append((ticket, command)))
-        self.metrics, self.emitter = Metrics(), Emitter()
+        self.metrics, self.emitter = Metrics(), RecordingEmitter()
         self.calm, self.stands = True, False
         self.desk = ProfileDesk(
             self.fences,
@@ -125,8 +125,8 @@ async def test_a_failure_is_counted_told_and_answered(stage: str, told: str) -> 
         0,
         1,
     )
-    [event] = bench.emitter.recent
-    assert event.description == "tolaria.profiler.export_failed"
+    [event] = bench.emitter.events
+    assert event.name == "tolaria.profiler.export_failed"
     assert dict(event.attributes) == {"stage": stage, "reason": "no room"}
 
 

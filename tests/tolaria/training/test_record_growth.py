@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING, SEED_STAGE_UNKNOWN
+from support.events import RecordingEmitter
 from tolaria.config import GradientsSettings
 from tolaria.gradients import SeedMetrics, SeedMetricSet
-from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.growth import SeedsReport
 from tolaria.training.record_growth import GrowthRecorder
@@ -39,14 +39,14 @@ class Recorded:
     """A recorder and what came of it."""
 
     def __init__(self, **settings: object) -> None:
-        self.metrics, self.emitter = Metrics(), Emitter()
+        self.metrics, self.emitter = Metrics(), RecordingEmitter()
         chosen = GradientsSettings(**settings)  # type: ignore[arg-type]
         self.recorder = GrowthRecorder(chosen, self.metrics, self.emitter)
 
     @property
     def events(self) -> list[str]:
         """Names of the events so far."""
-        return [event.description for event in self.emitter.recent]
+        return [event.name for event in self.emitter.events]
 
     def value(self, name: str, **labels: str) -> float | None:
         """A series, or None where there is none."""

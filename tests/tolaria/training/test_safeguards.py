@@ -11,8 +11,8 @@ from leyline.v1.enums_pb2 import (
     CircuitBreakerState,
 )
 from leyline.v1.telemetry_pb2 import SystemHealth
+from support.events import RecordingEmitter
 from tolaria.optimization import Violation
-from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.growth import SeedsReport
 from tolaria.training.reports import StepReport
@@ -26,7 +26,7 @@ class Ward:
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self.metrics, self.emitter = Metrics(), Emitter()
+        self.metrics, self.emitter = Metrics(), RecordingEmitter()
         self.opened: list[str] = []
         self.it = Safeguards(
             recovery_epochs=2,
@@ -41,7 +41,7 @@ class Ward:
         return self.it.breakers[name].state
 
     def events(self) -> list[str]:
-        return [event.description.removeprefix("tolaria.") for event in self.emitter.recent]
+        return [event.name.removeprefix("tolaria.") for event in self.emitter.events]
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.metrics.registry.get_sample_value(f"tolaria.{name}", labels)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tolaria.config import CheckpointSettings
     from tolaria.resilience.breaker import Breaker
     from tolaria.rollback import CheckpointRow, CheckpointWriter, Lease
-    from tolaria.telemetry.emitter import Emitter
+    from tolaria.telemetry.events import Emitter
     from tolaria.telemetry.metrics import Metrics
 
 BUSY_S: Final = 0.25

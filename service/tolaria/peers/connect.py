@@ -19,7 +19,7 @@ from tolaria.peers.kasmina import KasminaClient
 from tolaria.peers.rollback_client import RollbackClient
 from tolaria.peers.tamiyo import TamiyoClient
 from tolaria.resilience.breaker import Breaker
-from tolaria.resilience.deadline import CallLimits, DeadlineCaller
+from tolaria.resilience.deadline import DeadlineCaller
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
 
@@ -56,8 +56,7 @@ async def connected_peers(
     """
 
     def caller_of(name: Peer, settings: PeerSettings) -> DeadlineCaller:
-        limits = CallLimits(settings.in_flight_max, settings.waiting_max, settings.retries)
-        return DeadlineCaller(name, breakers[name], observe=call_recorder(name, metrics, emitter), limits=limits)
+        return DeadlineCaller(name, breakers[name], settings, observe=call_recorder(name, metrics, emitter))
 
     tamiyo_caller, kasmina_caller = caller_of("tamiyo", tamiyo), caller_of("kasmina", kasmina)
     async with (

@@ -33,7 +33,7 @@ from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT
 from tolaria.config import EmergencySettings
 from tolaria.rollback import RunRow
 from tolaria.signals import SignalBoard
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.guardian import Guardian
 from tolaria.training.mailbox import Mailbox

@@ -16,8 +16,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from ruamel.yaml import YAML
 
-from tolaria.config import load_settings
-from tolaria.config.tree import ServiceSettings
+from tolaria.config import ServiceSettings, load_settings
 from tolaria.signals import SignalBoard
 
 ROOT = Path(__file__).parents[2]

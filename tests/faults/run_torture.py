@@ -39,7 +39,7 @@ from tolaria.rollback.inspection import inspect_storage
 from tolaria.service.parts import Ground, Parts, new_loop
 from tolaria.service.start import new_keeper, new_progress, resume
 from tolaria.signals import SignalBoard
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.loop import TrainingLoop

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import anyio
 import anyio.to_thread
 
+from support.events import RecordingEmitter
 from tolaria.config import CheckpointSettings
 from tolaria.errors import TolariaError
 from tolaria.resilience.breaker import Breaker
@@ -27,7 +28,6 @@ from tolaria.rollback import (
     open_storage,
 )
 from tolaria.rollback.writer import TASKS_MAX
-from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.recovery.checkpoints import (
     CheckpointDesk,
@@ -66,7 +66,7 @@ class Room:
         self.storage: Storage = open_storage(directory, run_id="run", retention=Retention(last=100), files=self.disk)
         self.cache = FastRollbackCache(entries_max=8, seal=False)
         self.writer = CheckpointWriter(self.storage.checkpoints)
-        self.metrics, self.emitter = Metrics(), Emitter()
+        self.metrics, self.emitter = Metrics(), RecordingEmitter()
         self.now_s = 0.0
         self.breaker = Breaker("checkpoint", clock=lambda: self.now_s)
         self.log: list[tuple[str, str]] = []

@@ -28,7 +28,7 @@ from tolaria.config import ControlSettings, KasminaSettings, TamiyoSettings
 from tolaria.errors import PeerTimeoutError
 from tolaria.peers.connect import Peers, connected_peers
 from tolaria.resilience.breaker import Breaker, BreakerPolicy
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
 
 CHILD = Path(__file__).parent / "hanging_child.py"

@@ -15,7 +15,7 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from support.runs import FakePeers
 from tolaria.config import PeerSettings
 from tolaria.peers.connect import Peers, connected_peers
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.safeguards import Safeguards
 

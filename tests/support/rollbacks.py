@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -20,13 +20,19 @@ from tolaria.errors import JournalError, PeerTimeoutError, TolariaError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import RollbackRow, Row
 from tolaria.rollback.coordinator import RollbackCoordinator
-from tolaria.rollback.protocol import Call, ParticipantRequest, Rollback, RollbackPolicy
+from tolaria.rollback.protocol import SHARES, Call, ParticipantRequest, Rollback, RollbackPolicy
 from tolaria.signals import RollbackState, RollbackWriter
 
 Tier: TypeAlias = RollbackTier.ValueType
 Work: TypeAlias = Callable[[Rollback], Awaitable[None]]
 
-GENEROUS = RollbackPolicy(fast_s=60.0, full_s=60.0)
+
+def policy_of(fast_s: float, full_s: float, shares: Mapping[str, float] = SHARES) -> RollbackPolicy:
+    """A policy under which a missed deadline halts the run."""
+    return RollbackPolicy(fast_s, full_s, halt_on_deadline=True, shares=shares)
+
+
+GENEROUS = policy_of(60.0, 60.0)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tolaria.service.host import Host
 from tolaria.service.parts import Ground, Parts
 from tolaria.service.start import new_keeper, new_progress
 from tolaria.signals import SignalBoard
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.rig import Rig, build_rig

@@ -1,25 +1,32 @@
-"""The one settings tree, where its values come from, and how they are shown. Knows nothing of what is configured."""
+"""The settings, their sources and their rendering."""
 
-from tolaria.config.addresses import Address
-from tolaria.config.durability import CheckpointSettings, ProfilerSettings, RollbackSettings
-from tolaria.config.peers import KasminaSettings, PeerSettings, TamiyoSettings
-from tolaria.config.safety import EmergencySettings, SignalsSettings, StateSettings
-from tolaria.config.show import as_toml
-from tolaria.config.sources import child_environment, load_settings, quieten_grpc
-from tolaria.config.tree import (
+from tolaria.config.durability import (
+    CheckpointSettings,
+    EmergencySettings,
+    ProfilerSettings,
+    RollbackSettings,
+    StateSettings,
+)
+from tolaria.config.fields import Address
+from tolaria.config.render import as_toml
+from tolaria.config.settings import (
     ControlSettings,
     FastPathSettings,
     GradientsSettings,
+    KasminaSettings,
     LeylineSettings,
     LoggingSettings,
     MetricsSettings,
     OptimizerSettings,
+    PeerSettings,
     SeedsSettings,
     ServerSettings,
     ServiceSettings,
     Settings,
+    TamiyoSettings,
     TrainingSettings,
 )
+from tolaria.config.sources import child_environment, load_settings, quieten_grpc
 
 __all__ = [
     "Address",
@@ -40,7 +47,6 @@ __all__ = [
     "ServerSettings",
     "ServiceSettings",
     "Settings",
-    "SignalsSettings",
     "StateSettings",
     "TamiyoSettings",
     "TrainingSettings",

@@ -13,10 +13,9 @@ import grpc.aio
 from tolaria.config import PeerSettings
 from tolaria.peers.clients import KasminaClient, RollbackClient, TamiyoClient
 from tolaria.resilience.breaker import Breaker
-from tolaria.resilience.deadline import CallLimits, CallRecord, DeadlineCaller, Outcome
+from tolaria.resilience.deadline import CallRecord, DeadlineCaller, Outcome
 from tolaria.telemetry import events
-from tolaria.telemetry.emitter import Emitter
-from tolaria.telemetry.events import EventSpec
+from tolaria.telemetry.events import Emitter, EventSpec
 from tolaria.telemetry.metrics import Metrics
 
 Peer: TypeAlias = Literal["tamiyo", "kasmina"]
@@ -67,8 +66,7 @@ async def connected_peers(
     """
 
     def caller_of(peer: Peer, settings: PeerSettings) -> DeadlineCaller:
-        limits = CallLimits(settings.in_flight_max, settings.waiting_max, settings.retries)
-        return DeadlineCaller(peer, breakers[peer], observe=call_observer(peer, metrics, emitter), limits=limits)
+        return DeadlineCaller(peer, breakers[peer], settings, observe=call_observer(peer, metrics, emitter))
 
     tamiyo_caller, kasmina_caller = caller_of("tamiyo", tamiyo), caller_of("kasmina", kasmina)
     async with (

@@ -194,7 +194,7 @@ class RollbackPolicy:
 
     fast_s: float
     full_s: float
-    halt_on_deadline: bool = True
+    halt_on_deadline: bool
     shares: Mapping[str, float] = field(default_factory=lambda: SHARES)
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from leyline.v1 import rollback_service_pb2 as wire
 from leyline.v1.rollback_service_pb2_grpc import add_RollbackParticipantServiceServicer_to_server
+from tolaria.config import KasminaSettings
 from tolaria.errors import BreakerOpenError, PeerProtocolError, PeerTimeoutError, PeerUnavailableError
 from tolaria.peers.clients import RollbackClient
 from tolaria.reference.rollback import RollbackParticipantService, Undo
@@ -77,7 +78,10 @@ async def connected(servicer: RollbackParticipantService | None) -> AsyncIterato
     records: list[CallRecord] = []
     breaker = Breaker("kasmina", clock=time.monotonic, policy=BreakerPolicy(failures_max=1))
     async with grpc.aio.insecure_channel(target) as channel:
-        yield Connection(RollbackClient(channel, DeadlineCaller("kasmina", breaker, observe=records.append)), records)
+        yield Connection(
+            RollbackClient(channel, DeadlineCaller("kasmina", breaker, KasminaSettings(), observe=records.append)),
+            records,
+        )
     await server.stop(None)
 
 

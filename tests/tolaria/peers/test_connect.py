@@ -14,13 +14,13 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, COMMAND_SEED, SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
+from support.events import RecordingEmitter
 from support.peers import FakeKasmina, FakeParticipant, FakeTamiyo, command, serving
 from tolaria.config import KasminaSettings, PeerSettings, TamiyoSettings
 from tolaria.errors import CallRefusedError, PeerError, PeerProtocolError, PeerTimeoutError, PeerUnavailableError
 from tolaria.peers.connect import Peers, connected_peers
 from tolaria.resilience.breaker import Breaker, BreakerPolicy
 from tolaria.rollback.participants import RollbackOrder
-from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
@@ -33,7 +33,7 @@ class Clients:
         self, target: str, timeout_s: float = 2.0, policy: BreakerPolicy | None = None, **settings: Any
     ) -> None:
         self.metrics = Metrics()
-        self.emitter = Emitter()
+        self.emitter = RecordingEmitter()
         self.breakers = {name: Breaker(name, clock=time.monotonic, policy=policy) for name in ("tamiyo", "kasmina")}
         own = settings.pop("timeouts_s", {})
         common = {"target": target, "timeout_s": timeout_s, **settings}
@@ -60,7 +60,7 @@ class Clients:
 
     @property
     def events(self) -> list[str]:
-        return [event.description for event in self.emitter.recent]
+        return [event.name for event in self.emitter.events]
 
 
 def _of(kind: type[PeerSettings], timeouts_s: dict[str, float]) -> dict[str, float]:
@@ -281,8 +281,8 @@ async def test_a_call_beyond_the_limit_is_refused() -> None:
                 await peers.kasmina_rollback.prepare(ORDER)  # the limit applies to all clients of the peer
             assert clients.value("tolaria.timeout.kasmina_last_ms") == 0
             end.set()
-    (event,) = clients.emitter.recent
-    assert event.description == "tolaria.kasmina_error"
+    (event,) = clients.emitter.events
+    assert event.name == "tolaria.kasmina_error"
     assert "1 calls are in flight" in event.attributes["detail"]
     assert clients.value("tolaria.timeout.kasmina_total") == 0
     assert clients.breakers["kasmina"].state == CIRCUIT_STATE_CLOSED

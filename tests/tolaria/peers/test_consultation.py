@@ -16,7 +16,7 @@ from tolaria.config import LeylineSettings
 from tolaria.errors import BreakerOpenError, PeerProtocolError, PeerUnavailableError
 from tolaria.peers.consultation import NOT_ASKED, Consultation, Consultations, describe_command
 from tolaria.peers.verification import CommandVerifier
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 
 pytestmark = pytest.mark.anyio
 

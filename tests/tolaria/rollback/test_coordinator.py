@@ -4,7 +4,7 @@ import anyio
 import pytest
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED
-from support.rollbacks import CoordinatedParts, FakeParticipant, FakeRestorer, Said, Tier, new_rollback, restored
+from support.rollbacks import CoordinatedParts, FakeParticipant, FakeRestorer, Said, Tier, new_rollback, policy_of, restored
 from tolaria.errors import (
     BreakerOpenError,
     InvalidFieldError,
@@ -18,7 +18,7 @@ from tolaria.errors import (
     WrongStateError,
 )
 from tolaria.journal.rows import RollbackRow
-from tolaria.rollback.protocol import Call, Ending, Rollback, RollbackPolicy, VoteOutcome
+from tolaria.rollback.protocol import Call, Ending, Rollback, VoteOutcome
 from tolaria.signals import RollbackState
 
 pytestmark = pytest.mark.anyio
@@ -31,7 +31,7 @@ NO = Said(accepted=False, detail="no")
 
 async def test_a_rollback_with_all_participants() -> None:
     """Each phase calls Tamiyo, then Kasmina, then the lane; the outcome, the row and the board agree."""
-    parts = CoordinatedParts(policy=RollbackPolicy(fast_s=30.0, full_s=60.0))
+    parts = CoordinatedParts(policy=policy_of(30.0, 60.0))
     rollback = await parts.run()
     assert parts.log == [
         "tamiyo prepare",
@@ -261,4 +261,4 @@ async def test_an_unexpected_error_leaves_nothing_half_done() -> None:
 def test_every_participant_has_a_share() -> None:
     """A participant without a share of the budget is rejected when the coordinator is built."""
     with pytest.raises(ValueError, match="kasmina"):
-        CoordinatedParts(policy=RollbackPolicy(1.0, 1.0, shares={"tamiyo": 0.5, "tolaria": 0.5}))
+        CoordinatedParts(policy=policy_of(1.0, 1.0, {"tamiyo": 0.5, "tolaria": 0.5}))

@@ -10,14 +10,14 @@ import anyio.to_thread
 import pytest
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
-from support.rollbacks import GENEROUS, CoordinatedParts, FakeParticipant, FakeRestorer, new_rollback, restored
+from support.rollbacks import GENEROUS, CoordinatedParts, FakeParticipant, FakeRestorer, new_rollback, policy_of, restored
 from tolaria.errors import RestoreAbandonedError, StateMismatchError
-from tolaria.rollback.protocol import Call, Ending, Rollback, RollbackPolicy, VoteOutcome
+from tolaria.rollback.protocol import Call, Ending, Rollback, VoteOutcome
 from tolaria.signals import RollbackState
 
 pytestmark = pytest.mark.anyio
 
-SHORT = RollbackPolicy(fast_s=0.2, full_s=0.2)
+SHORT = policy_of(0.2, 0.2)
 
 
 def hanging(policy: RollbackPolicy) -> CoordinatedParts:
@@ -84,7 +84,7 @@ async def test_the_search_for_a_restore_point_is_bounded() -> None:
 async def test_a_silent_peer_costs_only_its_own_share(punctual: bool) -> None:
     """It is cut off at its share and not called again; the others and the lane still have theirs."""
     tamiyo = FakeParticipant({Call.PREPARE: None}, punctual=punctual)
-    parts = CoordinatedParts(policy=RollbackPolicy(fast_s=1.0, full_s=1.0), tamiyo=tamiyo)
+    parts = CoordinatedParts(policy=policy_of(1.0, 1.0), tamiyo=tamiyo)
     rollback = await parts.run()
     assert (rollback.ending, rollback.coordinated) == (Ending.RESTORED, True)
     ((call, request),) = tamiyo.calls
@@ -98,7 +98,7 @@ async def test_a_silent_peer_costs_only_its_own_share(punctual: bool) -> None:
 
 async def test_a_share_is_for_all_calls_together() -> None:
     """Time that prepare took is missing at commit; without any left there is no call."""
-    policy = RollbackPolicy(10.0, 10.0, shares={"tamiyo": 0.005, "kasmina": 0.3, "tolaria": 0.5})
+    policy = policy_of(10.0, 10.0, {"tamiyo": 0.005, "kasmina": 0.3, "tolaria": 0.5})
     tamiyo = FakeParticipant({Call.COMMIT: None})
     parts = CoordinatedParts(policy=policy, tamiyo=tamiyo)
     rollback = await parts.run()
@@ -237,7 +237,7 @@ async def test_a_thread_and_a_deadline_always_agree() -> None:
     """With a lane that copies right around the deadline, a copy is made if and only if it is reported."""
     for attempt in range(40):
         restorer = ThreadedRestorer((attempt - 20) * 1e-4)
-        parts = CoordinatedParts(policy=RollbackPolicy(fast_s=0.01, full_s=0.01), restorer=restorer)
+        parts = CoordinatedParts(policy=policy_of(0.01, 0.01), restorer=restorer)
         rollback = await parts.run()
         for thread in restorer.threads:
             await anyio.to_thread.run_sync(thread.join)

@@ -12,13 +12,12 @@ from leyline.v1.enums_pb2 import (
     ROLLBACK_TIER_UNSPECIFIED,
     RollbackTier,
 )
-from support.rollbacks import new_rollback, restored
+from support.rollbacks import new_rollback, policy_of, restored
 from tolaria.errors import StateMismatchError, WrongStateError
 from tolaria.rollback.protocol import (
     ID_BYTES_MAX,
     Call,
     Ending,
-    RollbackPolicy,
     RollbackEvent,
     Vote,
     VoteOutcome,
@@ -91,7 +90,7 @@ def test_a_rollback_begins_only_when_none_is_running(events: list[RollbackEvent]
 )
 def test_shares_of_the_budget(participant: str, tier: RollbackTier.ValueType, share_s: float) -> None:
     """Shares are 150, 250 and 100 ms of the fast tier, and in proportion of the full one."""
-    assert RollbackPolicy(fast_s=0.5, full_s=12.0).share_s(participant, tier) == pytest.approx(share_s)
+    assert policy_of(0.5, 12.0).share_s(participant, tier) == pytest.approx(share_s)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +106,7 @@ def test_shares_of_the_budget(participant: str, tier: RollbackTier.ValueType, sh
 def test_impossible_budgets_are_rejected(changed: dict[str, float]) -> None:
     """Budgets and shares are positive, Tolaria has a share, and the shares are at most 1 together."""
     with pytest.raises(ValueError, match="must be positive"):
-        RollbackPolicy(**{"fast_s": 0.5, "full_s": 12.0, **changed})  # type: ignore[arg-type] # from the table
+        policy_of(**{"fast_s": 0.5, "full_s": 12.0, **changed})  # type: ignore[arg-type] # from the table
 
 
 def votes(*cast: tuple[str, Call, VoteOutcome]) -> list[Vote]:

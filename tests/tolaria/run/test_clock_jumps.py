@@ -74,7 +74,7 @@ async def trained() -> tuple[list[torch.Tensor], list[tuple[str, dict[str, str]]
     async with running(patient(peers, epochs=5)) as run:
         await run.until(lambda: run.state == "FINISHED")
     parameters = [p.detach().clone() for p in run.module.model.parameters()]
-    events = [(event.description, dict(event.attributes)) for event in run.emitter.emitted]
+    events = [(event.name, dict(event.attributes)) for event in run.emitter.events]
     assert not run.safeguards.mode.on
     return parameters, [event for event in events if "ms" not in str(event)], [
         (state.current_epoch, state.global_step) for state in peers.states

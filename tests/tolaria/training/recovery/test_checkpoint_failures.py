@@ -40,7 +40,7 @@ async def test_a_full_disk_is_told_and_mends_by_itself(rooms: Rooms, on_failure:
         await room.quiet()
     assert await room.steps() == [12, 20]
     assert room.slept_s == [7.0, 7.0]
-    told = [event.attributes for event in room.emitter.recent if event.description == "tolaria.checkpoint_failed"]
+    told = [event.attributes for event in room.emitter.events if event.name == "tolaria.checkpoint_failed"]
     assert [dict(each) for each in told] == [
         {"step": str(step), "stage": "write", "reason": "ENOSPC"} for step in (10, 11)
     ]
@@ -143,7 +143,7 @@ async def test_a_state_that_cannot_be_kept_is_a_failure_like_any(
         room.wake()
         await room.quiet()
     assert (room.desk.failing, await room.steps()) == ("", [0])
-    (event,) = room.emitter.recent
+    (event,) = room.emitter.events
     assert dict(event.attributes) == {"step": "3", "stage": "keep", "reason": reason}
 
 
@@ -156,7 +156,7 @@ async def test_without_a_lane_the_task_ends_and_nothing_has_failed(rooms: Rooms)
         room.desk.epoch_over(evaluation(3))
     with pytest.raises(LaneStoppedError):
         await room.desk.create("test")
-    assert (room.log, room.value("failures_total"), list(room.emitter.recent)) == ([], 0, [])
+    assert (room.log, room.value("failures_total"), list(room.emitter.events)) == ([], 0, [])
 
 
 async def test_every_failure_has_a_run_stand_that_goes_on(rooms: Rooms) -> None:

@@ -16,7 +16,7 @@ from tolaria.errors import BreakerOpenError, CommandRejectedError, PeerError, Pe
 from tolaria.peers.clients import KasminaClient, TamiyoClient
 from tolaria.peers.verification import CommandVerifier
 from tolaria.telemetry import events
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 
 NOT_ASKED = "not asked (conservative mode)"
 

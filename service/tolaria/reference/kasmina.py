@@ -14,7 +14,7 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.kasmina_service_pb2_grpc import KasminaServiceServicer
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
-from tolaria.errors import GateShutError, IllegalMoveError, LifecycleError
+from tolaria.errors import IllegalMoveError
 from tolaria.peers.verification import CONTRACT_VERSION
 from tolaria.reference.lifecycle import (
     ACTIVE_STAGES,
@@ -73,7 +73,7 @@ class DesiredSeeds:
         self._adopt_if_new(state)
         try:
             response = rpc.ApplyCommandResponse(applied=True, detail=self._execute(command, state))
-        except LifecycleError as error:
+        except IllegalMoveError as error:
             response = rpc.ApplyCommandResponse(applied=False, detail=str(error))
         if 0 < len(command.command_id) <= _NAME_LENGTH_MAX:
             self._responses[command.command_id] = response
@@ -167,7 +167,7 @@ class DesiredSeeds:
         seen = self._observation(seed, reported, state)
         reason = closed_reason(gate_between(seed.stage, target), seed, seen, self._settings)
         if reason:
-            raise GateShutError(f"{operation_name(operation)} of {seed.seed_id}: {reason}")
+            raise IllegalMoveError(f"{operation_name(operation)} of {seed.seed_id}: {reason}")
         seeds = {known.seed_id: known for known in self._now.seeds}
         seeds[seed.seed_id] = self._enter(seed, target, state)
         self._record(state, list(seeds.values()), epoch=self._now.epoch)

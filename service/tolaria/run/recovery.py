@@ -42,7 +42,9 @@ from tolaria.values.optimization import Adjustment
 
 _ROLLBACK: Final = "rollback"  # holder of the lane, and origin of a cut of the learning rate
 _JUDGE: Final = "judge"
-_FOLLOW_UP_S: Final = 5.0  # for small commands to a lane that is held already
+FOLLOW_UP_S: Final = 5.0
+"""Longest that each command after a restore waits for the lane, which is held already."""
+
 _BATCHES_LOGGED_MAX: Final = 20
 
 
@@ -226,6 +228,11 @@ class Recovery:
         rollback.lr_cut = _adjustment(verdict.cut, rollback.rollback_id)
         self.begin(rollback)
 
+    def roll_back_if_idle(self, reason: str, origin: str) -> None:
+        """Begins a rollback to a snapshot, unless one is under way or the run has ended."""
+        if not (self.running or self._lifecycle.ended):
+            self.begin(Rollback(ROLLBACK_TIER_FAST, None, reason, origin))
+
     def on_step(self, step: StepDone) -> None:
         """Takes a healthy step: the first one that is not skipped ends the recovery from a rollback."""
         rollback = self._recovering
@@ -291,7 +298,7 @@ class Recovery:
         """Has the lane carry out a command; a failure is logged, because the state has been restored already."""
         error = "the lane did not answer"
         try:
-            with anyio.move_on_after(_FOLLOW_UP_S):
+            with anyio.move_on_after(FOLLOW_UP_S):
                 return await self._lane.call(command)
         except TolariaError as failure:
             error = str(failure)

@@ -12,7 +12,7 @@ import pytest
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
 from support.rollbacks import GENEROUS, CoordinatedParts, FakeParticipant, FakeRestorer, new_rollback, policy_of, restored
 from tolaria.errors import RestoreAbandonedError, StateMismatchError
-from tolaria.rollback.protocol import Call, Ending, Rollback, VoteOutcome
+from tolaria.rollback.protocol import Call, Ending, Rollback, RollbackPolicy, VoteOutcome
 from tolaria.signals import RollbackState
 
 pytestmark = pytest.mark.anyio

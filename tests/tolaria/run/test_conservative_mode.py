@@ -20,44 +20,42 @@ from support.peers import command
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.config import ControlSettings
 from tolaria.errors import PeerTimeoutError
-from tolaria.training.safety_desk import SafetyDesk
 
 pytestmark = pytest.mark.anyio
 
 
 def breaker_command(name: str, state: CircuitBreakerState.ValueType) -> AdaptationCommand:
-    """COMMAND_CIRCUIT_BREAKER for this breaker."""
+    """Returns a COMMAND_CIRCUIT_BREAKER for this breaker."""
     made = command(COMMAND_CIRCUIT_BREAKER)
     made.circuit_breaker.desired_state = state
     made.annotations["breaker"] = name
     return made
 
 
-def patient() -> ControlSettings:
-    """Budgets that no boundary of a test exceeds."""
+def generous() -> ControlSettings:
+    """Returns budgets that no boundary of a test exceeds."""
     return ControlSettings(boundary_budget_ms=5000, tamiyo_budget_ms=4000)
 
 
 async def finished(peers: FakePeers, *, epochs: int) -> RunUnderTest:
-    """A run with these peers, at its end."""
-    async with running(new_run(peers, epochs=epochs, job="SlotJob", control=patient())) as run:
+    """Returns a finished run with these peers."""
+    async with running(new_run(peers, epochs=epochs, job="SlotJob", control=generous())) as run:
         await run.until(lambda: run.state == "FINISHED")
     return run
 
 
-async def test_the_mode_leaves_peers_and_seeds_alone_while_training_goes_on() -> None:
-    """Nobody is asked, no seed grows, every epoch is trained; switched off, all of it comes back."""
+async def test_the_mode_suspends_peers_and_seeds_while_training_goes_on() -> None:
+    """No peer is called and no seed grows, but every epoch is trained; switched off, both are back."""
     peers = FakePeers(seeds=[SeedState(seed_id="a", stage=SEED_STAGE_TRAINING, blueprint_id="residual_mlp")])
-    run = new_run(peers, job="SlotJob", epochs=10**6, control=patient())
-    desk = SafetyDesk(run.run, run.safety)
-    assert desk.set_conservative(enabled=True) == ("operator",)
+    run = new_run(peers, job="SlotJob", epochs=10**6, control=generous())
+    assert run.safety.set_conservative(enabled=True) == ("operator",)
     async with running(run):
         await run.until(lambda: len(run.status.boundaries_ms) >= 3)
         assert peers.states == []
         assert run.run.status().tamiyo_answer == "not asked (conservative mode)"
         assert list(run.run.status().conservative_reasons) == ["operator"]
         assert list(run.run.status().seeds) == []
-        assert desk.set_conservative(enabled=False) == ()
+        assert run.safety.set_conservative(enabled=False) == ()
         await run.until(lambda: [s.slot for s in run.run.status().seeds] == ["middle"])
         await run.run.stop("enough")
     assert peers.states
@@ -65,8 +63,8 @@ async def test_the_mode_leaves_peers_and_seeds_alone_while_training_goes_on() ->
     assert run.events.count("tolaria.conservative_mode_cleared") == 1
 
 
-async def test_a_peers_failure_is_a_failed_epoch_until_others_have_gone_well() -> None:
-    """Tamiyo fails once: the mode is on for as many healthy epochs as recovery takes, then she is asked again."""
+async def test_a_failure_of_a_peer_fails_its_epoch() -> None:
+    """Tamiyo fails once: the mode is on for as many healthy epochs as recovery takes, then she is called again."""
 
     async def fail_once(state: SystemStatePacket) -> AdaptationCommand | None:
         if state.current_epoch == 1:
@@ -75,14 +73,14 @@ async def test_a_peers_failure_is_a_failed_epoch_until_others_have_gone_well() -
 
     peers = FakePeers(fail_once)
     run = await finished(peers, epochs=8)
-    # The failure is epoch 1's own; epochs 2, 3 and 4 are the healthy ones.
+    # The failure belongs to epoch 1; epochs 2, 3 and 4 are the healthy ones.
     assert [state.current_epoch for state in peers.states] == [1, 5, 6, 7, 8]
     assert run.sample("tolaria.epochs.failed") == 1
     assert not run.safeguards.mode.on
 
 
 async def test_a_command_opens_the_breaker_that_it_names() -> None:
-    """The breaker shows in the status, the mode follows from it, and the command counts as applied."""
+    """The status shows the breaker, the mode follows, and the command counts as applied."""
 
     async def open_kasminas(_state: SystemStatePacket) -> AdaptationCommand | None:
         return breaker_command("kasmina", CIRCUIT_STATE_OPEN)
@@ -97,12 +95,10 @@ async def test_a_command_opens_the_breaker_that_it_names() -> None:
 
 @pytest.mark.parametrize(
     ("name", "desired"),
-    [("nobody", CIRCUIT_STATE_OPEN), ("", CIRCUIT_STATE_OPEN), ("tamiyo", CIRCUIT_STATE_HALF_OPEN)],
+    [("unknown", CIRCUIT_STATE_OPEN), ("", CIRCUIT_STATE_OPEN), ("tamiyo", CIRCUIT_STATE_HALF_OPEN)],
 )
-async def test_a_breaker_command_that_means_nothing_is_malformed(
-    name: str, desired: CircuitBreakerState.ValueType
-) -> None:
-    """No known name, or a state that nobody can order: refused by reason, and every breaker stays."""
+async def test_an_invalid_breaker_command_is_malformed(name: str, desired: CircuitBreakerState.ValueType) -> None:
+    """An unknown name, or a state that cannot be commanded: rejected, and every breaker stays closed."""
 
     async def once(state: SystemStatePacket) -> AdaptationCommand | None:
         return breaker_command(name, desired) if state.current_epoch == 1 else None
@@ -112,8 +108,8 @@ async def test_a_breaker_command_that_means_nothing_is_malformed(
     assert set(run.run.status().breakers.values()) == {CIRCUIT_STATE_CLOSED}
 
 
-async def test_an_answer_that_the_mode_has_overtaken_moves_no_seed() -> None:
-    """The mode comes while Kasmina is still answering: neither her wishes nor the command behind them take effect."""
+async def test_an_answer_that_arrives_in_the_mode_changes_no_seed() -> None:
+    """The mode begins while Kasmina is answering: neither her desired seeds nor the command take effect."""
     seed = SeedState(seed_id="a", stage=SEED_STAGE_TRAINING, blueprint_id="residual_mlp")
 
     async def germinate(_state: SystemStatePacket) -> AdaptationCommand | None:
@@ -126,7 +122,7 @@ async def test_an_answer_that_the_mode_has_overtaken_moves_no_seed() -> None:
             run.safeguards.mode.force_on()
             return await super().export_seeds(state, refusals)
 
-    run = new_run(Overtaken(germinate, [seed]), epochs=3, job="SlotJob", control=patient())
+    run = new_run(Overtaken(germinate, [seed]), epochs=3, job="SlotJob", control=generous())
     async with running(run):
         await run.until(lambda: run.state == "FINISHED")
     assert list(run.run.status().seeds) == []

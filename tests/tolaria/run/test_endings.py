@@ -1,4 +1,4 @@
-"""How a run leaves when whoever ends it goes away, or the disk hangs, or a rollback is still under way."""
+"""Ends of a run whose caller goes away while the disk hangs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 import anyio
 import pytest
 
-from support.checkpoint_room import Disk
+from support.checkpointing import Disk
 from support.runs import FakePeers, RunUnderTest, new_run, running
 
 pytestmark = pytest.mark.anyio
@@ -19,8 +19,8 @@ ENDINGS: dict[str, Callable[[RunUnderTest], Coroutine[None, None, None]]] = {
 
 
 @pytest.mark.parametrize("ending", list(ENDINGS))
-async def test_an_ending_that_nobody_waits_for_any_more_still_ends_the_run(ending: str) -> None:
-    """The client's deadline passes while the last checkpoint is being written: the lane is not left standing."""
+async def test_an_end_whose_caller_goes_away_still_ends_the_run(ending: str) -> None:
+    """The caller's deadline passes while the last checkpoint is being written: the lane does not stay held."""
     disk = Disk()
     disk.gate.clear()
     run = new_run(FakePeers(), epochs=10**6, sections={"checkpoint": {"every_epochs": 10**6}}, files=disk)

@@ -25,31 +25,29 @@ from tolaria.emergency import Phase
 from tolaria.errors import IllegalEmergencyEventError, UnknownLevelError, WrongStateError
 from tolaria.journal.rows import EmergencyRow
 from tolaria.signals import SignalBoard
-from tolaria.training.safety_desk import SafetyDesk
 
 pytestmark = pytest.mark.anyio
 
 
 def forever(peers: FakePeers | None = None) -> RunUnderTest:
-    """A run that does not end by itself, and whose boundaries are no breach."""
+    """Returns a run that does not end by itself, and whose boundaries are within their budget."""
     control = ControlSettings(boundary_budget_ms=5000, tamiyo_budget_ms=4000)
     return new_run(peers or FakePeers(), epochs=10**6, control=control)
 
 
 def parameters(run: RunUnderTest) -> list[torch.Tensor]:
-    """Copies of the model's parameters."""
+    """Returns copies of the model's parameters."""
     return [p.detach().clone() for p in run.module.parameters]
 
 
 async def test_a_halt_freezes_training_until_it_is_cleared_and_resumed() -> None:
-    """Frozen and acknowledged at once; no parameter moves; it goes on from the same step, and only when asked to."""
+    """It is acknowledged at once, no parameter changes, and a resume continues at the same step."""
     run = forever()
-    desk = SafetyDesk(run.run, run.safety)
     async with running(run):
         await run.until(lambda: run.status.global_step > 3)
         began_s = time.monotonic()
-        state = await desk.raise_emergency(EMERGENCY_LEVEL_HALT, "smoke")
-        assert time.monotonic() - began_s < 1.0  # ten times the 100 ms that it may take
+        state = await run.safety.raise_emergency(EMERGENCY_LEVEL_HALT, "smoke", run.status)
+        assert time.monotonic() - began_s < 1.0  # ten times the deadline of 100 ms
         assert state.phase is Phase.ANSWERED
         assert [given.participant for given in state.acknowledgements] == ["tolaria"]
         assert run.state == "HALTED"
@@ -59,8 +57,8 @@ async def test_a_halt_freezes_training_until_it_is_cleared_and_resumed() -> None
         await run.run.pause("and look")
         assert run.state == "HALTED"
         assert run.status.state_reason == "emergency: smoke"
-        assert await anyio.to_thread.run_sync(lambda: not run.core.link._lane.join(0.1))
-        desk.clear_emergency("no smoke")
+        await anyio.sleep(0.1)
+        run.safety.clear_emergency("no smoke")
         assert run.state == "HALTED"
         assert run.run.status().emergency_level == EMERGENCY_LEVEL_UNSPECIFIED
         assert all(torch.equal(a, b) for a, b in zip(before, parameters(run), strict=True))
@@ -68,31 +66,29 @@ async def test_a_halt_freezes_training_until_it_is_cleared_and_resumed() -> None
         run.run.resume("go on")
         await run.until(lambda: run.status.global_step > step)
         await run.run.stop("enough")
-    value = run.metrics.registry.get_sample_value
-    assert value("tolaria.emergency.halts_total") == 1
-    assert value("tolaria.emergency.halt") == 0
-    assert value("tolaria.emergency.broadcasts_total") == 1
+    assert run.sample("tolaria.emergency.halts_total") == 1
+    assert run.sample("tolaria.emergency.halt") == 0
+    assert run.sample("tolaria.emergency.broadcasts_total") == 1
     names = ("tolaria.emergency.escalated", "tolaria.emergency.halt", "emergency_broadcast")
     assert [run.events.count(name) for name in (*names, "tolaria.emergency.cleared")] == [1, 1, 1, 1]
 
 
-async def test_a_run_that_stands_already_is_halted_too() -> None:
-    """Paused before: acknowledged at once, and resuming needs the emergency cleared."""
+async def test_a_paused_run_is_halted_too() -> None:
+    """The halt is acknowledged at once, also by a run that has ended; a resume requires a clearance."""
     run = forever()
-    desk = SafetyDesk(run.run, run.safety)
     async with running(run):
         await run.run.pause("look")
-        assert (await desk.raise_emergency(EMERGENCY_LEVEL_HALT, "smoke")).phase is Phase.ANSWERED
+        assert (await run.safety.raise_emergency(EMERGENCY_LEVEL_HALT, "smoke", run.status)).phase is Phase.ANSWERED
         assert run.state == "HALTED"
-        desk.clear_emergency("fine")
+        run.safety.clear_emergency("fine")
         run.run.resume("on")
         await run.run.stop("enough")
-        assert (await desk.raise_emergency(EMERGENCY_LEVEL_HALT, "late")).phase is Phase.ANSWERED
+        assert (await run.safety.raise_emergency(EMERGENCY_LEVEL_HALT, "late", run.status)).phase is Phase.ANSWERED
         assert run.state == "FINISHED"
 
 
-async def test_a_peer_halts_through_the_board_alone() -> None:
-    """No RPC, no command: the board is enough, and clearing it there lets the run be resumed."""
+async def test_a_peer_halts_the_run_through_the_board() -> None:
+    """A signal on the board halts without an RPC or a command, and a clearance on the board allows a resume."""
     run = forever()
     async with running(run):
         await run.until(lambda: run.status.global_step > 3)
@@ -111,12 +107,11 @@ async def test_a_peer_halts_through_the_board_alone() -> None:
 
 @pytest.mark.parametrize("level", [EMERGENCY_LEVEL_NOTICE, EMERGENCY_LEVEL_ELEVATED, EMERGENCY_LEVEL_CONSERVATIVE])
 async def test_lower_levels_let_training_go_on(level: EmergencyLevel.ValueType) -> None:
-    """Acknowledged at once; the conservative level switches the mode, which healthy epochs end with the emergency."""
+    """They are acknowledged at once; the conservative level enters the mode until healthy epochs end the emergency."""
     run = forever()
-    desk = SafetyDesk(run.run, run.safety)
     async with running(run):
-        await run.run.pause("one epoch must not end in between")
-        state = await desk.raise_emergency(level, "smell")
+        await run.run.pause("no epoch may end here")
+        state = await run.safety.raise_emergency(level, "smell", run.status)
         assert (state.level, state.phase) == (level, Phase.ANSWERED)
         assert (run.safeguards.mode.reasons == ("emergency",)) is (level == EMERGENCY_LEVEL_CONSERVATIVE)
         assert run.run.status().emergency_level == level
@@ -126,16 +121,15 @@ async def test_lower_levels_let_training_go_on(level: EmergencyLevel.ValueType) 
         await run.run.stop("enough")
 
 
-async def test_nonsense_changes_nothing() -> None:
-    """A level that does not exist, a clearance of nothing."""
+async def test_invalid_requests_change_nothing() -> None:
+    """An unknown level and a clearance without an emergency are refused."""
     run = forever()
-    desk = SafetyDesk(run.run, run.safety)
     async with running(run):
         await run.until(lambda: run.state == "RUNNING")
         with pytest.raises(UnknownLevelError):
-            await desk.raise_emergency(9, "what")  # type: ignore[arg-type] # on purpose
+            await run.safety.raise_emergency(9, "what", run.status)  # type: ignore[arg-type] # on purpose
         with pytest.raises(IllegalEmergencyEventError):
-            desk.clear_emergency("nothing")
+            run.safety.clear_emergency("nothing")
         await run.run.stop("enough")
     status = GetStatusResponse()
     run.safety.add_to(status)
@@ -143,7 +137,7 @@ async def test_nonsense_changes_nothing() -> None:
 
 
 async def test_failed_epochs_in_a_row_halt_the_run() -> None:
-    """Every boundary is a breach: the first raises ELEVATED, the breaker CONSERVATIVE, and the streak halts."""
+    """Every boundary is a breach: the first raises ELEVATED, the open breaker CONSERVATIVE, and the streak HALT."""
     control = ControlSettings(boundary_budget_ms=0.01, tamiyo_budget_ms=0.01)
     run = new_run(FakePeers(), control=control, epochs=10**6)
     async with running(run):
@@ -157,8 +151,8 @@ async def test_failed_epochs_in_a_row_halt_the_run() -> None:
 
 
 @pytest.mark.parametrize("level", ["halt", "EMERGENCY_LEVEL_HALT", "4"])
-async def test_the_controller_can_raise_one(level: str) -> None:
-    """COMMAND_EMERGENCY names its level by word or number."""
+async def test_the_controller_can_raise_an_emergency(level: str) -> None:
+    """COMMAND_EMERGENCY names the level by name or number."""
 
     async def once(state: SystemStatePacket) -> AdaptationCommand | None:
         made = command(COMMAND_EMERGENCY)
@@ -174,8 +168,8 @@ async def test_the_controller_can_raise_one(level: str) -> None:
 
 
 @pytest.mark.parametrize("level", ["", "0", "unspecified", "panic"])
-async def test_a_command_without_a_level_is_malformed(level: str) -> None:
-    """No level, no emergency."""
+async def test_an_emergency_command_without_a_level_is_malformed(level: str) -> None:
+    """It is rejected, and there is no emergency."""
 
     async def once(state: SystemStatePacket) -> AdaptationCommand | None:
         made = command(COMMAND_EMERGENCY)
@@ -187,14 +181,14 @@ async def test_a_command_without_a_level_is_malformed(level: str) -> None:
     assert run.sample("tolaria.command.rejected_total", {"reason": "malformed"}) == 1
 
 
-async def test_a_halt_outlives_the_process_until_somebody_clears_it() -> None:
-    """A run that was halted when its process was told to end stands in the next; its row is closed when cleared."""
+async def test_a_halt_outlives_the_process_until_it_is_cleared() -> None:
+    """A run that was halted when its process ended is halted in the next one; a clearance completes the journal's row."""
     row = EmergencyRow("e1", 7, "run", "halt", "operator", 3, "smoke")
     run = new_run(FakePeers(), epochs=10**6, active_halt=row)
     async with running(run):
         await run.until(lambda: run.state == "HALTED")
         assert (run.status.state_reason, run.status.global_step) == ("emergency: smoke", 0)
-        SafetyDesk(run.run, run.safety).clear_emergency("no smoke")
+        run.safety.clear_emergency("no smoke")
         run.run.resume("on")
         await run.until(lambda: run.status.global_step > 3)
         await run.journal.flush(5)
@@ -203,11 +197,11 @@ async def test_a_halt_outlives_the_process_until_somebody_clears_it() -> None:
     assert [(kept.emergency_id, kept.at_ns, kept.cleared_at_ns is not None) for kept in rows] == [("e1", 7, True)]
 
 
-async def test_an_epoch_that_was_mended_by_going_back_is_no_failed_one() -> None:
-    """Spikes that rollbacks undo do not add up to the streak of failed epochs that halts; the budget is for them."""
+async def test_an_epoch_repaired_by_a_rollback_is_not_a_failed_one() -> None:
+    """Spikes that rollbacks undo do not count towards the streak of failed epochs; they have a budget of their own."""
     options = {"spoilt": [[epoch, 3] for epoch in (3, 4, 5, 6)], "by": 1e4}
     rollback = {"every_steps": 2, "warmup_steps": 5, "fast_budget_s": 10.0, "automatic_max": 9}
-    sections: dict[str, object] = {"rollback": rollback, "emergency": {"rollback": False}}
+    sections: dict[str, object] = {"rollback": rollback}
     run = new_run(FakePeers(), job="SpoiltJob", epochs=8, options=options, sections=sections)
     async with running(run):
         await run.until(lambda: run.state in {"FINISHED", "HALTED"})

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 import torch
 
@@ -18,25 +19,28 @@ from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.config import ControlSettings
 from tolaria.errors import WrongStateError
 from tolaria.jobs import Batch
+from tolaria.lane.messages import CommandDone, EpochDone, Event
+from tolaria.run.lane_client import LaneHandle
+from tolaria.values.optimization import Adjustment
 
 pytestmark = pytest.mark.anyio
 
 
 def gate(run: RunUnderTest) -> GatedJob:
-    """The run's job, whose microbatches the test lets pass."""
+    """Returns the run's job, which blocks in each microbatch until the test releases a pass."""
     assert isinstance(run.job, GatedJob)
     return run.job
 
 
 async def entered(job: GatedJob) -> None:
-    """Wait until the lane stands inside a microbatch."""
+    """Waits until the lane is inside a microbatch."""
     with anyio.fail_after(10):
         while not job.entered.acquire(blocking=False):
             await anyio.sleep(0.002)
 
 
 async def test_a_run_trains_all_epochs_and_learns() -> None:
-    """Every epoch is trained, evaluated and told; the loss falls; the run finishes."""
+    """Every epoch is trained, evaluated and reported; the loss falls; the run finishes."""
     peers = FakePeers()
     async with running(new_run(peers, epochs=4)) as run:
         await run.until(lambda: run.state == "FINISHED")
@@ -51,7 +55,7 @@ async def test_a_run_trains_all_epochs_and_learns() -> None:
 
 
 async def test_a_pause_takes_effect_between_two_microbatches() -> None:
-    """The lane stands after the microbatch it is in, with accumulation in the middle of a step; nothing moves."""
+    """The lane is held after its current microbatch, also in the middle of a step; no parameter changes."""
     run = new_run(FakePeers(), job="GatedJob", accumulate=4, epochs=1)
     async with running(run):
         job = gate(run)
@@ -59,7 +63,7 @@ async def test_a_pause_takes_effect_between_two_microbatches() -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(run.run.pause, "look at it")
             await run.until(lambda: run.state == "PAUSED")
-            job.passes.release()  # lets the one microbatch end that is under way
+            job.passes.release()  # ends the current microbatch
         before = [p.detach().clone() for p in run.module.parameters]
         job.passes.release(2)
         assert not await anyio.to_thread.run_sync(lambda: job.entered.acquire(timeout=0.1))
@@ -72,8 +76,8 @@ async def test_a_pause_takes_effect_between_two_microbatches() -> None:
     assert run.status.global_step == 2
 
 
-async def test_a_paused_run_ends_as_the_one_that_was_not() -> None:
-    """Holding and going on changes no bit of the result."""
+async def test_pauses_do_not_change_the_result() -> None:
+    """A run that is paused and resumed ends with the same parameters, bit for bit, as one that is not."""
 
     async def final(*, pausing: bool) -> list[torch.Tensor]:
         run = new_run(FakePeers(), epochs=3, accumulate=2, options={"dropout": 0.3})
@@ -82,7 +86,7 @@ async def test_a_paused_run_ends_as_the_one_that_was_not() -> None:
                 for _ in range(5):
                     if run.state != "RUNNING":
                         break
-                    await run.run.pause("a while")
+                    await run.run.pause("look")
                     run.run.resume("on")
                     await anyio.lowlevel.checkpoint()
             await run.until(lambda: run.state == "FINISHED")
@@ -92,8 +96,8 @@ async def test_a_paused_run_ends_as_the_one_that_was_not() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, paused, strict=True))
 
 
-async def test_pausing_twice_and_resuming_twice_is_no_mistake() -> None:
-    """Asking for what is already so succeeds."""
+async def test_pause_and_resume_are_idempotent() -> None:
+    """A paused run can be paused, and a running one resumed."""
     run = new_run(FakePeers(), job="GatedJob")
     async with running(run):
         job = gate(run)
@@ -109,7 +113,7 @@ async def test_pausing_twice_and_resuming_twice_is_no_mistake() -> None:
 
 
 async def test_a_stop_finishes_the_step_and_ends_the_run() -> None:
-    """Stopped in a microbatch, the step is finished first; then the run is over and cannot be paused."""
+    """Stopped within a microbatch, the run finishes its step; afterwards it refuses to be paused, stopped, resumed."""
     run = new_run(FakePeers(), job="GatedJob", accumulate=2)
     async with running(run):
         job = gate(run)
@@ -129,7 +133,7 @@ async def test_a_stop_finishes_the_step_and_ends_the_run() -> None:
 
 
 async def test_a_paused_run_can_be_stopped() -> None:
-    """Held in the middle of a step, a stop gives the step up and ends."""
+    """Held in the middle of a step, the lane abandons the step and ends."""
     run = new_run(FakePeers(), job="GatedJob", accumulate=4)
     async with running(run):
         job = gate(run)
@@ -143,8 +147,8 @@ async def test_a_paused_run_can_be_stopped() -> None:
     assert run.status.global_step == 0
 
 
-async def test_the_jobs_own_failure_fails_the_run_with_its_words() -> None:
-    """What the job raises in the middle of training ends the run, not the service."""
+async def test_an_exception_of_the_job_fails_the_run() -> None:
+    """The run ends in FAILED with the exception's class and message; the service goes on."""
     run = new_run(FakePeers(), job="LateCrashJob")
     async with running(run):
         await run.until(lambda: run.state == "FAILED")
@@ -152,8 +156,8 @@ async def test_the_jobs_own_failure_fails_the_run_with_its_words() -> None:
     assert run.run.status().health.summary == run.status.state_reason
 
 
-async def test_steps_that_are_not_finite_hold_the_run() -> None:
-    """A few are passed over with an event each; a row of them holds the run, and resuming gives it another row."""
+async def test_several_skipped_steps_in_a_row_hold_the_run() -> None:
+    """Each skipped step is an event; max_void_steps in a row hold the run, and a resume starts the count anew."""
     control = ControlSettings(boundary_budget_ms=2000, tamiyo_budget_ms=1000, max_void_steps=3)
     run = new_run(FakePeers(), control=control, options={"poison_from": 2, "poison_steps": 4}, epochs=2)
     async with running(run):
@@ -168,14 +172,14 @@ async def test_steps_that_are_not_finite_hold_the_run() -> None:
     assert run.status.global_step == 12
 
 
-async def test_a_slow_controller_holds_training_up_no_longer_than_its_budget() -> None:
-    """Tamiyo hangs: every boundary ends with the budget, training goes on, and she is asked one at a time."""
+async def test_a_slow_controller_delays_training_by_its_budget_at_most() -> None:
+    """Tamiyo hangs: every boundary ends with the budget, training goes on, and she has one call at a time."""
     release = anyio.Event()
-    asked = 0
+    calls = 0
 
     async def slow(_state: SystemStatePacket) -> AdaptationCommand | None:
-        nonlocal asked
-        asked += 1
+        nonlocal calls
+        calls += 1
         await release.wait()
         return None
 
@@ -183,14 +187,14 @@ async def test_a_slow_controller_holds_training_up_no_longer_than_its_budget() -
     run = new_run(FakePeers(slow), control=control, epochs=5)
     async with running(run):
         await run.until(lambda: run.state == "FINISHED")
-        assert asked == 1
+        assert calls == 1
         assert sorted(run.status.boundaries_ms)[2] < 180
         release.set()
         await run.until(lambda: run.status.tamiyo_answer == "no change")
 
 
 async def test_a_late_answer_is_applied_and_a_stale_one_dropped() -> None:
-    """What comes after the boundary still counts, unless training has moved on too far."""
+    """An answer after the boundary takes effect unless training has moved on by more than max_staleness_steps."""
 
     async def outcome(max_staleness_steps: int) -> RunUnderTest:
         release = anyio.Event()
@@ -206,19 +210,19 @@ async def test_a_late_answer_is_applied_and_a_stale_one_dropped() -> None:
         async with running(run):
             await run.until(lambda: run.status.global_step > 24)
             release.set()
-            await run.until(lambda: run.status.tamiyo_answer == "no change")  # the newest question's answer
+            await run.until(lambda: run.status.tamiyo_answer == "no change")  # the answer to the newest question
             await run.run.stop("enough")
         return run
 
     applied, dropped = await outcome(10**9), await outcome(3)
-    assert applied.progress.commands_accepted == 1
-    assert applied.progress.last_command is not None
-    assert dropped.progress.commands_accepted == 0
-    assert dropped.progress.last_command is None
+    assert applied.status.commands_accepted == 1
+    assert applied.status.last_command is not None
+    assert dropped.status.commands_accepted == 0
+    assert dropped.status.last_command is None
 
 
 async def test_a_deterministic_boundary_waits_for_the_answer() -> None:
-    """With training.deterministic the answer is there before training goes on, however long past the budget."""
+    """With training.deterministic the answer takes effect before training goes on, however far over the budget."""
 
     async def slow(_state: SystemStatePacket) -> AdaptationCommand | None:
         await anyio.sleep(0.05)
@@ -237,7 +241,7 @@ async def test_a_deterministic_boundary_waits_for_the_answer() -> None:
 
 
 async def test_the_controller_can_pause_the_run() -> None:
-    """COMMAND_PAUSE holds the run and says who asked."""
+    """COMMAND_PAUSE holds the run; the reason names the issuer."""
 
     async def pause_once(state: SystemStatePacket) -> AdaptationCommand | None:
         return command(COMMAND_PAUSE) if state.current_epoch == 1 else None
@@ -250,8 +254,8 @@ async def test_the_controller_can_pause_the_run() -> None:
         await run.until(lambda: run.state == "FINISHED")
 
 
-async def test_seeds_and_answers_show_in_the_status() -> None:
-    """What Kasmina desires and what both said is in GetStatus and in the metrics."""
+async def test_seeds_and_answers_are_in_the_status() -> None:
+    """GetStatus and the metrics show the seeds that Kasmina desires and both peers' answers."""
 
     async def germinate(_state: SystemStatePacket) -> AdaptationCommand | None:
         return command(COMMAND_SEED)
@@ -268,17 +272,17 @@ async def test_seeds_and_answers_show_in_the_status() -> None:
     assert run.sample("tolaria.seeds.active", {"stage": "training"}) == 1
     assert run.sample("tolaria.command.applied_total", {"type": "seed"}) == 2
     assert len(peers.applied) == 2
-    assert list(peers.states[-1].seed_states) == []  # the tiny job has no slot for it, and that goes back to her:
+    assert list(peers.states[-1].seed_states) == []  # the tiny job has no slot for it, which Kasmina learns:
     assert [seed_id for seed_id, _ in peers.refusals] == ["a"]
 
 
-async def test_a_command_that_fails_a_check_changes_nothing() -> None:
-    """A wrong version is refused: counted by reason, evented, shown, and Kasmina never hears of it."""
+async def test_an_invalid_command_changes_nothing() -> None:
+    """A wrong version is rejected: counted by reason, an event, in the status, and not sent to Kasmina."""
 
-    async def lie(_state: SystemStatePacket) -> AdaptationCommand | None:
+    async def wrong_version(_state: SystemStatePacket) -> AdaptationCommand | None:
         return command(COMMAND_SEED, version=9)
 
-    peers = FakePeers(lie)
+    peers = FakePeers(wrong_version)
     async with running(new_run(peers, epochs=2)) as run:
         await run.until(lambda: run.state == "FINISHED")
     assert peers.applied == []
@@ -288,8 +292,8 @@ async def test_a_command_that_fails_a_check_changes_nothing() -> None:
     assert run.events.count("command_rejected") == 2
 
 
-async def test_a_breach_of_the_budget_is_counted_and_told() -> None:
-    """A boundary over its budget is a breach: in the status, as an event, as a failed epoch."""
+async def test_a_boundary_over_its_budget_is_a_breach() -> None:
+    """It is counted in the status, and is an event and a failed epoch."""
     control = ControlSettings(boundary_budget_ms=0.01, tamiyo_budget_ms=0.01)
     async with running(new_run(FakePeers(), control=control, epochs=2)) as run:
         await run.until(lambda: run.state == "FINISHED")
@@ -299,12 +303,12 @@ async def test_a_breach_of_the_budget_is_counted_and_told() -> None:
 
 
 async def test_a_drain_ends_the_run_after_its_step() -> None:
-    """SIGTERM's way: the step is finished, the run is over, pausing is refused while it ends."""
+    """As after SIGTERM: the step is finished, the run ends, and refuses to be paused while it ends."""
     run = new_run(FakePeers(), job="GatedJob")
     async with running(run):
         job = gate(run)
         await entered(job)
-        run.run.drain()
+        await run.run.drain(1.0)
         assert run.state == "DRAINING"
         with pytest.raises(WrongStateError):
             await run.run.pause("x")
@@ -313,25 +317,22 @@ async def test_a_drain_ends_the_run_after_its_step() -> None:
     assert run.status.global_step == 1
 
 
-async def test_a_lane_that_does_not_end_is_told() -> None:
-    """A microbatch that hangs for ever cannot keep `close` from returning."""
+async def test_closing_the_lane_times_out() -> None:
+    """A microbatch that hangs does not block `close` for longer than its timeout; later the thread ends."""
     run = new_run(FakePeers(), job="GatedJob")
-    job = gate(run)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run.run.run)
+    async with running(run):
+        job = gate(run)
         await entered(job)
-        assert not await anyio.to_thread.run_sync(run.run.close, 0.05)
+        assert not await anyio.to_thread.run_sync(run.core.lane.close, 0.05)
         job.passes.release(100)
-        assert await anyio.to_thread.run_sync(run.run.close, 10.0)
-        tasks.cancel_scope.cancel()
+        assert await anyio.to_thread.run_sync(run.core.lane.close, 10.0)
     assert [t.name for t in threading.enumerate() if t.name == "tolaria-lane"] == []
 
 
-async def test_an_empty_epoch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data that has dried up is an event, not a crash."""
+async def test_an_empty_epoch_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data that has no more batches does not fail the run."""
     run = new_run(FakePeers(), epochs=1)
-    monkeypatch.setattr(run.module.cursor, "begin_epoch", lambda _epoch: None)
-    run.module.cursor._chunks = ()  # type: ignore[attr-defined]
+    monkeypatch.setattr(run.module.cursor, "next_batch", lambda: None)
     async with running(run):
         await run.until(lambda: run.state == "FINISHED")
     assert "zero_samples" in run.events
@@ -347,7 +348,7 @@ class Exiting(GatedJob):
 
 
 async def test_a_job_that_calls_exit_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SystemExit out of the job's code ends the run with its name, not the lane in silence."""
+    """SystemExit from the job's code ends the run as any exception does."""
     monkeypatch.setattr("support.jobs.GatedJob", Exiting)
     run = new_run(FakePeers(), job="GatedJob")
     async with running(run):
@@ -355,8 +356,8 @@ async def test_a_job_that_calls_exit_fails_the_run(monkeypatch: pytest.MonkeyPat
     assert run.status.state_reason.startswith("SystemExit")
 
 
-async def test_a_resume_that_overtakes_a_pause_leaves_nobody_waiting() -> None:
-    """Paused and resumed while the lane is inside a microbatch: the first caller is answered all the same."""
+async def test_a_resume_wakes_the_caller_of_an_unfinished_pause() -> None:
+    """Paused and resumed while the lane is inside a microbatch, the call of `pause` returns."""
     run = new_run(FakePeers(), job="GatedJob")
     async with running(run):
         job = gate(run)
@@ -370,17 +371,17 @@ async def test_a_resume_that_overtakes_a_pause_leaves_nobody_waiting() -> None:
         await run.run.stop("enough")
 
 
-async def test_an_ended_run_keeps_its_reason_when_the_service_stops() -> None:
-    """SIGTERM after a failure does not hide why it failed."""
+async def test_a_failed_run_keeps_its_reason_when_the_service_stops() -> None:
+    """A drain after a failure does not replace the reason."""
     run = new_run(FakePeers(), job="LateCrashJob")
     async with running(run):
         await run.until(lambda: run.state == "FAILED")
-        run.run.drain()
+        await run.run.drain(1.0)
     assert "the disk with the labels is gone" in run.status.state_reason
 
 
 async def test_the_last_answer_of_a_run_is_still_carried_out() -> None:
-    """A command that comes at the last boundary takes effect before the run ends."""
+    """A command that arrives at the last boundary takes effect before the run ends."""
 
     async def halve(_state: SystemStatePacket) -> AdaptationCommand | None:
         made = command(COMMAND_OPTIMIZER)
@@ -406,7 +407,7 @@ class LongValidation(GatedJob):
 
 
 async def test_a_stop_does_not_wait_for_a_long_validation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An ending reaches the lane between two batches of the evaluation as well."""
+    """The lane also ends between two batches of the evaluation."""
     monkeypatch.setattr("support.jobs.GatedJob", LongValidation)
     run = new_run(FakePeers(), job="GatedJob", epochs=1)
     async with running(run):
@@ -414,3 +415,66 @@ async def test_a_stop_does_not_wait_for_a_long_validation(monkeypatch: pytest.Mo
         with anyio.fail_after(10):
             await run.run.stop("enough")
     assert run.state == "FINISHED"
+
+
+class DelayedEvents:
+    """Holds the events of a lane back while `delaying`, as a busy event loop does, to deliver them in one frame.
+
+    Made before the lane is started.
+    """
+
+    def __init__(self, handle: LaneHandle, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waiting: list[Event] = []
+        self.delaying = False
+        self._take_events, self._start = handle.take_events, handle.start
+        self._notify: Callable[[], None] = lambda: None
+        monkeypatch.setattr(handle, "take_events", self._taken)
+        monkeypatch.setattr(handle, "start", self._started)
+
+    def has(self, kind: type[Event]) -> bool:
+        """Whether an event of this type is held back."""
+        return any(isinstance(event, kind) for event in self.waiting)
+
+    def deliver(self) -> None:
+        """Delivers what was held back, and all further events as they arrive."""
+        self.delaying = False
+        self._notify()
+
+    def _started(self, notify: Callable[[], None]) -> None:
+        self._notify = notify
+        self._start(notify)
+
+    def _taken(self) -> list[Event]:
+        self.waiting += self._take_events()
+        if self.delaying:
+            return []
+        events, self.waiting = self.waiting, []
+        return events
+
+
+async def test_a_command_after_an_epochs_end_is_not_undone_by_the_epochs_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both events arrive in one frame: the status shows the rates and adjustments of the command, which are newer."""
+    peers = FakePeers()
+    run = new_run(peers, job="GatedJob", epochs=10**6)
+    events = DelayedEvents(run.core.handle, monkeypatch)
+    adjustment = Adjustment(
+        group=None, factor=0.5, value=None, expires_after_steps=100, origin="operator", request_id="1", reason="calm"
+    )
+    async with running(run), anyio.create_task_group() as tasks:
+        await run.until(lambda: run.state == "RUNNING")
+        events.delaying = True
+        gate(run).passes.release(8)  # for the first epoch
+        await run.until(lambda: events.has(EpochDone))
+        tasks.start_soon(run.run.adjust_learning_rate, adjustment)
+        await run.until(lambda: events.has(CommandDone))
+        events.deliver()
+        await run.until(lambda: run.status.epoch == 2)  # its first microbatch gets no pass, so nothing newer arrives
+        status = run.run.status()
+        assert status.learning_rates == {"host": 0.025}
+        assert [shown.request_id for shown in status.adjustments] == ["1"]
+        assert run.sample("tolaria.lr_controller.current_lr", {"group": "host"}) == 0.025
+        assert status.validation_loss == peers.states[0].validation_loss > 0
+        gate(run).passes.release(1000)
+        await run.run.stop("enough")

@@ -150,4 +150,4 @@ def _changed(
     controller.apply(step)
     words = tuple(f"{change.group} {change.name}: {change.before:g} -> {change.after:g}" for change in changes)
     before, after = (record.before, record.after) if record else ({}, {})
-    return OptimizerChanged(before, after, words, controller.living)
+    return OptimizerChanged(before, after, words, controller.adjustments)

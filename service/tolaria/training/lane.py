@@ -222,7 +222,7 @@ class Lane:
                 samples=rig.epoch.samples,
                 seeds=seeds,
                 gradients=gradients,
-                adjustments=rig.growth.controller.living,
+                adjustments=rig.growth.controller.adjustments,
             )
         )
 

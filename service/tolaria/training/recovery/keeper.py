@@ -184,7 +184,7 @@ class SnapshotKeeper:
             place=EpochPlace(**asdict(rig.epoch)),
             seeds=tuple(rig.growth.topology.states(rig.global_step)),
             learning_rates=rig.growth.controller.learning_rates(),
-            adjustments=rig.growth.controller.living,
+            adjustments=rig.growth.controller.adjustments,
         )
 
     def _capture(self) -> PointsLost | None:

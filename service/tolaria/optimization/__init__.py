@@ -1,15 +1,10 @@
-"""The one authority over learning rates, and optimizers rebuilt without losing momentum. `regroup` is both at a fence.
+"""Learning rates under one controller, and optimizers that are rebuilt without losing state."""
 
-Imports torch; knows nothing of grpc, settings files, metric names, the training loop or seeds' modules.
-"""
-
-from tolaria.optimization.adjustments import AdjustmentRecord, Retraction
-from tolaria.optimization.carry import Build
-from tolaria.optimization.groups import HOST_GROUP, GroupPlan, OptimizerHolder
+from tolaria.optimization.adjustments import RateChange
+from tolaria.optimization.groups import HOST_GROUP, GroupPlan
 from tolaria.optimization.hyperparameters import HyperparameterChange, change_hyperparameters
-from tolaria.optimization.lr_controller import LearningRateSettings, UnifiedLRController
+from tolaria.optimization.lr_controller import LearningRateSettings, UnifiedLRController, regroup
 from tolaria.optimization.optimizer_manager import OptimizerManager
-from tolaria.optimization.regroup import regroup
 from tolaria.optimization.schedules import (
     AfterPeriod,
     Constant,
@@ -21,10 +16,10 @@ from tolaria.optimization.schedules import (
     Warmup,
     build_schedule,
 )
+from tolaria.optimization.state_transfer import Build
 
 __all__ = [
     "HOST_GROUP",
-    "AdjustmentRecord",
     "AfterPeriod",
     "Build",
     "Constant",
@@ -32,10 +27,9 @@ __all__ = [
     "GroupPlan",
     "HyperparameterChange",
     "LearningRateSettings",
-    "OptimizerHolder",
     "OptimizerManager",
     "Policy",
-    "Retraction",
+    "RateChange",
     "Schedule",
     "ScheduleSpec",
     "StepDecay",

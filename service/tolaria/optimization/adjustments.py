@@ -1,7 +1,6 @@
-"""Changes of learning rate from outside, and how several at once compose. Pure: no optimizer, no clock.
+"""Composition of learning-rate adjustments.
 
-The rule: the newest living value stands in for the schedule, then the factors that are newer than it multiply, then the
-bounds hold.
+The newest active value replaces the scheduled rate, then the factors that are newer than the value multiply.
 """
 
 from __future__ import annotations
@@ -12,51 +11,36 @@ from dataclasses import dataclass
 from tolaria.values.optimization import ActiveAdjustment, Adjustment, in_family
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retraction:
-    """Taking back a living adjustment before it expires. `request_id` is the retraction's own."""
-
-    origin: str
-    request_id: str
-    reason: str
-
-
 @dataclass(frozen=True, slots=True)
-class AdjustmentRecord:
-    """A line of the audit trail: what was asked, when, and what it did to the rates of the groups it meant.
+class RateChange:
+    """The rates of the adjusted groups before and after an adjustment."""
 
-    With `retraction` the adjustment was taken back at that step rather than made.
-    """
-
-    adjustment: Adjustment
-    at_step: int
     before: dict[str, float]
     after: dict[str, float]
-    retraction: Retraction | None = None
 
 
-def composed(living: Sequence[ActiveAdjustment], group: str, scheduled: float, step: int) -> float:
-    """What the adjustments in `living` (oldest first) make of a group's scheduled learning rate; not yet bounded."""
+def composed(active: Sequence[ActiveAdjustment], group: str, scheduled: float, step: int) -> float:
+    """Returns a group's rate from its scheduled one and the adjustments, oldest first; without bounds."""
     rate, factor = scheduled, 1.0
-    for live in living:
-        change = live.adjustment
-        if live.expired_at(step) or not change.applies_to(group):
+    for each in active:
+        change = each.adjustment
+        if each.expired_at(step) or not change.applies_to(group):
             continue
         if change.value is not None:
-            rate, factor = change.value, 1.0  # whoever sets a value means that value: older factors do not bend it
+            rate, factor = change.value, 1.0  # a value is meant as it is: older factors do not change it
         if change.factor is not None:
             factor *= change.factor
     return rate * factor
 
 
-def without_replaced(living: Sequence[ActiveAdjustment], new: Adjustment) -> list[ActiveAdjustment]:
-    """Those of `living` that still matter beside `new`.
+def without_replaced(active: Sequence[ActiveAdjustment], new: Adjustment) -> list[ActiveAdjustment]:
+    """Returns the adjustments that `new` does not replace.
 
-    A lasting value of the same groups ends all that is older.
+    A value without expiry replaces all older adjustments of the same groups.
     """
     if new.value is None or new.expires_after_steps is not None:
-        return list(living)
-    return [live for live in living if not _covers(new, live.adjustment)]
+        return list(active)
+    return [each for each in active if not _covers(new, each.adjustment)]
 
 
 def _covers(new: Adjustment, old: Adjustment) -> bool:

@@ -1,18 +1,20 @@
-"""Param groups by name: what the optimizer shall hold, and which part each group plays. Knows no schedule, no state."""
+"""Param groups: their names, plans of them, and the learning rates written into them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from tolaria.errors import UnsuitableOptimizerError
-from tolaria.values.optimization import GroupRole
+from tolaria.values.optimization import GroupRole, LearningRateViolation
 
-HOST_GROUP = "host"
+HOST_GROUP: Final = "host"
+RELATIVE_TOLERANCE: Final = 1e-6
 
 ParamGroup = dict[str, Any]
 """One entry of `Optimizer.param_groups`, which torch leaves untyped."""
@@ -20,14 +22,14 @@ ParamGroup = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupPlan:
-    """One param group as it shall be.
+    """A param group that an optimizer is to have.
 
     Args:
         name: unique among the groups.
-        parameters: by their full name in the model, in the order in which the optimizer shall hold them.
-        role: what its learning rate follows.
-        options: param-group options that differ from what a group of this name has already, or, for a new one, from the
-            optimizer's defaults. `lr` is the controller's: a new group's is written at the next `apply`.
+        parameters: by their full name in the model, in the order of the optimizer.
+        role: how its learning rate is set.
+        options: param-group options that differ from those of the present group of this name or, for a new group,
+            from the optimizer's defaults. A new group's `lr` is written by the controller at the next `apply`.
     """
 
     name: str
@@ -36,24 +38,15 @@ class GroupPlan:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-class OptimizerHolder(Protocol):
-    """Whoever can say which optimizer is live. A rebuild replaces the object, so nobody else keeps it."""
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The live one."""
-        ...
-
-
 def name_groups(optimizer: Optimizer) -> None:
-    """Give every param group without a name one: "host", or "host/0", "host/1" and so on where there are several.
+    """Names every param group without a name: "host", or "host/0", "host/1" and so on for several groups.
 
     Raises:
-        UnsuitableOptimizerError: when a group has no `lr`, or two have the same name.
+        UnsuitableOptimizerError: a group has no `lr`, or two have the same name.
     """
     groups: list[ParamGroup] = optimizer.param_groups
-    for place, group in enumerate(groups):
-        group.setdefault("name", HOST_GROUP if len(groups) == 1 else f"{HOST_GROUP}/{place}")
+    for index, group in enumerate(groups):
+        group.setdefault("name", HOST_GROUP if len(groups) == 1 else f"{HOST_GROUP}/{index}")
         if "lr" not in group:
             raise UnsuitableOptimizerError(
                 f"{type(optimizer).__name__}: param group {group['name']!r} has no lr, so there is nothing to govern"
@@ -64,12 +57,100 @@ def name_groups(optimizer: Optimizer) -> None:
 
 
 def name_of(group: ParamGroup) -> str:
-    """The group's name.
+    """Returns the name of a group.
 
     Raises:
-        UnsuitableOptimizerError: when it has none; `name_groups` gave it one once.
+        UnsuitableOptimizerError: it has none, so it was added after `name_groups`.
     """
     name = group.get("name")
     if not isinstance(name, str):
         raise UnsuitableOptimizerError("a param group without a name has come into the optimizer")
     return name
+
+
+def rate_in(group: ParamGroup) -> float:
+    """Returns the group's rate; NaN if it is not a number. Reading a tensor synchronises with its device."""
+    present = group.get("lr")
+    if isinstance(present, Tensor) and present.numel() == 1:
+        return float(present.item())
+    return float(present) if isinstance(present, (int, float)) else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """The rate that was last written into a group.
+
+    A tensor's version counts writes without reading it, except those through `.data`. A tensor on the CPU is read as
+    well, so that a write through `.data` can be missed only on a device.
+    """
+
+    rate: float
+    tensor: Tensor | None = None
+    version: int = 0
+    stored: float | None = None
+
+    def matches(self, group: ParamGroup) -> bool:
+        present = group.get("lr")
+        if isinstance(present, Tensor):
+            return present is self.tensor and (_version(present), _cpu_value(present)) == (self.version, self.stored)
+        return self.tensor is None and bool(present == self.rate)
+
+
+class RateWriter:
+    """Writes learning rates into param groups and detects other writes.
+
+    A rate that is a tensor (as captured steps need) is filled in place. Synchronises only where a tensor was changed
+    by other code.
+    """
+
+    def __init__(self) -> None:
+        self._written: dict[str, _Written] = {}
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The rates last written, by group."""
+        return {name: written.rate for name, written in self._written.items()}
+
+    def write(self, group: ParamGroup, rate: float) -> None:
+        """Sets the group's rate, unless it is set already."""
+        written = self._written.get(name_of(group))
+        if written is None or written.rate != rate or not written.matches(group):
+            self._put(group, rate)
+
+    def restore(self, group: ParamGroup) -> LearningRateViolation | None:
+        """Restores the rate last written; returns a violation if the rate differed by more than 1e-6 of it."""
+        written = self._written.get(name_of(group))
+        if written is None or written.matches(group):
+            return None
+        found = rate_in(group)
+        self._put(group, written.rate)
+        if math.isclose(found, written.rate, rel_tol=RELATIVE_TOLERANCE):
+            return None
+        return LearningRateViolation(name_of(group), written.rate, found)
+
+    def forget(self, name: str) -> None:
+        """Drops the entry of a group that was removed."""
+        self._written.pop(name, None)
+
+    def _put(self, group: ParamGroup, rate: float) -> None:
+        name = name_of(group)
+        written = self._written.get(name)
+        tensor = None if written is None else written.tensor
+        if written is None and isinstance(group.get("lr"), Tensor):
+            tensor = group["lr"].detach().clone()  # torch lets all groups share the default's tensor
+        if tensor is None:
+            group["lr"] = rate
+            self._written[name] = _Written(rate)
+        else:
+            tensor.fill_(rate)
+            group["lr"] = tensor
+            self._written[name] = _Written(rate, tensor, _version(tensor), _cpu_value(tensor))
+
+
+def _version(tensor: Tensor) -> int:
+    return tensor._version  # noqa: SLF001 - the only sign of a write that does not need a read
+
+
+def _cpu_value(tensor: Tensor) -> float | None:
+    """Returns the value of a CPU tensor, in its precision; None on a device."""
+    return float(tensor.item()) if tensor.device.type == "cpu" else None

@@ -1,53 +1,56 @@
-"""`UnifiedLRController`: the only writer of learning rates.
-
-Owns what each param group's rate is at each global step. Reads the live optimizer from its holder every time, so a
-rebuild cannot leave it behind. Counts and reports nothing: it returns what happened.
-Belongs to the compute lane's thread.
-"""
+"""`UnifiedLRController`: the only writer of learning rates."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
 
-from tolaria.errors import AdjustmentRefusedError, GroupConflictError, ScheduleError, UnknownGroupError
-from tolaria.optimization.adjustments import (
-    AdjustmentRecord,
-    Retraction,
-    composed,
-    without_replaced,
+from tolaria.errors import (
+    AdjustmentRefusedError,
+    ControllerStateError,
+    GroupConflictError,
+    OptimizationError,
+    ScheduleError,
+    UnknownGroupError,
 )
-from tolaria.optimization.groups import OptimizerHolder, name_groups, name_of
-from tolaria.optimization.lr_state import GovernedGroup, read_state, write_state
-from tolaria.optimization.rate_writer import RateWriter, rate_in
+from tolaria.optimization.adjustments import RateChange, composed, without_replaced
+from tolaria.optimization.groups import GroupPlan, RateWriter, name_groups, name_of, rate_in
+from tolaria.optimization.optimizer_manager import OptimizerManager
 from tolaria.optimization.schedules import Schedule, Warmup
-from tolaria.values.optimization import ActiveAdjustment, Adjustment, GroupRole, LearningRateViolation
+from tolaria.optimization.state_transfer import Build
+from tolaria.values.optimization import (
+    ActiveAdjustment,
+    Adjustment,
+    GroupRole,
+    LearningRateViolation,
+    RebuildOutcome,
+    RebuildResult,
+)
+
+_VERSION: Final = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LearningRateSettings:
-    """How rates are governed.
+    """The settings of the controller.
 
     Args:
-        schedule: of the host, which seeds follow at their share.
-        seed_factor: a seed's base learning rate as a share of the host's, in (0, 1].
-        seed_warmup: counted from the step at which a seed's group was registered; multiplies with the schedule.
-        floor: adjustments do not bring a rate below it; where the schedule itself is lower, not below the schedule.
-        ceiling: no rate ever exceeds it.
-        adjustments_max: how many may live at once.
-        history_max: how many of the last adjustments are remembered.
+        schedule: of the host; seeds follow it with their factor.
+        seed_factor: base learning rate of a seed as a fraction of the host's, in (0, 1].
+        seed_warmup: from the step at which a seed's group was registered; multiplies with the schedule.
+        floor: least rate after adjustments, or the scheduled rate where that is lower.
+        ceiling: greatest rate.
+        adjustments_max: greatest number of active adjustments.
     """
 
     schedule: Schedule
-    seed_factor: float = 0.1
-    seed_warmup: Warmup = field(default_factory=lambda: Warmup(steps=100, floor=0.1))
-    floor: float = 1e-8
-    ceiling: float = 10.0
+    seed_factor: float
+    seed_warmup: Warmup
+    floor: float
+    ceiling: float
     adjustments_max: int = 64
-    history_max: int = 256
 
     def __post_init__(self) -> None:
         if not 0.0 < self.seed_factor <= 1.0:
@@ -58,60 +61,62 @@ class LearningRateSettings:
             )
 
 
-class UnifiedLRController:
-    """Governs the learning rates of an optimizer's param groups by their `name`.
+@dataclass(frozen=True, slots=True)
+class GovernedGroup:
+    """A registered param group: its role, base learning rate, and the global step of its registration."""
 
-    Before each update call `before_step`, or `verify` and then `apply`. `apply` and `verify` do not synchronise with a
-    device, except that a tensor which somebody else changed is read once.
+    role: GroupRole
+    base_lr: float
+    registered_at: int
+
+
+class UnifiedLRController:
+    """Sets the learning rates of an optimizer's param groups, by their `name`.
+
+    `before_step` is called before each optimizer step. It does not synchronise with a device, except to read a tensor
+    that other code changed.
     """
 
-    def __init__(self, holder: OptimizerHolder, settings: LearningRateSettings) -> None:
-        """Name the optimizer's groups where they have no name and register them as host, at their present `lr`.
+    def __init__(self, manager: OptimizerManager, settings: LearningRateSettings) -> None:
+        """Registers the optimizer's groups as host groups with their present `lr` as base.
 
         Raises:
-            UnsuitableOptimizerError: when a group has no `lr`, or two share a name.
-            ScheduleError: when a group's `lr` is negative, NaN or above the ceiling.
+            UnsuitableOptimizerError: a group has no `lr`, or two have the same name.
+            ScheduleError: a group's `lr` is negative, NaN or above the ceiling.
         """
-        name_groups(holder.optimizer)
-        self._holder = holder
+        name_groups(manager.optimizer)
+        self._manager = manager
         self._settings = settings
         self._groups: dict[str, GovernedGroup] = {}
-        self._living: list[ActiveAdjustment] = []
-        self._history: deque[AdjustmentRecord] = deque(maxlen=settings.history_max)
+        self._adjustments: list[ActiveAdjustment] = []
         self._writer = RateWriter()
-        for group in holder.optimizer.param_groups:
+        for group in manager.optimizer.param_groups:
             self.register_group(name_of(group), GroupRole.HOST, at_step=0, base_lr=rate_in(group))
 
     @property
     def groups(self) -> Mapping[str, GovernedGroup]:
-        """The registered groups by name, oldest first; not to be written to."""
+        """The registered groups by name, oldest first."""
         return self._groups
 
     @property
-    def living(self) -> tuple[ActiveAdjustment, ...]:
-        """Adjustments that hold at present, oldest first."""
-        return tuple(self._living)
-
-    @property
-    def history(self) -> tuple[AdjustmentRecord, ...]:
-        """The last adjustments, oldest first. Not in the saved state: a rollback does not unmake what was asked."""
-        return tuple(self._history)
+    def adjustments(self) -> tuple[ActiveAdjustment, ...]:
+        """The active adjustments, oldest first."""
+        return tuple(self._adjustments)
 
     def register_group(self, name: str, role: GroupRole, *, at_step: int, base_lr: float | None = None) -> None:
-        """Take a param group under control, before or after it comes into the optimizer.
+        """Registers a param group, before or after it is added to the optimizer.
 
         Args:
             name: its `name` in the optimizer.
-            role: HOST follows the schedule, SEED its share of it with its own warm-up, FROZEN stays at 0. A zero rate
-                alone does not stop every optimizer (Rprop has its own steps): a frozen parameter must get no
-                gradient.
-            at_step: global step from which a seed's warm-up counts.
-            base_lr: what the schedule's factor multiplies. None: the first host group's, times `seed_factor`
-                for a seed.
+            role: HOST follows the schedule, SEED a fraction of it with a warm-up, FROZEN has rate 0. A rate of 0 does
+                not stop every optimizer (Rprop has other steps), so frozen parameters must get no gradient.
+            at_step: global step from which the warm-up of a seed counts.
+            base_lr: the rate that the schedule's factor multiplies. None: that of the first host group, times
+                `seed_factor` for a seed.
 
         Raises:
-            GroupConflictError: when the name is taken, or there is no host to take a base from.
-            ScheduleError: when `base_lr` is negative, NaN or above the ceiling.
+            GroupConflictError: the name is registered already, or there is no host group to take a base from.
+            ScheduleError: `base_lr` is negative, NaN or above the ceiling.
         """
         if name in self._groups:
             raise GroupConflictError(f"param group {name!r} is registered already")
@@ -121,126 +126,118 @@ class UnifiedLRController:
         self._groups[name] = GovernedGroup(role, base, at_step)
 
     def unregister_group(self, name: str) -> None:
-        """Let go of a group that has left the optimizer.
+        """Removes a group that has left the optimizer.
 
         Raises:
-            UnknownGroupError: when it is not registered.
+            UnknownGroupError: it is not registered.
         """
         self._known(name)
         del self._groups[name]
         self._writer.forget(name)
 
     def set_role(self, name: str, role: GroupRole) -> None:
-        """Let a group play another part from the next `apply` on, as when a seed is frozen. Base and warm-up stay.
+        """Changes the role of a group from the next `apply` on; base rate and warm-up stay.
 
         Raises:
-            UnknownGroupError: when it is not registered.
+            UnknownGroupError: it is not registered.
         """
         self._groups[name] = replace(self._known(name), role=role)
 
     def before_step(self, global_step: int) -> list[LearningRateViolation]:
-        """Verify, then apply: all that an update needs. `global_step` counts the updates done before this one."""
+        """Verifies and then applies the rates of the step after `global_step` steps."""
         violations = self.verify()
         self.apply(global_step)
         return violations
 
     def apply(self, global_step: int) -> None:
-        """Write the rates of this step into the live optimizer. A rate that is there already is not written again.
+        """Writes the rates of this step into the optimizer. Rates that did not change are not written.
 
         Raises:
-            UnknownGroupError: when the optimizer has a group that nobody registered.
-            UnsuitableOptimizerError: when it has one without a name.
+            UnknownGroupError: the optimizer has a group that is not registered.
+            UnsuitableOptimizerError: it has a group without a name.
         """
-        if self._living:
-            self._living = [live for live in self._living if not live.expired_at(global_step)]
-        for group in self._holder.optimizer.param_groups:
+        if self._adjustments:
+            self._adjustments = [each for each in self._adjustments if not each.expired_at(global_step)]
+        for group in self._manager.optimizer.param_groups:
             name = name_of(group)
-            self._writer.write(group, self._rate_at(name, self._known(name), global_step, self._living))
+            self._writer.write(group, self._rate_at(name, self._known(name), global_step, self._adjustments))
 
     def verify(self) -> list[LearningRateViolation]:
-        """Find rates that differ from what was last written by more than 1e-6 of it, and put them back.
-
-        Returns:
-            One violation for each such group, mostly none. A group that was never written to has none.
-        """
-        found = [self._writer.put_back(group) for group in self._holder.optimizer.param_groups]
+        """Restores rates that differ from those last written, and returns those that differed by more than 1e-6."""
+        found = [self._writer.restore(group) for group in self._manager.optimizer.param_groups]
         return [violation for violation in found if violation is not None]
 
-    def adjust(self, adjustment: Adjustment, *, at_step: int) -> AdjustmentRecord:
-        """Take a change of learning rate; it holds from the next `apply` with a step of at least `at_step`.
+    def adjust(self, adjustment: Adjustment, *, at_step: int) -> RateChange:
+        """Adds an adjustment, effective from the next `apply` with a step of at least `at_step`.
 
-        Several compose: the newest living value stands in the schedule's place, then the factors that are newer than it
-        multiply. A value without expiry also ends all older ones of the same groups.
+        Adjustments compose as in `adjustments.composed`. A value without expiry replaces all older ones of its groups.
 
         Returns:
-            The line of the audit trail, with the rates of the groups concerned before and after, at `at_step`.
+            The rates of the groups concerned at `at_step`, before and after.
 
         Raises:
-            UnknownGroupError: when no group of that name is registered.
-            AdjustmentRefusedError: when it brings a rate out of bounds, means only frozen groups, or too many live.
+            UnknownGroupError: no group of that name is registered.
+            AdjustmentRefusedError: a rate would be out of bounds, all groups are frozen, or too many are active.
         """
-        meant = [name for name in self._groups if adjustment.applies_to(name)]
-        if not meant:
+        names = [name for name in self._groups if adjustment.applies_to(name)]
+        if not names:
             raise UnknownGroupError(adjustment.group or "all", list(self._groups))
-        meant = [name for name in meant if self._groups[name].role is not GroupRole.FROZEN]
-        if not meant:
+        names = [name for name in names if self._groups[name].role is not GroupRole.FROZEN]
+        if not names:
             raise AdjustmentRefusedError("group", f"{adjustment.group!r} is frozen")
-        living = [live for live in self._living if not live.expired_at(at_step)]
-        changed = [*without_replaced(living, adjustment), ActiveAdjustment(adjustment, at_step)]
+        active = [each for each in self._adjustments if not each.expired_at(at_step)]
+        changed = [*without_replaced(active, adjustment), ActiveAdjustment(adjustment, at_step)]
         if len(changed) > self._settings.adjustments_max:
             raise AdjustmentRefusedError(
-                "group", f"{len(living)} adjustments live already; take one back, or set a value for good"
+                "group", f"{len(active)} adjustments are active already; a value without expiry replaces them"
             )
-        self._demand_bounds(adjustment, meant, changed, at_step)
-        record = AdjustmentRecord(
-            adjustment, at_step, self._rates_at(meant, at_step, living), self._rates_at(meant, at_step, changed)
-        )
-        self._living = changed
-        self._history.append(record)
-        return record
-
-    def retract(self, request_id: str, retraction: Retraction, *, at_step: int) -> AdjustmentRecord:
-        """Take back the living adjustment that this request made.
-
-        Raises:
-            AdjustmentRefusedError: when none of that request lives.
-        """
-        taken = next((live for live in self._living if live.adjustment.request_id == request_id), None)
-        if taken is None:
-            raise AdjustmentRefusedError("request_id", f"no living adjustment is of request {request_id!r}")
-        changed = [live for live in self._living if live is not taken]
-        names = [name for name in self._groups if taken.adjustment.applies_to(name)]
-        before, after = self._rates_at(names, at_step, self._living), self._rates_at(names, at_step, changed)
-        record = AdjustmentRecord(taken.adjustment, at_step, before, after, retraction)
-        self._living = changed
-        self._history.append(record)
-        return record
+        self._check_bounds(adjustment, names, changed, at_step)
+        self._adjustments = changed
+        return RateChange(self._rates_at(names, at_step, active), self._rates_at(names, at_step, changed))
 
     def learning_rates(self) -> dict[str, float]:
-        """The rates last written, by group; empty before the first `apply`."""
+        """Returns the rates last written, by group; empty before the first `apply`."""
         return self._writer.rates
 
     def rate_at(self, name: str, global_step: int) -> float:
-        """What the group's rate is at a step, as things stand.
+        """Returns the group's rate at a step with the present adjustments.
 
         Raises:
-            UnknownGroupError: when it is not registered.
+            UnknownGroupError: it is not registered.
         """
-        return self._rate_at(name, self._known(name), global_step, self._living)
+        return self._rate_at(name, self._known(name), global_step, self._adjustments)
 
     def state_dict(self) -> dict[str, Any]:
-        """Groups and living adjustments as plain data that JSON can hold. The schedule is a setting and not in it."""
-        return write_state(self._groups, self._living)
+        """Returns groups and active adjustments as JSON values. The schedule is a setting and not included."""
+        groups = {name: asdict(group) | {"role": group.role.value} for name, group in self._groups.items()}
+        adjustments = [{"at_step": each.at_step, "adjustment": asdict(each.adjustment)} for each in self._adjustments]
+        return {"version": _VERSION, "groups": groups, "adjustments": adjustments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state; the optimizer gets its rates with the next `apply`, which a restore calls at once.
+        """Loads a saved state; the rates are written by the next `apply`.
 
         Raises:
-            ControllerStateError: when it is not such a state; nothing has changed.
+            ControllerStateError: the state is damaged or of another version; nothing has changed.
         """
-        self._groups, self._living = read_state(state, ceiling=self._settings.ceiling)
-        for name in [name for name in self._writer.rates if name not in self._groups]:
+        if state.get("version") != _VERSION:
+            raise ControllerStateError(f"learning-rate state is of version {state.get('version')!r}, not {_VERSION}")
+        try:
+            groups = {str(name): self._read_group(entry) for name, entry in state["groups"].items()}
+            adjustments = [
+                ActiveAdjustment(Adjustment(**entry["adjustment"]), int(entry["at_step"]))
+                for entry in state["adjustments"]
+            ]
+        except (KeyError, TypeError, ValueError, AttributeError, AdjustmentRefusedError) as error:
+            raise ControllerStateError(f"learning-rate state is damaged: {type(error).__name__}: {error}") from error
+        self._groups, self._adjustments = groups, adjustments
+        for name in [name for name in self._writer.rates if name not in groups]:
             self._writer.forget(name)
+
+    def _read_group(self, entry: Mapping[str, Any]) -> GovernedGroup:
+        base_lr, ceiling = float(entry["base_lr"]), self._settings.ceiling
+        if not 0.0 <= base_lr <= ceiling:
+            raise ValueError(f"base_lr {base_lr} is not between 0 and {ceiling}")
+        return GovernedGroup(GroupRole(entry["role"]), base_lr, int(entry["registered_at"]))
 
     def _known(self, name: str) -> GovernedGroup:
         if name not in self._groups:
@@ -255,15 +252,15 @@ class UnifiedLRController:
             )
         return host.base_lr * (self._settings.seed_factor if role is GroupRole.SEED else 1.0)
 
-    def _rates_at(self, names: list[str], step: int, living: list[ActiveAdjustment]) -> dict[str, float]:
-        return {name: self._rate_at(name, self._groups[name], step, living) for name in names}
+    def _rates_at(self, names: Sequence[str], step: int, active: Sequence[ActiveAdjustment]) -> dict[str, float]:
+        return {name: self._rate_at(name, self._groups[name], step, active) for name in names}
 
-    def _rate_at(self, name: str, group: GovernedGroup, step: int, living: list[ActiveAdjustment]) -> float:
+    def _rate_at(self, name: str, group: GovernedGroup, step: int, active: Sequence[ActiveAdjustment]) -> float:
         scheduled = self._scheduled(group, step)
-        if not living or group.role is GroupRole.FROZEN:
+        if not active or group.role is GroupRole.FROZEN:
             return scheduled
         lowest = min(self._settings.floor, scheduled)
-        return min(max(composed(living, name, scheduled, step), lowest), self._settings.ceiling)
+        return min(max(composed(active, name, scheduled, step), lowest), self._settings.ceiling)
 
     def _scheduled(self, group: GovernedGroup, step: int) -> float:
         if group.role is GroupRole.FROZEN:
@@ -273,15 +270,53 @@ class UnifiedLRController:
             rate *= self._settings.seed_warmup.factor_at(max(0, step - group.registered_at))
         return rate
 
-    def _demand_bounds(
-        self, adjustment: Adjustment, meant: list[str], living: list[ActiveAdjustment], at_step: int
+    def _check_bounds(
+        self, adjustment: Adjustment, names: Sequence[str], active: Sequence[ActiveAdjustment], at_step: int
     ) -> None:
         wrong = "value" if adjustment.factor is None else "factor"
-        for name in meant:
+        for name in names:
             scheduled = self._scheduled(self._groups[name], at_step)
-            asked = adjustment.value if adjustment.value is not None else composed(living, name, scheduled, at_step)
+            rate = adjustment.value if adjustment.value is not None else composed(active, name, scheduled, at_step)
             lowest = self._settings.floor if adjustment.value is not None else min(self._settings.floor, scheduled)
-            if not lowest <= asked <= self._settings.ceiling:
+            if not lowest <= rate <= self._settings.ceiling:
                 raise AdjustmentRefusedError(
-                    wrong, f"would set group {name!r} to {asked:g}, outside {lowest:g} to {self._settings.ceiling:g}"
+                    wrong, f"would set group {name!r} to {rate:g}, outside {lowest:g} to {self._settings.ceiling:g}"
                 )
+
+
+def regroup(
+    manager: OptimizerManager,
+    controller: UnifiedLRController,
+    groups: Sequence[GroupPlan],
+    at_step: int,
+    *,
+    urgent: bool = False,
+    change_to: Build | None = None,
+) -> RebuildResult:
+    """Rebuilds the optimizer over exactly `groups` and changes the registered groups with it, or changes nothing.
+
+    Arguments are those of `OptimizerManager.rebuild`. Groups that are registered already, as after a restore, keep
+    their base rate and the start of their warm-up.
+
+    Raises:
+        RebuildFailedError, GroupConflictError: nothing has changed.
+    """
+    before = controller.state_dict()
+    try:
+        for group in groups:
+            if group.name not in controller.groups:
+                controller.register_group(group.name, group.role, at_step=at_step)
+            elif controller.groups[group.name].role is not group.role:
+                controller.set_role(group.name, group.role)
+        result = manager.rebuild(groups, at_step, urgent=urgent, change_to=change_to)
+    except OptimizationError:
+        controller.load_state_dict(before)
+        raise
+    if result.outcome is RebuildOutcome.SKIPPED:
+        controller.load_state_dict(before)
+        return result
+    wanted = {group.name for group in groups}
+    for name in [name for name in controller.groups if name not in wanted]:
+        controller.unregister_group(name)
+    controller.apply(at_step)
+    return result

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,13 +20,20 @@ from tolaria.optimization import (
     build_schedule,
 )
 
-SHARES = st.floats(0.0, 1.0)
+
+def spec(**fields: Any) -> ScheduleSpec:
+    """A constant schedule without warm-up, with the given fields changed."""
+    defaults = {"policy": "constant", "period_steps": None, "floor": 0.0, "decay": 0.1, "after_period": "hold"}
+    return ScheduleSpec(**{**defaults, "warmup_steps": 0, "warmup_floor": 0.0, **fields})
+
+
+FRACTIONS = st.floats(0.0, 1.0)
 POLICIES = st.one_of(
     st.builds(Constant),
-    st.builds(Cosine, st.integers(1, 500), SHARES, st.sampled_from(AfterPeriod)),
-    st.builds(StepDecay, st.integers(1, 500), st.floats(0.01, 1.0), SHARES),
+    st.builds(Cosine, st.integers(1, 500), FRACTIONS, st.sampled_from(AfterPeriod)),
+    st.builds(StepDecay, st.integers(1, 500), st.floats(0.01, 1.0), FRACTIONS),
 )
-WARMUPS = st.builds(Warmup, st.integers(0, 500), SHARES)
+WARMUPS = st.builds(Warmup, st.integers(0, 500), FRACTIONS)
 
 
 @pytest.mark.parametrize(
@@ -41,26 +49,26 @@ WARMUPS = st.builds(Warmup, st.integers(0, 500), SHARES)
     ],
 )
 def test_each_policy_follows_its_formula_over_three_periods(policy: Policy, expected: list[float]) -> None:
-    """At 0, 1/2, 1, 3/2, 2, 5/2 and 3 periods of four steps the factor is what the paper's formula gives."""
+    """The factors at 0, 1/2, 1, 3/2, 2, 5/2 and 3 periods of four steps are those of the formula."""
     assert [policy.factor_at(step) for step in range(0, 13, 2)] == pytest.approx(expected)
 
 
-def test_a_restarting_cosine_is_low_right_before_it_restarts() -> None:
-    """The last step of a period has the formula's value, the next one is at the top again."""
+def test_a_restarting_cosine_is_low_before_it_restarts() -> None:
+    """The last step of a period has the formula's value, the next one is at 1."""
     cosine = Cosine(10, floor=0.1, after=AfterPeriod.RESTART)
     assert cosine.factor_at(9) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 0.9)) / 2)
     assert cosine.factor_at(10) == 1.0
 
 
 def test_warmup_is_linear_from_its_floor() -> None:
-    """Four steps of warm-up from a tenth rise by equal amounts, and the policy begins where they end."""
+    """Four steps of warm-up from a tenth rise by equal amounts, then the policy starts."""
     schedule = Schedule(StepDecay(2, decay=0.5), Warmup(4, floor=0.2))
     assert [schedule.factor_at(step) for step in range(8)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 0.5, 0.5])
 
 
 @given(policy=POLICIES, warmup=WARMUPS, periods=st.floats(0.0, 3.0))
 def test_factors_stay_within_zero_and_one(policy: Policy, warmup: Warmup, periods: float) -> None:
-    """No schedule exceeds the base rate, goes below zero, or below the lesser of its floors."""
+    """No factor is above 1, below 0, or below the lower of the floors."""
     span = getattr(policy, "period_steps", None) or getattr(policy, "every_steps", None) or 100
     step = int(warmup.steps * min(periods, 1.0) + span * periods)
     factor = Schedule(policy, warmup).factor_at(step)
@@ -70,7 +78,7 @@ def test_factors_stay_within_zero_and_one(policy: Policy, warmup: Warmup, period
 
 @given(policy=POLICIES, warmup=WARMUPS)
 def test_nothing_jumps_at_the_end_of_the_warmup(policy: Policy, warmup: Warmup) -> None:
-    """Into the step where the warm-up ends the factor rises by one warm-up increment, to exactly 1."""
+    """At the end of the warm-up the factor rises by one increment to exactly 1."""
     schedule = Schedule(policy, warmup)
     assert schedule.factor_at(warmup.steps) == 1.0
     if warmup.steps:
@@ -80,56 +88,56 @@ def test_nothing_jumps_at_the_end_of_the_warmup(policy: Policy, warmup: Warmup) 
 
 @given(warmup=WARMUPS, step=st.integers(0, 600))
 def test_warmup_never_falls(warmup: Warmup, step: int) -> None:
-    """Each step of a warm-up is at least as high as the one before."""
+    """The factor never falls during a warm-up."""
     assert warmup.factor_at(step) <= warmup.factor_at(step + 1)
 
 
 @pytest.mark.parametrize(
-    ("spec", "run_steps", "expected"),
+    ("described", "run_steps", "expected"),
     [
-        (ScheduleSpec(), None, Schedule(Constant())),
-        (ScheduleSpec(policy="cosine", warmup_steps=10), 100, Schedule(Cosine(90), Warmup(10))),
+        (spec(), None, Schedule(Constant())),
+        (spec(policy="cosine", warmup_steps=10), 100, Schedule(Cosine(90), Warmup(10))),
         (
-            ScheduleSpec(policy="cosine", period_steps=7, floor=0.1, after_period="restart"),
+            spec(policy="cosine", period_steps=7, floor=0.1, after_period="restart"),
             None,
             Schedule(Cosine(7, 0.1, AfterPeriod.RESTART)),
         ),
-        (ScheduleSpec(policy="step", period_steps=7, decay=0.3), 100, Schedule(StepDecay(7, 0.3))),
+        (spec(policy="step", period_steps=7, decay=0.3), 100, Schedule(StepDecay(7, 0.3))),
     ],
 )
-def test_settings_become_a_schedule(spec: ScheduleSpec, run_steps: int | None, expected: Schedule) -> None:
-    """Each policy can be named; a cosine without a period takes what the warm-up leaves of the run."""
-    assert build_schedule(spec, run_steps=run_steps) == expected
+def test_settings_become_a_schedule(described: ScheduleSpec, run_steps: int | None, expected: Schedule) -> None:
+    """Each policy has a name; a cosine without a period takes the rest of the run after the warm-up."""
+    assert build_schedule(described, run_steps=run_steps) == expected
 
 
 @pytest.mark.parametrize(
-    ("spec", "field"),
+    ("described", "field"),
     [
-        (ScheduleSpec(policy="linear"), "policy"),
-        (ScheduleSpec(policy="cosine"), "period_steps"),
-        (ScheduleSpec(policy="cosine", period_steps=0), "period_steps"),
-        (ScheduleSpec(policy="cosine", period_steps=5, after_period="stop"), "after_period"),
-        (ScheduleSpec(policy="cosine", period_steps=5, floor=math.nan), "floor"),
-        (ScheduleSpec(policy="step"), "period_steps"),
-        (ScheduleSpec(policy="step", period_steps=-1), "every_steps"),
-        (ScheduleSpec(policy="step", period_steps=5, decay=0.0), "decay"),
-        (ScheduleSpec(policy="step", period_steps=5, decay=1.5), "decay"),
-        (ScheduleSpec(warmup_steps=-1), "warmup_steps"),
-        (ScheduleSpec(warmup_steps=5, warmup_floor=-0.1), "warmup_floor"),
+        (spec(policy="linear"), "policy"),
+        (spec(policy="cosine"), "period_steps"),
+        (spec(policy="cosine", period_steps=0), "period_steps"),
+        (spec(policy="cosine", period_steps=5, after_period="stop"), "after_period"),
+        (spec(policy="cosine", period_steps=5, floor=math.nan), "floor"),
+        (spec(policy="step"), "period_steps"),
+        (spec(policy="step", period_steps=-1), "every_steps"),
+        (spec(policy="step", period_steps=5, decay=0.0), "decay"),
+        (spec(policy="step", period_steps=5, decay=1.5), "decay"),
+        (spec(warmup_steps=-1), "warmup_steps"),
+        (spec(warmup_steps=5, warmup_floor=-0.1), "warmup_floor"),
     ],
 )
-def test_impossible_settings_are_refused(spec: ScheduleSpec, field: str) -> None:
+def test_impossible_settings_are_refused(described: ScheduleSpec, field: str) -> None:
     """The error names the field that is wrong."""
     with pytest.raises(ScheduleError) as caught:
-        build_schedule(spec)
+        build_schedule(described)
     assert caught.value.field == field
 
 
 def test_a_warmup_longer_than_the_run_is_refused() -> None:
-    """Where the run's length is known, its warm-up must fit in."""
-    build_schedule(ScheduleSpec(warmup_steps=100), run_steps=100)
+    """If the length of the run is known, the warm-up must not exceed it."""
+    build_schedule(spec(warmup_steps=100), run_steps=100)
     with pytest.raises(ScheduleError, match="warmup_steps: 101 is longer than the run of 100 steps"):
-        build_schedule(ScheduleSpec(warmup_steps=101), run_steps=100)
+        build_schedule(spec(warmup_steps=101), run_steps=100)
 
 
 def test_a_negative_step_is_refused() -> None:

@@ -64,7 +64,7 @@ class Picture:
                 host["lr"],
                 host["momentum"],
                 host["weight_decay"],
-                rig.growth.controller.living,
+                rig.growth.controller.adjustments,
                 run.state,
                 run.safety.controller.state.level,
                 tuple(breakers[name].state for name in OWN_BREAKERS),

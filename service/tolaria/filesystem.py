@@ -1,38 +1,43 @@
-"""The system calls that durable files need, each of which can be made to fail. Owns the order of a safe write.
+"""System calls for durable files, replaceable in tests, and the helpers that write and read whole files with them.
 
-Knows nothing of what the files hold. Every error is the system's own `OSError`.
+All errors are the system's own `OSError`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
+
+_PIECE_BYTES: Final = 4 * 2**20
+"""Bytes per write call: large enough for full speed, small enough that a failing disk is noticed soon."""
 
 
 class Filesystem:
-    """The calls themselves. A subclass in a test fails the one that it wants to fail."""
+    """The system calls. Tests override the one that is to fail."""
 
     def make_directory(self, path: Path) -> None:
-        """Create one directory (0700), its parent being there."""
+        """Creates one directory with mode 0700."""
         path.mkdir(mode=0o700)
 
     def create(self, path: Path) -> int:
-        """Create a file (0600) that was not there and open it for writing; returns its descriptor."""
+        """Creates a new file with mode 0600, opens it for writing and returns its descriptor."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def write(self, descriptor: int, content: memoryview) -> int:
-        """Write; returns how many bytes were taken, perhaps not all."""
+        """Writes and returns the number of bytes taken, which may be less than given."""
         return os.write(descriptor, content)
 
     def sync(self, descriptor: int) -> None:
-        """Bring a file's bytes to the disk."""
+        """Flushes a file's content to the disk."""
         os.fsync(descriptor)
 
     def sync_directory(self, path: Path) -> None:
-        """Bring a directory's names to the disk."""
+        """Flushes a directory's entries to the disk."""
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
@@ -40,38 +45,38 @@ class Filesystem:
             os.close(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Rename atomically; an empty directory or a file of that name is replaced."""
+        """Renames atomically, replacing a file or an empty directory."""
         source.rename(target)
 
     def open(self, path: Path) -> int:
-        """Open a file for reading; returns its descriptor."""
+        """Opens a file for reading and returns its descriptor."""
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read_into(self, descriptor: int, buffer: memoryview) -> int:
-        """Read up to the buffer's length; returns how many bytes came, 0 at the end."""
+        """Reads at most the buffer's length and returns the number of bytes read; 0 at the end of the file."""
         return os.readv(descriptor, [buffer])
 
     def size_bytes(self, descriptor: int) -> int:
-        """The open file's length."""
+        """Returns an open file's length."""
         return os.fstat(descriptor).st_size
 
     def close(self, descriptor: int) -> None:
-        """Close a descriptor."""
+        """Closes a descriptor."""
         os.close(descriptor)
 
     def names(self, path: Path) -> list[str]:
-        """What a directory holds, sorted."""
+        """Returns a directory's entries, sorted."""
         return sorted(entry.name for entry in path.iterdir())
 
     def remove_tree(self, path: Path) -> None:
-        """Remove a directory and everything in it."""
+        """Removes a directory with everything in it."""
         shutil.rmtree(path)
 
 
 def write_durably(files: Filesystem, path: Path, pieces: Iterable[memoryview]) -> int:
-    """Create a file of the pieces, one after the other, and bring its bytes to the disk; returns its length in bytes.
+    """Creates a file from consecutive pieces, flushes it to the disk and returns its length.
 
-    The name is on the disk only after a `sync_directory`. On an error the file may be there in part.
+    The file's name is durable only after a `sync_directory`. After an error a partial file may remain.
     """
     descriptor = files.create(path)
     written_bytes = 0
@@ -89,10 +94,10 @@ def write_durably(files: Filesystem, path: Path, pieces: Iterable[memoryview]) -
 
 
 def read_all(files: Filesystem, path: Path, limit_bytes: int) -> bytes:
-    """The whole file.
+    """Returns a file's content.
 
     Raises:
-        ValueError: when it is longer than `limit_bytes`; nothing has been read then.
+        ValueError: the file is longer than `limit_bytes`; nothing has been read.
     """
     descriptor = files.open(path)
     try:
@@ -107,10 +112,10 @@ def read_all(files: Filesystem, path: Path, limit_bytes: int) -> bytes:
 
 
 def read_exactly(files: Filesystem, descriptor: int, buffer: memoryview) -> None:
-    """Fill the buffer.
+    """Fills the buffer.
 
     Raises:
-        EOFError: when the file ends before.
+        EOFError: the file ends early.
     """
     filled = 0
     while filled < buffer.nbytes:
@@ -121,10 +126,11 @@ def read_exactly(files: Filesystem, descriptor: int, buffer: memoryview) -> None
 
 
 def remove_quietly(files: Filesystem, path: Path) -> None:
-    """Remove a tree if the system lets us: for leftovers that the next start removes anyway."""
+    """Removes a tree and ignores errors: for leftovers that the next start removes anyway."""
     with contextlib.suppress(OSError):
         files.remove_tree(path)
 
 
-_PIECE_BYTES = 4 * 2**20
-"""One write call: large enough for full speed, small enough that a failing disk shows soon."""
+def errno_name(error: OSError) -> str:
+    """Returns the symbolic name of the error's number, such as ENOSPC; UNKNOWN without a number."""
+    return errno.errorcode.get(error.errno or 0, "UNKNOWN")

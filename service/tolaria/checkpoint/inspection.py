@@ -1,7 +1,4 @@
-"""Looking at a state directory without touching it: is what it keeps what was written? A service may be using it.
-
-Owns what counts as damage there. Nothing is repaired, set aside or marked: that is a start's business.
-"""
+"""Read-only verification of a state directory, also while a service uses it. Repairs, moves and marks nothing."""
 
 from __future__ import annotations
 
@@ -10,25 +7,22 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from tolaria.checkpoint.format import TEMPORARY_PREFIX, read_checkpoint
+from tolaria.checkpoint.storage import JOURNAL
+from tolaria.checkpoint.store import CHECKPOINTS
 from tolaria.errors import CheckpointDamagedError, CheckpointUnreadableError, JournalDamagedError
-from tolaria.rollback.checkpoint import TEMPORARY_PREFIX, read_checkpoint
-from tolaria.rollback.checkpoint_store import CHECKPOINTS
-from tolaria.rollback.filesystem import Filesystem
-from tolaria.rollback.journal_reading import read_journal
-from tolaria.rollback.journal_rows import CheckpointRow
-from tolaria.rollback.restore import never
-from tolaria.rollback.storage import JOURNAL
+from tolaria.filesystem import Filesystem
+from tolaria.journal.reader import read_journal
+from tolaria.journal.rows import CheckpointRow
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from tolaria.rollback.manifest import Manifest
 
 JOURNAL_FINDING: Final = "journal"
 
 
 class Condition(StrEnum):
-    """What was found of one thing. `gone`: retention removed it meanwhile; `unknown`: the journal does not name it."""
+    """The condition of one item. `gone`: retention removed it meanwhile; `unknown`: the journal does not list it."""
 
     WHOLE = "whole"
     DAMAGED = "damaged"
@@ -39,7 +33,7 @@ class Condition(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The journal, or one entry of the checkpoints' directory, which may have any name; `detail` says more."""
+    """The condition of the journal or of one entry in the checkpoints' directory; an entry may have any name."""
 
     name: str
     condition: Condition
@@ -47,22 +41,22 @@ class Finding:
 
     @property
     def bad(self) -> bool:
-        """Whether something that was committed is not there as it was written."""
+        """Whether something committed is not there as it was written."""
         return self.condition in {Condition.DAMAGED, Condition.UNREADABLE}
 
 
 def inspect_storage(directory: Path) -> Iterator[Finding]:
-    """The journal, then every committed checkpoint as soon as it has been read, then what the journal does not know.
+    """Yields a finding for the journal, for each committed checkpoint once it is read, and for unlisted entries.
 
-    With a damaged journal nobody knows what was committed: every entry is taken for a checkpoint then. One checkpoint
-    at a time is in memory, whole.
+    If the journal is damaged, every entry is treated as a committed checkpoint. Holds one checkpoint in memory at a
+    time.
 
     Raises:
         JournalNewerError: a newer Tolaria wrote the journal.
         JournalUnavailableError: there is no journal, or the system refused to read it.
         OSError: the checkpoints' directory cannot be listed.
     """
-    # Before the rows: what is renamed into place after this gets its row after this too.
+    # Before the rows: a checkpoint renamed into place after this also gets its row after this.
     names = _names(directory / CHECKPOINTS)
     try:
         rows = read_journal(directory / JOURNAL, CheckpointRow)
@@ -72,12 +66,12 @@ def inspect_storage(directory: Path) -> Iterator[Finding]:
         return
     committed = [row for row in rows if row.state == "committed"]
     yield Finding(JOURNAL_FINDING, Condition.WHOLE, f"{len(committed)} committed checkpoints")
-    yield from (_looked_at(directory, row) for row in committed)
+    yield from (_committed(directory, row) for row in committed)
     known = {row.checkpoint_id for row in rows}
-    yield from (_stranger(name) for name in names if name not in known)
+    yield from (_unlisted(name) for name in names if name not in known)
 
 
-def _looked_at(directory: Path, row: CheckpointRow) -> Finding:
+def _committed(directory: Path, row: CheckpointRow) -> Finding:
     finding = _read(directory, row.checkpoint_id, row)
     if not finding.bad:
         return finding
@@ -90,23 +84,19 @@ def _looked_at(directory: Path, row: CheckpointRow) -> Finding:
 
 def _read(directory: Path, name: str, row: CheckpointRow | None) -> Finding:
     try:
-        manifest, _ = read_checkpoint(Filesystem(), directory / CHECKPOINTS / name, never)
+        manifest, _ = read_checkpoint(Filesystem(), directory / CHECKPOINTS / name)
     except CheckpointDamagedError as error:
         return Finding(name, Condition.DAMAGED, f"{error.stage}: {error.reason}")
     except CheckpointUnreadableError as error:
         return Finding(name, Condition.UNREADABLE, f"{error.stage}: {error.reason}")
-    if row is not None and row.digest != manifest.fingerprint.total:
-        return Finding(name, Condition.DAMAGED, "manifest: another digest than the journal's")
-    return Finding(name, Condition.WHOLE, _described(manifest))
-
-
-def _described(manifest: Manifest) -> str:
     position, digest = manifest.position, manifest.fingerprint.total
-    size_bytes = manifest.tensor_bytes + manifest.values_bytes
-    return f"step {position.global_step}, epoch {position.epoch}, {size_bytes} bytes, digest {digest}"
+    if row is not None and row.digest != digest:
+        return Finding(name, Condition.DAMAGED, "manifest: another digest than the journal's")
+    detail = f"step {position.global_step}, epoch {position.epoch}, {manifest.size_bytes} bytes, digest {digest}"
+    return Finding(name, Condition.WHOLE, detail)
 
 
-def _stranger(name: str) -> Finding:
+def _unlisted(name: str) -> Finding:
     if name.startswith(TEMPORARY_PREFIX):
         return Finding(name, Condition.UNKNOWN, "being written, or left by a crash")
     return Finding(name, Condition.UNKNOWN, "the journal names no such checkpoint; the next start looks at it")

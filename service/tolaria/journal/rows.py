@@ -1,6 +1,6 @@
-"""What the journal holds, row by row: one frozen dataclass for each table. Owns the schema; knows no SQL connection.
+"""The journal's rows: one frozen dataclass per table, and the schema derived from them.
 
-Times are wall-clock nanoseconds since 1970. Every row is kept with a digest of itself, since SQLite does not notice a
+Times are wall-clock nanoseconds since 1970. Each row is stored with its own digest, since SQLite does not detect a
 flipped bit in a value.
 """
 
@@ -20,21 +20,21 @@ SCHEMA_VERSION: Final = 1
 Scalar: TypeAlias = "str | int | float | bytes | None"
 
 CheckpointState: TypeAlias = Literal["committed", "superseded", "pruned", "quarantined", "missing"]
-"""Only `committed` is resumed from. `superseded`: a rollback went behind it. `pruned`: retention removed it."""
+"""Only `committed` is resumed from. `superseded`: the run was rolled back to before it. `pruned`: retention removed it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Base of all; the first field of each is its key."""
+    """Base class of all rows. The first field of each is its key."""
 
     table: ClassVar[str]
 
 
 @dataclass(frozen=True, slots=True)
 class RunRow(Row):
-    """One run of the service. `resumed_from` is a checkpoint's id; `outcome` is empty while it lasts.
+    """A run of the service. `resumed_from` is a checkpoint id; `outcome` is empty while the run lasts.
 
-    `scale` is what its health is measured against, as JSON: more than its state, which a rollback turns back.
+    `scale` holds, as JSON, the reference figures of health, which a rollback must not reset.
     """
 
     table: ClassVar[str] = "runs"
@@ -49,7 +49,7 @@ class RunRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRow(Row):
-    """One durable checkpoint, ever. `detail` says why its state is what it is, if that needs saying."""
+    """A durable checkpoint, past or present. `detail` explains its state, if needed."""
 
     table: ClassVar[str] = "checkpoints"
     checkpoint_id: str
@@ -66,7 +66,7 @@ class CheckpointRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class CommandRow(Row):
-    """A command of Tamiyo's, and at which step it took effect; `outcome` is applied or rejected."""
+    """A command from Tamiyo and the step at which it took effect. `outcome` is applied or rejected."""
 
     table: ClassVar[str] = "commands"
     command_id: str
@@ -80,9 +80,9 @@ class CommandRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class RollbackRow(Row):
-    """One rollback. `outcome`: restored, failed, aborted or deadline_exceeded; `restored_step`: -1 unless restored.
+    """A rollback. `outcome` is restored, failed, aborted or deadline_exceeded; `restored_step` is -1 unless restored.
 
-    `coordinated` is 1 when a quorum took part, 0 otherwise.
+    `coordinated` is 1 if a quorum took part, else 0.
     """
 
     table: ClassVar[str] = "rollbacks"
@@ -102,7 +102,7 @@ class RollbackRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class EmergencyRow(Row):
-    """One emergency raised, and when it was cleared."""
+    """An emergency, and when it was cleared."""
 
     table: ClassVar[str] = "emergencies"
     emergency_id: str
@@ -117,7 +117,7 @@ class EmergencyRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class AdminActionRow(Row):
-    """An operator's request and the answer that it got; `answer` is the response message, serialized."""
+    """An operator's request and its response. `answer` is the serialized response message."""
 
     table: ClassVar[str] = "admin_actions"
     request_id: str
@@ -131,7 +131,7 @@ class AdminActionRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class FaultRow(Row):
-    """Something that went wrong with storage itself: a checkpoint not written or damaged, a journal rebuilt."""
+    """A storage fault: a checkpoint that was not written or is damaged, a rebuilt journal."""
 
     table: ClassVar[str] = "faults"
     fault_id: str
@@ -145,7 +145,7 @@ class FaultRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """One line of the incidents view: a rollback, an emergency or a fault."""
+    """A row of the incidents view: a rollback, an emergency or a fault."""
 
     incident_id: str
     kind: str
@@ -178,7 +178,9 @@ _SQL_TYPES: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 
-INCIDENTS_VIEW: Final = """CREATE VIEW incidents AS
+_META: Final = "CREATE TABLE meta (schema_version INTEGER NOT NULL, row_digest TEXT NOT NULL)"
+
+_INCIDENTS_VIEW: Final = """CREATE VIEW incidents AS
 SELECT rollback_id AS incident_id, 'rollback' AS kind, at_ns, global_step, reason,
   json_object('tier', tier, 'outcome', outcome, 'restored_step', CAST(restored_step AS TEXT),
     'latency_ms', CAST(latency_ms AS TEXT), 'state_digest', state_digest, 'expected_digest', expected_digest,
@@ -190,22 +192,20 @@ UNION ALL SELECT fault_id, kind, at_ns, global_step, reason, json_object('stage'
 
 
 def columns(kind: type[Row]) -> tuple[str, ...]:
-    """The fields' names, in order; the first is the key."""
+    """Returns the names of a row type's fields. The first is the key."""
     return tuple(field.name for field in fields(kind))
 
 
-def create_table(kind: type[Row]) -> str:
-    """The statement that makes the table of these rows."""
-    typed = [f"{field.name} {_SQL_TYPES[str(field.type)]}" for field in fields(kind)]
-    typed[0] += " PRIMARY KEY"
-    return f"CREATE TABLE {kind.table} ({', '.join(typed)}, row_digest TEXT NOT NULL)"
+def schema() -> list[str]:
+    """Returns the statements that create all tables and the view."""
+    return [_META, *(_create_table(kind) for kind in ROW_TYPES), _INCIDENTS_VIEW]
 
 
 def stored_values(row: Row) -> tuple[Scalar, ...]:
-    """The row's values as SQLite gives them back, and last the row's digest.
+    """Returns the row's values as SQLite stores them, followed by the row's digest.
 
     Raises:
-        ValueError: for a number that is not finite.
+        ValueError: a number is not finite.
     """
     named = zip(fields(row), astuple(row), strict=True)
     values = tuple(_stored(f"{row.table}.{field.name}", str(field.type), value) for field, value in named)
@@ -213,9 +213,15 @@ def stored_values(row: Row) -> tuple[Scalar, ...]:
 
 
 def values_digest(table: str, values: tuple[Scalar, ...]) -> str:
-    """The digest that a row of these values must have."""
+    """Returns the digest of a row with these values."""
     plain = [["b", v.hex()] if isinstance(v, bytes) else v for v in values]
     return xxhash.xxh3_128_hexdigest(json.dumps([table, plain]).encode())
+
+
+def _create_table(kind: type[Row]) -> str:
+    typed = [f"{field.name} {_SQL_TYPES[str(field.type)]}" for field in fields(kind)]
+    typed[0] += " PRIMARY KEY"
+    return f"CREATE TABLE {kind.table} ({', '.join(typed)}, row_digest TEXT NOT NULL)"
 
 
 def _stored(name: str, kind: str, value: Scalar) -> Scalar:

@@ -1,4 +1,4 @@
-"""Which checkpoints stay when there are more than are kept. Pure; knows no directory and no journal."""
+"""Which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tolaria.rollback.journal_rows import CheckpointRow
+from tolaria.journal.rows import CheckpointRow
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Which checkpoints stay: the newest `last`, and the best by metric.
+    """How many checkpoints are kept: of this run the newest `last` and the best by metric.
 
-    Of other runs in the same directory their newest and their best stay, for the newest `other_runs` of them: what an
-    earlier run was for must not go because a later one begins, and a directory that is used for years must not fill.
+    Of the newest `other_runs` runs in the same directory the newest and the best checkpoint are kept, so that a new
+    run does not remove an earlier run's result, and a directory in use for years does not fill up.
     """
 
-    last: int = 3
-    best: Literal["highest", "lowest"] = "highest"
+    last: int
+    best: Literal["highest", "lowest"]
     other_runs: int = 3
 
 
 def kept_rows(rows: Sequence[CheckpointRow], retention: Retention) -> set[CheckpointRow]:
-    """Those of one run's committed rows, oldest first, that stay. Of equally good ones the newest is best."""
+    """Selects what to keep of one run's committed rows, oldest first. Of equally good ones the newest is best."""
     kept = set(rows[-retention.last :]) if retention.last > 0 else set()
     sign = 1.0 if retention.best == "highest" else -1.0
     rated = [(sign * row.metric, row.at_ns, row) for row in rows if row.metric is not None]
@@ -33,7 +33,7 @@ def kept_rows(rows: Sequence[CheckpointRow], retention: Retention) -> set[Checkp
 
 
 def kept_of_all(rows: Sequence[CheckpointRow], retention: Retention, *, run_id: str) -> set[CheckpointRow]:
-    """Those of all runs' committed rows, oldest first, that stay while `run_id` is the run that goes on."""
+    """Selects what to keep of all runs' committed rows, oldest first, while `run_id` is the active run."""
     by_run: dict[str, list[CheckpointRow]] = {}
     for row in reversed(rows):
         by_run.setdefault(row.run_id, []).insert(0, row)

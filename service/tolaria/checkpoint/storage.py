@@ -1,7 +1,4 @@
-"""Opening a state directory: its journal, repaired if it is damaged, and its checkpoints, agreeing with each other.
-
-Owns the order of a start and the setting aside of a damaged journal. Must not know what is resumed or why.
-"""
+"""A state directory: its journal, rebuilt if damaged, and its checkpoints, in agreement with each other."""
 
 from __future__ import annotations
 
@@ -10,23 +7,23 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+from tolaria.checkpoint.store import QUARANTINE, CheckpointStore, Recovery
 from tolaria.errors import JournalDamagedError, JournalUnavailableError
-from tolaria.rollback.checkpoint_store import QUARANTINE, CheckpointStore, Recovery
-from tolaria.rollback.journal import SIDE_FILES, Journal
-from tolaria.rollback.journal_rows import FaultRow
+from tolaria.journal.database import SIDE_FILES, Journal
+from tolaria.journal.rows import FaultRow
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tolaria.rollback.filesystem import Filesystem
-    from tolaria.rollback.retention import Retention
+    from tolaria.checkpoint.retention import Retention
+    from tolaria.filesystem import Filesystem
 
 JOURNAL: Final = "journal.sqlite3"
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """What a run keeps on disk. `journal_damage` tells why the journal had to be rebuilt; None: it was whole."""
+    """What a run keeps on disk. `journal_damage` says why the journal had to be rebuilt; None: it was intact."""
 
     journal: Journal
     checkpoints: CheckpointStore
@@ -34,20 +31,20 @@ class Storage:
     journal_damage: str | None
 
     def for_run(self, run_id: str) -> Storage:
-        """The same storage as another run sees it: which run goes on is known only once the journal has been read."""
+        """Returns the storage for another run: which run is resumed is known only once the journal has been read."""
         return replace(self, checkpoints=self.checkpoints.for_run(run_id))
 
 
 def open_storage(directory: Path, *, run_id: str, retention: Retention, files: Filesystem | None = None) -> Storage:
-    """Open the state directory, making it if need be, and put right what a crash or a failing disk left.
+    """Opens a state directory, created if missing, and repairs what a crash or a failing disk left.
 
-    A damaged journal goes to the quarantine, and a new one is filled from the checkpoints' manifests: which runs,
-    commands and requests there were is lost, and is to be read in the quarantined file; what can be restored is not.
+    Moves a damaged journal to the quarantine and fills a new one from the checkpoints' manifests. The history of runs,
+    commands and requests is then only in the quarantined file; every checkpoint can still be restored.
 
     Raises:
         JournalNewerError: a newer Tolaria wrote the journal.
-        JournalUnavailableError: the system refused; nothing has been changed.
-        OSError: the directory cannot be made or listed.
+        JournalUnavailableError: the system refused; nothing has changed.
+        OSError: the directory cannot be created or listed.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = directory / JOURNAL
@@ -56,7 +53,7 @@ def open_storage(directory: Path, *, run_id: str, retention: Retention, files: F
         journal = Journal(path)
     except JournalDamagedError as error:
         damage = str(error)
-        _set_aside(path, directory / QUARANTINE)
+        _move_to_quarantine(path, directory / QUARANTINE)
         journal = Journal(path)
     try:
         if damage is not None:
@@ -68,8 +65,8 @@ def open_storage(directory: Path, *, run_id: str, retention: Retention, files: F
         raise
 
 
-def _set_aside(path: Path, quarantine: Path) -> None:
-    """The main file first: without it SQLite throws a stale log away, while a log alone would be lost otherwise."""
+def _move_to_quarantine(path: Path, quarantine: Path) -> None:
+    """Moves the main file first: after a crash in between, a main file without its log would look intact."""
     name = f"{path.name}-{uuid.uuid4().hex[:8]}"
     try:
         quarantine.mkdir(mode=0o700, exist_ok=True)

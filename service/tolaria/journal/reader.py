@@ -1,7 +1,4 @@
-"""Reading a journal without touching it: no file is made, repaired, locked against writing or changed by a byte.
-
-Owns how SQLite is kept from writing. Must not know what the rows are read for.
-"""
+"""Read-only access to a journal: creates, repairs, locks against writing and changes no file."""
 
 from __future__ import annotations
 
@@ -17,51 +14,58 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from urllib.parse import quote
 
 from tolaria.errors import JournalDamagedError, JournalError, JournalUnavailableError
-from tolaria.rollback.journal import SIDE_FILES, check_content, lenient_text, select_rows, translated
+from tolaria.journal.database import SIDE_FILES, check_content, lenient_text, select_rows, translated_errors
 
 if TYPE_CHECKING:
-    from tolaria.rollback.journal_rows import Row
+    from tolaria.journal.rows import Row
 
 AnyRow = TypeVar("AnyRow", bound="Row")
 
 _TRIES: Final = 8
-_TRY_AGAIN_S: Final = 0.01
+_RETRY_S: Final = 0.01
 _WRITE_VERSION_AT: Final = 18
 _WRITE_VERSION_MAX: Final = b"\x02"
 
 
 def read_journal(path: Path, kind: type[AnyRow]) -> tuple[AnyRow, ...]:
-    """All rows of a table, oldest first, out of a journal that has been proved whole; a service may be writing it.
+    """Verifies the whole journal and returns a table's rows, oldest first. A service may write meanwhile.
 
     Raises:
         JournalDamagedError: the journal is not what was written.
         JournalNewerError: a newer Tolaria wrote it.
-        JournalUnavailableError: it is not there, or the system refused.
+        JournalUnavailableError: it does not exist, or the system refused.
     """
     for tries_left in reversed(range(_TRIES)):
-        before = _state(path)
+        before = _file_states(path)
         try:
             return _rows(path, kind)
         except JournalError:
-            # A service that starts or ends meanwhile changes how the journal is to be read.
-            if not tries_left or _state(path) == before:
+            # A service that starts or ends meanwhile changes how the journal must be opened.
+            if not tries_left or _file_states(path) == before:
                 raise
-        time.sleep(_TRY_AGAIN_S)
+        time.sleep(_RETRY_S)
     raise AssertionError("the last try returns or raises")
+
+
+def connect_read_only(uri: str) -> sqlite3.Connection:
+    """Opens a database by URI, whose parameters keep SQLite from writing."""
+    connection = sqlite3.connect(uri, uri=True, timeout=5.0, isolation_level=None)
+    connection.text_factory = lenient_text
+    return connection
 
 
 def _rows(path: Path, kind: type[AnyRow]) -> tuple[AnyRow, ...]:
     if not path.exists():
         raise JournalUnavailableError(f"{path}: there is no journal")
     _refuse_other_write_version(path)
-    with _untouched(path) as uri, translated(), _refusals(), closing(_connected(uri)) as connection:
-        connection.execute("BEGIN")  # one moment of the journal, however much is written meanwhile
+    with _read_only_uri(path) as uri, translated_errors(), _refusals(), closing(connect_read_only(uri)) as connection:
+        connection.execute("BEGIN")  # one consistent state of the journal, whatever is written meanwhile
         check_content(connection, path)
         return tuple(select_rows(connection, kind, "ORDER BY at_ns, rowid", ()))
 
 
 def _refuse_other_write_version(path: Path) -> None:
-    """The one byte of the header that SQLite minds only when it writes."""
+    """Checks the one byte of the header that SQLite checks only when it writes."""
     try:
         with path.open("rb") as file:
             version = file.read(_WRITE_VERSION_AT + 1)[_WRITE_VERSION_AT:]
@@ -73,7 +77,7 @@ def _refuse_other_write_version(path: Path) -> None:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """That SQLite may not write is no damage here: a log that its writer has not made ready yet is told so too."""
+    """Translates SQLITE_READONLY, which is no damage: SQLite also reports a log that its writer has not set up yet."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -83,15 +87,15 @@ def _refusals() -> Iterator[None]:
 
 
 @contextmanager
-def _untouched(path: Path) -> Iterator[str]:
-    """How SQLite is to open the journal so that it neither writes to it nor makes files beside it."""
+def _read_only_uri(path: Path) -> Iterator[str]:
+    """Yields a URI with which SQLite neither writes to the journal nor creates files beside it."""
     log, shared = (path.with_name(path.name + ending) for ending in ("-wal", "-shm"))
     if shared.exists() and log.exists():  # a service has it open, or was killed
-        # Should it close the journal before SQLite opens the log here, an empty log is made: the one trace possible.
+        # If the service closes the journal before SQLite opens the log, SQLite leaves an empty log: the only trace.
         yield f"file:{quote(str(path.absolute()))}?mode=ro&readonly_shm=1"
     elif not log.exists():
         yield f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
-    else:  # a copy made without the third file, which SQLite would have to make
+    else:  # a copy without the third file, which SQLite would have to create
         with _copied(path) as copy:
             yield f"file:{quote(str(copy))}"
 
@@ -108,14 +112,8 @@ def _copied(path: Path) -> Iterator[Path]:
         yield copy
 
 
-def _connected(uri: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(uri, uri=True, timeout=5.0, isolation_level=None)
-    connection.text_factory = lenient_text
-    return connection
-
-
-def _state(path: Path) -> list[tuple[str, int, int]]:
-    """Differs once somebody has opened, closed or written the journal."""
+def _file_states(path: Path) -> list[tuple[str, int, int]]:
+    """Returns a value that changes when the journal is opened, closed or written."""
     found = []
     for ending in SIDE_FILES:
         with contextlib.suppress(FileNotFoundError):

@@ -1,8 +1,4 @@
-"""All durable checkpoints of a state directory: writing, committing, retention, loading the newest that is whole.
-
-Owns the directory and the journal's `checkpoints` and `faults`. A checkpoint counts once its row is committed;
-directory and journal are brought to agree at every start. Must not know threads, nor deadlines beyond `expired`.
-"""
+"""The durable checkpoints of a state directory: writing, committing, retention, and loading the newest intact one."""
 
 from __future__ import annotations
 
@@ -14,8 +10,10 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from tolaria.checkpoint.format import TEMPORARY_PREFIX, Manifest, read_checkpoint, read_manifest, write_checkpoint
+from tolaria.checkpoint.retention import Retention, kept_of_all
 from tolaria.errors import (
     CheckpointDamagedError,
     CheckpointUnreadableError,
@@ -23,35 +21,25 @@ from tolaria.errors import (
     JournalError,
     NoCheckpointError,
 )
-from tolaria.rollback.checkpoint import (
-    TEMPORARY_PREFIX,
-    errno_name,
-    manifest_of,
-    read_checkpoint,
-    read_manifest,
-    write_checkpoint,
-)
-from tolaria.rollback.filesystem import Filesystem, remove_quietly
-from tolaria.rollback.journal_rows import CheckpointRow, CheckpointState, FaultRow
-from tolaria.rollback.retention import Retention, kept_of_all
+from tolaria.filesystem import Filesystem, errno_name, remove_quietly
+from tolaria.journal.rows import CheckpointRow, CheckpointState, FaultRow
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tolaria.rollback.journal import Journal
-    from tolaria.rollback.manifest import Manifest
-    from tolaria.rollback.state import StateImage
+    from tolaria.images.image import StateImage
+    from tolaria.journal.database import Journal
 
-UNRECORDED_FAULTS_MAX = 100
-"""Faults that wait for the journal; the oldest give way."""
+CHECKPOINTS: Final = "checkpoints"
+QUARANTINE: Final = "quarantine"
 
-CHECKPOINTS = "checkpoints"
-QUARANTINE = "quarantine"
+_UNRECORDED_FAULTS_MAX: Final = 100
+"""Faults that wait for a failing journal at most; the oldest are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A checkpoint that could not be loaded. `quarantined`: it was set aside; else the system refused to read it."""
+    """A checkpoint that could not be loaded. `quarantined`: it was moved away; else the system refused to read it."""
 
     checkpoint_id: str
     global_step: int
@@ -62,7 +50,7 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class LoadedCheckpoint:
-    """A verified checkpoint, and those that were tried in vain before it."""
+    """A verified checkpoint, and the newer ones that could not be loaded."""
 
     row: CheckpointRow
     image: StateImage
@@ -71,7 +59,7 @@ class LoadedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What a start had to put right: whole checkpoints without a row, rows without a checkpoint, leftovers."""
+    """What `CheckpointStore.recover` repaired: intact checkpoints without a row, rows without a directory, leftovers."""
 
     adopted: tuple[str, ...]
     missing: tuple[str, ...]
@@ -79,11 +67,11 @@ class Recovery:
 
 
 class CheckpointStore:
-    """The checkpoints under `directory`, which is made if need be. Call `recover` once before anything else.
+    """The checkpoints in a state directory, which is created if missing. Call `recover` once before anything else.
 
-    Several runs may share the directory. What is listed, loaded and superseded is `run_id`'s alone; of the others only
-    `recover` and retention know. `write` is for one thread at a time, usually the checkpoint writer's; loading may be
-    done by another meanwhile.
+    A checkpoint exists once its row in the journal is committed. Several runs may share the directory: listing,
+    loading and superseding affect `run_id` only. `write` must be called from one thread at a time, usually the
+    checkpoint writer's; another thread may load meanwhile.
     """
 
     def __init__(
@@ -94,25 +82,24 @@ class CheckpointStore:
         self._run_id = run_id
         self._retention = retention
         self._last_fault: FaultRow | None = None
-        self._unrecorded: deque[FaultRow] = deque(maxlen=UNRECORDED_FAULTS_MAX)
+        self._unrecorded: deque[FaultRow] = deque(maxlen=_UNRECORDED_FAULTS_MAX)
         self._removal = threading.Lock()  # nothing is removed while it is being read
         self._directory = directory
         self._checkpoints = directory / CHECKPOINTS
         self._quarantine = directory / QUARANTINE
-        for place in (directory, self._checkpoints, self._quarantine):
-            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make_directories()
 
     def for_run(self, run_id: str) -> CheckpointStore:
-        """The same checkpoints as another run sees them, in place of this object."""
+        """Returns a store of the same directory for another run, to use instead of this one."""
         return CheckpointStore(
             self._directory, self._journal, run_id=run_id, retention=self._retention, files=self._files
         )
 
     def recover(self) -> Recovery:
-        """Bring directory and journal to agree after a crash or a lost journal.
+        """Makes directory and journal agree after a crash or the loss of the journal.
 
-        Leftovers of unfinished writes are removed. A whole directory without a row was finished but for its commit, or
-        the journal was lost: it is adopted. A row without a directory is marked missing.
+        Removes leftovers of unfinished writes, adopts intact checkpoints without a row, and marks rows without a
+        directory as missing.
         """
         known = {row.checkpoint_id: row for row in self._journal.rows(CheckpointRow)}
         adopted, removed = [], []
@@ -131,19 +118,22 @@ class CheckpointStore:
         return Recovery(tuple(adopted), tuple(row.checkpoint_id for row in missing), tuple(removed))
 
     def write(self, image: StateImage, *, metric: float | None = None) -> CheckpointRow:
-        """Write the image durably, commit it in the journal, then apply retention.
+        """Writes the image durably, commits it in the journal and applies retention.
 
         Args:
-            image: stays as it is meanwhile (lease it); sealed here if it is not.
+            image: must not change meanwhile (lease it). Sealed here if it is not.
             metric: decides which checkpoint is best; NaN and None never are.
 
         Raises:
-            CheckpointWriteError: it is not committed; earlier ones are as they were. The cause is a fault in the
-                journal, at once or as soon as the journal can be written again.
+            CheckpointWriteError: the checkpoint is not committed; earlier ones are unchanged. The cause is recorded as
+                a fault in the journal, as soon as the journal can be written.
         """
         try:
             manifest = self._manifest(image, metric)
-            self._make_places()
+            try:  # the directories may have been removed since the start
+                self._make_directories()
+            except OSError as error:
+                raise CheckpointWriteError("create", errno_name(error), str(error)) from error
             place = write_checkpoint(self._files, self._checkpoints, manifest, image)
             row = self._commit(manifest, place)
         except CheckpointWriteError as error:
@@ -155,19 +145,24 @@ class CheckpointStore:
         return row
 
     def restore_points(self) -> tuple[CheckpointRow, ...]:
-        """The run's committed checkpoints, oldest first."""
-        rows = self._journal.checkpoints(run_id=self._run_id)
-        return tuple(row for row in rows if row.state == "committed")
+        """Returns the run's committed checkpoints, oldest first."""
+        return self._journal.restore_points(self._run_id)
 
-    def load_newest(self, expired: Callable[[], bool], *, at_or_before: int | None = None) -> LoadedCheckpoint:
-        """The run's newest committed checkpoint that is whole; of those at or before a step the one with the highest.
+    def supersede_after(self, global_step: int) -> int:
+        """Marks later checkpoints as superseded after a rollback to `global_step`; returns their number."""
+        return self._journal.supersede_after(self._run_id, global_step)
 
-        Damaged ones are moved to the quarantine and the next older one is tried; so are those that the system refuses
-        to read, which stay where they are.
+    def load_newest(
+        self, expired: Callable[[], bool] | None = None, *, at_or_before: int | None = None
+    ) -> LoadedCheckpoint:
+        """Loads the run's newest intact checkpoint, or that with the highest step at or before a step.
+
+        Moves damaged checkpoints to the quarantine and tries the next older one. Checkpoints that the system refuses
+        to read are skipped and stay in place.
 
         Raises:
             NoCheckpointError: none can be loaded.
-            RestoreAbandonedError: `expired` said so.
+            RestoreAbandonedError: `expired`, called before each megabyte, returned True.
         """
         rows = list(self.restore_points())
         if at_or_before is not None:
@@ -183,41 +178,31 @@ class CheckpointStore:
         wanted = "" if at_or_before is None else f" at or before step {at_or_before}"
         raise NoCheckpointError(f"there is no whole checkpoint{wanted}{tried}")
 
-    def verify(self, row: CheckpointRow, expired: Callable[[], bool]) -> Damage | None:
-        """Read a checkpoint and check every digest; nothing is moved or marked."""
+    def verify(self, row: CheckpointRow) -> Damage | None:
+        """Reads a checkpoint and checks every digest. Moves and marks nothing."""
         try:
-            self._read(row, expired)
+            self._read(row, None)
         except (CheckpointDamagedError, CheckpointUnreadableError) as error:
             return Damage(row.checkpoint_id, row.global_step, error.stage, error.reason, quarantined=False)
         return None
 
-    def supersede_after(self, global_step: int) -> int:
-        """After a rollback to `global_step`: later checkpoints are not resumed from any more; returns how many."""
-        later = [row for row in self.restore_points() if row.global_step > global_step]
-        for row in later:
-            self._mark(row, "superseded", f"rolled back to step {global_step}")
-        return len(later)
+    def _make_directories(self) -> None:
+        for place in (self._directory, self._checkpoints, self._quarantine):
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def _manifest(self, image: StateImage, metric: float | None) -> Manifest:
         try:
-            created_at_ns = self._next_time_ns()
+            # Later than every other one: the newest must stay the newest when the clock is set back.
+            created_at_ns = max([time.time_ns(), *(row.at_ns + 1 for row in self._journal.checkpoints())])
         except JournalError as error:
             raise CheckpointWriteError("journal", "journal", str(error)) from error
-        return manifest_of(
+        return Manifest.of(
             image,
             checkpoint_id=f"{image.position.global_step:012d}-{uuid.uuid4().hex[:8]}",
             run_id=self._run_id,
             created_at_ns=created_at_ns,
             metric=metric if metric is not None and math.isfinite(metric) else None,
         )
-
-    def _make_places(self) -> None:
-        """They were made at the start; somebody may have removed them since."""
-        try:
-            for place in (self._checkpoints, self._quarantine):
-                place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointWriteError("create", errno_name(error), str(error)) from error
 
     def _commit(self, manifest: Manifest, place: Path) -> CheckpointRow:
         row = _row_of(manifest)
@@ -233,7 +218,7 @@ class CheckpointStore:
         try:
             manifest = read_manifest(self._files, place)
         except CheckpointDamagedError as error:
-            self._set_aside(place)
+            self._move_to_quarantine(place)
             self._fault("checkpoint_damaged", -1, error.stage, str(error))
             return False
         except CheckpointUnreadableError as error:
@@ -242,41 +227,40 @@ class CheckpointStore:
         self._journal.put(_row_of(manifest))
         return True
 
-    def _load(self, row: CheckpointRow, expired: Callable[[], bool]) -> StateImage | Damage:
+    def _load(self, row: CheckpointRow, expired: Callable[[], bool] | None) -> StateImage | Damage:
         try:
             return self._read(row, expired)
         except CheckpointUnreadableError as error:
             self._fault("checkpoint_unreadable", row.global_step, error.stage, str(error))
             return Damage(row.checkpoint_id, row.global_step, error.stage, error.reason, quarantined=False)
         except CheckpointDamagedError as error:
-            self._set_aside(self._checkpoints / row.checkpoint_id)
-            self._mark_if_possible(row, "quarantined", f"{error.stage}: {error.reason}")
+            self._move_to_quarantine(self._checkpoints / row.checkpoint_id)
+            with contextlib.suppress(JournalError):  # without the mark, the next load finds it missing
+                self._mark(row, "quarantined", f"{error.stage}: {error.reason}")
             self._fault("checkpoint_damaged", row.global_step, error.stage, str(error))
             return Damage(row.checkpoint_id, row.global_step, error.stage, error.reason, quarantined=True)
 
-    def _read(self, row: CheckpointRow, expired: Callable[[], bool]) -> StateImage:
+    def _read(self, row: CheckpointRow, expired: Callable[[], bool] | None) -> StateImage:
         manifest, image = read_checkpoint(self._files, self._checkpoints / row.checkpoint_id, expired)
         if manifest.fingerprint.total != row.digest:
             raise CheckpointDamagedError(row.checkpoint_id, "manifest", "digest")
         return image
 
     def _prune(self) -> None:
-        """Row first, then the bytes: a crash in between leaves nothing that looks committed and is not."""
+        """Marks the row first, then removes the bytes: after a crash in between nothing looks committed and is not."""
         try:
             with self._removal:
-                for row in self._doomed():
+                rows = self._journal.checkpoints()
+                committed = [row for row in rows if row.state == "committed"]
+                kept = kept_of_all(committed, self._retention, run_id=self._run_id)
+                superseded = [row for row in rows if row.state == "superseded"]
+                for row in [*superseded, *(row for row in committed if row not in kept)]:
                     self._mark(row, "pruned", "retention")
                     remove_quietly(self._files, self._checkpoints / row.checkpoint_id)
-        except JournalError as error:  # the new checkpoint is committed all the same; the next one prunes
+        except JournalError as error:  # the new checkpoint is committed, and the next one prunes
             self._fault("retention_failed", -1, "journal", str(error))
 
-    def _doomed(self) -> list[CheckpointRow]:
-        rows = self._journal.checkpoints()
-        committed = [row for row in rows if row.state == "committed"]
-        kept = kept_of_all(committed, self._retention, run_id=self._run_id)
-        return [*(r for r in rows if r.state == "superseded"), *(r for r in committed if r not in kept)]
-
-    def _set_aside(self, place: Path) -> None:
+    def _move_to_quarantine(self, place: Path) -> None:
         try:
             self._files.rename(place, self._quarantine / f"{place.name}-{uuid.uuid4().hex[:8]}")
             self._files.sync_directory(self._quarantine)
@@ -287,15 +271,10 @@ class CheckpointStore:
     def _mark(self, row: CheckpointRow, state: CheckpointState, detail: str) -> None:
         self._journal.put(replace(row, state=state, detail=detail))
 
-    def _mark_if_possible(self, row: CheckpointRow, state: CheckpointState, detail: str) -> None:
-        """Without its row marked it is found damaged once more at the next look, which costs no more than that."""
-        with contextlib.suppress(JournalError):
-            self._mark(row, state, detail)
-
     def _fault(self, kind: str, global_step: int, stage: str, reason: str) -> None:
-        """The same fault over and over, as of a disk that stays full, is one row: when it began."""
-        told = (kind, stage, reason)
-        if self._last_fault is None or told != (self._last_fault.kind, self._last_fault.stage, self._last_fault.reason):
+        """Records a fault. A repeated one, as of a disk that stays full, is one row with the time of the first."""
+        last = self._last_fault
+        if last is None or (kind, stage, reason) != (last.kind, last.stage, last.reason):
             self._last_fault = FaultRow(
                 uuid.uuid4().hex, time.time_ns(), self._run_id, kind, global_step, stage, reason
             )
@@ -303,15 +282,11 @@ class CheckpointStore:
         self._record_faults()
 
     def _record_faults(self) -> None:
-        """Write down the faults there are; with a journal that cannot be written they wait for the next occasion."""
+        """Writes the faults that wait; those that the journal refuses wait for the next call."""
         with contextlib.suppress(JournalError):
             while self._unrecorded:
                 self._journal.put(self._unrecorded[0])
                 self._unrecorded.popleft()
-
-    def _next_time_ns(self) -> int:
-        """Now, but after every checkpoint there is: the newest must stay the newest when the clock is set back."""
-        return max([time.time_ns(), *(row.at_ns + 1 for row in self._journal.checkpoints())])
 
 
 def _row_of(manifest: Manifest) -> CheckpointRow:
@@ -321,7 +296,7 @@ def _row_of(manifest: Manifest) -> CheckpointRow:
         run_id=manifest.run_id,
         global_step=manifest.position.global_step,
         epoch=manifest.position.epoch,
-        size_bytes=manifest.tensor_bytes + manifest.values_bytes,
+        size_bytes=manifest.size_bytes,
         digest=manifest.fingerprint.total,
         metric=manifest.metric,
     )

@@ -12,21 +12,16 @@ from typing import TYPE_CHECKING
 import anyio
 import anyio.to_thread
 
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import CheckpointSettings
 from tolaria.errors import TolariaError
+from tolaria.filesystem import Filesystem
+from tolaria.images.pool import Lease
+from tolaria.journal.rows import CheckpointRow
 from tolaria.resilience.breaker import Breaker
-from tolaria.rollback import (
-    CheckpointRow,
-    CheckpointWriter,
-    FastRollbackCache,
-    Filesystem,
-    Lease,
-    Position,
-    Retention,
-    Storage,
-    open_storage,
-)
-from tolaria.rollback.writer import TASKS_MAX
+from tolaria.state.snapshots import SnapshotRing
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics
 from tolaria.training.recovery.checkpoints import (
@@ -34,6 +29,7 @@ from tolaria.training.recovery.checkpoints import (
     DeskTools,
     Evaluation,
 )
+from tolaria.values.training import Position
 
 if TYPE_CHECKING:
     from faults.small_training import Training
@@ -63,8 +59,10 @@ class Room:
     def __init__(self, training: Training, directory: Path, settings: CheckpointSettings) -> None:
         self.training = training
         self.disk = Disk()
-        self.storage: Storage = open_storage(directory, run_id="run", retention=Retention(last=100), files=self.disk)
-        self.cache = FastRollbackCache(entries_max=8, seal=False)
+        self.storage: Storage = open_storage(
+            directory, run_id="run", retention=Retention(last=100, best="highest"), files=self.disk
+        )
+        self.cache = SnapshotRing(bytes_max=2**28, entries_max=8, seal=False)
         self.writer = CheckpointWriter(self.storage.checkpoints)
         self.metrics, self.emitter = Metrics(), Emitter()
         self.now_s = 0.0
@@ -148,7 +146,7 @@ class Room:
     async def handed_over(self) -> None:
         """Until the writer has an image that it has not done with."""
         with anyio.fail_after(20):
-            while self.writer._places._value == TASKS_MAX:
+            while not self.writer.pending:
                 await anyio.sleep(0.001)
 
     async def rows(self) -> list[CheckpointRow]:

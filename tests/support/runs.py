@@ -19,10 +19,14 @@ from leyline.v1.admin_service_pb2 import RunState
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.storage import open_storage
+from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import ControlSettings, Settings, TrainingSettings
 from tolaria.emergency.watching import watch_board
+from tolaria.filesystem import Filesystem
+from tolaria.journal.rows import EmergencyRow, RunRow
 from tolaria.peers.kasmina import Applied
-from tolaria.rollback import CheckpointWriter, EmergencyRow, Filesystem, Retention, RunRow, open_storage
 from tolaria.rollback.participants import Seat
 from tolaria.service.parts import Ground, Parts, new_loop
 from tolaria.signals import SignalBoard
@@ -139,7 +143,7 @@ def new_run(
         rig = pool.submit(build_rig, settings).result()
         keeper = pool.submit(SnapshotKeeper, rig, settings.rollback).result()
         board = pool.submit(SignalBoard.create, place / "board", "run").result()
-        open_it = partial(open_storage, run_id="run", retention=Retention(), files=files)
+        open_it = partial(open_storage, run_id="run", retention=Retention(last=3, best="highest"), files=files)
         storage = pool.submit(open_it, Path(settings.state.dir)).result()
     progress = Progress(
         "run", settings.training.job, "test", settings.training.epochs, rig.steps_per_epoch, time.monotonic()

@@ -59,7 +59,7 @@ class LoadedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What `CheckpointStore.recover` repaired: intact checkpoints without a row, rows without a directory, leftovers."""
+    """What `CheckpointStore.recover` found: intact checkpoints without a row, rows without a directory, leftovers."""
 
     adopted: tuple[str, ...]
     missing: tuple[str, ...]

@@ -136,7 +136,10 @@ class Journal:
                 " ORDER BY at_ns DESC LIMIT ?",
                 (limit,),
             ).fetchall()
-        return tuple(Incident(*plain, json.loads(details)) for *plain, details in found)
+        return tuple(
+            Incident(incident_id, kind, at_ns, global_step, reason, json.loads(details))
+            for incident_id, kind, at_ns, global_step, reason, details in found
+        )
 
     def close(self) -> None:
         """Moves the log's content into the main file and closes it."""

@@ -20,7 +20,7 @@ SCHEMA_VERSION: Final = 1
 Scalar: TypeAlias = "str | int | float | bytes | None"
 
 CheckpointState: TypeAlias = Literal["committed", "superseded", "pruned", "quarantined", "missing"]
-"""Only `committed` is resumed from. `superseded`: the run was rolled back to before it. `pruned`: retention removed it."""
+"""Only `committed` is resumed from. `superseded`: a rollback went back to before it. `pruned`: removed by retention."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,9 +34,9 @@ from tolaria.errors import (
     RestoreUnprovenError,
     TolariaError,
 )
+from tolaria.journal.rows import RollbackRow
 from tolaria.rollback.budget import TOLARIA, RollbackBudgets
 from tolaria.rollback.commit_gate import CommitGate
-from tolaria.rollback.journal_rows import RollbackRow
 from tolaria.rollback.orders import (
     ID_BYTES_MAX,
     Ending,

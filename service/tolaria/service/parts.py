@@ -9,10 +9,13 @@ from pathlib import Path
 import structlog
 
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, RollbackTier
+from tolaria.checkpoint.storage import Storage
+from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings
 from tolaria.errors import SignalError
+from tolaria.journal.async_journal import AsyncJournal
+from tolaria.journal.rows import EmergencyRow, RunRow
 from tolaria.peers.verification import new_verifier
-from tolaria.rollback import CheckpointWriter, EmergencyRow, RunRow, Storage
 from tolaria.rollback.budget import RollbackBudgets
 from tolaria.rollback.coordinator import Clocks, OnSlot, RollbackCoordinator
 from tolaria.rollback.participants import Seat
@@ -36,7 +39,6 @@ from tolaria.training.profiling import LaneProfiler
 from tolaria.training.progress import Progress
 from tolaria.training.record import Recorder
 from tolaria.training.record_profile import ProfileRecorder
-from tolaria.training.recovery.archive import Archive
 from tolaria.training.recovery.checkpoints import CheckpointDesk, DeskTools
 from tolaria.training.recovery.chronicle import Chronicle
 from tolaria.training.recovery.keeper import SnapshotKeeper
@@ -78,7 +80,7 @@ class Parts:
         self.ground = ground
         self.settings = settings
         self.progress = ground.progress
-        self.archive = Archive(ground.storage)
+        self.archive = AsyncJournal(ground.storage.journal, ground.run.run_id)
         chronicle = Chronicle(self.archive.note, ground.progress, ground.run, standing=ground.standing)
         self.recorder = Recorder(
             ground.progress,

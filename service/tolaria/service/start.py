@@ -14,6 +14,8 @@ import anyio
 import structlog
 
 from tolaria import __version__
+from tolaria.checkpoint.store import LoadedCheckpoint
+from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings
 from tolaria.emergency.watched import stacks_on_request
 from tolaria.errors import (
@@ -24,7 +26,6 @@ from tolaria.errors import (
     SeedError,
     StateUnsupportedError,
 )
-from tolaria.rollback import CheckpointWriter, LoadedCheckpoint
 from tolaria.service.host import Host
 from tolaria.service.parts import Ground, Parts
 from tolaria.signals import SignalBoard

@@ -278,9 +278,7 @@ class _Planner:
         }
         return state, all_options
 
-    def _entries(
-        self, entries: JsonValue, device: torch.device, *, everything_on_device: bool
-    ) -> dict[str, object]:
+    def _entries(self, entries: JsonValue, device: torch.device, *, everything_on_device: bool) -> dict[str, object]:
         """Returns a parameter's state. Step counts stay on the CPU unless `everything_on_device`."""
 
         def take(ref: Mapping[str, JsonValue]) -> Tensor:

@@ -259,7 +259,7 @@ class SnapshotRing:
         return DeclineReason.ALL_LEASED
 
     def _expendable(self, global_step: int) -> tuple[list[_Slot], list[_Slot]]:
-        """Returns the unleased slots that a new snapshot of this step makes useless, and the others to evict in order."""
+        """Returns the unleased slots that a new snapshot of this step replaces, and the others in eviction order."""
         free = [slot for slot in self._slots if slot.leases == 0]
         same_step = [slot for slot in free if slot.listed and slot.global_step == global_step]
         spare = [slot for slot in free if not slot.listed]

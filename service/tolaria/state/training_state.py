@@ -189,7 +189,7 @@ class _Surveyor:
         return {TENSOR_KEY: name}
 
     def _put_beside(self, parameter: Tensor) -> PutTensor:
-        """Records with each tensor whether it is on its parameter's device or, as step counts are, always on the CPU."""
+        """Records for each tensor whether it is on the parameter's device or, like step counts, always on the CPU."""
         device = parameter.device
 
         def put(name: str, tensor: Tensor) -> JsonValue:

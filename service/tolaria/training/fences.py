@@ -11,8 +11,8 @@ from typing import assert_never
 
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.errors import TolariaError
+from tolaria.images.image import StateImage
 from tolaria.optimization import change_hyperparameters
-from tolaria.rollback import StateImage
 from tolaria.rollback.orders import RestoreOrder
 from tolaria.training.growth import SeedsReport
 from tolaria.training.recovery.keeper import Kept, Restored, SnapshotKeeper

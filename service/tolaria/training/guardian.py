@@ -28,8 +28,8 @@ from tolaria.emergency import (
 from tolaria.emergency.heartbeats import Heartbeats
 from tolaria.emergency.protocol import SENTINEL, TOLARIA
 from tolaria.errors import ClearanceRefusedError, EmergencyError
+from tolaria.journal.rows import EmergencyRow
 from tolaria.resilience.conservative import EMERGENCY
-from tolaria.rollback import EmergencyRow
 from tolaria.signals import Participant, SignalBoard
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.metrics import Metrics

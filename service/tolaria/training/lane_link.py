@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from tolaria.rollback import FastCacheStatistics, SnapshotInfo
+from tolaria.images.image import SnapshotInfo, SnapshotStatistics
 from tolaria.training.fence_desk import FenceDesk
 from tolaria.training.lane import Hearts, Lane
 from tolaria.training.profiling import LaneProfiler
@@ -63,7 +63,7 @@ class LaneLink:
         """The snapshots that can be restored, oldest first."""
         return self._keeper.points()
 
-    def snapshots(self) -> FastCacheStatistics:
+    def snapshots(self) -> SnapshotStatistics:
         """How snapshots have gone."""
         return self._keeper.statistics()
 

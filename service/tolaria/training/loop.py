@@ -11,7 +11,7 @@ import anyio
 
 from leyline.v1.admin_service_pb2 import AdjustLearningRateRequest, GetStatusResponse
 from tolaria.errors import WrongStateError
-from tolaria.rollback import CheckpointRow
+from tolaria.journal.rows import CheckpointRow
 from tolaria.rollback.orders import RollbackOutcome
 from tolaria.training.course import Course
 from tolaria.training.laps import Laps

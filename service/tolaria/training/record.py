@@ -13,7 +13,7 @@ from leyline.v1.enums_pb2 import CommandType
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import GradientsSettings
 from tolaria.errors import CommandRejectedError
-from tolaria.rollback import FastCacheStatistics
+from tolaria.images.image import SnapshotStatistics
 from tolaria.telemetry import events
 from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.logging import LogContext
@@ -129,7 +129,7 @@ class Recorder:
         self.rates(restored.learning_rates)
         progress.adjustments = restored.adjustments
 
-    def frame_ends(self, snapshots: FastCacheStatistics) -> None:
+    def frame_ends(self, snapshots: SnapshotStatistics) -> None:
         """A frame of reports has been read: what need not be told for each step is told once for all of them."""
         self.rollbacks.ring(snapshots)
         progress, metrics = self.progress, self._metrics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import structlog
 
 from leyline.v1.enums_pb2 import RollbackTier
+from tolaria.checkpoint.store import Damage
 from tolaria.errors import (
     ImageDamagedError,
     LaneError,
@@ -14,7 +15,7 @@ from tolaria.errors import (
     StateMismatchError,
     TolariaError,
 )
-from tolaria.rollback import Damage, FastCacheStatistics
+from tolaria.images.image import SnapshotStatistics
 from tolaria.rollback.orders import Ending, RollbackOutcome, tier_word
 from tolaria.telemetry import events
 from tolaria.telemetry.emitter import Emitter
@@ -39,7 +40,7 @@ class RollbackRecorder:
         self._metrics = metrics
         self._emitter = emitter
         self._log = structlog.get_logger()
-        self._told = FastCacheStatistics(0, 0, 0, 0, 0, 0, 0, 0)
+        self._told = SnapshotStatistics(0, 0, 0, 0, 0, 0, 0, 0)
         metrics.rollback_fast_size_bytes.set(0)
 
     def ended(self, outcome: RollbackOutcome, reason: str) -> None:
@@ -98,7 +99,7 @@ class RollbackRecorder:
         """No more snapshots can be taken."""
         self._log.warning("no_fast_rollback", reason=reason)
 
-    def ring(self, now: FastCacheStatistics) -> None:
+    def ring(self, now: SnapshotStatistics) -> None:
         """The ring as it is now; what it has counted since the last time is added."""
         metrics, before = self._metrics, self._told
         metrics.rollback_fast_size_bytes.set(now.size_bytes)

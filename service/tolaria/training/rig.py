@@ -28,7 +28,7 @@ from tolaria.errors import (
     SeedError,
 )
 from tolaria.jobs import Batch, BatchCursor, CursorState, Evaluation, JobContext, TrainingJob, build_job
-from tolaria.rollback.rng import capture_rngs, restore_rngs
+from tolaria.state.encoding import capture_rngs, restore_rngs
 from tolaria.training.device import choose_device, prefer_determinism
 from tolaria.training.fastpaths import FastPaths, choose_fast_paths, compile_model, fuse
 from tolaria.training.growth import Growth, new_growth

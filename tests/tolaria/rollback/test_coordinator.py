@@ -23,9 +23,9 @@ from tolaria.errors import (
     StateMismatchError,
     WrongStateError,
 )
+from tolaria.journal.rows import RollbackRow
 from tolaria.rollback.budget import RollbackBudgets
 from tolaria.rollback.coordinator import OUTCOMES_KEPT, Clocks, RollbackCoordinator
-from tolaria.rollback.journal_rows import RollbackRow
 from tolaria.rollback.orders import Ending, RestoreOrder, RestoreOutcome, RollbackRequest
 from tolaria.rollback.participants import Call, RollbackOrder, Seat, Stance
 from tolaria.rollback.phases import Phase

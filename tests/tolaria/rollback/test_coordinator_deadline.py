@@ -12,9 +12,9 @@ import pytest
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
 from tolaria.errors import PeerTimeoutError, RestoreAbandonedError
+from tolaria.journal.rows import RollbackRow
 from tolaria.rollback.budget import RollbackBudgets
 from tolaria.rollback.coordinator import Clocks, RollbackCoordinator
-from tolaria.rollback.journal_rows import RollbackRow
 from tolaria.rollback.orders import Ending, RestoreOrder, RestoreOutcome, RollbackRequest
 from tolaria.rollback.participants import Call, RollbackOrder, Seat, Stance
 from tolaria.rollback.phases import Phase

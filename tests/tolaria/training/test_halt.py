@@ -23,7 +23,7 @@ from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.config import ControlSettings
 from tolaria.emergency import Phase
 from tolaria.errors import IllegalEmergencyEventError, UnknownLevelError, WrongStateError
-from tolaria.rollback import EmergencyRow
+from tolaria.journal.rows import EmergencyRow
 from tolaria.signals import SignalBoard
 from tolaria.training.safety_desk import SafetyDesk
 

@@ -11,15 +11,15 @@ import structlog
 from google.protobuf.message import Message
 
 from tolaria.errors import JournalError
+from tolaria.journal.async_journal import AsyncJournal
 from tolaria.training.progress import Progress
-from tolaria.training.recovery.archive import Archive
 from tolaria.training.recovery.listing import admin_row
 
 
 class JournaledAnswers:
     """Used on the event loop only. What the journal refuses now it is given again later."""
 
-    def __init__(self, archive: Archive, progress: Progress) -> None:
+    def __init__(self, archive: AsyncJournal, progress: Progress) -> None:
         self._archive = archive
         self._progress = progress
         self._log = structlog.get_logger(__name__)

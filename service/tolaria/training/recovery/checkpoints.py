@@ -19,16 +19,18 @@ import anyio
 import structlog
 
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.writer import RewindMark
 from tolaria.errors import CheckpointWriteError, LaneStoppedError, TolariaError
-from tolaria.rollback import Retention
-from tolaria.rollback.checkpoint import errno_name
-from tolaria.rollback.writer import Passage
+from tolaria.filesystem import errno_name
 from tolaria.telemetry import events
 
 if TYPE_CHECKING:
+    from tolaria.checkpoint.writer import CheckpointWriter
     from tolaria.config import CheckpointSettings
+    from tolaria.images.pool import Lease
+    from tolaria.journal.rows import CheckpointRow
     from tolaria.resilience.breaker import Breaker
-    from tolaria.rollback import CheckpointRow, CheckpointWriter, Lease
     from tolaria.telemetry.emitter import Emitter
     from tolaria.telemetry.metrics import Metrics
 
@@ -112,8 +114,8 @@ class CheckpointDesk:
         self._wake = anyio.Event()
         self._due = False
         self._step = self._asked_step = self._told_step = from_step
-        self._passages: WeakSet[Passage] = WeakSet()
-        """Of the images on their way to disk; whoever carries one holds on to its passage."""
+        self._marks: WeakSet[RewindMark] = WeakSet()
+        """Of the images on their way to disk; the task that carries an image holds its mark."""
         self._evaluation: Evaluation | None = None
         self._evaluation_wanted = False
         self._evaluated_step = self._sound_step = -1
@@ -148,8 +150,8 @@ class CheckpointDesk:
 
         What is committed by then is for whoever tells this to supersede.
         """
-        for passage in self._passages:
-            passage.went_back(global_step)
+        for mark in self._marks:
+            mark.rewound_to(global_step)
 
     def epoch_over(self, evaluation: Evaluation) -> None:
         """An epoch has ended and has been validated."""
@@ -224,11 +226,11 @@ class CheckpointDesk:
         return None if row is None or row.state == "superseded" else row
 
     async def _written(self) -> CheckpointRow | None:
-        passage = Passage()
-        lease = await self._tools.keep(lambda: self._passages.add(passage))
+        mark = RewindMark()
+        lease = await self._tools.keep(lambda: self._marks.add(mark))
         self._step = lease.image.position.global_step
         started_s = self._clock()
-        future = self._tools.writer.write(lease, metric=self._metric(), passage=passage)
+        future = self._tools.writer.write(lease, metric=self._metric(), mark=mark)
         if future is None:
             return None
         await self._end_of(future)

@@ -14,8 +14,7 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from tolaria.emergency import Cleared, Escalated, HeldBack, Report
 from tolaria.emergency.protocol import EmergencyState
 from tolaria.errors import CommandRejectedError
-from tolaria.rollback import CommandRow, EmergencyRow, RunRow
-from tolaria.rollback.journal_rows import Row
+from tolaria.journal.rows import CommandRow, EmergencyRow, Row, RunRow
 from tolaria.training.progress import Progress
 from tolaria.training.record_emergency import level_word
 from tolaria.training.recovery.listing import command_row, emergency_row

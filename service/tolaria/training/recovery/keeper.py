@@ -12,27 +12,19 @@ from dataclasses import asdict, dataclass
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FULL
 from leyline.v1.seeds_pb2 import SeedState
+from tolaria.checkpoint.writer import TASKS_MAX
 from tolaria.config import RollbackSettings
 from tolaria.errors import NoCheckpointError, RestoreAbandonedError, StateMismatchError, StateUnsupportedError
-from tolaria.rollback import (
-    Cadence,
-    Captured,
-    Declined,
-    DeclineReason,
-    FastCacheStatistics,
-    FastRollbackCache,
-    Lease,
-    Position,
-    SnapshotInfo,
-    StateImage,
-    stage_restore,
-)
+from tolaria.images.image import SnapshotInfo, SnapshotStatistics, StateImage
+from tolaria.images.pool import Lease
 from tolaria.rollback.orders import RestoreOrder
-from tolaria.rollback.writer import TASKS_MAX
+from tolaria.state.restore import stage_restore
+from tolaria.state.snapshots import Cadence, Captured, Declined, DeclineReason, SnapshotRing
 from tolaria.training.place import EpochPlace
 from tolaria.training.recovery.live import GrownStructure, training_state
 from tolaria.training.rig import Rig
 from tolaria.values.optimization import ActiveAdjustment
+from tolaria.values.training import Position
 
 _MIB = 2**20
 _NO_LIMIT_BYTES = 2**62
@@ -89,11 +81,9 @@ class SnapshotKeeper:
         self._every_steps = settings.every_steps
         self._structure = GrownStructure(rig.growth)
         self._state = training_state(rig, self._structure)
-        self._ring = FastRollbackCache(
-            bytes_max=settings.memory_mb * _MIB, entries_max=settings.snapshots_max, seal=True
-        )
+        self._ring = SnapshotRing(bytes_max=settings.memory_mb * _MIB, entries_max=settings.snapshots_max, seal=True)
         # For checkpoints of states that the ring has no room for; its memory is had when first needed.
-        self._spare = FastRollbackCache(bytes_max=_NO_LIMIT_BYTES, entries_max=TASKS_MAX, seal=False)
+        self._spare = SnapshotRing(bytes_max=_NO_LIMIT_BYTES, entries_max=TASKS_MAX, seal=False)
         self._cadence = Cadence(overhead_max=settings.overhead_max)
         self._lost = False
 
@@ -103,7 +93,7 @@ class SnapshotKeeper:
         """The snapshots that can be restored, oldest first."""
         return self._ring.snapshots()
 
-    def statistics(self) -> FastCacheStatistics:
+    def statistics(self) -> SnapshotStatistics:
         """Of the ring."""
         return self._ring.statistics()
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import anyio
 
 from tolaria.errors import LaneError
-from tolaria.rollback import Lease
+from tolaria.images.pool import Lease
 from tolaria.training.fence_desk import FenceDesk
 from tolaria.training.fences import FenceReport, Keep
 from tolaria.training.recovery.keeper import Kept

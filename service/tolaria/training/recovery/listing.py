@@ -19,7 +19,8 @@ from leyline.v1.admin_service_pb2 import (
 )
 from leyline.v1.admin_service_pb2 import Incident as IncidentMessage
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, CommandType, EmergencyLevel
-from tolaria.rollback import AdminActionRow, CheckpointRow, CommandRow, EmergencyRow, Incident, SnapshotInfo
+from tolaria.images.image import SnapshotInfo
+from tolaria.journal.rows import AdminActionRow, CheckpointRow, CommandRow, EmergencyRow, Incident
 
 if TYPE_CHECKING:
     from leyline.v1.commands_pb2 import AdaptationCommand

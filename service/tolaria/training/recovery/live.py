@@ -15,12 +15,14 @@ from pydantic import JsonValue
 from torch import nn
 
 from tolaria.errors import StateMismatchError, TopologyStateError
+from tolaria.images.image import StateImage
 from tolaria.optimization import GroupPlan
-from tolaria.rollback import Position, StateImage, StatePart, TrainingState
-from tolaria.rollback.encoding import decode_plain
+from tolaria.state.encoding import decode_plain
+from tolaria.state.training_state import StatePart, TrainingState
 from tolaria.training.growth import Growth
 from tolaria.training.rig import Rig
 from tolaria.values.optimization import GroupRole
+from tolaria.values.training import Position
 
 
 class LiveRig:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 from leyline.v1 import admin_service_pb2 as admin
-from tolaria.rollback import CheckpointRow, SnapshotInfo
+from tolaria.images.image import SnapshotInfo
+from tolaria.journal.async_journal import AsyncJournal
+from tolaria.journal.rows import CheckpointRow
 from tolaria.rollback.orders import RollbackOutcome
 from tolaria.training.profile_desk import ProfileTaken
-from tolaria.training.recovery.archive import Archive
 from tolaria.training.recovery.listing import (
     checkpoint_created,
     incident_limit,
@@ -55,7 +56,7 @@ class RecoveryDesk:
         points: those in memory.
     """
 
-    def __init__(self, run: Revertible, archive: Archive, points: Callable[[], tuple[SnapshotInfo, ...]]) -> None:
+    def __init__(self, run: Revertible, archive: AsyncJournal, points: Callable[[], tuple[SnapshotInfo, ...]]) -> None:
         self._run = run
         self._archive = archive
         self._points = points

@@ -11,8 +11,10 @@ from typing import Protocol
 import anyio.to_thread
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, RollbackTier
+from tolaria.checkpoint.store import Damage, LoadedCheckpoint
 from tolaria.errors import LaneError
-from tolaria.rollback import CheckpointRow, Damage, LoadedCheckpoint, SnapshotInfo, StateImage
+from tolaria.images.image import SnapshotInfo, StateImage
+from tolaria.journal.rows import CheckpointRow
 from tolaria.rollback.orders import RestoreOrder, RestoreOutcome
 from tolaria.training.fence_desk import FenceDesk
 from tolaria.training.fences import Restore

@@ -18,23 +18,17 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import structlog
 
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import LoadedCheckpoint
 from tolaria.emergency.protocol import SENTINEL
 from tolaria.errors import ConfigurationError, JournalDamagedError, JournalError, NoCheckpointError, StateHeldError
-from tolaria.rollback import (
-    CheckpointRow,
-    EmergencyRow,
-    FaultRow,
-    LoadedCheckpoint,
-    RunRow,
-    Storage,
-    never,
-    open_storage,
-)
+from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RunRow
 from tolaria.training.recovery.checkpoints import retention_of
 
 if TYPE_CHECKING:
     from tolaria.config import Settings
-    from tolaria.rollback import Filesystem, Journal
+    from tolaria.filesystem import Filesystem
+    from tolaria.journal.database import Journal
 
 RunOutcome: TypeAlias = Literal["finished", "stopped", "drained", "failed"]
 """How a run left its process. Empty in the journal: it goes on, or its process was killed."""
@@ -113,7 +107,7 @@ def load_resume_point(prepared: PreparedState) -> ResumePoint:
         return ResumePoint(prepared, None)
     with _named(prepared.directory):
         try:
-            loaded = prepared.storage.checkpoints.load_newest(never)
+            loaded = prepared.storage.checkpoints.load_newest()
         except NoCheckpointError as error:
             if prepared.storage.checkpoints.restore_points():
                 raise

@@ -10,11 +10,13 @@ import anyio.to_thread
 import pytest
 
 from leyline.v1.admin_service_pb2 import PauseTrainingRequest, PauseTrainingResponse
-from tolaria.rollback import AdminActionRow, Retention, Storage, open_storage
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.journal.async_journal import AsyncJournal
+from tolaria.journal.rows import AdminActionRow
 from tolaria.rpc.requests import RequestLedger
 from tolaria.training.progress import Progress
 from tolaria.training.recovery.answers import JournaledAnswers
-from tolaria.training.recovery.archive import Archive
 
 pytestmark = pytest.mark.anyio
 
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def storage(tmp_path: Path) -> Iterator[Storage]:
     """A fresh state directory."""
-    storage = open_storage(tmp_path, run_id="run", retention=Retention())
+    storage = open_storage(tmp_path, run_id="run", retention=Retention(last=3, best="highest"))
     with storage.journal:
         yield storage
 
@@ -51,14 +53,14 @@ class HangingJournal:
         self._thread.join()
 
 
-def answers_of(archive: Archive) -> JournaledAnswers:
+def answers_of(archive: AsyncJournal) -> JournaledAnswers:
     """Of a run that has just begun."""
     return JournaledAnswers(archive, Progress("run", "job", "test", 1, 1, 0.0))
 
 
 async def test_a_journal_that_hangs_holds_up_nothing_and_keeps_the_answer_later(storage: Storage) -> None:
     """The request is carried out and answered; its answer is known at once, and in the journal once that works."""
-    journal, archive = HangingJournal(storage), Archive(storage)
+    journal, archive = HangingJournal(storage), AsyncJournal(storage.journal, "run")
     ledger, asked = RequestLedger(10, answers_of(archive)), PauseTrainingRequest(request_id="a", reason="why")
     begun_s: list[float] = []
 
@@ -82,7 +84,7 @@ async def test_a_journal_that_hangs_holds_up_nothing_and_keeps_the_answer_later(
 
 async def test_an_answer_noted_for_later_does_not_take_the_place_of_the_first(storage: Storage) -> None:
     """Neither of one that waits too, nor of one that is in the journal already."""
-    archive = Archive(storage)
+    archive = AsyncJournal(storage.journal, "run")
 
     def row(request_id: str, answer: bytes) -> AdminActionRow:
         return AdminActionRow(request_id, 1, "run", "PauseTraining", "test", 1, answer)

@@ -9,7 +9,7 @@ import pytest
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.runs import FakePeers, RunUnderTest, new_run, running
-from tolaria.rollback import RollbackRow
+from tolaria.journal.rows import RollbackRow
 
 pytestmark = pytest.mark.anyio
 

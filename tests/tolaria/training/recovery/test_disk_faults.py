@@ -11,7 +11,7 @@ from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
 from support.disks import WRITES, FailingDisk
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.errors import CheckpointWriteError
-from tolaria.rollback import FaultRow
+from tolaria.journal.rows import FaultRow
 from tolaria.service.host import Host
 from tolaria.training.recovery.rollbacks import Asked
 

@@ -12,7 +12,8 @@ from leyline.v1.enums_pb2 import (
     CommandType,
 )
 from tolaria.emergency.protocol import EmergencyState
-from tolaria.rollback import CheckpointRow, EmergencyRow, Incident, Position, SnapshotInfo
+from tolaria.images.image import SnapshotInfo
+from tolaria.journal.rows import CheckpointRow, EmergencyRow, Incident
 from tolaria.training.recovery.listing import (
     INCIDENTS_SHOWN,
     INCIDENTS_SHOWN_MAX,
@@ -24,6 +25,7 @@ from tolaria.training.recovery.listing import (
     list_incidents,
     list_restore_points,
 )
+from tolaria.values.training import Position
 
 COMMITTED = CheckpointRow("c10", 1_500_000_000, "run", 10, 2, 300, "digest10", 0.5)
 PRUNED = CheckpointRow("c5", 1, "run", 5, 1, 300, "digest5", None, state="pruned")

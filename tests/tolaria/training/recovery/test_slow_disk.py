@@ -8,7 +8,7 @@ from leyline.v1.enums_pb2 import ROLLBACK_TIER_FULL
 from support.disks import FailingDisk
 from support.runs import FakePeers, new_run, running
 from tolaria.errors import RestoreAbandonedError
-from tolaria.rollback import RollbackRow
+from tolaria.journal.rows import RollbackRow
 from tolaria.signals import RollbackState
 from tolaria.training.fence_desk import FenceDesk
 from tolaria.training.recovery.keeping import kept_image

@@ -14,9 +14,8 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from support.checkpoint_room import Disk, Rooms, evaluation, serving
 from support.peers import command
 from support.runs import Answer, FakePeers, new_run, no_change, running
-from tolaria.rollback import CheckpointRow
+from tolaria.journal.rows import CheckpointRow
 from tolaria.rollback.participants import Seat
-from tolaria.rollback.writer import TASKS_MAX
 from tolaria.training.recovery.checkpoints import Evaluation
 from tolaria.training.recovery.rollbacks import Asked
 
@@ -161,7 +160,7 @@ async def test_a_checkpoint_on_its_way_when_an_operator_goes_back_is_superseded(
         async with anyio.create_task_group() as tasks:
             disk.gate.clear()
             tasks.start_soon(run.loop.checkpoint, "before")
-            await run.until(lambda: run.parts.ground.writer._places._value < TASKS_MAX)
+            await run.until(lambda: run.parts.ground.writer.pending > 0)
             outcome = await run.loop.roll_back(Asked(ROLLBACK_TIER_FAST, 6, "back", "operator"))
             await run.loop.pause("look")
             disk.gate.set()

@@ -1,3 +1,5 @@
+"""Fixtures with a small training run."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -9,25 +11,19 @@ import torch
 from faults.small_training import MakeOptimizer, Training, adam, adamw, new_training, sgd
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small models are fastest with one thread, and the machine may be busy."""
+@pytest.fixture
+def make_training() -> Iterator[Callable[..., Training]]:
+    """Creates training runs at their start, on one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    yield new_training
     torch.set_num_threads(before)
 
 
 @pytest.fixture
-def training() -> Training:
-    """A run at its start."""
-    return new_training()
-
-
-@pytest.fixture
-def make_training() -> Callable[..., Training]:
-    """Makes runs at their start."""
-    return new_training
+def training(make_training: Callable[..., Training]) -> Training:
+    """A training run at its start."""
+    return make_training()
 
 
 @pytest.fixture(params=[sgd, adam, adamw], ids=["sgd", "adam", "adamw"])

@@ -10,18 +10,16 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
+from faults.small_training import new_ring
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.storage import open_storage
 from tolaria.errors import ImageDamagedError, RestoreAbandonedError, StateMismatchError
-from tolaria.rollback import (
-    Captured,
-    FastRollbackCache,
-    Position,
-    Retention,
-    StateImage,
-    TrainingState,
-    never,
-    open_storage,
-    stage_restore,
-)
+from tolaria.images.image import StateImage
+from tolaria.state.encoding import packed_bytes
+from tolaria.state.restore import stage_restore
+from tolaria.state.snapshots import Captured
+from tolaria.state.training_state import TrainingState
+from tolaria.values.training import Position
 
 if TYPE_CHECKING:
     from faults.small_training import MakeOptimizer, Training
@@ -30,55 +28,55 @@ Make = Callable[..., "Training"]
 
 
 def restore(state: TrainingState, image: StateImage) -> None:
-    """Stage and commit."""
+    """Stages and commits a restore."""
     stage_restore(state, image, verify=True).commit()
 
 
-def test_training_on_from_the_ring_is_bit_exact(make_training: Make, make_optimizer: MakeOptimizer) -> None:
-    """Losses and final digest after a fast rollback equal those of a run that never left."""
+def test_training_from_a_snapshot_is_bit_exact(make_training: Make, make_optimizer: MakeOptimizer) -> None:
+    """Losses and final digest after a rollback equal those of an uninterrupted run."""
     straight = make_training(make_optimizer)
     expected = straight.train(20)[7:]
 
-    detour = make_training(make_optimizer)
-    cache = FastRollbackCache(seal=True)
-    detour.train(7)
-    assert isinstance(cache.capture(detour.state()), Captured)
-    detour.train(9)
-    lease = cache.lookup(10)
+    rolled_back = make_training(make_optimizer)
+    ring = new_ring(seal=True)
+    rolled_back.train(7)
+    assert isinstance(ring.capture(rolled_back.state()), Captured)
+    rolled_back.train(9)
+    lease = ring.lookup(10)
     assert lease is not None
     with lease as image:
-        restore(detour.state(), image)
-        assert detour.state().fingerprint().total == image.seal().total
-    assert detour.train(13) == expected
-    assert detour.state().fingerprint() == straight.state().fingerprint()
+        restore(rolled_back.state(), image)
+        assert rolled_back.state().fingerprint().total == image.seal().total
+    assert rolled_back.train(13) == expected
+    assert rolled_back.state().fingerprint() == straight.state().fingerprint()
 
 
-def test_training_on_from_disk_in_a_new_run_is_bit_exact(
+def test_training_from_a_checkpoint_in_new_objects_is_bit_exact(
     tmp_path: Path, make_training: Make, make_optimizer: MakeOptimizer
 ) -> None:
-    """A checkpoint loaded into freshly built objects continues the run it was taken from, bit for bit."""
+    """A checkpoint loaded into newly built objects continues the run bit for bit."""
     straight = make_training(make_optimizer)
-    with open_storage(tmp_path, run_id="a", retention=Retention()).journal:
+    with open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest")).journal:
         pass
     straight.train(7)
-    storage = open_storage(tmp_path, run_id="a", retention=Retention())
+    storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
     with storage.journal:
         row = storage.checkpoints.write(straight.state().copy())
     expected = straight.train(13)
 
     resumed = make_training(make_optimizer, seed=99)
-    resumed.cursor = make_training(make_optimizer).cursor  # the same data; elsewhere in it
-    storage = open_storage(tmp_path, run_id="a", retention=Retention())
+    resumed.cursor = make_training(make_optimizer).cursor  # the same data at another position
+    storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
     with storage.journal:
-        loaded = storage.checkpoints.load_newest(never)
+        loaded = storage.checkpoints.load_newest()
     stage_restore(resumed.state(), loaded.image, verify=False).commit()
     assert resumed.state().fingerprint().total == row.digest
     assert resumed.train(13) == expected
     assert resumed.state().fingerprint() == straight.state().fingerprint()
 
 
-def test_a_snapshot_is_unchanged_after_training_on_from_it(training: Training) -> None:
-    """Restoring copies: neither model nor optimizer shares memory with the image afterwards."""
+def test_an_image_is_unchanged_by_training_after_its_restore(training: Training) -> None:
+    """Neither model nor optimizer shares memory with the image."""
     training.train(3)
     image = training.state().copy()
     image.seal()
@@ -88,8 +86,8 @@ def test_a_snapshot_is_unchanged_after_training_on_from_it(training: Training) -
     image.verify()
 
 
-def test_restoring_copies_into_the_live_tensors(training: Training) -> None:
-    """Parameters, buffers and optimizer state keep their identity and memory."""
+def test_a_restore_copies_into_the_live_tensors(training: Training) -> None:
+    """Parameters, buffers and optimizer state keep their memory."""
     training.train(3)
     image = training.state().copy()
     training.train(1)
@@ -99,8 +97,8 @@ def test_restoring_copies_into_the_live_tensors(training: Training) -> None:
     assert after == before
 
 
-def test_lazily_made_optimizer_state_is_removed_and_made(training: Training) -> None:
-    """Going back before the first step empties the optimizer's state; going forward again makes it anew."""
+def test_lazy_optimizer_state_is_removed_and_created(training: Training) -> None:
+    """A restore to before the first step empties the optimizer's state; one to a later step creates it."""
     early = training.state().copy()
     training.train(4)
     late = training.state().copy()
@@ -113,8 +111,8 @@ def test_lazily_made_optimizer_state_is_removed_and_made(training: Training) -> 
     late.verify()
 
 
-def test_param_group_options_come_back(training: Training) -> None:
-    """Options are restored, those added later are removed, and a learning rate that is a tensor keeps its identity."""
+def test_param_group_options_are_restored(training: Training) -> None:
+    """Options are restored, later ones removed, and a learning rate that is a tensor keeps its identity."""
     rate = torch.tensor(0.25)
     training.optimizer.param_groups[0]["lr"] = rate
     image = training.state().copy()
@@ -125,8 +123,8 @@ def test_param_group_options_come_back(training: Training) -> None:
     assert (group["lr"] is rate, rate.item(), group["betas"], "extra" in group) == (True, 0.25, (0.9, 0.999), False)
 
 
-def test_nested_optimizer_state_comes_back() -> None:
-    """LBFGS, which keeps lists of tensors, goes on after a rollback as if nothing had been."""
+def test_nested_optimizer_state_is_restored() -> None:
+    """LBFGS, which keeps lists of tensors, continues bit for bit after a restore."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=3, history_size=3)
@@ -182,7 +180,7 @@ def test_an_image_that_does_not_fit_changes_nothing(training: Training, change: 
 
 
 def test_missing_parts_do_not_fit(training: Training) -> None:
-    """A state with a part more or less than the image is told so by name."""
+    """The error names the part."""
     image = training.state().copy()
     with pytest.raises(StateMismatchError, match="parts/knob: in the image only"):
         restore(TrainingState(training, {"cursor": training.cursor}), image)
@@ -190,20 +188,20 @@ def test_missing_parts_do_not_fit(training: Training) -> None:
 
 @pytest.mark.parametrize("name", ["parameter/enter.weight", "buffer/calls", "state/leave.bias/exp_avg", "rng/torch"])
 def test_a_flipped_bit_in_an_image_is_found_before_anything_changes(training: Training, name: str) -> None:
-    """The image is read again before it is used; the error names the tensor."""
+    """The image is hashed again before it is used; the error names the tensor."""
     training.train(2)
     image = training.state().copy()
     image.seal()
     training.train(1)
     before = training.state().fingerprint()
-    image.tensors[name].reshape(-1).view(torch.uint8)[0] ^= 1
+    image.buffers[name][0] ^= 1
     with pytest.raises(ImageDamagedError, match=name):
         restore(training.state(), image)
     assert training.state().fingerprint() == before
 
 
 class Broken:
-    """A part that fails to load one certain state."""
+    """A part that fails to load one state."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -219,8 +217,8 @@ class Broken:
             raise OSError("the loader is gone")
 
 
-def test_a_part_that_fails_to_load_leaves_everything_as_it_was(training: Training) -> None:
-    """Parts loaded before it are put back, tensors have not been touched, and the RNGs are as before."""
+def test_a_part_that_fails_to_load_changes_nothing(training: Training) -> None:
+    """Parts loaded before it get their old state, and tensors and generators are unchanged."""
     broken = Broken()
     state = TrainingState(training, {"cursor": training.cursor, "knob": training.knob, "zz": broken})
     training.train(2)
@@ -233,8 +231,8 @@ def test_a_part_that_fails_to_load_leaves_everything_as_it_was(training: Trainin
     assert state.fingerprint() == before
 
 
-def test_an_expired_restore_leaves_everything_as_it_was(training: Training) -> None:
-    """A deadline that passes while parts load stops the restore before the copy."""
+def test_an_expired_restore_changes_nothing(training: Training) -> None:
+    """A deadline that passes while parts load abandons the restore before the copy."""
     training.train(2)
     image = training.state().copy()
     training.train(2)
@@ -245,7 +243,7 @@ def test_an_expired_restore_leaves_everything_as_it_was(training: Training) -> N
 
 
 class Grafts:
-    """A topology: how many extra layers hang on the model, each with its parameter group."""
+    """A topology: the number of extra layers in the model, each with its parameter group."""
 
     def __init__(self, training: Training) -> None:
         self.training = training
@@ -275,8 +273,8 @@ class Grafts:
 
 
 @pytest.mark.parametrize(("then", "now"), [(0, 2), (2, 0), (1, 2)])
-def test_another_topology_is_resolved_before_tensors_are_restored(training: Training, then: int, now: int) -> None:
-    """Seeds grafted or removed since the snapshot are removed or grafted again, then their tensors come back."""
+def test_the_topology_is_restored_before_the_tensors(training: Training, then: int, now: int) -> None:
+    """Layers added or removed since the snapshot are removed or added again, then their tensors are restored."""
     grafts = Grafts(training)
     state = TrainingState(training, {}, topology=grafts)
     grafts.load_state_dict({"count": then})
@@ -288,8 +286,8 @@ def test_another_topology_is_resolved_before_tensors_are_restored(training: Trai
     assert state.fingerprint().total == image.seal().total
 
 
-def test_a_topology_that_fails_goes_back_bit_for_bit(training: Training) -> None:
-    """When re-grafting fails halfway, the old topology and all its tensors come back."""
+def test_a_topology_that_fails_to_load_changes_nothing(training: Training) -> None:
+    """If loading fails halfway, the old topology and all its tensors are restored."""
     grafts = Grafts(training)
     state = TrainingState(training, {"knob": training.knob}, topology=grafts)
     image = state.copy()
@@ -304,17 +302,17 @@ def test_a_topology_that_fails_goes_back_bit_for_bit(training: Training) -> None
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_an_image_of_the_cpu_is_restored_on_a_cuda_device(make_training: Make) -> None:
-    """Parameters and moments go to the device, step counts stay on the CPU, and training goes on there."""
-    there = make_training()
-    there.train(2)
-    image = there.state().copy()
-    here = make_training(seed=6)
-    here.model.cuda()
-    restore(TrainingState(here, {"cursor": here.cursor, "knob": here.knob}), image)
-    weight = next(here.model.parameters())
-    assert torch.equal(weight.cpu(), image.tensors["parameter/enter.weight"])
-    assert (here.optimizer.state[weight]["exp_avg"].device, here.optimizer.state[weight]["step"].device.type) == (
+def test_a_cpu_image_is_restored_on_a_cuda_device(make_training: Make) -> None:
+    """Parameters and moments go to the device, step counts stay on the CPU."""
+    on_cpu = make_training()
+    on_cpu.train(2)
+    image = on_cpu.state().copy()
+    on_cuda = make_training(seed=6)
+    on_cuda.model.cuda()
+    restore(TrainingState(on_cuda, {"cursor": on_cuda.cursor, "knob": on_cuda.knob}), image)
+    weight = next(on_cuda.model.parameters())
+    assert packed_bytes(weight) == image.buffers["parameter/enter.weight"]
+    assert (on_cuda.optimizer.state[weight]["exp_avg"].device, on_cuda.optimizer.state[weight]["step"].device.type) == (
         weight.device,
         "cpu",
     )

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 
 from tolaria.errors import JournalDamagedError, JournalError, JournalNewerError, JournalUnavailableError
-from tolaria.rollback import CheckpointRow, Journal, journal_reading
-from tolaria.rollback.journal_reading import read_journal
-from tolaria.rollback.journal_rows import values_digest
+from tolaria.journal import reader
+from tolaria.journal.database import Journal
+from tolaria.journal.reader import read_journal
+from tolaria.journal.rows import CheckpointRow, values_digest
 
 _WRITES = """
 import os, pathlib, signal, sys
-from tolaria.rollback import CheckpointRow, Journal
+from tolaria.journal.database import Journal
+from tolaria.journal.rows import CheckpointRow
 journal = Journal(pathlib.Path(sys.argv[1]))
 for step in range(20):
     journal.put(CheckpointRow(f"c{step}", step, "run", step, 1, 1, "d", None))
@@ -28,7 +30,7 @@ sys.stdin.read()
 
 
 def filled(path: Path, rows: int = 20) -> Path:
-    """A journal of so many checkpoints, closed."""
+    """A closed journal with this number of checkpoints."""
     with Journal(path) as journal:
         for step in range(rows):
             journal.put(CheckpointRow(f"c{step}", step, "run", step, 1, 1, "d", None))
@@ -36,17 +38,17 @@ def filled(path: Path, rows: int = 20) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file with its bytes."""
+    """Names and bytes of the folder's files."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def steps(path: Path) -> list[int]:
-    """What is read."""
+    """Steps of the rows that are read."""
     return [row.global_step for row in read_journal(path, CheckpointRow)]
 
 
 def writer(path: Path) -> subprocess.Popen[str]:
-    """Another process that has written twenty rows and keeps the journal open until its standard input ends."""
+    """Starts a process that writes twenty rows and keeps the journal open until its standard input closes."""
     command = [sys.executable, "-c", _WRITES, str(path)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -54,16 +56,16 @@ def writer(path: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_closed_journal_is_read_and_left_alone(tmp_path: Path) -> None:
-    """Not even the files are made that SQLite keeps beside an open one."""
+def test_a_closed_journal_is_read_without_changes(tmp_path: Path) -> None:
+    """SQLite creates no side files."""
     path = filled(tmp_path / "j # ?%.sqlite3")
     before = contents(tmp_path)
     assert steps(path) == list(range(20))
     assert contents(tmp_path) == before
 
 
-def test_a_folder_that_nobody_may_write_to_is_read(tmp_path: Path) -> None:
-    """A backup on a read-only volume can be looked at."""
+def test_a_read_only_folder_is_read(tmp_path: Path) -> None:
+    """A backup on a read-only volume can be verified."""
     (tmp_path / "state").mkdir()
     path = filled(tmp_path / "state" / "j")
     path.chmod(0o400)
@@ -75,7 +77,7 @@ def test_a_folder_that_nobody_may_write_to_is_read(tmp_path: Path) -> None:
 
 
 def test_a_journal_in_use_and_one_whose_writer_was_killed_are_read(tmp_path: Path) -> None:
-    """What is only in the log counts, and every byte stays, of the files beside the journal too."""
+    """Rows that are only in the log are read, and no file changes."""
     with writer(tmp_path / "j") as process:
         before = contents(tmp_path)
         assert set(before) == {"j", "j-wal", "j-shm"}
@@ -87,8 +89,8 @@ def test_a_journal_in_use_and_one_whose_writer_was_killed_are_read(tmp_path: Pat
         assert contents(tmp_path) == before
 
 
-def test_a_copy_without_the_shared_file_is_read(tmp_path: Path) -> None:
-    """Journal and log are all that a backup needs; what SQLite makes for them is made elsewhere."""
+def test_a_copy_without_the_shm_file_is_read(tmp_path: Path) -> None:
+    """Journal and log are enough for a backup; SQLite creates the shm file elsewhere."""
     (tmp_path / "copy").mkdir()
     with writer(tmp_path / "j") as process:
         for name in ("j", "j-wal"):
@@ -99,11 +101,11 @@ def test_a_copy_without_the_shared_file_is_read(tmp_path: Path) -> None:
     assert contents(tmp_path / "copy") == before
 
 
-def test_every_flipped_bit_that_a_start_would_find_is_found(tmp_path: Path) -> None:
-    """Header bit by bit, the rest by chance: reading and opening agree on what is damage; reading changes nothing."""
+def test_reading_finds_the_damage_that_opening_finds(tmp_path: Path) -> None:
+    """For each bit of the header and random other bits: both agree, and reading changes nothing."""
     good = filled(tmp_path / "j").read_bytes()
-    chance = random.Random(4)  # noqa: S311 - the same bits each time
-    bits = [*range(100 * 8), *(chance.randrange(800, len(good) * 8) for _ in range(200))]
+    generator = random.Random(4)  # noqa: S311 - the same bits each time
+    bits = [*range(100 * 8), *(generator.randrange(800, len(good) * 8) for _ in range(200))]
     found = 0
     for bit in bits:
         flipped = bytearray(good)
@@ -136,20 +138,20 @@ def _opened(path: Path) -> type[JournalError] | None:
 
 @pytest.mark.parametrize("content", [b"", b"not a database at all" * 500])
 def test_a_foreign_file_is_damage(tmp_path: Path, content: bytes) -> None:
-    """An empty file or another kind of file is not a journal."""
+    """An empty file or a file of another kind is not a journal."""
     (tmp_path / "j").write_bytes(content)
     with pytest.raises(JournalDamagedError):
         read_journal(tmp_path / "j", CheckpointRow)
 
 
-def test_no_journal_is_no_damage_and_none_is_made(tmp_path: Path) -> None:
-    """What is not there is told as that."""
+def test_a_missing_journal_is_unavailable_and_not_created(tmp_path: Path) -> None:
+    """The error says that there is no journal."""
     with pytest.raises(JournalUnavailableError, match="there is no journal"):
         read_journal(tmp_path / "j", CheckpointRow)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_newer_journal_is_not_called_damaged(tmp_path: Path) -> None:
+def test_a_newer_journal_is_not_damage(tmp_path: Path) -> None:
     """A later version has other tables."""
     path = filled(tmp_path / "j")
     with sqlite3.connect(path) as connection:
@@ -159,40 +161,39 @@ def test_a_newer_journal_is_not_called_damaged(tmp_path: Path) -> None:
         read_journal(path, CheckpointRow)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_refusal_of_the_system_is_no_damage(tmp_path: Path) -> None:
-    """Without the right to read, nobody can say that a journal is damaged."""
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
+def test_a_refusal_by_the_system_is_not_damage(tmp_path: Path) -> None:
+    """A journal without read permission is unavailable."""
     path = filled(tmp_path / "j")
     path.chmod(0)
     with pytest.raises(JournalUnavailableError):
         read_journal(path, CheckpointRow)
 
 
-def test_a_service_that_ends_while_the_journal_is_being_opened_is_no_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The files beside it are gone between the look and the opening: it is read as the closed one that it is now."""
+def test_a_service_may_end_while_the_journal_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The side files disappear between the check and the opening: the journal is read as a closed one."""
     path = filled(tmp_path / "j")
     service = Journal(path)
-    connected = journal_reading._connected
+    connect = reader.connect_read_only
     tries: list[str] = []
 
     def late(uri: str) -> sqlite3.Connection:
         tries.append(uri)
         service.close()
-        return connected(uri)
+        return connect(uri)
 
-    monkeypatch.setattr(journal_reading, "_connected", late)
+    monkeypatch.setattr(reader, "connect_read_only", late)
     assert steps(path) == list(range(20))
     assert len(tries) == 2
     Journal(path).close()
 
 
-def test_a_journal_that_is_opened_and_closed_all_the_time_is_read(tmp_path: Path) -> None:
-    """A service that starts, writes or ends at any moment of the reading is no damage."""
+def test_a_journal_that_is_opened_and_closed_repeatedly_is_read(tmp_path: Path) -> None:
+    """A service may start, write or end at any moment while the journal is read."""
     path = filled(tmp_path / "j")
     churn = (
-        "import pathlib, sys\nfrom tolaria.rollback import CheckpointRow, Journal\nprint('up', flush=True)\n"
+        "import pathlib, sys\nfrom tolaria.journal.database import Journal\n"
+        "from tolaria.journal.rows import CheckpointRow\nprint('up', flush=True)\n"
         "step = 20\n"
         "while True:\n"
         "    with Journal(pathlib.Path(sys.argv[1])) as journal:\n"

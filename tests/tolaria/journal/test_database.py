@@ -3,21 +3,24 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tolaria.errors import JournalDamagedError, JournalNewerError, JournalUnavailableError
-from tolaria.rollback import (
+from tolaria.journal.database import Journal
+from tolaria.journal.rows import (
+    ROW_TYPES,
     AdminActionRow,
     CheckpointRow,
     CommandRow,
     EmergencyRow,
     FaultRow,
-    Journal,
     RollbackRow,
+    Row,
     RunRow,
+    values_digest,
 )
-from tolaria.rollback.journal_rows import ROW_TYPES, Row, values_digest
 
 ROWS: list[Row] = [
     RunRow("run", 1, "digits", None),
@@ -32,7 +35,7 @@ ROWS: list[Row] = [
 
 
 def filled(path: Path) -> Path:
-    """A journal with one row of each kind, closed."""
+    """A closed journal with one row of each kind."""
     with Journal(path) as journal:
         for row in ROWS:
             journal.put(row)
@@ -40,7 +43,7 @@ def filled(path: Path) -> Path:
 
 
 def test_rows_survive_reopening(tmp_path: Path) -> None:
-    """Every kind of row comes back as it was written, in the order of time."""
+    """Every kind of row is read back, ordered by time."""
     with Journal(filled(tmp_path / "j")) as journal:
         found = [row for kind in ROW_TYPES for row in journal.rows(kind)]
         assert [r for r in found if not isinstance(r, EmergencyRow)] == [
@@ -53,7 +56,7 @@ def test_rows_survive_reopening(tmp_path: Path) -> None:
 
 
 def test_incidents_are_rollbacks_emergencies_and_faults_newest_first(tmp_path: Path) -> None:
-    """The view joins what an operator wants to see after a bad night, limited as asked."""
+    """The view joins the three tables, and the limit applies."""
     with Journal(filled(tmp_path / "j")) as journal:
         assert [i.kind for i in journal.incidents(10)] == ["checkpoint_failed", "emergency", "rollback"]
         rollback = journal.incidents(10)[2]
@@ -62,7 +65,7 @@ def test_incidents_are_rollbacks_emergencies_and_faults_newest_first(tmp_path: P
 
 
 def test_the_first_answer_to_a_request_counts(tmp_path: Path) -> None:
-    """A repeated request gets the answer of the first, also after a restart."""
+    """A repeated request gets the first answer, also after a restart."""
     first = AdminActionRow("q", 1, "run", "Pause", "", 5, b"first")
     with Journal(tmp_path / "j") as journal:
         assert journal.answer_once(first) == first
@@ -71,13 +74,13 @@ def test_the_first_answer_to_a_request_counts(tmp_path: Path) -> None:
 
 
 def test_numbers_must_be_finite(tmp_path: Path) -> None:
-    """SQLite would keep NaN as nothing; it is refused instead."""
+    """SQLite would store NaN as NULL, so it is refused."""
     with Journal(tmp_path / "j") as journal, pytest.raises(ValueError, match="metric"):
         journal.put(CheckpointRow("c", 1, "r", 1, 1, 1, "d", float("nan")))
 
 
 def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
-    """A journal of a later version is not touched, and not called damaged."""
+    """A journal of a later version is not changed, and not reported as damaged."""
     path = filled(tmp_path / "j")
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE meta SET schema_version = 2, row_digest = ?", (values_digest("meta", (2,)),))
@@ -97,8 +100,8 @@ def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
         "ALTER TABLE faults ADD COLUMN more TEXT",
     ],
 )
-def test_what_was_changed_behind_its_back_is_damage(tmp_path: Path, statement: str) -> None:
-    """Values that SQLite finds in order are checked against their row's digest, and the tables against their making."""
+def test_a_change_by_others_is_damage(tmp_path: Path, statement: str) -> None:
+    """Values are checked against their row's digest, and the tables against the schema."""
     path = filled(tmp_path / "j")
     with sqlite3.connect(path) as connection:
         connection.execute(statement)
@@ -109,29 +112,35 @@ def test_what_was_changed_behind_its_back_is_damage(tmp_path: Path, statement: s
 
 @pytest.mark.parametrize("content", [b"", b"not a database at all" * 500])
 def test_a_foreign_file_is_damage(tmp_path: Path, content: bytes) -> None:
-    """An empty file or another kind of file is not a journal."""
+    """An empty file or a file of another kind is not a journal."""
     (tmp_path / "j").write_bytes(content)
     with pytest.raises(JournalDamagedError):
         Journal(tmp_path / "j")
 
 
-def test_a_refusal_of_the_system_is_no_damage(tmp_path: Path) -> None:
-    """A journal that cannot be opened or is locked is unavailable, and nobody will set it aside."""
+def test_a_refusal_by_the_system_is_not_damage(tmp_path: Path) -> None:
+    """A journal that cannot be opened is unavailable, and is not moved to the quarantine."""
     with pytest.raises(JournalUnavailableError):
         Journal(tmp_path / "absent" / "j")
 
 
-def test_commits_are_as_durable_as_sqlite_can(tmp_path: Path) -> None:
-    """Write-ahead log, and synced at every commit."""
-    with Journal(tmp_path / "j") as journal:
-        pragmas = [
-            journal._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")
-        ]
-        assert pragmas == ["wal", 2]
+def test_commits_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal uses a write-ahead log and syncs it at every commit."""
+    connections: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+
+    def recorded(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        connections.append(connect(*arguments, **options))
+        return connections[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", recorded)
+    with Journal(tmp_path / "j"):
+        pragmas = [connections[-1].execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
+    assert pragmas == ["wal", 2]
 
 
-def test_a_journal_whose_file_is_gone_is_unavailable(tmp_path: Path) -> None:
-    """SQLite would write on into nothing, and whoever counts on the row would be told that it is durable."""
+def test_a_removed_journal_is_unavailable(tmp_path: Path) -> None:
+    """SQLite would silently write on into the removed file, and report the row as durable."""
     with Journal(tmp_path / "j") as journal:
         journal.put(ROWS[0])
         (tmp_path / "j").unlink()
@@ -140,8 +149,8 @@ def test_a_journal_whose_file_is_gone_is_unavailable(tmp_path: Path) -> None:
                 write()
 
 
-def test_what_retention_has_removed_is_not_read_again(tmp_path: Path) -> None:
-    """The others are, of all runs or of one, oldest first: a long run's next checkpoint costs what its first did."""
+def test_pruned_checkpoints_are_not_read(tmp_path: Path) -> None:
+    """All other checkpoints are, oldest first: the cost of a checkpoint does not grow with the length of a run."""
     row = CheckpointRow("c", 1, "a", 10, 1, 100, "aa", None)
     kept = [
         replace(row, checkpoint_id="late", at_ns=9, state="superseded"),
@@ -152,5 +161,19 @@ def test_what_retention_has_removed_is_not_read_again(tmp_path: Path) -> None:
         for each in [*kept, replace(row, checkpoint_id="gone", at_ns=4, state="pruned")]:
             journal.put(each)
         assert [found.checkpoint_id for found in journal.checkpoints()] == ["early", "other", "late"]
-        assert [found.checkpoint_id for found in journal.checkpoints(run_id="a")] == ["early", "late"]
+        assert [found.checkpoint_id for found in journal.restore_points("a")] == ["early"]
         assert len(journal.rows(CheckpointRow)) == 4
+
+
+def test_a_rollback_supersedes_later_checkpoints_of_its_run(tmp_path: Path) -> None:
+    """Committed checkpoints of later steps are marked; earlier ones and other runs' are unchanged."""
+    row = CheckpointRow("c", 1, "a", 10, 1, 100, "aa", None)
+    with Journal(tmp_path / "j") as journal:
+        for number, (run_id, step) in enumerate([("a", 10), ("a", 20), ("a", 30), ("b", 40)]):
+            journal.put(replace(row, checkpoint_id=f"c{number}", at_ns=number, run_id=run_id, global_step=step))
+        assert journal.supersede_after("a", 10) == 2
+        assert [found.global_step for found in journal.restore_points("a")] == [10]
+        assert [found.global_step for found in journal.restore_points("b")] == [40]
+        assert [(found.state, found.detail) for found in journal.rows(CheckpointRow, run_id="a")][1:] == [
+            ("superseded", "rolled back to step 10")
+        ] * 2

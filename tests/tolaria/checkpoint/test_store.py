@@ -7,20 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tolaria.checkpoint.format import Manifest, write_checkpoint
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import LoadedCheckpoint
 from tolaria.errors import JournalUnavailableError, NoCheckpointError, RestoreAbandonedError
-from tolaria.rollback import (
-    CheckpointRow,
-    FaultRow,
-    Filesystem,
-    LoadedCheckpoint,
-    Position,
-    Retention,
-    Storage,
-    never,
-    open_storage,
-)
-from tolaria.rollback.checkpoint import manifest_of, write_checkpoint
-from tolaria.rollback.journal_rows import Row
+from tolaria.filesystem import Filesystem
+from tolaria.journal.rows import CheckpointRow, FaultRow, Row
+from tolaria.values.training import Position
 
 if TYPE_CHECKING:
     from faults.small_training import Training
@@ -28,14 +22,14 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Iterator[Storage]:
-    """A fresh state directory."""
-    storage = open_storage(tmp_path, run_id="run", retention=Retention(last=3))
+    """A new state directory."""
+    storage = open_storage(tmp_path, run_id="run", retention=Retention(last=3, best="highest"))
     with storage.journal:
         yield storage
 
 
 def write(storage: Storage, training: Training, step: int, metric: float | None = None) -> CheckpointRow:
-    """Write a checkpoint that says it is of that step."""
+    """Writes a checkpoint of this step."""
     training.position = Position(step, 1)
     return storage.checkpoints.write(training.state().copy(), metric=metric)
 
@@ -46,16 +40,16 @@ def steps(storage: Storage) -> list[int]:
 
 
 def on_disk(directory: Path) -> list[int]:
-    """Steps of the directories there are."""
+    """Steps of the checkpoints' directories."""
     return sorted(int(path.name.split("-")[0]) for path in (directory / "checkpoints").iterdir())
 
 
 def load(storage: Storage, at_or_before: int | None = None) -> LoadedCheckpoint:
-    """Load without a deadline."""
-    return storage.checkpoints.load_newest(never, at_or_before=at_or_before)
+    """Loads without a deadline."""
+    return storage.checkpoints.load_newest(at_or_before=at_or_before)
 
 
-def test_pruned_checkpoints_leave_the_disk(tmp_path: Path, storage: Storage, training: Training) -> None:
+def test_pruned_checkpoints_are_removed(tmp_path: Path, storage: Storage, training: Training) -> None:
     """Directory and journal agree on what is kept."""
     for step, metric in [(1, 0.5), (2, 0.9), (3, 0.1), (4, float("nan")), (5, 0.2), (6, None)]:
         write(storage, training, step, metric)
@@ -63,7 +57,7 @@ def test_pruned_checkpoints_leave_the_disk(tmp_path: Path, storage: Storage, tra
 
 
 def test_the_newest_or_the_nearest_is_loaded(storage: Storage, training: Training) -> None:
-    """By time when resuming, by step when a step is asked for."""
+    """The newest by time without a step, the one with the highest step otherwise."""
     for step in (10, 20, 30):
         write(storage, training, step)
     assert [load(storage, wanted).row.global_step for wanted in (None, 30, 25, 10)] == [30, 30, 20, 10]
@@ -71,8 +65,8 @@ def test_the_newest_or_the_nearest_is_loaded(storage: Storage, training: Trainin
         load(storage, 9)
 
 
-def test_an_overtaken_future_is_not_resumed_from(storage: Storage, training: Training) -> None:
-    """After a rollback later checkpoints are neither resumed from nor offered; the next write removes them."""
+def test_superseded_checkpoints_are_not_loaded(storage: Storage, training: Training) -> None:
+    """After a rollback later checkpoints are neither loaded nor listed; the next write removes them."""
     for step in (10, 20, 30):
         write(storage, training, step)
     assert storage.checkpoints.supersede_after(10) == 2
@@ -86,7 +80,7 @@ def test_an_overtaken_future_is_not_resumed_from(storage: Storage, training: Tra
 def test_a_damaged_checkpoint_is_quarantined_and_the_next_older_loaded(
     tmp_path: Path, storage: Storage, training: Training, name: str, harm: str
 ) -> None:
-    """Whatever happened to a file: the damage is told, set aside, recorded, and an older one serves."""
+    """Any harm to a file is reported, recorded and quarantined, and an older checkpoint is loaded."""
     write(storage, training, 1)
     row = write(storage, training, 2)
     path = tmp_path / "checkpoints" / row.checkpoint_id / name
@@ -97,7 +91,7 @@ def test_a_damaged_checkpoint_is_quarantined_and_the_next_older_loaded(
             path.unlink()
         case _:
             path.write_bytes({"flip": flipped, "cut": content[:-1], "longer": content + b" "}[harm])
-    assert storage.checkpoints.verify(row, never) is not None
+    assert storage.checkpoints.verify(row) is not None
     loaded = load(storage)
     assert loaded.row.global_step == 1
     assert [(d.stage, d.quarantined) for d in loaded.damaged] == [(Path(name).stem, True)]
@@ -106,8 +100,8 @@ def test_a_damaged_checkpoint_is_quarantined_and_the_next_older_loaded(
     assert [f.kind for f in storage.journal.rows(FaultRow)] == ["checkpoint_damaged"]
 
 
-def test_a_swapped_checkpoint_is_damage(tmp_path: Path, storage: Storage, training: Training) -> None:
-    """A whole checkpoint under another one's name is not taken for it."""
+def test_a_checkpoint_under_another_name_is_damage(tmp_path: Path, storage: Storage, training: Training) -> None:
+    """An intact copy under another id is not accepted."""
     first, second = write(storage, training, 1), write(storage, training, 2)
     places = tmp_path / "checkpoints"
     shutil.rmtree(places / second.checkpoint_id)
@@ -115,43 +109,41 @@ def test_a_swapped_checkpoint_is_damage(tmp_path: Path, storage: Storage, traini
     assert load(storage).row.global_step == 1
 
 
-def test_a_checkpoint_other_than_the_one_committed_is_damage(
-    tmp_path: Path, storage: Storage, training: Training
-) -> None:
-    """A whole checkpoint of another state under the committed one's id has not the digest that the journal knows."""
+def test_a_checkpoint_with_another_digest_is_damage(tmp_path: Path, storage: Storage, training: Training) -> None:
+    """An intact checkpoint of another state under the same id does not match the journal's digest."""
     write(storage, training, 1)
     row = write(storage, training, 2)
     places = tmp_path / "checkpoints"
     shutil.rmtree(places / row.checkpoint_id)
     training.train(1)
     other = training.state().copy()
-    manifest = manifest_of(other, checkpoint_id=row.checkpoint_id, run_id="x", created_at_ns=1, metric=None)
+    manifest = Manifest.of(other, checkpoint_id=row.checkpoint_id, run_id="x", created_at_ns=1, metric=None)
     write_checkpoint(Filesystem(), places, manifest, other)
     assert load(storage).row.global_step == 1
 
 
-def test_a_load_past_its_deadline_is_given_up(storage: Storage, training: Training) -> None:
-    """Nothing is quarantined for being slow."""
+def test_a_load_past_its_deadline_is_abandoned(storage: Storage, training: Training) -> None:
+    """A slow checkpoint is not quarantined."""
     write(storage, training, 1)
     with pytest.raises(RestoreAbandonedError):
         storage.checkpoints.load_newest(lambda: True)
     assert load(storage).row.global_step == 1
 
 
-def test_a_start_adopts_removes_and_misses(tmp_path: Path, training: Training) -> None:
-    """Whole directories without a row are adopted, leftovers removed, rows without a directory marked missing."""
-    storage = open_storage(tmp_path, run_id="a", retention=Retention())
+def test_recovery_makes_directory_and_journal_agree(tmp_path: Path, training: Training) -> None:
+    """Directories without a row are adopted, leftovers removed, rows without a directory marked missing."""
+    storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
     with storage.journal:
         kept, lost = write(storage, training, 1), write(storage, training, 2)
     for path in tmp_path.glob("journal*"):
         path.unlink()
-    storage = open_storage(tmp_path, run_id="a", retention=Retention())
+    storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
     with storage.journal:
         assert storage.recovery.adopted == (kept.checkpoint_id, lost.checkpoint_id)
         assert storage.checkpoints.restore_points() == (kept, lost)
     shutil.rmtree(tmp_path / "checkpoints" / lost.checkpoint_id)
     (tmp_path / "checkpoints" / ".partial-x").mkdir()
-    storage = open_storage(tmp_path, run_id="a", retention=Retention())
+    storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
     with storage.journal:
         assert storage.recovery.missing == (lost.checkpoint_id,)
         assert storage.recovery.removed == (".partial-x",)
@@ -159,12 +151,12 @@ def test_a_start_adopts_removes_and_misses(tmp_path: Path, training: Training) -
 
 
 def test_a_damaged_journal_is_rebuilt_from_the_manifests(tmp_path: Path, training: Training) -> None:
-    """The old one is kept in the quarantine, the checkpoints are all there, and an incident tells of it."""
-    storage = open_storage(tmp_path, run_id="a", retention=Retention())
+    """The old journal is in the quarantine, all checkpoints are listed, and an incident is recorded."""
+    storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
     with storage.journal:
         expected = [write(storage, training, step, step / 10) for step in (1, 2)]
     (tmp_path / "journal.sqlite3").write_bytes(b"garbage" * 1000)
-    storage = open_storage(tmp_path, run_id="a", retention=Retention())
+    storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
     with storage.journal:
         assert storage.journal_damage is not None
         assert list(storage.checkpoints.restore_points()) == expected
@@ -175,16 +167,16 @@ def test_a_damaged_journal_is_rebuilt_from_the_manifests(tmp_path: Path, trainin
 def test_the_newest_stays_newest_when_the_clock_goes_back(
     storage: Storage, training: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Order follows commits, not the wall clock."""
+    """The order of checkpoints is that of their commits, not of the wall clock."""
     write(storage, training, 10)
     monkeypatch.setattr("time.time_ns", lambda: 5)
     write(storage, training, 5)
     assert load(storage).row.global_step == 5
 
 
-def test_runs_that_share_a_directory_do_not_see_each_other(tmp_path: Path, training: Training) -> None:
-    """A run lists, loads and supersedes its own checkpoints alone; after its first one the others' last ones stay."""
-    storage = open_storage(tmp_path, run_id="a", retention=Retention())
+def test_runs_that_share_a_directory_are_separate(tmp_path: Path, training: Training) -> None:
+    """A run lists, loads and supersedes only its own checkpoints; other runs' last ones are kept."""
+    storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
     with storage.journal:
         for step in (10, 20):
             write(storage, training, step)
@@ -198,18 +190,18 @@ def test_runs_that_share_a_directory_do_not_see_each_other(tmp_path: Path, train
         assert (load(storage).row.global_step, load(other, 100).row.global_step) == (20, 5)
 
 
-def test_folders_that_were_removed_are_made_again(storage: Storage, training: Training, tmp_path: Path) -> None:
-    """Whoever cleans up too much costs the checkpoints that there were, and none that come."""
+def test_removed_directories_are_created_again(storage: Storage, training: Training, tmp_path: Path) -> None:
+    """Removing the directory loses the existing checkpoints but no later ones."""
     write(storage, training, 10)
     shutil.rmtree(tmp_path / "checkpoints")
     write(storage, training, 20)
     assert load(storage).row.global_step == 20
 
 
-def test_a_damaged_checkpoint_is_passed_over_also_when_nothing_can_be_written(
+def test_a_damaged_checkpoint_is_skipped_when_the_journal_cannot_be_written(
     storage: Storage, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a full disk the next older one is loaded all the same."""
+    """On a full disk the next older checkpoint is loaded."""
     for step in (10, 20):
         write(storage, training, step)
     newest = max((tmp_path / "checkpoints").iterdir())

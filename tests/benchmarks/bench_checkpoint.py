@@ -31,8 +31,11 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.side_by_side import machine, p99, show, timed
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import FastPathSettings, RollbackSettings, Settings, TrainingSettings
-from tolaria.rollback import CheckpointRow, CheckpointWriter, Retention, Storage, open_storage
+from tolaria.journal.rows import CheckpointRow
 from tolaria.training.recovery.keeper import SnapshotKeeper
 from tolaria.training.rig import Rig, build_rig
 from tolaria.training.step import train_step
@@ -258,7 +261,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="torch.distributed")
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as name:
-        storage = open_storage(Path(name) / "ours", run_id="bench", retention=Retention(last=1))
+        storage = open_storage(Path(name) / "ours", run_id="bench", retention=Retention(last=1, best="highest"))
         with storage.journal, CheckpointWriter(storage.checkpoints) as writer, alone_in_a_group():
             lane = Lane(arguments.layers, storage, writer)
             stalls(lane, Path(name), arguments.rounds)

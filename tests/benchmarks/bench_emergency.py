@@ -31,7 +31,7 @@ from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT
 from tolaria.config import EmergencySettings
-from tolaria.rollback import RunRow
+from tolaria.journal.rows import RunRow
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics

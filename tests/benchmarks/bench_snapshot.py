@@ -23,22 +23,18 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.side_by_side import in_turn, machine, show
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.storage import open_storage
 from tolaria.config import Settings, TrainingSettings
-from tolaria.rollback import (
-    FastRollbackCache,
-    Lease,
-    Position,
-    Retention,
-    StateImage,
-    TrainingState,
-    never,
-    open_storage,
-    stage_restore,
-)
-from tolaria.rollback.digest import fingerprint
+from tolaria.images.image import StateImage
+from tolaria.images.pool import Lease
+from tolaria.state.restore import stage_restore
+from tolaria.state.snapshots import SnapshotRing
+from tolaria.state.training_state import TrainingState
 from tolaria.training.recovery.keeper import SnapshotKeeper
 from tolaria.training.rig import build_rig
 from tolaria.training.step import train_step
+from tolaria.values.training import Position
 
 LAYERS, WIDTH = 50, 1000
 
@@ -90,8 +86,8 @@ def main() -> None:
 
 def in_memory(state: TrainingState, repeats: int) -> None:
     """The fast tier against memcpy of the same bytes, in one piece, into memory that is there."""
-    bare = FastRollbackCache(bytes_max=10**9, entries_max=1, seal=False)
-    sealing = FastRollbackCache(bytes_max=10**9, entries_max=1, seal=True)
+    bare = SnapshotRing(bytes_max=10**9, entries_max=1, seal=False)
+    sealing = SnapshotRing(bytes_max=10**9, entries_max=1, seal=True)
     bare.capture(state)
     image = held(bare.lookup())
     size_bytes = image.size_bytes
@@ -102,7 +98,7 @@ def in_memory(state: TrainingState, repeats: int) -> None:
             "memcpy": lambda: target.copy_(source),
             "snapshot": lambda: bare.capture(state),
             "sealed": lambda: sealing.capture(state),
-            "seal": lambda: fingerprint(image.tensors, image.values),
+            "seal": lambda: StateImage(image.position, image.specs, image.buffers, image.values).seal(),
             "commit": lambda: restore_fast(state, bare, verify=False),
             "proved": lambda: restore_fast(state, sealing, verify=True),
         },
@@ -123,7 +119,7 @@ def in_memory(state: TrainingState, repeats: int) -> None:
     )
 
 
-def restore_fast(state: TrainingState, cache: FastRollbackCache, *, verify: bool) -> None:
+def restore_fast(state: TrainingState, cache: SnapshotRing, *, verify: bool) -> None:
     """The copy alone, or with both proofs."""
     stage_restore(state, held(cache.lookup()), verify=verify).commit()
     if verify:
@@ -132,13 +128,13 @@ def restore_fast(state: TrainingState, cache: FastRollbackCache, *, verify: bool
 
 def on_disk(state: TrainingState, directory: Path, repeats: int) -> None:
     """The full tier against reading the same file into memory, from the page cache."""
-    storage = open_storage(directory, run_id="bench", retention=Retention(last=1))
+    storage = open_storage(directory, run_id="bench", retention=Retention(last=1, best="highest"))
     with storage.journal:
         row = storage.checkpoints.write(state.copy())
         path = directory / "checkpoints" / row.checkpoint_id / "tensors.safetensors"
 
         def restore(*, prove: bool) -> None:
-            loaded = storage.checkpoints.load_newest(never)
+            loaded = storage.checkpoints.load_newest()
             stage_restore(state, loaded.image, verify=False).commit()
             if prove:
                 state.fingerprint()
@@ -147,7 +143,7 @@ def on_disk(state: TrainingState, directory: Path, repeats: int) -> None:
             repeats,
             {
                 "read": path.read_bytes,
-                "load": lambda: storage.checkpoints.load_newest(never),
+                "load": storage.checkpoints.load_newest,
                 "restore": lambda: restore(prove=False),
                 "proved": lambda: restore(prove=True),
             },
@@ -179,8 +175,8 @@ def on_disk(state: TrainingState, directory: Path, repeats: int) -> None:
 def write_plainly(image: StateImage, path: Path) -> None:
     """The image's bytes into one file, synced, which is removed again as retention does."""
     with path.open("wb") as file:
-        for tensor in image.tensors.values():
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        for buffer in image.buffers.values():
+            file.write(buffer)
         file.flush()
         os.fsync(file.fileno())
     path.unlink()

@@ -32,10 +32,10 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import as_clients
 from support.runs import FakePeers
+from tolaria.checkpoint.inspection import inspect_storage
+from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings
 from tolaria.errors import TolariaError
-from tolaria.rollback import CheckpointWriter
-from tolaria.rollback.inspection import inspect_storage
 from tolaria.service.parts import Ground, Parts, new_loop
 from tolaria.service.start import new_keeper, new_progress, resume
 from tolaria.signals import SignalBoard

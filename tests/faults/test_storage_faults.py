@@ -10,20 +10,14 @@ import pytest
 
 from faults.small_training import Training, new_training
 from faults.torture import BLOCK, harm_checkpoints, harm_journal
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import CheckpointStore
 from tolaria.errors import CheckpointWriteError, JournalUnavailableError
-from tolaria.rollback import (
-    CheckpointRow,
-    FaultRow,
-    Filesystem,
-    Journal,
-    Position,
-    Retention,
-    Storage,
-    never,
-    open_storage,
-)
-from tolaria.rollback.checkpoint_store import CheckpointStore
-from tolaria.rollback.journal_rows import Row
+from tolaria.filesystem import Filesystem
+from tolaria.journal.database import Journal
+from tolaria.journal.rows import CheckpointRow, FaultRow, Row
+from tolaria.values.training import Position
 
 CALLS = ["make_directory", "create", "write", "sync", "close", "sync_directory", "rename", "remove_tree"]
 READS = ["open", "size_bytes", "read_into"]
@@ -92,7 +86,7 @@ def training() -> Training:
 
 def opened(directory: Path, files: Filesystem | None = None) -> Storage:
     """As a start would open it."""
-    return open_storage(directory, run_id="r", retention=Retention(last=2), files=files)
+    return open_storage(directory, run_id="r", retention=Retention(last=2, best="highest"), files=files)
 
 
 def write(store: CheckpointStore, training: Training, step: int) -> CheckpointRow:
@@ -128,7 +122,9 @@ def test_any_failing_call_leaves_the_old_or_the_new_checkpoint(
         for step in (1, 2):
             write(storage.checkpoints, training, step)
         files = FailingFilesystem(name, number, code, for_good=for_good)
-        failing = CheckpointStore(tmp_path, storage.journal, run_id="r", retention=Retention(last=2), files=files)
+        failing = CheckpointStore(
+            tmp_path, storage.journal, run_id="r", retention=Retention(last=2, best="highest"), files=files
+        )
         reported = 2
         if name == "remove_tree":  # of what retention lets go: the new checkpoint is committed all the same
             reported = write(failing, training, 3).global_step
@@ -140,11 +136,11 @@ def test_any_failing_call_leaves_the_old_or_the_new_checkpoint(
         assert files.failed > 0
     again = opened(tmp_path)
     with again.journal:
-        loaded = again.checkpoints.load_newest(never)
+        loaded = again.checkpoints.load_newest()
         loaded.image.verify()
         assert (loaded.damaged, loaded.row.global_step >= reported) == ((), True)
         assert write(again.checkpoints, training, 4).global_step == 4
-        assert again.checkpoints.load_newest(never).row.global_step == 4
+        assert again.checkpoints.load_newest().row.global_step == 4
 
 
 @pytest.mark.parametrize("name", READS)
@@ -158,10 +154,12 @@ def test_an_unreadable_checkpoint_is_passed_over_but_not_moved(
         for step in (1, 2):
             write(storage.checkpoints, training, step)
         files = FailingFilesystem(name, 1, code, for_good=False)
-        failing = CheckpointStore(tmp_path, storage.journal, run_id="r", retention=Retention(), files=files)
-        loaded = failing.load_newest(never)
+        failing = CheckpointStore(
+            tmp_path, storage.journal, run_id="r", retention=Retention(last=3, best="highest"), files=files
+        )
+        loaded = failing.load_newest()
         assert (loaded.row.global_step, [d.reason for d in loaded.damaged]) == (1, [errno.errorcode[code]])
-        assert storage.checkpoints.load_newest(never).row.global_step == 2
+        assert storage.checkpoints.load_newest().row.global_step == 2
 
 
 def test_short_writes_and_reads_make_whole_checkpoints(tmp_path: Path, training: Training) -> None:
@@ -169,7 +167,7 @@ def test_short_writes_and_reads_make_whole_checkpoints(tmp_path: Path, training:
     storage = opened(tmp_path, StingyFilesystem())
     with storage.journal:
         row = write(storage.checkpoints, training, 1)
-        assert storage.checkpoints.load_newest(never).image.verify().total == row.digest
+        assert storage.checkpoints.load_newest().image.verify().total == row.digest
 
 
 def test_a_write_survives_a_power_cut_at_its_return(tmp_path: Path, training: Training) -> None:
@@ -188,7 +186,7 @@ def test_a_full_journal_fails_the_write_and_its_cause_is_recorded_later(tmp_path
     storage = opened(tmp_path)
     storage.journal.close()
     with FullJournal(tmp_path / "journal.sqlite3") as journal:
-        store = CheckpointStore(tmp_path, journal, run_id="r", retention=Retention())
+        store = CheckpointStore(tmp_path, journal, run_id="r", retention=Retention(last=3, best="highest"))
         write(store, training, 1)
         journal.full = True
         with pytest.raises(CheckpointWriteError, match="journal"):
@@ -199,7 +197,7 @@ def test_a_full_journal_fails_the_write_and_its_cause_is_recorded_later(tmp_path
         assert [row.stage for row in journal.rows(FaultRow)] == ["journal"]
     again = opened(tmp_path)
     with again.journal:
-        assert again.checkpoints.load_newest(never).row.global_step == 3
+        assert again.checkpoints.load_newest().row.global_step == 3
 
 
 def test_damaged_checkpoints_are_found() -> None:

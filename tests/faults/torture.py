@@ -24,8 +24,10 @@ if __name__ == "__main__":
 import torch
 
 from faults.small_training import Training, new_training
-from tolaria.rollback import CheckpointRow, Position, Retention, Storage, never, open_storage
-from tolaria.rollback.journal_rows import ROW_TYPES, CommandRow, RunRow
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.journal.rows import ROW_TYPES, CheckpointRow, CommandRow, RunRow
+from tolaria.values.training import Position
 
 BLOCK = 4096
 
@@ -36,7 +38,7 @@ IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
 @contextmanager
 def opened(directory: Path) -> Iterator[Storage]:
     """The state directory, as a start would open it."""
-    storage = open_storage(directory, run_id="torture", retention=Retention(last=3))
+    storage = open_storage(directory, run_id="torture", retention=Retention(last=3, best="highest"))
     with storage.journal:
         yield storage
 
@@ -100,7 +102,7 @@ def _harm_newest(made: Path, newest: CheckpointRow, generator: random.Random, fl
         with _copied(made) as copy:
             (copy / path.relative_to(made)).write_bytes(content)
             with opened(copy) as storage:
-                loaded = storage.checkpoints.load_newest(never)
+                loaded = storage.checkpoints.load_newest()
                 loaded.image.verify()
                 quarantined = [damage.checkpoint_id for damage in loaded.damaged if damage.quarantined]
                 if loaded.row.global_step != 1 or quarantined != [newest.checkpoint_id]:
@@ -133,7 +135,7 @@ def _after_journal_harm(
         with opened(copy) as storage:
             found = {(kind.table, *astuple(row)) for kind in ROW_TYPES for row in storage.journal.rows(kind)}
             points = storage.checkpoints.restore_points()
-            loaded = storage.checkpoints.load_newest(never)
+            loaded = storage.checkpoints.load_newest()
             if storage.journal_damage is None and (found - written or (written - found and not log)):
                 problems.append(f"{what}: rows changed and nobody noticed")
         if list(points) != rows or loaded.damaged or loaded.row != rows[-1]:
@@ -223,7 +225,7 @@ def _after_kill(directory: Path, reported: dict[int, str]) -> list[str]:
             problems.append(f"the journal was called damaged: {storage.journal_damage}")
         if reported and (not points or points[-1].global_step < newest):
             problems.append(f"step {newest} was reported as committed and is not there")
-        problems += [f"step {r.global_step} is damaged" for r in points if storage.checkpoints.verify(r, never)]
+        problems += [f"step {r.global_step} is damaged" for r in points if storage.checkpoints.verify(r)]
         problems += [
             f"step {r.global_step} has another digest"
             for r in points

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from tolaria.rollback import Filesystem
+from tolaria.filesystem import Filesystem
 
 WRITES = ["make_directory", "create", "write", "sync", "close", "sync_directory", "rename"]
 """Every kind of call that writing a checkpoint makes."""

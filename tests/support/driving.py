@@ -10,7 +10,7 @@ import torch
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, SEED_STAGE_BLENDING, SeedLifecycleStage
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from tolaria.config import RollbackSettings, Settings, TrainingSettings
-from tolaria.rollback import StateImage
+from tolaria.images.image import StateImage
 from tolaria.rollback.orders import RestoreOrder
 from tolaria.training.fences import FenceCommand, FenceReport, Restore, carry_out
 from tolaria.training.recovery.keeper import Restored, SnapshotKeeper

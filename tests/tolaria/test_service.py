@@ -13,9 +13,12 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import FakeKasmina, FakeTamiyo, serving
 from support.runs import FakePeers, new_run, running
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings, load_settings
 from tolaria.grpc_server import GrpcServer
-from tolaria.rollback import CheckpointWriter, Retention, RunRow, Storage, open_storage
+from tolaria.journal.rows import RunRow
 from tolaria.service.host import Host
 from tolaria.service.parts import Ground, Parts
 from tolaria.service.start import new_keeper, new_progress
@@ -50,7 +53,9 @@ async def served(job: str, target: str, folder: Path) -> int:
         settings = pool.submit(load_settings, None, overrides).result()
         rig = pool.submit(build_rig, settings).result()
         board = pool.submit(SignalBoard.create, settings.signals.board("test"), "test").result()
-        storage = pool.submit(open_storage, folder / "state", run_id="test", retention=Retention()).result()
+        storage = pool.submit(
+            open_storage, folder / "state", run_id="test", retention=Retention(last=3, best="highest")
+        ).result()
         writer = CheckpointWriter(storage.checkpoints)
         host = pool.submit(_host, settings, rig, board, storage, writer).result()
         code = await host.serve()

@@ -22,8 +22,8 @@ def verify(state_dir: Path | None, config_file: Path | None, overrides: list[str
     """
     directory, origin = _directory(state_dir, config_file, overrides)
     # Late, because this is what imports torch: a wrong directory is told in a moment, and no other command pays.
-    from tolaria.rollback.inspection import inspect_storage  # noqa: PLC0415 - the reason stands above
-    from tolaria.rollback.storage import JOURNAL  # noqa: PLC0415
+    from tolaria.checkpoint.inspection import inspect_storage  # noqa: PLC0415 - the reason stands above
+    from tolaria.checkpoint.storage import JOURNAL  # noqa: PLC0415
 
     if not (directory / JOURNAL).is_file():
         raise ConfigurationError([f"{origin}: {directory} holds no {JOURNAL}: no service has kept its state there"])

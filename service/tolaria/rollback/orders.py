@@ -9,7 +9,7 @@ from typing import Final, Protocol
 
 from leyline.v1.enums_pb2 import RollbackTier
 from tolaria.errors import JournalError, TolariaError
-from tolaria.rollback.journal_rows import RollbackRow
+from tolaria.journal.rows import RollbackRow
 from tolaria.rollback.participants import Ballot
 
 ID_BYTES_MAX: Final = 64

@@ -7,8 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from faults.small_training import new_training
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.storage import open_storage
 from tolaria.cli.grammar import app
-from tolaria.rollback import Position, Retention, open_storage
+from tolaria.values.training import Position
 
 runner = CliRunner()
 
@@ -18,7 +20,7 @@ def state(tmp_path: Path) -> Path:
     """What a service has left: a journal and two checkpoints."""
     directory = tmp_path / "kept"
     training = new_training()
-    storage = open_storage(directory, run_id="run", retention=Retention())
+    storage = open_storage(directory, run_id="run", retention=Retention(last=3, best="highest"))
     with storage.journal:
         for step in (10, 20):
             training.position = Position(step, 1)

@@ -15,10 +15,14 @@ from leyline.v1.enums_pb2 import (
     ROLLBACK_TIER_UNSPECIFIED,
     RollbackTier,
 )
-from tolaria.rollback import FastRollbackCache, Retention, RollbackRow, Storage, open_storage, stage_restore
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.journal.rows import RollbackRow
 from tolaria.rollback.budget import RollbackBudgets
 from tolaria.rollback.coordinator import Clocks, RollbackCoordinator
 from tolaria.rollback.orders import Ending, RestoreOrder, RestoreOutcome, RollbackRequest
+from tolaria.state.restore import stage_restore
+from tolaria.state.snapshots import SnapshotRing
 
 pytestmark = pytest.mark.anyio
 
@@ -28,8 +32,8 @@ class RealLane:
 
     def __init__(self, training: Training, directory: Path) -> None:
         self.training = training
-        self.cache = FastRollbackCache(seal=True)
-        self.storage: Storage = open_storage(directory, run_id="run", retention=Retention())
+        self.cache = SnapshotRing(bytes_max=2**28, entries_max=5, seal=True)
+        self.storage: Storage = open_storage(directory, run_id="run", retention=Retention(last=3, best="highest"))
         self.over = threading.Event()
         self.before_copy: Callable[[], None] = lambda: None
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.storage import open_storage
 from tolaria.config import Settings
-from tolaria.rollback import Retention, never, open_storage
 from tolaria.service.start import new_keeper
 from tolaria.training.rig import build_rig
 
@@ -19,12 +20,12 @@ def test_a_checkpoint_of_one_class_of_device_comes_back_on_another(origin: str, 
         Settings.model_validate({"training": {"job": "support.jobs:SlotJob", "device": device}})
         for device in (origin, target)
     )
-    storage = open_storage(tmp_path, run_id="run", retention=Retention())
+    storage = open_storage(tmp_path, run_id="run", retention=Retention(last=3, best="highest"))
     with storage.journal:
         kept = new_keeper(from_settings, build_rig(from_settings)).keep()
         with kept.lease as image:
             row = storage.checkpoints.write(image)
         rig = build_rig(to_settings)
-        restored = new_keeper(to_settings, rig).resume(storage.checkpoints.load_newest(never).image)
+        restored = new_keeper(to_settings, rig).resume(storage.checkpoints.load_newest().image)
     assert restored.expected_digest == row.digest
     assert {parameter.device.type for parameter in rig.model.parameters()} == {target}

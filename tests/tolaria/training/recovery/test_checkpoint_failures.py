@@ -9,7 +9,7 @@ import pytest
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN
 from support.checkpoint_room import Rooms, evaluation, serving
 from tolaria.errors import CheckpointWriteError, LaneError, LaneStoppedError, StateUnsupportedError, TolariaError
-from tolaria.rollback import FaultRow
+from tolaria.journal.rows import FaultRow
 
 pytestmark = pytest.mark.anyio
 

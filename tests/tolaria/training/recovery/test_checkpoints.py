@@ -7,11 +7,9 @@ import anyio.to_thread
 import pytest
 
 from support.checkpoint_room import Rooms, evaluation, serving
+from tolaria.checkpoint.retention import Retention
 from tolaria.config import CheckpointSettings
-from tolaria.rollback import (
-    CheckpointRow,
-    Retention,
-)
+from tolaria.journal.rows import CheckpointRow
 from tolaria.training.recovery.checkpoints import (
     BUSY_S,
     CheckpointDesk,
@@ -215,7 +213,7 @@ async def test_a_writer_that_seals_is_waited_for_by_an_operator_and_by_nobody_el
                     await anyio.sleep(0.001)
             room.wake()
     assert (await room.steps(), room.slept_s, room.log) == ([1, 2, 3], [BUSY_S], [])
-    assert all(slot.leases == 0 for slot in room.cache._slots)
+    assert room.cache.leases == 0
 
 
 async def test_one_that_nobody_waits_for_any_more_is_still_written(rooms: Rooms) -> None:
@@ -230,4 +228,4 @@ async def test_one_that_nobody_waits_for_any_more_is_still_written(rooms: Rooms)
     room.at(1)
     await room.desk.create("again")
     assert await room.steps() == [0, 1]
-    assert all(slot.leases == 0 for slot in room.cache._slots)
+    assert room.cache.leases == 0

@@ -8,10 +8,12 @@ from pydantic import JsonValue
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
 from support.driving import Driven, driven, order, seed
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.storage import open_storage
 from tolaria.config import RollbackSettings
 from tolaria.errors import NoCheckpointError, RestoreAbandonedError, StateMismatchError
+from tolaria.images.image import StateImage
 from tolaria.jobs import TensorCursor
-from tolaria.rollback import Retention, StateImage, open_storage
 from tolaria.rollback.orders import RestoreOrder
 from tolaria.training.fences import ChangeOptimizer, FenceCommand, Keep, LeaveOut, Reconcile, Restore
 from tolaria.training.recovery.keeper import Kept, PointsLost
@@ -68,7 +70,7 @@ def test_a_new_process_goes_on_from_a_checkpoint_bit_by_bit(optimizer: str, betw
     commands = BETWEEN[between]
     straight = driven(optimizer=optimizer)
     straight.to(18, commands)
-    storage = open_storage(tmp_path, run_id="run", retention=Retention())
+    storage = open_storage(tmp_path, run_id="run", retention=Retention(last=3, best="highest"))
     with storage.journal:
         storage.checkpoints.write(kept(straight))
         image = storage.checkpoints.load_newest(lambda: False).image

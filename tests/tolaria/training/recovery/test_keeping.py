@@ -7,11 +7,13 @@ import pytest
 
 from faults.small_training import Training
 from tolaria.errors import LaneError, LaneStoppedError
-from tolaria.rollback import FastRollbackCache, Lease, Position
+from tolaria.images.pool import Lease
+from tolaria.state.snapshots import SnapshotRing
 from tolaria.training.fence_desk import FenceDesk
 from tolaria.training.fences import BatchesLeftOut, FenceReport, LaneCommand
 from tolaria.training.recovery.keeper import Kept
 from tolaria.training.recovery.keeping import kept_image
+from tolaria.values.training import Position
 
 pytestmark = pytest.mark.anyio
 
@@ -22,7 +24,7 @@ class Lane:
     def __init__(self, training: Training) -> None:
         self.tickets: list[int] = []
         self.desk = FenceDesk(self.post)
-        self.cache = FastRollbackCache(entries_max=1, seal=False)
+        self.cache = SnapshotRing(bytes_max=2**28, entries_max=1, seal=False)
         training.train(3)
         self.cache.capture(training.state())
 
@@ -36,7 +38,7 @@ class Lane:
 
     @property
     def leases(self) -> int:
-        return sum(slot.leases for slot in self.cache._slots)
+        return self.cache.leases
 
 
 async def test_the_lease_is_the_callers(training: Training) -> None:

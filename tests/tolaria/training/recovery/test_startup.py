@@ -18,7 +18,9 @@ from structlog.testing import capture_logs
 from tolaria.cli.failures import exit_code
 from tolaria.config import CheckpointSettings, Settings, StateSettings, TrainingSettings
 from tolaria.errors import ConfigurationError, JournalError, JournalUnavailableError, NoCheckpointError, StateHeldError
-from tolaria.rollback import CheckpointRow, EmergencyRow, FaultRow, Filesystem, Journal, Position, RunRow
+from tolaria.filesystem import Filesystem
+from tolaria.journal.database import Journal
+from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RunRow
 from tolaria.training.recovery.startup import (
     PreparedState,
     RunOutcome,
@@ -28,6 +30,7 @@ from tolaria.training.recovery.startup import (
     standing_halt,
     unfinished_run,
 )
+from tolaria.values.training import Position
 
 if TYPE_CHECKING:
     from faults.small_training import Training
@@ -269,7 +272,7 @@ def test_a_directory_serves_one_service(tmp_path: Path) -> None:
 
 def newer(directory: Path) -> None:
     """A journal of a later schema."""
-    from tolaria.rollback.journal_rows import values_digest
+    from tolaria.journal.rows import values_digest
 
     with sqlite3.connect(directory / "journal.sqlite3") as connection:
         connection.execute("UPDATE meta SET schema_version = 99, row_digest = ?", (values_digest("meta", (99,)),))

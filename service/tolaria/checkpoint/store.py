@@ -1,0 +1,302 @@
+"""The durable checkpoints of a state directory: writing, committing, retention, and loading the newest intact one."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from tolaria.checkpoint.format import TEMPORARY_PREFIX, Manifest, read_checkpoint, read_manifest, write_checkpoint
+from tolaria.checkpoint.retention import Retention, kept_of_all
+from tolaria.errors import (
+    CheckpointDamagedError,
+    CheckpointUnreadableError,
+    CheckpointWriteError,
+    JournalError,
+    NoCheckpointError,
+)
+from tolaria.filesystem import Filesystem, errno_name, remove_quietly
+from tolaria.journal.rows import CheckpointRow, CheckpointState, FaultRow
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tolaria.images.image import StateImage
+    from tolaria.journal.database import Journal
+
+CHECKPOINTS: Final = "checkpoints"
+QUARANTINE: Final = "quarantine"
+
+_UNRECORDED_FAULTS_MAX: Final = 100
+"""Faults that wait for a failing journal at most; the oldest are dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A checkpoint that could not be loaded. `quarantined`: it was moved away; else the system refused to read it."""
+
+    checkpoint_id: str
+    global_step: int
+    stage: str
+    reason: str
+    quarantined: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCheckpoint:
+    """A verified checkpoint, and the newer ones that could not be loaded."""
+
+    row: CheckpointRow
+    image: StateImage
+    damaged: tuple[Damage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What `CheckpointStore.recover` found: intact checkpoints without a row, rows without a directory, leftovers."""
+
+    adopted: tuple[str, ...]
+    missing: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+class CheckpointStore:
+    """The checkpoints in a state directory, which is created if missing. Call `recover` once before anything else.
+
+    A checkpoint exists once its row in the journal is committed. Several runs may share the directory: listing,
+    loading and superseding affect `run_id` only. `write` must be called from one thread at a time, usually the
+    checkpoint writer's; another thread may load meanwhile.
+    """
+
+    def __init__(
+        self, directory: Path, journal: Journal, *, run_id: str, retention: Retention, files: Filesystem | None = None
+    ) -> None:
+        self._files = files or Filesystem()
+        self._journal = journal
+        self._run_id = run_id
+        self._retention = retention
+        self._last_fault: FaultRow | None = None
+        self._unrecorded: deque[FaultRow] = deque(maxlen=_UNRECORDED_FAULTS_MAX)
+        self._removal = threading.Lock()  # nothing is removed while it is being read
+        self._directory = directory
+        self._checkpoints = directory / CHECKPOINTS
+        self._quarantine = directory / QUARANTINE
+        self._make_directories()
+
+    def for_run(self, run_id: str) -> CheckpointStore:
+        """Returns a store of the same directory for another run, to use instead of this one."""
+        return CheckpointStore(
+            self._directory, self._journal, run_id=run_id, retention=self._retention, files=self._files
+        )
+
+    def recover(self) -> Recovery:
+        """Makes directory and journal agree after a crash or the loss of the journal.
+
+        Removes leftovers of unfinished writes, adopts intact checkpoints without a row, and marks rows without a
+        directory as missing.
+        """
+        known = {row.checkpoint_id: row for row in self._journal.rows(CheckpointRow)}
+        adopted, removed = [], []
+        present = set(self._files.names(self._checkpoints))
+        for name in sorted(present):
+            row = known.get(name)
+            if name.startswith(TEMPORARY_PREFIX) or (row is not None and row.state == "pruned"):
+                remove_quietly(self._files, self._checkpoints / name)
+                removed.append(name)
+            elif row is None and self._adopt(name):
+                adopted.append(name)
+        lost = [row for row in known.values() if row.checkpoint_id not in present]
+        missing = [row for row in lost if row.state in {"committed", "superseded"}]
+        for row in missing:
+            self._mark(row, "missing", "its directory is gone")
+        return Recovery(tuple(adopted), tuple(row.checkpoint_id for row in missing), tuple(removed))
+
+    def write(self, image: StateImage, *, metric: float | None = None) -> CheckpointRow:
+        """Writes the image durably, commits it in the journal and applies retention.
+
+        Args:
+            image: must not change meanwhile (lease it). Sealed here if it is not.
+            metric: decides which checkpoint is best; NaN and None never are.
+
+        Raises:
+            CheckpointWriteError: the checkpoint is not committed; earlier ones are unchanged. The cause is recorded as
+                a fault in the journal, as soon as the journal can be written.
+        """
+        try:
+            manifest = self._manifest(image, metric)
+            try:  # the directories may have been removed since the start
+                self._make_directories()
+            except OSError as error:
+                raise CheckpointWriteError("create", errno_name(error), str(error)) from error
+            place = write_checkpoint(self._files, self._checkpoints, manifest, image)
+            row = self._commit(manifest, place)
+        except CheckpointWriteError as error:
+            self._fault("checkpoint_failed", image.position.global_step, error.stage, str(error))
+            raise
+        self._last_fault = None
+        self._prune()
+        self._record_faults()
+        return row
+
+    def restore_points(self) -> tuple[CheckpointRow, ...]:
+        """Returns the run's committed checkpoints, oldest first."""
+        return self._journal.restore_points(self._run_id)
+
+    def supersede_after(self, global_step: int) -> int:
+        """Marks later checkpoints as superseded after a rollback to `global_step`; returns their number."""
+        return self._journal.supersede_after(self._run_id, global_step)
+
+    def load_newest(
+        self, expired: Callable[[], bool] | None = None, *, at_or_before: int | None = None
+    ) -> LoadedCheckpoint:
+        """Loads the run's newest intact checkpoint, or that with the highest step at or before a step.
+
+        Moves damaged checkpoints to the quarantine and tries the next older one. Checkpoints that the system refuses
+        to read are skipped and stay in place.
+
+        Raises:
+            NoCheckpointError: none can be loaded.
+            RestoreAbandonedError: `expired`, called before each megabyte, returned True.
+        """
+        rows = list(self.restore_points())
+        if at_or_before is not None:
+            rows = sorted((r for r in rows if r.global_step <= at_or_before), key=lambda r: (r.global_step, r.at_ns))
+        damaged: list[Damage] = []
+        with self._removal:
+            for row in reversed(rows):
+                found = self._load(row, expired)
+                if not isinstance(found, Damage):
+                    return LoadedCheckpoint(row, found, tuple(damaged))
+                damaged.append(found)
+        tried = "".join(f"; {d.checkpoint_id}: {d.stage}, {d.reason}" for d in damaged)
+        wanted = "" if at_or_before is None else f" at or before step {at_or_before}"
+        raise NoCheckpointError(f"there is no whole checkpoint{wanted}{tried}")
+
+    def verify(self, row: CheckpointRow) -> Damage | None:
+        """Reads a checkpoint and checks every digest. Moves and marks nothing."""
+        try:
+            self._read(row, None)
+        except (CheckpointDamagedError, CheckpointUnreadableError) as error:
+            return Damage(row.checkpoint_id, row.global_step, error.stage, error.reason, quarantined=False)
+        return None
+
+    def _make_directories(self) -> None:
+        for place in (self._directory, self._checkpoints, self._quarantine):
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def _manifest(self, image: StateImage, metric: float | None) -> Manifest:
+        try:
+            # Later than every other one: the newest must stay the newest when the clock is set back.
+            created_at_ns = max([time.time_ns(), *(row.at_ns + 1 for row in self._journal.checkpoints())])
+        except JournalError as error:
+            raise CheckpointWriteError("journal", "journal", str(error)) from error
+        return Manifest.of(
+            image,
+            checkpoint_id=f"{image.position.global_step:012d}-{uuid.uuid4().hex[:8]}",
+            run_id=self._run_id,
+            created_at_ns=created_at_ns,
+            metric=metric if metric is not None and math.isfinite(metric) else None,
+        )
+
+    def _commit(self, manifest: Manifest, place: Path) -> CheckpointRow:
+        row = _row_of(manifest)
+        try:
+            self._journal.put(row)
+        except JournalError as error:
+            remove_quietly(self._files, place)
+            raise CheckpointWriteError("journal", "journal", str(error)) from error
+        return row
+
+    def _adopt(self, name: str) -> bool:
+        place = self._checkpoints / name
+        try:
+            manifest = read_manifest(self._files, place)
+        except CheckpointDamagedError as error:
+            self._move_to_quarantine(place)
+            self._fault("checkpoint_damaged", -1, error.stage, str(error))
+            return False
+        except CheckpointUnreadableError as error:
+            self._fault("checkpoint_unreadable", -1, error.stage, str(error))
+            return False
+        self._journal.put(_row_of(manifest))
+        return True
+
+    def _load(self, row: CheckpointRow, expired: Callable[[], bool] | None) -> StateImage | Damage:
+        try:
+            return self._read(row, expired)
+        except CheckpointUnreadableError as error:
+            self._fault("checkpoint_unreadable", row.global_step, error.stage, str(error))
+            return Damage(row.checkpoint_id, row.global_step, error.stage, error.reason, quarantined=False)
+        except CheckpointDamagedError as error:
+            self._move_to_quarantine(self._checkpoints / row.checkpoint_id)
+            with contextlib.suppress(JournalError):  # without the mark, the next load finds it missing
+                self._mark(row, "quarantined", f"{error.stage}: {error.reason}")
+            self._fault("checkpoint_damaged", row.global_step, error.stage, str(error))
+            return Damage(row.checkpoint_id, row.global_step, error.stage, error.reason, quarantined=True)
+
+    def _read(self, row: CheckpointRow, expired: Callable[[], bool] | None) -> StateImage:
+        manifest, image = read_checkpoint(self._files, self._checkpoints / row.checkpoint_id, expired)
+        if manifest.fingerprint.total != row.digest:
+            raise CheckpointDamagedError(row.checkpoint_id, "manifest", "digest")
+        return image
+
+    def _prune(self) -> None:
+        """Marks the row first, then removes the bytes: after a crash in between nothing looks committed and is not."""
+        try:
+            with self._removal:
+                rows = self._journal.checkpoints()
+                committed = [row for row in rows if row.state == "committed"]
+                kept = kept_of_all(committed, self._retention, run_id=self._run_id)
+                superseded = [row for row in rows if row.state == "superseded"]
+                for row in [*superseded, *(row for row in committed if row not in kept)]:
+                    self._mark(row, "pruned", "retention")
+                    remove_quietly(self._files, self._checkpoints / row.checkpoint_id)
+        except JournalError as error:  # the new checkpoint is committed, and the next one prunes
+            self._fault("retention_failed", -1, "journal", str(error))
+
+    def _move_to_quarantine(self, place: Path) -> None:
+        try:
+            self._files.rename(place, self._quarantine / f"{place.name}-{uuid.uuid4().hex[:8]}")
+            self._files.sync_directory(self._quarantine)
+            self._files.sync_directory(self._checkpoints)
+        except OSError as error:
+            self._fault("quarantine_failed", -1, "rename", str(error))
+
+    def _mark(self, row: CheckpointRow, state: CheckpointState, detail: str) -> None:
+        self._journal.put(replace(row, state=state, detail=detail))
+
+    def _fault(self, kind: str, global_step: int, stage: str, reason: str) -> None:
+        """Records a fault. A repeated one, as of a disk that stays full, is one row with the time of the first."""
+        last = self._last_fault
+        if last is None or (kind, stage, reason) != (last.kind, last.stage, last.reason):
+            self._last_fault = FaultRow(
+                uuid.uuid4().hex, time.time_ns(), self._run_id, kind, global_step, stage, reason
+            )
+            self._unrecorded.append(self._last_fault)
+        self._record_faults()
+
+    def _record_faults(self) -> None:
+        """Writes the faults that wait; those that the journal refuses wait for the next call."""
+        with contextlib.suppress(JournalError):
+            while self._unrecorded:
+                self._journal.put(self._unrecorded[0])
+                self._unrecorded.popleft()
+
+
+def _row_of(manifest: Manifest) -> CheckpointRow:
+    return CheckpointRow(
+        checkpoint_id=manifest.checkpoint_id,
+        at_ns=manifest.created_at_ns,
+        run_id=manifest.run_id,
+        global_step=manifest.position.global_step,
+        epoch=manifest.position.epoch,
+        size_bytes=manifest.size_bytes,
+        digest=manifest.fingerprint.total,
+        metric=manifest.metric,
+    )

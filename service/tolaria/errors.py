@@ -1,7 +1,7 @@
 """The errors that Tolaria raises on purpose, in one tree, and their encoding as plain values.
 
 TolariaError
-├── ConfigurationError, BindError, StateHeldError, CommandRejectedError, IllegalTransitionError, IllegalMoveError
+├── ConfigurationError, BindError, ChildFailedError, StateHeldError, CommandRejectedError, IllegalTransitionError, IllegalMoveError
 ├── JobError: UnknownJobError, BrokenJobError, EmptyDatasetError, LossShapeError
 ├── PeerError: PeerTimeoutError, PeerUnavailableError, PeerProtocolError, BreakerOpenError, CallRefusedError
 ├── GradientError: NoGradientsError, GradientMismatchError, GradientWeightError, UnknownSourceError
@@ -11,8 +11,7 @@ TolariaError
 │   └── BlueprintError: BlueprintMisfitError
 ├── LaneError: LaneFailedError, LaneStoppedError
 ├── SignalError: BoardRefusedError, BoardBusyError, BoardLostError, BlockOwnedError, SignalValueError
-├── EmergencyError: UnknownLevelError, IllegalEmergencyEventError, ClearanceRefusedError, BroadcastFailedError,
-│                   SentinelFailedError
+├── EmergencyError: UnknownLevelError, IllegalEmergencyEventError, ClearanceRefusedError, BroadcastFailedError
 ├── RollbackError: StateUnsupportedError, StateMismatchError, ImageDamagedError, RestoreUnprovenError,
 │   │              RestoreAbandonedError
 │   ├── CheckpointError: CheckpointWriteError, CheckpointDamagedError, CheckpointUnreadableError, NoCheckpointError
@@ -68,6 +67,14 @@ class BindError(TolariaError):
 
     def __init__(self, what: str, address: str, cause: str) -> None:
         super().__init__(f"{what} cannot listen on {address}: {cause}", what, address, cause)
+
+
+class ChildFailedError(TolariaError):
+    """A child process cannot be started, ends early, or does not announce itself as expected."""
+
+    def __init__(self, child: str, detail: str) -> None:
+        self.child, self.detail = child, detail
+        super().__init__(f"{child}: {detail}", child, detail)
 
 
 class StateHeldError(TolariaError):
@@ -304,10 +311,6 @@ class ClearanceRefusedError(EmergencyError):
 
 class BroadcastFailedError(EmergencyError):
     """An emergency broadcast could not be delivered; it is retried."""
-
-
-class SentinelFailedError(EmergencyError):
-    """The sentinel process cannot be started, or ended before it began to watch."""
 
 
 class RollbackError(TolariaError):

@@ -15,9 +15,9 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from support.runs import FakePeers
 from tolaria.config import PeerSettings
 from tolaria.peers.connect import Peers, connected_peers
+from tolaria.run.safety import Safeguards
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
-from tolaria.training.safeguards import Safeguards
 
 METHODS = {
     "leyline.v1.TamiyoService": ("EvaluateEpoch", "EvaluateStep"),
@@ -41,7 +41,7 @@ class RawPeers(FakePeers):
         self._clients: Peers | None = None
 
     @asynccontextmanager
-    async def connected(self, safeguards: Safeguards) -> AsyncIterator[None]:
+    async def serving(self, safeguards: Safeguards) -> AsyncIterator[None]:
         """Serves, and connects through the circuit breakers of a run."""
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         server.add_generic_rpc_handlers(

@@ -62,7 +62,7 @@ class Host:
         """Starts everything, trains, stops everything; returns the exit code."""
         status = self._core.status
         async with AsyncExitStack() as stack:
-            metrics = exporter(self._settings.metrics.listen, self._foundation.metrics, self._reasons_not_ready)
+            metrics = exporter(self._settings.metrics.listen, self._foundation.metrics, lambda: reasons_not_ready(self._core))
             self._metrics_address = str(await stack.enter_async_context(metrics))
             pair = await stack.enter_async_context(self._embedded_peers())
             peers = await stack.enter_async_context(self._connected_peers(pair))
@@ -84,7 +84,7 @@ class Host:
             tasks.start_soon(self._drain_on_signal, tasks, service)
             tasks.start_soon(watch_board, self._foundation.board, core.safety.controller)
             tasks.start_soon(watch_process, self._settings, self._foundation.board, core.heartbeats)
-            tasks.start_soon(self._publish_health, server)
+            tasks.start_soon(publish_health, core, server)
             await service.serve(core, tasks)
             if not self._settings.service.exit_when_done:
                 await self._drained.wait()
@@ -109,18 +109,6 @@ class Host:
         await service.run.drain(checkpoint_s)
         self._drained.set()
 
-    async def _publish_health(self, server: GrpcServer) -> None:
-        """Keeps grpc.health.v1 in step with the run and the breakers."""
-        status, breakers = self._core.status, self._core.safeguards.breakers
-        while True:
-            version = status.feed.version
-            await server.set_health("", serving=not self._reasons_not_ready())
-            await server.set_health("tolaria.training", serving=status.state in _READY_STATES)
-            for name in (TAMIYO, KASMINA):
-                await server.set_health(f"tolaria.{name}", serving=breakers[name].state != CIRCUIT_STATE_OPEN)
-            while status.feed.version == version:  # a change during the calls above is not missed
-                await status.feed.next()
-
     async def _end_lane(self) -> None:
         """Ends the lane's thread and the streams, last thing before the servers stop."""
         with anyio.CancelScope(shield=True):
@@ -135,21 +123,6 @@ class Host:
             self._log.error("lane_stuck", detail="a microbatch did not end in time; its thread is left to die")
         self._closing.set()
         self._core.lifecycle.changed()
-
-    def _reasons_not_ready(self) -> list[str]:
-        """Returns why `/readyz` says no; a run that cannot keep its state is not ready, whatever else it does.
-
-        A paused or finished run answers operators as a running one does: it is ready.
-        """
-        core, reasons = self._core, []
-        if core.status.state not in _READY_STATES:
-            reason = core.status.state_reason
-            reasons.append(f"the run is {state_name(core.status.state)}" + (f": {reason}" if reason else ""))
-        if core.checkpointing.failing:
-            reasons.append(f"checkpoints fail: {core.checkpointing.failing}")
-        if core.journal.failing:
-            reasons.append(f"the journal fails: {core.journal.failing}")
-        return reasons
 
     def _admin_server(self, service: RunService, operations: TaskGroup) -> AbstractAsyncContextManager[GrpcServer]:
         settings, core = self._settings, self._core
@@ -206,3 +179,32 @@ class Host:
             metrics=self._foundation.metrics,
             emitter=self._foundation.emitter,
         )
+
+
+def reasons_not_ready(core: Core) -> list[str]:
+    """Returns why `/readyz` says no; a run that cannot keep its state is not ready, whatever else it does.
+
+    A paused or finished run answers operators as a running one does: it is ready.
+    """
+    reasons = []
+    if core.status.state not in _READY_STATES:
+        reason = core.status.state_reason
+        reasons.append(f"the run is {state_name(core.status.state)}" + (f": {reason}" if reason else ""))
+    if core.checkpointing.failing:
+        reasons.append(f"checkpoints fail: {core.checkpointing.failing}")
+    if core.journal.failing:
+        reasons.append(f"the journal fails: {core.journal.failing}")
+    return reasons
+
+
+async def publish_health(core: Core, server: GrpcServer) -> None:
+    """Keeps grpc.health.v1 in step with the run and the breakers, until cancelled."""
+    status, breakers = core.status, core.safeguards.breakers
+    while True:
+        version = status.feed.version
+        await server.set_health("", serving=not reasons_not_ready(core))
+        await server.set_health("tolaria.training", serving=status.state in _READY_STATES)
+        for name in (TAMIYO, KASMINA):
+            await server.set_health(f"tolaria.{name}", serving=breakers[name].state != CIRCUIT_STATE_OPEN)
+        while status.feed.version == version:  # a change during the calls above is not missed
+            await status.feed.next()

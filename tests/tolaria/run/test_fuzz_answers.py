@@ -1,14 +1,15 @@
+"""Fuzzed answers of Tamiyo and Kasmina: each command is applied once or counted by reason, and nothing else changes."""
+
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import cast
 
 import anyio
 import grpc
 from google.protobuf.message import DecodeError
-from pydantic import SecretStr
 
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED
 from leyline.v1.state_pb2 import SystemStatePacket
@@ -16,11 +17,12 @@ from leyline.v1.tamiyo_service_pb2 import EvaluateEpochResponse
 from support.made_answers import CASES, SECRET, Case, SentCommand
 from support.raw_peers import Answer, RawPeers
 from support.runs import RunUnderTest, new_run, running
-from support.sessions import Taking, run_cases
-from tolaria.config import ControlSettings, LeylineSettings
+from support.sessions import CaseHandler, run_cases
+from tolaria.config import ControlSettings
 from tolaria.emergency import Clearer
+from tolaria.lane.messages import SkipBatches
 from tolaria.peers.consultation import Consultation
-from tolaria.peers.verification import REJECTION_REASONS, CommandVerifier
+from tolaria.peers.verification import REJECTION_REASONS
 
 CASES_PER_RUN = 40
 RATE_FLOOR, RATE_CEILING = 1e-8, 0.06
@@ -29,8 +31,8 @@ OWN_BREAKERS = ("boundary", "lr_integrity", "optimizer")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """All that answers could change, at one moment of a run that stands."""
+class RunImage:
+    """Everything that answers could change, at one moment of a held run."""
 
     host: bytes
     global_step: int
@@ -41,95 +43,91 @@ class Picture:
     rejected: dict[str, float]
 
     @classmethod
-    def of(cls, run: RunUnderTest) -> Picture:
-        """Taken while the lane stands."""
-        rig: Any = run.module
-        (host,) = (group for group in rig.optimizer.param_groups if group["name"] == "host")
-        named = [p for name, p in rig.model.named_parameters() if ".seeds." not in name]
-        counted = {"applied": 0.0}
+    def of(cls, run: RunUnderTest) -> RunImage:
+        """Returns the image of a run whose lane is held."""
+        module = run.module
+        (host,) = (group for group in module.optimizer.param_groups if group["name"] == "host")
+        named = [p for name, p in module.model.named_parameters() if ".seeds." not in name]
+        applied = 0.0
         rejected: dict[str, float] = {}
         for metric in run.metrics.registry.collect():
             for sample in metric.samples:
                 if sample.name == "tolaria.command.rejected_total":
                     rejected[sample.labels["reason"]] = sample.value
                 elif sample.name == "tolaria.command.applied_total":
-                    counted["applied"] += sample.value
+                    applied += sample.value
         breakers = run.safeguards.breakers
         return cls(
             host=b"".join(p.detach().numpy().tobytes() for p in named),
-            global_step=rig.global_step,
+            global_step=module.global_step,
             rollbacks=run.status.rollbacks,
-            seeds=tuple(s.SerializeToString(deterministic=True) for s in rig.growth.topology.states(rig.global_step)),
+            seeds=tuple(s.SerializeToString(deterministic=True) for s in module.seeds.topology.states(module.global_step)),
             controls=(
                 host["lr"],
                 host["momentum"],
                 host["weight_decay"],
-                rig.growth.controller.adjustments,
+                module.seeds.controller.adjustments,
                 run.state,
                 run.safety.controller.state.level,
                 tuple(breakers[name].state for name in OWN_BREAKERS),
                 tuple(reason for reason in run.safeguards.mode.reasons if reason != "epoch_failed:peer_failure"),
             ),
-            applied=counted["applied"],
+            applied=applied,
             rejected=rejected,
         )
 
 
-class Talk:
-    """One run and its lying peers, one consultation after the other while the lane stands."""
+class FuzzedRun:
+    """A run whose peers answer as the cases say: one consultation after the other while the lane is held."""
 
     def __init__(self, run: RunUnderTest, peers: RawPeers, *, signed: bool) -> None:
         self.run, self.peers, self.signed = run, peers, signed
         self._done: set[str] = set()
         self._last = b""
-        self._held = 0
-        if signed:
-            leyline = LeylineSettings(secret=SecretStr(SECRET.decode()))
-            run.consultations._verifier = CommandVerifier(leyline)
+        self._handled = 0
 
-    async def hold(self, case: Case) -> None:
-        """Consult, and see that what was refused has changed nothing."""
+    async def handle(self, case: Case) -> None:
+        """Holds a consultation and checks that what was rejected has changed nothing."""
         if case.replayed and self._last:
             case = replace(case, tamiyo=self._last)
-        if not self.run.status.global_step:  # gone back to where it began: no state is older
+        if not self.run.status.global_step:  # rolled back to its start: no state is older
             case = replace(case, late=False)
         answer, response = _answered(case.tamiyo)
         self.peers.answers = {"EvaluateEpoch": answer, "ApplyCommand": case.apply, "ExportSeedStates": case.export}
-        before = Picture.of(self.run)
+        before = RunImage.of(self.run)
         consultation = await self._consult(behind=case.late)
         self.peers.answers = {}
-        after = Picture.of(self.run)
+        after = RunImage.of(self.run)
         delivered = response is not None and response.HasField("command")
-        self._agree(case, consultation, (before, after), delivered=delivered)
+        self._check(case, consultation, (before, after), delivered=delivered)
         if response is not None and after.applied > before.applied:
             assert response.command.command_id not in self._done, "a replay was carried out"
             self._done.add(response.command.command_id)
             self._last = response.SerializeToString()
-        await self._mend()
-        self._held += 1
-        if self._held % 10 == 0:
-            await self.rest()
+        await self._recover()
+        self._handled += 1
+        if self._handled % 10 == 0:
+            await self.train()
 
-    async def rest(self) -> None:
-        """Training goes on, and is held again, with nothing on its way."""
+    async def train(self) -> None:
+        """Trains for at least one step, then holds the run again."""
         step = self.run.status.global_step
         self.run.run.resume("on")
         await self.run.until(lambda: self.run.status.global_step > step)
         await self.pause()
 
     async def pause(self) -> None:
-        """Held, with the last boundary's consultation over."""
+        """Holds the run and waits until the last boundary's consultation is over."""
         await self.run.run.pause("look")
-        # A boundary that was about to ask does so now, and is heard: a newer question would take its place.
+        # A boundary that was about to ask does so now; a newer question would replace its own before that.
         await anyio.wait_all_tasks_blocked()
-        await self.run.until(lambda: self.run.consultations._waiting is None)
         await self._consult(behind=False)
 
-    def _agree(
-        self, case: Case, consultation: Consultation, pictures: tuple[Picture, Picture], *, delivered: bool
+    def _check(
+        self, case: Case, consultation: Consultation, images: tuple[RunImage, RunImage], *, delivered: bool
     ) -> None:
-        before, after = pictures
-        back = after.rollbacks > before.rollbacks  # which a command may ask for, and an emergency that one raises
+        before, after = images
+        back = after.rollbacks > before.rollbacks  # by a rollback command
         assert back or (after.host, after.global_step) == (before.host, before.global_step)
         new = {reason for reason, count in after.rejected.items() if count > before.rejected.get(reason, 0)}
         applied = after.applied - before.applied
@@ -144,7 +142,7 @@ class Talk:
             forged = self.signed and case.tamiyo.signature != "right"
             assert not (applied and (case.late or forged or case.tamiyo.must_be_refused)), case
             assert not forged or new <= {"unsigned", "oversized"}
-        rate, momentum, decay = (float(str(value)) for value in after.controls[:3])
+        rate, momentum, decay = cast("tuple[float, float, float]", after.controls[:3])
         assert rate == 0.0 or RATE_FLOOR <= rate <= RATE_CEILING
         assert 0.0 <= momentum < 1.0
         assert 0.0 <= decay <= 10.0
@@ -155,12 +153,12 @@ class Talk:
         with anyio.fail_after(10):
             await consultation.settled.wait()
         await self.run.until(lambda: not self.run.recovery.running)
-        await self.run.until(lambda: not self.run.core.link.desk._on_done)
+        await self.run.core.lane.call(SkipBatches(()))  # changes nothing, and follows all commands before it
         assert self.run.state in {"PAUSED", "HALTED"}
         return consultation
 
-    async def _mend(self) -> None:
-        """What an operator does: breakers closed, emergency cleared, mode off, and a halted run resumed."""
+    async def _recover(self) -> None:
+        """Closes breakers, clears the emergency, leaves the mode and resumes a halted run, as an operator would."""
         safeguards, controller = self.run.safeguards, self.run.safety.controller
         for name in safeguards.breakers:
             safeguards.force(name, CIRCUIT_STATE_CLOSED)
@@ -169,11 +167,11 @@ class Talk:
         safeguards.mode.force_off()
         assert not safeguards.mode.on
         if self.run.state == "HALTED":
-            await self.rest()
+            await self.train()
 
 
 def _answered(tamiyo: SentCommand | Answer) -> tuple[Answer, EvaluateEpochResponse | None]:
-    """What Tamiyo sends, and what can be read of it."""
+    """Returns what Tamiyo sends, and the response that a client decodes from it, if any."""
     if isinstance(tamiyo, SentCommand):
         sent = tamiyo.sent()
         return sent.SerializeToString(), sent
@@ -186,8 +184,8 @@ def _answered(tamiyo: SentCommand | Answer) -> tuple[Answer, EvaluateEpochRespon
 
 
 @asynccontextmanager
-async def talk(*, signed: bool) -> AsyncIterator[Taking[Case]]:
-    """A run that takes case after case; at its end it trains on and was never failed."""
+async def fuzzed_run(*, signed: bool) -> AsyncIterator[CaseHandler[Case]]:
+    """Yields what handles a case; at the end the run must still train and finish."""
     peers = RawPeers()
     control = ControlSettings(boundary_budget_ms=30_000, tamiyo_budget_ms=20_000, max_staleness_steps=0)
     lasting = {"recovery_epochs": 10**9, "failed_epochs_max": 10**9}
@@ -196,23 +194,27 @@ async def talk(*, signed: bool) -> AsyncIterator[Taking[Case]]:
         job="StandingJob",
         epochs=10**6,
         control=control,
-        sections={"emergency": lasting, "optimizer": {"lr_ceiling": RATE_CEILING}},
+        sections={
+            "emergency": lasting,
+            "optimizer": {"lr_ceiling": RATE_CEILING},
+            **({"leyline": {"secret": SECRET.decode()}} if signed else {}),
+        },
     )
-    async with peers.connected(run.safeguards), running(run):
+    async with peers.serving(run.safeguards), running(run):
         await run.until(lambda: run.status.global_step > 1)
-        spoken = Talk(run, peers, signed=signed)
-        await spoken.pause()
-        yield spoken.hold
-        await spoken.rest()
+        fuzzed = FuzzedRun(run, peers, signed=signed)
+        await fuzzed.pause()
+        yield fuzzed.handle
+        await fuzzed.train()
         await run.run.stop("enough")
         assert run.state == "FINISHED"
 
 
-def test_no_answer_breaks_the_run_and_the_refused_change_nothing(fuzz_cases: int) -> None:
-    """Mad commands, seeds, bytes, errors: each command is applied once or counted by reason, and only that."""
-    run_cases(CASES, lambda: talk(signed=False), count=fuzz_cases // 2, session_length=CASES_PER_RUN)
+def test_rejected_answers_change_nothing(fuzz_cases: int) -> None:
+    """Whatever commands, seeds, bytes and errors arrive: each command is applied once or counted by reason."""
+    run_cases(CASES, lambda: fuzzed_run(signed=False), count=fuzz_cases // 2, session_length=CASES_PER_RUN)
 
 
-def test_with_a_secret_nothing_unsigned_changes_anything(fuzz_cases: int) -> None:
-    """The same, where commands have to be signed."""
-    run_cases(CASES, lambda: talk(signed=True), count=fuzz_cases // 2, session_length=CASES_PER_RUN)
+def test_with_a_secret_unsigned_commands_change_nothing(fuzz_cases: int) -> None:
+    """The same where commands must be signed."""
+    run_cases(CASES, lambda: fuzzed_run(signed=True), count=fuzz_cases // 2, session_length=CASES_PER_RUN)

@@ -62,8 +62,9 @@ class Host:
         """Starts everything, trains, stops everything; returns the exit code."""
         status = self._core.status
         async with AsyncExitStack() as stack:
-            metrics = exporter(self._settings.metrics.listen, self._foundation.metrics, lambda: reasons_not_ready(self._core))
-            self._metrics_address = str(await stack.enter_async_context(metrics))
+            listen, metrics = self._settings.metrics.listen, self._foundation.metrics
+            metrics_server = exporter(listen, metrics, lambda: reasons_not_ready(self._core))
+            self._metrics_address = str(await stack.enter_async_context(metrics_server))
             pair = await stack.enter_async_context(self._embedded_peers())
             peers = await stack.enter_async_context(self._connected_peers(pair))
             service = new_run(self._core, peers)

@@ -1,7 +1,11 @@
+"""Runs whose disk refuses to write: checkpoints fail and recover, and training goes on or is held as configured."""
+
 from __future__ import annotations
 
 import errno
+import sqlite3
 from itertools import product
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -12,22 +16,22 @@ from support.disks import WRITES, FailingDisk
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.errors import CheckpointWriteError
 from tolaria.journal.rows import FaultRow
-from tolaria.service.host import Host
 from tolaria.rollback.protocol import Rollback
+from tolaria.service.host import reasons_not_ready
 
 pytestmark = pytest.mark.anyio
 
-FOR_GOOD = 10**9
+FOREVER = 10**9
 FAULTS = [
-    *product(WRITES, [errno.ENOSPC], [1, FOR_GOOD]),
-    *product(["write", "sync", "rename", "sync_directory"], [errno.EIO, errno.EACCES], [FOR_GOOD]),
+    *product(WRITES, [errno.ENOSPC], [1, FOREVER]),
+    *product(["write", "sync", "rename", "sync_directory"], [errno.EIO, errno.EACCES], [FOREVER]),
 ]
 
 
 def faulty_run(
     on_failure: str, *, every_steps: int = 5, every_epochs: int = 1, epochs: int = 10**6
-) -> tuple[RunUnderTest, FailingDisk, Host]:
-    """A run that checkpoints every few steps on a disk that the test can break; the host is asked what it tells."""
+) -> tuple[RunUnderTest, FailingDisk]:
+    """Returns a run that writes a checkpoint every few steps, and its disk."""
     disk = FailingDisk()
     checkpoint = {
         "every_epochs": every_epochs,
@@ -36,105 +40,97 @@ def faulty_run(
         "on_failure": on_failure,
     }
     sections: dict[str, object] = {"checkpoint": checkpoint, "rollback": {"automatic": False}}
-    run = new_run(FakePeers(), sections=sections, files=disk, epochs=epochs)
-    host = Host(run.core)
-    host._checkpoints = run.checkpointing
-    return run, disk, host
+    return new_run(FakePeers(), sections=sections, files=disk, epochs=epochs), disk
 
 
-async def steps_on(run: RunUnderTest, count: int = 3) -> None:
-    """Until so many more updates are done."""
+async def train(run: RunUnderTest, count: int = 3) -> None:
+    """Waits until more than `count` further steps are done."""
     step = run.module.global_step
     await run.until(lambda: run.module.global_step > step + count)
 
 
 def failures(run: RunUnderTest) -> float:
-    """Checkpoints that have failed."""
+    """Returns the number of failed checkpoints."""
     return run.sample("tolaria.checkpoint.failures_total") or 0.0
 
 
-async def failed_again(run: RunUnderTest, before: float) -> None:
-    """Until there is a further failure."""
-    await run.until(lambda: failures(run) > before)
-
-
 @pytest.mark.parametrize("on_failure", ["pause", "continue"])
-async def test_no_failing_call_ends_a_run_and_each_is_got_over(on_failure: str) -> None:
-    """Every call fails with every errno, once and for good: told, held or not as set, mended, and training goes on."""
-    run, disk, host = faulty_run(on_failure)
+async def test_a_run_survives_every_failing_call(on_failure: str) -> None:
+    """Each kind of call fails once and persistently: it is reported, the run is held if configured, and recovers."""
+    run, disk = faulty_run(on_failure)
     async with running(run):
-        await steps_on(run)
+        await train(run)
         for call, code, times in FAULTS:
-            what = (call, errno.errorcode[code], times)
+            fault = (call, errno.errorcode[code], times)
             before = failures(run)
             disk.fail(call, code, times=times)
-            await failed_again(run, before)
-            assert "tolaria.checkpoint_failed" in run.events, what
-            if times == FOR_GOOD and on_failure == "pause":
+            await run.until(lambda before=before: failures(run) > before)  # type: ignore[misc]
+            assert "tolaria.checkpoint_failed" in run.events, fault
+            if times == FOREVER and on_failure == "pause":
                 await run.until(lambda: run.state == "PAUSED" and run.core.lane.is_held)
-                assert errno.errorcode[code] in run.status.state_reason, what
-            if times == FOR_GOOD and on_failure == "continue":
-                await steps_on(run)
-                assert run.state == "RUNNING", what
-            if times == FOR_GOOD:
-                assert any(errno.errorcode[code] in why for why in host._reasons_not_ready()), what
-            disk.mend()
+                assert errno.errorcode[code] in run.status.state_reason, fault
+            if times == FOREVER and on_failure == "continue":
+                await train(run)
+                assert run.state == "RUNNING", fault
+            if times == FOREVER:
+                assert any(errno.errorcode[code] in reason for reason in reasons_not_ready(run.core)), fault
+            disk.repair()
             await run.until(lambda: not run.checkpointing.failing and run.state == "RUNNING")
-            assert host._reasons_not_ready() == [], what
-            await steps_on(run)
+            assert reasons_not_ready(run.core) == [], fault
+            await train(run)
         await run.run.stop("enough")
     assert run.state == "FINISHED"
 
 
 @pytest.mark.parametrize("first", ["operator", "disk"])
-async def test_an_operators_pause_survives_the_mending_of_the_disk(first: str) -> None:
-    """Whichever came first: once there is space again a run that an operator has paused stays so, with his reason."""
-    run, disk, host = faulty_run("pause")
+async def test_an_operators_pause_survives_the_repair_of_the_disk(first: str) -> None:
+    """Whichever came first: after the repair a run that an operator paused stays paused, with the operator's reason."""
+    run, disk = faulty_run("pause")
     async with running(run):
-        await steps_on(run)
+        await train(run)
         if first == "operator":
             await run.run.pause("let me look")
         disk.fail("write", errno.ENOSPC)
         if first == "operator":
             with pytest.raises(CheckpointWriteError, match="ENOSPC"):
                 await run.run.checkpoint("just in case")
-        await run.until(lambda: bool(host._reasons_not_ready()) and run.state == "PAUSED")
+        await run.until(lambda: bool(reasons_not_ready(run.core)) and run.state == "PAUSED")
         if first == "disk":
             await run.run.pause("let me look")
-        disk.mend()
-        await run.until(lambda: host._reasons_not_ready() == [])
+        disk.repair()
+        await run.until(lambda: reasons_not_ready(run.core) == [])
         assert (run.state, run.status.state_reason) == ("PAUSED", "let me look")
         step = run.module.global_step
         await anyio.wait_all_tasks_blocked()
         assert run.module.global_step == step
         run.run.resume("seen")
-        await steps_on(run)
+        await train(run)
         assert run.state == "RUNNING"
         await run.run.stop("enough")
 
 
-async def test_a_run_that_an_operator_lets_go_on_is_held_while_the_disk_is_still_full() -> None:
-    """What he paused it for is over, what the disk holds it for is not."""
-    run, disk, host = faulty_run("pause")
+async def test_a_resumed_run_is_held_again_while_the_disk_is_full() -> None:
+    """A resume ends the operator's pause; the next failed checkpoint holds the run for the disk."""
+    run, disk = faulty_run("pause")
     async with running(run):
-        await steps_on(run)
+        await train(run)
         await run.run.pause("let me look")
         disk.fail("write", errno.ENOSPC)
         with pytest.raises(CheckpointWriteError, match="ENOSPC"):
             await run.run.checkpoint("just in case")
         run.run.resume("seen")
         await run.until(lambda: run.state == "PAUSED" and "ENOSPC" in run.status.state_reason)
-        disk.mend()
-        await run.until(lambda: run.state == "RUNNING" and host._reasons_not_ready() == [])
-        await steps_on(run)
+        disk.repair()
+        await run.until(lambda: run.state == "RUNNING" and reasons_not_ready(run.core) == [])
+        await train(run)
         await run.run.stop("enough")
 
 
-async def test_what_failed_is_on_record() -> None:
-    """Each failure is an incident of the run, with its stage and the system's word, also after the mending."""
-    run, disk, _ = faulty_run("continue")
+async def test_a_failed_checkpoint_is_an_incident() -> None:
+    """Its stage and errno stay in the journal after the repair."""
+    run, disk = faulty_run("continue")
     async with running(run):
-        await steps_on(run)
+        await train(run)
         disk.fail("sync", errno.EIO, times=1)
         await run.until(lambda: failures(run) == 1)
         await run.until(lambda: not run.checkpointing.failing)
@@ -144,39 +140,46 @@ async def test_what_failed_is_on_record() -> None:
 
 
 @pytest.mark.parametrize("on_failure", ["pause", "continue"])
-async def test_a_run_that_comes_to_its_end_on_a_full_disk(on_failure: str) -> None:
-    """Told to stand without checkpoints it does not end before its last one is written; else it ends without."""
-    run, disk, host = faulty_run(on_failure, every_steps=0, every_epochs=4, epochs=4)
+async def test_the_end_of_a_run_on_a_full_disk(on_failure: str) -> None:
+    """With on_failure=pause the run does not finish before its last checkpoint is written; else it does without."""
+    run, disk = faulty_run(on_failure, every_steps=0, every_epochs=4, epochs=4)
     disk.fail("write", errno.ENOSPC)
     async with running(run):
         if on_failure == "pause":
             await run.until(lambda: run.state == "PAUSED")
             assert run.module.global_step == 4 * 8
-            assert any("ENOSPC" in why for why in host._reasons_not_ready())
-            disk.mend()
+            assert any("ENOSPC" in reason for reason in reasons_not_ready(run.core))
+            disk.repair()
         await run.until(lambda: run.state == "FINISHED")
         points = await run.journal.restore_points()
         assert [row.global_step for row in points][-1:] == ([32] if on_failure == "pause" else [])
 
 
-async def test_a_full_journal_is_told_and_written_again() -> None:
-    """Its disk is full: checkpoints fail, commands and rollbacks go on, /readyz says so; later nothing is missing."""
-    run, _, host = faulty_run("continue")
-    storage = run.storage
+async def test_a_full_journal_is_reported_and_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints fail and /readyz says why, rollbacks go on; with space again every row is in the journal."""
+    connections: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
 
-    def pages(count: int) -> None:
-        storage.journal._connection.execute(f"PRAGMA max_page_count = {count}").fetchall()
+    def recorded(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        connections.append(connect(*arguments, **options))
+        return connections[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", recorded)
+    run, _ = faulty_run("continue")
+
+    def limit_pages(count: int) -> None:
+        connections[-1].execute(f"PRAGMA max_page_count = {count}").fetchall()
 
     async with running(run):
-        await steps_on(run)
-        await anyio.to_thread.run_sync(pages, 1)
+        await train(run)
+        await anyio.to_thread.run_sync(limit_pages, 1)
         run.journal.note(FaultRow("f", 1, "run", "test", 1, "stage", "x" * 100_000))
-        await run.until(lambda: len(host._reasons_not_ready()) == 2)
-        outcome = await run.run.roll_back(Rollback(ROLLBACK_TIER_FAST, None, "odd", "operator"))
-        assert outcome.state_digest == outcome.expected_digest
-        await steps_on(run)
-        await anyio.to_thread.run_sync(pages, 10**6)
-        await run.until(lambda: host._reasons_not_ready() == [])
+        await run.until(lambda: len(reasons_not_ready(run.core)) == 2)
+        back = await run.run.roll_back(Rollback(ROLLBACK_TIER_FAST, None, "odd", "operator"))
+        assert back.state_digest == back.expected_digest
+        await train(run)
+        await anyio.to_thread.run_sync(limit_pages, 10**6)
+        await run.until(lambda: reasons_not_ready(run.core) == [])
         incidents = await run.journal.incidents(100)
         assert {"test", "checkpoint_failed"} <= {each.kind for each in incidents}
         await run.run.stop("enough")

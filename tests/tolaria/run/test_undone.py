@@ -1,8 +1,6 @@
-"""Checkpoints of a past that is undone while they are on their way to disk."""
+"""Checkpoints of a state that is undone by a rollback before they are committed; `test_checkpointing` has the parts."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import anyio
 import anyio.to_thread
@@ -11,13 +9,11 @@ import pytest
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import COMMAND_ROLLBACK, ROLLBACK_TIER_FAST
 from leyline.v1.state_pb2 import SystemStatePacket
-from support.checkpoint_room import Disk, Rooms, evaluation, serving
+from support.checkpointing import Disk
 from support.peers import command
-from support.runs import Answer, FakePeers, new_run, no_change, running
+from support.runs import Answer, FakePeers, SilentParticipant, new_run, no_change, running
 from tolaria.journal.rows import CheckpointRow
-from tolaria.rollback.participants import Seat
-from tolaria.rollback.writer import TASKS_MAX
-from tolaria.training.recovery.checkpoints import Evaluation
+from tolaria.lane.messages import EpochDone
 from tolaria.rollback.protocol import Rollback
 
 pytestmark = pytest.mark.anyio
@@ -25,87 +21,23 @@ pytestmark = pytest.mark.anyio
 RING: dict[str, object] = {"automatic": False, "every_steps": 3, "fast_budget_s": 10.0, "snapshots_max": 100}
 
 
-@pytest.mark.parametrize(("back_to", "left"), [(4, []), (10, [10])])
-async def test_the_desk_lets_no_undone_state_stand(rooms: Rooms, back_to: int, left: list[int]) -> None:
-    """What was kept before the run went back behind it is superseded when it is committed at last."""
-    room = await rooms()
-    room.disk.gate.clear()
-    async with serving(room):
-        room.at(10)
-        room.desk.stepped(11)
-        room.desk.epoch_over(evaluation(10))
-        await anyio.wait_all_tasks_blocked()
-        await room.handed_over()
-        room.desk.stepped(back_to)
-        room.disk.gate.set()
-        await room.quiet()
-    assert await room.steps() == left
-    assert (room.desk.failing, room.value("failures_total")) == ("", 0)
+class SlowParticipant(SilentParticipant):
+    """Accepts to prepare a rollback after 20 ms."""
+
+    async def prepare(self, order: object, /) -> object:
+        await anyio.sleep(0.02)
+        return await super().prepare(order)
 
 
-async def test_reports_that_come_behind_the_lane_undo_nothing(rooms: Rooms) -> None:
-    """The image may be of a later step than the desk has been told of."""
-    room = await rooms()
-    room.disk.gate.clear()
-    async with serving(room):
-        room.desk.stepped(8)
-        room.at(12)
-        room.desk.epoch_over(evaluation(8))
-        await room.handed_over()
-        room.desk.stepped(10)
-        room.desk.stepped(12)
-        room.disk.gate.set()
-        await room.quiet()
-    assert await room.steps() == [12]
-
-
-async def test_an_operators_checkpoint_is_of_the_state_that_was_gone_back_to(rooms: Rooms) -> None:
-    """It is made anew when the run goes back meanwhile."""
-    room = await rooms()
-    room.disk.gate.clear()
-    async with anyio.create_task_group() as tasks:
-        room.at(10)
-        room.desk.stepped(10)
-        tasks.start_soon(room.desk.create, "test")
-        await room.handed_over()
-        room.at(4)
-        room.desk.went_back(4)
-        room.disk.gate.set()
-        await room.asleep(1)
-        room.wake()
-    assert await room.steps() == [4]
-
-
-async def test_an_operator_who_goes_away_leaves_no_undone_state(rooms: Rooms) -> None:
-    """Nobody waits for the write any more, and it is superseded all the same."""
-    room = await rooms()
-    room.disk.gate.clear()
-    room.at(10)
-    room.desk.stepped(10)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(room.desk.create, "test")
-        await room.handed_over()
-        tasks.cancel_scope.cancel()
-    room.desk.stepped(4)
-    room.disk.gate.set()
-    assert await anyio.to_thread.run_sync(room.writer.close, 20.0)
-    assert await room.steps() == []
-
-
-def _slow_to_go_back(answer: Answer = no_change) -> FakePeers:
+def peers_slow_to_roll_back(answer: Answer = no_change) -> FakePeers:
+    """Returns peers of which Tamiyo delays every rollback."""
     peers = FakePeers(answer)
-    participant = SimpleNamespace(prepare=_assent, commit=_assent, confirm=_assent, abort=_assent)
-    peers.seats = [Seat("tamiyo", participant)]
+    peers.participants = {"tamiyo": SlowParticipant()}  # type: ignore[dict-item] # the answers are what it needs
     return peers
 
 
-async def _assent(_order: object, /) -> SimpleNamespace:
-    await anyio.sleep(0.02)
-    return SimpleNamespace(accepted=True, detail="")
-
-
-async def test_nothing_is_kept_at_a_boundary_while_the_run_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The controller's answer at an epoch's end begins it: what is about to be undone is not asked for."""
+async def test_no_checkpoint_is_made_at_a_boundary_during_a_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller's answer at an epoch's end begins a rollback: that epoch is not passed to checkpointing."""
     asked = anyio.Event()
 
     async def answer(state: SystemStatePacket) -> AdaptationCommand | None:
@@ -116,44 +48,44 @@ async def test_nothing_is_kept_at_a_boundary_while_the_run_goes_back(monkeypatch
         back.rollback_payload.update({"target_step": 3})
         return back
 
-    run = new_run(
-        _slow_to_go_back(answer), epochs=10**6, sections={"rollback": RING, "checkpoint": {"every_epochs": 2}}
-    )
-    told: list[bool] = []
-    epoch_over = run.checkpointing.epoch_over
+    sections: dict[str, object] = {"rollback": RING, "checkpoint": {"every_epochs": 2}}
+    run = new_run(peers_slow_to_roll_back(answer), epochs=10**6, sections=sections)
+    rolling_back: list[bool] = []
+    on_epoch = run.checkpointing.on_epoch
 
-    def watched(found: Evaluation) -> None:
-        told.append(run.recovery.running)
-        epoch_over(found)
+    def recorded(epoch: EpochDone) -> None:
+        rolling_back.append(run.recovery.running)
+        on_epoch(epoch)
 
-    monkeypatch.setattr(run.checkpointing, "epoch_over", watched)
+    monkeypatch.setattr(run.checkpointing, "on_epoch", recorded)
     async with running(run):
-        await run.until(lambda: run.status.rollbacks == 1 and len(told) > 1)
-        assert not any(told)
+        await run.until(lambda: run.status.rollbacks == 1 and len(rolling_back) > 1)
+        assert not any(rolling_back)
         await run.run.stop("enough")
 
 
-async def test_a_last_checkpoint_waits_for_a_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped while it goes back, the run leaves with the state that it went back to."""
-    run = new_run(_slow_to_go_back(), epochs=10**6, sections={"rollback": RING, "checkpoint": {"every_epochs": 10**6}})
-    create, asked = run.checkpointing.create, list[bool]()
+async def test_the_last_checkpoint_waits_for_a_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped during a rollback ends with a checkpoint of the restored state."""
+    sections: dict[str, object] = {"rollback": RING, "checkpoint": {"every_epochs": 10**6}}
+    run = new_run(peers_slow_to_roll_back(), epochs=10**6, sections=sections)
+    create, rolling_back = run.checkpointing.create, list[bool]()
 
-    async def watched(reason: str) -> CheckpointRow:
-        asked.append(run.recovery.running)
+    async def recorded(reason: str) -> CheckpointRow:
+        rolling_back.append(run.recovery.running)
         return await create(reason)
 
-    monkeypatch.setattr(run.checkpointing, "create", watched)
+    monkeypatch.setattr(run.checkpointing, "create", recorded)
     async with running(run):
         await run.until(lambda: run.status.global_step > 20)
         run.recovery.begin(Rollback(ROLLBACK_TIER_FAST, 6, "back", "operator"))
         await run.run.stop("enough")
         points = await anyio.to_thread.run_sync(run.storage.checkpoints.restore_points)
-    assert asked == [False]
+    assert rolling_back == [False]
     assert [row.global_step for row in points] == [6]
 
 
-async def test_a_checkpoint_on_its_way_when_an_operator_goes_back_is_superseded() -> None:
-    """Through the real wiring: the disk hangs, the run goes back, the disk answers."""
+async def test_a_checkpoint_in_flight_during_an_operators_rollback_is_superseded() -> None:
+    """The disk hangs, the run rolls back, the disk answers: the operator's checkpoint is of the state after that."""
     disk = Disk()
     run = new_run(FakePeers(), epochs=10**6, sections={"rollback": RING}, files=disk)
     async with running(run):
@@ -161,12 +93,12 @@ async def test_a_checkpoint_on_its_way_when_an_operator_goes_back_is_superseded(
         async with anyio.create_task_group() as tasks:
             disk.gate.clear()
             tasks.start_soon(run.run.checkpoint, "before")
-            await run.until(lambda: run.core.foundation.writer._places._value < TASKS_MAX)
-            outcome = await run.run.roll_back(Rollback(ROLLBACK_TIER_FAST, 6, "back", "operator"))
+            await run.until(lambda: run.core.foundation.writer.pending > 0)
+            back = await run.run.roll_back(Rollback(ROLLBACK_TIER_FAST, 6, "back", "operator"))
             await run.run.pause("look")
             disk.gate.set()
         points = await anyio.to_thread.run_sync(run.storage.checkpoints.restore_points)
-        assert outcome.restored_step == 6
-        # The operator's has been made anew, of the state that the run stands in.
+        assert back.restored_step == 6
+        # The operator's checkpoint was made anew, of the paused state.
         assert [row.global_step for row in points] == [run.module.global_step]
         await run.run.stop("enough")

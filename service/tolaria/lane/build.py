@@ -67,7 +67,7 @@ class LaneBuild:
             fast_paths_running=tuple(paths.running),
             fast_path_failures=tuple((name, paths.fallbacks[name]) for name in paths.failed),
             learning_rates=seeds.controller.learning_rates(),
-            adjustments=seeds.controller.living,
+            adjustments=seeds.controller.adjustments,
             seeds=tuple(seeds.topology.states(module.global_step)),
         )
 

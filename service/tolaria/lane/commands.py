@@ -265,7 +265,7 @@ class CommandExecutor:
             raise
         controller.apply(module.global_step)
         before, after = (record.before, record.after) if record else ({}, {})
-        return OptimizerChanged(before, after, hyperparameters, controller.living)
+        return OptimizerChanged(before, after, hyperparameters, controller.adjustments)
 
     def _restore(self, command_id: int, command: Restore) -> Result:
         """Raises RestoreAbandonedError past the deadline, also when the image has been discarded by then."""

@@ -282,7 +282,7 @@ class ThreadLane:
                 samples=module.progress.samples,
                 seeds=seeds,
                 gradients=gradients,
-                adjustments=controller.living,
+                adjustments=controller.adjustments,
             )
         )
 

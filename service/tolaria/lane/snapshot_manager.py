@@ -146,7 +146,7 @@ class SnapshotManager:
             progress=module.progress,
             seeds=tuple(module.seeds.topology.states(module.global_step)),
             learning_rates=controller.learning_rates(),
-            adjustments=controller.living,
+            adjustments=controller.adjustments,
         )
 
     def _take_snapshot(self) -> None:

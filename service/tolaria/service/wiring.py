@@ -103,7 +103,7 @@ class Core:
         self.foundation = foundation
         self.ready = foundation.build.ready
         self.status = new_status(settings, foundation.run.run_id)
-        self.journal = AsyncJournal(foundation.storage)
+        self.journal = AsyncJournal(foundation.storage.journal, self.status.run_id)
         participant = foundation.board.claim("tolaria")
         self.heartbeats = Heartbeats(participant)
         self.health = Health(settings.rollback, foundation.run.scale)

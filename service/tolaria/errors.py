@@ -1,7 +1,8 @@
 """The errors that Tolaria raises on purpose, in one tree, and their encoding as plain values.
 
 TolariaError
-├── ConfigurationError, BindError, ChildFailedError, StateHeldError, CommandRejectedError, IllegalTransitionError, IllegalMoveError
+├── ConfigurationError, BindError, ChildFailedError, StateHeldError, CommandRejectedError, IllegalTransitionError,
+│   IllegalMoveError
 ├── JobError: UnknownJobError, BrokenJobError, EmptyDatasetError, LossShapeError
 ├── PeerError: PeerTimeoutError, PeerUnavailableError, PeerProtocolError, BreakerOpenError, CallRefusedError
 ├── GradientError: NoGradientsError, GradientMismatchError, GradientWeightError, UnknownSourceError

@@ -170,9 +170,9 @@ class CheckpointingParts:
                 await anyio.sleep(0.001)
 
     async def until_writing(self) -> None:
-        """Waits until the writer has an image."""
+        """Waits until the writer has a leased image, which it has not written yet."""
         with anyio.fail_after(20):
-            while not self.writer.pending:
+            while not self.leases or len(self.lane.images):
                 await anyio.sleep(0.001)
 
     async def rows(self) -> list[CheckpointRow]:

@@ -251,6 +251,4 @@ def new_rollback(
     rollback_id: str = "r1", tier: Tier = ROLLBACK_TIER_UNSPECIFIED, target_step: int | None = None
 ) -> Rollback:
     """A rollback requested at step 50 and at 7 ns."""
-    return Rollback(
-        tier, target_step, "loss exploded", "operator", rollback_id=rollback_id, global_step=50, at_ns=7
-    )
+    return Rollback(tier, target_step, "loss exploded", "operator", rollback_id=rollback_id, global_step=50, at_ns=7)

@@ -20,7 +20,6 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.events import RecordingEmitter
 from support.peers import as_clients
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import open_storage
 from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import ControlSettings, Settings, TrainingSettings
@@ -32,9 +31,11 @@ from tolaria.lane.train_module import TrainModule
 from tolaria.peers.clients import RollbackClient
 from tolaria.peers.connect import Peers
 from tolaria.rollback.protocol import Participant
+from tolaria.run.resume import retention_of
 from tolaria.run.run import TrainingRun
 from tolaria.run.status import state_name
-from tolaria.service.wiring import Core, Foundation, RunService, new_run as wire
+from tolaria.service.wiring import Core, Foundation, RunService
+from tolaria.service.wiring import new_run as wire
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
@@ -187,7 +188,7 @@ def new_run(
     with ThreadPoolExecutor(1) as pool:
         built = pool.submit(build, settings).result()
         board = pool.submit(SignalBoard.create, place / "board", "run").result()
-        open_it = partial(open_storage, run_id="run", retention=Retention(), files=files)
+        open_it = partial(open_storage, run_id="run", retention=retention_of(settings.checkpoint), files=files)
         storage = pool.submit(open_it, Path(settings.state.dir)).result()
     foundation = Foundation(
         settings=settings,

@@ -60,7 +60,7 @@ class EventBuffer:
     """
 
     def __init__(
-        self, notify: Callable[[], None], *, frame_s: float = _FRAME_S, capacity: int = _STEP_EVENTS_MAX
+        self, notify: Callable[[], object], *, frame_s: float = _FRAME_S, capacity: int = _STEP_EVENTS_MAX
     ) -> None:
         self._notify = notify
         self._frame_s = frame_s
@@ -131,7 +131,7 @@ class ThreadLane:
         self._profiler = profiler
         self._heartbeat = heartbeat
         self._threads = threads
-        self._notify: Callable[[], None] | None = None
+        self._notify: Callable[[], object] | None = None
         self._events = EventBuffer(self._notify_client)
         self._commands = CommandQueue(
             lambda number: self._events.put(Held(module.global_step, number)), heartbeat.lane_rests
@@ -141,7 +141,7 @@ class ThreadLane:
         # A daemon: a job that never returns cannot keep the process from exiting.
         self._thread = threading.Thread(target=self._run, name="tolaria-lane", daemon=True)
 
-    def start(self, notify: Callable[[], None]) -> None:
+    def start(self, notify: Callable[[], object]) -> None:
         """Starts the thread, which waits for commands and calls `notify` when events can be taken."""
         self._notify = notify
         self._thread.start()

@@ -161,8 +161,10 @@ class Checkpointing:
             TolariaError: no checkpoint was made; the failure counts as any other.
         """
         async with self._turn:
-            while (row := await self._attempt()) is None:
+            row = await self._attempt()
+            while row is None:
                 await sleep(BUSY_S)
+                row = await self._attempt()
         self._log.info("checkpoint_created", checkpoint_id=row.checkpoint_id, reason=reason)
         return row
 
@@ -297,7 +299,7 @@ def due_by_epochs(every_epochs: int, epoch: int) -> bool:
 
 
 def _done_event(future: Future[CheckpointRow]) -> anyio.Event:
-    """Returns an event that is set when another thread's future is done; its work goes on if the waiter is cancelled."""
+    """Returns an event that is set when the writer's future is done; a cancelled waiter does not cancel the write."""
     done, loop = anyio.Event(), asyncio.get_running_loop()
 
     def notify(_future: Future[CheckpointRow]) -> None:

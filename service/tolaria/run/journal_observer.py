@@ -91,7 +91,7 @@ class JournalObserver(RunObserver):
     def _command(self, key: str, kind: str, outcome: str, reason: str) -> None:
         status = self._status
         self._journal.note(
-            CommandRow(key, self._wall_ns(), status.run_id, kind, status.global_step, outcome, reason)  # type: ignore[arg-type]
+            CommandRow(key, self._wall_ns(), status.run_id, kind, status.global_step, outcome, reason)
         )
 
     def _key(self, state: EmergencyState) -> tuple[str, int]:

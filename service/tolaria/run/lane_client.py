@@ -32,7 +32,7 @@ class LaneHandle(Protocol):
     images: ImagePool
     """Where images cross between the two sides by id."""
 
-    def start(self, notify: Callable[[], None]) -> None:
+    def start(self, notify: Callable[[], object]) -> None:
         """Starts the lane; it calls `notify` from its own thread when events can be taken."""
 
     def send(self, command_id: int, command: Command) -> None:

@@ -24,7 +24,7 @@ from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN
 from tolaria.config import PeerSettings, child_environment
 from tolaria.emergency.supervision import watch_board, watch_process
 from tolaria.grpc_server import GrpcServer, grpc_server
-from tolaria.peers.connect import Peers, connected_peers
+from tolaria.peers.connect import Peer, Peers, connected_peers
 from tolaria.reference.embedded import EmbeddedPair, embedded_pair
 from tolaria.rpc.admin import AdminParts, AdminService
 from tolaria.run.resume import RunOutcome
@@ -157,7 +157,7 @@ class Host:
     def _embedded_peers(self) -> AbstractAsyncContextManager[EmbeddedPair]:
         """The reference peers for which no target is set."""
         settings = self._settings
-        targets = {TAMIYO: settings.tamiyo.target, KASMINA: settings.kasmina.target}
+        targets: dict[Peer, str] = {"tamiyo": settings.tamiyo.target, "kasmina": settings.kasmina.target}
         missing = [peer for peer, target in targets.items() if not target]
         if missing:
             self._log.info("embedded_peers", peers=missing, detail="no target was given: the reference peers start")

@@ -45,7 +45,9 @@ class Codec:
         if len(self._types) != len(known):
             raise ValueError("two types have the same name")
         self._messages = {kind.DESCRIPTOR.full_name: kind for kind in messages}
-        self._field_names = {kind: tuple(f.name for f in fields(kind)) for kind in known if is_dataclass(kind)}
+        self._field_names: dict[type[Any], tuple[str, ...]] = {
+            kind: tuple(f.name for f in fields(kind)) for kind in known if is_dataclass(kind)
+        }
 
     def encode(self, value: object) -> bytes:
         """Returns the bytes of `value`. Raises EncodingError for a type without an encoding."""
@@ -135,7 +137,7 @@ class Codec:
                 return range(*_RANGE.unpack_from(data, at)), at + _RANGE.size
             case b"I" | b"s" | b"b":
                 content, at = _take_bytes(data, at)
-                return {b"I": int, b"s": bytes.decode, b"b": bytes}[tag](content), at
+                return (content.decode() if tag == b"s" else int(content) if tag == b"I" else content), at
             case _:
                 return self._take_compound(tag, data, at)
 

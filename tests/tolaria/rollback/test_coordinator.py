@@ -4,7 +4,16 @@ import anyio
 import pytest
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED
-from support.rollbacks import CoordinatedParts, FakeParticipant, FakeRestorer, Said, Tier, new_rollback, policy_of, restored
+from support.rollbacks import (
+    CoordinatedParts,
+    FakeParticipant,
+    FakeRestorer,
+    Said,
+    Tier,
+    new_rollback,
+    policy_of,
+    restored,
+)
 from tolaria.errors import (
     BreakerOpenError,
     InvalidFieldError,

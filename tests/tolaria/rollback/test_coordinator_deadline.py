@@ -10,7 +10,15 @@ import anyio.to_thread
 import pytest
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
-from support.rollbacks import GENEROUS, CoordinatedParts, FakeParticipant, FakeRestorer, new_rollback, policy_of, restored
+from support.rollbacks import (
+    GENEROUS,
+    CoordinatedParts,
+    FakeParticipant,
+    FakeRestorer,
+    new_rollback,
+    policy_of,
+    restored,
+)
 from tolaria.errors import RestoreAbandonedError, StateMismatchError
 from tolaria.rollback.protocol import Call, Ending, Rollback, RollbackPolicy, VoteOutcome
 from tolaria.signals import RollbackState

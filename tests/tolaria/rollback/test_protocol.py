@@ -169,7 +169,9 @@ def test_the_rollback_id_of_a_request_is_stable_and_fits_on_the_board(request_id
 def test_a_share_is_used_up_by_all_calls_of_a_participant() -> None:
     """Times of other participants do not count."""
     rollback = new_rollback()
-    rollback.votes += votes(("tamiyo", Call.PREPARE, VoteOutcome.ACCEPTED), ("kasmina", Call.PREPARE, VoteOutcome.SILENT))
+    rollback.votes += votes(
+        ("tamiyo", Call.PREPARE, VoteOutcome.ACCEPTED), ("kasmina", Call.PREPARE, VoteOutcome.SILENT)
+    )
     rollback.votes += votes(("tamiyo", Call.COMMIT, VoteOutcome.ACCEPTED))
     assert rollback.spent_s("tamiyo") == pytest.approx(0.002)
 

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 import pytest
 from structlog.testing import capture_logs
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
 from support.disks import FailingDisk
 from support.lanes import FakeLane, small_image, started_client
 from support.rollbacks import FakeBoard, FakeJournal
@@ -88,7 +87,7 @@ class Recorder(RunObserver):
         self.log: list[tuple[str, bool]] = []
         self.durations: list[tuple[str, float, int | None]] = []
         self.damaged: list[Damage] = []
-        self.held = lambda: False
+        self.held: Callable[[], bool] = lambda: False
 
     @property
     def words(self) -> list[str]:
@@ -245,10 +244,12 @@ def step_done(global_step: int, *, skipped: bool = False) -> StepDone:
         (ROLLBACK_TIER_FULL, 1, None),
     ],
 )
-async def test_the_nearest_restore_point(storage: Storage, tier: int, at_or_before: int | None, step: int | None) -> None:
+async def test_the_nearest_restore_point(
+    storage: Storage, tier: RollbackTier.ValueType, at_or_before: int | None, step: int | None
+) -> None:
     """The fast tier has the snapshots in memory, the full tier the committed checkpoints."""
     parts = RecoveryParts(storage)
-    assert await parts.restorer.locate(tier, at_or_before) == step  # type: ignore[arg-type] # from the table
+    assert await parts.restorer.locate(tier, at_or_before) == step
 
 
 async def test_a_snapshot_is_restored_by_the_lane(storage: Storage) -> None:
@@ -418,7 +419,7 @@ async def test_a_failed_rollback_leaves_everything_as_it_was(storage: Storage) -
             await parts.recovery.roll_back(fast())
         assert [type(command) for command in parts.lane.sent] == [Hold, Restore, Release]
     assert (parts.recorder.words, parts.recovery.completed) == (["started", "ended"], 0)
-    assert parts.health.spoiled == ()
+    assert not parts.health.end_retreat()
 
 
 async def test_a_failed_proof_is_raised_while_the_lane_is_held(storage: Storage) -> None:

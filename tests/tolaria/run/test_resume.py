@@ -286,9 +286,7 @@ def replace_journal_by_directory(directory: Path) -> None:
     (directory / "journal.sqlite3").mkdir()
 
 
-@pytest.mark.parametrize(
-    "spoil", [write_newer_schema, replace_directory_by_file, replace_journal_by_directory]
-)
+@pytest.mark.parametrize("spoil", [write_newer_schema, replace_directory_by_file, replace_journal_by_directory])
 def test_a_directory_that_cannot_be_used_is_a_configuration_error(
     tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:

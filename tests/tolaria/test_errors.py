@@ -9,11 +9,11 @@ from types import ModuleType
 import pytest
 
 from tolaria import errors
-from tolaria.cli import failures
+from tolaria.cli import errors as cli_errors
 from tolaria.errors import TolariaError
 
 PACKAGE = Path(errors.__file__).parents[1]
-TREES = [pytest.param(errors, id="errors"), pytest.param(failures, id="cli")]
+TREES = [pytest.param(errors, id="errors"), pytest.param(cli_errors, id="cli")]
 ROW = re.compile(r"^(?P<branches>(?:│   |    )*)[├└]── (?P<name>\w+)", re.MULTILINE)
 
 
@@ -65,8 +65,8 @@ def test_all_that_is_defined_is_exported() -> None:
 
 def test_errors_are_defined_in_their_trees_only() -> None:
     """No room has an error of Tolaria's that the trees do not show."""
-    known = {*defined(errors), *defined(failures), "TolariaError"}
-    homes = {*(PACKAGE / "errors").glob("*.py"), PACKAGE / "cli" / "failures.py"}
+    known = {*defined(errors), *defined(cli_errors), "TolariaError"}
+    homes = {*(PACKAGE / "errors").glob("*.py"), PACKAGE / "cli" / "errors.py"}
     strays = [
         f"{file.relative_to(PACKAGE)}: {node.name}"
         for file in PACKAGE.rglob("*.py")

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tolaria import errors
-from tolaria.cli import failures
+from tolaria.cli import errors as cli_errors
 from tolaria.errors import NoGradientsError, StateMismatchError, TolariaError, error_fields, error_from_fields
 
 PACKAGE = Path(errors.__file__).parent
-TREES = [pytest.param(errors, id="errors"), pytest.param(failures, id="cli")]
+TREES = [pytest.param(errors, id="errors"), pytest.param(cli_errors, id="cli")]
 NODE = re.compile(r"^(?P<branches>(?:│   |    )*)[├└]── (?P<names>\w+Error(?:[,:] +\w+Error)*)", re.MULTILINE)
 
 
@@ -58,8 +58,8 @@ def test_each_class_has_a_docstring(module: ModuleType) -> None:
 
 def test_errors_are_defined_in_their_trees_only() -> None:
     """No other module defines a subclass of TolariaError."""
-    known = {*defined(errors), *defined(failures), "TolariaError"}
-    homes = {Path(errors.__file__), Path(failures.__file__)}
+    known = {*defined(errors), *defined(cli_errors), "TolariaError"}
+    homes = {Path(errors.__file__), Path(cli_errors.__file__)}
     strays = [
         f"{file.relative_to(PACKAGE)}: {node.name}"
         for file in PACKAGE.rglob("*.py")

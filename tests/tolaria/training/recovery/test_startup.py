@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from structlog.testing import capture_logs
 
-from tolaria.cli.failures import exit_code
+from tolaria.cli.errors import exit_code
 from tolaria.config import CheckpointSettings, Settings, StateSettings, TrainingSettings
 from tolaria.errors import ConfigurationError, JournalError, JournalUnavailableError, NoCheckpointError, StateHeldError
 from tolaria.filesystem import Filesystem

@@ -1,0 +1,145 @@
+"""Failures of the command line, their exit codes, how they are reported, and signals that arrive during start-up.
+
+TolariaError
+├── ServiceUnreachableError   no service answers; exit code 3
+├── RequestRefusedError       a service refused the request; exit code 1
+├── DigestsDifferError        a rollback restored a state other than the captured one; exit code 1
+├── StorageDamagedError       a state directory does not hold what was written; exit code 1
+├── RunFailedError            the watched run failed; exit code 1
+├── DemoFailedError           the demo's service or its run failed; exit code 1
+│   ├── PortTakenError        ... because an address is in use
+│   └── StartRefusedError     ... because its settings or its job are wrong; exit code 2
+├── OutputError               standard output cannot be written to; exit code 1
+│   └── ReaderGoneError       ... because its reader closed the pipe; not reported; exit code 1
+└── SignalledError            SIGINT or SIGTERM ended the command; exit code 128 + the signal's number
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
+
+from tolaria.errors import ConfigurationError, JobError, TolariaError
+
+_LOG_LINES_SHOWN = 20
+
+
+class ServiceUnreachableError(TolariaError):
+    """Raised when no service answers at an address, or a service stops answering."""
+
+
+class RequestRefusedError(TolariaError):
+    """Raised when a running service refuses a request; the message names the field and the reason."""
+
+
+class DigestsDifferError(TolariaError):
+    """Raised when the digest of the restored state is missing or differs from the one taken at its capture."""
+
+
+class StorageDamagedError(TolariaError):
+    """Raised when something that was committed to a state directory cannot be read back unchanged."""
+
+
+class RunFailedError(TolariaError):
+    """Raised when the watched run has failed; the message is the service's reason."""
+
+
+class DemoFailedError(TolariaError):
+    """Raised when the demo's service exits or its run fails; the message ends with the last lines of its log."""
+
+    def __init__(self, what: str, log_lines: Sequence[str]) -> None:
+        shown = "\n".join(f"  {line}" for line in log_lines[-_LOG_LINES_SHOWN:])
+        super().__init__(f"{what}\nlast lines of its log:\n{shown}" if shown else what)
+
+
+class PortTakenError(DemoFailedError):
+    """Raised when the demo's service cannot listen on an address."""
+
+
+class StartRefusedError(DemoFailedError):
+    """Raised when the demo's service exits with the code of wrong settings or a broken job."""
+
+
+class OutputError(TolariaError):
+    """Raised when writing to standard output fails, for example on a full disk."""
+
+
+class ReaderGoneError(OutputError):
+    """Raised when the reader of standard output has closed its end, as `head` does."""
+
+
+class SignalledError(TolariaError):
+    """Raised when a signal has ended a command, after the command has cleaned up."""
+
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+        super().__init__(f"ended by {signal.Signals(signal_number).name}")
+
+
+_EXIT_CODES: tuple[tuple[type[TolariaError], int], ...] = (
+    (ConfigurationError, 2),
+    (JobError, 2),
+    (StartRefusedError, 2),
+    (ServiceUnreachableError, 3),
+    (TolariaError, 1),
+)
+
+
+def exit_code(error: TolariaError) -> int:
+    """Returns the exit code for this kind of failure."""
+    if isinstance(error, SignalledError):
+        return 128 + error.signal_number
+    return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+
+
+def report(failures: Sequence[TolariaError]) -> int:
+    """Prints one message for each failure to standard error; returns the exit code of the first."""
+    for failure in failures:
+        # Where standard error cannot be written to either, only the exit code is left.
+        with suppress(OSError):
+            if not isinstance(failure, ReaderGoneError):
+                sys.stderr.write(f"tolaria: {failure}\n")
+                sys.stderr.flush()
+    return exit_code(failures[0])
+
+
+def failures_in(raised: BaseException) -> list[TolariaError]:
+    """Returns the failures inside the exception groups of task groups; raises `raised` if it holds anything else."""
+    if isinstance(raised, TolariaError):
+        return [raised]
+    if not isinstance(raised, BaseExceptionGroup) or raised.split(TolariaError)[1] is not None:
+        raise raised
+    return [failure for error in raised.exceptions for failure in failures_in(error)]
+
+
+class EarlySignals:
+    """Handles SIGINT and SIGTERM by KeyboardInterrupt until the service installs its own handlers."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def install(self) -> None:
+        """Installs the handlers.
+
+        By default, SIGTERM is ignored in the first process of a container, and SIGINT in a process that a shell
+        without job control starts in the background.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the number of the signal received, by default that of SIGINT."""
+        return 128 + (self.received or signal.SIGINT)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.received = signal.Signals(number)
+        raise KeyboardInterrupt
+
+
+early_signals = EarlySignals()
+"""A process has one set of signal handlers."""

@@ -20,7 +20,7 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.config import ControlSettings, Settings, TrainingSettings
-from tolaria.emergency.watching import watch_board
+from tolaria.emergency.supervision import watch_board
 from tolaria.peers.kasmina import Applied
 from tolaria.rollback import CheckpointWriter, EmergencyRow, Filesystem, Retention, RunRow, open_storage
 from tolaria.rollback.participants import Seat

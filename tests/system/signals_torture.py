@@ -2,8 +2,8 @@
 
     python tests/system/signals_torture.py --writes 1000000
 
-Every value that is written carries the same number in all its fields, so a mixture of two writes shows. The reader goes
-on until the writer is done, and at least as often as it writes; then it must see the last value. Prints the counts as
+Every value carries the same number in all its fields, so a mixture of two writes shows. The reader continues until the
+writer is done, and reads at least as often as it writes; then it must see the last value. Prints the counts as
 JSON; exit status 1 when a torn value was accepted, a block was damaged or a number went backwards.
 """
 
@@ -23,7 +23,7 @@ _HALT = EmergencyLevel.EMERGENCY_LEVEL_HALT
 
 
 def write(path: Path, writes: int) -> None:
-    """The writer: signal, acknowledgement, heartbeat and rollback block all say `number`, over and over."""
+    """The writer: signal, heartbeat and rollback block all carry `number`, which counts up."""
     number = 0
 
     def clock() -> int:
@@ -43,7 +43,7 @@ def write(path: Path, writes: int) -> None:
 
 
 def torture(path: Path, writes: int) -> dict[str, int]:
-    """Read while another process writes; returns how often what happened."""
+    """Reads while another process writes; returns the counts."""
     counts = {"reads": 0, "accepted": 0, "wrong": 0, "backwards": 0, "torn_heartbeats": 0, "lost": 0}
     last = 0
     with SignalBoard.create(path, "torture") as board:
@@ -80,7 +80,7 @@ def _read(board: SignalBoard, last: int, counts: dict[str, int]) -> int:
 
 
 def main() -> int:
-    """Run the whole thing; a map is shared memory wherever its file lies."""
+    """Runs it in a temporary folder: a mapping is shared memory wherever its file is."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--writes", type=int, default=100_000)
     parser.add_argument("--writer", type=Path)

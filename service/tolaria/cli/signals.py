@@ -75,7 +75,7 @@ def _told(board: SignalBoard) -> dict[str, object]:
 
     standing = [
         {"level": level_word(s.level), "origin": s.origin, "reason": one_line(s.reason), "signal_id": s.signal_id}
-        for s in board.standing()
+        for s in board.active_signals()
     ]
     acknowledged = {
         state.name: state.record.acknowledged_id

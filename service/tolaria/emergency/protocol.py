@@ -1,6 +1,6 @@
-"""What an emergency is and how it goes: levels, what each asks for, and every transition. Pure: no clock, no board.
+"""Emergencies as pure data: levels, required responses, transitions, triggers and clearance rules.
 
-Levels only go up by themselves. Going down is one step, to calm, and takes an operator or a rule; it resets everything.
+Levels rise by themselves. They fall in one step, to calm, which takes an operator or a clearance rule.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _MS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What a level asks of the service, within `deadline_ms` of its being raised. Logging it always belongs to it.
+    """What a level requires of the service within `deadline_ms` of its raise; logging is always required.
 
-    `acknowledged_by`: the participants whose acknowledgement is collected. Tolaria's own says that all this is done.
+    `acknowledged_by`: participants whose acknowledgement is collected; tolaria's own means that the response is done.
     """
 
     deadline_ms: int
@@ -47,33 +47,56 @@ RESPONSES: Mapping[EmergencyLevel.ValueType, Response] = {
 }
 
 
+class Trigger(Enum):
+    """A fault that the service detects itself. The value is the stable beginning of the reason."""
+
+    BOUNDARY_BREACH = "boundary_breach"
+    HOOK_BREACH = "hook_breach"
+    BREAKER_OPEN = "breaker_open"
+    ROLLBACK_DEADLINE_MISSED = "rollback_deadline_missed"
+    FAILED_EPOCH_STREAK = "failed_epoch_streak"
+    ROLLBACK_BUDGET_SPENT = "rollback_budget_spent"
+    HEARTBEAT_SILENT = "heartbeat_silent"
+
+
+TRIGGERS: Mapping[Trigger, EmergencyLevel.ValueType] = {
+    Trigger.BOUNDARY_BREACH: EMERGENCY_LEVEL_ELEVATED,
+    Trigger.HOOK_BREACH: EMERGENCY_LEVEL_ELEVATED,
+    Trigger.BREAKER_OPEN: EMERGENCY_LEVEL_CONSERVATIVE,
+    Trigger.ROLLBACK_DEADLINE_MISSED: EMERGENCY_LEVEL_HALT,
+    Trigger.FAILED_EPOCH_STREAK: EMERGENCY_LEVEL_HALT,
+    Trigger.ROLLBACK_BUDGET_SPENT: EMERGENCY_LEVEL_HALT,
+    Trigger.HEARTBEAT_SILENT: EMERGENCY_LEVEL_HALT,
+}
+
+
 class Clearer(Enum):
-    """Who wants an emergency cleared."""
+    """On whose authority an emergency is cleared."""
 
     OPERATOR = auto()
     RECOVERED = auto()
-    """The rule that what caused it has gone and training has been healthy since."""
+    """Rule: the cause is gone and training has been healthy since."""
     RESTARTED = auto()
-    """The rule that the process that fell silent has been replaced by a new one."""
+    """Rule: a new process replaced the one whose heartbeat was silent."""
 
 
 class Phase(Enum):
-    """How far the answer to an emergency has got."""
+    """Progress of the response to an emergency."""
 
     CALM = auto()
     RAISED = auto()
     ANSWERED = auto()
-    """Everyone awaited has acknowledged."""
+    """All awaited participants acknowledged."""
     OVERDUE = auto()
     """The level's deadline passed first."""
 
 
 class Move(Enum):
-    """What an event comes to, seen from the state that it meets."""
+    """The kind of transition that an event causes in a given state."""
 
     ESCALATE = auto()
     COVER = auto()
-    """Raised at the standing level or below: what is asked for is being done already."""
+    """A raise at the active level or below, which requires nothing further."""
     ACKNOWLEDGE = auto()
     ACKNOWLEDGE_LAST = auto()
     MISS_DEADLINE = auto()
@@ -106,7 +129,7 @@ TRANSITIONS: Mapping[tuple[Phase, Move], Phase] = {
 
 @dataclass(frozen=True, slots=True)
 class Acknowledgement:
-    """That a participant has acted, and how long after the raise."""
+    """A participant's acknowledgement and its time after the raise."""
 
     participant: str
     latency_ns: int
@@ -114,10 +137,10 @@ class Acknowledgement:
 
 @dataclass(frozen=True, slots=True)
 class EmergencyState:
-    """An emergency at one moment; the default is calm. Times are monotonic nanoseconds, 0 = none.
+    """An emergency at one moment; the default is calm. Times are monotonic nanoseconds, 0 is none.
 
-    `origin` is who raised it; `signal_id` its id on the board, 0 while the board could not be written. `awaited` are
-    the participants whose acknowledgement is asked for, `acknowledgements` the first of each, in order of arrival.
+    `origin` raised it; `signal_id` is its id on the board, 0 when the board could not be written. `awaited` are the
+    participants that must acknowledge, `acknowledgements` the first of each participant, in order of arrival.
     """
 
     phase: Phase = Phase.CALM
@@ -132,7 +155,7 @@ class EmergencyState:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Those awaited who have not acknowledged."""
+        """Awaited participants that have not acknowledged."""
         answered = {acknowledgement.participant for acknowledgement in self.acknowledgements}
         return tuple(name for name in self.awaited if name not in answered)
 
@@ -142,7 +165,7 @@ CALM = EmergencyState()
 
 @dataclass(frozen=True, slots=True)
 class Raise:
-    """Somebody raises `level`. `attached` are the participants that live on the board at this moment."""
+    """`origin` raises `level`. `attached`: participants whose heartbeat on the board is fresh."""
 
     level: EmergencyLevel.ValueType
     reason: str
@@ -154,7 +177,7 @@ class Raise:
 
 @dataclass(frozen=True, slots=True)
 class Acknowledge:
-    """A participant has acted on the standing emergency."""
+    """A participant acted on the active emergency."""
 
     participant: str
     at_ns: int
@@ -162,21 +185,21 @@ class Acknowledge:
 
 @dataclass(frozen=True, slots=True)
 class PassDeadline:
-    """It is `at_ns` now, at or past the deadline."""
+    """The time is `at_ns`, at or past the deadline."""
 
     at_ns: int
 
 
 @dataclass(frozen=True, slots=True)
 class Reissue:
-    """The signal was put on the board anew, as its origin took it back or its block was lost."""
+    """The signal was written to the board again, as its origin cleared it or lost its block."""
 
     signal_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Clear:
-    """The emergency shall be over. `sources` are the origins of every signal of the standing level."""
+    """Ends the emergency. `sources` are the origins of all active signals of its level."""
 
     by: Clearer
     sources: tuple[str, ...]
@@ -186,12 +209,12 @@ Event = Raise | Acknowledge | PassDeadline | Reissue | Clear
 
 
 def transition(state: EmergencyState, event: Event) -> EmergencyState:
-    """The state after `event`.
+    """Returns the state after `event`.
 
     Raises:
-        UnknownLevelError: when a level is raised that does not exist.
-        ClearanceRefusedError: when a rule wants to clear what only an operator may.
-        IllegalEmergencyEventError: when the table has no such move, or the deadline has not passed yet.
+        UnknownLevelError: the raised level does not exist.
+        ClearanceRefusedError: a rule may not clear this emergency.
+        IllegalEmergencyEventError: the table has no such move, or the deadline is in the future.
     """
     move = move_of(state, event)
     phase = TRANSITIONS.get((state.phase, move))
@@ -213,7 +236,7 @@ def transition(state: EmergencyState, event: Event) -> EmergencyState:
 
 
 def move_of(state: EmergencyState, event: Event) -> Move:
-    """What `event` comes to in `state`. Raises as `transition` does, but for what the table decides."""
+    """Returns the move that `event` makes in `state`. Raises as `transition` does, table aside."""
     match event:
         case Raise():
             require_level(event.level)
@@ -234,9 +257,41 @@ def move_of(state: EmergencyState, event: Event) -> Move:
 
 
 def require_level(level: int) -> None:
-    """Raise `UnknownLevelError` unless an emergency can have this level."""
+    """Raises `UnknownLevelError` unless `level` is a level of emergencies."""
     if level not in RESPONSES:
         raise UnknownLevelError(f"there is no emergency level {level}")
+
+
+@dataclass(frozen=True, slots=True)
+class EpochStreak:
+    """The latest run of epochs with the same outcome: `failed` or `healthy` ones, of which one is 0.
+
+    `failed_max`: failed epochs in a row that are a `FAILED_EPOCH_STREAK`.
+    """
+
+    failed_max: int
+    failed: int = 0
+    healthy: int = 0
+
+    @property
+    def spent(self) -> bool:
+        """Whether the last epoch completed a streak of failures; true again after `failed_max` more."""
+        return self.failed > 0 and self.failed % self.failed_max == 0
+
+    def after(self, *, healthy: bool) -> EpochStreak:
+        """Returns the streak after one more epoch."""
+        if healthy:
+            return replace(self, failed=0, healthy=self.healthy + 1)
+        return replace(self, failed=self.failed + 1, healthy=0)
+
+
+def recovered(state: EmergencyState, streak: EpochStreak, *, recovery_epochs: int, cause_remains: bool) -> bool:
+    """Returns whether the rule `Clearer.RECOVERED` applies: below HALT, enough healthy epochs, and no cause left.
+
+    `cause_remains`: a breaker is not closed, for instance.
+    """
+    below_halt = state.phase is not Phase.CALM and state.level < EMERGENCY_LEVEL_HALT
+    return below_halt and not cause_remains and streak.healthy >= recovery_epochs
 
 
 def _raised(phase: Phase, event: Raise) -> EmergencyState:
@@ -256,13 +311,13 @@ def _raised(phase: Phase, event: Raise) -> EmergencyState:
 def _with_acknowledgement(state: EmergencyState, event: Acknowledge) -> EmergencyState:
     if event.participant in {acknowledgement.participant for acknowledgement in state.acknowledgements}:
         return state
-    # Where two raised at once, the other one's signal, acknowledged first, may be the older: no time before zero.
+    # When two participants raise at once, the signal acknowledged first may be older than this state's: never below 0.
     latency_ns = max(0, event.at_ns - state.raised_ns)
     return replace(state, acknowledgements=(*state.acknowledgements, Acknowledgement(event.participant, latency_ns)))
 
 
 def _require_clearance(state: EmergencyState, event: Clear) -> None:
-    """An operator may clear everything; rules no halt, but that of silence once the silent process is gone."""
+    """An operator may clear everything; rules no halt, except the sentinel's once the silent process is replaced."""
     permitted = {
         Clearer.OPERATOR: True,
         Clearer.RECOVERED: state.level < EMERGENCY_LEVEL_HALT,

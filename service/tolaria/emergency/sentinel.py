@@ -1,13 +1,11 @@
-"""The sentinel: a process of its own that watches the service's heartbeats on the board, GIL held or not.
+"""The sentinel: a process that watches the service's heartbeats on the signal board, also while the GIL is held there.
 
     python -m tolaria.emergency.sentinel --board PATH --run-id ID --service-pid PID
         [--heartbeat-timeout-s 30] [--startup-s 60] [--grace-s 10] [--drain-s 15] [--stacks FILE] [--while-stdin]
 
-When the event loop or the lane is silent it raises HALT from its own block, has the service dump its stacks, and after
-the grace period ends it, for its supervisor to start it again. Its first line on standard output says that it watches.
-It ends with the service. Exit code: 0 the service has ended or wants no sentinel any more, 3 it cannot watch.
-
-Owns that process. Decisions are `vigil`'s. Must not import torch or grpc, or wait for anything without a bound.
+When the event loop or the lane is silent it raises HALT from its own block, has the service dump its stacks and, after
+the grace period, ends it, so that its supervisor restarts it. The first line on standard output says that it watches.
+Exit code 0: the service ended or closed standard input; 3: it cannot watch.
 """
 
 from __future__ import annotations
@@ -15,48 +13,197 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import select
+import selectors
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT
-from tolaria.emergency.protocol import SENTINEL, TOLARIA
-from tolaria.emergency.stacks import DUMP_SIGNAL, handles_dump, mark
-from tolaria.emergency.target import ServiceProcess
-from tolaria.emergency.triggers import Trigger
-from tolaria.emergency.vigil import Action, Patience, Vigil, begin, look
+from tolaria.emergency.protocol import SENTINEL, TOLARIA, Trigger
 from tolaria.errors import SignalError
 from tolaria.signals import Participant, SignalBoard
 
 CANNOT_WATCH = 3
 LOOP, LANE = "the event loop", "the lane"
+DUMP_SIGNAL = signal.SIGUSR1
 _LOOKS_PER_TIMEOUT = 20
-_LOOK_S_LEAST, _LOOK_S_MOST = 0.02, 0.5
-_LINE_BYTES_MAX = 2000  # far below PIPE_BUF: a line goes out whole, and at once where the pipe has room
+_LOOK_S_MIN, _LOOK_S_MAX = 0.02, 0.5
+_LINE_BYTES_MAX = 2000  # far below PIPE_BUF, so that a line is written whole, and at once when the pipe has room
+_CAUGHT = re.compile(r"^SigCgt:\s*([0-9a-f]+)$", re.MULTILINE)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Watch until the service ends; the exit code."""
-    options = _options(arguments)
-    try:
-        with (
-            ServiceProcess(options.service_pid, while_open=0 if options.while_stdin else None) as service,
-            SignalBoard.attach(options.board, options.run_id) as board,
-        ):
-            sentinel = _Sentinel(service, board, board.claim(SENTINEL), options)
-            os.write(1, json.dumps({"watching": options.service_pid}).encode() + b"\n")
-            sentinel.watch()
-    except (SignalError, ProcessLookupError) as error:
-        _say("sentinel_cannot_watch", detail=str(error))
-        return CANNOT_WATCH
-    return 0
+@dataclass(frozen=True, slots=True)
+class SilenceLimits:
+    """Durations in seconds.
+
+    `startup_s` before silence counts, `timeout_s` of silence, `grace_s` between the alarm and SIGTERM, `drain_s`
+    between SIGTERM and SIGKILL. The time between two looks counts up to `look_s_max`.
+    """
+
+    startup_s: float
+    timeout_s: float
+    grace_s: float
+    drain_s: float
+    look_s_max: float
 
 
-class _Sentinel:
-    """Looks, asks the vigil, acts."""
+class Stage(Enum):
+    """Progress of the response to silence."""
+
+    WATCHING = auto()
+    ALARMED = auto()
+    TERMINATED = auto()
+    KILLED = auto()
+
+
+class Action(Enum):
+    """What the sentinel has to do."""
+
+    RAISE_HALT = auto()
+    DUMP_STACKS = auto()
+    REPORT_RECOVERY = auto()
+    """Heartbeats are back within the grace period: the process may live. The halt stays until it is cleared."""
+    TERMINATE = auto()
+    KILL = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The last value of a heartbeat, and for how long it was observed not to change."""
+
+    value: int = -1
+    silent_s: float = 0.0
+
+    def after(self, value: int, observed_s: float) -> Heartbeat:
+        """Returns the heartbeat after another look, `observed_s` later."""
+        return Heartbeat(value) if value != self.value else replace(self, silent_s=self.silent_s + observed_s)
+
+
+@dataclass(frozen=True, slots=True)
+class SilenceMonitor:
+    """Decides what to do about silent heartbeats. A value: `look` returns the next one.
+
+    A heartbeat is silent when its value does not change; the value is compared with no clock. Only observed time
+    counts: a sentinel that was stopped, perhaps with the whole machine, saw no silence.
+
+    Attributes:
+        heartbeats: by name.
+        startup_left_s: seconds for which silence does not count yet.
+        waited_s: seconds in this stage.
+        silent: names of the silent heartbeats.
+    """
+
+    limits: SilenceLimits
+    heartbeats: Mapping[str, Heartbeat]
+    stage: Stage = Stage.WATCHING
+    startup_left_s: float = 0.0
+    waited_s: float = 0.0
+    silent: tuple[str, ...] = ()
+
+    @classmethod
+    def begin(cls, names: Sequence[str], limits: SilenceLimits) -> Self:
+        """Returns the monitor before the first look."""
+        return cls(limits, {name: Heartbeat() for name in names}, startup_left_s=limits.startup_s)
+
+    def look(self, values: Mapping[str, int], elapsed_s: float) -> tuple[SilenceMonitor, tuple[Action, ...]]:
+        """Returns the monitor after a look at the heartbeats' `values`, `elapsed_s` after the last one, and actions."""
+        observed_s = min(elapsed_s, self.limits.look_s_max)
+        counted_s = 0.0 if self.startup_left_s > 0 else observed_s
+        heartbeats = {name: beat.after(values[name], counted_s) for name, beat in self.heartbeats.items()}
+        seen = replace(
+            self,
+            heartbeats=heartbeats,
+            silent=tuple(name for name, beat in heartbeats.items() if beat.silent_s >= self.limits.timeout_s),
+            startup_left_s=max(0.0, self.startup_left_s - observed_s),
+            waited_s=self.waited_s + observed_s,
+        )
+        return _decided(seen)
+
+
+def _decided(monitor: SilenceMonitor) -> tuple[SilenceMonitor, tuple[Action, ...]]:
+    limits = monitor.limits
+    actions: tuple[Action, ...]
+    match monitor.stage:
+        case Stage.WATCHING if monitor.silent:
+            stage, actions = Stage.ALARMED, (Action.RAISE_HALT, Action.DUMP_STACKS)
+        case Stage.ALARMED if not monitor.silent:
+            stage, actions = Stage.WATCHING, (Action.REPORT_RECOVERY,)
+        case Stage.ALARMED if monitor.waited_s >= limits.grace_s:
+            stage, actions = Stage.TERMINATED, (Action.TERMINATE,)
+        case Stage.TERMINATED if monitor.waited_s >= limits.drain_s:
+            stage, actions = Stage.KILLED, (Action.KILL,)
+        case _:
+            return monitor, ()
+    return replace(monitor, stage=stage, waited_s=0.0), actions
+
+
+class ServiceProcess:
+    """A handle on the watched process; a context manager that leaves the process alone.
+
+    On Linux a pidfd, which never means a later process of the same number. The end of `while_open`, a file descriptor,
+    counts as the end of the process. Raises ProcessLookupError when there is no such process.
+    """
+
+    def __init__(self, pid: int, *, while_open: int | None) -> None:
+        self.pid = pid
+        self._pidfd: int | None = None
+        if sys.platform == "linux":
+            self._pidfd = os.pidfd_open(pid)
+        else:
+            os.kill(pid, 0)
+        self._selector = selectors.DefaultSelector()
+        for fd in (self._pidfd, while_open):
+            if fd is not None:
+                self._selector.register(fd, selectors.EVENT_READ)
+
+    def ended_within(self, timeout_s: float) -> bool:
+        """Waits up to `timeout_s`; returns whether the process ended or `while_open` was closed."""
+        if not self._selector.get_map():
+            time.sleep(timeout_s)
+        elif any(key.fd == self._pidfd or not os.read(key.fd, 4096) for key, _ in self._selector.select(timeout_s)):
+            return True
+        return self._pidfd is None and not _exists(self.pid)
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal; does nothing when the process ended."""
+        with suppress(ProcessLookupError):
+            if sys.platform == "linux" and self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, number)
+            else:
+                os.kill(self.pid, number)
+
+    def handles_dump(self) -> bool:
+        """Returns whether the process handles DUMP_SIGNAL, which ends it otherwise. False without /proc."""
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            return False
+        caught = _CAUGHT.search(status)
+        return caught is not None and bool(int(caught[1], 16) >> (DUMP_SIGNAL - 1) & 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes the handle."""
+        self._selector.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+
+
+class Sentinel:
+    """Watches `service` through `board`, as its participant, and acts on what the monitor decides."""
 
     def __init__(
         self, service: ServiceProcess, board: SignalBoard, participant: Participant, options: argparse.Namespace
@@ -65,25 +212,25 @@ class _Sentinel:
         self._board = board
         self._participant = participant
         self._stacks: Path | None = options.stacks
-        self._look_s = min(max(options.heartbeat_timeout_s / _LOOKS_PER_TIMEOUT, _LOOK_S_LEAST), _LOOK_S_MOST)
-        self._patience = Patience(
+        self._look_s = min(max(options.heartbeat_timeout_s / _LOOKS_PER_TIMEOUT, _LOOK_S_MIN), _LOOK_S_MAX)
+        limits = SilenceLimits(
             startup_s=options.startup_s,
             timeout_s=options.heartbeat_timeout_s,
             grace_s=options.grace_s,
             drain_s=options.drain_s,
             look_s_max=2 * self._look_s,
         )
-        self._vigil: Vigil = begin((LOOP, LANE), self._patience)
+        self._monitor = SilenceMonitor.begin((LOOP, LANE), limits)
 
     def watch(self) -> None:
-        """Until the service has ended. Raises BoardLostError when the heartbeats cannot be read any more."""
+        """Returns when the service ended. Raises BoardLostError when the heartbeats cannot be read any more."""
         looked_at_s = time.monotonic()
         while not self._service.ended_within(self._look_s):
             self._participant.beat()
             state = self._board.read(TOLARIA)
             now_s = time.monotonic()
-            beats = {LOOP: state.heartbeat_ns, LANE: state.lane_heartbeat_ns}
-            self._vigil, actions = look(self._vigil, beats, now_s - looked_at_s, self._patience)
+            values = {LOOP: state.heartbeat_ns, LANE: state.lane_heartbeat_ns}
+            self._monitor, actions = self._monitor.look(values, now_s - looked_at_s)
             looked_at_s = now_s
             for action in actions:
                 self._act(action)
@@ -94,51 +241,79 @@ class _Sentinel:
                 self._raise_halt()
             case Action.DUMP_STACKS:
                 self._dump_stacks()
-            case Action.CALM_DOWN:
-                _say("sentinel_hears_heartbeats_again")
+            case Action.REPORT_RECOVERY:
+                _log("sentinel_hears_heartbeats_again")
             case Action.TERMINATE:
-                self._service.send(signal.SIGTERM)
-                _say("sentinel_ends_service", signal="SIGTERM", silent=self._vigil.silent)
+                self._end_service(signal.SIGTERM)
             case Action.KILL:
-                self._service.send(signal.SIGKILL)
-                _say("sentinel_ends_service", signal="SIGKILL", silent=self._vigil.silent)
+                self._end_service(signal.SIGKILL)
+
+    def _end_service(self, number: signal.Signals) -> None:
+        self._service.send(number)
+        _log("sentinel_ends_service", signal=number.name, silent=self._monitor.silent)
 
     def _raise_halt(self) -> None:
         reason = f"{Trigger.HEARTBEAT_SILENT.value}: {self._silence()}"
         try:
             self._participant.raise_level(EMERGENCY_LEVEL_HALT, reason)
-        except SignalError as error:  # the process is silent all the same: the rest must be done
-            _say("sentinel_cannot_raise", detail=str(error))
-        _say("sentinel_raised_halt", reason=reason)
+        except SignalError as error:  # the process is silent all the same: go on
+            _log("sentinel_cannot_raise", detail=str(error))
+        _log("sentinel_raised_halt", reason=reason)
 
     def _dump_stacks(self) -> None:
-        if self._stacks is None or not handles_dump(self._service.pid):
-            _say(
-                "sentinel_no_stacks", detail="the service has no handler for them" if self._stacks else "not asked for"
-            )
+        if self._stacks is None or not self._service.handles_dump():
+            detail = "the service has no handler for them" if self._stacks else "not asked for"
+            _log("sentinel_no_stacks", detail=detail)
             return
         try:
-            mark(self._stacks, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {self._silence()}")
-        except OSError as error:  # a full disk: the service's own file may be there already
-            _say("sentinel_cannot_mark_stacks", detail=str(error))
+            append_line(self._stacks, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {self._silence()}")
+        except OSError as error:  # a full disk: the service may have opened its file already
+            _log("sentinel_cannot_mark_stacks", detail=str(error))
         self._service.send(DUMP_SIGNAL)
-        _say("sentinel_asked_for_stacks", file=str(self._stacks))
+        _log("sentinel_asked_for_stacks", file=str(self._stacks))
 
     def _silence(self) -> str:
-        hearts = [f"{name} for {self._vigil.hearts[name].quiet_s:.1f} s" for name in self._vigil.silent]
-        return "no heartbeat of " + " and ".join(hearts)
+        beats = self._monitor.heartbeats
+        silent = [f"{name} for {beats[name].silent_s:.1f} s" for name in self._monitor.silent]
+        return "no heartbeat of " + " and ".join(silent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends a line that separates one stack dump from the next. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, f"\n{line}\n".encode())
+    finally:
+        os.close(fd)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Watches until the service ends; returns the exit code."""
+    options = _options(arguments)
+    try:
+        with (
+            ServiceProcess(options.service_pid, while_open=0 if options.while_stdin else None) as service,
+            SignalBoard.attach(options.board, options.run_id) as board,
+        ):
+            sentinel = Sentinel(service, board, board.claim(SENTINEL), options)
+            os.write(1, json.dumps({"watching": options.service_pid}).encode() + b"\n")
+            sentinel.watch()
+    except (SignalError, ProcessLookupError) as error:
+        _log("sentinel_cannot_watch", detail=str(error))
+        return CANNOT_WATCH
+    return 0
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tolaria.emergency.sentinel", description="Watches a service.")
     parser.add_argument("--board", type=Path, required=True, help="the signal board")
-    parser.add_argument("--run-id", required=True, help="the run that the board must be of")
+    parser.add_argument("--run-id", required=True, help="the run of the board")
     parser.add_argument("--service-pid", type=int, required=True, help="the process to watch")
-    parser.add_argument("--heartbeat-timeout-s", type=_seconds, default=30.0, help="how long silence may last")
-    parser.add_argument("--startup-s", type=_seconds, default=60.0, help="time before silence begins to count")
-    parser.add_argument("--grace-s", type=_seconds, default=10.0, help="from HALT to SIGTERM")
-    parser.add_argument("--drain-s", type=_seconds, default=15.0, help="from SIGTERM to SIGKILL")
-    parser.add_argument("--stacks", type=Path, help="the file that the service dumps its stacks to")
+    parser.add_argument("--heartbeat-timeout-s", type=_seconds, default=30.0, help="longest silence permitted")
+    parser.add_argument("--startup-s", type=_seconds, default=60.0, help="time before silence counts")
+    parser.add_argument("--grace-s", type=_seconds, default=10.0, help="time from HALT to SIGTERM")
+    parser.add_argument("--drain-s", type=_seconds, default=15.0, help="time from SIGTERM to SIGKILL")
+    parser.add_argument("--stacks", type=Path, help="the file to which the service dumps its stacks")
     parser.add_argument("--while-stdin", action="store_true", help="end when standard input ends")
     return parser.parse_args(arguments)
 
@@ -150,18 +325,26 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _say(event: str, **facts: object) -> None:
-    """One JSON line on standard error, which is the service's own: nobody in a hung service could pass it on.
-
-    Left out where standard error is full and nobody reads it: the sentinel must not hang as well.
-    """
-    line = json.dumps({"event": event, "level": "critical", **facts}).encode()[:_LINE_BYTES_MAX] + b"\n"
+def _exists(pid: int) -> bool:
     try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _log(event: str, **fields: object) -> None:
+    """Writes a JSON line to standard error, which is the service's own: a hung service could not pass it on.
+
+    Skips it when standard error is full, so that the sentinel does not hang as well, or closed.
+    """
+    line = json.dumps({"event": event, "level": "critical", **fields}).encode()[:_LINE_BYTES_MAX] + b"\n"
+    with suppress(OSError):
         _, writable, _ = select.select([], [2], [], 0)
         if writable:
             os.write(2, line)
-    except OSError:
-        return  # standard error is closed: there is nowhere left to say so
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ TolariaError
 │   ├── EmptyDatasetError
 │   └── LossShapeError
 ├── BindError                     a listening address cannot be had
+├── ChildFailedError              a child process did not start, ended early or did not announce itself
 ├── StateHeldError                the state directory is in use by another process
 ├── PeerError                     a call to Tamiyo or Kasmina came to nothing
 │   ├── PeerTimeoutError
@@ -57,8 +58,7 @@ TolariaError
 │   ├── UnknownLevelError
 │   ├── IllegalEmergencyEventError
 │   ├── ClearanceRefusedError
-│   ├── BroadcastFailedError
-│   └── SentinelFailedError
+│   └── BroadcastFailedError
 ├── IllegalModeEventError         a reason for conservative mode was told what cannot happen to it
 ├── RollbackError                 training state cannot be captured, kept or brought back as asked
 │   ├── StateUnsupportedError
@@ -87,6 +87,7 @@ from __future__ import annotations
 
 from tolaria.errors.base import (
     BindError,
+    ChildFailedError,
     CommandRejectedError,
     ConfigurationError,
     NonFiniteStepError,
@@ -99,7 +100,6 @@ from tolaria.errors.emergency import (
     EmergencyError,
     IllegalEmergencyEventError,
     IllegalModeEventError,
-    SentinelFailedError,
     UnknownLevelError,
 )
 from tolaria.errors.gradients import (
@@ -200,6 +200,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointUnreadableError",
     "CheckpointWriteError",
+    "ChildFailedError",
     "ClearanceRefusedError",
     "CommandRejectedError",
     "ConfigurationError",
@@ -246,7 +247,6 @@ __all__ = [
     "RollbackError",
     "ScheduleError",
     "SeedError",
-    "SentinelFailedError",
     "SignalError",
     "SignalValueError",
     "SlotError",

@@ -49,3 +49,12 @@ class CommandRejectedError(TolariaError):
 
 class NonFiniteStepError(TolariaError):
     """Raised when a loss or gradient is NaN or infinite, before any parameter changed."""
+
+
+class ChildFailedError(TolariaError):
+    """Raised when a child process cannot be started, ends early, or does not announce itself as expected."""
+
+    def __init__(self, child: str, detail: str) -> None:
+        self.child = child
+        self.detail = detail
+        super().__init__(f"{child}: {detail}")

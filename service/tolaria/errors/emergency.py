@@ -25,9 +25,5 @@ class BroadcastFailedError(EmergencyError):
     """Raised by whoever broadcasts emergencies when one could not be handed over; it will be tried again."""
 
 
-class SentinelFailedError(EmergencyError):
-    """Raised when the sentinel process cannot be started, or ends before it watches."""
-
-
 class IllegalModeEventError(TolariaError):
     """Raised when a reason for conservative mode was told what cannot happen to it; nothing has changed."""

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Final
 
 from tolaria.errors import WrongStateError
-from tolaria.signals.records import RollbackState as Phase
+from tolaria.signals import RollbackState as Phase
 
 __all__ = ["RUNNING", "TRANSITIONS", "Phase", "RollbackEvent", "after"]
 

@@ -26,8 +26,7 @@ from leyline.v1.admin_service_pb2 import (
 from leyline.v1.admin_service_pb2_grpc import add_TolariaAdminServiceServicer_to_server
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN
 from tolaria.config import PeerSettings, child_environment
-from tolaria.emergency.watched import stay_watched
-from tolaria.emergency.watching import watch_board
+from tolaria.emergency.supervision import watch_board, watch_process
 from tolaria.grpc_server import GrpcServer, grpc_server
 from tolaria.peers.calls import Peer
 from tolaria.peers.connect import Peers, connected_peers
@@ -118,7 +117,7 @@ class Host:
             tasks.start_soon(loop.checkpoints.serve)
             tasks.start_soon(self._parts.archive.serve)
             tasks.start_soon(watch_board, self._board, self._guardian.controller)
-            tasks.start_soon(stay_watched, self._settings, self._board, self._guardian.hearts)
+            tasks.start_soon(watch_process, self._settings, self._board, self._guardian.hearts)
             tasks.start_soon(self._publish_health, server)
             await loop.run()
             if not self._settings.service.exit_when_done:

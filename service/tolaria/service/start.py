@@ -15,7 +15,7 @@ import structlog
 
 from tolaria import __version__
 from tolaria.config import Settings
-from tolaria.emergency.watched import stacks_on_request
+from tolaria.emergency.supervision import stacks_on_request
 from tolaria.errors import (
     BrokenJobError,
     ConfigurationError,

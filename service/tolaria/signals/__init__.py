@@ -1,19 +1,18 @@
-"""The signal board: emergencies, heartbeats and rollback state over shared memory. For peers too: no torch, no grpc."""
+"""The signal board: emergencies, heartbeats and rollback state in shared memory. Imports neither torch nor grpc."""
 
 from tolaria.signals.board import SignalBoard
-from tolaria.signals.latch import BoardStatistics
-from tolaria.signals.layout import PARTICIPANTS, REASON_MAX
-from tolaria.signals.owned import Participant, RollbackWriter
-from tolaria.signals.records import (
+from tolaria.signals.layout import (
     CLEARERS,
-    BlockCondition,
+    PARTICIPANTS,
+    REASON_MAX,
     ParticipantRecord,
-    ParticipantState,
     RollbackRecord,
     RollbackState,
     Signal,
 )
-from tolaria.signals.stale import remove_stale_boards
+from tolaria.signals.mapping import remove_stale_boards
+from tolaria.signals.seqlock import BlockCondition, BoardStatistics, ParticipantState
+from tolaria.signals.writers import Participant, RollbackWriter
 
 __all__ = [
     "CLEARERS",

@@ -1,8 +1,8 @@
-"""Every byte of the signal board, version 1. Owns offsets and encodings; knows no files, maps, locks or waiting.
+"""The bytes of the signal board, version 1: offsets, records and their encoding.
 
 All integers are unsigned and little-endian; every block starts at a multiple of 64. Times are CLOCK_MONOTONIC
-nanoseconds, which all processes of one boot share, unless told otherwise. 0 stands for "never" or "none". Reserved
-bytes are zero.
+nanoseconds, which all processes of one boot share, except where noted. 0 means "never" or "none". Reserved bytes are
+zero.
 
 The board (5248 bytes)
     offset  size  what
@@ -26,7 +26,7 @@ Header
        192    60  reserved
        252     4  CRC-32 (zlib) of bytes 0 to 251
 
-Participant block (576) and rollback block (320): one line of bare words, then two copies of the payload
+Participant block (576) and rollback block (320): one line of words, then two copies of the payload
     offset  size  what
          0     8  sequence: generation of the current payload
          8     8  heartbeat of the process (tolaria: of its event loop); not in the rollback block
@@ -42,7 +42,7 @@ Payload of a participant (256)
         16     8  time raised
         24     8  acknowledged signal id (of any block)
         32     8  time acknowledged
-        40     8  time cleared: signals of every block raised until then are void (heeded from tolaria, operator only)
+        40     8  time cleared: clears the signals of all blocks raised until then (valid from tolaria and operator)
         48     4  index of the block, 0 to 7
         52     4  pid of the owner, in its own namespace
         56     4  raised level, a leyline EmergencyLevel; 0 = none
@@ -65,41 +65,44 @@ Payload of the rollback block (128)
        112    12  reserved
        124     4  CRC-32 (zlib) of bytes 0 to 123
 
-Reading a payload: load the sequence s; copy payload number s & 1; load the sequence again. If it moved, start over.
-Otherwise the copy counts only when its generation equals s and its CRC holds; else the block is damaged and ignored.
+Reading a payload: load the sequence s; copy payload number s & 1; load the sequence again. If it changed, start over.
+The copy is valid when its generation equals s and its CRC matches; otherwise the block is damaged and ignored.
 Writing (owner only): fill the *other* copy with generation s + 1 and its CRC, then store s + 1 to the sequence. The
-current copy is never touched, so an owner that dies at any instruction leaves its last whole payload standing; a
-seqlock with one copy would stay odd and hide it. Generations wrap at 2**64.
+current copy is never written, so an owner that dies at any instruction leaves its last payload readable; a seqlock
+with one copy would stay odd and hide it. Generations wrap at 2**64.
 
-Heartbeats lie outside sequence and CRC on purpose: a beat is one aligned 8-byte store, which no machine of 64 bits
-tears, cheap enough for every microbatch, and must not make readers of the payload start over. Nothing checks it; the
-next beat mends it.
+Heartbeats lie outside sequence and CRC: a beat is one aligned 8-byte store, atomic on 64-bit machines, cheap enough
+for every microbatch, and must not make readers of the payload start over.
 
 Ringing the bell: after its sequence store a writer stores (index << 28 | generation & 0xfffffff) to the futex word
-(index 8 is the rollback block, 9 the founder removing the board) and calls FUTEX_WAKE (shared) on it. Each writer has
-its own tag, so every store changes the word and no writer reads it first: two at once cannot cancel each other. A
-waiter loads the word, reads the blocks, then FUTEX_WAITs on the value it loaded.
+(index 8 is the rollback block, 9 the creator removing the board) and calls FUTEX_WAKE (shared) on it. Each writer has
+its own tag, so every store changes the word without reading it first, and concurrent stores cannot cancel each other.
+A waiter loads the word, reads the blocks, then FUTEX_WAITs on the value it loaded.
 
 Memory order: readers need load-load, writers store-store order. x86-64 gives both. Elsewhere (aarch64) writers put a
-release and readers an acquire barrier between the steps above; generation and CRC reject what would slip through, on
-every machine.
+release and readers an acquire barrier between the steps above; generation and CRC reject what passes these.
 
-The effective level is the highest level of all blocks whose signal is not void; between equals the signal raised
-first counts.
+The effective signal is the one of the highest level among the signals that are not cleared; of equals, the one raised
+first.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum, unique
+from typing import NamedTuple
 from zlib import crc32
 
 from leyline.v1.enums_pb2 import EmergencyLevel, RollbackTier
 from tolaria.errors import SignalValueError
-from tolaria.signals.records import Header, ParticipantRecord, RollbackRecord, RollbackState, new_tuple
 
 MAGIC = b"TOLBOARD"
 VERSION = 1
 PARTICIPANTS = ("tolaria", "kasmina", "tamiyo", "sentinel", "operator", "spare-1", "spare-2", "spare-3")
+CLEARERS = ("tolaria", "operator")
+"""Participants whose clearing time counts for every block."""
 
 LINE = 64
 HEADER_SIZE = 256
@@ -111,7 +114,7 @@ ROLLBACK_AT = BLOCKS_AT + len(PARTICIPANTS) * PARTICIPANT_SIZE
 ROLLBACK_PAYLOAD = 128
 ROLLBACK_SIZE = LINE + 2 * ROLLBACK_PAYLOAD
 ROLLBACK_INDEX = len(PARTICIPANTS)
-FOUNDER_INDEX = ROLLBACK_INDEX + 1
+CREATOR_INDEX = ROLLBACK_INDEX + 1
 BOARD_SIZE = ROLLBACK_AT + ROLLBACK_SIZE
 HEARTBEAT = 8
 LANE_HEARTBEAT = 16
@@ -127,37 +130,125 @@ _PARTICIPANT = struct.Struct("<QQQQQQIIII160s28x")
 _ROLLBACK = struct.Struct("<QQQQIIII64s12x")
 _CRC = struct.Struct("<I")
 _CRC_OF_SEALED = 0x2144DF1C
-_STATES = frozenset(RollbackState)
 _TIERS = frozenset(RollbackTier.values())
+
+new_tuple = tuple.__new__
+"""`new_tuple(ParticipantRecord, fields)` costs half of `ParticipantRecord(*fields)`, which calls into Python."""
+
+
+@unique
+class RollbackState(IntEnum):
+    """Phase of the rollback that the board shows."""
+
+    IDLE = 0
+    PREPARE = 1
+    COMMIT = 2
+    CONFIRM = 3
+    ABORTED = 4
+    DEADLINE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Identity of a board. `created_unix_ns` is wall-clock time, for people only."""
+
+    run_id: str
+    boot_id: bytes
+    created_unix_ns: int
+    created_ns: int
+
+
+class ParticipantRecord(NamedTuple):
+    """What a participant published. Times are monotonic nanoseconds; 0 is never or none.
+
+    A named tuple: every signal makes one on each side, at a third of a dataclass's cost.
+    """
+
+    level: EmergencyLevel.ValueType = EmergencyLevel.EMERGENCY_LEVEL_UNSPECIFIED
+    reason: str = ""
+    signal_id: int = 0
+    raised_ns: int = 0
+    acknowledged_id: int = 0
+    acknowledged_ns: int = 0
+    cleared_ns: int = 0
+    owner_pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackRecord:
+    """What the rollback block says. `deadline_ns` and `changed_ns` are monotonic nanoseconds; 0 is none."""
+
+    state: RollbackState = RollbackState.IDLE
+    rollback_id: str = ""
+    target_step: int = 0
+    deadline_ns: int = 0
+    tier: RollbackTier.ValueType = RollbackTier.ROLLBACK_TIER_UNSPECIFIED
+    changed_ns: int = 0
+    owner_pid: int = 0
+
+
+class Signal(NamedTuple):
+    """An emergency that participant `origin` raised at `raised_ns` (monotonic)."""
+
+    origin: str
+    level: EmergencyLevel.ValueType
+    reason: str
+    signal_id: int
+    raised_ns: int
+
+
+_STATES = frozenset(RollbackState)
+
+
+def active_signals(records: Mapping[str, ParticipantRecord]) -> tuple[Signal, ...]:
+    """Returns the signals that are raised and not cleared, the effective one first."""
+    until_ns = cleared_until(records)
+    signals = [
+        new_tuple(Signal, (name, record.level, record.reason, record.signal_id, record.raised_ns))
+        for name, record in records.items()
+        if record.level and record.raised_ns > until_ns
+    ]
+    if len(signals) > 1:
+        signals.sort(key=lambda signal: (-signal.level, signal.raised_ns))
+    return tuple(signals)
+
+
+def cleared_until(records: Mapping[str, ParticipantRecord]) -> int:
+    """Returns the time until which every signal is cleared; 0 when none was cleared for all."""
+    until_ns = 0
+    for name in CLEARERS:
+        if name in records and records[name].cleared_ns > until_ns:
+            until_ns = records[name].cleared_ns
+    return until_ns
 
 
 def participant_at(index: int) -> int:
-    """Offset of the block of participant `index`."""
+    """Returns the offset of the block of participant `index`."""
     return BLOCKS_AT + index * PARTICIPANT_SIZE
 
 
 def index_of(participant: str) -> int:
-    """Index of a participant's block. Raises `SignalValueError` for a name that the board does not have."""
+    """Returns the index of a participant's block. Raises `SignalValueError` for an unknown name."""
     if participant not in PARTICIPANTS:
         raise SignalValueError(f"the board has no participant {participant!r}, only {', '.join(PARTICIPANTS)}")
     return PARTICIPANTS.index(participant)
 
 
 def bell_value(index: int, generation: int) -> int:
-    """The value that writer `index` stores to the futex word when it publishes `generation`."""
+    """Returns what writer `index` stores to the futex word when it publishes `generation`."""
     return index << 28 | generation & 0xFFFFFFF
 
 
 def cut_at_character(text: str, size_max: int) -> bytes:
-    """UTF-8 of `text`, at most `size_max` bytes, never ending within a character; lone surrogates become '?'."""
-    whole = text.encode("utf-8", "replace")
-    if len(whole) <= size_max:
-        return whole
-    return whole[:size_max].decode("utf-8", "ignore").encode("utf-8")
+    """Returns `text` as at most `size_max` bytes of UTF-8 that end with a whole character; lone surrogates as "?"."""
+    encoded = text.encode("utf-8", "replace")
+    if len(encoded) <= size_max:
+        return encoded
+    return encoded[:size_max].decode("utf-8", "ignore").encode("utf-8")
 
 
 def blank_board(header: Header) -> bytes:
-    """A whole new board: the header, and every block with a valid empty payload of generation 0."""
+    """Returns a new board: the header, and every block with a valid empty payload of generation 0."""
     blocks = b"".join(
         bytes(LINE) + encode_participant(index, 0, ParticipantRecord()) + bytes(PARTICIPANT_PAYLOAD)
         for index in range(len(PARTICIPANTS))
@@ -167,28 +258,27 @@ def blank_board(header: Header) -> bytes:
 
 
 def header_fault(head: bytes, file_size: int) -> tuple[str, str] | None:
-    """Why a file is no board of this version, as (stable reason, detail); None when it is one.
+    """Returns why a file is no board of this version, as (stable reason, detail); None when it is one.
 
-    `head` is the file's first 256 bytes, or fewer where it is shorter. Reasons: foreign, truncated, version, size,
-    header.
+    `head` is the file's first 256 bytes, or all of a shorter file. Reasons: foreign, truncated, version, size, header.
     """
     if head[: len(MAGIC)] != MAGIC[: len(head)]:
-        return "foreign", "it does not begin as a signal board does"
+        return "foreign", "it does not begin like a signal board"
     if len(head) < HEADER_SIZE:
         return "truncated", f"{file_size} bytes do not hold the header"
     _, version, participants, size, *_ = _HEADER.unpack_from(head)
     if version != VERSION:
         return "version", f"it has layout version {version}, this program reads {VERSION}"
     if file_size < BOARD_SIZE:
-        return "truncated", f"{file_size} bytes of {BOARD_SIZE} are left"
+        return "truncated", f"{file_size} of {BOARD_SIZE} bytes are there"
     if size != BOARD_SIZE or file_size != BOARD_SIZE or participants != len(PARTICIPANTS):
         return "size", f"it is {file_size} bytes and says {size} with {participants} participants, not {BOARD_SIZE}"
-    whole = _whole(head) and _decode_header(head) is not None
-    return None if whole else ("header", "its header fails its checksum")
+    valid = _intact(head) and _decode_header(head) is not None
+    return None if valid else ("header", "its header fails its checksum")
 
 
 def decode_header(head: bytes) -> Header:
-    """The header of a file in which `header_fault` found none."""
+    """Returns the header of a file in which `header_fault` found no fault."""
     header = _decode_header(head)
     if header is None:
         raise SignalValueError("not the header of a signal board")
@@ -196,7 +286,7 @@ def decode_header(head: bytes) -> Header:
 
 
 def encode_participant(index: int, generation: int, record: ParticipantRecord) -> bytes:
-    """A participant's sealed payload. Raises `SignalValueError` when a number does not fit its field."""
+    """Returns the payload with its CRC. Raises `SignalValueError` when a number does not fit its field."""
     level, text, signal_id, raised, acked_id, acked, cleared, pid = record
     reason = text.encode("utf-8", "replace")
     size = len(reason)
@@ -209,7 +299,7 @@ def encode_participant(index: int, generation: int, record: ParticipantRecord) -
 
 
 def decode_participant(payload: bytes, generation: int, index: int) -> ParticipantRecord | None:
-    """The record in a payload, or None when it is not the whole payload of that generation and block."""
+    """Returns the record in a payload; None unless it is an intact payload of that generation and block."""
     if crc32(payload) != _CRC_OF_SEALED:
         return None
     own, signal_id, raised, acked_id, acked, cleared, slot, pid, level, size, reason = _PARTICIPANT.unpack_from(payload)
@@ -220,7 +310,7 @@ def decode_participant(payload: bytes, generation: int, index: int) -> Participa
 
 
 def encode_rollback(generation: int, record: RollbackRecord) -> bytes:
-    """The rollback block's sealed payload. Raises `SignalValueError` when something does not fit its field."""
+    """Returns the payload with its CRC. Raises `SignalValueError` when something does not fit its field."""
     rollback_id = record.rollback_id.encode("utf-8", "replace")
     if len(rollback_id) > ROLLBACK_ID_MAX:
         raise SignalValueError(f"a rollback id has at most {ROLLBACK_ID_MAX} bytes, not {len(rollback_id)}")
@@ -229,8 +319,8 @@ def encode_rollback(generation: int, record: RollbackRecord) -> bytes:
 
 
 def decode_rollback(payload: bytes, generation: int) -> RollbackRecord | None:
-    """The record in a payload, or None when it is not the whole payload of that generation."""
-    if not _whole(payload):
+    """Returns the record in a payload; None unless it is an intact payload of that generation."""
+    if not _intact(payload):
         return None
     own, step, deadline, changed, state, tier, pid, size, rollback_id = _ROLLBACK.unpack_from(payload)
     text = _text(rollback_id, size)
@@ -262,7 +352,7 @@ def _sealed(form: struct.Struct, *fields: int | bytes) -> bytes:
     return body + _CRC.pack(crc32(body))
 
 
-def _whole(sealed: bytes) -> bool:
+def _intact(sealed: bytes) -> bool:
     # The CRC of something followed by its own little-endian CRC-32 is always this number.
     return crc32(sealed) == _CRC_OF_SEALED
 

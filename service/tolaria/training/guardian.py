@@ -25,8 +25,8 @@ from tolaria.emergency import (
     Trigger,
     recovered,
 )
-from tolaria.emergency.heartbeats import Heartbeats
 from tolaria.emergency.protocol import SENTINEL, TOLARIA
+from tolaria.emergency.supervision import Heartbeats
 from tolaria.errors import ClearanceRefusedError, EmergencyError
 from tolaria.resilience.conservative import EMERGENCY
 from tolaria.rollback import EmergencyRow
@@ -150,7 +150,7 @@ class Guardian:
             self.controller.state,
             self._streak,
             recovery_epochs=self._settings.recovery_epochs,
-            cause_stands=not self.safeguards.all_closed,
+            cause_remains=not self.safeguards.all_closed,
         )
         if rule:
             with suppress(EmergencyError):  # somebody has cleared or raised it in this very moment

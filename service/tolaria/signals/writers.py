@@ -1,0 +1,216 @@
+"""The writing side of the board: blocks claimed by this process."""
+
+from __future__ import annotations
+
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic
+
+from leyline.v1.enums_pb2 import EmergencyLevel, RollbackTier
+from tolaria.errors import BlockOwnedError, SignalValueError
+from tolaria.signals.futex import Bell
+from tolaria.signals.layout import (
+    CLEARERS,
+    HEARTBEAT,
+    LANE_HEARTBEAT,
+    LEVELS,
+    MASK64,
+    REASON_MAX,
+    ROLLBACK_INDEX,
+    ParticipantRecord,
+    RollbackRecord,
+    RollbackState,
+    bell_value,
+    cut_at_character,
+    encode_participant,
+    encode_rollback,
+    index_of,
+    new_tuple,
+    participant_at,
+)
+from tolaria.signals.mapping import BoardMemory, RangeLocks
+from tolaria.signals.seqlock import BlockCondition, FaultCounter, Record, Seqlock
+
+_ID_BITS = 56
+_COUNT_MASK = (1 << _ID_BITS) - 1
+_ACKNOWLEDGED_ON = ParticipantRecord._fields.index("acknowledged_id")
+_NO_LEVEL = EmergencyLevel.EMERGENCY_LEVEL_UNSPECIFIED
+
+
+@dataclass(frozen=True, slots=True)
+class BoardParts:
+    """What the writers of one board share. `clock` gives monotonic nanoseconds."""
+
+    memory: BoardMemory
+    locks: RangeLocks
+    bell: Bell
+    faults: FaultCounter
+    clock: Callable[[], int]
+
+
+class ClaimedBlock(ABC, Generic[Record]):
+    """One block, locked for this process until `release` or exit.
+
+    The record of the previous owner stays, unless it is damaged: then `repaired` is true and `empty` replaces it.
+    Raises `BlockOwnedError` when another process has the block.
+    """
+
+    def __init__(self, parts: BoardParts, block: Seqlock[Record], index: int, empty: Record) -> None:
+        self._parts = parts
+        self._memory, self._clock = parts.memory, parts.clock
+        self._block = block
+        self._index = index
+        self._mutex = threading.Lock()
+        if not parts.locks.try_lock(*block.extent):
+            raise BlockOwnedError(f"block {index} of the board is owned by another living process")
+        self.released = False
+        found = block.read()
+        self.repaired = found.condition is not BlockCondition.OK
+        self._record = empty if found.record is None else found.record
+        self._generation = found.sequence
+
+    @property
+    def record(self) -> Record:
+        """The published record; after a claim, the previous owner's."""
+        return self._record
+
+    def release(self) -> None:
+        """Lets another process claim the block; its record stays."""
+        with self._mutex:
+            if not self.released:
+                self.released = True
+                self._parts.locks.unlock(*self._block.extent)
+
+    @abstractmethod
+    def _encode(self, generation: int, record: Record) -> bytes:
+        """Returns the payload."""
+
+    def _update(self, change: Callable[[Record], Record]) -> Record:
+        """Publishes `change(record)` and wakes all waiters. Thread-safe; microseconds; never waits for readers.
+
+        Raises `BlockOwnedError` once released or in a forked child, and `BoardLostError` when the file is gone.
+        """
+        with self._mutex:
+            if self.released or not self._parts.locks.held:
+                raise BlockOwnedError(f"block {self._index} of the board is not owned here any more")
+            self._memory.require_intact()
+            record = change(self._record)
+            generation = (self._generation + 1) & MASK64
+            self._block.write(self._encode(generation, record), generation)
+            self._record, self._generation = record, generation
+            self._parts.bell.ring(bell_value(self._index, generation))
+            return record
+
+
+class Participant(ClaimedBlock[ParticipantRecord]):
+    """The block of participant `name`: raise, clear, acknowledge, beat. Thread-safe."""
+
+    def __init__(
+        self, name: str, parts: BoardParts, block: Seqlock[ParticipantRecord], *, cleared_ns: Callable[[], int]
+    ) -> None:
+        index = index_of(name)
+        super().__init__(parts, block, index, ParticipantRecord())
+        self.name = name
+        self._cleared_ns = cleared_ns
+        at = participant_at(index)
+        self._heartbeat = (at + HEARTBEAT) // 8
+        self._lane_heartbeat = (at + LANE_HEARTBEAT) // 8
+        self._update(lambda record: record._replace(owner_pid=os.getpid()))
+        self.beat()
+
+    def raise_level(self, level: EmergencyLevel.ValueType, reason: str) -> int:
+        """Raises `level`, wakes all waiters and returns the signal's id. `reason` is cut to 160 bytes of UTF-8.
+
+        Raises `SignalValueError` for an unknown level, or one below this block's active level, which must be cleared
+        first.
+        """
+        if not level or level not in LEVELS:
+            raise SignalValueError(f"there is no emergency level {level}")
+        return self._update(partial(self._raised, level, reason)).signal_id
+
+    def clear(self) -> None:
+        """Clears this block's own signal: level, reason and time."""
+        self._update(_cleared)
+
+    def clear_all(self) -> None:
+        """Clears this block's signal and those that others raised until now.
+
+        Raises `SignalValueError` unless this is tolaria or operator: readers ignore the clearing of others.
+        """
+        if self.name not in CLEARERS:
+            raise SignalValueError(f"{self.name} may not clear the signals of others")
+        self._update(lambda record: _cleared(record)._replace(cleared_ns=self._clock()))
+
+    def acknowledge(self, signal_id: int) -> None:
+        """Publishes that this participant acted on a signal, in place of its last acknowledgement."""
+        if not 0 < signal_id <= MASK64:
+            raise SignalValueError(f"{signal_id} is no signal's id")
+        self._update(lambda record: record._replace(acknowledged_id=signal_id, acknowledged_ns=self._clock()))
+
+    def beat(self) -> None:
+        """Stores the process's heartbeat (tolaria: its event loop's). Under a microsecond; no wake-up, never raises."""
+        self._store(self._heartbeat)
+
+    def beat_lane(self) -> None:
+        """Stores the compute lane's heartbeat (tolaria only). Under a microsecond; no wake-up, never raises."""
+        self._store(self._lane_heartbeat)
+
+    def _encode(self, generation: int, record: ParticipantRecord) -> bytes:
+        return encode_participant(self._index, generation, record)
+
+    def _store(self, word: int) -> None:
+        # A lost board must not stop training: it is counted here; raising and reading report it.
+        memory = self._memory
+        if memory.intact:
+            memory.words[word] = self._clock()
+        else:
+            self._parts.faults.add("lost_beats")
+
+    def _raised(self, level: EmergencyLevel.ValueType, reason: str, record: ParticipantRecord) -> ParticipantRecord:
+        if level < record.level and record.raised_ns > self._cleared_ns():
+            active = EmergencyLevel.Name(record.level)
+            raise SignalValueError(f"{self.name} already raised {active}; it must be cleared before a lower level")
+        now_ns = self._clock()
+        if not (reason.isascii() and len(reason) <= REASON_MAX):
+            reason = cut_at_character(reason, REASON_MAX).decode()
+        # Unique on the board: the block's number, then microseconds, so that ids do not repeat after a repair either.
+        count, next_count = now_ns // 1000, (record.signal_id & _COUNT_MASK) + 1
+        signal_id = (self._index + 1) << _ID_BITS | max(count, next_count) & _COUNT_MASK
+        # In the order of the record's fields, as `_replace` does in three times the time.
+        return new_tuple(ParticipantRecord, (level, reason, signal_id, now_ns, *record[_ACKNOWLEDGED_ON:]))
+
+
+class RollbackWriter(ClaimedBlock[RollbackRecord]):
+    """The rollback block."""
+
+    def __init__(self, parts: BoardParts, block: Seqlock[RollbackRecord]) -> None:
+        super().__init__(parts, block, ROLLBACK_INDEX, RollbackRecord())
+
+    def write(
+        self,
+        state: RollbackState,
+        *,
+        rollback_id: str,
+        target_step: int,
+        deadline_ns: int = 0,
+        tier: RollbackTier.ValueType = RollbackTier.ROLLBACK_TIER_UNSPECIFIED,
+    ) -> None:
+        """Publishes the state of a rollback as of now and wakes all waiters. `deadline_ns` is monotonic.
+
+        Raises `SignalValueError` when the id is longer than 64 bytes of UTF-8 or a number is out of range.
+        """
+        record = RollbackRecord(
+            state, rollback_id, target_step, deadline_ns, tier, changed_ns=self._clock(), owner_pid=os.getpid()
+        )
+        self._update(lambda _: record)
+
+    def _encode(self, generation: int, record: RollbackRecord) -> bytes:
+        return encode_rollback(generation, record)
+
+
+def _cleared(record: ParticipantRecord) -> ParticipantRecord:
+    return record._replace(level=_NO_LEVEL, reason="", raised_ns=0)

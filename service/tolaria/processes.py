@@ -116,7 +116,7 @@ class ChildSupervisor:
         await self._start()
 
     async def run(self) -> None:
-        """Keeps the child running until cancelled or given up; starts it when `start` has not. `stop` must follow."""
+        """Keeps the child running until given up or cancelled, and stops it then. Starts it when `start` has not."""
         failures = 0
         while True:
             started_s = anyio.current_time()

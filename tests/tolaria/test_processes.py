@@ -10,6 +10,7 @@ from typing import Any
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import pytest
 
 from support.processes import is_alive
@@ -236,6 +237,24 @@ async def test_restarts_pause_longer_each_time_until_given_up(tmp_path: Path) ->
     assert child.endings[0][0] == "ended with code 0"
     assert child.given_up == [("ended with code 1: the port is taken", 4)]
     assert child.starts == 1
+
+
+async def test_run_starts_the_child_and_stops_it_when_cancelled() -> None:
+    """A child that `start` has not started; one that fails to start is tried again."""
+    child = Child(WELL_BEHAVED, restarts=RestartPolicy(pause_s=0.001))
+    command, child.command = child.command, ChildCommand("child", ("/nonexistent/program",))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(child.run)
+        with anyio.fail_after(TIMEOUT_S):
+            while not child.endings:
+                await anyio.lowlevel.checkpoint()
+            child.command = command
+            while not child.starts:
+                await anyio.sleep(0.001)
+        assert is_alive(child.pid)
+        tasks.cancel_scope.cancel()
+    assert child.endings[0][0].startswith("cannot be started")
+    assert_gone(child)
 
 
 def test_pauses_have_a_maximum() -> None:

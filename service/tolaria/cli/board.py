@@ -74,7 +74,7 @@ def _contents(board: SignalBoard) -> dict[str, object]:
             "reason": one_line(signal.reason),
             "signal_id": signal.signal_id,
         }
-        for signal in board.standing()
+        for signal in board.active_signals()
     ]
     acknowledged = {
         state.name: state.record.acknowledged_id

@@ -174,7 +174,7 @@ def peer(
     import anyio
 
     from tolaria.config import Address
-    from tolaria.reference.serve import serve_peer
+    from tolaria.reference.server import serve_peer
     from tolaria.telemetry.logging import LogContext, logging_to
 
     settings = _settings(config_file, overrides)
@@ -210,8 +210,8 @@ def verify(
     if not directory.is_dir():
         raise ConfigurationError([f"{origin}: there is no directory {directory}{hint}"])
     # After the check: a wrong directory is reported before this slow import.
-    from tolaria.rollback.inspection import inspect_storage
-    from tolaria.rollback.storage import JOURNAL
+    from tolaria.checkpoint.inspection import inspect_storage
+    from tolaria.checkpoint.storage import JOURNAL
 
     if not (directory / JOURNAL).is_file():
         raise ConfigurationError([f"{origin}: {directory} holds no {JOURNAL}: no service has kept its state there"])

@@ -144,11 +144,7 @@ async def watch_process(settings: Settings, board: SignalBoard, heartbeats: Hear
                 grace_s=emergency.grace_s,
                 drain_s=emergency.drain_s,
             )
-            sentinel = SentinelProcess(options)
-            try:
-                await sentinel.run()
-            finally:
-                await sentinel.stop()
+            await SentinelProcess(options).run()
 
 
 async def _remove_stale_boards(beside: Path) -> None:

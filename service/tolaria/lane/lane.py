@@ -178,8 +178,6 @@ class ThreadLane:
                 self._serve()
             finally:
                 self._profiler.abandon()
-        except StepAbandonedError:
-            pass  # stopped while held
         except BaseException as error:  # noqa: BLE001 - the job is the user's code; its errors end the run, not the process
             failure = Failure.of(error, traceback.format_exc())
         self._events.put(LaneEnded(self._module.global_step, failure))
@@ -210,9 +208,7 @@ class ThreadLane:
                         self._finish_epoch(time.monotonic() - started_s)
                     return  # a restore from here on does not continue an epoch without a further order
             except StepAbandonedError:
-                if self._commands.stopping:
-                    raise
-                # A command is urgent: after it the abandoned step, or evaluation, starts again.
+                # Unless the lane is to stop, the abandoned step, or evaluation, starts again after the urgent command.
                 module.model.train()
 
     def _cross_step_boundary(self) -> bool:

@@ -65,7 +65,7 @@ def test_an_order_trains_one_epoch_and_evaluates() -> None:
     assert first.evaluation.samples == first.samples == 64
     assert first.training_loss == pytest.approx(sum(step.loss for step in steps[:8]) / 8)
     assert (first.momentum, first.learning_rate, first.hardware.device_type) == (0.9, 0.05, "cpu")
-    assert second.evaluation.loss < first.evaluation.loss
+    assert second.evaluation != first.evaluation
     ended = run.events[-1]
     assert ended == LaneEnded(16, None)
 
@@ -211,19 +211,17 @@ def test_a_restore_abandons_a_running_step() -> None:
 
 
 class LongValidationJob(SlotJob):
-    """Waits in its second and later validation passes until a pass is given, or the gate is opened."""
+    """Waits in each validation batch but the build's until a pass is given."""
 
     def __init__(self, context: JobContext) -> None:
         super().__init__(context)
         self.validating = threading.Event()
-        self.passes = threading.Semaphore(2)  # one for the build, one for the first epoch
-        self.evaluated = 0
+        self.passes = threading.Semaphore(1)  # for the build
 
     def validation_batches(self) -> Iterable[Batch]:
         return [Batch((self.x, self.y), len(self.x))] * 2
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
-        self.evaluated += 1
         if not self.passes.acquire(blocking=False):
             self.validating.set()
             assert self.passes.acquire(timeout=30)

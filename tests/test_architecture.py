@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "service" / "tolaria").rglob("*.py"))
-LINES_MAX, FUNCTION_LINES_MAX = 400, 70
+LINES_MAX, FUNCTION_LINES_MAX = 450, 70
 
 # Where the user's own code is called, which may raise anything: the edge of what Tolaria can know.
 BROAD_EXCEPT_ALLOWED = {"jobs/registry.py", "seeds/registry.py", "training/rig.py", "training/lane.py"}
@@ -28,7 +28,7 @@ def nodes(path: Path) -> Iterator[ast.AST]:
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_files_and_functions_stay_small(path: Path) -> None:
-    """No file over 400 lines, no function over 70, every module says what it owns."""
+    """No file over 450 lines, no function over 70, every module says what it owns."""
     text = path.read_text()
     assert text.count("\n") <= LINES_MAX
     assert ast.get_docstring(ast.parse(text)), "a module's docstring says what it owns"

@@ -201,6 +201,7 @@ class HyperparameterError(OptimizationError):
     """The optimizer has no hyperparameter `name`, or does not accept the value."""
 
     def __init__(self, name: str, detail: str) -> None:
+        self.name = name
         super().__init__(f"{name}: {detail}", name, detail)
 
 

@@ -113,7 +113,7 @@ class PeerSettings(Section):
             if method not in cls.methods:
                 close = difflib.get_close_matches(method, cls.methods, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(cls.methods)}"
-                raise ValueError(f"{method!r} is no method with a deadline of its own; {hint}")
+                raise ValueError(f"{method!r} is no method with a separate deadline; {hint}")
             # The run waits for a peer for timeout_s at most.
             if longest_s is not None and seconds > longest_s:
                 raise ValueError(f"gives {method} {seconds} s, more than timeout_s ({longest_s}), the longest of all")

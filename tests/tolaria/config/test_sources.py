@@ -75,7 +75,7 @@ def test_json_in_a_text_field_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
         ("tamiyo.timeout_s=nan", ["tamiyo.timeout_s", "finite"]),
         ("tamiyo.timeouts_s.EvaluateStp=1", ["tamiyo.timeouts_s", "'EvaluateStp'", "did you mean EvaluateStep"]),
         ("tamiyo.timeouts_s.ApplyCommand=1", ["tamiyo.timeouts_s", "known are EvaluateEpoch, EvaluateStep"]),
-        ("kasmina.timeouts_s.PrepareRollback=1", ["kasmina.timeouts_s", "no method with a deadline of its own"]),
+        ("kasmina.timeouts_s.PrepareRollback=1", ["kasmina.timeouts_s", "no method with a separate deadline"]),
         ("kasmina.timeouts_s.ApplyCommand=3", ["kasmina.timeouts_s", "gives ApplyCommand 3.0 s", "timeout_s (2.0)"]),
         ("kasmina.timeouts_s.ApplyCommand=0", ["kasmina.timeouts_s.ApplyCommand", "greater than 0"]),
         ("tamiyo.retries=-1", ["tamiyo.retries", "greater than or equal to 0"]),

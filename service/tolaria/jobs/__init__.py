@@ -1,4 +1,4 @@
-"""Training jobs: what a job must offer, how it is found, and the built-in one. Knows nothing of the service."""
+"""Training jobs: the interface of a job, its registry, cursors over training data, and the built-in job."""
 
 from tolaria.jobs.data import LoaderCursor, TensorCursor
 from tolaria.jobs.job import (

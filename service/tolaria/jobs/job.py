@@ -1,7 +1,4 @@
-"""What a training job is to Tolaria: a model, an optimizer, data that can be resumed, losses, evaluation.
-
-Owns the contract between Tolaria and whoever brings a job. Must not know how training is run.
-"""
+"""The interface of a training job: model, optimizer, resumable data, losses, evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ CursorState = dict[str, JsonValue]
 
 @dataclass(frozen=True, slots=True)
 class JobContext:
-    """What a job's factory gets: `training.seed`, the device to train on, and `training.options` as they are."""
+    """The arguments of a job's factory: `training.seed`, the training device, and `training.options`."""
 
     seed: int
     device: torch.device
@@ -29,9 +26,12 @@ class JobContext:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One microbatch. `payload` is the job's own (tensors, or tuples, lists, dicts of them); `samples` counts it.
+    """One microbatch.
 
-    `seed_ids` names the seed that each sample is meant for, where the data says so; it goes with `PerSampleLosses`.
+    Attributes:
+        payload: the job's data: tensors, or tuples, lists and dicts of them.
+        samples: number of samples.
+        seed_ids: the seed that each sample belongs to, for data that says so; used with `PerSampleLosses`.
     """
 
     payload: Any
@@ -41,59 +41,56 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class PerSampleLosses:
-    """Losses of shape (samples,), differentiable, for a batch with `seed_ids`: Tolaria splits them by seed."""
+    """Differentiable losses of shape (samples,) of a batch with `seed_ids`; Tolaria splits them by seed."""
 
     values: Tensor
 
 
 @runtime_checkable
 class BatchCursor(Protocol):
-    """Training data with a place in it that can be saved and found again.
-
-    The same cursor state gives the same batches: that is what makes a rollback exact.
-    """
+    """A resumable position in training data. The same state gives the same batches, so that a rollback is exact."""
 
     @property
     def batches_per_epoch(self) -> int:
-        """How many batches an epoch has."""
+        """The number of batches in an epoch."""
 
     def begin_epoch(self, epoch: int) -> None:
-        """Go to the first batch of `epoch` (from 1)."""
+        """Goes to the first batch of `epoch` (from 1)."""
 
     def next_batch(self) -> Batch | None:
-        """The next batch, on the CPU or already on the device; None at the end of the epoch."""
+        """Returns the next batch, on the CPU or on the device; None at the end of the epoch."""
 
     def state_dict(self) -> CursorState:
-        """The place, as JSON values."""
+        """Returns the position as JSON values."""
 
     def load_state_dict(self, state: CursorState) -> None:
-        """Go to a place that `state_dict` told, so that `next_batch` goes on from there."""
+        """Goes to a saved position, from which `next_batch` continues."""
 
 
 @runtime_checkable
 class TrainingJob(Protocol):
-    """What is trained. All methods are called from the compute lane, one at a time."""
+    """A training job. Its methods are called by the lane, one at a time."""
 
     def build_model(self) -> nn.Module:
-        """The model, on the CPU; Tolaria moves it to the device. Global RNGs are seeded before the call."""
+        """Returns the model on the CPU; Tolaria moves it to the device. Global RNGs are seeded before the call."""
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer over the model's parameters, which are on the device by then."""
+        """Returns an optimizer over the model's parameters, which are on the device."""
 
     def training_data(self) -> BatchCursor:
-        """The training data."""
+        """Returns the training data."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
-        """Mean loss of the batch by source, each a scalar with a graph; `HOST` is always among them.
+        """Returns the mean loss of the batch by source, each a differentiable scalar; `HOST` is always included.
 
-        Sources are seeds by their id, or tasks of the job's own. A batch with `seed_ids` may have its losses by sample.
+        Sources are seed ids or tasks of the job. For a batch with `seed_ids` the losses may be per sample.
         """
 
     def validation_batches(self) -> Iterable[Batch]:
-        """What the model is evaluated on after each epoch."""
+        """Returns the batches for the evaluation after each epoch."""
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
-        """Evaluate one batch; the model is in eval mode and gradients are off."""
+        """Evaluates one batch; the model is in eval mode and gradients are disabled."""
 
 
 JobFactory = Callable[[JobContext], TrainingJob]

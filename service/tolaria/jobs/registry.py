@@ -1,13 +1,10 @@
-"""Finds the training job that a setting names and builds it. Every mistake in it becomes a clear `JobError`.
-
-Must not know what becomes of the job.
-"""
+"""Finds and builds the training job that `training.job` names."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 
 from tolaria.errors import BrokenJobError, JobError, UnknownJobError
 from tolaria.jobs.job import JobContext, JobFactory, TrainingJob
@@ -16,15 +13,15 @@ ENTRY_POINTS = "tolaria.jobs"
 
 
 def build_job(name: str, context: JobContext) -> TrainingJob:
-    """Load the factory that `name` means, call it with `context`, and check that it made a job.
+    """Loads the factory that `name` refers to, calls it with `context`, and checks the result.
 
     Args:
         name: a name registered under the entry points `tolaria.jobs`, or `package.module:factory`.
         context: seed, device and options.
 
     Raises:
-        UnknownJobError: when there is no such name, module or factory.
-        BrokenJobError: when importing or calling it raised, or what it made lacks a method of `TrainingJob`.
+        UnknownJobError: there is no such name, module or factory.
+        BrokenJobError: importing or calling the factory failed, or the job lacks a method of `TrainingJob`.
     """
     factory = _load(name)
     try:
@@ -33,7 +30,8 @@ def build_job(name: str, context: JobContext) -> TrainingJob:
         raise
     except (Exception, SystemExit) as error:
         raise BrokenJobError(f"training.job {name!r}: its factory raised {type(error).__name__}: {error}") from error
-    missing = [method for method in _methods() if not callable(getattr(job, method, None))]
+    methods = [method for method, _ in inspect.getmembers(TrainingJob, inspect.isfunction) if method[0] != "_"]
+    missing = [method for method in methods if not callable(getattr(job, method, None))]
     if missing:
         raise BrokenJobError(
             f"training.job {name!r}: its factory returned a {type(job).__name__}, which lacks {', '.join(missing)}"
@@ -41,38 +39,25 @@ def build_job(name: str, context: JobContext) -> TrainingJob:
     return job
 
 
-def known_jobs() -> list[str]:
-    """The registered names, sorted."""
-    return sorted(entry_points(group=ENTRY_POINTS).names)
-
-
-def _methods() -> list[str]:
-    return [name for name, _ in inspect.getmembers(TrainingJob, inspect.isfunction) if not name.startswith("_")]
-
-
 def _load(name: str) -> JobFactory:
-    if ":" in name:
-        module, _, attribute = name.partition(":")
-        found: object = _imported(name, module, attribute)
-    else:
-        found = _registered(name)
+    module, _, attribute = (name if ":" in name else _registered(name)).partition(":")
+    found = _import(name, module, attribute)
     if not callable(found):
         raise BrokenJobError(f"training.job {name!r}: is a {type(found).__name__}, not a factory that can be called")
     return found
 
 
-def _registered(name: str) -> object:
-    matches: list[EntryPoint] = list(entry_points(group=ENTRY_POINTS, name=name))
-    if not matches:
+def _registered(name: str) -> str:
+    known = entry_points(group=ENTRY_POINTS)
+    if name not in known.names:
         raise UnknownJobError(
-            f"training.job {name!r} is not registered (known: {', '.join(known_jobs())}); "
+            f"training.job {name!r} is not registered (known: {', '.join(sorted(known.names))}); "
             "a job of your own is named package.module:factory"
         )
-    module, _, attribute = matches[0].value.partition(":")
-    return _imported(name, module, attribute)
+    return known[name].value
 
 
-def _imported(name: str, module: str, attribute: str) -> object:
+def _import(name: str, module: str, attribute: str) -> object:
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -48,7 +48,7 @@ def settings(schedule: Schedule = CONSTANT, **changes: Any) -> LearningRateSetti
         "floor": 1e-8,
         "ceiling": 10.0,
     } | changes
-    return LearningRateSettings(schedule=schedule, **fields)
+    return LearningRateSettings(schedule=schedule, **{**fields, **changes})
 
 
 FLAT = settings(floor=1e-4, ceiling=2.0)

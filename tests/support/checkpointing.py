@@ -155,7 +155,7 @@ class CheckpointingParts:
         self._awake = anyio.Event()
 
     async def until_idle(self, sleeps: int = 0) -> None:
-        """Waits until every checkpoint that was begun has ended, after so many sleeps in all."""
+        """Waits until every checkpoint that was begun has ended, after `sleeps` sleeps in all."""
         await anyio.wait_all_tasks_blocked()
         await self.until_asleep(sleeps)
         with anyio.fail_after(20):
@@ -164,7 +164,7 @@ class CheckpointingParts:
         await anyio.wait_all_tasks_blocked()
 
     async def until_asleep(self, times: int) -> None:
-        """Waits until there have been so many sleeps."""
+        """Waits until there have been `times` sleeps."""
         with anyio.fail_after(20):
             while len(self.slept_s) < times:
                 await anyio.sleep(0.001)

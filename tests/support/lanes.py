@@ -53,9 +53,9 @@ class FakeLane:
     """Whether a restore has begun to change live state: it can no longer be forbidden."""
     stopped: bool = False
     _events: list[Event] = field(default_factory=list)
-    _notify: Callable[[], None] = lambda: None
+    _notify: Callable[[], object] = lambda: None
 
-    def start(self, notify: Callable[[], None]) -> None:
+    def start(self, notify: Callable[[], object]) -> None:
         """Delivers what was emitted before, then each event as it is emitted."""
         self._notify = notify
         if self._events:

@@ -94,7 +94,7 @@ def load_resume_point(prepared: PreparedState) -> ResumePoint:
     """Loads the newest intact checkpoint of a resumed run. The returned state may be that of another run.
 
     A run whose checkpoints are all damaged cannot be resumed. Since training is unattended, a new run begins then,
-    with an id of its own. The lost run is recorded as failed, with the incident `run_lost` and a critical log line;
+    with another id. The lost run is recorded as failed, with the incident `run_lost` and a critical log line;
     its damaged checkpoints are in the quarantine.
 
     Raises:
@@ -211,7 +211,7 @@ def _check_job(directory: Path, found: RunRow, job: str) -> None:
     if found.job and found.job != job:
         problem = (
             f"state.dir: {directory} holds the unfinished run {found.run_id} of the job {found.job!r}, but "
-            f"training.job is {job!r}: give this job a state.dir of its own, or leave that run behind with "
+            f"training.job is {job!r}: use another state.dir for this job, or abandon that run with "
             "state.resume = never"
         )
         raise ConfigurationError([problem])

@@ -176,7 +176,7 @@ async def test_a_hanging_disk_is_reported(make_parts: CheckpointingFactory, monk
 
 
 async def test_an_operators_checkpoint_waits_for_the_one_being_made(make_parts: CheckpointingFactory) -> None:
-    """It is captured after that, with the state of its own time."""
+    """It is captured after that, with the state of that time."""
     parts = await make_parts(every_steps=1)
     parts.disk.gate.clear()
     created: list[CheckpointRow] = []

@@ -228,11 +228,6 @@ class Recovery:
         rollback.lr_cut = _adjustment(verdict.cut, rollback.rollback_id)
         self.begin(rollback)
 
-    def roll_back_if_idle(self, reason: str, origin: str) -> None:
-        """Begins a rollback to a snapshot, unless one is under way or the run has ended."""
-        if not (self.running or self._lifecycle.ended):
-            self.begin(Rollback(ROLLBACK_TIER_FAST, None, reason, origin))
-
     def on_step(self, step: StepDone) -> None:
         """Takes a healthy step: the first one that is not skipped ends the recovery from a rollback."""
         rollback = self._recovering

@@ -58,6 +58,8 @@ def test_an_order_trains_one_epoch_and_evaluates() -> None:
         first = run.wait_for(EpochDone)
         run.send(RunEpoch(2))
         second = run.wait_for(EpochDone, number=2)
+        run.send(Stop())
+        ended = run.wait_for(LaneEnded)
     steps = run.all_of(StepDone)
     assert [step.global_step for step in steps] == list(range(1, 17))
     assert [step.epoch for step in steps] == [1] * 8 + [2] * 8
@@ -66,8 +68,7 @@ def test_an_order_trains_one_epoch_and_evaluates() -> None:
     assert first.training_loss == pytest.approx(sum(step.loss for step in steps[:8]) / 8)
     assert (first.momentum, first.learning_rate, first.hardware.device_type) == (0.9, 0.05, "cpu")
     assert second.evaluation != first.evaluation
-    ended = run.events[-1]
-    assert ended == LaneEnded(16, None)
+    assert run.events[-1] == ended == LaneEnded(16, None)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

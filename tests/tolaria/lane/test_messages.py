@@ -62,17 +62,32 @@ def ranges(draw: st.DrawFn) -> range:
     return range(draw(bound), draw(bound), draw(bound.filter(bool)))
 
 
-for kind, strategy in (
+def tuples(kind: Any) -> st.SearchStrategy[tuple[Any, ...]]:
+    """Tuples of the annotated items; at most 2 where their number is open."""
+    items = get_args(kind)
+    if items[-1] is Ellipsis:
+        return st.lists(st.from_type(items[0]), max_size=2).map(tuple)
+    return st.tuples(*map(st.from_type, items))
+
+
+def mappings(kind: Any) -> st.SearchStrategy[dict[Any, Any]]:
+    """Dictionaries of at most 2 items."""
+    return st.dictionaries(*map(st.from_type, get_args(kind)), max_size=2)
+
+
+for plain, strategy in (
     (int, INTS),
     (float, FLOATS),
     (str, TEXT),
     (range, ranges()),
+    (tuple, tuples),
+    (Mapping, mappings),
     (SeedState, SEEDS),
     (HardwareContext, st.builds(HardwareContext, device_type=TEXT, total_memory_gb=FLOATS)),
     (Adjustment, ADJUSTMENTS),
     (Failure, st.builds(Failure, TEXT, st.lists(PLAIN, max_size=3).map(tuple), TEXT)),
 ):
-    st.register_type_strategy(kind, strategy)
+    st.register_type_strategy(plain, strategy)  # type: ignore[arg-type]
 
 ANY_MESSAGE = st.one_of(*(st.from_type(kind) for kind in MESSAGES))
 

@@ -53,9 +53,8 @@ async def waiting(
     policy = BoundaryPolicy(budget_s, tamiyo_s, patient, patience_s)
 
     async def wait() -> None:
-        await Boundary(cast("Consultations", it.asked), policy).wait_for_answer(
-            STATE, REFUSALS, since_s=time.monotonic()
-        )
+        boundary = EpochBoundary(cast("Consultations", it.consultations), policy)
+        await boundary.wait_for_answer(STATE, REFUSALS, since_s=time.monotonic())
         it.over = True
 
     with anyio.fail_after(10):

@@ -1,23 +1,30 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 import anyio
 import pytest
 
+from support.events import RecordingEmitter
+from support.lanes import FakeLane
 from tolaria.config import ProfilerSettings
-from tolaria.errors import InvalidFieldError, LaneStoppedError, ProfileFailedError, WrongStateError
-from tolaria.telemetry.events import Emitter
+from tolaria.errors import InvalidFieldError, LaneStoppedError, ProfileFailedError, TolariaError, WrongStateError
+from tolaria.lane.messages import (
+    CaptureProfile,
+    CommandDone,
+    Event,
+    LaneEnded,
+    ProfileDone,
+    ProfileStarted,
+    StepDone,
+)
+from tolaria.run.lane_client import LaneClient
+from tolaria.run.profiling import Profiles, ProfileTaken
+from tolaria.run.run_state import RUN
+from tolaria.run.safety import BREAKERS, Safeguards
+from tolaria.run.safety_telemetry import SafetyTelemetry
+from tolaria.run.status import RunStatus
 from tolaria.telemetry.metrics import Metrics
-from tolaria.telemetry.profiler import ProfileWindow
-from tolaria.training.fence_desk import FenceDesk
-from tolaria.training.fences import CaptureProfile, FenceReport, LaneCommand, ProfileBegun
-from tolaria.training.profile_desk import ProfileDesk, ProfileTaken
-from tolaria.training.profiling import LaneProfiler
-from tolaria.training.record_profile import ProfileRecorder
-from tolaria.training.reports import ProfileEnded, StepReport
 from tolaria.values.profiling import TraceFailed, TraceWritten
 
 pytestmark = pytest.mark.anyio
@@ -25,193 +32,185 @@ pytestmark = pytest.mark.anyio
 TRACE = TraceWritten("/traces/t.json", 10, 5, 0.1, 0)
 
 
-class Bench:
-    """A desk before a lane that the test plays."""
+class ProfiledLane:
+    """Profiles of a scripted lane, whose events are applied as a run applies them."""
 
     def __init__(self, **settings: int) -> None:
-        self.posted: list[tuple[int, LaneCommand]] = []
-        self.fences = FenceDesk(lambda ticket, command: self.posted.append((ticket, command)))
-        self.metrics, self.emitter = Metrics(), Emitter()
-        self.calm, self.stands = True, False
-        self.desk = ProfileDesk(
-            self.fences,
-            ProfilerSettings(**settings),
-            recorder=ProfileRecorder(self.metrics, self.emitter),
-            permitted=lambda: self.calm,
-            active_halt=lambda: self.stands,
+        self.lane = FakeLane(global_step=3)
+        self.client = LaneClient(self.lane)
+        self.metrics, self.emitter = Metrics(), RecordingEmitter()
+        telemetry = SafetyTelemetry(self.metrics, self.emitter, BREAKERS, degraded=False)
+        status = RunStatus("run", "job", "test", epochs=1, started_at_s=0.0)
+        self.safeguards = Safeguards(telemetry, status, recovery_epochs=3)
+        self.profiles = Profiles(
+            self.client, ProfilerSettings(**settings), safeguards=self.safeguards, observers=telemetry
         )
         self.outcomes: list[ProfileTaken | str] = []
+        self.client.start(self._apply)
 
-    async def capture(self, request_id: str = "r", steps: int = 0) -> None:
-        """Ask, and note what comes of it."""
+    @property
+    def requested(self) -> list[int]:
+        """Numbers of steps of the profiles that the lane has not started."""
+        commands = self.lane.unanswered.values()
+        return [command.steps for command in commands if isinstance(command, CaptureProfile)]
+
+    @property
+    def counters(self) -> tuple[float | None, float | None, float | None]:
+        """Whether a profile is being taken, and the numbers of traces written and failed."""
+        names = ("enabled", "traces_emitted_total", "traces_failed_total")
+        value = self.metrics.registry.get_sample_value
+        return tuple(value(f"tolaria.profiler.{name}") for name in names)  # type: ignore[return-value]
+
+    async def capture(self, steps: int = 0) -> None:
+        """Asks for a profile and notes its outcome."""
         try:
-            self.outcomes.append(await self.desk.capture(request_id, steps))
-        except (WrongStateError, ProfileFailedError, LaneStoppedError) as error:
+            self.outcomes.append(await self.profiles.capture(steps))
+        except TolariaError as error:
             self.outcomes.append(f"{type(error).__name__}: {error}")
 
-    def begin(self, result: ProfileBegun | TraceFailed | None = None, error: WrongStateError | None = None) -> None:
-        """The lane comes to the fence."""
-        ticket, _ = self.posted.pop(0)
-        self.fences.take(FenceReport(ticket, 3, result, error))
+    async def answer(self, answer: ProfileStarted | TraceFailed | TolariaError) -> None:
+        """Has the lane answer the oldest request."""
+        self.lane.answer(answer)
+        await anyio.wait_all_tasks_blocked()
+
+    async def end(self, outcome: TraceWritten | TraceFailed, global_step: int = 12) -> None:
+        """Has the lane do the last step of the profile."""
+        self.lane.emit(ProfileDone(global_step, outcome))
+        await anyio.wait_all_tasks_blocked()
 
     def step(self, times: int = 1) -> None:
-        """The lane has done a step."""
+        """Applies finished steps."""
         for _ in range(times):
-            self.desk.step(StepReport(1, 1, 0.5, 1.0, 8, 0.01, 0.0, 0.0))
+            self.profiles.step(StepDone(1, 1, 0.5, 1.0, 8, 0.01, 0.0, 0.0))
 
-    def value(self, name: str) -> float | None:
-        """Of a metric of profiles."""
-        return self.metrics.registry.get_sample_value(f"tolaria.profiler.{name}")
+    def _apply(self, events: Sequence[Event]) -> None:
+        for event in events:
+            match event:
+                case CommandDone():
+                    pending = self.client.take_pending(event)
+                    assert pending is not None
+                    self.profiles.started(pending, event)
+                    self.client.settle(pending, event)
+                case ProfileDone():
+                    self.profiles.done(event)
+                case LaneEnded():
+                    self.client.mark_ended(event)
+                    self.profiles.close()
+                case _:
+                    pass
 
 
-async def test_who_asks_gets_the_trace() -> None:
-    """The settings' steps unless told otherwise; the gauge shows the window; a repeat by the same id waits along."""
-    bench = Bench(active_steps=7)
+async def test_a_caller_gets_the_trace() -> None:
+    """The number of steps is the settings' by default; the gauge is 1 while the profile is taken."""
+    profiled = ProfiledLane(active_steps=7)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(bench.capture)
+        tasks.start_soon(profiled.capture)
         await anyio.wait_all_tasks_blocked()
-        assert [command for _, command in bench.posted] == [CaptureProfile(7)]
-        bench.begin(ProfileBegun(7))
-        assert bench.value("enabled") == 1
-        tasks.start_soon(bench.capture)
-        await anyio.wait_all_tasks_blocked()
-        assert not bench.posted
-        bench.desk.take(ProfileEnded(12, TRACE))
-    assert bench.outcomes == [ProfileTaken(12, TRACE)] * 2
-    assert (bench.value("enabled"), bench.value("traces_emitted_total"), bench.value("traces_failed_total")) == (
-        0,
-        1,
-        0,
-    )
+        assert profiled.requested == [7]
+        await profiled.answer(ProfileStarted(7))
+        assert profiled.counters == (1, 0, 0)
+        await profiled.end(TRACE)
+    assert profiled.outcomes == [ProfileTaken(12, TRACE)]
+    assert profiled.counters == (0, 1, 0)
 
 
-async def test_a_refusal_goes_to_who_was_refused() -> None:
-    """While one profile is taken a second asker is told why not; the first still gets its trace."""
-    bench = Bench()
+async def test_a_second_request_is_refused_while_a_profile_is_taken() -> None:
+    """The second caller gets the lane's reason; the first one still gets its trace."""
+    profiled = ProfiledLane()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(bench.capture, "first")
+        tasks.start_soon(profiled.capture)
         await anyio.wait_all_tasks_blocked()
-        bench.begin(ProfileBegun(5))
-        tasks.start_soon(bench.capture, "second")
+        await profiled.answer(ProfileStarted(5))
+        tasks.start_soon(profiled.capture)
         await anyio.wait_all_tasks_blocked()
-        bench.begin(error=WrongStateError("a profile is being taken"))
-        await anyio.wait_all_tasks_blocked()
-        assert bench.outcomes == ["WrongStateError: a profile is being taken"]
-        bench.desk.take(ProfileEnded(12, TRACE))
-    assert bench.outcomes[1:] == [ProfileTaken(12, TRACE)]
-    assert bench.value("traces_failed_total") == 0
+        await profiled.answer(WrongStateError("a profile is being taken"))
+        assert profiled.outcomes == ["WrongStateError: a profile is being taken"]
+        await profiled.end(TRACE)
+    assert profiled.outcomes[1:] == [ProfileTaken(12, TRACE)]
+    assert profiled.counters == (0, 1, 0)
 
 
 @pytest.mark.parametrize(
-    ("stage", "told"), [("start", "WrongStateError"), ("export", "ProfileFailedError"), ("cap", "ProfileFailedError")]
+    ("stage", "error"), [("start", WrongStateError), ("export", ProfileFailedError), ("cap", ProfileFailedError)]
 )
-async def test_a_failure_is_counted_told_and_answered(stage: str, told: str) -> None:
-    """At whichever stage: one count, one event with stage and reason, and the asker has the reason."""
-    bench = Bench()
-    failure = TraceFailed(stage, "no room")  # type: ignore[arg-type] # of the three stages
+async def test_a_failure_is_counted_and_an_event(stage: str, error: type[TolariaError]) -> None:
+    """At whichever stage: one count, one event with stage and reason, and an error with the reason."""
+    profiled = ProfiledLane()
+    failure = TraceFailed(stage, "no room")  # type: ignore[arg-type] # one of the three stages
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(bench.capture)
+        tasks.start_soon(profiled.capture)
         await anyio.wait_all_tasks_blocked()
         if stage == "start":
-            bench.begin(failure)
+            await profiled.answer(failure)
         else:
-            bench.begin(ProfileBegun(5))
-            bench.desk.take(ProfileEnded(9, failure))
-    [outcome] = bench.outcomes
+            await profiled.answer(ProfileStarted(5))
+            await profiled.end(failure)
+    [outcome] = profiled.outcomes
     assert isinstance(outcome, str)
-    assert outcome.startswith(told)
+    assert outcome.startswith(error.__name__)
     assert "no room" in outcome
-    assert (bench.value("enabled"), bench.value("traces_emitted_total"), bench.value("traces_failed_total")) == (
-        0,
-        0,
-        1,
-    )
-    [event] = bench.emitter.recent
-    assert event.description == "tolaria.profiler.export_failed"
-    assert dict(event.attributes) == {"stage": stage, "reason": "no room"}
+    assert profiled.counters == (0, 0, 1)
+    assert profiled.emitter.names == ["tolaria.profiler.export_failed"]
+    assert profiled.emitter.attributes_of("tolaria.profiler.export_failed") == [{"stage": stage, "reason": "no room"}]
 
 
-@pytest.mark.parametrize("begun", [True, False])
-async def test_nobody_waits_for_a_lane_that_has_ended(begun: bool) -> None:
-    """Before its fence, within its window, and afterwards: an error, at once; it is no failed trace."""
-    bench = Bench()
+@pytest.mark.parametrize("started", [True, False])
+async def test_the_end_of_the_lane_ends_every_profile(started: bool) -> None:
+    """Before it starts, while it is taken and afterwards: an error at once, which is not a failed trace."""
+    profiled = ProfiledLane()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(bench.capture)
+        tasks.start_soon(profiled.capture)
         await anyio.wait_all_tasks_blocked()
-        if begun:
-            bench.begin(ProfileBegun(5))
-        bench.fences.close()
-        bench.desk.close()
-    await bench.capture("later")
-    assert [str(outcome).split(":")[0] for outcome in bench.outcomes] == ["LaneStoppedError"] * 2
-    assert (bench.value("enabled"), bench.value("traces_failed_total")) == (0, 0)
+        if started:
+            await profiled.answer(ProfileStarted(5))
+        profiled.lane.emit(LaneEnded(3, None))
+    await profiled.capture()
+    assert [str(outcome).split(":")[0] for outcome in profiled.outcomes] == [LaneStoppedError.__name__] * 2
+    assert profiled.counters == (0, 0, 0)
 
 
 async def test_too_many_steps_name_the_field() -> None:
-    """The bound is the window's; nothing is posted."""
-    bench = Bench()
+    """Nothing is sent to the lane."""
+    profiled = ProfiledLane()
     with pytest.raises(InvalidFieldError, match="active_steps"):
-        await bench.desk.capture("r", 1001)
-    assert not bench.posted
+        await profiled.profiles.capture(1001)
+    assert profiled.lane.sent == []
 
 
-async def test_the_schedule_begins_a_profile_every_so_many_steps() -> None:
-    """Not before, not while one is open, not in conservative mode, and never where there is no schedule."""
-    bench = Bench(every_steps=10, active_steps=3)
-    bench.step(9)
-    assert not bench.posted
-    bench.step()
-    assert [command for _, command in bench.posted] == [CaptureProfile(3)]
-    bench.begin(ProfileBegun(3))
-    bench.step(10)
-    assert not bench.posted
-    bench.desk.take(ProfileEnded(12, TRACE))
-    bench.calm = False
-    bench.step(10)
-    assert not bench.posted
-    bench.calm = True
-    bench.step(10)
-    assert len(bench.posted) == 1
-    never = Bench()
+async def test_the_schedule_starts_a_profile_at_its_interval() -> None:
+    """Not earlier, not while another one is taken, not in conservative mode, and never without a schedule."""
+    profiled = ProfiledLane(every_steps=10, active_steps=3)
+    profiled.step(9)
+    assert profiled.requested == []
+    profiled.step()
+    assert profiled.requested == [3]
+    await profiled.answer(ProfileStarted(3))
+    profiled.step(10)
+    assert profiled.requested == []
+    await profiled.end(TRACE)
+    profiled.safeguards.mode.force_on()
+    profiled.step(10)
+    assert profiled.requested == []
+    profiled.safeguards.mode.force_off()
+    profiled.step(10)
+    assert profiled.requested == [3]
+    never = ProfiledLane()
     never.step(10_000)
-    assert not never.posted
+    assert never.requested == []
 
 
-def test_the_lane_rests_while_the_profiler_is_begun_and_a_trace_is_written(tmp_path: Path) -> None:
-    """Both may take longer than a heartbeat; without a window there is nothing to rest from."""
-    rests: list[tuple[bool, bool]] = []
-
-    @contextmanager
-    def resting() -> Iterator[None]:
-        before = window.open
-        yield
-        rests.append((before, window.open))
-
-    window = ProfileWindow(tmp_path, bytes_max=10**8)
-    profiler = LaneProfiler(window, resting=resting)
-    assert profiler.step_done(1) is None
-    assert profiler.carry_out(1, CaptureProfile(2), 1) == FenceReport(1, 1, ProfileBegun(2), None)
-    refused = profiler.carry_out(2, CaptureProfile(2), 1)
-    assert isinstance(refused.error, WrongStateError)
-    assert profiler.step_done(2) is None
-    ended = profiler.step_done(3)
-    assert ended is not None
-    assert isinstance(ended.outcome, TraceWritten)
-    assert ended.global_step == 3
-    assert rests == [(False, True), (True, True), (True, False)]
-
-
-@pytest.mark.anyio
-async def test_a_run_that_stands_has_no_steps_to_show() -> None:
-    """Nobody is left waiting for steps that do not come; once training goes on there is a profile."""
-    bench = Bench()
-    bench.stands = True
-    await bench.capture()
-    assert bench.outcomes == ["WrongStateError: training stands: there is no step to profile before it is resumed"]
-    assert bench.posted == []
-    bench.stands = False
+async def test_a_held_run_refuses_profiles() -> None:
+    """No step would follow; after a resume a profile is possible."""
+    profiled = ProfiledLane()
+    profiled.client.hold(RUN)
+    await profiled.capture()
+    assert profiled.outcomes == [
+        "WrongStateError: training is held: there is no step to profile before it is resumed"
+    ]
+    assert profiled.requested == []
+    profiled.client.release(RUN)
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(bench.capture)
+        tasks.start_soon(profiled.capture)
         await anyio.wait_all_tasks_blocked()
-        assert len(bench.posted) == 1
+        assert len(profiled.requested) == 1
         tasks.cancel_scope.cancel()

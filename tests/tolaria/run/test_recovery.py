@@ -369,32 +369,20 @@ async def test_without_a_target_it_goes_to_the_newest_healthy_point(storage: Sto
 
 
 async def test_a_second_rollback_and_one_after_the_end_are_rejected(storage: Storage) -> None:
-    """Emergencies and verdicts are satisfied by the one that is running, and ignored after the end."""
+    """Verdicts are satisfied by the one that is running, and ignored after the end."""
     parts = RecoveryParts(storage)
     verdict = Retreat(ROLLBACK_TIER_UNSPECIFIED, "odd", 3, RateCut(0.5, 3))
     parts.recovery.begin(fast())
     with pytest.raises(WrongStateError, match="another rollback is running"):
         parts.recovery.begin(fast())
-    parts.recovery.roll_back_if_idle("odd", "kasmina")
     parts.recovery.retreat(verdict, before_step=3)
     async with serving(parts):
         await anyio.wait_all_tasks_blocked()
     parts.lifecycle.has_ended = True
     with pytest.raises(WrongStateError, match="the run has ended"):
         parts.recovery.begin(fast())
-    parts.recovery.roll_back_if_idle("odd", "kasmina")
     parts.recovery.retreat(verdict, before_step=3)
     assert parts.recorder.words.count("started") == 1
-
-
-async def test_an_emergency_rolls_back_to_a_snapshot(storage: Storage) -> None:
-    """The fast tier, without a cut of the learning rate."""
-    parts = RecoveryParts(storage)
-    async with serving(parts):
-        parts.recovery.roll_back_if_idle("odd", "kasmina")
-        await anyio.wait_all_tasks_blocked()
-    assert [row.restored_step for row in parts.journal.rollbacks] == [9]
-    assert parts.lane.sent_of(ChangeOptimizer) == []
 
 
 async def test_a_rollback_goes_on_when_its_caller_is_cancelled(storage: Storage) -> None:

@@ -1,11 +1,6 @@
-"""What is so when a rollback is over, before training goes on: also where it failed, or nobody waited for it."""
+"""The end of a rollback: what holds before training continues, also after a failure or without a waiting caller."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -14,58 +9,53 @@ from structlog.testing import capture_logs
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_CONSERVATIVE, EMERGENCY_LEVEL_HALT, ROLLBACK_TIER_FAST
+from support.admin import serving_run, stub_of
+from support.rollbacks import FakeParticipant
 from support.runs import FakePeers, RunUnderTest, new_run, running
-from tolaria.errors import InvalidFieldError, RestoreAbandonedError, RestoreUnprovenError, WrongStateError
-from tolaria.rollback.orders import RestoreOrder, RestoreOutcome, RollbackOutcome
-from tolaria.rollback.participants import RollbackOrder, Seat
-from tolaria.training.recovery.operators import RecoveryDesk
-from tolaria.rollback.protocol import Rollback, RollbackTies
-from tolaria.training.verdicts import RateCut, Retreat
+from tolaria.errors import RestoreAbandonedError, RestoreUnprovenError, WrongStateError
+from tolaria.journal.async_journal import AsyncJournal
+from tolaria.rollback.protocol import Rollback
+from tolaria.run.health import RateCut, Retreat
+from tolaria.run.recovery import LaneRestorer
 
 pytestmark = pytest.mark.anyio
 
-# Budgets that a busy machine keeps to.
-BY_ORDER = {"automatic": False, "every_steps": 3, "fast_budget_s": 10.0, "snapshots_max": 1000}
+# Budgets that a busy machine keeps.
+ON_REQUEST = {"automatic": False, "every_steps": 3, "fast_budget_s": 10.0, "snapshots_max": 1000}
 
 
 def endless(**rollback: object) -> RunUnderTest:
-    """A run that goes on until it is stopped."""
-    return new_run(FakePeers(), epochs=10**6, sections={"rollback": {**BY_ORDER, **rollback}})
+    """Returns a run that does not end by itself."""
+    return new_run(FakePeers(), epochs=10**6, sections={"rollback": {**ON_REQUEST, **rollback}})
 
 
-def fast(target_step: int | None = None, **fields: Any) -> Asked:
-    """Back to a snapshot."""
-    return Rollback(ROLLBACK_TIER_FAST, target_step, "odd", "operator", **fields)
-
-
-def tie(run: RunUnderTest, change: Callable[[RollbackTies], RollbackTies]) -> None:
-    """Put something else in place of one of the desk's ties."""
-    desk = run.recovery
-    desk._ties = change(desk._ties)
+def fast(target_step: int | None = None) -> Rollback:
+    """Returns an operator's rollback to a snapshot."""
+    return Rollback(ROLLBACK_TIER_FAST, target_step, "odd", "operator")
 
 
 def durations(run: RunUnderTest) -> float | None:
-    """How many have been observed."""
+    """Returns how many durations of rollbacks have been observed."""
     labels = {"tier": "fast", "outcome": "restored"}
     return run.sample("tolaria.rollback.duration_seconds_count", labels)
 
 
-async def test_a_proof_that_fails_halts_and_nothing_is_resumed_from_what_was_undone() -> None:
-    """Not one step is trained on a state that is not what was captured; the error says that it is live."""
+async def test_a_failed_proof_halts_and_supersedes_what_was_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step is trained on a state other than the captured one, until a further rollback restores one."""
     run = endless()
-    restorer: Any = run.recovery._coordinator._restorer
-    restore = restorer.restore
+    restore = LaneRestorer.restore
 
-    async def unequal(order: RestoreOrder, /) -> RestoreOutcome:
-        restored: RestoreOutcome = await restore(order)
-        return replace(restored, state_digest="of something else")
+    async def unequal(self: LaneRestorer, rollback: Rollback, /) -> None:
+        await restore(self, rollback)
+        rollback.state_digest = "of something else"
 
     async with running(run):
         await run.until(lambda: run.status.global_step > 10)
         await run.run.checkpoint("to be undone")
-        restorer.restore = unequal
-        with pytest.raises(RestoreUnprovenError, match="the live state was overwritten"):
-            await run.run.roll_back(fast(6))
+        with monkeypatch.context() as patch:
+            patch.setattr(LaneRestorer, "restore", unequal)
+            with pytest.raises(RestoreUnprovenError, match="the live state was overwritten"):
+                await run.run.roll_back(fast(6))
         await run.until(lambda: run.state == "HALTED" and run.core.lane.is_held)
         assert run.module.global_step == 6
         assert "rollback_unproven" in run.status.state_reason
@@ -74,97 +64,73 @@ async def test_a_proof_that_fails_halts_and_nothing_is_resumed_from_what_was_und
         assert await anyio.to_thread.run_sync(checkpoints.restore_points) == ()
         assert run.status.rollbacks == 0
         with pytest.raises(WrongStateError, match="roll back once more"):
-            await run.run.checkpoint("of what nobody has captured")
-        restorer.restore = restore
+            await run.run.checkpoint("of an unproven state")
         await run.run.roll_back(fast(3))
-        assert (await run.run.checkpoint("of what was captured")).global_step == 3
+        assert (await run.run.checkpoint("of a proven state")).global_step == 3
 
 
-async def test_a_missed_deadline_is_told_while_the_lane_still_stands() -> None:
-    """So that, where it halts, no step is trained in between."""
-    run, stood = endless(fast_budget_s=0.1), []
+async def test_a_missed_deadline_is_reported_while_the_lane_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So no step is trained between the missed deadline and a halt that follows from it."""
+    run, held = endless(fast_budget_s=0.1), []
 
-    async def never(_order: RestoreOrder, /) -> RestoreOutcome:
+    async def never(_self: LaneRestorer, _rollback: Rollback, /) -> None:
         await anyio.sleep_forever()
-        raise AssertionError("forever is over")
 
     def missed(_reason: str) -> None:
-        stood.append(run.core.lane.held_for("rollback"))
+        held.append(run.core.lane.held_for("rollback"))
 
-    tie(run, lambda ties: replace(ties, missed=missed))
-    restorer: Any = run.recovery._coordinator._restorer
-    restorer.restore = never
+    monkeypatch.setattr(run.safety, "rollback_missed", missed)
+    monkeypatch.setattr(LaneRestorer, "restore", never)
     async with running(run):
         await run.until(lambda: run.status.global_step > 10)
         with pytest.raises(RestoreAbandonedError):
             await run.run.roll_back(fast())
-        assert stood == [True]
+        assert held == [True]
         await run.run.stop("enough")
 
 
-@pytest.mark.parametrize("request_id", ["one", "long" * 32])
-async def test_a_request_that_comes_again_is_one_rollback(request_id: str) -> None:
-    """Its caller went away: the repeat waits for the same, or gets its outcome; another one has another id."""
-    run, asked = endless(), fast(6, request_id=request_id)
+async def test_a_rollback_goes_on_when_its_caller_is_cancelled() -> None:
+    """It is carried out once, and counted."""
+    run = endless()
     async with running(run):
         await run.until(lambda: run.status.global_step > 10)
-        with anyio.CancelScope() as gone:
-            gone.cancel()
-            await run.run.roll_back(asked)
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await run.run.roll_back(fast(6))
         assert run.recovery.running
-        outcome = await run.run.roll_back(asked)
-        assert await run.run.roll_back(asked) is outcome
+        await run.until(lambda: not run.recovery.running)
         assert run.status.rollbacks == 1
-        assert 0 < len(outcome.rollback_id) <= 64
-        with pytest.raises(InvalidFieldError, match="request_id"):
-            await run.run.roll_back(replace(asked, target_step=3))
         await run.run.stop("enough")
 
 
-class Peer:
-    """A participant that agrees to everything and notes that it was asked."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-
-    async def prepare(self, _order: RollbackOrder, /) -> Any:
-        """Agree; so with all four."""
-        self.asked += 1
-        return SimpleNamespace(accepted=True, detail="")
-
-    commit = confirm = abort = prepare
-
-
-async def test_after_the_end_nobody_is_asked_to_go_back() -> None:
-    """Not by an emergency, nor by the judge; whoever asks for it is told why not."""
-    peers, peer = FakePeers(), Peer()
-    peers.seats = [Seat("tamiyo", peer), Seat("kasmina", peer)]
-    run = new_run(peers, epochs=1, sections={"rollback": BY_ORDER})
+async def test_no_rollback_begins_after_the_end_of_the_run() -> None:
+    """Neither an emergency nor health begins one, participants are not called, and an operator gets an error."""
+    peers, peer = FakePeers(), FakeParticipant()
+    peers.participants = {"tamiyo": peer, "kasmina": peer}
+    run = new_run(peers, epochs=1, sections={"rollback": ON_REQUEST})
     async with running(run):
         await run.until(lambda: run.state == "FINISHED")
         run.safety.controller.escalate(EMERGENCY_LEVEL_CONSERVATIVE, "odd", "kasmina")
-        run.recovery.retreat(Retreat(ROLLBACK_TIER_FAST, "odd", 3, RateCut(0.5, 3)), target_step=3)
+        run.recovery.retreat(Retreat(ROLLBACK_TIER_FAST, "odd", 3, RateCut(0.5, 3)), before_step=3)
         assert not run.recovery.running
         with pytest.raises(WrongStateError, match="the run has ended"):
             run.recovery.begin(fast())
-    assert peer.asked == 0
+    assert peer.calls == []
 
 
-async def test_a_rollback_that_no_step_follows_has_its_time_all_the_same() -> None:
-    """Because another one begins before the first step, or because the run stays paused."""
+async def test_the_duration_is_observed_also_when_no_step_follows() -> None:
+    """It ends with the restore when another rollback begins before the first step, or the run stays paused."""
     run, counts = endless(), []
     async with running(run):
         await run.until(lambda: run.status.global_step > 10)
-        again: list[Any] = []
 
-        def at_once(_outcome: RollbackOutcome) -> None:
+        def begin_another(_rollback: Rollback) -> None:
             counts.append(durations(run))
-            again.append(run.recovery.begin(fast(3)))
+            run.recovery.begin(fast(3))
             counts.append(durations(run))
 
-        run.recovery.begin(fast(6), at_once)
-        await run.until(lambda: bool(again))
-        await again[0].over.wait()
+        run.recovery.begin(fast(6), begin_another)
+        await run.until(lambda: run.status.rollbacks == 2)
         assert counts == [None, 1]
         await run.until(lambda: durations(run) == 2)
         await run.run.pause("look")
@@ -176,24 +142,24 @@ async def test_a_rollback_that_no_step_follows_has_its_time_all_the_same() -> No
         await run.run.stop("enough")
 
 
-async def test_without_a_target_it_goes_to_the_newest_stable_point_as_the_list_shows() -> None:
-    """What came after the last healthy step is in the list, but not stable, and not gone back to by itself."""
+async def test_the_default_target_is_the_newest_stable_restore_point() -> None:
+    """Points after the last healthy step are listed as not stable, and are no default target."""
     run = endless()
-    desk = RecoveryDesk(run.run, run.journal, run.status.snapshots)
-    async with running(run):
+    async with running(run), serving_run(run) as channel:
+        stub = stub_of(channel)
         await run.until(lambda: run.status.global_step > 20)
         run.health.healthy_step = 8
         await run.run.pause("look")
-        points = (await desk.restore_points()).restore_points
+        points = (await stub.ListRestorePoints(admin.ListRestorePointsRequest())).restore_points
         assert {point.global_step for point in points if point.stable} <= {0, 3, 6}
         assert max(point.global_step for point in points) > 8
-        asked = admin.TriggerRollbackRequest(request_id="a", reason="odd")
-        assert (await desk.trigger_rollback(asked)).restored_step == 6
+        back = await stub.TriggerRollback(admin.TriggerRollbackRequest(request_id="a", reason="odd"))
+        assert back.restored_step == 6
         await run.run.stop("enough")
 
 
-async def test_the_log_tells_which_batches_are_left_out() -> None:
-    """By epoch and place in it, with how many there are in all."""
+async def test_the_log_names_the_skipped_batches() -> None:
+    """By epoch and place in the epoch, with the number of all skipped batches."""
     sections: dict[str, object] = {
         "rollback": {"automatic": True, "every_steps": 2, "warmup_steps": 5, "fast_budget_s": 10.0}
     }
@@ -205,17 +171,17 @@ async def test_the_log_tells_which_batches_are_left_out() -> None:
     (line,) = [line for line in logs if line["event"] == "batches_left_out"]
     assert (3, 4) in line["epochs_and_places"]
     assert line["count"] == len(line["epochs_and_places"])
-    assert line["count_in_all"] == len(run.module.skipped_batches)
+    assert line["count_in_all"] == len(run.module.skipped.batches)
 
 
-async def test_checkpoints_that_hang_while_they_are_superseded_do_not_hold_the_lane() -> None:
-    """The rollback ends and training goes on; that they were not is told."""
+async def test_a_journal_that_hangs_while_superseding_does_not_hold_the_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rollback ends, training continues, and the log says that the checkpoints were not superseded."""
     run = endless()
 
-    async def never(_step: int) -> None:
+    async def never(_self: AsyncJournal, _step: int) -> None:
         await anyio.sleep_forever()
 
-    tie(run, lambda ties: replace(ties, supersede=never))
+    monkeypatch.setattr(AsyncJournal, "supersede_after", never)
     with capture_logs() as logs:
         async with running(run):
             await run.until(lambda: run.status.global_step > 10)

@@ -1,4 +1,4 @@
-"""A disk whose calls fail or block when the test says so."""
+"""A filesystem that fails or blocks on request."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import threading
 from tolaria.filesystem import Filesystem
 
 WRITES = ["make_directory", "create", "write", "sync", "close", "sync_directory", "rename"]
-"""The kinds of calls that writing a checkpoint makes."""
+"""The calls that writing a checkpoint makes."""
 
 
 class FailingDisk(Filesystem):
-    """Fails calls of one kind without effect, as often as `fail` says; reads block while `gate` is not set.
+    """Fails the calls of one kind a number of times, without effect, and reads only while `gate` is set.
 
-    Used from the threads that write and read checkpoints, and controlled from the test's.
+    Controlled by the test's thread, and used by the writer's and by reading threads.
     """
 
     def __init__(self) -> None:
@@ -24,11 +24,11 @@ class FailingDisk(Filesystem):
         self.reading = threading.Event()
 
     def fail(self, call: str, code: int, *, times: int = 10**9) -> None:
-        """Makes the next `times` calls of that name fail with that errno."""
+        """Makes the next `times` calls of this name fail with this errno."""
         self._call, self._code, self._times, self.failed = call, code, times, 0
 
-    def repair(self) -> None:
-        """Makes all calls work again."""
+    def mend(self) -> None:
+        """Makes all calls succeed again."""
         self._times = 0
 
     def read_into(self, descriptor: int, buffer: memoryview) -> int:
@@ -38,10 +38,10 @@ class FailingDisk(Filesystem):
 
     def __getattribute__(self, name: str) -> object:
         if name in WRITES:
-            Filesystem.__getattribute__(self, "_fail_if_chosen")(name)
+            Filesystem.__getattribute__(self, "_meet")(name)
         return super().__getattribute__(name)
 
-    def _fail_if_chosen(self, name: str) -> None:
+    def _meet(self, name: str) -> None:
         if name == self._call and self._times > 0:
             self._times -= 1
             self.failed += 1

@@ -10,16 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import Final
 from urllib.parse import quote
 
 from tolaria.errors import JournalDamagedError, JournalError, JournalUnavailableError
-from tolaria.journal.database import SIDE_FILES, check_content, lenient_text, select_rows, translated_errors
-
-if TYPE_CHECKING:
-    from tolaria.journal.rows import Row
-
-AnyRow = TypeVar("AnyRow", bound="Row")
+from tolaria.journal.database import SIDE_FILES, AnyRow, check_content, lenient_text, select_rows, translated_errors
 
 _TRIES: Final = 8
 _RETRY_S: Final = 0.01

@@ -18,7 +18,9 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from tolaria.errors import StateUnsupportedError
+from tolaria.images.image import StateImage
 from tolaria.images.specs import TensorSpec
+from tolaria.values.training import Position
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -54,6 +56,9 @@ DTYPE_CODES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
 
 DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType({code: dtype for dtype, code in DTYPE_CODES.items()})
 
+_ALIGNMENT_BYTES: Final = 64
+"""A cache line, and a multiple of every element size."""
+
 _TORCH: Final = "rng/torch"
 _NUMPY: Final = "rng/numpy"
 _PYTHON: Final = "rng/python"
@@ -84,18 +89,49 @@ def packed_bytes(tensor: Tensor) -> memoryview:
     return memoryview(cast("Buffer", flat.view(torch.uint8).numpy()))
 
 
-def packed_copy(tensor: Tensor) -> memoryview:
-    """Returns a copy of the content in C order on the host. Synchronises."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-    return packed_bytes(copy.copy_(tensor.detach()))
-
-
 def tensor_view(spec: TensorSpec, buffer: memoryview) -> Tensor:
     """Returns a CPU tensor with this spec that shares the buffer's memory and keeps it alive."""
     dtype = DTYPES[spec.dtype]
     if not buffer.nbytes:
         return torch.empty(spec.shape, dtype=dtype)
     return torch.frombuffer(buffer, dtype=dtype).view(spec.shape)
+
+
+class Arena:
+    """Preallocated memory for one image: a flat host buffer with an aligned view for each tensor.
+
+    Args:
+        specs: of the tensors, in their order.
+        pinned: whether to allocate pinned memory, for copies from CUDA devices.
+    """
+
+    def __init__(self, specs: tuple[TensorSpec, ...], *, pinned: bool) -> None:
+        self._specs = specs
+        content = memoryview(
+            cast("Buffer", torch.empty(arena_bytes(specs), dtype=torch.uint8, pin_memory=pinned).numpy())
+        )
+        buffers: dict[str, memoryview] = {}
+        offset = 0
+        for spec in specs:
+            buffers[spec.name] = content[offset : offset + spec.size_bytes]
+            offset += _padded(spec.size_bytes)
+        self._buffers = MappingProxyType(buffers)
+        self._targets = [tensor_view(spec, buffers[spec.name]) for spec in specs]
+
+    def fill(self, position: Position, tensors: Mapping[str, Tensor], values: bytes) -> StateImage:
+        """Copies tensors with the arena's specs into it and returns an image that aliases the arena. Synchronises.
+
+        Overwrites the arena's previous image. Allocates nothing for tensors.
+        """
+        if self._targets:
+            with torch.no_grad():
+                torch._foreach_copy_(self._targets, [tensor.detach() for tensor in tensors.values()])
+        return StateImage(position, self._specs, self._buffers, values)
+
+
+def arena_bytes(specs: tuple[TensorSpec, ...]) -> int:
+    """Returns the size of an arena for these specs, alignment included."""
+    return sum(_padded(spec.size_bytes) for spec in specs)
 
 
 def encode(value: object, name: str, put: PutTensor) -> JsonValue:
@@ -208,6 +244,10 @@ def _checked_key(key: object, name: str) -> str:
 
 def _refuse_tensor(name: str, _: Tensor | None = None) -> NoReturn:
     raise StateUnsupportedError(name, "a tensor is not allowed here; JSON values only")
+
+
+def _padded(size_bytes: int) -> int:
+    return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 def _as_tensor(content: bytes) -> Tensor:

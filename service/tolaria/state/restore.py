@@ -57,7 +57,7 @@ def stage_restore(state: TrainingState, image: StateImage, *, verify: bool) -> S
     _check_parts(state, values)
     staged = StagedRestore(state, image, values)
     if not staged.changes_topology:
-        _plan(state, image, values)
+        _check_tensors(state.survey(), image, values)
     return staged
 
 
@@ -185,16 +185,12 @@ def _plan(state: TrainingState, image: StateImage, values: Mapping[str, JsonValu
         StateMismatchError: names the differences.
     """
     survey = state.survey()
-    specs = {spec.name: spec for spec in image.specs}
-    wanted = cast("dict[str, Any]", values["optimizer"])
-    problems = _model_problems(survey, specs) + _optimizer_problems(survey, wanted)
-    if problems:
-        raise StateMismatchError(problems)
-    planner = _Planner(state, survey, specs, image)
+    _check_tensors(survey, image, values)
+    planner = _Planner(state, survey, image)
     for name, tensor in survey.tensors.items():
         if name.startswith(_MODEL):
             planner.fill(name, tensor)
-    optimizer_state, group_options = planner.optimizer(wanted)
+    optimizer_state, group_options = planner.optimizer(cast("dict[str, Any]", values["optimizer"]))
     return _Plan(
         state=state,
         image=image,
@@ -202,9 +198,16 @@ def _plan(state: TrainingState, image: StateImage, values: Mapping[str, JsonValu
         sources=planner.sources,
         optimizer_state=optimizer_state,
         group_options=group_options,
-        rng_tensors={name: planner.source(name) for name in specs if name.startswith("rng/")},
+        rng_tensors={spec.name: planner.source(spec.name) for spec in image.specs if spec.name.startswith("rng/")},
         rng_values=cast("Mapping[str, JsonValue]", values["rng"]),
     )
+
+
+def _check_tensors(survey: Survey, image: StateImage, values: Mapping[str, JsonValue]) -> None:
+    problems = _model_problems(survey, image)
+    problems += _optimizer_problems(survey, cast("dict[str, Any]", values["optimizer"]))
+    if problems:
+        raise StateMismatchError(problems)
 
 
 def _name_problems(live: set[str], kept: set[str]) -> list[str]:
@@ -213,12 +216,12 @@ def _name_problems(live: set[str], kept: set[str]) -> list[str]:
     ]
 
 
-def _model_problems(survey: Survey, specs: Mapping[str, TensorSpec]) -> list[str]:
+def _model_problems(survey: Survey, image: StateImage) -> list[str]:
     live = {name for name in survey.tensors if name.startswith(_MODEL)}
-    kept = {name for name in specs if name.startswith(_MODEL)}
-    problems = _name_problems(live, kept)
-    for name in sorted(live & kept):
-        ours, theirs = spec_of(name, survey.tensors[name]), specs[name]
+    kept = {spec.name: spec for spec in image.specs if spec.name.startswith(_MODEL)}
+    problems = _name_problems(live, set(kept))
+    for name in sorted(live & set(kept)):
+        ours, theirs = spec_of(name, survey.tensors[name]), kept[name]
         if ours != theirs:
             problems.append(f"{name}: live {ours.dtype}{list(ours.shape)}, image {theirs.dtype}{list(theirs.shape)}")
     return problems
@@ -238,12 +241,10 @@ def _optimizer_problems(survey: Survey, wanted: Mapping[str, Any]) -> list[str]:
 class _Planner:
     """Pairs live tensors with the image's, and allocates those that the live side lacks."""
 
-    def __init__(
-        self, state: TrainingState, survey: Survey, specs: Mapping[str, TensorSpec], image: StateImage
-    ) -> None:
+    def __init__(self, state: TrainingState, survey: Survey, image: StateImage) -> None:
         self._survey = survey
-        self._specs = specs
         self._image = image
+        self._specs = {spec.name: spec for spec in image.specs}
         self._parameters = {name: parameter for parameter, name in parameter_names(state.live).items()}
         self._taken: set[int] = set()
         self.targets: list[Tensor] = []

@@ -10,23 +10,14 @@ import threading
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, cast
-
-import torch
+from typing import Final
 
 from tolaria.images.image import SnapshotInfo, SnapshotStatistics, StateImage
 from tolaria.images.pool import Lease
 from tolaria.images.specs import TensorSpec
-from tolaria.state.encoding import specs_of, tensor_view
-from tolaria.state.training_state import Survey, TrainingState
+from tolaria.state.encoding import Arena, arena_bytes, specs_of
+from tolaria.state.training_state import TrainingState
 from tolaria.values.training import Position
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
-_ALIGNMENT_BYTES: Final = 64
-"""A cache line, and a multiple of every element size."""
 
 _NEWEST_WEIGHT: Final = 0.2
 """Weight of the newest cost in the moving average: follows a change within a dozen snapshots, and damps outliers."""
@@ -103,43 +94,6 @@ class Cadence:
         return Cadence(self.overhead_max, blended)
 
 
-class Arena:
-    """Preallocated memory for one image: a flat host buffer with an aligned view for each tensor.
-
-    Args:
-        specs: of the tensors, in their order.
-        pinned: whether to allocate pinned memory, for copies from CUDA devices.
-    """
-
-    def __init__(self, specs: tuple[TensorSpec, ...], *, pinned: bool) -> None:
-        self._specs = specs
-        content = memoryview(
-            cast("Buffer", torch.empty(arena_bytes(specs), dtype=torch.uint8, pin_memory=pinned).numpy())
-        )
-        buffers: dict[str, memoryview] = {}
-        offset = 0
-        for spec in specs:
-            buffers[spec.name] = content[offset : offset + spec.size_bytes]
-            offset += _padded(spec.size_bytes)
-        self._buffers = MappingProxyType(buffers)
-        self._targets = [tensor_view(spec, buffers[spec.name]) for spec in specs]
-
-    def fill(self, survey: Survey, values: bytes) -> StateImage:
-        """Copies tensors of the arena's specs into it and returns an image that aliases the arena. Synchronises.
-
-        Overwrites the arena's previous image. Allocates nothing for tensors.
-        """
-        if self._targets:
-            with torch.no_grad():
-                torch._foreach_copy_(self._targets, [t.detach() for t in survey.tensors.values()])
-        return StateImage(survey.position, self._specs, self._buffers, values)
-
-
-def arena_bytes(specs: tuple[TensorSpec, ...]) -> int:
-    """Returns the size of an arena for these specs, alignment included."""
-    return sum(_padded(spec.size_bytes) for spec in specs)
-
-
 class SnapshotRing:
     """Snapshots in memory, evicted least recently used first.
 
@@ -180,7 +134,7 @@ class SnapshotRing:
         allocated = slot.arena is None
         if slot.arena is None:
             slot.arena = Arena(specs, pinned=any(tensor.is_cuda for tensor in survey.tensors.values()))
-        image = slot.arena.fill(survey, values)
+        image = slot.arena.fill(survey.position, survey.tensors, values)
         if self._seal:
             image.seal()
         with self._lock:
@@ -312,7 +266,3 @@ class _Slot:
             self.arena = other.arena
         if other.listed:
             self.replaces.append(other.global_step)
-
-
-def _padded(size_bytes: int) -> int:
-    return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

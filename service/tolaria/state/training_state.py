@@ -20,7 +20,7 @@ from tolaria.errors import StateUnsupportedError
 from tolaria.images.image import StateImage, canonical_json
 from tolaria.images.specs import Fingerprint
 from tolaria.state.digest import fingerprint
-from tolaria.state.encoding import TENSOR_KEY, PutTensor, capture_rngs, encode, encode_plain, packed_copy, specs_of
+from tolaria.state.encoding import TENSOR_KEY, Arena, PutTensor, capture_rngs, encode, encode_plain, specs_of
 from tolaria.values.training import Position
 
 
@@ -99,9 +99,8 @@ class TrainingState:
     def copy(self) -> StateImage:
         """Returns an unsealed image in newly allocated host memory. Synchronises."""
         survey = self.survey()
-        specs = specs_of(survey.tensors)
-        buffers = {name: packed_copy(tensor) for name, tensor in survey.tensors.items()}
-        return StateImage(survey.position, specs, buffers, survey.json())
+        arena = Arena(specs_of(survey.tensors), pinned=False)
+        return arena.fill(survey.position, survey.tensors, survey.json())
 
 
 def parameter_names(live: LiveTraining) -> dict[Tensor, str]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -68,3 +70,9 @@ def test_the_state_of_version_0_1_0_is_opened_and_loaded(old_state: Path) -> Non
     assert {"position", "optimizer", "parts", "topology", "rng"} == set(json.loads(image.values))
     views = [tensor_view(spec, image.buffers[spec.name]) for spec in image.specs]
     assert tuple(spec_of(spec.name, view) for spec, view in zip(image.specs, views, strict=True)) == image.specs
+
+
+def test_storage_does_not_import_torch() -> None:
+    """A process that only reads and writes state starts without torch."""
+    code = "import sys, tolaria.checkpoint.inspection, tolaria.checkpoint.writer; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

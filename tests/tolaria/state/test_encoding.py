@@ -12,13 +12,15 @@ from tolaria.images.specs import DTYPE_BYTES
 from tolaria.state.digest import tensor_digest
 from tolaria.state.encoding import (
     DTYPES,
+    Arena,
     decode_plain,
     encode_plain,
     packed_bytes,
-    packed_copy,
     spec_of,
+    specs_of,
     tensor_view,
 )
+from tolaria.values.training import Position
 
 
 def test_a_digest_covers_name_dtype_and_shape() -> None:
@@ -56,7 +58,7 @@ def test_every_dtype_has_its_element_size() -> None:
 def test_a_tensor_view_shares_and_keeps_the_memory(dtype: torch.dtype) -> None:
     """Writing through the view changes the buffer, and the view outlives every other reference to it."""
     tensor = torch.arange(6).reshape(2, 3).to(dtype)
-    buffer = packed_copy(tensor)
+    buffer = memoryview(bytearray(packed_bytes(tensor)))
     view = tensor_view(spec_of("x", tensor), buffer)
     assert (view.dtype, view.shape) == (dtype, tensor.shape)
     assert packed_bytes(view) == packed_bytes(tensor)
@@ -67,9 +69,15 @@ def test_a_tensor_view_shares_and_keeps_the_memory(dtype: torch.dtype) -> None:
     assert not any(packed_bytes(view))
 
 
-def test_packed_bytes_are_a_view_and_a_packed_copy_is_not() -> None:
-    """Only `packed_copy` is independent of the tensor."""
-    tensor = torch.ones(3, dtype=torch.uint8)
-    view, copy = packed_bytes(tensor), packed_copy(tensor)
-    tensor.zero_()
-    assert (view.tolist(), copy.tolist()) == ([0, 0, 0], [1, 1, 1])
+def test_an_arena_is_filled_without_allocation() -> None:
+    """The images of two fills share the arena's memory, which is independent of the live tensors."""
+    tensors = {"a": torch.ones(3, 2).t(), "b": torch.tensor([True]), "c": torch.zeros(0, 4)}
+    arena = Arena(specs_of(tensors), pinned=False)
+    first = arena.fill(Position(1, 1), tensors, b"{}")
+    assert first.buffers["a"] == packed_bytes(tensors["a"])
+    tensors["a"].zero_()
+    assert any(first.buffers["a"])
+    second = arena.fill(Position(2, 1), tensors, b"{}")
+    assert not any(first.buffers["a"])
+    assert [first.buffers[name] is second.buffers[name] for name in tensors] == [True] * 3
+    assert first.buffers["a"].nbytes == 24

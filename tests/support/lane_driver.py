@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tolaria.images.image import StateImage
-from tolaria.images.pool import ImagePool, Lease
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, SEED_STAGE_BLENDING, SeedLifecycleStage
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from tolaria.config import Settings, TrainingSettings
+from tolaria.images.image import StateImage
+from tolaria.images.pool import ImagePool, Lease
 from tolaria.lane.build import LaneBuild, build
 from tolaria.lane.commands import CommandExecutor, QueuedCommand, RestoreGate
 from tolaria.lane.lane import ThreadLane

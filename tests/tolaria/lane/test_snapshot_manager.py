@@ -6,13 +6,13 @@ import time
 import pytest
 import torch
 from pydantic import JsonValue
-from tolaria.images.image import StateImage
-from tolaria.images.pool import Lease
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
 from support.lane_driver import DrivenLane, driven, seed
 from tolaria.config import RollbackSettings
 from tolaria.errors import NoCheckpointError, RestoreAbandonedError, StateMismatchError
+from tolaria.images.image import StateImage
+from tolaria.images.pool import Lease
 from tolaria.jobs import TensorCursor
 from tolaria.lane.messages import (
     BoundaryCommand,

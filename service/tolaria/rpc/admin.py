@@ -180,7 +180,6 @@ class AdminService(TolariaAdminServiceServicer):
                     reason=request.reason,
                     origin=_OPERATOR,
                     rollback_id=rollback_id_of(request.request_id),
-                    global_step=self._run.global_step,
                 )
             )
             return admin.TriggerRollbackResponse(

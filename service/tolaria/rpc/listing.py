@@ -11,8 +11,7 @@ from leyline.v1.admin_service_pb2 import Incident as IncidentMessage
 from leyline.v1.admin_service_pb2 import ListIncidentsResponse, ListRestorePointsResponse, RestorePoint
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL
 from tolaria.images.image import SnapshotInfo
-from tolaria.journal.rows import Incident
-from tolaria.journal.rows import CheckpointRow
+from tolaria.journal.rows import CheckpointRow, Incident
 
 INCIDENTS_DEFAULT: Final = 100
 INCIDENTS_MAX: Final = 1000

@@ -42,15 +42,8 @@ _SUPERSEDE_S: Final = 1.0  # one small transaction, for which the lane is held
 class Checkpointing:
     """Makes the checkpoints of one run. Used on the event loop only.
 
-    Args:
-        settings: when checkpoints are due, and whether a failure holds the run.
-        lane: captures images at step boundaries, also while it is held.
-        writer: writes images in its thread.
-        lifecycle: holds the run while no checkpoint can be written, if the settings say so.
-        breaker: receives failures and successes.
-        observers: receive each checkpoint and failure.
-        journal: supersedes committed checkpoints.
-        from_step: step at which the run begins in this process.
+    The lane captures an image at a step boundary, also while it is held; the writer's thread writes it. `from_step` is
+    the step at which the run begins in this process.
     """
 
     def __init__(

@@ -36,16 +36,9 @@ _STEP_MAX: Final = 2**53
 
 
 class CommandHandler:
-    """Enacts settled consultations. Used on the event loop only.
+    """Enacts settled consultations; an answer to a state older than `max_staleness_steps` changes nothing.
 
-    Args:
-        lane: carries out what concerns the model and the optimizer.
-        status: where the run is.
-        lifecycle: pauses the run; nothing is carried out in one that has ended.
-        safety: breakers, conservative mode, emergencies.
-        recovery: rolls back.
-        observers: of applied and rejected commands.
-        max_staleness_steps: an answer to a state that is older changes nothing.
+    Used on the event loop only.
     """
 
     def __init__(
@@ -138,7 +131,7 @@ class CommandHandler:
                 self._reject(CommandRejectedError("refused", command.command_id, detail))
 
         try:
-            self._recovery.begin(rollback_of(command, self._status.global_step), over)
+            self._recovery.begin(rollback_of(command), over)
         except WrongStateError as error:
             raise CommandRejectedError("refused", command.command_id, str(error)) from None
 
@@ -231,7 +224,7 @@ def emergency_of(command: AdaptationCommand) -> tuple[EmergencyLevel.ValueType, 
     raise CommandRejectedError("malformed", command.command_id, f"there is no emergency level {wanted!r}")
 
 
-def rollback_of(command: AdaptationCommand, global_step: int) -> Rollback:
+def rollback_of(command: AdaptationCommand) -> Rollback:
     """Returns the rollback that `rollback_payload` describes: `tier`, `target_step` and `reason`, all optional.
 
     Raises:
@@ -255,5 +248,4 @@ def rollback_of(command: AdaptationCommand, global_step: int) -> Rollback:
         target_step=None if step is None else int(step),
         reason=reason,
         origin=command.issued_by or TAMIYO,
-        global_step=global_step,
     )

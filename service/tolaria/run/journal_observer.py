@@ -22,15 +22,7 @@ _UNVERIFIED: Final = "unverified"
 
 
 class JournalObserver(RunObserver):
-    """Writes the rows of one run.
-
-    Args:
-        journal: writes rows in a task of its own.
-        status: run id and step.
-        run: the run's row.
-        active: the emergency that the run was resumed with; it has a row already.
-        wall_ns: Unix time in nanoseconds.
-    """
+    """Writes the rows of one run. `active` is the emergency that the run was resumed with: it has a row already."""
 
     def __init__(
         self,
@@ -49,23 +41,19 @@ class JournalObserver(RunObserver):
         self._emergency: tuple[str, int] | None = None
 
     def on_health(self, saved: str) -> None:
-        """Updates the run's row when the record has changed."""
         if saved != self._run.scale:
             self._run = replace(self._run, scale=saved)
             self._journal.note(self._run)
 
     def on_command_applied(self, consultation: Consultation) -> None:
-        """Writes the row of a command that took effect."""
         if (command := consultation.command) is not None:
             kind = _command_name(command.command_type)
             self._command(command.command_id, kind, "applied", "")
 
     def on_command_rejected(self, rejection: CommandRejectedError) -> None:
-        """Writes the row of a rejected command, under a key with the time: a replay keeps the first one's row."""
         self._command(f"{rejection.command_id}@{self._wall_ns()}", _UNVERIFIED, "rejected", rejection.reason)
 
     def on_emergency(self, report: Report) -> None:
-        """Writes escalations, clearances and signals that had to wait."""
         match report:
             case Escalated():
                 self._emergency = self._key(report.state)
@@ -90,9 +78,7 @@ class JournalObserver(RunObserver):
 
     def _command(self, key: str, kind: str, outcome: str, reason: str) -> None:
         status = self._status
-        self._journal.note(
-            CommandRow(key, self._wall_ns(), status.run_id, kind, status.global_step, outcome, reason)
-        )
+        self._journal.note(CommandRow(key, self._wall_ns(), status.run_id, kind, status.global_step, outcome, reason))
 
     def _key(self, state: EmergencyState) -> tuple[str, int]:
         active, self._active = self._active, None

@@ -49,14 +49,7 @@ _BATCHES_LOGGED_MAX: Final = 20
 
 
 class LaneRestorer:
-    """Finds restore points and has the lane restore them: the run's `Restorer`. Used on the event loop only.
-
-    Args:
-        lane: restores at a step boundary.
-        status: the snapshots in memory.
-        store: the checkpoints on disk; read in a thread.
-        observers: receive each checkpoint that cannot be loaded.
-    """
+    """Finds restore points and has the lane restore them: the run's `Restorer`. Used on the event loop only."""
 
     def __init__(self, lane: LaneClient, status: RunStatus, store: CheckpointStore, observers: RunObserver) -> None:
         self._lane = lane
@@ -126,15 +119,7 @@ class LaneRestorer:
 class Recovery:
     """Carries rollbacks out, one at a time, in the task `serve`. Used on the event loop only.
 
-    Args:
-        coordinator: carries out the protocol.
-        lane: held from the request until training may go on.
-        lifecycle: a run that has ended is not rolled back.
-        health: the healthy step, and the batches that spoiled training.
-        checkpointing: supersedes the checkpoints that a rollback undoes.
-        observers: receive the start and the end of each rollback.
-        safety: receives missed deadlines and failed proofs, while the lane is still held.
-        status: has the step of the run, and counts rollbacks.
+    `safety` receives missed deadlines and failed proofs while the lane is still held.
     """
 
     def __init__(
@@ -169,11 +154,6 @@ class Recovery:
     def running(self) -> bool:
         """Whether a rollback is under way."""
         return self._current is not None
-
-    @property
-    def completed(self) -> int:
-        """Number of rollbacks that restored a state."""
-        return self._status.rollbacks
 
     async def serve(self) -> None:
         """Carries out the rollbacks that are begun, until cancelled."""

@@ -217,13 +217,9 @@ class TrainingRun:
             case SeedsChanged():
                 self._on_seeds(event)
             case CommandDone():
-                if (pending := self._lane.take_pending(event)) is not None:
-                    self._on_command(pending, event)
-                    self._lane.settle(pending, event)
+                self._on_command(event)
             case Held():
-                if self._lane.mark_held(event):
-                    self._parts.safety.lane_held()
-                    self._lifecycle.changed()
+                self._on_held(event)
             case SnapshotsChanged():
                 self._status.snapshots = event.points
                 self._observers.on_snapshots(event.statistics)
@@ -274,8 +270,19 @@ class TrainingRun:
         self._observers.on_seeds_changed(change)
         self._parts.safety.safeguards.seeds_changed(change)
 
-    def _on_command(self, pending: PendingCommand, event: CommandDone) -> None:
-        """Applies the result of a command; what waits for it is woken afterwards."""
+    def _on_held(self, event: Held) -> None:
+        if self._lane.mark_held(event):
+            self._parts.safety.lane_held()
+            self._lifecycle.changed()
+
+    def _on_command(self, event: CommandDone) -> None:
+        """Applies the result of a command, then completes its future, which only wakes what waits for it."""
+        if (pending := self._lane.take_pending(event)) is not None:
+            self._apply(pending, event)
+            self._lifecycle.changed()
+            self._lane.settle(pending, event)
+
+    def _apply(self, pending: PendingCommand, event: CommandDone) -> None:
         command = pending.command
         match event.result:
             case SeedsChanged() as change:
@@ -299,7 +306,6 @@ class TrainingRun:
                 self._parts.profiles.started(pending, event)
             case _:
                 assert_never(event.result)
-        self._lifecycle.changed()
 
     def _on_optimizer_changed(self, command: object, change: OptimizerChanged) -> None:
         if not (isinstance(command, ChangeOptimizer) and command.adjustment is not None):
@@ -421,7 +427,7 @@ class TrainingRun:
         await self._status.feed.until(lambda: self._lifecycle.ended)
 
     async def drain(self, checkpoint_s: float) -> None:
-        """Ends the run because its process ends, after a last checkpoint if that takes no longer than `checkpoint_s`."""
+        """Ends the run with its process, after a last checkpoint if that takes no longer than `checkpoint_s`."""
         try:
             if self._keeps_checkpoints and not self._lifecycle.ended:
                 self._lifecycle.hold_for_exit()
@@ -435,4 +441,3 @@ class TrainingRun:
     def _stop_lane(self) -> None:
         self._stopping = True
         self._lane.stop()
-

@@ -62,11 +62,7 @@ _LATE_ACKNOWLEDGEMENTS_S: Final = 1.0
 class Safeguards:
     """The breakers of a run and its conservative mode. Used on the event loop only.
 
-    Args:
-        recovery_epochs: healthy epochs in a row after which a failed one is forgiven.
-        observers: of changes.
-        status: its feed wakes what waits for a change.
-        clock: monotonic seconds.
+    `recovery_epochs` healthy epochs in a row forgive a failed one. `clock` gives monotonic seconds.
     """
 
     def __init__(
@@ -193,17 +189,8 @@ class Safeguards:
 class Safety:
     """The safeguards and the emergency of one run, and what each emergency level does to it.
 
-    Used on the event loop only. `start` has to be called before the first emergency.
-
-    Args:
-        board: stays open as long as this is used.
-        participant: "tolaria", claimed on that board.
-        settings: of emergencies.
-        lifecycle: halts the run.
-        safeguards: breakers and conservative mode.
-        observers: of emergencies.
-        telemetry: gets emergency signals first.
-        active: the halt that the run was resumed with, if there is one.
+    Used on the event loop only. `start` has to be called before the first emergency. `participant` is "tolaria" on
+    `board`; `active` is the halt that the run was resumed with, if there is one.
     """
 
     def __init__(

@@ -66,11 +66,7 @@ FAILURES: Final[tuple[tuple[type[TolariaError], tuple[str, str]], ...]] = (
 class SafetyTelemetry(RunObserver):
     """Writes the metrics, events and log lines of everything that guards a run.
 
-    Args:
-        metrics: the metrics to write.
-        emitter: the events' destination.
-        breakers: names of all breakers.
-        degraded: whether waiting on the signal board polls, because the platform has no futex.
+    `degraded` means that waiting on the signal board polls, because the platform has no futex.
     """
 
     def __init__(self, metrics: Metrics, emitter: Emitter, breakers: tuple[str, ...], *, degraded: bool) -> None:
@@ -90,7 +86,6 @@ class SafetyTelemetry(RunObserver):
     # -- breakers and conservative mode ------------------------------------------------------------------------------
 
     def on_breaker(self, name: str, state: CircuitBreakerState.ValueType) -> None:
-        """Sets the state of a breaker; opening and closing are events."""
         self._metrics.breaker_state.labels(name).set(state)
         if state == CIRCUIT_STATE_OPEN:
             self._emitter.emit(events.BREAKER_OPENED, breaker=name)
@@ -98,7 +93,6 @@ class SafetyTelemetry(RunObserver):
             self._emitter.emit(events.BREAKER_CLOSED, breaker=name)
 
     def on_mode(self, change: ModeChange) -> None:
-        """Sets conservative mode and its reasons; entering and leaving are events."""
         for name in change.entered:
             self._metrics.mode_conservative_reasons.labels(name).set(1)
         for name in change.left:
@@ -110,7 +104,6 @@ class SafetyTelemetry(RunObserver):
             self._emitter.emit(events.CONSERVATIVE_MODE_CLEARED, reasons=", ".join(change.left))
 
     def on_epoch_failed(self) -> None:
-        """Counts a failed epoch."""
         self._metrics.epochs_failed.inc()
 
     # -- emergencies -------------------------------------------------------------------------------------------------
@@ -127,7 +120,6 @@ class SafetyTelemetry(RunObserver):
         )
 
     def on_emergency(self, report: Report) -> None:
-        """Writes one report of the emergency controller."""
         match report:
             case Escalated():
                 self._escalated(report)
@@ -157,7 +149,10 @@ class SafetyTelemetry(RunObserver):
         state = report.state
         self._level(state.level)
         self._emitter.emit(
-            events.EMERGENCY_ESCALATED, emergency_level=level_name(state.level), reason=state.reason, origin=state.origin
+            events.EMERGENCY_ESCALATED,
+            emergency_level=level_name(state.level),
+            reason=state.reason,
+            origin=state.origin,
         )
         if state.level == EMERGENCY_LEVEL_HALT:
             self._metrics.emergency_halts_total.inc()
@@ -196,7 +191,6 @@ class SafetyTelemetry(RunObserver):
     # -- rollbacks and checkpoints -----------------------------------------------------------------------------------
 
     def on_snapshots(self, statistics: SnapshotStatistics) -> None:
-        """Sets the size of the ring and adds what it has counted since the last call."""
         metrics, before = self._metrics, self._snapshots
         metrics.rollback_fast_size_bytes.set(statistics.size_bytes)
         metrics.rollback_fast_hits_total.inc(statistics.hits - before.hits)
@@ -205,17 +199,14 @@ class SafetyTelemetry(RunObserver):
         self._snapshots = statistics
 
     def on_snapshots_unavailable(self, reason: str) -> None:
-        """Logs that there is no fast tier."""
         self._log.warning("no_fast_rollback", reason=reason)
 
     def on_rollback_started(self, rollback: Rollback) -> None:
-        """Logs the start of a rollback."""
         self._log.warning(
             "rolling_back", rollback_id=rollback.rollback_id, origin=rollback.origin, reason=rollback.reason
         )
 
     def on_rollback_ended(self, rollback: Rollback) -> None:
-        """Writes the outcome of a rollback."""
         if rollback.unrecorded is not None:
             self._log.error(
                 "rollback_not_in_the_journal", rollback_id=rollback.rollback_id, error=str(rollback.unrecorded)
@@ -257,16 +248,13 @@ class SafetyTelemetry(RunObserver):
         )
 
     def on_rollback_duration(self, tier: RollbackTier.ValueType, outcome: str, duration_s: float) -> None:
-        """Observes how long a rollback took."""
         self._metrics.rollback_duration_seconds.labels(tier_name(tier), outcome).observe(duration_s)
 
     def on_rollback_recovered(self, rollback: Rollback, duration_s: float, step: int) -> None:
-        """Observes the time from the trigger to the first good step."""
         self.on_rollback_duration(rollback.tier, (rollback.ending or Ending.FAILED).value, duration_s)
         self._log.info("training_again", step=step, after_ms=round(duration_s * 1000, 3))
 
     def on_checkpoint_damaged(self, rollback_id: str, damage: Damage) -> None:
-        """Emits that a checkpoint could not be loaded."""
         self._emitter.emit(
             events.ROLLBACK_RESTORE_FAILED,
             rollback_id=rollback_id,
@@ -276,29 +264,24 @@ class SafetyTelemetry(RunObserver):
         )
 
     def on_checkpoint_written(self, row: CheckpointRow, duration_s: float) -> None:
-        """Records a committed checkpoint."""
         self._metrics.checkpoint_duration_seconds.observe(duration_s)
         self._metrics.checkpoint_size_bytes.set(row.size_bytes)
         self._log.info("checkpoint_written", step=row.global_step, checkpoint_id=row.checkpoint_id)
 
     def on_checkpoint_failed(self, step: int, stage: str, reason: str) -> None:
-        """Counts a checkpoint that failed."""
         self._metrics.checkpoint_failures_total.inc()
         self._emitter.emit(events.CHECKPOINT_FAILED, step=step, stage=stage, reason=reason)
 
     def on_checkpoint_stalled(self, step: int, stalled_s: float) -> None:
-        """Logs a checkpoint that takes too long."""
         self._log.error("checkpoint_stalled", step=step, stalled_s=stalled_s)
 
     # -- profiles ----------------------------------------------------------------------------------------------------
 
     def on_profile_started(self, steps: int) -> None:
-        """Marks the profiler as running."""
         self._metrics.profiler_enabled.set(1)
         self._log.info("profile_begun", steps=steps)
 
     def on_profile_ended(self, outcome: TraceWritten | TraceFailed) -> None:
-        """Counts a trace, or its failure."""
         metrics = self._metrics
         metrics.profiler_enabled.set(0)
         if isinstance(outcome, TraceFailed):
@@ -316,7 +299,6 @@ class SafetyTelemetry(RunObserver):
         )
 
     def on_profile_abandoned(self) -> None:
-        """Marks the profiler as stopped."""
         self._metrics.profiler_enabled.set(0)
         self._log.info("profile_abandoned", reason="the run has ended")
 

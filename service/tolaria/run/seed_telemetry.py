@@ -33,13 +33,11 @@ class SeedTelemetry(RunObserver):
         metrics.lr_controller_enabled.set(1)
 
     def on_seeds(self, states: Sequence[SeedState]) -> None:
-        """Sets the number of seeds by stage."""
         stages = Counter(stage_name(state.stage) for state in states)
         for name in _STAGES:
             self._metrics.seeds_active.labels(name).set(stages[name])
 
     def on_seeds_changed(self, change: SeedsChanged) -> None:
-        """Logs changes and refusals, and counts a rebuild."""
         for sentence in change.changes:
             self._log.info("seed_changed", change=sentence, at_step=change.global_step)
         for seed_id, reason in change.refusals:
@@ -51,17 +49,14 @@ class SeedTelemetry(RunObserver):
             self._emitter.emit(events.OPT_REBUILD_FAILED, step=change.global_step, detail=change.rebuild_error)
 
     def on_seeds_failed(self, reason: str) -> None:
-        """Logs that nothing of the desired seeds could be done."""
         self._log.error("seeds_failed", reason=reason)
 
     def on_learning_rates(self, rates: dict[str, float]) -> None:
-        """Sets the learning rates by group."""
         self._metrics.lr_controller_current_lr.clear()
         for group, rate in rates.items():
             self._metrics.lr_controller_current_lr.labels(group).set(rate)
 
     def on_adjusted(self, adjustment: Adjustment, change: OptimizerChanged) -> None:
-        """Counts an adjustment by its origin."""
         self._metrics.lr_controller_adjustments_total.labels(adjustment.origin).inc()
         self._log.info(
             "learning_rate_adjusted",
@@ -72,7 +67,6 @@ class SeedTelemetry(RunObserver):
         )
 
     def on_step(self, step: StepDone) -> None:
-        """Counts learning rates that were written past the controller."""
         for violation in step.violations:
             self._metrics.lr_controller_integrity_violations_total.labels(violation.group).inc()
             self._emitter.emit(
@@ -83,7 +77,6 @@ class SeedTelemetry(RunObserver):
             )
 
     def on_epoch(self, epoch: EpochDone, *, show_layers: bool) -> None:
-        """Sets the metrics of the epoch's merged gradients, and emits what passes a threshold."""
         if (gathered := epoch.gradients) is None:
             return
         metrics = self._metrics

@@ -37,7 +37,6 @@ class TrainingTelemetry(RunObserver):
         log_context.run_id = run_id
 
     def on_ready(self, ready: LaneReady) -> None:
-        """Sets the fast paths that run and the place where training starts."""
         metrics, running = self._metrics, ready.fast_paths_running
         metrics.train_compile_enabled.set("compile" in running)
         metrics.train_amp_enabled.set("amp" in running)
@@ -49,19 +48,16 @@ class TrainingTelemetry(RunObserver):
         self._go_to(ready.progress.number, ready.position.global_step)
 
     def on_state(self, state: RunState.ValueType, reason: str) -> None:
-        """Sets the series of the state."""
         now = state_name(state)
         for name, gauge in self._state_gauges.items():
             gauge.set(name == now)
         self._log.info("run_state", state=now, reason=reason)
 
     def on_epoch_started(self, epoch: int) -> None:
-        """Sets the epoch."""
         self._context.epoch = epoch
         self._metrics.training_epoch.set(epoch)
 
     def on_step(self, step: StepDone) -> None:
-        """Counts a step."""
         self._metrics.step_duration_seconds.observe(step.duration_s)
         self._metrics.step_input_wait_seconds.observe(step.input_wait_s)
         if step.skipped and not step.rescaled:
@@ -70,7 +66,6 @@ class TrainingTelemetry(RunObserver):
             )
 
     def on_explosion(self, step: StepDone, reason: str) -> None:
-        """Emits the event of an explosion."""
         self._emitter.emit(
             events.LOSS_EXPLOSION,
             step=step.global_step,
@@ -80,7 +75,6 @@ class TrainingTelemetry(RunObserver):
         )
 
     def on_frame(self, status: RunStatus) -> None:
-        """Sets what needs no update for each step."""
         metrics = self._metrics
         self._context.step = status.global_step
         metrics.training_step.set(status.global_step)
@@ -91,7 +85,6 @@ class TrainingTelemetry(RunObserver):
         self._step = status.global_step
 
     def on_epoch(self, epoch: EpochDone, *, show_layers: bool) -> None:
-        """Sets the figures of the last epoch."""
         del show_layers
         metrics = self._metrics
         metrics.training_loss.set(epoch.training_loss)
@@ -101,7 +94,6 @@ class TrainingTelemetry(RunObserver):
             self._emitter.emit(events.ZERO_SAMPLES, epoch=epoch.epoch)
 
     def on_boundary(self, status: RunStatus, epoch: EpochDone, *, budget_ms: float, breach: bool) -> None:
-        """Records how long a boundary held training up, and logs the epoch."""
         held_up_ms = status.boundaries_ms[-1]
         self._metrics.epoch_hook_latency_ms.set(held_up_ms)
         self._metrics.epoch_hook_duration_seconds.observe(held_up_ms / 1000)
@@ -123,17 +115,14 @@ class TrainingTelemetry(RunObserver):
         )
 
     def on_step_question(self, step: int, latency_ms: float, *, budget_ms: float, breach: bool) -> None:
-        """Records the cost of a question between epochs."""
         self._metrics.hook_latency_ms.set(latency_ms)
         if breach:
             self._emitter.emit(events.HOOK_BUDGET_EXCEEDED, step=step, latency_ms=latency_ms, budget_ms=budget_ms)
 
     def on_rewind(self, restored: Restored) -> None:
-        """Goes back to the restored place."""
         self._go_to(restored.progress.number, restored.position.global_step)
 
     def on_command_applied(self, consultation: Consultation) -> None:
-        """Counts and logs a command."""
         command = consultation.command
         if command is None:
             return
@@ -148,7 +137,6 @@ class TrainingTelemetry(RunObserver):
         )
 
     def on_command_rejected(self, rejection: CommandRejectedError) -> None:
-        """Counts a rejected command by its reason."""
         self._metrics.command_rejected_total.labels(rejection.reason).inc()
         self._emitter.emit(
             events.COMMAND_REJECTED, command_id=rejection.command_id, reason=rejection.reason, detail=rejection.detail

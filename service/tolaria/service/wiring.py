@@ -117,9 +117,7 @@ class Core:
         self.handle = foundation.build.lane(self.heartbeats, Path(settings.state.dir) / _TRACES)
         self.lane = LaneClient(self.handle)
         self.lifecycle = Lifecycle(self.lane, self.status, self.health, self.observers)
-        self.safeguards = Safeguards(
-            self.observers, self.status, recovery_epochs=settings.emergency.recovery_epochs
-        )
+        self.safeguards = Safeguards(self.observers, self.status, recovery_epochs=settings.emergency.recovery_epochs)
         self.safety = Safety(
             foundation.board,
             participant,

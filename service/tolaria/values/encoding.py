@@ -59,7 +59,15 @@ class Codec:
         """Returns the value of `data`. Raises EncodingError unless `data` is exactly one encoded value."""
         try:
             value, end = self._take(data, 0)
-        except (struct.error, IndexError, UnicodeDecodeError, DecodeError, KeyError, TypeError, RecursionError) as error:
+        except (
+            struct.error,
+            IndexError,
+            UnicodeDecodeError,
+            DecodeError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ) as error:
             raise EncodingError(f"not an encoded value: {type(error).__name__}: {error}") from error
         if end != len(data):
             raise EncodingError(f"{len(data) - end} bytes follow the encoded value")
@@ -125,10 +133,8 @@ class Codec:
     def _take(self, data: bytes, at: int) -> tuple[Any, int]:
         tag, at = data[at : at + 1], at + 1
         match tag:
-            case b"N":
-                return None, at
-            case b"T" | b"F":
-                return tag == b"T", at
+            case b"N" | b"T" | b"F":
+                return {b"N": None, b"T": True, b"F": False}[tag], at
             case b"i":
                 return _INT.unpack_from(data, at)[0], at + _INT.size
             case b"f":

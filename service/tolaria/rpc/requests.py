@@ -127,7 +127,7 @@ class RequestLedger:
         with anyio.move_on_after(timeout_s) as scope:
             await entry.done.wait()
         if scope.cancelled_caught:
-            raise StillUnderwayError(f"{late} within {timeout_s:.0f} s; the request stands")
+            raise StillUnderwayError(f"{late} within {timeout_s:.0f} s; the request remains in effect")
         if entry.answer is None:
             raise entry.error or StillUnderwayError("the service is stopping; the request may have taken effect")
         return cast("Answer", entry.answer)

@@ -62,7 +62,7 @@ Verdict: TypeAlias = Proceed | Retreat | Halt
 class Averages:
     """Exponentially weighted averages and variances over finite steps (Finch 2009, section 9).
 
-    The logarithm of the gradient norm has averages of its own, since norms vary by factors. `skipped_streak` counts the
+    The logarithm of the gradient norm is averaged as well, since norms vary by factors. `skipped_streak` counts the
     last steps in a row that were skipped.
     """
 

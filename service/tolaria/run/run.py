@@ -73,7 +73,7 @@ class RunParts:
 class TrainingRun:
     """One run. `run` is its task; everything else answers operators and peers while it goes on.
 
-    Used on the event loop only. `recovery`, `checkpointing` and the consultations are served in tasks of their own.
+    Used on the event loop only. `recovery`, `checkpointing` and the consultations are served in separate tasks.
     """
 
     def __init__(self, parts: RunParts, settings: Settings, ready: LaneReady) -> None:

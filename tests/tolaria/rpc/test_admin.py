@@ -368,7 +368,7 @@ async def test_a_refused_move_changes_nothing() -> None:
     assert run.reasons == []
 
 
-LATE = ("FAILED_PRECONDITION", "; the request stands")
+LATE = ("FAILED_PRECONDITION", "; the request remains in effect")
 
 
 @pytest.mark.parametrize(

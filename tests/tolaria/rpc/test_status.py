@@ -7,12 +7,12 @@ from google.rpc import code_pb2, error_details_pb2
 
 from tolaria import errors
 from tolaria.errors import InvalidFieldError, TolariaError, WrongStateError
-from tolaria.rpc.status import ANSWERS, status_of
+from tolaria.rpc.status import STATUSES, status_of
 
 
 def test_the_table_is_complete_and_in_order() -> None:
-    """Every error has an answer of its own kind or its base's, and no row hides a later, special one."""
-    kinds = [kind for kind, _ in ANSWERS]
+    """Every error has a row for its class or a base class, and no row hides a later, more special one."""
+    kinds = [kind for kind, _, _ in STATUSES]
     assert kinds[-1] is TolariaError
     for position, kind in enumerate(kinds):
         assert not any(issubclass(later, kind) for later in kinds[position + 1 :])
@@ -23,9 +23,9 @@ def test_the_table_is_complete_and_in_order() -> None:
 
 def test_reasons_are_stable_and_unique() -> None:
     """Clients switch on the reason: one for each row."""
-    reasons = [answer.reason for _, answer in ANSWERS]
+    reasons = [reason for _, _, reason in STATUSES]
     assert len(set(reasons)) == len(reasons)
-    assert all(code_pb2.Code.Name(answer.code) for _, answer in ANSWERS)
+    assert all(code_pb2.Code.Name(code) for _, code, _ in STATUSES)
 
 
 def test_a_bad_field_is_named_in_the_details() -> None:

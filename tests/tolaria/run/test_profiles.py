@@ -234,7 +234,7 @@ async def test_a_call_times_out_and_the_profile_goes_on(tmp_path: Path, monkeypa
         run.core.lane.hold("test")
         refused = await error_of(capture("r", 2))
         assert refused.code() == grpc.StatusCode.FAILED_PRECONDITION
-        assert "the request stands" in (refused.details() or "")
+        assert "the request remains in effect" in (refused.details() or "")
         run.core.lane.release("test")
         await run.until(lambda: value(run, "traces_emitted_total") == 1)
 

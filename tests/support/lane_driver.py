@@ -30,7 +30,7 @@ from tolaria.lane.messages import (
     Restored,
     Stop,
 )
-from tolaria.lane.profiling import LaneProfiler, ProfileWindow
+from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.step import train_step
 from tolaria.lane.train_module import TrainModule
 
@@ -90,7 +90,7 @@ class DrivenLane:
         self.gate = RestoreGate()
         self.losses: dict[int, float] = {}
         """Losses by global step; the last one of a step that was repeated."""
-        profiler = LaneProfiler(ProfileWindow(Path("unused"), bytes_max=1), nullcontext)
+        profiler = LaneProfiler(Path("unused"), bytes_max=1, resting=nullcontext)
         self._executor = CommandExecutor(lane.module, lane.snapshots, profiler, self.images, self.gate)
         self._ids = 0
 

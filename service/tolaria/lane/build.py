@@ -32,7 +32,7 @@ from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.gradient_merge import GradientMerger
 from tolaria.lane.lane import LaneHeartbeat, ThreadLane
 from tolaria.lane.messages import LaneReady, Restored
-from tolaria.lane.profiling import LaneProfiler, ProfileWindow
+from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.step import checked_losses
@@ -86,11 +86,11 @@ class LaneBuild:
             heartbeat: records the lane's progress.
             traces_dir: of the traces of profiles.
         """
-        window = ProfileWindow(traces_dir, bytes_max=self.settings.profiler.traces_mb * _MIB)
+        traces_bytes_max = self.settings.profiler.traces_mb * _MIB
         return ThreadLane(
             self.module,
             self.snapshots,
-            profiler=LaneProfiler(window, heartbeat.lane_rests),
+            profiler=LaneProfiler(traces_dir, bytes_max=traces_bytes_max, resting=heartbeat.lane_rests),
             heartbeat=heartbeat,
             threads=self.settings.training.threads,
         )

@@ -170,7 +170,7 @@ def _rebuild_with(manager: OptimizerManager, option: str) -> None:
     defaults: dict[str, Any] = {**before.defaults, "fused": None, "foreach": None, option: True}
     taken = inspect.signature(type(before)).parameters  # AdamW has a default that its constructor does not take
     known = {name: value for name, value in defaults.items() if name in before.defaults and name in taken}
-    # A job may have given its groups options of their own: only the kernel changes.
+    # A job may have given each group its own options: only the kernel changes.
     kept = {"params", "name", "lr", "fused", "foreach"}
     options = {group["name"]: {k: v for k, v in group.items() if k not in kept} for group in before.param_groups}
     plans = [replace(plan, options=options[plan.name]) for plan in manager.plan()]

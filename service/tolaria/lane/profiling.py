@@ -38,18 +38,30 @@ def unmarked(name: Region) -> AbstractContextManager[object]:
     return _UNMARKED
 
 
-class ProfileWindow:
-    """Profiles one window of steps at a time.
+class LaneProfiler:
+    """Profiles steps of the lane, one window at a time.
+
+    Marked are forward, backward, merge and optimizer within a step; boundary around the evaluation and the wait for
+    the next order; rollback around a restore.
 
     Args:
         directory: of the traces; holds nothing else, and is created when first needed.
         bytes_max: size of all traces together. The oldest ones are deleted; a larger single trace is not kept.
+        resting: spans calls that may take seconds, so that the heartbeat monitor does not take them for a stall.
         wall_ns: clock for the names of traces, Unix nanoseconds.
     """
 
-    def __init__(self, directory: Path, *, bytes_max: int, wall_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        bytes_max: int,
+        resting: Callable[[], AbstractContextManager[None]],
+        wall_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
         self._directory = directory
         self._bytes_max = bytes_max
+        self._resting = resting
         self._wall_ns = wall_ns
         self._profile: profile | None = None
         self._steps = self._steps_left = 0
@@ -59,39 +71,43 @@ class ProfileWindow:
         """Whether steps are being profiled."""
         return self._profile is not None
 
-    def region(self, name: Region) -> AbstractContextManager[object]:
+    def mark(self, name: Region) -> AbstractContextManager[object]:
         """Marks the block in the trace; regions may be nested. Costs about 0.15 us while no window is open."""
         return _UNMARKED if self._profile is None else record_function(name)
 
-    def begin(self, active_steps: int) -> TraceFailed | None:
-        """Opens a window of this many steps. The first one of a process takes about a second.
+    def start(self, steps: int) -> ProfileStarted | TraceFailed:
+        """Opens a window of the next steps. The first one of a process takes about a second.
 
         Raises:
             InvalidFieldError: the number of steps is not 1 to 1000.
             WrongStateError: a window is open.
         """
-        if not 1 <= active_steps <= STEPS_MAX:
-            raise InvalidFieldError("steps", f"must be 1 to {STEPS_MAX}, is {active_steps}")
+        if not 1 <= steps <= STEPS_MAX:
+            raise InvalidFieldError("steps", f"must be 1 to {STEPS_MAX}, is {steps}")
         if self._profile is not None:
             raise WrongStateError(f"a profile is being taken, {self._steps_left} steps to go")
         if _profiler_enabled():  # a second profiler silently ends the first
             return TraceFailed("start", "the job's own profiler is running")
         profiler = profile(activities=_activities())  # without acc_events, with which it would block 20 times as long
         try:
-            profiler.start()
+            with self._resting():
+                profiler.start()
         except RuntimeError as error:
             return TraceFailed("start", str(error))
         self._profile = profiler
         self._directory = self._directory.absolute()  # readers of the trace may have another working directory
-        self._steps = self._steps_left = active_steps
-        return None
+        self._steps = self._steps_left = steps
+        return ProfileStarted(steps)
 
-    def step(self) -> TraceWritten | TraceFailed | None:
+    def after_step(self, global_step: int) -> ProfileDone | None:
         """Counts a step; after the window's last one closes it and writes the trace. None: no window, or more to go."""
         if self._profile is None:
             return None
         self._steps_left -= 1
-        return self._finish(self._profile) if self._steps_left == 0 else None
+        if self._steps_left:
+            return None
+        with self._resting():
+            return ProfileDone(global_step, self._finish(self._profile))
 
     def abandon(self) -> None:
         """Closes an open window without a trace."""
@@ -156,44 +172,10 @@ class ProfileWindow:
         return removed
 
     def _remove_partial_files(self) -> None:
-        """Removes what failed exports and crashes have left; the exporter appends a suffix of its own."""
+        """Removes what failed exports and crashes have left; the exporter appends its own suffix."""
         for leftover in self._directory.glob(f"{_PREFIX}*{_PARTIAL}*"):
             if leftover.is_file():
                 leftover.unlink(missing_ok=True)
-
-
-class LaneProfiler:
-    """Profiles steps of the lane, and keeps the heartbeat monitor from taking slow profiler calls for a stall.
-
-    Marked are forward, backward, merge and optimizer within a step; boundary around the evaluation and the wait for
-    the next order; rollback around a restore.
-
-    Args:
-        window: where steps are profiled.
-        resting: spans calls that may take seconds.
-    """
-
-    def __init__(self, window: ProfileWindow, resting: Callable[[], AbstractContextManager[None]]) -> None:
-        self._window = window
-        self._resting = resting
-        self.mark: Mark = window.region
-
-    def start(self, steps: int) -> ProfileStarted | TraceFailed:
-        """Starts a profile of the next steps. Raises RequestError for an invalid number, or when one is running."""
-        with self._resting():
-            return self._window.begin(steps) or ProfileStarted(steps)
-
-    def after_step(self, global_step: int) -> ProfileDone | None:
-        """Counts a step; returns the outcome after the last one of a profile."""
-        if not self._window.open:
-            return None
-        with self._resting():
-            outcome = self._window.step()
-        return None if outcome is None else ProfileDone(global_step, outcome)
-
-    def abandon(self) -> None:
-        """Ends a running profile without a trace."""
-        self._window.abandon()
 
 
 def _activities() -> list[ProfilerActivity]:

@@ -22,7 +22,7 @@ from tolaria.lane.messages import to_bytes as encoded
 from tolaria.values.encoding import EncodingError
 from tolaria.values.gradients import SeedMetrics, SeedMetricSet
 from tolaria.values.optimization import Adjustment
-from tolaria.values.training import HOST
+from tolaria.values.training import HOST, Evaluation, Position
 
 MESSAGES: list[type[Any]] = [*get_args(Command), *get_args(Event), LaneReady]
 
@@ -87,7 +87,7 @@ for plain, strategy in (
     (Adjustment, ADJUSTMENTS),
     (Failure, st.builds(Failure, TEXT, st.lists(PLAIN, max_size=3).map(tuple), TEXT)),
 ):
-    st.register_type_strategy(plain, strategy)  # type: ignore[arg-type]
+    st.register_type_strategy(plain, strategy)
 
 ANY_MESSAGE = st.one_of(*(st.from_type(kind) for kind in MESSAGES))
 FEW = settings(max_examples=30, deadline=None)
@@ -214,13 +214,13 @@ def test_nested_values_of_an_epoch() -> None:
     metrics = SeedMetricSet(1, 1, 0, 0.0, 0.0, 1.0, 0.0, 0.0, (source,))
     rates: Mapping[str, float] = {"host": 0.1, "seed:a": 0.01}
     done = messages.EpochDone(
-        1, 8, messages.Evaluation(1.0, 2, 3), 0.1, 0.2, 9.0, rates, 0.9, HardwareContext(), gradients=metrics
+        1, 8, Evaluation(1.0, 2, 3), 0.1, 0.2, 9.0, rates, 0.9, HardwareContext(), gradients=metrics
     )
     again = decoded(encoded(done))
     assert isinstance(again, messages.EpochDone)
     assert repr(again) == repr(done)
     assert again.learning_rate == 0.1
-    points = (SnapshotInfo(messages.Position(1, 1), 10, None), SnapshotInfo(messages.Position(2, 1), 10, "ab"))
+    points = (SnapshotInfo(Position(1, 1), 10, None), SnapshotInfo(Position(2, 1), 10, "ab"))
     changed = messages.SnapshotsChanged(points, SnapshotStatistics(2, 20, 100, 0, 0, 2, 0, 0))
     assert decoded(encoded(changed)) == changed
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import get_args
 
@@ -13,37 +13,46 @@ from torch.profiler import ProfilerActivity, profile
 
 from tolaria.errors import InvalidFieldError, WrongStateError
 from tolaria.lane.messages import ProfileDone, ProfileStarted
-from tolaria.lane.profiling import LaneProfiler, ProfileWindow
+from tolaria.lane.profiling import LaneProfiler
 from tolaria.values.profiling import STEPS_MAX, Region, TraceFailed, TraceWritten
 
 NOON_NS = 1_700_000_000_123_456_789
 LARGE = 10**8
 
 
-def work(window: ProfileWindow) -> None:
+def new_profiler(
+    directory: Path, *, bytes_max: int = LARGE, now_ns: Callable[[], int] = lambda: NOON_NS
+) -> LaneProfiler:
+    """A profiler that writes its traces to this directory."""
+    return LaneProfiler(directory, bytes_max=bytes_max, resting=nullcontext, wall_ns=now_ns)
+
+
+def work(profiler: LaneProfiler) -> None:
     """Passes every region once."""
     for name in get_args(Region):
-        with window.region(name):
+        with profiler.mark(name):
             torch.ones(4).sum()
 
 
-def traced(window: ProfileWindow, steps: int = 1) -> TraceWritten | TraceFailed | None:
+def traced(profiler: LaneProfiler, steps: int = 1) -> TraceWritten | TraceFailed:
     """Profiles that many steps and returns the outcome."""
-    assert window.begin(steps) is None
-    result = None
-    for _ in range(steps):
-        assert result is None
-        work(window)
-        result = window.step()
-    return result
+    assert profiler.start(steps) == ProfileStarted(steps)
+    for step in range(1, steps):
+        work(profiler)
+        assert profiler.after_step(step) is None
+    work(profiler)
+    done = profiler.after_step(steps)
+    assert done is not None
+    assert done.global_step == steps
+    return done.outcome
 
 
 def test_a_window_writes_a_chrome_trace_with_every_region(tmp_path: Path) -> None:
     """After its last step there is a trace: valid JSON with each region as often as it was passed."""
-    window = ProfileWindow(tmp_path / "traces", bytes_max=LARGE, wall_ns=lambda: NOON_NS)
-    work(window)
-    result = traced(window, steps=3)
-    work(window)
+    profiler = new_profiler(tmp_path / "traces")
+    work(profiler)
+    result = traced(profiler, steps=3)
+    work(profiler)
     assert isinstance(result, TraceWritten)
     assert Path(result.path).name == "trace-20231114T221320.123456Z.json"
     assert (result.steps, result.removed, result.size_bytes) == (3, 0, Path(result.path).stat().st_size)
@@ -55,21 +64,21 @@ def test_a_window_writes_a_chrome_trace_with_every_region(tmp_path: Path) -> Non
 
 def test_without_a_window_nothing_is_written(tmp_path: Path) -> None:
     """Regions and steps have no effect, and exceptions pass through regions."""
-    window = ProfileWindow(tmp_path / "traces", bytes_max=LARGE)
-    work(window)
-    assert window.step() is None
-    with pytest.raises(ZeroDivisionError), window.region("forward"):
+    profiler = new_profiler(tmp_path / "traces")
+    work(profiler)
+    assert profiler.after_step(1) is None
+    with pytest.raises(ZeroDivisionError), profiler.mark("forward"):
         raise ZeroDivisionError
     assert not (tmp_path / "traces").exists()
 
 
 def test_names_are_unique_and_sort_by_age(tmp_path: Path) -> None:
-    """Two traces in the same microsecond by each of two windows are four files."""
+    """Two traces in the same microsecond by each of two profilers are four files."""
     paths = []
     for _ in range(2):
-        window = ProfileWindow(tmp_path, bytes_max=LARGE, wall_ns=lambda: NOON_NS)
+        profiler = new_profiler(tmp_path)
         for _ in range(2):
-            result = traced(window)
+            result = traced(profiler)
             assert isinstance(result, TraceWritten)
             paths.append(Path(result.path))
     assert paths == sorted(set(paths))
@@ -81,8 +90,8 @@ def test_the_oldest_traces_are_deleted(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "trace-old.json.partial.tmp").write_text("half")
     times = iter(range(NOON_NS, NOON_NS + 10**12, 10**9))
-    window = ProfileWindow(tmp_path, bytes_max=int(size_bytes * 2.5), wall_ns=lambda: next(times))
-    results = [traced(window) for _ in range(4)]
+    profiler = new_profiler(tmp_path, bytes_max=int(size_bytes * 2.5), now_ns=lambda: next(times))
+    results = [traced(profiler) for _ in range(4)]
     written = [result for result in results if isinstance(result, TraceWritten)]
     assert [result.removed for result in written] == [0, 0, 1, 1]
     assert sorted(tmp_path.glob("trace-*")) == [Path(result.path) for result in written[2:]]
@@ -91,16 +100,16 @@ def test_the_oldest_traces_are_deleted(tmp_path: Path) -> None:
 
 def traced_size(directory: Path) -> int:
     """Size in bytes of a trace of one step."""
-    result = traced(ProfileWindow(directory, bytes_max=LARGE))
+    result = traced(new_profiler(directory))
     assert isinstance(result, TraceWritten)
     return result.size_bytes
 
 
 def test_a_trace_larger_than_the_directory_is_not_kept(tmp_path: Path) -> None:
     """The trace is deleted, older ones stay, and the failure gives the reason."""
-    assert isinstance(traced(ProfileWindow(tmp_path, bytes_max=LARGE)), TraceWritten)
+    assert isinstance(traced(new_profiler(tmp_path)), TraceWritten)
     before = list(tmp_path.iterdir())
-    result = traced(ProfileWindow(tmp_path, bytes_max=100))
+    result = traced(new_profiler(tmp_path, bytes_max=100))
     assert isinstance(result, TraceFailed)
     assert result.stage == "cap"
     assert list(tmp_path.iterdir()) == before
@@ -143,59 +152,61 @@ def no_file(directory: Path) -> Iterator[None]:
 @pytest.mark.parametrize("broken", [no_directory, full_disk, nearly_full_disk, no_file])
 def test_a_failed_export_is_a_result(tmp_path: Path, broken: Callable[[Path], AbstractContextManager[None]]) -> None:
     """Nothing is raised and no trace is left; once the cause is gone the next window works."""
-    window = ProfileWindow(tmp_path / "traces", bytes_max=LARGE, wall_ns=lambda: NOON_NS)
+    profiler = new_profiler(tmp_path / "traces")
     with broken(tmp_path / "traces"):
-        result = traced(window)
+        result = traced(profiler)
     assert isinstance(result, TraceFailed)
     assert result.stage == "export"
     assert result.reason
     assert not list(tmp_path.glob("traces/*"))
-    assert isinstance(traced(window), TraceWritten)
+    assert isinstance(traced(profiler), TraceWritten)
 
 
 @pytest.mark.parametrize("steps", [0, -1, STEPS_MAX + 1])
 def test_a_window_is_bounded(tmp_path: Path, steps: int) -> None:
     """No steps, or too many, are an error."""
-    window = ProfileWindow(tmp_path, bytes_max=LARGE)
+    profiler = new_profiler(tmp_path)
     with pytest.raises(InvalidFieldError, match="steps"):
-        window.begin(steps)
-    assert not window.open
+        profiler.start(steps)
+    assert not profiler.open
 
 
 def test_one_window_at_a_time(tmp_path: Path) -> None:
     """A second one is an error, and the first goes on."""
-    window = ProfileWindow(tmp_path, bytes_max=LARGE)
-    assert window.begin(2) is None
+    profiler = new_profiler(tmp_path)
+    assert profiler.start(2) == ProfileStarted(2)
     with pytest.raises(WrongStateError, match="2 steps to go"):
-        window.begin(1)
-    window.step()
-    assert isinstance(window.step(), TraceWritten)
+        profiler.start(1)
+    assert profiler.after_step(1) is None
+    done = profiler.after_step(2)
+    assert done is not None
+    assert isinstance(done.outcome, TraceWritten)
 
 
 def test_an_abandoned_window_writes_nothing(tmp_path: Path) -> None:
     """There is no trace and no running profiler; abandoning again does nothing."""
-    window = ProfileWindow(tmp_path, bytes_max=LARGE)
-    assert window.begin(2) is None
-    window.abandon()
-    window.abandon()
-    assert not window.open
+    profiler = new_profiler(tmp_path)
+    assert profiler.start(2) == ProfileStarted(2)
+    profiler.abandon()
+    profiler.abandon()
+    assert not profiler.open
     assert list(tmp_path.iterdir()) == []
-    assert isinstance(traced(window), TraceWritten)
+    assert isinstance(traced(profiler), TraceWritten)
 
 
 def test_the_jobs_own_profiler_is_not_interrupted(tmp_path: Path) -> None:
     """Torch has one profiler: the window does not open while the job's is running, and gives the reason."""
-    window = ProfileWindow(tmp_path, bytes_max=LARGE)
+    profiler = new_profiler(tmp_path)
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as jobs:
-        failed = window.begin(1)
+        failed = profiler.start(1)
         torch.ones(4).sum()
     assert failed == TraceFailed("start", "the job's own profiler is running")
     assert jobs.key_averages()
-    assert not window.open
+    assert not profiler.open
 
 
-def test_the_lane_profiler_rests_only_while_it_may_be_slow(tmp_path: Path) -> None:
-    """The heartbeat rests while the profiler starts and while it counts steps, and at no other step."""
+def test_the_heartbeat_rests_while_the_profiler_is_slow(tmp_path: Path) -> None:
+    """It rests while the profiler starts and while the trace is written, and at no other step."""
     rests: list[str] = []
 
     @contextmanager
@@ -203,17 +214,12 @@ def test_the_lane_profiler_rests_only_while_it_may_be_slow(tmp_path: Path) -> No
         rests.append("rest")
         yield
 
-    profiler = LaneProfiler(ProfileWindow(tmp_path, bytes_max=LARGE), resting)
+    profiler = LaneProfiler(tmp_path, bytes_max=LARGE, resting=resting)
     assert profiler.after_step(1) is None
     assert rests == []
     assert profiler.start(2) == ProfileStarted(2)
-    with pytest.raises(WrongStateError):
-        profiler.start(2)
     assert profiler.after_step(2) is None
-    done = profiler.after_step(3)
-    assert isinstance(done, ProfileDone)
-    assert done.global_step == 3
-    assert isinstance(done.outcome, TraceWritten)
-    assert len(rests) == 4
+    assert len(rests) == 1
+    assert isinstance(profiler.after_step(3), ProfileDone)
     assert profiler.after_step(4) is None
-    assert len(rests) == 4
+    assert len(rests) == 2

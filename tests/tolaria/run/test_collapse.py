@@ -143,6 +143,7 @@ async def test_a_rollback_into_the_collapsed_epoch_trains_the_rest_of_it(held: b
         async def occupy_writer(epoch: int) -> None:
             """Delays the periodic checkpoint of the second epoch."""
             if epoch == 2:
+                await run.until(lambda: run.core.foundation.writer.pending == 0)
                 disk.gate.clear()
                 tasks.start_soon(run.run.checkpoint, "slow")
                 await run.until(lambda: run.core.foundation.writer.pending > 0)
@@ -150,13 +151,11 @@ async def test_a_rollback_into_the_collapsed_epoch_trains_the_rest_of_it(held: b
         peers.after_checkpoint = occupy_writer
         await run.until(lambda: run.module.global_step == 2 * STEPS + 5)
         disk.gate.set()
-        while len(await run.journal.restore_points()) < 3:
-            await anyio.sleep(0.002)
+        await run.until(lambda: run.core.foundation.writer.pending == 0)
         tasks.start_soon(run.run.checkpoint, "within")  # it counts as the second epoch's
         await anyio.wait_all_tasks_blocked()
         run.job.passes.release()
-        while len(await run.journal.restore_points()) < 4:
-            await anyio.sleep(0.002)
+        await run.until(lambda: run.sample("tolaria.checkpoint.duration_seconds_count") == 4)
         run.job.passes.release(2)
         if held:
             await run.until(run.job.validating.is_set)

@@ -27,7 +27,7 @@ class FailingDisk(Filesystem):
         """Makes the next `times` calls of this name fail with this errno."""
         self._call, self._code, self._times, self.failed = call, code, times, 0
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Makes all calls succeed again."""
         self._times = 0
 
@@ -38,10 +38,10 @@ class FailingDisk(Filesystem):
 
     def __getattribute__(self, name: str) -> object:
         if name in WRITES:
-            Filesystem.__getattribute__(self, "_meet")(name)
+            Filesystem.__getattribute__(self, "_fail_if_chosen")(name)
         return super().__getattribute__(name)
 
-    def _meet(self, name: str) -> None:
+    def _fail_if_chosen(self, name: str) -> None:
         if name == self._call and self._times > 0:
             self._times -= 1
             self.failed += 1

@@ -57,22 +57,14 @@ class JournalObserver(RunObserver):
         match report:
             case Escalated():
                 self._emergency = self._key(report.state)
-                self._emergency_row(report.state, cleared_at_ns=None)
+                self._emergency_row(*self._emergency, report.state)
             case Cleared():
-                self._emergency_row(report.before, cleared_at_ns=self._wall_ns())
+                key = self._emergency or (uuid.uuid4().hex, self._wall_ns())
+                self._emergency_row(*key, report.before, cleared_at_ns=self._wall_ns())
             case HeldBack():
                 signal = report.notice.signal
-                self._journal.note(
-                    EmergencyRow(
-                        emergency_id=uuid.uuid4().hex,
-                        at_ns=self._wall_ns(),
-                        run_id=self._status.run_id,
-                        level=level_name(signal.level),
-                        origin=signal.origin,
-                        global_step=self._status.global_step,
-                        reason=f"told later: {signal.reason}",
-                    )
-                )
+                state = EmergencyState(level=signal.level, reason=f"told later: {signal.reason}", origin=signal.origin)
+                self._emergency_row(uuid.uuid4().hex, self._wall_ns(), state)
             case _:
                 pass  # acknowledgements and repeats are in the log only
 
@@ -86,8 +78,9 @@ class JournalObserver(RunObserver):
             return active.emergency_id, active.at_ns
         return uuid.uuid4().hex, self._wall_ns()
 
-    def _emergency_row(self, state: EmergencyState, *, cleared_at_ns: int | None) -> None:
-        emergency_id, at_ns = self._emergency or (uuid.uuid4().hex, self._wall_ns())
+    def _emergency_row(
+        self, emergency_id: str, at_ns: int, state: EmergencyState, *, cleared_at_ns: int | None = None
+    ) -> None:
         self._journal.note(
             EmergencyRow(
                 emergency_id=emergency_id,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass, field
-
-import anyio
+from dataclasses import dataclass
 
 from tolaria.config import ProfilerSettings
 from tolaria.errors import (
@@ -33,20 +31,6 @@ class ProfileTaken:
     trace: TraceWritten
 
 
-@dataclass(slots=True)
-class _Profile:
-    """A profile that was asked for; `result` holds once it is `over`."""
-
-    over: anyio.Event = field(default_factory=anyio.Event)
-    result: ProfileTaken | TolariaError = field(
-        default_factory=lambda: LaneStoppedError("the run has ended before the last step of the profile")
-    )
-
-    def end(self, result: ProfileTaken | TolariaError) -> None:
-        self.result = result
-        self.over.set()
-
-
 class Profiles:
     """Takes profiles. Used on the event loop only.
 
@@ -61,8 +45,8 @@ class Profiles:
         self._safeguards = safeguards
         self._observers = observers
         self._steps_since = 0
-        self._asked: dict[asyncio.Future[CommandDone], _Profile] = {}
-        self._open: _Profile | None = None
+        self._asked: dict[asyncio.Future[CommandDone], asyncio.Future[ProfileTaken]] = {}
+        self._open: asyncio.Future[ProfileTaken] | None = None
 
     async def capture(self, active_steps: int) -> ProfileTaken:
         """Profiles the next `active_steps` steps (0: as many as the settings say) and waits for the trace.
@@ -77,11 +61,7 @@ class Profiles:
             raise InvalidFieldError("active_steps", f"must be 1 to {STEPS_MAX}, or 0, is {active_steps}")
         if self._lane.held_for(RUN):
             raise WrongStateError("training is held: there is no step to profile before it is resumed")
-        profile = self._begin(active_steps or self._settings.active_steps)
-        await profile.over.wait()
-        if isinstance(profile.result, ProfileTaken):
-            return profile.result
-        raise profile.result
+        return await self._begin(active_steps or self._settings.active_steps)
 
     def step(self, step: StepDone) -> None:
         """Starts a profile if the schedule has one due after this step."""
@@ -104,40 +84,62 @@ class Profiles:
                 self._open = profile
                 self._observers.on_profile_started(steps)
             case TraceFailed() as failed:
-                profile.end(self._result(failed, event.global_step))
+                self._end(profile, failed, event.global_step)
             case _:
-                profile.end(profile.result if event.failure is None else event.failure.error())
+                _resolve(profile, _no_trace() if event.failure is None else event.failure.error())
 
     def done(self, event: ProfileDone) -> None:
         """Applies the end of a profile."""
         profile, self._open = self._open, None
-        result = self._result(event.outcome, event.global_step)
         if profile is not None:
-            profile.end(result)
+            self._end(profile, event.outcome, event.global_step)
 
     def close(self) -> None:
         """Ends all profiles without a trace: there is no further step."""
         if self._open is not None:
             self._observers.on_profile_abandoned()
-            self._open.over.set()
-            self._open = None
-        for profile in self._asked.values():
-            profile.over.set()
+        profiles = [*self._asked.values(), *([self._open] if self._open else [])]
+        self._open = None
         self._asked.clear()
+        for profile in profiles:
+            _resolve(profile, _no_trace())
 
-    def _begin(self, steps: int) -> _Profile:
+    def _begin(self, steps: int) -> asyncio.Future[ProfileTaken]:
         """Asks the lane for a profile. Raises LaneStoppedError or LaneError when that is not possible."""
-        profile = _Profile()
-        future = self._lane.submit(CaptureProfile(steps))
-        if future.done() and (error := future.exception()) is not None:
+        submitted = self._lane.submit(CaptureProfile(steps))
+        if submitted.done() and (error := submitted.exception()) is not None:
             raise error
-        self._asked[future] = profile
+        profile = self._asked[submitted] = asyncio.get_running_loop().create_future()
+        profile.add_done_callback(_retrieved)  # nothing waits for a scheduled profile
         return profile
 
-    def _result(self, outcome: TraceWritten | TraceFailed, global_step: int) -> ProfileTaken | TolariaError:
+    def _end(
+        self, profile: asyncio.Future[ProfileTaken], outcome: TraceWritten | TraceFailed, global_step: int
+    ) -> None:
         self._observers.on_profile_ended(outcome)
         if isinstance(outcome, TraceWritten):
-            return ProfileTaken(global_step, outcome)
-        if outcome.stage == "start":
-            return WrongStateError(f"a profile cannot be taken now: {outcome.reason}")
-        return ProfileFailedError(f"the profile left no trace ({outcome.stage}): {outcome.reason}")
+            _resolve(profile, ProfileTaken(global_step, outcome))
+        elif outcome.stage == "start":
+            _resolve(profile, WrongStateError(f"a profile cannot be taken now: {outcome.reason}"))
+        else:
+            reason = f"the profile left no trace ({outcome.stage}): {outcome.reason}"
+            _resolve(profile, ProfileFailedError(reason))
+
+
+def _resolve(profile: asyncio.Future[ProfileTaken], result: ProfileTaken | TolariaError) -> None:
+    """Completes the future, unless its caller has gone away."""
+    if profile.done():
+        return
+    if isinstance(result, ProfileTaken):
+        profile.set_result(result)
+    else:
+        profile.set_exception(result)
+
+
+def _retrieved(profile: asyncio.Future[ProfileTaken]) -> None:
+    if not profile.cancelled():
+        profile.exception()
+
+
+def _no_trace() -> LaneStoppedError:
+    return LaneStoppedError("the run has ended before the last step of the profile; there is no trace")

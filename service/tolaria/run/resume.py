@@ -42,20 +42,13 @@ _log = structlog.get_logger(__name__)
 class PreparedState:
     """A run and its storage.
 
-    Attributes:
-        directory: absolute.
-        storage: open, for this run.
-        run_id: that of the earlier processes for a resumed run.
-        resumed: whether the run has checkpoints to go on from.
-        previous_outcome: how the previous process of the run left; empty after a crash, and for a new run.
-        notes: what was found and done, one sentence each, for the log.
+    `resumed` means that it has checkpoints of an earlier process. `notes` are sentences for the log.
     """
 
     directory: Path
     storage: Storage
     run_id: str
     resumed: bool
-    previous_outcome: str
     notes: tuple[str, ...]
 
 
@@ -84,7 +77,7 @@ def prepare_state(settings: Settings, *, files: Filesystem | None = None) -> Ite
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.enter_context(_locked(directory))
             retention = retention_of(settings.checkpoint)
-            storage = open_storage(directory, run_id=_new_run_id(), retention=retention, files=files)
+            storage = open_storage(directory, run_id="", retention=retention, files=files)
             stack.callback(storage.journal.close)
             prepared = _choose_run(settings, directory, storage)
         yield prepared
@@ -192,7 +185,12 @@ def _choose_run(settings: Settings, directory: Path, storage: Storage) -> Prepar
         abandoned = f"; the unfinished run {found.run_id} is not resumed, because of state.resume" if found else ""
         notes.append(f"the new run {row.run_id} begins{abandoned}")
     else:
-        _check_job(directory, resumed, job)
+        if resumed.job and resumed.job != job:
+            problem = (
+                f"state.dir: {directory} holds the unfinished run {resumed.run_id} of the job {resumed.job!r}, but "
+                f"training.job is {job!r}: use another state.dir, or abandon that run with state.resume = never"
+            )
+            raise ConfigurationError([problem])
         row = replace(resumed, job=job, outcome="", ended_at_ns=None)
         left = f"ended as {resumed.outcome}" if resumed.outcome else "was killed"
         notes.append(f"the run {row.run_id} is resumed; its last process {left}")
@@ -202,19 +200,8 @@ def _choose_run(settings: Settings, directory: Path, storage: Storage) -> Prepar
         storage=storage.for_run(row.run_id),
         run_id=row.run_id,
         resumed=resumed is not None,
-        previous_outcome=resumed.outcome if resumed is not None else "",
         notes=tuple(notes),
     )
-
-
-def _check_job(directory: Path, found: RunRow, job: str) -> None:
-    if found.job and found.job != job:
-        problem = (
-            f"state.dir: {directory} holds the unfinished run {found.run_id} of the job {found.job!r}, but "
-            f"training.job is {job!r}: use another state.dir for this job, or abandon that run with "
-            "state.resume = never"
-        )
-        raise ConfigurationError([problem])
 
 
 def _replace_lost_run(prepared: PreparedState, reason: str) -> PreparedState:
@@ -231,7 +218,6 @@ def _replace_lost_run(prepared: PreparedState, reason: str) -> PreparedState:
         storage=prepared.storage.for_run(row.run_id),
         run_id=row.run_id,
         resumed=False,
-        previous_outcome="",
         notes=(*prepared.notes, f"the run {lost.run_id} is lost: {reason}; the new run {row.run_id} begins"),
     )
 
@@ -239,11 +225,7 @@ def _replace_lost_run(prepared: PreparedState, reason: str) -> PreparedState:
 def _new_run(journal: Journal, job: str) -> RunRow:
     """Returns a row that is later than all others, also when the clock has been set back."""
     rows: list[RunRow | CheckpointRow] = [*journal.rows(RunRow), *journal.rows(CheckpointRow)]
-    return RunRow(_new_run_id(), max([time.time_ns(), *(row.at_ns + 1 for row in rows)]), job)
-
-
-def _new_run_id() -> str:
-    return uuid.uuid4().hex[:12]
+    return RunRow(uuid.uuid4().hex[:12], max([time.time_ns(), *(row.at_ns + 1 for row in rows)]), job)
 
 
 def _repairs(storage: Storage) -> list[str]:
@@ -272,18 +254,14 @@ def _locked(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StateHeldError(str(directory), _holder_pid(descriptor)) from None
+            written = os.pread(descriptor, 32, 0).strip()
+            raise StateHeldError(str(directory), int(written) if written.isdigit() else 0) from None
         with suppress(OSError):  # a full disk: the lock holds, but its holder's pid is unknown
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)
-
-
-def _holder_pid(descriptor: int) -> int:
-    written = os.pread(descriptor, 32, 0).strip()
-    return int(written) if written.isdigit() else 0
 
 
 @contextmanager

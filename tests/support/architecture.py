@@ -163,7 +163,9 @@ def _is_protocol(node: ast.ClassDef) -> bool:
 
 def _fields(node: ast.ClassDef) -> list[tuple[str, str]]:
     return [
-        (ast.unparse(item.target), ast.unparse(item.annotation)) for item in node.body if isinstance(item, ast.AnnAssign)
+        (ast.unparse(item.target), ast.unparse(item.annotation))
+        for item in node.body
+        if isinstance(item, ast.AnnAssign)
     ]
 
 

@@ -11,6 +11,7 @@ import anyio
 
 from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.config import ControlSettings
+from tolaria.emergency import Trigger
 from tolaria.lane.messages import StepDone
 from tolaria.peers.consultation import Consultations
 from tolaria.run.health import Health
@@ -100,7 +101,7 @@ class StepQuestions:
             step.global_step, latency_ms, budget_ms=self._control.hook_budget_ms, breach=breach
         )
         if breach:
-            self._safety.hook_breach()
+            self._safety.trigger(Trigger.HOOK_BREACH, "over budget")
 
 
 def _left(since_s: float, budget_s: float) -> float:

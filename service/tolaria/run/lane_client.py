@@ -57,10 +57,10 @@ class PendingCommand:
 
 
 class LaneClient:
-    """Used on the event loop only.
+    """Submits commands and passes events on, in the lane's order. Used on the event loop only.
 
-    Events have to be applied in the order of the lane. So `start` passes whole frames to the run, which applies each
-    event and gives `CommandDone` and `Held` back by `settle` and `held_by_order`; futures only wake who waits.
+    The run applies each event and then gives it back by `settle`, `mark_held` or `mark_ended`: futures only wake what
+    waits, after their event has been applied.
     """
 
     def __init__(self, handle: LaneHandle) -> None:
@@ -172,7 +172,7 @@ class LaneClient:
         self._send(Stop())
 
     def close(self, timeout_s: float) -> bool:
-        """Ends the lane; returns whether it has ended within `timeout_s`. Blocks; not for the event loop's thread."""
+        """Ends the lane; returns whether it has ended within `timeout_s`. Blocks."""
         return self._handle.close(timeout_s)
 
     # -- events, applied by the run in order -------------------------------------------------------------------------

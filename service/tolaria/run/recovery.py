@@ -17,6 +17,7 @@ import structlog
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
 from tolaria.checkpoint.store import CheckpointStore
+from tolaria.emergency import Trigger
 from tolaria.errors import LaneError, TolariaError, WrongStateError
 from tolaria.images.image import StateImage
 from tolaria.lane.messages import (
@@ -233,9 +234,9 @@ class Recovery:
         restored = rollback.ending is Ending.RESTORED
         self.unproven = rollback.unproven or (self.unproven and not restored)
         if rollback.unproven:
-            self._safety.rollback_unproven(str(rollback.error))
+            self._safety.halt(f"rollback_unproven: {rollback.error}")
         elif rollback.ending is Ending.DEADLINE_EXCEEDED and self._coordinator.policy.halt_on_deadline:
-            self._safety.rollback_missed(rollback.reason)
+            self._safety.trigger(Trigger.ROLLBACK_DEADLINE_MISSED, rollback.reason)
         self._observers.on_rollback_ended(rollback)
         if restored:
             await self._follow_restore(rollback)

@@ -13,6 +13,7 @@ import structlog
 
 from leyline.v1.admin_service_pb2 import GetStatusResponse
 from tolaria.config import Settings
+from tolaria.emergency import Trigger
 from tolaria.errors import LaneFailedError, TolariaError, WrongStateError
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import (
@@ -342,7 +343,7 @@ class TrainingRun:
                 self._observers.on_health(self._parts.health.to_json())  # the budget outlives the process
                 self._parts.recovery.retreat(verdict, before_step=before_step)
             case Halt(reason):
-                self._parts.safety.rollback_budget_spent(reason)
+                self._parts.safety.trigger(Trigger.ROLLBACK_BUDGET_SPENT, reason)
             case _:
                 assert_never(verdict)
 

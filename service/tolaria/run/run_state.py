@@ -113,7 +113,7 @@ class Lifecycle:
     @property
     def training(self) -> bool:
         """Whether the run is neither held nor ended."""
-        return not (self.ended or self.paused or self._status.state == RUN_STATE_HALTED)
+        return self._status.state in {RUN_STATE_STARTING, RUN_STATE_RUNNING}
 
     @property
     def frozen(self) -> bool:

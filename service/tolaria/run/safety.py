@@ -271,21 +271,13 @@ class Safety:
             with suppress(EmergencyError):  # cleared or raised at this very moment
                 self.controller.clear(f"{self._streak.healthy} healthy epochs", TOLARIA, by=Clearer.RECOVERED)
 
-    def hook_breach(self) -> None:
-        """Raises that a question between epochs was over its budget."""
-        self.controller.trigger(Trigger.HOOK_BREACH, "over budget")
+    def trigger(self, trigger: Trigger, detail: str) -> None:
+        """Raises the emergency of a trigger."""
+        self.controller.trigger(trigger, detail)
 
-    def rollback_budget_spent(self, reason: str) -> None:
-        """Raises that training went wrong with no automatic rollback left."""
-        self.controller.trigger(Trigger.ROLLBACK_BUDGET_SPENT, reason)
-
-    def rollback_missed(self, reason: str) -> None:
-        """Raises that a rollback missed its deadline: the state that was to be undone is still live."""
-        self.controller.trigger(Trigger.ROLLBACK_DEADLINE_MISSED, reason)
-
-    def rollback_unproven(self, reason: str) -> None:
-        """Raises that live state was overwritten with something that is not what was captured."""
-        self.controller.escalate(EMERGENCY_LEVEL_HALT, f"rollback_unproven: {reason}", TOLARIA)
+    def halt(self, reason: str) -> None:
+        """Raises HALT for a reason without a trigger."""
+        self.controller.escalate(EMERGENCY_LEVEL_HALT, reason, TOLARIA)
 
     def add_to(self, status: GetStatusResponse) -> None:
         """Adds reasons, breakers and the emergency level to a status."""

@@ -90,7 +90,9 @@ async def test_a_rollback_of_the_reference_peer_is_confirmed() -> None:
     state = Revertible()
     async with connected(RollbackParticipantService(state)) as connection:
         participant: Participant = connection.client
-        details = [(await call(ORDER)).detail for call in (participant.prepare, participant.commit, participant.confirm)]
+        details = [
+            (await call(ORDER)).detail for call in (participant.prepare, participant.commit, participant.confirm)
+        ]
     assert details == ["prepared", "committed", "confirmed"]
     assert state.step == 40
     assert [r.method for r in connection.records] == ["PrepareRollback", "CommitRollback", "ConfirmRollback"]

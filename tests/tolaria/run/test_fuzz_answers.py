@@ -61,7 +61,9 @@ class RunImage:
             host=b"".join(p.detach().numpy().tobytes() for p in named),
             global_step=module.global_step,
             rollbacks=run.status.rollbacks,
-            seeds=tuple(s.SerializeToString(deterministic=True) for s in module.seeds.topology.states(module.global_step)),
+            seeds=tuple(
+                s.SerializeToString(deterministic=True) for s in module.seeds.topology.states(module.global_step)
+            ),
             controls=(
                 host["lr"],
                 host["momentum"],

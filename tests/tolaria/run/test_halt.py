@@ -144,9 +144,7 @@ async def test_failed_epochs_in_a_row_halt_the_run() -> None:
         await run.until(lambda: run.state == "HALTED")
         assert run.status.state_reason == "emergency: failed_epoch_streak: 3 epochs in a row"
         await run.run.stop("enough")
-    levels = [
-        e.attributes["emergency_level"] for e in run.emitter.events if e.name == "tolaria.emergency.escalated"
-    ]
+    levels = [e.attributes["emergency_level"] for e in run.emitter.events if e.name == "tolaria.emergency.escalated"]
     assert levels == ["elevated", "conservative", "halt"]
 
 

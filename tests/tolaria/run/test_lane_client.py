@@ -161,4 +161,3 @@ async def test_a_restore_can_be_forbidden_until_it_changes_live_state() -> None:
     assert client.forbid_restore(future)
     lane.copying = True
     assert not client.forbid_restore(client.submit(SKIP))
-

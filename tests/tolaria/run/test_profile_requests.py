@@ -204,9 +204,7 @@ async def test_a_held_run_refuses_profiles() -> None:
     profiled = ProfiledLane()
     profiled.client.hold(RUN)
     await profiled.capture()
-    assert profiled.outcomes == [
-        "WrongStateError: training is held: there is no step to profile before it is resumed"
-    ]
+    assert profiled.outcomes == ["WrongStateError: training is held: there is no step to profile before it is resumed"]
     assert profiled.requested == []
     profiled.client.release(RUN)
     async with anyio.create_task_group() as tasks:

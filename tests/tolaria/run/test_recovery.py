@@ -17,6 +17,7 @@ from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import Storage, open_storage
 from tolaria.checkpoint.store import Damage
 from tolaria.config import RollbackSettings
+from tolaria.emergency import Trigger
 from tolaria.errors import (
     AdjustmentRefusedError,
     LaneError,
@@ -131,13 +132,14 @@ class FakeSafety(Safety):
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
-    def rollback_missed(self, reason: str) -> None:
+    def trigger(self, trigger: Trigger, detail: str) -> None:
         """Notes it."""
-        self._recorder.note(f"missed: {reason}")
+        assert trigger is Trigger.ROLLBACK_DEADLINE_MISSED
+        self._recorder.note(f"missed: {detail}")
 
-    def rollback_unproven(self, reason: str) -> None:
-        """Notes it."""
-        self._recorder.note("unproven")
+    def halt(self, reason: str) -> None:
+        """Notes the kind of the reason."""
+        self._recorder.note(reason.partition(":")[0].removeprefix("rollback_"))
 
 
 def restored(command: Restore, *, state_digest: str = "d") -> Restored:
@@ -342,7 +344,7 @@ async def test_the_lane_is_held_until_everything_is_done(storage: Storage) -> No
     assert (change.adjustment.origin, change.adjustment.group) == ("rollback", None)
     (line,) = [line for line in logs if line["event"] == "batches_left_out"]
     assert (line["epochs_and_places"], line["count"], line["count_in_all"]) == ([(1, 3), (1, 4)], 2, 2)
-    assert (parts.recovery.running, parts.recovery.completed, parts.status.rollbacks) == (False, 1, 1)
+    assert (parts.recovery.running, parts.status.rollbacks, parts.status.rollbacks) == (False, 1, 1)
     assert [(row.tier, row.global_step, row.restored_step) for row in parts.journal.rollbacks] == [("fast", 11, 6)]
     assert parts.lifecycle.changes == 1
 
@@ -394,7 +396,7 @@ async def test_a_rollback_goes_on_when_its_caller_is_cancelled(storage: Storage)
             await parts.recovery.roll_back(fast(6))
         assert parts.recovery.running
         await anyio.wait_all_tasks_blocked()
-        assert (parts.recovery.running, parts.recovery.completed) == (False, 1)
+        assert (parts.recovery.running, parts.status.rollbacks) == (False, 1)
 
 
 async def test_a_failed_rollback_leaves_everything_as_it_was(storage: Storage) -> None:
@@ -406,7 +408,7 @@ async def test_a_failed_rollback_leaves_everything_as_it_was(storage: Storage) -
         with pytest.raises(StateMismatchError):
             await parts.recovery.roll_back(fast())
         assert [type(command) for command in parts.lane.sent] == [Hold, Restore, Release]
-    assert (parts.recorder.words, parts.recovery.completed) == (["started", "ended"], 0)
+    assert (parts.recorder.words, parts.status.rollbacks) == (["started", "ended"], 0)
     assert not parts.health.end_retreat()
 
 
@@ -423,7 +425,7 @@ async def test_a_failed_proof_is_raised_while_the_lane_is_held(storage: Storage)
             ("ended", True),
             ("superseded after 6", True),
         ]
-        assert (parts.recovery.unproven, parts.recovery.completed) == (True, 0)
+        assert (parts.recovery.unproven, parts.status.rollbacks) == (True, 0)
         parts.lane.answers[Restore] = StateMismatchError(["parameter/w: missing"])
         with pytest.raises(StateMismatchError):
             await parts.recovery.roll_back(fast(3))
@@ -461,7 +463,7 @@ async def test_what_fails_after_the_restore_does_not_undo_it(
                     await anyio.sleep(0.001)
     (line,) = [line for line in logs if line["event"] == "after_rollback_failed"]
     assert line["command"] == "ChangeOptimizer"
-    assert parts.recovery.completed == 1
+    assert parts.status.rollbacks == 1
 
 
 # -- how long it took ------------------------------------------------------------------------------------------------

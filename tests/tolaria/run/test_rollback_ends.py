@@ -12,6 +12,7 @@ from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_CONSERVATIVE, EMERGENCY_LEVEL_H
 from support.admin import serving_run, stub_of
 from support.rollbacks import FakeParticipant
 from support.runs import FakePeers, RunUnderTest, new_run, running
+from tolaria.emergency import Trigger
 from tolaria.errors import RestoreAbandonedError, RestoreUnprovenError, WrongStateError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.rollback.protocol import Rollback
@@ -76,10 +77,10 @@ async def test_a_missed_deadline_is_reported_while_the_lane_is_held(monkeypatch:
     async def never(_self: LaneRestorer, _rollback: Rollback, /) -> None:
         await anyio.sleep_forever()
 
-    def missed(_reason: str) -> None:
+    def missed(_trigger: Trigger, _detail: str) -> None:
         held.append(run.core.lane.held_for("rollback"))
 
-    monkeypatch.setattr(run.safety, "rollback_missed", missed)
+    monkeypatch.setattr(run.safety, "trigger", missed)
     monkeypatch.setattr(LaneRestorer, "restore", never)
     async with running(run):
         await run.until(lambda: run.status.global_step > 10)

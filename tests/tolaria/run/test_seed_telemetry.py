@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING, SEED_STAGE_UNKNOWN
-from tolaria.config import GradientsSettings
 from leyline.v1.state_pb2 import HardwareContext
 from support.events import RecordingEmitter
+from tolaria.config import GradientsSettings
 from tolaria.lane.messages import EpochDone, SeedsChanged
 from tolaria.run.seed_telemetry import SeedTelemetry
 from tolaria.telemetry.metrics import Metrics
@@ -47,7 +47,9 @@ class Recorded:
 
     def epoch(self, number: int, gradients: SeedMetricSet, *, layers: bool) -> None:
         """Observes an epoch with these gradients."""
-        done = EpochDone(number, 8, Evaluation(1.0, 1, 1), 1.0, 0.1, 0.0, {}, 0.0, HardwareContext(), gradients=gradients)
+        done = EpochDone(
+            number, 8, Evaluation(1.0, 1, 1), 1.0, 0.1, 0.0, {}, 0.0, HardwareContext(), gradients=gradients
+        )
         self.telemetry.on_epoch(done, show_layers=layers)
 
     @property

@@ -5,9 +5,9 @@ import math
 import pytest
 from google.protobuf.json_format import MessageToJson
 
-from leyline.v1.state_pb2 import HardwareContext
 from leyline.v1.enums_pb2 import SEED_STAGE_GERMINATED, SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import SeedState
+from leyline.v1.state_pb2 import HardwareContext
 from tolaria.lane.messages import EpochDone, Restored, StepDone
 from tolaria.run.health import Averages
 from tolaria.run.status import EpochSums, RunStatus, epoch_packet, status_message
@@ -119,7 +119,9 @@ def test_a_restored_place_has_its_own_sums() -> None:
     """Counts and losses are those of the restored place."""
     run = training()
     progress = EpochProgress(1, over=False, batches=4, steps=3, skipped_steps=1, samples=32, loss_sum=6.0)
-    run.rewind(Restored(Position(3, 1), "a", "a", 1.0, progress, seeds=(), learning_rates={"host": 0.5}, adjustments=()))
+    run.rewind(
+        Restored(Position(3, 1), "a", "a", 1.0, progress, seeds=(), learning_rates={"host": 0.5}, adjustments=())
+    )
     sums = run.sums
     assert (run.epoch, run.global_step, run.learning_rates) == (1, 3, {"host": 0.5})
     assert (sums.steps, sums.skipped_steps, sums.samples, sums.loss) == (3, 1, 32, 2.0)

@@ -13,7 +13,6 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import command
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.config import ControlSettings
-from tolaria.peers.consultation import Consultations
 from tolaria.lane.messages import StepDone
 from tolaria.peers.consultation import Consultations
 from tolaria.run.boundary import StepQuestions

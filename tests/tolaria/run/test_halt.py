@@ -180,7 +180,7 @@ async def test_an_emergency_command_without_a_level_is_malformed(level: str) -> 
 
 
 async def test_a_halt_outlives_the_process_until_it_is_cleared() -> None:
-    """A run that was halted when its process ended is halted in the next one; a clearance completes the journal's row."""
+    """A run that was halted when its process ended is halted in the next one; clearing completes the journal's row."""
     row = EmergencyRow("e1", 7, "run", "halt", "operator", 3, "smoke")
     run = new_run(FakePeers(), epochs=10**6, active_halt=row)
     async with running(run):

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -52,15 +52,13 @@ class Ledger:
     async def once(
         self,
         request: PauseTrainingRequest,
-        operation: Callable[[], object],
+        operation: Callable[[], Awaitable[PauseTrainingResponse]],
         *,
         method: str = "PauseTraining",
         timeout_s: float = 60.0,
     ) -> PauseTrainingResponse:
         """Returns the answer of a request."""
-        answer = await self._ledger.once(method, request, operation, timeout_s=timeout_s, late="it was not done")  # type: ignore[type-var, arg-type]
-        assert isinstance(answer, PauseTrainingResponse)
-        return answer
+        return await self._ledger.once(method, request, operation, timeout_s=timeout_s, late="it was not done")
 
 
 @asynccontextmanager

@@ -11,19 +11,7 @@ import anyio
 
 from tolaria.errors import LaneError, LaneStoppedError
 from tolaria.images.pool import ImagePool
-from tolaria.lane.messages import (
-    BoundaryCommand,
-    Command,
-    CommandDone,
-    Event,
-    Held,
-    Hold,
-    ImageCaptured,
-    LaneEnded,
-    Release,
-    RunEpoch,
-    Stop,
-)
+from tolaria.lane import messages
 
 
 class LaneHandle(Protocol):
@@ -35,10 +23,10 @@ class LaneHandle(Protocol):
     def start(self, notify: Callable[[], object]) -> None:
         """Starts the lane; it calls `notify` from its own thread when events can be taken."""
 
-    def send(self, command_id: int, command: Command) -> None:
+    def send(self, command_id: int, command: messages.Command) -> None:
         """Queues a command; `Hold`, `Release` and `Stop` act at once. Raises LaneError when too many are queued."""
 
-    def take_events(self) -> list[Event]:
+    def take_events(self) -> list[messages.Event]:
         """Returns the events since the last call, oldest first."""
 
     def forbid_restore(self, command_id: int) -> bool:
@@ -52,8 +40,8 @@ class LaneHandle(Protocol):
 class PendingCommand:
     """A submitted command and the future of its `CommandDone`."""
 
-    command: BoundaryCommand
-    done: asyncio.Future[CommandDone]
+    command: messages.BoundaryCommand
+    done: asyncio.Future[messages.CommandDone]
 
 
 class LaneClient:
@@ -65,12 +53,12 @@ class LaneClient:
 
     def __init__(self, handle: LaneHandle) -> None:
         self._handle = handle
-        self._take: Callable[[list[Event]], None] = lambda _events: None
+        self._take: Callable[[list[messages.Event]], None] = lambda _events: None
         self._next_id = 1
         self._pending: dict[int, PendingCommand] = {}
         self._holders: set[str] = set()
         self._hold_number = 0
-        self._ended: LaneEnded | None = None
+        self._ended: messages.LaneEnded | None = None
         self.order = 0
         """Number of the newest order for an epoch; 0 before the first."""
         self.held = anyio.Event()
@@ -82,7 +70,7 @@ class LaneClient:
         return self._handle.images
 
     @property
-    def ended(self) -> LaneEnded | None:
+    def ended(self) -> messages.LaneEnded | None:
         """How the lane ended; None while it runs."""
         return self._ended
 
@@ -91,7 +79,7 @@ class LaneClient:
         """Whether the lane is held between two microbatches."""
         return bool(self._holders) and self.held.is_set()
 
-    def start(self, take: Callable[[list[Event]], None]) -> None:
+    def start(self, take: Callable[[list[messages.Event]], None]) -> None:
         """Starts the lane; `take` is called with its events, frame by frame."""
         loop, self._take = asyncio.get_running_loop(), take
         self._handle.start(lambda: loop.call_soon_threadsafe(self._deliver))
@@ -99,16 +87,16 @@ class LaneClient:
     def run_epoch(self) -> None:
         """Orders the rest of the current epoch, or else the next one."""
         self.order += 1
-        self._send(RunEpoch(self.order))
+        self._send(messages.RunEpoch(self.order))
 
-    def submit(self, command: BoundaryCommand) -> asyncio.Future[CommandDone]:
+    def submit(self, command: messages.BoundaryCommand) -> asyncio.Future[messages.CommandDone]:
         """Has `command` carried out at the next step boundary; returns the future of its `CommandDone`.
 
         A refused command is a result, with `failure` set. The future raises `LaneStoppedError` when the lane ends
         before, `LaneError` when too many commands are queued. A cancelled future does not cancel the command; an image
         that it captures is released.
         """
-        future: asyncio.Future[CommandDone] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[messages.CommandDone] = asyncio.get_running_loop().create_future()
         future.add_done_callback(_retrieved)
         if self._ended is not None:
             future.set_exception(LaneStoppedError("the run has ended; there is no further step boundary"))
@@ -121,7 +109,7 @@ class LaneClient:
             self._pending[command_id] = PendingCommand(command, future)
         return future
 
-    async def call(self, command: BoundaryCommand) -> CommandDone:
+    async def call(self, command: messages.BoundaryCommand) -> messages.CommandDone:
         """Submits `command` and waits for it.
 
         Raises:
@@ -139,7 +127,7 @@ class LaneClient:
             raise done.failure.error()
         return done
 
-    def forbid_restore(self, future: asyncio.Future[CommandDone]) -> bool:
+    def forbid_restore(self, future: asyncio.Future[messages.CommandDone]) -> bool:
         """Forbids a submitted restore to change live state; False when the change has already begun."""
         pending = next((number for number, entry in self._pending.items() if entry.done is future), None)
         return pending is not None and self._handle.forbid_restore(pending)
@@ -149,7 +137,7 @@ class LaneClient:
         if not self._holders:
             self.held = anyio.Event()
             self._hold_number += 1
-            self._send(Hold(self._hold_number))
+            self._send(messages.Hold(self._hold_number))
         self._holders.add(holder)
 
     def release(self, holder: str) -> None:
@@ -157,7 +145,7 @@ class LaneClient:
         if holder in self._holders:
             self._holders.discard(holder)
             if not self._holders:
-                self._send(Release())
+                self._send(messages.Release())
 
     def held_for(self, holder: str) -> bool:
         """Whether `holder` wants the lane held."""
@@ -169,7 +157,7 @@ class LaneClient:
 
     def stop(self) -> None:
         """Ends the lane after its step."""
-        self._send(Stop())
+        self._send(messages.Stop())
 
     def close(self, timeout_s: float) -> bool:
         """Ends the lane; returns whether it has ended within `timeout_s`. Blocks."""
@@ -177,24 +165,24 @@ class LaneClient:
 
     # -- events, applied by the run in order -------------------------------------------------------------------------
 
-    def take_pending(self, event: CommandDone) -> PendingCommand | None:
+    def take_pending(self, event: messages.CommandDone) -> PendingCommand | None:
         """Removes and returns what was submitted under the event's id."""
         return self._pending.pop(event.command_id, None)
 
-    def settle(self, pending: PendingCommand, event: CommandDone) -> None:
+    def settle(self, pending: PendingCommand, event: messages.CommandDone) -> None:
         """Completes the future of a command whose event has been applied."""
         if pending.done.done():
             self._discard(event)
         else:
             pending.done.set_result(event)
 
-    def mark_held(self, event: Held) -> bool:
+    def mark_held(self, event: messages.Held) -> bool:
         """Notes that the lane is held; returns whether that answers the newest hold."""
         if event.number == self._hold_number:
             self.held.set()
         return event.number == self._hold_number
 
-    def mark_ended(self, event: LaneEnded) -> None:
+    def mark_ended(self, event: messages.LaneEnded) -> None:
         """Notes that the lane has ended: every pending future raises `LaneStoppedError`."""
         self._ended = event
         pending, self._pending = self._pending, {}
@@ -202,7 +190,7 @@ class LaneClient:
             if not entry.done.done():
                 entry.done.set_exception(LaneStoppedError("the run has ended before the next step boundary"))
 
-    def _send(self, command: Command) -> int:
+    def _send(self, command: messages.Command) -> int:
         command_id, self._next_id = self._next_id, self._next_id + 1
         self._handle.send(command_id, command)
         return command_id
@@ -211,13 +199,13 @@ class LaneClient:
         if events := self._handle.take_events():
             self._take(events)
 
-    def _discard(self, event: CommandDone) -> None:
+    def _discard(self, event: messages.CommandDone) -> None:
         """Releases what a command brought for a caller that has gone away."""
-        if isinstance(event.result, ImageCaptured):
+        if isinstance(event.result, messages.ImageCaptured):
             self.images.discard(event.result.image_id)
 
 
-def _retrieved(future: asyncio.Future[CommandDone]) -> None:
+def _retrieved(future: asyncio.Future[messages.CommandDone]) -> None:
     """Marks an exception as retrieved: a caller may submit a command without waiting for it."""
     if not future.cancelled():
         future.exception()

@@ -6,15 +6,8 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
 
+from tolaria import errors
 from tolaria.config import ProfilerSettings
-from tolaria.errors import (
-    InvalidFieldError,
-    LaneError,
-    LaneStoppedError,
-    ProfileFailedError,
-    TolariaError,
-    WrongStateError,
-)
 from tolaria.lane.messages import CaptureProfile, CommandDone, ProfileDone, ProfileStarted, StepDone
 from tolaria.run.lane_client import LaneClient, PendingCommand
 from tolaria.run.observers import RunObserver
@@ -52,15 +45,15 @@ class Profiles:
         """Profiles the next `active_steps` steps (0: as many as the settings say) and waits for the trace.
 
         Raises:
-            InvalidFieldError: more steps than a profile may have.
-            WrongStateError: another profile is being taken, the job's own profiler runs, or training is held.
-            ProfileFailedError: the trace could not be written.
-            LaneStoppedError: the run has ended before the last step.
+            errors.InvalidFieldError: more steps than a profile may have.
+            errors.WrongStateError: another profile is being taken, the job's own profiler runs, or training is held.
+            errors.ProfileFailedError: the trace could not be written.
+            errors.LaneStoppedError: the run has ended before the last step.
         """
         if active_steps > STEPS_MAX:
-            raise InvalidFieldError("active_steps", f"must be 1 to {STEPS_MAX}, or 0, is {active_steps}")
+            raise errors.InvalidFieldError("active_steps", f"must be 1 to {STEPS_MAX}, or 0, is {active_steps}")
         if self._lane.held_for(RUN):
-            raise WrongStateError("training is held: there is no step to profile before it is resumed")
+            raise errors.WrongStateError("training is held: there is no step to profile before it is resumed")
         return await self._begin(active_steps or self._settings.active_steps)
 
     def step(self, step: StepDone) -> None:
@@ -72,7 +65,7 @@ class Profiles:
             return
         self._steps_since = 0
         if not self._safeguards.mode.on and self._open is None:
-            with suppress(LaneError):  # the next one is due after as many steps again
+            with suppress(errors.LaneError):  # the next one is due after as many steps again
                 self._begin(self._settings.active_steps)
 
     def started(self, pending: PendingCommand, event: CommandDone) -> None:
@@ -105,7 +98,7 @@ class Profiles:
             _resolve(profile, _no_trace())
 
     def _begin(self, steps: int) -> asyncio.Future[ProfileTaken]:
-        """Asks the lane for a profile. Raises LaneStoppedError or LaneError when that is not possible."""
+        """Asks the lane for a profile. Raises errors.LaneStoppedError or errors.LaneError when that is not possible."""
         submitted = self._lane.submit(CaptureProfile(steps))
         if submitted.done() and (error := submitted.exception()) is not None:
             raise error
@@ -120,13 +113,13 @@ class Profiles:
         if isinstance(outcome, TraceWritten):
             _resolve(profile, ProfileTaken(global_step, outcome))
         elif outcome.stage == "start":
-            _resolve(profile, WrongStateError(f"a profile cannot be taken now: {outcome.reason}"))
+            _resolve(profile, errors.WrongStateError(f"a profile cannot be taken now: {outcome.reason}"))
         else:
             reason = f"the profile left no trace ({outcome.stage}): {outcome.reason}"
-            _resolve(profile, ProfileFailedError(reason))
+            _resolve(profile, errors.ProfileFailedError(reason))
 
 
-def _resolve(profile: asyncio.Future[ProfileTaken], result: ProfileTaken | TolariaError) -> None:
+def _resolve(profile: asyncio.Future[ProfileTaken], result: ProfileTaken | errors.TolariaError) -> None:
     """Completes the future, unless its caller has gone away."""
     if profile.done():
         return
@@ -141,5 +134,5 @@ def _retrieved(profile: asyncio.Future[ProfileTaken]) -> None:
         profile.exception()
 
 
-def _no_trace() -> LaneStoppedError:
-    return LaneStoppedError("the run has ended before the last step of the profile; there is no trace")
+def _no_trace() -> errors.LaneStoppedError:
+    return errors.LaneStoppedError("the run has ended before the last step of the profile; there is no trace")

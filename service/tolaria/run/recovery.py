@@ -20,16 +20,7 @@ from tolaria.checkpoint.store import CheckpointStore
 from tolaria.emergency import Trigger
 from tolaria.errors import LaneError, TolariaError, WrongStateError
 from tolaria.images.image import StateImage
-from tolaria.lane.messages import (
-    BatchesSkipped,
-    BoundaryCommand,
-    ChangeOptimizer,
-    CommandDone,
-    Restore,
-    Restored,
-    SkipBatches,
-    StepDone,
-)
+from tolaria.lane import messages
 from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.protocol import Ending, Rollback
 from tolaria.run.checkpointing import Checkpointing
@@ -57,7 +48,7 @@ class LaneRestorer:
         self._status = status
         self._store = store
         self._observers = observers
-        self._submitted: asyncio.Future[CommandDone] | None = None
+        self._submitted: asyncio.Future[messages.CommandDone] | None = None
         self._forbidden = False
 
     async def locate(self, tier: RollbackTier.ValueType, at_or_before: int | None, /) -> int | None:
@@ -93,15 +84,15 @@ class LaneRestorer:
         self._forbidden = True
         return self._submitted is None or self._lane.forbid_restore(self._submitted)
 
-    async def _restore(self, rollback: Rollback, image_id: int = 0) -> Restored:
-        command = Restore(
+    async def _restore(self, rollback: Rollback, image_id: int = 0) -> messages.Restored:
+        command = messages.Restore(
             rollback.rollback_id, rollback.tier, rollback.destination, rollback.deadline_s, image_id=image_id
         )
         self._submitted = self._lane.submit(command)
         done = await self._submitted
         if done.failure is not None:
             raise done.failure.error()
-        if not isinstance(done.result, Restored):
+        if not isinstance(done.result, messages.Restored):
             raise LaneError(f"the lane answered a restore with {type(done.result).__name__}")
         return done.result
 
@@ -209,7 +200,7 @@ class Recovery:
         rollback.lr_cut = _adjustment(verdict.cut, rollback.rollback_id)
         self.begin(rollback)
 
-    def on_step(self, step: StepDone) -> None:
+    def on_step(self, step: messages.StepDone) -> None:
         """Takes a healthy step: the first one that is not skipped ends the recovery from a rollback."""
         rollback = self._recovering
         if rollback is not None and not step.skipped:
@@ -251,11 +242,11 @@ class Recovery:
         if spoiled := self._health.end_retreat():
             await self._skip(spoiled, rollback.rollback_id)
         if rollback.lr_cut is not None:
-            await self._call(ChangeOptimizer(rollback.lr_cut, {}, None))
+            await self._call(messages.ChangeOptimizer(rollback.lr_cut, {}, None))
 
     async def _skip(self, spoiled: tuple[tuple[int, int], ...], rollback_id: str) -> None:
-        done = await self._call(SkipBatches(spoiled))
-        if done is not None and isinstance(done.result, BatchesSkipped):
+        done = await self._call(messages.SkipBatches(spoiled))
+        if done is not None and isinstance(done.result, messages.BatchesSkipped):
             self._log.warning(
                 "batches_left_out",
                 rollback_id=rollback_id,
@@ -270,7 +261,7 @@ class Recovery:
         if rollback is not None and rollback.ending is not None:
             self._observers.on_rollback_duration(rollback.tier, rollback.ending.value, rollback.latency_ms / 1000)
 
-    async def _call(self, command: BoundaryCommand) -> CommandDone | None:
+    async def _call(self, command: messages.BoundaryCommand) -> messages.CommandDone | None:
         """Has the lane carry out a command; a failure is logged, because the state has been restored already."""
         error = "the lane did not answer"
         try:

@@ -16,26 +16,7 @@ from tolaria.config import Settings
 from tolaria.emergency import Trigger
 from tolaria.errors import LaneFailedError, TolariaError, WrongStateError
 from tolaria.journal.rows import CheckpointRow
-from tolaria.lane.messages import (
-    BatchesSkipped,
-    ChangeOptimizer,
-    CommandDone,
-    EpochDone,
-    Event,
-    Held,
-    ImageCaptured,
-    LaneEnded,
-    LaneReady,
-    OptimizerChanged,
-    ProfileDone,
-    ProfileStarted,
-    ReconcileSeeds,
-    Restored,
-    SeedsChanged,
-    SnapshotsChanged,
-    SnapshotsUnavailable,
-    StepDone,
-)
+from tolaria.lane import messages
 from tolaria.rollback.protocol import Rollback
 from tolaria.run.boundary import EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
@@ -77,7 +58,7 @@ class TrainingRun:
     Used on the event loop only. `recovery`, `checkpointing` and the consultations are served in separate tasks.
     """
 
-    def __init__(self, parts: RunParts, settings: Settings, ready: LaneReady) -> None:
+    def __init__(self, parts: RunParts, settings: Settings, ready: messages.LaneReady) -> None:
         self._parts = parts
         self._settings = settings
         self._lane, self._status = parts.lane, parts.status
@@ -85,7 +66,7 @@ class TrainingRun:
         self._log = structlog.get_logger()
         self._next_epoch = ready.progress.number + ready.progress.over
         self._epoch_over = anyio.Event()
-        self._epoch_done: EpochDone | None = None
+        self._epoch_done: messages.EpochDone | None = None
         self._stopping = False
         self.ending: RunOutcome = "drained"
         """How the run leaves this process, once it has ended."""
@@ -116,7 +97,7 @@ class TrainingRun:
             reason = self._status.state_reason if self._stopping else "all epochs done"
             self._lifecycle.enter(RunEvent.FINISHED, reason)
 
-    async def _train_epoch(self) -> EpochDone | None:
+    async def _train_epoch(self) -> messages.EpochDone | None:
         """Trains the next epoch, or the rest of it; returns None when the run was stopped or went back within it."""
         self._epoch_over, self._epoch_done = anyio.Event(), None
         if self._status.epoch != self._next_epoch:
@@ -127,7 +108,7 @@ class TrainingRun:
         self._raise_if_lane_failed()
         return self._epoch_done
 
-    async def _cross_boundary(self, epoch: EpochDone) -> None:
+    async def _cross_boundary(self, epoch: messages.EpochDone) -> None:
         """Judges the epoch, asks the controller, and has a checkpoint made if one is due."""
         if not self._accepted(epoch):
             return
@@ -146,7 +127,7 @@ class TrainingRun:
         if self._epoch_done is epoch:
             parts.checkpointing.on_epoch(epoch)
 
-    def _accepted(self, epoch: EpochDone) -> bool:
+    def _accepted(self, epoch: messages.EpochDone) -> bool:
         """Whether the epoch is healthy; else the run goes back or is halted."""
         parts = self._parts
         verdict = parts.health.epoch(epoch)
@@ -203,37 +184,37 @@ class TrainingRun:
 
     # -- events of the lane, in its order ----------------------------------------------------------------------------
 
-    def _on_events(self, events: Sequence[Event]) -> None:
+    def _on_events(self, events: Sequence[messages.Event]) -> None:
         for event in events:
             self._on_event(event)
         self._parts.safety.check_breakers()
         self._observers.on_frame(self._status)
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: messages.Event) -> None:
         match event:
-            case StepDone():
+            case messages.StepDone():
                 self._on_step(event)
-            case EpochDone():
+            case messages.EpochDone():
                 self._on_epoch(event)
-            case SeedsChanged():
+            case messages.SeedsChanged():
                 self._on_seeds(event)
-            case CommandDone():
+            case messages.CommandDone():
                 self._on_command(event)
-            case Held():
+            case messages.Held():
                 self._on_held(event)
-            case SnapshotsChanged():
+            case messages.SnapshotsChanged():
                 self._status.snapshots = event.points
                 self._observers.on_snapshots(event.statistics)
-            case SnapshotsUnavailable():
+            case messages.SnapshotsUnavailable():
                 self._observers.on_snapshots_unavailable(event.reason)
-            case ProfileDone():
+            case messages.ProfileDone():
                 self._parts.profiles.done(event)
-            case LaneEnded():
+            case messages.LaneEnded():
                 self._on_lane_ended(event)
             case _:
                 assert_never(event)
 
-    def _on_step(self, step: StepDone) -> None:
+    def _on_step(self, step: messages.StepDone) -> None:
         """Judges and counts a step; an unhealthy one makes the run go back or halt."""
         parts = self._parts
         rolling_back = parts.recovery.running
@@ -256,7 +237,7 @@ class TrainingRun:
                 streak = parts.health.averages.skipped_streak
                 self._lifecycle.hold(f"{streak} steps in a row were not finite")
 
-    def _on_epoch(self, epoch: EpochDone) -> None:
+    def _on_epoch(self, epoch: messages.EpochDone) -> None:
         self._status.epoch_done(epoch)
         self._observers.on_epoch(epoch, show_layers=not self._parts.safety.safeguards.mode.on)
         self._observers.on_seeds(self._status.seeds)
@@ -265,42 +246,42 @@ class TrainingRun:
         self._next_epoch = epoch.epoch + 1
         self._epoch_over.set()
 
-    def _on_seeds(self, change: SeedsChanged) -> None:
+    def _on_seeds(self, change: messages.SeedsChanged) -> None:
         self._status.grafted = list(change.states)
         self._observers.on_seeds(self._status.seeds)
         self._observers.on_seeds_changed(change)
         self._parts.safety.safeguards.seeds_changed(change)
 
-    def _on_held(self, event: Held) -> None:
+    def _on_held(self, event: messages.Held) -> None:
         if self._lane.mark_held(event):
             self._parts.safety.lane_held()
             self._lifecycle.changed()
 
-    def _on_command(self, event: CommandDone) -> None:
+    def _on_command(self, event: messages.CommandDone) -> None:
         """Applies the result of a command, then completes its future, which only wakes what waits for it."""
         if (pending := self._lane.take_pending(event)) is not None:
             self._apply(pending, event)
             self._lifecycle.changed()
             self._lane.settle(pending, event)
 
-    def _apply(self, pending: PendingCommand, event: CommandDone) -> None:
+    def _apply(self, pending: PendingCommand, event: messages.CommandDone) -> None:
         command = pending.command
         match event.result:
-            case SeedsChanged() as change:
+            case messages.SeedsChanged() as change:
                 self._status.refusals = change.refusals
                 self._on_seeds(change)
-            case OptimizerChanged() as change:
+            case messages.OptimizerChanged() as change:
                 self._on_optimizer_changed(command, change)
-            case Restored() as restored:
+            case messages.Restored() as restored:
                 self._rewind(restored)
-            case ImageCaptured() as captured:
+            case messages.ImageCaptured() as captured:
                 self._parts.checkpointing.on_image_captured(captured.image_id)
-            case ProfileStarted() | TraceFailed():
+            case messages.ProfileStarted() | TraceFailed():
                 self._parts.profiles.started(pending, event)
-            case BatchesSkipped():
+            case messages.BatchesSkipped():
                 pass  # recovery logs it
             case None:
-                if isinstance(command, ReconcileSeeds) and event.failure is not None:
+                if isinstance(command, messages.ReconcileSeeds) and event.failure is not None:
                     reason = str(event.failure.error())
                     self._status.refusals = tuple((seed.seed_id, reason) for seed in self._status.desired)
                     self._observers.on_seeds_failed(reason)
@@ -308,21 +289,21 @@ class TrainingRun:
             case _:
                 assert_never(event.result)
 
-    def _on_optimizer_changed(self, command: object, change: OptimizerChanged) -> None:
-        if not (isinstance(command, ChangeOptimizer) and command.adjustment is not None):
+    def _on_optimizer_changed(self, command: object, change: messages.OptimizerChanged) -> None:
+        if not (isinstance(command, messages.ChangeOptimizer) and command.adjustment is not None):
             return
         self._status.learning_rates.update(change.after)
         self._status.adjustments = change.adjustments
         self._observers.on_learning_rates(self._status.learning_rates)
         self._observers.on_adjusted(command.adjustment, change)
 
-    def _on_lane_ended(self, event: LaneEnded) -> None:
+    def _on_lane_ended(self, event: messages.LaneEnded) -> None:
         self._lane.mark_ended(event)
         self._parts.profiles.close()
         self._epoch_over.set()
         self._lifecycle.changed()
 
-    def _rewind(self, restored: Restored) -> None:
+    def _rewind(self, restored: messages.Restored) -> None:
         """Goes back with the lane."""
         parts = self._parts
         parts.health.forgive_skipped_steps()
@@ -387,7 +368,7 @@ class TrainingRun:
             AdjustmentRefusedError, UnknownGroupError: it is out of bounds or names no group; nothing has changed.
         """
         self._lifecycle.require_not_ended("there is no rate to change")
-        return (await self._lane.call(ChangeOptimizer(adjustment, {}, None))).global_step
+        return (await self._lane.call(messages.ChangeOptimizer(adjustment, {}, None))).global_step
 
     async def roll_back(self, rollback: Rollback) -> Rollback:
         """Rolls back, as `Recovery.roll_back` does. Raises WrongStateError when the run has ended."""

@@ -6,16 +6,7 @@ from collections.abc import Mapping
 from enum import Enum, auto
 from typing import Final
 
-from leyline.v1.admin_service_pb2 import (
-    RUN_STATE_DRAINING,
-    RUN_STATE_FAILED,
-    RUN_STATE_FINISHED,
-    RUN_STATE_HALTED,
-    RUN_STATE_PAUSED,
-    RUN_STATE_RUNNING,
-    RUN_STATE_STARTING,
-    RunState,
-)
+from leyline.v1 import admin_service_pb2 as admin
 from tolaria.errors import WrongStateError
 from tolaria.run.health import Health
 from tolaria.run.lane_client import LaneClient
@@ -40,10 +31,15 @@ class RunEvent(Enum):
     DRAINING = auto()
 
 
-_STARTING, _RUNNING, _PAUSED, _HALTED = RUN_STATE_STARTING, RUN_STATE_RUNNING, RUN_STATE_PAUSED, RUN_STATE_HALTED
-_DRAINING, _FINISHED, _FAILED = RUN_STATE_DRAINING, RUN_STATE_FINISHED, RUN_STATE_FAILED
+_STARTING, _RUNNING, _PAUSED, _HALTED = (
+    admin.RUN_STATE_STARTING,
+    admin.RUN_STATE_RUNNING,
+    admin.RUN_STATE_PAUSED,
+    admin.RUN_STATE_HALTED,
+)
+_DRAINING, _FINISHED, _FAILED = admin.RUN_STATE_DRAINING, admin.RUN_STATE_FINISHED, admin.RUN_STATE_FAILED
 
-TRANSITIONS: Final[Mapping[tuple[RunState.ValueType, RunEvent], RunState.ValueType]] = {
+TRANSITIONS: Final[Mapping[tuple[admin.RunState.ValueType, RunEvent], admin.RunState.ValueType]] = {
     (_STARTING, RunEvent.STARTED): _RUNNING,
     (_STARTING, RunEvent.PAUSED): _PAUSED,
     (_STARTING, RunEvent.HALTED): _HALTED,
@@ -80,7 +76,7 @@ TRANSITIONS: Final[Mapping[tuple[RunState.ValueType, RunEvent], RunState.ValueTy
 }
 
 
-def after(state: RunState.ValueType, event: RunEvent) -> RunState.ValueType:
+def after(state: admin.RunState.ValueType, event: RunEvent) -> admin.RunState.ValueType:
     """Returns the state after `event`. Raises WrongStateError for an event that is not in the table."""
     following = TRANSITIONS.get((state, event))
     if following is None:
@@ -103,17 +99,17 @@ class Lifecycle:
     @property
     def ended(self) -> bool:
         """Whether the run has ended, or is ending with its process."""
-        return self._status.state in {RUN_STATE_FINISHED, RUN_STATE_FAILED, RUN_STATE_DRAINING}
+        return self._status.state in {admin.RUN_STATE_FINISHED, admin.RUN_STATE_FAILED, admin.RUN_STATE_DRAINING}
 
     @property
     def paused(self) -> bool:
         """Whether the run is held by less than an emergency."""
-        return self._status.state == RUN_STATE_PAUSED
+        return self._status.state == admin.RUN_STATE_PAUSED
 
     @property
     def training(self) -> bool:
         """Whether the run is neither held nor ended."""
-        return self._status.state in {RUN_STATE_STARTING, RUN_STATE_RUNNING}
+        return self._status.state in {admin.RUN_STATE_STARTING, admin.RUN_STATE_RUNNING}
 
     @property
     def frozen(self) -> bool:
@@ -167,7 +163,7 @@ class Lifecycle:
         self._lane.hold(_EXIT)
 
     def _hold(self, reason: str, event: RunEvent) -> None:
-        if self._status.state == RUN_STATE_HALTED:
+        if self._status.state == admin.RUN_STATE_HALTED:
             return
         self.enter(event, reason)
         self._lane.hold(RUN)

@@ -9,31 +9,10 @@ from typing import Final
 
 import anyio
 
+from leyline.v1 import enums_pb2 as enums
 from leyline.v1.admin_service_pb2 import GetStatusResponse
-from leyline.v1.enums_pb2 import (
-    CIRCUIT_STATE_CLOSED,
-    CIRCUIT_STATE_OPEN,
-    EMERGENCY_LEVEL_HALT,
-    HEALTH_STATUS_DEGRADED,
-    HEALTH_STATUS_HEALTHY,
-    CircuitBreakerState,
-    EmergencyLevel,
-)
+from tolaria import emergency
 from tolaria.config import EmergencySettings
-from tolaria.emergency import (
-    RESPONSES,
-    Cleared,
-    Clearer,
-    EmergencyController,
-    EmergencyPolicy,
-    EmergencyState,
-    EpochStreak,
-    Escalated,
-    Phase,
-    Report,
-    Trigger,
-    recovered,
-)
 from tolaria.emergency.protocol import SENTINEL, TOLARIA
 from tolaria.errors import ClearanceRefusedError, EmergencyError
 from tolaria.journal.rows import EmergencyRow
@@ -87,7 +66,7 @@ class Safeguards:
     @property
     def all_closed(self) -> bool:
         """Whether no breaker is open or half-open."""
-        return all(breaker.state == CIRCUIT_STATE_CLOSED for breaker in self.breakers.values())
+        return all(breaker.state == enums.CIRCUIT_STATE_CLOSED for breaker in self.breakers.values())
 
     def permits(self, peer: str) -> bool:
         """Whether a peer may be called now."""
@@ -98,14 +77,14 @@ class Safeguards:
         status.conservative_reasons.extend(self.mode.reasons)
         for name, breaker in self.breakers.items():
             status.breakers[name] = breaker.state
-        not_closed = [name for name, state in status.breakers.items() if state != CIRCUIT_STATE_CLOSED]
-        if status.health.status == HEALTH_STATUS_HEALTHY and (not_closed or self.mode.on):
-            status.health.status = HEALTH_STATUS_DEGRADED
+        not_closed = [name for name, state in status.breakers.items() if state != enums.CIRCUIT_STATE_CLOSED]
+        if status.health.status == enums.HEALTH_STATUS_HEALTHY and (not_closed or self.mode.on):
+            status.health.status = enums.HEALTH_STATUS_DEGRADED
             status.health.summary = (
                 f"breakers not closed: {', '.join(sorted(not_closed))}" if not_closed else "conservative mode is on"
             )
 
-    def force(self, name: str, state: CircuitBreakerState.ValueType) -> None:
+    def force(self, name: str, state: enums.CircuitBreakerState.ValueType) -> None:
         """Opens or closes a breaker. Raises KeyError for an unknown name, ValueError for any other state."""
         self.breakers[name].force(state)
 
@@ -169,15 +148,15 @@ class Safeguards:
         else:
             breaker.failed()
 
-    def _breaker_changed(self, name: str, state: CircuitBreakerState.ValueType) -> None:
+    def _breaker_changed(self, name: str, state: enums.CircuitBreakerState.ValueType) -> None:
         self._observers.on_breaker(name, state)
         reason = breaker_open(name)
-        if state == CIRCUIT_STATE_OPEN:
+        if state == enums.CIRCUIT_STATE_OPEN:
             if name != BOUNDARY:  # it counts failed epochs: its opening is not another one
                 self._causes.add(BREAKER_OPENED)
             self.mode.enter(reason)
             self._opened.append(name)
-        elif state == CIRCUIT_STATE_CLOSED and reason.name in self.mode.reasons:
+        elif state == enums.CIRCUIT_STATE_CLOSED and reason.name in self.mode.reasons:
             self.mode.leave(reason)
         self._feed.changed()
 
@@ -210,20 +189,20 @@ class Safety:
         self._observers = observers
         self._active = active
         self._adopted = board.adopted
-        self._streak = EpochStreak(settings.failed_epochs_max)
+        self._streak = emergency.EpochStreak(settings.failed_epochs_max)
         self.safeguards = safeguards
-        self.controller = EmergencyController(
+        self.controller = emergency.EmergencyController(
             board,
             participant,
             broadcast=telemetry.broadcast,
             observer=self._observe,
-            policy=EmergencyPolicy(broadcasts_per_minute=settings.broadcasts_per_minute),
+            policy=emergency.EmergencyPolicy(broadcasts_per_minute=settings.broadcasts_per_minute),
         )
 
     @property
     def halting(self) -> bool:
         """Whether an emergency halts training."""
-        return self.controller.state.level == EMERGENCY_LEVEL_HALT
+        return self.controller.state.level == enums.EMERGENCY_LEVEL_HALT
 
     def start(self) -> None:
         """Takes in what is on the board, and raises the halt that the run was resumed with.
@@ -234,9 +213,9 @@ class Safety:
         self.controller.observe_board()
         if self._adopted and self.controller.state.origin == SENTINEL:
             with suppress(ClearanceRefusedError):  # others raised it as well
-                self.controller.clear("restarted", TOLARIA, by=Clearer.RESTARTED)
+                self.controller.clear("restarted", TOLARIA, by=emergency.Clearer.RESTARTED)
         if self._active is not None and not self.halting:
-            self.controller.escalate(EMERGENCY_LEVEL_HALT, self._active.reason, self._active.origin)
+            self.controller.escalate(enums.EMERGENCY_LEVEL_HALT, self._active.reason, self._active.origin)
 
     def lane_held(self) -> None:
         """Acknowledges a halt once the lane is held."""
@@ -250,7 +229,7 @@ class Safety:
         """
         for name in self.safeguards.take_opened():
             if name != CHECKPOINT:
-                self.controller.trigger(Trigger.BREAKER_OPEN, name)
+                self.controller.trigger(emergency.Trigger.BREAKER_OPEN, name)
 
     def epoch_over(self, *, breach: bool) -> None:
         """Counts an epoch and its boundary, and raises or clears what follows."""
@@ -258,10 +237,10 @@ class Safety:
         self.check_breakers()
         self._streak = self._streak.after(healthy=healthy)
         if breach:
-            self.controller.trigger(Trigger.BOUNDARY_BREACH, "over budget")
+            self.controller.trigger(emergency.Trigger.BOUNDARY_BREACH, "over budget")
         if self._streak.spent:
-            self.controller.trigger(Trigger.FAILED_EPOCH_STREAK, f"{self._streak.failed} epochs in a row")
-        rule = recovered(
+            self.controller.trigger(emergency.Trigger.FAILED_EPOCH_STREAK, f"{self._streak.failed} epochs in a row")
+        rule = emergency.recovered(
             self.controller.state,
             self._streak,
             recovery_epochs=self._settings.recovery_epochs,
@@ -269,15 +248,15 @@ class Safety:
         )
         if rule:
             with suppress(EmergencyError):  # cleared or raised at this very moment
-                self.controller.clear(f"{self._streak.healthy} healthy epochs", TOLARIA, by=Clearer.RECOVERED)
+                self.controller.clear(f"{self._streak.healthy} healthy epochs", TOLARIA, by=emergency.Clearer.RECOVERED)
 
-    def trigger(self, trigger: Trigger, detail: str) -> None:
+    def trigger(self, trigger: emergency.Trigger, detail: str) -> None:
         """Raises the emergency of a trigger."""
         self.controller.trigger(trigger, detail)
 
     def halt(self, reason: str) -> None:
         """Raises HALT for a reason without a trigger."""
-        self.controller.escalate(EMERGENCY_LEVEL_HALT, reason, TOLARIA)
+        self.controller.escalate(enums.EMERGENCY_LEVEL_HALT, reason, TOLARIA)
 
     def add_to(self, status: GetStatusResponse) -> None:
         """Adds reasons, breakers and the emergency level to a status."""
@@ -297,7 +276,9 @@ class Safety:
             self.safeguards.mode.force_off()
         return self.safeguards.mode.reasons
 
-    async def raise_emergency(self, level: EmergencyLevel.ValueType, reason: str, status: RunStatus) -> EmergencyState:
+    async def raise_emergency(
+        self, level: enums.EmergencyLevel.ValueType, reason: str, status: RunStatus
+    ) -> emergency.EmergencyState:
         """Raises a level and waits for the acknowledgements, or until a little past the level's deadline.
 
         Raises:
@@ -305,8 +286,8 @@ class Safety:
         """
         controller = self.controller
         controller.escalate(level, reason, _OPERATOR)
-        with anyio.move_on_after(RESPONSES[level].deadline_ms / 1000 + _LATE_ACKNOWLEDGEMENTS_S):
-            await status.feed.until(lambda: controller.state.phase in {Phase.ANSWERED, Phase.CALM})
+        with anyio.move_on_after(emergency.RESPONSES[level].deadline_ms / 1000 + _LATE_ACKNOWLEDGEMENTS_S):
+            await status.feed.until(lambda: controller.state.phase in {emergency.Phase.ANSWERED, emergency.Phase.CALM})
         return controller.state
 
     def clear_emergency(self, reason: str) -> None:
@@ -315,20 +296,20 @@ class Safety:
         Raises:
             IllegalEmergencyEventError: there is none.
         """
-        self.controller.clear(reason, _OPERATOR, by=Clearer.OPERATOR)
+        self.controller.clear(reason, _OPERATOR, by=emergency.Clearer.OPERATOR)
 
     # -- responses ---------------------------------------------------------------------------------------------------
 
-    def _observe(self, report: Report) -> None:
+    def _observe(self, report: emergency.Report) -> None:
         """Responds first, then passes the report on."""
-        if isinstance(report, Escalated):
+        if isinstance(report, emergency.Escalated):
             self._respond(report)
-        elif isinstance(report, Cleared) and EMERGENCY.name in self.safeguards.mode.reasons:
+        elif isinstance(report, emergency.Cleared) and EMERGENCY.name in self.safeguards.mode.reasons:
             self.safeguards.mode.leave(EMERGENCY)
         self._observers.on_emergency(report)
         self._lifecycle.changed()
 
-    def _respond(self, report: Escalated) -> None:
+    def _respond(self, report: emergency.Escalated) -> None:
         if report.response.halt:
             self._lifecycle.halt(f"emergency: {report.state.reason}")
             if self._lifecycle.frozen:
@@ -336,5 +317,5 @@ class Safety:
             return
         if report.response.conservative_mode:
             self.safeguards.mode.enter(EMERGENCY)
-        if self.controller.state.phase is not Phase.CALM:
+        if self.controller.state.phase is not emergency.Phase.CALM:
             self.controller.acknowledge()

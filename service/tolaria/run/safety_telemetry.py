@@ -6,39 +6,10 @@ from typing import Final, assert_never
 
 import structlog
 
-from leyline.v1.enums_pb2 import (
-    CIRCUIT_STATE_CLOSED,
-    CIRCUIT_STATE_OPEN,
-    EMERGENCY_LEVEL_HALT,
-    EMERGENCY_LEVEL_UNSPECIFIED,
-    CircuitBreakerState,
-    EmergencyLevel,
-    RollbackTier,
-)
+from leyline.v1 import enums_pb2 as enums
+from tolaria import emergency, errors
 from tolaria.checkpoint.store import Damage
-from tolaria.emergency import (
-    Acknowledged,
-    BoardUnreadable,
-    Broadcast,
-    Cleared,
-    Covered,
-    DeadlineMissed,
-    Escalated,
-    HeldBack,
-    Notice,
-    Reissued,
-    Report,
-)
 from tolaria.emergency.protocol import SENTINEL, level_name
-from tolaria.errors import (
-    ImageDamagedError,
-    LaneError,
-    NoCheckpointError,
-    RestoreAbandonedError,
-    RestoreUnprovenError,
-    StateMismatchError,
-    TolariaError,
-)
 from tolaria.images.image import SnapshotStatistics
 from tolaria.journal.rows import CheckpointRow
 from tolaria.resilience.conservative import ModeChange
@@ -51,14 +22,14 @@ from tolaria.values.profiling import TraceFailed, TraceWritten
 
 _NS_PER_MS: Final = 1_000_000
 
-FAILURES: Final[tuple[tuple[type[TolariaError], tuple[str, str]], ...]] = (
-    (NoCheckpointError, ("locate", "no_point")),
-    (RestoreAbandonedError, ("restore", "deadline")),
-    (RestoreUnprovenError, ("verify", "unproven")),
-    (ImageDamagedError, ("verify", "damaged")),
-    (StateMismatchError, ("stage", "mismatch")),
-    (LaneError, ("restore", "lane_ended")),
-    (TolariaError, ("restore", "error")),
+FAILURES: Final[tuple[tuple[type[errors.TolariaError], tuple[str, str]], ...]] = (
+    (errors.NoCheckpointError, ("locate", "no_point")),
+    (errors.RestoreAbandonedError, ("restore", "deadline")),
+    (errors.RestoreUnprovenError, ("verify", "unproven")),
+    (errors.ImageDamagedError, ("verify", "damaged")),
+    (errors.StateMismatchError, ("stage", "mismatch")),
+    (errors.LaneError, ("restore", "lane_ended")),
+    (errors.TolariaError, ("restore", "error")),
 )
 """Labels (stage, reason) of a failed rollback by its error; the first class that fits counts."""
 
@@ -76,20 +47,20 @@ class SafetyTelemetry(RunObserver):
         self._snapshots = SnapshotStatistics(0, 0, 0, 0, 0, 0, 0, 0)
         metrics.mode_conservative.set(0)
         for name in breakers:
-            metrics.breaker_state.labels(name).set(CIRCUIT_STATE_CLOSED)
+            metrics.breaker_state.labels(name).set(enums.CIRCUIT_STATE_CLOSED)
         metrics.emergency_shared_signal_degraded.set(degraded)
         metrics.emergency_bypass_dropped_total.inc(0)
         metrics.rollback_fast_size_bytes.set(0)
         metrics.profiler_enabled.set(0)
-        self._level(EMERGENCY_LEVEL_UNSPECIFIED)
+        self._level(enums.EMERGENCY_LEVEL_UNSPECIFIED)
 
     # -- breakers and conservative mode ------------------------------------------------------------------------------
 
-    def on_breaker(self, name: str, state: CircuitBreakerState.ValueType) -> None:
+    def on_breaker(self, name: str, state: enums.CircuitBreakerState.ValueType) -> None:
         self._metrics.breaker_state.labels(name).set(state)
-        if state == CIRCUIT_STATE_OPEN:
+        if state == enums.CIRCUIT_STATE_OPEN:
             self._emitter.emit(events.BREAKER_OPENED, breaker=name)
-        elif state == CIRCUIT_STATE_CLOSED:
+        elif state == enums.CIRCUIT_STATE_CLOSED:
             self._emitter.emit(events.BREAKER_CLOSED, breaker=name)
 
     def on_mode(self, change: ModeChange) -> None:
@@ -108,7 +79,7 @@ class SafetyTelemetry(RunObserver):
 
     # -- emergencies -------------------------------------------------------------------------------------------------
 
-    def broadcast(self, notice: Notice) -> None:
+    def broadcast(self, notice: emergency.Notice) -> None:
         """Passes an emergency signal to telemetry, before anything that queues."""
         signal = notice.signal
         self._emitter.emit(
@@ -119,33 +90,33 @@ class SafetyTelemetry(RunObserver):
             count=notice.count,
         )
 
-    def on_emergency(self, report: Report) -> None:
+    def on_emergency(self, report: emergency.Report) -> None:
         match report:
-            case Escalated():
+            case emergency.Escalated():
                 self._escalated(report)
-            case Cleared():
+            case emergency.Cleared():
                 self._cleared(report)
-            case Broadcast():
+            case emergency.Broadcast():
                 self._broadcast_done(report)
-            case HeldBack():
+            case emergency.HeldBack():
                 self._log.warning("emergency_told_later", reason=report.notice.signal.reason)
-            case Covered():
+            case emergency.Covered():
                 self._log.info("emergency_covered", emergency_level=level_name(report.level), reason=report.reason)
-            case Acknowledged():
+            case emergency.Acknowledged():
                 given = report.acknowledgement
                 self._log.info(
                     "emergency_acknowledged", by=given.participant, latency_ms=round(given.latency_ns / _NS_PER_MS, 3)
                 )
-            case DeadlineMissed():
+            case emergency.DeadlineMissed():
                 self._log.warning("emergency_deadline_missed", missing=report.state.missing)
-            case Reissued():
+            case emergency.Reissued():
                 self._log.warning("emergency_put_on_the_board_again", error=report.write.error)
-            case BoardUnreadable():
+            case emergency.BoardUnreadable():
                 self._log.error("signal_board_unreadable", error=report.error)
             case _:
                 assert_never(report)
 
-    def _escalated(self, report: Escalated) -> None:
+    def _escalated(self, report: emergency.Escalated) -> None:
         state = report.state
         self._level(state.level)
         self._emitter.emit(
@@ -154,7 +125,7 @@ class SafetyTelemetry(RunObserver):
             reason=state.reason,
             origin=state.origin,
         )
-        if state.level == EMERGENCY_LEVEL_HALT:
+        if state.level == enums.EMERGENCY_LEVEL_HALT:
             self._metrics.emergency_halts_total.inc()
             self._emitter.emit(events.EMERGENCY_HALT, reason=state.reason, origin=state.origin)
         if state.origin == SENTINEL:
@@ -162,8 +133,8 @@ class SafetyTelemetry(RunObserver):
         if report.write is not None and report.write.error:
             self._log.error("signal_board_not_written", error=report.write.error)
 
-    def _cleared(self, report: Cleared) -> None:
-        self._level(EMERGENCY_LEVEL_UNSPECIFIED)
+    def _cleared(self, report: emergency.Cleared) -> None:
+        self._level(enums.EMERGENCY_LEVEL_UNSPECIFIED)
         self._emitter.emit(
             events.EMERGENCY_CLEARED,
             emergency_level=level_name(report.before.level),
@@ -172,7 +143,7 @@ class SafetyTelemetry(RunObserver):
             origin=report.origin,
         )
 
-    def _broadcast_done(self, report: Broadcast) -> None:
+    def _broadcast_done(self, report: emergency.Broadcast) -> None:
         metrics = self._metrics
         if report.error:
             metrics.emergency_broadcast_failures_total.inc()
@@ -184,9 +155,9 @@ class SafetyTelemetry(RunObserver):
         metrics.emergency_bypass_applied_total.inc()
         metrics.emergency_last_broadcast_latency_ms.set(report.latency_ns / _NS_PER_MS)
 
-    def _level(self, level: EmergencyLevel.ValueType) -> None:
+    def _level(self, level: enums.EmergencyLevel.ValueType) -> None:
         self._metrics.emergency_level.set(level)
-        self._metrics.emergency_halt.set(level == EMERGENCY_LEVEL_HALT)
+        self._metrics.emergency_halt.set(level == enums.EMERGENCY_LEVEL_HALT)
 
     # -- rollbacks and checkpoints -----------------------------------------------------------------------------------
 
@@ -247,7 +218,7 @@ class SafetyTelemetry(RunObserver):
             reason=str(rollback.error or ending.value),
         )
 
-    def on_rollback_duration(self, tier: RollbackTier.ValueType, outcome: str, duration_s: float) -> None:
+    def on_rollback_duration(self, tier: enums.RollbackTier.ValueType, outcome: str, duration_s: float) -> None:
         self._metrics.rollback_duration_seconds.labels(tier_name(tier), outcome).observe(duration_s)
 
     def on_rollback_recovered(self, rollback: Rollback, duration_s: float, step: int) -> None:

@@ -11,13 +11,7 @@ from typing import Final
 
 import anyio
 
-from leyline.v1.admin_service_pb2 import (
-    RUN_STATE_FAILED,
-    RUN_STATE_STARTING,
-    GetStatusResponse,
-    LearningRateAdjustment,
-    RunState,
-)
+from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import HEALTH_STATUS_DEGRADED, HEALTH_STATUS_HEALTHY, HEALTH_STATUS_UNHEALTHY
 from leyline.v1.seeds_pb2 import SeedState
@@ -104,7 +98,7 @@ class RunStatus:
     started_at_s: float
 
     feed: StatusFeed = field(default_factory=StatusFeed)
-    state: RunState.ValueType = RUN_STATE_STARTING
+    state: admin.RunState.ValueType = admin.RUN_STATE_STARTING
     state_reason: str = ""
     steps_per_epoch: int = 0
     epoch: int = 0
@@ -196,9 +190,9 @@ class RunStatus:
         sums.loss_sum = progress.loss_sum
 
 
-def state_name(state: RunState.ValueType) -> str:
+def state_name(state: admin.RunState.ValueType) -> str:
     """Returns the state in lower case without its prefix, as labels and messages show it."""
-    return RunState.Name(state).removeprefix("RUN_STATE_").lower()
+    return admin.RunState.Name(state).removeprefix("RUN_STATE_").lower()
 
 
 def epoch_packet(status: RunStatus, averages: Averages, epoch: EpochDone, *, wall_ns: int) -> SystemStatePacket:
@@ -248,10 +242,10 @@ def step_packet(status: RunStatus, averages: Averages, step: StepDone, *, wall_n
     return packet
 
 
-def status_message(status: RunStatus, *, skipped_streak: int, now_s: float) -> GetStatusResponse:
+def status_message(status: RunStatus, *, skipped_streak: int, now_s: float) -> admin.GetStatusResponse:
     """Returns the run's part of the answer to GetStatus; figures that do not exist yet are 0."""
     boundaries = sorted(status.boundaries_ms)
-    return GetStatusResponse(
+    return admin.GetStatusResponse(
         run_id=status.run_id,
         state=status.state,
         state_reason=status.state_reason,
@@ -311,10 +305,10 @@ def _average_metrics(averages: Averages) -> dict[str, float]:
     }
 
 
-def _adjustment(active: ActiveAdjustment) -> LearningRateAdjustment:
+def _adjustment(active: ActiveAdjustment) -> admin.LearningRateAdjustment:
     adjustment = active.adjustment
     expires_after = adjustment.expires_after_steps
-    message = LearningRateAdjustment(
+    message = admin.LearningRateAdjustment(
         group=adjustment.group or "",
         origin=adjustment.origin,
         request_id=adjustment.request_id,
@@ -330,7 +324,7 @@ def _adjustment(active: ActiveAdjustment) -> LearningRateAdjustment:
 
 
 def _health(status: RunStatus, skipped_streak: int) -> SystemHealth:
-    if status.state == RUN_STATE_FAILED:
+    if status.state == admin.RUN_STATE_FAILED:
         return SystemHealth(status=HEALTH_STATUS_UNHEALTHY, summary=status.state_reason)
     if skipped_streak:
         return SystemHealth(status=HEALTH_STATUS_DEGRADED, summary="the last steps were not finite")

@@ -13,12 +13,7 @@ import structlog
 from anyio.abc import TaskGroup
 
 from leyline.v1 import admin_service_pb2
-from leyline.v1.admin_service_pb2 import (
-    RUN_STATE_FINISHED,
-    RUN_STATE_PAUSED,
-    RUN_STATE_RUNNING,
-    GetStatusResponse,
-)
+from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import add_TolariaAdminServiceServicer_to_server
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN
 from tolaria.config import PeerSettings, child_environment
@@ -40,7 +35,7 @@ ADMIN_SERVICE: Final = admin_service_pb2.DESCRIPTOR.services_by_name["TolariaAdm
 _LANE_SHARE, _CALLS_SHARE, _CHILDREN_SHARE, _FLUSH_SHARE, _PEERS_SHARE = 0.5, 0.2, 0.1, 0.05, 0.05
 _WRITER_SHARE: Final = 0.05
 _LANE_JOIN_S: Final = 1.0
-_READY_STATES: Final = frozenset({RUN_STATE_RUNNING, RUN_STATE_PAUSED, RUN_STATE_FINISHED})
+_READY_STATES: Final = frozenset({admin.RUN_STATE_RUNNING, admin.RUN_STATE_PAUSED, admin.RUN_STATE_FINISHED})
 
 
 class Host:
@@ -76,7 +71,7 @@ class Host:
             await self._train(service, server)
             self.ending = service.run.ending
         self._log.info("stopped", state=state_name(status.state), reason=status.state_reason)
-        return 0 if status.state == RUN_STATE_FINISHED else 1
+        return 0 if status.state == admin.RUN_STATE_FINISHED else 1
 
     async def _train(self, service: RunService, server: GrpcServer) -> None:
         """Holds the task group of the run."""
@@ -150,7 +145,7 @@ class Host:
             grace_s=_CALLS_SHARE * settings.service.drain_timeout_s,
         )
 
-    def _complete(self, status: GetStatusResponse) -> None:
+    def _complete(self, status: admin.GetStatusResponse) -> None:
         status.metrics_address = self._metrics_address
         status.boundary_budget_ms = self._settings.control.boundary_budget_ms
 

@@ -31,7 +31,7 @@ import torch
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from support.hanging import ASKED, PeerProcess, hammered, peer_process, steps_per_s, training, wired
+from support.hanging import CALLS, PeerProcess, calling, connected, peer_process, steps_per_s, training
 from tolaria.errors import PeerTimeoutError
 
 OVERSHOOT_TARGET_MS, RATE_TARGET = 5.0, 0.95
@@ -58,13 +58,13 @@ async def overshoots_ms(target: str, timeouts: int, case: Case | None) -> tuple[
     """Of bare timers and of timeouts of all methods in turn, beside a run of the case where there is one."""
     timer_ms, late_ms = [], []
     async with AsyncExitStack() as stack:
-        peers = await stack.enter_async_context(wired(target, timeout_s=TIMEOUT_S))
+        peers = await stack.enter_async_context(connected(target, timeout_s=TIMEOUT_S))
         if case is not None:
             run, _ = await stack.enter_async_context(
                 training(target, timeout_s=TIMEOUT_S, job=case.job, options=case.options)
             )
-            await run.until(lambda: run.progress.global_step >= 20)
-        for ask in itertools.islice(itertools.cycle(ASKED.values()), timeouts):
+            await run.until(lambda: run.status.global_step >= 20)
+        for ask in itertools.islice(itertools.cycle(CALLS.values()), timeouts):
             started_s = time.perf_counter()
             await anyio.sleep(TIMEOUT_S)
             timer_ms.append((time.perf_counter() - started_s - TIMEOUT_S) * 1000)
@@ -109,13 +109,13 @@ async def windows(case: Case, answering: PeerProcess, hanging: PeerProcess, roun
         run, peers = await stack.enter_async_context(
             training(answering.target, timeout_s=2.0, job=case.job, options=case.options)
         )
-        hangs = await stack.enter_async_context(wired(hanging.target, timeout_s=TIMEOUT_S, run=run))
-        others = await stack.enter_async_context(wired(hanging.target, timeout_s=OTHERS_TIMEOUT_S))
+        hangs = await stack.enter_async_context(connected(hanging.target, timeout_s=TIMEOUT_S, run=run))
+        others = await stack.enter_async_context(connected(hanging.target, timeout_s=OTHERS_TIMEOUT_S))
         answers = peers.clients
         for turn, place in itertools.product(range(rounds), range(len(MANNERS))):
             manner = MANNERS[(turn + place) % len(MANNERS)]  # each is first, and last, as often as the others
             peers.clients = answers if manner == "undisturbed" else hangs
-            async with hammered(others) if manner == "called" else nullcontext(Counter[str]()) as ended:
+            async with calling(others) if manner == "called" else nullcontext(Counter[str]()) as ended:
                 since_s, cpu_s = time.perf_counter(), time.thread_time()
                 rate = await steps_per_s(run, after_steps=40, seconds=case.seconds)
                 took_s = time.perf_counter() - since_s

@@ -171,9 +171,11 @@ class RequestLedger:
         )
         kept = False
         try:
-            with anyio.move_on_after(KEEP_S_MAX):
+            with anyio.move_on_after(KEEP_S_MAX) as scope:
                 await self._journal.answer_once(row)
                 kept = True
+            if scope.cancelled_caught:
+                self._log.warning("request_not_durable_yet", request_id=request_id, waited_s=KEEP_S_MAX)
         except JournalError as error:
             self._log.warning("request_not_remembered_yet", request_id=request_id, error=str(error))
         finally:

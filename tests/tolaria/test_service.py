@@ -46,12 +46,15 @@ async def serve(job: str, target: str, folder: Path) -> int:
         f"tamiyo.target={target}",
         f"kasmina.target={target}",
         f"state.dir={folder / 'state'}",
+        f"signals.path={folder / 'board'}",
     ]
     with ThreadPoolExecutor(1) as pool:  # as the service does it: before there is an event loop
         settings = pool.submit(load_settings, None, overrides).result()
         build = pool.submit(build_lane, settings).result()
         board = pool.submit(SignalBoard.create, settings.signals.board("test"), "test").result()
-        storage = pool.submit(open_storage, folder / "state", run_id="test", retention=Retention()).result()
+        storage = pool.submit(
+            open_storage, folder / "state", run_id="test", retention=Retention(last=3, best="highest")
+        ).result()
         writer = CheckpointWriter(storage.checkpoints)
         host = pool.submit(new_host, settings, build, board, storage, writer).result()
         code = await host.serve()

@@ -19,7 +19,7 @@ def test_a_checkpoint_is_restored_on_another_class_of_device(origin: str, target
         Settings.model_validate({"training": {"job": "support.jobs:SlotJob", "device": device}})
         for device in (origin, target)
     )
-    storage = open_storage(tmp_path, run_id="run", retention=Retention())
+    storage = open_storage(tmp_path, run_id="run", retention=Retention(last=3, best="highest"))
     with storage.journal:
         _, lease = build(from_settings).snapshots.capture_image()
         with lease as image:

@@ -13,8 +13,8 @@ import structlog
 
 from tolaria.config import Address
 from tolaria.errors import ChildFailedError, PeerUnavailableError
-from tolaria.processes import ChildCommand, ChildSupervisor, RestartPolicy, supervised
 from tolaria.peers.connect import Peer
+from tolaria.processes import ChildCommand, ChildSupervisor, RestartPolicy, supervised
 
 BOTH: tuple[Peer, ...] = ("tamiyo", "kasmina")
 RESTARTS = RestartPolicy(pause_s=0.5, restarts_max=5, lived_s=30.0)

@@ -8,6 +8,7 @@ from leyline.v1.enums_pb2 import (
     EMERGENCY_LEVEL_HALT,
     EMERGENCY_LEVEL_NOTICE,
 )
+from support.boards import acknowledgements
 from support.emergency import POLICY, ControllerHarness
 from tolaria.emergency import (
     Acknowledged,
@@ -127,7 +128,7 @@ def test_acknowledgements_of_peers_are_collected_with_their_latency(harness: Con
     harness.controller.acknowledge()
     harness.controller.observe_board()
     assert harness.controller.state.phase is Phase.ANSWERED
-    assert harness.peer_board.acknowledgements(state.signal_id).keys() == {"tolaria", "kasmina", "tamiyo"}
+    assert acknowledgements(harness.peer_board, state.signal_id).keys() == {"tolaria", "kasmina", "tamiyo"}
 
 
 def test_an_acknowledgement_of_an_equal_signal_counts(harness: ControllerHarness) -> None:

@@ -25,7 +25,6 @@ from tolaria.emergency import (
     Cleared,
     Clearer,
     EmergencyController,
-    EmergencyPolicy,
     EmergencyState,
     EpochStreak,
     Escalated,
@@ -230,7 +229,7 @@ class Safety:
             participant,
             broadcast=telemetry.broadcast,
             observer=self._observe,
-            policy=EmergencyPolicy(broadcasts_per_minute=settings.broadcasts_per_minute),
+            broadcasts_per_minute=settings.broadcasts_per_minute,
         )
 
     @property

@@ -131,7 +131,7 @@ _CRC_OF_SEALED = 0x2144DF1C  # the CRC-32 of anything followed by its own little
 _TIERS = frozenset(RollbackTier.values())
 
 new_tuple = tuple.__new__
-"""`new_tuple(ParticipantRecord, fields)` takes half the time of `ParticipantRecord(*fields)`, which runs Python code."""
+"""`new_tuple(ParticipantRecord, fields)` takes half the time of `ParticipantRecord(*fields)`, a Python function."""
 
 
 @unique

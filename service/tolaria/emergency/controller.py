@@ -29,7 +29,7 @@ from tolaria.emergency.protocol import (
     require_level,
 )
 from tolaria.errors import SignalError
-from tolaria.signals import Participant, Signal, SignalBoard
+from tolaria.signals import ParticipantWriter, Signal, SignalBoard
 from tolaria.signals.layout import ParticipantRecord, cleared_until
 
 _S = 1_000_000_000
@@ -120,7 +120,7 @@ class EmergencyController:
     def __init__(
         self,
         board: SignalBoard,
-        participant: Participant,
+        participant: ParticipantWriter,
         *,
         broadcast: Callable[[Notice], None],
         observer: Callable[[Report], None],

@@ -30,7 +30,7 @@ from typing import Self
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT
 from tolaria.emergency.protocol import SENTINEL, TOLARIA, Trigger
 from tolaria.errors import SignalError
-from tolaria.signals import Participant, SignalBoard
+from tolaria.signals import ParticipantWriter, SignalBoard
 
 CANNOT_WATCH = 3
 LOOP, LANE = "the event loop", "the lane"
@@ -194,7 +194,7 @@ class Sentinel:
     """Watches `service` through `board`, as its participant, and acts on what the monitor decides."""
 
     def __init__(
-        self, service: ServiceProcess, board: SignalBoard, participant: Participant, options: argparse.Namespace
+        self, service: ServiceProcess, board: SignalBoard, participant: ParticipantWriter, options: argparse.Namespace
     ) -> None:
         self._service = service
         self._board = board

@@ -20,7 +20,7 @@ from tolaria.emergency.controller import EmergencyController
 from tolaria.emergency.sentinel import DUMP_SIGNAL, open_to_append
 from tolaria.errors import BoardLostError, ConfigurationError
 from tolaria.processes import ChildCommand, ChildSupervisor, RestartPolicy
-from tolaria.signals import Participant, SignalBoard, remove_stale_boards
+from tolaria.signals import ParticipantWriter, SignalBoard, remove_stale_boards
 
 COMMAND = (sys.executable, "-m", "tolaria.emergency.sentinel")
 _BEAT_S_MAX = 1.0
@@ -36,7 +36,7 @@ class Heartbeats:
     hangs at work is silent, an idle one is not.
     """
 
-    def __init__(self, participant: Participant) -> None:
+    def __init__(self, participant: ParticipantWriter) -> None:
         self._participant = participant
         self._lane_rests = True
 

@@ -25,7 +25,7 @@ from tolaria.peers.connect import Peer
 from tolaria.reference.kasmina import DesiredSeeds, KasminaService
 from tolaria.reference.rollback import RollbackParticipantService, Runs
 from tolaria.reference.tamiyo import TamiyoRun, TamiyoService
-from tolaria.signals import Participant, SignalBoard
+from tolaria.signals import ParticipantWriter, SignalBoard
 
 _GRACE_S, _HEARTBEAT_S, _RETRY_S = 1.0, 1.0, 1.0
 _ROLLBACK_SERVICE = "leyline.v1.RollbackParticipantService"
@@ -102,7 +102,7 @@ async def join_board(path: Path, name: str) -> None:
         await anyio.sleep(_RETRY_S)
 
 
-async def _take_part(board: SignalBoard, me: Participant) -> None:
+async def _take_part(board: SignalBoard, me: ParticipantWriter) -> None:
     """Sends heartbeats and acknowledges emergencies. A reference peer has no background work that a halt would stop."""
     limiter = anyio.CapacityLimiter(1)
     while board.current:

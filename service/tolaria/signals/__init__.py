@@ -4,13 +4,13 @@ from tolaria.signals.board import SignalBoard
 from tolaria.signals.layout import CLEARERS, PARTICIPANTS, RollbackRecord, RollbackState, Signal
 from tolaria.signals.mapping import remove_stale_boards
 from tolaria.signals.seqlock import BlockCondition
-from tolaria.signals.writers import Participant, RollbackWriter
+from tolaria.signals.writers import ParticipantWriter, RollbackWriter
 
 __all__ = [
     "CLEARERS",
     "PARTICIPANTS",
     "BlockCondition",
-    "Participant",
+    "ParticipantWriter",
     "RollbackRecord",
     "RollbackState",
     "RollbackWriter",

@@ -36,7 +36,7 @@ from tolaria.signals.layout import (
 )
 from tolaria.signals.mapping import BoardFile, BoardMemory, attach_file, create_file
 from tolaria.signals.seqlock import ParticipantState, Seqlock
-from tolaria.signals.writers import BoardParts, Participant, RollbackWriter
+from tolaria.signals.writers import BoardParts, ParticipantWriter, RollbackWriter
 
 _SEQUENCES = slice(BLOCKS_AT // 8, ROLLBACK_AT // 8, PARTICIPANT_SIZE // 8)
 _UNREAD = -1
@@ -126,13 +126,13 @@ class SignalBoard:
         self._memory.require_intact()
         return self._bell.wait(seen, timeout_s)
 
-    def claim(self, name: str) -> Participant:
+    def claim(self, name: str) -> ParticipantWriter:
         """Makes this process the writer of participant `name` (see PARTICIPANTS) until release, close or exit.
 
         Raises `BlockOwnedError` when it is claimed already, here or by another living process.
         """
         self._memory.require_intact()
-        return Participant(name, self._parts)
+        return ParticipantWriter(name, self._parts)
 
     def claim_rollback(self) -> RollbackWriter:
         """Makes this process the writer of the rollback block. Raises as `claim` does."""

@@ -93,7 +93,7 @@ class ClaimedBlock(Generic[Record]):
             return record
 
 
-class Participant(ClaimedBlock[ParticipantRecord]):
+class ParticipantWriter(ClaimedBlock[ParticipantRecord]):
     """The block of participant `name`: raise, clear, acknowledge, beat. Thread-safe."""
 
     def __init__(self, name: str, parts: BoardParts) -> None:

@@ -274,7 +274,8 @@ def test_the_rate_limit_delays_and_drops_nothing(harness: ControllerHarness) -> 
     harness.clock.now_ns += 2 * S
     harness.controller.pump()
     assert [notice.signal.reason for notice in harness.broadcasts] == [f"n{number}" for number in range(100)]
-    assert (harness.sent, harness.controller.due_in_s) == (100, None)
+    assert harness.sent == 100
+    assert harness.controller.due_in_s is None
 
 
 def test_a_flood_of_the_same_signal_takes_one_notice(harness: ControllerHarness) -> None:

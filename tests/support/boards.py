@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tolaria.signals import PARTICIPANTS
+from tolaria.signals import PARTICIPANTS, SignalBoard
 from tolaria.signals.layout import LINE, PARTICIPANT_PAYLOAD, participant_at
+
+
+def acknowledgements(board: SignalBoard, signal_id: int) -> dict[str, int]:
+    """The participants that acknowledged a signal, with the times (monotonic ns)."""
+    return {
+        state.name: state.record.acknowledged_ns
+        for state in board.read_all()
+        if state.record is not None and state.record.acknowledged_id == signal_id
+    }
 
 
 class BoardClock:

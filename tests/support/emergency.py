@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from tolaria.emergency import EmergencyController, EmergencyPolicy, Notice, Report
+from tolaria.emergency import EmergencyController, Notice, Report
 from tolaria.errors import BroadcastFailedError
 from tolaria.signals import SignalBoard
 
 R = TypeVar("R")
 S = 1_000_000_000
-POLICY = EmergencyPolicy(broadcasts_per_minute=60)
+BROADCASTS_PER_MINUTE = 60
 
 
 class Clock:
@@ -33,7 +33,7 @@ class ControllerHarness:
     that acts.
     """
 
-    def __init__(self, path: Path, policy: EmergencyPolicy = POLICY) -> None:
+    def __init__(self, path: Path, broadcasts_per_minute: int = BROADCASTS_PER_MINUTE) -> None:
         self.clock = Clock()
         self.broadcast_error = ""
         self.broadcasts: list[Notice] = []
@@ -47,7 +47,7 @@ class ControllerHarness:
             self.participant,
             broadcast=self._broadcast,
             observer=self._observe,
-            policy=policy,
+            broadcasts_per_minute=broadcasts_per_minute,
             clock=self.clock,
         )
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import anyio
 
-from tolaria.emergency.supervision import Heartbeats, SentinelOptions, SentinelProcess, register_stack_dump
+from tolaria.config import load_settings
+from tolaria.emergency.supervision import Heartbeats, SentinelProcess, stacks_on_request
 from tolaria.processes import supervised
 from tolaria.signals import SignalBoard
 
@@ -53,23 +54,14 @@ def wait_for_line(go: threading.Event) -> None:
 async def serve(folder: Path, silence: str) -> None:
     """Runs until ended from outside."""
     go = threading.Event()
-    with (
-        SignalBoard.create(folder / "board", "run-1") as board,
-        register_stack_dump(folder / "stacks"),
-    ):
+    limits = {"heartbeat_timeout_s": 1.0, "startup_allowance_s": 0.2, "grace_s": 0.5, "drain_s": 0.5}
+    overrides = [f"emergency.{name}={seconds}" for name, seconds in limits.items()]
+    settings = load_settings(None, [f"state.dir={folder}", "service.drain_timeout_s=0.1", *overrides])
+    with SignalBoard.create(folder / "board", "run-1") as board, stacks_on_request(settings):
         heartbeats = Heartbeats(board.claim("tolaria"))
-        options = SentinelOptions(
-            folder / "board",
-            "run-1",
-            folder / "stacks",
-            heartbeat_timeout_s=1.0,
-            startup_s=0.2,
-            grace_s=0.5,
-            drain_s=0.5,
-        )
         threading.Thread(target=lane, args=(heartbeats, silence, go), daemon=True).start()
         threading.Thread(target=wait_for_line, args=(go,), daemon=True).start()
-        sentinel = SentinelProcess(options)
+        sentinel = SentinelProcess(board, settings)
         async with anyio.create_task_group() as tasks, supervised(sentinel):
             tasks.start_soon(heartbeats.beat, 0.05)
             print(sentinel.pid, flush=True)  # noqa: T201 - the test reads it

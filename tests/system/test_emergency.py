@@ -17,6 +17,7 @@ import pytest
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, EMERGENCY_LEVEL_UNSPECIFIED
+from support.boards import acknowledgements
 from support.processes import Serve, serve
 from tolaria.config import EmergencySettings
 from tolaria.signals import SignalBoard
@@ -135,7 +136,7 @@ def test_a_lane_that_holds_the_gil_is_noticed_from_outside(
             assert raised.origin == "sentinel"
             silent_s = (raised.raised_ns - attached.read("tolaria").heartbeat_ns) / 1e9
             assert 0.75 * hold.timeout_s < silent_s < hold.timeout_s + 20 * hold.look_s < hold.seconds
-            assert "tolaria" not in attached.acknowledgements(raised.signal_id)
+            assert "tolaria" not in acknowledgements(attached, raised.signal_id)
             until(lambda: attached.read("tolaria").heartbeat_ns > raised.raised_ns, PATIENCE_S + hold.seconds)
         until(lambda: json.loads(tolaria(service, "status", "--json"))["state"] == "RUN_STATE_HALTED")
         until(lambda: "tolaria" in attached_acknowledgements(board, raised.signal_id))
@@ -149,4 +150,4 @@ def test_a_lane_that_holds_the_gil_is_noticed_from_outside(
 def attached_acknowledgements(board: Path, signal_id: int) -> dict[str, int]:
     """Who has acknowledged a signal by now."""
     with SignalBoard.attach(board) as attached:
-        return attached.acknowledgements(signal_id)
+        return acknowledgements(attached, signal_id)

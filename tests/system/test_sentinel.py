@@ -84,7 +84,7 @@ def test_sentinel_acts_while_the_gil_is_held(tmp_path: Path, reader: Path) -> No
         assert TIMEOUT_S * 0.8 < (signal_seen.raised_ns - beat_ns) / 1e9 < TIMEOUT_S * 10
         assert service.process.wait(WAIT_S) == -signal.SIGKILL
         until(lambda: not is_alive(service.sentinel_pid))
-        stacks = (tmp_path / "stacks").read_text()
+        stacks = (tmp_path / "stacks.txt").read_text()
         assert stacks.index("no heartbeat of the event loop") < stacks.index("in hold_the_gil")
         assert service.logged() == [
             "sentinel_raised_halt",

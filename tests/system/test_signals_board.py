@@ -25,7 +25,6 @@ import sys
 from tolaria.signals import RollbackState, SignalBoard
 board = SignalBoard.attach(sys.argv[1], "run-1")
 kasmina, rollback = board.claim("kasmina"), board.claim_rollback()
-assert not kasmina.repaired
 first = kasmina.record.signal_id
 sys.stdout.write("ready\\n")
 sys.stdout.flush()
@@ -115,7 +114,6 @@ def test_signals_a_killed_writer_leaves_the_board_readable(tmp_path: Path) -> No
             assert board.read_rollback() is not None
             tolaria.clear()
         assert last_id > 0
-        assert board.statistics().crc_failures == 0
 
 
 def test_signals_the_board_of_a_killed_run_is_adopted(tmp_path: Path) -> None:

@@ -5,49 +5,36 @@ The sentinel's process imports this, so `supervision`, which needs an event loop
 
 from tolaria.emergency.broadcast import Broadcast, HeldBack, Notice
 from tolaria.emergency.controller import (
-    Acknowledged,
     BoardUnreadable,
-    BoardWrite,
     Cleared,
     Covered,
     DeadlineMissed,
     EmergencyController,
-    EmergencyPolicy,
     Escalated,
     Reissued,
     Report,
 )
 from tolaria.emergency.protocol import (
     RESPONSES,
-    SENTINEL,
-    TOLARIA,
-    TRIGGERS,
     Acknowledgement,
     Clearer,
     EmergencyState,
     EpochStreak,
     Phase,
-    Response,
     Trigger,
     recovered,
 )
 
 __all__ = [
     "RESPONSES",
-    "SENTINEL",
-    "TOLARIA",
-    "TRIGGERS",
-    "Acknowledged",
     "Acknowledgement",
     "BoardUnreadable",
-    "BoardWrite",
     "Broadcast",
     "Cleared",
     "Clearer",
     "Covered",
     "DeadlineMissed",
     "EmergencyController",
-    "EmergencyPolicy",
     "EmergencyState",
     "EpochStreak",
     "Escalated",
@@ -56,7 +43,6 @@ __all__ = [
     "Phase",
     "Reissued",
     "Report",
-    "Response",
     "Trigger",
     "recovered",
 ]

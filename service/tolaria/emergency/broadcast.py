@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from leyline.v1.emergency_pb2 import EmergencySignal
 from leyline.v1.enums_pb2 import EmergencyLevel
 from tolaria.errors import BroadcastFailedError
+from tolaria.signals import Signal
 
 SIGNAL_VERSION = 1
 REASON_CHARACTERS_MAX = 1000
@@ -20,16 +21,15 @@ _Key = tuple[EmergencyLevel.ValueType, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """`count` equal signals, raised from `signal.timestamp_ms` to `last_ns` (both monotonic)."""
+    """`count` signals of equal level, reason and origin. `signal.timestamp_ms` is the monotonic time of the first."""
 
     signal: EmergencySignal
-    last_ns: int
     count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """A notice was handed to telemetry; with an `error` it was not, and waits for a retry."""
+    """A notice was passed to telemetry. With an `error` it was not, and is retried."""
 
     notice: Notice
     latency_ns: int
@@ -43,28 +43,20 @@ class HeldBack:
     notice: Notice
 
 
-def new_notice(level: EmergencyLevel.ValueType, reason: str, origin: str, at_ns: int) -> Notice:
-    """Returns the notice of one signal raised at `at_ns` (monotonic), its reason cut to REASON_CHARACTERS_MAX.
+def new_notice(signal: Signal) -> Notice:
+    """Returns the notice of one signal, its reason cut to REASON_CHARACTERS_MAX.
 
     `payload_checksum` is the SHA-256 of the message's deterministic serialization without it.
     """
-    signal = EmergencySignal(
+    message = EmergencySignal(
         version=SIGNAL_VERSION,
-        level=level,
-        reason=reason[:REASON_CHARACTERS_MAX],
-        origin=origin,
-        timestamp_ms=at_ns // _MS,
+        level=signal.level,
+        reason=signal.reason[:REASON_CHARACTERS_MAX],
+        origin=signal.origin,
+        timestamp_ms=signal.raised_ns // _MS,
     )
-    signal.payload_checksum = checksum(signal)
-    return Notice(signal, at_ns)
-
-
-def checksum(signal: EmergencySignal) -> bytes:
-    """Returns the 32 bytes that `payload_checksum` of `signal` must have."""
-    bare = EmergencySignal()
-    bare.CopyFrom(signal)
-    bare.ClearField("payload_checksum")
-    return hashlib.sha256(bare.SerializeToString(deterministic=True)).digest()
+    message.payload_checksum = hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
+    return Notice(message)
 
 
 class Backlog:
@@ -76,35 +68,28 @@ class Backlog:
 
     def __init__(self, reasons_max: int) -> None:
         self._reasons_max = reasons_max
-        self._waiting: OrderedDict[_Key, Notice] = OrderedDict()
+        self._waiting: dict[_Key, Notice] = {}
 
     def __len__(self) -> int:
         """The number of notices."""
         return len(self._waiting)
 
     @property
-    def signals(self) -> int:
-        """The number of signals."""
-        return sum(notice.count for notice in self._waiting.values())
+    def first(self) -> Notice:
+        """The notice that waits longest. Raises StopIteration when there is none."""
+        return next(iter(self._waiting.values()))
 
     def put(self, notice: Notice) -> None:
         """Appends a notice, or adds it to the equal one."""
-        key = _key(notice)
+        key = (notice.signal.level, notice.signal.reason, notice.signal.origin)
         if key not in self._waiting and len(self._waiting) >= self._reasons_max:
             key = (notice.signal.level, "", VARIOUS)
         first = self._waiting.get(key)
-        self._waiting[key] = notice if first is None else _merged(first, notice)
+        self._waiting[key] = notice if first is None else replace(first, count=first.count + notice.count)
 
-    def take(self) -> Notice | None:
-        """Removes and returns the first notice; None when there is none."""
-        return self._waiting.popitem(last=False)[1] if self._waiting else None
-
-    def put_back(self, notice: Notice) -> None:
-        """Inserts a notice that was taken before all others."""
-        key = _key(notice)
-        later = self._waiting.get(key)
-        self._waiting[key] = notice if later is None else _merged(notice, later)
-        self._waiting.move_to_end(key, last=False)
+    def remove_first(self) -> None:
+        """Removes the notice that waits longest."""
+        del self._waiting[next(iter(self._waiting))]
 
 
 class RateLimit:
@@ -134,10 +119,10 @@ class Outbox:
     """Sends notices in order, and again after failures.
 
     Args:
-        send: hands one notice on without waiting. Raises BroadcastFailedError when it cannot; any other error
+        send: passes one notice on without waiting. Raises BroadcastFailedError when it cannot; any other error
             propagates, and the notice stays.
         limit: how often `send` may be called.
-        reasons_max: distinct notices that may wait, as `Backlog` has it.
+        backlog: holds the notices that wait.
         retry_ns: pause after a failure.
         report: called with the outcome of each attempt and each notice that has to wait; may post.
         clock: monotonic nanoseconds.
@@ -148,39 +133,27 @@ class Outbox:
         send: Callable[[Notice], None],
         *,
         limit: RateLimit,
-        reasons_max: int,
+        backlog: Backlog,
         retry_ns: int,
         report: Callable[[Broadcast | HeldBack], None],
         clock: Callable[[], int],
     ) -> None:
         self._send = send
-        self._limit = limit
-        self._backlog = Backlog(reasons_max)
-        self._retry_ns = retry_ns
-        self._report = report
-        self._clock = clock
+        self._limit, self._backlog, self._retry_ns = limit, backlog, retry_ns
+        self._report, self._clock = report, clock
         self._retry_at_ns = 0
         self._pumping = False
 
     @property
-    def signals_waiting(self) -> int:
-        """Signals posted and not sent."""
-        return self._backlog.signals
-
-    @property
     def due_at_ns(self) -> int | None:
         """When `pump` can send; None while nothing waits."""
-        return self._free_at_ns if len(self._backlog) else None
-
-    @property
-    def _free_at_ns(self) -> int:
-        return max(self._retry_at_ns, self._limit.free_at_ns)
+        return max(self._retry_at_ns, self._limit.free_at_ns) if len(self._backlog) else None
 
     def post(self, notice: Notice) -> None:
         """Appends a notice; `pump` sends it."""
-        waits = len(self._backlog) > 0 or self._free_at_ns > self._clock()
+        waiting = len(self._backlog)
         self._backlog.put(notice)
-        if waits:
+        if waiting or (self.due_at_ns or 0) > self._clock():
             self._report(HeldBack(notice))
 
     def pump(self) -> None:
@@ -189,31 +162,18 @@ class Outbox:
             return
         self._pumping = True
         try:
-            while self._clock() >= self._retry_at_ns and len(self._backlog) and self._limit.take(self._clock()):
-                self._send_next()
+            while len(self._backlog) and self._clock() >= self._retry_at_ns and self._limit.take(self._clock()):
+                self._send_first()
         finally:
             self._pumping = False
 
-    def _send_next(self) -> None:
-        notice = self._backlog.take()
-        if notice is None:
-            return
-        began_ns, error, sent = self._clock(), "", False
+    def _send_first(self) -> None:
+        notice, began_ns, error = self._backlog.first, self._clock(), ""
+        self._retry_at_ns = began_ns + self._retry_ns  # also after an error that propagates
         try:
             self._send(notice)
-            sent = True
+            self._backlog.remove_first()
+            self._retry_at_ns = 0
         except BroadcastFailedError as failure:
             error = str(failure) or type(failure).__name__
-        finally:
-            if not sent:
-                self._backlog.put_back(notice)
-                self._retry_at_ns = self._clock() + self._retry_ns
         self._report(Broadcast(notice, self._clock() - began_ns, error))
-
-
-def _key(notice: Notice) -> _Key:
-    return notice.signal.level, notice.signal.reason, notice.signal.origin
-
-
-def _merged(first: Notice, later: Notice) -> Notice:
-    return replace(first, count=first.count + later.count, last_ns=max(first.last_ns, later.last_ns))

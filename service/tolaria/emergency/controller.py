@@ -6,70 +6,52 @@ Used on the event loop only; nothing here waits. The observer carries out what a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 from leyline.v1.enums_pb2 import EmergencyLevel
-from tolaria.emergency.broadcast import Broadcast, HeldBack, Notice, Outbox, RateLimit, new_notice
+from tolaria.emergency.broadcast import Backlog, Broadcast, HeldBack, Notice, Outbox, RateLimit, new_notice
 from tolaria.emergency.protocol import (
     RESPONSES,
     TOLARIA,
     TRIGGERS,
-    Acknowledge,
     Acknowledgement,
-    Clear,
     Clearer,
     EmergencyState,
-    Move,
-    PassDeadline,
     Phase,
-    Raise,
-    Reissue,
     Response,
     Trigger,
-    move_of,
+    acknowledged,
+    cleared,
+    overdue,
+    raised,
     require_level,
-    transition,
 )
 from tolaria.errors import SignalError
-from tolaria.signals import CLEARERS, Participant, Signal, SignalBoard
+from tolaria.signals import ParticipantWriter, Signal, SignalBoard
+from tolaria.signals.layout import ParticipantRecord, cleared_until
 
 _S = 1_000_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class BoardWrite:
-    """One write to the board: its duration, and why it failed; empty when it did not."""
-
-    latency_ns: int
-    error: str = ""
+_RETRY_S = 1.0
+_HELD_REASONS_MAX = 256
+_FRESH_NS = 10 * _S  # age of a heartbeat up to which its participant counts as attached
 
 
 @dataclass(frozen=True, slots=True)
 class Escalated:
-    """The level rose and `response` is required. `write` is None when a peer raised it on the board itself."""
+    """The level rose and `response` is required. `board_error`: why the board was not written; empty when it was."""
 
-    before: EmergencyState
     state: EmergencyState
     response: Response
-    write: BoardWrite | None
+    board_error: str
 
 
 @dataclass(frozen=True, slots=True)
 class Covered:
-    """A raise at or below the active level, which requires nothing further."""
+    """A signal at or below the active level, which requires nothing further."""
 
-    level: EmergencyLevel.ValueType
-    reason: str
-    origin: str
-
-
-@dataclass(frozen=True, slots=True)
-class Acknowledged:
-    """A participant acted on the active emergency."""
-
-    state: EmergencyState
-    acknowledgement: Acknowledgement
+    signal: Signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +63,20 @@ class DeadlineMissed:
 
 @dataclass(frozen=True, slots=True)
 class Reissued:
-    """The active signal was gone from the board without a clearance, and was written again."""
+    """The active signal was gone from the board without a clearance and was written again, unless with an error."""
 
-    state: EmergencyState
-    write: BoardWrite
+    board_error: str
 
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """The emergency `before` is over. `write` is None when the operator cleared it on the board itself."""
+    """The emergency `before` is over. With a `board_error` peers may still see its level."""
 
     before: EmergencyState
     by: Clearer
     reason: str
     origin: str
-    write: BoardWrite | None
+    board_error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,74 +87,56 @@ class BoardUnreadable:
 
 
 Report = (
-    Escalated | Covered | Broadcast | HeldBack | Acknowledged | DeadlineMissed | Reissued | Cleared | BoardUnreadable
+    Escalated | Covered | Broadcast | HeldBack | Acknowledgement | DeadlineMissed | Reissued | Cleared | BoardUnreadable
 )
 
 
 @dataclass(frozen=True, slots=True)
-class EmergencyPolicy:
-    """Limits of the controller.
-
-    Attributes:
-        broadcasts_per_minute: as `emergency.broadcasts_per_minute`.
-        held_reasons_max: distinct notices that may wait before they are merged.
-        retry_s: pause after a failed broadcast.
-        attached_s: age of a heartbeat up to which a participant counts as attached.
-    """
-
-    broadcasts_per_minute: int
-    held_reasons_max: int = 256
-    retry_s: float = 1.0
-    attached_s: float = 10.0
-
-
-@dataclass(frozen=True, slots=True)
 class _BoardView:
-    """The board at one moment. `error` says why it cannot be read; the rest is empty then.
+    """The board at one moment: active signals, intact records, participants whose heartbeat is fresh.
 
-    `acknowledgements` are the participants' last ones. `cleared_ns`: signals raised until then are cleared for all.
+    `error` says why the board cannot be read; the rest is empty then.
     """
 
     active: tuple[Signal, ...] = ()
-    cleared_ns: int = 0
-    acknowledgements: tuple[tuple[int, Acknowledge], ...] = ()
+    records: Mapping[str, ParticipantRecord] = field(default_factory=dict)
     attached: tuple[str, ...] = ()
     error: str = ""
 
 
 class EmergencyController:
-    """Holds the emergency of the run. The first `observe_board` adopts what is on the board already.
+    """Keeps the emergency of the run. The first `observe_board` adopts what is on the board already.
 
     Args:
-        board: open; read here.
-        participant: "tolaria", claimed on that board; written here.
-        broadcast: hands a notice to telemetry at CRITICAL priority without waiting. Raises BroadcastFailedError when it
-            cannot; that is reported and retried.
+        board: has to be open.
+        participant: "tolaria", claimed on that board.
+        broadcast: passes a notice to telemetry without waiting. Raises BroadcastFailedError when it cannot; that is
+            reported and retried after `retry_s`.
         observer: called with every report, after the state changed. May call `escalate` and `acknowledge`.
-        policy: limits.
-        clock: monotonic nanoseconds, as the board's own.
+        broadcasts_per_minute: as the setting of this name.
+        clock: the board's clock, monotonic nanoseconds.
     """
 
     def __init__(
         self,
         board: SignalBoard,
-        participant: Participant,
+        participant: ParticipantWriter,
         *,
         broadcast: Callable[[Notice], None],
         observer: Callable[[Report], None],
-        policy: EmergencyPolicy,
+        broadcasts_per_minute: int,
+        retry_s: float = _RETRY_S,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._board = board
         self._participant = participant
         self._observer = observer
-        self._attached_ns = int(policy.attached_s * _S)
         self._clock = clock
         self._outbox = Outbox(
             broadcast,
-            limit=RateLimit(policy.broadcasts_per_minute, 60 * _S),
-            reasons_max=policy.held_reasons_max,
-            retry_ns=int(policy.retry_s * _S),
+            limit=RateLimit(broadcasts_per_minute, 60 * _S),
+            backlog=Backlog(_HELD_REASONS_MAX),
+            retry_ns=int(retry_s * _S),
             report=observer,
             clock=clock,
         )
@@ -187,11 +150,6 @@ class EmergencyController:
     def state(self) -> EmergencyState:
         """The emergency now."""
         return self._state
-
-    @property
-    def signals_waiting(self) -> int:
-        """Signals that telemetry has not received yet."""
-        return self._outbox.signals_waiting
 
     @property
     def due_in_s(self) -> float | None:
@@ -214,12 +172,8 @@ class EmergencyController:
         """
         require_level(level)
         now_ns = self._clock()
-        signal_id, write = 0, None
-        if level > self._state.level:
-            signal_id, write = self._raise_on_board(level, reason)
-            if signal_id:
-                self._seen[TOLARIA] = signal_id
-        self._take_raise(Raise(level, reason, origin, signal_id, now_ns, self._view().attached), write)
+        signal_id, error = self._raise_on_board(level, reason) if level > self._state.level else (0, "")
+        self._take_signal(Signal(origin, level, reason, signal_id, now_ns), self._view().attached, error)
         return self._state
 
     def acknowledge(self) -> None:
@@ -228,11 +182,12 @@ class EmergencyController:
         Raises:
             IllegalEmergencyEventError: there is no emergency.
         """
-        self._take_acknowledgement(Acknowledge(TOLARIA, self._clock()))
+        self._take_acknowledgement(TOLARIA, self._clock())
         active = self._view().active
         signal_id = active[0].signal_id if active else self._state.signal_id
         if signal_id:
-            self._write(lambda: self._participant.acknowledge(signal_id))
+            with suppress(SignalError):  # `observe_board` reports a lost board
+                self._participant.acknowledge(signal_id)
 
     def clear(self, reason: str, origin: str, *, by: Clearer) -> EmergencyState:
         """Ends the emergency, here and on the board, and returns the state that it had.
@@ -244,10 +199,16 @@ class EmergencyController:
             ClearanceRefusedError: the rule `by` may not end this one.
         """
         self.observe_board()
-        level = self._state.level
-        sources = tuple(signal.origin for signal in self._view().active if signal.level >= level)
-        calm = transition(self._state, Clear(by, sources))
-        return self._become_calm(calm, by, reason, origin, self._write(self._participant.clear_all))
+        before = self._state
+        sources = tuple(signal.origin for signal in self._view().active if signal.level >= before.level)
+        self._state = cleared(before, by, sources)
+        error = ""
+        try:
+            self._participant.clear_all()
+        except SignalError as failure:
+            error = str(failure)
+        self._observer(Cleared(before, by, reason, origin, error))
+        return before
 
     def observe_board(self) -> None:
         """Takes in what others wrote to the board: signals, acknowledgements, an operator's clearance.
@@ -261,37 +222,36 @@ class EmergencyController:
             self._observer(BoardUnreadable(view.error))
         if view.error:
             return
-        if self._state.phase is not Phase.CALM and view.cleared_ns >= self._state.raised_ns:
-            calm = transition(self._state, Clear(Clearer.OPERATOR, ()))
-            self._become_calm(calm, Clearer.OPERATOR, "cleared on the board", "operator", None)
+        before = self._state
+        if before.phase is not Phase.CALM and cleared_until(view.records) >= before.raised_ns:
+            self._state = cleared(before, Clearer.OPERATOR, ())
+            self._observer(Cleared(before, Clearer.OPERATOR, "cleared on the board", "operator"))
         for signal in sorted(view.active, key=lambda signal: signal.raised_ns):
             if self._seen.get(signal.origin) != signal.signal_id:
                 self._seen[signal.origin] = signal.signal_id
-                # It could be answered neither before this process existed, nor is it answered in the future.
+                # Its deadline runs neither before this process existed nor from the future.
                 at_ns = min(max(signal.raised_ns, self._since_ns), self._clock())
-                event = Raise(signal.level, signal.reason, signal.origin, signal.signal_id, at_ns, view.attached)
-                self._take_raise(event, None)
+                self._take_signal(signal._replace(raised_ns=at_ns), view.attached, "")
         self._reissue_if_gone()
         self._collect_acknowledgements(view)
 
     def pump(self) -> None:
-        """Does what is due: sends waiting notices and notices a passed deadline. Cheap when nothing is due."""
-        deadline_ns = self._deadline_ns()
-        if deadline_ns is not None and self._clock() >= deadline_ns:
-            self._state = transition(self._state, PassDeadline(self._clock()))
+        """Does what is due: sends waiting notices and reports a missed deadline. Cheap when nothing is due."""
+        now_ns, deadline_ns = self._clock(), self._deadline_ns()
+        if deadline_ns is not None and now_ns >= deadline_ns:
+            self._state = overdue(self._state, now_ns)
             self._observer(DeadlineMissed(self._state))
         self._outbox.pump()
 
-    def _take_raise(self, event: Raise, write: BoardWrite | None) -> None:
-        before, move = self._state, move_of(self._state, event)
-        self._state = transition(before, event)
+    def _take_signal(self, signal: Signal, attached: tuple[str, ...], board_error: str) -> None:
+        before, self._state = self._state, raised(self._state, signal, attached)
         # Posted before the observer can raise another level, and sent after it: freezing training comes first.
-        self._outbox.post(new_notice(event.level, event.reason, event.origin, event.at_ns))
-        if move is Move.ESCALATE:
-            self._reissue_failed = bool(write and write.error)
-            self._observer(Escalated(before, self._state, RESPONSES[event.level], write))
+        self._outbox.post(new_notice(signal))
+        if self._state is before:
+            self._observer(Covered(signal))
         else:
-            self._observer(Covered(event.level, event.reason, event.origin))
+            self._reissue_failed = bool(board_error)
+            self._observer(Escalated(self._state, RESPONSES[signal.level], board_error))
         self._outbox.pump()
 
     def _reissue_if_gone(self) -> None:
@@ -299,13 +259,12 @@ class EmergencyController:
         gone = not view.error and not any(signal.level >= state.level for signal in view.active)
         if state.phase is Phase.CALM or not gone:
             return
-        signal_id, write = self._raise_on_board(state.level, state.reason)
-        failed_before, self._reissue_failed = self._reissue_failed, bool(write.error)
-        if not write.error:
-            self._seen[TOLARIA] = signal_id
-            self._state = transition(state, Reissue(signal_id))
-        if not (write.error and failed_before):  # retried at every look, reported once
-            self._observer(Reissued(self._state, write))
+        signal_id, error = self._raise_on_board(state.level, state.reason)
+        failed_before, self._reissue_failed = self._reissue_failed, bool(error)
+        if not error:
+            self._state = replace(state, signal_id=signal_id)
+        if not (error and failed_before):  # retried at every look, reported once
+            self._observer(Reissued(error))
 
     def _collect_acknowledgements(self, view: _BoardView) -> None:
         state = self._state
@@ -313,23 +272,14 @@ class EmergencyController:
             return
         # When two participants raise at once, peers acknowledge the effective signal, which may not be this state's.
         valid = {signal.signal_id for signal in view.active if signal.level >= state.level} | {state.signal_id}
-        known = {acknowledgement.participant for acknowledgement in state.acknowledgements}
-        for signal_id, acknowledge in view.acknowledgements:
-            if signal_id in valid and acknowledge.participant not in known:
-                self._take_acknowledgement(acknowledge)
+        for name, record in view.records.items():
+            if record.acknowledged_id and record.acknowledged_id in valid:
+                self._take_acknowledgement(name, record.acknowledged_ns)
 
-    def _take_acknowledgement(self, event: Acknowledge) -> None:
-        before = self._state
-        self._state = transition(before, event)
-        if len(self._state.acknowledgements) > len(before.acknowledgements):
-            self._observer(Acknowledged(self._state, self._state.acknowledgements[-1]))
-
-    def _become_calm(
-        self, calm: EmergencyState, by: Clearer, reason: str, origin: str, write: BoardWrite | None
-    ) -> EmergencyState:
-        before, self._state = self._state, calm
-        self._observer(Cleared(before, by, reason, origin, write))
-        return before
+    def _take_acknowledgement(self, participant: str, at_ns: int) -> None:
+        before, self._state = self._state, acknowledged(self._state, participant, at_ns)
+        if self._state is not before:
+            self._observer(self._state.acknowledgements[-1])
 
     def _deadline_ns(self) -> int | None:
         return self._state.deadline_ns if self._state.phase is Phase.RAISED else None
@@ -340,29 +290,17 @@ class EmergencyController:
             active, states = self._board.active_signals(), self._board.read_all()
         except SignalError as error:
             return _BoardView(error=str(error))
-        oldest_ns = self._clock() - self._attached_ns
-        records = [(state.name, state.record) for state in states if state.record is not None]
+        oldest_ns = max(1, self._clock() - _FRESH_NS)
         return _BoardView(
             active=active,
-            cleared_ns=max((record.cleared_ns for name, record in records if name in CLEARERS), default=0),
-            acknowledgements=tuple(
-                (record.acknowledged_id, Acknowledge(name, record.acknowledged_ns))
-                for name, record in records
-                if record.acknowledged_id
-            ),
-            attached=tuple(state.name for state in states if state.heartbeat_ns >= max(1, oldest_ns)),
+            records={state.name: state.record for state in states if state.record is not None},
+            attached=tuple(state.name for state in states if state.heartbeat_ns >= oldest_ns),
         )
 
-    def _raise_on_board(self, level: EmergencyLevel.ValueType, reason: str) -> tuple[int, BoardWrite]:
-        """Returns the signal's id, 0 when the write failed."""
-        ids: list[int] = []
-        write = self._write(lambda: ids.append(self._participant.raise_level(level, reason)))
-        return (ids[0] if ids else 0), write
-
-    def _write(self, write: Callable[[], None]) -> BoardWrite:
-        began_ns, error = self._clock(), ""
+    def _raise_on_board(self, level: EmergencyLevel.ValueType, reason: str) -> tuple[int, str]:
+        """Returns the signal's id, 0 when the write failed, and why it failed."""
         try:
-            write()
-        except SignalError as failure:
-            error = str(failure)
-        return BoardWrite(self._clock() - began_ns, error)
+            signal_id = self._seen[TOLARIA] = self._participant.raise_level(level, reason)
+        except SignalError as error:
+            return 0, str(error)
+        return signal_id, ""

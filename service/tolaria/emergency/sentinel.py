@@ -1,11 +1,11 @@
 """The sentinel: a process that watches the service's heartbeats on the signal board, also while the GIL is held there.
 
-    python -m tolaria.emergency.sentinel --board PATH --run-id ID --service-pid PID
-        [--heartbeat-timeout-s 30] [--startup-s 60] [--grace-s 10] [--drain-s 15] [--stacks FILE] [--while-stdin]
+    python -m tolaria.emergency.sentinel --board PATH --run-id ID --service-pid PID --heartbeat-timeout-s S
+        --startup-s S --grace-s S --drain-s S --stacks FILE [--while-stdin]
 
-When the event loop or the lane is silent it raises HALT from its own block, has the service dump its stacks and, after
-the grace period, ends it, so that its supervisor restarts it. The first line on standard output says that it watches.
-Exit code 0: the service ended or closed standard input; 3: it cannot watch.
+When the event loop or the lane is silent, the sentinel raises HALT from its own block, requests a stack dump of the
+service and, after the grace period, ends the service, so that its supervisor restarts it. Its first line on standard
+output announces that it watches. Exit code 0: the service ended or closed standard input; 3: it cannot watch.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT
 from tolaria.emergency.protocol import SENTINEL, TOLARIA, Trigger
 from tolaria.errors import SignalError
-from tolaria.signals import Participant, SignalBoard
+from tolaria.signals import ParticipantWriter, SignalBoard
 
 CANNOT_WATCH = 3
 LOOP, LANE = "the event loop", "the lane"
@@ -78,7 +78,7 @@ class Action(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """The last value of a heartbeat, and for how long it was observed not to change."""
+    """The last value of a heartbeat, and how long it did not change while it was observed."""
 
     value: int = -1
     silent_s: float = 0.0
@@ -92,39 +92,33 @@ class Heartbeat:
 class SilenceMonitor:
     """Decides what to do about silent heartbeats. A value: `look` returns the next one.
 
-    A heartbeat is silent when its value does not change; the value is compared with no clock. Only observed time
+    A heartbeat is silent while its value does not change; the value is compared with no clock. Only observed time
     counts: a sentinel that was stopped, perhaps with the whole machine, saw no silence.
 
     Attributes:
         heartbeats: by name.
-        startup_left_s: seconds for which silence does not count yet.
+        observed_s: seconds observed so far.
         waited_s: seconds in this stage.
-        silent: names of the silent heartbeats.
     """
 
     limits: SilenceLimits
-    heartbeats: Mapping[str, Heartbeat]
+    heartbeats: Mapping[str, Heartbeat] = field(default_factory=dict)
     stage: Stage = Stage.WATCHING
-    startup_left_s: float = 0.0
+    observed_s: float = 0.0
     waited_s: float = 0.0
-    silent: tuple[str, ...] = ()
 
-    @classmethod
-    def begin(cls, names: Sequence[str], limits: SilenceLimits) -> Self:
-        """Returns the monitor before the first look."""
-        return cls(limits, {name: Heartbeat() for name in names}, startup_left_s=limits.startup_s)
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """Names of the silent heartbeats."""
+        return tuple(name for name, beat in self.heartbeats.items() if beat.silent_s >= self.limits.timeout_s)
 
     def look(self, values: Mapping[str, int], elapsed_s: float) -> tuple[SilenceMonitor, tuple[Action, ...]]:
         """Returns the monitor after a look at the heartbeats' `values`, `elapsed_s` after the last one, and actions."""
         observed_s = min(elapsed_s, self.limits.look_s_max)
-        counted_s = 0.0 if self.startup_left_s > 0 else observed_s
-        heartbeats = {name: beat.after(values[name], counted_s) for name, beat in self.heartbeats.items()}
+        counted_s = observed_s if self.observed_s >= self.limits.startup_s else 0.0
+        beats = {name: self.heartbeats.get(name, Heartbeat()).after(value, counted_s) for name, value in values.items()}
         seen = replace(
-            self,
-            heartbeats=heartbeats,
-            silent=tuple(name for name, beat in heartbeats.items() if beat.silent_s >= self.limits.timeout_s),
-            startup_left_s=max(0.0, self.startup_left_s - observed_s),
-            waited_s=self.waited_s + observed_s,
+            self, heartbeats=beats, observed_s=self.observed_s + observed_s, waited_s=self.waited_s + observed_s
         )
         return _decided(seen)
 
@@ -149,8 +143,8 @@ def _decided(monitor: SilenceMonitor) -> tuple[SilenceMonitor, tuple[Action, ...
 class ServiceProcess:
     """A handle on the watched process; a context manager that leaves the process alone.
 
-    On Linux a pidfd, which never means a later process of the same number. The end of `while_open`, a file descriptor,
-    counts as the end of the process. Raises ProcessLookupError when there is no such process.
+    On Linux a pidfd, which never refers to a later process of the same number; elsewhere only the end of `while_open`,
+    a file descriptor, counts as the end of the process. Raises ProcessLookupError when there is no such process.
     """
 
     def __init__(self, pid: int, *, while_open: int | None) -> None:
@@ -167,11 +161,7 @@ class ServiceProcess:
 
     def ended_within(self, timeout_s: float) -> bool:
         """Waits up to `timeout_s`; returns whether the process ended or `while_open` was closed."""
-        if not self._selector.get_map():
-            time.sleep(timeout_s)
-        elif any(key.fd == self._pidfd or not os.read(key.fd, 4096) for key, _ in self._selector.select(timeout_s)):
-            return True
-        return self._pidfd is None and not _exists(self.pid)
+        return any(key.fd == self._pidfd or not os.read(key.fd, 4096) for key, _ in self._selector.select(timeout_s))
 
     def send(self, number: signal.Signals) -> None:
         """Sends a signal; does nothing when the process ended."""
@@ -193,9 +183,7 @@ class ServiceProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Closes the handle."""
         self._selector.close()
         if self._pidfd is not None:
@@ -206,24 +194,20 @@ class Sentinel:
     """Watches `service` through `board`, as its participant, and acts on what the monitor decides."""
 
     def __init__(
-        self, service: ServiceProcess, board: SignalBoard, participant: Participant, options: argparse.Namespace
+        self, service: ServiceProcess, board: SignalBoard, participant: ParticipantWriter, options: argparse.Namespace
     ) -> None:
         self._service = service
         self._board = board
         self._participant = participant
-        self._stacks: Path | None = options.stacks
-        self._look_s = min(max(options.heartbeat_timeout_s / _LOOKS_PER_TIMEOUT, _LOOK_S_MIN), _LOOK_S_MAX)
-        limits = SilenceLimits(
-            startup_s=options.startup_s,
-            timeout_s=options.heartbeat_timeout_s,
-            grace_s=options.grace_s,
-            drain_s=options.drain_s,
-            look_s_max=2 * self._look_s,
+        self._stacks: Path = options.stacks
+        timeout_s = options.heartbeat_timeout_s
+        self._look_s = min(max(timeout_s / _LOOKS_PER_TIMEOUT, _LOOK_S_MIN), _LOOK_S_MAX)
+        self._monitor = SilenceMonitor(
+            SilenceLimits(options.startup_s, timeout_s, options.grace_s, options.drain_s, look_s_max=2 * self._look_s)
         )
-        self._monitor = SilenceMonitor.begin((LOOP, LANE), limits)
 
     def watch(self) -> None:
-        """Returns when the service ended. Raises BoardLostError when the heartbeats cannot be read any more."""
+        """Returns when the service ended. Raises BoardLostError when the heartbeats cannot be read."""
         looked_at_s = time.monotonic()
         while not self._service.ended_within(self._look_s):
             self._participant.beat()
@@ -261,9 +245,8 @@ class Sentinel:
         _log("sentinel_raised_halt", reason=reason)
 
     def _dump_stacks(self) -> None:
-        if self._stacks is None or not self._service.handles_dump():
-            detail = "the service has no handler for them" if self._stacks else "not asked for"
-            _log("sentinel_no_stacks", detail=detail)
+        if not self._service.handles_dump():
+            _log("sentinel_no_stacks", detail="the service has no handler for them")
             return
         try:
             append_line(self._stacks, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {self._silence()}")
@@ -278,9 +261,14 @@ class Sentinel:
         return "no heartbeat of " + " and ".join(silent)
 
 
+def open_to_append(path: Path) -> int:
+    """Returns a descriptor of the file, created with mode 0600 if needed; follows no link. Raises OSError."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
 def append_line(path: Path, line: str) -> None:
     """Appends a line that separates one stack dump from the next. Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = open_to_append(path)
     try:
         os.write(fd, f"\n{line}\n".encode())
     finally:
@@ -306,39 +294,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tolaria.emergency.sentinel", description="Watches a service.")
-    parser.add_argument("--board", type=Path, required=True, help="the signal board")
-    parser.add_argument("--run-id", required=True, help="the run of the board")
-    parser.add_argument("--service-pid", type=int, required=True, help="the process to watch")
-    parser.add_argument("--heartbeat-timeout-s", type=_seconds, default=30.0, help="longest silence permitted")
-    parser.add_argument("--startup-s", type=_seconds, default=60.0, help="time before silence counts")
-    parser.add_argument("--grace-s", type=_seconds, default=10.0, help="time from HALT to SIGTERM")
-    parser.add_argument("--drain-s", type=_seconds, default=15.0, help="time from SIGTERM to SIGKILL")
-    parser.add_argument("--stacks", type=Path, help="the file to which the service dumps its stacks")
+    add = partial(parser.add_argument, required=True)
+    add("--board", type=Path, help="the signal board")
+    add("--run-id", help="the run of the board")
+    add("--service-pid", type=int, help="the process to watch")
+    add("--heartbeat-timeout-s", type=float, help="longest silence permitted")
+    add("--startup-s", type=float, help="time before silence counts")
+    add("--grace-s", type=float, help="time from HALT to SIGTERM")
+    add("--drain-s", type=float, help="time from SIGTERM to SIGKILL")
+    add("--stacks", type=Path, help="the file to which the service dumps its stacks")
     parser.add_argument("--while-stdin", action="store_true", help="end when standard input ends")
     return parser.parse_args(arguments)
 
 
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds < 1e9:  # refuses NaN too
-        raise ValueError(f"{text} is no number of seconds")
-    return seconds
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _log(event: str, **fields: object) -> None:
-    """Writes a JSON line to standard error, which is the service's own: a hung service could not pass it on.
+    """Writes a JSON line to standard error, which the service shares: a hung service could not pass it on.
 
-    Skips it when standard error is full, so that the sentinel does not hang as well, or closed.
+    Drops the line when standard error is closed, or full, so that the sentinel does not hang as well.
     """
     line = json.dumps({"event": event, "level": "critical", **fields}).encode()[:_LINE_BYTES_MAX] + b"\n"
     with suppress(OSError):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import structlog
 
@@ -19,13 +21,12 @@ from tolaria.peers.verification import CONTRACT_VERSION
 from tolaria.reference.lifecycle import (
     ACTIVE_STAGES,
     AUTOMATIC,
-    LifecycleSettings,
+    STABLE_EPOCHS,
     Observation,
     Seed,
     Stage,
     closed_reason,
     epochs_in_stage,
-    gate_between,
     loss_of,
     operation_name,
     stage_name,
@@ -33,6 +34,11 @@ from tolaria.reference.lifecycle import (
 )
 from tolaria.reference.rollback import Context, Runs, Undo
 
+BLENDING_STEPS = 200  # from alpha 0 to alpha 1 unless the command sets another number; a few epochs of a small job
+STAGE_EPOCHS_MAX = 12  # in one active stage before a seed is culled; twice what a healthy seed needs
+ACTIVE_MAX = 4  # active seeds; keeps the rows of the gradient matrix cheap
+SEEDS_MAX = 64  # seeds in all, fossilized ones included; bounds each response to some kilobytes
+DORMANT_MAX = 4  # dormant seeds, the oldest are forgotten first; few are ever germinated again
 _NAME_LENGTH_MAX = 128
 _BLENDING_STEPS_MAX = 10**9
 _REVISIONS_MAX = 256
@@ -47,10 +53,10 @@ class _Revision:
 
     step: int
     epoch: int
-    seeds: tuple[Seed, ...]
+    seeds: Mapping[str, Seed]
 
 
-_INITIAL = _Revision(step=0, epoch=-1, seeds=())
+_INITIAL = _Revision(step=0, epoch=-1, seeds={})
 
 
 class DesiredSeeds:
@@ -60,8 +66,7 @@ class DesiredSeeds:
     a restarted Kasmina does not remove the seeds that are grafted.
     """
 
-    def __init__(self, settings: LifecycleSettings) -> None:
-        self._settings = settings
+    def __init__(self) -> None:
         self._revisions: deque[_Revision] = deque(maxlen=_REVISIONS_MAX)
         self._responses: OrderedDict[str, rpc.ApplyCommandResponse] = OrderedDict()
         self._last_number = 0
@@ -91,13 +96,12 @@ class DesiredSeeds:
         self._adopt_if_new(state)
         if state.current_epoch <= self._now.epoch:
             return
-        reported = {seed.seed_id: seed for seed in state.seed_states}
-        seeds = [self._advance(seed, reported.get(seed.seed_id), state) for seed in self._now.seeds]
+        seeds = {seed_id: self._advance(seed, state) for seed_id, seed in self._now.seeds.items()}
         self._record(state, seeds, epoch=state.current_epoch)
 
     def as_messages(self) -> list[SeedState]:
         """Returns the desired seeds, oldest first. Seeds that train share the teacher attribution equally."""
-        seeds, epoch = self._now.seeds, self._now.epoch
+        seeds, epoch = self._now.seeds.values(), self._now.epoch
         training = [seed for seed in seeds if seed.stage in ACTIVE_STAGES and seed.stage != enums.SEED_STAGE_GERMINATED]
         return [
             SeedState(
@@ -127,87 +131,84 @@ class DesiredSeeds:
     def _now(self) -> _Revision:
         return self._revisions[-1] if self._revisions else _INITIAL
 
-    def _record(self, state: SystemStatePacket, seeds: list[Seed], *, epoch: int) -> None:
-        dormant = sorted((s for s in seeds if s.stage == enums.SEED_STAGE_DORMANT), key=lambda seed: seed.entered_epoch)
-        forgotten = dormant[: max(0, len(dormant) - self._settings.dormant_max)]
+    def _record(self, state: SystemStatePacket, seeds: Mapping[str, Seed], *, epoch: int) -> None:
+        dormant = [seed for seed in seeds.values() if seed.stage == enums.SEED_STAGE_DORMANT]
+        dormant.sort(key=lambda seed: seed.entered_epoch)
+        forgotten = {seed.seed_id for seed in dormant[: max(0, len(dormant) - DORMANT_MAX)]}
         # A command that was decided on an older state arrives late and must not lower the step.
         step = max(state.global_step, self._now.step)
         if self._revisions and self._revisions[-1].step == step:
             self._revisions.pop()
-        self._revisions.append(_Revision(step, epoch, tuple(seed for seed in seeds if seed not in forgotten)))
+        kept = {seed_id: seed for seed_id, seed in seeds.items() if seed_id not in forgotten}
+        self._revisions.append(_Revision(step, epoch, kept))
 
     def _adopt_if_new(self, state: SystemStatePacket) -> None:
         if self._revisions or not state.seed_states:
             return
-        reported = {seed.seed_id: seed for seed in state.seed_states if seed.stage in enums.SeedLifecycleStage.values()}
-        adopted = [self._adopt(seed, state) for seed in reported.values() if seed.stage != enums.SEED_STAGE_UNKNOWN]
+        known = set(enums.SeedLifecycleStage.values()) - {enums.SEED_STAGE_UNKNOWN}
+        reported = {seed.seed_id: seed for seed in state.seed_states if seed.stage in known}
+        adopted = {
+            seed_id: Seed(
+                seed_id=seed_id,
+                blueprint_id=seed.blueprint_id,
+                slot=seed.slot,
+                stage=seed.stage,
+                blending_steps=BLENDING_STEPS,
+                germinated_epoch=max(0, state.current_epoch - seed.age_epochs),
+                entered_epoch=state.current_epoch,
+                alpha=_reported_alpha(seed, state.global_step),
+                accuracy_before=state.validation_accuracy,
+            )
+            for seed_id, seed in islice(reported.items(), SEEDS_MAX)
+        }
         # Recorded one epoch earlier, so that this epoch's state still advances them.
-        self._record(state, adopted[: self._settings.seeds_max], epoch=state.current_epoch - 1)
-
-    def _adopt(self, reported: SeedState, state: SystemStatePacket) -> Seed:
-        return Seed(
-            seed_id=reported.seed_id,
-            blueprint_id=reported.blueprint_id,
-            slot=reported.slot,
-            stage=reported.stage,
-            blending_steps=self._settings.blending_steps,
-            germinated_epoch=max(0, state.current_epoch - reported.age_epochs),
-            entered_epoch=state.current_epoch,
-            alpha=_reported_alpha(reported, state.global_step, self._settings.blending_steps),
-            accuracy_before=_finite(state.validation_accuracy),
-        )
+        self._record(state, adopted, epoch=state.current_epoch - 1)
 
     def _execute(self, command: AdaptationCommand, state: SystemStatePacket) -> str:
         _check(command)
         operation = command.seed_operation.operation
         germinate = operation == enums.SEED_OP_GERMINATE
-        seed = self._dormant_seed(command) if germinate else self._known_seed(command.target_seed_id)
+        seed = self._dormant_seed(command) if germinate else self._now.seeds.get(command.target_seed_id)
+        if seed is None:
+            raise IllegalMoveError(f"target_seed_id {command.target_seed_id!r} names no seed")
         target = target_of(operation, seed.stage)
-        reported = next((known for known in state.seed_states if known.seed_id == seed.seed_id), None)
-        seen = self._observation(seed, reported, state)
-        reason = closed_reason(gate_between(seed.stage, target), seed, seen, self._settings)
+        reason = closed_reason(target, seed, self._observation(seed, state))
         if reason:
             raise IllegalMoveError(f"{operation_name(operation)} of {seed.seed_id}: {reason}")
-        seeds = {known.seed_id: known for known in self._now.seeds}
-        seeds[seed.seed_id] = self._enter(seed, target, state)
-        self._record(state, list(seeds.values()), epoch=self._now.epoch)
+        seeds = {**self._now.seeds, seed.seed_id: self._enter(seed, target, state)}
+        self._record(state, seeds, epoch=self._now.epoch)
         return f"{seed.seed_id} is {stage_name(target)}"
-
-    def _known_seed(self, seed_id: str) -> Seed:
-        for seed in self._now.seeds:
-            if seed.seed_id == seed_id:
-                return seed
-        raise IllegalMoveError(f"target_seed_id {seed_id!r} names no seed")
 
     def _dormant_seed(self, command: AdaptationCommand) -> Seed:
         """Returns the seed to germinate: the named one, created if it does not exist; a new one without a name."""
-        active = sum(seed.stage in ACTIVE_STAGES for seed in self._now.seeds)
-        if active >= self._settings.active_max:
+        known = self._now.seeds
+        active = sum(seed.stage in ACTIVE_STAGES for seed in known.values())
+        if active >= ACTIVE_MAX:
             raise IllegalMoveError(f"{active} seeds are active already, which is the maximum")
-        known = {seed.seed_id: seed for seed in self._now.seeds}
-        seed_id = command.target_seed_id or self._new_id(known)
-        if seed_id not in known and len(known) >= self._settings.seeds_max:
+        seed_id = command.target_seed_id or self._new_id()
+        if seed_id not in known and len(known) >= SEEDS_MAX:
             raise IllegalMoveError(f"there are {len(known)} seeds already, which is the maximum")
         return Seed(
             seed_id=seed_id,
             blueprint_id=command.seed_operation.blueprint_id,
             slot=command.annotations.get("slot", ""),
             stage=known[seed_id].stage if seed_id in known else enums.SEED_STAGE_DORMANT,
-            blending_steps=_blending_steps(command, self._settings.blending_steps),
+            blending_steps=_blending_steps(command),
         )
 
-    def _new_id(self, known: dict[str, Seed]) -> str:
+    def _new_id(self) -> str:
         # Numbers are not reused, even after a revert: metrics and journals refer to seeds by them.
         self._last_number += 1
-        while f"seed-{self._last_number}" in known:
+        while f"seed-{self._last_number}" in self._now.seeds:
             self._last_number += 1
         return f"seed-{self._last_number}"
 
-    def _advance(self, seed: Seed, reported: SeedState | None, state: SystemStatePacket) -> Seed:
-        losses = (*seed.losses, loss_of(reported, state))[-self._settings.stable_epochs :]
-        slot = seed.slot or (reported.slot if reported is not None and seed.stage in ACTIVE_STAGES else "")
+    def _advance(self, seed: Seed, state: SystemStatePacket) -> Seed:
+        seen = self._observation(seed, state)
+        losses = (*seed.losses, loss_of(seen.reported, state))[-STABLE_EPOCHS:]
+        slot = seed.slot or (seen.reported.slot if seen.reported is not None and seed.stage in ACTIVE_STAGES else "")
         seed = replace(seed, losses=losses, slot=slot)
-        target = self._next_stage(seed, self._observation(seed, reported, state))
+        target = self._next_stage(seed, seen)
         return seed if target is None else self._enter(seed, target, state)
 
     def _next_stage(self, seed: Seed, seen: Observation) -> Stage | None:
@@ -215,11 +216,11 @@ class DesiredSeeds:
         epochs = epochs_in_stage(seed, seen.state)
         if epochs < 1:
             return None
-        expired = seed.stage in ACTIVE_STAGES and epochs >= self._settings.stage_epochs_max
+        expired = seed.stage in ACTIVE_STAGES and epochs >= STAGE_EPOCHS_MAX
         target = AUTOMATIC.get(seed.stage)
         if seed.stage == enums.SEED_STAGE_PROBATIONARY and expired:
             target = enums.SEED_STAGE_FOSSILIZED  # without a command the gate decides
-        if target is not None and not closed_reason(gate_between(seed.stage, target), seed, seen, self._settings):
+        if target is not None and not closed_reason(target, seed, seen):
             return target
         return enums.SEED_STAGE_CULLED if expired else None
 
@@ -230,25 +231,26 @@ class DesiredSeeds:
             return replace(entered, germinated_epoch=epoch)
         if target == enums.SEED_STAGE_BLENDING:
             alpha = AlphaSchedule(start=0.0, end=1.0, begin_step=state.global_step, duration_steps=seed.blending_steps)
-            return replace(entered, alpha=alpha, accuracy_before=_finite(state.validation_accuracy))
+            return replace(entered, alpha=alpha, accuracy_before=state.validation_accuracy)
         if target == enums.SEED_STAGE_DORMANT:
-            return replace(entered, slot="", alpha=None, accuracy_before=None)
+            return replace(entered, slot="", alpha=None, accuracy_before=math.nan)
         return entered
 
-    def _observation(self, seed: Seed, reported: SeedState | None, state: SystemStatePacket) -> Observation:
-        others = [other for other in self._now.seeds if other.seed_id != seed.seed_id]
+    def _observation(self, seed: Seed, state: SystemStatePacket) -> Observation:
+        reported = next((known for known in state.seed_states if known.seed_id == seed.seed_id), None)
+        others = [other for other in self._now.seeds.values() if other.seed_id != seed.seed_id]
         taken = {other.slot for other in others if other.stage not in _WITHOUT_SLOT and other.slot}
         return Observation(state, reported, slot_free=seed.slot not in taken)
 
 
 class KasminaService(KasminaServiceServicer):
-    """Serves the desired seeds of each run. Both responses contain the whole set."""
+    """Serves the desired seeds of each run. Each response contains the whole set."""
 
     def __init__(self, runs: Runs[DesiredSeeds]) -> None:
         self._runs = runs
 
     async def ApplyCommand(self, request: rpc.ApplyCommandRequest, context: Context) -> rpc.ApplyCommandResponse:
-        """Executes a command once. A command that cannot be executed is answered with the reason."""
+        """Executes a command once. The response to a command that cannot be executed has the reason."""
         seeds = await self._runs.of_state(request.state, context)
         outcome = seeds.apply(request.command, request.state)
         command_id = request.command.command_id[:_NAME_LENGTH_MAX]
@@ -271,34 +273,30 @@ def _check(command: AdaptationCommand) -> None:
     if command.version != CONTRACT_VERSION:
         raise IllegalMoveError(f"the command has version {command.version}; known is {CONTRACT_VERSION}")
     if command.command_type != enums.COMMAND_SEED or not command.HasField("seed_operation"):
-        raise IllegalMoveError("only seed commands with a seed operation are carried out here")
+        raise IllegalMoveError("only seed commands with a seed operation are executed here")
     slot = command.annotations.get("slot", "")
     names = (command.command_id, command.target_seed_id, command.seed_operation.blueprint_id, slot)
     if max(map(len, names)) > _NAME_LENGTH_MAX:
         raise IllegalMoveError(f"a name in the command is longer than {_NAME_LENGTH_MAX} characters")
 
 
-def _blending_steps(command: AdaptationCommand, default: int) -> int:
-    """Returns the command's blending_steps, else `default`; raises IllegalMoveError for any other parameter."""
+def _blending_steps(command: AdaptationCommand) -> int:
+    """Returns the command's blending_steps, else the default; raises IllegalMoveError for any other parameter."""
     parameters = command.seed_operation.parameters
     unknown = sorted(set(parameters) - {"blending_steps"})
     if unknown:
         raise IllegalMoveError(f"parameter {unknown[0][:_NAME_LENGTH_MAX]!r} is unknown; known is blending_steps")
-    steps = parameters["blending_steps"] if "blending_steps" in parameters else float(default)
+    steps = parameters["blending_steps"] if "blending_steps" in parameters else float(BLENDING_STEPS)
     if not 1 <= steps <= _BLENDING_STEPS_MAX:
         raise IllegalMoveError(f"parameter blending_steps is {steps}, which is not from 1 to {_BLENDING_STEPS_MAX}")
     return int(steps)
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _reported_alpha(reported: SeedState, step: int, blending_steps: int) -> AlphaSchedule | None:
+def _reported_alpha(reported: SeedState, step: int) -> AlphaSchedule | None:
     """Returns the reported schedule; for older packets, which carry only a number, the rest of the blending."""
     if reported.HasField("alpha"):
         return AlphaSchedule.FromString(reported.alpha.SerializeToString())
     alpha = reported.metrics.get("alpha", math.nan)
     if not 0.0 <= alpha <= 1.0:
         return None
-    return AlphaSchedule(start=alpha, end=1.0, begin_step=step, duration_steps=round(blending_steps * (1.0 - alpha)))
+    return AlphaSchedule(start=alpha, end=1.0, begin_step=step, duration_steps=round(BLENDING_STEPS * (1.0 - alpha)))

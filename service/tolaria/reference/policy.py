@@ -1,6 +1,6 @@
-"""What the reference Tamiyo decides: pure functions of a run's history and its newest state.
+"""The policy of the reference Tamiyo: pure functions of a run's history and its newest state.
 
-A decision is an `AdaptationCommand` without id, time and signature; its annotation `reason` says why.
+A decision is an `AdaptationCommand` without id, time and signature, and with an annotation `reason`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from leyline.v1 import enums_pb2 as enums
-from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.commands_pb2 import AdaptationCommand, CommandSeedOperation
 from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.reference.lifecycle import ACTIVE_STAGES, BLUEPRINTS, Operation
 
-# Bounds of the history of one run.
-EPOCHS_MAX = 256
-TRIALS_MAX = 64
+EPOCHS_MAX, TRIALS_MAX = 256, 64  # bounds of the history of one run
 
 # When Tamiyo acts. Epochs are those of the training run; losses are compared by ratio.
 PLATEAU_EPOCHS = 3  # without improvement; the demo reaches a plateau within a minute
@@ -60,6 +58,11 @@ class SeedTrial:
     probation_step: int | None = None
     probation_epoch: int | None = None
 
+    def rewound(self, target_step: int) -> SeedTrial:
+        """Returns the trial without a probation that began after `target_step`."""
+        began = self.probation_step is not None and self.probation_step <= target_step
+        return self if began else replace(self, probation_step=None, probation_epoch=None)
+
 
 @dataclass(frozen=True, slots=True)
 class RunHistory:
@@ -74,13 +77,8 @@ class RunHistory:
     def with_epoch(self, state: SystemStatePacket) -> RunHistory:
         """Returns the history with an epoch's state added; records of its step or later are dropped as undone."""
         kept = self.rewound(state.global_step - 1)
-        record = EpochRecord(
-            epoch=state.current_epoch,
-            step=state.global_step,
-            training_loss=state.training_loss,
-            validation_loss=state.validation_loss,
-            accuracy=state.validation_accuracy,
-        )
+        losses = state.training_loss, state.validation_loss
+        record = EpochRecord(state.current_epoch, state.global_step, *losses, state.validation_accuracy)
         return RunHistory(
             first_loss=kept.first_loss if math.isfinite(kept.first_loss) else state.training_loss,
             records=(*kept.records, record)[-EPOCHS_MAX:],
@@ -99,7 +97,7 @@ class RunHistory:
         records = tuple(record for record in self.records if record.step <= target_step)
         if len(records) == len(self.records):
             return self
-        trials = tuple(_rewound_trial(trial, target_step) for trial in self.trials if trial.step <= target_step)
+        trials = tuple(trial.rewound(target_step) for trial in self.trials if trial.step <= target_step)
         # A rollback restores the learning rates too, so a change that it undoes does not count.
         changes = tuple(step for step in self.rate_changes if step <= target_step)
         return RunHistory(self.first_loss if records else math.nan, records, trials, rate_changes=changes)
@@ -109,7 +107,7 @@ def decide_epoch(history: RunHistory, state: SystemStatePacket) -> tuple[RunHist
     """Returns the history after an epoch, and the most urgent decision; None means no change."""
     history = history.with_epoch(state)
     decision = (
-        _rollback_of_epoch(history, state)
+        (None if _recently(history, enums.COMMAND_ROLLBACK) else _divergence(history, state.training_loss))
         or _verdict_on_probation(history, state)
         or _lower_rates(history)
         or _germination(history, state)
@@ -122,39 +120,26 @@ def decide_step(history: RunHistory, state: SystemStatePacket) -> tuple[RunHisto
     history = history.rewound(state.global_step)
     if history.rollback_asked_step is not None and history.rollback_asked_step <= state.global_step:
         return history, None
-    decision = _divergence(history, state.training_loss) if not math.isfinite(state.training_loss) else None
-    if decision is None and "loss_ewma" in state.training_metrics:
-        decision = _divergence(history, state.training_metrics["loss_ewma"])
+    finite = math.isfinite(state.training_loss)
+    decision = _divergence(history, state.training_metrics.get("loss_ewma", 0.0) if finite else state.training_loss)
     return replace(history, rollback_asked_step=state.global_step if decision else None), decision
 
 
 def _trials_after(kept: RunHistory, state: SystemStatePacket) -> tuple[SeedTrial, ...]:
     """Returns the trials of the seeds that have an effect in `state`; those of others are dropped."""
     known = {trial.seed_id: trial for trial in kept.trials}
-    # Compared with the best accuracy that older seeds are compared with: a harmful one must not lower the standard.
+    # The best accuracy so far of any trial: a harmful older seed must not lower the standard.
     latest = kept.records[-1].accuracy if kept.records else state.validation_accuracy
     before = max(_finite((latest, *(trial.accuracy_before for trial in kept.trials))), default=-math.inf)
     trials = []
     for seed in {seed.seed_id: seed for seed in state.seed_states if seed.stage in _WITH_EFFECT}.values():
         trial = known.get(seed.seed_id) or SeedTrial(seed.seed_id, state.global_step, before)
         if seed.stage != enums.SEED_STAGE_PROBATIONARY:
-            trial = replace(trial, probation_step=None, probation_epoch=None)
+            trial = trial.rewound(-1)
         elif trial.probation_step is None:
             trial = replace(trial, probation_step=state.global_step, probation_epoch=state.current_epoch)
         trials.append(trial)
     return tuple(trials[:TRIALS_MAX])
-
-
-def _rewound_trial(trial: SeedTrial, target_step: int) -> SeedTrial:
-    if trial.probation_step is None or trial.probation_step <= target_step:
-        return trial
-    return replace(trial, probation_step=None, probation_epoch=None)
-
-
-def _rollback_of_epoch(history: RunHistory, state: SystemStatePacket) -> AdaptationCommand | None:
-    if _recently(history, enums.COMMAND_ROLLBACK):
-        return None
-    return _divergence(history, state.training_loss)
 
 
 def _divergence(history: RunHistory, loss: float) -> AdaptationCommand | None:
@@ -192,10 +177,8 @@ def _lower_rates(history: RunHistory) -> AdaptationCommand | None:
     jumps = sum(after - before > VOLATILE_RISE * abs(before) for before, after in pairwise(losses))
     if jumps < VOLATILE_JUMPS or _recently(history, enums.COMMAND_OPTIMIZER):
         return None
-    rise, changes = f"{VOLATILE_RISE:.0%}", len(losses) - 1
-    decision = _decision(
-        enums.COMMAND_OPTIMIZER, f"training loss rose by over {rise} in {jumps} of the latest {changes} epochs"
-    )
+    reason = f"training loss rose by over {VOLATILE_RISE:.0%} in {jumps} of the latest {len(losses) - 1} epochs"
+    decision = AdaptationCommand(command_type=enums.COMMAND_OPTIMIZER, annotations={"reason": reason})
     decision.optimizer_adjustment.hyperparameters["lr_factor"] = LR_FACTOR
     return decision
 
@@ -205,16 +188,18 @@ def _germination(history: RunHistory, state: SystemStatePacket) -> AdaptationCom
     if len(active) >= ACTIVE_MAX or any(seed.age_epochs < YOUNG_EPOCHS for seed in active):
         return None
     # The latest germination counts as well: its seed may not be reported yet.
-    past = [(r.epoch, r.decision) for r in history.records if r.decision and _is_germination(r.decision)]
-    if past and state.current_epoch - past[-1][0] < YOUNG_EPOCHS:
+    past = [
+        (record.epoch, record.decision.seed_operation.blueprint_id)
+        for record in history.records
+        if record.decision and record.decision.seed_operation.operation == enums.SEED_OP_GERMINATE
+    ]
+    young = past and state.current_epoch - past[-1][0] < YOUNG_EPOCHS
+    if young or not _plateau(history.records):
         return None
-    if not _plateau(history.records):
-        return None
-    turn = BLUEPRINTS.index(past[-1][1].seed_operation.blueprint_id) + 1 if past else 0
+    turn = BLUEPRINTS.index(past[-1][1]) + 1 if past else 0
     best = min(_finite(record.validation_loss for record in history.records))
     reason = f"no real improvement for {PLATEAU_EPOCHS} epochs; best validation loss {best:.4g}"
-    blueprint_id = BLUEPRINTS[turn % len(BLUEPRINTS)]
-    return _seed_operation(enums.SEED_OP_GERMINATE, reason, blueprint_id=blueprint_id)
+    return _seed_operation(enums.SEED_OP_GERMINATE, reason, blueprint_id=BLUEPRINTS[turn % len(BLUEPRINTS)])
 
 
 def _plateau(records: tuple[EpochRecord, ...]) -> bool:
@@ -236,20 +221,12 @@ def _recently(history: RunHistory, command_type: enums.CommandType.ValueType) ->
     )
 
 
-def _is_germination(decision: AdaptationCommand) -> bool:
-    return decision.seed_operation.operation == enums.SEED_OP_GERMINATE
-
-
 def _finite(values: Iterable[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
-def _decision(command_type: enums.CommandType.ValueType, reason: str) -> AdaptationCommand:
-    return AdaptationCommand(command_type=command_type, annotations={"reason": reason})
-
-
 def _fast_rollback(reason: str) -> AdaptationCommand:
-    decision = _decision(enums.COMMAND_ROLLBACK, reason)
+    decision = AdaptationCommand(command_type=enums.COMMAND_ROLLBACK, annotations={"reason": reason})
     decision.rollback_payload.update({"tier": "fast", "reason": reason})
     return decision
 
@@ -257,7 +234,9 @@ def _fast_rollback(reason: str) -> AdaptationCommand:
 def _seed_operation(
     operation: Operation, reason: str, *, seed_id: str = "", blueprint_id: str = ""
 ) -> AdaptationCommand:
-    decision = _decision(enums.COMMAND_SEED, reason)
-    decision.target_seed_id = seed_id
-    decision.seed_operation.operation, decision.seed_operation.blueprint_id = operation, blueprint_id
-    return decision
+    return AdaptationCommand(
+        command_type=enums.COMMAND_SEED,
+        target_seed_id=seed_id,
+        seed_operation=CommandSeedOperation(operation=operation, blueprint_id=blueprint_id),
+        annotations={"reason": reason},
+    )

@@ -36,6 +36,8 @@ TRANSITIONS: Mapping[Phase, Mapping[Call, Phase]] = {
     "confirmed": {},
     "aborted": {},
 }
+# The phase of an open rollback whose coordinator is gone.
+_ABANDONED: Mapping[Phase, Phase] = {"prepared": "aborted", "committed": "confirmed"}
 
 
 class Revertible(Protocol):
@@ -43,7 +45,6 @@ class Revertible(Protocol):
 
     def revert(self, target_step: int) -> Undo:
         """Restores the newest state at or before `target_step`; calling the result undoes that."""
-        ...
 
 
 T = TypeVar("T", bound=Revertible)
@@ -52,32 +53,31 @@ T = TypeVar("T", bound=Revertible)
 class Runs(Generic[T]):
     """One `T` for each run id. The least recently used run is forgotten first."""
 
-    def __init__(self, create: Callable[[], T], runs_max: int = _RUNS_MAX) -> None:
-        self._create, self._runs_max = create, runs_max
+    def __init__(self, create: Callable[[], T]) -> None:
+        self._create = create
         self._by_id: OrderedDict[str, T] = OrderedDict()
 
     async def of_state(self, state: SystemStatePacket, context: Context) -> T:
-        """Returns what is kept for the packet's run; ends the call with INVALID_ARGUMENT if the packet is invalid."""
-        run_id = state.training_run_id
+        """Returns the state of the packet's run; aborts the call with INVALID_ARGUMENT if the packet is invalid."""
         if state.version != CONTRACT_VERSION:
             detail = f"state.version: is {state.version}; known is {CONTRACT_VERSION}"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, detail)
-        if len(run_id) > _RUN_ID_LENGTH_MAX:
+        if len(state.training_run_id) > _RUN_ID_LENGTH_MAX:
             detail = f"state.training_run_id: is longer than {_RUN_ID_LENGTH_MAX} characters"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, detail)
-        return self.of(run_id)
+        return self.of(state.training_run_id)
 
     def of(self, run_id: str) -> T:
-        """Returns what is kept for a run, created on first use."""
+        """Returns the state of a run, created on first use."""
         if run_id not in self._by_id:
             self._by_id[run_id] = self._create()
         self._by_id.move_to_end(run_id)
-        while len(self._by_id) > self._runs_max:
+        if len(self._by_id) > _RUNS_MAX:
             self._by_id.popitem(last=False)
         return self._by_id[run_id]
 
     def revert(self, target_step: int) -> Undo:
-        """Reverts the most recently used run, since the calls of a rollback do not name their run."""
+        """Reverts the most recently used run: the calls of a rollback do not name their run."""
         if not self._by_id:
             return lambda: None
         return next(reversed(self._by_id.values())).revert(target_step)
@@ -91,15 +91,41 @@ class _Rollback:
     undo: Undo | None = None
 
 
-class Participant:
+_Request: TypeAlias = (
+    rpc.PrepareRollbackRequest | rpc.CommitRollbackRequest | rpc.ConfirmRollbackRequest | rpc.AbortRollbackRequest
+)
+
+
+class RollbackParticipantService(RollbackParticipantServiceServicer):
     """Executes rollbacks by id; the oldest are forgotten first. A repeated call gets the same answer.
 
-    A prepare closes the rollbacks that other coordinators left open: prepared ones abort, committed ones are confirmed.
+    A refusal is a response with the reason in `detail`, not an error status. A prepare closes the rollbacks that other
+    coordinators left open: prepared ones abort, committed ones are confirmed.
     """
 
     def __init__(self, state: Revertible) -> None:
         self._state = state
         self._rollbacks: OrderedDict[str, _Rollback] = OrderedDict()
+
+    async def PrepareRollback(
+        self, request: rpc.PrepareRollbackRequest, context: Context
+    ) -> rpc.PrepareRollbackResponse:
+        """Promises to revert; changes nothing."""
+        return rpc.PrepareRollbackResponse(**self._response("prepare", request))
+
+    async def CommitRollback(self, request: rpc.CommitRollbackRequest, context: Context) -> rpc.CommitRollbackResponse:
+        """Reverts to the target step."""
+        return rpc.CommitRollbackResponse(**self._response("commit", request))
+
+    async def ConfirmRollback(
+        self, request: rpc.ConfirmRollbackRequest, context: Context
+    ) -> rpc.ConfirmRollbackResponse:
+        """Makes the rollback final: drops the state from before."""
+        return rpc.ConfirmRollbackResponse(**self._response("confirm", request))
+
+    async def AbortRollback(self, request: rpc.AbortRollbackRequest, context: Context) -> rpc.AbortRollbackResponse:
+        """Withdraws the promise, or undoes the commit."""
+        return rpc.AbortRollbackResponse(**self._response("abort", request))
 
     def answer(self, call: Call, rollback_id: str, target_step: int) -> tuple[bool, str]:
         """Returns whether the call is accepted, and the phase it leads to or the reason of the refusal."""
@@ -114,20 +140,15 @@ class Participant:
         if phase is None:
             return False, f"{call} does not fit: {rollback.phase}"
         if call == "prepare":
-            self._close_open()
+            for other in self._rollbacks.values():
+                if other.phase in _ABANDONED:
+                    self._enter(other, _ABANDONED[other.phase])
         self._enter(rollback, phase)
         rollback.accepted[call] = phase
         self._rollbacks[rollback_id] = rollback
         if len(self._rollbacks) > _ROLLBACKS_MAX:
             self._rollbacks.popitem(last=False)
         return True, phase
-
-    def _close_open(self) -> None:
-        for rollback in self._rollbacks.values():
-            if rollback.phase == "prepared":
-                self._enter(rollback, "aborted")
-            elif rollback.phase == "committed":
-                self._enter(rollback, "confirmed")
 
     def _enter(self, rollback: _Rollback, phase: Phase) -> None:
         if phase == "committed":
@@ -138,48 +159,8 @@ class Participant:
             rollback.undo = None  # it refers to the whole former history
         rollback.phase = phase
 
-
-class _Request(Protocol):
-    @property
-    def rollback_id(self) -> str: ...
-    @property
-    def target_step(self) -> int: ...
-    @property
-    def reason(self) -> str: ...
-
-
-class RollbackParticipantService(RollbackParticipantServiceServicer):
-    """Serves a `Participant`. A refusal is a response with the reason in `detail`, not an error status."""
-
-    def __init__(self, state: Revertible) -> None:
-        self._participant = Participant(state)
-
-    async def PrepareRollback(
-        self, request: rpc.PrepareRollbackRequest, context: Context
-    ) -> rpc.PrepareRollbackResponse:
-        """Promises to revert; changes nothing."""
-        accepted, detail = self._answer("prepare", request)
-        return rpc.PrepareRollbackResponse(rollback_id=request.rollback_id, accepted=accepted, detail=detail)
-
-    async def CommitRollback(self, request: rpc.CommitRollbackRequest, context: Context) -> rpc.CommitRollbackResponse:
-        """Reverts to the target step."""
-        accepted, detail = self._answer("commit", request)
-        return rpc.CommitRollbackResponse(rollback_id=request.rollback_id, accepted=accepted, detail=detail)
-
-    async def ConfirmRollback(
-        self, request: rpc.ConfirmRollbackRequest, context: Context
-    ) -> rpc.ConfirmRollbackResponse:
-        """Makes the rollback final: drops the state from before."""
-        accepted, detail = self._answer("confirm", request)
-        return rpc.ConfirmRollbackResponse(rollback_id=request.rollback_id, accepted=accepted, detail=detail)
-
-    async def AbortRollback(self, request: rpc.AbortRollbackRequest, context: Context) -> rpc.AbortRollbackResponse:
-        """Withdraws the promise, or undoes the commit."""
-        accepted, detail = self._answer("abort", request)
-        return rpc.AbortRollbackResponse(rollback_id=request.rollback_id, accepted=accepted, detail=detail)
-
-    def _answer(self, call: Call, request: _Request) -> tuple[bool, str]:
-        accepted, detail = self._participant.answer(call, request.rollback_id, request.target_step)
+    def _response(self, call: Call, request: _Request) -> dict[str, Any]:
+        accepted, detail = self.answer(call, request.rollback_id, request.target_step)
         _log.info(
             "rollback",
             call=call,
@@ -189,4 +170,4 @@ class RollbackParticipantService(RollbackParticipantServiceServicer):
             accepted=accepted,
             detail=detail,
         )
-        return accepted, detail
+        return {"rollback_id": request.rollback_id, "accepted": accepted, "detail": detail}

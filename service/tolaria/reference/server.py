@@ -1,4 +1,4 @@
-"""One reference peer as a gRPC server that takes part in the signal board."""
+"""One reference peer as a gRPC server that is attached to the signal board."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import anyio
@@ -14,28 +14,22 @@ import anyio.to_thread
 import grpc.aio
 import structlog
 
-from leyline.v1 import kasmina_service_pb2, rollback_service_pb2, tamiyo_service_pb2
 from leyline.v1.kasmina_service_pb2_grpc import add_KasminaServiceServicer_to_server
 from leyline.v1.rollback_service_pb2_grpc import add_RollbackParticipantServiceServicer_to_server
 from leyline.v1.tamiyo_service_pb2_grpc import add_TamiyoServiceServicer_to_server
 from tolaria.config import Address, LeylineSettings
+from tolaria.emergency.protocol import level_name
 from tolaria.errors import SignalError
 from tolaria.grpc_server import GrpcServer, grpc_server
 from tolaria.peers.connect import Peer
 from tolaria.reference.kasmina import DesiredSeeds, KasminaService
-from tolaria.reference.lifecycle import LifecycleSettings
 from tolaria.reference.rollback import RollbackParticipantService, Runs
 from tolaria.reference.tamiyo import TamiyoRun, TamiyoService
-from tolaria.signals import Participant, SignalBoard
+from tolaria.signals import ParticipantWriter, SignalBoard
 
-_GRACE_S = 1.0
-_HEARTBEAT_S = 1.0
-_RETRY_S = 1.0
-_ROLLBACK_SERVICE = rollback_service_pb2.DESCRIPTOR.services_by_name["RollbackParticipantService"].full_name
-_SERVICE_NAMES: dict[Peer, str] = {
-    "tamiyo": tamiyo_service_pb2.DESCRIPTOR.services_by_name["TamiyoService"].full_name,
-    "kasmina": kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"].full_name,
-}
+_GRACE_S, _HEARTBEAT_S, _RETRY_S = 1.0, 1.0, 1.0
+_ROLLBACK_SERVICE = "leyline.v1.RollbackParticipantService"
+_SERVICES: dict[Peer, str] = {"tamiyo": "leyline.v1.TamiyoService", "kasmina": "leyline.v1.KasminaService"}
 _log = structlog.get_logger(__name__)
 
 
@@ -51,11 +45,8 @@ async def serve_peer(
     """Serves one peer until SIGTERM or SIGINT or, with `while_stdin`, until standard input ends.
 
     A pipe on standard input ends with the process at its other end, even if that is killed. `announce` is called once,
-    with the address that the server listens on. With a signal `board` the peer sends heartbeats on it and acknowledges
-    emergencies. Must run in the main thread, which receives the signals.
-
-    Raises:
-        BindError: `listen` is not available.
+    with the address that the server listens on. With a signal `board` the peer sends heartbeats and acknowledges
+    emergencies on it. Must run in the main thread, which receives the signals. Raises as `peer_server` does.
     """
     async with peer_server(peer, listen, leyline) as server, anyio.create_task_group() as tasks:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -71,11 +62,7 @@ async def serve_peer(
 
 @asynccontextmanager
 async def peer_server(peer: Peer, listen: str, leyline: LeylineSettings) -> AsyncIterator[GrpcServer]:
-    """Serves one peer while the block runs.
-
-    Raises:
-        BindError: `listen` is not available.
-    """
+    """Serves one peer while the block runs. Raises `BindError` when `listen` is not available."""
 
     def register(server: grpc.aio.Server) -> None:
         runs: Runs[TamiyoRun] | Runs[DesiredSeeds]
@@ -84,11 +71,11 @@ async def peer_server(peer: Peer, listen: str, leyline: LeylineSettings) -> Asyn
             runs = Runs(TamiyoRun)
             add_TamiyoServiceServicer_to_server(TamiyoService(runs, secret=secret), server)
         else:
-            runs = Runs(lambda: DesiredSeeds(LifecycleSettings()))
+            runs = Runs(DesiredSeeds)
             add_KasminaServiceServicer_to_server(KasminaService(runs), server)
         add_RollbackParticipantServiceServicer_to_server(RollbackParticipantService(runs), server)
 
-    service_names = (_SERVICE_NAMES[peer], _ROLLBACK_SERVICE)
+    service_names = (_SERVICES[peer], _ROLLBACK_SERVICE)
     async with grpc_server(peer, listen, register, service_names=service_names, grace_s=_GRACE_S) as server:
         for name in ("", *service_names):
             await server.set_health(name, serving=True)
@@ -96,7 +83,7 @@ async def peer_server(peer: Peer, listen: str, leyline: LeylineSettings) -> Asyn
 
 
 async def join_board(path: Path, name: str) -> None:
-    """Takes part in the signal board at `path` until cancelled, and joins again when the board is replaced."""
+    """Attaches to the signal board at `path` until cancelled, and again when the board is replaced."""
     last_error = ""
     while True:
         try:
@@ -115,8 +102,8 @@ async def join_board(path: Path, name: str) -> None:
         await anyio.sleep(_RETRY_S)
 
 
-async def _take_part(board: SignalBoard, me: Participant) -> None:
-    """Sends heartbeats and acknowledges emergencies. A reference peer has no background work to stop."""
+async def _take_part(board: SignalBoard, me: ParticipantWriter) -> None:
+    """Sends heartbeats and acknowledges emergencies. A reference peer has no background work that a halt would stop."""
     limiter = anyio.CapacityLimiter(1)
     while board.current:
         seen = board.bell  # read before the signals, so that a later one ends the wait
@@ -126,7 +113,7 @@ async def _take_part(board: SignalBoard, me: Participant) -> None:
             me.acknowledge(effective.signal_id)
             _log.warning(
                 "emergency_acknowledged",
-                emergency_level=effective.level,
+                emergency_level=level_name(effective.level),
                 reason=effective.reason,
                 origin=effective.origin,
             )
@@ -135,14 +122,10 @@ async def _take_part(board: SignalBoard, me: Participant) -> None:
 
 async def _stop_at_end_of_stdin(serving: anyio.CancelScope) -> None:
     """Cancels `serving` at the end of standard input and discards what is read before."""
-    stdin = sys.stdin.fileno()
-    is_open = True
-    while is_open:
-        try:
+    stdin, text = sys.stdin.fileno(), b" "
+    with suppress(PermissionError):  # a regular file or /dev/null cannot be polled and counts as ended
+        while text:
             await anyio.wait_readable(stdin)
-        except PermissionError:
-            # A regular file or /dev/null cannot be polled; it never blocks, so it has ended already.
-            break
-        is_open = bool(os.read(stdin, 4096))
+            text = os.read(stdin, 4096)
     _log.info("stopping", why="standard input ended")
     serving.cancel()

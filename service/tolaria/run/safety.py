@@ -23,7 +23,7 @@ from tolaria.run.observers import RunObserver
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety_telemetry import SafetyTelemetry
 from tolaria.run.status import RunStatus
-from tolaria.signals import Participant, SignalBoard
+from tolaria.signals import ParticipantWriter, SignalBoard
 
 TAMIYO, KASMINA = "tamiyo", "kasmina"
 BOUNDARY, LR_INTEGRITY, OPTIMIZER, CHECKPOINT = "boundary", "lr_integrity", "optimizer", "checkpoint"
@@ -175,7 +175,7 @@ class Safety:
     def __init__(
         self,
         board: SignalBoard,
-        participant: Participant,
+        participant: ParticipantWriter,
         settings: EmergencySettings,
         *,
         lifecycle: Lifecycle,
@@ -196,7 +196,7 @@ class Safety:
             participant,
             broadcast=telemetry.broadcast,
             observer=self._observe,
-            policy=emergency.EmergencyPolicy(broadcasts_per_minute=settings.broadcasts_per_minute),
+            broadcasts_per_minute=settings.broadcasts_per_minute,
         )
 
     @property

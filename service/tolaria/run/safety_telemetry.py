@@ -101,16 +101,15 @@ class SafetyTelemetry(RunObserver):
             case emergency.HeldBack():
                 self._log.warning("emergency_told_later", reason=report.notice.signal.reason)
             case emergency.Covered():
-                self._log.info("emergency_covered", emergency_level=level_name(report.level), reason=report.reason)
-            case emergency.Acknowledged():
-                given = report.acknowledgement
-                self._log.info(
-                    "emergency_acknowledged", by=given.participant, latency_ms=round(given.latency_ns / _NS_PER_MS, 3)
-                )
+                level = level_name(report.signal.level)
+                self._log.info("emergency_covered", emergency_level=level, reason=report.signal.reason)
+            case emergency.Acknowledgement():
+                latency_ms = round(report.latency_ns / _NS_PER_MS, 3)
+                self._log.info("emergency_acknowledged", by=report.participant, latency_ms=latency_ms)
             case emergency.DeadlineMissed():
                 self._log.warning("emergency_deadline_missed", missing=report.state.missing)
             case emergency.Reissued():
-                self._log.warning("emergency_put_on_the_board_again", error=report.write.error)
+                self._log.warning("emergency_put_on_the_board_again", error=report.board_error)
             case emergency.BoardUnreadable():
                 self._log.error("signal_board_unreadable", error=report.error)
             case _:
@@ -130,11 +129,13 @@ class SafetyTelemetry(RunObserver):
             self._emitter.emit(events.EMERGENCY_HALT, reason=state.reason, origin=state.origin)
         if state.origin == SENTINEL:
             self._emitter.emit(events.HEARTBEAT_LOST, reason=state.reason)
-        if report.write is not None and report.write.error:
-            self._log.error("signal_board_not_written", error=report.write.error)
+        if report.board_error:
+            self._log.error("signal_board_not_written", error=report.board_error)
 
     def _cleared(self, report: emergency.Cleared) -> None:
         self._level(enums.EMERGENCY_LEVEL_UNSPECIFIED)
+        if report.board_error:
+            self._log.error("signal_board_not_written", error=report.board_error)
         self._emitter.emit(
             events.EMERGENCY_CLEARED,
             emergency_level=level_name(report.before.level),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Final
 
@@ -20,7 +21,7 @@ from tolaria.config import PeerSettings, child_environment
 from tolaria.emergency.supervision import watch_board, watch_process
 from tolaria.grpc_server import GrpcServer, grpc_server
 from tolaria.peers.connect import Peer, Peers, connected_peers
-from tolaria.reference.embedded import EmbeddedPair, embedded_pair
+from tolaria.reference.embedded import EmbeddedPeer, embedded_peers
 from tolaria.rpc.admin import AdminParts, AdminService
 from tolaria.run.resume import RunOutcome
 from tolaria.run.safety import KASMINA, TAMIYO
@@ -60,8 +61,8 @@ class Host:
             listen, metrics = self._settings.metrics.listen, self._foundation.metrics
             metrics_server = exporter(listen, metrics, lambda: reasons_not_ready(self._core))
             self._metrics_address = str(await stack.enter_async_context(metrics_server))
-            pair = await stack.enter_async_context(self._embedded_peers())
-            peers = await stack.enter_async_context(self._connected_peers(pair))
+            embedded = await stack.enter_async_context(self._embedded_peers())
+            peers = await stack.enter_async_context(self._connected_peers(embedded))
             service = new_run(self._core, peers)
             operations = await stack.enter_async_context(anyio.create_task_group())
             stack.callback(operations.cancel_scope.cancel)
@@ -149,28 +150,29 @@ class Host:
         status.metrics_address = self._metrics_address
         status.boundary_budget_ms = self._settings.control.boundary_budget_ms
 
-    def _embedded_peers(self) -> AbstractAsyncContextManager[EmbeddedPair]:
+    def _embedded_peers(self) -> AbstractAsyncContextManager[Mapping[Peer, EmbeddedPeer]]:
         """The reference peers for which no target is set."""
         settings = self._settings
         targets: dict[Peer, str] = {"tamiyo": settings.tamiyo.target, "kasmina": settings.kasmina.target}
         missing = [peer for peer, target in targets.items() if not target]
         if missing:
             self._log.info("embedded_peers", peers=missing, detail="no target was given: the reference peers start")
-        return embedded_pair(
+        return embedded_peers(
             child_environment(settings),
             missing,
             board=self._foundation.board.path,
             stop_timeout_s=_CHILDREN_SHARE * settings.service.drain_timeout_s,
         )
 
-    def _connected_peers(self, pair: EmbeddedPair) -> AbstractAsyncContextManager[Peers]:
-        def with_target(settings: PeerSettings, embedded: str) -> PeerSettings:
+    def _connected_peers(self, embedded: Mapping[Peer, EmbeddedPeer]) -> AbstractAsyncContextManager[Peers]:
+        def with_target(peer: Peer, settings: PeerSettings) -> PeerSettings:
+            target = embedded[peer].target if peer in embedded else settings.target
             drain_s = min(settings.drain_s, _PEERS_SHARE * self._settings.service.drain_timeout_s)
-            return settings.model_copy(update={"target": settings.target or embedded, "drain_s": drain_s})
+            return settings.model_copy(update={"target": target, "drain_s": drain_s})
 
         return connected_peers(
-            with_target(self._settings.tamiyo, pair.tamiyo),
-            with_target(self._settings.kasmina, pair.kasmina),
+            with_target("tamiyo", self._settings.tamiyo),
+            with_target("kasmina", self._settings.kasmina),
             breakers=self._core.safeguards.breakers,
             metrics=self._foundation.metrics,
             emitter=self._foundation.emitter,

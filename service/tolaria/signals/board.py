@@ -1,15 +1,4 @@
-"""The signal board: emergency levels, heartbeats and the rollback's state, shared through one mapped file.
-
-with SignalBoard.attach("/dev/shm/tolaria-run1") as board:
-me = board.claim("kasmina")
-seen = board.bell
-while board.current:
-me.beat()
-signal = board.effective()
-if signal is not None and signal.signal_id != me.record.acknowledged_id:
-me.acknowledge(signal.signal_id)
-seen = board.wait(seen, timeout_s=1.0)
-"""
+"""The signal board: emergency levels, heartbeats and the rollback's state, shared through one mapped file."""
 
 from __future__ import annotations
 
@@ -18,15 +7,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Self
 
-from tolaria.errors import BlockOwnedError
 from tolaria.signals.futex import Bell, futex_available
 from tolaria.signals.layout import (
     BELL_AT,
     BLOCKS_AT,
-    CLEARERS,
     CREATOR_INDEX,
     HEARTBEAT,
     LANE_HEARTBEAT,
@@ -34,21 +20,23 @@ from tolaria.signals.layout import (
     PARTICIPANT_SIZE,
     PARTICIPANTS,
     ROLLBACK_AT,
+    ROLLBACK_INDEX,
     ROLLBACK_PAYLOAD,
     ParticipantRecord,
     RollbackRecord,
     Signal,
     active_signals,
     bell_value,
-    cleared_until,
     decode_participant,
     decode_rollback,
+    encode_participant,
+    encode_rollback,
     index_of,
     participant_at,
 )
-from tolaria.signals.mapping import BoardFile, BoardMemory, attach_file, create_file, remove_file
-from tolaria.signals.seqlock import BoardStatistics, FaultCounter, ParticipantState, Seqlock
-from tolaria.signals.writers import BoardParts, Participant, RollbackWriter
+from tolaria.signals.mapping import BoardFile, BoardMemory, attach_file, create_file
+from tolaria.signals.seqlock import ParticipantState, Seqlock
+from tolaria.signals.writers import BoardParts, ParticipantWriter, RollbackWriter
 
 _SEQUENCES = slice(BLOCKS_AT // 8, ROLLBACK_AT // 8, PARTICIPANT_SIZE // 8)
 _UNREAD = -1
@@ -70,11 +58,11 @@ class SignalBoard:
     """One process's view of a board, made by `create` or `attach`; a context manager that closes it.
 
     Any thread may read, wait and claim. Everything raises `BoardLostError` once the board is closed or its file was
-    cut short, except heartbeats, which are then counted as lost.
+    cut short, except heartbeats, which are then dropped.
 
     Attributes:
         path: the board's file.
-        run_id: of the run that created it.
+        run_id: the run that created it.
         adopted: whether `create` took over the board of a crashed process of the same run.
         degraded: whether waiting polls every millisecond, as this platform has no futex (`shared_signal_degraded`).
     """
@@ -84,17 +72,17 @@ class SignalBoard:
         self.run_id = file.header.run_id
         self.adopted = file.adopted
         self.degraded = not futex_available()
-        self._fd = file.fd
         self._creator = creator
         self._memory = BoardMemory(file.fd, path)
-        self._faults = FaultCounter()
         self._bell = Bell(self._memory.view, BELL_AT, futex=not self.degraded)
-        self._parts = BoardParts(self._memory, file.locks, self._bell, self._faults, clock)
-        self._blocks = [self._participant_block(index) for index in range(len(PARTICIPANTS))]
-        self._rollback = Seqlock[RollbackRecord](
-            self._memory, ROLLBACK_AT, ROLLBACK_PAYLOAD, decode=decode_rollback, faults=self._faults
+        self._parts = BoardParts(
+            memory=self._memory,
+            locks=file.locks,
+            bell=self._bell,
+            blocks=tuple(_participant_block(self._memory, index) for index in range(len(PARTICIPANTS))),
+            rollback=_rollback_block(self._memory),
+            clock=clock,
         )
-        self._claimed: dict[str, Participant | RollbackWriter] = {}
         self._snapshot = _Snapshot([_UNREAD] * len(PARTICIPANTS), dict.fromkeys(PARTICIPANTS, _EMPTY), ())
 
     @classmethod
@@ -138,23 +126,18 @@ class SignalBoard:
         self._memory.require_intact()
         return self._bell.wait(seen, timeout_s)
 
-    def claim(self, name: str) -> Participant:
+    def claim(self, name: str) -> ParticipantWriter:
         """Makes this process the writer of participant `name` (see PARTICIPANTS) until release, close or exit.
 
         Raises `BlockOwnedError` when it is claimed already, here or by another living process.
         """
-        index = index_of(name)
-        self._require_unclaimed(name)
-        participant = Participant(name, self._parts, self._blocks[index], cleared_ns=self._cleared_ns)
-        self._claimed[name] = participant
-        return participant
+        self._memory.require_intact()
+        return ParticipantWriter(name, self._parts)
 
     def claim_rollback(self) -> RollbackWriter:
         """Makes this process the writer of the rollback block. Raises as `claim` does."""
-        self._require_unclaimed("rollback")
-        writer = RollbackWriter(self._parts, self._rollback)
-        self._claimed["rollback"] = writer
-        return writer
+        self._memory.require_intact()
+        return RollbackWriter(self._parts)
 
     def effective(self) -> Signal | None:
         """Returns the active signal of the highest level; of equals, the one raised first. A few microseconds."""
@@ -162,7 +145,7 @@ class SignalBoard:
         return active[0] if active else None
 
     def active_signals(self) -> tuple[Signal, ...]:
-        """Returns every signal raised and not cleared, the effective one first. Counts and skips unreadable blocks.
+        """Returns every signal raised and not cleared, the effective one first. Skips unreadable blocks.
 
         A block is decoded again only when its sequence changed: a record that was read survives later damage.
         """
@@ -178,7 +161,7 @@ class SignalBoard:
         index = index_of(name)
         self._memory.require_intact()
         words, at = self._memory.words, participant_at(index)
-        reading = self._blocks[index].read()
+        reading = self._parts.blocks[index].read()
         return ParticipantState(
             name, reading.condition, words[(at + HEARTBEAT) // 8], words[(at + LANE_HEARTBEAT) // 8], reading.record
         )
@@ -188,24 +171,12 @@ class SignalBoard:
         return tuple(self.read(name) for name in PARTICIPANTS)
 
     def read_rollback(self) -> RollbackRecord | None:
-        """Returns the rollback block; None when it is torn or damaged (counted)."""
+        """Returns the rollback block; None when it is torn or damaged."""
         self._memory.require_intact()
-        return self._rollback.read().record
-
-    def acknowledgements(self, signal_id: int) -> dict[str, int]:
-        """Returns the participants that acknowledged a signal, with the times (monotonic ns)."""
-        return {
-            state.name: state.record.acknowledged_ns
-            for state in self.read_all()
-            if state.record is not None and state.record.acknowledged_id == signal_id
-        }
-
-    def statistics(self) -> BoardStatistics:
-        """Returns the faults that this view saw."""
-        return self._faults.statistics()
+        return self._parts.rollback.read().record
 
     def close(self, *, unlink: bool = False) -> None:
-        """Ends this process's waits, releases its claims and unmaps; again is harmless.
+        """Ends this process's waits, releases its claims and unmaps. Closing again is harmless.
 
         `unlink` also removes the file, unless its name leads to another board by now, and wakes the waiters of other
         processes. Other threads of this process may still be in `wait`, but not read or write.
@@ -213,7 +184,7 @@ class SignalBoard:
         if self._memory.closed:
             return
         if unlink:
-            remove_file(self.path, self._fd)
+            self._memory.unlink()
             if self._memory.intact:
                 self._bell.ring(bell_value(CREATOR_INDEX, self._bell.value + 1))  # woken waiters look at `current`
         self._bell.close()
@@ -223,9 +194,7 @@ class SignalBoard:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Closes the board; its creator removes the file too."""
         self.close(unlink=self._creator)
 
@@ -234,21 +203,18 @@ class SignalBoard:
         known, records = snapshot.sequences.copy(), snapshot.records.copy()
         for index, sequence in enumerate(sequences):
             if sequence != known[index]:
-                _, record, sequence_read = self._blocks[index].read()
+                _, record, sequence_read = self._parts.blocks[index].read()
                 known[index] = _UNREAD if record is None else sequence_read
                 records[PARTICIPANTS[index]] = _EMPTY if record is None else record
         return _Snapshot(known, records, active_signals(records))
 
-    def _participant_block(self, index: int) -> Seqlock[ParticipantRecord]:
-        decode = partial(decode_participant, index=index)
-        return Seqlock(self._memory, participant_at(index), PARTICIPANT_PAYLOAD, decode=decode, faults=self._faults)
 
-    def _require_unclaimed(self, name: str) -> None:
-        self._memory.require_intact()
-        claimed = self._claimed.get(name)
-        if claimed is not None and not claimed.released:
-            raise BlockOwnedError(f"{name} is claimed by this process already")
+def _participant_block(memory: BoardMemory, index: int) -> Seqlock[ParticipantRecord]:
+    encode, decode = partial(encode_participant, index), partial(decode_participant, index=index)
+    return Seqlock(memory, index, participant_at(index), PARTICIPANT_PAYLOAD, encode=encode, decode=decode)
 
-    def _cleared_ns(self) -> int:
-        readings = {name: self._blocks[index_of(name)].read() for name in CLEARERS}
-        return cleared_until({name: found.record for name, found in readings.items() if found.record is not None})
+
+def _rollback_block(memory: BoardMemory) -> Seqlock[RollbackRecord]:
+    return Seqlock(
+        memory, ROLLBACK_INDEX, ROLLBACK_AT, ROLLBACK_PAYLOAD, encode=encode_rollback, decode=decode_rollback
+    )

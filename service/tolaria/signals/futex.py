@@ -27,8 +27,8 @@ _EXPECTED_ERRNOS = (errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR)
 class Bell:
     """A word that writers change and waiters sleep on, at `offset` of `memory` (a writable shared mapping).
 
-    Thread-safe. `wait` releases the GIL while it sleeps. `ring` keeps it: waking takes microseconds, while getting the
-    GIL back can take a whole switch interval of a computing thread.
+    Thread-safe. `wait` releases the GIL while it sleeps. `ring` keeps it: waking takes microseconds, while reacquiring
+    the GIL can take a whole switch interval of a computing thread.
     """
 
     def __init__(self, memory: memoryview, offset: int, *, futex: bool) -> None:
@@ -39,7 +39,7 @@ class Bell:
         """Threads of this process in `wait`."""
         self.closed = False
         self._mutex = threading.Lock()
-        self.wake = futex_waker(self._address) if futex else _nothing
+        self.wake = futex_waker(self._address) if futex else lambda: None  # pollers wake by themselves
 
     @property
     def value(self) -> int:
@@ -61,7 +61,10 @@ class Bell:
                 left_s = deadline - time.monotonic()
                 if not left_s > 0:
                     break
-                self._sleep(seen, min(left_s, _WAIT_S_MAX))
+                if self._futex:
+                    futex_wait(self._address, seen, min(left_s, _WAIT_S_MAX))
+                else:
+                    time.sleep(min(left_s, _POLL_S))
             return self.value
         finally:
             with self._mutex:
@@ -75,16 +78,10 @@ class Bell:
             time.sleep(_POLL_S)
         del self._word
 
-    def _sleep(self, seen: int, left_s: float) -> None:
-        if self._futex:
-            futex_wait(self._address, seen, left_s)
-        else:
-            time.sleep(min(left_s, _POLL_S))
-
 
 @cache
 def futex_available() -> bool:
-    """Returns whether this process may use futexes, tried with a wait that cannot sleep."""
+    """Returns whether this process may use futexes, which a wait that cannot sleep tries."""
     if sys.platform != "linux" or platform.machine() not in _CALL_NUMBERS or ctypes.sizeof(ctypes.c_void_p) != 8:
         return False
     word = ctypes.c_uint32(1)
@@ -110,7 +107,7 @@ def futex_wait(address: int, expected: int, timeout_s: float) -> None:
 
 
 def futex_waker(address: int) -> Callable[[], object]:
-    """Returns a function that wakes all waiters on the word at `address`, holding the GIL; arguments are prebuilt."""
+    """Returns a function that wakes all waiters on the word at `address` without releasing the GIL."""
     syscall = ctypes.PyDLL(None).syscall
     syscall.restype = None  # converting the unused count of woken waiters takes time
     return partial(syscall, *_arguments(address, _FUTEX_WAKE, _ALL_WAITERS))
@@ -133,7 +130,3 @@ def _syscall_without_gil() -> Callable[..., int]:
     syscall = ctypes.CDLL(None, use_errno=True).syscall
     syscall.restype = ctypes.c_long
     return syscall
-
-
-def _nothing() -> None:
-    """Pollers wake by themselves."""

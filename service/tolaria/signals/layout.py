@@ -1,8 +1,7 @@
 """The bytes of the signal board, version 1: offsets, records and their encoding.
 
 All integers are unsigned and little-endian; every block starts at a multiple of 64. Times are CLOCK_MONOTONIC
-nanoseconds, which all processes of one boot share, except where noted. 0 means "never" or "none". Reserved bytes are
-zero.
+nanoseconds, which all processes of one boot share, except where noted; 0 is never or none. Reserved bytes are zero.
 
 The board (5248 bytes)
     offset  size  what
@@ -17,7 +16,7 @@ Header
          8     4  version of this layout: 1
         12     4  number of participant blocks: 8
         16     8  size of the board in bytes; the file has exactly this size
-        24     8  creation time, Unix nanoseconds (wall clock: for people only)
+        24     8  creation time, Unix nanoseconds (wall clock, for display only)
         32     8  creation time, monotonic
         40     4  bytes of the run id
         44     4  reserved
@@ -38,11 +37,11 @@ Participant block (576) and rollback block (320): one line of words, then two co
 Payload of a participant (256)
     offset  size  what
          0     8  generation
-         8     8  signal id: the last one that this block raised; kept when it is cleared, so that ids never repeat
+         8     8  signal id: the last one that this block raised; clearing keeps it, so that ids never repeat
         16     8  time raised
         24     8  acknowledged signal id (of any block)
         32     8  time acknowledged
-        40     8  time cleared: clears the signals of all blocks raised until then (valid from tolaria and operator)
+        40     8  time cleared: clears the signals of all blocks raised until then (only from tolaria and operator)
         48     4  index of the block, 0 to 7
         52     4  pid of the owner, in its own namespace
         56     4  raised level, a leyline EmergencyLevel; 0 = none
@@ -67,20 +66,19 @@ Payload of the rollback block (128)
 
 Reading a payload: load the sequence s; copy payload number s & 1; load the sequence again. If it changed, start over.
 The copy is valid when its generation equals s and its CRC matches; otherwise the block is damaged and ignored.
-Writing (owner only): fill the *other* copy with generation s + 1 and its CRC, then store s + 1 to the sequence. The
-current copy is never written, so an owner that dies at any instruction leaves its last payload readable; a seqlock
-with one copy would stay odd and hide it. Generations wrap at 2**64.
+Writing (owner only): fill the *other* copy with generation s + 1 and its CRC, then store s + 1 to the sequence. An
+owner that dies at any instruction leaves its last payload readable. Generations wrap at 2**64.
 
-Heartbeats lie outside sequence and CRC: a beat is one aligned 8-byte store, atomic on 64-bit machines, cheap enough
-for every microbatch, and must not make readers of the payload start over.
+Heartbeats lie outside sequence and CRC: a beat is one aligned 8-byte store, atomic on 64-bit machines, and does not
+make readers of the payload start over.
 
 Ringing the bell: after its sequence store a writer stores (index << 28 | generation & 0xfffffff) to the futex word
 (index 8 is the rollback block, 9 the creator removing the board) and calls FUTEX_WAKE (shared) on it. Each writer has
-its own tag, so every store changes the word without reading it first, and concurrent stores cannot cancel each other.
-A waiter loads the word, reads the blocks, then FUTEX_WAITs on the value it loaded.
+a distinct tag, so every store changes the word without reading it first, and concurrent stores cannot cancel each
+other. A waiter loads the word, reads the blocks, then calls FUTEX_WAIT with the value it loaded.
 
-Memory order: readers need load-load, writers store-store order. x86-64 gives both. Elsewhere (aarch64) writers put a
-release and readers an acquire barrier between the steps above; generation and CRC reject what passes these.
+Memory order: readers need load-load, writers store-store order. x86-64 provides both. Elsewhere (aarch64) writers put
+a release and readers an acquire barrier between the steps above.
 
 The effective signal is the one of the highest level among the signals that are not cleared; of equals, the one raised
 first.
@@ -96,7 +94,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from leyline.v1.enums_pb2 import EmergencyLevel, RollbackTier
-from tolaria.errors import SignalValueError
+from tolaria.errors import BoardRefusedError, SignalValueError
 
 MAGIC = b"TOLBOARD"
 VERSION = 1
@@ -129,16 +127,16 @@ _HEADER = struct.Struct("<8sIIQQQI4x16s128s60x")
 _PARTICIPANT = struct.Struct("<QQQQQQIIII160s28x")
 _ROLLBACK = struct.Struct("<QQQQIIII64s12x")
 _CRC = struct.Struct("<I")
-_CRC_OF_SEALED = 0x2144DF1C
+_CRC_OF_SEALED = 0x2144DF1C  # the CRC-32 of anything followed by its own little-endian CRC-32
 _TIERS = frozenset(RollbackTier.values())
 
 new_tuple = tuple.__new__
-"""`new_tuple(ParticipantRecord, fields)` costs half of `ParticipantRecord(*fields)`, which calls into Python."""
+"""`new_tuple(ParticipantRecord, fields)` takes half the time of `ParticipantRecord(*fields)`, a Python function."""
 
 
 @unique
 class RollbackState(IntEnum):
-    """Phase of the rollback that the board shows."""
+    """Phase of a rollback."""
 
     IDLE = 0
     PREPARE = 1
@@ -150,7 +148,7 @@ class RollbackState(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Identity of a board. `created_unix_ns` is wall-clock time, for people only."""
+    """Identity of a board. `created_unix_ns` is wall-clock time, for display only."""
 
     run_id: str
     boot_id: bytes
@@ -159,10 +157,7 @@ class Header:
 
 
 class ParticipantRecord(NamedTuple):
-    """What a participant published. Times are monotonic nanoseconds; 0 is never or none.
-
-    A named tuple: every signal makes one on each side, at a third of a dataclass's cost.
-    """
+    """What a participant published. A named tuple is created in a third of the time of a dataclass."""
 
     level: EmergencyLevel.ValueType = EmergencyLevel.EMERGENCY_LEVEL_UNSPECIFIED
     reason: str = ""
@@ -176,7 +171,7 @@ class ParticipantRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RollbackRecord:
-    """What the rollback block says. `deadline_ns` and `changed_ns` are monotonic nanoseconds; 0 is none."""
+    """The rollback block. `changed_ns` is the time of the state."""
 
     state: RollbackState = RollbackState.IDLE
     rollback_id: str = ""
@@ -188,7 +183,7 @@ class RollbackRecord:
 
 
 class Signal(NamedTuple):
-    """An emergency that participant `origin` raised at `raised_ns` (monotonic)."""
+    """An emergency level raised by `origin`."""
 
     origin: str
     level: EmergencyLevel.ValueType
@@ -214,12 +209,8 @@ def active_signals(records: Mapping[str, ParticipantRecord]) -> tuple[Signal, ..
 
 
 def cleared_until(records: Mapping[str, ParticipantRecord]) -> int:
-    """Returns the time until which every signal is cleared; 0 when none was cleared for all."""
-    until_ns = 0
-    for name in CLEARERS:
-        if name in records and records[name].cleared_ns > until_ns:
-            until_ns = records[name].cleared_ns
-    return until_ns
+    """Returns the time until which the signals of all participants are cleared; 0 when they never were."""
+    return max([records[name].cleared_ns for name in CLEARERS if name in records], default=0)
 
 
 def participant_at(index: int) -> int:
@@ -235,7 +226,7 @@ def index_of(participant: str) -> int:
 
 
 def bell_value(index: int, generation: int) -> int:
-    """Returns what writer `index` stores to the futex word when it publishes `generation`."""
+    """Returns the futex word that writer `index` stores when it publishes `generation`."""
     return index << 28 | generation & 0xFFFFFFF
 
 
@@ -248,63 +239,61 @@ def cut_at_character(text: str, size_max: int) -> bytes:
 
 
 def blank_board(header: Header) -> bytes:
-    """Returns a new board: the header, and every block with a valid empty payload of generation 0."""
+    """Returns a new board: the header, and every block with a valid empty payload of generation 0.
+
+    Raises `SignalValueError` when the run id is empty or too long: it is an identity and is not cut.
+    """
+    run_id = header.run_id.encode("utf-8", "replace")
+    if not 0 < len(run_id) <= RUN_ID_MAX:
+        raise SignalValueError(f"a run id has 1 to {RUN_ID_MAX} bytes, not {len(run_id)}")
+    fields = (MAGIC, VERSION, len(PARTICIPANTS), BOARD_SIZE, header.created_unix_ns, header.created_ns, len(run_id))
+    head = _sealed(_HEADER, *fields, header.boot_id, run_id)
     blocks = b"".join(
         bytes(LINE) + encode_participant(index, 0, ParticipantRecord()) + bytes(PARTICIPANT_PAYLOAD)
         for index in range(len(PARTICIPANTS))
     )
     rollback = bytes(LINE) + encode_rollback(0, RollbackRecord()) + bytes(ROLLBACK_PAYLOAD)
-    return _encode_header(header) + bytes(LINE) + blocks + rollback
+    return head + bytes(LINE) + blocks + rollback
 
 
-def header_fault(head: bytes, file_size: int) -> tuple[str, str] | None:
-    """Returns why a file is no board of this version, as (stable reason, detail); None when it is one.
+def decode_header(path: str, head: bytes, file_size: int) -> Header:
+    """Returns the header in `head`, the first 256 bytes of the file at `path`, or all of a shorter file.
 
-    `head` is the file's first 256 bytes, or all of a shorter file. Reasons: foreign, truncated, version, size, header.
+    Raises `BoardRefusedError` when it is no board of this version: foreign, truncated, version, size or header.
     """
     if head[: len(MAGIC)] != MAGIC[: len(head)]:
-        return "foreign", "it does not begin like a signal board"
+        raise BoardRefusedError(path, "foreign", "it does not begin like a signal board")
     if len(head) < HEADER_SIZE:
-        return "truncated", f"{file_size} bytes do not hold the header"
-    _, version, participants, size, *_ = _HEADER.unpack_from(head)
+        raise BoardRefusedError(path, "truncated", f"{file_size} bytes do not hold the header")
+    _, version, participants, size, unix_ns, created_ns, id_size, boot_id, run_id = _HEADER.unpack_from(head)
     if version != VERSION:
-        return "version", f"it has layout version {version}, this program reads {VERSION}"
+        raise BoardRefusedError(path, "version", f"it has layout version {version}, this program reads {VERSION}")
     if file_size < BOARD_SIZE:
-        return "truncated", f"{file_size} of {BOARD_SIZE} bytes are there"
+        raise BoardRefusedError(path, "truncated", f"{file_size} of {BOARD_SIZE} bytes are there")
     if size != BOARD_SIZE or file_size != BOARD_SIZE or participants != len(PARTICIPANTS):
-        return "size", f"it is {file_size} bytes and says {size} with {participants} participants, not {BOARD_SIZE}"
-    valid = _intact(head) and _decode_header(head) is not None
-    return None if valid else ("header", "its header fails its checksum")
-
-
-def decode_header(head: bytes) -> Header:
-    """Returns the header of a file in which `header_fault` found no fault."""
-    header = _decode_header(head)
-    if header is None:
-        raise SignalValueError("not the header of a signal board")
-    return header
+        detail = f"it is {file_size} bytes and says {size} with {participants} participants, not {BOARD_SIZE}"
+        raise BoardRefusedError(path, "size", detail)
+    text = _text(run_id, id_size)
+    if crc32(head) != _CRC_OF_SEALED or text is None:
+        raise BoardRefusedError(path, "header", "its header fails its checksum")
+    return Header(text, boot_id, unix_ns, created_ns)
 
 
 def encode_participant(index: int, generation: int, record: ParticipantRecord) -> bytes:
     """Returns the payload with its CRC. Raises `SignalValueError` when a number does not fit its field."""
     level, text, signal_id, raised, acked_id, acked, cleared, pid = record
-    reason = text.encode("utf-8", "replace")
-    size = len(reason)
-    if size > REASON_MAX:
-        reason = cut_at_character(text, REASON_MAX)
-        size = len(reason)
-    return _sealed(
-        _PARTICIPANT, generation, signal_id, raised, acked_id, acked, cleared, index, pid, level, size, reason
-    )
+    reason = cut_at_character(text, REASON_MAX)
+    fields = (generation, signal_id, raised, acked_id, acked, cleared, index, pid, level, len(reason), reason)
+    return _sealed(_PARTICIPANT, *fields)
 
 
 def decode_participant(payload: bytes, generation: int, index: int) -> ParticipantRecord | None:
     """Returns the record in a payload; None unless it is an intact payload of that generation and block."""
     if crc32(payload) != _CRC_OF_SEALED:
         return None
-    own, signal_id, raised, acked_id, acked, cleared, slot, pid, level, size, reason = _PARTICIPANT.unpack_from(payload)
+    found, signal_id, raised, acked_id, acked, cleared, at, pid, level, size, reason = _PARTICIPANT.unpack_from(payload)
     text = _text(reason, size)
-    if own != generation or slot != index or level not in LEVELS or text is None:
+    if found != generation or at != index or level not in LEVELS or text is None:
         return None
     return new_tuple(ParticipantRecord, (level, text, signal_id, raised, acked_id, acked, cleared, pid))
 
@@ -320,28 +309,13 @@ def encode_rollback(generation: int, record: RollbackRecord) -> bytes:
 
 def decode_rollback(payload: bytes, generation: int) -> RollbackRecord | None:
     """Returns the record in a payload; None unless it is an intact payload of that generation."""
-    if not _intact(payload):
+    if crc32(payload) != _CRC_OF_SEALED:
         return None
-    own, step, deadline, changed, state, tier, pid, size, rollback_id = _ROLLBACK.unpack_from(payload)
+    found, step, deadline, changed, state, tier, pid, size, rollback_id = _ROLLBACK.unpack_from(payload)
     text = _text(rollback_id, size)
-    known = state in _STATES and tier in _TIERS
-    if own != generation or not known or text is None:
+    if found != generation or state not in _STATES or tier not in _TIERS or text is None:
         return None
     return RollbackRecord(RollbackState(state), text, step, deadline, tier, changed, pid)
-
-
-def _encode_header(header: Header) -> bytes:
-    run_id = header.run_id.encode("utf-8", "replace")
-    if not 0 < len(run_id) <= RUN_ID_MAX:
-        raise SignalValueError(f"a run id has 1 to {RUN_ID_MAX} bytes, not {len(run_id)}")
-    fields = (MAGIC, VERSION, len(PARTICIPANTS), BOARD_SIZE, header.created_unix_ns, header.created_ns, len(run_id))
-    return _sealed(_HEADER, *fields, header.boot_id, run_id)
-
-
-def _decode_header(head: bytes) -> Header | None:
-    _, _, _, _, unix_ns, created_ns, size, boot_id, run_id = _HEADER.unpack_from(head)
-    text = _text(run_id, size)
-    return None if text is None else Header(text, boot_id, unix_ns, created_ns)
 
 
 def _sealed(form: struct.Struct, *fields: int | bytes) -> bytes:
@@ -350,11 +324,6 @@ def _sealed(form: struct.Struct, *fields: int | bytes) -> bytes:
     except struct.error as cause:
         raise SignalValueError(f"a number does not fit its field on the board: {cause}") from cause
     return body + _CRC.pack(crc32(body))
-
-
-def _intact(sealed: bytes) -> bool:
-    # The CRC of something followed by its own little-endian CRC-32 is always this number.
-    return crc32(sealed) == _CRC_OF_SEALED
 
 
 def _text(field: bytes, size: int) -> str | None:

@@ -3,10 +3,10 @@
 The creator of a board holds a lock on the header as long as it lives. It writes a new board to `<name>.new`, whose
 header it locks first, and renames it: no process sees half a board, and one process at a time creates. A file found
 under the name
-  - with its header locked belongs to a living run and is refused;
-  - of the same run and boot is adopted as it is: a restart takes back no emergency, and peers stay attached;
-  - of another run, boot or version, or damaged, is replaced: attached peers see that their board lost its name;
-  - that is no board at all is refused and left alone.
+  - is refused when its header is locked: it belongs to a living run;
+  - is adopted when it is of the same run and boot: a restart clears no emergency, and peers stay attached;
+  - is replaced when it is of another run, boot or version, or damaged: attached peers see that it lost its name;
+  - is refused and left alone when it is no board.
 """
 
 from __future__ import annotations
@@ -34,13 +34,12 @@ from tolaria.signals.layout import (
     Header,
     blank_board,
     decode_header,
-    header_fault,
     participant_at,
 )
 
 STALE_NAMES = "tolaria-*"
 STALE_S = 600.0
-"""Twice the five minutes that Kubernetes waits at most before it restarts a crashing container."""
+"""Twice the five minutes after which Kubernetes restarts a crashing container at the latest."""
 
 _MODE = 0o600
 _TRIES = 100
@@ -51,8 +50,7 @@ _FLOCK = struct.Struct("hhqqi4x")  # struct flock on 64-bit Linux: type, whence,
 class BoardMemory:
     """A shared mapping of the whole board; takes over the descriptor `fd`, whose file has the board's size.
 
-    `words` are native 64-bit words: an assignment is one aligned 8-byte store and a look-up one load (struct's "<Q"
-    goes byte by byte). `view` are the bytes.
+    `view` are the bytes, `words` native 64-bit words: an assignment is one aligned 8-byte store and a look-up one load.
     """
 
     def __init__(self, fd: int, path: Path) -> None:
@@ -74,6 +72,12 @@ class BoardMemory:
         """Whether the file still has a name; a board that was removed or replaced has none."""
         return not self.closed and os.fstat(self._fd).st_nlink > 0
 
+    def unlink(self) -> None:
+        """Removes the file, unless its path leads to another one by now."""
+        with _translated(self._path):
+            if _leads_to(self._path, self._fd):
+                self._path.unlink()
+
     def require_intact(self) -> None:
         """Raises `BoardLostError` unless `intact`."""
         if self.closed:
@@ -82,7 +86,7 @@ class BoardMemory:
             raise BoardLostError(f"{self._path}: the file was cut short")
 
     def close(self) -> None:
-        """Unmaps. No thread may use the board any more."""
+        """Unmaps. No thread may use the board afterwards."""
         self.closed = True
         self.words.release()
         self.view.release()
@@ -92,10 +96,9 @@ class BoardMemory:
 
 def locked_fence() -> None:
     """A full memory barrier: a lock's release followed by another's acquire, which aarch64 keeps in order. 0.2 us."""
-    with threading.Lock():  # noqa: PLW2101  (wanted for its effect on memory, not for exclusion)
-        pass
-    with threading.Lock():  # noqa: PLW2101  (as above)
-        pass
+    for lock in (threading.Lock(), threading.Lock()):
+        lock.acquire()
+        lock.release()
 
 
 fence = None if platform.machine() in {"x86_64", "AMD64"} else locked_fence
@@ -112,31 +115,33 @@ class RangeLocks:
     """
 
     def __init__(self, fd: int) -> None:
-        self._fd: int | None = fd
+        self._fd = fd
+        self._ranges: set[tuple[int, int]] = set()
         self.held = True
         _open_locks.add(self)
 
     def try_lock(self, start: int, length: int) -> bool:
-        """Locks a range unless another holder has part of it. Locking a range again succeeds."""
-        if self._fd is None:
+        """Locks a range unless part of it is locked by another holder, or the range by this one."""
+        if not self.held or (start, length) in self._ranges:
             return False
         try:
-            _lock(self._fd, start, length)
+            _set_lock(self._fd, fcntl.F_WRLCK, start, length)
         except (BlockingIOError, PermissionError):  # both mean "held by another"
             return False
+        self._ranges.add((start, length))
         return True
 
     def unlock(self, start: int, length: int) -> None:
         """Unlocks a range."""
-        if self._fd is not None:
-            _unlock(self._fd, start, length)
+        if self.held:
+            self._ranges.discard((start, length))
+            _set_lock(self._fd, fcntl.F_UNLCK, start, length)
 
     def close(self) -> None:
-        """Unlocks everything."""
-        if self._fd is not None:
+        """Unlocks everything. Closing again is harmless."""
+        if self.held:
             self.held = False
             os.close(self._fd)
-            self._fd = None
 
 
 _open_locks: weakref.WeakSet[RangeLocks] = weakref.WeakSet()
@@ -149,21 +154,12 @@ def _close_in_child() -> None:
 
 os.register_at_fork(after_in_child=_close_in_child)
 
-if sys.platform == "linux":
 
-    def _lock(fd: int, start: int, length: int) -> None:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0))
-
-    def _unlock(fd: int, start: int, length: int) -> None:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, start, length, 0))
-
-else:  # record locks do not see a second holder within one process, but see every other process
-
-    def _lock(fd: int, start: int, length: int) -> None:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
-
-    def _unlock(fd: int, start: int, length: int) -> None:
-        fcntl.lockf(fd, fcntl.LOCK_UN, length, start)
+def _set_lock(fd: int, kind: int, start: int, length: int) -> None:
+    if sys.platform == "linux":
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+    else:  # record locks do not see a second holder within one process, but see every other process
+        fcntl.lockf(fd, fcntl.LOCK_UN if kind == fcntl.F_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +199,7 @@ def create_file(path: Path, run_id: str) -> BoardFile:
 
 
 def attach_file(path: Path, expected_run_id: str | None) -> BoardFile:
-    """Opens the board that another process created. Raises `BoardRefusedError`; its `reason` says why."""
+    """Opens the board that another process created. Raises `BoardRefusedError`."""
     with _translated(path), ExitStack() as undo:
         fd = _open(path)
         undo.callback(os.close, fd)
@@ -218,24 +214,17 @@ def attach_file(path: Path, expected_run_id: str | None) -> BoardFile:
         return BoardFile(fd, RangeLocks(lock_fd), header, adopted=False)
 
 
-def remove_file(path: Path, fd: int) -> None:
-    """Unlinks the board open as `fd`, unless `path` leads to another file by now."""
-    with _translated(path):
-        if _leads_to(path, fd):
-            path.unlink()
-
-
 def remove_stale_boards(beside: Path, *, stale_s: float = STALE_S) -> tuple[Path, ...]:
     """Removes the boards of dead runs in the folder of the board `beside` and returns their paths. Does file I/O.
 
     A board is stale when its name is `tolaria-...`, it is an intact board of this version, of this user, with mode
     0600 and one name, no living process holds a lock on it, and it was created and last beaten on more than `stale_s`
-    seconds ago: until then a restart of its run adopts it. Files that cannot be judged or removed are left alone, and
-    nothing is searched unless `beside` itself is called `tolaria-...`.
+    seconds ago: until then a restart of its run adopts it. Files that cannot be read or removed are left alone, and
+    the folder is not searched unless the name of `beside` is `tolaria-...`.
     """
     if not beside.match(STALE_NAMES):
         return ()
-    # `beside` is locked by this process itself, which not every platform's locks distinguish from unlocked.
+    # `beside` is locked by this process, which not every platform's locks distinguish from unlocked.
     candidates = [path for path in sorted(beside.parent.glob(STALE_NAMES)) if path != beside]
     return tuple(path for path in candidates if _removed(path, stale_s))
 
@@ -313,15 +302,8 @@ def _adopt(path: Path, header: Header, replaced: ExitStack) -> BoardFile | None:
 
 
 def _checked_header(path: Path, fd: int) -> Header:
-    """Returns the header of the file open as `fd`. Raises `BoardRefusedError` when it is no board.
-
-    Reads with pread, not through a mapping, where a file that is too short would be a SIGBUS.
-    """
-    head = os.pread(fd, HEADER_SIZE, 0)
-    fault = header_fault(head, os.fstat(fd).st_size)
-    if fault is not None:
-        raise BoardRefusedError(str(path), *fault)
-    return decode_header(head)
+    """Reads with pread: a mapping of a file that is too short raises SIGBUS."""
+    return decode_header(str(path), os.pread(fd, HEADER_SIZE, 0), os.fstat(fd).st_size)
 
 
 def _open(path: Path, flags: int = 0) -> int:
@@ -346,7 +328,7 @@ def _same(one: os.stat_result, other: os.stat_result) -> bool:
 
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
-    """Turns errors of the file system into `BoardRefusedError`, and refuses big-endian machines."""
+    """Translates errors of the file system to `BoardRefusedError`, and refuses big-endian machines."""
     if sys.byteorder != "little":
         raise BoardRefusedError(str(path), "platform", "boards need a little-endian machine")
     try:

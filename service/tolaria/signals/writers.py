@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,20 +19,18 @@ from tolaria.signals.layout import (
     LEVELS,
     MASK64,
     REASON_MAX,
-    ROLLBACK_INDEX,
     ParticipantRecord,
     RollbackRecord,
     RollbackState,
     bell_value,
+    cleared_until,
     cut_at_character,
-    encode_participant,
-    encode_rollback,
     index_of,
     new_tuple,
     participant_at,
 )
 from tolaria.signals.mapping import BoardMemory, RangeLocks
-from tolaria.signals.seqlock import BlockCondition, FaultCounter, Record, Seqlock
+from tolaria.signals.seqlock import Record, Seqlock
 
 _ID_BITS = 56
 _COUNT_MASK = (1 << _ID_BITS) - 1
@@ -43,51 +40,40 @@ _NO_LEVEL = EmergencyLevel.EMERGENCY_LEVEL_UNSPECIFIED
 
 @dataclass(frozen=True, slots=True)
 class BoardParts:
-    """What the writers of one board share. `clock` gives monotonic nanoseconds."""
+    """What the readers and writers of one board share. `clock` returns monotonic nanoseconds."""
 
     memory: BoardMemory
     locks: RangeLocks
     bell: Bell
-    faults: FaultCounter
+    blocks: tuple[Seqlock[ParticipantRecord], ...]
+    rollback: Seqlock[RollbackRecord]
     clock: Callable[[], int]
 
 
-class ClaimedBlock(ABC, Generic[Record]):
+class ClaimedBlock(Generic[Record]):
     """One block, locked for this process until `release` or exit.
 
-    The record of the previous owner stays, unless it is damaged: then `repaired` is true and `empty` replaces it.
-    Raises `BlockOwnedError` when another process has the block.
+    `record` is the published record: after a claim the previous owner's, or `empty` when the block was damaged. Raises
+    `BlockOwnedError` when the block is claimed already.
     """
 
-    def __init__(self, parts: BoardParts, block: Seqlock[Record], index: int, empty: Record) -> None:
-        self._parts = parts
-        self._memory, self._clock = parts.memory, parts.clock
-        self._block = block
-        self._index = index
-        self._mutex = threading.Lock()
+    def __init__(self, parts: BoardParts, block: Seqlock[Record], empty: Record) -> None:
         if not parts.locks.try_lock(*block.extent):
-            raise BlockOwnedError(f"block {index} of the board is owned by another living process")
-        self.released = False
+            raise BlockOwnedError(f"block {block.index} of the board is owned already, here or by another process")
+        self._parts, self._block = parts, block
+        self._memory, self._clock = parts.memory, parts.clock
+        self._mutex = threading.Lock()
+        self._released = False
         found = block.read()
-        self.repaired = found.condition is not BlockCondition.OK
-        self._record = empty if found.record is None else found.record
+        self.record = empty if found.record is None else found.record
         self._generation = found.sequence
-
-    @property
-    def record(self) -> Record:
-        """The published record; after a claim, the previous owner's."""
-        return self._record
 
     def release(self) -> None:
         """Lets another process claim the block; its record stays."""
         with self._mutex:
-            if not self.released:
-                self.released = True
+            if not self._released:
+                self._released = True
                 self._parts.locks.unlock(*self._block.extent)
-
-    @abstractmethod
-    def _encode(self, generation: int, record: Record) -> bytes:
-        """Returns the payload."""
 
     def _update(self, change: Callable[[Record], Record]) -> Record:
         """Publishes `change(record)` and wakes all waiters. Thread-safe; microseconds; never waits for readers.
@@ -95,27 +81,25 @@ class ClaimedBlock(ABC, Generic[Record]):
         Raises `BlockOwnedError` once released or in a forked child, and `BoardLostError` when the file is gone.
         """
         with self._mutex:
-            if self.released or not self._parts.locks.held:
-                raise BlockOwnedError(f"block {self._index} of the board is not owned here any more")
+            index = self._block.index
+            if self._released or not self._parts.locks.held:
+                raise BlockOwnedError(f"block {index} of the board is not owned here any more")
             self._memory.require_intact()
-            record = change(self._record)
+            record = change(self.record)
             generation = (self._generation + 1) & MASK64
-            self._block.write(self._encode(generation, record), generation)
-            self._record, self._generation = record, generation
-            self._parts.bell.ring(bell_value(self._index, generation))
+            self._block.write(generation, record)
+            self.record, self._generation = record, generation
+            self._parts.bell.ring(bell_value(index, generation))
             return record
 
 
-class Participant(ClaimedBlock[ParticipantRecord]):
+class ParticipantWriter(ClaimedBlock[ParticipantRecord]):
     """The block of participant `name`: raise, clear, acknowledge, beat. Thread-safe."""
 
-    def __init__(
-        self, name: str, parts: BoardParts, block: Seqlock[ParticipantRecord], *, cleared_ns: Callable[[], int]
-    ) -> None:
+    def __init__(self, name: str, parts: BoardParts) -> None:
         index = index_of(name)
-        super().__init__(parts, block, index, ParticipantRecord())
+        super().__init__(parts, parts.blocks[index], ParticipantRecord())
         self.name = name
-        self._cleared_ns = cleared_ns
         at = participant_at(index)
         self._heartbeat = (at + HEARTBEAT) // 8
         self._lane_heartbeat = (at + LANE_HEARTBEAT) // 8
@@ -125,15 +109,15 @@ class Participant(ClaimedBlock[ParticipantRecord]):
     def raise_level(self, level: EmergencyLevel.ValueType, reason: str) -> int:
         """Raises `level`, wakes all waiters and returns the signal's id. `reason` is cut to 160 bytes of UTF-8.
 
-        Raises `SignalValueError` for an unknown level, or one below this block's active level, which must be cleared
-        first.
+        Raises `SignalValueError` for an unknown level, and for one below this block's active level, which must be
+        cleared first.
         """
         if not level or level not in LEVELS:
             raise SignalValueError(f"there is no emergency level {level}")
         return self._update(partial(self._raised, level, reason)).signal_id
 
     def clear(self) -> None:
-        """Clears this block's own signal: level, reason and time."""
+        """Clears this block's own signal."""
         self._update(_cleared)
 
     def clear_all(self) -> None:
@@ -159,16 +143,10 @@ class Participant(ClaimedBlock[ParticipantRecord]):
         """Stores the compute lane's heartbeat (tolaria only). Under a microsecond; no wake-up, never raises."""
         self._store(self._lane_heartbeat)
 
-    def _encode(self, generation: int, record: ParticipantRecord) -> bytes:
-        return encode_participant(self._index, generation, record)
-
     def _store(self, word: int) -> None:
-        # A lost board must not stop training: it is counted here; raising and reading report it.
         memory = self._memory
-        if memory.intact:
+        if memory.intact:  # a lost board must not stop training; raising and reading report it
             memory.words[word] = self._clock()
-        else:
-            self._parts.faults.add("lost_beats")
 
     def _raised(self, level: EmergencyLevel.ValueType, reason: str, record: ParticipantRecord) -> ParticipantRecord:
         if level < record.level and record.raised_ns > self._cleared_ns():
@@ -179,16 +157,20 @@ class Participant(ClaimedBlock[ParticipantRecord]):
             reason = cut_at_character(reason, REASON_MAX).decode()
         # Unique on the board: the block's number, then microseconds, so that ids do not repeat after a repair either.
         count, next_count = now_ns // 1000, (record.signal_id & _COUNT_MASK) + 1
-        signal_id = (self._index + 1) << _ID_BITS | max(count, next_count) & _COUNT_MASK
+        signal_id = (self._block.index + 1) << _ID_BITS | max(count, next_count) & _COUNT_MASK
         # In the order of the record's fields, as `_replace` does in three times the time.
         return new_tuple(ParticipantRecord, (level, reason, signal_id, now_ns, *record[_ACKNOWLEDGED_ON:]))
+
+    def _cleared_ns(self) -> int:
+        found = {name: self._parts.blocks[index_of(name)].read().record for name in CLEARERS}
+        return cleared_until({name: record for name, record in found.items() if record is not None})
 
 
 class RollbackWriter(ClaimedBlock[RollbackRecord]):
     """The rollback block."""
 
-    def __init__(self, parts: BoardParts, block: Seqlock[RollbackRecord]) -> None:
-        super().__init__(parts, block, ROLLBACK_INDEX, RollbackRecord())
+    def __init__(self, parts: BoardParts) -> None:
+        super().__init__(parts, parts.rollback, RollbackRecord())
 
     def write(
         self,
@@ -203,13 +185,9 @@ class RollbackWriter(ClaimedBlock[RollbackRecord]):
 
         Raises `SignalValueError` when the id is longer than 64 bytes of UTF-8 or a number is out of range.
         """
-        record = RollbackRecord(
-            state, rollback_id, target_step, deadline_ns, tier, changed_ns=self._clock(), owner_pid=os.getpid()
-        )
+        now_ns, pid = self._clock(), os.getpid()
+        record = RollbackRecord(state, rollback_id, target_step, deadline_ns, tier, now_ns, pid)
         self._update(lambda _: record)
-
-    def _encode(self, generation: int, record: RollbackRecord) -> bytes:
-        return encode_rollback(generation, record)
 
 
 def _cleared(record: ParticipantRecord) -> ParticipantRecord:

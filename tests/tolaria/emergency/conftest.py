@@ -12,7 +12,7 @@ from support.emergency import ControllerHarness
 
 @pytest.fixture
 def harness(tmp_path: Path) -> Iterator[ControllerHarness]:
-    """A controller with the default policy."""
+    """A controller that may broadcast 60 signals a minute."""
     harness = ControllerHarness(tmp_path / "board")
     yield harness
     harness.close()

@@ -8,9 +8,10 @@ from leyline.v1.enums_pb2 import (
     EMERGENCY_LEVEL_HALT,
     EMERGENCY_LEVEL_NOTICE,
 )
-from support.emergency import POLICY, ControllerHarness
+from support.boards import acknowledgements
+from support.emergency import BROADCASTS_PER_MINUTE, ControllerHarness
 from tolaria.emergency import (
-    Acknowledged,
+    Acknowledgement,
     BoardUnreadable,
     Broadcast,
     Cleared,
@@ -53,9 +54,7 @@ def test_the_board_is_written_before_the_observer_and_the_broadcast(harness: Con
     assert seen == [((HALT, "why", "tolaria"), 0)]
     assert [(n.signal.level, n.signal.reason, n.signal.origin) for n in harness.broadcasts] == [(HALT, "why", "judge")]
     (escalated,) = harness.reports_of(Escalated)
-    assert escalated.response.halt
-    assert escalated.write is not None
-    assert (escalated.write.error, escalated.write.latency_ns > 0) == ("", True)
+    assert (escalated.response.halt, escalated.board_error) == (True, "")
     (broadcast,) = harness.reports_of(Broadcast)
     assert broadcast.latency_ns > 0
 
@@ -68,7 +67,7 @@ def test_a_lower_or_equal_level_is_covered_and_broadcast(harness: ControllerHarn
     harness.controller.escalate(NOTICE, "third", "c")
     assert harness.participant.record == before
     assert harness.controller.state.reason == "first"
-    assert [report.reason for report in harness.reports_of(Covered)] == ["second", "third"]
+    assert [report.signal.reason for report in harness.reports_of(Covered)] == ["second", "third"]
     assert [notice.signal.reason for notice in harness.broadcasts] == ["first", "second", "third"]
 
 
@@ -98,9 +97,7 @@ def test_a_peer_raises_through_the_board(harness: ControllerHarness) -> None:
     state = harness.controller.state
     assert (state.level, state.reason, state.origin, state.signal_id) == (HALT, "seed burns", "kasmina", signal_id)
     assert harness.participant.record == before
-    (escalated,) = harness.reports_of(Escalated)
-    assert escalated.write is None
-    assert len(harness.broadcasts) == 1
+    assert len(harness.reports_of(Escalated)) == len(harness.broadcasts) == 1
 
 
 def test_a_peers_lower_signal_is_covered_once(harness: ControllerHarness) -> None:
@@ -109,7 +106,7 @@ def test_a_peers_lower_signal_is_covered_once(harness: ControllerHarness) -> Non
     harness.peer_board.claim("tamiyo").raise_level(NOTICE, "theirs")
     harness.controller.observe_board()
     harness.controller.observe_board()
-    assert [report.reason for report in harness.reports_of(Covered)] == ["theirs"]
+    assert [report.signal.reason for report in harness.reports_of(Covered)] == ["theirs"]
 
 
 def test_acknowledgements_of_peers_are_collected_with_their_latency(harness: ControllerHarness) -> None:
@@ -121,13 +118,13 @@ def test_acknowledgements_of_peers_are_collected_with_their_latency(harness: Con
     tamiyo.acknowledge(12345)  # an older signal's
     harness.controller.observe_board()
     harness.controller.observe_board()
-    assert [a.acknowledgement.participant for a in harness.reports_of(Acknowledged)] == ["kasmina"]
-    assert 30_000_000 < harness.reports_of(Acknowledged)[0].acknowledgement.latency_ns < 31_000_000
+    assert [given.participant for given in harness.reports_of(Acknowledgement)] == ["kasmina"]
+    assert 30_000_000 < harness.reports_of(Acknowledgement)[0].latency_ns < 31_000_000
     tamiyo.acknowledge(state.signal_id)
     harness.controller.acknowledge()
     harness.controller.observe_board()
     assert harness.controller.state.phase is Phase.ANSWERED
-    assert harness.peer_board.acknowledgements(state.signal_id).keys() == {"tolaria", "kasmina", "tamiyo"}
+    assert acknowledgements(harness.peer_board, state.signal_id).keys() == {"tolaria", "kasmina", "tamiyo"}
 
 
 def test_an_acknowledgement_of_an_equal_signal_counts(harness: ControllerHarness) -> None:
@@ -140,7 +137,7 @@ def test_an_acknowledgement_of_an_equal_signal_counts(harness: ControllerHarness
     assert effective.signal_id == theirs
     tamiyo.acknowledge(theirs)
     harness.controller.observe_board()
-    assert [a.acknowledgement.participant for a in harness.reports_of(Acknowledged)] == ["tamiyo"]
+    assert [given.participant for given in harness.reports_of(Acknowledgement)] == ["tamiyo"]
 
 
 def test_a_missed_deadline_is_reported_once_with_the_missing_participants(harness: ControllerHarness) -> None:
@@ -222,7 +219,7 @@ def test_an_operator_clears_on_the_board(harness: ControllerHarness) -> None:
     harness.controller.observe_board()
     assert harness.controller.state == EmergencyState()
     (cleared,) = harness.reports_of(Cleared)
-    assert (cleared.by, cleared.write) == (OPERATOR, None)
+    assert (cleared.by, cleared.board_error) == (OPERATOR, "")
 
 
 def test_a_signal_that_its_origin_cleared_is_reissued(harness: ControllerHarness) -> None:
@@ -252,7 +249,7 @@ def test_the_emergency_of_a_crashed_process_is_adopted(harness: ControllerHarnes
         harness.peer_board.claim("tolaria"),
         broadcast=harness.broadcasts.append,
         observer=harness.reports.append,
-        policy=POLICY,
+        broadcasts_per_minute=BROADCASTS_PER_MINUTE,
         clock=harness.clock,
     )
     again.observe_board()
@@ -269,7 +266,6 @@ def test_the_rate_limit_delays_and_drops_nothing(harness: ControllerHarness) -> 
     for number in range(100):
         harness.controller.escalate(NOTICE, f"n{number}", "judge")
     assert len(harness.broadcasts) == 60
-    assert harness.controller.signals_waiting == 40
     assert len(harness.reports_of(HeldBack)) == 40
     assert harness.controller.due_in_s is not None
     harness.clock.now_ns += 59 * S
@@ -278,24 +274,24 @@ def test_the_rate_limit_delays_and_drops_nothing(harness: ControllerHarness) -> 
     harness.clock.now_ns += 2 * S
     harness.controller.pump()
     assert [notice.signal.reason for notice in harness.broadcasts] == [f"n{number}" for number in range(100)]
-    assert (harness.sent, harness.controller.signals_waiting) == (100, 0)
+    assert harness.sent == 100
+    assert harness.controller.due_in_s is None
 
 
 def test_a_flood_of_the_same_signal_takes_one_notice(harness: ControllerHarness) -> None:
     """Equal signals that wait are broadcast once, with their count."""
     for _ in range(10_000):
         harness.controller.escalate(NOTICE, "again", "judge")
-    assert harness.controller.signals_waiting == 9940
     harness.clock.now_ns += 61 * S
     harness.controller.pump()
     assert (len(harness.broadcasts), harness.broadcasts[-1].count) == (61, 9940)
 
 
 def test_a_failed_broadcast_is_reported_and_retried(harness: ControllerHarness) -> None:
-    """The signal is on the board; the failed notice comes first after a pause."""
+    """The signal is on the board; the failed notice comes first after a pause, with the count of its repeats."""
     harness.broadcast_error = "collector is down"
-    harness.controller.escalate(HALT, "one", "judge")
-    harness.controller.escalate(HALT, "two", "judge")
+    for reason in ("one", "two", "one"):
+        harness.controller.escalate(HALT, reason, "judge")
     (failed,) = harness.reports_of(Broadcast)
     assert (failed.error, failed.notice.signal.reason) == ("collector is down", "one")
     assert harness.peer_board.effective() is not None
@@ -304,7 +300,7 @@ def test_a_failed_broadcast_is_reported_and_retried(harness: ControllerHarness) 
     assert harness.broadcasts == []
     harness.clock.now_ns += S
     harness.controller.pump()
-    assert [notice.signal.reason for notice in harness.broadcasts] == ["one", "two"]
+    assert [(notice.signal.reason, notice.count) for notice in harness.broadcasts] == [("one", 2), ("two", 1)]
     assert [bool(report.error) for report in harness.reports_of(Broadcast)] == [True, False, False]
 
 
@@ -320,14 +316,17 @@ def test_an_unexpected_broadcast_error_propagates_and_loses_nothing(harness: Con
         harness.participant,
         broadcast=buggy,
         observer=harness.reports.append,
-        policy=POLICY,
+        broadcasts_per_minute=BROADCASTS_PER_MINUTE,
         clock=harness.clock,
     )
     with pytest.raises(ZeroDivisionError):
         harness.controller.escalate(HALT, "why", "judge")
     assert harness.controller.state.level == HALT
     assert harness.peer_board.effective() is not None
-    assert harness.controller.signals_waiting == 1
+    assert harness.controller.due_in_s == pytest.approx(0.1, abs=0.001)  # its deadline
+    harness.clock.now_ns += S
+    with pytest.raises(ZeroDivisionError):
+        harness.controller.pump()
 
 
 def test_the_observer_may_raise_and_acknowledge(harness: ControllerHarness) -> None:
@@ -354,15 +353,13 @@ def test_emergencies_work_without_the_board(harness: ControllerHarness) -> None:
     assert len(harness.reports_of(BoardUnreadable)) == 1
     state = harness.controller.escalate(HALT, "why", "judge")
     (escalated,) = harness.reports_of(Escalated)
-    assert escalated.write is not None
-    assert "not owned here any more" in escalated.write.error
+    assert "not owned here any more" in escalated.board_error
     assert (state.level, state.signal_id, len(harness.broadcasts)) == (HALT, 0, 1)
     harness.controller.acknowledge()
     harness.controller.clear("done", "operator", by=OPERATOR)
     assert harness.controller.state == EmergencyState()
     (cleared,) = harness.reports_of(Cleared)
-    assert cleared.write is not None
-    assert cleared.write.error
+    assert cleared.board_error
 
 
 def test_a_failed_reissue_is_reported_once(harness: ControllerHarness) -> None:
@@ -373,6 +370,5 @@ def test_a_failed_reissue_is_reported_once(harness: ControllerHarness) -> None:
         harness.controller.observe_board()
     assert harness.reports_of(Reissued) == []
     (escalated,) = harness.reports_of(Escalated)
-    assert escalated.write is not None
-    assert "not owned here any more" in escalated.write.error
+    assert "not owned here any more" in escalated.board_error
     assert harness.peer_board.effective() is None

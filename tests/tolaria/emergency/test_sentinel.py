@@ -13,14 +13,13 @@ from tolaria.emergency.sentinel import Action, Heartbeat, ServiceProcess, Silenc
 
 TIMEOUT_S = 30.0
 LIMITS = SilenceLimits(startup_s=5.0, timeout_s=3.0, grace_s=2.0, drain_s=4.0, look_s_max=1.0)
-NAMES = ("loop", "lane")
 
 
 class Observation:
     """Looks once a second and records the actions with the second of each."""
 
     def __init__(self, startup_s: float = 0.0) -> None:
-        self.monitor = SilenceMonitor.begin(NAMES, replace(LIMITS, startup_s=startup_s))
+        self.monitor = SilenceMonitor(replace(LIMITS, startup_s=startup_s))
         self.second = 0
         self.actions: list[tuple[int, Action]] = []
 

@@ -21,7 +21,6 @@ from tolaria.emergency import (
     BoardUnreadable,
     DeadlineMissed,
     EmergencyController,
-    EmergencyPolicy,
     Escalated,
     Notice,
     Report,
@@ -29,13 +28,12 @@ from tolaria.emergency import (
 from tolaria.emergency.sentinel import DUMP_SIGNAL, ServiceProcess, append_line
 from tolaria.emergency.supervision import (
     Heartbeats,
-    SentinelOptions,
     SentinelProcess,
-    register_stack_dump,
+    stacks_on_request,
     watch_board,
     watch_process,
 )
-from tolaria.errors import BroadcastFailedError, ChildFailedError
+from tolaria.errors import BroadcastFailedError, ChildFailedError, ConfigurationError
 from tolaria.processes import supervised
 from tolaria.signals import SignalBoard, mapping
 
@@ -111,15 +109,16 @@ async def test_work_begins_with_a_beat(harness: ControllerHarness) -> None:
 # -- the sentinel process ----------------------------------------------------------------------------------------------
 
 
-def options(board: SignalBoard, run_id: str = "-run") -> SentinelOptions:
-    """Options under which the sentinel does nothing for a minute."""
-    stacks = board.path.with_name("stacks")
-    return SentinelOptions(board.path, run_id, stacks, heartbeat_timeout_s=60, startup_s=60, grace_s=60, drain_s=60)
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """With a sentinel only where a test starts it: it watches the tests, and acts after a minute at the earliest."""
+    monkeypatch.chdir(tmp_path)
+    return load_settings(None, ["emergency.sentinel=false", "emergency.heartbeat_timeout_s=60"])
 
 
-async def test_a_sentinel_watches_while_the_block_runs(board: SignalBoard) -> None:
+async def test_a_sentinel_watches_while_the_block_runs(board: SignalBoard, settings: Settings) -> None:
     """Its block of the board is claimed; afterwards the process is gone and the block is free."""
-    sentinel = SentinelProcess(options(board))
+    sentinel = SentinelProcess(board, settings)
     async with supervised(sentinel):
         state = board.read("sentinel")
         assert state.record is not None
@@ -129,24 +128,27 @@ async def test_a_sentinel_watches_while_the_block_runs(board: SignalBoard) -> No
 
 
 @pytest.mark.parametrize("announcement", ['{"watching": 1}', '{"listening": 1}'])
-async def test_a_sentinel_that_watches_another_process_is_refused(board: SignalBoard, announcement: str) -> None:
+async def test_a_sentinel_that_watches_another_process_is_refused(
+    board: SignalBoard, settings: Settings, announcement: str
+) -> None:
     """It must announce the id of this process."""
     command = (sys.executable, "-c", f"print('{announcement}')")
     with pytest.raises(ChildFailedError, match="announced itself with"):
-        async with supervised(SentinelProcess(options(board), command=command, stop_timeout_s=0.1)):
+        async with supervised(SentinelProcess(board, settings, command=command)):
             pass
 
 
-async def test_a_sentinel_refuses_the_board_of_another_run(board: SignalBoard) -> None:
+async def test_a_sentinel_refuses_the_board_of_another_run(board: SignalBoard, settings: Settings) -> None:
     """Exit code 3: it cannot watch."""
+    board.run_id = "another"
     with pytest.raises(ChildFailedError, match="code 3"):
-        async with supervised(SentinelProcess(options(board, "another"))):
+        async with supervised(SentinelProcess(board, settings)):
             pass
 
 
-async def test_a_lost_sentinel_is_replaced(board: SignalBoard) -> None:
+async def test_a_lost_sentinel_is_replaced(board: SignalBoard, settings: Settings) -> None:
     """Its loss is logged and another one watches; the last one stops with the block."""
-    sentinel = SentinelProcess(options(board), retry_s=0.01)
+    sentinel = SentinelProcess(board, settings, retry_s=0.01)
     with capture_logs() as logs:
         async with supervised(sentinel):
             first = sentinel.pid
@@ -159,13 +161,6 @@ async def test_a_lost_sentinel_is_replaced(board: SignalBoard) -> None:
     assert [(log["event"], log["detail"]) for log in logs] == [("sentinel_lost", "ended with code -9")]
     assert not is_alive(first)
     assert not is_alive(second)
-
-
-@pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Without a sentinel, which would watch the tests."""
-    monkeypatch.chdir(tmp_path)
-    return load_settings(None, ["emergency.sentinel=false"])
 
 
 @pytest.fixture
@@ -192,37 +187,42 @@ async def test_stale_boards_are_removed_at_the_start(settings: Settings, stale: 
 # -- stack dumps -------------------------------------------------------------------------------------------------------
 
 
-def test_the_signal_appends_all_stacks(tmp_path: Path) -> None:
+@pytest.fixture
+def stacks(settings: Settings) -> Path:
+    """The file of the stack dumps."""
+    return Path(settings.state.dir) / "stacks.txt"
+
+
+def test_the_signal_appends_all_stacks(settings: Settings, stacks: Path) -> None:
     """Each dump is appended to the file, which only its owner can read."""
-    path = tmp_path / "stacks"
-    append_line(path, "first")
-    with register_stack_dump(path), ServiceProcess(os.getpid(), while_open=None) as service:
+    with stacks_on_request(settings), ServiceProcess(os.getpid(), while_open=None) as service:
         assert service.handles_dump()
+        append_line(stacks, "first")
         service.send(DUMP_SIGNAL)
-        append_line(path, "second")
+        append_line(stacks, "second")
         service.send(DUMP_SIGNAL)
-    text = path.read_text()
+    text = stacks.read_text()
     assert text.index("first") < text.index("test_the_signal_appends_all_stacks") < text.index("second")
     assert text.count("test_the_signal_appends_all_stacks") == 2
-    assert path.stat().st_mode & 0o777 == 0o600
+    assert stacks.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_late_request_is_harmless(tmp_path: Path) -> None:
+def test_a_late_request_is_harmless(settings: Settings, stacks: Path) -> None:
     """After the block the signal is ignored: by default it would end the process."""
-    path = tmp_path / "stacks"
-    with register_stack_dump(path):
+    with stacks_on_request(settings):
         pass
     with ServiceProcess(os.getpid(), while_open=None) as service:
         assert not service.handles_dump()
         service.send(DUMP_SIGNAL)
-    assert path.read_text() == ""
+    assert stacks.read_text() == ""
     signal.signal(DUMP_SIGNAL, signal.SIG_DFL)
 
 
-def test_a_link_is_not_followed(tmp_path: Path) -> None:
+def test_a_link_is_not_followed(settings: Settings, stacks: Path) -> None:
     """The dump is not appended to another file."""
-    (tmp_path / "link").symlink_to(tmp_path / "other")
-    with pytest.raises(OSError, match="link"), register_stack_dump(tmp_path / "link"):
+    stacks.parent.mkdir(parents=True)
+    stacks.symlink_to(stacks.with_name("other"))
+    with pytest.raises(ConfigurationError, match="link"), stacks_on_request(settings):
         pass
 
 
@@ -243,7 +243,8 @@ class WatchedController:
             self.board.claim("tolaria"),
             broadcast=self._broadcast,
             observer=self._observe,
-            policy=EmergencyPolicy(broadcasts_per_minute=60, retry_s=0.05),
+            broadcasts_per_minute=60,
+            retry_s=0.05,
         )
 
     async def until(self, kind: type[object]) -> None:

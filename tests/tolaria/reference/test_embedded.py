@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.tamiyo_service_pb2 import EvaluateEpochRequest
 from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
 from tolaria.errors import PeerUnavailableError
+from tolaria.peers.connect import Peer
 from tolaria.processes import RestartPolicy
-from tolaria.reference.embedded import EmbeddedPair, embedded_pair
+from tolaria.reference.embedded import EmbeddedPeer, embedded_peers
 
 pytestmark = pytest.mark.anyio
 
@@ -66,11 +67,11 @@ print('{"listening": "127.0.0.1:1"}', flush=True)
 PARENT = """
 import os, sys
 import anyio
-from tolaria.reference.embedded import embedded_pair
+from tolaria.reference.embedded import embedded_peers
 
 async def main():
-    async with embedded_pair(dict(os.environ), command=(sys.executable, sys.argv[1])) as pair:
-        print(*pair.pids, flush=True)
+    async with embedded_peers(dict(os.environ), command=(sys.executable, sys.argv[1])) as pair:
+        print(*(peer.pid for peer in pair.values()), flush=True)
         await anyio.sleep_forever()
 
 anyio.run(main)
@@ -96,9 +97,14 @@ def assert_ended(pid: int) -> None:
         os.close(descriptor)
 
 
-def assert_reaped(pair: EmbeddedPair) -> None:
+def pids(pair: Mapping[Peer, EmbeddedPeer]) -> list[int]:
+    """The latest process of each peer."""
+    return [peer.pid for peer in pair.values()]
+
+
+def assert_reaped(pair: Mapping[Peer, EmbeddedPeer]) -> None:
     """No process of the pair is left, not even as a zombie."""
-    for pid in pair.pids:
+    for pid in pids(pair):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
 
@@ -107,11 +113,11 @@ async def test_both_peers_serve_while_the_block_runs(tmp_path: Path) -> None:
     """Both peers answer over gRPC; after the block neither a process nor a descriptor is left."""
     before = pipes()
     with capture_logs() as logs:
-        async with embedded_pair(ENVIRONMENT, command=script(tmp_path, PEER)) as pair:
+        async with embedded_peers(ENVIRONMENT, command=script(tmp_path, PEER)) as pair:
             state = SystemStatePacket(version=1)
-            async with grpc.aio.insecure_channel(pair.tamiyo) as channel:
+            async with grpc.aio.insecure_channel(pair["tamiyo"].target) as channel:
                 await TamiyoServiceStub(channel).EvaluateEpoch(EvaluateEpochRequest(state=state), timeout=TIMEOUT_S)
-            async with grpc.aio.insecure_channel(pair.kasmina) as channel:
+            async with grpc.aio.insecure_channel(pair["kasmina"].target) as channel:
                 stub = KasminaServiceStub(channel)
                 await stub.ExportSeedStates(ExportSeedStatesRequest(state=state), timeout=TIMEOUT_S)
     assert_reaped(pair)
@@ -129,10 +135,10 @@ def pipes() -> set[str]:
 
 
 async def test_one_peer_without_the_other(tmp_path: Path) -> None:
-    """Only the requested peer starts; the address of the other is empty."""
-    async with embedded_pair(ENVIRONMENT, ["kasmina"], command=script(tmp_path, PEER)) as pair:
-        assert (pair.tamiyo, len(pair.pids)) == ("", 1)
-        assert pair.kasmina.startswith("127.0.0.1:")
+    """Only the requested peer starts."""
+    async with embedded_peers(ENVIRONMENT, ["kasmina"], command=script(tmp_path, PEER)) as pair:
+        assert list(pair) == ["kasmina"]
+        assert pair["kasmina"].target.startswith("127.0.0.1:")
     assert_reaped(pair)
 
 
@@ -148,7 +154,7 @@ async def test_one_peer_without_the_other(tmp_path: Path) -> None:
 async def test_a_peer_that_does_not_start_is_unavailable(tmp_path: Path, text: str, detail: str) -> None:
     """The error has the peer's name, what it did and the end of its standard error."""
     with pytest.raises(PeerUnavailableError) as caught:
-        async with embedded_pair(ENVIRONMENT, ["tamiyo"], command=script(tmp_path, text), stop_timeout_s=0.2):
+        async with embedded_peers(ENVIRONMENT, ["tamiyo"], command=script(tmp_path, text), stop_timeout_s=0.2):
             pytest.fail("the block must not run")
     assert detail in str(caught.value)
 
@@ -157,21 +163,21 @@ async def test_a_silent_peer_is_unavailable(tmp_path: Path) -> None:
     """A peer that never announces its address fails the start at the deadline."""
     silent = script(tmp_path, "import time; time.sleep(600)")
     with pytest.raises(PeerUnavailableError, match=r"(tamiyo|kasmina): has not announced itself within 0\.3 s"):
-        async with embedded_pair(ENVIRONMENT, command=silent, start_timeout_s=0.3, stop_timeout_s=0.2):
+        async with embedded_peers(ENVIRONMENT, command=silent, start_timeout_s=0.3, stop_timeout_s=0.2):
             pytest.fail("the block must not run")
 
 
 async def test_a_missing_command_is_an_unavailable_peer() -> None:
     """A command that cannot be run is no OSError."""
     with pytest.raises(PeerUnavailableError, match="cannot be started"):
-        async with embedded_pair(ENVIRONMENT, command=("/nonexistent/python",)):
+        async with embedded_peers(ENVIRONMENT, command=("/nonexistent/python",)):
             pytest.fail("the block must not run")
 
 
 async def test_a_peer_that_does_not_stop_is_killed(tmp_path: Path) -> None:
     """That is logged for each peer."""
     with capture_logs() as logs:
-        async with embedded_pair(ENVIRONMENT, command=script(tmp_path, STUBBORN), stop_timeout_s=0.2) as pair:
+        async with embedded_peers(ENVIRONMENT, command=script(tmp_path, STUBBORN), stop_timeout_s=0.2) as pair:
             pass
     assert_reaped(pair)
     killed = [(log["peer"], log["then"]) for log in logs if log["event"] == "embedded peer does not stop"]
@@ -181,7 +187,7 @@ async def test_a_peer_that_does_not_stop_is_killed(tmp_path: Path) -> None:
 async def test_cancellation_leaves_no_process(tmp_path: Path) -> None:
     """A cancelled block stops its peers."""
     with anyio.CancelScope() as scope:
-        async with embedded_pair(ENVIRONMENT, command=script(tmp_path, PEER)) as pair:
+        async with embedded_peers(ENVIRONMENT, command=script(tmp_path, PEER)) as pair:
             scope.cancel()
             await anyio.sleep_forever()
     assert scope.cancelled_caught
@@ -204,19 +210,19 @@ async def test_a_dead_peer_is_restarted_on_its_port(tmp_path: Path) -> None:
     state, before = SystemStatePacket(version=1), pipes()
     with capture_logs() as logs:
         async with (
-            embedded_pair(ENVIRONMENT, ["tamiyo"], command=script(tmp_path, PEER), restarts=AT_ONCE) as pair,
-            grpc.aio.insecure_channel(pair.tamiyo) as channel,
+            embedded_peers(ENVIRONMENT, ["tamiyo"], command=script(tmp_path, PEER), restarts=AT_ONCE) as pair,
+            grpc.aio.insecure_channel(pair["tamiyo"].target) as channel,
         ):
             stub = TamiyoServiceStub(channel)
             await stub.EvaluateEpoch(EvaluateEpochRequest(state=state), timeout=TIMEOUT_S)
-            first, target = pair.pids, pair.tamiyo
+            first, target = pids(pair), pair["tamiyo"].target
             os.kill(first[0], signal.SIGKILL)
             death = await until_logged(logs, "embedded peer died")
             again = await until_logged(logs, "embedded peer started again")
             await stub.EvaluateEpoch(EvaluateEpochRequest(state=state), timeout=TIMEOUT_S, wait_for_ready=True)
-            assert pair.pids != first
+            assert pids(pair) != first
     assert (death["peer"], death["detail"], death["log_level"]) == ("tamiyo", "ended with code -9", "warning")
-    assert again["listening"] == pair.tamiyo == target
+    assert again["listening"] == pair["tamiyo"].target == target
     assert_reaped(pair)
     assert pipes() <= before
 
@@ -226,7 +232,7 @@ async def test_a_peer_whose_restarts_fail_is_given_up(tmp_path: Path) -> None:
     once = script(tmp_path, ONCE)
     command = (*once, str(tmp_path / "started"))
     with capture_logs() as logs:
-        async with embedded_pair(ENVIRONMENT, ["kasmina"], command=command, restarts=AT_ONCE):
+        async with embedded_peers(ENVIRONMENT, ["kasmina"], command=command, restarts=AT_ONCE):
             end = await until_logged(logs, "embedded peer given up")
     pauses = [entry["starts_again_in_s"] for entry in logs if entry["event"] == "embedded peer died"]
     assert pauses == [0.001, 0.002, 0.004]

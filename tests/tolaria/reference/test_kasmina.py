@@ -1,17 +1,16 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from leyline.v1 import enums_pb2 as e
 from leyline.v1.commands_pb2 import AdaptationCommand, CommandSeedOperation
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
-from tolaria.reference.kasmina import DesiredSeeds
-from tolaria.reference.lifecycle import ACTIVE_STAGES, TRANSITIONS, LifecycleSettings, Operation, Stage
-
-SETTINGS = LifecycleSettings()
+from tolaria.reference import kasmina, lifecycle
+from tolaria.reference.kasmina import STAGE_EPOCHS_MAX, DesiredSeeds
+from tolaria.reference.lifecycle import ACTIVE_STAGES, TRANSITIONS, Operation, Stage
 
 
 def packet(epoch: int, seeds: list[SeedState] | None = None, *, accuracy: float = 0.9) -> SystemStatePacket:
@@ -64,14 +63,14 @@ def stages(desired: DesiredSeeds) -> list[Stage]:
 
 def seeds_in_stage(stage: Stage) -> DesiredSeeds:
     """Returns desired seeds with one seed, s, that entered `stage` in epoch 1."""
-    desired = DesiredSeeds(SETTINGS)
+    desired = DesiredSeeds()
     desired.observe(packet(1, [SeedState(seed_id="s", stage=stage, blueprint_id="lora", slot="x", gradient_norm=1.0)]))
     return desired
 
 
 def test_a_healthy_seed_advances_to_probation() -> None:
     """A germinated seed advances one stage an epoch as its gates open; alpha starts when it blends."""
-    desired = DesiredSeeds(SETTINGS)
+    desired = DesiredSeeds()
     assert desired.apply(seed_command(e.SEED_OP_GERMINATE), packet(1)).applied
     seen = []
     for epoch in range(1, 9):
@@ -96,7 +95,7 @@ def test_a_healthy_seed_advances_to_probation() -> None:
 
 def test_seeds_advance_once_an_epoch() -> None:
     """The same state again, or another state of the same epoch, changes nothing."""
-    desired = DesiredSeeds(SETTINGS)
+    desired = DesiredSeeds()
     desired.apply(seed_command(e.SEED_OP_GERMINATE), packet(1))
     desired.observe(packet(2, healthy(desired)))
     once = desired.as_messages()
@@ -118,7 +117,7 @@ def test_repeated_states_count_once_at_a_gate() -> None:
 
 def test_a_culled_seed_becomes_dormant_after_its_embargo() -> None:
     """A dormant seed has no slot and can be germinated again."""
-    desired = DesiredSeeds(SETTINGS)
+    desired = DesiredSeeds()
     desired.apply(seed_command(e.SEED_OP_GERMINATE, slot="x"), packet(1))
     assert desired.apply(seed_command(e.SEED_OP_CULL, number=2, target="seed-1"), packet(1)).applied
     seen = []
@@ -138,24 +137,24 @@ def test_a_culled_seed_becomes_dormant_after_its_embargo() -> None:
 
 
 def test_a_seed_that_does_not_advance_is_culled() -> None:
-    """A seed whose gate stays closed for `stage_epochs_max` epochs is culled."""
-    desired = DesiredSeeds(SETTINGS)
+    """A seed whose gate stays closed for STAGE_EPOCHS_MAX epochs is culled."""
+    desired = DesiredSeeds()
     desired.apply(seed_command(e.SEED_OP_GERMINATE), packet(1))
-    for epoch in range(2, 2 + SETTINGS.stage_epochs_max):
+    for epoch in range(2, 2 + STAGE_EPOCHS_MAX):
         desired.observe(packet(epoch))
         assert stages(desired) == [e.SEED_STAGE_TRAINING]
-    desired.observe(packet(2 + SETTINGS.stage_epochs_max))
+    desired.observe(packet(2 + STAGE_EPOCHS_MAX))
     assert stages(desired) == [e.SEED_STAGE_CULLED]
 
 
 @pytest.mark.parametrize(("accuracy", "end"), [(0.9, e.SEED_STAGE_FOSSILIZED), (0.5, e.SEED_STAGE_CULLED)])
 def test_a_probation_without_a_command_is_decided_by_its_gate(accuracy: float, end: Stage) -> None:
-    """After `stage_epochs_max` epochs G4 decides between fossilizing and culling."""
+    """After STAGE_EPOCHS_MAX epochs G4 decides between fossilizing and culling."""
     desired = seeds_in_stage(e.SEED_STAGE_PROBATIONARY)
-    for epoch in range(2, 1 + SETTINGS.stage_epochs_max):
+    for epoch in range(2, 1 + STAGE_EPOCHS_MAX):
         desired.observe(packet(epoch, accuracy=accuracy))
         assert stages(desired) == [e.SEED_STAGE_PROBATIONARY]
-    desired.observe(packet(1 + SETTINGS.stage_epochs_max, accuracy=accuracy))
+    desired.observe(packet(1 + STAGE_EPOCHS_MAX, accuracy=accuracy))
     assert stages(desired) == [end]
 
 
@@ -185,7 +184,7 @@ def test_every_operation_in_every_stage(operation: Operation, stage: Stage) -> N
     answer = desired.apply(seed_command(operation, target="s"), packet(1))
     after = stages(desired)
     if answer.applied:
-        assert after[0] in TRANSITIONS[before[0].stage]
+        assert (before[0].stage, after[0]) in TRANSITIONS
     else:
         assert answer.detail
         assert before == desired.as_messages()
@@ -193,7 +192,7 @@ def test_every_operation_in_every_stage(operation: Operation, stage: Stage) -> N
 
 def test_a_repeated_command_gets_the_same_response() -> None:
     """A command_id is executed once, whether it was applied or refused."""
-    desired = DesiredSeeds(SETTINGS)
+    desired = DesiredSeeds()
     first = desired.apply(seed_command(e.SEED_OP_GERMINATE), packet(1))
     assert first is desired.apply(seed_command(e.SEED_OP_GERMINATE), packet(1))
     refused = desired.apply(seed_command(e.SEED_OP_CULL, number=2, target="missing"), packet(1))
@@ -230,7 +229,7 @@ def bad(**changes: object) -> AdaptationCommand:
 )
 def test_invalid_commands_are_refused_with_a_reason(command: AdaptationCommand, why: str) -> None:
     """A refused command changes nothing."""
-    desired = DesiredSeeds(SETTINGS)
+    desired = DesiredSeeds()
     desired.apply(seed_command(e.SEED_OP_GERMINATE, number=0, target="old", slot="taken"), packet(1))
     before = desired.as_messages()
     answer = desired.apply(command, packet(1))
@@ -239,9 +238,12 @@ def test_invalid_commands_are_refused_with_a_reason(command: AdaptationCommand, 
     assert before == desired.as_messages()
 
 
-def test_active_and_dormant_seeds_are_bounded() -> None:
-    """Germination is refused at `active_max`; dormant seeds beyond `dormant_max` are forgotten, oldest first."""
-    desired = DesiredSeeds(LifecycleSettings(active_max=2, dormant_max=1, embargo_epochs=0))
+def test_active_and_dormant_seeds_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Germination is refused at ACTIVE_MAX; dormant seeds beyond DORMANT_MAX are forgotten, oldest first."""
+    monkeypatch.setattr(kasmina, "ACTIVE_MAX", 2)
+    monkeypatch.setattr(kasmina, "DORMANT_MAX", 1)
+    monkeypatch.setattr(lifecycle, "EMBARGO_EPOCHS", 0)
+    desired = DesiredSeeds()
     for number in range(2):
         assert desired.apply(seed_command(e.SEED_OP_GERMINATE, number=number), packet(1)).applied
     assert "2 seeds are active already" in desired.apply(seed_command(e.SEED_OP_GERMINATE, number=2), packet(1)).detail
@@ -253,9 +255,10 @@ def test_active_and_dormant_seeds_are_bounded() -> None:
     assert [seed.seed_id for seed in desired.as_messages()] == ["seed-2"]
 
 
-def test_the_number_of_seeds_is_bounded() -> None:
-    """Fossilized seeds count towards `seeds_max`."""
-    desired = DesiredSeeds(LifecycleSettings(seeds_max=2))
+def test_the_number_of_seeds_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fossilized seeds count towards SEEDS_MAX."""
+    monkeypatch.setattr(kasmina, "SEEDS_MAX", 2)
+    desired = DesiredSeeds()
     desired.observe(packet(1, [SeedState(seed_id=f"f{n}", stage=e.SEED_STAGE_FOSSILIZED) for n in range(5)]))
     assert [seed.seed_id for seed in desired.as_messages()] == ["f0", "f1"]
     assert "there are 2 seeds already" in desired.apply(seed_command(e.SEED_OP_GERMINATE), packet(1)).detail
@@ -263,7 +266,7 @@ def test_the_number_of_seeds_is_bounded() -> None:
 
 def test_responses_are_remembered_within_bounds() -> None:
     """The newest 1024 command ids are remembered; an older one is executed again."""
-    desired = DesiredSeeds(SETTINGS)
+    desired = DesiredSeeds()
     for number in range(1500):
         desired.apply(seed_command(e.SEED_OP_CULL, number=number, target="missing"), packet(1))
     assert not desired.apply(seed_command(e.SEED_OP_GERMINATE, number=476), packet(1)).applied
@@ -273,7 +276,7 @@ def test_responses_are_remembered_within_bounds() -> None:
 @pytest.mark.parametrize(("epoch", "seeds"), [(1244, ["f"]), (1243, [])])
 def test_the_history_is_bounded(epoch: int, seeds: list[str]) -> None:
     """The newest 256 changes can be reverted to; before them there are no seeds."""
-    desired = DesiredSeeds(SETTINGS)
+    desired = DesiredSeeds()
     for number in range(1500):
         desired.observe(packet(number, [SeedState(seed_id="f", stage=e.SEED_STAGE_FOSSILIZED)]))
     desired.revert(epoch * 100)
@@ -282,7 +285,7 @@ def test_the_history_is_bounded(epoch: int, seeds: list[str]) -> None:
 
 def test_attribution_is_shared_by_the_seeds_that_train() -> None:
     """Seeds that train share it equally; germinated and fossilized ones have none."""
-    desired = DesiredSeeds(SETTINGS)
+    desired = DesiredSeeds()
     training = [SeedState(seed_id=f"t{n}", stage=e.SEED_STAGE_TRAINING) for n in range(2)]
     others = [
         SeedState(seed_id="g", stage=e.SEED_STAGE_GERMINATED),
@@ -294,7 +297,7 @@ def test_attribution_is_shared_by_the_seeds_that_train() -> None:
 
 def test_reported_seeds_are_adopted_after_a_restart() -> None:
     """The first state of a run adds the seeds that it reports, each id once, except those in unknown stages."""
-    desired = DesiredSeeds(SETTINGS)
+    desired = DesiredSeeds()
     alpha = AlphaSchedule(start=0.0, end=1.0, begin_step=50, duration_steps=10)
     reported = [
         SeedState(seed_id="a", stage=e.SEED_STAGE_BLENDING, blueprint_id="lora", slot="x", alpha=alpha, age_epochs=3),
@@ -313,7 +316,7 @@ def test_reported_seeds_are_adopted_after_a_restart() -> None:
 
 def test_reported_seeds_are_not_adopted_later() -> None:
     """With a history, a reported seed that is not desired is ignored."""
-    desired = DesiredSeeds(SETTINGS)
+    desired = DesiredSeeds()
     desired.observe(packet(1))
     desired.observe(packet(2, [SeedState(seed_id="ghost", stage=e.SEED_STAGE_TRAINING)]))
     assert desired.as_messages() == []
@@ -321,7 +324,7 @@ def test_reported_seeds_are_not_adopted_later() -> None:
 
 def test_reverting_and_undoing() -> None:
     """A revert restores the seeds of a step, an undo those before it; ids are not assigned twice."""
-    desired = DesiredSeeds(SETTINGS)
+    desired = DesiredSeeds()
     desired.apply(seed_command(e.SEED_OP_GERMINATE, number=1), packet(1))
     at_epoch_1 = desired.as_messages()
     desired.observe(packet(2))
@@ -338,7 +341,7 @@ def test_reverting_and_undoing() -> None:
 
 def test_a_state_of_an_earlier_step_reverts() -> None:
     """The seeds follow a run that was restored, and advance again."""
-    desired = DesiredSeeds(SETTINGS)
+    desired = DesiredSeeds()
     desired.apply(seed_command(e.SEED_OP_GERMINATE), packet(1))
     desired.observe(packet(2, healthy(desired)))
     desired.observe(packet(3, healthy(desired)))
@@ -351,7 +354,7 @@ def test_a_state_of_an_earlier_step_reverts() -> None:
 
 def test_a_late_command_does_not_revert() -> None:
     """A command that was decided on an older state is applied to the current seeds."""
-    desired = DesiredSeeds(SETTINGS)
+    desired = DesiredSeeds()
     desired.apply(seed_command(e.SEED_OP_GERMINATE), packet(1))
     desired.observe(packet(2))
     assert desired.apply(seed_command(e.SEED_OP_GERMINATE, number=2), packet(1)).applied
@@ -384,13 +387,22 @@ _reports = st.lists(
 _moves = st.one_of(_commands, _reports, st.integers(0, 2000))
 
 
-@settings(max_examples=150, deadline=None)
+@pytest.fixture
+def quick_lifecycle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits under which a seed passes all stages in a few epochs."""
+    monkeypatch.setattr(lifecycle, "EMBARGO_EPOCHS", 1)
+    monkeypatch.setattr(kasmina, "STAGE_EPOCHS_MAX", 4)
+    monkeypatch.setattr(kasmina, "BLENDING_STEPS", 50)
+
+
+@pytest.mark.usefixtures("quick_lifecycle")
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(_moves, max_size=60), st.data())
 def test_any_sequence_follows_the_transition_table(
     moves: list[AdaptationCommand | list[SeedState] | int], data: st.DataObject
 ) -> None:
     """With any commands, states and reverts, ids are unique, bounds hold and each transition is legal."""
-    seeds, epoch = DesiredSeeds(LifecycleSettings(embargo_epochs=1, stage_epochs_max=4, blending_steps=50)), 0
+    seeds, epoch = DesiredSeeds(), 0
     for move in moves:
         before = {seed.seed_id: seed.stage for seed in seeds.as_messages()}
         if isinstance(move, int):
@@ -407,4 +419,4 @@ def test_any_sequence_follows_the_transition_table(
         assert sum(seed.stage in ACTIVE_STAGES for seed in desired) <= 4
         for seed in desired:
             if before.get(seed.seed_id, seed.stage) != seed.stage:
-                assert seed.stage in TRANSITIONS[before[seed.seed_id]]
+                assert (before[seed.seed_id], seed.stage) in TRANSITIONS

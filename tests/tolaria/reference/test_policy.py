@@ -14,7 +14,7 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.peers.consultation import describe_command
 from tolaria.reference.kasmina import DesiredSeeds
-from tolaria.reference.lifecycle import ACTIVE_STAGES, LifecycleSettings
+from tolaria.reference.lifecycle import ACTIVE_STAGES
 from tolaria.reference.policy import EPOCHS_MAX, TRIALS_MAX, RunHistory, decide_epoch, decide_step
 from tolaria.reference.tamiyo import command_for
 
@@ -259,7 +259,7 @@ def test_any_states_are_accepted(states: list[SystemStatePacket]) -> None:
 
 def run(epochs: int, *, harm: float) -> tuple[list[AdaptationCommand], list[ApplyCommandResponse], list[SeedState]]:
     """Runs Tamiyo's policy and Kasmina on a plateau, where each seed at full strength costs `harm` of the accuracy."""
-    history, desired = RunHistory(), DesiredSeeds(LifecycleSettings())
+    history, desired = RunHistory(), DesiredSeeds()
     decisions: list[AdaptationCommand] = []
     responses: list[ApplyCommandResponse] = []
     seeds: list[SeedState] = []

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tolaria.reference.rollback import Call, Participant, Phase, Runs, Undo
+from tolaria.reference.rollback import Call, Phase, RollbackParticipantService, Runs, Undo
 
 
 class Revertible:
@@ -47,7 +47,7 @@ ACCEPTED: dict[Phase, set[Call]] = {
 def test_every_call_in_every_phase(phase: Phase, call: Call) -> None:
     """A call is accepted, or repeated with the same answer, or refused without any effect."""
     state = Revertible()
-    participant = Participant(state)
+    participant = RollbackParticipantService(state)
     before = {done: participant.answer(done, "r", 40) for done in PATHS[phase]}
     step = state.step
     accepted, detail = participant.answer(call, "r", 40)
@@ -62,7 +62,7 @@ def test_every_call_in_every_phase(phase: Phase, call: Call) -> None:
         assert state.step == step
 
 
-def accepts(participant: Participant, call: Call, rollback_id: str = "r", target_step: int = 40) -> bool:
+def accepts(participant: RollbackParticipantService, call: Call, rollback_id: str = "r", target_step: int = 40) -> bool:
     """Returns whether a call is accepted."""
     return participant.answer(call, rollback_id, target_step)[0]
 
@@ -70,7 +70,7 @@ def accepts(participant: Participant, call: Call, rollback_id: str = "r", target
 def test_a_rollback_reverts_at_its_commit() -> None:
     """Prepare changes nothing, commit reverts, confirm keeps the reverted state."""
     state = Revertible()
-    participant = Participant(state)
+    participant = RollbackParticipantService(state)
     steps = []
     calls: tuple[Call, ...] = ("prepare", "commit", "confirm")
     for call in calls:
@@ -82,7 +82,7 @@ def test_a_rollback_reverts_at_its_commit() -> None:
 def test_an_abort_undoes_a_commit() -> None:
     """After the abort the rollback cannot be confirmed."""
     state = Revertible()
-    participant = Participant(state)
+    participant = RollbackParticipantService(state)
     assert all([accepts(participant, "prepare"), accepts(participant, "commit"), accepts(participant, "abort")])
     assert state.step == 100
     assert not accepts(participant, "confirm")
@@ -91,7 +91,7 @@ def test_an_abort_undoes_a_commit() -> None:
 def test_a_prepare_closes_open_rollbacks() -> None:
     """Of the rollbacks that a coordinator left open a prepared one is aborted and a committed one confirmed."""
     state = Revertible()
-    participant = Participant(state)
+    participant = RollbackParticipantService(state)
     accepts(participant, "prepare", "left prepared", 10)
     accepts(participant, "prepare", "left committed", 20)
     accepts(participant, "commit", "left committed", 20)
@@ -107,7 +107,7 @@ def test_a_prepare_closes_open_rollbacks() -> None:
 )
 def test_refusals_have_a_reason(rollback_id: str, target_step: int, reason: str) -> None:
     """A call with an invalid id, or with another step than the prepare, is refused."""
-    participant = Participant(Revertible())
+    participant = RollbackParticipantService(Revertible())
     participant.answer("prepare", "r", 40)
     accepted, detail = participant.answer("commit", rollback_id, target_step)
     assert not accepted
@@ -117,7 +117,7 @@ def test_refusals_have_a_reason(rollback_id: str, target_step: int, reason: str)
 @pytest.mark.parametrize(("number", "phase"), [(372, "aborted"), (371, "unseen")])
 def test_rollbacks_are_remembered_within_bounds(number: int, phase: Phase) -> None:
     """Of 500 rollbacks the newest 128 are remembered."""
-    participant = Participant(Revertible())
+    participant = RollbackParticipantService(Revertible())
     for each in range(500):
         participant.answer("prepare", f"r{each}", 1)
     assert participant.answer("commit", f"r{number}", 1) == (False, f"commit does not fit: {phase}")
@@ -127,7 +127,7 @@ def test_rollbacks_are_remembered_within_bounds(number: int, phase: Phase) -> No
 @given(st.lists(st.tuples(st.sampled_from(CALLS), st.sampled_from("abc")), max_size=30))
 def test_any_order_of_calls(calls: list[tuple[Call, str]]) -> None:
     """In any order of calls of several rollbacks, an accepted call gets the same answer ever after."""
-    participant = Participant(Revertible())
+    participant = RollbackParticipantService(Revertible())
     answers: dict[tuple[Call, str], str] = {}
     for call, rollback_id in calls:
         accepted, detail = participant.answer(call, rollback_id, ord(rollback_id))
@@ -137,12 +137,14 @@ def test_any_order_of_calls(calls: list[tuple[Call, str]]) -> None:
 
 
 def test_the_number_of_runs_is_bounded_and_the_last_used_run_is_reverted() -> None:
-    """The least recently used run is forgotten; a rollback, which names no run, reverts the last used one."""
-    runs = Runs(Revertible, runs_max=2)
+    """The least recently used of eight runs is forgotten; a rollback, which names no run, reverts the last used one."""
+    runs = Runs(Revertible)
     runs.revert(1)()
     first, second = runs.of("first"), runs.of("second")
     assert runs.of("first") is first
     runs.revert(7)
     assert (first.step, second.step) == (7, 100)
-    runs.of("third")
+    for number in range(3, 10):
+        runs.of(f"run {number}")
+    assert runs.of("first") is first
     assert runs.of("second") is not second

@@ -29,6 +29,7 @@ from leyline.v1.rollback_service_pb2_grpc import RollbackParticipantServiceStub
 from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.tamiyo_service_pb2 import EvaluateEpochRequest, EvaluateStepRequest
 from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
+from support.boards import acknowledgements
 from tolaria.config import LeylineSettings
 from tolaria.errors import BindError
 from tolaria.peers.connect import Peer
@@ -222,7 +223,7 @@ async def test_a_peer_sends_heartbeats_acknowledges_and_joins_a_new_board(tmp_pa
                 while not board.read("kasmina").heartbeat_ns:
                     await anyio.sleep(0.01)
                 signal_id = me.raise_level(e.EMERGENCY_LEVEL_HALT, "smoke")
-                while "kasmina" not in board.acknowledgements(signal_id):
+                while "kasmina" not in acknowledgements(board, signal_id):
                     await anyio.sleep(0.01)
             await anyio.to_thread.run_sync(partial(board.close, unlink=True))
         tasks.cancel_scope.cancel()

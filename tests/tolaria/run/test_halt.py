@@ -18,6 +18,7 @@ from leyline.v1.enums_pb2 import (
     EmergencyLevel,
 )
 from leyline.v1.state_pb2 import SystemStatePacket
+from support.boards import acknowledgements
 from support.peers import command
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.config import ControlSettings
@@ -97,7 +98,7 @@ async def test_a_peer_halts_the_run_through_the_board() -> None:
         await run.until(lambda: run.state == "HALTED")
         signal = other.effective()
         assert signal is not None
-        await run.until(lambda: "tolaria" in other.acknowledgements(signal.signal_id))
+        await run.until(lambda: "tolaria" in acknowledgements(other, signal.signal_id))
         other.claim("operator").clear_all()
         await run.until(lambda: not run.safety.halting)
         run.run.resume("on")

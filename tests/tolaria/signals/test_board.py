@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from leyline.v1.enums_pb2 import EmergencyLevel
+from support.boards import acknowledgements
 from tolaria.errors import BlockOwnedError, BoardLostError, SignalError
 from tolaria.signals import SignalBoard
 from tolaria.signals import board as board_module
@@ -43,7 +44,7 @@ def test_acknowledgements_show_participant_and_time(board: SignalBoard, other: S
     kasmina, tamiyo = other.claim("kasmina"), other.claim("tamiyo")
     kasmina.acknowledge(signal_id)
     tamiyo.acknowledge(signal_id + 1)
-    assert board.acknowledgements(signal_id) == {"kasmina": kasmina.record.acknowledged_ns}
+    assert acknowledgements(board, signal_id) == {"kasmina": kasmina.record.acknowledged_ns}
 
 
 def test_a_block_has_one_owner(board: SignalBoard, other: SignalBoard) -> None:
@@ -101,7 +102,7 @@ def test_removing_a_board_wakes_its_peers(board: SignalBoard, other: SignalBoard
 
 
 def test_a_closed_board_raises(path: Path) -> None:
-    """After close everything raises except heartbeats, which are counted; closing again is harmless."""
+    """After close everything raises except heartbeats, which are dropped; closing again is harmless."""
     board = SignalBoard.create(path, "run-1")
     kasmina = board.claim("kasmina")
     board.close(unlink=True)
@@ -120,11 +121,10 @@ def test_a_closed_board_raises(path: Path) -> None:
     with pytest.raises(SignalError):
         kasmina.raise_level(HALT, "too late")
     kasmina.beat()
-    assert board.statistics().lost_beats == 1
 
 
 def test_a_truncated_file_raises_instead_of_a_bus_error(board: SignalBoard, path: Path) -> None:
-    """Truncation under an attached board raises a typed error; heartbeats are dropped and counted."""
+    """Truncation under an attached board raises a typed error; heartbeats are dropped."""
     kasmina = board.claim("kasmina")
     os.truncate(path, 100)
     with pytest.raises(BoardLostError, match="cut short"):
@@ -132,4 +132,3 @@ def test_a_truncated_file_raises_instead_of_a_bus_error(board: SignalBoard, path
     with pytest.raises(BoardLostError, match="cut short"):
         kasmina.raise_level(HALT, "stop")
     kasmina.beat()
-    assert board.statistics().lost_beats == 1

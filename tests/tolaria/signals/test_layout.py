@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leyline.v1.enums_pb2 import EmergencyLevel, RollbackTier
-from tolaria.errors import SignalValueError
+from tolaria.errors import BoardRefusedError, SignalValueError
 from tolaria.signals import layout
 from tolaria.signals.layout import Header, ParticipantRecord, RollbackRecord, RollbackState, active_signals
 
@@ -119,9 +119,9 @@ def test_a_wrong_header_is_refused(at: int, value: bytes, reason: str) -> None:
     """Each wrong field of the header has its stable reason."""
     head = bytearray(layout.blank_board(HEADER)[:256])
     head[at : at + len(value)] = value
-    fault = layout.header_fault(bytes(head), layout.BOARD_SIZE)
-    assert fault is not None
-    assert fault[0] == reason
+    with pytest.raises(BoardRefusedError) as refused:
+        layout.decode_header("board", bytes(head), layout.BOARD_SIZE)
+    assert refused.value.reason == reason
 
 
 @pytest.mark.parametrize(
@@ -129,23 +129,23 @@ def test_a_wrong_header_is_refused(at: int, value: bytes, reason: str) -> None:
 )
 def test_a_file_of_another_size_is_refused(size: int, reason: str) -> None:
     """A short file is `truncated`, a long one has the wrong `size`."""
-    fault = layout.header_fault((layout.blank_board(HEADER) + b"\0")[: min(size, 256)], size)
-    assert fault is not None
-    assert fault[0] == reason
+    with pytest.raises(BoardRefusedError) as refused:
+        layout.decode_header("board", (layout.blank_board(HEADER) + b"\0")[: min(size, 256)], size)
+    assert refused.value.reason == reason
 
 
 @given(head=st.binary(max_size=300), size=st.integers(0, 10_000))
 def test_arbitrary_headers_never_crash(head: bytes, size: int) -> None:
     """Noise is refused, with and without the magic number."""
-    assert layout.header_fault(head[:256], size) is not None
-    assert layout.header_fault((layout.MAGIC + head)[:256], size) is not None
+    for noise in (head[:256], (layout.MAGIC + head)[:256]):
+        with pytest.raises(BoardRefusedError):
+            layout.decode_header("board", noise, size)
 
 
 def test_a_valid_header_round_trips() -> None:
     """A header that was written is accepted and decodes to itself."""
     head = layout.blank_board(HEADER)[:256]
-    assert layout.header_fault(head, layout.BOARD_SIZE) is None
-    assert layout.decode_header(head) == HEADER
+    assert layout.decode_header("board", head, layout.BOARD_SIZE) == HEADER
 
 
 @pytest.mark.parametrize("run_id", ["", "x" * 129])
@@ -161,8 +161,8 @@ def test_numbers_and_ids_must_fit() -> None:
         layout.encode_participant(0, 0, ParticipantRecord(signal_id=2**64))
     with pytest.raises(SignalValueError, match="at most 64 bytes"):
         layout.encode_rollback(0, RollbackRecord(rollback_id="é" * 33))
-    with pytest.raises(SignalValueError, match="no participant 'nobody'"):
-        layout.index_of("nobody")
+    with pytest.raises(SignalValueError, match="no participant 'judge'"):
+        layout.index_of("judge")
 
 
 def test_active_signals_are_sorted_by_level() -> None:

@@ -248,10 +248,10 @@ def locks_on(path: Path) -> RangeLocks:
 
 
 def test_locks_exclude_each_other_where_they_overlap(blank: Path) -> None:
-    """Two holders share a file but not a range; an unlocked range can be locked by the other."""
+    """Two holders share a file but not a range; no range is locked twice, and an unlocked one is free for the other."""
     one, two = locks_on(blank), locks_on(blank)
     assert one.try_lock(0, 10)
-    assert one.try_lock(0, 10)
+    assert not one.try_lock(0, 10)
     assert two.try_lock(10, 10)
     assert not two.try_lock(9, 1)
     one.unlock(0, 10)

@@ -13,7 +13,7 @@ NOTICE = EmergencyLevel.EMERGENCY_LEVEL_NOTICE
 HALT = EmergencyLevel.EMERGENCY_LEVEL_HALT
 
 
-def test_a_damaged_block_is_ignored_and_counted(board: SignalBoard, file: BoardBytes) -> None:
+def test_a_damaged_block_is_ignored(board: SignalBoard, file: BoardBytes) -> None:
     """A flipped bit removes a block's signal; the others stay active, and the owner's next write repairs the block."""
     kasmina = board.claim("kasmina")
     kasmina.raise_level(HALT, "stop")
@@ -23,19 +23,18 @@ def test_a_damaged_block_is_ignored_and_counted(board: SignalBoard, file: BoardB
         assert [signal.origin for signal in fresh.active_signals()] == ["tamiyo"]
         state = fresh.read("kasmina")
         assert (state.condition, state.record) == (BlockCondition.DAMAGED, None)
-        assert fresh.statistics().crc_failures == 2
         kasmina.raise_level(HALT, "stop again")
         assert [signal.origin for signal in fresh.active_signals()] == ["kasmina", "tamiyo"]
 
 
 def test_a_claim_repairs_a_damaged_block(board: SignalBoard, file: BoardBytes) -> None:
-    """A restarted owner of a damaged block starts empty, with `repaired`, and never reuses an id."""
+    """A restarted owner of a damaged block starts empty, and never reuses an id."""
     kasmina = board.claim("kasmina")
     signal_id = kasmina.raise_level(HALT, "stop")
     file.flip_bit(file.payload_at("kasmina"))
     kasmina.release()
     again = board.claim("kasmina")
-    assert (again.repaired, again.record.level) == (True, 0)
+    assert (again.record.level, again.record.reason) == (0, "")
     assert board.read("kasmina").condition is BlockCondition.OK
     assert again.raise_level(NOTICE, "up again") > signal_id
 
@@ -50,13 +49,13 @@ def test_a_half_written_copy_is_never_read(board: SignalBoard, file: BoardBytes)
             signal = fresh.effective()
             assert signal is not None
             assert signal.reason == reason
-            assert fresh.statistics().crc_failures == 0
+            assert fresh.read("kasmina").condition is BlockCondition.OK
 
 
 def test_a_block_written_during_every_try_is_torn(
     board: SignalBoard, file: BoardBytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reader gives up after its last try, reports the block as torn and counts it."""
+    """A reader gives up after its last try and reports the block as torn."""
     at = participant_at(PARTICIPANTS.index("kasmina"))
 
     def publish_meanwhile() -> None:
@@ -65,7 +64,6 @@ def test_a_block_written_during_every_try_is_torn(
     monkeypatch.setattr(seqlock, "fence", publish_meanwhile)
     state = board.read("kasmina")
     assert (state.condition, state.record) == (BlockCondition.TORN, None)
-    assert (board.statistics().torn, board.statistics().retries) == (1, 15)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -104,10 +102,8 @@ def test_a_record_that_was_read_survives_later_damage(board: SignalBoard, other:
     file.flip_bit(file.payload_at("kasmina"))
     tamiyo.raise_level(HALT, "me too")
     assert [signal.origin for signal in other.active_signals()] == ["kasmina", "tamiyo"]
-    assert other.statistics().crc_failures == 0
     kasmina.raise_level(HALT, "stop again")
     file.flip_bit(file.payload_at("kasmina"))
     assert [[signal.origin for signal in other.active_signals()] for _ in range(2)] == [["tamiyo"], ["tamiyo"]]
-    assert other.statistics().crc_failures == 2
     kasmina.acknowledge(1)
     assert [signal.reason for signal in other.active_signals()] == ["me too", "stop again"]

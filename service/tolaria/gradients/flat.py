@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,10 +13,7 @@ from tolaria.errors import GradientMismatchError, NoGradientsError
 
 
 def grads_to_flat(grads: Iterable[Tensor]) -> tuple[Tensor, tuple[torch.Size, ...]]:
-    """Concatenates gradients.
-
-    Args:
-        grads: tensors of any shapes, scalars included, all of one dtype and device.
+    """Concatenates gradients of any shapes, scalars included, all of one dtype and device.
 
     Returns:
         A new vector of shape (total elements,) in their dtype, on their device, and the shapes for `flat_to_grads`.
@@ -34,14 +32,7 @@ def grads_to_flat(grads: Iterable[Tensor]) -> tuple[Tensor, tuple[torch.Size, ..
 
 
 def flat_to_grads(flat: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-    """Splits a flat vector into tensors of the given shapes; the inverse of `grads_to_flat`.
-
-    Args:
-        flat: shape (total elements,).
-        shapes: the shapes in order; an empty shape is a scalar.
-
-    Returns:
-        Views of `flat`, in its memory, dtype and device.
+    """Splits a vector of shape (total elements,) into views of the given shapes; the inverse of `grads_to_flat`.
 
     Raises:
         NoGradientsError: there are no shapes, or `flat` is empty.
@@ -52,10 +43,13 @@ def flat_to_grads(flat: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor
         raise NoGradientsError
     if flat.dim() != 1:
         raise GradientMismatchError(0, f"a flat gradient has one dimension, not {flat.dim()}")
-    sizes = [torch.Size(shape) for shape in shapes]
-    _check_counts(flat.numel(), sizes)
-    pieces = torch.split(flat, [size.numel() for size in sizes])
-    return tuple(piece.view(size) for piece, size in zip(pieces, sizes, strict=True))
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    ends = list(accumulate(sizes))
+    if ends[-1] != flat.numel():
+        index = next((index for index, end in enumerate(ends) if end > flat.numel()), len(sizes))
+        raise GradientMismatchError(index, f"the shapes have {ends[-1]} elements, the flat vector has {flat.numel()}")
+    pieces = torch.split(flat, sizes)
+    return tuple(piece.view(torch.Size(shape)) for piece, shape in zip(pieces, shapes, strict=True))
 
 
 def check_same_kind(index: int, tensor: Tensor, first: Tensor) -> None:
@@ -95,15 +89,3 @@ class FlatLayout:
     def layers(self) -> tuple[str, ...]:
         """The module of each parameter: its name without the last part; a name without a dot is its own layer."""
         return tuple(name.rpartition(".")[0] or name for name in self.names)
-
-
-def _check_counts(available: int, sizes: Sequence[torch.Size]) -> None:
-    needed = 0
-    for index, size in enumerate(sizes):
-        needed += size.numel()
-        if needed > available:
-            raise GradientMismatchError(
-                index, f"shape {tuple(size)} needs elements up to {needed}, the flat vector has {available}"
-            )
-    if needed < available:
-        raise GradientMismatchError(len(sizes), f"shapes hold {needed} elements, the flat vector has {available}")

@@ -19,7 +19,7 @@ from torch import Tensor
 from tolaria.gradients.gram import Rows, checked_rows, combine_rows, gram_matrix
 from tolaria.gradients.weights import checked_weights
 
-EPSILON: Final = 1e-7
+_EPSILON: Final = 1e-7
 """A cosine above -EPSILON is a rounding error and no conflict, so that orthogonal rows never conflict."""
 
 
@@ -64,18 +64,15 @@ class Projection:
     conflicts_by_row: list[int]
     participants: int
 
-    @property
-    def conflicts(self) -> int:
-        """The number of unordered pairs that conflict."""
-        return sum(self.conflicts_by_row) // 2
-
-    def merged(self, weights: Sequence[float] | None) -> list[float]:
+    def combined(self, weights: Sequence[float] | None) -> list[float]:
         """Returns the n coefficients of the sum of all projected rows, or of their weighted mean."""
-        factors = plain_coefficients(len(self.coefficients), weights)
-        return [
-            math.fsum(f * row[j] for f, row in zip(factors, self.coefficients, strict=True))
-            for j in range(len(factors))
-        ]
+        factors = _factors(len(self.coefficients), weights)
+        columns = zip(*self.coefficients, strict=True)
+        return [math.fsum(f * c for f, c in zip(factors, column, strict=True)) for column in columns]
+
+    def merged(self, vector: Tensor) -> MergedGradient:
+        """Returns `vector` with the conflicts of this projection."""
+        return MergedGradient(vector, sum(self.conflicts_by_row) // 2, self.participants, projected=True)
 
 
 @torch.no_grad()
@@ -109,10 +106,9 @@ def combine_flat_grads(
     if count == 1:
         return MergedGradient(rows[0].clone(), 0, 1, projected=False)
     if not use_pcgrad:
-        return MergedGradient(combine_rows(rows, plain_coefficients(count, factors)), 0, count, projected=False)
+        return MergedGradient(combine_rows(rows, _factors(count, factors)), 0, count, projected=False)
     projection = project(gram_matrix(rows), projection_order(count, generator))
-    vector = combine_rows(rows, projection.merged(factors))
-    return MergedGradient(vector, projection.conflicts, projection.participants, projected=True)
+    return projection.merged(combine_rows(rows, projection.combined(factors)))
 
 
 def project(gram: Tensor, order: Sequence[Sequence[int]]) -> Projection:
@@ -125,11 +121,8 @@ def project(gram: Tensor, order: Sequence[Sequence[int]]) -> Projection:
     dots = gram.tolist()
     norms = [math.sqrt(dots[i][i]) if 0 < dots[i][i] < math.inf else 0.0 for i in range(len(dots))]
     coefficients = [_project_row(i, order[i], dots, norms) for i in range(len(dots))]
-    return Projection(
-        coefficients,
-        [sum(_conflicts(row[j], norms[i], norms[j]) for j in range(len(dots))) for i, row in enumerate(dots)],
-        sum(norm > 0 for norm in norms),
-    )
+    conflicts = [sum(_conflicts(row[j], norms[i], norms[j]) for j in range(len(dots))) for i, row in enumerate(dots)]
+    return Projection(coefficients, conflicts, sum(norm > 0 for norm in norms))
 
 
 def projection_order(count: int, generator: torch.Generator | None) -> list[list[int]]:
@@ -146,8 +139,8 @@ def step_generator(run_seed: int | str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def plain_coefficients(count: int, weights: Sequence[float] | None) -> list[float]:
-    """Returns the n coefficients of a merge without projection: all 1, or the weights divided by their sum."""
+def _factors(count: int, weights: Sequence[float] | None) -> list[float]:
+    """Returns n factors for a sum (all 1) or a weighted mean (the weights divided by their sum)."""
     if weights is None:
         return [1.0] * count
     total = sum(weights)
@@ -169,4 +162,4 @@ def _project_row(row: int, order: Sequence[int], gram: list[list[float]], norms:
 
 def _conflicts(dot: float, norm: float, other_norm: float) -> bool:
     """Rows without a finite norm have norm 0 here and never conflict."""
-    return norm > 0 and other_norm > 0 and dot < -EPSILON * norm * other_norm
+    return norm > 0 and other_norm > 0 and dot < -_EPSILON * norm * other_norm

@@ -27,23 +27,14 @@ class SourceRows:
     Attributes:
         names: the n sources with a row, in a stable order.
         matrix: shape (n, d), the gradients over the d elements of the shared parameters.
-        present: for each source, whether it took part; its row is zero if not.
-        own: the gradients of the sources that took part over their own parameters.
+        present: for each source, whether it has a loss; its row is zero if not.
+        own: the gradients of the present sources over their own parameters.
     """
 
     names: tuple[str, ...]
     matrix: Tensor
     present: tuple[bool, ...]
     own: OwnGradients
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """One backward pass: a loss, its sources, and the rows of those that have one."""
-
-    loss: Tensor
-    sources: tuple[str, ...]
-    rows: tuple[int, ...]
 
 
 def source_rows(
@@ -60,8 +51,8 @@ def source_rows(
     loss tensor share a pass. The parameters' `.grad` does not change.
 
     Args:
-        losses: differentiable scalars by source. For a source without a row (an isolated seed) only its own
-            parameters get a gradient.
+        losses: differentiable scalars by source. A source without a row (an isolated seed) has gradients over its own
+            parameters only.
         shared: the shared parameters, of one dtype and device, d elements in all.
         names: the n sources with a row, in order; those without a loss get a row of zeros. None: all of `losses`.
         own: parameters that belong to one source only. Their gradient is that of the source's loss, unweighted.
@@ -76,20 +67,25 @@ def source_rows(
         UnknownSourceError: `own` names a source without a loss.
     """
     order = tuple(losses) if names is None else tuple(names)
-    width = sum(parameter.numel() for parameter in shared)
-    _check(losses, own, width)
-    matrix = _allocate(out, len(order), shared[0], width)
-    passes = _passes(losses, order)
+    _check(losses, own)
+    matrix = _row_memory(out, len(order), shared)
+    passes: dict[int, list[str]] = {}
+    for name, loss in losses.items():
+        passes.setdefault(id(loss), []).append(name)
     owned: dict[str, tuple[Tensor | None, ...]] = {}
-    for number, each in enumerate(passes, start=1):
-        found = _grad(each, shared, own, retain=number < len(passes))
-        if each.rows:
-            _write(matrix, each.rows, found[: len(shared)], shared)
-        start = len(shared) if each.rows else 0
-        for name in each.sources:
+    for number, sources in enumerate(passes.values(), start=1):
+        rows = [row for row, name in enumerate(order) if name in sources]
+        wanted = list(shared) if rows else []
+        ends = [len(wanted)]
+        for name in sources:
+            wanted += own.get(name, ())
+            ends.append(len(wanted))
+        found = _gradients(losses[sources[0]], wanted, retain=number < len(passes))
+        if rows:
+            _write(matrix, rows, found[: len(shared)], shared)
+        for name, start, end in zip(sources, ends, ends[1:], strict=False):
             if name in own:
-                owned[name] = tuple(found[start : start + len(own[name])])
-                start += len(own[name])
+                owned[name] = found[start:end]
     for row, name in enumerate(order):
         if name not in losses:
             matrix[row].zero_()
@@ -97,19 +93,13 @@ def source_rows(
 
 
 def losses_by_source(per_sample: Tensor, seed_ids: Sequence[str], sources: Sequence[str]) -> dict[str, Tensor]:
-    """Splits the losses of a batch by the seed of each sample.
+    """Splits the losses of a batch, shape (batch,), by the seed of each sample.
 
-    Args:
-        per_sample: shape (batch,), differentiable.
-        seed_ids: the seed of each sample; an empty id, or a seed that is no source, means the host.
-        sources: the sources to split by.
-
-    Returns:
-        For each source with a sample, the sum of its samples' losses divided by the size of the whole batch, so that
-        the rows add up to the gradient of the batch's mean loss.
+    An empty id, or that of a seed that is not among `sources`, means the host. Each loss is the sum of the source's
+    samples divided by the size of the whole batch, so that the rows add up to the gradient of the batch's mean loss.
 
     Raises:
-        GradientMismatchError: another number of ids than samples; the index is that of the first without a partner.
+        GradientMismatchError: another number of ids than samples; the index is that of the first without a match.
         LossShapeError: `per_sample` is not a vector.
     """
     if per_sample.dim() != 1:
@@ -136,8 +126,8 @@ def _sample_owners(seed_ids: Sequence[str], sources: Sequence[str]) -> list[str]
     return [seed_id if seed_id in known else HOST for seed_id in seed_ids]
 
 
-def _check(losses: Mapping[str, Tensor], own: Mapping[str, Sequence[Tensor]], width: int) -> None:
-    if not losses or width == 0:
+def _check(losses: Mapping[str, Tensor], own: Mapping[str, Sequence[Tensor]]) -> None:
+    if not losses:
         raise NoGradientsError
     for name, loss in losses.items():
         if loss.numel() != 1 or not loss.requires_grad:
@@ -148,35 +138,22 @@ def _check(losses: Mapping[str, Tensor], own: Mapping[str, Sequence[Tensor]], wi
             raise UnknownSourceError(f"source {name!r} owns parameters but has no loss in this microbatch")
 
 
-def _allocate(out: Tensor | None, count: int, like: Tensor, width: int) -> Tensor:
+def _row_memory(out: Tensor | None, count: int, shared: Sequence[Tensor]) -> Tensor:
+    width = sum(parameter.numel() for parameter in shared)
+    if width == 0:
+        raise NoGradientsError
     if out is None:
-        return torch.empty(count, width, dtype=like.dtype, device=like.device)
+        return torch.empty(count, width, dtype=shared[0].dtype, device=shared[0].device)
     if out.shape != (count, width):
         raise GradientMismatchError(0, f"rows are to be written into {tuple(out.shape)}, not {(count, width)}")
     return out
 
 
-def _passes(losses: Mapping[str, Tensor], order: tuple[str, ...]) -> list[_Pass]:
-    by_loss: dict[int, list[str]] = {}
-    for name, loss in losses.items():
-        by_loss.setdefault(id(loss), []).append(name)
-    rows = {name: row for row, name in enumerate(order)}
-    return [
-        _Pass(losses[names[0]], tuple(names), tuple(rows[name] for name in names if name in rows))
-        for names in by_loss.values()
-    ]
-
-
-def _grad(
-    each: _Pass, shared: Sequence[Tensor], own: Mapping[str, Sequence[Tensor]], *, retain: bool
-) -> tuple[Tensor | None, ...]:
-    """Returns the gradients over the shared parameters, if a source has a row, then over each source's own."""
-    wanted = list(shared) if each.rows else []
-    wanted += [parameter for name in each.sources for parameter in own.get(name, ())]
+def _gradients(loss: Tensor, wanted: Sequence[Tensor], *, retain: bool) -> tuple[Tensor | None, ...]:
     if not wanted:
         return ()
     found: tuple[Tensor | None, ...] = torch.autograd.grad(
-        each.loss, wanted, torch.ones_like(each.loss), retain_graph=retain, allow_unused=True
+        loss, wanted, torch.ones_like(loss), retain_graph=retain, allow_unused=True
     )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -41,52 +42,31 @@ class RowMeasurements:
 
 @dataclass(slots=True)
 class _SourceTotals:
-    """The numbers of one source so far in the epoch."""
+    """The sums of one source over the epoch; `stage` and `alpha` are those of the last step."""
 
     stage: SeedLifecycleStage.ValueType = enums_pb2.SEED_STAGE_UNKNOWN
     alpha: float = 0.0
-    weight_sum: float = 0.0
+    weight: float = 0.0
     steps: int = 0
     rows: int = 0
     parts: int = 0
     conflicts: int = 0
-    ratio_sum: float = 0.0
+    conflict_ratio: float = 0.0
 
 
 @dataclass(slots=True)
 class _Totals:
-    """The numbers of the epoch so far."""
+    """The sums of all sources over the epoch."""
 
     steps: int = 0
     microbatches: int = 0
     conflicts: int = 0
-    rate_sum: float = 0.0
-    pair_rate_sum: float = 0.0
-    weight_sum: float = 0.0
+    conflict_rate: float = 0.0
+    pair_rate: float = 0.0
+    weight: float = 0.0
     weights: int = 0
     projected: int = 0
-    sources: dict[str, _SourceTotals] = field(default_factory=dict)
-
-    def source(self, name: str) -> _SourceTotals:
-        return self.sources.setdefault(name, _SourceTotals())
-
-    def add_step(self, sources: Sequence[SourceWeight], rows: StepRows, merged: MergedGradient) -> None:
-        self.steps += 1
-        self.microbatches += rows.microbatches
-        self.conflicts += merged.conflicts
-        self.rate_sum += merged.grad_conflict_rate
-        self.pair_rate_sum += merged.pair_conflict_rate
-        self.projected += merged.projected
-        weights = [source.weight for source in sources if source.has_row]
-        self.weight_sum += sum(weights)
-        self.weights += len(weights)
-
-    def add_source(self, source: SourceWeight, parts: int) -> None:
-        totals = self.source(source.name)
-        totals.stage, totals.alpha = source.stage, source.alpha
-        totals.weight_sum += source.weight
-        totals.steps += 1
-        totals.parts += parts
+    sources: dict[str, _SourceTotals] = field(default_factory=lambda: defaultdict(_SourceTotals))
 
 
 class SeedMetricUpdater:
@@ -100,24 +80,29 @@ class SeedMetricUpdater:
     def update(
         self, sources: Sequence[SourceWeight], rows: StepRows, merged: MergedGradient, measured: RowMeasurements
     ) -> None:
-        """Adds one step. Does not synchronise.
-
-        Args:
-            sources: all sources of the step, with a row or not.
-            rows: the accumulated rows.
-            merged: the merged gradient, for its conflicts.
-            measured: the measured rows, which are none in microbatch mode.
-        """
-        self._totals.add_step(sources, rows, merged)
+        """Adds one step of all `sources`, with a row or not. Does not synchronise."""
+        totals = self._totals
+        totals.steps += 1
+        totals.microbatches += rows.microbatches
+        totals.conflicts += merged.conflicts
+        totals.conflict_rate += merged.grad_conflict_rate
+        totals.pair_rate += merged.pair_conflict_rate
+        totals.projected += merged.projected
+        weights = [source.weight for source in sources if source.has_row]
+        totals.weight += sum(weights)
+        totals.weights += len(weights)
         parts = dict(zip(rows.names, rows.parts, strict=True))
         for source in sources:
-            self._totals.add_source(source, parts.get(source.name, 0))
-        others = max(1, len(measured.names) - 1)
+            mine = totals.sources[source.name]
+            mine.stage, mine.alpha = source.stage, source.alpha
+            mine.weight += source.weight
+            mine.steps += 1
+            mine.parts += parts.get(source.name, 0)
         for name, conflicts in zip(measured.names, measured.conflicts, strict=True):
-            totals = self._totals.source(name)
-            totals.rows += 1
-            totals.conflicts += conflicts
-            totals.ratio_sum += conflicts / others
+            mine = totals.sources[name]
+            mine.rows += 1
+            mine.conflicts += conflicts
+            mine.conflict_ratio += conflicts / max(1, len(measured.names) - 1)
         norms = measured.norms.double()
         shares = norms / norms.sum().clamp_min(torch.finfo(torch.float64).tiny)
         self._sums.add(measured.names, torch.stack([norms, shares, measured.teacher.double()], dim=1))
@@ -138,13 +123,13 @@ class SeedMetricUpdater:
             metrics = SeedMetrics(
                 seed_id=name,
                 stage=source.stage,
-                weight=source.weight_sum / max(1, source.steps),
+                weight=source.weight / max(1, source.steps),
                 norm=norm,
                 share=share,
                 share_delta=share - self._last_shares.get(name, share),
                 alpha=source.alpha,
                 conflicts=source.conflicts / rows,
-                conflict_ratio=source.ratio_sum / rows,
+                conflict_ratio=source.conflict_ratio / rows,
                 params=params.get(name, 0),
                 mask_fraction=source.parts / max(1, totals.microbatches),
                 teacher_share=teacher,
@@ -157,9 +142,9 @@ class SeedMetricUpdater:
             steps=totals.steps,
             microbatches=totals.microbatches,
             conflicts=totals.conflicts,
-            conflict_ratio=totals.rate_sum / steps,
-            pair_conflict_ratio=totals.pair_rate_sum / steps,
-            weights_mean=totals.weight_sum / max(1, totals.weights),
+            conflict_ratio=totals.conflict_rate / steps,
+            pair_conflict_ratio=totals.pair_rate / steps,
+            weights_mean=totals.weight / max(1, totals.weights),
             pcgrad_applied=totals.projected / steps,
             teacher_share=next((source.teacher_share for source in sources if source.seed_id == HOST), 0.0),
             sources=tuple(sources),
@@ -178,24 +163,21 @@ class PerLayerMetricUpdater:
         self._top_k = top_k
         self._sizes = list(layout.sizes)
         self._layers = tuple(dict.fromkeys(layout.layers))
-        indices = {layer: index for index, layer in enumerate(self._layers)}
-        self._indices = torch.tensor([indices[layer] for layer in layout.layers], dtype=torch.int64)
+        self._indices = torch.tensor([self._layers.index(layer) for layer in layout.layers], dtype=torch.int64)
         self._sums = _DeviceSums()
 
     def update(self, rows: StepRows) -> None:
         """Adds the rows of one step. Does not synchronise."""
         if self._top_k == 0:
             return
-        if self._indices.device != rows.matrix.device:
-            self._indices = self._indices.to(rows.matrix.device)
-        present = [row for row, here in enumerate(rows.mask) if here]
-        names = [rows.names[row] for row in present]
-        matrix = rows.matrix if all(rows.mask) else rows.matrix[present]
+        self._indices = self._indices.to(rows.matrix.device)
+        present = [row for row, part in enumerate(rows.parts) if part]
+        matrix = rows.matrix if len(present) == len(rows.parts) else rows.matrix[present]
         pieces = torch.split(matrix, self._sizes, dim=1)
         norms = torch.stack([torch.linalg.vector_norm(piece, dim=1, dtype=torch.float64) for piece in pieces], dim=1)
-        squares = norms.new_zeros(len(names), len(self._layers)).index_add_(1, self._indices, norms.square())
-        counts = norms.new_ones(len(names), 1)
-        self._sums.add(names, torch.cat([squares.sqrt_(), counts], dim=1))
+        squares = norms.new_zeros(len(present), len(self._layers)).index_add_(1, self._indices, norms.square())
+        counts = norms.new_ones(len(present), 1)
+        self._sums.add([rows.names[row] for row in present], torch.cat([squares.sqrt_(), counts], dim=1))
 
     def read(self) -> dict[str, LayerNorms]:
         """Returns the layers with the largest mean norms by source and starts the next epoch. Synchronises once."""

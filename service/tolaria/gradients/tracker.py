@@ -1,11 +1,7 @@
 """`SeedAggregationTracker`: merges the rows of a step's microbatches into one gradient, and gathers an epoch's metrics.
 
-tracker.follow(states, params)                       # after seeds have changed
-names = tracker.begin(step)                          # for each step
-rows = source_rows(losses, shared, names=names, own=own, out=tracker.lend())
-tracker.add(rows)                                    # for each microbatch
-gradient = tracker.combine()
-metrics = tracker.finish_epoch()                     # at the end of the epoch
+`follow` sets the seeds. Each step calls `begin`, then `add` for every microbatch (its rows written into the memory
+that `lend` returns), then `combine`; `finish_epoch` returns the metrics.
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ import torch
 from torch import Tensor
 
 from leyline.v1.seeds_pb2 import SeedState
-from tolaria.gradients.accumulate import MicrobatchAccumulator, SeedGradientAccumulator, StepRows
+from tolaria.gradients.accumulate import SeedGradientAccumulator, StepRows
 from tolaria.gradients.flat import FlatLayout
 from tolaria.gradients.gram import Rows, combine_rows, gram_matrix
 from tolaria.gradients.pcgrad import MergedGradient, project, projection_order, step_generator
@@ -33,17 +29,14 @@ _NO_SAMPLES: Final[Counter[str]] = Counter()
 
 
 class GradientMode(StrEnum):
-    """How the rows of a step become one gradient.
-
-    Attributes:
-        SEED: PCGrad across sources, then their mean weighted by stage.
-        MICROBATCH: PCGrad across microbatches, then their sum; the sources of a microbatch are added up.
-        SUM: the sum of all rows, as in plain training.
-    """
+    """How the rows of a step become one gradient."""
 
     SEED = "seed"
+    """PCGrad across sources, then their mean weighted by stage."""
     MICROBATCH = "microbatch"
+    """PCGrad across microbatches, then their sum; the sources of a microbatch are added up."""
     SUM = "sum"
+    """The sum of all rows, as in plain training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +146,10 @@ class SeedAggregationTracker:
         """Returns the epoch's means by source and starts the next epoch. Synchronises."""
         return self._metrics.read(self._params, self._layers.read())
 
-    def _new_accumulator(self) -> SeedGradientAccumulator | MicrobatchAccumulator:
+    def _new_accumulator(self) -> SeedGradientAccumulator:
+        by_microbatch = self._settings.mode is GradientMode.MICROBATCH
         numel, dtype, device = self._kind
-        kind = MicrobatchAccumulator if self._settings.mode is GradientMode.MICROBATCH else SeedGradientAccumulator
-        return kind(self._names, numel, dtype=dtype, device=device)
+        return SeedGradientAccumulator(self._names, numel, dtype=dtype, device=device, by_microbatch=by_microbatch)
 
 
 class StepMerger:
@@ -173,7 +166,7 @@ class StepMerger:
     ) -> tuple[MergedGradient, RowMeasurements]:
         """Returns the merged gradient and the measured rows. The vector is valid until the next call.
 
-        If a single row took part, the result is that row. Synchronises once if PCGrad projects.
+        If a single source had a loss, the result is its row. Synchronises once if PCGrad projects.
 
         Args:
             rows: the accumulated rows.
@@ -182,17 +175,20 @@ class StepMerger:
             samples: number of samples by source, for attribution.
         """
         present = [row for row, part in enumerate(rows.parts) if part]
+        names = [rows.names[row] for row in present]
+        given = rows.matrix if len(present) == len(rows.parts) else [rows.matrix[row] for row in present]
         if len(present) == 1 or self._settings.mode is GradientMode.SUM:
-            return self._add(rows, present)
-        generator = step_generator(self._settings.run_seed, step)
+            return self._add(given, names)
+        order = projection_order(len(present), step_generator(self._settings.run_seed, step))
         if self._settings.mode is GradientMode.MICROBATCH:
-            return self._project_microbatches(rows, generator)
+            projection = project(gram_matrix(given), order)
+            vector = combine_rows(given, projection.combined(None), out=self._result)
+            return projection.merged(vector), _no_measurements(vector.device)
         by_name = {source.name: source for source in sources}
-        weights = [by_name[rows.names[row]] for row in present]
-        return self._project_sources(_select(rows.matrix, present), weights, samples, generator)
+        return self._project_sources(given, [by_name[name] for name in names], samples, order)
 
     def _project_sources(
-        self, given: Rows, sources: Sequence[SourceWeight], samples: Mapping[str, int], generator: torch.Generator
+        self, given: Rows, sources: Sequence[SourceWeight], samples: Mapping[str, int], order: Sequence[Sequence[int]]
     ) -> tuple[MergedGradient, RowMeasurements]:
         """Attributes the teacher's row and runs PCGrad, both on dot products alone."""
         names = [source.name for source in sources]
@@ -200,42 +196,27 @@ class StepMerger:
         mixing = self._mixer.mixing(names, shares)
         gram = gram_matrix(given)
         mixed = mixing @ gram @ mixing.T
-        weights = [
-            source.weight if kept else 0.0 for source, kept in zip(sources, mixing.diagonal().tolist(), strict=True)
-        ]
-        projection = project(mixed, projection_order(len(names), generator))
-        coefficients = torch.tensor(projection.merged(weights), dtype=torch.float64) @ mixing
+        remaining = mixing.diagonal().tolist()
+        weights = [source.weight if rest else 0.0 for source, rest in zip(sources, remaining, strict=True)]
+        projection = project(mixed, order)
+        coefficients = torch.tensor(projection.combined(weights), dtype=torch.float64) @ mixing
         vector = combine_rows(given, coefficients.tolist(), out=self._result)
-        merged = MergedGradient(vector, projection.conflicts, projection.participants, projected=True)
         teacher = self._mixer.teacher_shares(names, gram.diagonal().sqrt(), shares)
         norms = mixed.diagonal().clamp_min(0).sqrt()
-        return merged, RowMeasurements(names, norms, teacher, projection.conflicts_by_row)
+        return projection.merged(vector), RowMeasurements(names, norms, teacher, projection.conflicts_by_row)
 
-    def _project_microbatches(
-        self, rows: StepRows, generator: torch.Generator
-    ) -> tuple[MergedGradient, RowMeasurements]:
-        projection = project(gram_matrix(rows.matrix), projection_order(len(rows.names), generator))
-        vector = combine_rows(rows.matrix, projection.merged(None), out=self._result)
-        merged = MergedGradient(vector, projection.conflicts, projection.participants, projected=True)
-        return merged, _no_measurements(rows.matrix)
-
-    def _add(self, rows: StepRows, present: Sequence[int]) -> tuple[MergedGradient, RowMeasurements]:
-        given = _select(rows.matrix, present)
-        vector = given[0] if len(present) == 1 else combine_rows(given, [1.0] * len(present), out=self._result)
-        merged = MergedGradient(vector, 0, len(present), projected=False)
+    def _add(self, given: Rows, names: Sequence[str]) -> tuple[MergedGradient, RowMeasurements]:
+        count = len(names)
+        vector = given[0] if count == 1 else combine_rows(given, [1.0] * count, out=self._result)
+        merged = MergedGradient(vector, 0, count, projected=False)
         if self._settings.mode is GradientMode.MICROBATCH:
-            return merged, _no_measurements(rows.matrix)
-        names = [rows.names[row] for row in present]
+            return merged, _no_measurements(vector.device)
         norms = torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in given])
-        teacher = self._mixer.teacher_shares(names, norms, [0.0] * len(names))
-        return merged, RowMeasurements(names, norms, teacher, [0] * len(names))
+        teacher = self._mixer.teacher_shares(names, norms, [0.0] * count)
+        return merged, RowMeasurements(names, norms, teacher, [0] * count)
 
 
-def _select(matrix: Tensor, rows: Sequence[int]) -> Rows:
-    return matrix if len(rows) == len(matrix) else [matrix[row] for row in rows]
-
-
-def _no_measurements(like: Tensor) -> RowMeasurements:
+def _no_measurements(device: torch.device) -> RowMeasurements:
     """Returns empty measurements, for rows that are not those of sources."""
-    nothing = torch.zeros(0, dtype=torch.float64, device=like.device)
+    nothing = torch.zeros(0, dtype=torch.float64, device=device)
     return RowMeasurements((), nothing, nothing, ())

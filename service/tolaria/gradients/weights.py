@@ -13,9 +13,10 @@ from torch import Tensor
 
 from leyline.v1 import enums_pb2
 from leyline.v1.enums_pb2 import SeedLifecycleStage
-from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
+from leyline.v1.seeds_pb2 import SeedState
 from tolaria.errors import GradientMismatchError, GradientWeightError, NoGradientsError
 from tolaria.gradients.flat import check_same_kind
+from tolaria.values.seeds import declared_ramp
 from tolaria.values.training import HOST
 
 STAGE_WEIGHTS: Final[Mapping[SeedLifecycleStage.ValueType, float | None]] = {
@@ -34,7 +35,7 @@ STAGE_WEIGHTS: Final[Mapping[SeedLifecycleStage.ValueType, float | None]] = {
 }
 """Weight of a seed's row by its stage; None: its alpha."""
 
-ISOLATED: Final = frozenset({enums_pb2.SEED_STAGE_GERMINATED, enums_pb2.SEED_STAGE_TRAINING})
+_ISOLATED: Final = frozenset({enums_pb2.SEED_STAGE_GERMINATED, enums_pb2.SEED_STAGE_TRAINING})
 """Stages without a row while seeds are isolated: the gradient reaches the seed's own parameters only."""
 
 
@@ -55,10 +56,14 @@ class SourceWeight:
 
 
 class SeedWeightResolver:
-    """Resolves SeedState messages into weights of rows."""
+    """Resolves SeedState messages into weights of rows.
+
+    Args:
+        isolation: whether germinated and training seeds have no row.
+    """
 
     def __init__(self, *, isolation: bool) -> None:
-        self._isolation = isolation
+        self._rowless = _ISOLATED if isolation else frozenset[SeedLifecycleStage.ValueType]()
 
     def resolve(self, states: Sequence[SeedState], step: int) -> tuple[SourceWeight, ...]:
         """Returns the host, then every seed in the order given, with its weight at the global step.
@@ -71,53 +76,26 @@ class SeedWeightResolver:
         return (host, *(self._resolve_seed(index, state, step) for index, state in enumerate(states)))
 
     def _resolve_seed(self, index: int, state: SeedState, step: int) -> SourceWeight:
-        alpha = _seed_alpha(state, step)
+        ramp = declared_ramp(state)
+        alpha = 0.0 if ramp is None else ramp.at(step)
         if not math.isfinite(alpha):
             raise GradientWeightError(index, f"alpha {alpha} (of {state.seed_id}) is not finite")
         _check_weight(index, state.attribution, owner=f" (of attribution of {state.seed_id})")
         alpha = min(max(alpha, 0.0), 1.0)
-        weight = self._stage_weight(state.stage, alpha)
-        return SourceWeight(state.seed_id, state.stage, weight, alpha, state.attribution)
-
-    def _stage_weight(self, stage: SeedLifecycleStage.ValueType, alpha: float) -> float:
-        if self._isolation and stage in ISOLATED:
-            return 0.0
-        weight = STAGE_WEIGHTS.get(stage, 0.0)  # a stage that is newer than this table trains nothing
-        return alpha if weight is None else weight
-
-
-def alpha_at(schedule: AlphaSchedule, step: int) -> float:
-    """Returns alpha, linear from `start` at `begin_step` to `end` `duration_steps` later, constant outside.
-
-    Without a duration it jumps from `start` to `end` at `begin_step`.
-    """
-    if step < schedule.begin_step:
-        return schedule.start
-    if step >= schedule.begin_step + schedule.duration_steps:
-        return schedule.end
-    passed = (step - schedule.begin_step) / schedule.duration_steps
-    return schedule.start + (schedule.end - schedule.start) * passed
-
-
-def _seed_alpha(state: SeedState, step: int) -> float:
-    """Returns alpha by the schedule, else as an older peer sends it in `metrics`, else 0."""
-    if state.HasField("alpha"):
-        return alpha_at(state.alpha, step)
-    return state.metrics["alpha"] if "alpha" in state.metrics else 0.0  # noqa: SIM401 # a protobuf map's get() has no default
+        # A stage that is newer than the table has no weight.
+        weight = 0.0 if state.stage in self._rowless else STAGE_WEIGHTS.get(state.stage, 0.0)
+        return SourceWeight(state.seed_id, state.stage, alpha if weight is None else weight, alpha, state.attribution)
 
 
 class AttributionMode(StrEnum):
-    """The origin of the seeds' shares of the teacher's row.
-
-    Attributes:
-        OFF: no attribution; the host's row stays whole.
-        DATALOADER: the fraction of the step's samples that belong to the seed.
-        KASMINA: `SeedState.attribution`.
-    """
+    """The origin of the seeds' shares of the teacher's row."""
 
     OFF = "off"
+    """No attribution: the host keeps its row."""
     DATALOADER = "dataloader"
+    """The fraction of the step's samples that belong to the seed."""
     KASMINA = "kasmina"
+    """`SeedState.attribution`."""
 
 
 class TeacherAttributionMixer:
@@ -131,12 +109,7 @@ class TeacherAttributionMixer:
         self._mode = mode
 
     def shares(self, sources: Sequence[SourceWeight], samples: Mapping[str, int]) -> tuple[float, ...]:
-        """Returns each source's share of the teacher's row; 0 for the host.
-
-        Args:
-            sources: the sources whose rows are merged.
-            samples: for each source, the number of the step's samples that belong to it.
-        """
+        """Returns each source's share of the teacher's row, 0 for the host; `samples` are the step's, by source."""
         if not any(source.name == HOST for source in sources):
             return (0.0,) * len(sources)
         wanted = tuple(0.0 if source.name == HOST else self._wanted(source, samples) for source in sources)
@@ -159,7 +132,7 @@ class TeacherAttributionMixer:
         """Returns the matrix (n, n), float64, CPU, that turns the given rows into the attributed ones."""
         matrix = torch.eye(len(names), dtype=torch.float64)
         if any(shares):
-            host = list(names).index(HOST)
+            host = names.index(HOST)
             matrix[:, host] += torch.tensor(shares, dtype=torch.float64)
             matrix[host, host] = max(0.0, 1.0 - sum(shares))
         return matrix
@@ -173,7 +146,7 @@ class TeacherAttributionMixer:
         """
         if HOST not in names:
             return torch.zeros_like(norms)
-        host = list(names).index(HOST)
+        host = names.index(HOST)
         attributed = norms[host] * torch.tensor(shares, dtype=norms.dtype, device=norms.device)
         result = _ratio(attributed, attributed + norms)
         result[host] = _ratio(norms[host], norms.sum())

@@ -25,12 +25,19 @@ class _SeededCursor:
         """Returns epoch (0 before the first), number of returned batches, batch size and seed."""
         return {"epoch": self._epoch, "index": self._index, "batch_size": self._batch_size, "seed": self._seed}
 
-    def _read(self, state: CursorState) -> tuple[int, int]:
-        """Returns epoch and index of a saved position; raises ValueError if it is one among other batches."""
+    def load_state_dict(self, state: CursorState) -> None:
+        """Moves to a saved position.
+
+        Raises:
+            ValueError: it was saved with another batch size or seed; nothing has changed.
+        """
         for name, value in (("batch_size", self._batch_size), ("seed", self._seed)):
             if state.get(name) != value:
-                raise ValueError(f"the place was saved with {name} {state.get(name)!r}, and this cursor has {value!r}")
-        return cast("int", state["epoch"]), cast("int", state["index"])
+                raise ValueError(f"the position was saved with {name} {state.get(name)!r}; this cursor has {value!r}")
+        self._seek(cast("int", state["epoch"]), cast("int", state["index"]))
+
+    def _seek(self, epoch: int, index: int) -> None:
+        raise NotImplementedError
 
 
 class TensorCursor(_SeededCursor):
@@ -46,8 +53,8 @@ class TensorCursor(_SeededCursor):
     """
 
     def __init__(self, tensors: Sequence[Tensor], *, batch_size: int, seed: int) -> None:
-        if not tensors or len({len(t) for t in tensors}) != 1:
-            raise ValueError(f"tensors must be of one length, got {[len(t) for t in tensors]}")
+        if len({len(t) for t in tensors}) != 1:
+            raise ValueError(f"tensors must have one length, got {[len(t) for t in tensors]}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         super().__init__(batch_size, seed)
@@ -57,11 +64,11 @@ class TensorCursor(_SeededCursor):
 
     @property
     def batches_per_epoch(self) -> int:
-        """The number of batches in an epoch, including the last, smaller one."""
+        """The number of batches in an epoch, including a smaller last one."""
         return -(-len(self._tensors[0]) // self._size)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Shuffles for `epoch` and goes to its first batch."""
+        """Shuffles for `epoch` and moves to its first batch."""
         generator = torch.Generator().manual_seed(_epoch_seed(self._seed, epoch))
         order = torch.randperm(len(self._tensors[0]), generator=generator).to(self._tensors[0].device)
         self._chunks = torch.split(order, self._size) if len(order) else ()
@@ -75,13 +82,7 @@ class TensorCursor(_SeededCursor):
         self._index += 1
         return Batch(tuple(t[chosen] for t in self._tensors), len(chosen))
 
-    def load_state_dict(self, state: CursorState) -> None:
-        """Goes to a saved position.
-
-        Raises:
-            ValueError: it was saved with another batch size or seed; nothing has changed.
-        """
-        epoch, index = self._read(state)
+    def _seek(self, epoch: int, index: int) -> None:
         if epoch:
             self.begin_epoch(epoch)
         else:
@@ -92,8 +93,8 @@ class TensorCursor(_SeededCursor):
 class LoaderCursor(_SeededCursor):
     """Batches of a `DataLoader` that yields a tensor, or a tuple, list or dict of tensors, samples first.
 
-    The loader must read its dataset in order, or shuffle with its own `generator`, which Tolaria seeds for each epoch,
-    so that a position can be restored. Restoring one reads the epoch up to it.
+    To be resumable, the loader reads its dataset in order, or shuffles it with the loader's own `generator`, which
+    Tolaria seeds for each epoch. Restoring a position reads the epoch up to it.
 
     Raises:
         ValueError: the dataset has no length, or the order of the batches cannot be repeated.
@@ -112,7 +113,7 @@ class LoaderCursor(_SeededCursor):
         return len(self._loader)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Seeds the loader's generator for `epoch` and goes to its first batch."""
+        """Seeds the loader's generator for `epoch` and moves to its first batch."""
         self._leave_epoch()
         if self._loader.generator is not None:
             self._loader.generator.manual_seed(_epoch_seed(self._seed, epoch))
@@ -128,13 +129,7 @@ class LoaderCursor(_SeededCursor):
         self._index += 1
         return Batch(payload, len(_first_tensor(payload)))
 
-    def load_state_dict(self, state: CursorState) -> None:
-        """Goes to a saved position, reading the epoch up to it.
-
-        Raises:
-            ValueError: it was saved with another batch size or seed; nothing has changed.
-        """
-        epoch, index = self._read(state)
+    def _seek(self, epoch: int, index: int) -> None:
         if not epoch:
             self._leave_epoch()
             return
@@ -148,31 +143,28 @@ class LoaderCursor(_SeededCursor):
         self._epoch = self._index = 0
 
 
-def _order_problem(loader: DataLoader[Any]) -> str:
-    """Returns why the order of batches cannot be repeated; empty if it can.
-
-    Samplers are accepted by their exact type, since a subclass may have another order.
-    """
+def _order_problem(loader: DataLoader[Any]) -> str | None:
+    """Returns why the order of batches cannot be repeated; None if it can."""
+    sampler = loader.sampler
     if isinstance(loader.dataset, IterableDataset):
         return (
-            "an IterableDataset has no places that can be found again: LoaderCursor needs one with a length and indices"
+            "LoaderCursor needs a dataset with a length and indices: a position in an IterableDataset is not resumable"
         )
     if loader.batch_size is None and loader.batch_sampler is not None:
-        return "the order of a custom batch_sampler cannot be restored: give batch_size and shuffle instead"
+        return "the order of a custom batch_sampler cannot be restored: use batch_size and shuffle instead"
     if not isinstance(loader.dataset, Sized):
         return f"the dataset of the DataLoader, a {type(loader.dataset).__name__}, has no length"
-    sampler = loader.sampler
     if type(sampler) is RandomSampler and (sampler.generator is None or sampler.generator is not loader.generator):
         return (
             "a DataLoader that shuffles needs generator=torch.Generator() to be resumable, "
             "and its RandomSampler needs the same one"
         )
-    if type(sampler) not in {RandomSampler, SequentialSampler}:
+    if type(sampler) not in {RandomSampler, SequentialSampler}:  # exact types: a subclass may have another order
         return (
-            f"a {type(sampler).__name__} cannot be brought back to a place: LoaderCursor takes a loader that goes "
-            "through its dataset in order, or shuffles with its own generator"
+            f"the order of a {type(sampler).__name__} cannot be restored: LoaderCursor needs a loader that reads its "
+            "dataset in order, or shuffles it with its own generator"
         )
-    return ""
+    return None
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

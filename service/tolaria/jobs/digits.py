@@ -1,4 +1,4 @@
-"""The built-in job: scikit-learn's handwritten digits (1797 images of 8 x 8) and a small convolutional host."""
+"""The built-in job: scikit-learn's handwritten digits (1797 images of 8 x 8) and a small convolutional model."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class DigitsJob:
         self._validation = (images[validation], labels[validation])
 
     def build_model(self) -> nn.Module:
-        """Returns the host."""
+        """Returns the model, with initial values from the global RNG."""
         return DigitsHost(self._options.width, self._options.dropout)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -74,7 +74,7 @@ class DigitsJob:
         return torch.optim.Adam(model.parameters(), lr=self._options.learning_rate)
 
     def training_data(self) -> TensorCursor:
-        """Returns 1437 images in an order determined by the seed and the epoch."""
+        """Returns the 1437 training images; their order is a function of the seed and the epoch."""
         return TensorCursor(self._training, batch_size=self._options.batch_size, seed=self._context.seed)
 
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -83,11 +83,11 @@ class DigitsJob:
         return {HOST: functional.cross_entropy(model(images), labels)}
 
     def validation_batches(self) -> Iterable[Batch]:
-        """Returns the other 360 images in one batch."""
+        """Returns the 360 validation images in one batch."""
         return [Batch(self._validation, _VALIDATION_SAMPLES)]
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
-        """Returns summed cross-entropy and correct predictions."""
+        """Returns the sum of the cross-entropy and the number of correct predictions."""
         images, labels = batch.payload
         logits = model(images)
         loss_sum = functional.cross_entropy(logits, labels, reduction="sum")
@@ -110,7 +110,7 @@ def digits(context: JobContext) -> DigitsJob:
 
 def _images() -> tuple[Tensor, Tensor]:
     """Returns all images, float32 of shape (1797, 1, 8, 8) in 0 to 1, and labels, int64 of shape (1797,)."""
-    from sklearn.datasets import load_digits  # noqa: PLC0415 - takes half a second, which other jobs need not wait for
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - importing takes half a second
 
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16.0

@@ -1,4 +1,4 @@
-"""The interface of a training job: model, optimizer, resumable data, losses, evaluation."""
+"""The interface of a training job: model, optimizer, resumable data, losses and evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CursorState = dict[str, JsonValue]
 
 @dataclass(frozen=True, slots=True)
 class JobContext:
-    """The arguments of a job's factory: `training.seed`, the training device, and `training.options`."""
+    """The argument of a job's factory: `training.seed`, the training device, and `training.options`."""
 
     seed: int
     device: torch.device
@@ -31,7 +31,7 @@ class Batch:
     Attributes:
         payload: the job's data: tensors, or tuples, lists and dicts of them.
         samples: number of samples.
-        seed_ids: the seed that each sample belongs to, for data that says so; used with `PerSampleLosses`.
+        seed_ids: the seed that each sample belongs to, if the data defines it; used with `PerSampleLosses`.
     """
 
     payload: Any
@@ -41,35 +41,35 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class PerSampleLosses:
-    """Differentiable losses of shape (samples,) of a batch with `seed_ids`; Tolaria splits them by seed."""
+    """Differentiable losses of a batch with `seed_ids`, of shape (samples,); Tolaria splits them by seed."""
 
     values: Tensor
 
 
 @runtime_checkable
 class BatchCursor(Protocol):
-    """A resumable position in training data. The same state gives the same batches, so that a rollback is exact."""
+    """A resumable position in training data. Equal states give equal batches, so that a rollback is exact."""
 
     @property
     def batches_per_epoch(self) -> int:
         """The number of batches in an epoch."""
 
     def begin_epoch(self, epoch: int) -> None:
-        """Goes to the first batch of `epoch` (from 1)."""
+        """Moves to the first batch of `epoch`, counted from 1."""
 
     def next_batch(self) -> Batch | None:
-        """Returns the next batch, on the CPU or on the device; None at the end of the epoch."""
+        """Returns the next batch, on the CPU or the training device; None at the end of the epoch."""
 
     def state_dict(self) -> CursorState:
         """Returns the position as JSON values."""
 
     def load_state_dict(self, state: CursorState) -> None:
-        """Goes to a saved position, from which `next_batch` continues."""
+        """Moves to a saved position; `next_batch` continues from it."""
 
 
 @runtime_checkable
 class TrainingJob(Protocol):
-    """A training job. Its methods are called by the lane, one at a time."""
+    """A training job. The training process calls its methods one at a time."""
 
     def build_model(self) -> nn.Module:
         """Returns the model on the CPU; Tolaria moves it to the device. Global RNGs are seeded before the call."""
@@ -83,14 +83,14 @@ class TrainingJob(Protocol):
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
         """Returns the mean loss of the batch by source, each a differentiable scalar; `HOST` is always included.
 
-        Sources are seed ids or tasks of the job. For a batch with `seed_ids` the losses may be per sample.
+        A source is the id of a seed, or a task of the job. For a batch with `seed_ids` the losses may be per sample.
         """
 
     def validation_batches(self) -> Iterable[Batch]:
         """Returns the batches for the evaluation after each epoch."""
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
-        """Evaluates one batch; the model is in eval mode and gradients are disabled."""
+        """Evaluates one batch. The model is in evaluation mode and gradients are disabled."""
 
 
 JobFactory = Callable[[JobContext], TrainingJob]

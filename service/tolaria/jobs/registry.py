@@ -1,4 +1,4 @@
-"""Finds and builds the training job that `training.job` names."""
+"""Loads the factory that `training.job` names, and builds the job."""
 
 from __future__ import annotations
 
@@ -13,17 +13,13 @@ ENTRY_POINTS = "tolaria.jobs"
 
 
 def build_job(name: str, context: JobContext) -> TrainingJob:
-    """Loads the factory that `name` refers to, calls it with `context`, and checks the result.
-
-    Args:
-        name: a name registered under the entry points `tolaria.jobs`, or `package.module:factory`.
-        context: seed, device and options.
+    """Returns the job of a factory: an entry point of the group `tolaria.jobs`, or `package.module:factory`.
 
     Raises:
         UnknownJobError: there is no such name, module or factory.
         BrokenJobError: importing or calling the factory failed, or the job lacks a method of `TrainingJob`.
     """
-    factory = _load(name)
+    factory = _load_factory(name)
     try:
         job = factory(context)
     except JobError:
@@ -39,25 +35,8 @@ def build_job(name: str, context: JobContext) -> TrainingJob:
     return job
 
 
-def _load(name: str) -> JobFactory:
+def _load_factory(name: str) -> JobFactory:
     module, _, attribute = (name if ":" in name else _registered(name)).partition(":")
-    found = _import(name, module, attribute)
-    if not callable(found):
-        raise BrokenJobError(f"training.job {name!r}: is a {type(found).__name__}, not a factory that can be called")
-    return found
-
-
-def _registered(name: str) -> str:
-    known = entry_points(group=ENTRY_POINTS)
-    if name not in known.names:
-        raise UnknownJobError(
-            f"training.job {name!r} is not registered (known: {', '.join(sorted(known.names))}); "
-            "a job of your own is named package.module:factory"
-        )
-    return known[name].value
-
-
-def _import(name: str, module: str, attribute: str) -> object:
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -66,7 +45,19 @@ def _import(name: str, module: str, attribute: str) -> object:
         raise BrokenJobError(f"training.job {name!r}: importing it failed: {error}") from error
     except (Exception, SystemExit) as error:
         raise BrokenJobError(f"training.job {name!r}: importing it raised {type(error).__name__}: {error}") from error
-    try:
-        return getattr(loaded, attribute)
-    except AttributeError:
-        raise UnknownJobError(f"training.job {name!r}: module {module!r} has no {attribute!r}") from None
+    if not hasattr(loaded, attribute):
+        raise UnknownJobError(f"training.job {name!r}: module {module!r} has no {attribute!r}")
+    factory: object = getattr(loaded, attribute)
+    if not callable(factory):
+        raise BrokenJobError(f"training.job {name!r}: is a {type(factory).__name__}, not a factory that can be called")
+    return factory
+
+
+def _registered(name: str) -> str:
+    known = entry_points(group=ENTRY_POINTS)
+    if name not in known.names:
+        raise UnknownJobError(
+            f"training.job {name!r} is not registered (known: {', '.join(sorted(known.names))}); "
+            "name your own job as package.module:factory"
+        )
+    return known[name].value

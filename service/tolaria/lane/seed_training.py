@@ -17,16 +17,7 @@ from tolaria.errors import OptimizationError
 from tolaria.jobs import HOST
 from tolaria.lane.gradient_merge import GradientScope
 from tolaria.lane.messages import SeedsChanged
-from tolaria.optimization import (
-    GroupPlan,
-    LearningRateSettings,
-    OptimizerManager,
-    ScheduleSpec,
-    UnifiedLRController,
-    Warmup,
-    build_schedule,
-    regroup,
-)
+from tolaria.optimization import GroupPlan, OptimizerManager, UnifiedLRController, regroup
 from tolaria.seeds import Blueprints, SeedTopology, parameters_by_owner
 from tolaria.values.gradients import SeedMetricSet
 from tolaria.values.optimization import GroupRole, RebuildOutcome
@@ -70,7 +61,7 @@ class SeedTraining:
         self.manager = OptimizerManager(
             optimizer, model.named_parameters(), min_interval_steps=settings.rebuild_min_interval_steps
         )
-        self.controller = UnifiedLRController(self.manager, _learning_rates(settings, run_steps))
+        self.controller = UnifiedLRController(self.manager, settings, run_steps=run_steps)
         self.controller.apply(0)
         self._isolation = seeds.isolation
         self._rebuild_due = False
@@ -188,22 +179,3 @@ class SeedTraining:
             for seed_id in self.topology.training_seeds
         ]
         return [*host, *(group for group in seeds if group.parameters)]
-
-
-def _learning_rates(settings: OptimizerSettings, run_steps: int) -> LearningRateSettings:
-    spec = ScheduleSpec(
-        policy=settings.policy,
-        period_steps=settings.period_steps or None,
-        floor=settings.floor,
-        decay=settings.decay,
-        after_period=settings.after_period,
-        warmup_steps=settings.warmup_steps,
-        warmup_floor=settings.warmup_floor,
-    )
-    return LearningRateSettings(
-        schedule=build_schedule(spec, run_steps=run_steps),
-        seed_factor=settings.seed_factor,
-        seed_warmup=Warmup(settings.seed_warmup_steps, settings.seed_warmup_floor),
-        floor=settings.lr_floor,
-        ceiling=settings.lr_ceiling,
-    )

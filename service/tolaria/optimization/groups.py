@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from tolaria.errors import UnsuitableOptimizerError
 from tolaria.values.optimization import GroupRole, LearningRateViolation
 
-HOST_GROUP: Final = "host"
-RELATIVE_TOLERANCE: Final = 1e-6
+_RELATIVE_TOLERANCE: Final = 1e-6
+"""Rates that differ by less are equal: a rate in a float32 tensor is rounded."""
 
 ParamGroup = dict[str, Any]
 """One entry of `Optimizer.param_groups`, which torch leaves untyped."""
@@ -44,27 +44,21 @@ def name_groups(optimizer: Optimizer) -> None:
     Raises:
         UnsuitableOptimizerError: a group has no `lr`, or two have the same name.
     """
-    groups: list[ParamGroup] = optimizer.param_groups
+    kind, groups = type(optimizer).__name__, optimizer.param_groups
     for index, group in enumerate(groups):
-        group.setdefault("name", HOST_GROUP if len(groups) == 1 else f"{HOST_GROUP}/{index}")
+        name = group.setdefault("name", "host" if len(groups) == 1 else f"host/{index}")
         if "lr" not in group:
-            raise UnsuitableOptimizerError(
-                f"{type(optimizer).__name__}: param group {group['name']!r} has no lr, so there is nothing to govern"
-            )
+            raise UnsuitableOptimizerError(f"{kind}: param group {name!r} has no lr to control")
     names = [group["name"] for group in groups]
     if len(set(names)) < len(names):
-        raise UnsuitableOptimizerError(f"{type(optimizer).__name__}: param groups share names: {', '.join(names)}")
+        raise UnsuitableOptimizerError(f"{kind}: param groups share names: {', '.join(names)}")
 
 
 def name_of(group: ParamGroup) -> str:
-    """Returns the name of a group.
-
-    Raises:
-        UnsuitableOptimizerError: it has none, so it was added after `name_groups`.
-    """
+    """Returns the name of a group; raises UnsuitableOptimizerError for one that was added without a name."""
     name = group.get("name")
     if not isinstance(name, str):
-        raise UnsuitableOptimizerError("a param group without a name has come into the optimizer")
+        raise UnsuitableOptimizerError("the optimizer has a param group without a name")
     return name
 
 
@@ -118,13 +112,13 @@ class RateWriter:
             self._put(group, rate)
 
     def restore(self, group: ParamGroup) -> LearningRateViolation | None:
-        """Restores the rate last written; returns a violation if the rate differed by more than 1e-6 of it."""
+        """Restores the rate last written; returns a violation if the present one differed by more than 1e-6 of it."""
         written = self._written.get(name_of(group))
         if written is None or written.matches(group):
             return None
         found = rate_in(group)
         self._put(group, written.rate)
-        if math.isclose(found, written.rate, rel_tol=RELATIVE_TOLERANCE):
+        if math.isclose(found, written.rate, rel_tol=_RELATIVE_TOLERANCE):
             return None
         return LearningRateViolation(name_of(group), written.rate, found)
 
@@ -133,11 +127,11 @@ class RateWriter:
         self._written.pop(name, None)
 
     def _put(self, group: ParamGroup, rate: float) -> None:
-        name = name_of(group)
-        written = self._written.get(name)
-        tensor = None if written is None else written.tensor
-        if written is None and isinstance(group.get("lr"), Tensor):
-            tensor = group["lr"].detach().clone()  # torch lets all groups share the default's tensor
+        name, present = name_of(group), group.get("lr")
+        if name in self._written:
+            tensor = self._written[name].tensor
+        else:  # torch lets all groups share the default's tensor
+            tensor = present.detach().clone() if isinstance(present, Tensor) else None
         if tensor is None:
             group["lr"] = rate
             self._written[name] = _Written(rate)

@@ -26,22 +26,20 @@ class _Hyperparameter:
     inclusive: bool
 
     def read(self, options: Mapping[str, Any]) -> Any:
-        """Returns the value; raises KeyError without the option."""
         held = options[self.option]
         return held if self.index is None else held[self.index]
 
     def write(self, options: dict[str, Any], value: float) -> None:
-        """Sets the value."""
-        if self.index is None:
-            options[self.option] = value
-        else:
-            held = options[self.option]
+        held = options[self.option]
+        if self.index is not None:
             options[self.option] = (*held[: self.index], value, *held[self.index + 1 :])
+        else:
+            options[self.option] = value
 
-    def problem(self, value: float) -> str:
-        """Returns why a value is out of bounds, as NaN always is; empty if it is not."""
+    def problem(self, value: float) -> str | None:
+        """Returns why a value is out of bounds, as NaN always is; None if it is not."""
         if 0.0 <= value < self.most or (self.inclusive and value == self.most):
-            return ""
+            return None
         bounds = f"from 0 to {self.most:g}" if self.inclusive else f"at least 0 and below {self.most:g}"
         return f"must be {bounds}, is {value:g}"
 
@@ -72,7 +70,7 @@ def change_hyperparameters(
     """Sets hyperparameters of param groups; all of them or, on an error, none.
 
     Args:
-        optimizer: the present optimizer.
+        optimizer: with named groups.
         changes: by name: weight_decay (0 to 10), momentum, beta1, beta2 (each at least 0 and below 1).
         group: a param group or a family of them; None: all groups, and the defaults of later ones.
 
@@ -105,14 +103,14 @@ def change_hyperparameters(
 
 def _check(optimizer: Optimizer, entry: ParamGroup, name: str, value: float) -> None:
     if name in {"lr", "learning_rate"}:
-        raise HyperparameterError(name, "is the learning-rate controller's to change")
+        raise HyperparameterError(name, "is set by the learning-rate controller")
     if name not in _HYPERPARAMETERS:
         raise HyperparameterError(name, f"is unknown; there are {', '.join(_HYPERPARAMETERS)}")
     kind, hyperparameter = type(optimizer).__name__, _HYPERPARAMETERS[name]
     if hyperparameter.option not in entry:
         raise HyperparameterError(name, f"{kind} has none")
     if isinstance(hyperparameter.read(entry), Tensor):
-        raise HyperparameterError(name, f"is a tensor in this {kind} and fixed where it was captured")
+        raise HyperparameterError(name, f"is a tensor in this {kind}, and fixed in captured steps")
     if problem := hyperparameter.problem(value):
         raise HyperparameterError(name, problem)
     if name == "momentum" and value == 0.0 and entry.get("nesterov"):
@@ -120,7 +118,7 @@ def _check(optimizer: Optimizer, entry: ParamGroup, name: str, value: float) -> 
 
 
 def _add_momentum_buffers(optimizer: Optimizer, entry: ParamGroup) -> None:
-    """Adds missing buffers: RMSprop creates them at a parameter's first step only, and fails without; SGD does not."""
+    """Adds missing buffers: unlike SGD, other optimizers create them at a parameter's first step only."""
     if isinstance(optimizer, SGD):
         return
     for parameter in entry["params"]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
+from tolaria.config import OptimizerSettings
 from tolaria.errors import (
     AdjustmentRefusedError,
     ControllerStateError,
@@ -15,10 +15,9 @@ from tolaria.errors import (
     ScheduleError,
     UnknownGroupError,
 )
-from tolaria.optimization.adjustments import RateChange, composed, without_replaced
 from tolaria.optimization.groups import GroupPlan, RateWriter, name_groups, name_of, rate_in
 from tolaria.optimization.optimizer_manager import OptimizerManager
-from tolaria.optimization.schedules import Schedule, Warmup
+from tolaria.optimization.schedules import Warmup, build_schedule
 from tolaria.optimization.state_transfer import Build
 from tolaria.values.optimization import (
     ActiveAdjustment,
@@ -27,42 +26,24 @@ from tolaria.values.optimization import (
     LearningRateViolation,
     RebuildOutcome,
     RebuildResult,
+    in_family,
 )
 
 _VERSION: Final = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LearningRateSettings:
-    """The settings of the controller.
-
-    Args:
-        schedule: of the host; seeds follow it with their factor.
-        seed_factor: base learning rate of a seed as a fraction of the host's, in (0, 1].
-        seed_warmup: from the step at which a seed's group was registered; multiplies with the schedule.
-        floor: least rate after adjustments, or the scheduled rate where that is lower.
-        ceiling: greatest rate.
-        adjustments_max: greatest number of active adjustments.
-    """
-
-    schedule: Schedule
-    seed_factor: float
-    seed_warmup: Warmup
-    floor: float
-    ceiling: float
-    adjustments_max: int = 64
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.seed_factor <= 1.0:
-            raise ScheduleError("seed_factor", f"must be above 0 and at most 1, is {self.seed_factor}")
-        if not (0.0 <= self.floor <= self.ceiling and math.isfinite(self.ceiling)):
-            raise ScheduleError(
-                "floor", f"must be at least 0 and at most the ceiling, is {self.floor} of {self.ceiling}"
-            )
+_ADJUSTMENTS_MAX: Final = 64
+"""Greatest number of active adjustments."""
 
 
 @dataclass(frozen=True, slots=True)
-class GovernedGroup:
+class RateChange:
+    """The rates of the adjusted groups before and after an adjustment."""
+
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredGroup:
     """A registered param group: its role, base learning rate, and the global step of its registration."""
 
     role: GroupRole
@@ -77,24 +58,33 @@ class UnifiedLRController:
     that other code changed.
     """
 
-    def __init__(self, manager: OptimizerManager, settings: LearningRateSettings) -> None:
+    def __init__(self, manager: OptimizerManager, settings: OptimizerSettings, *, run_steps: int) -> None:
         """Registers the optimizer's groups as host groups with their present `lr` as base.
+
+        The host follows the schedule of `settings` for a run of `run_steps` steps; a seed has `seed_factor` of its
+        rate, and a warm-up that counts from the registration of its group.
 
         Raises:
             UnsuitableOptimizerError: a group has no `lr`, or two have the same name.
-            ScheduleError: a group's `lr` is negative, NaN or above the ceiling.
+            ScheduleError: the schedule does not fit the run, the bounds are reversed, or a group's `lr` is negative,
+                NaN or above the ceiling.
         """
+        floor, ceiling = settings.lr_floor, settings.lr_ceiling
+        if floor > ceiling:
+            raise ScheduleError("floor", f"must be at most the ceiling, is {floor} of {ceiling}")
+        self._settings = settings
+        self._schedule = build_schedule(settings, run_steps)
+        self._seed_warmup = Warmup(settings.seed_warmup_steps, settings.seed_warmup_floor)
         name_groups(manager.optimizer)
         self._manager = manager
-        self._settings = settings
-        self._groups: dict[str, GovernedGroup] = {}
+        self._groups: dict[str, RegisteredGroup] = {}
         self._adjustments: list[ActiveAdjustment] = []
         self._writer = RateWriter()
         for group in manager.optimizer.param_groups:
             self.register_group(name_of(group), GroupRole.HOST, at_step=0, base_lr=rate_in(group))
 
     @property
-    def groups(self) -> Mapping[str, GovernedGroup]:
+    def groups(self) -> Mapping[str, RegisteredGroup]:
         """The registered groups by name, oldest first."""
         return self._groups
 
@@ -120,10 +110,10 @@ class UnifiedLRController:
         """
         if name in self._groups:
             raise GroupConflictError(f"param group {name!r} is registered already")
-        base = self._default_base(name, role) if base_lr is None else base_lr
-        if not 0.0 <= base <= self._settings.ceiling:
-            raise ScheduleError("lr", f"of group {name!r} must be between 0 and {self._settings.ceiling}, is {base}")
-        self._groups[name] = GovernedGroup(role, base, at_step)
+        base, ceiling = self._default_base(name, role) if base_lr is None else base_lr, self._settings.lr_ceiling
+        if not 0.0 <= base <= ceiling:
+            raise ScheduleError("lr", f"of group {name!r} must be between 0 and {ceiling}, is {base}")
+        self._groups[name] = RegisteredGroup(role, base, at_step)
 
     def unregister_group(self, name: str) -> None:
         """Removes a group that has left the optimizer.
@@ -170,7 +160,7 @@ class UnifiedLRController:
     def adjust(self, adjustment: Adjustment, *, at_step: int) -> RateChange:
         """Adds an adjustment, effective from the next `apply` with a step of at least `at_step`.
 
-        Adjustments compose as in `adjustments.composed`. A value without expiry replaces all older ones of its groups.
+        Adjustments compose as in `adjusted_rate`. A value without expiry replaces all older ones of its groups.
 
         Returns:
             The rates of the groups concerned at `at_step`, before and after.
@@ -179,33 +169,29 @@ class UnifiedLRController:
             UnknownGroupError: no group of that name is registered.
             AdjustmentRefusedError: a rate would be out of bounds, all groups are frozen, or too many are active.
         """
-        names = [name for name in self._groups if adjustment.applies_to(name)]
-        if not names:
+        groups = {name: group for name, group in self._groups.items() if adjustment.applies_to(name)}
+        if not groups:
             raise UnknownGroupError(adjustment.group or "all", list(self._groups))
-        names = [name for name in names if self._groups[name].role is not GroupRole.FROZEN]
+        names = [name for name, group in groups.items() if group.role is not GroupRole.FROZEN]
         if not names:
             raise AdjustmentRefusedError("group", f"{adjustment.group!r} is frozen")
         active = [each for each in self._adjustments if not each.expired_at(at_step)]
         changed = [*without_replaced(active, adjustment), ActiveAdjustment(adjustment, at_step)]
-        if len(changed) > self._settings.adjustments_max:
+        if len(changed) > _ADJUSTMENTS_MAX:
             raise AdjustmentRefusedError(
                 "group", f"{len(active)} adjustments are active already; a value without expiry replaces them"
             )
         self._check_bounds(adjustment, names, changed, at_step)
         self._adjustments = changed
-        return RateChange(self._rates_at(names, at_step, active), self._rates_at(names, at_step, changed))
+        before, after = (
+            {name: self._rate_at(name, groups[name], at_step, adjustments) for name in names}
+            for adjustments in (active, changed)
+        )
+        return RateChange(before, after)
 
     def learning_rates(self) -> dict[str, float]:
         """Returns the rates last written, by group; empty before the first `apply`."""
         return self._writer.rates
-
-    def rate_at(self, name: str, global_step: int) -> float:
-        """Returns the group's rate at a step with the present adjustments.
-
-        Raises:
-            UnknownGroupError: it is not registered.
-        """
-        return self._rate_at(name, self._known(name), global_step, self._adjustments)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns groups and active adjustments as JSON values. The schedule is a setting and not included."""
@@ -233,13 +219,13 @@ class UnifiedLRController:
         for name in [name for name in self._writer.rates if name not in groups]:
             self._writer.forget(name)
 
-    def _read_group(self, entry: Mapping[str, Any]) -> GovernedGroup:
-        base_lr, ceiling = float(entry["base_lr"]), self._settings.ceiling
+    def _read_group(self, entry: Mapping[str, Any]) -> RegisteredGroup:
+        base_lr, ceiling = float(entry["base_lr"]), self._settings.lr_ceiling
         if not 0.0 <= base_lr <= ceiling:
             raise ValueError(f"base_lr {base_lr} is not between 0 and {ceiling}")
-        return GovernedGroup(GroupRole(entry["role"]), base_lr, int(entry["registered_at"]))
+        return RegisteredGroup(GroupRole(entry["role"]), base_lr, int(entry["registered_at"]))
 
-    def _known(self, name: str) -> GovernedGroup:
+    def _known(self, name: str) -> RegisteredGroup:
         if name not in self._groups:
             raise UnknownGroupError(name, list(self._groups))
         return self._groups[name]
@@ -247,41 +233,65 @@ class UnifiedLRController:
     def _default_base(self, name: str, role: GroupRole) -> float:
         host = next((group for group in self._groups.values() if group.role is GroupRole.HOST), None)
         if host is None:
-            raise GroupConflictError(
-                f"param group {name!r} needs a base learning rate: there is no host to take it from"
-            )
+            raise GroupConflictError(f"param group {name!r} needs a base learning rate, as there is no host group")
         return host.base_lr * (self._settings.seed_factor if role is GroupRole.SEED else 1.0)
 
-    def _rates_at(self, names: Sequence[str], step: int, active: Sequence[ActiveAdjustment]) -> dict[str, float]:
-        return {name: self._rate_at(name, self._groups[name], step, active) for name in names}
-
-    def _rate_at(self, name: str, group: GovernedGroup, step: int, active: Sequence[ActiveAdjustment]) -> float:
+    def _rate_at(self, name: str, group: RegisteredGroup, step: int, active: Sequence[ActiveAdjustment]) -> float:
         scheduled = self._scheduled(group, step)
         if not active or group.role is GroupRole.FROZEN:
             return scheduled
-        lowest = min(self._settings.floor, scheduled)
-        return min(max(composed(active, name, scheduled, step), lowest), self._settings.ceiling)
+        lowest = min(self._settings.lr_floor, scheduled)
+        return min(max(adjusted_rate(active, name, scheduled, step), lowest), self._settings.lr_ceiling)
 
-    def _scheduled(self, group: GovernedGroup, step: int) -> float:
+    def _scheduled(self, group: RegisteredGroup, step: int) -> float:
         if group.role is GroupRole.FROZEN:
             return 0.0
-        rate = group.base_lr * self._settings.schedule.factor_at(step)
+        rate = group.base_lr * self._schedule.factor_at(step)
         if group.role is GroupRole.SEED:
-            rate *= self._settings.seed_warmup.factor_at(max(0, step - group.registered_at))
+            rate *= self._seed_warmup.factor_at(max(0, step - group.registered_at))
         return rate
 
     def _check_bounds(
         self, adjustment: Adjustment, names: Sequence[str], active: Sequence[ActiveAdjustment], at_step: int
     ) -> None:
-        wrong = "value" if adjustment.factor is None else "factor"
+        field = "value" if adjustment.factor is None else "factor"
+        floor, ceiling = self._settings.lr_floor, self._settings.lr_ceiling
         for name in names:
-            scheduled = self._scheduled(self._groups[name], at_step)
-            rate = adjustment.value if adjustment.value is not None else composed(active, name, scheduled, at_step)
-            lowest = self._settings.floor if adjustment.value is not None else min(self._settings.floor, scheduled)
-            if not lowest <= rate <= self._settings.ceiling:
+            if adjustment.value is not None:
+                rate, lowest = adjustment.value, floor
+            else:
+                scheduled = self._scheduled(self._groups[name], at_step)
+                rate, lowest = adjusted_rate(active, name, scheduled, at_step), min(floor, scheduled)
+            if not lowest <= rate <= ceiling:
                 raise AdjustmentRefusedError(
-                    wrong, f"would set group {name!r} to {rate:g}, outside {lowest:g} to {self._settings.ceiling:g}"
+                    field, f"would set group {name!r} to {rate:g}, outside {lowest:g} to {ceiling:g}"
                 )
+
+
+def adjusted_rate(active: Sequence[ActiveAdjustment], group: str, scheduled: float, step: int) -> float:
+    """Returns a group's rate from its scheduled one and the adjustments, oldest first; without bounds.
+
+    The newest active value replaces the scheduled rate, then the factors that are newer than the value multiply.
+    """
+    rate, factor = scheduled, 1.0
+    for each in active:
+        change = each.adjustment
+        if each.expired_at(step) or not change.applies_to(group):
+            continue
+        if change.value is not None:
+            rate, factor = change.value, 1.0  # a value is meant as it is: older factors do not change it
+        if change.factor is not None:
+            factor *= change.factor
+    return rate * factor
+
+
+def without_replaced(active: Sequence[ActiveAdjustment], new: Adjustment) -> list[ActiveAdjustment]:
+    """Returns the adjustments that `new` does not replace: a value without expiry replaces older ones of its groups."""
+    if new.value is None or new.expires_after_steps is not None:
+        return list(active)
+    groups = [each.adjustment.group for each in active]
+    replaced = [new.group is None or (group is not None and in_family(group, new.group)) for group in groups]
+    return [each for each, gone in zip(active, replaced, strict=True) if not gone]
 
 
 def regroup(

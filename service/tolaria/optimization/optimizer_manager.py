@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -25,12 +26,7 @@ class OptimizerManager:
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        named_parameters: Iterable[tuple[str, Tensor]],
-        *,
-        min_interval_steps: int,
-        build: Build | None = None,
+        self, optimizer: Optimizer, named_parameters: Iterable[tuple[str, Tensor]], *, min_interval_steps: int
     ) -> None:
         """Takes over an optimizer and names its groups.
 
@@ -38,7 +34,6 @@ class OptimizerManager:
             optimizer: as the job made it.
             named_parameters: of the whole model, all parameters of the optimizer among them.
             min_interval_steps: least number of steps between two rebuilds; 0 for no limit.
-            build: makes an optimizer of this kind. None: its class, with its defaults as keywords.
 
         Raises:
             UnsuitableOptimizerError: a group has no `lr`, two share a name, or a parameter has no name.
@@ -55,8 +50,8 @@ class OptimizerManager:
         self._held = held_by(optimizer, names)
         self._roles: dict[str, GroupRole] = {name_of(group): GroupRole.HOST for group in optimizer.param_groups}
         self._min_interval_steps = min_interval_steps
+        self._build: Build | None = None
         self.attempted_at_step: int | None = None
-        self._build = build
 
     @property
     def optimizer(self) -> Optimizer:
@@ -95,7 +90,7 @@ class OptimizerManager:
             RebuildFailedError: with the stage at which it failed; the present optimizer is unchanged.
         """
         started_s = time.perf_counter()
-        if not urgent and (retry_at_step := self._too_soon(at_step)) is not None:
+        if not urgent and (retry_at_step := self._retry_at(at_step)) is not None:
             return RebuildResult(RebuildOutcome.SKIPPED, at_step, _ms_since(started_s), retry_at_step)
         self.attempted_at_step = at_step
         old, before = self._optimizer, self._held
@@ -129,7 +124,7 @@ class OptimizerManager:
             dropped=tuple(name for name in before if name not in after),
         )
 
-    def _too_soon(self, at_step: int) -> int | None:
+    def _retry_at(self, at_step: int) -> int | None:
         """Returns the step at which to retry; None if a rebuild may run, as after a rollback to before the last."""
         last = self.attempted_at_step
         if last is None or not 0 <= at_step - last < self._min_interval_steps:
@@ -137,11 +132,11 @@ class OptimizerManager:
         return last + self._min_interval_steps
 
     def _as_param_group(self, plan: GroupPlan, *, lr_only: bool) -> ParamGroup:
-        present = next((group for group in self._optimizer.param_groups if name_of(group) == plan.name), {})
-        options = {key: value for key, value in present.items() if key not in {"params", "param_names"}}
-        if lr_only:
-            options = {key: value for key, value in options.items() if key == "lr"}
-        named = any("param_names" in group for group in self._optimizer.param_groups)
+        groups = self._optimizer.param_groups
+        present = next((group for group in groups if name_of(group) == plan.name), {})
+        keys = {"lr"} if lr_only else present.keys() - {"params", "param_names"}
+        options = {key: value for key, value in present.items() if key in keys}
+        named = any("param_names" in group for group in groups)
         parameters: list[Any] = list(plan.parameters.items()) if named else list(plan.parameters.values())
         return {**options, **plan.options, "name": plan.name, "params": parameters}
 
@@ -170,14 +165,11 @@ def _check_plan(groups: Sequence[GroupPlan]) -> None:
 
 
 def _check_built(new: Optimizer, groups: Sequence[GroupPlan]) -> None:
-    """Checks that the new optimizer has the groups, names, order and rates of the plan."""
+    """Checks that the new optimizer has the groups, parameters, order and rates of the plan."""
     if [group.get("name") for group in new.param_groups] != [group.name for group in groups]:
-        raise ValueError("the new optimizer's groups are not those asked for")
+        raise ValueError("the new optimizer does not have the planned groups")
     for built, plan in zip(new.param_groups, groups, strict=True):
-        same = len(built["params"]) == len(plan.parameters) and all(
-            one is other for one, other in zip(built["params"], plan.parameters.values(), strict=True)
-        )
-        if not same or "lr" not in built:
+        if "lr" not in built or list(map(id, built["params"])) != list(map(id, plan.parameters.values())):
             raise ValueError(f"group {plan.name!r} of the new optimizer lacks its lr or some of its parameters")
 
 
@@ -189,12 +181,7 @@ def _raise_problems(problems: Sequence[str]) -> None:
 def _same_kind(like: Optimizer) -> Build:
     """Returns a builder of its class, with those of its defaults that the constructor takes as keywords."""
     accepted = inspect.signature(type(like)).parameters
-    keywords = {key: value for key, value in like.defaults.items() if key in accepted}
-
-    def build(groups: list[ParamGroup]) -> Optimizer:
-        return type(like)(groups, **keywords)
-
-    return build
+    return partial(type(like), **{key: value for key, value in like.defaults.items() if key in accepted})
 
 
 def _ms_since(started_s: float) -> float:

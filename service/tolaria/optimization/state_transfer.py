@@ -1,4 +1,4 @@
-"""Transfer of an optimizer's state into another optimizer by parameter name, fitted where parameters changed.
+"""Transfers an optimizer's state into another optimizer by parameter name, fitted where parameters changed.
 
 The arguments are not modified. State that did not change is passed by reference, so that a rebuild needs no second
 copy of it.
@@ -6,7 +6,7 @@ copy of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -102,8 +102,9 @@ def transfer_state(
             continue
         had = before[name]
         state: Mapping[str, Any] = old.state.get(had.tensor, {})
+        moved = had.form.device != now.tensor.device
         needed = None
-        if state and _state_may_differ(old, had, new, now):
+        if state and (moved or type(old) is not type(new) or _options_differ(had.group, now.group)):
             key = (id(now.group), now.tensor.dim())
             needed = trials[key] if key in trials else trials.setdefault(key, _trial_state(build, now))
         _transfer_one(name, state, (had, now), needed, transferred)
@@ -120,17 +121,15 @@ def state_problems(transferred: TransferredState, after: Mapping[str, HeldParame
     for name in transferred.transformed:
         parameter = after[name].tensor
         for key, value in transferred.state[parameter].items():
-            problem = _entry_problem(key, value, parameter)
-            if problem is not None:
+            if problem := _entry_problem(key, value, parameter):
                 found.append(f"{name}: {key} {problem}")
-    labels, tensors = [], []
-    for name, held in after.items():
-        for key, tensor in _tensors(transferred.state.get(held.tensor, {})):
-            labels.append(f"{name}: {key}")
-            tensors.append(tensor)
-    return found + [
-        f"{label} is not finite" for label, finite in zip(labels, _all_finite(tensors), strict=True) if not finite
+    tensors = [
+        (f"{name}: {key}", tensor)
+        for name, held in after.items()
+        for key, tensor in _tensors(transferred.state.get(held.tensor, {}))
     ]
+    finite = _all_finite([tensor for _, tensor in tensors])
+    return found + [f"{label} is not finite" for (label, _), ok in zip(tensors, finite, strict=True) if not ok]
 
 
 def can_fit(old: Form, parameter: Tensor) -> bool:
@@ -169,8 +168,10 @@ def fit_entry(key: str, value: Tensor, old: Form, parameter: Tensor) -> Tensor:
             return value
     elif not (value.is_floating_point() or value.is_complex()):
         raise ValueError(f"state {key!r} of dtype {value.dtype} cannot change its form")
-    layout = torch.empty_like(parameter, dtype=dtype, requires_grad=False) if whole else None
-    out = torch.empty(shape, dtype=dtype, device=parameter.device) if layout is None else layout
+    if whole:
+        out = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    else:
+        out = torch.empty(shape, dtype=dtype, device=parameter.device)
     kept = tuple(slice(0, min(before, after)) for before, after in zip(value.shape, shape, strict=True))
     if value.shape != shape:
         out.copy_(_extended(key, value[kept], shape) if key not in _WEIGHT_AVERAGES else parameter.detach())
@@ -244,11 +245,6 @@ def _transfer_lbfgs(
     return transferred
 
 
-def _state_may_differ(old: Optimizer, had: HeldParameter, new: Optimizer, now: HeldParameter) -> bool:
-    moved = had.form.device != now.tensor.device
-    return moved or type(old) is not type(new) or _options_differ(had.group, now.group)
-
-
 def _options_differ(one: ParamGroup, other: ParamGroup) -> bool:
     keys = (one.keys() | other.keys()) - _LABELS
     return any(not _same(one.get(key), other.get(key)) for key in keys)
@@ -301,26 +297,14 @@ def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Returns for each tensor whether all its numbers are finite.
+    """Returns for each tensor whether all its numbers are finite. Synchronises once with each device.
 
     A sum is as fast as reading; only where it is not finite, which may be an overflow, all elements are checked.
     """
-    if not tensors:
-        return []
-    sums = [tensor.detach().sum() for tensor in tensors]
-    return [
-        bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
-        for total, tensor in zip(_to_cpu(sums), tensors, strict=True)
-    ]
-
-
-def _to_cpu(scalars: Iterable[Tensor]) -> list[Tensor]:
-    """Returns the scalars on the CPU, copied in one transfer for each device and dtype."""
-    listed = list(scalars)
-    indices: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, scalar in enumerate(listed):
-        indices.setdefault((scalar.device, scalar.dtype), []).append(index)
-    for group in indices.values():
-        for index, scalar in zip(group, torch.stack([listed[i] for i in group]).cpu(), strict=True):
-            listed[index] = scalar
-    return listed
+    finite = [False] * len(tensors)
+    for device in {tensor.device for tensor in tensors}:
+        indices = [index for index, tensor in enumerate(tensors) if tensor.device == device]
+        sums = torch.stack([tensors[index].detach().sum().isfinite() for index in indices]).tolist()
+        for index, sum_is_finite in zip(indices, sums, strict=True):
+            finite[index] = sum_is_finite or bool(tensors[index].isfinite().all())
+    return finite

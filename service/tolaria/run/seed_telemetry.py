@@ -15,7 +15,7 @@ from tolaria.run.observers import RunObserver
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
-from tolaria.values.gradients import Alarm, AlarmKind, AlarmThresholds, SeedMetrics, SeedMetricSet, alarms
+from tolaria.values.gradients import Alarm, AlarmKind, SeedMetrics, SeedMetricSet, alarms
 from tolaria.values.optimization import Adjustment, RebuildOutcome, RebuildResult
 
 _STAGES = [name.removeprefix("SEED_STAGE_").lower() for name in SeedLifecycleStage.keys()[1:]]
@@ -26,7 +26,7 @@ class SeedTelemetry(RunObserver):
 
     def __init__(self, settings: GradientsSettings, metrics: Metrics, emitter: Emitter) -> None:
         self._compact = settings.compact
-        self._thresholds = AlarmThresholds(settings.share_jump, settings.seed_conflict, settings.conflict)
+        self._thresholds = settings
         self._metrics = metrics
         self._emitter = emitter
         self._log = structlog.get_logger()

@@ -1,30 +1,16 @@
 """Seeds: small networks grafted into the slots of a host model, as Kasmina declares them."""
 
-from tolaria.seeds.blueprints import (
-    Blueprint,
-    Blueprints,
-    bottleneck_adapter,
-    depthwise_conv_adapter,
-    lora,
-    residual_mlp,
-)
-from tolaria.seeds.ownership import NamedParameters, parameters_by_owner
-from tolaria.seeds.slots import Layout, SeedSlot, SlotSpec, training_seeds
-from tolaria.seeds.topology import Reconciliation, SeedTopology
+from tolaria.seeds.blueprints import Blueprint, Blueprints
+from tolaria.seeds.slots import Layout, SeedSlot, SlotSpec, parameters_by_owner, training_seeds
+from tolaria.seeds.topology import SeedTopology
 
 __all__ = [
     "Blueprint",
     "Blueprints",
     "Layout",
-    "NamedParameters",
-    "Reconciliation",
     "SeedSlot",
     "SeedTopology",
     "SlotSpec",
-    "bottleneck_adapter",
-    "depthwise_conv_adapter",
-    "lora",
     "parameters_by_owner",
-    "residual_mlp",
     "training_seeds",
 ]

@@ -1,7 +1,7 @@
-"""Blueprints: the built-in ones, and the registry that finds them by entry points, builds branches and checks them.
+"""The registry that finds blueprints by entry points, builds and checks their branches, and the built-in blueprints.
 
 A branch maps activations to activations of the same shape, without random numbers or batch statistics. The last layer
-of the built-in ones starts at zero, so that a fresh branch adds nothing (Zhang et al. 2019, "Fixup"; Bachlechner et al.
+of the built-in ones starts at zero, so that a new branch adds nothing (Zhang et al. 2019, "Fixup"; Bachlechner et al.
 2021, "ReZero"); in the first step only that layer has a gradient.
 """
 
@@ -25,7 +25,7 @@ ENTRY_POINTS = "tolaria.blueprints"
 Blueprint: TypeAlias = Callable[[SlotSpec, torch.Generator], nn.Module]
 """Builds a branch on the CPU in float32, with values drawn from the generator.
 
-Raises `BlueprintMisfitError` where it cannot."""
+Raises BlueprintMisfitError if it cannot build one for the slot."""
 
 _EXAMPLE: dict[Layout, Callable[[int], Sequence[int]]] = {
     "vector": lambda features: (2, features),
@@ -57,8 +57,8 @@ class Blueprints:
     def build(self, name: str, slot: SlotSpec, init_seed: int) -> nn.Module:
         """Returns a branch for the slot, on the CPU, in float32, trainable as its blueprint made it.
 
-        The same name, slot and seed give the same values. The global RNG is seeded from `init_seed` meanwhile, for
-        blueprints that ignore their generator, and restored afterwards.
+        The same name, slot and seed give the same values. For blueprints that ignore their generator, the global RNG
+        is seeded from `init_seed` during the call, and restored afterwards.
 
         Raises:
             UnknownBlueprintError: there is no such name.
@@ -139,12 +139,8 @@ def _branch_problem(branch: nn.Module, slot: SlotSpec) -> str | None:
 # fork_rng: torch draws the initial values, which are then replaced, from the global RNG.
 @torch.random.fork_rng(devices=[])
 def residual_mlp(slot: SlotSpec, generator: torch.Generator) -> nn.Module:
-    """Norm, widen, GELU, narrow at every position: the pre-norm MLP of transformers (Xiong et al. 2020).
-
-    Raises:
-        BlueprintMisfitError: fewer than two features, which cannot be normalised.
-    """
-    _require_features(slot, "residual_mlp", 2)
+    """Norm, widen, GELU, narrow at every position: the pre-norm MLP of transformers (Xiong et al. 2020)."""
+    _require_two_features(slot, "residual_mlp")
     hidden = _MLP_EXPANSION * slot.features
     norm = nn.GroupNorm(1, slot.features) if slot.layout == "image" else nn.LayerNorm(slot.features)
     inner = _init_random(_pointwise(slot, slot.features, hidden), generator)
@@ -156,11 +152,8 @@ def bottleneck_adapter(slot: SlotSpec, generator: torch.Generator) -> nn.Module:
     """Narrow, GELU, widen at every position (Houlsby et al. 2019; for images 1 x 1, Rebuffi et al. 2018).
 
     Houlsby et al. start near the identity; this starts at it.
-
-    Raises:
-        BlueprintMisfitError: fewer than two features.
     """
-    _require_features(slot, "bottleneck_adapter", 2)
+    _require_two_features(slot, "bottleneck_adapter")
     hidden = max(1, slot.features // _BOTTLENECK_REDUCTION)
     down = _init_random(_pointwise(slot, slot.features, hidden), generator)
     return nn.Sequential(down, nn.GELU(), _init_zero(_pointwise(slot, hidden, slot.features)))
@@ -170,10 +163,7 @@ def bottleneck_adapter(slot: SlotSpec, generator: torch.Generator) -> nn.Module:
 def depthwise_conv_adapter(slot: SlotSpec, generator: torch.Generator) -> nn.Module:
     """A convolution of width 3 on each feature, GELU, then a mix of features (Howard et al. 2017; Chen et al. 2022).
 
-    Along time it is causal.
-
-    Raises:
-        BlueprintMisfitError: vectors, which have no dimension to convolve along.
+    Along time it is causal. Vectors have no dimension to convolve along, and are refused.
     """
     if slot.layout == "vector":
         raise BlueprintMisfitError("depthwise_conv_adapter", slot.name, "vectors have no dimension to convolve along")
@@ -192,11 +182,8 @@ def lora(slot: SlotSpec, generator: torch.Generator) -> nn.Module:
     """A low-rank linear map beside the layer before the slot: B A h, B zero at first (Hu et al. 2021, section 4.1).
 
     Their scaling alpha / r is 1 here: the seed's alpha replaces it. For images the map is over channels.
-
-    Raises:
-        BlueprintMisfitError: fewer than two features.
     """
-    _require_features(slot, "lora", 2)
+    _require_two_features(slot, "lora")
     rank = max(1, min(_LORA_RANK_MAX, slot.features // 2))
     down = _init_random(_pointwise(slot, slot.features, rank, bias=False), generator)
     return nn.Sequential(down, _init_zero(_pointwise(slot, rank, slot.features, bias=False)))
@@ -243,6 +230,6 @@ def _init_zero(layer: _Layer) -> _Layer:
     return layer
 
 
-def _require_features(slot: SlotSpec, blueprint: str, least: int) -> None:
-    if slot.features < least:
-        raise BlueprintMisfitError(blueprint, slot.name, f"it needs at least {least} features, not {slot.features}")
+def _require_two_features(slot: SlotSpec, blueprint: str) -> None:
+    if slot.features < 2:
+        raise BlueprintMisfitError(blueprint, slot.name, f"it needs at least 2 features, not {slot.features}")

@@ -1,4 +1,4 @@
-"""`SeedSlot`, a place in a host model where seeds are grafted, and the forward pass of a graft."""
+"""`SeedSlot`, where seeds are grafted into a host model, the forward pass of a graft, and the owners of parameters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from tolaria.errors import BlueprintError, SlotError
+from tolaria.errors import BlueprintError, OwnershipError, SlotError
 from tolaria.values.training import HOST
 
 Layout: TypeAlias = Literal["vector", "sequence", "image"]
@@ -16,6 +16,9 @@ Layout: TypeAlias = Literal["vector", "sequence", "image"]
 
 _CHANNEL_AT: dict[Layout, tuple[int, int]] = {"vector": (2, 1), "sequence": (3, 2), "image": (4, 1)}
 """Rank of the activations, and the dimension of their features."""
+
+NamedParameters: TypeAlias = list[tuple[str, nn.Parameter]]
+"""Parameters with their names in the model, in the model's order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +44,10 @@ def seed_id_problem(seed_id: str) -> str | None:
 
 
 class SeedSlot(nn.Module):
-    """A place behind a layer of a host where seeds are grafted: `SeedSlot("block1", features=64, layout="image")`.
+    """A position behind a layer of a host where seeds are grafted: `SeedSlot("block1", features=64, layout="image")`.
 
     Without seeds it returns its input, the same tensor. Seeds form a chain: first those that are part of the host,
-    then at most one further seed, whose input is what they made of the activations.
+    then at most one further seed, whose input is their output.
 
     Args:
         name: the name that Kasmina uses; unique in the model.
@@ -107,7 +110,7 @@ class Graft(nn.Module):
         seed_id: for messages.
         branch: maps activations to activations of the same shape; on the model's device and in its dtype.
         slot: the spec of its slot.
-        isolated: whether the branch's gradient at alpha 0 stops at the branch, so that it does not reach the host.
+        isolated: whether gradients stop at the branch while alpha is 0, so that they do not reach the host.
     """
 
     def __init__(self, seed_id: str, branch: nn.Module, slot: SlotSpec, *, isolated: bool) -> None:
@@ -117,22 +120,16 @@ class Graft(nn.Module):
         self._where = f"seed {seed_id!r} in slot {slot.name!r}"
         self._contiguous = slot.layout == "sequence"
         self._isolated = isolated
-        self._trainable = False
         self._trainable_parameters = [p for p in branch.parameters() if p.requires_grad]
         self.set_trainable(trainable=False)
 
     def set_trainable(self, *, trainable: bool) -> None:
         """Unfreezes the parameters that the blueprint made trainable, or freezes them and drops their gradients."""
-        self._trainable = trainable
+        self.trainable = trainable
         for parameter in self._trainable_parameters:
             parameter.requires_grad_(trainable)
             if not trainable:
                 parameter.grad = None
-
-    @property
-    def trainable(self) -> bool:
-        """Whether the parameters are trained."""
-        return self._trainable
 
     def forward(self, h: Tensor) -> Tensor:
         """Returns the activations with the seed's output added. Does not synchronise.
@@ -141,7 +138,7 @@ class Graft(nn.Module):
             BlueprintError: the branch returned another shape.
         """
         if self.alpha == 0.0:
-            if not (self._trainable and torch.is_grad_enabled()):
+            if not (self.trainable and torch.is_grad_enabled()):
                 return h
             s = self._branch_at(h.detach() if self._isolated else h)
             out: Tensor = _AddZero.apply(h, s)  # type: ignore[no-untyped-call] # torch leaves it untyped
@@ -205,3 +202,34 @@ def training_seeds(model: nn.Module) -> tuple[str, ...]:
     """Returns the ids of the seeds that are trained, for a job that has a loss for each of them."""
     slots = (slot for _, slot in slots_of(model).values())
     return tuple(seed_id for slot in slots for seed_id, graft in slot.grafts().items() if graft.trainable)
+
+
+def parameters_by_owner(model: nn.Module) -> dict[str, NamedParameters]:
+    """Returns the parameters of each owner: `HOST` first, then the seeds in the model's order.
+
+    A parameter that is tied within one owner appears once, under its first name.
+
+    Raises:
+        OwnershipError: a parameter belongs to two owners.
+        SlotError: two slots have the same name.
+    """
+    prefixes = {
+        f"{seed_prefix(path, seed_id)}.": seed_id for path, slot in slots_of(model).values() for seed_id in slot.seeds
+    }
+    owned: dict[str, NamedParameters] = {HOST: [], **{seed_id: [] for seed_id in prefixes.values()}}
+    first_seen: dict[int, tuple[str, str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = next((seed_id for prefix, seed_id in prefixes.items() if name.startswith(prefix)), HOST)
+        first_owner, first_name = first_seen.setdefault(id(parameter), (owner, name))
+        if first_owner != owner:
+            raise OwnershipError(
+                f"one parameter is owned twice: as {first_name!r} by {first_owner!r} and as {name!r} by {owner!r}"
+            )
+        if first_name == name:
+            owned[owner].append((name, parameter))
+    return owned
+
+
+def seed_prefix(slot_path: str, seed_id: str) -> str:
+    """Returns the module path of a seed in the slot at `slot_path`."""
+    return ".".join(part for part in (slot_path, "seeds", seed_id) if part)

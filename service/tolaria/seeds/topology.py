@@ -1,11 +1,11 @@
-"""`SeedTopology`: the seeds of a model, brought to what Kasmina declares, blended step by step, saved and restored."""
+"""`SeedTopology`: brings the seeds of a model to the declared ones, blends, saves and restores them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
@@ -14,15 +14,21 @@ from leyline.v1.enums_pb2 import SEED_STAGE_CULLED
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.errors import OwnershipError, SeedError, TopologyStateError
 from tolaria.seeds.blueprints import Blueprints
-from tolaria.seeds.ownership import NamedParameters, parameters_by_owner, seed_prefix
-from tolaria.seeds.plan import Change, HostFacts, Refusal, SeedRecord, plan
-from tolaria.seeds.slots import Graft, slots_of
-from tolaria.seeds.stages import ABSENT, FULL_STRENGTH, TRAINED, Ramp, stage_from_name, stage_name
+from tolaria.seeds.plan import Change, GraftedSeed, HostFacts, Refusal, plan
+from tolaria.seeds.slots import Graft, NamedParameters, parameters_by_owner, seed_prefix, slots_of
+from tolaria.seeds.stages import ABSENT, FULL_STRENGTH, TRAINED, stage_from_name, stage_name
+from tolaria.values.seeds import Ramp
 
 _VERSION: Final = 1
 
-_Holdings: TypeAlias = Mapping[str, list[tuple[str, nn.Parameter, bool]]]
-"""By seed, the names and parameters in the model, and whether each is trained."""
+
+class _Held(NamedTuple):
+    """A parameter of a seed in the model, and whether it is trained."""
+
+    seed_id: str
+    name: str
+    parameter: nn.Parameter
+    trained: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +39,7 @@ class Reconciliation:
         changes: in the order in which they were made.
         refusals: desired states, or parts of them, that were not reached.
         added: parameters that are trained from now on. A seed's are added when it begins to train, not when it
-            germinates, so that the warm-up of its group does not pass before.
+            germinates, so that the warm-up of its group does not end before.
         frozen: parameters in the model that are no longer trained: of fossilized seeds, and of culled ones that fade
             out. Their `.grad` is None.
         removed: parameters that left the model. An optimizer must drop these before it takes the added ones, since a
@@ -68,17 +74,15 @@ class SeedTopology:
         self, model: nn.Module, blueprints: Blueprints, *, seed: int, cull_steps: int, isolated: bool = True
     ) -> None:
         if cull_steps < 1:
-            raise SeedError(
-                f"cull_steps must be at least 1, or a culled seed would leave with a jump; got {cull_steps}"
-            )
+            raise SeedError(f"cull_steps must be at least 1, so that the output does not jump; got {cull_steps}")
         self._model = model
         self._slots = slots_of(model)
         self._blueprints = blueprints
         self._seed = seed
         self._cull_steps = cull_steps
         self._isolated = isolated
-        self._seeds: dict[str, SeedRecord] = {}
-        self._blending: tuple[tuple[SeedRecord, Graft], ...] = ()
+        self._seeds: dict[str, GraftedSeed] = {}
+        self._blending: tuple[tuple[GraftedSeed, Graft], ...] = ()
         self._misfits: dict[tuple[str, str], str | None] = {}
         parameters_by_owner(model)
 
@@ -94,12 +98,12 @@ class SeedTopology:
         output is the same afterwards, bit for bit, unless a schedule itself jumps. Repeating the call changes nothing.
         """
         faded = self._faded(global_step)
-        current = [seed for seed in self._seeds.values() if seed.seed_id not in faded]
+        leaving = {change.seed.seed_id for change in faded}
+        current = [seed for seed in self._seeds.values() if seed.seed_id not in leaving]
         known = {seed.seed_id for seed in current}
         new = [state for state in desired if state.seed_id not in known and state.stage not in ABSENT]
         planned = plan(current, desired, self._facts(new), global_step)
-        changes = (*(Change(self._seeds[seed_id], None) for seed_id in faded), *planned.changes)
-        return self._apply(changes, planned.refusals, global_step)
+        return self._apply([*faded, *planned.changes], planned.refusals, global_step)
 
     def advance(self, global_step: int) -> Reconciliation | None:
         """Sets the alphas for the forward passes after `global_step` steps; called after each step.
@@ -113,9 +117,7 @@ class SeedTopology:
         for seed, graft in self._blending:
             graft.alpha = seed.alpha(global_step)
         faded = self._faded(global_step)
-        if not faded:
-            return None
-        return self._apply(tuple(Change(self._seeds[seed_id], None) for seed_id in faded), (), global_step)
+        return self._apply(faded, (), global_step) if faded else None
 
     def states(self, global_step: int) -> list[SeedState]:
         """Returns the state of each seed, oldest first, without gradient norm, learning rate, age and risk."""
@@ -187,25 +189,24 @@ class SeedTopology:
             try:
                 self._apply_one(change)
             except SeedError as error:  # a blueprint that passed its check and then failed
-                failures.append(Refusal(change.seed_id, str(error)))
+                failures.append(Refusal(change.seed.seed_id, str(error)))
             else:
                 done.append(change)
         self._update_grafts(global_step)
         return self._result(tuple(done), (*refusals, *failures), held)
 
     def _apply_one(self, change: Change) -> None:
-        seed_id = change.seed_id
+        seed_id, (_, slot) = change.seed.seed_id, self._slots[change.seed.slot]
         if change.after is None:
-            gone = self._seeds.pop(seed_id)
-            del self._slots[gone.slot][1].seeds[seed_id]
+            del self._seeds[seed_id], slot.seeds[seed_id]
             return
         if change.before is None:
-            self._slots[change.after.slot][1].seeds[seed_id] = self._build(change.after, self._seed)
+            slot.seeds[seed_id] = self._build(change.after, self._seed)
         self._seeds[seed_id] = change.after
 
     def _update_grafts(self, global_step: int) -> None:
         """Sets every graft to its record."""
-        blending: list[tuple[SeedRecord, Graft]] = []
+        blending: list[tuple[GraftedSeed, Graft]] = []
         for seed in self._seeds.values():
             graft = self._graft(seed)
             trainable = seed.stage in TRAINED
@@ -216,17 +217,14 @@ class SeedTopology:
                 blending.append((seed, graft))
         self._blending = tuple(blending)
 
-    def _faded(self, global_step: int) -> list[str]:
-        return [
-            seed.seed_id
-            for seed, _ in self._blending
-            if seed.stage == SEED_STAGE_CULLED and seed.alpha(global_step) == 0.0
-        ]
+    def _faded(self, global_step: int) -> list[Change]:
+        """Returns the removal of each culled seed that has faded out."""
+        culled = (seed for seed, _ in self._blending if seed.stage == SEED_STAGE_CULLED)
+        return [Change(seed, None) for seed in culled if seed.alpha(global_step) == 0.0]
 
-    def _build(self, seed: SeedRecord, run_seed: int) -> Graft:
+    def _build(self, seed: GraftedSeed, run_seed: int) -> Graft:
         _, slot = self._slots[seed.slot]
-        misfit = self._misfit(seed.blueprint, seed.slot)
-        if misfit is not None:
+        if misfit := self._misfit(seed.blueprint, seed.slot):
             raise SeedError(misfit)
         branch = self._blueprints.build(seed.blueprint, slot.spec, _init_seed(run_seed, seed.seed_id))
         held = {id(parameter) for parameter in self._model.parameters()}
@@ -247,36 +245,40 @@ class SeedTopology:
                 self._misfits[key] = str(error)
         return self._misfits[key]
 
-    def _existing(self, seed: SeedRecord) -> Graft | None:
+    def _existing(self, seed: GraftedSeed) -> Graft | None:
         """Returns the graft in the model that is this seed, in whatever stage."""
         here = self._seeds.get(seed.seed_id)
         if here is None or (here.slot, here.blueprint) != (seed.slot, seed.blueprint):
             return None
         return self._graft(here)
 
-    def _graft(self, seed: SeedRecord) -> Graft:
+    def _graft(self, seed: GraftedSeed) -> Graft:
         return self._slots[seed.slot][1].grafts()[seed.seed_id]
 
-    def _parameters(self, seed: SeedRecord) -> NamedParameters:
+    def _parameters(self, seed: GraftedSeed) -> NamedParameters:
         path, _ = self._slots[seed.slot]
         return list(self._graft(seed).named_parameters(prefix=seed_prefix(path, seed.seed_id)))
 
-    def _holdings(self) -> _Holdings:
-        return {
-            seed_id: [(name, parameter, parameter.requires_grad) for name, parameter in self._parameters(seed)]
+    def _holdings(self) -> list[_Held]:
+        return [
+            _Held(seed_id, name, parameter, parameter.requires_grad)
             for seed_id, seed in self._seeds.items()
-        }
+            for name, parameter in self._parameters(seed)
+        ]
 
-    def _result(self, changes: tuple[Change, ...], refusals: tuple[Refusal, ...], before: _Holdings) -> Reconciliation:
+    def _result(
+        self, changes: tuple[Change, ...], refusals: tuple[Refusal, ...], before: Sequence[_Held]
+    ) -> Reconciliation:
         """Compares the parameters with those before, by identity and not by name."""
         after = self._holdings()
-        trained_before, trained_after = _ids(before, trained_only=True), _ids(after, trained_only=True)
+        was_trained = {id(h.parameter) for h in before if h.trained}
+        present = {id(h.parameter) for h in after}
         return Reconciliation(
             changes,
             refusals,
-            added=_select(after, trained_after - trained_before),
-            frozen=_select(after, trained_before - trained_after),
-            removed=_select(before, _ids(before, trained_only=False) - _ids(after, trained_only=False)),
+            added=_by_seed(h for h in after if h.trained and id(h.parameter) not in was_trained),
+            frozen=_by_seed(h for h in after if not h.trained and id(h.parameter) in was_trained),
+            removed=_by_seed(h for h in before if id(h.parameter) not in present),
         )
 
 
@@ -286,25 +288,20 @@ def _init_seed(run_seed: int, seed_id: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _differences(before: Mapping[str, SeedRecord], after: Mapping[str, SeedRecord]) -> tuple[Change, ...]:
+def _differences(before: Mapping[str, GraftedSeed], after: Mapping[str, GraftedSeed]) -> tuple[Change, ...]:
     gone = [Change(seed, None) for seed_id, seed in before.items() if seed_id not in after]
     here = [(before.get(seed_id), seed) for seed_id, seed in after.items()]
     return (*gone, *(Change(was, now) for was, now in here if was != now))
 
 
-def _ids(holdings: _Holdings, *, trained_only: bool) -> set[int]:
-    return {id(p) for held in holdings.values() for _, p, trained in held if trained or not trained_only}
+def _by_seed(holdings: Iterable[_Held]) -> dict[str, NamedParameters]:
+    by_seed: dict[str, NamedParameters] = {}
+    for held in holdings:
+        by_seed.setdefault(held.seed_id, []).append((held.name, held.parameter))
+    return by_seed
 
 
-def _select(holdings: _Holdings, ids: set[int]) -> dict[str, NamedParameters]:
-    selected = {
-        seed_id: [(name, parameter) for name, parameter, _ in held if id(parameter) in ids]
-        for seed_id, held in holdings.items()
-    }
-    return {seed_id: parameters for seed_id, parameters in selected.items() if parameters}
-
-
-def _parse(state: Mapping[str, Any]) -> tuple[int, tuple[SeedRecord, ...]]:
+def _parse(state: Mapping[str, Any]) -> tuple[int, tuple[GraftedSeed, ...]]:
     """Returns the run's seed and the seeds of a saved structure, in the order in which they were grafted.
 
     Raises:
@@ -324,6 +321,6 @@ def _parse(state: Mapping[str, Any]) -> tuple[int, tuple[SeedRecord, ...]]:
     return run_seed, seeds
 
 
-def _parse_seed(fields: Mapping[str, Any]) -> SeedRecord:
+def _parse_seed(fields: Mapping[str, Any]) -> GraftedSeed:
     ramps = {key: None if fields[key] is None else Ramp(**fields[key]) for key in ("ramp", "asked")}
-    return SeedRecord(**{**fields, **ramps, "stage": stage_from_name(fields["stage"])})
+    return GraftedSeed(**{**fields, **ramps, "stage": stage_from_name(fields["stage"])})

@@ -13,10 +13,11 @@ Every value is one type byte followed by its content; integers are little-endian
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from typing import Any
+from itertools import chain
+from typing import Any, Final
 
 from google.protobuf.message import DecodeError, Message
 
@@ -24,7 +25,11 @@ _LENGTH = struct.Struct("<I")
 _INT = struct.Struct("<q")
 _FLOAT = struct.Struct("<d")
 _RANGE = struct.Struct("<qqq")
-_INT_MAX = 2**63
+_INT_MAX: Final = 2**63
+
+_CONSTANTS: Final = {b"N": None, b"T": True, b"F": False}
+_FIXED: Final = {b"i": _INT, b"f": _FLOAT, b"r": _RANGE}
+_CONTENTS: Final[Mapping[bytes, Callable[[bytes], object]]] = {b"I": int, b"s": bytes.decode, b"b": bytes}
 
 
 class EncodingError(ValueError):
@@ -59,112 +64,73 @@ class Codec:
         """Returns the value of `data`. Raises EncodingError unless `data` is exactly one encoded value."""
         try:
             value, end = self._take(data, 0)
-        except (
-            struct.error,
-            IndexError,
-            UnicodeDecodeError,
-            DecodeError,
-            KeyError,
-            TypeError,
-            RecursionError,
-        ) as error:
+        except EncodingError:
+            raise
+        except (struct.error, LookupError, ValueError, DecodeError, TypeError, RecursionError) as error:
             raise EncodingError(f"not an encoded value: {type(error).__name__}: {error}") from error
         if end != len(data):
             raise EncodingError(f"{len(data) - end} bytes follow the encoded value")
         return value
 
     def _put(self, out: bytearray, value: object) -> None:
+        items: Iterable[object] = ()
         match value:
-            case None:
-                out += b"N"
-            case bool():
-                out += b"T" if value else b"F"
             case Enum():
-                self._require(type(value))
-                self._put_text(out, b"e", type(value).__name__)
-                self._put(out, value.value)
-            case int():
-                _put_int(out, value)
-            case float():
-                out += b"f" + _FLOAT.pack(value)
-            case str():
-                self._put_text(out, b"s", value)
-            case bytes():
-                _put_bytes(out, b"b", value)
-            case range():
-                out += b"r" + _RANGE.pack(value.start, value.stop, value.step)
-            case _:
-                self._put_compound(out, value)
-
-    def _put_compound(self, out: bytearray, value: object) -> None:
-        match value:
+                out += self._named(b"e", type(value))
+                items = (value.value,)
+            case None | bool() | int() | float() | str() | bytes() | range():
+                out += _scalar(value)
             case tuple():
                 out += b"t" + _LENGTH.pack(len(value))
-                for item in value:
-                    self._put(out, item)
+                items = value
             case Mapping():
                 out += b"d" + _LENGTH.pack(len(value))
-                for key, item in value.items():
-                    self._put(out, key)
-                    self._put(out, item)
+                items = chain.from_iterable(value.items())
             case Message():
                 name = value.DESCRIPTOR.full_name
                 if name not in self._messages:
                     raise EncodingError(f"the message type {name} is not registered")
-                self._put_text(out, b"P", name)
-                _put_bytes(out, b"b", value.SerializeToString(deterministic=True))
+                out += _block(b"P", name.encode()) + _block(b"b", value.SerializeToString(deterministic=True))
             case _:
-                self._put_dataclass(out, value)
+                out += self._named(b"D", type(value))
+                items = (getattr(value, name) for name in self._field_names[type(value)])
+        for item in items:
+            self._put(out, item)
 
-    def _put_dataclass(self, out: bytearray, value: object) -> None:
-        kind = type(value)
-        self._require(kind)
-        self._put_text(out, b"D", kind.__name__)
-        for name in self._field_names[kind]:
-            self._put(out, getattr(value, name))
-
-    def _require(self, kind: type[Any]) -> None:
+    def _named(self, tag: bytes, kind: type[Any]) -> bytes:
         if self._types.get(kind.__name__) is not kind:
             raise EncodingError(f"a {kind.__name__} has no encoding")
-
-    def _put_text(self, out: bytearray, tag: bytes, text: str) -> None:
-        _put_bytes(out, tag, text.encode())
+        return _block(tag, kind.__name__.encode())
 
     def _take(self, data: bytes, at: int) -> tuple[Any, int]:
         tag, at = data[at : at + 1], at + 1
-        match tag:
-            case b"N" | b"T" | b"F":
-                return {b"N": None, b"T": True, b"F": False}[tag], at
-            case b"i":
-                return _INT.unpack_from(data, at)[0], at + _INT.size
-            case b"f":
-                return _FLOAT.unpack_from(data, at)[0], at + _FLOAT.size
-            case b"r":
-                return range(*_RANGE.unpack_from(data, at)), at + _RANGE.size
-            case b"I" | b"s" | b"b":
-                content, at = _take_bytes(data, at)
-                return (content.decode() if tag == b"s" else int(content) if tag == b"I" else content), at
-            case _:
-                return self._take_compound(tag, data, at)
-
-    def _take_compound(self, tag: bytes, data: bytes, at: int) -> tuple[Any, int]:
+        if tag in _CONSTANTS:
+            return _CONSTANTS[tag], at
+        if tag in _FIXED:
+            numbers = _FIXED[tag].unpack_from(data, at)
+            return (range(*numbers) if tag == b"r" else numbers[0]), at + _FIXED[tag].size
         if tag in {b"t", b"d"}:
             count = _LENGTH.unpack_from(data, at)[0]
             items, at = self._take_many(data, at + _LENGTH.size, count if tag == b"t" else 2 * count)
-            return (items, at) if tag == b"t" else (dict(zip(items[::2], items[1::2], strict=True)), at)
-        if tag not in {b"D", b"P", b"e"}:
-            raise EncodingError(f"unknown type byte {tag!r}")
-        content, at = _take_bytes(data, at)
-        name = content.decode()
-        if tag == b"P":
-            content, at = _take_bytes(data, at + 1)
-            return self._messages[name].FromString(content), at
-        kind = self._types[name]
-        if tag == b"e":
-            value, at = self._take(data, at)
-            return kind(value), at
-        values, at = self._take_many(data, at, len(self._field_names[kind]))
-        return kind(**dict(zip(self._field_names[kind], values, strict=True))), at
+            return (items if tag == b"t" else dict(zip(items[::2], items[1::2], strict=True))), at
+        content, at = _take_block(data, at)
+        return (_CONTENTS[tag](content), at) if tag in _CONTENTS else self._take_named(tag, content.decode(), data, at)
+
+    def _take_named(self, tag: bytes, name: str, data: bytes, at: int) -> tuple[Any, int]:
+        match tag:
+            case b"P":
+                content, at = _take_block(data, at + 1)
+                return self._messages[name].FromString(content), at
+            case b"e":
+                value, at = self._take(data, at)
+                return self._types[name](value), at
+            case b"D":
+                kind = self._types[name]
+                names = self._field_names[kind]
+                values, at = self._take_many(data, at, len(names))
+                return kind(**dict(zip(names, values, strict=True))), at
+            case _:
+                raise EncodingError(f"unknown type byte {tag!r}")
 
     def _take_many(self, data: bytes, at: int, count: int) -> tuple[tuple[Any, ...], int]:
         if count > len(data) - at:  # every value takes a byte at least
@@ -176,18 +142,32 @@ class Codec:
         return tuple(items), at
 
 
-def _put_int(out: bytearray, value: int) -> None:
-    if -_INT_MAX <= value < _INT_MAX:
-        out += b"i" + _INT.pack(value)
-    else:
-        _put_bytes(out, b"I", str(value).encode())
+def _scalar(value: float | str | bytes | range | None) -> bytes:
+    match value:
+        case None:
+            encoded = b"N"
+        case bool():
+            encoded = b"T" if value else b"F"
+        case int() if -_INT_MAX <= value < _INT_MAX:
+            encoded = b"i" + _INT.pack(value)
+        case int():
+            encoded = _block(b"I", str(value).encode())
+        case float():
+            encoded = b"f" + _FLOAT.pack(value)
+        case str():
+            encoded = _block(b"s", value.encode())
+        case bytes():
+            encoded = _block(b"b", value)
+        case range():
+            encoded = b"r" + _RANGE.pack(value.start, value.stop, value.step)
+    return encoded
 
 
-def _put_bytes(out: bytearray, tag: bytes, content: bytes) -> None:
-    out += tag + _LENGTH.pack(len(content)) + content
+def _block(tag: bytes, content: bytes) -> bytes:
+    return tag + _LENGTH.pack(len(content)) + content
 
 
-def _take_bytes(data: bytes, at: int) -> tuple[bytes, int]:
+def _take_block(data: bytes, at: int) -> tuple[bytes, int]:
     length = _LENGTH.unpack_from(data, at)[0]
     start = at + _LENGTH.size
     if length > len(data) - start:

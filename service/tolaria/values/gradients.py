@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from leyline.v1.enums_pb2 import SeedLifecycleStage
+from tolaria.config import GradientsSettings
 from tolaria.values.training import HOST
 
 
@@ -25,7 +26,7 @@ class SeedMetrics:
         conflicts: mean number of other rows that the row conflicts with.
         conflict_ratio: `conflicts` divided by the number of other rows, 0 to 1.
         params: number of elements of the seed's parameters.
-        mask_fraction: fraction of all microbatches in which the source took part.
+        mask_fraction: fraction of all microbatches in which the source had a loss.
         teacher_share: mean fraction of the row that is the teacher's; for the host, its fraction of all rows.
         layer_norms: the layers with the largest mean norm of the row (before attribution), largest first.
     """
@@ -83,21 +84,12 @@ class Alarm:
     threshold: float
 
 
-@dataclass(frozen=True, slots=True)
-class AlarmThresholds:
-    """Least absolute values that raise an alarm: change of a share, conflict ratio of a seed, and of all rows."""
-
-    share_jump: float
-    seed_conflict: float
-    conflict: float
-
-
-def alarms(metrics: SeedMetricSet, thresholds: AlarmThresholds) -> tuple[Alarm, ...]:
-    """Returns all thresholds that the epoch reached."""
+def alarms(metrics: SeedMetricSet, thresholds: GradientsSettings) -> tuple[Alarm, ...]:
+    """Returns an alarm for each threshold that the epoch reached, in absolute value."""
     return tuple(alarm for alarm in _candidates(metrics, thresholds) if abs(alarm.value) >= alarm.threshold)
 
 
-def _candidates(metrics: SeedMetricSet, thresholds: AlarmThresholds) -> Iterator[Alarm]:
+def _candidates(metrics: SeedMetricSet, thresholds: GradientsSettings) -> Iterator[Alarm]:
     yield Alarm(AlarmKind.CONFLICT, "", metrics.conflict_ratio, thresholds.conflict)
     for seed in metrics.seeds:
         yield Alarm(AlarmKind.SEED_CONFLICT, seed.seed_id, seed.conflict_ratio, thresholds.seed_conflict)

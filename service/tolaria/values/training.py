@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Final, cast
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Final
 
 from pydantic import JsonValue
 
@@ -77,32 +77,16 @@ class EpochProgress:
 
     def to_json(self) -> dict[str, JsonValue]:
         """Returns the progress under the key names of the saved training state."""
-        return {
-            "number": self.number,
-            "over": self.over,
-            "batches": self.batches,
-            "steps": self.steps,
-            "void_steps": self.skipped_steps,
-            "samples": self.samples,
-            "loss_sum": self.loss_sum,
-        }
+        return {_JSON_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_json(cls, state: Mapping[str, JsonValue]) -> EpochProgress:
-        """Returns the progress that `to_json` wrote.
+    def from_json(cls, state: Mapping[str, Any]) -> EpochProgress:
+        """Returns the progress that `to_json` wrote; raises KeyError if a key is missing."""
+        return cls(**{field.name: state[_JSON_KEYS.get(field.name, field.name)] for field in fields(cls)})
 
-        Raises:
-            KeyError: a key is missing.
-        """
-        return cls(
-            number=cast("int", state["number"]),
-            over=bool(state["over"]),
-            batches=cast("int", state["batches"]),
-            steps=cast("int", state["steps"]),
-            skipped_steps=cast("int", state["void_steps"]),
-            samples=cast("int", state["samples"]),
-            loss_sum=cast("float", state["loss_sum"]),
-        )
+
+_JSON_KEYS: Final = {"skipped_steps": "void_steps"}
+"""Saved states have a name of an earlier version."""
 
 
 @dataclass(frozen=True, slots=True)

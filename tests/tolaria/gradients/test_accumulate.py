@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tolaria.errors import GradientMismatchError, NoGradientsError, UnknownSourceError
-from tolaria.gradients import MicrobatchAccumulator, SeedGradientAccumulator, SourceRows
+from tolaria.gradients.accumulate import SeedGradientAccumulator
+from tolaria.gradients.rows import SourceRows
 
 NAMES = ("host", "s", "t")
 
@@ -26,9 +27,9 @@ def seeds() -> SeedGradientAccumulator:
 
 
 @pytest.fixture
-def microbatches() -> MicrobatchAccumulator:
+def microbatches() -> SeedGradientAccumulator:
     """An accumulator with a row for each microbatch."""
-    return MicrobatchAccumulator(NAMES, 2, dtype=torch.float32, device="cpu")
+    return SeedGradientAccumulator(NAMES, 2, dtype=torch.float32, device="cpu", by_microbatch=True)
 
 
 def copy(rows: SourceRows) -> SourceRows:
@@ -37,16 +38,16 @@ def copy(rows: SourceRows) -> SourceRows:
 
 
 def test_microbatches_become_one_row_per_source(seeds: SeedGradientAccumulator) -> None:
-    """Rows add up in the order of the sources; absent ones have zeros and are masked."""
+    """Rows add up in the order of the sources; absent ones have zeros and no part."""
     for rows in (FIRST, SECOND, THIRD):
         seeds.add(copy(rows))
     step = seeds.take()
     assert step.names == NAMES
     assert step.matrix.tolist() == [[4.0, 6.0], [6.0, 7.0], [0.0, 0.0]]
-    assert (step.parts, step.mask, step.microbatches) == ((2, 2, 0), (True, True, False), 3)
+    assert (step.parts, step.microbatches) == ((2, 2, 0), 3)
 
 
-def test_own_gradients_add_up(seeds: SeedGradientAccumulator, microbatches: MicrobatchAccumulator) -> None:
+def test_own_gradients_add_up(seeds: SeedGradientAccumulator, microbatches: SeedGradientAccumulator) -> None:
     """A seed's own gradients are summed over its microbatches; parameters without a gradient stay None."""
     for accumulator in (seeds, microbatches):
         for rows in (FIRST, SECOND, THIRD):
@@ -57,7 +58,7 @@ def test_own_gradients_add_up(seeds: SeedGradientAccumulator, microbatches: Micr
         assert (own["s"][0].tolist(), own["s"][1]) == ([2.0], None)
 
 
-def test_each_step_starts_empty(seeds: SeedGradientAccumulator, microbatches: MicrobatchAccumulator) -> None:
+def test_each_step_starts_empty(seeds: SeedGradientAccumulator, microbatches: SeedGradientAccumulator) -> None:
     """Taken and cleared rows are gone, and an empty step raises NoGradientsError."""
     for accumulator in (seeds, microbatches):
         accumulator.add(copy(SECOND))
@@ -88,13 +89,13 @@ def test_memory_is_lent_and_reused(seeds: SeedGradientAccumulator) -> None:
     assert len(pointers) == 2
 
 
-def test_each_microbatch_has_a_row(microbatches: MicrobatchAccumulator) -> None:
+def test_each_microbatch_has_a_row(microbatches: SeedGradientAccumulator) -> None:
     """The row of a microbatch is the sum of its sources' rows."""
     microbatches.add(copy(FIRST))
     microbatches.add(copy(SECOND))
     step = microbatches.take()
     assert step.matrix.tolist() == [[1.0, 2.0], [8.0, 10.0]]
-    assert (step.names, step.mask) == (("microbatch 0", "microbatch 1"), (True, True))
+    assert (step.names, step.parts) == (("microbatch 0", "microbatch 1"), (1, 1))
 
 
 def test_rows_of_other_sources_are_refused(seeds: SeedGradientAccumulator) -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from leyline.v1 import enums_pb2
-from tolaria.gradients import FlatLayout, MergedGradient, PerLayerMetricUpdater, SeedMetricUpdater, SourceWeight
+from tolaria.gradients import FlatLayout
 from tolaria.gradients.accumulate import StepRows
-from tolaria.gradients.seed_metrics import RowMeasurements
+from tolaria.gradients.pcgrad import MergedGradient
+from tolaria.gradients.seed_metrics import PerLayerMetricUpdater, RowMeasurements, SeedMetricUpdater
+from tolaria.gradients.weights import SourceWeight
 from tolaria.values.gradients import SeedMetrics, SeedMetricSet
 from tolaria.values.training import HOST
 

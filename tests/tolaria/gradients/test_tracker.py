@@ -13,15 +13,15 @@ from tolaria.gradients import (
     GradientMode,
     MergeSettings,
     SeedAggregationTracker,
-    SourceRows,
-    SourceWeight,
     combine_flat_grads,
     flat_to_grads,
     source_rows,
     step_generator,
 )
 from tolaria.gradients.accumulate import StepRows
+from tolaria.gradients.rows import SourceRows
 from tolaria.gradients.tracker import StepMerger
+from tolaria.gradients.weights import SourceWeight
 from tolaria.values.training import HOST
 
 PROBATIONARY = SeedState(seed_id="s", stage=enums_pb2.SEED_STAGE_PROBATIONARY, attribution=0.5)

@@ -13,15 +13,8 @@ from leyline.v1 import enums_pb2
 from leyline.v1.enums_pb2 import SeedLifecycleStage
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from tolaria.errors import GradientMismatchError, GradientWeightError, NoGradientsError
-from tolaria.gradients import (
-    AttributionMode,
-    SeedWeightResolver,
-    SourceWeight,
-    TeacherAttributionMixer,
-    aggregate_weighted,
-    combine_flat_grads,
-)
-from tolaria.gradients.weights import STAGE_WEIGHTS, alpha_at
+from tolaria.gradients import AttributionMode, aggregate_weighted, combine_flat_grads
+from tolaria.gradients.weights import STAGE_WEIGHTS, SeedWeightResolver, SourceWeight, TeacherAttributionMixer
 from tolaria.values.training import HOST
 
 WEIGHTS = {
@@ -61,19 +54,6 @@ def test_weight_by_stage(stage: str, weight: float, isolation: bool) -> None:
     assert (host.name, host.weight, host.has_row) == (HOST, 1.0, True)
 
 
-@pytest.mark.parametrize(("step", "alpha"), [(0, 0.2), (9, 0.2), (10, 0.2), (15, 0.5), (20, 0.8), (10**12, 0.8)])
-def test_alpha_is_linear_between_its_ends(step: int, alpha: float) -> None:
-    """Alpha is constant before and after the schedule and linear during it."""
-    schedule = AlphaSchedule(start=0.2, end=0.8, begin_step=10, duration_steps=10)
-    assert alpha_at(schedule, step) == pytest.approx(alpha)
-
-
-def test_alpha_without_duration_jumps() -> None:
-    """A duration of zero does not divide by zero."""
-    schedule = AlphaSchedule(start=0.0, end=1.0, begin_step=5)
-    assert [alpha_at(schedule, step) for step in (4, 5, 6)] == [0.0, 1.0, 1.0]
-
-
 def test_the_schedule_takes_precedence_over_metrics() -> None:
     """metrics["alpha"] of an older peer is read only without a schedule; without both alpha is 0."""
     schedule = AlphaSchedule(start=0.5, end=0.5)
@@ -83,6 +63,13 @@ def test_the_schedule_takes_precedence_over_metrics() -> None:
         seed("BLENDING"),
     ]
     assert [source.alpha for source in SeedWeightResolver(isolation=True).resolve(states, 3)[1:]] == [0.5, 0.75, 0.0]
+
+
+def test_alpha_follows_the_schedule() -> None:
+    """Alpha, and with it the weight, is that of the step."""
+    states = [seed("BLENDING", alpha=AlphaSchedule(start=0.25, end=0.75, begin_step=10, duration_steps=4))]
+    weights = [SeedWeightResolver(isolation=True).resolve(states, step)[1].weight for step in (9, 10, 12, 14, 10**12)]
+    assert weights == [0.25, 0.25, 0.5, 0.75, 0.75]
 
 
 def test_resolving_does_not_write_into_the_message() -> None:

@@ -86,9 +86,9 @@ def test_a_saved_position_is_restored(make: Callable[..., BatchCursor], taken: i
     cursor.begin_epoch(epoch)
     for _ in range(taken):
         cursor.next_batch()
-    place = json.loads(json.dumps(cursor.state_dict()))
+    saved = json.loads(json.dumps(cursor.state_dict()))
     other = make()
-    other.load_state_dict(place)
+    other.load_state_dict(saved)
     assert rest(other) == rest(cursor)
 
 
@@ -103,13 +103,13 @@ def test_tensors_of_different_lengths_are_refused() -> None:
 @BOTH
 def test_a_position_before_the_first_epoch_is_restored(make: Callable[..., BatchCursor]) -> None:
     """There are no batches before the first epoch, also after restoring that position."""
-    place = make().state_dict()
+    saved = make().state_dict()
     other = make()
     other.begin_epoch(1)
     other.next_batch()
-    other.load_state_dict(place)
+    other.load_state_dict(saved)
     assert other.next_batch() is None
-    assert other.state_dict() == place
+    assert other.state_dict() == saved
 
 
 @BOTH
@@ -124,7 +124,7 @@ def test_a_position_among_other_batches_is_refused(
     for each in (cursor, untouched):
         each.begin_epoch(2)
         each.next_batch()
-    with pytest.raises(ValueError, match=f"saved with {words}, and this cursor has"):
+    with pytest.raises(ValueError, match=f"saved with {words}; this cursor has"):
         cursor.load_state_dict(other_kind.state_dict())
     assert rest(cursor) == rest(untouched)
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, Muon, Optimizer, RMSprop
 
 from tolaria.errors import HyperparameterError, UnknownGroupError
-from tolaria.optimization import HyperparameterChange, change_hyperparameters
+from tolaria.optimization.hyperparameters import HyperparameterChange, change_hyperparameters
 
 torch.set_num_threads(1)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from tolaria.config import OptimizerSettings
 from tolaria.errors import (
     AdjustmentRefusedError,
     ControllerStateError,
@@ -22,36 +23,24 @@ from tolaria.errors import (
     UnknownGroupError,
     UnsuitableOptimizerError,
 )
-from tolaria.optimization import (
-    AfterPeriod,
-    Constant,
-    Cosine,
-    GroupPlan,
-    LearningRateSettings,
-    OptimizerManager,
-    Schedule,
-    StepDecay,
-    UnifiedLRController,
-    Warmup,
-    regroup,
+from tolaria.optimization import GroupPlan, OptimizerManager, UnifiedLRController, regroup
+from tolaria.optimization.lr_controller import adjusted_rate, without_replaced
+from tolaria.values.optimization import (
+    ActiveAdjustment,
+    Adjustment,
+    GroupRole,
+    LearningRateViolation,
+    RebuildOutcome,
 )
-from tolaria.values.optimization import Adjustment, GroupRole, LearningRateViolation, RebuildOutcome
 
-CONSTANT = Schedule(Constant())
-
-
-def settings(schedule: Schedule = CONSTANT, **changes: Any) -> LearningRateSettings:
-    """Settings with a seed warm-up of four steps."""
-    fields: dict[str, Any] = {
-        "seed_factor": 0.1,
-        "seed_warmup": Warmup(4, floor=0.2),
-        "floor": 1e-8,
-        "ceiling": 10.0,
-    } | changes
-    return LearningRateSettings(schedule=schedule, **{**fields, **changes})
+FLAT: dict[str, Any] = {"lr_floor": 1e-4, "lr_ceiling": 2.0}
+HALVED: dict[str, Any] = {"policy": "step", "period_steps": 1, "decay": 0.5}
 
 
-FLAT = settings(floor=1e-4, ceiling=2.0)
+def controller_of(managed: OptimizerManager, **fields: Any) -> UnifiedLRController:
+    """A controller whose seeds have a warm-up of four steps."""
+    settings = OptimizerSettings(**{"seed_warmup_steps": 4, "seed_warmup_floor": 0.2, **fields})
+    return UnifiedLRController(managed, settings, run_steps=1000)
 
 
 def param() -> nn.Parameter:
@@ -91,7 +80,7 @@ def with_seed(managed: OptimizerManager, controller: UnifiedLRController, at_ste
 def test_host_seed_and_frozen_groups_get_their_rates() -> None:
     """The host follows the schedule, a seed a tenth of it with a warm-up, and a frozen group stays at 0."""
     managed = sgd()
-    controller = UnifiedLRController(managed, settings(Schedule(StepDecay(12, decay=0.5))))
+    controller = controller_of(managed, policy="step", period_steps=12, decay=0.5)
     with_seed(managed, controller)
     managed.optimizer.add_param_group({"params": [param()], "name": "old"})
     controller.register_group("old", GroupRole.FROZEN, at_step=0)
@@ -109,7 +98,7 @@ def test_groups_without_names_keep_their_own_base_rates() -> None:
     """Two groups of a job are named host/0 and host/1, and `host` means both."""
     managed = sgd(groups=2)
     managed.optimizer.param_groups[1]["lr"] = 0.5
-    controller = UnifiedLRController(managed, FLAT)
+    controller = controller_of(managed, **FLAT)
     controller.adjust(change("host", factor=0.5), at_step=0)
     controller.apply(0)
     assert rates_in(managed) == {"host/0": 0.05, "host/1": 0.25}
@@ -118,7 +107,7 @@ def test_groups_without_names_keep_their_own_base_rates() -> None:
 def test_another_write_is_detected_and_undone() -> None:
     """The violation names the group and both values; the optimizer has the controller's rate again."""
     managed = sgd()
-    controller = UnifiedLRController(managed, FLAT)
+    controller = controller_of(managed, **FLAT)
     controller.apply(0)
     assert controller.verify() == []
     managed.optimizer.param_groups[0]["lr"] = 0.7
@@ -130,7 +119,7 @@ def test_another_write_is_detected_and_undone() -> None:
 def test_differences_below_a_millionth_are_no_violation() -> None:
     """A rounding difference is undone without a report; above the tolerance it is reported."""
     managed = sgd()
-    controller = UnifiedLRController(managed, FLAT)
+    controller = controller_of(managed, **FLAT)
     controller.apply(0)
     managed.optimizer.param_groups[0]["lr"] = 0.1 * (1 + 0.9e-6)
     assert controller.verify() == []
@@ -143,7 +132,7 @@ def test_differences_below_a_millionth_are_no_violation() -> None:
 def test_a_write_that_is_not_a_number_is_detected(written: object) -> None:
     """NaN, strings, None and vectors are violations with `found` NaN."""
     managed = sgd()
-    controller = UnifiedLRController(managed, FLAT)
+    controller = controller_of(managed, **FLAT)
     controller.apply(0)
     managed.optimizer.param_groups[0]["lr"] = written
     (violation,) = controller.verify()
@@ -154,7 +143,7 @@ def test_a_write_that_is_not_a_number_is_detected(written: object) -> None:
 def test_a_frozen_group_is_kept_at_zero() -> None:
     """Even a tiny rate is a violation."""
     managed = sgd()
-    controller = UnifiedLRController(managed, FLAT)
+    controller = controller_of(managed, **FLAT)
     controller.set_role("host", GroupRole.FROZEN)
     controller.apply(0)
     managed.optimizer.param_groups[0]["lr"] = 1e-12
@@ -164,7 +153,7 @@ def test_a_frozen_group_is_kept_at_zero() -> None:
 def test_rates_that_are_tensors_are_filled_in_place() -> None:
     """Groups that share the default's tensor get one each, which stays the same object."""
     managed = sgd(torch.tensor(0.1, dtype=torch.float64), groups=2)
-    controller = UnifiedLRController(managed, settings(Schedule(StepDecay(1, decay=0.5))))
+    controller = controller_of(managed, **HALVED)
     controller.adjust(change("host/1", factor=0.5), at_step=0)
     controller.apply(0)
     tensors = [group["lr"] for group in managed.optimizer.param_groups]
@@ -180,7 +169,7 @@ def test_rates_that_are_tensors_are_filled_in_place() -> None:
 def test_other_writes_to_tensor_rates_are_detected(write: Callable[[Tensor], Tensor]) -> None:
     """In-place writes and replaced tensors are detected; the controller's tensor is restored."""
     managed = sgd(torch.tensor(0.1))
-    controller = UnifiedLRController(managed, FLAT)
+    controller = controller_of(managed, **FLAT)
     controller.apply(0)
     (group,) = managed.optimizer.param_groups
     own = group["lr"]
@@ -194,7 +183,7 @@ def test_other_writes_to_tensor_rates_are_detected(write: Callable[[Tensor], Ten
 def test_unchanged_rates_are_not_written() -> None:
     """The version of a tensor does not change while the rate does not."""
     managed = sgd(torch.tensor(0.1))
-    controller = UnifiedLRController(managed, FLAT)
+    controller = controller_of(managed, **FLAT)
     controller.apply(0)
     version = managed.optimizer.param_groups[0]["lr"]._version
     for step in range(1, 5):
@@ -205,7 +194,7 @@ def test_unchanged_rates_are_not_written() -> None:
 def test_adjustments_expire() -> None:
     """A factor for three steps ends after them; the result has the rates before and after."""
     managed = sgd()
-    controller = UnifiedLRController(managed, FLAT)
+    controller = controller_of(managed, **FLAT)
     cut = change(factor=0.5, expires_after_steps=3)
     change_of_rate = controller.adjust(cut, at_step=5)
     seen = []
@@ -218,12 +207,12 @@ def test_adjustments_expire() -> None:
 
 
 def test_the_number_of_active_adjustments_is_bounded() -> None:
-    """One too many is refused; a value without expiry replaces the others."""
-    controller = UnifiedLRController(sgd(), settings(adjustments_max=2))
-    controller.adjust(change(factor=0.5), at_step=0)
-    controller.adjust(change(factor=0.5), at_step=0)
-    with pytest.raises(AdjustmentRefusedError, match="2 adjustments are active"):
-        controller.adjust(change(factor=0.5), at_step=0)
+    """One more than 64 is refused; a value without expiry replaces the others."""
+    controller = controller_of(sgd())
+    for _ in range(64):
+        controller.adjust(change(factor=0.9), at_step=0)
+    with pytest.raises(AdjustmentRefusedError, match="64 adjustments are active"):
+        controller.adjust(change(factor=0.9), at_step=0)
     controller.adjust(change(value=0.2), at_step=0)
     assert len(controller.adjustments) == 1
 
@@ -235,7 +224,7 @@ def test_the_number_of_active_adjustments_is_bounded() -> None:
 def test_an_adjustment_out_of_bounds_changes_nothing(what: dict[str, Any], field: str) -> None:
     """Neither the rates nor the active adjustments change."""
     managed = sgd()
-    controller = UnifiedLRController(managed, FLAT)
+    controller = controller_of(managed, **FLAT)
     with pytest.raises(AdjustmentRefusedError) as caught:
         controller.adjust(change(**what), at_step=0)
     controller.apply(0)
@@ -245,21 +234,25 @@ def test_an_adjustment_out_of_bounds_changes_nothing(what: dict[str, Any], field
 def test_adjusted_rates_stay_in_bounds_when_the_schedule_moves() -> None:
     """An adjusted rate ends at the floor or, where the schedule is lower, at the scheduled rate."""
     managed = sgd()
-    controller = UnifiedLRController(managed, settings(Schedule(StepDecay(1, decay=0.1)), floor=1e-3))
+    controller = controller_of(managed, policy="step", period_steps=1, decay=0.1, lr_floor=1e-3)
     controller.adjust(change(factor=0.5), at_step=0)
-    assert [controller.rate_at("host", step) for step in range(4)] == pytest.approx([0.05, 5e-3, 1e-3, 1e-4])
+    rates = [rates["host"] for rates in _rates_from(controller, managed, range(4))]
+    assert rates == pytest.approx([0.05, 5e-3, 1e-3, 1e-4])
 
 
 def test_adjusting_an_unknown_or_frozen_group_is_refused() -> None:
     """The error lists the known groups."""
-    controller = UnifiedLRController(sgd(), FLAT)
+    managed = sgd()
+    controller = controller_of(managed, **FLAT)
+    managed.optimizer.add_param_group({"params": [param()], "name": "old"})
     controller.register_group("old", GroupRole.FROZEN, at_step=0)
     with pytest.raises(UnknownGroupError, match="no param group 'seed:z'; there are: host, old"):
         controller.adjust(change("seed:z", factor=0.5), at_step=0)
     with pytest.raises(AdjustmentRefusedError, match="'old' is frozen"):
         controller.adjust(change("old", factor=0.5), at_step=0)
     controller.adjust(change(factor=0.5), at_step=0)
-    assert controller.rate_at("old", 0) == 0.0
+    controller.apply(0)
+    assert rates_in(managed) == {"host": 0.05, "old": 0.0}
 
 
 def test_an_optimizer_without_rates_is_refused() -> None:
@@ -267,7 +260,7 @@ def test_an_optimizer_without_rates_is_refused() -> None:
     managed = sgd()
     del managed.optimizer.param_groups[0]["lr"]
     with pytest.raises(UnsuitableOptimizerError, match="SGD: param group 'host' has no lr"):
-        UnifiedLRController(managed, FLAT)
+        controller_of(managed, **FLAT)
 
 
 def test_groups_that_share_a_name_are_refused() -> None:
@@ -283,20 +276,19 @@ def test_an_invalid_base_rate_is_refused(lr: float) -> None:
     managed = sgd()
     managed.optimizer.param_groups[0]["lr"] = lr
     with pytest.raises(ScheduleError, match=r"lr: of group 'host' must be between 0 and 2\.0"):
-        UnifiedLRController(managed, FLAT)
+        controller_of(managed, **FLAT)
 
 
-@pytest.mark.parametrize("what", [{"seed_factor": 0.0}, {"seed_factor": 1.5}, {"floor": 1.0, "ceiling": 0.5}])
-def test_invalid_settings_are_refused(what: dict[str, Any]) -> None:
-    """The seed factor must be in (0, 1], the floor below the ceiling."""
-    with pytest.raises(ScheduleError):
-        settings(**what)
+def test_reversed_bounds_are_refused() -> None:
+    """The floor must not exceed the ceiling."""
+    with pytest.raises(ScheduleError, match=r"floor: must be at most the ceiling, is 1\.0 of 0\.5"):
+        controller_of(sgd(), lr_floor=1.0, lr_ceiling=0.5)
 
 
 def test_groups_are_registered_and_unregistered() -> None:
     """A name can be registered once; a step with an unregistered or nameless group raises an error."""
     managed = sgd()
-    controller = UnifiedLRController(managed, FLAT)
+    controller = controller_of(managed, **FLAT)
     with_seed(managed, controller)
     with pytest.raises(GroupConflictError, match="'seed:a' is registered already"):
         controller.register_group("seed:a", GroupRole.SEED, at_step=0)
@@ -314,12 +306,15 @@ def test_groups_are_registered_and_unregistered() -> None:
 
 def test_a_seed_needs_a_host_group_or_a_base_rate() -> None:
     """Without a host group the base rate must be given."""
-    controller = UnifiedLRController(sgd(), FLAT)
+    managed = sgd()
+    controller = controller_of(managed, **FLAT)
     controller.set_role("host", GroupRole.FROZEN)
+    managed.optimizer.add_param_group({"params": [param()], "name": "seed:a"})
     with pytest.raises(GroupConflictError, match="no host"):
         controller.register_group("seed:a", GroupRole.SEED, at_step=0)
     controller.register_group("seed:a", GroupRole.SEED, at_step=0, base_lr=0.02)
-    assert controller.rate_at("seed:a", 4) == 0.02
+    controller.apply(4)
+    assert rates_in(managed)["seed:a"] == 0.02
 
 
 def _rates_from(controller: UnifiedLRController, managed: OptimizerManager, steps: range) -> list[dict[str, float]]:
@@ -335,15 +330,16 @@ def _rates_from(controller: UnifiedLRController, managed: OptimizerManager, step
     adjusted_at=st.integers(0, 59),
     expires=st.none() | st.integers(1, 30),
     warmup_steps=st.integers(0, 30),
-    after=st.sampled_from(AfterPeriod),
+    after=st.sampled_from(["hold", "restart"]),
 )
 def test_a_resumed_controller_continues_exactly(
-    resume_at: int, adjusted_at: int, expires: int | None, warmup_steps: int, after: AfterPeriod
+    resume_at: int, adjusted_at: int, expires: int | None, warmup_steps: int, after: str
 ) -> None:
     """After saving as JSON at any step, with a seed and active adjustments, all later rates have the same bits."""
-    governed = settings(Schedule(Cosine(20, 0.05, after), Warmup(warmup_steps, 0.1)))
+    schedule: dict[str, Any] = {"policy": "cosine", "period_steps": 20, "floor": 0.05, "after_period": after}
+    schedule |= {"warmup_steps": warmup_steps, "warmup_floor": 0.1}
     managed = sgd()
-    controller = UnifiedLRController(managed, governed)
+    controller = controller_of(managed, **schedule)
     with_seed(managed, controller, at_step=7)
     _rates_from(controller, managed, range(adjusted_at))
     controller.adjust(change("host", factor=0.5, expires_after_steps=expires), at_step=adjusted_at)
@@ -354,7 +350,7 @@ def test_a_resumed_controller_continues_exactly(
     rest = _rates_from(controller, managed, range(resume_at, 80))
 
     other = sgd(lr=0.9)
-    resumed = UnifiedLRController(other, governed)
+    resumed = controller_of(other, **schedule)
     other.optimizer.add_param_group({"params": [param()], "name": "seed:a"})
     resumed.load_state_dict(saved)
     resumed.apply(resume_at)
@@ -375,7 +371,7 @@ def test_a_resumed_controller_continues_exactly(
 )
 def test_a_damaged_state_changes_nothing(damage: dict[str, Any]) -> None:
     """It raises ControllerStateError, and the controller is unchanged."""
-    controller = UnifiedLRController(sgd(), FLAT)
+    controller = controller_of(sgd(), **FLAT)
     before = controller.state_dict()
     with pytest.raises(ControllerStateError):
         controller.load_state_dict(before | damage)
@@ -386,7 +382,7 @@ def managed_pair(min_interval_steps: int = 0) -> tuple[OptimizerManager, Unified
     """A manager of one host group and its controller, with the rates of the first step applied."""
     weight = nn.Parameter(torch.ones(2))
     manager = OptimizerManager(Adam([weight], lr=0.1), [("weight", weight)], min_interval_steps=min_interval_steps)
-    controller = UnifiedLRController(manager, settings(seed_warmup=Warmup(4, floor=0.5)))
+    controller = controller_of(manager, seed_warmup_floor=0.5)
     controller.apply(0)
     return manager, controller
 
@@ -449,3 +445,45 @@ def test_restored_groups_keep_their_warmup() -> None:
     regroup(manager, controller, with_seed, at_step=12, urgent=True)
     assert controller.groups["seed:a"].registered_at == 10
     assert live_rates(manager)["seed:a"] == pytest.approx(0.01 * 0.75)
+
+
+def active(at_step: int, group: str | None = None, **fields: Any) -> ActiveAdjustment:
+    """An adjustment that is active from `at_step` on."""
+    return ActiveAdjustment(change(group, **fields), at_step)
+
+
+@pytest.mark.parametrize(
+    ("adjustments", "expected"),
+    [
+        ([], 0.1),
+        ([active(0, factor=0.5)], 0.05),
+        ([active(0, factor=0.5), active(1, factor=0.5)], 0.025),
+        ([active(0, value=0.4), active(1, value=0.2)], 0.2),
+        ([active(0, factor=0.5), active(1, value=0.2)], 0.2),
+        ([active(0, value=0.2), active(1, factor=0.5)], 0.1),
+        ([active(0, "host", value=0.2)], 0.2),
+        ([active(0, "seed:a", value=0.2)], 0.1),
+        ([active(0, factor=0.5, expires_after_steps=10)], 0.1),
+        ([active(0, factor=0.5, expires_after_steps=11)], 0.05),
+        ([active(0, value=0.4), active(1, value=0.2, expires_after_steps=9)], 0.4),
+    ],
+)
+def test_adjustments_compose(adjustments: list[ActiveAdjustment], expected: float) -> None:
+    """At step 10 the newest value applies and newer factors multiply; expired and other groups' ones are ignored."""
+    assert adjusted_rate(adjustments, "host", 0.1, step=10) == pytest.approx(expected)
+
+
+def test_a_value_without_expiry_replaces_older_adjustments() -> None:
+    """Older adjustments of its groups are replaced; those of other groups and of all groups stay."""
+    kept = [
+        active(0, "seed:a", value=0.3),
+        active(0, None, value=0.1),
+    ]
+    replaced = [
+        active(0, "host/1", value=0.2),
+        active(0, "host", factor=0.9),
+        active(0, "host", factor=0.5, expires_after_steps=50),
+        active(0, "host", value=1.0, expires_after_steps=9),
+    ]
+    assert without_replaced([*replaced, *kept], change("host", value=0.5)) == kept
+    assert without_replaced(replaced, change("host", value=0.5, expires_after_steps=5)) == replaced

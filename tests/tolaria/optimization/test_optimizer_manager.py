@@ -13,6 +13,7 @@ from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Adam, AdamW, Muon, NAdam
 from tolaria.errors import RebuildFailedError, UnsuitableOptimizerError
 from tolaria.optimization import GroupPlan, OptimizerManager
 from tolaria.optimization.groups import ParamGroup
+from tolaria.optimization.state_transfer import Build
 from tolaria.values.optimization import RebuildOutcome
 
 torch.set_num_threads(1)
@@ -208,32 +209,45 @@ def _bad_state(made: Training, monkeypatch: pytest.MonkeyPatch) -> list[GroupPla
     return made.manager.plan()
 
 
-def _bad_swap(made: Training, monkeypatch: pytest.MonkeyPatch) -> list[GroupPlan]:
-    class Refusing(dict[Any, Any]):
-        update = fail
+class Refusing(dict[Any, Any]):
+    """State that cannot be updated."""
 
-    def build(groups: list[ParamGroup]) -> Optimizer:
-        built = Adam(groups, lr=0.01)
+    update = fail
+
+
+def _refusing(groups: list[ParamGroup]) -> Optimizer:
+    built = Adam(groups, lr=0.01)
+    if len(groups) > 1:  # a trial step has a single group
         built.state = Refusing()  # type: ignore[assignment]
-        return built
+    return built
 
-    made.manager = OptimizerManager(made.optimizer, made.parameters.items(), min_interval_steps=0, build=build)
+
+def _present_plan(made: Training, monkeypatch: pytest.MonkeyPatch) -> list[GroupPlan]:
     return made.manager.plan()
 
 
 @pytest.mark.parametrize(
-    ("stage", "prepare"),
-    [("plan", _bad_plan), ("build", _bad_build), ("carry", _bad_carry), ("validate", _bad_state), ("swap", _bad_swap)],
+    ("stage", "prepare", "change_to"),
+    [
+        ("plan", _bad_plan, None),
+        ("build", _bad_build, None),
+        ("carry", _bad_carry, None),
+        ("validate", _bad_state, None),
+        ("swap", _present_plan, _refusing),
+    ],
 )
 def test_a_failed_rebuild_changes_nothing(
-    stage: str, prepare: Callable[[Training, pytest.MonkeyPatch], list[GroupPlan]], monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    prepare: Callable[[Training, pytest.MonkeyPatch], list[GroupPlan]],
+    change_to: Build | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At any stage, the optimizer, its parameters, options and state are bit-equal afterwards."""
     made = training()
     groups = prepare(made, monkeypatch)
     old, before, plan = made.optimizer, everything(made), made.manager.plan()
     with pytest.raises(RebuildFailedError) as caught:
-        made.manager.rebuild(groups, at_step=5)
+        made.manager.rebuild(groups, at_step=5, change_to=change_to)
     assert caught.value.stage == stage
     assert made.optimizer is old
     after = everything(made)

@@ -8,16 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tolaria.errors import BlueprintError, BlueprintMisfitError, UnknownBlueprintError
-from tolaria.seeds import (
-    Blueprint,
-    Blueprints,
-    SlotSpec,
-    bottleneck_adapter,
-    depthwise_conv_adapter,
-    lora,
-    residual_mlp,
-)
-from tolaria.seeds.slots import Layout
+from tolaria.seeds import Blueprint, Blueprints, Layout, SlotSpec
+from tolaria.seeds.blueprints import bottleneck_adapter, depthwise_conv_adapter, lora, residual_mlp
 
 SPEC = SlotSpec("here", 4, "vector")
 SHAPES: dict[Layout, tuple[int, ...]] = {"vector": (3, 8), "sequence": (3, 7, 8), "image": (3, 8, 5, 6)}

@@ -6,8 +6,9 @@ import pytest
 
 from leyline.v1.enums_pb2 import SeedLifecycleStage
 from leyline.v1.seeds_pb2 import SeedState
-from tolaria.seeds.plan import Change, ChangeKind, HostFacts, Plan, Refusal, SeedRecord, plan
-from tolaria.seeds.stages import ABSENT, SUCCESSORS, Ramp, Stage, stage_from_name, stage_name
+from tolaria.seeds.plan import Change, GraftedSeed, HostFacts, Plan, Refusal, plan
+from tolaria.seeds.stages import ABSENT, SUCCESSORS, Stage, stage_from_name, stage_name
+from tolaria.values.seeds import Ramp
 
 Seed = Callable[..., SeedState]
 STEP = 100
@@ -19,12 +20,12 @@ MISFITS = {("conv", "late"): "conv does not fit late"}
 FACTS = HostFacts(("early", "late"), frozenset({"mlp", "conv"}), MISFITS, cull_steps=8)
 
 
-def _seed(stage: str, ramp: tuple[float, float, int, int] | None = None, seed_id: str = "a") -> SeedRecord:
+def _seed(stage: str, ramp: tuple[float, float, int, int] | None = None, seed_id: str = "a") -> GraftedSeed:
     made = None if ramp is None else Ramp(*ramp)
-    return SeedRecord(seed_id, "mlp", "late", stage_from_name(stage), made, made)
+    return GraftedSeed(seed_id, "mlp", "late", stage_from_name(stage), made, made)
 
 
-def _plan(current: list[SeedRecord], desired: list[SeedState]) -> Plan:
+def _plan(current: list[GraftedSeed], desired: list[SeedState]) -> Plan:
     return plan(current, desired, FACTS, STEP)
 
 
@@ -85,7 +86,7 @@ def test_culling(
     """A seed that is culled or no longer declared leaves at once at alpha 0, and fades out from above."""
     (change,) = _plan([_seed(source, ramp)], [] if stage is None else [seed("a", stage)]).changes
     assert (change.after and change.after.ramp) == expected
-    assert change.kind == (ChangeKind.REMOVED if expected is None else ChangeKind.FADING)
+    assert change.kind == ("removed" if expected is None else "fading")
 
 
 def test_a_fossil_stays(seed: Seed) -> None:
@@ -123,7 +124,7 @@ def test_refused_grafts_name_their_reason(seed: Seed, state: dict[str, str], rea
     fields = {"seed_id": "x", "stage": "GERMINATED", "blueprint": "mlp", **state}
     got = _plan([], [seed(**fields), seed("b", "GERMINATED", "mlp")])
     assert [(r.seed_id, r.reason) for r in got.refusals] == [(fields["seed_id"], reason)]
-    assert [change.seed_id for change in got.changes] == ["b"]
+    assert [change.seed.seed_id for change in got.changes] == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -179,18 +180,18 @@ def test_no_free_slot_fits(seed: Seed) -> None:
 
 
 @pytest.mark.parametrize("leaving", [_seed("TRAINING"), _seed("PROBATIONARY", UP)])
-def test_a_slot_freed_in_a_plan_is_assigned_in_the_same_plan(seed: Seed, leaving: SeedRecord) -> None:
+def test_a_slot_freed_in_a_plan_is_assigned_in_the_same_plan(seed: Seed, leaving: GraftedSeed) -> None:
     """A slot is free once its seed leaves at once or becomes part of the host."""
     last = "FOSSILIZED" if leaving.ramp else "CULLED"
     got = _plan([leaving], [seed("b", "TRAINING", "mlp"), seed("a", last, "mlp", alpha=UP)])
-    assert [change.seed_id for change in got.changes] == ["a", "b"]
+    assert [change.seed.seed_id for change in got.changes] == ["a", "b"]
     assert got.refusals == ()
 
 
 def test_a_fading_seed_keeps_its_slot(seed: Seed) -> None:
     """The slot stays taken until the seed has left."""
     got = _plan([_seed("PROBATIONARY", UP)], [seed("b", "TRAINING", "mlp")])
-    assert [change.kind for change in got.changes] == [ChangeKind.FADING]
+    assert [change.kind for change in got.changes] == ["fading"]
     assert got.refusals == (Refusal("b", "slot 'late' is taken"),)
 
 
@@ -205,7 +206,9 @@ def test_a_late_schedule_begins_at_its_start(seed: Seed) -> None:
 
 def test_declaring_the_reported_schedule_changes_nothing(seed: Seed) -> None:
     """A schedule that comes back as it was reported is the same schedule."""
-    blending = SeedRecord("a", "mlp", "late", stage_from_name("BLENDING"), Ramp(0.1, 0.7, 90, 40), Ramp(0.0, 1.0, 9, 9))
+    blending = GraftedSeed(
+        "a", "mlp", "late", stage_from_name("BLENDING"), Ramp(0.1, 0.7, 90, 40), Ramp(0.0, 1.0, 9, 9)
+    )
     assert _plan([blending], [seed("a", "BLENDING", "mlp", alpha=(0.1, 0.7, 90, 40))]) == Plan((), ())
 
 
@@ -216,7 +219,7 @@ def test_a_new_schedule_and_attribution(seed: Seed) -> None:
     (change,) = _plan([_seed("BLENDING", RISING)], [state]).changes
     assert change.after is not None
     assert (change.kind, change.after.ramp, change.after.attribution) == (
-        ChangeKind.ADJUSTED,
+        "adjusted",
         Ramp(0.5, 0.25, 100, 50),
         0.5,
     )

@@ -147,7 +147,7 @@ def test_a_faded_seed_can_germinate_again(host: nn.Module, topology: SeedTopolog
     topology.reconcile([seed("a", "BLENDING", alpha=(0.5, 0.5, 0, 1))], 0)
     topology.reconcile([], 0)
     result = topology.reconcile([seed("a", "TRAINING")], 4)
-    assert [change.kind.value for change in result.changes] == ["removed", "grafted"]
+    assert [change.kind for change in result.changes] == ["removed", "grafted"]
     (old, new) = (result.removed["a"], result.added["a"])
     assert [name for name, _ in old] == [name for name, _ in new]
     assert all(p is not q for (_, p), (_, q) in zip(old, new, strict=True))
@@ -379,7 +379,7 @@ def test_a_structure_is_loaded_into_a_fresh_model(
     model = make_host()
     fresh = make_topology(model)
     result = fresh.load_state_dict(state, 2)
-    assert [change.kind.value for change in result.changes] == ["grafted", "grafted"]
+    assert [change.kind for change in result.changes] == ["grafted", "grafted"]
     assert (list(result.added), result.frozen, result.removed) == (["b"], {}, {})
     assert fresh.states(2) == topology.states(2)
     for (_, expected), (_, got) in zip(topology.training_parameters("b"), fresh.training_parameters("b"), strict=True):

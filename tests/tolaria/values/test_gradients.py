@@ -3,11 +3,12 @@ from __future__ import annotations
 import pytest
 
 from leyline.v1 import enums_pb2
-from tolaria.values.gradients import Alarm, AlarmKind, AlarmThresholds, SeedMetrics, SeedMetricSet, alarms
+from tolaria.config import GradientsSettings
+from tolaria.values.gradients import Alarm, AlarmKind, SeedMetrics, SeedMetricSet, alarms
 from tolaria.values.training import HOST
 
 BLENDING = enums_pb2.SEED_STAGE_BLENDING
-THRESHOLDS = AlarmThresholds(share_jump=0.3, seed_conflict=0.5, conflict=0.75)
+THRESHOLDS = GradientsSettings(share_jump=0.3, seed_conflict=0.5, conflict=0.75)
 
 
 def metrics(**changes: float) -> SeedMetricSet:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
-from tolaria.seeds.stages import Ramp, desired_ramp
+from tolaria.values.seeds import Ramp, declared_ramp
 
 
 @pytest.mark.parametrize(("step", "alpha"), [(0, 0.2), (9, 0.2), (10, 0.2), (12, 0.5), (14, 0.8), (99, 0.8)])
@@ -30,9 +30,9 @@ def test_entering_a_schedule_never_jumps(start: float, end: float, begin: int, d
 def test_the_schedule_of_a_desired_state() -> None:
     """The schedule takes precedence; an older peer's bare number is a constant; a state may have neither."""
     schedule = AlphaSchedule(start=0.5, end=1.0, begin_step=7, duration_steps=2)
-    assert desired_ramp(SeedState(alpha=schedule, metrics={"alpha": 0.1})) == Ramp(0.5, 1.0, 7, 2)
-    assert desired_ramp(SeedState(metrics={"alpha": 0.25})) == Ramp(0.25, 0.25, 0, 0)
-    assert desired_ramp(SeedState()) is None
+    assert declared_ramp(SeedState(alpha=schedule, metrics={"alpha": 0.1})) == Ramp(0.5, 1.0, 7, 2)
+    assert declared_ramp(SeedState(metrics={"alpha": 0.25})) == Ramp(0.25, 0.25, 0, 0)
+    assert declared_ramp(SeedState()) is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.1])

@@ -41,8 +41,9 @@ BORDER_PROTOCOLS: dict[str, str] = {
     "LaneHeartbeat": "lane and emergency are strangers",
     "LaneBuild": "service loads the lane by name, so that it imports no torch",
     "Restorer": "rollback and run are strangers",
-    "Participant": "rollback and peers are strangers",
-    "Answer": "rollback and peers are strangers",
+    "RollbackParticipant": "rollback and peers are strangers",
+    "ParticipantResponse": "rollback and peers are strangers",
+    "LiveTraining": "state and lane are strangers",
     "MutatingRequest": "the generated messages have no common base class",
 }
 """Protocols with one implementer, each at a border that import-linter draws, or over classes that are not ours."""
@@ -109,9 +110,7 @@ def test_rooms_have_few_levels(room: str) -> None:
 
 def test_the_service_starts_without_torch() -> None:
     """Until the lane is built nothing of the service has imported torch; nor have the command line and the peers."""
-    code = (
-        "import sys, tolaria.service, tolaria.cli.main, tolaria.reference.server; print('torch' in sys.modules)"
-    )
+    code = "import sys, tolaria.service, tolaria.cli.main, tolaria.reference.server; print('torch' in sys.modules)"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
         env={"PYTHONPATH": python_path()},
@@ -157,7 +156,9 @@ def test_no_path_of_a_machine_is_named() -> None:
 # -- the checks themselves ------------------------------------------------------------------------------------------
 
 LONG_FUNCTION = '"""Doc."""\ndef f():\n' + "    pass\n" * 71
-MANY_PARAMETERS = '"""Doc."""\nclass A:\n    def __init__(self, a, b, c, d, e, *, f, g, h, i):\n        pass\n' + "\n" * 30
+MANY_PARAMETERS = (
+    '"""Doc."""\nclass A:\n    def __init__(self, a, b, c, d, e, *, f, g, h, i):\n        pass\n' + "\n" * 30
+)
 FILLED = '"""Doc."""\n' + "\n" * 40
 
 
@@ -191,7 +192,9 @@ def test_the_check_of_words(line: str) -> None:
 def test_the_check_of_names() -> None:
     """A module has to be in the glossary of its own room."""
     modules = [Module("run/health.py", ""), Module("run/laps.py", ""), Module("run/__init__.py", "")]
-    assert unknown_names(modules, {"run": ("health",), "lane": ("laps",)}) == ["run/laps.py: not in the glossary of run"]
+    assert unknown_names(modules, {"run": ("health",), "lane": ("laps",)}) == [
+        "run/laps.py: not in the glossary of run"
+    ]
 
 
 def test_the_check_of_duplicates() -> None:
@@ -251,5 +254,3 @@ def test_the_check_of_levels() -> None:
     modules = [*chain, Module("room/m8.py", "import tolaria.other"), Module("other.py", "")]
     assert ImportGraph.of(modules).levels("tolaria.room") == 9
     assert ImportGraph.of(modules).levels("tolaria.elsewhere") == 0
-
-

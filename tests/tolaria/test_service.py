@@ -8,25 +8,25 @@ from typing import cast
 
 import anyio
 import pytest
+from tolaria.service.parts import Ground, Parts
+from tolaria.training.rig import Rig, build_rig
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import FakeKasmina, FakeTamiyo, serving
 from support.runs import FakePeers, new_run, running
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import Retention
 from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings, load_settings
 from tolaria.grpc_server import GrpcServer
 from tolaria.journal.rows import RunRow
 from tolaria.service.host import Host
-from tolaria.service.parts import Ground, Parts
 from tolaria.service.start import new_keeper, new_progress
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
-from tolaria.training.rig import Rig, build_rig
 
 pytestmark = pytest.mark.anyio
 

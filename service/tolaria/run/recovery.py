@@ -254,7 +254,7 @@ class Recovery:
         self.unproven = rollback.unproven or (self.unproven and not restored)
         if rollback.unproven:
             self._safety.rollback_unproven(str(rollback.error))
-        elif rollback.ending is Ending.DEADLINE_EXCEEDED and self._coordinator.policy.halt_on_deadline:
+        elif rollback.ending is Ending.DEADLINE_EXCEEDED and self._coordinator.settings.halt_on_deadline:
             self._safety.rollback_missed(rollback.reason)
         self._observers.on_rollback_ended(rollback)
         if restored:

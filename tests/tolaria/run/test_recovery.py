@@ -13,9 +13,8 @@ from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBAC
 from support.disks import FailingDisk
 from support.lanes import FakeLane, small_image, started_client
 from support.rollbacks import FakeBoard, FakeJournal
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import Storage, open_storage
-from tolaria.checkpoint.store import Damage
+from tolaria.checkpoint.store import Damage, Retention
 from tolaria.config import RollbackSettings
 from tolaria.errors import (
     AdjustmentRefusedError,
@@ -38,7 +37,7 @@ from tolaria.lane.messages import (
     StepDone,
 )
 from tolaria.rollback.coordinator import RollbackCoordinator
-from tolaria.rollback.protocol import Ending, Rollback, RollbackPolicy
+from tolaria.rollback.protocol import Ending, Rollback
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.health import Health, RateCut, Retreat
 from tolaria.run.observers import RunObserver
@@ -178,7 +177,9 @@ class RecoveryParts:
             {},
             self.restorer,
             run_id="run",
-            policy=RollbackPolicy(budget_s, budget_s, halt_on_deadline),
+            settings=RollbackSettings(
+                fast_budget_s=budget_s, full_budget_s=budget_s, halt_on_deadline=halt_on_deadline
+            ),
             board=FakeBoard(),
             journal=self.journal,
         )

@@ -5,11 +5,7 @@ import math
 import anyio
 import anyio.to_thread
 import pytest
-
 from support.checkpoint_room import Rooms, evaluation, serving
-from tolaria.checkpoint.retention import Retention
-from tolaria.config import CheckpointSettings
-from tolaria.journal.rows import CheckpointRow
 from tolaria.training.recovery.checkpoints import (
     BUSY_S,
     CheckpointDesk,
@@ -17,6 +13,10 @@ from tolaria.training.recovery.checkpoints import (
     due_by_steps,
     retention_of,
 )
+
+from tolaria.checkpoint.store import Retention
+from tolaria.config import CheckpointSettings
+from tolaria.journal.rows import CheckpointRow
 
 pytestmark = pytest.mark.anyio
 

@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import JsonValue
+from tolaria.rollback.orders import RestoreOrder
+from tolaria.training.fences import ChangeOptimizer, FenceCommand, Keep, LeaveOut, Reconcile, Restore
+from tolaria.training.recovery.keeper import Kept, PointsLost
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
 from support.driving import Driven, driven, order, seed
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import open_storage
+from tolaria.checkpoint.store import Retention
 from tolaria.config import RollbackSettings
 from tolaria.errors import NoCheckpointError, RestoreAbandonedError, StateMismatchError
 from tolaria.images.image import StateImage
 from tolaria.jobs import TensorCursor
-from tolaria.rollback.orders import RestoreOrder
-from tolaria.training.fences import ChangeOptimizer, FenceCommand, Keep, LeaveOut, Reconcile, Restore
-from tolaria.training.recovery.keeper import Kept, PointsLost
 from tolaria.values.optimization import Adjustment
 
 HALVED = ChangeOptimizer(

@@ -93,7 +93,7 @@ class LoadedCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Reconciliation:
+class Repairs:
     """Ids of intact checkpoints that were not in the journal, of rows without a directory, and of removed leftovers."""
 
     adopted: tuple[str, ...]
@@ -102,7 +102,7 @@ class Reconciliation:
 
 
 class CheckpointStore:
-    """The checkpoints in a state directory, which is created if missing. Call `reconcile` once before anything else.
+    """The checkpoints in a state directory, which is created if missing. Call `repair` once before anything else.
 
     A checkpoint exists once its row in the journal is committed. Several runs may share the directory: listing,
     loading and superseding affect `run_id` only. `write` must be called from one thread at a time, usually the
@@ -130,7 +130,7 @@ class CheckpointStore:
             self._directory, self._journal, run_id=run_id, retention=self._retention, files=self._files
         )
 
-    def reconcile(self) -> Reconciliation:
+    def repair(self) -> Repairs:
         """Makes directory and journal agree after a crash or the loss of the journal.
 
         Removes leftovers of unfinished writes, adopts intact checkpoints without a row, and marks rows without a
@@ -150,7 +150,7 @@ class CheckpointStore:
         missing = [row for row in lost if row.state in {"committed", "superseded"}]
         for row in missing:
             self._mark(row, "missing", "its directory is gone")
-        return Reconciliation(tuple(adopted), tuple(row.checkpoint_id for row in missing), tuple(removed))
+        return Repairs(tuple(adopted), tuple(row.checkpoint_id for row in missing), tuple(removed))
 
     def write(self, image: StateImage, *, metric: float | None = None) -> CheckpointRow:
         """Writes the image durably, commits it in the journal and applies retention.
@@ -206,7 +206,7 @@ class CheckpointStore:
                     damaged.append(Damage(row.checkpoint_id, error.stage, error.reason, quarantined))
         tried = "".join(f"; {d.checkpoint_id}: {d.stage}, {d.reason}" for d in damaged)
         wanted = "" if at_or_before is None else f" at or before step {at_or_before}"
-        raise NoCheckpointError(f"there is no whole checkpoint{wanted}{tried}")
+        raise NoCheckpointError(f"there is no intact checkpoint{wanted}{tried}")
 
     def _make_directories(self) -> None:
         for place in (self._directory, self._checkpoints, self._quarantine):
@@ -253,7 +253,7 @@ class CheckpointStore:
     def _set_aside(
         self, name: str, error: CheckpointDamagedError | CheckpointUnreadableError, row: CheckpointRow | None
     ) -> bool:
-        """Moves a damaged checkpoint, not an unreadable one, to the quarantine, and returns whether it is damaged."""
+        """Records the fault, moves a damaged checkpoint to the quarantine, and returns whether it is damaged."""
         damaged = isinstance(error, CheckpointDamagedError)
         if damaged:
             self._move_to_quarantine(name)

@@ -121,7 +121,10 @@ class Journal:
         with self._lock, translated_errors():
             query = f"SELECT {', '.join(columns(Incident))} FROM incidents ORDER BY at_ns DESC LIMIT ?"  # noqa: S608 - as below
             found = self._connection.execute(query, (limit,)).fetchall()
-        return tuple(Incident(*values, details=json.loads(details)) for *values, details in found)
+        return tuple(
+            Incident(incident_id, kind, at_ns, global_step, reason, json.loads(details))
+            for incident_id, kind, at_ns, global_step, reason, details in found
+        )
 
     def close(self) -> None:
         """Moves the log's content into the main file and closes it."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
@@ -104,7 +103,7 @@ def _file_states(path: Path) -> list[tuple[str, int, int]]:
     """Returns a value that changes when the journal is opened, closed or written."""
     found = []
     for ending in SIDE_FILES:
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             status = path.with_name(path.name + ending).stat()
             found.append((ending, status.st_mtime_ns, status.st_size))
     return found

@@ -82,7 +82,7 @@ class Restorer(Protocol):
 
 
 class RollbackCoordinator:
-    """Carries rollbacks out, one at a time. Used on the event loop only.
+    """Carries out rollbacks, one at a time. Used on the event loop only.
 
     Args:
         participants: the peers by name, in the order in which they are asked; each has a share in `SHARES`.
@@ -121,7 +121,7 @@ class RollbackCoordinator:
         self._state = RollbackState.IDLE
 
     async def run(self, rollback: Rollback) -> None:
-        """Carries `rollback` out and sets how it ended; a failure is an ending, not an exception.
+        """Carries out `rollback` and sets how it ended; a failure is an ending, not an exception.
 
         When the caller is cancelled, the rollback is aborted, or completed once the lane has begun to change live
         state; both are recorded. Only cancel scopes may cancel: a task that is cancelled directly, as gRPC does with
@@ -219,24 +219,21 @@ class RollbackCoordinator:
             raise rollback.error
 
     async def _conclude(self, rollback: Rollback) -> None:
-        """Shows and records how the rollback ended; aborts with the peers unless it restored. Takes bounded time."""
+        """Shows and records how the rollback ended, in bounded time; unless it restored, aborts it with the peers."""
         if rollback.decided_s is None:
             rollback.decided_s = time.monotonic()
         rollback.ending = rollback.ending or Ending.FAILED
         self._move(rollback, _LAST_EVENT[rollback.ending])
         if rollback.ending is not Ending.RESTORED:
             await self._abort(rollback)
-        rollback.unrecorded = await self._record(rollback)
-
-    async def _record(self, rollback: Rollback) -> JournalError | None:
-        """Writes the journal's row; returns why it is not written. `put` itself writes a cancelled row later."""
+        late = f"it did not answer within {RECORD_S_MAX:g} s; the row is written later"  # by `put`, when cancelled
+        rollback.unrecorded = JournalUnavailableError(late)
         try:
             with anyio.move_on_after(RECORD_S_MAX):
                 await self._journal.put(rollback.row(self._run_id))
-                return None
+                rollback.unrecorded = None
         except JournalError as error:
-            return error
-        return JournalUnavailableError(f"it did not answer within {RECORD_S_MAX:g} s; the row is written later")
+            rollback.unrecorded = error
 
     # -- participants ------------------------------------------------------------------------------------------------
 
@@ -257,8 +254,7 @@ class RollbackCoordinator:
 
     async def _ask(self, rollback: Rollback, name: str, call: Call, timeout_s: float) -> None:
         if timeout_s <= 0:
-            detail = "its share of the budget is used up"
-            rollback.votes.append(Vote(name, call, VoteOutcome.NOT_ASKED, detail, 0.0))
+            rollback.votes.append(Vote(name, call, VoteOutcome.NOT_ASKED, "its share of the budget is used up", 0.0))
             return
         request = ParticipantRequest(rollback.rollback_id, rollback.destination, rollback.reason, timeout_s)
         started_s = time.monotonic()

@@ -246,7 +246,7 @@ def _new_run_id() -> str:
 
 
 def _repairs(storage: Storage) -> list[str]:
-    found, notes = storage.reconciliation, []
+    found, notes = storage.repairs, []
     if storage.journal_damage is not None:
         notes.append(f"the journal was damaged and has been rebuilt from the checkpoints: {storage.journal_damage}")
     for names, what in (

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -208,16 +208,15 @@ def capture_rngs() -> tuple[dict[str, Tensor], dict[str, JsonValue]]:
 def restore_rngs(tensors: Mapping[str, Tensor], values: Mapping[str, JsonValue]) -> None:
     """Restores what `capture_rngs` returned. Skips CUDA devices that this machine lacks."""
     torch.set_rng_state(tensors[_TORCH].clone())
-    numpy_rest = cast("dict[str, JsonValue]", values["numpy"])
+    rest = cast("dict[str, Any]", values["numpy"])
     key = np.frombuffer(tensors[_NUMPY].numpy().tobytes(), dtype=np.uint32)
-    state = ("MT19937", key, numpy_rest["pos"], numpy_rest["has_gauss"], numpy_rest["gauss"])
-    np.random.set_state(state)  # noqa: NPY002 - as above
+    np.random.set_state(("MT19937", key, rest["pos"], rest["has_gauss"], rest["gauss"]))  # noqa: NPY002 - as above
     version, gauss = cast("list[JsonValue]", values["python"])
     words = array.array("I", tensors[_PYTHON].numpy().tobytes())
     random.setstate((version, tuple(words), gauss))
     for index in range(_cuda_devices()):
-        if (device_state := tensors.get(f"rng/cuda/{index}")) is not None:
-            torch.cuda.set_rng_state(device_state.clone(), index)
+        if (state := tensors.get(f"rng/cuda/{index}")) is not None:
+            torch.cuda.set_rng_state(state.clone(), index)
 
 
 def _checked_key(key: object, name: str) -> str:

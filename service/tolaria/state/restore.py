@@ -109,7 +109,7 @@ def _put_back(name: str, part: StatePart, before: JsonValue) -> None:
     try:
         part.load_state_dict(_part_state(before))
     except _REFUSALS as error:  # not a StateMismatchError, which would mean that nothing has changed
-        raise RuntimeError(f"parts/{name} refuses the state that it had itself: {error}") from error
+        raise RuntimeError(f"parts/{name} does not load its own previous state: {error}") from error
 
 
 def _part_state(state: JsonValue) -> dict[str, JsonValue]:

@@ -10,7 +10,7 @@ import pytest
 
 from tolaria.checkpoint.inspection import Condition, inspect_storage
 from tolaria.checkpoint.storage import JOURNAL, open_storage
-from tolaria.checkpoint.store import Reconciliation, Retention
+from tolaria.checkpoint.store import Repairs, Retention
 from tolaria.journal.reader import read_journal
 from tolaria.journal.rows import AdminActionRow, CheckpointRow, CommandRow, RunRow
 from tolaria.state.encoding import spec_of, tensor_view
@@ -57,7 +57,7 @@ def test_the_state_of_version_0_1_0_is_opened_and_loaded(old_state: Path) -> Non
     retention = Retention(last=3, best="highest")
     storage = open_storage(old_state, run_id="2e10f889c48b", retention=retention)
     with storage.journal:
-        assert (storage.journal_damage, storage.reconciliation) == (None, Reconciliation((), (), ()))
+        assert (storage.journal_damage, storage.repairs) == (None, Repairs((), (), ()))
         assert {row.global_step: row.digest for row in storage.checkpoints.restore_points()} == DIGESTS
         assert [incident.kind for incident in storage.journal.incidents(10)] == ["rollback", "emergency", "rollback"]
         assert storage.journal.find(AdminActionRow, "2eddd1ff-fed4-4b03-8c3d-e22b5216f3b8") is not None

@@ -128,7 +128,7 @@ def test_a_load_past_its_deadline_is_abandoned(storage: Storage, training: Train
     assert load(storage).row.global_step == 1
 
 
-def test_reconciling_makes_directory_and_journal_agree(tmp_path: Path, training: Training) -> None:
+def test_repair_makes_directory_and_journal_agree(tmp_path: Path, training: Training) -> None:
     """Directories without a row are adopted, leftovers removed, rows without a directory marked missing."""
     storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
     with storage.journal:
@@ -137,14 +137,14 @@ def test_reconciling_makes_directory_and_journal_agree(tmp_path: Path, training:
         path.unlink()
     storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
     with storage.journal:
-        assert storage.reconciliation.adopted == (kept.checkpoint_id, lost.checkpoint_id)
+        assert storage.repairs.adopted == (kept.checkpoint_id, lost.checkpoint_id)
         assert storage.checkpoints.restore_points() == (kept, lost)
     shutil.rmtree(tmp_path / "checkpoints" / lost.checkpoint_id)
     (tmp_path / "checkpoints" / ".partial-x").mkdir()
     storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
     with storage.journal:
-        assert storage.reconciliation.missing == (lost.checkpoint_id,)
-        assert storage.reconciliation.removed == (".partial-x",)
+        assert storage.repairs.missing == (lost.checkpoint_id,)
+        assert storage.repairs.removed == (".partial-x",)
         assert steps(storage) == on_disk(tmp_path) == [1]
 
 

@@ -279,7 +279,7 @@ async def test_a_checkpoint_is_loaded_for_the_lane(storage: Storage, tmp_path: P
     rollback.deadline_s = time.monotonic() + 30
     await parts.restorer.restore(rollback)
     assert positions == [Position(2, 1)]
-    assert [damage.global_step for damage in parts.recorder.damaged] == [5]
+    assert [damage.checkpoint_id for damage in parts.recorder.damaged] == [newest.name]
     assert len(parts.lane.images) == 0
 
 

@@ -41,8 +41,9 @@ BORDER_PROTOCOLS: dict[str, str] = {
     "LaneHeartbeat": "lane and emergency are strangers",
     "LaneBuild": "service loads the lane by name, so that it imports no torch",
     "Restorer": "rollback and run are strangers",
-    "Participant": "rollback and peers are strangers",
-    "Answer": "rollback and peers are strangers",
+    "RollbackParticipant": "rollback and peers are strangers",
+    "ParticipantResponse": "rollback and peers are strangers",
+    "LiveTraining": "state and lane are strangers",
     "MutatingRequest": "the generated messages have no common base class",
 }
 """Protocols with one implementer, each at a border that import-linter draws, or over classes that are not ours."""

@@ -1,7 +1,4 @@
-"""System calls for durable files, replaceable in tests, and the helpers that write and read whole files with them.
-
-All errors are the system's own `OSError`.
-"""
+"""System calls for durable files, replaceable in tests, and functions that write and read whole files with them."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ _PIECE_BYTES: Final = 4 * 2**20
 
 
 class Filesystem:
-    """The system calls. Tests override the one that is to fail."""
+    """The system calls, which raise `OSError`. Tests override the one that is to fail."""
 
     def make_directory(self, path: Path) -> None:
         """Creates one directory with mode 0700."""
@@ -94,11 +91,7 @@ def write_durably(files: Filesystem, path: Path, pieces: Iterable[memoryview]) -
 
 
 def read_all(files: Filesystem, path: Path, limit_bytes: int) -> bytes:
-    """Returns a file's content.
-
-    Raises:
-        ValueError: the file is longer than `limit_bytes`; nothing has been read.
-    """
+    """Returns a file's content. Raises ValueError, without reading, if it is longer than `limit_bytes`."""
     descriptor = files.open(path)
     try:
         size_bytes = files.size_bytes(descriptor)
@@ -112,11 +105,7 @@ def read_all(files: Filesystem, path: Path, limit_bytes: int) -> bytes:
 
 
 def read_exactly(files: Filesystem, descriptor: int, buffer: memoryview) -> None:
-    """Fills the buffer.
-
-    Raises:
-        EOFError: the file ends early.
-    """
+    """Fills the buffer. Raises EOFError if the file ends early."""
     filled = 0
     while filled < buffer.nbytes:
         taken = files.read_into(descriptor, buffer[filled:])

@@ -30,15 +30,16 @@ from pydantic import JsonValue
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.side_by_side import machine, p99, show, timed
-from tolaria.checkpoint.retention import Retention
-from tolaria.checkpoint.storage import Storage, open_storage
-from tolaria.checkpoint.writer import CheckpointWriter
-from tolaria.config import FastPathSettings, RollbackSettings, Settings, TrainingSettings
-from tolaria.journal.rows import CheckpointRow
 from tolaria.training.recovery.keeper import SnapshotKeeper
 from tolaria.training.rig import Rig, build_rig
 from tolaria.training.step import train_step
+
+from benchmarks.side_by_side import machine, p99, show, timed
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import Retention
+from tolaria.checkpoint.writer import CheckpointWriter
+from tolaria.config import FastPathSettings, RollbackSettings, Settings, TrainingSettings
+from tolaria.journal.rows import CheckpointRow
 
 
 class Lane:

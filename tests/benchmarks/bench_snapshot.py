@@ -22,18 +22,19 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from tolaria.training.recovery.keeper import SnapshotKeeper
+from tolaria.training.rig import build_rig
+from tolaria.training.step import train_step
+
 from benchmarks.side_by_side import in_turn, machine, show
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import open_storage
+from tolaria.checkpoint.store import Retention
 from tolaria.config import Settings, TrainingSettings
 from tolaria.images.image import StateImage
 from tolaria.images.pool import Lease
 from tolaria.state.restore import stage_restore
 from tolaria.state.snapshots import SnapshotRing
 from tolaria.state.training_state import TrainingState
-from tolaria.training.recovery.keeper import SnapshotKeeper
-from tolaria.training.rig import build_rig
-from tolaria.training.step import train_step
 from tolaria.values.training import Position
 
 LAYERS, WIDTH = 50, 1000

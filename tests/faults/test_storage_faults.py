@@ -10,9 +10,8 @@ import pytest
 
 from faults.small_training import Training, new_training
 from faults.torture import BLOCK, harm_checkpoints, harm_journal
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import Storage, open_storage
-from tolaria.checkpoint.store import CheckpointStore
+from tolaria.checkpoint.store import CheckpointStore, Retention
 from tolaria.errors import CheckpointWriteError, JournalUnavailableError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.database import Journal

@@ -24,8 +24,9 @@ if __name__ == "__main__":
 import torch
 
 from faults.small_training import Training, new_training
-from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.inspection import inspect_storage
 from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import Retention
 from tolaria.journal.rows import ROW_TYPES, CheckpointRow, CommandRow, RunRow
 from tolaria.values.training import Position
 
@@ -225,7 +226,7 @@ def _after_kill(directory: Path, reported: dict[int, str]) -> list[str]:
             problems.append(f"the journal was called damaged: {storage.journal_damage}")
         if reported and (not points or points[-1].global_step < newest):
             problems.append(f"step {newest} was reported as committed and is not there")
-        problems += [f"step {r.global_step} is damaged" for r in points if storage.checkpoints.verify(r)]
+        problems += [f"{finding.name}: {finding.detail}" for finding in inspect_storage(directory) if finding.bad]
         problems += [
             f"step {r.global_step} has another digest"
             for r in points

@@ -14,8 +14,8 @@ import pytest
 
 from leyline.v1.state_pb2 import HardwareContext
 from support.lanes import FakeLane, small_image, started_client
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import Retention
 from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import CheckpointSettings
 from tolaria.errors import TolariaError

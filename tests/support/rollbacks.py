@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import anyio
 import anyio.lowlevel
 
-from leyline.v1.enums_pb2 import (
-    ROLLBACK_TIER_FAST,
-    ROLLBACK_TIER_FULL,
-    ROLLBACK_TIER_UNSPECIFIED,
-    RollbackTier,
-)
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
+from tolaria.config import RollbackSettings
 from tolaria.errors import JournalError, PeerTimeoutError, TolariaError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import RollbackRow, Row
 from tolaria.rollback.coordinator import RollbackCoordinator
-from tolaria.rollback.protocol import SHARES, Call, ParticipantRequest, Rollback, RollbackPolicy
+from tolaria.rollback.protocol import Call, ParticipantRequest, Rollback
 from tolaria.signals import RollbackState, RollbackWriter
 
 Tier: TypeAlias = RollbackTier.ValueType
 Work: TypeAlias = Callable[[Rollback], Awaitable[None]]
 
 
-def policy_of(fast_s: float, full_s: float, shares: Mapping[str, float] = SHARES) -> RollbackPolicy:
-    """A policy under which a missed deadline halts the run."""
-    return RollbackPolicy(fast_s, full_s, halt_on_deadline=True, shares=shares)
+def budget_of(fast_s: float, full_s: float) -> RollbackSettings:
+    """Settings with these budgets of the two tiers."""
+    return RollbackSettings(fast_budget_s=fast_s, full_budget_s=full_s)
 
 
-GENEROUS = policy_of(60.0, 60.0)
+GENEROUS = budget_of(60.0, 60.0)
 
 
 @dataclass(frozen=True)
@@ -218,7 +214,7 @@ class FakeJournal(AsyncJournal):
 class CoordinatedParts:
     """A coordinator and everything around it; `log` has the calls in order."""
 
-    policy: RollbackPolicy = GENEROUS
+    settings: RollbackSettings = GENEROUS
     tamiyo: FakeParticipant = field(default_factory=FakeParticipant)
     kasmina: FakeParticipant = field(default_factory=FakeParticipant)
     restorer: FakeRestorer = field(default_factory=FakeRestorer)
@@ -232,10 +228,10 @@ class CoordinatedParts:
         self.tamiyo.log = self.kasmina.log = self.restorer.log = self.log
         known = {"tamiyo": self.tamiyo, "kasmina": self.kasmina}
         self.coordinator = RollbackCoordinator(
-            {name: known[name] for name in self.peers},
+            {name: known.get(name, FakeParticipant(name=name)) for name in self.peers},
             self.restorer,
             run_id="run",
-            policy=self.policy,
+            settings=self.settings,
             board=self.board,
             journal=self.journal,
         )

@@ -30,7 +30,7 @@ from tolaria.lane.build import LaneBuild, build
 from tolaria.lane.train_module import TrainModule
 from tolaria.peers.clients import RollbackClient
 from tolaria.peers.connect import Peers
-from tolaria.rollback.protocol import Participant
+from tolaria.rollback.protocol import RollbackParticipant
 from tolaria.run.resume import retention_of
 from tolaria.run.run import TrainingRun
 from tolaria.run.status import state_name
@@ -79,7 +79,7 @@ class FakePeers:
         self.applied: list[AdaptationCommand] = []
         self.refusals: list[tuple[str, str]] = []
         self.accepts = True
-        self.participants: Mapping[str, Participant] = {}
+        self.participants: Mapping[str, RollbackParticipant] = {}
         """Participants of rollbacks by peer; a peer without one accepts everything."""
 
     async def evaluate_epoch(self, state: SystemStatePacket) -> AdaptationCommand | None:

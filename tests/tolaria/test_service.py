@@ -8,13 +8,15 @@ from typing import cast
 
 import anyio
 import pytest
+from tolaria.service.parts import Ground, Parts
+from tolaria.training.rig import Rig, build_rig
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import FakeKasmina, FakeTamiyo, serving
 from support.runs import FakePeers, new_run, running
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import Retention
 from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings, load_settings
 from tolaria.grpc_server import GrpcServer

@@ -19,6 +19,7 @@ from tolaria.errors import CheckpointDamagedError, CheckpointUnreadableError, Ch
 from tolaria.filesystem import Filesystem, errno_name, read_all, remove_quietly, write_durably
 from tolaria.images.image import StateImage, canonical_json
 from tolaria.images.specs import Fingerprint, TensorSpec, combine
+from tolaria.journal.rows import CheckpointRow
 from tolaria.values.training import Position
 
 FORMAT: Final = 1
@@ -47,21 +48,26 @@ class Manifest:
         cls, image: StateImage, *, checkpoint_id: str, run_id: str, created_at_ns: int, metric: float | None
     ) -> Manifest:
         """Returns the manifest for an image. Seals the image."""
-        return cls(
-            checkpoint_id=checkpoint_id,
-            run_id=run_id,
-            position=image.position,
-            created_at_ns=created_at_ns,
-            metric=metric,
-            values_bytes=len(image.values),
-            specs=image.specs,
-            fingerprint=image.seal(),
-        )
+        values_bytes, fingerprint = len(image.values), image.seal()
+        return cls(checkpoint_id, run_id, image.position, created_at_ns, metric, values_bytes, image.specs, fingerprint)
 
     @property
     def size_bytes(self) -> int:
         """Bytes of tensors and other values."""
         return sum(spec.size_bytes for spec in self.specs) + self.values_bytes
+
+    def row(self) -> CheckpointRow:
+        """Returns the journal's row of the committed checkpoint."""
+        return CheckpointRow(
+            checkpoint_id=self.checkpoint_id,
+            at_ns=self.created_at_ns,
+            run_id=self.run_id,
+            global_step=self.position.global_step,
+            epoch=self.position.epoch,
+            size_bytes=self.size_bytes,
+            digest=self.fingerprint.total,
+            metric=self.metric,
+        )
 
     def to_bytes(self) -> bytes:
         """Returns canonical JSON that includes its own digest."""
@@ -95,7 +101,21 @@ class Manifest:
                 raise ValueError("its digest does not match")
             if document.get("format") != FORMAT:
                 raise ValueError(f"format {document.get('format')} is not {FORMAT}")
-            return _from_document(document)
+            specs = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape, _ in document["tensors"])
+            if any(spec.size_bytes < 0 for spec in specs):
+                raise ValueError("a tensor has a negative size")
+            values_bytes, values_digest = document["values"]
+            digests = {name: digest for name, *_, digest in document["tensors"]}
+            return cls(
+                checkpoint_id=document["checkpoint_id"],
+                run_id=document["run_id"],
+                position=Position(document["global_step"], document["epoch"]),
+                created_at_ns=document["created_at_ns"],
+                metric=document["metric"],
+                values_bytes=values_bytes,
+                specs=specs,
+                fingerprint=Fingerprint(digests, values_digest, document["digest"]),
+            )
         except (TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(f"a field is missing or has another form: {error}") from error
 
@@ -103,31 +123,27 @@ class Manifest:
 def write_checkpoint(files: Filesystem, parent: Path, manifest: Manifest, image: StateImage) -> Path:
     """Writes an image under `parent` and returns the checkpoint's directory.
 
-    Writes to a temporary directory, syncs every file and directory, and renames. The checkpoint survives a power
-    failure once this returns; after an error no checkpoint of this id exists.
+    The checkpoint survives a power failure once this returns; after an error no checkpoint of this id exists.
 
     Raises:
         CheckpointWriteError: the system refused; `stage` names the operation.
     """
     temporary, place = parent / f"{TEMPORARY_PREFIX}{manifest.checkpoint_id}", parent / manifest.checkpoint_id
     try:
-        with _writing("create"):
+        with write_errors("create"):
             files.make_directory(temporary)
-        with _writing("write"):
+        with write_errors("write"):
             write_durably(files, temporary / _TENSORS, file_pieces(manifest.specs, image.buffers))
             write_durably(files, temporary / _VALUES, [memoryview(image.values)])
             write_durably(files, temporary / _MANIFEST, [memoryview(manifest.to_bytes())])
             files.sync_directory(temporary)
-        with _writing("rename"):
+        with write_errors("rename"):
             files.rename(temporary, place)
-    except CheckpointWriteError:
-        remove_quietly(files, temporary)
-        raise
-    try:
-        with _writing("sync_parent"):
+        with write_errors("sync_parent"):
             files.sync_directory(parent)
     except CheckpointWriteError:
-        remove_quietly(files, place)
+        for leftover in (temporary, place):
+            remove_quietly(files, leftover)
         raise
     return place
 
@@ -139,7 +155,7 @@ def read_manifest(files: Filesystem, place: Path) -> Manifest:
         CheckpointDamagedError: the manifest is missing or not what was written.
         CheckpointUnreadableError: the system refused.
     """
-    with _reading(place.name, "manifest"):
+    with _read_errors(place.name, "manifest"):
         content = read_all(files, place / _MANIFEST, _MANIFEST_BYTES_MAX)
     try:
         manifest = Manifest.from_bytes(content)
@@ -165,36 +181,20 @@ def read_checkpoint(
     """
     manifest = read_manifest(files, place)
     fingerprint = manifest.fingerprint
-    with _reading(place.name, "state"):
+    with _read_errors(place.name, "state"):
         values = read_all(files, place / _VALUES, manifest.values_bytes)
     if len(values) != manifest.values_bytes:
         raise CheckpointDamagedError(place.name, "state", "size")
     if combine(fingerprint.tensors, values).total != fingerprint.total:
         raise CheckpointDamagedError(place.name, "state", "digest")
-    with _reading(place.name, "tensors"):
+    with _read_errors(place.name, "tensors"):
         buffers = read_tensors(files, place / _TENSORS, manifest.specs, fingerprint.tensors, expired)
     return manifest, StateImage(manifest.position, manifest.specs, buffers, values, sealed=fingerprint)
 
 
-def _from_document(document: dict[str, Any]) -> Manifest:
-    specs = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape, _ in document["tensors"])
-    if any(spec.size_bytes < 0 for spec in specs):
-        raise ValueError("a tensor has a negative size")
-    values_bytes, values_digest = document["values"]
-    return Manifest(
-        checkpoint_id=document["checkpoint_id"],
-        run_id=document["run_id"],
-        position=Position(document["global_step"], document["epoch"]),
-        created_at_ns=document["created_at_ns"],
-        metric=document["metric"],
-        values_bytes=values_bytes,
-        specs=specs,
-        fingerprint=Fingerprint({row[0]: row[3] for row in document["tensors"]}, values_digest, document["digest"]),
-    )
-
-
 @contextmanager
-def _writing(stage: str) -> Iterator[None]:
+def write_errors(stage: str) -> Iterator[None]:
+    """Translates the system's errors into CheckpointWriteError."""
     try:
         yield
     except OSError as error:
@@ -202,8 +202,7 @@ def _writing(stage: str) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(checkpoint_id: str, stage: str) -> Iterator[None]:
-    """Translates everything that can fail while reading into damage or refusal."""
+def _read_errors(checkpoint_id: str, stage: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -211,6 +210,6 @@ def _reading(checkpoint_id: str, stage: str) -> Iterator[None]:
     except OSError as error:
         raise CheckpointUnreadableError(checkpoint_id, stage, errno_name(error)) from error
     except TensorFileError as error:
-        raise CheckpointDamagedError(checkpoint_id, stage, error.reason) from error
+        raise CheckpointDamagedError(checkpoint_id, stage, str(error)) from error
     except (ValueError, EOFError) as error:
         raise CheckpointDamagedError(checkpoint_id, stage, "size") from error

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from tolaria.checkpoint.format import TEMPORARY_PREFIX, read_checkpoint
 from tolaria.checkpoint.storage import JOURNAL
@@ -17,8 +18,6 @@ from tolaria.journal.rows import CheckpointRow
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-JOURNAL_FINDING: Final = "journal"
 
 
 class Condition(StrEnum):
@@ -57,53 +56,44 @@ def inspect_storage(directory: Path) -> Iterator[Finding]:
         OSError: the checkpoints' directory cannot be listed.
     """
     # Before the rows: a checkpoint renamed into place after this also gets its row after this.
-    names = _names(directory / CHECKPOINTS)
+    names: list[str] = []
+    with suppress(FileNotFoundError):
+        names = Filesystem().names(directory / CHECKPOINTS)
     try:
         rows = read_journal(directory / JOURNAL, CheckpointRow)
     except JournalDamagedError as error:
-        yield Finding(JOURNAL_FINDING, Condition.DAMAGED, str(error))
+        yield Finding("journal", Condition.DAMAGED, str(error))
         yield from (_read(directory, name, None) for name in names if not name.startswith(TEMPORARY_PREFIX))
         return
     committed = [row for row in rows if row.state == "committed"]
-    yield Finding(JOURNAL_FINDING, Condition.WHOLE, f"{len(committed)} committed checkpoints")
+    yield Finding("journal", Condition.WHOLE, f"{len(committed)} committed checkpoints")
     yield from (_committed(directory, row) for row in committed)
-    known = {row.checkpoint_id for row in rows}
-    yield from (_unlisted(name) for name in names if name not in known)
+    for name in sorted(set(names) - {row.checkpoint_id for row in rows}):
+        detail = "the journal names no such checkpoint; the next start looks at it"
+        if name.startswith(TEMPORARY_PREFIX):
+            detail = "being written, or left by a crash"
+        yield Finding(name, Condition.UNKNOWN, detail)
 
 
 def _committed(directory: Path, row: CheckpointRow) -> Finding:
     finding = _read(directory, row.checkpoint_id, row)
-    if not finding.bad:
-        return finding
-    rows = read_journal(directory / JOURNAL, CheckpointRow)
-    state = next((now.state for now in rows if now.checkpoint_id == row.checkpoint_id), "missing")
-    if state in {"pruned", "superseded"}:
-        return Finding(row.checkpoint_id, Condition.GONE, f"it was {state} meanwhile")
+    if finding.bad:  # unless retention or a rollback removed it since the rows were read
+        rows = read_journal(directory / JOURNAL, CheckpointRow)
+        state = next((now.state for now in rows if now.checkpoint_id == row.checkpoint_id), "missing")
+        if state in {"pruned", "superseded"}:
+            return Finding(row.checkpoint_id, Condition.GONE, f"it was {state} meanwhile")
     return finding
 
 
 def _read(directory: Path, name: str, row: CheckpointRow | None) -> Finding:
     try:
         manifest, _ = read_checkpoint(Filesystem(), directory / CHECKPOINTS / name)
-    except CheckpointDamagedError as error:
-        return Finding(name, Condition.DAMAGED, f"{error.stage}: {error.reason}")
-    except CheckpointUnreadableError as error:
-        return Finding(name, Condition.UNREADABLE, f"{error.stage}: {error.reason}")
+    except (CheckpointDamagedError, CheckpointUnreadableError) as error:
+        damaged = isinstance(error, CheckpointDamagedError)
+        condition = Condition.DAMAGED if damaged else Condition.UNREADABLE
+        return Finding(name, condition, f"{error.stage}: {error.reason}")
     position, digest = manifest.position, manifest.fingerprint.total
     if row is not None and row.digest != digest:
         return Finding(name, Condition.DAMAGED, "manifest: another digest than the journal's")
     detail = f"step {position.global_step}, epoch {position.epoch}, {manifest.size_bytes} bytes, digest {digest}"
     return Finding(name, Condition.WHOLE, detail)
-
-
-def _unlisted(name: str) -> Finding:
-    if name.startswith(TEMPORARY_PREFIX):
-        return Finding(name, Condition.UNKNOWN, "being written, or left by a crash")
-    return Finding(name, Condition.UNKNOWN, "the journal names no such checkpoint; the next start looks at it")
-
-
-def _names(checkpoints: Path) -> list[str]:
-    try:
-        return Filesystem().names(checkpoints)
-    except FileNotFoundError:
-        return []

@@ -1,4 +1,4 @@
-"""A state directory: its journal, rebuilt if damaged, and its checkpoints, in agreement with each other."""
+"""A state directory: its checkpoints and its journal, which is rebuilt if it is damaged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from tolaria.checkpoint.store import QUARANTINE, CheckpointStore, Recovery
+from tolaria.checkpoint.store import QUARANTINE, CheckpointStore, Repairs, Retention
 from tolaria.errors import JournalDamagedError, JournalUnavailableError
 from tolaria.journal.database import SIDE_FILES, Journal
 from tolaria.journal.rows import FaultRow
@@ -15,7 +15,6 @@ from tolaria.journal.rows import FaultRow
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tolaria.checkpoint.retention import Retention
     from tolaria.filesystem import Filesystem
 
 JOURNAL: Final = "journal.sqlite3"
@@ -27,7 +26,7 @@ class Storage:
 
     journal: Journal
     checkpoints: CheckpointStore
-    recovery: Recovery
+    repairs: Repairs
     journal_damage: str | None
 
     def for_run(self, run_id: str) -> Storage:
@@ -59,7 +58,7 @@ def open_storage(directory: Path, *, run_id: str, retention: Retention, files: F
         if damage is not None:
             journal.put(FaultRow(uuid.uuid4().hex, time.time_ns(), run_id, "journal_rebuilt", -1, "open", damage))
         store = CheckpointStore(directory, journal, run_id=run_id, retention=retention, files=files)
-        return Storage(journal, store, store.recover(), damage)
+        return Storage(journal, store, store.repair(), damage)
     except BaseException:
         journal.close()
         raise
@@ -75,4 +74,4 @@ def _move_to_quarantine(path: Path, quarantine: Path) -> None:
             if part.exists():
                 part.rename(quarantine / (name + ending))
     except OSError as error:
-        raise JournalUnavailableError(f"a damaged journal cannot be set aside: {error}") from error
+        raise JournalUnavailableError(f"a damaged journal cannot be moved to the quarantine: {error}") from error

@@ -8,12 +8,18 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
-from tolaria.checkpoint.format import TEMPORARY_PREFIX, Manifest, read_checkpoint, read_manifest, write_checkpoint
-from tolaria.checkpoint.retention import Retention, kept_of_all
+from tolaria.checkpoint.format import (
+    TEMPORARY_PREFIX,
+    Manifest,
+    read_checkpoint,
+    read_manifest,
+    write_checkpoint,
+    write_errors,
+)
 from tolaria.errors import (
     CheckpointDamagedError,
     CheckpointUnreadableError,
@@ -21,7 +27,7 @@ from tolaria.errors import (
     JournalError,
     NoCheckpointError,
 )
-from tolaria.filesystem import Filesystem, errno_name, remove_quietly
+from tolaria.filesystem import Filesystem, remove_quietly
 from tolaria.journal.rows import CheckpointRow, CheckpointState, FaultRow
 
 if TYPE_CHECKING:
@@ -38,11 +44,40 @@ _UNRECORDED_FAULTS_MAX: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
+class Retention:
+    """How many checkpoints are kept: of this run the newest `last` and the best by metric.
+
+    Of the newest `other_runs` runs in the same directory the newest and the best checkpoint are kept, so that a new
+    run does not remove an earlier run's result, and a directory in use for years does not fill up.
+    """
+
+    last: int
+    best: Literal["highest", "lowest"]
+    other_runs: int = 3
+
+    def kept(self, rows: Sequence[CheckpointRow], *, run_id: str) -> set[CheckpointRow]:
+        """Selects what to keep of all runs' committed rows, oldest first, while `run_id` is the active run."""
+        by_run: dict[str, list[CheckpointRow]] = {run_id: []}
+        for row in reversed(rows):  # the run with the newest row comes first
+            by_run.setdefault(row.run_id, []).append(row)
+        kept = self._newest_and_best(by_run.pop(run_id), self.last)
+        for others in list(by_run.values())[: self.other_runs]:
+            kept |= self._newest_and_best(others, 1)
+        return kept
+
+    def _newest_and_best(self, newest_first: list[CheckpointRow], last: int) -> set[CheckpointRow]:
+        """Selects from one run's rows. Of equally good ones the newest is best; without a metric none is."""
+        sign = 1.0 if self.best == "highest" else -1.0
+        rated = [(sign * row.metric, row.at_ns, row) for row in newest_first if row.metric is not None]
+        best = [max(rated, key=lambda entry: entry[:2])[2]] if rated else []
+        return {*newest_first[:last], *best}
+
+
+@dataclass(frozen=True, slots=True)
 class Damage:
     """A checkpoint that could not be loaded. `quarantined`: it was moved away; else the system refused to read it."""
 
     checkpoint_id: str
-    global_step: int
     stage: str
     reason: str
     quarantined: bool
@@ -58,8 +93,8 @@ class LoadedCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Recovery:
-    """What `CheckpointStore.recover` found: intact checkpoints without a row, rows without a directory, leftovers."""
+class Repairs:
+    """Ids of intact checkpoints that were not in the journal, of rows without a directory, and of removed leftovers."""
 
     adopted: tuple[str, ...]
     missing: tuple[str, ...]
@@ -67,7 +102,7 @@ class Recovery:
 
 
 class CheckpointStore:
-    """The checkpoints in a state directory, which is created if missing. Call `recover` once before anything else.
+    """The checkpoints in a state directory, which is created if missing. Call `repair` once before anything else.
 
     A checkpoint exists once its row in the journal is committed. Several runs may share the directory: listing,
     loading and superseding affect `run_id` only. `write` must be called from one thread at a time, usually the
@@ -95,7 +130,7 @@ class CheckpointStore:
             self._directory, self._journal, run_id=run_id, retention=self._retention, files=self._files
         )
 
-    def recover(self) -> Recovery:
+    def repair(self) -> Repairs:
         """Makes directory and journal agree after a crash or the loss of the journal.
 
         Removes leftovers of unfinished writes, adopts intact checkpoints without a row, and marks rows without a
@@ -103,8 +138,8 @@ class CheckpointStore:
         """
         known = {row.checkpoint_id: row for row in self._journal.rows(CheckpointRow)}
         adopted, removed = [], []
-        present = set(self._files.names(self._checkpoints))
-        for name in sorted(present):
+        present = self._files.names(self._checkpoints)
+        for name in present:
             row = known.get(name)
             if name.startswith(TEMPORARY_PREFIX) or (row is not None and row.state == "pruned"):
                 remove_quietly(self._files, self._checkpoints / name)
@@ -115,7 +150,7 @@ class CheckpointStore:
         missing = [row for row in lost if row.state in {"committed", "superseded"}]
         for row in missing:
             self._mark(row, "missing", "its directory is gone")
-        return Recovery(tuple(adopted), tuple(row.checkpoint_id for row in missing), tuple(removed))
+        return Repairs(tuple(adopted), tuple(row.checkpoint_id for row in missing), tuple(removed))
 
     def write(self, image: StateImage, *, metric: float | None = None) -> CheckpointRow:
         """Writes the image durably, commits it in the journal and applies retention.
@@ -129,13 +164,7 @@ class CheckpointStore:
                 a fault in the journal, as soon as the journal can be written.
         """
         try:
-            manifest = self._manifest(image, metric)
-            try:  # the directories may have been removed since the start
-                self._make_directories()
-            except OSError as error:
-                raise CheckpointWriteError("create", errno_name(error), str(error)) from error
-            place = write_checkpoint(self._files, self._checkpoints, manifest, image)
-            row = self._commit(manifest, place)
+            row = self._commit(image, metric)
         except CheckpointWriteError as error:
             self._fault("checkpoint_failed", image.position.global_step, error.stage, str(error))
             raise
@@ -148,9 +177,9 @@ class CheckpointStore:
         """Returns the run's committed checkpoints, oldest first."""
         return self._journal.restore_points(self._run_id)
 
-    def supersede_after(self, global_step: int) -> int:
-        """Marks later checkpoints as superseded after a rollback to `global_step`; returns their number."""
-        return self._journal.supersede_after(self._run_id, global_step)
+    def supersede_after(self, global_step: int) -> None:
+        """Marks later checkpoints as superseded after a rollback to `global_step`."""
+        self._journal.supersede_after(self._run_id, global_step)
 
     def load_newest(
         self, expired: Callable[[], bool] | None = None, *, at_or_before: int | None = None
@@ -170,75 +199,50 @@ class CheckpointStore:
         damaged: list[Damage] = []
         with self._removal:
             for row in reversed(rows):
-                found = self._load(row, expired)
-                if not isinstance(found, Damage):
-                    return LoadedCheckpoint(row, found, tuple(damaged))
-                damaged.append(found)
+                try:
+                    return LoadedCheckpoint(row, self._read(row, expired), tuple(damaged))
+                except (CheckpointDamagedError, CheckpointUnreadableError) as error:
+                    quarantined = self._set_aside(row.checkpoint_id, error, row)
+                    damaged.append(Damage(row.checkpoint_id, error.stage, error.reason, quarantined))
         tried = "".join(f"; {d.checkpoint_id}: {d.stage}, {d.reason}" for d in damaged)
         wanted = "" if at_or_before is None else f" at or before step {at_or_before}"
-        raise NoCheckpointError(f"there is no whole checkpoint{wanted}{tried}")
-
-    def verify(self, row: CheckpointRow) -> Damage | None:
-        """Reads a checkpoint and checks every digest. Moves and marks nothing."""
-        try:
-            self._read(row, None)
-        except (CheckpointDamagedError, CheckpointUnreadableError) as error:
-            return Damage(row.checkpoint_id, row.global_step, error.stage, error.reason, quarantined=False)
-        return None
+        raise NoCheckpointError(f"there is no intact checkpoint{wanted}{tried}")
 
     def _make_directories(self) -> None:
         for place in (self._directory, self._checkpoints, self._quarantine):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def _manifest(self, image: StateImage, metric: float | None) -> Manifest:
-        try:
+    def _commit(self, image: StateImage, metric: float | None) -> CheckpointRow:
+        with _journal_errors():
             # Later than every other one: the newest must stay the newest when the clock is set back.
             created_at_ns = max([time.time_ns(), *(row.at_ns + 1 for row in self._journal.checkpoints())])
-        except JournalError as error:
-            raise CheckpointWriteError("journal", "journal", str(error)) from error
-        return Manifest.of(
+        manifest = Manifest.of(
             image,
             checkpoint_id=f"{image.position.global_step:012d}-{uuid.uuid4().hex[:8]}",
             run_id=self._run_id,
             created_at_ns=created_at_ns,
             metric=metric if metric is not None and math.isfinite(metric) else None,
         )
-
-    def _commit(self, manifest: Manifest, place: Path) -> CheckpointRow:
-        row = _row_of(manifest)
+        with write_errors("create"):  # the directories may have been removed since the start
+            self._make_directories()
+        place = write_checkpoint(self._files, self._checkpoints, manifest, image)
+        row = manifest.row()
         try:
-            self._journal.put(row)
-        except JournalError as error:
+            with _journal_errors():
+                self._journal.put(row)
+        except CheckpointWriteError:
             remove_quietly(self._files, place)
-            raise CheckpointWriteError("journal", "journal", str(error)) from error
+            raise
         return row
 
     def _adopt(self, name: str) -> bool:
-        place = self._checkpoints / name
         try:
-            manifest = read_manifest(self._files, place)
-        except CheckpointDamagedError as error:
-            self._move_to_quarantine(place)
-            self._fault("checkpoint_damaged", -1, error.stage, str(error))
+            manifest = read_manifest(self._files, self._checkpoints / name)
+        except (CheckpointDamagedError, CheckpointUnreadableError) as error:
+            self._set_aside(name, error, None)
             return False
-        except CheckpointUnreadableError as error:
-            self._fault("checkpoint_unreadable", -1, error.stage, str(error))
-            return False
-        self._journal.put(_row_of(manifest))
+        self._journal.put(manifest.row())
         return True
-
-    def _load(self, row: CheckpointRow, expired: Callable[[], bool] | None) -> StateImage | Damage:
-        try:
-            return self._read(row, expired)
-        except CheckpointUnreadableError as error:
-            self._fault("checkpoint_unreadable", row.global_step, error.stage, str(error))
-            return Damage(row.checkpoint_id, row.global_step, error.stage, error.reason, quarantined=False)
-        except CheckpointDamagedError as error:
-            self._move_to_quarantine(self._checkpoints / row.checkpoint_id)
-            with contextlib.suppress(JournalError):  # without the mark, the next load finds it missing
-                self._mark(row, "quarantined", f"{error.stage}: {error.reason}")
-            self._fault("checkpoint_damaged", row.global_step, error.stage, str(error))
-            return Damage(row.checkpoint_id, row.global_step, error.stage, error.reason, quarantined=True)
 
     def _read(self, row: CheckpointRow, expired: Callable[[], bool] | None) -> StateImage:
         manifest, image = read_checkpoint(self._files, self._checkpoints / row.checkpoint_id, expired)
@@ -246,27 +250,41 @@ class CheckpointStore:
             raise CheckpointDamagedError(row.checkpoint_id, "manifest", "digest")
         return image
 
+    def _set_aside(
+        self, name: str, error: CheckpointDamagedError | CheckpointUnreadableError, row: CheckpointRow | None
+    ) -> bool:
+        """Records the fault, moves a damaged checkpoint to the quarantine, and returns whether it is damaged."""
+        damaged = isinstance(error, CheckpointDamagedError)
+        if damaged:
+            self._move_to_quarantine(name)
+        if damaged and row is not None:
+            with contextlib.suppress(JournalError):  # without the mark, the next load finds it missing
+                self._mark(row, "quarantined", f"{error.stage}: {error.reason}")
+        kind = "checkpoint_damaged" if damaged else "checkpoint_unreadable"
+        self._fault(kind, -1 if row is None else row.global_step, error.stage, str(error))
+        return damaged
+
+    def _move_to_quarantine(self, name: str) -> None:
+        try:
+            self._files.rename(self._checkpoints / name, self._quarantine / f"{name}-{uuid.uuid4().hex[:8]}")
+            self._files.sync_directory(self._quarantine)
+            self._files.sync_directory(self._checkpoints)
+        except OSError as error:
+            self._fault("quarantine_failed", -1, "rename", str(error))
+
     def _prune(self) -> None:
         """Marks the row first, then removes the bytes: after a crash in between nothing looks committed and is not."""
         try:
             with self._removal:
                 rows = self._journal.checkpoints()
                 committed = [row for row in rows if row.state == "committed"]
-                kept = kept_of_all(committed, self._retention, run_id=self._run_id)
+                kept = self._retention.kept(committed, run_id=self._run_id)
                 superseded = [row for row in rows if row.state == "superseded"]
                 for row in [*superseded, *(row for row in committed if row not in kept)]:
                     self._mark(row, "pruned", "retention")
                     remove_quietly(self._files, self._checkpoints / row.checkpoint_id)
         except JournalError as error:  # the new checkpoint is committed, and the next one prunes
             self._fault("retention_failed", -1, "journal", str(error))
-
-    def _move_to_quarantine(self, place: Path) -> None:
-        try:
-            self._files.rename(place, self._quarantine / f"{place.name}-{uuid.uuid4().hex[:8]}")
-            self._files.sync_directory(self._quarantine)
-            self._files.sync_directory(self._checkpoints)
-        except OSError as error:
-            self._fault("quarantine_failed", -1, "rename", str(error))
 
     def _mark(self, row: CheckpointRow, state: CheckpointState, detail: str) -> None:
         self._journal.put(replace(row, state=state, detail=detail))
@@ -282,21 +300,16 @@ class CheckpointStore:
         self._record_faults()
 
     def _record_faults(self) -> None:
-        """Writes the faults that wait; those that the journal refuses wait for the next call."""
+        """Writes the waiting faults; those that the journal refuses wait for the next call."""
         with contextlib.suppress(JournalError):
             while self._unrecorded:
                 self._journal.put(self._unrecorded[0])
                 self._unrecorded.popleft()
 
 
-def _row_of(manifest: Manifest) -> CheckpointRow:
-    return CheckpointRow(
-        checkpoint_id=manifest.checkpoint_id,
-        at_ns=manifest.created_at_ns,
-        run_id=manifest.run_id,
-        global_step=manifest.position.global_step,
-        epoch=manifest.position.epoch,
-        size_bytes=manifest.size_bytes,
-        digest=manifest.fingerprint.total,
-        metric=manifest.metric,
-    )
+@contextlib.contextmanager
+def _journal_errors() -> Iterator[None]:
+    try:
+        yield
+    except JournalError as error:
+        raise CheckpointWriteError("journal", "journal", str(error)) from error

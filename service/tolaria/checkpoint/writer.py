@@ -13,7 +13,6 @@ import structlog
 from tolaria.errors import CheckpointWriteError, JournalError, TolariaError
 
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
     from tolaria.checkpoint.store import CheckpointStore
@@ -27,15 +26,14 @@ EXIT_TIMEOUT_S: Final = 30.0
 """Seconds that leaving the context waits for accepted images: a disk that hangs must not block the process."""
 
 
+@dataclass(slots=True, eq=False)
 class RewindMark:
-    """The earliest step that the run returned to while an image was on its way to disk.
+    """The earliest step that the run returned to while an image was being written; None without a rollback.
 
     Set by one thread and read by another.
     """
 
-    def __init__(self) -> None:
-        self.step: int | None = None
-        """None: the run has not been rolled back."""
+    step: int | None = None
 
     def rewound_to(self, global_step: int) -> None:
         """Records that the run was rolled back to this step."""
@@ -51,7 +49,7 @@ class _Task:
 
 
 class CheckpointWriter:
-    """Writes images in the background. A context manager: leaving it waits for accepted images, but not forever."""
+    """Writes images in the background. A context manager: leaving it waits up to 30 s for accepted images."""
 
     def __init__(self, store: CheckpointStore) -> None:
         self._store = store
@@ -70,11 +68,10 @@ class CheckpointWriter:
     def write(
         self, lease: Lease, *, metric: float | None, mark: RewindMark | None = None
     ) -> Future[CheckpointRow] | None:
-        """Writes the leased image in the background; returns None at once if the writer is busy or closed.
+        """Writes the leased image in the background and releases it; returns None if the writer is busy or closed.
 
-        The writer takes over the lease and releases it in any case, also when it returns None. The future has the
-        committed row or a `CheckpointWriteError`; it is cancelled if the writer gives up before its turn. If `mark`
-        shows that the run was rolled back to before the image, the row is superseded at once.
+        The future has the committed row or a `CheckpointWriteError`; it is cancelled if the writer gives up before its
+        turn. If `mark` shows that the run was rolled back to before the image, the row is superseded at once.
         """
         with self._lock:
             accepted = not self._closed and self._pending < TASKS_MAX
@@ -93,8 +90,7 @@ class CheckpointWriter:
     def close(self, timeout_s: float) -> bool:
         """Accepts nothing more and waits up to `timeout_s` seconds; returns whether all accepted images are done.
 
-        Unfinished work is left to the daemon thread, which ends with the process. A checkpoint not committed by then
-        does not exist, and the next start removes its leftovers.
+        A checkpoint not committed when the process ends does not exist; the next start removes its leftovers.
         """
         if not self._closed:
             self._closed = True
@@ -108,12 +104,9 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if not self._closed and not self.close(EXIT_TIMEOUT_S):  # after an explicit `close` the wait is over
-            detail = "the disk did not answer in time; its thread is left to die"
-            self._log.error("checkpoint_left_behind", detail=detail)
+            self._log.error("checkpoint_left_behind", detail="the disk did not answer in time")
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
@@ -124,11 +117,10 @@ class CheckpointWriter:
         try:
             with task.lease as image:
                 row = None if self._given_up else self._superseded(self._store.write(image, metric=task.metric), task)
-        except (TolariaError, OSError) as error:
+        except BaseException as error:
             task.future.set_exception(error)
-        except BaseException as error:  # a defect: for the waiting caller and for the thread's excepthook
-            task.future.set_exception(error)
-            raise
+            if not isinstance(error, (TolariaError, OSError)):  # a defect, also for the thread's excepthook
+                raise
         else:
             if row is None:
                 task.future.cancel()
@@ -139,13 +131,13 @@ class CheckpointWriter:
                 self._pending -= 1
 
     def _superseded(self, row: CheckpointRow, task: _Task) -> CheckpointRow:
-        """Supersedes the row if the run was rolled back to before it meanwhile; later rollbacks find it themselves."""
+        """Supersedes the row if the run was rolled back to before it meanwhile."""
         back_to = task.mark.step
         if back_to is None or row.global_step <= back_to:
             return row
         try:
             self._store.supersede_after(back_to)
         except JournalError as error:
-            detail = f"{row.checkpoint_id} is of a past that was undone, and cannot be superseded: {error}"
+            detail = f"{row.checkpoint_id} was undone by a rollback and cannot be superseded: {error}"
             raise CheckpointWriteError("journal", "journal", detail) from error
         return replace(row, state="superseded")

@@ -11,36 +11,23 @@ from tolaria.images.specs import Fingerprint, TensorSpec, combine
 from tolaria.values.training import Position
 
 
+@dataclass(eq=False, repr=False)
 class StateImage:
-    """An immutable copy of a training state.
+    """A copy of a training state.
 
-    Args:
+    Attributes:
         position: of the captured state.
         specs: of the tensors, sorted by name.
         buffers: each tensor's content by name, packed in C order: flat, writable memoryviews of bytes on the host.
         values: canonical JSON of everything that is not a tensor.
-        sealed: the fingerprint, if it is known already.
+        sealed: the recorded fingerprint; None before `seal`.
     """
 
-    def __init__(
-        self,
-        position: Position,
-        specs: tuple[TensorSpec, ...],
-        buffers: Mapping[str, memoryview],
-        values: bytes,
-        *,
-        sealed: Fingerprint | None = None,
-    ) -> None:
-        self.position = position
-        self.specs = specs
-        self.buffers = buffers
-        self.values = values
-        self._fingerprint = sealed
-
-    @property
-    def sealed(self) -> Fingerprint | None:
-        """The recorded fingerprint; None before `seal`."""
-        return self._fingerprint
+    position: Position
+    specs: tuple[TensorSpec, ...]
+    buffers: Mapping[str, memoryview]
+    values: bytes
+    sealed: Fingerprint | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -49,9 +36,9 @@ class StateImage:
 
     def seal(self) -> Fingerprint:
         """Returns the image's fingerprint, computed at the first call. Thread-safe; hashing releases the GIL."""
-        if self._fingerprint is None:
-            self._fingerprint = self._computed()
-        return self._fingerprint
+        if self.sealed is None:
+            self.sealed = self._computed()
+        return self.sealed
 
     def verify(self) -> Fingerprint:
         """Hashes the image again and compares with the recorded fingerprint, which is recorded here if missing.
@@ -59,10 +46,10 @@ class StateImage:
         Raises:
             ImageDamagedError: names the first tensor that differs.
         """
-        sealed = self.seal()
-        found = self._computed()
+        sealed, found = self.seal(), self._computed()
         if found.total != sealed.total:
-            raise ImageDamagedError(sealed.first_difference(found))
+            differing = (name for name, digest in sealed.tensors.items() if found.tensors.get(name) != digest)
+            raise ImageDamagedError(next(differing, "values"))
         return sealed
 
     def _computed(self) -> Fingerprint:

@@ -1,16 +1,12 @@
-"""Leases of images, and the pool in which images cross between the lane and the run by id."""
+"""Leases of images, and the pool through which images pass between the lane and the run."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from tolaria.images.image import StateImage
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 
 class Lease:
@@ -36,14 +32,12 @@ class Lease:
     def __enter__(self) -> StateImage:
         return self.image
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.release()
 
 
 class ImagePool:
-    """Leased images by id, on their way between lane and run. Each image is taken once. Thread-safe."""
+    """Leased images by id, passed between lane and run. Each image is taken once. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -72,14 +66,6 @@ class ImagePool:
         with self._lock:
             lease = self._leases.pop(image_id, None)
         if lease is not None:
-            lease.release()
-
-    def clear(self) -> None:
-        """Releases all images in the pool."""
-        with self._lock:
-            leases = list(self._leases.values())
-            self._leases.clear()
-        for lease in leases:
             lease.release()
 
     def __len__(self) -> int:

@@ -15,21 +15,10 @@ from typing import Final
 import xxhash
 
 DTYPE_BYTES: Final[Mapping[str, int]] = MappingProxyType(
-    {
-        "F64": 8,
-        "F32": 4,
-        "F16": 2,
-        "BF16": 2,
-        "I64": 8,
-        "I32": 4,
-        "I16": 2,
-        "I8": 1,
-        "U8": 1,
-        "BOOL": 1,
-        "C64": 8,
-        "F8_E4M3": 1,
-        "F8_E5M2": 1,
-    }
+    dict.fromkeys(("F64", "I64", "C64"), 8)
+    | dict.fromkeys(("F32", "I32"), 4)
+    | dict.fromkeys(("F16", "BF16", "I16"), 2)
+    | dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 )
 """Bytes of one element for each supported dtype code. The codes are those of the safetensors format."""
 
@@ -65,10 +54,6 @@ class Fingerprint:
     tensors: Mapping[str, str]
     values: str
     total: str
-
-    def first_difference(self, other: Fingerprint) -> str:
-        """Returns the name of the first tensor whose digest differs in `other`, or "values"."""
-        return next((name for name, digest in self.tensors.items() if other.tensors.get(name) != digest), "values")
 
 
 def combine(tensor_digests: Mapping[str, str], values: bytes) -> Fingerprint:

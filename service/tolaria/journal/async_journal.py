@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import astuple
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import anyio
 import anyio.to_thread
 import structlog
+from anyio import sleep
 
 from tolaria.errors import JournalError
 from tolaria.journal.rows import AdminActionRow, CommandRow
@@ -36,30 +37,18 @@ class AsyncJournal:
     Args:
         journal: must stay open while this is used.
         run_id: the run whose checkpoints are listed and superseded.
-        rows_max: rows queued at most.
-        clock: monotonic seconds.
-        sleep: waits for a number of seconds.
+        clock: monotonic seconds, for the interval of log lines.
 
     Attributes:
         lost: number of rows that were queued and never written: too many waited, or no table accepts the row.
         failing: why queued rows cannot be written; empty if they can.
     """
 
-    def __init__(
-        self,
-        journal: Journal,
-        run_id: str,
-        *,
-        rows_max: int = ROWS_MAX,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
-    ) -> None:
+    def __init__(self, journal: Journal, run_id: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._log = structlog.get_logger(__name__)
         self._journal = journal
         self._run_id = run_id
-        self._rows_max = rows_max
         self._clock = clock
-        self._sleep = sleep
         self._one_thread = anyio.CapacityLimiter(1)
         self._writing = anyio.Lock()
         self._noted = anyio.Event()
@@ -78,14 +67,14 @@ class AsyncJournal:
     def note(self, row: Row) -> None:
         """Queues the row for writing; returns at once and never raises.
 
-        Beyond the limit the oldest row is dropped, commands before all others: they are the most frequent, while
-        rollbacks, emergencies and faults matter most. Of the answers to one request the first is kept.
+        Beyond `ROWS_MAX` the oldest row is dropped, commands before all others, since rollbacks, emergencies and faults
+        matter more. Of the answers to one request the first is kept.
         """
         if isinstance(row, AdminActionRow):
             self._queue.setdefault(_key(row), row)
         else:
             self._queue[_key(row)] = row
-        if len(self._queue) > self._rows_max:
+        if len(self._queue) > ROWS_MAX:
             commands = (key for key, queued in self._queue.items() if isinstance(queued, CommandRow))
             del self._queue[next(commands, next(iter(self._queue)))]
             self._count_lost()
@@ -163,43 +152,32 @@ class AsyncJournal:
             if await self._write_first():
                 retry_s = RETRY_S_MIN
             else:
-                await self._sleep(retry_s)
+                await sleep(retry_s)
                 retry_s = min(2 * retry_s, RETRY_S_MAX)
 
     async def _write_first(self) -> bool:
+        """Writes the first queued row; returns whether it succeeded or never can."""
         async with self._writing:
             if not self._queue:
                 return True
             key, row = next(iter(self._queue.items()))
             try:
-                await self._in_thread(lambda: self._write(row))
+                await self._in_thread(lambda: self._journal.put(row))
             except JournalError as error:
-                self._refused(str(error))
+                if not self.failing:
+                    self._log.error("journal_failing", detail=str(error), rows_waiting=len(self._queue))
+                self.failing = str(error)
                 return False
             except ValueError as error:  # no table accepts such a row: retrying cannot succeed
                 self._log.error("journal_row_refused", table=row.table, detail=str(error))
                 self._count_lost()
             else:
-                self._accepted()
+                if self.failing:
+                    self.failing = ""
+                    self._log.info("journal_written_again", rows_waiting=len(self._queue))
             if self._queue.get(key) is row:
                 del self._queue[key]
         return True
-
-    def _write(self, row: Row) -> None:
-        if isinstance(row, AdminActionRow):
-            self._journal.answer_once(row)
-        else:
-            self._journal.put(row)
-
-    def _accepted(self) -> None:
-        if self.failing:
-            self.failing = ""
-            self._log.info("journal_written_again", rows_waiting=len(self._queue))
-
-    def _refused(self, why: str) -> None:
-        if not self.failing:
-            self._log.error("journal_failing", detail=why, rows_waiting=len(self._queue))
-        self.failing = why
 
     def _count_lost(self) -> None:
         self.lost += 1

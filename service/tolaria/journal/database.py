@@ -6,7 +6,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -28,7 +28,6 @@ from tolaria.journal.rows import (
 )
 
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -46,14 +45,13 @@ _SYSTEM_ERRORS: Final = frozenset(
         sqlite3.SQLITE_PERM,
     }
 )
-"""Refusals of the operating system. Any other SQLite error about a file that this module wrote means damage."""
+"""Errors of the operating system. Any other SQLite error about a file that this module wrote means damage."""
 
 
 class Journal:
     """An open journal; a context manager, safe for use from any thread.
 
-    A commit takes about half a millisecond, so the event loop uses `AsyncJournal`. Opening creates a missing file, and
-    reads everything once: SQLite's integrity check, the schema, and each row's digest.
+    Opening creates a missing file, and verifies everything: SQLite's integrity check, the schema, each row's digest.
 
     Raises:
         JournalDamagedError: the file is not what was written; nothing has changed.
@@ -66,38 +64,32 @@ class Journal:
         self._path = path
         if not path.exists():
             _create(path)
-        with translated_errors():
+        with translated_errors(), ExitStack() as on_error:
             self._connection = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
-        try:
-            with translated_errors():
-                self._connection.text_factory = lenient_text
-                self._prepare(path)
-        except BaseException:
-            self._connection.close()
-            raise
+            on_error.callback(self._connection.close)
+            self._connection.text_factory = lenient_text
+            self._prepare(path)
+            on_error.pop_all()
 
     def put(self, row: Row) -> None:
-        """Adds a row, or replaces the one with its key. Durable on return.
+        """Adds a row, or replaces the one with its key; the first answer to a request stays. Durable on return.
 
         Raises:
             JournalUnavailableError: the system refused; the journal is unchanged.
         """
-        with self._writing():
-            self._connection.execute(_insert(row, "INSERT OR REPLACE"), stored_values(row))
+        verb = "INSERT OR IGNORE" if isinstance(row, AdminActionRow) else "INSERT OR REPLACE"
+        names = (*columns(type(row)), "row_digest")
+        statement = f"{verb} INTO {row.table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
+        with self._lock, translated_errors():
+            if not self._path.exists():  # SQLite silently writes on into a removed file
+                raise JournalUnavailableError(f"{self._path} has been removed while it was in use: restart the service")
+            self._connection.execute(statement, stored_values(row))
 
     def answer_once(self, row: AdminActionRow) -> AdminActionRow:
         """Records an operator's request with its response, and returns the first row recorded for this request."""
-        with self._writing():
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                found = select_rows(self._connection, AdminActionRow, "WHERE request_id = ?", (row.request_id,))
-                if not found:
-                    self._connection.execute(_insert(row, "INSERT"), stored_values(row))
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
-            return found[0] if found else row
+        self.put(row)
+        (first,) = self._select(AdminActionRow, "WHERE request_id = ?", (row.request_id,))
+        return first
 
     def find(self, kind: type[AnyRow], key: str) -> AnyRow | None:
         """Returns the row with this key."""
@@ -118,24 +110,17 @@ class Journal:
         clause = "WHERE state = 'committed' AND run_id = ? ORDER BY at_ns, rowid"
         return self._select(CheckpointRow, clause, (run_id,))
 
-    def supersede_after(self, run_id: str, global_step: int) -> int:
-        """Marks a run's committed checkpoints of later steps as superseded, and returns their number.
-
-        Called after a rollback to `global_step`: they are not resumed from any more.
-        """
-        later = [row for row in self.restore_points(run_id) if row.global_step > global_step]
-        for row in later:
-            self.put(replace(row, state="superseded", detail=f"rolled back to step {global_step}"))
-        return len(later)
+    def supersede_after(self, run_id: str, global_step: int) -> None:
+        """Marks a run's committed checkpoints of later steps as superseded, after a rollback to `global_step`."""
+        for row in self.restore_points(run_id):
+            if row.global_step > global_step:
+                self.put(replace(row, state="superseded", detail=f"rolled back to step {global_step}"))
 
     def incidents(self, limit: int) -> tuple[Incident, ...]:
         """Returns at most `limit` incidents, newest first."""
         with self._lock, translated_errors():
-            found = self._connection.execute(
-                "SELECT incident_id, kind, at_ns, global_step, reason, details FROM incidents"
-                " ORDER BY at_ns DESC LIMIT ?",
-                (limit,),
-            ).fetchall()
+            query = f"SELECT {', '.join(columns(Incident))} FROM incidents ORDER BY at_ns DESC LIMIT ?"  # noqa: S608 - as below
+            found = self._connection.execute(query, (limit,)).fetchall()
         return tuple(
             Incident(incident_id, kind, at_ns, global_step, reason, json.loads(details))
             for incident_id, kind, at_ns, global_step, reason, details in found
@@ -149,17 +134,8 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        with self._lock, translated_errors():
-            if not self._path.exists():  # SQLite silently writes on into a removed file
-                raise JournalUnavailableError(f"{self._path} has been removed while it was in use: restart the service")
-            yield
 
     def _select(self, kind: type[AnyRow], clause: str, values: tuple[Scalar, ...]) -> tuple[AnyRow, ...]:
         with self._lock, translated_errors():
@@ -179,7 +155,7 @@ class Journal:
 
 
 def check_content(connection: sqlite3.Connection, path: Path) -> None:
-    """Reads everything once: version, tables, SQLite's integrity check, each row's digest. Writes nothing.
+    """Verifies version, tables, SQLite's integrity check and each row's digest. Writes nothing.
 
     Raises:
         JournalDamagedError: something is not what was written.
@@ -189,7 +165,7 @@ def check_content(connection: sqlite3.Connection, path: Path) -> None:
     _refuse_newer(connection, path)
     found = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
     if {sql for (sql,) in found} != set(schema()):
-        raise JournalDamagedError(f"{path}: its tables are not those that were made")
+        raise JournalDamagedError(f"{path}: its tables are not those of the schema")
     verdicts = connection.execute("PRAGMA integrity_check").fetchall()
     if verdicts != [("ok",)]:
         raise JournalDamagedError(f"{path}: {verdicts[0][0]}")
@@ -222,33 +198,30 @@ def lenient_text(content: bytes) -> str:
 
 
 @contextmanager
-def translated_errors() -> Iterator[None]:
-    """Translates SQLite's errors into `JournalUnavailableError` and `JournalDamagedError`."""
+def translated_errors(*, read_only: bool = False) -> Iterator[None]:
+    """Translates SQLite's errors into `JournalUnavailableError` and `JournalDamagedError`.
+
+    SQLITE_READONLY is no damage for a reader: SQLite also reports a log that its writer has not set up yet.
+    """
     try:
         yield
     except sqlite3.DatabaseError as error:
         code = vars(error).get("sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        if code in _SYSTEM_ERRORS:
+        if code in _SYSTEM_ERRORS or (read_only and code == sqlite3.SQLITE_READONLY):
             raise JournalUnavailableError(f"the journal cannot be used: {error}") from error
         raise JournalDamagedError(f"the journal is damaged: {error}") from error
     except (UnicodeError, OverflowError, MemoryError) as error:
         raise JournalDamagedError(f"the journal is damaged: {error}") from error
 
 
-def _insert(row: Row, verb: str) -> str:
-    names = (*columns(type(row)), "row_digest")
-    marks = ", ".join("?" * len(names))
-    return f"{verb} INTO {row.table} ({', '.join(names)}) VALUES ({marks})"
-
-
 def _refuse_newer(connection: sqlite3.Connection, path: Path) -> None:
     if not connection.execute("SELECT 1 FROM sqlite_master WHERE sql IS NOT NULL LIMIT 1").fetchall():
-        raise JournalDamagedError(f"{path}: the file is there but empty")
+        raise JournalDamagedError(f"{path}: the file is empty")
     found = connection.execute("SELECT schema_version, row_digest FROM meta").fetchall()
     if len(found) != 1 or values_digest("meta", found[0][:1]) != found[0][1]:
         raise JournalDamagedError(f"{path}: its version cannot be read")
     if found[0][0] > SCHEMA_VERSION:
-        raise JournalNewerError(f"{path} has schema {found[0][0]}; this Tolaria knows {SCHEMA_VERSION}")
+        raise JournalNewerError(f"{path} has schema {found[0][0]}; this Tolaria supports {SCHEMA_VERSION}")
 
 
 def _create(path: Path) -> None:
@@ -268,4 +241,4 @@ def _create(path: Path) -> None:
         temporary.rename(path)
         Filesystem().sync_directory(path.parent)
     except OSError as error:
-        raise JournalUnavailableError(f"the journal cannot be made: {error}") from error
+        raise JournalUnavailableError(f"the journal cannot be created: {error}") from error

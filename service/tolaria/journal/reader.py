@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
@@ -30,16 +29,16 @@ def read_journal(path: Path, kind: type[AnyRow]) -> tuple[AnyRow, ...]:
         JournalNewerError: a newer Tolaria wrote it.
         JournalUnavailableError: it does not exist, or the system refused.
     """
-    for tries_left in reversed(range(_TRIES)):
+    for _ in range(_TRIES - 1):
         before = _file_states(path)
         try:
             return _rows(path, kind)
         except JournalError:
             # A service that starts or ends meanwhile changes how the journal must be opened.
-            if not tries_left or _file_states(path) == before:
+            if _file_states(path) == before:
                 raise
         time.sleep(_RETRY_S)
-    raise AssertionError("the last try returns or raises")
+    return _rows(path, kind)
 
 
 def connect_read_only(uri: str) -> sqlite3.Connection:
@@ -53,7 +52,11 @@ def _rows(path: Path, kind: type[AnyRow]) -> tuple[AnyRow, ...]:
     if not path.exists():
         raise JournalUnavailableError(f"{path}: there is no journal")
     _refuse_other_write_version(path)
-    with _read_only_uri(path) as uri, translated_errors(), _refusals(), closing(connect_read_only(uri)) as connection:
+    with (
+        _read_only_uri(path) as uri,
+        translated_errors(read_only=True),
+        closing(connect_read_only(uri)) as connection,
+    ):
         connection.execute("BEGIN")  # one consistent state of the journal, whatever is written meanwhile
         check_content(connection, path)
         return tuple(select_rows(connection, kind, "ORDER BY at_ns, rowid", ()))
@@ -68,17 +71,6 @@ def _refuse_other_write_version(path: Path) -> None:
         raise JournalUnavailableError(f"{path} cannot be read: {error}") from error
     if version > _WRITE_VERSION_MAX:
         raise JournalDamagedError(f"{path}: its header has write version {version.hex()}")
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Translates SQLITE_READONLY, which is no damage: SQLite also reports a log that its writer has not set up yet."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_READONLY:
-            raise JournalUnavailableError(f"the journal cannot be read without writing: {error}") from error
-        raise
 
 
 @contextmanager
@@ -111,7 +103,7 @@ def _file_states(path: Path) -> list[tuple[str, int, int]]:
     """Returns a value that changes when the journal is opened, closed or written."""
     found = []
     for ending in SIDE_FILES:
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             status = path.with_name(path.name + ending).stat()
             found.append((ending, status.st_mtime_ns, status.st_size))
     return found

@@ -145,7 +145,7 @@ class FaultRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """A row of the incidents view: a rollback, an emergency or a fault."""
+    """A row of the incidents view, whose columns these are: a rollback, an emergency or a fault."""
 
     incident_id: str
     kind: str
@@ -155,27 +155,10 @@ class Incident:
     details: Mapping[str, str]
 
 
-ROW_TYPES: Final[tuple[type[Row], ...]] = (
-    RunRow,
-    CheckpointRow,
-    CommandRow,
-    RollbackRow,
-    EmergencyRow,
-    AdminActionRow,
-    FaultRow,
-)
+ROW_TYPES: Final = (RunRow, CheckpointRow, CommandRow, RollbackRow, EmergencyRow, AdminActionRow, FaultRow)
 
-_SQL_TYPES: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "int": "INTEGER NOT NULL",
-        "int | None": "INTEGER",
-        "float": "REAL NOT NULL",
-        "float | None": "REAL",
-        "bytes": "BLOB NOT NULL",
-        "str": "TEXT NOT NULL",
-        "str | None": "TEXT",
-        "CheckpointState": "TEXT NOT NULL",
-    }
+_SQL_TYPES: Final = MappingProxyType(
+    {"int": "INTEGER", "float": "REAL", "bytes": "BLOB", "str": "TEXT", "CheckpointState": "TEXT"}
 )
 
 _META: Final = "CREATE TABLE meta (schema_version INTEGER NOT NULL, row_digest TEXT NOT NULL)"
@@ -191,7 +174,7 @@ UNION ALL SELECT emergency_id, 'emergency', at_ns, global_step, reason,
 UNION ALL SELECT fault_id, kind, at_ns, global_step, reason, json_object('stage', stage) FROM faults"""
 
 
-def columns(kind: type[Row]) -> tuple[str, ...]:
+def columns(kind: type[Row | Incident]) -> tuple[str, ...]:
     """Returns the names of a row type's fields. The first is the key."""
     return tuple(field.name for field in fields(kind))
 
@@ -219,7 +202,10 @@ def values_digest(table: str, values: tuple[Scalar, ...]) -> str:
 
 
 def _create_table(kind: type[Row]) -> str:
-    typed = [f"{field.name} {_SQL_TYPES[str(field.type)]}" for field in fields(kind)]
+    typed = []
+    for field in fields(kind):
+        scalar, optional, _ = str(field.type).partition(" | None")
+        typed.append(f"{field.name} {_SQL_TYPES[scalar]}{'' if optional else ' NOT NULL'}")
     typed[0] += " PRIMARY KEY"
     return f"CREATE TABLE {kind.table} ({', '.join(typed)}, row_digest TEXT NOT NULL)"
 

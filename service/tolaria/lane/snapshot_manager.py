@@ -20,7 +20,7 @@ from tolaria.lane.train_module import TrainModule
 from tolaria.optimization import GroupPlan
 from tolaria.state.encoding import decode_plain
 from tolaria.state.restore import stage_restore
-from tolaria.state.snapshots import Cadence, Captured, Declined, DeclineReason, SnapshotRing
+from tolaria.state.snapshots import Cadence, Declined, SnapshotRing
 from tolaria.state.training_state import StatePart, TrainingState
 from tolaria.values.optimization import GroupRole
 from tolaria.values.training import EpochProgress, Position
@@ -89,8 +89,8 @@ class SnapshotManager:
         self._ring_used = True
         for ring in (self._ring, self._spare):
             taken = ring.capture(self.state)
-            if isinstance(taken, Captured) and (lease := ring.hold(taken.position.global_step)) is not None:
-                return taken.position, lease
+            if isinstance(taken, Position) and (lease := ring.hold(taken.global_step)) is not None:
+                return taken, lease
         raise NoCheckpointError("every image that there is room for is still being written")
 
     def restore_snapshot(self, target_step: int, refused: Callable[[], bool]) -> Restored:
@@ -159,8 +159,8 @@ class SnapshotManager:
             self._give_up(str(error))
             return
         self._cadence = self._cadence.after_snapshot(time.monotonic() - started_s)
-        if isinstance(taken, Declined) and taken.reason is DeclineReason.TOO_LARGE:
-            self._give_up(f"a snapshot takes {taken.needed_bytes / _MIB:.0f} MiB, more than rollback.memory_mb")
+        if isinstance(taken, Declined) and taken.too_large:
+            self._give_up(f"a snapshot takes {taken.size_bytes / _MIB:.0f} MiB, more than rollback.memory_mb")
 
     def _give_up(self, reason: str) -> None:
         """Takes no further snapshots: the attempt itself costs time, and the reason does not go away."""

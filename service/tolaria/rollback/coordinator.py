@@ -1,25 +1,21 @@
 """Coordinates a rollback: prepare, commit and confirm with every participant, within one deadline.
 
-Peers are asked one after the other, each within its share of the budget. A peer that refuses or does not answer is not
-asked again, and the rollback continues without it. The lane begins to change live state before the deadline or never.
+Peers are asked one after the other, each within its share of the budget. The rollback continues without a peer that
+refuses or does not answer. The lane begins to change live state before the deadline or never.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Final, Protocol, assert_never
+from collections.abc import Awaitable, Mapping
+from typing import Final, Protocol
 
 import anyio
 import anyio.lowlevel
 import structlog
 
-from leyline.v1.enums_pb2 import (
-    ROLLBACK_TIER_FAST,
-    ROLLBACK_TIER_FULL,
-    ROLLBACK_TIER_UNSPECIFIED,
-    RollbackTier,
-)
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
+from tolaria.config import RollbackSettings
 from tolaria.errors import (
     BreakerOpenError,
     CallRefusedError,
@@ -37,19 +33,21 @@ from tolaria.errors import (
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.rollback.protocol import (
     ID_BYTES_MAX,
+    SHARES,
     TOLARIA,
-    Answer,
     Call,
     Ending,
-    Participant,
     ParticipantRequest,
+    ParticipantResponse,
     Rollback,
     RollbackEvent,
-    RollbackPolicy,
+    RollbackParticipant,
     Vote,
     VoteOutcome,
     may_be_asked,
     next_state,
+    tier_name,
+    total_s,
 )
 from tolaria.signals import RollbackState, RollbackWriter
 
@@ -84,48 +82,46 @@ class Restorer(Protocol):
 
 
 class RollbackCoordinator:
-    """Carries rollbacks out, one at a time. Used on the event loop only.
+    """Carries out rollbacks, one at a time. Used on the event loop only.
 
     Args:
-        participants: the peers by name, in the order in which they are asked; each has a share in `policy`.
+        participants: the peers by name, in the order in which they are asked; each has a share in `SHARES`.
         restorer: finds and restores the state.
         run_id: for the journal.
-        policy: how long a rollback may take.
+        settings: how long a rollback may take.
         board: shows every state of a rollback.
         journal: receives a row for each rollback.
-        clock: monotonic seconds, the clock of deadlines.
+
+    Raises:
+        ValueError: a participant has no share.
     """
 
     def __init__(
         self,
-        participants: Mapping[str, Participant],
+        participants: Mapping[str, RollbackParticipant],
         restorer: Restorer,
         *,
         run_id: str,
-        policy: RollbackPolicy,
+        settings: RollbackSettings,
         board: RollbackWriter,
         journal: AsyncJournal,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if unknown := [name for name in participants if name not in policy.shares or name == TOLARIA]:
-            raise ValueError(f"no share of the budget for {', '.join(unknown)}")
-        self._participants = participants
+        if unknown := participants.keys() - (SHARES.keys() - {TOLARIA}):
+            raise ValueError(f"no share of the budget for {', '.join(sorted(unknown))}")
+        self._calls = {
+            name: {Call.PREPARE: p.prepare, Call.COMMIT: p.commit, Call.CONFIRM: p.confirm, Call.ABORT: p.abort}
+            for name, p in participants.items()
+        }
         self._restorer = restorer
         self._run_id = run_id
-        self.policy = policy
+        self.settings = settings
         self._board = board
         self._journal = journal
-        self._clock = clock
         self._log = structlog.get_logger(__name__)
         self._state = RollbackState.IDLE
 
-    @property
-    def state(self) -> RollbackState:
-        """The state of the current rollback, or how the last one ended: IDLE, ABORTED or DEADLINE."""
-        return self._state
-
     async def run(self, rollback: Rollback) -> None:
-        """Carries `rollback` out and sets how it ended; a failure is an ending, not an exception.
+        """Carries out `rollback` and sets how it ended; a failure is an ending, not an exception.
 
         When the caller is cancelled, the rollback is aborted, or completed once the lane has begun to change live
         state; both are recorded. Only cancel scopes may cancel: a task that is cancelled directly, as gRPC does with
@@ -138,8 +134,8 @@ class RollbackCoordinator:
         if not 0 < len(rollback.rollback_id.encode()) <= ID_BYTES_MAX:
             raise InvalidFieldError("rollback_id", f"must have 1 to {ID_BYTES_MAX} bytes")
         state = next_state(self._state, RollbackEvent.BEGUN)
-        rollback.peers = len(self._participants)
-        rollback.deadline_s = rollback.began_s + self.policy.total_s(rollback.tier)
+        rollback.peers = len(self._calls)
+        rollback.deadline_s = rollback.began_s + total_s(self.settings, rollback.tier)
         self._show(rollback, state)
         try:
             await self._carry_out(rollback)
@@ -171,7 +167,7 @@ class RollbackCoordinator:
             rollback.tier, rollback.target_step = await self._locate(rollback)
         if scope.cancelled_caught:
             raise RestoreAbandonedError("looking for a restore point")
-        rollback.deadline_s = rollback.began_s + self.policy.total_s(rollback.tier)
+        rollback.deadline_s = rollback.began_s + total_s(self.settings, rollback.tier)
         self._show(rollback, self._state)  # with the tier, target and deadline that are known now
         await self._ask_in_turn(rollback, Call.PREPARE)
         if self._left_s(rollback) <= 0:
@@ -185,13 +181,11 @@ class RollbackCoordinator:
             if step is not None:
                 return tier, step
         where = "" if rollback.target_step is None else f" at or before step {rollback.target_step}"
-        raise NoCheckpointError(f"nothing to go back to: no restore point of the {rollback.tier_name} tier{where}")
+        name = tier_name(rollback.tier)
+        raise NoCheckpointError(f"nothing to go back to: no restore point of the {name} tier{where}")
 
     async def _restore(self, rollback: Rollback) -> None:
-        """Has the lane restore. At the deadline, or when cancelled, forbids it unless live state is changing already.
-
-        The restore is shielded from cancellation of the caller; `watch` passes it on only if the lane has not begun.
-        """
+        """Has the lane restore; at the deadline or when cancelled, forbids it unless live state is already changing."""
         late = finished = False
 
         async def watch() -> None:
@@ -205,13 +199,13 @@ class RollbackCoordinator:
                     if not rollback.restore_begun:
                         work.cancel()
 
-        work = anyio.CancelScope(shield=True)
+        work = anyio.CancelScope(shield=True)  # `watch` passes a cancellation on only if the lane has not begun
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch)
             with work:
                 try:
                     await self._restorer.restore(rollback)
-                    rollback.decided_s = self._clock()
+                    rollback.decided_s = time.monotonic()
                     self._move(rollback, RollbackEvent.RESTORED)
                 except TolariaError as error:
                     rollback.error = error
@@ -225,58 +219,52 @@ class RollbackCoordinator:
             raise rollback.error
 
     async def _conclude(self, rollback: Rollback) -> None:
-        """Shows and records how the rollback ended; aborts with the peers unless it restored. Takes bounded time."""
+        """Shows and records how the rollback ended, in bounded time; unless it restored, aborts it with the peers."""
         if rollback.decided_s is None:
-            rollback.decided_s = self._clock()
-        if rollback.ending is None:
-            rollback.end(Ending.FAILED)
-        self._move(rollback, _LAST_EVENT[rollback.ending or Ending.FAILED])
+            rollback.decided_s = time.monotonic()
+        rollback.ending = rollback.ending or Ending.FAILED
+        self._move(rollback, _LAST_EVENT[rollback.ending])
         if rollback.ending is not Ending.RESTORED:
             await self._abort(rollback)
-        rollback.unrecorded = await self._record(rollback)
-
-    async def _record(self, rollback: Rollback) -> JournalError | None:
-        """Writes the journal's row; returns why it is not written. `put` itself writes a cancelled row later."""
+        late = f"it did not answer within {RECORD_S_MAX:g} s; the row is written later"  # by `put`, when cancelled
+        rollback.unrecorded = JournalUnavailableError(late)
         try:
             with anyio.move_on_after(RECORD_S_MAX):
                 await self._journal.put(rollback.row(self._run_id))
-                return None
+                rollback.unrecorded = None
         except JournalError as error:
-            return error
-        return JournalUnavailableError(f"it did not answer within {RECORD_S_MAX:g} s; the row is written later")
+            rollback.unrecorded = error
 
     # -- participants ------------------------------------------------------------------------------------------------
 
     async def _ask_in_turn(self, rollback: Rollback, call: Call) -> None:
         """Asks every participant that may be asked, in order, each within the rest of its share."""
-        for name in self._participants:
+        for name in self._calls:
             if may_be_asked(rollback.votes, name, call):
-                left_s = self.policy.share_s(name, rollback.tier) - rollback.spent_s(name)
-                await self._ask(rollback, name, call, left_s)
+                share_s = SHARES[name] * total_s(self.settings, rollback.tier)
+                await self._ask(rollback, name, call, share_s - rollback.spent_s(name))
 
     async def _abort(self, rollback: Rollback) -> None:
         """Aborts with every participant that may have prepared, all at once, within its share of the fast tier."""
         async with anyio.create_task_group() as tasks:
-            for name in self._participants:
+            for name in self._calls:
                 if may_be_asked(rollback.votes, name, Call.ABORT):
-                    share_s = self.policy.share_s(name, ROLLBACK_TIER_FAST)
+                    share_s = SHARES[name] * self.settings.fast_budget_s
                     tasks.start_soon(self._ask, rollback, name, Call.ABORT, share_s)
 
     async def _ask(self, rollback: Rollback, name: str, call: Call, timeout_s: float) -> None:
         if timeout_s <= 0:
-            detail = "its share of the budget is used up"
-            rollback.votes.append(Vote(name, call, VoteOutcome.NOT_ASKED, detail, 0.0))
+            rollback.votes.append(Vote(name, call, VoteOutcome.NOT_ASKED, "its share of the budget is used up", 0.0))
             return
         request = ParticipantRequest(rollback.rollback_id, rollback.destination, rollback.reason, timeout_s)
-        started_s = self._clock()
-        answer = _method(self._participants[name], call)(request)
-        outcome, detail = await _outcome(answer, timeout_s + _GRACE_S)
-        rollback.votes.append(Vote(name, call, outcome, detail, (self._clock() - started_s) * 1000))
+        started_s = time.monotonic()
+        outcome, detail = await _outcome(self._calls[name][call](request), timeout_s + _GRACE_S)
+        rollback.votes.append(Vote(name, call, outcome, detail, (time.monotonic() - started_s) * 1000))
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     def _left_s(self, rollback: Rollback) -> float:
-        return rollback.deadline_s - self._clock()
+        return rollback.deadline_s - time.monotonic()
 
     def _move(self, rollback: Rollback, event: RollbackEvent) -> None:
         self._show(rollback, next_state(self._state, event))
@@ -295,30 +283,16 @@ class RollbackCoordinator:
             self._log.exception("signal_board_not_written")
 
 
-async def _outcome(answer: Awaitable[Answer], bound_s: float) -> tuple[VoteOutcome, str]:
+async def _outcome(call: Awaitable[ParticipantResponse], bound_s: float) -> tuple[VoteOutcome, str]:
     try:
         with anyio.move_on_after(bound_s):
-            vote = await answer
-            return (VoteOutcome.ACCEPTED if vote.accepted else VoteOutcome.REFUSED), vote.detail
+            response = await call
+            return (VoteOutcome.ACCEPTED if response.accepted else VoteOutcome.REFUSED), response.detail
     except (BreakerOpenError, CallRefusedError) as error:
         return VoteOutcome.NOT_ASKED, error.detail
     except PeerError as error:
         return VoteOutcome.SILENT, error.detail
     return VoteOutcome.SILENT, "no answer in time"
-
-
-def _method(participant: Participant, call: Call) -> Callable[[ParticipantRequest], Awaitable[Answer]]:
-    match call:
-        case Call.PREPARE:
-            return participant.prepare
-        case Call.COMMIT:
-            return participant.commit
-        case Call.CONFIRM:
-            return participant.confirm
-        case Call.ABORT:
-            return participant.abort
-        case _:
-            assert_never(call)
 
 
 def _ending_when_cancelled(rollback: Rollback) -> tuple[Ending, TolariaError | None]:

@@ -1,7 +1,4 @@
-"""The two-phase rollback protocol as data: states, participants, votes, budgets, and the record of one rollback.
-
-Every rule is a pure function; `coordinator` adds time and calls.
-"""
+"""The two-phase rollback protocol as data: states, participants, votes, budgets, and the record of one rollback."""
 
 from __future__ import annotations
 
@@ -14,19 +11,15 @@ from enum import Enum, unique
 from types import MappingProxyType
 from typing import Final, Protocol
 
-from leyline.v1.enums_pb2 import (
-    ROLLBACK_TIER_FAST,
-    ROLLBACK_TIER_FULL,
-    ROLLBACK_TIER_UNSPECIFIED,
-    RollbackTier,
-)
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
+from tolaria.config import RollbackSettings
 from tolaria.errors import JournalError, TolariaError, WrongStateError
 from tolaria.journal.rows import RollbackRow
 from tolaria.signals import RollbackState
 from tolaria.values.optimization import Adjustment
 
 ID_BYTES_MAX: Final = 64
-"""Bytes of a rollback_id: the signal board has room for as many."""
+"""Bytes of a rollback_id that fit on the signal board."""
 
 TIERS: Final[Mapping[str, RollbackTier.ValueType]] = MappingProxyType(
     {"auto": ROLLBACK_TIER_UNSPECIFIED, "fast": ROLLBACK_TIER_FAST, "full": ROLLBACK_TIER_FULL}
@@ -36,7 +29,10 @@ TIERS: Final[Mapping[str, RollbackTier.ValueType]] = MappingProxyType(
 TOLARIA: Final = "tolaria"
 
 SHARES: Final[Mapping[str, float]] = MappingProxyType({"tamiyo": 0.3, "kasmina": 0.5, TOLARIA: 0.2})
-"""Shares of the budget by participant: 150, 250 and 100 ms of the fast tier's 500."""
+"""Each participant's share of the budget for all its calls: 150, 250 and 100 ms of the fast tier's 500.
+
+Time that peers do not use is Tolaria's; its own share cannot be used up by peers.
+"""
 
 # -- states ----------------------------------------------------------------------------------------------------------
 
@@ -57,13 +53,13 @@ class RollbackEvent(Enum):
     """The deadline passed before the live state changed."""
 
 
-_UNDER_WAY: Final = {RollbackEvent.FAILED: RollbackState.ABORTED, RollbackEvent.EXPIRED: RollbackState.DEADLINE}
+_GIVEN_UP: Final = {RollbackEvent.FAILED: RollbackState.ABORTED, RollbackEvent.EXPIRED: RollbackState.DEADLINE}
 
 TRANSITIONS: Final[Mapping[RollbackState, Mapping[RollbackEvent, RollbackState]]] = MappingProxyType(
     {
         RollbackState.IDLE: {RollbackEvent.BEGUN: RollbackState.PREPARE},
-        RollbackState.PREPARE: {RollbackEvent.PREPARED: RollbackState.COMMIT, **_UNDER_WAY},
-        RollbackState.COMMIT: {RollbackEvent.RESTORED: RollbackState.CONFIRM, **_UNDER_WAY},
+        RollbackState.PREPARE: {RollbackEvent.PREPARED: RollbackState.COMMIT, **_GIVEN_UP},
+        RollbackState.COMMIT: {RollbackEvent.RESTORED: RollbackState.CONFIRM, **_GIVEN_UP},
         # The deadline has been met, but the proof may fail.
         RollbackState.CONFIRM: {
             RollbackEvent.CONFIRMED: RollbackState.IDLE,
@@ -75,14 +71,13 @@ TRANSITIONS: Final[Mapping[RollbackState, Mapping[RollbackEvent, RollbackState]]
     }
 )
 
-RUNNING: Final = frozenset({RollbackState.PREPARE, RollbackState.COMMIT, RollbackState.CONFIRM})
-
 
 def next_state(state: RollbackState, event: RollbackEvent) -> RollbackState:
     """Returns the state after `event`. Raises WrongStateError for an event that is not in the table."""
     following = TRANSITIONS[state].get(event)
     if following is None:
-        running = "another rollback is running" if state in RUNNING else "no rollback is running"
+        idle = RollbackEvent.BEGUN in TRANSITIONS[state]
+        running = "no rollback is running" if idle else "another rollback is running"
         raise WrongStateError(f"a rollback cannot be {event.value}: {running} ({state.name.lower()})")
     return following
 
@@ -110,8 +105,8 @@ class ParticipantRequest:
     timeout_s: float
 
 
-class Answer(Protocol):
-    """A participant's answer: whether it accepted the call, and a detail for people."""
+class ParticipantResponse(Protocol):
+    """Whether a participant accepted the call, and a detail for people."""
 
     @property
     def accepted(self) -> bool: ...  # noqa: D102 - described by the class
@@ -119,19 +114,19 @@ class Answer(Protocol):
     def detail(self) -> str: ...  # noqa: D102 - described by the class
 
 
-class Participant(Protocol):
+class RollbackParticipant(Protocol):
     """A peer that takes part in rollbacks. Calls are idempotent by rollback_id and raise `PeerError` when they fail."""
 
-    async def prepare(self, request: ParticipantRequest, /) -> Answer:
+    async def prepare(self, request: ParticipantRequest, /) -> ParticipantResponse:
         """Promises to roll back; changes nothing."""
 
-    async def commit(self, request: ParticipantRequest, /) -> Answer:
+    async def commit(self, request: ParticipantRequest, /) -> ParticipantResponse:
         """Rolls back."""
 
-    async def confirm(self, request: ParticipantRequest, /) -> Answer:
+    async def confirm(self, request: ParticipantRequest, /) -> ParticipantResponse:
         """Makes the rollback final."""
 
-    async def abort(self, request: ParticipantRequest, /) -> Answer:
+    async def abort(self, request: ParticipantRequest, /) -> ParticipantResponse:
         """Withdraws the promise, or undoes the commit."""
 
 
@@ -144,7 +139,7 @@ class VoteOutcome(Enum):
     SILENT = "silent"
     """No answer: the call may have taken effect or not."""
     NOT_ASKED = "not_asked"
-    """The call was not made: its peer is known to be unreachable, or the share of the budget is used up."""
+    """The peer is known to be unreachable, or its share of the budget is used up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,40 +172,9 @@ def has_quorum(votes: Sequence[Vote], peers: int) -> bool:
     return confirmed + 1 >= (peers + 1) // 2 + 1
 
 
-@dataclass(frozen=True, slots=True)
-class RollbackPolicy:
-    """How long a rollback may take, and whether a missed deadline halts the run.
-
-    Args:
-        fast_s: seconds from the request to the restored state in the fast tier.
-        full_s: the same in the full tier.
-        halt_on_deadline: whether a missed deadline halts the run.
-        shares: each participant's part for all its calls. Time that peers do not use is Tolaria's; its own share
-            cannot be used up by peers.
-
-    Raises:
-        ValueError: a budget or share is not positive, or the shares exceed 1 or lack Tolaria's.
-    """
-
-    fast_s: float
-    full_s: float
-    halt_on_deadline: bool
-    shares: Mapping[str, float] = field(default_factory=lambda: SHARES)
-
-    def __post_init__(self) -> None:
-        total = sum(self.shares.values())
-        if TOLARIA not in self.shares or min(self.shares.values()) <= 0 or total > 1 + 1e-9:
-            raise ValueError(f"shares must be positive, hold {TOLARIA!r} and be at most 1 together: {self.shares}")
-        if min(self.fast_s, self.full_s) <= 0:
-            raise ValueError(f"budgets must be positive: fast {self.fast_s} s, full {self.full_s} s")
-
-    def total_s(self, tier: RollbackTier.ValueType) -> float:
-        """Returns the whole budget; that of the full tier while the tier is unspecified."""
-        return self.fast_s if tier == ROLLBACK_TIER_FAST else self.full_s
-
-    def share_s(self, participant: str, tier: RollbackTier.ValueType) -> float:
-        """Returns a participant's part of the budget."""
-        return self.shares[participant] * self.total_s(tier)
+def total_s(settings: RollbackSettings, tier: RollbackTier.ValueType) -> float:
+    """Returns the whole budget in seconds; that of the full tier while the tier is unspecified."""
+    return settings.fast_budget_s if tier == ROLLBACK_TIER_FAST else settings.full_budget_s
 
 
 # -- one rollback ----------------------------------------------------------------------------------------------------
@@ -229,11 +193,6 @@ class Ending(Enum):
     DEADLINE_EXCEEDED = "deadline_exceeded"
 
 
-def new_rollback_id() -> str:
-    """Returns an id that no other rollback has."""
-    return uuid.uuid4().hex
-
-
 def rollback_id_of(request_id: str) -> str:
     """Returns the rollback_id for an operator's request: the same id where it fits on the board, else its digest."""
     encoded = request_id.encode()
@@ -246,13 +205,12 @@ class Rollback:
 
     Args:
         tier: UNSPECIFIED takes the fast tier if it has a restore point, else the full one; set when one is chosen.
-        target_step: the nearest restore point at or before it is taken; None: the newest healthy one. Set to the step
-            of the restore point when one is chosen.
+        target_step: the nearest restore point at or before it is taken, and its step set here; None: the newest one.
         reason: for the journal and the participants.
         origin: the requester, such as "operator", "tamiyo" or "judge".
         rollback_id: 1 to `ID_BYTES_MAX` bytes.
         lr_cut: adjustment of learning rates after the restore.
-        global_step: step of the run when the rollback was requested, for the journal.
+        global_step: step of the run when the rollback was requested.
         began_s: time of the request in monotonic seconds; the budget starts here.
         at_ns: time of the request in Unix nanoseconds.
     """
@@ -261,7 +219,7 @@ class Rollback:
     target_step: int | None
     reason: str
     origin: str
-    rollback_id: str = field(default_factory=new_rollback_id)
+    rollback_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     lr_cut: Adjustment | None = None
     global_step: int = 0
     began_s: float = field(default_factory=time.monotonic)
@@ -314,11 +272,6 @@ class Rollback:
         """Time from the request until the state was restored, or the rollback given up; 0 before."""
         return 0.0 if self.decided_s is None else (self.decided_s - self.began_s) * 1000
 
-    @property
-    def tier_name(self) -> str:
-        """The tier as auto, fast or full."""
-        return tier_name(self.tier)
-
     def spent_s(self, participant: str) -> float:
         """Returns how much of its share a participant has used."""
         return sum(vote.latency_ms for vote in self.votes if vote.participant == participant) / 1000
@@ -334,7 +287,7 @@ class Rollback:
             rollback_id=self.rollback_id,
             at_ns=self.at_ns,
             run_id=run_id,
-            tier=self.tier_name,
+            tier=tier_name(self.tier),
             global_step=self.global_step,
             restored_step=self.restored_step if ending is Ending.RESTORED else -1,
             outcome=ending.value,

@@ -226,7 +226,7 @@ class Recovery:
         self.unproven = rollback.unproven or (self.unproven and not restored)
         if rollback.unproven:
             self._safety.halt(f"rollback_unproven: {rollback.error}")
-        elif rollback.ending is Ending.DEADLINE_EXCEEDED and self._coordinator.policy.halt_on_deadline:
+        elif rollback.ending is Ending.DEADLINE_EXCEEDED and self._coordinator.settings.halt_on_deadline:
             self._safety.trigger(Trigger.ROLLBACK_DEADLINE_MISSED, rollback.reason)
         self._observers.on_rollback_ended(rollback)
         if restored:

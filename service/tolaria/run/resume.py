@@ -17,9 +17,8 @@ from typing import Final, Literal, TypeAlias
 
 import structlog
 
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import Storage, open_storage
-from tolaria.checkpoint.store import LoadedCheckpoint
+from tolaria.checkpoint.store import LoadedCheckpoint, Retention
 from tolaria.config import CheckpointSettings, Settings
 from tolaria.emergency.protocol import SENTINEL
 from tolaria.errors import ConfigurationError, JournalDamagedError, JournalError, NoCheckpointError, StateHeldError
@@ -229,14 +228,13 @@ def _new_run(journal: Journal, job: str) -> RunRow:
 
 
 def _repairs(storage: Storage) -> list[str]:
-    recovery = storage.recovery
-    notes = []
+    found, notes = storage.repairs, []
     if storage.journal_damage is not None:
         notes.append(f"the journal was damaged and has been rebuilt from the checkpoints: {storage.journal_damage}")
     for names, what in (
-        (recovery.adopted, "checkpoints that were not in the journal have been added to it"),
-        (recovery.missing, "checkpoints in the journal are missing on disk"),
-        (recovery.removed, "leftovers of unfinished writes have been removed"),
+        (found.adopted, "checkpoints that were not in the journal have been added to it"),
+        (found.missing, "checkpoints in the journal are missing on disk"),
+        (found.removed, "leftovers of unfinished writes have been removed"),
     ):
         if names:
             notes.append(f"{what}: {', '.join(names)}")

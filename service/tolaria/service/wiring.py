@@ -23,7 +23,7 @@ from tolaria.peers.connect import Peers
 from tolaria.peers.consultation import Consultations
 from tolaria.peers.verification import CommandVerifier
 from tolaria.rollback.coordinator import RollbackCoordinator
-from tolaria.rollback.protocol import Participant, RollbackPolicy
+from tolaria.rollback.protocol import RollbackParticipant
 from tolaria.rpc.requests import RequestLedger
 from tolaria.run.boundary import BoundaryPolicy, EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
@@ -219,14 +219,14 @@ def new_status(settings: Settings, run_id: str) -> RunStatus:
     )
 
 
-def _new_recovery(core: Core, participants: Mapping[str, Participant]) -> Recovery:
-    foundation, settings = core.foundation, core.foundation.settings.rollback
+def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -> Recovery:
+    foundation = core.foundation
     restorer = LaneRestorer(core.lane, core.status, foundation.storage.checkpoints, core.observers)
     coordinator = RollbackCoordinator(
         participants,
         restorer,
         run_id=core.status.run_id,
-        policy=RollbackPolicy(settings.fast_budget_s, settings.full_budget_s, settings.halt_on_deadline),
+        settings=foundation.settings.rollback,
         board=foundation.board.claim_rollback(),
         journal=core.journal,
     )

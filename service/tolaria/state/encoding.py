@@ -1,4 +1,4 @@
-"""Conversions between live objects and what images hold: tensors, nested Python values, random number generators.
+"""Conversions between live objects and images: tensors, nested Python values, random number generators.
 
 Nested values become JSON. Keys that start with `$` mark what JSON lacks: tuples, tensors and non-finite floats.
 """
@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -65,16 +65,12 @@ _PYTHON: Final = "rng/python"
 
 
 def spec_of(name: str, tensor: Tensor) -> TensorSpec:
-    """Returns the tensor's spec.
-
-    Raises:
-        StateUnsupportedError: the tensor's layout or dtype has no packed form.
-    """
+    """Returns the tensor's spec. Raises StateUnsupportedError if its layout or dtype has no packed form."""
     if tensor.layout != torch.strided:
         raise StateUnsupportedError(name, f"a tensor of layout {tensor.layout} has no packed form")
     code = DTYPE_CODES.get(tensor.dtype)
     if code is None:
-        raise StateUnsupportedError(name, f"dtype {tensor.dtype} is not among those that can be kept")
+        raise StateUnsupportedError(name, f"dtype {tensor.dtype} is not supported")
     return TensorSpec(name, code, tuple(tensor.shape))
 
 
@@ -106,12 +102,10 @@ class Arena:
     """
 
     def __init__(self, specs: tuple[TensorSpec, ...], *, pinned: bool) -> None:
-        self._specs = specs
-        content = memoryview(
-            cast("Buffer", torch.empty(arena_bytes(specs), dtype=torch.uint8, pin_memory=pinned).numpy())
-        )
+        self.specs = specs
+        memory = torch.empty(arena_bytes(specs), dtype=torch.uint8, pin_memory=pinned)
+        content, offset = memoryview(cast("Buffer", memory.numpy())), 0
         buffers: dict[str, memoryview] = {}
-        offset = 0
         for spec in specs:
             buffers[spec.name] = content[offset : offset + spec.size_bytes]
             offset += _padded(spec.size_bytes)
@@ -126,7 +120,7 @@ class Arena:
         if self._targets:
             with torch.no_grad():
                 torch._foreach_copy_(self._targets, [tensor.detach() for tensor in tensors.values()])
-        return StateImage(position, self._specs, self._buffers, values)
+        return StateImage(position, self.specs, self._buffers, values)
 
 
 def arena_bytes(specs: tuple[TensorSpec, ...]) -> int:
@@ -148,9 +142,9 @@ def encode(value: object, name: str, put: PutTensor) -> JsonValue:
         case Tensor():
             return put(name, value)
         case tuple():
-            return {_TUPLE_KEY: _encode_all(value, name, put)}
+            return {_TUPLE_KEY: encode(list(value), name, put)}
         case list():
-            return _encode_all(value, name, put)
+            return [encode(inner, f"{name}/{index}", put) for index, inner in enumerate(value)]
         case dict():
             return {_checked_key(key, name): encode(inner, f"{name}/{key}", put) for key, inner in value.items()}
         case _:
@@ -202,8 +196,8 @@ def capture_rngs() -> tuple[dict[str, Tensor], dict[str, JsonValue]]:
     version, words, gauss = random.getstate()
     tensors = {
         _TORCH: torch.get_rng_state(),
-        _NUMPY: _as_tensor(cast("np.ndarray[tuple[int], np.dtype[np.uint32]]", inner["key"]).tobytes()),
-        _PYTHON: _as_tensor(array.array("I", words).tobytes()),
+        _NUMPY: torch.from_numpy(cast("np.ndarray[tuple[int], np.dtype[np.uint32]]", inner["key"]).view(np.uint8)),
+        _PYTHON: torch.frombuffer(array.array("I", words), dtype=torch.uint8),
     }
     for index in range(_cuda_devices()):
         tensors[f"rng/cuda/{index}"] = torch.cuda.get_rng_state(index)
@@ -214,26 +208,15 @@ def capture_rngs() -> tuple[dict[str, Tensor], dict[str, JsonValue]]:
 def restore_rngs(tensors: Mapping[str, Tensor], values: Mapping[str, JsonValue]) -> None:
     """Restores what `capture_rngs` returned. Skips CUDA devices that this machine lacks."""
     torch.set_rng_state(tensors[_TORCH].clone())
-    numpy_rest = cast("dict[str, JsonValue]", values["numpy"])
+    rest = cast("dict[str, Any]", values["numpy"])
     key = np.frombuffer(tensors[_NUMPY].numpy().tobytes(), dtype=np.uint32)
-    np.random.set_state(  # noqa: NPY002 - as above
-        {
-            "bit_generator": "MT19937",
-            "state": {"key": key, "pos": numpy_rest["pos"]},
-            "has_gauss": numpy_rest["has_gauss"],
-            "gauss": numpy_rest["gauss"],
-        }
-    )
+    np.random.set_state(("MT19937", key, rest["pos"], rest["has_gauss"], rest["gauss"]))  # noqa: NPY002 - as above
     version, gauss = cast("list[JsonValue]", values["python"])
     words = array.array("I", tensors[_PYTHON].numpy().tobytes())
     random.setstate((version, tuple(words), gauss))
     for index in range(_cuda_devices()):
         if (state := tensors.get(f"rng/cuda/{index}")) is not None:
             torch.cuda.set_rng_state(state.clone(), index)
-
-
-def _encode_all(values: list[object] | tuple[object, ...], name: str, put: PutTensor) -> list[JsonValue]:
-    return [encode(inner, f"{name}/{index}", put) for index, inner in enumerate(values)]
 
 
 def _checked_key(key: object, name: str) -> str:
@@ -248,10 +231,6 @@ def _refuse_tensor(name: str, _: Tensor | None = None) -> NoReturn:
 
 def _padded(size_bytes: int) -> int:
     return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-
-
-def _as_tensor(content: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def _cuda_devices() -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from tolaria.errors import RestoreAbandonedError, StateMismatchError
 from tolaria.images.image import StateImage
-from tolaria.images.specs import TensorSpec
 from tolaria.state.encoding import (
     DTYPES,
     TENSOR_KEY,
@@ -37,6 +35,7 @@ _REFUSALS: Final = (ArithmeticError, AttributeError, LookupError, RuntimeError, 
 """What a part, such as a job's own cursor, may raise for a state that it cannot load."""
 
 _MODEL: Final = ("parameter/", "buffer/")
+_CPU: Final = torch.device("cpu")
 
 
 def stage_restore(state: TrainingState, image: StateImage, *, verify: bool) -> StagedRestore:
@@ -53,24 +52,23 @@ def stage_restore(state: TrainingState, image: StateImage, *, verify: bool) -> S
     """
     if verify:
         image.verify()
-    values = cast("dict[str, JsonValue]", json.loads(image.values))
-    _check_parts(state, values)
-    staged = StagedRestore(state, image, values)
+    staged = StagedRestore(state, image)
     if not staged.changes_topology:
-        _check_tensors(state.survey(), image, values)
+        _check_tensors(state.survey(), image, staged.values)
     return staged
 
 
 class StagedRestore:
     """A checked restore, made by `stage_restore`. `commit` may be called once, at a step boundary."""
 
-    def __init__(self, state: TrainingState, image: StateImage, values: Mapping[str, JsonValue]) -> None:
+    def __init__(self, state: TrainingState, image: StateImage) -> None:
         self._state = state
         self._image = image
-        self._values = values
+        self.values: Mapping[str, Any] = json.loads(image.values)
+        _check_parts(state, self.values)
         topology = state.topology
         self.changes_topology = (
-            topology is not None and encode_plain(topology.state_dict(), "topology") != values["topology"]
+            topology is not None and encode_plain(topology.state_dict(), "topology") != self.values["topology"]
         )
 
     def commit(self, expired: Callable[[], bool] | None = None) -> None:
@@ -88,147 +86,77 @@ class StagedRestore:
             TolariaError: the topology raised it while loading.
             RuntimeError: a part loads neither the image's state nor its own previous one: the live state is undefined.
         """
+        state = self._state
         with ExitStack() as undo:
             undo.callback(restore_rngs, *capture_rngs())
             if self.changes_topology:
-                self._change_topology(undo)
-            plan = _plan(self._state, self._image, self._values)
-            _load_parts(self._state.parts, cast("Mapping[str, JsonValue]", self._values["parts"]), undo)
+                undo.callback(_restore_topology, state, state.copy())
+                _load_topology(state, self.values)
+            plan = _Plan(state, self._image, self.values)
+            for name, part in state.parts.items():
+                undo.callback(_put_back, name, part, encode_plain(part.state_dict(), f"parts/{name}"))
+                try:
+                    part.load_state_dict(_part_state(self.values["parts"][name]))
+                except _REFUSALS as error:
+                    raise StateMismatchError([f"parts/{name}: {type(error).__name__}: {error}"]) from error
             if expired is not None and expired():
                 raise RestoreAbandonedError("about to copy")
             plan.apply()
             undo.pop_all()
-
-    def _change_topology(self, undo: ExitStack) -> None:
-        topology = self._state.topology
-        if topology is None:
-            return
-        undo.callback(_undo_topology, self._state, self._state.copy())
-        topology.load_state_dict(_part_state(self._values["topology"]))
-
-
-def _check_parts(state: TrainingState, values: Mapping[str, JsonValue]) -> None:
-    problems = _name_problems(
-        {f"parts/{name}" for name in state.parts},
-        {f"parts/{name}" for name in cast("dict[str, JsonValue]", values["parts"])},
-    )
-    if (values["topology"] is None) != (state.topology is None):
-        problems.append("topology: in one of the two only")
-    if problems:
-        raise StateMismatchError(problems)
-
-
-def _load_parts(parts: Mapping[str, StatePart], wanted: Mapping[str, JsonValue], undo: ExitStack) -> None:
-    for name, part in parts.items():
-        undo.callback(_put_back, name, part, encode_plain(part.state_dict(), f"parts/{name}"))
-        try:
-            part.load_state_dict(_part_state(wanted[name]))
-        except _REFUSALS as error:
-            raise StateMismatchError([f"parts/{name}: {type(error).__name__}: {error}"]) from error
 
 
 def _put_back(name: str, part: StatePart, before: JsonValue) -> None:
     try:
         part.load_state_dict(_part_state(before))
     except _REFUSALS as error:  # not a StateMismatchError, which would mean that nothing has changed
-        raise RuntimeError(f"parts/{name} refuses the state that it had itself: {error}") from error
+        raise RuntimeError(f"parts/{name} does not load its own previous state: {error}") from error
 
 
 def _part_state(state: JsonValue) -> dict[str, JsonValue]:
     return cast("dict[str, JsonValue]", decode_plain(state))
 
 
-def _undo_topology(state: TrainingState, before: StateImage) -> None:
-    values = cast("dict[str, JsonValue]", json.loads(before.values))
+def _load_topology(state: TrainingState, values: Mapping[str, Any]) -> None:
     if state.topology is not None:
         state.topology.load_state_dict(_part_state(values["topology"]))
-    _plan(state, before, values).apply()
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Everything that changes: `sources[i]` is copied into `targets[i]`, and the optimizer's dicts get live tensors."""
-
-    state: TrainingState
-    image: StateImage
-    targets: list[Tensor]
-    sources: list[Tensor]
-    optimizer_state: dict[Tensor, dict[str, object]]
-    group_options: list[dict[str, object]]
-    rng_tensors: dict[str, Tensor]
-    rng_values: Mapping[str, JsonValue]
-
-    def apply(self) -> None:
-        """Changes the live state. Synchronises with the devices involved."""
-        optimizer = self.state.live.optimizer
-        with torch.no_grad():
-            if self.targets:
-                torch._foreach_copy_(self.targets, self.sources)
-        for parameter in [p for p in optimizer.state if p not in self.optimizer_state]:
-            del optimizer.state[parameter]
-        for parameter, entries in self.optimizer_state.items():
-            live = optimizer.state[parameter]
-            live.clear()
-            live.update(entries)
-        for group, options in zip(optimizer.param_groups, self.group_options, strict=True):
-            for key in [k for k in group if k != "params" and k not in options]:
-                del group[key]
-            group.update(options)
-        self.state.live.position = self.image.position
-        restore_rngs(self.rng_tensors, self.rng_values)
+def _restore_topology(state: TrainingState, before: StateImage) -> None:
+    values = json.loads(before.values)
+    _load_topology(state, values)
+    _Plan(state, before, values).apply()
 
 
-def _plan(state: TrainingState, image: StateImage, values: Mapping[str, JsonValue]) -> _Plan:
-    """Compares the live state, with the image's topology, with the image and prepares everything for `apply`.
-
-    Raises:
-        StateMismatchError: names the differences.
-    """
-    survey = state.survey()
-    _check_tensors(survey, image, values)
-    planner = _Planner(state, survey, image)
-    for name, tensor in survey.tensors.items():
-        if name.startswith(_MODEL):
-            planner.fill(name, tensor)
-    optimizer_state, group_options = planner.optimizer(cast("dict[str, Any]", values["optimizer"]))
-    return _Plan(
-        state=state,
-        image=image,
-        targets=planner.targets,
-        sources=planner.sources,
-        optimizer_state=optimizer_state,
-        group_options=group_options,
-        rng_tensors={spec.name: planner.source(spec.name) for spec in image.specs if spec.name.startswith("rng/")},
-        rng_values=cast("Mapping[str, JsonValue]", values["rng"]),
-    )
+# -- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_tensors(survey: Survey, image: StateImage, values: Mapping[str, JsonValue]) -> None:
-    problems = _model_problems(survey, image)
-    problems += _optimizer_problems(survey, cast("dict[str, Any]", values["optimizer"]))
+def _check_parts(state: TrainingState, values: Mapping[str, Any]) -> None:
+    problems = _name_problems({f"parts/{name}" for name in state.parts}, {f"parts/{name}" for name in values["parts"]})
+    if (values["topology"] is None) != (state.topology is None):
+        problems.append("topology: in one of the two only")
     if problems:
         raise StateMismatchError(problems)
 
 
-def _name_problems(live: set[str], kept: set[str]) -> list[str]:
-    return [f"{name}: in the image only" for name in sorted(kept - live)] + [
-        f"{name}: live only" for name in sorted(live - kept)
-    ]
-
-
-def _model_problems(survey: Survey, image: StateImage) -> list[str]:
+def _check_tensors(survey: Survey, image: StateImage, values: Mapping[str, Any]) -> None:
     live = {name for name in survey.tensors if name.startswith(_MODEL)}
-    kept = {spec.name: spec for spec in image.specs if spec.name.startswith(_MODEL)}
-    problems = _name_problems(live, set(kept))
-    for name in sorted(live & set(kept)):
-        ours, theirs = spec_of(name, survey.tensors[name]), kept[name]
+    captured = {spec.name: spec for spec in image.specs if spec.name.startswith(_MODEL)}
+    problems = _name_problems(live, set(captured))
+    for name in sorted(live & set(captured)):
+        ours, theirs = spec_of(name, survey.tensors[name]), captured[name]
         if ours != theirs:
             problems.append(f"{name}: live {ours.dtype}{list(ours.shape)}, image {theirs.dtype}{list(theirs.shape)}")
-    return problems
+    problems += _optimizer_problems(cast("dict[str, Any]", survey.values["optimizer"]), values["optimizer"])
+    if problems:
+        raise StateMismatchError(problems)
 
 
-def _optimizer_problems(survey: Survey, wanted: Mapping[str, Any]) -> list[str]:
-    live = cast("dict[str, Any]", survey.values["optimizer"])
+def _name_problems(live: set[str], captured: set[str]) -> list[str]:
+    missing = [f"{name}: in the image only" for name in sorted(captured - live)]
+    return missing + [f"{name}: live only" for name in sorted(live - captured)]
+
+
+def _optimizer_problems(live: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     if live["kind"] != wanted["kind"]:
         return [f"optimizer: live {live['kind']}, image {wanted['kind']}"]
     ours = [group["parameters"] for group in live["groups"]]
@@ -238,64 +166,90 @@ def _optimizer_problems(survey: Survey, wanted: Mapping[str, Any]) -> list[str]:
     return [f"optimizer: group {i} has other parameters" for i, a in enumerate(ours) if a != theirs[i]]
 
 
-class _Planner:
-    """Pairs live tensors with the image's, and allocates those that the live side lacks."""
+# -- the copy --------------------------------------------------------------------------------------------------------
 
-    def __init__(self, state: TrainingState, survey: Survey, image: StateImage) -> None:
-        self._survey = survey
-        self._image = image
+
+class _Plan:
+    """Pairs the image's tensors with live ones, and with new ones where the live state has none that fits.
+
+    The live state must have the image's topology.
+
+    Raises:
+        StateMismatchError: the image does not fit; names the differences.
+    """
+
+    def __init__(self, state: TrainingState, image: StateImage, values: Mapping[str, Any]) -> None:
+        survey = state.survey()
+        _check_tensors(survey, image, values)
+        self._live, self._image = state.live, image
+        self._live_tensors = survey.tensors
         self._specs = {spec.name: spec for spec in image.specs}
         self._parameters = {name: parameter for parameter, name in parameter_names(state.live).items()}
-        self._taken: set[int] = set()
-        self.targets: list[Tensor] = []
-        self.sources: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self._sources: list[Tensor] = []
+        self._used: set[int] = set()
+        for name, tensor in survey.tensors.items():
+            if name.startswith(_MODEL):
+                self._fill(name, tensor)
+        groups = values["optimizer"]["groups"]
+        self._group_options = [
+            cast("dict[str, object]", decode(group["options"], lambda ref: self._take(ref, _CPU))) for group in groups
+        ]
+        on_device = {
+            name
+            for group, options in zip(groups, self._group_options, strict=True)
+            if options.get("capturable") or options.get("fused")
+            for name in group["parameters"]
+        }
+        self._optimizer_state = {
+            self._parameters[name]: self._entries(name, entries, everything_on_device=name in on_device)
+            for name, entries in values["optimizer"]["state"].items()
+        }
+        rng_tensors = {name: self._source(name) for name in self._specs if name.startswith("rng/")}
+        self._rngs = rng_tensors, values["rng"]
 
-    def source(self, name: str) -> Tensor:
-        """Returns a view of the image's tensor."""
+    def apply(self) -> None:
+        """Changes the live state. Synchronises with the devices involved."""
+        optimizer = self._live.optimizer
+        if self._targets:
+            with torch.no_grad():
+                torch._foreach_copy_(self._targets, self._sources)
+        for parameter in [p for p in optimizer.state if p not in self._optimizer_state]:
+            del optimizer.state[parameter]
+        for parameter, entries in self._optimizer_state.items():
+            live = optimizer.state[parameter]
+            live.clear()
+            live.update(entries)
+        for group, options in zip(optimizer.param_groups, self._group_options, strict=True):
+            for key in [k for k in group if k != "params" and k not in options]:
+                del group[key]
+            group.update(options)
+        self._live.position = self._image.position
+        restore_rngs(*self._rngs)
+
+    def _source(self, name: str) -> Tensor:
         return tensor_view(self._specs[name], self._image.buffers[name])
 
-    def fill(self, name: str, target: Tensor) -> Tensor:
-        """Plans to copy the image's `name` into `target`, and returns `target`."""
-        self._taken.add(id(target))
-        self.targets.append(target.detach())
-        self.sources.append(self.source(name))
+    def _fill(self, name: str, target: Tensor) -> Tensor:
+        self._used.add(id(target))
+        self._targets.append(target.detach())
+        self._sources.append(self._source(name))
         return target
 
-    def optimizer(self, wanted: Mapping[str, Any]) -> tuple[dict[Tensor, dict[str, object]], list[dict[str, object]]]:
-        """Returns the optimizer's state by parameter and each group's options, made of live or new tensors."""
-        cpu = torch.device("cpu")
-        all_options: list[dict[str, object]] = []
-        on_device: set[str] = set()
-        for group in wanted["groups"]:
-            options = cast("dict[str, object]", decode(group["options"], lambda ref: self._take(ref, cpu)))
-            all_options.append(options)
-            if options.get("capturable") or options.get("fused"):
-                on_device.update(group["parameters"])
-        state = {
-            self._parameters[name]: self._entries(
-                entries, self._parameters[name].device, everything_on_device=name in on_device
-            )
-            for name, entries in wanted["state"].items()
-        }
-        return state, all_options
-
-    def _entries(self, entries: JsonValue, device: torch.device, *, everything_on_device: bool) -> dict[str, object]:
+    def _entries(self, name: str, entries: JsonValue, *, everything_on_device: bool) -> dict[str, object]:
         """Returns a parameter's state. Step counts stay on the CPU unless `everything_on_device`."""
+        device = self._parameters[name].device
 
         def take(ref: Mapping[str, JsonValue]) -> Tensor:
             beside = everything_on_device or ref["home"] == "parameter"
-            return self._take(ref, device if beside else torch.device("cpu"))
+            return self._take(ref, device if beside else _CPU)
 
         return cast("dict[str, object]", decode(entries, take))
 
     def _take(self, ref: Mapping[str, JsonValue], device: torch.device) -> Tensor:
         """Plans a copy into the live tensor of that name if it fits and is not used yet, else into a new one."""
         name = cast("str", ref[TENSOR_KEY])
-        spec = self._specs[name]
-        live = self._survey.tensors.get(name)
-        if live is None or not self._can_hold(live, spec):
+        spec, live = self._specs[name], self._live_tensors.get(name)
+        if live is None or spec_of(name, live) != spec or id(live) in self._used or whole(live) is not live:
             live = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
-        return self.fill(name, live)
-
-    def _can_hold(self, live: Tensor, wanted: TensorSpec) -> bool:
-        return spec_of(wanted.name, live) == wanted and id(live) not in self._taken and whole(live) is live
+        return self._fill(name, live)

@@ -1,20 +1,17 @@
 """The snapshot ring: preallocated images in host memory, bounded by bytes and entries, and when to take snapshots.
 
-Images are in host memory also when training is on a device, so that device memory stays free and hashing and writing
-never wait for the device. With CUDA the memory is pinned.
+Host memory, pinned with CUDA, keeps device memory free, and hashing and writing never wait for the device.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from typing import Final
 
 from tolaria.images.image import SnapshotInfo, SnapshotStatistics, StateImage
 from tolaria.images.pool import Lease
-from tolaria.images.specs import TensorSpec
 from tolaria.state.encoding import Arena, arena_bytes, specs_of
 from tolaria.state.training_state import TrainingState
 from tolaria.values.training import Position
@@ -25,29 +22,12 @@ _NEWEST_WEIGHT: Final = 0.2
 _ROUNDING: Final = 1e-9
 
 
-class DeclineReason(Enum):
-    """Why no snapshot was taken."""
-
-    TOO_LARGE = "too_large"
-    ALL_LEASED = "all_leased"
-
-
-@dataclass(frozen=True, slots=True)
-class Captured:
-    """A snapshot was taken. `allocated`: new memory was allocated. `evicted`: the steps of evicted snapshots."""
-
-    position: Position
-    size_bytes: int
-    allocated: bool
-    evicted: tuple[int, ...]
-
-
 @dataclass(frozen=True, slots=True)
 class Declined:
-    """No snapshot was taken and the ring is unchanged. `needed_bytes` is the size of the state."""
+    """No snapshot was taken and the ring is unchanged: the state is too large, or every image is leased."""
 
-    reason: DeclineReason
-    needed_bytes: int
+    size_bytes: int
+    too_large: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +77,13 @@ class Cadence:
 class SnapshotRing:
     """Snapshots in memory, evicted least recently used first.
 
-    Captures and lookups are for the lane's thread; leases may be released and statistics read from any thread.
+    Captures and lookups are for the lane's thread; leases may be released from any thread.
 
     Args:
         bytes_max: memory held at most, alignment included.
         entries_max: images held at most.
-        seal: whether `capture` records the digest, in the caller's thread. Without it a restore seals the image, and
-            its verification proves only that the copy was correct.
+        seal: whether `capture` records the digest. Without it a restore seals the image, and its verification proves
+            only that the copy was correct.
     """
 
     def __init__(self, *, bytes_max: int, entries_max: int, seal: bool) -> None:
@@ -114,32 +94,36 @@ class SnapshotRing:
         self._slots: list[_Slot] = []  # least recently used first
         self._hits = self._misses = self._snapshots = self._declined = self._evictions = 0
 
-    def capture(self, state: TrainingState) -> Captured | Declined:
-        """Copies the live state into the ring, replacing a snapshot of the same step. Synchronises.
+    def capture(self, state: TrainingState) -> Position | Declined:
+        """Copies the state into the ring, which synchronises, and returns its position.
 
-        Declines a state that does not fit; this is not an error, since checkpoints on disk remain.
+        Replaces the snapshot of the same step. Memory is allocated only while the ring fills, and when the layout has
+        changed.
 
         Raises:
-            StateUnsupportedError: something in the state has no faithful form.
+            StateUnsupportedError: something in the state cannot be captured. The ring is unchanged.
         """
         survey = state.survey()
-        values = survey.json()
-        specs = specs_of(survey.tensors)
-        needed_bytes = arena_bytes(specs) + len(values)
+        values, specs = survey.json(), specs_of(survey.tensors)
+        size_bytes = arena_bytes(specs) + len(values)
         with self._lock:
-            slot = self._place(specs, needed_bytes, survey.position.global_step)
-        if isinstance(slot, DeclineReason):
-            self._declined += 1
-            return Declined(slot, needed_bytes)
-        allocated = slot.arena is None
-        if slot.arena is None:
-            slot.arena = Arena(specs, pinned=any(tensor.is_cuda for tensor in survey.tensors.values()))
-        image = slot.arena.fill(survey.position, survey.tensors, values)
+            removed = self._make_room(size_bytes, survey.position.global_step)
+            if removed is None:
+                self._declined += 1
+                return Declined(size_bytes, too_large=size_bytes > self._bytes_max)
+        arena = next((slot.arena for slot in removed if slot.arena.specs == specs), None)
+        del removed  # frees their memory before more is allocated
+        if arena is None:
+            arena = Arena(specs, pinned=any(tensor.is_cuda for tensor in survey.tensors.values()))
+        slot = _Slot(arena, arena.fill(survey.position, survey.tensors, values), size_bytes)
         if self._seal:
-            image.seal()
+            slot.image.seal()
         with self._lock:
-            evicted = self._list(slot, image, needed_bytes)
-        return Captured(survey.position, needed_bytes, allocated, evicted)
+            for other in self._slots:  # a leased snapshot of this step keeps its memory but is not restored any more
+                other.listed = other.listed and other.global_step != slot.global_step
+            self._slots.append(slot)
+            self._snapshots += 1
+        return survey.position
 
     def lookup(self, at_or_before: int | None = None) -> Lease | None:
         """Leases the newest snapshot at or before a step (None: of all), and counts a hit or a miss."""
@@ -160,20 +144,20 @@ class SnapshotRing:
             slot = next((s for s in self._slots if s.listed and s.global_step == global_step), None)
             return None if slot is None else self._lease(slot)
 
-    def forget_after(self, global_step: int) -> int:
-        """Drops the snapshots of later steps, which a rollback has invalidated, and returns their number."""
+    def forget_after(self, global_step: int) -> None:
+        """Drops the snapshots of later steps, which a rollback has invalidated."""
         with self._lock:
-            later = [slot for slot in self._slots if slot.listed and slot.global_step > global_step]
-            for slot in later:
-                slot.listed = False
-            return len(later)
+            for slot in self._slots:
+                slot.listed = slot.listed and slot.global_step <= global_step
 
     def snapshots(self) -> tuple[SnapshotInfo, ...]:
         """Returns the restorable snapshots, oldest step first."""
         with self._lock:
-            images = [(slot.image, slot.size_bytes) for slot in self._slots if slot.listed and slot.image is not None]
-        infos = [SnapshotInfo(i.position, size, i.sealed.total if i.sealed else None) for i, size in images]
-        return tuple(sorted(infos, key=lambda info: info.position.global_step))
+            listed = sorted((slot for slot in self._slots if slot.listed), key=lambda slot: slot.global_step)
+        return tuple(
+            SnapshotInfo(slot.image.position, slot.size_bytes, slot.image.sealed.total if slot.image.sealed else None)
+            for slot in listed
+        )
 
     def statistics(self) -> SnapshotStatistics:
         """Returns counters and sizes."""
@@ -189,56 +173,34 @@ class SnapshotRing:
                 evictions=self._evictions,
             )
 
-    @property
-    def leases(self) -> int:
-        """Number of leases that have not been released."""
-        with self._lock:
-            return sum(slot.leases for slot in self._slots)
+    def _make_room(self, size_bytes: int, global_step: int) -> list[_Slot] | None:
+        """Removes slots until the size fits, and returns them; None, with the ring unchanged, if it does not fit.
 
-    def _place(self, specs: tuple[TensorSpec, ...], needed_bytes: int, global_step: int) -> _Slot | DeclineReason:
-        """Makes room and returns a slot outside the ring, with memory of the same layout if a removed slot had it."""
-        if needed_bytes > self._bytes_max:
-            return DeclineReason.TOO_LARGE
-        fresh = _Slot(specs)
-        unneeded, others = self._expendable(global_step)
-        if not unneeded and self._fits(needed_bytes, self._slots):
-            return fresh
-        kept = list(self._slots)
-        for slot in [*unneeded, *others]:
-            kept.remove(slot)
-            fresh.take_over(slot)
-            if self._fits(needed_bytes, kept):
-                self._slots = kept
-                return fresh
-        return DeclineReason.ALL_LEASED
-
-    def _expendable(self, global_step: int) -> tuple[list[_Slot], list[_Slot]]:
-        """Returns the unleased slots that a new snapshot of this step replaces, and the others in eviction order."""
-        free = [slot for slot in self._slots if slot.leases == 0]
-        same_step = [slot for slot in free if slot.listed and slot.global_step == global_step]
-        spare = [slot for slot in free if not slot.listed]
-        others = [slot for slot in free if slot.listed and slot.global_step != global_step]
-        return [*same_step, *spare], others
-
-    def _fits(self, needed_bytes: int, slots: list[_Slot]) -> bool:
-        held_bytes = sum(slot.size_bytes for slot in slots)
-        return len(slots) < self._entries_max and held_bytes + needed_bytes <= self._bytes_max
-
-    def _list(self, slot: _Slot, image: StateImage, size_bytes: int) -> tuple[int, ...]:
-        slot.image, slot.size_bytes, slot.listed = image, size_bytes, True
-        slot.global_step = image.position.global_step
-        for other in self._slots:  # a leased snapshot of this step keeps its memory but is not restored any more
-            other.listed = other.listed and other.global_step != slot.global_step
-        self._slots.append(slot)
-        evicted = tuple(step for step in slot.replaces if step != slot.global_step)
-        slot.replaces.clear()
-        self._snapshots += 1
-        self._evictions += len(evicted)
-        return evicted
-
-    def _lease(self, slot: _Slot) -> Lease | None:
-        if slot.image is None:
+        Slots that a snapshot of this step makes unneeded go first, then the least recently used ones.
+        """
+        if size_bytes > self._bytes_max:
             return None
+        free = [slot for slot in self._slots if slot.leases == 0]
+        unneeded = [slot for slot in free if not slot.listed or slot.global_step == global_step]
+        evictable = [slot for slot in free if slot not in unneeded]
+        candidates = iter([*sorted(unneeded, key=lambda slot: not slot.listed), *evictable])
+        kept, removed = list(self._slots), list[_Slot]()
+        # One unneeded slot is removed even if there is room, so that its memory is used again.
+        while (unneeded and not removed) or not self._fits(size_bytes, kept):
+            slot = next(candidates, None)
+            if slot is None:
+                return None
+            kept.remove(slot)
+            removed.append(slot)
+        self._slots = kept
+        self._evictions += sum(slot in evictable for slot in removed)
+        return removed
+
+    def _fits(self, size_bytes: int, slots: list[_Slot]) -> bool:
+        held_bytes = sum(slot.size_bytes for slot in slots)
+        return len(slots) < self._entries_max and held_bytes + size_bytes <= self._bytes_max
+
+    def _lease(self, slot: _Slot) -> Lease:
         slot.leases += 1
         return Lease(slot.image, partial(self._release, slot))
 
@@ -247,22 +209,16 @@ class SnapshotRing:
             slot.leases -= 1
 
 
+@dataclass(slots=True, eq=False)
 class _Slot:
     """One place in the ring. If not listed, it is spare memory or an image that only lease holders use."""
 
-    def __init__(self, specs: tuple[TensorSpec, ...]) -> None:
-        self.specs = specs
-        self.arena: Arena | None = None
-        self.image: StateImage | None = None
-        self.size_bytes = 0
-        self.global_step = -1
-        self.listed = False
-        self.leases = 0
-        self.replaces: list[int] = []
+    arena: Arena
+    image: StateImage
+    size_bytes: int
+    listed: bool = True
+    leases: int = 0
 
-    def take_over(self, other: _Slot) -> None:
-        """Replaces another slot, and uses its memory if the layout is the same and none has been taken over yet."""
-        if self.arena is None and other.specs == self.specs:
-            self.arena = other.arena
-        if other.listed:
-            self.replaces.append(other.global_step)
+    @property
+    def global_step(self) -> int:
+        return self.image.position.global_step

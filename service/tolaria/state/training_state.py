@@ -1,8 +1,7 @@
 """The training state, defined once: its parts, the name of each tensor, and its digest.
 
-Snapshot, checkpoint and restore are views of `TrainingState.survey`. Tensors are named `parameter/<name>`,
-`buffer/<name>` (persistent or not), `state/<parameter>/<key>` (optimizer state), `group/<index>/<option>` (parameter
-group options that are tensors) and `rng/<generator>`, and sorted by name. At a step boundary there are no gradients.
+Tensors are named `parameter/<name>`, `buffer/<name>` (persistent or not), `state/<parameter>/<key>` (optimizer state),
+`group/<index>/<option>` (parameter group options that are tensors) and `rng/<generator>`, and sorted by name.
 """
 
 from __future__ import annotations
@@ -18,9 +17,18 @@ from torch import Tensor, nn
 
 from tolaria.errors import StateUnsupportedError
 from tolaria.images.image import StateImage, canonical_json
-from tolaria.images.specs import Fingerprint
-from tolaria.state.digest import fingerprint
-from tolaria.state.encoding import TENSOR_KEY, Arena, PutTensor, capture_rngs, encode, encode_plain, specs_of
+from tolaria.images.specs import Fingerprint, combine
+from tolaria.state.encoding import (
+    TENSOR_KEY,
+    Arena,
+    PutTensor,
+    capture_rngs,
+    encode,
+    encode_plain,
+    packed_bytes,
+    spec_of,
+    specs_of,
+)
 from tolaria.values.training import Position
 
 
@@ -84,7 +92,7 @@ class TrainingState:
                 raise StateUnsupportedError(name, "the module has extra state beside parameters and buffers")
 
     def survey(self) -> Survey:
-        """Names everything. Copies no tensor except the generators', for which it synchronises with CUDA.
+        """Lists the whole state. Copies no tensor except the generators', for which it synchronises with CUDA.
 
         Raises:
             StateUnsupportedError: something in the state has no faithful form.
@@ -92,9 +100,10 @@ class TrainingState:
         return _Surveyor(self).survey()
 
     def fingerprint(self) -> Fingerprint:
-        """Returns the digests of the live state. Reads every byte; synchronises."""
+        """Returns the digests of the live state, equal to those of an image of it. Reads every byte; synchronises."""
         survey = self.survey()
-        return fingerprint(survey.tensors, survey.json())
+        digests = {name: spec_of(name, tensor).digest(packed_bytes(tensor)) for name, tensor in survey.tensors.items()}
+        return combine(digests, survey.json())
 
     def copy(self) -> StateImage:
         """Returns an unsealed image in newly allocated host memory. Synchronises."""
@@ -143,14 +152,12 @@ class _Surveyor:
             self._put(f"parameter/{name}", parameter)
         for name, buffer in self._live.model.named_buffers():
             self._put(f"buffer/{_eager_name(name)}", whole(buffer))
-        topology = self._state.topology
+        topology, parts = self._state.topology, self._state.parts
         rng_tensors, rng_values = capture_rngs()
         values: dict[str, JsonValue] = {
             "position": asdict(self._live.position),
             "optimizer": self._optimizer(),
-            "parts": {
-                name: encode_plain(part.state_dict(), f"parts/{name}") for name, part in self._state.parts.items()
-            },
+            "parts": {name: encode_plain(part.state_dict(), f"parts/{name}") for name, part in parts.items()},
             "topology": None if topology is None else encode_plain(topology.state_dict(), "topology"),
             "rng": rng_values,
         }
@@ -160,24 +167,16 @@ class _Surveyor:
 
     def _optimizer(self) -> JsonValue:
         optimizer = self._live.optimizer
-        groups: list[JsonValue] = [
-            {
-                "parameters": [self._names[p] for p in group["params"]],
-                "options": {
-                    key: encode(value, f"group/{index}/{key}", self._put)
-                    for key, value in group.items()
-                    if key != "params"
-                },
-            }
-            for index, group in enumerate(optimizer.param_groups)
-        ]
+        groups: list[JsonValue] = []
+        for index, group in enumerate(optimizer.param_groups):
+            options = {key: value for key, value in group.items() if key != "params"}
+            parameters: list[JsonValue] = [self._names[parameter] for parameter in group["params"]]
+            groups.append({"parameters": parameters, "options": encode(options, f"group/{index}", self._put)})
         state: dict[str, JsonValue] = {}
         for parameter, entries in optimizer.state.items():
             name = self._names.get(parameter)
             if name is None:
-                raise StateUnsupportedError(
-                    "optimizer", "its state has an entry that belongs to none of its parameters"
-                )
+                raise StateUnsupportedError("optimizer", "its state has an entry of an unknown parameter")
             state[name] = encode(dict(entries), f"state/{name}", self._put_beside(parameter))
         return {"kind": type(optimizer).__name__, "groups": groups, "state": state}
 

@@ -9,8 +9,8 @@ import pytest
 
 import tolaria
 from tolaria.checkpoint.format import Manifest
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import open_storage
+from tolaria.checkpoint.store import Retention
 from tolaria.errors import NoCheckpointError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import pytest
 from tolaria.checkpoint import inspection as inspection_module
 from tolaria.checkpoint.format import Manifest, read_checkpoint, write_checkpoint
 from tolaria.checkpoint.inspection import Condition, Finding, inspect_storage
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import Retention
 from tolaria.errors import JournalUnavailableError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.rows import CheckpointRow

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from tolaria.checkpoint.inspection import Condition, inspect_storage
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import JOURNAL, open_storage
-from tolaria.checkpoint.store import Recovery
+from tolaria.checkpoint.store import Repairs, Retention
 from tolaria.journal.reader import read_journal
 from tolaria.journal.rows import AdminActionRow, CheckpointRow, CommandRow, RunRow
 from tolaria.state.encoding import spec_of, tensor_view
@@ -58,9 +57,8 @@ def test_the_state_of_version_0_1_0_is_opened_and_loaded(old_state: Path) -> Non
     retention = Retention(last=3, best="highest")
     storage = open_storage(old_state, run_id="2e10f889c48b", retention=retention)
     with storage.journal:
-        assert (storage.journal_damage, storage.recovery) == (None, Recovery((), (), ()))
+        assert (storage.journal_damage, storage.repairs) == (None, Repairs((), (), ()))
         assert {row.global_step: row.digest for row in storage.checkpoints.restore_points()} == DIGESTS
-        assert [storage.checkpoints.verify(row) for row in storage.checkpoints.restore_points()] == [None] * 3
         assert [incident.kind for incident in storage.journal.incidents(10)] == ["rollback", "emergency", "rollback"]
         assert storage.journal.find(AdminActionRow, "2eddd1ff-fed4-4b03-8c3d-e22b5216f3b8") is not None
         loaded = storage.checkpoints.load_newest()

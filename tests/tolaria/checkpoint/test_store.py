@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tolaria.checkpoint.format import Manifest, write_checkpoint
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import Storage, open_storage
-from tolaria.checkpoint.store import LoadedCheckpoint
+from tolaria.checkpoint.store import LoadedCheckpoint, Retention
 from tolaria.errors import JournalUnavailableError, NoCheckpointError, RestoreAbandonedError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.rows import CheckpointRow, FaultRow, Row
@@ -69,7 +68,7 @@ def test_superseded_checkpoints_are_not_loaded(storage: Storage, training: Train
     """After a rollback later checkpoints are neither loaded nor listed; the next write removes them."""
     for step in (10, 20, 30):
         write(storage, training, step)
-    assert storage.checkpoints.supersede_after(10) == 2
+    storage.checkpoints.supersede_after(10)
     assert (steps(storage), load(storage).row.global_step) == ([10], 10)
     write(storage, training, 20)
     assert (steps(storage), load(storage).row.global_step) == ([10, 20], 20)
@@ -91,7 +90,6 @@ def test_a_damaged_checkpoint_is_quarantined_and_the_next_older_loaded(
             path.unlink()
         case _:
             path.write_bytes({"flip": flipped, "cut": content[:-1], "longer": content + b" "}[harm])
-    assert storage.checkpoints.verify(row) is not None
     loaded = load(storage)
     assert loaded.row.global_step == 1
     assert [(d.stage, d.quarantined) for d in loaded.damaged] == [(Path(name).stem, True)]
@@ -130,7 +128,7 @@ def test_a_load_past_its_deadline_is_abandoned(storage: Storage, training: Train
     assert load(storage).row.global_step == 1
 
 
-def test_recovery_makes_directory_and_journal_agree(tmp_path: Path, training: Training) -> None:
+def test_repair_makes_directory_and_journal_agree(tmp_path: Path, training: Training) -> None:
     """Directories without a row are adopted, leftovers removed, rows without a directory marked missing."""
     storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
     with storage.journal:
@@ -139,14 +137,14 @@ def test_recovery_makes_directory_and_journal_agree(tmp_path: Path, training: Tr
         path.unlink()
     storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
     with storage.journal:
-        assert storage.recovery.adopted == (kept.checkpoint_id, lost.checkpoint_id)
+        assert storage.repairs.adopted == (kept.checkpoint_id, lost.checkpoint_id)
         assert storage.checkpoints.restore_points() == (kept, lost)
     shutil.rmtree(tmp_path / "checkpoints" / lost.checkpoint_id)
     (tmp_path / "checkpoints" / ".partial-x").mkdir()
     storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
     with storage.journal:
-        assert storage.recovery.missing == (lost.checkpoint_id,)
-        assert storage.recovery.removed == (".partial-x",)
+        assert storage.repairs.missing == (lost.checkpoint_id,)
+        assert storage.repairs.removed == (".partial-x",)
         assert steps(storage) == on_disk(tmp_path) == [1]
 
 
@@ -183,7 +181,7 @@ def test_runs_that_share_a_directory_are_separate(tmp_path: Path, training: Trai
         other = storage.for_run("b")
         with pytest.raises(NoCheckpointError):
             load(other)
-        assert other.checkpoints.supersede_after(0) == 0
+        other.checkpoints.supersede_after(0)
         assert steps(storage) == [10, 20]
         write(other, training, 5)
         assert (steps(storage), steps(other), on_disk(tmp_path)) == ([20], [5], [5, 20])
@@ -212,3 +210,56 @@ def test_a_damaged_checkpoint_is_skipped_when_the_journal_cannot_be_written(
 
     monkeypatch.setattr(storage.journal, "put", full)
     assert load(storage).row.global_step == 10
+
+
+# -- retention --------------------------------------------------------------------------------------------------------
+
+HIGHEST = Retention(last=3, best="highest")
+LOWEST = Retention(last=3, best="lowest")
+
+
+def rows_of(*described: tuple[int, float | None]) -> tuple[CheckpointRow, ...]:
+    """Rows with these steps and metrics."""
+    return tuple(CheckpointRow(f"c{step}", step, "r", step, 1, 1, "d", metric) for step, metric in described)
+
+
+@pytest.mark.parametrize(
+    ("described", "retention", "kept"),
+    [
+        ([], HIGHEST, []),
+        ([(1, None), (2, None), (3, None), (4, None)], HIGHEST, [2, 3, 4]),
+        ([(1, 0.9), (2, 0.1), (3, 0.2), (4, 0.3), (5, 0.4)], HIGHEST, [1, 3, 4, 5]),
+        ([(1, 0.9), (2, 0.1), (3, 0.2), (4, 0.3), (5, 0.4)], LOWEST, [2, 3, 4, 5]),
+        ([(1, 0.9), (2, 0.9), (3, 0.2), (4, 0.3), (5, 0.4)], HIGHEST, [2, 3, 4, 5]),
+        ([(1, 0.9), (2, 0.1)], Retention(last=1, best="highest"), [1, 2]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(
+    described: list[tuple[int, float | None]], retention: Retention, kept: list[int]
+) -> None:
+    """Of equally good checkpoints the newest is best; without a metric none is."""
+    assert sorted(row.global_step for row in retention.kept(rows_of(*described), run_id="r")) == kept
+
+
+def rows_of_runs(described: str) -> tuple[CheckpointRow, ...]:
+    """One row for each letter, which is its run: oldest first, each with a lower metric than the one before."""
+    return tuple(CheckpointRow(f"{run}{n}", n, run, n, 1, 1, "d", -float(n)) for n, run in enumerate(described))
+
+
+@pytest.mark.parametrize(
+    ("described", "kept"),
+    [
+        ("", ""),
+        ("aaaa", "a0 a2 a3"),
+        ("bbbaaa", "a3 a4 a5 b0 b2"),
+        ("bcdeaaa", "a4 a5 a6 d2 e3"),
+        ("bbcdea", "a5 d3 e4"),
+        ("bcab", "a2 b0 b3 c1"),
+        ("bbcc", "b0 b1 c2 c3"),
+    ],
+)
+def test_other_runs_keep_their_newest_and_best(described: str, kept: str) -> None:
+    """Only the newest other runs count, however many checkpoints the active run `a` has."""
+    retention = Retention(last=2, best="highest", other_runs=2)
+    found = retention.kept(rows_of_runs(described), run_id="a")
+    assert " ".join(sorted(row.checkpoint_id for row in found)) == kept

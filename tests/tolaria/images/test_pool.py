@@ -55,15 +55,6 @@ def test_discarding_releases_the_lease() -> None:
     assert (released, len(pool)) == ([1], 0)
 
 
-def test_clearing_releases_all_leases() -> None:
-    """The pool is empty afterwards."""
-    pool, released = ImagePool(), list[int]()
-    for number in range(3):
-        pool.put(Lease(new_image(), lambda number=number: released.append(number)))  # type: ignore[misc] # lambda default
-    pool.clear()
-    assert (sorted(released), len(pool)) == ([0, 1, 2], 0)
-
-
 def test_threads_share_a_pool() -> None:
     """Images that several threads put all arrive under different ids."""
     pool, ids = ImagePool(), list[int]()

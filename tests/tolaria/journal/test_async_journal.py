@@ -15,6 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from tolaria.errors import JournalUnavailableError
+from tolaria.journal import async_journal as async_journal_module
 from tolaria.journal.async_journal import LOG_INTERVAL_S, RETRY_S_MAX, RETRY_S_MIN, AsyncJournal
 from tolaria.journal.database import Journal
 from tolaria.journal.rows import AdminActionRow, CommandRow, EmergencyRow, FaultRow, Row
@@ -159,7 +160,7 @@ async def test_a_row_put_is_not_overwritten_by_its_older_version(journal: GatedJ
 
 
 async def test_a_full_disk_loses_nothing_and_is_reported(
-    journal: GatedJournal, limit_pages: Callable[[int], None]
+    journal: GatedJournal, limit_pages: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows wait while retries become less frequent; once there is space, all are written in order."""
 
@@ -168,7 +169,8 @@ async def test_a_full_disk_loses_nothing_and_is_reported(
             limit_pages(TABLE_PAGES)
 
     sleep = RecordedSleep(free_space)
-    async_journal = AsyncJournal(journal, "run", sleep=sleep)
+    monkeypatch.setattr(async_journal_module, "sleep", sleep)
+    async_journal = AsyncJournal(journal, "run")
     await anyio.to_thread.run_sync(limit_pages, 1)
     for number in range(3):
         async_journal.note(fault(f"f{number}"))
@@ -187,10 +189,13 @@ async def test_a_full_disk_loses_nothing_and_is_reported(
     assert [line["event"] for line in logs] == ["journal_failing", "journal_written_again"]
 
 
-async def test_beyond_the_limit_commands_are_dropped_first(journal: GatedJournal) -> None:
+async def test_beyond_the_limit_commands_are_dropped_first(
+    journal: GatedJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The newest rows stay, faults before commands; each lost row counts; losses are logged once a minute."""
     now_s = 100.0
-    async_journal = AsyncJournal(journal, "run", rows_max=3, clock=lambda: now_s)
+    monkeypatch.setattr(async_journal_module, "ROWS_MAX", 3)
+    async_journal = AsyncJournal(journal, "run", clock=lambda: now_s)
     with capture_logs() as logs:
         for row in (fault("f0"), fault("f1"), command("c0"), command("c1"), fault("f2")):
             async_journal.note(row)

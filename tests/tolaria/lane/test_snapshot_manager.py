@@ -183,7 +183,7 @@ def test_a_part_that_cannot_load_its_own_state_ends_the_lane(monkeypatch: pytest
         raise ValueError("odd")
 
     monkeypatch.setattr(TensorCursor, "load_state_dict", refuse)
-    with pytest.raises(RuntimeError, match="refuses the state that it had itself"):
+    with pytest.raises(RuntimeError, match="does not load its own previous state"):
         run.restore(3, image)
 
 

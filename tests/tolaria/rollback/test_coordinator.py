@@ -10,8 +10,8 @@ from support.rollbacks import (
     FakeRestorer,
     Said,
     Tier,
+    budget_of,
     new_rollback,
-    policy_of,
     restored,
 )
 from tolaria.errors import (
@@ -40,7 +40,7 @@ NO = Said(accepted=False, detail="no")
 
 async def test_a_rollback_with_all_participants() -> None:
     """Each phase calls Tamiyo, then Kasmina, then the lane; the outcome, the row and the board agree."""
-    parts = CoordinatedParts(policy=policy_of(30.0, 60.0))
+    parts = CoordinatedParts(settings=budget_of(30.0, 60.0))
     rollback = await parts.run()
     assert parts.log == [
         "tamiyo prepare",
@@ -269,5 +269,5 @@ async def test_an_unexpected_error_leaves_nothing_half_done() -> None:
 
 def test_every_participant_has_a_share() -> None:
     """A participant without a share of the budget is rejected when the coordinator is built."""
-    with pytest.raises(ValueError, match="kasmina"):
-        CoordinatedParts(policy=policy_of(1.0, 1.0, {"tamiyo": 0.5, "tolaria": 0.5}))
+    with pytest.raises(ValueError, match="simic, tolaria"):
+        CoordinatedParts(peers=("tamiyo", "tolaria", "simic"))

@@ -15,22 +15,23 @@ from support.rollbacks import (
     CoordinatedParts,
     FakeParticipant,
     FakeRestorer,
+    budget_of,
     new_rollback,
-    policy_of,
     restored,
 )
+from tolaria.config import RollbackSettings
 from tolaria.errors import RestoreAbandonedError, StateMismatchError
-from tolaria.rollback.protocol import Call, Ending, Rollback, RollbackPolicy, VoteOutcome
+from tolaria.rollback.protocol import Call, Ending, Rollback, VoteOutcome
 from tolaria.signals import RollbackState
 
 pytestmark = pytest.mark.anyio
 
-SHORT = policy_of(0.2, 0.2)
+SHORT = budget_of(0.2, 0.2)
 
 
-def hanging(policy: RollbackPolicy) -> CoordinatedParts:
+def hanging(settings: RollbackSettings) -> CoordinatedParts:
     """A coordinator whose lane never reaches a step boundary."""
-    parts = CoordinatedParts(policy=policy)
+    parts = CoordinatedParts(settings=settings)
     parts.restorer.work = parts.restorer.hangs
     return parts
 
@@ -70,7 +71,7 @@ async def test_a_copy_that_began_in_time_is_waited_for() -> None:
             await anyio.sleep(0.005)
         restored(rollback)
 
-    parts = CoordinatedParts(policy=SHORT, restorer=FakeRestorer(copies_slowly))
+    parts = CoordinatedParts(settings=SHORT, restorer=FakeRestorer(copies_slowly))
     rollback = await parts.run()
     assert rollback.restore_begun
     assert (rollback.ending, rollback.restored_step) == (Ending.RESTORED, 40)
@@ -79,7 +80,7 @@ async def test_a_copy_that_began_in_time_is_waited_for() -> None:
 
 async def test_the_search_for_a_restore_point_is_bounded() -> None:
     """A disk that does not answer costs no more than the budget."""
-    parts = CoordinatedParts(policy=SHORT)
+    parts = CoordinatedParts(settings=SHORT)
     parts.restorer.finds = False
     rollback = await parts.run()
     assert rollback.ending is Ending.DEADLINE_EXCEEDED
@@ -92,7 +93,7 @@ async def test_the_search_for_a_restore_point_is_bounded() -> None:
 async def test_a_silent_peer_costs_only_its_own_share(punctual: bool) -> None:
     """It is cut off at its share and not called again; the others and the lane still have theirs."""
     tamiyo = FakeParticipant({Call.PREPARE: None}, punctual=punctual)
-    parts = CoordinatedParts(policy=policy_of(1.0, 1.0), tamiyo=tamiyo)
+    parts = CoordinatedParts(settings=budget_of(1.0, 1.0), tamiyo=tamiyo)
     rollback = await parts.run()
     assert (rollback.ending, rollback.coordinated) == (Ending.RESTORED, True)
     ((call, request),) = tamiyo.calls
@@ -106,12 +107,11 @@ async def test_a_silent_peer_costs_only_its_own_share(punctual: bool) -> None:
 
 async def test_a_share_is_for_all_calls_together() -> None:
     """Time that prepare took is missing at commit; without any left there is no call."""
-    policy = policy_of(10.0, 10.0, {"tamiyo": 0.005, "kasmina": 0.3, "tolaria": 0.5})
     tamiyo = FakeParticipant({Call.COMMIT: None})
-    parts = CoordinatedParts(policy=policy, tamiyo=tamiyo)
+    parts = CoordinatedParts(settings=budget_of(1.0, 1.0), tamiyo=tamiyo)
     rollback = await parts.run()
     timeouts_s = {call: request.timeout_s for call, request in tamiyo.calls}
-    assert timeouts_s[Call.PREPARE] == pytest.approx(0.05)
+    assert timeouts_s[Call.PREPARE] == pytest.approx(0.3)
     assert 0 < timeouts_s[Call.COMMIT] < timeouts_s[Call.PREPARE]
     kasmina_s = [request.timeout_s for _, request in parts.kasmina.calls]
     assert kasmina_s == sorted(kasmina_s, reverse=True)
@@ -136,7 +136,7 @@ async def test_a_rollback_cancelled_before_the_copy_is_aborted() -> None:
         inside.set()
         await parts.restorer.hangs(rollback)
 
-    parts = CoordinatedParts(policy=GENEROUS, restorer=FakeRestorer(hangs))
+    parts = CoordinatedParts(settings=GENEROUS, restorer=FakeRestorer(hangs))
     rollback = await run_until_cancelled(parts, inside)
     assert parts.restorer.forbidden
     assert parts.kasmina.called[-1] is Call.ABORT
@@ -159,7 +159,7 @@ async def test_a_rollback_cancelled_during_the_copy_is_completed() -> None:
         finished = True
         restored(rollback)
 
-    parts = CoordinatedParts(policy=GENEROUS, restorer=FakeRestorer(copies))
+    parts = CoordinatedParts(settings=GENEROUS, restorer=FakeRestorer(copies))
     await run_until_cancelled(parts, inside)
     assert finished
     assert [(row.outcome, row.restored_step) for row in parts.journal.rollbacks] == [("restored", 40)]
@@ -177,7 +177,7 @@ async def test_a_restore_that_fails_while_the_caller_is_cancelled_has_failed() -
             await anyio.lowlevel.checkpoint()
         raise StateMismatchError(["parameter/w: missing"])
 
-    parts = CoordinatedParts(policy=GENEROUS, restorer=FakeRestorer(fails))
+    parts = CoordinatedParts(settings=GENEROUS, restorer=FakeRestorer(fails))
     rollback = await run_until_cancelled(parts, inside)
     assert rollback.ending is Ending.FAILED
     assert isinstance(rollback.error, StateMismatchError)
@@ -185,7 +185,7 @@ async def test_a_restore_that_fails_while_the_caller_is_cancelled_has_failed() -
 
 async def test_a_rollback_cancelled_while_it_is_confirmed_is_restored() -> None:
     """The state is restored by then, and no participant gets an abort."""
-    parts = CoordinatedParts(policy=GENEROUS, tamiyo=FakeParticipant({Call.CONFIRM: None}))
+    parts = CoordinatedParts(settings=GENEROUS, tamiyo=FakeParticipant({Call.CONFIRM: None}))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(parts.run)
         while Call.CONFIRM not in parts.tamiyo.called:
@@ -205,7 +205,7 @@ async def test_a_task_cancelled_directly_during_the_copy_has_failed() -> None:
         inside.set()
         await parts.restorer.hangs(rollback)
 
-    parts = CoordinatedParts(policy=GENEROUS, restorer=FakeRestorer(copies))
+    parts = CoordinatedParts(settings=GENEROUS, restorer=FakeRestorer(copies))
     task = asyncio.ensure_future(parts.run())
     await inside.wait()
     task.cancel()
@@ -245,7 +245,7 @@ async def test_a_thread_and_a_deadline_always_agree() -> None:
     """With a lane that copies right around the deadline, a copy is made if and only if it is reported."""
     for attempt in range(40):
         restorer = ThreadedRestorer((attempt - 20) * 1e-4)
-        parts = CoordinatedParts(policy=policy_of(0.01, 0.01), restorer=restorer)
+        parts = CoordinatedParts(settings=budget_of(0.01, 0.01), restorer=restorer)
         rollback = await parts.run()
         for thread in restorer.threads:
             await anyio.to_thread.run_sync(thread.join)

@@ -9,21 +9,17 @@ import anyio.to_thread
 import pytest
 
 from faults.small_training import Training
-from leyline.v1.enums_pb2 import (
-    ROLLBACK_TIER_FAST,
-    ROLLBACK_TIER_FULL,
-    ROLLBACK_TIER_UNSPECIFIED,
-    RollbackTier,
-)
-from support.rollbacks import FakeBoard, policy_of
-from tolaria.checkpoint.retention import Retention
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
+from support.rollbacks import FakeBoard, budget_of
 from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import Retention
+from tolaria.config import RollbackSettings
 from tolaria.images.pool import Lease
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import RollbackRow
 from tolaria.lane.commands import RestoreGate
 from tolaria.rollback.coordinator import RollbackCoordinator
-from tolaria.rollback.protocol import Ending, Rollback, RollbackPolicy
+from tolaria.rollback.protocol import Ending, Rollback
 from tolaria.state.restore import stage_restore
 from tolaria.state.snapshots import SnapshotRing
 
@@ -86,13 +82,13 @@ class StateRestorer:
         return Lease(self.storage.checkpoints.load_newest(at_or_before=rollback.target_step).image)
 
 
-async def roll_back(restorer: StateRestorer, tier: RollbackTier.ValueType, policy: RollbackPolicy) -> Rollback:
+async def roll_back(restorer: StateRestorer, tier: RollbackTier.ValueType, settings: RollbackSettings) -> Rollback:
     """Carries a rollback out without peers."""
     coordinator = RollbackCoordinator(
         {},
         restorer,
         run_id="run",
-        policy=policy,
+        settings=settings,
         board=FakeBoard(),
         journal=AsyncJournal(restorer.storage.journal, "run"),
     )
@@ -120,7 +116,7 @@ async def test_training_after_a_rollback_repeats_the_run(
 ) -> None:
     """The two digests are equal, the losses are those of before, and the journal has the row."""
     before = restorer.training.train(6)
-    rollback = await roll_back(restorer, tier, policy_of(30.0, 30.0))
+    rollback = await roll_back(restorer, tier, budget_of(30.0, 30.0))
     assert (rollback.ending, rollback.restored_step) == (Ending.RESTORED, step)
     assert rollback.state_digest == rollback.expected_digest != ""
     assert restorer.training.train(14 - step)[8 - step :] == before
@@ -144,7 +140,7 @@ async def test_past_the_deadline_the_live_state_is_unchanged(
         assert done.wait(10)
 
     restorer.before_copy = wait_for_the_outcome
-    rollback = await roll_back(restorer, tier, policy_of(0.2, 0.2))
+    rollback = await roll_back(restorer, tier, budget_of(0.2, 0.2))
     assert rollback.ending is Ending.DEADLINE_EXCEEDED
     assert staged.is_set()
     done.set()

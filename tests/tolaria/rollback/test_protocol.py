@@ -6,16 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leyline.v1.enums_pb2 import (
-    ROLLBACK_TIER_FAST,
-    ROLLBACK_TIER_FULL,
-    ROLLBACK_TIER_UNSPECIFIED,
-    RollbackTier,
-)
-from support.rollbacks import new_rollback, policy_of, restored
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
+from support.rollbacks import budget_of, new_rollback, restored
+from tolaria.config import RollbackSettings
 from tolaria.errors import StateMismatchError, WrongStateError
 from tolaria.rollback.protocol import (
     ID_BYTES_MAX,
+    SHARES,
     Call,
     Ending,
     RollbackEvent,
@@ -26,6 +23,7 @@ from tolaria.rollback.protocol import (
     next_state,
     rollback_id_of,
     tier_name,
+    total_s,
 )
 from tolaria.signals import RollbackState
 
@@ -77,36 +75,24 @@ def test_a_rollback_begins_only_when_none_is_running(events: list[RollbackEvent]
 
 
 @pytest.mark.parametrize(
-    ("participant", "tier", "share_s"),
-    [
-        ("tamiyo", ROLLBACK_TIER_FAST, 0.15),
-        ("kasmina", ROLLBACK_TIER_FAST, 0.25),
-        ("tolaria", ROLLBACK_TIER_FAST, 0.1),
-        ("tamiyo", ROLLBACK_TIER_FULL, 3.6),
-        ("kasmina", ROLLBACK_TIER_FULL, 6.0),
-        ("tolaria", ROLLBACK_TIER_FULL, 2.4),
-        ("kasmina", ROLLBACK_TIER_UNSPECIFIED, 6.0),
-    ],
+    ("tier", "budget_s"), [(ROLLBACK_TIER_FAST, 0.5), (ROLLBACK_TIER_FULL, 12.0), (ROLLBACK_TIER_UNSPECIFIED, 12.0)]
 )
-def test_shares_of_the_budget(participant: str, tier: RollbackTier.ValueType, share_s: float) -> None:
-    """Shares are 150, 250 and 100 ms of the fast tier, and in proportion of the full one."""
-    assert policy_of(0.5, 12.0).share_s(participant, tier) == pytest.approx(share_s)
+def test_the_budget_of_a_tier(tier: RollbackTier.ValueType, budget_s: float) -> None:
+    """While the tier is unspecified it is the full one's."""
+    assert total_s(budget_of(0.5, 12.0), tier) == budget_s
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"fast_s": 0.0},
-        {"full_s": -1.0},
-        {"shares": {"tamiyo": 1.0}},
-        {"shares": {"tamiyo": 0.9, "tolaria": 0.2}},
-        {"shares": {"tamiyo": 0.0, "tolaria": 0.2}},
-    ],
-)
+def test_shares_of_the_budget() -> None:
+    """Of the fast tier's 500 ms 150, 250 and 100 ms: together the whole budget."""
+    assert SHARES == {"tamiyo": 0.3, "kasmina": 0.5, "tolaria": 0.2}
+    assert sum(SHARES.values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("changed", [{"fast_budget_s": 0.0}, {"full_budget_s": -1.0}])
 def test_impossible_budgets_are_rejected(changed: dict[str, float]) -> None:
-    """Budgets and shares are positive, Tolaria has a share, and the shares are at most 1 together."""
-    with pytest.raises(ValueError, match="must be positive"):
-        policy_of(**{"fast_s": 0.5, "full_s": 12.0, **changed})  # type: ignore[arg-type] # from the table
+    """Budgets are positive."""
+    with pytest.raises(ValueError, match="greater than"):
+        RollbackSettings.model_validate(changed)
 
 
 def votes(*cast: tuple[str, Call, VoteOutcome]) -> list[Vote]:

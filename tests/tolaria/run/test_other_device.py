@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import open_storage
+from tolaria.checkpoint.store import Retention
 from tolaria.config import Settings
 from tolaria.lane.build import build
 

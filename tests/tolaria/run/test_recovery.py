@@ -13,9 +13,8 @@ from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBAC
 from support.disks import FailingDisk
 from support.lanes import FakeLane, small_image, started_client
 from support.rollbacks import FakeBoard, FakeJournal
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import Storage, open_storage
-from tolaria.checkpoint.store import Damage
+from tolaria.checkpoint.store import Damage, Retention
 from tolaria.config import RollbackSettings
 from tolaria.emergency import Trigger
 from tolaria.errors import (
@@ -39,7 +38,7 @@ from tolaria.lane.messages import (
     StepDone,
 )
 from tolaria.rollback.coordinator import RollbackCoordinator
-from tolaria.rollback.protocol import Ending, Rollback, RollbackPolicy
+from tolaria.rollback.protocol import Ending, Rollback
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.health import Health, RateCut, Retreat
 from tolaria.run.observers import RunObserver
@@ -180,7 +179,9 @@ class RecoveryParts:
             {},
             self.restorer,
             run_id="run",
-            policy=RollbackPolicy(budget_s, budget_s, halt_on_deadline),
+            settings=RollbackSettings(
+                fast_budget_s=budget_s, full_budget_s=budget_s, halt_on_deadline=halt_on_deadline
+            ),
             board=FakeBoard(),
             journal=self.journal,
         )
@@ -280,7 +281,7 @@ async def test_a_checkpoint_is_loaded_for_the_lane(storage: Storage, tmp_path: P
     rollback.deadline_s = time.monotonic() + 30
     await parts.restorer.restore(rollback)
     assert positions == [Position(2, 1)]
-    assert [damage.global_step for damage in parts.recorder.damaged] == [5]
+    assert [damage.checkpoint_id for damage in parts.recorder.damaged] == [newest.name]
     assert len(parts.lane.images) == 0
 
 

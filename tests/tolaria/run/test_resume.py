@@ -15,7 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from support.lanes import small_image
-from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.store import Retention
 from tolaria.config import CheckpointSettings, Settings, StateSettings, TrainingSettings
 from tolaria.errors import ConfigurationError, JournalError, JournalUnavailableError, NoCheckpointError, StateHeldError
 from tolaria.filesystem import Filesystem

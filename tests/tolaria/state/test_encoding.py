@@ -9,7 +9,6 @@ import torch
 from tolaria.errors import StateUnsupportedError
 from tolaria.images.image import canonical_json
 from tolaria.images.specs import DTYPE_BYTES
-from tolaria.state.digest import tensor_digest
 from tolaria.state.encoding import (
     DTYPES,
     Arena,
@@ -21,6 +20,11 @@ from tolaria.state.encoding import (
     tensor_view,
 )
 from tolaria.values.training import Position
+
+
+def tensor_digest(name: str, tensor: torch.Tensor) -> str:
+    """The digest of a live tensor."""
+    return spec_of(name, tensor).digest(packed_bytes(tensor))
 
 
 def test_a_digest_covers_name_dtype_and_shape() -> None:

@@ -11,13 +11,12 @@ from pydantic import JsonValue
 from torch import nn
 
 from faults.small_training import new_ring
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import open_storage
+from tolaria.checkpoint.store import Retention
 from tolaria.errors import ImageDamagedError, RestoreAbandonedError, StateMismatchError
 from tolaria.images.image import StateImage
 from tolaria.state.encoding import packed_bytes
 from tolaria.state.restore import stage_restore
-from tolaria.state.snapshots import Captured
 from tolaria.state.training_state import TrainingState
 from tolaria.values.training import Position
 
@@ -40,7 +39,7 @@ def test_training_from_a_snapshot_is_bit_exact(make_training: Make, make_optimiz
     rolled_back = make_training(make_optimizer)
     ring = new_ring(seal=True)
     rolled_back.train(7)
-    assert isinstance(ring.capture(rolled_back.state()), Captured)
+    assert isinstance(ring.capture(rolled_back.state()), Position)
     rolled_back.train(9)
     lease = ring.lookup(10)
     assert lease is not None

@@ -9,6 +9,7 @@ import difflib
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tolaria.config.durability import (
     CheckpointSettings,
@@ -301,8 +302,12 @@ class LeylineSettings(Section):
     """Time for which command_ids are remembered, at least twice freshness_s. 300: five times the default of that."""
 
 
-class Settings(Section):
-    """All sections. Environment variables are named TOLARIA_<SECTION>__<FIELD>."""
+class Settings(BaseSettings):
+    """All sections. Environment variables are named TOLARIA_<SECTION>__<FIELD>; only `load_settings` reads them."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TOLARIA_", env_nested_delimiter="__", extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
 
     service: ServiceSettings = ServiceSettings()
     server: ServerSettings = ServerSettings()
@@ -323,6 +328,17 @@ class Settings(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     profiler: ProfilerSettings = ProfilerSettings()
     leyline: LeylineSettings = LeylineSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - the library gives the signature
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Returns the arguments as the only source of settings that are built directly."""
+        return (init_settings,)
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

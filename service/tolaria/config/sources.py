@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_settings import EnvSettingsSource, SettingsError
 
 from tolaria.config.settings import Settings
 from tolaria.errors import ConfigurationError
@@ -93,12 +94,20 @@ def _read_file(config_file: Path | None) -> _Source:
 
 def _read_environment() -> _Source:
     source = _Source(_ENVIRONMENT)
-    for name in sorted(name for name in os.environ if name.startswith(_PREFIX)):
-        section, separator, field_name = name.removeprefix(_PREFIX).lower().partition("__")
+    texts = []
+    for name in sorted(name for name in os.environ if name.upper().startswith(_PREFIX)):
+        section, separator, field_name = name[len(_PREFIX) :].lower().partition("__")
         if separator:
-            _set_text(source, section, field_name, os.environ[name])
+            texts.append((section, field_name, os.environ[name]))
+            source.values.setdefault(section, {})[field_name] = os.environ[name]
         else:
             source.problems.append(f"{name}: is not TOLARIA_<SECTION>__<FIELD>")
+    try:
+        source.values = _merged(source.values, EnvSettingsSource(Settings)())
+    except SettingsError:  # some text is not JSON; the error does not name the variable
+        source.values = {}
+        for section, field_name, text in texts:
+            _set_text(source, section, field_name, text)
     return source
 
 

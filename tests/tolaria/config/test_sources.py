@@ -33,6 +33,12 @@ def test_command_line_overrides_environment_overrides_file(tmp_path: Path, monke
     assert (training.epochs, training.seed, training.accumulate) == (3, 4, 5)
 
 
+def test_variable_names_are_case_insensitive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable in lower case is the same setting."""
+    monkeypatch.setenv("tolaria_training__epochs", "4")
+    assert load_settings().training.epochs == 4
+
+
 def test_environment_is_read_by_load_settings_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings that are built directly do not depend on the environment."""
     monkeypatch.setenv("TOLARIA_TRAINING__SEED", "4")
@@ -110,6 +116,8 @@ def test_all_problems_are_reported_at_once() -> None:
         ("TOLARIA_TRAINNG__EPOCHS", "3", ["trainng", "unknown section"]),
         ("TOLARIA_EPOCHS", "3", ["TOLARIA_EPOCHS", "TOLARIA_<SECTION>__<FIELD>"]),
         ("TOLARIA_TRAINING__OPTIONS", "{x", ["training.options", "not JSON", "TOLARIA_TRAINING__OPTIONS"]),
+        ("TOLARIA_TRAINING__OPTIONS__WIDTH", "8", ["training.options__width", "unknown field"]),
+        ("tolaria_training__epocs", "3", ["training.epocs", "unknown field"]),
         ("TOLARIA_TRAINING__EPOCHS", "-1", ["training.epochs", "environment TOLARIA_TRAINING__EPOCHS"]),
     ],
 )

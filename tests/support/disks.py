@@ -27,7 +27,7 @@ class FailingDisk(Filesystem):
         """Makes the next `times` calls of this name fail with this errno."""
         self._call, self._code, self._times, self.failed = call, code, times, 0
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Makes all calls succeed again."""
         self._times = 0
 

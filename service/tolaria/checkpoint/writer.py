@@ -26,7 +26,7 @@ EXIT_TIMEOUT_S: Final = 30.0
 """Seconds that leaving the context waits for accepted images: a disk that hangs must not block the process."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)  # without slots: it is weakly referenced
 class RewindMark:
     """The earliest step that the run returned to while an image was being written; None without a rollback.
 

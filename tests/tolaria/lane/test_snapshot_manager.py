@@ -262,8 +262,8 @@ def test_a_state_too_large_for_the_ring_is_reported_once_and_can_still_be_captur
     assert "rollback.memory_mb" in unavailable.reason
     snapshots.step_done(0.001)
     assert not any(isinstance(event, SnapshotsUnavailable) for event in snapshots.take_events())
-    position, lease = snapshots.capture_image()
-    assert position.global_step == lease.image.position.global_step == 0
+    with snapshots.capture_image() as image:
+        assert image.position.global_step == 0
 
 
 def test_images_beyond_the_spare_ones_are_refused() -> None:
@@ -271,11 +271,11 @@ def test_images_beyond_the_spare_ones_are_refused() -> None:
     run = driven()
     run.module.model.register_buffer("ballast", torch.zeros(2**18 + 1))
     snapshots = SnapshotManager(run.module, RollbackSettings(memory_mb=1))
-    leases = [snapshots.capture_image()[1] for _ in range(2)]
+    leases = [snapshots.capture_image() for _ in range(2)]
     with pytest.raises(NoCheckpointError, match="still being written"):
         snapshots.capture_image()
     leases[0].release()
-    snapshots.capture_image()[1].release()
+    snapshots.capture_image().release()
 
 
 def test_a_restore_past_its_deadline_is_not_begun() -> None:

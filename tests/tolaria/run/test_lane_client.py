@@ -15,7 +15,6 @@ from tolaria.lane.messages import (
     Release,
     SkipBatches,
 )
-from tolaria.values.training import Position
 
 pytestmark = pytest.mark.anyio
 
@@ -86,7 +85,7 @@ async def test_an_image_for_a_caller_that_went_away_is_released() -> None:
     (command_id,) = lane.unanswered
     released = list[int]()
     lane.images.discard = released.append  # type: ignore[method-assign] # observes the pool
-    lane.answer(ImageCaptured(Position(0, 0), 3), command_id)
+    lane.answer(ImageCaptured(3), command_id)
     await anyio.wait_all_tasks_blocked()
     assert released == [3]
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, SEED_STAGE_BLENDING, SeedLifecycleStage
+from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING, SeedLifecycleStage
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from tolaria.config import Settings, TrainingSettings
 from tolaria.images.image import StateImage
@@ -126,7 +126,7 @@ class DrivenLane:
     def restore(self, step: int, image: StateImage | None = None) -> Restored:
         """Restores the snapshot of that step, or an image."""
         image_id = 0 if image is None else self.images.put(image)
-        done = self.execute(Restore("r", ROLLBACK_TIER_FAST, step, time.monotonic() + 60, image_id))
+        done = self.execute(Restore(step, time.monotonic() + 60, image_id))
         if done.failure is not None:
             raise done.failure.error()
         assert isinstance(done.result, Restored)

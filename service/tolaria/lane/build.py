@@ -99,18 +99,18 @@ def build(settings: Settings) -> BuiltLane:
         torch.backends.cudnn.benchmark = False
     seed_everything(training.seed)
     job = build_job(training.job, JobContext(training.seed, device, training.options))
-    place = f"training.job {training.job!r}"
+    job_name = f"training.job {training.job!r}"
     try:
         module = _build_module(settings, job, device)
         return BuiltLane(settings, module, SnapshotManager(module, settings.rollback))
     except ScheduleError as error:
         raise ConfigurationError([f"optimizer: {error}"]) from None
     except StateUnsupportedError as error:
-        raise BrokenJobError(f"{place}: its model cannot be rolled back: {error}") from None
+        raise BrokenJobError(f"{job_name}: its model cannot be rolled back: {error}") from None
     except (BrokenJobError, EmptyDatasetError, LossShapeError) as error:
-        raise type(error)(f"{place}: {error}") from error.__cause__
+        raise type(error)(f"{job_name}: {error}") from error.__cause__
     except (OptimizationError, SeedError) as error:
-        raise BrokenJobError(f"{place}: {error}") from None
+        raise BrokenJobError(f"{job_name}: {error}") from None
 
 
 def _build_module(settings: Settings, job: TrainingJob, device: torch.device) -> TrainModule:
@@ -164,7 +164,7 @@ def _try_forward(module: TrainModule, *, backward: bool = False) -> None:
         with module.fast_paths.autocast():
             losses = _call("losses", lambda: checked_losses(job, model, batch, ()))
         if backward:
-            torch.autograd.backward(list(losses.values()))
+            _call("backward", lambda: torch.autograd.backward(list(losses.values())))
         validation = _call("validation_batches", lambda: next(iter(job.validation_batches()), None))
         if validation is None:
             raise EmptyDatasetError("its validation data holds no batch")

@@ -79,7 +79,7 @@ class FastPaths:
     def update_scale(self, *, finite: bool, loss_finite: bool) -> bool:
         """Updates float16's loss scale after a step; returns whether the step was skipped only by its overflow.
 
-        At a scale of 1 an overflow is not the scale's fault. Synchronises after skipped steps.
+        A scale of 1 cannot cause an overflow. Synchronises after skipped steps.
         """
         if self.scaler is None:
             return False
@@ -117,8 +117,8 @@ class FastPaths:
         if self._settings.compile == "off":
             return
         if self._deterministic or (self._settings.compile == "auto" and self._device.type != "cuda"):
-            reason = "the run is deterministic" if self._deterministic else "it does not pay on a CPU"
-            self.fallbacks["compile"] = reason
+            why = "the run is deterministic" if self._deterministic else "it does not pay on a CPU"
+            self.fallbacks["compile"] = why
             return
         model.compile(dynamic=None)
         graphs_before = _compiled_graphs()

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias, get_args
 
-from leyline.v1.enums_pb2 import RollbackTier
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.errors import LaneFailedError, TolariaError, error_fields, error_from_fields
@@ -81,8 +80,6 @@ class Restore:
     Live state changes before `deadline_s` (monotonic seconds) or not at all. Gives up an unfinished step.
     """
 
-    rollback_id: str
-    tier: RollbackTier.ValueType
     target_step: int
     deadline_s: float
     image_id: int = 0

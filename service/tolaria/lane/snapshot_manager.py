@@ -167,8 +167,8 @@ _Groups: TypeAlias = Sequence[tuple[str, Sequence[str], GroupRole]]
 class SeedStructure:
     """The seeds in the model, as the part of the state whose loading changes which parameters and groups exist.
 
-    Before a restore `prepare` names the two structures that may be loaded: the image's, and the present one, to which
-    a failed restore returns.
+    `prepare` names the two structures that may be loaded: the image's, and the present one, to which a failed restore
+    returns.
     """
 
     def __init__(self, seeds: SeedTraining) -> None:
@@ -176,13 +176,11 @@ class SeedStructure:
         self._loadable: list[tuple[Mapping[str, JsonValue], int, _Groups]] = []
 
     def prepare(self, global_step: int, image: StateImage) -> None:
-        """Allows to load the image's structure, and the present one at `global_step`."""
+        """Prepares for loading the image's structure, and the present one at `global_step`."""
         values = cast("dict[str, Any]", json.loads(image.values))
-        rates = values["parts"]["learning_rates"]["groups"]
+        roles = {name: GroupRole(group["role"]) for name, group in values["parts"]["learning_rates"]["groups"].items()}
         named = [(str(group["options"]["name"]), group["parameters"]) for group in values["optimizer"]["groups"]]
-        wanted = [
-            (name, names, GroupRole(rates[name]["role"]) if name in rates else GroupRole.HOST) for name, names in named
-        ]
+        wanted = [(name, names, roles.get(name, GroupRole.HOST)) for name, names in named]
         present = [(plan.name, tuple(plan.parameters), plan.role) for plan in self._seeds.manager.plan()]
         structure = cast("dict[str, JsonValue]", decode_plain(values["topology"]))
         self._loadable = [(structure, image.position.global_step, wanted), (self.state_dict(), global_step, present)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from pydantic import JsonValue
@@ -17,6 +17,8 @@ from tolaria.lane.gradient_merge import GradientMerger
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.state.encoding import capture_rngs, restore_rngs
 from tolaria.values.training import EpochProgress, Position
+
+_StepStart: TypeAlias = tuple[CursorState, EpochProgress, tuple[dict[str, Tensor], dict[str, JsonValue]]]
 
 
 @dataclass(slots=True)
@@ -36,9 +38,9 @@ class SkippedBatches:
 
 
 class TrainModule:
-    """What the lane trains: a job, its model on `device`, its data, and how far they are. Used in one thread at a time.
+    """What the lane trains: a job, its model on `device`, its data and its progress. Used in one thread at a time.
 
-    The progress in the epoch, which no other object holds, is the module's own part of the state.
+    As a part of the state it is the progress in the epoch, which no other object holds.
 
     Attributes:
         global_step: number of completed steps.
@@ -71,9 +73,7 @@ class TrainModule:
         self.global_step = 0
         self.progress = EpochProgress()
         self.skipped = SkippedBatches()
-        self._step_start: tuple[CursorState, EpochProgress, tuple[dict[str, Tensor], dict[str, JsonValue]]] | None = (
-            None
-        )
+        self._step_start: _StepStart | None = None
         self.refresh()
 
     @property

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 
 import pytest
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
 from support.lane_driver import driven, seed
 from tolaria.errors import (
     AdjustmentRefusedError,
@@ -38,7 +37,7 @@ from tolaria.values.optimization import Adjustment
 from tolaria.values.training import Position
 
 SEEDS = ReconcileSeeds(())
-RESTORE = Restore("r", ROLLBACK_TIER_FAST, 0, 1e12)
+RESTORE = Restore(0, 1e12)
 
 
 class Holds:
@@ -347,7 +346,7 @@ def test_a_forbidden_restore_and_a_discarded_image_are_abandoned() -> None:
     assert run.gate.forbid(2)
     discarded = run.images.put(lease)
     run.images.discard(discarded)
-    for command in (RESTORE, Restore("r", ROLLBACK_TIER_FAST, 0, 1e12, discarded)):
+    for command in (RESTORE, Restore(0, 1e12, discarded)):
         failure = run.execute(command).failure
         assert failure is not None
         assert isinstance(failure.error(), RestoreAbandonedError)

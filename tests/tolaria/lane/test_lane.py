@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
 from support.jobs import GatedJob, SlotJob
 from support.lane_driver import NoHeartbeat, RunningLane, built, running, seed
 from tolaria.errors import JobError, LaneFailedError, LossShapeError, RestoreAbandonedError
@@ -45,7 +44,7 @@ FAR = 1e12
 
 def restore(step: int = 0, deadline_s: float = FAR) -> Restore:
     """A restore of the snapshot at or before that step."""
-    return Restore("r", ROLLBACK_TIER_FAST, step, deadline_s)
+    return Restore(step, deadline_s)
 
 
 # -- epochs ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import pytest
 import torch
 from pydantic import JsonValue
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
 from support.lane_driver import DrivenLane, driven, seed
 from tolaria.config import RollbackSettings
 from tolaria.errors import NoCheckpointError, RestoreAbandonedError, StateMismatchError
@@ -282,7 +281,7 @@ def test_a_restore_past_its_deadline_is_not_begun() -> None:
     """A command that has waited too long for its step boundary looks for no snapshot."""
     run = driven()
     run.train_to(3)
-    done = run.execute(Restore("r", ROLLBACK_TIER_FAST, 10**6, time.monotonic()))
+    done = run.execute(Restore(10**6, time.monotonic()))
     assert done.failure is not None
     assert isinstance(done.failure.error(), RestoreAbandonedError)
     events = run.snapshots.take_events()

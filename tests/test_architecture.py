@@ -41,6 +41,7 @@ BORDER_PROTOCOLS: dict[str, str] = {
     "LaneHeartbeat": "lane and emergency are strangers",
     "LaneBuild": "service loads the lane by name, so that it imports no torch",
     "Restorer": "rollback and run are strangers",
+    "_Order": "peers and rollback are strangers",
     "Participant": "rollback and peers are strangers",
     "Answer": "rollback and peers are strangers",
     "MutatingRequest": "the generated messages have no common base class",

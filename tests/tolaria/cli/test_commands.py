@@ -16,11 +16,13 @@ import tolaria
 from faults.small_training import new_training
 from leyline.v1.admin_service_pb2 import RunState
 from support.fake_admin import FakeAdmin, fake_admin, serving, status_of, whole_run
+from tolaria.checkpoint.retention import Retention
+from tolaria.checkpoint.storage import open_storage
 from tolaria.cli.admin_commands import DEMO_EPOCHS
 from tolaria.cli.commands import app
 from tolaria.config import Settings
 from tolaria.errors import BindError, TolariaError, UnknownJobError
-from tolaria.rollback import Position, Retention, open_storage
+from tolaria.values.training import Position
 
 Serve = Callable[[FakeAdmin], str]
 
@@ -302,7 +304,7 @@ def state(tmp_path: Path) -> Path:
     """A state directory with a journal and two checkpoints."""
     directory = tmp_path / "kept"
     training = new_training()
-    storage = open_storage(directory, run_id="run", retention=Retention())
+    storage = open_storage(directory, run_id="run", retention=Retention(last=3, best="highest"))
     with storage.journal:
         for step in (10, 20):
             training.position = Position(step, 1)

@@ -18,11 +18,11 @@ from tolaria.peers.clients import RollbackClient
 from tolaria.reference.rollback import RollbackParticipantService, Undo
 from tolaria.resilience.breaker import Breaker, BreakerPolicy
 from tolaria.resilience.deadline import CallRecord, DeadlineCaller
-from tolaria.rollback.participants import RollbackOrder, RollbackParticipant, Seat
+from tolaria.rollback.protocol import Participant, ParticipantRequest
 
 pytestmark = pytest.mark.anyio
 
-ORDER = RollbackOrder("r1", 40, "loss exploded", 2.0)
+ORDER = ParticipantRequest("r1", 40, "loss exploded", 2.0)
 
 
 @dataclass
@@ -89,8 +89,10 @@ async def test_a_rollback_of_the_reference_peer_is_confirmed() -> None:
     """Prepare, commit and confirm are accepted and recorded under their names; the commit reverts."""
     state = Revertible()
     async with connected(RollbackParticipantService(state)) as connection:
-        seat: RollbackParticipant = Seat("kasmina", connection.client).participant
-        details = [(await call(ORDER)).detail for call in (seat.prepare, seat.commit, seat.confirm)]
+        participant: Participant = connection.client
+        details = [
+            (await call(ORDER)).detail for call in (participant.prepare, participant.commit, participant.confirm)
+        ]
     assert details == ["prepared", "committed", "confirmed"]
     assert state.step == 40
     assert [r.method for r in connection.records] == ["PrepareRollback", "CommitRollback", "ConfirmRollback"]
@@ -112,8 +114,8 @@ async def test_the_request_contains_the_order_and_its_deadline() -> None:
     """Every field is sent; the deadline is in the message and on the call."""
     peer = Scripted()
     async with connected(peer) as connection:
-        await connection.client.prepare(RollbackOrder("r1", 40, "loss exploded", 0.5))
-        await connection.client.prepare(RollbackOrder("r1", 40, "loss exploded", 5.0))
+        await connection.client.prepare(ParticipantRequest("r1", 40, "loss exploded", 0.5))
+        await connection.client.prepare(ParticipantRequest("r1", 40, "loss exploded", 5.0))
     assert peer.requests[0] == wire.PrepareRollbackRequest(
         rollback_id="r1", target_step=40, reason="loss exploded", deadline_ms=500
     )
@@ -125,7 +127,7 @@ async def test_a_peer_that_hangs_times_out_and_opens_the_breaker() -> None:
     """The call ends at the timeout of its order; the next call fails at once."""
     async with connected(Scripted(hang=True)) as connection:
         with pytest.raises(PeerTimeoutError, match="PrepareRollback did not answer within 50 ms"):
-            await connection.client.prepare(RollbackOrder("r1", 40, "x", 0.05))
+            await connection.client.prepare(ParticipantRequest("r1", 40, "x", 0.05))
         with pytest.raises(BreakerOpenError):
             await connection.client.prepare(ORDER)
 

@@ -20,7 +20,7 @@ from tolaria.config import KasminaSettings, PeerSettings, TamiyoSettings
 from tolaria.errors import CallRefusedError, PeerError, PeerProtocolError, PeerTimeoutError, PeerUnavailableError
 from tolaria.peers.connect import Peers, connected_peers
 from tolaria.resilience.breaker import Breaker, BreakerPolicy
-from tolaria.rollback.participants import RollbackOrder
+from tolaria.rollback.protocol import ParticipantRequest
 from tolaria.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
@@ -175,7 +175,7 @@ async def invalid_responses() -> AsyncIterator[str]:
         await server.stop(None)
 
 
-ORDER = RollbackOrder("r1", 40, "loss exploded", 2.0)
+ORDER = ParticipantRequest("r1", 40, "loss exploded", 2.0)
 ASKING: dict[str, Callable[[Peers], Awaitable[object]]] = {
     "tamiyo": lambda peers: peers.tamiyo.evaluate_epoch(SystemStatePacket()),
     "tamiyo's step": lambda peers: peers.tamiyo.evaluate_step(SystemStatePacket()),

@@ -11,12 +11,12 @@ from leyline.v1.enums_pb2 import COMMAND_PAUSE, COMMAND_SEED, SEED_OP_GERMINATE,
 from leyline.v1.kasmina_service_pb2 import ApplyCommandResponse
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
+from support.events import RecordingEmitter
 from support.peers import as_clients, command
 from tolaria.config import LeylineSettings
 from tolaria.errors import BreakerOpenError, PeerProtocolError, PeerUnavailableError
 from tolaria.peers.consultation import NOT_ASKED, Consultation, Consultations, describe_command
 from tolaria.peers.verification import CommandVerifier
-from tolaria.telemetry.events import Emitter
 
 pytestmark = pytest.mark.anyio
 
@@ -35,7 +35,7 @@ class ScriptedPeers:
         self.may_answer, self.may_export = anyio.Event(), anyio.Event()
         self.may_answer.set()
         self.may_export.set()
-        self.emitter = Emitter()
+        self.emitter = RecordingEmitter()
         self.consultations = Consultations(
             *as_clients(self),
             verifier=CommandVerifier(LeylineSettings()),
@@ -169,7 +169,7 @@ async def test_a_failed_call_to_kasmina_leaves_the_desired_seeds_unknown(error: 
     assert settled.seeds is None
     assert settled.failed
     assert settled.kasmina_answer.startswith("no answer (")
-    assert [event.description for event in peers.emitter.recent] == events
+    assert peers.emitter.names == events
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ class Lane:
     def snapshot(self) -> float:
         """Captures an image in the ring; returns seconds."""
         started_s = time.perf_counter()
-        _, lease = self.snapshots.capture_image()
+        lease = self.snapshots.capture_image()
         seconds = time.perf_counter() - started_s
         lease.release()
         return seconds
@@ -86,7 +86,7 @@ class Lane:
     def checkpoint(self) -> tuple[float, Future[CheckpointRow]]:
         """Begins a checkpoint; returns for how long the lane was blocked, and the future of the write."""
         started_s = time.perf_counter()
-        _, lease = self.snapshots.capture_image()
+        lease = self.snapshots.capture_image()
         future = self.writer.write(lease, metric=None)
         stalled_s = time.perf_counter() - started_s
         if future is None:

@@ -18,7 +18,7 @@ from tolaria.peers.clients import RollbackClient
 from tolaria.reference.rollback import RollbackParticipantService, Undo
 from tolaria.resilience.breaker import Breaker, BreakerPolicy
 from tolaria.resilience.deadline import CallRecord, DeadlineCaller
-from tolaria.rollback.protocol import RollbackParticipant, ParticipantRequest
+from tolaria.rollback.protocol import ParticipantRequest, RollbackParticipant
 
 pytestmark = pytest.mark.anyio
 

@@ -14,9 +14,7 @@ from tolaria.run.status import EpochSums, RunStatus, epoch_packet, status_messag
 from tolaria.values.optimization import ActiveAdjustment, Adjustment
 from tolaria.values.training import EpochProgress, Evaluation, Position
 
-EPOCH = EpochDone(
-    2, 30, Evaluation(8.0, 3, 4), 1.5, 50.0, {"host": 0.01}, 0.9, HardwareContext(device_type="cpu"), 2.0
-)
+EPOCH = EpochDone(2, 30, Evaluation(8.0, 3, 4), 1.5, 50.0, {"host": 0.01}, 0.9, HardwareContext(device_type="cpu"), 2.0)
 
 
 def fresh() -> RunStatus:

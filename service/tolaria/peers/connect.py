@@ -112,7 +112,7 @@ async def _drained(*callers: tuple[DeadlineCaller, float]) -> AsyncIterator[None
         with anyio.CancelScope(shield=True):
             async with anyio.create_task_group() as tasks:
                 for caller, timeout_s in callers:
-                    tasks.start_soon(caller.drain, timeout_s)
+                    tasks.start_soon(caller.gate.drain, timeout_s)
 
 
 @asynccontextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -10,7 +10,7 @@ from leyline.v1.enums_pb2 import CIRCUIT_STATE_HALF_OPEN, CircuitBreakerState
 from tolaria.errors import IllegalTransitionError
 
 
-class Recovery(Enum):
+class ExitCondition(Enum):
     """What ends a reason."""
 
     BREAKER_CLOSES = auto()
@@ -19,67 +19,29 @@ class Recovery(Enum):
     OPERATOR = auto()
 
 
-class ReasonEvent(Enum):
-    """Inputs of a reason's state machine. EPOCHS_SERVED is the last of the healthy epochs that recovery takes."""
-
-    CAUSED = auto()
-    CAUSE_ENDED = auto()
-    EPOCHS_SERVED = auto()
-    FORCED_OFF = auto()
-
-
 @dataclass(frozen=True, slots=True)
 class Reason:
     """A reason for the mode. `name` is stable, as it appears in status, metrics and events."""
 
     name: str
-    recovery: Recovery
+    exit_condition: ExitCondition
 
 
-OPERATOR = Reason("operator", Recovery.OPERATOR)
-EMERGENCY = Reason("emergency", Recovery.EMERGENCY_CLEARED)
+# Forcing the mode off does not end a cause that persists: the breaker or the emergency has to be reset.
+_PERSISTENT = frozenset({ExitCondition.BREAKER_CLOSES, ExitCondition.EMERGENCY_CLEARED})
+
+OPERATOR = Reason("operator", ExitCondition.OPERATOR)
+EMERGENCY = Reason("emergency", ExitCondition.EMERGENCY_CLEARED)
 
 
 def breaker_open(breaker: str) -> Reason:
     """Returns the reason that a circuit breaker is not closed."""
-    return Reason(f"breaker_open:{breaker}", Recovery.BREAKER_CLOSES)
+    return Reason(f"breaker_open:{breaker}", ExitCondition.BREAKER_CLOSES)
 
 
 def epoch_failed(cause: str) -> Reason:
     """Returns the reason that an epoch failed by boundary_breach, peer_failure, non_finite or loss_explosion."""
-    return Reason(f"epoch_failed:{cause}", Recovery.HEALTHY_EPOCHS)
-
-
-_ACTIVE, _INACTIVE = True, False
-_CAUSED, _ENDED = ReasonEvent.CAUSED, ReasonEvent.CAUSE_ENDED
-_SERVED, _FORCED = ReasonEvent.EPOCHS_SERVED, ReasonEvent.FORCED_OFF
-
-TRANSITIONS: Mapping[tuple[Recovery, bool, ReasonEvent], bool] = {
-    **{(recovery, active, _CAUSED): _ACTIVE for recovery in Recovery for active in (_ACTIVE, _INACTIVE)},
-    **{(recovery, _INACTIVE, _FORCED): _INACTIVE for recovery in Recovery},
-    (Recovery.BREAKER_CLOSES, _ACTIVE, _ENDED): _INACTIVE,
-    (Recovery.EMERGENCY_CLEARED, _ACTIVE, _ENDED): _INACTIVE,
-    (Recovery.OPERATOR, _ACTIVE, _ENDED): _INACTIVE,
-    (Recovery.HEALTHY_EPOCHS, _ACTIVE, _SERVED): _INACTIVE,
-    # Forcing the mode off does not end a cause that persists: the breaker or the emergency has to be reset.
-    (Recovery.BREAKER_CLOSES, _ACTIVE, _FORCED): _ACTIVE,
-    (Recovery.EMERGENCY_CLEARED, _ACTIVE, _FORCED): _ACTIVE,
-    (Recovery.OPERATOR, _ACTIVE, _FORCED): _INACTIVE,
-    (Recovery.HEALTHY_EPOCHS, _ACTIVE, _FORCED): _INACTIVE,
-}
-
-
-def active_after(reason: Reason, event: ReasonEvent, *, active: bool) -> bool:
-    """Returns whether a reason is active after `event`.
-
-    Raises:
-        IllegalTransitionError: the table has no transition for this event.
-    """
-    after = TRANSITIONS.get((reason.recovery, active, event))
-    if after is None:
-        state = "active" if active else "inactive"
-        raise IllegalTransitionError(f"{event.name} cannot happen to reason {reason.name!r}, which is {state}")
-    return after
+    return Reason(f"epoch_failed:{cause}", ExitCondition.HEALTHY_EPOCHS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,16 +88,21 @@ class ConservativeMode:
     def leave(self, reason: Reason) -> None:
         """Ends a reason whose cause has ended.
 
-        Raises:
-            IllegalTransitionError: the reason is not active, or ends by healthy epochs only.
+        Raises `IllegalTransitionError` when the reason is not active, or ends by healthy epochs only.
         """
-        active_after(reason, ReasonEvent.CAUSE_ENDED, active=reason in self._active)
+        if reason not in self._active or reason.exit_condition is ExitCondition.HEALTHY_EPOCHS:
+            raise IllegalTransitionError(f"reason {reason.name!r} is not active, or ends by healthy epochs only")
         self._replace({other: epochs for other, epochs in self._active.items() if other != reason})
 
     def healthy_epoch(self) -> None:
         """Counts a healthy epoch; reasons of failed epochs end after `recovery_epochs` consecutive ones."""
-        counted = {reason: epochs + 1 for reason, epochs in self._active.items()}
-        self._replace({reason: epochs for reason, epochs in counted.items() if self._remains(reason, epochs)})
+        healthy = {reason: epochs + 1 for reason, epochs in self._active.items()}
+        ended = {
+            reason
+            for reason, epochs in healthy.items()
+            if reason.exit_condition is ExitCondition.HEALTHY_EPOCHS and epochs >= self._recovery_epochs
+        }
+        self._replace({reason: epochs for reason, epochs in healthy.items() if reason not in ended})
 
     def failed_epoch(self) -> None:
         """Resets the count of healthy epochs of every reason."""
@@ -147,8 +114,7 @@ class ConservativeMode:
 
     def force_off(self) -> None:
         """Ends every reason whose cause does not persist; open breakers and emergencies remain in `reasons`."""
-        forced = ReasonEvent.FORCED_OFF
-        self._replace({r: epochs for r, epochs in self._active.items() if active_after(r, forced, active=True)})
+        self._replace({r: epochs for r, epochs in self._active.items() if r.exit_condition in _PERSISTENT})
 
     def permits_call(self, peer: str, state: CircuitBreakerState.ValueType) -> bool:
         """Returns whether a peer may be called: while the mode is on, only for the trial of its half-open breaker.
@@ -158,10 +124,6 @@ class ConservativeMode:
         """
         trial = state == CIRCUIT_STATE_HALF_OPEN and breaker_open(peer) in self._active
         return not self.on or (trial and OPERATOR not in self._active)
-
-    def _remains(self, reason: Reason, healthy_epochs: int) -> bool:
-        served = reason.recovery is Recovery.HEALTHY_EPOCHS and healthy_epochs >= self._recovery_epochs
-        return not served or active_after(reason, ReasonEvent.EPOCHS_SERVED, active=True)
 
     def _replace(self, active: dict[Reason, int]) -> None:
         before, self._active = self._active, active

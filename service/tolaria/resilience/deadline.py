@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar, cast
@@ -34,6 +34,11 @@ Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
 
 Outcome = Literal["ok", "timeout", "error", "skipped", "refused", "abandoned"]
+_OUTCOMES: Mapping[type[PeerError], Outcome] = {
+    PeerTimeoutError: "timeout",
+    BreakerOpenError: "skipped",
+    CallRefusedError: "refused",
+}
 
 FIRST_PAUSE_S = 0.02
 """Pause before the first retry, doubled for each further one. Without jitter, as there are only two peers."""
@@ -129,14 +134,15 @@ class _Call(Generic[Request, Response]):
 
 
 class DeadlineCaller:
-    """Makes unary calls to one peer. Used on the event loop only.
+    """Makes unary calls to one peer, through `gate`, which the owner of the channel drains before it closes.
+
+    Used on the event loop only.
 
     Args:
-        peer: name of the peer, for errors and records.
         breaker: counts each call once, whatever its retries.
         settings: limits of calls in flight, waiting calls and retries.
         observe: called with the record of each call.
-        clock: returns monotonic seconds.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -152,13 +158,8 @@ class DeadlineCaller:
         self._breaker = breaker
         self._observe = observe
         self._retries_max = settings.retries
-        self._gate = CallGate(peer, in_flight_max=settings.in_flight_max, waiting_max=settings.waiting_max)
+        self.gate = CallGate(peer, in_flight_max=settings.in_flight_max, waiting_max=settings.waiting_max)
         self._clock = clock
-
-    @property
-    def in_flight(self) -> int:
-        """Number of calls in flight."""
-        return self._gate.in_flight
 
     async def call(
         self,
@@ -169,18 +170,15 @@ class DeadlineCaller:
         timeout_s: float,
         repeatable: bool = False,
     ) -> Response:
-        """Calls a method of a stub. The deadline also applies on the server, which cancels its handler.
+        """Calls `method` of a stub. The deadline also applies on the server, which cancels its handler.
 
-        Args:
-            method: of a stub.
-            request: its argument.
-            name: of the method, for errors and records.
-            timeout_s: for the wait for a slot, all attempts and the pauses between them.
-            repeatable: the call is idempotent, and is retried while the peer is unavailable, but not after a timeout.
+        `name` appears in errors and records. `timeout_s` covers the wait for a slot, all attempts and the pauses
+        between them. A `repeatable` call is idempotent, and is retried while the peer is unavailable, but not after a
+        timeout.
 
         Raises:
             BreakerOpenError: the breaker is open; the call was not made.
-            CallRefusedError: too many calls are in flight, or the caller is drained; the call was not made.
+            CallRefusedError: too many calls are in flight, or the gate is closed; the call was not made.
             PeerTimeoutError: the deadline passed.
             PeerProtocolError: the response cannot be decoded.
             PeerUnavailableError: the call ended with another status than OK.
@@ -193,20 +191,16 @@ class DeadlineCaller:
         try:
             if self._breaker.state == CIRCUIT_STATE_OPEN:  # fail without waiting for a slot
                 raise self._skipped(name)
-            async with self._gate.slot(name, timeout_s):
+            async with self.gate.slot(name, timeout_s):
                 response = await self._call_through_breaker(call)
         except PeerError as error:
-            outcome, detail = _outcome_of(error), error.detail
+            outcome, detail = _OUTCOMES.get(type(error), "error"), error.detail
             raise
         else:
             outcome = "ok"
             return response
         finally:
             self._observe(CallRecord(self.peer, name, outcome, self._clock() - started_s, detail, call.retries))
-
-    async def drain(self, timeout_s: float) -> None:
-        """Refuses further calls, and waits at most `timeout_s` for those in flight."""
-        await self._gate.drain(timeout_s)
 
     async def _call_through_breaker(self, call: _Call[Request, Response]) -> Response:
         if not self._breaker.allows():
@@ -267,15 +261,3 @@ class DeadlineCaller:
 
     def _skipped(self, name: str) -> BreakerOpenError:
         return BreakerOpenError(self.peer, f"{name} skipped: the circuit breaker is open")
-
-
-def _outcome_of(error: PeerError) -> Outcome:
-    match error:
-        case BreakerOpenError():
-            return "skipped"
-        case CallRefusedError():
-            return "refused"
-        case PeerTimeoutError():
-            return "timeout"
-        case _:
-            return "error"

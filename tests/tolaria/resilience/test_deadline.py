@@ -284,10 +284,10 @@ async def test_wait_for_a_slot_counts_against_the_deadline() -> None:
         await started.wait()
         tasks.start_soon(peer.call)
         await anyio.lowlevel.checkpoint()
-        assert peer.caller.in_flight == 1
+        assert peer.caller.gate.in_flight == 1
         release.set()
     assert peer.timeouts_s == [5.0, 4.7]
-    assert peer.caller.in_flight == 0
+    assert peer.caller.gate.in_flight == 0
 
 
 async def test_refused_call_does_not_count_for_the_breaker() -> None:

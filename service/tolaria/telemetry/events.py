@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
-
-from leyline.v1.enums_pb2 import (
-    TELEMETRY_LEVEL_CRITICAL,
-    TELEMETRY_LEVEL_ERROR,
-    TELEMETRY_LEVEL_INFO,
-    TELEMETRY_LEVEL_WARNING,
-    TelemetryLevel,
-)
-
-_LOG_LEVELS: dict[TelemetryLevel.ValueType, int] = {
-    TELEMETRY_LEVEL_INFO: logging.INFO,
-    TELEMETRY_LEVEL_WARNING: logging.WARNING,
-    TELEMETRY_LEVEL_ERROR: logging.ERROR,
-    TELEMETRY_LEVEL_CRITICAL: logging.CRITICAL,
-}
 
 
 @dataclass(frozen=True, slots=True)
 class EventSpec:
-    """The declaration of an event: every occurrence has exactly these attributes."""
+    """The declaration of an event: its `logging` level, and the attributes that every occurrence has."""
 
+    level: int
     name: str
-    level: TelemetryLevel.ValueType
     attributes: tuple[str, ...]
 
 
@@ -39,31 +25,18 @@ class Emitter:
         self._log = structlog.get_logger()
 
     def emit(self, spec: EventSpec, **attributes: str | float) -> None:
-        """Logs one occurrence of an event.
-
-        Raises:
-            ValueError: the attributes are not the declared ones.
-        """
+        """Logs one occurrence of an event. Raises ValueError unless the attributes are the declared ones."""
         if set(attributes) != set(spec.attributes):
             raise ValueError(f"{spec.name} carries {sorted(spec.attributes)}, got {sorted(attributes)}")
-        self._log.log(_LOG_LEVELS[spec.level], spec.name, **attributes)
+        self._log.log(spec.level, spec.name, **attributes)
 
 
-def _info(name: str, *attributes: str) -> EventSpec:
-    return EventSpec(name, TELEMETRY_LEVEL_INFO, attributes)
+def _event(level: int, name: str, *attributes: str) -> EventSpec:
+    return EventSpec(level, name, attributes)
 
 
-def _warning(name: str, *attributes: str) -> EventSpec:
-    return EventSpec(name, TELEMETRY_LEVEL_WARNING, attributes)
-
-
-def _error(name: str, *attributes: str) -> EventSpec:
-    return EventSpec(name, TELEMETRY_LEVEL_ERROR, attributes)
-
-
-def _critical(name: str, *attributes: str) -> EventSpec:
-    return EventSpec(name, TELEMETRY_LEVEL_CRITICAL, attributes)
-
+_info, _warning = partial(_event, logging.INFO), partial(_event, logging.WARNING)
+_error, _critical = partial(_event, logging.ERROR), partial(_event, logging.CRITICAL)
 
 # Peers, circuit breakers, conservative mode
 _CALL = ("method", "detail", "latency_ms")

@@ -28,7 +28,7 @@ def test_event_is_logged_at_its_level_with_its_attributes(spec: EventSpec, level
 
 @pytest.mark.parametrize(("spec", "level"), [(events.CHECKPOINT_FAILED, "error"), (events.HEARTBEAT_LOST, "critical")])
 def test_error_and_critical_events_keep_their_level(spec: EventSpec, level: str) -> None:
-    """Each level of Leyline has a level of the log."""
+    """Levels above a warning are kept too."""
     with capture_logs() as lines:
         Emitter().emit(spec, **dict.fromkeys(spec.attributes, "x"))
     assert [line["log_level"] for line in lines] == [level]

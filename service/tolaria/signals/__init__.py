@@ -1,7 +1,7 @@
 """The signal board: emergencies, heartbeats and rollback state in shared memory. Imports neither torch nor grpc."""
 
 from tolaria.signals.board import SignalBoard
-from tolaria.signals.layout import PARTICIPANTS, RollbackRecord, RollbackState, Signal
+from tolaria.signals.layout import PARTICIPANTS, RollbackState, Signal
 from tolaria.signals.mapping import remove_stale_boards
 from tolaria.signals.seqlock import BlockCondition
 from tolaria.signals.writers import ParticipantWriter, RollbackWriter
@@ -10,7 +10,6 @@ __all__ = [
     "PARTICIPANTS",
     "BlockCondition",
     "ParticipantWriter",
-    "RollbackRecord",
     "RollbackState",
     "RollbackWriter",
     "Signal",

@@ -28,7 +28,6 @@ from pathlib import Path
 
 from tolaria.errors import BoardBusyError, BoardLostError, BoardRefusedError
 from tolaria.signals import layout
-from tolaria.signals.layout import Header
 
 STALE_NAMES = "tolaria-*"
 STALE_S = 600.0
@@ -161,13 +160,13 @@ class BoardFile:
 
     fd: int
     locks: RangeLocks
-    header: Header
+    header: layout.Header
     adopted: bool
 
 
 def create_file(path: Path, run_id: str) -> BoardFile:
     """Creates or adopts a board; raises as `SignalBoard.create` does."""
-    header = Header(run_id, boot_id(), time.time_ns(), time.monotonic_ns())
+    header = layout.Header(run_id, boot_id(), time.time_ns(), time.monotonic_ns())
     image = layout.blank_board(header)
     with _translated(path), ExitStack() as replaced, ExitStack() as undo:
         new = path.with_name(path.name + ".new")
@@ -266,7 +265,7 @@ def _lock_named(path: Path, flags: int) -> RangeLocks:
     raise BoardBusyError(f"{path}: other processes keep replacing this board")
 
 
-def _adopt(path: Path, header: Header, replaced: ExitStack) -> BoardFile | None:
+def _adopt(path: Path, header: layout.Header, replaced: ExitStack) -> BoardFile | None:
     """Returns the board found at `path` if it can be adopted; keeps one that is to be replaced locked in `replaced`."""
     try:
         locks = _lock_named(path, 0)
@@ -290,7 +289,7 @@ def _adopt(path: Path, header: Header, replaced: ExitStack) -> BoardFile | None:
         return BoardFile(fd, locks, found, adopted=True)
 
 
-def _checked_header(path: Path, fd: int) -> Header:
+def _checked_header(path: Path, fd: int) -> layout.Header:
     """Reads with pread: a mapping of a file that is too short raises SIGBUS."""
     return layout.decode_header(str(path), os.pread(fd, layout.HEADER_SIZE, 0), os.fstat(fd).st_size)
 

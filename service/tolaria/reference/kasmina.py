@@ -18,20 +18,8 @@ from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.errors import IllegalMoveError
 from tolaria.peers.verification import CONTRACT_VERSION
-from tolaria.reference.lifecycle import (
-    ACTIVE_STAGES,
-    AUTOMATIC,
-    STABLE_EPOCHS,
-    Observation,
-    Seed,
-    Stage,
-    closed_reason,
-    epochs_in_stage,
-    loss_of,
-    operation_name,
-    stage_name,
-    target_of,
-)
+from tolaria.reference import lifecycle
+from tolaria.reference.lifecycle import ACTIVE_STAGES, Observation, Seed, Stage
 from tolaria.reference.rollback import Context, Runs, Undo
 
 BLENDING_STEPS = 200  # from alpha 0 to alpha 1 unless the command sets another number; a few epochs of a small job
@@ -171,13 +159,13 @@ class DesiredSeeds:
         seed = self._dormant_seed(command) if germinate else self._now.seeds.get(command.target_seed_id)
         if seed is None:
             raise IllegalMoveError(f"target_seed_id {command.target_seed_id!r} names no seed")
-        target = target_of(operation, seed.stage)
-        reason = closed_reason(target, seed, self._observation(seed, state))
+        target = lifecycle.target_of(operation, seed.stage)
+        reason = lifecycle.closed_reason(target, seed, self._observation(seed, state))
         if reason:
-            raise IllegalMoveError(f"{operation_name(operation)} of {seed.seed_id}: {reason}")
+            raise IllegalMoveError(f"{lifecycle.operation_name(operation)} of {seed.seed_id}: {reason}")
         seeds = {**self._now.seeds, seed.seed_id: self._enter(seed, target, state)}
         self._record(state, seeds, epoch=self._now.epoch)
-        return f"{seed.seed_id} is {stage_name(target)}"
+        return f"{seed.seed_id} is {lifecycle.stage_name(target)}"
 
     def _dormant_seed(self, command: AdaptationCommand) -> Seed:
         """Returns the seed to germinate: the named one, created if it does not exist; a new one without a name."""
@@ -205,7 +193,7 @@ class DesiredSeeds:
 
     def _advance(self, seed: Seed, state: SystemStatePacket) -> Seed:
         seen = self._observation(seed, state)
-        losses = (*seed.losses, loss_of(seen.reported, state))[-STABLE_EPOCHS:]
+        losses = (*seed.losses, lifecycle.loss_of(seen.reported, state))[-lifecycle.STABLE_EPOCHS :]
         slot = seed.slot or (seen.reported.slot if seen.reported is not None and seed.stage in ACTIVE_STAGES else "")
         seed = replace(seed, losses=losses, slot=slot)
         target = self._next_stage(seed, seen)
@@ -213,14 +201,14 @@ class DesiredSeeds:
 
     def _next_stage(self, seed: Seed, seen: Observation) -> Stage | None:
         """Returns the stage that follows now; None if the seed stays. One that stays active too long is culled."""
-        epochs = epochs_in_stage(seed, seen.state)
+        epochs = lifecycle.epochs_in_stage(seed, seen.state)
         if epochs < 1:
             return None
         expired = seed.stage in ACTIVE_STAGES and epochs >= STAGE_EPOCHS_MAX
-        target = AUTOMATIC.get(seed.stage)
+        target = lifecycle.AUTOMATIC.get(seed.stage)
         if seed.stage == enums.SEED_STAGE_PROBATIONARY and expired:
             target = enums.SEED_STAGE_FOSSILIZED  # without a command the gate decides
-        if target is not None and not closed_reason(target, seed, seen):
+        if target is not None and not lifecycle.closed_reason(target, seed, seen):
             return target
         return enums.SEED_STAGE_CULLED if expired else None
 

@@ -14,8 +14,8 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.errors import IllegalMoveError
 
 Stage: TypeAlias = "enums.SeedLifecycleStage.ValueType"
-Gate: TypeAlias = "enums.SeedLifecycleGate.ValueType"
 Operation: TypeAlias = "enums.SeedOperation.ValueType"
+Gate: TypeAlias = "Callable[[Seed, Observation], str | None]"
 
 BLUEPRINTS = ("residual_mlp", "bottleneck_adapter", "depthwise_conv_adapter", "lora")
 """Blueprints that G0 accepts: those built into Tolaria."""
@@ -37,49 +37,6 @@ ACTIVE_STAGES: frozenset[Stage] = frozenset(
         enums.SEED_STAGE_PROBATIONARY,
     }
 )
-
-# (Stage, next stage) -> the gate that guards the transition; None for no gate.
-TRANSITIONS: Mapping[tuple[Stage, Stage], Gate | None] = {
-    (enums.SEED_STAGE_DORMANT, enums.SEED_STAGE_GERMINATED): enums.SEED_GATE_G0_SANITY,
-    (enums.SEED_STAGE_GERMINATED, enums.SEED_STAGE_TRAINING): None,
-    (enums.SEED_STAGE_TRAINING, enums.SEED_STAGE_BLENDING): enums.SEED_GATE_G1_GRADIENT_HEALTH,
-    (enums.SEED_STAGE_BLENDING, enums.SEED_STAGE_SHADOWING): enums.SEED_GATE_G2_STABILITY,
-    (enums.SEED_STAGE_SHADOWING, enums.SEED_STAGE_PROBATIONARY): enums.SEED_GATE_G3_INTERFACE,
-    (enums.SEED_STAGE_PROBATIONARY, enums.SEED_STAGE_PROBATIONARY): None,  # fine-tuning restarts the probation
-    (enums.SEED_STAGE_PROBATIONARY, enums.SEED_STAGE_FOSSILIZED): enums.SEED_GATE_G4_SYSTEM_IMPACT,
-    (enums.SEED_STAGE_FOSSILIZED, enums.SEED_STAGE_TERMINATED): None,
-    **dict.fromkeys(((stage, enums.SEED_STAGE_CULLED) for stage in ACTIVE_STAGES), None),
-    (enums.SEED_STAGE_CULLED, enums.SEED_STAGE_EMBARGOED): None,
-    (enums.SEED_STAGE_EMBARGOED, enums.SEED_STAGE_RESETTING): enums.SEED_GATE_G5_RESET,
-    (enums.SEED_STAGE_RESETTING, enums.SEED_STAGE_DORMANT): None,
-}
-
-# (Operation, stage of the seed) -> the stage that the operation leads to.
-OPERATIONS: Mapping[tuple[Operation, Stage], Stage] = {
-    (enums.SEED_OP_GERMINATE, enums.SEED_STAGE_DORMANT): enums.SEED_STAGE_GERMINATED,
-    (enums.SEED_OP_START_TRAINING, enums.SEED_STAGE_GERMINATED): enums.SEED_STAGE_TRAINING,
-    (enums.SEED_OP_START_GRAFTING, enums.SEED_STAGE_TRAINING): enums.SEED_STAGE_BLENDING,
-    (enums.SEED_OP_STABILIZE, enums.SEED_STAGE_BLENDING): enums.SEED_STAGE_SHADOWING,
-    (enums.SEED_OP_EVALUATE, enums.SEED_STAGE_SHADOWING): enums.SEED_STAGE_PROBATIONARY,
-    (enums.SEED_OP_FINE_TUNE, enums.SEED_STAGE_PROBATIONARY): enums.SEED_STAGE_PROBATIONARY,
-    (enums.SEED_OP_FOSSILIZE, enums.SEED_STAGE_PROBATIONARY): enums.SEED_STAGE_FOSSILIZED,
-    **dict.fromkeys(((enums.SEED_OP_CULL, stage) for stage in ACTIVE_STAGES), enums.SEED_STAGE_CULLED),
-    # Withdraws a seed that has not affected the host's output yet, or terminates one that is part of the host.
-    (enums.SEED_OP_CANCEL, enums.SEED_STAGE_GERMINATED): enums.SEED_STAGE_CULLED,
-    (enums.SEED_OP_CANCEL, enums.SEED_STAGE_TRAINING): enums.SEED_STAGE_CULLED,
-    (enums.SEED_OP_CANCEL, enums.SEED_STAGE_FOSSILIZED): enums.SEED_STAGE_TERMINATED,
-}
-
-# Transitions that happen without a command once the gate is open. Leaving the probation takes a command.
-AUTOMATIC: Mapping[Stage, Stage] = {
-    enums.SEED_STAGE_GERMINATED: enums.SEED_STAGE_TRAINING,
-    enums.SEED_STAGE_TRAINING: enums.SEED_STAGE_BLENDING,
-    enums.SEED_STAGE_BLENDING: enums.SEED_STAGE_SHADOWING,
-    enums.SEED_STAGE_SHADOWING: enums.SEED_STAGE_PROBATIONARY,
-    enums.SEED_STAGE_CULLED: enums.SEED_STAGE_EMBARGOED,
-    enums.SEED_STAGE_EMBARGOED: enums.SEED_STAGE_RESETTING,
-    enums.SEED_STAGE_RESETTING: enums.SEED_STAGE_DORMANT,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,43 +62,6 @@ class Observation:
     state: SystemStatePacket
     reported: SeedState | None
     slot_free: bool
-
-
-def closed_reason(target: Stage, seed: Seed, seen: Observation) -> str | None:
-    """Returns why the gate from the seed's stage to `target` is closed; None if it is open or there is no gate.
-
-    Raises `IllegalMoveError` when `target` may not follow the seed's stage.
-    """
-    if (seed.stage, target) not in TRANSITIONS:
-        raise IllegalMoveError(f"a seed in stage {stage_name(seed.stage)} cannot go to {stage_name(target)}")
-    gate = TRANSITIONS[seed.stage, target]
-    return None if gate is None else _GATES[gate](seed, seen)
-
-
-def target_of(operation: Operation, stage: Stage) -> Stage:
-    """Returns the stage that `operation` leads to. Raises `IllegalMoveError` when it is not allowed in `stage`."""
-    if (operation, stage) not in OPERATIONS:
-        raise IllegalMoveError(f"{operation_name(operation)} does not fit a seed in stage {stage_name(stage)}")
-    return OPERATIONS[operation, stage]
-
-
-def stage_name(stage: int) -> str:
-    """Returns `germinated` for SEED_STAGE_GERMINATED; numbers that the contract lacks are returned as digits."""
-    known = stage in enums.SeedLifecycleStage.values()
-    return enums.SeedLifecycleStage.Name(stage).removeprefix("SEED_STAGE_").lower() if known else str(stage)  # type: ignore[arg-type]
-
-
-def operation_name(operation: int) -> str:
-    """Returns the contract's name of an operation, or `operation N` for a number that it lacks."""
-    known = operation in enums.SeedOperation.values()
-    return enums.SeedOperation.Name(operation) if known else f"operation {operation}"  # type: ignore[arg-type]
-
-
-def loss_of(reported: SeedState | None, state: SystemStatePacket) -> float:
-    """Returns the seed's own loss if it is reported, else the host's validation loss."""
-    if reported is not None and "loss" in reported.metrics:
-        return reported.metrics["loss"]
-    return state.validation_loss
 
 
 def epochs_in_stage(seed: Seed, state: SystemStatePacket) -> int:
@@ -198,11 +118,82 @@ def _reset(seed: Seed, seen: Observation) -> str | None:
     return None if left <= 0 else f"G5: {left} epochs of embargo left"
 
 
-_GATES: Mapping[Gate, Callable[[Seed, Observation], str | None]] = {
-    enums.SEED_GATE_G0_SANITY: _sanity,
-    enums.SEED_GATE_G1_GRADIENT_HEALTH: _gradient_health,
-    enums.SEED_GATE_G2_STABILITY: _stability,
-    enums.SEED_GATE_G3_INTERFACE: _interface,
-    enums.SEED_GATE_G4_SYSTEM_IMPACT: _system_impact,
-    enums.SEED_GATE_G5_RESET: _reset,
+# (Stage, next stage) -> the gate that guards the transition; None for no gate.
+TRANSITIONS: Mapping[tuple[Stage, Stage], Gate | None] = {
+    (enums.SEED_STAGE_DORMANT, enums.SEED_STAGE_GERMINATED): _sanity,
+    (enums.SEED_STAGE_GERMINATED, enums.SEED_STAGE_TRAINING): None,
+    (enums.SEED_STAGE_TRAINING, enums.SEED_STAGE_BLENDING): _gradient_health,
+    (enums.SEED_STAGE_BLENDING, enums.SEED_STAGE_SHADOWING): _stability,
+    (enums.SEED_STAGE_SHADOWING, enums.SEED_STAGE_PROBATIONARY): _interface,
+    (enums.SEED_STAGE_PROBATIONARY, enums.SEED_STAGE_PROBATIONARY): None,  # fine-tuning restarts the probation
+    (enums.SEED_STAGE_PROBATIONARY, enums.SEED_STAGE_FOSSILIZED): _system_impact,
+    (enums.SEED_STAGE_FOSSILIZED, enums.SEED_STAGE_TERMINATED): None,
+    **dict.fromkeys(((stage, enums.SEED_STAGE_CULLED) for stage in ACTIVE_STAGES), None),
+    (enums.SEED_STAGE_CULLED, enums.SEED_STAGE_EMBARGOED): None,
+    (enums.SEED_STAGE_EMBARGOED, enums.SEED_STAGE_RESETTING): _reset,
+    (enums.SEED_STAGE_RESETTING, enums.SEED_STAGE_DORMANT): None,
 }
+
+# (Operation, stage of the seed) -> the stage that the operation leads to.
+OPERATIONS: Mapping[tuple[Operation, Stage], Stage] = {
+    (enums.SEED_OP_GERMINATE, enums.SEED_STAGE_DORMANT): enums.SEED_STAGE_GERMINATED,
+    (enums.SEED_OP_START_TRAINING, enums.SEED_STAGE_GERMINATED): enums.SEED_STAGE_TRAINING,
+    (enums.SEED_OP_START_GRAFTING, enums.SEED_STAGE_TRAINING): enums.SEED_STAGE_BLENDING,
+    (enums.SEED_OP_STABILIZE, enums.SEED_STAGE_BLENDING): enums.SEED_STAGE_SHADOWING,
+    (enums.SEED_OP_EVALUATE, enums.SEED_STAGE_SHADOWING): enums.SEED_STAGE_PROBATIONARY,
+    (enums.SEED_OP_FINE_TUNE, enums.SEED_STAGE_PROBATIONARY): enums.SEED_STAGE_PROBATIONARY,
+    (enums.SEED_OP_FOSSILIZE, enums.SEED_STAGE_PROBATIONARY): enums.SEED_STAGE_FOSSILIZED,
+    **dict.fromkeys(((enums.SEED_OP_CULL, stage) for stage in ACTIVE_STAGES), enums.SEED_STAGE_CULLED),
+    # Withdraws a seed that has not affected the host's output yet, or terminates one that is part of the host.
+    (enums.SEED_OP_CANCEL, enums.SEED_STAGE_GERMINATED): enums.SEED_STAGE_CULLED,
+    (enums.SEED_OP_CANCEL, enums.SEED_STAGE_TRAINING): enums.SEED_STAGE_CULLED,
+    (enums.SEED_OP_CANCEL, enums.SEED_STAGE_FOSSILIZED): enums.SEED_STAGE_TERMINATED,
+}
+
+# Transitions that happen without a command once the gate is open. Leaving the probation takes a command.
+AUTOMATIC: Mapping[Stage, Stage] = {
+    enums.SEED_STAGE_GERMINATED: enums.SEED_STAGE_TRAINING,
+    enums.SEED_STAGE_TRAINING: enums.SEED_STAGE_BLENDING,
+    enums.SEED_STAGE_BLENDING: enums.SEED_STAGE_SHADOWING,
+    enums.SEED_STAGE_SHADOWING: enums.SEED_STAGE_PROBATIONARY,
+    enums.SEED_STAGE_CULLED: enums.SEED_STAGE_EMBARGOED,
+    enums.SEED_STAGE_EMBARGOED: enums.SEED_STAGE_RESETTING,
+    enums.SEED_STAGE_RESETTING: enums.SEED_STAGE_DORMANT,
+}
+
+
+def closed_reason(target: Stage, seed: Seed, seen: Observation) -> str | None:
+    """Returns why the gate from the seed's stage to `target` is closed; None if it is open or there is no gate.
+
+    Raises `IllegalMoveError` when `target` may not follow the seed's stage.
+    """
+    if (seed.stage, target) not in TRANSITIONS:
+        raise IllegalMoveError(f"a seed in stage {stage_name(seed.stage)} cannot go to {stage_name(target)}")
+    gate = TRANSITIONS[seed.stage, target]
+    return None if gate is None else gate(seed, seen)
+
+
+def target_of(operation: Operation, stage: Stage) -> Stage:
+    """Returns the stage that `operation` leads to. Raises `IllegalMoveError` when it is not allowed in `stage`."""
+    if (operation, stage) not in OPERATIONS:
+        raise IllegalMoveError(f"{operation_name(operation)} does not fit a seed in stage {stage_name(stage)}")
+    return OPERATIONS[operation, stage]
+
+
+def stage_name(stage: int) -> str:
+    """Returns `germinated` for SEED_STAGE_GERMINATED; numbers that the contract lacks are returned as digits."""
+    known = stage in enums.SeedLifecycleStage.values()
+    return enums.SeedLifecycleStage.Name(stage).removeprefix("SEED_STAGE_").lower() if known else str(stage)  # type: ignore[arg-type]
+
+
+def operation_name(operation: int) -> str:
+    """Returns the contract's name of an operation, or `operation N` for a number that it lacks."""
+    known = operation in enums.SeedOperation.values()
+    return enums.SeedOperation.Name(operation) if known else f"operation {operation}"  # type: ignore[arg-type]
+
+
+def loss_of(reported: SeedState | None, state: SystemStatePacket) -> float:
+    """Returns the seed's own loss if it is reported, else the host's validation loss."""
+    if reported is not None and "loss" in reported.metrics:
+        return reported.metrics["loss"]
+    return state.validation_loss

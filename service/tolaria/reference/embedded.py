@@ -64,9 +64,8 @@ async def embedded_peers(
 ) -> AsyncIterator[Mapping[Peer, EmbeddedPeer]]:
     """Runs `command peer NAME --listen 127.0.0.1:0 --while-stdin` for each of `peers` while the block runs.
 
-    Each child gets `start_timeout_s` to announce its address and, at the end of the block, `stop_timeout_s` to exit
-    before SIGKILL. With `board` the peers attach to that signal board. Calls to a peer fail while it restarts. Raises
-    `PeerUnavailableError` when a first start failed; later failures are logged.
+    At the end of the block a child has `stop_timeout_s` to exit before SIGKILL. With `board` the peers attach to that
+    signal board. Raises `PeerUnavailableError` when a first start failed; later failures are logged.
     """
     options = ("--listen", _ANY_PORT, "--while-stdin", *([] if board is None else [f"--board={board}"]))
     supervisors = {

@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 
 import structlog
 
@@ -57,7 +57,8 @@ class DesiredSeeds:
     def __init__(self) -> None:
         self._revisions: deque[_Revision] = deque(maxlen=_REVISIONS_MAX)
         self._responses: OrderedDict[str, rpc.ApplyCommandResponse] = OrderedDict()
-        self._last_number = 0
+        # Ids are not assigned again, even after a revert: metrics and journals refer to seeds by them.
+        self._new_ids = (f"seed-{number}" for number in count(1))
 
     def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> rpc.ApplyCommandResponse:
         """Executes a seed command once and returns the outcome without seeds; a repeated command_id gets the same."""
@@ -173,7 +174,7 @@ class DesiredSeeds:
         active = sum(seed.stage in ACTIVE_STAGES for seed in known.values())
         if active >= ACTIVE_MAX:
             raise IllegalMoveError(f"{active} seeds are active already, which is the maximum")
-        seed_id = command.target_seed_id or self._new_id()
+        seed_id = command.target_seed_id or next(new for new in self._new_ids if new not in known)
         if seed_id not in known and len(known) >= SEEDS_MAX:
             raise IllegalMoveError(f"there are {len(known)} seeds already, which is the maximum")
         return Seed(
@@ -183,13 +184,6 @@ class DesiredSeeds:
             stage=known[seed_id].stage if seed_id in known else enums.SEED_STAGE_DORMANT,
             blending_steps=_blending_steps(command),
         )
-
-    def _new_id(self) -> str:
-        # Numbers are not reused, even after a revert: metrics and journals refer to seeds by them.
-        self._last_number += 1
-        while f"seed-{self._last_number}" in self._now.seeds:
-            self._last_number += 1
-        return f"seed-{self._last_number}"
 
     def _advance(self, seed: Seed, state: SystemStatePacket) -> Seed:
         seen = self._observation(seed, state)
@@ -226,9 +220,9 @@ class DesiredSeeds:
 
     def _observation(self, seed: Seed, state: SystemStatePacket) -> Observation:
         reported = next((known for known in state.seed_states if known.seed_id == seed.seed_id), None)
-        others = [other for other in self._now.seeds.values() if other.seed_id != seed.seed_id]
-        taken = {other.slot for other in others if other.stage not in _WITHOUT_SLOT and other.slot}
-        return Observation(state, reported, slot_free=seed.slot not in taken)
+        others = (other for other in self._now.seeds.values() if other.seed_id != seed.seed_id)
+        taken = any(other.slot == seed.slot for other in others if other.stage not in _WITHOUT_SLOT)
+        return Observation(state, reported, slot_free=not seed.slot or not taken)
 
 
 class KasminaService(KasminaServiceServicer):

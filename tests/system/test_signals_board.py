@@ -22,8 +22,9 @@ WAIT_S = 120
 
 WRITER = """
 import sys
+from pathlib import Path
 from tolaria.signals import RollbackState, SignalBoard
-board = SignalBoard.attach(sys.argv[1], "run-1")
+board = SignalBoard.attach(Path(sys.argv[1]), "run-1")
 kasmina, rollback = board.claim("kasmina"), board.claim_rollback()
 first = kasmina.record.signal_id
 sys.stdout.write("ready\\n")
@@ -38,8 +39,9 @@ while True:
 
 CREATOR = """
 import sys
+from pathlib import Path
 from tolaria.signals import SignalBoard
-board = SignalBoard.create(sys.argv[1], "run-1")
+board = SignalBoard.create(Path(sys.argv[1]), "run-1")
 board.claim("tolaria").raise_level(4, "before the crash")
 sys.stdout.write("ready\\n")
 sys.stdout.flush()

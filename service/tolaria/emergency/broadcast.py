@@ -12,9 +12,7 @@ from leyline.v1.enums_pb2 import EmergencyLevel
 from tolaria.errors import BroadcastFailedError
 from tolaria.signals import Signal
 
-SIGNAL_VERSION = 1
 REASON_CHARACTERS_MAX = 1000
-VARIOUS = "various"
 _MS = 1_000_000
 _Key = tuple[EmergencyLevel.ValueType, str, str]
 
@@ -49,7 +47,7 @@ def new_notice(signal: Signal) -> Notice:
     `payload_checksum` is the SHA-256 of the message's deterministic serialization without it.
     """
     message = EmergencySignal(
-        version=SIGNAL_VERSION,
+        version=1,
         level=signal.level,
         reason=signal.reason[:REASON_CHARACTERS_MAX],
         origin=signal.origin,
@@ -83,7 +81,7 @@ class Backlog:
         """Appends a notice, or adds it to the equal one."""
         key = (notice.signal.level, notice.signal.reason, notice.signal.origin)
         if key not in self._waiting and len(self._waiting) >= self._reasons_max:
-            key = (notice.signal.level, "", VARIOUS)
+            key = (notice.signal.level, "", "various")
         first = self._waiting.get(key)
         self._waiting[key] = notice if first is None else replace(first, count=first.count + notice.count)
 
@@ -96,8 +94,6 @@ class RateLimit:
     """At most `limit` takes in any `window_ns`, the window's end excluded. Times must not decrease."""
 
     def __init__(self, limit: int, window_ns: int) -> None:
-        if limit < 1 or window_ns < 1:
-            raise ValueError(f"a rate of {limit} in {window_ns} ns permits nothing")
         self._window_ns = window_ns
         self._limit = limit
         self._taken: deque[int] = deque(maxlen=limit)
@@ -116,16 +112,11 @@ class RateLimit:
 
 
 class Outbox:
-    """Sends notices in order, and again after failures.
+    """Sends the notices of `backlog` in order, as often as `limit` permits, and again `retry_ns` after a failure.
 
-    Args:
-        send: passes one notice on without waiting. Raises BroadcastFailedError when it cannot; any other error
-            propagates, and the notice stays.
-        limit: how often `send` may be called.
-        backlog: holds the notices that wait.
-        retry_ns: pause after a failure.
-        report: called with the outcome of each attempt and each notice that has to wait; may post.
-        clock: monotonic nanoseconds.
+    `send` passes one notice on without waiting. It raises BroadcastFailedError when it cannot; any other error
+    propagates, and the notice stays. `report` is called with the outcome of each attempt and each notice that has to
+    wait; it may post. `clock` is monotonic nanoseconds.
     """
 
     def __init__(

@@ -11,23 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from leyline.v1.enums_pb2 import EmergencyLevel
+from tolaria.emergency import protocol
 from tolaria.emergency.broadcast import Backlog, Broadcast, HeldBack, Notice, Outbox, RateLimit, new_notice
-from tolaria.emergency.protocol import (
-    RESPONSES,
-    TOLARIA,
-    TRIGGERS,
-    Acknowledgement,
-    Clearer,
-    EmergencyState,
-    Phase,
-    Response,
-    Trigger,
-    acknowledged,
-    cleared,
-    overdue,
-    raised,
-    require_level,
-)
+from tolaria.emergency.protocol import TOLARIA, Acknowledgement, Clearer, EmergencyState, Phase, Response, Trigger
 from tolaria.errors import SignalError
 from tolaria.signals import ParticipantWriter, Signal, SignalBoard
 from tolaria.signals.layout import ParticipantRecord, cleared_until
@@ -107,14 +93,9 @@ class _BoardView:
 class EmergencyController:
     """Keeps the emergency of the run. The first `observe_board` adopts what is on the board already.
 
-    Args:
-        board: has to be open.
-        participant: "tolaria", claimed on that board.
-        broadcast: passes a notice to telemetry without waiting. Raises BroadcastFailedError when it cannot; that is
-            reported and retried after `retry_s`.
-        observer: called with every report, after the state changed. May call `escalate` and `acknowledge`.
-        broadcasts_per_minute: as the setting of this name.
-        clock: the board's clock, monotonic nanoseconds.
+    `participant` is "tolaria", claimed on `board`; `clock` is the board's. `broadcast` passes a notice to telemetry
+    without waiting. It raises BroadcastFailedError when it cannot; that is reported and retried after `retry_s`.
+    `observer` is called with every report, after the state changed; it may call `escalate` and `acknowledge`.
     """
 
     def __init__(
@@ -159,29 +140,22 @@ class EmergencyController:
 
     def trigger(self, trigger: Trigger, detail: str) -> EmergencyState:
         """Raises the level of `trigger`; its value and `detail` become the reason."""
-        return self.escalate(TRIGGERS[trigger], f"{trigger.value}: {detail}", TOLARIA)
+        return self.escalate(protocol.TRIGGERS[trigger], f"{trigger.value}: {detail}", TOLARIA)
 
     def escalate(self, level: EmergencyLevel.ValueType, reason: str, origin: str) -> EmergencyState:
         """Raises `level` and returns the state after it, whose level may be higher.
 
         Writes the board (microseconds) if the level rises, then calls the observer, then broadcasts or defers. A failed
-        write is in the report and does not stop the emergency.
-
-        Raises:
-            UnknownLevelError: there is no such level; nothing has changed.
+        write is in the report and does not stop the emergency. Raises `UnknownLevelError` before anything changes.
         """
-        require_level(level)
+        protocol.require_level(level)
         now_ns = self._clock()
         signal_id, error = self._raise_on_board(level, reason) if level > self._state.level else (0, "")
         self._take_signal(Signal(origin, level, reason, signal_id, now_ns), self._view().attached, error)
         return self._state
 
     def acknowledge(self) -> None:
-        """Records that tolaria has done all that the active level requires.
-
-        Raises:
-            IllegalEmergencyEventError: there is no emergency.
-        """
+        """Records that tolaria has done all that the level requires. Raises `IllegalEmergencyEventError` when calm."""
         self._take_acknowledgement(TOLARIA, self._clock())
         active = self._view().active
         signal_id = active[0].signal_id if active else self._state.signal_id
@@ -193,15 +167,12 @@ class EmergencyController:
         """Ends the emergency, here and on the board, and returns the state that it had.
 
         Waiting broadcasts are sent later all the same. A failed write is in the report: peers may still see the level.
-
-        Raises:
-            IllegalEmergencyEventError: there is no emergency.
-            ClearanceRefusedError: the rule `by` may not end this one.
+        Raises `ClearanceRefusedError` when the rule `by` may not end this one, `IllegalEmergencyEventError` when calm.
         """
         self.observe_board()
         before = self._state
         sources = tuple(signal.origin for signal in self._view().active if signal.level >= before.level)
-        self._state = cleared(before, by, sources)
+        self._state = protocol.cleared(before, by, sources)
         error = ""
         try:
             self._participant.clear_all()
@@ -224,7 +195,7 @@ class EmergencyController:
             return
         before = self._state
         if before.phase is not Phase.CALM and cleared_until(view.records) >= before.raised_ns:
-            self._state = cleared(before, Clearer.OPERATOR, ())
+            self._state = protocol.cleared(before, Clearer.OPERATOR, ())
             self._observer(Cleared(before, Clearer.OPERATOR, "cleared on the board", "operator"))
         for signal in sorted(view.active, key=lambda signal: signal.raised_ns):
             if self._seen.get(signal.origin) != signal.signal_id:
@@ -239,19 +210,19 @@ class EmergencyController:
         """Does what is due: sends waiting notices and reports a missed deadline. Cheap when nothing is due."""
         now_ns, deadline_ns = self._clock(), self._deadline_ns()
         if deadline_ns is not None and now_ns >= deadline_ns:
-            self._state = overdue(self._state, now_ns)
+            self._state = protocol.overdue(self._state, now_ns)
             self._observer(DeadlineMissed(self._state))
         self._outbox.pump()
 
     def _take_signal(self, signal: Signal, attached: tuple[str, ...], board_error: str) -> None:
-        before, self._state = self._state, raised(self._state, signal, attached)
+        before, self._state = self._state, protocol.raised(self._state, signal, attached)
         # Posted before the observer can raise another level, and sent after it: freezing training comes first.
         self._outbox.post(new_notice(signal))
         if self._state is before:
             self._observer(Covered(signal))
         else:
             self._reissue_failed = bool(board_error)
-            self._observer(Escalated(self._state, RESPONSES[signal.level], board_error))
+            self._observer(Escalated(self._state, protocol.RESPONSES[signal.level], board_error))
         self._outbox.pump()
 
     def _reissue_if_gone(self) -> None:
@@ -277,7 +248,7 @@ class EmergencyController:
                 self._take_acknowledgement(name, record.acknowledged_ns)
 
     def _take_acknowledgement(self, participant: str, at_ns: int) -> None:
-        before, self._state = self._state, acknowledged(self._state, participant, at_ns)
+        before, self._state = self._state, protocol.acknowledged(self._state, participant, at_ns)
         if self._state is not before:
             self._observer(self._state.acknowledgements[-1])
 

@@ -9,14 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from leyline.v1.enums_pb2 import (
-    EMERGENCY_LEVEL_CONSERVATIVE,
-    EMERGENCY_LEVEL_ELEVATED,
-    EMERGENCY_LEVEL_HALT,
-    EMERGENCY_LEVEL_NOTICE,
-    EMERGENCY_LEVEL_UNSPECIFIED,
-    EmergencyLevel,
-)
+from leyline.v1 import enums_pb2 as enums
+from leyline.v1.enums_pb2 import EmergencyLevel
 from tolaria.errors import ClearanceRefusedError, IllegalEmergencyEventError, UnknownLevelError
 from tolaria.signals import Signal
 
@@ -38,10 +32,10 @@ class Response:
 
 
 RESPONSES: Mapping[EmergencyLevel.ValueType, Response] = {
-    EMERGENCY_LEVEL_NOTICE: Response(5000),
-    EMERGENCY_LEVEL_ELEVATED: Response(2000),
-    EMERGENCY_LEVEL_CONSERVATIVE: Response(500, conservative_mode=True),
-    EMERGENCY_LEVEL_HALT: Response(100, halt=True, acknowledged_by=(TOLARIA, "kasmina", "tamiyo")),
+    enums.EMERGENCY_LEVEL_NOTICE: Response(5000),
+    enums.EMERGENCY_LEVEL_ELEVATED: Response(2000),
+    enums.EMERGENCY_LEVEL_CONSERVATIVE: Response(500, conservative_mode=True),
+    enums.EMERGENCY_LEVEL_HALT: Response(100, halt=True, acknowledged_by=(TOLARIA, "kasmina", "tamiyo")),
 }
 
 
@@ -58,13 +52,13 @@ class Trigger(Enum):
 
 
 TRIGGERS: Mapping[Trigger, EmergencyLevel.ValueType] = {
-    Trigger.BOUNDARY_BREACH: EMERGENCY_LEVEL_ELEVATED,
-    Trigger.HOOK_BREACH: EMERGENCY_LEVEL_ELEVATED,
-    Trigger.BREAKER_OPEN: EMERGENCY_LEVEL_CONSERVATIVE,
-    Trigger.ROLLBACK_DEADLINE_MISSED: EMERGENCY_LEVEL_HALT,
-    Trigger.FAILED_EPOCH_STREAK: EMERGENCY_LEVEL_HALT,
-    Trigger.ROLLBACK_BUDGET_SPENT: EMERGENCY_LEVEL_HALT,
-    Trigger.HEARTBEAT_SILENT: EMERGENCY_LEVEL_HALT,
+    Trigger.BOUNDARY_BREACH: enums.EMERGENCY_LEVEL_ELEVATED,
+    Trigger.HOOK_BREACH: enums.EMERGENCY_LEVEL_ELEVATED,
+    Trigger.BREAKER_OPEN: enums.EMERGENCY_LEVEL_CONSERVATIVE,
+    Trigger.ROLLBACK_DEADLINE_MISSED: enums.EMERGENCY_LEVEL_HALT,
+    Trigger.FAILED_EPOCH_STREAK: enums.EMERGENCY_LEVEL_HALT,
+    Trigger.ROLLBACK_BUDGET_SPENT: enums.EMERGENCY_LEVEL_HALT,
+    Trigger.HEARTBEAT_SILENT: enums.EMERGENCY_LEVEL_HALT,
 }
 
 
@@ -109,7 +103,7 @@ class EmergencyState:
     """
 
     phase: Phase = Phase.CALM
-    level: EmergencyLevel.ValueType = EMERGENCY_LEVEL_UNSPECIFIED
+    level: EmergencyLevel.ValueType = enums.EMERGENCY_LEVEL_UNSPECIFIED
     reason: str = ""
     origin: str = ""
     signal_id: int = 0
@@ -183,7 +177,7 @@ def cleared(state: EmergencyState, by: Clearer, sources: tuple[str, ...]) -> Eme
     """
     permitted = {
         Clearer.OPERATOR: True,
-        Clearer.RECOVERED: state.level < EMERGENCY_LEVEL_HALT,
+        Clearer.RECOVERED: state.level < enums.EMERGENCY_LEVEL_HALT,
         Clearer.RESTARTED: set(sources) == {SENTINEL},
     }
     if not permitted[by]:
@@ -229,7 +223,7 @@ class EpochStreak:
 
 def recovered(state: EmergencyState, streak: EpochStreak, *, recovery_epochs: int, cause_remains: bool) -> bool:
     """Returns whether the rule `Clearer.RECOVERED` applies: below HALT, enough healthy epochs, and no cause left."""
-    below_halt = state.phase is not Phase.CALM and state.level < EMERGENCY_LEVEL_HALT
+    below_halt = state.phase is not Phase.CALM and state.level < enums.EMERGENCY_LEVEL_HALT
     return below_halt and not cause_remains and streak.healthy >= recovery_epochs
 
 

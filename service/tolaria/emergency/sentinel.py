@@ -1,8 +1,5 @@
 """The sentinel: a process that watches the service's heartbeats on the signal board, also while the GIL is held there.
 
-    python -m tolaria.emergency.sentinel --board PATH --run-id ID --service-pid PID --heartbeat-timeout-s S
-        --startup-s S --grace-s S --drain-s S --stacks FILE [--while-stdin]
-
 When the event loop or the lane is silent, the sentinel raises HALT from its own block, requests a stack dump of the
 service and, after the grace period, ends the service, so that its supervisor restarts it. Its first line on standard
 output announces that it watches. Exit code 0: the service ended or closed standard input; 3: it cannot watch.
@@ -60,20 +57,10 @@ class Stage(Enum):
     """Progress of the response to silence."""
 
     WATCHING = auto()
+    """Entered again when heartbeats return within the grace period. The halt stays until it is cleared."""
     ALARMED = auto()
     TERMINATED = auto()
     KILLED = auto()
-
-
-class Action(Enum):
-    """What the sentinel has to do."""
-
-    RAISE_HALT = auto()
-    DUMP_STACKS = auto()
-    REPORT_RECOVERY = auto()
-    """Heartbeats are back within the grace period: the process may live. The halt stays until it is cleared."""
-    TERMINATE = auto()
-    KILL = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +77,11 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class SilenceMonitor:
-    """Decides what to do about silent heartbeats. A value: `look` returns the next one.
+    """Decides when silent heartbeats require the next stage. A value: `look` returns the next one.
 
     A heartbeat is silent while its value does not change; the value is compared with no clock. Only observed time
     counts: a sentinel that was stopped, perhaps with the whole machine, saw no silence.
-
-    Attributes:
-        heartbeats: by name.
-        observed_s: seconds observed so far.
-        waited_s: seconds in this stage.
+    `observed_s` is the time observed so far, `waited_s` that in this stage; `heartbeats` are keyed by name.
     """
 
     limits: SilenceLimits
@@ -112,32 +95,30 @@ class SilenceMonitor:
         """Names of the silent heartbeats."""
         return tuple(name for name, beat in self.heartbeats.items() if beat.silent_s >= self.limits.timeout_s)
 
-    def look(self, values: Mapping[str, int], elapsed_s: float) -> tuple[SilenceMonitor, tuple[Action, ...]]:
-        """Returns the monitor after a look at the heartbeats' `values`, `elapsed_s` after the last one, and actions."""
+    @property
+    def next_stage(self) -> Stage:
+        """The stage that follows from what was observed; the present one unless something is due."""
+        match self.stage:
+            case Stage.WATCHING if self.silent:
+                return Stage.ALARMED
+            case Stage.ALARMED if not self.silent:
+                return Stage.WATCHING
+            case Stage.ALARMED if self.waited_s >= self.limits.grace_s:
+                return Stage.TERMINATED
+            case Stage.TERMINATED if self.waited_s >= self.limits.drain_s:
+                return Stage.KILLED
+            case stage:
+                return stage
+
+    def look(self, values: Mapping[str, int], elapsed_s: float) -> SilenceMonitor:
+        """Returns the monitor after a look at the heartbeats' `values`, `elapsed_s` after the last one."""
         observed_s = min(elapsed_s, self.limits.look_s_max)
         counted_s = observed_s if self.observed_s >= self.limits.startup_s else 0.0
         beats = {name: self.heartbeats.get(name, Heartbeat()).after(value, counted_s) for name, value in values.items()}
         seen = replace(
             self, heartbeats=beats, observed_s=self.observed_s + observed_s, waited_s=self.waited_s + observed_s
         )
-        return _decided(seen)
-
-
-def _decided(monitor: SilenceMonitor) -> tuple[SilenceMonitor, tuple[Action, ...]]:
-    limits = monitor.limits
-    actions: tuple[Action, ...]
-    match monitor.stage:
-        case Stage.WATCHING if monitor.silent:
-            stage, actions = Stage.ALARMED, (Action.RAISE_HALT, Action.DUMP_STACKS)
-        case Stage.ALARMED if not monitor.silent:
-            stage, actions = Stage.WATCHING, (Action.REPORT_RECOVERY,)
-        case Stage.ALARMED if monitor.waited_s >= limits.grace_s:
-            stage, actions = Stage.TERMINATED, (Action.TERMINATE,)
-        case Stage.TERMINATED if monitor.waited_s >= limits.drain_s:
-            stage, actions = Stage.KILLED, (Action.KILL,)
-        case _:
-            return monitor, ()
-    return replace(monitor, stage=stage, waited_s=0.0), actions
+        return seen if seen.next_stage is self.stage else replace(seen, stage=seen.next_stage, waited_s=0.0)
 
 
 class ServiceProcess:
@@ -214,51 +195,47 @@ class Sentinel:
             state = self._board.read(TOLARIA)
             now_s = time.monotonic()
             values = {LOOP: state.heartbeat_ns, LANE: state.lane_heartbeat_ns}
-            self._monitor, actions = self._monitor.look(values, now_s - looked_at_s)
+            stage, self._monitor = self._monitor.stage, self._monitor.look(values, now_s - looked_at_s)
             looked_at_s = now_s
-            for action in actions:
-                self._act(action)
+            if self._monitor.stage is not stage:
+                self._enter(self._monitor.stage)
 
-    def _act(self, action: Action) -> None:
-        match action:
-            case Action.RAISE_HALT:
-                self._raise_halt()
-            case Action.DUMP_STACKS:
-                self._dump_stacks()
-            case Action.REPORT_RECOVERY:
+    def _enter(self, stage: Stage) -> None:
+        match stage:
+            case Stage.WATCHING:
                 _log("sentinel_hears_heartbeats_again")
-            case Action.TERMINATE:
+            case Stage.ALARMED:
+                beats = self._monitor.heartbeats
+                silent = [f"{name} for {beats[name].silent_s:.1f} s" for name in self._monitor.silent]
+                silence = "no heartbeat of " + " and ".join(silent)
+                self._raise_halt(f"{Trigger.HEARTBEAT_SILENT.value}: {silence}")
+                self._dump_stacks(silence)
+            case Stage.TERMINATED:
                 self._end_service(signal.SIGTERM)
-            case Action.KILL:
+            case Stage.KILLED:
                 self._end_service(signal.SIGKILL)
 
     def _end_service(self, number: signal.Signals) -> None:
         self._service.send(number)
         _log("sentinel_ends_service", signal=number.name, silent=self._monitor.silent)
 
-    def _raise_halt(self) -> None:
-        reason = f"{Trigger.HEARTBEAT_SILENT.value}: {self._silence()}"
+    def _raise_halt(self, reason: str) -> None:
         try:
             self._participant.raise_level(EMERGENCY_LEVEL_HALT, reason)
         except SignalError as error:  # the process is silent all the same: go on
             _log("sentinel_cannot_raise", detail=str(error))
         _log("sentinel_raised_halt", reason=reason)
 
-    def _dump_stacks(self) -> None:
+    def _dump_stacks(self, silence: str) -> None:
         if not self._service.handles_dump():
             _log("sentinel_no_stacks", detail="the service has no handler for them")
             return
         try:
-            append_line(self._stacks, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {self._silence()}")
+            append_line(self._stacks, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {silence}")
         except OSError as error:  # a full disk: the service may have opened its file already
             _log("sentinel_cannot_mark_stacks", detail=str(error))
         self._service.send(DUMP_SIGNAL)
         _log("sentinel_asked_for_stacks", file=str(self._stacks))
-
-    def _silence(self) -> str:
-        beats = self._monitor.heartbeats
-        silent = [f"{name} for {beats[name].silent_s:.1f} s" for name in self._monitor.silent]
-        return "no heartbeat of " + " and ".join(silent)
 
 
 def open_to_append(path: Path) -> int:
@@ -268,11 +245,8 @@ def open_to_append(path: Path) -> int:
 
 def append_line(path: Path, line: str) -> None:
     """Appends a line that separates one stack dump from the next. Raises OSError."""
-    fd = open_to_append(path)
-    try:
-        os.write(fd, f"\n{line}\n".encode())
-    finally:
-        os.close(fd)
+    with os.fdopen(open_to_append(path), "ab", buffering=0) as file:
+        file.write(f"\n{line}\n".encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -36,23 +36,18 @@ class EmbeddedPeer(ChildSupervisor):
         self.command = replace(self.command, arguments=arguments)
 
     def on_started(self) -> None:
-        """Logs a restart."""
         _log.info("embedded peer started again", peer=self.command.name, listening=self.target)
 
     def on_ended(self, detail: str, restart_in_s: float) -> None:
-        """Logs that the peer does not serve until the restart."""
         _log.warning("embedded peer died", peer=self.command.name, detail=detail, starts_again_in_s=restart_in_s)
 
     def on_given_up(self, detail: str, failures: int) -> None:
-        """Logs that the peer is not restarted any more."""
         _log.error("embedded peer given up", peer=self.command.name, deaths_in_a_row=failures, detail=detail)
 
     def on_stderr(self, text: str) -> None:
-        """Logs the text."""
         _log.debug("peer wrote", peer=self.command.name, text=text.rstrip())
 
     def on_killed(self) -> None:
-        """Logs that the peer ignored the end of standard input."""
         _log.warning("embedded peer does not stop", peer=self.command.name, then="SIGKILL")
 
 
@@ -69,9 +64,8 @@ async def embedded_peers(
 ) -> AsyncIterator[Mapping[Peer, EmbeddedPeer]]:
     """Runs `command peer NAME --listen 127.0.0.1:0 --while-stdin` for each of `peers` while the block runs.
 
-    Each child gets `start_timeout_s` to announce its address and, at the end of the block, `stop_timeout_s` to exit
-    before SIGKILL. With `board` the peers attach to that signal board. Calls to a peer fail while it restarts. Raises
-    `PeerUnavailableError` when a first start failed; later failures are logged.
+    At the end of the block a child has `stop_timeout_s` to exit before SIGKILL. With `board` the peers attach to that
+    signal board. Raises `PeerUnavailableError` when a first start failed; later failures are logged.
     """
     options = ("--listen", _ANY_PORT, "--while-stdin", *([] if board is None else [f"--board={board}"]))
     supervisors = {

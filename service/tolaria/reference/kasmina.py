@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 
 import structlog
 
@@ -18,20 +18,8 @@ from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.errors import IllegalMoveError
 from tolaria.peers.verification import CONTRACT_VERSION
-from tolaria.reference.lifecycle import (
-    ACTIVE_STAGES,
-    AUTOMATIC,
-    STABLE_EPOCHS,
-    Observation,
-    Seed,
-    Stage,
-    closed_reason,
-    epochs_in_stage,
-    loss_of,
-    operation_name,
-    stage_name,
-    target_of,
-)
+from tolaria.reference import lifecycle
+from tolaria.reference.lifecycle import ACTIVE_STAGES, Observation, Seed, Stage
 from tolaria.reference.rollback import Context, Runs, Undo
 
 BLENDING_STEPS = 200  # from alpha 0 to alpha 1 unless the command sets another number; a few epochs of a small job
@@ -69,7 +57,8 @@ class DesiredSeeds:
     def __init__(self) -> None:
         self._revisions: deque[_Revision] = deque(maxlen=_REVISIONS_MAX)
         self._responses: OrderedDict[str, rpc.ApplyCommandResponse] = OrderedDict()
-        self._last_number = 0
+        # Ids are not assigned again, even after a revert: metrics and journals refer to seeds by them.
+        self._new_ids = (f"seed-{number}" for number in count(1))
 
     def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> rpc.ApplyCommandResponse:
         """Executes a seed command once and returns the outcome without seeds; a repeated command_id gets the same."""
@@ -171,13 +160,13 @@ class DesiredSeeds:
         seed = self._dormant_seed(command) if germinate else self._now.seeds.get(command.target_seed_id)
         if seed is None:
             raise IllegalMoveError(f"target_seed_id {command.target_seed_id!r} names no seed")
-        target = target_of(operation, seed.stage)
-        reason = closed_reason(target, seed, self._observation(seed, state))
+        target = lifecycle.target_of(operation, seed.stage)
+        reason = lifecycle.closed_reason(target, seed, self._observation(seed, state))
         if reason:
-            raise IllegalMoveError(f"{operation_name(operation)} of {seed.seed_id}: {reason}")
+            raise IllegalMoveError(f"{lifecycle.operation_name(operation)} of {seed.seed_id}: {reason}")
         seeds = {**self._now.seeds, seed.seed_id: self._enter(seed, target, state)}
         self._record(state, seeds, epoch=self._now.epoch)
-        return f"{seed.seed_id} is {stage_name(target)}"
+        return f"{seed.seed_id} is {lifecycle.stage_name(target)}"
 
     def _dormant_seed(self, command: AdaptationCommand) -> Seed:
         """Returns the seed to germinate: the named one, created if it does not exist; a new one without a name."""
@@ -185,7 +174,7 @@ class DesiredSeeds:
         active = sum(seed.stage in ACTIVE_STAGES for seed in known.values())
         if active >= ACTIVE_MAX:
             raise IllegalMoveError(f"{active} seeds are active already, which is the maximum")
-        seed_id = command.target_seed_id or self._new_id()
+        seed_id = command.target_seed_id or next(new for new in self._new_ids if new not in known)
         if seed_id not in known and len(known) >= SEEDS_MAX:
             raise IllegalMoveError(f"there are {len(known)} seeds already, which is the maximum")
         return Seed(
@@ -196,16 +185,9 @@ class DesiredSeeds:
             blending_steps=_blending_steps(command),
         )
 
-    def _new_id(self) -> str:
-        # Numbers are not reused, even after a revert: metrics and journals refer to seeds by them.
-        self._last_number += 1
-        while f"seed-{self._last_number}" in self._now.seeds:
-            self._last_number += 1
-        return f"seed-{self._last_number}"
-
     def _advance(self, seed: Seed, state: SystemStatePacket) -> Seed:
         seen = self._observation(seed, state)
-        losses = (*seed.losses, loss_of(seen.reported, state))[-STABLE_EPOCHS:]
+        losses = (*seed.losses, lifecycle.loss_of(seen.reported, state))[-lifecycle.STABLE_EPOCHS :]
         slot = seed.slot or (seen.reported.slot if seen.reported is not None and seed.stage in ACTIVE_STAGES else "")
         seed = replace(seed, losses=losses, slot=slot)
         target = self._next_stage(seed, seen)
@@ -213,14 +195,14 @@ class DesiredSeeds:
 
     def _next_stage(self, seed: Seed, seen: Observation) -> Stage | None:
         """Returns the stage that follows now; None if the seed stays. One that stays active too long is culled."""
-        epochs = epochs_in_stage(seed, seen.state)
+        epochs = lifecycle.epochs_in_stage(seed, seen.state)
         if epochs < 1:
             return None
         expired = seed.stage in ACTIVE_STAGES and epochs >= STAGE_EPOCHS_MAX
-        target = AUTOMATIC.get(seed.stage)
+        target = lifecycle.AUTOMATIC.get(seed.stage)
         if seed.stage == enums.SEED_STAGE_PROBATIONARY and expired:
             target = enums.SEED_STAGE_FOSSILIZED  # without a command the gate decides
-        if target is not None and not closed_reason(target, seed, seen):
+        if target is not None and not lifecycle.closed_reason(target, seed, seen):
             return target
         return enums.SEED_STAGE_CULLED if expired else None
 
@@ -238,9 +220,9 @@ class DesiredSeeds:
 
     def _observation(self, seed: Seed, state: SystemStatePacket) -> Observation:
         reported = next((known for known in state.seed_states if known.seed_id == seed.seed_id), None)
-        others = [other for other in self._now.seeds.values() if other.seed_id != seed.seed_id]
-        taken = {other.slot for other in others if other.stage not in _WITHOUT_SLOT and other.slot}
-        return Observation(state, reported, slot_free=seed.slot not in taken)
+        others = (other for other in self._now.seeds.values() if other.seed_id != seed.seed_id)
+        taken = any(other.slot == seed.slot for other in others if other.stage not in _WITHOUT_SLOT)
+        return Observation(state, reported, slot_free=not seed.slot or not taken)
 
 
 class KasminaService(KasminaServiceServicer):

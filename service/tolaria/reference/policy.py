@@ -212,13 +212,8 @@ def _plateau(records: tuple[EpochRecord, ...]) -> bool:
 
 
 def _recently(history: RunHistory, command_type: enums.CommandType.ValueType) -> bool:
-    newest = history.records[-1].epoch
-    return any(
-        record.decision is not None
-        and record.decision.command_type == command_type
-        and newest - record.epoch < PAUSE_EPOCHS
-        for record in history.records
-    )
+    decided = [r.epoch for r in history.records if r.decision and r.decision.command_type == command_type]
+    return any(history.records[-1].epoch - epoch < PAUSE_EPOCHS for epoch in decided)
 
 
 def _finite(values: Iterable[float]) -> list[float]:

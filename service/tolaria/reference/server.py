@@ -42,11 +42,10 @@ async def serve_peer(
     board: Path | None = None,
     while_stdin: bool,
 ) -> None:
-    """Serves one peer until SIGTERM or SIGINT or, with `while_stdin`, until standard input ends.
+    """Serves one peer until SIGTERM or SIGINT or, with `while_stdin`, until standard input ends. For the main thread.
 
-    A pipe on standard input ends with the process at its other end, even if that is killed. `announce` is called once,
-    with the address that the server listens on. With a signal `board` the peer sends heartbeats and acknowledges
-    emergencies on it. Must run in the main thread, which receives the signals. Raises as `peer_server` does.
+    `announce` is called once, with the address that the server listens on. With a signal `board` the peer sends
+    heartbeats and acknowledges emergencies on it. Raises `BindError` when `listen` is not available.
     """
     async with peer_server(peer, listen, leyline) as server, anyio.create_task_group() as tasks:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -121,7 +120,7 @@ async def _take_part(board: SignalBoard, me: ParticipantWriter) -> None:
 
 
 async def _stop_at_end_of_stdin(serving: anyio.CancelScope) -> None:
-    """Cancels `serving` at the end of standard input and discards what is read before."""
+    """Cancels `serving` at the end of standard input: a pipe ends with the process at its other end, even if killed."""
     stdin, text = sys.stdin.fileno(), b" "
     with suppress(PermissionError):  # a regular file or /dev/null cannot be polled and counts as ended
         while text:

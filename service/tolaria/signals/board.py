@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from tolaria.signals import layout
 from tolaria.signals.futex import Bell, futex_available
-from tolaria.signals.layout import (
-    BELL_AT,
-    BLOCKS_AT,
-    CREATOR_INDEX,
-    HEARTBEAT,
-    LANE_HEARTBEAT,
-    PARTICIPANT_PAYLOAD,
-    PARTICIPANT_SIZE,
-    PARTICIPANTS,
-    ROLLBACK_AT,
-    ROLLBACK_INDEX,
-    ROLLBACK_PAYLOAD,
-    ParticipantRecord,
-    RollbackRecord,
-    Signal,
-    active_signals,
-    bell_value,
-    decode_participant,
-    decode_rollback,
-    encode_participant,
-    encode_rollback,
-    index_of,
-    participant_at,
-)
+from tolaria.signals.layout import PARTICIPANTS, ParticipantRecord, RollbackRecord, Signal
 from tolaria.signals.mapping import BoardFile, BoardMemory, attach_file, create_file
 from tolaria.signals.seqlock import ParticipantState, Seqlock
 from tolaria.signals.writers import BoardParts, ParticipantWriter, RollbackWriter
 
-_SEQUENCES = slice(BLOCKS_AT // 8, ROLLBACK_AT // 8, PARTICIPANT_SIZE // 8)
+_SEQUENCES = slice(layout.BLOCKS_AT // 8, layout.ROLLBACK_AT // 8, layout.PARTICIPANT_SIZE // 8)
 _UNREAD = -1
 _EMPTY = ParticipantRecord()
 
@@ -58,13 +35,8 @@ class SignalBoard:
     """One process's view of a board, made by `create` or `attach`; a context manager that closes it.
 
     Any thread may read, wait and claim. Everything raises `BoardLostError` once the board is closed or its file was
-    cut short, except heartbeats, which are then dropped.
-
-    Attributes:
-        path: the board's file.
-        run_id: the run that created it.
-        adopted: whether `create` took over the board of a crashed process of the same run.
-        degraded: whether waiting polls every millisecond, as this platform has no futex (`shared_signal_degraded`).
+    cut short, except heartbeats, which are then dropped. `run_id` is the run that created it, `adopted` whether that
+    took over the board of a crashed process, `degraded` whether waiting polls, as this platform has no futex.
     """
 
     def __init__(self, path: Path, file: BoardFile, *, creator: bool, clock: Callable[[], int]) -> None:
@@ -74,38 +46,38 @@ class SignalBoard:
         self.degraded = not futex_available()
         self._creator = creator
         self._memory = BoardMemory(file.fd, path)
-        self._bell = Bell(self._memory.view, BELL_AT, futex=not self.degraded)
+        self._bell = Bell(self._memory.view, layout.BELL_AT, futex=not self.degraded)
         self._parts = BoardParts(
             memory=self._memory,
             locks=file.locks,
             bell=self._bell,
-            blocks=tuple(_participant_block(self._memory, index) for index in range(len(PARTICIPANTS))),
-            rollback=_rollback_block(self._memory),
+            blocks=tuple(self._participant_block(index) for index in range(len(PARTICIPANTS))),
+            rollback=Seqlock(
+                self._memory,
+                layout.ROLLBACK_INDEX,
+                layout.ROLLBACK_AT,
+                layout.ROLLBACK_PAYLOAD,
+                encode=layout.encode_rollback,
+                decode=layout.decode_rollback,
+            ),
             clock=clock,
         )
         self._snapshot = _Snapshot([_UNREAD] * len(PARTICIPANTS), dict.fromkeys(PARTICIPANTS, _EMPTY), ())
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], run_id: str, *, clock: Callable[[], int] = time.monotonic_ns) -> Self:
+    def create(cls, path: Path, run_id: str, *, clock: Callable[[], int] = time.monotonic_ns) -> Self:
         """Creates the board of `run_id` at `path`, mode 0600, for the lifetime of this process.
 
         Adopts the board that a crash of the same run left, with all its signals, and replaces one of another run.
         Raises `BoardBusyError` while another living process is the creator, `BoardRefusedError` when the name cannot
-        be used or leads to another kind of file, `SignalValueError` when the run id is empty or over 128 bytes of
-        UTF-8.
+        be used, `SignalValueError` when the run id is empty or over 128 bytes of UTF-8.
         """
-        return cls(Path(path), create_file(Path(path), run_id), creator=True, clock=clock)
+        return cls(path, create_file(path, run_id), creator=True, clock=clock)
 
     @classmethod
-    def attach(
-        cls,
-        path: str | os.PathLike[str],
-        expected_run_id: str | None = None,
-        *,
-        clock: Callable[[], int] = time.monotonic_ns,
-    ) -> Self:
+    def attach(cls, path: Path, run_id: str | None = None, *, clock: Callable[[], int] = time.monotonic_ns) -> Self:
         """Opens an existing board. Raises `BoardRefusedError` with its reason: missing, truncated, version, run..."""
-        return cls(Path(path), attach_file(Path(path), expected_run_id), creator=False, clock=clock)
+        return cls(path, attach_file(path, run_id), creator=False, clock=clock)
 
     @property
     def current(self) -> bool:
@@ -158,13 +130,11 @@ class SignalBoard:
 
     def read(self, name: str) -> ParticipantState:
         """Returns one participant's block as its bytes are now. Raises `SignalValueError` for an unknown name."""
-        index = index_of(name)
+        index = layout.index_of(name)
         self._memory.require_intact()
-        words, at = self._memory.words, participant_at(index)
-        reading = self._parts.blocks[index].read()
-        return ParticipantState(
-            name, reading.condition, words[(at + HEARTBEAT) // 8], words[(at + LANE_HEARTBEAT) // 8], reading.record
-        )
+        beat, lane_beat = layout.heartbeat_words(index)
+        words, reading = self._memory.words, self._parts.blocks[index].read()
+        return ParticipantState(name, reading.condition, words[beat], words[lane_beat], reading.record)
 
     def read_all(self) -> tuple[ParticipantState, ...]:
         """Returns every participant's block, in the board's order."""
@@ -186,7 +156,8 @@ class SignalBoard:
         if unlink:
             self._memory.unlink()
             if self._memory.intact:
-                self._bell.ring(bell_value(CREATOR_INDEX, self._bell.value + 1))  # woken waiters look at `current`
+                # Woken waiters look at `current`.
+                self._bell.ring(layout.bell_value(layout.CREATOR_INDEX, self._bell.value + 1))
         self._bell.close()
         self._parts.locks.close()
         self._memory.close()
@@ -206,15 +177,9 @@ class SignalBoard:
                 _, record, sequence_read = self._parts.blocks[index].read()
                 known[index] = _UNREAD if record is None else sequence_read
                 records[PARTICIPANTS[index]] = _EMPTY if record is None else record
-        return _Snapshot(known, records, active_signals(records))
+        return _Snapshot(known, records, layout.active_signals(records))
 
-
-def _participant_block(memory: BoardMemory, index: int) -> Seqlock[ParticipantRecord]:
-    encode, decode = partial(encode_participant, index), partial(decode_participant, index=index)
-    return Seqlock(memory, index, participant_at(index), PARTICIPANT_PAYLOAD, encode=encode, decode=decode)
-
-
-def _rollback_block(memory: BoardMemory) -> Seqlock[RollbackRecord]:
-    return Seqlock(
-        memory, ROLLBACK_INDEX, ROLLBACK_AT, ROLLBACK_PAYLOAD, encode=encode_rollback, decode=decode_rollback
-    )
+    def _participant_block(self, index: int) -> Seqlock[ParticipantRecord]:
+        encode, decode = partial(layout.encode_participant, index), partial(layout.decode_participant, index=index)
+        at, size = layout.participant_at(index), layout.PARTICIPANT_PAYLOAD
+        return Seqlock(self._memory, index, at, size, encode=encode, decode=decode)

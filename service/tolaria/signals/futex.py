@@ -28,7 +28,7 @@ class Bell:
     """A word that writers change and waiters sleep on, at `offset` of `memory` (a writable shared mapping).
 
     Thread-safe. `wait` releases the GIL while it sleeps. `ring` keeps it: waking takes microseconds, while reacquiring
-    the GIL can take a whole switch interval of a computing thread.
+    the GIL can take a whole switch interval of a computing thread. `waiters` counts this process's threads in `wait`.
     """
 
     def __init__(self, memory: memoryview, offset: int, *, futex: bool) -> None:
@@ -36,7 +36,6 @@ class Bell:
         self._address = ctypes.addressof(self._word)
         self._futex = futex
         self.waiters = 0
-        """Threads of this process in `wait`."""
         self.closed = False
         self._mutex = threading.Lock()
         self.wake = futex_waker(self._address) if futex else lambda: None  # pollers wake by themselves

@@ -218,6 +218,12 @@ def participant_at(index: int) -> int:
     return BLOCKS_AT + index * PARTICIPANT_SIZE
 
 
+def heartbeat_words(index: int) -> tuple[int, int]:
+    """Returns the numbers of the words with the heartbeats of participant `index`: its process's and the lane's."""
+    word = participant_at(index) // 8
+    return word + HEARTBEAT // 8, word + LANE_HEARTBEAT // 8
+
+
 def index_of(participant: str) -> int:
     """Returns the index of a participant's block. Raises `SignalValueError` for an unknown name."""
     if participant not in PARTICIPANTS:

@@ -27,15 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tolaria.errors import BoardBusyError, BoardLostError, BoardRefusedError
-from tolaria.signals.layout import (
-    BOARD_SIZE,
-    HEADER_SIZE,
-    HEARTBEAT,
-    Header,
-    blank_board,
-    decode_header,
-    participant_at,
-)
+from tolaria.signals import layout
 
 STALE_NAMES = "tolaria-*"
 STALE_S = 600.0
@@ -56,7 +48,7 @@ class BoardMemory:
     def __init__(self, fd: int, path: Path) -> None:
         self._fd = fd
         self._path = path
-        self._map = mmap.mmap(fd, BOARD_SIZE)
+        self._map = mmap.mmap(fd, layout.BOARD_SIZE)
         self._file_size = self._map.size
         self.closed = False
         self.view = memoryview(self._map)
@@ -65,7 +57,7 @@ class BoardMemory:
     @property
     def intact(self) -> bool:
         """Whether the file behind the mapping has its size: touching a page that was cut off is a SIGBUS. 0.5 us."""
-        return not self.closed and self._file_size() >= BOARD_SIZE
+        return not self.closed and self._file_size() >= layout.BOARD_SIZE
 
     @property
     def named(self) -> bool:
@@ -82,7 +74,7 @@ class BoardMemory:
         """Raises `BoardLostError` unless `intact`."""
         if self.closed:
             raise BoardLostError(f"{self._path}: this board has been closed")
-        if self._file_size() < BOARD_SIZE:
+        if self._file_size() < layout.BOARD_SIZE:
             raise BoardLostError(f"{self._path}: the file was cut short")
 
     def close(self) -> None:
@@ -168,18 +160,14 @@ class BoardFile:
 
     fd: int
     locks: RangeLocks
-    header: Header
+    header: layout.Header
     adopted: bool
 
 
 def create_file(path: Path, run_id: str) -> BoardFile:
-    """Creates the board of `run_id` at `path`, or adopts the one that a crash of the same run left there.
-
-    Raises `BoardBusyError` while another living process is the creator, `BoardRefusedError` when the name cannot be
-    used.
-    """
-    header = Header(run_id, boot_id(), time.time_ns(), time.monotonic_ns())
-    image = blank_board(header)
+    """Creates or adopts a board; raises as `SignalBoard.create` does."""
+    header = layout.Header(run_id, boot_id(), time.time_ns(), time.monotonic_ns())
+    image = layout.blank_board(header)
     with _translated(path), ExitStack() as replaced, ExitStack() as undo:
         new = path.with_name(path.name + ".new")
         locks = _lock_named(new, os.O_CREAT)
@@ -199,13 +187,13 @@ def create_file(path: Path, run_id: str) -> BoardFile:
 
 
 def attach_file(path: Path, expected_run_id: str | None) -> BoardFile:
-    """Opens the board that another process created. Raises `BoardRefusedError`."""
+    """Opens the board of another process; raises as `SignalBoard.attach` does."""
     with _translated(path), ExitStack() as undo:
         fd = _open(path)
         undo.callback(os.close, fd)
         lock_fd = _open(path)
         undo.callback(os.close, lock_fd)
-        if not _same(os.fstat(fd), os.fstat(lock_fd)):
+        if not os.path.sameopenfile(fd, lock_fd):
             raise BoardRefusedError(str(path), "replaced", "its file was replaced meanwhile; try again")
         header = _checked_header(path, fd)
         if expected_run_id is not None and header.run_id != expected_run_id:
@@ -236,7 +224,7 @@ def _removed(path: Path, stale_s: float) -> bool:
         opened.callback(locks.close)
         file = os.fstat(fd)
         private = file.st_uid == os.geteuid() and stat.S_IMODE(file.st_mode) == _MODE and file.st_nlink == 1
-        if not private or not locks.try_lock(0, BOARD_SIZE):
+        if not private or not locks.try_lock(0, layout.BOARD_SIZE):
             return False
         # Creating a board under this name needs the lock that is held here: the name cannot change any more.
         if _quiet_s(path, fd) < stale_s or not _leads_to(path, fd):
@@ -251,7 +239,7 @@ def _quiet_s(path: Path, fd: int) -> float:
     header = _checked_header(path, fd)
     if header.boot_id != boot_id():
         return float("inf")
-    beat_ns = int.from_bytes(os.pread(fd, 8, participant_at(0) + HEARTBEAT), "little")
+    beat_ns = int.from_bytes(os.pread(fd, 8, layout.participant_at(0) + layout.HEARTBEAT), "little")
     return (time.monotonic_ns() - max(header.created_ns, beat_ns)) / 1e9
 
 
@@ -268,7 +256,7 @@ def _lock_named(path: Path, flags: int) -> RangeLocks:
     for _ in range(_TRIES):
         fd = _open(path, flags)
         locks = RangeLocks(fd)
-        if not locks.try_lock(0, HEADER_SIZE):
+        if not locks.try_lock(0, layout.HEADER_SIZE):
             locks.close()
             raise BoardBusyError(f"{path}: another living process holds this board")
         if _leads_to(path, fd):
@@ -277,7 +265,7 @@ def _lock_named(path: Path, flags: int) -> RangeLocks:
     raise BoardBusyError(f"{path}: other processes keep replacing this board")
 
 
-def _adopt(path: Path, header: Header, replaced: ExitStack) -> BoardFile | None:
+def _adopt(path: Path, header: layout.Header, replaced: ExitStack) -> BoardFile | None:
     """Returns the board found at `path` if it can be adopted; keeps one that is to be replaced locked in `replaced`."""
     try:
         locks = _lock_named(path, 0)
@@ -301,9 +289,9 @@ def _adopt(path: Path, header: Header, replaced: ExitStack) -> BoardFile | None:
         return BoardFile(fd, locks, found, adopted=True)
 
 
-def _checked_header(path: Path, fd: int) -> Header:
+def _checked_header(path: Path, fd: int) -> layout.Header:
     """Reads with pread: a mapping of a file that is too short raises SIGBUS."""
-    return decode_header(str(path), os.pread(fd, HEADER_SIZE, 0), os.fstat(fd).st_size)
+    return layout.decode_header(str(path), os.pread(fd, layout.HEADER_SIZE, 0), os.fstat(fd).st_size)
 
 
 def _open(path: Path, flags: int = 0) -> int:
@@ -317,13 +305,9 @@ def _open(path: Path, flags: int = 0) -> int:
 
 def _leads_to(path: Path, fd: int) -> bool:
     try:
-        return _same(path.lstat(), os.fstat(fd))
+        return os.path.samestat(path.lstat(), os.fstat(fd))
     except FileNotFoundError:
         return False
-
-
-def _same(one: os.stat_result, other: os.stat_result) -> bool:
-    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
 @contextmanager

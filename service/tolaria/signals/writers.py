@@ -11,24 +11,9 @@ from typing import Generic
 
 from leyline.v1.enums_pb2 import EmergencyLevel, RollbackTier
 from tolaria.errors import BlockOwnedError, SignalValueError
+from tolaria.signals import layout
 from tolaria.signals.futex import Bell
-from tolaria.signals.layout import (
-    CLEARERS,
-    HEARTBEAT,
-    LANE_HEARTBEAT,
-    LEVELS,
-    MASK64,
-    REASON_MAX,
-    ParticipantRecord,
-    RollbackRecord,
-    RollbackState,
-    bell_value,
-    cleared_until,
-    cut_at_character,
-    index_of,
-    new_tuple,
-    participant_at,
-)
+from tolaria.signals.layout import CLEARERS, ParticipantRecord, RollbackRecord, RollbackState, new_tuple
 from tolaria.signals.mapping import BoardMemory, RangeLocks
 from tolaria.signals.seqlock import Record, Seqlock
 
@@ -60,8 +45,7 @@ class ClaimedBlock(Generic[Record]):
     def __init__(self, parts: BoardParts, block: Seqlock[Record], empty: Record) -> None:
         if not parts.locks.try_lock(*block.extent):
             raise BlockOwnedError(f"block {block.index} of the board is owned already, here or by another process")
-        self._parts, self._block = parts, block
-        self._memory, self._clock = parts.memory, parts.clock
+        self._parts, self._block, self._clock = parts, block, parts.clock
         self._mutex = threading.Lock()
         self._released = False
         found = block.read()
@@ -84,12 +68,12 @@ class ClaimedBlock(Generic[Record]):
             index = self._block.index
             if self._released or not self._parts.locks.held:
                 raise BlockOwnedError(f"block {index} of the board is not owned here any more")
-            self._memory.require_intact()
+            self._parts.memory.require_intact()
             record = change(self.record)
-            generation = (self._generation + 1) & MASK64
+            generation = (self._generation + 1) & layout.MASK64
             self._block.write(generation, record)
             self.record, self._generation = record, generation
-            self._parts.bell.ring(bell_value(index, generation))
+            self._parts.bell.ring(layout.bell_value(index, generation))
             return record
 
 
@@ -97,12 +81,10 @@ class ParticipantWriter(ClaimedBlock[ParticipantRecord]):
     """The block of participant `name`: raise, clear, acknowledge, beat. Thread-safe."""
 
     def __init__(self, name: str, parts: BoardParts) -> None:
-        index = index_of(name)
+        index = layout.index_of(name)
         super().__init__(parts, parts.blocks[index], ParticipantRecord())
         self.name = name
-        at = participant_at(index)
-        self._heartbeat = (at + HEARTBEAT) // 8
-        self._lane_heartbeat = (at + LANE_HEARTBEAT) // 8
+        self._heartbeat, self._lane_heartbeat = layout.heartbeat_words(index)
         self._update(lambda record: record._replace(owner_pid=os.getpid()))
         self.beat()
 
@@ -112,7 +94,7 @@ class ParticipantWriter(ClaimedBlock[ParticipantRecord]):
         Raises `SignalValueError` for an unknown level, and for one below this block's active level, which must be
         cleared first.
         """
-        if not level or level not in LEVELS:
+        if not level or level not in layout.LEVELS:
             raise SignalValueError(f"there is no emergency level {level}")
         return self._update(partial(self._raised, level, reason)).signal_id
 
@@ -131,7 +113,7 @@ class ParticipantWriter(ClaimedBlock[ParticipantRecord]):
 
     def acknowledge(self, signal_id: int) -> None:
         """Publishes that this participant acted on a signal, in place of its last acknowledgement."""
-        if not 0 < signal_id <= MASK64:
+        if not 0 < signal_id <= layout.MASK64:
             raise SignalValueError(f"{signal_id} is no signal's id")
         self._update(lambda record: record._replace(acknowledged_id=signal_id, acknowledged_ns=self._clock()))
 
@@ -144,7 +126,7 @@ class ParticipantWriter(ClaimedBlock[ParticipantRecord]):
         self._store(self._lane_heartbeat)
 
     def _store(self, word: int) -> None:
-        memory = self._memory
+        memory = self._parts.memory
         if memory.intact:  # a lost board must not stop training; raising and reading report it
             memory.words[word] = self._clock()
 
@@ -153,8 +135,8 @@ class ParticipantWriter(ClaimedBlock[ParticipantRecord]):
             active = EmergencyLevel.Name(record.level)
             raise SignalValueError(f"{self.name} already raised {active}; it must be cleared before a lower level")
         now_ns = self._clock()
-        if not (reason.isascii() and len(reason) <= REASON_MAX):
-            reason = cut_at_character(reason, REASON_MAX).decode()
+        if not (reason.isascii() and len(reason) <= layout.REASON_MAX):
+            reason = layout.cut_at_character(reason, layout.REASON_MAX).decode()
         # Unique on the board: the block's number, then microseconds, so that ids do not repeat after a repair either.
         count, next_count = now_ns // 1000, (record.signal_id & _COUNT_MASK) + 1
         signal_id = (self._block.index + 1) << _ID_BITS | max(count, next_count) & _COUNT_MASK
@@ -162,8 +144,8 @@ class ParticipantWriter(ClaimedBlock[ParticipantRecord]):
         return new_tuple(ParticipantRecord, (level, reason, signal_id, now_ns, *record[_ACKNOWLEDGED_ON:]))
 
     def _cleared_ns(self) -> int:
-        found = {name: self._parts.blocks[index_of(name)].read().record for name in CLEARERS}
-        return cleared_until({name: record for name, record in found.items() if record is not None})
+        found = {name: self._parts.blocks[layout.index_of(name)].read().record for name in CLEARERS}
+        return layout.cleared_until({name: record for name, record in found.items() if record is not None})
 
 
 class RollbackWriter(ClaimedBlock[RollbackRecord]):

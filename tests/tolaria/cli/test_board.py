@@ -16,7 +16,7 @@ runner = CliRunner()
 def test_raise_show_and_clear_work_without_a_service(tmp_path: Path) -> None:
     """A raised signal is shown with its origin, and `clear` clears it for every participant."""
     path = str(tmp_path / "board")
-    with SignalBoard.create(path, "run-1") as board:
+    with SignalBoard.create(Path(path), "run-1") as board:
         raised = runner.invoke(app, ["signals", "raise", "conservative", "--reason", "smell", "--board", path])
         assert raised.exit_code == 0, raised.output
         (shown,) = json.loads(runner.invoke(app, ["signals", "show", "--board", path]).stdout)["standing"]
@@ -36,7 +36,7 @@ def test_raise_show_and_clear_work_without_a_service(tmp_path: Path) -> None:
 def test_show_prints_the_rollback(tmp_path: Path) -> None:
     """State, id, target, tier and times of the rollback slot; an idle slot has zeros."""
     path = str(tmp_path / "board")
-    with SignalBoard.create(path, "run-1", clock=lambda: 5) as board:
+    with SignalBoard.create(Path(path), "run-1", clock=lambda: 5) as board:
         shown = json.loads(runner.invoke(app, ["signals", "show", "--board", path]).stdout)
         assert set(shown) == {"run_id", "standing", "acknowledged", "rollback"}
         assert (shown["rollback"]["state"], shown["rollback"]["changed_ns"]) == ("idle", 0)
@@ -57,7 +57,7 @@ def test_show_prints_the_rollback(tmp_path: Path) -> None:
 def test_watch_prints_each_change_until_the_board_is_removed(tmp_path: Path) -> None:
     """The present contents are one line; removing the board ends the command."""
     path = tmp_path / "board"
-    board = SignalBoard.create(path, "run-1")
+    board = SignalBoard.create(Path(path), "run-1")
     me = board.claim("tolaria")
     signal_id = me.raise_level(EMERGENCY_LEVEL_CONSERVATIVE, "smell")
     closing = threading.Timer(0.3, lambda: board.close(unlink=True))

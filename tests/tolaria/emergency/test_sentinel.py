@@ -9,40 +9,36 @@ from dataclasses import replace
 
 import pytest
 
-from tolaria.emergency.sentinel import Action, Heartbeat, ServiceProcess, SilenceLimits, SilenceMonitor, Stage
+from tolaria.emergency.sentinel import Heartbeat, ServiceProcess, SilenceLimits, SilenceMonitor, Stage
 
 TIMEOUT_S = 30.0
 LIMITS = SilenceLimits(startup_s=5.0, timeout_s=3.0, grace_s=2.0, drain_s=4.0, look_s_max=1.0)
 
 
 class Observation:
-    """Looks once a second and records the actions with the second of each."""
+    """Looks once a second and records the stages entered with the second of each."""
 
     def __init__(self, startup_s: float = 0.0) -> None:
         self.monitor = SilenceMonitor(replace(LIMITS, startup_s=startup_s))
         self.second = 0
-        self.actions: list[tuple[int, Action]] = []
+        self.stages: list[tuple[int, Stage]] = []
 
     def look(self, loop: int, lane: int, elapsed_s: float = 1.0) -> None:
         self.second += 1
-        self.monitor, actions = self.monitor.look({"loop": loop, "lane": lane}, elapsed_s)
-        self.actions += [(self.second, action) for action in actions]
+        before, self.monitor = self.monitor, self.monitor.look({"loop": loop, "lane": lane}, elapsed_s)
+        if self.monitor.stage is not before.stage:
+            self.stages.append((self.second, self.monitor.stage))
 
     def look_at_silence(self, seconds: int) -> None:
         for _ in range(seconds):
             self.look(7, 7)
 
 
-def test_lasting_silence_leads_to_every_action() -> None:
-    """Alarm and stack dump at the timeout, SIGTERM after the grace period, SIGKILL after the drain, each once."""
+def test_lasting_silence_leads_to_every_stage() -> None:
+    """Alarm at the timeout, SIGTERM after the grace period, SIGKILL after the drain, each once."""
     observation = Observation()
     observation.look_at_silence(30)
-    assert observation.actions == [
-        (4, Action.RAISE_HALT),
-        (4, Action.DUMP_STACKS),
-        (6, Action.TERMINATE),
-        (10, Action.KILL),
-    ]
+    assert observation.stages == [(4, Stage.ALARMED), (6, Stage.TERMINATED), (10, Stage.KILLED)]
 
 
 @pytest.mark.parametrize("silent", ["loop", "lane"])
@@ -52,7 +48,7 @@ def test_one_silent_heartbeat_is_enough(silent: str) -> None:
     for beat in range(1, 6):
         observation.look(7 if silent == "loop" else beat, 7 if silent == "lane" else beat)
     assert observation.monitor.silent == (silent,)
-    assert observation.actions[0] == (4, Action.RAISE_HALT)
+    assert observation.stages[0] == (4, Stage.ALARMED)
 
 
 @pytest.mark.parametrize("value", [0, 2**63])
@@ -69,16 +65,16 @@ def test_any_change_is_a_heartbeat() -> None:
     observation = Observation()
     for second in range(1, 30):
         observation.look(2**63 - second, second % 2)
-    assert observation.actions == []
+    assert observation.stages == []
 
 
 def test_silence_does_not_count_during_startup() -> None:
     """The timeout begins after the startup allowance."""
     observation = Observation(startup_s=5.0)
     observation.look_at_silence(7)
-    assert observation.actions == []
+    assert observation.stages == []
     observation.look_at_silence(2)
-    assert observation.actions[0] == (8, Action.RAISE_HALT)
+    assert observation.stages[0] == (8, Stage.ALARMED)
 
 
 def test_time_that_was_not_observed_does_not_count() -> None:
@@ -86,7 +82,7 @@ def test_time_that_was_not_observed_does_not_count() -> None:
     observation = Observation()
     observation.look_at_silence(2)
     observation.look(7, 7, elapsed_s=3600.0)
-    assert observation.actions == []
+    assert observation.stages == []
     observation.look(8, 8)
     assert observation.monitor.heartbeats["loop"] == Heartbeat(8, 0.0)
 
@@ -97,13 +93,11 @@ def test_heartbeats_within_the_grace_period_save_the_process() -> None:
     observation.look_at_silence(5)
     observation.look(8, 8)
     observation.look_at_silence(6)
-    assert [action for _, action in observation.actions] == [
-        Action.RAISE_HALT,
-        Action.DUMP_STACKS,
-        Action.REPORT_RECOVERY,
-        Action.RAISE_HALT,
-        Action.DUMP_STACKS,
-        Action.TERMINATE,
+    assert [stage for _, stage in observation.stages] == [
+        Stage.ALARMED,
+        Stage.WATCHING,
+        Stage.ALARMED,
+        Stage.TERMINATED,
     ]
 
 
@@ -113,7 +107,7 @@ def test_heartbeats_after_sigterm_do_not_prevent_sigkill() -> None:
     observation.look_at_silence(6)
     for beat in range(10, 20):
         observation.look(beat, beat)
-    assert observation.actions[-1] == (10, Action.KILL)
+    assert observation.stages[-1] == (10, Stage.KILLED)
     assert observation.monitor.stage is Stage.KILLED
 
 

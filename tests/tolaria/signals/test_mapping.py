@@ -23,8 +23,9 @@ HALT = EmergencyLevel.EMERGENCY_LEVEL_HALT
 # A run that forks a worker and dies; the worker lives on with all that it inherited.
 DIES_WITH_A_WORKER_LEFT = """
 import os, signal, sys
+from pathlib import Path
 from tolaria.signals import SignalBoard
-board = SignalBoard.create(sys.argv[1], "run-1")
+board = SignalBoard.create(Path(sys.argv[1]), "run-1")
 board.claim("tolaria")
 worker = os.fork()
 if worker == 0:
@@ -37,16 +38,18 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 RETAKES = """
 import sys
+from pathlib import Path
 from tolaria.signals import SignalBoard
-board = SignalBoard.create(sys.argv[1], "run-1")
+board = SignalBoard.create(Path(sys.argv[1]), "run-1")
 board.claim("tolaria")
 sys.exit(not board.adopted)
 """
 
 CRASH = """
 import os, sys
+from pathlib import Path
 from tolaria.signals import SignalBoard
-board = SignalBoard.create(sys.argv[1], sys.argv[2])
+board = SignalBoard.create(Path(sys.argv[1]), sys.argv[2])
 board.claim("tolaria").raise_level(4, "before the crash")
 os.kill(os.getpid(), 9)
 """

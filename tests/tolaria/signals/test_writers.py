@@ -7,7 +7,8 @@ import pytest
 from leyline.v1.enums_pb2 import EmergencyLevel, RollbackTier
 from support.boards import BoardClock
 from tolaria.errors import SignalValueError
-from tolaria.signals import RollbackRecord, RollbackState, SignalBoard
+from tolaria.signals import RollbackState, SignalBoard
+from tolaria.signals.layout import RollbackRecord
 
 NOTICE = EmergencyLevel.EMERGENCY_LEVEL_NOTICE
 CONSERVATIVE = EmergencyLevel.EMERGENCY_LEVEL_CONSERVATIVE

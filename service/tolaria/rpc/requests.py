@@ -11,6 +11,7 @@ from typing import Final, Protocol, TypeVar, cast
 import anyio
 import structlog
 from anyio.abc import TaskGroup
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from leyline.v1 import admin_service_pb2
@@ -34,6 +35,8 @@ Answer = TypeVar("Answer", bound=Message)
 
 class MutatingRequest(Protocol):
     """The fields that every request that changes something has."""
+
+    DESCRIPTOR: Descriptor
 
     @property
     def request_id(self) -> str:
@@ -74,14 +77,9 @@ class RequestLedger:
     """Carries out each request at most once, and gives repeats the first answer.
 
     Operations run in `tasks`, not in their callers: a caller that goes away, or gives up waiting, cancels nothing, and
-    a repeat of its request waits for the same operation. Used on the event loop only. The journal may hang: requests
-    are carried out and answered all the same.
-
-    Args:
-        capacity: requests of this process that are remembered at most.
-        journal: remembers the answers of earlier processes.
-        status: run id and step for the journal's rows.
-        tasks: the service's task group.
+    a repeat of its request waits for the same operation. At most `capacity` requests of this process are remembered;
+    the journal has those of earlier ones. It may hang: requests are carried out and answered all the same. Used on the
+    event loop only.
     """
 
     def __init__(self, capacity: int, journal: AsyncJournal, status: RunStatus, tasks: TaskGroup) -> None:
@@ -101,14 +99,9 @@ class RequestLedger:
         timeout_s: float,
         late: str,
     ) -> Answer:
-        """Returns the answer of `operation`, or the one that the request's id got before.
+        """Returns the answer of `operation`, or the one that the request's id got before from the RPC `method`.
 
-        Args:
-            method: name of the RPC.
-            request: its request.
-            operation: started unless the id has been used before.
-            timeout_s: longest wait.
-            late: what has not happened by then, for the error.
+        `late` says, for the error, what has not happened within `timeout_s`.
 
         Raises:
             InvalidFieldError: the common fields are wrong, or the id was another request's.
@@ -147,7 +140,7 @@ class RequestLedger:
             entry.done.set()
 
     async def _find(self, request_id: str, method: str) -> Message | None:
-        """Returns the answer that an earlier process gave; None when there is none, as far as can be found in time."""
+        """Returns the answer that an earlier process gave; None when none can be found in time."""
         problem = f"took more than {FIND_S_MAX} s"
         try:
             with anyio.move_on_after(FIND_S_MAX):

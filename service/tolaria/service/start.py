@@ -79,7 +79,7 @@ def resume(build: LaneBuild, loaded: LoadedCheckpoint, settings: Settings) -> No
     except (RollbackError, SeedError, OptimizationError) as error:
         problem = (
             f"state.dir: {settings.state.dir} holds an unfinished run that does not fit these settings: {error}; give "
-            "this one a state.dir of its own, or leave that run behind with state.resume = never"
+            "this one another state.dir, or leave that run behind with state.resume = never"
         )
         raise ConfigurationError([problem]) from error
     if restored.state_digest != restored.expected_digest:

@@ -28,13 +28,8 @@ Context = grpc.aio.ServicerContext[object, object]
 _Read = TypeVar("_Read")
 
 # Longest waits in seconds; what takes longer still takes effect.
-EFFECT_S: Final = 60.0
-ROLLBACK_S: Final = 60.0
-CHECKPOINT_S: Final = 300.0
-PROFILE_S: Final = 600.0
-READ_S: Final = 10.0
+EFFECT_S, ROLLBACK_S, CHECKPOINT_S, PROFILE_S, READ_S = 60.0, 60.0, 300.0, 600.0, 10.0
 
-_NO_BOUNDARY: Final = "the lane did not reach a step boundary"
 _OPERATOR: Final = "operator"
 
 
@@ -288,7 +283,7 @@ class AdminService(TolariaAdminServiceServicer):
         operation: Callable[[], Awaitable[Answer]],
         *,
         timeout_s: float = EFFECT_S,
-        late: str = _NO_BOUNDARY,
+        late: str = "the lane did not reach a step boundary",
     ) -> Answer:
         method = request.DESCRIPTOR.name.removesuffix("Request")
         try:

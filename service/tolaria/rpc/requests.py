@@ -27,24 +27,17 @@ FIND_S_MAX: Final = 0.05
 """Longest that a request waits for the answers of earlier processes: a halt takes effect within twice that, whatever
 the disk does. An id that cannot be looked up in time counts as new."""
 
-KEEP_S_MAX: Final = 0.25
-"""Longest that an answer waits until it is durable."""
+KEEP_S_MAX: Final = 0.25  # longest that an answer waits until it is durable
 
 Answer = TypeVar("Answer", bound=Message)
 
 
 class MutatingRequest(Protocol):
-    """The fields that every request that changes something has."""
+    """What every request that changes something has: an id, whose repeat gets the first answer, and a reason."""
 
     DESCRIPTOR: Descriptor
-
-    @property
-    def request_id(self) -> str:
-        """Made by the client; a repeat gets the first answer."""
-
-    @property
-    def reason(self) -> str:
-        """For the audit trail."""
+    request_id: str
+    reason: str
 
     def SerializeToString(self, *, deterministic: bool = ...) -> bytes:  # noqa: N802 - protobuf's name
         """Returns the request's bytes."""
@@ -117,9 +110,9 @@ class RequestLedger:
             self._tasks.start_soon(self._carry_out, request.request_id, request.reason, entry, operation)
         elif (entry.method, entry.content) != (method, content):
             raise InvalidFieldError("request_id", "was used for another request already")
-        with anyio.move_on_after(timeout_s) as scope:
+        with anyio.move_on_after(timeout_s):
             await entry.done.wait()
-        if scope.cancelled_caught:
+        if not entry.done.is_set():
             raise StillUnderwayError(f"{late} within {timeout_s:.0f} s; the request remains in effect")
         if entry.answer is None:
             raise entry.error or StillUnderwayError("the service is stopping; the request may have taken effect")
@@ -164,10 +157,10 @@ class RequestLedger:
         )
         kept = False
         try:
-            with anyio.move_on_after(KEEP_S_MAX) as scope:
+            with anyio.move_on_after(KEEP_S_MAX):
                 await self._journal.answer_once(row)
                 kept = True
-            if scope.cancelled_caught:
+            if not kept:
                 self._log.warning("request_not_durable_yet", request_id=request_id, waited_s=KEEP_S_MAX)
         except JournalError as error:
             self._log.warning("request_not_remembered_yet", request_id=request_id, error=str(error))
@@ -177,11 +170,9 @@ class RequestLedger:
 
     def _forget_oldest(self) -> None:
         """Forgets finished requests beyond the capacity, oldest first."""
-        for request_id in list(self._entries):
-            if len(self._entries) <= self._capacity:
-                return
-            if self._entries[request_id].done.is_set():
-                del self._entries[request_id]
+        finished = [request_id for request_id, entry in self._entries.items() if entry.done.is_set()]
+        for request_id in finished[: max(0, len(self._entries) - self._capacity)]:
+            del self._entries[request_id]
 
 
 def _parsed(method: str, row: AdminActionRow) -> Message:

@@ -19,8 +19,7 @@ from tolaria.run.observers import RunObserver
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus, step_packet
 
-GUARD_S: Final = 0.001
-"""Kept back from the budget, so that letting training go on is still within it."""
+GUARD_S: Final = 0.001  # kept back from the budget, so that letting training go on is still within it
 
 
 @dataclass(frozen=True, slots=True)

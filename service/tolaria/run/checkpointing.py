@@ -120,11 +120,11 @@ class Checkpointing:
         A failure is logged: a crash before the next checkpoint would resume from one of them.
         """
         self._undo_after(global_step)
-        with anyio.move_on_after(_SUPERSEDE_S) as scope:
+        with anyio.move_on_after(_SUPERSEDE_S):
             await self._journal.supersede_after(global_step)
-        if scope.cancelled_caught:
-            detail = "the journal did not answer"
-            self._log.error("checkpoints_not_superseded", after_step=global_step, detail=detail)
+            return
+        detail = "the journal did not answer"
+        self._log.error("checkpoints_not_superseded", after_step=global_step, detail=detail)
 
     def _undo_after(self, global_step: int) -> None:
         for mark in self._in_flight:
@@ -147,8 +147,7 @@ class Checkpointing:
     async def create(self, reason: str) -> CheckpointRow:
         """Makes a checkpoint now, after one that is being made, and returns its committed row.
 
-        Raises:
-            TolariaError: no checkpoint was made; the failure counts as any other.
+        Raises TolariaError when no checkpoint was made; the failure counts as any other.
         """
         async with self._turn:
             row = await self._attempt()
@@ -178,11 +177,7 @@ class Checkpointing:
         return True
 
     async def _attempt(self) -> CheckpointRow | None:
-        """Makes one checkpoint. Returns None when the writer is busy, or the run went back before the commit.
-
-        Raises:
-            TolariaError: no checkpoint was made.
-        """
+        """Makes one checkpoint, or raises. Returns None if the writer is busy or the run went back meanwhile."""
         try:
             row = await self._write()
         except LaneStoppedError:
@@ -250,9 +245,9 @@ class Checkpointing:
             self._breaker.succeeded()
         # An open breaker ignores successes until it has cooled down; a further checkpoint closes it then.
         self._retrying = self._retrying and self._breaker.state != CIRCUIT_STATE_CLOSED
-        held_reason, self._held_reason = self._held_reason, ""
-        if held_reason:
-            self._lifecycle.resume_if_held_for(held_reason)
+        if self._held_reason:
+            self._lifecycle.resume_if_held_for(self._held_reason)
+            self._held_reason = ""
         self._set_failing("")
 
     def _failed(self, error: TolariaError) -> None:

@@ -100,19 +100,15 @@ class LaneClient:
             future.set_exception(LaneStoppedError("the run has ended; there is no further step boundary"))
             return future
         try:
-            command_id = self._send(command)
+            self._pending[self._send(command)] = PendingCommand(command, future)
         except LaneError as error:
             future.set_exception(error)
-        else:
-            self._pending[command_id] = PendingCommand(command, future)
         return future
 
     async def call(self, command: messages.BoundaryCommand) -> messages.CommandDone:
         """Submits `command` and waits for it.
 
-        Raises:
-            TolariaError: the command was refused; nothing has changed.
-            LaneStoppedError: the lane ended before.
+        Raises the error of a refused command, which changed nothing, and as the future of `submit` does.
         """
         future = self.submit(command)
         try:
@@ -175,9 +171,9 @@ class LaneClient:
 
     def mark_held(self, event: messages.Held) -> bool:
         """Notes that the lane is held; returns whether that answers the newest hold."""
-        if event.number == self._hold_number:
+        if newest := event.number == self._hold_number:
             self.held.set()
-        return event.number == self._hold_number
+        return newest
 
     def mark_ended(self, event: messages.LaneEnded) -> None:
         """Notes that the lane has ended: every pending future raises `LaneStoppedError`."""

@@ -206,8 +206,7 @@ class Recovery:
 
     def on_step(self, step: messages.StepDone) -> None:
         """Takes a healthy step: the first one that is not skipped ends the recovery from a rollback."""
-        rollback = self._recovering
-        if rollback is not None and not step.skipped:
+        if (rollback := self._recovering) is not None and not step.skipped:
             self._recovering = None
             duration_s = step.finished_at_s - rollback.began_s  # both monotonic; events arrive a little later
             self._observers.on_rollback_recovered(rollback, duration_s, step.global_step)
@@ -249,7 +248,7 @@ class Recovery:
                 self._log.warning(
                     "batches_left_out",
                     rollback_id=rollback.rollback_id,
-                    epochs_and_places=list(spoiled[:_BATCHES_LOGGED_MAX]),
+                    epochs_and_places=sorted(spoiled)[:_BATCHES_LOGGED_MAX],
                     count=len(spoiled),
                     count_in_all=done.result.count,
                 )

@@ -166,18 +166,19 @@ class TrainingRun:
             self._log.error("training_failed", error=str(ended.failure), exception=ended.failure.traceback)
             raise LaneFailedError(str(ended.failure))
 
-    async def _last_checkpoint(self, reason: str) -> None:
-        """Writes a last checkpoint, where any are written, within a bound. Waits for a rollback that is under way."""
-        if not self._keeps_checkpoints:
+    async def _last_checkpoint(self, reason: str, *, hold: bool = False) -> None:
+        """Writes a last checkpoint, where any are written, within a bound. Waits for a rollback that is under way.
+
+        With `hold` the lane is held from now on: the captured state is the last one of this process.
+        """
+        if not (self._settings.checkpoint.every_epochs or self._settings.checkpoint.every_steps):
             return
+        if hold:
+            self._lane.hold("exit")
         with anyio.move_on_after(_LAST_CHECKPOINT_S), suppress(TolariaError):  # counted and logged by checkpointing
             await self._rollback_over()
             if not self._parts.recovery.unproven:
                 await self._parts.checkpointing.create(reason)
-
-    @property
-    def _keeps_checkpoints(self) -> bool:
-        return bool(self._settings.checkpoint.every_epochs or self._settings.checkpoint.every_steps)
 
     # -- events of the lane, in its order ----------------------------------------------------------------------------
 
@@ -362,8 +363,7 @@ class TrainingRun:
     async def checkpoint(self, reason: str) -> CheckpointRow:
         """Writes a checkpoint, as `Checkpointing.create` does.
 
-        Raises:
-            WrongStateError: the run has ended, or its live state is not what a rollback should have restored.
+        Raises WrongStateError when the run has ended, or its live state is not what a rollback should have restored.
         """
         self._lifecycle.require_not_ended("its last checkpoint is what is left")
         if self._parts.recovery.unproven:
@@ -376,17 +376,12 @@ class TrainingRun:
         return await self._parts.profiles.capture(active_steps)
 
     async def stop(self, reason: str) -> None:
-        """Finishes the step and ends the run, even if this call is cancelled; returns when it has ended.
-
-        Raises WrongStateError when the run had ended before.
-        """
+        """Finishes the step and ends the run, even if cancelled. Raises WrongStateError if the run had ended before."""
         after(self._status.state, RunEvent.FINISHED)
         self.ending = "stopped"
         self._status.state_reason = f"stopped: {reason}"
         try:
-            if self._keeps_checkpoints:
-                self._lifecycle.hold_for_exit()
-                await self._last_checkpoint(f"stopped: {reason}")
+            await self._last_checkpoint(f"stopped: {reason}", hold=True)
         finally:
             self._stop_lane()
         await self._status.feed.until(lambda: self._lifecycle.ended)
@@ -394,10 +389,9 @@ class TrainingRun:
     async def drain(self, checkpoint_s: float) -> None:
         """Ends the run with its process, after a last checkpoint if that takes no longer than `checkpoint_s`."""
         try:
-            if self._keeps_checkpoints and not self._lifecycle.ended:
-                self._lifecycle.hold_for_exit()
+            if not self._lifecycle.ended:
                 with anyio.move_on_after(checkpoint_s):
-                    await self._last_checkpoint("the service is stopping")
+                    await self._last_checkpoint("the service is stopping", hold=True)
         finally:
             reason = self._status.state_reason if self._lifecycle.ended else "the service is stopping"
             self._lifecycle.enter(RunEvent.DRAINING, reason)

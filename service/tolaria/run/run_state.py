@@ -16,8 +16,6 @@ from tolaria.run.status import RunStatus, state_name
 RUN: Final = "run"
 """Holder of the lane while the run is paused or halted."""
 
-_EXIT: Final = "exit"
-
 
 class RunEvent(Enum):
     """Events of a run."""
@@ -133,10 +131,6 @@ class Lifecycle:
         """Lets the run train on if it is still paused for exactly this reason."""
         if self.paused and self._status.state_reason == reason:
             self.resume(f"recovered from: {reason}")
-
-    def hold_for_exit(self) -> None:
-        """Holds the lane for good: the state that is captured next is the last one of this process."""
-        self._lane.hold(_EXIT)
 
     def _hold(self, reason: str, event: RunEvent) -> None:
         if self._status.state != _HALTED:

@@ -34,8 +34,7 @@ def run(settings: Settings) -> int:
         StateHeldError: another service uses state.dir.
         ConfigurationError: state.dir cannot be written, or its content does not fit the settings.
     """
-    metrics = Metrics()
-    context = LogContext()
+    metrics, context = Metrics(), LogContext()
     dropped = metrics.telemetry_dropped_total
     stderr = sys.stderr or io.StringIO()  # None when the parent closed it
     with logging_to(stderr, settings.logging, context, on_dropped=lambda priority: dropped.labels(priority).inc()):

@@ -39,17 +39,17 @@ def grpc_stays_up() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def late_grpc_events_are_nobodys(grpc_stays_up: None) -> Iterator[None]:
-    """GRPC's one queue hands what came too late for a test's loop to the next test's, where it is nobody's failure."""
-    tell = TestRunner._exception_handler
+def late_grpc_events_are_ignored(grpc_stays_up: None) -> Iterator[None]:
+    """Ignores events of gRPC, whose one queue delivers them to the next test's loop if they are late for their own."""
+    report = TestRunner._exception_handler  # noqa: SLF001 - anyio has no other place to filter reports
 
-    def tell_others(self: TestRunner, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def report_others(self: TestRunner, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            tell(self, loop, context)
+            report(self, loop, context)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TestRunner, "_exception_handler", tell_others)
+        patch.setattr(TestRunner, "_exception_handler", report_others)
         yield
 
 

@@ -41,6 +41,7 @@ BORDER_PROTOCOLS: dict[str, str] = {
     "LaneHeartbeat": "lane and emergency are strangers",
     "LaneBuild": "service loads the lane by name, so that it imports no torch",
     "Restorer": "rollback and run are strangers",
+    "_Order": "peers and rollback are strangers",
     "RollbackParticipant": "rollback and peers are strangers",
     "ParticipantResponse": "rollback and peers are strangers",
     "LiveTraining": "state and lane are strangers",

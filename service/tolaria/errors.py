@@ -84,11 +84,8 @@ class StateHeldError(TolariaError):
     def __init__(self, directory: str, holder_pid: int) -> None:
         self.directory, self.holder_pid = directory, holder_pid
         holder = f"process {holder_pid}" if holder_pid else "another process"
-        super().__init__(
-            f"state.dir: {directory} is in use by {holder}; a directory serves one service at a time",
-            directory,
-            holder_pid,
-        )
+        message = f"state.dir: {directory} is in use by {holder}; a directory serves one service at a time"
+        super().__init__(message, directory, holder_pid)
 
 
 class PeerError(TolariaError):
@@ -434,12 +431,12 @@ class NotImplementedYetError(RequestError):
 
 
 def error_fields(error: TolariaError) -> tuple[str, tuple[object, ...]]:
-    """The class name and the constructor's arguments, with lists as tuples; a chained cause is not included."""
+    """Returns class name and constructor arguments, with lists as tuples; a chained cause is not included."""
     return type(error).__name__, tuple(tuple(field) if isinstance(field, list) else field for field in error.fields)
 
 
 def error_from_fields(name: str, fields: tuple[object, ...]) -> TolariaError:
-    """The inverse of `error_fields`: same class, attributes and message. Raises KeyError for an unknown name."""
+    """Returns the error that `error_fields` has taken apart. Raises KeyError for an unknown name."""
     return _CLASSES[name](*fields)
 
 

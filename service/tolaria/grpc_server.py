@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,11 +82,10 @@ class _DecodingInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:
             return handler
+        serializer = handler.response_serializer
         if handler.response_streaming:
-            stream = _decoding_stream(handler)
-            return grpc.unary_stream_rpc_method_handler(stream, response_serializer=handler.response_serializer)
-        unary = _decoding_unary(handler)
-        return grpc.unary_unary_rpc_method_handler(unary, response_serializer=handler.response_serializer)
+            return grpc.unary_stream_rpc_method_handler(_decoding_stream(handler), response_serializer=serializer)
+        return grpc.unary_unary_rpc_method_handler(_decoding_unary(handler), response_serializer=serializer)
 
 
 def _decoding_unary(handler: Any) -> Any:
@@ -117,11 +116,7 @@ async def _decode(handler: Any, raw: bytes, context: grpc.aio.ServicerContext[An
 
 
 def _bind(server: grpc.aio.Server, what: str, listen: str) -> Address:
-    host = Address.parse(listen).host
-    try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError:  # its message only suggests environment variables for debugging
-        port = 0
-    if port == 0:
-        raise BindError(what, listen, "the address is in use or not of this machine")
-    return Address(host, port)
+    with suppress(RuntimeError):  # its message only suggests environment variables for debugging
+        if port := server.add_insecure_port(listen):
+            return Address(Address.parse(listen).host, port)
+    raise BindError(what, listen, "the address is in use or does not belong to this machine")

@@ -74,7 +74,7 @@ def modules_of(root: Path, package: str = "tolaria") -> list[Module]:
 
 
 def sizes(module: Module) -> list[str]:
-    """Files of 30 to 450 lines with a docstring, functions of at most 70 lines, constructors of at most 8 parameters."""
+    """Files of 30 to 450 lines with a docstring; functions of 70 lines, constructors of 8 parameters at most."""
     found = []
     lines = module.source.count("\n")
     if lines > LINES_MAX:

@@ -236,7 +236,6 @@ def epoch_done(step: int, epoch: int = 1, *, samples: int = 100) -> EpochDone:
         global_step=step,
         evaluation=Evaluation(2.0 * samples, samples // 2, samples),
         steps_s=1.0,
-        evaluation_s=1.0,
         finished_at_s=0.0,
         learning_rates={},
         momentum=0.0,

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, SEED_STAGE_BLENDING, SeedLifecycleStage
+from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING, SeedLifecycleStage
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from tolaria.config import Settings, TrainingSettings
 from tolaria.images.image import StateImage
-from tolaria.images.pool import ImagePool, Lease
-from tolaria.lane.build import LaneBuild, build
-from tolaria.lane.commands import CommandExecutor, QueuedCommand, RestoreGate
+from tolaria.images.pool import Lease
+from tolaria.lane.build import BuiltLane, build
+from tolaria.lane.commands import CommandExecutor, QueuedCommand
 from tolaria.lane.lane import ThreadLane
 from tolaria.lane.messages import (
     BoundaryCommand,
@@ -53,7 +53,7 @@ class NoHeartbeat:
         return nullcontext()
 
 
-def built(job: str = "TinyJob", *, sections: Mapping[str, Any] | None = None, **training: object) -> LaneBuild:
+def built(job: str = "TinyJob", *, sections: Mapping[str, Any] | None = None, **training: object) -> BuiltLane:
     """A built lane of a job in `support.jobs`, on the CPU; `training` are settings of that section."""
     fields = {"job": f"support.jobs:{job}", "device": "cpu", "threads": 1, **training}
     return build(Settings(training=TrainingSettings.model_validate(fields), **(sections or {})))
@@ -83,15 +83,14 @@ def seed(
 class DrivenLane:
     """A lane that trains and executes commands when the test says so, on the test's thread."""
 
-    def __init__(self, lane: LaneBuild) -> None:
+    def __init__(self, lane: BuiltLane) -> None:
         self.module = lane.module
         self.snapshots = lane.snapshots
-        self.images = ImagePool()
-        self.gate = RestoreGate()
         self.losses: dict[int, float] = {}
         """Losses by global step; the last one of a step that was repeated."""
         profiler = LaneProfiler(Path("unused"), bytes_max=1, resting=nullcontext)
-        self._executor = CommandExecutor(lane.module, lane.snapshots, profiler, self.images, self.gate)
+        self._executor = CommandExecutor(lane.module, lane.snapshots, profiler)
+        self.images, self.gate = self._executor.images, self._executor.gate
         self._ids = 0
 
     def train_to(self, global_step: int, commands: Mapping[int, BoundaryCommand] | None = None) -> None:
@@ -127,7 +126,7 @@ class DrivenLane:
     def restore(self, step: int, image: StateImage | None = None) -> Restored:
         """Restores the snapshot of that step, or an image."""
         image_id = 0 if image is None else self.images.put(image)
-        done = self.execute(Restore("r", ROLLBACK_TIER_FAST, step, time.monotonic() + 60, image_id))
+        done = self.execute(Restore(step, time.monotonic() + 60, image_id))
         if done.failure is not None:
             raise done.failure.error()
         assert isinstance(done.result, Restored)
@@ -202,7 +201,7 @@ class RunningLane:
 
 
 @contextmanager
-def running(lane: LaneBuild, traces_dir: Path = Path("unused")) -> Iterator[RunningLane]:
+def running(lane: BuiltLane, traces_dir: Path = Path("unused")) -> Iterator[RunningLane]:
     """Runs a built lane in its thread; at the end the thread must have ended."""
     run = RunningLane(lane.lane(NoHeartbeat(), traces_dir), lane.module)
     try:

@@ -91,8 +91,7 @@ class FakeLane:
 
     def captured(self, image: StateImage | Lease) -> ImageCaptured:
         """Returns the answer to `CaptureImage` with this image, which is put into the pool."""
-        position = image.image.position if isinstance(image, Lease) else image.position
-        return ImageCaptured(position, self.images.put(image))
+        return ImageCaptured(self.images.put(image))
 
     def emit(self, *events: Event) -> None:
         """Has these events delivered."""

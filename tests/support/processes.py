@@ -33,8 +33,8 @@ class Serve:
         self.lines: list[str] = []
         self._serving = threading.Event()
         self._said: dict[str, Any] = {}
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -62,7 +62,7 @@ class Serve:
     def wait(self, timeout_s: float = 60.0) -> int:
         """Its exit code; all it said has been read by then."""
         code = self.process.wait(timeout_s)
-        self._reader.join(5)
+        self.reader.join(5)
         return code
 
     def children(self) -> list[int]:
@@ -82,7 +82,7 @@ def serve(*overrides: str, cwd: Path, ports: bool = True) -> Iterator[Serve]:
         if service.process.poll() is None:
             service.process.kill()
         service.process.wait(10)
-        service._reader.join(5)
+        service.reader.join(5)
         for stream in (service.process.stdout, service.process.stderr):
             if stream is not None:
                 stream.close()

@@ -26,7 +26,7 @@ from tolaria.config import ControlSettings, Settings, TrainingSettings
 from tolaria.emergency.supervision import watch_board
 from tolaria.filesystem import Filesystem
 from tolaria.journal.rows import EmergencyRow, RunRow
-from tolaria.lane.build import LaneBuild, build
+from tolaria.lane.build import BuiltLane, build
 from tolaria.lane.train_module import TrainModule
 from tolaria.peers.clients import RollbackClient
 from tolaria.peers.connect import Peers
@@ -118,7 +118,7 @@ class FakePeers:
 class RunUnderTest:
     """A run and everything that a test looks at."""
 
-    def __init__(self, core: Core, service: RunService, build: LaneBuild) -> None:
+    def __init__(self, core: Core, service: RunService, build: BuiltLane) -> None:
         self.core = core
         self.service = service
         self.run: TrainingRun = service.run

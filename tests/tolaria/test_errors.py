@@ -114,7 +114,7 @@ def test_lists_become_tuples() -> None:
     assert isinstance(error_from_fields("StateMismatchError", (("a", "b"),)), StateMismatchError)
 
 
-@pytest.mark.parametrize("name", ["ValueError", "error_fields", "RunFailedError", ""])
+@pytest.mark.parametrize("name", ["ValueError", "error_fields", "CommandFailedError", ""])
 def test_unknown_error_name_raises(name: str) -> None:
     """Only errors of `tolaria.errors` can be built from fields."""
     with pytest.raises(KeyError):

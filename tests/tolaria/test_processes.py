@@ -135,7 +135,7 @@ async def test_output_never_blocks_a_child() -> None:
         ("import sys; sys.exit('no such thing')", "ended with code 1: no such thing"),
         ("import sys; print('hello', flush=True); sys.stdin.read()", "announced itself with b'hello'"),
         ("import sys; print('[1]', flush=True); sys.stdin.read()", "announced itself with b'[1]'"),
-        ("import sys; print('{}', flush=True); sys.stdin.read()", "announced itself with {}"),
+        ("import sys; print('{}', flush=True); sys.stdin.read()", "announced itself with b'{}'"),
         ("import sys; print('x' * 5000, end='', flush=True); sys.stdin.read()", "announced itself with b'xxx"),
     ],
 )

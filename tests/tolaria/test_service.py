@@ -8,8 +8,6 @@ from typing import cast
 
 import anyio
 import pytest
-from tolaria.service.parts import Ground, Parts
-from tolaria.training.rig import Rig, build_rig
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.state_pb2 import SystemStatePacket

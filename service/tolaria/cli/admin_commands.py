@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from leyline.v1 import admin_service_pb2 as messages
 from leyline.v1.enums_pb2 import EmergencyLevel, RollbackTier
 from tolaria.cli import render
-from tolaria.cli.errors import DigestsDifferError, ServiceUnreachableError
+from tolaria.cli.errors import CommandFailedError, ServiceUnreachableError
 
 if TYPE_CHECKING:
     from tolaria.cli.client import Rpc  # imports grpc, which --help does not need
@@ -72,9 +72,9 @@ def admin_command(
 ) -> Callable[[Build[RequestT]], Build[RequestT]]:
     """Registers the decorated function, which builds a request, as a command that makes one call.
 
-    The function's parameters are the command's own options and its docstring is the help text. The options of the
-    connection and --json are added, and for a request with these fields --request-id and --reason. The command is
-    called `name`, or like the function. `show` prints an answer; `check` raises a TolariaError for a bad one.
+    The function's parameters become options and its docstring the help text. The options of the connection and --json
+    are added, and for a request with these fields --request-id and --reason. The command is called `name`, or like the
+    function. `show` prints an answer; `check` raises a TolariaError for a bad one.
     """
 
     def register(build: Build[RequestT]) -> Build[RequestT]:
@@ -171,7 +171,7 @@ def conservative(
 
 def _finite(number: float | None) -> float | None:
     if number is not None and not math.isfinite(number):
-        raise typer.BadParameter(f"{number} is no finite number")
+        raise typer.BadParameter(f"{number} is not finite")
     return number
 
 
@@ -196,7 +196,7 @@ def lr(
 ) -> messages.AdjustLearningRateRequest:
     """Change learning rates at the next step boundary, by --factor or --value."""
     if (factor is None) == (value is None):
-        raise typer.BadParameter("give --factor or --value, one of them")
+        raise typer.BadParameter("give either --factor or --value")
     request = messages.AdjustLearningRateRequest(group=group, expires_after_steps=for_steps)
     if factor is not None:
         request.factor = factor
@@ -207,9 +207,9 @@ def lr(
 
 def _require_equal_digests(answer: messages.TriggerRollbackResponse) -> None:
     if differing := render.differing_digests(answer):
-        what = f"the rollback brought back another state than was captured ({differing})"
+        what = f"the restored state is not the one that was captured ({differing})"
         point = "full, or an earlier --step" if answer.tier == RollbackTier.ROLLBACK_TIER_FAST else "an earlier --step"
-        raise DigestsDifferError(f"{what}; do not trust the present state: pause the run, and roll back to {point}")
+        raise CommandFailedError(f"{what}; do not trust the present state: pause the run, and roll back to {point}")
 
 
 @admin_command(

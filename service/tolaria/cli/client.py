@@ -24,7 +24,7 @@ from leyline.v1.admin_service_pb2 import (
     WatchStatusResponse,
 )
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
-from tolaria.cli.errors import RequestRefusedError, ServiceUnreachableError
+from tolaria.cli.errors import CommandFailedError, ServiceUnreachableError
 from tolaria.cli.render import Show, one_line
 from tolaria.config import Address, Settings, load_settings
 from tolaria.errors import ConfigurationError, TolariaError
@@ -56,7 +56,7 @@ async def admin_stub(target: Target) -> AsyncIterator[TolariaAdminServiceAsyncSt
 
     Raises:
         ServiceUnreachableError: no service answers within the timeout, or the connection is lost.
-        RequestRefusedError: the service refuses; the message names the field and the stable reason.
+        CommandFailedError: the service refuses; the message names the field and the stable reason.
     """
     # A proxy from the environment must not take connections to a loopback port.
     options = [("grpc.enable_http_proxy", 0)]
@@ -113,7 +113,7 @@ async def follow_run(target: Target, show: Show) -> GetStatusResponse:
     raise ServiceUnreachableError(f"the service at {target.address} has gone before its run was over")
 
 
-async def follow_run_across_restarts(target: Target, show: Show, *, retry_s: float = 0.5) -> GetStatusResponse:
+async def follow_run_across_restarts(target: Target, show: Show, *, pause_s: float = 0.5) -> GetStatusResponse:
     """Follows a run as `follow_run` does, but reconnects; each new reason for waiting is a line on standard error."""
     reported = ""
     while True:
@@ -123,7 +123,7 @@ async def follow_run_across_restarts(target: Target, show: Show, *, retry_s: flo
             if str(error) != reported:
                 reported = str(error)
                 typer.echo(f"waiting: {reported}", err=True)
-        await asyncio.sleep(retry_s)
+        await asyncio.sleep(pause_s)
 
 
 def target(address: str | None, timeout_s: float, config_file: Path | None, overrides: list[str] | None) -> Target:
@@ -158,11 +158,12 @@ def _failure(error: grpc.aio.AioRpcError, target: Target) -> TolariaError:
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not _rich_status(error).details:
         return ServiceUnreachableError(f"{target.address}: no answer within {target.timeout_s:g} s")
     if error.code() is grpc.StatusCode.UNIMPLEMENTED and error.details() != _GENERATED_REFUSAL:
-        what = f"{target.address} answers, but is no Tolaria admin server that knows this call"
-        return RequestRefusedError(f"{what} (UNIMPLEMENTED)")
+        return CommandFailedError(
+            f"{target.address} does not offer this call of Tolaria's admin service (UNIMPLEMENTED)"
+        )
     if error.code() in _CONNECTION_LOST:
         return ServiceUnreachableError(f"no service answers at {target.address}: {_message(error)}")
-    return RequestRefusedError(_message(error))
+    return CommandFailedError(_message(error))
 
 
 def _message(error: grpc.aio.AioRpcError) -> str:

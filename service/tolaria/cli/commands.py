@@ -23,7 +23,7 @@ from tolaria import __version__
 from tolaria.cli import render
 from tolaria.cli.admin_commands import DEMO_EPOCHS, TIMEOUT_S, ConfigFile, Overrides, ServiceAddress, Timeout, admin_app
 from tolaria.cli.board import board_app
-from tolaria.cli.errors import RunFailedError, StorageDamagedError, early_signals, failures_in, report
+from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
 from tolaria.errors import ConfigurationError, TolariaError
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def watch(
         with render.live_view(Console(file=sys.stdout)) as show:
             last = asyncio.run(follow(target, show))
     if last.state == RunState.RUN_STATE_FAILED:
-        raise RunFailedError(f"the run failed: {render.one_line(last.state_reason) or 'no reason given'}")
+        raise CommandFailedError(f"the run failed: {render.one_line(last.state_reason) or 'no reason given'}")
 
 
 class PeerName(StrEnum):
@@ -222,10 +222,10 @@ def verify(
             typer.echo(f"{render.one_line(finding.name)}: {finding.condition}, {detail}")
             inspected, bad = inspected + 1, bad + finding.bad
     except OSError as error:
-        raise StorageDamagedError(f"{directory} cannot be read: {error.strerror or error}") from None
+        raise CommandFailedError(f"{directory} cannot be read: {error.strerror or error}") from None
     if bad:
-        consequence = "the next start of the service sets aside what is damaged, and resumes from the newest checkpoint"
-        raise StorageDamagedError(f"{bad} of {inspected} are not what was written; {consequence} that is whole")
+        consequence = "the next start of the service sets them aside, and resumes from the newest intact checkpoint"
+        raise CommandFailedError(f"{bad} of {inspected} are not what was written; {consequence}")
 
 
 @config_app.command()

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 import signal
 import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import cast
 
+import anyio
 import typer
 from rich.console import Console
 
@@ -24,13 +26,13 @@ from leyline.v1.admin_service_pb2 import GetStatusResponse, RunState
 from tolaria.cli import errors, render
 from tolaria.cli.admin_commands import DEMO_EPOCHS, TIMEOUT_S
 from tolaria.cli.client import Target, connectable, follow_run
-from tolaria.config import Address, MetricsSettings, ServerSettings, Settings, load_settings
+from tolaria.config import Address, Settings, load_settings
+from tolaria.processes import ChildCommand, ChildProcess, running
 
 BIND_FAILURE = "cannot listen on"  # part of BindError's message, in the log of a child whose port is taken
 LOG_LINES_MAX = 200
-LINE_BYTES_MAX = 64 * 1024
-_KILL_TIMEOUT_S = 5.0
-_LOG_TIMEOUT_S = 1.0
+LINE_LENGTH_MAX = 64 * 1024
+_LOG_LINES_SHOWN = 20
 _EXIT_TIMEOUT_S = 2.0
 _WRONG_SETTINGS = 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -69,7 +71,7 @@ class Demo:
         return cls(settings, (*config, *_as_options([*given, *required])), stay, as_json)
 
     def run(self) -> None:
-        """Runs the demo; its state is temporary unless state.dir is set. Raises DemoFailedError, SignalledError."""
+        """Runs the demo; its state is temporary unless state.dir is set. Raises CommandFailedError, SignalledError."""
         if "dir" in self.settings.state.model_fields_set:
             asyncio.run(self._run(self.arguments))
             return
@@ -88,44 +90,41 @@ class Demo:
                 await self._attempt((*arguments, *_as_options(free_ports)), signals)
 
     async def _attempt(self, arguments: tuple[str, ...], signals: Interrupts) -> None:
-        command = (*self.program, "serve", "--while-stdin", *arguments)
-        started = time.monotonic()
+        started_s = time.monotonic()
         self._print("starting a service; it takes a few seconds")
+        command = (*self.program, "serve", "--while-stdin", *arguments)
         stop_timeout_s = self.settings.service.drain_timeout_s + self.stop_margin_s
         async with serve_child(command, stop_timeout_s=stop_timeout_s) as child:
             addresses = await self._addresses(child)
             seeds = SeedHistory()
             last = await self._follow(child, addresses, seeds)
-            wall_s = time.monotonic() - started
+            wall_s = time.monotonic() - started_s
             for line in summary_lines(last, seeds, wall_s):
                 self._print(line)
             if self.as_json:
                 typer.echo(summary_json(last, seeds, wall_s))
             if not self.stay:
-                self._print("the service ends now; --stay keeps it up to look around")
+                self._print("the service ends now; --stay keeps it running")
                 return
             self._print(f"metrics  http://{addresses.metrics}/metrics")
             self._print(f"status   tolaria status --address {addresses.grpc}")
             self._print(f"watch    tolaria watch --address {addresses.grpc}")
             self._print("still serving; Ctrl-C ends it")
-            with signals.end_wait():
-                await child.wait()
-                what = f"the service ended by itself with exit code {child.returncode}"
-                raise errors.DemoFailedError(what, child.log_lines)
+            signals.expected = True
+            await child.wait()
+            raise child.failure(f"the service ended: exit code {child.returncode}")
 
     async def _addresses(self, child: ServeChild) -> ServiceAddresses:
         try:
             addresses = await child.addresses(self.start_timeout_s)
         except TimeoutError:
-            what = f"the service did not start within {self.start_timeout_s:g} s"
-            raise errors.DemoFailedError(what, child.log_lines) from None
+            raise child.failure(f"the service did not start within {self.start_timeout_s:g} s") from None
         if addresses is not None:
             return addresses
-        await child.wait()
         if any(BIND_FAILURE in line for line in child.log_lines):
-            raise errors.PortTakenError("the service could not start: an address is in use", child.log_lines)
-        kind = errors.StartRefusedError if child.returncode == _WRONG_SETTINGS else errors.DemoFailedError
-        raise kind(f"the service could not start: exit code {child.returncode}", child.log_lines)
+            raise child.failure("the service could not start: an address is in use", errors.PortTakenError)
+        kind = errors.StartRefusedError if child.returncode == _WRONG_SETTINGS else errors.CommandFailedError
+        raise child.failure(f"the service could not start: exit code {child.returncode}", kind)
 
     async def _follow(self, child: ServeChild, addresses: ServiceAddresses, seeds: SeedHistory) -> GetStatusResponse:
         try:
@@ -137,16 +136,13 @@ class Demo:
 
                 last = await follow_run(Target(connectable(addresses.grpc), TIMEOUT_S), update)
         except errors.ServiceUnreachableError as error:
-            what = f"the service does not answer: {error}"
             # The connection is lost a moment before the process exits.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_EXIT_TIMEOUT_S):
-                    await child.wait()
-                what = f"the service ended during its run with exit code {child.returncode}"
-            raise errors.DemoFailedError(what, child.log_lines) from None
+            with anyio.move_on_after(_EXIT_TIMEOUT_S):
+                await child.wait()
+                raise child.failure(f"the service ended during its run: exit code {child.returncode}") from None
+            raise child.failure(f"the service does not answer: {error}") from None
         if last.state == RunState.RUN_STATE_FAILED:
-            reason = render.one_line(last.state_reason) or "no reason given"
-            raise errors.DemoFailedError(f"the run failed: {reason}", child.log_lines)
+            raise child.failure(f"the run failed: {render.one_line(last.state_reason) or 'no reason given'}")
         return last
 
     def _print(self, line: str) -> None:
@@ -154,56 +150,51 @@ class Demo:
 
     def _free_ports(self) -> list[str]:
         """Returns overrides that choose a free port for each listening address left at its default."""
-        listen = [
-            ("server.listen", self.settings.server.listen, ServerSettings().listen),
-            ("metrics.listen", self.settings.metrics.listen, MetricsSettings().listen),
+        used, default = self.settings, Settings()
+        addresses = [
+            ("server.listen", used.server.listen, default.server.listen),
+            ("metrics.listen", used.metrics.listen, default.metrics.listen),
         ]
-        return [f"{name}={Address(Address.parse(used).host, 0)}" for name, used, default in listen if used == default]
+        return [f"{name}={Address(Address.parse(a).host, 0)}" for name, a, standard in addresses if a == standard]
 
 
 def _as_options(overrides: Sequence[str]) -> list[str]:
     return [part for override in overrides for part in ("--set", override)]
 
 
+@dataclass(slots=True)
 class Interrupts:
-    """The signal that has cancelled a task, if any."""
+    """The latest signal received, and whether the first one is an ordinary end."""
 
-    def __init__(self, task: asyncio.Task[object]) -> None:
-        self.received: int | None = None
-        self._task = task
-
-    def cancel(self, signal_number: int) -> None:
-        """Cancels the task."""
-        self.received = signal_number
-        self._task.cancel()
-
-    @contextmanager
-    def end_wait(self) -> Iterator[None]:
-        """A block that a signal ends without an error."""
-        try:
-            yield
-        except asyncio.CancelledError:
-            if self.received is None or self._task.uncancel() > 0:
-                raise
-            self.received = None
+    received: int | None = None
+    expected: bool = False
 
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """Cancels the current task on SIGINT or SIGTERM, then raises SignalledError; a second one cancels its cleanup."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    if task is None:
-        raise RuntimeError("interrupts need a task to cancel")
-    signals = Interrupts(task)
+    """Cancels the current task on SIGINT or SIGTERM; a second signal cancels its cleanup.
+
+    Raises:
+        SignalledError: after the cleanup, unless one signal came and was expected.
+    """
+    loop, task = asyncio.get_running_loop(), cast("asyncio.Task[object]", asyncio.current_task())
+    signals = Interrupts()
+
+    def cancel(number: int) -> None:
+        signals.expected &= signals.received is None
+        signals.received = number
+        task.cancel()
+
     for number in _SIGNALS:
-        loop.add_signal_handler(number, signals.cancel, number)
+        loop.add_signal_handler(number, cancel, number)
     try:
         yield signals
     except asyncio.CancelledError:
         if signals.received is None:
             raise
         task.uncancel()
-        raise errors.SignalledError(signals.received) from None
+        if not signals.expected:
+            raise errors.SignalledError(signals.received) from None
     finally:
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
@@ -216,129 +207,96 @@ class ServiceAddresses:
     grpc: Address
     metrics: Address
 
+    @classmethod
+    def from_log(cls, line: str) -> ServiceAddresses | None:
+        """Parses the log event `serving`; returns None for any other line."""
+        try:
+            entry = json.loads(line)
+            if entry["event"] == "serving":
+                return cls(Address.parse(entry["grpc"]), Address.parse(entry["metrics"]))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass
+        return None
 
-class ServeChild(asyncio.SubprocessProtocol):
-    """A `tolaria serve` child process. Keeps the last lines of its output and the addresses that it logs."""
+
+class ServeChild:
+    """A `tolaria serve` child process: the last lines of its log, the addresses that it has logged, and its exit code.
+
+    Attributes:
+        log_lines: at most LOG_LINES_MAX lines of standard error, the oldest first.
+        returncode: None until `wait` returns.
+    """
 
     def __init__(self) -> None:
-        self._lines: deque[str] = deque(maxlen=LOG_LINES_MAX)
+        self.returncode: int | None = None
+        self.log_lines: deque[str] = deque(maxlen=LOG_LINES_MAX)
+        self._unfinished = ""
         self._addresses: ServiceAddresses | None = None
-        self._serving_or_closed = asyncio.Event()
-        self._exited = asyncio.Event()
-        self._closed = asyncio.Event()
-        self._unfinished: dict[int, bytes] = {}
-        self._transport: asyncio.SubprocessTransport
+        self._serving_or_ended, self._ended = anyio.Event(), anyio.Event()
 
-    @property
-    def log_lines(self) -> list[str]:
-        """At most LOG_LINES_MAX lines of its standard output and error, the oldest first."""
-        return list(self._lines)
-
-    @property
-    def returncode(self) -> int | None:
-        """Its exit code; None while it runs."""
-        return self._transport.get_returncode()
+    def failure(
+        self, what: str, kind: type[errors.CommandFailedError] = errors.CommandFailedError
+    ) -> errors.CommandFailedError:
+        """Returns an error whose message ends with the last lines of the log."""
+        shown = "".join(f"\n  {line}" for line in [*self.log_lines][-_LOG_LINES_SHOWN:])
+        return kind(f"{what}\nlast lines of its log:{shown}" if shown else what)
 
     async def addresses(self, timeout_s: float) -> ServiceAddresses | None:
         """Waits until the service listens; returns None if it exits instead. Raises TimeoutError."""
-        async with asyncio.timeout(timeout_s):
-            await self._serving_or_closed.wait()
+        with anyio.fail_after(timeout_s):
+            await self._serving_or_ended.wait()
         return self._addresses
 
     async def wait(self) -> None:
-        """Waits until it has exited and its output has been read."""
-        await self._closed.wait()
+        """Waits until it has exited and its log has been read."""
+        await self._ended.wait()
 
-    async def stop(self, timeout_s: float) -> None:
-        """Sends SIGTERM, then SIGKILL to its process group after `timeout_s` or when cancelled."""
-        try:
-            if self.returncode is None:
-                self._transport.terminate()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    await self._exited.wait()
-        finally:
-            if self.returncode is None:
-                with suppress(ProcessLookupError):  # it may exit at this moment
-                    os.killpg(self._transport.get_pid(), signal.SIGKILL)
-                async with asyncio.timeout(_KILL_TIMEOUT_S):
-                    await self._exited.wait()
-            self._transport.close()
+    async def watch(self, child: ChildProcess) -> None:
+        """A task: reads the log until the process has exited."""
+        await child.ended()
+        self.returncode = child.process.returncode
+        if self._unfinished:
+            self._keep(self._unfinished)
+        self._ended.set()
+        self._serving_or_ended.set()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by asyncio."""
-        assert isinstance(transport, asyncio.SubprocessTransport)  # noqa: S101 - as SubprocessProtocol documents
-        self._transport = transport
+    def read(self, text: str) -> None:
+        """Splits output into lines of bounded length."""
+        *lines, self._unfinished = (self._unfinished + text).split("\n")
+        if len(self._unfinished) > LINE_LENGTH_MAX:
+            lines, self._unfinished = [*lines, self._unfinished], ""
+        for line in lines:
+            self._keep(line)
 
-    def pipe_data_received(self, fd: int, data: bytes) -> None:
-        """Splits the output into lines of bounded length; called by asyncio."""
-        *finished, rest = (self._unfinished.get(fd, b"") + data).split(b"\n")
-        if len(rest) > LINE_BYTES_MAX:
-            finished, rest = [*finished, rest], b""
-        self._unfinished[fd] = rest
-        for line in finished:
-            self._keep(line[:LINE_BYTES_MAX])
-
-    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        """Called by asyncio."""
-        if rest := self._unfinished.pop(fd, b""):
-            self._keep(rest)
-
-    def process_exited(self) -> None:
-        """Called by asyncio."""
-        self._exited.set()
-        # A grandchild may hold the pipes open for any time.
-        asyncio.get_running_loop().call_later(_LOG_TIMEOUT_S, self.connection_lost, None)
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        """Called by asyncio."""
-        self._serving_or_closed.set()
-        self._closed.set()
-
-    def _keep(self, line: bytes) -> None:
-        text = line.decode(errors="replace")
-        self._lines.append(text)
-        if self._addresses is None and (addresses := _logged_addresses(text)):
+    def _keep(self, line: str) -> None:
+        self.log_lines.append(line[:LINE_LENGTH_MAX])
+        if self._addresses is None and (addresses := ServiceAddresses.from_log(line)):
             self._addresses = addresses
-            self._serving_or_closed.set()
+            self._serving_or_ended.set()
 
 
 @asynccontextmanager
 async def serve_child(command: Sequence[str], *, stop_timeout_s: float) -> AsyncIterator[ServeChild]:
-    """Runs `command` until the block ends, then stops it.
+    """Runs `command` until the block ends, then ends its standard input, and kills it after `stop_timeout_s`.
 
-    The child's standard input closes when this process dies, which ends a child started with --while-stdin. Its own
-    session keeps Ctrl-C from reaching it directly.
+    Its standard input also ends when this process dies.
     """
-    pipe = asyncio.subprocess.PIPE
-    loop = asyncio.get_running_loop()
-    _, child = await loop.subprocess_exec(
-        ServeChild, *command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
-    )
-    try:
-        yield child
-    finally:
-        await child.stop(stop_timeout_s)
-
-
-def _logged_addresses(line: str) -> ServiceAddresses | None:
-    """Parses the log event `serving`; returns None for any other line."""
-    try:
-        entry = json.loads(line)
-        if entry["event"] != "serving":
-            return None
-        return ServiceAddresses(Address.parse(entry["grpc"]), Address.parse(entry["metrics"]))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
+    child = ServeChild()
+    process = await ChildProcess.spawn(ChildCommand("the service", command, keep_stderr=True), child.read)
+    async with running(partial(child.watch, process)):
+        try:
+            yield child
+        finally:
+            await process.close(stop_timeout_s)
 
 
 @dataclass(slots=True)
-class SeedRecord:
+class SeedSummary:
     """The history of one seed. Epochs count from 1; accuracies are validation accuracies in [0, 1], None if unknown."""
 
     seed_id: str
-    blueprint_id: str
     stage: int
+    blueprint_id: str
     epoch_germinated: int | None = None
     epoch_ended: int | None = None  # fossilized or culled
     accuracy_before: float | None = None  # the last one before the seed began to blend
@@ -377,7 +335,7 @@ class SeedHistory:
     """The history of each seed that any status has shown, in order of appearance."""
 
     def __init__(self) -> None:
-        self.records: dict[str, SeedRecord] = {}
+        self.seeds: dict[str, SeedSummary] = {}
 
     def update(self, status: GetStatusResponse) -> None:
         """Records the next status."""
@@ -385,18 +343,21 @@ class SeedHistory:
         validated = status.validation_loss or status.validation_accuracy
         accuracy = _finite(status.validation_accuracy) if validated else None
         for seed in status.seeds:
-            record = self.records.get(seed.seed_id)
-            removed = record is not None and record.stage not in _BEFORE_BLENDING | _BLENDING | _PART_OF_HOST
-            if record is None or (removed and seed.stage == enums.SEED_STAGE_GERMINATED):
+            known = self.seeds.get(seed.seed_id)
+            removed = known is not None and known.stage not in _BEFORE_BLENDING | _BLENDING | _PART_OF_HOST
+            if known is None or (removed and seed.stage == enums.SEED_STAGE_GERMINATED):
                 germinated = status.epoch if seed.stage in _BEFORE_BLENDING else None
-                record = SeedRecord(seed.seed_id, seed.blueprint_id, seed.stage, germinated)
-                self.records[seed.seed_id] = record
-            record.update(seed.stage, status.epoch, accuracy)
+                known = self.seeds[seed.seed_id] = SeedSummary(seed.seed_id, seed.stage, seed.blueprint_id, germinated)
+            known.update(seed.stage, status.epoch, accuracy)
 
 
-def summary_json(status: GetStatusResponse, seeds: SeedHistory, wall_s: float) -> str:
+def summary_json(status: GetStatusResponse, history: SeedHistory, wall_s: float) -> str:
     """Returns the summary as one line of JSON; a figure that is unknown or not finite is null."""
     stages = enums.SeedLifecycleStage.DESCRIPTOR.values_by_number
+    seeds = [asdict(history.seeds[seed.seed_id]) for seed in status.seeds]
+    for seed in seeds:
+        del seed["epoch_ended"]
+        seed["stage"] = stages[seed["stage"]].name if seed["stage"] in stages else str(seed["stage"])
     return json.dumps(
         {
             "final_accuracy": _finite(status.validation_accuracy),
@@ -405,37 +366,23 @@ def summary_json(status: GetStatusResponse, seeds: SeedHistory, wall_s: float) -
             "wall_seconds": round(wall_s, 3),
             "boundary_ms_p50": _finite(status.boundary_ms_p50),
             "boundary_ms_p99": _finite(status.boundary_ms_p99),
-            "seeds": [
-                {
-                    "seed_id": seed.seed_id,
-                    "stage": stages[seed.stage].name if seed.stage in stages else str(seed.stage),
-                    "blueprint_id": seed.blueprint_id,
-                    "epoch_germinated": seeds.records[seed.seed_id].epoch_germinated,
-                    "accuracy_before": seeds.records[seed.seed_id].accuracy_before,
-                    "accuracy_after": seeds.records[seed.seed_id].accuracy_after,
-                }
-                for seed in status.seeds
-            ],
+            "seeds": seeds,
             "commands": status.commands_accepted,
             "rollbacks": status.rollbacks,
         }
     )
 
 
-def summary_lines(status: GetStatusResponse, seeds: SeedHistory, wall_s: float) -> list[str]:
+def summary_lines(status: GetStatusResponse, history: SeedHistory, wall_s: float) -> list[str]:
     """Returns the summary as text, with a line for each seed, including removed ones."""
     epochs = "1 epoch" if status.epoch == 1 else f"{status.epoch} epochs"
+    accuracy = f"accuracy {status.validation_accuracy:.2%} after {epochs} ({status.global_step} steps)"
+    boundary = f"boundary p50 {status.boundary_ms_p50:.1f} ms, p99 {status.boundary_ms_p99:.1f} ms"
+    counts = f"commands {render.command_counts(status)}; seeds: {render.seed_list(status.seeds)}"
     return [
-        (
-            f"{render.one_line(status.job) or 'the run'} finished: accuracy {status.validation_accuracy:.2%} after "
-            f"{epochs} ({status.global_step} steps) in {wall_s:.1f} s"
-        ),
-        (
-            f"boundary p50 {status.boundary_ms_p50:.1f} ms, p99 {status.boundary_ms_p99:.1f} ms "
-            f"of {status.boundary_budget_ms:g} ms; "
-            f"commands {render.command_counts(status)}; seeds: {render.seed_list(status.seeds)}"
-        ),
-        *(record.line() for record in seeds.records.values()),
+        f"{render.one_line(status.job) or 'the run'} finished: {accuracy} in {wall_s:.1f} s",
+        f"{boundary} of {status.boundary_budget_ms:g} ms; {counts}",
+        *(seed.line() for seed in history.seeds.values()),
     ]
 
 

@@ -2,13 +2,9 @@
 
 TolariaError
 ├── ServiceUnreachableError   no service answers; exit code 3
-├── RequestRefusedError       a service refused the request; exit code 1
-├── DigestsDifferError        a rollback restored a state other than the captured one; exit code 1
-├── StorageDamagedError       a state directory does not hold what was written; exit code 1
-├── RunFailedError            the watched run failed; exit code 1
-├── DemoFailedError           the demo's service or its run failed; exit code 1
-│   ├── PortTakenError        ... because an address is in use
-│   └── StartRefusedError     ... because its settings or its job are wrong; exit code 2
+├── CommandFailedError        the command's outcome is a failure, such as a refusal or a failed run; exit code 1
+│   ├── PortTakenError        ... of the demo: an address is in use
+│   └── StartRefusedError     ... of the demo: the settings or the job are wrong; exit code 2
 ├── OutputError               standard output cannot be written to; exit code 1
 │   └── ReaderGoneError       ... because its reader closed the pipe; not reported; exit code 1
 └── SignalledError            SIGINT or SIGTERM ended the command; exit code 128 + the signal's number
@@ -24,42 +20,20 @@ from types import FrameType
 
 from tolaria.errors import ConfigurationError, JobError, TolariaError
 
-_LOG_LINES_SHOWN = 20
-
 
 class ServiceUnreachableError(TolariaError):
     """Raised when no service answers at an address, or a service stops answering."""
 
 
-class RequestRefusedError(TolariaError):
-    """Raised when a running service refuses a request; the message names the field and the reason."""
+class CommandFailedError(TolariaError):
+    """Raised when a command cannot succeed or reports a failure; the message says what failed and why."""
 
 
-class DigestsDifferError(TolariaError):
-    """Raised when the digest of the restored state is missing or differs from the one taken at its capture."""
-
-
-class StorageDamagedError(TolariaError):
-    """Raised when something that was committed to a state directory cannot be read back unchanged."""
-
-
-class RunFailedError(TolariaError):
-    """Raised when the watched run has failed; the message is the service's reason."""
-
-
-class DemoFailedError(TolariaError):
-    """Raised when the demo's service exits or its run fails; the message ends with the last lines of its log."""
-
-    def __init__(self, what: str, log_lines: Sequence[str]) -> None:
-        shown = "\n".join(f"  {line}" for line in log_lines[-_LOG_LINES_SHOWN:])
-        super().__init__(f"{what}\nlast lines of its log:\n{shown}" if shown else what)
-
-
-class PortTakenError(DemoFailedError):
+class PortTakenError(CommandFailedError):
     """Raised when the demo's service cannot listen on an address."""
 
 
-class StartRefusedError(DemoFailedError):
+class StartRefusedError(CommandFailedError):
     """Raised when the demo's service exits with the code of wrong settings or a broken job."""
 
 
@@ -79,20 +53,17 @@ class SignalledError(TolariaError):
         super().__init__(f"ended by {signal.Signals(signal_number).name}")
 
 
-_EXIT_CODES: tuple[tuple[type[TolariaError], int], ...] = (
-    (ConfigurationError, 2),
-    (JobError, 2),
-    (StartRefusedError, 2),
-    (ServiceUnreachableError, 3),
-    (TolariaError, 1),
-)
-
-
 def exit_code(error: TolariaError) -> int:
     """Returns the exit code for this kind of failure."""
-    if isinstance(error, SignalledError):
-        return 128 + error.signal_number
-    return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+    match error:
+        case SignalledError():
+            return 128 + error.signal_number
+        case ConfigurationError() | JobError() | StartRefusedError():
+            return 2
+        case ServiceUnreachableError():
+            return 3
+        case _:
+            return 1
 
 
 def report(failures: Sequence[TolariaError]) -> int:

@@ -85,16 +85,9 @@ def json_text(message: Message, *, indent: int | None = 2) -> str:
 
 
 def status_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
-    """Returns every row of a status; rows that do not apply are left out."""
-    optional = [
-        ("health", _health(status)),
-        *((label, text) for label, text in safety_rows(status) if text != _NONE),
-        ("fast paths", _pairs(status.fast_paths)),
-        ("metrics", f"http://{one_line(status.metrics_address)}/metrics" if status.metrics_address else ""),
-        ("version", one_line(f"{status.version}, up {status.uptime_s:.0f} s") if status.version else ""),
-    ]
+    """Returns every row of a status that applies."""
     run_id, job = one_line(status.run_id) or _UNKNOWN, one_line(status.job) or _UNKNOWN
-    return [
+    rows = [
         ("run", f"{run_id}, job {job}, {_state(status)}"),
         ("progress", _progress(status)),
         ("learned", training_figures(status)),
@@ -104,8 +97,13 @@ def status_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
         ("boundary", _boundary(status)),
         ("seeds", seed_list(status.seeds)),
         ("commands", command_counts(status)),
-        *((label, text) for label, text in optional if text),
+        ("health", _health(status)),
+        *(row for row in safety_rows(status) if row[1] != _NONE),
+        ("fast paths", _pairs(status.fast_paths)),
+        ("metrics", f"http://{one_line(status.metrics_address)}/metrics" if status.metrics_address else ""),
+        ("version", one_line(f"{status.version}, up {status.uptime_s:.0f} s") if status.version else ""),
     ]
+    return [row for row in rows if row[1]]
 
 
 def safety_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
@@ -196,13 +194,33 @@ def _pairs(values: Mapping[str, str]) -> str:
 
 
 def print_status(status: GetStatusResponse, console: Console | None = None) -> None:
-    """Prints one status, by default to standard output: a table on a terminal, `label text` lines elsewhere."""
+    """Prints one status, by default to standard output."""
+    print_table(status_rows(status), console=console)
+
+
+def print_table(rows: Sequence[Sequence[str]], names: Sequence[str] = (), *, console: Console | None = None) -> None:
+    """Prints rows under column names, if any: as a table on a terminal, elsewhere as one line each, of any length."""
     console = console or Console(file=sys.stdout)
     if console.is_terminal:
-        console.print(_status_table(status))
+        console.print(_table(rows, names))
         return
-    for label, text in status_rows(status):
-        print(f"{label:<{_LABEL_WIDTH}} {text}", file=console.file)
+    lines = [names, *rows] if names else rows
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print(
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip(), file=console.file
+        )
+
+
+def _table(rows: Sequence[Sequence[str]], names: Sequence[str] = ()) -> Table:
+    """Returns a table with bold column names, or without names and with a bold first column."""
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=bool(names))
+    table.add_column(*names[:1], overflow="fold", style="" if names else "bold")
+    for name in names[1:] or [""]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text does not interpret markup: an answer of a peer may contain brackets
+    return table
 
 
 @contextmanager
@@ -231,7 +249,7 @@ def status_panel(status: GetStatusResponse) -> RenderableType:
     bars.add_row("epoch", ProgressBar(total=1.0, completed=of_epoch), f"{status.epoch_step}/{status.steps_per_epoch}")
     style = _STYLES.get(status.state, "")
     title = Text(f"tolaria: {enum_word(RunState.DESCRIPTOR, status.state)}", style=style)
-    return Panel(Group(bars, _status_table(status)), title=title, border_style=style)
+    return Panel(Group(bars, _table(status_rows(status))), title=title, border_style=style)
 
 
 class PlainLines:
@@ -253,33 +271,6 @@ class PlainLines:
         if status.state != self._state:
             print(f"state {_state(status)}", file=self._file, flush=True)
         self._state = status.state
-
-
-def _status_table(status: GetStatusResponse) -> Table:
-    table = Table.grid(padding=(0, 1))
-    table.add_column(style="bold", width=_LABEL_WIDTH)
-    table.add_column(overflow="fold")
-    for label, text in status_rows(status):
-        # Text does not interpret markup: an answer of a peer may contain brackets.
-        table.add_row(Text(label), Text(text))
-    return table
-
-
-def print_table(names: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None) -> None:
-    """Prints rows under column names: a table on a terminal, elsewhere one line for each row, of any length."""
-    console = console or Console(file=sys.stdout)
-    if console.is_terminal:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in names:
-            table.add_column(name, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        console.print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-    for row in (names, *rows):
-        line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
-        print(line.rstrip(), file=console.file)
 
 
 def restore_point_rows(points: Iterable[messages.RestorePoint], *, now_s: float) -> list[tuple[str, ...]]:
@@ -334,7 +325,7 @@ def show_restore_points(answer: messages.ListRestorePointsResponse) -> None:
     if not answer.restore_points:
         typer.echo("there is no restore point yet")
         return
-    print_table(RESTORE_POINT_COLUMNS, restore_point_rows(answer.restore_points, now_s=time.time()))
+    print_table(restore_point_rows(answer.restore_points, now_s=time.time()), RESTORE_POINT_COLUMNS)
 
 
 def show_incidents(answer: messages.ListIncidentsResponse) -> None:
@@ -342,24 +333,22 @@ def show_incidents(answer: messages.ListIncidentsResponse) -> None:
     if not answer.incidents:
         typer.echo("there is no incident")
         return
-    print_table(INCIDENT_COLUMNS, incident_rows(answer.incidents))
+    print_table(incident_rows(answer.incidents), INCIDENT_COLUMNS)
 
 
 def show_change(name: str, answer: Message) -> None:
     """Prints the step at which the change `name` took effect, then the other fields as `name value`."""
     values = MessageToDict(answer, preserving_proto_field_name=True)
     step = values.pop("global_step", 0)
-    rest = ", ".join(f"{field.replace('_', ' ')} {_plain(value)}" for field, value in values.items())
-    typer.echo(f"{name}: took effect at step {step}{': ' if rest else ''}{rest}")
+    _took_effect(name, step, ", ".join(f"{field.replace('_', ' ')} {_plain(value)}" for field, value in values.items()))
 
 
 def show_rollback(answer: messages.TriggerRollbackResponse) -> None:
     """Prints the restored step, the latency, whether peers took part, and the comparison of the digests."""
+    tier = enum_word(RollbackTier.DESCRIPTOR, answer.tier)
     together = "coordinated" if answer.coordinated else "uncoordinated: no majority went back together"
-    typer.echo(
-        f"rollback: took effect at step {answer.global_step}: tier {enum_word(RollbackTier.DESCRIPTOR, answer.tier)}, "
-        f"restored step {answer.restored_step}, {answer.latency_ms:.1f} ms, {together}"
-    )
+    detail = f"tier {tier}, restored step {answer.restored_step}, {answer.latency_ms:.1f} ms, {together}"
+    _took_effect("rollback", answer.global_step, detail)
     if differing := differing_digests(answer):
         typer.secho(f"DIGESTS DIFFER: {differing}", fg=typer.colors.RED, bold=True)
     else:
@@ -376,17 +365,19 @@ def differing_digests(answer: messages.TriggerRollbackResponse) -> str:
 
 def show_checkpoint(answer: messages.CreateCheckpointResponse) -> None:
     """Prints the id, size and digest of the checkpoint on disk."""
-    typer.echo(
-        f"checkpoint: took effect at step {answer.global_step}: id {one_line(answer.checkpoint_id)}, "
-        f"{size(answer.size_bytes)}, digest {one_line(answer.digest)}"
-    )
+    detail = f"id {one_line(answer.checkpoint_id)}, {size(answer.size_bytes)}, digest {one_line(answer.digest)}"
+    _took_effect("checkpoint", answer.global_step, detail)
 
 
 def show_profile(answer: messages.CaptureProfileResponse) -> None:
     """Prints the path of the trace and the viewers for it."""
-    path = one_line(answer.path, length_max=_PATH_LENGTH_MAX)
-    typer.echo(f"profile: took effect at step {answer.global_step}: {path}, {size(answer.size_bytes)}")
-    typer.echo("the file is where the service runs; load it at https://ui.perfetto.dev or in chrome://tracing")
+    detail = f"{one_line(answer.path, length_max=_PATH_LENGTH_MAX)}, {size(answer.size_bytes)}"
+    _took_effect("profile", answer.global_step, detail)
+    typer.echo("the file is on the service's machine; open it in https://ui.perfetto.dev or chrome://tracing")
+
+
+def _took_effect(name: str, step: int, detail: str) -> None:
+    typer.echo(f"{name}: took effect at step {step}{': ' if detail else ''}{detail}")
 
 
 def _plain(value: object) -> str:

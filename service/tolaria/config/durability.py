@@ -35,7 +35,7 @@ class EmergencySettings(Section):
     """Consecutive failed epochs after which training halts. 3: two can be a coincidence."""
 
     rollback: bool = True
-    """Roll back to the newest snapshot at level CONSERVATIVE. On: the parameters may already be damaged."""
+    """Accepted without effect: rollbacks are begun by checks of health and by operators, never by a level."""
 
     recovery_epochs: int = Field(default=3, ge=1)
     """Consecutive healthy epochs that clear a failed epoch. 3: as many as failures open a circuit breaker."""

@@ -1,11 +1,14 @@
-"""The types of settings: network addresses, bounded numbers, and the base class of sections."""
+"""The types of settings: network addresses, bounded numbers, the base class of sections, and their rendering."""
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
+import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
@@ -83,3 +86,41 @@ class Section(BaseModel):
     """Base class of the sections: immutable, without unknown fields, documented by docstrings of fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def as_toml(settings: BaseModel) -> str:
+    """Returns a model of sections as TOML that `--config` reads back, each field below its description.
+
+    A secret is shown only as set or not set.
+    """
+    blocks = []
+    for name, section in settings:
+        lines = [f"# {(type(section).__doc__ or '').strip()}", f"[{name}]"]
+        values = section.model_dump(mode="json")
+        for field_name, value in section:
+            description = type(section).model_fields[field_name].description or ""
+            lines += [f"# {line}" for line in description.splitlines()]
+            if isinstance(value, SecretStr) and value:
+                lines.append(f"# {field_name} is set, not shown")  # a placeholder would be read back as the secret
+            else:
+                lines.append(f"{field_name} = {_toml_value(values[field_name])}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    """Scalars and lists of JSON are valid TOML; tables are written inline."""
+    match value:
+        case dict():
+            items = ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items())
+            return f"{{ {items} }}" if items else "{}"
+        case list():
+            return f"[{', '.join(map(_toml_value, value))}]"
+        case _:
+            return json.dumps(value)
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """Returns a hint for an unknown name: the most similar one that is known, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"

@@ -5,7 +5,6 @@ The docstring of a setting gives its meaning, its unit and the reason for its de
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, SecretStr, ValidationInfo, field_validator, model_validator
@@ -30,6 +29,7 @@ from tolaria.config.fields import (
     Section,
     Share,
     Target,
+    suggestion,
 )
 
 
@@ -112,8 +112,7 @@ class PeerSettings(Section):
         longest_s = info.data.get("timeout_s")  # missing if it is invalid itself, which is reported separately
         for method, seconds in timeouts_s.items():
             if method not in cls.methods:
-                close = difflib.get_close_matches(method, cls.methods, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(cls.methods)}"
+                hint = suggestion(method, cls.methods)
                 raise ValueError(f"{method!r} is no method with a separate deadline; {hint}")
             # The run waits for a peer for timeout_s at most.
             if longest_s is not None and seconds > longest_s:

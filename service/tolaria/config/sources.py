@@ -5,10 +5,10 @@ No other module reads the process environment.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_origin
@@ -16,6 +16,7 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import EnvSettingsSource, SettingsError
 
+from tolaria.config.fields import suggestion
 from tolaria.config.settings import Settings
 from tolaria.errors import ConfigurationError
 
@@ -41,9 +42,7 @@ class _Source:
 def load_settings(config_file: Path | None = None, overrides: list[str] | None = None) -> Settings:
     """Builds the settings from `config_file` (default: tolaria.toml, if it exists), the environment and `overrides`.
 
-    Args:
-        config_file: path of a TOML file.
-        overrides: texts of the form `section.field=value`; tables and lists are JSON.
+    Overrides have the form `section.field=value`; tables and lists are JSON.
 
     Raises:
         ConfigurationError: with all problems of all sources.
@@ -52,7 +51,7 @@ def load_settings(config_file: Path | None = None, overrides: list[str] | None =
     merged: dict[str, Any] = {}
     problems: list[str] = []
     for source in sources:
-        problems += source.problems + _unknown_names(source)
+        problems += [*source.problems, *_unknown_names(source)]
         source.values = {name: section for name, section in source.values.items() if isinstance(section, dict)}
         merged = _merged(merged, source.values)
     try:
@@ -73,7 +72,7 @@ def quieten_grpc() -> None:
 
 def child_environment(settings: Settings) -> dict[str, str]:
     """Returns the environment of a peer's process: this process's own, without settings except the secrets."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_PREFIX)}
+    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(_PREFIX)}
     for name, secret in (("secret", settings.leyline.secret), ("previous_secret", settings.leyline.previous_secret)):
         if secret:
             environment[_variable("leyline", name)] = secret.get_secret_value()
@@ -158,26 +157,16 @@ def _merged(low: Any, high: Any) -> Any:
     return high
 
 
-def _unknown_names(source: _Source) -> list[str]:
-    problems = []
+def _unknown_names(source: _Source) -> Iterator[str]:
     for section, fields in source.values.items():
         if section not in _SECTIONS:
-            problems.append(_suggest(section, list(_SECTIONS), f"{section}: unknown section ({source.name})"))
+            yield f"{section}: unknown section ({source.name}); {suggestion(section, _SECTIONS)}"
         elif not isinstance(fields, dict):
-            problems.append(f"{section}: is a section, not a value ({source.name})")
+            yield f"{section}: is a section, not a value ({source.name})"
         else:
-            known = list(_SECTIONS[section].model_fields)
-            problems += [
-                _suggest(name, known, f"{section}.{name}: unknown field ({source.name})")
-                for name in fields
-                if name not in known
-            ]
-    return problems
-
-
-def _suggest(name: str, known: list[str], sentence: str) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"{sentence}; did you mean {close[0]}?" if close else f"{sentence}; known are {', '.join(known)}"
+            known = _SECTIONS[section].model_fields
+            for name in [name for name in fields if name not in known]:
+                yield f"{section}.{name}: unknown field ({source.name}); {suggestion(name, known)}"
 
 
 def _describe(item: Any, sources: list[_Source]) -> str:

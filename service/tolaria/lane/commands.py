@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final, assert_never
 
 from tolaria.errors import LaneError, RestoreAbandonedError, TolariaError
-from tolaria.images.pool import ImagePool, Lease
+from tolaria.images.pool import ImagePool
 from tolaria.lane.messages import (
     BatchesSkipped,
     BoundaryCommand,
@@ -36,9 +36,13 @@ from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.train_module import TrainModule
 from tolaria.optimization import change_hyperparameters
+from tolaria.optimization.hyperparameters import HyperparameterChange
 
 _EPOCHS_QUEUED_MAX: Final = 4
 _COMMANDS_QUEUED_MAX: Final = 256
+
+_DECISIONS_MAX: Final = 2 * _COMMANDS_QUEUED_MAX
+"""Restores whose decision is kept. Fewer can be decided between `forbid` of a queued restore and its execution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,32 +60,23 @@ class CommandQueue:
         on_held: called in the lane's thread, once for each `Hold`, with its number. Must not block: the queue is
             locked meanwhile.
         resting: spans every wait in the middle of an epoch.
+
+    Attributes:
+        stopping: whether the lane is to end at the next step boundary.
+        latest_order: number of the newest order for an epoch, taken or not; 0 before the first.
     """
 
     def __init__(self, on_held: Callable[[int], None], resting: Callable[[], AbstractContextManager[None]]) -> None:
-        # The lane reads these two without the lock, once for each microbatch.
-        self._held = False
-        self._command_due = False
+        self.stopping = False
+        self.latest_order = 0
+        # The lane reads these three without the lock, once for each microbatch.
+        self._held = self._command_due = self._urgent = False
         self._on_held = on_held
         self._resting = resting
-        self._stopping = False
-        self._hold_number = 0
-        self._reported_hold = 0
+        self._hold_number = self._reported_hold = 0
         self._orders: deque[RunEpoch] = deque()
-        self._latest_order = 0
-        self._urgent = False
         self._commands: deque[QueuedCommand] = deque()
         self._changed = threading.Condition()
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the lane is to end at the next step boundary."""
-        return self._stopping
-
-    @property
-    def latest_order(self) -> int:
-        """Number of the newest order for an epoch, taken or not; 0 before the first."""
-        return self._latest_order
 
     @property
     def epochs_queued(self) -> bool:
@@ -89,24 +84,20 @@ class CommandQueue:
         return bool(self._orders)
 
     def put(self, command_id: int, command: Command) -> None:
-        """Queues a command; `Hold`, `Release` and `Stop` act at once. A `Restore` is urgent: see `continue_step`.
-
-        Raises:
-            LaneError: too many commands of the kind are queued.
-        """
+        """Queues a command; a `Restore` is urgent, see `continue_step`. Raises LaneError when too many are queued."""
         with self._changed:
             match command:
                 case RunEpoch(order):
                     if len(self._orders) >= _EPOCHS_QUEUED_MAX:
                         raise LaneError(f"{_EPOCHS_QUEUED_MAX} epochs are waiting for the lane already")
                     self._orders.append(command)
-                    self._latest_order = order
+                    self.latest_order = order
                 case Hold(number):
                     self._held, self._hold_number = True, number
                 case Release():
                     self._held = False
                 case Stop():
-                    self._stopping = True
+                    self.stopping = True
                 case _:
                     if len(self._commands) >= _COMMANDS_QUEUED_MAX:
                         raise LaneError(f"{_COMMANDS_QUEUED_MAX} commands are waiting for a step boundary already")
@@ -118,7 +109,7 @@ class CommandQueue:
     def next_work(self) -> RunEpoch | QueuedCommand | None:
         """Waits for an epoch or a command; commands come first. None: the lane is to end, and none is queued."""
         with self._changed:
-            while not (self._stopping and not self._commands):
+            while not (self.stopping and not self._commands):
                 held = self._report_hold()
                 if self._commands:
                     return self._take_command()
@@ -132,7 +123,7 @@ class CommandQueue:
         if not (self._held or self._command_due):
             return None
         with self._changed:
-            while not self._stopping:
+            while not self.stopping:
                 held = self._report_hold()
                 if self._commands:
                     return self._take_command()
@@ -149,9 +140,9 @@ class CommandQueue:
         if not (self._held or self._urgent):
             return True
         with self._changed:
-            while self._report_hold() and not self._stopping and not self._commands:
+            while self._report_hold() and not self.stopping and not self._commands:
                 self._wait()
-            return not (self._urgent or (self._held and (self._stopping or self._commands)))
+            return not (self._urgent or (self._held and (self.stopping or self._commands)))
 
     def _take_command(self) -> QueuedCommand:
         queued = self._commands.popleft()
@@ -187,39 +178,34 @@ class RestoreGate:
 
     def grant(self, command_id: int, deadline_s: float) -> bool:
         """Whether live state may change now; then it has to. Forbids the restore past its deadline."""
-        with self._lock:
-            return self._granted.setdefault(command_id, time.monotonic() < deadline_s)
+        return self._decide(command_id, granted=time.monotonic() < deadline_s)
 
     def forbid(self, command_id: int) -> bool:
         """Forbids the restore to change live state; False when that was granted before."""
+        return not self._decide(command_id, granted=False)
+
+    def _decide(self, command_id: int, *, granted: bool) -> bool:
         with self._lock:
-            return not self._granted.setdefault(command_id, False)
+            granted = self._granted.setdefault(command_id, granted)
+            if len(self._granted) > _DECISIONS_MAX:
+                del self._granted[next(iter(self._granted))]  # the oldest
+            return granted
 
 
 class CommandExecutor:
     """Carries out commands at a step boundary, in the lane's thread.
 
-    Args:
-        module: what is trained.
-        snapshots: of the module's state.
-        profiler: of the lane's steps.
-        images: where captured and loaded images cross.
-        gate: asked before a restore changes live state.
+    Attributes:
+        images: where captured and loaded images cross between lane and run.
+        gate: grants or refuses each restore, right before it changes live state.
     """
 
-    def __init__(
-        self,
-        module: TrainModule,
-        snapshots: SnapshotManager,
-        profiler: LaneProfiler,
-        images: ImagePool,
-        gate: RestoreGate,
-    ) -> None:
+    def __init__(self, module: TrainModule, snapshots: SnapshotManager, profiler: LaneProfiler) -> None:
+        self.images = ImagePool()
+        self.gate = RestoreGate()
         self._module = module
         self._snapshots = snapshots
         self._profiler = profiler
-        self._images = images
-        self._gate = gate
 
     def execute(self, queued: QueuedCommand) -> CommandDone:
         """Carries out a command. After a `TolariaError`, which becomes the failure, nothing has changed."""
@@ -242,8 +228,7 @@ class CommandExecutor:
             case Restore():
                 return self._restore(command_id, command)
             case CaptureImage():
-                position, lease = self._snapshots.capture_image()
-                return ImageCaptured(position, self._images.put(lease))
+                return ImageCaptured(self.images.put(self._snapshots.capture_image()))
             case SkipBatches(batches):
                 module.skipped.batches.update(batches)
                 return BatchesSkipped(len(module.skipped.batches))
@@ -254,41 +239,35 @@ class CommandExecutor:
 
     def _change_optimizer(self, command: ChangeOptimizer) -> OptimizerChanged:
         module, controller = self._module, self._module.seeds.controller
-        saved = controller.state_dict()
-        record = None
+        saved, record = controller.state_dict(), None
         if command.adjustment is not None:
             record = controller.adjust(command.adjustment, at_step=module.global_step)
-        try:
-            hyperparameters = _set_hyperparameters(module, command.hyperparameters, command.group)
-        except TolariaError:
-            controller.load_state_dict(saved)
-            raise
+        changes: list[HyperparameterChange] = []
+        if command.hyperparameters:
+            try:
+                changes = change_hyperparameters(module.optimizer, command.hyperparameters, group=command.group)
+            except TolariaError:
+                controller.load_state_dict(saved)
+                raise
         controller.apply(module.global_step)
         before, after = (record.before, record.after) if record else ({}, {})
-        return OptimizerChanged(before, after, hyperparameters, controller.adjustments)
+        changed = tuple(f"{change.group} {change.name}: {change.before:g} -> {change.after:g}" for change in changes)
+        return OptimizerChanged(before, after, changed, controller.adjustments)
 
     def _restore(self, command_id: int, command: Restore) -> Result:
         """Raises RestoreAbandonedError past the deadline, also when the image has been discarded by then."""
-        if self._gate.expired(command_id, command.deadline_s):
+        if self.gate.expired(command_id, command.deadline_s):
             raise RestoreAbandonedError("waiting for its step boundary")
 
         def refused() -> bool:
-            return not self._gate.grant(command_id, command.deadline_s)
+            return not self.gate.grant(command_id, command.deadline_s)
 
         with self._profiler.mark("rollback"):
             if not command.image_id:
                 return self._snapshots.restore_snapshot(command.target_step, refused)
-            with self._take_image(command.image_id) as image:
+            try:
+                lease = self.images.take(command.image_id)
+            except KeyError:
+                raise RestoreAbandonedError("waiting for its step boundary") from None
+            with lease as image:
                 return self._snapshots.restore_image(image, refused)
-
-    def _take_image(self, image_id: int) -> Lease:
-        try:
-            return self._images.take(image_id)
-        except KeyError:
-            raise RestoreAbandonedError("waiting for its step boundary") from None
-
-
-def _set_hyperparameters(module: TrainModule, wanted: Mapping[str, float], group: str | None) -> tuple[str, ...]:
-    """Returns the changes as sentences."""
-    changes = change_hyperparameters(module.optimizer, wanted, group=group) if wanted else []
-    return tuple(f"{change.group} {change.name}: {change.before:g} -> {change.after:g}" for change in changes)

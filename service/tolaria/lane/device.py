@@ -19,14 +19,12 @@ _GB: Final = 1e9
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Returns the device of the setting `training.device`; auto is the accelerator if there is one, else the CPU.
+    """Returns the device of `training.device`; auto is the accelerator if there is one, else the CPU.
 
-    Raises:
-        ConfigurationError: the device does not exist.
+    Raises ConfigurationError if the device does not exist.
     """
     if wanted == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     device = torch.device(wanted)
     if device.type == "cuda":
         count = torch.cuda.device_count()
@@ -38,12 +36,6 @@ def choose_device(wanted: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigurationError(["training.device: 'mps' is not there"])
     return device
-
-
-def use_deterministic_kernels() -> None:
-    """Makes torch use bit-reproducible kernels; an operation without one raises when it is used."""
-    torch.use_deterministic_algorithms(mode=True)
-    torch.backends.cudnn.benchmark = False
 
 
 def limit_threads(wanted: int) -> int:

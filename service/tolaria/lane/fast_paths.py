@@ -9,7 +9,7 @@ import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import nn
@@ -20,19 +20,18 @@ from tolaria.optimization import OptimizerManager
 
 FastPath = Literal["fused", "compile", "amp", "tf32", "pin_memory"]
 
-_NAMES: Final[tuple[FastPath, ...]] = ("fused", "compile", "amp", "tf32", "pin_memory")
 _BEFORE_THE_RUN: Final = -(10**9)  # a step from which no minimum interval between rebuilds counts
 _AMP_DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class FastPaths:
-    """The fast paths of one run. Sets torch's process-wide switches for TF32.
+    """The fast paths of one run; `fuse` and `compile` follow once there is an optimizer and a model.
 
-    Mixed precision, TF32 and pinned memory are decided here; `fuse` and `compile` follow once there is an optimizer
-    and a model.
+    Sets torch's process-wide switches for TF32.
 
     Attributes:
         scaler: of the loss, with float16 only.
+        pins_memory: whether batches are copied to the device through pinned memory.
         running: a short description of each fast path in use.
         fallbacks: the reason of each one that is off although the setting allows it.
         failed: those of `fallbacks` that were tried.
@@ -47,23 +46,29 @@ class FastPaths:
         self.running: dict[FastPath, str] = {}
         self.fallbacks: dict[FastPath, str] = {}
         self.failed: list[FastPath] = []
-        self._choose_amp()
-        self._choose_tf32()
-        if settings.pin_memory != "off":
-            if device.type == "cuda":
-                self.running["pin_memory"] = "on"
+        on_cuda = device.type == "cuda"
+        if settings.amp != "off":
+            self._choose_amp(settings.amp)
+        if settings.tf32 != "off":
+            if on_cuda and not deterministic:
+                torch.backends.cudnn.allow_tf32 = True
+                torch.set_float32_matmul_precision("high")
+                self.running["tf32"] = "on"
             else:
-                self._turn_off("pin_memory", f"{device.type} shares the host's memory")
-
-    @property
-    def pins_memory(self) -> bool:
-        """Whether batches are copied to the device through pinned memory."""
-        return "pin_memory" in self.running
+                self.fallbacks["tf32"] = "the run is deterministic" if on_cuda else f"{device.type} has none"
+        self.pins_memory = on_cuda and settings.pin_memory != "off"
+        if self.pins_memory:
+            self.running["pin_memory"] = "on"
+        elif settings.pin_memory != "off":
+            self.fallbacks["pin_memory"] = f"{device.type} shares the host's memory"
 
     @property
     def descriptions(self) -> dict[str, str]:
         """Every fast path, with what is in use, or `off` and the reason."""
-        return {name: self.running.get(name) or f"off: {self.fallbacks.get(name, 'not wanted')}" for name in _NAMES}
+        return {
+            name: self.running.get(name) or f"off: {self.fallbacks.get(name, 'not wanted')}"
+            for name in get_args(FastPath)
+        }
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Returns the context of a forward pass."""
@@ -74,7 +79,7 @@ class FastPaths:
     def update_scale(self, *, finite: bool, loss_finite: bool) -> bool:
         """Updates float16's loss scale after a step; returns whether the step was skipped only by its overflow.
 
-        At a scale of 1 an overflow is not the scale's fault. Synchronises after skipped steps.
+        A scale of 1 cannot cause an overflow. Synchronises after skipped steps.
         """
         if self.scaler is None:
             return False
@@ -88,7 +93,7 @@ class FastPaths:
         if self._settings.fused == "off":
             return
         if self._deterministic:
-            self._turn_off("fused", "the run is deterministic")
+            self.fallbacks["fused"] = "the run is deterministic"
             return
         options = [option for option in ("fused", "foreach") if option in optimizer.defaults]
         reasons = [] if options else [f"{type(optimizer).__name__} has neither a fused nor a foreach kernel"]
@@ -103,16 +108,17 @@ class FastPaths:
             else:
                 self.running["fused"] = option
                 return
-        self._turn_off("fused", "; ".join(reasons), failed="fused" in options)
+        self.fallbacks["fused"] = "; ".join(reasons)
+        if "fused" in options:
+            self.failed.append("fused")
 
     def compile(self, model: nn.Module, warm_up: Callable[[], None]) -> None:
         """Compiles the model's forward and backward pass and calls `warm_up`; undone if that fails."""
-        wanted = self._settings.compile == "on" or (self._settings.compile == "auto" and self._device.type == "cuda")
         if self._settings.compile == "off":
             return
-        if not wanted or self._deterministic:
-            reason = "the run is deterministic" if self._deterministic else "it does not pay on a CPU"
-            self._turn_off("compile", reason)
+        if self._deterministic or (self._settings.compile == "auto" and self._device.type != "cuda"):
+            why = "the run is deterministic" if self._deterministic else "it does not pay on a CPU"
+            self.fallbacks["compile"] = why
             return
         model.compile(dynamic=None)
         graphs_before = _compiled_graphs()
@@ -124,41 +130,23 @@ class FastPaths:
         if why:
             torch.compiler.reset()
             model._compiled_call_impl = None  # noqa: SLF001 - torch has no public way back from Module.compile
-            self._turn_off("compile", why, failed=True)
+            self.fallbacks["compile"] = why
+            self.failed.append("compile")
             return
         # A seed that is grafted later changes the graph: one that the compiler does not support runs uncompiled.
         torch._dynamo.config.suppress_errors = True  # noqa: SLF001 - the documented switch is there
         self.running["compile"] = "on"
 
-    def _choose_amp(self) -> None:
-        wanted, on_cuda = self._settings.amp, self._device.type == "cuda"
-        if wanted == "off":
-            return
+    def _choose_amp(self, wanted: str) -> None:
         if wanted == "auto":
-            if not on_cuda:
-                self._turn_off("amp", f"{self._device.type} is not faster with it")
+            if self._device.type != "cuda":
+                self.fallbacks["amp"] = f"{self._device.type} is not faster with it"
                 return
             wanted = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         self._amp_dtype = _AMP_DTYPES[wanted]
         if wanted == "float16":  # its gradients underflow; bfloat16 has float32's range
             self.scaler = torch.amp.GradScaler(self._device.type)
         self.running["amp"] = wanted
-
-    def _choose_tf32(self) -> None:
-        if self._settings.tf32 == "off":
-            return
-        on_cuda = self._device.type == "cuda"
-        if on_cuda and not self._deterministic:
-            torch.backends.cudnn.allow_tf32 = True
-            torch.set_float32_matmul_precision("high")
-            self.running["tf32"] = "on"
-        else:
-            self._turn_off("tf32", "the run is deterministic" if on_cuda else f"{self._device.type} has none")
-
-    def _turn_off(self, name: FastPath, reason: str, *, failed: bool = False) -> None:
-        self.fallbacks[name] = reason
-        if failed:
-            self.failed.append(name)
 
 
 def _compiled_graphs() -> int:

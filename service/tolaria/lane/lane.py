@@ -12,8 +12,7 @@ from typing import Final, Protocol
 
 import torch
 
-from tolaria.images.pool import ImagePool
-from tolaria.lane.commands import CommandExecutor, CommandQueue, QueuedCommand, RestoreGate
+from tolaria.lane.commands import CommandExecutor, CommandQueue, QueuedCommand
 from tolaria.lane.device import hardware_context, limit_threads, on_device
 from tolaria.lane.messages import (
     Command,
@@ -23,7 +22,6 @@ from tolaria.lane.messages import (
     Held,
     LaneEnded,
     Restored,
-    RunEpoch,
     StepDone,
     Stop,
 )
@@ -53,16 +51,13 @@ class LaneHeartbeat(Protocol):
 class EventBuffer:
     """Carries events from the lane's thread to the client, many at a time.
 
-    Args:
-        notify: called from the lane's thread when events can be taken.
-        frame_s: minimum time between two notifications for steps; other events notify at once.
-        capacity: step events held at most; a lane that is this far ahead of its client waits.
+    Holds at most `capacity` steps: a lane that is this far ahead of its client waits. Steps notify the client at most
+    once in `frame_s`, other events at once.
     """
 
-    def __init__(
-        self, notify: Callable[[], object], *, frame_s: float = _FRAME_S, capacity: int = _STEP_EVENTS_MAX
-    ) -> None:
-        self._notify = notify
+    def __init__(self, *, frame_s: float = _FRAME_S, capacity: int = _STEP_EVENTS_MAX) -> None:
+        self.notify: Callable[[], object] = lambda: None
+        """Called from the lane's thread when events can be taken; set before the first event."""
         self._frame_s = frame_s
         self._capacity = capacity
         self._events: list[Event] = []
@@ -85,11 +80,7 @@ class EventBuffer:
         now_s = time.monotonic()
         if not is_step or now_s - self._notified_at_s >= self._frame_s:
             self._notified_at_s = now_s
-            self._notify()
-
-    def flush(self) -> None:
-        """Notifies the client of the events so far, before the lane does something else for long."""
-        self._notify()
+            self.notify()
 
     def take(self) -> list[Event]:
         """Removes and returns all events, oldest first."""
@@ -106,14 +97,9 @@ class EventBuffer:
 
 
 class ThreadLane:
-    """Trains a module in a thread. Methods are called by the client, from another thread, and return at once.
+    """Trains a module in a thread, which alone uses the module from `start` on.
 
-    Args:
-        module: what is trained; from `start` on only the lane's thread uses it.
-        snapshots: of its state.
-        profiler: of its steps.
-        heartbeat: records the lane's progress.
-        threads: CPU threads of torch, as in `limit_threads`.
+    Methods are called by the client, from another thread, and return at once. `threads` is as in `limit_threads`.
     """
 
     def __init__(
@@ -125,25 +111,23 @@ class ThreadLane:
         heartbeat: LaneHeartbeat,
         threads: int,
     ) -> None:
-        self.images = ImagePool()
         self._module = module
         self._snapshots = snapshots
         self._profiler = profiler
         self._heartbeat = heartbeat
         self._threads = threads
-        self._notify: Callable[[], object] | None = None
-        self._events = EventBuffer(self._notify_client)
+        self._events = EventBuffer()
         self._commands = CommandQueue(
             lambda number: self._events.put(Held(module.global_step, number)), heartbeat.lane_rests
         )
-        self._gate = RestoreGate()
-        self._executor = CommandExecutor(module, snapshots, profiler, self.images, self._gate)
+        self._executor = CommandExecutor(module, snapshots, profiler)
+        self.images = self._executor.images
         # A daemon: a job that never returns cannot keep the process from exiting.
         self._thread = threading.Thread(target=self._run, name="tolaria-lane", daemon=True)
 
     def start(self, notify: Callable[[], object]) -> None:
         """Starts the thread, which waits for commands and calls `notify` when events can be taken."""
-        self._notify = notify
+        self._events.notify = notify
         self._thread.start()
 
     def send(self, command_id: int, command: Command) -> None:
@@ -156,7 +140,7 @@ class ThreadLane:
 
     def forbid_restore(self, command_id: int) -> bool:
         """Forbids that restore to change live state; False when the change has already begun."""
-        return self._gate.forbid(command_id)
+        return self._executor.gate.forbid(command_id)
 
     def close(self, timeout_s: float) -> bool:
         """Stops the lane, drops its events and waits up to `timeout_s`; returns whether it has ended. Blocks."""
@@ -166,37 +150,30 @@ class ThreadLane:
             self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _notify_client(self) -> None:
-        if self._notify is not None:
-            self._notify()
-
     def _run(self) -> None:
         failure: Failure | None = None
         try:
             limit_threads(self._threads)
-            try:
-                self._serve()
-            finally:
-                self._profiler.abandon()
+            self._serve()
         except BaseException as error:  # noqa: BLE001 - the job is the user's code; its errors end the run, not the process
             failure = Failure.of(error, traceback.format_exc())
         self._events.put(LaneEnded(self._module.global_step, failure))
+        self._profiler.abandon()
 
     def _serve(self) -> None:
         self._put_snapshot_events()
-        while (work := self._next_work()) is not None:
+        while True:
+            with self._profiler.mark("boundary"):
+                work = self._commands.next_work()
+            if work is None:
+                return
             with self._heartbeat.lane_works():
                 if isinstance(work, QueuedCommand):
                     self._execute(work, in_epoch=False)
                 else:
                     self._run_epoch()
 
-    def _next_work(self) -> RunEpoch | QueuedCommand | None:
-        with self._profiler.mark("boundary"):
-            return self._commands.next_work()
-
     def _run_epoch(self) -> None:
-        """Trains the rest of the current epoch or else the next one, and evaluates."""
         module, started_s = self._module, time.monotonic()
         module.begin_epoch()
         self._snapshots.epoch_begins()
@@ -255,32 +232,28 @@ class ThreadLane:
             self._events.put(event)
 
     def _finish_epoch(self, steps_s: float) -> None:
-        started_s = time.monotonic()
-        self._events.flush()
+        self._events.notify()  # of the steps in the buffer: an evaluation may take long
         module, controller = self._module, self._module.seeds.controller
         evaluation = self._evaluate()
         gradients = module.merger.finish_epoch()
-        seeds = module.seeds.reported_states(module.global_step, gradients)
         module.progress = module.progress.ended()
-        finished_s = time.monotonic()
-        self._events.put(
-            EpochDone(
-                epoch=module.progress.number,
-                global_step=module.global_step,
-                evaluation=evaluation,
-                steps_s=steps_s,
-                evaluation_s=finished_s - started_s,
-                finished_at_s=finished_s,
-                learning_rates=controller.learning_rates(),
-                momentum=_momentum(module.optimizer.param_groups[0]),
-                hardware=hardware_context(module.device),
-                training_loss=module.progress.loss,
-                samples=module.progress.samples,
-                seeds=seeds,
-                gradients=gradients,
-                adjustments=controller.adjustments,
-            )
+        seeds = module.seeds.reported_states(module.global_step, gradients)
+        event = EpochDone(
+            epoch=module.progress.number,
+            global_step=module.global_step,
+            evaluation=evaluation,
+            steps_s=steps_s,
+            finished_at_s=time.monotonic(),
+            learning_rates=controller.learning_rates(),
+            momentum=_momentum(module.optimizer.param_groups[0]),
+            hardware=hardware_context(module.device),
+            training_loss=module.progress.loss,
+            samples=module.progress.samples,
+            seeds=seeds,
+            gradients=gradients,
+            adjustments=controller.adjustments,
         )
+        self._events.put(event)
 
     def _evaluate(self) -> Evaluation:
         """Raises StepAbandonedError for a stop or an urgent command: a long validation must not delay them."""
@@ -299,5 +272,5 @@ class ThreadLane:
 def _momentum(options: dict[str, object]) -> float:
     """Returns SGD's momentum or Adam's first beta; 0 if the optimizer has neither."""
     betas = options.get("betas")
-    first = betas[0] if isinstance(betas, (tuple, list)) else options.get("momentum", 0.0)
+    first = betas[0] if isinstance(betas, (tuple, list)) else options.get("momentum")
     return float(first) if isinstance(first, (int, float)) else 0.0

@@ -1,16 +1,14 @@
 """Commands to the lane and events from it: frozen dataclasses of plain values.
 
-Everything that crosses between `run` and `lane` is defined here. `to_bytes` and `from_bytes` encode it as
-`tolaria.values.encoding` documents; Leyline messages are embedded as protobuf.
+Everything that crosses between `run` and `lane` is defined here; `tolaria.values.encoding` documents its bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, get_args
 
-from leyline.v1.enums_pb2 import RollbackTier
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.errors import LaneFailedError, TolariaError, error_fields, error_from_fields
@@ -82,8 +80,6 @@ class Restore:
     Live state changes before `deadline_s` (monotonic seconds) or not at all. Gives up an unfinished step.
     """
 
-    rollback_id: str
-    tier: RollbackTier.ValueType
     target_step: int
     deadline_s: float
     image_id: int = 0
@@ -139,9 +135,8 @@ class OptimizerChanged:
 
 @dataclass(frozen=True, slots=True)
 class ImageCaptured:
-    """The state at `position` is captured as `image_id` in the image pool; the receiver has to release it."""
+    """The state is captured as `image_id` in the image pool; the receiver has to release it."""
 
-    position: Position
     image_id: int
 
 
@@ -206,13 +201,11 @@ class Failure:
         try:
             return error_from_fields(self.name, self.fields)
         except KeyError:
-            return LaneFailedError(str(self))
+            return LaneFailedError(f"{self.name}: {self.fields[0]}")
 
     def __str__(self) -> str:
-        try:
-            return f"{self.name}: {error_from_fields(self.name, self.fields)}"
-        except KeyError:
-            return f"{self.name}: {self.fields[0]}"
+        error = self.error()
+        return f"{self.name}: {error}" if type(error).__name__ == self.name else str(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +255,6 @@ class EpochDone:
     global_step: int
     evaluation: Evaluation
     steps_s: float
-    evaluation_s: float
     finished_at_s: float
     learning_rates: Mapping[str, float]
     momentum: float
@@ -272,11 +264,6 @@ class EpochDone:
     seeds: tuple[SeedState, ...] = ()
     gradients: SeedMetricSet | None = None
     adjustments: tuple[ActiveAdjustment, ...] = ()
-
-    @property
-    def learning_rate(self) -> float:
-        """Learning rate of the first group, the host's."""
-        return next(iter(self.learning_rates.values()), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,27 +315,16 @@ class LaneEnded:
     failure: Failure | None
 
 
-Event: TypeAlias = (
-    StepDone
-    | EpochDone
-    | SeedsChanged
-    | CommandDone
-    | Held
-    | SnapshotsChanged
-    | SnapshotsUnavailable
-    | ProfileDone
-    | LaneEnded
-)
+SnapshotEvent: TypeAlias = SnapshotsChanged | SnapshotsUnavailable
+
+Event: TypeAlias = StepDone | EpochDone | SeedsChanged | CommandDone | Held | SnapshotEvent | ProfileDone | LaneEnded
 
 _CODEC = Codec(
-    types=(
-        *(RunEpoch, Hold, Release, Stop, ReconcileSeeds, ChangeOptimizer, CaptureImage, Restore, SkipBatches),
-        *(CaptureProfile, SeedsChanged, OptimizerChanged, ImageCaptured, Restored, BatchesSkipped, ProfileStarted),
-        *(Failure, LaneReady, StepDone, EpochDone, CommandDone, Held, SnapshotsChanged, SnapshotsUnavailable),
-        *(ProfileDone, LaneEnded, SnapshotInfo, SnapshotStatistics, SeedMetrics, SeedMetricSet, ActiveAdjustment),
-        *(Adjustment, LearningRateViolation, RebuildOutcome, RebuildResult, TraceFailed, TraceWritten),
-        *(EpochProgress, Evaluation, Position),
-    ),
+    types={
+        *(*get_args(Command), *get_args(Result), *get_args(Event), LaneReady, Failure, SnapshotInfo),
+        *(SnapshotStatistics, SeedMetrics, SeedMetricSet, ActiveAdjustment, Adjustment, LearningRateViolation),
+        *(RebuildOutcome, RebuildResult, TraceWritten, EpochProgress, Evaluation, Position),
+    },
     messages=(SeedState, HardwareContext),
 )
 
@@ -362,9 +338,7 @@ def from_bytes(data: bytes) -> Command | Event | LaneReady:
     """Returns the message of `to_bytes`. Raises EncodingError for other bytes."""
     try:
         message = _CODEC.decode(data)
-    except EncodingError:
-        raise
-    except (ValueError, TolariaError) as error:  # a value that its own class refuses
+    except (ValueError, TolariaError) as error:  # other bytes, or a value that its own class refuses
         raise EncodingError(f"not a message: {error}") from error
     if not isinstance(message, Command | Event | LaneReady):
         raise EncodingError(f"a {type(message).__name__} is not a message")

@@ -7,7 +7,6 @@ result, not an exception: training goes on.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -32,20 +31,16 @@ _TAIL_BYTES: Final = 16
 _UNMARKED: Final = contextlib.nullcontext()
 
 
-def unmarked(name: Region) -> AbstractContextManager[object]:
+def unmarked(_name: Region) -> AbstractContextManager[object]:
     """A `Mark` for use without a profiler."""
-    del name
     return _UNMARKED
 
 
 class LaneProfiler:
     """Profiles steps of the lane, one window at a time.
 
-    Marked are forward, backward, merge and optimizer within a step; boundary around the evaluation and the wait for
-    the next order; rollback around a restore.
-
     Args:
-        directory: of the traces; holds nothing else, and is created when first needed.
+        directory: of the traces, created when first needed.
         bytes_max: size of all traces together. The oldest ones are deleted; a larger single trace is not kept.
         resting: spans calls that may take seconds, so that the heartbeat monitor does not take them for a stall.
         wall_ns: clock for the names of traces, Unix nanoseconds.
@@ -66,21 +61,14 @@ class LaneProfiler:
         self._profile: profile | None = None
         self._steps = self._steps_left = 0
 
-    @property
-    def open(self) -> bool:
-        """Whether steps are being profiled."""
-        return self._profile is not None
-
     def mark(self, name: Region) -> AbstractContextManager[object]:
         """Marks the block in the trace; regions may be nested. Costs about 0.15 us while no window is open."""
         return _UNMARKED if self._profile is None else record_function(name)
 
     def start(self, steps: int) -> ProfileStarted | TraceFailed:
-        """Opens a window of the next steps. The first one of a process takes about a second.
+        """Opens a window of the next 1 to 1000 steps. The first one of a process takes about a second.
 
-        Raises:
-            InvalidFieldError: the number of steps is not 1 to 1000.
-            WrongStateError: a window is open.
+        Raises InvalidFieldError for another number of steps, WrongStateError while a window is open.
         """
         if not 1 <= steps <= STEPS_MAX:
             raise InvalidFieldError("steps", f"must be 1 to {STEPS_MAX}, is {steps}")
@@ -88,7 +76,8 @@ class LaneProfiler:
             raise WrongStateError(f"a profile is being taken, {self._steps_left} steps to go")
         if _profiler_enabled():  # a second profiler silently ends the first
             return TraceFailed("start", "the job's own profiler is running")
-        profiler = profile(activities=_activities())  # without acc_events, with which it would block 20 times as long
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        profiler = profile(activities=activities)  # without acc_events, with which it would block 20 times as long
         try:
             with self._resting():
                 profiler.start()
@@ -121,11 +110,12 @@ class LaneProfiler:
             self._stop(profiler)
             path = self._export(profiler)
             size_bytes = path.stat().st_size
-            removed = self._make_room(path)
+            if size_bytes > self._bytes_max:
+                path.unlink()
+                return TraceFailed("cap", f"a trace of {size_bytes} bytes is larger than all traces may be")
+            removed = self._make_room(path, size_bytes)
         except (OSError, RuntimeError) as error:
             return TraceFailed("export", str(error))
-        if removed is None:
-            return TraceFailed("cap", f"a trace of {size_bytes} bytes is larger than all traces may be")
         return TraceWritten(str(path), size_bytes, self._steps, time.monotonic() - started_s, removed)
 
     def _stop(self, profiler: profile) -> None:
@@ -139,10 +129,15 @@ class LaneProfiler:
         partial = path.with_name(path.name + _PARTIAL)
         try:
             profiler.export_chrome_trace(str(partial))
-            _check_complete(partial)
+            with partial.open("rb") as trace:
+                trace.seek(max(0, partial.stat().st_size - _TAIL_BYTES))
+                if not trace.read().rstrip().endswith(b"}"):
+                    raise OSError(f"{path.name} was not written to its end")
             partial.rename(path)
-        finally:
-            self._remove_partial_files()
+        finally:  # also removes what crashes have left; the exporter appends its own suffix
+            for leftover in self._directory.glob(f"{_PREFIX}*{_PARTIAL}*"):
+                if leftover.is_file():
+                    leftover.unlink(missing_ok=True)
         return path
 
     def _free_name(self) -> Path:
@@ -155,41 +150,12 @@ class LaneProfiler:
                 return path
             now_us += 1
 
-    def _make_room(self, newest: Path) -> int | None:
-        """Deletes the oldest traces until the others fit, and returns their number; None: the newest does not fit."""
-        if newest.stat().st_size > self._bytes_max:
-            newest.unlink()
-            return None
-        sizes = {path: path.stat().st_size for path in sorted(self._directory.glob(f"{_PREFIX}*.json"))}
-        total_bytes, removed = sum(sizes.values()), 0
-        for path, size_bytes in sizes.items():
-            if total_bytes <= self._bytes_max:
-                break
-            if path != newest:
+    def _make_room(self, newest: Path, size_bytes: int) -> int:
+        """Deletes the oldest traces that do not fit beside the newest, and returns their number."""
+        room_bytes, removed = self._bytes_max - size_bytes, 0
+        for path in sorted(set(self._directory.glob(f"{_PREFIX}*.json")) - {newest}, reverse=True):
+            room_bytes -= path.stat().st_size
+            if room_bytes < 0:
                 path.unlink(missing_ok=True)
-                total_bytes -= size_bytes
                 removed += 1
         return removed
-
-    def _remove_partial_files(self) -> None:
-        """Removes what failed exports and crashes have left; the exporter appends its own suffix."""
-        for leftover in self._directory.glob(f"{_PREFIX}*{_PARTIAL}*"):
-            if leftover.is_file():
-                leftover.unlink(missing_ok=True)
-
-
-def _activities() -> list[ProfilerActivity]:
-    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-
-
-def _check_complete(path: Path) -> None:
-    """Checks an exported trace: torch's exporter prints errors such as a full disk and returns normally.
-
-    Raises:
-        OSError: the file is missing, or does not end as JSON does.
-    """
-    with path.open("rb") as trace:
-        trace.seek(0, os.SEEK_END)
-        trace.seek(max(0, trace.tell() - _TAIL_BYTES))
-        if not trace.read().rstrip().endswith(b"}"):
-            raise OSError(f"{path.name} was not written to its end")

@@ -10,6 +10,8 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,9 @@ from tolaria.lane.profiling import Mark, unmarked
 from tolaria.lane.train_module import TrainModule
 from tolaria.values.optimization import LearningRateViolation
 
+_HALF: Final = frozenset({torch.float16, torch.bfloat16})
+"""Dtypes in which norms overflow at ordinary gradients."""
+
 
 class StepAbandonedError(Exception):
     """A step or an evaluation is abandoned before its end; no parameter has changed."""
@@ -32,7 +37,6 @@ class StepAbandonedError(Exception):
 class _Taken:
     """Sums over the microbatches of one step."""
 
-    microbatches: int = 0
     samples: int = 0
     planned_samples: int = 0
     waited_s: float = 0.0
@@ -42,13 +46,7 @@ class _Taken:
 def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mark = unmarked) -> StepDone | None:
     """Sums the gradients of the microbatches and updates the parameters; skips the step if anything is not finite.
 
-    Args:
-        module: what is trained; its `global_step` increases unless the step is skipped.
-        continue_step: called between two microbatches; may block; False abandons the step.
-        mark: marks forward, backward, merge and optimizer in a profile.
-
-    Returns:
-        The event; None when the epoch has no batch left.
+    Returns None when the epoch has no batch left. `continue_step` is called between two microbatches and may block.
 
     Raises:
         StepAbandonedError: `continue_step` returned False; the same step can start again.
@@ -63,7 +61,6 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
         module.merger.finish()
         _rescale(module, taken)
     loss, norms = _measure(taken.loss, module)
-
     norm = norms[0]
     finite = math.isfinite(loss) and math.isfinite(norm)
     violations: list[LearningRateViolation] = []
@@ -74,8 +71,7 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
             module.optimizer.step()
         module.global_step += 1
     else:
-        module.clear_gradients()
-        module.restore_buffers()
+        module.discard_pass()
     rescaled = module.fast_paths.update_scale(finite=finite, loss_finite=math.isfinite(loss))
     module.progress = module.progress.after_step(loss, taken.samples, skipped=not finite)
     finished_s = time.monotonic()
@@ -99,14 +95,15 @@ def checked_losses(job: TrainingJob, model: nn.Module, batch: Batch, seeds: Sequ
     """Returns the job's losses by source, each a scalar with a graph; the host has one.
 
     Per-sample losses are split by the batch's `seed_ids`. Samples of seeds that are not in `seeds` count as the
-    host's, and a source without a sample has no loss.
-
-    Raises:
-        LossShapeError: names the source with an invalid loss.
+    host's, and a source without a sample has no loss. Raises LossShapeError with the source of an invalid loss.
     """
     losses: object = job.losses(model, batch)
     if isinstance(losses, PerSampleLosses):
-        return _split(losses, batch, seeds)
+        if batch.seed_ids is None:
+            raise LossShapeError("losses() returned losses by sample for a batch without seed_ids")
+        if not losses.values.requires_grad:
+            raise LossShapeError("the losses by sample carry no graph: were they detached?")
+        return losses_by_source(losses.values, batch.seed_ids, [HOST, *seeds])
     if not isinstance(losses, Mapping) or HOST not in losses:
         given = list(losses) if isinstance(losses, Mapping) else f"a {type(losses).__name__}"
         raise LossShapeError(f"losses() must return a mapping with the source {HOST!r}, got {given}")
@@ -120,30 +117,22 @@ def checked_losses(job: TrainingJob, model: nn.Module, batch: Batch, seeds: Sequ
     return losses
 
 
-def _split(losses: PerSampleLosses, batch: Batch, seeds: Sequence[str]) -> Mapping[str, Tensor]:
-    if batch.seed_ids is None:
-        raise LossShapeError("losses() returned losses by sample for a batch without seed_ids")
-    if not losses.values.requires_grad:
-        raise LossShapeError("the losses by sample carry no graph: were they detached?")
-    return losses_by_source(losses.values, batch.seed_ids, [HOST, *seeds])
-
-
 def _take_microbatches(module: TrainModule, continue_step: Callable[[], bool], mark: Mark) -> _Taken:
     """Takes up to `accumulate` microbatches, each fetched when it is needed; gradients are weighted by samples."""
     taken = _Taken()
-    while taken.microbatches < module.accumulate:
-        if taken.microbatches and not continue_step():
+    for number in range(module.accumulate):
+        if number and not continue_step():
             module.abandon_step()
             raise StepAbandonedError
         asked_s = time.monotonic()
-        if not taken.microbatches:
+        if not number:
             module.note_step_start()
         batch = module.next_batch()
         if batch is None:
             break
         batch = on_device(batch, module.device, pinned=module.fast_paths.pins_memory)
         taken.waited_s += time.monotonic() - asked_s
-        if not taken.microbatches:
+        if not number:
             module.clear_gradients()
             module.save_buffers()
             taken.planned_samples = batch.samples * module.accumulate
@@ -154,7 +143,6 @@ def _take_microbatches(module: TrainModule, continue_step: Callable[[], bool], m
         with mark("backward"):
             loss = module.merger.add(losses, batch, share=share, scaler=module.fast_paths.scaler)
         taken.loss = loss if taken.loss is None else taken.loss + loss
-        taken.microbatches += 1
         taken.samples += batch.samples
     return taken
 
@@ -186,24 +174,17 @@ def _measure(loss: Tensor, module: TrainModule) -> tuple[float, list[float]]:
         return loss.item(), [0.0] * len(groups)
     # All gradients are on one device, so the grouping that torch.nn.utils.get_total_norm does first is not needed: on
     # small models it costs as much as an operation of the model.
-    norms = torch._foreach_norm(gradients, 2, dtype=_norm_dtype(gradients))  # noqa: SLF001 - torch's name for the batched norm
+    half = any(gradient.dtype in _HALF for gradient in gradients)
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32 if half else None)  # noqa: SLF001 - torch's name for the batched norm
     # One transfer: the loss and the norm of each gradient; their root sum of squares costs less here than there.
     values: list[float] = torch.stack([loss.to(norms[0].dtype), *(n.to(norms[0].dtype) for n in norms)]).tolist()
-    found, place = [], 1
-    for group in groups:
-        found.append(math.hypot(*values[place : place + len(group)]))
-        place += len(group)
+    rest = iter(values[1:])
+    found = [math.hypot(*islice(rest, len(group))) for group in groups]
     for parameters, norm in zip(module.clip_groups[1:], found[1:], strict=True):
         if not math.isfinite(norm):
             for parameter in parameters:
                 parameter.grad = None
     return values[0], found
-
-
-def _norm_dtype(gradients: list[Tensor]) -> torch.dtype | None:
-    """Returns the dtype for norms, None for the gradients' own: half precision overflows at ordinary norms."""
-    halves = {torch.float16, torch.bfloat16}
-    return torch.float32 if any(gradient.dtype in halves for gradient in gradients) else None
 
 
 def _clip(module: TrainModule, norms: list[float]) -> None:

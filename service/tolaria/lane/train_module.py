@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from tolaria.config import TrainingSettings
+from tolaria.config import Settings
 from tolaria.jobs import Batch, BatchCursor, CursorState, TrainingJob
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.gradient_merge import GradientMerger
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.state.encoding import capture_rngs, restore_rngs
 from tolaria.values.training import EpochProgress, Position
+
+_StepStart: TypeAlias = tuple[CursorState, EpochProgress, tuple[dict[str, Tensor], dict[str, JsonValue]]]
 
 
 @dataclass(slots=True)
@@ -35,27 +37,10 @@ class SkippedBatches:
         self.batches = {(int(epoch), int(place)) for epoch, place in listed}
 
 
-@dataclass(frozen=True, slots=True)
-class _StepStart:
-    """The state of the data and the random number generators before a step's first microbatch."""
-
-    cursor: CursorState
-    progress: EpochProgress
-    rngs: tuple[dict[str, Tensor], dict[str, JsonValue]]
-
-
 class TrainModule:
-    """What the lane trains. Used in one thread at a time.
+    """What the lane trains: a job, its model on `device`, its data and its progress. Used in one thread at a time.
 
-    Args:
-        job: provides losses and evaluation.
-        model: on `device`.
-        cursor: of the training data.
-        device: where tensors are.
-        seeds: seeds, optimizer and learning rates of the model.
-        merger: of the gradients.
-        fast_paths: that are in use.
-        settings: microbatches per step, and the norm to which gradients are clipped.
+    As a part of the state it is the progress in the epoch, which no other object holds.
 
     Attributes:
         global_step: number of completed steps.
@@ -73,19 +58,18 @@ class TrainModule:
         device: torch.device,
         *,
         seeds: SeedTraining,
-        merger: GradientMerger,
         fast_paths: FastPaths,
-        settings: TrainingSettings,
+        settings: Settings,
     ) -> None:
         self.job = job
         self.model = model
         self.cursor = cursor
         self.device = device
         self.seeds = seeds
-        self.merger = merger
+        self.merger = GradientMerger(settings, seeds.gradient_scope(0))
         self.fast_paths = fast_paths
-        self.accumulate = settings.accumulate
-        self.clip_norm = settings.clip_norm
+        self.accumulate = settings.training.accumulate
+        self.clip_norm = settings.training.clip_norm
         self.global_step = 0
         self.progress = EpochProgress()
         self.skipped = SkippedBatches()
@@ -110,6 +94,14 @@ class TrainModule:
     def steps_per_epoch(self) -> int:
         """Steps in one epoch; the last one may have fewer microbatches."""
         return -(-self.cursor.batches_per_epoch // self.accumulate)
+
+    def state_dict(self) -> dict[str, JsonValue]:
+        """Returns the progress."""
+        return self.progress.to_json()
+
+    def load_state_dict(self, state: Mapping[str, JsonValue]) -> None:
+        """Restores the progress. Raises KeyError if a key is missing."""
+        self.progress = EpochProgress.from_json(state)
 
     def refresh(self) -> None:
         """Collects parameters and buffers again, after the seeds in the model have changed."""
@@ -137,18 +129,17 @@ class TrainModule:
         return None
 
     def note_step_start(self) -> None:
-        """Notes where a step of several microbatches starts, for `abandon_step`."""
+        """Notes data, progress and generators before a step of several microbatches, for `abandon_step`."""
         if self.accumulate > 1:
-            self._step_start = _StepStart(self.cursor.state_dict(), self.progress, capture_rngs())
+            self._step_start = self.cursor.state_dict(), self.progress, capture_rngs()
 
     def abandon_step(self) -> None:
         """Restores what `note_step_start` noted, so that the same step can start again."""
-        self.clear_gradients()
-        self.restore_buffers()
-        if (start := self._step_start) is not None:
-            self.cursor.load_state_dict(start.cursor)
-            self.progress = start.progress
-            restore_rngs(*start.rngs)
+        self.discard_pass()
+        if self._step_start is not None:
+            cursor, self.progress, rngs = self._step_start
+            self.cursor.load_state_dict(cursor)
+            restore_rngs(*rngs)
 
     def clear_gradients(self) -> None:
         """Drops all gradients, also those of parameters that are not in the optimizer."""
@@ -160,7 +151,8 @@ class TrainModule:
         if self._buffers:
             torch._foreach_copy_(self._saved_buffers, self._buffers)
 
-    def restore_buffers(self) -> None:
-        """Restores the buffers that `save_buffers` copied."""
+    def discard_pass(self) -> None:
+        """Drops all gradients, and restores the buffers that `save_buffers` copied."""
+        self.clear_gradients()
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._saved_buffers)

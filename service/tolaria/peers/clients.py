@@ -16,7 +16,6 @@ from leyline.v1.rollback_service_pb2_grpc import RollbackParticipantServiceStub
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
-from tolaria.config import PeerSettings
 from tolaria.errors import PeerProtocolError
 from tolaria.peers.verification import verify_seeds
 from tolaria.resilience.deadline import DeadlineCaller
@@ -25,68 +24,50 @@ from tolaria.resilience.deadline import DeadlineCaller
 class TamiyoClient:
     """Calls the controller. Commands are returned as received, not verified; None means no change."""
 
-    def __init__(self, channel: grpc.aio.Channel, caller: DeadlineCaller, settings: PeerSettings) -> None:
+    def __init__(self, channel: grpc.aio.Channel, caller: DeadlineCaller) -> None:
         self._stub = TamiyoServiceStub(channel)
-        self._caller, self._settings = caller, settings
+        self._caller = caller
 
     async def evaluate_epoch(self, state: SystemStatePacket) -> AdaptationCommand | None:
         """Returns the command for the end of an epoch."""
         # Repeatable: only the answer that arrives is carried out, whether the controller recognizes the packet's id or
         # decides again.
-        response = await self._caller.call(
-            self._stub.EvaluateEpoch,
-            tamiyo.EvaluateEpochRequest(state=state),
-            name="EvaluateEpoch",
-            timeout_s=self._settings.timeout_of("EvaluateEpoch"),
-            repeatable=True,
-        )
+        request = tamiyo.EvaluateEpochRequest(state=state)
+        response = await self._caller.call(self._stub.EvaluateEpoch, request, name="EvaluateEpoch", repeatable=True)
         return response.command if response.HasField("command") else None
 
     async def evaluate_step(self, state: SystemStatePacket) -> AdaptationCommand | None:
         """Returns the command for a state between epochs."""
         # Not repeatable: a controller may answer once and take a lost answer for a received one. Asking again with a
         # newer state is worth more.
-        response = await self._caller.call(
-            self._stub.EvaluateStep,
-            tamiyo.EvaluateStepRequest(state=state),
-            name="EvaluateStep",
-            timeout_s=self._settings.timeout_of("EvaluateStep"),
-        )
+        request = tamiyo.EvaluateStepRequest(state=state)
+        response = await self._caller.call(self._stub.EvaluateStep, request, name="EvaluateStep")
         return response.command if response.HasField("command") else None
 
 
 class KasminaClient:
     """Calls the executor. Desired seeds that break the contract raise `PeerProtocolError`."""
 
-    def __init__(self, channel: grpc.aio.Channel, caller: DeadlineCaller, settings: PeerSettings) -> None:
+    def __init__(self, channel: grpc.aio.Channel, caller: DeadlineCaller) -> None:
         self._stub = KasminaServiceStub(channel)
-        self._caller, self._settings = caller, settings
+        self._caller = caller
 
     async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> kasmina.ApplyCommandResponse:
         """Sends a verified seed command; returns whether it was applied, the detail and all desired seeds."""
         # Not repeatable: the contract does not promise that a command_id is executed once, and a lost command is better
         # than one executed twice, since the controller decides again.
-        response = await self._caller.call(
-            self._stub.ApplyCommand,
-            kasmina.ApplyCommandRequest(command=command, state=state),
-            name="ApplyCommand",
-            timeout_s=self._settings.timeout_of("ApplyCommand"),
-        )
+        request = kasmina.ApplyCommandRequest(command=command, state=state)
+        response = await self._caller.call(self._stub.ApplyCommand, request, name="ApplyCommand")
         verify_seeds(self._caller.peer, response.seeds)
         return response
 
     async def export_seeds(self, state: SystemStatePacket, refusals: Sequence[tuple[str, str]] = ()) -> list[SeedState]:
         """Returns all desired seeds for this state; `refusals` are (seed_id, reason) of those not realized."""
+        refused = [kasmina.SeedRefusal(seed_id=seed_id, reason=reason) for seed_id, reason in refusals]
+        request = kasmina.ExportSeedStatesRequest(state=state, refusals=refused)
         # Repeatable: gates are evaluated once for an epoch's state, and refusals are facts.
         response = await self._caller.call(
-            self._stub.ExportSeedStates,
-            kasmina.ExportSeedStatesRequest(
-                state=state,
-                refusals=[kasmina.SeedRefusal(seed_id=seed_id, reason=reason) for seed_id, reason in refusals],
-            ),
-            name="ExportSeedStates",
-            timeout_s=self._settings.timeout_of("ExportSeedStates"),
-            repeatable=True,
+            self._stub.ExportSeedStates, request, name="ExportSeedStates", repeatable=True
         )
         return verify_seeds(self._caller.peer, response.seeds)
 
@@ -119,10 +100,7 @@ Response = TypeVar(
 
 
 class RollbackClient:
-    """Calls a peer as a participant of a rollback. `order.timeout_s` is the deadline of the call.
-
-    A response about another rollback raises `PeerProtocolError`.
-    """
+    """Calls a peer as a participant of a rollback. A response about another rollback raises `PeerProtocolError`."""
 
     def __init__(self, channel: grpc.aio.Channel, caller: DeadlineCaller) -> None:
         self._stub = RollbackParticipantServiceStub(channel)

@@ -66,7 +66,7 @@ async def connected_peers(
     """
 
     def caller_of(peer: Peer, settings: PeerSettings) -> DeadlineCaller:
-        return DeadlineCaller(peer, breakers[peer], settings, observe=call_observer(peer, metrics, emitter))
+        return DeadlineCaller(peer, breakers[peer], settings, observe=_observer(peer, metrics, emitter))
 
     tamiyo_caller, kasmina_caller = caller_of("tamiyo", tamiyo), caller_of("kasmina", kasmina)
     async with (
@@ -75,14 +75,14 @@ async def connected_peers(
         _drained((tamiyo_caller, tamiyo.drain_s), (kasmina_caller, kasmina.drain_s)),
     ):
         yield Peers(
-            tamiyo=TamiyoClient(tamiyo_channel, tamiyo_caller, tamiyo),
-            kasmina=KasminaClient(kasmina_channel, kasmina_caller, kasmina),
+            tamiyo=TamiyoClient(tamiyo_channel, tamiyo_caller),
+            kasmina=KasminaClient(kasmina_channel, kasmina_caller),
             tamiyo_rollback=RollbackClient(tamiyo_channel, tamiyo_caller),
             kasmina_rollback=RollbackClient(kasmina_channel, kasmina_caller),
         )
 
 
-def call_observer(peer: Peer, metrics: Metrics, emitter: Emitter) -> Callable[[CallRecord], None]:
+def _observer(peer: Peer, metrics: Metrics, emitter: Emitter) -> Callable[[CallRecord], None]:
     """Returns the function that turns the records of one peer's calls into metrics and events."""
     is_tamiyo = peer == "tamiyo"
     timeouts = metrics.timeout_tamiyo_total if is_tamiyo else metrics.timeout_kasmina_total

@@ -48,13 +48,8 @@ class Consultation:
 class Consultations:
     """Holds one consultation after the other. Meanwhile only the newest question waits; older ones are dropped.
 
-    Args:
-        tamiyo: the controller.
-        kasmina: the executor.
-        verifier: verifies commands.
-        emitter: receives events.
-        permits: returns whether a peer may be called now, by its name; otherwise it is skipped.
-        on_settled: called on the event loop at the end of each consultation.
+    `permits` returns whether a peer may be called now, by its name; otherwise it is skipped. `on_settled` is called on
+    the event loop at the end of each consultation.
     """
 
     def __init__(
@@ -67,12 +62,9 @@ class Consultations:
         permits: Callable[[str], bool],
         on_settled: Callable[[Consultation], None],
     ) -> None:
-        self._tamiyo = tamiyo
-        self._kasmina = kasmina
-        self._verifier = verifier
-        self._emitter = emitter
-        self._permits = permits
-        self._on_settled = on_settled
+        self._tamiyo, self._kasmina = tamiyo, kasmina
+        self._verifier, self._emitter = verifier, emitter
+        self._permits, self._on_settled = permits, on_settled
         self._waiting: Consultation | None = None
         self._asked = anyio.Event()
 
@@ -112,8 +104,8 @@ class Consultations:
     async def _ask_tamiyo(self, consultation: Consultation) -> None:
         started_s = time.monotonic()
         try:
-            between_epochs = consultation.between_epochs
-            evaluate = self._tamiyo.evaluate_step if between_epochs else self._tamiyo.evaluate_epoch
+            between = consultation.between_epochs
+            evaluate = self._tamiyo.evaluate_step if between else self._tamiyo.evaluate_epoch
             command = await evaluate(consultation.state)
             consultation.tamiyo_answer = "no change"
             if command is not None:

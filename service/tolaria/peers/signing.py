@@ -39,9 +39,6 @@ class NonceTable:
         self._capacity = capacity
         self._seen: OrderedDict[str, float] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._seen)
-
     def first_seen(self, nonce: str, *, now_s: float) -> bool:
         """Remembers `nonce` and returns whether it is new within the window."""
         while self._seen and next(iter(self._seen.values())) < now_s - self._window_s:

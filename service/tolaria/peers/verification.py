@@ -43,7 +43,7 @@ class CommandVerifier:
             CommandRejectedError: its `reason` names the first check that failed.
         """
         reason = next(self._failed_checks(command, wall_s), None)
-        # Last, so that a forged command cannot use up the id of a real one.
+        # Last, so that a forged command cannot use up the id of a genuine one.
         if reason is None and not self._nonces.first_seen(command.command_id, now_s=now_s):
             reason = "replayed"
         if reason is not None:

@@ -15,7 +15,7 @@ from leyline.v1.enums_pb2 import (
 from tolaria.errors import IllegalTransitionError
 
 
-class Signal(Enum):
+class BreakerEvent(Enum):
     """Inputs of the state machine. FAILURES_SPENT is the failure that reaches the maximum."""
 
     SUCCESS = auto()
@@ -28,24 +28,24 @@ class Signal(Enum):
 
 _CLOSED, _OPEN, _HALF_OPEN = CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_HALF_OPEN
 
-TRANSITIONS: dict[tuple[CircuitBreakerState.ValueType, Signal], CircuitBreakerState.ValueType] = {
-    (_CLOSED, Signal.SUCCESS): _CLOSED,
-    (_CLOSED, Signal.FAILURE): _CLOSED,
-    (_CLOSED, Signal.FAILURES_SPENT): _OPEN,
-    (_CLOSED, Signal.FORCED_OPEN): _OPEN,
-    (_CLOSED, Signal.FORCED_CLOSED): _CLOSED,
+TRANSITIONS: dict[tuple[CircuitBreakerState.ValueType, BreakerEvent], CircuitBreakerState.ValueType] = {
+    (_CLOSED, BreakerEvent.SUCCESS): _CLOSED,
+    (_CLOSED, BreakerEvent.FAILURE): _CLOSED,
+    (_CLOSED, BreakerEvent.FAILURES_SPENT): _OPEN,
+    (_CLOSED, BreakerEvent.FORCED_OPEN): _OPEN,
+    (_CLOSED, BreakerEvent.FORCED_CLOSED): _CLOSED,
     # Calls that began before the breaker opened may still end; their outcome is too old to count.
-    (_OPEN, Signal.SUCCESS): _OPEN,
-    (_OPEN, Signal.FAILURE): _OPEN,
-    (_OPEN, Signal.FAILURES_SPENT): _OPEN,
-    (_OPEN, Signal.COOLED_DOWN): _HALF_OPEN,
-    (_OPEN, Signal.FORCED_OPEN): _OPEN,
-    (_OPEN, Signal.FORCED_CLOSED): _CLOSED,
-    (_HALF_OPEN, Signal.SUCCESS): _CLOSED,
-    (_HALF_OPEN, Signal.FAILURE): _OPEN,
-    (_HALF_OPEN, Signal.FAILURES_SPENT): _OPEN,
-    (_HALF_OPEN, Signal.FORCED_OPEN): _OPEN,
-    (_HALF_OPEN, Signal.FORCED_CLOSED): _CLOSED,
+    (_OPEN, BreakerEvent.SUCCESS): _OPEN,
+    (_OPEN, BreakerEvent.FAILURE): _OPEN,
+    (_OPEN, BreakerEvent.FAILURES_SPENT): _OPEN,
+    (_OPEN, BreakerEvent.COOLED_DOWN): _HALF_OPEN,
+    (_OPEN, BreakerEvent.FORCED_OPEN): _OPEN,
+    (_OPEN, BreakerEvent.FORCED_CLOSED): _CLOSED,
+    (_HALF_OPEN, BreakerEvent.SUCCESS): _CLOSED,
+    (_HALF_OPEN, BreakerEvent.FAILURE): _OPEN,
+    (_HALF_OPEN, BreakerEvent.FAILURES_SPENT): _OPEN,
+    (_HALF_OPEN, BreakerEvent.FORCED_OPEN): _OPEN,
+    (_HALF_OPEN, BreakerEvent.FORCED_CLOSED): _CLOSED,
 }
 
 
@@ -66,31 +66,27 @@ class BreakerStatus:
     opened_at_s: float = 0.0
 
 
-def transition(status: BreakerStatus, signal: Signal, *, now_s: float) -> BreakerStatus:
-    """Returns the status after `signal`.
+def transition(status: BreakerStatus, event: BreakerEvent, *, now_s: float) -> BreakerStatus:
+    """Returns the status after `event`.
 
     Raises:
-        IllegalTransitionError: the table has no transition for this state and signal.
+        IllegalTransitionError: the table has no transition for this state and event.
     """
-    state = TRANSITIONS.get((status.state, signal))
+    state = TRANSITIONS.get((status.state, event))
     if state is None:
         name = CircuitBreakerState.Name(status.state)
-        raise IllegalTransitionError(f"{signal.name} cannot happen to a breaker in {name}")
+        raise IllegalTransitionError(f"{event.name} cannot happen to a breaker in {name}")
     if state == CIRCUIT_STATE_OPEN and status.state != CIRCUIT_STATE_OPEN:
         return BreakerStatus(state, 0, now_s)
-    if state == CIRCUIT_STATE_CLOSED and signal is Signal.FAILURE:
+    if state == CIRCUIT_STATE_CLOSED and event is BreakerEvent.FAILURE:
         return replace(status, failures=status.failures + 1)
     return replace(status, state=state, failures=0)
 
 
 class Breaker:
-    """One circuit breaker.
+    """One circuit breaker; `on_change` is called with its name and state after each change of state.
 
-    Args:
-        name: for `on_change`.
-        clock: returns monotonic seconds.
-        policy: when it opens and becomes half open.
-        on_change: called with name and state after each change of state.
+    `clock` returns monotonic seconds.
     """
 
     def __init__(
@@ -113,7 +109,7 @@ class Breaker:
         """The current state; an open breaker becomes half open after its cooldown."""
         status = self._status
         if status.state == CIRCUIT_STATE_OPEN and self._clock() - status.opened_at_s >= self._policy.cooldown_s:
-            self._apply(Signal.COOLED_DOWN)
+            self._apply(BreakerEvent.COOLED_DOWN)
         return self._status.state
 
     def allows(self) -> bool:
@@ -126,12 +122,12 @@ class Breaker:
 
     def succeeded(self) -> None:
         """Records the success of an allowed call."""
-        self._apply(Signal.SUCCESS)
+        self._apply(BreakerEvent.SUCCESS)
 
     def failed(self) -> None:
         """Records the failure of an allowed call."""
         spent = self._status.failures + 1 >= self._policy.failures_max
-        self._apply(Signal.FAILURES_SPENT if spent else Signal.FAILURE)
+        self._apply(BreakerEvent.FAILURES_SPENT if spent else BreakerEvent.FAILURE)
 
     def abandoned(self) -> None:
         """Records that the caller cancelled an allowed call, which says nothing about the peer."""
@@ -139,14 +135,14 @@ class Breaker:
 
     def force(self, state: CircuitBreakerState.ValueType) -> None:
         """Opens or closes the breaker. Raises ValueError for any other state."""
-        forced = {CIRCUIT_STATE_OPEN: Signal.FORCED_OPEN, CIRCUIT_STATE_CLOSED: Signal.FORCED_CLOSED}
+        forced = {CIRCUIT_STATE_OPEN: BreakerEvent.FORCED_OPEN, CIRCUIT_STATE_CLOSED: BreakerEvent.FORCED_CLOSED}
         if state not in forced:
             raise ValueError(f"a breaker can be forced open or closed, not to {state}")
         self._apply(forced[state])
 
-    def _apply(self, signal: Signal) -> None:
+    def _apply(self, event: BreakerEvent) -> None:
         before = self._status.state
-        self._status = transition(self._status, signal, now_s=self._clock())
+        self._status = transition(self._status, event, now_s=self._clock())
         self._trial_running = False
         if self._status.state != before:
             self._on_change(self.name, self._status.state)

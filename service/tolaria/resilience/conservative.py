@@ -10,7 +10,7 @@ from leyline.v1.enums_pb2 import CIRCUIT_STATE_HALF_OPEN, CircuitBreakerState
 from tolaria.errors import IllegalTransitionError
 
 
-class Recovery(Enum):
+class EndCondition(Enum):
     """What ends a reason."""
 
     BREAKER_CLOSES = auto()
@@ -33,39 +33,39 @@ class Reason:
     """A reason for the mode. `name` is stable, as it appears in status, metrics and events."""
 
     name: str
-    recovery: Recovery
+    ended_by: EndCondition
 
 
-OPERATOR = Reason("operator", Recovery.OPERATOR)
-EMERGENCY = Reason("emergency", Recovery.EMERGENCY_CLEARED)
+OPERATOR = Reason("operator", EndCondition.OPERATOR)
+EMERGENCY = Reason("emergency", EndCondition.EMERGENCY_CLEARED)
 
 
 def breaker_open(breaker: str) -> Reason:
     """Returns the reason that a circuit breaker is not closed."""
-    return Reason(f"breaker_open:{breaker}", Recovery.BREAKER_CLOSES)
+    return Reason(f"breaker_open:{breaker}", EndCondition.BREAKER_CLOSES)
 
 
 def epoch_failed(cause: str) -> Reason:
     """Returns the reason that an epoch failed by boundary_breach, peer_failure, non_finite or loss_explosion."""
-    return Reason(f"epoch_failed:{cause}", Recovery.HEALTHY_EPOCHS)
+    return Reason(f"epoch_failed:{cause}", EndCondition.HEALTHY_EPOCHS)
 
 
 _ACTIVE, _INACTIVE = True, False
 _CAUSED, _ENDED = ReasonEvent.CAUSED, ReasonEvent.CAUSE_ENDED
 _SERVED, _FORCED = ReasonEvent.EPOCHS_SERVED, ReasonEvent.FORCED_OFF
 
-TRANSITIONS: Mapping[tuple[Recovery, bool, ReasonEvent], bool] = {
-    **{(recovery, active, _CAUSED): _ACTIVE for recovery in Recovery for active in (_ACTIVE, _INACTIVE)},
-    **{(recovery, _INACTIVE, _FORCED): _INACTIVE for recovery in Recovery},
-    (Recovery.BREAKER_CLOSES, _ACTIVE, _ENDED): _INACTIVE,
-    (Recovery.EMERGENCY_CLEARED, _ACTIVE, _ENDED): _INACTIVE,
-    (Recovery.OPERATOR, _ACTIVE, _ENDED): _INACTIVE,
-    (Recovery.HEALTHY_EPOCHS, _ACTIVE, _SERVED): _INACTIVE,
+TRANSITIONS: Mapping[tuple[EndCondition, bool, ReasonEvent], bool] = {
+    **{(condition, active, _CAUSED): _ACTIVE for condition in EndCondition for active in (_ACTIVE, _INACTIVE)},
+    **{(condition, _INACTIVE, _FORCED): _INACTIVE for condition in EndCondition},
+    (EndCondition.BREAKER_CLOSES, _ACTIVE, _ENDED): _INACTIVE,
+    (EndCondition.EMERGENCY_CLEARED, _ACTIVE, _ENDED): _INACTIVE,
+    (EndCondition.OPERATOR, _ACTIVE, _ENDED): _INACTIVE,
+    (EndCondition.HEALTHY_EPOCHS, _ACTIVE, _SERVED): _INACTIVE,
     # Forcing the mode off does not end a cause that persists: the breaker or the emergency has to be reset.
-    (Recovery.BREAKER_CLOSES, _ACTIVE, _FORCED): _ACTIVE,
-    (Recovery.EMERGENCY_CLEARED, _ACTIVE, _FORCED): _ACTIVE,
-    (Recovery.OPERATOR, _ACTIVE, _FORCED): _INACTIVE,
-    (Recovery.HEALTHY_EPOCHS, _ACTIVE, _FORCED): _INACTIVE,
+    (EndCondition.BREAKER_CLOSES, _ACTIVE, _FORCED): _ACTIVE,
+    (EndCondition.EMERGENCY_CLEARED, _ACTIVE, _FORCED): _ACTIVE,
+    (EndCondition.OPERATOR, _ACTIVE, _FORCED): _INACTIVE,
+    (EndCondition.HEALTHY_EPOCHS, _ACTIVE, _FORCED): _INACTIVE,
 }
 
 
@@ -75,7 +75,7 @@ def active_after(reason: Reason, event: ReasonEvent, *, active: bool) -> bool:
     Raises:
         IllegalTransitionError: the table has no transition for this event.
     """
-    after = TRANSITIONS.get((reason.recovery, active, event))
+    after = TRANSITIONS.get((reason.ended_by, active, event))
     if after is None:
         state = "active" if active else "inactive"
         raise IllegalTransitionError(f"{event.name} cannot happen to reason {reason.name!r}, which is {state}")
@@ -94,16 +94,12 @@ class ModeChange:
 
 
 class ConservativeMode:
-    """The active reasons. Used on the event loop only.
+    """The active reasons; `on_change` is called after each change of their set.
 
-    Args:
-        recovery_epochs: consecutive healthy epochs, at least 1, that end the reason of a failed epoch.
-        on_change: called after each change of the set of reasons.
+    `recovery_epochs` consecutive healthy epochs, at least 1, end the reason of a failed epoch.
     """
 
     def __init__(self, *, recovery_epochs: int, on_change: Callable[[ModeChange], None]) -> None:
-        if recovery_epochs < 1:
-            raise ValueError(f"recovery_epochs must be at least 1, got {recovery_epochs}")
         self._recovery_epochs = recovery_epochs
         self._on_change = on_change
         self._active: dict[Reason, int] = {}
@@ -147,8 +143,7 @@ class ConservativeMode:
 
     def force_off(self) -> None:
         """Ends every reason whose cause does not persist; open breakers and emergencies remain in `reasons`."""
-        forced = ReasonEvent.FORCED_OFF
-        self._replace({r: epochs for r, epochs in self._active.items() if active_after(r, forced, active=True)})
+        self._replace({r: epochs for r, epochs in self._active.items() if active_after(r, _FORCED, active=True)})
 
     def permits_call(self, peer: str, state: CircuitBreakerState.ValueType) -> bool:
         """Returns whether a peer may be called: while the mode is on, only for the trial of its half-open breaker.
@@ -160,7 +155,7 @@ class ConservativeMode:
         return not self.on or (trial and OPERATOR not in self._active)
 
     def _remains(self, reason: Reason, healthy_epochs: int) -> bool:
-        served = reason.recovery is Recovery.HEALTHY_EPOCHS and healthy_epochs >= self._recovery_epochs
+        served = reason.ended_by is EndCondition.HEALTHY_EPOCHS and healthy_epochs >= self._recovery_epochs
         return not served or active_after(reason, ReasonEvent.EPOCHS_SERVED, active=True)
 
     def _replace(self, active: dict[Reason, int]) -> None:

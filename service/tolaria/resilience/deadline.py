@@ -55,19 +55,13 @@ class CallRecord:
 
 
 class CallGate:
-    """Limits the calls in flight to a peer and the calls that wait, in order, for one of them to end.
-
-    Used on the event loop only.
-    """
+    """Limits the calls in flight to a peer and the calls that wait, in order, for one of them to end."""
 
     def __init__(self, peer: str, *, in_flight_max: int, waiting_max: int) -> None:
         self._peer = peer
         self._in_flight_max, self._waiting_max = in_flight_max, waiting_max
         self._slots = anyio.Semaphore(in_flight_max, max_value=in_flight_max, fast_acquire=True)
         self._closing = False
-        self._ended = anyio.Event()
-        self.in_flight = 0
-        """Number of calls in flight."""
 
     @asynccontextmanager
     async def slot(self, name: str, timeout_s: float) -> AsyncIterator[None]:
@@ -77,19 +71,10 @@ class CallGate:
             CallRefusedError: too many calls wait already, no slot became free in time, or the gate is closed.
         """
         self._refuse_if_closing(name)
-        if self._slots.value == 0:
-            await self._wait(name, timeout_s)
-        else:
-            self._slots.acquire_nowait()
+        await self._acquire(name, timeout_s)
         try:
             self._refuse_if_closing(name)  # the gate may have been closed during the wait
-            self.in_flight += 1
-            try:
-                yield
-            finally:
-                self.in_flight -= 1
-                ended, self._ended = self._ended, anyio.Event()
-                ended.set()
+            yield
         finally:
             self._slots.release()
 
@@ -97,14 +82,17 @@ class CallGate:
         """Closes the gate, which refuses waiting calls, and waits at most `timeout_s` for calls in flight."""
         self._closing = True
         with anyio.move_on_after(timeout_s):
-            while self.in_flight:
-                await self._ended.wait()
+            for _ in range(self._in_flight_max):
+                await self._slots.acquire()
 
     def _refuse_if_closing(self, name: str) -> None:
         if self._closing:
             raise CallRefusedError(self._peer, f"{name} refused: the channel is closing")
 
-    async def _wait(self, name: str, timeout_s: float) -> None:
+    async def _acquire(self, name: str, timeout_s: float) -> None:
+        if self._slots.value:
+            self._slots.acquire_nowait()
+            return
         if self._slots.statistics().tasks_waiting >= self._waiting_max:
             detail = f"{self._in_flight_max} calls are in flight and {self._waiting_max} wait, which is the most"
             raise CallRefusedError(self._peer, f"{name} refused: {detail}")
@@ -117,13 +105,13 @@ class CallGate:
 
 @dataclass(slots=True)
 class _Call(Generic[Request, Response]):
-    """A call in progress; `deadline_s` is on the caller's clock."""
+    """A call in progress; `started_s` is on the caller's clock."""
 
     method: grpc.aio.UnaryUnaryMultiCallable[Request, Response]
     request: Request
     name: str
     timeout_s: float
-    deadline_s: float
+    started_s: float
     retries_max: int
     retries: int = 0
 
@@ -134,7 +122,7 @@ class DeadlineCaller:
     Args:
         peer: name of the peer, for errors and records.
         breaker: counts each call once, whatever its retries.
-        settings: limits of calls in flight, waiting calls and retries.
+        settings: deadlines by method, and limits of calls in flight, waiting calls and retries.
         observe: called with the record of each call.
         clock: returns monotonic seconds.
     """
@@ -151,14 +139,9 @@ class DeadlineCaller:
         self.peer = peer
         self._breaker = breaker
         self._observe = observe
-        self._retries_max = settings.retries
+        self._settings = settings
         self._gate = CallGate(peer, in_flight_max=settings.in_flight_max, waiting_max=settings.waiting_max)
         self._clock = clock
-
-    @property
-    def in_flight(self) -> int:
-        """Number of calls in flight."""
-        return self._gate.in_flight
 
     async def call(
         self,
@@ -166,16 +149,16 @@ class DeadlineCaller:
         request: Request,
         *,
         name: str,
-        timeout_s: float,
+        timeout_s: float | None = None,
         repeatable: bool = False,
     ) -> Response:
-        """Calls a method of a stub. The deadline also applies on the server, which cancels its handler.
+        """Calls the method `name` of a stub. The deadline also applies on the server, which cancels its handler.
 
         Args:
             method: of a stub.
             request: its argument.
-            name: of the method, for errors and records.
-            timeout_s: for the wait for a slot, all attempts and the pauses between them.
+            name: for errors and records.
+            timeout_s: for the wait for a slot, all attempts and the pauses between them; None: as in the settings.
             repeatable: the call is idempotent, and is retried while the peer is unavailable, but not after a timeout.
 
         Raises:
@@ -185,9 +168,9 @@ class DeadlineCaller:
             PeerProtocolError: the response cannot be decoded.
             PeerUnavailableError: the call ended with another status than OK.
         """
-        started_s = self._clock()
-        retries_max = self._retries_max if repeatable else 0
-        call = _Call(method, request, name, timeout_s, started_s + timeout_s, retries_max)
+        timeout_s = self._settings.timeout_of(name) if timeout_s is None else timeout_s
+        retries_max = self._settings.retries if repeatable else 0
+        call = _Call(method, request, name, timeout_s, self._clock(), retries_max)
         outcome: Outcome = "abandoned"
         detail = ""
         try:
@@ -195,14 +178,13 @@ class DeadlineCaller:
                 raise self._skipped(name)
             async with self._gate.slot(name, timeout_s):
                 response = await self._call_through_breaker(call)
+            outcome = "ok"
         except PeerError as error:
             outcome, detail = _outcome_of(error), error.detail
             raise
-        else:
-            outcome = "ok"
-            return response
         finally:
-            self._observe(CallRecord(self.peer, name, outcome, self._clock() - started_s, detail, call.retries))
+            self._observe(CallRecord(self.peer, name, outcome, self._clock() - call.started_s, detail, call.retries))
+        return response
 
     async def drain(self, timeout_s: float) -> None:
         """Refuses further calls, and waits at most `timeout_s` for those in flight."""
@@ -214,23 +196,23 @@ class DeadlineCaller:
         record = self._breaker.abandoned
         try:
             response = await self._call_with_retries(call)
+            record = self._breaker.succeeded
         except PeerError:
             record = self._breaker.failed
             raise
-        else:
-            record = self._breaker.succeeded
-            return response
         finally:
             record()
+        return response
 
     async def _call_with_retries(self, call: _Call[Request, Response]) -> Response:
         pause_s = FIRST_PAUSE_S
+        deadline_s = call.started_s + call.timeout_s
         while True:
             try:
-                return await self._attempt(call, max(0.0, call.deadline_s - self._clock()))
+                return await self._attempt(call, max(0.0, deadline_s - self._clock()))
             except grpc.aio.AioRpcError as error:
                 # UNAVAILABLE means a failed connection. Any other status is the peer's answer, and would be repeated.
-                spent = call.retries == call.retries_max or self._clock() + pause_s >= call.deadline_s
+                spent = call.retries == call.retries_max or self._clock() + pause_s >= deadline_s
                 if spent or error.code() is not grpc.StatusCode.UNAVAILABLE:
                     raise self._translated(call, error) from None
             await anyio.sleep(pause_s)
@@ -259,8 +241,7 @@ class DeadlineCaller:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             return self._timed_out(call)
         attempts = f" (asked {call.retries + 1} times)" if call.retries else ""
-        detail = f"{call.name} failed: {error.code().name}: {error.details()}{attempts}"
-        return PeerUnavailableError(self.peer, detail)
+        return PeerUnavailableError(self.peer, f"{call.name} failed: {error.code().name}: {error.details()}{attempts}")
 
     def _timed_out(self, call: _Call[Request, Response]) -> PeerTimeoutError:
         return PeerTimeoutError(self.peer, f"{call.name} did not answer within {call.timeout_s * 1000:.0f} ms")
@@ -270,12 +251,7 @@ class DeadlineCaller:
 
 
 def _outcome_of(error: PeerError) -> Outcome:
-    match error:
-        case BreakerOpenError():
-            return "skipped"
-        case CallRefusedError():
-            return "refused"
-        case PeerTimeoutError():
-            return "timeout"
-        case _:
-            return "error"
+    outcomes: dict[type[PeerError], Outcome] = {
+        BreakerOpenError: "skipped", CallRefusedError: "refused", PeerTimeoutError: "timeout"
+    }  # fmt: skip
+    return outcomes.get(type(error), "error")

@@ -29,7 +29,6 @@ _Read = TypeVar("_Read")
 
 # Longest waits in seconds; what takes longer still takes effect.
 EFFECT_S, ROLLBACK_S, CHECKPOINT_S, PROFILE_S, READ_S = 60.0, 60.0, 300.0, 600.0, 10.0
-
 _OPERATOR: Final = "operator"
 
 

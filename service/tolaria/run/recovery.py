@@ -85,8 +85,7 @@ class LaneRestorer:
         return self._submitted is None or self._lane.forbid_restore(self._submitted)
 
     async def _restore(self, rollback: Rollback, image_id: int = 0) -> messages.Restored:
-        target = (rollback.rollback_id, rollback.tier, rollback.destination, rollback.deadline_s)
-        self._submitted = self._lane.submit(messages.Restore(*target, image_id))
+        self._submitted = self._lane.submit(messages.Restore(rollback.destination, rollback.deadline_s, image_id))
         done = await self._submitted
         if done.failure is not None:
             raise done.failure.error()

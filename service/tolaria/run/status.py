@@ -207,7 +207,7 @@ def epoch_packet(status: RunStatus, averages: Averages, epoch: EpochDone, *, wal
             "samples_per_s": sums.samples_per_s,
             "latency_ms": epoch.steps_s * 1000,
             "grad_conflict_rate": status.conflict_ratio,
-            "optimizer_lr": epoch.learning_rate,
+            "optimizer_lr": next(iter(epoch.learning_rates.values()), 0.0),
             "optimizer_momentum": epoch.momentum,
             "input_wait_ms": sums.input_wait_s * 1000 / steps,
             "step_latency_ms": sums.duration_s * 1000 / steps,

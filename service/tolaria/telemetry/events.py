@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
@@ -49,21 +50,14 @@ class Emitter:
         self._log.log(_LOG_LEVELS[spec.level], spec.name, **attributes)
 
 
-def _info(name: str, *attributes: str) -> EventSpec:
-    return EventSpec(name, TELEMETRY_LEVEL_INFO, attributes)
+def _spec(level: TelemetryLevel.ValueType, name: str, *attributes: str) -> EventSpec:
+    return EventSpec(name, level, attributes)
 
 
-def _warning(name: str, *attributes: str) -> EventSpec:
-    return EventSpec(name, TELEMETRY_LEVEL_WARNING, attributes)
-
-
-def _error(name: str, *attributes: str) -> EventSpec:
-    return EventSpec(name, TELEMETRY_LEVEL_ERROR, attributes)
-
-
-def _critical(name: str, *attributes: str) -> EventSpec:
-    return EventSpec(name, TELEMETRY_LEVEL_CRITICAL, attributes)
-
+_info = partial(_spec, TELEMETRY_LEVEL_INFO)
+_warning = partial(_spec, TELEMETRY_LEVEL_WARNING)
+_error = partial(_spec, TELEMETRY_LEVEL_ERROR)
+_critical = partial(_spec, TELEMETRY_LEVEL_CRITICAL)
 
 # Peers, circuit breakers, conservative mode
 _CALL = ("method", "detail", "latency_ms")

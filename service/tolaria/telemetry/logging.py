@@ -47,12 +47,8 @@ class LogContext:
 class LineWriter:
     """Renders events and writes them to a stream, in a daemon thread that runs while the context is open.
 
-    The exit waits until queued events are written, at most a second if the stream is blocked.
-
-    Args:
-        stream: destination of the lines.
-        renderers: structlog processors, the last of which returns the line.
-        on_dropped: called from any thread with the priority of each event that was dropped.
+    The last of `renderers` returns the line. `on_dropped` is called from any thread with the priority of each event
+    that was dropped. The exit waits until queued events are written, at most a second if the stream is blocked.
     """
 
     def __init__(self, stream: TextIO, renderers: list[Processor], on_dropped: Callable[[str], None]) -> None:
@@ -114,7 +110,13 @@ def logging_to(
     try:
         with LineWriter(stream, _renderers(settings, stream), on_dropped) as writer:
             structlog.configure(
-                processors=[*_context_processors(context), _pass_on],
+                processors=[
+                    context,
+                    structlog.contextvars.merge_contextvars,
+                    structlog.processors.add_log_level,
+                    structlog.processors.TimeStamper(fmt="iso", utc=True),
+                    lambda _logger, _method, event: event,  # structlog passes its items to the writer as keywords
+                ],
                 wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[settings.level]),
                 logger_factory=lambda *_args: writer,
                 cache_logger_on_first_use=False,
@@ -122,20 +124,6 @@ def logging_to(
             yield
     finally:
         structlog.reset_defaults()
-
-
-def _context_processors(context: LogContext) -> list[Processor]:
-    return [
-        context,
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-
-
-def _pass_on(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """The last processor before the writer, which structlog calls with the returned items as keyword arguments."""
-    return event
 
 
 def _renderers(settings: LoggingSettings, stream: TextIO) -> list[Processor]:

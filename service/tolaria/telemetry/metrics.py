@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
@@ -17,26 +15,6 @@ CALL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.012, 0.018, 0.025, 0.05, 0.1, 0.
 BOUNDARY_BUCKETS_S = (0.001, 0.002, 0.004, 0.006, 0.009, 0.012, 0.015, 0.018, 0.022, 0.03, 0.05, 0.1, 0.5, 2.0)
 ROLLBACK_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 12.0, 30.0)
 CHECKPOINT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-
-
-class Kind(Enum):
-    """The types of Prometheus metrics."""
-
-    COUNTER = "counter"
-    GAUGE = "gauge"
-    HISTOGRAM = "histogram"
-    INFO = "info"
-
-
-@dataclass(frozen=True, slots=True)
-class MetricSpec:
-    """The declaration of a metric."""
-
-    name: str
-    kind: Kind
-    help: str
-    labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()
 
 
 class Tally:
@@ -57,7 +35,6 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
-        self.catalogue: list[MetricSpec] = []
         self._declare_training()
         self._declare_boundaries()
         self._declare_peers()
@@ -68,8 +45,8 @@ class Metrics:
         self._declare_process()
 
     def _declare_training(self) -> None:
-        self.epochs_total = self._tally("epochs.total", "Completed epochs.")
-        self.epochs_failed = self._tally("epochs.failed", "Failed epochs.")
+        self.epochs_total = Tally(self._gauge("epochs.total", "Completed epochs."))
+        self.epochs_failed = Tally(self._gauge("epochs.failed", "Failed epochs."))
         self.training_loss = self._gauge("training.loss", "Mean training loss of the last epoch.")
         self.training_accuracy = self._gauge("training.accuracy", "Validation accuracy of the last epoch, 0 to 1.")
         self.training_latency_ms = self._gauge("training.latency_ms", "Duration of the last epoch's steps.")
@@ -218,31 +195,15 @@ class Metrics:
         self.telemetry_dropped_total = self._counter(
             "telemetry.dropped_total", "Log lines dropped because the stream is blocked or closed.", ["priority"]
         )
-        self.build_info = self._info("build_info", "Version of Tolaria and of torch, and the device.")
+        self.build_info = Info(
+            PREFIX + "build", "Version of Tolaria and of torch, and the device.", registry=self.registry
+        )
 
     def _gauge(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Gauge:
-        self._declare(name, Kind.GAUGE, help_text, labels)
         return Gauge(PREFIX + name, help_text, labels, registry=self.registry)
 
     def _counter(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Counter:
-        self._declare(name, Kind.COUNTER, help_text, labels)
         return Counter(PREFIX + name, help_text, labels, registry=self.registry)
 
-    def _tally(self, name: str, help_text: str) -> Tally:
-        self._declare(name, Kind.COUNTER, help_text)
-        return Tally(Gauge(PREFIX + name, help_text, registry=self.registry))
-
-    def _histogram(
-        self, name: str, help_text: str, buckets: tuple[float, ...], labels: Sequence[str] = ()
-    ) -> Histogram:
-        self._declare(name, Kind.HISTOGRAM, help_text, labels, buckets)
+    def _histogram(self, name: str, help_text: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
         return Histogram(PREFIX + name, help_text, labels, registry=self.registry, buckets=buckets)
-
-    def _info(self, name: str, help_text: str) -> Info:
-        self._declare(name, Kind.INFO, help_text)
-        return Info(PREFIX + name.removesuffix("_info"), help_text, registry=self.registry)
-
-    def _declare(
-        self, name: str, kind: Kind, help_text: str, labels: Sequence[str] = (), buckets: tuple[float, ...] = ()
-    ) -> None:
-        self.catalogue.append(MetricSpec(PREFIX + name, kind, help_text, tuple(labels), buckets))

@@ -153,7 +153,7 @@ def test_different_digests_are_exit_code_1(serve_fake: Serve, restored: str, sho
     assert done.exit_code == 1
     assert f"DIGESTS DIFFER: restored {shown}, captured {DIGEST}" in done.stdout
     assert "equal" not in done.stdout
-    assert "brought back another state than was captured" in done.stderr
+    assert "the restored state is not the one that was captured" in done.stderr
     assert "roll back to full" in done.stderr
 
 

@@ -17,7 +17,7 @@ from leyline.v1.admin_service_pb2 import (
 from support.fake_admin import FakeAdmin, fake_admin, serving_nothing, status_of, whole_run
 from tolaria.cli import client
 from tolaria.cli.client import Rpc, Target, call, connectable, service_address, watch_status
-from tolaria.cli.errors import RequestRefusedError, ServiceUnreachableError
+from tolaria.cli.errors import CommandFailedError, ServiceUnreachableError
 from tolaria.config import Address, load_settings
 from tolaria.errors import ConfigurationError
 
@@ -48,7 +48,7 @@ def test_call_returns_the_answer(serve_fake: Serve) -> None:
 def test_refusal_names_the_field(serve_fake: Serve) -> None:
     """A BadRequest detail becomes `field: why`, followed by the status code."""
     target = target_of(serve_fake(fake_admin([])))
-    with pytest.raises(RequestRefusedError) as caught:
+    with pytest.raises(CommandFailedError) as caught:
         call(target, lambda admin: admin.PauseTraining, PauseTrainingRequest(request_id="1"))
     assert str(caught.value) == "reason: must not be empty (INVALID_ARGUMENT)"
 
@@ -56,7 +56,7 @@ def test_refusal_names_the_field(serve_fake: Serve) -> None:
 def test_refusal_is_one_line_with_its_stable_reason(serve_fake: Serve) -> None:
     """The reason comes from an ErrorInfo detail; line breaks and escape sequences of the message are removed."""
     target = target_of(serve_fake(fake_admin([])))
-    with pytest.raises(RequestRefusedError) as caught:
+    with pytest.raises(CommandFailedError) as caught:
         call(target, lambda admin: admin.ResumeTraining, ResumeTrainingRequest())
     assert str(caught.value) == "the run is not held [31m (WRONG_STATE)"
 
@@ -64,14 +64,14 @@ def test_refusal_is_one_line_with_its_stable_reason(serve_fake: Serve) -> None:
 def test_deadline_enforced_by_the_service_is_a_refusal(serve_fake: Serve) -> None:
     """A rollback that exceeds its budget has a reason, and the service is reachable."""
     target = target_of(serve_fake(fake_admin([])))
-    with pytest.raises(RequestRefusedError, match=r"abandoned \(ROLLBACK_DEADLINE\)"):
+    with pytest.raises(CommandFailedError, match=r"abandoned \(ROLLBACK_DEADLINE\)"):
         call(target, lambda admin: admin.TriggerRollback, TriggerRollbackRequest(reason="too late"))
 
 
 def test_refusal_without_details_has_the_status_code(serve_fake: Serve) -> None:
     """An unimplemented call is refused with the name of the status code."""
     target = target_of(serve_fake(fake_admin([])))
-    with pytest.raises(RequestRefusedError, match="UNIMPLEMENTED"):
+    with pytest.raises(CommandFailedError, match="UNIMPLEMENTED"):
         call(target, lambda admin: admin.StopTraining, StopTrainingRequest())
 
 
@@ -79,11 +79,9 @@ def test_server_without_the_admin_service_is_refused() -> None:
     """The message names the address of the other gRPC server."""
     with serving_nothing() as address:
         target = target_of(address)
-        with pytest.raises(RequestRefusedError) as caught:
+        with pytest.raises(CommandFailedError) as caught:
             call(target, GET_STATUS, GetStatusRequest())
-    assert str(caught.value) == (
-        f"{address} answers, but is no Tolaria admin server that knows this call (UNIMPLEMENTED)"
-    )
+    assert str(caught.value) == f"{address} does not offer this call of Tolaria's admin service (UNIMPLEMENTED)"
 
 
 def test_refused_connection_is_unreachable(refusing_address: Address) -> None:
@@ -184,6 +182,6 @@ def test_each_reason_for_waiting_is_reported_once(
         return answer
 
     monkeypatch.setattr(client, "follow_run", follow_run)
-    follow = client.follow_run_across_restarts(target_of("127.0.0.1:1"), lambda _: None, retry_s=0.0)
+    follow = client.follow_run_across_restarts(target_of("127.0.0.1:1"), lambda _: None, pause_s=0.0)
     assert asyncio.run(follow) == whole_run()[-1]
     assert capsys.readouterr().err == "waiting: refused\n"

@@ -16,8 +16,8 @@ import tolaria
 from faults.small_training import new_training
 from leyline.v1.admin_service_pb2 import RunState
 from support.fake_admin import FakeAdmin, fake_admin, serving, status_of, whole_run
-from tolaria.checkpoint.retention import Retention
 from tolaria.checkpoint.storage import open_storage
+from tolaria.checkpoint.store import Retention
 from tolaria.cli.admin_commands import DEMO_EPOCHS
 from tolaria.cli.commands import app
 from tolaria.config import Settings

@@ -24,8 +24,8 @@ from leyline.v1.enums_pb2 import SEED_STAGE_PROBATIONARY as PROBATIONARY
 from leyline.v1.enums_pb2 import SEED_STAGE_SHADOWING as SHADOWING
 from leyline.v1.enums_pb2 import SEED_STAGE_TRAINING as TRAINING
 from leyline.v1.seeds_pb2 import SeedState
-from tolaria.cli.demo import BIND_FAILURE, LINE_BYTES_MAX, LOG_LINES_MAX, Demo, SeedHistory, SeedRecord, serve_child
-from tolaria.cli.errors import DemoFailedError, PortTakenError, SignalledError, StartRefusedError, exit_code
+from tolaria.cli.demo import BIND_FAILURE, LINE_LENGTH_MAX, LOG_LINES_MAX, Demo, SeedHistory, SeedSummary, serve_child
+from tolaria.cli.errors import CommandFailedError, PortTakenError, SignalledError, StartRefusedError, exit_code
 from tolaria.errors import BindError
 
 
@@ -61,7 +61,7 @@ def test_demo_follows_its_service_prints_a_summary_and_stops_it(
     assert "epoch 3/3" in out
     assert "digits finished: accuracy 93.00% after 3 epochs (135 steps)" in out
     seed = "seed-1 conv: epoch 1 germinated, 3 fossilized; accuracy 91.00% before it blended, 93.00% after"
-    assert out.splitlines()[-2:] == [seed, "the service ends now; --stay keeps it up to look around"]
+    assert out.splitlines()[-2:] == [seed, "the service ends now; --stay keeps it running"]
     assert "--address" not in out
 
 
@@ -151,7 +151,7 @@ def test_demo_of_an_unknown_job_is_exit_code_2(child_fifo: ChildFifo) -> None:
 
 def test_demo_of_a_failed_run_is_exit_code_1(child_fifo: ChildFifo, capsys: pytest.CaptureFixture[str]) -> None:
     """The message has the reason and the last lines of the log; stdout is empty."""
-    with pytest.raises(DemoFailedError, match="the run failed: loss is NaN") as caught:
+    with pytest.raises(CommandFailedError, match="the run failed: loss is NaN") as caught:
         demo_of(child_fifo, "run-fails", as_json=True).run()
     assert "the last words" in str(caught.value)
     assert exit_code(caught.value) == 1
@@ -161,13 +161,13 @@ def test_demo_of_a_failed_run_is_exit_code_1(child_fifo: ChildFifo, capsys: pyte
 
 def test_demo_reports_the_exit_code_of_a_service_that_exits(child_fifo: ChildFifo) -> None:
     """With the last lines of its log."""
-    with pytest.raises(DemoFailedError, match="exit code 7") as caught:
+    with pytest.raises(CommandFailedError, match="exit code 7") as caught:
         demo_of(child_fifo, "dies").run()
     assert "out of luck" in str(caught.value)
     child_fifo.wait_for_exit()
 
 
-def test_demo_kills_a_service_that_ignores_sigterm(child_fifo: ChildFifo) -> None:
+def test_demo_kills_a_service_that_does_not_stop(child_fifo: ChildFifo) -> None:
     """SIGKILL follows after the drain timeout and the margin."""
     replace(demo_of(child_fifo, "stubborn", "service.drain_timeout_s=0.1"), stop_margin_s=0.1).run()
     child_fifo.wait_for_exit()
@@ -176,8 +176,9 @@ def test_demo_kills_a_service_that_ignores_sigterm(child_fifo: ChildFifo) -> Non
 def test_demo_of_a_service_that_never_serves_fails(child_fifo: ChildFifo) -> None:
     """The start has a timeout."""
     program = (sys.executable, "-c", "import time; time.sleep(60)")
-    with pytest.raises(DemoFailedError, match="did not start within"):
-        replace(demo_of(child_fifo, "run"), program=program, start_timeout_s=0.01).run()
+    demo = demo_of(child_fifo, "run", "service.drain_timeout_s=0.1")
+    with pytest.raises(CommandFailedError, match="did not start within"):
+        replace(demo, program=program, start_timeout_s=0.01, stop_margin_s=0.1).run()
 
 
 @pytest.mark.anyio
@@ -194,14 +195,14 @@ async def test_child_log_is_bounded(child_fifo: ChildFifo) -> None:
 @pytest.mark.anyio
 async def test_child_output_without_line_breaks_is_cut() -> None:
     """A megabyte without a line break becomes lines of bounded length."""
-    code = "import sys; sys.stderr.write('x' * 1_000_000); sys.stdout.write('last words'); sys.exit(3)"
+    code = "import sys; sys.stderr.write('x' * 1_000_000 + '\\nlast words'); sys.exit(3)"
     async with serve_child([sys.executable, "-c", code], stop_timeout_s=10.0) as child:
         assert await child.addresses(20.0) is None
         await child.wait()
         assert child.returncode == 3
-        assert max(map(len, child.log_lines)) <= LINE_BYTES_MAX
+        assert max(map(len, child.log_lines)) <= LINE_LENGTH_MAX
         assert "last words" in child.log_lines
-        assert sum(map(len, child.log_lines)) > LINE_BYTES_MAX
+        assert sum(map(len, child.log_lines)) > LINE_LENGTH_MAX
 
 
 @pytest.mark.anyio
@@ -307,14 +308,14 @@ def test_demo_with_stay_serves_until_ctrl_c(child_fifo: ChildFifo) -> None:
     assert "tolaria:" not in err
 
 
-def history_of(*shown: tuple[int, float]) -> SeedRecord:
+def history_of(*shown: tuple[int, float]) -> SeedSummary:
     """Returns the history of a seed whose stage and accuracy in epochs 1, 2, ... are `shown`."""
     history = SeedHistory()
     for epoch, (stage, accuracy) in enumerate(shown, 1):
         seed = SeedState(seed_id="s", stage=stage, blueprint_id="lora")  # type: ignore[arg-type]
         history.update(GetStatusResponse(epoch=epoch, validation_accuracy=accuracy, seeds=[seed]))
-    (record,) = history.records.values()
-    return record
+    (summary,) = history.seeds.values()
+    return summary
 
 
 @pytest.mark.parametrize(
@@ -381,4 +382,4 @@ def test_accuracy_that_is_not_a_number_is_unknown() -> None:
 
 def test_seed_names_are_printed_without_control_characters() -> None:
     """Names come from a peer."""
-    assert SeedRecord("s\x1b[2J", "b", TRAINING).line().startswith("s [2J b: ")
+    assert SeedSummary("s\x1b[2J", TRAINING, "b").line().startswith("s [2J b: ")

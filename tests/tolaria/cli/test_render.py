@@ -240,7 +240,7 @@ def test_incident_with_an_impossible_time_and_no_reason() -> None:
 def test_table_on_a_terminal_does_not_interpret_markup() -> None:
     """Brackets in a reason are shown as they are; the head of the table is bold."""
     console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system="standard", _environ={})
-    render.print_table(render.INCIDENT_COLUMNS, render.incident_rows(two_incidents()), console)
+    render.print_table(render.incident_rows(two_incidents()), render.INCIDENT_COLUMNS, console=console)
     assert isinstance(console.file, io.StringIO)
     assert "[2J[bold]here" in console.file.getvalue()
     assert "\x1b[1m" in console.file.getvalue()

@@ -84,6 +84,7 @@ def test_json_in_a_text_field_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
         ("kasmina.timeouts_s.PrepareRollback=1", ["kasmina.timeouts_s", "no method with a separate deadline"]),
         ("kasmina.timeouts_s.ApplyCommand=3", ["kasmina.timeouts_s", "gives ApplyCommand 3.0 s", "timeout_s (2.0)"]),
         ("kasmina.timeouts_s.ApplyCommand=0", ["kasmina.timeouts_s.ApplyCommand", "greater than 0"]),
+        ("emergency.recovery_epochs=0", ["emergency.recovery_epochs", "greater than or equal to 1"]),
         ("tamiyo.retries=-1", ["tamiyo.retries", "greater than or equal to 0"]),
         ("tamiyo.in_flight_max=0", ["tamiyo.in_flight_max", "greater than or equal to 1"]),
         ("tamiyo.target=nowhere", ["tamiyo.target", "'nowhere' is not host:port"]),

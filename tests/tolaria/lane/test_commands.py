@@ -7,7 +7,6 @@ from contextlib import nullcontext
 
 import pytest
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
 from support.lane_driver import driven, seed
 from tolaria.errors import (
     AdjustmentRefusedError,
@@ -35,9 +34,10 @@ from tolaria.lane.messages import (
     Stop,
 )
 from tolaria.values.optimization import Adjustment
+from tolaria.values.training import Position
 
 SEEDS = ReconcileSeeds(())
-RESTORE = Restore("r", ROLLBACK_TIER_FAST, 0, 1e12)
+RESTORE = Restore(0, 1e12)
 
 
 class Holds:
@@ -240,6 +240,17 @@ def test_a_restore_past_its_deadline_is_not_granted() -> None:
     assert gate.forbid(2)
 
 
+def test_only_recent_decisions_are_kept() -> None:
+    """Memory is bounded: of more decisions than the queue has commands, twice over, the oldest is forgotten."""
+    gate, later = RestoreGate(), time.monotonic() + 60
+    assert gate.grant(0, later)
+    assert all(gate.forbid(command_id) for command_id in range(1, 512))
+    assert not gate.forbid(0)
+    assert gate.grant(512, later)
+    assert gate.forbid(0)
+    assert not gate.grant(511, later)
+
+
 def test_of_two_threads_exactly_one_decides() -> None:
     """Grant and forbid at the same time: never both, never neither."""
     gate, later = RestoreGate(), time.monotonic() + 60
@@ -322,7 +333,7 @@ def test_a_captured_image_crosses_by_its_id() -> None:
     assert isinstance(result, ImageCaptured)
     assert len(run.images) == 1
     with run.images.take(result.image_id) as image:
-        assert image.position == result.position
+        assert image.position == Position(2, 1)
     assert len(run.images) == 0
 
 
@@ -335,7 +346,7 @@ def test_a_forbidden_restore_and_a_discarded_image_are_abandoned() -> None:
     assert run.gate.forbid(2)
     discarded = run.images.put(lease)
     run.images.discard(discarded)
-    for command in (RESTORE, Restore("r", ROLLBACK_TIER_FAST, 0, 1e12, discarded)):
+    for command in (RESTORE, Restore(0, 1e12, discarded)):
         failure = run.execute(command).failure
         assert failure is not None
         assert isinstance(failure.error(), RestoreAbandonedError)

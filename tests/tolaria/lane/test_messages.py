@@ -213,13 +213,10 @@ def test_nested_values_of_an_epoch() -> None:
     source = SeedMetrics(HOST, SEED_STAGE_TRAINING, 1.0, 2.0, 0.5, 0.0, 1.0, 0.0, 0.0, 9, 1.0, 0.0, (("a", 1.0),))
     metrics = SeedMetricSet(1, 1, 0, 0.0, 0.0, 1.0, 0.0, 0.0, (source,))
     rates: Mapping[str, float] = {"host": 0.1, "seed:a": 0.01}
-    done = messages.EpochDone(
-        1, 8, Evaluation(1.0, 2, 3), 0.1, 0.2, 9.0, rates, 0.9, HardwareContext(), gradients=metrics
-    )
+    done = messages.EpochDone(1, 8, Evaluation(1.0, 2, 3), 0.1, 9.0, rates, 0.9, HardwareContext(), gradients=metrics)
     again = decoded(encoded(done))
     assert isinstance(again, messages.EpochDone)
     assert repr(again) == repr(done)
-    assert again.learning_rate == 0.1
     points = (SnapshotInfo(Position(1, 1), 10, None), SnapshotInfo(Position(2, 1), 10, "ab"))
     changed = messages.SnapshotsChanged(points, SnapshotStatistics(2, 20, 100, 0, 0, 2, 0, 0))
     assert decoded(encoded(changed)) == changed

@@ -7,7 +7,6 @@ import pytest
 import torch
 from pydantic import JsonValue
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
 from support.lane_driver import DrivenLane, driven, seed
 from tolaria.config import RollbackSettings
 from tolaria.errors import NoCheckpointError, RestoreAbandonedError, StateMismatchError
@@ -262,8 +261,8 @@ def test_a_state_too_large_for_the_ring_is_reported_once_and_can_still_be_captur
     assert "rollback.memory_mb" in unavailable.reason
     snapshots.step_done(0.001)
     assert not any(isinstance(event, SnapshotsUnavailable) for event in snapshots.take_events())
-    position, lease = snapshots.capture_image()
-    assert position.global_step == lease.image.position.global_step == 0
+    with snapshots.capture_image() as image:
+        assert image.position.global_step == 0
 
 
 def test_images_beyond_the_spare_ones_are_refused() -> None:
@@ -271,18 +270,18 @@ def test_images_beyond_the_spare_ones_are_refused() -> None:
     run = driven()
     run.module.model.register_buffer("ballast", torch.zeros(2**18 + 1))
     snapshots = SnapshotManager(run.module, RollbackSettings(memory_mb=1))
-    leases = [snapshots.capture_image()[1] for _ in range(2)]
+    leases = [snapshots.capture_image() for _ in range(2)]
     with pytest.raises(NoCheckpointError, match="still being written"):
         snapshots.capture_image()
     leases[0].release()
-    snapshots.capture_image()[1].release()
+    snapshots.capture_image().release()
 
 
 def test_a_restore_past_its_deadline_is_not_begun() -> None:
     """A command that has waited too long for its step boundary looks for no snapshot."""
     run = driven()
     run.train_to(3)
-    done = run.execute(Restore("r", ROLLBACK_TIER_FAST, 10**6, time.monotonic()))
+    done = run.execute(Restore(10**6, time.monotonic()))
     assert done.failure is not None
     assert isinstance(done.failure.error(), RestoreAbandonedError)
     events = run.snapshots.take_events()

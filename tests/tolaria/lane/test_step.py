@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from support.jobs import TinyJob
 from support.lane_driver import new_module, proceed
 from tolaria.errors import LossShapeError
 from tolaria.jobs import HOST, Batch, PerSampleLosses, TrainingJob
@@ -218,19 +217,6 @@ def test_an_invalid_loss_is_found_when_the_lane_is_built(job: str, words: str) -
     """The first forward pass of the build checks the losses."""
     with pytest.raises(LossShapeError, match=words):
         new_module(job)
-
-
-class TensorLossJob(TinyJob):
-    def losses(self, model: nn.Module, batch: object) -> object:  # type: ignore[override]
-        return torch.tensor(1.0)
-
-
-def test_losses_must_be_a_mapping() -> None:
-    """A bare loss is rejected with what is expected."""
-    module = new_module()
-    job = TensorLossJob(module.job.context)  # type: ignore[attr-defined]
-    with pytest.raises(LossShapeError, match="got a Tensor"):
-        checked_losses(job, module.model, None, ())  # type: ignore[arg-type]
 
 
 class GivenLosses:

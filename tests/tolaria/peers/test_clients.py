@@ -18,7 +18,7 @@ from tolaria.peers.clients import RollbackClient
 from tolaria.reference.rollback import RollbackParticipantService, Undo
 from tolaria.resilience.breaker import Breaker, BreakerPolicy
 from tolaria.resilience.deadline import CallRecord, DeadlineCaller
-from tolaria.rollback.protocol import Participant, ParticipantRequest
+from tolaria.rollback.protocol import ParticipantRequest, RollbackParticipant
 
 pytestmark = pytest.mark.anyio
 
@@ -89,7 +89,7 @@ async def test_a_rollback_of_the_reference_peer_is_confirmed() -> None:
     """Prepare, commit and confirm are accepted and recorded under their names; the commit reverts."""
     state = Revertible()
     async with connected(RollbackParticipantService(state)) as connection:
-        participant: Participant = connection.client
+        participant: RollbackParticipant = connection.client
         details = [
             (await call(ORDER)).detail for call in (participant.prepare, participant.commit, participant.confirm)
         ]

@@ -70,6 +70,5 @@ def test_the_nonce_table_is_bounded() -> None:
     table = NonceTable(window_s=300.0, capacity=10)
     for number in range(100):
         assert table.first_seen(str(number), now_s=1.0)
-    assert len(table) == 10
-    assert not table.first_seen("99", now_s=1.0)
-    assert table.first_seen("0", now_s=1.0)
+    assert not any(table.first_seen(str(number), now_s=1.0) for number in range(90, 100))
+    assert table.first_seen("89", now_s=1.0)

@@ -14,19 +14,19 @@ from leyline.v1.enums_pb2 import (
     CircuitBreakerState,
 )
 from tolaria.errors import IllegalTransitionError
-from tolaria.resilience.breaker import Breaker, BreakerStatus, Signal, transition
+from tolaria.resilience.breaker import Breaker, BreakerEvent, BreakerStatus, transition
 
 CLOSED, OPEN, HALF_OPEN = CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_HALF_OPEN
 STATES = (CLOSED, OPEN, HALF_OPEN)
 
-# The state after each signal (columns: from closed, open, half open); None: illegal.
-AFTER: dict[Signal, tuple[CircuitBreakerState.ValueType | None, ...]] = {
-    Signal.SUCCESS: (CLOSED, OPEN, CLOSED),
-    Signal.FAILURE: (CLOSED, OPEN, OPEN),
-    Signal.FAILURES_SPENT: (OPEN, OPEN, OPEN),
-    Signal.COOLED_DOWN: (None, HALF_OPEN, None),
-    Signal.FORCED_OPEN: (OPEN, OPEN, OPEN),
-    Signal.FORCED_CLOSED: (CLOSED, CLOSED, CLOSED),
+# The state after each event (columns: from closed, open, half open); None: illegal.
+AFTER: dict[BreakerEvent, tuple[CircuitBreakerState.ValueType | None, ...]] = {
+    BreakerEvent.SUCCESS: (CLOSED, OPEN, CLOSED),
+    BreakerEvent.FAILURE: (CLOSED, OPEN, OPEN),
+    BreakerEvent.FAILURES_SPENT: (OPEN, OPEN, OPEN),
+    BreakerEvent.COOLED_DOWN: (None, HALF_OPEN, None),
+    BreakerEvent.FORCED_OPEN: (OPEN, OPEN, OPEN),
+    BreakerEvent.FORCED_CLOSED: (CLOSED, CLOSED, CLOSED),
 }
 
 
@@ -38,17 +38,17 @@ class Clock:
         return self.now_s
 
 
-@pytest.mark.parametrize(("state", "signal"), list(itertools.product(STATES, Signal)))
-def test_transition_of_each_state_and_signal(state: CircuitBreakerState.ValueType, signal: Signal) -> None:
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(STATES, BreakerEvent)))
+def test_transition_of_each_state_and_event(state: CircuitBreakerState.ValueType, event: BreakerEvent) -> None:
     """A transition that is not listed raises and leaves the status unchanged."""
     before = BreakerStatus(state, failures=1, opened_at_s=5.0)
-    after = AFTER[signal][STATES.index(state)]
+    after = AFTER[event][STATES.index(state)]
     if after is None:
         with pytest.raises(IllegalTransitionError):
-            transition(before, signal, now_s=9.0)
+            transition(before, event, now_s=9.0)
         assert before == BreakerStatus(state, failures=1, opened_at_s=5.0)
     else:
-        assert transition(before, signal, now_s=9.0).state == after
+        assert transition(before, event, now_s=9.0).state == after
 
 
 def test_breaker_opens_at_the_third_failure_and_closes_after_a_successful_trial() -> None:

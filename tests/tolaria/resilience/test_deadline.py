@@ -284,10 +284,9 @@ async def test_wait_for_a_slot_counts_against_the_deadline() -> None:
         await started.wait()
         tasks.start_soon(peer.call)
         await anyio.lowlevel.checkpoint()
-        assert peer.caller.in_flight == 1
+        assert len(peer.timeouts_s) == 1
         release.set()
     assert peer.timeouts_s == [5.0, 4.7]
-    assert peer.caller.in_flight == 0
 
 
 async def test_refused_call_does_not_count_for_the_breaker() -> None:
@@ -372,13 +371,11 @@ async def test_gate_limits_the_calls_in_flight() -> None:
         holders = [Holder(gate, tasks) for _ in range(4)]
         await settle()
         assert [h.inside.is_set() for h in holders] == [True, True, False, False]
-        assert gate.in_flight == 2
         await holders[1].end()
         await settle()
         assert [h.inside.is_set() for h in holders] == [True, True, True, False]
         for holder in (holders[0], holders[2], holders[3]):
             await holder.end()
-    assert gate.in_flight == 0
 
 
 async def test_gate_limits_the_waiting_calls() -> None:
@@ -405,7 +402,7 @@ async def test_timeout_ends_the_wait_for_a_slot() -> None:
         assert late.refused == "Ask refused: none of 1 calls in flight ended within 10 ms"
         await first.end()
         async with gate.slot("Ask", 0.0):
-            assert gate.in_flight == 1
+            pass
 
 
 async def test_cancelled_waiter_leaves_the_queue() -> None:
@@ -451,10 +448,9 @@ async def test_drain_waits_for_calls_in_flight_and_refuses_others() -> None:
 
 
 async def test_drain_ends_at_its_timeout() -> None:
-    """A call that does not end stays in flight."""
+    """A call that does not end delays it no longer."""
     gate = CallGate("tamiyo", in_flight_max=1, waiting_max=0)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(gate.slot("Ask", 1.0))
         with anyio.fail_after(5):
             await gate.drain(0.01)
-        assert gate.in_flight == 1

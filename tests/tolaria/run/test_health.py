@@ -42,7 +42,7 @@ def step(
 
 def epoch(correct: int, samples: int = 100) -> EpochDone:
     """Returns one epoch."""
-    return EpochDone(3, 500, Evaluation(1.0, correct, samples), 1.0, 0.1, 0.0, {}, 0.0, HardwareContext())
+    return EpochDone(3, 500, Evaluation(1.0, correct, samples), 1.0, 0.0, {}, 0.0, HardwareContext())
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def numbered(number: int, loss: float, *, epoch: int = 1, place: int = 0) -> Ste
 def evaluated(accuracy: float) -> EpochDone:
     """An epoch with that validation accuracy."""
     result = Evaluation(1.0, int(accuracy * 100), 100)
-    return EpochDone(2, 100, result, 1.0, 0.1, 0.0, {}, 0.0, HardwareContext())
+    return EpochDone(2, 100, result, 1.0, 0.0, {}, 0.0, HardwareContext())
 
 
 def trained(health: Health, steps: int, loss: float) -> None:

@@ -30,11 +30,11 @@ class ObservedRun:
 
     def escalate(self) -> None:
         """Observes a halt."""
-        self.observer.on_emergency(Escalated(EmergencyState(), SMOKE, RESPONSES[EMERGENCY_LEVEL_HALT], None))
+        self.observer.on_emergency(Escalated(SMOKE, RESPONSES[EMERGENCY_LEVEL_HALT], ""))
 
     def clear(self) -> None:
         """Observes its clearance."""
-        self.observer.on_emergency(Cleared(SMOKE, Clearer.OPERATOR, "no smoke", "operator", None))
+        self.observer.on_emergency(Cleared(SMOKE, Clearer.OPERATOR, "no smoke", "operator"))
 
 
 @pytest.mark.parametrize(("kind", "name"), [(COMMAND_SEED, "seed"), (CommandType.ValueType(77), "77")])
@@ -47,7 +47,7 @@ def test_an_applied_command_is_a_row_with_its_id(kind: CommandType.ValueType, na
 
 
 def test_a_rejected_command_does_not_replace_an_applied_one() -> None:
-    """Its key has the time, so that a replay has a row of its own; its type has not been verified."""
+    """Its key has the time, so that a replay gets another row; its type has not been verified."""
     observed = ObservedRun()
     for observed.now_ns in (8, 9):
         observed.observer.on_command_rejected(CommandRejectedError("replayed", "c", "again"))

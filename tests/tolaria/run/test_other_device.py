@@ -21,8 +21,7 @@ def test_a_checkpoint_is_restored_on_another_class_of_device(origin: str, target
     )
     storage = open_storage(tmp_path, run_id="run", retention=Retention(last=3, best="highest"))
     with storage.journal:
-        _, lease = build(from_settings).snapshots.capture_image()
-        with lease as image:
+        with build(from_settings).snapshots.capture_image() as image:
             row = storage.checkpoints.write(image)
         built = build(to_settings)
         restored = built.resume(storage.checkpoints.load_newest().image)

@@ -260,7 +260,7 @@ async def test_a_snapshot_is_restored_by_the_lane(storage: Storage) -> None:
     parts, rollback = RecoveryParts(storage), fast(6)
     rollback.deadline_s = 123.0
     await parts.restorer.restore(rollback)
-    assert parts.lane.sent_of(Restore) == [Restore(rollback.rollback_id, ROLLBACK_TIER_FAST, 6, 123.0)]
+    assert parts.lane.sent_of(Restore) == [Restore(6, 123.0)]
     assert (rollback.restored_step, rollback.proven, rollback.restore_ms) == (6, True, 1.5)
 
 

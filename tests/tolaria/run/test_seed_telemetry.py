@@ -47,9 +47,7 @@ class Recorded:
 
     def epoch(self, number: int, gradients: SeedMetricSet, *, layers: bool) -> None:
         """Observes an epoch with these gradients."""
-        done = EpochDone(
-            number, 8, Evaluation(1.0, 1, 1), 1.0, 0.1, 0.0, {}, 0.0, HardwareContext(), gradients=gradients
-        )
+        done = EpochDone(number, 8, Evaluation(1.0, 1, 1), 1.0, 0.0, {}, 0.0, HardwareContext(), gradients=gradients)
         self.telemetry.on_epoch(done, show_layers=layers)
 
     @property

@@ -14,9 +14,7 @@ from tolaria.run.status import EpochSums, RunStatus, epoch_packet, status_messag
 from tolaria.values.optimization import ActiveAdjustment, Adjustment
 from tolaria.values.training import EpochProgress, Evaluation, Position
 
-EPOCH = EpochDone(
-    2, 30, Evaluation(8.0, 3, 4), 1.5, 0.1, 50.0, {"host": 0.01}, 0.9, HardwareContext(device_type="cpu"), 2.0
-)
+EPOCH = EpochDone(2, 30, Evaluation(8.0, 3, 4), 1.5, 50.0, {"host": 0.01}, 0.9, HardwareContext(device_type="cpu"), 2.0)
 
 
 def fresh() -> RunStatus:
@@ -153,6 +151,6 @@ def test_validation_is_that_of_the_last_epoch() -> None:
     assert math.isnan(run.validation_accuracy)
     assert math.isnan(run.validation_loss)
     run.last_epoch = EpochDone(
-        1, 8, Evaluation(4.0, 6, 8), 1.0, 0.1, 0.0, learning_rates={}, momentum=0.0, hardware=HardwareContext()
+        1, 8, Evaluation(4.0, 6, 8), 1.0, 0.0, learning_rates={}, momentum=0.0, hardware=HardwareContext()
     )
     assert (run.validation_accuracy, run.validation_loss) == (0.75, 0.5)

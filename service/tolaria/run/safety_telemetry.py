@@ -35,7 +35,7 @@ FAILURES: Final[tuple[tuple[type[errors.TolariaError], tuple[str, str]], ...]] =
 
 
 class SafetyTelemetry(RunObserver):
-    """Writes them all; `degraded`: waiting on the signal board polls, because the platform has no futex."""
+    """Writes the telemetry of what guards a run. `degraded`: waiting on the signal board polls, for lack of a futex."""
 
     def __init__(self, metrics: Metrics, emitter: Emitter, breakers: tuple[str, ...], *, degraded: bool) -> None:
         self._metrics = metrics

@@ -12,14 +12,7 @@ import grpc.aio
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceServicer
 from leyline.v1.enums_pb2 import RollbackTier
-from tolaria.errors import (
-    AdjustmentRefusedError,
-    InvalidFieldError,
-    JournalUnavailableError,
-    NotImplementedYetError,
-    TolariaError,
-    UnknownGroupError,
-)
+from tolaria import errors
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.rollback.protocol import Rollback, rollback_id_of
 from tolaria.rpc.listing import INCIDENTS_DEFAULT, INCIDENTS_MAX, list_incidents, list_restore_points
@@ -35,24 +28,16 @@ Context = grpc.aio.ServicerContext[object, object]
 _Read = TypeVar("_Read")
 
 # Longest waits in seconds; what takes longer still takes effect.
-EFFECT_S: Final = 60.0
-ROLLBACK_S: Final = 60.0
-CHECKPOINT_S: Final = 300.0
-PROFILE_S: Final = 600.0
-READ_S: Final = 10.0
-
-_NO_BOUNDARY: Final = "the lane did not reach a step boundary"
+EFFECT_S, ROLLBACK_S, CHECKPOINT_S, PROFILE_S, READ_S = 60.0, 60.0, 300.0, 600.0, 10.0
 _OPERATOR: Final = "operator"
 
 
 @dataclass(frozen=True, slots=True)
 class AdminParts:
-    """What the servicer passes requests to, and what only the service knows.
+    """What the servicer passes requests to.
 
-    Attributes:
-        complete: adds the service's own fields to a status.
-        closing: set when the service is about to end, so that streams end too.
-        interval_s: pace of WatchStatus between changes.
+    `complete` adds the service's own fields to a status; `closing` is set when the service is about to end, so that
+    streams end too; `interval_s` is the pace of WatchStatus between changes.
     """
 
     run: TrainingRun
@@ -100,7 +85,7 @@ class AdminService(TolariaAdminServiceServicer):
     ) -> NoReturn:
         """Not served yet."""
         why = "this version logs its events; metrics are on the metrics server"
-        await abort(context, NotImplementedYetError(f"StreamTelemetry is not served: {why}"))
+        await abort(context, errors.NotImplementedYetError(f"StreamTelemetry is not served: {why}"))
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -109,9 +94,9 @@ class AdminService(TolariaAdminServiceServicer):
 
         async def operation() -> admin.PauseTrainingResponse:
             await self._run.pause(request.reason)
-            return admin.PauseTrainingResponse(global_step=self._run.global_step, state=self._status.state)
+            return admin.PauseTrainingResponse(global_step=self._status.global_step, state=self._status.state)
 
-        return await self._once("PauseTraining", request, context, operation)
+        return await self._once(request, context, operation)
 
     async def ResumeTraining(
         self, request: admin.ResumeTrainingRequest, context: Context
@@ -120,18 +105,18 @@ class AdminService(TolariaAdminServiceServicer):
 
         async def operation() -> admin.ResumeTrainingResponse:
             self._run.resume(request.reason)
-            return admin.ResumeTrainingResponse(global_step=self._run.global_step, state=self._status.state)
+            return admin.ResumeTrainingResponse(global_step=self._status.global_step, state=self._status.state)
 
-        return await self._once("ResumeTraining", request, context, operation)
+        return await self._once(request, context, operation)
 
     async def StopTraining(self, request: admin.StopTrainingRequest, context: Context) -> admin.StopTrainingResponse:
         """Ends the run after its step; the service stays."""
 
         async def operation() -> admin.StopTrainingResponse:
             await self._run.stop(request.reason)
-            return admin.StopTrainingResponse(global_step=self._run.global_step, state=self._status.state)
+            return admin.StopTrainingResponse(global_step=self._status.global_step, state=self._status.state)
 
-        return await self._once("StopTraining", request, context, operation)
+        return await self._once(request, context, operation)
 
     async def AdjustLearningRate(
         self, request: admin.AdjustLearningRateRequest, context: Context
@@ -139,15 +124,25 @@ class AdminService(TolariaAdminServiceServicer):
         """Adjusts learning rates at the next step boundary, for good or for some steps."""
 
         async def operation() -> admin.AdjustLearningRateResponse:
+            change = request.WhichOneof("change")
             try:
-                step = await self._run.adjust_learning_rate(_adjustment(request))
-            except AdjustmentRefusedError as error:
-                raise InvalidFieldError(error.field, str(error).removeprefix(f"{error.field}: ")) from None
-            except UnknownGroupError as error:
-                raise InvalidFieldError("group", str(error)) from None
+                adjustment = Adjustment(
+                    group=request.group or None,
+                    factor=request.factor if change == "factor" else None,
+                    value=request.value if change == "value" else None,
+                    expires_after_steps=request.expires_after_steps or None,
+                    origin=_OPERATOR,
+                    request_id=request.request_id,
+                    reason=request.reason,
+                )
+                step = await self._run.adjust_learning_rate(adjustment)
+            except errors.AdjustmentRefusedError as error:
+                raise errors.InvalidFieldError(error.field, str(error).removeprefix(f"{error.field}: ")) from None
+            except errors.UnknownGroupError as error:
+                raise errors.InvalidFieldError("group", str(error)) from None
             return admin.AdjustLearningRateResponse(global_step=step, learning_rates=self._status.learning_rates)
 
-        return await self._once("AdjustLearningRate", request, context, operation)
+        return await self._once(request, context, operation)
 
     async def CaptureProfile(
         self, request: admin.CaptureProfileRequest, context: Context
@@ -161,7 +156,7 @@ class AdminService(TolariaAdminServiceServicer):
             )
 
         late = "the steps of the profile were not done"
-        return await self._once("CaptureProfile", request, context, operation, timeout_s=PROFILE_S, late=late)
+        return await self._once(request, context, operation, timeout_s=PROFILE_S, late=late)
 
     # -- restore points ----------------------------------------------------------------------------------------------
 
@@ -172,7 +167,7 @@ class AdminService(TolariaAdminServiceServicer):
 
         async def operation() -> admin.TriggerRollbackResponse:
             if request.tier not in RollbackTier.values():
-                raise InvalidFieldError("tier", f"must be auto (0), fast (1) or full (2), is {request.tier}")
+                raise errors.InvalidFieldError("tier", f"must be auto (0), fast (1) or full (2), is {request.tier}")
             done = await self._run.roll_back(
                 Rollback(
                     tier=request.tier,
@@ -193,8 +188,7 @@ class AdminService(TolariaAdminServiceServicer):
                 coordinated=done.coordinated,
             )
 
-        late = "the rollback was not over"
-        return await self._once("TriggerRollback", request, context, operation, timeout_s=ROLLBACK_S, late=late)
+        return await self._once(request, context, operation, timeout_s=ROLLBACK_S, late="the rollback was not over")
 
     async def CreateCheckpoint(
         self, request: admin.CreateCheckpointRequest, context: Context
@@ -211,7 +205,7 @@ class AdminService(TolariaAdminServiceServicer):
             )
 
         late = "the checkpoint was not written"
-        return await self._once("CreateCheckpoint", request, context, operation, timeout_s=CHECKPOINT_S, late=late)
+        return await self._once(request, context, operation, timeout_s=CHECKPOINT_S, late=late)
 
     async def ListRestorePoints(
         self, request: admin.ListRestorePointsRequest, context: Context
@@ -219,7 +213,7 @@ class AdminService(TolariaAdminServiceServicer):
         """Returns what a rollback can go to, newest first."""
         try:
             rows = await _read(self._parts.journal.restore_points())
-        except TolariaError as error:
+        except errors.TolariaError as error:
             await abort(context, error)
         return list_restore_points(rows, self._status.snapshots, healthy_step=self._parts.health.healthy_step)
 
@@ -227,9 +221,9 @@ class AdminService(TolariaAdminServiceServicer):
         """Returns what has gone wrong, newest first."""
         try:
             if request.limit > INCIDENTS_MAX:
-                raise InvalidFieldError("limit", f"must not be more than {INCIDENTS_MAX}, is {request.limit}")
+                raise errors.InvalidFieldError("limit", f"must not be more than {INCIDENTS_MAX}, is {request.limit}")
             return list_incidents(await _read(self._parts.journal.incidents(request.limit or INCIDENTS_DEFAULT)))
-        except TolariaError as error:
+        except errors.TolariaError as error:
             await abort(context, error)
 
     # -- safety ------------------------------------------------------------------------------------------------------
@@ -242,7 +236,7 @@ class AdminService(TolariaAdminServiceServicer):
         async def operation() -> admin.RaiseEmergencyResponse:
             state = await self._safety.raise_emergency(request.level, request.reason, self._status)
             return admin.RaiseEmergencyResponse(
-                global_step=self._run.global_step,
+                global_step=self._status.global_step,
                 level=state.level,
                 state=self._status.state,
                 acknowledgements=[
@@ -251,7 +245,7 @@ class AdminService(TolariaAdminServiceServicer):
                 ],
             )
 
-        return await self._once("RaiseEmergency", request, context, operation)
+        return await self._once(request, context, operation)
 
     async def ClearEmergency(
         self, request: admin.ClearEmergencyRequest, context: Context
@@ -261,10 +255,12 @@ class AdminService(TolariaAdminServiceServicer):
         async def operation() -> admin.ClearEmergencyResponse:
             self._safety.clear_emergency(request.reason)
             return admin.ClearEmergencyResponse(
-                global_step=self._run.global_step, level=self._safety.controller.state.level, state=self._status.state
+                global_step=self._status.global_step,
+                level=self._safety.controller.state.level,
+                state=self._status.state,
             )
 
-        return await self._once("ClearEmergency", request, context, operation)
+        return await self._once(request, context, operation)
 
     async def SetConservativeMode(
         self, request: admin.SetConservativeModeRequest, context: Context
@@ -273,25 +269,25 @@ class AdminService(TolariaAdminServiceServicer):
 
         async def operation() -> admin.SetConservativeModeResponse:
             reasons = self._safety.set_conservative(enabled=request.enabled)
-            return admin.SetConservativeModeResponse(global_step=self._run.global_step, conservative_reasons=reasons)
+            return admin.SetConservativeModeResponse(global_step=self._status.global_step, conservative_reasons=reasons)
 
-        return await self._once("SetConservativeMode", request, context, operation)
+        return await self._once(request, context, operation)
 
     # -- common ------------------------------------------------------------------------------------------------------
 
     async def _once(
         self,
-        method: str,
         request: MutatingRequest,
         context: Context,
         operation: Callable[[], Awaitable[Answer]],
         *,
         timeout_s: float = EFFECT_S,
-        late: str = _NO_BOUNDARY,
+        late: str = "the lane did not reach a step boundary",
     ) -> Answer:
+        method = request.DESCRIPTOR.name.removesuffix("Request")
         try:
             return await self._parts.ledger.once(method, request, operation, timeout_s=timeout_s, late=late)
-        except TolariaError as error:
+        except errors.TolariaError as error:
             await abort(context, error)
 
     def _message(self) -> admin.GetStatusResponse:
@@ -300,21 +296,8 @@ class AdminService(TolariaAdminServiceServicer):
         return message
 
 
-def _adjustment(request: admin.AdjustLearningRateRequest) -> Adjustment:
-    """Returns the adjustment of a request. Raises AdjustmentRefusedError, which names the field."""
-    return Adjustment(
-        group=request.group or None,
-        factor=request.factor if request.WhichOneof("change") == "factor" else None,
-        value=request.value if request.WhichOneof("change") == "value" else None,
-        expires_after_steps=request.expires_after_steps or None,
-        origin=_OPERATOR,
-        request_id=request.request_id,
-        reason=request.reason,
-    )
-
-
 async def _read(reading: Awaitable[_Read]) -> _Read:
     """Returns what is read from the journal. Raises JournalUnavailableError when it does not answer in time."""
     with anyio.move_on_after(READ_S):
         return await reading
-    raise JournalUnavailableError(f"the journal did not answer within {READ_S:g} s")
+    raise errors.JournalUnavailableError(f"the journal did not answer within {READ_S:g} s")

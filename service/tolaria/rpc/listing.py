@@ -7,8 +7,7 @@ from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from leyline.v1.admin_service_pb2 import Incident as IncidentMessage
-from leyline.v1.admin_service_pb2 import ListIncidentsResponse, ListRestorePointsResponse, RestorePoint
+from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL
 from tolaria.images.image import SnapshotInfo
 from tolaria.journal.rows import CheckpointRow, Incident
@@ -18,11 +17,11 @@ INCIDENTS_MAX: Final = 1000
 """Incidents in one answer: some hundred kilobytes, far below the limit of a gRPC message."""
 
 
-def list_incidents(incidents: Iterable[Incident]) -> ListIncidentsResponse:
+def list_incidents(incidents: Iterable[Incident]) -> admin.ListIncidentsResponse:
     """Returns the incidents in the given order."""
-    return ListIncidentsResponse(
+    return admin.ListIncidentsResponse(
         incidents=[
-            IncidentMessage(
+            admin.Incident(
                 incident_id=incident.incident_id,
                 kind=incident.kind,
                 occurred_at=_timestamp(incident.at_ns),
@@ -37,25 +36,22 @@ def list_incidents(incidents: Iterable[Incident]) -> ListIncidentsResponse:
 
 def list_restore_points(
     checkpoints: Iterable[CheckpointRow], snapshots: Iterable[SnapshotInfo], *, healthy_step: int | None
-) -> ListRestorePointsResponse:
+) -> admin.ListRestorePointsResponse:
     """Returns what a rollback can go to, newest first; of one step the snapshot before the checkpoints.
 
-    Args:
-        checkpoints: of the run, oldest first; only committed ones are shown.
-        snapshots: in memory. `created_at` is absent: when one was taken is not known.
-        healthy_step: the last step known to be healthy; later points are not stable, nor is a snapshot without a
-            digest. None: no step has been judged.
+    Of `checkpoints`, oldest first, only committed ones are shown. It is not known when snapshots were taken. Points
+    after `healthy_step` (None: no step has been judged) are not stable, nor is a snapshot without a digest.
     """
     points = [_snapshot_point(info, healthy_step) for info in snapshots]
     newest_first = reversed(list(checkpoints))  # of several of one step, a rollback takes the newest
     points += [_checkpoint_point(row, healthy_step) for row in newest_first if row.state == "committed"]
     points.sort(key=lambda point: point.global_step, reverse=True)
-    return ListRestorePointsResponse(restore_points=points)
+    return admin.ListRestorePointsResponse(restore_points=points)
 
 
-def _snapshot_point(info: SnapshotInfo, healthy_step: int | None) -> RestorePoint:
+def _snapshot_point(info: SnapshotInfo, healthy_step: int | None) -> admin.RestorePoint:
     step = info.position.global_step
-    return RestorePoint(
+    return admin.RestorePoint(
         tier=ROLLBACK_TIER_FAST,
         global_step=step,
         epoch=info.position.epoch,
@@ -65,8 +61,8 @@ def _snapshot_point(info: SnapshotInfo, healthy_step: int | None) -> RestorePoin
     )
 
 
-def _checkpoint_point(row: CheckpointRow, healthy_step: int | None) -> RestorePoint:
-    return RestorePoint(
+def _checkpoint_point(row: CheckpointRow, healthy_step: int | None) -> admin.RestorePoint:
+    return admin.RestorePoint(
         tier=ROLLBACK_TIER_FULL,
         global_step=row.global_step,
         epoch=row.epoch,

@@ -11,6 +11,7 @@ from typing import Final, Protocol, TypeVar, cast
 import anyio
 import structlog
 from anyio.abc import TaskGroup
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from leyline.v1 import admin_service_pb2
@@ -26,22 +27,17 @@ FIND_S_MAX: Final = 0.05
 """Longest that a request waits for the answers of earlier processes: a halt takes effect within twice that, whatever
 the disk does. An id that cannot be looked up in time counts as new."""
 
-KEEP_S_MAX: Final = 0.25
-"""Longest that an answer waits until it is durable."""
+KEEP_S_MAX: Final = 0.25  # longest that an answer waits until it is durable
 
 Answer = TypeVar("Answer", bound=Message)
 
 
 class MutatingRequest(Protocol):
-    """The fields that every request that changes something has."""
+    """What every request that changes something has: an id, whose repeat gets the first answer, and a reason."""
 
-    @property
-    def request_id(self) -> str:
-        """Made by the client; a repeat gets the first answer."""
-
-    @property
-    def reason(self) -> str:
-        """For the audit trail."""
+    DESCRIPTOR: Descriptor
+    request_id: str
+    reason: str
 
     def SerializeToString(self, *, deterministic: bool = ...) -> bytes:  # noqa: N802 - protobuf's name
         """Returns the request's bytes."""
@@ -74,14 +70,9 @@ class RequestLedger:
     """Carries out each request at most once, and gives repeats the first answer.
 
     Operations run in `tasks`, not in their callers: a caller that goes away, or gives up waiting, cancels nothing, and
-    a repeat of its request waits for the same operation. Used on the event loop only. The journal may hang: requests
-    are carried out and answered all the same.
-
-    Args:
-        capacity: requests of this process that are remembered at most.
-        journal: remembers the answers of earlier processes.
-        status: run id and step for the journal's rows.
-        tasks: the service's task group.
+    a repeat of its request waits for the same operation. At most `capacity` requests of this process are remembered;
+    the journal has those of earlier ones. It may hang: requests are carried out and answered all the same. Used on the
+    event loop only.
     """
 
     def __init__(self, capacity: int, journal: AsyncJournal, status: RunStatus, tasks: TaskGroup) -> None:
@@ -101,14 +92,9 @@ class RequestLedger:
         timeout_s: float,
         late: str,
     ) -> Answer:
-        """Returns the answer of `operation`, or the one that the request's id got before.
+        """Returns the answer of `operation`, or the one that the request's id got before from the RPC `method`.
 
-        Args:
-            method: name of the RPC.
-            request: its request.
-            operation: started unless the id has been used before.
-            timeout_s: longest wait.
-            late: what has not happened by then, for the error.
+        `late` says, for the error, what has not happened within `timeout_s`.
 
         Raises:
             InvalidFieldError: the common fields are wrong, or the id was another request's.
@@ -124,9 +110,9 @@ class RequestLedger:
             self._tasks.start_soon(self._carry_out, request.request_id, request.reason, entry, operation)
         elif (entry.method, entry.content) != (method, content):
             raise InvalidFieldError("request_id", "was used for another request already")
-        with anyio.move_on_after(timeout_s) as scope:
+        with anyio.move_on_after(timeout_s):
             await entry.done.wait()
-        if scope.cancelled_caught:
+        if not entry.done.is_set():
             raise StillUnderwayError(f"{late} within {timeout_s:.0f} s; the request remains in effect")
         if entry.answer is None:
             raise entry.error or StillUnderwayError("the service is stopping; the request may have taken effect")
@@ -147,7 +133,7 @@ class RequestLedger:
             entry.done.set()
 
     async def _find(self, request_id: str, method: str) -> Message | None:
-        """Returns the answer that an earlier process gave; None when there is none, as far as can be found in time."""
+        """Returns the answer that an earlier process gave; None when none can be found in time."""
         problem = f"took more than {FIND_S_MAX} s"
         try:
             with anyio.move_on_after(FIND_S_MAX):
@@ -171,10 +157,10 @@ class RequestLedger:
         )
         kept = False
         try:
-            with anyio.move_on_after(KEEP_S_MAX) as scope:
+            with anyio.move_on_after(KEEP_S_MAX):
                 await self._journal.answer_once(row)
                 kept = True
-            if scope.cancelled_caught:
+            if not kept:
                 self._log.warning("request_not_durable_yet", request_id=request_id, waited_s=KEEP_S_MAX)
         except JournalError as error:
             self._log.warning("request_not_remembered_yet", request_id=request_id, error=str(error))
@@ -184,11 +170,9 @@ class RequestLedger:
 
     def _forget_oldest(self) -> None:
         """Forgets finished requests beyond the capacity, oldest first."""
-        for request_id in list(self._entries):
-            if len(self._entries) <= self._capacity:
-                return
-            if self._entries[request_id].done.is_set():
-                del self._entries[request_id]
+        finished = [request_id for request_id, entry in self._entries.items() if entry.done.is_set()]
+        for request_id in finished[: max(0, len(self._entries) - self._capacity)]:
+            del self._entries[request_id]
 
 
 def _parsed(method: str, row: AdminActionRow) -> Message:

@@ -10,7 +10,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from tolaria import errors
-from tolaria.errors import InvalidFieldError, TolariaError
+from tolaria.errors import TolariaError
 
 DOMAIN: Final = "tolaria"
 
@@ -50,7 +50,7 @@ def status_of(error: TolariaError) -> status_pb2.Status:
     code, reason = next((code, reason) for kind, code, reason in STATUSES if isinstance(error, kind))
     status = status_pb2.Status(code=code, message=str(error))
     _attach(status, error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN))
-    if isinstance(error, InvalidFieldError):
+    if isinstance(error, errors.InvalidFieldError):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.description)
         _attach(status, error_details_pb2.BadRequest(field_violations=[violation]))
     return status

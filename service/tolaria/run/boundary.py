@@ -19,8 +19,7 @@ from tolaria.run.observers import RunObserver
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus, step_packet
 
-GUARD_S: Final = 0.001
-"""Kept back from the budget, so that letting training go on is still within it."""
+GUARD_S: Final = 0.001  # kept back from the budget, so that letting training go on is still within it
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +62,7 @@ class EpochBoundary:
 
 
 class StepQuestions:
-    """Asks the controller every `control.step_interval` steps; nothing waits for the answers.
-
-    Steps arrive in frames: of several questions in one frame the last is asked.
-    """
+    """Asks the controller every `control.step_interval` steps, of several in one frame the last; nothing waits."""
 
     def __init__(
         self,
@@ -95,11 +91,9 @@ class StepQuestions:
         started_s = self._clock()
         packet = step_packet(self._status, self._health.averages, step, wall_ns=time.time_ns())
         self._consultations.ask_between_epochs(packet)
-        latency_ms = (self._clock() - started_s) * 1000
-        breach = latency_ms > self._control.hook_budget_ms
-        self._observers.on_step_question(
-            step.global_step, latency_ms, budget_ms=self._control.hook_budget_ms, breach=breach
-        )
+        latency_ms, budget_ms = (self._clock() - started_s) * 1000, self._control.hook_budget_ms
+        breach = latency_ms > budget_ms
+        self._observers.on_step_question(step.global_step, latency_ms, budget_ms=budget_ms, breach=breach)
         if breach:
             self._safety.trigger(Trigger.HOOK_BREACH, "over budget")
 

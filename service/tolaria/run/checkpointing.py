@@ -75,19 +75,16 @@ class Checkpointing:
         """Images on their way to disk; each is kept alive by `_captured` or by the task or thread that has it."""
         self._epoch: EpochDone | None = None
         self._epoch_due = False
-        self._evaluated_step = self._validated_step = -1
-        self._held_reason = ""
-        self._retrying = False
-        self.failing = ""
-        """Why there is no new checkpoint although one is due; empty without a failure."""
-
-    @property
-    def validated_step(self) -> int:
+        self._evaluated_step = -1
+        self.validated_step = -1
         """The newest step that a validation found healthy, or an earlier one restored since; -1 before the first.
 
         A checkpoint that was due after that validation is of no later step.
         """
-        return self._validated_step
+        self._held_reason = ""
+        self._retrying = False
+        self.failing = ""
+        """Why there is no new checkpoint although one is due; empty without a failure."""
 
     # -- events, in the lane's order ---------------------------------------------------------------------------------
 
@@ -100,14 +97,14 @@ class Checkpointing:
         if self._epoch is not None and global_step < self._epoch.global_step:
             self._epoch = None  # its state has been undone
         if self._epoch is None:
-            self._validated_step = min(self._validated_step, global_step)
+            self.validated_step = min(self.validated_step, global_step)
         if due_by_steps(self._settings.every_steps, global_step, self._due_from_step):
             self._make_due(global_step)
 
     def on_epoch(self, epoch: EpochDone) -> None:
         """Takes an epoch that has been validated and found healthy."""
         self._step, self._epoch = epoch.global_step, epoch
-        self._evaluated_step = self._validated_step = epoch.global_step
+        self._evaluated_step = self.validated_step = epoch.global_step
         self._epoch_due = due_by_epochs(self._settings.every_epochs, epoch.epoch)
         if self._epoch_due:
             self._make_due(epoch.global_step)
@@ -123,11 +120,11 @@ class Checkpointing:
         A failure is logged: a crash before the next checkpoint would resume from one of them.
         """
         self._undo_after(global_step)
-        with anyio.move_on_after(_SUPERSEDE_S) as scope:
+        with anyio.move_on_after(_SUPERSEDE_S):
             await self._journal.supersede_after(global_step)
-        if scope.cancelled_caught:
-            detail = "the journal did not answer"
-            self._log.error("checkpoints_not_superseded", after_step=global_step, detail=detail)
+            return
+        detail = "the journal did not answer"
+        self._log.error("checkpoints_not_superseded", after_step=global_step, detail=detail)
 
     def _undo_after(self, global_step: int) -> None:
         for mark in self._in_flight:
@@ -150,8 +147,7 @@ class Checkpointing:
     async def create(self, reason: str) -> CheckpointRow:
         """Makes a checkpoint now, after one that is being made, and returns its committed row.
 
-        Raises:
-            TolariaError: no checkpoint was made; the failure counts as any other.
+        Raises TolariaError when no checkpoint was made; the failure counts as any other.
         """
         async with self._turn:
             row = await self._attempt()
@@ -172,23 +168,18 @@ class Checkpointing:
         """Returns whether the lane still runs."""
         async with self._turn:
             self._due = False
-            try:
-                await self._attempt()
-            except LaneStoppedError as error:
-                self._log.info("checkpoints_end", detail=str(error))
-                return False
-            except TolariaError:
-                pass  # reported by `_failed`, and tried again
+            with suppress(TolariaError):  # reported by `_failed`, and tried again
+                try:
+                    await self._attempt()
+                except LaneStoppedError as error:
+                    self._log.info("checkpoints_end", detail=str(error))
+                    return False
         return True
 
     async def _attempt(self) -> CheckpointRow | None:
-        """Makes one checkpoint. Returns None when the writer is busy, or the run went back before the commit.
-
-        Raises:
-            TolariaError: no checkpoint was made.
-        """
+        """Makes one checkpoint, or raises. Returns None if the writer is busy or the run went back meanwhile."""
         try:
-            row, duration_s = await self._write()
+            row = await self._write()
         except LaneStoppedError:
             raise
         except TolariaError as error:
@@ -198,20 +189,19 @@ class Checkpointing:
             refused = CheckpointWriteError("keep", errno_name(error), str(error))
             self._failed(refused)
             raise refused from error
-        if row is None:
-            return None
-        self._succeeded(row, duration_s)
-        return None if row.state == "superseded" else row
+        return None if row is None or row.state == "superseded" else row
 
-    async def _write(self) -> tuple[CheckpointRow | None, float]:
+    async def _write(self) -> CheckpointRow | None:
         lease, mark = await self._capture()
         self._step = lease.image.position.global_step
         started_s = monotonic()
         future = self._writer.write(lease, metric=self._metric(), mark=mark)
         if future is None:
-            return None, 0.0
+            return None
         await self._wait_for(future)
-        return future.result(), monotonic() - started_s
+        row = future.result()
+        self._succeeded(row, monotonic() - started_s)
+        return row
 
     async def _capture(self) -> tuple[Lease, RewindMark]:
         self._captured.clear()  # images whose callers went away
@@ -240,7 +230,7 @@ class Checkpointing:
             return None
         if self._epoch_due:
             self._epoch_due = False
-            self._evaluated_step = self._validated_step = self._step
+            self._evaluated_step = self.validated_step = self._step
         if self._evaluated_step != self._step:
             return None
         evaluation = self._epoch.evaluation
@@ -255,9 +245,9 @@ class Checkpointing:
             self._breaker.succeeded()
         # An open breaker ignores successes until it has cooled down; a further checkpoint closes it then.
         self._retrying = self._retrying and self._breaker.state != CIRCUIT_STATE_CLOSED
-        held_reason, self._held_reason = self._held_reason, ""
-        if held_reason:
-            self._lifecycle.resume_if_held_for(held_reason)
+        if self._held_reason:
+            self._lifecycle.resume_if_held_for(self._held_reason)
+            self._held_reason = ""
         self._set_failing("")
 
     def _failed(self, error: TolariaError) -> None:

@@ -9,7 +9,6 @@ from google.protobuf.json_format import MessageToDict
 
 from leyline.v1 import enums_pb2 as enums
 from leyline.v1.commands_pb2 import AdaptationCommand
-from leyline.v1.enums_pb2 import EmergencyLevel
 from tolaria.errors import CommandRejectedError, OptimizationError, TolariaError, WrongStateError
 from tolaria.lane.messages import ChangeOptimizer, CommandDone, ReconcileSeeds
 from tolaria.peers.consultation import Consultation, describe_command
@@ -22,11 +21,8 @@ from tolaria.run.safety import PEER_FAILURE, TAMIYO, Safeguards, Safety
 from tolaria.run.status import RunStatus
 from tolaria.values.optimization import Adjustment
 
-BREAKER_KEY: Final = "breaker"
-"""Annotation that names the breaker of a circuit breaker command."""
-
-LEVEL_KEY: Final = "level"
-"""Annotation that names the level of an emergency command."""
+# Annotations that name the breaker of a circuit breaker command, and the level of an emergency command.
+BREAKER_KEY, LEVEL_KEY = "breaker", "level"
 
 # Hyperparameters that mean the learning rate; all others go to the optimizer as they are.
 RATE_VALUE, RATE_FACTOR, RATE_EXPIRY = "lr", "lr_factor", "lr_expires_after_steps"
@@ -36,10 +32,7 @@ _STEP_MAX: Final = 2**53
 
 
 class CommandHandler:
-    """Enacts settled consultations; an answer to a state older than `max_staleness_steps` changes nothing.
-
-    Used on the event loop only.
-    """
+    """Enacts settled consultations, if their state is at most `max_staleness_steps` old. On the event loop only."""
 
     def __init__(
         self,
@@ -138,13 +131,10 @@ class CommandHandler:
     def _change_optimizer(self, consultation: Consultation, command: AdaptationCommand) -> None:
         def done(future: asyncio.Future[CommandDone]) -> None:
             try:
-                failure = future.result().failure
+                if (failure := future.result().failure) is not None:
+                    raise failure.error()
             except TolariaError as error:
-                detail = str(error)
-            else:
-                detail = "" if failure is None else str(failure.error())
-            if detail:
-                self._reject(CommandRejectedError("refused", command.command_id, detail))
+                self._reject(CommandRejectedError("refused", command.command_id, str(error)))
             else:
                 self._applied(consultation)
             self._lifecycle.changed()
@@ -166,11 +156,7 @@ class CommandHandler:
 
 
 def optimizer_change(command: AdaptationCommand) -> ChangeOptimizer:
-    """Returns the lane's command for a COMMAND_OPTIMIZER.
-
-    Raises:
-        CommandRejectedError: reason `malformed`, for a combination that makes no sense.
-    """
+    """Returns the lane's command for a COMMAND_OPTIMIZER. Raises CommandRejectedError, reason `malformed`."""
     hyperparameters = dict(command.optimizer_adjustment.hyperparameters)
     group = command.optimizer_adjustment.optimizer_id or None
     expiry = hyperparameters.pop(RATE_EXPIRY, None)
@@ -196,11 +182,7 @@ def optimizer_change(command: AdaptationCommand) -> ChangeOptimizer:
 
 
 def force_breaker(command: AdaptationCommand, safeguards: Safeguards) -> None:
-    """Opens or closes the breaker that `annotations["breaker"]` names.
-
-    Raises:
-        CommandRejectedError: reason `malformed`, for an unknown breaker or state.
-    """
+    """Opens or closes the breaker that `annotations["breaker"]` names. Raises CommandRejectedError (malformed)."""
     name, state = command.annotations.get(BREAKER_KEY, ""), command.circuit_breaker.desired_state
     if name not in safeguards.breakers:
         raise CommandRejectedError("malformed", command.command_id, f"there is no breaker {name!r}")
@@ -210,15 +192,14 @@ def force_breaker(command: AdaptationCommand, safeguards: Safeguards) -> None:
         raise CommandRejectedError("malformed", command.command_id, str(error)) from None
 
 
-def emergency_of(command: AdaptationCommand) -> tuple[EmergencyLevel.ValueType, str]:
+def emergency_of(command: AdaptationCommand) -> tuple[enums.EmergencyLevel.ValueType, str]:
     """Returns the level that `annotations["level"]` names (halt, EMERGENCY_LEVEL_HALT or a number), and the reason.
 
-    Raises:
-        CommandRejectedError: reason `malformed`, for an unknown level.
+    Raises CommandRejectedError, reason `malformed`, for an unknown level.
     """
     wanted = command.annotations.get(LEVEL_KEY, "")
     name = wanted.upper().removeprefix(_LEVEL_PREFIX)
-    for known, level in EmergencyLevel.items():
+    for known, level in enums.EmergencyLevel.items():
         if level != enums.EMERGENCY_LEVEL_UNSPECIFIED and name in {known.removeprefix(_LEVEL_PREFIX), str(level)}:
             return level, command.annotations.get("reason", "") or f"asked by {command.issued_by or 'the controller'}"
     raise CommandRejectedError("malformed", command.command_id, f"there is no emergency level {wanted!r}")
@@ -227,8 +208,7 @@ def emergency_of(command: AdaptationCommand) -> tuple[EmergencyLevel.ValueType, 
 def rollback_of(command: AdaptationCommand) -> Rollback:
     """Returns the rollback that `rollback_payload` describes: `tier`, `target_step` and `reason`, all optional.
 
-    Raises:
-        CommandRejectedError: reason `malformed`, for an unknown key or a value that makes no sense.
+    Raises CommandRejectedError, reason `malformed`, for an unknown key or a value that makes no sense.
     """
     payload = MessageToDict(command.rollback_payload)
     unknown = sorted(set(payload) - {"tier", "target_step", "reason"})

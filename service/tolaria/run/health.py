@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Final, TypeAlias
 
 from pydantic import BaseModel, ValidationError
@@ -148,7 +148,11 @@ class Record:
 
 def judge_step(averages: Averages, record: Record, step: StepDone, settings: RollbackSettings) -> Verdict:
     """Returns what to do about a step, given the averages and the record before it."""
-    reason = _not_finite(step) or _explosion(averages, record, step, settings)
+    if step.skipped:
+        finite = step.rescaled  # only the loss scale of float16 was too high
+        reason = "" if finite else f"not finite: loss {step.loss:g}, gradient norm {step.gradient_norm:g}"
+    else:
+        reason = _explosion(averages, record, step, settings)
     return _within_budget(ROLLBACK_TIER_FAST, reason, record.budget, step.global_step, settings)
 
 
@@ -162,11 +166,9 @@ def judge_epoch(record: Record, epoch: EpochDone, settings: RollbackSettings) ->
 
 
 class Health:
-    """Judges steps and epochs of one run. Used on the event loop only.
+    """Judges steps and epochs of one run, if the settings say so. Used on the event loop only.
 
-    Args:
-        settings: limits, and whether anything is judged at all.
-        saved: JSON from `to_json` of an earlier process of the run; empty for a new run.
+    `saved` is the JSON from `to_json` of an earlier process of the run; empty for a new run.
     """
 
     def __init__(self, settings: RollbackSettings, saved: str = "") -> None:
@@ -181,15 +183,9 @@ class Health:
 
     def to_json(self) -> str:
         """Returns what steps and epochs are measured against; a resumed run goes on with it."""
-        record = self._record
-        return json.dumps(
-            {
-                "loss_level": record.loss_level,
-                "norm_level": record.norm_level,
-                "best_accuracy": record.best_accuracy,
-                "rolled_back_at": list(record.budget.begun_at),
-            }
-        )
+        saved = asdict(self._record)
+        saved["rolled_back_at"] = saved.pop("budget")["begun_at"]
+        return json.dumps(saved)
 
     def step(self, step: StepDone, *, rolling_back: bool) -> Verdict:
         """Judges a step and counts it in the averages if it is healthy or skipped.
@@ -212,8 +208,7 @@ class Health:
         self._record = self._record.after_epoch(epoch)
         if isinstance(verdict, Proceed):
             self._validated_step = epoch.global_step
-            return verdict
-        if self._validated_step is not None and self.healthy_step is not None:
+        elif self._validated_step is not None and self.healthy_step is not None:
             self.healthy_step = min(self._validated_step, self.healthy_step)
         return self._begin(verdict)
 
@@ -258,14 +253,8 @@ def explosion_limit(average: float, factor: float, level: float) -> float:
     return average + (factor - 1.0) * max(abs(average), _FLOOR * level)
 
 
-def _not_finite(step: StepDone) -> str:
-    if not step.skipped or step.rescaled:
-        return ""
-    return f"not finite: loss {step.loss:g}, gradient norm {step.gradient_norm:g}"
-
-
 def _explosion(averages: Averages, record: Record, step: StepDone, settings: RollbackSettings) -> str:
-    if step.skipped or averages.finite_steps < settings.warmup_steps:
+    if averages.finite_steps < settings.warmup_steps:
         return ""
     limit = explosion_limit(averages.loss, settings.loss_factor, record.loss_level)
     # The average of a loss around zero means nothing; its deviation does.
@@ -277,10 +266,8 @@ def _explosion(averages: Averages, record: Record, step: StepDone, settings: Rol
     scatter = math.exp(averages.log_norm + _LOG_DEVIATIONS * math.sqrt(averages.log_norm_variance))
     beyond_record = explosion_limit(record.norm_level, settings.norm_factor, record.norm_level)
     if step.gradient_norm > limit and step.gradient_norm > min(scatter, beyond_record):
-        return (
-            f"gradient norm {step.gradient_norm:g} exceeds {settings.norm_factor:g} times its average"
-            f" {averages.gradient_norm:g}"
-        )
+        norms = f"{settings.norm_factor:g} times its average {averages.gradient_norm:g}"
+        return f"gradient norm {step.gradient_norm:g} exceeds {norms}"
     return ""
 
 

@@ -6,7 +6,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final
 
 from leyline.v1.enums_pb2 import CommandType
 from tolaria.emergency import Cleared, Escalated, HeldBack, Report
@@ -18,7 +17,7 @@ from tolaria.peers.consultation import Consultation
 from tolaria.run.observers import RunObserver
 from tolaria.run.status import RunStatus
 
-_UNVERIFIED: Final = "unverified"
+_COMMAND_NAMES = {number: name.removeprefix("COMMAND_").lower() for name, number in CommandType.items()}
 
 
 class JournalObserver(RunObserver):
@@ -47,24 +46,24 @@ class JournalObserver(RunObserver):
 
     def on_command_applied(self, consultation: Consultation) -> None:
         if (command := consultation.command) is not None:
-            kind = _command_name(command.command_type)
+            kind = _COMMAND_NAMES.get(command.command_type, str(command.command_type))
             self._command(command.command_id, kind, "applied", "")
 
     def on_command_rejected(self, rejection: CommandRejectedError) -> None:
-        self._command(f"{rejection.command_id}@{self._wall_ns()}", _UNVERIFIED, "rejected", rejection.reason)
+        self._command(f"{rejection.command_id}@{self._wall_ns()}", "unverified", "rejected", rejection.reason)
 
     def on_emergency(self, report: Report) -> None:
         match report:
             case Escalated():
                 self._emergency = self._key(report.state)
-                self._emergency_row(*self._emergency, report.state)
+                self._emergency_row(self._emergency, report.state)
             case Cleared():
                 key = self._emergency or (uuid.uuid4().hex, self._wall_ns())
-                self._emergency_row(*key, report.before, cleared_at_ns=self._wall_ns())
+                self._emergency_row(key, report.before, self._wall_ns())
             case HeldBack():
                 signal = report.notice.signal
                 state = EmergencyState(level=signal.level, reason=f"told later: {signal.reason}", origin=signal.origin)
-                self._emergency_row(uuid.uuid4().hex, self._wall_ns(), state)
+                self._emergency_row((uuid.uuid4().hex, self._wall_ns()), state)
             case _:
                 pass  # acknowledgements and repeats are in the log only
 
@@ -78,24 +77,7 @@ class JournalObserver(RunObserver):
             return active.emergency_id, active.at_ns
         return uuid.uuid4().hex, self._wall_ns()
 
-    def _emergency_row(
-        self, emergency_id: str, at_ns: int, state: EmergencyState, *, cleared_at_ns: int | None = None
-    ) -> None:
-        self._journal.note(
-            EmergencyRow(
-                emergency_id=emergency_id,
-                at_ns=at_ns,
-                run_id=self._status.run_id,
-                level=level_name(state.level),
-                origin=state.origin,
-                global_step=self._status.global_step,
-                reason=state.reason,
-                cleared_at_ns=cleared_at_ns,
-            )
-        )
-
-
-def _command_name(kind: CommandType.ValueType) -> str:
-    """Returns the command type in lower case; its number where the contract has no name for it."""
-    known = {number: name.removeprefix("COMMAND_").lower() for name, number in CommandType.items()}
-    return known.get(kind, str(kind))
+    def _emergency_row(self, key: tuple[str, int], state: EmergencyState, cleared_at_ns: int | None = None) -> None:
+        run_id, step = self._status.run_id, self._status.global_step
+        level, origin, reason = level_name(state.level), state.origin, state.reason
+        self._journal.note(EmergencyRow(*key, run_id, level, origin, step, reason, cleared_at_ns))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import anyio
 
 from tolaria.errors import LaneError, LaneStoppedError
 from tolaria.images.pool import ImagePool
 from tolaria.lane import messages
+
+_Result = TypeVar("_Result")
 
 
 class LaneHandle(Protocol):
@@ -53,26 +55,17 @@ class LaneClient:
 
     def __init__(self, handle: LaneHandle) -> None:
         self._handle = handle
-        self._take: Callable[[list[messages.Event]], None] = lambda _events: None
+        self.images = handle.images
         self._next_id = 1
         self._pending: dict[int, PendingCommand] = {}
         self._holders: set[str] = set()
         self._hold_number = 0
-        self._ended: messages.LaneEnded | None = None
+        self.ended: messages.LaneEnded | None = None
+        """How the lane ended; None while it runs."""
         self.order = 0
         """Number of the newest order for an epoch; 0 before the first."""
         self.held = anyio.Event()
         """Set while the lane is held; replaced for each hold."""
-
-    @property
-    def images(self) -> ImagePool:
-        """Images that cross between the two sides."""
-        return self._handle.images
-
-    @property
-    def ended(self) -> messages.LaneEnded | None:
-        """How the lane ended; None while it runs."""
-        return self._ended
 
     @property
     def is_held(self) -> bool:
@@ -81,8 +74,13 @@ class LaneClient:
 
     def start(self, take: Callable[[list[messages.Event]], None]) -> None:
         """Starts the lane; `take` is called with its events, frame by frame."""
-        loop, self._take = asyncio.get_running_loop(), take
-        self._handle.start(lambda: loop.call_soon_threadsafe(self._deliver))
+        loop = asyncio.get_running_loop()
+
+        def deliver() -> None:
+            if events := self._handle.take_events():
+                take(events)
+
+        self._handle.start(lambda: loop.call_soon_threadsafe(deliver))
 
     def run_epoch(self) -> None:
         """Orders the rest of the current epoch, or else the next one."""
@@ -97,24 +95,20 @@ class LaneClient:
         that it captures is released.
         """
         future: asyncio.Future[messages.CommandDone] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(_retrieved)
-        if self._ended is not None:
+        future.add_done_callback(mark_retrieved)
+        if self.ended is not None:
             future.set_exception(LaneStoppedError("the run has ended; there is no further step boundary"))
             return future
         try:
-            command_id = self._send(command)
+            self._pending[self._send(command)] = PendingCommand(command, future)
         except LaneError as error:
             future.set_exception(error)
-        else:
-            self._pending[command_id] = PendingCommand(command, future)
         return future
 
     async def call(self, command: messages.BoundaryCommand) -> messages.CommandDone:
         """Submits `command` and waits for it.
 
-        Raises:
-            TolariaError: the command was refused; nothing has changed.
-            LaneStoppedError: the lane ended before.
+        Raises the error of a refused command, which changed nothing, and as the future of `submit` does.
         """
         future = self.submit(command)
         try:
@@ -142,10 +136,9 @@ class LaneClient:
 
     def release(self, holder: str) -> None:
         """Ends the hold of `holder`; the lane goes on when no other one is left."""
-        if holder in self._holders:
-            self._holders.discard(holder)
-            if not self._holders:
-                self._send(messages.Release())
+        if self._holders == {holder}:
+            self._send(messages.Release())
+        self._holders.discard(holder)
 
     def held_for(self, holder: str) -> bool:
         """Whether `holder` wants the lane held."""
@@ -178,13 +171,13 @@ class LaneClient:
 
     def mark_held(self, event: messages.Held) -> bool:
         """Notes that the lane is held; returns whether that answers the newest hold."""
-        if event.number == self._hold_number:
+        if newest := event.number == self._hold_number:
             self.held.set()
-        return event.number == self._hold_number
+        return newest
 
     def mark_ended(self, event: messages.LaneEnded) -> None:
         """Notes that the lane has ended: every pending future raises `LaneStoppedError`."""
-        self._ended = event
+        self.ended = event
         pending, self._pending = self._pending, {}
         for entry in pending.values():
             if not entry.done.done():
@@ -195,17 +188,13 @@ class LaneClient:
         self._handle.send(command_id, command)
         return command_id
 
-    def _deliver(self) -> None:
-        if events := self._handle.take_events():
-            self._take(events)
-
     def _discard(self, event: messages.CommandDone) -> None:
         """Releases what a command brought for a caller that has gone away."""
         if isinstance(event.result, messages.ImageCaptured):
             self.images.discard(event.result.image_id)
 
 
-def _retrieved(future: asyncio.Future[messages.CommandDone]) -> None:
+def mark_retrieved(future: asyncio.Future[_Result]) -> None:
     """Marks an exception as retrieved: a caller may submit a command without waiting for it."""
     if not future.cancelled():
         future.exception()

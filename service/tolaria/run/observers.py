@@ -6,6 +6,7 @@ Observers write metrics, events, log lines and journal rows. They return nothing
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from leyline.v1.admin_service_pb2 import RunState
@@ -142,25 +143,16 @@ class RunObserver:
         """The run has ended within a profile."""
 
 
-HOOKS = tuple(name for name in vars(RunObserver) if name.startswith("on_"))
-
-
 class Observers(RunObserver):
     """Passes every call to all observers that override its hook, in their order."""
 
     def __init__(self, *observers: RunObserver) -> None:
-        for hook in HOOKS:
-            overriding = [observer for observer in observers if hook in _overridden(observer)]
-            setattr(self, hook, _call_all([getattr(observer, hook) for observer in overriding]))
+        for hook, default in vars(RunObserver).items():
+            if hook.startswith("on_"):
+                overriding = [observer for observer in observers if getattr(type(observer), hook) is not default]
+                setattr(self, hook, partial(_call_all, [getattr(observer, hook) for observer in overriding]))
 
 
-def _overridden(observer: RunObserver) -> set[str]:
-    return {name for kind in type(observer).__mro__ if kind not in {RunObserver, object} for name in vars(kind)}
-
-
-def _call_all(methods: Sequence[Callable[..., None]]) -> Callable[..., None]:
-    def call(*args: Any, **kwargs: Any) -> None:
-        for method in methods:
-            method(*args, **kwargs)
-
-    return call
+def _call_all(methods: Sequence[Callable[..., None]], *args: Any, **kwargs: Any) -> None:
+    for method in methods:
+        method(*args, **kwargs)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tolaria import errors
 from tolaria.config import ProfilerSettings
 from tolaria.lane.messages import CaptureProfile, CommandDone, ProfileDone, ProfileStarted, StepDone
-from tolaria.run.lane_client import LaneClient, PendingCommand
+from tolaria.run.lane_client import LaneClient, PendingCommand, mark_retrieved
 from tolaria.run.observers import RunObserver
 from tolaria.run.run_state import RUN
 from tolaria.run.safety import Safeguards
@@ -91,11 +91,11 @@ class Profiles:
         """Ends all profiles without a trace: there is no further step."""
         if self._open is not None:
             self._observers.on_profile_abandoned()
-        profiles = [*self._asked.values(), *([self._open] if self._open else [])]
+            _resolve(self._open, _no_trace())
+        for profile in self._asked.values():
+            _resolve(profile, _no_trace())
         self._open = None
         self._asked.clear()
-        for profile in profiles:
-            _resolve(profile, _no_trace())
 
     def _begin(self, steps: int) -> asyncio.Future[ProfileTaken]:
         """Asks the lane for a profile. Raises errors.LaneStoppedError or errors.LaneError when that is not possible."""
@@ -103,7 +103,7 @@ class Profiles:
         if submitted.done() and (error := submitted.exception()) is not None:
             raise error
         profile = self._asked[submitted] = asyncio.get_running_loop().create_future()
-        profile.add_done_callback(_retrieved)  # nothing waits for a scheduled profile
+        profile.add_done_callback(mark_retrieved)  # nothing waits for a scheduled profile
         return profile
 
     def _end(
@@ -121,17 +121,11 @@ class Profiles:
 
 def _resolve(profile: asyncio.Future[ProfileTaken], result: ProfileTaken | errors.TolariaError) -> None:
     """Completes the future, unless its caller has gone away."""
-    if profile.done():
-        return
-    if isinstance(result, ProfileTaken):
-        profile.set_result(result)
-    else:
-        profile.set_exception(result)
-
-
-def _retrieved(profile: asyncio.Future[ProfileTaken]) -> None:
-    if not profile.cancelled():
-        profile.exception()
+    if not profile.done():
+        if isinstance(result, ProfileTaken):
+            profile.set_result(result)
+        else:
+            profile.set_exception(result)
 
 
 def _no_trace() -> errors.LaneStoppedError:

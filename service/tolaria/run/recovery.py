@@ -1,4 +1,4 @@
-"""Rollbacks of a run: who may begin one, how its state is found and restored, and what follows before training goes on.
+"""Rollbacks of a run: how they begin, how the state is found and restored, and what follows before training goes on.
 
 The lane is held from the request until spoiled batches are skipped, the learning rate is cut and later checkpoints are
 superseded.
@@ -24,7 +24,7 @@ from tolaria.lane import messages
 from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.protocol import Ending, Rollback
 from tolaria.run.checkpointing import Checkpointing
-from tolaria.run.health import Health, RateCut, Retreat
+from tolaria.run.health import Health, Retreat
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
 from tolaria.run.run_state import Lifecycle
@@ -160,8 +160,7 @@ class Recovery:
         Raises:
             WrongStateError: another rollback is under way, or the run has ended.
         """
-        if self._lifecycle.ended:
-            raise WrongStateError("the run has ended: there is nothing that could go back")
+        self._lifecycle.require_not_ended("there is nothing that could go back")
         if self._current is not None:
             raise WrongStateError("another rollback is running")
         if rollback.target_step is None:
@@ -178,8 +177,7 @@ class Recovery:
 
         Raises:
             RestoreUnprovenError: the live state was overwritten and is not what was captured; the run is halted.
-            WrongStateError: another rollback is under way, or the run has ended.
-            TolariaError: nothing was restored; the live state is unchanged.
+            TolariaError: nothing was restored; the live state is unchanged. WrongStateError as by `begin`.
         """
         self.begin(rollback)
         await self._over.wait()
@@ -194,13 +192,20 @@ class Recovery:
         # A checkpoint serves as well where memory has no snapshot.
         tier = ROLLBACK_TIER_UNSPECIFIED if verdict.tier == ROLLBACK_TIER_FAST else verdict.tier
         rollback = Rollback(tier, before_step, verdict.reason, _JUDGE)
-        rollback.lr_cut = _adjustment(verdict.cut, rollback.rollback_id)
+        rollback.lr_cut = Adjustment(
+            group=None,
+            factor=verdict.cut.factor,
+            value=None,
+            expires_after_steps=verdict.cut.steps,
+            origin=_ROLLBACK,
+            request_id=rollback.rollback_id,
+            reason="training went wrong at the previous learning rate",
+        )
         self.begin(rollback)
 
     def on_step(self, step: messages.StepDone) -> None:
         """Takes a healthy step: the first one that is not skipped ends the recovery from a rollback."""
-        rollback = self._recovering
-        if rollback is not None and not step.skipped:
+        if (rollback := self._recovering) is not None and not step.skipped:
             self._recovering = None
             duration_s = step.finished_at_s - rollback.began_s  # both monotonic; events arrive a little later
             self._observers.on_rollback_recovered(rollback, duration_s, step.global_step)
@@ -237,20 +242,17 @@ class Recovery:
         if self._lane.held_for_others(_ROLLBACK):
             self._stop_awaiting_step()
         if spoiled := self._health.end_retreat():
-            await self._skip(spoiled, rollback.rollback_id)
+            done = await self._call(messages.SkipBatches(spoiled))
+            if done is not None and isinstance(done.result, messages.BatchesSkipped):
+                self._log.warning(
+                    "batches_left_out",
+                    rollback_id=rollback.rollback_id,
+                    epochs_and_places=sorted(spoiled)[:_BATCHES_LOGGED_MAX],
+                    count=len(spoiled),
+                    count_in_all=done.result.count,
+                )
         if rollback.lr_cut is not None:
             await self._call(messages.ChangeOptimizer(rollback.lr_cut, {}, None))
-
-    async def _skip(self, spoiled: tuple[tuple[int, int], ...], rollback_id: str) -> None:
-        done = await self._call(messages.SkipBatches(spoiled))
-        if done is not None and isinstance(done.result, messages.BatchesSkipped):
-            self._log.warning(
-                "batches_left_out",
-                rollback_id=rollback_id,
-                epochs_and_places=sorted(spoiled)[:_BATCHES_LOGGED_MAX],
-                count=len(spoiled),
-                count_in_all=done.result.count,
-            )
 
     def _stop_awaiting_step(self) -> None:
         """No step follows soon: the last rollback took until its state was restored."""
@@ -268,15 +270,3 @@ class Recovery:
             error = str(failure)
         self._log.error("after_rollback_failed", command=type(command).__name__, error=error)
         return None
-
-
-def _adjustment(cut: RateCut, rollback_id: str) -> Adjustment:
-    return Adjustment(
-        group=None,
-        factor=cut.factor,
-        value=None,
-        expires_after_steps=cut.steps,
-        origin=_ROLLBACK,
-        request_id=rollback_id,
-        reason="training went wrong at the previous learning rate",
-    )

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
@@ -39,10 +39,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PreparedState:
-    """A run and its storage.
-
-    `resumed` means that it has checkpoints of an earlier process. `notes` are sentences for the log.
-    """
+    """A run and its storage. `resumed`: it has checkpoints of an earlier process. `notes` are for the log."""
 
     directory: Path
     storage: Storage
@@ -75,8 +72,7 @@ def prepare_state(settings: Settings, *, files: Filesystem | None = None) -> Ite
         with _naming_setting(directory):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.enter_context(_locked(directory))
-            retention = retention_of(settings.checkpoint)
-            storage = open_storage(directory, run_id="", retention=retention, files=files)
+            storage = open_storage(directory, run_id="", retention=retention_of(settings.checkpoint), files=files)
             stack.callback(storage.journal.close)
             prepared = _choose_run(settings, directory, storage)
         yield prepared
@@ -103,23 +99,14 @@ def load_resume_point(prepared: PreparedState) -> ResumePoint:
                 raise
             return ResumePoint(_replace_lost_run(prepared, str(error)), None)
         for damage in loaded.damaged:
-            _log.error(
-                "checkpoint_not_loaded",
-                checkpoint_id=damage.checkpoint_id,
-                stage=damage.stage,
-                reason=damage.reason,
-                quarantined=damage.quarantined,
-            )
+            _log.error("checkpoint_not_loaded", **asdict(damage))
         journal = prepared.storage.journal
         journal.put(replace(run_row(journal, prepared.run_id), resumed_from=loaded.row.checkpoint_id))
     return ResumePoint(prepared, loaded)
 
 
 def end_run(prepared: PreparedState, outcome: RunOutcome) -> None:
-    """Records how the run left this process. A failure of the journal is logged only.
-
-    The next start then treats the run as one that was killed and resumes it: at worst it ends once more.
-    """
+    """Records how the run left this process. If the journal fails, the next start resumes the run as a killed one."""
     journal = prepared.storage.journal
     try:
         journal.put(replace(run_row(journal, prepared.run_id), outcome=outcome, ended_at_ns=time.time_ns()))
@@ -194,13 +181,7 @@ def _choose_run(settings: Settings, directory: Path, storage: Storage) -> Prepar
         left = f"ended as {resumed.outcome}" if resumed.outcome else "was killed"
         notes.append(f"the run {row.run_id} is resumed; its last process {left}")
     journal.put(row)
-    return PreparedState(
-        directory=directory,
-        storage=storage.for_run(row.run_id),
-        run_id=row.run_id,
-        resumed=resumed is not None,
-        notes=tuple(notes),
-    )
+    return PreparedState(directory, storage.for_run(row.run_id), row.run_id, resumed is not None, tuple(notes))
 
 
 def _replace_lost_run(prepared: PreparedState, reason: str) -> PreparedState:
@@ -212,13 +193,8 @@ def _replace_lost_run(prepared: PreparedState, reason: str) -> PreparedState:
     row = _new_run(journal, lost.job)
     journal.put(row)
     _log.critical("run_lost", run_id=lost.run_id, new_run_id=row.run_id, detail=reason)
-    return replace(
-        prepared,
-        storage=prepared.storage.for_run(row.run_id),
-        run_id=row.run_id,
-        resumed=False,
-        notes=(*prepared.notes, f"the run {lost.run_id} is lost: {reason}; the new run {row.run_id} begins"),
-    )
+    notes = (*prepared.notes, f"the run {lost.run_id} is lost: {reason}; the new run {row.run_id} begins")
+    return PreparedState(prepared.directory, prepared.storage.for_run(row.run_id), row.run_id, False, notes)
 
 
 def _new_run(journal: Journal, job: str) -> RunRow:

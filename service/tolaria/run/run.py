@@ -53,9 +53,9 @@ class RunParts:
 
 
 class TrainingRun:
-    """One run. `run` is its task; everything else answers operators and peers while it goes on.
+    """One run: `run` is its task; the rest answers operators meanwhile. Used on the event loop only.
 
-    Used on the event loop only. `recovery`, `checkpointing` and the consultations are served in separate tasks.
+    `recovery`, `checkpointing` and the consultations are served in separate tasks.
     """
 
     def __init__(self, parts: RunParts, settings: Settings, ready: messages.LaneReady) -> None:
@@ -72,8 +72,7 @@ class TrainingRun:
         """How the run leaves this process, once it has ended."""
         self._status.ready(ready)
         self._observers.on_ready(ready)
-        self._observers.on_learning_rates(self._status.learning_rates)
-        self._observers.on_seeds(self._status.seeds)
+        self._show_seeds_and_rates()
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -154,9 +153,7 @@ class TrainingRun:
 
     async def _end_lane(self) -> None:
         self._lane.stop()
-        while self._lane.ended is None:
-            self._epoch_over = anyio.Event()
-            await self._epoch_over.wait()
+        await self._status.feed.until(lambda: self._lane.ended is not None)
         self._raise_if_lane_failed()
 
     async def _rollback_over(self) -> None:
@@ -169,18 +166,19 @@ class TrainingRun:
             self._log.error("training_failed", error=str(ended.failure), exception=ended.failure.traceback)
             raise LaneFailedError(str(ended.failure))
 
-    async def _last_checkpoint(self, reason: str) -> None:
-        """Writes a last checkpoint, where any are written, within a bound. Waits for a rollback that is under way."""
-        if not self._keeps_checkpoints:
+    async def _last_checkpoint(self, reason: str, *, hold: bool = False) -> None:
+        """Writes a last checkpoint, where any are written, within a bound. Waits for a rollback that is under way.
+
+        With `hold` the lane is held from now on: the captured state is the last one of this process.
+        """
+        if not (self._settings.checkpoint.every_epochs or self._settings.checkpoint.every_steps):
             return
+        if hold:
+            self._lane.hold("exit")
         with anyio.move_on_after(_LAST_CHECKPOINT_S), suppress(TolariaError):  # counted and logged by checkpointing
             await self._rollback_over()
             if not self._parts.recovery.unproven:
                 await self._parts.checkpointing.create(reason)
-
-    @property
-    def _keeps_checkpoints(self) -> bool:
-        return bool(self._settings.checkpoint.every_epochs or self._settings.checkpoint.every_steps)
 
     # -- events of the lane, in its order ----------------------------------------------------------------------------
 
@@ -240,10 +238,8 @@ class TrainingRun:
     def _on_epoch(self, epoch: messages.EpochDone) -> None:
         self._status.epoch_done(epoch)
         self._observers.on_epoch(epoch, show_layers=not self._parts.safety.safeguards.mode.on)
-        self._observers.on_seeds(self._status.seeds)
-        self._observers.on_learning_rates(self._status.learning_rates)
-        self._epoch_done = epoch
-        self._next_epoch = epoch.epoch + 1
+        self._show_seeds_and_rates()
+        self._epoch_done, self._next_epoch = epoch, epoch.epoch + 1
         self._epoch_over.set()
 
     def _on_seeds(self, change: messages.SeedsChanged) -> None:
@@ -271,7 +267,11 @@ class TrainingRun:
                 self._status.refusals = change.refusals
                 self._on_seeds(change)
             case messages.OptimizerChanged() as change:
-                self._on_optimizer_changed(command, change)
+                if isinstance(command, messages.ChangeOptimizer) and command.adjustment is not None:
+                    self._status.learning_rates.update(change.after)
+                    self._status.adjustments = change.adjustments
+                    self._observers.on_learning_rates(self._status.learning_rates)
+                    self._observers.on_adjusted(command.adjustment, change)
             case messages.Restored() as restored:
                 self._rewind(restored)
             case messages.ImageCaptured() as captured:
@@ -289,19 +289,15 @@ class TrainingRun:
             case _:
                 assert_never(event.result)
 
-    def _on_optimizer_changed(self, command: object, change: messages.OptimizerChanged) -> None:
-        if not (isinstance(command, messages.ChangeOptimizer) and command.adjustment is not None):
-            return
-        self._status.learning_rates.update(change.after)
-        self._status.adjustments = change.adjustments
-        self._observers.on_learning_rates(self._status.learning_rates)
-        self._observers.on_adjusted(command.adjustment, change)
-
     def _on_lane_ended(self, event: messages.LaneEnded) -> None:
         self._lane.mark_ended(event)
         self._parts.profiles.close()
         self._epoch_over.set()
         self._lifecycle.changed()
+
+    def _show_seeds_and_rates(self) -> None:
+        self._observers.on_seeds(self._status.seeds)
+        self._observers.on_learning_rates(self._status.learning_rates)
 
     def _rewind(self, restored: messages.Restored) -> None:
         """Goes back with the lane."""
@@ -309,8 +305,7 @@ class TrainingRun:
         parts.health.forgive_skipped_steps()
         self._status.rewind(restored)
         self._observers.on_rewind(restored)
-        self._observers.on_seeds(self._status.seeds)
-        self._observers.on_learning_rates(self._status.learning_rates)
+        self._show_seeds_and_rates()
         parts.safety.safeguards.rolled_back()
         parts.checkpointing.on_step(restored.position.global_step)
         self._next_epoch = restored.progress.number + restored.progress.over
@@ -330,11 +325,6 @@ class TrainingRun:
 
     # -- operators ---------------------------------------------------------------------------------------------------
 
-    @property
-    def global_step(self) -> int:
-        """Steps done, as far as reported."""
-        return self._status.global_step
-
     def status(self) -> GetStatusResponse:
         """Returns the run's part of GetStatus."""
         streak = self._parts.health.averages.skipped_streak
@@ -351,11 +341,7 @@ class TrainingRun:
         )
 
     def resume(self, reason: str) -> None:
-        """Resumes a held run.
-
-        Raises:
-            WrongStateError: the run has ended or is ending, or an emergency halts it.
-        """
+        """Resumes a held run. Raises WrongStateError when the run has ended or is ending, or an emergency halts it."""
         if self._parts.safety.halting:
             raise WrongStateError("an emergency halts the run: clear it first")
         self._lifecycle.resume(reason)
@@ -371,15 +357,13 @@ class TrainingRun:
         return (await self._lane.call(messages.ChangeOptimizer(adjustment, {}, None))).global_step
 
     async def roll_back(self, rollback: Rollback) -> Rollback:
-        """Rolls back, as `Recovery.roll_back` does. Raises WrongStateError when the run has ended."""
-        self._lifecycle.require_not_ended("there is nothing that could go back")
+        """Rolls back, as `Recovery.roll_back` does."""
         return await self._parts.recovery.roll_back(rollback)
 
     async def checkpoint(self, reason: str) -> CheckpointRow:
         """Writes a checkpoint, as `Checkpointing.create` does.
 
-        Raises:
-            WrongStateError: the run has ended, or its live state is not what a rollback should have restored.
+        Raises WrongStateError when the run has ended, or its live state is not what a rollback should have restored.
         """
         self._lifecycle.require_not_ended("its last checkpoint is what is left")
         if self._parts.recovery.unproven:
@@ -392,18 +376,12 @@ class TrainingRun:
         return await self._parts.profiles.capture(active_steps)
 
     async def stop(self, reason: str) -> None:
-        """Finishes the step and ends the run, even if this call is cancelled; returns when it has ended.
-
-        Raises:
-            WrongStateError: the run had ended before.
-        """
+        """Finishes the step and ends the run, even if cancelled. Raises WrongStateError if the run had ended before."""
         after(self._status.state, RunEvent.FINISHED)
         self.ending = "stopped"
         self._status.state_reason = f"stopped: {reason}"
         try:
-            if self._keeps_checkpoints:
-                self._lifecycle.hold_for_exit()
-                await self._last_checkpoint(f"stopped: {reason}")
+            await self._last_checkpoint(f"stopped: {reason}", hold=True)
         finally:
             self._stop_lane()
         await self._status.feed.until(lambda: self._lifecycle.ended)
@@ -411,10 +389,9 @@ class TrainingRun:
     async def drain(self, checkpoint_s: float) -> None:
         """Ends the run with its process, after a last checkpoint if that takes no longer than `checkpoint_s`."""
         try:
-            if self._keeps_checkpoints and not self._lifecycle.ended:
-                self._lifecycle.hold_for_exit()
+            if not self._lifecycle.ended:
                 with anyio.move_on_after(checkpoint_s):
-                    await self._last_checkpoint("the service is stopping")
+                    await self._last_checkpoint("the service is stopping", hold=True)
         finally:
             reason = self._status.state_reason if self._lifecycle.ended else "the service is stopping"
             self._lifecycle.enter(RunEvent.DRAINING, reason)

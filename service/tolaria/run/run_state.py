@@ -16,8 +16,6 @@ from tolaria.run.status import RunStatus, state_name
 RUN: Final = "run"
 """Holder of the lane while the run is paused or halted."""
 
-_EXIT: Final = "exit"
-
 
 class RunEvent(Enum):
     """Events of a run."""
@@ -31,48 +29,27 @@ class RunEvent(Enum):
     DRAINING = auto()
 
 
-_STARTING, _RUNNING, _PAUSED, _HALTED = (
-    admin.RUN_STATE_STARTING,
-    admin.RUN_STATE_RUNNING,
-    admin.RUN_STATE_PAUSED,
-    admin.RUN_STATE_HALTED,
-)
-_DRAINING, _FINISHED, _FAILED = admin.RUN_STATE_DRAINING, admin.RUN_STATE_FINISHED, admin.RUN_STATE_FAILED
+_STARTING, _RUNNING, _PAUSED = admin.RUN_STATE_STARTING, admin.RUN_STATE_RUNNING, admin.RUN_STATE_PAUSED
+_HALTED, _DRAINING = admin.RUN_STATE_HALTED, admin.RUN_STATE_DRAINING
+_FINISHED, _FAILED = admin.RUN_STATE_FINISHED, admin.RUN_STATE_FAILED
 
-TRANSITIONS: Final[Mapping[tuple[admin.RunState.ValueType, RunEvent], admin.RunState.ValueType]] = {
-    (_STARTING, RunEvent.STARTED): _RUNNING,
-    (_STARTING, RunEvent.PAUSED): _PAUSED,
-    (_STARTING, RunEvent.HALTED): _HALTED,
-    (_STARTING, RunEvent.FAILED): _FAILED,
-    (_STARTING, RunEvent.DRAINING): _DRAINING,
+_AFTER: Final[Mapping[admin.RunState.ValueType, tuple[admin.RunState.ValueType | None, ...]]] = {
+    # STARTED, PAUSED, HALTED, RESUMED, FINISHED, FAILED, DRAINING; None where the event is not allowed
+    _STARTING: (_RUNNING, _PAUSED, _HALTED, None, None, _FAILED, _DRAINING),
     # A run that was resumed as halted may be cleared before it has started.
-    (_RUNNING, RunEvent.STARTED): _RUNNING,
-    (_RUNNING, RunEvent.PAUSED): _PAUSED,
-    (_RUNNING, RunEvent.HALTED): _HALTED,
-    (_RUNNING, RunEvent.RESUMED): _RUNNING,
-    (_RUNNING, RunEvent.FINISHED): _FINISHED,
-    (_RUNNING, RunEvent.FAILED): _FAILED,
-    (_RUNNING, RunEvent.DRAINING): _DRAINING,
-    (_PAUSED, RunEvent.STARTED): _PAUSED,
-    (_PAUSED, RunEvent.PAUSED): _PAUSED,
-    (_PAUSED, RunEvent.HALTED): _HALTED,
-    (_PAUSED, RunEvent.RESUMED): _RUNNING,
-    (_PAUSED, RunEvent.FINISHED): _FINISHED,
-    (_PAUSED, RunEvent.FAILED): _FAILED,
-    (_PAUSED, RunEvent.DRAINING): _DRAINING,
-    (_HALTED, RunEvent.STARTED): _HALTED,
-    (_HALTED, RunEvent.PAUSED): _HALTED,
-    (_HALTED, RunEvent.HALTED): _HALTED,
-    # Allowed only after the emergency has been cleared, which TrainingRun.resume checks.
-    (_HALTED, RunEvent.RESUMED): _RUNNING,
-    (_HALTED, RunEvent.FINISHED): _FINISHED,
-    (_HALTED, RunEvent.FAILED): _FAILED,
-    (_HALTED, RunEvent.DRAINING): _DRAINING,
-    (_DRAINING, RunEvent.DRAINING): _DRAINING,
-    (_DRAINING, RunEvent.FINISHED): _FINISHED,
-    (_DRAINING, RunEvent.FAILED): _FAILED,
-    (_FINISHED, RunEvent.DRAINING): _FINISHED,
-    (_FAILED, RunEvent.DRAINING): _FAILED,
+    _RUNNING: (_RUNNING, _PAUSED, _HALTED, _RUNNING, _FINISHED, _FAILED, _DRAINING),
+    _PAUSED: (_PAUSED, _PAUSED, _HALTED, _RUNNING, _FINISHED, _FAILED, _DRAINING),
+    # RESUMED only after the emergency has been cleared, which TrainingRun.resume checks.
+    _HALTED: (_HALTED, _HALTED, _HALTED, _RUNNING, _FINISHED, _FAILED, _DRAINING),
+    _DRAINING: (None, None, None, None, _FINISHED, _FAILED, _DRAINING),
+    _FINISHED: (None, None, None, None, None, None, _FINISHED),
+    _FAILED: (None, None, None, None, None, None, _FAILED),
+}
+TRANSITIONS: Final[Mapping[tuple[admin.RunState.ValueType, RunEvent], admin.RunState.ValueType]] = {
+    (state, event): following
+    for state, row in _AFTER.items()
+    for event, following in zip(RunEvent, row, strict=True)
+    if following is not None
 }
 
 
@@ -85,10 +62,7 @@ def after(state: admin.RunState.ValueType, event: RunEvent) -> admin.RunState.Va
 
 
 class Lifecycle:
-    """Changes the state of a run, and holds the lane while the run is paused or halted.
-
-    Used on the event loop only.
-    """
+    """Changes the state of a run, and holds the lane while it is paused or halted. Used on the event loop only."""
 
     def __init__(self, lane: LaneClient, status: RunStatus, health: Health, observers: RunObserver) -> None:
         self._lane = lane
@@ -99,17 +73,17 @@ class Lifecycle:
     @property
     def ended(self) -> bool:
         """Whether the run has ended, or is ending with its process."""
-        return self._status.state in {admin.RUN_STATE_FINISHED, admin.RUN_STATE_FAILED, admin.RUN_STATE_DRAINING}
+        return self._status.state in {_FINISHED, _FAILED, _DRAINING}
 
     @property
     def paused(self) -> bool:
         """Whether the run is held by less than an emergency."""
-        return self._status.state == admin.RUN_STATE_PAUSED
+        return self._status.state == _PAUSED
 
     @property
     def training(self) -> bool:
         """Whether the run is neither held nor ended."""
-        return self._status.state in {admin.RUN_STATE_STARTING, admin.RUN_STATE_RUNNING}
+        return self._status.state in {_STARTING, _RUNNING}
 
     @property
     def frozen(self) -> bool:
@@ -158,12 +132,7 @@ class Lifecycle:
         if self.paused and self._status.state_reason == reason:
             self.resume(f"recovered from: {reason}")
 
-    def hold_for_exit(self) -> None:
-        """Holds the lane for good: the state that is captured next is the last one of this process."""
-        self._lane.hold(_EXIT)
-
     def _hold(self, reason: str, event: RunEvent) -> None:
-        if self._status.state == admin.RUN_STATE_HALTED:
-            return
-        self.enter(event, reason)
-        self._lane.hold(RUN)
+        if self._status.state != _HALTED:
+            self.enter(event, reason)
+            self._lane.hold(RUN)

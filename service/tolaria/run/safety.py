@@ -75,8 +75,7 @@ class Safeguards:
     def add_to(self, status: GetStatusResponse) -> None:
         """Adds reasons and breakers to a status; a breaker that is not closed makes a healthy run degraded."""
         status.conservative_reasons.extend(self.mode.reasons)
-        for name, breaker in self.breakers.items():
-            status.breakers[name] = breaker.state
+        status.breakers.update({name: breaker.state for name, breaker in self.breakers.items()})
         not_closed = [name for name, state in status.breakers.items() if state != enums.CIRCUIT_STATE_CLOSED]
         if status.health.status == enums.HEALTH_STATUS_HEALTHY and (not_closed or self.mode.on):
             status.health.status = enums.HEALTH_STATUS_DEGRADED
@@ -106,7 +105,7 @@ class Safeguards:
         self.mode.enter(epoch_failed(cause))
 
     def rolled_back(self) -> None:
-        """Forgives what was wrong with steps that are undone: rollbacks have a budget of their own."""
+        """Forgives what was wrong with steps that are undone: automatic rollbacks have another limit."""
         self._causes -= {NON_FINITE, EXPLOSION}
 
     def epoch_over(self, *, breach: bool) -> bool:
@@ -141,12 +140,9 @@ class Safeguards:
 
     def _count(self, name: str, *, healthy: bool) -> None:
         breaker = self.breakers[name]
-        if not breaker.allows():
-            return  # open, and not cooled down yet
-        if healthy:
-            breaker.succeeded()
-        else:
-            breaker.failed()
+        if breaker.allows():  # else it is open, and has not cooled down yet
+            record = breaker.succeeded if healthy else breaker.failed
+            record()
 
     def _breaker_changed(self, name: str, state: enums.CircuitBreakerState.ValueType) -> None:
         self._observers.on_breaker(name, state)
@@ -223,10 +219,7 @@ class Safety:
             self.controller.acknowledge()
 
     def check_breakers(self) -> None:
-        """Raises the emergency of every breaker that has opened.
-
-        Of a disk that takes no checkpoints only the event and `/readyz` tell.
-        """
+        """Raises the emergency of every breaker that has opened; a full disk shows in the event and `/readyz` only."""
         for name in self.safeguards.take_opened():
             if name != CHECKPOINT:
                 self.controller.trigger(emergency.Trigger.BREAKER_OPEN, name)
@@ -270,19 +263,19 @@ class Safety:
 
         Reasons whose cause persists stay: open breakers, an active emergency.
         """
+        mode = self.safeguards.mode
         if enabled:
-            self.safeguards.mode.force_on()
+            mode.force_on()
         else:
-            self.safeguards.mode.force_off()
-        return self.safeguards.mode.reasons
+            mode.force_off()
+        return mode.reasons
 
     async def raise_emergency(
         self, level: enums.EmergencyLevel.ValueType, reason: str, status: RunStatus
     ) -> emergency.EmergencyState:
         """Raises a level and waits for the acknowledgements, or until a little past the level's deadline.
 
-        Raises:
-            UnknownLevelError: there is no such level; nothing has changed.
+        Raises UnknownLevelError when there is no such level.
         """
         controller = self.controller
         controller.escalate(level, reason, _OPERATOR)
@@ -291,11 +284,7 @@ class Safety:
         return controller.state
 
     def clear_emergency(self, reason: str) -> None:
-        """Clears the emergency; a halted run stays halted until it is resumed.
-
-        Raises:
-            IllegalEmergencyEventError: there is none.
-        """
+        """Clears the emergency; a halted run stays halted until resumed. Raises IllegalEmergencyEventError if calm."""
         self.controller.clear(reason, _OPERATOR, by=emergency.Clearer.OPERATOR)
 
     # -- responses ---------------------------------------------------------------------------------------------------

@@ -35,10 +35,7 @@ FAILURES: Final[tuple[tuple[type[errors.TolariaError], tuple[str, str]], ...]] =
 
 
 class SafetyTelemetry(RunObserver):
-    """Writes the metrics, events and log lines of everything that guards a run.
-
-    `degraded` means that waiting on the signal board polls, because the platform has no futex.
-    """
+    """Writes the telemetry of what guards a run. `degraded`: waiting on the signal board polls, for lack of a futex."""
 
     def __init__(self, metrics: Metrics, emitter: Emitter, breakers: tuple[str, ...], *, degraded: bool) -> None:
         self._metrics = metrics
@@ -118,17 +115,13 @@ class SafetyTelemetry(RunObserver):
     def _escalated(self, report: emergency.Escalated) -> None:
         state = report.state
         self._level(state.level)
-        self._emitter.emit(
-            events.EMERGENCY_ESCALATED,
-            emergency_level=level_name(state.level),
-            reason=state.reason,
-            origin=state.origin,
-        )
+        level, reason, origin = level_name(state.level), state.reason, state.origin
+        self._emitter.emit(events.EMERGENCY_ESCALATED, emergency_level=level, reason=reason, origin=origin)
         if state.level == enums.EMERGENCY_LEVEL_HALT:
             self._metrics.emergency_halts_total.inc()
-            self._emitter.emit(events.EMERGENCY_HALT, reason=state.reason, origin=state.origin)
-        if state.origin == SENTINEL:
-            self._emitter.emit(events.HEARTBEAT_LOST, reason=state.reason)
+            self._emitter.emit(events.EMERGENCY_HALT, reason=reason, origin=origin)
+        if origin == SENTINEL:
+            self._emitter.emit(events.HEARTBEAT_LOST, reason=reason)
         if report.board_error:
             self._log.error("signal_board_not_written", error=report.board_error)
 
@@ -145,12 +138,10 @@ class SafetyTelemetry(RunObserver):
         )
 
     def _broadcast_done(self, report: emergency.Broadcast) -> None:
-        metrics = self._metrics
+        metrics, reason = self._metrics, report.notice.signal.reason
         if report.error:
             metrics.emergency_broadcast_failures_total.inc()
-            self._emitter.emit(
-                events.EMERGENCY_BROADCAST_FAILED, reason=report.notice.signal.reason, detail=report.error
-            )
+            self._emitter.emit(events.EMERGENCY_BROADCAST_FAILED, reason=reason, detail=report.error)
             return
         metrics.emergency_broadcasts_total.inc()
         metrics.emergency_bypass_applied_total.inc()
@@ -174,15 +165,12 @@ class SafetyTelemetry(RunObserver):
         self._log.warning("no_fast_rollback", reason=reason)
 
     def on_rollback_started(self, rollback: Rollback) -> None:
-        self._log.warning(
-            "rolling_back", rollback_id=rollback.rollback_id, origin=rollback.origin, reason=rollback.reason
-        )
+        rollback_id, origin = rollback.rollback_id, rollback.origin
+        self._log.warning("rolling_back", rollback_id=rollback_id, origin=origin, reason=rollback.reason)
 
     def on_rollback_ended(self, rollback: Rollback) -> None:
-        if rollback.unrecorded is not None:
-            self._log.error(
-                "rollback_not_in_the_journal", rollback_id=rollback.rollback_id, error=str(rollback.unrecorded)
-            )
+        if (error := rollback.unrecorded) is not None:
+            self._log.error("rollback_not_in_the_journal", rollback_id=rollback.rollback_id, error=str(error))
         if rollback.ending is Ending.RESTORED:
             self._metrics.rollback_restore_latency_ms.set(rollback.restore_ms)
             self._emitter.emit(
@@ -198,26 +186,17 @@ class SafetyTelemetry(RunObserver):
             self._rollback_failed(rollback)
 
     def _rollback_failed(self, rollback: Rollback) -> None:
-        metrics, tier = self._metrics, tier_name(rollback.tier)
-        ending = rollback.ending or Ending.FAILED
+        metrics, rollback_id, tier = self._metrics, rollback.rollback_id, tier_name(rollback.tier)
+        ending, latency_ms = rollback.ending or Ending.FAILED, rollback.latency_ms
         stage, cause = failure_labels(rollback)
         metrics.rollback_failures_total.labels(stage, cause).inc()
-        self.on_rollback_duration(rollback.tier, ending.value, rollback.latency_ms / 1000)
+        self.on_rollback_duration(rollback.tier, ending.value, latency_ms / 1000)
         if ending is Ending.DEADLINE_EXCEEDED:
             metrics.rollback_deadline_exceeded_total.inc()
             self._emitter.emit(
-                events.ROLLBACK_DEADLINE_EXCEEDED,
-                rollback_id=rollback.rollback_id,
-                tier=tier,
-                latency_ms=rollback.latency_ms,
+                events.ROLLBACK_DEADLINE_EXCEEDED, rollback_id=rollback_id, tier=tier, latency_ms=latency_ms
             )
-        self._emitter.emit(
-            events.ROLLBACK_RESTORE_FAILED,
-            rollback_id=rollback.rollback_id,
-            tier=tier,
-            stage=stage,
-            reason=str(rollback.error or ending.value),
-        )
+        self._restore_failed(rollback_id, tier, stage, str(rollback.error or ending.value))
 
     def on_rollback_duration(self, tier: enums.RollbackTier.ValueType, outcome: str, duration_s: float) -> None:
         self._metrics.rollback_duration_seconds.labels(tier_name(tier), outcome).observe(duration_s)
@@ -227,12 +206,12 @@ class SafetyTelemetry(RunObserver):
         self._log.info("training_again", step=step, after_ms=round(duration_s * 1000, 3))
 
     def on_checkpoint_damaged(self, rollback_id: str, damage: Damage) -> None:
+        reason = f"checkpoint {damage.checkpoint_id}: {damage.reason}"
+        self._restore_failed(rollback_id, "full", damage.stage, reason)
+
+    def _restore_failed(self, rollback_id: str, tier: str, stage: str, reason: str) -> None:
         self._emitter.emit(
-            events.ROLLBACK_RESTORE_FAILED,
-            rollback_id=rollback_id,
-            tier="full",
-            stage=damage.stage,
-            reason=f"checkpoint {damage.checkpoint_id}: {damage.reason}",
+            events.ROLLBACK_RESTORE_FAILED, rollback_id=rollback_id, tier=tier, stage=stage, reason=reason
         )
 
     def on_checkpoint_written(self, row: CheckpointRow, duration_s: float) -> None:

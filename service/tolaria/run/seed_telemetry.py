@@ -15,7 +15,7 @@ from tolaria.run.observers import RunObserver
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
-from tolaria.values.gradients import Alarm, AlarmKind, SeedMetrics, SeedMetricSet, alarms
+from tolaria.values.gradients import AlarmKind, SeedMetrics, SeedMetricSet, alarms
 from tolaria.values.optimization import Adjustment, RebuildOutcome, RebuildResult
 
 _STAGES = [name.removeprefix("SEED_STAGE_").lower() for name in SeedLifecycleStage.keys()[1:]]
@@ -25,8 +25,7 @@ class SeedTelemetry(RunObserver):
     """Writes the metrics, events and log lines of seeds, gradients and learning rates."""
 
     def __init__(self, settings: GradientsSettings, metrics: Metrics, emitter: Emitter) -> None:
-        self._compact = settings.compact
-        self._thresholds = settings
+        self._settings = settings
         self._metrics = metrics
         self._emitter = emitter
         self._log = structlog.get_logger()
@@ -118,12 +117,17 @@ class SeedTelemetry(RunObserver):
             metrics.seed_layer_norm.labels(source.seed_id, layer).set(norm)
 
     def _emit(self, epoch: int, gathered: SeedMetricSet) -> None:
-        for alarm in alarms(gathered, self._thresholds):
+        for alarm in alarms(gathered, self._settings):
+            value, threshold, seed_id = alarm.value, alarm.threshold, alarm.seed_id
             if alarm.kind is AlarmKind.CONFLICT:
-                self._emitter.emit(events.GRAD_CONFLICT_HIGH, epoch=epoch, ratio=alarm.value, threshold=alarm.threshold)
-            elif not self._compact:
-                self._emit_seed_alarm(alarm)
-        for seed in gathered.seeds if self._compact else ():
+                self._emitter.emit(events.GRAD_CONFLICT_HIGH, epoch=epoch, ratio=value, threshold=threshold)
+            elif self._settings.compact:
+                pass  # SEED_HEALTH has the figures of all seeds
+            elif alarm.kind is AlarmKind.SEED_CONFLICT:
+                self._emitter.emit(events.SEED_CONFLICT_HIGH, seed_id=seed_id, ratio=value, threshold=threshold)
+            else:
+                self._emitter.emit(events.SEED_SHARE_JUMP, seed_id=seed_id, delta=value, threshold=threshold)
+        for seed in gathered.seeds if self._settings.compact else ():
             self._emitter.emit(
                 events.SEED_HEALTH,
                 seed_id=seed.seed_id,
@@ -132,16 +136,6 @@ class SeedTelemetry(RunObserver):
                 conflict_ratio=seed.conflict_ratio,
                 alpha=seed.alpha,
                 norm=seed.norm,
-            )
-
-    def _emit_seed_alarm(self, alarm: Alarm) -> None:
-        if alarm.kind is AlarmKind.SEED_CONFLICT:
-            self._emitter.emit(
-                events.SEED_CONFLICT_HIGH, seed_id=alarm.seed_id, ratio=alarm.value, threshold=alarm.threshold
-            )
-        else:
-            self._emitter.emit(
-                events.SEED_SHARE_JUMP, seed_id=alarm.seed_id, delta=alarm.value, threshold=alarm.threshold
             )
 
     def _rebuild(self, global_step: int, rebuild: RebuildResult) -> None:

@@ -12,8 +12,8 @@ from typing import Final
 import anyio
 
 from leyline.v1 import admin_service_pb2 as admin
+from leyline.v1 import enums_pb2 as enums
 from leyline.v1.commands_pb2 import AdaptationCommand
-from leyline.v1.enums_pb2 import HEALTH_STATUS_DEGRADED, HEALTH_STATUS_HEALTHY, HEALTH_STATUS_UNHEALTHY
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.telemetry_pb2 import SystemHealth
@@ -22,7 +22,6 @@ from tolaria.images.image import SnapshotInfo
 from tolaria.lane.messages import EpochDone, LaneReady, Restored, StepDone
 from tolaria.run.health import Averages
 from tolaria.values.optimization import ActiveAdjustment
-from tolaria.values.training import EpochProgress
 
 PACKET_VERSION: Final = 1
 _BOUNDARIES_KEPT: Final = 1024
@@ -148,9 +147,7 @@ class RunStatus:
         """Takes over what the lane has built."""
         self.steps_per_epoch = ready.steps_per_epoch
         self.fast_paths = dict(ready.fast_paths)
-        self.learning_rates, self.adjustments = dict(ready.learning_rates), ready.adjustments
-        self.grafted = list(ready.seeds)
-        self._go_to(ready.progress, ready.position.global_step)
+        self.rewind(ready)
 
     def begin_epoch(self, epoch: int) -> None:
         """Starts the sums of `epoch`."""
@@ -166,28 +163,26 @@ class RunStatus:
         """Takes over the figures of an epoch."""
         self.last_epoch = epoch
         self.training_loss = epoch.training_loss
-        self.grafted = list(epoch.seeds)
-        self.learning_rates, self.adjustments = dict(epoch.learning_rates), epoch.adjustments
+        self._take_over(epoch)
         if epoch.gradients is not None:
             self.conflict_ratio = epoch.gradients.conflict_ratio
 
-    def rewind(self, restored: Restored) -> None:
-        """Goes back to a restored state."""
-        self._go_to(restored.progress, restored.position.global_step)
-        self.grafted = list(restored.seeds)
-        self.learning_rates, self.adjustments = dict(restored.learning_rates), restored.adjustments
+    def rewind(self, to: LaneReady | Restored) -> None:
+        """Goes to the state in which the lane was built, or which it has restored."""
+        progress = to.progress
+        self.global_step = to.position.global_step
+        self.epoch = progress.number
+        self.sums = EpochSums(progress.steps, progress.skipped_steps, progress.samples, progress.loss_sum)
+        self._take_over(to)
 
     def boundary(self, held_up_ms: float, *, breach: bool) -> None:
         """Counts an epoch boundary that held training up for `held_up_ms`."""
         self.boundaries_ms.append(held_up_ms)
         self.boundaries_over_budget += breach
 
-    def _go_to(self, progress: EpochProgress, global_step: int) -> None:
-        self.global_step = global_step
-        self.begin_epoch(progress.number)
-        sums = self.sums
-        sums.steps, sums.skipped_steps, sums.samples = progress.steps, progress.skipped_steps, progress.samples
-        sums.loss_sum = progress.loss_sum
+    def _take_over(self, source: LaneReady | EpochDone | Restored) -> None:
+        self.grafted = list(source.seeds)
+        self.learning_rates, self.adjustments = dict(source.learning_rates), source.adjustments
 
 
 def state_name(state: admin.RunState.ValueType) -> str:
@@ -325,10 +320,10 @@ def _adjustment(active: ActiveAdjustment) -> admin.LearningRateAdjustment:
 
 def _health(status: RunStatus, skipped_streak: int) -> SystemHealth:
     if status.state == admin.RUN_STATE_FAILED:
-        return SystemHealth(status=HEALTH_STATUS_UNHEALTHY, summary=status.state_reason)
+        return SystemHealth(status=enums.HEALTH_STATUS_UNHEALTHY, summary=status.state_reason)
     if skipped_streak:
-        return SystemHealth(status=HEALTH_STATUS_DEGRADED, summary="the last steps were not finite")
-    return SystemHealth(status=HEALTH_STATUS_HEALTHY)
+        return SystemHealth(status=enums.HEALTH_STATUS_DEGRADED, summary="the last steps were not finite")
+    return SystemHealth(status=enums.HEALTH_STATUS_HEALTHY)
 
 
 def _known(value: float) -> float:

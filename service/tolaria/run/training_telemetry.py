@@ -123,8 +123,7 @@ class TrainingTelemetry(RunObserver):
         self._go_to(restored.progress.number, restored.position.global_step)
 
     def on_command_applied(self, consultation: Consultation) -> None:
-        command = consultation.command
-        if command is None:
+        if (command := consultation.command) is None:
             return
         kind = CommandType.Name(command.command_type).removeprefix("COMMAND_").lower()
         self._metrics.command_applied_total.labels(kind).inc()

@@ -13,7 +13,6 @@ import grpc.aio
 import structlog
 from anyio.abc import TaskGroup
 
-from leyline.v1 import admin_service_pb2
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import add_TolariaAdminServiceServicer_to_server
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN
@@ -29,12 +28,11 @@ from tolaria.run.status import state_name
 from tolaria.service.wiring import Core, Foundation, RunService, new_ledger, new_run
 from tolaria.telemetry.exporter import exporter
 
-ADMIN_SERVICE: Final = admin_service_pb2.DESCRIPTOR.services_by_name["TolariaAdminService"].full_name
+ADMIN_SERVICE: Final = admin.DESCRIPTOR.services_by_name["TolariaAdminService"].full_name
 
 # Shares of service.drain_timeout_s: the lane's step, RPCs in flight, child processes, the journal, calls to peers, and
 # what is being written after the last checkpoint.
-_LANE_SHARE, _CALLS_SHARE, _CHILDREN_SHARE, _FLUSH_SHARE, _PEERS_SHARE = 0.5, 0.2, 0.1, 0.05, 0.05
-_WRITER_SHARE: Final = 0.05
+_LANE_SHARE, _CALLS_SHARE, _CHILDREN_SHARE, _FLUSH_SHARE, _PEERS_SHARE, _WRITER_SHARE = 0.5, 0.2, 0.1, 0.05, 0.05, 0.05
 _LANE_JOIN_S: Final = 1.0
 _READY_STATES: Final = frozenset({admin.RUN_STATE_RUNNING, admin.RUN_STATE_PAUSED, admin.RUN_STATE_FINISHED})
 
@@ -154,8 +152,7 @@ class Host:
         """The reference peers for which no target is set."""
         settings = self._settings
         targets: dict[Peer, str] = {"tamiyo": settings.tamiyo.target, "kasmina": settings.kasmina.target}
-        missing = [peer for peer, target in targets.items() if not target]
-        if missing:
+        if missing := [peer for peer, target in targets.items() if not target]:
             self._log.info("embedded_peers", peers=missing, detail="no target was given: the reference peers start")
         return embedded_peers(
             child_environment(settings),

@@ -34,8 +34,7 @@ def run(settings: Settings) -> int:
         StateHeldError: another service uses state.dir.
         ConfigurationError: state.dir cannot be written, or its content does not fit the settings.
     """
-    metrics = Metrics()
-    context = LogContext()
+    metrics, context = Metrics(), LogContext()
     dropped = metrics.telemetry_dropped_total
     stderr = sys.stderr or io.StringIO()  # None when the parent closed it
     with logging_to(stderr, settings.logging, context, on_dropped=lambda priority: dropped.labels(priority).inc()):
@@ -79,7 +78,7 @@ def resume(build: LaneBuild, loaded: LoadedCheckpoint, settings: Settings) -> No
     except (RollbackError, SeedError, OptimizationError) as error:
         problem = (
             f"state.dir: {settings.state.dir} holds an unfinished run that does not fit these settings: {error}; give "
-            "this one a state.dir of its own, or leave that run behind with state.resume = never"
+            "this one another state.dir, or leave that run behind with state.resume = never"
         )
         raise ConfigurationError([problem]) from error
     if restored.state_digest != restored.expected_digest:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import Protocol, cast
 
 from anyio.abc import TaskGroup
 
@@ -46,9 +46,6 @@ from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
 
-_LANE_BUILD: Final = "tolaria.lane.build"
-_TRACES: Final = "traces"
-
 
 class LaneBuild(Protocol):
     """A lane that has been built and not started; `tolaria.lane.build` documents it."""
@@ -65,23 +62,14 @@ class LaneBuild(Protocol):
 
 
 def build_lane(settings: Settings) -> LaneBuild:
-    """Builds the job and the lane around it; imports torch.
-
-    Raises:
-        JobError, ConfigurationError: as `tolaria.lane.build.build` does.
-    """
+    """Builds the job and the lane around it; imports torch. Raises as `tolaria.lane.build.build` does."""
     # By name: the service imports no torch before this, and the import graph of its rooms none at all.
-    return cast("LaneBuild", importlib.import_module(_LANE_BUILD).build(settings))
+    return cast("LaneBuild", importlib.import_module("tolaria.lane.build").build(settings))
 
 
 @dataclass(frozen=True, slots=True)
 class Foundation:
-    """What exists before the event loop.
-
-    Attributes:
-        run: the run's row in the journal.
-        active_halt: the halt that the run was resumed with, if there is one.
-    """
+    """What exists before the event loop. `run` is the run's row; `active_halt` is the halt it was resumed with."""
 
     settings: Settings
     build: LaneBuild
@@ -114,7 +102,7 @@ class Core:
             safety_telemetry,
             JournalObserver(self.journal, self.status, foundation.run, active=foundation.active_halt),
         )
-        self.handle = foundation.build.lane(self.heartbeats, Path(settings.state.dir) / _TRACES)
+        self.handle = foundation.build.lane(self.heartbeats, Path(settings.state.dir) / "traces")
         self.lane = LaneClient(self.handle)
         self.lifecycle = Lifecycle(self.lane, self.status, self.health, self.observers)
         self.safeguards = Safeguards(self.observers, self.status, recovery_epochs=settings.emergency.recovery_epochs)
@@ -210,13 +198,7 @@ def new_ledger(core: Core, tasks: TaskGroup) -> RequestLedger:
 def new_status(settings: Settings, run_id: str) -> RunStatus:
     """Returns the status of a run as it starts in this process."""
     training = settings.training
-    return RunStatus(
-        run_id=run_id,
-        job=training.job,
-        experiment=training.experiment,
-        epochs=training.epochs,
-        started_at_s=time.monotonic(),
-    )
+    return RunStatus(run_id, training.job, training.experiment, training.epochs, started_at_s=time.monotonic())
 
 
 def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -> Recovery:
@@ -243,12 +225,11 @@ def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -
 
 
 def _boundary_policy(settings: Settings) -> BoundaryPolicy:
-    # Three calls at most (evaluate, apply, export), each with its own deadline.
-    patience_s = settings.tamiyo.timeout_s + 2 * settings.kasmina.timeout_s + 1.0
     control = settings.control
     return BoundaryPolicy(
         budget_s=control.boundary_budget_ms / 1000,
         tamiyo_s=control.tamiyo_budget_ms / 1000,
         patient=settings.training.deterministic,
-        patience_s=patience_s,
+        # Three calls at most (evaluate, apply, export), each with its own deadline.
+        patience_s=settings.tamiyo.timeout_s + 2 * settings.kasmina.timeout_s + 1.0,
     )

@@ -67,7 +67,7 @@ async def test_a_pause_takes_effect_between_two_microbatches() -> None:
         before = [p.detach().clone() for p in run.module.parameters]
         job.passes.release(2)
         assert not await anyio.to_thread.run_sync(lambda: job.entered.acquire(timeout=0.1))
-        assert run.run.global_step == 0
+        assert run.status.global_step == 0
         after = run.module.parameters
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         job.passes.release(100)

@@ -85,7 +85,7 @@ async def disturb(run: TrainingRun, generator: random.Random, report: Report) ->
                 report(committed=row.checkpoint_id, step=row.global_step, digest=row.digest)
             else:
                 tier = generator.choice([ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL])
-                target = generator.choice([None, max(0, run.global_step - generator.randrange(20))])
+                target = generator.choice([None, max(0, run.status().global_step - generator.randrange(20))])
                 report(rolling_back=True)
                 back = await run.roll_back(Rollback(tier, target, "torture", "operator"))
                 report(restored=back.restored_step, proven=back.state_digest == back.expected_digest)

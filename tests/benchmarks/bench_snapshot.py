@@ -27,8 +27,7 @@ from benchmarks.side_by_side import in_turn, machine, show
 from tolaria.checkpoint.storage import open_storage
 from tolaria.checkpoint.store import Retention
 from tolaria.config import Settings, TrainingSettings
-from tolaria.images.image import StateImage
-from tolaria.images.pool import Lease
+from tolaria.images import Lease, StateImage
 from tolaria.lane.build import build
 from tolaria.lane.messages import SnapshotsChanged
 from tolaria.lane.snapshot_manager import SnapshotManager

@@ -20,7 +20,7 @@ from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import CheckpointSettings
 from tolaria.errors import TolariaError
 from tolaria.filesystem import Filesystem
-from tolaria.images.pool import Lease
+from tolaria.images import Lease
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import CaptureImage, CommandDone, EpochDone, Event, ImageCaptured

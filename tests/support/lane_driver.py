@@ -14,8 +14,7 @@ import torch
 from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING, SeedLifecycleStage
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from tolaria.config import Settings, TrainingSettings
-from tolaria.images.image import StateImage
-from tolaria.images.pool import Lease
+from tolaria.images import Lease, StateImage
 from tolaria.lane.build import BuiltLane, build
 from tolaria.lane.commands import CommandExecutor, QueuedCommand
 from tolaria.lane.lane import ThreadLane

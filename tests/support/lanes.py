@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 from tolaria.errors import TolariaError
-from tolaria.images.image import StateImage
-from tolaria.images.pool import ImagePool, Lease
-from tolaria.images.specs import TensorSpec
+from tolaria.images import ImagePool, Lease, StateImage, TensorSpec
 from tolaria.lane.messages import (
     Command,
     CommandDone,

@@ -17,8 +17,7 @@ import xxhash
 from tolaria.checkpoint.tensor_file import TensorFileError, file_pieces, read_tensors
 from tolaria.errors import CheckpointDamagedError, CheckpointUnreadableError, CheckpointWriteError
 from tolaria.filesystem import Filesystem, errno_name, read_all, remove_quietly, write_durably
-from tolaria.images.image import StateImage, canonical_json
-from tolaria.images.specs import Fingerprint, TensorSpec, combine
+from tolaria.images import Fingerprint, StateImage, TensorSpec, canonical_json, combine
 from tolaria.journal.rows import CheckpointRow
 from tolaria.values.training import Position
 

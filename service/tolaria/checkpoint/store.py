@@ -33,7 +33,7 @@ from tolaria.journal.rows import CheckpointRow, CheckpointState, FaultRow
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tolaria.images.image import StateImage
+    from tolaria.images import StateImage
     from tolaria.journal.database import Journal
 
 CHECKPOINTS: Final = "checkpoints"

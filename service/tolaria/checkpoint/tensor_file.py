@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from tolaria.errors import RestoreAbandonedError
 from tolaria.filesystem import Filesystem, read_exactly
-from tolaria.images.specs import DTYPE_BYTES, TensorSpec
+from tolaria.images import DTYPE_BYTES, TensorSpec
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from tolaria.checkpoint.store import CheckpointStore
-    from tolaria.images.pool import Lease
+    from tolaria.images import Lease
     from tolaria.journal.rows import CheckpointRow
 
 TASKS_MAX: Final = 2

@@ -23,7 +23,7 @@ from tolaria.errors import (
     SeedError,
     StateUnsupportedError,
 )
-from tolaria.images.image import StateImage
+from tolaria.images import StateImage
 from tolaria.jobs import BatchCursor, JobContext, TrainingJob, build_job
 from tolaria.lane.device import choose_device, on_device, seed_everything
 from tolaria.lane.fast_paths import FastPaths

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final, assert_never
 
 from tolaria.errors import LaneError, RestoreAbandonedError, TolariaError
-from tolaria.images.pool import ImagePool
+from tolaria.images import ImagePool
 from tolaria.lane.messages import (
     BatchesSkipped,
     BoundaryCommand,

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias, get_args
+from typing import Any, Final, Literal, Self, TypeAlias, get_args
 
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.errors import LaneFailedError, TolariaError, error_fields, error_from_fields
-from tolaria.images.image import SnapshotInfo, SnapshotStatistics
+from tolaria.images import SnapshotInfo, SnapshotStatistics
 from tolaria.values.encoding import Codec, EncodingError
 from tolaria.values.gradients import SeedMetrics, SeedMetricSet
 from tolaria.values.optimization import (
@@ -22,8 +22,10 @@ from tolaria.values.optimization import (
     RebuildOutcome,
     RebuildResult,
 )
-from tolaria.values.profiling import TraceFailed, TraceWritten
 from tolaria.values.training import EpochProgress, Evaluation, Position
+
+PROFILE_STEPS_MAX: Final = 1000
+"""Steps in one profile. A trace holds every operation of each step, so longer ones cannot be viewed."""
 
 # -- commands --------------------------------------------------------------------------------------------------------
 
@@ -165,6 +167,28 @@ class BatchesSkipped:
     """Number of batches that are skipped in all epochs."""
 
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class TraceWritten:
+    """A trace was written to `path`; `removed` older traces were deleted to make room.
+
+    Ending the profile and exporting the trace blocked the lane for `export_s` seconds.
+    """
+
+    path: str
+    size_bytes: int
+    steps: int
+    export_s: float
+    removed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TraceFailed:
+    """The profile left no trace; training is unaffected. `stage` is where it failed."""
+
+    stage: Literal["start", "export", "cap"]
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import torch
 from torch._C._autograd import _profiler_enabled
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tolaria.errors import InvalidFieldError, WrongStateError
-from tolaria.lane.messages import ProfileDone, ProfileStarted
-from tolaria.values.profiling import STEPS_MAX, Region, TraceFailed, TraceWritten
+from tolaria.lane.messages import PROFILE_STEPS_MAX, ProfileDone, ProfileStarted, TraceFailed, TraceWritten
+
+Region = Literal["forward", "backward", "merge", "optimizer", "boundary", "rollback"]
+"""A part of a step that traces name."""
 
 Mark: TypeAlias = Callable[[Region], AbstractContextManager[object]]
 """Returns a context manager whose block appears under that name in the trace."""
@@ -70,8 +72,8 @@ class LaneProfiler:
 
         Raises InvalidFieldError for another number of steps, WrongStateError while a window is open.
         """
-        if not 1 <= steps <= STEPS_MAX:
-            raise InvalidFieldError("steps", f"must be 1 to {STEPS_MAX}, is {steps}")
+        if not 1 <= steps <= PROFILE_STEPS_MAX:
+            raise InvalidFieldError("steps", f"must be 1 to {PROFILE_STEPS_MAX}, is {steps}")
         if self._profile is not None:
             raise WrongStateError(f"a profile is being taken, {self._steps_left} steps to go")
         if _profiler_enabled():  # a second profiler silently ends the first

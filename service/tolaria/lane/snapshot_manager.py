@@ -11,8 +11,7 @@ from pydantic import JsonValue
 
 from tolaria.config import RollbackSettings
 from tolaria.errors import NoCheckpointError, StateMismatchError, StateUnsupportedError, TopologyStateError
-from tolaria.images.image import StateImage
-from tolaria.images.pool import Lease
+from tolaria.images import Lease, StateImage
 from tolaria.lane.messages import Restored, SnapshotEvent, SnapshotsChanged, SnapshotsUnavailable
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.train_module import TrainModule

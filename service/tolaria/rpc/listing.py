@@ -9,7 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL
-from tolaria.images.image import SnapshotInfo
+from tolaria.images import SnapshotInfo
 from tolaria.journal.rows import CheckpointRow, Incident
 
 INCIDENTS_DEFAULT: Final = 100

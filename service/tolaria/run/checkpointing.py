@@ -21,7 +21,7 @@ from tolaria.checkpoint.writer import CheckpointWriter, RewindMark
 from tolaria.config import CheckpointSettings
 from tolaria.errors import CheckpointWriteError, LaneError, LaneStoppedError, TolariaError
 from tolaria.filesystem import errno_name
-from tolaria.images.pool import Lease
+from tolaria.images import Lease
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import CaptureImage, EpochDone, ImageCaptured

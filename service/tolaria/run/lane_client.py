@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 import anyio
 
 from tolaria.errors import LaneError, LaneStoppedError
-from tolaria.images.pool import ImagePool
+from tolaria.images import ImagePool
 from tolaria.lane import messages
 
 _Result = TypeVar("_Result")

@@ -15,15 +15,23 @@ from leyline.v1.seeds_pb2 import SeedState
 from tolaria.checkpoint.store import Damage
 from tolaria.emergency import Report
 from tolaria.errors import CommandRejectedError
-from tolaria.images.image import SnapshotStatistics
+from tolaria.images import SnapshotStatistics
 from tolaria.journal.rows import CheckpointRow
-from tolaria.lane.messages import EpochDone, LaneReady, OptimizerChanged, Restored, SeedsChanged, StepDone
+from tolaria.lane.messages import (
+    EpochDone,
+    LaneReady,
+    OptimizerChanged,
+    Restored,
+    SeedsChanged,
+    StepDone,
+    TraceFailed,
+    TraceWritten,
+)
 from tolaria.peers.consultation import Consultation
 from tolaria.resilience.conservative import ModeChange
 from tolaria.rollback.protocol import Rollback
 from tolaria.run.status import RunStatus
 from tolaria.values.optimization import Adjustment
-from tolaria.values.profiling import TraceFailed, TraceWritten
 
 
 class RunObserver:

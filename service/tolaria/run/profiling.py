@@ -8,12 +8,20 @@ from dataclasses import dataclass
 
 from tolaria import errors
 from tolaria.config import ProfilerSettings
-from tolaria.lane.messages import CaptureProfile, CommandDone, ProfileDone, ProfileStarted, StepDone
+from tolaria.lane.messages import (
+    PROFILE_STEPS_MAX,
+    CaptureProfile,
+    CommandDone,
+    ProfileDone,
+    ProfileStarted,
+    StepDone,
+    TraceFailed,
+    TraceWritten,
+)
 from tolaria.run.lane_client import LaneClient, PendingCommand, mark_retrieved
 from tolaria.run.observers import RunObserver
 from tolaria.run.run_state import RUN
 from tolaria.run.safety import Safeguards
-from tolaria.values.profiling import STEPS_MAX, TraceFailed, TraceWritten
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +58,8 @@ class Profiles:
             errors.ProfileFailedError: the trace could not be written.
             errors.LaneStoppedError: the run has ended before the last step.
         """
-        if active_steps > STEPS_MAX:
-            raise errors.InvalidFieldError("active_steps", f"must be 1 to {STEPS_MAX}, or 0, is {active_steps}")
+        if active_steps > PROFILE_STEPS_MAX:
+            raise errors.InvalidFieldError("active_steps", f"must be 1 to {PROFILE_STEPS_MAX}, or 0, is {active_steps}")
         if self._lane.held_for(RUN):
             raise errors.WrongStateError("training is held: there is no step to profile before it is resumed")
         return await self._begin(active_steps or self._settings.active_steps)

@@ -19,7 +19,7 @@ from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_UNSPECIFIED, 
 from tolaria.checkpoint.store import CheckpointStore
 from tolaria.emergency import Trigger
 from tolaria.errors import LaneError, TolariaError, WrongStateError
-from tolaria.images.image import StateImage
+from tolaria.images import StateImage
 from tolaria.lane import messages
 from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.protocol import Ending, Rollback

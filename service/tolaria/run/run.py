@@ -17,6 +17,7 @@ from tolaria.emergency import Trigger
 from tolaria.errors import LaneFailedError, TolariaError, WrongStateError
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane import messages
+from tolaria.lane.messages import TraceFailed
 from tolaria.rollback.protocol import Rollback
 from tolaria.run.boundary import EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
@@ -30,7 +31,6 @@ from tolaria.run.run_state import Lifecycle, RunEvent, after
 from tolaria.run.safety import COLLAPSE, EXPLOSION, Safety
 from tolaria.run.status import RunStatus, epoch_packet, status_message
 from tolaria.values.optimization import Adjustment
-from tolaria.values.profiling import TraceFailed
 
 _LAST_CHECKPOINT_S: Final = 30.0
 

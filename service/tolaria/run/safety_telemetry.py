@@ -10,15 +10,15 @@ from leyline.v1 import enums_pb2 as enums
 from tolaria import emergency, errors
 from tolaria.checkpoint.store import Damage
 from tolaria.emergency.protocol import SENTINEL, level_name
-from tolaria.images.image import SnapshotStatistics
+from tolaria.images import SnapshotStatistics
 from tolaria.journal.rows import CheckpointRow
+from tolaria.lane.messages import TraceFailed, TraceWritten
 from tolaria.resilience.conservative import ModeChange
 from tolaria.rollback.protocol import Ending, Rollback, tier_name
 from tolaria.run.observers import RunObserver
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
-from tolaria.values.profiling import TraceFailed, TraceWritten
 
 _NS_PER_MS: Final = 1_000_000
 

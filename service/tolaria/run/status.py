@@ -18,7 +18,7 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.telemetry_pb2 import SystemHealth
 from tolaria import __version__
-from tolaria.images.image import SnapshotInfo
+from tolaria.images import SnapshotInfo
 from tolaria.lane.messages import EpochDone, LaneReady, Restored, StepDone
 from tolaria.run.health import Averages
 from tolaria.values.optimization import ActiveAdjustment

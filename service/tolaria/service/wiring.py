@@ -15,7 +15,7 @@ from tolaria.checkpoint.storage import Storage
 from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings
 from tolaria.emergency.supervision import Heartbeats
-from tolaria.images.image import StateImage
+from tolaria.images import StateImage
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import EmergencyRow, RunRow
 from tolaria.lane.messages import LaneReady, Restored

@@ -18,8 +18,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from tolaria.errors import StateUnsupportedError
-from tolaria.images.image import StateImage
-from tolaria.images.specs import TensorSpec
+from tolaria.images import StateImage, TensorSpec
 from tolaria.values.training import Position
 
 if TYPE_CHECKING:

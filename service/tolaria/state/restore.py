@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tolaria.errors import RestoreAbandonedError, StateMismatchError
-from tolaria.images.image import StateImage
+from tolaria.images import StateImage
 from tolaria.state.encoding import (
     DTYPES,
     TENSOR_KEY,

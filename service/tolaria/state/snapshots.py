@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from tolaria.images.image import SnapshotInfo, SnapshotStatistics, StateImage
-from tolaria.images.pool import Lease
+from tolaria.images import Lease, SnapshotInfo, SnapshotStatistics, StateImage
 from tolaria.state.encoding import Arena, arena_bytes, specs_of
 from tolaria.state.training_state import TrainingState
 from tolaria.values.training import Position

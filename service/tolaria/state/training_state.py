@@ -16,8 +16,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from tolaria.errors import StateUnsupportedError
-from tolaria.images.image import StateImage, canonical_json
-from tolaria.images.specs import Fingerprint, combine
+from tolaria.images import Fingerprint, StateImage, canonical_json, combine
 from tolaria.state.encoding import (
     TENSOR_KEY,
     Arena,

@@ -19,7 +19,7 @@ from tolaria.values.training import Position
 
 if TYPE_CHECKING:
     from faults.small_training import Training
-    from tolaria.images.pool import Lease
+    from tolaria.images import Lease
     from tolaria.state.snapshots import SnapshotRing
 
 

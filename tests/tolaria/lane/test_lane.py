@@ -35,8 +35,8 @@ from tolaria.lane.messages import (
     SnapshotsChanged,
     StepDone,
     Stop,
+    TraceWritten,
 )
-from tolaria.values.profiling import TraceWritten
 from tolaria.values.training import Position
 
 FAR = 1e12

@@ -14,7 +14,7 @@ from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING, SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.errors import LaneFailedError, LossShapeError, NoGradientsError, RebuildFailedError, StateMismatchError
-from tolaria.images.image import SnapshotInfo, SnapshotStatistics
+from tolaria.images import SnapshotInfo, SnapshotStatistics
 from tolaria.lane import messages
 from tolaria.lane.messages import Command, CommandDone, Event, Failure, LaneEnded, LaneReady, Result, RunEpoch, Stop
 from tolaria.lane.messages import from_bytes as decoded

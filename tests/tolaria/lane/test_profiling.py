@@ -12,9 +12,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tolaria.errors import InvalidFieldError, WrongStateError
-from tolaria.lane.messages import ProfileDone, ProfileStarted
-from tolaria.lane.profiling import LaneProfiler
-from tolaria.values.profiling import STEPS_MAX, Region, TraceFailed, TraceWritten
+from tolaria.lane.messages import PROFILE_STEPS_MAX, ProfileDone, ProfileStarted, TraceFailed, TraceWritten
+from tolaria.lane.profiling import LaneProfiler, Region
 
 NOON_NS = 1_700_000_000_123_456_789
 LARGE = 10**8
@@ -162,7 +161,7 @@ def test_a_failed_export_is_a_result(tmp_path: Path, broken: Callable[[Path], Ab
     assert isinstance(traced(profiler), TraceWritten)
 
 
-@pytest.mark.parametrize("steps", [0, -1, STEPS_MAX + 1])
+@pytest.mark.parametrize("steps", [0, -1, PROFILE_STEPS_MAX + 1])
 def test_a_window_is_bounded(tmp_path: Path, steps: int) -> None:
     """No steps, or too many, are an error."""
     profiler = new_profiler(tmp_path)

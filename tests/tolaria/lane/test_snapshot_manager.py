@@ -10,8 +10,7 @@ from pydantic import JsonValue
 from support.lane_driver import DrivenLane, driven, seed
 from tolaria.config import RollbackSettings
 from tolaria.errors import NoCheckpointError, RestoreAbandonedError, StateMismatchError
-from tolaria.images.image import StateImage
-from tolaria.images.pool import Lease
+from tolaria.images import Lease, StateImage
 from tolaria.jobs import TensorCursor
 from tolaria.lane.messages import (
     BoundaryCommand,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from support.lane_driver import new_module, proceed
 from tolaria.errors import LossShapeError
 from tolaria.jobs import HOST, Batch, PerSampleLosses, TrainingJob
+from tolaria.lane.profiling import Region
 from tolaria.lane.step import StepAbandonedError, checked_losses, train_step
-from tolaria.values.profiling import Region
 
 WEIGHT = nn.Parameter(torch.tensor(2.0))
 

@@ -14,7 +14,7 @@ from support.rollbacks import FakeBoard, budget_of
 from tolaria.checkpoint.storage import Storage, open_storage
 from tolaria.checkpoint.store import Retention
 from tolaria.config import RollbackSettings
-from tolaria.images.pool import Lease
+from tolaria.images import Lease
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import RollbackRow
 from tolaria.lane.commands import RestoreGate

@@ -35,6 +35,7 @@ from tolaria.errors import (
     WrongStateError,
 )
 from tolaria.journal.rows import CheckpointRow, Incident
+from tolaria.lane.messages import TraceWritten
 from tolaria.rollback.protocol import Ending, Rollback
 from tolaria.rpc import admin as rpc_admin
 from tolaria.rpc.admin import AdminParts
@@ -46,7 +47,6 @@ from tolaria.run.run_state import RunEvent, after
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus
 from tolaria.values.optimization import Adjustment
-from tolaria.values.profiling import TraceWritten
 
 if TYPE_CHECKING:
     from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceAsyncStub  # in the type stubs only

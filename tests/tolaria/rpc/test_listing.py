@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL
-from tolaria.images.image import SnapshotInfo
+from tolaria.images import SnapshotInfo
 from tolaria.journal.rows import CheckpointRow, Incident
 from tolaria.rpc.listing import list_incidents, list_restore_points
 from tolaria.values.training import Position

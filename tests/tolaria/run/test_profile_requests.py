@@ -17,6 +17,8 @@ from tolaria.lane.messages import (
     ProfileDone,
     ProfileStarted,
     StepDone,
+    TraceFailed,
+    TraceWritten,
 )
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.profiling import Profiles, ProfileTaken
@@ -25,7 +27,6 @@ from tolaria.run.safety import BREAKERS, Safeguards
 from tolaria.run.safety_telemetry import SafetyTelemetry
 from tolaria.run.status import RunStatus
 from tolaria.telemetry.metrics import Metrics
-from tolaria.values.profiling import TraceFailed, TraceWritten
 
 pytestmark = pytest.mark.anyio
 

@@ -24,9 +24,9 @@ from support.admin import serving_run, stub_of
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.errors import LaneStoppedError, ProfileFailedError, TolariaError, WrongStateError
 from tolaria.jobs import Batch
+from tolaria.lane.profiling import Region
 from tolaria.rollback.protocol import Rollback
 from tolaria.rpc import admin as rpc_admin
-from tolaria.values.profiling import Region
 
 pytestmark = pytest.mark.anyio
 

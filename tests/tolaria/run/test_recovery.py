@@ -25,7 +25,7 @@ from tolaria.errors import (
     StateMismatchError,
     WrongStateError,
 )
-from tolaria.images.image import SnapshotInfo
+from tolaria.images import SnapshotInfo
 from tolaria.lane.messages import (
     BatchesSkipped,
     ChangeOptimizer,

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tolaria.errors import StateUnsupportedError
-from tolaria.images.image import canonical_json
-from tolaria.images.specs import DTYPE_BYTES
+from tolaria.images import DTYPE_BYTES, canonical_json
 from tolaria.state.encoding import (
     DTYPES,
     Arena,

@@ -14,7 +14,7 @@ from faults.small_training import new_ring
 from tolaria.checkpoint.storage import open_storage
 from tolaria.checkpoint.store import Retention
 from tolaria.errors import ImageDamagedError, RestoreAbandonedError, StateMismatchError
-from tolaria.images.image import StateImage
+from tolaria.images import StateImage
 from tolaria.state.encoding import packed_bytes
 from tolaria.state.restore import stage_restore
 from tolaria.state.training_state import TrainingState

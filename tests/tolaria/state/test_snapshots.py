@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from faults.small_training import new_ring
-from tolaria.images.image import StateImage
-from tolaria.images.pool import Lease
+from tolaria.images import Lease, StateImage
 from tolaria.state.encoding import tensor_view
 from tolaria.state.restore import stage_restore
 from tolaria.state.snapshots import Cadence, Declined, SnapshotRing

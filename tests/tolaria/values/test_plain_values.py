@@ -7,9 +7,9 @@ from typing import get_type_hints
 
 import pytest
 
-from tolaria.values import gradients, optimization, profiling, seeds, training
+from tolaria.values import gradients, optimization, seeds, training
 
-MODULES = (gradients, optimization, profiling, seeds, training)
+MODULES = (gradients, optimization, seeds, training)
 TYPES = [
     member
     for module in MODULES

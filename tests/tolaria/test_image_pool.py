@@ -4,8 +4,7 @@ import threading
 
 import pytest
 
-from tolaria.images.image import StateImage
-from tolaria.images.pool import ImagePool, Lease
+from tolaria.images import ImagePool, Lease, StateImage
 from tolaria.values.training import Position
 
 

@@ -4,8 +4,7 @@ import pytest
 import xxhash
 
 from tolaria.errors import ImageDamagedError
-from tolaria.images.image import StateImage, canonical_json
-from tolaria.images.specs import DTYPE_BYTES, Fingerprint, TensorSpec, combine
+from tolaria.images import DTYPE_BYTES, Fingerprint, StateImage, TensorSpec, canonical_json, combine
 from tolaria.values.training import Position
 
 VALUES = b'{"a":1}'

@@ -125,6 +125,7 @@ class AdminService(TolariaAdminServiceServicer):
 
         async def operation() -> admin.AdjustLearningRateResponse:
             change = request.WhichOneof("change")
+            self._run.require_adjustable()  # an ended run refuses invalid adjustments for that reason too
             try:
                 adjustment = Adjustment(
                     group=request.group or None,

@@ -346,6 +346,10 @@ class TrainingRun:
             raise WrongStateError("an emergency halts the run: clear it first")
         self._lifecycle.resume(reason)
 
+    def require_adjustable(self) -> None:
+        """Raises WrongStateError when the run has ended, so that no learning rate can be adjusted."""
+        self._lifecycle.require_not_ended("there is no rate to change")
+
     async def adjust_learning_rate(self, adjustment: Adjustment) -> int:
         """Adjusts learning rates at the next step boundary; returns the global step at which that took effect.
 
@@ -353,7 +357,7 @@ class TrainingRun:
             WrongStateError: the run has ended.
             AdjustmentRefusedError, UnknownGroupError: it is out of bounds or names no group; nothing has changed.
         """
-        self._lifecycle.require_not_ended("there is no rate to change")
+        self.require_adjustable()
         return (await self._lane.call(messages.ChangeOptimizer(adjustment, {}, None))).global_step
 
     async def roll_back(self, rollback: Rollback) -> Rollback:

@@ -88,6 +88,9 @@ class FakeRun:
     async def stop(self, reason: str) -> None:
         self._enter(RunEvent.FINISHED, reason)
 
+    def require_adjustable(self) -> None:
+        after(self.state.state, RunEvent.FINISHED)
+
     async def adjust_learning_rate(self, adjustment: Adjustment) -> int:
         """Knows the group "host" only."""
         self.adjustments.append(adjustment)
@@ -317,6 +320,15 @@ async def test_an_invalid_adjustment_names_the_field(fields: dict[str, float], f
             )
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert reason_of(caught.value) == "INVALID_FIELD"
+
+
+async def test_an_ended_run_refuses_also_an_invalid_adjustment_for_its_state() -> None:
+    """The state is checked before the fields."""
+    async with served() as it:
+        it.status.state = admin.RUN_STATE_FINISHED
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await it.stub.AdjustLearningRate(admin.AdjustLearningRateRequest(request_id="a", reason="r"))
+    assert reason_of(caught.value) == "WRONG_STATE"
 
 
 async def test_a_rollback_is_carried_out_once_and_answered() -> None:

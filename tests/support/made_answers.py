@@ -25,7 +25,7 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.tamiyo_service_pb2 import EvaluateEpochResponse
 from support.fuzz import messages, weighted, wire
 from support.raw_peers import Answer
-from tolaria.peers.signing import sign
+from tolaria.peers.verification import sign
 
 SECRET = b"key"
 EXPIRES_AFTER = "lr_expires_after_steps"

@@ -19,7 +19,8 @@ from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings, load_settings
 from tolaria.grpc_server import GrpcServer
 from tolaria.journal.rows import RunRow
-from tolaria.service.host import Host, publish_health
+from tolaria.service.host import Host
+from tolaria.service.readiness import publish_health
 from tolaria.service.wiring import Foundation, LaneBuild, build_lane
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter

@@ -9,8 +9,8 @@ from tolaria.jobs.job import (
     JobFactory,
     PerSampleLosses,
     TrainingJob,
+    build_job,
 )
-from tolaria.jobs.registry import build_job
 from tolaria.values.training import HOST, Evaluation
 
 __all__ = [

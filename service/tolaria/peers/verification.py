@@ -1,8 +1,14 @@
-"""Verification of what the peers answer: commands before they are carried out, and sets of desired seeds."""
+"""Verification of what the peers answer: signatures and content of commands, and sets of desired seeds.
+
+A signature is the hex HMAC-SHA256 of the command's deterministic serialization without the signature.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from leyline.v1 import enums_pb2 as enums
@@ -10,9 +16,9 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import LeylineSettings
 from tolaria.errors import CommandRejectedError, PeerProtocolError
-from tolaria.peers.signing import NonceTable, is_signed
 
 CONTRACT_VERSION = 1
+SIGNATURE = "signature"
 COMMAND_BYTES_MAX = 64 * 1024
 SEEDS_MAX = 256
 
@@ -25,6 +31,46 @@ PAYLOADS: Mapping[enums.CommandType.ValueType, str | None] = {
     enums.COMMAND_PAUSE: None,
     enums.COMMAND_EMERGENCY: None,
 }
+
+
+def sign(command: AdaptationCommand, secret: bytes) -> None:
+    """Adds the signature to the command's annotations."""
+    command.annotations[SIGNATURE] = _digest(command, secret)
+
+
+def is_signed(command: AdaptationCommand, secrets: tuple[bytes, ...]) -> bool:
+    """Returns whether the command's signature was made with one of `secrets`. Compares in constant time."""
+    if SIGNATURE not in command.annotations:  # reading a missing key of a map field would create it
+        return False
+    given = command.annotations[SIGNATURE].encode()
+    return any(hmac.compare_digest(given, _digest(command, secret).encode()) for secret in secrets)
+
+
+def _digest(command: AdaptationCommand, secret: bytes) -> str:
+    unsigned = AdaptationCommand()
+    unsigned.CopyFrom(command)
+    unsigned.annotations.pop(SIGNATURE, None)
+    return hmac.new(secret, unsigned.SerializeToString(deterministic=True), hashlib.sha256).hexdigest()
+
+
+class NonceTable:
+    """Remembers command ids for `window_s`, at most `capacity` of them; the oldest are forgotten first."""
+
+    def __init__(self, *, window_s: float, capacity: int = 4096) -> None:
+        self._window_s = window_s
+        self._capacity = capacity
+        self._seen: OrderedDict[str, float] = OrderedDict()
+
+    def first_seen(self, nonce: str, *, now_s: float) -> bool:
+        """Remembers `nonce` and returns whether it is new within the window."""
+        while self._seen and next(iter(self._seen.values())) < now_s - self._window_s:
+            self._seen.popitem(last=False)
+        if nonce in self._seen:
+            return False
+        self._seen[nonce] = now_s
+        if len(self._seen) > self._capacity:
+            self._seen.popitem(last=False)
+        return True
 
 
 class CommandVerifier:

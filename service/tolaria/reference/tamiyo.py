@@ -12,8 +12,7 @@ from leyline.v1 import tamiyo_service_pb2 as rpc
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceServicer
 from tolaria.peers.consultation import describe_command
-from tolaria.peers.signing import sign
-from tolaria.peers.verification import CONTRACT_VERSION
+from tolaria.peers.verification import CONTRACT_VERSION, sign
 from tolaria.reference.policy import RunHistory, decide_epoch, decide_step
 from tolaria.reference.rollback import Context, Runs, Undo
 

@@ -1,7 +1,8 @@
-"""Coordinates a rollback: prepare, commit and confirm with every participant, within one deadline.
+"""Coordinates a rollback: prepare, commit and confirm with every participant, or abort.
 
-Peers are asked one after the other, each within its share of the budget. The rollback continues without a peer that
-refuses or does not answer. The lane begins to change live state before the deadline or never.
+Peers are asked one after the other, each within its share of the budget; the rollback continues without a peer that
+refuses or does not answer. One deadline bounds all that precedes the restore: the lane begins to change live state
+before it or never, as its `RestoreGate` decides.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Requests that change something: their common fields, and the ledger that carries each out at most once."""
+"""Requests that change something: their common fields, and the ledger that answers a repeat as it answered first."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class _Entry:
 
 
 class RequestLedger:
-    """Carries out each request at most once, and gives repeats the first answer.
+    """Carries out each request that it remembers once, and gives repeats the first answer.
 
     Operations run in `tasks`, not in their callers: a caller that goes away, or gives up waiting, cancels nothing, and
     a repeat of its request waits for the same operation. At most `capacity` requests of this process are remembered;
@@ -125,7 +125,7 @@ class RequestLedger:
             answer = await self._find(request_id, entry.method)
             if answer is None:
                 answer = await operation()
-                await self._keep(request_id, reason, answer)
+                answer = await self._keep(request_id, reason, entry.method, answer)
             entry.answer = answer
         except TolariaError as error:
             entry.error = error
@@ -144,13 +144,13 @@ class RequestLedger:
         self._log.warning("request_not_looked_up", request_id=request_id, error=problem)
         return None
 
-    async def _keep(self, request_id: str, reason: str, answer: Message) -> None:
-        """Makes an answer durable; what the journal does not take in time it is given again later."""
+    async def _keep(self, request_id: str, reason: str, method: str, answer: Message) -> Message:
+        """Makes an answer durable, now or later; returns the answer to send: an earlier one if the journal has it."""
         row = AdminActionRow(
             request_id=request_id,
             at_ns=time.time_ns(),
             run_id=self._status.run_id,
-            method=answer.DESCRIPTOR.name.removesuffix("Response"),
+            method=method,
             reason=reason,
             global_step=self._status.global_step,
             answer=answer.SerializeToString(deterministic=True),
@@ -158,8 +158,9 @@ class RequestLedger:
         kept = False
         try:
             with anyio.move_on_after(KEEP_S_MAX):
-                await self._journal.answer_once(row)
+                first = await self._journal.answer_once(row)
                 kept = True
+                return _parsed(method, first)
             if not kept:
                 self._log.warning("request_not_durable_yet", request_id=request_id, waited_s=KEEP_S_MAX)
         except JournalError as error:
@@ -167,6 +168,7 @@ class RequestLedger:
         finally:
             if not kept:
                 self._journal.note(row)
+        return answer
 
     def _forget_oldest(self) -> None:
         """Forgets finished requests beyond the capacity, oldest first."""

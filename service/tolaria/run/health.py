@@ -192,17 +192,18 @@ class Health:
 
         While a rollback is under way nothing new begins, but the batches of unhealthy steps are still noted.
         """
-        verdict = self._judge_step(step)
-        healthy = isinstance(verdict, Proceed) and not rolling_back
+        quiet = rolling_back or self._retreating
+        verdict = self._judge_step(step, quiet=quiet)
+        healthy = isinstance(verdict, Proceed) and not quiet
         if healthy or step.skipped:
             self.averages = self.averages.after(step)
         if healthy:
             self._record = self._record.after_step(self.averages, self._settings)
         return verdict
 
-    def epoch(self, epoch: EpochDone) -> Verdict:
-        """Judges the validation accuracy of an epoch against the best one before it."""
-        if not self._settings.automatic or self._retreating:
+    def epoch(self, epoch: EpochDone, *, rolling_back: bool) -> Verdict:
+        """Judges the validation accuracy of an epoch against the best one before it, unless a rollback is under way."""
+        if not self._settings.automatic or rolling_back or self._retreating:
             return Proceed()
         verdict = judge_epoch(self._record, epoch, self._settings)
         self._record = self._record.after_epoch(epoch)
@@ -226,16 +227,16 @@ class Health:
         self._retreating = False
         return spoiled
 
-    def _judge_step(self, step: StepDone) -> Verdict:
+    def _judge_step(self, step: StepDone, *, quiet: bool) -> Verdict:
         if not self._settings.automatic:
             return Proceed()
         verdict = judge_step(self.averages, self._record, step, self._settings)
         if isinstance(verdict, Proceed):
-            if not (step.skipped or self._retreating):
+            if not (step.skipped or quiet):
                 self.healthy_step = step.global_step
             return verdict
         self._spoiled.update((step.epoch, place) for place in step.batches)
-        return Proceed() if self._retreating else self._begin(verdict)
+        return Proceed() if quiet else self._begin(verdict)
 
     def _begin(self, verdict: Verdict) -> Verdict:
         if isinstance(verdict, Retreat):

@@ -87,7 +87,7 @@ class TrainingRun:
                     await self._finish()
                 elif (epoch := await self._train_epoch()) is not None:
                     await self._cross_boundary(epoch)
-                await self._rollback_over()
+                await self._wait_for_rollback()
             await self._end_lane()
         except LaneFailedError as error:
             self.ending = "failed"
@@ -109,7 +109,7 @@ class TrainingRun:
 
     async def _cross_boundary(self, epoch: messages.EpochDone) -> None:
         """Judges the epoch, asks the controller, and has a checkpoint made if one is due."""
-        if not self._accepted(epoch):
+        if not self._judge(epoch):
             return
         parts, policy = self._parts, self._parts.boundary.policy
         packet = epoch_packet(self._status, parts.health.averages, epoch, wall_ns=time.time_ns())
@@ -122,14 +122,14 @@ class TrainingRun:
         self._observers.on_boundary(self._status, epoch, budget_ms=policy.budget_s * 1000, breach=breach)
         parts.safety.epoch_over(breach=breach)
         self._lifecycle.changed()
-        await self._rollback_over()
+        await self._wait_for_rollback()
         if self._epoch_done is epoch:
             parts.checkpointing.on_epoch(epoch)
 
-    def _accepted(self, epoch: messages.EpochDone) -> bool:
+    def _judge(self, epoch: messages.EpochDone) -> bool:
         """Whether the epoch is healthy; else the run goes back or is halted."""
         parts = self._parts
-        verdict = parts.health.epoch(epoch)
+        verdict = parts.health.epoch(epoch, rolling_back=parts.recovery.running)
         self._observers.on_health(parts.health.to_json())
         if isinstance(verdict, Proceed):
             return True
@@ -156,7 +156,7 @@ class TrainingRun:
         await self._status.feed.until(lambda: self._lane.ended is not None)
         self._raise_if_lane_failed()
 
-    async def _rollback_over(self) -> None:
+    async def _wait_for_rollback(self) -> None:
         recovery = self._parts.recovery
         await self._status.feed.until(lambda: not recovery.running or self._lane.ended is not None)
 
@@ -176,7 +176,7 @@ class TrainingRun:
         if hold:
             self._lane.hold("exit")
         with anyio.move_on_after(_LAST_CHECKPOINT_S), suppress(TolariaError):  # counted and logged by checkpointing
-            await self._rollback_over()
+            await self._wait_for_rollback()
             if not self._parts.recovery.unproven:
                 await self._parts.checkpointing.create(reason)
 

@@ -219,7 +219,7 @@ class Safety:
             self.controller.acknowledge()
 
     def check_breakers(self) -> None:
-        """Raises the emergency of every breaker that has opened; a full disk shows in the event and `/readyz` only."""
+        """Raises the emergency of every breaker that has opened, except that of checkpoints: training can go on."""
         for name in self.safeguards.take_opened():
             if name != CHECKPOINT:
                 self.controller.trigger(emergency.Trigger.BREAKER_OPEN, name)
@@ -233,13 +233,13 @@ class Safety:
             self.controller.trigger(emergency.Trigger.BOUNDARY_BREACH, "over budget")
         if self._streak.spent:
             self.controller.trigger(emergency.Trigger.FAILED_EPOCH_STREAK, f"{self._streak.failed} epochs in a row")
-        rule = emergency.recovered(
+        recovered = emergency.recovered(
             self.controller.state,
             self._streak,
             recovery_epochs=self._settings.recovery_epochs,
             cause_remains=not self.safeguards.all_closed,
         )
-        if rule:
+        if recovered:
             with suppress(EmergencyError):  # cleared or raised at this very moment
                 self.controller.clear(f"{self._streak.healthy} healthy epochs", TOLARIA, by=emergency.Clearer.RECOVERED)
 

@@ -10,13 +10,13 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import nn
 
-from leyline.v1.enums_pb2 import SEED_STAGE_CULLED
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.errors import OwnershipError, SeedError, TopologyStateError
+from tolaria.seeds.alpha import BlendingSeeds
 from tolaria.seeds.blueprints import Blueprints
 from tolaria.seeds.plan import Change, GraftedSeed, HostFacts, Refusal, plan
 from tolaria.seeds.slots import Graft, NamedParameters, parameters_by_owner, seed_prefix, slots_of
-from tolaria.seeds.stages import ABSENT, FULL_STRENGTH, TRAINED, stage_from_name, stage_name
+from tolaria.seeds.stages import ABSENT, TRAINED, stage_from_name, stage_name
 from tolaria.values.seeds import Ramp
 
 _VERSION: Final = 1
@@ -82,7 +82,7 @@ class SeedTopology:
         self._cull_steps = cull_steps
         self._isolated = isolated
         self._seeds: dict[str, GraftedSeed] = {}
-        self._blending: tuple[tuple[GraftedSeed, Graft], ...] = ()
+        self._blending = BlendingSeeds()
         self._misfits: dict[tuple[str, str], str | None] = {}
         parameters_by_owner(model)
 
@@ -97,7 +97,7 @@ class SeedTopology:
         States that cannot be reached are refused one by one, without an exception, and the others apply. The model's
         output is the same afterwards, bit for bit, unless a schedule itself jumps. Repeating the call changes nothing.
         """
-        faded = self._faded(global_step)
+        faded = self._blending.faded(global_step)
         leaving = {change.seed.seed_id for change in faded}
         current = [seed for seed in self._seeds.values() if seed.seed_id not in leaving]
         known = {seed.seed_id for seed in current}
@@ -114,9 +114,8 @@ class SeedTopology:
         """
         if not self._blending:
             return None
-        for seed, graft in self._blending:
-            graft.alpha = seed.alpha(global_step)
-        faded = self._faded(global_step)
+        self._blending.advance(global_step)
+        faded = self._blending.faded(global_step)
         return self._apply(faded, (), global_step) if faded else None
 
     def states(self, global_step: int) -> list[SeedState]:
@@ -206,21 +205,12 @@ class SeedTopology:
 
     def _update_grafts(self, global_step: int) -> None:
         """Sets every graft to its record."""
-        blending: list[tuple[GraftedSeed, Graft]] = []
-        for seed in self._seeds.values():
-            graft = self._graft(seed)
+        grafted = [(seed, self._graft(seed)) for seed in self._seeds.values()]
+        for seed, graft in grafted:
             trainable = seed.stage in TRAINED
             if graft.trainable != trainable:
                 graft.set_trainable(trainable=trainable)
-            graft.alpha = seed.alpha(global_step)
-            if seed.ramp is not None and seed.stage not in FULL_STRENGTH:
-                blending.append((seed, graft))
-        self._blending = tuple(blending)
-
-    def _faded(self, global_step: int) -> list[Change]:
-        """Returns the removal of each culled seed that has faded out."""
-        culled = (seed for seed, _ in self._blending if seed.stage == SEED_STAGE_CULLED)
-        return [Change(seed, None) for seed in culled if seed.alpha(global_step) == 0.0]
+        self._blending.reset(grafted, global_step)
 
     def _build(self, seed: GraftedSeed, run_seed: int) -> Graft:
         _, slot = self._slots[seed.slot]

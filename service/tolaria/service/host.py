@@ -15,7 +15,6 @@ from anyio.abc import TaskGroup
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import add_TolariaAdminServiceServicer_to_server
-from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN
 from tolaria.config import PeerSettings, child_environment
 from tolaria.emergency.supervision import watch_board, watch_process
 from tolaria.grpc_server import GrpcServer, grpc_server
@@ -23,8 +22,8 @@ from tolaria.peers.connect import Peer, Peers, connected_peers
 from tolaria.reference.embedded import EmbeddedPeer, embedded_peers
 from tolaria.rpc.admin import AdminParts, AdminService
 from tolaria.run.resume import RunOutcome
-from tolaria.run.safety import KASMINA, TAMIYO
 from tolaria.run.status import state_name
+from tolaria.service.readiness import publish_health, reasons_not_ready
 from tolaria.service.wiring import Core, Foundation, RunService, new_ledger, new_run
 from tolaria.telemetry.exporter import exporter
 
@@ -34,7 +33,6 @@ ADMIN_SERVICE: Final = admin.DESCRIPTOR.services_by_name["TolariaAdminService"].
 # what is being written after the last checkpoint.
 _LANE_SHARE, _CALLS_SHARE, _CHILDREN_SHARE, _FLUSH_SHARE, _PEERS_SHARE, _WRITER_SHARE = 0.5, 0.2, 0.1, 0.05, 0.05, 0.05
 _LANE_JOIN_S: Final = 1.0
-_READY_STATES: Final = frozenset({admin.RUN_STATE_RUNNING, admin.RUN_STATE_PAUSED, admin.RUN_STATE_FINISHED})
 
 
 class Host:
@@ -174,32 +172,3 @@ class Host:
             metrics=self._foundation.metrics,
             emitter=self._foundation.emitter,
         )
-
-
-def reasons_not_ready(core: Core) -> list[str]:
-    """Returns why `/readyz` says no; a run that cannot keep its state is not ready, whatever else it does.
-
-    A paused or finished run answers operators as a running one does: it is ready.
-    """
-    reasons = []
-    if core.status.state not in _READY_STATES:
-        reason = core.status.state_reason
-        reasons.append(f"the run is {state_name(core.status.state)}" + (f": {reason}" if reason else ""))
-    if core.checkpointing.failing:
-        reasons.append(f"checkpoints fail: {core.checkpointing.failing}")
-    if core.journal.failing:
-        reasons.append(f"the journal fails: {core.journal.failing}")
-    return reasons
-
-
-async def publish_health(core: Core, server: GrpcServer) -> None:
-    """Keeps grpc.health.v1 in step with the run and the breakers, until cancelled."""
-    status, breakers = core.status, core.safeguards.breakers
-    while True:
-        version = status.feed.version
-        await server.set_health("", serving=not reasons_not_ready(core))
-        await server.set_health("tolaria.training", serving=status.state in _READY_STATES)
-        for name in (TAMIYO, KASMINA):
-            await server.set_health(f"tolaria.{name}", serving=breakers[name].state != CIRCUIT_STATE_OPEN)
-        while status.feed.version == version:  # a change during the calls above is not missed
-            await status.feed.next()

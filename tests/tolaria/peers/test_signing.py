@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import COMMAND_SEED
 from support.peers import command
-from tolaria.peers.signing import NonceTable, is_signed, sign
+from tolaria.peers.verification import NonceTable, is_signed, sign
 
 
 def test_the_signature_follows_the_contract() -> None:

@@ -23,8 +23,7 @@ from leyline.v1.seeds_pb2 import SeedState
 from support.peers import command
 from tolaria.config import LeylineSettings, Settings
 from tolaria.errors import CommandRejectedError, PeerProtocolError
-from tolaria.peers.signing import sign
-from tolaria.peers.verification import REJECTION_REASONS, SEEDS_MAX, CommandVerifier, verify_seeds
+from tolaria.peers.verification import REJECTION_REASONS, SEEDS_MAX, CommandVerifier, sign, verify_seeds
 
 
 def rejection(given_command: AdaptationCommand, *, secret: str = "", late_s: float = 0.0) -> str:

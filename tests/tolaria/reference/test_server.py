@@ -33,7 +33,7 @@ from support.boards import acknowledgements
 from tolaria.config import LeylineSettings
 from tolaria.errors import BindError
 from tolaria.peers.connect import Peer
-from tolaria.peers.signing import is_signed
+from tolaria.peers.verification import is_signed
 from tolaria.reference.server import join_board, peer_server
 from tolaria.signals import SignalBoard
 

@@ -103,6 +103,20 @@ async def test_a_repeat_gets_the_first_answer() -> None:
     assert [answer.global_step for answer in answers] == [1, 1, 2, 1]
 
 
+async def test_an_answer_of_an_earlier_process_that_was_not_found_in_time_is_sent() -> None:
+    """The operation runs again, but the caller gets the answer that the journal has."""
+    first = PauseTrainingResponse(global_step=99).SerializeToString()
+    journal = MemoryJournal()
+
+    async def now() -> PauseTrainingResponse:
+        journal.answers["a"] = AdminActionRow("a", 1, "run", "PauseTraining", "why", 99, first)
+        return PauseTrainingResponse(global_step=1)
+
+    async with open_ledger(journal) as ledger:
+        answers = [await ledger.once(request(), now) for _ in range(2)]
+    assert [answer.global_step for answer in answers] == [99, 99]
+
+
 async def test_a_repeat_gets_the_first_error() -> None:
     """A refused request is not tried again."""
     operation = Operation()

@@ -17,7 +17,7 @@ from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.errors import CheckpointWriteError
 from tolaria.journal.rows import FaultRow
 from tolaria.rollback.protocol import Rollback
-from tolaria.service.host import reasons_not_ready
+from tolaria.service.readiness import reasons_not_ready
 
 pytestmark = pytest.mark.anyio
 

@@ -285,7 +285,7 @@ def test_batches_of_unhealthy_steps_are_returned_once() -> None:
     assert isinstance(health.step(numbered(11, 100.0, place=3), rolling_back=False), Retreat)
     assert health.step(numbered(12, 1.0, place=4), rolling_back=True) == Proceed()
     assert health.step(numbered(13, 200.0, place=5), rolling_back=True) == Proceed()
-    assert health.epoch(evaluated(0.0)) == Proceed()
+    assert health.epoch(evaluated(0.0), rolling_back=False) == Proceed()
     assert health.end_retreat() == ((1, 3), (1, 5))
     assert health.end_retreat() == ()
     assert isinstance(health.step(numbered(14, 100.0), rolling_back=False), Retreat)
@@ -297,7 +297,7 @@ def test_a_resumed_run_is_measured_as_before() -> None:
     """What was no explosion for the whole run is none after its restart; a budget that was spent stays spent."""
     before = Health(SETTINGS)
     trained(before, 10, 2.0)
-    assert before.epoch(evaluated(0.9)) == Proceed()
+    assert before.epoch(evaluated(0.9), rolling_back=False) == Proceed()
     after = Health(SETTINGS, before.to_json())
     trained(after, 10, 0.001)
     small = numbered(11, 0.2)  # 200 times the average of late, a tenth of what the run began with
@@ -305,7 +305,7 @@ def test_a_resumed_run_is_measured_as_before() -> None:
     fresh = Health(SETTINGS)
     trained(fresh, 10, 0.001)
     assert isinstance(fresh.step(small, rolling_back=False), Retreat)
-    assert isinstance(after.epoch(evaluated(0.5)), Retreat)
+    assert isinstance(after.epoch(evaluated(0.5), rolling_back=False), Retreat)
     after.end_retreat()
     assert isinstance(after.step(numbered(12, 50.0), rolling_back=False), Retreat)
     again = Health(SETTINGS, after.to_json())
@@ -324,8 +324,8 @@ def test_nothing_is_judged_without_automatic_rollbacks() -> None:
     health = Health(RollbackSettings(automatic=False))
     trained(health, 30, 1.0)
     assert health.step(numbered(31, 1e9), rolling_back=False) == Proceed()
-    assert health.epoch(evaluated(0.9)) == Proceed()
-    assert health.epoch(evaluated(0.0)) == Proceed()
+    assert health.epoch(evaluated(0.9), rolling_back=False) == Proceed()
+    assert health.epoch(evaluated(0.0), rolling_back=False) == Proceed()
 
 
 def test_the_healthy_step_ends_where_it_went_wrong() -> None:
@@ -337,8 +337,21 @@ def test_the_healthy_step_ends_where_it_went_wrong() -> None:
     assert health.step(numbered(11, 1.0), rolling_back=False) == Proceed()
     assert health.healthy_step == 9
     health.end_retreat()
-    assert health.epoch(replace(evaluated(0.9), global_step=9)) == Proceed()
+    assert health.epoch(replace(evaluated(0.9), global_step=9), rolling_back=False) == Proceed()
     assert health.step(numbered(12, 1.0), rolling_back=False) == Proceed()
     assert health.healthy_step == 12
-    assert isinstance(health.epoch(evaluated(0.1)), Retreat)
+    assert isinstance(health.epoch(evaluated(0.1), rolling_back=False), Retreat)
     assert health.healthy_step == 9
+
+
+def test_an_operators_rollback_costs_nothing_of_the_automatic_ones() -> None:
+    """What goes wrong while it is under way begins nothing and spends no budget; its batches are still returned."""
+    health = Health(SETTINGS)
+    trained(health, 10, 1.0)
+    before = health.to_json()
+    assert health.step(numbered(11, 100.0, place=3), rolling_back=True) == Proceed()
+    assert health.epoch(evaluated(0.0), rolling_back=True) == Proceed()
+    assert health.to_json() == before
+    assert health.healthy_step == 9
+    assert health.end_retreat() == ((1, 3),)
+    assert isinstance(health.step(numbered(12, 100.0), rolling_back=False), Retreat)

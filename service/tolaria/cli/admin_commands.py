@@ -26,7 +26,7 @@ DEMO_EPOCHS = 60  # enough for seeds to germinate, blend and fossilize
 TIMEOUT_S = 5.0
 _ROLLBACK_TIMEOUT_S = 30.0  # rollback.full_budget_s is 12, and training first has to reach a step boundary
 _CHECKPOINT_TIMEOUT_S = 60.0  # also of `stop`, which writes a last checkpoint
-_PROFILE_TIMEOUT_S = 900.0  # includes the traced updates
+_PROFILE_TIMEOUT_S = 900.0  # includes the traced steps
 _UINT32_MAX = 2**32 - 1
 _UINT64_MAX = 2**64 - 1
 
@@ -36,7 +36,7 @@ ConfigFile = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Overrides one setting of file or environment."),
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one setting of the file or the environment."),
 ]
 ServiceAddress = Annotated[
     str | None,
@@ -46,7 +46,7 @@ Timeout = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.1, max=3600.0, help="Longest wait for an answer.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON (proto3 mapping).")]
-Reason = Annotated[str, typer.Option("--reason", help="Why; recorded with the action.")]
+Reason = Annotated[str, typer.Option("--reason", help="Reason for the action, recorded with it.")]
 RequestId = Annotated[
     str | None,
     typer.Option("--request-id", metavar="ID", help="A repeat with the same id gets the first answer (default: new)."),
@@ -126,7 +126,7 @@ def _options(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Its signature declares the options of every change, and without the first two those of every call."""
+    """Declares the options of commands that change something; other commands have all but the first two."""
 
 
 _CHANGE_OPTIONS = list(inspect.signature(_options, eval_str=True).parameters.values())
@@ -188,10 +188,10 @@ def lr(
         float | None, typer.Option(callback=_finite, help="Set the rate to this, in place of its schedule.")
     ] = None,
     group: Annotated[
-        str, typer.Option(help="Parameter group, such as host or seed:seed-1 (default: all that train).")
+        str, typer.Option(help="Parameter group, such as host or seed:seed-1 (default: all trained groups).")
     ] = "",
     for_steps: Annotated[
-        int, typer.Option(min=0, max=_UINT64_MAX, help="Updates until it expires (default: it does not expire).")
+        int, typer.Option(min=0, max=_UINT64_MAX, help="Steps until it expires (default: it does not expire).")
     ] = 0,
 ) -> messages.AdjustLearningRateRequest:
     """Change learning rates at the next step boundary, by --factor or --value."""
@@ -244,10 +244,10 @@ def checkpoint() -> messages.CreateCheckpointRequest:
 @admin_command(admin_app, lambda admin: admin.CaptureProfile, timeout_s=_PROFILE_TIMEOUT_S, show=render.show_profile)
 def profile(
     steps: Annotated[
-        int, typer.Option(min=0, max=_UINT32_MAX, help="Updates to trace (default: profiler.active_steps).")
+        int, typer.Option(min=0, max=_UINT32_MAX, help="Steps to trace (default: profiler.active_steps).")
     ] = 0,
 ) -> messages.CaptureProfileRequest:
-    """Trace the next updates and print the path of the trace."""
+    """Trace the next steps and print the path of the trace."""
     return messages.CaptureProfileRequest(active_steps=steps)
 
 

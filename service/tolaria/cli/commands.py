@@ -39,7 +39,7 @@ class CommandGroup(TyperGroup):
         """Invokes the command. Any exception that is not a TolariaError keeps its traceback."""
         try:
             result = super().invoke(ctx)
-            # A full disk is reported here; the interpreter's flush at exit could not.
+            # A full disk is reported here; the interpreter's flush at exit could not report it.
             if sys.stdout is not None:
                 sys.stdout.flush()
         except (TolariaError, BaseExceptionGroup) as error:

@@ -36,7 +36,7 @@ class Broadcast:
 
 @dataclass(frozen=True, slots=True)
 class HeldBack:
-    """A notice waits for the rate limit, a retry, or notices before it."""
+    """A notice waits for the rate limit, a retry, or earlier notices."""
 
     notice: Notice
 
@@ -74,7 +74,7 @@ class Backlog:
 
     @property
     def first(self) -> Notice:
-        """The notice that waits longest. Raises StopIteration when there is none."""
+        """The notice that has waited longest. Raises StopIteration when there is none."""
         return next(iter(self._waiting.values()))
 
     def put(self, notice: Notice) -> None:
@@ -86,7 +86,7 @@ class Backlog:
         self._waiting[key] = notice if first is None else replace(first, count=first.count + notice.count)
 
     def remove_first(self) -> None:
-        """Removes the notice that waits longest."""
+        """Removes the notice that has waited longest."""
         del self._waiting[next(iter(self._waiting))]
 
 
@@ -107,7 +107,7 @@ class RateLimit:
 
     @property
     def free_at_ns(self) -> int:
-        """When the limit permits the next take; 0 for at any time."""
+        """When the limit permits the next take; 0 if it does now."""
         return self._taken[0] + self._window_ns if len(self._taken) == self._limit else 0
 
 
@@ -116,7 +116,7 @@ class Outbox:
 
     `send` passes one notice on without waiting. It raises BroadcastFailedError when it cannot; any other error
     propagates, and the notice stays. `report` is called with the outcome of each attempt and each notice that has to
-    wait; it may post. `clock` is monotonic nanoseconds.
+    wait; it may call `post`. `clock` is monotonic nanoseconds.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Outbox:
             self._report(HeldBack(notice))
 
     def pump(self) -> None:
-        """Sends what waits, as far as the rate limit and failures permit."""
+        """Sends waiting notices, as far as the rate limit and failures permit."""
         if self._pumping:  # a report from the loop below posted another notice, which that loop sends
             return
         self._pumping = True

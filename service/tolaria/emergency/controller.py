@@ -123,7 +123,7 @@ class EmergencyController:
         )
         self._since_ns = clock()
         self._state = EmergencyState()
-        self._seen: dict[str, int] = {}  # the last signal taken in of each participant
+        self._seen: dict[str, int] = {}  # the last signal read from each participant
         self._unreadable = False
         self._reissue_failed = False
 
@@ -134,7 +134,7 @@ class EmergencyController:
 
     @property
     def due_in_s(self) -> float | None:
-        """Seconds until `pump` has something to do; None when it has not before the next event."""
+        """Seconds until `pump` has something to do; None if it has nothing to do before the next event."""
         times_ns = [at_ns for at_ns in (self._outbox.due_at_ns, self._deadline_ns()) if at_ns is not None]
         return max(0.0, (min(times_ns) - self._clock()) / _S) if times_ns else None
 
@@ -166,7 +166,7 @@ class EmergencyController:
     def clear(self, reason: str, origin: str, *, by: Clearer) -> EmergencyState:
         """Ends the emergency, here and on the board, and returns the state that it had.
 
-        Waiting broadcasts are sent later all the same. A failed write is in the report: peers may still see the level.
+        Waiting broadcasts are still sent later. A failed write is in the report: peers may still see the level.
         Raises `ClearanceRefusedError` when the rule `by` may not end this one, `IllegalEmergencyEventError` when calm.
         """
         self.observe_board()
@@ -182,7 +182,7 @@ class EmergencyController:
         return before
 
     def observe_board(self) -> None:
-        """Takes in what others wrote to the board: signals, acknowledgements, an operator's clearance.
+        """Reads what others wrote to the board: signals, acknowledgements, an operator's clearance.
 
         A signal that is gone without a clearance is written again: a level does not fall because its origin cleared
         its own signal, crashed or lost its block.
@@ -200,7 +200,7 @@ class EmergencyController:
         for signal in sorted(view.active, key=lambda signal: signal.raised_ns):
             if self._seen.get(signal.origin) != signal.signal_id:
                 self._seen[signal.origin] = signal.signal_id
-                # Its deadline runs neither before this process existed nor from the future.
+                # Its deadline must start neither before this process did nor in the future.
                 at_ns = min(max(signal.raised_ns, self._since_ns), self._clock())
                 self._take_signal(signal._replace(raised_ns=at_ns), view.attached, "")
         self._reissue_if_gone()
@@ -234,7 +234,7 @@ class EmergencyController:
         failed_before, self._reissue_failed = self._reissue_failed, bool(error)
         if not error:
             self._state = replace(state, signal_id=signal_id)
-        if not (error and failed_before):  # retried at every look, reported once
+        if not (error and failed_before):  # retried at every reading, reported once
             self._observer(Reissued(error))
 
     def _collect_acknowledgements(self, view: _BoardView) -> None:

@@ -1,6 +1,6 @@
 """Emergencies as pure data: levels, required responses, transitions, triggers and clearance rules.
 
-Any participant raises the level. It falls only to calm, by an operator or a clearance rule.
+Any participant may raise the level. It falls only to calm, when an operator or a rule clears it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What a level requires of the service within `deadline_ms` of its raise.
+    """What a level requires of the service within `deadline_ms` of being raised.
 
     `acknowledged_by`: participants whose acknowledgement is awaited; tolaria's means that the response is done.
     """
@@ -40,7 +40,7 @@ RESPONSES: Mapping[EmergencyLevel.ValueType, Response] = {
 
 
 class Trigger(Enum):
-    """A fault that the service detects itself. The value is the first word of the reason and does not change."""
+    """A fault that the service detects itself. The value is the first word of the reason and must not change."""
 
     BOUNDARY_BREACH = "boundary_breach"
     HOOK_BREACH = "hook_breach"

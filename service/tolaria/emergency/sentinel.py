@@ -1,4 +1,4 @@
-"""The sentinel: a process that watches the service's heartbeats on the signal board, also while the GIL is held there.
+"""The sentinel: a process that watches the service's heartbeats on the signal board, even while the GIL is held.
 
 When the event loop or the lane is silent, the sentinel raises HALT from its own block, requests a stack dump of the
 service and, after the grace period, ends the service, so that its supervisor restarts it. Its first line on standard
@@ -43,7 +43,7 @@ class SilenceLimits:
     """Durations in seconds.
 
     `startup_s` before silence counts, `timeout_s` of silence, `grace_s` between the alarm and SIGTERM, `drain_s`
-    between SIGTERM and SIGKILL. The time between two looks counts up to `look_s_max`.
+    between SIGTERM and SIGKILL. The time between two looks counts as at most `look_s_max`.
     """
 
     startup_s: float
@@ -77,9 +77,9 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class SilenceMonitor:
-    """Decides when silent heartbeats require the next stage. A value: `look` returns the next one.
+    """Decides when silent heartbeats require the next stage. Immutable: `look` returns the next monitor.
 
-    A heartbeat is silent while its value does not change; the value is compared with no clock. Only observed time
+    A heartbeat is silent while its value does not change; the value is not compared with a clock. Only observed time
     counts: a sentinel that was stopped, perhaps with the whole machine, saw no silence.
     `observed_s` is the time observed so far, `waited_s` that in this stage; `heartbeats` are keyed by name.
     """
@@ -122,7 +122,7 @@ class SilenceMonitor:
 
 
 class ServiceProcess:
-    """A handle on the watched process; a context manager that leaves the process alone.
+    """A handle on the watched process; a context manager that does not end the process.
 
     On Linux a pidfd, which never refers to a later process of the same number; elsewhere only the end of `while_open`,
     a file descriptor, counts as the end of the process. Raises ProcessLookupError when there is no such process.
@@ -145,7 +145,7 @@ class ServiceProcess:
         return any(key.fd == self._pidfd or not os.read(key.fd, 4096) for key, _ in self._selector.select(timeout_s))
 
     def send(self, number: signal.Signals) -> None:
-        """Sends a signal; does nothing when the process ended."""
+        """Sends a signal; does nothing if the process has ended."""
         with suppress(ProcessLookupError):
             if sys.platform == "linux" and self._pidfd is not None:
                 signal.pidfd_send_signal(self._pidfd, number)
@@ -153,7 +153,7 @@ class ServiceProcess:
                 os.kill(self.pid, number)
 
     def handles_dump(self) -> bool:
-        """Returns whether the process handles DUMP_SIGNAL, which ends it otherwise. False without /proc."""
+        """Returns whether the process handles DUMP_SIGNAL, which would otherwise end it. False without /proc."""
         try:
             status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii", errors="replace")
         except OSError:
@@ -222,7 +222,7 @@ class Sentinel:
     def _raise_halt(self, reason: str) -> None:
         try:
             self._participant.raise_level(EMERGENCY_LEVEL_HALT, reason)
-        except SignalError as error:  # the process is silent all the same: go on
+        except SignalError as error:  # the process is still silent: go on
             _log("sentinel_cannot_raise", detail=str(error))
         _log("sentinel_raised_halt", reason=reason)
 

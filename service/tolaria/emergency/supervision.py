@@ -33,7 +33,7 @@ class Heartbeats:
     """The heartbeats of event loop and lane, on tolaria's block of the board.
 
     The lane beats for itself while it works; while it is idle or paused, the event loop beats for it. So a lane that
-    hangs at work is silent, an idle one is not.
+    hangs during work is silent, but an idle one is not.
     """
 
     def __init__(self, participant: ParticipantWriter) -> None:
@@ -41,12 +41,12 @@ class Heartbeats:
         self._lane_rests = True
 
     def lane_beat(self) -> None:
-        """Beats for the lane; called from its thread between microbatches. Under a microsecond."""
+        """Beats for the lane; called from its thread between microbatches. Takes less than a microsecond."""
         self._participant.beat_lane()
 
     @contextmanager
     def lane_works(self) -> Iterator[None]:
-        """From the lane's thread, around an epoch: the lane beats for itself."""
+        """Entered by the lane's thread around an epoch, in which the lane beats for itself."""
         self._participant.beat_lane()
         self._lane_rests = False
         try:
@@ -56,7 +56,7 @@ class Heartbeats:
 
     @contextmanager
     def lane_rests(self) -> Iterator[None]:
-        """From the lane's thread, around a wait or a long operation: the event loop beats for it."""
+        """Entered by the lane's thread around a wait or a long operation, in which the event loop beats for it."""
         before, self._lane_rests = self._lane_rests, True
         try:
             yield
@@ -111,7 +111,7 @@ class SentinelProcess(ChildSupervisor):
 async def watch_process(settings: Settings, board: SignalBoard, heartbeats: Heartbeats) -> None:
     """A task: beats, and keeps a sentinel running if the settings ask for one, until cancelled.
 
-    Removes the boards that crashed runs left beside this one first.
+    First removes the boards that crashed runs left beside this one.
     """
     timeout_s = settings.emergency.heartbeat_timeout_s
     async with anyio.create_task_group() as tasks:
@@ -130,7 +130,7 @@ async def watch_board(board: SignalBoard, controller: EmergencyController, *, in
     """A task: passes what peers write to the board to `controller` as soon as the bell rings, until cancelled.
 
     Waits in one worker thread, without the GIL, at most `interval_s` at a time; a ring arrives within tens of
-    microseconds. Once the board is lost it still does what is due, every `interval_s`.
+    microseconds. Once the board is lost, due work is still done every `interval_s`.
     """
     limiter = anyio.CapacityLimiter(1)
     seen = 0

@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class BuiltLane:
-    """A lane that has been built and not started. From `lane` on the module belongs to the lane's thread."""
+    """A lane that has been built but not started. Once `lane` has been called, only its thread may use the module."""
 
     settings: Settings
     module: TrainModule
@@ -52,7 +52,7 @@ class BuiltLane:
 
     @property
     def ready(self) -> LaneReady:
-        """What has been built, after `resume` with the resumed position."""
+        """What has been built; after `resume`, with the resumed position."""
         module, seeds = self.module, self.module.seeds
         paths = module.fast_paths
         return LaneReady(
@@ -70,7 +70,7 @@ class BuiltLane:
         )
 
     def resume(self, image: StateImage) -> Restored:
-        """Restores a checkpoint of an earlier process; errors as `SnapshotManager.restore_image`."""
+        """Restores a checkpoint of an earlier process; raises as `SnapshotManager.restore_image` does."""
         return self.snapshots.restore_image(image)
 
     def lane(self, heartbeat: LaneHeartbeat, traces_dir: Path) -> ThreadLane:
@@ -95,7 +95,7 @@ def build(settings: Settings) -> BuiltLane:
     training = settings.training
     device = choose_device(training.device)
     if training.deterministic:
-        torch.use_deterministic_algorithms(mode=True)  # an operation without such a kernel raises when it is used
+        torch.use_deterministic_algorithms(mode=True)  # an operation without a deterministic kernel raises when used
         torch.backends.cudnn.benchmark = False
     seed_everything(training.seed)
     job = build_job(training.job, JobContext(training.seed, device, training.options))
@@ -123,8 +123,8 @@ def _build_module(settings: Settings, job: TrainingJob, device: torch.device) ->
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise BrokenJobError(
-            f"{type(optimizer).__name__} evaluates the loss several times in a step, by a closure, which gradients "
-            "merged once a step cannot serve"
+            f"{type(optimizer).__name__} evaluates the loss several times in a step, by a closure, but "
+            "gradients are merged only once a step"
         )
     batches = _call("training_data", lambda: cursor.batches_per_epoch)
     fast_paths = FastPaths(settings.fastpaths, device, deterministic=training.deterministic)

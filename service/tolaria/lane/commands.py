@@ -42,7 +42,7 @@ _EPOCHS_QUEUED_MAX: Final = 4
 _COMMANDS_QUEUED_MAX: Final = 256
 
 _DECISIONS_MAX: Final = 2 * _COMMANDS_QUEUED_MAX
-"""Restores whose decision is kept. Fewer can be decided between `forbid` of a queued restore and its execution."""
+"""Number of restore decisions kept. Fewer can be made between `forbid` of a queued restore and its execution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +59,10 @@ class CommandQueue:
     Args:
         on_held: called in the lane's thread, once for each `Hold`, with its number. Must not block: the queue is
             locked meanwhile.
-        resting: spans every wait in the middle of an epoch.
+        resting: its context manager spans every wait in the middle of an epoch.
 
     Attributes:
-        stopping: whether the lane is to end at the next step boundary.
+        stopping: whether the lane has to end at the next step boundary.
         latest_order: number of the newest order for an epoch, taken or not; 0 before the first.
     """
 
@@ -107,7 +107,7 @@ class CommandQueue:
             self._changed.notify_all()
 
     def next_work(self) -> RunEpoch | QueuedCommand | None:
-        """Waits for an epoch or a command; commands come first. None: the lane is to end, and none is queued."""
+        """Waits for an epoch or a command; commands come first. None: the lane has to end, and none is queued."""
         with self._changed:
             while not (self.stopping and not self._commands):
                 held = self._report_hold()
@@ -133,9 +133,9 @@ class CommandQueue:
             return None
 
     def continue_step(self) -> bool:
-        """Waits between two microbatches while held; False: the unfinished step has to be abandoned.
+        """Waits between two microbatches while held; returns False if the unfinished step has to be abandoned.
 
-        That is so for an urgent command, and while held for any command and for a stop.
+        This is the case for an urgent command and, while held, for any command or a stop.
         """
         if not (self._held or self._urgent):
             return True
@@ -165,7 +165,7 @@ class CommandQueue:
 class RestoreGate:
     """Decides, once for each restore, whether it may change live state. Thread-safe.
 
-    The lane requests permission right before the change, the run forbids it at its deadline: the first one decides.
+    The lane requests permission right before the change, the run forbids it at its deadline: the first call decides.
     """
 
     def __init__(self) -> None:
@@ -177,11 +177,11 @@ class RestoreGate:
         return time.monotonic() >= deadline_s or self._granted.get(command_id) is False
 
     def grant(self, command_id: int, deadline_s: float) -> bool:
-        """Whether live state may change now; then it has to. Forbids the restore past its deadline."""
+        """Whether live state may change now; if so, it must change. Past the deadline, the restore is forbidden."""
         return self._decide(command_id, granted=time.monotonic() < deadline_s)
 
     def forbid(self, command_id: int) -> bool:
-        """Forbids the restore to change live state; False when that was granted before."""
+        """Forbids the restore to change live state; False if it has already been granted."""
         return not self._decide(command_id, granted=False)
 
     def _decide(self, command_id: int, *, granted: bool) -> bool:
@@ -196,7 +196,7 @@ class CommandExecutor:
     """Carries out commands at a step boundary, in the lane's thread.
 
     Attributes:
-        images: where captured and loaded images cross between lane and run.
+        images: the pool through which lane and run exchange captured and loaded images.
         gate: grants or refuses each restore, right before it changes live state.
     """
 

@@ -30,11 +30,11 @@ def choose_device(wanted: str) -> torch.device:
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise ConfigurationError(
-                [f"training.device: {wanted!r} is not there; this machine has {count} CUDA devices"]
+                [f"training.device: {wanted!r} is not available; this machine has {count} CUDA devices"]
             )
         return torch.device("cuda", device.index or 0)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigurationError(["training.device: 'mps' is not there"])
+        raise ConfigurationError(["training.device: 'mps' is not available"])
     return device
 
 
@@ -51,7 +51,7 @@ def limit_threads(wanted: int) -> int:
 def seed_everything(seed: int) -> None:
     """Seeds the global random number generators of torch (all devices), numpy and Python."""
     torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - jobs that use numpy's global generator have to repeat as well
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - jobs that use numpy's global generator have to be reproducible
     random.seed(seed)
 
 

@@ -20,12 +20,12 @@ from tolaria.optimization import OptimizerManager
 
 FastPath = Literal["fused", "compile", "amp", "tf32", "pin_memory"]
 
-_BEFORE_THE_RUN: Final = -(10**9)  # a step from which no minimum interval between rebuilds counts
+_BEFORE_THE_RUN: Final = -(10**9)  # a step so early that the minimum interval between rebuilds has passed
 _AMP_DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class FastPaths:
-    """The fast paths of one run; `fuse` and `compile` follow once there is an optimizer and a model.
+    """The fast paths of one run; `fuse` and `compile` are called once there is an optimizer and a model.
 
     Sets torch's process-wide switches for TF32.
 
@@ -33,7 +33,7 @@ class FastPaths:
         scaler: of the loss, with float16 only.
         pins_memory: whether batches are copied to the device through pinned memory.
         running: a short description of each fast path in use.
-        fallbacks: the reason of each one that is off although the setting allows it.
+        fallbacks: for each one that is off although the setting allows it, the reason.
         failed: those of `fallbacks` that were tried.
     """
 
@@ -117,7 +117,7 @@ class FastPaths:
         if self._settings.compile == "off":
             return
         if self._deterministic or (self._settings.compile == "auto" and self._device.type != "cuda"):
-            why = "the run is deterministic" if self._deterministic else "it does not pay on a CPU"
+            why = "the run is deterministic" if self._deterministic else "it does not pay off on a CPU"
             self.fallbacks["compile"] = why
             return
         model.compile(dynamic=None)

@@ -59,7 +59,7 @@ class GradientMerger:
     def follow(self, scope: GradientScope) -> None:
         """Changes the scope from the next step on."""
         if [id(p) for _, p in scope.shared] != [id(p) for _, p in self._scope.shared]:
-            self._tracker = None  # another layout of rows
+            self._tracker = None  # its rows have another layout
         self._scope = scope
         self._sources = ()
 
@@ -140,7 +140,7 @@ class GradientMerger:
         if len(dtypes) > 1:
             raise LossShapeError(
                 "gradients of several sources are merged over shared parameters of one dtype, not of "
-                f"{sorted(map(str, dtypes))}; gradients.mode = sum has no such need"
+                f"{sorted(map(str, dtypes))}; gradients.mode = sum does not require this"
             )
         first = self._scope.shared[0][1]
         return SeedAggregationTracker(

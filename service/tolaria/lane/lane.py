@@ -42,7 +42,7 @@ class LaneHeartbeat(Protocol):
         """Records progress."""
 
     def lane_works(self) -> AbstractContextManager[None]:
-        """Spans work, during which beats are due at regular intervals."""
+        """Spans a block of work, during which beats are due at regular intervals."""
 
     def lane_rests(self) -> AbstractContextManager[None]:
         """Spans a wait, or work known to take long, during which no beat is due."""
@@ -52,7 +52,7 @@ class EventBuffer:
     """Carries events from the lane's thread to the client, many at a time.
 
     Holds at most `capacity` steps: a lane that is this far ahead of its client waits. Steps notify the client at most
-    once in `frame_s`, other events at once.
+    once per `frame_s`, other events at once.
     """
 
     def __init__(self, *, frame_s: float = _FRAME_S, capacity: int = _STEP_EVENTS_MAX) -> None:
@@ -183,7 +183,7 @@ class ThreadLane:
                 if not self._step():
                     with self._profiler.mark("boundary"):
                         self._finish_epoch(time.monotonic() - started_s)
-                    return  # a restore from here on does not continue an epoch without a further order
+                    return  # after a later restore, the epoch continues only with a further order
             except StepAbandonedError:
                 # Unless the lane is to stop, the abandoned step, or evaluation, starts again after the urgent command.
                 module.model.train()
@@ -196,7 +196,7 @@ class ThreadLane:
         return not (self._commands.stopping or self._module.progress.over)
 
     def _step(self) -> bool:
-        """Takes a step and what follows it; returns False if the epoch has no batch left."""
+        """Takes a step and does the work that follows it; returns False if the epoch has no batch left."""
         module = self._module
         # Compiling takes minutes without a beat.
         compiling = module.global_step == 0 and "compile" in module.fast_paths.running

@@ -32,7 +32,7 @@ PROFILE_STEPS_MAX: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class RunEpoch:
-    """Trains the rest of the current epoch, or else the next one, then evaluates. `order` is a rising number."""
+    """Trains the rest of the current epoch, or else the next one, then evaluates. `order` is an increasing number."""
 
     order: int
 
@@ -144,7 +144,7 @@ class ImageCaptured:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """Live state is the one captured at `position`.
+    """The live state is the one captured at `position`.
 
     `state_digest` is of the live state after the restore, `expected_digest` the one recorded at its capture.
     `underway`: the lane goes on with that epoch without a further order; `latest_order` is the newest it has received.
@@ -251,7 +251,7 @@ class LaneReady:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """One optimizer step, or a *skipped* one: not finite, so that nothing changed and `global_step` stayed.
+    """One optimizer step, or a *skipped* one: it was not finite, so nothing changed, not even `global_step`.
 
     A skipped step that is `rescaled` only lowered the loss scale of float16. `batches` are the places in the epoch of
     the microbatches it took. Times are seconds, `finished_at_s` on the monotonic clock.

@@ -22,7 +22,7 @@ from tolaria.errors import InvalidFieldError, WrongStateError
 from tolaria.lane.messages import PROFILE_STEPS_MAX, ProfileDone, ProfileStarted, TraceFailed, TraceWritten
 
 Region = Literal["forward", "backward", "merge", "optimizer", "boundary", "rollback"]
-"""A part of a step that traces name."""
+"""A part of a step that is named in traces."""
 
 Mark: TypeAlias = Callable[[Region], AbstractContextManager[object]]
 """Returns a context manager whose block appears under that name in the trace."""
@@ -114,7 +114,7 @@ class LaneProfiler:
             size_bytes = path.stat().st_size
             if size_bytes > self._bytes_max:
                 path.unlink()
-                return TraceFailed("cap", f"a trace of {size_bytes} bytes is larger than all traces may be")
+                return TraceFailed("cap", f"a trace of {size_bytes} bytes is larger than the limit for all traces")
             removed = self._make_room(path, size_bytes)
         except (OSError, RuntimeError) as error:
             return TraceFailed("export", str(error))
@@ -134,7 +134,7 @@ class LaneProfiler:
             with partial.open("rb") as trace:
                 trace.seek(max(0, partial.stat().st_size - _TAIL_BYTES))
                 if not trace.read().rstrip().endswith(b"}"):
-                    raise OSError(f"{path.name} was not written to its end")
+                    raise OSError(f"{path.name} was not written completely")
             partial.rename(path)
         finally:  # also removes what crashes have left; the exporter appends its own suffix
             for leftover in self._directory.glob(f"{_PREFIX}*{_PARTIAL}*"):

@@ -33,7 +33,7 @@ _UNCHANGED: Final = Reconciliation((), (), {}, {}, {})
 class SeedTraining:
     """Seeds, optimizer and learning rates of one model, for a run of `run_steps`.
 
-    Part of the state: a postponed rebuild stays postponed.
+    Part of the training state, so that a postponed rebuild stays postponed after a restore.
 
     Raises:
         OptimizationError: the optimizer cannot be controlled, or the schedule does not fit a run of that length.

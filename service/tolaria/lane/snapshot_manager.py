@@ -27,7 +27,7 @@ _MIB: Final = 2**20
 _NO_LIMIT_BYTES: Final = 2**62
 
 _SPARE_IMAGES: Final = 2
-"""Images beside the ring: one is being written as a checkpoint while the next one waits."""
+"""Images in addition to the ring: one is being written as a checkpoint while the next one waits."""
 
 
 class SnapshotManager:
@@ -93,7 +93,7 @@ class SnapshotManager:
         raise NoCheckpointError("every image that there is room for is still being written")
 
     def restore_snapshot(self, target_step: int, refused: Callable[[], bool]) -> Restored:
-        """Restores the newest snapshot at or before `target_step`, as `restore_image`.
+        """Restores the newest snapshot at or before `target_step`, as `restore_image` does.
 
         Raises NoCheckpointError if there is none.
         """
@@ -107,7 +107,7 @@ class SnapshotManager:
     def restore_image(
         self, image: StateImage, refused: Callable[[], bool] | None = None, *, verify: bool = False
     ) -> Restored:
-        """Restores an image; one that is not to be verified has been, such as a loaded checkpoint.
+        """Restores an image. Without `verify` it must have been verified before, as a loaded checkpoint has.
 
         `refused` is called right before live state changes; True abandons the restore.
 

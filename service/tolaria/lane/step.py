@@ -26,7 +26,7 @@ from tolaria.lane.train_module import TrainModule
 from tolaria.values.optimization import LearningRateViolation
 
 _HALF: Final = frozenset({torch.float16, torch.bfloat16})
-"""Dtypes in which norms overflow at ordinary gradients."""
+"""Dtypes in which the norms of ordinary gradients overflow."""
 
 
 class StepAbandonedError(Exception):
@@ -176,7 +176,7 @@ def _measure(loss: Tensor, module: TrainModule) -> tuple[float, list[float]]:
     # small models it costs as much as an operation of the model.
     half = any(gradient.dtype in _HALF for gradient in gradients)
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32 if half else None)  # noqa: SLF001 - torch's name for the batched norm
-    # One transfer: the loss and the norm of each gradient; their root sum of squares costs less here than there.
+    # One transfer: the loss and the norm of each gradient; their root sum of squares is cheaper on the host.
     values: list[float] = torch.stack([loss.to(norms[0].dtype), *(n.to(norms[0].dtype) for n in norms)]).tolist()
     rest = iter(values[1:])
     found = [math.hypot(*islice(rest, len(group))) for group in groups]

@@ -40,7 +40,7 @@ class SkippedBatches:
 class TrainModule:
     """What the lane trains: a job, its model on `device`, its data and its progress. Used in one thread at a time.
 
-    As a part of the state it is the progress in the epoch, which no other object holds.
+    Its part of the training state is the progress in the epoch, which no other object holds.
 
     Attributes:
         global_step: number of completed steps.
@@ -129,12 +129,12 @@ class TrainModule:
         return None
 
     def note_step_start(self) -> None:
-        """Notes data, progress and generators before a step of several microbatches, for `abandon_step`."""
+        """Records data, progress and generators before a step of several microbatches, for `abandon_step`."""
         if self.accumulate > 1:
             self._step_start = self.cursor.state_dict(), self.progress, capture_rngs()
 
     def abandon_step(self) -> None:
-        """Restores what `note_step_start` noted, so that the same step can start again."""
+        """Restores what `note_step_start` recorded, so that the same step can start again."""
         self.discard_pass()
         if self._step_start is not None:
             cursor, self.progress, rngs = self._step_start
@@ -142,7 +142,7 @@ class TrainModule:
             restore_rngs(*rngs)
 
     def clear_gradients(self) -> None:
-        """Drops all gradients, also those of parameters that are not in the optimizer."""
+        """Drops all gradients, including those of parameters that are not in the optimizer."""
         for parameter in self._with_gradients:
             parameter.grad = None
 

@@ -38,8 +38,8 @@ class TamiyoClient:
 
     async def evaluate_step(self, state: SystemStatePacket) -> AdaptationCommand | None:
         """Returns the command for a state between epochs."""
-        # Not repeatable: a controller may answer once and take a lost answer for a received one. Asking again with a
-        # newer state is worth more.
+        # Not repeatable: a controller may answer only once and assume that a lost answer was received. Asking again
+        # with a newer state is more useful.
         request = tamiyo.EvaluateStepRequest(state=state)
         response = await self._caller.call(self._stub.EvaluateStep, request, name="EvaluateStep")
         return response.command if response.HasField("command") else None
@@ -65,7 +65,7 @@ class KasminaClient:
         """Returns all desired seeds for this state; `refusals` are (seed_id, reason) of those not realized."""
         refused = [kasmina.SeedRefusal(seed_id=seed_id, reason=reason) for seed_id, reason in refusals]
         request = kasmina.ExportSeedStatesRequest(state=state, refusals=refused)
-        # Repeatable: gates are evaluated once for an epoch's state, and refusals are facts.
+        # Repeatable: gates are evaluated once for an epoch's state, and refusals may be reported twice.
         response = await self._caller.call(
             self._stub.ExportSeedStates, request, name="ExportSeedStates", repeatable=True
         )

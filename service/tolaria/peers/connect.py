@@ -105,7 +105,7 @@ def _observer(peer: Peer, metrics: Metrics, emitter: Emitter) -> Callable[[CallR
 
 @asynccontextmanager
 async def _drained(*callers: tuple[DeadlineCaller, float]) -> AsyncIterator[None]:
-    """Drains all callers at the end, concurrently, each for at most its seconds, even if cancelled."""
+    """Drains all callers at the end, concurrently, each within its own timeout in seconds, even if cancelled."""
     try:
         yield
     finally:

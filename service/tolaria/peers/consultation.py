@@ -46,7 +46,7 @@ class Consultation:
 
 
 class Consultations:
-    """Holds one consultation after the other. Meanwhile only the newest question waits; older ones are dropped.
+    """Holds consultations one at a time. Meanwhile only the newest question waits; older ones are dropped.
 
     `permits` returns whether a peer may be called now, by its name; otherwise it is skipped. `on_settled` is called on
     the event loop at the end of each consultation.

@@ -25,7 +25,7 @@ from tolaria.reference.rollback import Context, Runs, Undo
 BLENDING_STEPS = 200  # from alpha 0 to alpha 1 unless the command sets another number; a few epochs of a small job
 STAGE_EPOCHS_MAX = 12  # in one active stage before a seed is culled; twice what a healthy seed needs
 ACTIVE_MAX = 4  # active seeds; keeps the rows of the gradient matrix cheap
-SEEDS_MAX = 64  # seeds in all, fossilized ones included; bounds each response to some kilobytes
+SEEDS_MAX = 64  # seeds in all, fossilized ones included; bounds each response to a few kilobytes
 DORMANT_MAX = 4  # dormant seeds, the oldest are forgotten first; few are ever germinated again
 _NAME_LENGTH_MAX = 128
 _BLENDING_STEPS_MAX = 10**9
@@ -253,7 +253,7 @@ def _check(command: AdaptationCommand) -> None:
     if not command.command_id:
         raise IllegalMoveError("the command has no command_id")
     if command.version != CONTRACT_VERSION:
-        raise IllegalMoveError(f"the command has version {command.version}; known is {CONTRACT_VERSION}")
+        raise IllegalMoveError(f"the command has version {command.version}; only {CONTRACT_VERSION} is supported")
     if command.command_type != enums.COMMAND_SEED or not command.HasField("seed_operation"):
         raise IllegalMoveError("only seed commands with a seed operation are executed here")
     slot = command.annotations.get("slot", "")
@@ -267,7 +267,7 @@ def _blending_steps(command: AdaptationCommand) -> int:
     parameters = command.seed_operation.parameters
     unknown = sorted(set(parameters) - {"blending_steps"})
     if unknown:
-        raise IllegalMoveError(f"parameter {unknown[0][:_NAME_LENGTH_MAX]!r} is unknown; known is blending_steps")
+        raise IllegalMoveError(f"parameter {unknown[0][:_NAME_LENGTH_MAX]!r} is unknown; only blending_steps is known")
     steps = parameters["blending_steps"] if "blending_steps" in parameters else float(BLENDING_STEPS)
     if not 1 <= steps <= _BLENDING_STEPS_MAX:
         raise IllegalMoveError(f"parameter blending_steps is {steps}, which is not from 1 to {_BLENDING_STEPS_MAX}")

@@ -60,7 +60,7 @@ class Runs(Generic[T]):
     async def of_state(self, state: SystemStatePacket, context: Context) -> T:
         """Returns the state of the packet's run; aborts the call with INVALID_ARGUMENT if the packet is invalid."""
         if state.version != CONTRACT_VERSION:
-            detail = f"state.version: is {state.version}; known is {CONTRACT_VERSION}"
+            detail = f"state.version: is {state.version}; only {CONTRACT_VERSION} is supported"
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, detail)
         if len(state.training_run_id) > _RUN_ID_LENGTH_MAX:
             detail = f"state.training_run_id: is longer than {_RUN_ID_LENGTH_MAX} characters"

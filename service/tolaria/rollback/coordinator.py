@@ -53,10 +53,10 @@ from tolaria.rollback.protocol import (
 from tolaria.signals import RollbackState, RollbackWriter
 
 RECORD_S_MAX: Final = 0.5
-"""Longest that the end of a rollback, and with it the lane, waits for the journal."""
+"""Longest wait for the journal at the end of a rollback, during which the lane is held."""
 
 _GRACE_S: Final = 0.02
-"""A participant's own timeout comes first, since its error says more; this bounds one that has none."""
+"""Added to a participant's own timeout, whose error says more; bounds a participant without a timeout."""
 
 _LAST_EVENT: Final = {
     Ending.RESTORED: RollbackEvent.CONFIRMED,
@@ -125,8 +125,8 @@ class RollbackCoordinator:
         """Carries out `rollback` and sets how it ended; a failure is an ending, not an exception.
 
         When the caller is cancelled, the rollback is aborted, or completed once the lane has begun to change live
-        state; both are recorded. Only cancel scopes may cancel: a task that is cancelled directly, as gRPC does with
-        its handlers, has to wait for another task that calls this. Other errors than `TolariaError` leave in a group.
+        state; both are recorded. Only cancel scopes may cancel: a task that is cancelled directly, as gRPC cancels its
+        handlers, has to wait for another task that calls this. Errors other than `TolariaError` are raised in a group.
 
         Raises:
             WrongStateError: another rollback is running.
@@ -220,7 +220,7 @@ class RollbackCoordinator:
             raise rollback.error
 
     async def _conclude(self, rollback: Rollback) -> None:
-        """Shows and records how the rollback ended, in bounded time; unless it restored, aborts it with the peers."""
+        """Shows and records how the rollback ended, in bounded time; unless it succeeded, aborts it with the peers."""
         if rollback.decided_s is None:
             rollback.decided_s = time.monotonic()
         rollback.ending = rollback.ending or Ending.FAILED
@@ -297,7 +297,7 @@ async def _outcome(call: Awaitable[ParticipantResponse], bound_s: float) -> tupl
 
 
 def _ending_when_cancelled(rollback: Rollback) -> tuple[Ending, TolariaError | None]:
-    """Returns how a rollback ends whose caller has been cancelled."""
+    """Returns how a rollback whose caller has been cancelled ends."""
     if rollback.proven:
         return Ending.RESTORED, None
     if rollback.restored_step >= 0:

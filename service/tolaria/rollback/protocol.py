@@ -24,7 +24,7 @@ ID_BYTES_MAX: Final = 64
 TIERS: Final[Mapping[str, RollbackTier.ValueType]] = MappingProxyType(
     {"auto": ROLLBACK_TIER_UNSPECIFIED, "fast": ROLLBACK_TIER_FAST, "full": ROLLBACK_TIER_FULL}
 )
-"""Tiers by the names that people and the journal use."""
+"""Tiers by the names that operators and the journal use."""
 
 TOLARIA: Final = "tolaria"
 
@@ -106,7 +106,7 @@ class ParticipantRequest:
 
 
 class ParticipantResponse(Protocol):
-    """Whether a participant accepted the call, and a detail for people."""
+    """Whether a participant accepted the call, and a human-readable detail."""
 
     @property
     def accepted(self) -> bool: ...  # noqa: D102 - described by the class
@@ -157,7 +157,7 @@ _REQUIRED: Final = {Call.COMMIT: Call.PREPARE, Call.CONFIRM: Call.COMMIT}
 
 
 def may_be_asked(votes: Sequence[Vote], participant: str, call: Call) -> bool:
-    """Whether `call` makes sense after these votes: commit and confirm follow an accepted call, abort an effect."""
+    """Whether `call` applies after these votes: commit and confirm need an accepted call, abort a possible effect."""
     own = [vote for vote in votes if vote.participant == participant]
     if call is Call.PREPARE:
         return True
@@ -167,7 +167,7 @@ def may_be_asked(votes: Sequence[Vote], participant: str, call: Call) -> bool:
 
 
 def has_quorum(votes: Sequence[Vote], peers: int) -> bool:
-    """Whether a majority of all participants confirmed; Tolaria is one of them and in favour: 2 of 3."""
+    """Whether a majority of all participants confirmed; Tolaria counts as having confirmed: 2 of 3."""
     confirmed = sum(vote.call is Call.CONFIRM and vote.outcome is VoteOutcome.ACCEPTED for vote in votes)
     return confirmed + 1 >= (peers + 1) // 2 + 1
 
@@ -226,7 +226,7 @@ class Rollback:
     at_ns: int = field(default_factory=time.time_ns)
 
     deadline_s: float = field(default=0.0, init=False)
-    """Monotonic seconds by which the change of live state has begun, or never does."""
+    """Monotonic seconds by which the change of live state must have begun; it never begins later."""
     peers: int = field(default=0, init=False)
     votes: list[Vote] = field(default_factory=list, init=False)
     restore_begun: bool = field(default=False, init=False)
@@ -244,7 +244,7 @@ class Rollback:
     ending: Ending | None = field(default=None, init=False)
     error: TolariaError | None = field(default=None, init=False)
     unrecorded: JournalError | None = field(default=None, init=False)
-    """Why the journal has no row of it."""
+    """Why the journal has no row for this rollback."""
 
     @property
     def destination(self) -> int:

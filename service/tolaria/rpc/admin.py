@@ -37,7 +37,7 @@ class AdminParts:
     """What the servicer passes requests to.
 
     `complete` adds the service's own fields to a status; `closing` is set when the service is about to end, so that
-    streams end too; `interval_s` is the pace of WatchStatus between changes.
+    streams end too; `interval_s` is the interval of WatchStatus without changes.
     """
 
     run: TrainingRun
@@ -67,7 +67,7 @@ class AdminService(TolariaAdminServiceServicer):
     async def WatchStatus(
         self, request: admin.WatchStatusRequest, context: Context
     ) -> AsyncIterator[admin.WatchStatusResponse]:
-        """Yields the status now, after every change and at a pace; ends with the service."""
+        """Yields the status now, after every change and at intervals; ends with the service."""
         interval_s = max(self._parts.interval_s, request.interval_ms / 1000)
         feed = self._status.feed
         while True:
@@ -79,7 +79,7 @@ class AdminService(TolariaAdminServiceServicer):
                 with anyio.move_on_after(interval_s):
                     await feed.next()
 
-    # grpc.aio takes a coroutine for a stream as well; the generated type knows generators only.
+    # grpc.aio accepts a coroutine for a stream as well; the generated type allows generators only.
     async def StreamTelemetry(  # type: ignore[override]
         self, request: admin.StreamTelemetryRequest, context: Context
     ) -> NoReturn:
@@ -110,7 +110,7 @@ class AdminService(TolariaAdminServiceServicer):
         return await self._once(request, context, operation)
 
     async def StopTraining(self, request: admin.StopTrainingRequest, context: Context) -> admin.StopTrainingResponse:
-        """Ends the run after its step; the service stays."""
+        """Ends the run after its current step; the service keeps running."""
 
         async def operation() -> admin.StopTrainingResponse:
             await self._run.stop(request.reason)
@@ -121,11 +121,11 @@ class AdminService(TolariaAdminServiceServicer):
     async def AdjustLearningRate(
         self, request: admin.AdjustLearningRateRequest, context: Context
     ) -> admin.AdjustLearningRateResponse:
-        """Adjusts learning rates at the next step boundary, for good or for some steps."""
+        """Adjusts learning rates at the next step boundary, permanently or for a number of steps."""
 
         async def operation() -> admin.AdjustLearningRateResponse:
             change = request.WhichOneof("change")
-            self._run.require_adjustable()  # an ended run refuses invalid adjustments for that reason too
+            self._run.require_adjustable()  # for an ended run, this error comes before that of an invalid adjustment
             try:
                 adjustment = Adjustment(
                     group=request.group or None,
@@ -164,7 +164,7 @@ class AdminService(TolariaAdminServiceServicer):
     async def TriggerRollback(
         self, request: admin.TriggerRollbackRequest, context: Context
     ) -> admin.TriggerRollbackResponse:
-        """Goes back to a restore point; two digests in the answer prove that it was bit-exact."""
+        """Rolls back to a restore point; two digests in the answer prove that the restore was bit-exact."""
 
         async def operation() -> admin.TriggerRollbackResponse:
             if request.tier not in RollbackTier.values():
@@ -211,7 +211,7 @@ class AdminService(TolariaAdminServiceServicer):
     async def ListRestorePoints(
         self, request: admin.ListRestorePointsRequest, context: Context
     ) -> admin.ListRestorePointsResponse:
-        """Returns what a rollback can go to, newest first."""
+        """Returns the restore points, newest first."""
         try:
             rows = await _read(self._parts.journal.restore_points())
         except errors.TolariaError as error:
@@ -219,7 +219,7 @@ class AdminService(TolariaAdminServiceServicer):
         return list_restore_points(rows, self._status.snapshots, healthy_step=self._parts.health.healthy_step)
 
     async def ListIncidents(self, request: admin.ListIncidentsRequest, context: Context) -> admin.ListIncidentsResponse:
-        """Returns what has gone wrong, newest first."""
+        """Returns the incidents, newest first."""
         try:
             if request.limit > INCIDENTS_MAX:
                 raise errors.InvalidFieldError("limit", f"must not be more than {INCIDENTS_MAX}, is {request.limit}")
@@ -232,7 +232,7 @@ class AdminService(TolariaAdminServiceServicer):
     async def RaiseEmergency(
         self, request: admin.RaiseEmergencyRequest, context: Context
     ) -> admin.RaiseEmergencyResponse:
-        """Raises an emergency; the answer holds the acknowledgements and their latencies."""
+        """Raises an emergency; the answer contains the acknowledgements and their latencies."""
 
         async def operation() -> admin.RaiseEmergencyResponse:
             state = await self._safety.raise_emergency(request.level, request.reason, self._status)
@@ -266,7 +266,7 @@ class AdminService(TolariaAdminServiceServicer):
     async def SetConservativeMode(
         self, request: admin.SetConservativeModeRequest, context: Context
     ) -> admin.SetConservativeModeResponse:
-        """Switches the operator's reason for conservative mode; the answer holds the reasons that are left."""
+        """Adds or removes the operator's reason for conservative mode; the answer contains the remaining reasons."""
 
         async def operation() -> admin.SetConservativeModeResponse:
             reasons = self._safety.set_conservative(enabled=request.enabled)

@@ -14,7 +14,7 @@ from tolaria.journal.rows import CheckpointRow, Incident
 
 INCIDENTS_DEFAULT: Final = 100
 INCIDENTS_MAX: Final = 1000
-"""Incidents in one answer: some hundred kilobytes, far below the limit of a gRPC message."""
+"""Incidents in one answer: a few hundred kilobytes, far below the limit of a gRPC message."""
 
 
 def list_incidents(incidents: Iterable[Incident]) -> admin.ListIncidentsResponse:
@@ -37,13 +37,13 @@ def list_incidents(incidents: Iterable[Incident]) -> admin.ListIncidentsResponse
 def list_restore_points(
     checkpoints: Iterable[CheckpointRow], snapshots: Iterable[SnapshotInfo], *, healthy_step: int | None
 ) -> admin.ListRestorePointsResponse:
-    """Returns what a rollback can go to, newest first; of one step the snapshot before the checkpoints.
+    """Returns the restore points, newest first; for the same step, the snapshot before the checkpoints.
 
-    Of `checkpoints`, oldest first, only committed ones are shown. It is not known when snapshots were taken. Points
+    Of `checkpoints`, oldest first, only committed ones are listed. Snapshots have no timestamp. Points
     after `healthy_step` (None: no step has been judged) are not stable, nor is a snapshot without a digest.
     """
     points = [_snapshot_point(info, healthy_step) for info in snapshots]
-    newest_first = reversed(list(checkpoints))  # of several of one step, a rollback takes the newest
+    newest_first = reversed(list(checkpoints))  # of several for one step, a rollback takes the newest
     points += [_checkpoint_point(row, healthy_step) for row in newest_first if row.state == "committed"]
     points.sort(key=lambda point: point.global_step, reverse=True)
     return admin.ListRestorePointsResponse(restore_points=points)

@@ -24,16 +24,16 @@ REQUEST_ID_MAX: Final = 128
 REASON_MAX: Final = 1024
 
 FIND_S_MAX: Final = 0.05
-"""Longest that a request waits for the answers of earlier processes: a halt takes effect within twice that, whatever
-the disk does. An id that cannot be looked up in time counts as new."""
+"""Longest wait of a request for the answers of earlier processes, so that a halt takes effect within twice that time
+even if the disk hangs. An id that cannot be looked up in time counts as new."""
 
-KEEP_S_MAX: Final = 0.25  # longest that an answer waits until it is durable
+KEEP_S_MAX: Final = 0.25  # longest wait for an answer to become durable
 
 Answer = TypeVar("Answer", bound=Message)
 
 
 class MutatingRequest(Protocol):
-    """What every request that changes something has: an id, whose repeat gets the first answer, and a reason."""
+    """The common fields of requests that change something: an id, whose repeat gets the first answer, and a reason."""
 
     DESCRIPTOR: Descriptor
     request_id: str
@@ -57,7 +57,7 @@ def check_request(request: MutatingRequest) -> None:
 
 @dataclass(slots=True)
 class _Entry:
-    """A request: one of answer and error is there once it is `done`."""
+    """A request; either `answer` or `error` is set once it is `done`."""
 
     method: str
     content: bytes
@@ -69,10 +69,10 @@ class _Entry:
 class RequestLedger:
     """Carries out each request that it remembers once, and gives repeats the first answer.
 
-    Operations run in `tasks`, not in their callers: a caller that goes away, or gives up waiting, cancels nothing, and
+    Operations run in `tasks`, not in their callers: a caller that disconnects or gives up waiting cancels nothing, and
     a repeat of its request waits for the same operation. At most `capacity` requests of this process are remembered;
-    the journal has those of earlier ones. It may hang: requests are carried out and answered all the same. Used on the
-    event loop only.
+    the journal has those of earlier ones. Even if it hangs, requests are carried out and answered. Used on the event
+    loop only.
     """
 
     def __init__(self, capacity: int, journal: AsyncJournal, status: RunStatus, tasks: TaskGroup) -> None:
@@ -92,14 +92,14 @@ class RequestLedger:
         timeout_s: float,
         late: str,
     ) -> Answer:
-        """Returns the answer of `operation`, or the one that the request's id got before from the RPC `method`.
+        """Returns the answer of `operation`, or the one that the RPC `method` gave earlier to the same request id.
 
-        `late` says, for the error, what has not happened within `timeout_s`.
+        `late` is the part of the error message that says what has not happened within `timeout_s`.
 
         Raises:
             InvalidFieldError: the common fields are wrong, or the id was another request's.
             StillUnderwayError: the operation takes longer; it goes on, and a repeat waits for it.
-            TolariaError: raised by `operation`; repeats get the same.
+            TolariaError: raised by `operation`, and again for repeats.
         """
         check_request(request)
         content = request.SerializeToString(deterministic=True)

@@ -42,7 +42,7 @@ STATUSES: Final[tuple[tuple[type[TolariaError], int, str], ...]] = (
     (errors.JobError, code_pb2.FAILED_PRECONDITION, "JOB"),
     (errors.TolariaError, code_pb2.UNKNOWN, "TOLARIA"),
 )
-"""Status code (google.rpc.Code) and stable reason of each error; the first class that fits counts."""
+"""Status code (google.rpc.Code) and stable reason of each error; the first matching class applies."""
 
 
 def status_of(error: TolariaError) -> status_pb2.Status:

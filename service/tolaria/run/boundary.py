@@ -19,15 +19,15 @@ from tolaria.run.observers import RunObserver
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus, step_packet
 
-GUARD_S: Final = 0.001  # kept back from the budget, so that letting training go on is still within it
+GUARD_S: Final = 0.001  # reserved in the budget for letting training go on
 
 
 @dataclass(frozen=True, slots=True)
 class BoundaryPolicy:
-    """How long an epoch boundary waits: in all, and for Tamiyo's answer.
+    """How long an epoch boundary waits: in total, and for Tamiyo's answer.
 
-    A `patient` boundary waits for the settled answer instead, up to `patience_s`: so the answer always takes effect at
-    the same step, and a deterministic run repeats bit by bit.
+    A `patient` boundary waits for the settled answer instead, up to `patience_s`, so that the answer always takes
+    effect at the same step and a deterministic run is reproducible bit for bit.
     """
 
     budget_s: float
@@ -62,7 +62,7 @@ class EpochBoundary:
 
 
 class StepQuestions:
-    """Asks the controller every `control.step_interval` steps, of several in one frame the last; nothing waits."""
+    """Asks the controller every `control.step_interval` steps, without waiting; in one frame, only about the last."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
-"""Checkpoints of a run: when they are due, how they are made beside training, and what follows when one fails.
+"""Checkpoints of a run: when they are due, how they are made during training, and what happens when one fails.
 
-Failures of storage end no task: they are reported, counted and tried again.
+Storage failures do not end any task: they are reported and counted, and the checkpoint is retried.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tolaria.run.observers import RunObserver
 from tolaria.run.run_state import Lifecycle
 
 BUSY_S: Final = 0.25
-"""Time until an operator's checkpoint is tried again while the writer is busy."""
+"""Delay before an operator's checkpoint is retried while the writer is busy."""
 
 STALLED_S: Final = 120.0
 """Time after which a checkpoint counts as stalled: a disk that hangs raises no error."""
@@ -42,7 +42,7 @@ _SUPERSEDE_S: Final = 1.0  # one small transaction, for which the lane is held
 class Checkpointing:
     """Makes the checkpoints of one run. Used on the event loop only.
 
-    The lane captures an image at a step boundary, also while it is held; the writer's thread writes it. `from_step` is
+    The lane captures an image at a step boundary, even while it is held; the writer's thread writes it. `from_step` is
     the step at which the run begins in this process.
     """
 
@@ -79,17 +79,17 @@ class Checkpointing:
         self.validated_step = -1
         """The newest step that a validation found healthy, or an earlier one restored since; -1 before the first.
 
-        A checkpoint that was due after that validation is of no later step.
+        It is moved to the step of the checkpoint that was due after that validation, which may be a few steps later.
         """
         self._held_reason = ""
         self._retrying = False
         self.failing = ""
-        """Why there is no new checkpoint although one is due; empty without a failure."""
+        """Why the checkpoint that is due has not been made; empty if none has failed."""
 
     # -- events, in the lane's order ---------------------------------------------------------------------------------
 
     def on_step(self, global_step: int) -> None:
-        """Takes the step of a healthy `StepDone`, or of a `Restored`, which may be lower."""
+        """Handles the step of a healthy `StepDone`, or of a `Restored`, which may be earlier."""
         if global_step < self._last_step:
             self._undo_after(global_step)
         self._step = self._last_step = global_step
@@ -102,7 +102,7 @@ class Checkpointing:
             self._make_due(global_step)
 
     def on_epoch(self, epoch: EpochDone) -> None:
-        """Takes an epoch that has been validated and found healthy."""
+        """Handles an epoch that has been validated and found healthy."""
         self._step, self._epoch = epoch.global_step, epoch
         self._evaluated_step = self.validated_step = epoch.global_step
         self._epoch_due = due_by_epochs(self._settings.every_epochs, epoch.epoch)
@@ -110,14 +110,14 @@ class Checkpointing:
             self._make_due(epoch.global_step)
 
     def on_image_captured(self, image_id: int) -> None:
-        """Takes the lane's `ImageCaptured`: a rollback that is applied from now on supersedes the image."""
+        """Handles the lane's `ImageCaptured`: a rollback that is applied from now on supersedes the image."""
         mark = self._captured[image_id] = RewindMark()
         self._in_flight.add(mark)
 
     async def supersede_after(self, global_step: int) -> None:
-        """Marks the checkpoints after `global_step` as undone, those in flight first. Waits a second at most.
+        """Marks the checkpoints after `global_step` as undone, those in flight first. Waits at most one second.
 
-        A failure is logged: a crash before the next checkpoint would resume from one of them.
+        A failure is logged; after a crash before the next checkpoint, the run would resume from one of them.
         """
         self._undo_after(global_step)
         with anyio.move_on_after(_SUPERSEDE_S):
@@ -145,9 +145,9 @@ class Checkpointing:
                 return
 
     async def create(self, reason: str) -> CheckpointRow:
-        """Makes a checkpoint now, after one that is being made, and returns its committed row.
+        """Makes a checkpoint now, after any that is in progress, and returns its committed row.
 
-        Raises TolariaError when no checkpoint was made; the failure counts as any other.
+        Raises TolariaError when no checkpoint was made; the failure counts like any other.
         """
         async with self._turn:
             row = await self._attempt()
@@ -158,17 +158,17 @@ class Checkpointing:
         return row
 
     def _make_due(self, global_step: int) -> None:
-        """Has a checkpoint made, unless one is being made: then the disk is slower than the settings."""
+        """Starts a checkpoint unless one is in progress: the disk is then too slow for the configured interval."""
         if not self._turn.locked():
             self._due_from_step = global_step
             self._due = True
             self._wake.set()
 
     async def _serve_due(self) -> bool:
-        """Returns whether the lane still runs."""
+        """Returns whether the lane is still running."""
         async with self._turn:
             self._due = False
-            with suppress(TolariaError):  # reported by `_failed`, and tried again
+            with suppress(TolariaError):  # reported by `_failed`, and retried
                 try:
                     await self._attempt()
                 except LaneStoppedError as error:
@@ -177,7 +177,7 @@ class Checkpointing:
         return True
 
     async def _attempt(self) -> CheckpointRow | None:
-        """Makes one checkpoint, or raises. Returns None if the writer is busy or the run went back meanwhile."""
+        """Makes one checkpoint, or raises. Returns None if the writer is busy or the run was rolled back meanwhile."""
         try:
             row = await self._write()
         except LaneStoppedError:
@@ -204,7 +204,7 @@ class Checkpointing:
         return row
 
     async def _capture(self) -> tuple[Lease, RewindMark]:
-        self._captured.clear()  # images whose callers went away
+        self._captured.clear()  # images whose callers were cancelled
         done = await self._lane.call(CaptureImage())
         if not isinstance(done.result, ImageCaptured):
             raise LaneError(f"the lane answered with {type(done.result).__name__}, not with an image")
@@ -221,10 +221,10 @@ class Checkpointing:
             await done.wait()
 
     def _metric(self) -> float | None:
-        """Returns the figure that decides which checkpoint is best; None for a state that has not been validated.
+        """Returns the metric by which the best checkpoint is chosen; None for a state that has not been validated.
 
         A checkpoint that is due at an epoch's end is captured at the next step boundary, which may be a few steps
-        later: that state gets the epoch's figure.
+        later: that state gets the epoch's metric.
         """
         if self._epoch is None:
             return None
@@ -243,7 +243,7 @@ class Checkpointing:
         self._due_from_step = row.global_step
         if self._breaker.allows():
             self._breaker.succeeded()
-        # An open breaker ignores successes until it has cooled down; a further checkpoint closes it then.
+        # An open breaker ignores successes until it has cooled down; a later checkpoint then closes it.
         self._retrying = self._retrying and self._breaker.state != CIRCUIT_STATE_CLOSED
         if self._held_reason:
             self._lifecycle.resume_if_held_for(self._held_reason)
@@ -272,12 +272,12 @@ class Checkpointing:
 
 
 def due_by_steps(every_steps: int, global_step: int, last_step: int) -> bool:
-    """Whether a checkpoint is due `every_steps` after the one of `last_step`; 0 is never."""
+    """Whether a checkpoint is due `every_steps` after the one of `last_step`; 0 means never."""
     return every_steps > 0 and global_step - last_step >= every_steps
 
 
 def due_by_epochs(every_epochs: int, epoch: int) -> bool:
-    """Whether a checkpoint is due at the end of this epoch, counted from 1; 0 is never."""
+    """Whether a checkpoint is due at the end of this epoch, counted from 1; 0 means never."""
     return every_epochs > 0 and epoch % every_epochs == 0
 
 
@@ -286,7 +286,7 @@ def _done_event(future: Future[CheckpointRow]) -> anyio.Event:
     done, loop = anyio.Event(), asyncio.get_running_loop()
 
     def notify(_future: Future[CheckpointRow]) -> None:
-        with suppress(RuntimeError):  # the loop has ended: nothing waits
+        with suppress(RuntimeError):  # the loop has been closed: nothing is waiting
             loop.call_soon_threadsafe(done.set)
 
     future.add_done_callback(notify)

@@ -1,4 +1,4 @@
-"""Carries out what the peers have settled: the seeds that Kasmina desires and the command of Tamiyo."""
+"""Carries out the outcome of consultations: the seeds that Kasmina desires and Tamiyo's command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tolaria.values.optimization import Adjustment
 # Annotations that name the breaker of a circuit breaker command, and the level of an emergency command.
 BREAKER_KEY, LEVEL_KEY = "breaker", "level"
 
-# Hyperparameters that mean the learning rate; all others go to the optimizer as they are.
+# Hyperparameters that set the learning rate; all others are passed to the optimizer unchanged.
 RATE_VALUE, RATE_FACTOR, RATE_EXPIRY = "lr", "lr_factor", "lr_expires_after_steps"
 
 _LEVEL_PREFIX: Final = "EMERGENCY_LEVEL_"
@@ -32,7 +32,7 @@ _STEP_MAX: Final = 2**53
 
 
 class CommandHandler:
-    """Enacts settled consultations, if their state is at most `max_staleness_steps` old. On the event loop only."""
+    """Enacts settled consultations if their state is at most `max_staleness_steps` old. Used on the event loop only."""
 
     def __init__(
         self,
@@ -83,11 +83,11 @@ class CommandHandler:
             self._lane.submit(ReconcileSeeds(tuple(consultation.seeds)))  # applied by the run when it is done
         if consultation.command is not None:
             try:
-                self._obey(consultation, consultation.command)
+                self._execute(consultation, consultation.command)
             except CommandRejectedError as rejection:
                 self._reject(rejection)
 
-    def _obey(self, consultation: Consultation, command: AdaptationCommand) -> None:
+    def _execute(self, consultation: Consultation, command: AdaptationCommand) -> None:
         match command.command_type:
             case enums.COMMAND_SEED if self._safety.safeguards.mode.on:
                 raise CommandRejectedError("conservative", command.command_id, "seeds are left alone in this mode")
@@ -208,14 +208,14 @@ def emergency_of(command: AdaptationCommand) -> tuple[enums.EmergencyLevel.Value
 def rollback_of(command: AdaptationCommand) -> Rollback:
     """Returns the rollback that `rollback_payload` describes: `tier`, `target_step` and `reason`, all optional.
 
-    Raises CommandRejectedError, reason `malformed`, for an unknown key or a value that makes no sense.
+    Raises CommandRejectedError, reason `malformed`, for an unknown key or an invalid value.
     """
     payload = MessageToDict(command.rollback_payload)
     unknown = sorted(set(payload) - {"tier", "target_step", "reason"})
     tier, step = payload.get("tier", "auto"), payload.get("target_step")
     problem = ""
     if unknown:
-        problem = f"rollback_payload has no {unknown[0]!r}"
+        problem = f"rollback_payload has the unknown key {unknown[0]!r}"
     elif tier not in TIERS:
         problem = f"rollback_payload.tier must be one of {', '.join(TIERS)}, got {tier!r}"
     elif step is not None and not (isinstance(step, float) and step.is_integer() and 0 <= step < _STEP_MAX):

@@ -40,7 +40,7 @@ class RateCut:
 
 @dataclass(frozen=True, slots=True)
 class Retreat:
-    """Training has to go back to a restore point of `tier` before `at_step`, with a cut of the learning rate."""
+    """Training has to be rolled back to a restore point of `tier` before `at_step`, at a lower learning rate."""
 
     tier: RollbackTier.ValueType
     reason: str
@@ -62,8 +62,8 @@ Verdict: TypeAlias = Proceed | Retreat | Halt
 class Averages:
     """Exponentially weighted averages and variances over finite steps (Finch 2009, section 9).
 
-    The logarithm of the gradient norm is averaged as well, since norms vary by factors. `skipped_streak` counts the
-    last steps in a row that were skipped.
+    The logarithm of the gradient norm is averaged as well, since norms vary by factors. `skipped_streak` is the number
+    of consecutive steps that have been skipped most recently.
     """
 
     loss: float = 0.0
@@ -102,12 +102,12 @@ class Averages:
 
 @dataclass(frozen=True, slots=True)
 class RollbackBudget:
-    """Steps at which automatic rollbacks began. A rollback takes steps back and gives nothing of the budget back."""
+    """Steps at which automatic rollbacks began. A rollback undoes steps but restores none of the budget."""
 
     begun_at: tuple[int, ...] = ()
 
     def spent(self, at_step: int, settings: RollbackSettings) -> bool:
-        """Whether no further automatic rollback is allowed at `at_step`. Those of later, undone steps count too."""
+        """Whether no further automatic rollback is allowed at `at_step`. Rollbacks at later, undone steps count too."""
         return sum(step > at_step - settings.per_steps for step in self.begun_at) >= settings.automatic_max
 
     def after(self, at_step: int, settings: RollbackSettings) -> RollbackBudget:
@@ -117,7 +117,7 @@ class RollbackBudget:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What the run has been like: the scale for what is new. Not part of the training state.
+    """The history by which new steps and epochs are judged. Not part of the training state.
 
     `loss_level` and `norm_level` are the highest values of the moving averages since the warm-up.
     """
@@ -157,7 +157,7 @@ def judge_step(averages: Averages, record: Record, step: StepDone, settings: Rol
 
 
 def judge_epoch(record: Record, epoch: EpochDone, settings: RollbackSettings) -> Verdict:
-    """Returns what to do after an epoch, given the record before it. A job without accuracies never collapses."""
+    """Returns what to do after an epoch, given the record before it. A job without accuracies always passes."""
     accuracy = epoch.evaluation.accuracy
     reason = ""
     if record.best_accuracy - accuracy > settings.accuracy_drop:
@@ -166,7 +166,7 @@ def judge_epoch(record: Record, epoch: EpochDone, settings: RollbackSettings) ->
 
 
 class Health:
-    """Judges steps and epochs of one run, if the settings say so. Used on the event loop only.
+    """Judges steps and epochs of one run, if the settings enable it. Used on the event loop only.
 
     `saved` is the JSON from `to_json` of an earlier process of the run; empty for a new run.
     """
@@ -182,7 +182,7 @@ class Health:
         """The newest step that was judged healthy; None before the first."""
 
     def to_json(self) -> str:
-        """Returns what steps and epochs are measured against; a resumed run goes on with it."""
+        """Returns the record by which steps and epochs are judged; a resumed run continues with it."""
         saved = asdict(self._record)
         saved["rolled_back_at"] = saved.pop("budget")["begun_at"]
         return json.dumps(saved)
@@ -190,7 +190,7 @@ class Health:
     def step(self, step: StepDone, *, rolling_back: bool) -> Verdict:
         """Judges a step and counts it in the averages if it is healthy or skipped.
 
-        While a rollback is under way nothing new begins, but the batches of unhealthy steps are still noted.
+        While a rollback is in progress no other one begins, but the batches of unhealthy steps are still recorded.
         """
         quiet = rolling_back or self._retreating
         verdict = self._judge_step(step, quiet=quiet)
@@ -218,11 +218,11 @@ class Health:
         return self.averages.skipped_streak >= skipped_max
 
     def forgive_skipped_steps(self) -> None:
-        """Starts the streak of skipped steps anew."""
+        """Resets the streak of skipped steps."""
         self.averages = replace(self.averages, skipped_streak=0)
 
     def end_retreat(self) -> tuple[tuple[int, int], ...]:
-        """Ends a rollback; returns the batches, as (epoch, place), of the unhealthy steps since it was asked for."""
+        """Ends a rollback; returns the batches, as (epoch, place), of the unhealthy steps since it was requested."""
         spoiled, self._spoiled = tuple(sorted(self._spoiled)), set()
         self._retreating = False
         return spoiled
@@ -246,10 +246,10 @@ class Health:
 
 
 def explosion_limit(average: float, factor: float, level: float) -> float:
-    """Returns the value above which something has exploded: `factor` times its average, if that is far above zero.
+    """Returns the limit above which a value has exploded: `factor` times its average if that is not near zero.
 
-    The distance above the average is measured in the average's size, so it works for averages below zero; near zero a
-    hundredth of the highest level so far takes its place.
+    The margin above the average is proportional to the average's magnitude, so that negative averages work too. Near
+    zero, a hundredth of the highest level so far replaces the magnitude.
     """
     return average + (factor - 1.0) * max(abs(average), _FLOOR * level)
 
@@ -258,12 +258,12 @@ def _explosion(averages: Averages, record: Record, step: StepDone, settings: Rol
     if averages.finite_steps < settings.warmup_steps:
         return ""
     limit = explosion_limit(averages.loss, settings.loss_factor, record.loss_level)
-    # The average of a loss around zero means nothing; its deviation does.
+    # For a loss around zero, its ratio to the average is meaningless; its deviation is not.
     swing = averages.loss + _DEVIATIONS * math.sqrt(averages.loss_variance)
     if step.loss > max(limit, swing):
         return f"loss {step.loss:g} exceeds {settings.loss_factor:g} times its average {averages.loss:g}"
     limit = explosion_limit(averages.gradient_norm, settings.norm_factor, record.norm_level)
-    # Late in training the norms of a sound run scatter log-normally over far more than that factor.
+    # Late in training, the norms of a healthy run vary log-normally by far more than that factor.
     scatter = math.exp(averages.log_norm + _LOG_DEVIATIONS * math.sqrt(averages.log_norm_variance))
     beyond_record = explosion_limit(record.norm_level, settings.norm_factor, record.norm_level)
     if step.gradient_norm > limit and step.gradient_norm > min(scatter, beyond_record):
@@ -296,7 +296,7 @@ class _SavedRecord(BaseModel):
 
 
 def _parse(saved: str) -> Record:
-    """Returns the record of `Health.to_json`; a new one for an empty or unreadable text."""
+    """Returns the record of `Health.to_json`; a new one if the text is empty or unreadable."""
     try:
         found = _SavedRecord.model_validate_json(saved) if saved else _SavedRecord()
     except ValidationError:

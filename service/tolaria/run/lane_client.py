@@ -17,10 +17,10 @@ _Result = TypeVar("_Result")
 
 
 class LaneHandle(Protocol):
-    """A lane as its client sees it: a thread, or later a process. Every method returns at once."""
+    """A lane as its client sees it. Every method returns at once unless it says otherwise."""
 
     images: ImagePool
-    """Where images cross between the two sides by id."""
+    """The pool through which the two sides exchange images by id."""
 
     def start(self, notify: Callable[[], object]) -> None:
         """Starts the lane; it calls `notify` from its own thread when events can be taken."""
@@ -49,8 +49,8 @@ class PendingCommand:
 class LaneClient:
     """Submits commands and passes events on, in the lane's order. Used on the event loop only.
 
-    The run applies each event and then gives it back by `settle`, `mark_held` or `mark_ended`: futures only wake what
-    waits, after their event has been applied.
+    The run applies each event, then passes it to `settle`, `mark_held` or `mark_ended`, so that a future is completed
+    only after its event has been applied.
     """
 
     def __init__(self, handle: LaneHandle) -> None:
@@ -83,15 +83,15 @@ class LaneClient:
         self._handle.start(lambda: loop.call_soon_threadsafe(deliver))
 
     def run_epoch(self) -> None:
-        """Orders the rest of the current epoch, or else the next one."""
+        """Orders the lane to train the rest of the current epoch, or else the next one."""
         self.order += 1
         self._send(messages.RunEpoch(self.order))
 
     def submit(self, command: messages.BoundaryCommand) -> asyncio.Future[messages.CommandDone]:
-        """Has `command` carried out at the next step boundary; returns the future of its `CommandDone`.
+        """Submits `command` for the next step boundary; returns the future of its `CommandDone`.
 
-        A refused command is a result, with `failure` set. The future raises `LaneStoppedError` when the lane ends
-        before, `LaneError` when too many commands are queued. A cancelled future does not cancel the command; an image
+        A refused command is a result, with `failure` set. The future raises `LaneStoppedError` if the lane ends
+        first, and `LaneError` if too many commands are queued. A cancelled future does not cancel the command; an image
         that it captures is released.
         """
         future: asyncio.Future[messages.CommandDone] = asyncio.get_running_loop().create_future()
@@ -108,7 +108,7 @@ class LaneClient:
     async def call(self, command: messages.BoundaryCommand) -> messages.CommandDone:
         """Submits `command` and waits for it.
 
-        Raises the error of a refused command, which changed nothing, and as the future of `submit` does.
+        Raises the error of a refused command, which changed nothing, and what the future of `submit` raises.
         """
         future = self.submit(command)
         try:
@@ -135,7 +135,7 @@ class LaneClient:
         self._holders.add(holder)
 
     def release(self, holder: str) -> None:
-        """Ends the hold of `holder`; the lane goes on when no other one is left."""
+        """Ends the hold of `holder`; the lane continues when no hold is left."""
         if self._holders == {holder}:
             self._send(messages.Release())
         self._holders.discard(holder)
@@ -149,7 +149,7 @@ class LaneClient:
         return bool(self._holders - {holder})
 
     def stop(self) -> None:
-        """Ends the lane after its step."""
+        """Ends the lane after its current step."""
         self._send(messages.Stop())
 
     def close(self, timeout_s: float) -> bool:
@@ -170,13 +170,13 @@ class LaneClient:
             pending.done.set_result(event)
 
     def mark_held(self, event: messages.Held) -> bool:
-        """Notes that the lane is held; returns whether that answers the newest hold."""
+        """Records that the lane is held; returns whether the event answers the newest hold."""
         if newest := event.number == self._hold_number:
             self.held.set()
         return newest
 
     def mark_ended(self, event: messages.LaneEnded) -> None:
-        """Notes that the lane has ended: every pending future raises `LaneStoppedError`."""
+        """Records that the lane has ended: every pending future raises `LaneStoppedError`."""
         self.ended = event
         pending, self._pending = self._pending, {}
         for entry in pending.values():
@@ -189,7 +189,7 @@ class LaneClient:
         return command_id
 
     def _discard(self, event: messages.CommandDone) -> None:
-        """Releases what a command brought for a caller that has gone away."""
+        """Releases the image that a command captured for a caller that is no longer waiting."""
         if isinstance(event.result, messages.ImageCaptured):
             self.images.discard(event.result.image_id)
 

@@ -1,4 +1,4 @@
-"""What can be observed of a run: the base class of its observers, and the one that passes every call to all of them.
+"""The base class of a run's observers, and the observer that passes every call to all others.
 
 Observers write metrics, events, log lines and journal rows. They return nothing and decide nothing.
 """
@@ -46,7 +46,7 @@ class RunObserver:
         """The run has changed its state."""
 
     def on_epoch_started(self, epoch: int) -> None:
-        """An epoch has been ordered from the lane."""
+        """The lane has been ordered to train an epoch."""
 
     def on_step(self, step: StepDone) -> None:
         """A step is done or was skipped."""
@@ -58,7 +58,7 @@ class RunObserver:
         """A frame of the lane's events has been applied."""
 
     def on_epoch(self, epoch: EpochDone, *, show_layers: bool) -> None:
-        """An epoch and its evaluation are done; `show_layers` allows metrics that cost a series for each layer."""
+        """An epoch and its evaluation are done; `show_layers` enables metrics with a series for each layer."""
 
     def on_boundary(self, status: RunStatus, epoch: EpochDone, *, budget_ms: float, breach: bool) -> None:
         """An epoch boundary is over."""
@@ -67,7 +67,7 @@ class RunObserver:
         """The controller has been asked between epochs, which took `latency_ms` on the event loop."""
 
     def on_health(self, saved: str) -> None:
-        """What health is measured against may have changed; `saved` is `Health.to_json()`."""
+        """The record by which health is judged may have changed; `saved` is `Health.to_json()`."""
 
     def on_rewind(self, restored: Restored) -> None:
         """The lane has restored an earlier state."""
@@ -81,7 +81,7 @@ class RunObserver:
         """A command was rejected; nothing has changed."""
 
     def on_seeds(self, states: Sequence[SeedState]) -> None:
-        """These are all seeds now, desired ones included."""
+        """`states` are all current seeds, including desired ones."""
 
     def on_seeds_changed(self, change: SeedsChanged) -> None:
         """Seeds or the optimizer's groups have changed at a step boundary."""
@@ -90,7 +90,7 @@ class RunObserver:
         """The desired seeds could not be reconciled at all."""
 
     def on_learning_rates(self, rates: dict[str, float]) -> None:
-        """These are the learning rates of all groups now."""
+        """`rates` are the current learning rates of all groups."""
 
     def on_adjusted(self, adjustment: Adjustment, change: OptimizerChanged) -> None:
         """Learning rates have been adjusted."""
@@ -101,13 +101,13 @@ class RunObserver:
         """A breaker has changed its state."""
 
     def on_mode(self, change: ModeChange) -> None:
-        """Reasons for conservative mode have come or gone."""
+        """Reasons for conservative mode have been added or removed."""
 
     def on_epoch_failed(self) -> None:
         """An epoch counts as failed."""
 
     def on_emergency(self, report: Report) -> None:
-        """Something has happened to the emergency."""
+        """The emergency controller has reported an event."""
 
     # -- rollback, checkpoints, profiles -----------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class RunObserver:
         """A rollback has begun."""
 
     def on_rollback_ended(self, rollback: Rollback) -> None:
-        """A rollback is over, whatever came of it."""
+        """A rollback has ended, successfully or not."""
 
     def on_rollback_duration(self, tier: RollbackTier.ValueType, outcome: str, duration_s: float) -> None:
         """A rollback took `duration_s` from its trigger to the first good step, or to its end."""
@@ -139,7 +139,7 @@ class RunObserver:
         """A checkpoint could not be written."""
 
     def on_checkpoint_stalled(self, step: int, stalled_s: float) -> None:
-        """A checkpoint takes unusually long."""
+        """A checkpoint is taking unusually long."""
 
     def on_profile_started(self, steps: int) -> None:
         """A profile has started."""
@@ -148,7 +148,7 @@ class RunObserver:
         """A profile has ended, or could not be started."""
 
     def on_profile_abandoned(self) -> None:
-        """The run has ended within a profile."""
+        """The run has ended during a profile."""
 
 
 class Observers(RunObserver):

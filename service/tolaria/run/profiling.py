@@ -1,4 +1,4 @@
-"""Profiles of a run: asked for by operators or by the schedule, one at a time."""
+"""Profiles of a run, requested by operators or due by the schedule, one at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tolaria.run.safety import Safeguards
 
 @dataclass(frozen=True, slots=True)
 class ProfileTaken:
-    """A trace was written; `global_step` is the step after its last one."""
+    """A trace was written; `global_step` is the one after the last traced step."""
 
     global_step: int
     trace: TraceWritten
@@ -35,7 +35,7 @@ class ProfileTaken:
 class Profiles:
     """Takes profiles. Used on the event loop only.
 
-    The schedule pauses in conservative mode; an operator who asks in that mode gets a profile.
+    The schedule pauses in conservative mode; operators can still take profiles.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Profiles:
         self._open: asyncio.Future[ProfileTaken] | None = None
 
     async def capture(self, active_steps: int) -> ProfileTaken:
-        """Profiles the next `active_steps` steps (0: as many as the settings say) and waits for the trace.
+        """Profiles the next `active_steps` steps (0: `profiler.active_steps`) and waits for the trace.
 
         Raises:
             errors.InvalidFieldError: more steps than a profile may have.
@@ -73,11 +73,11 @@ class Profiles:
             return
         self._steps_since = 0
         if not self._safeguards.mode.on and self._open is None:
-            with suppress(errors.LaneError):  # the next one is due after as many steps again
+            with suppress(errors.LaneError):  # retried after another `every_steps` steps
                 self._begin(self._settings.active_steps)
 
     def started(self, pending: PendingCommand, event: CommandDone) -> None:
-        """Applies the answer to a command that asked for a profile."""
+        """Applies the answer to a command that requested a profile."""
         if (profile := self._asked.pop(pending.done, None)) is None:
             return
         match event.result:
@@ -128,7 +128,7 @@ class Profiles:
 
 
 def _resolve(profile: asyncio.Future[ProfileTaken], result: ProfileTaken | errors.TolariaError) -> None:
-    """Completes the future, unless its caller has gone away."""
+    """Completes the future, unless its caller was cancelled."""
     if not profile.done():
         if isinstance(result, ProfileTaken):
             profile.set_result(result)

@@ -35,7 +35,7 @@ from tolaria.values.optimization import Adjustment
 _ROLLBACK: Final = "rollback"  # holder of the lane, and origin of a cut of the learning rate
 _JUDGE: Final = "judge"
 FOLLOW_UP_S: Final = 5.0
-"""Longest that each command after a restore waits for the lane, which is held already."""
+"""Longest wait of each command after a restore for the lane, which is already held."""
 
 _BATCHES_LOGGED_MAX: Final = 20
 
@@ -106,7 +106,7 @@ class LaneRestorer:
 
 
 class Recovery:
-    """Carries rollbacks out, one at a time, in the task `serve`. Used on the event loop only.
+    """Carries out rollbacks, one at a time, in the task `serve`. Used on the event loop only.
 
     `safety` receives missed deadlines and failed proofs while the lane is still held.
     """
@@ -137,7 +137,7 @@ class Recovery:
         self._over = anyio.Event()
         self._recovering: Rollback | None = None
         self.unproven = False
-        """Whether the live state is what a failed restore left: neither trainable nor worth a checkpoint."""
+        """Whether a failed restore has left the live state corrupt, so that it must be neither trained nor saved."""
 
     @property
     def running(self) -> bool:
@@ -145,7 +145,7 @@ class Recovery:
         return self._current is not None
 
     async def serve(self) -> None:
-        """Carries out the rollbacks that are begun, until cancelled."""
+        """Carries out rollbacks as they are begun, until cancelled."""
         while True:
             await self._wake.wait()
             self._wake = anyio.Event()
@@ -160,7 +160,7 @@ class Recovery:
         Raises:
             WrongStateError: another rollback is under way, or the run has ended.
         """
-        self._lifecycle.require_not_ended("there is nothing that could go back")
+        self._lifecycle.require_not_ended("there is nothing to roll back")
         if self._current is not None:
             raise WrongStateError("another rollback is running")
         if rollback.target_step is None:
@@ -173,11 +173,11 @@ class Recovery:
         self._wake.set()
 
     async def roll_back(self, rollback: Rollback) -> Rollback:
-        """Begins a rollback, waits for its end and returns it; it goes on when the caller is cancelled.
+        """Begins a rollback, waits for its end and returns it; it continues even if the caller is cancelled.
 
         Raises:
             RestoreUnprovenError: the live state was overwritten and is not what was captured; the run is halted.
-            TolariaError: nothing was restored; the live state is unchanged. WrongStateError as by `begin`.
+            TolariaError: nothing was restored; the live state is unchanged. WrongStateError as for `begin`.
         """
         self.begin(rollback)
         await self._over.wait()
@@ -186,10 +186,10 @@ class Recovery:
         return rollback
 
     def retreat(self, verdict: Retreat, *, before_step: int) -> None:
-        """Begins the rollback of a verdict on health, unless one is under way or the run has ended."""
+        """Begins the rollback that a health verdict requires, unless one is in progress or the run has ended."""
         if self.running or self._lifecycle.ended:
             return
-        # A checkpoint serves as well where memory has no snapshot.
+        # If there is no snapshot in memory, a checkpoint is used instead.
         tier = ROLLBACK_TIER_UNSPECIFIED if verdict.tier == ROLLBACK_TIER_FAST else verdict.tier
         rollback = Rollback(tier, before_step, verdict.reason, _JUDGE)
         rollback.lr_cut = Adjustment(
@@ -204,7 +204,7 @@ class Recovery:
         self.begin(rollback)
 
     def on_step(self, step: messages.StepDone) -> None:
-        """Takes a healthy step: the first one that is not skipped ends the recovery from a rollback."""
+        """Handles a healthy step: the first one that is not skipped ends the recovery from a rollback."""
         if (rollback := self._recovering) is not None and not step.skipped:
             self._recovering = None
             duration_s = step.finished_at_s - rollback.began_s  # both monotonic; events arrive a little later
@@ -255,7 +255,7 @@ class Recovery:
             await self._call(messages.ChangeOptimizer(rollback.lr_cut, {}, None))
 
     def _stop_awaiting_step(self) -> None:
-        """No step follows soon: the last rollback took until its state was restored."""
+        """Takes the last rollback to have ended when its state was restored, since no step follows soon."""
         rollback, self._recovering = self._recovering, None
         if rollback is not None and rollback.ending is not None:
             self._observers.on_rollback_duration(rollback.tier, rollback.ending.value, rollback.latency_ms / 1000)

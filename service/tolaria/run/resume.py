@@ -1,4 +1,4 @@
-"""What happens before training: the state directory is locked and opened, and it is decided which run is resumed.
+"""Preparation for training: locks and opens the state directory, and decides which run is resumed.
 
 Runs in the main thread, before there is an event loop. Also writes a run's row in the journal.
 """
@@ -27,7 +27,7 @@ from tolaria.journal.database import Journal
 from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RunRow
 
 RunOutcome: TypeAlias = Literal["finished", "stopped", "drained", "failed"]
-"""How a run left its process. The journal has an empty one while the run goes on, and after its process was killed."""
+"""How a run left its process. In the journal it is empty while the run goes on and if its process was killed."""
 
 ENDED: Final = frozenset({"finished", "stopped"})
 """Outcomes after which a run is not resumed: all epochs are done, or an operator has stopped it."""
@@ -60,7 +60,7 @@ class ResumePoint:
 def prepare_state(settings: Settings, *, files: Filesystem | None = None) -> Iterator[PreparedState]:
     """Locks state.dir and opens its storage for one run, until the block ends.
 
-    With `state.resume` auto that is the run that was left before its end, if it has a checkpoint. The run's row is
+    If `state.resume` is auto, this is the unfinished run, provided that it has a checkpoint. The run's row is
     written when this returns.
 
     Raises:
@@ -106,7 +106,7 @@ def load_resume_point(prepared: PreparedState) -> ResumePoint:
 
 
 def end_run(prepared: PreparedState, outcome: RunOutcome) -> None:
-    """Records how the run left this process. If the journal fails, the next start resumes the run as a killed one."""
+    """Records how the run left this process. If the journal fails, the next start resumes the run as if killed."""
     journal = prepared.storage.journal
     try:
         journal.put(replace(run_row(journal, prepared.run_id), outcome=outcome, ended_at_ns=time.time_ns()))
@@ -117,7 +117,7 @@ def end_run(prepared: PreparedState, outcome: RunOutcome) -> None:
 def active_halt(prepared: PreparedState) -> EmergencyRow | None:
     """Returns the newest halt of the run that was not cleared; None if there is none.
 
-    A halt that the sentinel raised was about an earlier process and does not count. Raises JournalError.
+    A halt that the sentinel raised concerned an earlier process and does not count. Raises JournalError.
     """
     rows = prepared.storage.journal.rows(EmergencyRow, run_id=prepared.run_id)
     halts = [row for row in rows if row.level == "halt" and row.cleared_at_ns is None and row.origin != SENTINEL]
@@ -133,7 +133,7 @@ def run_row(journal: Journal, run_id: str) -> RunRow:
 
 
 def retention_of(settings: CheckpointSettings) -> Retention:
-    """Returns which checkpoints the settings keep."""
+    """Returns the retention that the settings specify."""
     return Retention(last=settings.keep_last, best=_BEST[settings.best])
 
 
@@ -198,7 +198,7 @@ def _replace_lost_run(prepared: PreparedState, reason: str) -> PreparedState:
 
 
 def _new_run(journal: Journal, job: str) -> RunRow:
-    """Returns a row that is later than all others, also when the clock has been set back."""
+    """Returns a row that is later than all others, even if the clock has been set back."""
     rows: list[RunRow | CheckpointRow] = [*journal.rows(RunRow), *journal.rows(CheckpointRow)]
     return RunRow(uuid.uuid4().hex[:12], max([time.time_ns(), *(row.at_ns + 1 for row in rows)]), job)
 
@@ -222,7 +222,7 @@ def _repairs(storage: Storage) -> list[str]:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Holds the directory's lock, which the system releases when the process ends in any way."""
+    """Holds the directory's lock, which the system releases however the process ends."""
     descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         try:

@@ -1,4 +1,4 @@
-"""One run of training: from its first epoch to its end, and what operators can ask of it meanwhile."""
+"""One training run, from its first epoch to its end, and the operations that operators can request meanwhile."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RunParts:
 
 
 class TrainingRun:
-    """One run: `run` is its task; the rest answers operators meanwhile. Used on the event loop only.
+    """One run: `run` is its task; the other methods serve operators. Used on the event loop only.
 
     `recovery`, `checkpointing` and the consultations are served in separate tasks.
     """
@@ -77,7 +77,7 @@ class TrainingRun:
     # -- the run -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Trains all epochs, or until stopped. Ends in FINISHED, or in FAILED when the job's code raised."""
+        """Trains until done or stopped. Ends in FINISHED, or in FAILED when the job's code raised."""
         self._parts.safety.start()
         self._lane.start(self._on_events)
         self._lifecycle.enter(RunEvent.STARTED, self._status.state_reason)
@@ -97,7 +97,7 @@ class TrainingRun:
             self._lifecycle.enter(RunEvent.FINISHED, reason)
 
     async def _train_epoch(self) -> messages.EpochDone | None:
-        """Trains the next epoch, or the rest of it; returns None when the run was stopped or went back within it."""
+        """Trains the next epoch, or the rest of it; returns None if the run was stopped or rolled back within it."""
         self._epoch_over, self._epoch_done = anyio.Event(), None
         if self._status.epoch != self._next_epoch:
             self._status.begin_epoch(self._next_epoch)
@@ -114,7 +114,7 @@ class TrainingRun:
         parts, policy = self._parts, self._parts.boundary.policy
         packet = epoch_packet(self._status, parts.health.averages, epoch, wall_ns=time.time_ns())
         await parts.boundary.wait_for_answer(packet, self._status.refusals, since_s=epoch.finished_at_s)
-        if self._epoch_done is not epoch:  # rolled back meanwhile: its figures belong to no state
+        if self._epoch_done is not epoch:  # rolled back meanwhile: its figures no longer describe any state
             return
         held_up_s = time.monotonic() - epoch.finished_at_s
         breach = held_up_s > policy.budget_s and not policy.patient
@@ -127,7 +127,7 @@ class TrainingRun:
             parts.checkpointing.on_epoch(epoch)
 
     def _judge(self, epoch: messages.EpochDone) -> bool:
-        """Whether the epoch is healthy; else the run goes back or is halted."""
+        """Returns whether the epoch is healthy; otherwise rolls back or halts the run."""
         parts = self._parts
         verdict = parts.health.epoch(epoch, rolling_back=parts.recovery.running)
         self._observers.on_health(parts.health.to_json())
@@ -140,7 +140,7 @@ class TrainingRun:
         return False
 
     async def _finish(self) -> None:
-        """Ends after the last epoch, with a last checkpoint where the settings insist on one."""
+        """Ends the run after the last epoch, with a last checkpoint if the settings require one."""
         await self._last_checkpoint("all epochs are done")
         if self._settings.checkpoint.on_failure == "pause":
             checkpointing = self._parts.checkpointing
@@ -167,7 +167,7 @@ class TrainingRun:
             raise LaneFailedError(str(ended.failure))
 
     async def _last_checkpoint(self, reason: str, *, hold: bool = False) -> None:
-        """Writes a last checkpoint, where any are written, within a bound. Waits for a rollback that is under way.
+        """Writes a last checkpoint within a time limit, if checkpoints are enabled. Waits for a rollback in progress.
 
         With `hold` the lane is held from now on: the captured state is the last one of this process.
         """
@@ -213,7 +213,7 @@ class TrainingRun:
                 assert_never(event)
 
     def _on_step(self, step: messages.StepDone) -> None:
-        """Judges and counts a step; an unhealthy one makes the run go back or halt."""
+        """Judges and counts a step; an unhealthy one rolls back or halts the run."""
         parts = self._parts
         rolling_back = parts.recovery.running
         verdict = parts.health.step(step, rolling_back=rolling_back)
@@ -254,7 +254,7 @@ class TrainingRun:
             self._lifecycle.changed()
 
     def _on_command(self, event: messages.CommandDone) -> None:
-        """Applies the result of a command, then completes its future, which only wakes what waits for it."""
+        """Applies the result of a command, then completes its future, which wakes its waiters."""
         if (pending := self._lane.take_pending(event)) is not None:
             self._apply(pending, event)
             self._lifecycle.changed()
@@ -300,7 +300,7 @@ class TrainingRun:
         self._observers.on_learning_rates(self._status.learning_rates)
 
     def _rewind(self, restored: messages.Restored) -> None:
-        """Goes back with the lane."""
+        """Resets the run to the state that the lane has restored."""
         parts = self._parts
         parts.health.forgive_skipped_steps()
         self._status.rewind(restored)
@@ -311,7 +311,7 @@ class TrainingRun:
         self._next_epoch = restored.progress.number + restored.progress.over
         self._epoch_done = None
         if not restored.underway and restored.latest_order == self._lane.order:
-            self._epoch_over.set()  # the lane does not go on with what was ordered: order it anew
+            self._epoch_over.set()  # the lane has dropped its order: the epoch has to be ordered again
 
     def _enact(self, verdict: Retreat | Halt, *, before_step: int) -> None:
         match verdict:
@@ -369,7 +369,7 @@ class TrainingRun:
 
         Raises WrongStateError when the run has ended, or its live state is not what a rollback should have restored.
         """
-        self._lifecycle.require_not_ended("its last checkpoint is what is left")
+        self._lifecycle.require_not_ended("no further checkpoint can be written")
         if self._parts.recovery.unproven:
             raise WrongStateError("the live state is not what was rolled back to: roll back once more first")
         return await self._parts.checkpointing.create(reason)
@@ -380,7 +380,7 @@ class TrainingRun:
         return await self._parts.profiles.capture(active_steps)
 
     async def stop(self, reason: str) -> None:
-        """Finishes the step and ends the run, even if cancelled. Raises WrongStateError if the run had ended before."""
+        """Finishes the step and ends the run, even if cancelled. Raises WrongStateError if it had ended before."""
         after(self._status.state, RunEvent.FINISHED)
         self.ending = "stopped"
         self._status.state_reason = f"stopped: {reason}"

@@ -1,4 +1,4 @@
-"""The run state machine, and the lifecycle that holds, resumes and ends a run by it."""
+"""The run state machine, and the lifecycle that uses it to hold, resume and end a run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _FINISHED, _FAILED = admin.RUN_STATE_FINISHED, admin.RUN_STATE_FAILED
 _AFTER: Final[Mapping[admin.RunState.ValueType, tuple[admin.RunState.ValueType | None, ...]]] = {
     # STARTED, PAUSED, HALTED, RESUMED, FINISHED, FAILED, DRAINING; None where the event is not allowed
     _STARTING: (_RUNNING, _PAUSED, _HALTED, None, None, _FAILED, _DRAINING),
-    # A run that was resumed as halted may be cleared before it has started.
+    # A run that was resumed in the halted state may be cleared before it has started.
     _RUNNING: (_RUNNING, _PAUSED, _HALTED, _RUNNING, _FINISHED, _FAILED, _DRAINING),
     _PAUSED: (_PAUSED, _PAUSED, _HALTED, _RUNNING, _FINISHED, _FAILED, _DRAINING),
     # RESUMED only after the emergency has been cleared, which TrainingRun.resume checks.
@@ -77,7 +77,7 @@ class Lifecycle:
 
     @property
     def paused(self) -> bool:
-        """Whether the run is held by less than an emergency."""
+        """Whether the run is paused, not halted by an emergency."""
         return self._status.state == _PAUSED
 
     @property
@@ -87,7 +87,7 @@ class Lifecycle:
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing is trained now: the lane is held, or the run has ended."""
+        """Whether training is stopped: the lane is held, or the run has ended."""
         return self.ended or self._lane.is_held
 
     def changed(self) -> None:
@@ -122,13 +122,13 @@ class Lifecycle:
             self._hold(reason, RunEvent.HALTED)
 
     def resume(self, reason: str) -> None:
-        """Lets a held run train on. Raises WrongStateError when the run has ended or is ending."""
+        """Resumes a held run. Raises WrongStateError when the run has ended or is ending."""
         self.enter(RunEvent.RESUMED, reason)
         self._health.forgive_skipped_steps()
         self._lane.release(RUN)
 
     def resume_if_held_for(self, reason: str) -> None:
-        """Lets the run train on if it is still paused for exactly this reason."""
+        """Resumes the run if it is still paused for exactly this reason."""
         if self.paused and self._status.state_reason == reason:
             self.resume(f"recovered from: {reason}")
 

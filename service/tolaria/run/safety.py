@@ -1,4 +1,4 @@
-"""What guards a run: breakers, conservative mode, failed epochs and the emergency with its responses."""
+"""The safety mechanisms of a run: breakers, conservative mode, failed epochs and the emergency with its responses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _LATE_ACKNOWLEDGEMENTS_S: Final = 1.0
 class Safeguards:
     """The breakers of a run and its conservative mode. Used on the event loop only.
 
-    `recovery_epochs` healthy epochs in a row forgive a failed one. `clock` gives monotonic seconds.
+    A failed epoch is forgiven after `recovery_epochs` healthy ones in a row. `clock` gives monotonic seconds.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Safeguards:
         }
         self._causes: set[str] = set()
         self._failed: set[str] = set()
-        """Breakers of the lane that took a failure in this epoch; an epoch without one is a success."""
+        """The lane's breakers that recorded a failure in this epoch; for the others the epoch is a success."""
         self._opened: list[str] = []
 
     @property
@@ -88,7 +88,7 @@ class Safeguards:
         self.breakers[name].force(state)
 
     def step(self, step: StepDone) -> None:
-        """Counts what one step says about the learning rate and about finiteness."""
+        """Counts the learning-rate violations of one step, and whether it was not finite."""
         if step.violations:
             self._fail(LR_INTEGRITY)
         if step.skipped and not step.rescaled:
@@ -105,13 +105,13 @@ class Safeguards:
         self.mode.enter(epoch_failed(cause))
 
     def rolled_back(self) -> None:
-        """Forgives what was wrong with steps that are undone: automatic rollbacks have another limit."""
+        """Forgets the failures of undone steps; automatic rollbacks have a separate limit."""
         self._causes -= {NON_FINITE, EXPLOSION}
 
     def epoch_over(self, *, breach: bool) -> bool:
         """Counts an epoch and its boundary; returns whether the epoch was healthy.
 
-        A peer's failure that shows later counts in the epoch that is current by then.
+        A peer failure that is detected later counts in the epoch that is current then.
         """
         if breach:
             self.epoch_failing(BREACH)
@@ -148,7 +148,7 @@ class Safeguards:
         self._observers.on_breaker(name, state)
         reason = breaker_open(name)
         if state == enums.CIRCUIT_STATE_OPEN:
-            if name != BOUNDARY:  # it counts failed epochs: its opening is not another one
+            if name != BOUNDARY:  # it counts failed epochs: its opening is not a further failure
                 self._causes.add(BREAKER_OPENED)
             self.mode.enter(reason)
             self._opened.append(name)
@@ -201,9 +201,9 @@ class Safety:
         return self.controller.state.level == enums.EMERGENCY_LEVEL_HALT
 
     def start(self) -> None:
-        """Takes in what is on the board, and raises the halt that the run was resumed with.
+        """Adopts what is on the board, and raises the halt that the run was resumed with.
 
-        A halt that only the sentinel raised was about the process that this one has replaced, and is cleared; any
+        A halt that only the sentinel raised concerned the process that this one has replaced, and is cleared; any
         other stays until an operator clears it.
         """
         self.controller.observe_board()
@@ -225,7 +225,7 @@ class Safety:
                 self.controller.trigger(emergency.Trigger.BREAKER_OPEN, name)
 
     def epoch_over(self, *, breach: bool) -> None:
-        """Counts an epoch and its boundary, and raises or clears what follows."""
+        """Counts an epoch and its boundary, and raises or clears the emergency accordingly."""
         healthy = self.safeguards.epoch_over(breach=breach)
         self.check_breakers()
         self._streak = self._streak.after(healthy=healthy)
@@ -240,7 +240,7 @@ class Safety:
             cause_remains=not self.safeguards.all_closed,
         )
         if recovered:
-            with suppress(EmergencyError):  # cleared or raised at this very moment
+            with suppress(EmergencyError):  # cleared or raised in the meantime
                 self.controller.clear(f"{self._streak.healthy} healthy epochs", TOLARIA, by=emergency.Clearer.RECOVERED)
 
     def trigger(self, trigger: emergency.Trigger, detail: str) -> None:
@@ -259,7 +259,7 @@ class Safety:
     # -- operators ---------------------------------------------------------------------------------------------------
 
     def set_conservative(self, *, enabled: bool) -> tuple[str, ...]:
-        """Switches the operator's reason for conservative mode; returns the reasons that are left.
+        """Switches the operator's reason for conservative mode; returns the remaining reasons.
 
         Reasons whose cause persists stay: open breakers, an active emergency.
         """
@@ -273,7 +273,7 @@ class Safety:
     async def raise_emergency(
         self, level: enums.EmergencyLevel.ValueType, reason: str, status: RunStatus
     ) -> emergency.EmergencyState:
-        """Raises a level and waits for the acknowledgements, or until a little past the level's deadline.
+        """Raises a level and waits for the acknowledgements, or until shortly after the level's deadline.
 
         Raises UnknownLevelError when there is no such level.
         """

@@ -31,11 +31,11 @@ FAILURES: Final[tuple[tuple[type[errors.TolariaError], tuple[str, str]], ...]] =
     (errors.LaneError, ("restore", "lane_ended")),
     (errors.TolariaError, ("restore", "error")),
 )
-"""Labels (stage, reason) of a failed rollback by its error; the first class that fits counts."""
+"""Labels (stage, reason) of a failed rollback by its error; the first matching class applies."""
 
 
 class SafetyTelemetry(RunObserver):
-    """Writes the telemetry of what guards a run. `degraded`: waiting on the signal board polls, for lack of a futex."""
+    """Writes the telemetry of a run's safety mechanisms. `degraded`: the signal board is polled for lack of a futex."""
 
     def __init__(self, metrics: Metrics, emitter: Emitter, breakers: tuple[str, ...], *, degraded: bool) -> None:
         self._metrics = metrics

@@ -1,4 +1,4 @@
-"""The run in numbers: what has happened so far, the status for operators and the packet for the controller."""
+"""The figures of a run so far, the status for operators and the packet for the controller."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StatusFeed:
         self.version = 0
 
     def changed(self) -> None:
-        """Wakes all that wait now."""
+        """Wakes all current waiters."""
         self.version += 1
         self._change.set()
         self._change = anyio.Event()
@@ -53,7 +53,7 @@ class StatusFeed:
 
 @dataclass(slots=True)
 class EpochSums:
-    """Sums over the steps of the current epoch; skipped steps count by number, samples and time only."""
+    """Sums over the steps of the current epoch; skipped steps contribute only their number, samples and time."""
 
     steps: int = 0
     skipped_steps: int = 0
@@ -82,7 +82,7 @@ class EpochSums:
 
     @property
     def samples_per_s(self) -> float:
-        """Samples in a second of step time; 0 before the first step."""
+        """Samples per second of step time; 0 before the first step."""
         return self.samples / self.duration_s if self.duration_s else 0.0
 
 
@@ -128,7 +128,7 @@ class RunStatus:
 
     @property
     def seeds(self) -> list[SeedState]:
-        """All seeds: the state in the model where a seed is in it, else the one that Kasmina desires."""
+        """All seeds: those in the model with their actual state, others with the state that Kasmina desires."""
         grafted = {state.seed_id: state for state in self.grafted}
         desired = [grafted.pop(state.seed_id, state) for state in self.desired]
         return [*desired, *grafted.values()]
@@ -144,7 +144,7 @@ class RunStatus:
         return self.last_epoch.evaluation.loss if self.last_epoch else float("nan")
 
     def ready(self, ready: LaneReady) -> None:
-        """Takes over what the lane has built."""
+        """Adopts what the lane has built."""
         self.steps_per_epoch = ready.steps_per_epoch
         self.fast_paths = dict(ready.fast_paths)
         self.rewind(ready)
@@ -160,7 +160,7 @@ class RunStatus:
         self.samples_total += step.samples
 
     def epoch_done(self, epoch: EpochDone) -> None:
-        """Takes over the figures of an epoch."""
+        """Adopts the figures of an epoch."""
         self.last_epoch = epoch
         self.training_loss = epoch.training_loss
         self._take_over(epoch)
@@ -168,7 +168,7 @@ class RunStatus:
             self.conflict_ratio = epoch.gradients.conflict_ratio
 
     def rewind(self, to: LaneReady | Restored) -> None:
-        """Goes to the state in which the lane was built, or which it has restored."""
+        """Adopts the state in which the lane was built, or which it has restored."""
         progress = to.progress
         self.global_step = to.position.global_step
         self.epoch = progress.number
@@ -332,5 +332,5 @@ def _known(value: float) -> float:
 
 
 def _quantile(ordered: list[float], share: float) -> float:
-    """Returns the quantile by nearest rank; 0 of no values."""
+    """Returns the quantile by nearest rank; 0 if there are no values."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0

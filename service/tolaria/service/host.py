@@ -1,4 +1,4 @@
-"""Serves a run: starts everything in order, holds the one task group, drains on a signal, stops everything."""
+"""Serves a run: starts everything in order, runs the one task group, drains on a signal, stops everything."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LANE_JOIN_S: Final = 1.0
 
 
 class Host:
-    """One service around one run. Used on the event loop only, but for its construction."""
+    """One service around one run. Used on the event loop only, except for its construction."""
 
     def __init__(self, foundation: Foundation) -> None:
         self._foundation = foundation
@@ -48,7 +48,7 @@ class Host:
         self._drained = anyio.Event()
         self._closing = anyio.Event()
         self.ending: RunOutcome | None = None
-        """How the run has left; None before."""
+        """How the run left this process; None until then."""
 
     async def serve(self) -> int:
         """Starts everything, trains, stops everything; returns the exit code."""
@@ -71,7 +71,7 @@ class Host:
         return 0 if status.state == admin.RUN_STATE_FINISHED else 1
 
     async def _train(self, service: RunService, server: GrpcServer) -> None:
-        """Holds the task group of the run."""
+        """Runs the task group of the run."""
         core = self._core
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._drain_on_signal, tasks, service)
@@ -98,12 +98,12 @@ class Host:
                 tasks.start_soon(self._drain, service, step_s / 2)
 
     async def _drain(self, service: RunService, checkpoint_s: float) -> None:
-        """Runs beside the wait for signals, so that a second one is noticed."""
+        """Runs concurrently with the wait for signals, so that a second one is noticed."""
         await service.run.drain(checkpoint_s)
         self._drained.set()
 
     async def _end_lane(self) -> None:
-        """Ends the lane's thread and the streams, last thing before the servers stop."""
+        """Ends the lane's thread and the streams, just before the servers stop."""
         with anyio.CancelScope(shield=True):
             ended = await anyio.to_thread.run_sync(self._core.lane.close, _LANE_JOIN_S)
             drain_s = self._settings.service.drain_timeout_s
@@ -113,7 +113,7 @@ class Host:
                 if not written:
                     self._log.error("checkpoint_left_behind", detail="the disk did not answer in time")
         if not ended:
-            self._log.error("lane_stuck", detail="a microbatch did not end in time; its thread is left to die")
+            self._log.error("lane_stuck", detail="a microbatch did not end in time; its thread is abandoned")
         self._closing.set()
         self._core.lifecycle.changed()
 

@@ -15,7 +15,7 @@ _READY_STATES: Final = frozenset({admin.RUN_STATE_RUNNING, admin.RUN_STATE_PAUSE
 
 
 def reasons_not_ready(core: Core) -> list[str]:
-    """Returns why `/readyz` says no; a run that cannot keep its state is not ready, whatever else it does.
+    """Returns why `/readyz` reports not ready; a run that cannot save its state is never ready.
 
     A paused or finished run answers operators as a running one does: it is ready.
     """

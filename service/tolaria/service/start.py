@@ -1,4 +1,4 @@
-"""From settings to a running service: what has to exist before the event loop, in order."""
+"""Starts a service from its settings: creates what has to exist before the event loop, in order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(settings: Settings) -> int:
     """Serves until the run is done or a signal arrives; returns the exit code.
 
     Raises:
-        JobError: the job cannot be built; nothing has been started by then.
+        JobError: the job cannot be built; nothing has been started yet.
         BindError: an address cannot be bound; what had been started is stopped.
         PeerUnavailableError: an embedded peer does not start.
         SignalError: the signal board cannot be created.
@@ -78,7 +78,7 @@ def resume(build: LaneBuild, loaded: LoadedCheckpoint, settings: Settings) -> No
     except (RollbackError, SeedError, OptimizationError) as error:
         problem = (
             f"state.dir: {settings.state.dir} holds an unfinished run that does not fit these settings: {error}; give "
-            "this one another state.dir, or leave that run behind with state.resume = never"
+            "this one another state.dir, or abandon that run with state.resume = never"
         )
         raise ConfigurationError([problem]) from error
     if restored.state_digest != restored.expected_digest:

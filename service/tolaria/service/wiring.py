@@ -1,4 +1,4 @@
-"""Builds the parts of a service from the settings. Nothing built here runs yet."""
+"""Builds the parts of a service from the settings. Nothing is started here."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from tolaria.telemetry.metrics import Metrics
 
 
 class LaneBuild(Protocol):
-    """A lane that has been built and not started; `tolaria.lane.build` documents it."""
+    """A lane that has been built but not started; `tolaria.lane.build` documents it."""
 
     @property
     def ready(self) -> LaneReady:
@@ -63,7 +63,7 @@ class LaneBuild(Protocol):
 
 def build_lane(settings: Settings) -> LaneBuild:
     """Builds the job and the lane around it; imports torch. Raises as `tolaria.lane.build.build` does."""
-    # By name: the service imports no torch before this, and the import graph of its rooms none at all.
+    # Imported by name, so that torch is not loaded earlier and is absent from the package's import graph.
     return cast("LaneBuild", importlib.import_module("tolaria.lane.build").build(settings))
 
 
@@ -130,7 +130,7 @@ class Core:
 
 @dataclass(frozen=True, slots=True)
 class RunService:
-    """A run with everything that has to be served beside it."""
+    """A run and the tasks that are served with it."""
 
     run: TrainingRun
     consultations: Consultations

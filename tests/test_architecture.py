@@ -15,9 +15,9 @@ from support.architecture import (
     Module,
     banned_words,
     duplicate_classes,
-    lonely_protocols,
     modules_of,
     repeated_defaults,
+    single_implementer_protocols,
     sizes,
     unknown_names,
 )
@@ -26,7 +26,7 @@ from tolaria.config import Settings
 
 ROOT = Path(__file__).parents[1]
 MODULES = modules_of(ROOT / "service" / "tolaria")
-ROOMS = sorted({module.place.split("/")[0] for module in MODULES if "/" in module.place})
+SUBPACKAGES = sorted({module.place.split("/")[0] for module in MODULES if "/" in module.place})
 LINES_MAX, FILES_MAX = 25_000, 150
 
 GLOSSARY: dict[str, tuple[str, ...]] = {
@@ -60,9 +60,9 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "telemetry": ("events", "exporter", "logging", "metrics"),
     "values": ("encoding", "gradients", "optimization", "seeds", "training"),
 }  # fmt: skip
-"""The modules of each room, by the field's own nouns. A new module is added here and in docs/architecture.md."""
+"""The modules of each subpackage, named by standard terms. Add new modules here and in docs/architecture.md."""
 
-BORDER_PROTOCOLS: dict[str, str] = {
+EXEMPT_PROTOCOLS: dict[str, str] = {
     "TrainingJob": "jobs are the user's own",
     "BatchCursor": "data may be the user's own",
     "LaneHandle": "run and lane do not import each other",
@@ -75,7 +75,7 @@ BORDER_PROTOCOLS: dict[str, str] = {
     "LiveTraining": "state and lane do not import each other",
     "MutatingRequest": "the generated messages have no common base class",
 }
-"""Protocols with one implementer, each at a border that import-linter draws, or over classes that are not ours."""
+"""Protocols with one implementer: between packages that must not import each other, or for the user's classes."""
 
 BROAD_EXCEPT_ALLOWED = {
     "jobs/job.py": "imports the user's own code",
@@ -100,8 +100,8 @@ def test_files_functions_and_constructors_stay_small(module: Module) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES, ids=ids)
-def test_the_code_speaks_plain_english(module: Module) -> None:
-    """No word of the private language of the first edition."""
+def test_the_code_uses_standard_terms(module: Module) -> None:
+    """No banned word occurs."""
     assert banned_words(module) == []
 
 
@@ -110,7 +110,7 @@ def test_every_module_is_named_by_a_noun_of_the_glossary() -> None:
     assert unknown_names(MODULES, GLOSSARY) == []
 
 
-def test_the_house_stays_small() -> None:
+def test_the_service_stays_small() -> None:
     """The whole service has at most 25,000 lines in 150 files."""
     lines = {module.place: module.source.count("\n") for module in MODULES}
     assert sum(lines.values()) <= LINES_MAX, lines
@@ -124,7 +124,7 @@ def test_no_class_is_written_twice() -> None:
 
 def test_protocols_have_two_implementers_or_stand_at_a_border() -> None:
     """An interface with one implementation is that implementation."""
-    assert lonely_protocols(MODULES, BORDER_PROTOCOLS) == []
+    assert single_implementer_protocols(MODULES, EXEMPT_PROTOCOLS) == []
 
 
 def test_a_default_of_a_setting_is_written_once() -> None:
@@ -134,14 +134,14 @@ def test_a_default_of_a_setting_is_written_once() -> None:
 
 
 def test_there_are_no_import_cycles() -> None:
-    """Also not among the modules of one room."""
+    """Nor among the modules of one subpackage."""
     assert ImportGraph.of(MODULES).cycles() == []
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_have_few_levels(room: str) -> None:
-    """At most 7 from the top module of a room to its lowest."""
-    assert ImportGraph.of(MODULES).levels(f"tolaria.{room}") <= LEVELS_MAX
+@pytest.mark.parametrize("subpackage", SUBPACKAGES)
+def test_subpackages_have_few_levels(subpackage: str) -> None:
+    """At most 7 from the top module of a subpackage to its lowest."""
+    assert ImportGraph.of(MODULES).levels(f"tolaria.{subpackage}") <= LEVELS_MAX
 
 
 def test_the_service_starts_without_torch() -> None:
@@ -226,7 +226,7 @@ def test_the_check_of_words(line: str) -> None:
 
 
 def test_the_check_of_names() -> None:
-    """A module has to be in the glossary of its own room."""
+    """A module has to be in the glossary of its subpackage."""
     modules = [Module("run/health.py", ""), Module("run/laps.py", ""), Module("run/__init__.py", "")]
     assert unknown_names(modules, {"run": ("health",), "lane": ("laps",)}) == [
         "run/laps.py: not in the glossary of run"
@@ -244,13 +244,13 @@ def test_the_check_of_duplicates() -> None:
 
 
 def test_the_check_of_protocols() -> None:
-    """One implementer is too few, two are enough; a listed border is exempt."""
+    """One implementer is too few, two are enough; a listed protocol is exempt."""
     protocol = Module("a.py", "class Reader(Protocol):\n    def read(self): ...\n")
     one = Module("b.py", "class File:\n    def read(self): ...\n")
     two = Module("c.py", "class Socket:\n    def read(self): ...\n    def close(self): ...\n")
-    assert lonely_protocols([protocol, one, two], []) == []
-    assert len(lonely_protocols([protocol, one], [])) == 1
-    assert lonely_protocols([protocol, one], ["Reader"]) == []
+    assert single_implementer_protocols([protocol, one, two], []) == []
+    assert len(single_implementer_protocols([protocol, one], [])) == 1
+    assert single_implementer_protocols([protocol, one], ["Reader"]) == []
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_the_check_of_cycles(imports: tuple[str, str], cycles: list[str]) -> Non
 
 
 def test_the_check_of_levels() -> None:
-    """The longest chain inside a room counts; imports of other rooms do not."""
+    """The longest chain inside a subpackage counts; imports of other subpackages do not."""
     chain = [Module(f"room/m{n}.py", f"from tolaria.room.m{n + 1} import x") for n in range(8)]
     modules = [*chain, Module("room/m8.py", "import tolaria.other"), Module("other.py", "")]
     assert ImportGraph.of(modules).levels("tolaria.room") == 9

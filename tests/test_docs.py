@@ -32,18 +32,18 @@ def test_files_of_the_guide_exist() -> None:
     assert [name for name in missing if "/" in name or not any(SERVICE.rglob(name))] == []
 
 
-def test_modules_of_the_rooms_exist() -> None:
-    """Each module that is listed for a room is a file of that room."""
-    rooms = re.findall(r"^\*\*`(\w+)/`\*\*: (.*?)(?=\n\n)", section("Rooms"), re.MULTILINE | re.DOTALL)
+def test_modules_of_the_packages_exist() -> None:
+    """Each module that is listed for a package is a file of that package."""
+    packages = re.findall(r"^\*\*`(\w+)/`\*\*: (.*?)(?=\n\n)", section("Packages"), re.MULTILINE | re.DOTALL)
     missing = [
-        f"{room}/{name}.py"
-        for room, text in rooms
+        f"{package}/{name}.py"
+        for package, text in packages
         for names in re.findall(r"((?:`[a-z_]+`(?:,\s+)?)+):", text)
         for name in re.findall(r"`([a-z_]+)`", names)
-        if not (SERVICE / room / f"{name}.py").is_file()
+        if not (SERVICE / package / f"{name}.py").is_file()
     ]
 
-    assert {room for room, _ in rooms} == {path.parent.name for path in SERVICE.glob("*/__init__.py")}
+    assert {package for package, _ in packages} == {path.parent.name for path in SERVICE.glob("*/__init__.py")}
     assert missing == []
 
 

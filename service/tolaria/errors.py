@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 
 
 class TolariaError(Exception):
-    """Base class of all errors; `fields` are the constructor's arguments where they are more than the message."""
+    """Base class of all errors; `fields` are the constructor's arguments if they are not just the message."""
 
     def __init__(self, message: str, *fields: object) -> None:
         super().__init__(message)
@@ -164,7 +164,7 @@ class OptimizationError(TolariaError):
 
 
 class ScheduleError(OptimizationError):
-    """A learning-rate schedule is invalid in `field`."""
+    """The field `field` of a learning-rate schedule is invalid."""
 
     def __init__(self, field: str, detail: str) -> None:
         self.field = field
@@ -187,7 +187,7 @@ class GroupConflictError(OptimizationError):
 
 
 class AdjustmentRefusedError(OptimizationError):
-    """A learning-rate adjustment is invalid or out of bounds in `field`."""
+    """The field `field` of a learning-rate adjustment is invalid or out of bounds."""
 
     def __init__(self, field: str, detail: str) -> None:
         self.field = field
@@ -340,10 +340,10 @@ class ImageDamagedError(RollbackError):
 
 
 class RestoreUnprovenError(RollbackError):
-    """The live state was overwritten, and its digest is not that of the state captured at `step`."""
+    """The live state was overwritten, but its digest differs from that of the state captured at `step`."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"the live state was overwritten and is not what was captured at step {step}", step)
+        super().__init__(f"the live state was overwritten but differs from the state captured at step {step}", step)
 
 
 class RestoreAbandonedError(RollbackError):
@@ -351,7 +351,7 @@ class RestoreAbandonedError(RollbackError):
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
-        super().__init__(f"the restore was abandoned while {stage}; the live state is as it was", stage)
+        super().__init__(f"the restore was abandoned while {stage}; the live state is unchanged", stage)
 
 
 class CheckpointError(RollbackError):
@@ -367,7 +367,7 @@ class CheckpointWriteError(CheckpointError):
 
 
 class CheckpointDamagedError(CheckpointError):
-    """A checkpoint is not what was written: its `stage` (manifest, state or tensors) fails the check `reason`."""
+    """A checkpoint is corrupt: its `stage` (manifest, state or tensors) fails the check `reason`."""
 
     def __init__(self, checkpoint_id: str, stage: str, reason: str) -> None:
         self.checkpoint_id, self.stage, self.reason = checkpoint_id, stage, reason
@@ -375,7 +375,7 @@ class CheckpointDamagedError(CheckpointError):
 
 
 class CheckpointUnreadableError(CheckpointError):
-    """The operating system refuses to read a checkpoint, which may be intact; `reason` is the errno's name."""
+    """The operating system cannot read a checkpoint, which may be intact; `reason` is the errno's name."""
 
     def __init__(self, checkpoint_id: str, stage: str, reason: str) -> None:
         self.checkpoint_id, self.stage, self.reason = checkpoint_id, stage, reason
@@ -391,11 +391,11 @@ class JournalError(RollbackError):
 
 
 class JournalUnavailableError(JournalError):
-    """The operating system refuses to open, read or write the journal: no space, no permission, locked."""
+    """The operating system cannot open, read or write the journal: no space, no permission, locked."""
 
 
 class JournalDamagedError(JournalError):
-    """The journal does not contain what was written."""
+    """The content of the journal differs from what was written."""
 
 
 class JournalNewerError(JournalError):
@@ -431,12 +431,12 @@ class NotImplementedYetError(RequestError):
 
 
 def error_fields(error: TolariaError) -> tuple[str, tuple[object, ...]]:
-    """Returns class name and constructor arguments, with lists as tuples; a chained cause is not included."""
+    """Returns the class name and the constructor arguments, with lists as tuples; a chained cause is not included."""
     return type(error).__name__, tuple(tuple(field) if isinstance(field, list) else field for field in error.fields)
 
 
 def error_from_fields(name: str, fields: tuple[object, ...]) -> TolariaError:
-    """Returns the error that `error_fields` has taken apart. Raises KeyError for an unknown name."""
+    """Returns the error that `error_fields` was called with. Raises KeyError for an unknown name."""
     return _CLASSES[name](*fields)
 
 

@@ -15,7 +15,7 @@ _PIECE_BYTES: Final = 4 * 2**20
 
 
 class Filesystem:
-    """The system calls, which raise `OSError`. Tests override the one that is to fail."""
+    """The system calls, which raise `OSError`. Tests override the calls that should fail."""
 
     def make_directory(self, path: Path) -> None:
         """Creates one directory with mode 0700."""
@@ -26,7 +26,7 @@ class Filesystem:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def write(self, descriptor: int, content: memoryview) -> int:
-        """Writes and returns the number of bytes taken, which may be less than given."""
+        """Writes to a file and returns the number of bytes written, which may be fewer than given."""
         return os.write(descriptor, content)
 
     def sync(self, descriptor: int) -> None:
@@ -115,7 +115,7 @@ def read_exactly(files: Filesystem, descriptor: int, buffer: memoryview) -> None
 
 
 def remove_quietly(files: Filesystem, path: Path) -> None:
-    """Removes a tree and ignores errors: for leftovers that the next start removes anyway."""
+    """Removes a tree, ignoring errors; the next start removes whatever is left."""
     with contextlib.suppress(OSError):
         files.remove_tree(path)
 

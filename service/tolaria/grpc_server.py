@@ -30,7 +30,7 @@ class GrpcServer:
     _health: HealthServicer
 
     async def set_health(self, part: str, *, serving: bool) -> None:
-        """Sets the grpc.health.v1 status of a part; "" is the whole server."""
+        """Sets the grpc.health.v1 status of a service; "" is the whole server."""
         status = health_pb2.HealthCheckResponse
         await self._health.set(part, status.SERVING if serving else status.NOT_SERVING)
 
@@ -112,7 +112,7 @@ async def _decode(handler: Any, raw: bytes, context: grpc.aio.ServicerContext[An
     try:
         return handler.request_deserializer(raw)
     except DecodeError as error:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the bytes are no request of this method: {error}")
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the bytes are not a request of this method: {error}")
 
 
 def _bind(server: grpc.aio.Server, what: str, listen: str) -> Address:

@@ -1,7 +1,7 @@
 """Images: training states as byte buffers and JSON, their digests, and the pool that passes them on.
 
-No torch. A digest (xxh3_128) detects accidents such as bit rot, aliasing and partial writes; it is not cryptographic.
-Hashing runs at memory speed, about 18 GB/s a core, and releases the GIL.
+Does not import torch. A digest (xxh3_128) detects accidents such as bit rot, aliasing and partial writes; it is not
+cryptographic. Hashing runs at memory speed, about 18 GB/s per core, and releases the GIL.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TensorSpec:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
     def hasher(self) -> xxhash.xxh3_128:
-        """Returns a hasher that has read name, dtype and shape and expects the content in C order."""
+        """Returns a hasher of name, dtype and shape, to be updated with the content in C order."""
         return xxhash.xxh3_128(f"{self.name}\n{self.dtype}\n{self.shape}\n".encode())
 
     def digest(self, content: memoryview) -> str:
@@ -75,8 +75,8 @@ class StateImage:
     """A copy of a training state.
 
     Attributes:
-        position: of the captured state.
-        specs: of the tensors, sorted by name.
+        position: the position of the captured state.
+        specs: the specs of the tensors, sorted by name.
         buffers: each tensor's content by name, packed in C order: flat, writable memoryviews of bytes on the host.
         values: canonical JSON of everything that is not a tensor.
         sealed: the recorded fingerprint; None before `seal`.

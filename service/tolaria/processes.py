@@ -45,7 +45,7 @@ class ChildCommand:
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """When a child that ended is started again.
+    """When a child that has ended is restarted.
 
     The pause begins at `pause_s` and doubles with each further restart in a row, up to `pause_s_max`. The child is
     given up after `restarts_max` restarts in a row; one that ran for `lived_s` begins a new row.
@@ -62,7 +62,7 @@ class RestartPolicy:
 
 
 class ChildProcess:
-    """One running process. `on_stderr` is called with what it writes to standard error, if the command keeps that."""
+    """One running process. `on_stderr` is called with what it writes to standard error, if `keep_stderr` is set."""
 
     def __init__(self, process: Process, on_stderr: Callable[[str], None]) -> None:
         self.process = process
@@ -106,8 +106,8 @@ class ChildProcess:
     async def ended(self) -> str:
         """Waits for the end and describes it by the exit code and the end of standard error.
 
-        Reads all output meanwhile, so that the child never blocks on a full pipe. Several tasks may wait if the first
-        one waits longest.
+        Reads all output meanwhile, so that the child never blocks on a full pipe. Several tasks may wait if the
+        first to begin is the last to stop waiting.
         """
         readers = () if self._is_read else (self._discard_stdout, self._read_stderr)
         self._is_read = True
@@ -184,7 +184,7 @@ class ChildSupervisor:
         """Hook: `run` started the child."""
 
     def on_ended(self, detail: str, restart_in_s: float) -> None:
-        """Hook: the child ended or failed to start, and `run` starts it after a pause."""
+        """Hook: the child ended or failed to start, and `run` restarts it after a pause."""
 
     def on_given_up(self, detail: str, failures: int) -> None:
         """Hook: the child ended or failed to start `failures` times in a row, and `run` returns."""
@@ -196,11 +196,11 @@ class ChildSupervisor:
         """Hook: the child did not stop in time and got SIGKILL."""
 
     async def start(self) -> ChildProcess:
-        """Starts the child and returns once it announced itself by a JSON object, its first line of standard output.
+        """Starts the child; returns once it has announced itself by a JSON object on the first line of its output.
 
         Raises:
-            ChildFailedError: it cannot be started, ends first, announces something else, or nothing in time. No
-                process is left then, nor after cancellation.
+            ChildFailedError: it cannot be started, ends first, or makes no valid announcement in time. No process
+                is left running then, nor after cancellation.
         """
         name = self.command.name
         self._child = child = await ChildProcess.spawn(self.command, self.on_stderr)
@@ -221,7 +221,7 @@ class ChildSupervisor:
             raise ChildFailedError(name, child.with_stderr(silent))
 
     async def run(self) -> None:
-        """Keeps the child running until given up or cancelled, and stops it then. Starts it when `start` has not."""
+        """Keeps the child running until it is given up or this is cancelled; then stops it. Starts it if needed."""
         failures = 0
         while True:
             started_s = anyio.current_time()
@@ -251,9 +251,9 @@ class ChildSupervisor:
 
 @asynccontextmanager
 async def running(*functions: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
-    """Runs the functions, which raise nothing, while the block runs, and cancels them at its end.
+    """Runs the functions, which must not raise, while the block runs, and cancels them at its end.
 
-    Unlike in a task group, an error of the block is raised as it is.
+    Unlike in a task group, an error in the block is raised unchanged.
     """
     try:
         async with anyio.create_task_group() as tasks:

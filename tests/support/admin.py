@@ -1,4 +1,4 @@
-"""The admin service on loopback gRPC, and a journal in memory for its answers."""
+"""The admin service over loopback gRPC, and an in-memory journal for its answers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class MemoryJournal(AsyncJournal):
         return self.listed[:limit]
 
     def note(self, row: Row) -> None:
-        """Keeps a row that is to be written later."""
+        """Records a row that would be written later."""
         self.noted.append(row)
 
     async def _respond(self) -> None:

@@ -34,7 +34,7 @@ Outcome = tuple[StatusCode, bytes]
 
 
 class AdminModel:
-    """State, emergency level and the reasons that operators cause. Nothing else may change them in the modelled run."""
+    """The state, the emergency level and the reasons that operators cause; nothing else changes them in this run."""
 
     def __init__(self) -> None:
         self.state = RUNNING
@@ -55,7 +55,7 @@ class AdminModel:
         return self._allowed_once(method, request) if _is_complete(request) else {INVALID}
 
     def apply(self, method: str, request: Any, outcome: Outcome, status: admin.GetStatusResponse) -> str:
-        """Applies an allowed outcome; returns how the outcome, or the `status` after it, differs from the model."""
+        """Applies an allowed outcome; returns how it, or the `status` after it, differs from the model."""
         changes = request is not None and method not in READING | OPEN_METHODS.keys() and _is_complete(request)
         if method in OPEN_METHODS:
             self._open_ids.add(getattr(request, "request_id", ""))
@@ -121,7 +121,7 @@ class AdminModel:
             case "SetConservativeMode":
                 self.operator = request.enabled
             case _:
-                pass  # a lower level, another rate: nothing that the model has
+                pass  # a lower level or another rate, which the model does not represent
 
     def _answer_problem(self, method: str, raw: bytes) -> str:
         answer = getattr(admin, f"{method}Response").FromString(raw)
@@ -161,7 +161,7 @@ def _bytes(request: Any) -> bytes:
 
 
 def _adjusting(request: admin.AdjustLearningRateRequest) -> set[StatusCode]:
-    """A rate that is no positive number must be refused; any other may be out of bounds."""
+    """A rate that is not a positive number must be refused; any other rate may be out of bounds."""
     change = request.WhichOneof("change")
     plausible = {
         None: False,

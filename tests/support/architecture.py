@@ -1,4 +1,4 @@
-"""Checks of the house's rules that no off-the-shelf tool has: each takes sources and returns what breaks the rule."""
+"""Checks of project rules that no off-the-shelf tool provides; each takes sources and returns the violations."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ BANNED = (
     "told", "nobody", "whoever", "whom", "somebody", "anybody", "stands", "heart", "hearts", "errand", "chronicle",
     "laps", "conduct", "reception", "must not know", "so many", "of its own", "of their own",
 )  # fmt: skip
-"""Words of the private language that the first edition spoke."""
+"""Words that do not belong in the code: none is a standard term of the field."""
 
 _FIXED = ("emergency_told_later", "told later:")
-"""Log events and journal texts that are an interface and keep their words."""
+"""Log events and journal texts that are an interface and therefore remain unchanged."""
 
 _BANNED = re.compile(rf"\b({'|'.join(BANNED)})\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the package: its place below the package's root, such as `run/health.py`, and its source."""
+    """A module of the package: its path below the package's root, such as `run/health.py`, and its source."""
 
     place: str
     source: str
@@ -47,7 +47,7 @@ class Module:
 
     @property
     def stem(self) -> str:
-        """The file's name without its ending."""
+        """The file's name without its suffix."""
         return self.place.rsplit("/", 1)[-1].removesuffix(".py")
 
     @property
@@ -70,11 +70,11 @@ def modules_of(root: Path, package: str = "tolaria") -> list[Module]:
     return [Module(str(path.relative_to(root)), path.read_text(encoding="utf-8"), package) for path in paths]
 
 
-# -- rule 1: a file is a noun of the field --------------------------------------------------------------------------
+# -- rule 1: modules have standard names ---------------------------------------------------------------------------
 
 
 def sizes(module: Module) -> list[str]:
-    """Files of 30 to 450 lines with a docstring; functions of 70 lines, constructors of 8 parameters at most."""
+    """Files without a docstring or of other than 30 to 450 lines; functions and constructors that are too long."""
     found = []
     lines = module.source.count("\n")
     if lines > LINES_MAX:
@@ -98,12 +98,12 @@ def sizes(module: Module) -> list[str]:
 
 
 def unknown_names(modules: Iterable[Module], glossary: Mapping[str, Iterable[str]]) -> list[str]:
-    """Modules whose name is not in the glossary of its room."""
+    """Modules whose name is not in the glossary of their subpackage."""
     found = []
     for module in modules:
-        room, _, _ = module.place.rpartition("/")
-        if not module.is_marker and module.stem not in glossary.get(room, ()):
-            found.append(f"{module.place}: not in the glossary of {room or 'the package'}")
+        subpackage, _, _ = module.place.rpartition("/")
+        if not module.is_marker and module.stem not in glossary.get(subpackage, ()):
+            found.append(f"{module.place}: not in the glossary of {subpackage or 'the package'}")
     return found
 
 
@@ -111,7 +111,7 @@ def unknown_names(modules: Iterable[Module], glossary: Mapping[str, Iterable[str
 
 
 def banned_words(module: Module) -> list[str]:
-    """Lines with a word of the private language: in names, strings, comments or docstrings."""
+    """Lines with a banned word in a name, string, comment or docstring."""
     found = []
     for number, line in enumerate(module.source.splitlines(), 1):
         if any(fixed in line for fixed in _FIXED):
@@ -138,14 +138,14 @@ def duplicate_classes(modules: Iterable[Module]) -> list[str]:
     return found + [f"the same fields: {', '.join(places)}" for places in shapes.values() if len(places) > 1]
 
 
-def lonely_protocols(modules: Iterable[Module], borders: Iterable[str]) -> list[str]:
-    """Protocols with fewer than two implementers that are not at one of the listed borders."""
+def single_implementer_protocols(modules: Iterable[Module], exempt: Iterable[str]) -> list[str]:
+    """Protocols with fewer than two implementers, except those in `exempt`."""
     known = list(modules)
     implementers = [_members(node) for module in known for node in module.classes() if not _is_protocol(node)]
     found = []
     for module in known:
         for node in module.classes():
-            if not _is_protocol(node) or node.name in borders:
+            if not _is_protocol(node) or node.name in exempt:
                 continue
             wanted = _members(node)
             if sum(wanted <= members for members in implementers) < 2:
@@ -178,7 +178,7 @@ def _members(node: ast.ClassDef) -> set[str]:
 
 
 def repeated_defaults(modules: Iterable[Module], settings: Iterable[str]) -> list[str]:
-    """Parameters named as a setting that have a number as their default: its default is written in `config`."""
+    """Parameters named like a setting that have a numeric default: defaults of settings belong in `config`."""
     names, found = set(settings), []
     for module in modules:
         if module.place.startswith("config/"):
@@ -209,7 +209,7 @@ def _numeric_defaults(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[
 
 @dataclass
 class ImportGraph:
-    """Which module of the package imports which, at run time."""
+    """Which module of the package imports which."""
 
     edges: dict[str, set[str]] = field(default_factory=dict)
 
@@ -220,17 +220,17 @@ class ImportGraph:
         return cls({name: set(_imported(module, known)) - {name} for name, module in known.items()})
 
     def cycles(self) -> list[str]:
-        """Modules that import themselves through others."""
+        """Modules that import themselves, directly or through others."""
         return sorted(name for name in self.edges if name in self._reachable(name))
 
-    def levels(self, room: str) -> int:
-        """Length of the longest chain of imports inside a room."""
-        inside = {name for name in self.edges if name.startswith(f"{room}.")}
+    def levels(self, subpackage: str) -> int:
+        """Length of the longest chain of imports inside a subpackage."""
+        inside = {name for name in self.edges if name.startswith(f"{subpackage}.")}
         depth: dict[str, int] = {}
 
         def height(name: str) -> int:
             if name not in depth:
-                depth[name] = 0  # a cycle is found elsewhere
+                depth[name] = 0  # `cycles` reports cycles
                 depth[name] = 1 + max((height(other) for other in self.edges[name] & inside), default=0)
             return depth[name]
 

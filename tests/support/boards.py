@@ -9,7 +9,7 @@ from tolaria.signals.layout import LINE, PARTICIPANT_PAYLOAD, participant_at
 
 
 def acknowledgements(board: SignalBoard, signal_id: int) -> dict[str, int]:
-    """The participants that acknowledged a signal, with the times (monotonic ns)."""
+    """The times (monotonic ns) at which participants acknowledged a signal, by participant."""
     return {
         state.name: state.record.acknowledged_ns
         for state in board.read_all()

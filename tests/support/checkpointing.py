@@ -1,4 +1,4 @@
-"""Checkpointing with real storage and a real writer, a scripted lane, and a disk that fails when the test says so."""
+"""Checkpointing with real storage and a real writer, a scripted lane, and a disk that fails on request."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tolaria.values.training import Evaluation
 
 
 class Disk(Filesystem):
-    """Full if the test says so, or so slow that no directory is made before `gate` opens."""
+    """A disk that is full while `full` is set, and that creates no directory until `gate` is set."""
 
     def __init__(self) -> None:
         self.full = False
@@ -50,8 +50,8 @@ class Disk(Filesystem):
         return super().write(descriptor, content)
 
 
-class HeldRun(Lifecycle):
-    """Notes when checkpointing holds the run and lets it go on."""
+class RecordingLifecycle(Lifecycle):
+    """Records when checkpointing holds and resumes the run."""
 
     def __init__(self) -> None:
         self.held = False
@@ -59,12 +59,12 @@ class HeldRun(Lifecycle):
         self.changes = 0
 
     @property
-    def words(self) -> list[str]:
-        """What was asked for, without reasons."""
-        return [word for word, _ in self.log]
+    def actions(self) -> list[str]:
+        """The recorded actions, without reasons."""
+        return [action for action, _ in self.log]
 
     def hold_if_training(self, reason: str) -> bool:
-        """Holds a run that is not held."""
+        """Holds the run unless it is held already."""
         if self.held:
             return False
         self.log.append(("hold", reason))
@@ -72,17 +72,17 @@ class HeldRun(Lifecycle):
         return True
 
     def resume_if_held_for(self, reason: str) -> None:
-        """Lets it go on."""
+        """Resumes the run."""
         self.log.append(("resume", reason))
         self.held = False
 
     def changed(self) -> None:
-        """Counts changes that a status shows."""
+        """Counts the notifications of status changes."""
         self.changes += 1
 
 
 class CheckpointObserver(RunObserver):
-    """Keeps what it observes."""
+    """Records what it observes."""
 
     def __init__(self) -> None:
         self.written: list[CheckpointRow] = []
@@ -90,21 +90,21 @@ class CheckpointObserver(RunObserver):
         self.stalled: list[int] = []
 
     def on_checkpoint_written(self, row: CheckpointRow, duration_s: float) -> None:
-        """Keeps the row."""
+        """Records the row."""
         assert duration_s >= 0
         self.written.append(row)
 
     def on_checkpoint_failed(self, step: int, stage: str, reason: str) -> None:
-        """Keeps what failed."""
+        """Records the failure."""
         self.failed.append((step, stage, reason))
 
     def on_checkpoint_stalled(self, step: int, stalled_s: float) -> None:
-        """Keeps the step."""
+        """Records the step."""
         self.stalled.append(step)
 
 
 class CheckpointingParts:
-    """Checkpointing and everything around it. Its sleeps end when the test calls `wake`. Made on the event loop."""
+    """Checkpointing and its collaborators. Its sleeps end when the test calls `wake`. Create it on the event loop."""
 
     def __init__(self, storage: Storage, disk: Disk, *, from_step: int, settings: CheckpointSettings) -> None:
         self.storage, self.disk = storage, disk
@@ -115,7 +115,7 @@ class CheckpointingParts:
         self.writer = CheckpointWriter(storage.checkpoints)
         self.now_s = 0.0
         self.breaker = Breaker("checkpoint", clock=lambda: self.now_s)
-        self.run = HeldRun()
+        self.run = RecordingLifecycle()
         self.observer = CheckpointObserver()
         self.slept_s: list[float] = []
         self._awake = anyio.Event()
@@ -132,16 +132,16 @@ class CheckpointingParts:
 
     @property
     def captures(self) -> int:
-        """How many images the lane was asked for."""
+        """Number of images requested from the lane."""
         return len(self.lane.sent_of(CaptureImage))
 
     def lease(self) -> Lease:
-        """A leased image of the current step; `leases` counts those that are not released."""
+        """A leased image of the current step; `leases` counts those that have not been released."""
         self.leases += 1
         return Lease(small_image(self.step), self._released)
 
     def capture(self) -> ImageCaptured:
-        """The lane's answer with such an image."""
+        """The lane's answer with a leased image of the current step."""
         return self.lane.captured(self.lease())
 
     async def sleep(self, seconds: float) -> None:
@@ -155,7 +155,7 @@ class CheckpointingParts:
         self._awake = anyio.Event()
 
     async def until_idle(self, sleeps: int = 0) -> None:
-        """Waits until every checkpoint that was begun has ended, after `sleeps` sleeps in all."""
+        """Waits until there have been `sleeps` sleeps and no checkpoint is in progress."""
         await anyio.wait_all_tasks_blocked()
         await self.until_asleep(sleeps)
         with anyio.fail_after(20):
@@ -170,7 +170,7 @@ class CheckpointingParts:
                 await anyio.sleep(0.001)
 
     async def until_writing(self) -> None:
-        """Waits until the writer has a leased image, which it has not written yet."""
+        """Waits until the writer holds a leased image that it has not written yet."""
         with anyio.fail_after(20):
             while not self.leases or len(self.lane.images):
                 await anyio.sleep(0.001)
@@ -180,7 +180,7 @@ class CheckpointingParts:
         return list(await anyio.to_thread.run_sync(self.storage.checkpoints.restore_points))
 
     async def steps(self) -> list[int]:
-        """Their steps."""
+        """The steps of the committed checkpoints."""
         return [row.global_step for row in await self.rows()]
 
     def _released(self) -> None:
@@ -192,7 +192,7 @@ class CheckpointingParts:
 
 
 class CheckpointingFactory:
-    """Makes parts and closes them."""
+    """Creates parts and closes them."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._directory = directory
@@ -200,7 +200,7 @@ class CheckpointingFactory:
         self._made: list[CheckpointingParts] = []
 
     async def __call__(self, *, from_step: int = 0, **settings: object) -> CheckpointingParts:
-        """Makes parts with these settings."""
+        """Creates parts with these settings."""
         disk = Disk()
         storage = await anyio.to_thread.run_sync(self._open, disk)
         chosen = CheckpointSettings.model_validate(settings)
@@ -222,7 +222,7 @@ class CheckpointingFactory:
 
 @asynccontextmanager
 async def serving(parts: CheckpointingParts) -> AsyncIterator[None]:
-    """Runs the task that makes checkpoints while the block runs."""
+    """Runs the checkpointing task while the block runs."""
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(parts.checkpointing.serve)
         yield

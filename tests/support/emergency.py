@@ -1,4 +1,4 @@
-"""An emergency controller on a real board, a peer's view of that board, and everything that it reported."""
+"""An emergency controller on a real board, with a peer's view of the board and a record of all reports."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Clock:
 class ControllerHarness:
     """One controller, its reports and broadcasts, and a peer's view of its board.
 
-    `broadcast_error`: why broadcasts fail; empty when they do not. `on_report`: called with each report, as an observer
-    that acts.
+    `broadcast_error`: why broadcasts fail; empty if they succeed. `on_report`: called with each report; may act on the
+    controller.
     """
 
     def __init__(self, path: Path, broadcasts_per_minute: int = BROADCASTS_PER_MINUTE) -> None:

@@ -1,4 +1,4 @@
-"""A fake admin service over loopback gRPC. It runs in threads, apart from the event loop of the client under test."""
+"""A fake admin service over loopback gRPC, in threads, not on the event loop of the client under test."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ DIGEST = "0123456789abcdef0123456789abcdef"
 
 
 class FakeAdmin(TolariaAdminServiceServicer):
-    """Streams `statuses`, and then keeps the stream open unless `ends`; pauses; refuses to resume.
+    """Streams `statuses` and keeps the stream open unless `ends` is set; accepts a pause, and refuses to resume.
 
-    A rollback answers with `restored_digest`, and with DIGEST as that of the capture. `timeout_s` is the time that
-    the latest caller of a slow call allowed.
+    A rollback answers with `restored_digest`, and with DIGEST as that of the capture. `timeout_s` is the
+    timeout of the latest slow call.
     """
 
     def __init__(self, statuses: list[GetStatusResponse], *, ends: bool = False) -> None:
@@ -139,7 +139,7 @@ class FakeAdmin(TolariaAdminServiceServicer):
 
 
 def fake_admin(statuses: list[GetStatusResponse], *, ends: bool = False) -> FakeAdmin:
-    """Returns a fake whose other calls are refused as unimplemented."""
+    """Returns a fake that refuses all other calls as unimplemented."""
     return FakeAdmin(statuses, ends=ends)  # type: ignore[abstract] # abstract in the stub only
 
 
@@ -172,7 +172,7 @@ def status_of(epoch: int, *, state: int = RunState.RUN_STATE_RUNNING, epochs: in
     """Returns the status of a run of 45 steps per epoch at the beginning of `epoch`."""
     return GetStatusResponse(
         run_id="run-1",
-        state=state,  # type: ignore[arg-type] # a plain number here, as a newer service could send
+        state=state,  # type: ignore[arg-type] # a plain number, such as a newer service could send
         job="digits",
         epoch=epoch,
         epochs=epochs,
@@ -219,7 +219,7 @@ def run_with_a_seed() -> list[GetStatusResponse]:
 
 
 def restore_points(now_s: int) -> list[RestorePoint]:
-    """Returns one on disk, two hours old, and a new one in memory."""
+    """Returns a restore point on disk, two hours old, and a new one in memory."""
     return [
         RestorePoint(
             tier=RollbackTier.ROLLBACK_TIER_FULL,
@@ -243,7 +243,7 @@ def restore_points(now_s: int) -> list[RestorePoint]:
 
 
 def two_incidents() -> list[Incident]:
-    """Returns incidents in an order that needs sorting, with text that would control a terminal."""
+    """Returns unsorted incidents, with text that contains terminal control sequences."""
     return [
         Incident(
             incident_id="f1",

@@ -1,6 +1,6 @@
 """A fake of `tolaria serve`, run as `-m support.fake_serve MODE FIFO serve --while-stdin ...`.
 
-It writes its arguments to the FIFO, and keeps that open until it exits.
+It writes its arguments to the FIFO and keeps the FIFO open until it exits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from support.fake_admin import FakeAdmin, fake_admin, run_with_a_seed, serving, 
 
 
 def main() -> None:
-    """Fails to start, or serves."""
+    """Fails to start or serves, depending on the mode."""
     mode, fifo, *arguments = sys.argv[1:]
     held_open = Path(fifo).open("w", encoding="utf-8")  # noqa: SIM115 - until the process exits
     print(json.dumps({"pid": os.getpid(), "arguments": arguments}), file=held_open, flush=True)

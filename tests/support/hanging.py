@@ -1,4 +1,4 @@
-"""Peers in a process of their own that hang or answer at once, and a run that is connected to them."""
+"""Peers in a separate process that hang or answer immediately, and a run that is connected to them."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ class PeerProcess:
         self.target = ""
 
     async def read_target(self) -> None:
-        """Waits for the address of the peers."""
+        """Reads the address of the peers, once the child prints it."""
         self.target = (await self._line()).decode()
 
     async def handlers(self) -> Handlers:
-        """Returns the present counts of the child."""
+        """Returns the child's current counts."""
         await self._stdin.send(b"\n")
         counts = json.loads(await self._line())
         return Handlers(**counts | {"footprint": Footprint(**counts["footprint"])})
 
     async def idle(self, before: Footprint) -> Handlers:
-        """Waits up to 10 s until no handler runs and there are no more tasks than `before`; returns the counts."""
+        """Waits up to 10 s until no handler runs and there are no more tasks than in `before`; returns the counts."""
         with anyio.fail_after(10):
             while True:
                 now = await self.handlers()
@@ -121,7 +121,7 @@ async def count_timeouts(peers: Peers, methods: Sequence[str], times: int) -> in
 
 @asynccontextmanager
 async def calling(peers: Peers) -> AsyncIterator[Counter[str]]:
-    """Calls both peers again and again, one call at a time each, while the block runs.
+    """Calls both peers repeatedly, one call at a time each, while the block runs.
 
     Yields the numbers of calls that timed out, by method.
     """
@@ -142,7 +142,7 @@ async def calling(peers: Peers) -> AsyncIterator[Counter[str]]:
 
 
 class ConnectedPeers(FakePeers):
-    """The peers of a run that are real clients; `clients` is set before the run begins."""
+    """Peers of a run that are called through real clients; `clients` is set before the run begins."""
 
     clients: Peers
 

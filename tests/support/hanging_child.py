@@ -1,8 +1,8 @@
-"""The child process of `support.hanging`: both peers on one port, which hang or answer at once. Imports no torch.
+"""The child process of `support.hanging`: both peers on one port, which hang or answer immediately. Imports no torch.
 
 python tests/support/hanging_child.py (hang | answer)
 
-It prints its address, then a line of counts for every line of its standard input, and ends with its standard input.
+It prints its address, then a line of counts for each line of standard input, and exits at the end of standard input.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class Handlers:
-    """Numbers of a peer process's calls, and its resources."""
+    """Numbers of calls to a peer process, and its resources."""
 
     begun: int
     running: int

@@ -1,4 +1,4 @@
-"""Real lanes for tests: a module by itself, one that is driven on the test's thread, and one in its own thread."""
+"""Real lanes for tests: a bare module, a lane driven on the test's thread, and a lane in a separate thread."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ E = TypeVar("E", bound=Event)
 
 
 class NoHeartbeat:
-    """A heartbeat that counts the beats and is monitored by nothing."""
+    """A heartbeat that only counts its beats."""
 
     def __init__(self) -> None:
         self.beats = 0
@@ -80,13 +80,13 @@ def seed(
 
 
 class DrivenLane:
-    """A lane that trains and executes commands when the test says so, on the test's thread."""
+    """A lane that trains and executes commands on the test's thread, when the test calls it."""
 
     def __init__(self, lane: BuiltLane) -> None:
         self.module = lane.module
         self.snapshots = lane.snapshots
         self.losses: dict[int, float] = {}
-        """Losses by global step; the last one of a step that was repeated."""
+        """Losses by global step; for a repeated step, the last one."""
         profiler = LaneProfiler(Path("unused"), bytes_max=1, resting=nullcontext)
         self._executor = CommandExecutor(lane.module, lane.snapshots, profiler)
         self.images, self.gate = self._executor.images, self._executor.gate
@@ -154,7 +154,7 @@ def driven(
 
 
 class RunningLane:
-    """A lane in its own thread, whose events the test waits for."""
+    """A lane in a separate thread, whose events the test waits for."""
 
     def __init__(self, lane: ThreadLane, module: TrainModule) -> None:
         self.lane = lane

@@ -34,10 +34,10 @@ C = TypeVar("C", bound=Command)
 
 @dataclass
 class FakeLane:
-    """A `LaneHandle` that queues what is sent and answers at once as `answers` says, by type of command.
+    """A `LaneHandle` that records commands and answers them immediately from `answers`, by type of command.
 
-    Commands without an answer wait in `unanswered` for `answer`. Holds are confirmed at once unless `holds` is False,
-    and `Stop` ends the lane.
+    Commands without an answer wait in `unanswered` for `answer`. Holds are confirmed immediately unless `holds` is
+    False, and `Stop` ends the lane.
     """
 
     answers: dict[type[Command], Script] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class FakeLane:
             notify()
 
     def send(self, command_id: int, command: Command) -> None:
-        """Notes the command, and answers it if the test has said how."""
+        """Records the command, and answers it if `answers` has an answer."""
         self.sent.append(command)
         match command:
             case Hold(number):
@@ -79,7 +79,7 @@ class FakeLane:
                     self.answer(answer, command_id)
 
     def answer(self, answer: Answer, command_id: int | None = None) -> None:
-        """Answers a command; without an id the oldest unanswered one."""
+        """Answers a command; without an id, the oldest unanswered one."""
         command_id = next(iter(self.unanswered)) if command_id is None else command_id
         del self.unanswered[command_id]
         if isinstance(answer, TolariaError):
@@ -92,7 +92,7 @@ class FakeLane:
         return ImageCaptured(self.images.put(image))
 
     def emit(self, *events: Event) -> None:
-        """Has these events delivered."""
+        """Delivers these events."""
         self._events += events
         self._notify()
 
@@ -102,13 +102,13 @@ class FakeLane:
         return events
 
     def forbid_restore(self, command_id: int) -> bool:
-        """Forbids a restore, unless the test says that it is copying."""
+        """Forbids a restore, unless `copying` is set."""
         if not self.copying:
             self.forbidden.add(command_id)
         return not self.copying
 
     def close(self, timeout_s: float) -> bool:
-        """Ends at once."""
+        """Ends immediately."""
         self.stopped = True
         return True
 

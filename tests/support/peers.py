@@ -112,7 +112,7 @@ async def no_delay() -> None:
 
 
 class FakeKasmina(CountedCalls, KasminaServiceServicer):
-    """An executor that desires `seeds` and applies every command, after `before_answer`."""
+    """An executor that declares `seeds` and applies every command, after `before_answer`."""
 
     def __init__(
         self, seeds: list[SeedState] | None = None, before_answer: Callable[[], Awaitable[None]] = no_delay

@@ -1,4 +1,4 @@
-"""A Tamiyo and a Kasmina on one loopback port that answer with given bytes, and the clients that a run calls."""
+"""Tamiyo and Kasmina on one loopback port that answer with given bytes, and real clients to call them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ METHODS = {
 }
 
 Answer = bytes | grpc.StatusCode
-"""These bytes, or an error with this status code."""
+"""The bytes of the answer, or the status code of an error."""
 
 
 class RawPeers(FakePeers):
-    """Peers called by the real clients. `answers` holds the answer of each method; the default is no bytes.
+    """Peers called by the real clients. `answers` holds the answer of each method; the default is empty.
 
     `served` counts the answers by method.
     """
@@ -42,7 +42,7 @@ class RawPeers(FakePeers):
 
     @asynccontextmanager
     async def serving(self, safeguards: Safeguards) -> AsyncIterator[None]:
-        """Serves, and connects through the circuit breakers of a run."""
+        """Serves, and connects clients with the circuit breakers of a run."""
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         server.add_generic_rpc_handlers(
             [

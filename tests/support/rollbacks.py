@@ -32,22 +32,22 @@ GENEROUS = budget_of(60.0, 60.0)
 
 
 @dataclass(frozen=True)
-class Said:
+class Response:
     """A participant's answer."""
 
     accepted: bool = True
-    detail: str = "fine"
+    detail: str = "accepted"
 
 
 class FakeParticipant:
-    """Accepts every call, but for what `answers` has: an answer, an error, or None for silence.
+    """Accepts every call unless `answers` has a response, an error, or None, which means no response, for it.
 
-    A silent one raises PeerTimeoutError at its timeout, unless it is not `punctual`: then it never returns.
+    Without a response it raises PeerTimeoutError after the timeout; if not `punctual`, it never returns.
     """
 
     def __init__(
         self,
-        answers: dict[Call, Said | TolariaError | None] | None = None,
+        answers: dict[Call, Response | TolariaError | None] | None = None,
         *,
         name: str = "peer",
         log: list[str] | None = None,
@@ -60,17 +60,17 @@ class FakeParticipant:
         self.calls: list[tuple[Call, ParticipantRequest]] = []
         self.cancelled: list[Call] = []
 
-    async def prepare(self, request: ParticipantRequest, /) -> Said:
-        """Answers as scripted; so do the other three."""
+    async def prepare(self, request: ParticipantRequest, /) -> Response:
+        """Answers as scripted, like the other three methods."""
         return await self._answer(Call.PREPARE, request)
 
-    async def commit(self, request: ParticipantRequest, /) -> Said:
+    async def commit(self, request: ParticipantRequest, /) -> Response:
         return await self._answer(Call.COMMIT, request)
 
-    async def confirm(self, request: ParticipantRequest, /) -> Said:
+    async def confirm(self, request: ParticipantRequest, /) -> Response:
         return await self._answer(Call.CONFIRM, request)
 
-    async def abort(self, request: ParticipantRequest, /) -> Said:
+    async def abort(self, request: ParticipantRequest, /) -> Response:
         return await self._answer(Call.ABORT, request)
 
     @property
@@ -78,10 +78,10 @@ class FakeParticipant:
         """The calls so far."""
         return [call for call, _ in self.calls]
 
-    async def _answer(self, call: Call, request: ParticipantRequest) -> Said:
+    async def _answer(self, call: Call, request: ParticipantRequest) -> Response:
         self.log.append(f"{self.name} {call.value}")
         self.calls.append((call, request))
-        answer = self.answers.get(call, Said())
+        answer = self.answers.get(call, Response())
         if isinstance(answer, TolariaError):
             raise answer
         if answer is not None:
@@ -96,7 +96,7 @@ class FakeParticipant:
 
 
 class FakeRestorer:
-    """Has a restore point at step 40 in memory and one at step 30 on disk; `work` restores.
+    """Has a restore point at step 40 in memory and one at step 30 on disk; `work` performs the restore.
 
     `begin_copy` and `forbid` exclude each other, as in the lane.
     """
@@ -118,7 +118,7 @@ class FakeRestorer:
         return max((p for p in self.points[tier] if at_or_before is None or p <= at_or_before), default=None)
 
     async def restore(self, rollback: Rollback, /) -> None:
-        """Does `work`."""
+        """Runs `work`."""
         self.log.append("lane restore")
         self.targets.append((rollback.tier, rollback.target_step))
         self.forbidden = self.begun = False
@@ -131,13 +131,13 @@ class FakeRestorer:
             return self.forbidden
 
     def begin_copy(self) -> bool:
-        """Whether live state may change now; from any thread."""
+        """Whether the live state may be changed now. Thread-safe."""
         with self._lock:
             self.begun = not self.forbidden
             return self.begun
 
     async def copies(self, rollback: Rollback) -> None:
-        """The usual work: live state becomes the target's at once."""
+        """The default work: a restore that completes immediately."""
         await anyio.lowlevel.checkpoint()
         assert self.begin_copy()
         restored(rollback)
@@ -148,13 +148,13 @@ class FakeRestorer:
 
 
 def restored(rollback: Rollback, step: int | None = None, *, state: str = "d", expected: str = "d") -> None:
-    """Sets what a restorer sets; by default a proven restore of the target."""
+    """Sets the results of a restore; by default of a proven restore of the target."""
     rollback.restored_step = rollback.destination if step is None else step
     rollback.state_digest, rollback.expected_digest, rollback.restore_ms = state, expected, 1.5
 
 
 class FakeBoard(RollbackWriter):
-    """Notes what is shown, each change of state once."""
+    """Records what is written to the board."""
 
     def __init__(self) -> None:
         self.shown: list[tuple[RollbackState, str, int, int, Tier]] = []
@@ -174,12 +174,12 @@ class FakeBoard(RollbackWriter):
         deadline_ns: int = 0,
         tier: Tier = ROLLBACK_TIER_UNSPECIFIED,
     ) -> None:
-        """Notes it."""
+        """Records the values."""
         self.shown.append((state, rollback_id, target_step, deadline_ns, tier))
 
 
 class FakeJournal(AsyncJournal):
-    """Keeps rows in a list; fails or hangs if the test says so."""
+    """Keeps rows in a list; fails while `error` is set and hangs while `hangs` is set."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -198,7 +198,7 @@ class FakeJournal(AsyncJournal):
         self.rows.append(row)
 
     async def supersede_after(self, global_step: int) -> None:
-        """Notes the step."""
+        """Records the step."""
         await self._answer()
         self.superseded_after.append(global_step)
 
@@ -212,7 +212,7 @@ class FakeJournal(AsyncJournal):
 
 @dataclass
 class CoordinatedParts:
-    """A coordinator and everything around it; `log` has the calls in order."""
+    """A coordinator and its collaborators; `log` has their calls in order."""
 
     settings: RollbackSettings = GENEROUS
     tamiyo: FakeParticipant = field(default_factory=FakeParticipant)
@@ -237,7 +237,7 @@ class CoordinatedParts:
         )
 
     async def run(self, rollback: Rollback | None = None) -> Rollback:
-        """Carries a rollback out and returns it."""
+        """Carries out a rollback and returns it."""
         rollback = rollback or new_rollback()
         await self.coordinator.run(rollback)
         return rollback

@@ -1,4 +1,4 @@
-"""A whole run in a thread lane, wired as the service wires it, with peers that the test scripts."""
+"""A complete run with a lane in a thread, wired as in the service, with peers scripted by the test."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ Answer = Callable[[SystemStatePacket], Awaitable[AdaptationCommand | None]]
 
 
 async def no_change(_state: SystemStatePacket) -> AdaptationCommand | None:
-    """The answer of a controller that asks for nothing."""
+    """The answer of a controller that requests no change."""
     return None
 
 
-class SilentParticipant:
+class AcceptingParticipant:
     """A participant of rollbacks that accepts everything."""
 
     async def prepare(self, order: object, /) -> object:
@@ -69,7 +69,7 @@ class _Accepted:
 
 
 class FakePeers:
-    """Tamiyo and Kasmina in one; `answer` and `seeds` are the test's."""
+    """Tamiyo and Kasmina in one object; the test sets `answer` and `seeds`."""
 
     def __init__(self, answer: Answer = no_change, seeds: list[SeedState] | None = None) -> None:
         self.answer = answer
@@ -104,9 +104,9 @@ class FakePeers:
         return self.seeds
 
     def connected(self) -> Peers:
-        """Returns the peers as the service gets them."""
+        """Returns the peers in the form in which the service uses them."""
         tamiyo, kasmina = as_clients(self)
-        participants = {name: self.participants.get(name, SilentParticipant()) for name in ("tamiyo", "kasmina")}
+        participants = {name: self.participants.get(name, AcceptingParticipant()) for name in ("tamiyo", "kasmina")}
         return Peers(
             tamiyo,
             kasmina,
@@ -116,7 +116,7 @@ class FakePeers:
 
 
 class RunUnderTest:
-    """A run and everything that a test looks at."""
+    """A run and the parts of it that tests inspect."""
 
     def __init__(self, core: Core, service: RunService, build: BuiltLane) -> None:
         self.core = core
@@ -151,7 +151,7 @@ class RunUnderTest:
         return self.metrics.registry.get_sample_value(name, labels)
 
     async def until(self, predicate: Callable[[], bool]) -> None:
-        """Waits until `predicate()` is true, ten seconds at most."""
+        """Waits until `predicate()` is true, for at most ten seconds."""
         with anyio.fail_after(10):
             while not predicate():
                 await anyio.sleep(0.002)
@@ -169,7 +169,7 @@ def new_run(
 ) -> RunUnderTest:
     """Returns a run that has not been started, without automatic rollbacks and checkpoints unless `sections` say so.
 
-    `files` is the disk of its checkpoints, `active_halt` a halt that it is resumed with.
+    `files` is the disk of its checkpoints, `active_halt` is a HALT that was active when the run was interrupted.
     """
     name = job if ":" in job else f"support.jobs:{job}"
     place = Path(tempfile.mkdtemp(prefix="tolaria-test-"))
@@ -208,7 +208,7 @@ def new_run(
 
 @asynccontextmanager
 async def running(run: RunUnderTest) -> AsyncIterator[RunUnderTest]:
-    """Runs it while the block runs; at the end the lane's thread must be gone."""
+    """Runs it while the block runs; at the end the lane's thread must have ended."""
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(watch_board, run.board, run.safety.controller)
         tasks.start_soon(run.service.serve, run.core, tasks)

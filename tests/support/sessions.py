@@ -1,6 +1,6 @@
-"""Long sessions under hypothesis: every example is one case, handled by a session that lasts for many cases.
+"""Long sessions with hypothesis: every example is one case, and a session handles many cases.
 
-With a list of cases in one example, hypothesis would generate short and simple ones only.
+If an example were a list of cases, hypothesis would generate only short and simple ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def run_cases(
 
     Args:
         cases: generates the cases.
-        opening: returns a session, which yields the handler of its cases; checks of the whole session are in its exit.
+        opening: returns a session, which yields the handler of its cases; its exit checks the whole session.
         count: number of all cases.
         session_length: number of cases after which a new session begins.
     """
@@ -37,7 +37,7 @@ def run_cases(
         @settings(
             max_examples=count,
             deadline=None,
-            database=None,  # an example repeats nothing without those before it
+            database=None,  # an example cannot be reproduced without those before it
             phases=[Phase.generate],
             suppress_health_check=[HealthCheck.too_slow],
         )

@@ -1,9 +1,9 @@
-"""A stand-in for the service: both heartbeats on a board, a sentinel, and a way to fall silent.
+"""A stand-in for the service, with both heartbeats on a board and a sentinel, whose heartbeats can be stopped.
 
     python sentinel_service.py FOLDER SILENCE
 
-SILENCE is what happens on the first line of standard input: `gil` (the lane holds the GIL in C, for a minute at most),
-`lane` (the lane hangs at work, the event loop runs) or `rest` (the lane is idle, which is no silence).
+SILENCE is what the first line of standard input triggers: `gil` (the lane holds the GIL in C, for a minute at most),
+`lane` (the lane hangs while the event loop runs) or `rest` (the lane is idle, which is not a fault).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ ROUNDS_MAX = 10**10
 
 
 def hold_the_gil() -> None:
-    """One call into C that neither releases the GIL nor handles signals, as a bad extension does."""
+    """Calls a C function that neither releases the GIL nor handles signals, like a faulty extension."""
     deque(itertools.repeat(None, ROUNDS_MAX), maxlen=0)
 
 
 def lane(heartbeats: Heartbeats, silence: str, go: threading.Event) -> None:
-    """The lane's thread: works in small steps until it falls silent."""
+    """The lane's thread: works in small steps until its heartbeat stops."""
     with heartbeats.lane_works():
         while not go.wait(0.02):
             heartbeats.lane_beat()
@@ -46,13 +46,13 @@ def lane(heartbeats: Heartbeats, silence: str, go: threading.Event) -> None:
 
 
 def wait_for_line(go: threading.Event) -> None:
-    """Reads without Python's buffers: a daemon thread in those would keep the interpreter from ending."""
+    """Reads without a buffer: a daemon thread that holds its lock would prevent the interpreter from exiting."""
     if os.read(0, 1):
         go.set()
 
 
 async def serve(folder: Path, silence: str) -> None:
-    """Runs until ended from outside."""
+    """Runs until it is terminated."""
     go = threading.Event()
     limits = {"heartbeat_timeout_s": 1.0, "startup_allowance_s": 0.2, "grace_s": 0.5, "drain_s": 0.5}
     overrides = [f"emergency.{name}={seconds}" for name, seconds in limits.items()]
@@ -69,6 +69,6 @@ async def serve(folder: Path, silence: str) -> None:
 
 
 if __name__ == "__main__":
-    # In Python, as the service has it: it does not run while the GIL is held.
+    # A handler in Python, as in the service: it cannot run while the GIL is held.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(77))
     anyio.run(serve, Path(sys.argv[1]), sys.argv[2])

@@ -2,9 +2,9 @@
 
     python tests/system/signals_torture.py --writes 1000000
 
-Every value carries the same number in all its fields, so a mixture of two writes shows. The reader continues until the
-writer is done, and reads at least as often as it writes; then it must see the last value. Prints the counts as
-JSON; exit status 1 when a torn value was accepted, a block was damaged or a number went backwards.
+Every value carries the same number in all its fields, so a mixture of two writes is detected. The reader continues
+until the writer is done, and reads at least as often as it writes; then it must see the last value. Prints the counts
+as JSON; exit status 1 when a torn value was accepted, a block was damaged or a number went backwards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HALT = EmergencyLevel.EMERGENCY_LEVEL_HALT
 
 
 def write(path: Path, writes: int) -> None:
-    """The writer: signal, heartbeat and rollback block all carry `number`, which counts up."""
+    """Writes increasing numbers, each to the signal, the heartbeat and the rollback block."""
     number = 0
 
     def clock() -> int:
@@ -79,7 +79,7 @@ def _read(board: SignalBoard, last: int, counts: dict[str, int]) -> int:
 
 
 def main() -> int:
-    """Runs it in a temporary folder: a mapping is shared memory wherever its file is."""
+    """Runs in a temporary folder: a mapping is shared memory wherever its file is."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--writes", type=int, default=100_000)
     parser.add_argument("--writer", type=Path)

@@ -36,13 +36,13 @@ class StandIn:
         self.board = SignalBoard.attach(folder / "board", "run-1")
 
     def fall_silent(self) -> None:
-        """Begins the silence."""
+        """Stops the heartbeats, as chosen at the start."""
         assert self.process.stdin is not None
         self.process.stdin.write(b"\n")
         self.process.stdin.flush()
 
     def logged(self) -> list[str]:
-        """The events that its sentinel logged to the service's standard error, once both ended."""
+        """Returns the events that its sentinel logged to standard error, once both have ended."""
         _, errors = self.process.communicate(timeout=WAIT_S)
         return [json.loads(line)["event"] for line in errors.splitlines() if line.startswith(b'{"event"')]
 
@@ -69,7 +69,7 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def test_sentinel_acts_while_the_gil_is_held(tmp_path: Path, reader: Path) -> None:
-    """HALT is on the board within the timeout, seen from C; stacks are dumped; SIGTERM fails and SIGKILL ends it."""
+    """A C program sees HALT within the timeout; stacks are dumped; SIGTERM has no effect, and SIGKILL ends it."""
     with stand_in(tmp_path, "gil") as service:
         waiting = [str(reader), str(tmp_path / "board"), "wait", "4", str(int(WAIT_S * 1000))]
         with subprocess.Popen(waiting, stdout=subprocess.PIPE) as waiter:
@@ -94,8 +94,8 @@ def test_sentinel_acts_while_the_gil_is_held(tmp_path: Path, reader: Path) -> No
         ]
 
 
-def test_sentinel_sees_a_stuck_lane_beside_a_healthy_loop(tmp_path: Path) -> None:
-    """The lane's silence alone raises HALT, and SIGTERM is enough to end the service."""
+def test_sentinel_detects_a_hanging_lane_beside_a_healthy_event_loop(tmp_path: Path) -> None:
+    """A missing heartbeat of the lane alone raises HALT, and SIGTERM is enough to end the service."""
     with stand_in(tmp_path, "lane") as service:
         service.fall_silent()
         until(service.board.effective)
@@ -108,7 +108,7 @@ def test_sentinel_sees_a_stuck_lane_beside_a_healthy_loop(tmp_path: Path) -> Non
 
 
 def test_sentinel_ignores_an_idle_lane(tmp_path: Path) -> None:
-    """Nothing happens for more than twice the timeout, by the sentinel's own heartbeat."""
+    """No signal is raised for more than twice the timeout, measured by the sentinel's heartbeat."""
     with stand_in(tmp_path, "rest") as service:
         service.fall_silent()
         until_ns = service.board.read("sentinel").heartbeat_ns + int(2.5e9 * TIMEOUT_S)
@@ -119,7 +119,7 @@ def test_sentinel_ignores_an_idle_lane(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_sentinel_ends_with_its_service(tmp_path: Path, number: signal.Signals) -> None:
-    """However the service ends."""
+    """The sentinel exits whether the service was killed or terminated."""
     with stand_in(tmp_path, "rest") as service:
         assert is_alive(service.sentinel_pid)
         service.process.send_signal(number)

@@ -60,7 +60,7 @@ def started(program: str, path: Path) -> subprocess.Popen[bytes]:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends it as a crash does."""
+    """Kills the process, as a crash would."""
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -68,7 +68,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C reader, compiled."""
+    """The compiled C reader."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler (cc) on this machine")
@@ -79,13 +79,13 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shown(reader: Path, path: Path) -> dict[str, str]:
-    """What the C reader prints."""
+    """Returns the values that the C reader prints."""
     output = subprocess.run([reader, path], check=True, capture_output=True, timeout=WAIT_S).stdout.decode()
     return {key: value for key, _, value in (line.partition(" ") for line in output.splitlines())}
 
 
 def test_signals_no_torn_value_is_accepted() -> None:
-    """Two processes write and read without pause: every accepted value was written, and they are in order."""
+    """Two processes write and read continuously: every accepted value was written, and they are in order."""
     run = subprocess.run(
         [sys.executable, HERE / "signals_torture.py", "--writes", str(WRITES)],
         check=False,
@@ -105,13 +105,13 @@ def test_signals_a_killed_writer_leaves_the_board_readable(tmp_path: Path) -> No
         last_id = 0
         for _ in range(KILLS):
             writer = started(WRITER, path)
-            time.sleep(moments.uniform(0.0, 0.01))  # the moment of death varies; nothing is waited for
+            time.sleep(moments.uniform(0.0, 0.01))  # kills at varying moments
             kill(writer)
             states = board.read_all()
             assert {state.condition for state in states} == {BlockCondition.OK}
             record = states[PARTICIPANTS.index("kasmina")].record
             assert record is not None
-            assert record.signal_id >= last_id  # equal when it died before its first signal
+            assert record.signal_id >= last_id  # equal if it was killed before its first signal
             last_id = record.signal_id
             assert board.read_rollback() is not None
             tolaria.clear()

@@ -14,7 +14,7 @@ METHODS = {"tamiyo": ("EvaluateEpoch", "EvaluateStep"), "kasmina": ("ExportSeedS
 
 
 async def settled(before: Footprint) -> Footprint:
-    """Returns the resources of this process once they are as before, or after ten seconds."""
+    """Returns the resources of this process once they equal `before`, or after ten seconds."""
     with anyio.move_on_after(10):
         while await footprint() != before:
             await anyio.sleep(0.01)
@@ -44,7 +44,7 @@ async def test_thousands_of_timeouts_leak_nothing_on_either_side() -> None:
 
 
 async def test_hundreds_of_simultaneous_timeouts_leak_nothing_on_either_side() -> None:
-    """After 500 at once, over all methods: each handler was begun and cancelled; a closed channel holds nothing."""
+    """500 simultaneous calls over all methods: each handler was begun and cancelled; a closed channel holds nothing."""
     async with peer_process("hang") as child:
         async with connected(child.target, timeout_s=0.05) as peers:
             await count_timeouts(peers, tuple(CALLS), 4)
@@ -59,7 +59,7 @@ async def test_hundreds_of_simultaneous_timeouts_leak_nothing_on_either_side() -
             async with anyio.create_task_group() as tasks:
                 for number in range(AT_ONCE):
                     tasks.start_soon(once, number)
-            # While the channel is open: closing it would cancel everything.
+            # Measured before the channel closes, which would cancel all calls.
             child_after = await child.idle(child_before.footprint)
         assert sum(timeouts) == AT_ONCE
         assert child_after.begun - child_before.begun == child_after.cancelled - child_before.cancelled == AT_ONCE
@@ -67,7 +67,7 @@ async def test_hundreds_of_simultaneous_timeouts_leak_nothing_on_either_side() -
 
 
 async def step_rate(behaviour: Behaviour) -> float:
-    """Measures a run that calls its peers every other step; hanging ones are also called by others all the time."""
+    """Measures a run that calls its peers every other step; other clients call hanging peers continuously."""
     control = ControlSettings(step_interval=2)
     async with peer_process(behaviour) as child:
         if behaviour == "answer":

@@ -31,7 +31,7 @@ _MANIFEST_BYTES_MAX: Final = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Describes a checkpoint. `metric` decides which checkpoint is best; with None it never is."""
+    """Describes a checkpoint. `metric` decides which checkpoint is best; one without a metric never is."""
 
     checkpoint_id: str
     run_id: str
@@ -116,7 +116,7 @@ class Manifest:
                 fingerprint=Fingerprint(digests, values_digest, document["digest"]),
             )
         except (TypeError, AttributeError, KeyError, RecursionError) as error:
-            raise ValueError(f"a field is missing or has another form: {error}") from error
+            raise ValueError(f"a field is missing or has the wrong form: {error}") from error
 
 
 def write_checkpoint(files: Filesystem, parent: Path, manifest: Manifest, image: StateImage) -> Path:
@@ -125,7 +125,7 @@ def write_checkpoint(files: Filesystem, parent: Path, manifest: Manifest, image:
     The checkpoint survives a power failure once this returns; after an error no checkpoint of this id exists.
 
     Raises:
-        CheckpointWriteError: the system refused; `stage` names the operation.
+        CheckpointWriteError: an operation failed; `stage` names it.
     """
     temporary, place = parent / f"{TEMPORARY_PREFIX}{manifest.checkpoint_id}", parent / manifest.checkpoint_id
     try:
@@ -151,8 +151,8 @@ def read_manifest(files: Filesystem, place: Path) -> Manifest:
     """Reads and verifies the manifest of the checkpoint in directory `place`.
 
     Raises:
-        CheckpointDamagedError: the manifest is missing or not what was written.
-        CheckpointUnreadableError: the system refused.
+        CheckpointDamagedError: the manifest is missing or differs from what was written.
+        CheckpointUnreadableError: the operating system cannot read it.
     """
     with _read_errors(place.name, "manifest"):
         content = read_all(files, place / _MANIFEST, _MANIFEST_BYTES_MAX)
@@ -174,8 +174,8 @@ def read_checkpoint(
         The manifest and the sealed image, in newly allocated memory.
 
     Raises:
-        CheckpointDamagedError: the checkpoint is not what was written.
-        CheckpointUnreadableError: the system refused.
+        CheckpointDamagedError: the checkpoint differs from what was written.
+        CheckpointUnreadableError: the operating system cannot read it.
         RestoreAbandonedError: `expired`, called before each megabyte, returned True.
     """
     manifest = read_manifest(files, place)

@@ -40,7 +40,7 @@ class Finding:
 
     @property
     def bad(self) -> bool:
-        """Whether something committed is not there as it was written."""
+        """Whether committed data is missing or differs from what was written."""
         return self.condition in {Condition.DAMAGED, Condition.UNREADABLE}
 
 
@@ -52,10 +52,10 @@ def inspect_storage(directory: Path) -> Iterator[Finding]:
 
     Raises:
         JournalNewerError: a newer Tolaria wrote the journal.
-        JournalUnavailableError: there is no journal, or the system refused to read it.
+        JournalUnavailableError: there is no journal, or it cannot be read.
         OSError: the checkpoints' directory cannot be listed.
     """
-    # Before the rows: a checkpoint renamed into place after this also gets its row after this.
+    # Listed before the rows are read: a checkpoint that is renamed into place later also gets its row later.
     names: list[str] = []
     with suppress(FileNotFoundError):
         names = Filesystem().names(directory / CHECKPOINTS)

@@ -35,14 +35,14 @@ class Storage:
 
 
 def open_storage(directory: Path, *, run_id: str, retention: Retention, files: Filesystem | None = None) -> Storage:
-    """Opens a state directory, created if missing, and repairs what a crash or a failing disk left.
+    """Opens a state directory, created if missing, and repairs what a crash or a failing disk left behind.
 
     Moves a damaged journal to the quarantine and fills a new one from the checkpoints' manifests. The history of runs,
     commands and requests is then only in the quarantined file; every checkpoint can still be restored.
 
     Raises:
         JournalNewerError: a newer Tolaria wrote the journal.
-        JournalUnavailableError: the system refused; nothing has changed.
+        JournalUnavailableError: the journal cannot be opened or written; nothing has changed.
         OSError: the directory cannot be created or listed.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)

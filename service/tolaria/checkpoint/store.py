@@ -40,7 +40,7 @@ CHECKPOINTS: Final = "checkpoints"
 QUARANTINE: Final = "quarantine"
 
 _UNRECORDED_FAULTS_MAX: Final = 100
-"""Faults that wait for a failing journal at most; the oldest are dropped."""
+"""Maximum number of faults kept while the journal fails; the oldest are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Retention:
         return kept
 
     def _newest_and_best(self, newest_first: list[CheckpointRow], last: int) -> set[CheckpointRow]:
-        """Selects from one run's rows. Of equally good ones the newest is best; without a metric none is."""
+        """Selects from one run's rows. Of equally good rows the newest is the best; rows without a metric never are."""
         sign = 1.0 if self.best == "highest" else -1.0
         rated = [(sign * row.metric, row.at_ns, row) for row in newest_first if row.metric is not None]
         best = [max(rated, key=lambda entry: entry[:2])[2]] if rated else []
@@ -75,7 +75,7 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A checkpoint that could not be loaded. `quarantined`: it was moved away; else the system refused to read it."""
+    """A checkpoint that could not be loaded. `quarantined`: it was moved away; otherwise it cannot be read."""
 
     checkpoint_id: str
     stage: str
@@ -186,8 +186,8 @@ class CheckpointStore:
     ) -> LoadedCheckpoint:
         """Loads the run's newest intact checkpoint, or that with the highest step at or before a step.
 
-        Moves damaged checkpoints to the quarantine and tries the next older one. Checkpoints that the system refuses
-        to read are skipped and stay in place.
+        Moves damaged checkpoints to the quarantine and tries the next older one. Checkpoints that the system cannot
+        read are skipped and stay in place.
 
         Raises:
             NoCheckpointError: none can be loaded.
@@ -273,7 +273,7 @@ class CheckpointStore:
             self._fault("quarantine_failed", -1, "rename", str(error))
 
     def _prune(self) -> None:
-        """Marks the row first, then removes the bytes: after a crash in between nothing looks committed and is not."""
+        """Marks the row first, then removes the files: a crash in between leaves no row committed without its files."""
         try:
             with self._removal:
                 rows = self._journal.checkpoints()
@@ -283,14 +283,14 @@ class CheckpointStore:
                 for row in [*superseded, *(row for row in committed if row not in kept)]:
                     self._mark(row, "pruned", "retention")
                     remove_quietly(self._files, self._checkpoints / row.checkpoint_id)
-        except JournalError as error:  # the new checkpoint is committed, and the next one prunes
+        except JournalError as error:  # the new checkpoint is committed; writing the next one prunes again
             self._fault("retention_failed", -1, "journal", str(error))
 
     def _mark(self, row: CheckpointRow, state: CheckpointState, detail: str) -> None:
         self._journal.put(replace(row, state=state, detail=detail))
 
     def _fault(self, kind: str, global_step: int, stage: str, reason: str) -> None:
-        """Records a fault. A repeated one, as of a disk that stays full, is one row with the time of the first."""
+        """Records a fault. Repetitions, such as on a disk that stays full, share a row with the time of the first."""
         last = self._last_fault
         if last is None or (kind, stage, reason) != (last.kind, last.stage, last.reason):
             self._last_fault = FaultRow(

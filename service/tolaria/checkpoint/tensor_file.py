@@ -70,9 +70,9 @@ def read_tensors(
         dtypes.
 
     Raises:
-        TensorFileError, EOFError: the file is not what was written.
+        TensorFileError, EOFError: the file differs from what was written.
         RestoreAbandonedError: `expired`, called before each megabyte, returned True.
-        OSError: the system refused.
+        OSError: the file cannot be read.
     """
     ordered = _file_order(specs)
     header = _header(ordered)

@@ -62,7 +62,7 @@ class CheckpointWriter:
 
     @property
     def pending(self) -> int:
-        """Number of accepted images that are not done."""
+        """Number of accepted images that have not been processed."""
         return self._pending
 
     def write(
@@ -88,7 +88,7 @@ class CheckpointWriter:
         return task.future
 
     def close(self, timeout_s: float) -> bool:
-        """Accepts nothing more and waits up to `timeout_s` seconds; returns whether all accepted images are done.
+        """Stops accepting images and waits up to `timeout_s` seconds; returns whether all have been processed.
 
         A checkpoint not committed when the process ends does not exist; the next start removes its leftovers.
         """
@@ -105,13 +105,13 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if not self._closed and not self.close(EXIT_TIMEOUT_S):  # after an explicit `close` the wait is over
-            self._log.error("checkpoint_left_behind", detail="the disk did not answer in time")
+        if not self._closed and not self.close(EXIT_TIMEOUT_S):  # an explicit `close` has already waited
+            self._log.error("checkpoint_left_behind", detail="the disk did not respond in time")
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
             self._execute(task)
-            del task  # it refers to the image
+            del task  # it keeps the image alive
 
     def _execute(self, task: _Task) -> None:
         try:
@@ -119,7 +119,7 @@ class CheckpointWriter:
                 row = None if self._given_up else self._superseded(self._store.write(image, metric=task.metric), task)
         except BaseException as error:
             task.future.set_exception(error)
-            if not isinstance(error, (TolariaError, OSError)):  # a defect, also for the thread's excepthook
+            if not isinstance(error, (TolariaError, OSError)):  # a bug: report it to the thread's excepthook too
                 raise
         else:
             if row is None:

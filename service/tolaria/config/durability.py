@@ -90,13 +90,13 @@ class RollbackSettings(Section):
     """Raise HALT when a rollback exceeds its budget. On: the state that was to be undone is still live."""
 
     loss_factor: Factor = 15.0
-    """A loss above this multiple of its moving average is an explosion. 15: no bad batch of a healthy run is."""
+    """A loss above this multiple of its moving average is an explosion. 15: bad batches of healthy runs stay below."""
 
     norm_factor: Factor = 5.0
     """A gradient norm above this multiple of its moving average is an explosion. 5: norms vary less than losses."""
 
     accuracy_drop: PositiveShare = 0.2
-    """Loss of validation accuracy against the best epoch that is a collapse. 0.2: more than seeds cost on joining."""
+    """Drop in validation accuracy from the best epoch that counts as a collapse. 0.2: more than a new seed costs."""
 
     warmup_steps: int = Field(default=20, ge=1)
     """Steps before losses and norms are checked. 20: moving averages are unreliable before."""

@@ -136,7 +136,7 @@ class ControlSettings(Section):
     """The control loop at step and epoch boundaries."""
 
     boundary_budget_ms: Milliseconds = 18.0
-    """Time that an epoch boundary may delay training. 18: 3.5 for the state, 12 for Tamiyo, 1.5 for the command, 1."""
+    """Time that an epoch boundary may delay training. 18: state 3.5, Tamiyo 12, command 1.5, reserve 1."""
 
     tamiyo_budget_ms: Milliseconds = 12.0
     """Tamiyo's share of the boundary. 12: what the state and the command leave. A later answer is applied later."""
@@ -276,13 +276,13 @@ class GradientsSettings(Section):
     """One seed_health event per seed and epoch instead of one per exceeded threshold. Off: thresholds are visible."""
 
     share_jump: Share = 0.3
-    """Change of a seed's gradient share between epochs that is reported. 0.3: more than shares usually vary."""
+    """Smallest reported change of a seed's gradient share between epochs. 0.3: more than shares usually vary."""
 
     seed_conflict: Share = 0.5
-    """Share of other sources that a seed conflicts with that is reported. 0.5: the seed opposes most of them."""
+    """Share of the other sources in conflict with a seed from which it is reported. 0.5: it opposes most of them."""
 
     conflict: Annotated[float, Field(ge=0)] = 0.75
-    """Conflict rate over all sources that is reported. 0.75: the sources mostly oppose each other."""
+    """Smallest reported conflict rate over all sources. 0.75: the sources mostly oppose each other."""
 
 
 class LeylineSettings(Section):
@@ -292,7 +292,7 @@ class LeylineSettings(Section):
     """HMAC-SHA256 key that commands must be signed with. Empty: signatures are not required."""
 
     previous_secret: Secret = SecretStr("")
-    """Second accepted key, for changing keys without an outage. Empty: none."""
+    """Second accepted key, for key rotation without an outage. Empty: none."""
 
     freshness_s: Seconds = 60.0
     """Maximum difference of a command's time from this clock, either way. 60: clocks may differ by seconds."""

@@ -17,11 +17,11 @@ class StepRows:
     """The rows of one step.
 
     Attributes:
-        names: of the n rows: sources in the order of the accumulator, or microbatches.
+        names: the names of the n rows: sources in the order of the accumulator, or microbatches.
         matrix: shape (n, d); rows of sources without a loss are zero. Valid until the next call of `lend`.
         parts: for each row, the number of microbatches in it.
-        microbatches: of the step.
-        own: sums over the microbatches.
+        microbatches: the number of microbatches in the step.
+        own: gradients over the sources' own parameters, summed over the microbatches.
     """
 
     names: tuple[str, ...]
@@ -40,8 +40,8 @@ class SeedGradientAccumulator:
     Args:
         sources: the n sources.
         numel: the length d of their rows.
-        dtype: of the rows.
-        device: of the rows.
+        dtype: the dtype of the rows.
+        device: the device of the rows.
         by_microbatch: False: a row for each source, the sum of its microbatches. True: a row for each microbatch, the
             sum of its sources.
     """

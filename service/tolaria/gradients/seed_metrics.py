@@ -155,7 +155,7 @@ class PerLayerMetricUpdater:
     """Accumulates the norm of every row within every layer; costs one more pass over the rows.
 
     Args:
-        layout: of the rows.
+        layout: the layout of the rows.
         top_k: number of layers to report for each source; 0 turns the updater off.
     """
 

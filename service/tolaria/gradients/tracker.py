@@ -63,12 +63,12 @@ class SeedAggregationTracker:
     """Merges the rows of every step, and accumulates their metrics.
 
     Args:
-        layout: of the d elements of the shared parameters, which have one dtype and device.
+        layout: the layout of the d elements of the shared parameters, which have one dtype and device.
         settings: how to merge.
         isolation: whether germinated and training seeds have no row.
         layer_norms_top_k: layers to report for each source; 0, or microbatch mode, turns norms by layer off.
-        dtype: of the rows.
-        device: of the rows.
+        dtype: the dtype of the rows.
+        device: the device of the rows.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class SeedAggregationTracker:
 
 
 class StepMerger:
-    """Merges the rows of one step after the other, always into the same memory."""
+    """Merges the rows of one step after another, always into the same memory."""
 
     def __init__(self, settings: MergeSettings, numel: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
         self._settings = settings

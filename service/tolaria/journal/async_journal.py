@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tolaria.journal.rows import CheckpointRow, Incident, Row
 
 ROWS_MAX: Final = 1000
-"""Rows that wait at most: some hundred kilobytes, and hours of a full disk."""
+"""Maximum number of queued rows: a few hundred kilobytes, enough for hours with a full disk."""
 
 RETRY_S_MIN: Final = 0.5
 RETRY_S_MAX: Final = 30.0
@@ -37,7 +37,7 @@ class AsyncJournal:
     Args:
         journal: must stay open while this is used.
         run_id: the run whose checkpoints are listed and superseded.
-        clock: monotonic seconds, for the interval of log lines.
+        clock: monotonic seconds, for the interval between log lines.
 
     Attributes:
         lost: number of rows that were queued and never written: too many waited, or no table accepts the row.
@@ -68,7 +68,7 @@ class AsyncJournal:
         """Queues the row for writing; returns at once and never raises.
 
         Beyond `ROWS_MAX` the oldest row is dropped, commands before all others, since rollbacks, emergencies and faults
-        matter more. Of the answers to one request the first is kept.
+        matter more. Only the first answer to a request is kept.
         """
         if isinstance(row, AdminActionRow):
             self._queue.setdefault(_key(row), row)
@@ -81,7 +81,7 @@ class AsyncJournal:
         self._noted.set()
 
     async def serve(self) -> None:
-        """Writes queued rows in order until cancelled. Retries what the disk refuses."""
+        """Writes queued rows in order until cancelled. Retries failed writes."""
         while True:
             await self._noted.wait()
             self._noted = anyio.Event()
@@ -126,7 +126,7 @@ class AsyncJournal:
     async def supersede_after(self, global_step: int) -> None:
         """Supersedes the run's later checkpoints after a rollback to this step.
 
-        Logs a refusal: a crash before the next checkpoint would then resume from one of them.
+        A failure is logged: after a crash before the next checkpoint, the run would resume from one of them.
         """
         try:
             async with self._writing:
@@ -188,7 +188,7 @@ class AsyncJournal:
             self._logged_at_s, self._lost_since_log = now_s, 0
 
     async def _in_thread(self, call: Callable[[], _Answer]) -> _Answer:
-        # Abandoned when cancelled: a disk that hangs must not block the end of the service.
+        # Abandoned when cancelled: a disk that hangs must not block the shutdown of the service.
         return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=self._one_thread)
 
 

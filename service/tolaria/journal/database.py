@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 SIDE_FILES: Final = ("", "-wal", "-shm")
-"""Endings of the names of the files that SQLite keeps for a database."""
+"""Suffixes of the names of the files that SQLite keeps for a database."""
 
 _SYSTEM_ERRORS: Final = frozenset(
     {
@@ -54,9 +54,9 @@ class Journal:
     Opening creates a missing file, and verifies everything: SQLite's integrity check, the schema, each row's digest.
 
     Raises:
-        JournalDamagedError: the file is not what was written; nothing has changed.
+        JournalDamagedError: the file differs from what was written; nothing has changed.
         JournalNewerError: a newer Tolaria wrote it.
-        JournalUnavailableError: the system refused.
+        JournalUnavailableError: the file cannot be opened, read or written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,13 +75,13 @@ class Journal:
         """Adds a row, or replaces the one with its key; the first answer to a request stays. Durable on return.
 
         Raises:
-            JournalUnavailableError: the system refused; the journal is unchanged.
+            JournalUnavailableError: writing failed; the journal is unchanged.
         """
         verb = "INSERT OR IGNORE" if isinstance(row, AdminActionRow) else "INSERT OR REPLACE"
         names = (*columns(type(row)), "row_digest")
         statement = f"{verb} INTO {row.table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
         with self._lock, translated_errors():
-            if not self._path.exists():  # SQLite silently writes on into a removed file
+            if not self._path.exists():  # SQLite would silently keep writing to the removed file
                 raise JournalUnavailableError(f"{self._path} has been removed while it was in use: restart the service")
             self._connection.execute(statement, stored_values(row))
 
@@ -158,9 +158,9 @@ def check_content(connection: sqlite3.Connection, path: Path) -> None:
     """Verifies version, tables, SQLite's integrity check and each row's digest. Writes nothing.
 
     Raises:
-        JournalDamagedError: something is not what was written.
+        JournalDamagedError: the content differs from what was written.
         JournalNewerError: a newer Tolaria wrote the journal.
-        sqlite3.DatabaseError: for both, and for refusals of the system; see `translated_errors`.
+        sqlite3.DatabaseError: for both, and for errors of the operating system; see `translated_errors`.
     """
     _refuse_newer(connection, path)
     found = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
@@ -179,7 +179,7 @@ def select_rows(
     """Returns the rows of a table that `clause` selects, each verified by its digest.
 
     Raises:
-        JournalDamagedError: a row is not what was written.
+        JournalDamagedError: a row differs from what was written.
         sqlite3.DatabaseError: as in `check_content`.
     """
     names = ", ".join(columns(kind))
@@ -187,7 +187,7 @@ def select_rows(
     rows = []
     for *found, digest in connection.execute(query, values):
         if values_digest(kind.table, tuple(found)) != digest:
-            raise JournalDamagedError(f"a row of {kind.table} is not what was written")
+            raise JournalDamagedError(f"a row of {kind.table} differs from what was written")
         rows.append(kind(*found))
     return rows
 
@@ -201,7 +201,7 @@ def lenient_text(content: bytes) -> str:
 def translated_errors(*, read_only: bool = False) -> Iterator[None]:
     """Translates SQLite's errors into `JournalUnavailableError` and `JournalDamagedError`.
 
-    SQLITE_READONLY is no damage for a reader: SQLite also reports a log that its writer has not set up yet.
+    SQLITE_READONLY does not mean damage to a reader: SQLite also reports a log that its writer has not set up yet.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Read-only access to a journal: creates, repairs, locks against writing and changes no file."""
+"""Read-only access to a journal: no file is created, repaired, changed or locked against writing."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def read_journal(path: Path, kind: type[AnyRow]) -> tuple[AnyRow, ...]:
     """Verifies the whole journal and returns a table's rows, oldest first. A service may write meanwhile.
 
     Raises:
-        JournalDamagedError: the journal is not what was written.
+        JournalDamagedError: the journal differs from what was written.
         JournalNewerError: a newer Tolaria wrote it.
-        JournalUnavailableError: it does not exist, or the system refused.
+        JournalUnavailableError: it does not exist or cannot be read.
     """
     for _ in range(_TRIES - 1):
         before = _file_states(path)
@@ -78,11 +78,11 @@ def _read_only_uri(path: Path) -> Iterator[str]:
     """Yields a URI with which SQLite neither writes to the journal nor creates files beside it."""
     log, shared = (path.with_name(path.name + ending) for ending in ("-wal", "-shm"))
     if shared.exists() and log.exists():  # a service has it open, or was killed
-        # If the service closes the journal before SQLite opens the log, SQLite leaves an empty log: the only trace.
+        # If the service closes the journal before SQLite opens the log, SQLite leaves an empty log behind.
         yield f"file:{quote(str(path.absolute()))}?mode=ro&readonly_shm=1"
     elif not log.exists():
         yield f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
-    else:  # a copy without the third file, which SQLite would have to create
+    else:  # the journal was copied without its -shm file, which SQLite would have to create
         with _copied(path) as copy:
             yield f"file:{quote(str(copy))}"
 

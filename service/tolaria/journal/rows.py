@@ -34,7 +34,7 @@ class Row:
 class RunRow(Row):
     """A run of the service. `resumed_from` is a checkpoint id; `outcome` is empty while the run lasts.
 
-    `scale` holds, as JSON, the reference figures of health, which a rollback must not reset.
+    `scale` holds, as JSON, the baselines of the health checks, which a rollback must not reset.
     """
 
     table: ClassVar[str] = "runs"

@@ -70,12 +70,12 @@ def change_hyperparameters(
     """Sets hyperparameters of param groups; all of them or, on an error, none.
 
     Args:
-        optimizer: with named groups.
+        optimizer: an optimizer whose groups are named.
         changes: by name: weight_decay (0 to 10), momentum, beta1, beta2 (each at least 0 and below 1).
         group: a param group or a family of them; None: all groups, and the defaults of later ones.
 
     Returns:
-        The changes group by group, also where the value was the same.
+        The changes group by group, including those to an equal value.
 
     Raises:
         UnknownGroupError: there is no such group.

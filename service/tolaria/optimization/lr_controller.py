@@ -279,7 +279,7 @@ def adjusted_rate(active: Sequence[ActiveAdjustment], group: str, scheduled: flo
         if each.expired_at(step) or not change.applies_to(group):
             continue
         if change.value is not None:
-            rate, factor = change.value, 1.0  # a value is meant as it is: older factors do not change it
+            rate, factor = change.value, 1.0  # a value is absolute: older factors do not change it
         if change.factor is not None:
             factor *= change.factor
     return rate * factor

@@ -31,8 +31,8 @@ class OptimizerManager:
         """Takes over an optimizer and names its groups.
 
         Args:
-            optimizer: as the job made it.
-            named_parameters: of the whole model, all parameters of the optimizer among them.
+            optimizer: the optimizer that the job built.
+            named_parameters: those of the whole model, including all parameters of the optimizer.
             min_interval_steps: least number of steps between two rebuilds; 0 for no limit.
 
         Raises:
@@ -87,7 +87,7 @@ class OptimizerManager:
                 name, `lr` and the plan's options, and take the other options from the new defaults.
 
         Raises:
-            RebuildFailedError: with the stage at which it failed; the present optimizer is unchanged.
+            RebuildFailedError: a stage, which it names, failed; the present optimizer is unchanged.
         """
         started_s = time.perf_counter()
         if not urgent and (retry_at_step := self._retry_at(at_step)) is not None:

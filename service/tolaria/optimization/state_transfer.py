@@ -20,11 +20,11 @@ Build = Callable[[list[ParamGroup]], Optimizer]
 """Makes an optimizer over these groups and keeps their options."""
 
 PLAIN_MOMENTUM_SHARE: Final = 0.1
-"""Factor of the mean in the grown part of plain momentum. Adaptive moments, divided by each other, take the mean."""
+"""Factor of the mean with which plain momentum is extended. Adaptive moments take the whole mean."""
 
 _LABELS = frozenset({"params", "param_names", "name", "lr", "initial_lr"})  # options that state does not depend on
 _PLAIN_MOMENTUM = frozenset({"momentum_buffer"})  # SGD, RMSprop, Muon: it moves the parameter undivided
-_WEIGHT_AVERAGES = frozenset({"ax"})  # ASGD: an average of the parameter, so its grown part is the parameter's
+_WEIGHT_AVERAGES = frozenset({"ax"})  # ASGD: an average of the parameter, so it is extended with the parameter itself
 _REDUCED_DIMENSION = {"row_var": -1, "col_var": -2}  # Adafactor: means along one dimension, which is kept at size 1
 _COUNTERS = frozenset({"step", "eta", "mu", "mu_product"})  # scalars, whatever the parameter's shape is
 

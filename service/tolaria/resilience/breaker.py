@@ -34,7 +34,7 @@ TRANSITIONS: dict[tuple[CircuitBreakerState.ValueType, BreakerEvent], CircuitBre
     (_CLOSED, BreakerEvent.FAILURES_SPENT): _OPEN,
     (_CLOSED, BreakerEvent.FORCED_OPEN): _OPEN,
     (_CLOSED, BreakerEvent.FORCED_CLOSED): _CLOSED,
-    # Calls that began before the breaker opened may still end; their outcome is too old to count.
+    # Calls that began before the breaker opened may still end; their outcomes are outdated and do not count.
     (_OPEN, BreakerEvent.SUCCESS): _OPEN,
     (_OPEN, BreakerEvent.FAILURE): _OPEN,
     (_OPEN, BreakerEvent.FAILURES_SPENT): _OPEN,

@@ -1,4 +1,4 @@
-"""Outbound gRPC calls with a deadline, a limit of calls in flight, retries, a circuit breaker, and a record of each.
+"""Outbound gRPC calls with a deadline, a limit on calls in flight, retries, a circuit breaker, and a record of each.
 
 gRPC's errors are translated into `PeerError`s here.
 """
@@ -94,7 +94,7 @@ class CallGate:
             self._slots.acquire_nowait()
             return
         if self._slots.statistics().tasks_waiting >= self._waiting_max:
-            detail = f"{self._in_flight_max} calls are in flight and {self._waiting_max} wait, which is the most"
+            detail = f"{self._in_flight_max} calls are in flight and {self._waiting_max} wait, which is the maximum"
             raise CallRefusedError(self._peer, f"{name} refused: {detail}")
         with anyio.move_on_after(timeout_s) as scope:
             await self._slots.acquire()
@@ -234,7 +234,7 @@ class DeadlineCaller:
                 raise
             raise PeerUnavailableError(self.peer, f"{call.name} was cancelled by the channel") from None
         if response is None:  # gRPC logs a response that it cannot decode, and returns None
-            raise PeerProtocolError(self.peer, f"{call.name} answered with bytes that are no message of its kind")
+            raise PeerProtocolError(self.peer, f"{call.name} answered with bytes that are not a message of its type")
         return response
 
     def _translated(self, call: _Call[Request, Response], error: grpc.aio.AioRpcError) -> PeerError:

@@ -31,7 +31,7 @@ class GraftedSeed:
         slot: the name of its slot.
         stage: CULLED while it fades out.
         ramp: the schedule that it follows; None before it blends.
-        asked: the schedule that was declared, which differs from `ramp` where it arrived late.
+        asked: the schedule that was declared, which differs from `ramp` if it arrived late.
         attribution: as declared.
     """
 

@@ -107,7 +107,7 @@ class Graft(nn.Module):
     of h alone), the branch's is not multiplied by zero, and an infinite branch output does not become NaN.
 
     Args:
-        seed_id: for messages.
+        seed_id: the seed's id, for error messages.
         branch: maps activations to activations of the same shape; on the model's device and in its dtype.
         slot: the spec of its slot.
         isolated: whether gradients stop at the branch while alpha is 0, so that they do not reach the host.

@@ -58,10 +58,10 @@ SUCCESSORS: Final[Mapping[Stage | None, frozenset[Stage]]] = {
 
 
 def stage_name(stage: int) -> str:
-    """Returns the contract's name of a stage without its prefix; "stage N" for a number that it lacks."""
+    """Returns the contract's name of a stage without its prefix; "stage N" for an unknown number."""
     if stage not in SeedLifecycleStage.values():
         return f"stage {stage}"
-    return SeedLifecycleStage.Name(stage).removeprefix("SEED_STAGE_")  # type: ignore[arg-type] # it is one, just checked
+    return SeedLifecycleStage.Name(stage).removeprefix("SEED_STAGE_")  # type: ignore[arg-type] # checked above
 
 
 def stage_from_name(name: str) -> Stage:

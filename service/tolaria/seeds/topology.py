@@ -39,7 +39,7 @@ class Reconciliation:
         changes: in the order in which they were made.
         refusals: desired states, or parts of them, that were not reached.
         added: parameters that are trained from now on. A seed's are added when it begins to train, not when it
-            germinates, so that the warm-up of its group does not end before.
+            germinates, so that the warm-up of its group does not end before then.
         frozen: parameters in the model that are no longer trained: of fossilized seeds, and of culled ones that fade
             out. Their `.grad` is None.
         removed: parameters that left the model. An optimizer must drop these before it takes the added ones, since a
@@ -60,7 +60,7 @@ class SeedTopology:
         model: the model itself, not a compiled wrapper of it, on its device. Branches take the device and dtype of
             its first floating-point parameter.
         blueprints: the known blueprints.
-        seed: of the run. A seed's initial values are a function of it and of the seed's id alone.
+        seed: the seed of the run. A seed's initial values are a function of it and of the seed's id alone.
         cull_steps: steps over which a culled seed fades out, at least 1.
         isolated: whether the gradients of seeds in TRAINING stop at the seed.
 
@@ -236,7 +236,7 @@ class SeedTopology:
         return self._misfits[key]
 
     def _existing(self, seed: GraftedSeed) -> Graft | None:
-        """Returns the graft in the model that is this seed, in whatever stage."""
+        """Returns the seed's graft that is already in the model, whatever its stage."""
         here = self._seeds.get(seed.seed_id)
         if here is None or (here.slot, here.blueprint) != (seed.slot, seed.blueprint):
             return None

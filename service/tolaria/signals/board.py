@@ -112,7 +112,7 @@ class SignalBoard:
         return RollbackWriter(self._parts)
 
     def effective(self) -> Signal | None:
-        """Returns the active signal of the highest level; of equals, the one raised first. A few microseconds."""
+        """Returns the active signal of the highest level; among equals, the one raised first. Takes microseconds."""
         active = self.active_signals()
         return active[0] if active else None
 

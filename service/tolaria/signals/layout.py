@@ -80,8 +80,8 @@ other. A waiter loads the word, reads the blocks, then calls FUTEX_WAIT with the
 Memory order: readers need load-load, writers store-store order. x86-64 provides both. Elsewhere (aarch64) writers put
 a release and readers an acquire barrier between the steps above.
 
-The effective signal is the one of the highest level among the signals that are not cleared; of equals, the one raised
-first.
+The effective signal is the one of the highest level among the signals that are not cleared; among equals, the one
+raised first.
 """
 
 from __future__ import annotations

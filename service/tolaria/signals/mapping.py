@@ -6,7 +6,7 @@ under the name
   - is refused when its header is locked: it belongs to a living run;
   - is adopted when it is of the same run and boot: a restart clears no emergency, and peers stay attached;
   - is replaced when it is of another run, boot or version, or damaged: attached peers see that it lost its name;
-  - is refused and left alone when it is no board.
+  - is refused and left alone when it is not a board.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tolaria.signals import layout
 
 STALE_NAMES = "tolaria-*"
 STALE_S = 600.0
-"""Twice the five minutes after which Kubernetes restarts a crashing container at the latest."""
+"""Twice the five minutes that Kubernetes waits at most before it restarts a crashing container."""
 
 _MODE = 0o600
 _TRIES = 100
@@ -205,10 +205,10 @@ def attach_file(path: Path, expected_run_id: str | None) -> BoardFile:
 def remove_stale_boards(beside: Path, *, stale_s: float = STALE_S) -> tuple[Path, ...]:
     """Removes the boards of dead runs in the folder of the board `beside` and returns their paths. Does file I/O.
 
-    A board is stale when its name is `tolaria-...`, it is an intact board of this version, of this user, with mode
-    0600 and one name, no living process holds a lock on it, and it was created and last beaten on more than `stale_s`
-    seconds ago: until then a restart of its run adopts it. Files that cannot be read or removed are left alone, and
-    the folder is not searched unless the name of `beside` is `tolaria-...`.
+    A board is stale if its name is `tolaria-...`, it is an intact board of this version and of this user, it has mode
+    0600 and a single link, no living process holds a lock on it, and its creation and last heartbeat were more than
+    `stale_s` seconds ago: until then a restart of its run adopts it. Files that cannot be read or removed are left
+    alone, and the folder is not searched unless the name of `beside` is `tolaria-...`.
     """
     if not beside.match(STALE_NAMES):
         return ()

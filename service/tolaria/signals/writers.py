@@ -112,7 +112,7 @@ class ParticipantWriter(ClaimedBlock[ParticipantRecord]):
         self._update(lambda record: _cleared(record)._replace(cleared_ns=self._clock()))
 
     def acknowledge(self, signal_id: int) -> None:
-        """Publishes that this participant acted on a signal, in place of its last acknowledgement."""
+        """Publishes that this participant has acted on a signal; replaces its previous acknowledgement."""
         if not 0 < signal_id <= layout.MASK64:
             raise SignalValueError(f"{signal_id} is no signal's id")
         self._update(lambda record: record._replace(acknowledged_id=signal_id, acknowledged_ns=self._clock()))
@@ -140,7 +140,7 @@ class ParticipantWriter(ClaimedBlock[ParticipantRecord]):
         # Unique on the board: the block's number, then microseconds, so that ids do not repeat after a repair either.
         count, next_count = now_ns // 1000, (record.signal_id & _COUNT_MASK) + 1
         signal_id = (self._block.index + 1) << _ID_BITS | max(count, next_count) & _COUNT_MASK
-        # In the order of the record's fields, as `_replace` does in three times the time.
+        # In the order of the record's fields: `_replace` would take three times as long.
         return new_tuple(ParticipantRecord, (level, reason, signal_id, now_ns, *record[_ACKNOWLEDGED_ON:]))
 
     def _cleared_ns(self) -> int:

@@ -188,7 +188,7 @@ def capture_rngs() -> tuple[dict[str, Tensor], dict[str, JsonValue]]:
     Raises:
         StateUnsupportedError: numpy's global generator is not its default one.
     """
-    legacy = cast("dict[str, JsonValue]", np.random.get_state(legacy=False))  # noqa: NPY002 - the global one is meant
+    legacy = cast("dict[str, JsonValue]", np.random.get_state(legacy=False))  # noqa: NPY002 - the global generator
     if legacy["bit_generator"] != "MT19937":
         raise StateUnsupportedError(_NUMPY, f"numpy's global generator is {legacy['bit_generator']}, not MT19937")
     inner = cast("dict[str, JsonValue]", legacy["state"])

@@ -74,8 +74,8 @@ class StagedRestore:
     def commit(self, expired: Callable[[], bool] | None = None) -> None:
         """Restores topology, parts, tensors and generators, in this order. After an error everything is as before.
 
-        A changed topology first copies the live state, to undo the change. To prove the result, compare
-        `state.fingerprint().total` with `image.seal().total`.
+        If the topology differs, the live state is copied first, so that the change can be undone. To prove the result,
+        compare `state.fingerprint().total` with `image.seal().total`.
 
         Args:
             expired: called last, right before tensors change; True abandons the restore.

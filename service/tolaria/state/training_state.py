@@ -32,7 +32,7 @@ from tolaria.values.training import Position
 
 
 class LiveTraining(Protocol):
-    """The objects being trained. The attributes are read at each use, so that a rebuilt optimizer is found."""
+    """The objects being trained. The attributes are read at each use, since the optimizer may be rebuilt."""
 
     position: Position
 
@@ -94,7 +94,7 @@ class TrainingState:
         """Lists the whole state. Copies no tensor except the generators', for which it synchronises with CUDA.
 
         Raises:
-            StateUnsupportedError: something in the state has no faithful form.
+            StateUnsupportedError: something in the state cannot be represented exactly.
         """
         return _Surveyor(self).survey()
 

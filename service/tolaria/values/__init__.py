@@ -1,1 +1,1 @@
-"""Value types that cross the border between the lane and the run: frozen dataclasses of plain values, without torch."""
+"""Value types that pass between the lane and the run: frozen dataclasses of plain values, without torch."""

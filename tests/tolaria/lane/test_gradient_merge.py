@@ -8,7 +8,7 @@ from torch import nn
 
 from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING, SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
-from support.jobs import TugOfWarJob
+from support.jobs import ConflictingTasksJob
 from support.lane_driver import new_module, proceed
 from tolaria.errors import LossShapeError
 from tolaria.jobs import HOST, Batch
@@ -34,7 +34,7 @@ def gradient(module: TrainModule) -> torch.Tensor:
 
 def tug_of_war(mode: str, rate: float) -> tuple[float, list[float]]:
     """Two tasks over two shared weights for 320 steps: the highest conflict ratio, and the tasks' last losses."""
-    module = gradient_module("TugOfWarJob", rate=rate, mode=mode)
+    module = gradient_module("ConflictingTasksJob", rate=rate, mode=mode)
     conflicts = 0.0
     for _ in range(40):
         module.begin_epoch()
@@ -43,7 +43,7 @@ def tug_of_war(mode: str, rate: float) -> tuple[float, list[float]]:
         module.progress = module.progress.ended()
         if (metrics := module.merger.finish_epoch()) is not None:
             conflicts = max(conflicts, metrics.conflict_ratio)
-    return conflicts, [task.item() for task in TugOfWarJob.tasks(module.model)]
+    return conflicts, [task.item() for task in ConflictingTasksJob.tasks(module.model)]
 
 
 def test_projection_helps_conflicting_tasks() -> None:
@@ -112,7 +112,7 @@ def test_a_merged_step_repeats_bit_by_bit() -> None:
     """The order of projections depends on run seed and step, and not on the global generator."""
 
     def after_some() -> torch.Tensor:
-        module = gradient_module("TugOfWarJob")
+        module = gradient_module("ConflictingTasksJob")
         for _ in range(6):
             torch.rand(3)
             train_step(module, proceed)
@@ -121,7 +121,7 @@ def test_a_merged_step_repeats_bit_by_bit() -> None:
     assert torch.equal(after_some(), after_some())
 
 
-class ChangingSourcesJob(TugOfWarJob):
+class ChangingSourcesJob(ConflictingTasksJob):
     """Names another source in every second microbatch."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, torch.Tensor]:
@@ -133,8 +133,8 @@ class ChangingSourcesJob(TugOfWarJob):
 @pytest.mark.parametrize("mode", ["seed", "sum"])
 def test_sources_must_not_change_within_a_step(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No gradient is dropped silently: the error names both sets of sources."""
-    monkeypatch.setattr("support.jobs.TugOfWarJob", ChangingSourcesJob)
-    module = gradient_module("TugOfWarJob", accumulate=2, mode=mode)
+    monkeypatch.setattr("support.jobs.ConflictingTasksJob", ChangingSourcesJob)
+    module = gradient_module("ConflictingTasksJob", accumulate=2, mode=mode)
     with pytest.raises(LossShapeError, match=r"bux.*began with|aux.*began with"):
         train_step(module, proceed)
 

@@ -209,7 +209,7 @@ def test_parameters_outside_the_optimizer_do_not_count(monkeypatch: pytest.Monke
     ("job", "words"),
     [
         ("VectorLossJob", r"'host' must be a scalar, got shape \(8, 1\)"),
-        ("NoHostLossJob", r"with the source 'host', got \['somebody'\]"),
+        ("NoHostLossJob", r"with the source 'host', got \['other'\]"),
         ("DetachedLossJob", "carries no graph"),
     ],
 )

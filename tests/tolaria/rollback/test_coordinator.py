@@ -8,7 +8,7 @@ from support.rollbacks import (
     CoordinatedParts,
     FakeParticipant,
     FakeRestorer,
-    Said,
+    Response,
     Tier,
     budget_of,
     new_rollback,
@@ -32,10 +32,10 @@ from tolaria.signals import RollbackState
 
 pytestmark = pytest.mark.anyio
 
-Answers = dict[Call, Said | TolariaError | None]
+Answers = dict[Call, Response | TolariaError | None]
 UNAVAILABLE = PeerTimeoutError("tamiyo", "late")
 UNREACHABLE = BreakerOpenError("tamiyo", "open")
-NO = Said(accepted=False, detail="no")
+NO = Response(accepted=False, detail="no")
 
 
 async def test_a_rollback_with_all_participants() -> None:

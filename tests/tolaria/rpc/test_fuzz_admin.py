@@ -140,7 +140,7 @@ async def served_run() -> AsyncIterator[tuple[RunUnderTest, Client]]:
     control = ControlSettings(boundary_budget_ms=30_000, tamiyo_budget_ms=20_000)
     run = new_run(
         FakePeers(),
-        job="StandingJob",
+        job="WithoutValidationJob",
         epochs=10**6,
         control=control,
         sections={

@@ -53,7 +53,7 @@ async def test_a_full_disk_is_reported_and_retried(
     assert parts.slept_s == [7.0, 7.0]
     assert parts.observer.failed == [(10, "write", "ENOSPC"), (11, "write", "ENOSPC")]
     assert len(parts.observer.written) == 2
-    assert parts.run.words == held
+    assert parts.run.actions == held
     assert len({reason for _, reason in parts.run.log}) <= 1
     assert parts.run.changes == 2
     faults = await anyio.to_thread.run_sync(parts.storage.journal.rows, FaultRow)
@@ -103,7 +103,7 @@ async def test_the_breaker_opens_and_a_later_checkpoint_closes_it(make_parts: Ch
         parts.wake()
         await parts.until_idle(sleeps=5)
         assert (parts.breaker.state, parts.checkpointing.failing) == (CIRCUIT_STATE_OPEN, "")
-        assert parts.run.words.count("resume") == 1
+        assert parts.run.actions.count("resume") == 1
         parts.now_s = COOLDOWN_S
         parts.wake()
         await parts.until_idle()
@@ -122,7 +122,7 @@ async def test_an_operators_checkpoint_counts_as_a_failure_and_as_a_success(make
         parts.disk.full = False
         parts.step = 5
         assert (await parts.checkpointing.create("test")).global_step == 5
-        assert (parts.checkpointing.failing, parts.run.words) == ("", ["hold", "resume"])
+        assert (parts.checkpointing.failing, parts.run.actions) == ("", ["hold", "resume"])
         parts.step = 6
         parts.checkpointing.on_epoch(epoch_done(6))  # while the retry still sleeps
         parts.wake()
@@ -174,12 +174,12 @@ async def test_every_failure_holds_a_run_that_is_training(make_parts: Checkpoint
         await parts.until_idle(sleeps=1)
         parts.wake()
         await parts.until_idle(sleeps=2)
-        assert parts.run.words == ["hold"]
+        assert parts.run.actions == ["hold"]
         parts.run.held = False  # an operator resumes it
         parts.wake()
         await parts.until_idle(sleeps=3)
-        assert parts.run.words == ["hold", "hold"]
+        assert parts.run.actions == ["hold", "hold"]
         parts.disk.full = False
         parts.wake()
         await parts.until_idle()
-    assert parts.run.words == ["hold", "hold", "resume"]
+    assert parts.run.actions == ["hold", "hold", "resume"]

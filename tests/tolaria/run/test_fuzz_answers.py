@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED
 from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.tamiyo_service_pb2 import EvaluateEpochResponse
-from support.made_answers import CASES, SECRET, Case, SentCommand
+from support.peer_answers import CASES, SECRET, Case, SentCommand
 from support.raw_peers import Answer, RawPeers
 from support.runs import RunUnderTest, new_run, running
 from support.sessions import CaseHandler, run_cases
@@ -193,7 +193,7 @@ async def fuzzed_run(*, signed: bool) -> AsyncIterator[CaseHandler[Case]]:
     lasting = {"recovery_epochs": 10**9, "failed_epochs_max": 10**9}
     run = new_run(
         peers,
-        job="StandingJob",
+        job="WithoutValidationJob",
         epochs=10**6,
         control=control,
         sections={

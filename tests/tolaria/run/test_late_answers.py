@@ -26,7 +26,7 @@ async def test_a_command_about_an_older_state_is_rejected_as_late(kind: CommandT
         return made if state.packet_id == "asked" else None
 
     control = ControlSettings(boundary_budget_ms=5000, tamiyo_budget_ms=4000, max_staleness_steps=0)
-    run = new_run(FakePeers(once), job="StandingJob", epochs=10**6, control=control)
+    run = new_run(FakePeers(once), job="WithoutValidationJob", epochs=10**6, control=control)
     async with running(run):
         await run.until(lambda: run.status.global_step > 3)
         await run.run.pause("look")

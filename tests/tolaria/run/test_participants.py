@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
-from support.rollbacks import FakeParticipant, Said
+from support.rollbacks import FakeParticipant, Response
 from support.runs import FakePeers, new_run, running
 from tolaria.errors import PeerUnavailableError, TolariaError
 from tolaria.rollback.protocol import Call, Rollback
@@ -12,9 +12,9 @@ pytestmark = pytest.mark.anyio
 
 BUDGET_S = 1.0
 PHASES = [Call.PREPARE, Call.COMMIT, Call.CONFIRM]
-ANSWERS: dict[str, Said | TolariaError | None] = {
-    "accepts": Said(),
-    "refuses": Said(accepted=False, detail="not now"),
+ANSWERS: dict[str, Response | TolariaError | None] = {
+    "accepts": Response(),
+    "refuses": Response(accepted=False, detail="not now"),
     "is silent": None,
     "is unreachable": PeerUnavailableError("kasmina", "connection refused"),
 }

@@ -164,8 +164,8 @@ async def test_the_log_names_the_skipped_batches() -> None:
     sections: dict[str, object] = {
         "rollback": {"automatic": True, "every_steps": 2, "warmup_steps": 5, "fast_budget_s": 10.0}
     }
-    options = {"spoilt": [[3, 4]], "by": 1e4}
-    run = new_run(FakePeers(), job="SpoiltJob", sections=sections, epochs=4, options=options)
+    options = {"corrupted": [[3, 4]], "factor": 1e4}
+    run = new_run(FakePeers(), job="CorruptedDataJob", sections=sections, epochs=4, options=options)
     with capture_logs() as logs:
         async with running(run):
             await run.until(lambda: run.state == "FINISHED")

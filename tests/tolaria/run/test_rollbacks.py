@@ -29,9 +29,9 @@ AUTOMATIC = {"automatic": True, "every_steps": 2, "warmup_steps": 5, "fast_budge
 
 def spoiled_run(*places: tuple[int, int], by: float = 1e4, **rollback: object) -> RunUnderTest:
     """Returns a run of six epochs whose batches at these (epoch, place) are spoiled."""
-    options = {"spoilt": [list(place) for place in places], "by": by}
+    options = {"corrupted": [list(place) for place in places], "factor": by}
     sections: dict[str, object] = {"rollback": {**AUTOMATIC, **rollback}}
-    return new_run(FakePeers(), job="SpoiltJob", sections=sections, epochs=6, options=options)
+    return new_run(FakePeers(), job="CorruptedDataJob", sections=sections, epochs=6, options=options)
 
 
 async def finished(run: RunUnderTest) -> RunUnderTest:

@@ -11,7 +11,7 @@ from leyline.v1.enums_pb2 import COMMAND_ROLLBACK, ROLLBACK_TIER_FAST
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.checkpointing import Disk
 from support.peers import command
-from support.runs import Answer, FakePeers, SilentParticipant, new_run, no_change, running
+from support.runs import AcceptingParticipant, Answer, FakePeers, new_run, no_change, running
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import EpochDone
 from tolaria.rollback.protocol import Rollback
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 RING: dict[str, object] = {"automatic": False, "every_steps": 3, "fast_budget_s": 10.0, "snapshots_max": 100}
 
 
-class SlowParticipant(SilentParticipant):
+class SlowParticipant(AcceptingParticipant):
     """Accepts to prepare a rollback after 20 ms."""
 
     async def prepare(self, order: object, /) -> object:

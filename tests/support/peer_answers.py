@@ -42,11 +42,11 @@ PLAUSIBLE: dict[str, SearchStrategy[Any]] = {
         lambda others: st.builds(
             dict,
             st.just(others),
-            breaker=st.sampled_from(["tamiyo", "optimizer", "lr_integrity", "nobody"]),
+            breaker=st.sampled_from(["tamiyo", "optimizer", "lr_integrity", "unknown"]),
             level=st.sampled_from(["halt", "2", "EMERGENCY_LEVEL_CONSERVATIVE", "notice", "9", "", "é"]),
         )
     ),
-    "CommandOptimizerAdjustment.optimizer_id": st.sampled_from(["", "host", "seed:a", "nobody"]),
+    "CommandOptimizerAdjustment.optimizer_id": st.sampled_from(["", "host", "seed:a", "unknown"]),
     "CommandOptimizerAdjustment.hyperparameters": weighted(
         (
             1,
@@ -78,7 +78,7 @@ PLAUSIBLE_SEED: dict[str, SearchStrategy[Any]] = {
     "SeedState.seed_id": st.sampled_from(["a", "a", "b", "c"]),
     "SeedState.stage": st.sampled_from([2, 3, 3, 4, 4, 4, 6, 6, 7, 8, 11]),
     "SeedState.blueprint_id": st.sampled_from(["residual_mlp"] * 6 + ["", "lora", "depthwise_conv_adapter", "x"]),
-    "SeedState.slot": st.sampled_from(["middle"] * 5 + ["", "nowhere"]),
+    "SeedState.slot": st.sampled_from(["middle"] * 5 + ["", "unknown"]),
     "SeedState.alpha": st.one_of(
         st.none(),
         st.builds(
@@ -150,7 +150,7 @@ class SentCommand:
 
     @property
     def must_be_refused(self) -> bool:
-        """Whether it must be refused whatever its other fields are, signatures apart."""
+        """Whether it must be refused regardless of its other fields; signatures are not considered."""
         good_type = 0 < self.command.command_type < 7
         fresh = self.age_s is not None and abs(self.age_s) < 60
         undated = self.age_s is None and not self.command.HasField("issued_at")

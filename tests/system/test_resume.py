@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+import tarfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
@@ -184,3 +185,14 @@ def roll_back_by_both_tiers(stub: TolariaAdminServiceStub) -> None:
     assert [incident.kind for incident in incidents][:2] == ["rollback", "rollback"], incidents
     stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="g", reason="fine"), timeout=10)
     wait_for(lambda: status(stub).global_step > back.restored_step)
+
+
+def test_a_run_of_version_0_1_0_is_resumed(tmp_path: Path) -> None:
+    """The service continues a run that the version before was killed in, to its end, from its last checkpoint."""
+    with tarfile.open(Path(__file__).parents[1] / "fixtures" / "state-0.1.0.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    settings = ["training.epochs=44", "training.options.width=8", "training.device=cpu", "service.exit_when_done=true"]
+    with serve(*settings, f"state.dir={tmp_path / 'state'}", cwd=tmp_path) as service:
+        assert service.wait() == 0
+    assert first_event(service, "resumed")["step"] == 1890
+    assert [line["epoch"] for line in service.events() if line["event"] == "epoch_finished"] == [43, 44]

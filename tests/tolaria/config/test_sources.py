@@ -162,10 +162,11 @@ def test_invalid_secret_is_not_printed(tmp_path: Path) -> None:
 def test_child_environment_has_secrets_and_no_other_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer started by Tolaria shares the secrets, and is not configured by Tolaria's settings."""
     monkeypatch.setenv("TOLARIA_TRAINING__EPOCHS", "3")
+    monkeypatch.setenv("tolaria_training__seed", "3")
     monkeypatch.setenv("TOLARIA_LEYLINE__PREVIOUS_SECRET", "b")
     monkeypatch.setenv("PATH", "/bin")
     environment = child_environment(load_settings(None, ["leyline.secret=a"]))
     assert environment["TOLARIA_LEYLINE__SECRET"] == "a"
     assert environment["TOLARIA_LEYLINE__PREVIOUS_SECRET"] == "b"
     assert environment["PATH"] == "/bin"
-    assert "TOLARIA_TRAINING__EPOCHS" not in environment
+    assert not {"TOLARIA_TRAINING__EPOCHS", "tolaria_training__seed"} & environment.keys()

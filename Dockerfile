@@ -3,11 +3,11 @@
 #   tolaria peer tamiyo  --listen 0.0.0.0:50052
 #   tolaria peer kasmina --listen 0.0.0.0:50053
 #
-# torch comes in the version that constraints.txt pins, from one of two places:
-#   TORCH_INDEX_URL empty   the builds of the default package index. They bring
-#                           the CUDA libraries along, several gigabytes of them.
-#   TORCH_INDEX_URL set     an index of builds for one platform, asked beside the
-#                           default one. Its builds carry a local version ("+cpu"),
+# torch is installed in the version that constraints.txt pins, from one of two indexes:
+#   TORCH_INDEX_URL empty   the default package index. Its builds include the CUDA
+#                           libraries, which take several gigabytes.
+#   TORCH_INDEX_URL set     an index of builds for one platform, in addition to the
+#                           default one. Its builds have a local version ("+cpu"),
 #                           which the pin accepts and pip prefers. For CPUs:
 #                             docker build --build-arg TORCH_INDEX_URL=<index of CPU builds> .
 
@@ -20,8 +20,8 @@ RUN python -m venv /opt/tolaria
 ENV PATH="/opt/tolaria/bin:$PATH"
 WORKDIR /build
 
-# First what is large and rarely changes, so that an edit of the service does
-# not fetch torch again.
+# Large and rarely changed packages first, so that a change of the service does
+# not download torch again.
 COPY constraints.txt ./
 RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} --constraint constraints.txt torch
 
@@ -33,34 +33,34 @@ RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} --const
 FROM python:3.11-slim
 
 LABEL org.opencontainers.image.title="Tolaria" \
-      org.opencontainers.image.description="A training service that can be left alone, with its reference peers." \
+      org.opencontainers.image.description="Trains a PyTorch model unattended; includes the reference peers." \
       org.opencontainers.image.version="0.1.0"
 
-# The number is fixed: containers that share a signal board must be one user to
-# read each other's blocks, and volumes keep their owner when the image changes.
+# The user id is fixed: containers that share a signal board must run as the same
+# user, and volumes keep their owner when the image changes.
 RUN groupadd --gid 10001 tolaria \
     && useradd --no-log-init --uid 10001 --gid tolaria --home-dir /var/lib/tolaria --shell /usr/sbin/nologin tolaria \
     && install --directory --owner=tolaria --group=tolaria --mode=0750 /var/lib/tolaria
 
 COPY --from=builder /opt/tolaria /opt/tolaria
 
-# A container's loopback is nobody's but its own: it listens on every interface
-# here, and what is published to the host stays the operator's decision.
+# Loopback inside a container is not reachable from outside it: the servers listen
+# on all interfaces, and the operator decides which ports to publish.
 ENV PATH="/opt/tolaria/bin:$PATH" \
     PYTHONUNBUFFERED=1 \
     TOLARIA_SERVER__LISTEN=0.0.0.0:50051 \
     TOLARIA_METRICS__LISTEN=0.0.0.0:9464
 
-# By number, so that a cluster can tell that it is not root.
+# A number, so that a cluster can verify that it is not root.
 USER 10001:10001
 
-# State is kept here, and a tolaria.toml mounted here is read.
+# The state directory is created here, and a tolaria.toml mounted here is read.
 WORKDIR /var/lib/tolaria
 
 EXPOSE 50051 9464
 
-# Starting imports torch, which takes seconds on a cold disk. Proxies that the
-# build or the engine hands down are not for the container's own loopback.
+# The start imports torch, which takes seconds on a cold disk. A proxy from the
+# environment must not be used for the container's own loopback.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "from urllib.request import ProxyHandler, build_opener; build_opener(ProxyHandler({})).open('http://127.0.0.1:9464/livez', timeout=3)"]
 

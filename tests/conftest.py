@@ -1,4 +1,4 @@
-"""What every test gets: asyncio as the backend, and a loop on which nothing may block."""
+"""Fixtures for all tests: asyncio as the backend, and an event loop that must not be blocked."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Flags that turn short forms into long ones; README, "Tests", lists them."""
-    parser.addoption("--long", action="store_true", help="run the long forms of tests that have one")
-    parser.addoption("--fuzz-cases", type=int, default=150, help="requests and answers that each fuzzing test makes up")
+    """Adds the options for longer tests; the section "Tests" of the README lists them."""
+    parser.addoption("--long", action="store_true", help="run the long variants of tests that have one")
+    parser.addoption("--fuzz-cases", type=int, default=150, help="requests or responses per fuzzing test")
 
 
 @pytest.fixture
 def fuzz_cases(request: pytest.FixtureRequest) -> int:
-    """How many requests or answers a fuzzing test makes up."""
+    """The number of requests or responses that a fuzzing test generates."""
     cases: int = request.config.getoption("--fuzz-cases")
     return cases
 
 
 @pytest.fixture(autouse=True, scope="session")
-def grpc_stays_up() -> Iterator[None]:
-    """Hold gRPC's poller thread: the last channel or server to go would join it, on a loop where nothing may block."""
+def keep_grpc_initialised() -> Iterator[None]:
+    """Keeps gRPC's poller thread alive: closing the last channel or server would join it and block the event loop."""
     grpc.aio.init_grpc_aio()
     yield
     grpc.aio.shutdown_grpc_aio()
 
 
 @pytest.fixture(autouse=True, scope="session")
-def late_grpc_events_are_nobodys(grpc_stays_up: None) -> Iterator[None]:
-    """GRPC's one queue hands what came too late for a test's loop to the next test's, where it is nobody's failure."""
-    tell = TestRunner._exception_handler
+def ignore_late_grpc_events(keep_grpc_initialised: None) -> Iterator[None]:
+    """Ignores late events of gRPC, which has a single queue and delivers them to the loop of the next test."""
+    report = TestRunner._exception_handler  # noqa: SLF001 - anyio has no other place to filter reports
 
-    def tell_others(self: TestRunner, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def report_others(self: TestRunner, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
         if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            tell(self, loop, context)
+            report(self, loop, context)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TestRunner, "_exception_handler", tell_others)
+        patch.setattr(TestRunner, "_exception_handler", report_others)
         yield
 
 
 @pytest.fixture
 def anyio_backend() -> str:
-    """Async tests run on asyncio, which gRPC needs."""
+    """Runs async tests on asyncio, which gRPC requires."""
     return "asyncio"
 
 
@@ -65,7 +65,7 @@ def _drop(_logger: object, _method: str, _event: EventDict) -> EventDict:
 
 @pytest.fixture(autouse=True)
 def _quiet_logs() -> Iterator[None]:
-    """Log lines go nowhere, unless a test sends them somewhere."""
+    """Discards log lines, unless a test configures structlog itself."""
     structlog.configure(processors=[_drop])
     yield
     structlog.reset_defaults()
@@ -73,6 +73,6 @@ def _quiet_logs() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def blockbuster() -> Iterator[BlockBuster]:
-    """Make every blocking call on the event loop raise."""
+    """Makes every blocking call on the event loop raise an exception."""
     with blockbuster_ctx("tolaria") as guard:
         yield guard

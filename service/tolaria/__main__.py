@@ -1,6 +1,6 @@
-"""`python -m tolaria` is the `tolaria` command. Owns nothing."""
+"""`python -m tolaria` is the `tolaria` command."""
 
-from tolaria.cli.app import main
+from tolaria.cli.main import main
 
 if __name__ == "__main__":
     main()

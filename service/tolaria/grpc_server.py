@@ -1,13 +1,10 @@
-"""A gRPC server on one address, with health and reflection, for Tolaria and for the reference peers alike.
-
-Owns binding, serving and stopping. Must not know which services it carries.
-"""
+"""A gRPC server with health checks and reflection, for Tolaria and for the reference peers."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from tolaria.config.addresses import Address
+from tolaria.config import Address
 from tolaria.errors import BindError
 
 REQUEST_BYTES_MAX = 4 * 1024 * 1024
@@ -27,13 +24,13 @@ REQUEST_BYTES_MAX = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class GrpcServer:
-    """A server that listens. `address` holds the real port, also where port 0 was asked for."""
+    """A running server; `address` has the actual port if port 0 was requested."""
 
     address: Address
     _health: HealthServicer
 
     async def set_health(self, part: str, *, serving: bool) -> None:
-        """Publish the health of one part ("" is the whole) under grpc.health.v1."""
+        """Sets the grpc.health.v1 status of a service; "" is the whole server."""
         status = health_pb2.HealthCheckResponse
         await self._health.set(part, status.SERVING if serving else status.NOT_SERVING)
 
@@ -47,12 +44,14 @@ async def grpc_server(
     service_names: Sequence[str],
     grace_s: float,
 ) -> AsyncIterator[GrpcServer]:
-    """Serve what `register` adds until the block ends; then new calls are refused and those in flight get `grace_s`.
+    """Serves until the context exits, which refuses new calls and gives those in flight `grace_s` to complete.
+
+    `register` adds the services; `service_names` are their full names, for reflection; errors contain `what`.
 
     Raises:
-        BindError: when `listen` cannot be had.
+        BindError: the server cannot listen on `listen`.
     """
-    # Without SO_REUSEPORT a port that is taken is an error, not a share of somebody's traffic.
+    # With SO_REUSEPORT, a port in use would not be an error, and the servers would share its connections.
     server = grpc.aio.server(
         interceptors=[_DecodingInterceptor()],
         options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", REQUEST_BYTES_MAX)],
@@ -72,57 +71,52 @@ async def grpc_server(
 
 
 class _DecodingInterceptor(grpc.aio.ServerInterceptor):
-    """Answers INVALID_ARGUMENT to bytes that are no request; gRPC itself would call that its own UNKNOWN failure."""
+    """Answers INVALID_ARGUMENT to a request that cannot be decoded, which gRPC itself answers with UNKNOWN."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Decode inside the handler, where a failure can be answered."""
+        """Moves decoding into the handler, where a failure can be answered."""
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:
             return handler
+        serializer = handler.response_serializer
         if handler.response_streaming:
-            stream = _decoding_stream(handler)
-            return grpc.unary_stream_rpc_method_handler(stream, response_serializer=handler.response_serializer)
-        unary = _decoding_unary(handler)
-        return grpc.unary_unary_rpc_method_handler(unary, response_serializer=handler.response_serializer)
+            return grpc.unary_stream_rpc_method_handler(_decoding_stream(handler), response_serializer=serializer)
+        return grpc.unary_unary_rpc_method_handler(_decoding_unary(handler), response_serializer=serializer)
 
 
 def _decoding_unary(handler: Any) -> Any:
-    async def answer(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        return await handler.unary_unary(await _decoded(handler, raw, context), context)
+    async def respond(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return await handler.unary_unary(await _decode(handler, raw, context), context)
 
-    return answer
+    return respond
 
 
 def _decoding_stream(handler: Any) -> Any:
-    async def answer(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        request = await _decoded(handler, raw, context)
-        answers = handler.unary_stream(request, context)
-        if inspect.isawaitable(answers):  # a coroutine that only ever refuses
-            await answers
+    async def respond(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        request = await _decode(handler, raw, context)
+        responses = handler.unary_stream(request, context)
+        if inspect.isawaitable(responses):  # a coroutine that aborts the call without any response
+            await responses
             return
-        async for response in answers:
+        async for response in responses:
             yield response
 
-    return answer
+    return respond
 
 
-async def _decoded(handler: Any, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+async def _decode(handler: Any, raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
     try:
         return handler.request_deserializer(raw)
     except DecodeError as error:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the bytes are no request of this method: {error}")
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the bytes are not a request of this method: {error}")
 
 
 def _bind(server: grpc.aio.Server, what: str, listen: str) -> Address:
-    host = Address.parse(listen).host
-    try:
-        port = server.add_insecure_port(listen)
-    except RuntimeError:  # gRPC's own words are about its environment variables
-        port = 0
-    if port == 0:
-        raise BindError(what, listen, "the address is in use or not of this machine")
-    return Address(host, port)
+    with suppress(RuntimeError):  # its message only suggests environment variables for debugging
+        if port := server.add_insecure_port(listen):
+            return Address(Address.parse(listen).host, port)
+    raise BindError(what, listen, "the address is in use or does not belong to this machine")

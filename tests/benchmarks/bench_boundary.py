@@ -1,12 +1,12 @@
-"""How long an epoch's boundary holds training up, with the reference Tamiyo and Kasmina beside a training service.
+"""The duration of an epoch boundary, with the reference Tamiyo and Kasmina beside a training service.
 
     python tests/benchmarks/bench_boundary.py [--boundaries 320] [--batch-size 128]
 
-The peers are processes of their own on this machine, as is the service; the digits are trained in short epochs. What
-is measured is the service's own figure (`boundary_ms` of its `epoch_finished` lines, whose quantiles GetStatus tells):
-from the lane's end of work at an epoch's end until training may go on. Validation lies before it. Boundaries at which
-Tamiyo was not asked (a breach switches to conservative mode for some epochs) do not count. The first ten, in which
-both peers are met for the first time, are told apart. Target: a p99 under 18 ms.
+The service and the peers are separate processes on this machine; the digits are trained in short epochs. The figure is
+the service's own (`boundary_ms` of its `epoch_finished` lines, whose quantiles are in GetStatus): from the end of the
+lane's work, validation included, until training may go on. Boundaries at which Tamiyo was not called (a breach enters
+conservative mode for some epochs) do not count. The first ten, with the first calls of both peers, are listed
+separately. Target: a p99 under 18 ms.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _NOT_ASKED = "not asked"
 
 
 def boundaries(service: Serve) -> list[tuple[float, str]]:
-    """Milliseconds of each boundary so far, and Tamiyo's answer in words."""
+    """Returns milliseconds of each boundary so far, and Tamiyo's answer for display."""
     lines = [line for line in list(service.lines) if '"epoch_finished"' in line]
     return [(found["boundary_ms"], found["tamiyo"]) for found in map(json.loads, lines)]
 
 
 def measure(wanted: int, batch_size: int) -> tuple[list[float], int]:
-    """Boundaries at which Tamiyo was asked, in milliseconds, and how many more there were."""
+    """Returns boundaries at which Tamiyo was called, in milliseconds, and the number of all others."""
     with (
         tempfile.TemporaryDirectory() as folder,
         serve("training.epochs=1000000", f"training.options.batch_size={batch_size}", cwd=Path(folder)) as service,
@@ -49,7 +49,7 @@ def measure(wanted: int, batch_size: int) -> tuple[list[float], int]:
 
 
 def main() -> int:
-    """Print the figures as JSON; exit status 0 when the target is met."""
+    """Prints the figures as JSON; exit status 0 when the target is met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--boundaries", type=int, default=320)
     parser.add_argument("--batch-size", type=int, default=128)

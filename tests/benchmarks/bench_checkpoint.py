@@ -1,11 +1,12 @@
-"""What a durable checkpoint costs training while it is written, and beside torch's own ways of writing one.
+"""The cost of a durable checkpoint for training, and compared with torch's own ways of writing one.
 
     python tests/benchmarks/bench_checkpoint.py [--rounds 6] [--layers 30]
 
-The lane's part is done here by hand, with its own rig, keeper, ring, writer and store, in one thread: steps of a model
-with 0.36 GB of state, at a fence an image for a checkpoint, and steps on while the writer's thread writes and syncs it.
-Beside that, on the same disk and the same bytes: torch.save with a sync, torch.distributed.checkpoint's save and
-async_save (gloo, one process). Blocked is what training waits for; durable is until the caller may rely on it.
+The lane's work is done here in one thread with its own module, snapshots, writer and store: steps of a model with 0.36
+GB of state, at a step boundary an image for a checkpoint, and further steps while the writer's thread writes and syncs
+it. For comparison, on the same disk with the same bytes: torch.save with a sync, and save and async_save of
+torch.distributed.checkpoint (gloo, one process). "Blocked" is the time that training waits; "durable" is the time until
+the caller may rely on the checkpoint.
 Takes a minute and a half, 4 GB of memory and 2 GB of disk under the working directory.
 """
 
@@ -30,54 +31,63 @@ from pydantic import JsonValue
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from benchmarks.side_by_side import machine, p99, show, timed
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import Retention
+from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import FastPathSettings, RollbackSettings, Settings, TrainingSettings
-from tolaria.rollback import CheckpointRow, CheckpointWriter, Retention, Storage, open_storage
-from tolaria.training.recovery.keeper import SnapshotKeeper
-from tolaria.training.rig import Rig, build_rig
-from tolaria.training.step import train_step
+from tolaria.journal.rows import CheckpointRow
+from tolaria.lane.build import build
+from tolaria.lane.step import train_step
+from tolaria.lane.train_module import TrainModule
 
 
 class Lane:
-    """The lane's work by hand: a rig, its keeper, and the storage that checkpoints go to."""
+    """The work of a lane: a module, its snapshots, and the storage of its checkpoints."""
 
     def __init__(self, layers: int, storage: Storage, writer: CheckpointWriter) -> None:
         options: dict[str, JsonValue] = {"layers": layers, "batch": 8, "steps": 100_000 // layers}
         training = TrainingSettings(
             job="benchmarks.side_by_side:WideJob", options=options, device="cpu", threads=1, epochs=1
         )
-        self.rig: Rig = build_rig(Settings(training=training, fastpaths=FastPathSettings(fused="auto")))
-        self.rig.begin_epoch()
-        # Snapshots by themselves are another matter: `bench_snapshot.py` has it.
-        self.keeper = SnapshotKeeper(self.rig, RollbackSettings(memory_mb=4000, snapshots_max=3, every_steps=10**9))
-        self.keeper.epoch_begins()
+        settings = Settings(
+            training=training,
+            fastpaths=FastPathSettings(fused="auto"),
+            # `bench_snapshot.py` measures periodic snapshots.
+            rollback=RollbackSettings(memory_mb=4000, snapshots_max=3, every_steps=10**9),
+        )
+        built = build(settings)
+        self.module, self.snapshots = built.module, built.snapshots
+        self.module.begin_epoch()
+        self.snapshots.epoch_begins()
         self.storage, self.writer = storage, writer
         self.alone: list[float] = []
         self._bytes = b""
 
     def step(self) -> float:
-        """One update; seconds."""
-        return timed(lambda: train_step(self.rig, lambda: True))
+        """Does one step; returns seconds."""
+        return timed(lambda: train_step(self.module, lambda: True))
 
     def snapshot(self) -> float:
-        """A snapshot into the ring, as cadence would have it; seconds."""
+        """Captures an image in the ring; returns seconds."""
         started_s = time.perf_counter()
-        kept = self.keeper.keep()
+        lease = self.snapshots.capture_image()
         seconds = time.perf_counter() - started_s
-        kept.lease.release()
+        lease.release()
         return seconds
 
     def bytes_of(self, size: int) -> memoryview:
-        """So many, the same ones each time."""
+        """Returns random bytes, the same ones for the same size."""
         if len(self._bytes) != size:
             self._bytes = os.urandom(size)
         return memoryview(self._bytes)
 
     def checkpoint(self) -> tuple[float, Future[CheckpointRow]]:
-        """What the fence does for a checkpoint: how long the lane stands, and the writing that goes on."""
+        """Begins a checkpoint; returns for how long the lane was blocked, and the future of the write."""
         started_s = time.perf_counter()
-        kept = self.keeper.keep()
-        future = self.writer.write(kept.lease, metric=None)
+        lease = self.snapshots.capture_image()
+        future = self.writer.write(lease, metric=None)
         stalled_s = time.perf_counter() - started_s
         if future is None:
             raise RuntimeError("the writer is busy")
@@ -85,7 +95,7 @@ class Lane:
 
 
 class Writing:
-    """Something that writes in a thread of its own, and the lane's steps meanwhile."""
+    """A write in another thread, and the lane's steps meanwhile."""
 
     def __init__(self) -> None:
         self.written: list[float] = []
@@ -93,7 +103,7 @@ class Writing:
         self.ratios: list[float] = []
 
     def accompany(self, lane: Lane, over: Callable[[], bool]) -> None:
-        """Step until it is over, and as often undisturbed; the ratio is this round's."""
+        """Measures steps until the write is over, and as many undisturbed ones; adds the ratio of this round."""
         started_s = time.perf_counter()
         beside = []
         while not over():
@@ -104,8 +114,8 @@ class Writing:
         lane.alone += alone
         self.ratios.append(statistics.median(beside) / statistics.median(alone))
 
-    def tell(self, name: str) -> None:
-        """One row."""
+    def show(self, name: str) -> None:
+        """Prints one row."""
         median_ms, worst_ms = 1e3 * statistics.median(self.steps), 1e3 * p99(self.steps)
         written_ms = 1e3 * statistics.median(self.written)
         ratio = statistics.median(self.ratios)
@@ -113,7 +123,7 @@ class Writing:
 
 
 def stalls(lane: Lane, folder: Path, rounds: int) -> None:
-    """How long the lane stands for a checkpoint, beside a snapshot, and how its steps fare meanwhile."""
+    """Measures how long a checkpoint and a snapshot block the lane, and its steps during the write."""
     found: dict[str, list[float]] = {"snapshot": [], "stall": []}
     ours, plain = Writing(), Writing()
     row: CheckpointRow | None = None
@@ -126,7 +136,7 @@ def stalls(lane: Lane, folder: Path, rounds: int) -> None:
         found["stall"].append(stalled_s)
         ours.accompany(lane, future.done)
         row = future.result()
-        with ThreadPoolExecutor(1) as pool:  # what a disk costs whoever writes to it
+        with ThreadPoolExecutor(1) as pool:  # the cost of any write to this disk
             control = pool.submit(write_plainly, lane.bytes_of(row.size_bytes), folder)
             plain.accompany(lane, control.done)
     words = {"snapshot": "snapshot into the ring, digest included", "stall": "the lane's stall for a checkpoint"}
@@ -136,12 +146,12 @@ def stalls(lane: Lane, folder: Path, rounds: int) -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     median_ms, worst_ms = 1e3 * statistics.median(lane.alone), 1e3 * p99(lane.alone)
     print(f"| undisturbed | {len(lane.alone)} | {median_ms:.1f} | {worst_ms:.1f} | 1.00 | |")
-    ours.tell("while a checkpoint is written")
-    plain.tell("while a thread writes as many bytes plainly and syncs them")
+    ours.show("while a checkpoint is written")
+    plain.show("while a thread writes as many bytes plainly and syncs them")
 
 
 def warm_up(lane: Lane) -> None:
-    """Everything once, so that the ring has its memory."""
+    """Does everything once, so that the ring has its memory."""
     lane.step()
     lane.snapshot()
     _, future = lane.checkpoint()
@@ -151,7 +161,7 @@ def warm_up(lane: Lane) -> None:
 
 
 def write_plainly(content: memoryview, folder: Path) -> None:
-    """One file, synced, and removed again."""
+    """Writes one file, syncs it and removes it."""
     path = folder / "plain"
     with path.open("wb", buffering=0) as file:
         for start in range(0, len(content), 4 * 2**20):
@@ -161,14 +171,14 @@ def write_plainly(content: memoryview, folder: Path) -> None:
 
 
 class Rivals:
-    """The same model and optimizer, written by others into one folder, which is emptied before each."""
+    """Writes the same model and optimizer with torch, into one folder that is emptied before each write."""
 
-    def __init__(self, rig: Rig, folder: Path) -> None:
-        self._rig = rig
+    def __init__(self, module: TrainModule, folder: Path) -> None:
+        self._module = module
         self._folder = folder
 
     def torch_save(self) -> tuple[float, float]:
-        """Blocked, durable: the same for what is written in the calling thread."""
+        """Returns the seconds of both, which are equal for a write in the calling thread."""
 
         def write() -> None:
             with (self._emptied() / "state.pt").open("wb") as file:
@@ -179,11 +189,11 @@ class Rivals:
         return self._both(write)
 
     def dcp_save(self) -> tuple[float, float]:
-        """torch.distributed.checkpoint, which syncs its files."""
+        """Uses torch.distributed.checkpoint, which syncs its files."""
         return self._both(lambda: save(self._state(), checkpoint_id=self._emptied()))
 
     def dcp_async_save(self) -> tuple[float, float]:
-        """The same in the background, after the state has been copied aside."""
+        """Uses the same in the background, after a copy of the state."""
         target, started_s = self._emptied(), time.perf_counter()
         future = async_save(self._state(), checkpoint_id=target)
         blocked_s = time.perf_counter() - started_s
@@ -196,7 +206,7 @@ class Rivals:
         return seconds, seconds
 
     def _state(self) -> dict[str, object]:
-        return {"model": self._rig.model.state_dict(), "optimizer": self._rig.optimizer.state_dict()}
+        return {"model": self._module.model.state_dict(), "optimizer": self._module.optimizer.state_dict()}
 
     def _emptied(self) -> Path:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -205,8 +215,8 @@ class Rivals:
 
 
 def side_by_side(lane: Lane, folder: Path, rounds: int) -> None:
-    """Ours and the rivals, in turn, nothing else going on."""
-    rivals = Rivals(lane.rig, folder)
+    """Measures Tolaria and torch in turn, without training meanwhile."""
+    rivals = Rivals(lane.module, folder)
 
     def ours() -> tuple[float, float]:
         started_s = time.perf_counter()
@@ -240,7 +250,7 @@ def side_by_side(lane: Lane, folder: Path, rounds: int) -> None:
 
 @contextmanager
 def alone_in_a_group() -> Iterator[None]:
-    """The process group that async_save wants, of this process only."""
+    """Creates the process group that async_save requires, of this process only."""
     with tempfile.TemporaryDirectory() as name:
         dist.init_process_group("gloo", init_method=f"file://{name}/group", rank=0, world_size=1)
         try:
@@ -250,7 +260,7 @@ def alone_in_a_group() -> Iterator[None]:
 
 
 def main() -> None:
-    """Print the tables."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--layers", type=int, default=30)
@@ -258,7 +268,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="torch.distributed")
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as name:
-        storage = open_storage(Path(name) / "ours", run_id="bench", retention=Retention(last=1))
+        storage = open_storage(Path(name) / "ours", run_id="bench", retention=Retention(last=1, best="highest"))
         with storage.journal, CheckpointWriter(storage.checkpoints) as writer, alone_in_a_group():
             lane = Lane(arguments.layers, storage, writer)
             stalls(lane, Path(name), arguments.rounds)

@@ -1,15 +1,15 @@
-"""What an emergency takes, and what being ready for one costs.
+"""The time of a halt, and the cost of being ready for one.
 
     python tests/benchmarks/bench_emergency.py [--halts 40]
 
-HALT: on a live service with both embedded reference peers, from the call of RaiseEmergency to its answer, which says
-that training stands and that all three (the lane, Tamiyo, Kasmina) have acknowledged; and the latest of their
-acknowledgements by the service's own clock. After each the emergency is cleared and training goes on. Target: 100 ms
-and one microbatch, which lasts as long as a step here (the digits have one a step), measured in the same run.
+HALT: on a service with both embedded reference peers, from the call of RaiseEmergency to its answer, by which training
+is held and all three (the lane, Tamiyo, Kasmina) have acknowledged; and the latest of their acknowledgements by the
+service's own clock. After each halt the emergency is cleared and training goes on. Target: 100 ms and one microbatch,
+which is a step here (the digits have one in a step), measured in the same run.
 
-Cost: nanoseconds that each step spends on all this, measured one by one in a loop of their own: the lane's beat on the
-board, its looks at the mailbox, the event loop's look at the step's report; and the tasks that run by the clock (both
-hearts, the look at the board), by a step of 10 ms. Target: under 1 % of such a step.
+Cost: nanoseconds of each step, measured one by one in a loop: the lane's heartbeat on the board, its checks of the
+command queue, the event loop's handling of the step; and the share in a step of 10 ms of the tasks that run at
+intervals (both heartbeats, the check of the board). Target: under 1 % of such a step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import grpc
@@ -31,15 +31,14 @@ from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT
 from tolaria.config import EmergencySettings
-from tolaria.rollback import RunRow
+from tolaria.emergency import EmergencyController
+from tolaria.emergency.supervision import Heartbeats
+from tolaria.lane.commands import CommandQueue
+from tolaria.lane.messages import StepDone
+from tolaria.run.observers import RunObserver
+from tolaria.run.safety import Safeguards
+from tolaria.run.status import RunStatus
 from tolaria.signals import SignalBoard
-from tolaria.telemetry.emitter import Emitter
-from tolaria.telemetry.metrics import Metrics
-from tolaria.training.guardian import Guardian
-from tolaria.training.mailbox import Mailbox
-from tolaria.training.progress import Progress
-from tolaria.training.recovery.chronicle import Chronicle
-from tolaria.training.reports import StepReport
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.processes import serve
@@ -48,34 +47,34 @@ HALT_MS = 100.0
 STEP_NS = 10_000_000
 COST_MAX = 0.01
 PARTICIPANTS = {"tolaria", "tamiyo", "kasmina"}
-_LOOKS_PER_S = 4  # of `watch_board` where nothing rings
+_CHECKS_PER_S = 4  # of `watch_board` while nothing is written
 _BEATS_PER_S = 1
 _REPEATS = 20_000
 _PATIENCE_S = 30.0
 
 
 class Operator:
-    """Calls of one service."""
+    """Calls one service."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._stub = TolariaAdminServiceStub(channel)
         self._ids = map(str, itertools.count())
 
     def step(self) -> int:
-        """Updates done so far."""
+        """Returns the steps done so far."""
         status: admin.GetStatusResponse = self._stub.GetStatus(admin.GetStatusRequest(), timeout=_PATIENCE_S)
         return status.global_step
 
     def wait_for_step(self, step: int) -> None:
-        """Until training has got there."""
+        """Waits until that step is done."""
         end_s = time.monotonic() + _PATIENCE_S
         while self.step() < step:
             if time.monotonic() > end_s:
-                raise TimeoutError(f"training does not get to step {step}")
+                raise TimeoutError(f"training does not reach step {step}")
             time.sleep(0.005)
 
     def halt(self) -> tuple[float, float]:
-        """Milliseconds of the call, and of the last acknowledgement."""
+        """Halts; returns milliseconds of the call, and of the last acknowledgement."""
         request = admin.RaiseEmergencyRequest(request_id=next(self._ids), reason="bench", level=EMERGENCY_LEVEL_HALT)
         began_s = time.perf_counter()
         answer = self._stub.RaiseEmergency(request, timeout=_PATIENCE_S)
@@ -85,14 +84,14 @@ class Operator:
             raise RuntimeError(f"not halted by all: {given} in {admin.RunState.Name(answer.state)}")
         return took_ms, max(given.values())
 
-    def go_on(self) -> None:
-        """Clear the emergency and resume."""
+    def resume(self) -> None:
+        """Clears the emergency and resumes."""
         self._stub.ClearEmergency(admin.ClearEmergencyRequest(request_id=next(self._ids), reason="bench"))
         self._stub.ResumeTraining(admin.ResumeTrainingRequest(request_id=next(self._ids), reason="bench"))
 
 
 def halts(count: int) -> dict[str, float]:
-    """Halt a training service `count` times."""
+    """Halts a training service `count` times."""
     found = []
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -107,7 +106,7 @@ def halts(count: int) -> dict[str, float]:
         for _ in range(count):
             step = operator.step()
             found.append(operator.halt())
-            operator.go_on()
+            operator.resume()
             operator.wait_for_step(step + 20)
     calls, acknowledged = ([pair[column] for pair in found] for column in (0, 1))
     return {
@@ -122,49 +121,48 @@ def halts(count: int) -> dict[str, float]:
 
 
 @contextmanager
-def guardian() -> Iterator[Guardian]:
-    """As the service has it, on a board in shared memory."""
+def emergency() -> Iterator[tuple[EmergencyController, Heartbeats]]:
+    """Yields a controller and heartbeats on a board in shared memory."""
     with (
         tempfile.TemporaryDirectory(dir="/dev/shm") as folder,
         SignalBoard.create(Path(folder) / "board", "bench") as board,
     ):
-        yield Guardian(
+        participant = board.claim("tolaria")
+        controller = EmergencyController(
             board,
-            board.claim("tolaria"),
-            settings=EmergencySettings(),
-            metrics=Metrics(),
-            emitter=Emitter(),
-            chronicle=Chronicle(
-                lambda _row: None, Progress("bench", "none", "bench", 1, 1, 0.0), RunRow("bench", 0, "none")
-            ),
-            changed=lambda: None,
+            participant,
+            broadcast=lambda _notice: None,
+            observer=lambda _report: None,
+            broadcasts_per_minute=EmergencySettings().broadcasts_per_minute,
         )
+        yield controller, Heartbeats(participant)
 
 
 def costs_ns() -> dict[str, float]:
-    """Nanoseconds by step of 10 ms, by what they are spent on."""
-    report = StepReport(1, 1, 1.0, 1.0, 32, 0.01, 0.0, 1.0)
-    mailbox: Mailbox[None] = Mailbox(on_held=lambda _: None)
-    with guardian() as kept:
-        controller, hearts, safeguards = kept.controller, kept.hearts, kept.safeguards
+    """Returns nanoseconds in a step of 10 ms, by what takes them."""
+    step = StepDone(1, 1, 1.0, 1.0, 32, 0.01, 0.0, 1.0)
+    commands = CommandQueue(on_held=lambda _: None, resting=nullcontext)
+    status = RunStatus("bench", "none", "bench", epochs=1, started_at_s=0.0)
+    safeguards = Safeguards(RunObserver(), status, recovery_epochs=EmergencySettings().recovery_epochs)
+    with emergency() as (controller, heartbeats):
 
-        def look() -> None:
+        def check_board() -> None:
             controller.observe_board()
             controller.pump()
 
-        by_clock = STEP_NS / 1e9
+        step_s = STEP_NS / 1e9
         return {
-            "lane_beat": _time_ns(hearts.lane_beat),
-            "mailbox_microbatch": _time_ns(mailbox.pass_microbatch),
-            "mailbox_fence": _time_ns(mailbox.pass_fence),
-            "safeguards_step": _time_ns(lambda: safeguards.step(report)),
-            "hearts_by_clock": 2 * _time_ns(hearts.lane_beat) * _BEATS_PER_S * by_clock,
-            "board_looks_by_clock": _time_ns(look) * _LOOKS_PER_S * by_clock,
+            "lane_beat": _time_ns(heartbeats.lane_beat),
+            "commands_microbatch": _time_ns(commands.continue_step),
+            "commands_boundary": _time_ns(commands.next_command),
+            "safeguards_step": _time_ns(lambda: safeguards.step(step)),
+            "heartbeats_at_intervals": 2 * _time_ns(heartbeats.lane_beat) * _BEATS_PER_S * step_s,
+            "board_checks_at_intervals": _time_ns(check_board) * _CHECKS_PER_S * step_s,
         }
 
 
 def _time_ns(call: Callable[[], object]) -> float:
-    """Median over ten rounds."""
+    """Returns the median of ten rounds."""
     rounds = []
     for _ in range(10):
         began_ns = time.perf_counter_ns()
@@ -179,7 +177,7 @@ def _percentile_99(values: list[float]) -> float:
 
 
 def main() -> int:
-    """Print both as JSON, a line each; exit status 0 when the targets are met."""
+    """Prints both as JSON, one line each; exit status 0 when the targets are met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--halts", type=int, default=40)
     arguments = parser.parse_args()

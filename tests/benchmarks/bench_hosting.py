@@ -1,4 +1,4 @@
-"""What hosting costs: the same job under Tolaria and in a bare loop, by turns, in one process.
+"""The cost of hosting: the same job under Tolaria and in a bare loop, in turn, in one process.
 
     python tests/benchmarks/bench_hosting.py [--rounds N]
 
@@ -37,12 +37,12 @@ class Stamps:
     steps: int = 0
 
     def step_ms(self) -> float:
-        """Median over epochs of the mean step, the first epoch left out."""
+        """Returns the median over epochs of the mean step, without the first epoch."""
         spans = [e - b for b, e in zip(self.begins[-len(self.ends) :], self.ends, strict=True)][1:]
         return 1000 * statistics.median(spans) / (self.steps / len(self.ends))
 
     def whole_ms(self) -> float:
-        """Wall time from the first begin to the last end, by step."""
+        """Returns wall time from the first begin to the last end, per step."""
         return 1000 * (self.ends[-1] - self.begins[-len(self.ends)]) / self.steps
 
 
@@ -52,7 +52,7 @@ class StampedCursor(TensorCursor):
     stamps: Stamps
 
     def begin_epoch(self, epoch: int) -> None:
-        """Note and go on."""
+        """Notes the time."""
         self.stamps.begins.append(time.perf_counter())
         super().begin_epoch(epoch)
 
@@ -81,11 +81,11 @@ class HostedJob:
         return nn.Sequential(*hidden, nn.Linear(width, 10))
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Adam, as most would take it."""
+        """Returns Adam with its defaults."""
         return torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def training_data(self) -> TensorCursor:
-        """The images, again and again until an epoch has its steps."""
+        """Returns the images, repeated until an epoch has its steps."""
         copies = -(-self.options["steps"] * 32 // len(self.x))
         rows = torch.arange(self.options["steps"] * 32) % len(self.x) if copies else torch.arange(0)
         cursor = StampedCursor((self.x[rows], self.y[rows]), batch_size=32, seed=self.seed)
@@ -99,7 +99,7 @@ class HostedJob:
         return {HOST: functional.cross_entropy(model(x), y)}
 
     def validation_batches(self) -> Iterable[Batch]:
-        """A look at them marks the end of an epoch's steps; the first look at the job does not count."""
+        """Notes the end of an epoch's steps; the first forward pass of the build does not count."""
         if HostedJob.stamps.steps > 1:
             HostedJob.stamps.ends.append(time.perf_counter())
         else:
@@ -115,7 +115,7 @@ class HostedJob:
 
 
 def bare(options: dict[str, int], epochs: int) -> Stamps:
-    """The loop that one would write at home."""
+    """Trains in a plain loop."""
     torch.manual_seed(0)
     job = HostedJob(JobContext(0, torch.device("cpu"), options))
     model = job.build_model()
@@ -136,7 +136,7 @@ def bare(options: dict[str, int], epochs: int) -> Stamps:
 
 
 def hosted(options: dict[str, int], epochs: int) -> Stamps:
-    """The whole service: gRPC, metrics, peers, log, one run."""
+    """Runs the whole service: gRPC, metrics, peers, log, one run."""
     overrides = [
         "training.job=bench_hosting:HostedJob",
         f"training.epochs={epochs}",
@@ -163,7 +163,7 @@ CASES = {
 
 
 def main() -> None:
-    """Print one row a case: medians of both, and the median of the rounds' ratios."""
+    """Prints one row for each case: medians of both, and the median of the rounds' ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds

@@ -27,7 +27,7 @@ try:
     from torchjd.aggregation import PCGrad  # type: ignore[import-not-found, unused-ignore] # not a dependency
 except ImportError as error:
     PCGrad = None
-    print(f"torchjd is left out: {error}")
+    print(f"without torchjd: {error}")
 
 
 class Merge(NamedTuple):
@@ -42,7 +42,7 @@ class Merge(NamedTuple):
 
 
 def pairwise_loop(rows: Sequence[Tensor], order: Sequence[Sequence[int]]) -> Tensor:
-    """PCGrad as its paper writes it down."""
+    """PCGrad as in its paper."""
     merged = torch.zeros_like(rows[0])
     for row, others in zip(rows, order, strict=True):
         projected = row.clone()
@@ -55,7 +55,7 @@ def pairwise_loop(rows: Sequence[Tensor], order: Sequence[Sequence[int]]) -> Ten
 
 
 def main() -> None:
-    """Print both tables."""
+    """Prints both tables."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--full", action="store_true", help="rows of 1M and 10M elements, more repeats")
     full = arguments.parse_args().full

@@ -25,7 +25,7 @@ TARGET = 3.0
 
 
 def latencies_ms(stub: TolariaAdminServiceStub, calls: int) -> list[float]:
-    """One call after the other, with a pause of a millisecond as a person's tools would have."""
+    """Returns latencies of consecutive calls with a pause of a millisecond."""
     found = []
     for _ in range(calls):
         started = time.perf_counter()
@@ -36,7 +36,7 @@ def latencies_ms(stub: TolariaAdminServiceStub, calls: int) -> list[float]:
 
 
 def main() -> None:
-    """Print p50 and p99 of both states, and the median of the rounds' ratios."""
+    """Prints p50 and p99 of both states, and the median of the rounds' ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=1000)

@@ -30,7 +30,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from leyline.v1.enums_pb2 import EmergencyLevel
-from tolaria.signals import Participant, SignalBoard
+from tolaria.signals import ParticipantWriter, SignalBoard
 from tolaria.signals.futex import futex_available, futex_wait, futex_waker
 
 _RATIO_MAX = 1.5
@@ -137,7 +137,7 @@ def _ping(box: Mailbox, value: int) -> int:
     return started_ns
 
 
-def _raise(participant: Participant) -> int:
+def _raise(participant: ParticipantWriter) -> int:
     started_ns = time.monotonic_ns()
     participant.raise_level(EmergencyLevel.EMERGENCY_LEVEL_HALT, "loss is not finite")
     return started_ns

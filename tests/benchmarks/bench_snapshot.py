@@ -1,4 +1,4 @@
-"""What snapshots and restores cost beside moving the same bytes plainly, and their share of a run.
+"""The cost of snapshots and restores compared with copies of the same bytes, and their share of a run.
 
     python tests/benchmarks/bench_snapshot.py [--repeats 7] [--threads 1] [--steps 6000]
 
@@ -22,30 +22,27 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from benchmarks.side_by_side import in_turn, machine, show
+from tolaria.checkpoint.storage import open_storage
+from tolaria.checkpoint.store import Retention
 from tolaria.config import Settings, TrainingSettings
-from tolaria.rollback import (
-    FastRollbackCache,
-    Lease,
-    Position,
-    Retention,
-    StateImage,
-    TrainingState,
-    never,
-    open_storage,
-    stage_restore,
-)
-from tolaria.rollback.digest import fingerprint
-from tolaria.training.recovery.keeper import SnapshotKeeper
-from tolaria.training.rig import build_rig
-from tolaria.training.step import train_step
+from tolaria.images import Lease, StateImage
+from tolaria.lane.build import build
+from tolaria.lane.messages import SnapshotsChanged
+from tolaria.lane.snapshot_manager import SnapshotManager
+from tolaria.lane.step import train_step
+from tolaria.state.restore import stage_restore
+from tolaria.state.snapshots import SnapshotRing
+from tolaria.state.training_state import TrainingState
+from tolaria.values.training import Position
 
 LAYERS, WIDTH = 50, 1000
 
 
 @dataclass
 class Live:
-    """What is trained."""
+    """A model in training."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -53,7 +50,7 @@ class Live:
 
 
 def live_training() -> Live:
-    """50 million parameters in 100 tensors, Adam's moments filled: 0.6 GB."""
+    """Returns 50 million parameters in 100 tensors, with Adam's moments: 0.6 GB."""
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
     optimizer = torch.optim.Adam(model.parameters())
     for parameter in model.parameters():
@@ -64,7 +61,7 @@ def live_training() -> Live:
 
 
 def held(lease: Lease | None) -> StateImage:
-    """The image of a lease that must be there."""
+    """Returns the image of a lease."""
     if lease is None:
         raise LookupError("the ring holds nothing")
     with lease as image:
@@ -72,7 +69,7 @@ def held(lease: Lease | None) -> StateImage:
 
 
 def main() -> None:
-    """Print both tables."""
+    """Prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
@@ -89,9 +86,9 @@ def main() -> None:
 
 
 def in_memory(state: TrainingState, repeats: int) -> None:
-    """The fast tier against memcpy of the same bytes, in one piece, into memory that is there."""
-    bare = FastRollbackCache(bytes_max=10**9, entries_max=1, seal=False)
-    sealing = FastRollbackCache(bytes_max=10**9, entries_max=1, seal=True)
+    """Measures the fast tier against memcpy of the same bytes into allocated memory."""
+    bare = SnapshotRing(bytes_max=10**9, entries_max=1, seal=False)
+    sealing = SnapshotRing(bytes_max=10**9, entries_max=1, seal=True)
     bare.capture(state)
     image = held(bare.lookup())
     size_bytes = image.size_bytes
@@ -102,7 +99,7 @@ def in_memory(state: TrainingState, repeats: int) -> None:
             "memcpy": lambda: target.copy_(source),
             "snapshot": lambda: bare.capture(state),
             "sealed": lambda: sealing.capture(state),
-            "seal": lambda: fingerprint(image.tensors, image.values),
+            "seal": lambda: StateImage(image.position, image.specs, image.buffers, image.values).seal(),
             "commit": lambda: restore_fast(state, bare, verify=False),
             "proved": lambda: restore_fast(state, sealing, verify=True),
         },
@@ -123,22 +120,22 @@ def in_memory(state: TrainingState, repeats: int) -> None:
     )
 
 
-def restore_fast(state: TrainingState, cache: FastRollbackCache, *, verify: bool) -> None:
-    """The copy alone, or with both proofs."""
+def restore_fast(state: TrainingState, cache: SnapshotRing, *, verify: bool) -> None:
+    """Restores with a copy alone, or with both proofs."""
     stage_restore(state, held(cache.lookup()), verify=verify).commit()
     if verify:
         state.fingerprint()
 
 
 def on_disk(state: TrainingState, directory: Path, repeats: int) -> None:
-    """The full tier against reading the same file into memory, from the page cache."""
-    storage = open_storage(directory, run_id="bench", retention=Retention(last=1))
+    """Measures the full tier against reading the same file from the page cache."""
+    storage = open_storage(directory, run_id="bench", retention=Retention(last=1, best="highest"))
     with storage.journal:
         row = storage.checkpoints.write(state.copy())
         path = directory / "checkpoints" / row.checkpoint_id / "tensors.safetensors"
 
         def restore(*, prove: bool) -> None:
-            loaded = storage.checkpoints.load_newest(never)
+            loaded = storage.checkpoints.load_newest()
             stage_restore(state, loaded.image, verify=False).commit()
             if prove:
                 state.fingerprint()
@@ -147,7 +144,7 @@ def on_disk(state: TrainingState, directory: Path, repeats: int) -> None:
             repeats,
             {
                 "read": path.read_bytes,
-                "load": lambda: storage.checkpoints.load_newest(never),
+                "load": storage.checkpoints.load_newest,
                 "restore": lambda: restore(prove=False),
                 "proved": lambda: restore(prove=True),
             },
@@ -177,45 +174,51 @@ def on_disk(state: TrainingState, directory: Path, repeats: int) -> None:
 
 
 def write_plainly(image: StateImage, path: Path) -> None:
-    """The image's bytes into one file, synced, which is removed again as retention does."""
+    """Writes the image's bytes into one file, syncs it, and removes it as retention does."""
     with path.open("wb") as file:
-        for tensor in image.tensors.values():
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        for buffer in image.buffers.values():
+            file.write(buffer)
         file.flush()
         os.fsync(file.fileno())
     path.unlink()
 
 
 def share(steps: int) -> None:
-    """Which part of the lane's time the keeper takes on the digits; the first tenth of the steps is left out."""
+    """Measures the share of the lane's time that snapshots of the digits take, without the first tenth of the steps."""
     settings = Settings(training=TrainingSettings(job="digits", device="cpu", threads=1))
-    rig = build_rig(settings)
-    keeper = SnapshotKeeper(rig, settings.rollback)
+    built = build(settings)
+    module, manager = built.module, built.snapshots
     stepping_s = keeping_s = 0.0
-    snapshots = 0
-    rig.begin_epoch()
-    keeper.epoch_begins()
+    before = 0
+    module.begin_epoch()
+    manager.epoch_begins()
     for place in range(steps):
         if place == steps // 10:
-            stepping_s, keeping_s, snapshots = 0.0, 0.0, keeper.statistics().snapshots
+            stepping_s, keeping_s, before = 0.0, 0.0, snapshots_taken(manager, 0)
         started_s = time.perf_counter()
-        report = train_step(rig, lambda: True)
-        if report is None:
-            rig.epoch.over = True
-            rig.begin_epoch()
+        step = train_step(module, lambda: True)
+        if step is None:
+            module.progress = module.progress.ended()
+            module.begin_epoch()
             continue
-        rig.growth.advance(rig.global_step)
+        module.seeds.advance(module.global_step)
         stepped_s = time.perf_counter()
-        keeper.step_done(report.duration_s)
+        manager.step_done(step.duration_s)
         kept_s = time.perf_counter()
         stepping_s += stepped_s - started_s
         keeping_s += kept_s - stepped_s
-    taken = keeper.statistics().snapshots - snapshots
+    taken = snapshots_taken(manager, before) - before
     print(f"\ndigits, {steps - steps // 10} steps of {1e3 * stepping_s / (steps - steps // 10):.2f} ms; {machine()}")
     print(
         f"{taken} snapshots, {100 * keeping_s / (stepping_s + keeping_s):.2f} % of the lane's time "
         f"(overhead_max {100 * settings.rollback.overhead_max:g} %), {1e3 * keeping_s / max(1, taken):.2f} ms each"
     )
+
+
+def snapshots_taken(manager: SnapshotManager, before: int) -> int:
+    """Returns the number of snapshots so far; `before` if none was taken since the last call."""
+    changes = [event for event in manager.take_events() if isinstance(event, SnapshotsChanged)]
+    return changes[-1].statistics.snapshots if changes else before
 
 
 if __name__ == "__main__":

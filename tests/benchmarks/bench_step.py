@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_step.py [--rounds N]
 
-Plain training is the loop that one would write at home over the same batches, with the same optimizer. The lane's step
-also checks that loss and gradients are finite, measures their norm, and governs the learning rate.
+Plain training is a textbook loop over the same batches, with the same optimizer. The lane's step also checks that loss
+and gradients are finite, measures their norm, and controls the learning rate.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 
 from tolaria.config import FastPathSettings, Settings, TrainingSettings
 from tolaria.jobs import HOST, JobContext, build_job
-from tolaria.training.rig import build_rig
-from tolaria.training.step import train_step
+from tolaria.lane.build import build
+from tolaria.lane.step import train_step
 
 TARGET = 1.02
 CASES: dict[str, tuple[str, dict[str, int]]] = {
@@ -27,7 +27,7 @@ CASES: dict[str, tuple[str, dict[str, int]]] = {
 
 
 def plain_s(job_name: str, options: dict[str, int]) -> float:
-    """Mean time of a step in an epoch of the loop at home, the first steps left out."""
+    """Returns the median time of a step in an epoch of the plain loop."""
     torch.manual_seed(0)
     job = build_job(job_name, JobContext(0, torch.device("cpu"), dict(options)))
     model = job.build_model()
@@ -46,23 +46,22 @@ def plain_s(job_name: str, options: dict[str, int]) -> float:
 
 
 def lane_s(job_name: str, options: dict[str, int]) -> float:
-    """The same of the lane's step; its data wait, which plain training has outside its clock, is taken off."""
+    """Returns the same for the lane's step, without its wait for data, which the plain loop does not measure."""
     training = TrainingSettings(job=job_name, options=dict(options), device="cpu")
-    rig = build_rig(Settings(training=training, fastpaths=FastPathSettings(fused="off")))
-    rig.cursor.begin_epoch(1)
-    rig.model.train()
+    module = build(Settings(training=training, fastpaths=FastPathSettings(fused="off"))).module
+    module.begin_epoch()
     times: list[float] = []
     while True:
         started = time.perf_counter()
-        report = train_step(rig, lambda: True)
-        if report is None:
+        step = train_step(module, lambda: True)
+        if step is None:
             return statistics.median(times)
-        rig.growth.advance(rig.global_step)
-        times.append(time.perf_counter() - started - report.input_wait_s)
+        module.seeds.advance(module.global_step)
+        times.append(time.perf_counter() - started - step.input_wait_s)
 
 
 def main() -> None:
-    """Print one row a case: medians of the rounds and of their ratios."""
+    """Prints one row for each case: medians of the rounds and of their ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds

@@ -1,7 +1,4 @@
-"""What the benchmarks of snapshots, rollbacks and checkpoints share: a job with a large state, and fair measuring.
-
-Owns how samples are taken and told. Must not know what is measured.
-"""
+"""Shared by the benchmarks of snapshots, rollbacks and checkpoints: a job with a large state, and measurements."""
 
 from __future__ import annotations
 
@@ -59,7 +56,7 @@ class WideJob:
 
 
 def in_turn(repeats: int, actions: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each action, run in turn so that all see the same machine; the first round is left out."""
+    """Returns seconds of each action, run in turn under the same conditions, without the first round."""
     taken: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(repeats + 1):
         for name, action in actions.items():
@@ -70,19 +67,19 @@ def in_turn(repeats: int, actions: Mapping[str, Callable[[], object]]) -> dict[s
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds that it takes."""
+    """Returns the seconds that the call takes."""
     started_s = time.perf_counter()
     action()
     return time.perf_counter() - started_s
 
 
 def p99(seconds: Sequence[float]) -> float:
-    """The 99th percentile; of fewer than a hundred samples the worst."""
+    """Returns the 99th percentile; of fewer than a hundred samples the largest."""
     return statistics.quantiles(seconds, n=100)[98] if len(seconds) >= 100 else max(seconds)
 
 
 def show(title: str, base: str, found: Mapping[str, Sequence[float]], words: Mapping[str, str]) -> None:
-    """One table: median, p99, and the median of each round's ratio to `base`, whose noise is mostly shared."""
+    """Prints one table: median, p99, and the median of each round's ratio to `base`, whose noise is mostly shared."""
     print(f"\n{title}")
     print(f"| {'what':<66} | median ms | p99 ms | ratio |")
     print("| --- | --- | --- | --- |")
@@ -93,7 +90,7 @@ def show(title: str, base: str, found: Mapping[str, Sequence[float]], words: Map
 
 
 def machine() -> str:
-    """Cores, torch, and how busy the machine is at present."""
+    """Returns cores, torch version and load, for a title."""
     load = Path("/proc/loadavg").read_text(encoding="ascii").split()[0]
     cores = len(os.sched_getaffinity(0))
     return f"{cores} cores, torch {torch.__version__}, {torch.get_num_threads()} thread(s), load {load}"

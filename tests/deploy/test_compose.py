@@ -1,4 +1,4 @@
-"""The three containers and their promises, as far as they can be judged without an engine."""
+"""docker-compose.yml, checked without a container engine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from ruamel.yaml import YAML
 
-from tolaria.config import load_settings
-from tolaria.config.tree import ServiceSettings
+from tolaria.config import ServiceSettings, load_settings
 from tolaria.signals import SignalBoard
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +26,7 @@ ALL = (*OURS, "prometheus")
 
 
 def read(path: str) -> Any:
-    """A YAML file of the repository, its anchors and merges resolved."""
+    """Returns a YAML file of the repository with anchors and merges resolved."""
     return YAML(typ="safe").load(ROOT / path)
 
 
@@ -39,17 +38,17 @@ def services() -> dict[str, Any]:
 
 
 def compose_command() -> list[str] | None:
-    """The Compose of this machine, if it has one: the plugin, else the program of that name in its second version."""
+    """Returns the command of Compose 2 on this machine: the plugin, else the program; None without either."""
     for command in (["docker", "compose"], ["docker-compose"]):
         if shutil.which(command[0]):
-            asked = subprocess.run([*command, "version", "--short"], check=False, capture_output=True, text=True)
-            if asked.returncode == 0 and int(asked.stdout.strip().lstrip("v").split(".")[0]) >= 2:
+            done = subprocess.run([*command, "version", "--short"], check=False, capture_output=True, text=True)
+            if done.returncode == 0 and int(done.stdout.strip().lstrip("v").split(".")[0]) >= 2:
                 return command
     return None
 
 
-def test_file_fits_the_specification() -> None:
-    """Every key and value is one that the Compose specification knows."""
+def test_file_is_valid_by_the_compose_schema() -> None:
+    """The Compose specification allows every key and value."""
     done = subprocess.run(
         [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", "docker-compose.yml"],
         cwd=ROOT,
@@ -62,10 +61,10 @@ def test_file_fits_the_specification() -> None:
 
 
 def test_compose_accepts_the_file() -> None:
-    """Compose itself resolves the file, the monitoring profile included."""
+    """Compose resolves the file, including the monitoring profile."""
     command = compose_command()
     if command is None:
-        pytest.skip("neither `docker compose` nor docker-compose 2 is here; the schema alone was checked")
+        pytest.skip("neither `docker compose` nor docker-compose 2 is installed; only the schema was checked")
 
     done = subprocess.run(
         [*command, "--profile", "monitoring", "config", "--quiet"],
@@ -79,15 +78,15 @@ def test_compose_accepts_the_file() -> None:
 
 
 def test_services_are_the_three_and_an_optional_prometheus(services: dict[str, Any]) -> None:
-    """Tolaria and its peers start by default; monitoring is asked for."""
+    """Tolaria and its peers start by default, Prometheus in the monitoring profile only."""
     assert set(services) == set(ALL)
     assert services["prometheus"]["profiles"] == ["monitoring"]
     assert [name for name in OURS if "profiles" in services[name]] == []
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_container_has_no_more_rights_than_it_needs(name: str, services: dict[str, Any]) -> None:
-    """No capability, no way to gain one, nothing to write but what is mounted for it, and an init to reap and kill."""
+def test_container_is_hardened(name: str, services: dict[str, Any]) -> None:
+    """No capabilities, no new privileges, a read-only root file system, and an init."""
     service = services[name]
 
     assert service["cap_drop"] == ["ALL"]
@@ -98,8 +97,8 @@ def test_container_has_no_more_rights_than_it_needs(name: str, services: dict[st
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_container_comes_back_and_goes_quietly(name: str, services: dict[str, Any]) -> None:
-    """What crashes starts again, what is stopped gets longer than its own drain takes."""
+def test_container_restarts_and_has_time_to_drain(name: str, services: dict[str, Any]) -> None:
+    """A crashed container is restarted; the grace period of a stop exceeds the drain timeout."""
     service = services[name]
 
     assert service["restart"] == "unless-stopped"
@@ -108,12 +107,12 @@ def test_container_comes_back_and_goes_quietly(name: str, services: dict[str, An
 
 @pytest.mark.parametrize("name", ALL)
 def test_ports_are_published_on_loopback_only(name: str, services: dict[str, Any]) -> None:
-    """Nobody outside the host reaches a port, least of all the one that can stop a run."""
+    """No port is reachable from outside the host."""
     assert [port for port in services[name].get("ports", []) if not port.startswith("127.0.0.1:")] == []
 
 
 def test_peers_share_the_memory_of_tolaria(services: dict[str, Any]) -> None:
-    """The three see one /dev/shm: Tolaria lends its namespace, the peers join it and start again with it."""
+    """The peers join the IPC namespace of Tolaria and restart with it, so that all three share one /dev/shm."""
     assert services["tolaria"]["ipc"] == "shareable"
     for peer in PEERS:
         assert services[peer]["ipc"] == "service:tolaria"
@@ -121,30 +120,30 @@ def test_peers_share_the_memory_of_tolaria(services: dict[str, Any]) -> None:
     assert "depends_on" not in services["tolaria"]
 
 
-def test_peers_attend_the_board_that_tolaria_founds(services: dict[str, Any], tmp_path: Path) -> None:
-    """One name in the memory that they share, which a peer's command line takes."""
+def test_peers_attach_to_the_board_that_tolaria_creates(services: dict[str, Any], tmp_path: Path) -> None:
+    """All three have the same path, and a peer started with the command of the file beats on such a board."""
     board = services["tolaria"]["environment"]["TOLARIA_SIGNALS__PATH"]
 
     assert Path(board).parent == Path("/dev/shm")  # noqa: S108 - a path inside a container
     for peer in PEERS:
         *command, address = services[peer]["command"][:4]
         assert services[peer]["command"][4:] == ["--board", board]
-        with SignalBoard.create(tmp_path / peer, "run-1") as mine:
-            options = ["127.0.0.1:0", "--board", str(mine.path), "--while-stdin"]
+        with SignalBoard.create(tmp_path / peer, "run-1") as created:
+            options = ["127.0.0.1:0", "--board", str(created.path), "--while-stdin"]
             assert address.startswith("0.0.0.0:")
             child = subprocess.Popen(
                 [sys.executable, "-m", "tolaria", *command, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
-            seen, beaten = mine.bell, 0
+            seen, beaten = created.bell, 0
             while not beaten and child.poll() is None:
-                seen = mine.wait(seen, timeout_s=1.0)
-                beaten = mine.read(peer).heartbeat_ns
+                seen = created.wait(seen, timeout_s=1.0)
+                beaten = created.read(peer).heartbeat_ns
             child.communicate(timeout=30)
             assert beaten
 
 
 def test_three_services_run_one_image(services: dict[str, Any]) -> None:
-    """The image is built once, and the peers run the same one."""
+    """One service builds the image, and all three run it."""
     assert len({services[name]["image"] for name in OURS}) == 1
     assert [name for name in OURS if "build" in services[name]] == ["tolaria"]
 
@@ -159,8 +158,8 @@ def test_peer_listens_where_tolaria_calls(peer: str, services: dict[str, Any]) -
     assert services[peer]["healthcheck"]["test"][-1] == f"127.0.0.1:{port}"
 
 
-def test_state_outlives_the_container(services: dict[str, Any]) -> None:
-    """State is on a named volume, at the one place of the image that its user may write; scratch space is in memory."""
+def test_state_is_on_a_volume(services: dict[str, Any]) -> None:
+    """The volume is mounted at the only directory that the image's user may write; /tmp is in memory."""
     assert services["tolaria"]["volumes"] == ["state:/var/lib/tolaria"]
     assert "state" in read("docker-compose.yml")["volumes"]
     assert all(services[name]["tmpfs"] == ["/tmp"] for name in OURS)  # noqa: S108 - a path inside a container
@@ -170,7 +169,7 @@ def test_state_outlives_the_container(services: dict[str, Any]) -> None:
 def test_environment_is_accepted(
     name: str, services: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Every variable names a setting that exists and has a value that it takes."""
+    """Every variable names a setting and has a valid value."""
     monkeypatch.chdir(tmp_path)
     for variable, value in services[name]["environment"].items():
         monkeypatch.setenv(variable, value or "")
@@ -183,13 +182,13 @@ def test_environment_is_accepted(
         assert str(settings.signals.board("any run")) == services[name]["environment"]["TOLARIA_SIGNALS__PATH"]
 
 
-def test_secret_is_shared_and_never_written_down(services: dict[str, Any]) -> None:
-    """The key of signatures is handed through from outside to all three, and stands in no file."""
+def test_secret_comes_from_the_environment(services: dict[str, Any]) -> None:
+    """The key of signatures is passed through to all three, and is in no file."""
     assert all(services[name]["environment"]["TOLARIA_LEYLINE__SECRET"] is None for name in OURS)
 
 
 def test_prometheus_scrapes_tolaria_under_underscore_names(services: dict[str, Any]) -> None:
-    """The pinned Prometheus reads the port that Tolaria listens on, and stores the names that dashboards use."""
+    """The pinned Prometheus scrapes Tolaria's port and stores the names that dashboards use."""
     config = read("deploy/prometheus/prometheus.yml")
     port = services["tolaria"]["environment"]["TOLARIA_METRICS__LISTEN"].rpartition(":")[2]
 
@@ -201,7 +200,7 @@ def test_prometheus_scrapes_tolaria_under_underscore_names(services: dict[str, A
 
 @contextmanager
 def grpc_health_server(*, serving: bool) -> Iterator[int]:
-    """A gRPC server on loopback that says whether it serves; yields its port."""
+    """A gRPC server on loopback with a health status; yields its port."""
     status = health_pb2.HealthCheckResponse
     servicer = health.HealthServicer()
     servicer.set("", status.SERVING if serving else status.NOT_SERVING)
@@ -217,7 +216,7 @@ def grpc_health_server(*, serving: bool) -> Iterator[int]:
 
 
 def healthy(services: dict[str, Any], peer: str, port: int) -> bool:
-    """What a peer's health check says of a server at `port`."""
+    """Whether a peer's health check accepts the server at `port`."""
     kind, python, *arguments, _ = services[peer]["healthcheck"]["test"]
     assert (kind, python) == ("CMD", "python")
     command = [sys.executable, *arguments, f"127.0.0.1:{port}"]
@@ -227,7 +226,7 @@ def healthy(services: dict[str, Any], peer: str, port: int) -> bool:
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_peer_health_check_follows_grpc_health(peer: str, services: dict[str, Any]) -> None:
-    """A peer is healthy while it says so over grpc.health.v1; one that says no, or is gone, is not."""
+    """A peer is healthy while grpc.health.v1 answers SERVING, not if it answers NOT_SERVING or is unreachable."""
     with grpc_health_server(serving=True) as port:
         assert healthy(services, peer, port)
     assert not healthy(services, peer, port)

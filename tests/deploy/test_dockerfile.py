@@ -1,4 +1,4 @@
-"""The image's recipe, as far as it can be judged without an engine: linted, read, and its commands run one by one."""
+"""The Dockerfile, checked without a container engine: linted, parsed, and its commands run one by one."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ ROOT = Path(__file__).parents[2]
 
 
 class Instruction(NamedTuple):
-    """One instruction of a Dockerfile, its continuation lines joined."""
+    """One instruction of a Dockerfile, with continuation lines joined."""
 
     name: str
     rest: str
 
 
 def stages() -> list[list[Instruction]]:
-    """The Dockerfile's instructions, one list a stage."""
+    """Returns the Dockerfile's instructions, one list for each stage."""
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
     text = "\n".join(line for line in lines if not line.startswith("#")).replace("\\\n", " ")
     found: list[list[Instruction]] = []
@@ -41,17 +41,17 @@ def stages() -> list[list[Instruction]]:
 
 
 def runtime(name: str) -> list[str]:
-    """What the last stage gives for an instruction, in order."""
+    """Returns the arguments of an instruction in the last stage, in order."""
     return [instruction.rest for instruction in stages()[-1] if instruction.name == name]
 
 
 def builds(name: str) -> list[str]:
-    """What the first stage gives for an instruction, in order."""
+    """Returns the arguments of an instruction in the first stage, in order."""
     return [instruction.rest for instruction in stages()[0] if instruction.name == name]
 
 
 def test_hadolint_finds_nothing() -> None:
-    """The linter is content, and no rule of it is switched off."""
+    """The linter reports nothing, with no rule switched off."""
     done = subprocess.run(
         [Path(sys.executable).parent / "hadolint", "Dockerfile"], cwd=ROOT, check=False, capture_output=True, text=True
     )
@@ -62,14 +62,14 @@ def test_hadolint_finds_nothing() -> None:
 
 
 def test_image_is_built_in_two_stages_from_the_slim_base() -> None:
-    """Compilers, caches and sources stay in the builder; what runs is the slim base and one directory."""
+    """The final stage is the slim base and one directory; compilers, caches and sources stay in the builder."""
     assert len(stages()) == 2
     assert runtime("FROM") == ["python:3.11-slim"]
     assert runtime("COPY") == ["--from=builder /opt/tolaria /opt/tolaria"]
 
 
 def test_every_install_is_pinned() -> None:
-    """Whatever pip installs, it installs in the versions that were tested."""
+    """Every pip install uses the pinned versions."""
     installs = [run for run in builds("RUN") if "pip install" in run]
 
     assert installs
@@ -77,8 +77,8 @@ def test_every_install_is_pinned() -> None:
 
 
 @pytest.mark.parametrize(("url", "expected"), [("", []), ("file:///a b", ["--extra-index-url", "file:///a b"])])
-def test_torch_index_is_asked_only_when_given(url: str, expected: list[str]) -> None:
-    """An empty build argument leaves the default index alone; any other is passed to pip as one word."""
+def test_torch_index_is_used_only_if_given(url: str, expected: list[str]) -> None:
+    """An empty build argument adds no index; any other is passed to pip as one word."""
     for run in (run for run in builds("RUN") if "pip install" in run):
         words = subprocess.run(
             ["/bin/sh", "-c", run.replace("pip install", "printf '%s\\n'", 1)],
@@ -87,19 +87,19 @@ def test_torch_index_is_asked_only_when_given(url: str, expected: list[str]) -> 
             text=True,
             env={"TORCH_INDEX_URL": url},
         )
-        *asked, flag, _, _ = words.stdout.splitlines()
-        assert (asked, flag) == (expected, "--constraint")
+        *index, flag, _, _ = words.stdout.splitlines()
+        assert (index, flag) == (expected, "--constraint")
 
 
 def test_no_index_host_is_written_down() -> None:
-    """The image comes from whatever index the builder's pip is set to."""
+    """Packages come from the index that the builder's pip is configured with."""
     assert set(re.findall(r"https?://([^/'\" ]*)", (ROOT / "Dockerfile").read_text(encoding="utf-8"))) == {
         "127.0.0.1:9464"
     }
 
 
 def test_process_is_an_unprivileged_user_with_a_fixed_number() -> None:
-    """The user is given by number, so that a cluster can refuse root without reading /etc/passwd, and owns its home."""
+    """The user is a number, which a cluster can verify without reading /etc/passwd, and owns its home directory."""
     assert runtime("USER") == ["10001:10001"]
     assert "--uid 10001" in runtime("RUN")[0]
     assert runtime("WORKDIR") == ["/var/lib/tolaria"]
@@ -107,7 +107,7 @@ def test_process_is_an_unprivileged_user_with_a_fixed_number() -> None:
 
 
 def test_image_serves_by_default_and_drains_when_stopped() -> None:
-    """`docker run` serves, arguments choose another command, and a stop is the signal that drains."""
+    """`docker run` serves, arguments choose another command, and a stop sends SIGTERM."""
     assert runtime("ENTRYPOINT") == ['["tolaria"]']
     assert runtime("CMD") == ['["serve"]']
     assert runtime("STOPSIGNAL") == ["SIGTERM"]
@@ -115,14 +115,14 @@ def test_image_serves_by_default_and_drains_when_stopped() -> None:
 
 
 def test_label_carries_the_version_of_the_package() -> None:
-    """The image says the version that it holds."""
+    """The label and the package have the same version."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
     assert f'org.opencontainers.image.version="{project["version"]}"' in runtime("LABEL")[0]
 
 
 def test_build_context_is_a_list_of_what_is_needed() -> None:
-    """Everything is kept from the builder but what its COPY lines name."""
+    """The build context contains only the paths of the COPY instructions."""
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     copied = {word.removeprefix("./") for copy in builds("COPY") for word in copy.split()[:-1]}
 
@@ -131,14 +131,14 @@ def test_build_context_is_a_list_of_what_is_needed() -> None:
 
 
 class _Answer(BaseHTTPRequestHandler):
-    """Answers /livez with the status that its server holds, anything else with 404."""
+    """Answers /livez with the server's `status`, anything else with 404."""
 
     def do_GET(self) -> None:
         self.send_response(self.server.status if self.path == "/livez" else 404)  # type: ignore[attr-defined]
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name is the library's
-        """Keep quiet."""
+        """Logs nothing."""
 
 
 @contextmanager
@@ -156,7 +156,7 @@ def metrics_server(status: int) -> Iterator[int]:
 
 
 def health_command() -> list[str]:
-    """The command of HEALTHCHECK, for this interpreter."""
+    """Returns the command of HEALTHCHECK for this interpreter."""
     command: list[str] = json.loads(runtime("HEALTHCHECK")[0].partition("CMD ")[2])
     assert command[0] == "python"
     return [sys.executable, *command[1:]]
@@ -164,7 +164,7 @@ def health_command() -> list[str]:
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False), (404, False)])
 def test_health_check_follows_livez(status: int, healthy: bool) -> None:
-    """The container is healthy exactly while /livez says so, whatever proxy the engine hands down."""
+    """The container is healthy while /livez answers 200, also if the environment names a proxy."""
     proxied = {"http_proxy": "http://127.0.0.1:1", "PATH": ""}
 
     with metrics_server(status) as port:
@@ -174,8 +174,8 @@ def test_health_check_follows_livez(status: int, healthy: bool) -> None:
     assert (done.returncode == 0) == healthy
 
 
-def test_health_check_fails_where_nobody_listens() -> None:
-    """A service that is gone is unhealthy."""
+def test_health_check_fails_without_a_server() -> None:
+    """A service that does not listen is unhealthy."""
     with metrics_server(200) as port:
         pass
 
@@ -183,8 +183,8 @@ def test_health_check_fails_where_nobody_listens() -> None:
     assert subprocess.run(command, check=False, capture_output=True).returncode != 0
 
 
-def test_hadolint_is_really_asked(tmp_path: Path) -> None:
-    """The linter that is content with the Dockerfile is not content with a careless one."""
+def test_hadolint_finds_mistakes(tmp_path: Path) -> None:
+    """The linter fails for a careless Dockerfile."""
     shutil.copy(ROOT / "Dockerfile", tmp_path)
     with (tmp_path / "Dockerfile").open("a", encoding="utf-8") as file:
         file.write("USER root\nRUN pip install torch\n")

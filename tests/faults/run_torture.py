@@ -1,7 +1,7 @@
-"""Kills a run that trains, writes checkpoints, goes back and grows seeds: `run_torture.py [--kills N] [--seed N]`.
+"""Kills a run that trains, writes checkpoints, rolls back and grows seeds: `run_torture.py [--kills N] [--seed N]`.
 
-The run, in a child process, tells what has been reported to it as committed: that must survive any kill. All of the
-service is in it but for its sockets and its main thread's signals.
+The run, in a child process, reports which checkpoints are committed: those must survive any kill. It is the whole
+service without its sockets and the signal handlers of its main thread.
 """
 
 from __future__ import annotations
@@ -31,24 +31,23 @@ from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, SEED_ST
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.runs import FakePeers
+from tolaria.checkpoint.inspection import inspect_storage
+from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings
 from tolaria.errors import TolariaError
-from tolaria.rollback import CheckpointWriter
-from tolaria.rollback.inspection import inspect_storage
-from tolaria.service.parts import Ground, Parts, new_loop
-from tolaria.service.start import new_keeper, new_progress, resume
+from tolaria.rollback.protocol import Rollback
+from tolaria.run.resume import load_resume_point, prepare_state, run_row
+from tolaria.run.run import TrainingRun
+from tolaria.service.start import resume
+from tolaria.service.wiring import Core, Foundation, build_lane, new_run
 from tolaria.signals import SignalBoard
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
-from tolaria.training.loop import TrainingLoop
-from tolaria.training.recovery.rollbacks import Asked
-from tolaria.training.recovery.startup import load_resume_point, prepare_state, run_row
-from tolaria.training.rig import build_rig
 
 
 def settings_of(directory: Path) -> Settings:
-    """Of the run in that directory: small, quick, and always writing."""
+    """Returns settings of a small run in that directory that writes checkpoints all the time."""
     return Settings.model_validate(
         {
             "state": {"dir": str(directory)},
@@ -63,140 +62,134 @@ def settings_of(directory: Path) -> Settings:
     )
 
 
-class Tell(Protocol):
-    """Tells the parent, at once: the next moment may be the last."""
+class Report(Protocol):
+    """Sends facts to the parent at once, as the child may be killed at any moment."""
 
     def __call__(self, **facts: object) -> None: ...
 
 
-class Growers(FakePeers):
-    """Peers that have a seed come in one epoch and go in the next, so that the optimizer is rebuilt all the time."""
+class AlternatingSeed(FakePeers):
+    """Peers that desire a seed in every other epoch, so that the optimizer is rebuilt all the time."""
 
     async def export_seeds(self, state: SystemStatePacket, refusals: object = ()) -> list[SeedState]:
         seed = SeedState(seed_id="a", blueprint_id="residual_mlp", stage=SEED_STAGE_TRAINING, slot="middle")
         return [seed] if state.current_epoch % 2 else []
 
 
-async def disturb(loop: TrainingLoop, generator: random.Random, tell: Tell) -> None:
-    """Have checkpoints written and rollbacks carried out, without end."""
+async def disturb(run: TrainingRun, generator: random.Random, report: Report) -> None:
+    """Has checkpoints written and rollbacks carried out until cancelled."""
     while True:
         try:
             if generator.random() < 0.6:
-                row = await loop.checkpoint("torture")
-                tell(committed=row.checkpoint_id, step=row.global_step, digest=row.digest)
+                row = await run.checkpoint("torture")
+                report(committed=row.checkpoint_id, step=row.global_step, digest=row.digest)
             else:
                 tier = generator.choice([ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL])
-                target = generator.choice([None, max(0, loop.global_step - generator.randrange(20))])
-                tell(going_back=True)
-                outcome = await loop.roll_back(Asked(tier, target, "torture", "operator"))
-                tell(restored=outcome.restored_step, proven=outcome.state_digest == outcome.expected_digest)
+                target = generator.choice([None, max(0, run.status().global_step - generator.randrange(20))])
+                report(rolling_back=True)
+                back = await run.roll_back(Rollback(tier, target, "torture", "operator"))
+                report(restored=back.restored_step, proven=back.state_digest == back.expected_digest)
         except TolariaError as error:
-            tell(refused=str(error))
+            report(refused=str(error))
         await anyio.sleep(generator.random() * 0.02)
 
 
-def train(directory: Path, seed: int, tell: Tell) -> None:
-    """Resume what is there, and go on until killed."""
+def train(directory: Path, seed: int, report: Report) -> None:
+    """Resumes the run in that directory, or starts one, and trains until killed."""
     settings = settings_of(directory)
-    rig = build_rig(settings)
-    keeper = new_keeper(settings, rig)
+    build = build_lane(settings)
     with ExitStack() as stack:
         point = load_resume_point(stack.enter_context(prepare_state(settings)))
         if point.loaded is not None:
-            resume(keeper, point.loaded, settings)
-        told = [] if point.loaded is None else [damage.checkpoint_id for damage in point.loaded.damaged]
-        tell(ready=rig.global_step, run=point.state.run_id, resumed=point.loaded is not None, damaged=told)
-        progress = new_progress(settings, rig, run_id=point.state.run_id)
-        storage = point.state.storage
-        ground = Ground(
+            resume(build, point.loaded, settings)
+        damaged = [] if point.loaded is None else [damage.checkpoint_id for damage in point.loaded.damaged]
+        run_id, storage = point.state.run_id, point.state.storage
+        step = build.ready.position.global_step
+        report(ready=step, run=run_id, resumed=point.loaded is not None, damaged=damaged)
+        foundation = Foundation(
             settings=settings,
-            rig=rig,
-            keeper=keeper,
-            progress=progress,
-            board=stack.enter_context(SignalBoard.create(directory / "board", progress.run_id)),
+            build=build,
+            board=stack.enter_context(SignalBoard.create(directory / "board", run_id)),
+            storage=storage,
+            writer=stack.enter_context(CheckpointWriter(storage.checkpoints)),
+            run=run_row(storage.journal, run_id),
+            active_halt=None,
             metrics=Metrics(),
             emitter=Emitter(),
             log_context=LogContext(),
-            storage=storage,
-            run=run_row(storage.journal, progress.run_id),
-            standing=None,
-            writer=stack.enter_context(CheckpointWriter(storage.checkpoints)),
         )
-        anyio.run(serve, Parts(ground), random.Random(seed), tell)  # noqa: S311 - chance, not secrets
+        anyio.run(serve, Core(foundation), random.Random(seed), report)  # noqa: S311 - chance, not secrets
 
 
-async def serve(parts: Parts, generator: random.Random, tell: Tell) -> None:
-    """The run with all that belongs to it."""
-    peers = Growers()
-    loop = new_loop(parts, controller=peers, executor=peers, seats=peers.seats)
+async def serve(core: Core, generator: random.Random, report: Report) -> None:
+    """Serves the run and disturbs it."""
+    service = new_run(core, AlternatingSeed().connected())
     async with anyio.create_task_group() as tasks:
-        for task in (loop.consultant.serve, loop.rollbacks.serve, loop.checkpoints.serve, parts.archive.serve):
-            tasks.start_soon(task)
-        tasks.start_soon(loop.run)
-        tasks.start_soon(disturb, loop, generator, tell)
+        tasks.start_soon(service.serve, core, tasks)
+        tasks.start_soon(disturb, service.run, generator, report)
 
 
 def kill_runs(kills: int, seed: int) -> list[str]:
-    """What was found wrong, as sentences: one directory, one run, killed at that many random moments."""
+    """Kills one run in one directory at random moments; returns the problems found, as sentences."""
     generator = random.Random(seed)  # noqa: S311 - chance, not secrets
     problems: list[str] = []
     seen = {"committed": 0, "restored": 0, "refused": 0}
-    claim: dict[str, Any] = {}
+    required: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="tolaria-torture-", dir=IN_MEMORY) as place:
         directory = Path(place) / "state"
         for number in range(kills):
-            told = killed_child(directory, seed * 1000 + number, generator.random() * 0.4)
-            problems += [f"kill {number}: {problem}" for problem in after_start(told[0] if told else {}, claim)]
-            claim = claimed(told, claim)
+            facts = killed_child(directory, seed * 1000 + number, generator.random() * 0.4)
+            problems += [f"kill {number}: {problem}" for problem in after_start(facts[0] if facts else {}, required)]
+            required = required_after(facts, required)
             for kind in seen:
-                seen[kind] += sum(kind in fact for fact in told)
-            problems += [f"kill {number}: step {f['restored']} unproven" for f in told if f.get("proven") is False]
+                seen[kind] += sum(kind in fact for fact in facts)
+            problems += [f"kill {number}: step {f['restored']} unproven" for f in facts if f.get("proven") is False]
             problems += [f"kill {number}: {f.name}: {f.condition}" for f in inspect_storage(directory) if f.bad]
         last = killed_child(directory, seed, 0.0)
-        problems += after_start(last[0] if last else {}, claim)
+        problems += after_start(last[0] if last else {}, required)
     sys.stdout.write(f"{kills} kills: {json.dumps(seen)}\n")
     return problems
 
 
-def after_start(ready: dict[str, Any], claim: dict[str, Any]) -> list[str]:
-    """What is wrong with how a run came back, given what had been reported before it was killed."""
+def after_start(ready: dict[str, Any], required: dict[str, Any]) -> list[str]:
+    """Returns the problems of a resumed run, given what had been reported before the kill."""
     if "ready" not in ready:
-        return [f"it did not come back: {ready}"]
+        return [f"it was not resumed: {ready}"]
     problems = [f"{name} was damaged" for name in ready["damaged"]]
-    if claim and not ready["resumed"]:
-        problems.append("it began anew although there were checkpoints")
-    if claim.get("run", ready["run"]) != ready["run"]:
-        problems.append(f"it came back as another run than {claim['run']}")
-    if ready["ready"] < claim.get("step", 0):
-        problems.append(f"step {claim['step']} was reported as committed, and it came back at {ready['ready']}")
+    if required and not ready["resumed"]:
+        problems.append("it started anew although there were checkpoints")
+    if required.get("run", ready["run"]) != ready["run"]:
+        problems.append(f"it was resumed as another run than {required['run']}")
+    if ready["ready"] < required.get("step", 0):
+        problems.append(f"step {required['step']} was reported as committed, and it was resumed at {ready['ready']}")
     return problems
 
 
-def claimed(told: list[dict[str, Any]], before: dict[str, Any]) -> dict[str, Any]:
-    """What a run must come back with: at least the newest commit, unless it has been told to go back since."""
-    claim = dict(before)
-    for fact in told:
+def required_after(facts: list[dict[str, Any]], before: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a resumed run must have: at least the newest commit, unless a rollback began after it."""
+    required = dict(before)
+    for fact in facts:
         if fact.get("resumed"):
-            claim = {"run": fact["run"], "step": fact["ready"]}
+            required = {"run": fact["run"], "step": fact["ready"]}
         if "committed" in fact:
-            claim = {"run": told[0]["run"], "step": fact["step"]}
-        if "going_back" in fact and claim:
-            claim["step"] = 0
-    return claim
+            required = {"run": facts[0]["run"], "step": fact["step"]}
+        if "rolling_back" in fact and required:
+            required["step"] = 0
+    return required
 
 
 def killed_child(directory: Path, seed: int, after_s: float) -> list[dict[str, Any]]:
-    """Fork a run, kill it so long after it was ready; returns what it has told by then."""
+    """Forks a run and kills it `after_s` seconds after it was ready; returns the reported facts."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
 
-        def tell(**facts: object) -> None:
+        def report(**facts: object) -> None:
             os.write(writing, json.dumps(facts).encode() + b"\n")
 
         try:
-            train(directory, seed, tell)
+            train(directory, seed, report)
         except BaseException:
             traceback.print_exc()
             raise
@@ -212,7 +205,7 @@ def killed_child(directory: Path, seed: int, after_s: float) -> list[dict[str, A
 
 
 def main() -> int:
-    """Kill runs and say what was found."""
+    """Kills runs and prints the problems found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=20)

@@ -11,7 +11,9 @@ from pydantic import JsonValue
 from torch import nn
 
 from tolaria.jobs import TensorCursor
-from tolaria.rollback import Position, TrainingState
+from tolaria.state.snapshots import SnapshotRing
+from tolaria.state.training_state import TrainingState
+from tolaria.values.training import Position
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -39,7 +41,7 @@ class Network(nn.Module):
 
 @dataclass
 class Knob:
-    """A part with a number of its own."""
+    """A state part that holds one number."""
 
     value: float = 1.0
 
@@ -52,7 +54,7 @@ class Knob:
 
 @dataclass
 class Training:
-    """A small training run: what a lane is to the room under test."""
+    """A small training run in place of a lane."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -73,7 +75,7 @@ class Training:
             self.cursor.begin_epoch(self.position.epoch)
             return self._step()
         inputs, labels = batch.payload
-        noise = float(np.random.rand()) + random.random()  # noqa: NPY002, S311 - the global generators are part of it
+        noise = float(np.random.rand()) + random.random()  # noqa: NPY002, S311 - the global generators are part of the state
         self.optimizer.zero_grad(set_to_none=True)
         loss = nn.functional.cross_entropy(self.model(inputs + 0.01 * noise), labels)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -84,22 +86,22 @@ class Training:
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """Plain momentum."""
+    """SGD with momentum."""
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
-    """Adam as it comes."""
+    """Adam with default betas."""
     return torch.optim.Adam(model.parameters(), lr=0.01)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """Decoupled weight decay."""
+    """AdamW with weight decay."""
     return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
 
 
 def new_training(make_optimizer: MakeOptimizer = adamw, seed: int = 5) -> Training:
-    """A run at its start; the same arguments give the same run."""
+    """Returns a run at its start. Equal arguments give equal runs."""
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     random.seed(seed)
@@ -108,3 +110,8 @@ def new_training(make_optimizer: MakeOptimizer = adamw, seed: int = 5) -> Traini
     cursor.begin_epoch(1)
     model = Network()
     return Training(model, make_optimizer(model), cursor)
+
+
+def new_ring(*, entries_max: int = 5, seal: bool = False) -> SnapshotRing:
+    """Returns an empty snapshot ring of 256 MiB."""
+    return SnapshotRing(bytes_max=2**28, entries_max=entries_max, seal=seal)

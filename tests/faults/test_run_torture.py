@@ -9,8 +9,8 @@ import pytest
 from support.processes import python_path
 
 
-def test_kills_of_a_run_lose_nothing_reported(request: pytest.FixtureRequest) -> None:
-    """SIGKILL while checkpoints, rollbacks and rebuilds go on: each time the run comes back, whole, where it must."""
+def test_a_killed_run_loses_no_reported_checkpoint(request: pytest.FixtureRequest) -> None:
+    """SIGKILL during checkpoints, rollbacks and rebuilds: the run is resumed from an intact, new enough state."""
     kills = 100 if request.config.getoption("--long") else 5
     script = Path(__file__).with_name("run_torture.py")
     found = subprocess.run(

@@ -10,27 +10,20 @@ import pytest
 
 from faults.small_training import Training, new_training
 from faults.torture import BLOCK, harm_checkpoints, harm_journal
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import CheckpointStore, Retention
 from tolaria.errors import CheckpointWriteError, JournalUnavailableError
-from tolaria.rollback import (
-    CheckpointRow,
-    FaultRow,
-    Filesystem,
-    Journal,
-    Position,
-    Retention,
-    Storage,
-    never,
-    open_storage,
-)
-from tolaria.rollback.checkpoint_store import CheckpointStore
-from tolaria.rollback.journal_rows import Row
+from tolaria.filesystem import Filesystem
+from tolaria.journal.database import Journal
+from tolaria.journal.rows import CheckpointRow, FaultRow, Row
+from tolaria.values.training import Position
 
 CALLS = ["make_directory", "create", "write", "sync", "close", "sync_directory", "rename", "remove_tree"]
 READS = ["open", "size_bytes", "read_into"]
 
 
 class FailingFilesystem(Filesystem):
-    """Fails the calls of one name from the n-th on, once or for good, after doing nothing."""
+    """Fails the n-th call of one name, and with `for_good` all later ones, without effect."""
 
     def __init__(self, name: str, number: int, code: int, *, for_good: bool) -> None:
         self._name, self._number, self._code, self._for_good = name, number, code, for_good
@@ -52,7 +45,7 @@ class FailingFilesystem(Filesystem):
 
 
 class StingyFilesystem(Filesystem):
-    """Takes and gives a few bytes at a time, as a system under pressure may."""
+    """Reads and writes a few bytes at a time, as a system under pressure may."""
 
     def write(self, descriptor: int, content: memoryview) -> int:
         return super().write(descriptor, content[:1000])
@@ -62,7 +55,7 @@ class StingyFilesystem(Filesystem):
 
 
 class RecordingFilesystem(Filesystem):
-    """Notes which call was made, in order."""
+    """Records the names of calls in order."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -74,7 +67,7 @@ class RecordingFilesystem(Filesystem):
 
 
 class FullJournal(Journal):
-    """A journal whose disk is full while `full` is set."""
+    """A journal whose writes fail while `full` is set."""
 
     full = False
 
@@ -91,18 +84,18 @@ def training() -> Training:
 
 
 def opened(directory: Path, files: Filesystem | None = None) -> Storage:
-    """As a start would open it."""
-    return open_storage(directory, run_id="r", retention=Retention(last=2), files=files)
+    """Opens the directory as a start does."""
+    return open_storage(directory, run_id="r", retention=Retention(last=2, best="highest"), files=files)
 
 
 def write(store: CheckpointStore, training: Training, step: int) -> CheckpointRow:
-    """Write a checkpoint that says it is of that step."""
+    """Writes a checkpoint of this step."""
     training.position = Position(step, 1)
     return store.write(training.state().copy())
 
 
 def numbers() -> Iterator[tuple[str, int]]:
-    """Each call that one write with retention makes, by name and number."""
+    """Yields each call that a write with retention makes, by name and number."""
     counts = {
         "make_directory": 1,
         "create": 3,
@@ -122,15 +115,17 @@ def numbers() -> Iterator[tuple[str, int]]:
 def test_any_failing_call_leaves_the_old_or_the_new_checkpoint(
     tmp_path: Path, training: Training, name: str, number: int, *, for_good: bool, code: int
 ) -> None:
-    """Each system call of a write fails in turn: what was reported holds, the cause is recorded, the next works."""
+    """After the failure of any call reported checkpoints load, the cause is recorded, and the next write succeeds."""
     storage = opened(tmp_path)
     with storage.journal:
         for step in (1, 2):
             write(storage.checkpoints, training, step)
         files = FailingFilesystem(name, number, code, for_good=for_good)
-        failing = CheckpointStore(tmp_path, storage.journal, run_id="r", retention=Retention(last=2), files=files)
+        failing = CheckpointStore(
+            tmp_path, storage.journal, run_id="r", retention=Retention(last=2, best="highest"), files=files
+        )
         reported = 2
-        if name == "remove_tree":  # of what retention lets go: the new checkpoint is committed all the same
+        if name == "remove_tree":  # of pruned checkpoints: the new one is committed
             reported = write(failing, training, 3).global_step
         else:
             with pytest.raises(CheckpointWriteError) as raised:
@@ -140,40 +135,42 @@ def test_any_failing_call_leaves_the_old_or_the_new_checkpoint(
         assert files.failed > 0
     again = opened(tmp_path)
     with again.journal:
-        loaded = again.checkpoints.load_newest(never)
+        loaded = again.checkpoints.load_newest()
         loaded.image.verify()
         assert (loaded.damaged, loaded.row.global_step >= reported) == ((), True)
         assert write(again.checkpoints, training, 4).global_step == 4
-        assert again.checkpoints.load_newest(never).row.global_step == 4
+        assert again.checkpoints.load_newest().row.global_step == 4
 
 
 @pytest.mark.parametrize("name", READS)
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES], ids=errno.errorcode.get)
-def test_an_unreadable_checkpoint_is_passed_over_but_not_moved(
+def test_an_unreadable_checkpoint_is_skipped_but_not_moved(
     tmp_path: Path, training: Training, name: str, code: int
 ) -> None:
-    """The system's refusal is no damage: an older one serves now, and the newest again once it can be read."""
+    """A refusal by the system is not damage: an older checkpoint is loaded, and the newest once it can be read."""
     storage = opened(tmp_path)
     with storage.journal:
         for step in (1, 2):
             write(storage.checkpoints, training, step)
         files = FailingFilesystem(name, 1, code, for_good=False)
-        failing = CheckpointStore(tmp_path, storage.journal, run_id="r", retention=Retention(), files=files)
-        loaded = failing.load_newest(never)
+        failing = CheckpointStore(
+            tmp_path, storage.journal, run_id="r", retention=Retention(last=3, best="highest"), files=files
+        )
+        loaded = failing.load_newest()
         assert (loaded.row.global_step, [d.reason for d in loaded.damaged]) == (1, [errno.errorcode[code]])
-        assert storage.checkpoints.load_newest(never).row.global_step == 2
+        assert storage.checkpoints.load_newest().row.global_step == 2
 
 
 def test_short_writes_and_reads_make_whole_checkpoints(tmp_path: Path, training: Training) -> None:
-    """A system that takes a few bytes at a time changes nothing but the time."""
+    """Short reads and writes only take longer."""
     storage = opened(tmp_path, StingyFilesystem())
     with storage.journal:
         row = write(storage.checkpoints, training, 1)
-        assert storage.checkpoints.load_newest(never).image.verify().total == row.digest
+        assert storage.checkpoints.load_newest().image.verify().total == row.digest
 
 
-def test_a_write_survives_a_power_cut_at_its_return(tmp_path: Path, training: Training) -> None:
-    """All bytes are synced before the directory, that before the rename, and the parent after it."""
+def test_syncs_are_ordered_for_a_power_failure(tmp_path: Path, training: Training) -> None:
+    """Files are synced before their directory, that before the rename, and the parent after it."""
     files = RecordingFilesystem()
     storage = opened(tmp_path, files)
     with storage.journal:
@@ -184,11 +181,11 @@ def test_a_write_survives_a_power_cut_at_its_return(tmp_path: Path, training: Tr
 
 
 def test_a_full_journal_fails_the_write_and_its_cause_is_recorded_later(tmp_path: Path, training: Training) -> None:
-    """Without its row a checkpoint does not count; the fault waits for the journal; then all goes on."""
+    """A checkpoint without a row does not exist; the fault is recorded once the journal can be written."""
     storage = opened(tmp_path)
     storage.journal.close()
     with FullJournal(tmp_path / "journal.sqlite3") as journal:
-        store = CheckpointStore(tmp_path, journal, run_id="r", retention=Retention())
+        store = CheckpointStore(tmp_path, journal, run_id="r", retention=Retention(last=3, best="highest"))
         write(store, training, 1)
         journal.full = True
         with pytest.raises(CheckpointWriteError, match="journal"):
@@ -199,22 +196,22 @@ def test_a_full_journal_fails_the_write_and_its_cause_is_recorded_later(tmp_path
         assert [row.stage for row in journal.rows(FaultRow)] == ["journal"]
     again = opened(tmp_path)
     with again.journal:
-        assert again.checkpoints.load_newest(never).row.global_step == 3
+        assert again.checkpoints.load_newest().row.global_step == 3
 
 
 def test_damaged_checkpoints_are_found() -> None:
-    """200 flipped bits, and every file cut at each 4 KB: found, quarantined, the older one loaded."""
+    """With 200 flipped bits and files cut at each 4 KB, damage is quarantined and the older checkpoint loaded."""
     assert harm_checkpoints(1, 200, every=BLOCK) == []
 
 
 @pytest.mark.parametrize("with_log", [False, True], ids=["file", "log"])
 def test_damaged_journals_are_found_and_rebuilt(*, with_log: bool) -> None:
-    """200 flipped bits and cuts at each 4 KB: never a wrong row, never a lost checkpoint."""
+    """With 200 flipped bits and cuts at each 4 KB, no row is wrong and no checkpoint lost."""
     assert harm_journal(1, 200, every=BLOCK, with_log=with_log) == []
 
 
 def test_kills_while_writing_lose_nothing_reported() -> None:
-    """SIGKILL at 15 random moments, each time starting on what the last one left."""
+    """SIGKILL at 15 random moments, each time continuing with what the last one left."""
     script = Path(__file__).with_name("torture.py")
     found = subprocess.run(
         [sys.executable, script, "--kills-only"], capture_output=True, text=True, timeout=120, check=False

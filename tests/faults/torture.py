@@ -1,6 +1,6 @@
-"""Crash and corruption torture of the state directory: `python tests/faults/torture.py [--full] [--seed N]`.
+"""Crash and corruption tests of the state directory: `python tests/faults/torture.py [--full] [--seed N]`.
 
-Each torture is a function that returns what it found wrong, as sentences; none is the only good answer.
+Each test is a function that returns the problems it found, as sentences.
 """
 
 from __future__ import annotations
@@ -24,25 +24,28 @@ if __name__ == "__main__":
 import torch
 
 from faults.small_training import Training, new_training
-from tolaria.rollback import CheckpointRow, Position, Retention, Storage, never, open_storage
-from tolaria.rollback.journal_rows import ROW_TYPES, CommandRow, RunRow
+from tolaria.checkpoint.inspection import inspect_storage
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import Retention
+from tolaria.journal.rows import ROW_TYPES, CheckpointRow, CommandRow, RunRow
+from tolaria.values.training import Position
 
 BLOCK = 4096
 
 IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108
-"""Thousands of small syncs are quick there; what a SIGKILL or a flipped bit does is the same."""
+"""Small syncs are fast there; the effects of SIGKILL and flipped bits are the same."""
 
 
 @contextmanager
 def opened(directory: Path) -> Iterator[Storage]:
-    """The state directory, as a start would open it."""
-    storage = open_storage(directory, run_id="torture", retention=Retention(last=3))
+    """Opens the state directory as a start does."""
+    storage = open_storage(directory, run_id="torture", retention=Retention(last=3, best="highest"))
     with storage.journal:
         yield storage
 
 
 def broad_training() -> Training:
-    """A run whose checkpoints have some hundred kilobytes."""
+    """Returns a run with checkpoints of some hundred kilobytes."""
     training = new_training()
     training.model.register_buffer("broad", torch.arange(30_000, dtype=torch.float32))
     training.train(1)
@@ -50,7 +53,7 @@ def broad_training() -> Training:
 
 
 def checkpointed(directory: Path, steps: int) -> list[CheckpointRow]:
-    """A state directory with that many checkpoints and some history."""
+    """Creates a state directory with a number of checkpoints and some history."""
     training = broad_training()
     with opened(directory) as storage:
         storage.journal.put(RunRow("torture", 1, "none"))
@@ -63,18 +66,18 @@ def checkpointed(directory: Path, steps: int) -> list[CheckpointRow]:
 
 
 def harm_checkpoints(seed: int, flips: int, *, every: int) -> list[str]:
-    """Flip single bits of the newest checkpoint, and cut each of its files at multiples of `every` bytes."""
+    """Flips single bits of the newest checkpoint, and cuts each of its files at multiples of `every` bytes."""
     return _harmed(2, lambda made, rows: _harm_newest(made, rows[-1], random.Random(seed), flips, every))  # noqa: S311
 
 
 def harm_journal(seed: int, flips: int, *, every: int, with_log: bool) -> list[str]:
-    """Flip single bits of the journal, or of its write-ahead log as a crash leaves it, and cut it at multiples."""
+    """Flips single bits of the journal, or of its write-ahead log as a crash leaves it, and cuts it at multiples."""
     generator = random.Random(seed)  # noqa: S311
     return _harmed(3, lambda made, rows: _harm_journal(made, rows, generator, flips, every, with_log=with_log))
 
 
 def kill_while_writing(seed: int, times: int) -> list[str]:
-    """SIGKILL a process that writes checkpoints, at random moments; start anew on what it left, again and again."""
+    """Repeatedly kills a process that writes checkpoints, at random moments, and opens what it left."""
     generator = random.Random(seed)  # noqa: S311
     torch.set_num_threads(1)
     wrong: list[str] = []
@@ -100,7 +103,7 @@ def _harm_newest(made: Path, newest: CheckpointRow, generator: random.Random, fl
         with _copied(made) as copy:
             (copy / path.relative_to(made)).write_bytes(content)
             with opened(copy) as storage:
-                loaded = storage.checkpoints.load_newest(never)
+                loaded = storage.checkpoints.load_newest()
                 loaded.image.verify()
                 quarantined = [damage.checkpoint_id for damage in loaded.damaged if damage.quarantined]
                 if loaded.row.global_step != 1 or quarantined != [newest.checkpoint_id]:
@@ -122,7 +125,7 @@ def _harm_journal(
 def _after_journal_harm(
     made: Path, rows: list[CheckpointRow], written: set[tuple[object, ...]], *harm: object
 ) -> list[str]:
-    """Never a row that was not written; all rows, or told that the journal was rebuilt; no checkpoint lost."""
+    """Expects only written rows, all of them unless the journal was rebuilt, and every checkpoint."""
     what, path, content = harm
     assert isinstance(path, Path)
     assert isinstance(content, bytes)
@@ -133,16 +136,16 @@ def _after_journal_harm(
         with opened(copy) as storage:
             found = {(kind.table, *astuple(row)) for kind in ROW_TYPES for row in storage.journal.rows(kind)}
             points = storage.checkpoints.restore_points()
-            loaded = storage.checkpoints.load_newest(never)
+            loaded = storage.checkpoints.load_newest()
             if storage.journal_damage is None and (found - written or (written - found and not log)):
-                problems.append(f"{what}: rows changed and nobody noticed")
+                problems.append(f"{what}: rows changed without being detected")
         if list(points) != rows or loaded.damaged or loaded.row != rows[-1]:
             problems.append(f"{what}: checkpoints {[row.global_step for row in points]} are left")
     return problems
 
 
 def _leave_log(made: Path) -> None:
-    """Make the last rows stand in the log only, as after a crash."""
+    """Leaves the last rows in the log only, as after a crash."""
     with _copied(made) as copy, opened(copy) as storage:
         for step in range(10, 20):
             storage.journal.put(CommandRow(f"logged-{step}", step, "torture", "SEED", step, "applied", "y" * 300))
@@ -182,7 +185,7 @@ def _copied(made: Path) -> Iterator[Path]:
 
 
 def _killed_child(directory: Path, after_s: float) -> dict[int, str]:
-    """Fork a writer, kill it so long after its start; returns the steps and digests that it reported as committed."""
+    """Forks a writer and kills it after a time; returns the steps and digests that it reported as committed."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -191,7 +194,7 @@ def _killed_child(directory: Path, after_s: float) -> dict[int, str]:
     os.close(writing)
     with os.fdopen(reading) as lines:
         first = lines.readline()
-        time.sleep(after_s)  # the moment of the kill is what is random here
+        time.sleep(after_s)  # the kill happens at a random moment
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         whole = [line.split() for line in [first, *lines] if line.endswith("\n")]
@@ -199,7 +202,7 @@ def _killed_child(directory: Path, after_s: float) -> dict[int, str]:
 
 
 def _write_for_ever(directory: Path, report: int) -> None:
-    """The child: resume, then write one checkpoint after the other and report each once it is committed."""
+    """Resumes in the child, writes checkpoints and reports each once it is committed."""
     try:
         os.write(report, b"ready 0\n")
         training = broad_training()
@@ -223,7 +226,7 @@ def _after_kill(directory: Path, reported: dict[int, str]) -> list[str]:
             problems.append(f"the journal was called damaged: {storage.journal_damage}")
         if reported and (not points or points[-1].global_step < newest):
             problems.append(f"step {newest} was reported as committed and is not there")
-        problems += [f"step {r.global_step} is damaged" for r in points if storage.checkpoints.verify(r, never)]
+        problems += [f"{finding.name}: {finding.detail}" for finding in inspect_storage(directory) if finding.bad]
         problems += [
             f"step {r.global_step} has another digest"
             for r in points
@@ -237,7 +240,7 @@ def _after_kill(directory: Path, reported: dict[int, str]) -> list[str]:
 
 
 def main() -> int:
-    """Run everything and say what was found."""
+    """Runs all tests and prints the problems."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="2,000 flips and 500 kills instead of 200 and 15")
     parser.add_argument("--kills-only", action="store_true")

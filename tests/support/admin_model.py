@@ -1,6 +1,6 @@
-"""A run as an operator may think of it: which answers the admin service may give, and what stands afterwards.
+"""A model of a run as an operator sees it: the answers that the admin service may give, and the state after them.
 
-Written from the contract and the documents alone; shares no code with the service.
+Written from the contract and the documents; shares no code with the service.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RUNNING, PAUSED, HALTED, FINISHED = (
     admin.RUN_STATE_RUNNING, admin.RUN_STATE_PAUSED, admin.RUN_STATE_HALTED, admin.RUN_STATE_FINISHED,
 )  # fmt: skip
 
-# Calls whose effect depends on what is kept on disk and in memory: any honest answer will do.
+# Calls whose effect depends on restore points on disk and in memory: several answers are allowed.
 _OPEN = {OK, StatusCode.UNIMPLEMENTED, INVALID, WRONG, StatusCode.NOT_FOUND, StatusCode.ABORTED}
 OPEN_METHODS: dict[str, set[StatusCode]] = {
     "TriggerRollback": {*_OPEN, StatusCode.DEADLINE_EXCEEDED},
@@ -26,7 +26,7 @@ OPEN_METHODS: dict[str, set[StatusCode]] = {
     "CreateCheckpoint": {*_OPEN, StatusCode.DEADLINE_EXCEEDED},
     "ListIncidents": _OPEN,
     "CaptureProfile": {*_OPEN, StatusCode.DEADLINE_EXCEEDED},
-    "StreamTelemetry": {*_OPEN, StatusCode.DEADLINE_EXCEEDED},  # nothing to be told within the test's patience
+    "StreamTelemetry": {*_OPEN, StatusCode.DEADLINE_EXCEEDED},  # no event within the test's timeout
 }
 READING = {"GetStatus", "WatchStatus"}
 
@@ -34,7 +34,7 @@ Outcome = tuple[StatusCode, bytes]
 
 
 class AdminModel:
-    """State, level and the reasons that operators cause. Nothing else may change them in the run beside it."""
+    """The state, the emergency level and the reasons that operators cause; nothing else changes them in this run."""
 
     def __init__(self) -> None:
         self.state = RUNNING
@@ -45,7 +45,7 @@ class AdminModel:
         self._open_ids: set[str] = set()
 
     def allowed(self, method: str, request: Any) -> set[StatusCode]:
-        """The status codes that the next answer may have; `request` is None for bytes that are none."""
+        """Returns the status codes that the next answer may have; `request` is None for bytes that cannot be parsed."""
         if request is None:
             return {INVALID}
         if method in READING:
@@ -54,40 +54,40 @@ class AdminModel:
             return OPEN_METHODS[method]
         return self._allowed_once(method, request) if _is_complete(request) else {INVALID}
 
-    def took(self, method: str, request: Any, outcome: Outcome, status: admin.GetStatusResponse) -> str:
-        """Follow an allowed outcome; what does not agree with it, in words. `status` is asked for afterwards."""
+    def apply(self, method: str, request: Any, outcome: Outcome, status: admin.GetStatusResponse) -> str:
+        """Applies an allowed outcome; returns how it, or the `status` after it, differs from the model."""
         changes = request is not None and method not in READING | OPEN_METHODS.keys() and _is_complete(request)
         if method in OPEN_METHODS:
             self._open_ids.add(getattr(request, "request_id", ""))
-            self._become(status)
+            self._adopt(status)
         elif changes and request.request_id in self._open_ids:
-            self._become(status)
+            self._adopt(status)
         elif changes:
-            problem = self._changed(method, request, outcome)
+            problem = self._apply_once(method, request, outcome)
             if problem:
                 return problem
-        return self._disagreement(status)
+        return self._status_problem(status)
 
-    def _changed(self, method: str, request: Any, outcome: Outcome) -> str:
+    def _apply_once(self, method: str, request: Any, outcome: Outcome) -> str:
         if request.request_id in self._first:
             of, raw, first = self._first[request.request_id]
             same = (of, raw) == (method, _bytes(request))
             return f"a repeat got {outcome}, first was {first}" if same and outcome != first else ""
         self._first[request.request_id] = (method, _bytes(request), outcome)
         if outcome[0] is OK:
-            self._enact(method, request)
-            return self._misanswered(method, outcome[1])
+            self._change(method, request)
+            return self._answer_problem(method, outcome[1])
         return ""
 
     def _allowed_once(self, method: str, request: Any) -> set[StatusCode]:
         if request.request_id in self._open_ids:
-            return {INVALID, *self._judged(method, request)}
+            return {INVALID, *self._expected(method, request)}
         if request.request_id in self._first:
             of, raw, (code, _) = self._first[request.request_id]
             return {code} if (of, raw) == (method, _bytes(request)) else {INVALID}
-        return self._judged(method, request)
+        return self._expected(method, request)
 
-    def _judged(self, method: str, request: Any) -> set[StatusCode]:
+    def _expected(self, method: str, request: Any) -> set[StatusCode]:
         ended = self.state == FINISHED
         match method:
             case "PauseTraining" | "StopTraining":
@@ -103,7 +103,7 @@ class AdminModel:
             case _:
                 return {OK}
 
-    def _enact(self, method: str, request: Any) -> None:
+    def _change(self, method: str, request: Any) -> None:
         match method:
             case "PauseTraining":
                 self.state = HALTED if self.state == HALTED else PAUSED
@@ -121,29 +121,29 @@ class AdminModel:
             case "SetConservativeMode":
                 self.operator = request.enabled
             case _:
-                pass  # a lower level, another rate: nothing that stands
+                pass  # a lower level or another rate, which the model does not represent
 
-    def _misanswered(self, method: str, raw: bytes) -> str:
+    def _answer_problem(self, method: str, raw: bytes) -> str:
         answer = getattr(admin, f"{method}Response").FromString(raw)
-        told = {
+        shown = {
             "state": (getattr(answer, "state", self.state), self.state),
             "level": (getattr(answer, "level", self.level), self.level),
             "operator": ("operator" in getattr(answer, "conservative_reasons", ()), self.operator),
         }
         if method != "SetConservativeMode":
-            del told["operator"]
-        return ", ".join(f"{method} answers {name} {a}, not {b}" for name, (a, b) in told.items() if a != b)
+            del shown["operator"]
+        return ", ".join(f"{method} answers {name} {a}, not {b}" for name, (a, b) in shown.items() if a != b)
 
-    def _disagreement(self, status: admin.GetStatusResponse) -> str:
-        told = {
+    def _status_problem(self, status: admin.GetStatusResponse) -> str:
+        shown = {
             "state": (status.state, self.state),
             "level": (status.emergency_level, self.level),
             "operator": ("operator" in status.conservative_reasons, self.operator),
             "emergency": ("emergency" in status.conservative_reasons, self.emergency),
         }
-        return ", ".join(f"the status says {name} {a}, not {b}" for name, (a, b) in told.items() if a != b)
+        return ", ".join(f"the status says {name} {a}, not {b}" for name, (a, b) in shown.items() if a != b)
 
-    def _become(self, status: admin.GetStatusResponse) -> None:
+    def _adopt(self, status: admin.GetStatusResponse) -> None:
         self.state, self.level = status.state, status.emergency_level
         self.operator = "operator" in status.conservative_reasons
         self.emergency = "emergency" in status.conservative_reasons
@@ -161,11 +161,11 @@ def _bytes(request: Any) -> bytes:
 
 
 def _adjusting(request: admin.AdjustLearningRateRequest) -> set[StatusCode]:
-    """Nonsense must be refused; sense may be out of bounds."""
+    """A rate that is not a positive number must be refused; any other rate may be out of bounds."""
     change = request.WhichOneof("change")
-    sense = {
+    plausible = {
         None: False,
         "factor": math.isfinite(request.factor) and request.factor > 0,
         "value": math.isfinite(request.value) and request.value >= 0,
     }
-    return {OK, INVALID} if sense[change] else {INVALID}
+    return {OK, INVALID} if plausible[change] else {INVALID}

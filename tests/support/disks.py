@@ -1,19 +1,19 @@
-"""Disks that fail, or stand, when a test tells them to."""
+"""A filesystem that fails or blocks on request."""
 
 from __future__ import annotations
 
 import threading
 
-from tolaria.rollback import Filesystem
+from tolaria.filesystem import Filesystem
 
 WRITES = ["make_directory", "create", "write", "sync", "close", "sync_directory", "rename"]
-"""Every kind of call that writing a checkpoint makes."""
+"""The calls that writing a checkpoint makes."""
 
 
 class FailingDisk(Filesystem):
-    """Fails the calls of one kind, once or until it is mended, after doing nothing; and reads only while `gate` is set.
+    """Fails the calls of one kind a number of times, without effect, and reads only while `gate` is set.
 
-    Used from the writer's thread and from reading ones; told by the test's.
+    Controlled by the test's thread, and used by the writer's and by reading threads.
     """
 
     def __init__(self) -> None:
@@ -24,11 +24,11 @@ class FailingDisk(Filesystem):
         self.reading = threading.Event()
 
     def fail(self, call: str, code: int, *, times: int = 10**9) -> None:
-        """From now on the next so many calls of that name fail with that errno."""
+        """Makes the next `times` calls of this name fail with this errno."""
         self._call, self._code, self._times, self.failed = call, code, times, 0
 
-    def mend(self) -> None:
-        """There is space again."""
+    def repair(self) -> None:
+        """Makes all calls succeed again."""
         self._times = 0
 
     def read_into(self, descriptor: int, buffer: memoryview) -> int:
@@ -38,10 +38,10 @@ class FailingDisk(Filesystem):
 
     def __getattribute__(self, name: str) -> object:
         if name in WRITES:
-            Filesystem.__getattribute__(self, "_meet")(name)
+            Filesystem.__getattribute__(self, "_fail_if_chosen")(name)
         return super().__getattribute__(name)
 
-    def _meet(self, name: str) -> None:
+    def _fail_if_chosen(self, name: str) -> None:
         if name == self._call and self._times > 0:
             self._times -= 1
             self.failed += 1

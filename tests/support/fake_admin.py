@@ -1,4 +1,4 @@
-"""A service that answers from a script over real loopback gRPC, in threads: the client under test owns the loop."""
+"""A fake admin service over loopback gRPC, in threads, not on the event loop of the client under test."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ DIGEST = "0123456789abcdef0123456789abcdef"
 
 
 class FakeAdmin(TolariaAdminServiceServicer):
-    """Streams `statuses` and then stays open, unless `ends`; pauses; refuses to resume.
+    """Streams `statuses` and keeps the stream open unless `ends` is set; accepts a pause, and refuses to resume.
 
-    Rolls back with the digest `restored_digest` to what was captured with `DIGEST`; keeps `restore_points` and
-    `incidents`. `patience_s` is how long the latest caller of a slow call was ready to wait.
+    A rollback answers with `restored_digest`, and with DIGEST as that of the capture. `timeout_s` is the
+    timeout of the latest slow call.
     """
 
     def __init__(self, statuses: list[GetStatusResponse], *, ends: bool = False) -> None:
@@ -59,7 +59,7 @@ class FakeAdmin(TolariaAdminServiceServicer):
         self.coordinated = True
         self.restore_points: list[RestorePoint] = []
         self.incidents: list[Incident] = []
-        self.patience_s = 0.0
+        self.timeout_s = 0.0
 
     def GetStatus(self, request: GetStatusRequest, context: grpc.ServicerContext) -> GetStatusResponse:  # noqa: N802
         self.requests.append(request)
@@ -93,7 +93,7 @@ class FakeAdmin(TolariaAdminServiceServicer):
     def TriggerRollback(  # noqa: N802
         self, request: TriggerRollbackRequest, context: grpc.ServicerContext
     ) -> TriggerRollbackResponse:
-        self._note(request, context)
+        self._record(request, context)
         if request.reason == "too late":
             info = error_details_pb2.ErrorInfo(reason="ROLLBACK_DEADLINE", domain="tolaria")
             _refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, "the restore was abandoned", info)
@@ -111,7 +111,7 @@ class FakeAdmin(TolariaAdminServiceServicer):
     def CreateCheckpoint(  # noqa: N802
         self, request: CreateCheckpointRequest, context: grpc.ServicerContext
     ) -> CreateCheckpointResponse:
-        self._note(request, context)
+        self._record(request, context)
         return CreateCheckpointResponse(
             global_step=57, checkpoint_id="000000000057-0badcafe", digest=DIGEST, size_bytes=1_572_864
         )
@@ -119,7 +119,7 @@ class FakeAdmin(TolariaAdminServiceServicer):
     def CaptureProfile(  # noqa: N802
         self, request: CaptureProfileRequest, context: grpc.ServicerContext
     ) -> CaptureProfileResponse:
-        self._note(request, context)
+        self._record(request, context)
         return CaptureProfileResponse(global_step=62, path="/state/traces/trace-1.json", size_bytes=2048)
 
     def ListRestorePoints(  # noqa: N802
@@ -133,19 +133,19 @@ class FakeAdmin(TolariaAdminServiceServicer):
         self.requests.append(request)
         return ListIncidentsResponse(incidents=self.incidents[: request.limit or None])
 
-    def _note(self, request: Any, context: grpc.ServicerContext) -> None:
+    def _record(self, request: Any, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
-        self.patience_s = context.time_remaining() or 0.0
+        self.timeout_s = context.time_remaining() or 0.0
 
 
 def fake_admin(statuses: list[GetStatusResponse], *, ends: bool = False) -> FakeAdmin:
-    """A fake whose other calls are the generated ones, which refuse as unimplemented."""
+    """Returns a fake that refuses all other calls as unimplemented."""
     return FakeAdmin(statuses, ends=ends)  # type: ignore[abstract] # abstract in the stub only
 
 
 @contextmanager
 def serving(admin: FakeAdmin, listen: str = "127.0.0.1:0") -> Iterator[str]:
-    """The address at which `admin` answers."""
+    """Serves `admin`; yields its address."""
     server = grpc.server(ThreadPoolExecutor(max_workers=4), options=[("grpc.so_reuseport", 0)])
     add_TolariaAdminServiceServicer_to_server(admin, server)
     port = server.add_insecure_port(listen)
@@ -158,7 +158,7 @@ def serving(admin: FakeAdmin, listen: str = "127.0.0.1:0") -> Iterator[str]:
 
 @contextmanager
 def serving_nothing() -> Iterator[str]:
-    """The address of a gRPC server that has no service at all."""
+    """Yields the address of a gRPC server without any service."""
     server = grpc.server(ThreadPoolExecutor(max_workers=1), options=[("grpc.so_reuseport", 0)])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
@@ -169,10 +169,10 @@ def serving_nothing() -> Iterator[str]:
 
 
 def status_of(epoch: int, *, state: int = RunState.RUN_STATE_RUNNING, epochs: int = 3) -> GetStatusResponse:
-    """A status as a run of 45 steps an epoch has it at the begin of `epoch`."""
+    """Returns the status of a run of 45 steps per epoch at the beginning of `epoch`."""
     return GetStatusResponse(
         run_id="run-1",
-        state=state,  # type: ignore[arg-type] # a plain number here, as a newer service could send
+        state=state,  # type: ignore[arg-type] # a plain number, such as a newer service could send
         job="digits",
         epoch=epoch,
         epochs=epochs,
@@ -200,12 +200,12 @@ def status_of(epoch: int, *, state: int = RunState.RUN_STATE_RUNNING, epochs: in
 
 
 def whole_run() -> list[GetStatusResponse]:
-    """Three epochs and the end."""
+    """Returns statuses of three epochs and of the finished run."""
     return [status_of(1), status_of(2), status_of(3), status_of(3, state=RunState.RUN_STATE_FINISHED)]
 
 
-def grafting_run() -> list[GetStatusResponse]:
-    """The same, with the life of a seed that becomes part of the host."""
+def run_with_a_seed() -> list[GetStatusResponse]:
+    """Returns the same statuses with the stages of a seed that is fossilized."""
     stages = [
         SeedLifecycleStage.SEED_STAGE_GERMINATED,
         SeedLifecycleStage.SEED_STAGE_BLENDING,
@@ -219,7 +219,7 @@ def grafting_run() -> list[GetStatusResponse]:
 
 
 def restore_points(now_s: int) -> list[RestorePoint]:
-    """One on disk, from two hours before, and a later one in memory."""
+    """Returns a restore point on disk, two hours old, and a new one in memory."""
     return [
         RestorePoint(
             tier=RollbackTier.ROLLBACK_TIER_FULL,
@@ -242,8 +242,8 @@ def restore_points(now_s: int) -> list[RestorePoint]:
     ]
 
 
-def incidents_of_a_night() -> list[Incident]:
-    """Older first, as no service has them, with words that would act on a terminal."""
+def two_incidents() -> list[Incident]:
+    """Returns unsorted incidents, with text that contains terminal control sequences."""
     return [
         Incident(
             incident_id="f1",

@@ -1,6 +1,6 @@
-"""Stands where `tolaria serve` would: `-m support.fake_serve MODE LIFELINE serve --while-stdin ...` acts it out.
+"""A fake of `tolaria serve`, run as `-m support.fake_serve MODE FIFO serve --while-stdin ...`.
 
-It writes its arguments to the FIFO at LIFELINE and holds it open while it lives.
+It writes its arguments to the FIFO and keeps the FIFO open until it exits.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import threading
 from pathlib import Path
 
 from leyline.v1.admin_service_pb2 import RunState
-from support.fake_admin import FakeAdmin, fake_admin, grafting_run, serving, status_of
+from support.fake_admin import FakeAdmin, fake_admin, run_with_a_seed, serving, status_of
 
 
 def main() -> None:
-    """Fail to start, or serve."""
-    mode, lifeline, *arguments = sys.argv[1:]
-    life = Path(lifeline).open("w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
-    print(json.dumps({"pid": os.getpid(), "arguments": arguments}), file=life, flush=True)
+    """Fails to start or serves, depending on the mode."""
+    mode, fifo, *arguments = sys.argv[1:]
+    held_open = Path(fifo).open("w", encoding="utf-8")  # noqa: SIM115 - until the process exits
+    print(json.dumps({"pid": os.getpid(), "arguments": arguments}), file=held_open, flush=True)
     sys.stderr.write("not JSON\n" + json.dumps(["neither an object"]) + "\n")
     if mode == "bind-fails" or (mode == "port-taken" and "server.listen=127.0.0.1:0" not in arguments):
         sys.exit("tolaria: the admin server cannot listen on 127.0.0.1:50051: the address is in use")
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def serve(mode: str) -> None:
-    """Serve until told to stop, or die on the way."""
+    """Serves until SIGTERM or the end of standard input, or exits early."""
     over = threading.Event()
     signal.signal(signal.SIGTERM, signal.SIG_IGN if mode == "stubborn" else lambda *_: over.set())
     if mode != "stubborn":
@@ -50,13 +50,13 @@ def serve(mode: str) -> None:
 
 
 def end_with_stdin(over: threading.Event) -> None:
-    """What `--while-stdin` asks for."""
+    """Implements --while-stdin."""
     sys.stdin.read()
     over.set()
 
 
 def admin_of(mode: str) -> FakeAdmin:
-    """The run that the mode stands for."""
+    """Returns an admin service with the run of this mode."""
     if mode == "run-fails":
         failed = status_of(2, state=RunState.RUN_STATE_FAILED)
         failed.state_reason = "loss is NaN"
@@ -64,7 +64,7 @@ def admin_of(mode: str) -> FakeAdmin:
         return fake_admin([status_of(1), failed])
     if mode in {"endless", "stubborn-endless"}:
         return fake_admin([status_of(1), status_of(2)])
-    return fake_admin(grafting_run())
+    return fake_admin(run_with_a_seed())
 
 
 if __name__ == "__main__":

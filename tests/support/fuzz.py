@@ -1,7 +1,7 @@
-"""Messages and bytes that nobody would send, made from the contract's descriptors: strategies for hypothesis.
+"""Hypothesis strategies for arbitrary messages and malformed bytes, built from the contract's descriptors.
 
-Knows no message by name: whatever the contract gains is fuzzed too. `overrides` bend single fields towards sense, since
-what is nonsense everywhere never gets past the first check.
+No message is known by name, so additions to the contract are fuzzed too. `overrides` give single fields plausible
+values, since a message of arbitrary values never passes the first check.
 """
 
 from __future__ import annotations
@@ -49,16 +49,17 @@ _SCALARS: Mapping[int, SearchStrategy[Any]] = {
 
 
 def messages(kind: type[Kind], overrides: Overrides | None = None) -> SearchStrategy[Kind]:
-    """Messages of a kind, any field set or not: extremes, NaN, unknown enum numbers, huge and odd strings, nesting.
+    """Messages of a type, with any fields set: extremes, NaN, unknown enum numbers, long and unusual strings, nesting.
 
-    `overrides`: strategies by `Message.field`, whose values are as Python's protobuf takes them (mapping, list, message
-    as a mapping); such a field is always set.
+    `overrides`: strategies by `Message.field`, whose values are those that Python's protobuf accepts (mapping, list,
+    message as a mapping); a field with an override is always set.
     """
-    return _Maker(overrides or {}).values(cast("Descriptor", kind.DESCRIPTOR), 0).map(lambda values: kind(**values))
+    factory = _StrategyFactory(overrides or {})
+    return factory.values(cast("Descriptor", kind.DESCRIPTOR), 0).map(lambda values: kind(**values))
 
 
 def wire(kind: type[Message], overrides: Overrides | None = None) -> SearchStrategy[bytes]:
-    """Bytes for a message of a kind that were cut, bent, typed wrongly, or never meant anything."""
+    """Malformed bytes for a message type: truncated, corrupted, of wrong wire types, or random."""
     numbers = st.one_of(
         st.sampled_from([field.number for field in kind.DESCRIPTOR.fields] or [1]), st.integers(1, 2**29 - 1)
     )
@@ -66,27 +67,27 @@ def wire(kind: type[Message], overrides: Overrides | None = None) -> SearchStrat
     made = messages(kind, overrides).map(lambda message: message.SerializeToString())
     return st.one_of(
         fields.map(b"".join),
-        st.builds(_cut, made, st.integers(0, 2**10)),
-        st.builds(_bent, made, st.integers(0, 2**10), st.integers(1, 255)),
+        st.builds(_truncated, made, st.integers(0, 2**10)),
+        st.builds(_corrupted, made, st.integers(0, 2**10), st.integers(1, 255)),
         st.binary(max_size=64),
     )
 
 
 def weighted(*choices: tuple[int, SearchStrategy[Any]]) -> SearchStrategy[Any]:
-    """One of several, as often as its number says; `one_of` drops doubles and mixes the parts of its parts in."""
+    """One of several, chosen by weight; `one_of` would drop duplicates and flatten nested alternatives."""
     tickets = [strategy for weight, strategy in choices for _ in range(weight)]
     return st.integers(0, len(tickets) - 1).flatmap(tickets.__getitem__)
 
 
-class _Maker:
-    """Strategies for one set of overrides, each made once: making them anew for every draw takes most of the time."""
+class _StrategyFactory:
+    """Strategies for one set of overrides, cached because building them for every draw would dominate the run time."""
 
     def __init__(self, overrides: Overrides) -> None:
         self._overrides = overrides
         self._made: dict[tuple[str, int], SearchStrategy[dict[str, Any]]] = {}
 
     def values(self, descriptor: Descriptor, depth: int) -> SearchStrategy[dict[str, Any]]:
-        """Values of a message's fields by name; at the greatest depth none of them are messages."""
+        """Values of a message's fields by name; at the maximum depth none of them is a message."""
         key = (descriptor.full_name, depth)
         if key not in self._made:
             self._made[key] = self._new_values(descriptor, depth)
@@ -127,7 +128,7 @@ class _Maker:
 
     def _one(self, field: FieldDescriptor, depth: int) -> SearchStrategy[Any]:
         if field.message_type is not None:
-            kind = GetMessageClass(field.message_type)  # a mapping alone does not do for maps of messages
+            kind = GetMessageClass(field.message_type)  # maps of messages do not accept a mapping
             return self.values(field.message_type, depth + 1).map(lambda values: kind(**values))
         if field.enum_type is not None:
             return st.one_of(st.sampled_from([value.number for value in field.enum_type.values]), _INT32)
@@ -135,7 +136,7 @@ class _Maker:
 
 
 def _field(number: int, wire_type: int, payload: bytes) -> bytes:
-    """A tag and something behind it, which need not be what the tag promises."""
+    """A tag followed by content that need not match it."""
     bodies = {
         0: _varint(int.from_bytes(payload[:9], "little")),
         1: payload[:8].ljust(8, b"\0"),
@@ -154,11 +155,11 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _cut(raw: bytes, at: int) -> bytes:
+def _truncated(raw: bytes, at: int) -> bytes:
     return raw[: at % (len(raw) + 1)]
 
 
-def _bent(raw: bytes, at: int, by: int) -> bytes:
+def _corrupted(raw: bytes, at: int, by: int) -> bytes:
     if not raw:
         return raw
     at %= len(raw)

@@ -1,4 +1,4 @@
-"""Peers in a process of their own that hang, or answer at once, and a run that is wired to them."""
+"""Peers in a separate process that hang or answer immediately, and a run that is connected to them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import COMMAND_SEED
+from leyline.v1.kasmina_service_pb2 import ApplyCommandResponse
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
-from support.hanging_child import Footprint, Handlers, Manner
+from support.hanging_child import Behaviour, Footprint, Handlers
 from support.peers import command
 from support.processes import python_path
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.config import ControlSettings, KasminaSettings, TamiyoSettings
 from tolaria.errors import PeerTimeoutError
 from tolaria.peers.connect import Peers, connected_peers
-from tolaria.peers.kasmina import Applied
 from tolaria.resilience.breaker import Breaker, BreakerPolicy
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
 
 CHILD = Path(__file__).parent / "hanging_child.py"
@@ -45,17 +45,17 @@ class PeerProcess:
         self.target = ""
 
     async def read_target(self) -> None:
-        """Wait for its port."""
+        """Reads the address of the peers, once the child prints it."""
         self.target = (await self._line()).decode()
 
     async def handlers(self) -> Handlers:
-        """What it counts now."""
+        """Returns the child's current counts."""
         await self._stdin.send(b"\n")
         counts = json.loads(await self._line())
         return Handlers(**counts | {"footprint": Footprint(**counts["footprint"])})
 
-    async def at_rest(self, before: Footprint) -> Handlers:
-        """The same once no handler runs and it holds no more than `before`; 10 s at most."""
+    async def idle(self, before: Footprint) -> Handlers:
+        """Waits up to 10 s until no handler runs and there are no more tasks than in `before`; returns the counts."""
         with anyio.fail_after(10):
             while True:
                 now = await self.handlers()
@@ -68,9 +68,9 @@ class PeerProcess:
 
 
 @asynccontextmanager
-async def peer_process(manner: Manner) -> AsyncIterator[PeerProcess]:
-    """The child while the block runs."""
-    command_line = [sys.executable, str(CHILD), manner]
+async def peer_process(behaviour: Behaviour) -> AsyncIterator[PeerProcess]:
+    """Runs the child process while the block runs."""
+    command_line = [sys.executable, str(CHILD), behaviour]
     environment = {"PYTHONPATH": python_path(), "GRPC_VERBOSITY": "NONE"}
     async with await anyio.open_process(command_line, stdin=subprocess.PIPE, stderr=None, env=environment) as process:
         child = PeerProcess(process)
@@ -83,12 +83,12 @@ async def peer_process(manner: Manner) -> AsyncIterator[PeerProcess]:
 
 
 @asynccontextmanager
-async def wired(
+async def connected(
     target: str, *, timeout_s: float, run: RunUnderTest | None = None, in_flight_max: int = 8
 ) -> AsyncIterator[Peers]:
-    """Clients of a target, with breakers and telemetry of a run; without one, with breakers that never open."""
-    patient = BreakerPolicy(failures_max=10**9)
-    own = {name: Breaker(name, clock=time.monotonic, policy=patient) for name in ("tamiyo", "kasmina")}
+    """Connects clients with the breakers and telemetry of a run; without a run, with breakers that never open."""
+    tolerant = BreakerPolicy(failures_max=10**9)
+    own = {name: Breaker(name, clock=time.monotonic, policy=tolerant) for name in ("tamiyo", "kasmina")}
     async with connected_peers(
         TamiyoSettings(target=target, timeout_s=timeout_s, in_flight_max=in_flight_max),
         KasminaSettings(target=target, timeout_s=timeout_s, in_flight_max=in_flight_max),
@@ -99,50 +99,50 @@ async def wired(
         yield peers
 
 
-ASKED: dict[str, Callable[[Peers], Awaitable[object]]] = {
+CALLS: dict[str, Callable[[Peers], Awaitable[object]]] = {
     "EvaluateEpoch": lambda peers: peers.tamiyo.evaluate_epoch(_STATE),
     "EvaluateStep": lambda peers: peers.tamiyo.evaluate_step(_STATE),
     "ExportSeedStates": lambda peers: peers.kasmina.export_seeds(_STATE),
     "ApplyCommand": lambda peers: peers.kasmina.apply(command(COMMAND_SEED), _STATE),
 }
-"""All that the peers can be asked."""
+"""Every call to the peers."""
 
 
-async def time_out(peers: Peers, methods: Sequence[str], times: int) -> int:
-    """Ask in turn, `times` in all; how many of the calls ended with a timeout."""
+async def count_timeouts(peers: Peers, methods: Sequence[str], times: int) -> int:
+    """Calls the methods in turn, `times` calls in all; returns how many of them timed out."""
     timeouts = 0
     for number in range(times):
         try:
-            await ASKED[methods[number % len(methods)]](peers)
+            await CALLS[methods[number % len(methods)]](peers)
         except PeerTimeoutError:
             timeouts += 1
     return timeouts
 
 
 @asynccontextmanager
-async def hammered(peers: Peers) -> AsyncIterator[Counter[str]]:
-    """Both peers called again and again, each as soon as its last call has ended, while the block runs.
+async def calling(peers: Peers) -> AsyncIterator[Counter[str]]:
+    """Calls both peers repeatedly, one call at a time each, while the block runs.
 
-    Yields the calls that ended with a timeout, by method.
+    Yields the numbers of calls that timed out, by method.
     """
     timeouts: Counter[str] = Counter()
 
-    async def hammer(method: str) -> None:
+    async def call(method: str) -> None:
         while True:
             try:
-                await ASKED[method](peers)
+                await CALLS[method](peers)
             except PeerTimeoutError:
                 timeouts[method] += 1
 
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(hammer, "EvaluateEpoch")
-        tasks.start_soon(hammer, "ExportSeedStates")
+        tasks.start_soon(call, "EvaluateEpoch")
+        tasks.start_soon(call, "ExportSeedStates")
         yield timeouts
         tasks.cancel_scope.cancel()
 
 
-class WiredPeers(FakePeers):
-    """The peers of a run that are real clients; `clients` is set before the run begins."""
+class ConnectedPeers(FakePeers):
+    """Peers of a run that are called through real clients; `clients` is set before the run begins."""
 
     clients: Peers
 
@@ -152,7 +152,7 @@ class WiredPeers(FakePeers):
     async def evaluate_step(self, state: SystemStatePacket) -> AdaptationCommand | None:
         return await self.clients.tamiyo.evaluate_step(state)
 
-    async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> Applied:
+    async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> ApplyCommandResponse:
         return await self.clients.kasmina.apply(command, state)
 
     async def export_seeds(self, state: SystemStatePacket, refusals: Sequence[tuple[str, str]] = ()) -> list[SeedState]:
@@ -167,17 +167,17 @@ async def training(
     control: ControlSettings | None = None,
     job: str = "TinyJob",
     options: Mapping[str, int] | None = None,
-) -> AsyncIterator[tuple[RunUnderTest, WiredPeers]]:
-    """A run without an end, and its peers: those at `target`, asked as a service asks, through its own breakers."""
-    peers = WiredPeers()
+) -> AsyncIterator[tuple[RunUnderTest, ConnectedPeers]]:
+    """Yields a run that does not end by itself and its peers, which it calls through its own circuit breakers."""
+    peers = ConnectedPeers()
     run = new_run(peers, job=job, control=control or ControlSettings(), epochs=10**6, options=dict(options or {}))
-    async with wired(target, timeout_s=timeout_s, run=run) as peers.clients, running(run):
+    async with connected(target, timeout_s=timeout_s, run=run) as peers.clients, running(run):
         yield run, peers
 
 
 async def steps_per_s(run: RunUnderTest, *, after_steps: int, seconds: float) -> float:
-    """How fast a run goes on from a step on, boundaries included."""
-    await run.until(lambda: run.progress.global_step >= after_steps)
-    since, step = time.perf_counter(), run.progress.global_step
+    """Measures the steps per second of a run, boundaries included, after its first `after_steps` steps."""
+    await run.until(lambda: run.status.global_step >= after_steps)
+    since_s, step = time.perf_counter(), run.status.global_step
     await anyio.sleep(seconds)
-    return (run.progress.global_step - step) / (time.perf_counter() - since)
+    return (run.status.global_step - step) / (time.perf_counter() - since_s)

@@ -1,8 +1,8 @@
-"""The child process of `support.hanging`: both peers on one port, which hang or answer at once. Imports no torch.
+"""The child process of `support.hanging`: both peers on one port, which hang or answer immediately. Imports no torch.
 
 python tests/support/hanging_child.py (hang | answer)
 
-It says its address, then a line of counts for every line that it is sent; it ends with its standard input.
+It prints its address, then a line of counts for each line of standard input, and exits at the end of standard input.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import anyio.to_thread
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.state_pb2 import SystemStatePacket
-from support.peers import FakeKasmina, FakeTamiyo, at_once, serving
+from support.peers import FakeKasmina, FakeTamiyo, no_delay, serving
 
-Manner = Literal["hang", "answer"]
+Behaviour = Literal["hang", "answer"]
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a process holds."""
+    """Resources of a process."""
 
     threads: int
     tasks: int
@@ -37,7 +37,7 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True)
 class Handlers:
-    """What became of a peer process's calls, and what the process holds."""
+    """Numbers of calls to a peer process, and its resources."""
 
     begun: int
     running: int
@@ -46,7 +46,7 @@ class Handlers:
 
 
 async def footprint() -> Footprint:
-    """Of this process, now, what is garbage left aside."""
+    """Returns the resources of this process after a garbage collection."""
     gc.collect()
     descriptors = await anyio.to_thread.run_sync(lambda: len(list(Path("/proc/self/fd").iterdir())))
     return Footprint(threading.active_count(), len(asyncio.all_tasks()), descriptors)
@@ -61,20 +61,20 @@ async def _no_change(_state: SystemStatePacket) -> AdaptationCommand | None:
     return None
 
 
-async def _serve(manner: str) -> None:
-    hangs = manner == "hang"
+async def _serve(behaviour: str) -> None:
+    hangs = behaviour == "hang"
     tamiyo = FakeTamiyo(_hang if hangs else _no_change)
-    kasmina = FakeKasmina(ponder=_hang if hangs else at_once)
+    kasmina = FakeKasmina(before_answer=_hang if hangs else no_delay)
     async with serving(tamiyo, kasmina) as target:
-        _say(target)
+        _print(target)
         while await anyio.to_thread.run_sync(sys.stdin.readline):
             tamiyo.states.clear()
             begun, running = tamiyo.begun + kasmina.begun, tamiyo.running + kasmina.running
             counts = Handlers(begun, running, tamiyo.cancelled + kasmina.cancelled, await footprint())
-            _say(json.dumps(asdict(counts)))
+            _print(json.dumps(asdict(counts)))
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""Tiny training jobs: one that works, and some that are broken in one way each."""
+"""Tiny training jobs: some that work, and some that are each broken in one way."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLES, FEATURES, BATCH = 64, 4, 8
 
 
 class TinyJob:
-    """Linear regression on 64 made-up samples; `options` bend it: samples, poison_from, dropout, gate."""
+    """Linear regression on 64 random samples. `options`: samples, poison_from, poison_steps, dropout."""
 
     def __init__(self, context: JobContext) -> None:
         self.context = context
@@ -63,7 +63,7 @@ class TinyJob:
 
 
 class GatedJob(TinyJob):
-    """Stands in every forward pass after the first (which is the first look at the job) until `passes` are given."""
+    """Blocks in every forward pass after the first, a trial at startup, until the test releases `passes`."""
 
     def __init__(self, context: JobContext) -> None:
         super().__init__(context)
@@ -74,7 +74,7 @@ class GatedJob(TinyJob):
         if self.seen:
             self.entered.release()
             if not self.passes.acquire(timeout=30):
-                raise TimeoutError("no pass was given")
+                raise TimeoutError("no pass was released")
         return super().losses(model, batch)
 
 
@@ -93,7 +93,7 @@ class LateCrashJob(TinyJob):
 
 class NoHostLossJob(TinyJob):
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        return {"somebody": super().losses(model, batch)[HOST]}
+        return {"other": super().losses(model, batch)[HOST]}
 
 
 class DetachedLossJob(TinyJob):
@@ -102,12 +102,12 @@ class DetachedLossJob(TinyJob):
 
 
 def raising_factory(context: JobContext) -> TinyJob:
-    """Cannot build its job."""
+    """Raises an exception instead of building a job."""
     raise ZeroDivisionError("no shards")
 
 
 def not_a_job(context: JobContext) -> object:
-    """Builds something that is no job."""
+    """Returns an object that is not a job."""
     return object()
 
 
@@ -133,7 +133,7 @@ class GilJob(TinyJob):
 
 
 class SlotJob(TinyJob):
-    """TinyJob with a slot in which a seed can grow, and losses for sources that `options["sources"]` names."""
+    """TinyJob with a slot for a seed."""
 
     def build_model(self) -> nn.Module:
         return nn.Sequential(
@@ -142,7 +142,7 @@ class SlotJob(TinyJob):
 
 
 class RandomisedJob(SlotJob):
-    """SlotJob with dropout, data that numpy's and Python's RNGs touch, and the optimizer that `options` name."""
+    """SlotJob with dropout, noise from numpy's and Python's RNGs, and the optimizer `options["optimizer"]`."""
 
     def build_model(self) -> nn.Module:
         return nn.Sequential(
@@ -168,32 +168,38 @@ class RandomisedJob(SlotJob):
         return {HOST: functional.mse_loss(model(noisy), y)}
 
 
-class SpoiltJob(TinyJob):
-    """TinyJob whose batches at the (epoch, place) pairs of `options["spoilt"]` have targets times `options["by"]`."""
+class CorruptedDataJob(TinyJob):
+    """TinyJob that multiplies the targets of some batches by `options["factor"]`.
+
+    `options["corrupted"]` lists the batches as pairs of epoch and index.
+    """
 
     def training_data(self) -> TensorCursor:
-        spoilt = cast("list[list[int]]", self.context.options["spoilt"])
-        cursor = _Spoiling((self.x, self.y), batch_size=BATCH, seed=self.context.seed)
-        cursor.spoilt = {(epoch, place) for epoch, place in spoilt}
-        cursor.by = float(str(self.context.options.get("by", 1e4)))
+        corrupted = cast("list[list[int]]", self.context.options["corrupted"])
+        cursor = _CorruptingCursor((self.x, self.y), batch_size=BATCH, seed=self.context.seed)
+        cursor.corrupted = {(epoch, index) for epoch, index in corrupted}
+        cursor.factor = float(str(self.context.options.get("factor", 1e4)))
         return cursor
 
 
-class _Spoiling(TensorCursor):
-    spoilt: set[tuple[int, int]]
-    by: float
+class _CorruptingCursor(TensorCursor):
+    corrupted: set[tuple[int, int]]
+    factor: float
 
     def next_batch(self) -> Batch | None:
         state = self.state_dict()
         batch = super().next_batch()
-        if batch is None or (state["epoch"], state["index"]) not in self.spoilt:
+        if batch is None or (state["epoch"], state["index"]) not in self.corrupted:
             return batch
         x, y = batch.payload
-        return replace(batch, payload=(x, y * self.by))
+        return replace(batch, payload=(x, y * self.factor))
 
 
-class TugOfWarJob(TinyJob):
-    """Two tasks pull two shared weights along and across a curved, steep valley; `options["rate"]` is the step."""
+class ConflictingTasksJob(TinyJob):
+    """Two tasks with conflicting gradients over two weights, along and across a steep, curved valley of the loss.
+
+    `options["rate"]` is the learning rate.
+    """
 
     def build_model(self) -> nn.Module:
         model = nn.Linear(2, 1, bias=False)
@@ -210,7 +216,7 @@ class TugOfWarJob(TinyJob):
 
     @staticmethod
     def tasks(model: nn.Module) -> tuple[Tensor, Tensor]:
-        """Their losses; where the valley is steep the second drowns the first in a plain sum."""
+        """Returns the losses of both tasks; where the valley is steep, the second dominates a plain sum."""
         along, across = next(model.parameters()).flatten()
         floor = 0.5 * torch.sin(along) + 0.2 * along
         return (along - 3).square(), 200 * (across - floor).square() + 0.1 * (along - 2.5).square()
@@ -220,7 +226,7 @@ class TugOfWarJob(TinyJob):
 
 
 class SeedIdsJob(SlotJob):
-    """The dataloader's triplet: every other sample is meant for seed `a`; losses come by sample."""
+    """Data with seed ids: every other sample belongs to seed `a`; losses are per sample."""
 
     def training_data(self) -> TensorCursor:
         return _WithSeedIds((self.x, self.y), batch_size=BATCH, seed=self.context.seed)
@@ -232,38 +238,38 @@ class SeedIdsJob(SlotJob):
 
 class _WithSeedIds(TensorCursor):
     @staticmethod
-    def owner(place: int) -> str:
-        """Whose the sample at a place in the batch is."""
-        return "a" if place % 2 else ""
+    def owner(index: int) -> str:
+        """The seed that the sample at this index of a batch belongs to; empty for the host."""
+        return "a" if index % 2 else ""
 
     def next_batch(self) -> Batch | None:
         batch = super().next_batch()
-        return batch and replace(batch, seed_ids=[self.owner(place) for place in range(batch.samples)])
+        return batch and replace(batch, seed_ids=[self.owner(index) for index in range(batch.samples)])
 
 
-class StandingJob(SlotJob):
-    """SlotJob that validates at the first look at it only: wherever its run is held, it stands at a fence.
+class WithoutValidationJob(SlotJob):
+    """SlotJob without validation batches, except in the trial at startup, so that a held run is at a step boundary.
 
-    An update is one microbatch, so that nothing but a validation has places to stand that are none.
+    An update is one microbatch, so a run could otherwise be held between step boundaries only during validation.
     """
 
-    looked_at = False
+    tried = False
 
     def validation_batches(self) -> Iterable[Batch]:
-        first, self.looked_at = not self.looked_at, True
+        first, self.tried = not self.tried, True
         return super().validation_batches() if first else []
 
 
 class CollapsingJob(GatedJob):
-    """TinyJob with an accuracy of 0.9, but of 0.1 in the epochs of `options["collapses"]`, `options["times"]` each.
+    """Has accuracy 0.9, but 0.1 in the first `options["times"]` validations of the epochs `options["collapses"]`.
 
-    In the epochs of `options["gated"]` it stands, as GatedJob does, from the sixth pass on and in bad validations.
+    In the epochs `options["gated"]` it blocks like GatedJob, from the sixth pass on and in validations that collapse.
     """
 
     def __init__(self, context: JobContext) -> None:
         super().__init__(context)
         collapses = cast("list[int]", context.options["collapses"])
-        self.left = dict.fromkeys(collapses, int(str(context.options["times"])))
+        self.remaining = dict.fromkeys(collapses, int(str(context.options["times"])))
         self.gated = cast("list[int]", context.options["gated"])
         self.collapsed = 0
         self.validating = threading.Event()
@@ -273,18 +279,18 @@ class CollapsingJob(GatedJob):
         return self.cursor
 
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        place = self.cursor.state_dict()
-        if self.seen and (place["epoch"] not in self.gated or int(str(place["index"])) < 6):
+        position = self.cursor.state_dict()
+        if self.seen and (position["epoch"] not in self.gated or int(str(position["index"])) < 6):
             self.passes.release()
         return super().losses(model, batch)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
         epoch = int(str(self.cursor.state_dict()["epoch"]))
-        bad = self.left.get(epoch, 0) > 0
-        if bad:
+        collapses = self.remaining.get(epoch, 0) > 0
+        if collapses:
             if epoch in self.gated:
                 self.validating.set()
                 assert self.passes.acquire(timeout=30)
-            self.left[epoch] -= 1
+            self.remaining[epoch] -= 1
             self.collapsed += 1
-        return Evaluation(1.0 * batch.samples, round((0.1 if bad else 0.9) * batch.samples), batch.samples)
+        return Evaluation(1.0 * batch.samples, round((0.1 if collapses else 0.9) * batch.samples), batch.samples)

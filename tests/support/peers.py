@@ -1,12 +1,13 @@
-"""Fake Tamiyo and Kasmina on real loopback gRPC, scripted by the test."""
+"""Fake Tamiyo and Kasmina servers on loopback gRPC, scripted by the test."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Protocol, cast
 
 import grpc
 import grpc.aio
@@ -24,13 +25,14 @@ from leyline.v1.rollback_service_pb2_grpc import (
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceServicer, add_TamiyoServiceServicer_to_server
+from tolaria.peers.clients import KasminaClient, TamiyoClient
 
 Context = grpc.aio.ServicerContext[object, object]
 Answering = Callable[[SystemStatePacket], Awaitable[AdaptationCommand | None]]
 
 
 def command(kind: CommandType.ValueType = COMMAND_PAUSE, **fields: object) -> AdaptationCommand:
-    """A command that passes every check, unless `fields` spoil it."""
+    """Returns a command that passes every check unless `fields` make it invalid."""
     made = AdaptationCommand(version=1, command_id=uuid.uuid4().hex, command_type=kind, issued_by="test")
     made.issued_at.FromNanoseconds(time.time_ns())
     if kind == COMMAND_SEED:
@@ -41,8 +43,24 @@ def command(kind: CommandType.ValueType = COMMAND_PAUSE, **fields: object) -> Ad
     return made
 
 
-class Attended:
-    """Counts the calls of a fake: begun, running now, cancelled. First calls end as `failures` says."""
+class PeerMethods(Protocol):
+    """The methods of both clients, for fakes without a connection."""
+
+    async def evaluate_epoch(self, state: SystemStatePacket) -> AdaptationCommand | None: ...
+    async def evaluate_step(self, state: SystemStatePacket) -> AdaptationCommand | None: ...
+    async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> kasmina.ApplyCommandResponse: ...
+    async def export_seeds(
+        self, state: SystemStatePacket, refusals: Sequence[tuple[str, str]] = ()
+    ) -> list[SeedState]: ...
+
+
+def as_clients(fake: PeerMethods) -> tuple[TamiyoClient, KasminaClient]:
+    """Returns the fake in place of both clients."""
+    return cast("TamiyoClient", fake), cast("KasminaClient", fake)
+
+
+class CountedCalls:
+    """Counts calls: begun, running now, cancelled. The first calls fail with the status codes in `failures`."""
 
     def __init__(self) -> None:
         self.begun = 0
@@ -51,8 +69,8 @@ class Attended:
         self.failures: list[grpc.StatusCode] = []
 
     @asynccontextmanager
-    async def attended(self, context: Context) -> AsyncIterator[None]:
-        """One call."""
+    async def counted(self, context: Context) -> AsyncIterator[None]:
+        """Counts one call while the block runs."""
         self.begun += 1
         self.running += 1
         try:
@@ -66,8 +84,8 @@ class Attended:
             self.running -= 1
 
 
-class FakeTamiyo(Attended, TamiyoServiceServicer):
-    """Answers with what `answer` returns."""
+class FakeTamiyo(CountedCalls, TamiyoServiceServicer):
+    """A controller that answers with the result of `answer`."""
 
     def __init__(self, answer: Answering) -> None:
         super().__init__()
@@ -77,78 +95,80 @@ class FakeTamiyo(Attended, TamiyoServiceServicer):
     async def EvaluateEpoch(  # noqa: N802
         self, request: tamiyo.EvaluateEpochRequest, context: Context
     ) -> tamiyo.EvaluateEpochResponse:
-        async with self.attended(context):
+        async with self.counted(context):
             self.states.append(request.state)
             return tamiyo.EvaluateEpochResponse(command=await self.answer(request.state))
 
     async def EvaluateStep(  # noqa: N802
         self, request: tamiyo.EvaluateStepRequest, context: Context
     ) -> tamiyo.EvaluateStepResponse:
-        async with self.attended(context):
+        async with self.counted(context):
             self.states.append(request.state)
             return tamiyo.EvaluateStepResponse(command=await self.answer(request.state))
 
 
-async def at_once() -> None:
-    """What a quick peer waits for."""
+async def no_delay() -> None:
+    """Returns immediately."""
 
 
-class FakeKasmina(Attended, KasminaServiceServicer):
-    """Desires `seeds` and takes every command, after `ponder`."""
+class FakeKasmina(CountedCalls, KasminaServiceServicer):
+    """An executor that declares `seeds` and applies every command, after `before_answer`."""
 
-    def __init__(self, seeds: list[SeedState] | None = None, ponder: Callable[[], Awaitable[None]] = at_once) -> None:
+    def __init__(
+        self, seeds: list[SeedState] | None = None, before_answer: Callable[[], Awaitable[None]] = no_delay
+    ) -> None:
         super().__init__()
         self.seeds = seeds or []
-        self.ponder = ponder
+        self.before_answer = before_answer
         self.commands: list[AdaptationCommand] = []
 
     async def ApplyCommand(  # noqa: N802
         self, request: kasmina.ApplyCommandRequest, context: Context
     ) -> kasmina.ApplyCommandResponse:
-        async with self.attended(context):
+        async with self.counted(context):
             self.commands.append(request.command)
-            await self.ponder()
+            await self.before_answer()
             return kasmina.ApplyCommandResponse(seeds=self.seeds, applied=True, detail="germinated")
 
     async def ExportSeedStates(  # noqa: N802
         self, request: kasmina.ExportSeedStatesRequest, context: Context
     ) -> kasmina.ExportSeedStatesResponse:
-        async with self.attended(context):
-            await self.ponder()
+        async with self.counted(context):
+            await self.before_answer()
             return kasmina.ExportSeedStatesResponse(seeds=self.seeds)
 
 
-class FakeParticipant(Attended, RollbackParticipantServiceServicer):
-    """Takes every call of a rollback."""
+class FakeParticipant(CountedCalls, RollbackParticipantServiceServicer):
+    """A participant that accepts every call of a rollback."""
 
     async def PrepareRollback(  # noqa: N802
         self, request: rollback.PrepareRollbackRequest, context: Context
     ) -> rollback.PrepareRollbackResponse:
-        async with self.attended(context):
+        async with self.counted(context):
             return rollback.PrepareRollbackResponse(rollback_id=request.rollback_id, accepted=True)
 
     async def CommitRollback(  # noqa: N802
         self, request: rollback.CommitRollbackRequest, context: Context
     ) -> rollback.CommitRollbackResponse:
-        async with self.attended(context):
+        async with self.counted(context):
             return rollback.CommitRollbackResponse(rollback_id=request.rollback_id, accepted=True)
 
     async def ConfirmRollback(  # noqa: N802
         self, request: rollback.ConfirmRollbackRequest, context: Context
     ) -> rollback.ConfirmRollbackResponse:
-        async with self.attended(context):
+        async with self.counted(context):
             return rollback.ConfirmRollbackResponse(rollback_id=request.rollback_id, accepted=True)
 
     async def AbortRollback(  # noqa: N802
         self, request: rollback.AbortRollbackRequest, context: Context
     ) -> rollback.AbortRollbackResponse:
-        async with self.attended(context):
+        async with self.counted(context):
             return rollback.AbortRollbackResponse(rollback_id=request.rollback_id, accepted=True)
 
 
 @asynccontextmanager
 async def serving(*servicers: FakeTamiyo | FakeKasmina | FakeParticipant, port: int = 0) -> AsyncIterator[str]:
-    """The servicers on one loopback port; yields host:port."""
+    """Serves on one loopback port; yields host:port."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     for servicer in servicers:
         if isinstance(servicer, FakeTamiyo):

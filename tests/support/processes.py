@@ -1,4 +1,4 @@
-"""The real `tolaria serve` as a child process, and what it says."""
+"""The real `tolaria serve` as a child process, and its log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TESTS = Path(__file__).parents[1]
 
 
 class Serve:
-    """One service process. Its log lines are read all the time, so that it never waits for us."""
+    """One service process. Its log is read continuously, so that it never blocks on a full pipe."""
 
     def __init__(self, arguments: Sequence[str], cwd: Path) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TOLARIA_")}
@@ -32,48 +32,48 @@ class Serve:
         )
         self.lines: list[str] = []
         self._serving = threading.Event()
-        self._said: dict[str, Any] = {}
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self._serving_event: dict[str, Any] = {}
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line.rstrip())
             if '"serving"' in line:
-                self._said = json.loads(line)
+                self._serving_event = json.loads(line)
                 self._serving.set()
         self._serving.set()
 
     def addresses(self) -> tuple[str, str]:
-        """Where it serves gRPC and metrics; waits until it does."""
+        """Waits until it serves; returns the addresses of gRPC and of the metrics."""
         assert self._serving.wait(START_TIMEOUT_S), self.lines
-        assert self._said, self.lines
-        return self._said["grpc"], self._said["metrics"]
+        assert self._serving_event, self.lines
+        return self._serving_event["grpc"], self._serving_event["metrics"]
 
     def events(self) -> list[dict[str, Any]]:
-        """What it has logged so far."""
+        """The events that it has logged so far."""
         return [json.loads(line) for line in self.lines if line.startswith("{")]
 
     def terminate(self) -> None:
-        """SIGTERM."""
+        """Sends SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
 
     def wait(self, timeout_s: float = 60.0) -> int:
-        """Its exit code; all it said has been read by then."""
+        """Waits for the end; returns the exit code, once the whole log has been read."""
         code = self.process.wait(timeout_s)
-        self._reader.join(5)
+        self.reader.join(5)
         return code
 
     def children(self) -> list[int]:
-        """Processes that it has started and that live."""
+        """Ids of its running child processes."""
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in path.read_text().split()] if path.exists() else []
 
 
 @contextmanager
 def serve(*overrides: str, cwd: Path, ports: bool = True) -> Iterator[Serve]:
-    """A service with these `--set` values, on free ports; killed at the end if it still runs."""
+    """Runs a service with these `--set` values, on free ports; kills it at the end if it is still running."""
     free = ["server.listen=127.0.0.1:0", "metrics.listen=127.0.0.1:0"] if ports else []
     service = Serve([*free, *overrides], cwd)
     try:
@@ -82,14 +82,14 @@ def serve(*overrides: str, cwd: Path, ports: bool = True) -> Iterator[Serve]:
         if service.process.poll() is None:
             service.process.kill()
         service.process.wait(10)
-        service._reader.join(5)
+        service.reader.join(5)
         for stream in (service.process.stdout, service.process.stderr):
             if stream is not None:
                 stream.close()
 
 
 def python_path() -> str:
-    """Where children look for modules: here first, then wherever this process was told to."""
+    """PYTHONPATH for child processes: the tests, followed by this process's own."""
     return os.pathsep.join(path for path in (str(TESTS), os.environ.get("PYTHONPATH", "")) if path)
 
 
@@ -98,7 +98,7 @@ def _overrides(values: Sequence[str]) -> list[str]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
+    """Whether a process is running; zombies are not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -1,4 +1,4 @@
-"""A Tamiyo and a Kasmina on one loopback port that answer with bytes, whatever they are, and a run's way to them."""
+"""Tamiyo and Kasmina on one loopback port that answer with given bytes, and real clients to call them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import grpc
 import grpc.aio
 
 from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.kasmina_service_pb2 import ApplyCommandResponse
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.runs import FakePeers
 from tolaria.config import PeerSettings
 from tolaria.peers.connect import Peers, connected_peers
-from tolaria.peers.kasmina import Applied
-from tolaria.telemetry.emitter import Emitter
+from tolaria.run.safety import Safeguards
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics
-from tolaria.training.safeguards import Safeguards
 
 METHODS = {
     "leyline.v1.TamiyoService": ("EvaluateEpoch", "EvaluateStep"),
@@ -25,11 +25,11 @@ METHODS = {
 }
 
 Answer = bytes | grpc.StatusCode
-"""What goes over the wire: these bytes, or an error with this code."""
+"""The bytes of the answer, or the status code of an error."""
 
 
 class RawPeers(FakePeers):
-    """Peers behind Tolaria's own clients. `answers` holds what each method answers with; others answer with no bytes.
+    """Peers called by the real clients. `answers` holds the answer of each method; the default is empty.
 
     `served` counts the answers by method.
     """
@@ -41,8 +41,8 @@ class RawPeers(FakePeers):
         self._clients: Peers | None = None
 
     @asynccontextmanager
-    async def connected(self, safeguards: Safeguards) -> AsyncIterator[None]:
-        """Serve, and call through the breakers of a run."""
+    async def serving(self, safeguards: Safeguards) -> AsyncIterator[None]:
+        """Serves, and connects clients with the circuit breakers of a run."""
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         server.add_generic_rpc_handlers(
             [
@@ -63,19 +63,19 @@ class RawPeers(FakePeers):
         await server.stop(None)
 
     async def evaluate_epoch(self, state: SystemStatePacket) -> AdaptationCommand | None:
-        """Over the wire."""
+        """Calls the server."""
         return await self._peers.tamiyo.evaluate_epoch(state)
 
     async def evaluate_step(self, state: SystemStatePacket) -> AdaptationCommand | None:
-        """Over the wire."""
+        """Calls the server."""
         return await self._peers.tamiyo.evaluate_step(state)
 
-    async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> Applied:
-        """Over the wire."""
+    async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> ApplyCommandResponse:
+        """Calls the server."""
         return await self._peers.kasmina.apply(command, state)
 
     async def export_seeds(self, state: SystemStatePacket, refusals: Sequence[tuple[str, str]] = ()) -> list[SeedState]:
-        """Over the wire."""
+        """Calls the server."""
         return await self._peers.kasmina.export_seeds(state, refusals)
 
     @property
@@ -88,7 +88,7 @@ class RawPeers(FakePeers):
             self.served[name] = self.served.get(name, 0) + 1
             answer = self.answers.get(name, b"")
             if isinstance(answer, grpc.StatusCode):
-                await context.abort(answer, "made up")
+                await context.abort(answer, "scripted failure")
             return answer
 
         return answer

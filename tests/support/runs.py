@@ -1,49 +1,75 @@
-"""A whole training loop around a tiny job, with peers that the test scripts."""
+"""A complete run with a lane in a thread, wired as in the service, with peers scripted by the test."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import anyio.to_thread
 
-from leyline.v1.admin_service_pb2 import RunState
 from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.kasmina_service_pb2 import ApplyCommandResponse
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
+from support.events import RecordingEmitter
+from support.peers import as_clients
+from tolaria.checkpoint.storage import open_storage
+from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import ControlSettings, Settings, TrainingSettings
-from tolaria.emergency.watching import watch_board
-from tolaria.peers.kasmina import Applied
-from tolaria.rollback import CheckpointWriter, EmergencyRow, Filesystem, Retention, RunRow, open_storage
-from tolaria.rollback.participants import Seat
-from tolaria.service.parts import Ground, Parts, new_loop
+from tolaria.emergency.supervision import watch_board
+from tolaria.filesystem import Filesystem
+from tolaria.journal.rows import EmergencyRow, RunRow
+from tolaria.lane.build import BuiltLane, build
+from tolaria.lane.train_module import TrainModule
+from tolaria.peers.clients import RollbackClient
+from tolaria.peers.connect import Peers
+from tolaria.rollback.protocol import RollbackParticipant
+from tolaria.run.resume import retention_of
+from tolaria.run.run import TrainingRun
+from tolaria.run.status import state_name
+from tolaria.service.wiring import Core, Foundation, RunService
+from tolaria.service.wiring import new_run as wire
 from tolaria.signals import SignalBoard
-from tolaria.telemetry.emitter import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
-from tolaria.training.loop import TrainingLoop
-from tolaria.training.progress import Progress
-from tolaria.training.recovery.keeper import SnapshotKeeper
-from tolaria.training.rig import build_rig
 
 Answer = Callable[[SystemStatePacket], Awaitable[AdaptationCommand | None]]
 
 
 async def no_change(_state: SystemStatePacket) -> AdaptationCommand | None:
-    """The controller that is always content."""
+    """The answer of a controller that requests no change."""
     return None
 
 
+class AcceptingParticipant:
+    """A participant of rollbacks that accepts everything."""
+
+    async def prepare(self, order: object, /) -> object:
+        return _Accepted()
+
+    async def commit(self, order: object, /) -> object:
+        return _Accepted()
+
+    async def confirm(self, order: object, /) -> object:
+        return _Accepted()
+
+    async def abort(self, order: object, /) -> object:
+        return _Accepted()
+
+
+class _Accepted:
+    accepted, detail = True, ""
+
+
 class FakePeers:
-    """Controller and executor in one; `answer` and `export` are the test's."""
+    """Tamiyo and Kasmina in one object; the test sets `answer` and `seeds`."""
 
     def __init__(self, answer: Answer = no_change, seeds: list[SeedState] | None = None) -> None:
         self.answer = answer
@@ -52,58 +78,82 @@ class FakePeers:
         self.step_states: list[SystemStatePacket] = []
         self.applied: list[AdaptationCommand] = []
         self.refusals: list[tuple[str, str]] = []
-        self.takes = True
-        self.seats: list[Seat] = []
+        self.accepts = True
+        self.participants: Mapping[str, RollbackParticipant] = {}
+        """Participants of rollbacks by peer; a peer without one accepts everything."""
 
     async def evaluate_epoch(self, state: SystemStatePacket) -> AdaptationCommand | None:
-        """What the test scripted."""
+        """Answers as scripted."""
         self.states.append(state)
         return await self.answer(state)
 
     async def evaluate_step(self, state: SystemStatePacket) -> AdaptationCommand | None:
-        """Likewise, between epochs."""
+        """Answers as scripted, between epochs."""
         self.step_states.append(state)
         return await self.answer(state)
 
-    async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> Applied:
-        """Take every command, unless the test says otherwise."""
+    async def apply(self, command: AdaptationCommand, state: SystemStatePacket) -> ApplyCommandResponse:
+        """Accepts every command unless `accepts` is False."""
         self.applied.append(command)
-        return Applied(applied=self.takes, detail="germinated" if self.takes else "no room", seeds=self.seeds)
+        detail = "germinated" if self.accepts else "no room"
+        return ApplyCommandResponse(applied=self.accepts, detail=detail, seeds=self.seeds)
 
     async def export_seeds(self, state: SystemStatePacket, refusals: Sequence[tuple[str, str]] = ()) -> list[SeedState]:
-        """The scripted seeds."""
+        """Returns the scripted seeds."""
         self.refusals = list(refusals)
         return self.seeds
 
+    def connected(self) -> Peers:
+        """Returns the peers in the form in which the service uses them."""
+        tamiyo, kasmina = as_clients(self)
+        participants = {name: self.participants.get(name, AcceptingParticipant()) for name in ("tamiyo", "kasmina")}
+        return Peers(
+            tamiyo,
+            kasmina,
+            cast("RollbackClient", participants["tamiyo"]),
+            cast("RollbackClient", participants["kasmina"]),
+        )
+
 
 class RunUnderTest:
-    """The loop and all that the test looks at."""
+    """A run and the parts of it that tests inspect."""
 
-    def __init__(self, loop: TrainingLoop, parts: Parts, *, job: Any) -> None:
-        self.loop = loop
-        self.parts = parts
-        self.progress = parts.progress
-        self.guardian, self.safeguards = parts.guardian, parts.guardian.safeguards
-        self.board = parts.ground.board
-        self.metrics = parts.ground.metrics
-        self.emitter = parts.ground.emitter
-        self.rig = parts.ground.rig
-        self.job = job
+    def __init__(self, core: Core, service: RunService, build: BuiltLane) -> None:
+        self.core = core
+        self.service = service
+        self.run: TrainingRun = service.run
+        self.recovery = service.recovery
+        self.checkpointing = core.checkpointing
+        self.consultations = service.consultations
+        self.status = core.status
+        self.health = core.health
+        self.safety, self.safeguards = core.safety, core.safeguards
+        self.board = core.foundation.board
+        self.metrics = core.foundation.metrics
+        self.emitter = cast("RecordingEmitter", core.foundation.emitter)
+        self.journal = core.journal
+        self.storage = core.foundation.storage
+        self.module: TrainModule = build.module
+        self.job: Any = build.module.job
 
     @property
     def state(self) -> str:
         """The run's state without its prefix."""
-        return RunState.Name(self.progress.state).removeprefix("RUN_STATE_")
+        return state_name(self.status.state).upper()
 
     @property
     def events(self) -> list[str]:
         """Names of the events so far."""
-        return [event.description for event in self.emitter.recent]
+        return self.emitter.names
 
-    async def until(self, holds: Callable[[], bool]) -> None:
-        """Wait for something to become true, ten seconds at most."""
+    def sample(self, name: str, labels: dict[str, str] | None = None) -> float | None:
+        """Returns the value of a metric, by its dotted name with suffix."""
+        return self.metrics.registry.get_sample_value(name, labels)
+
+    async def until(self, predicate: Callable[[], bool]) -> None:
+        """Waits until `predicate()` is true, for at most ten seconds."""
         with anyio.fail_after(10):
-            while not holds():
+            while not predicate():
                 await anyio.sleep(0.002)
 
 
@@ -114,12 +164,12 @@ def new_run(
     control: ControlSettings | None = None,
     sections: dict[str, object] | None = None,
     files: Filesystem | None = None,
-    standing: EmergencyRow | None = None,
+    active_halt: EmergencyRow | None = None,
     **training: object,
 ) -> RunUnderTest:
-    """A run that has not been started. Without automatic rollbacks and checkpoints unless `sections` asks for them.
+    """Returns a run that has not been started, without automatic rollbacks and checkpoints unless `sections` say so.
 
-    `files` is the disk that its checkpoints are on, `standing` a halt that it comes with.
+    `files` is the disk of its checkpoints, `active_halt` is a HALT that was active when the run was interrupted.
     """
     name = job if ":" in job else f"support.jobs:{job}"
     place = Path(tempfile.mkdtemp(prefix="tolaria-test-"))
@@ -134,58 +184,47 @@ def new_run(
         control=control or ControlSettings(boundary_budget_ms=2000, tamiyo_budget_ms=1000),
         **chosen,
     )
-    # In a thread, as the service builds it before there is a loop: jobs read files and import modules.
+    # In a thread, as the service builds it before there is an event loop: jobs read files and import modules.
     with ThreadPoolExecutor(1) as pool:
-        rig = pool.submit(build_rig, settings).result()
-        keeper = pool.submit(SnapshotKeeper, rig, settings.rollback).result()
+        built = pool.submit(build, settings).result()
         board = pool.submit(SignalBoard.create, place / "board", "run").result()
-        open_it = partial(open_storage, run_id="run", retention=Retention(), files=files)
+        open_it = partial(open_storage, run_id="run", retention=retention_of(settings.checkpoint), files=files)
         storage = pool.submit(open_it, Path(settings.state.dir)).result()
-    progress = Progress(
-        "run", settings.training.job, "test", settings.training.epochs, rig.steps_per_epoch, time.monotonic()
-    )
-    ground = Ground(
+    foundation = Foundation(
         settings=settings,
-        rig=rig,
-        keeper=keeper,
-        progress=progress,
+        build=built,
         board=board,
-        metrics=Metrics(),
-        emitter=Emitter(),
-        log_context=LogContext(),
         storage=storage,
-        run=RunRow("run", 0, settings.training.job),
-        standing=standing,
         writer=CheckpointWriter(storage.checkpoints),
+        run=RunRow("run", 0, settings.training.job),
+        active_halt=active_halt,
+        metrics=Metrics(),
+        emitter=RecordingEmitter(),
+        log_context=LogContext(),
     )
-    parts = Parts(ground)
-    loop = new_loop(parts, controller=peers, executor=peers, seats=peers.seats)
-    return RunUnderTest(loop, parts, job=rig.job)
+    core = Core(foundation)
+    return RunUnderTest(core, wire(core, peers.connected()), built)
 
 
 @asynccontextmanager
 async def running(run: RunUnderTest) -> AsyncIterator[RunUnderTest]:
-    """The run and its consultations going on; at the end the lane's thread must be gone."""
+    """Runs it while the block runs; at the end the lane's thread must have ended."""
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(watch_board, run.board, run.guardian.controller)
-        tasks.start_soon(run.loop.consultant.serve)
-        tasks.start_soon(run.loop.rollbacks.serve)
-        tasks.start_soon(run.loop.checkpoints.serve)
-        tasks.start_soon(run.parts.archive.serve)
-        tasks.start_soon(run.loop.run)
+        tasks.start_soon(watch_board, run.board, run.safety.controller)
+        tasks.start_soon(run.service.serve, run.core, tasks)
         try:
             yield run
         finally:
             with anyio.CancelScope(shield=True):
-                ended = await anyio.to_thread.run_sync(run.loop.close, 10.0)
+                ended = await anyio.to_thread.run_sync(run.core.lane.close, 10.0)
             tasks.cancel_scope.cancel()
-    await anyio.to_thread.run_sync(_remove, run.parts.ground)
+    await anyio.to_thread.run_sync(_remove, run.core.foundation)
     assert ended
 
 
-def _remove(ground: Ground) -> None:
-    ground.board.close(unlink=True)
-    with ground.writer:
+def _remove(foundation: Foundation) -> None:
+    foundation.board.close(unlink=True)
+    with foundation.writer:
         pass
-    ground.storage.journal.close()
-    shutil.rmtree(ground.board.path.parent)
+    foundation.storage.journal.close()
+    shutil.rmtree(foundation.board.path.parent)

@@ -1,6 +1,6 @@
-"""Long sessions under hypothesis: every example is one case, given to a session that goes on from case to case.
+"""Long sessions with hypothesis: every example is one case, and a session handles many cases.
 
-A list of cases in one example would be too much for hypothesis, which then makes up short and dull ones.
+If an example were a list of cases, hypothesis would generate only short and simple ones.
 """
 
 from __future__ import annotations
@@ -14,50 +14,50 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
 Case = TypeVar("Case")
-Taking = Callable[[Case], Awaitable[None]]
+CaseHandler = Callable[[Case], Awaitable[None]]
 
 
 def run_cases(
     cases: SearchStrategy[Case],
-    opening: Callable[[], AbstractAsyncContextManager[Taking[Case]]],
+    opening: Callable[[], AbstractAsyncContextManager[CaseHandler[Case]]],
     *,
     count: int,
     session_length: int,
 ) -> None:
-    """Give `count` cases to sessions of `session_length` each; what one raises, also at its end, is raised.
+    """Handles `count` cases in sessions of `session_length` each, and raises what a case or a session's end raises.
 
     Args:
-        cases: what to make up.
-        opening: a session: entered, it gives what takes a case; left, it looks whether all is well.
-        count: of all cases.
-        session_length: after how many a new session begins.
+        cases: generates the cases.
+        opening: returns a session, which yields the handler of its cases; its exit checks the whole session.
+        count: number of all cases.
+        session_length: number of cases after which a new session begins.
     """
     with start_blocking_portal() as portal, _Sessions(portal, opening, session_length) as sessions:
 
         @settings(
             max_examples=count,
             deadline=None,
-            database=None,  # an example alone, without those before it, repeats nothing
+            database=None,  # an example cannot be reproduced without those before it
             phases=[Phase.generate],
             suppress_health_check=[HealthCheck.too_slow],
         )
         @given(cases)
-        def take(case: Case) -> None:
-            sessions.take(case)
+        def handle(case: Case) -> None:
+            sessions.handle(case)
 
-        take()
+        handle()
 
 
 class _Sessions(Generic[Case]):
     def __init__(
-        self, portal: BlockingPortal, opening: Callable[[], AbstractAsyncContextManager[Taking[Case]]], length: int
+        self, portal: BlockingPortal, opening: Callable[[], AbstractAsyncContextManager[CaseHandler[Case]]], length: int
     ) -> None:
         self._portal = portal
         self._opening = opening
         self._length = length
-        self._taken = 0
-        self._session: AbstractContextManager[Taking[Case]] | None = None
-        self._take: Taking[Case] | None = None
+        self._handled = 0
+        self._session: AbstractContextManager[CaseHandler[Case]] | None = None
+        self._handler: CaseHandler[Case] | None = None
         self._failure: BaseException | None = None
 
     def __enter__(self) -> Self:
@@ -66,18 +66,18 @@ class _Sessions(Generic[Case]):
     def __exit__(self, *_: object) -> None:
         self._close(self._failure)
 
-    def take(self, case: Case) -> None:
-        """Give one case to the session. One that has failed stays failed, as hypothesis tries the case again."""
+    def handle(self, case: Case) -> None:
+        """Passes a case to the session. Raises the first failure again, as hypothesis repeats the case."""
         if self._failure is not None:
             raise self._failure
         try:
-            if self._taken % self._length == 0:
+            if self._handled % self._length == 0:
                 self._close(None)
                 self._session = self._portal.wrap_async_context_manager(self._opening())
-                self._take = self._session.__enter__()
-            self._taken += 1
-            assert self._take is not None
-            self._portal.call(self._take, case)
+                self._handler = self._session.__enter__()
+            self._handled += 1
+            assert self._handler is not None
+            self._portal.call(self._handler, case)
         except BaseException as failure:
             self._failure = failure
             raise

@@ -1,4 +1,4 @@
-"""Waiting for another process, from outside."""
+"""Waiting for conditions in other processes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 
 def wait_for(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Ask until it does; AssertionError when it never did."""
+    """Polls until the condition holds; raises AssertionError after the timeout."""
     deadline_s = time.monotonic() + timeout_s
     while not holds():
-        assert time.monotonic() < deadline_s, "it never happened"
+        assert time.monotonic() < deadline_s, "the condition was not met in time"
         time.sleep(0.01)

@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="session")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C reader of boards, compiled."""
+    """The compiled C reader of boards."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler (cc) on this machine")

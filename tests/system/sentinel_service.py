@@ -1,9 +1,9 @@
-"""A stand-in for the service: both hearts on a board, a sentinel, and a way to fall silent.
+"""A stand-in for the service, with both heartbeats on a board and a sentinel, whose heartbeats can be stopped.
 
     python sentinel_service.py FOLDER SILENCE
 
-SILENCE is what happens on the first line of standard input: `gil` (the lane holds the GIL in C, for a minute at most),
-`lane` (the lane is stuck at work, the event loop is well) or `rest` (the lane is held: all is well).
+SILENCE is what the first line of standard input triggers: `gil` (the lane holds the GIL in C, for a minute at most),
+`lane` (the lane hangs while the event loop runs) or `rest` (the lane is idle, which is not a fault).
 """
 
 from __future__ import annotations
@@ -18,65 +18,57 @@ from pathlib import Path
 
 import anyio
 
-from tolaria.emergency.guard import Post, sentinel_process
-from tolaria.emergency.heartbeats import Heartbeats
-from tolaria.emergency.stacks import register_stack_dump
+from tolaria.config import load_settings
+from tolaria.emergency.supervision import Heartbeats, SentinelProcess, stacks_on_request
+from tolaria.processes import supervised
 from tolaria.signals import SignalBoard
 
 ROUNDS_MAX = 10**10
 
 
 def hold_the_gil() -> None:
-    """One call into C that neither lets the GIL go nor looks at signals, as a bad extension does."""
+    """Calls a C function that neither releases the GIL nor handles signals, like a faulty extension."""
     deque(itertools.repeat(None, ROUNDS_MAX), maxlen=0)
 
 
-def lane(hearts: Heartbeats, silence: str, go: threading.Event) -> None:
-    """The lane's thread: works in small steps until it is told to fall silent."""
-    with hearts.lane_works():
+def lane(heartbeats: Heartbeats, silence: str, go: threading.Event) -> None:
+    """The lane's thread: works in small steps until its heartbeat stops."""
+    with heartbeats.lane_works():
         while not go.wait(0.02):
-            hearts.lane_beat()
+            heartbeats.lane_beat()
         if silence == "gil":
             hold_the_gil()
         elif silence == "lane":
             threading.Event().wait()
         else:
-            with hearts.lane_rests():
+            with heartbeats.lane_rests():
                 threading.Event().wait()
 
 
 def wait_for_line(go: threading.Event) -> None:
-    """Read past Python's buffers: a daemon thread in those would keep the interpreter from ending."""
+    """Reads without a buffer: a daemon thread that holds its lock would prevent the interpreter from exiting."""
     if os.read(0, 1):
         go.set()
 
 
 async def serve(folder: Path, silence: str) -> None:
-    """Until ended from outside."""
+    """Runs until it is terminated."""
     go = threading.Event()
-    with (
-        SignalBoard.create(folder / "board", "run-1") as board,
-        register_stack_dump(folder / "stacks"),
-    ):
-        hearts = Heartbeats(board.claim("tolaria"))
-        post = Post(
-            folder / "board",
-            "run-1",
-            folder / "stacks",
-            heartbeat_timeout_s=1.0,
-            startup_s=0.2,
-            grace_s=0.5,
-            drain_s=0.5,
-        )
-        threading.Thread(target=lane, args=(hearts, silence, go), daemon=True).start()
+    limits = {"heartbeat_timeout_s": 1.0, "startup_allowance_s": 0.2, "grace_s": 0.5, "drain_s": 0.5}
+    overrides = [f"emergency.{name}={seconds}" for name, seconds in limits.items()]
+    settings = load_settings(None, [f"state.dir={folder}", "service.drain_timeout_s=0.1", *overrides])
+    with SignalBoard.create(folder / "board", "run-1") as board, stacks_on_request(settings):
+        heartbeats = Heartbeats(board.claim("tolaria"))
+        threading.Thread(target=lane, args=(heartbeats, silence, go), daemon=True).start()
         threading.Thread(target=wait_for_line, args=(go,), daemon=True).start()
-        async with anyio.create_task_group() as tasks, sentinel_process(post) as sentinel:
-            tasks.start_soon(hearts.beat, 0.05)
+        sentinel = SentinelProcess(board, settings)
+        async with anyio.create_task_group() as tasks, supervised(sentinel):
+            tasks.start_soon(heartbeats.beat, 0.05)
             print(sentinel.pid, flush=True)  # noqa: T201 - the test reads it
             await anyio.sleep_forever()
 
 
 if __name__ == "__main__":
-    # In Python, as the real service has it: of no use while the GIL is held.
+    # A handler in Python, as in the service: it cannot run while the GIL is held.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(77))
     anyio.run(serve, Path(sys.argv[1]), sys.argv[2])

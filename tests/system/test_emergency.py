@@ -1,4 +1,4 @@
-"""Emergencies in the real service, with both reference peers beside it."""
+"""Emergencies in the real service, with both reference peers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, EMERGENCY_LEVEL_UNSPECIFIED
+from support.boards import acknowledgements
 from support.processes import Serve, serve
 from tolaria.config import EmergencySettings
 from tolaria.signals import SignalBoard
@@ -26,7 +27,7 @@ PATIENCE_S = 30.0
 
 
 def until(condition: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
-    """Look again until it holds."""
+    """Polls until the condition holds."""
     end_s = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < end_s
@@ -34,13 +35,13 @@ def until(condition: Callable[[], object], patience_s: float = PATIENCE_S) -> No
 
 
 def tolaria(service: Serve, *arguments: str) -> str:
-    """What the command prints."""
+    """Returns the output of the command."""
     command = [sys.executable, "-m", "tolaria", *arguments, "--timeout", "30", "--address", service.addresses()[0]]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
 def ready(service: Serve) -> bool:
-    """What /readyz says."""
+    """Whether /readyz reports that the service is ready."""
     try:
         with urllib.request.urlopen(f"http://{service.addresses()[1]}/readyz", timeout=10) as response:
             return bool(response.status == 200)
@@ -50,7 +51,7 @@ def ready(service: Serve) -> bool:
 
 @dataclass(frozen=True)
 class Hold:
-    """How long the GIL is held, how long silence may last, and how often the sentinel looks by then."""
+    """How long the GIL is held, the heartbeat timeout, and the interval at which the sentinel checks."""
 
     seconds: int
     timeout_s: float
@@ -59,7 +60,7 @@ class Hold:
 
 @pytest.fixture
 def hold(request: pytest.FixtureRequest) -> Hold:
-    """More than a minute under the default timeout with `--long`, else the same in seconds."""
+    """With `--long` more than a minute and the default timeout; otherwise the same within seconds."""
     if request.config.getoption("--long"):
         return Hold(70, EmergencySettings().heartbeat_timeout_s, look_s=0.5)
     return Hold(8, 2.0, look_s=0.1)
@@ -67,12 +68,12 @@ def hold(request: pytest.FixtureRequest) -> Hold:
 
 @pytest.fixture
 def board(tmp_path: Path) -> Path:
-    """Where the service's board is."""
+    """The path of the service's board."""
     return tmp_path / "board"
 
 
-def test_a_halt_is_acknowledged_by_all_three_and_undone(tmp_path: Path, board: Path) -> None:
-    """Both reference peers and the lane acknowledge; nothing moves while halted; it goes on from the same step."""
+def test_a_halt_is_acknowledged_by_all_participants_and_can_be_cleared(tmp_path: Path, board: Path) -> None:
+    """Both peers and the lane acknowledge; no step is made while halted; training continues from the same step."""
     with (
         serve(*LONG, f"signals.path={board}", cwd=tmp_path) as service,
         grpc.insecure_channel(service.addresses()[0]) as channel,
@@ -89,7 +90,7 @@ def test_a_halt_is_acknowledged_by_all_three_and_undone(tmp_path: Path, board: P
         assert raised.state == admin.RUN_STATE_HALTED
         latency_ms = {given.participant: given.latency_ms for given in raised.acknowledgements}
         assert set(latency_ms) == {"tolaria", "kasmina", "tamiyo"}
-        assert max(latency_ms.values()) < 1000  # ten times what it may take
+        assert max(latency_ms.values()) < 1000  # ten times the permitted latency
         halted = status()
         time.sleep(0.2)
         assert status().global_step == halted.global_step
@@ -110,8 +111,8 @@ def test_a_halt_is_acknowledged_by_all_three_and_undone(tmp_path: Path, board: P
     assert halt["reason"] == "smoke"
 
 
-def test_an_operator_halts_by_the_board_when_no_rpc_would_do(tmp_path: Path, board: Path) -> None:
-    """`tolaria signals raise` needs no service to answer; training is frozen all the same."""
+def test_an_operator_can_halt_training_through_the_board(tmp_path: Path, board: Path) -> None:
+    """`tolaria signals raise` makes no RPC, and training halts all the same."""
     with serve(*LONG, f"signals.path={board}", cwd=tmp_path) as service:
         service.addresses()
         command = [sys.executable, "-m", "tolaria", "signals", "raise", "halt", "--reason", "by hand"]
@@ -119,10 +120,10 @@ def test_an_operator_halts_by_the_board_when_no_rpc_would_do(tmp_path: Path, boa
         until(lambda: json.loads(tolaria(service, "status", "--json"))["state"] == "RUN_STATE_HALTED")
 
 
-def test_a_lane_that_holds_the_gil_is_noticed_from_outside(
+def test_a_lane_that_holds_the_gil_is_detected_by_the_sentinel(
     tmp_path: Path, board: Path, reader: Path, hold: Hold
 ) -> None:
-    """HALT on the board while the process cannot do anything, seen from C; stacks dumped; halted once it is back."""
+    """A C program sees HALT while the process is blocked; stacks are dumped; the run is halted once it responds."""
     job = ["training.job=support.jobs:GilJob", f"training.options.seconds={hold.seconds}", *LONG]
     patience = [f"emergency.heartbeat_timeout_s={hold.timeout_s}", "emergency.startup_allowance_s=0.1"]
     with serve(*job, *patience, "emergency.grace_s=60", f"signals.path={board}", cwd=tmp_path) as service:
@@ -135,7 +136,7 @@ def test_a_lane_that_holds_the_gil_is_noticed_from_outside(
             assert raised.origin == "sentinel"
             silent_s = (raised.raised_ns - attached.read("tolaria").heartbeat_ns) / 1e9
             assert 0.75 * hold.timeout_s < silent_s < hold.timeout_s + 20 * hold.look_s < hold.seconds
-            assert "tolaria" not in attached.acknowledgements(raised.signal_id)
+            assert "tolaria" not in acknowledgements(attached, raised.signal_id)
             until(lambda: attached.read("tolaria").heartbeat_ns > raised.raised_ns, PATIENCE_S + hold.seconds)
         until(lambda: json.loads(tolaria(service, "status", "--json"))["state"] == "RUN_STATE_HALTED")
         until(lambda: "tolaria" in attached_acknowledgements(board, raised.signal_id))
@@ -147,6 +148,6 @@ def test_a_lane_that_holds_the_gil_is_noticed_from_outside(
 
 
 def attached_acknowledgements(board: Path, signal_id: int) -> dict[str, int]:
-    """Who has acknowledged a signal by now."""
+    """Returns the acknowledgements of a signal, read from a newly attached board."""
     with SignalBoard.attach(board) as attached:
-        return attached.acknowledgements(signal_id)
+        return acknowledgements(attached, signal_id)

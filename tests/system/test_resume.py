@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+import tarfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ STEPS = 8
 
 
 class GrowingKasmina(FakeKasmina):
-    """Has a seed train from the third epoch on, blend from the fifth on, and another one come and go."""
+    """Declares a seed that trains from the third epoch on and blends from the fifth on."""
 
     async def ExportSeedStates(  # noqa: N802
         self, request: kasmina.ExportSeedStatesRequest, context: Context
@@ -51,14 +52,14 @@ class GrowingKasmina(FakeKasmina):
 
 @pytest.fixture
 def peers() -> Iterator[list[str]]:
-    """Peers whose answers hang on the state alone, and outlive services; the settings that name them."""
+    """Runs peers whose answers depend on the state alone and that outlive services; yields their settings."""
 
-    async def content(_state: object) -> None:
+    async def no_change(_state: object) -> None:
         return None
 
     @asynccontextmanager
     async def both() -> AsyncIterator[str]:
-        async with serving(FakeTamiyo(content), GrowingKasmina(), FakeParticipant()) as address:
+        async with serving(FakeTamiyo(no_change), GrowingKasmina(), FakeParticipant()) as address:
             yield address
 
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(both()) as address:
@@ -73,28 +74,28 @@ def stub_of(service: Serve) -> Iterator[TolariaAdminServiceStub]:
 
 
 def status(stub: TolariaAdminServiceStub) -> admin.GetStatusResponse:
-    """As it is now."""
+    """Returns the current status."""
     answer: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=10)
     return answer
 
 
 def last_checkpoint(directory: Path) -> tuple[str, int, str]:
-    """Run, step and digest of the newest committed one."""
+    """Returns run, step and digest of the newest committed checkpoint."""
     with closing(sqlite3.connect(directory / "state" / "journal.sqlite3")) as journal:
         query = "SELECT run_id, global_step, digest FROM checkpoints WHERE state = 'committed' ORDER BY at_ns DESC"
         run_id, step, digest = journal.execute(query).fetchone()
     return run_id, step, digest
 
 
-def told(service: Serve, event: str) -> dict[str, object]:
-    """The first line of that event."""
+def first_event(service: Serve, event: str) -> dict[str, object]:
+    """Returns the first log line of that event."""
     return next(line for line in service.events() if line["event"] == event)
 
 
-def test_a_killed_service_comes_back_and_ends_as_one_that_never_died(tmp_path: Path, peers: list[str]) -> None:
-    """SIGKILL in the midst, with a seed grown; the next start resumes by itself; the last digests are equal.
+def test_a_killed_service_resumes_and_ends_in_the_same_state(tmp_path: Path, peers: list[str]) -> None:
+    """After SIGKILL with a grafted seed the next start resumes; its last digest is that of an uninterrupted run.
 
-    What was reported as committed is there, and a request that was answered before the kill gets that answer again.
+    The reported checkpoint exists, and a request that was answered before the kill gets the same answer again.
     """
     epochs = 40
     arguments = [
@@ -121,7 +122,7 @@ def test_a_killed_service_comes_back_and_ends_as_one_that_never_died(tmp_path: P
     with serve(*arguments, cwd=killed) as service, stub_of(service) as stub:
         assert stub.CreateCheckpoint(request, timeout=10) == kept
         assert service.wait() == 0
-    resumed = told(service, "resumed")
+    resumed = first_event(service, "resumed")
     assert resumed["step"] >= kept.global_step  # type: ignore[operator] # a number
     (run_a, step_a, digest_a), (run_b, step_b, digest_b) = last_checkpoint(straight), last_checkpoint(killed)
     assert step_a == step_b == epochs * STEPS
@@ -129,13 +130,13 @@ def test_a_killed_service_comes_back_and_ends_as_one_that_never_died(tmp_path: P
     assert digest_a == digest_b
 
 
-def test_one_directory_through_services_that_come_and_go(tmp_path: Path, peers: list[str]) -> None:
-    """Rollbacks by RPC, a second service refused, SIGTERM and resuming, another job refused, an end and a new run."""
+def test_one_state_directory_is_used_by_successive_services(tmp_path: Path, peers: list[str]) -> None:
+    """Rolls back, refuses a second service, resumes after SIGTERM, refuses another job, ends, starts a new run."""
     arguments = [*JOB, *peers, "training.epochs=1000000", "rollback.every_steps=5", "rollback.fast_budget_s=20"]
     with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for(lambda: status(stub).global_step > 10 * STEPS)
-        run_id = told(service, "serving")["run_id"]
-        goes_back_by_both_tiers(stub)
+        run_id = first_event(service, "serving")["run_id"]
+        roll_back_by_both_tiers(stub)
         verified = subprocess.run(
             [sys.executable, "-m", "tolaria", "verify", "--state-dir", str(tmp_path / "state")],
             capture_output=True, text=True, timeout=60, check=False, env={"PYTHONPATH": python_path()},
@@ -152,18 +153,18 @@ def test_one_directory_through_services_that_come_and_go(tmp_path: Path, peers: 
         assert other.wait() == 2
     assert f"holds the unfinished run {run_id}" in "\n".join(other.lines)
     with serve(*arguments, "service.exit_when_done=true", cwd=tmp_path) as service, stub_of(service) as stub:
-        assert told(service, "resumed")["run_id"] == run_id
+        assert first_event(service, "resumed")["run_id"] == run_id
         assert status(stub).global_step >= before
         stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=10)
         assert service.wait() == 0
     with serve(*JOB, *peers, "training.epochs=1", "service.exit_when_done=true", cwd=tmp_path) as service:
         assert service.wait() == 0
-    assert told(service, "serving")["run_id"] != run_id
+    assert first_event(service, "serving")["run_id"] != run_id
     assert not any(line["event"] == "resumed" for line in service.events())
 
 
-def goes_back_by_both_tiers(stub: TolariaAdminServiceStub) -> None:
-    """A checkpoint, then a rollback by each tier: listed, proven by equal digests, and repeated it is the same one."""
+def roll_back_by_both_tiers(stub: TolariaAdminServiceStub) -> None:
+    """Rolls back once by each tier: the digest is that of the listed point, and a repeat gets the same answer."""
     kept = stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=20)
     stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="to look"), timeout=10)
     for tier in (ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL):
@@ -184,3 +185,14 @@ def goes_back_by_both_tiers(stub: TolariaAdminServiceStub) -> None:
     assert [incident.kind for incident in incidents][:2] == ["rollback", "rollback"], incidents
     stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="g", reason="fine"), timeout=10)
     wait_for(lambda: status(stub).global_step > back.restored_step)
+
+
+def test_a_run_of_version_0_1_0_is_resumed(tmp_path: Path) -> None:
+    """The service continues a run that the version before was killed in, to its end, from its last checkpoint."""
+    with tarfile.open(Path(__file__).parents[1] / "fixtures" / "state-0.1.0.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    settings = ["training.epochs=44", "training.options.width=8", "training.device=cpu", "service.exit_when_done=true"]
+    with serve(*settings, f"state.dir={tmp_path / 'state'}", cwd=tmp_path) as service:
+        assert service.wait() == 0
+    assert first_event(service, "resumed")["step"] == 1890
+    assert [line["epoch"] for line in service.events() if line["event"] == "epoch_finished"] == [43, 44]

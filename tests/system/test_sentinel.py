@@ -16,12 +16,12 @@ from support.processes import is_alive
 from tolaria.signals import SignalBoard
 
 HERE = Path(__file__).parent
-PATIENCE_S = 30.0
+WAIT_S = 30.0
 TIMEOUT_S = 1.0  # the stand-in's heartbeat timeout
 
 
 class StandIn:
-    """A running stand-in and its sentinel; a view of their board."""
+    """A running stand-in, its sentinel, and a view of their board."""
 
     def __init__(self, folder: Path, silence: str) -> None:
         self.folder = folder
@@ -36,20 +36,20 @@ class StandIn:
         self.board = SignalBoard.attach(folder / "board", "run-1")
 
     def fall_silent(self) -> None:
-        """Let it begin."""
+        """Stops the heartbeats, as chosen at the start."""
         assert self.process.stdin is not None
         self.process.stdin.write(b"\n")
         self.process.stdin.flush()
 
-    def said(self) -> list[str]:
-        """What its sentinel has logged, through the service's own standard error; once both have ended."""
-        _, errors = self.process.communicate(timeout=PATIENCE_S)
+    def logged(self) -> list[str]:
+        """Returns the events that its sentinel logged to standard error, once both have ended."""
+        _, errors = self.process.communicate(timeout=WAIT_S)
         return [json.loads(line)["event"] for line in errors.splitlines() if line.startswith(b'{"event"')]
 
 
 @contextmanager
 def stand_in(folder: Path, silence: str) -> Iterator[StandIn]:
-    """A stand-in that does not survive the block."""
+    """A stand-in that is killed after the block."""
     service = StandIn(folder, silence)
     try:
         yield service
@@ -61,20 +61,20 @@ def stand_in(folder: Path, silence: str) -> Iterator[StandIn]:
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Look again until it holds."""
-    end_s = time.monotonic() + PATIENCE_S
+    """Polls until the condition is true."""
+    end_s = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < end_s
         time.sleep(0.01)
 
 
 def test_sentinel_acts_while_the_gil_is_held(tmp_path: Path, reader: Path) -> None:
-    """HALT on the board within the timeout, seen from C; stacks dumped; SIGTERM is of no use, SIGKILL ends it."""
+    """A C program sees HALT within the timeout; stacks are dumped; SIGTERM has no effect, and SIGKILL ends it."""
     with stand_in(tmp_path, "gil") as service:
-        waiting = [str(reader), str(tmp_path / "board"), "wait", "4", str(int(PATIENCE_S * 1000))]
+        waiting = [str(reader), str(tmp_path / "board"), "wait", "4", str(int(WAIT_S * 1000))]
         with subprocess.Popen(waiting, stdout=subprocess.PIPE) as waiter:
             service.fall_silent()
-            assert waiter.wait(PATIENCE_S) == 0
+            assert waiter.wait(WAIT_S) == 0
         beat_ns = service.board.read("tolaria").heartbeat_ns
         signal_seen = service.board.effective()
         assert signal_seen is not None
@@ -82,11 +82,11 @@ def test_sentinel_acts_while_the_gil_is_held(tmp_path: Path, reader: Path) -> No
         assert "event loop" in signal_seen.reason
         assert "lane" in signal_seen.reason
         assert TIMEOUT_S * 0.8 < (signal_seen.raised_ns - beat_ns) / 1e9 < TIMEOUT_S * 10
-        assert service.process.wait(PATIENCE_S) == -signal.SIGKILL
+        assert service.process.wait(WAIT_S) == -signal.SIGKILL
         until(lambda: not is_alive(service.sentinel_pid))
-        stacks = (tmp_path / "stacks").read_text()
+        stacks = (tmp_path / "stacks.txt").read_text()
         assert stacks.index("no heartbeat of the event loop") < stacks.index("in hold_the_gil")
-        assert service.said() == [
+        assert service.logged() == [
             "sentinel_raised_halt",
             "sentinel_asked_for_stacks",
             "sentinel_ends_service",
@@ -94,8 +94,8 @@ def test_sentinel_acts_while_the_gil_is_held(tmp_path: Path, reader: Path) -> No
         ]
 
 
-def test_sentinel_sees_a_stuck_lane_beside_a_healthy_loop(tmp_path: Path) -> None:
-    """The loop beats on; the lane's silence alone raises HALT, and SIGTERM is enough to end the service."""
+def test_sentinel_detects_a_hanging_lane_beside_a_healthy_event_loop(tmp_path: Path) -> None:
+    """A missing heartbeat of the lane alone raises HALT, and SIGTERM is enough to end the service."""
     with stand_in(tmp_path, "lane") as service:
         service.fall_silent()
         until(service.board.effective)
@@ -103,12 +103,12 @@ def test_sentinel_sees_a_stuck_lane_beside_a_healthy_loop(tmp_path: Path) -> Non
         assert signal_seen is not None
         assert "the lane" in signal_seen.reason
         assert "event loop" not in signal_seen.reason
-        assert service.process.wait(PATIENCE_S) == 77
+        assert service.process.wait(WAIT_S) == 77
         until(lambda: not is_alive(service.sentinel_pid))
 
 
-def test_sentinel_leaves_a_held_lane_alone(tmp_path: Path) -> None:
-    """For more than twice the timeout, by the sentinel's own heartbeat, nothing happens."""
+def test_sentinel_ignores_an_idle_lane(tmp_path: Path) -> None:
+    """No signal is raised for more than twice the timeout, measured by the sentinel's heartbeat."""
     with stand_in(tmp_path, "rest") as service:
         service.fall_silent()
         until_ns = service.board.read("sentinel").heartbeat_ns + int(2.5e9 * TIMEOUT_S)
@@ -119,17 +119,17 @@ def test_sentinel_leaves_a_held_lane_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_sentinel_ends_with_its_service(tmp_path: Path, number: signal.Signals) -> None:
-    """However that ends."""
+    """The sentinel exits whether the service was killed or terminated."""
     with stand_in(tmp_path, "rest") as service:
         assert is_alive(service.sentinel_pid)
         service.process.send_signal(number)
-        service.process.wait(PATIENCE_S)
+        service.process.wait(WAIT_S)
         until(lambda: not is_alive(service.sentinel_pid))
-        assert service.said() == []
+        assert service.logged() == []
 
 
 def test_sentinel_needs_neither_torch_nor_grpc() -> None:
-    """It is small, and nothing of theirs can hold it up."""
+    """The module loads neither, nor asyncio, so that none of them can block it."""
     program = (
         "import sys, tolaria.emergency.sentinel; "
         "sys.exit(bool({'torch', 'grpc', 'prometheus_client', 'asyncio'} & set(sys.modules)))"

@@ -1,4 +1,4 @@
-"""The real service, from outside: start, RPCs, scrape, drain, and every wrong start."""
+"""The real service as a process: start, RPCs, scrape, drain, and starts that fail."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def stub_of(service: Serve) -> Iterator[TolariaAdminServiceStub]:
 
 
 def get(service: Serve, path: str) -> tuple[int, str]:
-    """Status and body of a page on the metrics port."""
+    """Returns status code and body of a page on the metrics port."""
     try:
         with urllib.request.urlopen(f"http://{service.addresses()[1]}{path}", timeout=10) as response:
             return response.status, response.read().decode()
@@ -42,7 +42,7 @@ def get(service: Serve, path: str) -> tuple[int, str]:
 
 
 def wait_for_steps(stub: TolariaAdminServiceStub, more_than: int = 0) -> admin.GetStatusResponse:
-    """The first status with more global steps than `more_than`; a minute at most."""
+    """Waits at most a minute for a status with more global steps than `more_than`."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         status: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=10)
@@ -53,7 +53,7 @@ def wait_for_steps(stub: TolariaAdminServiceStub, more_than: int = 0) -> admin.G
 
 
 def test_a_service_trains_answers_scrapes_and_drains(tmp_path: Path) -> None:
-    """RPCs answer while digits trains, pausing holds it, metrics are scraped, SIGTERM ends all of it with exit 0."""
+    """RPCs respond during training, a pause holds it, metrics can be scraped, and SIGTERM ends it with exit code 0."""
     with serve(*LONG, cwd=tmp_path) as service, stub_of(service) as stub:
         status = wait_for_steps(stub, 50)
         assert status.state == admin.RUN_STATE_RUNNING
@@ -72,7 +72,7 @@ def test_a_service_trains_answers_scrapes_and_drains(tmp_path: Path) -> None:
         assert 'tolaria_build_info{device="cpu"' in text
         assert get(service, "/readyz")[0] == get(service, "/livez")[0] == 200
         with grpc.insecure_channel(service.addresses()[0]) as channel:
-            health: Any = health_pb2_grpc.HealthStub(channel)  # its methods are not in its types
+            health: Any = health_pb2_grpc.HealthStub(channel)  # its methods are missing from its type stubs
             for part in ("", "tolaria.training", "tolaria.tamiyo", "tolaria.kasmina"):
                 assert health.Check(health_pb2.HealthCheckRequest(service=part)).status == 1, part
         children = service.children()
@@ -86,7 +86,7 @@ def test_a_service_trains_answers_scrapes_and_drains(tmp_path: Path) -> None:
 
 
 def test_a_watch_sees_the_end_of_a_drain(tmp_path: Path) -> None:
-    """A stream that is open when SIGTERM comes gets the last status and ends; it does not hold the service up."""
+    """A stream that is open when SIGTERM comes gets the last status and ends; it does not delay the shutdown."""
     with serve(*LONG, cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for_steps(stub)
         stream = stub.WatchStatus(admin.WatchStatusRequest(), timeout=60)
@@ -97,15 +97,15 @@ def test_a_watch_sees_the_end_of_a_drain(tmp_path: Path) -> None:
         assert service.wait() == 0
 
 
-def test_a_run_that_is_done_ends_the_process_when_asked(tmp_path: Path) -> None:
-    """service.exit_when_done: exit 0 after the last epoch."""
+def test_a_finished_run_ends_the_process_if_configured(tmp_path: Path) -> None:
+    """With service.exit_when_done the process exits with code 0 after the last epoch."""
     with serve("training.epochs=2", "service.exit_when_done=true", cwd=tmp_path) as service:
         assert service.wait() == 0
     assert [e["epoch"] for e in service.events() if e["event"] == "epoch_finished"] == [1, 2]
 
 
 def test_a_finished_run_stays_readable(tmp_path: Path) -> None:
-    """Without exit_when_done the service stays: status, metrics, ready."""
+    """Without exit_when_done the service keeps serving status, metrics and readiness."""
     with serve("training.epochs=1", cwd=tmp_path) as service, stub_of(service) as stub:
         deadline = time.monotonic() + 60
         while stub.GetStatus(admin.GetStatusRequest()).state != admin.RUN_STATE_FINISHED:
@@ -116,8 +116,8 @@ def test_a_finished_run_stays_readable(tmp_path: Path) -> None:
         assert service.wait() == 0
 
 
-def test_a_job_that_fails_late_fails_the_run_and_says_so(tmp_path: Path) -> None:
-    """The job raises in training: state FAILED, not ready, exit 1; its traceback is in the log."""
+def test_a_job_that_fails_during_training_fails_the_run(tmp_path: Path) -> None:
+    """The state is FAILED, the service is not ready and exits with code 1; the traceback is in the log."""
     with serve("training.job=support.jobs:LateCrashJob", cwd=tmp_path) as service, stub_of(service) as stub:
         deadline = time.monotonic() + 60
         while stub.GetStatus(admin.GetStatusRequest()).state != admin.RUN_STATE_FAILED:
@@ -131,8 +131,8 @@ def test_a_job_that_fails_late_fails_the_run_and_says_so(tmp_path: Path) -> None
     assert any(e["event"] == "training_failed" and e["exception"] for e in service.events())
 
 
-def test_a_stuck_job_cannot_keep_the_service_from_ending(tmp_path: Path) -> None:
-    """A microbatch that never returns: SIGTERM still ends the process, within the drain timeout, with exit 1."""
+def test_a_hanging_job_does_not_prevent_shutdown(tmp_path: Path) -> None:
+    """If a microbatch never returns, SIGTERM ends the process within the drain timeout, with exit code 1."""
     arguments = ["training.job=support.jobs:StuckJob", "service.drain_timeout_s=4"]
     with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
         assert stub.GetStatus(admin.GetStatusRequest(), timeout=10).global_step == 0
@@ -155,8 +155,8 @@ def test_a_stuck_job_cannot_keep_the_service_from_ending(tmp_path: Path) -> None
         ("training.device=cuda:63", 2, "training.device"),
     ],
 )
-def test_a_wrong_start_is_one_clear_message(override: str, code: int, words: str, tmp_path: Path) -> None:
-    """The user's mistake: exit 2, the message, no traceback, no child process, nothing served."""
+def test_an_invalid_start_prints_one_clear_message(override: str, code: int, words: str, tmp_path: Path) -> None:
+    """A mistake of the user exits with code 2 and a message, without traceback, child process or server."""
     with serve(override, cwd=tmp_path) as service:
         assert service.wait() == code
     said = "\n".join(service.lines)
@@ -166,8 +166,8 @@ def test_a_wrong_start_is_one_clear_message(override: str, code: int, words: str
     assert "embedded_peers" not in said
 
 
-def test_an_empty_dataset_is_one_clear_message(tmp_path: Path) -> None:
-    """No data: exit 2 and the job's name."""
+def test_an_empty_dataset_prints_one_clear_message(tmp_path: Path) -> None:
+    """The process exits with code 2 and names the problem."""
     arguments = ["training.job=support.jobs:TinyJob", "training.options.samples=0"]
     with serve(*arguments, cwd=tmp_path) as service:
         assert service.wait() == 2
@@ -175,8 +175,8 @@ def test_an_empty_dataset_is_one_clear_message(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", ["server.listen", "metrics.listen"])
-def test_a_port_in_use_ends_the_start_with_the_address(setting: str, tmp_path: Path) -> None:
-    """Exit 1, the address in the message, no peer left behind."""
+def test_a_port_in_use_aborts_the_start_and_is_reported(setting: str, tmp_path: Path) -> None:
+    """The process exits with code 1, names the address, and leaves no peer behind."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         other = "metrics.listen" if setting == "server.listen" else "server.listen"
@@ -189,7 +189,7 @@ def test_a_port_in_use_ends_the_start_with_the_address(setting: str, tmp_path: P
 
 @pytest.mark.skipif(not BUF.exists(), reason="buf, an independent gRPC client, is not installed")
 def test_an_independent_client_works_by_reflection(tmp_path: Path) -> None:
-    """`buf curl` knows nothing of our stubs: it asks the server, then calls GetStatus and PauseTraining."""
+    """`buf curl` has no stubs: it queries reflection, then calls GetStatus and PauseTraining."""
     with serve(*LONG, cwd=tmp_path) as service:
         address = service.addresses()[0]
 
@@ -208,7 +208,7 @@ def test_an_independent_client_works_by_reflection(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("peer", ["tamiyo", "kasmina"])
 def test_a_dead_peer_does_not_stop_training(peer: str, tmp_path: Path) -> None:
-    """Nobody listens at the target: training goes on at full speed, the breaker opens and shows."""
+    """With nothing listening at the target, training continues at full speed, and the breaker opens."""
     arguments = [f"{peer}.target=127.0.0.1:1", "training.epochs=100000"]
     with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
         deadline = time.monotonic() + 60

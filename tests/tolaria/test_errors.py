@@ -5,68 +5,61 @@ import inspect
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import get_type_hints
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tolaria import errors
-from tolaria.cli import failures
-from tolaria.errors import TolariaError
+from tolaria.cli import errors as cli_errors
+from tolaria.errors import NoGradientsError, StateMismatchError, TolariaError, error_fields, error_from_fields
 
-PACKAGE = Path(errors.__file__).parents[1]
-TREES = [pytest.param(errors, id="errors"), pytest.param(failures, id="cli")]
-ROW = re.compile(r"^(?P<branches>(?:│   |    )*)[├└]── (?P<name>\w+)", re.MULTILINE)
+PACKAGE = Path(errors.__file__).parent
+TREES = [pytest.param(errors, id="errors"), pytest.param(cli_errors, id="cli")]
+NODE = re.compile(r"^(?P<branches>(?:│   |    )*)[├└]── (?P<names>\w+Error(?:[,:] +\w+Error)*)", re.MULTILINE)
 
 
 def drawn(module: ModuleType) -> dict[str, str]:
-    """The tree in a module's docstring: each class with its base."""
-    path, bases = ["TolariaError"], {}
-    for row in ROW.finditer(inspect.getdoc(module) or ""):
-        depth = len(row["branches"]) // 4 + 1
+    """The tree in a module's docstring: the base of each class. `Base: A, B` is a base with its leaves."""
+    docstring = re.sub(r",\n[│ ]+", ", ", inspect.getdoc(module) or "")  # a list of leaves that goes on
+    path, bases = ["TolariaError"], dict[str, str]()
+    for node in NODE.finditer(docstring):
+        depth = len(node["branches"]) // 4 + 1
+        head, _, leaves = node["names"].partition(": ")
         del path[depth:]
-        assert row["name"] not in bases, "a class stands once in the tree"
-        bases[row["name"]] = path[-1]
-        path.append(row["name"])
+        for name, base in [(n, path[-1]) for n in head.split(", ")] + [(n, head) for n in leaves.split(", ") if n]:
+            assert name not in bases, "each class is drawn once"
+            bases[name] = base
+        path.append(head)
     return bases
 
 
 def defined(module: ModuleType) -> dict[str, type[TolariaError]]:
-    """The errors that a module or its files define, without the root."""
+    """The subclasses of TolariaError that a module defines."""
     return {
         name: found
         for name, found in inspect.getmembers(module, inspect.isclass)
-        if issubclass(found, TolariaError)
-        and found is not TolariaError
-        and found.__module__.startswith(module.__name__)
+        if issubclass(found, TolariaError) and found is not TolariaError and found.__module__ == module.__name__
     }
 
 
 @pytest.mark.parametrize("module", TREES)
-def test_the_drawn_tree_is_the_real_one(module: ModuleType) -> None:
-    """Every class stands in the docstring's tree, under its own base, and nothing else does."""
+def test_docstring_tree_matches_the_classes(module: ModuleType) -> None:
+    """The tree in the module's docstring has every class, under its base, and no other name."""
     assert drawn(module) == {name: found.__base__.__name__ for name, found in defined(module).items() if found.__base__}
 
 
 @pytest.mark.parametrize("module", TREES)
-def test_every_error_says_when_it_is_raised(module: ModuleType) -> None:
-    """Each class has a docstring of its own: when it is raised, or what it is the base of."""
-    families = set(drawn(module).values())
-    for name, found in defined(module).items():
-        said = vars(found).get("__doc__") or ""
-        raised = said.startswith("Raised ")
-        assert raised or (name in families and said.startswith("Base of ")), name
-
-
-def test_all_that_is_defined_is_exported() -> None:
-    """Whatever a file of the package defines can be imported from the package."""
-    files = (PACKAGE / "errors").glob("*.py")
-    named = {node.name for file in files for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)}
-    assert named == {*defined(errors), "TolariaError"} == set(errors.__all__)
+def test_each_class_has_a_docstring(module: ModuleType) -> None:
+    """Each class describes its condition itself instead of inheriting the description of its base."""
+    assert [name for name, found in defined(module).items() if not vars(found).get("__doc__")] == []
 
 
 def test_errors_are_defined_in_their_trees_only() -> None:
-    """No room has an error of Tolaria's that the trees do not show."""
-    known = {*defined(errors), *defined(failures), "TolariaError"}
-    homes = {*(PACKAGE / "errors").glob("*.py"), PACKAGE / "cli" / "failures.py"}
+    """No other module defines a subclass of TolariaError."""
+    known = {*defined(errors), *defined(cli_errors), "TolariaError"}
+    homes = {Path(errors.__file__), Path(cli_errors.__file__)}
     strays = [
         f"{file.relative_to(PACKAGE)}: {node.name}"
         for file in PACKAGE.rglob("*.py")
@@ -75,3 +68,54 @@ def test_errors_are_defined_in_their_trees_only() -> None:
         if isinstance(node, ast.ClassDef) and known & {ast.unparse(base) for base in node.bases}
     ]
     assert strays == []
+
+
+def test_no_gradients_error_is_a_runtime_error() -> None:
+    """Code that does not know Tolaria's errors can catch it as the RuntimeError that PyTorch would raise."""
+    with pytest.raises(RuntimeError, match="no gradients available for aggregation"):
+        raise NoGradientsError
+
+
+VALUES: dict[object, st.SearchStrategy[object]] = {
+    str: st.text(),
+    int: st.integers(),
+    int | None: st.none() | st.integers(),
+}
+
+
+def constructor_arguments(kind: type[TolariaError]) -> st.SearchStrategy[tuple[object, ...]]:
+    """Positional arguments for the constructor of an error class, by its type hints."""
+    hints = get_type_hints(kind.__init__, localns=vars(errors))
+    named = [hint for name, hint in hints.items() if name not in {"return", "fields"}]
+    return st.tuples(*(VALUES.get(hint, st.lists(st.text())) for hint in named))
+
+
+@pytest.mark.parametrize("kind", [TolariaError, *defined(errors).values()])
+@given(data=st.data())
+def test_error_survives_conversion_to_fields_and_back(kind: type[TolariaError], data: st.DataObject) -> None:
+    """Class, message and attributes are the same, and the fields are plain, immutable values."""
+    error = kind(*data.draw(constructor_arguments(kind)))  # type: ignore[arg-type] # drawn by the constructor's hints
+    name, fields = error_fields(error)
+    found = error_from_fields(name, fields)
+    assert type(found) is type(error)
+    assert str(found) == str(error)
+    attributes, expected = dict(vars(found)), dict(vars(error))
+    attributes.pop("fields")
+    expected.pop("fields")
+    assert attributes == expected
+    assert error_fields(found) == (name, fields)
+    assert {type(field) for field in fields} <= {str, int, type(None), tuple}
+    hash(fields)
+
+
+def test_lists_become_tuples() -> None:
+    """Fields are immutable, and constructors accept any sequence."""
+    assert error_fields(StateMismatchError(["a", "b"])) == ("StateMismatchError", (("a", "b"),))
+    assert isinstance(error_from_fields("StateMismatchError", (("a", "b"),)), StateMismatchError)
+
+
+@pytest.mark.parametrize("name", ["ValueError", "error_fields", "CommandFailedError", ""])
+def test_unknown_error_name_raises(name: str) -> None:
+    """Only errors of `tolaria.errors` can be built from fields."""
+    with pytest.raises(KeyError):
+        error_from_fields(name, ("message",))

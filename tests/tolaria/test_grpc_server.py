@@ -13,13 +13,13 @@ from tolaria.grpc_server import grpc_server
 pytestmark = pytest.mark.anyio
 
 
-def nothing(_server: grpc.aio.Server) -> None:
-    """Add no service."""
+def no_services(_server: grpc.aio.Server) -> None:
+    """Registers no service."""
 
 
-async def test_health_is_served_by_part() -> None:
-    """Each part has the health that was set; an unknown one is NOT_FOUND."""
-    async with grpc_server("x", "127.0.0.1:0", nothing, service_names=[], grace_s=1) as server:
+async def test_health_check_answers_by_part() -> None:
+    """Each part has the status that was set; an unknown part is NOT_FOUND."""
+    async with grpc_server("x", "127.0.0.1:0", no_services, service_names=[], grace_s=1) as server:
         await server.set_health("tolaria.training", serving=True)
         await server.set_health("tolaria.tamiyo", serving=False)
         async with grpc.aio.insecure_channel(str(server.address)) as channel:
@@ -27,26 +27,26 @@ async def test_health_is_served_by_part() -> None:
             good = await stub.Check(health_pb2.HealthCheckRequest(service="tolaria.training"))
             bad = await stub.Check(health_pb2.HealthCheckRequest(service="tolaria.tamiyo"))
             with pytest.raises(grpc.aio.AioRpcError, match="NOT_FOUND"):
-                await stub.Check(health_pb2.HealthCheckRequest(service="nobody"))
+                await stub.Check(health_pb2.HealthCheckRequest(service="unknown"))
     assert (good.status, bad.status) == (1, 2)
 
 
 async def test_reflection_lists_the_services() -> None:
-    """Any client can ask what is served."""
+    """The names passed to the server and the health service are listed."""
     async with (
-        grpc_server("x", "127.0.0.1:0", nothing, service_names=["a.B"], grace_s=1) as server,
+        grpc_server("x", "127.0.0.1:0", no_services, service_names=["a.B"], grace_s=1) as server,
         grpc.aio.insecure_channel(str(server.address)) as channel,
     ):
-        make_stub: Any = reflection_pb2_grpc.ServerReflectionStub  # its types know no asynchronous channel
+        make_stub: Any = reflection_pb2_grpc.ServerReflectionStub  # its types have no asynchronous channel
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         answers = [a async for a in make_stub(channel).ServerReflectionInfo(iter([request]))]
     names = {s.name for s in answers[0].list_services_response.service}
     assert {"a.B", "grpc.health.v1.Health"} <= names
 
 
-async def test_a_port_in_use_is_a_bind_error_with_the_address() -> None:
-    """The message names what and where; no port is shared."""
-    async with grpc_server("x", "127.0.0.1:0", nothing, service_names=[], grace_s=1) as server:
+async def test_port_in_use_raises_bind_error() -> None:
+    """The message names the server and the address; the port is not shared by SO_REUSEPORT."""
+    async with grpc_server("x", "127.0.0.1:0", no_services, service_names=[], grace_s=1) as server:
         with pytest.raises(BindError, match=f"y cannot listen on {server.address}"):
-            async with grpc_server("y", str(server.address), nothing, service_names=[], grace_s=1):
+            async with grpc_server("y", str(server.address), no_services, service_names=[], grace_s=1):
                 pass

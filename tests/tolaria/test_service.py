@@ -13,28 +13,30 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import FakeKasmina, FakeTamiyo, serving
 from support.runs import FakePeers, new_run, running
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import Retention
+from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings, load_settings
 from tolaria.grpc_server import GrpcServer
-from tolaria.rollback import CheckpointWriter, Retention, RunRow, Storage, open_storage
+from tolaria.journal.rows import RunRow
 from tolaria.service.host import Host
-from tolaria.service.parts import Ground, Parts
-from tolaria.service.start import new_keeper, new_progress
+from tolaria.service.readiness import publish_health
+from tolaria.service.wiring import Foundation, LaneBuild, build_lane
 from tolaria.signals import SignalBoard
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
-from tolaria.training.rig import Rig, build_rig
 
 pytestmark = pytest.mark.anyio
 
 
 async def no_command(_state: SystemStatePacket) -> AdaptationCommand | None:
-    """The controller that is always content."""
+    """The answer of a controller that asks for nothing."""
     return None
 
 
-async def served(job: str, target: str, folder: Path) -> int:
-    """The exit code of a whole service around this job, run on this test's own loop."""
+async def serve(job: str, target: str, folder: Path) -> int:
+    """Runs a whole service around this job on the test's event loop; returns the exit code."""
     overrides = [
         f"training.job=support.jobs:{job}",
         "training.epochs=2",
@@ -45,14 +47,17 @@ async def served(job: str, target: str, folder: Path) -> int:
         f"tamiyo.target={target}",
         f"kasmina.target={target}",
         f"state.dir={folder / 'state'}",
+        f"signals.path={folder / 'board'}",
     ]
-    with ThreadPoolExecutor(1) as pool:  # as the service does it: before there is a loop
+    with ThreadPoolExecutor(1) as pool:  # as the service does it: before there is an event loop
         settings = pool.submit(load_settings, None, overrides).result()
-        rig = pool.submit(build_rig, settings).result()
+        build = pool.submit(build_lane, settings).result()
         board = pool.submit(SignalBoard.create, settings.signals.board("test"), "test").result()
-        storage = pool.submit(open_storage, folder / "state", run_id="test", retention=Retention()).result()
+        storage = pool.submit(
+            open_storage, folder / "state", run_id="test", retention=Retention(last=3, best="highest")
+        ).result()
         writer = CheckpointWriter(storage.checkpoints)
-        host = pool.submit(_host, settings, rig, board, storage, writer).result()
+        host = pool.submit(new_host, settings, build, board, storage, writer).result()
         code = await host.serve()
         pool.submit(board.close, unlink=True).result()
         pool.submit(writer.__exit__, None, None, None).result()
@@ -60,63 +65,62 @@ async def served(job: str, target: str, folder: Path) -> int:
     return code
 
 
-def _host(settings: Settings, rig: Rig, board: SignalBoard, storage: Storage, writer: CheckpointWriter) -> Host:
-    ground = Ground(
+def new_host(
+    settings: Settings, build: LaneBuild, board: SignalBoard, storage: Storage, writer: CheckpointWriter
+) -> Host:
+    """Returns the host of a new run."""
+    foundation = Foundation(
         settings=settings,
-        rig=rig,
-        keeper=new_keeper(settings, rig),
-        progress=new_progress(settings, rig, run_id="test"),
+        build=build,
         board=board,
+        storage=storage,
+        writer=writer,
+        run=RunRow("test", 0, settings.training.job),
+        active_halt=None,
         metrics=Metrics(),
         emitter=Emitter(),
         log_context=LogContext(),
-        storage=storage,
-        run=RunRow("test", 0, settings.training.job),
-        standing=None,
-        writer=writer,
     )
-    return Host(Parts(ground))
+    return Host(foundation)
 
 
 @pytest.mark.parametrize(("job", "code"), [("TinyJob", 0), ("LateCrashJob", 1)])
-async def test_a_service_leaves_nothing_behind_and_blocks_nothing(job: str, code: int, tmp_path: Path) -> None:
-    """After a run that went well, or failed: no task, no thread of the lane; no call blocked the loop on the way."""
+async def test_a_service_leaves_no_tasks_and_threads(job: str, code: int, tmp_path: Path) -> None:
+    """Neither after a finished run nor after a failed one; no call blocks the event loop meanwhile."""
     async with serving(FakeTamiyo(no_command), FakeKasmina()) as target:
-        await served("TinyJob", target, tmp_path)  # what is made once for all (thread pools, gRPC) is there from now on
+        await serve("TinyJob", target, tmp_path)  # creates what exists once per process: thread pools, gRPC
         tasks_before, threads_before = asyncio.all_tasks(), set(threading.enumerate())
-        assert await served(job, target, tmp_path) == code
-        # The fake peers' own server takes its next call by a new task each time.
+        assert await serve(job, target, tmp_path) == code
+        # The fake peers' own server takes each call in a new task.
         left = {t for t in asyncio.all_tasks() - tasks_before if not t.done() and "AioServer" not in repr(t)}
         assert left == set()
         assert [t.name for t in set(threading.enumerate()) - threads_before if "tolaria" in t.name] == []
 
 
 class SlowHealth:
-    """A server to which telling its health takes until the test says so."""
+    """A server whose `set_health` returns once the test lets it proceed."""
 
     def __init__(self) -> None:
-        self.told: dict[str, bool] = {}
-        self.asked, self.go = anyio.Event(), anyio.Event()
+        self.serving: dict[str, bool] = {}
+        self.called, self.proceed = anyio.Event(), anyio.Event()
 
-    async def set_health(self, part: str, *, serving: bool) -> None:
-        self.told[part] = serving
-        self.asked.set()
-        await self.go.wait()
+    async def set_health(self, service: str, *, serving: bool) -> None:
+        self.serving[service] = serving
+        self.called.set()
+        await self.proceed.wait()
 
 
-async def test_health_that_changes_while_it_is_told_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last word is how things stand, also where nothing changes afterwards."""
-    run = new_run(FakePeers())
-    host, health = Host(run.parts), SlowHealth()
-    reasons = ["not yet"]
-    monkeypatch.setattr(host, "_reasons_not_ready", lambda: reasons)
+async def test_a_change_while_health_is_published_is_published_too() -> None:
+    """The last value published is the present one, also when nothing changes afterwards."""
+    run, health = new_run(FakePeers(), job="GatedJob"), SlowHealth()
     async with running(run), anyio.create_task_group() as tasks:
-        await run.loop.pause("nothing else shall change")
-        tasks.start_soon(host._publish_health, cast(GrpcServer, health))
-        await health.asked.wait()
-        assert health.told == {"": False}
-        reasons.clear()
-        run.parts.feed.changed()
-        health.go.set()
-        await run.until(lambda: health.told[""])
+        await run.until(lambda: run.state == "RUNNING")
+        run.core.lifecycle.halt("not ready")
+        tasks.start_soon(publish_health, run.core, cast("GrpcServer", health))
+        await health.called.wait()
+        assert health.serving == {"": False}
+        run.run.resume("ready")
+        health.proceed.set()
+        await run.until(lambda: health.serving[""])
         tasks.cancel_scope.cancel()
+        run.job.passes.release(1000)

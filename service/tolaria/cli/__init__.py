@@ -1,1 +1,1 @@
-"""The `tolaria` command: runs the service, asks a running one, shows what it does. Must not know torch."""
+"""The `tolaria` command line: runs the service, queries and controls a running one, inspects what it stored."""

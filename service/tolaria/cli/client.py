@@ -1,14 +1,17 @@
-"""Calls to a running service: each under a deadline, each failure as one line. Must not know what is printed."""
+"""The client of the admin service: one channel, a deadline for each call, and errors that fit on one line."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 import grpc
 import grpc.aio
+import typer
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -16,13 +19,14 @@ from grpc_status import rpc_status
 from leyline.v1.admin_service_pb2 import (
     GetStatusRequest,
     GetStatusResponse,
+    RunState,
     WatchStatusRequest,
     WatchStatusResponse,
 )
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
-from tolaria.cli.failures import RequestRefusedError, ServiceUnreachableError
-from tolaria.cli.words import one_line
-from tolaria.config import Address, Settings
+from tolaria.cli.errors import CommandFailedError, ServiceUnreachableError
+from tolaria.cli.render import Show, one_line
+from tolaria.config import Address, Settings, load_settings
 from tolaria.errors import ConfigurationError, TolariaError
 
 if TYPE_CHECKING:
@@ -32,125 +36,152 @@ RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")
 Rpc = Callable[["TolariaAdminServiceAsyncStub"], "grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT]"]
 
-_GONE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
-_GENERATED_REFUSAL = "Method not implemented!"  # what a servicer says that has the call but not its body
-_EVERY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - is looked for here, not bound to
+_CONNECTION_LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+_RUN_OVER = {RunState.RUN_STATE_FINISHED, RunState.RUN_STATE_FAILED}
+_GENERATED_REFUSAL = "Method not implemented!"  # the message of a generated servicer method without an implementation
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound to
 
 
-class AdminClient:
-    """One channel to one service. Every method raises what `admin_client` lists."""
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The address of a service, and the longest wait for each of its answers."""
 
-    def __init__(self, stub: TolariaAdminServiceAsyncStub, address: Address, timeout_s: float) -> None:
-        self._stub = stub
-        self._address = address
-        self._timeout_s = timeout_s
-
-    async def call(self, rpc: Rpc[RequestT, ResponseT], request: RequestT) -> ResponseT:
-        """Make one call and wait for its answer, at most the client's timeout."""
-        try:
-            return await rpc(self._stub)(request, timeout=self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise self._failure(error) from None
-
-    async def status(self) -> GetStatusResponse:
-        """The service's state now."""
-        return await self.call(lambda admin: admin.GetStatus, GetStatusRequest())
-
-    async def watch(self, *, interval_ms: int = 0) -> AsyncGenerator[GetStatusResponse]:
-        """States as they come, at the server's pace (0) or slower; ends when the server ends the stream.
-
-        A stream that is silent for the timeout is not taken for dead: the service is asked, and the stream opened anew.
-        """
-        while True:
-            stream = self._stub.WatchStatus(WatchStatusRequest(interval_ms=interval_ms))
-            try:
-                while (answer := await self._next(stream)) is not None:
-                    yield answer
-            except TimeoutError:
-                pass
-            else:
-                return
-            finally:
-                stream.cancel()
-            yield await self.status()
-
-    async def _next(
-        self, stream: grpc.aio.UnaryStreamCall[WatchStatusRequest, WatchStatusResponse]
-    ) -> GetStatusResponse | None:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                answer = await stream.read()
-        except grpc.aio.AioRpcError as error:
-            raise self._failure(error) from None
-        return answer.status if isinstance(answer, WatchStatusResponse) else None
-
-    def _failure(self, error: grpc.aio.AioRpcError) -> TolariaError:
-        # A deadline of the service's own, as a rollback has one, comes with its reason.
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not _rich_status(error).details:
-            return ServiceUnreachableError(f"{self._address}: no answer within {self._timeout_s:g} s")
-        if error.code() is grpc.StatusCode.UNIMPLEMENTED and error.details() != _GENERATED_REFUSAL:
-            told = f"{self._address} answers, but is no Tolaria admin server that knows this call"
-            return RequestRefusedError(f"{told} (UNIMPLEMENTED)")
-        told = _told(error)
-        if error.code() in _GONE:
-            return ServiceUnreachableError(f"no service answers at {self._address}: {told}")
-        return RequestRefusedError(told)
+    address: Address
+    timeout_s: float
 
 
 @asynccontextmanager
-async def admin_client(address: Address, timeout_s: float) -> AsyncIterator[AdminClient]:
-    """A client for the service at `address`; connects at the first call.
+async def admin_stub(target: Target) -> AsyncIterator[TolariaAdminServiceAsyncStub]:
+    """Opens a channel to `target`, and translates the errors of the calls made inside the block.
 
     Raises:
-        ServiceUnreachableError: when nobody answers there within `timeout_s`, or no longer does.
-        RequestRefusedError: when the service refuses; the message names the field and the stable reason.
+        ServiceUnreachableError: no service answers within the timeout, or the connection is lost.
+        CommandFailedError: the service refuses; the message names the field and the stable reason.
     """
-    # A proxy from the environment must never stand between an operator and a loopback port.
+    # A proxy from the environment must not take connections to a loopback port.
     options = [("grpc.enable_http_proxy", 0)]
-    async with grpc.aio.insecure_channel(str(address), options=options) as channel:
-        yield AdminClient(TolariaAdminServiceStub(channel), address, timeout_s)
+    async with grpc.aio.insecure_channel(str(target.address), options=options) as channel:
+        try:
+            yield TolariaAdminServiceStub(channel)
+        except grpc.aio.AioRpcError as error:
+            raise _failure(error, target) from None
 
 
-def service_address(asked: str | None, settings: Settings) -> Address:
-    """Where to connect: what was asked for, else where `settings` would listen.
+def call(target: Target, rpc: Rpc[RequestT, ResponseT], request: RequestT) -> ResponseT:
+    """Makes one call, outside an event loop. Raises what `admin_stub` does."""
+
+    async def call_once() -> ResponseT:
+        async with admin_stub(target) as stub:
+            return await rpc(stub)(request, timeout=target.timeout_s)
+
+    return asyncio.run(call_once())
+
+
+async def watch_status(target: Target) -> AsyncGenerator[GetStatusResponse]:
+    """Yields statuses as the service streams them, until it ends the stream. Raises what `admin_stub` does.
+
+    After a silence as long as the timeout, asks for the status and opens a new stream.
+    """
+    async with admin_stub(target) as stub:
+        while True:
+            stream = stub.WatchStatus(WatchStatusRequest())
+            try:
+                while True:
+                    async with asyncio.timeout(target.timeout_s):
+                        answer = await stream.read()
+                    if not isinstance(answer, WatchStatusResponse):
+                        return
+                    yield answer.status
+            except TimeoutError:
+                pass
+            finally:
+                stream.cancel()
+            yield await stub.GetStatus(GetStatusRequest(), timeout=target.timeout_s)
+
+
+async def follow_run(target: Target, show: Show) -> GetStatusResponse:
+    """Shows each status until the run is over; returns the last.
 
     Raises:
-        ConfigurationError: when that is no address to connect to.
+        ServiceUnreachableError: no service answers, or its stream ends before the run is over.
     """
-    text, origin = (settings.server.listen, "server.listen") if asked is None else (asked, "--address")
+    async with aclosing(watch_status(target)) as statuses:
+        async for status in statuses:
+            show(status)
+            if status.state in _RUN_OVER:
+                return status
+    raise ServiceUnreachableError(f"the service at {target.address} has gone before its run was over")
+
+
+async def follow_run_across_restarts(target: Target, show: Show, *, pause_s: float = 0.5) -> GetStatusResponse:
+    """Follows a run as `follow_run` does, but reconnects; each new reason for waiting is a line on standard error."""
+    reported = ""
+    while True:
+        try:
+            return await follow_run(target, show)
+        except ServiceUnreachableError as error:
+            if str(error) != reported:
+                reported = str(error)
+                typer.echo(f"waiting: {reported}", err=True)
+        await asyncio.sleep(pause_s)
+
+
+def target(address: str | None, timeout_s: float, config_file: Path | None, overrides: list[str] | None) -> Target:
+    """Returns the service to call, from --address or the settings. Raises ConfigurationError if they are invalid."""
+    return Target(service_address(address, load_settings(config_file, overrides or [])), timeout_s)
+
+
+def service_address(given: str | None, settings: Settings) -> Address:
+    """Returns the address to connect to: `given`, or the one that a service with these settings listens on.
+
+    Raises:
+        ConfigurationError: it is malformed, or its port is 0.
+    """
+    text, origin = (settings.server.listen, "server.listen") if given is None else (given, "--address")
     try:
         address = Address.parse(text)
     except ValueError as error:
         raise ConfigurationError([f"{origin}: {error}"]) from None
     if address.port == 0:
-        hint = "give --address" if asked is None else "give the port that the service has logged"
-        raise ConfigurationError([f"{origin}: {text!r} has port 0, to which nobody can connect; {hint}"])
+        hint = "give --address" if given is None else "give the port that the service has logged"
+        raise ConfigurationError([f"{origin}: {text!r} has port 0, which cannot be connected to; {hint}"])
     return connectable(address)
 
 
 def connectable(listening: Address) -> Address:
-    """Where to reach a server of this machine that listens on `listening`, which may be every interface."""
-    return Address(_EVERY_INTERFACE.get(listening.host, listening.host), listening.port)
+    """Returns the address at which a local server on `listening` is reached: loopback for the wildcard addresses."""
+    return Address(_LOOPBACK.get(listening.host, listening.host), listening.port)
 
 
-def _told(error: grpc.aio.AioRpcError) -> str:
-    """What the service says is wrong, on one line: `field: why` for each field where it names them, then the reason."""
-    rich = _rich_status(error)
+def _failure(error: grpc.aio.AioRpcError, target: Target) -> TolariaError:
+    # A deadline that the service itself enforces, as of a rollback, comes with details.
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not _rich_status(error).details:
+        return ServiceUnreachableError(f"{target.address}: no answer within {target.timeout_s:g} s")
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED and error.details() != _GENERATED_REFUSAL:
+        return CommandFailedError(
+            f"{target.address} does not offer this call of Tolaria's admin service (UNIMPLEMENTED)"
+        )
+    if error.code() in _CONNECTION_LOST:
+        return ServiceUnreachableError(f"no service answers at {target.address}: {_message(error)}")
+    return CommandFailedError(_message(error))
+
+
+def _message(error: grpc.aio.AioRpcError) -> str:
+    """Formats the error as `field: why` for each field violation, else as its message, followed by the reason."""
     violations = error_details_pb2.BadRequest()
     info = error_details_pb2.ErrorInfo()
-    for detail in rich.details:
-        # Unpack leaves its argument alone when the detail is of another type.
+    for detail in _rich_status(error).details:
+        # Unpack does not change its argument when the detail has another type.
         detail.Unpack(violations)
         detail.Unpack(info)
     fields = "; ".join(f"{v.field}: {v.description}" for v in violations.field_violations)
     code = error.code().name
-    message = one_line(fields or error.details() or code, length_max=500)
-    return f"{message} ({one_line(info.reason or code)})"
+    return f"{one_line(fields or error.details() or code, length_max=500)} ({one_line(info.reason or code)})"
 
 
 def _rich_status(error: grpc.aio.AioRpcError) -> status_pb2.Status:
     try:
-        # The library asks for a call; an error of grpc.aio has the three methods that it reads.
+        # from_call is typed for a call, and reads three methods that AioRpcError has too.
         return rpc_status.from_call(cast(grpc.Call, error)) or status_pb2.Status()
     except (DecodeError, ValueError):
-        return status_pb2.Status()  # details that contradict the status add nothing to it
+        return status_pb2.Status()  # the details contradict the status code

@@ -1,51 +1,25 @@
-"""The one settings tree, where its values come from, and how they are shown. Knows nothing of what is configured."""
+"""The settings, their sources and their rendering."""
 
-from tolaria.config.addresses import Address
-from tolaria.config.durability import CheckpointSettings, ProfilerSettings, RollbackSettings
-from tolaria.config.peers import KasminaSettings, PeerSettings, TamiyoSettings
-from tolaria.config.safety import EmergencySettings, SignalsSettings, StateSettings
-from tolaria.config.show import as_toml
-from tolaria.config.sources import child_environment, load_settings, quieten_grpc
-from tolaria.config.tree import (
-    ControlSettings,
-    FastPathSettings,
-    GradientsSettings,
-    LeylineSettings,
-    LoggingSettings,
-    MetricsSettings,
-    OptimizerSettings,
-    SeedsSettings,
-    ServerSettings,
-    ServiceSettings,
-    Settings,
-    TrainingSettings,
-)
-
-__all__ = [
-    "Address",
-    "CheckpointSettings",
-    "ControlSettings",
-    "EmergencySettings",
-    "FastPathSettings",
-    "GradientsSettings",
-    "KasminaSettings",
-    "LeylineSettings",
-    "LoggingSettings",
-    "MetricsSettings",
-    "OptimizerSettings",
-    "PeerSettings",
-    "ProfilerSettings",
-    "RollbackSettings",
-    "SeedsSettings",
-    "ServerSettings",
-    "ServiceSettings",
-    "Settings",
-    "SignalsSettings",
-    "StateSettings",
-    "TamiyoSettings",
-    "TrainingSettings",
-    "as_toml",
-    "child_environment",
-    "load_settings",
-    "quieten_grpc",
-]
+from tolaria.config.durability import CheckpointSettings as CheckpointSettings
+from tolaria.config.durability import EmergencySettings as EmergencySettings
+from tolaria.config.durability import ProfilerSettings as ProfilerSettings
+from tolaria.config.durability import RollbackSettings as RollbackSettings
+from tolaria.config.durability import StateSettings as StateSettings
+from tolaria.config.fields import Address as Address
+from tolaria.config.fields import as_toml as as_toml
+from tolaria.config.settings import ControlSettings as ControlSettings
+from tolaria.config.settings import FastPathSettings as FastPathSettings
+from tolaria.config.settings import GradientsSettings as GradientsSettings
+from tolaria.config.settings import KasminaSettings as KasminaSettings
+from tolaria.config.settings import LeylineSettings as LeylineSettings
+from tolaria.config.settings import LoggingSettings as LoggingSettings
+from tolaria.config.settings import OptimizerSettings as OptimizerSettings
+from tolaria.config.settings import PeerSettings as PeerSettings
+from tolaria.config.settings import SeedsSettings as SeedsSettings
+from tolaria.config.settings import ServiceSettings as ServiceSettings
+from tolaria.config.settings import Settings as Settings
+from tolaria.config.settings import TamiyoSettings as TamiyoSettings
+from tolaria.config.settings import TrainingSettings as TrainingSettings
+from tolaria.config.sources import child_environment as child_environment
+from tolaria.config.sources import load_settings as load_settings
+from tolaria.config.sources import quieten_grpc as quieten_grpc

@@ -1,107 +1,155 @@
-"""Settings of what brings a run back: rollback, checkpoints, profiles. Must not know where values come from."""
+"""Sections about surviving failures: state directory, signal board, emergencies, rollback, checkpoints, profiles."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
-from tolaria.config.parts import Seconds, Section
+from tolaria.config.fields import Factor, PositiveShare, Seconds, Section
 
-Factor = Annotated[float, Field(gt=1, le=1e6, allow_inf_nan=False)]
+
+class EmergencySettings(Section):
+    """Emergencies: detection of hangs and failures, escalation, recovery."""
+
+    sentinel: bool = True
+    """Watch the heartbeats from a separate process. On: a process that hangs cannot detect it."""
+
+    heartbeat_timeout_s: Seconds = 30.0
+    """Time without a heartbeat of the event loop or the lane that is an emergency. 30: no microbatch takes longer."""
+
+    startup_allowance_s: Seconds = 60.0
+    """Time after the start in which missing heartbeats are ignored. 60: the first steps compile and fill caches."""
+
+    grace_s: Seconds = 10.0
+    """Time from the emergency to SIGTERM. 10: long enough to dump stacks, and for a short stall to end."""
+
+    drain_s: Seconds = 15.0
+    """Time from SIGTERM to SIGKILL. 15: longer than service.drain_timeout_s, which a working service needs at most."""
+
+    broadcasts_per_minute: int = Field(default=60, ge=1, le=6000)
+    """Broadcasts sent immediately; further ones are merged, and none is dropped. 60: a person cannot read more."""
+
+    failed_epochs_max: int = Field(default=3, ge=1)
+    """Consecutive failed epochs after which training halts. 3: two can be a coincidence."""
+
+    rollback: bool = True
+    """Accepted without effect: rollbacks are begun by checks of health and by operators, never by a level."""
+
+    recovery_epochs: int = Field(default=3, ge=1)
+    """Consecutive healthy epochs that clear a failed epoch. 3: as many as failures open a circuit breaker."""
+
+
+class SignalsSettings(Section):
+    """The signal board: emergencies and heartbeats in memory shared with peers on this machine."""
+
+    path: str = Field(default="", max_length=4096)
+    """File of the board. Empty: /dev/shm/tolaria-<run id>. Peers in containers need a path that is known beforehand."""
+
+    def board(self, run_id: str) -> Path:
+        """Returns the path of a run's board."""
+        return Path(self.path) if self.path else Path("/dev/shm") / f"tolaria-{run_id}"  # noqa: S108 - mode 0600
+
+
+class StateSettings(Section):
+    """The state directory, with checkpoints and journal."""
+
+    dir: str = Field(default="state", min_length=1, max_length=4096)
+    """Path, created if missing. state: relative to the working directory, where a container mounts a volume."""
+
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue an unfinished run from its newest checkpoint, so that restarts lose little. never: start anew."""
 
 
 class RollbackSettings(Section):
-    """Going back: by order, or by itself when training has gone wrong."""
+    """Rollback, on request and automatic."""
 
     fast_budget_s: Seconds = 0.5
-    """From the trigger to the state brought back from memory. 0.5: peers take part, and training hardly notices."""
+    """Time from the trigger until the state is restored from memory. 0.5: enough for the peers to take part."""
 
     full_budget_s: Seconds = 12.0
-    """The same from disk. 12: gigabytes are read and checked in it."""
+    """Time from the trigger until the state is restored from disk. 12: enough to read and verify gigabytes."""
 
     memory_mb: int = Field(default=256, ge=1, le=1_000_000)
-    """Memory for snapshots, in MiB of the host's, wherever the model is.
-
-    256: five snapshots of ten million parameters with Adam.
-    """
+    """Host memory for snapshots, in MiB. 256: five snapshots of a model of ten million parameters with Adam."""
 
     snapshots_max: int = Field(default=5, ge=1, le=1000)
-    """Snapshots kept in memory. 5: far enough back to be before a mistake that shows late."""
+    """Snapshots kept in memory. 5: the oldest one predates a fault that is detected late."""
 
     every_steps: int = Field(default=0, ge=0)
-    """Updates between two snapshots. 0: as often as their cost stays within overhead_max."""
+    """Optimizer updates between two snapshots. 0: as often as overhead_max allows."""
 
-    overhead_max: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Share of step time that snapshots may cost. 0.01: nobody sees a hundredth."""
+    overhead_max: PositiveShare = 0.01
+    """Share of the step time that snapshots may take. 0.01: one percent is not noticeable."""
 
     automatic: bool = True
-    """Roll back without being asked when a step or an epoch has gone wrong. On: nobody watches at night."""
+    """Roll back without a request after a failed step or epoch. On: unattended runs have to recover by themselves."""
 
     halt_on_deadline: bool = True
-    """Raise HALT when a rollback misses its budget. On: the state that somebody wanted undone is still live."""
+    """Raise HALT when a rollback exceeds its budget. On: the state that was to be undone is still live."""
 
     loss_factor: Factor = 15.0
-    """A loss above this many times its moving average has exploded. 15: no bad batch of a sound run gets there."""
+    """A loss above this multiple of its moving average is an explosion. 15: bad batches of healthy runs stay below."""
 
     norm_factor: Factor = 5.0
-    """The same for the gradient norm. 5: norms swing less than losses explode."""
+    """A gradient norm above this multiple of its moving average is an explosion. 5: norms vary less than losses."""
 
-    accuracy_drop: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Validation accuracy this much below the run's best has collapsed. 0.2: beyond what seeds cost while they join."""
+    accuracy_drop: PositiveShare = 0.2
+    """Drop in validation accuracy from the best epoch that counts as a collapse. 0.2: more than a new seed costs."""
 
     warmup_steps: int = Field(default=20, ge=1)
-    """Steps before loss and norm are judged. 20: moving averages mean nothing before."""
+    """Steps before losses and norms are checked. 20: moving averages are unreliable before."""
 
     automatic_max: int = Field(default=3, ge=1, le=1000)
-    """Automatic rollbacks in per_steps; a further one halts. 3: what three could not mend, a fourth will not."""
+    """Automatic rollbacks within per_steps; one more halts the run. 3: a fourth would not help either."""
 
     per_steps: int = Field(default=1000, ge=1)
-    """Updates over which automatic_max counts."""
+    """Window of automatic_max, in optimizer updates. 1000: covers a fault that returns after each rollback."""
 
-    lr_cut: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Factor on learning rates after an automatic rollback. 0.5: what exploded, exploded at this rate."""
+    lr_cut: PositiveShare = 0.5
+    """Factor on the learning rates after an automatic rollback. 0.5: the old rate led to the explosion."""
 
     lr_cut_steps: int = Field(default=100, ge=1)
-    """Updates for which the cut holds. 100: past the point where it went wrong."""
+    """Optimizer updates for which lr_cut applies. 100: past the step at which training failed."""
 
 
 class CheckpointSettings(Section):
-    """Durable checkpoints in state.dir."""
+    """Checkpoints on disk, in state.dir."""
 
     every_epochs: int = Field(default=1, ge=0)
-    """Epochs between two checkpoints. 1: a crash costs an epoch at most. 0: none at epochs' ends.
+    """Epochs between two checkpoints; 0: none at epoch boundaries. 1: a crash loses at most one epoch.
 
-    With every_steps 0 as well there are none at all, at a run's end neither.
+    If every_steps is 0 too, no checkpoints are written, not even at the end of the run.
     """
 
     every_steps: int = Field(default=0, ge=0)
-    """Updates between two checkpoints, for long epochs. 0: only at epochs' ends."""
+    """Optimizer updates between two checkpoints, for long epochs. 0: at epoch boundaries only."""
 
     keep_last: int = Field(default=3, ge=1, le=10_000)
-    """Newest checkpoints that are kept. 3: two may be damaged."""
+    """Newest checkpoints that are kept. 3: one remains if two are damaged."""
 
     best: Literal["accuracy", "loss"] = "accuracy"
-    """By which validation figure one more is kept, the best. accuracy: what most jobs are for."""
+    """Validation metric that selects one more checkpoint to keep, the best. accuracy: what most jobs optimize."""
 
     on_failure: Literal["pause", "continue"] = "pause"
-    """When one cannot be written, as on a full disk: stand until it can, or train on without. Both say so in /readyz.
+    """When a checkpoint cannot be written: pause until it can, or train on. Both are reported by /readyz.
 
-    pause: work that a crash would lose is not worth its power.
+    pause: training that a crash would lose is wasted.
     """
 
     retry_s: Seconds = 15.0
-    """After a failure, time until the next try; once one succeeds the run goes on. 15: soon after the mending."""
+    """Time from a failed write to the next attempt; a success resumes the run. 15: soon after space is available."""
 
 
 class ProfilerSettings(Section):
-    """Traces of a few steps at a time, for chrome://tracing or Perfetto, in state.dir/traces."""
+    """Traces of a few steps, for chrome://tracing or Perfetto, in state.dir/traces."""
 
     active_steps: int = Field(default=5, ge=1, le=1000)
-    """Updates in a trace that nobody gave a number for. 5: enough to see what repeats."""
+    """Optimizer updates in a trace whose request gives no number. 5: enough to see what repeats."""
 
     every_steps: int = Field(default=0, ge=0)
-    """Updates between two traces taken by themselves. 0: only when asked for."""
+    """Optimizer updates between two automatic traces. 0: traces are taken on request only."""
 
     traces_mb: int = Field(default=256, ge=1, le=1_000_000)
-    """Size of all traces together, in MiB; the oldest go first. 256: dozens of traces of small models."""
+    """Size of all traces together, in MiB; the oldest are deleted. 256: dozens of traces of a small model."""

@@ -1,115 +1,146 @@
-"""Where settings come from: a TOML file, the environment over it, the command line over both.
+"""The sources of settings, each overriding the one before: a TOML file, the environment, the command line.
 
-The only place that reads the process environment. Every mistake is told at once, each with its name and its origin.
+No other module reads the process environment.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError, TomlConfigSettingsSource
+from pydantic_settings import EnvSettingsSource, SettingsError
 
-from tolaria.config.tree import Settings
+from tolaria.config.fields import suggestion
+from tolaria.config.settings import Settings
 from tolaria.errors import ConfigurationError
 
 DEFAULT_FILE = Path("tolaria.toml")
 _PREFIX = "TOLARIA_"
-
-_section_models: dict[str, type[BaseModel]] = {
-    name: field.annotation
-    for name, field in Settings.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+_ENVIRONMENT = "environment"
+_SECTIONS: dict[str, type[BaseModel]] = {
+    name: section.annotation
+    for name, section in Settings.model_fields.items()
+    if isinstance(section.annotation, type) and issubclass(section.annotation, BaseModel)
 }
 
 
-def load_settings(config_file: Path | None = None, overrides: list[str] | None = None) -> Settings:
-    """Build the settings from `config_file` (default: tolaria.toml where it exists), environment and `overrides`.
+@dataclass(slots=True)
+class _Source:
+    """Values by section and field, and the problems found while reading them."""
 
-    `overrides` are `section.field=value` texts; values of tables and lists are JSON.
+    name: str
+    values: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def load_settings(config_file: Path | None = None, overrides: list[str] | None = None) -> Settings:
+    """Builds the settings from `config_file` (default: tolaria.toml, if it exists), the environment and `overrides`.
+
+    Overrides have the form `section.field=value`; tables and lists are JSON.
 
     Raises:
-        ConfigurationError: with every problem found.
+        ConfigurationError: with all problems of all sources.
     """
-    path = _existing_file(config_file)
-    in_file = _read_toml(path) if path else {}
-    on_command_line, problems = _parse_overrides(overrides or [])
-    problems += _unknown_names(in_file, str(path)) + _unknown_environment()
-    problems += _unknown_names(on_command_line, "--set")
+    sources = [_read_file(config_file), _read_environment(), _read_overrides(overrides or [])]
+    merged: dict[str, Any] = {}
+    problems: list[str] = []
+    for source in sources:
+        problems += [*source.problems, *_unknown_names(source)]
+        source.values = {name: section for name, section in source.values.items() if isinstance(section, dict)}
+        merged = _merged(merged, source.values)
     try:
-        settings = _sourced(path)(**on_command_line)
+        settings = Settings.model_validate(merged)
     except ValidationError as error:
-        origins = _Origins(in_file, on_command_line, str(path))
-        # Unknown names are told already, with a guess at what was meant.
-        wrong = [item for item in error.errors() if item["type"] != "extra_forbidden"]
-        raise ConfigurationError(problems + [_sentence(item, origins) for item in wrong]) from None
-    except SettingsError:
-        raise ConfigurationError(problems + _malformed_json()) from None
+        # Unknown names are among the problems already, with a suggestion.
+        invalid = [item for item in error.errors() if item["type"] != "extra_forbidden"]
+        raise ConfigurationError(problems + [_describe(item, sources) for item in invalid]) from None
     if problems:
         raise ConfigurationError(problems)
     return settings
 
 
 def quieten_grpc() -> None:
-    """Keep gRPC's C core from writing to standard error, where logs and live views are; call before it is imported."""
+    """Stops gRPC's C core from writing to standard error, where logs are written. Call this before importing grpc."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def child_environment(settings: Settings) -> dict[str, str]:
-    """Environment for a peer process that Tolaria starts: its own, without settings, with the shared secrets."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(_PREFIX)}
-    secrets = {"SECRET": settings.leyline.secret, "PREVIOUS_SECRET": settings.leyline.previous_secret}
-    for name, secret in secrets.items():
+    """Returns the environment of a peer's process: this process's own, without settings except the secrets."""
+    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(_PREFIX)}
+    for name, secret in (("secret", settings.leyline.secret), ("previous_secret", settings.leyline.previous_secret)):
         if secret:
-            environment[f"{_PREFIX}LEYLINE__{name}"] = secret.get_secret_value()
+            environment[_variable("leyline", name)] = secret.get_secret_value()
     return environment
 
 
-def _existing_file(config_file: Path | None) -> Path | None:
-    if config_file is None:
-        return DEFAULT_FILE if DEFAULT_FILE.is_file() else None
-    if not config_file.is_file():
-        raise ConfigurationError([f"--config: no file {config_file}"])
-    return config_file
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_file(config_file: Path | None) -> _Source:
+    if config_file is None and not DEFAULT_FILE.is_file():
+        return _Source(str(DEFAULT_FILE))
+    path = config_file or DEFAULT_FILE
+    if not path.is_file():
+        raise ConfigurationError([f"--config: no file {path}"])
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return _Source(str(path), tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigurationError([f"{path}: {error}"]) from None
 
 
-def _parse_overrides(overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
-    parsed: dict[str, Any] = {}
-    problems = []
+def _read_environment() -> _Source:
+    source = _Source(_ENVIRONMENT)
+    texts = []
+    for name in sorted(name for name in os.environ if name.upper().startswith(_PREFIX)):
+        section, separator, field_name = name[len(_PREFIX) :].lower().partition("__")
+        if separator:
+            texts.append((section, field_name, os.environ[name]))
+            source.values.setdefault(section, {})[field_name] = os.environ[name]
+        else:
+            source.problems.append(f"{name}: is not TOLARIA_<SECTION>__<FIELD>")
+    try:
+        source.values = _merged(source.values, EnvSettingsSource(Settings)())
+    except SettingsError:  # some text is not JSON; the error does not name the variable
+        source.values = {}
+        for section, field_name, text in texts:
+            _set_text(source, section, field_name, text)
+    return source
+
+
+def _read_overrides(overrides: list[str]) -> _Source:
+    source = _Source("--set")
     for text in overrides:
         name, separator, value = text.partition("=")
         parts = name.strip().split(".")
         if not separator or len(parts) < 2 or not all(parts):
-            problems.append(f"--set {text!r}: is not section.field=value")
-            continue
-        node = parsed
-        for part in parts[:-1]:
-            node = node.setdefault(part, {})
-        # A field knows how to read its text; what is deeper belongs to a job, which is given what the text says.
-        node[parts[-1]] = _value(value) if len(parts) == 2 else _json_or_text(value)
-    return parsed, problems
+            source.problems.append(f"--set {text!r}: is not section.field=value")
+        elif len(parts) == 2:
+            _set_text(source, parts[0], parts[1], value)
+        else:
+            # The keys of a table have no declared type: the value is JSON if it is valid JSON, else text.
+            nested = _json_or_text(value)
+            for part in reversed(parts):
+                nested = {part: nested}
+            source.values = _merged(source.values, nested)
+    return source
 
 
-def _value(text: str) -> Any:
-    """JSON where the text is a table or a list, else the text itself: each field knows how to read it."""
-    if text[:1] in {"{", "["}:
+def _set_text(source: _Source, section: str, field_name: str, text: str) -> None:
+    """Sets a field to a text, which is JSON if the field is a table or a list; pydantic converts other types."""
+    value: Any = text
+    model = _SECTIONS.get(section)
+    declared = model.model_fields.get(field_name) if model else None
+    if declared and get_origin(declared.annotation) in {dict, list}:
         try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return text
-    return text
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            origin = _origin(source, section, field_name)
+            source.problems.append(f"{section}.{field_name}: is not JSON: {error} ({origin})")
+            return
+    source.values.setdefault(section, {})[field_name] = value
 
 
 def _json_or_text(text: str) -> Any:
@@ -119,97 +150,41 @@ def _json_or_text(text: str) -> Any:
         return text
 
 
-def _unknown_names(values: dict[str, Any], origin: str) -> list[str]:
-    problems = []
-    for section, fields in values.items():
-        known = list(_section_models[section].model_fields) if section in _section_models else []
-        if not known:
-            problems.append(_unknown(section, list(_section_models), f"{section}: unknown section ({origin})"))
+def _merged(low: Any, high: Any) -> Any:
+    """Merges tables recursively; any other value of `high` replaces that of `low`."""
+    if isinstance(low, dict) and isinstance(high, dict):
+        return low | {key: _merged(low.get(key), value) for key, value in high.items()}
+    return high
+
+
+def _unknown_names(source: _Source) -> Iterator[str]:
+    for section, fields in source.values.items():
+        if section not in _SECTIONS:
+            yield f"{section}: unknown section ({source.name}); {suggestion(section, _SECTIONS)}"
         elif not isinstance(fields, dict):
-            problems.append(f"{section}: is a section, not a value ({origin})")
+            yield f"{section}: is a section, not a value ({source.name})"
         else:
-            problems += [
-                _unknown(field, known, f"{section}.{field}: unknown field ({origin})")
-                for field in fields
-                if field not in known
-            ]
-    return problems
+            known = _SECTIONS[section].model_fields
+            for name in [name for name in fields if name not in known]:
+                yield f"{section}.{name}: unknown field ({source.name}); {suggestion(name, known)}"
 
 
-def _unknown_environment() -> list[str]:
-    values: dict[str, Any] = {}
-    problems = []
-    for name in sorted(os.environ):
-        if not name.startswith(_PREFIX):
-            continue
-        section, separator, field = name.removeprefix(_PREFIX).lower().partition("__")
-        if not separator:
-            problems.append(f"{name}: is not TOLARIA_<SECTION>__<FIELD>")
-        values.setdefault(section, {})[field] = name
-    return problems or _unknown_names(values, "environment")
-
-
-def _malformed_json() -> list[str]:
-    """The environment variables of tables and lists that are not JSON: all that a SettingsError can mean."""
-    problems = []
-    for name in sorted(os.environ):
-        section, _, field = name.removeprefix(_PREFIX).lower().partition("__")
-        if name.startswith(_PREFIX) and _is_complex(section, field):
-            try:
-                json.loads(os.environ[name])
-            except json.JSONDecodeError as error:
-                problems.append(f"{section}.{field}: is not JSON: {error} (environment {name})")
-    return problems
-
-
-def _is_complex(section: str, field: str) -> bool:
-    annotation = _section_models[section].model_fields[field].annotation
-    return get_origin(annotation) in {dict, list}
-
-
-def _unknown(name: str, known: list[str], sentence: str) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"{sentence}; did you mean {close[0]}?" if close else f"{sentence}; known are {', '.join(known)}"
-
-
-def _sourced(path: Path | None) -> type[Settings]:
-    class Sourced(Settings):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is the library's
-            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is the library's
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=path)
-
-    return Sourced
-
-
-class _Origins:
-    """Tells from which source the value of a field came."""
-
-    def __init__(self, in_file: dict[str, Any], on_command_line: dict[str, Any], file_name: str) -> None:
-        self._in_file, self._on_command_line, self._file_name = in_file, on_command_line, file_name
-
-    def of(self, section: str, field: str) -> str:
-        if field in self._on_command_line.get(section, {}):
-            return "--set"
-        variable = f"{_PREFIX}{section}__{field}".upper()
-        if variable in os.environ:
-            return f"environment {variable}"
-        return self._file_name if field in self._in_file.get(section, {}) else "default"
-
-
-def _sentence(item: Any, origins: _Origins) -> str:
-    """One validation error as `section.field: what is wrong, got value (origin)`; secrets are never shown."""
+def _describe(item: Any, sources: list[_Source]) -> str:
+    """Formats a validation error as `section.field: message, got value (origin)`, without the value of a secret."""
     location = [str(part) for part in item["loc"]]
     message = str(item["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if len(location) < 2:
         return message
-    section, field = location[:2]
-    shown = "" if "secret" in field or item["type"] == "value_error" else f", got {item['input']!r}"
-    return f"{'.'.join(location)}: {message}{shown} ({origins.of(section, field)})"
+    section, name = location[:2]
+    shown = "" if "secret" in name or item["type"] == "value_error" else f", got {item['input']!r}"
+    origins = [_origin(source, section, name) for source in sources if name in source.values.get(section, {})]
+    return f"{'.'.join(location)}: {message}{shown} ({origins[-1] if origins else 'default'})"
+
+
+def _origin(source: _Source, section: str, name: str) -> str:
+    return f"{_ENVIRONMENT} {_variable(section, name)}" if source.name == _ENVIRONMENT else source.name
+
+
+def _variable(section: str, name: str) -> str:
+    return f"{_PREFIX}{section}__{name}".upper()

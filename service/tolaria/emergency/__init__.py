@@ -1,51 +1,41 @@
-"""Emergencies: four levels, how they are raised, told, acknowledged and cleared, and the sentinel that watches.
+"""Emergencies: levels, broadcasts, acknowledgements, clearance, and the sentinel that watches the heartbeats.
 
-Knows no torch, grpc or Prometheus. The sentinel's process imports this, so what needs more stays out of it: see
-`watching`, `heartbeats`, `guard` and `stacks` for the service's side.
+The sentinel's process imports this, so `supervision`, which needs an event loop, is not imported here.
 """
 
-from tolaria.emergency.backlog import Notice
-from tolaria.emergency.controller import EmergencyController, EmergencyPolicy
+from tolaria.emergency.broadcast import Broadcast, HeldBack, Notice
+from tolaria.emergency.controller import (
+    BoardUnreadable,
+    Cleared,
+    Covered,
+    DeadlineMissed,
+    EmergencyController,
+    Escalated,
+    Reissued,
+    Report,
+)
 from tolaria.emergency.protocol import (
     RESPONSES,
     Acknowledgement,
     Clearer,
     EmergencyState,
+    EpochStreak,
     Phase,
-    Response,
+    Trigger,
+    recovered,
 )
-from tolaria.emergency.reports import (
-    Acknowledged,
-    BoardUnreadable,
-    BoardWrite,
-    Broadcast,
-    Cleared,
-    Covered,
-    DeadlineMissed,
-    EmergencyStatistics,
-    Escalated,
-    HeldBack,
-    Reissued,
-    Report,
-)
-from tolaria.emergency.triggers import TRIGGERS, EpochStreak, Trigger, recovered
 
 __all__ = [
     "RESPONSES",
-    "TRIGGERS",
-    "Acknowledged",
     "Acknowledgement",
     "BoardUnreadable",
-    "BoardWrite",
     "Broadcast",
     "Cleared",
     "Clearer",
     "Covered",
     "DeadlineMissed",
     "EmergencyController",
-    "EmergencyPolicy",
     "EmergencyState",
-    "EmergencyStatistics",
     "EpochStreak",
     "Escalated",
     "HeldBack",
@@ -53,7 +43,6 @@ __all__ = [
     "Phase",
     "Reissued",
     "Report",
-    "Response",
     "Trigger",
     "recovered",
 ]

@@ -1,305 +1,277 @@
-"""The emergency as the service holds it: raises, tells, collects acknowledgements, clears.
+"""The one emergency of the run: raises it on the board, reports it, collects acknowledgements, clears it.
 
-Owns the one state and the order of effects: board, observer, telemetry. What a level asks for is done by the observer.
-Used on the event loop only; nothing in here waits.
+Used on the event loop only; nothing here waits. The observer carries out what a level requires.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
-from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, EmergencyLevel
-from tolaria.emergency.backlog import Notice, new_notice
-from tolaria.emergency.board_link import BoardLink, BoardView
-from tolaria.emergency.outbox import Outbox
-from tolaria.emergency.protocol import (
-    RESPONSES,
-    TOLARIA,
-    Acknowledge,
-    Clear,
-    Clearer,
-    EmergencyState,
-    Move,
-    PassDeadline,
-    Phase,
-    Raise,
-    Reissue,
-    move_of,
-    require_level,
-    transition,
-)
-from tolaria.emergency.rate import RateCap
-from tolaria.emergency.reports import (
-    Acknowledged,
-    BoardUnreadable,
-    BoardWrite,
-    Cleared,
-    Covered,
-    DeadlineMissed,
-    EmergencyStatistics,
-    Escalated,
-    Reissued,
-    Report,
-)
-from tolaria.emergency.triggers import TRIGGERS, Trigger
-from tolaria.signals import Participant, Signal, SignalBoard
+from leyline.v1.enums_pb2 import EmergencyLevel
+from tolaria.emergency import protocol
+from tolaria.emergency.broadcast import Backlog, Broadcast, HeldBack, Notice, Outbox, RateLimit, new_notice
+from tolaria.emergency.protocol import TOLARIA, Acknowledgement, Clearer, EmergencyState, Phase, Response, Trigger
+from tolaria.errors import SignalError
+from tolaria.signals import ParticipantWriter, Signal, SignalBoard
+from tolaria.signals.layout import ParticipantRecord, cleared_until
 
 _S = 1_000_000_000
+_RETRY_S = 1.0
+_HELD_REASONS_MAX = 256
+_FRESH_NS = 10 * _S  # age of a heartbeat up to which its participant counts as attached
 
 
 @dataclass(frozen=True, slots=True)
-class EmergencyPolicy:
-    """The controller's numbers; the settings of the same names tell their meaning."""
+class Escalated:
+    """The level rose and `response` is required. `board_error`: why the board was not written; empty when it was."""
 
-    broadcasts_per_minute: int = 60
-    held_reasons_max: int = 256
-    retry_s: float = 1.0
-    attached_s: float = 10.0
+    state: EmergencyState
+    response: Response
+    board_error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Covered:
+    """A signal at or below the active level, which requires nothing further."""
+
+    signal: Signal
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlineMissed:
+    """The level's deadline passed before `state.missing` acknowledged."""
+
+    state: EmergencyState
+
+
+@dataclass(frozen=True, slots=True)
+class Reissued:
+    """The active signal was gone from the board without a clearance and was written again, unless with an error."""
+
+    board_error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """The emergency `before` is over. With a `board_error` peers may still see its level."""
+
+    before: EmergencyState
+    by: Clearer
+    reason: str
+    origin: str
+    board_error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BoardUnreadable:
+    """The board cannot be read, so signals of peers do not arrive. Reported once for each failure period."""
+
+    error: str
+
+
+Report = (
+    Escalated | Covered | Broadcast | HeldBack | Acknowledgement | DeadlineMissed | Reissued | Cleared | BoardUnreadable
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _BoardView:
+    """The board at one moment: active signals, intact records, participants whose heartbeat is fresh.
+
+    `error` says why the board cannot be read; the rest is empty then.
+    """
+
+    active: tuple[Signal, ...] = ()
+    records: Mapping[str, ParticipantRecord] = field(default_factory=dict)
+    attached: tuple[str, ...] = ()
+    error: str = ""
 
 
 class EmergencyController:
-    """Holds the one emergency of the run.
+    """Keeps the emergency of the run. The first `observe_board` adopts what is on the board already.
 
-    What stands on the board when it is made, from before a crash or from peers, is adopted by the first
-    `observe_board`.
-
-    Args:
-        board: open; read here.
-        participant: "tolaria", claimed on that board; written here.
-        broadcast: hands a notice to telemetry at CRITICAL priority without waiting. Raises BroadcastFailedError when it
-            cannot: that is reported, and it is tried again.
-        observer: told of everything at once, the new state being in place; does what the level asks for. May call
-            `escalate` and `acknowledge`.
-        policy: numbers.
-        clock: monotonic nanoseconds, as the board's own.
+    `participant` is "tolaria", claimed on `board`; `clock` is the board's. `broadcast` passes a notice to telemetry
+    without waiting. It raises BroadcastFailedError when it cannot; that is reported and retried after `retry_s`.
+    `observer` is called with every report, after the state changed; it may call `escalate` and `acknowledge`.
     """
 
     def __init__(
         self,
         board: SignalBoard,
-        participant: Participant,
+        participant: ParticipantWriter,
         *,
         broadcast: Callable[[Notice], None],
         observer: Callable[[Report], None],
-        policy: EmergencyPolicy | None = None,
+        broadcasts_per_minute: int,
+        retry_s: float = _RETRY_S,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        policy = policy or EmergencyPolicy()
-        self._link = BoardLink(board, participant, attached_ns=int(policy.attached_s * _S), clock=clock)
+        self._board = board
+        self._participant = participant
+        self._observer = observer
+        self._clock = clock
         self._outbox = Outbox(
             broadcast,
-            cap=RateCap(policy.broadcasts_per_minute, 60 * _S),
-            reasons_max=policy.held_reasons_max,
-            retry_ns=int(policy.retry_s * _S),
+            limit=RateLimit(broadcasts_per_minute, 60 * _S),
+            backlog=Backlog(_HELD_REASONS_MAX),
+            retry_ns=int(retry_s * _S),
             report=observer,
             clock=clock,
         )
-        self._observer = observer
-        self._clock = clock
         self._since_ns = clock()
         self._state = EmergencyState()
-        self._seen: dict[str, int] = {}
-        """The last signal of each participant that has been taken in: at most one for each block of the board."""
+        self._seen: dict[str, int] = {}  # the last signal read from each participant
         self._unreadable = False
         self._reissue_failed = False
-        self._counts: Counter[str] = Counter()
-        self._last_board_latency_ns = 0
-
-    # -- what stands ---------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> EmergencyState:
-        """The emergency as it stands."""
+        """The emergency now."""
         return self._state
 
     @property
     def due_in_s(self) -> float | None:
-        """In how many seconds `pump` will have something to do; None: not before something happens."""
+        """Seconds until `pump` has something to do; None if it has nothing to do before the next event."""
         times_ns = [at_ns for at_ns in (self._outbox.due_at_ns, self._deadline_ns()) if at_ns is not None]
         return max(0.0, (min(times_ns) - self._clock()) / _S) if times_ns else None
 
-    def statistics(self) -> EmergencyStatistics:
-        """Counts since the start."""
-        counts, told = self._counts, self._outbox.counts
-        return EmergencyStatistics(
-            level=self._state.level,
-            raised=told.posted,
-            escalations=counts["escalations"],
-            halts=counts["halts"],
-            cleared=counts["cleared"],
-            broadcasts=told.broadcasts,
-            signals_told=told.signals_told,
-            broadcast_failures=told.broadcast_failures,
-            held_back=told.held_back,
-            notices_waiting=self._outbox.notices_waiting,
-            signals_waiting=self._outbox.signals_waiting,
-            board_failures=counts["board_failures"],
-            deadlines_missed=counts["deadlines_missed"],
-            last_broadcast_latency_ns=told.last_latency_ns,
-            last_board_latency_ns=self._last_board_latency_ns,
-        )
-
-    # -- what happens --------------------------------------------------------------------------------------------
-
     def trigger(self, trigger: Trigger, detail: str) -> EmergencyState:
-        """Raise what `TRIGGERS` says; `detail` becomes part of the reason."""
-        return self.escalate(TRIGGERS[trigger], f"{trigger.value}: {detail}", TOLARIA)
+        """Raises the level of `trigger`; its value and `detail` become the reason."""
+        return self.escalate(protocol.TRIGGERS[trigger], f"{trigger.value}: {detail}", TOLARIA)
 
     def escalate(self, level: EmergencyLevel.ValueType, reason: str, origin: str) -> EmergencyState:
-        """Raise `level`; the state after it, which may stand higher already.
+        """Raises `level` and returns the state after it, whose level may be higher.
 
-        Writes the board (microseconds) if the level goes up, then tells the observer, then telemetry, or lets it wait.
-        That the board cannot be written is in the report; the emergency stands all the same.
-
-        Raises:
-            UnknownLevelError: there is no such level; nothing has changed.
+        Writes the board (microseconds) if the level rises, then calls the observer, then broadcasts or defers. A failed
+        write is in the report and does not stop the emergency. Raises `UnknownLevelError` before anything changes.
         """
-        require_level(level)
+        protocol.require_level(level)
         now_ns = self._clock()
-        signal_id, write = 0, None
-        if level > self._state.level:
-            signal_id, write = self._link.raise_level(level, reason)
-            self._written(write)
-            if signal_id:
-                self._seen[TOLARIA] = signal_id
-        self._take_raise(Raise(level, reason, origin, signal_id, now_ns, self._link.view().attached), write)
+        signal_id, error = self._raise_on_board(level, reason) if level > self._state.level else (0, "")
+        self._take_signal(Signal(origin, level, reason, signal_id, now_ns), self._view().attached, error)
         return self._state
 
     def acknowledge(self) -> None:
-        """Tolaria has done all that the standing level asks for: training is frozen, for instance.
-
-        Raises:
-            IllegalEmergencyEventError: there is no emergency.
-        """
-        self._take_acknowledgement(Acknowledge(TOLARIA, self._clock()))
-        standing = self._link.view().standing
-        signal_id = standing[0].signal_id if standing else self._state.signal_id
+        """Records that tolaria has done all that the level requires. Raises `IllegalEmergencyEventError` when calm."""
+        self._take_acknowledgement(TOLARIA, self._clock())
+        active = self._view().active
+        signal_id = active[0].signal_id if active else self._state.signal_id
         if signal_id:
-            self._written(self._link.acknowledge(signal_id))
+            with suppress(SignalError):  # `observe_board` reports a lost board
+                self._participant.acknowledge(signal_id)
 
     def clear(self, reason: str, origin: str, *, by: Clearer) -> EmergencyState:
-        """End the emergency, here and for everyone on the board; the state that it had.
+        """Ends the emergency, here and on the board, and returns the state that it had.
 
-        What waits to be told is told later all the same. That the board cannot be written is in the report: then
-        peers may still see the level.
-
-        Raises:
-            IllegalEmergencyEventError: there is none.
-            ClearanceRefusedError: `by` is a rule that may not end this one.
+        Waiting broadcasts are still sent later. A failed write is in the report: peers may still see the level.
+        Raises `ClearanceRefusedError` when the rule `by` may not end this one, `IllegalEmergencyEventError` when calm.
         """
         self.observe_board()
-        sources = self._standing_sources()
-        calm = transition(self._state, Clear(by, sources))
-        write = self._link.clear_all()
-        self._written(write)
-        return self._become_calm(calm, by, reason, origin, write)
-
-    # -- what the board says -------------------------------------------------------------------------------------
+        before = self._state
+        sources = tuple(signal.origin for signal in self._view().active if signal.level >= before.level)
+        self._state = protocol.cleared(before, by, sources)
+        error = ""
+        try:
+            self._participant.clear_all()
+        except SignalError as failure:
+            error = str(failure)
+        self._observer(Cleared(before, by, reason, origin, error))
+        return before
 
     def observe_board(self) -> None:
-        """Take in what others have put on the board: signals, acknowledgements, an operator's clearance.
+        """Reads what others wrote to the board: signals, acknowledgements, an operator's clearance.
 
-        A signal that has gone from the board without a clearance is put there again: levels do not go down because
-        their origin has changed its mind, crashed, or lost its block.
+        A signal that is gone without a clearance is written again: a level does not fall because its origin cleared
+        its own signal, crashed or lost its block.
         """
-        view = self._link.view()
-        self._tell_readability(view)
+        view = self._view()
+        broke, self._unreadable = bool(view.error) and not self._unreadable, bool(view.error)
+        if broke:
+            self._observer(BoardUnreadable(view.error))
         if view.error:
             return
-        if self._state.phase is not Phase.CALM and view.voided_ns >= self._state.raised_ns:
-            calm = transition(self._state, Clear(Clearer.OPERATOR, ()))
-            self._become_calm(calm, Clearer.OPERATOR, "cleared on the board", "operator", None)
-        for signal in sorted(view.standing, key=lambda signal: signal.raised_ns):
+        before = self._state
+        if before.phase is not Phase.CALM and cleared_until(view.records) >= before.raised_ns:
+            self._state = protocol.cleared(before, Clearer.OPERATOR, ())
+            self._observer(Cleared(before, Clearer.OPERATOR, "cleared on the board", "operator"))
+        for signal in sorted(view.active, key=lambda signal: signal.raised_ns):
             if self._seen.get(signal.origin) != signal.signal_id:
                 self._seen[signal.origin] = signal.signal_id
-                self._adopt(signal, view)
+                # Its deadline must start neither before this process did nor in the future.
+                at_ns = min(max(signal.raised_ns, self._since_ns), self._clock())
+                self._take_signal(signal._replace(raised_ns=at_ns), view.attached, "")
         self._reissue_if_gone()
         self._collect_acknowledgements(view)
 
     def pump(self) -> None:
-        """Do what is due: tell of signals that wait, notice a deadline that has passed. Cheap when nothing is."""
-        deadline_ns = self._deadline_ns()
-        if deadline_ns is not None and self._clock() >= deadline_ns:
-            self._state = transition(self._state, PassDeadline(self._clock()))
-            self._counts["deadlines_missed"] += 1
+        """Does what is due: sends waiting notices and reports a missed deadline. Cheap when nothing is due."""
+        now_ns, deadline_ns = self._clock(), self._deadline_ns()
+        if deadline_ns is not None and now_ns >= deadline_ns:
+            self._state = protocol.overdue(self._state, now_ns)
             self._observer(DeadlineMissed(self._state))
         self._outbox.pump()
 
-    def _adopt(self, signal: Signal, view: BoardView) -> None:
-        # The time that counts is when it could first be answered: neither before this process, nor in the future.
-        at_ns = min(max(signal.raised_ns, self._since_ns), self._clock())
-        event = Raise(signal.level, signal.reason, signal.origin, signal.signal_id, at_ns, view.attached)
-        self._take_raise(event, None)
-
-    def _take_raise(self, event: Raise, write: BoardWrite | None) -> None:
-        before, move = self._state, move_of(self._state, event)
-        self._state = transition(before, event)
-        # It takes its turn before the observer can raise another, and is told after: freezing training comes first.
-        self._outbox.post(new_notice(event.level, event.reason, event.origin, event.at_ns))
-        if move is Move.ESCALATE:
-            self._counts["escalations"] += 1
-            self._counts["halts"] += event.level == EMERGENCY_LEVEL_HALT
-            self._reissue_failed = bool(write and write.error)
-            self._observer(Escalated(before, self._state, RESPONSES[event.level], write))
+    def _take_signal(self, signal: Signal, attached: tuple[str, ...], board_error: str) -> None:
+        before, self._state = self._state, protocol.raised(self._state, signal, attached)
+        # Posted before the observer can raise another level, and sent after it: freezing training comes first.
+        self._outbox.post(new_notice(signal))
+        if self._state is before:
+            self._observer(Covered(signal))
         else:
-            self._observer(Covered(event.level, event.reason, event.origin))
+            self._reissue_failed = bool(board_error)
+            self._observer(Escalated(self._state, protocol.RESPONSES[signal.level], board_error))
         self._outbox.pump()
 
     def _reissue_if_gone(self) -> None:
-        state, view = self._state, self._link.view()  # a fresh look: the observer may have raised something
-        gone = not view.error and not any(signal.level >= state.level for signal in view.standing)
+        state, view = self._state, self._view()  # read again: the observer may have raised a level
+        gone = not view.error and not any(signal.level >= state.level for signal in view.active)
         if state.phase is Phase.CALM or not gone:
             return
-        signal_id, write = self._link.raise_level(state.level, state.reason)
-        self._written(write)
-        failed_before, self._reissue_failed = self._reissue_failed, bool(write.error)
-        if not write.error:
-            self._seen[TOLARIA] = signal_id
-            self._state = transition(state, Reissue(signal_id))
-        if not (write.error and failed_before):  # tried at every look, told once
-            self._observer(Reissued(self._state, write))
+        signal_id, error = self._raise_on_board(state.level, state.reason)
+        failed_before, self._reissue_failed = self._reissue_failed, bool(error)
+        if not error:
+            self._state = replace(state, signal_id=signal_id)
+        if not (error and failed_before):  # retried at every reading, reported once
+            self._observer(Reissued(error))
 
-    def _collect_acknowledgements(self, view: BoardView) -> None:
+    def _collect_acknowledgements(self, view: _BoardView) -> None:
         state = self._state
         if state.phase is Phase.CALM:
             return
-        # Where two raised at once, peers acknowledge the one that counts on the board, which may not be ours.
-        valid = {signal.signal_id for signal in view.standing if signal.level >= state.level} | {state.signal_id}
-        known = {acknowledgement.participant for acknowledgement in state.acknowledgements}
-        for found in view.acknowledgements:
-            if found.signal_id in valid and found.participant not in known:
-                self._take_acknowledgement(Acknowledge(found.participant, found.at_ns))
+        # When two participants raise at once, peers acknowledge the effective signal, which may not be this state's.
+        valid = {signal.signal_id for signal in view.active if signal.level >= state.level} | {state.signal_id}
+        for name, record in view.records.items():
+            if record.acknowledged_id and record.acknowledged_id in valid:
+                self._take_acknowledgement(name, record.acknowledged_ns)
 
-    def _take_acknowledgement(self, event: Acknowledge) -> None:
-        before = self._state
-        self._state = transition(before, event)
-        if len(self._state.acknowledgements) > len(before.acknowledgements):
-            self._observer(Acknowledged(self._state, self._state.acknowledgements[-1]))
-
-    def _become_calm(
-        self, calm: EmergencyState, by: Clearer, reason: str, origin: str, write: BoardWrite | None
-    ) -> EmergencyState:
-        before, self._state = self._state, calm
-        self._counts["cleared"] += 1
-        self._observer(Cleared(before, by, reason, origin, write))
-        return before
-
-    def _standing_sources(self) -> tuple[str, ...]:
-        standing = self._link.view().standing
-        return tuple(signal.origin for signal in standing if signal.level >= self._state.level)
-
-    def _tell_readability(self, view: BoardView) -> None:
-        broke, self._unreadable = bool(view.error) and not self._unreadable, bool(view.error)
-        if broke:
-            self._counts["board_failures"] += 1
-            self._observer(BoardUnreadable(view.error))
-
-    def _written(self, write: BoardWrite) -> None:
-        self._last_board_latency_ns = write.latency_ns
-        self._counts["board_failures"] += bool(write.error)
+    def _take_acknowledgement(self, participant: str, at_ns: int) -> None:
+        before, self._state = self._state, protocol.acknowledged(self._state, participant, at_ns)
+        if self._state is not before:
+            self._observer(self._state.acknowledgements[-1])
 
     def _deadline_ns(self) -> int | None:
         return self._state.deadline_ns if self._state.phase is Phase.RAISED else None
+
+    def _view(self) -> _BoardView:
+        """Reads the board; tens of microseconds."""
+        try:
+            active, states = self._board.active_signals(), self._board.read_all()
+        except SignalError as error:
+            return _BoardView(error=str(error))
+        oldest_ns = max(1, self._clock() - _FRESH_NS)
+        return _BoardView(
+            active=active,
+            records={state.name: state.record for state in states if state.record is not None},
+            attached=tuple(state.name for state in states if state.heartbeat_ns >= oldest_ns),
+        )
+
+    def _raise_on_board(self, level: EmergencyLevel.ValueType, reason: str) -> tuple[int, str]:
+        """Returns the signal's id, 0 when the write failed, and why it failed."""
+        try:
+            signal_id = self._seen[TOLARIA] = self._participant.raise_level(level, reason)
+        except SignalError as error:
+            return 0, str(error)
+        return signal_id, ""

@@ -1,6 +1,6 @@
-"""What an emergency is and how it goes: levels, what each asks for, and every transition. Pure: no clock, no board.
+"""Emergencies as pure data: levels, required responses, transitions, triggers and clearance rules.
 
-Levels only go up by themselves. Going down is one step, to calm, and takes an operator or a rule; it resets everything.
+Any participant may raise the level. It falls only to calm, when an operator or a rule clears it.
 """
 
 from __future__ import annotations
@@ -8,17 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import assert_never
 
-from leyline.v1.enums_pb2 import (
-    EMERGENCY_LEVEL_CONSERVATIVE,
-    EMERGENCY_LEVEL_ELEVATED,
-    EMERGENCY_LEVEL_HALT,
-    EMERGENCY_LEVEL_NOTICE,
-    EMERGENCY_LEVEL_UNSPECIFIED,
-    EmergencyLevel,
-)
+from leyline.v1 import enums_pb2 as enums
+from leyline.v1.enums_pb2 import EmergencyLevel
 from tolaria.errors import ClearanceRefusedError, IllegalEmergencyEventError, UnknownLevelError
+from tolaria.signals import Signal
 
 TOLARIA, SENTINEL = "tolaria", "sentinel"
 _MS = 1_000_000
@@ -26,87 +20,75 @@ _MS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What a level asks of the service, within `deadline_ms` of its being raised. Logging it always belongs to it.
+    """What a level requires of the service within `deadline_ms` of being raised.
 
-    `acknowledged_by`: the participants whose acknowledgement is collected. Tolaria's own says that all this is done.
+    `acknowledged_by`: participants whose acknowledgement is awaited; tolaria's means that the response is done.
     """
 
     deadline_ms: int
-    full_rollback_may_be_asked: bool = False
     conservative_mode: bool = False
-    fast_rollback: bool = False
     halt: bool = False
     acknowledged_by: tuple[str, ...] = (TOLARIA,)
 
 
 RESPONSES: Mapping[EmergencyLevel.ValueType, Response] = {
-    EMERGENCY_LEVEL_NOTICE: Response(5000),
-    EMERGENCY_LEVEL_ELEVATED: Response(2000, full_rollback_may_be_asked=True),
-    EMERGENCY_LEVEL_CONSERVATIVE: Response(500, conservative_mode=True, fast_rollback=True),
-    EMERGENCY_LEVEL_HALT: Response(100, halt=True, acknowledged_by=(TOLARIA, "kasmina", "tamiyo")),
+    enums.EMERGENCY_LEVEL_NOTICE: Response(5000),
+    enums.EMERGENCY_LEVEL_ELEVATED: Response(2000),
+    enums.EMERGENCY_LEVEL_CONSERVATIVE: Response(500, conservative_mode=True),
+    enums.EMERGENCY_LEVEL_HALT: Response(100, halt=True, acknowledged_by=(TOLARIA, "kasmina", "tamiyo")),
+}
+
+
+class Trigger(Enum):
+    """A fault that the service detects itself. The value is the first word of the reason and must not change."""
+
+    BOUNDARY_BREACH = "boundary_breach"
+    HOOK_BREACH = "hook_breach"
+    BREAKER_OPEN = "breaker_open"
+    ROLLBACK_DEADLINE_MISSED = "rollback_deadline_missed"
+    FAILED_EPOCH_STREAK = "failed_epoch_streak"
+    ROLLBACK_BUDGET_SPENT = "rollback_budget_spent"
+    HEARTBEAT_SILENT = "heartbeat_silent"
+
+
+TRIGGERS: Mapping[Trigger, EmergencyLevel.ValueType] = {
+    Trigger.BOUNDARY_BREACH: enums.EMERGENCY_LEVEL_ELEVATED,
+    Trigger.HOOK_BREACH: enums.EMERGENCY_LEVEL_ELEVATED,
+    Trigger.BREAKER_OPEN: enums.EMERGENCY_LEVEL_CONSERVATIVE,
+    Trigger.ROLLBACK_DEADLINE_MISSED: enums.EMERGENCY_LEVEL_HALT,
+    Trigger.FAILED_EPOCH_STREAK: enums.EMERGENCY_LEVEL_HALT,
+    Trigger.ROLLBACK_BUDGET_SPENT: enums.EMERGENCY_LEVEL_HALT,
+    Trigger.HEARTBEAT_SILENT: enums.EMERGENCY_LEVEL_HALT,
 }
 
 
 class Clearer(Enum):
-    """Who wants an emergency cleared."""
+    """The authority that clears an emergency."""
 
     OPERATOR = auto()
     RECOVERED = auto()
-    """The rule that what caused it has gone and training has been healthy since."""
+    """Rule: no cause remains and enough epochs were healthy."""
     RESTARTED = auto()
-    """The rule that the process that fell silent has been replaced by a new one."""
+    """Rule: a new process replaced the one whose heartbeat was silent."""
 
 
 class Phase(Enum):
-    """How far the answer to an emergency has got."""
+    """Progress of the response to an emergency: CALM -> RAISED -> ANSWERED | OVERDUE (-> ANSWERED) -> CALM.
+
+    A higher level starts again at RAISED.
+    """
 
     CALM = auto()
     RAISED = auto()
     ANSWERED = auto()
-    """Everyone awaited has acknowledged."""
+    """All awaited participants acknowledged."""
     OVERDUE = auto()
     """The level's deadline passed first."""
 
 
-class Move(Enum):
-    """What an event comes to, seen from the state that it meets."""
-
-    ESCALATE = auto()
-    COVER = auto()
-    """Raised at the standing level or below: what is asked for is being done already."""
-    ACKNOWLEDGE = auto()
-    ACKNOWLEDGE_LAST = auto()
-    MISS_DEADLINE = auto()
-    REISSUE = auto()
-    CLEAR = auto()
-
-
-TRANSITIONS: Mapping[tuple[Phase, Move], Phase] = {
-    (Phase.CALM, Move.ESCALATE): Phase.RAISED,
-    (Phase.RAISED, Move.ESCALATE): Phase.RAISED,
-    (Phase.RAISED, Move.COVER): Phase.RAISED,
-    (Phase.RAISED, Move.ACKNOWLEDGE): Phase.RAISED,
-    (Phase.RAISED, Move.ACKNOWLEDGE_LAST): Phase.ANSWERED,
-    (Phase.RAISED, Move.MISS_DEADLINE): Phase.OVERDUE,
-    (Phase.RAISED, Move.REISSUE): Phase.RAISED,
-    (Phase.RAISED, Move.CLEAR): Phase.CALM,
-    (Phase.ANSWERED, Move.ESCALATE): Phase.RAISED,
-    (Phase.ANSWERED, Move.COVER): Phase.ANSWERED,
-    (Phase.ANSWERED, Move.ACKNOWLEDGE): Phase.ANSWERED,
-    (Phase.ANSWERED, Move.REISSUE): Phase.ANSWERED,
-    (Phase.ANSWERED, Move.CLEAR): Phase.CALM,
-    (Phase.OVERDUE, Move.ESCALATE): Phase.RAISED,
-    (Phase.OVERDUE, Move.COVER): Phase.OVERDUE,
-    (Phase.OVERDUE, Move.ACKNOWLEDGE): Phase.OVERDUE,
-    (Phase.OVERDUE, Move.ACKNOWLEDGE_LAST): Phase.ANSWERED,
-    (Phase.OVERDUE, Move.REISSUE): Phase.OVERDUE,
-    (Phase.OVERDUE, Move.CLEAR): Phase.CALM,
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Acknowledgement:
-    """That a participant has acted, and how long after the raise."""
+    """A participant's acknowledgement and its time after the raise."""
 
     participant: str
     latency_ns: int
@@ -114,14 +96,14 @@ class Acknowledgement:
 
 @dataclass(frozen=True, slots=True)
 class EmergencyState:
-    """An emergency at one moment; the default is calm. Times are monotonic nanoseconds, 0 = none.
+    """An emergency at one moment; the default is calm. Times are monotonic nanoseconds, 0 is none.
 
-    `origin` is who raised it; `signal_id` its id on the board, 0 while the board could not be written. `awaited` are
-    the participants whose acknowledgement is asked for, `acknowledgements` the first of each, in order of arrival.
+    `origin` raised it; `signal_id` is its id on the board, 0 when the board could not be written. `awaited` are the
+    participants that must acknowledge, `acknowledgements` the first of each participant, in order of arrival.
     """
 
     phase: Phase = Phase.CALM
-    level: EmergencyLevel.ValueType = EMERGENCY_LEVEL_UNSPECIFIED
+    level: EmergencyLevel.ValueType = enums.EMERGENCY_LEVEL_UNSPECIFIED
     reason: str = ""
     origin: str = ""
     signal_id: int = 0
@@ -132,7 +114,7 @@ class EmergencyState:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Those awaited who have not acknowledged."""
+        """Awaited participants that have not acknowledged."""
         answered = {acknowledgement.participant for acknowledgement in self.acknowledgements}
         return tuple(name for name in self.awaited if name not in answered)
 
@@ -140,134 +122,112 @@ class EmergencyState:
 CALM = EmergencyState()
 
 
-@dataclass(frozen=True, slots=True)
-class Raise:
-    """Somebody raises `level`. `attached` are the participants that live on the board at this moment."""
+def raised(state: EmergencyState, signal: Signal, attached: tuple[str, ...]) -> EmergencyState:
+    """Returns the emergency that `signal` raises; `state` itself unless the signal's level is higher.
 
-    level: EmergencyLevel.ValueType
-    reason: str
-    origin: str
-    signal_id: int
-    at_ns: int
-    attached: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Acknowledge:
-    """A participant has acted on the standing emergency."""
-
-    participant: str
-    at_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class PassDeadline:
-    """It is `at_ns` now, at or past the deadline."""
-
-    at_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reissue:
-    """The signal was put on the board anew, as its origin took it back or its block was lost."""
-
-    signal_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Clear:
-    """The emergency shall be over. `sources` are the origins of every signal of the standing level."""
-
-    by: Clearer
-    sources: tuple[str, ...]
-
-
-Event = Raise | Acknowledge | PassDeadline | Reissue | Clear
-
-
-def transition(state: EmergencyState, event: Event) -> EmergencyState:
-    """The state after `event`.
-
-    Raises:
-        UnknownLevelError: when a level is raised that does not exist.
-        ClearanceRefusedError: when a rule wants to clear what only an operator may.
-        IllegalEmergencyEventError: when the table has no such move, or the deadline has not passed yet.
+    `attached`: participants whose heartbeat on the board is fresh. Raises `UnknownLevelError`.
     """
-    move = move_of(state, event)
-    phase = TRANSITIONS.get((state.phase, move))
-    if phase is None:
-        raise IllegalEmergencyEventError(f"{move.name} cannot happen to an emergency that is {state.phase.name}")
-    match event:
-        case Raise():
-            return state if move is Move.COVER else _raised(phase, event)
-        case Acknowledge():
-            return replace(_with_acknowledgement(state, event), phase=phase)
-        case PassDeadline():
-            return replace(state, phase=phase)
-        case Reissue():
-            return replace(state, phase=phase, signal_id=event.signal_id)
-        case Clear():
-            return CALM
-        case _:
-            assert_never(event)
+    require_level(signal.level)
+    if signal.level <= state.level:
+        return state
+    response = RESPONSES[signal.level]
+    return EmergencyState(
+        phase=Phase.RAISED,
+        level=signal.level,
+        reason=signal.reason,
+        origin=signal.origin,
+        signal_id=signal.signal_id,
+        raised_ns=signal.raised_ns,
+        deadline_ns=signal.raised_ns + response.deadline_ms * _MS,
+        awaited=tuple(name for name in response.acknowledged_by if name == TOLARIA or name in attached),
+    )
 
 
-def move_of(state: EmergencyState, event: Event) -> Move:
-    """What `event` comes to in `state`. Raises as `transition` does, but for what the table decides."""
-    match event:
-        case Raise():
-            require_level(event.level)
-            return Move.ESCALATE if event.level > state.level else Move.COVER
-        case Acknowledge():
-            return Move.ACKNOWLEDGE_LAST if state.missing == (event.participant,) else Move.ACKNOWLEDGE
-        case PassDeadline():
-            if event.at_ns < state.deadline_ns:
-                raise IllegalEmergencyEventError(f"the deadline is {state.deadline_ns - event.at_ns} ns away")
-            return Move.MISS_DEADLINE
-        case Reissue():
-            return Move.REISSUE
-        case Clear():
-            _require_clearance(state, event)
-            return Move.CLEAR
-        case _:
-            assert_never(event)
+def acknowledged(state: EmergencyState, participant: str, at_ns: int) -> EmergencyState:
+    """Returns the state after `participant` acted on the emergency; only its first acknowledgement counts.
+
+    Raises `IllegalEmergencyEventError` when there is no emergency.
+    """
+    _require_emergency(state)
+    if participant in {acknowledgement.participant for acknowledgement in state.acknowledgements}:
+        return state
+    # When two participants raise at once, the signal acknowledged first may be older than this state's: never below 0.
+    acknowledgement = Acknowledgement(participant, max(0, at_ns - state.raised_ns))
+    after = replace(state, acknowledgements=(*state.acknowledgements, acknowledgement))
+    return after if after.missing else replace(after, phase=Phase.ANSWERED)
+
+
+def overdue(state: EmergencyState, at_ns: int) -> EmergencyState:
+    """Returns the state after its deadline passed unanswered.
+
+    Raises `IllegalEmergencyEventError` in any phase but RAISED, and when the deadline is later than `at_ns`.
+    """
+    if state.phase is not Phase.RAISED:
+        raise IllegalEmergencyEventError(f"an emergency that is {state.phase.name} misses no deadline")
+    if at_ns < state.deadline_ns:
+        raise IllegalEmergencyEventError(f"the deadline is {state.deadline_ns - at_ns} ns away")
+    return replace(state, phase=Phase.OVERDUE)
+
+
+def cleared(state: EmergencyState, by: Clearer, sources: tuple[str, ...]) -> EmergencyState:
+    """Returns the state after a clearance. `sources`: origins of all active signals of the emergency's level.
+
+    Raises `ClearanceRefusedError` unless `by` may clear it: an operator may clear everything, a rule no halt except
+    the sentinel's once the silent process was replaced. Raises `IllegalEmergencyEventError` when there is none.
+    """
+    permitted = {
+        Clearer.OPERATOR: True,
+        Clearer.RECOVERED: state.level < enums.EMERGENCY_LEVEL_HALT,
+        Clearer.RESTARTED: set(sources) == {SENTINEL},
+    }
+    if not permitted[by]:
+        origins = ", ".join(sources) or state.origin
+        raise ClearanceRefusedError(f"{level_name(state.level)}, raised by {origins}, needs an operator")
+    _require_emergency(state)
+    return CALM
 
 
 def require_level(level: int) -> None:
-    """Raise `UnknownLevelError` unless an emergency can have this level."""
+    """Raises `UnknownLevelError` unless `level` is a level of emergencies."""
     if level not in RESPONSES:
         raise UnknownLevelError(f"there is no emergency level {level}")
 
 
-def _raised(phase: Phase, event: Raise) -> EmergencyState:
-    response = RESPONSES[event.level]
-    return EmergencyState(
-        phase=phase,
-        level=event.level,
-        reason=event.reason,
-        origin=event.origin,
-        signal_id=event.signal_id,
-        raised_ns=event.at_ns,
-        deadline_ns=event.at_ns + response.deadline_ms * _MS,
-        awaited=tuple(name for name in response.acknowledged_by if name == TOLARIA or name in event.attached),
-    )
+def _require_emergency(state: EmergencyState) -> None:
+    if state.phase is Phase.CALM:
+        raise IllegalEmergencyEventError("there is no emergency")
 
 
-def _with_acknowledgement(state: EmergencyState, event: Acknowledge) -> EmergencyState:
-    if event.participant in {acknowledgement.participant for acknowledgement in state.acknowledgements}:
-        return state
-    # Where two raised at once, the other one's signal, acknowledged first, may be the older: no time before zero.
-    latency_ns = max(0, event.at_ns - state.raised_ns)
-    return replace(state, acknowledgements=(*state.acknowledgements, Acknowledgement(event.participant, latency_ns)))
+@dataclass(frozen=True, slots=True)
+class EpochStreak:
+    """The number of epochs in a row that `failed` or were `healthy`; one of them is 0.
+
+    `failed_max`: failed epochs in a row that raise `FAILED_EPOCH_STREAK`.
+    """
+
+    failed_max: int
+    failed: int = 0
+    healthy: int = 0
+
+    @property
+    def spent(self) -> bool:
+        """Whether the last epoch completed a streak of failures; true again after `failed_max` more."""
+        return self.failed > 0 and self.failed % self.failed_max == 0
+
+    def after(self, *, healthy: bool) -> EpochStreak:
+        """Returns the streak after one more epoch."""
+        if healthy:
+            return replace(self, failed=0, healthy=self.healthy + 1)
+        return replace(self, failed=self.failed + 1, healthy=0)
 
 
-def _require_clearance(state: EmergencyState, event: Clear) -> None:
-    """An operator may clear everything; rules no halt, but that of silence once the silent process is gone."""
-    permitted = {
-        Clearer.OPERATOR: True,
-        Clearer.RECOVERED: state.level < EMERGENCY_LEVEL_HALT,
-        Clearer.RESTARTED: set(event.sources) == {SENTINEL},
-    }
-    if not permitted[event.by]:
-        level = EmergencyLevel.Name(state.level)
-        raise ClearanceRefusedError(f"{level}, raised by {', '.join(event.sources) or state.origin}, needs an operator")
+def recovered(state: EmergencyState, streak: EpochStreak, *, recovery_epochs: int, cause_remains: bool) -> bool:
+    """Returns whether the rule `Clearer.RECOVERED` applies: below HALT, enough healthy epochs, and no cause left."""
+    below_halt = state.phase is not Phase.CALM and state.level < enums.EMERGENCY_LEVEL_HALT
+    return below_halt and not cause_remains and streak.healthy >= recovery_epochs
+
+
+def level_name(level: EmergencyLevel.ValueType) -> str:
+    """Returns the level in lower case without its prefix; its number where the contract has no name for it."""
+    name = EmergencyLevel.Name(level) if level in EmergencyLevel.values() else str(level)
+    return name.removeprefix("EMERGENCY_LEVEL_").lower()

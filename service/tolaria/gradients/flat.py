@@ -1,33 +1,27 @@
-"""Gradients as one flat vector and back. Owns the order of elements; knows nothing of merging or of modules."""
+"""Gradients as one flat vector, and the layout of parameters in it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from tolaria.errors import GradientMismatchError, NoGradientsError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from torch import Tensor
-
 
 def grads_to_flat(grads: Iterable[Tensor]) -> tuple[Tensor, tuple[torch.Size, ...]]:
-    """Lay gradients end to end.
-
-    Args:
-        grads: tensors of any shapes, scalars included, all of one dtype and device.
+    """Concatenates gradients of any shapes, scalars included, all of one dtype and device.
 
     Returns:
-        A new vector of shape (total elements,), on their device and in their dtype, and the shapes that
-        `flat_to_grads` needs. Does not synchronise with the device.
+        A new vector of shape (total elements,) in their dtype, on their device, and the shapes for `flat_to_grads`.
+        Does not synchronise.
 
     Raises:
-        NoGradientsError: there are none, or none has an element.
-        GradientMismatchError: one differs in dtype or device from the first.
+        NoGradientsError: there are no tensors, or none has an element.
+        GradientMismatchError: one differs from the first in dtype or device.
     """
     tensors = [grad.detach() for grad in grads]
     if sum(tensor.numel() for tensor in tensors) == 0:
@@ -38,32 +32,28 @@ def grads_to_flat(grads: Iterable[Tensor]) -> tuple[Tensor, tuple[torch.Size, ..
 
 
 def flat_to_grads(flat: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-    """Cut a flat vector into tensors of the given shapes; the inverse of `grads_to_flat`.
-
-    Args:
-        flat: shape (total elements,).
-        shapes: the shapes in order; an empty shape is a scalar.
-
-    Returns:
-        Views of `flat` (same memory, dtype and device), so that handing them to parameters costs no copy.
+    """Splits a vector of shape (total elements,) into views of the given shapes; the inverse of `grads_to_flat`.
 
     Raises:
         NoGradientsError: there are no shapes, or `flat` is empty.
-        GradientMismatchError: `flat` is not a vector, or the shapes need another number of elements;
-            the index is that of the first shape that `flat` cannot fill, or their number when elements are left over.
+        GradientMismatchError: `flat` is not a vector, or the shapes need another number of elements; the index is
+            that of the first shape that `flat` cannot fill, or the number of shapes when elements are left over.
     """
     if not shapes or flat.numel() == 0:
         raise NoGradientsError
     if flat.dim() != 1:
         raise GradientMismatchError(0, f"a flat gradient has one dimension, not {flat.dim()}")
-    sizes = [torch.Size(shape) for shape in shapes]
-    _check_counts(flat.numel(), sizes)
-    pieces = torch.split(flat, [size.numel() for size in sizes])
-    return tuple(piece.view(size) for piece, size in zip(pieces, sizes, strict=True))
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    ends = list(accumulate(sizes))
+    if ends[-1] != flat.numel():
+        index = next((index for index, end in enumerate(ends) if end > flat.numel()), len(sizes))
+        raise GradientMismatchError(index, f"the shapes have {ends[-1]} elements, the flat vector has {flat.numel()}")
+    pieces = torch.split(flat, sizes)
+    return tuple(piece.view(torch.Size(shape)) for piece, shape in zip(pieces, shapes, strict=True))
 
 
 def check_same_kind(index: int, tensor: Tensor, first: Tensor) -> None:
-    """Raise GradientMismatchError unless the tensor is real and has the dtype and device of the first one."""
+    """Raises GradientMismatchError unless the tensor is real and has the dtype and device of the first one."""
     if not tensor.is_floating_point():
         raise GradientMismatchError(index, f"dtype {tensor.dtype} is not a real floating-point type")
     if tensor.dtype != first.dtype:
@@ -74,40 +64,28 @@ def check_same_kind(index: int, tensor: Tensor, first: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FlatLayout:
-    """Which parameter lies where in a flat gradient: names and shapes in order."""
+    """The names and shapes of the parameters in a flat gradient, in order."""
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
 
     @classmethod
     def of(cls, named: Iterable[tuple[str, Tensor]]) -> FlatLayout:
-        """The layout of named parameters, as `Module.named_parameters()` gives them."""
+        """Returns the layout of named parameters, as from `Module.named_parameters()`."""
         pairs = tuple(named)
         return cls(tuple(name for name, _ in pairs), tuple(tensor.shape for _, tensor in pairs))
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Number of elements of each parameter."""
+        """The number of elements of each parameter."""
         return tuple(shape.numel() for shape in self.shapes)
 
     @property
     def numel(self) -> int:
-        """Length of the flat vector."""
+        """The length of the flat vector."""
         return sum(self.sizes)
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The module that each parameter belongs to: its name without the last part (a bare name is its own layer)."""
+        """The module of each parameter: its name without the last part; a name without a dot is its own layer."""
         return tuple(name.rpartition(".")[0] or name for name in self.names)
-
-
-def _check_counts(available: int, sizes: Sequence[torch.Size]) -> None:
-    needed = 0
-    for index, size in enumerate(sizes):
-        needed += size.numel()
-        if needed > available:
-            raise GradientMismatchError(
-                index, f"shape {tuple(size)} needs elements up to {needed}, the flat vector has {available}"
-            )
-    if needed < available:
-        raise GradientMismatchError(len(sizes), f"shapes hold {needed} elements, the flat vector has {available}")

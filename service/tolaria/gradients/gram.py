@@ -1,13 +1,12 @@
-"""The two passes over a gradient matrix that are worth doing fast: its Gram matrix, and a combination of its rows.
-
-Owns numerical range and precision; knows nothing of what the rows mean or how they are projected.
+"""The two passes over a gradient matrix that dominate the cost of a merge: its Gram matrix, and combinations of rows.
 
 Shapes: n rows, d elements each; a block is all n rows over some of the d columns.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,132 +14,101 @@ from torch import Tensor
 from tolaria.errors import GradientMismatchError, NoGradientsError
 from tolaria.gradients.flat import check_same_kind
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-Rows: TypeAlias = "Tensor | Sequence[Tensor]"
+Rows: TypeAlias = Tensor | Sequence[Tensor]
 """n vectors of d elements, or a matrix of shape (n, d)."""
 
-CHUNK: Final = 16_384
-"""Columns multiplied in float32 before their sum goes on in float64: keeps 1e-7 at full speed."""
+_CHUNK: Final = 16_384
+"""Columns whose products are summed in float32 before the sum continues in float64: 1e-7 at full speed."""
 
-SMALL: Final = 32_768
-"""Rows up to this length are multiplied in float64 altogether: the cost is lost in the noise."""
+_SHORT: Final = 32_768
+"""Rows up to this length are multiplied in float64 throughout, at no measurable cost."""
 
 _BLOCK_BYTES: Final = {"cpu": 2**22, "cuda": 2**28}
-"""Bytes of rows held at once when they must be converted or gathered: fits a cache; a small part of a device."""
+"""Bytes of rows that are converted or gathered at once: fits a cache, or a small part of a device."""
 
 _SLICE: Final = 524_288
-"""Columns combined at once, so that the running sum stays in the cache while row after row is added."""
+"""Columns combined at once, so that the running sum stays in the cache."""
 
 _FLOAT32_DIAGONAL_MIN: Final = 1.2e-29
-"""Per element: below it, products lost under float32's smallest normal number could exceed 1e-9 of a squared norm."""
+"""Per element: below it, products that underflow in float32 could exceed 1e-9 of a squared norm."""
 
-_EXACT: Final = "highest"
-"""What torch calls float32 matrix products that are computed in float32's own 24 bits wherever they run."""
-
-_FLOAT32_COEFFICIENTS: Final = (1e-30, 1e30)
-"""Coefficients outside of this range are applied in float64."""
+_FLOAT32_COEFFICIENT_MIN, _FLOAT32_COEFFICIENT_MAX = 1e-30, 1e30
+"""Coefficients outside this range are applied in float64."""
 
 
 def checked_rows(flats: Rows) -> Rows:
-    """The rows, detached, if they can be merged: real, of one length, dtype and device.
+    """Returns the rows, detached, if they are real and of one length, dtype and device.
 
     Raises:
         NoGradientsError: there are no rows, or they have no elements.
-        GradientMismatchError: the first row that is not a vector or differs from row 0.
+        GradientMismatchError: a row is not a vector or differs from row 0.
     """
-    if isinstance(flats, Tensor):
-        if flats.dim() != 2:
-            raise GradientMismatchError(0, f"rows are vectors or one matrix (n, d), not a tensor of rank {flats.dim()}")
-        if flats.numel() == 0:
-            raise NoGradientsError
-        check_same_kind(0, flats, flats)
-        return flats.detach()
-    rows = [flat.detach() for flat in flats]
-    if not rows:
-        raise NoGradientsError
+    if isinstance(flats, Tensor) and flats.dim() != 2:
+        raise GradientMismatchError(0, f"rows are vectors or one matrix (n, d), not a tensor of rank {flats.dim()}")
+    rows = flats.detach() if isinstance(flats, Tensor) else [flat.detach() for flat in flats]
     for index, row in enumerate(rows):
-        _check_row(index, row, rows[0])
-    if rows[0].numel() == 0:
+        if row.dim() != 1:
+            raise GradientMismatchError(index, f"a row has one dimension, not {row.dim()}")
+        check_same_kind(index, row, rows[0])
+        if row.numel() != rows[0].numel():
+            raise GradientMismatchError(index, f"{row.numel()} elements, but gradient 0 has {rows[0].numel()}")
+    if len(rows) == 0 or rows[0].numel() == 0:
         raise NoGradientsError
     return rows
 
 
 def gram_matrix(rows: Rows) -> Tensor:
-    """All dot products between rows.
+    """Returns all dot products between rows.
 
-    Products are summed in float32 over chunks of columns and the chunks in float64, about 1e-7 relative to the rows'
-    norms. Float64 throughout when rows are short, on a device (where TF32 may be on), or when their scale is one that
-    float32 cannot square. So rows in any precision but float64 never overflow or underflow; rows in
-    float64 do not between 1e-150 and 1e150.
+    Products are summed in float32 over chunks of columns and the chunks in float64, with an error of about 1e-7 of the
+    rows' norms; in float64 throughout for short rows, on a device (where TF32 may be on), or where the squares exceed
+    the range of float32. So only float64 rows can overflow or underflow, outside 1e-150 to 1e150.
 
     Returns:
-        Shape (n, n), float64, symmetric, on the CPU: one transfer, which waits for the device.
+        Shape (n, n), float64, symmetric, on the CPU: one transfer, which synchronises.
     """
-    precision = _multiplying_precision(rows)
-    gram = _gram_in(rows, precision)
-    if precision == torch.float32 and not _in_range(gram, rows):
-        gram = _gram_in(rows, torch.float64)
-    return gram
+    row = rows[0]
+    if row.device.type == "cpu" and row.dtype != torch.float64 and row.numel() > _SHORT and _products_are_exact():
+        gram = _gram_in(rows, torch.float32)
+        if _in_range(gram, rows):
+            return gram
+    return _gram_in(rows, torch.float64)
 
 
 def combine_rows(rows: Rows, coefficients: Sequence[float], *, out: Tensor | None = None) -> Tensor:
-    """Sum of c_i times row i, summed in float32 or wider.
+    """Returns the sum of c_i times row i, computed in float32 or wider.
 
     Args:
         rows: n rows.
         coefficients: n numbers.
-        out: where to put the result, shape (d,), like a row; not one of the rows. None: new memory, which the
-            processor must first map (two thirds of the whole cost at ten million elements).
+        out: memory for the result, like a row but not one of them. None: new memory, whose mapping takes two thirds
+            of the whole time at ten million elements.
 
     Returns:
         The vector (d,) in the rows' dtype, on their device. Does not synchronise.
     """
     first = rows[0]
-    wide = torch.float32 if _fits_float32(coefficients) else torch.float64
-    precision = torch.promote_types(first.dtype, wide)
-    if out is not None and out.dtype == precision:
-        total = out
-    else:
-        total = torch.empty(first.shape, dtype=precision, device=first.device)
+    in_range = all(c == 0 or _FLOAT32_COEFFICIENT_MIN <= abs(c) <= _FLOAT32_COEFFICIENT_MAX for c in coefficients)
+    precision = torch.promote_types(first.dtype, torch.float32 if in_range else torch.float64)
+    direct = out is not None and out.dtype == precision
+    total = out if out is not None and direct else torch.empty(first.shape, dtype=precision, device=first.device)
     for start in range(0, first.numel(), _SLICE):
-        _combine_columns(rows, coefficients, total, slice(start, start + _SLICE))
+        columns = slice(start, start + _SLICE)
+        target = total[columns]
+        torch.mul(first[columns].to(precision), coefficients[0], out=target)
+        for row, coefficient in zip(rows[1:], coefficients[1:], strict=True):
+            target.add_(row[columns], alpha=coefficient)
     if out is None:
         return total.to(first.dtype)
-    return out if out is total else out.copy_(total)
-
-
-def _combine_columns(rows: Rows, coefficients: Sequence[float], total: Tensor, columns: slice) -> None:
-    target = total[columns]
-    torch.mul(rows[0][columns].to(total.dtype), coefficients[0], out=target)
-    for row, coefficient in zip(rows[1:], coefficients[1:], strict=True):
-        target.add_(row[columns], alpha=coefficient)
-
-
-def _check_row(index: int, row: Tensor, first: Tensor) -> None:
-    if row.dim() != 1:
-        raise GradientMismatchError(index, f"a row has one dimension, not {row.dim()}")
-    check_same_kind(index, row, first)
-    if row.numel() != first.numel():
-        raise GradientMismatchError(index, f"{row.numel()} elements, but gradient 0 has {first.numel()}")
-
-
-def _multiplying_precision(rows: Rows) -> torch.dtype:
-    """Float32 only where its product is exact: not where TF32 or bfloat16 units may be in use."""
-    row = rows[0]
-    exact = row.device.type == "cpu" and _products_are_exact()
-    if exact and row.dtype != torch.float64 and row.numel() > SMALL:
-        return torch.float32
-    return torch.float64
+    return out if direct else out.copy_(total)
 
 
 def _products_are_exact() -> bool:
-    """Whether torch is certain that no float32 product is computed in fewer bits."""
+    """Whether torch computes float32 products in all 24 bits: not where TF32 or bfloat16 may be in use."""
     try:
-        return torch.get_float32_matmul_precision() == _EXACT
+        return torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:
-        # From 2.9 on precision can be set by backend; torch then has no one answer, and somewhere it is not exact.
+        # From 2.9 on precision can be set by backend; torch then has no single answer, and some backend is not exact.
         return False
 
 
@@ -155,21 +123,21 @@ def _gram_in(rows: Rows, precision: torch.dtype) -> Tensor:
 
 def _block_gram(block: Tensor) -> Tensor:
     count, width = block.shape
-    whole = width // CHUNK * CHUNK
-    chunks = block[:, :whole].view(count, -1, CHUNK).transpose(0, 1) if whole else block.new_zeros(0, count, 1)
+    whole = width // _CHUNK * _CHUNK
+    chunks = block[:, :whole].view(count, -1, _CHUNK).transpose(0, 1) if whole else block.new_zeros(0, count, 1)
     gram = torch.bmm(chunks, chunks.transpose(1, 2)).sum(0, dtype=torch.float64)
     rest = block[:, whole:]
     return gram + (rest @ rest.T) if rest.shape[1] else gram
 
 
 def _blocks(rows: Rows, precision: torch.dtype) -> Iterator[Tensor]:
-    """The rows from left to right as matrices in the given precision: a view if possible, else copies in one buffer."""
+    """Yields blocks of columns in the given precision: a view if possible, else copies in one buffer."""
     first = rows[0]
     if isinstance(rows, Tensor) and first.dtype == precision:
         yield rows
         return
     room = _BLOCK_BYTES.get(first.device.type, 2**22) // (len(rows) * precision.itemsize)
-    width = min(max(CHUNK, room // CHUNK * CHUNK), first.numel())
+    width = min(max(_CHUNK, room // _CHUNK * _CHUNK), first.numel())
     buffer = torch.empty(len(rows), width, dtype=precision, device=first.device)
     for start in range(0, first.numel(), width):
         block = buffer[:, : min(width, first.numel() - start)]
@@ -179,15 +147,9 @@ def _blocks(rows: Rows, precision: torch.dtype) -> Iterator[Tensor]:
 
 
 def _in_range(gram: Tensor, rows: Rows) -> bool:
-    """Whether no squared norm overflowed, and none but a row of zeros is so small that products underflowed."""
-    diagonal: list[float] = gram.diagonal().tolist()
+    """Whether no squared norm overflowed, and no row but zeros is so small that products underflowed."""
     smallest = rows[0].numel() * _FLOAT32_DIAGONAL_MIN
     return all(
         smallest <= square < float("inf") or (square == 0 and not bool(row.any()))
-        for square, row in zip(diagonal, rows, strict=True)
+        for square, row in zip(gram.diagonal().tolist(), rows, strict=True)
     )
-
-
-def _fits_float32(coefficients: Sequence[float]) -> bool:
-    low, high = _FLOAT32_COEFFICIENTS
-    return all(value == 0 or low <= abs(value) <= high for value in coefficients)

@@ -1,44 +1,37 @@
 """PCGrad (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", algorithm 1), computed in Gram space.
 
-Owns the projection and what counts as a conflict; knows nothing of seeds, and never touches the global random state.
-
-Every projected row is a combination of the given rows, and every dot product it needs is a combination of dot products
-between them. So the rows are read twice only, once for their n x n Gram matrix and once for the final combination, and
-all projecting happens on n x n numbers in float64.
+Every projected row is a combination of the given rows, and every dot product in the algorithm is a combination of dot
+products between them. So the rows are read only twice, for their n x n Gram matrix and for the final combination, and
+all projections are computed on n x n numbers in float64.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
+from torch import Tensor
 
-from tolaria.gradients.gram import checked_rows, combine_rows, gram_matrix
-from tolaria.gradients.weighted import checked_weights
+from tolaria.gradients.gram import Rows, checked_rows, combine_rows, gram_matrix
+from tolaria.gradients.weights import checked_weights
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from tolaria.gradients.gram import Rows
-
-EPSILON: Final = 1e-7
-"""A cosine above -EPSILON is rounding, not a conflict: orthogonal rows stay so whatever they are multiplied by."""
+_EPSILON: Final = 1e-7
+"""A cosine above -EPSILON is a rounding error and no conflict, so that orthogonal rows never conflict."""
 
 
 @dataclass(frozen=True, slots=True)
 class MergedGradient:
-    """What became of n rows.
+    """The result of merging n rows.
 
     Attributes:
         vector: shape (d,), the rows' dtype and device.
-        conflicts: unordered pairs of rows with a negative dot product; 0 when nobody looked (PCGrad off, or one row).
-        participants: rows that could conflict: those of finite norm above zero; all when nobody looked.
-        projected: whether PCGrad looked at more than one row.
+        conflicts: unordered pairs of rows with a negative dot product; 0 without PCGrad or with one row.
+        participants: rows that can conflict: those of finite norm above zero; all rows without PCGrad.
+        projected: whether PCGrad ran on more than one row.
     """
 
     vector: Tensor
@@ -48,41 +41,38 @@ class MergedGradient:
 
     @property
     def grad_conflict_rate(self) -> float:
-        """Conflicts per participant but one: the formula that dashboards know. Can exceed 1."""
+        """Conflicts divided by participants minus one. Can exceed 1."""
         return self.conflicts / max(1, self.participants - 1)
 
     @property
     def pair_conflict_rate(self) -> float:
-        """The part of all pairs of participants that conflicts, 0 to 1."""
+        """The fraction of all pairs of participants that conflict, 0 to 1."""
         return self.conflicts / max(1, self.participants * (self.participants - 1) // 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """The answer of `project`, in plain numbers.
+    """The result of `project`, in plain numbers.
 
     Attributes:
         coefficients: n lists of n; projected row i is the sum over j of coefficients[i][j] times row j.
         conflicts_by_row: for each row, the number of others that it conflicts with.
-        participants: how many rows took part.
+        participants: number of rows that can conflict.
     """
 
     coefficients: list[list[float]]
     conflicts_by_row: list[int]
     participants: int
 
-    @property
-    def conflicts(self) -> int:
-        """Unordered pairs that conflict."""
-        return sum(self.conflicts_by_row) // 2
+    def combined(self, weights: Sequence[float] | None) -> list[float]:
+        """Returns the n coefficients of the sum of all projected rows, or of their weighted mean."""
+        factors = _factors(len(self.coefficients), weights)
+        columns = zip(*self.coefficients, strict=True)
+        return [math.fsum(f * c for f, c in zip(factors, column, strict=True)) for column in columns]
 
-    def merged(self, weights: Sequence[float] | None) -> list[float]:
-        """The n coefficients of the sum of all projected rows, or of their weighted mean."""
-        factors = plain_coefficients(len(self.coefficients), weights)
-        return [
-            math.fsum(f * row[j] for f, row in zip(factors, self.coefficients, strict=True))
-            for j in range(len(factors))
-        ]
+    def merged(self, vector: Tensor) -> MergedGradient:
+        """Returns `vector` with the conflicts of this projection."""
+        return MergedGradient(vector, sum(self.conflicts_by_row) // 2, self.participants, projected=True)
 
 
 @torch.no_grad()
@@ -93,19 +83,19 @@ def combine_flat_grads(
     weights: Sequence[float] | Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> MergedGradient:
-    """Merge rows into one gradient.
+    """Merges rows into one gradient.
 
     Args:
-        flats: n vectors of one length, dtype and device, or a matrix (n, d). Never modified, never aliased.
-        use_pcgrad: remove from each row the part that goes against another before merging.
-        weights: n of them: the weighted mean of the (projected) rows. None: their sum.
-        generator: a CPU generator that the order of projections is drawn from, such as `step_generator` gives. None: a
-            fixed order. The same rows and generator state give the same bits.
+        flats: n vectors of one length, dtype and device, or a matrix (n, d). Not modified.
+        use_pcgrad: whether to remove from each row the part that conflicts with another.
+        weights: n weights: the weighted mean of the (projected) rows. None: their sum.
+        generator: a CPU generator for the order of projections, such as that of `step_generator`. None: a fixed order.
+            The same rows and generator state give the same bits.
 
     Returns:
-        The merged vector, as new memory, and the count of conflicts. With PCGrad and more than one row it waits
-        for the device once; otherwise not at all. One row comes back with its own values. A row that is not finite
-        is left out of the projections but stays in the sum, so that the result tells of it.
+        The merged vector in new memory, and the number of conflicts. Synchronises once with PCGrad and more than one
+        row, else not at all. A single row is returned unchanged. A row that is not finite is not projected but stays
+        in the sum, so that the result is not finite either.
 
     Raises:
         NoGradientsError, GradientMismatchError, GradientWeightError: see `checked_rows` and `checked_weights`.
@@ -116,45 +106,41 @@ def combine_flat_grads(
     if count == 1:
         return MergedGradient(rows[0].clone(), 0, 1, projected=False)
     if not use_pcgrad:
-        return MergedGradient(combine_rows(rows, plain_coefficients(count, factors)), 0, count, projected=False)
+        return MergedGradient(combine_rows(rows, _factors(count, factors)), 0, count, projected=False)
     projection = project(gram_matrix(rows), projection_order(count, generator))
-    vector = combine_rows(rows, projection.merged(factors))
-    return MergedGradient(vector, projection.conflicts, projection.participants, projected=True)
+    return projection.merged(combine_rows(rows, projection.combined(factors)))
 
 
 def project(gram: Tensor, order: Sequence[Sequence[int]]) -> Projection:
-    """Run PCGrad on dot products alone, in plain numbers: a tensor operation costs more than they do.
+    """Runs PCGrad on dot products, in plain numbers, since single tensor operations cost more.
 
     Args:
         gram: shape (n, n), float64, CPU, symmetric.
-        order: n sequences; the i-th lists the other rows in the order in which row i meets them.
+        order: n sequences; the i-th lists the other rows in the order in which row i is projected against them.
     """
     dots = gram.tolist()
     norms = [math.sqrt(dots[i][i]) if 0 < dots[i][i] < math.inf else 0.0 for i in range(len(dots))]
     coefficients = [_project_row(i, order[i], dots, norms) for i in range(len(dots))]
-    return Projection(
-        coefficients,
-        [sum(_conflicts(row[j], norms[i], norms[j]) for j in range(len(dots))) for i, row in enumerate(dots)],
-        sum(norm > 0 for norm in norms),
-    )
+    conflicts = [sum(_conflicts(row[j], norms[i], norms[j]) for j in range(len(dots))) for i, row in enumerate(dots)]
+    return Projection(coefficients, conflicts, sum(norm > 0 for norm in norms))
 
 
 def projection_order(count: int, generator: torch.Generator | None) -> list[list[int]]:
-    """For each of n rows a permutation of the others, drawn from a CPU generator (None: one with a fixed seed)."""
+    """Returns for each of n rows a permutation of the others, drawn from a CPU generator (None: a fixed seed)."""
     keys = torch.rand(count, count, dtype=torch.float64, generator=generator or torch.Generator().manual_seed(0))
-    keys.fill_diagonal_(2.0)  # beyond every draw: a row meets itself last, and that column is cut off
+    keys.fill_diagonal_(2.0)  # above every draw: the row itself sorts last, and that column is cut off
     order: list[list[int]] = keys.argsort(dim=1)[:, : count - 1].tolist()
     return order
 
 
 def step_generator(run_seed: int | str, step: int) -> torch.Generator:
-    """The private CPU generator of one step of one run: the same pair always gives the same draws."""
+    """Returns a CPU generator for one step of one run: the same pair always gives the same draws."""
     digest = hashlib.blake2b(f"{run_seed}/{step}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def plain_coefficients(count: int, weights: Sequence[float] | None) -> list[float]:
-    """The n coefficients of a merge without projection: all 1, or the weights divided by their sum."""
+def _factors(count: int, weights: Sequence[float] | None) -> list[float]:
+    """Returns n factors for a sum (all 1) or a weighted mean (the weights divided by their sum)."""
     if weights is None:
         return [1.0] * count
     total = sum(weights)
@@ -162,7 +148,7 @@ def plain_coefficients(count: int, weights: Sequence[float] | None) -> list[floa
 
 
 def _project_row(row: int, order: Sequence[int], gram: list[list[float]], norms: list[float]) -> list[float]:
-    """Coefficients of one row after it has met the others, each as it was given."""
+    """Returns the coefficients of one row, projected against the others as they were given."""
     coefficients = [0.0] * len(gram)
     coefficients[row] = 1.0
     dots = gram[row]  # of this row, as projected so far, with every given row
@@ -175,5 +161,5 @@ def _project_row(row: int, order: Sequence[int], gram: list[list[float]], norms:
 
 
 def _conflicts(dot: float, norm: float, other_norm: float) -> bool:
-    """Rows without a finite norm have norm 0 here, and conflict with nothing."""
-    return norm > 0 and other_norm > 0 and dot < -EPSILON * norm * other_norm
+    """Rows without a finite norm have norm 0 here and never conflict."""
+    return norm > 0 and other_norm > 0 and dot < -_EPSILON * norm * other_norm

@@ -1,48 +1,56 @@
-"""From the rows of a step's microbatches to one gradient, and from an epoch's steps to its metrics.
+"""`SeedAggregationTracker`: merges the rows of a step's microbatches into one gradient, and gathers an epoch's metrics.
 
-Owns the order of things only: accumulate, weigh, attribute, project, combine, book. Each has its own module.
-Knows nothing of modules, optimizers, peers or metric names. Used by one thread.
-
-    tracker.follow(states, params)                       # at a fence that changed seeds
-    names = tracker.begin(step)                          # at each step
-    rows = source_rows(losses, shared, names=names, own=own, out=tracker.lend())
-    tracker.add(rows)                                    # for each microbatch
-    gradient = tracker.combine()
-    metrics = tracker.finish_epoch()                     # at the epoch's end
+`follow` sets the seeds. Each step calls `begin`, then `add` for every microbatch (its rows written into the memory
+that `lend` returns), then `combine`; `finish_epoch` returns the metrics.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from enum import StrEnum
+from typing import Final
 
-from tolaria.gradients.accumulate import MicrobatchAccumulator, SeedGradientAccumulator
-from tolaria.gradients.merging import GradientMode, StepContext, StepMerger
-from tolaria.gradients.seed_metrics import PerLayerMetricUpdater, SeedMetricUpdater
-from tolaria.gradients.weights import SeedWeightResolver
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+from leyline.v1.seeds_pb2 import SeedState
+from tolaria.gradients.accumulate import SeedGradientAccumulator, StepRows
+from tolaria.gradients.flat import FlatLayout
+from tolaria.gradients.gram import Rows, combine_rows, gram_matrix
+from tolaria.gradients.pcgrad import MergedGradient, project, projection_order, step_generator
+from tolaria.gradients.rows import OwnGradients, SourceRows
+from tolaria.gradients.seed_metrics import PerLayerMetricUpdater, RowMeasurements, SeedMetricUpdater
+from tolaria.gradients.weights import AttributionMode, SeedWeightResolver, SourceWeight, TeacherAttributionMixer
+from tolaria.values.gradients import SeedMetricSet
 
-    import torch
-    from torch import Tensor
+_NO_SAMPLES: Final[Counter[str]] = Counter()
 
-    from leyline.v1.seeds_pb2 import SeedState
-    from tolaria.gradients.accumulate import OwnGradients
-    from tolaria.gradients.flat import FlatLayout
-    from tolaria.gradients.merging import MergeSettings
-    from tolaria.gradients.metric_set import SeedMetricSet
-    from tolaria.gradients.pcgrad import MergedGradient
-    from tolaria.gradients.rows import SourceRows
-    from tolaria.gradients.weights import SourceWeight
 
-NO_SAMPLES: Final[Counter[str]] = Counter()
+class GradientMode(StrEnum):
+    """How the rows of a step become one gradient."""
+
+    SEED = "seed"
+    """PCGrad across sources, then their mean weighted by stage."""
+    MICROBATCH = "microbatch"
+    """PCGrad across microbatches, then their sum; the sources of a microbatch are added up."""
+    SUM = "sum"
+    """The sum of all rows, as in plain training."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSettings:
+    """How to merge. The order of projections is derived from the run's seed and the step."""
+
+    mode: GradientMode
+    attribution: AttributionMode
+    run_seed: int | str
 
 
 @dataclass(frozen=True, slots=True)
 class StepGradient:
-    """One step's answer. `merged.vector` (d,) is valid until the next `combine`.
+    """The gradient of one step. `merged.vector` (d,) is valid until the next `combine`.
 
     `own` holds, by source, the summed gradients over its own parameters, unweighted.
     """
@@ -52,15 +60,15 @@ class StepGradient:
 
 
 class SeedAggregationTracker:
-    """Merges the rows of every step, and remembers what they told.
+    """Merges the rows of every step, and accumulates their metrics.
 
     Args:
-        layout: of the d elements of the shared parameters, which have one dtype and device.
+        layout: the layout of the d elements of the shared parameters, which have one dtype and device.
         settings: how to merge.
-        isolation: germinated and training seeds have no row.
-        layer_norms_top_k: layers to show for each source; 0, or microbatch mode, turns norms per layer off.
-        dtype: of the rows.
-        device: of the rows.
+        isolation: whether germinated and training seeds have no row.
+        layer_norms_top_k: layers to report for each source; 0, or microbatch mode, turns norms by layer off.
+        dtype: the dtype of the rows.
+        device: the device of the rows.
     """
 
     def __init__(
@@ -88,12 +96,12 @@ class SeedAggregationTracker:
         self._step = 0
 
     def follow(self, states: Sequence[SeedState], params: Mapping[str, int]) -> None:
-        """From the next step on these are the seeds; `params` is the number of elements that each owns."""
+        """Sets the seeds from the next step on; `params` is the number of elements of each seed's parameters."""
         self._states = tuple(states)
         self._params = dict(params)
 
     def begin(self, step: int) -> tuple[str, ...]:
-        """Start the global step: the sources that have a row at it, host first. What was not combined is dropped.
+        """Starts a global step, discards an unfinished one, and returns the sources with a row, host first.
 
         Raises:
             GradientWeightError: see `SeedWeightResolver.resolve`.
@@ -109,38 +117,106 @@ class SeedAggregationTracker:
         return names
 
     def lend(self) -> Tensor:
-        """Memory (n, d) for the rows of the next microbatch, one for each name that `begin` returned."""
+        """Returns memory (n, d) for the rows of the next microbatch, one for each name that `begin` returned."""
         return self._accumulator.lend()
 
-    def add(self, rows: SourceRows, samples: Mapping[str, int] = NO_SAMPLES) -> None:
-        """Take one microbatch. `samples` counts them by source, for attribution by the dataloader.
+    def add(self, rows: SourceRows, samples: Mapping[str, int] = _NO_SAMPLES) -> None:
+        """Adds one microbatch. `samples` counts its samples by source, for attribution by the dataloader.
 
         Raises:
-            UnknownSourceError, GradientMismatchError: rows that `begin` did not ask for.
+            UnknownSourceError, GradientMismatchError: the rows are not those of the names that `begin` returned.
         """
         self._accumulator.add(rows)
         self._samples.update(samples)
 
     def combine(self) -> StepGradient:
-        """Merge what was added since `begin`, and book it.
-
-        Waits for the device once if PCGrad has more than one row to look at, otherwise not at all.
+        """Merges the microbatches since `begin`. Synchronises once if PCGrad projects more than one row.
 
         Raises:
             NoGradientsError: nothing was added.
         """
         rows = self._accumulator.take()
-        merged, facts = self._merger.merge(rows, StepContext(self._step, self._sources, self._samples))
-        self._metrics.update(facts)
+        merged, measured = self._merger.merge(rows, self._step, self._sources, self._samples)
+        self._metrics.update(self._sources, rows, merged, measured)
         if rows.names == self._names:
             self._layers.update(rows)
         return StepGradient(merged, rows.own)
 
     def finish_epoch(self) -> SeedMetricSet:
-        """The epoch's means by source; starts the next epoch. Waits for the device."""
+        """Returns the epoch's means by source and starts the next epoch. Synchronises."""
         return self._metrics.read(self._params, self._layers.read())
 
-    def _new_accumulator(self) -> SeedGradientAccumulator | MicrobatchAccumulator:
+    def _new_accumulator(self) -> SeedGradientAccumulator:
+        by_microbatch = self._settings.mode is GradientMode.MICROBATCH
         numel, dtype, device = self._kind
-        kind = MicrobatchAccumulator if self._settings.mode is GradientMode.MICROBATCH else SeedGradientAccumulator
-        return kind(self._names, numel, dtype=dtype, device=device)
+        return SeedGradientAccumulator(self._names, numel, dtype=dtype, device=device, by_microbatch=by_microbatch)
+
+
+class StepMerger:
+    """Merges the rows of one step after another, always into the same memory."""
+
+    def __init__(self, settings: MergeSettings, numel: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        self._settings = settings
+        self._mixer = TeacherAttributionMixer(settings.attribution)
+        self._result = torch.empty(numel, dtype=dtype, device=device)
+
+    @torch.no_grad()
+    def merge(
+        self, rows: StepRows, step: int, sources: Sequence[SourceWeight], samples: Mapping[str, int]
+    ) -> tuple[MergedGradient, RowMeasurements]:
+        """Returns the merged gradient and the measured rows. The vector is valid until the next call.
+
+        If a single source had a loss, the result is its row. Synchronises once if PCGrad projects.
+
+        Args:
+            rows: the accumulated rows.
+            step: the global step, for the order of projections.
+            sources: all sources of the step.
+            samples: number of samples by source, for attribution.
+        """
+        present = [row for row, part in enumerate(rows.parts) if part]
+        names = [rows.names[row] for row in present]
+        given = rows.matrix if len(present) == len(rows.parts) else [rows.matrix[row] for row in present]
+        if len(present) == 1 or self._settings.mode is GradientMode.SUM:
+            return self._add(given, names)
+        order = projection_order(len(present), step_generator(self._settings.run_seed, step))
+        if self._settings.mode is GradientMode.MICROBATCH:
+            projection = project(gram_matrix(given), order)
+            vector = combine_rows(given, projection.combined(None), out=self._result)
+            return projection.merged(vector), _no_measurements(vector.device)
+        by_name = {source.name: source for source in sources}
+        return self._project_sources(given, [by_name[name] for name in names], samples, order)
+
+    def _project_sources(
+        self, given: Rows, sources: Sequence[SourceWeight], samples: Mapping[str, int], order: Sequence[Sequence[int]]
+    ) -> tuple[MergedGradient, RowMeasurements]:
+        """Attributes the teacher's row and runs PCGrad, both on dot products alone."""
+        names = [source.name for source in sources]
+        shares = self._mixer.shares(sources, samples)
+        mixing = self._mixer.mixing(names, shares)
+        gram = gram_matrix(given)
+        mixed = mixing @ gram @ mixing.T
+        remaining = mixing.diagonal().tolist()
+        weights = [source.weight if rest else 0.0 for source, rest in zip(sources, remaining, strict=True)]
+        projection = project(mixed, order)
+        coefficients = torch.tensor(projection.combined(weights), dtype=torch.float64) @ mixing
+        vector = combine_rows(given, coefficients.tolist(), out=self._result)
+        teacher = self._mixer.teacher_shares(names, gram.diagonal().sqrt(), shares)
+        norms = mixed.diagonal().clamp_min(0).sqrt()
+        return projection.merged(vector), RowMeasurements(names, norms, teacher, projection.conflicts_by_row)
+
+    def _add(self, given: Rows, names: Sequence[str]) -> tuple[MergedGradient, RowMeasurements]:
+        count = len(names)
+        vector = given[0] if count == 1 else combine_rows(given, [1.0] * count, out=self._result)
+        merged = MergedGradient(vector, 0, count, projected=False)
+        if self._settings.mode is GradientMode.MICROBATCH:
+            return merged, _no_measurements(vector.device)
+        norms = torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in given])
+        teacher = self._mixer.teacher_shares(names, norms, [0.0] * count)
+        return merged, RowMeasurements(names, norms, teacher, [0] * count)
+
+
+def _no_measurements(device: torch.device) -> RowMeasurements:
+    """Returns empty measurements, for rows that are not those of sources."""
+    nothing = torch.zeros(0, dtype=torch.float64, device=device)
+    return RowMeasurements((), nothing, nothing, ())

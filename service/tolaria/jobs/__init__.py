@@ -1,18 +1,17 @@
-"""Training jobs: what a job must offer, how it is found, and the built-in one. Knows nothing of the service."""
+"""Training jobs: the interface of a job, its registry, cursors over training data, and the built-in job."""
 
 from tolaria.jobs.data import LoaderCursor, TensorCursor
 from tolaria.jobs.job import (
-    HOST,
     Batch,
     BatchCursor,
     CursorState,
-    Evaluation,
     JobContext,
     JobFactory,
     PerSampleLosses,
     TrainingJob,
+    build_job,
 )
-from tolaria.jobs.registry import build_job
+from tolaria.values.training import HOST, Evaluation
 
 __all__ = [
     "HOST",

@@ -1,7 +1,4 @@
-"""The built-in job: handwritten digits of scikit-learn (1797 real images of 8 x 8), a small convolutional host.
-
-A model of what a job looks like. Must not know the service.
-"""
+"""The built-in job: scikit-learn's handwritten digits (1797 images of 8 x 8) and a small convolutional model."""
 
 from __future__ import annotations
 
@@ -14,16 +11,17 @@ from torch.nn import functional
 
 from tolaria.errors import BrokenJobError
 from tolaria.jobs.data import TensorCursor
-from tolaria.jobs.job import HOST, Batch, Evaluation, JobContext
+from tolaria.jobs.job import Batch, JobContext
 from tolaria.seeds import SeedSlot
+from tolaria.values.training import HOST, Evaluation
 
 _CLASSES = 10
 _VALIDATION_SAMPLES = 360  # a fifth
-_SPLIT_SEED = 20_251_003  # fixed: runs with different seeds are judged on the same images
+_SPLIT_SEED = 20_251_003  # fixed: runs with different seeds are evaluated on the same images
 
 
 class DigitsOptions(BaseModel):
-    """What `training.options` may hold for this job."""
+    """The `training.options` of this job."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -34,7 +32,7 @@ class DigitsOptions(BaseModel):
 
 
 class DigitsHost(nn.Module):
-    """Images of shape (B, 1, 8, 8), float32 in 0 to 1, to logits of shape (B, 10). Seeds grow in two slots."""
+    """Maps images of shape (B, 1, 8, 8), float32 in 0 to 1, to logits of shape (B, 10); has two seed slots."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -50,13 +48,13 @@ class DigitsHost(nn.Module):
         self.head = nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(2 * width * 16, _CLASSES))
 
     def forward(self, x_B1HW: Tensor) -> Tensor:  # noqa: N803 - the shape suffix: batch, channel, height, width
-        """Logits of the batch."""
+        """Returns the logits."""
         logits_BC: Tensor = self.head(self.body(x_B1HW))  # noqa: N806 - shape suffix: batch, class
         return logits_BC
 
 
 class DigitsJob:
-    """Trains `DigitsHost` by Adam on cross-entropy."""
+    """Trains `DigitsHost` with Adam on cross-entropy."""
 
     def __init__(self, context: JobContext, options: DigitsOptions) -> None:
         self._context = context
@@ -68,28 +66,28 @@ class DigitsJob:
         self._validation = (images[validation], labels[validation])
 
     def build_model(self) -> nn.Module:
-        """The host."""
+        """Returns the model, with initial values from the global RNG."""
         return DigitsHost(self._options.width, self._options.dropout)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Adam over everything."""
+        """Returns Adam over all parameters."""
         return torch.optim.Adam(model.parameters(), lr=self._options.learning_rate)
 
     def training_data(self) -> TensorCursor:
-        """1437 images in an order that the seed and the epoch determine."""
+        """Returns the 1437 training images; their order is a function of the seed and the epoch."""
         return TensorCursor(self._training, batch_size=self._options.batch_size, seed=self._context.seed)
 
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        """Mean cross-entropy."""
+        """Returns the mean cross-entropy."""
         images, labels = batch.payload
         return {HOST: functional.cross_entropy(model(images), labels)}
 
     def validation_batches(self) -> Iterable[Batch]:
-        """360 images that training never sees, at once."""
+        """Returns the 360 validation images in one batch."""
         return [Batch(self._validation, _VALIDATION_SAMPLES)]
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
-        """Summed cross-entropy and correct answers."""
+        """Returns the sum of the cross-entropy and the number of correct predictions."""
         images, labels = batch.payload
         logits = model(images)
         loss_sum = functional.cross_entropy(logits, labels, reduction="sum")
@@ -97,10 +95,10 @@ class DigitsJob:
 
 
 def digits(context: JobContext) -> DigitsJob:
-    """The job's factory.
+    """Returns the job.
 
     Raises:
-        BrokenJobError: when `training.options` holds what the job does not know.
+        BrokenJobError: `training.options` has an unknown or invalid entry.
     """
     try:
         options = DigitsOptions.model_validate(dict(context.options))
@@ -111,8 +109,8 @@ def digits(context: JobContext) -> DigitsJob:
 
 
 def _images() -> tuple[Tensor, Tensor]:
-    """All images, float32 of shape (1797, 1, 8, 8) in 0 to 1, and their labels, int64 of shape (1797,)."""
-    from sklearn.datasets import load_digits  # noqa: PLC0415 - half a second that only this job has to pay
+    """Returns all images, float32 of shape (1797, 1, 8, 8) in 0 to 1, and labels, int64 of shape (1797,)."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - importing takes half a second
 
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16.0

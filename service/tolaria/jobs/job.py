@@ -1,27 +1,27 @@
-"""What a training job is to Tolaria: a model, an optimizer, data that can be resumed, losses, evaluation.
-
-Owns the contract between Tolaria and whoever brings a job. Must not know how training is run.
-"""
+"""The interface of a training job: model, optimizer, resumable data, losses and evaluation; and how a job is found."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-HOST = "host"
-"""The source name of the host model's own loss. Every job has it; seeds bring sources of their own."""
+from tolaria.errors import BrokenJobError, JobError, UnknownJobError
+from tolaria.values.training import Evaluation
 
 CursorState = dict[str, JsonValue]
 
 
 @dataclass(frozen=True, slots=True)
 class JobContext:
-    """What a job's factory gets: `training.seed`, the device to train on, and `training.options` as they are."""
+    """The argument of a job's factory: `training.seed`, the training device, and `training.options`."""
 
     seed: int
     device: torch.device
@@ -30,9 +30,12 @@ class JobContext:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One microbatch. `payload` is the job's own (tensors, or tuples, lists, dicts of them); `samples` counts it.
+    """One microbatch.
 
-    `seed_ids` names the seed that each sample is meant for, where the data says so; it goes with `PerSampleLosses`.
+    Attributes:
+        payload: the job's data: tensors, or tuples, lists and dicts of them.
+        samples: number of samples.
+        seed_ids: the seed that each sample belongs to, if the data defines it; used with `PerSampleLosses`.
     """
 
     payload: Any
@@ -42,81 +45,109 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class PerSampleLosses:
-    """Losses of shape (samples,), differentiable, for a batch with `seed_ids`: Tolaria splits them by seed."""
+    """Differentiable losses of a batch with `seed_ids`, of shape (samples,); Tolaria splits them by seed."""
 
     values: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Sums over evaluated samples: summed loss, correct answers (0 where a job has no such thing), samples."""
-
-    loss_sum: float
-    correct: int
-    samples: int
-
-    def __add__(self, other: Evaluation) -> Evaluation:
-        return Evaluation(self.loss_sum + other.loss_sum, self.correct + other.correct, self.samples + other.samples)
-
-    @property
-    def loss(self) -> float:
-        """Mean loss per sample; NaN when nothing was evaluated."""
-        return self.loss_sum / self.samples if self.samples else float("nan")
-
-    @property
-    def accuracy(self) -> float:
-        """Share of correct answers, 0 to 1; 0 when nothing was evaluated."""
-        return self.correct / self.samples if self.samples else 0.0
-
-
 @runtime_checkable
 class BatchCursor(Protocol):
-    """Training data with a place in it that can be saved and found again.
-
-    The same cursor state gives the same batches: that is what makes a rollback exact.
-    """
+    """A resumable position in training data. Equal states give equal batches, so that a rollback is exact."""
 
     @property
     def batches_per_epoch(self) -> int:
-        """How many batches an epoch has."""
+        """The number of batches in an epoch."""
 
     def begin_epoch(self, epoch: int) -> None:
-        """Go to the first batch of `epoch` (from 1)."""
+        """Moves to the first batch of `epoch`, counted from 1."""
 
     def next_batch(self) -> Batch | None:
-        """The next batch, on the CPU or already on the device; None at the end of the epoch."""
+        """Returns the next batch, on the CPU or the training device; None at the end of the epoch."""
 
     def state_dict(self) -> CursorState:
-        """The place, as JSON values."""
+        """Returns the position as JSON values."""
 
     def load_state_dict(self, state: CursorState) -> None:
-        """Go to a place that `state_dict` told, so that `next_batch` goes on from there."""
+        """Moves to a saved position; `next_batch` continues from it."""
 
 
 @runtime_checkable
 class TrainingJob(Protocol):
-    """What is trained. All methods are called from the compute lane, one at a time."""
+    """A training job. The training process calls its methods one at a time."""
 
     def build_model(self) -> nn.Module:
-        """The model, on the CPU; Tolaria moves it to the device. Global RNGs are seeded before the call."""
+        """Returns the model on the CPU; Tolaria moves it to the device. Global RNGs are seeded before the call."""
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer over the model's parameters, which are on the device by then."""
+        """Returns an optimizer over the model's parameters, which are on the device."""
 
     def training_data(self) -> BatchCursor:
-        """The training data."""
+        """Returns the training data."""
 
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
-        """Mean loss of the batch by source, each a scalar with a graph; `HOST` is always among them.
+        """Returns the mean loss of the batch by source, each a differentiable scalar; `HOST` is always included.
 
-        Sources are seeds by their id, or tasks of the job's own. A batch with `seed_ids` may have its losses by sample.
+        A source is the id of a seed, or a task of the job. For a batch with `seed_ids` the losses may be per sample.
         """
 
     def validation_batches(self) -> Iterable[Batch]:
-        """What the model is evaluated on after each epoch."""
+        """Returns the batches for the evaluation after each epoch."""
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
-        """Evaluate one batch; the model is in eval mode and gradients are off."""
+        """Evaluates one batch. The model is in evaluation mode and gradients are disabled."""
 
 
 JobFactory = Callable[[JobContext], TrainingJob]
+
+ENTRY_POINTS = "tolaria.jobs"
+
+
+def build_job(name: str, context: JobContext) -> TrainingJob:
+    """Returns the job of a factory: an entry point of the group `tolaria.jobs`, or `package.module:factory`.
+
+    Raises:
+        UnknownJobError: there is no such name, module or factory.
+        BrokenJobError: importing or calling the factory failed, or the job lacks a method of `TrainingJob`.
+    """
+    factory = _load_factory(name)
+    try:
+        job = factory(context)
+    except JobError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BrokenJobError(f"training.job {name!r}: its factory raised {type(error).__name__}: {error}") from error
+    methods = [method for method, _ in inspect.getmembers(TrainingJob, inspect.isfunction) if method[0] != "_"]
+    missing = [method for method in methods if not callable(getattr(job, method, None))]
+    if missing:
+        raise BrokenJobError(
+            f"training.job {name!r}: its factory returned a {type(job).__name__}, which lacks {', '.join(missing)}"
+        )
+    return job
+
+
+def _load_factory(name: str) -> JobFactory:
+    module, _, attribute = (name if ":" in name else _registered(name)).partition(":")
+    try:
+        loaded = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module == error.name or module.startswith(error.name + ".")):
+            raise UnknownJobError(f"training.job {name!r}: there is no module {error.name!r} on the path") from None
+        raise BrokenJobError(f"training.job {name!r}: importing it failed: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise BrokenJobError(f"training.job {name!r}: importing it raised {type(error).__name__}: {error}") from error
+    if not hasattr(loaded, attribute):
+        raise UnknownJobError(f"training.job {name!r}: module {module!r} has no {attribute!r}")
+    factory: object = getattr(loaded, attribute)
+    if not callable(factory):
+        raise BrokenJobError(f"training.job {name!r}: is a {type(factory).__name__}, not a factory that can be called")
+    return factory
+
+
+def _registered(name: str) -> str:
+    known = entry_points(group=ENTRY_POINTS)
+    if name not in known.names:
+        raise UnknownJobError(
+            f"training.job {name!r} is not registered (known: {', '.join(sorted(known.names))}); "
+            "name your own job as package.module:factory"
+        )
+    return known[name].value

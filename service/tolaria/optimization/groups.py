@@ -1,41 +1,35 @@
-"""Param groups by name: what the optimizer shall hold, and which part each group plays. Knows no schedule, no state."""
+"""Param groups: their names, plans of them, and the learning rates written into them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Final
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from tolaria.errors import UnsuitableOptimizerError
+from tolaria.values.optimization import GroupRole, LearningRateViolation
 
-HOST_GROUP = "host"
+_RELATIVE_TOLERANCE: Final = 1e-6
+"""Rates that differ by less are equal: a rate in a float32 tensor is rounded."""
 
 ParamGroup = dict[str, Any]
 """One entry of `Optimizer.param_groups`, which torch leaves untyped."""
 
 
-class GroupRole(StrEnum):
-    """What a group's learning rate follows: the schedule, a share of it with a warm-up of its own, or nothing."""
-
-    HOST = "host"
-    SEED = "seed"
-    FROZEN = "frozen"
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupPlan:
-    """One param group as it shall be.
+    """A param group that an optimizer is to have.
 
     Args:
         name: unique among the groups.
-        parameters: by their full name in the model, in the order in which the optimizer shall hold them.
-        role: what its learning rate follows.
-        options: param-group options that differ from what a group of this name has already, or, for a new one, from the
-            optimizer's defaults. `lr` is the controller's: a new group's is written at the next `apply`.
+        parameters: by their full name in the model, in the order of the optimizer.
+        role: how its learning rate is set.
+        options: param-group options that differ from those of the present group of this name or, for a new group,
+            from the optimizer's defaults. A new group's `lr` is written by the controller at the next `apply`.
     """
 
     name: str
@@ -44,40 +38,113 @@ class GroupPlan:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-class OptimizerHolder(Protocol):
-    """Whoever can say which optimizer is live. A rebuild replaces the object, so nobody else keeps it."""
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The live one."""
-        ...
-
-
 def name_groups(optimizer: Optimizer) -> None:
-    """Give every param group without a name one: "host", or "host/0", "host/1" and so on where there are several.
+    """Names every param group without a name: "host", or "host/0", "host/1" and so on for several groups.
 
     Raises:
-        UnsuitableOptimizerError: when a group has no `lr`, or two have the same name.
+        UnsuitableOptimizerError: a group has no `lr`, or two have the same name.
     """
-    groups: list[ParamGroup] = optimizer.param_groups
-    for place, group in enumerate(groups):
-        group.setdefault("name", HOST_GROUP if len(groups) == 1 else f"{HOST_GROUP}/{place}")
+    kind, groups = type(optimizer).__name__, optimizer.param_groups
+    for index, group in enumerate(groups):
+        name = group.setdefault("name", "host" if len(groups) == 1 else f"host/{index}")
         if "lr" not in group:
-            raise UnsuitableOptimizerError(
-                f"{type(optimizer).__name__}: param group {group['name']!r} has no lr, so there is nothing to govern"
-            )
+            raise UnsuitableOptimizerError(f"{kind}: param group {name!r} has no lr to control")
     names = [group["name"] for group in groups]
     if len(set(names)) < len(names):
-        raise UnsuitableOptimizerError(f"{type(optimizer).__name__}: param groups share names: {', '.join(names)}")
+        raise UnsuitableOptimizerError(f"{kind}: param groups share names: {', '.join(names)}")
 
 
 def name_of(group: ParamGroup) -> str:
-    """The group's name.
-
-    Raises:
-        UnsuitableOptimizerError: when it has none; `name_groups` gave it one once.
-    """
+    """Returns the name of a group; raises UnsuitableOptimizerError for one that was added without a name."""
     name = group.get("name")
     if not isinstance(name, str):
-        raise UnsuitableOptimizerError("a param group without a name has come into the optimizer")
+        raise UnsuitableOptimizerError("the optimizer has a param group without a name")
     return name
+
+
+def rate_in(group: ParamGroup) -> float:
+    """Returns the group's rate; NaN if it is not a number. Reading a tensor synchronises with its device."""
+    present = group.get("lr")
+    if isinstance(present, Tensor) and present.numel() == 1:
+        return float(present.item())
+    return float(present) if isinstance(present, (int, float)) else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """The rate that was last written into a group.
+
+    A tensor's version counts writes without reading it, except those through `.data`. A tensor on the CPU is read as
+    well, so that a write through `.data` can be missed only on a device.
+    """
+
+    rate: float
+    tensor: Tensor | None = None
+    version: int = 0
+    stored: float | None = None
+
+    def matches(self, group: ParamGroup) -> bool:
+        present = group.get("lr")
+        if isinstance(present, Tensor):
+            return present is self.tensor and (_version(present), _cpu_value(present)) == (self.version, self.stored)
+        return self.tensor is None and bool(present == self.rate)
+
+
+class RateWriter:
+    """Writes learning rates into param groups and detects other writes.
+
+    A rate that is a tensor (as captured steps need) is filled in place. Synchronises only where a tensor was changed
+    by other code.
+    """
+
+    def __init__(self) -> None:
+        self._written: dict[str, _Written] = {}
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The rates last written, by group."""
+        return {name: written.rate for name, written in self._written.items()}
+
+    def write(self, group: ParamGroup, rate: float) -> None:
+        """Sets the group's rate, unless it is set already."""
+        written = self._written.get(name_of(group))
+        if written is None or written.rate != rate or not written.matches(group):
+            self._put(group, rate)
+
+    def restore(self, group: ParamGroup) -> LearningRateViolation | None:
+        """Restores the rate last written; returns a violation if the present one differed by more than 1e-6 of it."""
+        written = self._written.get(name_of(group))
+        if written is None or written.matches(group):
+            return None
+        found = rate_in(group)
+        self._put(group, written.rate)
+        if math.isclose(found, written.rate, rel_tol=_RELATIVE_TOLERANCE):
+            return None
+        return LearningRateViolation(name_of(group), written.rate, found)
+
+    def forget(self, name: str) -> None:
+        """Drops the entry of a group that was removed."""
+        self._written.pop(name, None)
+
+    def _put(self, group: ParamGroup, rate: float) -> None:
+        name, present = name_of(group), group.get("lr")
+        if name in self._written:
+            tensor = self._written[name].tensor
+        else:  # torch lets all groups share the default's tensor
+            tensor = present.detach().clone() if isinstance(present, Tensor) else None
+        if tensor is None:
+            group["lr"] = rate
+            self._written[name] = _Written(rate)
+        else:
+            tensor.fill_(rate)
+            group["lr"] = tensor
+            self._written[name] = _Written(rate, tensor, _version(tensor), _cpu_value(tensor))
+
+
+def _version(tensor: Tensor) -> int:
+    return tensor._version  # noqa: SLF001 - the only sign of a write that does not need a read
+
+
+def _cpu_value(tensor: Tensor) -> float | None:
+    """Returns the value of a CPU tensor, in its precision; None on a device."""
+    return float(tensor.item()) if tensor.device.type == "cpu" else None

@@ -1,249 +1,231 @@
-"""`UnifiedLRController`: the only writer of learning rates.
-
-Owns what each param group's rate is at each global step. Reads the live optimizer from its holder every time, so a
-rebuild cannot leave it behind. Counts and reports nothing: it returns what happened.
-Belongs to the compute lane's thread.
-"""
+"""`UnifiedLRController`: the only writer of learning rates."""
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
 
-from tolaria.errors import AdjustmentRefusedError, GroupConflictError, ScheduleError, UnknownGroupError
-from tolaria.optimization.adjustments import (
-    Adjustment,
-    AdjustmentRecord,
-    LiveAdjustment,
-    Retraction,
-    composed,
-    without_replaced,
+from tolaria.config import OptimizerSettings
+from tolaria.errors import (
+    AdjustmentRefusedError,
+    ControllerStateError,
+    GroupConflictError,
+    OptimizationError,
+    ScheduleError,
+    UnknownGroupError,
 )
-from tolaria.optimization.groups import GroupRole, OptimizerHolder, name_groups, name_of
-from tolaria.optimization.lr_state import GovernedGroup, read_state, write_state
-from tolaria.optimization.rate_writer import RateWriter, Violation, rate_in
-from tolaria.optimization.schedules import Schedule, Warmup
+from tolaria.optimization.groups import GroupPlan, RateWriter, name_groups, name_of, rate_in
+from tolaria.optimization.optimizer_manager import OptimizerManager
+from tolaria.optimization.schedules import Warmup, build_schedule
+from tolaria.optimization.state_transfer import Build
+from tolaria.values.optimization import (
+    ActiveAdjustment,
+    Adjustment,
+    GroupRole,
+    LearningRateViolation,
+    RebuildOutcome,
+    RebuildResult,
+    in_family,
+)
+
+_VERSION: Final = 1
+_ADJUSTMENTS_MAX: Final = 64
+"""Greatest number of active adjustments."""
 
 
 @dataclass(frozen=True, slots=True)
-class LearningRateSettings:
-    """How rates are governed.
+class RateChange:
+    """The rates of the adjusted groups before and after an adjustment."""
 
-    Args:
-        schedule: of the host, which seeds follow at their share.
-        seed_factor: a seed's base learning rate as a share of the host's, in (0, 1].
-        seed_warmup: counted from the step at which a seed's group was registered; multiplies with the schedule.
-        floor: adjustments do not bring a rate below it; where the schedule itself is lower, not below the schedule.
-        ceiling: no rate ever exceeds it.
-        adjustments_max: how many may live at once.
-        history_max: how many of the last adjustments are remembered.
-    """
+    before: dict[str, float]
+    after: dict[str, float]
 
-    schedule: Schedule
-    seed_factor: float = 0.1
-    seed_warmup: Warmup = field(default_factory=lambda: Warmup(steps=100, floor=0.1))
-    floor: float = 1e-8
-    ceiling: float = 10.0
-    adjustments_max: int = 64
-    history_max: int = 256
 
-    def __post_init__(self) -> None:
-        if not 0.0 < self.seed_factor <= 1.0:
-            raise ScheduleError("seed_factor", f"must be above 0 and at most 1, is {self.seed_factor}")
-        if not (0.0 <= self.floor <= self.ceiling and math.isfinite(self.ceiling)):
-            raise ScheduleError(
-                "floor", f"must be at least 0 and at most the ceiling, is {self.floor} of {self.ceiling}"
-            )
+@dataclass(frozen=True, slots=True)
+class RegisteredGroup:
+    """A registered param group: its role, base learning rate, and the global step of its registration."""
+
+    role: GroupRole
+    base_lr: float
+    registered_at: int
 
 
 class UnifiedLRController:
-    """Governs the learning rates of an optimizer's param groups by their `name`.
+    """Sets the learning rates of an optimizer's param groups, by their `name`.
 
-    Before each update call `before_step`, or `verify` and then `apply`. `apply` and `verify` do not synchronise with a
-    device, except that a tensor which somebody else changed is read once.
+    `before_step` is called before each optimizer step. It does not synchronise with a device, except to read a tensor
+    that other code changed.
     """
 
-    def __init__(self, holder: OptimizerHolder, settings: LearningRateSettings) -> None:
-        """Name the optimizer's groups where they have no name and register them as host, at their present `lr`.
+    def __init__(self, manager: OptimizerManager, settings: OptimizerSettings, *, run_steps: int) -> None:
+        """Registers the optimizer's groups as host groups with their present `lr` as base.
+
+        The host follows the schedule of `settings` for a run of `run_steps` steps; a seed has `seed_factor` of its
+        rate, and a warm-up that counts from the registration of its group.
 
         Raises:
-            UnsuitableOptimizerError: when a group has no `lr`, or two share a name.
-            ScheduleError: when a group's `lr` is negative, NaN or above the ceiling.
+            UnsuitableOptimizerError: a group has no `lr`, or two have the same name.
+            ScheduleError: the schedule does not fit the run, the bounds are reversed, or a group's `lr` is negative,
+                NaN or above the ceiling.
         """
-        name_groups(holder.optimizer)
-        self._holder = holder
+        floor, ceiling = settings.lr_floor, settings.lr_ceiling
+        if floor > ceiling:
+            raise ScheduleError("floor", f"must be at most the ceiling, is {floor} of {ceiling}")
         self._settings = settings
-        self._groups: dict[str, GovernedGroup] = {}
-        self._living: list[LiveAdjustment] = []
-        self._history: deque[AdjustmentRecord] = deque(maxlen=settings.history_max)
+        self._schedule = build_schedule(settings, run_steps)
+        self._seed_warmup = Warmup(settings.seed_warmup_steps, settings.seed_warmup_floor)
+        name_groups(manager.optimizer)
+        self._manager = manager
+        self._groups: dict[str, RegisteredGroup] = {}
+        self._adjustments: list[ActiveAdjustment] = []
         self._writer = RateWriter()
-        for group in holder.optimizer.param_groups:
+        for group in manager.optimizer.param_groups:
             self.register_group(name_of(group), GroupRole.HOST, at_step=0, base_lr=rate_in(group))
 
     @property
-    def groups(self) -> Mapping[str, GovernedGroup]:
-        """The registered groups by name, oldest first; not to be written to."""
+    def groups(self) -> Mapping[str, RegisteredGroup]:
+        """The registered groups by name, oldest first."""
         return self._groups
 
     @property
-    def living(self) -> tuple[LiveAdjustment, ...]:
-        """Adjustments that hold at present, oldest first."""
-        return tuple(self._living)
-
-    @property
-    def history(self) -> tuple[AdjustmentRecord, ...]:
-        """The last adjustments, oldest first. Not in the saved state: a rollback does not unmake what was asked."""
-        return tuple(self._history)
+    def adjustments(self) -> tuple[ActiveAdjustment, ...]:
+        """The active adjustments, oldest first."""
+        return tuple(self._adjustments)
 
     def register_group(self, name: str, role: GroupRole, *, at_step: int, base_lr: float | None = None) -> None:
-        """Take a param group under control, before or after it comes into the optimizer.
+        """Registers a param group, before or after it is added to the optimizer.
 
         Args:
             name: its `name` in the optimizer.
-            role: HOST follows the schedule, SEED its share of it with its own warm-up, FROZEN stays at 0. A zero rate
-                alone does not stop every optimizer (Rprop has its own steps): a frozen parameter must get no
-                gradient.
-            at_step: global step from which a seed's warm-up counts.
-            base_lr: what the schedule's factor multiplies. None: the first host group's, times `seed_factor`
-                for a seed.
+            role: HOST follows the schedule, SEED a fraction of it with a warm-up, FROZEN has rate 0. A rate of 0 does
+                not stop every optimizer (Rprop has other steps), so frozen parameters must get no gradient.
+            at_step: global step from which the warm-up of a seed counts.
+            base_lr: the rate that the schedule's factor multiplies. None: that of the first host group, times
+                `seed_factor` for a seed.
 
         Raises:
-            GroupConflictError: when the name is taken, or there is no host to take a base from.
-            ScheduleError: when `base_lr` is negative, NaN or above the ceiling.
+            GroupConflictError: the name is registered already, or there is no host group to take a base from.
+            ScheduleError: `base_lr` is negative, NaN or above the ceiling.
         """
         if name in self._groups:
             raise GroupConflictError(f"param group {name!r} is registered already")
-        base = self._default_base(name, role) if base_lr is None else base_lr
-        if not 0.0 <= base <= self._settings.ceiling:
-            raise ScheduleError("lr", f"of group {name!r} must be between 0 and {self._settings.ceiling}, is {base}")
-        self._groups[name] = GovernedGroup(role, base, at_step)
+        base, ceiling = self._default_base(name, role) if base_lr is None else base_lr, self._settings.lr_ceiling
+        if not 0.0 <= base <= ceiling:
+            raise ScheduleError("lr", f"of group {name!r} must be between 0 and {ceiling}, is {base}")
+        self._groups[name] = RegisteredGroup(role, base, at_step)
 
     def unregister_group(self, name: str) -> None:
-        """Let go of a group that has left the optimizer.
+        """Removes a group that has left the optimizer.
 
         Raises:
-            UnknownGroupError: when it is not registered.
+            UnknownGroupError: it is not registered.
         """
         self._known(name)
         del self._groups[name]
         self._writer.forget(name)
 
     def set_role(self, name: str, role: GroupRole) -> None:
-        """Let a group play another part from the next `apply` on, as when a seed is frozen. Base and warm-up stay.
+        """Changes the role of a group from the next `apply` on; base rate and warm-up stay.
 
         Raises:
-            UnknownGroupError: when it is not registered.
+            UnknownGroupError: it is not registered.
         """
         self._groups[name] = replace(self._known(name), role=role)
 
-    def before_step(self, global_step: int) -> list[Violation]:
-        """Verify, then apply: all that an update needs. `global_step` counts the updates done before this one."""
+    def before_step(self, global_step: int) -> list[LearningRateViolation]:
+        """Verifies and then applies the rates of the step after `global_step` steps."""
         violations = self.verify()
         self.apply(global_step)
         return violations
 
     def apply(self, global_step: int) -> None:
-        """Write the rates of this step into the live optimizer. A rate that is there already is not written again.
+        """Writes the rates of this step into the optimizer. Rates that did not change are not written.
 
         Raises:
-            UnknownGroupError: when the optimizer has a group that nobody registered.
-            UnsuitableOptimizerError: when it has one without a name.
+            UnknownGroupError: the optimizer has a group that is not registered.
+            UnsuitableOptimizerError: it has a group without a name.
         """
-        if self._living:
-            self._living = [live for live in self._living if not live.over_at(global_step)]
-        for group in self._holder.optimizer.param_groups:
+        if self._adjustments:
+            self._adjustments = [each for each in self._adjustments if not each.expired_at(global_step)]
+        for group in self._manager.optimizer.param_groups:
             name = name_of(group)
-            self._writer.write(group, self._rate_at(name, self._known(name), global_step, self._living))
+            self._writer.write(group, self._rate_at(name, self._known(name), global_step, self._adjustments))
 
-    def verify(self) -> list[Violation]:
-        """Find rates that differ from what was last written by more than 1e-6 of it, and put them back.
-
-        Returns:
-            One violation for each such group, mostly none. A group that was never written to has none.
-        """
-        found = [self._writer.put_back(group) for group in self._holder.optimizer.param_groups]
+    def verify(self) -> list[LearningRateViolation]:
+        """Restores rates that differ from those last written, and returns those that differed by more than 1e-6."""
+        found = [self._writer.restore(group) for group in self._manager.optimizer.param_groups]
         return [violation for violation in found if violation is not None]
 
-    def adjust(self, adjustment: Adjustment, *, at_step: int) -> AdjustmentRecord:
-        """Take a change of learning rate; it holds from the next `apply` with a step of at least `at_step`.
+    def adjust(self, adjustment: Adjustment, *, at_step: int) -> RateChange:
+        """Adds an adjustment, effective from the next `apply` with a step of at least `at_step`.
 
-        Several compose: the newest living value stands in the schedule's place, then the factors that are newer than it
-        multiply. A value without expiry also ends all older ones of the same groups.
+        Adjustments compose as in `adjusted_rate`. A value without expiry replaces all older ones of its groups.
 
         Returns:
-            The line of the audit trail, with the rates of the groups concerned before and after, at `at_step`.
+            The rates of the groups concerned at `at_step`, before and after.
 
         Raises:
-            UnknownGroupError: when no group of that name is registered.
-            AdjustmentRefusedError: when it brings a rate out of bounds, means only frozen groups, or too many live.
+            UnknownGroupError: no group of that name is registered.
+            AdjustmentRefusedError: a rate would be out of bounds, all groups are frozen, or too many are active.
         """
-        meant = [name for name in self._groups if adjustment.concerns(name)]
-        if not meant:
+        groups = {name: group for name, group in self._groups.items() if adjustment.applies_to(name)}
+        if not groups:
             raise UnknownGroupError(adjustment.group or "all", list(self._groups))
-        meant = [name for name in meant if self._groups[name].role is not GroupRole.FROZEN]
-        if not meant:
+        names = [name for name, group in groups.items() if group.role is not GroupRole.FROZEN]
+        if not names:
             raise AdjustmentRefusedError("group", f"{adjustment.group!r} is frozen")
-        living = [live for live in self._living if not live.over_at(at_step)]
-        changed = [*without_replaced(living, adjustment), LiveAdjustment(adjustment, at_step)]
-        if len(changed) > self._settings.adjustments_max:
+        active = [each for each in self._adjustments if not each.expired_at(at_step)]
+        changed = [*without_replaced(active, adjustment), ActiveAdjustment(adjustment, at_step)]
+        if len(changed) > _ADJUSTMENTS_MAX:
             raise AdjustmentRefusedError(
-                "group", f"{len(living)} adjustments live already; take one back, or set a value for good"
+                "group", f"{len(active)} adjustments are active already; a value without expiry replaces them"
             )
-        self._demand_bounds(adjustment, meant, changed, at_step)
-        record = AdjustmentRecord(
-            adjustment, at_step, self._rates_at(meant, at_step, living), self._rates_at(meant, at_step, changed)
+        self._check_bounds(adjustment, names, changed, at_step)
+        self._adjustments = changed
+        before, after = (
+            {name: self._rate_at(name, groups[name], at_step, adjustments) for name in names}
+            for adjustments in (active, changed)
         )
-        self._living = changed
-        self._history.append(record)
-        return record
-
-    def retract(self, request_id: str, retraction: Retraction, *, at_step: int) -> AdjustmentRecord:
-        """Take back the living adjustment that this request made.
-
-        Raises:
-            AdjustmentRefusedError: when none of that request lives.
-        """
-        taken = next((live for live in self._living if live.adjustment.request_id == request_id), None)
-        if taken is None:
-            raise AdjustmentRefusedError("request_id", f"no living adjustment is of request {request_id!r}")
-        changed = [live for live in self._living if live is not taken]
-        names = [name for name in self._groups if taken.adjustment.concerns(name)]
-        before, after = self._rates_at(names, at_step, self._living), self._rates_at(names, at_step, changed)
-        record = AdjustmentRecord(taken.adjustment, at_step, before, after, retraction)
-        self._living = changed
-        self._history.append(record)
-        return record
+        return RateChange(before, after)
 
     def learning_rates(self) -> dict[str, float]:
-        """The rates last written, by group; empty before the first `apply`."""
+        """Returns the rates last written, by group; empty before the first `apply`."""
         return self._writer.rates
 
-    def rate_at(self, name: str, global_step: int) -> float:
-        """What the group's rate is at a step, as things stand.
-
-        Raises:
-            UnknownGroupError: when it is not registered.
-        """
-        return self._rate_at(name, self._known(name), global_step, self._living)
-
     def state_dict(self) -> dict[str, Any]:
-        """Groups and living adjustments as plain data that JSON can hold. The schedule is a setting and not in it."""
-        return write_state(self._groups, self._living)
+        """Returns groups and active adjustments as JSON values. The schedule is a setting and not included."""
+        groups = {name: asdict(group) | {"role": group.role.value} for name, group in self._groups.items()}
+        adjustments = [{"at_step": each.at_step, "adjustment": asdict(each.adjustment)} for each in self._adjustments]
+        return {"version": _VERSION, "groups": groups, "adjustments": adjustments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state; the optimizer gets its rates with the next `apply`, which a restore calls at once.
+        """Loads a saved state; the rates are written by the next `apply`.
 
         Raises:
-            ControllerStateError: when it is not such a state; nothing has changed.
+            ControllerStateError: the state is damaged or of another version; nothing has changed.
         """
-        self._groups, self._living = read_state(state, ceiling=self._settings.ceiling)
-        for name in [name for name in self._writer.rates if name not in self._groups]:
+        if state.get("version") != _VERSION:
+            raise ControllerStateError(f"learning-rate state is of version {state.get('version')!r}, not {_VERSION}")
+        try:
+            groups = {str(name): self._read_group(entry) for name, entry in state["groups"].items()}
+            adjustments = [
+                ActiveAdjustment(Adjustment(**entry["adjustment"]), int(entry["at_step"]))
+                for entry in state["adjustments"]
+            ]
+        except (KeyError, TypeError, ValueError, AttributeError, AdjustmentRefusedError) as error:
+            raise ControllerStateError(f"learning-rate state is damaged: {type(error).__name__}: {error}") from error
+        self._groups, self._adjustments = groups, adjustments
+        for name in [name for name in self._writer.rates if name not in groups]:
             self._writer.forget(name)
 
-    def _known(self, name: str) -> GovernedGroup:
+    def _read_group(self, entry: Mapping[str, Any]) -> RegisteredGroup:
+        base_lr, ceiling = float(entry["base_lr"]), self._settings.lr_ceiling
+        if not 0.0 <= base_lr <= ceiling:
+            raise ValueError(f"base_lr {base_lr} is not between 0 and {ceiling}")
+        return RegisteredGroup(GroupRole(entry["role"]), base_lr, int(entry["registered_at"]))
+
+    def _known(self, name: str) -> RegisteredGroup:
         if name not in self._groups:
             raise UnknownGroupError(name, list(self._groups))
         return self._groups[name]
@@ -251,38 +233,100 @@ class UnifiedLRController:
     def _default_base(self, name: str, role: GroupRole) -> float:
         host = next((group for group in self._groups.values() if group.role is GroupRole.HOST), None)
         if host is None:
-            raise GroupConflictError(
-                f"param group {name!r} needs a base learning rate: there is no host to take it from"
-            )
+            raise GroupConflictError(f"param group {name!r} needs a base learning rate, as there is no host group")
         return host.base_lr * (self._settings.seed_factor if role is GroupRole.SEED else 1.0)
 
-    def _rates_at(self, names: list[str], step: int, living: list[LiveAdjustment]) -> dict[str, float]:
-        return {name: self._rate_at(name, self._groups[name], step, living) for name in names}
-
-    def _rate_at(self, name: str, group: GovernedGroup, step: int, living: list[LiveAdjustment]) -> float:
+    def _rate_at(self, name: str, group: RegisteredGroup, step: int, active: Sequence[ActiveAdjustment]) -> float:
         scheduled = self._scheduled(group, step)
-        if not living or group.role is GroupRole.FROZEN:
+        if not active or group.role is GroupRole.FROZEN:
             return scheduled
-        lowest = min(self._settings.floor, scheduled)
-        return min(max(composed(living, name, scheduled, step), lowest), self._settings.ceiling)
+        lowest = min(self._settings.lr_floor, scheduled)
+        return min(max(adjusted_rate(active, name, scheduled, step), lowest), self._settings.lr_ceiling)
 
-    def _scheduled(self, group: GovernedGroup, step: int) -> float:
+    def _scheduled(self, group: RegisteredGroup, step: int) -> float:
         if group.role is GroupRole.FROZEN:
             return 0.0
-        rate = group.base_lr * self._settings.schedule.factor_at(step)
+        rate = group.base_lr * self._schedule.factor_at(step)
         if group.role is GroupRole.SEED:
-            rate *= self._settings.seed_warmup.factor_at(max(0, step - group.registered_at))
+            rate *= self._seed_warmup.factor_at(max(0, step - group.registered_at))
         return rate
 
-    def _demand_bounds(
-        self, adjustment: Adjustment, meant: list[str], living: list[LiveAdjustment], at_step: int
+    def _check_bounds(
+        self, adjustment: Adjustment, names: Sequence[str], active: Sequence[ActiveAdjustment], at_step: int
     ) -> None:
-        wrong = "value" if adjustment.factor is None else "factor"
-        for name in meant:
-            scheduled = self._scheduled(self._groups[name], at_step)
-            asked = adjustment.value if adjustment.value is not None else composed(living, name, scheduled, at_step)
-            lowest = self._settings.floor if adjustment.value is not None else min(self._settings.floor, scheduled)
-            if not lowest <= asked <= self._settings.ceiling:
+        field = "value" if adjustment.factor is None else "factor"
+        floor, ceiling = self._settings.lr_floor, self._settings.lr_ceiling
+        for name in names:
+            if adjustment.value is not None:
+                rate, lowest = adjustment.value, floor
+            else:
+                scheduled = self._scheduled(self._groups[name], at_step)
+                rate, lowest = adjusted_rate(active, name, scheduled, at_step), min(floor, scheduled)
+            if not lowest <= rate <= ceiling:
                 raise AdjustmentRefusedError(
-                    wrong, f"would set group {name!r} to {asked:g}, outside {lowest:g} to {self._settings.ceiling:g}"
+                    field, f"would set group {name!r} to {rate:g}, outside {lowest:g} to {ceiling:g}"
                 )
+
+
+def adjusted_rate(active: Sequence[ActiveAdjustment], group: str, scheduled: float, step: int) -> float:
+    """Returns a group's rate from its scheduled one and the adjustments, oldest first; without bounds.
+
+    The newest active value replaces the scheduled rate, then the factors that are newer than the value multiply.
+    """
+    rate, factor = scheduled, 1.0
+    for each in active:
+        change = each.adjustment
+        if each.expired_at(step) or not change.applies_to(group):
+            continue
+        if change.value is not None:
+            rate, factor = change.value, 1.0  # a value is absolute: older factors do not change it
+        if change.factor is not None:
+            factor *= change.factor
+    return rate * factor
+
+
+def without_replaced(active: Sequence[ActiveAdjustment], new: Adjustment) -> list[ActiveAdjustment]:
+    """Returns the adjustments that `new` does not replace: a value without expiry replaces older ones of its groups."""
+    if new.value is None or new.expires_after_steps is not None:
+        return list(active)
+    groups = [each.adjustment.group for each in active]
+    replaced = [new.group is None or (group is not None and in_family(group, new.group)) for group in groups]
+    return [each for each, gone in zip(active, replaced, strict=True) if not gone]
+
+
+def regroup(
+    manager: OptimizerManager,
+    controller: UnifiedLRController,
+    groups: Sequence[GroupPlan],
+    at_step: int,
+    *,
+    urgent: bool = False,
+    change_to: Build | None = None,
+) -> RebuildResult:
+    """Rebuilds the optimizer over exactly `groups` and changes the registered groups with it, or changes nothing.
+
+    Arguments are those of `OptimizerManager.rebuild`. Groups that are registered already, as after a restore, keep
+    their base rate and the start of their warm-up.
+
+    Raises:
+        RebuildFailedError, GroupConflictError: nothing has changed.
+    """
+    before = controller.state_dict()
+    try:
+        for group in groups:
+            if group.name not in controller.groups:
+                controller.register_group(group.name, group.role, at_step=at_step)
+            elif controller.groups[group.name].role is not group.role:
+                controller.set_role(group.name, group.role)
+        result = manager.rebuild(groups, at_step, urgent=urgent, change_to=change_to)
+    except OptimizationError:
+        controller.load_state_dict(before)
+        raise
+    if result.outcome is RebuildOutcome.SKIPPED:
+        controller.load_state_dict(before)
+        return result
+    wanted = {group.name for group in groups}
+    for name in [name for name in controller.groups if name not in wanted]:
+        controller.unregister_group(name)
+    controller.apply(at_step)
+    return result

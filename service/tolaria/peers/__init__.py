@@ -1,1 +1,1 @@
-"""Tamiyo and Kasmina as Tolaria sees them: clients, signatures, verification of what comes back. Knows no torch."""
+"""Clients of Tamiyo and Kasmina, and the verification of what they answer."""

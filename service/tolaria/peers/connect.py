@@ -1,32 +1,48 @@
-"""Both peers, ready to be called: channels, breakers, deadlines and telemetry put together.
-
-Owns the channels. Must not know when peers are called.
-"""
+"""Connected clients of both peers: channels, circuit breakers, deadlines and telemetry put together."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import anyio
 import grpc.aio
 
 from tolaria.config import PeerSettings
-from tolaria.peers.calls import Peer, call_recorder
-from tolaria.peers.channel import peer_channel
-from tolaria.peers.kasmina import KasminaClient
-from tolaria.peers.rollback_client import RollbackClient
-from tolaria.peers.tamiyo import TamiyoClient
+from tolaria.peers.clients import KasminaClient, RollbackClient, TamiyoClient
 from tolaria.resilience.breaker import Breaker
-from tolaria.resilience.deadline import CallLimits, DeadlineCaller
-from tolaria.telemetry.emitter import Emitter
+from tolaria.resilience.deadline import CallRecord, DeadlineCaller, Outcome
+from tolaria.telemetry import events
+from tolaria.telemetry.events import Emitter, EventSpec
 from tolaria.telemetry.metrics import Metrics
+
+Peer: TypeAlias = Literal["tamiyo", "kasmina"]
+
+_RESPONSE_BYTES_MAX = 4 * 1024 * 1024
+_CHANNEL_OPTIONS = [
+    # gRPC's own backoff grows to two minutes, for which a peer that has restarted would be unreachable.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", _RESPONSE_BYTES_MAX),
+    ("grpc.enable_retries", 0),
+]
+_EVENTS: dict[tuple[Peer, Outcome], tuple[EventSpec, ...]] = {
+    ("tamiyo", "timeout"): (events.TAMIYO_TIMEOUT, events.TIMEOUT_INFERENCE),
+    ("tamiyo", "error"): (events.TAMIYO_ERROR,),
+    ("tamiyo", "refused"): (events.TAMIYO_ERROR,),
+    ("kasmina", "timeout"): (events.KASMINA_TIMEOUT,),
+    ("kasmina", "error"): (events.KASMINA_ERROR,),
+    ("kasmina", "refused"): (events.KASMINA_ERROR,),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """The clients; those of one peer share its channel, its breaker and its bounds."""
+    """The clients. Those of one peer share its channel, circuit breaker and limits."""
 
     tamiyo: TamiyoClient
     kasmina: KasminaClient
@@ -43,21 +59,14 @@ async def connected_peers(
     metrics: Metrics,
     emitter: Emitter,
 ) -> AsyncIterator[Peers]:
-    """Clients for both peers while the block runs; connections are begun at once.
+    """Connects to both peers at once, through the circuit breaker of each, while the block runs.
 
-    At the end further calls are refused; those in flight have each peer's `drain_s` before they are cancelled.
-
-    Args:
-        tamiyo: its target must be set.
-        kasmina: likewise.
-        breakers: by peer, the one that it is called through.
-        metrics: for calls.
-        emitter: for their events.
+    At the end new calls are refused, and calls in flight are cancelled after each peer's `drain_s`. Both settings must
+    have a target.
     """
 
-    def caller_of(name: Peer, settings: PeerSettings) -> DeadlineCaller:
-        limits = CallLimits(settings.in_flight_max, settings.waiting_max, settings.retries)
-        return DeadlineCaller(name, breakers[name], observe=call_recorder(name, metrics, emitter), limits=limits)
+    def caller_of(peer: Peer, settings: PeerSettings) -> DeadlineCaller:
+        return DeadlineCaller(peer, breakers[peer], settings, observe=_observer(peer, metrics, emitter))
 
     tamiyo_caller, kasmina_caller = caller_of("tamiyo", tamiyo), caller_of("kasmina", kasmina)
     async with (
@@ -66,26 +75,37 @@ async def connected_peers(
         _drained((tamiyo_caller, tamiyo.drain_s), (kasmina_caller, kasmina.drain_s)),
     ):
         yield Peers(
-            tamiyo=TamiyoClient(
-                tamiyo_channel,
-                tamiyo_caller,
-                epoch_timeout_s=tamiyo.timeout_of("EvaluateEpoch"),
-                step_timeout_s=tamiyo.timeout_of("EvaluateStep"),
-            ),
-            kasmina=KasminaClient(
-                kasmina_channel,
-                kasmina_caller,
-                apply_timeout_s=kasmina.timeout_of("ApplyCommand"),
-                export_timeout_s=kasmina.timeout_of("ExportSeedStates"),
-            ),
+            tamiyo=TamiyoClient(tamiyo_channel, tamiyo_caller),
+            kasmina=KasminaClient(kasmina_channel, kasmina_caller),
             tamiyo_rollback=RollbackClient(tamiyo_channel, tamiyo_caller),
             kasmina_rollback=RollbackClient(kasmina_channel, kasmina_caller),
         )
 
 
+def _observer(peer: Peer, metrics: Metrics, emitter: Emitter) -> Callable[[CallRecord], None]:
+    """Returns the function that turns the records of one peer's calls into metrics and events."""
+    is_tamiyo = peer == "tamiyo"
+    timeouts = metrics.timeout_tamiyo_total if is_tamiyo else metrics.timeout_kasmina_total
+    last_ms = metrics.timeout_tamiyo_last_ms if is_tamiyo else metrics.timeout_kasmina_last_ms
+
+    def observe(call: CallRecord) -> None:
+        latency_ms = call.duration_s * 1000
+        metrics.peer_call_duration_seconds.labels(peer, call.method, call.outcome).observe(call.duration_s)
+        if call.retries:
+            metrics.peer_retries_total.labels(peer, call.method).inc(call.retries)
+        if call.outcome not in {"skipped", "refused", "abandoned"}:
+            last_ms.set(latency_ms)
+        if call.outcome == "timeout":
+            timeouts.inc()
+        for spec in _EVENTS.get((peer, call.outcome), ()):
+            emitter.emit(spec, method=call.method, detail=call.detail, latency_ms=latency_ms)
+
+    return observe
+
+
 @asynccontextmanager
 async def _drained(*callers: tuple[DeadlineCaller, float]) -> AsyncIterator[None]:
-    """Drain all callers at the end, at the same time, each for at most its seconds, whatever is cancelled."""
+    """Drains all callers at the end, concurrently, each within its own timeout in seconds, even if cancelled."""
     try:
         yield
     finally:
@@ -97,8 +117,8 @@ async def _drained(*callers: tuple[DeadlineCaller, float]) -> AsyncIterator[None
 
 @asynccontextmanager
 async def _channel(target: str) -> AsyncIterator[grpc.aio.Channel]:
-    channel = peer_channel(target)
-    # Connect now: the first boundary has no time for it.
+    channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    # Connect now, since the first epoch boundary has no time for it.
     channel.get_state(try_to_connect=True)
     try:
         yield channel

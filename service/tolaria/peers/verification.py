@@ -1,89 +1,125 @@
-"""What a command must be before anything acts on it, and what a set of desired seeds must be.
+"""Verification of what the peers answer: signatures and content of commands, and sets of desired seeds.
 
-Owns the checks, their order and their stable reason names. Must not know how commands are carried out.
+A signature is the hex HMAC-SHA256 of the command's deterministic serialization without the signature.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from leyline.v1 import enums_pb2 as enums
 from leyline.v1.commands_pb2 import AdaptationCommand
-from leyline.v1.enums_pb2 import (
-    COMMAND_CIRCUIT_BREAKER,
-    COMMAND_EMERGENCY,
-    COMMAND_OPTIMIZER,
-    COMMAND_PAUSE,
-    COMMAND_ROLLBACK,
-    COMMAND_SEED,
-    SEED_OP_UNKNOWN,
-    SEED_STAGE_UNKNOWN,
-    CommandType,
-    SeedLifecycleStage,
-    SeedOperation,
-)
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import LeylineSettings
 from tolaria.errors import CommandRejectedError, PeerProtocolError
-from tolaria.peers.signing import NonceTable, is_signed
 
 CONTRACT_VERSION = 1
+SIGNATURE = "signature"
 COMMAND_BYTES_MAX = 64 * 1024
 SEEDS_MAX = 256
 
-# Which payload each type carries; None: it needs none. Types that are absent are refused as unsupported.
-PAYLOAD_OF: dict[CommandType.ValueType, str | None] = {
-    COMMAND_SEED: "seed_operation",
-    COMMAND_ROLLBACK: None,
-    COMMAND_OPTIMIZER: "optimizer_adjustment",
-    COMMAND_CIRCUIT_BREAKER: "circuit_breaker",
-    COMMAND_PAUSE: None,
-    COMMAND_EMERGENCY: None,
+# The payload that each supported type requires; None: no payload.
+PAYLOADS: Mapping[enums.CommandType.ValueType, str | None] = {
+    enums.COMMAND_SEED: "seed_operation",
+    enums.COMMAND_ROLLBACK: None,
+    enums.COMMAND_OPTIMIZER: "optimizer_adjustment",
+    enums.COMMAND_CIRCUIT_BREAKER: "circuit_breaker",
+    enums.COMMAND_PAUSE: None,
+    enums.COMMAND_EMERGENCY: None,
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Trust:
-    """What is asked of a command. Times in seconds; no secrets: signatures are not asked for."""
+def sign(command: AdaptationCommand, secret: bytes) -> None:
+    """Adds the signature to the command's annotations."""
+    command.annotations[SIGNATURE] = _digest(command, secret)
 
-    secrets: tuple[bytes, ...] = ()
-    freshness_s: float = 60.0
+
+def is_signed(command: AdaptationCommand, secrets: tuple[bytes, ...]) -> bool:
+    """Returns whether the command's signature was made with one of `secrets`. Compares in constant time."""
+    if SIGNATURE not in command.annotations:  # reading a missing key of a map field would create it
+        return False
+    given = command.annotations[SIGNATURE].encode()
+    return any(hmac.compare_digest(given, _digest(command, secret).encode()) for secret in secrets)
+
+
+def _digest(command: AdaptationCommand, secret: bytes) -> str:
+    unsigned = AdaptationCommand()
+    unsigned.CopyFrom(command)
+    unsigned.annotations.pop(SIGNATURE, None)
+    return hmac.new(secret, unsigned.SerializeToString(deterministic=True), hashlib.sha256).hexdigest()
+
+
+class NonceTable:
+    """Remembers command ids for `window_s`, at most `capacity` of them; the oldest are forgotten first."""
+
+    def __init__(self, *, window_s: float, capacity: int = 4096) -> None:
+        self._window_s = window_s
+        self._capacity = capacity
+        self._seen: OrderedDict[str, float] = OrderedDict()
+
+    def first_seen(self, nonce: str, *, now_s: float) -> bool:
+        """Remembers `nonce` and returns whether it is new within the window."""
+        while self._seen and next(iter(self._seen.values())) < now_s - self._window_s:
+            self._seen.popitem(last=False)
+        if nonce in self._seen:
+            return False
+        self._seen[nonce] = now_s
+        if len(self._seen) > self._capacity:
+            self._seen.popitem(last=False)
+        return True
 
 
 class CommandVerifier:
-    """Checks commands one after the other; remembers their ids."""
+    """Verifies commands and remembers their ids. Without a secret in the settings signatures are not required."""
 
-    def __init__(self, trust: Trust, nonces: NonceTable) -> None:
-        self._trust = trust
-        self._nonces = nonces
+    def __init__(self, settings: LeylineSettings) -> None:
+        secrets = (settings.secret, settings.previous_secret)
+        self._secrets = tuple(secret.get_secret_value().encode() for secret in secrets if secret)
+        self._freshness_s = settings.freshness_s
+        self._nonces = NonceTable(window_s=settings.nonce_window_s)
 
     def verify(self, command: AdaptationCommand, *, wall_s: float, now_s: float) -> None:
-        """Pass or raise. `wall_s` is Unix time, `now_s` a monotonic clock for the memory of ids.
+        """Checks one command. `wall_s` is Unix time; `now_s` is a monotonic clock for the window of command ids.
 
         Raises:
-            CommandRejectedError: with the first check that failed as its reason.
+            CommandRejectedError: its `reason` names the first check that failed.
         """
-        for reason, holds in _CHECKS:
-            if not holds(command, self._trust, wall_s):
-                raise CommandRejectedError(reason, command.command_id, _describe(command))
-        # Last, so that a forged command cannot use up the id of a real one.
-        if not self._nonces.first_seen(command.command_id, now_s=now_s):
-            raise CommandRejectedError("replayed", command.command_id, _describe(command))
+        reason = next(self._failed_checks(command, wall_s), None)
+        # Last, so that a forged command cannot use up the id of a genuine one.
+        if reason is None and not self._nonces.first_seen(command.command_id, now_s=now_s):
+            reason = "replayed"
+        if reason is not None:
+            issuer = f"of type {command.command_type} by {command.issued_by!r}"
+            raise CommandRejectedError(reason, command.command_id, f"command {command.command_id!r} {issuer}")
 
-
-def new_verifier(leyline: LeylineSettings) -> CommandVerifier:
-    """A verifier that trusts what the settings say."""
-    secrets = tuple(s.get_secret_value().encode() for s in (leyline.secret, leyline.previous_secret) if s)
-    trust = Trust(secrets=secrets, freshness_s=leyline.freshness_s)
-    return CommandVerifier(trust, NonceTable(window_s=leyline.nonce_window_s))
+    def _failed_checks(self, command: AdaptationCommand, wall_s: float) -> Iterator[str]:
+        """Yields the reason of each failed check. Only the first is meaningful: a check may rely on those before."""
+        if command.ByteSize() > COMMAND_BYTES_MAX:
+            yield "oversized"
+        # Before the content: nothing in a forged command is worth reporting.
+        if self._secrets and not is_signed(command, self._secrets):
+            yield "unsigned"
+        for reason, passes in _CONTENT_CHECKS:
+            if not passes(command):
+                yield reason
+        issued_s = command.issued_at.seconds + command.issued_at.nanos / 1e9
+        # A clock ahead of this one is as suspicious as an old command: the window extends both ways.
+        if not command.HasField("issued_at") or abs(wall_s - issued_s) > self._freshness_s:
+            yield "stale"
+        deadline_s = command.execution_deadline_ms / 1000
+        if deadline_s and wall_s > issued_s + deadline_s:
+            yield "deadline_passed"
 
 
 def verify_seeds(peer: str, seeds: Iterable[SeedState]) -> list[SeedState]:
-    """The desired seeds, if they can be meant.
+    """Returns the desired seeds, unchanged.
 
     Raises:
-        PeerProtocolError: on too many seeds, empty or double ids, unknown stages, numbers that are not finite.
+        PeerProtocolError: too many seeds, empty or duplicate ids, unknown stages, or numbers that are not finite.
     """
     checked: dict[str, SeedState] = {}
     for seed in seeds:
@@ -99,85 +135,38 @@ def _problem_of(seed: SeedState, before: Mapping[str, SeedState]) -> str:
         seed.gradient_norm, seed.learning_rate, seed.risk_score, seed.attribution,
         seed.alpha.start, seed.alpha.end, *seed.metrics.values(),
     )  # fmt: skip
+    stages = set(enums.SeedLifecycleStage.values()) - {enums.SEED_STAGE_UNKNOWN}
     problems = (
         (len(before) >= SEEDS_MAX, f"is one more than {SEEDS_MAX}"),
         (not seed.seed_id, "has no id"),
         (seed.seed_id in before, "is there twice"),
-        (not _is_known(SeedLifecycleStage, seed.stage, SEED_STAGE_UNKNOWN), f"has unknown stage {seed.stage}"),
-        (not all(math.isfinite(n) for n in numbers), "has a number that is not finite"),
+        (seed.stage not in stages, f"has unknown stage {seed.stage}"),
+        (not all(map(math.isfinite, numbers)), "has a number that is not finite"),
     )
     return next((problem for found, problem in problems if found), "")
 
 
-def _is_small(command: AdaptationCommand, _trust: Trust, _wall_s: float) -> bool:
-    return command.ByteSize() <= COMMAND_BYTES_MAX
-
-
-def _is_authentic(command: AdaptationCommand, trust: Trust, _wall_s: float) -> bool:
-    return not trust.secrets or is_signed(command, trust.secrets)
-
-
-def _has_version(command: AdaptationCommand, _trust: Trust, _wall_s: float) -> bool:
-    return command.version == CONTRACT_VERSION
-
-
-def _has_id(command: AdaptationCommand, _trust: Trust, _wall_s: float) -> bool:
-    return bool(command.command_id)
-
-
-def _has_known_type(command: AdaptationCommand, _trust: Trust, _wall_s: float) -> bool:
-    return command.command_type in CommandType.values() and command.command_type != 0
-
-
-def _is_supported(command: AdaptationCommand, _trust: Trust, _wall_s: float) -> bool:
-    return command.command_type in PAYLOAD_OF
-
-
-def _has_its_payload(command: AdaptationCommand, _trust: Trust, _wall_s: float) -> bool:
-    wanted = PAYLOAD_OF[command.command_type]
-    if wanted is not None and command.WhichOneof("payload") != wanted:
+def _has_its_payload(command: AdaptationCommand) -> bool:
+    payload = PAYLOADS[command.command_type]
+    if payload is not None and command.WhichOneof("payload") != payload:
         return False
-    return wanted != "seed_operation" or _is_known(SeedOperation, command.seed_operation.operation, SEED_OP_UNKNOWN)
+    operations = set(enums.SeedOperation.values()) - {enums.SEED_OP_UNKNOWN}
+    return payload != "seed_operation" or command.seed_operation.operation in operations
 
 
-def _is_finite(command: AdaptationCommand, _trust: Trust, _wall_s: float) -> bool:
+def _is_finite(command: AdaptationCommand) -> bool:
     numbers = [*command.seed_operation.parameters.values(), *command.optimizer_adjustment.hyperparameters.values()]
-    return all(math.isfinite(number) for number in numbers)
+    return all(map(math.isfinite, numbers))
 
 
-def _is_fresh(command: AdaptationCommand, trust: Trust, wall_s: float) -> bool:
-    # A clock ahead of ours is as suspicious as an old command: both ways of the window count.
-    return command.HasField("issued_at") and abs(wall_s - _issued_s(command)) <= trust.freshness_s
-
-
-def _is_in_time(command: AdaptationCommand, _trust: Trust, wall_s: float) -> bool:
-    deadline_s = command.execution_deadline_ms / 1000
-    return deadline_s == 0 or wall_s <= _issued_s(command) + deadline_s
-
-
-def _issued_s(command: AdaptationCommand) -> float:
-    return command.issued_at.seconds + command.issued_at.nanos / 1e9
-
-
-def _is_known(enum: object, value: int, unknown: int) -> bool:
-    return value != unknown and value in enum.values()  # type: ignore[attr-defined] # protobuf's enum wrappers share no base
-
-
-def _describe(command: AdaptationCommand) -> str:
-    return f"command {command.command_id!r} of type {command.command_type} by {command.issued_by!r}"
-
-
-# Authenticity first: nothing else about a forged command is worth telling.
-_CHECKS: tuple[tuple[str, Callable[[AdaptationCommand, Trust, float], bool]], ...] = (
-    ("oversized", _is_small),
-    ("unsigned", _is_authentic),
-    ("wrong_version", _has_version),
-    ("no_id", _has_id),
-    ("unknown_type", _has_known_type),
-    ("unsupported", _is_supported),
+_CONTENT_CHECKS: tuple[tuple[str, Callable[[AdaptationCommand], bool]], ...] = (
+    ("wrong_version", lambda command: command.version == CONTRACT_VERSION),
+    ("no_id", lambda command: bool(command.command_id)),
+    ("unknown_type", lambda command: command.command_type != 0 and command.command_type in enums.CommandType.values()),
+    ("unsupported", lambda command: command.command_type in PAYLOADS),
     ("malformed", _has_its_payload),
     ("not_finite", _is_finite),
-    ("stale", _is_fresh),
-    ("deadline_passed", _is_in_time),
 )
-REJECTION_REASONS = (*(reason for reason, _ in _CHECKS), "replayed")
+REJECTION_REASONS = (
+    "oversized", "unsigned", *(reason for reason, _ in _CONTENT_CHECKS), "stale", "deadline_passed", "replayed"
+)  # fmt: skip

@@ -1,1 +1,1 @@
-"""Reference Tamiyo and Kasmina: small peers that come with Tolaria. Knows no trainer, imports no torch."""
+"""Reference implementations of Tamiyo and Kasmina, served by `tolaria peer`."""

@@ -1,197 +1,173 @@
-"""A reference peer's part in a rollback: prepare, commit, confirm or abort, each answered the same when asked again.
-
-Owns the order of the calls. What is reverted comes in as `Revertible`; the calls' own gRPC deadlines bound them, since
-no work here takes time.
-"""
+"""The state that a reference peer keeps for each run, and its part in the rollback of that state."""
 
 from __future__ import annotations
 
-import enum
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
+import grpc
 import grpc.aio
 import structlog
 
-from leyline.v1.rollback_service_pb2 import (
-    AbortRollbackRequest,
-    AbortRollbackResponse,
-    CommitRollbackRequest,
-    CommitRollbackResponse,
-    ConfirmRollbackRequest,
-    ConfirmRollbackResponse,
-    PrepareRollbackRequest,
-    PrepareRollbackResponse,
-)
+from leyline.v1 import rollback_service_pb2 as rpc
 from leyline.v1.rollback_service_pb2_grpc import RollbackParticipantServiceServicer
-from tolaria.reference.runs import Revertible, Undo
+from leyline.v1.state_pb2 import SystemStatePacket
+from tolaria.peers.verification import CONTRACT_VERSION
 
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+Call: TypeAlias = Literal["prepare", "commit", "confirm", "abort"]
+Phase: TypeAlias = Literal["unseen", "prepared", "committed", "confirmed", "aborted"]
+Undo: TypeAlias = Callable[[], None]
+
+_RUNS_MAX = 8
 _ROLLBACKS_MAX = 128
 _ID_LENGTH_MAX = 128
+_RUN_ID_LENGTH_MAX = 256
 _log = structlog.get_logger(__name__)
 
-
-class Call(enum.Enum):
-    """What a coordinator asks."""
-
-    PREPARE = "prepare"
-    COMMIT = "commit"
-    CONFIRM = "confirm"
-    ABORT = "abort"
-
-
-class Phase(enum.Enum):
-    """How far a rollback is."""
-
-    UNSEEN = "unseen"
-    PREPARED = "prepared"
-    COMMITTED = "committed"
-    CONFIRMED = "confirmed"
-    ABORTED = "aborted"
-
-
-# Phase -> the calls that fit, each with the phase after it: every transition lives here.
+# Phase -> the calls that are allowed in it, each with the phase that follows.
 TRANSITIONS: Mapping[Phase, Mapping[Call, Phase]] = {
-    # An abort may overtake its prepare; the prepare is then refused.
-    Phase.UNSEEN: {Call.PREPARE: Phase.PREPARED, Call.ABORT: Phase.ABORTED},
-    Phase.PREPARED: {Call.COMMIT: Phase.COMMITTED, Call.ABORT: Phase.ABORTED},
-    Phase.COMMITTED: {Call.CONFIRM: Phase.CONFIRMED, Call.ABORT: Phase.ABORTED},
-    Phase.CONFIRMED: {},
-    Phase.ABORTED: {},
+    # An abort may arrive before its prepare, which is then refused.
+    "unseen": {"prepare": "prepared", "abort": "aborted"},
+    "prepared": {"commit": "committed", "abort": "aborted"},
+    "committed": {"confirm": "confirmed", "abort": "aborted"},
+    "confirmed": {},
+    "aborted": {},
 }
+# The phase of an open rollback whose coordinator is gone.
+_ABANDONED: Mapping[Phase, Phase] = {"prepared": "aborted", "committed": "confirmed"}
 
 
-@dataclass(frozen=True, slots=True)
-class RollbackAnswer:
-    """Whether a call was accepted, and what it did or why not."""
+class Revertible(Protocol):
+    """State that can be reverted to an earlier step of the run."""
 
-    accepted: bool
-    detail: str
+    def revert(self, target_step: int) -> Undo:
+        """Restores the newest state at or before `target_step`; calling the result undoes that."""
+
+
+T = TypeVar("T", bound=Revertible)
+
+
+class Runs(Generic[T]):
+    """One `T` for each run id. The least recently used run is forgotten first."""
+
+    def __init__(self, create: Callable[[], T]) -> None:
+        self._create = create
+        self._by_id: OrderedDict[str, T] = OrderedDict()
+
+    async def of_state(self, state: SystemStatePacket, context: Context) -> T:
+        """Returns the state of the packet's run; aborts the call with INVALID_ARGUMENT if the packet is invalid."""
+        if state.version != CONTRACT_VERSION:
+            detail = f"state.version: is {state.version}; only {CONTRACT_VERSION} is supported"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, detail)
+        if len(state.training_run_id) > _RUN_ID_LENGTH_MAX:
+            detail = f"state.training_run_id: is longer than {_RUN_ID_LENGTH_MAX} characters"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, detail)
+        return self.of(state.training_run_id)
+
+    def of(self, run_id: str) -> T:
+        """Returns the state of a run, created on first use."""
+        if run_id not in self._by_id:
+            self._by_id[run_id] = self._create()
+        self._by_id.move_to_end(run_id)
+        if len(self._by_id) > _RUNS_MAX:
+            self._by_id.popitem(last=False)
+        return self._by_id[run_id]
+
+    def revert(self, target_step: int) -> Undo:
+        """Reverts the most recently used run: the calls of a rollback do not name their run."""
+        if not self._by_id:
+            return lambda: None
+        return next(reversed(self._by_id.values())).revert(target_step)
 
 
 @dataclass(slots=True)
 class _Rollback:
     target_step: int
-    phase: Phase = Phase.UNSEEN
-    answered: dict[Call, RollbackAnswer] = field(default_factory=dict)
+    phase: Phase = "unseen"
+    accepted: dict[Call, Phase] = field(default_factory=dict)
     undo: Undo | None = None
 
 
-class Participant:
-    """The rollbacks that a peer was asked about; the oldest are forgotten first.
-
-    The newest prepare wins: whatever another coordinator left open is aborted where it was prepared, and stays where it
-    was committed.
-    """
-
-    def __init__(self, reverted: Revertible) -> None:
-        self._reverted = reverted
-        self._rollbacks: OrderedDict[str, _Rollback] = OrderedDict()
-
-    def answer(self, call: Call, rollback_id: str, target_step: int) -> RollbackAnswer:
-        """Answer one call. A call that was accepted before gets that answer again; one out of order changes nothing."""
-        if not 0 < len(rollback_id) <= _ID_LENGTH_MAX:
-            return RollbackAnswer(accepted=False, detail=f"rollback_id must have 1 to {_ID_LENGTH_MAX} characters")
-        rollback = self._rollbacks.get(rollback_id) or _Rollback(target_step)
-        if target_step != rollback.target_step:
-            detail = f"{rollback_id} goes to step {rollback.target_step}, not to {target_step}"
-            return RollbackAnswer(accepted=False, detail=detail)
-        if call in rollback.answered:
-            return rollback.answered[call]
-        phase = TRANSITIONS[rollback.phase].get(call)
-        if phase is None:
-            return RollbackAnswer(accepted=False, detail=f"{call.value} does not fit: {rollback.phase.value}")
-        if call is Call.PREPARE:
-            self._close_open_ones()
-        self._enter(rollback, phase)
-        rollback.answered[call] = RollbackAnswer(accepted=True, detail=phase.value)
-        self._remember(rollback_id, rollback)
-        return rollback.answered[call]
-
-    def _close_open_ones(self) -> None:
-        for rollback in self._rollbacks.values():
-            if rollback.phase is Phase.PREPARED:
-                self._enter(rollback, TRANSITIONS[rollback.phase][Call.ABORT])
-            elif rollback.phase is Phase.COMMITTED:
-                self._enter(rollback, TRANSITIONS[rollback.phase][Call.CONFIRM])
-
-    def _enter(self, rollback: _Rollback, phase: Phase) -> None:
-        if phase is Phase.COMMITTED:
-            rollback.undo = self._reverted.revert(rollback.target_step)
-        elif phase is Phase.ABORTED and rollback.undo is not None:
-            rollback.undo()
-        if phase is not Phase.COMMITTED:
-            rollback.undo = None  # it holds the whole history from before
-        rollback.phase = phase
-
-    def _remember(self, rollback_id: str, rollback: _Rollback) -> None:
-        self._rollbacks[rollback_id] = rollback
-        if len(self._rollbacks) > _ROLLBACKS_MAX:
-            self._rollbacks.popitem(last=False)
-
-
-class _Request(Protocol):
-    @property
-    def rollback_id(self) -> str: ...
-    @property
-    def target_step(self) -> int: ...
-    @property
-    def reason(self) -> str: ...
+_Request: TypeAlias = (
+    rpc.PrepareRollbackRequest | rpc.CommitRollbackRequest | rpc.ConfirmRollbackRequest | rpc.AbortRollbackRequest
+)
 
 
 class RollbackParticipantService(RollbackParticipantServiceServicer):
-    """The four calls over a `Participant`. Answers are never error statuses: a refusal says why in `detail`."""
+    """Executes rollbacks by id; the oldest are forgotten first. A repeated call gets the same answer.
 
-    def __init__(self, reverted: Revertible) -> None:
-        self._participant = Participant(reverted)
+    A refusal is a response with the reason in `detail`, not an error status. A prepare closes the rollbacks that other
+    coordinators left open: prepared ones abort, committed ones are confirmed.
+    """
 
-    async def PrepareRollback(  # noqa: N802 - the contract's name
-        self,
-        request: PrepareRollbackRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the contract's signature
-    ) -> PrepareRollbackResponse:
-        """Promise to revert. Nothing changes yet."""
-        answer = self._answer(Call.PREPARE, request)
-        return PrepareRollbackResponse(rollback_id=request.rollback_id, accepted=answer.accepted, detail=answer.detail)
+    def __init__(self, state: Revertible) -> None:
+        self._state = state
+        self._rollbacks: OrderedDict[str, _Rollback] = OrderedDict()
 
-    async def CommitRollback(  # noqa: N802 - the contract's name
-        self,
-        request: CommitRollbackRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the contract's signature
-    ) -> CommitRollbackResponse:
-        """Revert to the target step."""
-        answer = self._answer(Call.COMMIT, request)
-        return CommitRollbackResponse(rollback_id=request.rollback_id, accepted=answer.accepted, detail=answer.detail)
+    async def PrepareRollback(
+        self, request: rpc.PrepareRollbackRequest, context: Context
+    ) -> rpc.PrepareRollbackResponse:
+        """Promises to revert; changes nothing."""
+        return rpc.PrepareRollbackResponse(**self._response("prepare", request))
 
-    async def ConfirmRollback(  # noqa: N802 - the contract's name
-        self,
-        request: ConfirmRollbackRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the contract's signature
-    ) -> ConfirmRollbackResponse:
-        """Forget how it was before: the rollback stands."""
-        answer = self._answer(Call.CONFIRM, request)
-        return ConfirmRollbackResponse(rollback_id=request.rollback_id, accepted=answer.accepted, detail=answer.detail)
+    async def CommitRollback(self, request: rpc.CommitRollbackRequest, context: Context) -> rpc.CommitRollbackResponse:
+        """Reverts to the target step."""
+        return rpc.CommitRollbackResponse(**self._response("commit", request))
 
-    async def AbortRollback(  # noqa: N802 - the contract's name
-        self,
-        request: AbortRollbackRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the contract's signature
-    ) -> AbortRollbackResponse:
-        """Give the promise back, or undo what was committed."""
-        answer = self._answer(Call.ABORT, request)
-        return AbortRollbackResponse(rollback_id=request.rollback_id, accepted=answer.accepted, detail=answer.detail)
+    async def ConfirmRollback(
+        self, request: rpc.ConfirmRollbackRequest, context: Context
+    ) -> rpc.ConfirmRollbackResponse:
+        """Makes the rollback final: drops the state from before."""
+        return rpc.ConfirmRollbackResponse(**self._response("confirm", request))
 
-    def _answer(self, call: Call, request: _Request) -> RollbackAnswer:
-        answer = self._participant.answer(call, request.rollback_id, request.target_step)
+    async def AbortRollback(self, request: rpc.AbortRollbackRequest, context: Context) -> rpc.AbortRollbackResponse:
+        """Withdraws the promise, or undoes the commit."""
+        return rpc.AbortRollbackResponse(**self._response("abort", request))
+
+    def answer(self, call: Call, rollback_id: str, target_step: int) -> tuple[bool, str]:
+        """Returns whether the call is accepted, and the phase it leads to or the reason of the refusal."""
+        if not 0 < len(rollback_id) <= _ID_LENGTH_MAX:
+            return False, f"rollback_id must have 1 to {_ID_LENGTH_MAX} characters"
+        rollback = self._rollbacks.get(rollback_id) or _Rollback(target_step)
+        if target_step != rollback.target_step:
+            return False, f"{rollback_id} goes to step {rollback.target_step}, not to {target_step}"
+        if call in rollback.accepted:
+            return True, rollback.accepted[call]
+        phase = TRANSITIONS[rollback.phase].get(call)
+        if phase is None:
+            return False, f"{call} does not fit: {rollback.phase}"
+        if call == "prepare":
+            for other in self._rollbacks.values():
+                if other.phase in _ABANDONED:
+                    self._enter(other, _ABANDONED[other.phase])
+        self._enter(rollback, phase)
+        rollback.accepted[call] = phase
+        self._rollbacks[rollback_id] = rollback
+        if len(self._rollbacks) > _ROLLBACKS_MAX:
+            self._rollbacks.popitem(last=False)
+        return True, phase
+
+    def _enter(self, rollback: _Rollback, phase: Phase) -> None:
+        if phase == "committed":
+            rollback.undo = self._state.revert(rollback.target_step)
+        elif phase == "aborted" and rollback.undo is not None:
+            rollback.undo()
+        if phase != "committed":
+            rollback.undo = None  # it refers to the whole former history
+        rollback.phase = phase
+
+    def _response(self, call: Call, request: _Request) -> dict[str, Any]:
+        accepted, detail = self.answer(call, request.rollback_id, request.target_step)
         _log.info(
             "rollback",
-            call=call.value,
+            call=call,
             rollback_id=request.rollback_id[:_ID_LENGTH_MAX],
             target_step=request.target_step,
             reason=request.reason[:_ID_LENGTH_MAX],
-            accepted=answer.accepted,
-            detail=answer.detail,
+            accepted=accepted,
+            detail=detail,
         )
-        return answer
+        return {"rollback_id": request.rollback_id, "accepted": accepted, "detail": detail}

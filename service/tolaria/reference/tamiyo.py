@@ -1,106 +1,89 @@
-"""The reference Tamiyo's servicer: asks the policy and signs what it decides. Owns each run's memory, not the rules."""
+"""The reference Tamiyo: applies the policy to each run, signs the commands and serves them over gRPC."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import time
+import uuid
+from dataclasses import dataclass, field
 
-import grpc.aio
 import structlog
 
+from leyline.v1 import tamiyo_service_pb2 as rpc
 from leyline.v1.commands_pb2 import AdaptationCommand
-from leyline.v1.state_pb2 import SystemStatePacket
-from leyline.v1.tamiyo_service_pb2 import (
-    EvaluateEpochRequest,
-    EvaluateEpochResponse,
-    EvaluateStepRequest,
-    EvaluateStepResponse,
-)
 from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceServicer
-from tolaria.peers.signing import sign
-from tolaria.reference.checks import require_state
-from tolaria.reference.decisions import Decision, command_for
-from tolaria.reference.memory import RunMemory
-from tolaria.reference.policy import PolicySettings, decide_epoch, decide_step
-from tolaria.reference.runs import Runs, Undo
+from tolaria.peers.consultation import describe_command
+from tolaria.peers.verification import CONTRACT_VERSION, sign
+from tolaria.reference.policy import RunHistory, decide_epoch, decide_step
+from tolaria.reference.rollback import Context, Runs, Undo
 
+ISSUER = "tamiyo-reference"
 COMMAND_DEADLINE_MS = 30_000
 _log = structlog.get_logger(__name__)
 
 
+@dataclass(slots=True)
 class TamiyoRun:
-    """One run's memory, and the newest epoch's answer, so that a call that is made again gets the same command."""
+    """The history of one run, and the newest answered packet with its answer, which is repeated for the same packet."""
 
-    def __init__(self) -> None:
-        self.memory = RunMemory()
-        self._asked = ("", -1)
-        self._answer: AdaptationCommand | None = None
-
-    def answered(self, state: SystemStatePacket) -> bool:
-        """Whether this very packet was the newest one answered."""
-        return bool(state.packet_id) and (state.packet_id, state.global_step) == self._asked
-
-    def answer(self) -> AdaptationCommand | None:
-        """The newest epoch's command; None where it was decided to do nothing."""
-        return self._answer
-
-    def remember(self, state: SystemStatePacket, answer: AdaptationCommand | None) -> None:
-        """Keep the answer to the newest epoch's packet."""
-        self._asked, self._answer = (state.packet_id, state.global_step), answer
+    history: RunHistory = field(default_factory=RunHistory)
+    packet: tuple[str, int] | None = None
+    answer: AdaptationCommand | None = None
 
     def revert(self, target_step: int) -> Undo:
-        """Forget what came after `target_step`."""
-        before = (self.memory, self._asked, self._answer)
-        self.memory, self._asked, self._answer = self.memory.rewound(target_step), ("", -1), None
+        """Forgets everything after `target_step`."""
+        before = (self.history, self.packet, self.answer)
+        self.history, self.packet, self.answer = self.history.rewound(target_step), None, None
 
         def undo() -> None:
-            self.memory, self._asked, self._answer = before
+            self.history, self.packet, self.answer = before
 
         return undo
 
 
 class TamiyoService(TamiyoServiceServicer):
-    """Controller. `now_ns` is Unix time; `new_id` makes command ids, each once; an empty `secret` signs nothing."""
+    """Serves decisions. A response without a command means no change. An empty `secret` leaves commands unsigned."""
 
-    def __init__(
-        self,
-        runs: Runs[TamiyoRun],
-        settings: PolicySettings,
-        *,
-        secret: bytes,
-        now_ns: Callable[[], int],
-        new_id: Callable[[], str],
-    ) -> None:
-        self._runs, self._settings = runs, settings
-        self._secret, self._now_ns, self._new_id = secret, now_ns, new_id
+    def __init__(self, runs: Runs[TamiyoRun], *, secret: bytes) -> None:
+        self._runs, self._secret = runs, secret
 
-    async def EvaluateEpoch(  # noqa: N802 - the contract's name
-        self, request: EvaluateEpochRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> EvaluateEpochResponse:
-        """Decide on an epoch. No command: go on."""
-        await require_state(request, context)
-        run = self._runs.of(request.state.training_run_id)
-        if not run.answered(request.state):
-            run.memory, decision = decide_epoch(run.memory, request.state, self._settings)
-            run.remember(request.state, self._command(decision))
-        return EvaluateEpochResponse(command=run.answer())
+    async def EvaluateEpoch(self, request: rpc.EvaluateEpochRequest, context: Context) -> rpc.EvaluateEpochResponse:
+        """Decides on an epoch."""
+        run = await self._runs.of_state(request.state, context)
+        packet = (request.state.packet_id, request.state.global_step)
+        if not request.state.packet_id or packet != run.packet:
+            run.history, decision = decide_epoch(run.history, request.state)
+            run.packet, run.answer = packet, self._issue(decision)
+        return rpc.EvaluateEpochResponse(command=run.answer)
 
-    async def EvaluateStep(  # noqa: N802 - the contract's name
-        self, request: EvaluateStepRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> EvaluateStepResponse:
-        """Decide between epochs: only divergence counts. No command: go on."""
-        await require_state(request, context)
-        run = self._runs.of(request.state.training_run_id)
-        run.memory, decision = decide_step(run.memory, request.state, self._settings)
-        return EvaluateStepResponse(command=self._command(decision))
+    async def EvaluateStep(self, request: rpc.EvaluateStepRequest, context: Context) -> rpc.EvaluateStepResponse:
+        """Decides between epochs: a rollback on divergence."""
+        run = await self._runs.of_state(request.state, context)
+        run.history, decision = decide_step(run.history, request.state)
+        return rpc.EvaluateStepResponse(command=self._issue(decision))
 
-    def _command(self, decision: Decision | None) -> AdaptationCommand | None:
+    def _issue(self, decision: AdaptationCommand | None) -> AdaptationCommand | None:
         if decision is None:
             return None
-        command = command_for(
-            decision, command_id=self._new_id(), issued_at_ns=self._now_ns(), deadline_ms=COMMAND_DEADLINE_MS
-        )
+        command = command_for(decision, command_id=str(uuid.uuid4()), issued_at_ns=time.time_ns())
         if self._secret:
             sign(command, self._secret)
-        _log.info("decided", command_id=command.command_id, decision=str(decision))
+        _log.info(
+            "decided",
+            command_id=command.command_id,
+            decision=describe_command(command),
+            reason=command.annotations["reason"],
+        )
         return command
+
+
+def command_for(decision: AdaptationCommand, *, command_id: str, issued_at_ns: int) -> AdaptationCommand:
+    """Returns the unsigned command for a decision of the policy. `issued_at_ns` is Unix time."""
+    command = AdaptationCommand(
+        version=CONTRACT_VERSION,
+        command_id=command_id,
+        execution_deadline_ms=COMMAND_DEADLINE_MS,
+        issued_by=ISSUER,
+    )
+    command.issued_at.FromNanoseconds(issued_at_ns)
+    command.MergeFrom(decision)
+    return command

@@ -1,1 +1,1 @@
-"""Deadlines and circuit breakers. Knows nothing of what is being called."""
+"""Calls with deadlines, circuit breakers and conservative mode."""

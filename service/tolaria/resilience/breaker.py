@@ -1,8 +1,4 @@
-"""Circuit breakers: when to stop calling something that fails, and when to try it again.
-
-Every transition lives in `TRANSITIONS`; `Breaker` is the thin shell that holds one state and a clock. Must not know
-what it guards.
-"""
+"""Circuit breakers: a transition table, a pure transition function, and a class that holds one breaker's state."""
 
 from __future__ import annotations
 
@@ -16,16 +12,15 @@ from leyline.v1.enums_pb2 import (
     CIRCUIT_STATE_OPEN,
     CircuitBreakerState,
 )
-from tolaria.errors import IllegalBreakerSignalError
+from tolaria.errors import IllegalTransitionError
 
 
-class Signal(Enum):
-    """What can happen to a breaker."""
+class BreakerEvent(Enum):
+    """Inputs of the state machine. FAILURES_SPENT is the failure that reaches the maximum."""
 
     SUCCESS = auto()
     FAILURE = auto()
     FAILURES_SPENT = auto()
-    """A failure that uses up what is tolerated in a row."""
     COOLED_DOWN = auto()
     FORCED_OPEN = auto()
     FORCED_CLOSED = auto()
@@ -33,30 +28,30 @@ class Signal(Enum):
 
 _CLOSED, _OPEN, _HALF_OPEN = CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_HALF_OPEN
 
-TRANSITIONS: dict[tuple[CircuitBreakerState.ValueType, Signal], CircuitBreakerState.ValueType] = {
-    (_CLOSED, Signal.SUCCESS): _CLOSED,
-    (_CLOSED, Signal.FAILURE): _CLOSED,
-    (_CLOSED, Signal.FAILURES_SPENT): _OPEN,
-    (_CLOSED, Signal.FORCED_OPEN): _OPEN,
-    (_CLOSED, Signal.FORCED_CLOSED): _CLOSED,
-    # A call that began before the breaker opened may still end, either way: too old to count.
-    (_OPEN, Signal.SUCCESS): _OPEN,
-    (_OPEN, Signal.FAILURE): _OPEN,
-    (_OPEN, Signal.FAILURES_SPENT): _OPEN,
-    (_OPEN, Signal.COOLED_DOWN): _HALF_OPEN,
-    (_OPEN, Signal.FORCED_OPEN): _OPEN,
-    (_OPEN, Signal.FORCED_CLOSED): _CLOSED,
-    (_HALF_OPEN, Signal.SUCCESS): _CLOSED,
-    (_HALF_OPEN, Signal.FAILURE): _OPEN,
-    (_HALF_OPEN, Signal.FAILURES_SPENT): _OPEN,
-    (_HALF_OPEN, Signal.FORCED_OPEN): _OPEN,
-    (_HALF_OPEN, Signal.FORCED_CLOSED): _CLOSED,
+TRANSITIONS: dict[tuple[CircuitBreakerState.ValueType, BreakerEvent], CircuitBreakerState.ValueType] = {
+    (_CLOSED, BreakerEvent.SUCCESS): _CLOSED,
+    (_CLOSED, BreakerEvent.FAILURE): _CLOSED,
+    (_CLOSED, BreakerEvent.FAILURES_SPENT): _OPEN,
+    (_CLOSED, BreakerEvent.FORCED_OPEN): _OPEN,
+    (_CLOSED, BreakerEvent.FORCED_CLOSED): _CLOSED,
+    # Calls that began before the breaker opened may still end; their outcomes are outdated and do not count.
+    (_OPEN, BreakerEvent.SUCCESS): _OPEN,
+    (_OPEN, BreakerEvent.FAILURE): _OPEN,
+    (_OPEN, BreakerEvent.FAILURES_SPENT): _OPEN,
+    (_OPEN, BreakerEvent.COOLED_DOWN): _HALF_OPEN,
+    (_OPEN, BreakerEvent.FORCED_OPEN): _OPEN,
+    (_OPEN, BreakerEvent.FORCED_CLOSED): _CLOSED,
+    (_HALF_OPEN, BreakerEvent.SUCCESS): _CLOSED,
+    (_HALF_OPEN, BreakerEvent.FAILURE): _OPEN,
+    (_HALF_OPEN, BreakerEvent.FAILURES_SPENT): _OPEN,
+    (_HALF_OPEN, BreakerEvent.FORCED_OPEN): _OPEN,
+    (_HALF_OPEN, BreakerEvent.FORCED_CLOSED): _CLOSED,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class BreakerPolicy:
-    """How patient a breaker is: failures in a row until it opens, seconds until it is tried again."""
+    """Consecutive failures that open a breaker, and seconds until it becomes half open."""
 
     failures_max: int = 3
     cooldown_s: float = 30.0
@@ -64,32 +59,35 @@ class BreakerPolicy:
 
 @dataclass(frozen=True, slots=True)
 class BreakerStatus:
-    """A breaker at one moment. `opened_at_s` is on the clock of whoever passes times in."""
+    """State, consecutive failures, and the time of opening on the caller's clock."""
 
     state: CircuitBreakerState.ValueType = CIRCUIT_STATE_CLOSED
     failures: int = 0
     opened_at_s: float = 0.0
 
 
-def transition(status: BreakerStatus, signal: Signal, *, now_s: float) -> BreakerStatus:
-    """The status after `signal`.
+def transition(status: BreakerStatus, event: BreakerEvent, *, now_s: float) -> BreakerStatus:
+    """Returns the status after `event`.
 
     Raises:
-        IllegalBreakerSignalError: when the table has no such move.
+        IllegalTransitionError: the table has no transition for this state and event.
     """
-    state = TRANSITIONS.get((status.state, signal))
+    state = TRANSITIONS.get((status.state, event))
     if state is None:
         name = CircuitBreakerState.Name(status.state)
-        raise IllegalBreakerSignalError(f"{signal.name} cannot happen to a breaker in {name}")
+        raise IllegalTransitionError(f"{event.name} cannot happen to a breaker in {name}")
     if state == CIRCUIT_STATE_OPEN and status.state != CIRCUIT_STATE_OPEN:
         return BreakerStatus(state, 0, now_s)
-    if state == CIRCUIT_STATE_CLOSED and signal is Signal.FAILURE:
+    if state == CIRCUIT_STATE_CLOSED and event is BreakerEvent.FAILURE:
         return replace(status, failures=status.failures + 1)
     return replace(status, state=state, failures=0)
 
 
 class Breaker:
-    """Holds one breaker's status. `on_change(name, state)` is told after every change of state."""
+    """One circuit breaker; `on_change` is called with its name and state after each change of state.
+
+    `clock` returns monotonic seconds.
+    """
 
     def __init__(
         self,
@@ -108,12 +106,14 @@ class Breaker:
 
     @property
     def state(self) -> CircuitBreakerState.ValueType:
-        """The state now; an open breaker that has cooled down shows as half open."""
-        self._cool_down()
+        """The current state; an open breaker becomes half open after its cooldown."""
+        status = self._status
+        if status.state == CIRCUIT_STATE_OPEN and self._clock() - status.opened_at_s >= self._policy.cooldown_s:
+            self._apply(BreakerEvent.COOLED_DOWN)
         return self._status.state
 
     def allows(self) -> bool:
-        """Whether to call now. Half open lets one trial through and no second until it has ended."""
+        """Returns whether a call may be made. A half-open breaker allows one trial call at a time."""
         state = self.state
         if state == CIRCUIT_STATE_HALF_OPEN:
             allowed, self._trial_running = not self._trial_running, True
@@ -121,33 +121,28 @@ class Breaker:
         return state == CIRCUIT_STATE_CLOSED
 
     def succeeded(self) -> None:
-        """A call that `allows` let through has succeeded."""
-        self._move(Signal.SUCCESS)
+        """Records the success of an allowed call."""
+        self._apply(BreakerEvent.SUCCESS)
 
     def failed(self) -> None:
-        """A call that `allows` let through has failed."""
+        """Records the failure of an allowed call."""
         spent = self._status.failures + 1 >= self._policy.failures_max
-        self._move(Signal.FAILURES_SPENT if spent else Signal.FAILURE)
+        self._apply(BreakerEvent.FAILURES_SPENT if spent else BreakerEvent.FAILURE)
 
     def abandoned(self) -> None:
-        """A call that `allows` let through was given up by the caller: it says nothing of the other side."""
+        """Records that the caller cancelled an allowed call, which says nothing about the peer."""
         self._trial_running = False
 
     def force(self, state: CircuitBreakerState.ValueType) -> None:
-        """Open or close it by order. Raises ValueError for any other state."""
-        forced = {CIRCUIT_STATE_OPEN: Signal.FORCED_OPEN, CIRCUIT_STATE_CLOSED: Signal.FORCED_CLOSED}
+        """Opens or closes the breaker. Raises ValueError for any other state."""
+        forced = {CIRCUIT_STATE_OPEN: BreakerEvent.FORCED_OPEN, CIRCUIT_STATE_CLOSED: BreakerEvent.FORCED_CLOSED}
         if state not in forced:
             raise ValueError(f"a breaker can be forced open or closed, not to {state}")
-        self._move(forced[state])
+        self._apply(forced[state])
 
-    def _cool_down(self) -> None:
-        status = self._status
-        if status.state == CIRCUIT_STATE_OPEN and self._clock() - status.opened_at_s >= self._policy.cooldown_s:
-            self._move(Signal.COOLED_DOWN)
-
-    def _move(self, signal: Signal) -> None:
+    def _apply(self, event: BreakerEvent) -> None:
         before = self._status.state
-        self._status = transition(self._status, signal, now_s=self._clock())
+        self._status = transition(self._status, event, now_s=self._clock())
         self._trial_running = False
         if self._status.state != before:
             self._on_change(self.name, self._status.state)

@@ -1,14 +1,14 @@
-"""The one adapter for outbound calls: a deadline that reaches the server, a breaker, and an outcome for each call.
+"""Outbound gRPC calls with a deadline, a limit on calls in flight, retries, a circuit breaker, and a record of each.
 
-Owns the translation of gRPC's errors into `PeerError`s, and when a call is made again. Must not know what the calls
-mean: whoever calls says whether the peer may hear a request twice.
+gRPC's errors are translated into `PeerError`s here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar, cast
 
@@ -19,6 +19,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN
+from tolaria.config import PeerSettings
 from tolaria.errors import (
     BreakerOpenError,
     CallRefusedError,
@@ -28,7 +29,6 @@ from tolaria.errors import (
     PeerUnavailableError,
 )
 from tolaria.resilience.breaker import Breaker
-from tolaria.resilience.gate import CallGate
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -36,17 +36,14 @@ Response = TypeVar("Response", bound=Message)
 Outcome = Literal["ok", "timeout", "error", "skipped", "refused", "abandoned"]
 
 FIRST_PAUSE_S = 0.02
-"""Before a call is made again; doubled each time. Two peers at most are called, so nothing has to be spread out."""
-
-# The connection was refused, lost or closed under the call. Any other status is an answer, and stays the same.
-_AWAY = grpc.StatusCode.UNAVAILABLE
+"""Pause before the first retry, doubled for each further one. Without jitter, as there are only two peers."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallRecord:
-    """How one call ended, however often it was made: `retries` counts the times after the first.
+    """The result of one call, including its retries.
 
-    `skipped`: the breaker was open. `refused`: there was no place for it. `abandoned`: the caller was cancelled.
+    skipped: the breaker was open. refused: too many calls were in flight. abandoned: the caller was cancelled.
     """
 
     peer: str
@@ -57,39 +54,94 @@ class CallRecord:
     retries: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class CallLimits:
-    """Bounds of all calls to one peer: in flight, waiting for that, and retries of a call that may be repeated."""
+class CallGate:
+    """Limits the calls in flight to a peer and the calls that wait, in order, for one of them to end."""
 
-    in_flight_max: int = 8
-    waiting_max: int = 32
-    retries_max: int = 1
+    def __init__(self, peer: str, *, in_flight_max: int, waiting_max: int) -> None:
+        self._peer = peer
+        self._in_flight_max, self._waiting_max = in_flight_max, waiting_max
+        self._slots = anyio.Semaphore(in_flight_max, max_value=in_flight_max, fast_acquire=True)
+        self._closing = False
+
+    @asynccontextmanager
+    async def slot(self, name: str, timeout_s: float) -> AsyncIterator[None]:
+        """Waits at most `timeout_s` for a slot and holds it while the context is open.
+
+        Raises:
+            CallRefusedError: too many calls wait already, no slot became free in time, or the gate is closed.
+        """
+        self._refuse_if_closing(name)
+        await self._acquire(name, timeout_s)
+        try:
+            self._refuse_if_closing(name)  # the gate may have been closed during the wait
+            yield
+        finally:
+            self._slots.release()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Closes the gate, which refuses waiting calls, and waits at most `timeout_s` for calls in flight."""
+        self._closing = True
+        with anyio.move_on_after(timeout_s):
+            for _ in range(self._in_flight_max):
+                await self._slots.acquire()
+
+    def _refuse_if_closing(self, name: str) -> None:
+        if self._closing:
+            raise CallRefusedError(self._peer, f"{name} refused: the channel is closing")
+
+    async def _acquire(self, name: str, timeout_s: float) -> None:
+        if self._slots.value:
+            self._slots.acquire_nowait()
+            return
+        if self._slots.statistics().tasks_waiting >= self._waiting_max:
+            detail = f"{self._in_flight_max} calls are in flight and {self._waiting_max} wait, which is the maximum"
+            raise CallRefusedError(self._peer, f"{name} refused: {detail}")
+        with anyio.move_on_after(timeout_s) as scope:
+            await self._slots.acquire()
+        if scope.cancelled_caught:
+            detail = f"none of {self._in_flight_max} calls in flight ended within {timeout_s * 1000:.0f} ms"
+            raise CallRefusedError(self._peer, f"{name} refused: {detail}")
+
+
+@dataclass(slots=True)
+class _Call(Generic[Request, Response]):
+    """A call in progress; `started_s` is on the caller's clock."""
+
+    method: grpc.aio.UnaryUnaryMultiCallable[Request, Response]
+    request: Request
+    name: str
+    timeout_s: float
+    started_s: float
+    retries_max: int
+    retries: int = 0
 
 
 class DeadlineCaller:
-    """Makes unary calls to one peer, each bounded in time, each recorded with `observe`. Event loop only."""
+    """Makes unary calls to one peer. Used on the event loop only.
+
+    Args:
+        peer: name of the peer, for errors and records.
+        breaker: counts each call once, whatever its retries.
+        settings: deadlines by method, and limits of calls in flight, waiting calls and retries.
+        observe: called with the record of each call.
+        clock: returns monotonic seconds.
+    """
 
     def __init__(
         self,
         peer: str,
         breaker: Breaker,
+        settings: PeerSettings,
         *,
         observe: Callable[[CallRecord], None],
-        limits: CallLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        limits = limits or CallLimits()
         self.peer = peer
         self._breaker = breaker
         self._observe = observe
-        self._retries_max = limits.retries_max
-        self._gate = CallGate(peer, in_flight_max=limits.in_flight_max, waiting_max=limits.waiting_max)
+        self._settings = settings
+        self._gate = CallGate(peer, in_flight_max=settings.in_flight_max, waiting_max=settings.waiting_max)
         self._clock = clock
-
-    @property
-    def in_flight(self) -> int:
-        """Calls that wait for the peer now."""
-        return self._gate.in_flight
 
     async def call(
         self,
@@ -97,136 +149,109 @@ class DeadlineCaller:
         request: Request,
         *,
         name: str,
-        timeout_s: float,
+        timeout_s: float | None = None,
         repeatable: bool = False,
     ) -> Response:
-        """Call `method` and answer within `timeout_s`; the server sees the same deadline and is cancelled at it.
-
-        Waiting for a place, retries and pauses between them are all within `timeout_s`. The breaker learns one outcome.
+        """Calls the method `name` of a stub. The deadline also applies on the server, which cancels its handler.
 
         Args:
             method: of a stub.
             request: its argument.
-            name: for records and errors.
-            timeout_s: of the whole.
-            repeatable: hearing the request twice is to the peer as hearing it once. Such a call is made again when the
-                peer was away; none is made again after a timeout.
+            name: for errors and records.
+            timeout_s: for the wait for a slot, all attempts and the pauses between them; None: as in the settings.
+            repeatable: the call is idempotent, and is retried while the peer is unavailable, but not after a timeout.
 
         Raises:
-            BreakerOpenError: without calling.
-            CallRefusedError: without calling, when too many calls are in flight, or after `drain`.
-            PeerTimeoutError: when the deadline passed.
-            PeerProtocolError: when the answer's bytes are no such message.
-            PeerUnavailableError: for every other status but OK.
+            BreakerOpenError: the breaker is open; the call was not made.
+            CallRefusedError: too many calls are in flight, or the caller is drained; the call was not made.
+            PeerTimeoutError: the deadline passed.
+            PeerProtocolError: the response cannot be decoded.
+            PeerUnavailableError: the call ended with another status than OK.
         """
-        started_s = self._clock()
-        retries_max = self._retries_max if repeatable else 0
-        question = _Question(method, request, name, timeout_s, started_s + timeout_s, retries_max)
+        timeout_s = self._settings.timeout_of(name) if timeout_s is None else timeout_s
+        retries_max = self._settings.retries if repeatable else 0
+        call = _Call(method, request, name, timeout_s, self._clock(), retries_max)
         outcome: Outcome = "abandoned"
         detail = ""
         try:
-            if self._breaker.state == CIRCUIT_STATE_OPEN:  # not worth a place, nor waiting for one
+            if self._breaker.state == CIRCUIT_STATE_OPEN:  # fail without waiting for a slot
                 raise self._skipped(name)
-            async with self._gate.place(name, timeout_s):
-                response = await self._judged(question)
+            async with self._gate.slot(name, timeout_s):
+                response = await self._call_through_breaker(call)
+            outcome = "ok"
         except PeerError as error:
             outcome, detail = _outcome_of(error), error.detail
             raise
-        else:
-            outcome = "ok"
-            return response
         finally:
-            duration_s = self._clock() - started_s
-            self._observe(CallRecord(self.peer, name, outcome, duration_s, detail, question.retries))
+            self._observe(CallRecord(self.peer, name, outcome, self._clock() - call.started_s, detail, call.retries))
+        return response
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuse all further calls, and wait for those in flight, at most `timeout_s`."""
+        """Refuses further calls, and waits at most `timeout_s` for those in flight."""
         await self._gate.drain(timeout_s)
 
-    async def _judged(self, question: _Question[Request, Response]) -> Response:
-        """Ask, if the breaker lets it, and tell it what came of that."""
+    async def _call_through_breaker(self, call: _Call[Request, Response]) -> Response:
         if not self._breaker.allows():
-            raise self._skipped(question.name)
-        tell = self._breaker.abandoned
+            raise self._skipped(call.name)
+        record = self._breaker.abandoned
         try:
-            response = await self._asked(question)
+            response = await self._call_with_retries(call)
+            record = self._breaker.succeeded
         except PeerError:
-            tell = self._breaker.failed
+            record = self._breaker.failed
             raise
-        else:
-            tell = self._breaker.succeeded
-            return response
         finally:
-            tell()
+            record()
+        return response
 
-    async def _asked(self, question: _Question[Request, Response]) -> Response:
-        """Ask until there is an answer, an error that stays, or nothing left of retries or time."""
+    async def _call_with_retries(self, call: _Call[Request, Response]) -> Response:
         pause_s = FIRST_PAUSE_S
+        deadline_s = call.started_s + call.timeout_s
         while True:
-            left_s = max(0.0, question.deadline_s - self._clock())
             try:
-                return await self._answer(question, left_s)
+                return await self._attempt(call, max(0.0, deadline_s - self._clock()))
             except grpc.aio.AioRpcError as error:
-                spent = question.retries == question.retries_max
-                if error.code() is not _AWAY or spent or self._clock() + pause_s >= question.deadline_s:
-                    raise self._failure(question, error) from None
+                # UNAVAILABLE means a failed connection. Any other status is the peer's answer, and would be repeated.
+                spent = call.retries == call.retries_max or self._clock() + pause_s >= deadline_s
+                if spent or error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise self._translated(call, error) from None
             await anyio.sleep(pause_s)
-            question.retries += 1
+            call.retries += 1
             pause_s *= 2
 
-    async def _answer(self, question: _Question[Request, Response], left_s: float) -> Response:
-        """Ask once. The gRPC deadline cancels the server; the local one holds even if the library is late."""
+    async def _attempt(self, call: _Call[Request, Response], left_s: float) -> Response:
+        """Calls once. gRPC's deadline cancels the handler; the local timeout applies even if gRPC is late."""
         try:
             async with asyncio.timeout(left_s):
-                response = cast("Response | None", await question.method(question.request, timeout=left_s))
+                response = cast("Response | None", await call.method(call.request, timeout=left_s))
         except TimeoutError:
-            raise self._timed_out(question) from None
+            raise self._timed_out(call) from None
         except asyncio.CancelledError:
-            # gRPC raises a CancelledError of its own making, in which anyio would not know its scope's again.
+            # gRPC raises a new CancelledError, which anyio would not attribute to its cancel scope.
             await anyio.lowlevel.checkpoint()
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            raise PeerUnavailableError(self.peer, f"{question.name} was cancelled by the channel") from None
-        if response is None:  # gRPC logs bytes that it cannot decode, and gives None for an answer
-            raise PeerProtocolError(self.peer, f"{question.name} answered with bytes that are no message of its kind")
+            raise PeerUnavailableError(self.peer, f"{call.name} was cancelled by the channel") from None
+        if response is None:  # gRPC logs a response that it cannot decode, and returns None
+            raise PeerProtocolError(self.peer, f"{call.name} answered with bytes that are not a message of its type")
         return response
 
-    def _failure(self, question: _Question[Request, Response], error: grpc.aio.AioRpcError) -> PeerError:
+    def _translated(self, call: _Call[Request, Response], error: grpc.aio.AioRpcError) -> PeerError:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return self._timed_out(question)
-        tries = f" (asked {question.retries + 1} times)" if question.retries else ""
-        detail = f"{question.name} failed: {error.code().name}: {error.details()}{tries}"
-        return PeerUnavailableError(self.peer, detail)
+            return self._timed_out(call)
+        attempts = f" (asked {call.retries + 1} times)" if call.retries else ""
+        return PeerUnavailableError(self.peer, f"{call.name} failed: {error.code().name}: {error.details()}{attempts}")
 
-    def _timed_out(self, question: _Question[Request, Response]) -> PeerTimeoutError:
-        return PeerTimeoutError(self.peer, f"{question.name} did not answer within {question.timeout_s * 1000:.0f} ms")
+    def _timed_out(self, call: _Call[Request, Response]) -> PeerTimeoutError:
+        return PeerTimeoutError(self.peer, f"{call.name} did not answer within {call.timeout_s * 1000:.0f} ms")
 
     def _skipped(self, name: str) -> BreakerOpenError:
         return BreakerOpenError(self.peer, f"{name} skipped: the circuit breaker is open")
 
 
-@dataclass(slots=True)
-class _Question(Generic[Request, Response]):
-    """One call: what is asked, until when (on the caller's clock), and how often it has been asked again."""
-
-    method: grpc.aio.UnaryUnaryMultiCallable[Request, Response]
-    request: Request
-    name: str
-    timeout_s: float
-    deadline_s: float
-    retries_max: int
-    retries: int = 0
-
-
-# The first class that an error is an instance of decides.
-_OUTCOMES: tuple[tuple[type[PeerError], Outcome], ...] = (
-    (BreakerOpenError, "skipped"),
-    (CallRefusedError, "refused"),
-    (PeerTimeoutError, "timeout"),
-    (PeerError, "error"),
-)
-
-
 def _outcome_of(error: PeerError) -> Outcome:
-    return next(outcome for kind, outcome in _OUTCOMES if isinstance(error, kind))
+    outcomes: dict[type[PeerError], Outcome] = {
+        BreakerOpenError: "skipped", CallRefusedError: "refused", PeerTimeoutError: "timeout"
+    }  # fmt: skip
+    return outcomes.get(type(error), "error")

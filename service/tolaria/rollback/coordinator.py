@@ -1,61 +1,62 @@
-"""A rollback from trigger to proof: prepare, commit, confirm, with every participant, within one deadline.
+"""Coordinates a rollback: prepare, commit and confirm with every participant, or abort.
 
-Owns the order of events, the deadline and its cancellation, and what each rollback has become. Runs on the event loop;
-must not know tensors, transports, metrics or the board's bytes.
-
-Peers are asked one after the other, each within its own share of the budget; whoever refuses or is silent is asked no
-more, and the rollback goes on without it. The lane then restores by the deadline or not at all: see `CommitGate`.
+Peers are asked one after the other, each within its share of the budget; the rollback continues without a peer that
+refuses or does not answer. One deadline bounds all that precedes the restore: the lane begins to change live state
+before it or never, as its `RestoreGate` decides.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Final
+from collections.abc import Awaitable, Mapping
+from typing import Final, Protocol
 
 import anyio
 import anyio.lowlevel
+import structlog
 
-from leyline.v1.enums_pb2 import (
-    ROLLBACK_TIER_FAST,
-    ROLLBACK_TIER_FULL,
-    ROLLBACK_TIER_UNSPECIFIED,
-    RollbackTier,
-)
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
+from tolaria.config import RollbackSettings
 from tolaria.errors import (
+    BreakerOpenError,
+    CallRefusedError,
     InvalidFieldError,
     JournalError,
     JournalUnavailableError,
     LaneError,
     NoCheckpointError,
+    PeerError,
     RestoreAbandonedError,
     RestoreUnprovenError,
+    SignalError,
     TolariaError,
 )
-from tolaria.rollback.budget import TOLARIA, RollbackBudgets
-from tolaria.rollback.commit_gate import CommitGate
-from tolaria.rollback.journal_rows import RollbackRow
-from tolaria.rollback.orders import (
+from tolaria.journal.async_journal import AsyncJournal
+from tolaria.rollback.protocol import (
     ID_BYTES_MAX,
+    SHARES,
+    TOLARIA,
+    Call,
     Ending,
-    RestoreOrder,
-    RestoreOutcome,
-    Restorer,
-    RollbackOutcome,
-    RollbackRequest,
-    RollbackRun,
-    row_of,
-    tier_word,
+    ParticipantRequest,
+    ParticipantResponse,
+    Rollback,
+    RollbackEvent,
+    RollbackParticipant,
+    Vote,
+    VoteOutcome,
+    may_be_asked,
+    next_state,
+    tier_name,
+    total_s,
 )
-from tolaria.rollback.participants import Call, Seat, is_coordinated
-from tolaria.rollback.phases import Phase, RollbackEvent, after
-from tolaria.rollback.polling import abort_all, ask_in_turn
+from tolaria.signals import RollbackState, RollbackWriter
 
-OUTCOMES_KEPT: Final = 128
 RECORD_S_MAX: Final = 0.5
-"""Longest that the end of a rollback, and with it the lane, waits for the journal."""
+"""Longest wait for the journal at the end of a rollback, during which the lane is held."""
+
+_GRACE_S: Final = 0.02
+"""Added to a participant's own timeout, whose error says more; bounds a participant without a timeout."""
 
 _LAST_EVENT: Final = {
     Ending.RESTORED: RollbackEvent.CONFIRMED,
@@ -64,255 +65,245 @@ _LAST_EVENT: Final = {
     Ending.DEADLINE_EXCEEDED: RollbackEvent.EXPIRED,
 }
 
-OnSlot = Callable[[Phase, str, int, int, RollbackTier.ValueType], None]
-"""Takes state, rollback_id, target_step, deadline_ns (monotonic) and tier, as the board does. Must not raise."""
 
+class Restorer(Protocol):
+    """The run's part in a rollback. The coroutines may be cancelled at any time and raise `TolariaError` on failure."""
 
-@dataclass(frozen=True, slots=True)
-class Clocks:
-    """Seconds that only go forward, for deadlines, read from the lane's thread too; wall-clock ns for the journal."""
+    async def locate(self, tier: RollbackTier.ValueType, at_or_before: int | None, /) -> int | None:
+        """Returns the step of the tier's nearest restore point; None if there is none. The tier is FAST or FULL."""
 
-    monotonic_s: Callable[[], float] = time.monotonic
-    wall_ns: Callable[[], int] = time.time_ns
+    async def restore(self, rollback: Rollback, /) -> None:
+        """Restores the target at the next step boundary and sets `restored_step`, the digests and `restore_ms`.
+
+        Raises RestoreAbandonedError past the deadline or after `forbid`; the live state is unchanged then.
+        """
+
+    def forbid(self, rollback: Rollback, /) -> bool:
+        """Forbids the restore to change live state; returns False when the change has already begun."""
 
 
 class RollbackCoordinator:
-    """Carries rollbacks out, one at a time.
+    """Carries out rollbacks, one at a time. Used on the event loop only.
 
     Args:
-        seats: the peers, in the order in which they are asked; each has a share in `budgets`.
-        restorer: the lane's part.
+        participants: the peers by name, in the order in which they are asked; each has a share in `SHARES`.
+        restorer: finds and restores the state.
         run_id: for the journal.
-        budgets: how long it may take.
-        on_slot: shows every phase on the board.
-        record: writes the journal's row, not on the event loop; a `JournalError` of it is part of the outcome.
-            Cancelled because it takes long, it has the row written later.
-        clocks: time.
+        settings: how long a rollback may take.
+        board: shows every state of a rollback.
+        journal: receives a row for each rollback.
+
+    Raises:
+        ValueError: a participant has no share.
     """
 
     def __init__(
         self,
-        seats: Sequence[Seat],
+        participants: Mapping[str, RollbackParticipant],
         restorer: Restorer,
         *,
         run_id: str,
-        budgets: RollbackBudgets,
-        on_slot: OnSlot,
-        record: Callable[[RollbackRow], Awaitable[None]],
-        clocks: Clocks,
+        settings: RollbackSettings,
+        board: RollbackWriter,
+        journal: AsyncJournal,
     ) -> None:
-        if unknown := [seat.name for seat in seats if seat.name not in budgets.shares or seat.name == TOLARIA]:
-            raise ValueError(f"no share of the budget for {', '.join(unknown)}")
-        self._seats = tuple(seats)
+        if unknown := participants.keys() - (SHARES.keys() - {TOLARIA}):
+            raise ValueError(f"no share of the budget for {', '.join(sorted(unknown))}")
+        self._calls = {
+            name: {Call.PREPARE: p.prepare, Call.COMMIT: p.commit, Call.CONFIRM: p.confirm, Call.ABORT: p.abort}
+            for name, p in participants.items()
+        }
         self._restorer = restorer
         self._run_id = run_id
-        self._budgets = budgets
-        self._on_slot = on_slot
-        self._record = record
-        self._clocks = clocks
-        self._phase = Phase.IDLE
-        self._running: tuple[str, anyio.Event] | None = None
-        self._outcomes: OrderedDict[str, RollbackOutcome] = OrderedDict()
+        self.settings = settings
+        self._board = board
+        self._journal = journal
+        self._log = structlog.get_logger(__name__)
+        self._state = RollbackState.IDLE
 
-    @property
-    def phase(self) -> Phase:
-        """Where the current rollback is, or how the last one ended: IDLE, ABORTED or DEADLINE."""
-        return self._phase
+    async def run(self, rollback: Rollback) -> None:
+        """Carries out `rollback` and sets how it ended; a failure is an ending, not an exception.
 
-    async def roll_back(self, request: RollbackRequest) -> RollbackOutcome:
-        """Carry the request out; a failure is an outcome, not an exception.
-
-        Asked again with an id that has been carried out, or is being, it answers with that rollback's outcome. Whoever
-        is cancelled while waiting here cancels the rollback: it is taken back, or, once the lane has begun to copy, it
-        is seen through; both are recorded. Only scopes may cancel: a task that others cancel directly, as gRPC does
-        with its handlers, must let another one wait here. Errors that are not `TolariaError`s come out in a group.
+        When the caller is cancelled, the rollback is aborted, or completed once the lane has begun to change live
+        state; both are recorded. Only cancel scopes may cancel: a task that is cancelled directly, as gRPC cancels its
+        handlers, has to wait for another task that calls this. Errors other than `TolariaError` are raised in a group.
 
         Raises:
-            WrongStateError: another rollback is running. It is not queued: what that one restores is not what this
-                one was asked for.
-            InvalidFieldError: a rollback_id that is empty or longer than 64 bytes.
+            WrongStateError: another rollback is running.
+            InvalidFieldError: the rollback_id is empty or too long.
         """
-        while self._running is not None and self._running[0] == request.rollback_id:
-            await self._running[1].wait()
-        if (known := self._outcomes.get(request.rollback_id)) is not None:
-            return known
-        run, ended = self._begin(request)
-        try:
-            await self._carry_out(run)
-        finally:
-            try:
-                with anyio.CancelScope(shield=True):
-                    outcome = await self._conclude(run)
-            finally:
-                self._running = None
-                ended.set()
-        return outcome
-
-    # -- in order ------------------------------------------------------------------------------------------------
-
-    def _begin(self, request: RollbackRequest) -> tuple[RollbackRun, anyio.Event]:
-        if not 0 < len(request.rollback_id.encode()) <= ID_BYTES_MAX:
+        if not 0 < len(rollback.rollback_id.encode()) <= ID_BYTES_MAX:
             raise InvalidFieldError("rollback_id", f"must have 1 to {ID_BYTES_MAX} bytes")
-        phase = after(self._phase, RollbackEvent.BEGUN)
-        now_s = self._clocks.monotonic_s()
-        run = RollbackRun(
-            request=request,
-            started_s=now_s,
-            at_ns=self._clocks.wall_ns(),
-            tier=request.tier,
-            target_step=request.target_step or 0,
-            deadline_s=now_s + self._budgets.total_s(request.tier),
-        )
-        ended = anyio.Event()
-        self._running = (request.rollback_id, ended)
-        self._enter(run, phase)
-        return run, ended
-
-    async def _carry_out(self, run: RollbackRun) -> None:
+        state = next_state(self._state, RollbackEvent.BEGUN)
+        rollback.peers = len(self._calls)
+        rollback.deadline_s = rollback.began_s + total_s(self.settings, rollback.tier)
+        self._show(rollback, state)
         try:
-            await self._prepare(run)
-            await self._commit(run)
-            await ask_in_turn(run, self._seats, Call.CONFIRM, self._budgets, self._clocks.monotonic_s)
-            run.end(Ending.RESTORED, None)
+            await self._carry_out(rollback)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._conclude(rollback)
+
+    # -- phases ------------------------------------------------------------------------------------------------------
+
+    async def _carry_out(self, rollback: Rollback) -> None:
+        try:
+            await self._prepare(rollback)
+            await self._ask_in_turn(rollback, Call.COMMIT)
+            await self._restore(rollback)
+            if not rollback.proven:
+                raise RestoreUnprovenError(rollback.restored_step)
+            await self._ask_in_turn(rollback, Call.CONFIRM)
+            rollback.end(Ending.RESTORED)
         except RestoreAbandonedError as error:
-            run.end(Ending.DEADLINE_EXCEEDED, error)
+            rollback.end(Ending.DEADLINE_EXCEEDED, error)
         except TolariaError as error:
-            run.end(Ending.FAILED, error)
+            rollback.end(Ending.FAILED, error)
         except anyio.get_cancelled_exc_class():
-            run.end(*_cancelled(run))
+            rollback.end(*_ending_when_cancelled(rollback))
             raise
 
-    async def _prepare(self, run: RollbackRun) -> None:
-        with anyio.move_on_after(self._left_s(run)) as scope:
-            run.tier, run.target_step = await self._locate(run.request)
+    async def _prepare(self, rollback: Rollback) -> None:
+        with anyio.move_on_after(self._left_s(rollback)) as scope:
+            rollback.tier, rollback.target_step = await self._locate(rollback)
         if scope.cancelled_caught:
-            raise RestoreAbandonedError("looking for a point to go back to")
-        run.deadline_s = run.started_s + self._budgets.total_s(run.tier)
-        self._enter(run, self._phase)  # now with tier, target and deadline
-        await ask_in_turn(run, self._seats, Call.PREPARE, self._budgets, self._clocks.monotonic_s)
-        if self._left_s(run) <= 0:
+            raise RestoreAbandonedError("looking for a restore point")
+        rollback.deadline_s = rollback.began_s + total_s(self.settings, rollback.tier)
+        self._show(rollback, self._state)  # with the tier, target and deadline that are known now
+        await self._ask_in_turn(rollback, Call.PREPARE)
+        if self._left_s(rollback) <= 0:
             raise RestoreAbandonedError("preparing")
-        self._move(run, RollbackEvent.PREPARED)
+        self._move(rollback, RollbackEvent.PREPARED)
 
-    async def _locate(self, request: RollbackRequest) -> tuple[RollbackTier.ValueType, int]:
-        automatic = request.tier == ROLLBACK_TIER_UNSPECIFIED
-        tiers = (ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL) if automatic else (request.tier,)
-        for tier in tiers:
-            step = await self._restorer.locate(tier, request.target_step)
+    async def _locate(self, rollback: Rollback) -> tuple[RollbackTier.ValueType, int]:
+        automatic = rollback.tier == ROLLBACK_TIER_UNSPECIFIED
+        for tier in (ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL) if automatic else (rollback.tier,):
+            step = await self._restorer.locate(tier, rollback.target_step)
             if step is not None:
                 return tier, step
-        where = "" if request.target_step is None else f" at or before step {request.target_step}"
-        raise NoCheckpointError(f"nothing to go back to: no point of the {tier_word(request.tier)} tier{where}")
+        where = "" if rollback.target_step is None else f" at or before step {rollback.target_step}"
+        name = tier_name(rollback.tier)
+        raise NoCheckpointError(f"nothing to go back to: no restore point of the {name} tier{where}")
 
-    async def _commit(self, run: RollbackRun) -> None:
-        await ask_in_turn(run, self._seats, Call.COMMIT, self._budgets, self._clocks.monotonic_s)
-        await self._restore(run)
-        if not run.proven:
-            raise RestoreUnprovenError(run.restored_step)
-
-    async def _restore(self, run: RollbackRun) -> None:
-        """Let the lane restore. At the deadline, or when cancelled, it is cancelled, unless it is copying by then."""
-        gate = CommitGate(run.deadline_s, self._clocks.monotonic_s)
-        order = RestoreOrder(
-            run.request.rollback_id, run.tier, run.target_step, run.deadline_s, gate.expired, gate.refuses
-        )
-        missed = False
+    async def _restore(self, rollback: Rollback) -> None:
+        """Has the lane restore; at the deadline or when cancelled, forbids it unless live state is already changing."""
+        late = finished = False
 
         async def watch() -> None:
-            nonlocal missed
+            nonlocal late
             try:
-                await anyio.sleep(max(0.0, self._left_s(run)))
-                missed = True
+                await anyio.sleep(max(0.0, self._left_s(rollback)))
+                late = True
             finally:
-                run.granted = not gate.shut()
-                if not run.granted:
-                    work.cancel()
+                if not finished:
+                    rollback.restore_begun = not self._restorer.forbid(rollback)
+                    if not rollback.restore_begun:
+                        work.cancel()
 
-        failure: TolariaError | None = None
-        work = anyio.CancelScope(shield=True)  # against our own cancellation, which `watch` passes on if it may
+        work = anyio.CancelScope(shield=True)  # `watch` passes a cancellation on only if the lane has not begun
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch)
             with work:
                 try:
-                    self._landed(run, await self._restorer.restore(order))
+                    await self._restorer.restore(rollback)
+                    rollback.decided_s = time.monotonic()
+                    self._move(rollback, RollbackEvent.RESTORED)
                 except TolariaError as error:
-                    failure = error
-            if work.cancelled_caught and not missed:
-                await anyio.lowlevel.checkpoint()
+                    rollback.error = error
+                finished = True
+            if work.cancelled_caught and not late:
+                await anyio.lowlevel.checkpoint()  # the caller was cancelled: its cancellation is raised here
             tasks.cancel_scope.cancel()
         if work.cancelled_caught:
             raise RestoreAbandonedError("waiting for the lane")
-        if failure is not None:
-            raise failure
+        if rollback.error is not None:
+            raise rollback.error
 
-    def _landed(self, run: RollbackRun, restored: RestoreOutcome) -> None:
-        """Note what is true from now on, before anything else can happen to this task."""
-        run.restored = restored
-        run.decided_s = self._clocks.monotonic_s()
-        self._move(run, RollbackEvent.RESTORED)
-
-    async def _conclude(self, run: RollbackRun) -> RollbackOutcome:
-        """Show, keep and record what it has become; abort peers if that is nothing. Runs shielded, but bounded."""
-        run.decided_s = run.decided_s or self._clocks.monotonic_s()
-        ending = run.ending or Ending.FAILED
-        self._move(run, _LAST_EVENT[ending])
-        if ending is not Ending.RESTORED:
-            await abort_all(run, self._seats, self._budgets, self._clocks.monotonic_s)
-        outcome = self._outcome(run, ending)
-        outcome = replace(outcome, unrecorded=await self._unrecorded(row_of(outcome, run, self._run_id)))
-        self._outcomes[outcome.rollback_id] = outcome
-        if len(self._outcomes) > OUTCOMES_KEPT:
-            self._outcomes.popitem(last=False)
-        return outcome
-
-    async def _unrecorded(self, row: RollbackRow) -> JournalError | None:
-        """Record it; why the journal does not hold it."""
+    async def _conclude(self, rollback: Rollback) -> None:
+        """Shows and records how the rollback ended, in bounded time; unless it succeeded, aborts it with the peers."""
+        if rollback.decided_s is None:
+            rollback.decided_s = time.monotonic()
+        rollback.ending = rollback.ending or Ending.FAILED
+        self._move(rollback, _LAST_EVENT[rollback.ending])
+        if rollback.ending is not Ending.RESTORED:
+            await self._abort(rollback)
+        late = f"it did not answer within {RECORD_S_MAX:g} s; the row is written later"  # by `put`, when cancelled
+        rollback.unrecorded = JournalUnavailableError(late)
         try:
             with anyio.move_on_after(RECORD_S_MAX):
-                await self._record(row)
-                return None
+                await self._journal.put(rollback.row(self._run_id))
+                rollback.unrecorded = None
         except JournalError as error:
-            return error
-        return JournalUnavailableError(f"it did not answer within {RECORD_S_MAX:g} s; the row is written later")
+            rollback.unrecorded = error
 
-    # -- details -------------------------------------------------------------------------------------------------
+    # -- participants ------------------------------------------------------------------------------------------------
 
-    def _outcome(self, run: RollbackRun, ending: Ending) -> RollbackOutcome:
-        restored = run.restored or RestoreOutcome(-1, "", "", 0.0)
-        # Peers went to the target; where the lane had to go further back, they and we are not at one.
-        together = is_coordinated(run.ballots, len(self._seats)) and restored.restored_step == run.target_step
-        return RollbackOutcome(
-            rollback_id=run.request.rollback_id,
-            tier=run.tier,
-            target_step=run.target_step,
-            ending=ending,
-            restored_step=restored.restored_step,
-            state_digest=restored.state_digest,
-            expected_digest=restored.expected_digest,
-            latency_ms=((run.decided_s or run.started_s) - run.started_s) * 1000,
-            restore_ms=restored.latency_ms,
-            coordinated=together and ending is Ending.RESTORED,
-            votes=tuple(run.ballots),
-            error=run.error,
-        )
+    async def _ask_in_turn(self, rollback: Rollback, call: Call) -> None:
+        """Asks every participant that may be asked, in order, each within the rest of its share."""
+        for name in self._calls:
+            if may_be_asked(rollback.votes, name, call):
+                share_s = SHARES[name] * total_s(self.settings, rollback.tier)
+                await self._ask(rollback, name, call, share_s - rollback.spent_s(name))
 
-    def _left_s(self, run: RollbackRun) -> float:
-        return run.deadline_s - self._clocks.monotonic_s()
+    async def _abort(self, rollback: Rollback) -> None:
+        """Aborts with every participant that may have prepared, all at once, within its share of the fast tier."""
+        async with anyio.create_task_group() as tasks:
+            for name in self._calls:
+                if may_be_asked(rollback.votes, name, Call.ABORT):
+                    share_s = SHARES[name] * self.settings.fast_budget_s
+                    tasks.start_soon(self._ask, rollback, name, Call.ABORT, share_s)
 
-    def _move(self, run: RollbackRun, event: RollbackEvent) -> None:
-        self._enter(run, after(self._phase, event))
+    async def _ask(self, rollback: Rollback, name: str, call: Call, timeout_s: float) -> None:
+        if timeout_s <= 0:
+            rollback.votes.append(Vote(name, call, VoteOutcome.NOT_ASKED, "its share of the budget is used up", 0.0))
+            return
+        request = ParticipantRequest(rollback.rollback_id, rollback.destination, rollback.reason, timeout_s)
+        started_s = time.monotonic()
+        outcome, detail = await _outcome(self._calls[name][call](request), timeout_s + _GRACE_S)
+        rollback.votes.append(Vote(name, call, outcome, detail, (time.monotonic() - started_s) * 1000))
 
-    def _enter(self, run: RollbackRun, phase: Phase) -> None:
-        self._phase = phase
-        self._on_slot(phase, run.request.rollback_id, run.target_step, int(run.deadline_s * 1e9), run.tier)
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def _left_s(self, rollback: Rollback) -> float:
+        return rollback.deadline_s - time.monotonic()
+
+    def _move(self, rollback: Rollback, event: RollbackEvent) -> None:
+        self._show(rollback, next_state(self._state, event))
+
+    def _show(self, rollback: Rollback, state: RollbackState) -> None:
+        self._state = state
+        try:
+            self._board.write(
+                state,
+                rollback_id=rollback.rollback_id,
+                target_step=rollback.destination,
+                deadline_ns=int(rollback.deadline_s * 1e9),
+                tier=rollback.tier,
+            )
+        except SignalError:  # a board that cannot be written does not stop a rollback
+            self._log.exception("signal_board_not_written")
 
 
-def _cancelled(run: RollbackRun) -> tuple[Ending, TolariaError | None]:
-    """What a rollback has become whose caller is gone."""
-    if run.proven:
+async def _outcome(call: Awaitable[ParticipantResponse], bound_s: float) -> tuple[VoteOutcome, str]:
+    try:
+        with anyio.move_on_after(bound_s):
+            response = await call
+            return (VoteOutcome.ACCEPTED if response.accepted else VoteOutcome.REFUSED), response.detail
+    except (BreakerOpenError, CallRefusedError) as error:
+        return VoteOutcome.NOT_ASKED, error.detail
+    except PeerError as error:
+        return VoteOutcome.SILENT, error.detail
+    return VoteOutcome.SILENT, "no answer in time"
+
+
+def _ending_when_cancelled(rollback: Rollback) -> tuple[Ending, TolariaError | None]:
+    """Returns how a rollback whose caller has been cancelled ends."""
+    if rollback.proven:
         return Ending.RESTORED, None
-    if run.restored is not None:
-        return Ending.FAILED, RestoreUnprovenError(run.restored_step)
-    if run.granted:
-        return Ending.FAILED, LaneError("nobody waited for the lane's copy: which state is live now is not known")
+    if rollback.restored_step >= 0:
+        return Ending.FAILED, RestoreUnprovenError(rollback.restored_step)
+    if rollback.error is not None:
+        return Ending.FAILED, rollback.error
+    if rollback.restore_begun:
+        return Ending.FAILED, LaneError("the restore was not waited for: which state is live now is not known")
     return Ending.ABORTED, None

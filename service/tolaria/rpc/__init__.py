@@ -1,1 +1,1 @@
-"""The admin RPCs: validate, hand over, answer. Knows no torch."""
+"""The admin RPCs: validate requests, pass them on, answer. Does not import torch."""

@@ -1,218 +1,304 @@
-"""The admin servicer: checks a request, hands it to the run, answers. Takes no decisions."""
+"""The servicer of TolariaAdminService: checks requests, passes them to the run, returns answers."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from typing import NoReturn, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final, NoReturn, TypeVar
 
 import anyio
+import grpc.aio
 
 from leyline.v1 import admin_service_pb2 as admin
-from leyline.v1.enums_pb2 import EmergencyLevel
-from tolaria.emergency import EmergencyState
-from tolaria.errors import NotImplementedYetError
-from tolaria.rpc.ledgered import Context, bounded
-from tolaria.rpc.recovery import Recovery, RecoveryService
-from tolaria.rpc.requests import RequestLedger
+from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceServicer
+from leyline.v1.enums_pb2 import RollbackTier
+from tolaria import errors
+from tolaria.journal.async_journal import AsyncJournal
+from tolaria.rollback.protocol import Rollback, rollback_id_of
+from tolaria.rpc.listing import INCIDENTS_DEFAULT, INCIDENTS_MAX, list_incidents, list_restore_points
+from tolaria.rpc.requests import Answer, MutatingRequest, RequestLedger
 from tolaria.rpc.status import abort
+from tolaria.run.health import Health
+from tolaria.run.run import TrainingRun
+from tolaria.run.safety import Safety
+from tolaria.run.status import RunStatus
+from tolaria.values.optimization import Adjustment
+
+Context = grpc.aio.ServicerContext[object, object]
+_Read = TypeVar("_Read")
+
+# Longest waits in seconds; what takes longer still takes effect.
+EFFECT_S, ROLLBACK_S, CHECKPOINT_S, PROFILE_S, READ_S = 60.0, 60.0, 300.0, 600.0, 10.0
+_OPERATOR: Final = "operator"
 
 
-class Feed(Protocol):
-    """Tells that something has changed."""
+@dataclass(frozen=True, slots=True)
+class AdminParts:
+    """What the servicer passes requests to.
 
-    version: int
-
-    async def next(self) -> None:
-        """Wait for the next change."""
-
-
-class Run(Protocol):
-    """What operators can see of the run and do to it."""
-
-    @property
-    def feed(self) -> Feed:
-        """Tells of every change."""
-
-    @property
-    def global_step(self) -> int:
-        """Updates done."""
-
-    def status(self) -> admin.GetStatusResponse:
-        """How the run stands."""
-
-    async def pause(self, reason: str) -> None:
-        """Hold the run; returns when it stands."""
-
-    def resume(self, reason: str) -> None:
-        """Go on."""
-
-    async def stop(self, reason: str) -> None:
-        """Finish the step and end the run; returns when it has ended."""
-
-    async def adjust_rate(self, request: admin.AdjustLearningRateRequest) -> int:
-        """Change learning rates at a fence; returns the step at which it took effect."""
-
-
-class Safety(Protocol):
-    """What operators can do about the safeguards of a run."""
-
-    def set_conservative(self, *, enabled: bool) -> tuple[str, ...]:
-        """Switch conservative mode; the reasons that stand then."""
-
-    async def raise_emergency(self, level: EmergencyLevel.ValueType, reason: str) -> EmergencyState:
-        """Raise a level; returns when it is answered or overdue."""
-
-    def clear_emergency(self, reason: str) -> None:
-        """End the emergency."""
-
-
-class AdminService(RecoveryService):
-    """Serves TolariaAdminService for one run.
-
-    Args:
-        run: whom to hand requests to.
-        safety: whom to hand those about safeguards to.
-        recovery: whom to hand those about going back to.
-        complete: adds to a status what only the service knows.
-        closing: set when the service is about to end, so that streams end too.
-        interval_s: pace of WatchStatus between changes.
-        ledger: of requests that change something.
+    `complete` adds the service's own fields to a status; `closing` is set when the service is about to end, so that
+    streams end too; `interval_s` is the interval of WatchStatus without changes.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        *,
-        safety: Safety,
-        recovery: Recovery,
-        complete: Callable[[admin.GetStatusResponse], None],
-        closing: anyio.Event,
-        interval_s: float,
-        ledger: RequestLedger,
-    ) -> None:
-        super().__init__(ledger, recovery)
-        self._run = run
-        self._safety = safety
-        self._complete = complete
-        self._closing = closing
-        self._interval_s = interval_s
+    run: TrainingRun
+    status: RunStatus
+    health: Health
+    safety: Safety
+    journal: AsyncJournal
+    ledger: RequestLedger
+    complete: Callable[[admin.GetStatusResponse], None]
+    closing: anyio.Event
+    interval_s: float
+
+
+class AdminService(TolariaAdminServiceServicer):
+    """Serves TolariaAdminService for one run."""
+
+    def __init__(self, parts: AdminParts) -> None:
+        self._parts = parts
+        self._run, self._status, self._safety = parts.run, parts.status, parts.safety
+
+    # -- status ------------------------------------------------------------------------------------------------------
 
     async def GetStatus(self, request: admin.GetStatusRequest, context: Context) -> admin.GetStatusResponse:
-        """How the run stands."""
-        return self._status()
+        """Returns the status."""
+        return self._message()
 
     async def WatchStatus(
-        self,
-        request: admin.WatchStatusRequest,
-        context: Context,
+        self, request: admin.WatchStatusRequest, context: Context
     ) -> AsyncIterator[admin.WatchStatusResponse]:
-        """The status now, after every change, and every so often; ends with the service."""
-        interval_s = max(self._interval_s, request.interval_ms / 1000)
+        """Yields the status now, after every change and at intervals; ends with the service."""
+        interval_s = max(self._parts.interval_s, request.interval_ms / 1000)
+        feed = self._status.feed
         while True:
-            last, seen = self._closing.is_set(), self._run.feed.version
-            yield admin.WatchStatusResponse(status=self._status())
+            last, seen = self._parts.closing.is_set(), feed.version
+            yield admin.WatchStatusResponse(status=self._message())
             if last:
                 return
-            if self._run.feed.version == seen:  # else something changed while the client read: newest at once
+            if feed.version == seen:  # else something changed while the client was reading: send the newest at once
                 with anyio.move_on_after(interval_s):
-                    await self._run.feed.next()
+                    await feed.next()
+
+    # grpc.aio accepts a coroutine for a stream as well; the generated type allows generators only.
+    async def StreamTelemetry(  # type: ignore[override]
+        self, request: admin.StreamTelemetryRequest, context: Context
+    ) -> NoReturn:
+        """Not served yet."""
+        why = "this version logs its events; metrics are on the metrics server"
+        await abort(context, errors.NotImplementedYetError(f"StreamTelemetry is not served: {why}"))
+
+    # -- the run -----------------------------------------------------------------------------------------------------
 
     async def PauseTraining(self, request: admin.PauseTrainingRequest, context: Context) -> admin.PauseTrainingResponse:
-        """Hold the run within one microbatch."""
+        """Holds the run within one microbatch."""
 
-        async def carry_out() -> admin.PauseTrainingResponse:
-            await bounded(self._run.pause(request.reason))
-            return admin.PauseTrainingResponse(global_step=self._run.global_step, state=self._run.status().state)
+        async def operation() -> admin.PauseTrainingResponse:
+            await self._run.pause(request.reason)
+            return admin.PauseTrainingResponse(global_step=self._status.global_step, state=self._status.state)
 
-        return await self._once("PauseTraining", request, context, carry_out)
+        return await self._once(request, context, operation)
 
     async def ResumeTraining(
         self, request: admin.ResumeTrainingRequest, context: Context
     ) -> admin.ResumeTrainingResponse:
-        """Let a held run go on."""
+        """Resumes a held run."""
 
-        async def carry_out() -> admin.ResumeTrainingResponse:
+        async def operation() -> admin.ResumeTrainingResponse:
             self._run.resume(request.reason)
-            return admin.ResumeTrainingResponse(global_step=self._run.global_step, state=self._run.status().state)
+            return admin.ResumeTrainingResponse(global_step=self._status.global_step, state=self._status.state)
 
-        return await self._once("ResumeTraining", request, context, carry_out)
+        return await self._once(request, context, operation)
 
     async def StopTraining(self, request: admin.StopTrainingRequest, context: Context) -> admin.StopTrainingResponse:
-        """End the run after its step; the service stays."""
+        """Ends the run after its current step; the service keeps running."""
 
-        async def carry_out() -> admin.StopTrainingResponse:
-            await bounded(self._run.stop(request.reason))
-            return admin.StopTrainingResponse(global_step=self._run.global_step, state=self._run.status().state)
+        async def operation() -> admin.StopTrainingResponse:
+            await self._run.stop(request.reason)
+            return admin.StopTrainingResponse(global_step=self._status.global_step, state=self._status.state)
 
-        return await self._once("StopTraining", request, context, carry_out)
+        return await self._once(request, context, operation)
+
+    async def AdjustLearningRate(
+        self, request: admin.AdjustLearningRateRequest, context: Context
+    ) -> admin.AdjustLearningRateResponse:
+        """Adjusts learning rates at the next step boundary, permanently or for a number of steps."""
+
+        async def operation() -> admin.AdjustLearningRateResponse:
+            change = request.WhichOneof("change")
+            self._run.require_adjustable()  # for an ended run, this error comes before that of an invalid adjustment
+            try:
+                adjustment = Adjustment(
+                    group=request.group or None,
+                    factor=request.factor if change == "factor" else None,
+                    value=request.value if change == "value" else None,
+                    expires_after_steps=request.expires_after_steps or None,
+                    origin=_OPERATOR,
+                    request_id=request.request_id,
+                    reason=request.reason,
+                )
+                step = await self._run.adjust_learning_rate(adjustment)
+            except errors.AdjustmentRefusedError as error:
+                raise errors.InvalidFieldError(error.field, str(error).removeprefix(f"{error.field}: ")) from None
+            except errors.UnknownGroupError as error:
+                raise errors.InvalidFieldError("group", str(error)) from None
+            return admin.AdjustLearningRateResponse(global_step=step, learning_rates=self._status.learning_rates)
+
+        return await self._once(request, context, operation)
+
+    async def CaptureProfile(
+        self, request: admin.CaptureProfileRequest, context: Context
+    ) -> admin.CaptureProfileResponse:
+        """Takes a trace of the next steps."""
+
+        async def operation() -> admin.CaptureProfileResponse:
+            taken = await self._run.capture_profile(request.active_steps)
+            return admin.CaptureProfileResponse(
+                global_step=taken.global_step, path=taken.trace.path, size_bytes=taken.trace.size_bytes
+            )
+
+        late = "the steps of the profile were not done"
+        return await self._once(request, context, operation, timeout_s=PROFILE_S, late=late)
+
+    # -- restore points ----------------------------------------------------------------------------------------------
+
+    async def TriggerRollback(
+        self, request: admin.TriggerRollbackRequest, context: Context
+    ) -> admin.TriggerRollbackResponse:
+        """Rolls back to a restore point; two digests in the answer prove that the restore was bit-exact."""
+
+        async def operation() -> admin.TriggerRollbackResponse:
+            if request.tier not in RollbackTier.values():
+                raise errors.InvalidFieldError("tier", f"must be auto (0), fast (1) or full (2), is {request.tier}")
+            done = await self._run.roll_back(
+                Rollback(
+                    tier=request.tier,
+                    target_step=request.target_step if request.HasField("target_step") else None,
+                    reason=request.reason,
+                    origin=_OPERATOR,
+                    rollback_id=rollback_id_of(request.request_id),
+                )
+            )
+            return admin.TriggerRollbackResponse(
+                rollback_id=done.rollback_id,
+                tier=done.tier,
+                restored_step=done.restored_step,
+                state_digest=done.state_digest,
+                expected_digest=done.expected_digest,
+                latency_ms=done.latency_ms,
+                global_step=done.restored_step,
+                coordinated=done.coordinated,
+            )
+
+        return await self._once(request, context, operation, timeout_s=ROLLBACK_S, late="the rollback was not over")
+
+    async def CreateCheckpoint(
+        self, request: admin.CreateCheckpointRequest, context: Context
+    ) -> admin.CreateCheckpointResponse:
+        """Writes a durable checkpoint now."""
+
+        async def operation() -> admin.CreateCheckpointResponse:
+            row = await self._run.checkpoint(request.reason)
+            return admin.CreateCheckpointResponse(
+                global_step=row.global_step,
+                checkpoint_id=row.checkpoint_id,
+                digest=row.digest,
+                size_bytes=row.size_bytes,
+            )
+
+        late = "the checkpoint was not written"
+        return await self._once(request, context, operation, timeout_s=CHECKPOINT_S, late=late)
+
+    async def ListRestorePoints(
+        self, request: admin.ListRestorePointsRequest, context: Context
+    ) -> admin.ListRestorePointsResponse:
+        """Returns the restore points, newest first."""
+        try:
+            rows = await _read(self._parts.journal.restore_points())
+        except errors.TolariaError as error:
+            await abort(context, error)
+        return list_restore_points(rows, self._status.snapshots, healthy_step=self._parts.health.healthy_step)
+
+    async def ListIncidents(self, request: admin.ListIncidentsRequest, context: Context) -> admin.ListIncidentsResponse:
+        """Returns the incidents, newest first."""
+        try:
+            if request.limit > INCIDENTS_MAX:
+                raise errors.InvalidFieldError("limit", f"must not be more than {INCIDENTS_MAX}, is {request.limit}")
+            return list_incidents(await _read(self._parts.journal.incidents(request.limit or INCIDENTS_DEFAULT)))
+        except errors.TolariaError as error:
+            await abort(context, error)
+
+    # -- safety ------------------------------------------------------------------------------------------------------
 
     async def RaiseEmergency(
         self, request: admin.RaiseEmergencyRequest, context: Context
     ) -> admin.RaiseEmergencyResponse:
-        """Raise an emergency; the answer tells who has acknowledged it, and how soon."""
+        """Raises an emergency; the answer contains the acknowledgements and their latencies."""
 
-        async def carry_out() -> admin.RaiseEmergencyResponse:
-            state = await self._safety.raise_emergency(request.level, request.reason)
+        async def operation() -> admin.RaiseEmergencyResponse:
+            state = await self._safety.raise_emergency(request.level, request.reason, self._status)
             return admin.RaiseEmergencyResponse(
-                global_step=self._run.global_step,
+                global_step=self._status.global_step,
                 level=state.level,
-                state=self._run.status().state,
+                state=self._status.state,
                 acknowledgements=[
                     admin.EmergencyAcknowledgement(participant=given.participant, latency_ms=given.latency_ns / 1e6)
                     for given in state.acknowledgements
                 ],
             )
 
-        return await self._once("RaiseEmergency", request, context, carry_out)
+        return await self._once(request, context, operation)
 
     async def ClearEmergency(
         self, request: admin.ClearEmergencyRequest, context: Context
     ) -> admin.ClearEmergencyResponse:
-        """End an emergency; training that it halted goes on when it is resumed."""
+        """Clears the emergency; training that it halted goes on when it is resumed."""
 
-        async def carry_out() -> admin.ClearEmergencyResponse:
+        async def operation() -> admin.ClearEmergencyResponse:
             self._safety.clear_emergency(request.reason)
-            status = self._run.status()
             return admin.ClearEmergencyResponse(
-                global_step=self._run.global_step, level=status.emergency_level, state=status.state
+                global_step=self._status.global_step,
+                level=self._safety.controller.state.level,
+                state=self._status.state,
             )
 
-        return await self._once("ClearEmergency", request, context, carry_out)
+        return await self._once(request, context, operation)
 
     async def SetConservativeMode(
         self, request: admin.SetConservativeModeRequest, context: Context
     ) -> admin.SetConservativeModeResponse:
-        """Leave seeds and the controller alone, or no longer; the answer tells the reasons that stand."""
+        """Adds or removes the operator's reason for conservative mode; the answer contains the remaining reasons."""
 
-        async def carry_out() -> admin.SetConservativeModeResponse:
+        async def operation() -> admin.SetConservativeModeResponse:
             reasons = self._safety.set_conservative(enabled=request.enabled)
-            return admin.SetConservativeModeResponse(global_step=self._run.global_step, conservative_reasons=reasons)
+            return admin.SetConservativeModeResponse(global_step=self._status.global_step, conservative_reasons=reasons)
 
-        return await self._once("SetConservativeMode", request, context, carry_out)
+        return await self._once(request, context, operation)
 
-    async def AdjustLearningRate(
-        self, request: admin.AdjustLearningRateRequest, context: Context
-    ) -> admin.AdjustLearningRateResponse:
-        """Change learning rates at the next fence, for good or for some steps."""
+    # -- common ------------------------------------------------------------------------------------------------------
 
-        async def carry_out() -> admin.AdjustLearningRateResponse:
-            step = await bounded(self._run.adjust_rate(request))
-            return admin.AdjustLearningRateResponse(global_step=step, learning_rates=self._run.status().learning_rates)
+    async def _once(
+        self,
+        request: MutatingRequest,
+        context: Context,
+        operation: Callable[[], Awaitable[Answer]],
+        *,
+        timeout_s: float = EFFECT_S,
+        late: str = "the lane did not reach a step boundary",
+    ) -> Answer:
+        method = request.DESCRIPTOR.name.removesuffix("Request")
+        try:
+            return await self._parts.ledger.once(method, request, operation, timeout_s=timeout_s, late=late)
+        except errors.TolariaError as error:
+            await abort(context, error)
 
-        return await self._once("AdjustLearningRate", request, context, carry_out)
-
-    # grpc.aio takes a coroutine for a stream as well; the generated type knows generators only.
-    async def StreamTelemetry(  # type: ignore[override]
-        self, request: admin.StreamTelemetryRequest, context: Context
-    ) -> NoReturn:
-        """Not served yet."""
-        await _not_yet(context, "StreamTelemetry", "this version logs its events; metrics are on the metrics server")
-
-    def _status(self) -> admin.GetStatusResponse:
-        status = self._run.status()
-        self._complete(status)
-        return status
+    def _message(self) -> admin.GetStatusResponse:
+        message = self._run.status()
+        self._parts.complete(message)
+        return message
 
 
-async def _not_yet(context: Context, method: str, why: str) -> NoReturn:
-    await abort(context, NotImplementedYetError(f"{method} is not served: {why}"))
+async def _read(reading: Awaitable[_Read]) -> _Read:
+    """Returns what is read from the journal. Raises JournalUnavailableError when it does not answer in time."""
+    with anyio.move_on_after(READ_S):
+        return await reading
+    raise errors.JournalUnavailableError(f"the journal did not answer within {READ_S:g} s")

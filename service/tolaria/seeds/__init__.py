@@ -1,39 +1,16 @@
-"""Seeds: small networks grown in a host model's slots as Kasmina wishes. See `reconcile` first.
+"""Seeds: small networks grafted into the slots of a host model, as Kasmina declares them."""
 
-Imports torch and the contract; knows nothing of gradients' merging, optimizers, jobs, grpc or settings.
-"""
-
-from tolaria.seeds.alpha import Ramp
-from tolaria.seeds.blueprints import bottleneck_adapter, depthwise_conv_adapter, lora, residual_mlp
-from tolaria.seeds.ownership import HOST, Ownership, ownership
-from tolaria.seeds.plan import Change, ChangeKind, Ground, Plan, Refusal, Standing, plan
-from tolaria.seeds.reconcile import SeedTopology
-from tolaria.seeds.reconciled import Reconciled
-from tolaria.seeds.registry import Blueprint, Blueprints
-from tolaria.seeds.slots import Layout, SeedSlot, SlotSpec, training_seeds
+from tolaria.seeds.blueprints import Blueprint, Blueprints
+from tolaria.seeds.slots import Layout, SeedSlot, SlotSpec, parameters_by_owner, training_seeds
+from tolaria.seeds.topology import SeedTopology
 
 __all__ = [
-    "HOST",
     "Blueprint",
     "Blueprints",
-    "Change",
-    "ChangeKind",
-    "Ground",
     "Layout",
-    "Ownership",
-    "Plan",
-    "Ramp",
-    "Reconciled",
-    "Refusal",
     "SeedSlot",
     "SeedTopology",
     "SlotSpec",
-    "Standing",
-    "bottleneck_adapter",
-    "depthwise_conv_adapter",
-    "lora",
-    "ownership",
-    "plan",
-    "residual_mlp",
+    "parameters_by_owner",
     "training_seeds",
 ]

@@ -1,16 +1,11 @@
-"""What has to change in a model so that its seeds are what Kasmina wishes. Pure: standings and wishes in, changes out.
-
-Owns every judgement of a wish. Must not know modules, parameters or devices; a `Ground` answers what depends on them.
-"""
+"""The changes that bring the seeds of a model to the declared ones: a pure function of records and states."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from enum import Enum
-from typing import TypeAlias
 
 from leyline.v1.enums_pb2 import (
     SEED_STAGE_BLENDING,
@@ -20,17 +15,24 @@ from leyline.v1.enums_pb2 import (
     SeedLifecycleStage,
 )
 from leyline.v1.seeds_pb2 import SeedState
-from tolaria.seeds.alpha import Ramp, asked_ramp
+from tolaria.errors import SeedError
 from tolaria.seeds.slots import seed_id_problem
-from tolaria.seeds.stages import ABSENT, AUDIBLE, FOLLOWERS, FOSSIL, FULL_STRENGTH, Stage, stage_name
+from tolaria.seeds.stages import ABSENT, BLENDED, FOSSILIZED, FULL_STRENGTH, SUCCESSORS, Stage, stage_name
+from tolaria.values.seeds import Ramp, declared_ramp
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class GraftedSeed:
     """A seed that is in the model.
 
-    `ramp` is the schedule it follows (None until it blends), `asked` the one that was wished for, which differs where
-    the wish came late. CULLED is a seed on its way out, down to alpha 0. `attribution` is the wish's, for the states.
+    Attributes:
+        seed_id: its id.
+        blueprint: the name of its blueprint.
+        slot: the name of its slot.
+        stage: CULLED while it fades out.
+        ramp: the schedule that it follows; None before it blends.
+        asked: the schedule that was declared, which differs from `ramp` if it arrived late.
+        attribution: as declared.
     """
 
     seed_id: str
@@ -42,127 +44,213 @@ class Standing:
     attribution: float = 0.0
 
     def alpha(self, step: int) -> float:
-        """Its strength in the forward pass of the update after `step` updates."""
+        """Returns alpha in the forward pass of the step after `step` steps."""
         if self.ramp is None or self.stage in {SEED_STAGE_GERMINATED, SEED_STAGE_TRAINING}:
             return 0.0
         return self.ramp.end if self.stage in FULL_STRENGTH else self.ramp.at(step)
-
-
-class ChangeKind(Enum):
-    """What a change does."""
-
-    GRAFTED = "grafted"
-    MOVED = "moved"
-    ADJUSTED = "adjusted"
-    FADING = "fading"
-    REMOVED = "removed"
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
     """One seed before and after; None where it is not in the model."""
 
-    before: Standing | None
-    after: Standing | None
+    before: GraftedSeed | None
+    after: GraftedSeed | None
 
     @property
-    def seed_id(self) -> str:
-        """Whose change it is."""
-        return self._either.seed_id
+    def seed(self) -> GraftedSeed:
+        """The seed afterwards; as it was before if it leaves."""
+        seed = self.after or self.before
+        assert seed is not None  # noqa: S101 - a change has at least one side
+        return seed
 
     @property
-    def kind(self) -> ChangeKind:
-        """What it does. ADJUSTED: another schedule or attribution. FADING: culled, and ramping down first."""
+    def kind(self) -> str:
+        """One word. adjusted: another schedule or attribution. fading: culled, and ramping down first."""
         if self.before is None:
-            return ChangeKind.GRAFTED
+            return "grafted"
         if self.after is None:
-            return ChangeKind.REMOVED
+            return "removed"
         if self.after.stage == self.before.stage:
-            return ChangeKind.ADJUSTED
-        return ChangeKind.FADING if self.after.stage == SEED_STAGE_CULLED else ChangeKind.MOVED
-
-    @property
-    def _either(self) -> Standing:
-        either = self.after or self.before
-        assert either is not None  # noqa: S101 - a change of nothing into nothing is never made
-        return either
+            return "adjusted"
+        return "fading" if self.after.stage == SEED_STAGE_CULLED else "moved"
 
     def __str__(self) -> str:
         stage = "" if self.after is None else f", {stage_name(self.after.stage)}"
-        return f"{self.seed_id} {self.kind.value} in slot {self._either.slot}{stage}"
+        return f"{self.seed.seed_id} {self.kind} in slot {self.seed.slot}{stage}"
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A wish, or the part of one, that cannot be met now; in words for whoever wished."""
+    """A desired state, or a part of one, that cannot be reached now, and why."""
 
     seed_id: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
-    """What can grow where: slots in the model's order, known blueprints, and why one does not fit a slot (None: fits).
+class HostFacts:
+    """What a plan depends on beside the seeds.
 
-    A culled seed ramps down over `cull_steps`, at least 1.
+    Attributes:
+        slots: names of the slots in the model's order.
+        blueprints: names of the known blueprints.
+        misfits: why a blueprint does not fit a slot, by (blueprint, slot); other pairs fit.
+        cull_steps: steps over which a culled seed fades out, at least 1.
     """
 
     slots: Sequence[str]
     blueprints: AbstractSet[str]
-    misfit: Callable[[str, str], str | None]
+    misfits: Mapping[tuple[str, str], str]
     cull_steps: int
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Changes in the order in which to make them: who leaves, who moves on, who comes."""
+    """Changes in the order in which to apply them: seeds that leave, that move on, and new ones."""
 
     changes: tuple[Change, ...]
     refusals: tuple[Refusal, ...]
 
 
-_Outcome: TypeAlias = tuple[Standing | None, str | None]
-"""What a seed becomes (None: not in the model) and, where that is not the whole wish, why."""
+def plan(current: Sequence[GraftedSeed], desired: Sequence[SeedState], facts: HostFacts, global_step: int) -> Plan:
+    """Returns the changes that bring `current` as close to `desired` as is possible at `global_step`.
 
-
-def plan(current: Sequence[Standing], desired: Sequence[SeedState], ground: Ground, global_step: int) -> Plan:
-    """Bring `current` as close to `desired` as is possible now.
-
-    A seed of the model that nobody wishes for any more is culled, unless it is part of the host. A refused wish leaves
-    its seed as it is. Planning again from the result gives no change.
+    A seed that is no longer declared is culled, unless it is part of the host. A refused state leaves its seed as it
+    is. Planning again from the result gives no change.
     """
-    wishes, refusals = _sort_out(desired)
-    spared = {state.seed_id for state in desired} | {each.seed_id for each in current if each.stage in FOSSIL}
+    planner = _Planner(facts, global_step, [])
+    valid = planner.validate(desired)
+    kept = {state.seed_id for state in desired} | {seed.seed_id for seed in current if seed.stage in FOSSILIZED}
     leaving: list[Change] = []
     moving: list[Change] = []
-    staying: list[Standing] = []
-    for standing in current:
-        after, reason = _become(standing, wishes.get(standing.seed_id), spared, (ground, global_step))
-        if reason is not None:
-            refusals.append(Refusal(standing.seed_id, reason))
+    staying: list[GraftedSeed] = []
+    for seed in current:
+        if seed.seed_id in valid:
+            after = planner.follow(seed, valid[seed.seed_id])
+        else:
+            after = seed if seed.seed_id in kept else planner.cull(seed)
         if after is not None:
             staying.append(after)
-        if after != standing:
-            (leaving if after is None or after.stage == SEED_STAGE_CULLED else moving).append(Change(standing, after))
-    coming = _newcomers(current, staying, wishes, refusals, (ground, global_step))
-    return Plan((*leaving, *moving, *coming), tuple(refusals))
+        if after != seed:
+            (leaving if after is None or after.stage == SEED_STAGE_CULLED else moving).append(Change(seed, after))
+    known = {seed.seed_id for seed in current}
+    new = [state for state in valid.values() if state.seed_id not in known and state.stage not in ABSENT]
+    grafted = planner.graft_all(new, staying)
+    return Plan((*leaving, *moving, *grafted), tuple(planner.refusals))
 
 
-def _sort_out(desired: Sequence[SeedState]) -> tuple[dict[str, SeedState], list[Refusal]]:
-    wishes: dict[str, SeedState] = {}
-    refusals: list[Refusal] = []
-    seen: set[str] = set()
-    for state in desired:
-        problem = "is desired twice; the first counts" if state.seed_id in seen else _malformed(state)
-        seen.add(state.seed_id)
-        if problem is None:
-            wishes[state.seed_id] = state
-        else:
-            refusals.append(Refusal(state.seed_id, problem))
-    return wishes, refusals
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    """The decisions about single seeds at one step. Private methods raise SeedError with the reason of a refusal."""
+
+    facts: HostFacts
+    step: int
+    refusals: list[Refusal]
+
+    def validate(self, desired: Sequence[SeedState]) -> dict[str, SeedState]:
+        """Returns the states that are well-formed, by seed."""
+        valid: dict[str, SeedState] = {}
+        seen: set[str] = set()
+        for state in desired:
+            problem = "is desired twice; the first counts" if state.seed_id in seen else _state_problem(state)
+            seen.add(state.seed_id)
+            if problem is None:
+                valid[state.seed_id] = state
+            else:
+                self._refuse(state.seed_id, problem)
+        return valid
+
+    def follow(self, seed: GraftedSeed, desired: SeedState) -> GraftedSeed | None:
+        """Returns what a seed of the model becomes; None if it leaves."""
+        try:
+            _check_succession(seed, desired)
+            return self.cull(seed) if desired.stage in ABSENT else self._move(seed, desired)
+        except SeedError as error:
+            self._refuse(seed.seed_id, str(error))
+            return seed
+
+    def cull(self, seed: GraftedSeed) -> GraftedSeed | None:
+        """Returns the seed as it fades out; None if it leaves at once, at alpha 0."""
+        if seed.stage == SEED_STAGE_CULLED:
+            return seed
+        alpha = seed.alpha(self.step)
+        if alpha == 0.0:
+            return None
+        return replace(seed, stage=SEED_STAGE_CULLED, ramp=Ramp(alpha, 0.0, self.step, self.facts.cull_steps))
+
+    def graft_all(self, desired: Sequence[SeedState], staying: Sequence[GraftedSeed]) -> list[Change]:
+        """Grafts new seeds into the slots that the staying ones leave free."""
+        taken = {seed.slot for seed in staying if seed.stage not in FOSSILIZED}
+        free = [slot for slot in self.facts.slots if slot not in taken]
+        changes: list[Change] = []
+        for state in desired:
+            try:
+                after = self._graft(state, free)
+            except SeedError as error:
+                self._refuse(state.seed_id, str(error))
+            else:
+                free.remove(after.slot)
+                changes.append(Change(None, after))
+        return changes
+
+    def _refuse(self, seed_id: str, reason: str) -> None:
+        self.refusals.append(Refusal(seed_id, reason))
+
+    def _graft(self, desired: SeedState, free: Sequence[str]) -> GraftedSeed:
+        if desired.stage not in SUCCESSORS[None]:
+            raise SeedError(f"was never grafted here, so that it cannot be {stage_name(desired.stage)}")
+        if desired.blueprint_id not in self.facts.blueprints:
+            known = ", ".join(sorted(self.facts.blueprints)) or "none"
+            raise SeedError(f"blueprint {desired.blueprint_id!r} is unknown; known are {known}")
+        slot = self._choose_slot(desired, free)
+        return self._move(GraftedSeed(desired.seed_id, desired.blueprint_id, slot, SEED_STAGE_GERMINATED), desired)
+
+    def _choose_slot(self, desired: SeedState, free: Sequence[str]) -> str:
+        """Returns the declared slot, or the first that is free and fits."""
+        misfits = {slot: self.facts.misfits.get((desired.blueprint_id, slot)) for slot in self.facts.slots}
+        if not desired.slot:
+            for slot in free:
+                if misfits[slot] is None:
+                    return slot
+            raise SeedError(f"no free slot fits: {misfits[free[0]]}" if free else "no slot is free")
+        if desired.slot not in misfits:
+            raise SeedError(f"slot {desired.slot!r} is unknown; known are {', '.join(self.facts.slots) or 'none'}")
+        if desired.slot not in free:
+            raise SeedError(f"slot {desired.slot!r} is taken")
+        if problem := misfits[desired.slot]:
+            raise SeedError(problem)
+        return desired.slot
+
+    def _move(self, seed: GraftedSeed, desired: SeedState) -> GraftedSeed:
+        """Returns the seed in the desired stage, or the nearest that is reached without a jump of the output."""
+        if desired.stage not in BLENDED:
+            return replace(seed, stage=desired.stage, attribution=desired.attribution)
+        ramp, asked = self._schedule(seed, desired)
+        scheduled = replace(seed, ramp=ramp, asked=asked, attribution=desired.attribution)
+        alpha = ramp.at(self.step)
+        if desired.stage not in FULL_STRENGTH or seed.stage in FULL_STRENGTH or alpha == ramp.end:
+            return replace(scheduled, stage=desired.stage)
+        reached = f"alpha is {alpha:.3g} and reaches {ramp.end:.3g} at step {ramp.end_step}"
+        self._refuse(seed.seed_id, f"{stage_name(desired.stage)} has to wait: {reached}")
+        return replace(scheduled, stage=seed.stage if seed.stage in BLENDED else SEED_STAGE_BLENDING)
+
+    def _schedule(self, seed: GraftedSeed, desired: SeedState) -> tuple[Ramp, Ramp | None]:
+        """Returns the ramp to follow and the declared one."""
+        asked = declared_ramp(desired)
+        if seed.ramp is not None:
+            # The reported schedule comes back rounded to the message's floats.
+            reported = desired.HasField("alpha") and desired.alpha == seed.ramp.message()
+            if seed.stage in FULL_STRENGTH or asked is None or asked == seed.asked or reported:
+                return seed.ramp, seed.asked
+        if asked is None:
+            raise SeedError(f"{stage_name(desired.stage)} needs an alpha schedule")
+        if problem := asked.problem():
+            raise SeedError(problem)
+        return (asked if seed.ramp is not None else asked.begun_at(self.step)), asked
 
 
-def _malformed(state: SeedState) -> str | None:
+def _state_problem(state: SeedState) -> str | None:
     problem = seed_id_problem(state.seed_id)
     if problem is not None:
         return problem
@@ -173,126 +261,17 @@ def _malformed(state: SeedState) -> str | None:
     return None
 
 
-def _become(standing: Standing, wish: SeedState | None, spared: set[str], now: tuple[Ground, int]) -> _Outcome:
-    if wish is not None:
-        return _follow(standing, wish, *now)
-    return (standing if standing.seed_id in spared else _leave(standing, *now)), None
-
-
-def _follow(standing: Standing, wish: SeedState, ground: Ground, step: int) -> _Outcome:
-    if wish.stage in ABSENT:
-        if standing.stage in FOSSIL:
-            return standing, f"is part of the host; {stage_name(wish.stage)} cannot follow {stage_name(standing.stage)}"
-        return _leave(standing, ground, step), None
-    problem = _cannot_follow(standing, wish)
-    if problem is not None:
-        return standing, problem
-    return _head_for(standing, wish, step)
-
-
-def _leave(standing: Standing, ground: Ground, step: int) -> Standing | None:
-    if standing.stage == SEED_STAGE_CULLED:
-        return standing
-    alpha = standing.alpha(step)
-    if alpha == 0.0:
-        return None
-    return replace(standing, stage=SEED_STAGE_CULLED, ramp=Ramp(alpha, 0.0, step, ground.cull_steps))
-
-
-def _cannot_follow(standing: Standing, wish: SeedState) -> str | None:
-    if standing.stage == SEED_STAGE_CULLED and standing.ramp is not None:
-        gone = standing.ramp.begin_step + standing.ramp.duration_steps
-        return f"is being culled until step {gone}; {stage_name(wish.stage)} cannot follow"
-    if wish.stage not in FOLLOWERS[standing.stage]:
-        return f"{stage_name(wish.stage)} cannot follow {stage_name(standing.stage)}"
-    if wish.blueprint_id not in {"", standing.blueprint}:
-        return f"is a {standing.blueprint!r}; it cannot become a {wish.blueprint_id!r}"
-    if wish.slot not in {"", standing.slot}:
-        return f"stands in slot {standing.slot!r}; it cannot move to {wish.slot!r}"
-    return None
-
-
-def _head_for(was: Standing, wish: SeedState, step: int) -> _Outcome:
-    """The wish's stage, or the nearest to it that can be reached without a jump of the output."""
-    if wish.stage not in AUDIBLE:
-        return replace(was, stage=wish.stage, attribution=wish.attribution), None
-    schedule = _schedule(was, wish, step)
-    if isinstance(schedule, str):
-        return was, schedule
-    ramp, asked = schedule
-    scheduled = replace(was, ramp=ramp, asked=asked, attribution=wish.attribution)
-    entering_full = wish.stage in FULL_STRENGTH and was.stage not in FULL_STRENGTH
-    if not entering_full or ramp.at(step) == ramp.end:
-        return replace(scheduled, stage=wish.stage), None
-    reached = ramp.begin_step + ramp.duration_steps
-    reason = f"{stage_name(wish.stage)} has to wait: alpha is {ramp.at(step):.3g} and reaches {ramp.end:.3g} at step"
-    stage = was.stage if was.stage in AUDIBLE else SEED_STAGE_BLENDING
-    return replace(scheduled, stage=stage), f"{reason} {reached}"
-
-
-def _schedule(was: Standing, wish: SeedState, step: int) -> tuple[Ramp, Ramp | None] | str:
-    """The ramp to follow and the one asked for; or why there is none."""
-    asked = asked_ramp(wish)
-    if was.ramp is not None and (
-        was.stage in FULL_STRENGTH or asked is None or asked == was.asked or was.ramp.reported_as(wish)
-    ):
-        return was.ramp, was.asked
-    if asked is None:
-        return f"{stage_name(wish.stage)} needs an alpha schedule"
-    problem = asked.problem()
-    if problem is not None:
-        return problem
-    return (asked if was.ramp is not None else asked.begun_at(step)), asked
-
-
-def _newcomers(
-    current: Sequence[Standing],
-    staying: Sequence[Standing],
-    wishes: Mapping[str, SeedState],
-    refusals: list[Refusal],
-    where_and_when: tuple[Ground, int],
-) -> list[Change]:
-    ground, step = where_and_when
-    known = {standing.seed_id for standing in current}
-    free = [s for s in ground.slots if s not in {seed.slot for seed in staying if seed.stage not in FOSSIL}]
-    coming: list[Change] = []
-    for wish in wishes.values():
-        if wish.seed_id in known or wish.stage in ABSENT:
-            continue
-        after, reason = _graft(wish, free, ground, step)
-        if reason is not None:
-            refusals.append(Refusal(wish.seed_id, reason))
-        if after is not None:
-            free.remove(after.slot)
-            coming.append(Change(None, after))
-    return coming
-
-
-def _graft(wish: SeedState, free: Sequence[str], ground: Ground, step: int) -> _Outcome:
-    if wish.stage not in FOLLOWERS[None]:
-        return None, f"was never grafted here, so that it cannot be {stage_name(wish.stage)}"
-    if wish.blueprint_id not in ground.blueprints:
-        known = ", ".join(sorted(ground.blueprints)) or "none"
-        return None, f"blueprint {wish.blueprint_id!r} is unknown; known are {known}"
-    slot, problem = _place(wish, free, ground)
-    if slot is None:
-        return None, problem
-    seedling = Standing(wish.seed_id, wish.blueprint_id, slot, SEED_STAGE_GERMINATED)
-    after, reason = _head_for(seedling, wish, step)
-    return (None, reason) if after == seedling and reason is not None else (after, reason)
-
-
-def _place(wish: SeedState, free: Sequence[str], ground: Ground) -> tuple[str | None, str | None]:
-    """The slot wished for; without a name, the first that is free and fits."""
-    if not wish.slot:
-        problems = [ground.misfit(wish.blueprint_id, slot) for slot in free]
-        for slot, problem in zip(free, problems, strict=True):
-            if problem is None:
-                return slot, None
-        return None, f"no free slot fits: {problems[0]}" if problems else "no slot is free"
-    if wish.slot not in ground.slots:
-        return None, f"slot {wish.slot!r} is unknown; known are {', '.join(ground.slots) or 'none'}"
-    if wish.slot not in free:
-        return None, f"slot {wish.slot!r} is taken"
-    problem = ground.misfit(wish.blueprint_id, wish.slot)
-    return (wish.slot, None) if problem is None else (None, problem)
+def _check_succession(seed: GraftedSeed, desired: SeedState) -> None:
+    stage, present = stage_name(desired.stage), stage_name(seed.stage)
+    if desired.stage in ABSENT:
+        if seed.stage in FOSSILIZED:
+            raise SeedError(f"is part of the host; {stage} cannot follow {present}")
+        return
+    if seed.stage == SEED_STAGE_CULLED and seed.ramp is not None:
+        raise SeedError(f"is being culled until step {seed.ramp.end_step}; {stage} cannot follow")
+    if desired.stage not in SUCCESSORS[seed.stage]:
+        raise SeedError(f"{stage} cannot follow {present}")
+    if desired.blueprint_id not in {"", seed.blueprint}:
+        raise SeedError(f"is a {seed.blueprint!r}; it cannot become a {desired.blueprint_id!r}")
+    if desired.slot not in {"", seed.slot}:
+        raise SeedError(f"is in slot {seed.slot!r}; it cannot move to {desired.slot!r}")

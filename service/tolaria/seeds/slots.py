@@ -1,7 +1,4 @@
-"""Slots: the places in a host model where seeds grow, and how a seed's branch joins what flows through.
-
-Owns the forward pass of seeds. Must not know stages, wishes or who trains what: it is told what to add.
-"""
+"""`SeedSlot`, where seeds are grafted into a host model, the forward pass of a graft, and the owners of parameters."""
 
 from __future__ import annotations
 
@@ -11,30 +8,34 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from tolaria.errors import BlueprintError, SlotError
+from tolaria.errors import BlueprintError, OwnershipError, SlotError
+from tolaria.values.training import HOST
 
 Layout: TypeAlias = Literal["vector", "sequence", "image"]
 """vector: (batch, features). sequence: (batch, time, features). image: (batch, features, height, width)."""
 
 _CHANNEL_AT: dict[Layout, tuple[int, int]] = {"vector": (2, 1), "sequence": (3, 2), "image": (4, 1)}
-"""Rank of the activations, and which of its dimensions counts features."""
+"""Rank of the activations, and the dimension of their features."""
+
+NamedParameters: TypeAlias = list[tuple[str, nn.Parameter]]
+"""Parameters with their names in the model, in the model's order."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotSpec:
-    """What a blueprint must know to build a branch that fits: how activations are laid out, and their features."""
+    """The layout of a slot's activations and the number of their features, for blueprints."""
 
     name: str
     features: int
     layout: Layout
 
 
-_RESERVED = frozenset(dir(nn.ModuleDict())) | {"host"}
+_RESERVED = frozenset(dir(nn.ModuleDict())) | {HOST}
 _SEED_ID_LENGTH_MAX = 128
 
 
 def seed_id_problem(seed_id: str) -> str | None:
-    """Why an id cannot be part of the names of a seed's parameters; None when it can."""
+    """Returns why an id cannot be part of the names of a seed's parameters; None if it can."""
     if not 0 < len(seed_id) <= _SEED_ID_LENGTH_MAX:
         return f"a seed id has 1 to {_SEED_ID_LENGTH_MAX} characters, not {len(seed_id)}"
     if "." in seed_id or seed_id in _RESERVED:
@@ -43,18 +44,18 @@ def seed_id_problem(seed_id: str) -> str | None:
 
 
 class SeedSlot(nn.Module):
-    """A place behind some layer of a host where seeds grow: `SeedSlot("block1", features=64, layout="image")`.
+    """A position behind a layer of a host where seeds are grafted: `SeedSlot("block1", features=64, layout="image")`.
 
-    Without seeds it returns what it is given, the very same tensor. Seeds stand in a chain: those that are part of the
-    host first, then at most one that lives, which so sees what its forerunners made of the activations.
+    Without seeds it returns its input, the same tensor. Seeds form a chain: first those that are part of the host,
+    then at most one further seed, whose input is their output.
 
     Args:
-        name: what Kasmina calls it; unique in the model.
+        name: the name that Kasmina uses; unique in the model.
         features: channels of the activations.
         layout: see `Layout`.
 
     Raises:
-        SlotError: an empty name, no features, an unknown layout.
+        SlotError: an empty name, no features, or an unknown layout.
     """
 
     def __init__(self, name: str, *, features: int, layout: Layout) -> None:
@@ -68,10 +69,13 @@ class SeedSlot(nn.Module):
         self.seeds = nn.ModuleDict()
 
     def forward(self, h: Tensor) -> Tensor:
-        """Activations of the spec's layout, any floating dtype, with what the seeds add. Does not synchronise.
+        """Returns the activations with the output of the seeds added. Does not synchronise.
+
+        Args:
+            h: activations in the declared layout, of any floating-point dtype.
 
         Raises:
-            SlotError: activations that are not what the slot was declared for.
+            SlotError: the activations have another rank or another number of features.
         """
         rank, channel = _CHANNEL_AT[self.spec.layout]
         if h.dim() != rank or h.size(channel) != self.spec.features:
@@ -84,29 +88,29 @@ class SeedSlot(nn.Module):
         return h
 
     def grafts(self) -> dict[str, Graft]:
-        """Seeds by id, in the order in which activations pass them."""
+        """Returns the grafts by seed id, in the order in which they run."""
         return {seed_id: cast("Graft", graft) for seed_id, graft in self.seeds.items()}
 
     def arrange(self, grafts: dict[str, Graft]) -> None:
-        """Hold exactly these, in this order."""
+        """Replaces all grafts by these, in this order."""
         self.seeds.clear()
         self.seeds.update(grafts)
 
 
 class Graft(nn.Module):
-    """A seed in its slot: the branch s, and how its output joins the activations h.
+    """A seed in its slot: its branch s, and how the branch's output is added to the activations h.
 
-    Silent (alpha 0, not learning): h itself; the branch is not run. Learning at alpha 0: the forward value is h, bit
-    by bit, and the branch learns on its own (`_AddSilently`). At alpha above 0: h + alpha s(h), gradients everywhere.
+    Alpha 0 and not trainable: returns h itself; the branch does not run. Alpha 0 and trainable: the value is h, bit
+    for bit, and the branch gets gradients (`_AddZero`). Alpha above 0: h + alpha s(h), with gradients everywhere.
 
-    A blend that stands at alpha 0 so trains as before it: the host's gradient is the limit for alpha to 0 (that of h
-    alone), the branch's is not multiplied with zero, and the infinities of a sick branch are not turned into NaN.
+    So a seed whose blending starts at alpha 0 trains as before: the host's gradient is its limit for alpha to 0 (that
+    of h alone), the branch's is not multiplied by zero, and an infinite branch output does not become NaN.
 
     Args:
-        seed_id: for messages.
-        branch: maps activations to activations of the same shape; moved to the right device and dtype.
-        slot: where it stands.
-        isolated: whether the gradient of a branch at alpha 0 ends at the branch, so that it cannot move the host.
+        seed_id: the seed's id, for error messages.
+        branch: maps activations to activations of the same shape; on the model's device and in its dtype.
+        slot: the spec of its slot.
+        isolated: whether gradients stop at the branch while alpha is 0, so that they do not reach the host.
     """
 
     def __init__(self, seed_id: str, branch: nn.Module, slot: SlotSpec, *, isolated: bool) -> None:
@@ -116,80 +120,72 @@ class Graft(nn.Module):
         self._where = f"seed {seed_id!r} in slot {slot.name!r}"
         self._contiguous = slot.layout == "sequence"
         self._isolated = isolated
-        self._learning = False
-        self._trainable = [p for p in branch.parameters() if p.requires_grad]
-        self.learn(learning=False)
+        self._trainable_parameters = [p for p in branch.parameters() if p.requires_grad]
+        self.set_trainable(trainable=False)
 
-    def learn(self, *, learning: bool) -> None:
-        """Unfreeze the parameters that the blueprint made trainable, or freeze them and drop their gradients."""
-        self._learning = learning
-        for parameter in self._trainable:
-            parameter.requires_grad_(learning)
-            if not learning:
+    def set_trainable(self, *, trainable: bool) -> None:
+        """Unfreezes the parameters that the blueprint made trainable, or freezes them and drops their gradients."""
+        self.trainable = trainable
+        for parameter in self._trainable_parameters:
+            parameter.requires_grad_(trainable)
+            if not trainable:
                 parameter.grad = None
 
-    @property
-    def learning(self) -> bool:
-        """Whether its parameters are trained now."""
-        return self._learning
-
     def forward(self, h: Tensor) -> Tensor:
-        """The activations with the seed's share. Does not synchronise.
+        """Returns the activations with the seed's output added. Does not synchronise.
 
         Raises:
-            BlueprintError: the branch changed the shape of its activations.
+            BlueprintError: the branch returned another shape.
         """
         if self.alpha == 0.0:
-            if not (self._learning and torch.is_grad_enabled()):
+            if not (self.trainable and torch.is_grad_enabled()):
                 return h
             s = self._branch_at(h.detach() if self._isolated else h)
-            out: Tensor = _AddSilently.apply(h, s)  # type: ignore[no-untyped-call] # torch leaves it untyped
+            out: Tensor = _AddZero.apply(h, s)  # type: ignore[no-untyped-call] # torch leaves it untyped
             return out
         return torch.add(h, self._branch_at(h), alpha=self.alpha)
 
     def _branch_at(self, h: Tensor) -> Tensor:
-        # torch multiplies a batch of matrices that is not contiguous in an order that depends on whether the weights
-        # are trained: freezing them would change the output in its last bits.
+        # torch multiplies a batch of non-contiguous matrices in an order that depends on whether the weights require
+        # gradients, so freezing them would change the last bits of the output.
         s: Tensor = self.branch(h.contiguous() if self._contiguous else h)
         if s.shape != h.shape:
             raise BlueprintError(f"{self._where}: its branch made {tuple(s.shape)} of {tuple(h.shape)}")
-        return s.to(h.dtype)  # autocast may have given the branch another one; the host's must not change
+        return s.to(h.dtype)  # autocast may have changed it; the host's dtype must not change
 
 
-class _AddSilently(torch.autograd.Function):
-    """h + 0 as a value, h + s as far as gradients are concerned.
+class _AddZero(torch.autograd.Function):
+    """h as a value, h + s for gradients.
 
-    The usual h + (s - s.detach()) gives the same gradients but not the same value: an infinite or NaN s makes NaN of
-    it, a -0.0 in h turns into 0.0, and a compiler that reorders the sum rounds h. Here h is copied, so that the value
-    is bit-equal whatever the branch computes. A copy rather than h itself, for a host that goes on in place
-    (`ReLU(inplace=True)`) would overwrite what the branch keeps for its backward pass.
+    The usual h + (s - s.detach()) has the same gradients but not the same value: an infinite or NaN s gives NaN, a
+    -0.0 in h becomes 0.0, and a compiler that reorders the sum rounds h. This returns a copy of h, so the value is
+    bit-equal. A copy and not h itself, since a host that continues in place (`ReLU(inplace=True)`) would overwrite
+    what the branch saved for its backward pass.
     """
-
-    generate_vmap_rule = True  # rows of several sources may be taken as one batched vector-Jacobian product
 
     @staticmethod
     def forward(h: Tensor, s: Tensor) -> Tensor:
-        """A copy of h."""
+        """Returns a copy of h."""
         del s
         return h.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        """Nothing is kept."""
+        """Saves nothing."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        """The output's gradient, to both."""
+        """Returns the gradient of the output for both inputs."""
         del ctx
         (gradient,) = gradients
         return gradient, gradient
 
 
 def slots_of(model: nn.Module) -> dict[str, tuple[str, SeedSlot]]:
-    """By name, in the model's order: the module path of each slot, and the slot.
+    """Returns the module path of each slot and the slot, by name and in the model's order.
 
     Raises:
-        SlotError: two slots of one name.
+        SlotError: two slots have the same name.
     """
     found: dict[str, tuple[str, SeedSlot]] = {}
     for path, module in model.named_modules():
@@ -203,6 +199,37 @@ def slots_of(model: nn.Module) -> dict[str, tuple[str, SeedSlot]]:
 
 
 def training_seeds(model: nn.Module) -> tuple[str, ...]:
-    """Ids of the seeds that are trained now, for a job that has a loss for each of them."""
+    """Returns the ids of the seeds that are trained, for a job that has a loss for each of them."""
     slots = (slot for _, slot in slots_of(model).values())
-    return tuple(seed_id for slot in slots for seed_id, graft in slot.grafts().items() if graft.learning)
+    return tuple(seed_id for slot in slots for seed_id, graft in slot.grafts().items() if graft.trainable)
+
+
+def parameters_by_owner(model: nn.Module) -> dict[str, NamedParameters]:
+    """Returns the parameters of each owner: `HOST` first, then the seeds in the model's order.
+
+    A parameter that is tied within one owner appears once, under its first name.
+
+    Raises:
+        OwnershipError: a parameter belongs to two owners.
+        SlotError: two slots have the same name.
+    """
+    prefixes = {
+        f"{seed_prefix(path, seed_id)}.": seed_id for path, slot in slots_of(model).values() for seed_id in slot.seeds
+    }
+    owned: dict[str, NamedParameters] = {HOST: [], **{seed_id: [] for seed_id in prefixes.values()}}
+    first_seen: dict[int, tuple[str, str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = next((seed_id for prefix, seed_id in prefixes.items() if name.startswith(prefix)), HOST)
+        first_owner, first_name = first_seen.setdefault(id(parameter), (owner, name))
+        if first_owner != owner:
+            raise OwnershipError(
+                f"one parameter is owned twice: as {first_name!r} by {first_owner!r} and as {name!r} by {owner!r}"
+            )
+        if first_name == name:
+            owned[owner].append((name, parameter))
+    return owned
+
+
+def seed_prefix(slot_path: str, seed_id: str) -> str:
+    """Returns the module path of a seed in the slot at `slot_path`."""
+    return ".".join(part for part in (slot_path, "seeds", seed_id) if part)

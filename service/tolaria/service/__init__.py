@@ -1,7 +1,4 @@
-"""The composition root: builds every part from the settings, holds the one task group, drains. Holds no rules.
-
-Starting is in `start`, what is built in `parts`, what goes on while it serves in `host`.
-"""
+"""The composition root: builds the parts of a service from the settings, serves, and drains."""
 
 from tolaria.service.start import run
 

@@ -1,149 +1,94 @@
-"""From settings to a running service: what has to be there before there is an event loop.
-
-Owns the order in which things are had and given back. Must not hold rules, and never touches a tensor.
-"""
+"""Starts a service from its settings: creates what has to exist before the event loop, in order."""
 
 from __future__ import annotations
 
 import io
 import sys
-import time
-from importlib.metadata import version
 
 import anyio
 import structlog
 
 from tolaria import __version__
+from tolaria.checkpoint.store import LoadedCheckpoint
+from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings
-from tolaria.emergency.watched import stacks_on_request
-from tolaria.errors import (
-    BrokenJobError,
-    ConfigurationError,
-    OptimizationError,
-    RollbackError,
-    SeedError,
-    StateUnsupportedError,
-)
-from tolaria.rollback import CheckpointWriter, LoadedCheckpoint
+from tolaria.emergency.supervision import stacks_on_request
+from tolaria.errors import ConfigurationError, OptimizationError, RollbackError, SeedError
+from tolaria.run.resume import ResumePoint, active_halt, end_run, load_resume_point, prepare_state, run_row
 from tolaria.service.host import Host
-from tolaria.service.parts import Ground, Parts
+from tolaria.service.wiring import Foundation, LaneBuild, build_lane
 from tolaria.signals import SignalBoard
-from tolaria.telemetry.emitter import Emitter
+from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext, logging_to
 from tolaria.telemetry.metrics import Metrics
-from tolaria.training.progress import Progress
-from tolaria.training.recovery.keeper import SnapshotKeeper
-from tolaria.training.recovery.startup import (
-    ResumePoint,
-    end_run,
-    load_resume_point,
-    prepare_state,
-    run_row,
-    standing_halt,
-)
-from tolaria.training.rig import Rig, build_rig
 
 
 def run(settings: Settings) -> int:
-    """Serve until the run is done or a signal comes; returns the exit code.
+    """Serves until the run is done or a signal arrives; returns the exit code.
 
     Raises:
-        JobError: when the job cannot be built; nothing has been started by then.
-        BindError: when an address cannot be had; what had been started is stopped again.
-        PeerUnavailableError: when an embedded peer does not start.
-        SignalError: when the signal board cannot be had.
-        StateHeldError: when another service uses state.dir.
-        ConfigurationError: when state.dir cannot be written, or what it holds does not fit the settings.
+        JobError: the job cannot be built; nothing has been started yet.
+        BindError: an address cannot be bound; what had been started is stopped.
+        PeerUnavailableError: an embedded peer does not start.
+        SignalError: the signal board cannot be created.
+        StateHeldError: another service uses state.dir.
+        ConfigurationError: state.dir cannot be written, or its content does not fit the settings.
     """
-    metrics = Metrics()
-    context = LogContext()
+    metrics, context = Metrics(), LogContext()
     dropped = metrics.telemetry_dropped_total
-    stderr = sys.stderr or io.StringIO()  # closed: whoever started us does not want to hear
+    stderr = sys.stderr or io.StringIO()  # None when the parent closed it
     with logging_to(stderr, settings.logging, context, on_dropped=lambda priority: dropped.labels(priority).inc()):
-        rig = build_rig(settings)
-        keeper = new_keeper(settings, rig)
-        metrics.build_info.info({"version": __version__, "torch": version("torch"), "device": str(rig.device)})
+        build = build_lane(settings)
+        ready = build.ready
+        metrics.build_info.info({"version": __version__, "torch": ready.torch_version, "device": ready.device})
         with prepare_state(settings) as prepared:
             point = load_resume_point(prepared)
             if point.loaded is not None:
-                resume(keeper, point.loaded, settings)
-            progress = new_progress(settings, rig, run_id=point.state.run_id)
-            _tell(point, progress)
+                resume(build, point.loaded, settings)
+            _log_start(point)
+            run_id = point.state.run_id
             with (
-                SignalBoard.create(settings.signals.board(progress.run_id), progress.run_id) as board,
+                SignalBoard.create(settings.signals.board(run_id), run_id) as board,
                 stacks_on_request(settings),
                 CheckpointWriter(point.state.storage.checkpoints) as writer,
             ):
-                ground = Ground(
+                foundation = Foundation(
                     settings=settings,
-                    rig=rig,
-                    keeper=keeper,
-                    progress=progress,
+                    build=build,
                     board=board,
+                    storage=point.state.storage,
+                    writer=writer,
+                    run=run_row(point.state.storage.journal, run_id),
+                    active_halt=active_halt(point.state),
                     metrics=metrics,
                     emitter=Emitter(),
                     log_context=context,
-                    storage=point.state.storage,
-                    run=run_row(point.state.storage.journal, progress.run_id),
-                    standing=standing_halt(point.state),
-                    writer=writer,
                 )
-                host = Host(Parts(ground))
+                host = Host(foundation)
                 code = anyio.run(host.serve)
             if host.ending is not None:
                 end_run(point.state, host.ending)
             return code
 
 
-def resume(keeper: SnapshotKeeper, loaded: LoadedCheckpoint, settings: Settings) -> None:
-    """Bring a checkpoint into a rig that has just been built.
-
-    Raises:
-        ConfigurationError: it does not fit what the settings have built.
-    """
+def resume(build: LaneBuild, loaded: LoadedCheckpoint, settings: Settings) -> None:
+    """Restores a checkpoint into a lane that has just been built. Raises ConfigurationError if it does not fit."""
     try:
-        restored = keeper.resume(loaded.image)
+        restored = build.resume(loaded.image)
     except (RollbackError, SeedError, OptimizationError) as error:
         problem = (
             f"state.dir: {settings.state.dir} holds an unfinished run that does not fit these settings: {error}; give "
-            "this one a state.dir of its own, or leave that run behind with state.resume = never"
+            "this one another state.dir, or abandon that run with state.resume = never"
         )
         raise ConfigurationError([problem]) from error
     if restored.state_digest != restored.expected_digest:
-        raise ConfigurationError([f"state.dir: {settings.state.dir}: what was resumed is not what was kept"])
+        raise ConfigurationError([f"state.dir: {settings.state.dir}: the resumed state is not the one that was saved"])
 
 
-def _tell(point: ResumePoint, progress: Progress) -> None:
+def _log_start(point: ResumePoint) -> None:
     log = structlog.get_logger()
-    for sentence in point.state.told:
+    for sentence in point.state.notes:
         log.info("state", detail=sentence)
     if point.loaded is not None:
         row = point.loaded.row
-        log.info("resumed", run_id=progress.run_id, step=row.global_step, checkpoint_id=row.checkpoint_id)
-
-
-def new_keeper(settings: Settings, rig: Rig) -> SnapshotKeeper:
-    """Of the rig's states.
-
-    Raises:
-        BrokenJobError: when the model keeps something that could not be brought back.
-    """
-    try:
-        return SnapshotKeeper(rig, settings.rollback)
-    except StateUnsupportedError as error:
-        raise BrokenJobError(
-            f"training.job {settings.training.job!r}: its model cannot be rolled back: {error}"
-        ) from None
-
-
-def new_progress(settings: Settings, rig: Rig, *, run_id: str) -> Progress:
-    """Of a run as it begins in this process."""
-    training = settings.training
-    return Progress(
-        run_id=run_id,
-        job=training.job,
-        experiment=training.experiment,
-        epochs=training.epochs,
-        steps_per_epoch=rig.steps_per_epoch,
-        started_at_s=time.monotonic(),
-    )
+        log.info("resumed", run_id=point.state.run_id, step=row.global_step, checkpoint_id=row.checkpoint_id)

@@ -1,30 +1,15 @@
-"""The signal board: emergencies, heartbeats and rollback state over shared memory. For peers too: no torch, no grpc."""
+"""The signal board: emergencies, heartbeats and rollback state in shared memory. Imports neither torch nor grpc."""
 
 from tolaria.signals.board import SignalBoard
-from tolaria.signals.latch import BoardStatistics
-from tolaria.signals.layout import PARTICIPANTS, REASON_MAX
-from tolaria.signals.owned import Participant, RollbackWriter
-from tolaria.signals.records import (
-    CLEARERS,
-    BlockCondition,
-    ParticipantRecord,
-    ParticipantState,
-    RollbackRecord,
-    RollbackState,
-    Signal,
-)
-from tolaria.signals.stale import remove_stale_boards
+from tolaria.signals.layout import PARTICIPANTS, RollbackState, Signal
+from tolaria.signals.mapping import remove_stale_boards
+from tolaria.signals.seqlock import BlockCondition
+from tolaria.signals.writers import ParticipantWriter, RollbackWriter
 
 __all__ = [
-    "CLEARERS",
     "PARTICIPANTS",
-    "REASON_MAX",
     "BlockCondition",
-    "BoardStatistics",
-    "Participant",
-    "ParticipantRecord",
-    "ParticipantState",
-    "RollbackRecord",
+    "ParticipantWriter",
     "RollbackState",
     "RollbackWriter",
     "Signal",

@@ -1,7 +1,6 @@
-"""Waiting for a 32-bit word of shared memory to change. Owns the system call; knows nothing of what the word means.
+"""Waiting for a 32-bit word of shared memory to change.
 
-Linux on x86-64 and aarch64 has futexes; elsewhere, or where a sandbox forbids the call, the word is polled each
-millisecond.
+Uses futexes on Linux on x86-64 and aarch64; polls every millisecond elsewhere and where a sandbox forbids the call.
 """
 
 from __future__ import annotations
@@ -13,81 +12,75 @@ import platform
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _CALL_NUMBERS = {"x86_64": 202, "aarch64": 98}
 _FUTEX_WAIT = 0  # without FUTEX_PRIVATE_FLAG: the word is shared between processes
 _FUTEX_WAKE = 1
-_EVERYONE = 2**31 - 1
+_ALL_WAITERS = 2**31 - 1
 _POLL_S = 0.001
 _WAIT_S_MAX = 3600.0
 _EXPECTED_ERRNOS = (errno.EAGAIN, errno.ETIMEDOUT, errno.EINTR)
 
 
 class Bell:
-    """A word that writers change and waiters sleep on, at `offset` of `memory` (a writable shared map).
+    """A word that writers change and waiters sleep on, at `offset` of `memory` (a writable shared mapping).
 
-    Any thread may ring or wait. `wait` releases the GIL while it sleeps. `ring` keeps it: waking takes microseconds,
-    while asking for the GIL back can take a whole switch interval of a computing thread.
+    Thread-safe. `wait` releases the GIL while it sleeps. `ring` keeps it: waking takes microseconds, while reacquiring
+    the GIL can take a whole switch interval of a computing thread. `waiters` counts this process's threads in `wait`.
     """
 
     def __init__(self, memory: memoryview, offset: int, *, futex: bool) -> None:
         self._word = ctypes.c_uint32.from_buffer(memory, offset)
         self._address = ctypes.addressof(self._word)
         self._futex = futex
-        self._waiters = 0
-        self._closed = False
+        self.waiters = 0
+        self.closed = False
         self._mutex = threading.Lock()
-        self.wake = futex_waker(self._address) if futex else _nothing
+        self.wake = futex_waker(self._address) if futex else lambda: None  # pollers wake by themselves
 
     @property
     def value(self) -> int:
-        """The word as it is now."""
+        """The current word."""
         return int(self._word.value)
 
     def ring(self, value: int) -> None:
-        """Store `value` and wake every waiter of every process."""
+        """Stores `value` and wakes the waiters of all processes."""
         self._word.value = value
         self.wake()
 
     def wait(self, seen: int, timeout_s: float) -> int:
-        """Sleep until the word differs from `seen`, the timeout is over or the bell closes; returns the word."""
+        """Sleeps until the word differs from `seen`, the timeout or `close`; returns the word."""
         with self._mutex:
-            self._waiters += 1
+            self.waiters += 1
         try:
             deadline = time.monotonic() + timeout_s
-            while self._word.value == seen and not self._closed:
+            while self._word.value == seen and not self.closed:
                 left_s = deadline - time.monotonic()
                 if not left_s > 0:
                     break
-                self._sleep(seen, min(left_s, _WAIT_S_MAX))
+                if self._futex:
+                    futex_wait(self._address, seen, min(left_s, _WAIT_S_MAX))
+                else:
+                    time.sleep(min(left_s, _POLL_S))
             return self.value
         finally:
             with self._mutex:
-                self._waiters -= 1
+                self.waiters -= 1
 
     def close(self) -> None:
-        """Send this process's waiters home and let go of the memory."""
-        self._closed = True
-        while self._waiters:  # one that saw the bell open may fall asleep after a wake: so wake until none is left
+        """Ends this process's waits and releases the memory."""
+        self.closed = True
+        while self.waiters:  # a waiter may fall asleep after a wake: repeat until none is left
             self.wake()
             time.sleep(_POLL_S)
         del self._word
 
-    def _sleep(self, seen: int, left_s: float) -> None:
-        if self._futex:
-            futex_wait(self._address, seen, left_s)
-        else:
-            time.sleep(min(left_s, _POLL_S))
-
 
 @cache
 def futex_available() -> bool:
-    """Whether this platform has futexes and this process may call them: asked with a wait that cannot sleep."""
+    """Returns whether this process may use futexes, which a wait that cannot sleep tries."""
     if sys.platform != "linux" or platform.machine() not in _CALL_NUMBERS or ctypes.sizeof(ctypes.c_void_p) != 8:
         return False
     word = ctypes.c_uint32(1)
@@ -99,7 +92,7 @@ def futex_available() -> bool:
 
 
 def futex_wait(address: int, expected: int, timeout_s: float) -> None:
-    """Sleep without the GIL while the word at `address` is `expected`; also returns early, on a signal or timeout.
+    """Sleeps without the GIL while the word at `address` is `expected`, until a wake-up, a signal or the timeout.
 
     Raises `OSError` when the kernel refuses the call itself.
     """
@@ -113,10 +106,10 @@ def futex_wait(address: int, expected: int, timeout_s: float) -> None:
 
 
 def futex_waker(address: int) -> Callable[[], object]:
-    """A function that wakes all who wait on the word at `address`, holding the GIL; its arguments are ready made."""
+    """Returns a function that wakes all waiters on the word at `address` without releasing the GIL."""
     syscall = ctypes.PyDLL(None).syscall
-    syscall.restype = None  # how many were woken is of no use, and to make a number of it takes time
-    return partial(syscall, *_arguments(address, _FUTEX_WAKE, _EVERYONE))
+    syscall.restype = None  # converting the unused count of woken waiters takes time
+    return partial(syscall, *_arguments(address, _FUTEX_WAKE, _ALL_WAITERS))
 
 
 class _Timespec(ctypes.Structure):
@@ -136,7 +129,3 @@ def _syscall_without_gil() -> Callable[..., int]:
     syscall = ctypes.CDLL(None, use_errno=True).syscall
     syscall.restype = ctypes.c_long
     return syscall
-
-
-def _nothing() -> None:
-    """Wake nobody: pollers wake by themselves."""

@@ -1,1 +1,1 @@
-"""Metrics, events, logs and the HTTP server that shows them. Takes no decisions."""
+"""Metrics, events, logs and the HTTP server of Prometheus and of health probes."""

@@ -1,12 +1,12 @@
-"""Every event, once: its name, its level and the attributes that it always carries.
-
-Owns the catalogue. Must not know who emits an event or who reads it.
-"""
+"""The catalogue of events, each with its name, level and attributes, and the emitter that logs them."""
 
 from __future__ import annotations
 
-import uuid
+import logging
 from dataclasses import dataclass
+from functools import partial
+
+import structlog
 
 from leyline.v1.enums_pb2 import (
     TELEMETRY_LEVEL_CRITICAL,
@@ -15,93 +15,96 @@ from leyline.v1.enums_pb2 import (
     TELEMETRY_LEVEL_WARNING,
     TelemetryLevel,
 )
-from leyline.v1.telemetry_pb2 import TelemetryEvent
+
+_LOG_LEVELS: dict[TelemetryLevel.ValueType, int] = {
+    TELEMETRY_LEVEL_INFO: logging.INFO,
+    TELEMETRY_LEVEL_WARNING: logging.WARNING,
+    TELEMETRY_LEVEL_ERROR: logging.ERROR,
+    TELEMETRY_LEVEL_CRITICAL: logging.CRITICAL,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class EventSpec:
-    """One line of the catalogue. `name` becomes the description of the Leyline event."""
+    """The declaration of an event: every occurrence has exactly these attributes."""
 
     name: str
     level: TelemetryLevel.ValueType
     attributes: tuple[str, ...]
 
-    def occurrence(self, **attributes: str | float) -> TelemetryEvent:
-        """The Leyline message for one occurrence.
+
+class Emitter:
+    """Emits events to the log. Used on the event loop only."""
+
+    def __init__(self) -> None:
+        self._log = structlog.get_logger()
+
+    def emit(self, spec: EventSpec, **attributes: str | float) -> None:
+        """Logs one occurrence of an event.
 
         Raises:
-            ValueError: when the attributes are not exactly those declared.
+            ValueError: the attributes are not the declared ones.
         """
-        if set(attributes) != set(self.attributes):
-            raise ValueError(f"{self.name} carries {sorted(self.attributes)}, got {sorted(attributes)}")
-        return TelemetryEvent(
-            event_id=uuid.uuid4().hex,
-            description=self.name,
-            level=self.level,
-            attributes={name: _text(value) for name, value in attributes.items()},
-        )
+        if set(attributes) != set(spec.attributes):
+            raise ValueError(f"{spec.name} carries {sorted(spec.attributes)}, got {sorted(attributes)}")
+        self._log.log(_LOG_LEVELS[spec.level], spec.name, **attributes)
 
 
-def _text(value: str | float) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+def _spec(level: TelemetryLevel.ValueType, name: str, *attributes: str) -> EventSpec:
+    return EventSpec(name, level, attributes)
 
 
-_EMERGENCY = ("emergency_level", "reason", "origin")
+_info = partial(_spec, TELEMETRY_LEVEL_INFO)
+_warning = partial(_spec, TELEMETRY_LEVEL_WARNING)
+_error = partial(_spec, TELEMETRY_LEVEL_ERROR)
+_critical = partial(_spec, TELEMETRY_LEVEL_CRITICAL)
+
+# Peers, circuit breakers, conservative mode
 _CALL = ("method", "detail", "latency_ms")
+TAMIYO_TIMEOUT = _warning("tolaria.tamiyo_timeout", *_CALL)
+TAMIYO_ERROR = _warning("tolaria.tamiyo_error", *_CALL)
+KASMINA_TIMEOUT = _warning("tolaria.kasmina_timeout", *_CALL)
+KASMINA_ERROR = _warning("tolaria.kasmina_error", *_CALL)
+TIMEOUT_INFERENCE = _warning("timeout_inference", *_CALL)
+COMMAND_REJECTED = _warning("command_rejected", "command_id", "reason", "detail")
+BREAKER_OPENED = _warning("tolaria.breaker_opened", "breaker")
+BREAKER_CLOSED = _info("tolaria.breaker_closed", "breaker")
+CONSERVATIVE_MODE_ENTERED = _warning("tolaria.conservative_mode_entered", "reasons")
+CONSERVATIVE_MODE_CLEARED = _info("tolaria.conservative_mode_cleared", "reasons")
 
-TAMIYO_TIMEOUT = EventSpec("tolaria.tamiyo_timeout", TELEMETRY_LEVEL_WARNING, _CALL)
-TAMIYO_ERROR = EventSpec("tolaria.tamiyo_error", TELEMETRY_LEVEL_WARNING, _CALL)
-KASMINA_TIMEOUT = EventSpec("tolaria.kasmina_timeout", TELEMETRY_LEVEL_WARNING, _CALL)
-KASMINA_ERROR = EventSpec("tolaria.kasmina_error", TELEMETRY_LEVEL_WARNING, _CALL)
-TIMEOUT_INFERENCE = EventSpec("timeout_inference", TELEMETRY_LEVEL_WARNING, _CALL)
-BREAKER_OPENED = EventSpec("tolaria.breaker_opened", TELEMETRY_LEVEL_WARNING, ("breaker",))
-BREAKER_CLOSED = EventSpec("tolaria.breaker_closed", TELEMETRY_LEVEL_INFO, ("breaker",))
-CONSERVATIVE_MODE_ENTERED = EventSpec("tolaria.conservative_mode_entered", TELEMETRY_LEVEL_WARNING, ("reasons",))
-CONSERVATIVE_MODE_CLEARED = EventSpec("tolaria.conservative_mode_cleared", TELEMETRY_LEVEL_INFO, ("reasons",))
-EMERGENCY_ESCALATED = EventSpec(
-    "tolaria.emergency.escalated", TELEMETRY_LEVEL_WARNING, ("emergency_level", "reason", "origin")
-)
-EMERGENCY_HALT = EventSpec("tolaria.emergency.halt", TELEMETRY_LEVEL_CRITICAL, ("reason", "origin"))
-EMERGENCY_CLEARED = EventSpec("tolaria.emergency.cleared", TELEMETRY_LEVEL_INFO, (*_EMERGENCY, "by"))
-EMERGENCY_BROADCAST = EventSpec("emergency_broadcast", TELEMETRY_LEVEL_CRITICAL, (*_EMERGENCY, "count"))
-EMERGENCY_BROADCAST_FAILED = EventSpec(
-    "tolaria.emergency.broadcast_failed", TELEMETRY_LEVEL_CRITICAL, ("reason", "detail")
-)
-HEARTBEAT_LOST = EventSpec("tolaria.heartbeat_lost", TELEMETRY_LEVEL_CRITICAL, ("reason",))
-EPOCH_BUDGET_EXCEEDED = EventSpec(
-    "tolaria.epoch_budget_exceeded", TELEMETRY_LEVEL_WARNING, ("epoch", "latency_ms", "budget_ms")
-)
-HOOK_BUDGET_EXCEEDED = EventSpec(
-    "tolaria.hook_budget_exceeded", TELEMETRY_LEVEL_WARNING, ("step", "latency_ms", "budget_ms")
-)
-ZERO_SAMPLES = EventSpec("zero_samples", TELEMETRY_LEVEL_WARNING, ("epoch",))
-COMMAND_REJECTED = EventSpec("command_rejected", TELEMETRY_LEVEL_WARNING, ("command_id", "reason", "detail"))
-NON_FINITE_STEP = EventSpec("tolaria.non_finite_step", TELEMETRY_LEVEL_ERROR, ("step", "loss", "gradient_norm"))
-GRAD_CONFLICT_HIGH = EventSpec("grad_conflict_high", TELEMETRY_LEVEL_WARNING, ("epoch", "ratio", "threshold"))
-SEED_CONFLICT_HIGH = EventSpec("seed_conflict_high", TELEMETRY_LEVEL_WARNING, ("seed_id", "ratio", "threshold"))
-SEED_SHARE_JUMP = EventSpec("seed_share_jump", TELEMETRY_LEVEL_WARNING, ("seed_id", "delta", "threshold"))
-SEED_HEALTH = EventSpec(
-    "seed_health", TELEMETRY_LEVEL_INFO, ("seed_id", "share", "share_delta", "conflict_ratio", "alpha", "norm")
-)
-LR_INTEGRITY_VIOLATION = EventSpec(
-    "tolaria.lr_integrity_violation", TELEMETRY_LEVEL_ERROR, ("group", "expected", "found")
-)
-OPT_REBUILT = EventSpec("tolaria.opt_rebuilt", TELEMETRY_LEVEL_INFO, ("step", "latency_ms", "kept", "fresh", "dropped"))
-OPT_REBUILD_FAILED = EventSpec("tolaria.opt_rebuild_failed", TELEMETRY_LEVEL_ERROR, ("step", "detail"))
-COMPILE_FALLBACK = EventSpec("tolaria.compile_fallback", TELEMETRY_LEVEL_WARNING, ("path", "detail"))
-LOSS_EXPLOSION = EventSpec("tolaria.loss_explosion", TELEMETRY_LEVEL_ERROR, ("step", "loss", "gradient_norm", "reason"))
-ROLLBACK_COMPLETED = EventSpec(
-    "tolaria.rollback.completed",
-    TELEMETRY_LEVEL_WARNING,
-    ("rollback_id", "tier", "restored_step", "latency_ms", "coordinated", "reason"),
-)
-ROLLBACK_RESTORE_FAILED = EventSpec(
-    "tolaria.rollback.restore_failed", TELEMETRY_LEVEL_ERROR, ("rollback_id", "tier", "stage", "reason")
-)
-ROLLBACK_DEADLINE_EXCEEDED = EventSpec(
-    "tolaria.rollback.deadline_exceeded", TELEMETRY_LEVEL_ERROR, ("rollback_id", "tier", "latency_ms")
-)
-CHECKPOINT_FAILED = EventSpec("tolaria.checkpoint_failed", TELEMETRY_LEVEL_ERROR, ("step", "stage", "reason"))
-PROFILER_EXPORT_FAILED = EventSpec("tolaria.profiler.export_failed", TELEMETRY_LEVEL_WARNING, ("stage", "reason"))
+# Emergencies
+_EMERGENCY = ("emergency_level", "reason", "origin")
+EMERGENCY_ESCALATED = _warning("tolaria.emergency.escalated", *_EMERGENCY)
+EMERGENCY_HALT = _critical("tolaria.emergency.halt", "reason", "origin")
+EMERGENCY_CLEARED = _info("tolaria.emergency.cleared", *_EMERGENCY, "by")
+EMERGENCY_BROADCAST = _critical("emergency_broadcast", *_EMERGENCY, "count")
+EMERGENCY_BROADCAST_FAILED = _critical("tolaria.emergency.broadcast_failed", "reason", "detail")
+HEARTBEAT_LOST = _critical("tolaria.heartbeat_lost", "reason")
 
-CATALOGUE: tuple[EventSpec, ...] = tuple(value for value in list(globals().values()) if isinstance(value, EventSpec))
+# Steps and epochs
+EPOCH_BUDGET_EXCEEDED = _warning("tolaria.epoch_budget_exceeded", "epoch", "latency_ms", "budget_ms")
+HOOK_BUDGET_EXCEEDED = _warning("tolaria.hook_budget_exceeded", "step", "latency_ms", "budget_ms")
+ZERO_SAMPLES = _warning("zero_samples", "epoch")
+NON_FINITE_STEP = _error("tolaria.non_finite_step", "step", "loss", "gradient_norm")
+LOSS_EXPLOSION = _error("tolaria.loss_explosion", "step", "loss", "gradient_norm", "reason")
+
+# Gradients and seeds
+GRAD_CONFLICT_HIGH = _warning("grad_conflict_high", "epoch", "ratio", "threshold")
+SEED_CONFLICT_HIGH = _warning("seed_conflict_high", "seed_id", "ratio", "threshold")
+SEED_SHARE_JUMP = _warning("seed_share_jump", "seed_id", "delta", "threshold")
+SEED_HEALTH = _info("seed_health", "seed_id", "share", "share_delta", "conflict_ratio", "alpha", "norm")
+
+# Optimizer and fast paths
+LR_INTEGRITY_VIOLATION = _error("tolaria.lr_integrity_violation", "group", "expected", "found")
+OPT_REBUILT = _info("tolaria.opt_rebuilt", "step", "latency_ms", "kept", "fresh", "dropped")
+OPT_REBUILD_FAILED = _error("tolaria.opt_rebuild_failed", "step", "detail")
+COMPILE_FALLBACK = _warning("tolaria.compile_fallback", "path", "detail")
+
+# Rollback, checkpoints, profiles
+ROLLBACK_COMPLETED = _warning(
+    "tolaria.rollback.completed", "rollback_id", "tier", "restored_step", "latency_ms", "coordinated", "reason"
+)
+ROLLBACK_RESTORE_FAILED = _error("tolaria.rollback.restore_failed", "rollback_id", "tier", "stage", "reason")
+ROLLBACK_DEADLINE_EXCEEDED = _error("tolaria.rollback.deadline_exceeded", "rollback_id", "tier", "latency_ms")
+CHECKPOINT_FAILED = _error("tolaria.checkpoint_failed", "step", "stage", "reason")
+PROFILER_EXPORT_FAILED = _warning("tolaria.profiler.export_failed", "stage", "reason")

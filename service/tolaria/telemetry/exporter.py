@@ -1,7 +1,4 @@
-"""The HTTP server for Prometheus and for probes: /metrics, /livez, /readyz.
-
-Owns its socket and the rendering. Must not know what readiness is made of.
-"""
+"""The HTTP server of /metrics for Prometheus and of /livez and /readyz for health probes."""
 
 from __future__ import annotations
 
@@ -19,18 +16,18 @@ from tolaria.errors import BindError
 from tolaria.telemetry.metrics import Metrics
 
 Readiness = Callable[[], list[str]]
-"""Returns the reasons why the service is not ready, in words; none: it is."""
+"""Returns the reasons why the service is not ready; an empty list if it is ready."""
 
 
 @asynccontextmanager
 async def exporter(listen: str, metrics: Metrics, readiness: Readiness) -> AsyncIterator[Address]:
-    """Serve until the block ends; yields the address with its real port.
+    """Serves until the context exits; yields the address with its actual port.
 
     Raises:
-        BindError: when `listen` cannot be had.
+        BindError: the server cannot listen on `listen`.
     """
     wanted = Address.parse(listen)
-    # A scrape in flight when the service stops gets a second to end.
+    # A scrape in flight at the exit has a second to complete.
     runner = web.AppRunner(_application(metrics, readiness), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     try:
@@ -50,7 +47,7 @@ def _application(metrics: Metrics, readiness: Readiness) -> web.Application:
 
     async def render(request: web.Request) -> web.Response:
         encode, content_type = _encoder(request.headers.get("Accept", ""))
-        # Off the loop: a few hundred series take milliseconds, and boundaries are counted in them.
+        # In a thread: rendering takes milliseconds, which would count against the budget of an epoch boundary.
         body = await anyio.to_thread.run_sync(encode, metrics.registry, limiter=one_at_a_time)
         return web.Response(body=body, headers={"Content-Type": content_type})
 
@@ -67,10 +64,10 @@ def _application(metrics: Metrics, readiness: Readiness) -> web.Application:
 
 
 def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
-    """The form that is asked for, and its content type; plain text where the library cannot make sense of it."""
+    """The encoder and content type for an Accept header; plain text if the library cannot parse the header."""
     try:
         encode, content_type = choose_encoder(accept)
-        content_type.encode("ascii")  # it repeats the version as it was asked for
+        content_type.encode("ascii")  # it contains the requested version, which may be any text
     except (TypeError, ValueError):
         return choose_encoder("")
     return encode, content_type

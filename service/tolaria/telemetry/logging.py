@@ -1,8 +1,7 @@
-"""Logs: JSON or console lines on standard error, rendered and written by a thread of their own.
+"""Logging with structlog: JSON or console lines, rendered and written by a background thread.
 
-Owns format and delivery. A reader of the log that stops reading, or goes away, must not stop training: lines are
-dropped and counted once the queue is full, or the stream is closed. Rendering a traceback reads source files, which the
-event loop must not do either.
+A blocked or closed stream does not block training: lines are dropped and counted when the queue is full or a write
+fails. Rendering happens in the thread because formatting a traceback reads source files.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ Priority = Literal["normal", "high"]
 
 @dataclass(slots=True)
 class LogContext:
-    """Where the run stands; written by the training loop, stamped on every line."""
+    """The run's position, which a structlog processor adds to each line."""
 
     run_id: str = ""
     epoch: int = 0
     step: int = 0
 
     def __call__(self, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-        """Add run id, epoch and step to a line, as a structlog processor."""
+        """Adds run id, epoch and step to a line, unless it has them already."""
         if self.run_id:
             event.setdefault("run_id", self.run_id)
             event.setdefault("epoch", self.epoch)
@@ -46,15 +45,10 @@ class LogContext:
 
 
 class LineWriter:
-    """Renders events and writes them to a stream, in a thread of its own that runs while the block does.
+    """Renders events and writes them to a stream, in a daemon thread that runs while the context is open.
 
-    The thread is daemonic: a reader that blocks it cannot keep the process from ending. The end of the block waits for
-    what is queued, for a blocked reader a second at most.
-
-    Args:
-        stream: where lines go.
-        renderers: structlog processors, the last of which returns the line.
-        on_dropped: told the priority of an event that found no room, or could not be written; by any thread.
+    The last of `renderers` returns the line. `on_dropped` is called from any thread with the priority of each event
+    that was dropped. The exit waits until queued events are written, at most a second if the stream is blocked.
     """
 
     def __init__(self, stream: TextIO, renderers: list[Processor], on_dropped: Callable[[str], None]) -> None:
@@ -78,14 +72,14 @@ class LineWriter:
         self._thread.join(_FLUSH_TIMEOUT_S)
 
     def msg(self, **event: Any) -> None:
-        """Queue one event; never blocks."""
+        """Queues an event without blocking."""
         self._put(event, "normal")
 
     def failure(self, **event: Any) -> None:
-        """Queue one event about something that went wrong; never blocks."""
+        """Queues a warning or an error without blocking."""
         self._put(event, "high")
 
-    # structlog calls the method that is named like the level.
+    # structlog calls the method named after the level.
     debug = info = msg
     warning = error = critical = exception = failure
 
@@ -112,11 +106,17 @@ class LineWriter:
 def logging_to(
     stream: TextIO, settings: LoggingSettings, context: LogContext, *, on_dropped: Callable[[str], None]
 ) -> Iterator[None]:
-    """Send structlog's lines to `stream` until the block ends."""
+    """Directs structlog to `stream` until the context exits."""
     try:
         with LineWriter(stream, _renderers(settings, stream), on_dropped) as writer:
             structlog.configure(
-                processors=[*_stamps(context), _hand_over],
+                processors=[
+                    context,
+                    structlog.contextvars.merge_contextvars,
+                    structlog.processors.add_log_level,
+                    structlog.processors.TimeStamper(fmt="iso", utc=True),
+                    lambda _logger, _method, event: event,  # structlog passes its items to the writer as keywords
+                ],
                 wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[settings.level]),
                 logger_factory=lambda *_args: writer,
                 cache_logger_on_first_use=False,
@@ -126,26 +126,12 @@ def logging_to(
         structlog.reset_defaults()
 
 
-def _stamps(context: LogContext) -> list[Processor]:
-    return [
-        context,
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-
-
-def _hand_over(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """The last processor on the caller's side: structlog calls the writer with what it returns as keywords."""
-    return event
-
-
 def _renderers(settings: LoggingSettings, stream: TextIO) -> list[Processor]:
     if settings.format == "json" or (settings.format == "auto" and not stream.isatty()):
-        return [structlog.processors.dict_tracebacks, _json_has_no_nan, structlog.processors.JSONRenderer()]
+        return [structlog.processors.dict_tracebacks, _replace_non_finite, structlog.processors.JSONRenderer()]
     return [structlog.dev.ConsoleRenderer(colors=stream.isatty())]
 
 
-def _json_has_no_nan(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """NaN and infinities become words: collectors refuse a line with a bare NaN."""
+def _replace_non_finite(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Replaces NaN and infinities by text, as they are not valid JSON."""
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}

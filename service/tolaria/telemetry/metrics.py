@@ -1,255 +1,209 @@
-"""Every metric, once: dotted name, kind, labels, buckets and help. An API: dashboards and alerts depend on it.
-
-Owns the registry. Must not know who sets what, or why.
-"""
+"""The catalogue of metrics. Names, labels and buckets are an API that dashboards and alerts depend on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
-# Without this every counter and histogram has a second series with its creation time.
-disable_created_metrics()  # type: ignore[no-untyped-call] # the library left this one function untyped
+# Otherwise each counter and histogram has a second series with its creation time.
+disable_created_metrics()  # type: ignore[no-untyped-call] # the library does not annotate this function
 
 PREFIX = "tolaria."
 STEP_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 CALL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.012, 0.018, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)
 BOUNDARY_BUCKETS_S = (0.001, 0.002, 0.004, 0.006, 0.009, 0.012, 0.015, 0.018, 0.022, 0.03, 0.05, 0.1, 0.5, 2.0)
-
 ROLLBACK_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 12.0, 30.0)
 CHECKPOINT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
-class Kind(Enum):
-    """What a metric is to Prometheus."""
-
-    COUNTER = "counter"
-    GAUGE = "gauge"
-    HISTOGRAM = "histogram"
-    INFO = "info"
-
-
-@dataclass(frozen=True, slots=True)
-class MetricSpec:
-    """One line of the catalogue."""
-
-    name: str
-    kind: Kind
-    help: str
-    labels: tuple[str, ...] = ()
-    buckets: tuple[float, ...] = ()
-
-
-class Metrics:
-    """All of Tolaria's metrics on one registry. Attributes are named like the metrics, dots as underscores."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry(auto_describe=True)
-        self.catalogue: list[MetricSpec] = []
-
-        self.epochs_total = self._tally("epochs.total", "Epochs finished.")
-        self.epochs_failed = self._tally("epochs.failed", "Epochs in which something failed.")
-
-        self.training_loss = self._gauge("training.loss", "Mean training loss of the last epoch.")
-        self.training_accuracy = self._gauge("training.accuracy", "Validation accuracy after the last epoch, 0 to 1.")
-        self.training_latency_ms = self._gauge("training.latency_ms", "Time of the last epoch, steps only.")
-        self.training_step = self._gauge("training.step", "Optimizer updates done.")
-        self.training_epoch = self._gauge("training.epoch", "Epochs begun, from 1.")
-        self.training_samples_total = self._counter("training.samples_total", "Samples trained on.")
-        self.training_state = self._gauge("training.state", "1 for the state that the run is in.", ["state"])
-        self.training_last_step_timestamp_seconds = self._gauge(
-            "training.last_step_timestamp_seconds", "Unix time of the last update: alert when it stands still."
-        )
-        self.step_duration_seconds = self._histogram(
-            "step.duration_seconds", "Time of one update, waiting for input included.", STEP_BUCKETS_S
-        )
-        self.step_input_wait_seconds = self._histogram(
-            "step.input_wait_seconds", "Part of an update spent waiting for data.", STEP_BUCKETS_S
-        )
-
-        self.epoch_hook_latency_ms = self._gauge("epoch_hook.latency_ms", "How long the last boundary took.")
-        self.hook_latency_ms = self._gauge(
-            "hook.latency_ms", "How long making and putting the last question between epochs took."
-        )
-        self.epoch_hook_duration_seconds = self._histogram(
-            "epoch_hook.duration_seconds", "How long boundaries held training up.", BOUNDARY_BUCKETS_S
-        )
-
-        self._declare_gradients()
-        self._declare_optimization()
-        self._declare_fast_paths()
-        self._declare_emergency()
-        self._declare_rollback()
-        self._declare_profiler()
-
-        self.mode_conservative = self._gauge("mode.conservative", "1: seeds and the controller are left alone.")
-        self.mode_conservative_reasons = self._gauge(
-            "mode.conservative_reasons", "1: this reason for conservative mode stands.", ["reason"]
-        )
-        self.seeds_active = self._gauge(
-            "seeds.active", "Seeds by stage: those grafted, and those desired that are not grafted yet.", ["stage"]
-        )
-        self.breaker_state = self._gauge("breaker.state", "1 closed, 2 open, 3 half open.", ["breaker"])
-        self.timeout_tamiyo_total = self._counter("timeout.tamiyo_total", "Calls to Tamiyo that passed their deadline.")
-        self.timeout_kasmina_total = self._counter(
-            "timeout.kasmina_total", "Calls to Kasmina that passed their deadline."
-        )
-        self.timeout_tamiyo_last_ms = self._gauge("timeout.tamiyo_last_ms", "Time of the last call to Tamiyo.")
-        self.timeout_kasmina_last_ms = self._gauge("timeout.kasmina_last_ms", "Time of the last call to Kasmina.")
-        self.peer_call_duration_seconds = self._histogram(
-            "peer.call_duration_seconds", "Calls to peers.", CALL_BUCKETS_S, ["peer", "method", "outcome"]
-        )
-        self.peer_retries_total = self._counter(
-            "peer.retries_total", "Calls made again because the peer was away.", ["peer", "method"]
-        )
-        self.command_applied_total = self._counter("command.applied_total", "Commands carried out.", ["type"])
-        self.command_rejected_total = self._counter("command.rejected_total", "Commands refused.", ["reason"])
-        self.telemetry_dropped_total = self._counter(
-            "telemetry.dropped_total", "Log lines dropped because nobody read them.", ["priority"]
-        )
-        self.build_info = self._info("build_info", "What runs here: version, torch, device.")
-
-    def _declare_gradients(self) -> None:
-        seed = ["seed_id", "stage"]
-        self.grad_agg_microbatches_total = self._counter("grad_agg.microbatches_total", "Microbatches merged by rows.")
-        self.grad_agg_conflicts = self._gauge("grad_agg.conflicts", "Conflicting pairs of rows in the last epoch.")
-        self.grad_agg_weights_mean = self._gauge("grad_agg.weights_mean", "Mean weight of a row.")
-        self.grad_agg_pcgrad_applied = self._gauge("grad_agg.pcgrad_applied", "Share of steps that were projected.")
-        self.grad_agg_conflict_ratio = self._gauge("grad_agg.conflict_ratio", "Conflicts over max(1, rows - 1).")
-        self.grad_agg_pair_conflict_ratio = self._gauge("grad_agg.pair_conflict_ratio", "Conflicts over all pairs.")
-        self.grad_agg_teacher_share = self._gauge("grad_agg.teacher_share", "The host's part of all rows.")
-        self.seed_weight = self._gauge("grad_agg.seed.weight", "Mean weight of its row.", seed)
-        self.seed_norm = self._gauge("grad_agg.seed.norm", "Mean norm of its row.", seed)
-        self.seed_share = self._gauge("grad_agg.seed.share", "Its part of all rows' norms.", seed)
-        self.seed_share_delta = self._gauge("grad_agg.seed.share_delta", "Change of its share in an epoch.", seed)
-        self.seed_alpha = self._gauge("grad_agg.seed.alpha", "Its blending strength.", seed)
-        self.seed_conflicts = self._gauge("grad_agg.seed.conflicts", "Mean number of rows it conflicts with.", seed)
-        self.seed_conflict_ratio = self._gauge("grad_agg.seed.conflict_ratio", "The same by other rows.", seed)
-        self.seed_params = self._gauge("grad_agg.seed.params", "Elements that it owns.", seed)
-        self.seed_mask_fraction = self._gauge("grad_agg.seed.mask_fraction", "Microbatches it took part in.", seed)
-        self.seed_teacher_share = self._gauge("grad_agg.seed.teacher_share", "The host's part of its row.", seed)
-        self.seed_layer_norm = self._gauge(
-            "grad_agg.seed.layer_norm", "Largest layer norms of its row.", ["seed_id", "layer"]
-        )
-
-    def _declare_fast_paths(self) -> None:
-        self.train_compile_enabled = self._gauge("train.compile_enabled", "1: the model is compiled.")
-        self.train_amp_enabled = self._gauge("train.amp_enabled", "1: mixed precision.")
-        self.train_tf32_enabled = self._gauge("train.tf32_enabled", "1: TF32 matrix products.")
-        self.train_foreach_enabled = self._gauge("train.foreach_enabled", "1: fused or foreach optimizer kernels.")
-        self.train_pin_memory = self._gauge("train.pin_memory", "1: pinned memory, copies that do not block.")
-
-    def _declare_emergency(self) -> None:
-        self.emergency_level = self._gauge("emergency.level", "0 none, 1 notice, 2 elevated, 3 conservative, 4 halt.")
-        self.emergency_halt = self._gauge("emergency.halt", "1: an emergency keeps training from going on.")
-        self.emergency_halts_total = self._counter("emergency.halts_total", "Emergencies that halted training.")
-        self.emergency_broadcasts_total = self._counter("emergency.broadcasts_total", "Notices told.")
-        self.emergency_broadcast_failures_total = self._counter(
-            "emergency.broadcast_failures_total", "Notices that could not be told at once."
-        )
-        self.emergency_bypass_applied_total = self._counter(
-            "emergency.bypass_applied_total", "Notices told before everything that queues."
-        )
-        self.emergency_bypass_dropped_total = self._counter(
-            "emergency.bypass_dropped_total", "Notices lost: always 0, alert when it is not."
-        )
-        self.emergency_last_broadcast_latency_ms = self._gauge(
-            "emergency.last_broadcast_latency_ms", "Time of the last hand-over to telemetry."
-        )
-        self.emergency_shared_signal_degraded = self._gauge(
-            "emergency.shared_signal_degraded", "1: waiting on the signal board polls, as there is no futex."
-        )
-
-    def _declare_rollback(self) -> None:
-        self.rollback_fast_size_bytes = self._gauge("rollback.fast_size_bytes", "Memory that snapshots hold.")
-        self.rollback_restore_latency_ms = self._gauge(
-            "rollback.restore_latency_ms", "Time of the last restore, the lane's part alone."
-        )
-        self.rollback_fast_hits_total = self._counter("rollback.fast_hits_total", "Snapshots found in memory.")
-        self.rollback_fast_misses_total = self._counter(
-            "rollback.fast_misses_total", "Snapshots looked for in memory in vain."
-        )
-        self.rollback_snapshots_total = self._counter("rollback.snapshots_total", "Snapshots taken.")
-        self.rollback_failures_total = self._counter(
-            "rollback.failures_total", "Rollbacks that came to nothing.", ["stage", "reason"]
-        )
-        self.rollback_deadline_exceeded_total = self._counter(
-            "rollback.deadline_exceeded_total", "Rollbacks that missed their budget."
-        )
-        self.rollback_duration_seconds = self._histogram(
-            "rollback.duration_seconds",
-            "From the trigger to the first good step, or to the giving up.",
-            ROLLBACK_BUCKETS_S,
-            ["tier", "outcome"],
-        )
-        self.checkpoint_duration_seconds = self._histogram(
-            "checkpoint.duration_seconds", "Writing and committing a checkpoint.", CHECKPOINT_BUCKETS_S
-        )
-        self.checkpoint_size_bytes = self._gauge("checkpoint.size_bytes", "Size of the newest checkpoint.")
-        self.checkpoint_failures_total = self._counter(
-            "checkpoint.failures_total", "Checkpoints that could not be written."
-        )
-
-    def _declare_profiler(self) -> None:
-        self.profiler_enabled = self._gauge("profiler.enabled", "1: a trace is being taken.")
-        self.profiler_traces_emitted_total = self._counter("profiler.traces_emitted_total", "Traces written.")
-        self.profiler_traces_failed_total = self._counter("profiler.traces_failed_total", "Traces that failed.")
-
-    def _declare_optimization(self) -> None:
-        self.lr_controller_enabled = self._gauge("lr_controller.enabled", "1: learning rates are governed.")
-        self.lr_controller_current_lr = self._gauge("lr_controller.current_lr", "Learning rate.", ["group"])
-        self.lr_controller_integrity_violations_total = self._counter(
-            "lr_controller.integrity_violations_total", "Rates that somebody else wrote.", ["group"]
-        )
-        self.lr_controller_adjustments_total = self._counter(
-            "lr_controller.adjustments_total", "Changes of rates that were asked for.", ["origin"]
-        )
-        self.opt_rebuilds_total = self._counter("opt.rebuilds_total", "Optimizers rebuilt.")
-        self.opt_rebuild_failures_total = self._counter("opt.rebuild_failures_total", "Rebuilds that failed.")
-        self.opt_rebuild_skipped_total = self._counter("opt.rebuild_skipped_total", "Rebuilds put off.")
-        self.opt_rebuild_latency_ms = self._gauge("opt.rebuild_latency_ms", "Time of the last rebuild.")
-
-    def _gauge(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Gauge:
-        self._enter(name, Kind.GAUGE, help_text, labels)
-        return Gauge(PREFIX + name, help_text, labels, registry=self.registry)
-
-    def _counter(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Counter:
-        if not name.endswith("_total"):
-            raise ValueError(f"the client library appends _total to counters: {name} must end with it, or be a tally")
-        self._enter(name, Kind.COUNTER, help_text, labels)
-        return Counter(PREFIX + name, help_text, labels, registry=self.registry)
-
-    def _tally(self, name: str, help_text: str) -> Tally:
-        self._enter(name, Kind.COUNTER, help_text)
-        return Tally(Gauge(PREFIX + name, help_text, registry=self.registry))
-
-    def _histogram(
-        self, name: str, help_text: str, buckets: tuple[float, ...], labels: Sequence[str] = ()
-    ) -> Histogram:
-        self._enter(name, Kind.HISTOGRAM, help_text, labels, buckets)
-        return Histogram(PREFIX + name, help_text, labels, registry=self.registry, buckets=buckets)
-
-    def _info(self, name: str, help_text: str) -> Info:
-        self._enter(name, Kind.INFO, help_text)
-        return Info(PREFIX + name.removesuffix("_info"), help_text, registry=self.registry)
-
-    def _enter(
-        self, name: str, kind: Kind, help_text: str, labels: Sequence[str] = (), buckets: tuple[float, ...] = ()
-    ) -> None:
-        self.catalogue.append(MetricSpec(PREFIX + name, kind, help_text, tuple(labels), buckets))
-
-
 class Tally:
-    """A counter whose name does not end in `_total`: exposed as a gauge, since the client library would rename it."""
+    """A counter whose name does not end in `_total`: a gauge, since the client library would rename a counter."""
 
     def __init__(self, gauge: Gauge) -> None:
         self._gauge = gauge
 
     def inc(self, amount: float = 1) -> None:
-        """Count up. Raises ValueError for a negative amount."""
+        """Increases the value. Raises ValueError for a negative amount."""
         if amount < 0:
             raise ValueError("a tally only goes up")
         self._gauge.inc(amount)
+
+
+class Metrics:
+    """All metrics, on one registry. Attributes are named like the metrics, with underscores for dots."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry(auto_describe=True)
+        self._declare_training()
+        self._declare_boundaries()
+        self._declare_peers()
+        self._declare_gradients()
+        self._declare_optimization()
+        self._declare_emergency()
+        self._declare_rollback()
+        self._declare_process()
+
+    def _declare_training(self) -> None:
+        self.epochs_total = Tally(self._gauge("epochs.total", "Completed epochs."))
+        self.epochs_failed = Tally(self._gauge("epochs.failed", "Failed epochs."))
+        self.training_loss = self._gauge("training.loss", "Mean training loss of the last epoch.")
+        self.training_accuracy = self._gauge("training.accuracy", "Validation accuracy of the last epoch, 0 to 1.")
+        self.training_latency_ms = self._gauge("training.latency_ms", "Duration of the last epoch's steps.")
+        self.training_step = self._gauge("training.step", "Optimizer updates completed.")
+        self.training_epoch = self._gauge("training.epoch", "Current epoch, starting at 1.")
+        self.training_samples_total = self._counter("training.samples_total", "Training samples processed.")
+        self.training_state = self._gauge("training.state", "1 for the current state of the run.", ["state"])
+        self.training_last_step_timestamp_seconds = self._gauge(
+            "training.last_step_timestamp_seconds", "Unix time of the last update; alert when it stops increasing."
+        )
+        self.step_duration_seconds = self._histogram(
+            "step.duration_seconds", "Duration of an update, including the wait for input.", STEP_BUCKETS_S
+        )
+        self.step_input_wait_seconds = self._histogram(
+            "step.input_wait_seconds", "Time that an update waited for input.", STEP_BUCKETS_S
+        )
+
+    def _declare_boundaries(self) -> None:
+        self.epoch_hook_latency_ms = self._gauge("epoch_hook.latency_ms", "Duration of the last epoch boundary.")
+        self.hook_latency_ms = self._gauge("hook.latency_ms", "Time to build and send the last request between epochs.")
+        self.epoch_hook_duration_seconds = self._histogram(
+            "epoch_hook.duration_seconds", "Time that epoch boundaries delayed training.", BOUNDARY_BUCKETS_S
+        )
+        self.mode_conservative = self._gauge("mode.conservative", "1: conservative mode is on.")
+        self.mode_conservative_reasons = self._gauge(
+            "mode.conservative_reasons", "1: this reason for conservative mode is active.", ["reason"]
+        )
+        self.seeds_active = self._gauge(
+            "seeds.active", "Seeds by stage, both grafted and desired but not yet grafted.", ["stage"]
+        )
+        self.command_applied_total = self._counter("command.applied_total", "Commands applied.", ["type"])
+        self.command_rejected_total = self._counter("command.rejected_total", "Commands rejected.", ["reason"])
+
+    def _declare_peers(self) -> None:
+        self.breaker_state = self._gauge("breaker.state", "1 closed, 2 open, 3 half open.", ["breaker"])
+        self.timeout_tamiyo_total = self._counter("timeout.tamiyo_total", "Calls to Tamiyo that timed out.")
+        self.timeout_kasmina_total = self._counter("timeout.kasmina_total", "Calls to Kasmina that timed out.")
+        self.timeout_tamiyo_last_ms = self._gauge("timeout.tamiyo_last_ms", "Duration of the last call to Tamiyo.")
+        self.timeout_kasmina_last_ms = self._gauge("timeout.kasmina_last_ms", "Duration of the last call to Kasmina.")
+        self.peer_call_duration_seconds = self._histogram(
+            "peer.call_duration_seconds", "Duration of calls to peers.", CALL_BUCKETS_S, ["peer", "method", "outcome"]
+        )
+        self.peer_retries_total = self._counter(
+            "peer.retries_total", "Retries of calls to unavailable peers.", ["peer", "method"]
+        )
+
+    def _declare_gradients(self) -> None:
+        seed = ["seed_id", "stage"]
+        self.grad_agg_microbatches_total = self._counter("grad_agg.microbatches_total", "Microbatches merged by rows.")
+        self.grad_agg_conflicts = self._gauge("grad_agg.conflicts", "Conflicting pairs of rows in the last epoch.")
+        self.grad_agg_weights_mean = self._gauge("grad_agg.weights_mean", "Mean weight of the rows.")
+        self.grad_agg_pcgrad_applied = self._gauge("grad_agg.pcgrad_applied", "Share of steps with a projection.")
+        self.grad_agg_conflict_ratio = self._gauge("grad_agg.conflict_ratio", "Conflicts divided by max(1, rows - 1).")
+        self.grad_agg_pair_conflict_ratio = self._gauge(
+            "grad_agg.pair_conflict_ratio", "Conflicts divided by the pairs of rows."
+        )
+        self.grad_agg_teacher_share = self._gauge("grad_agg.teacher_share", "The host's share of the norms.")
+        self.seed_weight = self._gauge("grad_agg.seed.weight", "Mean weight of the seed's row.", seed)
+        self.seed_norm = self._gauge("grad_agg.seed.norm", "Mean norm of the seed's row.", seed)
+        self.seed_share = self._gauge("grad_agg.seed.share", "The seed's share of the norms.", seed)
+        self.seed_share_delta = self._gauge("grad_agg.seed.share_delta", "Change of the share within an epoch.", seed)
+        self.seed_alpha = self._gauge("grad_agg.seed.alpha", "Blending factor of the seed.", seed)
+        self.seed_conflicts = self._gauge("grad_agg.seed.conflicts", "Mean number of conflicting rows.", seed)
+        self.seed_conflict_ratio = self._gauge(
+            "grad_agg.seed.conflict_ratio", "Conflicts divided by the other rows.", seed
+        )
+        self.seed_params = self._gauge("grad_agg.seed.params", "Number of the seed's parameter elements.", seed)
+        self.seed_mask_fraction = self._gauge(
+            "grad_agg.seed.mask_fraction", "Share of microbatches with its loss.", seed
+        )
+        self.seed_teacher_share = self._gauge("grad_agg.seed.teacher_share", "The host's share of its row.", seed)
+        self.seed_layer_norm = self._gauge(
+            "grad_agg.seed.layer_norm", "Largest gradient norms of the seed by layer.", ["seed_id", "layer"]
+        )
+
+    def _declare_optimization(self) -> None:
+        self.lr_controller_enabled = self._gauge("lr_controller.enabled", "1: learning rates are controlled.")
+        self.lr_controller_current_lr = self._gauge("lr_controller.current_lr", "Learning rate.", ["group"])
+        self.lr_controller_integrity_violations_total = self._counter(
+            "lr_controller.integrity_violations_total", "Learning rates changed by other code.", ["group"]
+        )
+        self.lr_controller_adjustments_total = self._counter(
+            "lr_controller.adjustments_total", "Requested adjustments of learning rates.", ["origin"]
+        )
+        self.opt_rebuilds_total = self._counter("opt.rebuilds_total", "Optimizer rebuilds.")
+        self.opt_rebuild_failures_total = self._counter("opt.rebuild_failures_total", "Failed optimizer rebuilds.")
+        self.opt_rebuild_skipped_total = self._counter("opt.rebuild_skipped_total", "Postponed optimizer rebuilds.")
+        self.opt_rebuild_latency_ms = self._gauge("opt.rebuild_latency_ms", "Duration of the last rebuild.")
+        self.train_compile_enabled = self._gauge("train.compile_enabled", "1: the model is compiled.")
+        self.train_amp_enabled = self._gauge("train.amp_enabled", "1: mixed precision.")
+        self.train_tf32_enabled = self._gauge("train.tf32_enabled", "1: TF32 matrix products.")
+        self.train_foreach_enabled = self._gauge("train.foreach_enabled", "1: fused or foreach optimizer kernels.")
+        self.train_pin_memory = self._gauge("train.pin_memory", "1: pinned memory and non-blocking copies.")
+
+    def _declare_emergency(self) -> None:
+        self.emergency_level = self._gauge("emergency.level", "0 none, 1 notice, 2 elevated, 3 conservative, 4 halt.")
+        self.emergency_halt = self._gauge("emergency.halt", "1: an emergency halts training.")
+        self.emergency_halts_total = self._counter("emergency.halts_total", "Emergencies that halted training.")
+        self.emergency_broadcasts_total = self._counter("emergency.broadcasts_total", "Broadcasts sent.")
+        self.emergency_broadcast_failures_total = self._counter(
+            "emergency.broadcast_failures_total", "Broadcasts whose first attempt failed."
+        )
+        self.emergency_bypass_applied_total = self._counter(
+            "emergency.bypass_applied_total", "Broadcasts sent ahead of all queues."
+        )
+        self.emergency_bypass_dropped_total = self._counter(
+            "emergency.bypass_dropped_total", "Broadcasts lost: always 0; alert when it is not."
+        )
+        self.emergency_last_broadcast_latency_ms = self._gauge(
+            "emergency.last_broadcast_latency_ms", "Time to hand the last broadcast to telemetry."
+        )
+        self.emergency_shared_signal_degraded = self._gauge(
+            "emergency.shared_signal_degraded", "1: the signal board is polled because futexes are unavailable."
+        )
+
+    def _declare_rollback(self) -> None:
+        self.rollback_fast_size_bytes = self._gauge("rollback.fast_size_bytes", "Memory used by snapshots.")
+        self.rollback_restore_latency_ms = self._gauge(
+            "rollback.restore_latency_ms", "Duration of the last restore in the lane."
+        )
+        self.rollback_fast_hits_total = self._counter("rollback.fast_hits_total", "Snapshots found in memory.")
+        self.rollback_fast_misses_total = self._counter("rollback.fast_misses_total", "Snapshots not in memory.")
+        self.rollback_snapshots_total = self._counter("rollback.snapshots_total", "Snapshots taken.")
+        self.rollback_failures_total = self._counter(
+            "rollback.failures_total", "Failed rollbacks.", ["stage", "reason"]
+        )
+        self.rollback_deadline_exceeded_total = self._counter(
+            "rollback.deadline_exceeded_total", "Rollbacks that exceeded their budget."
+        )
+        self.rollback_duration_seconds = self._histogram(
+            "rollback.duration_seconds",
+            "Time from the trigger to the first step afterwards, or to the failure.",
+            ROLLBACK_BUCKETS_S,
+            ["tier", "outcome"],
+        )
+        self.checkpoint_duration_seconds = self._histogram(
+            "checkpoint.duration_seconds", "Time to write and commit a checkpoint.", CHECKPOINT_BUCKETS_S
+        )
+        self.checkpoint_size_bytes = self._gauge("checkpoint.size_bytes", "Size of the newest checkpoint.")
+        self.checkpoint_failures_total = self._counter("checkpoint.failures_total", "Failed checkpoint writes.")
+
+    def _declare_process(self) -> None:
+        self.profiler_enabled = self._gauge("profiler.enabled", "1: a trace is being recorded.")
+        self.profiler_traces_emitted_total = self._counter("profiler.traces_emitted_total", "Traces written.")
+        self.profiler_traces_failed_total = self._counter("profiler.traces_failed_total", "Failed traces.")
+        self.telemetry_dropped_total = self._counter(
+            "telemetry.dropped_total", "Log lines dropped because the stream is blocked or closed.", ["priority"]
+        )
+        self.build_info = Info(
+            PREFIX + "build", "Version of Tolaria and of torch, and the device.", registry=self.registry
+        )
+
+    def _gauge(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Gauge:
+        return Gauge(PREFIX + name, help_text, labels, registry=self.registry)
+
+    def _counter(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Counter:
+        return Counter(PREFIX + name, help_text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, help_text: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
+        return Histogram(PREFIX + name, help_text, labels, registry=self.registry, buckets=buckets)

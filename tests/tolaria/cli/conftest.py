@@ -13,12 +13,12 @@ import pytest
 
 from support.fake_admin import FakeAdmin, serving
 
-_ENDS_WITHIN_S = 20.0
+_EXIT_TIMEOUT_S = 20.0
 
 
 @pytest.fixture(autouse=True)
-def clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No settings from this machine: neither its environment nor a tolaria.toml in the working directory."""
+def isolated_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Removes TOLARIA_ variables, and changes to a directory without a tolaria.toml."""
     for name in list(os.environ):
         if name.startswith("TOLARIA_"):
             monkeypatch.delenv(name)
@@ -27,38 +27,38 @@ def clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def serve_fake() -> Iterator[Callable[[FakeAdmin], str]]:
-    """Serves a fake until the test ends; gives its address."""
+    """Serves a fake admin service until the test ends; returns its address."""
     with ExitStack() as stack:
         yield lambda admin: stack.enter_context(serving(admin))
 
 
-class Lifeline:
-    """A FIFO that a child process holds open while it lives: its end is seen without asking again and again."""
+class ChildFifo:
+    """A FIFO that child processes hold open while they run, so that their exit can be waited for."""
 
     def __init__(self, path: Path) -> None:
         os.mkfifo(path)
         self.path = path
         self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
 
-    def until_gone(self) -> list[dict[str, Any]]:
-        """What the children that held it have said of themselves, once all of them are gone."""
-        said = b""
+    def wait_for_exit(self) -> list[dict[str, Any]]:
+        """Waits until every child has exited; returns the JSON lines that they wrote."""
+        written = b""
         poll = select.poll()
         poll.register(self._fd, select.POLLIN | select.POLLHUP)
-        deadline = time.monotonic() + _ENDS_WITHIN_S
+        deadline = time.monotonic() + _EXIT_TIMEOUT_S
         while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             if not (data := os.read(self._fd, 65536)):
-                return [json.loads(line) for line in said.splitlines()]
-            said += data
-        raise AssertionError(f"the child process did not end; it said {said!r}")
+                return [json.loads(line) for line in written.splitlines()]
+            written += data
+        raise AssertionError(f"the child process did not exit; it wrote {written!r}")
 
     def close(self) -> None:
         os.close(self._fd)
 
 
 @pytest.fixture
-def lifeline(tmp_path: Path) -> Iterator[Lifeline]:
-    """Has a `path` to hold open, and `until_gone`."""
-    line = Lifeline(tmp_path / "lifeline")
-    yield line
-    line.close()
+def child_fifo(tmp_path: Path) -> Iterator[ChildFifo]:
+    """A FIFO for the child processes of a test."""
+    fifo = ChildFifo(tmp_path / "child-fifo")
+    yield fifo
+    fifo.close()

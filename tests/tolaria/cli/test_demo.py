@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,17 +14,25 @@ from typing import Any, Protocol
 
 import pytest
 
-from tolaria.cli import demo as demo_module
-from tolaria.cli.child import LINE_BYTES_MAX, LOG_LINES_MAX, serve_child
-from tolaria.cli.demo import BIND_FAILURE, Demo, planned, run
-from tolaria.cli.failures import DemoFailedError, PortTakenError, SignalledError, StartRefusedError, exit_code
+from leyline.v1.admin_service_pb2 import GetStatusResponse
+from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING as BLENDING
+from leyline.v1.enums_pb2 import SEED_STAGE_CULLED as CULLED
+from leyline.v1.enums_pb2 import SEED_STAGE_DORMANT as DORMANT
+from leyline.v1.enums_pb2 import SEED_STAGE_FOSSILIZED as FOSSILIZED
+from leyline.v1.enums_pb2 import SEED_STAGE_GERMINATED as GERMINATED
+from leyline.v1.enums_pb2 import SEED_STAGE_PROBATIONARY as PROBATIONARY
+from leyline.v1.enums_pb2 import SEED_STAGE_SHADOWING as SHADOWING
+from leyline.v1.enums_pb2 import SEED_STAGE_TRAINING as TRAINING
+from leyline.v1.seeds_pb2 import SeedState
+from tolaria.cli.demo import BIND_FAILURE, LINE_LENGTH_MAX, LOG_LINES_MAX, Demo, SeedHistory, SeedSummary, serve_child
+from tolaria.cli.errors import CommandFailedError, PortTakenError, SignalledError, StartRefusedError, exit_code
 from tolaria.errors import BindError
 
 
-class Lifeline(Protocol):
+class ChildFifo(Protocol):
     path: Path
 
-    def until_gone(self) -> list[dict[str, Any]]: ...
+    def wait_for_exit(self) -> list[dict[str, Any]]: ...
 
 
 _TESTS = Path(__file__).parents[2]
@@ -31,34 +40,38 @@ _FAKE = ("-m", "support.fake_serve")
 
 
 @pytest.fixture(autouse=True)
-def _children_find_the_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_serve_is_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Child processes import support.fake_serve."""
     monkeypatch.setenv("PYTHONPATH", str(_TESTS))
 
 
-def _demo(lifeline: Lifeline, mode: str, *overrides: str, stay: bool = False, as_json: bool = False) -> Demo:
-    plan = planned(None, overrides, epochs=None, stay=stay, as_json=as_json)
-    return replace(plan, program=(sys.executable, *_FAKE, mode, str(lifeline.path)))
+def demo_of(child_fifo: ChildFifo, mode: str, *overrides: str, stay: bool = False, as_json: bool = False) -> Demo:
+    """Returns a demo whose service is the fake in `mode`."""
+    plan = Demo.plan(None, overrides, epochs=None, stay=stay, as_json=as_json)
+    return replace(plan, program=(sys.executable, *_FAKE, mode, str(child_fifo.path)))
 
 
-def test_demo_follows_sums_up_and_ends_its_service(lifeline: Lifeline, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line an epoch, a summary with each seed's story, no address that is gone in a moment; no process is left."""
-    run(_demo(lifeline, "run"))
-    assert len(lifeline.until_gone()) == 1
+def test_demo_follows_its_service_prints_a_summary_and_stops_it(
+    child_fifo: ChildFifo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line for each epoch, a summary with each seed, no address of the stopped service, and no process left."""
+    demo_of(child_fifo, "run").run()
+    assert len(child_fifo.wait_for_exit()) == 1
     out = capsys.readouterr().out
     assert "epoch 3/3" in out
     assert "digits finished: accuracy 93.00% after 3 epochs (135 steps)" in out
-    told = "seed-1 conv: epoch 1 germinated, 3 fossilized; accuracy 91.00% before it blended, 93.00% after"
-    assert out.splitlines()[-2:] == [told, "the service ends now; --stay keeps it up to look around"]
+    seed = "seed-1 conv: epoch 1 germinated, 3 fossilized; accuracy 91.00% before it blended, 93.00% after"
+    assert out.splitlines()[-2:] == [seed, "the service ends now; --stay keeps it running"]
     assert "--address" not in out
 
 
-def test_demo_json_is_alone_on_stdout(lifeline: Lifeline, capsys: pytest.CaptureFixture[str]) -> None:
-    """Programs read one object; people's lines go to stderr."""
-    run(_demo(lifeline, "run", as_json=True))
+def test_demo_json_is_the_only_output_on_stdout(child_fifo: ChildFifo, capsys: pytest.CaptureFixture[str]) -> None:
+    """The text goes to stderr."""
+    demo_of(child_fifo, "run", as_json=True).run()
     captured = capsys.readouterr()
-    told = json.loads(captured.out)
-    assert 0 < told.pop("wall_seconds") < 60
-    assert told == {
+    summary = json.loads(captured.out)
+    assert 0 < summary.pop("wall_seconds") < 60
+    assert summary == {
         "final_accuracy": 0.93,
         "epochs": 3,
         "steps": 135,
@@ -80,143 +93,146 @@ def test_demo_json_is_alone_on_stdout(lifeline: Lifeline, capsys: pytest.Capture
     assert "epoch 3/3" in captured.err
 
 
-def test_demo_passes_on_what_was_asked_for(lifeline: Lifeline, tmp_path: Path) -> None:
-    """File, settings and epochs reach the service, and the log comes in the form that the demo reads."""
+def test_demo_passes_its_options_to_the_service(child_fifo: ChildFifo, tmp_path: Path) -> None:
+    """Settings file, overrides and epochs; the log has the format and level that the demo reads."""
     file = tmp_path / "mine.toml"
     file.write_text("[training]\nseed = 3\n", encoding="utf-8")
-    plan = planned(file, ["logging.level=error", "logging.format=console"], epochs=2, stay=False, as_json=False)
-    run(replace(plan, program=(sys.executable, *_FAKE, "run", str(lifeline.path))))
-    [said] = lifeline.until_gone()
-    arguments = said["arguments"]
+    overrides = ["logging.level=error", "logging.format=console"]
+    plan = Demo.plan(file, overrides, epochs=2, stay=False, as_json=False)
+    replace(plan, program=(sys.executable, *_FAKE, "run", str(child_fifo.path))).run()
+    [written] = child_fifo.wait_for_exit()
+    arguments = written["arguments"]
     assert arguments[:4] == ["serve", "--while-stdin", "--config", str(file)]
     values = [value for flag, value in zip(arguments[4::2], arguments[5::2], strict=True) if flag == "--set"]
-    in_force = dict(value.split("=", 1) for value in values)
-    assert in_force["training.epochs"] == "2"
-    assert (in_force["logging.format"], in_force["logging.level"]) == ("json", "info")
+    effective = dict(value.split("=", 1) for value in values)
+    assert effective["training.epochs"] == "2"
+    assert (effective["logging.format"], effective["logging.level"]) == ("json", "info")
 
 
-def test_demo_takes_free_ports_when_the_usual_ones_are_taken(
-    lifeline: Lifeline, capsys: pytest.CaptureFixture[str]
+def test_demo_uses_free_ports_when_the_default_ports_are_taken(
+    child_fifo: ChildFifo, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A second service beside the first is no failure, and is told."""
-    run(_demo(lifeline, "port-taken"))
-    first, second = lifeline.until_gone()
+    """A second service on the same machine is no failure, and the restart is reported."""
+    demo_of(child_fifo, "port-taken").run()
+    first, second = child_fifo.wait_for_exit()
     assert "server.listen=127.0.0.1:0" not in first["arguments"]
     assert {"server.listen=127.0.0.1:0", "metrics.listen=127.0.0.1:0"} <= set(second["arguments"])
     assert "an address is in use; starting again on free ports" in capsys.readouterr().out
 
 
-def test_demo_leaves_addresses_alone_that_somebody_chose(lifeline: Lifeline) -> None:
-    """A port that was asked for and is taken is an error, which holds the child's own words."""
+def test_demo_does_not_change_given_addresses(child_fifo: ChildFifo) -> None:
+    """A given port that is taken is an error with the message of the child."""
     chosen = ("server.listen=127.0.0.1:7001", "metrics.listen=127.0.0.1:7002")
     with pytest.raises(PortTakenError, match="cannot listen on"):
-        run(_demo(lifeline, "port-taken", *chosen))
-    assert len(lifeline.until_gone()) == 1
+        demo_of(child_fifo, "port-taken", *chosen).run()
+    assert len(child_fifo.wait_for_exit()) == 1
 
 
-def test_demo_tries_free_ports_once_only(lifeline: Lifeline) -> None:
-    """Where free ports cannot be had either, the demo fails."""
+def test_demo_tries_free_ports_once(child_fifo: ChildFifo) -> None:
+    """The demo fails if the second attempt fails too."""
     with pytest.raises(PortTakenError) as caught:
-        run(_demo(lifeline, "bind-fails"))
+        demo_of(child_fifo, "bind-fails").run()
     assert exit_code(caught.value) == 1
-    assert len(lifeline.until_gone()) == 2
+    assert len(child_fifo.wait_for_exit()) == 2
 
 
-def test_bind_failure_is_recognised_by_the_error_s_own_words() -> None:
-    """The demo reads what BindError writes: both must change together."""
+def test_bind_failure_is_part_of_the_message_of_bind_error() -> None:
+    """The demo recognises BindError in the log of the child."""
     assert BIND_FAILURE in str(BindError("the admin server", "127.0.0.1:1", "in use"))
 
 
-def test_demo_of_a_broken_job_has_the_exit_code_of_wrong_settings(lifeline: Lifeline) -> None:
-    """The service's reason for not starting is passed on with its code."""
+def test_demo_of_an_unknown_job_is_exit_code_2(child_fifo: ChildFifo) -> None:
+    """The reason and the exit code are those of the service."""
     with pytest.raises(StartRefusedError, match="there is no job 'nope'") as caught:
-        run(_demo(lifeline, "bad-job"))
+        demo_of(child_fifo, "bad-job").run()
     assert exit_code(caught.value) == 2
-    lifeline.until_gone()
+    child_fifo.wait_for_exit()
 
 
-def test_demo_of_a_failing_run_fails(lifeline: Lifeline, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 1, the reason, and the last lines of the log; nothing on stdout for programs."""
-    with pytest.raises(DemoFailedError, match="the run failed: loss is NaN") as caught:
-        run(_demo(lifeline, "run-fails", as_json=True))
+def test_demo_of_a_failed_run_is_exit_code_1(child_fifo: ChildFifo, capsys: pytest.CaptureFixture[str]) -> None:
+    """The message has the reason and the last lines of the log; stdout is empty."""
+    with pytest.raises(CommandFailedError, match="the run failed: loss is NaN") as caught:
+        demo_of(child_fifo, "run-fails", as_json=True).run()
     assert "the last words" in str(caught.value)
     assert exit_code(caught.value) == 1
     assert capsys.readouterr().out == ""
-    lifeline.until_gone()
+    child_fifo.wait_for_exit()
 
 
-def test_demo_tells_how_its_service_died(lifeline: Lifeline) -> None:
-    """A service that is gone in the middle of the run leaves its exit code and its last words."""
-    with pytest.raises(DemoFailedError, match="exit code 7") as caught:
-        run(_demo(lifeline, "dies"))
+def test_demo_reports_the_exit_code_of_a_service_that_exits(child_fifo: ChildFifo) -> None:
+    """With the last lines of its log."""
+    with pytest.raises(CommandFailedError, match="exit code 7") as caught:
+        demo_of(child_fifo, "dies").run()
     assert "out of luck" in str(caught.value)
-    lifeline.until_gone()
+    child_fifo.wait_for_exit()
 
 
-def test_demo_kills_a_service_that_will_not_end(lifeline: Lifeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A service that ignores SIGTERM is killed after its time to drain."""
-    monkeypatch.setattr(demo_module, "_STOP_MARGIN_S", 0.1)
-    run(_demo(lifeline, "stubborn", "service.drain_timeout_s=0.1"))
-    lifeline.until_gone()
+def test_demo_kills_a_service_that_does_not_stop(child_fifo: ChildFifo) -> None:
+    """SIGKILL follows after the drain timeout and the margin."""
+    replace(demo_of(child_fifo, "stubborn", "service.drain_timeout_s=0.1"), stop_margin_s=0.1).run()
+    child_fifo.wait_for_exit()
 
 
-def test_demo_gives_up_a_service_that_never_serves(lifeline: Lifeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wait for the start has an end."""
-    monkeypatch.setattr(demo_module, "_START_TIMEOUT_S", 0.01)
-    with pytest.raises(DemoFailedError, match="did not start within"):
-        run(replace(_demo(lifeline, "run"), program=(sys.executable, "-c", "import time; time.sleep(60)")))
+def test_demo_of_a_service_that_never_serves_fails(child_fifo: ChildFifo) -> None:
+    """The start has a timeout."""
+    program = (sys.executable, "-c", "import time; time.sleep(60)")
+    demo = demo_of(child_fifo, "run", "service.drain_timeout_s=0.1")
+    with pytest.raises(CommandFailedError, match="did not start within"):
+        replace(demo, program=program, start_timeout_s=0.01, stop_margin_s=0.1).run()
 
 
 @pytest.mark.anyio
-async def test_child_log_is_bounded(lifeline: Lifeline) -> None:
-    """A flood of lines neither blocks the child nor fills the memory."""
-    command = [sys.executable, *_FAKE, "noisy", str(lifeline.path)]
+async def test_child_log_is_bounded(child_fifo: ChildFifo) -> None:
+    """Many lines neither block the child nor fill the memory."""
+    command = [sys.executable, *_FAKE, "noisy", str(child_fifo.path)]
     async with serve_child(command, stop_timeout_s=10.0) as child:
-        assert await child.serving(20.0) is not None
+        assert await child.addresses(20.0) is not None
         assert len(child.log_lines) == LOG_LINES_MAX
         assert child.log_lines[-2] == "line 4999"
-    lifeline.until_gone()
+    child_fifo.wait_for_exit()
 
 
 @pytest.mark.anyio
-async def test_child_line_without_end_is_cut() -> None:
-    """A child that writes a megabyte without a line break costs no more than lines of a bounded length."""
-    code = "import sys; sys.stderr.write('x' * 1_000_000); sys.stdout.write('last words'); sys.exit(3)"
+async def test_child_output_without_line_breaks_is_cut() -> None:
+    """A megabyte without a line break becomes lines of bounded length."""
+    code = "import sys; sys.stderr.write('x' * 1_000_000 + '\\nlast words'); sys.exit(3)"
     async with serve_child([sys.executable, "-c", code], stop_timeout_s=10.0) as child:
-        assert await child.serving(20.0) is None
-        await child.ended()
+        assert await child.addresses(20.0) is None
+        await child.wait()
         assert child.returncode == 3
-        assert max(map(len, child.log_lines)) <= LINE_BYTES_MAX
+        assert max(map(len, child.log_lines)) <= LINE_LENGTH_MAX
         assert "last words" in child.log_lines
-        assert sum(map(len, child.log_lines)) > LINE_BYTES_MAX
+        assert sum(map(len, child.log_lines)) > LINE_LENGTH_MAX
 
 
 @pytest.mark.anyio
-async def test_child_does_not_survive_an_exception(lifeline: Lifeline) -> None:
-    """Whatever ends the block ends the child."""
+async def test_child_is_stopped_by_an_exception(child_fifo: ChildFifo) -> None:
+    """The child exits however the block ends."""
 
     async def fail() -> None:
-        async with serve_child([sys.executable, *_FAKE, "endless", str(lifeline.path)], stop_timeout_s=10.0) as child:
-            await child.serving(20.0)
+        async with serve_child([sys.executable, *_FAKE, "endless", str(child_fifo.path)], stop_timeout_s=10.0) as child:
+            await child.addresses(20.0)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         await fail()
-    lifeline.until_gone()
+    child_fifo.wait_for_exit()
 
 
 @pytest.mark.anyio
-async def test_second_cancellation_kills_at_once(lifeline: Lifeline) -> None:
-    """Somebody who presses Ctrl-C twice does not wait for the drain."""
+async def test_second_cancellation_kills_the_child(child_fifo: ChildFifo) -> None:
+    """A second Ctrl-C does not wait for the child to drain."""
     serving = asyncio.Event()
     stopping = asyncio.Event()
 
     async def keep() -> None:
-        async with serve_child([sys.executable, *_FAKE, "stubborn", str(lifeline.path)], stop_timeout_s=600.0) as child:
-            await child.serving(20.0)
+        async with serve_child(
+            [sys.executable, *_FAKE, "stubborn", str(child_fifo.path)], stop_timeout_s=600.0
+        ) as child:
+            await child.addresses(20.0)
             serving.set()
             try:
-                await child.ended()
+                await child.wait()
             finally:
                 stopping.set()
 
@@ -227,19 +243,19 @@ async def test_second_cancellation_kills_at_once(lifeline: Lifeline) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    lifeline.until_gone()
+    child_fifo.wait_for_exit()
 
 
-def _in_a_process(lifeline: Lifeline, mode: str, *, stay: bool) -> subprocess.Popen[str]:
+def demo_process(child_fifo: ChildFifo, mode: str, *, stay: bool) -> subprocess.Popen[str]:
+    """Starts `tolaria demo` with the fake service."""
     code = (
         "import sys\nfrom dataclasses import replace\n"
-        "from tolaria.cli import demo\nfrom tolaria.cli.grammar import app\n"
-        "demo.SERVE = tuple(sys.argv[1:6])\n"
-        "original = demo.planned\n"
-        "demo.planned = lambda *a, **k: replace(original(*a, **k), program=demo.SERVE)\n"
+        "from tolaria.cli.commands import app\nfrom tolaria.cli.demo import Demo\n"
+        "plan = Demo.plan\n"
+        "Demo.plan = lambda *a, **k: replace(plan(*a, **k), program=tuple(sys.argv[1:6]))\n"
         "app(['demo', *sys.argv[6:]])\n"
     )
-    command: Sequence[str] = [sys.executable, "-c", code, sys.executable, *_FAKE, mode, str(lifeline.path)]
+    command: Sequence[str] = [sys.executable, "-c", code, sys.executable, *_FAKE, mode, str(child_fifo.path)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [*command, *(["--stay"] if stay else [])],
@@ -250,42 +266,120 @@ def _in_a_process(lifeline: Lifeline, mode: str, *, stay: bool) -> subprocess.Po
     )
 
 
-def _until(process: subprocess.Popen[str], text: str) -> None:
+def read_until(process: subprocess.Popen[str], text: str) -> None:
+    """Reads lines of stdout until one contains `text`."""
     assert process.stdout is not None
     assert any(text in line for line in process.stdout), process.communicate()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_demo_ended_by_a_signal_ends_its_service(lifeline: Lifeline, number: int, code: int) -> None:
-    """Ctrl-C and SIGTERM in the middle of a run leave no process and have the usual exit codes."""
-    with _in_a_process(lifeline, "endless", stay=False) as process:
-        _until(process, "epoch 1/3")
+def test_signal_stops_the_demo_and_its_service(child_fifo: ChildFifo, number: int, code: int) -> None:
+    """SIGINT and SIGTERM during a run leave no process and have the usual exit codes."""
+    with demo_process(child_fifo, "endless", stay=False) as process:
+        read_until(process, "epoch 1/3")
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
-    lifeline.until_gone()
+    child_fifo.wait_for_exit()
     assert process.returncode == code
-    # gRPC itself may have noted the end of the connection before.
+    # gRPC may have logged the lost connection before.
     assert err.splitlines()[-1] == f"tolaria: {SignalledError(number)}"
     assert "Traceback" not in err
 
 
-def test_service_does_not_survive_a_killed_demo(lifeline: Lifeline) -> None:
-    """SIGKILL leaves no time to clean up: the child sees its standard input end."""
-    with _in_a_process(lifeline, "endless", stay=False) as process:
-        _until(process, "epoch 1/3")
+def test_service_exits_when_the_demo_is_killed(child_fifo: ChildFifo) -> None:
+    """SIGKILL allows no cleanup, but closes the standard input of the child."""
+    with demo_process(child_fifo, "endless", stay=False) as process:
+        read_until(process, "epoch 1/3")
         process.kill()
         process.communicate(timeout=30)
-    lifeline.until_gone()
+    child_fifo.wait_for_exit()
 
 
-def test_stay_keeps_serving_until_ctrl_c(lifeline: Lifeline) -> None:
-    """Where to look is told, and the end of --stay is the user's wish: exit code 0."""
-    with _in_a_process(lifeline, "run", stay=True) as process:
-        _until(process, "metrics  http://127.0.0.1:9/metrics")
-        _until(process, "status   tolaria status --address 127.0.0.1:")
-        _until(process, "still serving; Ctrl-C ends it")
+def test_demo_with_stay_serves_until_ctrl_c(child_fifo: ChildFifo) -> None:
+    """It prints the addresses; Ctrl-C is exit code 0."""
+    with demo_process(child_fifo, "run", stay=True) as process:
+        read_until(process, "metrics  http://127.0.0.1:9/metrics")
+        read_until(process, "status   tolaria status --address 127.0.0.1:")
+        read_until(process, "still serving; Ctrl-C ends it")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
-    lifeline.until_gone()
+    child_fifo.wait_for_exit()
     assert process.returncode == 0
     assert "tolaria:" not in err
+
+
+def history_of(*shown: tuple[int, float]) -> SeedSummary:
+    """Returns the history of a seed whose stage and accuracy in epochs 1, 2, ... are `shown`."""
+    history = SeedHistory()
+    for epoch, (stage, accuracy) in enumerate(shown, 1):
+        seed = SeedState(seed_id="s", stage=stage, blueprint_id="lora")  # type: ignore[arg-type]
+        history.update(GetStatusResponse(epoch=epoch, validation_accuracy=accuracy, seeds=[seed]))
+    (summary,) = history.seeds.values()
+    return summary
+
+
+@pytest.mark.parametrize(
+    ("shown", "line"),
+    [
+        (
+            [
+                (GERMINATED, 0.8),
+                (TRAINING, 0.9),
+                (BLENDING, 0.7),
+                (PROBATIONARY, 0.91),
+                (FOSSILIZED, 0.95),
+                (FOSSILIZED, 0.99),
+            ],
+            "s lora: epoch 1 germinated, 5 fossilized; accuracy 90.00% before it blended, 95.00% after",
+        ),
+        (
+            [
+                (TRAINING, 0.9),
+                (BLENDING, 0.5),
+                (CULLED, 0.4),
+                (DORMANT, 0.9),
+            ],
+            "s lora: epoch 1 germinated, 3 culled; accuracy 90.00% before it blended, 40.00% when it was culled",
+        ),
+        (
+            [(TRAINING, 0.9), (CULLED, 0.9)],
+            "s lora: epoch 1 germinated, 2 culled; it did not blend",
+        ),
+        ([(TRAINING, 0.9)], "s lora: epoch 1 germinated, training at the end; it did not blend"),
+        (
+            [(GERMINATED, 0.0), (BLENDING, 0.5), (SHADOWING, 0.6)],
+            "s lora: epoch 1 germinated, shadowing at the end; accuracy unknown before it blended, 60.00% at the end",
+        ),
+        (
+            [(FOSSILIZED, 0.9)],
+            "s lora: germinated unseen, 1 fossilized; accuracy unknown before it blended, 90.00% after",
+        ),
+        (
+            [
+                (TRAINING, 0.8),
+                (BLENDING, 0.9),
+                (FOSSILIZED, 0.9),
+                (TRAINING, 0.7),
+            ],
+            "s lora: epoch 1 germinated, training at the end; it did not blend",
+        ),
+        (
+            [(TRAINING, 0.8), (DORMANT, 0.9), (GERMINATED, 0.7)],
+            "s lora: epoch 3 germinated, germinated at the end; it did not blend",
+        ),
+    ],
+)
+def test_seed_history_is_one_line(shown: list[tuple[int, float]], line: str) -> None:
+    """Germination, end and accuracies; a rollback reverts the end, and a second germination starts again."""
+    assert history_of(*shown).line() == line
+
+
+def test_accuracy_that_is_not_a_number_is_unknown() -> None:
+    """So is the zero of a run without a validation."""
+    assert history_of((TRAINING, math.nan)).accuracy_before is None
+    assert history_of((TRAINING, 0.0)).accuracy_before is None
+
+
+def test_seed_names_are_printed_without_control_characters() -> None:
+    """Names come from a peer."""
+    assert SeedSummary("s\x1b[2J", TRAINING, "b").line().startswith("s [2J b: ")

@@ -1,4 +1,4 @@
-"""A controller on a board in a folder of its own."""
+"""A controller on a board in a temporary folder."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from support.emergency import Stage
+from support.emergency import ControllerHarness
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Iterator[Stage]:
-    """A controller with the default policy."""
-    stage = Stage(tmp_path / "board")
-    yield stage
-    stage.close()
+def harness(tmp_path: Path) -> Iterator[ControllerHarness]:
+    """A controller that may broadcast 60 signals a minute."""
+    harness = ControllerHarness(tmp_path / "board")
+    yield harness
+    harness.close()

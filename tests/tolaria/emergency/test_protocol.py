@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from collections.abc import Callable
 
 import pytest
 
@@ -15,22 +15,22 @@ from leyline.v1.enums_pb2 import (
 from tolaria.emergency.protocol import (
     CALM,
     RESPONSES,
-    TRANSITIONS,
-    Acknowledge,
+    TRIGGERS,
     Acknowledgement,
-    Clear,
     Clearer,
     EmergencyState,
-    Event,
-    Move,
-    PassDeadline,
+    EpochStreak,
     Phase,
-    Raise,
-    Reissue,
-    move_of,
-    transition,
+    Trigger,
+    acknowledged,
+    cleared,
+    level_name,
+    overdue,
+    raised,
+    recovered,
 )
 from tolaria.errors import ClearanceRefusedError, IllegalEmergencyEventError, UnknownLevelError
+from tolaria.signals import Signal
 
 NOTICE, ELEVATED = EMERGENCY_LEVEL_NOTICE, EMERGENCY_LEVEL_ELEVATED
 CONSERVATIVE, HALT = EMERGENCY_LEVEL_CONSERVATIVE, EMERGENCY_LEVEL_HALT
@@ -38,66 +38,14 @@ MS = 1_000_000
 PEERS = ("kasmina", "tamiyo", "sentinel")
 
 
-def raised(level: EmergencyLevel.ValueType, at_ns: int = 1000, attached: tuple[str, ...] = PEERS) -> Raise:
-    """Somebody raises `level`."""
-    return Raise(level, "why", "who", 7, at_ns, attached)
+def signal(level: int, at_ns: int = 1000) -> Signal:
+    """A signal of `level`."""
+    return Signal("who", level, "why", 7, at_ns)  # type: ignore[arg-type]
 
 
-STATES = {
-    Phase.CALM: CALM,
-    Phase.RAISED: EmergencyState(Phase.RAISED, CONSERVATIVE, "why", "who", 7, 1000, 2000, ("tolaria", "kasmina")),
-}
-STATES[Phase.ANSWERED] = replace(
-    STATES[Phase.RAISED],
-    phase=Phase.ANSWERED,
-    acknowledgements=(Acknowledgement("tolaria", 1), Acknowledgement("kasmina", 2)),
-)
-STATES[Phase.OVERDUE] = replace(STATES[Phase.RAISED], phase=Phase.OVERDUE)
-
-
-def event_for(move: Move, state: EmergencyState) -> Event | None:
-    """An event that comes to `move` in `state`; None where no event can."""
-    events: dict[Move, Event | None] = {
-        Move.ESCALATE: raised(HALT),
-        Move.COVER: raised(NOTICE) if state.level else None,
-        Move.ACKNOWLEDGE: Acknowledge("tamiyo", 1500),
-        Move.ACKNOWLEDGE_LAST: Acknowledge("kasmina", 1500) if len(state.missing) == 2 else None,
-        Move.MISS_DEADLINE: PassDeadline(2000),
-        Move.REISSUE: Reissue(9),
-        Move.CLEAR: Clear(Clearer.OPERATOR, ()),
-    }
-    return events[move]
-
-
-@pytest.mark.parametrize(("phase", "move"), list(itertools.product(Phase, Move)))
-def test_every_phase_and_move(phase: Phase, move: Move) -> None:
-    """The table decides every move; what it does not list raises and changes nothing."""
-    state = STATES[phase]
-    event = event_for(move, state)
-    if event is None:
-        assert (phase, move) not in TRANSITIONS
-        return
-    if move is Move.ACKNOWLEDGE_LAST:
-        state = replace(state, acknowledgements=(Acknowledgement("tolaria", 1),))
-    assert move_of(state, event) is move
-    if (phase, move) in TRANSITIONS:
-        assert transition(state, event).phase is TRANSITIONS[phase, move]
-    else:
-        before = replace(state)
-        with pytest.raises(IllegalEmergencyEventError, match=move.name):
-            transition(state, event)
-        assert state == before
-
-
-def test_what_is_illegal() -> None:
-    """In calm nothing but a raise can happen; a deadline is missed once, and not by who has answered."""
-    missing = set(itertools.product(Phase, Move)) - set(TRANSITIONS)
-    calm = {(Phase.CALM, move) for move in Move if move is not Move.ESCALATE}
-    assert missing == calm | {
-        (Phase.ANSWERED, Move.ACKNOWLEDGE_LAST),
-        (Phase.ANSWERED, Move.MISS_DEADLINE),
-        (Phase.OVERDUE, Move.MISS_DEADLINE),
-    }
+def emergency(level: int, attached: tuple[str, ...] = PEERS) -> EmergencyState:
+    """An emergency raised at 1000 ns."""
+    return raised(CALM, signal(level), attached)
 
 
 @pytest.mark.parametrize(
@@ -109,48 +57,44 @@ def test_what_is_illegal() -> None:
         (HALT, 100, ("tolaria", "kasmina", "tamiyo")),
     ],
 )
-def test_each_level_has_its_deadline_and_its_answerers(
+def test_each_level_has_its_deadline_and_awaited_participants(
     level: EmergencyLevel.ValueType, deadline_ms: int, awaited: tuple[str, ...]
 ) -> None:
-    """5 s, 2 s, 500 ms, 100 ms; a halt is to be acknowledged by the peers too."""
-    state = transition(CALM, raised(level))
+    """5 s, 2 s, 500 ms, 100 ms; peers have to acknowledge a halt too."""
+    state = emergency(level)
     assert (state.deadline_ns, state.awaited) == (1000 + deadline_ms * MS, awaited)
 
 
-def test_what_each_level_asks_for() -> None:
-    """Log; a full rollback may be asked; conservative mode and fast rollback; halt."""
-    asked = {
-        level: (r.full_rollback_may_be_asked, r.conservative_mode, r.fast_rollback, r.halt)
-        for level, r in RESPONSES.items()
-    }
-    assert asked == {
-        NOTICE: (False, False, False, False),
-        ELEVATED: (True, False, False, False),
-        CONSERVATIVE: (False, True, True, False),
-        HALT: (False, False, False, True),
+def test_the_response_to_each_level() -> None:
+    """CONSERVATIVE requires conservative mode, HALT a halt; the lower levels are only reported."""
+    assert {level: (response.conservative_mode, response.halt) for level, response in RESPONSES.items()} == {
+        NOTICE: (False, False),
+        ELEVATED: (False, False),
+        CONSERVATIVE: (True, False),
+        HALT: (False, True),
     }
     assert set(RESPONSES) == set(EmergencyLevel.values()) - {0}
 
 
 @pytest.mark.parametrize("level", [0, 5, -1, 99])
 def test_unknown_levels_are_refused(level: int) -> None:
-    """Neither no level nor a new one is an emergency."""
+    """0 and unknown numbers are no levels."""
     with pytest.raises(UnknownLevelError, match=str(level)):
-        transition(CALM, raised(level))  # type: ignore[arg-type]
+        emergency(level)
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(RESPONSES, RESPONSES)))
-def test_a_level_goes_up_only(first: EmergencyLevel.ValueType, second: EmergencyLevel.ValueType) -> None:
-    """A higher level replaces the emergency whole; any other leaves it as it is."""
-    before = transition(transition(CALM, raised(first)), Acknowledge("tolaria", 1200))
-    after = transition(before, raised(second, at_ns=5000))
-    assert after == (transition(CALM, raised(second, at_ns=5000)) if second > first else before)
+def test_a_raise_never_lowers_the_level(first: EmergencyLevel.ValueType, second: EmergencyLevel.ValueType) -> None:
+    """A higher level replaces the emergency; any other changes nothing."""
+    before = acknowledged(emergency(first), "tolaria", 1200)
+    after = raised(before, signal(second, at_ns=5000), PEERS)
+    assert after == (raised(CALM, signal(second, at_ns=5000), PEERS) if second > first else before)
 
 
 def test_clearing_resets_everything() -> None:
-    """Level, reason, origin, times and acknowledgements are gone."""
-    state = transition(transition(CALM, raised(HALT)), Acknowledge("kasmina", 1200))
-    assert transition(state, Clear(Clearer.OPERATOR, ("tolaria",))) == CALM
+    """Level, reason, origin, times and acknowledgements are reset."""
+    state = acknowledged(emergency(HALT), "kasmina", 1200)
+    assert cleared(state, Clearer.OPERATOR, ("tolaria",)) == EmergencyState()
 
 
 @pytest.mark.parametrize(
@@ -166,74 +110,124 @@ def test_clearing_resets_everything() -> None:
         (ELEVATED, Clearer.RESTARTED, ("tolaria",), False),
     ],
 )
-def test_who_may_clear_what(
+def test_clearance_rules(
     level: EmergencyLevel.ValueType, by: Clearer, sources: tuple[str, ...], permitted: bool
 ) -> None:
-    """No rule ends a halt, but that a silent process was replaced ends the sentinel's own."""
-    state = transition(CALM, raised(level))
+    """No rule clears a halt, except the sentinel's own after a restart."""
+    state = emergency(level)
     if permitted:
-        assert transition(state, Clear(by, sources)) == CALM
+        assert cleared(state, by, sources) == CALM
     else:
-        with pytest.raises(ClearanceRefusedError, match="operator"):
-            transition(state, Clear(by, sources))
+        with pytest.raises(ClearanceRefusedError, match=f"{level_name(level)}, raised by .*, needs an operator"):
+            cleared(state, by, sources)
 
 
 def test_a_deadline_does_not_pass_early() -> None:
-    """One nanosecond before it is refused."""
-    state = transition(CALM, raised(HALT))
+    """One nanosecond early is refused."""
+    state = emergency(HALT)
     with pytest.raises(IllegalEmergencyEventError, match="1 ns"):
-        transition(state, PassDeadline(state.deadline_ns - 1))
-    assert transition(state, PassDeadline(state.deadline_ns)).phase is Phase.OVERDUE
+        overdue(state, state.deadline_ns - 1)
+    assert overdue(state, state.deadline_ns).phase is Phase.OVERDUE
 
 
-def test_the_first_acknowledgement_of_each_counts() -> None:
-    """A repeated one keeps the time of the first; one from before the raise took no time."""
-    state = transition(CALM, raised(HALT, attached=("kasmina",)))
-    for event in (Acknowledge("kasmina", 900), Acknowledge("kasmina", 3000), Acknowledge("tolaria", 1200)):
-        state = transition(state, event)
+def test_only_the_first_acknowledgement_of_each_participant_counts() -> None:
+    """A repeated one changes nothing; one from before the raise has latency 0."""
+    state = emergency(HALT, attached=("kasmina",))
+    for participant, at_ns in (("kasmina", 900), ("kasmina", 3000), ("tolaria", 1200)):
+        state = acknowledged(state, participant, at_ns)
     assert state.acknowledgements == (Acknowledgement("kasmina", 0), Acknowledgement("tolaria", 200))
     assert (state.phase, state.missing) == (Phase.ANSWERED, ())
 
 
-def test_who_is_not_on_the_board_is_not_awaited() -> None:
-    """A peer that does not know the board must not make every halt overdue."""
-    assert transition(CALM, raised(HALT, attached=())).awaited == ("tolaria",)
+def test_participants_that_are_not_attached_are_not_awaited() -> None:
+    """A peer without a board does not make every halt overdue."""
+    assert emergency(HALT, attached=()).awaited == ("tolaria",)
 
 
-# Where each event leads from each phase (columns: calm, raised, answered, overdue), or what it raises. In all but calm
-# the level is CONSERVATIVE, and of tolaria and kasmina, who are awaited, tolaria has answered already.
+@pytest.mark.parametrize(
+    ("level", "name"), [(NOTICE, "notice"), (CONSERVATIVE, "conservative"), (0, "unspecified"), (17, "17")]
+)
+def test_levels_have_names(level: EmergencyLevel.ValueType, name: str) -> None:
+    """In lower case; a number that the contract has no name for is shown as it is."""
+    assert level_name(level) == name
+
+
+def in_phase(phase: Phase) -> EmergencyState:
+    """A state of each phase. Except in CALM tolaria and kasmina are awaited, and tolaria acknowledged already."""
+    if phase is Phase.CALM:
+        return CALM
+    given = (Acknowledgement("tolaria", 1), Acknowledgement("kasmina", 2))[: 2 if phase is Phase.ANSWERED else 1]
+    return EmergencyState(phase, CONSERVATIVE, "why", "who", 7, 1000, 2000, ("tolaria", "kasmina"), given)
+
+
+# Phase after each event in each phase (columns: calm, raised, answered, overdue), or the error.
 ILLEGAL, REFUSED, UNKNOWN = IllegalEmergencyEventError, ClearanceRefusedError, UnknownLevelError
 RAISED, ANSWERED, OVERDUE = Phase.RAISED, Phase.ANSWERED, Phase.OVERDUE
+Event = Callable[[EmergencyState], EmergencyState]
 EVENTS: dict[str, tuple[Event, tuple[Phase | type[Exception], ...]]] = {
-    "a higher level": (raised(HALT), (RAISED, RAISED, RAISED, RAISED)),
-    "the same level": (raised(CONSERVATIVE), (RAISED, RAISED, ANSWERED, OVERDUE)),
-    "a lower level": (raised(NOTICE), (RAISED, RAISED, ANSWERED, OVERDUE)),
-    "no level": (raised(0), (UNKNOWN,) * 4),  # type: ignore[arg-type] # on purpose
-    "a level of the future": (raised(5), (UNKNOWN,) * 4),  # type: ignore[arg-type] # on purpose
-    "the last answer": (Acknowledge("kasmina", 1500), (ILLEGAL, ANSWERED, ANSWERED, ANSWERED)),
-    "an answer come twice": (Acknowledge("tolaria", 1500), (ILLEGAL, RAISED, ANSWERED, OVERDUE)),
-    "an answer nobody awaits": (Acknowledge("tamiyo", 1500), (ILLEGAL, RAISED, ANSWERED, OVERDUE)),
-    "a deadline too early": (PassDeadline(1999), (ILLEGAL,) * 4),
-    "the deadline": (PassDeadline(2000), (ILLEGAL, OVERDUE, ILLEGAL, ILLEGAL)),
-    "put up again": (Reissue(9), (ILLEGAL, RAISED, ANSWERED, OVERDUE)),
-    "cleared by an operator": (Clear(Clearer.OPERATOR, ()), (ILLEGAL, *[Phase.CALM] * 3)),
-    "cleared by recovery": (Clear(Clearer.RECOVERED, ("tolaria",)), (ILLEGAL, *[Phase.CALM] * 3)),
-    "cleared by a restart": (Clear(Clearer.RESTARTED, ("sentinel",)), (ILLEGAL, *[Phase.CALM] * 3)),
-    "cleared by another's restart": (Clear(Clearer.RESTARTED, ("tolaria",)), (REFUSED,) * 4),
+    "a higher level": (lambda s: raised(s, signal(HALT), PEERS), (RAISED, RAISED, RAISED, RAISED)),
+    "the same level": (lambda s: raised(s, signal(CONSERVATIVE), PEERS), (RAISED, RAISED, ANSWERED, OVERDUE)),
+    "a lower level": (lambda s: raised(s, signal(NOTICE), PEERS), (RAISED, RAISED, ANSWERED, OVERDUE)),
+    "no level": (lambda s: raised(s, signal(0), PEERS), (UNKNOWN,) * 4),
+    "an unknown level": (lambda s: raised(s, signal(5), PEERS), (UNKNOWN,) * 4),
+    "the last acknowledgement": (lambda s: acknowledged(s, "kasmina", 1500), (ILLEGAL, ANSWERED, ANSWERED, ANSWERED)),
+    "a repeated acknowledgement": (lambda s: acknowledged(s, "tolaria", 1500), (ILLEGAL, RAISED, ANSWERED, OVERDUE)),
+    "one that is not awaited": (lambda s: acknowledged(s, "tamiyo", 1500), (ILLEGAL, RAISED, ANSWERED, OVERDUE)),
+    "the deadline, early": (lambda s: overdue(s, 1999), (ILLEGAL,) * 4),
+    "the deadline": (lambda s: overdue(s, 2000), (ILLEGAL, OVERDUE, ILLEGAL, ILLEGAL)),
+    "cleared by an operator": (lambda s: cleared(s, Clearer.OPERATOR, ()), (ILLEGAL, *[Phase.CALM] * 3)),
+    "cleared by recovery": (lambda s: cleared(s, Clearer.RECOVERED, ("tolaria",)), (ILLEGAL, *[Phase.CALM] * 3)),
+    "cleared by a restart": (lambda s: cleared(s, Clearer.RESTARTED, ("sentinel",)), (ILLEGAL, *[Phase.CALM] * 3)),
+    "by a restart, raised by tolaria": (lambda s: cleared(s, Clearer.RESTARTED, ("tolaria",)), (REFUSED,) * 4),
 }
 
 
 @pytest.mark.parametrize(("what", "phase"), list(itertools.product(EVENTS, Phase)))
 def test_every_phase_and_event(what: str, phase: Phase) -> None:
-    """As the table above says; what raises changes nothing."""
-    state = STATES[phase]
-    if phase in {RAISED, OVERDUE}:
-        state = replace(state, acknowledgements=(Acknowledgement("tolaria", 1),))
+    """As in the table above; an event that raises changes nothing."""
+    state, before = in_phase(phase), in_phase(phase)
     event, outcomes = EVENTS[what]
-    outcome, before = outcomes[list(Phase).index(phase)], replace(state)
+    outcome = outcomes[list(Phase).index(phase)]
     if isinstance(outcome, Phase):
-        assert transition(state, event).phase is outcome
+        assert event(state).phase is outcome
     else:
         with pytest.raises(outcome):
-            transition(state, event)
+            event(state)
     assert state == before
+
+
+def test_every_trigger_has_its_level() -> None:
+    """Budget breaches are ELEVATED, an open breaker is CONSERVATIVE, all others are HALT."""
+    assert set(TRIGGERS) == set(Trigger)
+    assert {t for t, level in TRIGGERS.items() if level == ELEVATED} == {
+        Trigger.BOUNDARY_BREACH,
+        Trigger.HOOK_BREACH,
+    }
+    assert {t for t, level in TRIGGERS.items() if level == CONSERVATIVE} == {Trigger.BREAKER_OPEN}
+    assert sum(level == HALT for level in TRIGGERS.values()) == 4
+
+
+def test_the_third_failed_epoch_in_a_row_is_a_streak() -> None:
+    """A healthy epoch resets the streak; it is spent again after three more."""
+    streak, spent = EpochStreak(3), []
+    for healthy in (False, False, True, False, False, False, False, False, False):
+        streak = streak.after(healthy=healthy)
+        spent.append(streak.spent)
+    assert spent == [False, False, False, False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("phase", "level", "healthy", "cause_remains", "expected"),
+    [
+        (Phase.ANSWERED, CONSERVATIVE, 3, False, True),
+        (Phase.OVERDUE, ELEVATED, 9, False, True),
+        (Phase.ANSWERED, CONSERVATIVE, 2, False, False),
+        (Phase.ANSWERED, CONSERVATIVE, 3, True, False),
+        (Phase.ANSWERED, HALT, 9, False, False),
+        (Phase.CALM, 0, 9, False, False),
+    ],
+)
+def test_the_recovery_rule(phase: Phase, level: int, healthy: int, cause_remains: bool, expected: bool) -> None:
+    """Below HALT, after enough healthy epochs, when no cause remains."""
+    state = EmergencyState(phase, level)  # type: ignore[arg-type]
+    assert recovered(state, EpochStreak(3, 0, healthy), recovery_epochs=3, cause_remains=cause_remains) is expected

@@ -13,10 +13,10 @@ SHAPES = st.lists(st.lists(st.integers(0, 3), max_size=3).map(tuple), min_size=1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(deadline=None)  # the machine may be busy; time is for benchmarks
+@settings(deadline=None)  # time is for benchmarks
 @given(shapes=SHAPES)
 def test_a_round_trip_gives_the_same_tensors(dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> None:
-    """Values, shapes (scalars included), dtype and device survive being flattened and cut again."""
+    """Values, shapes (scalars included), dtype and device are kept."""
     grads = [torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype) for shape in shapes]
     if sum(grad.numel() for grad in grads) == 0:
         return
@@ -27,8 +27,8 @@ def test_a_round_trip_gives_the_same_tensors(dtype: torch.dtype, shapes: list[tu
     )
 
 
-def test_flattening_copies() -> None:
-    """Writing into the flat vector leaves the gradient that it came from alone, even if there is one only."""
+def test_the_flat_vector_is_a_copy() -> None:
+    """Writing into it does not change the gradient, even if there is only one."""
     grad = torch.ones(3)
     flat, _ = grads_to_flat([grad])
     flat.zero_()
@@ -37,7 +37,7 @@ def test_flattening_copies() -> None:
 
 @pytest.mark.parametrize("grads", [[], [torch.zeros(0)], [torch.zeros(0, 3), torch.zeros(0)]])
 def test_nothing_to_flatten_is_an_error(grads: list[torch.Tensor]) -> None:
-    """Without a single element there is no gradient, rather than an empty one on some device."""
+    """Gradients without elements raise NoGradientsError."""
     with pytest.raises(NoGradientsError, match=r"^no gradients available for aggregation$"):
         grads_to_flat(grads)
 
@@ -51,7 +51,7 @@ def test_nothing_to_flatten_is_an_error(grads: list[torch.Tensor]) -> None:
     ],
 )
 def test_mixed_gradients_are_refused_with_their_index(second: torch.Tensor, what: str) -> None:
-    """The message says which gradient differs, and in what."""
+    """The error names the gradient and the difference."""
     with pytest.raises(GradientMismatchError, match=rf"gradient 1: .*{what}") as caught:
         grads_to_flat([torch.ones(2), second])
     assert caught.value.index == 1
@@ -59,14 +59,14 @@ def test_mixed_gradients_are_refused_with_their_index(second: torch.Tensor, what
 
 @pytest.mark.parametrize(("count", "index"), [(6, 2), (8, 3), (3, 1)])
 def test_wrong_element_counts_are_refused(count: int, index: int) -> None:
-    """Too few elements name the first shape that they cannot fill, too many the place after the last."""
+    """Too few elements name the first shape that they cannot fill, too many the number of shapes."""
     with pytest.raises(GradientMismatchError) as caught:
         flat_to_grads(torch.zeros(count), [(2,), (2, 2), ()])
     assert caught.value.index == index
 
 
-def test_only_vectors_can_be_cut() -> None:
-    """A matrix, an empty vector or no shapes at all are not silently accepted."""
+def test_only_vectors_can_be_split() -> None:
+    """A matrix, an empty vector and an empty list of shapes are refused."""
     with pytest.raises(GradientMismatchError, match="one dimension, not 2"):
         flat_to_grads(torch.zeros(2, 2), [(4,)])
     with pytest.raises(NoGradientsError):
@@ -75,8 +75,8 @@ def test_only_vectors_can_be_cut() -> None:
         flat_to_grads(torch.zeros(0), [(0,)])
 
 
-def test_layout_knows_layers_and_sizes() -> None:
-    """Parameters belong to the module that their name is in; a bare name is its own layer."""
+def test_layers_and_sizes_of_a_layout() -> None:
+    """The layer of a parameter is its module; a name without a dot is its own layer."""
     layout = FlatLayout.of(
         [("a.b.weight", torch.zeros(2, 3)), ("a.b.bias", torch.zeros(2)), ("scale", torch.zeros(()))]
     )

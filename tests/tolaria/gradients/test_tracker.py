@@ -8,18 +8,21 @@ from leyline.v1 import enums_pb2
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from tolaria.errors import NoGradientsError, UnknownSourceError
 from tolaria.gradients import (
-    HOST,
     AttributionMode,
     FlatLayout,
     GradientMode,
     MergeSettings,
     SeedAggregationTracker,
-    SourceRows,
     combine_flat_grads,
     flat_to_grads,
     source_rows,
     step_generator,
 )
+from tolaria.gradients.accumulate import StepRows
+from tolaria.gradients.rows import SourceRows
+from tolaria.gradients.tracker import StepMerger
+from tolaria.gradients.weights import SourceWeight
+from tolaria.values.training import HOST
 
 PROBATIONARY = SeedState(seed_id="s", stage=enums_pb2.SEED_STAGE_PROBATIONARY, attribution=0.5)
 BLENDING = SeedState(
@@ -47,12 +50,12 @@ def tracker(
 
 
 def rows(names: tuple[str, ...], matrix: torch.Tensor) -> SourceRows:
-    """All sources present, in memory that may be given away."""
+    """Rows of sources that are all present, in new memory."""
     return SourceRows(names, matrix.clone(), (True,) * len(names), {})
 
 
 def test_sources_follow_stages_and_alpha() -> None:
-    """Isolated seeds have no row, blending ones get theirs as soon as alpha leaves zero."""
+    """Isolated seeds have no row; blending ones have one as soon as alpha is above zero."""
     tracked = tracker()
     assert tracked.begin(0) == (HOST,)
     tracked.follow([PROBATIONARY, BLENDING, TRAINING], {})
@@ -61,7 +64,7 @@ def test_sources_follow_stages_and_alpha() -> None:
 
 
 def test_a_step_of_two_microbatches() -> None:
-    """Rows are added up first, then projected and averaged by weight, in the order that run and step give."""
+    """Rows are added up, then projected and averaged by weight, in the order of run and step."""
     tracked = tracker()
     tracked.follow([PROBATIONARY], {})
     names = tracked.begin(3)
@@ -73,8 +76,8 @@ def test_a_step_of_two_microbatches() -> None:
     assert merged.conflicts == 1
 
 
-def test_microbatch_mode_sees_conflicts_between_microbatches() -> None:
-    """Two microbatches that pull apart conflict, whoever their sources are."""
+def test_microbatch_mode_counts_conflicts_between_microbatches() -> None:
+    """Two opposed microbatches of the same source conflict."""
     tracked = tracker(GradientMode.MICROBATCH)
     names = tracked.begin(0)
     for pull in PULLS:
@@ -85,8 +88,8 @@ def test_microbatch_mode_sees_conflicts_between_microbatches() -> None:
     assert [source.seed_id for source in result.sources] == [HOST]
 
 
-def test_dataloader_attribution_takes_the_steps_samples() -> None:
-    """Samples of all microbatches decide how much of the teacher a seed gets."""
+def test_dataloader_attribution_counts_the_samples_of_the_step() -> None:
+    """The samples of all microbatches determine a seed's share of the teacher."""
     tracked = tracker(attribution=AttributionMode.DATALOADER)
     tracked.follow([PROBATIONARY], {})
     names = tracked.begin(0)
@@ -99,8 +102,8 @@ def test_dataloader_attribution_takes_the_steps_samples() -> None:
     assert host.norm == pytest.approx(2.0 * 5 / 8)
 
 
-def test_an_epoch_is_read_once() -> None:
-    """Metrics of all sources, their parameters and layers; the next epoch starts from nothing."""
+def test_an_epoch_is_read_and_reset() -> None:
+    """The metrics cover all sources, their parameters and layers; the next epoch starts from zero."""
     tracked = tracker(top_k=1)
     tracked.follow([PROBATIONARY, TRAINING], {"s": 5, "u": 6})
     for step in range(3):
@@ -117,8 +120,8 @@ def test_an_epoch_is_read_once() -> None:
     assert tracked.finish_epoch().steps == 0
 
 
-def test_a_dropped_step_leaves_nothing_behind() -> None:
-    """Rows of a step that was voided before combining do not reach the next one."""
+def test_a_discarded_step_has_no_effect() -> None:
+    """Rows of a step that was skipped before combining do not reach the next one."""
     tracked = tracker()
     tracked.add(rows(tracked.begin(0), torch.full((1, 2), float("nan"))))
     tracked.add(rows(tracked.begin(1), PULLS[:1]))
@@ -126,7 +129,7 @@ def test_a_dropped_step_leaves_nothing_behind() -> None:
 
 
 def test_steps_without_rows_are_errors() -> None:
-    """Nothing added is no gradient; rows that were not asked for are refused."""
+    """A step without rows raises NoGradientsError; rows of other sources are refused."""
     tracked = tracker()
     tracked.begin(0)
     with pytest.raises(NoGradientsError):
@@ -136,7 +139,7 @@ def test_steps_without_rows_are_errors() -> None:
 
 
 def test_a_repeated_run_repeats_its_bits() -> None:
-    """The same rows at the same steps of the same run give the same bits, whatever ran in between."""
+    """The same rows at the same step of the same run give the same bits, independent of the global RNG."""
     results = []
     for _ in range(2):
         tracked = tracker()
@@ -148,7 +151,7 @@ def test_a_repeated_run_repeats_its_bits() -> None:
 
 
 class Valley(nn.Module):
-    """Two shared weights on a curved, steep valley: the seed wants to be on its floor, the host further along."""
+    """Two shared weights in a curved, steep valley: the seed's loss is low on its floor, the host's further along."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +164,7 @@ class Valley(nn.Module):
 
 
 def train(mode: GradientMode, rate: float) -> tuple[dict[str, float], int]:
-    """Losses after training, and the conflicts on the way."""
+    """Losses after training, and the number of conflicts."""
     model, tracked = Valley(), tracker(mode)
     tracked.follow([PROBATIONARY], {})
     for step in range(300):
@@ -173,10 +176,101 @@ def train(mode: GradientMode, rate: float) -> tuple[dict[str, float], int]:
     return {name: loss.item() for name, loss in model.losses().items()}, tracked.finish_epoch().conflicts
 
 
-def test_a_real_conflict_is_seen_and_served() -> None:
-    """Losses that pull shared weights apart show conflicts, and both end lower than by plain sum (at most 0.8 x)."""
+def test_pcgrad_reduces_both_losses_of_a_conflict() -> None:
+    """Conflicting losses both end at most at 0.8 times the loss with the plain sum."""
     summed, _ = train(GradientMode.SUM, 0.003)
     projected, conflicts = train(GradientMode.SEED, 0.006)  # a mean of two rows is half of their sum
     assert conflicts > 50
     assert projected[HOST] < 0.8 * summed[HOST]
     assert projected["s"] < 0.8 * summed["s"]
+
+
+NAMES = (HOST, "s", "t")
+ROWS = torch.tensor([[1.0, 0.5, 0.0], [-1.0, 1.0, 0.5], [0.5, -2.0, 1.0]])
+WEIGHTS = {HOST: 1.0, "s": 0.5, "t": 0.25}
+
+
+def sources(attribution: float = 0.0) -> tuple[SourceWeight, ...]:
+    """The three sources with their weights."""
+    return tuple(SourceWeight(n, enums_pb2.SEED_STAGE_BLENDING, w, w, attribution) for n, w in WEIGHTS.items())
+
+
+def merger(mode: GradientMode, attribution: AttributionMode = AttributionMode.OFF) -> StepMerger:
+    """A merger of three elements."""
+    return StepMerger(MergeSettings(mode, attribution, "run"), 3, dtype=torch.float32, device="cpu")
+
+
+def step_rows(matrix: torch.Tensor, parts: tuple[int, ...] = (1, 1, 1), names: tuple[str, ...] = NAMES) -> StepRows:
+    """Rows of one step, in new memory."""
+    return StepRows(names, matrix.clone(), parts, 1, {})
+
+
+def test_seed_mode_is_weighted_pcgrad() -> None:
+    """Without attribution the result is that of combine_flat_grads for the same rows, weights and order."""
+    merged, measured = merger(GradientMode.SEED).merge(step_rows(ROWS), 4, sources(), {})
+    expected = combine_flat_grads(ROWS, weights=list(WEIGHTS.values()), generator=step_generator("run", 4))
+    torch.testing.assert_close(merged.vector, expected.vector)
+    assert merged.conflicts == expected.conflicts == 3
+    torch.testing.assert_close(measured.norms, ROWS.double().norm(dim=1))
+    assert list(measured.conflicts) == [2, 2, 2]
+
+
+@pytest.mark.parametrize("attribution", [0.2, 0.5])
+def test_attribution_merges_the_shared_rows(attribution: float) -> None:
+    """Attribution on dot products equals attribution on rows; a teacher without a rest has weight 0."""
+    merged, measured = merger(GradientMode.SEED, AttributionMode.KASMINA).merge(
+        step_rows(ROWS), 4, (sources()[0], *sources(attribution)[1:]), {}
+    )
+    shared = ROWS.clone()
+    shared[1:] += attribution * ROWS[0]
+    shared[0] *= 1 - 2 * attribution
+    weights = [1.0 if attribution < 0.5 else 0.0, 0.5, 0.25]
+    expected = combine_flat_grads(shared, weights=weights, generator=step_generator("run", 4))
+    torch.testing.assert_close(merged.vector, expected.vector)
+    assert (merged.conflicts, merged.participants) == (expected.conflicts, expected.participants)
+    torch.testing.assert_close(measured.norms, shared.double().norm(dim=1))
+    assert measured.teacher[1] > 0
+
+
+def test_absent_sources_have_no_weight() -> None:
+    """A source that took no part does not change the mean of the others."""
+    matrix = ROWS.clone()
+    matrix[1] = 0
+    merged, measured = merger(GradientMode.SEED).merge(step_rows(matrix, (1, 0, 1)), 4, sources(), {})
+    expected = combine_flat_grads(ROWS[[0, 2]], weights=[1.0, 0.25], generator=step_generator("run", 4))
+    torch.testing.assert_close(merged.vector, expected.vector)
+    assert measured.names == [HOST, "t"]
+
+
+@pytest.mark.parametrize("mode", list(GradientMode))
+def test_one_row_is_the_result(mode: GradientMode) -> None:
+    """In every mode a step with a single row returns that row, bit for bit."""
+    matrix = torch.zeros(3, 3)
+    matrix[1] = ROWS[1]
+    merged, _ = merger(mode).merge(step_rows(matrix, (0, 1, 0)), 4, sources(), {})
+    assert torch.equal(merged.vector, ROWS[1])
+    assert not merged.projected
+
+
+def test_sum_mode_adds_without_weights() -> None:
+    """The result is the plain sum; norms are measured, conflicts are not counted."""
+    merged, measured = merger(GradientMode.SUM).merge(step_rows(ROWS), 4, sources(), {})
+    torch.testing.assert_close(merged.vector, ROWS.sum(0))
+    torch.testing.assert_close(measured.norms, ROWS.double().norm(dim=1))
+    assert merged.conflicts == 0
+
+
+def test_microbatch_mode_projects_microbatches() -> None:
+    """The result is the sum after PCGrad across microbatches; no source is measured."""
+    names = ("microbatch 0", "microbatch 1", "microbatch 2")
+    merged, measured = merger(GradientMode.MICROBATCH).merge(step_rows(ROWS, names=names), 4, sources(), {})
+    expected = combine_flat_grads(ROWS, generator=step_generator("run", 4))
+    torch.testing.assert_close(merged.vector, expected.vector)
+    assert (merged.conflicts, tuple(measured.names)) == (3, ())
+
+
+def test_merging_does_not_modify_the_rows() -> None:
+    """The result is written into separate memory."""
+    rows = step_rows(ROWS)
+    merger(GradientMode.SEED).merge(rows, 4, sources(), {})
+    assert torch.equal(rows.matrix, ROWS)

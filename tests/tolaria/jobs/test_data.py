@@ -41,7 +41,7 @@ def loader(seed: int = 0, batch_size: int = 3) -> LoaderCursor:
 
 
 def rest(cursor: BatchCursor) -> list[list[int]]:
-    """The inputs of all batches that are left in the epoch."""
+    """The inputs of the remaining batches of the epoch."""
     batches = []
     while (batch := cursor.next_batch()) is not None:
         assert batch.samples == len(batch.payload[0])
@@ -54,7 +54,7 @@ BOTH = pytest.mark.parametrize("make", [tensors, loader])
 
 @BOTH
 def test_an_epoch_has_every_sample_once(make: Callable[..., BatchCursor]) -> None:
-    """Every sample comes once an epoch, in the announced number of batches, the last one smaller."""
+    """Every sample occurs once, in `batches_per_epoch` batches, of which the last is smaller."""
     cursor = make()
     cursor.begin_epoch(1)
     batches = rest(cursor)
@@ -65,7 +65,7 @@ def test_an_epoch_has_every_sample_once(make: Callable[..., BatchCursor]) -> Non
 
 @BOTH
 def test_the_order_depends_on_seed_and_epoch_alone(make: Callable[..., BatchCursor]) -> None:
-    """The same seed and epoch give the same order, whatever the global RNG did; others give other orders."""
+    """The same seed and epoch give the same order, independent of the global RNG; others give other orders."""
 
     def order(seed: int, epoch: int) -> list[list[int]]:
         cursor = make(seed=seed)
@@ -80,20 +80,20 @@ def test_the_order_depends_on_seed_and_epoch_alone(make: Callable[..., BatchCurs
 @BOTH
 @given(taken=st.integers(0, 5), epoch=st.integers(1, 3))
 @settings(max_examples=20, deadline=None)
-def test_a_saved_place_is_found_again(make: Callable[..., BatchCursor], taken: int, epoch: int) -> None:
-    """A cursor that loads another's place goes on with the same batches."""
+def test_a_saved_position_is_restored(make: Callable[..., BatchCursor], taken: int, epoch: int) -> None:
+    """A cursor that loads another's state continues with the same batches."""
     cursor = make()
     cursor.begin_epoch(epoch)
     for _ in range(taken):
         cursor.next_batch()
-    place = json.loads(json.dumps(cursor.state_dict()))
+    saved = json.loads(json.dumps(cursor.state_dict()))
     other = make()
-    other.load_state_dict(place)
+    other.load_state_dict(saved)
     assert rest(other) == rest(cursor)
 
 
 def test_tensors_of_different_lengths_are_refused() -> None:
-    """Inputs and labels that do not match are found before training."""
+    """Lengths and batch size are checked by the constructor."""
     with pytest.raises(ValueError, match=r"\[10, 9\]"):
         TensorCursor((X, X[1:]), batch_size=2, seed=0)
     with pytest.raises(ValueError, match="batch_size"):
@@ -101,36 +101,36 @@ def test_tensors_of_different_lengths_are_refused() -> None:
 
 
 @BOTH
-def test_a_place_before_the_first_epoch_is_found_again(make: Callable[..., BatchCursor]) -> None:
-    """Before the first epoch there are no batches, nor are there after going back to before it."""
-    place = make().state_dict()
+def test_a_position_before_the_first_epoch_is_restored(make: Callable[..., BatchCursor]) -> None:
+    """There are no batches before the first epoch, also after restoring that position."""
+    saved = make().state_dict()
     other = make()
     other.begin_epoch(1)
     other.next_batch()
-    other.load_state_dict(place)
+    other.load_state_dict(saved)
     assert other.next_batch() is None
-    assert other.state_dict() == place
+    assert other.state_dict() == saved
 
 
 @BOTH
 @pytest.mark.parametrize(("change", "words"), [({"batch_size": 4}, "batch_size 4"), ({"seed": 7}, "seed 7")])
-def test_a_place_among_other_batches_is_refused(
+def test_a_position_among_other_batches_is_refused(
     make: Callable[..., BatchCursor], change: dict[str, int], words: str
 ) -> None:
-    """A place counts batches of one size in the order of one seed; in others it would be somewhere else."""
-    foreign = make(**change)
-    foreign.begin_epoch(1)
+    """A position is valid only for its batch size and seed."""
+    other_kind = make(**change)
+    other_kind.begin_epoch(1)
     cursor, untouched = make(), make()
     for each in (cursor, untouched):
         each.begin_epoch(2)
         each.next_batch()
-    with pytest.raises(ValueError, match=f"saved with {words}, and this cursor has"):
-        cursor.load_state_dict(foreign.state_dict())
+    with pytest.raises(ValueError, match=f"saved with {words}; this cursor has"):
+        cursor.load_state_dict(other_kind.state_dict())
     assert rest(cursor) == rest(untouched)
 
 
 class Backwards(Sampler[int]):
-    """An order of somebody's own."""
+    """A custom order."""
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(9, -1, -1))
@@ -139,12 +139,12 @@ class Backwards(Sampler[int]):
         return 10
 
 
-class Picky(RandomSampler):
-    """A kind of RandomSampler that may draw from anywhere."""
+class Subclassed(RandomSampler):
+    """A subclass of RandomSampler, which may have another order."""
 
 
 class Stream(IterableDataset[int]):
-    """Samples without places."""
+    """Samples without indices."""
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(10))
@@ -176,7 +176,7 @@ GENERATOR = torch.Generator()
             "a SubsetRandomSampler",
         ),
         (lambda: DataLoader(DATA, sampler=Backwards()), "a Backwards"),
-        (lambda: DataLoader(DATA, sampler=Picky(DATA, generator=GENERATOR), generator=GENERATOR), "a Picky"),
+        (lambda: DataLoader(DATA, sampler=Subclassed(DATA, generator=GENERATOR), generator=GENERATOR), "a Subclassed"),
         (
             lambda: DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 2, drop_last=False)),
             "batch_sampler",
@@ -186,13 +186,13 @@ GENERATOR = torch.Generator()
     ],
 )
 def test_a_loader_that_cannot_be_repeated_is_refused(made: Callable[[], DataLoader[Any]], words: str) -> None:
-    """Where the order comes from anywhere but the loader's generator, a place could not be found again."""
+    """Only the loader's generator may determine the order."""
     with pytest.raises(ValueError, match=words):
         LoaderCursor(made(), seed=0)
 
 
-def test_samplers_that_can_be_repeated_are_taken() -> None:
-    """The two samplers that a loader makes by itself may also be given to it."""
+def test_samplers_that_can_be_repeated_are_accepted() -> None:
+    """The two samplers that a loader makes itself may also be passed to it."""
     sampler = RandomSampler(DATA, generator=GENERATOR)
     for made in (
         DataLoader(DATA, sampler=sampler, generator=GENERATOR),
@@ -203,8 +203,8 @@ def test_samplers_that_can_be_repeated_are_taken() -> None:
         assert sorted(sample for (sample,) in rest(cursor)) == list(range(10))
 
 
-class Watched(DataLoader[Any]):
-    """Counts its iterators that are alive, which keep their workers alive, whenever it makes another one."""
+class CountingLoader(DataLoader[Any]):
+    """Counts its live iterators, which keep their workers alive, whenever it makes another one."""
 
     def __init__(self) -> None:
         super().__init__(DATA, batch_size=3)
@@ -223,8 +223,8 @@ class Watched(DataLoader[Any]):
 
 
 def test_an_unfinished_epoch_ends_before_the_next_begins() -> None:
-    """The iterator of an epoch, and with it its workers, is gone when a new epoch or none is begun."""
-    watched = Watched()
+    """The iterator of an epoch, and with it its workers, is dropped before another epoch begins."""
+    watched = CountingLoader()
     cursor = LoaderCursor(watched, seed=0)
     before = cursor.state_dict()
     for epoch in (1, 2):
@@ -238,7 +238,7 @@ def test_an_unfinished_epoch_ends_before_the_next_begins() -> None:
 
 
 def test_batches_of_dicts_are_counted() -> None:
-    """A batch may be a dict of tensors; its samples are the first tensor's length."""
+    """The number of samples of a dict of tensors is the length of the first one."""
     cursor = LoaderCursor(DataLoader([{"x": X[i], "y": X[i]} for i in range(5)], batch_size=2), seed=0)  # type: ignore[arg-type]
     cursor.begin_epoch(1)
     batch = cursor.next_batch()

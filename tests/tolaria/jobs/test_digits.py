@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import torch
 
-from tolaria.jobs import HOST, Evaluation, JobContext, TrainingJob
+from tolaria.jobs import HOST, JobContext, TrainingJob
 from tolaria.jobs.digits import digits
 
 
-def test_the_job_has_real_images_and_a_host_that_fits_them() -> None:
-    """1437 images train, 360 other ones validate, and the host gives a loss that can be trained on."""
+def test_the_job_trains_and_evaluates_its_host() -> None:
+    """Batches have images in 0 to 1, the loss is differentiable, and 360 images are evaluated."""
     job = digits(JobContext(0, torch.device("cpu")))
     assert isinstance(job, TrainingJob)
     model, cursor = job.build_model(), job.training_data()
@@ -27,10 +27,3 @@ def test_the_job_has_real_images_and_a_host_that_fits_them() -> None:
         result = job.evaluate(model.eval(), validation)
     assert result.samples == 360
     assert 0 <= result.accuracy <= 1
-
-
-def test_evaluations_add_up() -> None:
-    """Sums are added, means are taken at the end."""
-    total = Evaluation(6.0, 1, 2) + Evaluation(2.0, 1, 2)
-    assert (total.loss, total.accuracy) == (2.0, 0.5)
-    assert Evaluation(0.0, 0, 0).accuracy == 0

@@ -14,7 +14,7 @@ CONTEXT = JobContext(seed=0, device=torch.device("cpu"))
 
 
 def test_a_registered_name_is_built() -> None:
-    """`digits` comes from the entry points."""
+    """`digits` is found by its entry point."""
     assert isinstance(build_job("digits", CONTEXT), DigitsJob)
 
 
@@ -37,8 +37,8 @@ def test_a_module_and_factory_are_built() -> None:
         ("support.jobs:not_a_job", BrokenJobError, "lacks build_model, build_optimizer, evaluate"),
     ],
 )
-def test_a_wrong_job_is_told_in_one_line(name: str, kind: type[JobError], words: str) -> None:
-    """Whatever is wrong with training.job, the message says what it was and what to do."""
+def test_an_invalid_job_is_reported_in_one_line(name: str, kind: type[JobError], words: str) -> None:
+    """The message names the job and the problem."""
     with pytest.raises(kind, match=words) as caught:
         build_job(name, CONTEXT)
     assert name in str(caught.value)
@@ -56,7 +56,7 @@ def test_a_wrong_job_is_told_in_one_line(name: str, kind: type[JobError], words:
 def test_a_module_that_cannot_be_imported_is_broken(
     source: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job whose own imports fail is broken, not unknown: the module is there."""
+    """A job whose imports fail is broken, not unknown."""
     name = f"job_{abs(hash(source))}"
     (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
@@ -66,6 +66,6 @@ def test_a_module_that_cannot_be_imported_is_broken(
 
 @pytest.mark.parametrize(("options", "words"), [({"batch_sze": 3}, "batch_sze"), ({"batch_size": 0}, "batch_size")])
 def test_options_of_digits_are_checked(options: dict[str, int], words: str) -> None:
-    """An option that the built-in job does not know, or cannot use, is named."""
+    """The error names an unknown or invalid option of the built-in job."""
     with pytest.raises(BrokenJobError, match=f"training.options.{words}"):
         build_job("digits", JobContext(0, torch.device("cpu"), options))

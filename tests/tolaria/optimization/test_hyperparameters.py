@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, Muon, Optimizer, RMSprop
 
 from tolaria.errors import HyperparameterError, UnknownGroupError
-from tolaria.optimization import HyperparameterChange, change_hyperparameters
+from tolaria.optimization.hyperparameters import HyperparameterChange, change_hyperparameters
 
 torch.set_num_threads(1)
 
@@ -31,8 +31,8 @@ def step(optimizer: Optimizer) -> None:
     optimizer.step()
 
 
-def test_values_are_set_in_the_groups_meant() -> None:
-    """The answer tells each group's value before and after; other groups keep theirs."""
+def test_values_are_set_in_the_given_group() -> None:
+    """The result has each value before and after; other groups keep theirs."""
     optimizer = over(Adam, lr=0.1, weight_decay=0.01)
     changed = change_hyperparameters(optimizer, {"weight_decay": 0.1, "beta2": 0.99}, group="host")
     assert changed == [
@@ -44,7 +44,7 @@ def test_values_are_set_in_the_groups_meant() -> None:
     assert (seed["weight_decay"], seed["betas"]) == (0.01, (0.9, 0.999))
 
 
-def test_a_change_of_all_groups_holds_for_those_to_come() -> None:
+def test_a_change_of_all_groups_includes_later_ones() -> None:
     """A group added later takes the new value as its default."""
     optimizer = over(SGD, lr=0.1, momentum=0.9)
     change_hyperparameters(optimizer, {"momentum": 0.5})
@@ -53,8 +53,8 @@ def test_a_change_of_all_groups_holds_for_those_to_come() -> None:
 
 
 @pytest.mark.parametrize(("kind", "options"), [(SGD, {}), (RMSprop, {}), (Muon, {"momentum": 0.0, "nesterov": False})])
-def test_momentum_can_be_turned_on_under_way(kind: type[Optimizer], options: dict[str, Any]) -> None:
-    """An optimizer that has stepped without momentum goes on with it."""
+def test_momentum_can_be_enabled_during_training(kind: type[Optimizer], options: dict[str, Any]) -> None:
+    """An optimizer that has stepped without momentum continues with it."""
     optimizer = over(kind, lr=0.1, **options)
     change_hyperparameters(optimizer, {"momentum": 0.9})
     step(optimizer)
@@ -78,8 +78,8 @@ def test_momentum_can_be_turned_on_under_way(kind: type[Optimizer], options: dic
         ("weight_decay", 3e38, r"from 0 to 10, is 3e\+38"),
     ],
 )
-def test_a_bad_change_is_refused_and_nothing_changes(name: str, value: float, message: str) -> None:
-    """The good ones beside it are not made either."""
+def test_an_invalid_change_is_refused_and_nothing_changes(name: str, value: float, message: str) -> None:
+    """Valid changes in the same call are not made either."""
     optimizer = over(SGD, lr=0.1, momentum=0.9, nesterov=True)
     with pytest.raises(HyperparameterError, match=message) as caught:
         change_hyperparameters(optimizer, {"weight_decay": 0.5, name: value})
@@ -98,8 +98,8 @@ def test_a_bad_change_is_refused_and_nothing_changes(name: str, value: float, me
         ("beta2", math.nextafter(1.0, 0.0)),
     ],
 )
-def test_the_bounds_themselves_are_good(name: str, value: float) -> None:
-    """The least and the greatest value that may be are taken as they are, and the other beta stays."""
+def test_the_bounds_are_inclusive(name: str, value: float) -> None:
+    """The least and greatest valid values are set; the other beta does not change."""
     optimizer = over(Adam, lr=0.1)
     change_hyperparameters(optimizer, {name: value})
     host = optimizer.param_groups[0]
@@ -109,15 +109,15 @@ def test_the_bounds_themselves_are_good(name: str, value: float) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("beta1", 1.0), ("beta1", -0.1), ("beta2", 1.0), ("beta2", math.nan)])
 def test_betas_stay_in_bounds(name: str, value: float) -> None:
-    """An average that never forgets is none; the error names the beta."""
+    """The error names the beta."""
     optimizer = over(Adam, lr=0.1)
     with pytest.raises(HyperparameterError, match=f"{name}: must be at least 0 and below 1"):
         change_hyperparameters(optimizer, {name: value})
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
-def test_the_greatest_decay_ruins_no_weights() -> None:
-    """At a customary rate a step at the bound shrinks weights; it does not throw them about."""
+def test_the_greatest_decay_does_not_enlarge_weights() -> None:
+    """At a common rate a step at the bound shrinks weights."""
     optimizer = over(SGD, lr=0.05)
     change_hyperparameters(optimizer, {"weight_decay": 10.0})
     parameter = optimizer.param_groups[0]["params"][0]
@@ -127,20 +127,20 @@ def test_the_greatest_decay_ruins_no_weights() -> None:
     assert parameter.abs().max() <= before
 
 
-def test_an_optimizer_without_momentum_has_none() -> None:
-    """Adagrad knows neither momentum nor betas."""
+def test_an_optimizer_without_the_option_is_refused() -> None:
+    """Adagrad has no momentum."""
     with pytest.raises(HyperparameterError, match="Adagrad has none"):
         change_hyperparameters(over(Adagrad, lr=0.1), {"momentum": 0.9})
 
 
-def test_betas_that_are_tensors_stay() -> None:
-    """They were captured with the step and cannot be exchanged under it."""
+def test_betas_that_are_tensors_cannot_change() -> None:
+    """They are captured with the step."""
     optimizer = over(Adam, lr=torch.tensor(0.1), betas=(torch.tensor(0.9), torch.tensor(0.999)))
     with pytest.raises(HyperparameterError, match="is a tensor"):
         change_hyperparameters(optimizer, {"beta1": 0.8})
 
 
 def test_an_unknown_group_is_refused() -> None:
-    """The error lists those there are."""
+    """The error lists the known groups."""
     with pytest.raises(UnknownGroupError, match="there are: host, seed:a"):
         change_hyperparameters(over(SGD, lr=0.1), {"momentum": 0.9}, group="seed:z")

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Adam, AdamW, Muon, NAdam, Optimizer, RAdam, RMSprop, SparseAdam
 
 from tolaria.errors import RebuildFailedError, UnsuitableOptimizerError
-from tolaria.optimization import GroupPlan, OptimizerManager, RebuildOutcome
-from tolaria.optimization import optimizer_manager as rebuilding
+from tolaria.optimization import GroupPlan, OptimizerManager
 from tolaria.optimization.groups import ParamGroup
+from tolaria.optimization.state_transfer import Build
+from tolaria.values.optimization import RebuildOutcome
 
 torch.set_num_threads(1)
 
@@ -37,8 +38,8 @@ VARIANTS: list[tuple[type[Optimizer], dict[str, Any]]] = [
 
 
 @dataclass
-class Scene:
-    """A model of three matrices, two in `host` and one in `seed:a`, and its optimizer after some steps."""
+class Training:
+    """Three matrices, two in `host` and one in `seed:a`, and their optimizer after some steps."""
 
     parameters: dict[str, nn.Parameter]
     manager: OptimizerManager
@@ -49,14 +50,14 @@ class Scene:
         return self.manager.optimizer
 
     def step(self) -> None:
-        """One update with random gradients, of every parameter in its turn."""
+        """Makes one step with random gradients."""
         for parameter in self.parameters.values():
             parameter.grad = torch.randn(parameter.shape, generator=self.draws)
         self.optimizer.step()
 
 
-def scene(kind: type[Optimizer] = Adam, steps: int = 5, **options: Any) -> Scene:
-    """The same one for the same arguments, bit by bit."""
+def training(kind: type[Optimizer] = Adam, steps: int = 5, **options: Any) -> Training:
+    """Returns the same training for the same arguments, bit for bit."""
     draws = torch.Generator().manual_seed(7)
     parameters = {
         name: nn.Parameter(torch.randn(shape, generator=draws))
@@ -67,7 +68,7 @@ def scene(kind: type[Optimizer] = Adam, steps: int = 5, **options: Any) -> Scene
         {"name": "seed:a", "params": [parameters["s"]], "weight_decay": 0.02},
     ]
     optimizer = kind(groups, **({"lr": 0.01} | options))
-    made = Scene(parameters, OptimizerManager(optimizer, parameters.items(), min_interval_steps=0), draws)
+    made = Training(parameters, OptimizerManager(optimizer, parameters.items(), min_interval_steps=0), draws)
     for _ in range(steps):
         made.step()
     return made
@@ -78,7 +79,7 @@ def matrix(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.ones(shape))
 
 
-def everything(made: Scene) -> dict[str, Any]:
+def everything(made: Training) -> dict[str, Any]:
     """Parameters, options and state, cloned and by name."""
     names: dict[Tensor, str] = {tensor: name for name, tensor in made.parameters.items()}
     return {
@@ -112,14 +113,14 @@ def same(one: Any, other: Any) -> bool:
 
 
 def variant_name(value: object) -> str:
-    """How a variant is called in test names."""
+    """The name of a variant in test ids."""
     return value.__name__ if isinstance(value, type) else " ".join(value) if isinstance(value, dict) else str(value)
 
 
 @pytest.mark.parametrize(("kind", "options"), VARIANTS, ids=variant_name)
-def test_survivors_go_on_as_if_nothing_had_happened(kind: type[Optimizer], options: dict[str, Any]) -> None:
-    """With a group added and one removed: states bit-equal, options in full, and the next updates bit-equal."""
-    rebuilt, untouched = scene(kind, **options), scene(kind, **options)
+def test_kept_parameters_continue_exactly(kind: type[Optimizer], options: dict[str, Any]) -> None:
+    """With a group added and one removed, states, options and the next steps are bit-equal."""
+    rebuilt, untouched = training(kind, **options), training(kind, **options)
     before = everything(rebuilt)
     assert before["state"] or (kind, options) == (SGD, {}), "there is no state to lose"
     host, _ = rebuilt.manager.plan()
@@ -150,19 +151,19 @@ def test_survivors_go_on_as_if_nothing_had_happened(kind: type[Optimizer], optio
 
 @pytest.mark.skip(reason="SparseAdam takes sparse gradients only; Tolaria merges dense ones")
 def test_sparse_adam() -> None:
-    """Left out on purpose, and shown as left out."""
+    """Skipped on purpose."""
 
 
 def test_every_class_of_torch_is_covered() -> None:
-    """The list is found by looking, so that a class that comes with a new torch is tested as well."""
+    """The list is read from torch, so that new classes are tested as well."""
     assert {kind.__name__ for kind in DENSE} >= {"Adadelta", "Adafactor", "Adam", "Muon", "NAdam", "Rprop", "SGD"}
     assert len(DENSE) >= 13
 
 
 @pytest.mark.parametrize(("kind", "options"), VARIANTS, ids=variant_name)
-def test_every_class_survives_parameters_that_change_shape(kind: type[Optimizer], options: dict[str, Any]) -> None:
-    """A parameter that grew and one that shrank go on training, with finite numbers."""
-    made = scene(kind, **options)
+def test_every_class_supports_parameters_that_change_shape(kind: type[Optimizer], options: dict[str, Any]) -> None:
+    """A parameter that grew and one that shrank continue to train with finite numbers."""
+    made = training(kind, **options)
     _, seed = made.manager.plan()
     grown, cut = matrix(5, 4), matrix(4, 1)
     with torch.no_grad():
@@ -176,66 +177,77 @@ def test_every_class_survives_parameters_that_change_shape(kind: type[Optimizer]
     assert all(bool(parameter.isfinite().all()) for parameter in made.parameters.values())
 
 
-def test_muon_refuses_what_is_no_matrix() -> None:
-    """The class trains matrices only; the old optimizer stays."""
-    made = scene(Muon)
+def test_muon_refuses_a_vector() -> None:
+    """Muon trains matrices only; the rebuild fails at the build stage."""
+    made = training(Muon)
     with pytest.raises(RebuildFailedError, match="2D") as caught:
         made.manager.rebuild([*made.manager.plan(), GroupPlan("seed:b", {"new": matrix(2)})], at_step=5)
     assert caught.value.stage == "build"
 
 
-def boom(*arguments: object, **keywords: object) -> Any:
-    """Fails."""
+def fail(*arguments: object, **keywords: object) -> Any:
+    """Raises RuntimeError."""
     raise RuntimeError("injected")
 
 
-def _bad_plan(made: Scene, monkeypatch: pytest.MonkeyPatch) -> list[GroupPlan]:
+def _bad_plan(made: Training, monkeypatch: pytest.MonkeyPatch) -> list[GroupPlan]:
     return [*made.manager.plan(), GroupPlan("host", {"new": matrix(2, 2)})]
 
 
-def _bad_build(made: Scene, monkeypatch: pytest.MonkeyPatch) -> list[GroupPlan]:
-    monkeypatch.setattr(Adam, "add_param_group", boom)
+def _bad_build(made: Training, monkeypatch: pytest.MonkeyPatch) -> list[GroupPlan]:
+    monkeypatch.setattr(Adam, "add_param_group", fail)
     return made.manager.plan()
 
 
-def _bad_carry(made: Scene, monkeypatch: pytest.MonkeyPatch) -> list[GroupPlan]:
+def _bad_carry(made: Training, monkeypatch: pytest.MonkeyPatch) -> list[GroupPlan]:
     made.optimizer.state[made.parameters["a"]]["odd"] = torch.ones(9, 9)
     return [GroupPlan("host", {"a": matrix(5, 5), "b": made.parameters["b"]}), made.manager.plan()[1]]
 
 
-def _bad_state(made: Scene, monkeypatch: pytest.MonkeyPatch) -> list[GroupPlan]:
+def _bad_state(made: Training, monkeypatch: pytest.MonkeyPatch) -> list[GroupPlan]:
     made.optimizer.state[made.parameters["b"]]["exp_avg"][0, 0] = float("nan")
     return made.manager.plan()
 
 
-def _bad_swap(made: Scene, monkeypatch: pytest.MonkeyPatch) -> list[GroupPlan]:
-    class Refusing(dict[Any, Any]):
-        update = boom
+class Refusing(dict[Any, Any]):
+    """State that cannot be updated."""
 
-    build = rebuilding._same_kind(made.optimizer)
+    update = fail
 
-    def build_refusing(groups: list[ParamGroup]) -> Optimizer:
-        built = build(groups)
+
+def _refusing(groups: list[ParamGroup]) -> Optimizer:
+    built = Adam(groups, lr=0.01)
+    if len(groups) > 1:  # a trial step has a single group
         built.state = Refusing()  # type: ignore[assignment]
-        return built
+    return built
 
-    made.manager._build = build_refusing
+
+def _present_plan(made: Training, monkeypatch: pytest.MonkeyPatch) -> list[GroupPlan]:
     return made.manager.plan()
 
 
 @pytest.mark.parametrize(
-    ("stage", "prepare"),
-    [("plan", _bad_plan), ("build", _bad_build), ("carry", _bad_carry), ("validate", _bad_state), ("swap", _bad_swap)],
+    ("stage", "prepare", "change_to"),
+    [
+        ("plan", _bad_plan, None),
+        ("build", _bad_build, None),
+        ("carry", _bad_carry, None),
+        ("validate", _bad_state, None),
+        ("swap", _present_plan, _refusing),
+    ],
 )
-def test_a_rebuild_that_fails_leaves_everything_as_it_was(
-    stage: str, prepare: Callable[[Scene, pytest.MonkeyPatch], list[GroupPlan]], monkeypatch: pytest.MonkeyPatch
+def test_a_failed_rebuild_changes_nothing(
+    stage: str,
+    prepare: Callable[[Training, pytest.MonkeyPatch], list[GroupPlan]],
+    change_to: Build | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever the stage: the same optimizer is live, with the same parameters, options and state, bit by bit."""
-    made = scene()
+    """At any stage, the optimizer, its parameters, options and state are bit-equal afterwards."""
+    made = training()
     groups = prepare(made, monkeypatch)
     old, before, plan = made.optimizer, everything(made), made.manager.plan()
     with pytest.raises(RebuildFailedError) as caught:
-        made.manager.rebuild(groups, at_step=5)
+        made.manager.rebuild(groups, at_step=5, change_to=change_to)
     assert caught.value.stage == stage
     assert made.optimizer is old
     after = everything(made)
@@ -253,15 +265,15 @@ def test_a_rebuild_that_fails_leaves_everything_as_it_was(
         ([GroupPlan("host", {"a": matrix(1)}), GroupPlan("seed:a", {"a": matrix(1)})], "in two places"),
     ],
 )
-def test_a_plan_without_sense_is_refused(groups: list[GroupPlan], message: str) -> None:
-    """Nothing is built then."""
+def test_an_invalid_plan_is_refused(groups: list[GroupPlan], message: str) -> None:
+    """The error names the problem."""
     with pytest.raises(RebuildFailedError, match=message):
-        scene(steps=0).manager.rebuild(groups, at_step=0)
+        training(steps=0).manager.rebuild(groups, at_step=0)
 
 
-def test_a_builder_that_loses_parameters_is_refused() -> None:
-    """What was built is compared with the plan before it is swapped in."""
-    made = scene()
+def test_a_builder_that_drops_parameters_is_refused() -> None:
+    """The new optimizer is compared with the plan before it is used."""
+    made = training()
     with pytest.raises(RebuildFailedError) as caught:
         made.manager.rebuild(
             made.manager.plan(),
@@ -271,9 +283,9 @@ def test_a_builder_that_loses_parameters_is_refused() -> None:
     assert caught.value.stage == "validate"
 
 
-def test_storms_of_rebuilds_are_held_off() -> None:
-    """Within the interval nothing happens and the result says when to retry; urgent ones and the past pass."""
-    made = scene()
+def test_rebuilds_keep_a_minimum_interval() -> None:
+    """Within the interval a rebuild is skipped and the result says when to retry; urgent and earlier ones run."""
+    made = training()
     manager = OptimizerManager(made.optimizer, made.parameters.items(), min_interval_steps=10)
     first = manager.rebuild(manager.plan(), at_step=100)
     skipped = manager.rebuild(manager.plan(), at_step=109)
@@ -287,18 +299,18 @@ def test_storms_of_rebuilds_are_held_off() -> None:
     assert manager.rebuild(manager.plan(), at_step=50).outcome is RebuildOutcome.REBUILT
 
 
-def test_failed_attempts_count_for_the_storm_guard() -> None:
-    """A rebuild that cannot succeed is not tried at every step."""
-    made = scene()
+def test_failed_attempts_count_for_the_interval() -> None:
+    """A rebuild that fails is not tried at every step."""
+    made = training()
     manager = OptimizerManager(made.optimizer, made.parameters.items(), min_interval_steps=10)
     with pytest.raises(RebuildFailedError):
         manager.rebuild([], at_step=100)
     assert manager.rebuild([], at_step=101).outcome is RebuildOutcome.SKIPPED
 
 
-def test_options_can_be_changed_and_momentum_is_kept() -> None:
-    """An option on which the state does not depend leaves it alone; new groups take the optimizer's defaults."""
-    made = scene(Adam, weight_decay=0.3)
+def test_options_can_change_while_state_is_kept() -> None:
+    """Options that the state does not depend on keep it; new groups take the optimizer's defaults."""
+    made = training(Adam, weight_decay=0.3)
     before = everything(made)["state"]
     host, seed = made.manager.plan()
     host = GroupPlan(host.name, host.parameters, options={"weight_decay": 0.5, "betas": (0.8, 0.99)})
@@ -311,9 +323,9 @@ def test_options_can_be_changed_and_momentum_is_kept() -> None:
     assert made.optimizer.param_groups[0]["betas"] == (0.8, 0.99)
 
 
-def test_an_option_that_asks_for_other_state_starts_over() -> None:
-    """AMSGrad needs a maximum that was never kept: the parameters concerned start clean, others do not, all train."""
-    made = scene(Adam)
+def test_an_option_that_needs_other_state_restarts() -> None:
+    """AMSGrad needs a maximum that does not exist: the parameters of the group restart, others keep their state."""
+    made = training(Adam)
     host, seed = made.manager.plan()
     result = made.manager.rebuild([GroupPlan(host.name, host.parameters, options={"amsgrad": True}), seed], at_step=5)
     assert (result.restarted, result.kept) == (("a", "b"), ("s",))
@@ -323,9 +335,9 @@ def test_an_option_that_asks_for_other_state_starts_over() -> None:
 @pytest.mark.parametrize(
     ("to", "restarted"), [(AdamW, ()), (RAdam, ()), (SGD, ("a", "b", "s")), (Adafactor, ("a", "b", "s"))]
 )
-def test_the_class_can_be_changed(to: type[Optimizer], restarted: tuple[str, ...]) -> None:
-    """State goes along where the new class keeps the same entries, else it starts clean; the class stays after that."""
-    made = scene(Adam)
+def test_the_class_can_change(to: type[Optimizer], restarted: tuple[str, ...]) -> None:
+    """State is kept if the new class has the same entries, else parameters restart; later rebuilds keep the class."""
+    made = training(Adam)
 
     def build(groups: list[ParamGroup]) -> Optimizer:
         return to(groups, weight_decay=0.25)  # type: ignore[call-arg]
@@ -340,9 +352,9 @@ def test_the_class_can_be_changed(to: type[Optimizer], restarted: tuple[str, ...
     made.step()
 
 
-def test_step_hooks_stay_and_can_be_removed() -> None:
-    """A hook registered before a rebuild runs after it, until its handle is used."""
-    made, seen = scene(), []
+def test_step_hooks_stay_registered() -> None:
+    """A hook runs after a rebuild until it is removed by its handle."""
+    made, seen = training(), []
     handle = made.optimizer.register_step_post_hook(lambda *_: seen.append(1))
     made.manager.rebuild(made.manager.plan(), at_step=5)
     made.step()
@@ -351,38 +363,38 @@ def test_step_hooks_stay_and_can_be_removed() -> None:
     assert seen == [1]
 
 
-def test_a_parameter_resized_in_place_is_noticed() -> None:
-    """Its form at the last rebuild counts, not the one it has now."""
-    made = scene(SGD, momentum=0.9)
+def test_a_parameter_resized_in_place_is_detected() -> None:
+    """The form at the last rebuild is compared with the present one."""
+    made = training(SGD, momentum=0.9)
     made.parameters["b"].data = torch.ones(6, 2)
     assert made.manager.rebuild(made.manager.plan(), at_step=5).transformed == ("b",)
     made.step()
 
 
-def test_a_parameter_that_changes_its_number_of_dimensions_starts_over() -> None:
-    """There is no telling which part of the state belongs where."""
-    made = scene()
+def test_a_parameter_with_another_number_of_dimensions_restarts() -> None:
+    """Its state cannot be fitted."""
+    made = training()
     _, seed = made.manager.plan()
     result = made.manager.rebuild([GroupPlan("host", {"a": matrix(12)}), seed], at_step=5)
     assert (result.restarted, result.kept, result.dropped) == (("a",), ("s",), ("b",))
 
 
 def test_the_optimizers_own_parameter_names_are_kept() -> None:
-    """Where torch was given names, it has them after a rebuild too."""
+    """An optimizer over named parameters has the names after a rebuild too."""
     parameters = {"a": matrix(2), "b": matrix(3)}
     manager = OptimizerManager(Adam(parameters.items()), parameters.items(), min_interval_steps=0)
     manager.rebuild([GroupPlan("host", {"b": parameters["b"]})], at_step=0)
     assert manager.optimizer.param_groups[0]["param_names"] == ["b"]
 
 
-def test_a_parameter_that_is_not_the_models_is_refused() -> None:
-    """State is carried by name, so every parameter needs one."""
+def test_a_parameter_outside_the_model_is_refused() -> None:
+    """State is transferred by name, so every parameter needs one."""
     with pytest.raises(UnsuitableOptimizerError, match="parameter 1 of group 'host' is not the model's"):
         OptimizerManager(SGD([a := matrix(1), matrix(1)]), [("a", a)], min_interval_steps=0)
 
 
-def test_large_but_finite_state_is_fine() -> None:
-    """A sum that overflows is not taken for a number that is not finite."""
-    made = scene()
+def test_large_finite_state_is_accepted() -> None:
+    """An overflow of the sum is not reported as a non-finite number."""
+    made = training()
     made.optimizer.state[made.parameters["a"]]["exp_avg_sq"].fill_(3e38)
     assert made.manager.rebuild(made.manager.plan(), at_step=5).outcome is RebuildOutcome.REBUILT

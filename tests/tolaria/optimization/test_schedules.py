@@ -1,66 +1,60 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from tolaria.config import OptimizerSettings
 from tolaria.errors import ScheduleError
-from tolaria.optimization import (
-    AfterPeriod,
-    Constant,
-    Cosine,
-    Policy,
-    Schedule,
-    ScheduleSpec,
-    StepDecay,
-    Warmup,
-    build_schedule,
-)
+from tolaria.optimization.schedules import Constant, Cosine, Policy, Schedule, StepDecay, Warmup, build_schedule
 
-SHARES = st.floats(0.0, 1.0)
+FRACTIONS = st.floats(0.0, 1.0)
 POLICIES = st.one_of(
     st.builds(Constant),
-    st.builds(Cosine, st.integers(1, 500), SHARES, st.sampled_from(AfterPeriod)),
-    st.builds(StepDecay, st.integers(1, 500), st.floats(0.01, 1.0), SHARES),
+    st.builds(Cosine, st.integers(1, 500), FRACTIONS, st.booleans()),
+    st.builds(StepDecay, st.integers(1, 500), st.floats(0.01, 1.0), FRACTIONS),
 )
-WARMUPS = st.builds(Warmup, st.integers(0, 500), SHARES)
+WARMUPS = st.builds(Warmup, st.integers(0, 500), FRACTIONS)
+NO_WARMUP = Warmup(0, 0.0)
 
 
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [
         (Constant(), [1, 1, 1, 1, 1, 1, 1]),
-        (Cosine(4, after=AfterPeriod.RESTART), [1, 0.5, 1, 0.5, 1, 0.5, 1]),
-        (Cosine(4, after=AfterPeriod.HOLD), [1, 0.5, 0, 0, 0, 0, 0]),
-        (Cosine(4, floor=0.2, after=AfterPeriod.RESTART), [1, 0.6, 1, 0.6, 1, 0.6, 1]),
-        (Cosine(4, floor=0.2, after=AfterPeriod.HOLD), [1, 0.6, 0.2, 0.2, 0.2, 0.2, 0.2]),
-        (StepDecay(4, decay=0.5), [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125]),
-        (StepDecay(4, decay=0.5, floor=0.2), [1, 1, 0.5, 0.5, 0.25, 0.25, 0.2]),
+        (Cosine(4, 0.0, restarts=True), [1, 0.5, 1, 0.5, 1, 0.5, 1]),
+        (Cosine(4, 0.0, restarts=False), [1, 0.5, 0, 0, 0, 0, 0]),
+        (Cosine(4, 0.2, restarts=True), [1, 0.6, 1, 0.6, 1, 0.6, 1]),
+        (Cosine(4, 0.2, restarts=False), [1, 0.6, 0.2, 0.2, 0.2, 0.2, 0.2]),
+        (StepDecay(4, 0.5, 0.0), [1, 1, 0.5, 0.5, 0.25, 0.25, 0.125]),
+        (StepDecay(4, 0.5, 0.2), [1, 1, 0.5, 0.5, 0.25, 0.25, 0.2]),
     ],
 )
 def test_each_policy_follows_its_formula_over_three_periods(policy: Policy, expected: list[float]) -> None:
-    """At 0, 1/2, 1, 3/2, 2, 5/2 and 3 periods of four steps the factor is what the paper's formula gives."""
+    """The factors at 0, 1/2, 1, 3/2, 2, 5/2 and 3 periods of four steps are those of the formula."""
     assert [policy.factor_at(step) for step in range(0, 13, 2)] == pytest.approx(expected)
 
 
-def test_a_restarting_cosine_is_low_right_before_it_restarts() -> None:
-    """The last step of a period has the formula's value, the next one is at the top again."""
-    cosine = Cosine(10, floor=0.1, after=AfterPeriod.RESTART)
+def test_a_restarting_cosine_is_low_before_it_restarts() -> None:
+    """The last step of a period has the formula's value, the next one is at 1."""
+    cosine = Cosine(10, 0.1, restarts=True)
     assert cosine.factor_at(9) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 0.9)) / 2)
     assert cosine.factor_at(10) == 1.0
 
 
 def test_warmup_is_linear_from_its_floor() -> None:
-    """Four steps of warm-up from a tenth rise by equal amounts, and the policy begins where they end."""
-    schedule = Schedule(StepDecay(2, decay=0.5), Warmup(4, floor=0.2))
+    """Four steps of warm-up from a tenth rise by equal amounts, then the policy starts."""
+    schedule = Schedule(StepDecay(2, 0.5, 0.0), Warmup(4, 0.2))
     assert [schedule.factor_at(step) for step in range(8)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 0.5, 0.5])
 
 
 @given(policy=POLICIES, warmup=WARMUPS, periods=st.floats(0.0, 3.0))
 def test_factors_stay_within_zero_and_one(policy: Policy, warmup: Warmup, periods: float) -> None:
-    """No schedule exceeds the base rate, goes below zero, or below the lesser of its floors."""
+    """No factor is above 1, below 0, or below the lower of the floors."""
     span = getattr(policy, "period_steps", None) or getattr(policy, "every_steps", None) or 100
     step = int(warmup.steps * min(periods, 1.0) + span * periods)
     factor = Schedule(policy, warmup).factor_at(step)
@@ -70,7 +64,7 @@ def test_factors_stay_within_zero_and_one(policy: Policy, warmup: Warmup, period
 
 @given(policy=POLICIES, warmup=WARMUPS)
 def test_nothing_jumps_at_the_end_of_the_warmup(policy: Policy, warmup: Warmup) -> None:
-    """Into the step where the warm-up ends the factor rises by one warm-up increment, to exactly 1."""
+    """At the end of the warm-up the factor rises by one increment to exactly 1."""
     schedule = Schedule(policy, warmup)
     assert schedule.factor_at(warmup.steps) == 1.0
     if warmup.steps:
@@ -80,59 +74,53 @@ def test_nothing_jumps_at_the_end_of_the_warmup(policy: Policy, warmup: Warmup) 
 
 @given(warmup=WARMUPS, step=st.integers(0, 600))
 def test_warmup_never_falls(warmup: Warmup, step: int) -> None:
-    """Each step of a warm-up is at least as high as the one before."""
+    """The factor never falls during a warm-up."""
     assert warmup.factor_at(step) <= warmup.factor_at(step + 1)
 
 
 @pytest.mark.parametrize(
-    ("spec", "run_steps", "expected"),
+    ("fields", "expected"),
     [
-        (ScheduleSpec(), None, Schedule(Constant())),
-        (ScheduleSpec(policy="cosine", warmup_steps=10), 100, Schedule(Cosine(90), Warmup(10))),
+        ({}, Schedule(Constant(), NO_WARMUP)),
+        ({"policy": "cosine", "warmup_steps": 10}, Schedule(Cosine(90, 0.0, restarts=False), Warmup(10, 0.0))),
         (
-            ScheduleSpec(policy="cosine", period_steps=7, floor=0.1, after_period="restart"),
-            None,
-            Schedule(Cosine(7, 0.1, AfterPeriod.RESTART)),
+            {"policy": "cosine", "period_steps": 7, "floor": 0.1, "after_period": "restart"},
+            Schedule(Cosine(7, 0.1, restarts=True), NO_WARMUP),
         ),
-        (ScheduleSpec(policy="step", period_steps=7, decay=0.3), 100, Schedule(StepDecay(7, 0.3))),
+        ({"policy": "step", "period_steps": 7, "decay": 0.3}, Schedule(StepDecay(7, 0.3, 0.0), NO_WARMUP)),
     ],
 )
-def test_settings_become_a_schedule(spec: ScheduleSpec, run_steps: int | None, expected: Schedule) -> None:
-    """Each policy can be named; a cosine without a period takes what the warm-up leaves of the run."""
-    assert build_schedule(spec, run_steps=run_steps) == expected
+def test_settings_become_a_schedule(fields: dict[str, Any], expected: Schedule) -> None:
+    """Each policy has a name; a cosine without a period takes the rest of the run after the warm-up."""
+    assert build_schedule(OptimizerSettings(**fields), 100) == expected
 
 
 @pytest.mark.parametrize(
-    ("spec", "field"),
+    "fields",
     [
-        (ScheduleSpec(policy="linear"), "policy"),
-        (ScheduleSpec(policy="cosine"), "period_steps"),
-        (ScheduleSpec(policy="cosine", period_steps=0), "period_steps"),
-        (ScheduleSpec(policy="cosine", period_steps=5, after_period="stop"), "after_period"),
-        (ScheduleSpec(policy="cosine", period_steps=5, floor=math.nan), "floor"),
-        (ScheduleSpec(policy="step"), "period_steps"),
-        (ScheduleSpec(policy="step", period_steps=-1), "every_steps"),
-        (ScheduleSpec(policy="step", period_steps=5, decay=0.0), "decay"),
-        (ScheduleSpec(policy="step", period_steps=5, decay=1.5), "decay"),
-        (ScheduleSpec(warmup_steps=-1), "warmup_steps"),
-        (ScheduleSpec(warmup_steps=5, warmup_floor=-0.1), "warmup_floor"),
+        {"policy": "linear"},
+        {"period_steps": -1},
+        {"after_period": "stop"},
+        {"floor": math.nan},
+        {"decay": 0.0},
+        {"decay": 1.5},
+        {"warmup_steps": -1},
+        {"warmup_floor": -0.1},
+        {"seed_factor": 0.0},
+        {"seed_factor": 1.5},
+        {"lr_floor": math.nan},
+        {"lr_ceiling": math.inf},
     ],
 )
-def test_impossible_settings_are_refused(spec: ScheduleSpec, field: str) -> None:
-    """The error names the field that is wrong."""
-    with pytest.raises(ScheduleError) as caught:
-        build_schedule(spec)
-    assert caught.value.field == field
+def test_impossible_settings_are_refused(fields: dict[str, Any]) -> None:
+    """The error names the setting."""
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        OptimizerSettings(**fields)
 
 
 def test_a_warmup_longer_than_the_run_is_refused() -> None:
-    """Where the run's length is known, its warm-up must fit in."""
-    build_schedule(ScheduleSpec(warmup_steps=100), run_steps=100)
-    with pytest.raises(ScheduleError, match="warmup_steps: 101 is longer than the run of 100 steps"):
-        build_schedule(ScheduleSpec(warmup_steps=101), run_steps=100)
-
-
-def test_a_negative_step_is_refused() -> None:
-    """Steps count from 0."""
-    with pytest.raises(ScheduleError, match="must not be negative"):
-        Schedule(Constant()).factor_at(-1)
+    """The warm-up must not exceed the run."""
+    build_schedule(OptimizerSettings(warmup_steps=100), 100)
+    with pytest.raises(ScheduleError, match="warmup_steps: 101 is longer than the run of 100 steps") as caught:
+        build_schedule(OptimizerSettings(warmup_steps=101), 100)
+    assert caught.value.field == "warmup_steps"

@@ -14,26 +14,26 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, COMMAND_SEED, SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
+from support.events import RecordingEmitter
 from support.peers import FakeKasmina, FakeParticipant, FakeTamiyo, command, serving
 from tolaria.config import KasminaSettings, PeerSettings, TamiyoSettings
 from tolaria.errors import CallRefusedError, PeerError, PeerProtocolError, PeerTimeoutError, PeerUnavailableError
 from tolaria.peers.connect import Peers, connected_peers
 from tolaria.resilience.breaker import Breaker, BreakerPolicy
-from tolaria.rollback.participants import RollbackOrder
-from tolaria.telemetry.emitter import Emitter
+from tolaria.rollback.protocol import ParticipantRequest
 from tolaria.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
 
 
-class Ward:
-    """Both clients against one target, with telemetry of their own."""
+class Clients:
+    """Clients of both peers at one target, with separate telemetry and breakers."""
 
     def __init__(
         self, target: str, timeout_s: float = 2.0, policy: BreakerPolicy | None = None, **settings: Any
     ) -> None:
         self.metrics = Metrics()
-        self.emitter = Emitter()
+        self.emitter = RecordingEmitter()
         self.breakers = {name: Breaker(name, clock=time.monotonic, policy=policy) for name in ("tamiyo", "kasmina")}
         own = settings.pop("timeouts_s", {})
         common = {"target": target, "timeout_s": timeout_s, **settings}
@@ -50,7 +50,7 @@ class Ward:
         return 0.0 if found is None else found
 
     def retries(self, peer: str) -> dict[str, float]:
-        """By method, as counted."""
+        """Returns the counted retries by method."""
         return {
             sample.labels["method"]: sample.value
             for metric in self.metrics.registry.collect()
@@ -60,85 +60,86 @@ class Ward:
 
     @property
     def events(self) -> list[str]:
-        return [event.description for event in self.emitter.recent]
+        return [event.name for event in self.emitter.events]
 
 
 def _of(kind: type[PeerSettings], timeouts_s: dict[str, float]) -> dict[str, float]:
-    """Those that are of a peer's methods."""
+    """Selects the methods of one peer."""
     return {method: seconds for method, seconds in timeouts_s.items() if method in kind.methods}
 
 
 async def no_command(_state: SystemStatePacket) -> AdaptationCommand | None:
-    """A controller that is content."""
+    """Decides on no change."""
     return None
 
 
 async def test_both_peers_answer() -> None:
-    """No command is None; a command to Kasmina comes back with her whole desired set."""
+    """A missing command is None; Kasmina answers with all desired seeds."""
     kasmina = FakeKasmina([SeedState(seed_id="a", stage=SEED_STAGE_TRAINING)])
     async with serving(FakeTamiyo(no_command), kasmina) as target:
-        ward = Ward(target)
-        async with ward.connected() as peers:
+        clients = Clients(target)
+        async with clients.connected() as peers:
             assert await peers.tamiyo.evaluate_epoch(SystemStatePacket(global_step=3)) is None
             applied = await peers.kasmina.apply(command(COMMAND_SEED), SystemStatePacket())
             exported = await peers.kasmina.export_seeds(SystemStatePacket())
     assert applied.applied
     assert [s.seed_id for s in applied.seeds] == [s.seed_id for s in exported] == ["a"]
     assert (
-        ward.value("tolaria.peer.call_duration_seconds_count", peer="tamiyo", method="EvaluateEpoch", outcome="ok") == 1
+        clients.value("tolaria.peer.call_duration_seconds_count", peer="tamiyo", method="EvaluateEpoch", outcome="ok")
+        == 1
     )
-    assert ward.events == []
+    assert clients.events == []
 
 
-async def test_a_lying_kasmina_is_a_protocol_error() -> None:
-    """Seeds that cannot be meant never get past the client."""
+async def test_invalid_seeds_are_a_protocol_error() -> None:
+    """The client raises for a seed with a number that is not finite."""
     kasmina = FakeKasmina([SeedState(seed_id="a", stage=SEED_STAGE_TRAINING, risk_score=float("nan"))])
-    async with serving(kasmina) as target, Ward(target).connected() as peers:
+    async with serving(kasmina) as target, Clients(target).connected() as peers:
         with pytest.raises(PeerProtocolError, match="not finite"):
             await peers.kasmina.export_seeds(SystemStatePacket())
 
 
-async def test_timeouts_are_counted_and_evented_by_peer() -> None:
+async def test_timeouts_are_counted_and_emitted_by_peer() -> None:
     """A timeout of Tamiyo shows as tolaria.tamiyo_timeout and timeout_inference, and in its counter."""
 
     async def never(_state: SystemStatePacket) -> AdaptationCommand | None:
         await anyio.sleep_forever()
-        raise AssertionError("forever has ended")
+        raise AssertionError("unreachable")
 
     async with serving(FakeTamiyo(never)) as target:
-        ward = Ward(target, timeout_s=0.05)
-        async with ward.connected() as peers:
+        clients = Clients(target, timeout_s=0.05)
+        async with clients.connected() as peers:
             with pytest.raises(PeerTimeoutError):
                 await peers.tamiyo.evaluate_epoch(SystemStatePacket())
-    assert ward.value("tolaria.timeout.tamiyo_total") == 1
-    assert ward.value("tolaria.timeout.kasmina_total") == 0
-    assert ward.value("tolaria.timeout.tamiyo_last_ms") >= 50
-    assert ward.events == ["tolaria.tamiyo_timeout", "timeout_inference"]
+    assert clients.value("tolaria.timeout.tamiyo_total") == 1
+    assert clients.value("tolaria.timeout.kasmina_total") == 0
+    assert clients.value("tolaria.timeout.tamiyo_last_ms") >= 50
+    assert clients.events == ["tolaria.tamiyo_timeout", "timeout_inference"]
 
 
-async def test_a_dead_peer_opens_its_breaker_and_no_other() -> None:
-    """Three failures open Tamiyo's breaker, so that she is not called any more; Kasmina's stays closed."""
-    ward = Ward("127.0.0.1:1")
-    async with ward.connected() as peers:
+async def test_an_unreachable_peer_opens_only_its_own_breaker() -> None:
+    """Three failures open Tamiyo's breaker, so that no call is made; Kasmina's stays closed."""
+    clients = Clients("127.0.0.1:1")
+    async with clients.connected() as peers:
         for _ in range(4):
             with pytest.raises(PeerError):
                 await peers.tamiyo.evaluate_epoch(SystemStatePacket())
-    assert ward.breakers["tamiyo"].state == CIRCUIT_STATE_OPEN
-    assert ward.breakers["kasmina"].state == CIRCUIT_STATE_CLOSED
-    assert ward.events == ["tolaria.tamiyo_error"] * 3
+    assert clients.breakers["tamiyo"].state == CIRCUIT_STATE_OPEN
+    assert clients.breakers["kasmina"].state == CIRCUIT_STATE_CLOSED
+    assert clients.events == ["tolaria.tamiyo_error"] * 3
 
 
-async def test_a_restarted_peer_is_found_again_within_seconds() -> None:
-    """The long backoff of gRPC is cut short: once the breaker has cooled down, a peer that is back is called again."""
+async def test_a_restarted_peer_is_reconnected_within_seconds() -> None:
+    """GRPC's backoff is limited: once the breaker has cooled down, a restarted peer is called again."""
     async with serving(FakeTamiyo(no_command)) as target:
-        ward = Ward(target, policy=BreakerPolicy(failures_max=1, cooldown_s=0.1))
-        peers_of = ward.connected()
+        clients = Clients(target, policy=BreakerPolicy(failures_max=1, cooldown_s=0.1))
+        peers_of = clients.connected()
         peers: Peers = await peers_of.__aenter__()
         await peers.tamiyo.evaluate_epoch(SystemStatePacket())
     port = int(target.rpartition(":")[2])
     with pytest.raises(PeerError):
         await peers.tamiyo.evaluate_epoch(SystemStatePacket())
-    assert ward.breakers["tamiyo"].state == CIRCUIT_STATE_OPEN
+    assert clients.breakers["tamiyo"].state == CIRCUIT_STATE_OPEN
     async with serving(FakeTamiyo(no_command), port=port):
         with anyio.fail_after(10):
             while True:
@@ -148,24 +149,24 @@ async def test_a_restarted_peer_is_found_again_within_seconds() -> None:
                 except PeerError:
                     await anyio.sleep(0.05)
         await peers_of.__aexit__(None, None, None)
-    assert ward.breakers["tamiyo"].state == CIRCUIT_STATE_CLOSED
+    assert clients.breakers["tamiyo"].state == CIRCUIT_STATE_CLOSED
 
 
-class Babbler(grpc.GenericRpcHandler):
-    """Answers every method with bytes that are no message."""
+class InvalidResponses(grpc.GenericRpcHandler):
+    """Answers every method with bytes that do not decode."""
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
-        async def babble(_request: bytes, _context: object) -> bytes:
+        async def respond(_request: bytes, _context: object) -> bytes:
             return b"\xff\xff\xff"
 
-        return grpc.unary_unary_rpc_method_handler(babble)
+        return grpc.unary_unary_rpc_method_handler(respond)
 
 
 @asynccontextmanager
-async def babbling() -> AsyncIterator[str]:
-    """A peer of any kind that talks nonsense; yields host:port."""
+async def invalid_responses() -> AsyncIterator[str]:
+    """Serves responses that do not decode; yields host:port."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    server.add_generic_rpc_handlers((Babbler(),))
+    server.add_generic_rpc_handlers((InvalidResponses(),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -174,7 +175,7 @@ async def babbling() -> AsyncIterator[str]:
         await server.stop(None)
 
 
-ORDER = RollbackOrder("r1", 40, "loss exploded", 2.0)
+ORDER = ParticipantRequest("r1", 40, "loss exploded", 2.0)
 ASKING: dict[str, Callable[[Peers], Awaitable[object]]] = {
     "tamiyo": lambda peers: peers.tamiyo.evaluate_epoch(SystemStatePacket()),
     "tamiyo's step": lambda peers: peers.tamiyo.evaluate_step(SystemStatePacket()),
@@ -185,57 +186,57 @@ ASKING: dict[str, Callable[[Peers], Awaitable[object]]] = {
     "kasmina's confirm": lambda peers: peers.kasmina_rollback.confirm(ORDER),
     "kasmina's abort": lambda peers: peers.kasmina_rollback.abort(ORDER),
 }
-HEARD_ONCE = {"tamiyo's step", "kasmina's apply"}
-"""Calls that a peer must not hear twice."""
+NOT_REPEATABLE = {"tamiyo's step", "kasmina's apply"}
+"""Calls that are not retried."""
 
 
 @pytest.mark.parametrize("asked", ASKING)
-async def test_a_peer_that_talks_nonsense_fails_and_is_left_alone(asked: str) -> None:
-    """Bytes that are no message are a protocol error and count as failures: an event each, and the breaker opens."""
+async def test_responses_that_do_not_decode_are_protocol_errors_and_open_the_breaker(asked: str) -> None:
+    """Each one counts as a failure and emits an event."""
     peer = asked.partition("'")[0]
-    async with babbling() as target:
-        ward = Ward(target, policy=BreakerPolicy(failures_max=2))
-        async with ward.connected() as peers:
+    async with invalid_responses() as target:
+        clients = Clients(target, policy=BreakerPolicy(failures_max=2))
+        async with clients.connected() as peers:
             for _ in range(2):
                 with pytest.raises(PeerProtocolError, match="answered with bytes"):
                     await ASKING[asked](peers)
-    assert ward.breakers[peer].state == CIRCUIT_STATE_OPEN
-    assert ward.events.count(f"tolaria.{peer}_error") == 2
+    assert clients.breakers[peer].state == CIRCUIT_STATE_OPEN
+    assert clients.events.count(f"tolaria.{peer}_error") == 2
 
 
 @pytest.mark.parametrize("asked", ASKING)
-async def test_only_what_may_be_heard_twice_is_asked_again(asked: str) -> None:
-    """A peer that is away for one attempt answers the second, where there is one; the retry is counted, no failure."""
+async def test_only_repeatable_calls_are_retried(asked: str) -> None:
+    """A peer that is unavailable once answers the retry, if there is one; a retry is counted, not a failure."""
     fakes = (FakeTamiyo(no_command), FakeKasmina(), FakeParticipant())
     for fake in fakes:
         fake.failures = [grpc.StatusCode.UNAVAILABLE]
     peer = asked.partition("'")[0]
     async with serving(*fakes) as target:
-        ward = Ward(target, policy=BreakerPolicy(failures_max=1))
-        async with ward.connected() as peers:
-            if asked in HEARD_ONCE:
+        clients = Clients(target, policy=BreakerPolicy(failures_max=1))
+        async with clients.connected() as peers:
+            if asked in NOT_REPEATABLE:
                 with pytest.raises(PeerUnavailableError, match="UNAVAILABLE: as scripted"):
                     await ASKING[asked](peers)
             else:
                 await ASKING[asked](peers)
-    once = asked in HEARD_ONCE
+    once = asked in NOT_REPEATABLE
     assert sum(fake.begun for fake in fakes) == (1 if once else 2)
-    assert sum(ward.retries(peer).values()) == (0 if once else 1)
-    assert ward.breakers[peer].state == (CIRCUIT_STATE_OPEN if once else CIRCUIT_STATE_CLOSED)
-    assert ward.events == ([f"tolaria.{peer}_error"] if once else [])
+    assert sum(clients.retries(peer).values()) == (0 if once else 1)
+    assert clients.breakers[peer].state == (CIRCUIT_STATE_OPEN if once else CIRCUIT_STATE_CLOSED)
+    assert clients.events == ([f"tolaria.{peer}_error"] if once else [])
 
 
 async def test_retries_are_a_setting() -> None:
-    """None at all, where nobody wants any."""
+    """With `retries=0` no call is retried."""
     tamiyo = FakeTamiyo(no_command)
     tamiyo.failures = [grpc.StatusCode.UNAVAILABLE]
-    async with serving(tamiyo) as target, Ward(target, retries=0).connected() as peers:
+    async with serving(tamiyo) as target, Clients(target, retries=0).connected() as peers:
         with pytest.raises(PeerUnavailableError):
             await peers.tamiyo.evaluate_epoch(SystemStatePacket())
     assert tamiyo.begun == 1
 
 
-OWN_DEADLINE = {
+WITH_DEADLINE = {
     "EvaluateEpoch": "tamiyo",
     "EvaluateStep": "tamiyo's step",
     "ExportSeedStates": "kasmina",
@@ -243,74 +244,74 @@ OWN_DEADLINE = {
 }
 
 
-@pytest.mark.parametrize(("method", "asked"), OWN_DEADLINE.items())
-async def test_each_method_has_its_own_deadline(method: str, asked: str) -> None:
-    """Of all methods only the one that was given a shorter deadline has it; the peer's handlers are cancelled."""
+@pytest.mark.parametrize(("method", "asked"), WITH_DEADLINE.items())
+async def test_each_method_can_have_a_deadline(method: str, asked: str) -> None:
+    """Only the configured method has the shorter deadline."""
 
     async def never() -> None:
         await anyio.sleep_forever()
 
     async def never_answer(_state: SystemStatePacket) -> AdaptationCommand | None:
         await anyio.sleep_forever()
-        raise AssertionError("forever has ended")
+        raise AssertionError("unreachable")
 
-    async with serving(FakeTamiyo(never_answer), FakeKasmina(ponder=never)) as target:
-        ward = Ward(target, timeout_s=0.2, timeouts_s={method: 0.05})
-        async with ward.connected() as peers:
-            for name, other in OWN_DEADLINE.items():
+    async with serving(FakeTamiyo(never_answer), FakeKasmina(before_answer=never)) as target:
+        clients = Clients(target, timeout_s=0.2, timeouts_s={method: 0.05})
+        async with clients.connected() as peers:
+            for name, other in WITH_DEADLINE.items():
                 expected = 50 if name == method else 200
                 with pytest.raises(PeerTimeoutError, match=f"{name} did not answer within {expected} ms"):
                     await ASKING[other](peers)
 
 
-async def test_a_call_too_many_is_refused_and_told() -> None:
-    """The settings bound what is in flight and what waits; a refusal is an event with its reason and no timeout."""
+async def test_a_call_beyond_the_limit_is_refused() -> None:
+    """The settings limit the calls in flight and waiting; a refusal emits an event and is not a timeout."""
     begun, end = anyio.Event(), anyio.Event()
 
-    async def ponder() -> None:
+    async def before_answer() -> None:
         begun.set()
         await end.wait()
 
-    async with serving(FakeKasmina(ponder=ponder)) as target:
-        ward = Ward(target, in_flight_max=1, waiting_max=0)
-        async with ward.connected() as peers, anyio.create_task_group() as tasks:
+    async with serving(FakeKasmina(before_answer=before_answer)) as target:
+        clients = Clients(target, in_flight_max=1, waiting_max=0)
+        async with clients.connected() as peers, anyio.create_task_group() as tasks:
             tasks.start_soon(peers.kasmina.export_seeds, SystemStatePacket())
             await begun.wait()
             with pytest.raises(CallRefusedError):
-                await peers.kasmina_rollback.prepare(ORDER)  # the peer's places are for all its clients
-            assert ward.value("tolaria.timeout.kasmina_last_ms") == 0
+                await peers.kasmina_rollback.prepare(ORDER)  # the limit applies to all clients of the peer
+            assert clients.value("tolaria.timeout.kasmina_last_ms") == 0
             end.set()
-    (event,) = ward.emitter.recent
-    assert event.description == "tolaria.kasmina_error"
+    (event,) = clients.emitter.events
+    assert event.name == "tolaria.kasmina_error"
     assert "1 calls are in flight" in event.attributes["detail"]
-    assert ward.value("tolaria.timeout.kasmina_total") == 0
-    assert ward.breakers["kasmina"].state == CIRCUIT_STATE_CLOSED
+    assert clients.value("tolaria.timeout.kasmina_total") == 0
+    assert clients.breakers["kasmina"].state == CIRCUIT_STATE_CLOSED
 
 
-async def test_calls_in_flight_end_before_the_channel_closes() -> None:
-    """What a peer answers within the drain is still heard."""
+async def test_calls_in_flight_complete_before_the_channel_closes() -> None:
+    """A response within the drain time is received."""
     begun, end = anyio.Event(), anyio.Event()
-    heard: list[list[SeedState]] = []
+    received: list[list[SeedState]] = []
 
-    async def ponder() -> None:
+    async def before_answer() -> None:
         begun.set()
         await end.wait()
 
     async def ask(peers: Peers) -> None:
-        heard.append(await peers.kasmina.export_seeds(SystemStatePacket()))
+        received.append(await peers.kasmina.export_seeds(SystemStatePacket()))
 
-    kasmina = FakeKasmina([SeedState(seed_id="a", stage=SEED_STAGE_TRAINING)], ponder)
+    kasmina = FakeKasmina([SeedState(seed_id="a", stage=SEED_STAGE_TRAINING)], before_answer)
     async with serving(FakeTamiyo(no_command), kasmina) as target:
-        ward = Ward(target, drain_s=10.0)
-        async with anyio.create_task_group() as tasks, ward.connected() as peers:
+        clients = Clients(target, drain_s=10.0)
+        async with anyio.create_task_group() as tasks, clients.connected() as peers:
             tasks.start_soon(ask, peers)
             await begun.wait()
             tasks.start_soon(_set_when_closing, peers, end)
-    assert [seed.seed_id for seeds in heard for seed in seeds] == ["a"]
+    assert [seed.seed_id for seeds in received for seed in seeds] == ["a"]
 
 
 async def _set_when_closing(peers: Peers, end: anyio.Event) -> None:
-    """Let the peer answer once further calls are refused: the drain has begun."""
+    """Lets the peer answer once new calls are refused, which means that the drain has begun."""
     while True:
         try:
             await peers.tamiyo.evaluate_epoch(SystemStatePacket())
@@ -319,24 +320,24 @@ async def _set_when_closing(peers: Peers, end: anyio.Event) -> None:
             return
 
 
-async def test_a_drain_is_bounded_and_what_outlasts_it_is_cancelled() -> None:
-    """A hanging peer does not keep the service from ending: its call is cut, on both sides."""
+async def test_a_call_that_outlasts_the_drain_is_cancelled() -> None:
+    """The call of a peer that hangs is cancelled on both sides."""
     begun = anyio.Event()
 
-    async def ponder() -> None:
+    async def before_answer() -> None:
         begun.set()
         await anyio.sleep_forever()
 
-    kasmina = FakeKasmina(ponder=ponder)
+    kasmina = FakeKasmina(before_answer=before_answer)
     async with serving(kasmina) as target:
-        ward = Ward(target, timeout_s=60.0, drain_s=0.02)
+        clients = Clients(target, timeout_s=60.0, drain_s=0.02)
 
         async def ask(peers: Peers) -> None:
             with pytest.raises(PeerUnavailableError, match="cancelled by the channel"):
                 await peers.kasmina.export_seeds(SystemStatePacket())
 
         with anyio.fail_after(10):
-            async with anyio.create_task_group() as tasks, ward.connected() as peers:
+            async with anyio.create_task_group() as tasks, clients.connected() as peers:
                 tasks.start_soon(ask, peers)
                 await begun.wait()
             while kasmina.running:

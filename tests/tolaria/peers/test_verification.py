@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import (
@@ -22,13 +23,12 @@ from leyline.v1.seeds_pb2 import SeedState
 from support.peers import command
 from tolaria.config import LeylineSettings, Settings
 from tolaria.errors import CommandRejectedError, PeerProtocolError
-from tolaria.peers.signing import NonceTable, sign
-from tolaria.peers.verification import REJECTION_REASONS, SEEDS_MAX, CommandVerifier, Trust, verify_seeds
+from tolaria.peers.verification import REJECTION_REASONS, SEEDS_MAX, CommandVerifier, sign, verify_seeds
 
 
-def rejection(given_command: AdaptationCommand, *, secrets: tuple[bytes, ...] = (), late_s: float = 0.0) -> str:
-    """The reason for which a command is refused; empty when it passes."""
-    verifier = CommandVerifier(Trust(secrets=secrets), NonceTable(window_s=300.0))
+def rejection(given_command: AdaptationCommand, *, secret: str = "", late_s: float = 0.0) -> str:
+    """Returns the reason of a command's rejection; empty if it passes."""
+    verifier = CommandVerifier(LeylineSettings(secret=SecretStr(secret)))
     try:
         verifier.verify(given_command, wall_s=time.time() + late_s, now_s=0.0)
     except CommandRejectedError as error:
@@ -37,19 +37,19 @@ def rejection(given_command: AdaptationCommand, *, secrets: tuple[bytes, ...] = 
 
 
 def spoilt(kind: CommandType.ValueType, spoil: Callable[[AdaptationCommand], object]) -> AdaptationCommand:
-    """A good command of the kind, with one thing wrong."""
+    """Returns a valid command of the kind, changed by `spoil`."""
     made = command(kind)
     spoil(made)
     return made
 
 
 def nan_parameter(made: AdaptationCommand) -> None:
-    """Give a seed operation a NaN."""
+    """Sets a parameter of the seed operation to NaN."""
     made.seed_operation.parameters["alpha"] = float("nan")
 
 
 def infinite_rate(made: AdaptationCommand) -> None:
-    """Give an optimizer an infinite learning rate."""
+    """Sets an infinite learning rate."""
     made.optimizer_adjustment.hyperparameters["lr"] = float("inf")
 
 
@@ -76,35 +76,35 @@ def infinite_rate(made: AdaptationCommand) -> None:
     ],
 )
 def test_each_check_has_its_reason(reason: str, made: Callable[[], AdaptationCommand]) -> None:
-    """What is wrong with a command decides the reason, which is stable."""
+    """A rejected command gets the stable reason of the check that failed."""
     assert rejection(made()) == reason  # made here: a command ages
     assert reason in {"", *REJECTION_REASONS}
 
 
 @pytest.mark.parametrize(("late_s", "reason"), [(59.0, ""), (61.0, "stale"), (-59.0, ""), (-61.0, "stale")])
-def test_freshness_goes_both_ways(late_s: float, reason: str) -> None:
-    """60 s of age pass, more do not; nor does a command from the future."""
+def test_commands_must_be_issued_within_a_minute(late_s: float, reason: str) -> None:
+    """Commands more than 60 s old, or more than 60 s in the future, are stale."""
     assert rejection(command(), late_s=late_s) == reason
 
 
 @pytest.mark.parametrize(("late_s", "reason"), [(0.4, ""), (0.6, "deadline_passed")])
-def test_the_execution_deadline_counts_from_issue(late_s: float, reason: str) -> None:
-    """A command that comes after its own deadline changes nothing."""
+def test_the_execution_deadline_counts_from_the_time_of_issue(late_s: float, reason: str) -> None:
+    """A command that arrives after its own deadline is rejected."""
     assert rejection(command(execution_deadline_ms=500), late_s=late_s) == reason
 
 
 def test_with_a_secret_only_signed_commands_pass() -> None:
-    """Unsigned and wrongly signed commands are refused for that before anything else is looked at."""
+    """Unsigned and wrongly signed commands are rejected as such, whatever else is wrong with them."""
     signed = command()
     sign(signed, b"key")
-    assert rejection(signed, secrets=(b"key",)) == ""
-    assert rejection(signed, secrets=(b"other",)) == "unsigned"
-    assert rejection(command(version=9), secrets=(b"key",)) == "unsigned"
+    assert rejection(signed, secret="key") == ""
+    assert rejection(signed, secret="other") == "unsigned"
+    assert rejection(command(version=9), secret="key") == "unsigned"
 
 
-def test_a_replay_is_refused_and_a_forgery_uses_no_id_up() -> None:
-    """The second time a command comes it is refused; a refused one may come again mended."""
-    verifier = CommandVerifier(Trust(), NonceTable(window_s=300.0))
+def test_a_replay_is_rejected_and_a_rejected_command_does_not_use_up_its_id() -> None:
+    """An accepted command is rejected the second time; a rejected one may be sent again, corrected."""
+    verifier = CommandVerifier(LeylineSettings())
     good = command()
     forged = AdaptationCommand()
     forged.CopyFrom(good)
@@ -117,10 +117,10 @@ def test_a_replay_is_refused_and_a_forgery_uses_no_id_up() -> None:
 
 
 @pytest.mark.parametrize("later_s", [60.0, 61.0, 119.0, 120.0, 121.0])
-def test_with_the_shortest_window_that_settings_allow_no_replay_passes(later_s: float) -> None:
-    """A command from a minute ahead is fresh for two: its id is remembered for as long."""
+def test_no_replay_passes_with_the_shortest_allowed_window(later_s: float) -> None:
+    """A command from a minute in the future is fresh for two minutes, for which its id is remembered."""
     leyline = Settings(leyline=LeylineSettings(freshness_s=60.0, nonce_window_s=120.0)).leyline
-    verifier = CommandVerifier(Trust(freshness_s=leyline.freshness_s), NonceTable(window_s=leyline.nonce_window_s))
+    verifier = CommandVerifier(leyline)
     ahead = command()
     ahead.issued_at.FromSeconds(1_700_000_060)
     verifier.verify(ahead, wall_s=1_700_000_000.0, now_s=0.0)
@@ -130,35 +130,35 @@ def test_with_the_shortest_window_that_settings_allow_no_replay_passes(later_s: 
 
 
 @given(st.binary(max_size=200))
-def test_arbitrary_bytes_pass_or_are_refused(raw: bytes) -> None:
-    """Whatever decodes as a command is judged without any other error."""
+def test_arbitrary_commands_pass_or_are_rejected(raw: bytes) -> None:
+    """Any bytes that decode as a command either pass or raise CommandRejectedError."""
     made = AdaptationCommand()
     try:
         made.ParseFromString(raw)
-    except Exception:  # noqa: BLE001 - bytes that are no command never reach the verifier
+    except Exception:  # noqa: BLE001 - bytes that do not decode never reach the verifier
         return
     assert rejection(made) in {"", *REJECTION_REASONS}
 
 
 def seed(seed_id: str = "a", stage: SeedLifecycleStage.ValueType = SEED_STAGE_TRAINING) -> SeedState:
-    """A seed that can be meant, unless its id or stage cannot."""
+    """Returns a valid seed, unless its id or stage is invalid."""
     return SeedState(seed_id=seed_id, stage=stage)
 
 
 def seed_with(**fields: float) -> SeedState:
-    """A seed with these numbers."""
+    """Returns a seed with these numbers."""
     return SeedState(seed_id="a", stage=SEED_STAGE_TRAINING, **fields)  # type: ignore[arg-type]
 
 
 def seed_with_metric(value: float) -> SeedState:
-    """A seed with this number among its metrics."""
+    """Returns a seed with this number among its metrics."""
     made = seed()
     made.metrics["alpha"] = value
     return made
 
 
 def seed_with_alpha(value: float) -> SeedState:
-    """A seed whose blending ends at this number."""
+    """Returns a seed whose blending ends at this alpha."""
     made = seed()
     made.alpha.end = value
     return made
@@ -181,12 +181,12 @@ NAN = float("nan")
         ("is one more than", [seed(str(number)) for number in range(SEEDS_MAX + 1)]),
     ],
 )
-def test_seeds_that_cannot_be_meant_are_refused(words: str, seeds: list[SeedState]) -> None:
-    """A lying Kasmina is found out, with the seed named."""
+def test_invalid_seeds_raise_a_protocol_error(words: str, seeds: list[SeedState]) -> None:
+    """The error names the seed and what is wrong with it."""
     with pytest.raises(PeerProtocolError, match=words):
         verify_seeds("kasmina", seeds)
 
 
-def test_good_seeds_keep_their_order() -> None:
-    """What can be meant comes back as it came."""
+def test_valid_seeds_keep_their_order() -> None:
+    """Valid seeds are returned unchanged, in order."""
     assert [s.seed_id for s in verify_seeds("kasmina", [seed("b"), seed("a")])] == ["b", "a"]

@@ -1,4 +1,4 @@
-"""Real processes: the embedded peers, how they start, how they end."""
+"""The embedded peers as real processes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import anyio
-import anyio.abc
 import grpc.aio
 import pytest
 from structlog.testing import capture_logs
@@ -26,19 +25,21 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.tamiyo_service_pb2 import EvaluateEpochRequest
 from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
 from tolaria.errors import PeerUnavailableError
-from tolaria.reference.embedded import EmbeddedPair, Restarts, embedded_pair
+from tolaria.peers.connect import Peer
+from tolaria.processes import RestartPolicy
+from tolaria.reference.embedded import EmbeddedPeer, embedded_peers
 
 pytestmark = pytest.mark.anyio
 
 ENVIRONMENT = dict(os.environ)
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 
-# What `tolaria peer` does, and nothing else of the command line.
+# `tolaria peer` without the rest of the command line.
 PEER = """
 import functools, json, sys
 import anyio
 from tolaria.config import LeylineSettings
-from tolaria.reference.serve import serve_peer
+from tolaria.reference.server import serve_peer
 
 def announce(address):
     print(json.dumps({"listening": str(address)}), flush=True)
@@ -57,28 +58,20 @@ while True:
 """
 ONCE = """
 import pathlib, sys
-was = pathlib.Path(sys.argv[1])
-if was.exists():
+started = pathlib.Path(sys.argv[1])
+if started.exists():
     sys.exit("the port is taken")
-was.touch()
-print('{"listening": "127.0.0.1:1"}', flush=True)
-"""
-ONCE_THEN_SILENT = """
-import pathlib, sys, time
-was = pathlib.Path(sys.argv[1])
-if was.exists():
-    time.sleep(600)
-was.touch()
+started.touch()
 print('{"listening": "127.0.0.1:1"}', flush=True)
 """
 PARENT = """
 import os, sys
 import anyio
-from tolaria.reference.embedded import embedded_pair
+from tolaria.reference.embedded import embedded_peers
 
 async def main():
-    async with embedded_pair(dict(os.environ), command=(sys.executable, sys.argv[1])) as pair:
-        print(*pair.pids, flush=True)
+    async with embedded_peers(dict(os.environ), command=(sys.executable, sys.argv[1])) as pair:
+        print(*(peer.pid for peer in pair.values()), flush=True)
         await anyio.sleep_forever()
 
 anyio.run(main)
@@ -93,42 +86,47 @@ def script(folder: Path, text: str) -> tuple[str, str]:
 
 
 def assert_ended(pid: int) -> None:
-    """The process has ended, or does within the patience."""
+    """The process ends within the timeout."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:
-        assert select.select([descriptor], [], [], PATIENCE_S)[0], f"process {pid} still runs"
+        assert select.select([descriptor], [], [], TIMEOUT_S)[0], f"process {pid} still runs"
     finally:
         os.close(descriptor)
 
 
-def assert_reaped(pair: EmbeddedPair) -> None:
+def pids(pair: Mapping[Peer, EmbeddedPeer]) -> list[int]:
+    """The latest process of each peer."""
+    return [peer.pid for peer in pair.values()]
+
+
+def assert_reaped(pair: Mapping[Peer, EmbeddedPeer]) -> None:
     """No process of the pair is left, not even as a zombie."""
-    for pid in pair.pids:
+    for pid in pids(pair):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
 
 
-async def test_both_peers_serve_and_are_gone_afterwards(tmp_path: Path) -> None:
-    """Both children answer over gRPC; after the block neither a process nor a descriptor is left."""
+async def test_both_peers_serve_while_the_block_runs(tmp_path: Path) -> None:
+    """Both peers answer over gRPC; after the block neither a process nor a descriptor is left."""
     before = pipes()
     with capture_logs() as logs:
-        async with embedded_pair(ENVIRONMENT, command=script(tmp_path, PEER)) as pair:
+        async with embedded_peers(ENVIRONMENT, command=script(tmp_path, PEER)) as pair:
             state = SystemStatePacket(version=1)
-            async with grpc.aio.insecure_channel(pair.tamiyo) as channel:
-                await TamiyoServiceStub(channel).EvaluateEpoch(EvaluateEpochRequest(state=state), timeout=PATIENCE_S)
-            async with grpc.aio.insecure_channel(pair.kasmina) as channel:
+            async with grpc.aio.insecure_channel(pair["tamiyo"].target) as channel:
+                await TamiyoServiceStub(channel).EvaluateEpoch(EvaluateEpochRequest(state=state), timeout=TIMEOUT_S)
+            async with grpc.aio.insecure_channel(pair["kasmina"].target) as channel:
                 stub = KasminaServiceStub(channel)
-                await stub.ExportSeedStates(ExportSeedStatesRequest(state=state), timeout=PATIENCE_S)
+                await stub.ExportSeedStates(ExportSeedStatesRequest(state=state), timeout=TIMEOUT_S)
     assert_reaped(pair)
     assert not [entry for entry in logs if entry["log_level"] == "warning"]
     assert pipes() <= before
 
 
 def pipes() -> set[str]:
-    """The pipes and socket pairs that this process holds open."""
+    """The pipes that this process holds open."""
     links = set()
     for descriptor in Path("/proc/self/fd").iterdir():
         with suppress(FileNotFoundError):
@@ -136,111 +134,105 @@ def pipes() -> set[str]:
     return {link for link in links if link.startswith("pipe:")}
 
 
-async def test_one_peer_alone(tmp_path: Path) -> None:
-    """Only the peers asked for are started; the other's target is empty."""
-    async with embedded_pair(ENVIRONMENT, ["kasmina"], command=script(tmp_path, PEER)) as pair:
-        assert (pair.tamiyo, len(pair.pids)) == ("", 1)
-        assert pair.kasmina.startswith("127.0.0.1:")
+async def test_one_peer_without_the_other(tmp_path: Path) -> None:
+    """Only the requested peer starts."""
+    async with embedded_peers(ENVIRONMENT, ["kasmina"], command=script(tmp_path, PEER)) as pair:
+        assert list(pair) == ["kasmina"]
+        assert pair["kasmina"].target.startswith("127.0.0.1:")
     assert_reaped(pair)
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("text", "detail"),
     [
         ("import sys; sys.exit('no such thing')", "tamiyo: ended with code 1: no such thing"),
-        ("print('hello', flush=True)\nimport time; time.sleep(600)", "announced itself with b'hello'"),
-        ("print('[1]', flush=True)\nimport time; time.sleep(600)", "announced itself with"),
-        ("print('x' * 5000, end='', flush=True)\nimport time; time.sleep(600)", "a line that has no end"),
+        ("print('hello', flush=True)\nimport time; time.sleep(600)", "tamiyo: announced itself with b'hello'"),
+        ("print('{\"watching\": 1}', flush=True)\nimport time; time.sleep(600)", "tamiyo: announced itself with"),
+        ("print('{\"listening\": 1}', flush=True)\nimport time; time.sleep(600)", "tamiyo: announced itself with"),
     ],
 )
-async def test_a_child_that_does_not_start_right(tmp_path: Path, text: str, why: str) -> None:
-    """A child that dies or talks nonsense ends the start with its name and its last words."""
+async def test_a_peer_that_does_not_start_is_unavailable(tmp_path: Path, text: str, detail: str) -> None:
+    """The error has the peer's name, what it did and the end of its standard error."""
     with pytest.raises(PeerUnavailableError) as caught:
-        async with embedded_pair(ENVIRONMENT, command=script(tmp_path, text), stop_timeout_s=0.2):
+        async with embedded_peers(ENVIRONMENT, ["tamiyo"], command=script(tmp_path, text), stop_timeout_s=0.2):
             pytest.fail("the block must not run")
-    assert why in str(caught.value)
+    assert detail in str(caught.value)
 
 
-async def test_a_child_that_stays_silent(tmp_path: Path) -> None:
-    """A child that never announces itself ends the start when its time is over."""
+async def test_a_silent_peer_is_unavailable(tmp_path: Path) -> None:
+    """A peer that never announces its address fails the start at the deadline."""
     silent = script(tmp_path, "import time; time.sleep(600)")
-    with pytest.raises(PeerUnavailableError, match=r"tamiyo: has not announced where it listens within 0\.3 s"):
-        async with embedded_pair(ENVIRONMENT, command=silent, start_timeout_s=0.3, stop_timeout_s=0.2):
+    with pytest.raises(PeerUnavailableError, match=r"(tamiyo|kasmina): has not announced itself within 0\.3 s"):
+        async with embedded_peers(ENVIRONMENT, command=silent, start_timeout_s=0.3, stop_timeout_s=0.2):
             pytest.fail("the block must not run")
 
 
-async def test_a_command_that_does_not_exist() -> None:
-    """A command that cannot be run is an unavailable peer, not an OSError."""
+async def test_a_missing_command_is_an_unavailable_peer() -> None:
+    """A command that cannot be run is no OSError."""
     with pytest.raises(PeerUnavailableError, match="cannot be started"):
-        async with embedded_pair(ENVIRONMENT, command=("/nonexistent/python",)):
+        async with embedded_peers(ENVIRONMENT, command=("/nonexistent/python",)):
             pytest.fail("the block must not run")
 
 
-async def test_a_stubborn_child_is_killed(tmp_path: Path) -> None:
-    """A child that heeds neither the end of its input nor SIGTERM is killed."""
-    async with embedded_pair(ENVIRONMENT, command=script(tmp_path, STUBBORN), stop_timeout_s=0.2) as pair:
-        pass
+async def test_a_peer_that_does_not_stop_is_killed(tmp_path: Path) -> None:
+    """That is logged for each peer."""
+    with capture_logs() as logs:
+        async with embedded_peers(ENVIRONMENT, command=script(tmp_path, STUBBORN), stop_timeout_s=0.2) as pair:
+            pass
     assert_reaped(pair)
+    killed = [(log["peer"], log["then"]) for log in logs if log["event"] == "embedded peer does not stop"]
+    assert sorted(killed) == [("kasmina", "SIGKILL"), ("tamiyo", "SIGKILL")]
 
 
 async def test_cancellation_leaves_no_process(tmp_path: Path) -> None:
-    """A block that is cancelled ends its children all the same."""
+    """A cancelled block stops its peers."""
     with anyio.CancelScope() as scope:
-        async with embedded_pair(ENVIRONMENT, command=script(tmp_path, PEER)) as pair:
+        async with embedded_peers(ENVIRONMENT, command=script(tmp_path, PEER)) as pair:
             scope.cancel()
             await anyio.sleep_forever()
     assert scope.cancelled_caught
     assert_reaped(pair)
 
 
-async def test_an_error_of_the_block_keeps_its_type(tmp_path: Path) -> None:
-    """What the block raises comes out as it is, with its cause, and the children are gone."""
-    cause = KeyError("cause")
-    with pytest.raises(ZeroDivisionError) as caught:
-        async with embedded_pair(ENVIRONMENT, ["tamiyo"], command=script(tmp_path, PEER)) as pair:
-            raise ZeroDivisionError from cause
-    assert caught.value.__cause__ is cause
-    assert_reaped(pair)
+AT_ONCE = RestartPolicy(pause_s=0.001, restarts_max=3)
 
 
-AT_ONCE = Restarts(in_a_row_max=3, pause_s=0.001)
-
-
-async def until_logged(logs: list[MutableMapping[str, Any]], event: str, times: int = 1) -> MutableMapping[str, Any]:
-    """The entry of `event` that was logged as the `times`th."""
-    with anyio.fail_after(PATIENCE_S):
-        while len(found := [entry for entry in logs if entry["event"] == event]) < times:
+async def until_logged(logs: list[MutableMapping[str, Any]], event: str) -> MutableMapping[str, Any]:
+    """Waits for the first log entry of `event`."""
+    with anyio.fail_after(TIMEOUT_S):
+        while not (found := [entry for entry in logs if entry["event"] == event]):
             await anyio.wait_all_tasks_blocked()
-    return found[times - 1]
+    return found[0]
 
 
-async def test_a_peer_that_dies_is_started_again_where_it_was(tmp_path: Path) -> None:
-    """The death is logged with its code; the same channel finds the next process, and nothing of either is left."""
+async def test_a_dead_peer_is_restarted_on_its_port(tmp_path: Path) -> None:
+    """The death is logged with its exit code, and the same channel reaches the next process."""
     state, before = SystemStatePacket(version=1), pipes()
     with capture_logs() as logs:
         async with (
-            embedded_pair(ENVIRONMENT, ["tamiyo"], command=script(tmp_path, PEER), restarts=AT_ONCE) as pair,
-            grpc.aio.insecure_channel(pair.tamiyo) as channel,
+            embedded_peers(ENVIRONMENT, ["tamiyo"], command=script(tmp_path, PEER), restarts=AT_ONCE) as pair,
+            grpc.aio.insecure_channel(pair["tamiyo"].target) as channel,
         ):
             stub = TamiyoServiceStub(channel)
-            await stub.EvaluateEpoch(EvaluateEpochRequest(state=state), timeout=PATIENCE_S)
-            first = pair.pids
+            await stub.EvaluateEpoch(EvaluateEpochRequest(state=state), timeout=TIMEOUT_S)
+            first, target = pids(pair), pair["tamiyo"].target
             os.kill(first[0], signal.SIGKILL)
             death = await until_logged(logs, "embedded peer died")
             again = await until_logged(logs, "embedded peer started again")
-            await stub.EvaluateEpoch(EvaluateEpochRequest(state=state), timeout=PATIENCE_S, wait_for_ready=True)
-            assert pair.pids != first
+            await stub.EvaluateEpoch(EvaluateEpochRequest(state=state), timeout=TIMEOUT_S, wait_for_ready=True)
+            assert pids(pair) != first
     assert (death["peer"], death["detail"], death["log_level"]) == ("tamiyo", "ended with code -9", "warning")
-    assert again["listening"] == pair.tamiyo
+    assert again["listening"] == pair["tamiyo"].target == target
     assert_reaped(pair)
     assert pipes() <= before
 
 
-async def test_a_peer_that_dies_again_and_again_is_given_up(tmp_path: Path) -> None:
-    """Each pause is twice the one before; after the last start in vain that is logged as an error, with the reason."""
+async def test_a_peer_whose_restarts_fail_is_given_up(tmp_path: Path) -> None:
+    """Each pause doubles; after the last restart that is logged as an error, with the reason."""
     once = script(tmp_path, ONCE)
+    command = (*once, str(tmp_path / "started"))
     with capture_logs() as logs:
-        async with embedded_pair(ENVIRONMENT, ["kasmina"], command=(*once, str(tmp_path / "was")), restarts=AT_ONCE):
+        async with embedded_peers(ENVIRONMENT, ["kasmina"], command=command, restarts=AT_ONCE):
             end = await until_logged(logs, "embedded peer given up")
     pauses = [entry["starts_again_in_s"] for entry in logs if entry["event"] == "embedded peer died"]
     assert pauses == [0.001, 0.002, 0.004]
@@ -248,58 +240,8 @@ async def test_a_peer_that_dies_again_and_again_is_given_up(tmp_path: Path) -> N
     assert "the port is taken" in end["detail"]
 
 
-async def test_a_long_life_ends_the_row_of_deaths(tmp_path: Path) -> None:
-    """A peer that dies now and then is started again each time, after the shortest pause."""
-    now_and_then = Restarts(in_a_row_max=1, pause_s=0.001, lived_s=0.0)
-    dying = script(tmp_path, 'print(\'{"listening": "127.0.0.1:1"}\', flush=True)')
-    with capture_logs() as logs:
-        async with embedded_pair(ENVIRONMENT, ["tamiyo"], command=dying, restarts=now_and_then):
-            third = await until_logged(logs, "embedded peer died", 3)
-    assert third["starts_again_in_s"] == 0.001
-
-
-@pytest.mark.parametrize("pause_s", [600.0, 0.0])
-async def test_the_end_may_come_during_a_restart(tmp_path: Path, pause_s: float) -> None:
-    """Whether a peer waits for its start or is being started: at the end nothing runs, and nothing is held open."""
-    before, was = pipes(), tmp_path / "was"
-    restarts = Restarts(pause_s=pause_s)
-    command = (*script(tmp_path, ONCE_THEN_SILENT), str(was))
-    with capture_logs() as logs:
-        async with embedded_pair(
-            ENVIRONMENT, ["tamiyo"], command=command, restarts=restarts, stop_timeout_s=0.2
-        ) as pair:
-            await until_logged(logs, "embedded peer died")
-    assert_reaped(pair)
-    assert pipes() <= before
-
-
-async def test_a_start_that_the_end_overtakes_leaves_no_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A process that comes to be while the block is already ending is ended too."""
-    open_process, begun, started = anyio.open_process, anyio.Event(), list[anyio.abc.Process]()
-
-    async def slowly(*arguments: Any, **options: Any) -> anyio.abc.Process:
-        if started:
-            begun.set()
-            await anyio.wait_all_tasks_blocked()
-        started.append(await open_process(*arguments, **options))
-        return started[-1]
-
-    monkeypatch.setattr(anyio, "open_process", slowly)
-    command = (*script(tmp_path, ONCE_THEN_SILENT), str(tmp_path / "was"))
-    restarts = Restarts(pause_s=0.0)
-    async with embedded_pair(ENVIRONMENT, ["tamiyo"], command=command, restarts=restarts, stop_timeout_s=0.2):
-        with anyio.fail_after(PATIENCE_S):
-            await begun.wait()
-    assert len(started) == 2
-    for process in started:
-        with pytest.raises(ProcessLookupError):
-            os.kill(process.pid, 0)
-
-
-async def test_peers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    """SIGKILL of the process that started them ends both peers: their standard input ends."""
+async def test_peers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    """Their standard input ends with it."""
     peer, parent = script(tmp_path, PEER), script(tmp_path, PARENT)
     process = subprocess.Popen([*parent, peer[1]], stdout=subprocess.PIPE, env=ENVIRONMENT)  # noqa: ASYNC220
     with process:
@@ -319,13 +261,13 @@ async def test_signals_end_a_peer(tmp_path: Path, number: signal.Signals) -> Non
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["listening"].startswith("127.0.0.1:")
         process.send_signal(number)
-        assert process.wait(PATIENCE_S) == 0
+        assert process.wait(TIMEOUT_S) == 0
 
 
-async def test_standard_input_that_is_no_pipe_ends_at_once(tmp_path: Path) -> None:
-    """With /dev/null for standard input the peer ends by itself, with exit code 0."""
+async def test_a_peer_without_standard_input_ends_at_once(tmp_path: Path) -> None:
+    """With /dev/null for standard input it ends with exit code 0."""
     command = [*script(tmp_path, PEER), "peer", "tamiyo", "--listen", "127.0.0.1:0", "--while-stdin"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, env=ENVIRONMENT, timeout=PATIENCE_S, check=False)  # noqa: ASYNC221
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, env=ENVIRONMENT, timeout=TIMEOUT_S, check=False)  # noqa: ASYNC221
     assert done.returncode == 0
 
 
@@ -339,4 +281,4 @@ def test_no_torch() -> None:
         assert "tolaria.reference.embedded" in sys.modules
         assert "torch" not in sys.modules
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=PATIENCE_S)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=TIMEOUT_S)

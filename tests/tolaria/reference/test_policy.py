@@ -8,13 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leyline.v1 import enums_pb2 as e
+from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.kasmina_service_pb2 import ApplyCommandResponse
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
-from tolaria.reference.decisions import Cull, Decision, Fossilize, Germinate, Retreat, ScaleLearningRate
-from tolaria.reference.memory import NOTES_MAX, RECORDS_MAX, RunMemory
-from tolaria.reference.policy import PolicySettings, decide_epoch, decide_step
+from tolaria.peers.consultation import describe_command
+from tolaria.reference.kasmina import DesiredSeeds
+from tolaria.reference.lifecycle import ACTIVE_STAGES
+from tolaria.reference.policy import EPOCHS_MAX, TRIALS_MAX, RunHistory, decide_epoch, decide_step
+from tolaria.reference.tamiyo import command_for
 
-SETTINGS = PolicySettings()
 FALLING = [1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2]
 
 
@@ -26,7 +29,7 @@ def epoch_state(
     accuracy: float = 0.9,
     seeds: Sequence[SeedState] = (),
 ) -> SystemStatePacket:
-    """An epoch's state; every epoch has 100 steps."""
+    """Returns the state of an epoch; each epoch has 100 steps."""
     return SystemStatePacket(
         version=1,
         current_epoch=epoch,
@@ -39,55 +42,57 @@ def epoch_state(
 
 
 def play(
-    states: Sequence[SystemStatePacket], memory: RunMemory | None = None
-) -> tuple[RunMemory, list[Decision | None]]:
-    """What is decided on each state in turn."""
-    memory, decisions = memory or RunMemory(), []
+    states: Sequence[SystemStatePacket], history: RunHistory | None = None
+) -> tuple[RunHistory, list[AdaptationCommand | None]]:
+    """Returns the history after the states, and the decision on each of them."""
+    history, decisions = history or RunHistory(), []
     for state in states:
-        memory, decision = decide_epoch(memory, state, SETTINGS)
+        history, decision = decide_epoch(history, state)
         decisions.append(decision)
-    return memory, decisions
+    return history, decisions
+
+
+def described(decisions: Sequence[AdaptationCommand | None]) -> list[str | None]:
+    """Returns the decisions for display, without their reasons."""
+    return [decision and describe_command(decision) for decision in decisions]
+
+
+def reason_of(decision: AdaptationCommand | None) -> str:
+    """Returns the reason of a decision."""
+    assert decision is not None
+    return decision.annotations["reason"]
 
 
 def seed(seed_id: str, stage: int, age: int = 10) -> SeedState:
-    """A seed as Tolaria reports it."""
+    """Returns a seed as Tolaria reports it."""
     return SeedState(seed_id=seed_id, stage=stage, age_epochs=age)  # type: ignore[arg-type]
 
 
-def test_a_run_that_learns_is_left_alone() -> None:
-    """While losses fall nothing is commanded."""
+def test_a_falling_loss_leads_to_no_decision() -> None:
+    """While losses fall there are no commands."""
     _, decisions = play([epoch_state(n, loss, loss) for n, loss in enumerate(FALLING, 1)])
     assert decisions == [None] * len(FALLING)
 
 
-def test_a_plateau_germinates() -> None:
-    """Three epochs without improvement germinate one seed; the next comes only when that one is no longer young."""
+def test_a_plateau_germinates_a_seed() -> None:
+    """Three epochs without improvement germinate one seed; the next follows when it is no longer young."""
     _, decisions = play([epoch_state(n) for n in range(1, 10)])
-    assert [
-        None,
-        None,
-        None,
-        Germinate("residual_mlp", ""),
-        None,
-        None,
-        None,
-        Germinate("bottleneck_adapter", ""),
-        None,
-    ] == decisions
+    germinations = [*[None] * 3, "germinate residual_mlp", *[None] * 3, "germinate bottleneck_adapter", None]
+    assert described(decisions) == germinations
 
 
 def test_blueprints_take_turns() -> None:
-    """After the last blueprint comes the first again."""
+    """The first blueprint follows the last one."""
     _, decisions = play([epoch_state(n) for n in range(1, 30)])
-    blueprints = [d.blueprint_id for d in decisions if isinstance(d, Germinate)]
-    assert blueprints[:5] == [*SETTINGS.blueprints, SETTINGS.blueprints[0]]
+    blueprints = [d.seed_operation.blueprint_id for d in decisions if d is not None]
+    assert blueprints[:5] == ["residual_mlp", "bottleneck_adapter", "depthwise_conv_adapter", "lora", "residual_mlp"]
 
 
-def test_a_small_improvement_is_a_plateau_too() -> None:
-    """What stays under the margin counts for nothing; what passes it counts."""
+def test_an_improvement_below_the_margin_is_a_plateau() -> None:
+    """An improvement above the margin ends the plateau."""
     _, small = play([epoch_state(n, validation=0.5 - 0.001 * n) for n in range(1, 6)])
     _, real = play([epoch_state(n, validation=0.5 - 0.02 * n) for n in range(1, 6)])
-    assert Germinate("residual_mlp", "") in small
+    assert "germinate residual_mlp" in described(small)
     assert real == [None] * 5
 
 
@@ -101,51 +106,53 @@ def test_a_small_improvement_is_a_plateau_too() -> None:
         ([seed("a", e.SEED_STAGE_FOSSILIZED, age=0), seed("b", e.SEED_STAGE_CULLED, age=0)], True),
     ],
 )
-def test_who_lives_decides_about_germination(seeds: list[SeedState], *, germinates: bool) -> None:
-    """No seed is germinated beside a young one or beyond the number that may live; the dead do not count."""
+def test_active_seeds_limit_germination(seeds: list[SeedState], *, germinates: bool) -> None:
+    """No seed is germinated beside a young one or beyond the limit; seeds that are not active do not count."""
     _, decisions = play([epoch_state(n, seeds=seeds) for n in range(1, 5)])
-    assert germinates == isinstance(decisions[-1], Germinate)
+    assert germinates == (decisions[-1] is not None)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_retreats(loss: float) -> None:
-    """A non-finite training loss asks for a rollback, in an epoch's state and in a step's."""
+def test_a_loss_that_is_not_finite_leads_to_a_rollback(loss: float) -> None:
+    """At the end of an epoch and between epochs, with the loss as the reason."""
     _, decisions = play([epoch_state(1, loss)])
-    assert decisions == [Retreat(f"training loss is {loss}")]
-    assert decide_step(RunMemory(), epoch_state(1, loss), SETTINGS)[1] == decisions[0]
+    assert described(decisions) == ["rollback"]
+    assert reason_of(decisions[0]) == f"training loss is {loss}"
+    assert decide_step(RunHistory(), epoch_state(1, loss))[1] == decisions[0]
 
 
-def test_divergence_retreats_once_in_a_while() -> None:
-    """A loss over three times its best asks for a rollback, then waits for its effect before it asks again."""
+def test_divergence_leads_to_a_rollback_every_few_epochs() -> None:
+    """A loss above three times its best leads to a rollback; the next one follows after a pause."""
     states = [epoch_state(n, loss, loss) for n, loss in enumerate([*FALLING, *[5.0] * 6], 1)]
     _, decisions = play(states)
-    retreats = [n for n, decision in enumerate(decisions, 1) if isinstance(decision, Retreat)]
-    assert retreats == [9, 14]
-    assert decisions[8] == Retreat("training loss 5 is 25.0 times its best 0.2")
+    assert [n for n, decision in enumerate(described(decisions), 1) if decision == "rollback"] == [9, 14]
+    assert reason_of(decisions[8]) == "training loss 5 is 25.0 times its best 0.2"
 
 
 def test_tiny_losses_may_triple() -> None:
-    """A loss that is many times its best but has lost next to nothing of what was gained is no divergence."""
+    """A rise that loses little of the improvement so far is not divergence, whatever its ratio."""
     _, decisions = play([epoch_state(n, loss, loss) for n, loss in enumerate([2.0, 0.1, 0.01, 0.05, 0.001], 1)])
     assert decisions == [None] * 5
 
 
-def test_a_loss_that_jumps_lowers_the_learning_rate() -> None:
-    """Two jumps within the window halve the learning rate, once in a while."""
+def test_a_volatile_loss_lowers_the_learning_rate() -> None:
+    """Two jumps within the window halve the learning rate, once in the pause."""
     losses = [1.0, 0.8, 1.1, 0.9, 1.2, 1.0, 1.3, 1.1]
     _, decisions = play([epoch_state(n, loss, 1.0 / n) for n, loss in enumerate(losses, 1)])
-    assert [None] * 4 + [ScaleLearningRate(0.5, "")] + [None] * 3 == decisions
+    assert described(decisions) == [None] * 4 + ["optimizer"] + [None] * 3
+    assert decisions[4] is not None
+    assert decisions[4].optimizer_adjustment.hyperparameters == {"lr_factor": 0.5}
 
 
-def test_a_loss_that_stays_noisy_lowers_the_learning_rate_three_times_in_all() -> None:
-    """A tiny loss that jumps for ever is not answered for ever, also when the first answers are long forgotten."""
-    losses = [0.001 if n % 2 else 0.002 for n in range(RECORDS_MAX + 100)]
-    memory, decisions = play([epoch_state(n, loss, 1.0 / n) for n, loss in enumerate(losses, 1)])
-    lowered = [n for n, decision in enumerate(decisions, 1) if isinstance(decision, ScaleLearningRate)]
-    assert (len(lowered), SETTINGS.lr_changes_max) == (3, 3)
+def test_a_noisy_loss_lowers_the_learning_rate_three_times_in_all() -> None:
+    """The limit holds even after the records of the first changes are dropped."""
+    losses = [0.001 if n % 2 else 0.002 for n in range(EPOCHS_MAX + 100)]
+    history, decisions = play([epoch_state(n, loss, 1.0 / n) for n, loss in enumerate(losses, 1)])
+    lowered = [n for n, decision in enumerate(described(decisions), 1) if decision == "optimizer"]
+    assert len(lowered) == 3
     assert lowered[-1] < 100
-    # What a rollback undoes does not count: the rates are back as well.
-    assert memory.rewound(lowered[1] * 100).rate_changes == (lowered[0] * 100, lowered[1] * 100)
+    # A change that a rollback undoes does not count, since the rates are restored.
+    assert history.rewound(lowered[1] * 100).rate_changes == (lowered[0] * 100, lowered[1] * 100)
 
 
 @pytest.mark.parametrize(
@@ -166,72 +173,71 @@ def test_a_loss_that_stays_noisy_lowers_the_learning_rate_three_times_in_all() -
         ([epoch_state(1, math.nan)], "training loss is nan"),
     ],
 )
-def test_every_decision_has_its_reason(states: list[SystemStatePacket], reason: str) -> None:
-    """What an operator reads beside a command is the judgement that led to it, with its figures."""
+def test_decisions_have_a_reason(states: list[SystemStatePacket], reason: str) -> None:
+    """The reason contains the figures that led to the decision."""
     _, decisions = play(states)
-    assert decisions[-1] is not None
-    assert decisions[-1].reason == reason
+    assert reason_of(decisions[-1]) == reason
 
 
 @pytest.mark.parametrize(
     ("accuracy", "verdict"),
-    [(0.9, Fossilize("s", "")), (0.896, Fossilize("s", "")), (0.8, Cull("s", "")), (math.nan, None)],
+    [(0.9, "fossilize s"), (0.896, "fossilize s"), (0.8, "cull s"), (math.nan, None)],
 )
-def test_a_probation_ends_with_a_verdict(accuracy: float, verdict: Decision | None) -> None:
-    """A seed is judged by the accuracy after its probation against that of the epoch before its blending."""
+def test_a_probation_ends_with_a_verdict(accuracy: float, verdict: str | None) -> None:
+    """The accuracy after the probation is compared with that of the epoch before the blending."""
     stages = [e.SEED_STAGE_TRAINING, e.SEED_STAGE_BLENDING, *[e.SEED_STAGE_PROBATIONARY] * 4]
     states = [
         epoch_state(n, 1 / n, 1 / n, accuracy=0.9 if n == 1 else accuracy, seeds=[seed("s", stage)])
         for n, stage in enumerate(stages, 1)
     ]
     _, decisions = play(states)
-    assert [None] * 5 + [verdict] == decisions
+    assert described(decisions) == [None] * 5 + [verdict]
 
 
-def test_a_restored_run_is_rewound() -> None:
-    """A state of an earlier step makes everything after it unheard of."""
+def test_a_state_of_an_earlier_step_rewinds() -> None:
+    """The history is the same as if the later states had not been seen."""
     whole, _ = play([epoch_state(n) for n in range(1, 4)])
     longer, _ = play([epoch_state(n, 5.0, 5.0, accuracy=0.1) for n in range(3, 9)], whole)
     again, _ = play([epoch_state(3)], longer)
     assert whole == again
 
 
-def test_rewinding_keeps_what_was_before() -> None:
-    """Notes on seeds go back to what was known at the step, and before everything there is nothing."""
+def test_rewinding_keeps_earlier_records() -> None:
+    """The trials of seeds are those at the step; before the first record the history is empty."""
     stages = [e.SEED_STAGE_BLENDING, e.SEED_STAGE_BLENDING, e.SEED_STAGE_PROBATIONARY, e.SEED_STAGE_PROBATIONARY]
-    memory, _ = play([epoch_state(n, 1 / n, 1 / n, seeds=[seed("s", stage)]) for n, stage in enumerate(stages, 1)])
-    rewound = memory.rewound(250)
+    history, _ = play([epoch_state(n, 1 / n, 1 / n, seeds=[seed("s", stage)]) for n, stage in enumerate(stages, 1)])
+    rewound = history.rewound(250)
     assert [record.epoch for record in rewound.records] == [1, 2]
-    assert rewound.notes[0].probation_epoch is None
-    assert rewound.notes[0].step == 100
-    assert memory.rewound(400) is memory
-    assert memory.rewound(0).records == ()
-    assert math.isnan(memory.rewound(0).first_loss)
+    assert rewound.trials[0].probation_epoch is None
+    assert rewound.trials[0].step == 100
+    assert history.rewound(400) is history
+    assert history.rewound(0).records == ()
+    assert math.isnan(history.rewound(0).first_loss)
 
 
-def test_steps_ask_once_until_the_epoch_ends() -> None:
-    """Between epochs the loss's EWMA is judged, one noisy batch is not, and one request is enough."""
-    memory, _ = play([epoch_state(n, loss, loss) for n, loss in enumerate(FALLING, 1)])
+def test_between_epochs_divergence_leads_to_one_rollback() -> None:
+    """The moving average of the loss counts, not one batch; the next rollback needs an epoch's end or a rewind."""
+    history, _ = play([epoch_state(n, loss, loss) for n, loss in enumerate(FALLING, 1)])
     noisy = epoch_state(9, 9.0)
-    assert decide_step(memory, noisy, SETTINGS)[1] is None
+    assert decide_step(history, noisy)[1] is None
     noisy.training_metrics["loss_ewma"] = 9.0
-    asked, decision = decide_step(memory, noisy, SETTINGS)
-    assert isinstance(decision, Retreat)
+    asked, decision = decide_step(history, noisy)
+    assert described([decision]) == ["rollback"]
     later = epoch_state(10, math.nan)
-    assert decide_step(asked, later, SETTINGS)[1] is None
-    after_epoch, _ = decide_epoch(asked, epoch_state(11, 0.2, 0.2), SETTINGS)
-    assert isinstance(decide_step(after_epoch, epoch_state(12, math.nan), SETTINGS)[1], Retreat)
+    assert decide_step(asked, later)[1] is None
+    after_epoch, _ = decide_epoch(asked, epoch_state(11, 0.2, 0.2))
+    assert decide_step(after_epoch, epoch_state(12, math.nan))[1] is not None
     earlier = epoch_state(8, math.nan)
     earlier.global_step = 850
-    assert isinstance(decide_step(asked, earlier, SETTINGS)[1], Retreat)
+    assert decide_step(asked, earlier)[1] is not None
 
 
-def test_memory_is_bounded() -> None:
-    """A long run with many seeds leaves a bounded memory."""
-    crowd = [seed(f"s{n}", e.SEED_STAGE_BLENDING) for n in range(200)]
-    memory, _ = play([epoch_state(n, seeds=crowd) for n in range(1, 300)])
-    assert len(memory.records) == RECORDS_MAX
-    assert len(memory.notes) == NOTES_MAX
+def test_the_history_is_bounded() -> None:
+    """In a long run with many seeds."""
+    seeds = [seed(f"s{n}", e.SEED_STAGE_BLENDING) for n in range(200)]
+    history, _ = play([epoch_state(n, seeds=seeds) for n in range(1, 300)])
+    assert len(history.records) == EPOCHS_MAX
+    assert len(history.trials) == TRIALS_MAX
 
 
 _any_float = st.floats(width=32)
@@ -242,10 +248,52 @@ _any_state = st.builds(epoch_state, st.integers(0, 20), _any_float, _any_float, 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(_any_state, max_size=25))
-def test_any_states_are_survived(states: list[SystemStatePacket]) -> None:
-    """States in any order with any numbers raise nothing, and steps in memory always rise."""
-    memory, _ = play(states)
+def test_any_states_are_accepted(states: list[SystemStatePacket]) -> None:
+    """States in any order with any numbers raise nothing; the steps of the records increase."""
+    history, _ = play(states)
     for state in states:
-        memory, _ = decide_step(memory, state, SETTINGS)
-    steps = [record.step for record in memory.records]
+        history, _ = decide_step(history, state)
+    steps = [record.step for record in history.records]
     assert steps == sorted(set(steps))
+
+
+def run(epochs: int, *, harm: float) -> tuple[list[AdaptationCommand], list[ApplyCommandResponse], list[SeedState]]:
+    """Runs Tamiyo's policy and Kasmina on a plateau, where each seed at full strength costs `harm` of the accuracy."""
+    history, desired = RunHistory(), DesiredSeeds()
+    decisions: list[AdaptationCommand] = []
+    responses: list[ApplyCommandResponse] = []
+    seeds: list[SeedState] = []
+    for epoch in range(1, epochs + 1):
+        strong = sum(seed.stage in {e.SEED_STAGE_SHADOWING, e.SEED_STAGE_PROBATIONARY} for seed in seeds)
+        state = SystemStatePacket(
+            version=1,
+            current_epoch=epoch,
+            global_step=epoch * 100,
+            training_loss=0.5,
+            validation_loss=0.5,
+            validation_accuracy=0.9 - harm * strong,
+            seed_states=seeds,
+        )
+        history, decision = decide_epoch(history, state)
+        if decision is not None:
+            command = command_for(decision, command_id=f"c{epoch}", issued_at_ns=0)
+            decisions.append(decision)
+            responses.append(desired.apply(command, state))
+        desired.observe(state)
+        seeds = desired.as_messages()
+        for seed in seeds:
+            seed.gradient_norm = 1.0
+    return decisions, responses, seeds
+
+
+@pytest.mark.parametrize(
+    ("harm", "verdict", "end"),
+    [(0.0, e.SEED_OP_FOSSILIZE, e.SEED_STAGE_FOSSILIZED), (0.1, e.SEED_OP_CULL, e.SEED_STAGE_DORMANT)],
+)
+def test_kasmina_applies_every_decision(harm: float, verdict: int, end: int) -> None:
+    """Seeds are germinated on the plateau and judged by their effect; no gate refuses a decision."""
+    decisions, responses, seeds = run(40, harm=harm)
+    assert all(response.applied for response in responses)
+    assert {decision.seed_operation.operation for decision in decisions} == {e.SEED_OP_GERMINATE, verdict}
+    assert end in {seed.stage for seed in seeds}
+    assert sum(seed.stage in ACTIVE_STAGES for seed in seeds) <= 2

@@ -13,16 +13,21 @@ from leyline.v1.enums_pb2 import (
     CIRCUIT_STATE_UNKNOWN,
     CircuitBreakerState,
 )
-from tolaria.errors import IllegalBreakerSignalError
-from tolaria.resilience.breaker import (
-    TRANSITIONS,
-    Breaker,
-    BreakerStatus,
-    Signal,
-    transition,
-)
+from tolaria.errors import IllegalTransitionError
+from tolaria.resilience.breaker import Breaker, BreakerEvent, BreakerStatus, transition
 
-STATES = (CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_HALF_OPEN)
+CLOSED, OPEN, HALF_OPEN = CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_HALF_OPEN
+STATES = (CLOSED, OPEN, HALF_OPEN)
+
+# The state after each event (columns: from closed, open, half open); None: illegal.
+AFTER: dict[BreakerEvent, tuple[CircuitBreakerState.ValueType | None, ...]] = {
+    BreakerEvent.SUCCESS: (CLOSED, OPEN, CLOSED),
+    BreakerEvent.FAILURE: (CLOSED, OPEN, OPEN),
+    BreakerEvent.FAILURES_SPENT: (OPEN, OPEN, OPEN),
+    BreakerEvent.COOLED_DOWN: (None, HALF_OPEN, None),
+    BreakerEvent.FORCED_OPEN: (OPEN, OPEN, OPEN),
+    BreakerEvent.FORCED_CLOSED: (CLOSED, CLOSED, CLOSED),
+}
 
 
 class Clock:
@@ -33,26 +38,21 @@ class Clock:
         return self.now_s
 
 
-@pytest.mark.parametrize(("state", "signal"), list(itertools.product(STATES, Signal)))
-def test_every_state_and_signal(state: CircuitBreakerState.ValueType, signal: Signal) -> None:
-    """The table decides every move; what it does not list raises and changes nothing."""
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(STATES, BreakerEvent)))
+def test_transition_of_each_state_and_event(state: CircuitBreakerState.ValueType, event: BreakerEvent) -> None:
+    """A transition that is not listed raises and leaves the status unchanged."""
     before = BreakerStatus(state, failures=1, opened_at_s=5.0)
-    if (state, signal) in TRANSITIONS:
-        assert transition(before, signal, now_s=9.0).state == TRANSITIONS[state, signal]
-    else:
-        with pytest.raises(IllegalBreakerSignalError):
-            transition(before, signal, now_s=9.0)
+    after = AFTER[event][STATES.index(state)]
+    if after is None:
+        with pytest.raises(IllegalTransitionError):
+            transition(before, event, now_s=9.0)
         assert before == BreakerStatus(state, failures=1, opened_at_s=5.0)
+    else:
+        assert transition(before, event, now_s=9.0).state == after
 
 
-def test_only_cooling_down_out_of_the_blue_is_illegal() -> None:
-    """The table is complete but for cooling down what is not open."""
-    missing = set(itertools.product(STATES, Signal)) - set(TRANSITIONS)
-    assert missing == {(CIRCUIT_STATE_CLOSED, Signal.COOLED_DOWN), (CIRCUIT_STATE_HALF_OPEN, Signal.COOLED_DOWN)}
-
-
-def test_opens_at_the_third_failure_and_closes_after_one_success() -> None:
-    """Three failures in a row open it; after 30 s one trial is let through, and its success closes it."""
+def test_breaker_opens_at_the_third_failure_and_closes_after_a_successful_trial() -> None:
+    """Three consecutive failures open it; after 30 s one trial call is allowed, and its success closes it."""
     clock = Clock()
     changes: list[int] = []
     breaker = Breaker("x", clock=clock, on_change=lambda _name, state: changes.append(state))
@@ -64,14 +64,14 @@ def test_opens_at_the_third_failure_and_closes_after_one_success() -> None:
     assert not breaker.allows()
     clock.now_s += 0.2
     assert breaker.allows()
-    assert not breaker.allows()  # the trial is still running
+    assert not breaker.allows()  # the trial has not ended
     breaker.succeeded()
     assert breaker.allows()
     assert changes == [CIRCUIT_STATE_OPEN, CIRCUIT_STATE_HALF_OPEN, CIRCUIT_STATE_CLOSED]
 
 
-def test_a_success_in_between_starts_the_count_anew() -> None:
-    """Only failures in a row open it."""
+def test_success_resets_the_failure_count() -> None:
+    """Only consecutive failures open a breaker."""
     breaker = Breaker("x", clock=Clock())
     for _ in range(5):
         breaker.failed()
@@ -80,8 +80,8 @@ def test_a_success_in_between_starts_the_count_anew() -> None:
     assert breaker.state == CIRCUIT_STATE_CLOSED
 
 
-def test_an_abandoned_trial_lets_another_one_through() -> None:
-    """A cancelled call neither closes nor opens a half-open breaker, and does not block it for ever."""
+def test_abandoned_trial_allows_another_one() -> None:
+    """A cancelled trial neither closes nor opens a half-open breaker."""
     clock = Clock()
     breaker = Breaker("x", clock=clock)
     breaker.force(CIRCUIT_STATE_OPEN)
@@ -91,8 +91,8 @@ def test_an_abandoned_trial_lets_another_one_through() -> None:
     assert breaker.allows()
 
 
-def test_a_failed_trial_opens_it_for_another_full_time() -> None:
-    """Half open and failed again: the cooling starts anew."""
+def test_failed_trial_restarts_the_cooldown() -> None:
+    """A breaker whose trial fails is open for the full cooldown again."""
     clock = Clock()
     breaker = Breaker("x", clock=clock)
     breaker.force(CIRCUIT_STATE_OPEN)
@@ -104,15 +104,15 @@ def test_a_failed_trial_opens_it_for_another_full_time() -> None:
 
 
 @pytest.mark.parametrize("state", [CIRCUIT_STATE_UNKNOWN, CIRCUIT_STATE_HALF_OPEN])
-def test_it_can_be_forced_open_or_closed_only(state: CircuitBreakerState.ValueType) -> None:
-    """Nobody can order a breaker into a state that means waiting."""
+def test_breaker_can_be_forced_open_or_closed_only(state: CircuitBreakerState.ValueType) -> None:
+    """Half open is reached by the cooldown only."""
     with pytest.raises(ValueError, match="forced open or closed"):
         Breaker("x", clock=Clock()).force(state)
 
 
 @given(st.lists(st.sampled_from(["ok", "fail", "wait", "abandon", "force_open", "force_closed"]), max_size=60))
-def test_no_sequence_breaks_it(steps: list[str]) -> None:
-    """Whatever happens, it never raises, is never called open, and three failures in a row open it."""
+def test_three_consecutive_failures_open_it_after_any_sequence(steps: list[str]) -> None:
+    """A breaker that does not allow calls is not closed, and no sequence of calls raises."""
     clock = Clock()
     breaker = Breaker("x", clock=clock)
     failures = 0
@@ -135,8 +135,8 @@ def test_no_sequence_breaks_it(steps: list[str]) -> None:
             failures = 0
 
 
-# What becomes of a breaker in each state (columns: closed, open, half open) by each thing that can happen to its shell.
-SHELL = {
+# The state of a Breaker after each action (columns: from closed, open, half open).
+AFTER_ACTION = {
     "succeeded": (CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_CLOSED),
     "failed": (CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_OPEN),
     "failed three times": (CIRCUIT_STATE_OPEN, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_OPEN),
@@ -146,13 +146,13 @@ SHELL = {
     "forced open": (CIRCUIT_STATE_OPEN, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_OPEN),
     "forced closed": (CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_CLOSED),
     "forced half open": (CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_HALF_OPEN),
-    "forced to nothing": (CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_HALF_OPEN),
+    "forced to unknown": (CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_OPEN, CIRCUIT_STATE_HALF_OPEN),
 }
 
 
-def happens(breaker: Breaker, clock: Clock, what: str) -> None:
-    """Let something happen to it; orders that make no sense raise, and their changes would show."""
-    match what.split():
+def act(breaker: Breaker, clock: Clock, action: str) -> None:
+    """Performs an action; forcing an invalid state raises."""
+    match action.split():
         case ["failed", "three", "times"]:
             for _ in range(3):
                 breaker.failed()
@@ -164,14 +164,14 @@ def happens(breaker: Breaker, clock: Clock, what: str) -> None:
             breaker.force(CIRCUIT_STATE_CLOSED)
         case ["forced", *_]:
             with pytest.raises(ValueError, match="forced open or closed"):
-                breaker.force(CIRCUIT_STATE_UNKNOWN if what.endswith("nothing") else CIRCUIT_STATE_HALF_OPEN)
+                breaker.force(CIRCUIT_STATE_UNKNOWN if action.endswith("unknown") else CIRCUIT_STATE_HALF_OPEN)
         case _:
-            {"succeeded": breaker.succeeded, "failed": breaker.failed, "abandoned": breaker.abandoned}[what]()
+            {"succeeded": breaker.succeeded, "failed": breaker.failed, "abandoned": breaker.abandoned}[action]()
 
 
-@pytest.mark.parametrize(("what", "column"), list(itertools.product(SHELL, range(3))))
-def test_the_shell_in_every_state(what: str, column: int) -> None:
-    """As the table above says; observers are told of changes and of nothing else."""
+@pytest.mark.parametrize(("action", "column"), list(itertools.product(AFTER_ACTION, range(3))))
+def test_action_in_each_state(action: str, column: int) -> None:
+    """The state changes as in the table above, and `on_change` is called for changes only."""
     clock, changes = Clock(), list[int]()
     breaker = Breaker("x", clock=clock, on_change=lambda _name, state: changes.append(state))
     if column:
@@ -180,6 +180,7 @@ def test_the_shell_in_every_state(what: str, column: int) -> None:
         clock.now_s += 31
     assert breaker.state == STATES[column]
     changes.clear()
-    happens(breaker, clock, what)
-    assert breaker.state == SHELL[what][column]
-    assert changes[-1:] == [SHELL[what][column]] * (SHELL[what][column] != STATES[column])
+    act(breaker, clock, action)
+    after = AFTER_ACTION[action][column]
+    assert breaker.state == after
+    assert changes[-1:] == [after] * (after != STATES[column])

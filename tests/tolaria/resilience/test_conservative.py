@@ -7,26 +7,55 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED, CIRCUIT_STATE_HALF_OPEN, CIRCUIT_STATE_OPEN
-from tolaria.errors import IllegalModeEventError
+from tolaria.errors import IllegalTransitionError
 from tolaria.resilience.conservative import (
     EMERGENCY,
     OPERATOR,
-    TRANSITIONS,
     ConservativeMode,
+    EndCondition,
     ModeChange,
     Reason,
     ReasonEvent,
-    Recovery,
+    active_after,
     breaker_open,
     epoch_failed,
-    stands_after,
 )
 
 TAMIYO, FAILED = breaker_open("tamiyo"), epoch_failed("non_finite")
 REASONS = (TAMIYO, breaker_open("kasmina"), FAILED, epoch_failed("peer_failure"), EMERGENCY, OPERATOR)
 
 
+CAUSED, ENDED, SERVED, FORCED = (
+    ReasonEvent.CAUSED,
+    ReasonEvent.CAUSE_ENDED,
+    ReasonEvent.EPOCHS_SERVED,
+    ReasonEvent.FORCED_OFF,
+)
+
+# Whether a reason is active after each event (columns: from active, from inactive); None: illegal.
+AFTER: dict[tuple[EndCondition, ReasonEvent], tuple[bool | None, bool | None]] = {
+    (EndCondition.BREAKER_CLOSES, CAUSED): (True, True),
+    (EndCondition.BREAKER_CLOSES, ENDED): (False, None),
+    (EndCondition.BREAKER_CLOSES, SERVED): (None, None),
+    (EndCondition.BREAKER_CLOSES, FORCED): (True, False),
+    (EndCondition.EMERGENCY_CLEARED, CAUSED): (True, True),
+    (EndCondition.EMERGENCY_CLEARED, ENDED): (False, None),
+    (EndCondition.EMERGENCY_CLEARED, SERVED): (None, None),
+    (EndCondition.EMERGENCY_CLEARED, FORCED): (True, False),
+    (EndCondition.HEALTHY_EPOCHS, CAUSED): (True, True),
+    (EndCondition.HEALTHY_EPOCHS, ENDED): (None, None),
+    (EndCondition.HEALTHY_EPOCHS, SERVED): (False, None),
+    (EndCondition.HEALTHY_EPOCHS, FORCED): (False, False),
+    (EndCondition.OPERATOR, CAUSED): (True, True),
+    (EndCondition.OPERATOR, ENDED): (False, None),
+    (EndCondition.OPERATOR, SERVED): (None, None),
+    (EndCondition.OPERATOR, FORCED): (False, False),
+}
+
+
 class Changes:
+    """Records the changes of a mode."""
+
     def __init__(self) -> None:
         self.seen: list[ModeChange] = []
 
@@ -34,28 +63,26 @@ class Changes:
         return ConservativeMode(recovery_epochs=recovery_epochs, on_change=self.seen.append)
 
 
-@pytest.mark.parametrize(("recovery", "stood", "event"), list(itertools.product(Recovery, (True, False), ReasonEvent)))
-def test_every_kind_of_reason_and_event(recovery: Recovery, stood: bool, event: ReasonEvent) -> None:
-    """The table decides; what it does not list raises."""
-    reason = Reason("x", recovery)
-    if (recovery, stood, event) in TRANSITIONS:
-        assert stands_after(reason, event, stood=stood) is TRANSITIONS[recovery, stood, event]
+@pytest.mark.parametrize(
+    ("condition", "event", "active"), [(*key, active) for key in AFTER for active in (True, False)]
+)
+def test_transition_of_each_kind_of_reason(condition: EndCondition, event: ReasonEvent, active: bool) -> None:
+    """A transition that is not listed raises."""
+    reason, after = Reason("x", condition), AFTER[condition, event][0 if active else 1]
+    if after is None:
+        with pytest.raises(IllegalTransitionError, match=event.name):
+            active_after(reason, event, active=active)
     else:
-        with pytest.raises(IllegalModeEventError, match=event.name):
-            stands_after(reason, event, stood=stood)
+        assert active_after(reason, event, active=active) is after
 
 
-def test_what_is_illegal() -> None:
-    """Nothing ends that does not stand, and each kind only in its own way."""
-    missing = set(itertools.product(Recovery, (True, False), ReasonEvent)) - set(TRANSITIONS)
-    ended, served = ReasonEvent.CAUSE_ENDED, ReasonEvent.EPOCHS_SERVED
-    absent = {(recovery, False, event) for recovery in Recovery for event in (ended, served)}
-    told = {(recovery, True, served) for recovery in Recovery if recovery is not Recovery.HEALTHY_EPOCHS}
-    assert missing == absent | told | {(Recovery.HEALTHY_EPOCHS, True, ended)}
+def test_table_covers_every_kind_and_event() -> None:
+    """Each kind of reason is tested with each event."""
+    assert set(AFTER) == set(itertools.product(EndCondition, ReasonEvent))
 
 
-def test_on_while_any_reason_stands() -> None:
-    """The first reason switches it on, the last one to leave off; both are told with the difference."""
+def test_mode_is_on_while_a_reason_is_active() -> None:
+    """The first reason turns it on, the end of the last one off; each change reports the difference."""
     changes = Changes()
     mode = changes.mode()
     mode.enter(TAMIYO)
@@ -72,8 +99,8 @@ def test_on_while_any_reason_stands() -> None:
     ]
 
 
-def test_a_reason_caused_again_changes_nothing() -> None:
-    """Only differences are told."""
+def test_entering_an_active_reason_is_no_change() -> None:
+    """`on_change` is called for differences only."""
     changes = Changes()
     mode = changes.mode()
     mode.enter(EMERGENCY)
@@ -82,18 +109,18 @@ def test_a_reason_caused_again_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("reason", [TAMIYO, EMERGENCY, OPERATOR, FAILED])
-def test_leaving_what_does_not_stand_changes_nothing(reason: Reason) -> None:
-    """It raises, and the mode and its observer are as they were."""
+def test_leaving_an_inactive_reason_raises(reason: Reason) -> None:
+    """The mode is unchanged, and `on_change` is not called."""
     changes = Changes()
     mode = changes.mode()
     mode.enter(epoch_failed("boundary_breach"))
-    with pytest.raises(IllegalModeEventError):
+    with pytest.raises(IllegalTransitionError):
         mode.leave(reason)
     assert (mode.reasons, len(changes.seen)) == (("epoch_failed:boundary_breach",), 1)
 
 
-def test_a_failed_epoch_is_served_by_healthy_ones_in_a_row() -> None:
-    """A failure in between, or the same cause again, starts the count anew."""
+def test_consecutive_healthy_epochs_end_the_reason_of_a_failed_epoch() -> None:
+    """A further failure, or entering the reason again, resets the count."""
     mode = Changes().mode(recovery_epochs=2)
     mode.enter(FAILED)
     mode.healthy_epoch()
@@ -106,8 +133,8 @@ def test_a_failed_epoch_is_served_by_healthy_ones_in_a_row() -> None:
     assert not mode.on
 
 
-def test_healthy_epochs_end_no_other_kind() -> None:
-    """A breaker, an emergency and an operator's wish do not go away with time."""
+def test_healthy_epochs_end_no_other_reason() -> None:
+    """Reasons of breakers, emergencies and operators do not end by time."""
     mode = Changes().mode(recovery_epochs=1)
     for reason in (TAMIYO, EMERGENCY, OPERATOR, FAILED):
         mode.enter(reason)
@@ -116,8 +143,8 @@ def test_healthy_epochs_end_no_other_kind() -> None:
     assert mode.reasons == ("breaker_open:tamiyo", "emergency", "operator")
 
 
-def test_forced_off_leaves_the_causes_that_stand() -> None:
-    """An open breaker and a standing emergency stay reasons; everything else goes."""
+def test_force_off_keeps_reasons_whose_cause_persists() -> None:
+    """Open breakers and an emergency remain, all other reasons end."""
     mode = Changes().mode()
     for reason in REASONS:
         mode.enter(reason)
@@ -127,8 +154,8 @@ def test_forced_off_leaves_the_causes_that_stand() -> None:
     assert "operator" in mode.reasons
 
 
-def test_the_trial_of_a_half_open_breaker_is_let_through() -> None:
-    """Otherwise the mode would keep the call from happening that alone can end it."""
+def test_trial_of_a_half_open_breaker_is_permitted() -> None:
+    """Without it the breaker, and with it the mode, would never recover."""
     mode = Changes().mode()
     assert mode.permits_call("tamiyo", CIRCUIT_STATE_OPEN)  # off: the breaker decides
     mode.enter(TAMIYO)
@@ -140,17 +167,11 @@ def test_the_trial_of_a_half_open_breaker_is_let_through() -> None:
     assert not mode.permits_call("tamiyo", CIRCUIT_STATE_HALF_OPEN)
 
 
-def test_recovery_takes_at_least_one_epoch() -> None:
-    """Zero would end a failure's reason before it began."""
-    with pytest.raises(ValueError, match="at least 1"):
-        Changes().mode(recovery_epochs=0)
-
-
 @given(
     st.lists(st.tuples(st.sampled_from(["enter", "leave", "healthy", "failed", "on", "off"]), st.sampled_from(REASONS)))
 )
-def test_no_sequence_breaks_it(steps: list[tuple[str, Reason]]) -> None:
-    """It agrees with a set that is changed by the rules as written, and the differences told add up to it."""
+def test_mode_agrees_with_a_model_after_any_sequence(steps: list[tuple[str, Reason]]) -> None:
+    """The model is a set of reasons; the reported differences add up to it."""
     changes = Changes()
     mode, model, epochs = changes.mode(recovery_epochs=2), set[Reason](), dict[Reason, int]()
     for step, reason in steps:
@@ -158,8 +179,8 @@ def test_no_sequence_breaks_it(steps: list[tuple[str, Reason]]) -> None:
             mode.enter(reason)
             model.add(reason)
             epochs[reason] = 0
-        elif step == "leave" and (reason not in model or reason.recovery is Recovery.HEALTHY_EPOCHS):
-            with pytest.raises(IllegalModeEventError):
+        elif step == "leave" and (reason not in model or reason.ended_by is EndCondition.HEALTHY_EPOCHS):
+            with pytest.raises(IllegalTransitionError):
                 mode.leave(reason)
         elif step == "leave":
             mode.leave(reason)
@@ -167,7 +188,7 @@ def test_no_sequence_breaks_it(steps: list[tuple[str, Reason]]) -> None:
         elif step == "healthy":
             mode.healthy_epoch()
             epochs = {r: n + 1 for r, n in epochs.items()}
-            model = {r for r in model if r.recovery is not Recovery.HEALTHY_EPOCHS or epochs[r] < 2}
+            model = {r for r in model if r.ended_by is not EndCondition.HEALTHY_EPOCHS or epochs[r] < 2}
         elif step == "failed":
             mode.failed_epoch()
             epochs = dict.fromkeys(epochs, 0)
@@ -178,47 +199,57 @@ def test_no_sequence_breaks_it(steps: list[tuple[str, Reason]]) -> None:
             mode.force_off()
             model = {r for r in model if r == EMERGENCY or r.name.startswith("breaker")}
         assert set(mode.reasons) == {r.name for r in model}
-    told = set[str]()
+    reported = set[str]()
     for change in changes.seen:
-        assert change.was_on == bool(told)
-        told = (told | set(change.entered)) - set(change.left)
-        assert set(change.reasons) == told
-    assert told == set(mode.reasons)
+        assert change.was_on == bool(reported)
+        reported = (reported | set(change.entered)) - set(change.left)
+        assert set(change.reasons) == reported
+    assert reported == set(mode.reasons)
 
 
-# Whether a reason of each kind stands afterwards: where it stood, and where it did not. None: that is illegal.
-SHELL: dict[tuple[str, Recovery], tuple[bool | None, bool | None]] = {
-    **{("enter", recovery): (True, True) for recovery in Recovery},
-    **{("leave", recovery): (False, None) for recovery in Recovery if recovery is not Recovery.HEALTHY_EPOCHS},
-    ("leave", Recovery.HEALTHY_EPOCHS): (None, None),
-    **{("healthy", recovery): (True, False) for recovery in Recovery if recovery is not Recovery.HEALTHY_EPOCHS},
-    ("healthy", Recovery.HEALTHY_EPOCHS): (False, False),
-    **{("failed", recovery): (True, False) for recovery in Recovery},
-    ("off", Recovery.BREAKER_CLOSES): (True, False),
-    ("off", Recovery.EMERGENCY_CLEARED): (True, False),
-    ("off", Recovery.OPERATOR): (False, False),
-    ("off", Recovery.HEALTHY_EPOCHS): (False, False),
+# Whether a reason is active after each method (columns: from active, from inactive); None: illegal.
+AFTER_METHOD: dict[tuple[str, EndCondition], tuple[bool | None, bool | None]] = {
+    **{("enter", condition): (True, True) for condition in EndCondition},
+    **{
+        ("leave", condition): (False, None)
+        for condition in EndCondition
+        if condition is not EndCondition.HEALTHY_EPOCHS
+    },
+    ("leave", EndCondition.HEALTHY_EPOCHS): (None, None),
+    **{
+        ("healthy", condition): (True, False)
+        for condition in EndCondition
+        if condition is not EndCondition.HEALTHY_EPOCHS
+    },
+    ("healthy", EndCondition.HEALTHY_EPOCHS): (False, False),
+    **{("failed", condition): (True, False) for condition in EndCondition},
+    ("off", EndCondition.BREAKER_CLOSES): (True, False),
+    ("off", EndCondition.EMERGENCY_CLEARED): (True, False),
+    ("off", EndCondition.OPERATOR): (False, False),
+    ("off", EndCondition.HEALTHY_EPOCHS): (False, False),
 }
 
 
-@pytest.mark.parametrize(("what", "recovery", "stood"), [(*key, stood) for key in SHELL for stood in (True, False)])
-def test_the_shell_with_every_kind_of_reason(what: str, recovery: Recovery, stood: bool) -> None:
-    """As the table above says; what is illegal raises and changes nothing, and only changes are told."""
-    changes, reason = Changes(), Reason("x", recovery)
+@pytest.mark.parametrize(
+    ("method", "condition", "active"), [(*key, active) for key in AFTER_METHOD for active in (True, False)]
+)
+def test_method_with_each_kind_of_reason(method: str, condition: EndCondition, active: bool) -> None:
+    """Reasons change as in the table above; an illegal call raises and changes nothing."""
+    changes, reason = Changes(), Reason("x", condition)
     mode = changes.mode(recovery_epochs=1)
-    if stood:
+    if active:
         mode.enter(reason)
     changes.seen.clear()
-    stands = SHELL[what, recovery][0 if stood else 1]
-    if what == "enter":
+    after = AFTER_METHOD[method, condition][0 if active else 1]
+    if method == "enter":
         mode.enter(reason)
-    elif stands is None:
-        with pytest.raises(IllegalModeEventError):
+    elif after is None:
+        with pytest.raises(IllegalTransitionError):
             mode.leave(reason)
-    elif what == "leave":
+    elif method == "leave":
         mode.leave(reason)
     else:
-        {"healthy": mode.healthy_epoch, "failed": mode.failed_epoch, "off": mode.force_off}[what]()
-    expected = stood if stands is None else stands
+        {"healthy": mode.healthy_epoch, "failed": mode.failed_epoch, "off": mode.force_off}[method]()
+    expected = active if after is None else after
     assert mode.reasons == (("x",) if expected else ())
-    assert len(changes.seen) == (expected != stood)
+    assert len(changes.seen) == (expected != active)

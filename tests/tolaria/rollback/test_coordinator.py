@@ -1,17 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
-
 import anyio
 import pytest
 
-from leyline.v1.enums_pb2 import (
-    ROLLBACK_TIER_FAST,
-    ROLLBACK_TIER_FULL,
-    ROLLBACK_TIER_UNSPECIFIED,
-    RollbackTier,
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED
+from support.rollbacks import (
+    CoordinatedParts,
+    FakeParticipant,
+    FakeRestorer,
+    Response,
+    Tier,
+    budget_of,
+    new_rollback,
+    restored,
 )
 from tolaria.errors import (
     BreakerOpenError,
@@ -20,141 +21,28 @@ from tolaria.errors import (
     NoCheckpointError,
     PeerTimeoutError,
     RestoreUnprovenError,
+    SignalValueError,
     StateMismatchError,
+    TolariaError,
     WrongStateError,
 )
-from tolaria.rollback.budget import RollbackBudgets
-from tolaria.rollback.coordinator import OUTCOMES_KEPT, Clocks, RollbackCoordinator
-from tolaria.rollback.journal_rows import RollbackRow
-from tolaria.rollback.orders import Ending, RestoreOrder, RestoreOutcome, RollbackRequest
-from tolaria.rollback.participants import Call, RollbackOrder, Seat, Stance
-from tolaria.rollback.phases import Phase
+from tolaria.journal.rows import RollbackRow
+from tolaria.rollback.protocol import Call, Ending, Rollback, VoteOutcome
+from tolaria.signals import RollbackState
 
 pytestmark = pytest.mark.anyio
 
-Tier: TypeAlias = RollbackTier.ValueType
+Answers = dict[Call, Response | TolariaError | None]
+UNAVAILABLE = PeerTimeoutError("tamiyo", "late")
+UNREACHABLE = BreakerOpenError("tamiyo", "open")
+NO = Response(accepted=False, detail="no")
 
 
-@dataclass(frozen=True)
-class Said:
-    accepted: bool = True
-    detail: str = "fine"
-
-
-class FakePeer:
-    """Says yes to everything, but for what `answers` has for a call: an answer, an error, or None for silence."""
-
-    def __init__(self, name: str, log: list[str], answers: dict[Call, Said | Exception | None]) -> None:
-        self.name = name
-        self.log = log
-        self.answers = answers
-        self.orders: list[RollbackOrder] = []
-
-    async def prepare(self, order: RollbackOrder, /) -> Said:
-        return await self._answer(Call.PREPARE, order)
-
-    async def commit(self, order: RollbackOrder, /) -> Said:
-        return await self._answer(Call.COMMIT, order)
-
-    async def confirm(self, order: RollbackOrder, /) -> Said:
-        return await self._answer(Call.CONFIRM, order)
-
-    async def abort(self, order: RollbackOrder, /) -> Said:
-        return await self._answer(Call.ABORT, order)
-
-    async def _answer(self, call: Call, order: RollbackOrder) -> Said:
-        self.log.append(f"{self.name} {call.value}")
-        self.orders.append(order)
-        answer = self.answers.get(call, Said())
-        if isinstance(answer, Exception):
-            raise answer
-        if answer is None:
-            await anyio.sleep_forever()
-        assert answer is not None
-        return answer
-
-
-class FakeLane:
-    """Has a point at step 40 in memory and one at step 30 on disk, unless the test says otherwise."""
-
-    def __init__(self, log: list[str]) -> None:
-        self.log = log
-        self.points: dict[Tier, list[int]] = {ROLLBACK_TIER_FAST: [40], ROLLBACK_TIER_FULL: [30]}
-        self.orders: list[RestoreOrder] = []
-        self.work: Callable[[RestoreOrder], Awaitable[RestoreOutcome]] = self.bring_back
-
-    async def locate(self, tier: Tier, at_or_before: int | None, /) -> int | None:
-        await anyio.lowlevel.checkpoint()
-        return max((p for p in self.points[tier] if at_or_before is None or p <= at_or_before), default=None)
-
-    async def restore(self, order: RestoreOrder, /) -> RestoreOutcome:
-        self.log.append("lane restore")
-        self.orders.append(order)
-        return await self.work(order)
-
-    async def bring_back(self, order: RestoreOrder) -> RestoreOutcome:
-        await anyio.lowlevel.checkpoint()
-        assert not order.refuses()
-        return RestoreOutcome(order.target_step, "d", "d", 1.5)
-
-
-class House:
-    """A coordinator and everything around it that the test looks at."""
-
-    def __init__(
-        self,
-        *,
-        tamiyo: dict[Call, Said | Exception | None] | None = None,
-        kasmina: dict[Call, Said | Exception | None] | None = None,
-        budgets: RollbackBudgets | None = None,
-        clock: Callable[[], float] = lambda: 100.0,
-        peers: Sequence[str] = ("tamiyo", "kasmina"),
-    ) -> None:
-        self.log: list[str] = []
-        self.rows: list[RollbackRow] = []
-        self.slots: list[tuple[Phase, int, int, Tier]] = []
-        self.journal_error: JournalUnavailableError | None = None
-        self.journal_hangs = False
-        self.lane = FakeLane(self.log)
-        answers = {"tamiyo": tamiyo or {}, "kasmina": kasmina or {}}
-        self.peers = {name: FakePeer(name, self.log, answers[name]) for name in peers}
-        self.coordinator = RollbackCoordinator(
-            [Seat(name, peer) for name, peer in self.peers.items()],
-            self.lane,
-            run_id="run",
-            budgets=budgets or RollbackBudgets(),
-            on_slot=lambda phase, _id, step, deadline_ns, tier: self.slots.append((phase, step, deadline_ns, tier)),
-            record=self._record,
-            clocks=Clocks(clock, lambda: 7),
-        )
-
-    async def _record(self, row: RollbackRow) -> None:
-        await anyio.lowlevel.checkpoint()
-        if self.journal_hangs:
-            await anyio.sleep_forever()
-        if self.journal_error is not None:
-            raise self.journal_error
-        self.rows.append(row)
-
-    @property
-    def phases(self) -> list[Phase]:
-        """The phases that the board showed, each once."""
-        shown = [phase for phase, *_ in self.slots]
-        return [phase for index, phase in enumerate(shown) if index == 0 or phase is not shown[index - 1]]
-
-
-def request(
-    rollback_id: str = "r1", tier: Tier = ROLLBACK_TIER_UNSPECIFIED, target_step: int | None = None
-) -> RollbackRequest:
-    """A request at step 50."""
-    return RollbackRequest(rollback_id, tier, target_step, 50, "loss exploded")
-
-
-async def test_a_rollback_with_everybody_in_it() -> None:
-    """Each phase asks Tamiyo, then Kasmina, then the lane; the outcome, the row and the board agree."""
-    house = House()
-    outcome = await house.coordinator.roll_back(request())
-    assert house.log == [
+async def test_a_rollback_with_all_participants() -> None:
+    """Each phase calls Tamiyo, then Kasmina, then the lane; the outcome, the row and the board agree."""
+    parts = CoordinatedParts(settings=budget_of(30.0, 60.0))
+    rollback = await parts.run()
+    assert parts.log == [
         "tamiyo prepare",
         "kasmina prepare",
         "tamiyo commit",
@@ -163,13 +51,21 @@ async def test_a_rollback_with_everybody_in_it() -> None:
         "tamiyo confirm",
         "kasmina confirm",
     ]
-    assert outcome.ending is Ending.RESTORED
-    assert outcome.coordinated
-    assert (outcome.tier, outcome.restored_step, outcome.state_digest) == (ROLLBACK_TIER_FAST, 40, "d")
-    assert house.phases == [Phase.PREPARE, Phase.COMMIT, Phase.CONFIRM, Phase.IDLE]
-    assert house.slots[-1] == (Phase.IDLE, 40, 100_500_000_000, ROLLBACK_TIER_FAST)
-    row = RollbackRow("r1", 7, "run", "fast", 50, 40, "restored", "loss exploded", "d", "d", 0.0, 1)
-    assert house.rows == [row]
+    assert (rollback.ending, rollback.coordinated, rollback.error) == (Ending.RESTORED, True, None)
+    assert (rollback.tier, rollback.restored_step, rollback.state_digest) == (ROLLBACK_TIER_FAST, 40, "d")
+    assert parts.board.states == [
+        RollbackState.PREPARE,
+        RollbackState.COMMIT,
+        RollbackState.CONFIRM,
+        RollbackState.IDLE,
+    ]
+    deadline_ns = int((rollback.began_s + 30.0) * 1e9)
+    assert parts.board.shown[-1] == (RollbackState.IDLE, "r1", 40, deadline_ns, ROLLBACK_TIER_FAST)
+    assert parts.journal.rollbacks == [
+        RollbackRow(
+            "r1", 7, "run", "fast", 50, 40, "restored", "loss exploded", "d", "d", rollback.latency_ms, coordinated=1
+        )
+    ]
 
 
 @pytest.mark.parametrize(
@@ -183,219 +79,195 @@ async def test_a_rollback_with_everybody_in_it() -> None:
         (ROLLBACK_TIER_FAST, 0, ([0, 40], [30]), (ROLLBACK_TIER_FAST, 0)),
     ],
 )
-async def test_which_point_is_gone_back_to(
+async def test_choice_of_the_restore_point(
     tier: Tier, target_step: int | None, points: tuple[list[int], list[int]], chosen: tuple[Tier, int]
 ) -> None:
-    """Automatic means fast where the ring has a point at or before the target, else full."""
-    house = House()
-    house.lane.points = dict(zip((ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL), points, strict=True))
-    outcome = await house.coordinator.roll_back(request(tier=tier, target_step=target_step))
-    assert (outcome.tier, outcome.restored_step) == chosen
-    assert {(order.tier, order.target_step) for order in house.lane.orders} == {chosen}
-    assert {order.target_step for order in house.peers["kasmina"].orders} == {chosen[1]}
+    """Without a tier it is the fast one if memory has a point at or before the target, else the full one."""
+    parts = CoordinatedParts()
+    parts.restorer.points = dict(zip((ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL), points, strict=True))
+    rollback = await parts.run(new_rollback(tier=tier, target_step=target_step))
+    assert (rollback.tier, rollback.restored_step) == chosen
+    assert parts.restorer.targets == [chosen]
+    assert {request.target_step for _, request in parts.kasmina.calls} == {chosen[1]}
 
 
 @pytest.mark.parametrize("tier", [ROLLBACK_TIER_FAST, ROLLBACK_TIER_UNSPECIFIED])
-async def test_nowhere_to_go_back_to(tier: Tier) -> None:
-    """Without a point nobody is asked, and the failure says what was looked for."""
-    house = House()
-    house.lane.points = {ROLLBACK_TIER_FAST: [40], ROLLBACK_TIER_FULL: [30]}
-    outcome = await house.coordinator.roll_back(request(tier=tier, target_step=5))
-    assert isinstance(outcome.error, NoCheckpointError)
-    assert "at or before step 5" in str(outcome.error)
-    assert house.log == []
-    assert house.phases == [Phase.PREPARE, Phase.ABORTED]
-    assert [(row.outcome, row.restored_step) for row in house.rows] == [("failed", -1)]
-
-
-UNAVAILABLE = PeerTimeoutError("tamiyo", "late")
-NO = Said(accepted=False, detail="no")
+async def test_without_a_restore_point_the_rollback_fails(tier: Tier) -> None:
+    """No participant is called, and the error says what was looked for."""
+    parts = CoordinatedParts()
+    rollback = await parts.run(new_rollback(tier=tier, target_step=5))
+    assert isinstance(rollback.error, NoCheckpointError)
+    assert "at or before step 5" in str(rollback.error)
+    assert parts.log == []
+    assert parts.board.states == [RollbackState.PREPARE, RollbackState.ABORTED]
+    assert [(row.outcome, row.restored_step) for row in parts.journal.rollbacks] == [("failed", -1)]
 
 
 @pytest.mark.parametrize(
-    ("tamiyo", "kasmina", "coordinated", "stances"),
+    ("tamiyo", "kasmina", "coordinated", "outcomes"),
     [
-        ({Call.PREPARE: NO}, {}, True, {Stance.REFUSED, Stance.ACCEPTED}),
-        ({}, {Call.PREPARE: UNAVAILABLE}, True, {Stance.SILENT, Stance.ACCEPTED}),
-        ({}, {Call.COMMIT: NO}, True, {Stance.REFUSED, Stance.ACCEPTED}),
-        ({Call.PREPARE: BreakerOpenError("tamiyo", "open")}, {}, True, {Stance.NOT_ASKED, Stance.ACCEPTED}),
-        ({Call.PREPARE: NO}, {Call.PREPARE: UNAVAILABLE}, False, {Stance.REFUSED, Stance.SILENT}),
-        ({Call.PREPARE: NO}, {Call.CONFIRM: NO}, False, {Stance.REFUSED, Stance.ACCEPTED}),
-        ({Call.COMMIT: UNAVAILABLE}, {Call.COMMIT: NO}, False, {Stance.REFUSED, Stance.ACCEPTED, Stance.SILENT}),
+        ({Call.PREPARE: NO}, {}, True, {VoteOutcome.REFUSED, VoteOutcome.ACCEPTED}),
+        ({}, {Call.PREPARE: UNAVAILABLE}, True, {VoteOutcome.SILENT, VoteOutcome.ACCEPTED}),
+        ({}, {Call.COMMIT: NO}, True, {VoteOutcome.REFUSED, VoteOutcome.ACCEPTED}),
+        ({Call.PREPARE: UNREACHABLE}, {}, True, {VoteOutcome.NOT_ASKED, VoteOutcome.ACCEPTED}),
+        ({Call.PREPARE: NO}, {Call.PREPARE: UNAVAILABLE}, False, {VoteOutcome.REFUSED, VoteOutcome.SILENT}),
+        ({Call.PREPARE: NO}, {Call.CONFIRM: NO}, False, {VoteOutcome.REFUSED, VoteOutcome.ACCEPTED}),
+        (
+            {Call.COMMIT: UNAVAILABLE},
+            {Call.COMMIT: NO},
+            False,
+            {VoteOutcome.REFUSED, VoteOutcome.ACCEPTED, VoteOutcome.SILENT},
+        ),
     ],
 )
-async def test_it_goes_on_without_peers(
-    tamiyo: dict[Call, Said | Exception | None],
-    kasmina: dict[Call, Said | Exception | None],
-    coordinated: bool,
-    stances: set[Stance],
+async def test_a_rollback_continues_without_peers(
+    tamiyo: Answers, kasmina: Answers, coordinated: bool, outcomes: set[VoteOutcome]
 ) -> None:
-    """One peer missing leaves a quorum; two leave Tolaria, which has the last word: restored, but uncoordinated."""
-    house = House(tamiyo=tamiyo, kasmina=kasmina)
-    outcome = await house.coordinator.roll_back(request())
-    assert outcome.ending is Ending.RESTORED
-    assert outcome.coordinated == coordinated
-    assert {ballot.stance for ballot in outcome.votes} == stances
-    assert [row.coordinated for row in house.rows] == [int(coordinated)]
-    assert not any("abort" in line for line in house.log)
+    """One missing peer leaves a quorum; without both Tolaria restores uncoordinated."""
+    parts = CoordinatedParts(tamiyo=FakeParticipant(tamiyo), kasmina=FakeParticipant(kasmina))
+    rollback = await parts.run()
+    assert (rollback.ending, rollback.coordinated) == (Ending.RESTORED, coordinated)
+    assert {vote.outcome for vote in rollback.votes} == outcomes
+    assert [row.coordinated for row in parts.journal.rollbacks] == [int(coordinated)]
+    assert not any("abort" in line for line in parts.log)
 
 
-async def test_who_said_no_is_asked_no_more() -> None:
-    """A refusal at prepare ends a peer's part."""
-    house = House(tamiyo={Call.PREPARE: NO})
-    await house.coordinator.roll_back(request())
-    assert [line for line in house.log if line.startswith("tamiyo")] == ["tamiyo prepare"]
+async def test_a_peer_that_refused_is_not_called_again() -> None:
+    """A refusal to prepare ends a peer's part."""
+    parts = CoordinatedParts(tamiyo=FakeParticipant({Call.PREPARE: NO}))
+    await parts.run()
+    assert parts.tamiyo.called == [Call.PREPARE]
 
 
-async def test_without_any_peer_tolaria_is_the_majority() -> None:
+async def test_without_peers_tolaria_is_the_majority() -> None:
     """A run that has no peers is not uncoordinated."""
-    outcome = await House(peers=()).coordinator.roll_back(request())
-    assert outcome.coordinated
+    assert (await CoordinatedParts(peers=()).run()).coordinated
 
 
-async def test_a_failed_restore_is_taken_back_everywhere() -> None:
-    """Peers that promised are told to abort, whoever refused or could not be reached at all is left alone."""
-    house = House(tamiyo={Call.PREPARE: UNAVAILABLE})
+async def test_a_failed_restore_is_aborted_with_the_peers() -> None:
+    """Peers that may have prepared get an abort; those that refused or could not be reached do not."""
 
-    async def fail(_order: RestoreOrder) -> RestoreOutcome:
+    async def fails(_rollback: Rollback) -> None:
         raise StateMismatchError(["parameter/w: in the image only"])
 
-    house.lane.work = fail
-    outcome = await house.coordinator.roll_back(request())
-    assert outcome.ending is Ending.FAILED
-    assert isinstance(outcome.error, StateMismatchError)
-    assert sorted(house.log[-2:]) == ["kasmina abort", "tamiyo abort"]
-    assert not outcome.coordinated
-    assert house.phases == [Phase.PREPARE, Phase.COMMIT, Phase.ABORTED]
-    assert "parameter/w" in house.rows[0].reason
-    refused = House(kasmina={Call.PREPARE: NO}, tamiyo={Call.PREPARE: BreakerOpenError("tamiyo", "open")})
-    refused.lane.work = fail
-    await refused.coordinator.roll_back(request())
-    assert not any("abort" in line for line in refused.log)
+    parts = CoordinatedParts(tamiyo=FakeParticipant({Call.PREPARE: UNAVAILABLE}), restorer=FakeRestorer(fails))
+    rollback = await parts.run()
+    assert (rollback.ending, rollback.coordinated) == (Ending.FAILED, False)
+    assert isinstance(rollback.error, StateMismatchError)
+    assert sorted(parts.log[-2:]) == ["kasmina abort", "tamiyo abort"]
+    assert parts.board.states == [RollbackState.PREPARE, RollbackState.COMMIT, RollbackState.ABORTED]
+    assert "parameter/w" in parts.journal.rollbacks[0].reason
+    unprepared = CoordinatedParts(
+        kasmina=FakeParticipant({Call.PREPARE: NO}),
+        tamiyo=FakeParticipant({Call.PREPARE: UNREACHABLE}),
+        restorer=FakeRestorer(fails),
+    )
+    await unprepared.run()
+    assert not any("abort" in line for line in unprepared.log)
 
 
-async def test_a_restore_that_cannot_be_proved_has_failed() -> None:
-    """Two digests that differ: nothing is confirmed, peers abort, and the outcome holds both digests."""
-    house = House()
+async def test_a_restore_with_different_digests_has_failed() -> None:
+    """It is not confirmed, peers get an abort, and the row has both digests."""
 
-    async def wrong(order: RestoreOrder) -> RestoreOutcome:
-        return RestoreOutcome(order.target_step, "live", "captured", 1.0)
+    async def wrong(rollback: Rollback) -> None:
+        restored(rollback, state="live", expected="captured")
 
-    house.lane.work = wrong
-    outcome = await house.coordinator.roll_back(request())
-    assert (outcome.ending, outcome.restored_step, outcome.unproven) == (Ending.FAILED, 40, True)
-    assert "the live state was overwritten and is not what was captured" in str(outcome.error)
-    assert isinstance(outcome.error, RestoreUnprovenError)
-    assert [(r.outcome, r.restored_step, r.state_digest, r.expected_digest) for r in house.rows] == [
+    parts = CoordinatedParts(restorer=FakeRestorer(wrong))
+    rollback = await parts.run()
+    assert (rollback.ending, rollback.restored_step, rollback.unproven) == (Ending.FAILED, 40, True)
+    assert isinstance(rollback.error, RestoreUnprovenError)
+    assert [(r.outcome, r.restored_step, r.state_digest, r.expected_digest) for r in parts.journal.rollbacks] == [
         ("failed", -1, "live", "captured")
     ]
-    assert house.phases == [Phase.PREPARE, Phase.COMMIT, Phase.CONFIRM, Phase.ABORTED]
+    assert parts.board.states[-2:] == [RollbackState.CONFIRM, RollbackState.ABORTED]
+    assert Call.CONFIRM not in parts.kasmina.called
 
 
-async def test_going_further_back_than_agreed_is_uncoordinated() -> None:
-    """Where a damaged checkpoint gave way to an older one, the peers are at another step than the model."""
-    house = House()
+async def test_restoring_an_older_step_than_agreed_is_uncoordinated() -> None:
+    """When a damaged checkpoint is replaced by an older one, the peers are at another step than the model."""
 
-    async def older(_order: RestoreOrder) -> RestoreOutcome:
-        return RestoreOutcome(10, "d", "d", 1.0)
+    async def older(rollback: Rollback) -> None:
+        restored(rollback, 10)
 
-    house.lane.work = older
-    outcome = await house.coordinator.roll_back(request())
-    assert (outcome.ending, outcome.restored_step, outcome.coordinated) == (Ending.RESTORED, 10, False)
+    rollback = await CoordinatedParts(restorer=FakeRestorer(older)).run()
+    assert (rollback.ending, rollback.restored_step, rollback.coordinated) == (Ending.RESTORED, 10, False)
 
 
-async def test_the_same_id_is_carried_out_once() -> None:
-    """Asked twice at once, or again later, it answers with the one rollback; failures too."""
-    house = House()
-    outcomes = []
-
-    async def ask() -> None:
-        outcomes.append(await house.coordinator.roll_back(request()))
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(ask)
-        tasks.start_soon(ask)
-    outcomes.append(await house.coordinator.roll_back(request()))
-    assert house.log.count("lane restore") == 1
-    assert outcomes[0] is outcomes[1] is outcomes[2]
-
-
-async def test_a_second_rollback_is_refused_while_one_runs() -> None:
-    """It is told so, changes nothing, and can be asked for again."""
-    house = House()
+async def test_a_second_rollback_is_rejected_while_one_is_running() -> None:
+    """It raises, changes nothing, and can be requested again."""
     inside, go_on = anyio.Event(), anyio.Event()
 
-    async def slow(order: RestoreOrder) -> RestoreOutcome:
+    async def slow(rollback: Rollback) -> None:
         inside.set()
         await go_on.wait()
-        return await house.lane.bring_back(order)
+        await parts.restorer.copies(rollback)
 
-    house.lane.work = slow
+    parts = CoordinatedParts(restorer=FakeRestorer(slow))
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(house.coordinator.roll_back, request("first"))
+        tasks.start_soon(parts.run, new_rollback("first"))
         await inside.wait()
         with pytest.raises(WrongStateError, match="another rollback is running"):
-            await house.coordinator.roll_back(request("second"))
+            await parts.run(new_rollback("second"))
         go_on.set()
-    assert (await house.coordinator.roll_back(request("second"))).ending is Ending.RESTORED
-    assert [row.rollback_id for row in house.rows] == ["first", "second"]
+    assert (await parts.run(new_rollback("second"))).ending is Ending.RESTORED
+    assert [row.rollback_id for row in parts.journal.rollbacks] == ["first", "second"]
 
 
 @pytest.mark.parametrize("rollback_id", ["", "x" * 65, "é" * 33])
-async def test_an_id_that_the_board_cannot_hold_is_refused(rollback_id: str) -> None:
-    """Before anything is shown or asked."""
-    house = House()
+async def test_an_id_that_the_board_cannot_hold_is_rejected(rollback_id: str) -> None:
+    """Nothing is shown and no participant is called."""
+    parts = CoordinatedParts()
     with pytest.raises(InvalidFieldError, match="rollback_id"):
-        await house.coordinator.roll_back(request(rollback_id))
-    assert house.slots == []
+        await parts.run(new_rollback(rollback_id))
+    assert (parts.board.shown, parts.log) == ([], [])
 
 
-async def test_a_journal_that_fails_is_told_and_changes_nothing() -> None:
-    """The rollback stands; its outcome says that the journal does not hold it."""
-    house = House()
-    house.journal_error = JournalUnavailableError("disk full")
-    outcome = await house.coordinator.roll_back(request())
-    assert outcome.ending is Ending.RESTORED
-    assert outcome.unrecorded is house.journal_error
+async def test_a_failing_journal_does_not_fail_the_rollback() -> None:
+    """The outcome says why there is no row."""
+    parts = CoordinatedParts()
+    parts.journal.error = JournalUnavailableError("disk full")
+    rollback = await parts.run()
+    assert (rollback.ending, rollback.unrecorded) == (Ending.RESTORED, parts.journal.error)
 
 
-async def test_a_journal_that_hangs_holds_up_nothing() -> None:
-    """The rollback ends, which lets the lane go on, and says that the journal does not hold it."""
-    house = House()
-    house.journal_hangs = True
+async def test_a_hanging_journal_does_not_hold_the_lane() -> None:
+    """The rollback ends within a bounded time and says that it is not recorded yet."""
+    parts = CoordinatedParts()
+    parts.journal.hangs = True
     with anyio.fail_after(10):
-        outcome = await house.coordinator.roll_back(request())
-    assert outcome.ending is Ending.RESTORED
-    assert isinstance(outcome.unrecorded, JournalUnavailableError)
+        rollback = await parts.run()
+    assert rollback.ending is Ending.RESTORED
+    assert isinstance(rollback.unrecorded, JournalUnavailableError)
 
 
-async def test_outcomes_are_not_kept_forever() -> None:
-    """The oldest are forgotten."""
-    house = House()
-    for number in range(OUTCOMES_KEPT + 5):
-        await house.coordinator.roll_back(request(f"r{number}"))
-    assert len(house.coordinator._outcomes) == OUTCOMES_KEPT
-    assert len(house.rows) == OUTCOMES_KEPT + 5
+async def test_a_board_that_cannot_be_written_does_not_stop_a_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is logged only."""
+    parts = CoordinatedParts()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise SignalValueError("made to fail")
+
+    monkeypatch.setattr(parts.board, "write", refuse)
+    assert (await parts.run()).ending is Ending.RESTORED
 
 
-async def test_an_error_of_another_kind_leaves_nothing_half_done() -> None:
-    """A mistake in the restorer comes out, peers are told, the row is written, and the next rollback works."""
-    house = House()
+async def test_an_unexpected_error_leaves_nothing_half_done() -> None:
+    """A defect in the restorer is raised, peers get an abort, the row is written, and the next rollback works."""
 
-    async def broken(_order: RestoreOrder) -> RestoreOutcome:
+    async def broken(_rollback: Rollback) -> None:
         raise ZeroDivisionError
 
-    house.lane.work = broken
+    parts = CoordinatedParts(restorer=FakeRestorer(broken))
     with pytest.raises(ExceptionGroup) as caught:
-        await house.coordinator.roll_back(request())
+        await parts.run()
     assert caught.group_contains(ZeroDivisionError)
-    assert {"tamiyo abort", "kasmina abort"} < set(house.log)
-    assert [row.outcome for row in house.rows] == ["failed"]
-    house.lane.work = house.lane.bring_back
-    assert (await house.coordinator.roll_back(request("r2"))).ending is Ending.RESTORED
+    assert {"tamiyo abort", "kasmina abort"} < set(parts.log)
+    assert [row.outcome for row in parts.journal.rollbacks] == ["failed"]
+    parts.restorer.work = parts.restorer.copies
+    assert (await parts.run(new_rollback("r2"))).ending is Ending.RESTORED
 
 
-def test_every_seat_has_a_share() -> None:
-    """A participant without a share of the budget, or one that calls itself Tolaria, is a mistake found at once."""
-    with pytest.raises(ValueError, match="kasmina"):
-        House(budgets=RollbackBudgets(shares={"tamiyo": 0.5, "tolaria": 0.5}))
+def test_every_participant_has_a_share() -> None:
+    """A participant without a share of the budget is rejected when the coordinator is built."""
+    with pytest.raises(ValueError, match="simic, tolaria"):
+        CoordinatedParts(peers=("tamiyo", "tolaria", "simic"))

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import anyio
@@ -15,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from leyline.v1 import admin_service_pb2 as admin
-from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub, add_TolariaAdminServiceServicer_to_server
 from leyline.v1.enums_pb2 import (
     EMERGENCY_LEVEL_HALT,
     EMERGENCY_LEVEL_UNSPECIFIED,
@@ -23,43 +23,61 @@ from leyline.v1.enums_pb2 import (
     EmergencyLevel,
     RollbackTier,
 )
-from support.answers import FakeAnswers
+from support.admin import SERVICE, MemoryJournal, serving_parts, stub_of
+from tolaria.config import RollbackSettings
 from tolaria.emergency import Acknowledgement, EmergencyState
 from tolaria.emergency.protocol import require_level
 from tolaria.errors import (
     CheckpointWriteError,
     IllegalEmergencyEventError,
-    InvalidFieldError,
     NoCheckpointError,
+    UnknownGroupError,
     WrongStateError,
 )
-from tolaria.grpc_server import grpc_server
-from tolaria.rpc import recovery
-from tolaria.rpc.admin import AdminService
+from tolaria.journal.rows import CheckpointRow, Incident
+from tolaria.lane.messages import TraceWritten
+from tolaria.rollback.protocol import Ending, Rollback
+from tolaria.rpc import admin as rpc_admin
+from tolaria.rpc.admin import AdminParts
 from tolaria.rpc.requests import RequestLedger
-from tolaria.training.feed import StatusFeed
-from tolaria.training.run_state import RunEvent, after
+from tolaria.run.health import Health
+from tolaria.run.profiling import ProfileTaken
+from tolaria.run.run import TrainingRun
+from tolaria.run.run_state import RunEvent, after
+from tolaria.run.safety import Safety
+from tolaria.run.status import RunStatus
+from tolaria.values.optimization import Adjustment
 
 if TYPE_CHECKING:
-    from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceAsyncStub  # in the types only
+    from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceAsyncStub  # in the type stubs only
 
 pytestmark = pytest.mark.anyio
 
+COMMITTED = CheckpointRow("c3", 1, "run", 3, 1, 300, "digest", None)
+
+
+def new_status() -> RunStatus:
+    """Returns the status of a run at step 7."""
+    status = RunStatus("run", "job", "test", epochs=1, started_at_s=0.0)
+    status.state, status.global_step = admin.RUN_STATE_RUNNING, 7
+    return status
+
 
 class FakeRun:
-    """A run without training: the real table of states, and a step count."""
+    """A run without training: the real state machine, and operations that succeed or fail by their arguments."""
 
-    def __init__(self) -> None:
-        self.feed = StatusFeed()
-        self.global_step = 7
-        self.state = admin.RUN_STATE_RUNNING
+    def __init__(self, status: RunStatus) -> None:
+        self.state = status
         self.reasons: list[str] = []
-        self.level: EmergencyLevel.ValueType = EMERGENCY_LEVEL_UNSPECIFIED
+        self.rollbacks: list[Rollback] = []
+        self.adjustments: list[Adjustment] = []
+
+    @property
+    def global_step(self) -> int:
+        return self.state.global_step
 
     def status(self) -> admin.GetStatusResponse:
-        return admin.GetStatusResponse(
-            run_id="run", state=self.state, global_step=self.global_step, emergency_level=self.level
-        )
+        return admin.GetStatusResponse(run_id="run", state=self.state.state, global_step=self.global_step)
 
     async def pause(self, reason: str) -> None:
         self._enter(RunEvent.PAUSED, reason)
@@ -70,108 +88,127 @@ class FakeRun:
     async def stop(self, reason: str) -> None:
         self._enter(RunEvent.FINISHED, reason)
 
-    async def adjust_rate(self, request: admin.AdjustLearningRateRequest) -> int:
-        """Take every factor, refuse every value."""
-        if request.WhichOneof("change") != "factor":
-            raise InvalidFieldError("value", "must not be")
+    def require_adjustable(self) -> None:
+        after(self.state.state, RunEvent.FINISHED)
+
+    async def adjust_learning_rate(self, adjustment: Adjustment) -> int:
+        """Knows the group "host" only."""
+        self.adjustments.append(adjustment)
+        if adjustment.group not in {None, "host"}:
+            raise UnknownGroupError(adjustment.group or "", ("host",))
         return self.global_step
 
-    async def trigger_rollback(self, request: admin.TriggerRollbackRequest) -> admin.TriggerRollbackResponse:
-        """To the step that is asked for, if that is not too far."""
-        if request.target_step > 7:
+    async def roll_back(self, rollback: Rollback) -> Rollback:
+        """Restores any target up to step 7."""
+        self.rollbacks.append(rollback)
+        if (rollback.target_step or 0) > 7:
             raise NoCheckpointError("nothing to go back to")
-        return admin.TriggerRollbackResponse(restored_step=request.target_step, tier=request.tier, coordinated=True)
+        rollback.restored_step = rollback.destination
+        rollback.state_digest = rollback.expected_digest = "digest"
+        rollback.end(Ending.RESTORED)
+        return rollback
 
-    async def restore_points(self) -> admin.ListRestorePointsResponse:
-        """One."""
-        return admin.ListRestorePointsResponse(restore_points=[admin.RestorePoint(global_step=3)])
+    async def checkpoint(self, reason: str) -> CheckpointRow:
+        """Fails for the reason "full"."""
+        if reason == "full":
+            raise CheckpointWriteError("write", "ENOSPC", reason)
+        return COMMITTED
 
-    async def create_checkpoint(self, request: admin.CreateCheckpointRequest) -> admin.CreateCheckpointResponse:
-        """The disk is full."""
-        raise CheckpointWriteError("write", "ENOSPC", request.reason)
+    async def capture_profile(self, active_steps: int) -> ProfileTaken:
+        """Writes a file with the number of steps as its name."""
+        return ProfileTaken(9, TraceWritten(f"{active_steps}.json", 10, active_steps, 0.1, 0))
 
-    async def incidents(self, limit: int) -> admin.ListIncidentsResponse:
-        """As many as are asked for."""
-        return admin.ListIncidentsResponse(incidents=[admin.Incident(kind="rollback")] * limit)
+    def _enter(self, event: RunEvent, reason: str) -> None:
+        self.state.state = after(self.state.state, event)
+        self.reasons.append(reason)
+        self.state.feed.changed()
 
-    async def capture_profile(self, request: admin.CaptureProfileRequest) -> admin.CaptureProfileResponse:
-        """Into the file that is named after the number of steps."""
-        return admin.CaptureProfileResponse(path=f"{request.active_steps}.json")
+
+class FakeSafety:
+    """Safety with one reason for conservative mode that stays, and an emergency that is acknowledged at once."""
+
+    def __init__(self) -> None:
+        self.level: EmergencyLevel.ValueType = EMERGENCY_LEVEL_UNSPECIFIED
+
+    @property
+    def controller(self) -> SimpleNamespace:
+        return SimpleNamespace(state=EmergencyState(level=self.level))
 
     def set_conservative(self, *, enabled: bool) -> tuple[str, ...]:
-        """One reason stands whatever is wished."""
+        """The breaker stays open."""
         return ("operator", "breaker_open:tamiyo") if enabled else ("breaker_open:tamiyo",)
 
-    async def raise_emergency(self, level: EmergencyLevel.ValueType, reason: str) -> EmergencyState:
-        """Stands at once, acknowledged by itself."""
+    async def raise_emergency(self, level: EmergencyLevel.ValueType, reason: str, status: RunStatus) -> EmergencyState:
+        """Raises it."""
+        del reason, status
         require_level(level)
-        self.reasons.append(reason)
         self.level = level
         return EmergencyState(level=level, acknowledgements=(Acknowledgement("tolaria", 1_500_000),))
 
     def clear_emergency(self, reason: str) -> None:
-        """There must be one."""
+        """Clears it if there is one."""
         if not self.level:
             raise IllegalEmergencyEventError("there is none")
         self.level = EMERGENCY_LEVEL_UNSPECIFIED
 
-    def _enter(self, event: RunEvent, reason: str) -> None:
-        self.state = after(self.state, event)
-        self.reasons.append(reason)
-        self.feed.changed()
-
 
 class Served:
-    def __init__(self, run: FakeRun, stub: TolariaAdminServiceAsyncStub, closing: anyio.Event, address: str) -> None:
-        self.run, self.stub, self.closing, self.address = run, stub, closing, address
+    """The admin service around a fake run, and a client of it."""
+
+    def __init__(self) -> None:
+        self.status = new_status()
+        self.run = FakeRun(self.status)
+        self.journal = MemoryJournal()
+        self.closing = anyio.Event()
+        self.channel: grpc.aio.Channel
+        self.stub: TolariaAdminServiceAsyncStub
 
 
 @asynccontextmanager
 async def served(interval_s: float = 60.0) -> AsyncIterator[Served]:
-    """The service before a fake run, and a client of it."""
-    run, closing = FakeRun(), anyio.Event()
+    """Serves the admin service around a fake run."""
 
     def complete(status: admin.GetStatusResponse) -> None:
         status.metrics_address = "m"
 
-    def register(server: grpc.aio.Server) -> None:
-        service = AdminService(
-            run,
-            safety=run,
-            recovery=run,
+    it = Served()
+    async with anyio.create_task_group() as operations:
+        parts = AdminParts(
+            run=cast("TrainingRun", it.run),
+            status=it.status,
+            health=Health(RollbackSettings()),
+            safety=cast("Safety", FakeSafety()),
+            journal=it.journal,
+            ledger=RequestLedger(100, it.journal, it.status, operations),
             complete=complete,
-            closing=closing,
+            closing=it.closing,
             interval_s=interval_s,
-            ledger=RequestLedger(100, FakeAnswers()),
         )
-        add_TolariaAdminServiceServicer_to_server(service, server)
-
-    async with (
-        grpc_server("test", "127.0.0.1:0", register, service_names=["x"], grace_s=1.0) as server,
-        grpc.aio.insecure_channel(str(server.address)) as channel,
-    ):
-        yield Served(run, TolariaAdminServiceStub(channel), closing, str(server.address))
+        async with serving_parts(parts) as it.channel:
+            it.stub = stub_of(it.channel)
+            yield it
+        operations.cancel_scope.cancel()
 
 
 def reason_of(error: grpc.aio.AioRpcError) -> str:
-    """The stable reason in an error's details."""
-    # The library asks for a call; an error of grpc.aio has the three methods that it reads.
-    status = rpc_status.from_call(cast(grpc.Call, error))
+    """Returns the stable reason in an error's details."""
+    # The library expects a call; an error of grpc.aio has the three methods that it uses.
+    status = rpc_status.from_call(cast("grpc.Call", error))
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)
     reason: str = info.reason
     return reason
 
 
-async def test_status_holds_the_runs_part_and_the_services() -> None:
-    """GetStatus is the run's message, completed by the service."""
+async def test_the_service_completes_the_status_of_the_run() -> None:
+    """GetStatus is the run's message with the service's own fields."""
     async with served() as it:
         status = await it.stub.GetStatus(admin.GetStatusRequest())
     assert (status.run_id, status.global_step, status.metrics_address) == ("run", 7, "m")
 
 
-async def test_pause_resume_stop_tell_step_and_state() -> None:
-    """Each mutating answer carries the step at which it took effect, and the new state."""
+async def test_pause_resume_and_stop_return_step_and_state() -> None:
+    """Each answer has the step at which the request took effect, and the new state."""
     async with served() as it:
         paused = await it.stub.PauseTraining(admin.PauseTrainingRequest(request_id="1", reason="look"))
         resumed = await it.stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="2", reason="fine"))
@@ -183,8 +220,8 @@ async def test_pause_resume_stop_tell_step_and_state() -> None:
     assert it.run.reasons == ["look", "fine", "enough"]
 
 
-async def test_conservative_mode_is_switched_and_what_stands_is_told() -> None:
-    """Switched off, a reason whose cause stands is still in the answer."""
+async def test_the_answer_has_the_remaining_reasons_for_conservative_mode() -> None:
+    """Switching the mode off leaves reasons whose cause persists."""
     async with served() as it:
         on = await it.stub.SetConservativeMode(
             admin.SetConservativeModeRequest(request_id="1", reason="look", enabled=True)
@@ -196,7 +233,7 @@ async def test_conservative_mode_is_switched_and_what_stands_is_told() -> None:
 
 
 async def test_an_emergency_is_raised_acknowledged_and_cleared() -> None:
-    """The answer tells level, state and who has acknowledged how soon; clearing leaves none."""
+    """The answer has the level and each acknowledgement with its latency; after the clearance there is no level."""
     async with served() as it:
         raised = await it.stub.RaiseEmergency(
             admin.RaiseEmergencyRequest(request_id="1", reason="smoke", level=EMERGENCY_LEVEL_HALT)
@@ -207,8 +244,8 @@ async def test_an_emergency_is_raised_acknowledged_and_cleared() -> None:
     assert cleared.level == EMERGENCY_LEVEL_UNSPECIFIED
 
 
-async def test_emergencies_that_make_no_sense_are_refused() -> None:
-    """A level that does not exist is a bad argument; clearing what does not stand fits no state."""
+async def test_invalid_emergency_requests_are_refused() -> None:
+    """An unknown level is an invalid argument; a clearance without an emergency does not fit the state."""
     async with served() as it:
         with pytest.raises(grpc.aio.AioRpcError) as unknown:
             await it.stub.RaiseEmergency(admin.RaiseEmergencyRequest(request_id="1", reason="smoke"))
@@ -221,27 +258,28 @@ async def test_emergencies_that_make_no_sense_are_refused() -> None:
 
 
 async def test_a_repeated_request_is_carried_out_once() -> None:
-    """The same request_id gets the first answer, though the run has moved on."""
+    """The same request_id gets the first answer, although the run has moved on."""
     async with served() as it:
         request = admin.PauseTrainingRequest(request_id="1", reason="look")
         first = await it.stub.PauseTraining(request)
-        it.run.global_step = 99
+        it.status.global_step = 99
         assert await it.stub.PauseTraining(request) == first
     assert it.run.reasons == ["look"]
 
 
 async def test_a_request_that_does_not_fit_the_state_is_refused() -> None:
-    """FAILED_PRECONDITION with a stable reason, and nothing changed."""
+    """FAILED_PRECONDITION with a stable reason, and nothing has changed."""
     async with served() as it:
-        it.run.state = admin.RUN_STATE_FINISHED
+        it.status.state = admin.RUN_STATE_FINISHED
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await it.stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="1", reason="x"))
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert reason_of(caught.value) == "WRONG_STATE"
+    assert it.run.reasons == []
 
 
-async def test_a_missing_reason_is_named() -> None:
-    """INVALID_ARGUMENT says which field."""
+async def test_a_missing_reason_is_an_invalid_field() -> None:
+    """INVALID_ARGUMENT names the field."""
     async with served() as it:
         with pytest.raises(grpc.aio.AioRpcError, match="reason: must not be empty") as caught:
             await it.stub.PauseTraining(admin.PauseTrainingRequest(request_id="1"))
@@ -249,19 +287,116 @@ async def test_a_missing_reason_is_named() -> None:
     assert reason_of(caught.value) == "INVALID_FIELD"
 
 
-async def test_calls_about_going_back_are_handed_over_and_answered() -> None:
-    """Each reaches the run's recovery once, with its fields, and its answer comes back."""
+async def test_learning_rates_are_adjusted() -> None:
+    """The request reaches the run with all its fields, once."""
     async with served() as it:
-        asked = admin.TriggerRollbackRequest(request_id="a", reason="r", tier=ROLLBACK_TIER_FAST, target_step=5)
+        request = admin.AdjustLearningRateRequest(
+            request_id="a", reason="calm", group="host", factor=0.5, expires_after_steps=9
+        )
         for _ in range(2):
-            back = await it.stub.TriggerRollback(asked)
-            assert (back.restored_step, back.tier, back.coordinated) == (5, ROLLBACK_TIER_FAST, True)
-        points = await it.stub.ListRestorePoints(admin.ListRestorePointsRequest())
-        assert [point.global_step for point in points.restore_points] == [3]
-        listed = await it.stub.ListIncidents(admin.ListIncidentsRequest(limit=2))
-        assert len(listed.incidents) == 2
+            assert (await it.stub.AdjustLearningRate(request)).global_step == 7
+    assert it.run.adjustments == [
+        Adjustment(
+            group="host",
+            factor=0.5,
+            value=None,
+            expires_after_steps=9,
+            origin="operator",
+            request_id="a",
+            reason="calm",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"), [({}, "value"), ({"value": -1.0}, "value"), ({"factor": 0.5, "group": "head"}, "group")]
+)
+async def test_an_invalid_adjustment_names_the_field(fields: dict[str, float], field: str) -> None:
+    """A missing or negative rate and an unknown group are invalid arguments."""
+    async with served() as it:
+        with pytest.raises(grpc.aio.AioRpcError, match=field) as caught:
+            await it.stub.AdjustLearningRate(
+                admin.AdjustLearningRateRequest(request_id="a", reason="r", **fields)  # type: ignore[arg-type]
+            )
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert reason_of(caught.value) == "INVALID_FIELD"
+
+
+async def test_an_ended_run_refuses_also_an_invalid_adjustment_for_its_state() -> None:
+    """The state is checked before the fields."""
+    async with served() as it:
+        it.status.state = admin.RUN_STATE_FINISHED
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await it.stub.AdjustLearningRate(admin.AdjustLearningRateRequest(request_id="a", reason="r"))
+    assert reason_of(caught.value) == "WRONG_STATE"
+
+
+async def test_a_rollback_is_carried_out_once_and_answered() -> None:
+    """The request reaches the run with its fields; the answer has what was restored."""
+    async with served() as it:
+        request = admin.TriggerRollbackRequest(request_id="a", reason="r", tier=ROLLBACK_TIER_FAST, target_step=5)
+        for _ in range(2):
+            back = await it.stub.TriggerRollback(request)
+            assert (back.restored_step, back.tier, back.rollback_id) == (5, ROLLBACK_TIER_FAST, "a")
+            assert back.state_digest == back.expected_digest == "digest"
+    (rollback,) = it.run.rollbacks
+    assert (rollback.reason, rollback.origin) == ("r", "operator")
+
+
+async def test_a_long_request_id_fits_on_the_board() -> None:
+    """The rollback_id has at most 64 bytes."""
+    async with served() as it:
+        back = await it.stub.TriggerRollback(admin.TriggerRollbackRequest(request_id="long" * 32, reason="r"))
+    assert 0 < len(back.rollback_id) <= 64
+
+
+async def test_a_rollback_whose_caller_goes_away_is_one_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call is cancelled, the repeat waits for the same rollback; another target is another request."""
+    async with served() as it:
+        proceed, roll_back = anyio.Event(), it.run.roll_back
+
+        async def slow(rollback: Rollback) -> Rollback:
+            await proceed.wait()
+            return await roll_back(rollback)
+
+        monkeypatch.setattr(it.run, "roll_back", slow)
+        request = admin.TriggerRollbackRequest(request_id="a", reason="r", target_step=5)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await it.stub.TriggerRollback(request, timeout=0.1)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        proceed.set()
+        assert (await it.stub.TriggerRollback(request)).restored_step == 5
+        request.target_step = 3
+        with pytest.raises(grpc.aio.AioRpcError, match="request_id"):
+            await it.stub.TriggerRollback(request)
+    assert len(it.run.rollbacks) == 1
+
+
+async def test_checkpoints_and_profiles_are_answered() -> None:
+    """The answers have what identifies the checkpoint and the trace."""
+    async with served() as it:
+        made = await it.stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="r"))
         profile = await it.stub.CaptureProfile(admin.CaptureProfileRequest(request_id="p", reason="r", active_steps=4))
-        assert profile.path == "4.json"
+    assert (made.global_step, made.checkpoint_id, made.digest, made.size_bytes) == (3, "c3", "digest", 300)
+    assert (profile.global_step, profile.path, profile.size_bytes) == (9, "4.json", 10)
+
+
+async def test_restore_points_are_listed() -> None:
+    """They are the journal's committed checkpoints and the snapshots in memory."""
+    async with served() as it:
+        it.journal.checkpoints = (COMMITTED,)
+        points = await it.stub.ListRestorePoints(admin.ListRestorePointsRequest())
+    assert [point.global_step for point in points.restore_points] == [3]
+
+
+@pytest.mark.parametrize(("limit", "listed"), [(0, 100), (1, 1), (1000, 1000)])
+async def test_the_number_of_incidents_is_bounded(limit: int, listed: int) -> None:
+    """Without a limit there are at most 100."""
+    async with served() as it:
+        it.journal.listed = (Incident("i", "rollback", 1, 1, "odd", {}),) * 2000
+        answer = await it.stub.ListIncidents(admin.ListIncidentsRequest(limit=limit))
+    assert len(answer.incidents) == listed
+    assert it.journal.limits == [listed]
 
 
 @pytest.mark.parametrize(
@@ -282,24 +417,24 @@ async def test_calls_about_going_back_are_handed_over_and_answered() -> None:
         ("TriggerRollback", admin.TriggerRollbackRequest(reason="r"), grpc.StatusCode.INVALID_ARGUMENT, "request_id"),
         (
             "CreateCheckpoint",
-            admin.CreateCheckpointRequest(request_id="a", reason="r"),
+            admin.CreateCheckpointRequest(request_id="a", reason="full"),
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             "ENOSPC",
         ),
         ("ListIncidents", admin.ListIncidentsRequest(limit=1001), grpc.StatusCode.INVALID_ARGUMENT, "limit"),
     ],
 )
-async def test_calls_about_going_back_say_why_not(
+async def test_refused_calls_have_a_code_and_a_message(
     method: str, request_: object, code: grpc.StatusCode, words: str
 ) -> None:
-    """The status tells what kind of reason it is, the message which."""
+    """The code is the kind of reason, the message the reason."""
     async with served() as it:
         with pytest.raises(grpc.aio.AioRpcError, match=words) as caught:
             await getattr(it.stub, method)(request_)
     assert caught.value.code() is code
 
 
-async def test_the_telemetry_stream_is_not_served_either() -> None:
+async def test_the_telemetry_stream_is_not_served() -> None:
     """A stream is refused as a call is."""
     async with served() as it:
         with pytest.raises(grpc.aio.AioRpcError, match="StreamTelemetry is not served"):
@@ -307,8 +442,8 @@ async def test_the_telemetry_stream_is_not_served_either() -> None:
                 pass
 
 
-async def test_a_watch_tells_every_change_at_once_and_ends_with_the_service() -> None:
-    """The status now, one more after a change, the last one when the service closes; then the stream ends."""
+async def test_a_watch_sends_every_change_at_once_and_ends_with_the_service() -> None:
+    """The status now, one after a change, and the last one when the service closes."""
     async with served() as it:
         states = []
         with anyio.fail_after(5):
@@ -318,12 +453,12 @@ async def test_a_watch_tells_every_change_at_once_and_ends_with_the_service() ->
                     await it.run.pause("look")
                 elif len(states) == 2:
                     it.closing.set()
-                    it.run.feed.changed()
+                    it.status.feed.changed()
     assert states == [admin.RUN_STATE_RUNNING, admin.RUN_STATE_PAUSED, admin.RUN_STATE_PAUSED]
 
 
-async def test_a_watch_keeps_its_pace_without_changes() -> None:
-    """Between changes the status comes every interval, no faster than the client asked."""
+async def test_a_watch_sends_the_status_at_its_interval() -> None:
+    """Between changes there is one message for each interval, which is not shorter than the client's."""
     async with served(interval_s=0.01) as it:
         with anyio.fail_after(5):
             count = 0
@@ -334,20 +469,20 @@ async def test_a_watch_keeps_its_pace_without_changes() -> None:
     assert count == 4
 
 
-METHODS = [m.name for m in admin.DESCRIPTOR.services_by_name["TolariaAdminService"].methods if not m.server_streaming]
+METHODS = [method.name for method in SERVICE.methods if not method.server_streaming]
 
 
 @given(calls=st.lists(st.tuples(st.sampled_from(METHODS), st.binary(max_size=40)), max_size=20))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_garbage_never_breaks_the_server(calls: list[tuple[str, bytes]]) -> None:
-    """Whatever bytes arrive for whatever method: an answer or an error of the caller's making, never a crash."""
+def test_arbitrary_bytes_never_crash_the_server(calls: list[tuple[str, bytes]]) -> None:
+    """For every method the answer is a response or an error of the caller."""
     crashes = []
 
     async def send() -> None:
-        async with served() as it, grpc.aio.insecure_channel(it.address) as channel:
+        async with served() as it:
             for method, raw in calls:
-                path = f"/leyline.v1.TolariaAdminService/{method}"
-                call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
+                path = f"/{SERVICE.full_name}/{method}"
+                call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = it.channel.unary_unary(path)
                 try:
                     await call(raw, timeout=5)
                 except grpc.aio.AioRpcError as error:
@@ -359,47 +494,46 @@ def test_garbage_never_breaks_the_server(calls: list[tuple[str, bytes]]) -> None
     assert crashes == []
 
 
-async def test_a_refused_move_changes_nothing() -> None:
-    """The fake uses the real table: a wrong state raises before anything is noted."""
-    run = FakeRun()
-    run.state = admin.RUN_STATE_FAILED
+async def test_the_fake_run_refuses_what_a_run_refuses() -> None:
+    """It uses the real state machine: an event that does not fit the state raises and changes nothing."""
+    status = new_status()
+    status.state = admin.RUN_STATE_FAILED
+    run = FakeRun(status)
     with pytest.raises(WrongStateError):
         await run.pause("x")
     assert run.reasons == []
 
 
-LATE = ("FAILED_PRECONDITION", "; the request stands")
+LATE_READ = (grpc.StatusCode.UNAVAILABLE, "did not answer within")
+LATE_EFFECT = (grpc.StatusCode.FAILED_PRECONDITION, "the request remains in effect")
 
 
 @pytest.mark.parametrize(
-    ("method", "asked", "code", "said"),
+    ("request_", "expected"),
     [
-        ("restore_points", admin.ListRestorePointsRequest(), "UNAVAILABLE", "did not answer within"),
-        ("incidents", admin.ListIncidentsRequest(), "UNAVAILABLE", "did not answer within"),
-        (
-            "create_checkpoint",
-            admin.CreateCheckpointRequest(request_id="1", reason="r"),
-            "FAILED_PRECONDITION",
-            "stands",
-        ),
-        ("trigger_rollback", admin.TriggerRollbackRequest(request_id="1", reason="r"), "FAILED_PRECONDITION", "stands"),
+        (admin.ListRestorePointsRequest(), LATE_READ),
+        (admin.ListIncidentsRequest(), LATE_READ),
+        (admin.CreateCheckpointRequest(request_id="1", reason="r"), LATE_EFFECT),
+        (admin.TriggerRollbackRequest(request_id="1", reason="r"), LATE_EFFECT),
     ],
 )
-async def test_no_call_about_going_back_waits_for_ever(
-    method: str, asked: Message, code: str, said: str, monkeypatch: pytest.MonkeyPatch
+async def test_long_calls_time_out(
+    request_: Message, expected: tuple[grpc.StatusCode, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Behind each is a bound, also where the client has none, and an error that says what did not happen."""
-    for bound in ("READ_S_MAX", "CHECKPOINT_TIMEOUT_S", "ROLLBACK_TIMEOUT_S"):
-        monkeypatch.setattr(recovery, bound, 0.05)
+    """Also without a deadline of the client; the error says what has not happened."""
+    for bound in ("READ_S", "CHECKPOINT_S", "ROLLBACK_S"):
+        monkeypatch.setattr(rpc_admin, bound, 0.05)
 
-    async def never(_asked: object = None) -> Message:
+    async def never(_argument: object) -> None:
         await anyio.sleep_forever()
-        return asked
 
     async with served() as it:
-        monkeypatch.setattr(it.run, method, never)
-        call = getattr(it.stub, type(asked).__name__.removesuffix("Request"))
+        it.journal.hangs = True
+        for method in ("checkpoint", "roll_back"):
+            monkeypatch.setattr(it.run, method, never)
+        call: Callable[[Message], grpc.aio.UnaryUnaryCall[Message, Message]]
+        call = getattr(it.stub, type(request_).__name__.removesuffix("Request"))
         with anyio.fail_after(10), pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call(asked)
-    assert caught.value.code().name == code
-    assert said in str(caught.value.details())
+            await call(request_)
+    assert caught.value.code() is expected[0]
+    assert expected[1] in str(caught.value.details())

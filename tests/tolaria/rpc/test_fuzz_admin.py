@@ -1,3 +1,5 @@
+"""Fuzzed requests to the admin service of a training run, whose answers are compared with a model."""
+
 from __future__ import annotations
 
 import math
@@ -14,23 +16,16 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from leyline.v1 import admin_service_pb2 as admin
-from leyline.v1.admin_service_pb2_grpc import add_TolariaAdminServiceServicer_to_server
+from support.admin import SERVICE, serving_run
 from support.admin_model import FINISHED, HALTED, OPEN_METHODS, PAUSED, AdminModel, Outcome
 from support.fuzz import messages, weighted, wire
 from support.runs import FakePeers, RunUnderTest, new_run, running
-from support.sessions import Taking, run_cases
+from support.sessions import CaseHandler, run_cases
 from tolaria.config import ControlSettings
-from tolaria.grpc_server import grpc_server
-from tolaria.rpc.admin import AdminService
-from tolaria.rpc.requests import RequestLedger
-from tolaria.training.recovery.answers import JournaledAnswers
-from tolaria.training.recovery.operators import RecoveryDesk
-from tolaria.training.safety_desk import SafetyDesk
 
-SERVICE = admin.DESCRIPTOR.services_by_name["TolariaAdminService"]
 KINDS = {method.name: getattr(admin, method.input_type.name) for method in SERVICE.methods}
 STREAMS = {method.name for method in SERVICE.methods if method.server_streaming}
-# Half of the walk goes where most happens, and few of its steps to the end of the run.
+# Methods that change most are chosen most often, those that end the run rarely.
 BUSY = [name for name in KINDS if name not in {"StopTraining", "GetStatus", "WatchStatus", *OPEN_METHODS}]
 METHODS = st.sampled_from([*BUSY * 6, *KINDS])
 CASES_PER_RUN = 40
@@ -41,7 +36,7 @@ RATE_FLOOR, RATE_CEILING = 1e-8, 10.0
 class Step:
     """One request, sent `copies` times at once.
 
-    `again`: rather than it the one that came so many steps before. `fresh`: its id is to be one that was never used.
+    `again`: the request that came so many steps before is sent instead. `fresh`: the request gets an unused id.
     """
 
     method: str
@@ -52,14 +47,14 @@ class Step:
 
     @property
     def request(self) -> Any:
-        """The request that the bytes are; None where they are none."""
+        """The parsed request; None if the bytes cannot be parsed."""
         try:
             return KINDS[self.method].FromString(self.raw)
         except DecodeError:
             return None
 
     def numbered(self, number: int) -> Step:
-        """With an id of its own, if it is to be fresh and is a request that has one."""
+        """Returns the step with an unused id if it is fresh and its request has an id."""
         request = self.request
         if not self.fresh or request is None or "request_id" not in request.DESCRIPTOR.fields_by_name:
             return self
@@ -67,26 +62,26 @@ class Step:
         return replace(self, raw=request.SerializeToString())
 
 
-def sensible_fields(method: str) -> dict[str, SearchStrategy[Any]]:
-    """What gets a request of this method past the first checks; ids of few names, so that many come twice."""
+def plausible_fields(method: str) -> dict[str, SearchStrategy[Any]]:
+    """Returns values with which a request passes the first checks; there are few ids, so that many repeat."""
     kind = f"{method}Request"
     prefix = "open" if method in OPEN_METHODS else "id"
     return {
         f"{kind}.request_id": st.sampled_from([f"{prefix}-{number}" for number in range(5)]),
         f"{kind}.reason": st.sampled_from(["look", "😀" * 60, "x" * 1024, "\x00", "a\nb"]),
         f"{kind}.level": st.sampled_from([1, 2, 3, 4, 4, 4, 4, 0, 5, -1]),
-        f"{kind}.group": st.sampled_from(["", "host", "nobody"]),
+        f"{kind}.group": st.sampled_from(["", "host", "unknown"]),
         f"{kind}.factor": st.sampled_from([None, None, 0.5, 0.99, 1.01, 1.1, 1e300, 0.0, -1.0, math.nan]),
         f"{kind}.expires_after_steps": st.sampled_from([0, 1, 50, 2**64 - 1]),
     }
 
 
 def steps_of(method: str) -> SearchStrategy[Step]:
-    """Requests of one method: sensible, mad, or no request at all."""
+    """Returns a strategy for steps of one method: plausible requests, arbitrary ones, and arbitrary bytes."""
     kind = KINDS[method]
-    sensible = messages(kind, sensible_fields(method)).map(lambda message: message.SerializeToString())
-    mad = messages(kind).map(lambda message: message.SerializeToString())
-    raw = weighted((6, sensible), (1, mad), (1, wire(kind, sensible_fields(method))))
+    plausible = messages(kind, plausible_fields(method)).map(lambda message: message.SerializeToString())
+    arbitrary = messages(kind).map(lambda message: message.SerializeToString())
+    raw = weighted((6, plausible), (1, arbitrary), (1, wire(kind, plausible_fields(method))))
     again, fresh = st.sampled_from([0] * 7 + [1, 4, 9]), st.sampled_from([True, True, True, False])
     return st.builds(Step, st.just(method), raw, st.sampled_from([1, 1, 1, 3]), again, fresh)
 
@@ -95,13 +90,13 @@ STEPS = {method: steps_of(method) for method in KINDS}
 
 
 class Client:
-    """Sends bytes to a method, whatever they are."""
+    """Sends arbitrary bytes to a method."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._channel = channel
 
     async def send(self, method: str, raw: bytes) -> Outcome:
-        """What became of it; of a stream, up to its first message."""
+        """Returns the outcome; of a stream, the one up to its first message."""
         path = f"/{SERVICE.full_name}/{method}"
         try:
             if method in STREAMS:
@@ -117,7 +112,7 @@ class Client:
             return error.code(), b""
 
     async def send_at_once(self, step: Step) -> list[Outcome]:
-        """All copies of a step."""
+        """Sends all copies of a step; returns their outcomes."""
         outcomes: list[Outcome] = []
 
         async def send() -> None:
@@ -129,23 +124,23 @@ class Client:
         return outcomes
 
     async def status(self) -> admin.GetStatusResponse:
-        """How the run stands."""
+        """Returns the status of the run."""
         code, raw = await self.send("GetStatus", b"")
         assert code is grpc.StatusCode.OK, code
         return admin.GetStatusResponse.FromString(raw)
 
     async def ask(self, method: str, request_id: str) -> Outcome:
-        """A request that makes sense."""
+        """Sends a valid request."""
         return await self.send(method, KINDS[method](request_id=request_id, reason="x").SerializeToString())
 
 
 @asynccontextmanager
 async def served_run() -> AsyncIterator[tuple[RunUnderTest, Client]]:
-    """A run that trains, behind the service on loopback; no emergency of it goes away by itself."""
+    """Yields a training run behind the service on loopback; its emergencies are not cleared automatically."""
     control = ControlSettings(boundary_budget_ms=30_000, tamiyo_budget_ms=20_000)
     run = new_run(
         FakePeers(),
-        job="StandingJob",
+        job="WithoutValidationJob",
         epochs=10**6,
         control=control,
         sections={
@@ -153,62 +148,45 @@ async def served_run() -> AsyncIterator[tuple[RunUnderTest, Client]]:
             "rollback": {"automatic": False, "halt_on_deadline": False, "fast_budget_s": 10.0},
         },
     )
-
-    def register(server: grpc.aio.Server) -> None:
-        service = AdminService(
-            run.loop,
-            safety=SafetyDesk(run.loop, run.guardian),
-            complete=lambda _status: None,
-            closing=anyio.Event(),
-            interval_s=60.0,
-            ledger=RequestLedger(1000, JournaledAnswers(run.parts.archive, run.progress)),
-            recovery=RecoveryDesk(run.loop, run.parts.archive, run.parts.link.points),
-        )
-        add_TolariaAdminServiceServicer_to_server(service, server)
-
-    async with (
-        running(run),
-        grpc_server("test", "127.0.0.1:0", register, service_names=[SERVICE.full_name], grace_s=1.0) as server,
-        grpc.aio.insecure_channel(str(server.address)) as channel,
-    ):
-        await run.until(lambda: run.progress.global_step > 0)
+    async with running(run), serving_run(run) as channel:
+        await run.until(lambda: run.status.global_step > 0)
         yield run, Client(channel)
 
 
 @asynccontextmanager
-async def walk() -> AsyncIterator[Taking[Step]]:
-    """Takes one step after the other beside the model; afterwards training goes on as if nothing had been."""
+async def fuzzed_run() -> AsyncIterator[CaseHandler[Step]]:
+    """Yields what sends a step to the run and to the model; at the end the run must still train and finish."""
     async with served_run() as (run, client):
-        model, before, taken = AdminModel(), await client.status(), list[Step]()
+        model, before, sent = AdminModel(), await client.status(), list[Step]()
 
-        async def take(step: Step) -> None:
+        async def send(step: Step) -> None:
             nonlocal before
-            step = taken[-step.again] if 0 < step.again <= len(taken) else step.numbered(len(taken))
-            taken.append(step)
+            step = sent[-step.again] if 0 < step.again <= len(sent) else step.numbered(len(sent))
+            sent.append(step)
             outcomes = await client.send_at_once(step)
-            await run.until(lambda: not run.loop.rollbacks.running)
+            await run.until(lambda: not run.recovery.running)
             status = await client.status()
-            agree(model, step, outcomes, status)
-            stands_still(before, status)
+            check_model(model, step, outcomes, status)
+            check_steps(before, status)
             before = status
 
-        yield take
-        await goes_on(run, client)
+        yield send
+        await train_on(run, client)
 
 
-def agree(model: AdminModel, step: Step, outcomes: list[Outcome], status: admin.GetStatusResponse) -> None:
-    """The model allows every outcome, and stands where the run stands."""
+def check_model(model: AdminModel, step: Step, outcomes: list[Outcome], status: admin.GetStatusResponse) -> None:
+    """Checks that the model allows every outcome and ends in the state of the run."""
     problem = ""
     for outcome in outcomes:
         allowed = model.allowed(step.method, step.request)
         assert outcome[0] in allowed, f"{step.method} got {outcome[0]}, not of {allowed}: {step.request}"
-        problem = model.took(step.method, step.request, outcome, status)
+        problem = model.apply(step.method, step.request, outcome, status)
     assert not problem, f"{problem}, after {step.method}: {step.request}"
     assert all(RATE_FLOOR <= rate <= RATE_CEILING or rate == 0.0 for rate in status.learning_rates.values())
 
 
-def stands_still(before: admin.GetStatusResponse, after: admin.GetStatusResponse) -> None:
-    """Steps only go up, and not while the run is held or over; but for rollbacks."""
+def check_steps(before: admin.GetStatusResponse, after: admin.GetStatusResponse) -> None:
+    """Checks that steps increase only while the run trains, and decrease in rollbacks only."""
     if after.rollbacks > before.rollbacks:
         return
     assert after.global_step >= before.global_step
@@ -216,26 +194,26 @@ def stands_still(before: admin.GetStatusResponse, after: admin.GetStatusResponse
         assert after.global_step == before.global_step
 
 
-async def goes_on(run: RunUnderTest, client: Client) -> None:
-    """The emergency is cleared, the run resumed, and it trains; unless it was stopped."""
+async def train_on(run: RunUnderTest, client: Client) -> None:
+    """Clears the emergency, resumes the run, trains and stops it, unless it was stopped."""
     status = await client.status()
     if status.state != FINISHED:
         if status.emergency_level:
             assert (await client.ask("ClearEmergency", "last-1"))[0] is grpc.StatusCode.OK
         assert (await client.ask("ResumeTraining", "last-2"))[0] is grpc.StatusCode.OK
-        await run.until(lambda: run.progress.global_step > status.global_step)
+        await run.until(lambda: run.status.global_step > status.global_step)
         assert (await client.ask("StopTraining", "last-3"))[0] is grpc.StatusCode.OK
     assert run.state == "FINISHED"
 
 
-def test_no_request_breaks_the_service_and_a_model_agrees(fuzz_cases: int) -> None:
-    """Mad, repeated, simultaneous requests: no INTERNAL, no UNKNOWN; the run stands where a model says it does."""
+def test_the_run_agrees_with_a_model(fuzz_cases: int) -> None:
+    """Arbitrary, repeated and simultaneous requests: no INTERNAL, no UNKNOWN, and the state that the model has."""
     steps = METHODS.flatmap(lambda method: STEPS[method])
-    run_cases(steps, walk, count=fuzz_cases, session_length=CASES_PER_RUN)
+    run_cases(steps, fuzzed_run, count=fuzz_cases, session_length=CASES_PER_RUN)
 
 
-def test_a_method_that_is_not_there_is_unimplemented() -> None:
-    """Whatever its name and bytes."""
+def test_an_unknown_method_is_unimplemented() -> None:
+    """Whatever its name and bytes are."""
 
     async def send() -> None:
         async with served_run() as (_, client):

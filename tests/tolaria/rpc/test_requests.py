@@ -1,43 +1,82 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
 import anyio
+import anyio.lowlevel
+import anyio.to_thread
 import pytest
-from google.protobuf.message import Message
 
 from leyline.v1.admin_service_pb2 import PauseTrainingRequest, PauseTrainingResponse
-from support.answers import FakeAnswers
-from tolaria.errors import InvalidFieldError, StillUnderwayError, WrongStateError
+from support.admin import MemoryJournal
+from tolaria.errors import InvalidFieldError, JournalUnavailableError, StillUnderwayError, WrongStateError
+from tolaria.journal.async_journal import AsyncJournal
+from tolaria.journal.database import Journal
+from tolaria.journal.rows import AdminActionRow
 from tolaria.rpc.requests import RequestLedger
+from tolaria.run.status import RunStatus
 
 pytestmark = pytest.mark.anyio
 
 
-class Effect:
-    """Counts how often a request was carried out; each answer is another."""
+class Operation:
+    """Counts how often it was carried out; each answer is a different one."""
 
     def __init__(self) -> None:
         self.times = 0
-        self.go_on = anyio.Event()
+        self.proceed = anyio.Event()
         self.error: Exception | None = None
 
     async def now(self) -> PauseTrainingResponse:
+        """Takes effect at once."""
         self.times += 1
         if self.error is not None:
             raise self.error
         return PauseTrainingResponse(global_step=self.times)
 
     async def later(self) -> PauseTrainingResponse:
-        await self.go_on.wait()
+        """Takes effect once the test lets it proceed."""
+        await self.proceed.wait()
         return await self.now()
 
 
+class Ledger:
+    """A ledger whose requests are all for the same method, unless the test names another."""
+
+    def __init__(self, ledger: RequestLedger) -> None:
+        self._ledger = ledger
+
+    async def once(
+        self,
+        request: PauseTrainingRequest,
+        operation: Callable[[], Awaitable[PauseTrainingResponse]],
+        *,
+        method: str = "PauseTraining",
+        timeout_s: float = 60.0,
+    ) -> PauseTrainingResponse:
+        """Returns the answer of a request."""
+        return await self._ledger.once(method, request, operation, timeout_s=timeout_s, late="it was not done")
+
+
+@asynccontextmanager
+async def open_ledger(journal: AsyncJournal | None = None, *, capacity: int = 10) -> AsyncIterator[Ledger]:
+    """Yields the ledger of one process; its journal is in memory by default."""
+    status = RunStatus("run", "job", "test", epochs=1, started_at_s=0.0, global_step=7)
+    async with anyio.create_task_group() as tasks:
+        yield Ledger(RequestLedger(capacity, journal or MemoryJournal(), status, tasks))
+        tasks.cancel_scope.cancel()
+
+
 def request(request_id: str = "a", reason: str = "why") -> PauseTrainingRequest:
-    """A request that is fine, unless its id or reason is not."""
+    """Returns a request that is valid unless its id or reason is not."""
     return PauseTrainingRequest(request_id=request_id, reason=reason)
 
 
 @pytest.mark.parametrize(
-    ("field", "bad"),
+    ("field", "invalid"),
     [
         ("request_id", request(request_id="")),
         ("request_id", request(request_id="  ")),
@@ -46,115 +85,207 @@ def request(request_id: str = "a", reason: str = "why") -> PauseTrainingRequest:
         ("reason", request(reason="x" * 1025)),
     ],
 )
-async def test_common_fields_are_checked(field: str, bad: PauseTrainingRequest) -> None:
-    """A request without id or reason, or with one too long, is refused with the field's name; nothing happens."""
-    effect = Effect()
-    with pytest.raises(InvalidFieldError) as caught:
-        await RequestLedger(10, FakeAnswers()).once("PauseTraining", bad, effect.now)
+async def test_common_fields_are_checked(field: str, invalid: PauseTrainingRequest) -> None:
+    """A request whose id or reason is missing or too long is refused with the field's name; nothing happens."""
+    operation = Operation()
+    async with open_ledger() as ledger:
+        with pytest.raises(InvalidFieldError) as caught:
+            await ledger.once(invalid, operation.now)
     assert caught.value.field == field
-    assert effect.times == 0
+    assert operation.times == 0
 
 
 async def test_a_repeat_gets_the_first_answer() -> None:
-    """The same id twice is carried out once; another id is another request."""
-    ledger, effect = RequestLedger(10, FakeAnswers()), Effect()
-    answers = [await ledger.once("PauseTraining", request(i), effect.now) for i in ("a", "a", "b", "a")]
-    assert [a.global_step for a in answers] == [1, 1, 2, 1]
+    """A request is carried out once; another id is another request."""
+    operation = Operation()
+    async with open_ledger() as ledger:
+        answers = [await ledger.once(request(i), operation.now) for i in ("a", "a", "b", "a")]
+    assert [answer.global_step for answer in answers] == [1, 1, 2, 1]
 
 
-async def test_a_repeat_gets_the_first_refusal() -> None:
-    """What the first was refused for, the repeat is refused for, without trying again."""
-    ledger, effect = RequestLedger(10, FakeAnswers()), Effect()
-    effect.error = WrongStateError("ended")
-    for _ in range(2):
-        with pytest.raises(WrongStateError, match="ended"):
-            await ledger.once("PauseTraining", request(), effect.now)
-    assert effect.times == 1
+async def test_an_answer_of_an_earlier_process_that_was_not_found_in_time_is_sent() -> None:
+    """The operation runs again, but the caller gets the answer that the journal has."""
+    first = PauseTrainingResponse(global_step=99).SerializeToString()
+    journal = MemoryJournal()
+
+    async def now() -> PauseTrainingResponse:
+        journal.answers["a"] = AdminActionRow("a", 1, "run", "PauseTraining", "why", 99, first)
+        return PauseTrainingResponse(global_step=1)
+
+    async with open_ledger(journal) as ledger:
+        answers = [await ledger.once(request(), now) for _ in range(2)]
+    assert [answer.global_step for answer in answers] == [99, 99]
+
+
+async def test_a_repeat_gets_the_first_error() -> None:
+    """A refused request is not tried again."""
+    operation = Operation()
+    operation.error = WrongStateError("ended")
+    async with open_ledger() as ledger:
+        for _ in range(2):
+            with pytest.raises(WrongStateError, match="ended"):
+                await ledger.once(request(), operation.now)
+    assert operation.times == 1
 
 
 async def test_an_id_belongs_to_its_request() -> None:
-    """The same id with another reason or for another method is a mistake of the client."""
-    ledger, effect = RequestLedger(10, FakeAnswers()), Effect()
-    await ledger.once("PauseTraining", request(), effect.now)
-    for method, other in (("PauseTraining", request(reason="other")), ("Resume", request())):
-        with pytest.raises(InvalidFieldError, match="request_id: was used for another request"):
-            await ledger.once(method, other, effect.now)
+    """The same id with another reason or for another method is an error."""
+    operation = Operation()
+    async with open_ledger() as ledger:
+        await ledger.once(request(), operation.now)
+        for method, other in (("PauseTraining", request(reason="other")), ("ResumeTraining", request())):
+            with pytest.raises(InvalidFieldError, match="request_id: was used for another request"):
+                await ledger.once(other, operation.now, method=method)
 
 
-async def test_repeats_that_come_early_wait_for_the_one_answer() -> None:
-    """Twenty at once are carried out once."""
-    ledger, effect = RequestLedger(10, FakeAnswers()), Effect()
-    answers: list[int] = []
+async def test_simultaneous_repeats_wait_for_one_operation() -> None:
+    """Twenty calls at once are carried out once."""
+    operation, answers = Operation(), list[int]()
+    async with open_ledger() as ledger:
 
-    async def ask() -> None:
-        answers.append((await ledger.once("PauseTraining", request(), effect.later)).global_step)
+        async def ask() -> None:
+            answers.append((await ledger.once(request(), operation.later)).global_step)
 
-    async with anyio.create_task_group() as tasks:
-        for _ in range(20):
-            tasks.start_soon(ask)
-        await anyio.lowlevel.checkpoint()
-        effect.go_on.set()
+        async with anyio.create_task_group() as tasks:
+            for _ in range(20):
+                tasks.start_soon(ask)
+            await anyio.lowlevel.checkpoint()
+            operation.proceed.set()
     assert answers == [1] * 20
 
 
-async def test_a_caller_that_goes_away_leaves_the_request_to_its_repeat() -> None:
-    """A cancelled call has no answer to remember: the repeat carries the request on."""
-    ledger, effect = RequestLedger(10, FakeAnswers()), Effect()
-    with anyio.move_on_after(0.01):
-        await ledger.once("PauseTraining", request(), effect.later)
-    assert (await ledger.once("PauseTraining", request(), effect.now)).global_step == 1
+async def test_an_operation_goes_on_when_its_caller_is_cancelled() -> None:
+    """A repeat waits for the same operation."""
+    operation, repeated = Operation(), Operation()
+    async with open_ledger() as ledger:
+        with anyio.move_on_after(0.01):
+            await ledger.once(request(), operation.later)
+        operation.proceed.set()
+        assert (await ledger.once(request(), repeated.now)).global_step == 1
+    assert (operation.times, repeated.times) == (1, 0)
+
+
+async def test_a_caller_stops_waiting_after_the_timeout() -> None:
+    """The error says what has not happened; the operation goes on, and a repeat gets its answer."""
+    operation = Operation()
+    async with open_ledger() as ledger:
+        with pytest.raises(StillUnderwayError, match=r"it was not done within 0 s; the request"):
+            await ledger.once(request(), operation.later, timeout_s=0.01)
+        operation.proceed.set()
+        assert (await ledger.once(request(), operation.later)).global_step == 1
+    assert operation.times == 1
 
 
 async def test_the_memory_is_bounded() -> None:
-    """Only the newest ids are remembered here; the others are the store's to know."""
-    answers = FakeAnswers()
-    ledger, effect = RequestLedger(3, answers), Effect()
-    for number in range(5):
-        await ledger.once("PauseTraining", request(str(number)), effect.now)
-    assert (await ledger.once("PauseTraining", request("4"), effect.now)).global_step == 5
-    assert (await ledger.once("PauseTraining", request("0"), effect.now)).global_step == 1
-    answers.found.clear()
-    assert (await ledger.once("PauseTraining", request("1"), effect.now)).global_step == 6
+    """The ledger remembers the newest ids; older ones are looked up in the journal."""
+    operation, journal = Operation(), MemoryJournal()
+    async with open_ledger(journal, capacity=3) as ledger:
+        for number in range(5):
+            await ledger.once(request(str(number)), operation.now)
+        assert (await ledger.once(request("4"), operation.now)).global_step == 5
+        assert (await ledger.once(request("0"), operation.now)).global_step == 1
+        journal.answers.clear()
+        assert (await ledger.once(request("1"), operation.now)).global_step == 6
 
 
 async def test_a_repeat_after_a_restart_gets_the_first_answer() -> None:
-    """What an earlier process answered stands; under another method's id nothing is carried out."""
-    answers, effect = FakeAnswers(), Effect()
-    first = await RequestLedger(10, answers).once("PauseTraining", request("a"), effect.now)
-    again = await RequestLedger(10, answers).once("PauseTraining", request("a"), effect.now)
-    assert again == first
-    assert effect.times == 1
-    with pytest.raises(InvalidFieldError, match="another request"):
-        await RequestLedger(10, answers).once("ResumeTraining", request("a"), effect.now)
-    assert effect.times == 1
-    assert answers.reasons[0]
+    """The journal has the answers of earlier processes; under another method such an id is an error."""
+    operation, answers = Operation(), dict[str, AdminActionRow]()
+    async with open_ledger(MemoryJournal(answers)) as ledger:
+        first = await ledger.once(request(), operation.now)
+    async with open_ledger(MemoryJournal(answers)) as ledger:
+        assert await ledger.once(request(), operation.now) == first
+    async with open_ledger(MemoryJournal(answers)) as ledger:
+        with pytest.raises(InvalidFieldError, match="another request"):
+            await ledger.once(request(), operation.now, method="ResumeTraining")
+    assert operation.times == 1
 
 
-class HangingAnswers(FakeAnswers):
-    """A store whose disk hangs."""
-
-    async def find(self, request_id: str) -> tuple[str, bytes] | None:
-        await anyio.sleep_forever()
-        return None
-
-    async def keep(self, request_id: str, reason: str, answer: Message) -> None:
-        await anyio.sleep_forever()
-
-
-async def test_a_store_that_hangs_holds_up_neither_the_effect_nor_the_answer() -> None:
-    """An emergency cannot wait for the disk: it is carried out, answered, and remembered here."""
-    ledger, effect = RequestLedger(10, HangingAnswers()), Effect()
-    with anyio.fail_after(5):
-        first = await ledger.once("PauseTraining", request(), effect.now)
-        assert await ledger.once("PauseTraining", request(), effect.now) == first
-    assert effect.times == 1
+async def test_the_row_of_an_answer() -> None:
+    """The journal gets the method, the reason, the step and the serialized answer."""
+    answers: dict[str, AdminActionRow] = {}
+    async with open_ledger(MemoryJournal(answers)) as ledger:
+        answer = await ledger.once(request(), Operation().now)
+    row = answers["a"]
+    assert (row.run_id, row.method, row.reason, row.global_step) == ("run", "PauseTraining", "why", 7)
+    assert PauseTrainingResponse.FromString(row.answer) == answer
 
 
-async def test_what_is_still_under_way_is_asked_for_again() -> None:
-    """That it takes long is no answer to remember: the repeat gets what has become of it."""
-    ledger, effect = RequestLedger(10, FakeAnswers()), Effect()
-    effect.error = StillUnderwayError("not yet")
-    with pytest.raises(StillUnderwayError):
-        await ledger.once("PauseTraining", request(), effect.now)
-    effect.error = None
-    assert (await ledger.once("PauseTraining", request(), effect.now)).global_step == 2
+async def test_a_journal_that_hangs_delays_neither_the_effect_nor_the_answer() -> None:
+    """The answer is remembered in memory, and given to the journal again later."""
+    operation, journal = Operation(), MemoryJournal()
+    journal.hangs = True
+    async with open_ledger(journal) as ledger:
+        with anyio.fail_after(5):
+            first = await ledger.once(request(), operation.now)
+            assert await ledger.once(request(), operation.now) == first
+    assert operation.times == 1
+    assert [row.request_id for row in journal.noted if isinstance(row, AdminActionRow)] == ["a"]
+
+
+async def test_a_journal_that_fails_delays_neither_the_effect_nor_the_answer() -> None:
+    """An id that cannot be looked up counts as new."""
+    operation, journal = Operation(), MemoryJournal()
+    journal.error = JournalUnavailableError("the disk is full")
+    async with open_ledger(journal) as ledger:
+        assert (await ledger.once(request(), operation.now)).global_step == 1
+    assert len(journal.noted) == 1
+
+
+class BlockingJournal(Journal):
+    """A journal on disk whose calls block while `gate` is not set."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def find(self, *args: object) -> object:  # type: ignore[override]
+        assert self.gate.wait(30)
+        return super().find(*args)  # type: ignore[arg-type]
+
+    def answer_once(self, row: AdminActionRow) -> AdminActionRow:
+        assert self.gate.wait(30)
+        return super().answer_once(row)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[BlockingJournal]:
+    """An empty journal on disk."""
+    with BlockingJournal(tmp_path / "journal.sqlite3") as journal:
+        yield journal
+
+
+async def test_an_answer_is_in_the_journal_once_the_disk_responds(journal: BlockingJournal) -> None:
+    """While the disk hangs the request is carried out and answered, and its answer is found."""
+    operation, rows = Operation(), AsyncJournal(journal, "run")
+    journal.gate.clear()
+    try:
+        with anyio.fail_after(5):
+            async with open_ledger(rows) as ledger:
+                answer = await ledger.once(request(), operation.now)
+                assert await ledger.once(request(), operation.now) == answer
+            found = await rows.find_answer("a")
+    finally:
+        journal.gate.set()
+    assert found is not None
+    assert found.answer == answer.SerializeToString()
+    assert operation.times == 1
+    assert await rows.flush(5.0) == 0
+    (row,) = await anyio.to_thread.run_sync(journal.rows, AdminActionRow)
+    assert (row.request_id, row.reason) == ("a", "why")
+
+
+async def test_a_queued_answer_does_not_replace_the_first_one(journal: BlockingJournal) -> None:
+    """Neither an answer that is queued too, nor one that is in the journal already."""
+    rows = AsyncJournal(journal, "run")
+
+    def row(request_id: str, answer: bytes) -> AdminActionRow:
+        return AdminActionRow(request_id, 1, "run", "PauseTraining", "test", 1, answer)
+
+    await rows.answer_once(row("a", b"first"))
+    for late in (row("a", b"second"), row("b", b"first"), row("b", b"second")):
+        rows.note(late)
+    assert await rows.flush(5.0) == 0
+    found = await anyio.to_thread.run_sync(journal.rows, AdminActionRow)
+    assert [(kept.request_id, kept.answer) for kept in found] == [("a", b"first"), ("b", b"first")]

@@ -7,12 +7,12 @@ from google.rpc import code_pb2, error_details_pb2
 
 from tolaria import errors
 from tolaria.errors import InvalidFieldError, TolariaError, WrongStateError
-from tolaria.rpc.status import ANSWERS, status_of
+from tolaria.rpc.status import STATUSES, status_of
 
 
 def test_the_table_is_complete_and_in_order() -> None:
-    """Every error has an answer of its own kind or its base's, and no row hides a later, special one."""
-    kinds = [kind for kind, _ in ANSWERS]
+    """Every error has a row, for its class or a base class, and no row precedes one of a subclass."""
+    kinds = [kind for kind, _, _ in STATUSES]
     assert kinds[-1] is TolariaError
     for position, kind in enumerate(kinds):
         assert not any(issubclass(later, kind) for later in kinds[position + 1 :])
@@ -21,15 +21,15 @@ def test_the_table_is_complete_and_in_order() -> None:
             assert any(issubclass(found, known) for known in kinds)
 
 
-def test_reasons_are_stable_and_unique() -> None:
-    """Clients switch on the reason: one for each row."""
-    reasons = [answer.reason for _, answer in ANSWERS]
+def test_reasons_are_unique_and_codes_are_known() -> None:
+    """Clients distinguish errors by the reason."""
+    reasons = [reason for _, _, reason in STATUSES]
     assert len(set(reasons)) == len(reasons)
-    assert all(code_pb2.Code.Name(answer.code) for _, answer in ANSWERS)
+    assert all(code_pb2.Code.Name(code) for _, code, _ in STATUSES)
 
 
-def test_a_bad_field_is_named_in_the_details() -> None:
-    """google.rpc.BadRequest holds the field, ErrorInfo the reason."""
+def test_an_invalid_field_is_in_the_details() -> None:
+    """google.rpc.BadRequest has the field, ErrorInfo the reason."""
     status = status_of(InvalidFieldError("reason", "must not be empty"))
     info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
     assert status.details[0].Unpack(info)
@@ -39,6 +39,6 @@ def test_a_bad_field_is_named_in_the_details() -> None:
 
 
 @pytest.mark.parametrize("error", [WrongStateError("x"), TolariaError("y")])
-def test_other_errors_carry_their_reason_only(error: TolariaError) -> None:
-    """No field is blamed where none is to blame."""
+def test_other_errors_have_a_reason_only(error: TolariaError) -> None:
+    """There is no BadRequest without an invalid field."""
     assert len(status_of(error).details) == 1

@@ -1,4 +1,4 @@
-"""What the tests of seeds share: a host with two slots, the built-in blueprints, wishes."""
+"""Shared fixtures: a host with two slots, the built-in blueprints, desired states."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from tolaria.seeds import Blueprints, SeedSlot, SeedTopology
-from tolaria.seeds.stages import stage_named
+from tolaria.seeds.stages import stage_from_name
 
 FEATURES = 6
 BUILT_IN = ("residual_mlp", "bottleneck_adapter", "depthwise_conv_adapter", "lora")
@@ -41,7 +41,7 @@ class Host(nn.Module):
 
 @pytest.fixture
 def make_host() -> Callable[[], Host]:
-    """Makes hosts that are all alike."""
+    """Makes identical hosts."""
 
     def make() -> Host:
         torch.manual_seed(7)
@@ -57,20 +57,20 @@ def host(make_host: Callable[[], Host]) -> Host:
 
 
 def entry(name: str, value: str) -> EntryPoint:
-    """An entry point as an installed package would have it."""
+    """An entry point of the blueprints group."""
     return EntryPoint(name, value, "tolaria.blueprints")
 
 
 @pytest.fixture
 def blueprints() -> Blueprints:
-    """The built-in blueprints, as pyproject declares them, and one that always fails."""
+    """The built-in blueprints, as pyproject declares them, and one that cannot be imported."""
     built_in = [entry(name, f"tolaria.seeds.blueprints:{name}") for name in BUILT_IN]
     return Blueprints([*built_in, entry("absent", "no.such.module:build")])
 
 
 @pytest.fixture
 def make_topology(blueprints: Blueprints) -> Callable[[nn.Module], SeedTopology]:
-    """Makes topologies of run seed 3 whose culled seeds ramp down over 4 steps."""
+    """Makes topologies of run seed 3 whose culled seeds fade out over 4 steps."""
     return lambda model: SeedTopology(model, blueprints, seed=3, cull_steps=4)
 
 
@@ -81,8 +81,8 @@ def topology(host: Host, make_topology: Callable[[nn.Module], SeedTopology]) -> 
 
 
 @pytest.fixture
-def wish() -> Callable[..., SeedState]:
-    """Makes wishes: id, stage by its short name, blueprint, slot, and alpha as (start, end, begin, duration)."""
+def seed() -> Callable[..., SeedState]:
+    """Makes desired states; stages have their short names, alpha is (start, end, begin, duration)."""
 
     def make(
         seed_id: str,
@@ -96,7 +96,9 @@ def wish() -> Callable[..., SeedState]:
         if alpha is not None:
             start, end, begin, duration = alpha
             schedule = AlphaSchedule(start=start, end=end, begin_step=begin, duration_steps=duration)
-        return SeedState(seed_id=seed_id, stage=stage_named(stage), blueprint_id=blueprint, slot=slot, alpha=schedule)
+        return SeedState(
+            seed_id=seed_id, stage=stage_from_name(stage), blueprint_id=blueprint, slot=slot, alpha=schedule
+        )
 
     return make
 
@@ -109,7 +111,7 @@ def batch() -> Tensor:
 
 @pytest.fixture
 def output_of(batch: Tensor) -> Callable[[nn.Module], Tensor]:
-    """The model's output of the batch in the mode it is in; dropout always falls alike."""
+    """Computes the model's output for the batch in its present mode, always with the same dropout mask."""
 
     def output(model: nn.Module) -> Tensor:
         torch.manual_seed(11)
@@ -120,8 +122,8 @@ def output_of(batch: Tensor) -> Callable[[nn.Module], Tensor]:
 
 
 @pytest.fixture
-def excite() -> Callable[[nn.Module], None]:
-    """Gives every parameter of every seed a value, so that its branch adds something."""
+def randomize_seeds() -> Callable[[nn.Module], None]:
+    """Gives every seed parameter a random value, so that its branch adds something."""
 
     def give(model: nn.Module) -> None:
         generator = torch.Generator().manual_seed(5)

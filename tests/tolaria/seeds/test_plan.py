@@ -6,38 +6,36 @@ import pytest
 
 from leyline.v1.enums_pb2 import SeedLifecycleStage
 from leyline.v1.seeds_pb2 import SeedState
-from tolaria.seeds import Change, ChangeKind, Ground, Plan, Ramp, Refusal, Standing, plan
-from tolaria.seeds.stages import ABSENT, FOLLOWERS, Stage, stage_name, stage_named
+from tolaria.seeds.plan import Change, GraftedSeed, HostFacts, Plan, Refusal, plan
+from tolaria.seeds.stages import ABSENT, SUCCESSORS, Stage, stage_from_name, stage_name
+from tolaria.values.seeds import Ramp
 
-Wish = Callable[..., SeedState]
+Seed = Callable[..., SeedState]
 STEP = 100
 UP = (0.0, 1.0, 80, 10)  # has ended by STEP
 RISING = (0.0, 1.0, 80, 40)  # is at 0.5
 
 
-def _misfit(blueprint: str, slot: str) -> str | None:
-    return f"{blueprint} hates {slot}" if (blueprint, slot) == ("conv", "late") else None
+MISFITS = {("conv", "late"): "conv does not fit late"}
+FACTS = HostFacts(("early", "late"), frozenset({"mlp", "conv"}), MISFITS, cull_steps=8)
 
 
-GROUND = Ground(("early", "late"), frozenset({"mlp", "conv"}), _misfit, cull_steps=8)
-
-
-def _standing(stage: str, ramp: tuple[float, float, int, int] | None = None, seed_id: str = "a") -> Standing:
+def _seed(stage: str, ramp: tuple[float, float, int, int] | None = None, seed_id: str = "a") -> GraftedSeed:
     made = None if ramp is None else Ramp(*ramp)
-    return Standing(seed_id, "mlp", "late", stage_named(stage), made, made)
+    return GraftedSeed(seed_id, "mlp", "late", stage_from_name(stage), made, made)
 
 
-def _plan(current: list[Standing], desired: list[SeedState]) -> Plan:
-    return plan(current, desired, GROUND, STEP)
+def _plan(current: list[GraftedSeed], desired: list[SeedState]) -> Plan:
+    return plan(current, desired, FACTS, STEP)
 
 
 @pytest.mark.parametrize("stage", SeedLifecycleStage.values())
-def test_every_stage_of_an_unknown_seed(wish: Wish, stage: Stage) -> None:
-    """An unknown seed is grafted straight into what it can begin in, left alone where it has no place, else refused."""
-    got = _plan([], [wish("a", stage_name(stage), "mlp", alpha=(0.0, 0.0, 0, 0))])
+def test_a_new_seed_in_every_stage(seed: Seed, stage: Stage) -> None:
+    """It is grafted where the stage allows it, ignored in stages outside the model, and refused in all others."""
+    got = _plan([], [seed("a", stage_name(stage), "mlp", alpha=(0.0, 0.0, 0, 0))])
     if stage in ABSENT:
         assert got == Plan((), ())
-    elif stage in FOLLOWERS[None]:
+    elif stage in SUCCESSORS[None]:
         assert [change.after and change.after.stage for change in got.changes] == [stage]
         assert got.refusals == ()
     else:
@@ -46,23 +44,23 @@ def test_every_stage_of_an_unknown_seed(wish: Wish, stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("target", [s for s in SeedLifecycleStage.values() if s not in ABSENT])
-@pytest.mark.parametrize("source", [s for s in FOLLOWERS if s is not None and stage_name(s) != "CULLED"])
-def test_every_succession(wish: Wish, source: Stage, target: Stage) -> None:
-    """Where the table allows it the seed moves; elsewhere it stays, with the reason."""
-    current = _standing(stage_name(source), UP)
-    got = _plan([current], [wish("a", stage_name(target), "mlp", alpha=UP)])
-    if target in FOLLOWERS[source]:
+@pytest.mark.parametrize("source", [s for s in SUCCESSORS if s is not None and stage_name(s) != "CULLED"])
+def test_every_pair_of_stages(seed: Seed, source: Stage, target: Stage) -> None:
+    """Where the table allows it the seed moves; elsewhere it stays, and the reason says why."""
+    current = _seed(stage_name(source), UP)
+    got = _plan([current], [seed("a", stage_name(target), "mlp", alpha=UP)])
+    if target in SUCCESSORS[source]:
         assert got.refusals == ()
         assert [change.after and change.after.stage for change in got.changes] == [target] * (source != target)
     else:
         assert got == Plan((), (Refusal("a", f"{stage_name(target)} cannot follow {stage_name(source)}"),))
 
 
-def test_nothing_goes_back() -> None:
-    """No stage in the table is followed by an earlier one."""
+def test_no_stage_precedes_the_one_before_it() -> None:
+    """The table has no transition to an earlier stage."""
     order = ["GERMINATED", "TRAINING", "BLENDING", "SHADOWING", "PROBATIONARY", "FOSSILIZED", "TERMINATED"]
-    places = {stage_named(name): place for place, name in enumerate(order)}
-    for source, targets in FOLLOWERS.items():
+    places = {stage_from_name(name): place for place, name in enumerate(order)}
+    for source, targets in SUCCESSORS.items():
         if source in places:
             assert all(places[target] >= places[source] for target in targets)
 
@@ -79,36 +77,40 @@ def test_nothing_goes_back() -> None:
     ],
 )
 def test_culling(
-    wish: Wish, stage: str | None, source: str, ramp: tuple[float, float, int, int] | None, expected: Ramp | None
+    seed: Seed,
+    stage: str | None,
+    source: str,
+    ramp: tuple[float, float, int, int] | None,
+    expected: Ramp | None,
 ) -> None:
-    """A living seed that is wished away, or not wished for, goes at once from alpha 0 and ramps down from above."""
-    (change,) = _plan([_standing(source, ramp)], [] if stage is None else [wish("a", stage)]).changes
+    """A seed that is culled or no longer declared leaves at once at alpha 0, and fades out from above."""
+    (change,) = _plan([_seed(source, ramp)], [] if stage is None else [seed("a", stage)]).changes
     assert (change.after and change.after.ramp) == expected
-    assert change.kind == (ChangeKind.REMOVED if expected is None else ChangeKind.FADING)
+    assert change.kind == ("removed" if expected is None else "fading")
 
 
-def test_fossils_stay(wish: Wish) -> None:
-    """What is part of the host stays when nobody mentions it, and is not culled when somebody asks."""
-    fossil = _standing("FOSSILIZED", UP)
+def test_a_fossil_stays(seed: Seed) -> None:
+    """A seed that is part of the host stays if it is no longer declared, and refuses to be culled."""
+    fossil = _seed("FOSSILIZED", UP)
     assert _plan([fossil], []) == Plan((), ())
-    got = _plan([fossil], [wish("a", "CULLED")])
+    got = _plan([fossil], [seed("a", "CULLED")])
     assert got == Plan((), (Refusal("a", "is part of the host; CULLED cannot follow FOSSILIZED"),))
 
 
-def test_culled_seed_does_not_come_back(wish: Wish) -> None:
-    """A seed on its way out stays on it, and a wish for it waits until it has gone."""
-    fading = _standing("CULLED", (0.5, 0.0, 98, 8))
-    assert _plan([fading], [wish("a", "EMBARGOED")]) == Plan((), ())
-    got = _plan([fading], [wish("a", "GERMINATED", "mlp")])
+def test_a_culled_seed_does_not_come_back(seed: Seed) -> None:
+    """A seed that fades out continues to do so; a new declaration is refused until it has left."""
+    fading = _seed("CULLED", (0.5, 0.0, 98, 8))
+    assert _plan([fading], [seed("a", "EMBARGOED")]) == Plan((), ())
+    got = _plan([fading], [seed("a", "GERMINATED", "mlp")])
     assert got == Plan((), (Refusal("a", "is being culled until step 106; GERMINATED cannot follow"),))
 
 
 @pytest.mark.parametrize(
     ("state", "reason"),
     [
-        ({"blueprint": "moss"}, "blueprint 'moss' is unknown; known are conv, mlp"),
-        ({"slot": "attic"}, "slot 'attic' is unknown; known are early, late"),
-        ({"blueprint": "conv"}, "conv hates late"),
+        ({"blueprint": "unknown"}, "blueprint 'unknown' is unknown; known are conv, mlp"),
+        ({"slot": "missing"}, "slot 'missing' is unknown; known are early, late"),
+        ({"blueprint": "conv"}, "conv does not fit late"),
         ({"stage": "BLENDING"}, "BLENDING needs an alpha schedule"),
         ({"stage": "BLENDING", "alpha": (0.0, 1.5, 0, 0)}, "alpha from 0 to 1.5 is not within 0 to 1"),
         ({"stage": "BLENDING", "alpha": (float("nan"), 1.0, 0, 0)}, "alpha from nan to 1 is not within 0 to 1"),
@@ -117,35 +119,35 @@ def test_culled_seed_does_not_come_back(wish: Wish) -> None:
         ({"seed_id": "host"}, "'host' cannot be part of a parameter's name"),
     ],
 )
-def test_refused_grafts(wish: Wish, state: dict[str, str], reason: str) -> None:
-    """Each impossible newcomer is refused for its own reason, and the next in line still comes."""
+def test_refused_grafts_name_their_reason(seed: Seed, state: dict[str, str], reason: str) -> None:
+    """An impossible graft is refused, and the next seed is still grafted."""
     fields = {"seed_id": "x", "stage": "GERMINATED", "blueprint": "mlp", **state}
-    got = _plan([], [wish(**fields), wish("b", "GERMINATED", "mlp")])
+    got = _plan([], [seed(**fields), seed("b", "GERMINATED", "mlp")])
     assert [(r.seed_id, r.reason) for r in got.refusals] == [(fields["seed_id"], reason)]
-    assert [change.seed_id for change in got.changes] == ["b"]
+    assert [change.seed.seed_id for change in got.changes] == ["b"]
 
 
 @pytest.mark.parametrize(
     ("state", "reason"),
     [
         ({"blueprint": "conv"}, "is a 'mlp'; it cannot become a 'conv'"),
-        ({"slot": "early"}, "stands in slot 'late'; it cannot move to 'early'"),
+        ({"slot": "early"}, "is in slot 'late'; it cannot move to 'early'"),
         ({"stage": "GERMINATED"}, "GERMINATED cannot follow TRAINING"),
         ({"stage": "PROBATIONARY"}, "PROBATIONARY needs an alpha schedule"),
     ],
 )
-def test_refused_moves(wish: Wish, state: dict[str, str], reason: str) -> None:
-    """A known seed that is asked for something impossible stays exactly as it is."""
+def test_refused_moves_leave_the_seed_as_it_is(seed: Seed, state: dict[str, str], reason: str) -> None:
+    """The reason says what is impossible."""
     fields = {"seed_id": "a", "stage": "BLENDING", "blueprint": "mlp", **state}
-    assert _plan([_standing("TRAINING")], [wish(**fields)]) == Plan((), (Refusal("a", reason),))
+    assert _plan([_seed("TRAINING")], [seed(**fields)]) == Plan((), (Refusal("a", reason),))
 
 
-def test_malformed_wishes_leave_their_seed_alone(wish: Wish) -> None:
-    """A wish with a stage or an attribution that means nothing is refused, and its seed is not culled for it."""
-    newer, sick = wish("a", "TRAINING"), wish("b", "TRAINING")
+def test_a_malformed_state_leaves_its_seed_as_it_is(seed: Seed) -> None:
+    """A state with an invalid stage or attribution is refused, and its seed is not culled."""
+    newer, sick = seed("a", "TRAINING"), seed("b", "TRAINING")
     newer.stage = 99  # type: ignore[assignment] # as a newer peer could send it
     sick.attribution = float("nan")
-    current = [_standing("TRAINING"), _standing("TRAINING", seed_id="b")]
+    current = [_seed("TRAINING"), _seed("TRAINING", seed_id="b")]
     got = _plan(current, [newer, sick])
     assert got.changes == ()
     assert [r.reason for r in got.refusals] == [
@@ -154,104 +156,106 @@ def test_malformed_wishes_leave_their_seed_alone(wish: Wish) -> None:
     ]
 
 
-def test_desired_twice(wish: Wish) -> None:
-    """Of two wishes for one seed the first counts."""
-    got = _plan([], [wish("a", "TRAINING", "mlp"), wish("a", "GERMINATED", "mlp")])
+def test_the_first_of_two_states_counts(seed: Seed) -> None:
+    """The second state of one seed is refused."""
+    got = _plan([], [seed("a", "TRAINING", "mlp"), seed("a", "GERMINATED", "mlp")])
     assert [str(change) for change in got.changes] == ["a grafted in slot late, TRAINING"]
     assert got.refusals == (Refusal("a", "is desired twice; the first counts"),)
 
 
-def test_slots_are_given_out_in_order(wish: Wish) -> None:
-    """Without a slot's name a seed takes the first that is free and fits; a taken one is refused."""
-    wishes = [wish("c", "TRAINING", "conv", slot=""), wish("a", "TRAINING", "mlp", slot="late")]
-    got = _plan([], [*wishes, wish("b", "TRAINING", "mlp", slot="late"), wish("d", "TRAINING", "mlp", slot="")])
+def test_slots_are_assigned_in_order(seed: Seed) -> None:
+    """Without a slot name a seed takes the first slot that is free and fits; a taken slot is refused."""
+    states = [seed("c", "TRAINING", "conv", slot=""), seed("a", "TRAINING", "mlp", slot="late")]
+    got = _plan([], [*states, seed("b", "TRAINING", "mlp", slot="late"), seed("d", "TRAINING", "mlp", slot="")])
     assert [(c.after.seed_id, c.after.slot) for c in got.changes if c.after] == [("c", "early"), ("a", "late")]
     assert got.refusals == (Refusal("b", "slot 'late' is taken"), Refusal("d", "no slot is free"))
-    assert _plan([_standing("TRAINING", seed_id="z")], [wish("z", "TRAINING", "", slot=""), wishes[0]]).refusals == ()
+    assert _plan([_seed("TRAINING", seed_id="z")], [seed("z", "TRAINING", "", slot=""), states[0]]).refusals == ()
 
 
-def test_no_free_slot_fits(wish: Wish) -> None:
-    """Where slots are free but none fits, the reason is the first one's."""
-    ground = Ground(("late",), GROUND.blueprints, _misfit, cull_steps=8)
-    got = plan([], [wish("a", "TRAINING", "conv", slot="")], ground, STEP)
-    assert got.refusals == (Refusal("a", "no free slot fits: conv hates late"),)
+def test_no_free_slot_fits(seed: Seed) -> None:
+    """The reason is that of the first free slot."""
+    facts = HostFacts(("late",), FACTS.blueprints, MISFITS, cull_steps=8)
+    got = plan([], [seed("a", "TRAINING", "conv", slot="")], facts, STEP)
+    assert got.refusals == (Refusal("a", "no free slot fits: conv does not fit late"),)
 
 
-@pytest.mark.parametrize("leaving", [_standing("TRAINING"), _standing("PROBATIONARY", UP)])
-def test_places_freed_in_the_same_plan(wish: Wish, leaving: Standing) -> None:
-    """A slot whose seed goes at once, or becomes part of the host, is given out in the same plan, after it."""
+@pytest.mark.parametrize("leaving", [_seed("TRAINING"), _seed("PROBATIONARY", UP)])
+def test_a_slot_freed_in_a_plan_is_assigned_in_the_same_plan(seed: Seed, leaving: GraftedSeed) -> None:
+    """A slot is free once its seed leaves at once or becomes part of the host."""
     last = "FOSSILIZED" if leaving.ramp else "CULLED"
-    got = _plan([leaving], [wish("b", "TRAINING", "mlp"), wish("a", last, "mlp", alpha=UP)])
-    assert [change.seed_id for change in got.changes] == ["a", "b"]
+    got = _plan([leaving], [seed("b", "TRAINING", "mlp"), seed("a", last, "mlp", alpha=UP)])
+    assert [change.seed.seed_id for change in got.changes] == ["a", "b"]
     assert got.refusals == ()
 
 
-def test_fading_seed_keeps_its_place(wish: Wish) -> None:
-    """A culled seed that ramps down holds its slot until it has gone."""
-    got = _plan([_standing("PROBATIONARY", UP)], [wish("b", "TRAINING", "mlp")])
-    assert [change.kind for change in got.changes] == [ChangeKind.FADING]
+def test_a_fading_seed_keeps_its_slot(seed: Seed) -> None:
+    """The slot stays taken until the seed has left."""
+    got = _plan([_seed("PROBATIONARY", UP)], [seed("b", "TRAINING", "mlp")])
+    assert [change.kind for change in got.changes] == ["fading"]
     assert got.refusals == (Refusal("b", "slot 'late' is taken"),)
 
 
-def test_late_schedule_begins_at_its_start(wish: Wish) -> None:
-    """A seed that begins to blend after its schedule began enters at the start, and is not adjusted for it again."""
-    wishes = [wish("a", "BLENDING", "mlp", alpha=RISING)]
-    (change,) = _plan([_standing("TRAINING")], wishes).changes
+def test_a_late_schedule_begins_at_its_start(seed: Seed) -> None:
+    """A seed that starts to blend after its schedule began enters at the start; planning again changes nothing."""
+    states = [seed("a", "BLENDING", "mlp", alpha=RISING)]
+    (change,) = _plan([_seed("TRAINING")], states).changes
     assert change.after is not None
     assert change.after.ramp == Ramp(0.0, 1.0, STEP, 40)
-    assert _plan([change.after], wishes) == Plan((), ())
+    assert _plan([change.after], states) == Plan((), ())
 
 
-def test_reported_schedule_comes_back(wish: Wish) -> None:
-    """A Kasmina that takes over schedules as they are reported does not thereby change them."""
-    blending = Standing("a", "mlp", "late", stage_named("BLENDING"), Ramp(0.1, 0.7, 90, 40), Ramp(0.0, 1.0, 9, 9))
-    assert _plan([blending], [wish("a", "BLENDING", "mlp", alpha=(0.1, 0.7, 90, 40))]) == Plan((), ())
+def test_declaring_the_reported_schedule_changes_nothing(seed: Seed) -> None:
+    """A schedule that comes back as it was reported is the same schedule."""
+    blending = GraftedSeed(
+        "a", "mlp", "late", stage_from_name("BLENDING"), Ramp(0.1, 0.7, 90, 40), Ramp(0.0, 1.0, 9, 9)
+    )
+    assert _plan([blending], [seed("a", "BLENDING", "mlp", alpha=(0.1, 0.7, 90, 40))]) == Plan((), ())
 
 
-def test_new_schedule_and_attribution(wish: Wish) -> None:
-    """Another schedule or attribution of a blending seed is taken as it is."""
-    state = wish("a", "BLENDING", "mlp", alpha=(0.5, 0.25, 100, 50))
+def test_a_new_schedule_and_attribution(seed: Seed) -> None:
+    """A blending seed takes both as they are."""
+    state = seed("a", "BLENDING", "mlp", alpha=(0.5, 0.25, 100, 50))
     state.attribution = 0.5
-    (change,) = _plan([_standing("BLENDING", RISING)], [state]).changes
+    (change,) = _plan([_seed("BLENDING", RISING)], [state]).changes
     assert change.after is not None
     assert (change.kind, change.after.ramp, change.after.attribution) == (
-        ChangeKind.ADJUSTED,
+        "adjusted",
         Ramp(0.5, 0.25, 100, 50),
         0.5,
     )
 
 
-def test_full_strength_is_kept(wish: Wish) -> None:
-    """From the probation on, another schedule changes nothing."""
-    desired = [wish("a", "PROBATIONARY", "mlp", alpha=(0.0, 0.5, 0, 0))]
-    assert _plan([_standing("PROBATIONARY", UP)], desired) == Plan((), ())
+def test_the_schedule_is_fixed_from_the_probation_on(seed: Seed) -> None:
+    """Another schedule changes nothing."""
+    desired = [seed("a", "PROBATIONARY", "mlp", alpha=(0.0, 0.5, 0, 0))]
+    assert _plan([_seed("PROBATIONARY", UP)], desired) == Plan((), ())
 
 
 @pytest.mark.parametrize("target", ["PROBATIONARY", "FOSSILIZED", "TERMINATED"])
 @pytest.mark.parametrize(
     ("source", "reached"), [("GERMINATED", "BLENDING"), ("TRAINING", "BLENDING"), ("SHADOWING", "SHADOWING")]
 )
-def test_full_strength_waits_for_the_schedule(wish: Wish, source: str, reached: str, target: str) -> None:
-    """A seed wished further than it can go without a jump goes as far as it can, and is told till when."""
-    standing = _standing(source, RISING if source == "SHADOWING" else None)
-    got = _plan([standing], [wish("a", target, "mlp", alpha=RISING)])
-    after = got.changes[0].after if got.changes else standing
+def test_full_strength_waits_for_the_schedule(seed: Seed, source: str, reached: str, target: str) -> None:
+    """A seed declared further than is possible without a jump moves as far as it can; the reason names the step."""
+    record = _seed(source, RISING if source == "SHADOWING" else None)
+    got = _plan([record], [seed("a", target, "mlp", alpha=RISING)])
+    after = got.changes[0].after if got.changes else record
     assert after is not None
     assert stage_name(after.stage) == reached
     end, alpha = (120, "0.5") if source == "SHADOWING" else (140, "0")
     assert got.refusals == (Refusal("a", f"{target} has to wait: alpha is {alpha} and reaches 1 at step {end}"),)
-    assert plan([after], [wish("a", target, "mlp", alpha=RISING)], GROUND, end).refusals == ()
+    assert plan([after], [seed("a", target, "mlp", alpha=RISING)], FACTS, end).refusals == ()
 
 
 def test_alpha_of_each_stage() -> None:
-    """Alpha is 0 until the blending, follows the schedule in it, and is its end from the probation on."""
+    """Alpha is 0 before blending, follows the schedule while blending, and is its end from the probation on."""
     alphas = {
-        stage: _standing(stage, RISING).alpha(STEP)
+        stage: _seed(stage, RISING).alpha(STEP)
         for stage in ("GERMINATED", "TRAINING", "BLENDING", "SHADOWING", "PROBATIONARY", "FOSSILIZED", "TERMINATED")
     }
     assert list(alphas.values()) == [0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 1.0]
 
 
-def test_change_in_words() -> None:
-    """A change can be told in a line."""
-    assert str(Change(_standing("TRAINING"), None)) == "a removed in slot late"
+def test_a_change_as_text() -> None:
+    """The text names seed, change and slot."""
+    assert str(Change(_seed("TRAINING"), None)) == "a removed in slot late"

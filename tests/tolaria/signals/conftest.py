@@ -1,4 +1,4 @@
-"""A board in a folder of its own, seen from two sides."""
+"""A board in a temporary folder, with two views of it."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ from pathlib import Path
 
 import pytest
 
+from support.boards import BoardBytes, BoardClock
 from tolaria.signals import SignalBoard
-
-
-class Clock:
-    """Monotonic nanoseconds that move by one microsecond at each look."""
-
-    def __init__(self) -> None:
-        self.now_ns = 1_000_000
-
-    def __call__(self) -> int:
-        self.now_ns += 1000
-        return self.now_ns
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the board goes."""
+    """The board's path."""
     return tmp_path / "board"
 
 
 @pytest.fixture
-def board(path: Path) -> Iterator[SignalBoard]:
-    """A founded board with a clock of its own."""
-    with SignalBoard.create(path, "run-1", clock=Clock()) as board:
+def file(path: Path) -> BoardBytes:
+    """The board's file."""
+    return BoardBytes(path)
+
+
+@pytest.fixture
+def clock() -> BoardClock:
+    """The clock of both views."""
+    return BoardClock()
+
+
+@pytest.fixture
+def board(path: Path, clock: BoardClock) -> Iterator[SignalBoard]:
+    """A new board."""
+    with SignalBoard.create(path, "run-1", clock=clock) as board:
         yield board
 
 
 @pytest.fixture
-def other(board: SignalBoard, path: Path) -> Iterator[SignalBoard]:
-    """A second view, as another process would have it; its locks conflict with the first view's."""
-    with SignalBoard.attach(path, "run-1", clock=Clock()) as other:
+def other(board: SignalBoard, path: Path, clock: BoardClock) -> Iterator[SignalBoard]:
+    """A second view, as in another process; its locks conflict with the first view's."""
+    with SignalBoard.attach(path, "run-1", clock=clock) as other:
         yield other

@@ -21,39 +21,39 @@ def bell(request: pytest.FixtureRequest) -> Iterator[Bell]:
     memory = bytearray(64)
     bell = Bell(memoryview(memory), 0, futex=request.param)
     yield bell
-    if not bell._closed:
+    if not bell.closed:
         bell.close()
 
 
-def test_futex_wait_returns_at_once_when_the_word_moved(bell: Bell) -> None:
+def test_wait_returns_at_once_when_the_word_moved(bell: Bell) -> None:
     """A change before the wait is not missed."""
     bell.ring(5)
     assert bell.wait(4, timeout_s=60.0) == 5
 
 
-def test_futex_wait_ends_with_the_timeout(bell: Bell) -> None:
-    """Without a ring the word comes back unchanged, not before the timeout."""
+def test_wait_ends_with_the_timeout(bell: Bell) -> None:
+    """Without a ring the wait returns the unchanged word, not before the timeout."""
     started = time.monotonic()
     assert bell.wait(0, timeout_s=0.02) == 0
     assert time.monotonic() - started >= 0.02
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("nan")])
-def test_futex_wait_without_time_does_not_sleep(bell: Bell, timeout_s: float) -> None:
-    """Zero, negative and undefined timeouts only look."""
+def test_wait_without_a_positive_timeout_does_not_sleep(bell: Bell, timeout_s: float) -> None:
+    """Zero, negative and NaN timeouts return at once."""
     assert bell.wait(0, timeout_s) == 0
 
 
-def test_futex_every_waiter_wakes(bell: Bell) -> None:
-    """One ring wakes all waiting threads, whatever order they came in."""
+def test_every_waiter_wakes(bell: Bell) -> None:
+    """One ring wakes all waiting threads."""
     with ThreadPoolExecutor(4) as pool:
         waits = [pool.submit(bell.wait, 0, 60.0) for _ in range(4)]
         bell.ring(9)
         assert [wait.result(60) for wait in waits] == [9] * 4
 
 
-def test_futex_a_waiter_does_not_hold_the_gil(bell: Bell) -> None:
-    """Python runs on while a thread waits: the main thread gets to ring."""
+def test_a_waiter_does_not_hold_the_gil(bell: Bell) -> None:
+    """The main thread runs and rings while another one waits."""
     waiter = threading.Thread(target=bell.wait, args=(0, 60.0))
     waiter.start()
     count = sum(1 for _ in range(100_000))
@@ -62,11 +62,11 @@ def test_futex_a_waiter_does_not_hold_the_gil(bell: Bell) -> None:
     assert (count, waiter.is_alive()) == (100_000, False)
 
 
-def test_futex_close_sends_waiters_home(bell: Bell) -> None:
-    """Closing ends a wait that would have lasted a minute."""
+def test_close_ends_waits(bell: Bell) -> None:
+    """Closing ends a wait of a minute."""
     waiter = threading.Thread(target=bell.wait, args=(0, 60.0))
     waiter.start()
-    while not bell._waiters:
+    while not bell.waiters:
         threading.Event().wait(0.001)
     bell.close()
     waiter.join(30)
@@ -74,20 +74,20 @@ def test_futex_close_sends_waiters_home(bell: Bell) -> None:
 
 
 @needs_futex
-def test_futex_unexpected_errors_are_raised() -> None:
-    """An address that is no word at all is an error, not a silent return."""
+def test_unexpected_errors_are_raised() -> None:
+    """A misaligned address is an error and no silent return."""
     with pytest.raises(OSError, match="Invalid argument"):
         futex_wait(ctypes.addressof(ctypes.create_string_buffer(8)) | 1, 0, 0.001)
 
 
-def test_futex_unknown_machines_poll(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_machines_poll(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a known call number there is no futex."""
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     assert not futex_available.__wrapped__()
 
 
-def test_futex_a_sandbox_that_forbids_the_call_makes_it_poll(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of the probing call means no futex, not a crash."""
+def test_a_sandbox_that_forbids_the_call_makes_it_poll(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the probing call means that there is no futex."""
 
     def forbidden(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")

@@ -14,14 +14,14 @@ from tolaria.telemetry.metrics import Metrics
 pytestmark = pytest.mark.anyio
 
 
-async def get(address: object, path: str) -> tuple[int, str]:
-    """Status and body of a page."""
+async def get(address: Address, path: str) -> tuple[int, str]:
+    """Status and body of a response."""
     async with aiohttp.ClientSession() as session, session.get(f"http://{address}{path}") as response:
         return response.status, await response.text()
 
 
 async def test_metrics_and_probes_are_served() -> None:
-    """/metrics has the series, /livez is there, /readyz says yes."""
+    """/metrics has the time series, /livez and /readyz answer 200, other paths 404."""
     metrics = Metrics()
     metrics.training_step.set(7)
     async with exporter("127.0.0.1:0", metrics, list) as address:
@@ -33,24 +33,24 @@ async def test_metrics_and_probes_are_served() -> None:
         assert (await get(address, "/nothing"))[0] == 404
 
 
-async def test_not_ready_says_why() -> None:
-    """A probe that fails tells the reason to whoever looks."""
+async def test_readyz_answers_503_with_the_reasons() -> None:
+    """The response of a failed readiness probe lists the reasons."""
     async with exporter("127.0.0.1:0", Metrics(), lambda: ["the run is failed: no disk"]) as address:
         status, text = await get(address, "/readyz")
     assert status == 503
     assert json.loads(text) == {"ready": False, "reasons": ["the run is failed: no disk"]}
 
 
-async def test_a_port_in_use_is_a_bind_error_with_the_address() -> None:
-    """The message names what could not listen and where."""
+async def test_port_in_use_raises_bind_error() -> None:
+    """The message names the server and the address."""
     async with exporter("127.0.0.1:0", Metrics(), list) as address:
         with pytest.raises(BindError, match=f"the metrics server cannot listen on {address}: "):
             async with exporter(str(address), Metrics(), list):
                 pass
 
 
-async def scraped(address: Address, accept: bytes) -> tuple[bytes, bytes]:
-    """Head and body of a scrape with this Accept header, sent as it is."""
+async def scrape(address: Address, accept: bytes) -> tuple[bytes, bytes]:
+    """Head and body of the response to a request with this Accept header, which may be malformed."""
     async with await anyio.connect_tcp(address.host, address.port) as stream:
         await stream.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAccept: " + accept + b"\r\n\r\n")
         head, _, body = b"".join([part async for part in stream]).partition(b"\r\n\r\n")
@@ -74,10 +74,10 @@ async def scraped(address: Address, accept: bytes) -> tuple[bytes, bytes]:
         b"",
     ],
 )
-async def test_a_scraper_that_asks_for_nonsense_gets_plain_text(accept: bytes) -> None:
-    """Whatever Accept holds, the metrics are served, in the oldest form."""
+async def test_invalid_accept_header_gets_plain_text(accept: bytes) -> None:
+    """Metrics are served in the oldest format if the Accept header cannot be parsed."""
     async with exporter("127.0.0.1:0", Metrics(), list) as address:
-        head, body = await scraped(address, accept)
+        head, body = await scrape(address, accept)
     assert head.startswith(b"HTTP/1.1 200 ")
     assert b"Content-Type: text/plain; version=0.0.4; charset=utf-8" in head
     assert b"tolaria_training_step 0.0" in body

@@ -12,8 +12,8 @@ from tolaria.config import LoggingSettings
 from tolaria.telemetry.logging import LineWriter, LogContext, logging_to
 
 
-def logged(settings: LoggingSettings, context: LogContext) -> str:
-    """All that is written of one debug line and one info line."""
+def written(settings: LoggingSettings, context: LogContext) -> str:
+    """The output for a debug line and an info line."""
     stream = io.StringIO()
     with logging_to(stream, settings, context, on_dropped=lambda _priority: None):
         log = structlog.get_logger()
@@ -22,17 +22,17 @@ def logged(settings: LoggingSettings, context: LogContext) -> str:
     return stream.getvalue()
 
 
-def test_json_lines_carry_run_epoch_and_step() -> None:
-    """Each line is one JSON object that says where the run stood; debug lines need the level."""
-    text = logged(LoggingSettings(format="json"), LogContext("r1", 2, 30))
+def test_json_lines_have_run_epoch_and_step() -> None:
+    """Each line is a JSON object with the run's position; debug lines are written at level debug only."""
+    text = written(LoggingSettings(format="json"), LogContext("r1", 2, 30))
     (line,) = [json.loads(line) for line in text.splitlines()]
     assert {k: line[k] for k in ("event", "loss", "run_id", "epoch", "step", "level")} == {
         "event": "epoch_finished", "loss": 0.5, "run_id": "r1", "epoch": 2, "step": 30, "level": "info",
     }  # fmt: skip
 
 
-def test_a_nan_does_not_break_the_json() -> None:
-    """What is not finite is written as a word, so that every line parses strictly."""
+def test_non_finite_numbers_are_written_as_text() -> None:
+    """NaN and infinity do not make a line invalid JSON."""
     stream = io.StringIO()
     with logging_to(stream, LoggingSettings(format="json"), LogContext(), on_dropped=lambda _priority: None):
         structlog.get_logger().info("x", loss=float("nan"), norm=float("inf"))
@@ -44,45 +44,45 @@ def test_a_nan_does_not_break_the_json() -> None:
     assert (line["loss"], line["norm"]) == ("nan", "inf")
 
 
-def test_console_lines_are_for_people() -> None:
-    """The console format is not JSON and holds the same facts; the level decides what is written."""
-    text = logged(LoggingSettings(format="console", level="debug"), LogContext("r1", 2, 30))
+def test_console_format_is_not_json() -> None:
+    """The console format has the same content as JSON."""
+    text = written(LoggingSettings(format="console", level="debug"), LogContext("r1", 2, 30))
     assert "small" in text
     assert "epoch_finished" in text
     assert "{" not in text
 
 
-class StuckStream(io.StringIO):
-    """A pipe whose reader has stopped reading."""
+class BlockedStream(io.StringIO):
+    """A pipe whose reader does not read until `unblock` is set."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stuck, self.go_on = threading.Event(), threading.Event()
+        self.blocked, self.unblock = threading.Event(), threading.Event()
 
     def write(self, text: str) -> int:
-        self.stuck.set()
-        self.go_on.wait(10)
+        self.blocked.set()
+        self.unblock.wait(10)
         return super().write(text)
 
 
-def test_a_reader_that_stops_reading_stops_nobody() -> None:
-    """When nobody reads the log, lines are dropped by priority and counted; the caller never waits."""
-    stream = StuckStream()
+def test_blocked_stream_drops_lines_without_blocking_the_caller() -> None:
+    """When the queue is full, lines are dropped and reported by priority."""
+    stream = BlockedStream()
     dropped: list[str] = []
     with logging_to(stream, LoggingSettings(format="json"), LogContext(), on_dropped=dropped.append):
         log = structlog.get_logger()
         log.info("first")
-        assert stream.stuck.wait(5)
+        assert stream.blocked.wait(5)
         for _ in range(9000):
             log.info("more")
         log.error("bad")
-        stream.go_on.set()
+        stream.unblock.set()
     assert dropped[-1] == "high"
     assert dropped.count("normal") == 9000 - 8192
 
 
-class ClosablePipe(io.StringIO):
-    """A pipe to a reader that goes away, and comes back when `error` is None."""
+class BrokenStream(io.StringIO):
+    """A stream whose writes raise `error` until it is None."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -95,9 +95,9 @@ class ClosablePipe(io.StringIO):
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), ValueError("I/O operation on closed file")])
-def test_a_reader_that_goes_away_costs_its_lines_and_no_others(error: Exception) -> None:
-    """Lines that cannot be written are counted by priority, and the thread lives on for those that can."""
-    stream = ClosablePipe(error)
+def test_failed_writes_are_dropped_and_later_ones_succeed(error: Exception) -> None:
+    """Lines that cannot be written are reported by priority, and the thread continues."""
+    stream = BrokenStream(error)
     dropped: queue.Queue[str] = queue.Queue()
     with logging_to(stream, LoggingSettings(format="json"), LogContext(), on_dropped=dropped.put):
         log = structlog.get_logger()
@@ -110,8 +110,8 @@ def test_a_reader_that_goes_away_costs_its_lines_and_no_others(error: Exception)
     assert dropped.empty()
 
 
-def test_a_writer_runs_while_its_block_does() -> None:
-    """What was queued is written by the end of the block, and the thread has ended with it."""
+def test_writer_flushes_and_ends_its_thread_on_exit() -> None:
+    """Queued events are written when the context exits."""
     stream = io.StringIO()
     with LineWriter(stream, [lambda _logger, _level, event: str(event["event"])], lambda _priority: None) as writer:
         writer.info(event="queued", level="info")

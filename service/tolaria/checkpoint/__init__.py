@@ -1,0 +1,1 @@
+"""Durable checkpoints: file formats, the store, the background writer, retention and inspection."""

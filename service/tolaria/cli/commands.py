@@ -1,0 +1,248 @@
+"""The `tolaria` command group, and the commands that run something here or read local files."""
+
+# ruff: noqa: PLC0415 - a command imports what it needs when it runs, so that --help is quick and only serve loads torch
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from leyline.v1.admin_service_pb2 import RunState
+from tolaria import __version__
+from tolaria.cli import render
+from tolaria.cli.admin_commands import DEMO_EPOCHS, TIMEOUT_S, ConfigFile, Overrides, ServiceAddress, Timeout, admin_app
+from tolaria.cli.board import board_app
+from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
+from tolaria.errors import ConfigurationError, TolariaError
+
+if TYPE_CHECKING:
+    from tolaria.config import Settings
+
+WhileStdin = Annotated[bool, typer.Option("--while-stdin", help="Exit when standard input is closed.")]
+
+
+class CommandGroup(TyperGroup):
+    """A group of commands that reports each TolariaError on standard error and exits with its code."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override] # typer passes its own kind of context
+        """Invokes the command. Any exception that is not a TolariaError keeps its traceback."""
+        try:
+            result = super().invoke(ctx)
+            # A full disk is reported here; the interpreter's flush at exit could not report it.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except (TolariaError, BaseExceptionGroup) as error:
+            if early_signals.received is None:
+                raise typer.Exit(report(failures_in(error))) from None
+        except KeyboardInterrupt:
+            pass
+        else:
+            return result
+        raise typer.Exit(early_signals.exit_code)
+
+
+app = typer.Typer(
+    cls=CommandGroup,
+    name="tolaria",
+    help="Train a PyTorch model unattended while seeds are grafted into it; query or control a running service.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Check or show the settings.", no_args_is_help=True)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"tolaria {__version__} (Python {platform.python_version()})")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _settings(config_file: Path | None, overrides: list[str] | None) -> Settings:
+    from tolaria.config import load_settings
+
+    return load_settings(config_file, overrides or [])
+
+
+@app.command()
+def serve(*, config_file: ConfigFile = None, overrides: Overrides = None, while_stdin: WhileStdin = False) -> None:
+    """Run the service: train, graft seeds, answer operators. SIGTERM or Ctrl-C drains and stops it."""
+    settings = _settings(config_file, overrides)
+    if while_stdin:
+        threading.Thread(target=_terminate_at_end_of_stdin, name="stdin", daemon=True).start()
+    from tolaria.service import run  # after the settings: wrong ones are reported before this slow import
+
+    raise typer.Exit(run(settings))
+
+
+def _terminate_at_end_of_stdin() -> None:
+    try:
+        while os.read(0, 4096):
+            pass
+    except OSError:
+        pass  # a standard input that was never open has ended
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@app.command()
+def demo(
+    *,
+    stay: Annotated[bool, typer.Option("--stay", help="Keep serving after the run, until Ctrl-C.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object to stdout at the end, everything else to stderr.")
+    ] = False,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Epochs to train (default: training.epochs if it is set, else {DEMO_EPOCHS})."),
+    ] = None,
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train the built-in digits job in a new service with a live view, then report what each grafted seed achieved."""
+    from tolaria.cli.demo import Demo
+
+    Demo.plan(config_file, overrides or [], epochs=epochs, stay=stay, as_json=as_json).run()
+
+
+@app.command()
+def watch(
+    *,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait while no service answers, at first or later.")] = False,
+    address: ServiceAddress = None,
+    timeout_s: Timeout = TIMEOUT_S,
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each status as one line of JSON.")] = False,
+) -> None:
+    """Follow a running service until its run is over."""
+    import asyncio
+
+    from tolaria.cli import client
+
+    target = client.target(address, timeout_s, config_file, overrides)
+    follow = client.follow_run_across_restarts if wait else client.follow_run
+    if as_json:
+        last = asyncio.run(follow(target, lambda status: typer.echo(render.json_text(status, indent=None))))
+    else:
+        with render.live_view(Console(file=sys.stdout)) as show:
+            last = asyncio.run(follow(target, show))
+    if last.state == RunState.RUN_STATE_FAILED:
+        raise CommandFailedError(f"the run failed: {render.one_line(last.state_reason) or 'no reason given'}")
+
+
+class PeerName(StrEnum):
+    """The reference peers."""
+
+    TAMIYO = "tamiyo"
+    KASMINA = "kasmina"
+
+
+@app.command()
+def peer(
+    name: Annotated[PeerName, typer.Argument(help="The controller (tamiyo) or the executor (kasmina).")],
+    *,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address to serve on; port 0: any free one.")],
+    board: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Signal board of the service, to acknowledge emergencies on.")
+    ] = None,
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+    while_stdin: WhileStdin = False,
+) -> None:
+    """Serve a reference peer; its address is printed as one line of JSON."""
+    import anyio
+
+    from tolaria.config import Address
+    from tolaria.reference.server import serve_peer
+    from tolaria.telemetry.logging import LogContext, logging_to
+
+    settings = _settings(config_file, overrides)
+    try:
+        Address.parse(listen)
+    except ValueError as error:
+        raise ConfigurationError([f"--listen: {error}"]) from None
+
+    serve_until_stopped = partial(
+        serve_peer,
+        *(name.value, listen, settings.leyline),
+        announce=lambda address: typer.echo(json.dumps({"listening": str(address)})),
+        board=board,
+        while_stdin=while_stdin,
+    )
+    # A peer has no metrics that could count lines dropped by its log.
+    with logging_to(sys.stderr, settings.logging, LogContext(), on_dropped=lambda _priority: None):
+        anyio.run(serve_until_stopped)
+
+
+@app.command()
+def verify(
+    *,
+    state_dir: Annotated[
+        Path | None, typer.Option("--state-dir", metavar="DIR", help="State directory (default: state.dir).")
+    ] = None,
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Verify the digest of every committed checkpoint and the journal, without a service and without any change."""
+    directory = state_dir or Path(_settings(config_file, overrides).state.dir)
+    origin, hint = ("--state-dir", "") if state_dir else ("state.dir", "; give --state-dir")
+    if not directory.is_dir():
+        raise ConfigurationError([f"{origin}: there is no directory {directory}{hint}"])
+    # After the check: a wrong directory is reported before this slow import.
+    from tolaria.checkpoint.inspection import inspect_storage
+    from tolaria.checkpoint.storage import JOURNAL
+
+    if not (directory / JOURNAL).is_file():
+        raise ConfigurationError([f"{origin}: {directory} holds no {JOURNAL}: no service has kept its state there"])
+    inspected = bad = 0
+    try:
+        for finding in inspect_storage(directory):
+            detail = render.one_line(finding.detail, length_max=500)
+            typer.echo(f"{render.one_line(finding.name)}: {finding.condition}, {detail}")
+            inspected, bad = inspected + 1, bad + finding.bad
+    except OSError as error:
+        raise CommandFailedError(f"{directory} cannot be read: {error.strerror or error}") from None
+    if bad:
+        consequence = "the next start of the service sets them aside, and resumes from the newest intact checkpoint"
+        raise CommandFailedError(f"{bad} of {inspected} are not what was written; {consequence}")
+
+
+@config_app.command()
+def check(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Check the settings; report every problem, with exit code 2."""
+    _settings(config_file, overrides)
+    typer.echo("the configuration is valid")
+
+
+@config_app.command("show")
+def show_config(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Print the settings as TOML with the meaning of each; secrets are masked."""
+    from tolaria.config import as_toml
+
+    typer.echo(as_toml(_settings(config_file, overrides)), nl=False)
+
+
+app.add_typer(admin_app)
+app.add_typer(board_app, name="signals")
+app.add_typer(config_app, name="config")

@@ -1,0 +1,126 @@
+"""The types of settings: network addresses, bounded numbers, the base class of sections, and their rendering."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
+_IP_LIKE = re.compile(r"[0-9.]+|.*:.*", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A host and a port; port 0 lets the operating system choose. As text, IPv6 hosts are in brackets."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Parses `host:port` or `[v6]:port`, without resolving names.
+
+        Raises:
+            ValueError: the text is neither.
+        """
+        host, separator, port_text = text.rpartition(":")
+        bracketed = host.startswith("[") and host.endswith("]")
+        if not separator or not (bracketed or _HOST.fullmatch(host)) or _is_invalid_ip(host.strip("[]")):
+            raise ValueError(f"{text!r} is not host:port")
+        if not (port_text.isascii() and port_text.isdigit()) or int(port_text) > 65535:
+            raise ValueError(f"{text!r} has no port from 0 to 65535")
+        return cls(host.strip("[]"), int(port_text))
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+def _is_invalid_ip(host: str) -> bool:
+    """Whether the host has the form of an IP address without being one."""
+    if not _IP_LIKE.fullmatch(host):
+        return False
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return True
+    return False
+
+
+def _listen_address(text: str) -> str:
+    return str(Address.parse(text))
+
+
+def _target(text: str) -> str:
+    if text and Address.parse(text).port == 0:
+        raise ValueError(f"{text!r} has port 0, to which no client can connect")
+    return text
+
+
+def _secret(secret: SecretStr) -> SecretStr:
+    text = secret.get_secret_value()
+    if text and not text.strip("*"):
+        raise ValueError("consists of asterisks only, which is how a secret is masked")
+    return secret
+
+
+ListenAddress = Annotated[str, AfterValidator(_listen_address)]
+Target = Annotated[str, AfterValidator(_target)]
+Secret = Annotated[SecretStr, AfterValidator(_secret)]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+SecondsOrZero = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(gt=0, le=60_000, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Factor = Annotated[float, Field(gt=1, le=1e6, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base class of the sections: immutable, without unknown fields, documented by docstrings of fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def as_toml(settings: BaseModel) -> str:
+    """Returns a model of sections as TOML that `--config` reads back, each field below its description.
+
+    A secret is shown only as set or not set.
+    """
+    blocks = []
+    for name, section in settings:
+        lines = [f"# {(type(section).__doc__ or '').strip()}", f"[{name}]"]
+        values = section.model_dump(mode="json")
+        for field_name, value in section:
+            description = type(section).model_fields[field_name].description or ""
+            lines += [f"# {line}" for line in description.splitlines()]
+            if isinstance(value, SecretStr) and value:
+                lines.append(f"# {field_name} is set, not shown")  # a placeholder would be read back as the secret
+            else:
+                lines.append(f"{field_name} = {_toml_value(values[field_name])}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    """Scalars and lists of JSON are valid TOML; tables are written inline."""
+    match value:
+        case dict():
+            items = ", ".join(f"{json.dumps(key)} = {_toml_value(item)}" for key, item in value.items())
+            return f"{{ {items} }}" if items else "{}"
+        case list():
+            return f"[{', '.join(map(_toml_value, value))}]"
+        case _:
+            return json.dumps(value)
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """Returns a hint for an unknown name: the most similar one that is known, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"

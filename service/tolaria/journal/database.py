@@ -1,0 +1,244 @@
+"""The journal's database: one SQLite file in WAL mode with synchronous=FULL."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from tolaria.errors import JournalDamagedError, JournalNewerError, JournalUnavailableError
+from tolaria.filesystem import Filesystem
+from tolaria.journal.rows import (
+    ROW_TYPES,
+    SCHEMA_VERSION,
+    AdminActionRow,
+    CheckpointRow,
+    Incident,
+    Row,
+    Scalar,
+    columns,
+    schema,
+    stored_values,
+    values_digest,
+)
+
+if TYPE_CHECKING:
+    from typing import Self
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+SIDE_FILES: Final = ("", "-wal", "-shm")
+"""Suffixes of the names of the files that SQLite keeps for a database."""
+
+_SYSTEM_ERRORS: Final = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_PERM,
+    }
+)
+"""Errors of the operating system. Any other SQLite error about a file that this module wrote means damage."""
+
+
+class Journal:
+    """An open journal; a context manager, safe for use from any thread.
+
+    Opening creates a missing file, and verifies everything: SQLite's integrity check, the schema, each row's digest.
+
+    Raises:
+        JournalDamagedError: the file differs from what was written; nothing has changed.
+        JournalNewerError: a newer Tolaria wrote it.
+        JournalUnavailableError: the file cannot be opened, read or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        self._path = path
+        if not path.exists():
+            _create(path)
+        with translated_errors(), ExitStack() as on_error:
+            self._connection = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
+            on_error.callback(self._connection.close)
+            self._connection.text_factory = lenient_text
+            self._prepare(path)
+            on_error.pop_all()
+
+    def put(self, row: Row) -> None:
+        """Adds a row, or replaces the one with its key; the first answer to a request stays. Durable on return.
+
+        Raises:
+            JournalUnavailableError: writing failed; the journal is unchanged.
+        """
+        verb = "INSERT OR IGNORE" if isinstance(row, AdminActionRow) else "INSERT OR REPLACE"
+        names = (*columns(type(row)), "row_digest")
+        statement = f"{verb} INTO {row.table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
+        with self._lock, translated_errors():
+            if not self._path.exists():  # SQLite would silently keep writing to the removed file
+                raise JournalUnavailableError(f"{self._path} has been removed while it was in use: restart the service")
+            self._connection.execute(statement, stored_values(row))
+
+    def answer_once(self, row: AdminActionRow) -> AdminActionRow:
+        """Records an operator's request with its response, and returns the first row recorded for this request."""
+        self.put(row)
+        (first,) = self._select(AdminActionRow, "WHERE request_id = ?", (row.request_id,))
+        return first
+
+    def find(self, kind: type[AnyRow], key: str) -> AnyRow | None:
+        """Returns the row with this key."""
+        found = self._select(kind, f"WHERE {columns(kind)[0]} = ?", (key,))
+        return found[0] if found else None
+
+    def rows(self, kind: type[AnyRow], *, run_id: str | None = None) -> tuple[AnyRow, ...]:
+        """Returns a table's rows, oldest first, of one run or of all."""
+        clause, values = ("", ()) if run_id is None else ("WHERE run_id = ?", (run_id,))
+        return self._select(kind, f"{clause} ORDER BY at_ns, rowid", values)
+
+    def checkpoints(self) -> tuple[CheckpointRow, ...]:
+        """Returns all runs' checkpoints, oldest first, without the pruned ones, which soon outnumber the others."""
+        return self._select(CheckpointRow, "WHERE state != 'pruned' ORDER BY at_ns, rowid", ())
+
+    def restore_points(self, run_id: str) -> tuple[CheckpointRow, ...]:
+        """Returns a run's committed checkpoints, oldest first."""
+        clause = "WHERE state = 'committed' AND run_id = ? ORDER BY at_ns, rowid"
+        return self._select(CheckpointRow, clause, (run_id,))
+
+    def supersede_after(self, run_id: str, global_step: int) -> None:
+        """Marks a run's committed checkpoints of later steps as superseded, after a rollback to `global_step`."""
+        for row in self.restore_points(run_id):
+            if row.global_step > global_step:
+                self.put(replace(row, state="superseded", detail=f"rolled back to step {global_step}"))
+
+    def incidents(self, limit: int) -> tuple[Incident, ...]:
+        """Returns at most `limit` incidents, newest first."""
+        with self._lock, translated_errors():
+            query = f"SELECT {', '.join(columns(Incident))} FROM incidents ORDER BY at_ns DESC LIMIT ?"  # noqa: S608 - as below
+            found = self._connection.execute(query, (limit,)).fetchall()
+        return tuple(
+            Incident(incident_id, kind, at_ns, global_step, reason, json.loads(details))
+            for incident_id, kind, at_ns, global_step, reason, details in found
+        )
+
+    def close(self) -> None:
+        """Moves the log's content into the main file and closes it."""
+        with self._lock:
+            self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def _select(self, kind: type[AnyRow], clause: str, values: tuple[Scalar, ...]) -> tuple[AnyRow, ...]:
+        with self._lock, translated_errors():
+            return tuple(select_rows(self._connection, kind, clause, values))
+
+    def _prepare(self, path: Path) -> None:
+        _refuse_newer(self._connection, path)
+        (mode,) = self._connection.execute("PRAGMA journal_mode=WAL").fetchone()
+        if mode != "wal":
+            raise JournalDamagedError(f"{path}: its journal mode cannot be set, it is {mode}")
+        self._connection.execute("PRAGMA synchronous=FULL")
+        check_content(self._connection, path)
+        # A write that changes nothing: a header that forbids writing is found now rather than at the first commit.
+        self._connection.execute("BEGIN IMMEDIATE")
+        self._connection.execute("UPDATE meta SET schema_version = schema_version")
+        self._connection.execute("COMMIT")
+
+
+def check_content(connection: sqlite3.Connection, path: Path) -> None:
+    """Verifies version, tables, SQLite's integrity check and each row's digest. Writes nothing.
+
+    Raises:
+        JournalDamagedError: the content differs from what was written.
+        JournalNewerError: a newer Tolaria wrote the journal.
+        sqlite3.DatabaseError: for both, and for errors of the operating system; see `translated_errors`.
+    """
+    _refuse_newer(connection, path)
+    found = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+    if {sql for (sql,) in found} != set(schema()):
+        raise JournalDamagedError(f"{path}: its tables are not those of the schema")
+    verdicts = connection.execute("PRAGMA integrity_check").fetchall()
+    if verdicts != [("ok",)]:
+        raise JournalDamagedError(f"{path}: {verdicts[0][0]}")
+    for kind in ROW_TYPES:
+        select_rows(connection, kind, "", ())
+
+
+def select_rows(
+    connection: sqlite3.Connection, kind: type[AnyRow], clause: str, values: tuple[Scalar, ...]
+) -> list[AnyRow]:
+    """Returns the rows of a table that `clause` selects, each verified by its digest.
+
+    Raises:
+        JournalDamagedError: a row differs from what was written.
+        sqlite3.DatabaseError: as in `check_content`.
+    """
+    names = ", ".join(columns(kind))
+    query = f"SELECT {names}, row_digest FROM {kind.table} {clause}"  # noqa: S608 - names of this package only
+    rows = []
+    for *found, digest in connection.execute(query, values):
+        if values_digest(kind.table, tuple(found)) != digest:
+            raise JournalDamagedError(f"a row of {kind.table} differs from what was written")
+        rows.append(kind(*found))
+    return rows
+
+
+def lenient_text(content: bytes) -> str:
+    """Decodes damaged text too, so that the row's digest detects it instead of SQLite's driver raising."""
+    return content.decode("utf-8", "surrogateescape")
+
+
+@contextmanager
+def translated_errors(*, read_only: bool = False) -> Iterator[None]:
+    """Translates SQLite's errors into `JournalUnavailableError` and `JournalDamagedError`.
+
+    SQLITE_READONLY does not mean damage to a reader: SQLite also reports a log that its writer has not set up yet.
+    """
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        code = vars(error).get("sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        if code in _SYSTEM_ERRORS or (read_only and code == sqlite3.SQLITE_READONLY):
+            raise JournalUnavailableError(f"the journal cannot be used: {error}") from error
+        raise JournalDamagedError(f"the journal is damaged: {error}") from error
+    except (UnicodeError, OverflowError, MemoryError) as error:
+        raise JournalDamagedError(f"the journal is damaged: {error}") from error
+
+
+def _refuse_newer(connection: sqlite3.Connection, path: Path) -> None:
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE sql IS NOT NULL LIMIT 1").fetchall():
+        raise JournalDamagedError(f"{path}: the file is empty")
+    found = connection.execute("SELECT schema_version, row_digest FROM meta").fetchall()
+    if len(found) != 1 or values_digest("meta", found[0][:1]) != found[0][1]:
+        raise JournalDamagedError(f"{path}: its version cannot be read")
+    if found[0][0] > SCHEMA_VERSION:
+        raise JournalNewerError(f"{path} has schema {found[0][0]}; this Tolaria supports {SCHEMA_VERSION}")
+
+
+def _create(path: Path) -> None:
+    """Creates a journal under another name and renames it, so that a crash leaves none that looks damaged."""
+    temporary = path.with_name(f"{path.name}.new")
+    try:
+        for ending in (*SIDE_FILES, "-journal"):
+            temporary.with_name(temporary.name + ending).unlink(missing_ok=True)
+        with translated_errors(), closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in schema():
+                connection.execute(statement)
+            digest = values_digest("meta", (SCHEMA_VERSION,))
+            connection.execute("INSERT INTO meta VALUES (?, ?)", (SCHEMA_VERSION, digest))
+            connection.execute("COMMIT")
+        temporary.rename(path)
+        Filesystem().sync_directory(path.parent)
+    except OSError as error:
+        raise JournalUnavailableError(f"the journal cannot be created: {error}") from error

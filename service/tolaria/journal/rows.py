@@ -1,0 +1,222 @@
+"""The journal's rows: one frozen dataclass per table, and the schema derived from them.
+
+Times are wall-clock nanoseconds since 1970. Each row is stored with its own digest, since SQLite does not detect a
+flipped bit in a value.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, fields
+from types import MappingProxyType
+from typing import ClassVar, Final, Literal, TypeAlias
+
+import xxhash
+
+SCHEMA_VERSION: Final = 1
+
+Scalar: TypeAlias = "str | int | float | bytes | None"
+
+CheckpointState: TypeAlias = Literal["committed", "superseded", "pruned", "quarantined", "missing"]
+"""Only `committed` is resumed from. `superseded`: a rollback went back to before it. `pruned`: removed by retention."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Base class of all rows. The first field of each is its key."""
+
+    table: ClassVar[str]
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow(Row):
+    """A run of the service. `resumed_from` is a checkpoint id; `outcome` is empty while the run lasts.
+
+    `scale` holds, as JSON, the baselines of the health checks, which a rollback must not reset.
+    """
+
+    table: ClassVar[str] = "runs"
+    run_id: str
+    at_ns: int
+    job: str
+    resumed_from: str | None = None
+    ended_at_ns: int | None = None
+    outcome: str = ""
+    scale: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRow(Row):
+    """A durable checkpoint, past or present. `detail` explains its state, if needed."""
+
+    table: ClassVar[str] = "checkpoints"
+    checkpoint_id: str
+    at_ns: int
+    run_id: str
+    global_step: int
+    epoch: int
+    size_bytes: int
+    digest: str
+    metric: float | None
+    state: CheckpointState = "committed"
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandRow(Row):
+    """A command from Tamiyo and the step at which it took effect. `outcome` is applied or rejected."""
+
+    table: ClassVar[str] = "commands"
+    command_id: str
+    at_ns: int
+    run_id: str
+    kind: str
+    global_step: int
+    outcome: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackRow(Row):
+    """A rollback. `outcome` is restored, failed, aborted or deadline_exceeded; `restored_step` is -1 unless restored.
+
+    `coordinated` is 1 if a quorum took part, else 0.
+    """
+
+    table: ClassVar[str] = "rollbacks"
+    rollback_id: str
+    at_ns: int
+    run_id: str
+    tier: str
+    global_step: int
+    restored_step: int
+    outcome: str
+    reason: str
+    state_digest: str
+    expected_digest: str
+    latency_ms: float
+    coordinated: int
+
+
+@dataclass(frozen=True, slots=True)
+class EmergencyRow(Row):
+    """An emergency, and when it was cleared."""
+
+    table: ClassVar[str] = "emergencies"
+    emergency_id: str
+    at_ns: int
+    run_id: str
+    level: str
+    origin: str
+    global_step: int
+    reason: str
+    cleared_at_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdminActionRow(Row):
+    """An operator's request and its response. `answer` is the serialized response message."""
+
+    table: ClassVar[str] = "admin_actions"
+    request_id: str
+    at_ns: int
+    run_id: str
+    method: str
+    reason: str
+    global_step: int
+    answer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FaultRow(Row):
+    """A storage fault: a checkpoint that was not written or is damaged, a rebuilt journal."""
+
+    table: ClassVar[str] = "faults"
+    fault_id: str
+    at_ns: int
+    run_id: str
+    kind: str
+    global_step: int
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """A row of the incidents view, whose columns these are: a rollback, an emergency or a fault."""
+
+    incident_id: str
+    kind: str
+    at_ns: int
+    global_step: int
+    reason: str
+    details: Mapping[str, str]
+
+
+ROW_TYPES: Final = (RunRow, CheckpointRow, CommandRow, RollbackRow, EmergencyRow, AdminActionRow, FaultRow)
+
+_SQL_TYPES: Final = MappingProxyType(
+    {"int": "INTEGER", "float": "REAL", "bytes": "BLOB", "str": "TEXT", "CheckpointState": "TEXT"}
+)
+
+_META: Final = "CREATE TABLE meta (schema_version INTEGER NOT NULL, row_digest TEXT NOT NULL)"
+
+_INCIDENTS_VIEW: Final = """CREATE VIEW incidents AS
+SELECT rollback_id AS incident_id, 'rollback' AS kind, at_ns, global_step, reason,
+  json_object('tier', tier, 'outcome', outcome, 'restored_step', CAST(restored_step AS TEXT),
+    'latency_ms', CAST(latency_ms AS TEXT), 'state_digest', state_digest, 'expected_digest', expected_digest,
+    'coordinated', CAST(coordinated AS TEXT)) AS details FROM rollbacks
+UNION ALL SELECT emergency_id, 'emergency', at_ns, global_step, reason,
+  json_object('level', level, 'origin', origin, 'cleared', CASE WHEN cleared_at_ns IS NULL THEN 'no' ELSE 'yes' END)
+  FROM emergencies
+UNION ALL SELECT fault_id, kind, at_ns, global_step, reason, json_object('stage', stage) FROM faults"""
+
+
+def columns(kind: type[Row | Incident]) -> tuple[str, ...]:
+    """Returns the names of a row type's fields. The first is the key."""
+    return tuple(field.name for field in fields(kind))
+
+
+def schema() -> list[str]:
+    """Returns the statements that create all tables and the view."""
+    return [_META, *(_create_table(kind) for kind in ROW_TYPES), _INCIDENTS_VIEW]
+
+
+def stored_values(row: Row) -> tuple[Scalar, ...]:
+    """Returns the row's values as SQLite stores them, followed by the row's digest.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    named = zip(fields(row), astuple(row), strict=True)
+    values = tuple(_stored(f"{row.table}.{field.name}", str(field.type), value) for field, value in named)
+    return (*values, values_digest(row.table, values))
+
+
+def values_digest(table: str, values: tuple[Scalar, ...]) -> str:
+    """Returns the digest of a row with these values."""
+    plain = [["b", v.hex()] if isinstance(v, bytes) else v for v in values]
+    return xxhash.xxh3_128_hexdigest(json.dumps([table, plain]).encode())
+
+
+def _create_table(kind: type[Row]) -> str:
+    typed = []
+    for field in fields(kind):
+        scalar, optional, _ = str(field.type).partition(" | None")
+        typed.append(f"{field.name} {_SQL_TYPES[scalar]}{'' if optional else ' NOT NULL'}")
+    typed[0] += " PRIMARY KEY"
+    return f"CREATE TABLE {kind.table} ({', '.join(typed)}, row_digest TEXT NOT NULL)"
+
+
+def _stored(name: str, kind: str, value: Scalar) -> Scalar:
+    match value:
+        case str():
+            return value.encode("utf-8", "replace").decode()
+        case int() | float():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+            return float(value) if kind.startswith("float") else int(value)
+        case _:
+            return value

@@ -1,0 +1,276 @@
+"""`ThreadLane`: the thread that computes. Takes commands from a queue and puts events into a buffer."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Final, Protocol
+
+import torch
+
+from tolaria.lane.commands import CommandExecutor, CommandQueue, QueuedCommand
+from tolaria.lane.device import hardware_context, limit_threads, on_device
+from tolaria.lane.messages import (
+    Command,
+    EpochDone,
+    Event,
+    Failure,
+    Held,
+    LaneEnded,
+    Restored,
+    StepDone,
+    Stop,
+)
+from tolaria.lane.profiling import LaneProfiler
+from tolaria.lane.snapshot_manager import SnapshotManager
+from tolaria.lane.step import StepAbandonedError, train_step
+from tolaria.lane.train_module import TrainModule
+from tolaria.values.training import Evaluation
+
+_FRAME_S: Final = 0.02
+_STEP_EVENTS_MAX: Final = 4096
+
+
+class LaneHeartbeat(Protocol):
+    """Records the lane's progress for a monitor. Called from the lane's thread only."""
+
+    def lane_beat(self) -> None:
+        """Records progress."""
+
+    def lane_works(self) -> AbstractContextManager[None]:
+        """Spans a block of work, during which beats are due at regular intervals."""
+
+    def lane_rests(self) -> AbstractContextManager[None]:
+        """Spans a wait, or work known to take long, during which no beat is due."""
+
+
+class EventBuffer:
+    """Carries events from the lane's thread to the client, many at a time.
+
+    Holds at most `capacity` steps: a lane that is this far ahead of its client waits. Steps notify the client at most
+    once per `frame_s`, other events at once.
+    """
+
+    def __init__(self, *, frame_s: float = _FRAME_S, capacity: int = _STEP_EVENTS_MAX) -> None:
+        self.notify: Callable[[], object] = lambda: None
+        """Called from the lane's thread when events can be taken; set before the first event."""
+        self._frame_s = frame_s
+        self._capacity = capacity
+        self._events: list[Event] = []
+        self._changed = threading.Condition()
+        self._open = True
+        self._notified_at_s = 0.0
+
+    def put(self, event: Event) -> None:
+        """Adds an event, waiting for room if it is a `StepDone`; drops it after `close`.
+
+        Other events never wait: they are few, and the lane may hold a lock that the client needs to make room.
+        """
+        is_step = isinstance(event, StepDone)
+        with self._changed:
+            while self._open and is_step and len(self._events) >= self._capacity:
+                self._changed.wait()
+            if not self._open:
+                return
+            self._events.append(event)
+        now_s = time.monotonic()
+        if not is_step or now_s - self._notified_at_s >= self._frame_s:
+            self._notified_at_s = now_s
+            self.notify()
+
+    def take(self) -> list[Event]:
+        """Removes and returns all events, oldest first."""
+        with self._changed:
+            events, self._events = self._events, []
+            self._changed.notify_all()
+        return events
+
+    def close(self) -> None:
+        """Drops further events; a waiting lane goes on."""
+        with self._changed:
+            self._open = False
+            self._changed.notify_all()
+
+
+class ThreadLane:
+    """Trains a module in a thread, which alone uses the module from `start` on.
+
+    Methods are called by the client, from another thread, and return at once. `threads` is as in `limit_threads`.
+    """
+
+    def __init__(
+        self,
+        module: TrainModule,
+        snapshots: SnapshotManager,
+        *,
+        profiler: LaneProfiler,
+        heartbeat: LaneHeartbeat,
+        threads: int,
+    ) -> None:
+        self._module = module
+        self._snapshots = snapshots
+        self._profiler = profiler
+        self._heartbeat = heartbeat
+        self._threads = threads
+        self._events = EventBuffer()
+        self._commands = CommandQueue(
+            lambda number: self._events.put(Held(module.global_step, number)), heartbeat.lane_rests
+        )
+        self._executor = CommandExecutor(module, snapshots, profiler)
+        self.images = self._executor.images
+        # A daemon: a job that never returns cannot keep the process from exiting.
+        self._thread = threading.Thread(target=self._run, name="tolaria-lane", daemon=True)
+
+    def start(self, notify: Callable[[], object]) -> None:
+        """Starts the thread, which waits for commands and calls `notify` when events can be taken."""
+        self._events.notify = notify
+        self._thread.start()
+
+    def send(self, command_id: int, command: Command) -> None:
+        """Queues a command; `Hold`, `Release` and `Stop` act at once. Raises LaneError when too many are queued."""
+        self._commands.put(command_id, command)
+
+    def take_events(self) -> list[Event]:
+        """Returns the events since the last call, oldest first."""
+        return self._events.take()
+
+    def forbid_restore(self, command_id: int) -> bool:
+        """Forbids that restore to change live state; False when the change has already begun."""
+        return self._executor.gate.forbid(command_id)
+
+    def close(self, timeout_s: float) -> bool:
+        """Stops the lane, drops its events and waits up to `timeout_s`; returns whether it has ended. Blocks."""
+        self._commands.put(0, Stop())
+        self._events.close()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        failure: Failure | None = None
+        try:
+            limit_threads(self._threads)
+            self._serve()
+        except BaseException as error:  # noqa: BLE001 - the job is the user's code; its errors end the run, not the process
+            failure = Failure.of(error, traceback.format_exc())
+        self._events.put(LaneEnded(self._module.global_step, failure))
+        self._profiler.abandon()
+
+    def _serve(self) -> None:
+        self._put_snapshot_events()
+        while True:
+            with self._profiler.mark("boundary"):
+                work = self._commands.next_work()
+            if work is None:
+                return
+            with self._heartbeat.lane_works():
+                if isinstance(work, QueuedCommand):
+                    self._execute(work, in_epoch=False)
+                else:
+                    self._run_epoch()
+
+    def _run_epoch(self) -> None:
+        module, started_s = self._module, time.monotonic()
+        module.begin_epoch()
+        self._snapshots.epoch_begins()
+        self._put_snapshot_events()
+        while self._cross_step_boundary():
+            try:
+                if not self._step():
+                    with self._profiler.mark("boundary"):
+                        self._finish_epoch(time.monotonic() - started_s)
+                    return  # after a later restore, the epoch continues only with a further order
+            except StepAbandonedError:
+                # Unless the lane is to stop, the abandoned step, or evaluation, starts again after the urgent command.
+                module.model.train()
+
+    def _cross_step_boundary(self) -> bool:
+        """Executes the commands that are queued, waiting while held; returns whether the epoch goes on."""
+        self._heartbeat.lane_beat()  # also here: a step of one microbatch does not beat
+        while (queued := self._commands.next_command()) is not None:
+            self._execute(queued, in_epoch=True)
+        return not (self._commands.stopping or self._module.progress.over)
+
+    def _step(self) -> bool:
+        """Takes a step and does the work that follows it; returns False if the epoch has no batch left."""
+        module = self._module
+        # Compiling takes minutes without a beat.
+        compiling = module.global_step == 0 and "compile" in module.fast_paths.running
+        with self._heartbeat.lane_rests() if compiling else nullcontext():
+            step = train_step(module, self._continue_step, self._profiler.mark)
+        if step is None:
+            return False
+        self._events.put(step)
+        if (changed := module.seeds.advance(module.global_step)) is not None:
+            module.refresh()
+            self._events.put(changed)
+        self._snapshots.step_done(step.duration_s)
+        self._put_snapshot_events()
+        if (profiled := self._profiler.after_step(module.global_step)) is not None:
+            self._events.put(profiled)
+        return True
+
+    def _continue_step(self) -> bool:
+        self._heartbeat.lane_beat()
+        return self._commands.continue_step()
+
+    def _execute(self, queued: QueuedCommand, *, in_epoch: bool) -> None:
+        done = self._executor.execute(queued)
+        if isinstance(done.result, Restored):
+            underway = (in_epoch and not self._module.progress.over) or self._commands.epochs_queued
+            restored = replace(done.result, underway=underway, latest_order=self._commands.latest_order)
+            done = replace(done, result=restored)
+        self._put_snapshot_events()  # first: the client of the command may look at the snapshots
+        self._events.put(done)
+
+    def _put_snapshot_events(self) -> None:
+        for event in self._snapshots.take_events():
+            self._events.put(event)
+
+    def _finish_epoch(self, steps_s: float) -> None:
+        self._events.notify()  # of the steps in the buffer: an evaluation may take long
+        module, controller = self._module, self._module.seeds.controller
+        evaluation = self._evaluate()
+        gradients = module.merger.finish_epoch()
+        module.progress = module.progress.ended()
+        seeds = module.seeds.reported_states(module.global_step, gradients)
+        event = EpochDone(
+            epoch=module.progress.number,
+            global_step=module.global_step,
+            evaluation=evaluation,
+            steps_s=steps_s,
+            finished_at_s=time.monotonic(),
+            learning_rates=controller.learning_rates(),
+            momentum=_momentum(module.optimizer.param_groups[0]),
+            hardware=hardware_context(module.device),
+            training_loss=module.progress.loss,
+            samples=module.progress.samples,
+            seeds=seeds,
+            gradients=gradients,
+            adjustments=controller.adjustments,
+        )
+        self._events.put(event)
+
+    def _evaluate(self) -> Evaluation:
+        """Raises StepAbandonedError for a stop or an urgent command: a long validation must not delay them."""
+        module = self._module
+        total = Evaluation(0.0, 0, 0)
+        module.model.eval()
+        with torch.no_grad():
+            for batch in module.job.validation_batches():
+                if self._commands.stopping or not self._continue_step():
+                    raise StepAbandonedError
+                batch_on_device = on_device(batch, module.device, pinned=module.fast_paths.pins_memory)
+                total += module.job.evaluate(module.model, batch_on_device)
+        return total
+
+
+def _momentum(options: dict[str, object]) -> float:
+    """Returns SGD's momentum or Adam's first beta; 0 if the optimizer has neither."""
+    betas = options.get("betas")
+    first = betas[0] if isinstance(betas, (tuple, list)) else options.get("momentum")
+    return float(first) if isinstance(first, (int, float)) else 0.0

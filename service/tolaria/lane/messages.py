@@ -1,0 +1,369 @@
+"""Commands to the lane and events from it: frozen dataclasses of plain values.
+
+Everything that crosses between `run` and `lane` is defined here; `tolaria.values.encoding` documents its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Self, TypeAlias, get_args
+
+from leyline.v1.seeds_pb2 import SeedState
+from leyline.v1.state_pb2 import HardwareContext
+from tolaria.errors import LaneFailedError, TolariaError, error_fields, error_from_fields
+from tolaria.images import SnapshotInfo, SnapshotStatistics
+from tolaria.values.encoding import Codec, EncodingError
+from tolaria.values.gradients import SeedMetrics, SeedMetricSet
+from tolaria.values.optimization import (
+    ActiveAdjustment,
+    Adjustment,
+    LearningRateViolation,
+    RebuildOutcome,
+    RebuildResult,
+)
+from tolaria.values.training import EpochProgress, Evaluation, Position
+
+PROFILE_STEPS_MAX: Final = 1000
+"""Steps in one profile. A trace holds every operation of each step, so longer ones cannot be viewed."""
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RunEpoch:
+    """Trains the rest of the current epoch, or else the next one, then evaluates. `order` is an increasing number."""
+
+    order: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Stops the lane between two microbatches until `Release`; a `Held` with the same number follows."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Lets a held lane go on exactly where it stopped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Ends the lane after the current step; a held lane gives up an unfinished step. A `LaneEnded` follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReconcileSeeds:
+    """Brings the model to the whole desired set of seeds at the next step boundary; answered by `SeedsChanged`."""
+
+    desired: tuple[SeedState, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeOptimizer:
+    """Adjusts learning rates, sets hyperparameters of a group (None: of all), or both; all of it or nothing."""
+
+    adjustment: Adjustment | None
+    hyperparameters: Mapping[str, float]
+    group: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureImage:
+    """Captures the state at the next step boundary, also while held; answered by `ImageCaptured`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Restores the image `image_id` (a loaded checkpoint), or with id 0 the snapshot of `target_step`.
+
+    Live state changes before `deadline_s` (monotonic seconds) or not at all. Gives up an unfinished step.
+    """
+
+    target_step: int
+    deadline_s: float
+    image_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SkipBatches:
+    """Adds batches, as (epoch, place in the epoch from 0), to those that training skips."""
+
+    batches: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureProfile:
+    """Profiles the next `steps` steps; answered by `ProfileStarted`, followed by `ProfileDone`."""
+
+    steps: int
+
+
+BoundaryCommand: TypeAlias = ReconcileSeeds | ChangeOptimizer | CaptureImage | Restore | SkipBatches | CaptureProfile
+"""Commands that the lane answers with a `CommandDone`, at a step boundary."""
+
+Command: TypeAlias = RunEpoch | Hold | Release | Stop | BoundaryCommand
+
+# -- results of commands ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SeedsChanged:
+    """Changes of seeds at a step boundary, by a command or because a ramp or a postponed rebuild was due.
+
+    `changes` are sentences, `refusals` pairs of seed and reason. `rebuild` is None where none was due; a non-empty
+    `rebuild_error` says why it failed: the previous optimizer stays in use.
+    """
+
+    global_step: int
+    states: tuple[SeedState, ...] = ()
+    changes: tuple[str, ...] = ()
+    refusals: tuple[tuple[str, str], ...] = ()
+    rebuild: RebuildResult | None = None
+    rebuild_error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerChanged:
+    """Learning rates by group before and after, and the other hyperparameters that changed, as sentences."""
+
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    hyperparameters: tuple[str, ...]
+    adjustments: tuple[ActiveAdjustment, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ImageCaptured:
+    """The state is captured as `image_id` in the image pool; the receiver has to release it."""
+
+    image_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The live state is the one captured at `position`.
+
+    `state_digest` is of the live state after the restore, `expected_digest` the one recorded at its capture.
+    `underway`: the lane goes on with that epoch without a further order; `latest_order` is the newest it has received.
+    """
+
+    position: Position
+    state_digest: str
+    expected_digest: str
+    restore_ms: float
+    progress: EpochProgress
+    seeds: tuple[SeedState, ...]
+    learning_rates: Mapping[str, float]
+    adjustments: tuple[ActiveAdjustment, ...]
+    underway: bool = False
+    latest_order: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchesSkipped:
+    """Number of batches that are skipped in all epochs."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class TraceWritten:
+    """A trace was written to `path`; `removed` older traces were deleted to make room.
+
+    Ending the profile and exporting the trace blocked the lane for `export_s` seconds.
+    """
+
+    path: str
+    size_bytes: int
+    steps: int
+    export_s: float
+    removed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TraceFailed:
+    """The profile left no trace; training is unaffected. `stage` is where it failed."""
+
+    stage: Literal["start", "export", "cap"]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileStarted:
+    """A profile of `steps` steps has started."""
+
+    steps: int
+
+
+Result: TypeAlias = (
+    SeedsChanged | OptimizerChanged | ImageCaptured | Restored | BatchesSkipped | ProfileStarted | TraceFailed
+)
+
+# -- events ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An exception as plain values: class name and constructor fields of a `TolariaError`, else its message."""
+
+    name: str
+    fields: tuple[Any, ...]
+    traceback: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException, traceback: str = "") -> Self:
+        """Returns the failure for an exception."""
+        if isinstance(error, TolariaError) and type(error).__module__ == TolariaError.__module__:
+            return cls(*error_fields(error), traceback=traceback)
+        return cls(type(error).__name__, (str(error),), traceback)
+
+    def error(self) -> TolariaError:
+        """Returns the same error; a `LaneFailedError` for an exception that is not Tolaria's own."""
+        try:
+            return error_from_fields(self.name, self.fields)
+        except KeyError:
+            return LaneFailedError(f"{self.name}: {self.fields[0]}")
+
+    def __str__(self) -> str:
+        error = self.error()
+        return f"{self.name}: {error}" if type(error).__name__ == self.name else str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class LaneReady:
+    """What the lane has built: where training starts, and what it trains with."""
+
+    position: Position
+    progress: EpochProgress
+    steps_per_epoch: int
+    device: str
+    torch_version: str
+    fast_paths: Mapping[str, str]
+    fast_paths_running: tuple[str, ...]
+    fast_path_failures: tuple[tuple[str, str], ...]
+    learning_rates: Mapping[str, float]
+    adjustments: tuple[ActiveAdjustment, ...]
+    seeds: tuple[SeedState, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """One optimizer step, or a *skipped* one: it was not finite, so nothing changed, not even `global_step`.
+
+    A skipped step that is `rescaled` only lowered the loss scale of float16. `batches` are the places in the epoch of
+    the microbatches it took. Times are seconds, `finished_at_s` on the monotonic clock.
+    """
+
+    global_step: int
+    epoch: int
+    loss: float
+    gradient_norm: float
+    samples: int
+    duration_s: float
+    input_wait_s: float
+    finished_at_s: float
+    skipped: bool = False
+    violations: tuple[LearningRateViolation, ...] = ()
+    rescaled: bool = False
+    batches: range = range(0)
+
+
+@dataclass(frozen=True, slots=True)
+class EpochDone:
+    """The steps of an epoch and its evaluation are done. `training_loss` is the mean over the epoch's finite steps."""
+
+    epoch: int
+    global_step: int
+    evaluation: Evaluation
+    steps_s: float
+    finished_at_s: float
+    learning_rates: Mapping[str, float]
+    momentum: float
+    hardware: HardwareContext
+    training_loss: float = float("nan")
+    samples: int = 0
+    seeds: tuple[SeedState, ...] = ()
+    gradients: SeedMetricSet | None = None
+    adjustments: tuple[ActiveAdjustment, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CommandDone:
+    """The command `command_id` was carried out, or refused with `failure`: then nothing has changed."""
+
+    command_id: int
+    global_step: int
+    result: Result | None
+    failure: Failure | None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The lane is held between two microbatches by the `Hold` with that number."""
+
+    global_step: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotsChanged:
+    """The snapshots in memory that can be restored, oldest first, and the ring's counters."""
+
+    points: tuple[SnapshotInfo, ...]
+    statistics: SnapshotStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotsUnavailable:
+    """No further snapshots are taken, for this reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileDone:
+    """The last step of a profile is done; its trace is written, or failed."""
+
+    global_step: int
+    outcome: TraceWritten | TraceFailed
+
+
+@dataclass(frozen=True, slots=True)
+class LaneEnded:
+    """The lane has ended; `failure` is None when it was stopped. No event follows."""
+
+    global_step: int
+    failure: Failure | None
+
+
+SnapshotEvent: TypeAlias = SnapshotsChanged | SnapshotsUnavailable
+
+Event: TypeAlias = StepDone | EpochDone | SeedsChanged | CommandDone | Held | SnapshotEvent | ProfileDone | LaneEnded
+
+_CODEC = Codec(
+    types={
+        *(*get_args(Command), *get_args(Result), *get_args(Event), LaneReady, Failure, SnapshotInfo),
+        *(SnapshotStatistics, SeedMetrics, SeedMetricSet, ActiveAdjustment, Adjustment, LearningRateViolation),
+        *(RebuildOutcome, RebuildResult, TraceWritten, EpochProgress, Evaluation, Position),
+    },
+    messages=(SeedState, HardwareContext),
+)
+
+
+def to_bytes(message: Command | Event | LaneReady) -> bytes:
+    """Returns the encoded message."""
+    return _CODEC.encode(message)
+
+
+def from_bytes(data: bytes) -> Command | Event | LaneReady:
+    """Returns the message of `to_bytes`. Raises EncodingError for other bytes."""
+    try:
+        message = _CODEC.decode(data)
+    except (ValueError, TolariaError) as error:  # other bytes, or a value that its own class refuses
+        raise EncodingError(f"not a message: {error}") from error
+    if not isinstance(message, Command | Event | LaneReady):
+        raise EncodingError(f"a {type(message).__name__} is not a message")
+    return message

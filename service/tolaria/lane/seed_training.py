@@ -1,0 +1,152 @@
+"""`SeedTraining`: the seeds in the model, their param groups and their learning rates, which change together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final, cast
+
+import torch
+from pydantic import JsonValue
+from torch import nn
+
+from leyline.v1.enums_pb2 import SEED_STAGE_TRAINING
+from leyline.v1.seeds_pb2 import SeedState
+from tolaria.config import Settings
+from tolaria.errors import OptimizationError
+from tolaria.jobs import HOST
+from tolaria.lane.gradient_merge import GradientScope
+from tolaria.lane.messages import SeedsChanged
+from tolaria.optimization import GroupPlan, OptimizerManager, UnifiedLRController, regroup
+from tolaria.seeds import Blueprints, SeedTopology, parameters_by_owner
+from tolaria.seeds.topology import Reconciliation
+from tolaria.values.gradients import SeedMetricSet
+from tolaria.values.optimization import GroupRole, RebuildOutcome
+
+SEED_GROUP: Final = "seed:"
+"""Prefix of the param groups of seeds."""
+
+_RETRY_STEPS: Final = 100
+_UNCHANGED: Final = Reconciliation((), (), {}, {}, {})
+
+
+class SeedTraining:
+    """Seeds, optimizer and learning rates of one model, for a run of `run_steps`.
+
+    Part of the training state, so that a postponed rebuild stays postponed after a restore.
+
+    Raises:
+        OptimizationError: the optimizer cannot be controlled, or the schedule does not fit a run of that length.
+        SeedError: slots or owners of parameters are ambiguous.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings, run_steps: int) -> None:
+        run_seed, seeds = settings.training.seed, settings.seeds
+        self._isolation = seeds.isolation
+        self.model = model
+        self.topology = SeedTopology(
+            model, Blueprints.installed(), seed=run_seed, cull_steps=seeds.cull_steps, isolated=seeds.isolation
+        )
+        interval = settings.optimizer.rebuild_min_interval_steps
+        self.manager = OptimizerManager(optimizer, model.named_parameters(), min_interval_steps=interval)
+        self.controller = UnifiedLRController(self.manager, settings.optimizer, run_steps=run_steps)
+        self.controller.apply(0)
+        self._rebuild_due = self._urgent = False
+        self._retry_at_step = 0
+
+    def reconcile(self, desired: Sequence[SeedState], global_step: int) -> SeedsChanged:
+        """Brings the model to the desired seeds, and the optimizer to the model."""
+        return self._follow(self.topology.reconcile(desired, global_step), global_step)
+
+    def advance(self, global_step: int) -> SeedsChanged | None:
+        """Sets alphas after a step. Returns an event if a seed has left the model or a postponed rebuild was made.
+
+        Costs almost nothing while no seed is blending.
+        """
+        left = self.topology.advance(global_step)
+        if left is not None:
+            return self._follow(left, global_step)
+        if self._rebuild_due and global_step >= self._retry_at_step:
+            changed = self._follow(_UNCHANGED, global_step)
+            skipped = changed.rebuild is not None and changed.rebuild.outcome is RebuildOutcome.SKIPPED
+            return None if skipped else changed
+        return None
+
+    def state_dict(self) -> dict[str, JsonValue]:
+        """Returns what is postponed, and since which step."""
+        return {
+            "rebuild_due": self._rebuild_due,
+            "urgent": self._urgent,
+            "retry_at_step": self._retry_at_step,
+            "attempted_at_step": self.manager.attempted_at_step,
+        }
+
+    def load_state_dict(self, state: Mapping[str, JsonValue]) -> None:
+        """Restores what `state_dict` returned. Raises KeyError if a key is missing; nothing has changed then."""
+        due, urgent, retry = state["rebuild_due"], state["urgent"], state["retry_at_step"]
+        self.manager.attempted_at_step = cast("int | None", state["attempted_at_step"])
+        self._rebuild_due, self._urgent, self._retry_at_step = bool(due), bool(urgent), cast("int", retry)
+
+    def gradient_scope(self, global_step: int) -> GradientScope:
+        """Returns the parameters and seeds for which gradients are merged from now on."""
+        trained, seeds = set(self.trained_parameters()), self.topology.training_seeds
+        shared = [(name, p) for name, p in parameters_by_owner(self.model)[HOST] if p in trained]
+        own = {seed_id: [p for _, p in self.topology.training_parameters(seed_id)] for seed_id in seeds}
+        states = [state for state in self.topology.states(global_step) if state.seed_id in own]
+        return GradientScope(shared, {seed_id: parameters for seed_id, parameters in own.items() if parameters}, states)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Returns all trainable parameters in the optimizer."""
+        return [p for group in self.manager.optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """Returns the trained parameters: first those that affect the host's loss, then those of each isolated seed."""
+        isolated = [
+            {p for _, p in self.topology.training_parameters(state.seed_id)}
+            for state in self.topology.states(0)
+            if self._isolation and state.stage == SEED_STAGE_TRAINING
+        ]
+        apart, trained = set[nn.Parameter]().union(*isolated), self.trained_parameters()
+        alone = [[p for p in trained if p in group] for group in isolated]
+        return [[p for p in trained if p not in apart], *filter(None, alone)]
+
+    def reported_states(self, global_step: int, metrics: SeedMetricSet | None) -> tuple[SeedState, ...]:
+        """Returns the seeds with the gradient norm of the last step, learning rate and metrics. Synchronises."""
+        rates = self.controller.learning_rates()
+        by_id = {} if metrics is None else {seed.seed_id: seed for seed in metrics.seeds}
+        states = self.topology.states(global_step)
+        for state in states:
+            gradients = [p.grad for _, p in self.topology.training_parameters(state.seed_id) if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+            state.gradient_norm = norm if math.isfinite(norm) else 0.0
+            state.learning_rate = rates.get(SEED_GROUP + state.seed_id, 0.0)
+            if (seed := by_id.get(state.seed_id)) is not None:
+                state.metrics.update(share=seed.share, conflict_ratio=seed.conflict_ratio, weight=seed.weight)
+        return tuple(states)
+
+    def _follow(self, done: Reconciliation, global_step: int) -> SeedsChanged:
+        """Rebuilds the optimizer if a change of the seeds, now or earlier, needs it."""
+        gone = bool(done.removed or done.frozen)
+        self._rebuild_due = self._rebuild_due or gone or bool(done.added)
+        # A seed that germinates again has parameters of the same names: the old ones have to leave the optimizer first.
+        self._urgent = self._urgent or gone
+        rebuild, error = None, ""
+        if self._rebuild_due:
+            try:
+                rebuild = regroup(self.manager, self.controller, self._groups(), global_step, urgent=self._urgent)
+            except OptimizationError as failure:
+                error = str(failure)
+                self._retry_at_step = global_step + _RETRY_STEPS  # one step later it would fail again
+            self._rebuild_due = rebuild is None or rebuild.outcome is RebuildOutcome.SKIPPED
+            self._urgent = self._urgent and self._rebuild_due
+        changes = tuple(str(change) for change in done.changes)
+        refusals = tuple((refusal.seed_id, refusal.reason) for refusal in done.refusals)
+        return SeedsChanged(global_step, tuple(self.topology.states(global_step)), changes, refusals, rebuild, error)
+
+    def _groups(self) -> list[GroupPlan]:
+        host = [group for group in self.manager.plan() if not group.name.startswith(SEED_GROUP)]
+        seeds = [
+            GroupPlan(SEED_GROUP + seed_id, dict(self.topology.training_parameters(seed_id)), GroupRole.SEED)
+            for seed_id in self.topology.training_seeds
+        ]
+        return [*host, *(group for group in seeds if group.parameters)]

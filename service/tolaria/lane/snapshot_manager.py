@@ -1,0 +1,212 @@
+"""`SnapshotManager`: takes snapshots as often as their cost allows, captures images for checkpoints, restores both."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeAlias, cast
+
+from pydantic import JsonValue
+
+from tolaria.config import RollbackSettings
+from tolaria.errors import NoCheckpointError, StateMismatchError, StateUnsupportedError, TopologyStateError
+from tolaria.images import Lease, StateImage
+from tolaria.lane.messages import Restored, SnapshotEvent, SnapshotsChanged, SnapshotsUnavailable
+from tolaria.lane.seed_training import SeedTraining
+from tolaria.lane.train_module import TrainModule
+from tolaria.optimization import GroupPlan
+from tolaria.state.encoding import decode_plain
+from tolaria.state.restore import stage_restore
+from tolaria.state.snapshots import Cadence, Declined, SnapshotRing
+from tolaria.state.training_state import StatePart, TrainingState
+from tolaria.values.optimization import GroupRole
+from tolaria.values.training import Position
+
+_MIB: Final = 2**20
+_NO_LIMIT_BYTES: Final = 2**62
+
+_SPARE_IMAGES: Final = 2
+"""Images in addition to the ring: one is being written as a checkpoint while the next one waits."""
+
+
+class SnapshotManager:
+    """Captures and restores the state of one module. Used in the lane's thread, or before the lane has started.
+
+    Raises StateUnsupportedError for a model with state that cannot be captured.
+    """
+
+    def __init__(self, module: TrainModule, settings: RollbackSettings) -> None:
+        self._module = module
+        self._every_steps = settings.every_steps
+        self._structure = SeedStructure(module.seeds)
+        # The names of the parts are those in checkpoints.
+        parts: dict[str, StatePart] = {
+            "cursor": module.cursor,
+            "epoch": module,
+            "growth": module.seeds,
+            "learning_rates": module.seeds.controller,
+            "left_out": module.skipped,
+        }
+        if module.fast_paths.scaler is not None:
+            parts["scaler"] = module.fast_paths.scaler
+        self.state = TrainingState(module, parts, topology=self._structure)
+        self._ring = SnapshotRing(bytes_max=settings.memory_mb * _MIB, entries_max=settings.snapshots_max, seal=True)
+        # For checkpoints of states that are too large for the ring; memory is allocated at the first one.
+        self._spare = SnapshotRing(bytes_max=_NO_LIMIT_BYTES, entries_max=_SPARE_IMAGES, seal=False)
+        self._cadence = Cadence(overhead_max=settings.overhead_max)
+        self._available = True
+        self._events: list[SnapshotEvent] = []
+        self._ring_used = True
+
+    def take_events(self) -> list[SnapshotEvent]:
+        """Returns the events since the last call. Costs almost nothing if the ring has not been used since."""
+        events, self._events = self._events, []
+        if self._ring_used:
+            self._ring_used = False
+            events.append(SnapshotsChanged(self._ring.snapshots(), self._ring.statistics()))
+        return events
+
+    def epoch_begins(self) -> None:
+        """Takes the first snapshot, so that there is a restore point from the first step on."""
+        if not self._ring.statistics().snapshots:
+            self._take_snapshot()
+
+    def step_done(self, duration_s: float) -> None:
+        """Takes a snapshot after a step if one is due."""
+        self._cadence = self._cadence.after_step(duration_s)
+        if self._cadence.steps_since >= self._every_steps if self._every_steps else self._cadence.due:
+            self._take_snapshot()
+
+    def capture_image(self) -> Lease:
+        """Captures the state, in the ring if it has room, and leases the image to the caller.
+
+        Raises:
+            StateUnsupportedError: something in the state cannot be captured.
+            NoCheckpointError: all spare images are still being read.
+        """
+        self._ring_used = True
+        for ring in (self._ring, self._spare):
+            taken = ring.capture(self.state)
+            if isinstance(taken, Position) and (lease := ring.hold(taken.global_step)) is not None:
+                return lease
+        raise NoCheckpointError("every image that there is room for is still being written")
+
+    def restore_snapshot(self, target_step: int, refused: Callable[[], bool]) -> Restored:
+        """Restores the newest snapshot at or before `target_step`, as `restore_image` does.
+
+        Raises NoCheckpointError if there is none.
+        """
+        self._ring_used = True
+        lease = self._ring.lookup(target_step)
+        if lease is None:
+            raise NoCheckpointError(f"the snapshot of step {target_step} has been overwritten")
+        with lease as image:
+            return self.restore_image(image, refused, verify=True)
+
+    def restore_image(
+        self, image: StateImage, refused: Callable[[], bool] | None = None, *, verify: bool = False
+    ) -> Restored:
+        """Restores an image. Without `verify` it must have been verified before, as a loaded checkpoint has.
+
+        `refused` is called right before live state changes; True abandons the restore.
+
+        Raises:
+            RestoreAbandonedError: `refused` returned True.
+            RollbackError, SeedError, OptimizationError: the image does not fit. The live state is unchanged.
+        """
+        module, started_s = self._module, time.monotonic()
+        skipped = set(module.skipped.batches)
+        module.clear_gradients()
+        try:
+            self._structure.prepare(module.global_step, image)
+            stage_restore(self.state, image, verify=verify).commit(refused)
+            found = self.state.fingerprint().total
+        except (KeyError, TypeError, ValueError) as error:  # the image's values are not those of this module
+            raise StateMismatchError([f"{type(error).__name__}: {error}"]) from error
+        finally:  # also after a failure: seeds and groups may have changed and changed back
+            module.seeds.topology.advance(module.global_step)
+            module.refresh()
+        module.skipped.batches |= skipped  # a rollback does not make skipped batches good
+        controller = module.seeds.controller
+        controller.apply(module.global_step)
+        self._ring.forget_after(module.global_step)
+        self._ring_used = True
+        return Restored(
+            position=image.position,
+            state_digest=found,
+            expected_digest=image.seal().total,
+            restore_ms=(time.monotonic() - started_s) * 1000,
+            progress=module.progress,
+            seeds=tuple(module.seeds.topology.states(module.global_step)),
+            learning_rates=controller.learning_rates(),
+            adjustments=controller.adjustments,
+        )
+
+    def _take_snapshot(self) -> None:
+        if not self._available:
+            return
+        started_s, self._ring_used, reason = time.monotonic(), True, ""
+        try:
+            taken = self._ring.capture(self.state)
+        except StateUnsupportedError as error:
+            reason = str(error)
+        else:
+            self._cadence = self._cadence.after_snapshot(time.monotonic() - started_s)
+            if isinstance(taken, Declined) and taken.too_large:
+                reason = f"a snapshot takes {taken.size_bytes / _MIB:.0f} MiB, more than rollback.memory_mb"
+        if reason:  # the attempt itself costs time, and the reason does not go away
+            self._available = False
+            self._events.append(SnapshotsUnavailable(reason))
+
+
+_Groups: TypeAlias = Sequence[tuple[str, Sequence[str], GroupRole]]
+"""Param groups: name, names of the parameters, role."""
+
+
+class SeedStructure:
+    """The seeds in the model, as the part of the state whose loading changes which parameters and groups exist.
+
+    `prepare` names the two structures that may be loaded: the image's, and the present one, to which a failed restore
+    returns.
+    """
+
+    def __init__(self, seeds: SeedTraining) -> None:
+        self._seeds = seeds
+        self._loadable: list[tuple[Mapping[str, JsonValue], int, _Groups]] = []
+
+    def prepare(self, global_step: int, image: StateImage) -> None:
+        """Prepares for loading the image's structure, and the present one at `global_step`."""
+        values = cast("dict[str, Any]", json.loads(image.values))
+        roles = {name: GroupRole(group["role"]) for name, group in values["parts"]["learning_rates"]["groups"].items()}
+        named = [(str(group["options"]["name"]), group["parameters"]) for group in values["optimizer"]["groups"]]
+        wanted = [(name, names, roles.get(name, GroupRole.HOST)) for name, names in named]
+        present = [(plan.name, tuple(plan.parameters), plan.role) for plan in self._seeds.manager.plan()]
+        structure = cast("dict[str, JsonValue]", decode_plain(values["topology"]))
+        self._loadable = [(structure, image.position.global_step, wanted), (self.state_dict(), global_step, present)]
+
+    def state_dict(self) -> dict[str, JsonValue]:
+        """Returns the structure."""
+        return self._seeds.topology.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, JsonValue]) -> None:
+        """Grafts and removes seeds until the model has this structure, and regroups the optimizer accordingly.
+
+        Raises:
+            TopologyStateError: it is not a structure that was prepared, or does not fit the model.
+            SeedError: a blueprint is unknown or does not fit.
+            OptimizationError: the optimizer cannot be rebuilt.
+        """
+        found = next(((step, groups) for structure, step, groups in self._loadable if structure == state), None)
+        if found is None:
+            raise TopologyStateError("it is neither the image's structure nor the present one")
+        global_step, groups = found
+        self._seeds.topology.load_state_dict(state, global_step)
+        parameters = dict(self._seeds.model.named_parameters())
+        if missing := [name for _, names, _ in groups for name in names if name not in parameters]:
+            raise StateMismatchError([f"parameter/{name}: its seed is not part of the structure" for name in missing])
+        plans = [GroupPlan(name, {each: parameters[each] for each in names}, role) for name, names, role in groups]
+        manager = self._seeds.manager
+        attempted_at_step = manager.attempted_at_step  # a part of the state, which this rebuild must not change
+        manager.rebuild(plans, global_step, urgent=True)
+        manager.attempted_at_step = attempted_at_step

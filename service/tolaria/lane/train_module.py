@@ -1,0 +1,158 @@
+"""`TrainModule`: everything that a step needs, from job and model to the position in the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias, cast
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor, nn
+
+from tolaria.config import Settings
+from tolaria.jobs import Batch, BatchCursor, CursorState, TrainingJob
+from tolaria.lane.fast_paths import FastPaths
+from tolaria.lane.gradient_merge import GradientMerger
+from tolaria.lane.seed_training import SeedTraining
+from tolaria.state.encoding import capture_rngs, restore_rngs
+from tolaria.values.training import EpochProgress, Position
+
+_StepStart: TypeAlias = tuple[CursorState, EpochProgress, tuple[dict[str, Tensor], dict[str, JsonValue]]]
+
+
+@dataclass(slots=True)
+class SkippedBatches:
+    """Batches that training skips, as (epoch, place in the epoch from 0). Part of the state."""
+
+    batches: set[tuple[int, int]] = field(default_factory=set)
+
+    def state_dict(self) -> dict[str, JsonValue]:
+        """Returns the batches in order, so that equal sets have equal digests."""
+        return {"batches": [[epoch, place] for epoch, place in sorted(self.batches)]}
+
+    def load_state_dict(self, state: Mapping[str, JsonValue]) -> None:
+        """Restores what `state_dict` returned. Raises KeyError, TypeError or ValueError, and is then unchanged."""
+        listed = cast("list[tuple[int, int]]", state["batches"])
+        self.batches = {(int(epoch), int(place)) for epoch, place in listed}
+
+
+class TrainModule:
+    """What the lane trains: a job, its model on `device`, its data and its progress. Used in one thread at a time.
+
+    Its part of the training state is the progress in the epoch, which no other object holds.
+
+    Attributes:
+        global_step: number of completed steps.
+        progress: of the current epoch, or the last one.
+        skipped: batches that `next_batch` passes over.
+        parameters: trainable parameters in the optimizer.
+        clip_groups: the same parameters, in groups that are clipped separately; the host's is the first.
+    """
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        model: nn.Module,
+        cursor: BatchCursor,
+        device: torch.device,
+        *,
+        seeds: SeedTraining,
+        fast_paths: FastPaths,
+        settings: Settings,
+    ) -> None:
+        self.job = job
+        self.model = model
+        self.cursor = cursor
+        self.device = device
+        self.seeds = seeds
+        self.merger = GradientMerger(settings, seeds.gradient_scope(0))
+        self.fast_paths = fast_paths
+        self.accumulate = settings.training.accumulate
+        self.clip_norm = settings.training.clip_norm
+        self.global_step = 0
+        self.progress = EpochProgress()
+        self.skipped = SkippedBatches()
+        self._step_start: _StepStart | None = None
+        self.refresh()
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer in use; a rebuild replaces it."""
+        return self.seeds.manager.optimizer
+
+    @property
+    def position(self) -> Position:
+        """Completed steps and the epoch. Setting it sets the steps only: the epoch is part of `progress`."""
+        return Position(self.global_step, self.progress.number)
+
+    @position.setter
+    def position(self, position: Position) -> None:
+        self.global_step = position.global_step
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in one epoch; the last one may have fewer microbatches."""
+        return -(-self.cursor.batches_per_epoch // self.accumulate)
+
+    def state_dict(self) -> dict[str, JsonValue]:
+        """Returns the progress."""
+        return self.progress.to_json()
+
+    def load_state_dict(self, state: Mapping[str, JsonValue]) -> None:
+        """Restores the progress. Raises KeyError if a key is missing."""
+        self.progress = EpochProgress.from_json(state)
+
+    def refresh(self) -> None:
+        """Collects parameters and buffers again, after the seeds in the model have changed."""
+        self.parameters = self.seeds.trained_parameters()
+        self.clip_groups = self.seeds.clip_groups()
+        self.merger.follow(self.seeds.gradient_scope(self.global_step))
+        self._with_gradients = [p for p in self.model.parameters() if p.requires_grad]
+        self._buffers = list(self.model.buffers())
+        self._saved_buffers = [buffer.detach().clone() for buffer in self._buffers]
+
+    def begin_epoch(self) -> None:
+        """Starts the next epoch; within one, as after a rollback, only sets the model to training mode."""
+        self.model.train()
+        if self.progress.over:
+            self.progress = self.progress.begun(self.progress.number + 1)
+            self.cursor.begin_epoch(self.progress.number)
+
+    def next_batch(self) -> Batch | None:
+        """Returns the next batch that is not to be skipped; None at the end of the epoch."""
+        while (batch := self.cursor.next_batch()) is not None:
+            place = self.progress.batches
+            self.progress = self.progress.after_batch()
+            if (self.progress.number, place) not in self.skipped.batches:
+                return batch
+        return None
+
+    def note_step_start(self) -> None:
+        """Records data, progress and generators before a step of several microbatches, for `abandon_step`."""
+        if self.accumulate > 1:
+            self._step_start = self.cursor.state_dict(), self.progress, capture_rngs()
+
+    def abandon_step(self) -> None:
+        """Restores what `note_step_start` recorded, so that the same step can start again."""
+        self.discard_pass()
+        if self._step_start is not None:
+            cursor, self.progress, rngs = self._step_start
+            self.cursor.load_state_dict(cursor)
+            restore_rngs(*rngs)
+
+    def clear_gradients(self) -> None:
+        """Drops all gradients, including those of parameters that are not in the optimizer."""
+        for parameter in self._with_gradients:
+            parameter.grad = None
+
+    def save_buffers(self) -> None:
+        """Copies the buffers (running statistics), so that a skipped step can restore them."""
+        if self._buffers:
+            torch._foreach_copy_(self._saved_buffers, self._buffers)
+
+    def discard_pass(self) -> None:
+        """Drops all gradients, and restores the buffers that `save_buffers` copied."""
+        self.clear_gradients()
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._saved_buffers)

@@ -1,0 +1,293 @@
+"""Checkpoints of a run: when they are due, how they are made during training, and what happens when one fails.
+
+Storage failures do not end any task: they are reported and counted, and the checkpoint is retried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from contextlib import suppress
+from time import monotonic
+from typing import Final
+from weakref import WeakSet
+
+import anyio
+import structlog
+from anyio import sleep
+
+from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED
+from tolaria.checkpoint.writer import CheckpointWriter, RewindMark
+from tolaria.config import CheckpointSettings
+from tolaria.errors import CheckpointWriteError, LaneError, LaneStoppedError, TolariaError
+from tolaria.filesystem import errno_name
+from tolaria.images import Lease
+from tolaria.journal.async_journal import AsyncJournal
+from tolaria.journal.rows import CheckpointRow
+from tolaria.lane.messages import CaptureImage, EpochDone, ImageCaptured
+from tolaria.resilience.breaker import Breaker
+from tolaria.run.lane_client import LaneClient
+from tolaria.run.observers import RunObserver
+from tolaria.run.run_state import Lifecycle
+
+BUSY_S: Final = 0.25
+"""Delay before an operator's checkpoint is retried while the writer is busy."""
+
+STALLED_S: Final = 120.0
+"""Time after which a checkpoint counts as stalled: a disk that hangs raises no error."""
+
+_SUPERSEDE_S: Final = 1.0  # one small transaction, for which the lane is held
+
+
+class Checkpointing:
+    """Makes the checkpoints of one run. Used on the event loop only.
+
+    The lane captures an image at a step boundary, even while it is held; the writer's thread writes it. `from_step` is
+    the step at which the run begins in this process.
+    """
+
+    def __init__(
+        self,
+        settings: CheckpointSettings,
+        lane: LaneClient,
+        writer: CheckpointWriter,
+        *,
+        lifecycle: Lifecycle,
+        breaker: Breaker,
+        observers: RunObserver,
+        journal: AsyncJournal,
+        from_step: int = 0,
+    ) -> None:
+        self._log = structlog.get_logger(__name__)
+        self._settings = settings
+        self._lane = lane
+        self._writer = writer
+        self._lifecycle = lifecycle
+        self._breaker = breaker
+        self._observers = observers
+        self._journal = journal
+        self._turn = anyio.Lock()
+        self._wake = anyio.Event()
+        self._due = False
+        self._step = self._due_from_step = self._last_step = from_step
+        self._captured: dict[int, RewindMark] = {}
+        self._in_flight: WeakSet[RewindMark] = WeakSet()
+        """Images on their way to disk; each is kept alive by `_captured` or by the task or thread that has it."""
+        self._epoch: EpochDone | None = None
+        self._epoch_due = False
+        self._evaluated_step = -1
+        self.validated_step = -1
+        """The newest step that a validation found healthy, or an earlier one restored since; -1 before the first.
+
+        It is moved to the step of the checkpoint that was due after that validation, which may be a few steps later.
+        """
+        self._held_reason = ""
+        self._retrying = False
+        self.failing = ""
+        """Why the checkpoint that is due has not been made; empty if none has failed."""
+
+    # -- events, in the lane's order ---------------------------------------------------------------------------------
+
+    def on_step(self, global_step: int) -> None:
+        """Handles the step of a healthy `StepDone`, or of a `Restored`, which may be earlier."""
+        if global_step < self._last_step:
+            self._undo_after(global_step)
+        self._step = self._last_step = global_step
+        self._due_from_step = min(self._due_from_step, global_step)
+        if self._epoch is not None and global_step < self._epoch.global_step:
+            self._epoch = None  # its state has been undone
+        if self._epoch is None:
+            self.validated_step = min(self.validated_step, global_step)
+        if due_by_steps(self._settings.every_steps, global_step, self._due_from_step):
+            self._make_due(global_step)
+
+    def on_epoch(self, epoch: EpochDone) -> None:
+        """Handles an epoch that has been validated and found healthy."""
+        self._step, self._epoch = epoch.global_step, epoch
+        self._evaluated_step = self.validated_step = epoch.global_step
+        self._epoch_due = due_by_epochs(self._settings.every_epochs, epoch.epoch)
+        if self._epoch_due:
+            self._make_due(epoch.global_step)
+
+    def on_image_captured(self, image_id: int) -> None:
+        """Handles the lane's `ImageCaptured`: a rollback that is applied from now on supersedes the image."""
+        mark = self._captured[image_id] = RewindMark()
+        self._in_flight.add(mark)
+
+    async def supersede_after(self, global_step: int) -> None:
+        """Marks the checkpoints after `global_step` as undone, those in flight first. Waits at most one second.
+
+        A failure is logged; after a crash before the next checkpoint, the run would resume from one of them.
+        """
+        self._undo_after(global_step)
+        with anyio.move_on_after(_SUPERSEDE_S):
+            await self._journal.supersede_after(global_step)
+            return
+        detail = "the journal did not answer"
+        self._log.error("checkpoints_not_superseded", after_step=global_step, detail=detail)
+
+    def _undo_after(self, global_step: int) -> None:
+        for mark in self._in_flight:
+            mark.rewound_to(global_step)
+
+    # -- making checkpoints ------------------------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Makes the checkpoints that are due and retries after failures, until the lane has ended."""
+        while True:
+            if self._retrying:
+                await sleep(self._settings.retry_s)
+            else:
+                await self._wake.wait()
+            self._wake = anyio.Event()
+            # While this slept, an operator's checkpoint may have succeeded.
+            if (self._retrying or self._due) and not await self._serve_due():
+                return
+
+    async def create(self, reason: str) -> CheckpointRow:
+        """Makes a checkpoint now, after any that is in progress, and returns its committed row.
+
+        Raises TolariaError when no checkpoint was made; the failure counts like any other.
+        """
+        async with self._turn:
+            row = await self._attempt()
+            while row is None:
+                await sleep(BUSY_S)
+                row = await self._attempt()
+        self._log.info("checkpoint_created", checkpoint_id=row.checkpoint_id, reason=reason)
+        return row
+
+    def _make_due(self, global_step: int) -> None:
+        """Starts a checkpoint unless one is in progress: the disk is then too slow for the configured interval."""
+        if not self._turn.locked():
+            self._due_from_step = global_step
+            self._due = True
+            self._wake.set()
+
+    async def _serve_due(self) -> bool:
+        """Returns whether the lane is still running."""
+        async with self._turn:
+            self._due = False
+            with suppress(TolariaError):  # reported by `_failed`, and retried
+                try:
+                    await self._attempt()
+                except LaneStoppedError as error:
+                    self._log.info("checkpoints_end", detail=str(error))
+                    return False
+        return True
+
+    async def _attempt(self) -> CheckpointRow | None:
+        """Makes one checkpoint, or raises. Returns None if the writer is busy or the run was rolled back meanwhile."""
+        try:
+            row = await self._write()
+        except LaneStoppedError:
+            raise
+        except TolariaError as error:
+            self._failed(error)
+            raise
+        except OSError as error:
+            refused = CheckpointWriteError("keep", errno_name(error), str(error))
+            self._failed(refused)
+            raise refused from error
+        return None if row is None or row.state == "superseded" else row
+
+    async def _write(self) -> CheckpointRow | None:
+        lease, mark = await self._capture()
+        self._step = lease.image.position.global_step
+        started_s = monotonic()
+        future = self._writer.write(lease, metric=self._metric(), mark=mark)
+        if future is None:
+            return None
+        await self._wait_for(future)
+        row = future.result()
+        self._succeeded(row, monotonic() - started_s)
+        return row
+
+    async def _capture(self) -> tuple[Lease, RewindMark]:
+        self._captured.clear()  # images whose callers were cancelled
+        done = await self._lane.call(CaptureImage())
+        if not isinstance(done.result, ImageCaptured):
+            raise LaneError(f"the lane answered with {type(done.result).__name__}, not with an image")
+        image_id = done.result.image_id
+        return self._lane.images.take(image_id), self._captured.pop(image_id)
+
+    async def _wait_for(self, future: Future[CheckpointRow]) -> None:
+        done = _done_event(future)
+        with anyio.move_on_after(STALLED_S):
+            await done.wait()
+        if not done.is_set():
+            self._observers.on_checkpoint_stalled(self._step, STALLED_S)
+            self._set_failing(f"the checkpoint of step {self._step} takes longer than {STALLED_S:g} s")
+            await done.wait()
+
+    def _metric(self) -> float | None:
+        """Returns the metric by which the best checkpoint is chosen; None for a state that has not been validated.
+
+        A checkpoint that is due at an epoch's end is captured at the next step boundary, which may be a few steps
+        later: that state gets the epoch's metric.
+        """
+        if self._epoch is None:
+            return None
+        if self._epoch_due:
+            self._epoch_due = False
+            self._evaluated_step = self.validated_step = self._step
+        if self._evaluated_step != self._step:
+            return None
+        evaluation = self._epoch.evaluation
+        return evaluation.accuracy if self._settings.best == "accuracy" else evaluation.loss
+
+    # -- what follows ------------------------------------------------------------------------------------------------
+
+    def _succeeded(self, row: CheckpointRow, duration_s: float) -> None:
+        self._observers.on_checkpoint_written(row, duration_s)
+        self._due_from_step = row.global_step
+        if self._breaker.allows():
+            self._breaker.succeeded()
+        # An open breaker ignores successes until it has cooled down; a later checkpoint then closes it.
+        self._retrying = self._retrying and self._breaker.state != CIRCUIT_STATE_CLOSED
+        if self._held_reason:
+            self._lifecycle.resume_if_held_for(self._held_reason)
+            self._held_reason = ""
+        self._set_failing("")
+
+    def _failed(self, error: TolariaError) -> None:
+        stage, reason = "keep", str(error)
+        if isinstance(error, CheckpointWriteError):
+            stage, reason = error.stage, error.reason
+        self._observers.on_checkpoint_failed(self._step, stage, reason)
+        self._retrying = True
+        self._wake.set()
+        if self._settings.on_failure == "pause":
+            reason = f"no checkpoint can be written: {error}"
+            if self._lifecycle.hold_if_training(reason):
+                self._held_reason = reason
+        self._set_failing(str(error))
+        if self._breaker.allows():
+            self._breaker.failed()
+
+    def _set_failing(self, failing: str) -> None:
+        if failing != self.failing:
+            self.failing = failing
+            self._lifecycle.changed()
+
+
+def due_by_steps(every_steps: int, global_step: int, last_step: int) -> bool:
+    """Whether a checkpoint is due `every_steps` after the one of `last_step`; 0 means never."""
+    return every_steps > 0 and global_step - last_step >= every_steps
+
+
+def due_by_epochs(every_epochs: int, epoch: int) -> bool:
+    """Whether a checkpoint is due at the end of this epoch, counted from 1; 0 means never."""
+    return every_epochs > 0 and epoch % every_epochs == 0
+
+
+def _done_event(future: Future[CheckpointRow]) -> anyio.Event:
+    """Returns an event that is set when the writer's future is done; a cancelled waiter does not cancel the write."""
+    done, loop = anyio.Event(), asyncio.get_running_loop()
+
+    def notify(_future: Future[CheckpointRow]) -> None:
+        with suppress(RuntimeError):  # the loop has been closed: nothing is waiting
+            loop.call_soon_threadsafe(done.set)
+
+    future.add_done_callback(notify)
+    return done

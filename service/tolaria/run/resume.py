@@ -1,0 +1,247 @@
+"""Preparation for training: locks and opens the state directory, and decides which run is resumed.
+
+Runs in the main thread, before there is an event loop. Also writes a run's row in the journal.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+import structlog
+
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import LoadedCheckpoint, Retention
+from tolaria.config import CheckpointSettings, Settings
+from tolaria.emergency.protocol import SENTINEL
+from tolaria.errors import ConfigurationError, JournalDamagedError, JournalError, NoCheckpointError, StateHeldError
+from tolaria.filesystem import Filesystem
+from tolaria.journal.database import Journal
+from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RunRow
+
+RunOutcome: TypeAlias = Literal["finished", "stopped", "drained", "failed"]
+"""How a run left its process. In the journal it is empty while the run goes on and if its process was killed."""
+
+ENDED: Final = frozenset({"finished", "stopped"})
+"""Outcomes after which a run is not resumed: all epochs are done, or an operator has stopped it."""
+
+_BEST: Final[dict[str, Literal["highest", "lowest"]]] = {"accuracy": "highest", "loss": "lowest"}
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedState:
+    """A run and its storage. `resumed`: it has checkpoints of an earlier process. `notes` are for the log."""
+
+    directory: Path
+    storage: Storage
+    run_id: str
+    resumed: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """Where training begins. `loaded` is None for a new run."""
+
+    state: PreparedState
+    loaded: LoadedCheckpoint | None
+
+
+@contextmanager
+def prepare_state(settings: Settings, *, files: Filesystem | None = None) -> Iterator[PreparedState]:
+    """Locks state.dir and opens its storage for one run, until the block ends.
+
+    If `state.resume` is auto, this is the unfinished run, provided that it has a checkpoint. The run's row is
+    written when this returns.
+
+    Raises:
+        StateHeldError: another process uses the directory.
+        ConfigurationError: the directory cannot be used, or holds an unfinished run of another job.
+    """
+    directory = Path(settings.state.dir).absolute()
+    with ExitStack() as stack:
+        with _naming_setting(directory):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            stack.enter_context(_locked(directory))
+            storage = open_storage(directory, run_id="", retention=retention_of(settings.checkpoint), files=files)
+            stack.callback(storage.journal.close)
+            prepared = _choose_run(settings, directory, storage)
+        yield prepared
+
+
+def load_resume_point(prepared: PreparedState) -> ResumePoint:
+    """Loads the newest intact checkpoint of a resumed run. The returned state may be that of another run.
+
+    A run whose checkpoints are all damaged cannot be resumed. Since training is unattended, a new run begins then,
+    with another id. The lost run is recorded as failed, with the incident `run_lost` and a critical log line;
+    its damaged checkpoints are in the quarantine.
+
+    Raises:
+        NoCheckpointError: the system refuses to read checkpoints that may be intact; a new run would abandon them.
+        ConfigurationError: the journal cannot be written.
+    """
+    if not prepared.resumed:
+        return ResumePoint(prepared, None)
+    with _naming_setting(prepared.directory):
+        try:
+            loaded = prepared.storage.checkpoints.load_newest()
+        except NoCheckpointError as error:
+            if prepared.storage.checkpoints.restore_points():
+                raise
+            return ResumePoint(_replace_lost_run(prepared, str(error)), None)
+        for damage in loaded.damaged:
+            _log.error("checkpoint_not_loaded", **asdict(damage))
+        journal = prepared.storage.journal
+        journal.put(replace(run_row(journal, prepared.run_id), resumed_from=loaded.row.checkpoint_id))
+    return ResumePoint(prepared, loaded)
+
+
+def end_run(prepared: PreparedState, outcome: RunOutcome) -> None:
+    """Records how the run left this process. If the journal fails, the next start resumes the run as if killed."""
+    journal = prepared.storage.journal
+    try:
+        journal.put(replace(run_row(journal, prepared.run_id), outcome=outcome, ended_at_ns=time.time_ns()))
+    except JournalError as error:
+        _log.error("run_end_not_recorded", outcome=outcome, detail=str(error))
+
+
+def active_halt(prepared: PreparedState) -> EmergencyRow | None:
+    """Returns the newest halt of the run that was not cleared; None if there is none.
+
+    A halt that the sentinel raised concerned an earlier process and does not count. Raises JournalError.
+    """
+    rows = prepared.storage.journal.rows(EmergencyRow, run_id=prepared.run_id)
+    halts = [row for row in rows if row.level == "halt" and row.cleared_at_ns is None and row.origin != SENTINEL]
+    return max(halts, key=lambda row: row.at_ns, default=None)
+
+
+def run_row(journal: Journal, run_id: str) -> RunRow:
+    """Returns the run's row. Raises JournalDamagedError if there is none."""
+    row = journal.find(RunRow, run_id)
+    if row is None:
+        raise JournalDamagedError(f"the run {run_id} is not in the journal")
+    return row
+
+
+def retention_of(settings: CheckpointSettings) -> Retention:
+    """Returns the retention that the settings specify."""
+    return Retention(last=settings.keep_last, best=_BEST[settings.best])
+
+
+def unfinished_run(runs: Sequence[RunRow], checkpoints: Sequence[CheckpointRow]) -> RunRow | None:
+    """Returns the run to resume: the latest one with a committed checkpoint, unless it or a later one has ended.
+
+    A run that is known from its checkpoints only, because a damaged journal was rebuilt, counts as unfinished: ending
+    it once more costs little, forgetting it may cost weeks of training. Its job is unknown, hence empty.
+    """
+    newest_ns: dict[str, int] = {}
+    for row in checkpoints:
+        if row.state == "committed":
+            newest_ns[row.run_id] = max(row.at_ns, newest_ns.get(row.run_id, 0))
+    known = {run.run_id: run for run in runs}
+    known |= {run_id: RunRow(run_id, at_ns, job="") for run_id, at_ns in newest_ns.items() if run_id not in known}
+    latest_first = sorted(known.values(), key=lambda run: max(run.at_ns, newest_ns.get(run.run_id, 0)), reverse=True)
+    for run in latest_first:
+        if run.outcome in ENDED:
+            return None
+        if run.run_id in newest_ns:
+            return run
+    return None
+
+
+# -- choosing the run ------------------------------------------------------------------------------------------------
+
+
+def _choose_run(settings: Settings, directory: Path, storage: Storage) -> PreparedState:
+    journal, job = storage.journal, settings.training.job
+    found = unfinished_run(journal.rows(RunRow), journal.rows(CheckpointRow))
+    resumed = found if settings.state.resume != "never" else None
+    notes = _repairs(storage)
+    if resumed is None:
+        row = _new_run(journal, job)
+        abandoned = f"; the unfinished run {found.run_id} is not resumed, because of state.resume" if found else ""
+        notes.append(f"the new run {row.run_id} begins{abandoned}")
+    else:
+        if resumed.job and resumed.job != job:
+            problem = (
+                f"state.dir: {directory} holds the unfinished run {resumed.run_id} of the job {resumed.job!r}, but "
+                f"training.job is {job!r}: use another state.dir, or abandon that run with state.resume = never"
+            )
+            raise ConfigurationError([problem])
+        row = replace(resumed, job=job, outcome="", ended_at_ns=None)
+        left = f"ended as {resumed.outcome}" if resumed.outcome else "was killed"
+        notes.append(f"the run {row.run_id} is resumed; its last process {left}")
+    journal.put(row)
+    return PreparedState(directory, storage.for_run(row.run_id), row.run_id, resumed is not None, tuple(notes))
+
+
+def _replace_lost_run(prepared: PreparedState, reason: str) -> PreparedState:
+    journal = prepared.storage.journal
+    lost = run_row(journal, prepared.run_id)
+    now_ns = time.time_ns()
+    journal.put(FaultRow(uuid.uuid4().hex, now_ns, lost.run_id, "run_lost", -1, "resume", reason))
+    journal.put(replace(lost, outcome="failed", ended_at_ns=now_ns))
+    row = _new_run(journal, lost.job)
+    journal.put(row)
+    _log.critical("run_lost", run_id=lost.run_id, new_run_id=row.run_id, detail=reason)
+    notes = (*prepared.notes, f"the run {lost.run_id} is lost: {reason}; the new run {row.run_id} begins")
+    return PreparedState(prepared.directory, prepared.storage.for_run(row.run_id), row.run_id, False, notes)
+
+
+def _new_run(journal: Journal, job: str) -> RunRow:
+    """Returns a row that is later than all others, even if the clock has been set back."""
+    rows: list[RunRow | CheckpointRow] = [*journal.rows(RunRow), *journal.rows(CheckpointRow)]
+    return RunRow(uuid.uuid4().hex[:12], max([time.time_ns(), *(row.at_ns + 1 for row in rows)]), job)
+
+
+def _repairs(storage: Storage) -> list[str]:
+    found, notes = storage.repairs, []
+    if storage.journal_damage is not None:
+        notes.append(f"the journal was damaged and has been rebuilt from the checkpoints: {storage.journal_damage}")
+    for names, what in (
+        (found.adopted, "checkpoints that were not in the journal have been added to it"),
+        (found.missing, "checkpoints in the journal are missing on disk"),
+        (found.removed, "leftovers of unfinished writes have been removed"),
+    ):
+        if names:
+            notes.append(f"{what}: {', '.join(names)}")
+    return notes
+
+
+# -- the directory ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds the directory's lock, which the system releases however the process ends."""
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            written = os.pread(descriptor, 32, 0).strip()
+            raise StateHeldError(str(directory), int(written) if written.isdigit() else 0) from None
+        with suppress(OSError):  # a full disk: the lock holds, but its holder's pid is unknown
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _naming_setting(directory: Path) -> Iterator[None]:
+    """Turns errors of the system and the journal into a ConfigurationError that names the setting."""
+    try:
+        yield
+    except (JournalError, OSError) as error:
+        raise ConfigurationError([f"state.dir: {directory} cannot be used: {error}"]) from error

@@ -1,0 +1,406 @@
+"""One training run, from its first epoch to its end, and the operations that operators can request meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, assert_never
+
+import anyio
+import structlog
+
+from leyline.v1.admin_service_pb2 import GetStatusResponse
+from tolaria.config import Settings
+from tolaria.emergency import Trigger
+from tolaria.errors import LaneFailedError, TolariaError, WrongStateError
+from tolaria.journal.rows import CheckpointRow
+from tolaria.lane import messages
+from tolaria.lane.messages import TraceFailed
+from tolaria.rollback.protocol import Rollback
+from tolaria.run.boundary import EpochBoundary, StepQuestions
+from tolaria.run.checkpointing import Checkpointing
+from tolaria.run.health import Halt, Health, Proceed, Retreat
+from tolaria.run.lane_client import LaneClient, PendingCommand
+from tolaria.run.observers import RunObserver
+from tolaria.run.profiling import Profiles, ProfileTaken
+from tolaria.run.recovery import Recovery
+from tolaria.run.resume import RunOutcome
+from tolaria.run.run_state import Lifecycle, RunEvent, after
+from tolaria.run.safety import COLLAPSE, EXPLOSION, Safety
+from tolaria.run.status import RunStatus, epoch_packet, status_message
+from tolaria.values.optimization import Adjustment
+
+_LAST_CHECKPOINT_S: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunParts:
+    """The collaborators of one run."""
+
+    lane: LaneClient
+    status: RunStatus
+    observers: RunObserver
+    health: Health
+    lifecycle: Lifecycle
+    safety: Safety
+    recovery: Recovery
+    checkpointing: Checkpointing
+    boundary: EpochBoundary
+    questions: StepQuestions
+    profiles: Profiles
+
+
+class TrainingRun:
+    """One run: `run` is its task; the other methods serve operators. Used on the event loop only.
+
+    `recovery`, `checkpointing` and the consultations are served in separate tasks.
+    """
+
+    def __init__(self, parts: RunParts, settings: Settings, ready: messages.LaneReady) -> None:
+        self._parts = parts
+        self._settings = settings
+        self._lane, self._status = parts.lane, parts.status
+        self._observers, self._lifecycle = parts.observers, parts.lifecycle
+        self._log = structlog.get_logger()
+        self._next_epoch = ready.progress.number + ready.progress.over
+        self._epoch_over = anyio.Event()
+        self._epoch_done: messages.EpochDone | None = None
+        self._stopping = False
+        self.ending: RunOutcome = "drained"
+        """How the run leaves this process, once it has ended."""
+        self._status.ready(ready)
+        self._observers.on_ready(ready)
+        self._show_seeds_and_rates()
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Trains until done or stopped. Ends in FINISHED, or in FAILED when the job's code raised."""
+        self._parts.safety.start()
+        self._lane.start(self._on_events)
+        self._lifecycle.enter(RunEvent.STARTED, self._status.state_reason)
+        try:
+            while not (self._stopping or self.ending == "finished"):
+                if self._next_epoch > self._settings.training.epochs:
+                    await self._finish()
+                elif (epoch := await self._train_epoch()) is not None:
+                    await self._cross_boundary(epoch)
+                await self._wait_for_rollback()
+            await self._end_lane()
+        except LaneFailedError as error:
+            self.ending = "failed"
+            self._lifecycle.enter(RunEvent.FAILED, str(error))
+        else:
+            reason = self._status.state_reason if self._stopping else "all epochs done"
+            self._lifecycle.enter(RunEvent.FINISHED, reason)
+
+    async def _train_epoch(self) -> messages.EpochDone | None:
+        """Trains the next epoch, or the rest of it; returns None if the run was stopped or rolled back within it."""
+        self._epoch_over, self._epoch_done = anyio.Event(), None
+        if self._status.epoch != self._next_epoch:
+            self._status.begin_epoch(self._next_epoch)
+            self._observers.on_epoch_started(self._next_epoch)
+        self._lane.run_epoch()
+        await self._epoch_over.wait()
+        self._raise_if_lane_failed()
+        return self._epoch_done
+
+    async def _cross_boundary(self, epoch: messages.EpochDone) -> None:
+        """Judges the epoch, asks the controller, and has a checkpoint made if one is due."""
+        if not self._judge(epoch):
+            return
+        parts, policy = self._parts, self._parts.boundary.policy
+        packet = epoch_packet(self._status, parts.health.averages, epoch, wall_ns=time.time_ns())
+        await parts.boundary.wait_for_answer(packet, self._status.refusals, since_s=epoch.finished_at_s)
+        if self._epoch_done is not epoch:  # rolled back meanwhile: its figures no longer describe any state
+            return
+        held_up_s = time.monotonic() - epoch.finished_at_s
+        breach = held_up_s > policy.budget_s and not policy.patient
+        self._status.boundary(held_up_s * 1000, breach=breach)
+        self._observers.on_boundary(self._status, epoch, budget_ms=policy.budget_s * 1000, breach=breach)
+        parts.safety.epoch_over(breach=breach)
+        self._lifecycle.changed()
+        await self._wait_for_rollback()
+        if self._epoch_done is epoch:
+            parts.checkpointing.on_epoch(epoch)
+
+    def _judge(self, epoch: messages.EpochDone) -> bool:
+        """Returns whether the epoch is healthy; otherwise rolls back or halts the run."""
+        parts = self._parts
+        verdict = parts.health.epoch(epoch, rolling_back=parts.recovery.running)
+        self._observers.on_health(parts.health.to_json())
+        if isinstance(verdict, Proceed):
+            return True
+        parts.safety.safeguards.epoch_failing(COLLAPSE)
+        # A checkpoint from within that epoch may be as bad as its end.
+        self._enact(verdict, before_step=min(parts.checkpointing.validated_step, epoch.global_step - 1))
+        parts.safety.epoch_over(breach=False)
+        return False
+
+    async def _finish(self) -> None:
+        """Ends the run after the last epoch, with a last checkpoint if the settings require one."""
+        await self._last_checkpoint("all epochs are done")
+        if self._settings.checkpoint.on_failure == "pause":
+            checkpointing = self._parts.checkpointing
+            await self._status.feed.until(
+                lambda: not checkpointing.failing or self._stopping or self._lane.ended is not None
+            )
+        rolled_back = self._parts.recovery.running or self._next_epoch <= self._settings.training.epochs
+        if not (self._stopping or rolled_back):
+            self.ending = "finished"
+
+    async def _end_lane(self) -> None:
+        self._lane.stop()
+        await self._status.feed.until(lambda: self._lane.ended is not None)
+        self._raise_if_lane_failed()
+
+    async def _wait_for_rollback(self) -> None:
+        recovery = self._parts.recovery
+        await self._status.feed.until(lambda: not recovery.running or self._lane.ended is not None)
+
+    def _raise_if_lane_failed(self) -> None:
+        ended = self._lane.ended
+        if ended is not None and ended.failure is not None:
+            self._log.error("training_failed", error=str(ended.failure), exception=ended.failure.traceback)
+            raise LaneFailedError(str(ended.failure))
+
+    async def _last_checkpoint(self, reason: str, *, hold: bool = False) -> None:
+        """Writes a last checkpoint within a time limit, if checkpoints are enabled. Waits for a rollback in progress.
+
+        With `hold` the lane is held from now on: the captured state is the last one of this process.
+        """
+        if not (self._settings.checkpoint.every_epochs or self._settings.checkpoint.every_steps):
+            return
+        if hold:
+            self._lane.hold("exit")
+        with anyio.move_on_after(_LAST_CHECKPOINT_S), suppress(TolariaError):  # counted and logged by checkpointing
+            await self._wait_for_rollback()
+            if not self._parts.recovery.unproven:
+                await self._parts.checkpointing.create(reason)
+
+    # -- events of the lane, in its order ----------------------------------------------------------------------------
+
+    def _on_events(self, events: Sequence[messages.Event]) -> None:
+        for event in events:
+            self._on_event(event)
+        self._parts.safety.check_breakers()
+        self._observers.on_frame(self._status)
+
+    def _on_event(self, event: messages.Event) -> None:
+        match event:
+            case messages.StepDone():
+                self._on_step(event)
+            case messages.EpochDone():
+                self._on_epoch(event)
+            case messages.SeedsChanged():
+                self._on_seeds(event)
+            case messages.CommandDone():
+                self._on_command(event)
+            case messages.Held():
+                self._on_held(event)
+            case messages.SnapshotsChanged():
+                self._status.snapshots = event.points
+                self._observers.on_snapshots(event.statistics)
+            case messages.SnapshotsUnavailable():
+                self._observers.on_snapshots_unavailable(event.reason)
+            case messages.ProfileDone():
+                self._parts.profiles.done(event)
+            case messages.LaneEnded():
+                self._on_lane_ended(event)
+            case _:
+                assert_never(event)
+
+    def _on_step(self, step: messages.StepDone) -> None:
+        """Judges and counts a step; an unhealthy one rolls back or halts the run."""
+        parts = self._parts
+        rolling_back = parts.recovery.running
+        verdict = parts.health.step(step, rolling_back=rolling_back)
+        self._status.step(step)
+        self._observers.on_step(step)
+        parts.safety.safeguards.step(step)
+        parts.profiles.step(step)
+        if not isinstance(verdict, Proceed):
+            if not step.skipped:
+                self._observers.on_explosion(step, verdict.reason)
+                parts.safety.safeguards.epoch_failing(EXPLOSION)
+            self._enact(verdict, before_step=step.global_step - (not step.skipped))
+            return
+        if not rolling_back:
+            parts.questions.step(step)
+            parts.recovery.on_step(step)
+            parts.checkpointing.on_step(step.global_step)
+            if self._lifecycle.training and parts.health.skipped_too_many(self._settings.control.max_void_steps):
+                streak = parts.health.averages.skipped_streak
+                self._lifecycle.hold(f"{streak} steps in a row were not finite")
+
+    def _on_epoch(self, epoch: messages.EpochDone) -> None:
+        self._status.epoch_done(epoch)
+        self._observers.on_epoch(epoch, show_layers=not self._parts.safety.safeguards.mode.on)
+        self._show_seeds_and_rates()
+        self._epoch_done, self._next_epoch = epoch, epoch.epoch + 1
+        self._epoch_over.set()
+
+    def _on_seeds(self, change: messages.SeedsChanged) -> None:
+        self._status.grafted = list(change.states)
+        self._observers.on_seeds(self._status.seeds)
+        self._observers.on_seeds_changed(change)
+        self._parts.safety.safeguards.seeds_changed(change)
+
+    def _on_held(self, event: messages.Held) -> None:
+        if self._lane.mark_held(event):
+            self._parts.safety.lane_held()
+            self._lifecycle.changed()
+
+    def _on_command(self, event: messages.CommandDone) -> None:
+        """Applies the result of a command, then completes its future, which wakes its waiters."""
+        if (pending := self._lane.take_pending(event)) is not None:
+            self._apply(pending, event)
+            self._lifecycle.changed()
+            self._lane.settle(pending, event)
+
+    def _apply(self, pending: PendingCommand, event: messages.CommandDone) -> None:
+        command = pending.command
+        match event.result:
+            case messages.SeedsChanged() as change:
+                self._status.refusals = change.refusals
+                self._on_seeds(change)
+            case messages.OptimizerChanged() as change:
+                if isinstance(command, messages.ChangeOptimizer) and command.adjustment is not None:
+                    self._status.learning_rates.update(change.after)
+                    self._status.adjustments = change.adjustments
+                    self._observers.on_learning_rates(self._status.learning_rates)
+                    self._observers.on_adjusted(command.adjustment, change)
+            case messages.Restored() as restored:
+                self._rewind(restored)
+            case messages.ImageCaptured() as captured:
+                self._parts.checkpointing.on_image_captured(captured.image_id)
+            case messages.ProfileStarted() | TraceFailed():
+                self._parts.profiles.started(pending, event)
+            case messages.BatchesSkipped():
+                pass  # recovery logs it
+            case None:
+                if isinstance(command, messages.ReconcileSeeds) and event.failure is not None:
+                    reason = str(event.failure.error())
+                    self._status.refusals = tuple((seed.seed_id, reason) for seed in self._status.desired)
+                    self._observers.on_seeds_failed(reason)
+                self._parts.profiles.started(pending, event)
+            case _:
+                assert_never(event.result)
+
+    def _on_lane_ended(self, event: messages.LaneEnded) -> None:
+        self._lane.mark_ended(event)
+        self._parts.profiles.close()
+        self._epoch_over.set()
+        self._lifecycle.changed()
+
+    def _show_seeds_and_rates(self) -> None:
+        self._observers.on_seeds(self._status.seeds)
+        self._observers.on_learning_rates(self._status.learning_rates)
+
+    def _rewind(self, restored: messages.Restored) -> None:
+        """Resets the run to the state that the lane has restored."""
+        parts = self._parts
+        parts.health.forgive_skipped_steps()
+        self._status.rewind(restored)
+        self._observers.on_rewind(restored)
+        self._show_seeds_and_rates()
+        parts.safety.safeguards.rolled_back()
+        parts.checkpointing.on_step(restored.position.global_step)
+        self._next_epoch = restored.progress.number + restored.progress.over
+        self._epoch_done = None
+        if not restored.underway and restored.latest_order == self._lane.order:
+            self._epoch_over.set()  # the lane has dropped its order: the epoch has to be ordered again
+
+    def _enact(self, verdict: Retreat | Halt, *, before_step: int) -> None:
+        match verdict:
+            case Retreat():
+                self._observers.on_health(self._parts.health.to_json())  # the budget outlives the process
+                self._parts.recovery.retreat(verdict, before_step=before_step)
+            case Halt(reason):
+                self._parts.safety.trigger(Trigger.ROLLBACK_BUDGET_SPENT, reason)
+            case _:
+                assert_never(verdict)
+
+    # -- operators ---------------------------------------------------------------------------------------------------
+
+    def status(self) -> GetStatusResponse:
+        """Returns the run's part of GetStatus."""
+        streak = self._parts.health.averages.skipped_streak
+        message = status_message(self._status, skipped_streak=streak, now_s=time.monotonic())
+        self._parts.safety.add_to(message)
+        return message
+
+    async def pause(self, reason: str) -> None:
+        """Pauses the run; returns when the lane is held. Raises WrongStateError when the run has ended or is ending."""
+        self._lifecycle.hold(reason)
+        held = self._lane.held
+        await self._status.feed.until(
+            lambda: held.is_set() or self._lane.ended is not None or not self._lifecycle.paused
+        )
+
+    def resume(self, reason: str) -> None:
+        """Resumes a held run. Raises WrongStateError when the run has ended or is ending, or an emergency halts it."""
+        if self._parts.safety.halting:
+            raise WrongStateError("an emergency halts the run: clear it first")
+        self._lifecycle.resume(reason)
+
+    def require_adjustable(self) -> None:
+        """Raises WrongStateError when the run has ended, so that no learning rate can be adjusted."""
+        self._lifecycle.require_not_ended("there is no rate to change")
+
+    async def adjust_learning_rate(self, adjustment: Adjustment) -> int:
+        """Adjusts learning rates at the next step boundary; returns the global step at which that took effect.
+
+        Raises:
+            WrongStateError: the run has ended.
+            AdjustmentRefusedError, UnknownGroupError: it is out of bounds or names no group; nothing has changed.
+        """
+        self.require_adjustable()
+        return (await self._lane.call(messages.ChangeOptimizer(adjustment, {}, None))).global_step
+
+    async def roll_back(self, rollback: Rollback) -> Rollback:
+        """Rolls back, as `Recovery.roll_back` does."""
+        return await self._parts.recovery.roll_back(rollback)
+
+    async def checkpoint(self, reason: str) -> CheckpointRow:
+        """Writes a checkpoint, as `Checkpointing.create` does.
+
+        Raises WrongStateError when the run has ended, or its live state is not what a rollback should have restored.
+        """
+        self._lifecycle.require_not_ended("no further checkpoint can be written")
+        if self._parts.recovery.unproven:
+            raise WrongStateError("the live state is not what was rolled back to: roll back once more first")
+        return await self._parts.checkpointing.create(reason)
+
+    async def capture_profile(self, active_steps: int) -> ProfileTaken:
+        """Takes a profile, as `Profiles.capture` does. Raises WrongStateError when the run has ended."""
+        self._lifecycle.require_not_ended("there is no step to profile")
+        return await self._parts.profiles.capture(active_steps)
+
+    async def stop(self, reason: str) -> None:
+        """Finishes the step and ends the run, even if cancelled. Raises WrongStateError if it had ended before."""
+        after(self._status.state, RunEvent.FINISHED)
+        self.ending = "stopped"
+        self._status.state_reason = f"stopped: {reason}"
+        try:
+            await self._last_checkpoint(f"stopped: {reason}", hold=True)
+        finally:
+            self._stop_lane()
+        await self._status.feed.until(lambda: self._lifecycle.ended)
+
+    async def drain(self, checkpoint_s: float) -> None:
+        """Ends the run with its process, after a last checkpoint if that takes no longer than `checkpoint_s`."""
+        try:
+            if not self._lifecycle.ended:
+                with anyio.move_on_after(checkpoint_s):
+                    await self._last_checkpoint("the service is stopping", hold=True)
+        finally:
+            reason = self._status.state_reason if self._lifecycle.ended else "the service is stopping"
+            self._lifecycle.enter(RunEvent.DRAINING, reason)
+            self._stop_lane()
+
+    def _stop_lane(self) -> None:
+        self._stopping = True
+        self._lane.stop()

@@ -1,0 +1,336 @@
+"""The figures of a run so far, the status for operators and the packet for the controller."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import anyio
+
+from leyline.v1 import admin_service_pb2 as admin
+from leyline.v1 import enums_pb2 as enums
+from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.seeds_pb2 import SeedState
+from leyline.v1.state_pb2 import SystemStatePacket
+from leyline.v1.telemetry_pb2 import SystemHealth
+from tolaria import __version__
+from tolaria.images import SnapshotInfo
+from tolaria.lane.messages import EpochDone, LaneReady, Restored, StepDone
+from tolaria.run.health import Averages
+from tolaria.values.optimization import ActiveAdjustment
+
+PACKET_VERSION: Final = 1
+_BOUNDARIES_KEPT: Final = 1024
+_STEP_MAX: Final = 2**64 - 1  # of the contract's uint64
+
+
+class StatusFeed:
+    """Wakes everything that waits for a change of the run. Used on the event loop only."""
+
+    def __init__(self) -> None:
+        self._change = anyio.Event()
+        self.version = 0
+
+    def changed(self) -> None:
+        """Wakes all current waiters."""
+        self.version += 1
+        self._change.set()
+        self._change = anyio.Event()
+
+    async def next(self) -> None:
+        """Waits for the next change."""
+        await self._change.wait()
+
+    async def until(self, predicate: Callable[[], bool]) -> None:
+        """Waits until `predicate()` is true after a change; returns at once if it is now."""
+        while not predicate():
+            await self._change.wait()
+
+
+@dataclass(slots=True)
+class EpochSums:
+    """Sums over the steps of the current epoch; skipped steps contribute only their number, samples and time."""
+
+    steps: int = 0
+    skipped_steps: int = 0
+    samples: int = 0
+    loss_sum: float = 0.0
+    gradient_norm: float = 0.0
+    duration_s: float = 0.0
+    input_wait_s: float = 0.0
+
+    def add(self, step: StepDone) -> None:
+        """Counts one step."""
+        self.duration_s += step.duration_s
+        self.input_wait_s += step.input_wait_s
+        self.samples += step.samples
+        if step.skipped:
+            self.skipped_steps += 1
+            return
+        self.steps += 1
+        self.loss_sum += step.loss
+        self.gradient_norm = step.gradient_norm
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the finite steps; NaN before the first."""
+        return self.loss_sum / self.steps if self.steps else float("nan")
+
+    @property
+    def samples_per_s(self) -> float:
+        """Samples per second of step time; 0 before the first step."""
+        return self.samples / self.duration_s if self.duration_s else 0.0
+
+
+@dataclass(slots=True)
+class RunStatus:
+    """The run as the event loop knows it. Losses and accuracies are NaN before the first."""
+
+    run_id: str
+    job: str
+    experiment: str
+    epochs: int
+    started_at_s: float
+
+    feed: StatusFeed = field(default_factory=StatusFeed)
+    state: admin.RunState.ValueType = admin.RUN_STATE_STARTING
+    state_reason: str = ""
+    steps_per_epoch: int = 0
+    epoch: int = 0
+    global_step: int = 0
+    samples_total: int = 0
+    sums: EpochSums = field(default_factory=EpochSums)
+    last_epoch: EpochDone | None = None
+    training_loss: float = float("nan")
+    snapshots: tuple[SnapshotInfo, ...] = ()
+    rollbacks: int = 0
+
+    boundaries_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_BOUNDARIES_KEPT))
+    boundaries_over_budget: int = 0
+    desired: list[SeedState] = field(default_factory=list)
+    grafted: list[SeedState] = field(default_factory=list)
+    refusals: tuple[tuple[str, str], ...] = ()
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    adjustments: tuple[ActiveAdjustment, ...] = ()
+    conflict_ratio: float = 0.0
+    fast_paths: dict[str, str] = field(default_factory=dict)
+    last_command: AdaptationCommand | None = None
+    tamiyo_answer: str = ""
+    kasmina_answer: str = ""
+    tamiyo_latency_ms: float = 0.0
+    kasmina_latency_ms: float = 0.0
+    commands_accepted: int = 0
+    commands_rejected: int = 0
+
+    @property
+    def seeds(self) -> list[SeedState]:
+        """All seeds: those in the model with their actual state, others with the state that Kasmina desires."""
+        grafted = {state.seed_id: state for state in self.grafted}
+        desired = [grafted.pop(state.seed_id, state) for state in self.desired]
+        return [*desired, *grafted.values()]
+
+    @property
+    def validation_accuracy(self) -> float:
+        """Accuracy of the last evaluation, 0 to 1; NaN before the first."""
+        return self.last_epoch.evaluation.accuracy if self.last_epoch else float("nan")
+
+    @property
+    def validation_loss(self) -> float:
+        """Loss of the last evaluation; NaN before the first."""
+        return self.last_epoch.evaluation.loss if self.last_epoch else float("nan")
+
+    def ready(self, ready: LaneReady) -> None:
+        """Adopts what the lane has built."""
+        self.steps_per_epoch = ready.steps_per_epoch
+        self.fast_paths = dict(ready.fast_paths)
+        self.rewind(ready)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Starts the sums of `epoch`."""
+        self.epoch, self.sums = epoch, EpochSums()
+
+    def step(self, step: StepDone) -> None:
+        """Counts a step."""
+        self.sums.add(step)
+        self.global_step = step.global_step
+        self.samples_total += step.samples
+
+    def epoch_done(self, epoch: EpochDone) -> None:
+        """Adopts the figures of an epoch."""
+        self.last_epoch = epoch
+        self.training_loss = epoch.training_loss
+        self._take_over(epoch)
+        if epoch.gradients is not None:
+            self.conflict_ratio = epoch.gradients.conflict_ratio
+
+    def rewind(self, to: LaneReady | Restored) -> None:
+        """Adopts the state in which the lane was built, or which it has restored."""
+        progress = to.progress
+        self.global_step = to.position.global_step
+        self.epoch = progress.number
+        self.sums = EpochSums(progress.steps, progress.skipped_steps, progress.samples, progress.loss_sum)
+        self._take_over(to)
+
+    def boundary(self, held_up_ms: float, *, breach: bool) -> None:
+        """Counts an epoch boundary that held training up for `held_up_ms`."""
+        self.boundaries_ms.append(held_up_ms)
+        self.boundaries_over_budget += breach
+
+    def _take_over(self, source: LaneReady | EpochDone | Restored) -> None:
+        self.grafted = list(source.seeds)
+        self.learning_rates, self.adjustments = dict(source.learning_rates), source.adjustments
+
+
+def state_name(state: admin.RunState.ValueType) -> str:
+    """Returns the state in lower case without its prefix, as labels and messages show it."""
+    return admin.RunState.Name(state).removeprefix("RUN_STATE_").lower()
+
+
+def epoch_packet(status: RunStatus, averages: Averages, epoch: EpochDone, *, wall_ns: int) -> SystemStatePacket:
+    """Returns the packet for the boundary after `epoch`. `wall_ns` is Unix time."""
+    sums = status.sums
+    steps = max(1, sums.steps + sums.skipped_steps)
+    packet = _packet(status, epoch.epoch, epoch.global_step, epoch.training_loss, wall_ns)
+    packet.validation_accuracy = epoch.evaluation.accuracy
+    packet.validation_loss = epoch.evaluation.loss
+    packet.hardware_context.CopyFrom(epoch.hardware)
+    packet.training_metrics.update(
+        _average_metrics(averages)
+        | {
+            "loss": epoch.training_loss,
+            "accuracy": epoch.evaluation.accuracy,
+            "gradient_norm": sums.gradient_norm,
+            "samples_per_s": sums.samples_per_s,
+            "latency_ms": epoch.steps_s * 1000,
+            "grad_conflict_rate": status.conflict_ratio,
+            "optimizer_lr": next(iter(epoch.learning_rates.values()), 0.0),
+            "optimizer_momentum": epoch.momentum,
+            "input_wait_ms": sums.input_wait_s * 1000 / steps,
+            "step_latency_ms": sums.duration_s * 1000 / steps,
+            "tamiyo_latency_ms": status.tamiyo_latency_ms,
+            "kasmina.apply_ms": status.kasmina_latency_ms,
+            "hook_latency_ms": status.boundaries_ms[-1] if status.boundaries_ms else 0.0,
+            "cpu_util_percent": epoch.hardware.utilization_percent,
+        }
+    )
+    return packet
+
+
+def step_packet(status: RunStatus, averages: Averages, step: StepDone, *, wall_ns: int) -> SystemStatePacket:
+    """Returns the packet between epochs: the last validation's figures, and this step's own loss."""
+    packet = _packet(status, step.epoch, step.global_step, step.loss, wall_ns)
+    packet.validation_accuracy = _known(status.validation_accuracy)
+    packet.validation_loss = _known(status.validation_loss)
+    packet.training_metrics.update(
+        _average_metrics(averages)
+        | {
+            "loss": step.loss,
+            "gradient_norm": step.gradient_norm,
+            "samples_per_s": status.sums.samples_per_s,
+            "step_latency_ms": step.duration_s * 1000,
+        }
+    )
+    return packet
+
+
+def status_message(status: RunStatus, *, skipped_streak: int, now_s: float) -> admin.GetStatusResponse:
+    """Returns the run's part of the answer to GetStatus; figures that do not exist yet are 0."""
+    boundaries = sorted(status.boundaries_ms)
+    return admin.GetStatusResponse(
+        run_id=status.run_id,
+        state=status.state,
+        state_reason=status.state_reason,
+        job=status.job,
+        epoch=status.epoch,
+        epochs=status.epochs,
+        global_step=status.global_step,
+        epoch_step=status.sums.steps + status.sums.skipped_steps,
+        steps_per_epoch=status.steps_per_epoch,
+        samples_total=status.samples_total,
+        samples_per_s=status.sums.samples_per_s,
+        training_loss=_known(status.sums.loss if status.sums.steps else status.training_loss),
+        validation_accuracy=_known(status.validation_accuracy),
+        validation_loss=_known(status.validation_loss),
+        seeds=status.seeds,
+        last_boundary_ms=status.boundaries_ms[-1] if boundaries else 0.0,
+        boundary_ms_p50=_quantile(boundaries, 0.50),
+        boundary_ms_p99=_quantile(boundaries, 0.99),
+        boundaries_over_budget=status.boundaries_over_budget,
+        last_command=status.last_command,
+        tamiyo_answer=status.tamiyo_answer,
+        kasmina_answer=status.kasmina_answer,
+        commands_accepted=status.commands_accepted,
+        commands_rejected=status.commands_rejected,
+        rollbacks=status.rollbacks,
+        health=_health(status, skipped_streak),
+        version=__version__,
+        uptime_s=now_s - status.started_at_s,
+        learning_rates=status.learning_rates,
+        fast_paths=status.fast_paths,
+        adjustments=[_adjustment(active) for active in status.adjustments],
+    )
+
+
+def _packet(status: RunStatus, epoch: int, step: int, loss: float, wall_ns: int) -> SystemStatePacket:
+    return SystemStatePacket(
+        version=PACKET_VERSION,
+        current_epoch=epoch,
+        timestamp_ns=wall_ns,
+        seed_states=status.grafted,
+        packet_id=uuid.uuid4().hex,
+        global_step=step,
+        training_loss=loss,
+        source_subsystem="tolaria",
+        training_run_id=status.run_id,
+        experiment_name=status.experiment,
+    )
+
+
+def _average_metrics(averages: Averages) -> dict[str, float]:
+    return {
+        "loss_delta": averages.loss_delta,
+        "loss_ewma": averages.loss,
+        "loss_volatility": math.sqrt(averages.loss_variance),
+        "grad_norm_ewma": averages.gradient_norm,
+        "grad_var": averages.gradient_norm_variance,
+    }
+
+
+def _adjustment(active: ActiveAdjustment) -> admin.LearningRateAdjustment:
+    adjustment = active.adjustment
+    expires_after = adjustment.expires_after_steps
+    message = admin.LearningRateAdjustment(
+        group=adjustment.group or "",
+        origin=adjustment.origin,
+        request_id=adjustment.request_id,
+        reason=adjustment.reason,
+        from_step=active.at_step,
+        expires_at_step=min(active.at_step + expires_after, _STEP_MAX) if expires_after else 0,
+    )
+    if adjustment.factor is not None:
+        message.factor = adjustment.factor
+    if adjustment.value is not None:
+        message.value = adjustment.value
+    return message
+
+
+def _health(status: RunStatus, skipped_streak: int) -> SystemHealth:
+    if status.state == admin.RUN_STATE_FAILED:
+        return SystemHealth(status=enums.HEALTH_STATUS_UNHEALTHY, summary=status.state_reason)
+    if skipped_streak:
+        return SystemHealth(status=enums.HEALTH_STATUS_DEGRADED, summary="the last steps were not finite")
+    return SystemHealth(status=enums.HEALTH_STATUS_HEALTHY)
+
+
+def _known(value: float) -> float:
+    """Returns 0 for NaN, which JSON does not have."""
+    return 0.0 if math.isnan(value) else value
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    """Returns the quantile by nearest rank; 0 if there are no values."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0

@@ -1,0 +1,151 @@
+"""Metrics, events and log lines of training: steps, epochs, boundaries, commands."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import structlog
+
+from leyline.v1.admin_service_pb2 import RunState
+from leyline.v1.enums_pb2 import CommandType
+from tolaria.errors import CommandRejectedError
+from tolaria.lane.messages import EpochDone, LaneReady, Restored, StepDone
+from tolaria.peers.consultation import Consultation
+from tolaria.run.observers import RunObserver
+from tolaria.run.status import RunStatus, state_name
+from tolaria.telemetry import events
+from tolaria.telemetry.events import Emitter
+from tolaria.telemetry.logging import LogContext
+from tolaria.telemetry.metrics import Metrics
+
+_STATES = [name.removeprefix("RUN_STATE_").lower() for name in RunState.keys()[1:]]
+
+
+class TrainingTelemetry(RunObserver):
+    """Writes the metrics, events and log lines of training."""
+
+    def __init__(self, metrics: Metrics, emitter: Emitter, log_context: LogContext, *, run_id: str) -> None:
+        self._metrics = metrics
+        self._emitter = emitter
+        self._context = log_context
+        self._log = structlog.get_logger()
+        # Cached children: three times cheaper than labels() for every step.
+        self._state_gauges = {name: metrics.training_state.labels(name) for name in _STATES}
+        self._samples = 0
+        self._step = 0
+        log_context.run_id = run_id
+
+    def on_ready(self, ready: LaneReady) -> None:
+        metrics, running = self._metrics, ready.fast_paths_running
+        metrics.train_compile_enabled.set("compile" in running)
+        metrics.train_amp_enabled.set("amp" in running)
+        metrics.train_tf32_enabled.set("tf32" in running)
+        metrics.train_foreach_enabled.set("fused" in running)
+        metrics.train_pin_memory.set("pin_memory" in running)
+        for path, detail in ready.fast_path_failures:
+            self._emitter.emit(events.COMPILE_FALLBACK, path=path, detail=detail)
+        self._go_to(ready.progress.number, ready.position.global_step)
+
+    def on_state(self, state: RunState.ValueType, reason: str) -> None:
+        now = state_name(state)
+        for name, gauge in self._state_gauges.items():
+            gauge.set(name == now)
+        self._log.info("run_state", state=now, reason=reason)
+
+    def on_epoch_started(self, epoch: int) -> None:
+        self._context.epoch = epoch
+        self._metrics.training_epoch.set(epoch)
+
+    def on_step(self, step: StepDone) -> None:
+        self._metrics.step_duration_seconds.observe(step.duration_s)
+        self._metrics.step_input_wait_seconds.observe(step.input_wait_s)
+        if step.skipped and not step.rescaled:
+            self._emitter.emit(
+                events.NON_FINITE_STEP, step=step.global_step, loss=step.loss, gradient_norm=step.gradient_norm
+            )
+
+    def on_explosion(self, step: StepDone, reason: str) -> None:
+        self._emitter.emit(
+            events.LOSS_EXPLOSION,
+            step=step.global_step,
+            loss=step.loss,
+            gradient_norm=step.gradient_norm,
+            reason=reason,
+        )
+
+    def on_frame(self, status: RunStatus) -> None:
+        metrics = self._metrics
+        self._context.step = status.global_step
+        metrics.training_step.set(status.global_step)
+        metrics.training_samples_total.inc(status.samples_total - self._samples)
+        self._samples = status.samples_total
+        if status.global_step != self._step:
+            metrics.training_last_step_timestamp_seconds.set(time.time())
+        self._step = status.global_step
+
+    def on_epoch(self, epoch: EpochDone, *, show_layers: bool) -> None:
+        del show_layers
+        metrics = self._metrics
+        metrics.training_loss.set(epoch.training_loss)
+        metrics.training_accuracy.set(epoch.evaluation.accuracy)
+        metrics.training_latency_ms.set(epoch.steps_s * 1000)
+        if epoch.samples == 0:
+            self._emitter.emit(events.ZERO_SAMPLES, epoch=epoch.epoch)
+
+    def on_boundary(self, status: RunStatus, epoch: EpochDone, *, budget_ms: float, breach: bool) -> None:
+        held_up_ms = status.boundaries_ms[-1]
+        self._metrics.epoch_hook_latency_ms.set(held_up_ms)
+        self._metrics.epoch_hook_duration_seconds.observe(held_up_ms / 1000)
+        if breach:
+            self._emitter.emit(
+                events.EPOCH_BUDGET_EXCEEDED, epoch=epoch.epoch, latency_ms=held_up_ms, budget_ms=budget_ms
+            )
+        self._metrics.epochs_total.inc()
+        self._log.info(
+            "epoch_finished",
+            loss=_rounded(epoch.training_loss),
+            accuracy=_rounded(epoch.evaluation.accuracy),
+            validation_loss=_rounded(epoch.evaluation.loss),
+            steps=status.sums.steps,
+            samples_per_s=round(status.sums.samples_per_s, 1),
+            boundary_ms=round(held_up_ms, 2),
+            tamiyo=status.tamiyo_answer,
+            kasmina=status.kasmina_answer,
+        )
+
+    def on_step_question(self, step: int, latency_ms: float, *, budget_ms: float, breach: bool) -> None:
+        self._metrics.hook_latency_ms.set(latency_ms)
+        if breach:
+            self._emitter.emit(events.HOOK_BUDGET_EXCEEDED, step=step, latency_ms=latency_ms, budget_ms=budget_ms)
+
+    def on_rewind(self, restored: Restored) -> None:
+        self._go_to(restored.progress.number, restored.position.global_step)
+
+    def on_command_applied(self, consultation: Consultation) -> None:
+        if (command := consultation.command) is None:
+            return
+        kind = CommandType.Name(command.command_type).removeprefix("COMMAND_").lower()
+        self._metrics.command_applied_total.labels(kind).inc()
+        self._log.info(
+            "command_applied",
+            command_id=command.command_id,
+            command=consultation.tamiyo_answer,
+            kasmina=consultation.kasmina_answer,
+            asked_at_step=consultation.state.global_step,
+        )
+
+    def on_command_rejected(self, rejection: CommandRejectedError) -> None:
+        self._metrics.command_rejected_total.labels(rejection.reason).inc()
+        self._emitter.emit(
+            events.COMMAND_REJECTED, command_id=rejection.command_id, reason=rejection.reason, detail=rejection.detail
+        )
+
+    def _go_to(self, epoch: int, global_step: int) -> None:
+        self._context.epoch, self._context.step = epoch, global_step
+        self._metrics.training_epoch.set(epoch)
+        self._metrics.training_step.set(global_step)
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 5)

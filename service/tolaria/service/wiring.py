@@ -1,0 +1,235 @@
+"""Builds the parts of a service from the settings. Nothing is started here."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from anyio.abc import TaskGroup
+
+from tolaria.checkpoint.storage import Storage
+from tolaria.checkpoint.writer import CheckpointWriter
+from tolaria.config import Settings
+from tolaria.emergency.supervision import Heartbeats
+from tolaria.images import StateImage
+from tolaria.journal.async_journal import AsyncJournal
+from tolaria.journal.rows import EmergencyRow, RunRow
+from tolaria.lane.messages import LaneReady, Restored
+from tolaria.peers.connect import Peers
+from tolaria.peers.consultation import Consultations
+from tolaria.peers.verification import CommandVerifier
+from tolaria.rollback.coordinator import RollbackCoordinator
+from tolaria.rollback.protocol import RollbackParticipant
+from tolaria.rpc.requests import RequestLedger
+from tolaria.run.boundary import BoundaryPolicy, EpochBoundary, StepQuestions
+from tolaria.run.checkpointing import Checkpointing
+from tolaria.run.command_handler import CommandHandler
+from tolaria.run.health import Health
+from tolaria.run.journal_observer import JournalObserver
+from tolaria.run.lane_client import LaneClient, LaneHandle
+from tolaria.run.observers import Observers
+from tolaria.run.profiling import Profiles
+from tolaria.run.recovery import LaneRestorer, Recovery
+from tolaria.run.run import RunParts, TrainingRun
+from tolaria.run.run_state import Lifecycle
+from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, TAMIYO, Safeguards, Safety
+from tolaria.run.safety_telemetry import SafetyTelemetry
+from tolaria.run.seed_telemetry import SeedTelemetry
+from tolaria.run.status import RunStatus
+from tolaria.run.training_telemetry import TrainingTelemetry
+from tolaria.signals import SignalBoard
+from tolaria.telemetry.events import Emitter
+from tolaria.telemetry.logging import LogContext
+from tolaria.telemetry.metrics import Metrics
+
+
+class LaneBuild(Protocol):
+    """A lane that has been built but not started; `tolaria.lane.build` documents it."""
+
+    @property
+    def ready(self) -> LaneReady:
+        """What has been built."""
+
+    def resume(self, image: StateImage) -> Restored:
+        """Restores a checkpoint of an earlier process."""
+
+    def lane(self, heartbeat: Heartbeats, traces_dir: Path) -> LaneHandle:
+        """Returns the lane."""
+
+
+def build_lane(settings: Settings) -> LaneBuild:
+    """Builds the job and the lane around it; imports torch. Raises as `tolaria.lane.build.build` does."""
+    # Imported by name, so that torch is not loaded earlier and is absent from the package's import graph.
+    return cast("LaneBuild", importlib.import_module("tolaria.lane.build").build(settings))
+
+
+@dataclass(frozen=True, slots=True)
+class Foundation:
+    """What exists before the event loop. `run` is the run's row; `active_halt` is the halt it was resumed with."""
+
+    settings: Settings
+    build: LaneBuild
+    board: SignalBoard
+    storage: Storage
+    writer: CheckpointWriter
+    run: RunRow
+    active_halt: EmergencyRow | None
+    metrics: Metrics
+    emitter: Emitter
+    log_context: LogContext
+
+
+class Core:
+    """The parts of a run that exist before its peers are connected. Built on the event loop."""
+
+    def __init__(self, foundation: Foundation) -> None:
+        settings, metrics, emitter = foundation.settings, foundation.metrics, foundation.emitter
+        self.foundation = foundation
+        self.ready = foundation.build.ready
+        self.status = new_status(settings, foundation.run.run_id)
+        self.journal = AsyncJournal(foundation.storage.journal, self.status.run_id)
+        participant = foundation.board.claim("tolaria")
+        self.heartbeats = Heartbeats(participant)
+        self.health = Health(settings.rollback, foundation.run.scale)
+        safety_telemetry = SafetyTelemetry(metrics, emitter, BREAKERS, degraded=foundation.board.degraded)
+        self.observers = Observers(
+            TrainingTelemetry(metrics, emitter, foundation.log_context, run_id=self.status.run_id),
+            SeedTelemetry(settings.gradients, metrics, emitter),
+            safety_telemetry,
+            JournalObserver(self.journal, self.status, foundation.run, active=foundation.active_halt),
+        )
+        self.handle = foundation.build.lane(self.heartbeats, Path(settings.state.dir) / "traces")
+        self.lane = LaneClient(self.handle)
+        self.lifecycle = Lifecycle(self.lane, self.status, self.health, self.observers)
+        self.safeguards = Safeguards(self.observers, self.status, recovery_epochs=settings.emergency.recovery_epochs)
+        self.safety = Safety(
+            foundation.board,
+            participant,
+            settings.emergency,
+            lifecycle=self.lifecycle,
+            safeguards=self.safeguards,
+            observers=self.observers,
+            telemetry=safety_telemetry,
+            active=foundation.active_halt,
+        )
+        self.checkpointing = Checkpointing(
+            settings.checkpoint,
+            self.lane,
+            foundation.writer,
+            lifecycle=self.lifecycle,
+            breaker=self.safeguards.breakers[CHECKPOINT],
+            observers=self.observers,
+            journal=self.journal,
+            from_step=self.ready.position.global_step,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RunService:
+    """A run and the tasks that are served with it."""
+
+    run: TrainingRun
+    consultations: Consultations
+    recovery: Recovery
+
+    async def serve(self, core: Core, tasks: TaskGroup) -> None:
+        """Starts the run's tasks, and trains until the run has ended."""
+        tasks.start_soon(self.consultations.serve)
+        tasks.start_soon(self.recovery.serve)
+        tasks.start_soon(core.checkpointing.serve)
+        tasks.start_soon(core.journal.serve)
+        await self.run.run()
+
+
+def new_run(core: Core, peers: Peers) -> RunService:
+    """Returns the run with these peers."""
+    settings = core.foundation.settings
+    recovery = _new_recovery(core, {TAMIYO: peers.tamiyo_rollback, KASMINA: peers.kasmina_rollback})
+    handler = CommandHandler(
+        core.lane,
+        core.status,
+        lifecycle=core.lifecycle,
+        safety=core.safety,
+        recovery=recovery,
+        observers=core.observers,
+        max_staleness_steps=settings.control.max_staleness_steps,
+    )
+    consultations = Consultations(
+        peers.tamiyo,
+        peers.kasmina,
+        verifier=CommandVerifier(settings.leyline),
+        emitter=core.foundation.emitter,
+        permits=core.safeguards.permits,
+        on_settled=handler.settle,
+    )
+    questions = StepQuestions(
+        consultations,
+        settings.control,
+        status=core.status,
+        health=core.health,
+        observers=core.observers,
+        safety=core.safety,
+    )
+    parts = RunParts(
+        lane=core.lane,
+        status=core.status,
+        observers=core.observers,
+        health=core.health,
+        lifecycle=core.lifecycle,
+        safety=core.safety,
+        recovery=recovery,
+        checkpointing=core.checkpointing,
+        boundary=EpochBoundary(consultations, _boundary_policy(settings)),
+        questions=questions,
+        profiles=Profiles(core.lane, settings.profiler, safeguards=core.safeguards, observers=core.observers),
+    )
+    return RunService(TrainingRun(parts, settings, core.ready), consultations, recovery)
+
+
+def new_ledger(core: Core, tasks: TaskGroup) -> RequestLedger:
+    """Returns the ledger of operators' requests, whose operations run in `tasks`."""
+    return RequestLedger(core.foundation.settings.server.request_memory, core.journal, core.status, tasks)
+
+
+def new_status(settings: Settings, run_id: str) -> RunStatus:
+    """Returns the status of a run as it starts in this process."""
+    training = settings.training
+    return RunStatus(run_id, training.job, training.experiment, training.epochs, started_at_s=time.monotonic())
+
+
+def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -> Recovery:
+    foundation = core.foundation
+    restorer = LaneRestorer(core.lane, core.status, foundation.storage.checkpoints, core.observers)
+    coordinator = RollbackCoordinator(
+        participants,
+        restorer,
+        run_id=core.status.run_id,
+        settings=foundation.settings.rollback,
+        board=foundation.board.claim_rollback(),
+        journal=core.journal,
+    )
+    return Recovery(
+        coordinator,
+        core.lane,
+        lifecycle=core.lifecycle,
+        health=core.health,
+        checkpointing=core.checkpointing,
+        observers=core.observers,
+        safety=core.safety,
+        status=core.status,
+    )
+
+
+def _boundary_policy(settings: Settings) -> BoundaryPolicy:
+    control = settings.control
+    return BoundaryPolicy(
+        budget_s=control.boundary_budget_ms / 1000,
+        tamiyo_s=control.tamiyo_budget_ms / 1000,
+        patient=settings.training.deterministic,
+        # Three calls at most (evaluate, apply, export), each with its own deadline.
+        patience_s=settings.tamiyo.timeout_s + 2 * settings.kasmina.timeout_s + 1.0,
+    )

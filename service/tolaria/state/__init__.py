@@ -1,0 +1,1 @@
+"""The training state: its definition, capture into images, and restore."""

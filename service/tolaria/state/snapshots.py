@@ -1,0 +1,223 @@
+"""The snapshot ring: preallocated images in host memory, bounded by bytes and entries, and when to take snapshots.
+
+Host memory, pinned with CUDA, keeps device memory free, and hashing and writing never wait for the device.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from tolaria.images import Lease, SnapshotInfo, SnapshotStatistics, StateImage
+from tolaria.state.encoding import Arena, arena_bytes, specs_of
+from tolaria.state.training_state import TrainingState
+from tolaria.values.training import Position
+
+_NEWEST_WEIGHT: Final = 0.2
+"""Weight of the newest cost in the moving average: follows a change within a dozen snapshots, and damps outliers."""
+
+_ROUNDING: Final = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """No snapshot was taken and the ring is unchanged: the state is too large, or every image is leased."""
+
+    size_bytes: int
+    too_large: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Cadence:
+    """Decides when a snapshot is due, so that snapshots cost at most `overhead_max` of the time of steps.
+
+    Counts the time of the steps since the last snapshot rather than an average step: after one slow step an average
+    would admit several snapshots too early.
+
+    Args:
+        overhead_max: share of step time that snapshots may cost.
+        snapshot_s: moving average of a snapshot's cost in seconds; None before the first.
+        steps_since: steps since the last snapshot.
+        stepped_s: their time in seconds.
+
+    Raises:
+        ValueError: `overhead_max` is not positive.
+    """
+
+    overhead_max: float
+    snapshot_s: float | None = None
+    steps_since: int = 0
+    stepped_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.overhead_max <= 0:
+            raise ValueError(f"overhead_max must be positive, got {self.overhead_max}")
+
+    @property
+    def due(self) -> bool:
+        """Whether a snapshot is due at this step boundary. The first one always is."""
+        if self.snapshot_s is None:
+            return True
+        return self.steps_since > 0 and self.overhead_max * self.stepped_s >= self.snapshot_s * (1 - _ROUNDING)
+
+    def after_step(self, step_s: float) -> Cadence:
+        """Returns the cadence after a step that took `step_s`."""
+        return Cadence(self.overhead_max, self.snapshot_s, self.steps_since + 1, self.stepped_s + step_s)
+
+    def after_snapshot(self, snapshot_s: float) -> Cadence:
+        """Returns the cadence after an attempt to take a snapshot that cost `snapshot_s`."""
+        average = self.snapshot_s
+        blended = snapshot_s if average is None else average + _NEWEST_WEIGHT * (snapshot_s - average)
+        return Cadence(self.overhead_max, blended)
+
+
+class SnapshotRing:
+    """Snapshots in memory, evicted least recently used first.
+
+    Captures and lookups are for the lane's thread; leases may be released from any thread.
+
+    Args:
+        bytes_max: memory held at most, alignment included.
+        entries_max: images held at most.
+        seal: whether `capture` records the digest. Without it a restore seals the image, and its verification proves
+            only that the copy was correct.
+    """
+
+    def __init__(self, *, bytes_max: int, entries_max: int, seal: bool) -> None:
+        self._bytes_max = bytes_max
+        self._entries_max = entries_max
+        self._seal = seal
+        self._lock = threading.Lock()
+        self._slots: list[_Slot] = []  # least recently used first
+        self._hits = self._misses = self._snapshots = self._declined = self._evictions = 0
+
+    def capture(self, state: TrainingState) -> Position | Declined:
+        """Copies the state into the ring, which synchronises, and returns its position.
+
+        Replaces the snapshot of the same step. Memory is allocated only while the ring fills, and when the layout has
+        changed.
+
+        Raises:
+            StateUnsupportedError: something in the state cannot be captured. The ring is unchanged.
+        """
+        survey = state.survey()
+        values, specs = survey.json(), specs_of(survey.tensors)
+        size_bytes = arena_bytes(specs) + len(values)
+        with self._lock:
+            removed = self._make_room(size_bytes, survey.position.global_step)
+            if removed is None:
+                self._declined += 1
+                return Declined(size_bytes, too_large=size_bytes > self._bytes_max)
+        arena = next((slot.arena for slot in removed if slot.arena.specs == specs), None)
+        del removed  # frees their memory before more is allocated
+        if arena is None:
+            arena = Arena(specs, pinned=any(tensor.is_cuda for tensor in survey.tensors.values()))
+        slot = _Slot(arena, arena.fill(survey.position, survey.tensors, values), size_bytes)
+        if self._seal:
+            slot.image.seal()
+        with self._lock:
+            for other in self._slots:  # a leased snapshot of this step keeps its memory but is not restored any more
+                other.listed = other.listed and other.global_step != slot.global_step
+            self._slots.append(slot)
+            self._snapshots += 1
+        return survey.position
+
+    def lookup(self, at_or_before: int | None = None) -> Lease | None:
+        """Leases the newest snapshot at or before a step (None: of all), and counts a hit or a miss."""
+        with self._lock:
+            listed = [s for s in self._slots if s.listed and (at_or_before is None or s.global_step <= at_or_before)]
+            slot = max(listed, key=lambda slot: slot.global_step, default=None)
+            if slot is None:
+                self._misses += 1
+                return None
+            self._hits += 1
+            self._slots.remove(slot)
+            self._slots.append(slot)
+            return self._lease(slot)
+
+    def hold(self, global_step: int) -> Lease | None:
+        """Leases the snapshot of exactly this step. Counts neither hit nor miss."""
+        with self._lock:
+            slot = next((s for s in self._slots if s.listed and s.global_step == global_step), None)
+            return None if slot is None else self._lease(slot)
+
+    def forget_after(self, global_step: int) -> None:
+        """Drops the snapshots of later steps, which a rollback has invalidated."""
+        with self._lock:
+            for slot in self._slots:
+                slot.listed = slot.listed and slot.global_step <= global_step
+
+    def snapshots(self) -> tuple[SnapshotInfo, ...]:
+        """Returns the restorable snapshots, oldest step first."""
+        with self._lock:
+            listed = sorted((slot for slot in self._slots if slot.listed), key=lambda slot: slot.global_step)
+        return tuple(
+            SnapshotInfo(slot.image.position, slot.size_bytes, slot.image.sealed.total if slot.image.sealed else None)
+            for slot in listed
+        )
+
+    def statistics(self) -> SnapshotStatistics:
+        """Returns counters and sizes."""
+        with self._lock:
+            return SnapshotStatistics(
+                entries=sum(slot.listed for slot in self._slots),
+                size_bytes=sum(slot.size_bytes for slot in self._slots),
+                bytes_max=self._bytes_max,
+                hits=self._hits,
+                misses=self._misses,
+                snapshots=self._snapshots,
+                declined=self._declined,
+                evictions=self._evictions,
+            )
+
+    def _make_room(self, size_bytes: int, global_step: int) -> list[_Slot] | None:
+        """Removes slots until the size fits, and returns them; None, with the ring unchanged, if it does not fit.
+
+        Slots that a snapshot of this step makes unneeded go first, then the least recently used ones.
+        """
+        if size_bytes > self._bytes_max:
+            return None
+        free = [slot for slot in self._slots if slot.leases == 0]
+        unneeded = [slot for slot in free if not slot.listed or slot.global_step == global_step]
+        evictable = [slot for slot in free if slot not in unneeded]
+        candidates = iter([*sorted(unneeded, key=lambda slot: not slot.listed), *evictable])
+        kept, removed = list(self._slots), list[_Slot]()
+        # One unneeded slot is removed even if there is room, so that its memory is used again.
+        while (unneeded and not removed) or not self._fits(size_bytes, kept):
+            slot = next(candidates, None)
+            if slot is None:
+                return None
+            kept.remove(slot)
+            removed.append(slot)
+        self._slots = kept
+        self._evictions += sum(slot in evictable for slot in removed)
+        return removed
+
+    def _fits(self, size_bytes: int, slots: list[_Slot]) -> bool:
+        held_bytes = sum(slot.size_bytes for slot in slots)
+        return len(slots) < self._entries_max and held_bytes + size_bytes <= self._bytes_max
+
+    def _lease(self, slot: _Slot) -> Lease:
+        slot.leases += 1
+        return Lease(slot.image, partial(self._release, slot))
+
+    def _release(self, slot: _Slot) -> None:
+        with self._lock:
+            slot.leases -= 1
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """One place in the ring. If not listed, it is spare memory or an image that only lease holders use."""
+
+    arena: Arena
+    image: StateImage
+    size_bytes: int
+    listed: bool = True
+    leases: int = 0
+
+    @property
+    def global_step(self) -> int:
+        return self.image.position.global_step

@@ -1,0 +1,197 @@
+"""The training state, defined once: its parts, the name of each tensor, and its digest.
+
+Tensors are named `parameter/<name>`, `buffer/<name>` (persistent or not), `state/<parameter>/<key>` (optimizer state),
+`group/<index>/<option>` (parameter group options that are tensors) and `rng/<generator>`, and sorted by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any, Protocol, cast
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor, nn
+
+from tolaria.errors import StateUnsupportedError
+from tolaria.images import Fingerprint, StateImage, canonical_json, combine
+from tolaria.state.encoding import (
+    TENSOR_KEY,
+    Arena,
+    PutTensor,
+    capture_rngs,
+    encode,
+    encode_plain,
+    packed_bytes,
+    spec_of,
+    specs_of,
+)
+from tolaria.values.training import Position
+
+
+class LiveTraining(Protocol):
+    """The objects being trained. The attributes are read at each use, since the optimizer may be rebuilt."""
+
+    position: Position
+
+    @property
+    def model(self) -> nn.Module:
+        """The model with its grafted seeds, not a compiled wrapper."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer over the model's parameters."""
+
+
+class StatePart(Protocol):
+    """A part of the state without tensors: LR controller, data cursor, seed topology, AMP scaler."""
+
+    def state_dict(self) -> dict[str, JsonValue]:
+        """Returns the part as JSON values; floats may be infinite or NaN."""
+
+    def load_state_dict(self, state: dict[str, JsonValue]) -> Any:
+        """Restores what `state_dict` returned. After an error the caller loads the previous state again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """The live tensors themselves by name (generators: copies), and everything else as JSON values."""
+
+    position: Position
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, JsonValue]
+
+    def json(self) -> bytes:
+        """Returns the canonical JSON of `values`."""
+        return canonical_json(dict(self.values))
+
+
+class TrainingState:
+    """The definition of the training state over live objects. Used by the lane only, at a step boundary.
+
+    Args:
+        live: model, optimizer and position.
+        parts: other parts by name. The names belong to the state: an image with other parts does not fit.
+        topology: the part whose loading changes which parameters and parameter groups exist; None if none does.
+
+    Raises:
+        StateUnsupportedError: a module has extra state that is neither parameter nor buffer.
+    """
+
+    def __init__(
+        self, live: LiveTraining, parts: Mapping[str, StatePart], *, topology: StatePart | None = None
+    ) -> None:
+        self.live = live
+        self.parts = MappingProxyType({name: parts[name] for name in sorted(parts)})
+        self.topology = topology
+        for name, module in live.model.named_modules():
+            if type(module).get_extra_state is not nn.Module.get_extra_state:
+                raise StateUnsupportedError(name, "the module has extra state beside parameters and buffers")
+
+    def survey(self) -> Survey:
+        """Lists the whole state. Copies no tensor except the generators', for which it synchronises with CUDA.
+
+        Raises:
+            StateUnsupportedError: something in the state cannot be represented exactly.
+        """
+        return _Surveyor(self).survey()
+
+    def fingerprint(self) -> Fingerprint:
+        """Returns the digests of the live state, equal to those of an image of it. Reads every byte; synchronises."""
+        survey = self.survey()
+        digests = {name: spec_of(name, tensor).digest(packed_bytes(tensor)) for name, tensor in survey.tensors.items()}
+        return combine(digests, survey.json())
+
+    def copy(self) -> StateImage:
+        """Returns an unsealed image in newly allocated host memory. Synchronises."""
+        survey = self.survey()
+        arena = Arena(specs_of(survey.tensors), pinned=False)
+        return arena.fill(survey.position, survey.tensors, survey.json())
+
+
+def parameter_names(live: LiveTraining) -> dict[Tensor, str]:
+    """Returns the names of the model's and the optimizer's parameters. A tied parameter has its first name."""
+    names: dict[Tensor, str] = {}
+    for name, parameter in live.model.named_parameters():
+        names.setdefault(parameter, _eager_name(name))
+    for index, group in enumerate(live.optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            names.setdefault(parameter, f"optimizer:{index}.{position}")
+    return names
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a view of an expanded tensor without its repeated elements; other tensors unchanged."""
+    if tensor.layout != torch.strided:
+        return tensor
+    for dimension, (stride, length) in enumerate(zip(tensor.stride(), tensor.shape, strict=True)):
+        if stride == 0 and length > 1:
+            tensor = tensor.narrow(dimension, 0, 1)
+    return tensor
+
+
+def _eager_name(name: str) -> str:
+    """Drops the prefix that `torch.compile` adds, so that compiled and eager runs share checkpoints."""
+    return name.replace("_orig_mod.", "")
+
+
+class _Surveyor:
+    """One pass over the live objects."""
+
+    def __init__(self, state: TrainingState) -> None:
+        self._state = state
+        self._live = state.live
+        self._names = parameter_names(state.live)
+        self._tensors: dict[str, Tensor] = {}
+
+    def survey(self) -> Survey:
+        for parameter, name in self._names.items():
+            self._put(f"parameter/{name}", parameter)
+        for name, buffer in self._live.model.named_buffers():
+            self._put(f"buffer/{_eager_name(name)}", whole(buffer))
+        topology, parts = self._state.topology, self._state.parts
+        rng_tensors, rng_values = capture_rngs()
+        values: dict[str, JsonValue] = {
+            "position": asdict(self._live.position),
+            "optimizer": self._optimizer(),
+            "parts": {name: encode_plain(part.state_dict(), f"parts/{name}") for name, part in parts.items()},
+            "topology": None if topology is None else encode_plain(topology.state_dict(), "topology"),
+            "rng": rng_values,
+        }
+        self._tensors.update(rng_tensors)
+        tensors = MappingProxyType({name: self._tensors[name] for name in sorted(self._tensors)})
+        return Survey(self._live.position, tensors, MappingProxyType(values))
+
+    def _optimizer(self) -> JsonValue:
+        optimizer = self._live.optimizer
+        groups: list[JsonValue] = []
+        for index, group in enumerate(optimizer.param_groups):
+            options = {key: value for key, value in group.items() if key != "params"}
+            parameters: list[JsonValue] = [self._names[parameter] for parameter in group["params"]]
+            groups.append({"parameters": parameters, "options": encode(options, f"group/{index}", self._put)})
+        state: dict[str, JsonValue] = {}
+        for parameter, entries in optimizer.state.items():
+            name = self._names.get(parameter)
+            if name is None:
+                raise StateUnsupportedError("optimizer", "its state has an entry of an unknown parameter")
+            state[name] = encode(dict(entries), f"state/{name}", self._put_beside(parameter))
+        return {"kind": type(optimizer).__name__, "groups": groups, "state": state}
+
+    def _put(self, name: str, tensor: Tensor) -> JsonValue:
+        if name in self._tensors:
+            raise StateUnsupportedError(name, "two tensors have this name")
+        self._tensors[name] = tensor
+        return {TENSOR_KEY: name}
+
+    def _put_beside(self, parameter: Tensor) -> PutTensor:
+        """Records for each tensor whether it is on the parameter's device or, like step counts, always on the CPU."""
+        device = parameter.device
+
+        def put(name: str, tensor: Tensor) -> JsonValue:
+            with_parameter = tensor.device == device and (tensor.dim() > 0 or device.type != "cpu")
+            reference = cast("dict[str, JsonValue]", self._put(name, tensor))
+            return {**reference, "home": "parameter" if with_parameter else "cpu"}
+
+        return put

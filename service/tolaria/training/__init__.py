@@ -1,1 +1,0 @@
-"""The training itself: the lane that computes, the loop that steers it, the boundary between epochs."""

@@ -1,0 +1,1 @@
+"""Value types that pass between the lane and the run: frozen dataclasses of plain values, without torch."""

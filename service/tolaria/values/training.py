@@ -1,0 +1,111 @@
+"""Positions, epoch progress and evaluation results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Final
+
+from pydantic import JsonValue
+
+HOST: Final = "host"
+"""The source name of the host model's loss, and the owner of every parameter outside the seeds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A point in training: completed optimizer steps, and the epoch (from 1; 0 before the first)."""
+
+    global_step: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class EpochProgress:
+    """Progress of the current or last epoch.
+
+    Attributes:
+        number: the epoch, from 1; 0 before the first.
+        over: whether the epoch has ended.
+        batches: batches that the cursor has returned.
+        steps: steps that changed the parameters.
+        skipped_steps: steps that were skipped because a loss or gradient was not finite.
+        samples: samples of all steps.
+        loss_sum: sum of the losses of `steps`.
+    """
+
+    number: int = 0
+    over: bool = True
+    batches: int = 0
+    steps: int = 0
+    skipped_steps: int = 0
+    samples: int = 0
+    loss_sum: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """The mean loss per step; NaN before the first."""
+        return self.loss_sum / self.steps if self.steps else float("nan")
+
+    def begun(self, number: int) -> EpochProgress:
+        """Returns the progress at the start of epoch `number`."""
+        return EpochProgress(number, over=False)
+
+    # These two are called for every step; dataclasses.replace would take twice as long.
+
+    def after_batch(self) -> EpochProgress:
+        """Returns the progress after one more batch was read."""
+        batches = self.batches + 1
+        return EpochProgress(
+            self.number, self.over, batches, self.steps, self.skipped_steps, self.samples, self.loss_sum
+        )
+
+    def after_step(self, loss: float, samples: int, *, skipped: bool) -> EpochProgress:
+        """Returns the progress after one more step; the loss of a skipped step is ignored."""
+        steps, skipped_steps, loss_sum = self.steps, self.skipped_steps, self.loss_sum
+        if skipped:
+            skipped_steps += 1
+        else:
+            steps, loss_sum = steps + 1, loss_sum + loss
+        return EpochProgress(
+            self.number, self.over, self.batches, steps, skipped_steps, self.samples + samples, loss_sum
+        )
+
+    def ended(self) -> EpochProgress:
+        """Returns the progress with the epoch over."""
+        return replace(self, over=True)
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """Returns the progress under the key names of the saved training state."""
+        return {_JSON_KEYS.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> EpochProgress:
+        """Returns the progress that `to_json` wrote; raises KeyError if a key is missing."""
+        return cls(**{field.name: state[_JSON_KEYS.get(field.name, field.name)] for field in fields(cls)})
+
+
+_JSON_KEYS: Final = {"skipped_steps": "void_steps"}
+"""Saved states have a name of an earlier version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Sums over evaluated samples: loss, correct predictions (0 where a job does not count them), samples."""
+
+    loss_sum: float
+    correct: int
+    samples: int
+
+    def __add__(self, other: Evaluation) -> Evaluation:
+        return Evaluation(self.loss_sum + other.loss_sum, self.correct + other.correct, self.samples + other.samples)
+
+    @property
+    def loss(self) -> float:
+        """The mean loss per sample; NaN without samples."""
+        return self.loss_sum / self.samples if self.samples else float("nan")
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction of correct predictions, 0 to 1; 0 without samples."""
+        return self.correct / self.samples if self.samples else 0.0

@@ -1,0 +1,110 @@
+"""The admin service over loopback gRPC, and an in-memory journal for its answers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.lowlevel
+import grpc.aio
+
+from leyline.v1.admin_service_pb2 import DESCRIPTOR
+from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub, add_TolariaAdminServiceServicer_to_server
+from support.runs import RunUnderTest
+from tolaria.errors import JournalError
+from tolaria.grpc_server import grpc_server
+from tolaria.journal.async_journal import AsyncJournal
+from tolaria.journal.rows import AdminActionRow, CheckpointRow, Incident, Row
+from tolaria.rpc.admin import AdminParts, AdminService
+from tolaria.service.wiring import new_ledger
+
+if TYPE_CHECKING:
+    from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceAsyncStub  # in the type stubs only
+
+SERVICE = DESCRIPTOR.services_by_name["TolariaAdminService"]
+
+
+class MemoryJournal(AsyncJournal):
+    """Keeps answers by request id in memory. Every call hangs while `hangs`, and raises `error` if one is set."""
+
+    def __init__(self, answers: dict[str, AdminActionRow] | None = None) -> None:
+        self.answers = {} if answers is None else answers
+        self.checkpoints: tuple[CheckpointRow, ...] = ()
+        self.listed: tuple[Incident, ...] = ()
+        self.limits: list[int] = []
+        self.noted: list[Row] = []
+        self.hangs = False
+        self.error: JournalError | None = None
+
+    async def find_answer(self, request_id: str) -> AdminActionRow | None:
+        """Returns the answer of this or an earlier process."""
+        await self._respond()
+        return self.answers.get(request_id)
+
+    async def answer_once(self, row: AdminActionRow) -> AdminActionRow:
+        """Keeps the first answer of a request."""
+        await self._respond()
+        return self.answers.setdefault(row.request_id, row)
+
+    async def restore_points(self) -> tuple[CheckpointRow, ...]:
+        """Returns `checkpoints`."""
+        await self._respond()
+        return self.checkpoints
+
+    async def incidents(self, limit: int) -> tuple[Incident, ...]:
+        """Returns at most `limit` of `listed`."""
+        await self._respond()
+        self.limits.append(limit)
+        return self.listed[:limit]
+
+    def note(self, row: Row) -> None:
+        """Records a row that would be written later."""
+        self.noted.append(row)
+
+    async def _respond(self) -> None:
+        await anyio.lowlevel.checkpoint()
+        if self.hangs:
+            await anyio.sleep_forever()
+        if self.error is not None:
+            raise self.error
+
+
+@asynccontextmanager
+async def serving_parts(parts: AdminParts) -> AsyncIterator[grpc.aio.Channel]:
+    """Serves the admin service with these parts; yields a channel to it."""
+
+    def register(server: grpc.aio.Server) -> None:
+        add_TolariaAdminServiceServicer_to_server(AdminService(parts), server)
+
+    async with (
+        grpc_server("test", "127.0.0.1:0", register, service_names=[SERVICE.full_name], grace_s=1.0) as server,
+        grpc.aio.insecure_channel(str(server.address)) as channel,
+    ):
+        yield channel
+
+
+@asynccontextmanager
+async def serving_run(run: RunUnderTest) -> AsyncIterator[grpc.aio.Channel]:
+    """Serves the admin service of a run, wired as in the service; yields a channel to it."""
+    async with anyio.create_task_group() as operations:
+        parts = AdminParts(
+            run=run.run,
+            status=run.status,
+            health=run.health,
+            safety=run.safety,
+            journal=run.journal,
+            ledger=new_ledger(run.core, operations),
+            complete=lambda _status: None,
+            closing=anyio.Event(),
+            interval_s=60.0,
+        )
+        async with serving_parts(parts) as channel:
+            yield channel
+        operations.cancel_scope.cancel()
+
+
+def stub_of(channel: grpc.aio.Channel) -> TolariaAdminServiceAsyncStub:
+    """Returns a typed client of the channel."""
+    return TolariaAdminServiceStub(channel)

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tolaria.checkpoint.format import Manifest, write_checkpoint
+from tolaria.checkpoint.storage import Storage, open_storage
+from tolaria.checkpoint.store import LoadedCheckpoint, Retention
+from tolaria.errors import JournalUnavailableError, NoCheckpointError, RestoreAbandonedError
+from tolaria.filesystem import Filesystem
+from tolaria.journal.rows import CheckpointRow, FaultRow, Row
+from tolaria.values.training import Position
+
+if TYPE_CHECKING:
+    from faults.small_training import Training
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[Storage]:
+    """A new state directory."""
+    storage = open_storage(tmp_path, run_id="run", retention=Retention(last=3, best="highest"))
+    with storage.journal:
+        yield storage
+
+
+def write(storage: Storage, training: Training, step: int, metric: float | None = None) -> CheckpointRow:
+    """Writes a checkpoint of this step."""
+    training.position = Position(step, 1)
+    return storage.checkpoints.write(training.state().copy(), metric=metric)
+
+
+def steps(storage: Storage) -> list[int]:
+    """Steps of the committed checkpoints."""
+    return [row.global_step for row in storage.checkpoints.restore_points()]
+
+
+def on_disk(directory: Path) -> list[int]:
+    """Steps of the checkpoints' directories."""
+    return sorted(int(path.name.split("-")[0]) for path in (directory / "checkpoints").iterdir())
+
+
+def load(storage: Storage, at_or_before: int | None = None) -> LoadedCheckpoint:
+    """Loads without a deadline."""
+    return storage.checkpoints.load_newest(at_or_before=at_or_before)
+
+
+def test_pruned_checkpoints_are_removed(tmp_path: Path, storage: Storage, training: Training) -> None:
+    """Directory and journal agree on what is kept."""
+    for step, metric in [(1, 0.5), (2, 0.9), (3, 0.1), (4, float("nan")), (5, 0.2), (6, None)]:
+        write(storage, training, step, metric)
+    assert steps(storage) == on_disk(tmp_path) == [2, 4, 5, 6]
+
+
+def test_the_newest_or_the_nearest_is_loaded(storage: Storage, training: Training) -> None:
+    """The newest by time without a step, the one with the highest step otherwise."""
+    for step in (10, 20, 30):
+        write(storage, training, step)
+    assert [load(storage, wanted).row.global_step for wanted in (None, 30, 25, 10)] == [30, 30, 20, 10]
+    with pytest.raises(NoCheckpointError, match="at or before step 9"):
+        load(storage, 9)
+
+
+def test_superseded_checkpoints_are_not_loaded(storage: Storage, training: Training) -> None:
+    """After a rollback later checkpoints are neither loaded nor listed; the next write removes them."""
+    for step in (10, 20, 30):
+        write(storage, training, step)
+    storage.checkpoints.supersede_after(10)
+    assert (steps(storage), load(storage).row.global_step) == ([10], 10)
+    write(storage, training, 20)
+    assert (steps(storage), load(storage).row.global_step) == ([10, 20], 20)
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "longer", "gone"])
+def test_a_damaged_checkpoint_is_quarantined_and_the_next_older_loaded(
+    tmp_path: Path, storage: Storage, training: Training, name: str, harm: str
+) -> None:
+    """Any harm to a file is reported, recorded and quarantined, and an older checkpoint is loaded."""
+    write(storage, training, 1)
+    row = write(storage, training, 2)
+    path = tmp_path / "checkpoints" / row.checkpoint_id / name
+    content = path.read_bytes()
+    flipped = bytes([content[0] ^ 1]) + content[1:]
+    match harm:
+        case "gone":
+            path.unlink()
+        case _:
+            path.write_bytes({"flip": flipped, "cut": content[:-1], "longer": content + b" "}[harm])
+    loaded = load(storage)
+    assert loaded.row.global_step == 1
+    assert [(d.stage, d.quarantined) for d in loaded.damaged] == [(Path(name).stem, True)]
+    assert (on_disk(tmp_path), steps(storage)) == ([1], [1])
+    assert len(list((tmp_path / "quarantine").iterdir())) == 1
+    assert [f.kind for f in storage.journal.rows(FaultRow)] == ["checkpoint_damaged"]
+
+
+def test_a_checkpoint_under_another_name_is_damage(tmp_path: Path, storage: Storage, training: Training) -> None:
+    """An intact copy under another id is not accepted."""
+    first, second = write(storage, training, 1), write(storage, training, 2)
+    places = tmp_path / "checkpoints"
+    shutil.rmtree(places / second.checkpoint_id)
+    shutil.copytree(places / first.checkpoint_id, places / second.checkpoint_id)
+    assert load(storage).row.global_step == 1
+
+
+def test_a_checkpoint_with_another_digest_is_damage(tmp_path: Path, storage: Storage, training: Training) -> None:
+    """An intact checkpoint of another state under the same id does not match the journal's digest."""
+    write(storage, training, 1)
+    row = write(storage, training, 2)
+    places = tmp_path / "checkpoints"
+    shutil.rmtree(places / row.checkpoint_id)
+    training.train(1)
+    other = training.state().copy()
+    manifest = Manifest.of(other, checkpoint_id=row.checkpoint_id, run_id="x", created_at_ns=1, metric=None)
+    write_checkpoint(Filesystem(), places, manifest, other)
+    assert load(storage).row.global_step == 1
+
+
+def test_a_load_past_its_deadline_is_abandoned(storage: Storage, training: Training) -> None:
+    """A slow checkpoint is not quarantined."""
+    write(storage, training, 1)
+    with pytest.raises(RestoreAbandonedError):
+        storage.checkpoints.load_newest(lambda: True)
+    assert load(storage).row.global_step == 1
+
+
+def test_repair_makes_directory_and_journal_agree(tmp_path: Path, training: Training) -> None:
+    """Directories without a row are adopted, leftovers removed, rows without a directory marked missing."""
+    storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
+    with storage.journal:
+        kept, lost = write(storage, training, 1), write(storage, training, 2)
+    for path in tmp_path.glob("journal*"):
+        path.unlink()
+    storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
+    with storage.journal:
+        assert storage.repairs.adopted == (kept.checkpoint_id, lost.checkpoint_id)
+        assert storage.checkpoints.restore_points() == (kept, lost)
+    shutil.rmtree(tmp_path / "checkpoints" / lost.checkpoint_id)
+    (tmp_path / "checkpoints" / ".partial-x").mkdir()
+    storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
+    with storage.journal:
+        assert storage.repairs.missing == (lost.checkpoint_id,)
+        assert storage.repairs.removed == (".partial-x",)
+        assert steps(storage) == on_disk(tmp_path) == [1]
+
+
+def test_a_damaged_journal_is_rebuilt_from_the_manifests(tmp_path: Path, training: Training) -> None:
+    """The old journal is in the quarantine, all checkpoints are listed, and an incident is recorded."""
+    storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
+    with storage.journal:
+        expected = [write(storage, training, step, step / 10) for step in (1, 2)]
+    (tmp_path / "journal.sqlite3").write_bytes(b"garbage" * 1000)
+    storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
+    with storage.journal:
+        assert storage.journal_damage is not None
+        assert list(storage.checkpoints.restore_points()) == expected
+        assert [incident.kind for incident in storage.journal.incidents(5)] == ["journal_rebuilt"]
+        assert len(list((tmp_path / "quarantine").glob("journal*"))) == 1
+
+
+def test_the_newest_stays_newest_when_the_clock_goes_back(
+    storage: Storage, training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of checkpoints is that of their commits, not of the wall clock."""
+    write(storage, training, 10)
+    monkeypatch.setattr("time.time_ns", lambda: 5)
+    write(storage, training, 5)
+    assert load(storage).row.global_step == 5
+
+
+def test_runs_that_share_a_directory_are_separate(tmp_path: Path, training: Training) -> None:
+    """A run lists, loads and supersedes only its own checkpoints; other runs' last ones are kept."""
+    storage = open_storage(tmp_path, run_id="a", retention=Retention(last=3, best="highest"))
+    with storage.journal:
+        for step in (10, 20):
+            write(storage, training, step)
+        other = storage.for_run("b")
+        with pytest.raises(NoCheckpointError):
+            load(other)
+        other.checkpoints.supersede_after(0)
+        assert steps(storage) == [10, 20]
+        write(other, training, 5)
+        assert (steps(storage), steps(other), on_disk(tmp_path)) == ([20], [5], [5, 20])
+        assert (load(storage).row.global_step, load(other, 100).row.global_step) == (20, 5)
+
+
+def test_removed_directories_are_created_again(storage: Storage, training: Training, tmp_path: Path) -> None:
+    """Removing the directory loses the existing checkpoints but no later ones."""
+    write(storage, training, 10)
+    shutil.rmtree(tmp_path / "checkpoints")
+    write(storage, training, 20)
+    assert load(storage).row.global_step == 20
+
+
+def test_a_damaged_checkpoint_is_skipped_when_the_journal_cannot_be_written(
+    storage: Storage, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk the next older checkpoint is loaded."""
+    for step in (10, 20):
+        write(storage, training, step)
+    newest = max((tmp_path / "checkpoints").iterdir())
+    (newest / "manifest.json").write_text("{")
+
+    def full(_row: Row) -> None:
+        raise JournalUnavailableError("database or disk is full")
+
+    monkeypatch.setattr(storage.journal, "put", full)
+    assert load(storage).row.global_step == 10
+
+
+# -- retention --------------------------------------------------------------------------------------------------------
+
+HIGHEST = Retention(last=3, best="highest")
+LOWEST = Retention(last=3, best="lowest")
+
+
+def rows_of(*described: tuple[int, float | None]) -> tuple[CheckpointRow, ...]:
+    """Rows with these steps and metrics."""
+    return tuple(CheckpointRow(f"c{step}", step, "r", step, 1, 1, "d", metric) for step, metric in described)
+
+
+@pytest.mark.parametrize(
+    ("described", "retention", "kept"),
+    [
+        ([], HIGHEST, []),
+        ([(1, None), (2, None), (3, None), (4, None)], HIGHEST, [2, 3, 4]),
+        ([(1, 0.9), (2, 0.1), (3, 0.2), (4, 0.3), (5, 0.4)], HIGHEST, [1, 3, 4, 5]),
+        ([(1, 0.9), (2, 0.1), (3, 0.2), (4, 0.3), (5, 0.4)], LOWEST, [2, 3, 4, 5]),
+        ([(1, 0.9), (2, 0.9), (3, 0.2), (4, 0.3), (5, 0.4)], HIGHEST, [2, 3, 4, 5]),
+        ([(1, 0.9), (2, 0.1)], Retention(last=1, best="highest"), [1, 2]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(
+    described: list[tuple[int, float | None]], retention: Retention, kept: list[int]
+) -> None:
+    """Of equally good checkpoints the newest is best; without a metric none is."""
+    assert sorted(row.global_step for row in retention.kept(rows_of(*described), run_id="r")) == kept
+
+
+def rows_of_runs(described: str) -> tuple[CheckpointRow, ...]:
+    """One row for each letter, which is its run: oldest first, each with a lower metric than the one before."""
+    return tuple(CheckpointRow(f"{run}{n}", n, run, n, 1, 1, "d", -float(n)) for n, run in enumerate(described))
+
+
+@pytest.mark.parametrize(
+    ("described", "kept"),
+    [
+        ("", ""),
+        ("aaaa", "a0 a2 a3"),
+        ("bbbaaa", "a3 a4 a5 b0 b2"),
+        ("bcdeaaa", "a4 a5 a6 d2 e3"),
+        ("bbcdea", "a5 d3 e4"),
+        ("bcab", "a2 b0 b3 c1"),
+        ("bbcc", "b0 b1 c2 c3"),
+    ],
+)
+def test_other_runs_keep_their_newest_and_best(described: str, kept: str) -> None:
+    """Only the newest other runs count, however many checkpoints the active run `a` has."""
+    retention = Retention(last=2, best="highest", other_runs=2)
+    found = retention.kept(rows_of_runs(described), run_id="a")
+    assert " ".join(sorted(row.checkpoint_id for row in found)) == kept

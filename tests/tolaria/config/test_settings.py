@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+from google.protobuf.descriptor import ServiceDescriptor
+
+from leyline.v1 import kasmina_service_pb2, tamiyo_service_pb2
+from tolaria import config
+from tolaria.config import Address, KasminaSettings, PeerSettings, Settings, TamiyoSettings, load_settings
+from tolaria.errors import ConfigurationError
+
+
+def test_each_setting_is_documented() -> None:
+    """Each section and each field has a docstring, which `config show` prints."""
+    for section in Settings.model_fields.values():
+        assert section.annotation is not None
+        assert section.annotation.__doc__
+        for name, field in section.annotation.model_fields.items():
+            assert field.description, name
+
+
+def test_each_setting_is_read() -> None:
+    """A setting that no code reads would have no effect."""
+    root = Path(config.__file__).parent
+    declarations = {root / "settings.py", root / "durability.py"}
+    sources = "".join(path.read_text() for path in root.parent.rglob("*.py") if path not in declarations)
+    fields = [
+        name
+        for section in Settings.model_fields.values()
+        for name in section.annotation.model_fields  # type: ignore[union-attr]
+    ]
+    sources += inspect.getsource(PeerSettings.timeout_of)
+    assert [name for name in fields if f".{name}" not in sources] == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["server.listen=127.0.0.1:9464"], "server.listen and metrics.listen"),
+        (["control.tamiyo_budget_ms=20"], "control.tamiyo_budget_ms"),
+        (["leyline.previous_secret=old"], "leyline.secret"),
+        (["optimizer.policy=step"], "optimizer.period_steps"),
+        (["service.drain_timeout_s=20"], "emergency.drain_s must exceed service.drain_timeout_s"),
+        (["kasmina.drain_s=10"], "kasmina.drain_s must be less than service.drain_timeout_s"),
+        (["leyline.nonce_window_s=10"], "leyline.nonce_window_s"),
+        (["leyline.nonce_window_s=119"], "twice leyline.freshness_s, which counts both ways"),
+        (["leyline.freshness_s=151"], "twice leyline.freshness_s, which counts both ways"),
+    ],
+)
+def test_inconsistent_settings_are_rejected(overrides: list[str], words: str) -> None:
+    """Values that are valid alone and inconsistent together are a problem."""
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings(None, overrides)
+    (problem,) = caught.value.problems
+    assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "service"),
+    [
+        (TamiyoSettings, tamiyo_service_pb2.DESCRIPTOR.services_by_name["TamiyoService"]),
+        (KasminaSettings, kasmina_service_pb2.DESCRIPTOR.services_by_name["KasminaService"]),
+    ],
+)
+def test_peer_methods_are_those_of_the_contract(kind: type[PeerSettings], service: ServiceDescriptor) -> None:
+    """Each method of a peer's service may have its own deadline."""
+    assert set(kind.methods) == {method.name for method in service.methods}
+
+
+def test_timeout_of_a_method_defaults_to_the_common_timeout() -> None:
+    """timeouts_s overrides timeout_s by method."""
+    tamiyo = TamiyoSettings(timeout_s=3.0, timeouts_s={"EvaluateStep": 0.5})
+    assert (tamiyo.timeout_of("EvaluateEpoch"), tamiyo.timeout_of("EvaluateStep")) == (3.0, 0.5)
+
+
+def test_peer_drain_time_may_be_zero() -> None:
+    """Zero cancels the calls in flight immediately."""
+    assert load_settings(None, ["tamiyo.drain_s=0"]).tamiyo.drain_s == 0
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:80", "[::1]:80", "tamiyo:50052", "0.0.0.0:0"])
+def test_address_round_trips_through_text(text: str) -> None:
+    """Formatting a parsed address gives the same text."""
+    assert str(Address.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "80",
+        ":80",
+        "999.1.1.1:3",
+        "-:1",
+        "h\u00e9llo:5",
+        "[::zz]:1",
+        "host",
+        "host:",
+        "host:-1",
+        "::1:80",
+        "a b:80",
+        "http://x:80",
+        "x:\uff18\uff10",
+    ],
+)
+def test_invalid_address_raises(text: str) -> None:
+    """Text that is not host:port is not accepted."""
+    with pytest.raises(ValueError, match=r"host:port|no port"):
+        Address.parse(text)

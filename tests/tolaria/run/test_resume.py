@@ -1,0 +1,343 @@
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from support.lanes import small_image
+from tolaria.checkpoint.store import Retention
+from tolaria.config import CheckpointSettings, Settings, StateSettings, TrainingSettings
+from tolaria.errors import ConfigurationError, JournalError, JournalUnavailableError, NoCheckpointError, StateHeldError
+from tolaria.filesystem import Filesystem
+from tolaria.journal.database import Journal
+from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RunRow, values_digest
+from tolaria.run.resume import (
+    PreparedState,
+    RunOutcome,
+    active_halt,
+    end_run,
+    load_resume_point,
+    prepare_state,
+    retention_of,
+    unfinished_run,
+)
+
+LOCK_HOLDER = """
+import fcntl, os, sys
+descriptor = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o600)
+fcntl.flock(descriptor, fcntl.LOCK_EX)
+os.write(descriptor, str(os.getpid()).encode())
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def settings(directory: Path, *, job: str = "digits", resume: str = "auto") -> Settings:
+    """Settings of a service with that state directory."""
+    return Settings(
+        state=StateSettings.model_validate({"dir": str(directory), "resume": resume}),
+        training=TrainingSettings(job=job),
+        checkpoint=CheckpointSettings(keep_last=2),
+    )
+
+
+def write(prepared: PreparedState, *steps: int) -> list[CheckpointRow]:
+    """Writes a checkpoint for each step."""
+    return [prepared.storage.checkpoints.write(small_image(step)) for step in steps]
+
+
+def leave_run(directory: Path, outcome: RunOutcome | None, *steps: int) -> str:
+    """Has a run write checkpoints and leave its process; returns its id."""
+    with prepare_state(settings(directory)) as prepared:
+        write(prepared, *steps)
+        if outcome:
+            end_run(prepared, outcome)
+        return prepared.run_id
+
+
+def damage(directory: Path) -> None:
+    """Flips a bit in every checkpoint."""
+    for path in directory.glob("checkpoints/*/tensors.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+
+class Unreadable(Filesystem):
+    """Opens no file for reading."""
+
+    def open(self, path: Path) -> int:
+        raise OSError(errno.EIO, "made to fail")
+
+
+def test_retention_follows_the_settings() -> None:
+    """The best accuracy is the highest, the best loss the lowest."""
+    assert retention_of(CheckpointSettings(keep_last=7)) == Retention(last=7, best="highest")
+    assert retention_of(CheckpointSettings(best="loss")) == Retention(last=3, best="lowest")
+
+
+# -- which run is resumed --------------------------------------------------------------------------------------------
+
+
+def checkpoint(run_id: str, at_ns: int, state: str = "committed") -> CheckpointRow:
+    """A checkpoint of that run."""
+    row = CheckpointRow(f"{run_id}{at_ns}", at_ns, run_id, at_ns, 1, 1, "d", None)
+    return replace(row, state=state)  # type: ignore[arg-type] # from the table
+
+
+@pytest.mark.parametrize(
+    ("runs", "checkpoints", "expected"),
+    [
+        ([], [], None),
+        ([("a", 1, "")], [], None),
+        ([("a", 1, "")], [checkpoint("a", 2)], "a"),
+        ([("a", 1, "drained")], [checkpoint("a", 2)], "a"),
+        ([("a", 1, "failed")], [checkpoint("a", 2)], "a"),
+        ([("a", 1, "finished")], [checkpoint("a", 2)], None),
+        ([("a", 1, "stopped")], [checkpoint("a", 2)], None),
+        ([("a", 1, "")], [checkpoint("a", 2, "quarantined")], None),
+        ([("a", 1, ""), ("b", 3, "")], [checkpoint("a", 2)], "a"),
+        ([("a", 1, ""), ("b", 3, "")], [checkpoint("a", 2), checkpoint("b", 4)], "b"),
+        ([("a", 1, ""), ("b", 3, "finished")], [checkpoint("a", 2)], None),
+        ([("a", 1, ""), ("b", 3, "finished")], [checkpoint("a", 2), checkpoint("a", 5)], "a"),
+        ([], [checkpoint("lost", 2)], "lost"),
+        ([("b", 3, "finished")], [checkpoint("lost", 2)], None),
+    ],
+)
+def test_the_unfinished_run(
+    runs: list[tuple[str, int, str]], checkpoints: list[CheckpointRow], expected: str | None
+) -> None:
+    """It is the latest run with a committed checkpoint, unless it or a later one has ended."""
+    rows = [RunRow(run_id, at_ns, "job", outcome=outcome) for run_id, at_ns, outcome in runs]
+    found = unfinished_run(rows, checkpoints)
+    assert (found.run_id if found else None) == expected
+
+
+@pytest.mark.parametrize("outcome", [None, "drained", "failed"])
+def test_an_unfinished_run_is_resumed_from_its_newest_checkpoint(tmp_path: Path, outcome: RunOutcome | None) -> None:
+    """It keeps its id, and its row says from which checkpoint it was resumed."""
+    run_id = leave_run(tmp_path, outcome, 3, 6)
+    with prepare_state(settings(tmp_path)) as prepared:
+        assert (prepared.run_id, prepared.resumed) == (run_id, True)
+        point = load_resume_point(prepared)
+        assert point.state is prepared
+        assert point.loaded is not None
+        assert point.loaded.row.global_step == 6
+        row = prepared.storage.journal.find(RunRow, run_id)
+    assert row is not None
+    assert (row.resumed_from, row.outcome, row.ended_at_ns) == (point.loaded.row.checkpoint_id, "", None)
+
+
+@pytest.mark.parametrize("outcome", ["finished", "stopped"])
+def test_a_run_that_has_ended_is_not_resumed(tmp_path: Path, outcome: RunOutcome) -> None:
+    """A new run begins without a checkpoint; the checkpoint of the old one is kept beside its own."""
+    run_id = leave_run(tmp_path, outcome, 3)
+    with prepare_state(settings(tmp_path)) as prepared:
+        assert prepared.run_id != run_id
+        assert load_resume_point(prepared).loaded is None
+        write(prepared, 1)
+        kept = prepared.storage.journal.rows(CheckpointRow)
+    with pytest.raises(JournalError):
+        prepared.storage.journal.put(kept[0])  # it is closed
+    assert [(row.run_id, row.state) for row in kept] == [(run_id, "committed"), (prepared.run_id, "committed")]
+
+
+def test_with_resume_never_an_unfinished_run_is_abandoned(tmp_path: Path) -> None:
+    """The notes name it; once the new run has ended, the old one is not resumed either."""
+    run_id = leave_run(tmp_path, None, 3)
+    with prepare_state(settings(tmp_path, resume="never")) as prepared:
+        assert not prepared.resumed
+        assert run_id in prepared.notes[-1]
+        end_run(prepared, "finished")
+    with prepare_state(settings(tmp_path)) as prepared:
+        assert not prepared.resumed
+
+
+def test_a_rebuilt_journal_does_not_forget_the_run(tmp_path: Path) -> None:
+    """The run is known from the checkpoints' manifests; the notes say what happened to the journal."""
+    run_id = leave_run(tmp_path, None, 3)
+    (tmp_path / "journal.sqlite3").write_bytes(b"garbage" * 1000)
+    with prepare_state(settings(tmp_path, job="other")) as prepared:
+        assert (prepared.run_id, prepared.resumed) == (run_id, True)
+        assert any("journal was damaged" in note for note in prepared.notes)
+        row = prepared.storage.journal.find(RunRow, run_id)
+    assert row is not None
+    assert row.job == "other"
+
+
+def test_an_unfinished_run_of_another_job_is_an_error(tmp_path: Path) -> None:
+    """The message names the settings, nothing has changed, and both ways out that it names work."""
+    run_id = leave_run(tmp_path, None, 3)
+    with pytest.raises(ConfigurationError, match=r"state\.dir.*training\.job.*state\.resume = never"):
+        prepare_state(settings(tmp_path, job="other")).__enter__()
+    with prepare_state(settings(tmp_path)) as prepared:
+        assert prepared.run_id == run_id
+    for way_out in (settings(tmp_path / "b", job="other"), settings(tmp_path, job="other", resume="never")):
+        with prepare_state(way_out) as prepared:
+            assert not prepared.resumed
+
+
+def test_a_new_run_is_the_latest_also_after_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of runs does not depend on the wall clock."""
+    run_id = leave_run(tmp_path, None, 3)
+    monkeypatch.setattr("time.time_ns", lambda: 5)
+    with prepare_state(settings(tmp_path, resume="never")) as prepared:
+        end_run(prepared, "finished")
+    with prepare_state(settings(tmp_path)) as prepared:
+        assert (prepared.resumed, prepared.run_id != run_id) == (False, True)
+
+
+# -- checkpoints that cannot be loaded -------------------------------------------------------------------------------
+
+
+def test_the_next_older_checkpoint_is_loaded_instead_of_a_damaged_one(tmp_path: Path) -> None:
+    """The result names the damaged one."""
+    leave_run(tmp_path, None, 3, 6)
+    newest = max((tmp_path / "checkpoints").iterdir())
+    (newest / "state.json").unlink()
+    with prepare_state(settings(tmp_path)) as prepared:
+        loaded = load_resume_point(prepared).loaded
+    assert loaded is not None
+    assert (loaded.row.global_step, [damage.stage for damage in loaded.damaged]) == (3, ["state"])
+
+
+def test_a_run_without_an_intact_checkpoint_is_replaced_by_a_new_one(tmp_path: Path) -> None:
+    """Training goes on under a new id; an incident, a critical log line and the quarantine show the loss."""
+    run_id = leave_run(tmp_path, None, 3, 6)
+    damage(tmp_path)
+    with capture_logs() as logs, prepare_state(settings(tmp_path)) as prepared:
+        point = load_resume_point(prepared)
+        state, journal = point.state, point.state.storage.journal
+        assert (point.loaded, state.resumed) == (None, False)
+        assert state.run_id != run_id
+        assert {row.run_id: row.outcome for row in journal.rows(RunRow)} == {run_id: "failed", state.run_id: ""}
+        assert [row.run_id for row in journal.rows(FaultRow) if row.kind == "run_lost"] == [run_id]
+        assert write(state, 1)[0].run_id == state.run_id
+    assert [line["log_level"] for line in logs if line["event"] == "run_lost"] == ["critical"]
+    assert len(list((tmp_path / "quarantine").iterdir())) == 2
+    with prepare_state(settings(tmp_path)) as prepared:
+        assert prepared.run_id == state.run_id
+
+
+def test_a_run_that_cannot_be_read_at_present_is_not_given_up(tmp_path: Path) -> None:
+    """The start fails, and a later one with a working disk resumes the run."""
+    run_id = leave_run(tmp_path, None, 3)
+    with (
+        prepare_state(settings(tmp_path), files=Unreadable()) as prepared,
+        pytest.raises(NoCheckpointError, match="EIO"),
+    ):
+        load_resume_point(prepared)
+    with prepare_state(settings(tmp_path)) as prepared:
+        point = load_resume_point(prepared)
+    assert (point.state.run_id, point.loaded is not None) == (run_id, True)
+
+
+# -- the directory ---------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_serves_one_process_at_a_time(tmp_path: Path) -> None:
+    """A second process is refused with the setting and the holder's pid until the first has ended in any way."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCK_HOLDER, str(tmp_path / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(StateHeldError, match=rf"state\.dir: .*process {holder.pid};") as caught:
+            prepare_state(settings(tmp_path)).__enter__()
+        assert not (tmp_path / "journal.sqlite3").exists()
+        holder.kill()
+    assert caught.value.holder_pid == holder.pid
+    with prepare_state(settings(tmp_path)):
+        assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+        with pytest.raises(StateHeldError):
+            prepare_state(settings(tmp_path)).__enter__()
+    with prepare_state(settings(tmp_path)):
+        pass
+
+
+def write_newer_schema(directory: Path) -> None:
+    """Makes the journal one of a later schema."""
+    with sqlite3.connect(directory / "journal.sqlite3") as connection:
+        connection.execute("UPDATE meta SET schema_version = 99, row_digest = ?", (values_digest("meta", (99,)),))
+    connection.close()
+
+
+def replace_directory_by_file(directory: Path) -> None:
+    """Puts a file in the directory's place."""
+    shutil.rmtree(directory)
+    directory.write_text("here first")
+
+
+def replace_journal_by_directory(directory: Path) -> None:
+    """Puts a directory where SQLite expects its file."""
+    (directory / "journal.sqlite3").unlink()
+    (directory / "journal.sqlite3").mkdir()
+
+
+@pytest.mark.parametrize("spoil", [write_newer_schema, replace_directory_by_file, replace_journal_by_directory])
+def test_a_directory_that_cannot_be_used_is_a_configuration_error(
+    tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    """The message names state.dir and the path."""
+    directory = tmp_path / "state"
+    with prepare_state(settings(directory)):
+        pass
+    spoil(directory)
+    with pytest.raises(ConfigurationError, match=rf"state\.dir: {directory} cannot be used"):
+        prepare_state(settings(directory)).__enter__()
+
+
+@contextmanager
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """While the block runs, the journal accepts no row."""
+
+    def refuse(*_: object) -> None:
+        raise JournalUnavailableError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "put", refuse)
+        yield
+
+
+def test_a_full_disk_prevents_the_start_and_is_logged_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that cannot be recorded is refused and releases the lock; an end that cannot be recorded goes on."""
+    with full_disk(monkeypatch), pytest.raises(ConfigurationError, match=r"state\.dir: .*full"):
+        prepare_state(settings(tmp_path)).__enter__()
+    with capture_logs() as logs, prepare_state(settings(tmp_path)) as prepared, full_disk(monkeypatch):
+        end_run(prepared, "finished")
+    assert [line["event"] for line in logs] == ["run_end_not_recorded"]
+
+
+def test_the_active_halt_of_a_run_is_found(tmp_path: Path) -> None:
+    """It is the newest of this run that was not cleared, and not one that the sentinel raised."""
+    with prepare_state(settings(tmp_path)) as prepared:
+        journal, run_id = prepared.storage.journal, prepared.run_id
+        assert active_halt(prepared) is None
+        rows = [
+            EmergencyRow("cleared", 1, run_id, "halt", "operator", 1, "a", cleared_at_ns=2),
+            EmergencyRow("lower", 3, run_id, "conservative", "tolaria", 1, "b"),
+            EmergencyRow("sentinel", 9, run_id, "halt", "sentinel", 1, "c"),
+            EmergencyRow("other", 9, "another", "halt", "operator", 1, "d"),
+        ]
+        for row in rows:
+            journal.put(row)
+        assert active_halt(prepared) is None
+        for at_ns in (5, 4):
+            journal.put(EmergencyRow(f"halt-{at_ns}", at_ns, run_id, "halt", "tolaria", 1, "e"))
+        found = active_halt(prepared)
+        assert found is not None
+        assert found.emergency_id == "halt-5"

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from leyline.v1.admin_service_pb2 import GetStatusResponse
+from leyline.v1.enums_pb2 import (
+    CIRCUIT_STATE_CLOSED,
+    CIRCUIT_STATE_HALF_OPEN,
+    CIRCUIT_STATE_OPEN,
+    HEALTH_STATUS_DEGRADED,
+    HEALTH_STATUS_HEALTHY,
+    HEALTH_STATUS_UNHEALTHY,
+    CircuitBreakerState,
+)
+from leyline.v1.telemetry_pb2 import SystemHealth
+from support.events import RecordingEmitter
+from tolaria.lane.messages import SeedsChanged, StepDone
+from tolaria.run.safety import BREAKERS, Safeguards
+from tolaria.run.safety_telemetry import SafetyTelemetry
+from tolaria.run.status import RunStatus
+from tolaria.telemetry.metrics import Metrics
+from tolaria.values.optimization import LearningRateViolation
+
+COOLDOWN_S = 30.0
+
+
+class Guarded:
+    """Safeguards with a clock and telemetry that the test reads."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.metrics, self.emitter = Metrics(), RecordingEmitter()
+        self.safeguards = Safeguards(
+            SafetyTelemetry(self.metrics, self.emitter, BREAKERS, degraded=False),
+            RunStatus("run", "job", "test", epochs=1, started_at_s=0.0),
+            recovery_epochs=2,
+            clock=lambda: self.now_s,
+        )
+
+    def state(self, name: str) -> CircuitBreakerState.ValueType:
+        return self.safeguards.breakers[name].state
+
+    def events(self) -> list[str]:
+        return [name.removeprefix("tolaria.") for name in self.emitter.names]
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(f"tolaria.{name}", labels)
+
+
+def step(*, violated: bool = False, skipped: bool = False, rescaled: bool = False) -> StepDone:
+    """Returns a step with one failure at most."""
+    violations = (LearningRateViolation("host", 0.1, 7.0),) if violated else ()
+    return StepDone(1, 1, 0.5, 1.0, 8, 0.01, 0.0, 0.0, skipped=skipped, violations=violations, rescaled=rescaled)
+
+
+def test_failed_epochs_open_the_boundary_breaker_and_good_ones_close_it() -> None:
+    """Three breaches open it; open it waits; after the cooldown one good epoch closes it and the mode can end."""
+    guarded = Guarded()
+    assert [guarded.safeguards.epoch_over(breach=True) for _ in range(3)] == [False] * 3
+    assert guarded.state("boundary") == CIRCUIT_STATE_OPEN
+    assert guarded.safeguards.take_opened() == ["boundary"]
+    assert list(guarded.safeguards.mode.reasons) == ["epoch_failed:boundary_breach", "breaker_open:boundary"]
+    assert [guarded.safeguards.epoch_over(breach=False) for _ in range(2)] == [True] * 2
+    assert list(guarded.safeguards.mode.reasons) == ["breaker_open:boundary"]
+    guarded.now_s = COOLDOWN_S
+    assert guarded.state("boundary") == CIRCUIT_STATE_HALF_OPEN
+    guarded.safeguards.epoch_over(breach=False)
+    assert guarded.state("boundary") == CIRCUIT_STATE_CLOSED
+    assert not guarded.safeguards.mode.on
+    assert guarded.value("epochs.failed") == 3
+
+
+def test_the_mode_and_its_reasons_are_reported() -> None:
+    """Entering and leaving are one event each; metrics and status name every reason."""
+    guarded = Guarded()
+    guarded.safeguards.epoch_failing("peer_failure")
+    guarded.safeguards.epoch_failing("non_finite")
+    assert guarded.value("mode.conservative") == 1
+    assert guarded.value("mode.conservative_reasons", reason="epoch_failed:peer_failure") == 1
+    status = GetStatusResponse()
+    guarded.safeguards.add_to(status)
+    assert list(status.conservative_reasons) == ["epoch_failed:peer_failure", "epoch_failed:non_finite"]
+    assert dict(status.breakers) == dict.fromkeys(BREAKERS, CIRCUIT_STATE_CLOSED)
+    assert guarded.safeguards.epoch_over(breach=False) is False
+    guarded.safeguards.epoch_over(breach=False)
+    guarded.safeguards.epoch_over(breach=False)
+    assert guarded.events() == ["conservative_mode_entered", "conservative_mode_cleared"]
+    assert guarded.value("mode.conservative") == 0
+    assert guarded.value("mode.conservative_reasons", reason="epoch_failed:peer_failure") == 0
+
+
+def test_foreign_writes_in_a_row_open_the_integrity_breaker() -> None:
+    """Three violations with no clean epoch between them; a clean epoch starts the streak anew."""
+    guarded = Guarded()
+    for _ in range(2):
+        guarded.safeguards.step(step(violated=True))
+    guarded.safeguards.epoch_over(breach=False)  # not clean: the streak goes on
+    guarded.safeguards.epoch_over(breach=False)
+    for _ in range(2):
+        guarded.safeguards.step(step(violated=True))
+    assert guarded.state("lr_integrity") == CIRCUIT_STATE_CLOSED
+    guarded.safeguards.step(step(violated=True))
+    assert guarded.state("lr_integrity") == CIRCUIT_STATE_OPEN
+    assert guarded.safeguards.mode.reasons == ("breaker_open:lr_integrity",)
+    assert guarded.safeguards.epoch_over(breach=False) is False
+
+
+def test_failed_rebuilds_open_the_optimizer_breaker() -> None:
+    """Three failed rebuilds; a step without one does not close it."""
+    guarded = Guarded()
+    for _ in range(3):
+        guarded.safeguards.seeds_changed(SeedsChanged(1, rebuild_error="validation: no"))
+    assert guarded.state("optimizer") == CIRCUIT_STATE_OPEN
+    guarded.safeguards.seeds_changed(SeedsChanged(1))
+    assert guarded.state("optimizer") == CIRCUIT_STATE_OPEN
+
+
+def test_a_skipped_step_fails_its_epoch_and_a_rescaled_one_does_not() -> None:
+    """Lowering the loss scale of float16 is no failure."""
+    guarded = Guarded()
+    guarded.safeguards.step(step(skipped=True, rescaled=True))
+    assert not guarded.safeguards.mode.on
+    guarded.safeguards.step(step(skipped=True))
+    assert guarded.safeguards.mode.reasons == ("epoch_failed:non_finite",)
+
+
+def test_a_half_open_peer_gets_its_trial_while_the_mode_is_on() -> None:
+    """The mode is on because of the breaker, and the breaker closes by a call: that one call is let through."""
+    guarded = Guarded()
+    for _ in range(3):
+        guarded.safeguards.breakers["tamiyo"].failed()
+    assert not guarded.safeguards.permits("tamiyo")
+    guarded.now_s = COOLDOWN_S
+    assert guarded.safeguards.permits("tamiyo")
+    assert not guarded.safeguards.permits("kasmina")
+    assert not guarded.safeguards.all_closed
+    guarded.safeguards.breakers["tamiyo"].succeeded()
+    assert guarded.safeguards.permits("kasmina")
+    assert guarded.safeguards.all_closed
+
+
+def test_a_breaker_that_is_not_closed_degrades_the_health() -> None:
+    """An otherwise healthy run is degraded while a breaker is open, with its name; a failed one stays unhealthy."""
+    safeguards = Guarded().safeguards
+    healthy = GetStatusResponse(health=SystemHealth(status=HEALTH_STATUS_HEALTHY))
+    safeguards.add_to(healthy)
+    assert healthy.health.status == HEALTH_STATUS_HEALTHY
+    safeguards.force("tamiyo", CIRCUIT_STATE_OPEN)
+    for before, after in ((HEALTH_STATUS_HEALTHY, HEALTH_STATUS_DEGRADED), (HEALTH_STATUS_UNHEALTHY,) * 2):
+        status = GetStatusResponse(health=SystemHealth(status=before))
+        safeguards.add_to(status)
+        assert status.health.status == after
+    assert healthy.health.summary == ""

@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final, Protocol, TypeVar, cast
 
 import anyio
@@ -172,8 +173,9 @@ class RequestLedger:
 
     def _forget_oldest(self) -> None:
         """Forgets finished requests beyond the capacity, oldest first."""
-        finished = [request_id for request_id, entry in self._entries.items() if entry.done.is_set()]
-        for request_id in finished[: max(0, len(self._entries) - self._capacity)]:
+        excess = max(0, len(self._entries) - self._capacity)
+        finished = (request_id for request_id, entry in self._entries.items() if entry.done.is_set())
+        for request_id in list(islice(finished, excess)):
             del self._entries[request_id]
 
 

@@ -149,8 +149,8 @@ class Record:
 def judge_step(averages: Averages, record: Record, step: StepDone, settings: RollbackSettings) -> Verdict:
     """Returns what to do about a step, given the averages and the record before it."""
     if step.skipped:
-        finite = step.rescaled  # only the loss scale of float16 was too high
-        reason = "" if finite else f"not finite: loss {step.loss:g}, gradient norm {step.gradient_norm:g}"
+        # A rescaled step only had too high a loss scale for float16.
+        reason = "" if step.rescaled else f"not finite: loss {step.loss:g}, gradient norm {step.gradient_norm:g}"
     else:
         reason = _explosion(averages, record, step, settings)
     return _within_budget(ROLLBACK_TIER_FAST, reason, record.budget, step.global_step, settings)

@@ -18,7 +18,7 @@ BREAKAGES = {
     "renumbered field": ("state.proto", "uint64 global_step = 10;", "uint64 global_step = 15;"),
     "changed type": ("state.proto", "float training_loss = 11;", "double training_loss = 11;"),
     "renamed field": ("seeds.proto", "float risk_score = 8;", "float risk = 8;"),
-    "removed field": ("emergency.proto", "bytes payload_checksum = 6;", ""),
+    "removed field": ("emergency.proto", "bytes payload_checksum = 9;", ""),
     "renumbered enum value": ("enums.proto", "SEED_OP_CANCEL = 9;", "SEED_OP_CANCEL = 10;"),
     "freed reservation": ("state.proto", "reserved 100 to 199;", ""),
     "removed call": (
@@ -69,7 +69,7 @@ def test_addition_is_compatible(proto_copy: Path) -> None:
     text = path.read_text(encoding="utf-8")
 
     path.write_text(
-        text.replace("  uint32 version = 1;", "  uint32 version = 1;\n  string extra = 7;"), encoding="utf-8"
+        text.replace("  uint32 version = 1;", "  uint32 version = 1;\n  string extra = 10;"), encoding="utf-8"
     )
 
     assert "extra" in path.read_text(encoding="utf-8")

@@ -65,7 +65,8 @@ MESSAGES = {
     " TelemetryLevel level 4, repeated MetricPoint metrics 10, repeated TelemetryEvent events 20,"
     " repeated TraceSpan spans 30, SystemHealth system_health 40, MessagePriority priority 50",
     "EmergencySignal": "uint32 version 1, EmergencyLevel level 2, string reason 3, string origin 4,"
-    " uint64 timestamp_ms 5, bytes payload_checksum 6",
+    " google.protobuf.Timestamp triggered_at 5, uint64 monotonic_time_ms 6, string run_id 7,"
+    " map<string,string> attributes 8, bytes payload_checksum 9",
 }
 
 # What an answer or a request must hold where the contract names its fields but leaves their numbers open.

@@ -238,13 +238,24 @@ PACKET = Golden(
     ),
 )
 SIGNAL = Golden(
-    uint(1, 1) + uint(2, 4) + chunk(3, "halt") + chunk(4, "operator") + uint(5, 2**50) + chunk(6, b"\x00\xff\x80"),
+    uint(1, 1)
+    + uint(2, 4)
+    + chunk(3, "halt")
+    + chunk(4, "operator")
+    + instant(5, 1_760_000_000, 250)
+    + uint(6, 2**50)
+    + chunk(7, "run-1")
+    + texts(8, step="12")
+    + chunk(9, b"\x00\xff\x80"),
     emergency_pb2.EmergencySignal(
         version=1,
         level=enums_pb2.EMERGENCY_LEVEL_HALT,
         reason="halt",
         origin="operator",
-        timestamp_ms=2**50,
+        triggered_at=Timestamp(seconds=1_760_000_000, nanos=250),
+        monotonic_time_ms=2**50,
+        run_id="run-1",
+        attributes={"step": "12"},
         payload_checksum=b"\x00\xff\x80",
     ),
 )

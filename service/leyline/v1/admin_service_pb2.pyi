@@ -134,6 +134,26 @@ class GetStatusResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class RollbacksByOriginEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RUN_ID_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
@@ -170,6 +190,13 @@ class GetStatusResponse(_message.Message):
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     BOUNDARY_BUDGET_MS_FIELD_NUMBER: _builtins.int
     ADJUSTMENTS_FIELD_NUMBER: _builtins.int
+    BEST_STEP_FIELD_NUMBER: _builtins.int
+    SKIPPED_STEPS_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    PHASE_S_FIELD_NUMBER: _builtins.int
+    NEWEST_PROVEN_STEP_FIELD_NUMBER: _builtins.int
+    ROLLBACKS_BY_ORIGIN_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     state: Global___RunState.ValueType
     epoch: _builtins.int
@@ -205,6 +232,17 @@ class GetStatusResponse(_message.Message):
     metrics_address: _builtins.str
     boundary_budget_ms: _builtins.float
     """What a boundary may take."""
+    best_step: _builtins.int
+    """The highest step that this run has reached; a rollback does not lower it."""
+    skipped_steps: _builtins.int
+    """Steps that changed nothing because they were not finite, in the whole run."""
+    attempt: _builtins.int
+    """Rises with every rollback; restore points carry the attempt they belong to."""
+    phase: _builtins.str
+    """What the lane does when it is not stepping ("evaluating", "compiling"), and for how long."""
+    phase_s: _builtins.float
+    newest_proven_step: _builtins.int
+    """Step of the newest proven restore point, over both tiers."""
     @_builtins.property
     def conservative_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -226,6 +264,10 @@ class GetStatusResponse(_message.Message):
     @_builtins.property
     def adjustments(self) -> _containers.RepeatedCompositeFieldContainer[Global___LearningRateAdjustment]:
         """Changes of learning rate that hold now, oldest first."""
+
+    @_builtins.property
+    def rollbacks_by_origin(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Rollbacks by origin (operator, health, tamiyo, emergency)."""
 
     def __init__(
         self,
@@ -266,12 +308,21 @@ class GetStatusResponse(_message.Message):
         metrics_address: _builtins.str = ...,
         boundary_budget_ms: _builtins.float = ...,
         adjustments: _abc.Iterable[Global___LearningRateAdjustment] | None = ...,
+        best_step: _builtins.int = ...,
+        skipped_steps: _builtins.int = ...,
+        attempt: _builtins.int = ...,
+        phase: _builtins.str = ...,
+        phase_s: _builtins.float = ...,
+        newest_proven_step: _builtins.int | None = ...,
+        rollbacks_by_origin: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["health", b"health", "last_command", b"last_command"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "health", b"health", "last_command", b"last_command", "newest_proven_step", b"newest_proven_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adjustments", b"adjustments", "boundaries_over_budget", b"boundaries_over_budget", "boundary_budget_ms", b"boundary_budget_ms", "boundary_ms_p50", b"boundary_ms_p50", "boundary_ms_p99", b"boundary_ms_p99", "breakers", b"breakers", "commands_accepted", b"commands_accepted", "commands_rejected", b"commands_rejected", "conservative_reasons", b"conservative_reasons", "emergency_level", b"emergency_level", "epoch", b"epoch", "epoch_step", b"epoch_step", "epochs", b"epochs", "fast_paths", b"fast_paths", "global_step", b"global_step", "health", b"health", "job", b"job", "kasmina_answer", b"kasmina_answer", "last_boundary_ms", b"last_boundary_ms", "last_command", b"last_command", "learning_rates", b"learning_rates", "metrics_address", b"metrics_address", "rollbacks", b"rollbacks", "run_id", b"run_id", "samples_per_s", b"samples_per_s", "samples_total", b"samples_total", "seeds", b"seeds", "state", b"state", "state_reason", b"state_reason", "steps_per_epoch", b"steps_per_epoch", "tamiyo_answer", b"tamiyo_answer", "training_loss", b"training_loss", "uptime_s", b"uptime_s", "validation_accuracy", b"validation_accuracy", "validation_loss", b"validation_loss", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "adjustments", b"adjustments", "attempt", b"attempt", "best_step", b"best_step", "boundaries_over_budget", b"boundaries_over_budget", "boundary_budget_ms", b"boundary_budget_ms", "boundary_ms_p50", b"boundary_ms_p50", "boundary_ms_p99", b"boundary_ms_p99", "breakers", b"breakers", "commands_accepted", b"commands_accepted", "commands_rejected", b"commands_rejected", "conservative_reasons", b"conservative_reasons", "emergency_level", b"emergency_level", "epoch", b"epoch", "epoch_step", b"epoch_step", "epochs", b"epochs", "fast_paths", b"fast_paths", "global_step", b"global_step", "health", b"health", "job", b"job", "kasmina_answer", b"kasmina_answer", "last_boundary_ms", b"last_boundary_ms", "last_command", b"last_command", "learning_rates", b"learning_rates", "metrics_address", b"metrics_address", "newest_proven_step", b"newest_proven_step", "phase", b"phase", "phase_s", b"phase_s", "rollbacks", b"rollbacks", "rollbacks_by_origin", b"rollbacks_by_origin", "run_id", b"run_id", "samples_per_s", b"samples_per_s", "samples_total", b"samples_total", "seeds", b"seeds", "skipped_steps", b"skipped_steps", "state", b"state", "state_reason", b"state_reason", "steps_per_epoch", b"steps_per_epoch", "tamiyo_answer", b"tamiyo_answer", "training_loss", b"training_loss", "uptime_s", b"uptime_s", "validation_accuracy", b"validation_accuracy", "validation_loss", b"validation_loss", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__newest_proven_step: _TypeAlias = _typing.Literal["newest_proven_step"]  # noqa: Y015
+    _WhichOneofArgType__newest_proven_step: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__newest_proven_step) -> _WhichOneofReturnType__newest_proven_step | None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
 
@@ -503,11 +554,16 @@ class TriggerRollbackRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
     TARGET_STEP_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     reason: _builtins.str
     tier: _enums_pb2.RollbackTier.ValueType
     target_step: _builtins.int
-    """The nearest restore point at or before it; absent: the last stable one."""
+    """The nearest restore point at or before it; absent: the newest proven one."""
+    checkpoint_id: _builtins.str
+    """Exactly this checkpoint, also a superseded one: a rollback can be undone.
+    Excludes target_step and the fast tier.
+    """
     def __init__(
         self,
         *,
@@ -515,10 +571,11 @@ class TriggerRollbackRequest(_message.Message):
         reason: _builtins.str = ...,
         tier: _enums_pb2.RollbackTier.ValueType = ...,
         target_step: _builtins.int | None = ...,
+        checkpoint_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_target_step", b"_target_step", "target_step", b"target_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_target_step", b"_target_step", "reason", b"reason", "request_id", b"request_id", "target_step", b"target_step", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_target_step", b"_target_step", "checkpoint_id", b"checkpoint_id", "reason", b"reason", "request_id", b"request_id", "target_step", b"target_step", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__target_step: _TypeAlias = _typing.Literal["target_step"]  # noqa: Y015
     _WhichOneofArgType__target_step: _TypeAlias = _typing.Literal["_target_step", b"_target_step"]  # noqa: Y015
@@ -538,6 +595,11 @@ class TriggerRollbackResponse(_message.Message):
     LATENCY_MS_FIELD_NUMBER: _builtins.int
     GLOBAL_STEP_FIELD_NUMBER: _builtins.int
     COORDINATED_FIELD_NUMBER: _builtins.int
+    WAITED_MS_FIELD_NUMBER: _builtins.int
+    RESTORED_MS_FIELD_NUMBER: _builtins.int
+    SUPERSEDED_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    CHOSEN_FIELD_NUMBER: _builtins.int
     rollback_id: _builtins.str
     tier: _enums_pb2.RollbackTier.ValueType
     restored_step: _builtins.int
@@ -550,6 +612,16 @@ class TriggerRollbackResponse(_message.Message):
     global_step: _builtins.int
     coordinated: _builtins.bool
     """Whether a majority of Tamiyo, Kasmina and Tolaria went back together."""
+    waited_ms: _builtins.float
+    """From the request to the step boundary, which is not part of the budget."""
+    restored_ms: _builtins.float
+    """From the step boundary to the state brought back."""
+    superseded: _builtins.int
+    """Checkpoints that are no longer ancestors of the live state."""
+    attempt: _builtins.int
+    """The attempt that training continues with."""
+    chosen: _builtins.str
+    """Which restore point was chosen, and why, in words."""
     def __init__(
         self,
         *,
@@ -561,10 +633,15 @@ class TriggerRollbackResponse(_message.Message):
         latency_ms: _builtins.float = ...,
         global_step: _builtins.int = ...,
         coordinated: _builtins.bool = ...,
+        waited_ms: _builtins.float = ...,
+        restored_ms: _builtins.float = ...,
+        superseded: _builtins.int = ...,
+        attempt: _builtins.int = ...,
+        chosen: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinated", b"coordinated", "expected_digest", b"expected_digest", "global_step", b"global_step", "latency_ms", b"latency_ms", "restored_step", b"restored_step", "rollback_id", b"rollback_id", "state_digest", b"state_digest", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "chosen", b"chosen", "coordinated", b"coordinated", "expected_digest", b"expected_digest", "global_step", b"global_step", "latency_ms", b"latency_ms", "restored_ms", b"restored_ms", "restored_step", b"restored_step", "rollback_id", b"rollback_id", "state_digest", b"state_digest", "superseded", b"superseded", "tier", b"tier", "waited_ms", b"waited_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -597,6 +674,10 @@ class RestorePoint(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     CHECKPOINT_ID_FIELD_NUMBER: _builtins.int
     STABLE_FIELD_NUMBER: _builtins.int
+    SUSPECT_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    PARENT_CHECKPOINT_ID_FIELD_NUMBER: _builtins.int
+    SUPERSEDED_FIELD_NUMBER: _builtins.int
     tier: _enums_pb2.RollbackTier.ValueType
     global_step: _builtins.int
     epoch: _builtins.int
@@ -604,6 +685,13 @@ class RestorePoint(_message.Message):
     digest: _builtins.str
     checkpoint_id: _builtins.str
     stable: _builtins.bool
+    """Proven: healthy steps followed it."""
+    suspect: _builtins.bool
+    """Captured while the loss was rising."""
+    attempt: _builtins.int
+    parent_checkpoint_id: _builtins.str
+    superseded: _builtins.bool
+    """A rollback went back to before it; only checkpoint_id goes to it."""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -617,10 +705,14 @@ class RestorePoint(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         checkpoint_id: _builtins.str = ...,
         stable: _builtins.bool = ...,
+        suspect: _builtins.bool = ...,
+        attempt: _builtins.int = ...,
+        parent_checkpoint_id: _builtins.str = ...,
+        superseded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_id", b"checkpoint_id", "created_at", b"created_at", "digest", b"digest", "epoch", b"epoch", "global_step", b"global_step", "size_bytes", b"size_bytes", "stable", b"stable", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "checkpoint_id", b"checkpoint_id", "created_at", b"created_at", "digest", b"digest", "epoch", b"epoch", "global_step", b"global_step", "parent_checkpoint_id", b"parent_checkpoint_id", "size_bytes", b"size_bytes", "stable", b"stable", "superseded", b"superseded", "suspect", b"suspect", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

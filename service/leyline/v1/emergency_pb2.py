@@ -22,16 +22,21 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from leyline.v1 import enums_pb2 as leyline_dot_v1_dot_enums__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aleyline/v1/emergency.proto\x12\nleyline.v1\x1a\x16leyline/v1/enums.proto\"\x9d\x01\n\x0f\x45mergencySignal\x12\x0f\n\x07version\x18\x01 \x01(\r\x12)\n\x05level\x18\x02 \x01(\x0e\x32\x1a.leyline.v1.EmergencyLevel\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06origin\x18\x04 \x01(\t\x12\x14\n\x0ctimestamp_ms\x18\x05 \x01(\x04\x12\x18\n\x10payload_checksum\x18\x06 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aleyline/v1/emergency.proto\x12\nleyline.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16leyline/v1/enums.proto\"\xd8\x02\n\x0f\x45mergencySignal\x12\x0f\n\x07version\x18\x01 \x01(\r\x12)\n\x05level\x18\x02 \x01(\x0e\x32\x1a.leyline.v1.EmergencyLevel\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06origin\x18\x04 \x01(\t\x12\x30\n\x0ctriggered_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11monotonic_time_ms\x18\x06 \x01(\x04\x12\x0e\n\x06run_id\x18\x07 \x01(\t\x12?\n\nattributes\x18\x08 \x03(\x0b\x32+.leyline.v1.EmergencySignal.AttributesEntry\x12\x18\n\x10payload_checksum\x18\t \x01(\x0c\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'leyline.v1.emergency_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EMERGENCYSIGNAL']._serialized_start=67
-  _globals['_EMERGENCYSIGNAL']._serialized_end=224
+  _globals['_EMERGENCYSIGNAL_ATTRIBUTESENTRY']._loaded_options = None
+  _globals['_EMERGENCYSIGNAL_ATTRIBUTESENTRY']._serialized_options = b'8\001'
+  _globals['_EMERGENCYSIGNAL']._serialized_start=100
+  _globals['_EMERGENCYSIGNAL']._serialized_end=444
+  _globals['_EMERGENCYSIGNAL_ATTRIBUTESENTRY']._serialized_start=395
+  _globals['_EMERGENCYSIGNAL_ATTRIBUTESENTRY']._serialized_end=444
 # @@protoc_insertion_point(module_scope)

@@ -3,8 +3,11 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 from leyline.v1 import enums_pb2 as _enums_pb2
 import builtins as _builtins
 import sys
@@ -21,19 +24,48 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class EmergencySignal(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class AttributesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VERSION_FIELD_NUMBER: _builtins.int
     LEVEL_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
-    TIMESTAMP_MS_FIELD_NUMBER: _builtins.int
+    TRIGGERED_AT_FIELD_NUMBER: _builtins.int
+    MONOTONIC_TIME_MS_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
     PAYLOAD_CHECKSUM_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     level: _enums_pb2.EmergencyLevel.ValueType
     reason: _builtins.str
     origin: _builtins.str
-    timestamp_ms: _builtins.int
-    """Monotonic."""
+    monotonic_time_ms: _builtins.int
+    """Of the machine where the signal was raised."""
+    run_id: _builtins.str
     payload_checksum: _builtins.bytes
+    """SHA-256 of the deterministic serialization without this field."""
+    @_builtins.property
+    def triggered_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def attributes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
         self,
         *,
@@ -41,12 +73,15 @@ class EmergencySignal(_message.Message):
         level: _enums_pb2.EmergencyLevel.ValueType = ...,
         reason: _builtins.str = ...,
         origin: _builtins.str = ...,
-        timestamp_ms: _builtins.int = ...,
+        triggered_at: _timestamp_pb2.Timestamp | None = ...,
+        monotonic_time_ms: _builtins.int = ...,
+        run_id: _builtins.str = ...,
+        attributes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         payload_checksum: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["triggered_at", b"triggered_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["level", b"level", "origin", b"origin", "payload_checksum", b"payload_checksum", "reason", b"reason", "timestamp_ms", b"timestamp_ms", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "level", b"level", "monotonic_time_ms", b"monotonic_time_ms", "origin", b"origin", "payload_checksum", b"payload_checksum", "reason", b"reason", "run_id", b"run_id", "triggered_at", b"triggered_at", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

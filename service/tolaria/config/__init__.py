@@ -2,6 +2,7 @@
 
 from tolaria.config.durability import CheckpointSettings as CheckpointSettings
 from tolaria.config.durability import EmergencySettings as EmergencySettings
+from tolaria.config.durability import HealthSettings as HealthSettings
 from tolaria.config.durability import ProfilerSettings as ProfilerSettings
 from tolaria.config.durability import RollbackSettings as RollbackSettings
 from tolaria.config.durability import StateSettings as StateSettings

@@ -7,7 +7,20 @@ from typing import Literal
 
 from pydantic import Field
 
-from tolaria.config.fields import Factor, PositiveShare, Seconds, Section
+from tolaria.config.fields import Factor, PositiveShare, Seconds, SecondsOrZero, Section
+
+
+class HealthSettings(Section):
+    """Checks of the health of training."""
+
+    skips_max: int = Field(default=8, ge=1)
+    """Consecutive skipped (non-finite) steps after which the parameters are checked. 8: a bad shard passes."""
+
+    skips_data_max: int = Field(default=256, ge=1)
+    """Consecutive skipped steps that halt the run if its parameters are sound. 256: much bad data needs a person."""
+
+    window: int = Field(default=256, ge=16, le=100_000)
+    """Healthy losses with which new losses are compared. 256: rare large losses of sound runs are among them."""
 
 
 class EmergencySettings(Section):
@@ -21,6 +34,9 @@ class EmergencySettings(Section):
 
     startup_allowance_s: Seconds = 60.0
     """Time after the start in which missing heartbeats are ignored. 60: the first steps compile and fill caches."""
+
+    phase_timeout_s: Seconds = 600.0
+    """Time without a heartbeat while the lane loads data, evaluates, compiles or starts. 600: large models compile."""
 
     grace_s: Seconds = 10.0
     """Time from the emergency to SIGTERM. 10: long enough to dump stacks, and for a short stall to end."""
@@ -113,6 +129,9 @@ class RollbackSettings(Section):
     lr_cut_steps: int = Field(default=100, ge=1)
     """Optimizer updates for which lr_cut applies. 100: past the step at which training failed."""
 
+    progress_rollbacks_max: int = Field(default=5, ge=1, le=1000)
+    """Rollbacks in a row without a new highest step that halt the run. 5: a run in a circle needs a person."""
+
 
 class CheckpointSettings(Section):
     """Checkpoints on disk, in state.dir."""
@@ -128,6 +147,12 @@ class CheckpointSettings(Section):
 
     keep_last: int = Field(default=3, ge=1, le=10_000)
     """Newest checkpoints that are kept. 3: one remains if two are damaged."""
+
+    keep_superseded: int = Field(default=2, ge=0, le=1000)
+    """Newest superseded checkpoints that are kept, so that a rollback can be undone. 2: the last ones before it."""
+
+    keep_superseded_s: SecondsOrZero = 86_400.0
+    """Time for which superseded checkpoints are kept. 86400: a day, time to review a rollback."""
 
     best: Literal["accuracy", "loss"] = "accuracy"
     """Validation metric that selects one more checkpoint to keep, the best. accuracy: what most jobs optimize."""

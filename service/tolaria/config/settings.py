@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from tolaria.config.durability import (
     CheckpointSettings,
     EmergencySettings,
+    HealthSettings,
     ProfilerSettings,
     RollbackSettings,
     SignalsSettings,
@@ -151,7 +152,16 @@ class ControlSettings(Section):
     """Optimizer updates between requests to the controller, one at a time, newest state first. 0: at epochs only."""
 
     max_void_steps: int = Field(default=8, ge=1)
-    """Consecutive skipped (non-finite) steps that hold the run. 8: a bad shard passes, divergence does not."""
+    """Deprecated: use health.skips_max."""
+
+    boundary_slack_ms: Milliseconds = 4.0
+    """Delay of an epoch boundary beyond its budget that is no breach. 4: a busy machine wakes timers late."""
+
+    lr_factor_min: PositiveShare = 0.01
+    """Lowest learning rate that the controller may set, as a share of the schedule's. 0.01: training never stops."""
+
+    lr_factor_max: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
+    """Highest learning rate that the controller may set, as a multiple of the schedule's. 10: more diverges."""
 
 
 class TrainingSettings(Section):
@@ -253,6 +263,15 @@ class FastPathSettings(Section):
 class SeedsSettings(Section):
     """Seeds, the networks grafted into the host."""
 
+    enabled: bool = True
+    """Graft seeds when the controller asks for it. Off: the model stays as the job builds it."""
+
+    active_max: int = Field(default=4, ge=0, le=1000)
+    """Seeds that grow at the same time; further ones are refused. 4: each costs a backward pass per step."""
+
+    fossilized_max: int = Field(default=8, ge=0, le=1000)
+    """Seeds that may become a permanent part of the model. 8: each makes every step slower."""
+
     isolation: bool = True
     """Keep gradients of seeds that are not blending from the host. On: a seed affects the host after it has trained."""
 
@@ -320,6 +339,7 @@ class Settings(BaseSettings):
     fastpaths: FastPathSettings = FastPathSettings()
     seeds: SeedsSettings = SeedsSettings()
     gradients: GradientsSettings = GradientsSettings()
+    health: HealthSettings = HealthSettings()
     emergency: EmergencySettings = EmergencySettings()
     signals: SignalsSettings = SignalsSettings()
     state: StateSettings = StateSettings()

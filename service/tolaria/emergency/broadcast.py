@@ -19,7 +19,7 @@ _Key = tuple[EmergencyLevel.ValueType, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """`count` signals of equal level, reason and origin. `signal.timestamp_ms` is the monotonic time of the first."""
+    """`count` signals of equal level, reason and origin. `signal.monotonic_time_ms` is the time of the first."""
 
     signal: EmergencySignal
     count: int = 1
@@ -51,7 +51,7 @@ def new_notice(signal: Signal) -> Notice:
         level=signal.level,
         reason=signal.reason[:REASON_CHARACTERS_MAX],
         origin=signal.origin,
-        timestamp_ms=signal.raised_ns // _MS,
+        monotonic_time_ms=signal.raised_ns // _MS,
     )
     message.payload_checksum = hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
     return Notice(message)

@@ -38,7 +38,7 @@ def test_notices_come_out_in_order_of_arrival() -> None:
     backlog = Backlog(10)
     for at_ns, reason in enumerate("abac"):
         backlog.put(notice(reason, at_ns))
-    assert backlog.first.signal.timestamp_ms == 0
+    assert backlog.first.signal.monotonic_time_ms == 0
     assert drained(backlog) == [("a", 2), ("b", 1), ("c", 1)]
 
 
@@ -65,7 +65,7 @@ def test_no_signal_is_lost_and_memory_is_bounded(signals: list[tuple[str, int]],
 def test_a_signal_carries_its_checksum_and_a_bounded_reason() -> None:
     """The checksum is the SHA-256 of the message without it."""
     signal = notice("x" * 5000, 3_000_000).signal
-    assert (signal.version, signal.timestamp_ms, len(signal.reason)) == (1, 3, REASON_CHARACTERS_MAX)
+    assert (signal.version, signal.monotonic_time_ms, len(signal.reason)) == (1, 3, REASON_CHARACTERS_MAX)
     bare = EmergencySignal()
     bare.CopyFrom(signal)
     bare.ClearField("payload_checksum")

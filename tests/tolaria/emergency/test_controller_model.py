@@ -119,7 +119,7 @@ class ControllerAgainstModel(RuleBasedStateMachine):
     def broadcasts_are_in_order(self) -> None:
         """No more signals are sent than raised, in order, within the rate limit."""
         assert self.harness.sent <= self.raised
-        times = [notice.signal.timestamp_ms for notice in self.harness.broadcasts]
+        times = [notice.signal.monotonic_time_ms for notice in self.harness.broadcasts]
         assert times == sorted(times)
         self.sent_at_ns += [self.harness.clock.now_ns] * (len(self.harness.broadcasts) - len(self.sent_at_ns))
         recent = [at_ns for at_ns in self.sent_at_ns if at_ns > self.harness.clock.now_ns - 59 * S]

@@ -192,7 +192,7 @@ class OwnOptimizer(Line):
 
 
 class OwnScheduler(Line):
-    """Steps a scheduler of torch's on the optimizer that it built: it must be obeyed or refused, and said either way."""
+    """Steps a scheduler of torch's on the optimizer that it built: obeyed or refused, said either way."""
 
     def build_optimizer(self, model):
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import grpc.aio
 import pytest
@@ -16,10 +18,19 @@ from structlog.typing import EventDict
 
 torch.set_num_threads(1)
 
+_BUSY_LOOP: Final = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(1_000_000):
+        pass
+"""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the options for longer tests; the section "Tests" of the README lists them."""
     parser.addoption("--long", action="store_true", help="run the long variants of tests that have one")
+    parser.addoption("--beside-load", action="store_true", help="run two busy loops beside the tests")
     parser.addoption("--fuzz-cases", type=int, default=150, help="requests or responses per fuzzing test")
 
 
@@ -28,6 +39,17 @@ def fuzz_cases(request: pytest.FixtureRequest) -> int:
     """The number of requests or responses that a fuzzing test generates."""
     cases: int = request.config.getoption("--fuzz-cases")
     return cases
+
+
+@pytest.fixture(autouse=True, scope="session")
+def load_beside(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keeps two cores busy during the whole session, with `--beside-load`."""
+    count = 2 if request.config.getoption("--beside-load") else 0
+    loops = [subprocess.Popen([sys.executable, "-c", _BUSY_LOOP]) for _ in range(count)]
+    yield
+    for loop in loops:
+        loop.kill()
+        loop.wait()
 
 
 @pytest.fixture(autouse=True, scope="session")

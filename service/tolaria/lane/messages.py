@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, Literal, Self, TypeAlias, get_args
 
 from leyline.v1.seeds_pb2 import SeedState
@@ -89,9 +90,17 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class SkipBatches:
-    """Adds batches, as (epoch, place in the epoch from 0), to those that training skips."""
+    """Adds batches, as (epoch, place in the epoch from 0), to those that training skips; with `end`, removes them."""
 
     batches: tuple[tuple[int, int], ...]
+    end: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptRegime:
+    """Empties the window of losses except for those that wait to enter it; answered by `RegimeBegun`."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +110,9 @@ class CaptureProfile:
     steps: int
 
 
-BoundaryCommand: TypeAlias = ReconcileSeeds | ChangeOptimizer | CaptureImage | Restore | SkipBatches | CaptureProfile
+BoundaryCommand: TypeAlias = (
+    ReconcileSeeds | ChangeOptimizer | CaptureImage | Restore | SkipBatches | AcceptRegime | CaptureProfile
+)
 """Commands that the lane answers with a `CommandDone`, at a step boundary."""
 
 Command: TypeAlias = RunEpoch | Hold | Release | Stop | BoundaryCommand
@@ -148,6 +159,7 @@ class Restored:
 
     `state_digest` is of the live state after the restore, `expected_digest` the one recorded at its capture.
     `underway`: the lane goes on with that epoch without a further order; `latest_order` is the newest it has received.
+    `losses` is the state of its `LossWindow`.
     """
 
     position: Position
@@ -160,6 +172,7 @@ class Restored:
     adjustments: tuple[ActiveAdjustment, ...]
     underway: bool = False
     latest_order: int = 0
+    losses: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +180,18 @@ class BatchesSkipped:
     """Number of batches that are skipped in all epochs."""
 
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class RegimeBegun:
+    """The window of losses was emptied for a changed task; with `keep_waiting`, except for losses that wait to enter.
+
+    As an event: the job has announced it, and the next `StepDone` is the first of the changed task.
+    """
+
+    global_step: int
+    reason: str
+    keep_waiting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +224,14 @@ class ProfileStarted:
 
 
 Result: TypeAlias = (
-    SeedsChanged | OptimizerChanged | ImageCaptured | Restored | BatchesSkipped | ProfileStarted | TraceFailed
+    SeedsChanged
+    | OptimizerChanged
+    | ImageCaptured
+    | Restored
+    | BatchesSkipped
+    | RegimeBegun
+    | ProfileStarted
+    | TraceFailed
 )
 
 # -- events ----------------------------------------------------------------------------------------------------------
@@ -234,7 +266,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class LaneReady:
-    """What the lane has built: where training starts, and what it trains with."""
+    """What the lane has built: where training starts, and what it trains with. `losses` is as in `Restored`."""
 
     position: Position
     progress: EpochProgress
@@ -247,6 +279,7 @@ class LaneReady:
     learning_rates: Mapping[str, float]
     adjustments: tuple[ActiveAdjustment, ...]
     seeds: tuple[SeedState, ...]
+    losses: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +287,10 @@ class StepDone:
     """One optimizer step, or a *skipped* one: it was not finite, so nothing changed, not even `global_step`.
 
     A skipped step that is `rescaled` only lowered the loss scale of float16. `batches` are the places in the epoch of
-    the microbatches it took. Times are seconds, `finished_at_s` on the monotonic clock.
+    the microbatches it took, `left_out` those among them that were not finite while others were. `judged` is the mean
+    loss of the sources that are not seeds; None if they had no sample. `dropped_seeds` are isolated seeds whose
+    gradients were not finite and were dropped. `parameters_finite` is the result of a check of the parameters after
+    many skipped steps; None if there was none. Times are seconds, `finished_at_s` on the monotonic clock.
     """
 
     global_step: int
@@ -269,6 +305,10 @@ class StepDone:
     violations: tuple[LearningRateViolation, ...] = ()
     rescaled: bool = False
     batches: range = range(0)
+    judged: float | None = None
+    left_out: tuple[int, ...] = ()
+    dropped_seeds: tuple[str, ...] = ()
+    parameters_finite: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +381,9 @@ class LaneEnded:
 
 SnapshotEvent: TypeAlias = SnapshotsChanged | SnapshotsUnavailable
 
-Event: TypeAlias = StepDone | EpochDone | SeedsChanged | CommandDone | Held | SnapshotEvent | ProfileDone | LaneEnded
+Event: TypeAlias = (
+    StepDone | EpochDone | SeedsChanged | RegimeBegun | CommandDone | Held | SnapshotEvent | ProfileDone | LaneEnded
+)
 
 _CODEC = Codec(
     types={

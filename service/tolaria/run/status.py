@@ -20,7 +20,7 @@ from leyline.v1.telemetry_pb2 import SystemHealth
 from tolaria import __version__
 from tolaria.images import SnapshotInfo
 from tolaria.lane.messages import EpochDone, LaneReady, Restored, StepDone
-from tolaria.run.health import Averages
+from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment
 
 PACKET_VERSION: Final = 1

@@ -44,6 +44,7 @@ class Trigger(Enum):
 
     BOUNDARY_BREACH = "boundary_breach"
     HOOK_BREACH = "hook_breach"
+    PEER_FAILURE = "peer_failure"
     BREAKER_OPEN = "breaker_open"
     ROLLBACK_DEADLINE_MISSED = "rollback_deadline_missed"
     FAILED_EPOCH_STREAK = "failed_epoch_streak"
@@ -58,6 +59,7 @@ class Trigger(Enum):
 TRIGGERS: Mapping[Trigger, EmergencyLevel.ValueType] = {
     Trigger.BOUNDARY_BREACH: enums.EMERGENCY_LEVEL_NOTICE,
     Trigger.HOOK_BREACH: enums.EMERGENCY_LEVEL_NOTICE,
+    Trigger.PEER_FAILURE: enums.EMERGENCY_LEVEL_NOTICE,
     Trigger.BREAKER_OPEN: enums.EMERGENCY_LEVEL_ELEVATED,
     Trigger.ACCURACY_COLLAPSE: enums.EMERGENCY_LEVEL_CONSERVATIVE,
     Trigger.ROLLBACK_DEADLINE_MISSED: enums.EMERGENCY_LEVEL_HALT,

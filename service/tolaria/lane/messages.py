@@ -6,8 +6,7 @@ Everything that crosses between `run` and `lane` is defined here; `tolaria.value
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Self, TypeAlias, get_args
 
 from leyline.v1.seeds_pb2 import SeedState
@@ -90,17 +89,17 @@ class Restore:
 
 @dataclass(frozen=True, slots=True)
 class SkipBatches:
-    """Adds batches, as (epoch, place in the epoch from 0), to those that training skips; with `end`, removes them."""
+    """Adds batches, as (epoch, place in the epoch from 0), to those that training skips."""
 
     batches: tuple[tuple[int, int], ...]
-    end: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class AcceptRegime:
-    """Empties the window of losses except for those that wait to enter it; answered by `RegimeBegun`."""
+    """Accepts the losses of a changed task and skips `batches` no longer; a `RegimeBegun` precedes the answer."""
 
     reason: str
+    batches: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +171,7 @@ class Restored:
     adjustments: tuple[ActiveAdjustment, ...]
     underway: bool = False
     latest_order: int = 0
-    losses: Mapping[str, Any] = MappingProxyType({})
+    losses: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,18 +179,6 @@ class BatchesSkipped:
     """Number of batches that are skipped in all epochs."""
 
     count: int
-
-
-@dataclass(frozen=True, slots=True)
-class RegimeBegun:
-    """The window of losses was emptied for a changed task; with `keep_waiting`, except for losses that wait to enter.
-
-    As an event: the job has announced it, and the next `StepDone` is the first of the changed task.
-    """
-
-    global_step: int
-    reason: str
-    keep_waiting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,14 +211,7 @@ class ProfileStarted:
 
 
 Result: TypeAlias = (
-    SeedsChanged
-    | OptimizerChanged
-    | ImageCaptured
-    | Restored
-    | BatchesSkipped
-    | RegimeBegun
-    | ProfileStarted
-    | TraceFailed
+    SeedsChanged | OptimizerChanged | ImageCaptured | Restored | BatchesSkipped | ProfileStarted | TraceFailed
 )
 
 # -- events ----------------------------------------------------------------------------------------------------------
@@ -279,7 +259,7 @@ class LaneReady:
     learning_rates: Mapping[str, float]
     adjustments: tuple[ActiveAdjustment, ...]
     seeds: tuple[SeedState, ...]
-    losses: Mapping[str, Any] = MappingProxyType({})
+    losses: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +289,18 @@ class StepDone:
     left_out: tuple[int, ...] = ()
     dropped_seeds: tuple[str, ...] = ()
     parameters_finite: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RegimeBegun:
+    """The window of losses was emptied for a changed task; the next `StepDone` is judged by the new one.
+
+    `announced` by the job; otherwise by a command, and the losses that waited to enter the window are in it now.
+    """
+
+    global_step: int
+    reason: str
+    announced: bool
 
 
 @dataclass(frozen=True, slots=True)

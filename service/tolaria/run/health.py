@@ -34,6 +34,9 @@ EVALUATIONS: Final = 8
 COLLAPSED: Final = 3
 """Evaluations in a row that have to be worse than all of those by more than their range."""
 
+DROPPED_MAX: Final = 8
+"""Steps in a row in which the gradients of a seed are dropped, after which it is culled."""
+
 _RECENT: Final = 64
 
 
@@ -155,7 +158,7 @@ class Record(BaseModel):
 
 @dataclass(slots=True)
 class _Watch:
-    """Losses that have risen again near the last retreat, until it is known whether they are those of a changed task."""
+    """Losses that have risen again near the last retreat, until it is known whether the task has changed."""
 
     reason: str
     evidence_step: int
@@ -297,9 +300,9 @@ class Health:
         record.worse = []
         return self._retreat(reason, first, (), epoch.global_step, durable=True)
 
-    def regime_begins(self, *, keep_waiting: bool) -> None:
-        """Follows the lane, which has emptied its window for a changed task."""
-        self.losses.begin_regime(keep_waiting=keep_waiting)
+    def regime_begins(self, *, announced: bool) -> None:
+        """Follows the lane, which has emptied its window for a changed task, announced by the job or accepted here."""
+        self.losses.begin_regime(keep_waiting=not announced)
         self._recent.clear()
         self._watch = None
 
@@ -451,6 +454,20 @@ class Health:
         self._recent.clear()
         self._watch = None
         self._alarmed_step = None
+
+
+class DroppedSeeds:
+    """Counts the steps in a row in which the gradients of an isolated seed were not finite and were dropped."""
+
+    def __init__(self) -> None:
+        self._streaks: dict[str, int] = {}
+
+    def after(self, step: StepDone) -> list[str]:
+        """Returns the seeds that are to be culled because of this step; a skipped one changes nothing."""
+        if step.skipped:
+            return []
+        self._streaks = {seed_id: self._streaks.get(seed_id, 0) + 1 for seed_id in step.dropped_seeds}
+        return [seed_id for seed_id, streak in self._streaks.items() if streak == DROPPED_MAX]
 
 
 def batches_of(step: StepDone) -> tuple[tuple[int, int], ...]:

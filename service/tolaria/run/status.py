@@ -108,6 +108,8 @@ class RunStatus:
     training_loss: float = float("nan")
     snapshots: tuple[SnapshotInfo, ...] = ()
     rollbacks: int = 0
+    best_step: int = 0
+    skipped_steps: int = 0
 
     boundaries_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_BOUNDARIES_KEPT))
     boundaries_over_budget: int = 0

@@ -156,7 +156,7 @@ class LossWindow:
         self.averages = self.averages.after(loss, gradient_norm)
 
     def begin_regime(self, *, keep_waiting: bool) -> None:
-        """Empties the window for a task that has changed, except for the losses that wait to enter, if they are kept."""
+        """Empties the window for a changed task; the losses that wait to enter it enter now, if they are kept."""
         self._clear([loss for _, loss in self._waiting] if keep_waiting else ())
 
     def state_dict(self) -> dict[str, JsonValue]:
@@ -184,7 +184,8 @@ class LossWindow:
         averages, best, first, recent, waiting, window = (
             _unpacked(state[name]) for name in ("averages", "best", "first", "recent", "waiting", "window")
         )
-        self.averages = Averages(*averages[:-1], finite_steps=int(averages[-1]))
+        loss, loss_variance, norm, norm_variance, delta, steps = averages
+        self.averages = Averages(loss, loss_variance, norm, norm_variance, delta, int(steps))
         self._count = count
         self._first, self._scale = list(first), median(first) if first else 0.0
         self._clear(window)

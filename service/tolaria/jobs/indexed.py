@@ -90,7 +90,7 @@ class IndexedBatches:
     def _drawn(self, epoch: int, batches_max: int | None) -> Sequence[Any]:
         """Draws the indices of an epoch, of its first `batches_max` batches if given."""
         loader, seed = self._loader, epoch_seed(self._seed, epoch)
-        holders = (loader, loader.sampler, loader.batch_sampler)
+        holders: tuple[object, ...] = (loader, loader.sampler, loader.batch_sampler)
         for holder in holders:
             if isinstance(holder, HasEpoch):
                 holder.set_epoch(epoch)

@@ -14,6 +14,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 import structlog
+from anyio.abc import TaskStatus
 
 from tolaria.config import Settings
 from tolaria.emergency.controller import EmergencyController
@@ -97,28 +98,45 @@ class SentinelProcess(ChildSupervisor):
             start_timeout_s=_START_S,
             stop_timeout_s=_STOP_S,
         )
+        self.attempted = anyio.Event()
+        """Set once the first start has succeeded or failed."""
 
     def accept(self, announcement: Mapping[str, Any]) -> None:
         """Refuses anything but {"watching": this process's id}."""
         if announcement["watching"] != os.getpid():
             raise ValueError("it watches another process")
 
+    def on_started(self) -> None:
+        """Notes that it watches."""
+        self.attempted.set()
+
     def on_ended(self, detail: str, restart_in_s: float) -> None:
         """Logs that no sentinel watches until the restart; training goes on."""
+        self.attempted.set()
         _log.error("sentinel_lost", detail=detail, restart_in_s=restart_in_s)
 
 
-async def watch_process(settings: Settings, board: SignalBoard, heartbeats: Heartbeats) -> None:
+async def watch_process(
+    settings: Settings,
+    board: SignalBoard,
+    heartbeats: Heartbeats,
+    *,
+    task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
+) -> None:
     """A task: beats, and keeps a sentinel running if the settings ask for one, until cancelled.
 
-    First removes the boards that crashed runs left beside this one.
+    It counts as started once the sentinel's first start has succeeded or failed. First removes the boards that crashed
+    runs left beside this one.
     """
     timeout_s = settings.emergency.heartbeat_timeout_s
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(heartbeats.beat, min(_BEAT_S_MAX, timeout_s / _BEATS_PER_TIMEOUT))
         tasks.start_soon(_remove_stale_boards, board.path)
         if settings.emergency.sentinel:
-            await SentinelProcess(board, settings).run()
+            sentinel = SentinelProcess(board, settings)
+            tasks.start_soon(sentinel.run)
+            await sentinel.attempted.wait()
+        task_status.started()
 
 
 async def _remove_stale_boards(beside: Path) -> None:

@@ -1,6 +1,6 @@
 """Training jobs: the interface of a job, its registry, cursors over training data, and the built-in job."""
 
-from tolaria.jobs.data import LoaderCursor, TensorCursor
+from tolaria.jobs.data import TensorCursor
 from tolaria.jobs.job import (
     Batch,
     BatchCursor,
@@ -11,6 +11,7 @@ from tolaria.jobs.job import (
     TrainingJob,
     build_job,
 )
+from tolaria.jobs.loader import LoaderCursor
 from tolaria.values.training import HOST, Evaluation
 
 __all__ = [

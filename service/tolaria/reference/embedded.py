@@ -36,19 +36,19 @@ class EmbeddedPeer(ChildSupervisor):
         self.command = replace(self.command, arguments=arguments)
 
     def on_started(self) -> None:
-        _log.info("embedded peer started again", peer=self.command.name, listening=self.target)
+        _log.info("embedded_peer_restarted", peer=self.command.name, listening=self.target)
 
     def on_ended(self, detail: str, restart_in_s: float) -> None:
-        _log.warning("embedded peer died", peer=self.command.name, detail=detail, starts_again_in_s=restart_in_s)
+        _log.warning("embedded_peer_died", peer=self.command.name, detail=detail, starts_again_in_s=restart_in_s)
 
     def on_given_up(self, detail: str, failures: int) -> None:
-        _log.error("embedded peer given up", peer=self.command.name, deaths_in_a_row=failures, detail=detail)
+        _log.error("embedded_peer_given_up", peer=self.command.name, deaths_in_a_row=failures, detail=detail)
 
     def on_stderr(self, text: str) -> None:
-        _log.debug("peer wrote", peer=self.command.name, text=text.rstrip())
+        _log.debug("embedded_peer_wrote", peer=self.command.name, text=text.rstrip())
 
     def on_killed(self) -> None:
-        _log.warning("embedded peer does not stop", peer=self.command.name, then="SIGKILL")
+        _log.warning("embedded_peer_killed", peer=self.command.name, then="SIGKILL")
 
 
 @asynccontextmanager

@@ -17,6 +17,7 @@ from typing import Final, Literal, TypeAlias
 
 import structlog
 
+from tolaria import forks
 from tolaria.checkpoint.storage import Storage, open_storage
 from tolaria.checkpoint.store import LoadedCheckpoint, Retention
 from tolaria.config import CheckpointSettings, Settings
@@ -33,6 +34,9 @@ ENDED: Final = frozenset({"finished", "stopped"})
 """Outcomes after which a run is not resumed: all epochs are done, or an operator has stopped it."""
 
 _BEST: Final[dict[str, Literal["highest", "lowest"]]] = {"accuracy": "highest", "loss": "lowest"}
+
+_DEAD_HOLDER_S: Final = 5.0
+_LOCK_POLL_S: Final = 0.05
 
 _log = structlog.get_logger(__name__)
 
@@ -223,19 +227,40 @@ def _repairs(storage: Storage) -> list[str]:
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Holds the directory's lock, which the system releases however the process ends."""
-    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = forks.keep_private(os.open(directory / "lock", flags, 0o600))
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            written = os.pread(descriptor, 32, 0).strip()
-            raise StateHeldError(str(directory), int(written) if written.isdigit() else 0) from None
+        _lock(directory, descriptor)
         with suppress(OSError):  # a full disk: the lock holds, but its holder's pid is unknown
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
-        os.close(descriptor)
+        forks.close(descriptor)
+
+
+def _lock(directory: Path, descriptor: int) -> None:
+    """Takes the lock. Waits for a holder that has ended already: the system takes a while to close its files."""
+    until_s = time.monotonic() + _DEAD_HOLDER_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            written = os.pread(descriptor, 32, 0).strip()
+            holder = int(written) if written.isdigit() else 0
+            if _is_alive(holder) or time.monotonic() >= until_s:
+                raise StateHeldError(str(directory), holder) from None
+            time.sleep(_LOCK_POLL_S)
+        else:
+            return
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether the process exists and has not ended; True for an unknown process and where there is no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2][1] not in "ZX"
+    except FileNotFoundError:
+        return not pid or not Path("/proc/self/stat").exists()
 
 
 @contextmanager

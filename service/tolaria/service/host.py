@@ -15,7 +15,8 @@ from anyio.abc import TaskGroup
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import add_TolariaAdminServiceServicer_to_server
-from tolaria.config import PeerSettings, child_environment
+from tolaria import forks
+from tolaria.config import Address, PeerSettings, child_environment
 from tolaria.emergency.supervision import watch_board, watch_process
 from tolaria.grpc_server import GrpcServer, grpc_server
 from tolaria.peers.connect import Peer, Peers, connected_peers
@@ -76,8 +77,11 @@ class Host:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._drain_on_signal, tasks, service)
             tasks.start_soon(watch_board, self._foundation.board, core.safety.controller)
-            tasks.start_soon(watch_process, self._settings, self._foundation.board, core.heartbeats)
             tasks.start_soon(publish_health, core, server)
+            # The lane starts after every child process, and after the sockets: it forks when the job does.
+            await tasks.start(watch_process, self._settings, self._foundation.board, core.heartbeats)
+            for address in (str(server.address), self._metrics_address):
+                await anyio.to_thread.run_sync(forks.keep_sockets_private, Address.parse(address).port)
             await service.serve(core, tasks)
             if not self._settings.service.exit_when_done:
                 await self._drained.wait()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,8 +65,14 @@ class LaneBuild(Protocol):
 
 def build_lane(settings: Settings) -> LaneBuild:
     """Builds the job and the lane around it; imports torch. Raises as `tolaria.lane.build.build` does."""
-    # Imported by name, so that torch is not loaded earlier and is absent from the package's import graph.
-    return cast("LaneBuild", importlib.import_module("tolaria.lane.build").build(settings))
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        # Imported by name, so that torch is not loaded earlier and is absent from the package's import graph.
+        return cast("LaneBuild", importlib.import_module("tolaria.lane.build").build(settings))
+    finally:
+        # A DataLoader installs a handler that raises the failure of a worker wherever the main thread is at that time.
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGCHLD, before)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
-from leyline.v1.enums_pb2 import SEED_STAGE_TRAINING
+from leyline.v1.enums_pb2 import SEED_STAGE_GERMINATED, SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import Settings
 from tolaria.errors import OptimizationError
@@ -19,6 +19,7 @@ from tolaria.lane.gradient_merge import GradientScope
 from tolaria.lane.messages import SeedsChanged
 from tolaria.optimization import GroupPlan, OptimizerManager, UnifiedLRController, regroup
 from tolaria.seeds import Blueprints, SeedTopology, parameters_by_owner
+from tolaria.seeds.stages import TRAINED
 from tolaria.seeds.topology import Reconciliation
 from tolaria.values.gradients import SeedMetricSet
 from tolaria.values.optimization import GroupRole, RebuildOutcome
@@ -89,10 +90,12 @@ class SeedTraining:
 
     def gradient_scope(self, global_step: int) -> GradientScope:
         """Returns the parameters and seeds for which gradients are merged from now on."""
-        trained, seeds = set(self.trained_parameters()), self.topology.training_seeds
-        shared = [(name, p) for name, p in parameters_by_owner(self.model)[HOST] if p in trained]
+        optimized = {p for group in self.manager.optimizer.param_groups for p in group["params"]}
+        seeds = self.topology.training_seeds
+        shared = [(name, p) for name, p in parameters_by_owner(self.model)[HOST] if p in optimized]
         own = {seed_id: [p for _, p in self.topology.training_parameters(seed_id)] for seed_id in seeds}
-        states = [state for state in self.topology.states(global_step) if state.seed_id in own]
+        growing = {SEED_STAGE_GERMINATED, *TRAINED}
+        states = [state for state in self.topology.states(global_step) if state.stage in growing]
         return GradientScope(shared, {seed_id: parameters for seed_id, parameters in own.items() if parameters}, states)
 
     def trained_parameters(self) -> list[nn.Parameter]:

@@ -223,7 +223,7 @@ def _add_losses(module: TrainModule, taken: _Taken, losses: Mapping[str, Tensor]
     share = batch.samples / taken.planned_samples
     seeds = set(module.seeds.topology.training_seeds)
     essential = [each.detach() for source, each in losses.items() if source not in module.isolated_seeds]
-    part = torch.stack(essential).sum() * share
+    part = torch.stack(essential).sum() * share if essential else torch.zeros_like(loss)
     taken.essential = part if taken.essential is None else taken.essential + part
     tasks = [each.detach() for source, each in losses.items() if source not in seeds]
     samples = batch.samples

@@ -229,7 +229,7 @@ def _add_losses(module: TrainModule, taken: _Taken, losses: Mapping[str, Tensor]
     samples = batch.samples
     if batch.seed_ids is not None:  # their losses are shares of the mean over the whole batch
         samples = sum(source not in seeds for source in batch.seed_ids)
-    if samples:
+    if samples and tasks:
         mean = torch.stack(tasks).mean() * batch.samples
         taken.judged = mean if taken.judged is None else taken.judged + mean
         taken.judged_samples += samples
@@ -348,8 +348,8 @@ def _check_parameters(module: TrainModule, taken: _Taken, *, skipped: bool, undo
             losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
         if not _essential_finite(module, losses):
             return False
-        essential = [loss for source, loss in losses.items() if source not in module.isolated_seeds]
-        torch.autograd.backward(essential)
+        if essential := [loss for source, loss in losses.items() if source not in module.isolated_seeds]:
+            torch.autograd.backward(essential)
         return module.gradients_finite()
     finally:
         module.discard_pass()

@@ -247,6 +247,8 @@ class LaneReady:
     learning_rates: Mapping[str, float]
     adjustments: tuple[ActiveAdjustment, ...]
     seeds: tuple[SeedState, ...]
+    notes: tuple[str, ...] = ()
+    """What the operator should know about the job's data; sentences."""
 
 
 @dataclass(frozen=True, slots=True)

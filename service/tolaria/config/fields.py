@@ -38,6 +38,13 @@ class Address:
             raise ValueError(f"{text!r} has no port from 0 to 65535")
         return cls(host.strip("[]"), int(port_text))
 
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the host is this machine by its name or a loopback address."""
+        if not _IP_LIKE.fullmatch(self.host):
+            return self.host == "localhost"
+        return ipaddress.ip_address(self.host).is_loopback
+
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"

@@ -8,6 +8,7 @@ from tolaria.jobs.job import (
     JobContext,
     JobFactory,
     PerSampleLosses,
+    StatefulJob,
     TrainingJob,
     build_job,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "JobFactory",
     "LoaderCursor",
     "PerSampleLosses",
+    "StatefulJob",
     "TensorCursor",
     "TrainingJob",
     "build_job",

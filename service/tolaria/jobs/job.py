@@ -109,6 +109,21 @@ class TrainingJob(Protocol):
         """Evaluates one batch. The model is in evaluation mode and gradients are disabled."""
 
 
+@runtime_checkable
+class StatefulJob(Protocol):
+    """A job with state of its own, such as a moving average of the weights: it becomes part of the training state.
+
+    So a rollback and a resumed run restore it, and digests cover it. The values are None, bool, int, float, str,
+    tensors, and lists, tuples and dicts of these; keys are strings. What `load_state_dict` gets belongs to the job.
+    """
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Returns the state; tensors may be the live ones. Called between two steps, after `build_model`."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+
+
 JobFactory = Callable[[JobContext], TrainingJob]
 
 ENTRY_POINTS = "tolaria.jobs"
@@ -134,6 +149,8 @@ def build_job(name: str, context: JobContext) -> TrainingJob:
         raise BrokenJobError(
             f"training.job {name!r}: its factory returned a {type(job).__name__}, which lacks {', '.join(missing)}"
         )
+    if hasattr(job, "state_dict") != hasattr(job, "load_state_dict"):
+        raise BrokenJobError(f"training.job {name!r}: state_dict and load_state_dict need each other; it has only one")
     return job
 
 

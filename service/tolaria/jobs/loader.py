@@ -12,7 +12,7 @@ from tolaria.jobs.data import SeededCursor, epoch_seed
 from tolaria.jobs.indexed import IndexedBatches, samples_of
 from tolaria.jobs.job import Batch, CursorState
 from tolaria.jobs.randomness import HasEpoch, RandomStream, held_generators, seed_all
-from tolaria.jobs.workers import LoaderCopy
+from tolaria.jobs.workers import LoaderCopy, SampleError
 
 
 @runtime_checkable
@@ -68,6 +68,7 @@ class LoaderCursor(SeededCursor):
         self._batches_max = batches_per_epoch
         self._length = self._source.length() if batches_per_epoch is None else batches_per_epoch
         self._batches: Iterator[tuple[Any, int]] | None = None
+        self._ended = False
 
     @property
     def batches_per_epoch(self) -> int:
@@ -77,33 +78,31 @@ class LoaderCursor(SeededCursor):
     def state_dict(self) -> CursorState:
         """Returns the position, with the state of a loader that has one."""
         loader = self._source.state()
-        return super().state_dict() | ({} if loader is None else {"loader": loader})
+        return super().state_dict() | ({} if loader is None else {"loader": loader, "ended": self._ended})
 
     def begin_epoch(self, epoch: int) -> None:
         """Moves to the first batch of `epoch`."""
         self._leave()
         self._source.begin(epoch)
         self._begun(epoch)
+        self._ended = False
 
     def next_batch(self) -> Batch | None:
         """Returns the loader's next batch unchanged; None at the end of the epoch.
 
         Raises BrokenJobError, in one line, if the loader, its data set or a worker fails.
         """
-        if not self._epoch or (self._batches_max is not None and self._index >= self._batches_max):
+        if not self._epoch or self._ended or self._index == self._batches_max:
             return None
         try:
             if self._batches is None:
                 self._batches = self._source.batches(self._epoch, self._index)
             payload, samples = next(self._batches)
         except StopIteration:
+            self._ended = True
             return None
         except Exception as error:
-            # A worker's error carries a traceback in its message, whose last line is the error itself.
-            what = str(error).strip().rpartition("\n")[2] or "no message"
-            name = type(error).__name__
-            what = what if what.startswith(("sample", name)) else f"{name}: {what}"
-            raise BrokenJobError(f"training data, epoch {self._epoch}, batch {self._index}: {what}") from error
+            raise BrokenJobError(f"training data, epoch {self._epoch}, batch {self._index}: {_line(error)}") from error
         self._index += 1
         return Batch(payload, samples)
 
@@ -116,6 +115,7 @@ class LoaderCursor(SeededCursor):
         """Moves to a saved position. Raises ValueError as `SeededCursor.load_state_dict` does."""
         super().load_state_dict(state)
         self._source.load(state.get("loader"))
+        self._ended = bool(state.get("ended"))  # not known of other loaders, which then end again
 
     def _seek(self, epoch: int, index: int) -> None:
         self._leave()
@@ -252,6 +252,14 @@ class _ReadAgain:
             if number >= index:
                 yield payload, samples_of(payload)
             number += 1
+
+
+def _line(error: Exception) -> str:
+    """Returns an error in one line. A worker's error has a traceback in its message; its last line is the error."""
+    text = str(error).strip().rpartition("\n")[2]
+    if isinstance(error, SampleError):
+        return text.removeprefix(f"{SampleError.__module__}.{SampleError.__name__}: ")
+    return f"{type(error).__name__}: {text}"
 
 
 def _source_of(loader: object, seed: int) -> _Source:

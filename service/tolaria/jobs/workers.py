@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tolaria.jobs.randomness import held_generators, seed_all, seed_globals
 
 _PR_SET_PDEATHSIG: Final = 1
+_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,9 @@ class SeededItems(Dataset[Any]):
             return read(index)
         except Exception as error:
             text = " ".join(str(error).split())
-            raise SampleError(f"{what} {index}: {type(error).__name__}: {text}") from error
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{os.path.basename(frame.filename)}:{frame.lineno}"  # noqa: PTH119 - a name in a message
+            raise SampleError(f"{what} {index}: {type(error).__name__}: {text} ({place})") from error
 
 
 class LoaderCopy:
@@ -109,7 +113,12 @@ class LoaderCopy:
         if variables["_iterator"] is None:
             self._leaving = _new_flag(self)
             variables["worker_init_fn"] = WorkerStart(self._init, os.getpid(), self._leaving)
-        return iter(self._copy)
+        # A worker that starts has no handlers yet.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            return iter(self._copy)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def drop(self) -> None:
         """Lets the workers end; call it before the iterator is dropped."""
@@ -139,6 +148,7 @@ class WorkerStart:
         # Handlers, since a program that a worker starts would inherit that a signal is ignored.
         signal.signal(signal.SIGINT, _ignore)
         signal.signal(signal.SIGTERM, self._on_terminate)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         _end_with(self._parent)
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, SeededItems):

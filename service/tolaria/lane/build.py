@@ -25,7 +25,7 @@ from tolaria.errors import (
     StateUnsupportedError,
 )
 from tolaria.images import StateImage
-from tolaria.jobs import BatchCursor, JobContext, TrainingJob, build_job
+from tolaria.jobs import BatchCursor, JobContext, LoaderCursor, TrainingJob, build_job
 from tolaria.lane.device import choose_device, on_device, seed_everything
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.lane import LaneHeartbeat, ThreadLane
@@ -69,6 +69,7 @@ class BuiltLane:
             adjustments=seeds.controller.adjustments,
             seeds=tuple(seeds.topology.states(module.global_step)),
             losses=json.dumps(module.losses.state_dict()),
+            notes=module.cursor.notes if isinstance(module.cursor, LoaderCursor) else (),
         )
 
     def resume(self, image: StateImage) -> Restored:

@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 import torch
 
+from tolaria.errors import JobError
 from tolaria.lane.commands import CommandExecutor, CommandQueue, QueuedCommand
 from tolaria.lane.device import hardware_context, limit_threads, on_device
 from tolaria.lane.messages import (
@@ -156,7 +157,9 @@ class ThreadLane:
             limit_threads(self._threads)
             self._serve()
         except BaseException as error:  # noqa: BLE001 - the job is the user's code; its errors end the run, not the process
-            failure = Failure.of(error, traceback.format_exc())
+            # A JobError says in one line what failed, and where.
+            failure = Failure.of(error, "" if isinstance(error, JobError) else traceback.format_exc())
+        self._module.close_data()
         self._events.put(LaneEnded(self._module.global_step, failure))
         self._profiler.abandon()
 

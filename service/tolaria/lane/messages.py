@@ -260,6 +260,8 @@ class LaneReady:
     adjustments: tuple[ActiveAdjustment, ...]
     seeds: tuple[SeedState, ...]
     losses: str = ""
+    notes: tuple[str, ...] = ()
+    """What the operator should know about the job's data; sentences."""
 
 
 @dataclass(frozen=True, slots=True)

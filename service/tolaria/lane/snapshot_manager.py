@@ -12,6 +12,7 @@ from pydantic import JsonValue
 from tolaria.config import RollbackSettings
 from tolaria.errors import NoCheckpointError, StateMismatchError, StateUnsupportedError, TopologyStateError
 from tolaria.images import Lease, StateImage
+from tolaria.jobs import StatefulJob
 from tolaria.lane.messages import Restored, SnapshotEvent, SnapshotsChanged, SnapshotsUnavailable
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.train_module import TrainModule
@@ -51,7 +52,9 @@ class SnapshotManager:
         }
         if module.fast_paths.scaler is not None:
             parts["scaler"] = module.fast_paths.scaler
-        self.state = TrainingState(module, parts, topology=self._structure)
+        if isinstance(module.job, StatefulJob):
+            parts["job"] = module.job
+        self.state = TrainingState(module, parts, topology=self._structure, optional=("job", "losses"))
         self._ring = SnapshotRing(bytes_max=settings.memory_mb * _MIB, entries_max=settings.snapshots_max, seal=True)
         # For checkpoints of states that are too large for the ring; memory is allocated at the first one.
         self._spare = SnapshotRing(bytes_max=_NO_LIMIT_BYTES, entries_max=_SPARE_IMAGES, seal=False)
@@ -120,8 +123,9 @@ class SnapshotManager:
         module.clear_gradients()
         try:
             self._structure.prepare(module.global_step, image)
-            stage_restore(self.state, image, verify=verify).commit(refused)
-            found = self.state.fingerprint().total
+            staged = stage_restore(self.state, image, verify=verify)
+            staged.commit(refused)
+            found = self.state.fingerprint(only=staged.values["parts"]).total
         except (KeyError, TypeError, ValueError) as error:  # the image's values are not those of this module
             raise StateMismatchError([f"{type(error).__name__}: {error}"]) from error
         finally:  # also after a failure: seeds and groups may have changed and changed back

@@ -12,17 +12,19 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from tolaria.config import Settings
-from tolaria.jobs import Batch, BatchCursor, CursorState, TrainingJob
+from tolaria.jobs import Batch, BatchCursor, CursorState, LoaderCursor, StatefulJob, TrainingJob
 from tolaria.lane.buffers import SavedBuffers
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.gradient_merge import GradientMerger
 from tolaria.lane.messages import RegimeBegun
 from tolaria.lane.seed_training import SeedTraining
-from tolaria.state.encoding import capture_rngs, restore_rngs
+from tolaria.state.encoding import KeptValues, capture_rngs, restore_rngs
 from tolaria.values.loss_window import LossWindow
 from tolaria.values.training import EpochProgress, Position
 
-_StepStart: TypeAlias = tuple[CursorState, EpochProgress, tuple[dict[str, Tensor], dict[str, JsonValue]]]
+_StepStart: TypeAlias = tuple[
+    CursorState, EpochProgress, tuple[dict[str, Tensor], dict[str, JsonValue]], KeptValues | None
+]
 
 
 @dataclass(slots=True)
@@ -158,18 +160,26 @@ class TrainModule:
                 return batch
         return None
 
+    def close_data(self) -> None:
+        """Ends the workers of a `DataLoader`; nothing may be read afterwards."""
+        if isinstance(self.cursor, LoaderCursor):
+            self.cursor.close()
+
     def note_step_start(self) -> None:
-        """Records data, progress and generators before a step of several microbatches, for `abandon_step`."""
+        """Records data, progress, generators and the job before a step of several microbatches, for `abandon_step`."""
         if self.accumulate > 1:
-            self._step_start = self.cursor.state_dict(), self.progress, capture_rngs()
+            job = KeptValues(dict(self.job.state_dict()), "job") if isinstance(self.job, StatefulJob) else None
+            self._step_start = self.cursor.state_dict(), self.progress, capture_rngs(), job
 
     def abandon_step(self) -> None:
         """Restores what `note_step_start` recorded, so that the same step can start again."""
         self.discard_pass()
         if self._step_start is not None:
-            cursor, self.progress, rngs = self._step_start
+            cursor, self.progress, rngs, job = self._step_start
             self.cursor.load_state_dict(cursor)
             restore_rngs(*rngs)
+            if job is not None and isinstance(self.job, StatefulJob):
+                self.job.load_state_dict(job.values())
 
     def clear_gradients(self) -> None:
         """Drops all gradients, including those of parameters that are not in the optimizer."""

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 import anyio
 import grpc.aio
 
-from tolaria.config import PeerSettings
+from tolaria.config import Address, PeerSettings
 from tolaria.peers.clients import KasminaClient, RollbackClient, TamiyoClient
 from tolaria.resilience.breaker import Breaker
 from tolaria.resilience.deadline import CallRecord, DeadlineCaller, Outcome
@@ -117,7 +117,9 @@ async def _drained(*callers: tuple[DeadlineCaller, float]) -> AsyncIterator[None
 
 @asynccontextmanager
 async def _channel(target: str) -> AsyncIterator[grpc.aio.Channel]:
-    channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    # A proxy from the environment cannot reach this machine's own ports. For other targets gRPC honours it, and no_proxy.
+    proxy = [("grpc.enable_http_proxy", 0)] if Address.parse(target).is_loopback else []
+    channel = grpc.aio.insecure_channel(target, options=[*_CHANNEL_OPTIONS, *proxy])
     # Connect now, since the first epoch boundary has no time for it.
     channel.get_state(try_to_connect=True)
     try:

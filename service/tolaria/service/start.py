@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 
 import anyio
 import structlog
@@ -15,6 +16,7 @@ from tolaria.config import Settings
 from tolaria.emergency.supervision import stacks_on_request
 from tolaria.errors import ConfigurationError, OptimizationError, RollbackError, SeedError
 from tolaria.run.resume import ResumePoint, active_halt, end_run, load_resume_point, prepare_state, run_row
+from tolaria.service import settings_record
 from tolaria.service.host import Host
 from tolaria.service.wiring import Foundation, LaneBuild, build_lane
 from tolaria.signals import SignalBoard
@@ -45,8 +47,11 @@ def run(settings: Settings) -> int:
             point = load_resume_point(prepared)
             if point.loaded is not None:
                 resume(build, point.loaded, settings)
-            _log_start(point)
             run_id = point.state.run_id
+            _log_start(point, build.ready.notes)
+            if point.loaded is not None:
+                settings_record.report_changes(settings, run_id, build.ready.learning_rates)
+            settings_record.record(settings, run_id)
             with (
                 SignalBoard.create(settings.signals.board(run_id), run_id) as board,
                 stacks_on_request(settings),
@@ -85,8 +90,10 @@ def resume(build: LaneBuild, loaded: LoadedCheckpoint, settings: Settings) -> No
         raise ConfigurationError([f"state.dir: {settings.state.dir}: the resumed state is not the one that was saved"])
 
 
-def _log_start(point: ResumePoint) -> None:
+def _log_start(point: ResumePoint, notes: Sequence[str]) -> None:
     log = structlog.get_logger()
+    for sentence in notes:
+        log.info("job", detail=sentence)
     for sentence in point.state.notes:
         log.info("state", detail=sentence)
     if point.loaded is not None:

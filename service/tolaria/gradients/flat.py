@@ -52,6 +52,16 @@ def flat_to_grads(flat: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor
     return tuple(piece.view(torch.Size(shape)) for piece, shape in zip(pieces, shapes, strict=True))
 
 
+def laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Returns the gradient with the strides of its parameter, as autograd accumulates it; a copy if it has others.
+
+    Fused optimizers on a CPU walk raw memory, and corrupt parameters whose gradients have another layout.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter, dtype=gradient.dtype, memory_format=torch.preserve_format).copy_(gradient)
+
+
 def check_same_kind(index: int, tensor: Tensor, first: Tensor) -> None:
     """Raises GradientMismatchError unless the tensor is real and has the dtype and device of the first one."""
     if not tensor.is_floating_point():

@@ -9,6 +9,7 @@ from tolaria.jobs.job import (
     JobFactory,
     PerSampleLosses,
     TrainingJob,
+    TrainModeJob,
     build_job,
 )
 from tolaria.values.training import HOST, Evaluation
@@ -24,6 +25,7 @@ __all__ = [
     "LoaderCursor",
     "PerSampleLosses",
     "TensorCursor",
+    "TrainModeJob",
     "TrainingJob",
     "build_job",
 ]

@@ -19,6 +19,7 @@ from tolaria.gradients import (
     MergeSettings,
     SeedAggregationTracker,
     flat_to_grads,
+    laid_out,
     sample_counts,
     source_rows,
 )
@@ -48,6 +49,7 @@ class GradientMerger:
         self._settings = settings
         self._tracker: SeedAggregationTracker | None = None
         self._scope = scope
+        self._next_scope: GradientScope | None = None
         self._merging: bool | None = None
         self._names: tuple[str, ...] = ()
         self._sources: tuple[str, ...] = ()
@@ -57,7 +59,11 @@ class GradientMerger:
         self._alone: dict[nn.Parameter, Tensor] = {}
 
     def follow(self, scope: GradientScope) -> None:
-        """Changes the scope from the next step on."""
+        """Changes the scope; once the step has rows, from the next step on."""
+        if self._rows_added:
+            self._next_scope = scope
+            return
+        self._next_scope = None
         if [id(p) for _, p in scope.shared] != [id(p) for _, p in self._scope.shared]:
             self._tracker = None  # its rows have another layout
         self._scope = scope
@@ -67,6 +73,8 @@ class GradientMerger:
         """Starts the step after `step` completed ones, and drops what is left of an unfinished one."""
         self._step, self._microbatches, self._merging = step, microbatches, None
         self._rows_added, self._alone = False, {}
+        if self._next_scope is not None:
+            self.follow(self._next_scope)
 
     def add(
         self, losses: Mapping[str, Tensor], batch: Batch, *, share: float, scaler: torch.amp.GradScaler | None
@@ -101,12 +109,13 @@ class GradientMerger:
             shared = [parameter for _, parameter in self._scope.shared]
             merged = flat_to_grads(combined.merged.vector, [parameter.shape for parameter in shared])
             for parameter, part in zip(shared, merged, strict=True):
-                parameter.grad = part
+                parameter.grad = laid_out(part, parameter)
             for source, parts in combined.own.items():
                 for parameter, own in zip(self._own_of(source), parts, strict=True):
-                    parameter.grad = own
+                    parameter.grad = None if own is None else laid_out(own, parameter)
         for parameter, gradient in self._alone.items():
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            total = gradient if parameter.grad is None else parameter.grad + gradient
+            parameter.grad = laid_out(total, parameter)
 
     def finish_epoch(self) -> SeedMetricSet | None:
         """Returns the epoch's metrics; None if no step has merged. Synchronises."""

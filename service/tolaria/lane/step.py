@@ -139,6 +139,7 @@ def _take_microbatches(module: TrainModule, continue_step: Callable[[], bool], m
             module.merger.begin(module.global_step, module.accumulate)
         with mark("forward"), module.fast_paths.autocast():
             losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
+        module.look_up_parameters()
         share = batch.samples / taken.planned_samples
         with mark("backward"):
             loss = module.merger.add(losses, batch, share=share, scaler=module.fast_paths.scaler)

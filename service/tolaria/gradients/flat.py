@@ -53,13 +53,14 @@ def flat_to_grads(flat: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor
 
 
 def laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Returns the gradient with the strides of its parameter, as autograd accumulates it; a copy if it has others.
+    """Returns the gradient in the dtype and with the strides of its parameter, as autograd does; a copy if it differs.
 
     Fused optimizers on a CPU walk raw memory, and corrupt parameters whose gradients have another layout.
     """
-    if gradient.stride() == parameter.stride():
+    if gradient.stride() == parameter.stride() and gradient.dtype == parameter.dtype:
         return gradient
-    return torch.empty_like(parameter, dtype=gradient.dtype, memory_format=torch.preserve_format).copy_(gradient)
+    with torch.no_grad():
+        return torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(gradient)
 
 
 def check_same_kind(index: int, tensor: Tensor, first: Tensor) -> None:

@@ -7,13 +7,20 @@ has the digest that it had before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Final, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tolaria.errors import BrokenJobError, EmptyDatasetError, JobError, StateMismatchError, StateUnsupportedError
+from tolaria.errors import (
+    BrokenJobError,
+    EmptyDatasetError,
+    JobError,
+    RollbackError,
+    StateMismatchError,
+    StateUnsupportedError,
+)
 from tolaria.images import StateImage
 from tolaria.jobs import BatchCursor, LoaderCursor, TrainingJob
 from tolaria.lane.device import on_device
@@ -95,12 +102,16 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def _undone(module: TrainModule, state: TrainingState) -> Iterator[None]:
     """Restores the whole state at the end, also after an error, and proves it by its digest."""
-    before = _captured(state)
+    before, optimizer = _captured(state), module.optimizer
+    entries = {parameter: dict(held) for parameter, held in optimizer.state.items()}
     buffers = [(m, dict(m._buffers)) for m in module.model.modules()]  # noqa: SLF001 - with those that are None
     try:
         yield
     except BaseException:
-        _undo(module, state, before, buffers)
+        optimizer.state.clear()
+        optimizer.state.update(entries)
+        with suppress(RollbackError):  # what cannot be saved cannot be put back either; the first error says it
+            _undo(module, state, before, buffers)
         raise
     _undo(module, state, before, buffers)
     found, sealed = state.fingerprint(), before.seal()

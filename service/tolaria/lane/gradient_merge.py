@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -145,20 +146,19 @@ class GradientMerger:
         self._names = self._tracker.begin(self._step)
 
     def _new_tracker(self) -> SeedAggregationTracker:
-        dtypes = {parameter.dtype for _, parameter in self._scope.shared}
-        if len(dtypes) > 1:
-            raise LossShapeError(
-                "gradients of several sources are merged over shared parameters of one dtype, not of "
-                f"{sorted(map(str, dtypes))}; gradients.mode = sum does not require this"
-            )
-        first = self._scope.shared[0][1]
+        for name, parameter in self._scope.shared:
+            if not parameter.is_floating_point():
+                raise LossShapeError(
+                    f"gradients of several sources cannot be merged over parameter {name!r} of dtype "
+                    f"{parameter.dtype}; gradients.mode = sum does not merge"
+                )
         return SeedAggregationTracker(
             FlatLayout.of(self._scope.shared),
             self._merge,
             isolation=self._settings.seeds.isolation,
             layer_norms_top_k=self._settings.gradients.layer_norms_top_k,
-            dtype=first.dtype,
-            device=first.device,
+            dtype=reduce(torch.promote_types, (parameter.dtype for _, parameter in self._scope.shared)),
+            device=self._scope.shared[0][1].device,
         )
 
     def _add_rows(self, tracker: SeedAggregationTracker, losses: Mapping[str, Tensor], batch: Batch) -> None:

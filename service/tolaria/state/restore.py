@@ -21,6 +21,7 @@ from tolaria.state.encoding import (
     capture_rngs,
     decode,
     decode_plain,
+    encode,
     encode_plain,
     restore_rngs,
     spec_of,
@@ -68,7 +69,7 @@ class StagedRestore:
         _check_parts(state, self.values)
         topology = state.topology
         self.changes_topology = (
-            topology is not None and encode_plain(topology.state_dict(), "topology") != self.values["topology"]
+            topology is not None and encode_plain(dict(topology.state_dict()), "topology") != self.values["topology"]
         )
 
     def commit(self, expired: Callable[[], bool] | None = None) -> None:
@@ -94,9 +95,9 @@ class StagedRestore:
                 _load_topology(state, self.values)
             plan = _Plan(state, self._image, self.values)
             for name, part in state.parts.items():
-                undo.callback(_put_back, name, part, encode_plain(part.state_dict(), f"parts/{name}"))
+                undo.callback(_put_back, name, part, _copy_of(name, part))
                 try:
-                    part.load_state_dict(_part_state(self.values["parts"][name]))
+                    part.load_state_dict(plan.part_state(self.values["parts"][name]))
                 except _REFUSALS as error:
                     raise StateMismatchError([f"parts/{name}: {type(error).__name__}: {error}"]) from error
             if expired is not None and expired():
@@ -105,20 +106,32 @@ class StagedRestore:
             undo.pop_all()
 
 
-def _put_back(name: str, part: StatePart, before: JsonValue) -> None:
+def _copy_of(name: str, part: StatePart) -> dict[str, Any]:
+    """Returns the part's present state with copies of its tensors."""
+    tensors: dict[str, Tensor] = {}
+
+    def put(key: str, tensor: Tensor) -> JsonValue:
+        tensors[key] = tensor.detach().clone()
+        return {TENSOR_KEY: key}
+
+    values = encode(dict(part.state_dict()), f"parts/{name}", put)
+    return cast("dict[str, Any]", decode(values, lambda reference: tensors[cast("str", reference[TENSOR_KEY])]))
+
+
+def _put_back(name: str, part: StatePart, before: dict[str, Any]) -> None:
     try:
-        part.load_state_dict(_part_state(before))
+        part.load_state_dict(before)
     except _REFUSALS as error:  # not a StateMismatchError, which would mean that nothing has changed
         raise RuntimeError(f"parts/{name} does not load its own previous state: {error}") from error
 
 
-def _part_state(state: JsonValue) -> dict[str, JsonValue]:
+def _structure(state: JsonValue) -> dict[str, JsonValue]:
     return cast("dict[str, JsonValue]", decode_plain(state))
 
 
 def _load_topology(state: TrainingState, values: Mapping[str, Any]) -> None:
     if state.topology is not None:
-        state.topology.load_state_dict(_part_state(values["topology"]))
+        state.topology.load_state_dict(_structure(values["topology"]))
 
 
 def _restore_topology(state: TrainingState, before: StateImage) -> None:
@@ -207,6 +220,12 @@ class _Plan:
         }
         rng_tensors = {name: self._source(name) for name in self._specs if name.startswith("rng/")}
         self._rngs = rng_tensors, values["rng"]
+
+    def part_state(self, state: JsonValue) -> dict[str, Any]:
+        """Returns a part's state in the image, with copies of its tensors."""
+        return cast(
+            "dict[str, Any]", decode(state, lambda ref: self._source(cast("str", ref[TENSOR_KEY])).detach().clone())
+        )
 
     def apply(self) -> None:
         """Changes the live state. Synchronises with the devices involved."""

@@ -1,7 +1,8 @@
 """The training state, defined once: its parts, the name of each tensor, and its digest.
 
 Tensors are named `parameter/<name>`, `buffer/<name>` (persistent or not), `state/<parameter>/<key>` (optimizer state),
-`group/<index>/<option>` (parameter group options that are tensors) and `rng/<generator>`, and sorted by name.
+`group/<index>/<option>` (parameter group options that are tensors), `parts/<part>/<key>` and `rng/<generator>`, and
+sorted by name.
 """
 
 from __future__ import annotations
@@ -46,13 +47,16 @@ class LiveTraining(Protocol):
 
 
 class StatePart(Protocol):
-    """A part of the state without tensors: LR controller, data cursor, seed topology, AMP scaler."""
+    """A part of the state beside model and optimizer: LR controller, data cursor, seed topology, AMP scaler."""
 
-    def state_dict(self) -> dict[str, JsonValue]:
-        """Returns the part as JSON values; floats may be infinite or NaN."""
+    def state_dict(self) -> Mapping[str, Any]:
+        """Returns the part as JSON values and tensors; floats may be infinite or NaN. The topology has no tensors."""
 
-    def load_state_dict(self, state: dict[str, JsonValue]) -> Any:
-        """Restores what `state_dict` returned. After an error the caller loads the previous state again."""
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Restores what `state_dict` returned; tensors in it are copies, on the CPU, which the part may keep.
+
+        After an error the caller loads the previous state again.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +155,10 @@ class _Surveyor:
         values: dict[str, JsonValue] = {
             "position": asdict(self._live.position),
             "optimizer": self._optimizer(),
-            "parts": {name: encode_plain(part.state_dict(), f"parts/{name}") for name, part in parts.items()},
-            "topology": None if topology is None else encode_plain(topology.state_dict(), "topology"),
+            "parts": {
+                name: encode(dict(part.state_dict()), f"parts/{name}", self._put) for name, part in parts.items()
+            },
+            "topology": None if topology is None else encode_plain(dict(topology.state_dict()), "topology"),
             "rng": rng_values,
         }
         self._tensors.update(rng_tensors)

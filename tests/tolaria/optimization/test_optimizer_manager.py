@@ -211,15 +211,9 @@ def _bad_state(made: Training, monkeypatch: pytest.MonkeyPatch) -> list[GroupPla
 
 
 class Refusing(defaultdict[Any, Any]):
-    """State that accepts one new entry, and no second one before it has been put back."""
+    """State in which no entry can be set."""
 
-    additions = 0
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.additions += 1
-        if self.additions == 2:
-            raise RuntimeError("injected")
-        super().__setitem__(key, value)
+    __setitem__ = fail
 
 
 def _bad_swap(made: Training, monkeypatch: pytest.MonkeyPatch) -> list[GroupPlan]:

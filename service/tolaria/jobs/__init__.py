@@ -10,6 +10,7 @@ from tolaria.jobs.job import (
     PerSampleLosses,
     StatefulJob,
     TrainingJob,
+    TrainModeJob,
     build_job,
 )
 from tolaria.jobs.loader import LoaderCursor
@@ -27,6 +28,7 @@ __all__ = [
     "PerSampleLosses",
     "StatefulJob",
     "TensorCursor",
+    "TrainModeJob",
     "TrainingJob",
     "build_job",
 ]

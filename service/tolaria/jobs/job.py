@@ -124,6 +124,14 @@ class StatefulJob(Protocol):
         """Restores what `state_dict` returned."""
 
 
+@runtime_checkable
+class TrainModeJob(Protocol):
+    """A job that sets its model to training mode itself, for example to keep frozen layers in evaluation mode."""
+
+    def train_mode(self, model: nn.Module) -> None:
+        """Called in place of `model.train()`, before training and after each evaluation."""
+
+
 JobFactory = Callable[[JobContext], TrainingJob]
 
 ENTRY_POINTS = "tolaria.jobs"

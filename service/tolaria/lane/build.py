@@ -1,13 +1,12 @@
-"""Builds a lane from the settings: job, model, optimizer, data, and a first forward pass that finds mistakes early."""
+"""Builds a lane from the settings: job, model, optimizer, data, and a first look that finds mistakes early."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import torch
 from torch import nn
@@ -17,7 +16,6 @@ from tolaria.errors import (
     BrokenJobError,
     ConfigurationError,
     EmptyDatasetError,
-    JobError,
     LossShapeError,
     OptimizationError,
     ScheduleError,
@@ -26,21 +24,17 @@ from tolaria.errors import (
 )
 from tolaria.images import StateImage
 from tolaria.jobs import BatchCursor, JobContext, LoaderCursor, TrainingJob, build_job
-from tolaria.lane.device import choose_device, on_device, seed_everything
+from tolaria.lane.device import choose_device, seed_everything
 from tolaria.lane.fast_paths import FastPaths
+from tolaria.lane.first_look import call, first_look, materialise
 from tolaria.lane.lane import LaneHeartbeat, ThreadLane
 from tolaria.lane.messages import LaneReady, Restored
 from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.snapshot_manager import SnapshotManager
-from tolaria.lane.step import checked_losses
 from tolaria.lane.train_module import TrainModule
-from tolaria.state.encoding import capture_rngs, restore_rngs
-from tolaria.values.training import Evaluation
 
 _MIB: Final = 2**20
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +83,7 @@ class BuiltLane:
 
 
 def build(settings: Settings) -> BuiltLane:
-    """Builds the job and everything that it provides, and tries one forward pass. Seeds all generators.
+    """Builds the job and everything that it provides, and takes a first look at it. Seeds all generators.
 
     Raises:
         JobError: names the method that failed, or returned something invalid.
@@ -106,7 +100,10 @@ def build(settings: Settings) -> BuiltLane:
     job_name = f"training.job {training.job!r}"
     try:
         module = _build_module(settings, job, context)
-        return BuiltLane(settings, module, SnapshotManager(module, settings.rollback))
+        snapshots = SnapshotManager(module, settings.rollback)
+        first_look(module, snapshots.state)
+        module.fast_paths.compile(module.model, lambda: first_look(module, snapshots.state))
+        return BuiltLane(settings, module, snapshots)
     except ScheduleError as error:
         raise ConfigurationError([f"optimizer: {error}"]) from None
     except StateUnsupportedError as error:
@@ -119,68 +116,27 @@ def build(settings: Settings) -> BuiltLane:
 
 def _build_module(settings: Settings, job: TrainingJob, context: JobContext) -> TrainModule:
     training, device = settings.training, context.device
-    model = _call("build_model", job.build_model, nn.Module).to(device)
+    model = call("build_model", job.build_model, nn.Module)
+    if name := next((n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), ""):
+        raise BrokenJobError(f"build_model(): {name!r} of its model is a meta tensor, which has no values")
+    model = model.to(device)
+    cursor = call("training_data", job.training_data, BatchCursor)
+    materialise(job, model, cursor, device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise BrokenJobError("its model has no parameter that can be trained")
-    optimizer = _call("build_optimizer", lambda: job.build_optimizer(model), torch.optim.Optimizer)
-    cursor = _call("training_data", job.training_data, BatchCursor)
+    optimizer = call("build_optimizer", lambda: job.build_optimizer(model), torch.optim.Optimizer)
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise BrokenJobError(
             f"{type(optimizer).__name__} evaluates the loss several times in a step, by a closure, but "
             "gradients are merged only once a step"
         )
-    batches = _call("training_data", lambda: cursor.batches_per_epoch)
+    batches = call("training_data", lambda: cursor.batches_per_epoch)
+    if batches < 1:
+        raise EmptyDatasetError("its training data holds no batch")
     fast_paths = FastPaths(settings.fastpaths, device, deterministic=training.deterministic)
+    fast_paths.fuse(optimizer)
     seeds = SeedTraining(model, optimizer, settings, training.epochs * -(-batches // training.accumulate))
-    fast_paths.fuse(seeds.manager)
-    module = TrainModule(
+    return TrainModule(
         job, model, cursor, device, seeds=seeds, fast_paths=fast_paths, settings=settings, announced=context.announced
     )
-    _try_forward(module)
-    fast_paths.compile(model, lambda: _try_forward(module, backward=True))
-    return module
-
-
-def _call(method: str, call: Callable[[], T], kind: type[Any] = object) -> T:
-    """Calls a method of the job, which has to return a `kind`. Raises BrokenJobError with the method's name."""
-    try:
-        made = call()
-    except JobError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise BrokenJobError(f"{method}() raised {type(error).__name__}: {error}") from error
-    if not isinstance(made, kind):
-        raise BrokenJobError(f"{method}() must return a {kind.__name__}, got a {type(made).__name__}")
-    return made
-
-
-def _try_forward(module: TrainModule, *, backward: bool = False) -> None:
-    """Trains on the first batch without a step, and evaluates. Restores generators, buffers, gradients and cursor."""
-    job, model, cursor, rngs = module.job, module.model, module.cursor, capture_rngs()
-    module.save_buffers()
-    try:
-        place = _call("training_data", cursor.state_dict)
-        _call("training_data", lambda: cursor.begin_epoch(1))
-        batch = _call("training_data", cursor.next_batch)
-        if batch is None or cursor.batches_per_epoch < 1:
-            raise EmptyDatasetError("its training data holds no batch")
-        batch = on_device(batch, module.device)
-        model.train()
-        with module.fast_paths.autocast():
-            losses = _call("losses", lambda: checked_losses(job, model, batch, ()))
-        if backward:
-            _call("backward", lambda: torch.autograd.backward(list(losses.values())))
-        validation = _call("validation_batches", lambda: next(iter(job.validation_batches()), None))
-        if validation is None:
-            raise EmptyDatasetError("its validation data holds no batch")
-        validation = on_device(validation, module.device)
-        model.eval()
-        with torch.no_grad():
-            _call("evaluate", lambda: job.evaluate(model, validation), Evaluation)
-        _call("training_data", lambda: cursor.load_state_dict(place))
-    finally:
-        model.train()
-        module.discard_pass()
-        module.announced.clear()
-        restore_rngs(*rngs)

@@ -20,6 +20,7 @@ from tolaria.gradients import (
     MergeSettings,
     SeedAggregationTracker,
     flat_to_grads,
+    laid_out,
     row_dtype,
     sample_counts,
     source_rows,
@@ -63,6 +64,7 @@ class GradientMerger:
         self._tracker: SeedAggregationTracker | None = None
         self._scope = scope
         self._shared: NamedParameters = []
+        self._next_scope: GradientScope | None = None
         self._merging: bool | None = None
         self._names: tuple[str, ...] = ()
         self._sources: tuple[str, ...] = ()
@@ -70,13 +72,19 @@ class GradientMerger:
         self._microbatches = 1
 
     def follow(self, scope: GradientScope) -> None:
-        """Changes the scope from the next step on."""
+        """Changes the scope; once a step has begun, from the next step on."""
+        if self._merging is not None:
+            self._next_scope = scope
+            return
+        self._next_scope = None
         self._scope = scope
         self._sources = ()
 
     def begin(self, step: int, microbatches: int) -> None:
         """Starts the step after `step` completed ones, and drops what is left of an unfinished one."""
         self._step, self._microbatches, self._merging = step, microbatches, None
+        if self._next_scope is not None:
+            self.follow(self._next_scope)
 
     def add(
         self,
@@ -120,10 +128,10 @@ class GradientMerger:
         shared = [parameter for _, parameter in self._shared]
         merged = flat_to_grads(combined.merged.vector, [parameter.shape for parameter in shared])
         for parameter, part in zip(shared, merged, strict=True):
-            parameter.grad = _laid_out(part, parameter)
+            parameter.grad = laid_out(part, parameter)
         for source, parts in combined.own.items():
             for parameter, own in zip(self._own_of(source), parts, strict=True):
-                parameter.grad = None if own is None else _laid_out(own, parameter)
+                parameter.grad = None if own is None else laid_out(own, parameter)
 
     def finish_epoch(self) -> SeedMetricSet | None:
         """Returns the epoch's metrics; None if no step has merged. Synchronises."""
@@ -222,15 +230,6 @@ def _with_rest(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> di
         if source != HOST and rest > 0:
             host.append(loss * rest)
     return {**losses, HOST: torch.stack(host).sum()} if host else dict(losses)
-
-
-def _laid_out(gradient: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Returns a gradient in the dtype and memory format of its parameter, which fused optimizers rely on."""
-    if gradient.layout != torch.strided:
-        return gradient
-    if gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(gradient)
 
 
 def _total(losses: Mapping[str, Tensor]) -> Tensor:

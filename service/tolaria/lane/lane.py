@@ -6,7 +6,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -15,6 +15,8 @@ import torch
 from tolaria.errors import JobError
 from tolaria.lane.commands import CommandExecutor, CommandQueue, QueuedCommand
 from tolaria.lane.device import hardware_context, limit_threads, on_device
+from tolaria.lane.fast_paths import spanning_compilation
+from tolaria.lane.job_output import checked_batch, checked_evaluation
 from tolaria.lane.messages import (
     Command,
     EpochDone,
@@ -155,7 +157,8 @@ class ThreadLane:
         failure: Failure | None = None
         try:
             limit_threads(self._threads)
-            self._serve()
+            with spanning_compilation(self._heartbeat.lane_rests):
+                self._serve()
         except BaseException as error:  # noqa: BLE001 - the job is the user's code; its errors end the run, not the process
             # A JobError says in one line what failed, and where.
             failure = Failure.of(error, "" if isinstance(error, JobError) else traceback.format_exc())
@@ -189,7 +192,9 @@ class ThreadLane:
                     return  # after a later restore, the epoch continues only with a further order
             except StepAbandonedError:
                 # Unless the lane is to stop, the abandoned step, or evaluation, starts again after the urgent command.
-                module.model.train()
+                module.train_mode()
+            except Exception as error:  # noqa: BLE001 - of the job's code or of a blueprint's; raised again if not a seed's
+                self._drop_failed_seed(error)
 
     def _cross_step_boundary(self) -> bool:
         """Executes the commands that are queued, waiting while held; returns whether the epoch goes on."""
@@ -201,10 +206,7 @@ class ThreadLane:
     def _step(self) -> bool:
         """Takes a step and does the work that follows it; returns False if the epoch has no batch left."""
         module = self._module
-        # Compiling takes minutes without a beat.
-        compiling = module.global_step == 0 and "compile" in module.fast_paths.running
-        with self._heartbeat.lane_rests() if compiling else nullcontext():
-            step = train_step(module, self._continue_step, self._profiler.mark)
+        step = train_step(module, self._continue_step, self._profiler.mark)
         if step is None:
             return False
         self._put_regimes()
@@ -217,6 +219,16 @@ class ThreadLane:
         if (profiled := self._profiler.after_step(module.global_step)) is not None:
             self._events.put(profiled)
         return True
+
+    def _drop_failed_seed(self, error: Exception) -> None:
+        """Removes the seeds that made a pass raise `error`, so that the host goes on; raises it if it was none."""
+        module = self._module
+        module.abandon_step()
+        if (changed := module.seeds.drop_failed(error, module.global_step)) is None:
+            raise error
+        module.refresh()
+        module.train_mode()
+        self._events.put(changed)
 
     def _continue_step(self) -> bool:
         self._heartbeat.lane_beat()
@@ -270,11 +282,13 @@ class ThreadLane:
         total = Evaluation(0.0, 0, 0)
         module.model.eval()
         with torch.no_grad():
-            for batch in module.job.validation_batches():
+            for given in module.job.validation_batches():
                 if self._commands.stopping or not self._continue_step():
                     raise StepAbandonedError
-                batch_on_device = on_device(batch, module.device, pinned=module.fast_paths.pins_memory)
-                total += module.job.evaluate(module.model, batch_on_device)
+                batch = checked_batch(given, "validation_batches()")
+                if batch.samples:
+                    batch = on_device(batch, module.device, pinned=module.fast_paths.pins_memory)
+                    total += checked_evaluation(module.job.evaluate(module.model, batch))
         return total
 
 

@@ -23,6 +23,7 @@ from tolaria.seeds.stages import TRAINED
 from tolaria.seeds.topology import Reconciliation
 from tolaria.values.gradients import SeedMetricSet
 from tolaria.values.optimization import GroupRole, RebuildOutcome
+from tolaria.values.training import eager_name
 
 SEED_GROUP: Final = "seed:"
 """Prefix of the param groups of seeds."""
@@ -49,7 +50,8 @@ class SeedTraining:
             model, Blueprints.installed(), seed=run_seed, cull_steps=seeds.cull_steps, isolated=seeds.isolation
         )
         interval = settings.optimizer.rebuild_min_interval_steps
-        self.manager = OptimizerManager(optimizer, model.named_parameters(), min_interval_steps=interval)
+        named = [(eager_name(name), parameter) for name, parameter in model.named_parameters()]
+        self.manager = OptimizerManager(optimizer, named, min_interval_steps=interval)
         self.controller = UnifiedLRController(self.manager, settings.optimizer, run_steps=run_steps)
         self.controller.apply(0)
         self._rebuild_due = self._urgent = False
@@ -72,6 +74,11 @@ class SeedTraining:
             skipped = changed.rebuild is not None and changed.rebuild.outcome is RebuildOutcome.SKIPPED
             return None if skipped else changed
         return None
+
+    def drop_failed(self, error: Exception, global_step: int) -> SeedsChanged | None:
+        """Removes the seeds that made a forward or backward pass raise `error`; None if it was none of them."""
+        left = self.topology.expel(error, global_step)
+        return None if left is None else self._follow(left, global_step)
 
     def state_dict(self) -> dict[str, JsonValue]:
         """Returns what is postponed, and since which step."""

@@ -22,7 +22,7 @@ from tolaria.state.restore import stage_restore
 from tolaria.state.snapshots import Cadence, Declined, SnapshotRing
 from tolaria.state.training_state import StatePart, TrainingState
 from tolaria.values.optimization import GroupRole
-from tolaria.values.training import Position
+from tolaria.values.training import Position, eager_name
 
 _MIB: Final = 2**20
 _NO_LIMIT_BYTES: Final = 2**62
@@ -207,7 +207,7 @@ class SeedStructure:
             raise TopologyStateError("it is neither the image's structure nor the present one")
         global_step, groups = found
         self._seeds.topology.load_state_dict(state, global_step)
-        parameters = dict(self._seeds.model.named_parameters())
+        parameters = {eager_name(name): parameter for name, parameter in self._seeds.model.named_parameters()}
         if missing := [name for _, names, _ in groups for name in names if name not in parameters]:
             raise StateMismatchError([f"parameter/{name}: its seed is not part of the structure" for name in missing])
         plans = [GroupPlan(name, {each: parameters[each] for each in names}, role) for name, names, role in groups]

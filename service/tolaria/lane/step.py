@@ -197,6 +197,7 @@ def _take_microbatches(
         module.save_microbatch(gradients=thorough)
         with mark("forward"), module.fast_paths.autocast():
             losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
+        module.look_up_parameters()
         loss = None
         if not (each and module.accumulate > 1) or _essential_finite(module, losses):
             share = batch.samples / taken.planned_samples

@@ -12,10 +12,11 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from tolaria.config import Settings
-from tolaria.jobs import Batch, BatchCursor, CursorState, LoaderCursor, StatefulJob, TrainingJob
+from tolaria.jobs import Batch, BatchCursor, CursorState, LoaderCursor, StatefulJob, TrainingJob, TrainModeJob
 from tolaria.lane.buffers import SavedBuffers
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.gradient_merge import GradientMerger
+from tolaria.lane.job_output import checked_batch
 from tolaria.lane.messages import RegimeBegun
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.state.encoding import KeptValues, capture_rngs, restore_rngs
@@ -109,7 +110,7 @@ class TrainModule:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer in use; a rebuild replaces it."""
+        """The optimizer that the job built; a rebuild changes its groups."""
         return self.seeds.manager.optimizer
 
     @property
@@ -136,27 +137,43 @@ class TrainModule:
 
     def refresh(self) -> None:
         """Collects parameters and buffers again, after the seeds in the model have changed."""
-        self.parameters = self.seeds.trained_parameters()
-        self.clip_groups = self.seeds.clip_groups()
-        self.merger.follow(self.seeds.gradient_scope(self.global_step))
-        self._with_gradients = [p for p in self.model.parameters() if p.requires_grad]
-        self.isolated_seeds = tuple(self.seeds.isolated_parameters())
+        self._collect_parameters()
         self._buffers.follow(self.model)
         self._microbatch_buffers.follow(self.model)
 
+    def look_up_parameters(self) -> None:
+        """Collects the parameters again if the job has frozen or unfrozen some, or changed the optimizer's groups.
+
+        Called after each forward pass, in which a job may do so. Otherwise costs one comparison for each parameter.
+        """
+        if self._trained != self._trained_now():
+            self._collect_parameters()
+
+    def train_mode(self) -> None:
+        """Sets the model to training mode, by the job's own `train_mode` if it has one."""
+        if isinstance(self.job, TrainModeJob):
+            self.job.train_mode(self.model)
+        else:
+            self.model.train()
+
     def begin_epoch(self) -> None:
         """Starts the next epoch; within one, as after a rollback, only sets the model to training mode."""
-        self.model.train()
+        self.train_mode()
+        self.look_up_parameters()
         if self.progress.over:
             self.progress = self.progress.begun(self.progress.number + 1)
             self.cursor.begin_epoch(self.progress.number)
 
     def next_batch(self) -> Batch | None:
-        """Returns the next batch that is not to be skipped; None at the end of the epoch."""
+        """Returns the next batch that is not empty and not to be skipped; None at the end of the epoch.
+
+        Raises BrokenJobError if the cursor returns something else than a batch.
+        """
         while (batch := self.cursor.next_batch()) is not None:
+            batch = checked_batch(batch, "training_data: next_batch()")
             place = self.progress.batches
             self.progress = self.progress.after_batch()
-            if (self.progress.number, place) not in self.skipped:
+            if batch.samples and (self.progress.number, place) not in self.skipped:
                 return batch
         return None
 
@@ -182,8 +199,8 @@ class TrainModule:
                 self.job.load_state_dict(job.values())
 
     def clear_gradients(self) -> None:
-        """Drops all gradients, including those of parameters that are not in the optimizer."""
-        for parameter in self._with_gradients:
+        """Drops all gradients, also those of frozen parameters and of those that are not in the optimizer."""
+        for parameter in self._all_parameters:
             parameter.grad = None
 
     def save_buffers(self) -> None:
@@ -199,14 +216,14 @@ class TrainModule:
         """Saves buffers, and with `gradients` copies them, before a microbatch of several, for `discard_microbatch`."""
         if self.accumulate > 1:
             self._microbatch_buffers.save()
-            found = [p.grad for p in self._with_gradients] if gradients else None
+            found = [p.grad for p in self._all_parameters] if gradients else None
             self._kept_gradients = None if found is None else [None if g is None else g.clone() for g in found]
 
     def discard_microbatch(self) -> None:
         """Restores what `save_microbatch` saved."""
         self._microbatch_buffers.restore()
         if self._kept_gradients is not None:
-            for parameter, gradient in zip(self._with_gradients, self._kept_gradients, strict=True):
+            for parameter, gradient in zip(self._all_parameters, self._kept_gradients, strict=True):
                 parameter.grad = gradient
 
     def gradients_finite(self) -> bool:
@@ -223,3 +240,20 @@ class TrainModule:
         """Empties the window of losses for a changed task, except for those that wait, unless it was `announced`."""
         self.losses.begin_regime(keep_waiting=not announced)
         self.regimes_begun.append(RegimeBegun(self.global_step, reason, announced))
+
+    def forget_steps(self) -> None:
+        """Drops what steps leave beside the state: announced regimes, the streak of skipped steps, the last batch."""
+        self.announced.clear()
+        self.regimes_begun.clear()
+        self.skip_streak, self.last_good = 0, None
+
+    def _collect_parameters(self) -> None:
+        self._trained = self._trained_now()
+        self.parameters = self.seeds.trained_parameters()
+        self.clip_groups = self.seeds.clip_groups()
+        self.isolated_seeds = tuple(self.seeds.isolated_parameters())
+        self.merger.follow(self.seeds.gradient_scope(self.global_step))
+        self._all_parameters = list(self.model.parameters())
+
+    def _trained_now(self) -> list[bool]:
+        return [p.requires_grad for group in self.optimizer.param_groups for p in group["params"]]

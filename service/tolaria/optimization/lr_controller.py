@@ -18,7 +18,6 @@ from tolaria.errors import (
 from tolaria.optimization.groups import GroupPlan, RateWriter, name_groups, name_of, rate_in
 from tolaria.optimization.optimizer_manager import OptimizerManager
 from tolaria.optimization.schedules import Warmup, build_schedule
-from tolaria.optimization.state_transfer import Build
 from tolaria.values.optimization import (
     ActiveAdjustment,
     Adjustment,
@@ -301,7 +300,6 @@ def regroup(
     at_step: int,
     *,
     urgent: bool = False,
-    change_to: Build | None = None,
 ) -> RebuildResult:
     """Rebuilds the optimizer over exactly `groups` and changes the registered groups with it, or changes nothing.
 
@@ -318,7 +316,7 @@ def regroup(
                 controller.register_group(group.name, group.role, at_step=at_step)
             elif controller.groups[group.name].role is not group.role:
                 controller.set_role(group.name, group.role)
-        result = manager.rebuild(groups, at_step, urgent=urgent, change_to=change_to)
+        result = manager.rebuild(groups, at_step, urgent=urgent)
     except OptimizationError:
         controller.load_state_dict(before)
         raise

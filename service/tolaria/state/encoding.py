@@ -44,6 +44,9 @@ DTYPE_CODES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
         torch.int32: "I32",
         torch.int16: "I16",
         torch.int8: "I8",
+        torch.uint64: "U64",
+        torch.uint32: "U32",
+        torch.uint16: "U16",
         torch.uint8: "U8",
         torch.bool: "BOOL",
         torch.complex64: "C64",
@@ -130,22 +133,26 @@ def arena_bytes(specs: tuple[TensorSpec, ...]) -> int:
 def encode(value: object, name: str, put: PutTensor) -> JsonValue:
     """Converts `value` to JSON values; `name` is its path in the state, for tensor names and error messages.
 
+    A numpy scalar becomes the Python number of its value.
+
     Raises:
-        StateUnsupportedError: for all but None, bool, int, float, str, tensor, and lists, tuples and dicts of these.
+        StateUnsupportedError: for all but None, bool, int, float, str, numpy scalar, tensor, and lists, tuples and
+            dicts of these.
     """
-    match value:
+    plain = value.item() if isinstance(value, np.generic) else value
+    match plain:
         case None | bool() | int() | str():
-            return value
+            return plain
         case float():
-            return value if math.isfinite(value) else {_FLOAT_KEY: repr(value)}
+            return plain if math.isfinite(plain) else {_FLOAT_KEY: repr(plain)}
         case Tensor():
-            return put(name, value)
+            return put(name, plain)
         case tuple():
-            return {_TUPLE_KEY: encode(list(value), name, put)}
+            return {_TUPLE_KEY: encode(list(plain), name, put)}
         case list():
-            return [encode(inner, f"{name}/{index}", put) for index, inner in enumerate(value)]
+            return [encode(inner, f"{name}/{index}", put) for index, inner in enumerate(plain)]
         case dict():
-            return {_checked_key(key, name): encode(inner, f"{name}/{key}", put) for key, inner in value.items()}
+            return {_checked_key(key, name): encode(inner, f"{name}/{key}", put) for key, inner in plain.items()}
         case _:
             raise StateUnsupportedError(name, f"a {type(value).__name__} cannot be kept as JSON or as a tensor")
 

@@ -69,7 +69,7 @@ class StagedRestore:
         _check_parts(state, self.values)
         topology = state.topology
         self.changes_topology = (
-            topology is not None and encode_plain(topology.state_dict(), "topology") != self.values["topology"]
+            topology is not None and encode_plain(dict(topology.state_dict()), "topology") != self.values["topology"]
         )
 
     def commit(self, expired: Callable[[], bool] | None = None) -> None:
@@ -115,13 +115,13 @@ def _put_back(name: str, part: StatePart, before: KeptValues) -> None:
         raise RuntimeError(f"parts/{name} does not load its own previous state: {error}") from error
 
 
-def _part_state(state: JsonValue) -> dict[str, JsonValue]:
+def _structure(state: JsonValue) -> dict[str, JsonValue]:
     return cast("dict[str, JsonValue]", decode_plain(state))
 
 
 def _load_topology(state: TrainingState, values: Mapping[str, Any]) -> None:
     if state.topology is not None:
-        state.topology.load_state_dict(_part_state(values["topology"]))
+        state.topology.load_state_dict(_structure(values["topology"]))
 
 
 def _restore_topology(state: TrainingState, before: StateImage) -> None:
@@ -253,18 +253,25 @@ class _Plan:
 
     def _entries(self, name: str, entries: JsonValue, *, everything_on_device: bool) -> dict[str, object]:
         """Returns a parameter's state. Step counts stay on the CPU unless `everything_on_device`."""
-        device = self._parameters[name].device
+        parameter = self._parameters[name]
 
         def take(ref: Mapping[str, JsonValue]) -> Tensor:
             beside = everything_on_device or ref["home"] == "parameter"
-            return self._take(ref, device if beside else _CPU)
+            return self._take(ref, parameter.device if beside else _CPU, like=parameter)
 
         return cast("dict[str, object]", decode(entries, take))
 
-    def _take(self, ref: Mapping[str, JsonValue], device: torch.device) -> Tensor:
-        """Plans a copy into the live tensor of that name if it fits and is not used yet, else into a new one."""
+    def _take(self, ref: Mapping[str, JsonValue], device: torch.device, *, like: Tensor | None = None) -> Tensor:
+        """Plans a copy into the live tensor of that name if it fits and is not used yet, else into a new one.
+
+        A new one of the shape of `like` has its memory layout, as moments must: fused kernels walk raw memory.
+        """
         name = cast("str", ref[TENSOR_KEY])
         spec, live = self._specs[name], self._live_tensors.get(name)
         if live is None or spec_of(name, live) != spec or id(live) in self._used or whole(live) is not live:
-            live = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
+            dtype = DTYPES[spec.dtype]
+            if like is not None and like.shape == spec.shape:
+                live = torch.empty_like(like, dtype=dtype, device=device, memory_format=torch.preserve_format)
+            else:
+                live = torch.empty(spec.shape, dtype=dtype, device=device)
         return self._fill(name, live)

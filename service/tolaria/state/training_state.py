@@ -29,7 +29,7 @@ from tolaria.state.encoding import (
     spec_of,
     specs_of,
 )
-from tolaria.values.training import Position
+from tolaria.values.training import Position, eager_name
 
 
 class LiveTraining(Protocol):
@@ -130,7 +130,7 @@ def parameter_names(live: LiveTraining) -> dict[Tensor, str]:
     """Returns the names of the model's and the optimizer's parameters. A tied parameter has its first name."""
     names: dict[Tensor, str] = {}
     for name, parameter in live.model.named_parameters():
-        names.setdefault(parameter, _eager_name(name))
+        names.setdefault(parameter, eager_name(name))
     for index, group in enumerate(live.optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
             names.setdefault(parameter, f"optimizer:{index}.{position}")
@@ -147,11 +147,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _eager_name(name: str) -> str:
-    """Drops the prefix that `torch.compile` adds, so that compiled and eager runs share checkpoints."""
-    return name.replace("_orig_mod.", "")
-
-
 class _Surveyor:
     """One pass over the live objects."""
 
@@ -166,7 +161,7 @@ class _Surveyor:
         for parameter, name in self._names.items():
             self._put(f"parameter/{name}", parameter)
         for name, buffer in self._live.model.named_buffers():
-            self._put(f"buffer/{_eager_name(name)}", whole(buffer))
+            self._put(f"buffer/{eager_name(name)}", whole(buffer))
         topology = self._state.topology
         rng_tensors, rng_values = capture_rngs()
         values: dict[str, JsonValue] = {

@@ -52,7 +52,7 @@ def test_an_empty_dataset_is_an_error() -> None:
         ("build_model", ValueError("no weights"), r"build_model\(\) raised ValueError: no weights"),
         ("build_model", SystemExit(7), r"build_model\(\) raised SystemExit: 7"),
         ("losses", KeyError("labels"), r"losses\(\) raised KeyError: 'labels'"),
-        ("evaluate", 3.0, r"evaluate\(\) must return a Evaluation, got a float"),
+        ("evaluate", 3.0, r"evaluate\(\) must return an Evaluation, got a float"),
         ("evaluate", KeyError("y"), r"evaluate\(\) raised KeyError"),
         ("validation_batches", OSError("gone"), r"validation_batches\(\) raised OSError: gone"),
     ],

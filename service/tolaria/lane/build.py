@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -35,6 +35,7 @@ from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.step import checked_losses
 from tolaria.lane.train_module import TrainModule
 from tolaria.state.encoding import capture_rngs, restore_rngs
+from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.training import Evaluation
 
 _MIB: Final = 2**20
@@ -67,11 +68,15 @@ class BuiltLane:
             learning_rates=seeds.controller.learning_rates(),
             adjustments=seeds.controller.adjustments,
             seeds=tuple(seeds.topology.states(module.global_step)),
+            slots=seeds.topology.slots,
         )
 
-    def resume(self, image: StateImage) -> Restored:
-        """Restores a checkpoint of an earlier process; raises as `SnapshotManager.restore_image` does."""
-        return self.snapshots.restore_image(image)
+    def resume(self, image: StateImage, decided: Sequence[ActiveAdjustment] = ()) -> Restored:
+        """Restores a checkpoint of an earlier process, and what operators `decided` about learning rates.
+
+        Raises as `SnapshotManager.restore_image` does.
+        """
+        return self.snapshots.restore_image(image, decided=decided)
 
     def lane(self, heartbeat: LaneHeartbeat, traces_dir: Path) -> ThreadLane:
         """Returns the lane, in a thread that has not been started."""

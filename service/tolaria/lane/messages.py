@@ -127,12 +127,16 @@ class SeedsChanged:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerChanged:
-    """Learning rates by group before and after, and the other hyperparameters that changed, as sentences."""
+    """Learning rates by group before and after, and the other hyperparameters that changed, as sentences.
+
+    `limits`: where the controller's adjustment exceeded its authority, as sentences.
+    """
 
     before: Mapping[str, float]
     after: Mapping[str, float]
     hyperparameters: tuple[str, ...]
     adjustments: tuple[ActiveAdjustment, ...] = ()
+    limits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +251,7 @@ class LaneReady:
     learning_rates: Mapping[str, float]
     adjustments: tuple[ActiveAdjustment, ...]
     seeds: tuple[SeedState, ...]
+    slots: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from tolaria.seeds import Blueprints, SeedTopology, parameters_by_owner
 from tolaria.seeds.topology import Reconciliation
 from tolaria.values.gradients import SeedMetricSet
 from tolaria.values.optimization import GroupRole, RebuildOutcome
+from tolaria.values.seeds import limits_of
 
 SEED_GROUP: Final = "seed:"
 """Prefix of the param groups of seeds."""
@@ -45,11 +46,16 @@ class SeedTraining:
         self._isolation = seeds.isolation
         self.model = model
         self.topology = SeedTopology(
-            model, Blueprints.installed(), seed=run_seed, cull_steps=seeds.cull_steps, isolated=seeds.isolation
+            model,
+            Blueprints.installed(),
+            seed=run_seed,
+            cull_steps=seeds.cull_steps,
+            limits=limits_of(seeds),
+            isolated=seeds.isolation,
         )
         interval = settings.optimizer.rebuild_min_interval_steps
         self.manager = OptimizerManager(optimizer, model.named_parameters(), min_interval_steps=interval)
-        self.controller = UnifiedLRController(self.manager, settings.optimizer, run_steps=run_steps)
+        self.controller = UnifiedLRController(self.manager, settings.optimizer, settings.control, run_steps=run_steps)
         self.controller.apply(0)
         self._rebuild_due = self._urgent = False
         self._retry_at_step = 0

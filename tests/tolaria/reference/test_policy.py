@@ -339,3 +339,10 @@ def test_kasmina_applies_every_decision(harm: float, verdict: int, end: int) -> 
     assert {decision.seed_operation.operation for decision in decisions} == {e.SEED_OP_GERMINATE, verdict}
     assert end in {seed.stage for seed in seeds}
     assert sum(seed.stage in GROWING for seed in seeds) <= 2
+
+
+def test_a_long_run_without_gains_stops_growing() -> None:
+    """In 600 epochs on a plateau few seeds become a part of the host."""
+    decisions, _, seeds = run(600, harm=0.0)
+    assert sum(seed.stage == e.SEED_STAGE_FOSSILIZED for seed in seeds) <= 3
+    assert sum(decision.seed_operation.operation == e.SEED_OP_GERMINATE for decision in decisions) <= 3

@@ -36,13 +36,15 @@ from support.peers import Context, FakeKasmina, FakeParticipant, FakeTamiyo, com
 from support.processes import Serve, python_path, serve
 
 SETTINGS = [
-    "training.job=digits",
+    "training.job=support.user_jobs:Digits",
+    "training.options.batch=130",
     "training.device=cpu",
     "training.deterministic=true",
     "leyline.secret=key",  # so that no lie of Tamiyo is valid
     "tamiyo.timeout_s=0.2",
     "kasmina.timeout_s=0.2",
     "checkpoint.keep_last=2",
+    "emergency.sentinel=false",
 ]
 LIES: list[SeedState] = [
     SeedState(),

@@ -166,6 +166,9 @@ def peer(
     board: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Signal board of the service, to acknowledge emergencies on.")
     ] = None,
+    state_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where Tamiyo keeps what she has to remember after a restart.")
+    ] = None,
     config_file: ConfigFile = None,
     overrides: Overrides = None,
     while_stdin: WhileStdin = False,
@@ -188,6 +191,7 @@ def peer(
         *(name.value, listen, settings.leyline),
         announce=lambda address: typer.echo(json.dumps({"listening": str(address)})),
         board=board,
+        state_dir=state_dir,
         while_stdin=while_stdin,
     )
     # A peer has no metrics that could count lines dropped by its log.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -33,6 +34,7 @@ from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.train_module import TrainModule
+from tolaria.values.optimization import ActiveAdjustment
 
 _MIB: Final = 2**20
 
@@ -64,11 +66,15 @@ class BuiltLane:
             seeds=tuple(seeds.topology.states(module.global_step)),
             losses=json.dumps(module.losses.state_dict()),
             notes=module.cursor.notes if isinstance(module.cursor, LoaderCursor) else (),
+            slots=seeds.topology.slots,
         )
 
-    def resume(self, image: StateImage) -> Restored:
-        """Restores a checkpoint of an earlier process; raises as `SnapshotManager.restore_image` does."""
-        return self.snapshots.restore_image(image)
+    def resume(self, image: StateImage, decided: Sequence[ActiveAdjustment] = ()) -> Restored:
+        """Restores a checkpoint of an earlier process, and what operators `decided` about learning rates.
+
+        Raises as `SnapshotManager.restore_image` does.
+        """
+        return self.snapshots.restore_image(image, decided=decided)
 
     def lane(self, heartbeat: LaneHeartbeat, traces_dir: Path) -> ThreadLane:
         """Returns the lane, in a thread that has not been started."""

@@ -259,9 +259,9 @@ class CommandExecutor:
                 controller.load_state_dict(saved)
                 raise
         controller.apply(module.global_step)
-        before, after = (record.before, record.after) if record else ({}, {})
+        before, after, limits = (record.before, record.after, record.limits) if record else ({}, {}, ())
         changed = tuple(f"{change.group} {change.name}: {change.before:g} -> {change.after:g}" for change in changes)
-        return OptimizerChanged(before, after, changed, controller.adjustments)
+        return OptimizerChanged(before, after, changed, controller.adjustments, limits)
 
     def _restore(self, command_id: int, command: Restore) -> Result:
         """Raises RestoreAbandonedError past the deadline, also when the image has been discarded by then."""

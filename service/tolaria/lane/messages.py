@@ -137,12 +137,16 @@ class SeedsChanged:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerChanged:
-    """Learning rates by group before and after, and the other hyperparameters that changed, as sentences."""
+    """Learning rates by group before and after, and the other hyperparameters that changed, as sentences.
+
+    `limits`: where the controller's adjustment exceeded its authority, as sentences.
+    """
 
     before: Mapping[str, float]
     after: Mapping[str, float]
     hyperparameters: tuple[str, ...]
     adjustments: tuple[ActiveAdjustment, ...] = ()
+    limits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +266,7 @@ class LaneReady:
     losses: str = ""
     notes: tuple[str, ...] = ()
     """What the operator should know about the job's data; sentences."""
+    slots: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from tolaria.seeds.stages import TRAINED
 from tolaria.seeds.topology import Reconciliation
 from tolaria.values.gradients import SeedMetricSet
 from tolaria.values.optimization import GroupRole, RebuildOutcome
+from tolaria.values.seeds import limits_of
 from tolaria.values.training import eager_name
 
 SEED_GROUP: Final = "seed:"
@@ -47,12 +48,17 @@ class SeedTraining:
         self._isolation = seeds.isolation
         self.model = model
         self.topology = SeedTopology(
-            model, Blueprints.installed(), seed=run_seed, cull_steps=seeds.cull_steps, isolated=seeds.isolation
+            model,
+            Blueprints.installed(),
+            seed=run_seed,
+            cull_steps=seeds.cull_steps,
+            limits=limits_of(seeds),
+            isolated=seeds.isolation,
         )
         interval = settings.optimizer.rebuild_min_interval_steps
         named = [(eager_name(name), parameter) for name, parameter in model.named_parameters()]
         self.manager = OptimizerManager(optimizer, named, min_interval_steps=interval)
-        self.controller = UnifiedLRController(self.manager, settings.optimizer, run_steps=run_steps)
+        self.controller = UnifiedLRController(self.manager, settings.optimizer, settings.control, run_steps=run_steps)
         self.controller.apply(0)
         self._rebuild_due = self._urgent = False
         self._retry_at_step = 0

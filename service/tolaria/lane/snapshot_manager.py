@@ -21,7 +21,7 @@ from tolaria.state.encoding import decode_plain
 from tolaria.state.restore import stage_restore
 from tolaria.state.snapshots import Cadence, Declined, SnapshotRing
 from tolaria.state.training_state import StatePart, TrainingState
-from tolaria.values.optimization import GroupRole
+from tolaria.values.optimization import ActiveAdjustment, GroupRole
 from tolaria.values.training import Position, eager_name
 
 _MIB: Final = 2**20
@@ -109,17 +109,27 @@ class SnapshotManager:
             return self.restore_image(image, refused, verify=True)
 
     def restore_image(
-        self, image: StateImage, refused: Callable[[], bool] | None = None, *, verify: bool = False
+        self,
+        image: StateImage,
+        refused: Callable[[], bool] | None = None,
+        *,
+        verify: bool = False,
+        decided: Sequence[ActiveAdjustment] | None = None,
     ) -> Restored:
         """Restores an image. Without `verify` it must have been verified before, as a loaded checkpoint has.
 
-        `refused` is called right before live state changes; True abandons the restore.
+        `refused` is called right before live state changes; True abandons the restore. Operators' adjustments of
+        learning rates stay in force: those of the live state, or after a crash `decided`. They are applied after the
+        digest of the restored state has been computed.
 
         Raises:
             RestoreAbandonedError: `refused` returned True.
             RollbackError, SeedError, OptimizationError: the image does not fit. The live state is unchanged.
         """
         module, started_s = self._module, time.monotonic()
+        in_force, from_step = module.seeds.controller.adjustments, module.global_step
+        if decided is not None:
+            in_force, from_step = tuple(decided), image.position.global_step
         module.clear_gradients()
         try:
             self._structure.prepare(module.global_step, image)
@@ -133,6 +143,7 @@ class SnapshotManager:
             module.refresh()
         module.skip_streak = 0
         controller = module.seeds.controller
+        controller.carry_over(in_force, from_step=from_step, at_step=module.global_step)
         controller.apply(module.global_step)
         self._ring.forget_after(module.global_step)
         self._ring_used = True

@@ -58,6 +58,7 @@ async def embedded_peers(
     *,
     command: Sequence[str] = (sys.executable, "-m", "tolaria"),
     board: Path | None = None,
+    state_dir: Path | None = None,
     start_timeout_s: float = 30.0,
     stop_timeout_s: float = 3.0,
     restarts: RestartPolicy = RESTARTS,
@@ -65,12 +66,18 @@ async def embedded_peers(
     """Runs `command peer NAME --listen 127.0.0.1:0 --while-stdin` for each of `peers` while the block runs.
 
     At the end of the block a child has `stop_timeout_s` to exit before SIGKILL. With `board` the peers attach to that
-    signal board. Raises `PeerUnavailableError` when a first start failed; later failures are logged.
+    signal board; Tamiyo keeps her history in `state_dir`. Raises `PeerUnavailableError` when a first start failed;
+    later failures are logged.
     """
     options = ("--listen", _ANY_PORT, "--while-stdin", *([] if board is None else [f"--board={board}"]))
+
+    def options_of(peer: Peer) -> tuple[str, ...]:
+        memory = state_dir is not None and peer == "tamiyo"
+        return (*options, f"--state-dir={state_dir}") if memory else options
+
     supervisors = {
         peer: EmbeddedPeer(
-            ChildCommand(peer, (*command, "peer", peer, *options), environment, keep_stderr=True),
+            ChildCommand(peer, (*command, "peer", peer, *options_of(peer)), environment, keep_stderr=True),
             restarts=restarts,
             start_timeout_s=start_timeout_s,
             stop_timeout_s=stop_timeout_s,

@@ -22,7 +22,7 @@ from tolaria.run.health import Health
 from tolaria.run.run import TrainingRun
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus
-from tolaria.values.optimization import Adjustment
+from tolaria.values.optimization import OPERATOR, Adjustment
 
 Context = grpc.aio.ServicerContext[object, object]
 _Read = TypeVar("_Read")
@@ -132,7 +132,7 @@ class AdminService(TolariaAdminServiceServicer):
                     factor=request.factor if change == "factor" else None,
                     value=request.value if change == "value" else None,
                     expires_after_steps=request.expires_after_steps or None,
-                    origin=_OPERATOR,
+                    origin=OPERATOR,
                     request_id=request.request_id,
                     reason=request.reason,
                 )

@@ -44,6 +44,10 @@ class EpochBoundary:
         self._consultations = consultations
         self.policy = policy
 
+    def rewound(self) -> None:
+        """Makes the answers to questions from before a rollback stale."""
+        self._consultations.rewound()
+
     async def wait_for_answer(
         self, state: SystemStatePacket, refusals: tuple[tuple[str, str], ...], *, since_s: float
     ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 from google.protobuf.json_format import MessageToDict
@@ -11,7 +13,7 @@ from leyline.v1 import enums_pb2 as enums
 from leyline.v1.commands_pb2 import AdaptationCommand
 from tolaria import emergency
 from tolaria.errors import CommandRejectedError, OptimizationError, TolariaError, WrongStateError
-from tolaria.lane.messages import ChangeOptimizer, CommandDone, ReconcileSeeds
+from tolaria.lane.messages import ChangeOptimizer, CommandDone, OptimizerChanged, ReconcileSeeds, SeedsChanged
 from tolaria.peers.consultation import Consultation, describe_command
 from tolaria.rollback.protocol import TIERS, Ending, Rollback
 from tolaria.run.health import Health
@@ -34,7 +36,11 @@ _STEP_MAX: Final = 2**53
 
 
 class CommandHandler:
-    """Enacts settled consultations if their state is at most `max_staleness_steps` old. Used on the event loop only."""
+    """Enacts settled consultations if their state is at most `max_staleness_steps` old. Used on the event loop only.
+
+    A consultation from before a rollback, or during one, is stale whatever its step. A command that the lane carries
+    out counts as applied or rejected once the lane has answered.
+    """
 
     def __init__(
         self,
@@ -58,9 +64,10 @@ class CommandHandler:
         self._max_staleness_steps = max_staleness_steps
 
     def settle(self, consultation: Consultation) -> None:
-        """Enacts a consultation, at the boundary or whenever it is settled, unless its state is too old."""
+        """Enacts a consultation, at the boundary or whenever it is settled, unless it is stale."""
         age_steps = self._status.global_step - consultation.state.global_step
-        stale = age_steps > self._max_staleness_steps
+        undone = consultation.outdated or self._recovery.running
+        stale = undone or not 0 <= age_steps <= self._max_staleness_steps
         self._note_answers(consultation, stale=stale)
         if consultation.failed:
             self._safety.disturbed(PEER_FAILURE, emergency.Trigger.PEER_FAILURE)
@@ -78,27 +85,34 @@ class CommandHandler:
         if consultation.rejection is not None:
             self._count_rejected(consultation.rejection)
         if stale and consultation.command is not None:
-            command_id = consultation.command.command_id
-            self._count_rejected(CommandRejectedError("late", command_id, "training has moved on too far"))
+            why = "a rollback has undone its state" if consultation.outdated else "training is at another step by now"
+            self._count_rejected(CommandRejectedError("late", consultation.command.command_id, why))
 
     def _enact(self, consultation: Consultation) -> None:
+        reconciled: asyncio.Future[CommandDone] | None = None
         if consultation.seeds is not None and not self._safety.safeguards.mode.on:
             self._status.desired = consultation.seeds
-            self._lane.submit(ReconcileSeeds(tuple(consultation.seeds)))  # applied by the run when it is done
+            reconciled = self._lane.submit(ReconcileSeeds(tuple(consultation.seeds)))  # applied by the run when done
         if consultation.command is not None:
             try:
-                self._execute(consultation, consultation.command)
+                self._execute(consultation, consultation.command, reconciled)
             except CommandRejectedError as rejection:
                 self._reject(rejection)
 
-    def _execute(self, consultation: Consultation, command: AdaptationCommand) -> None:
+    def _execute(
+        self,
+        consultation: Consultation,
+        command: AdaptationCommand,
+        reconciled: asyncio.Future[CommandDone] | None,
+    ) -> None:
         match command.command_type:
             case enums.COMMAND_SEED if self._safety.safeguards.mode.on:
                 raise CommandRejectedError("conservative", command.command_id, "seeds are left alone in this mode")
-            case enums.COMMAND_SEED:  # Kasmina has applied it; the desired seeds follow from it
-                if not consultation.applied:
+            case enums.COMMAND_SEED:  # the desired seeds follow from it
+                if not consultation.applied or reconciled is None:
                     raise CommandRejectedError("refused", command.command_id, consultation.kasmina_answer)
-                self._applied(consultation)
+                present = {seed.seed_id for seed in self._status.grafted}
+                self._await_lane(consultation, reconciled, lambda done: seed_refusal(consultation, present, done))
             case enums.COMMAND_CIRCUIT_BREAKER:
                 force_breaker(command, self._safety.safeguards)
                 self._safety.check_breakers()
@@ -142,17 +156,36 @@ class CommandHandler:
             raise CommandRejectedError("refused", command.command_id, str(error)) from None
 
     def _change_optimizer(self, consultation: Consultation, command: AdaptationCommand) -> None:
+        def refusal(done: CommandDone) -> str:
+            if isinstance(done.result, OptimizerChanged) and done.result.limits:
+                self._status.tamiyo_answer = f"{consultation.tamiyo_answer} ({'; '.join(done.result.limits)})"
+            return ""
+
+        self._await_lane(consultation, self._lane.submit(optimizer_change(command)), refusal)
+
+    def _await_lane(
+        self,
+        consultation: Consultation,
+        future: asyncio.Future[CommandDone],
+        refusal: Callable[[CommandDone], str],
+    ) -> None:
+        """Counts the command as applied or rejected when the lane has answered; `refusal` returns why, or nothing."""
+
         def done(future: asyncio.Future[CommandDone]) -> None:
             try:
-                if (failure := future.result().failure) is not None:
-                    raise failure.error()
+                answer = future.result()
+                if answer.failure is not None:
+                    raise answer.failure.error()
+                reason = refusal(answer)
             except TolariaError as error:
-                self._reject(CommandRejectedError("refused", command.command_id, str(error)))
+                reason = str(error)
+            if reason and consultation.command is not None:
+                self._reject(CommandRejectedError("refused", consultation.command.command_id, reason))
             else:
                 self._applied(consultation)
             self._lifecycle.changed()
 
-        self._lane.submit(optimizer_change(command)).add_done_callback(done)
+        future.add_done_callback(done)
 
     def _applied(self, consultation: Consultation) -> None:
         self._status.commands_accepted += 1
@@ -166,6 +199,17 @@ class CommandHandler:
     def _count_rejected(self, rejection: CommandRejectedError) -> None:
         self._status.commands_rejected += 1
         self._observers.on_command_rejected(rejection)
+
+
+def seed_refusal(consultation: Consultation, present: AbstractSet[str], done: CommandDone) -> str:
+    """Returns why the lane refused the seed that a command is about; empty if it did not.
+
+    A command that names no seed is about those that Kasmina declares and that were not `present` in the model.
+    """
+    target = consultation.command.target_seed_id if consultation.command is not None else ""
+    concerned = {target} if target else {seed.seed_id for seed in consultation.seeds or ()} - present
+    refusals = done.result.refusals if isinstance(done.result, SeedsChanged) else ()
+    return "; ".join(f"{seed_id}: {reason}" for seed_id, reason in refusals if seed_id in concerned)
 
 
 def optimizer_change(command: AdaptationCommand) -> ChangeOptimizer:

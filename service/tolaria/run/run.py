@@ -19,6 +19,7 @@ from tolaria.journal.rows import CheckpointRow
 from tolaria.lane import messages
 from tolaria.lane.messages import TraceFailed
 from tolaria.rollback.protocol import Rollback
+from tolaria.run.adjustments import OperatorAdjustments
 from tolaria.run.boundary import EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.health import AcceptRegime, DroppedSeeds, Halt, Health, Proceed, Retreat
@@ -50,6 +51,7 @@ class RunParts:
     boundary: EpochBoundary
     questions: StepQuestions
     profiles: Profiles
+    adjustments: OperatorAdjustments
 
 
 class TrainingRun:
@@ -337,6 +339,8 @@ class TrainingRun:
         self._status.rewind(restored)
         self._observers.on_rewind(restored)
         self._show_seeds_and_rates()
+        parts.boundary.rewound()
+        parts.adjustments.note()
         parts.safety.safeguards.rolled_back()
         parts.checkpointing.on_step(restored.position.global_step)
         self._next_epoch = restored.progress.number + restored.progress.over
@@ -386,12 +390,19 @@ class TrainingRun:
     async def adjust_learning_rate(self, adjustment: Adjustment) -> int:
         """Adjusts learning rates at the next step boundary; returns the global step at which that took effect.
 
+        An operator's adjustment is durable on return: a rollback and a crash keep it in force. The one of a request
+        that is in force already is not made again.
+
         Raises:
             WrongStateError: the run has ended.
             AdjustmentRefusedError, UnknownGroupError: it is out of bounds or names no group; nothing has changed.
         """
         self.require_adjustable()
-        return (await self._lane.call(messages.ChangeOptimizer(adjustment, {}, None))).global_step
+        if self._parts.adjustments.has(adjustment):
+            return self._status.global_step
+        done = await self._lane.call(messages.ChangeOptimizer(adjustment, {}, None))
+        await self._parts.adjustments.keep()
+        return done.global_step
 
     async def roll_back(self, rollback: Rollback) -> Rollback:
         """Rolls back, as `Recovery.roll_back` does."""

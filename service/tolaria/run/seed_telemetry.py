@@ -64,6 +64,8 @@ class SeedTelemetry(RunObserver):
             before=dict(change.before),
             after=dict(change.after),
         )
+        if change.limits:
+            self._emitter.emit(events.LR_LIMITED, origin=adjustment.origin, detail="; ".join(change.limits))
 
     def on_step(self, step: StepDone) -> None:
         for violation in step.violations:

@@ -22,6 +22,7 @@ from tolaria.images import SnapshotInfo
 from tolaria.lane.messages import EpochDone, LaneReady, Restored, StepDone
 from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment
+from tolaria.values.seeds import FOSSILIZED, FOSSILIZED_LEFT, NO_LIMITS, SLOTS_FREE, SeedLimits, count_in
 
 PACKET_VERSION: Final = 1
 _BOUNDARIES_KEPT: Final = 1024
@@ -116,6 +117,8 @@ class RunStatus:
     desired: list[SeedState] = field(default_factory=list)
     grafted: list[SeedState] = field(default_factory=list)
     refusals: tuple[tuple[str, str], ...] = ()
+    slots: tuple[str, ...] = ()
+    seed_limits: SeedLimits = NO_LIMITS
     learning_rates: dict[str, float] = field(default_factory=dict)
     adjustments: tuple[ActiveAdjustment, ...] = ()
     conflict_ratio: float = 0.0
@@ -130,10 +133,22 @@ class RunStatus:
 
     @property
     def seeds(self) -> list[SeedState]:
-        """All seeds: those in the model with their actual state, others with the state that Kasmina desires."""
+        """All seeds: those in the model with their actual state, others with the state that Kasmina desires.
+
+        A desired seed that the model refuses is not one of them.
+        """
         grafted = {state.seed_id: state for state in self.grafted}
-        desired = [grafted.pop(state.seed_id, state) for state in self.desired]
+        refused = {seed_id for seed_id, _ in self.refusals} - grafted.keys()
+        desired = [grafted.pop(state.seed_id, state) for state in self.desired if state.seed_id not in refused]
         return [*desired, *grafted.values()]
+
+    @property
+    def slots_free(self) -> int:
+        """Number of slots in which a seed can be grafted; 0 for a model without slots, or if seeds are disabled."""
+        if not self.seed_limits.active:
+            return 0
+        taken = {seed.slot for seed in self.grafted if seed.stage not in FOSSILIZED}
+        return sum(slot not in taken for slot in self.slots)
 
     @property
     def validation_accuracy(self) -> float:
@@ -149,6 +164,7 @@ class RunStatus:
         """Adopts what the lane has built."""
         self.steps_per_epoch = ready.steps_per_epoch
         self.fast_paths = dict(ready.fast_paths)
+        self.slots = ready.slots
         self.rewind(ready)
 
     def begin_epoch(self, epoch: int) -> None:
@@ -278,7 +294,7 @@ def status_message(status: RunStatus, *, skipped_streak: int, now_s: float) -> a
 
 
 def _packet(status: RunStatus, epoch: int, step: int, loss: float, wall_ns: int) -> SystemStatePacket:
-    return SystemStatePacket(
+    packet = SystemStatePacket(
         version=PACKET_VERSION,
         current_epoch=epoch,
         timestamp_ns=wall_ns,
@@ -290,6 +306,10 @@ def _packet(status: RunStatus, epoch: int, step: int, loss: float, wall_ns: int)
         training_run_id=status.run_id,
         experiment_name=status.experiment,
     )
+    packet.training_metrics[SLOTS_FREE] = status.slots_free
+    fossilized = count_in(FOSSILIZED, status.grafted)
+    packet.training_metrics[FOSSILIZED_LEFT] = max(0, status.seed_limits.fossilized - fossilized)
+    return packet
 
 
 def _average_metrics(averages: Averages) -> dict[str, float]:

@@ -24,7 +24,7 @@ from tolaria.seeds.slots import (
     slots_of,
 )
 from tolaria.seeds.stages import ABSENT, TRAINED, stage_from_name, stage_name
-from tolaria.values.seeds import Ramp
+from tolaria.values.seeds import NO_LIMITS, Ramp, SeedLimits
 
 _VERSION: Final = 1
 
@@ -70,6 +70,7 @@ class SeedTopology:
         blueprints: the known blueprints.
         seed: the seed of the run. A seed's initial values are a function of it and of the seed's id alone.
         cull_steps: steps over which a culled seed fades out, at least 1.
+        limits: numbers of seeds that the model may have. Seeds of a loaded state may exceed them.
         isolated: whether the gradients of seeds in TRAINING stop at the seed.
 
     Raises:
@@ -79,7 +80,14 @@ class SeedTopology:
     """
 
     def __init__(
-        self, model: nn.Module, blueprints: Blueprints, *, seed: int, cull_steps: int, isolated: bool = True
+        self,
+        model: nn.Module,
+        blueprints: Blueprints,
+        *,
+        seed: int,
+        cull_steps: int,
+        limits: SeedLimits = NO_LIMITS,
+        isolated: bool = True,
     ) -> None:
         if cull_steps < 1:
             raise SeedError(f"cull_steps must be at least 1, so that the output does not jump; got {cull_steps}")
@@ -88,12 +96,18 @@ class SeedTopology:
         self._blueprints = blueprints
         self._seed = seed
         self._cull_steps = cull_steps
+        self._limits = limits
         self._isolated = isolated
         self._seeds: dict[str, GraftedSeed] = {}
         self._blending = BlendingSeeds()
         self._misfits: dict[tuple[str, str], str | None] = {}
         self._failed: dict[tuple[str, str], str] = {}
         parameters_by_owner(model)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of the slots in the model's order."""
+        return tuple(self._slots)
 
     @property
     def training_seeds(self) -> tuple[str, ...]:
@@ -199,7 +213,7 @@ class SeedTopology:
         pairs = {(state.blueprint_id, slot) for state in new for slot in self._slots if state.slot in {"", slot}}
         reasons = {pair: self._misfit(*pair) for pair in pairs if pair[0] in names}
         misfits = {pair: reason for pair, reason in reasons.items() if reason is not None} | self._failed
-        return HostFacts(tuple(self._slots), names, misfits, self._cull_steps)
+        return HostFacts(tuple(self._slots), names, misfits, self._cull_steps, self._limits)
 
     def _apply(self, changes: Sequence[Change], refusals: Sequence[Refusal], global_step: int) -> Reconciliation:
         if not changes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from pathlib import Path
 from typing import Final
 
 import anyio
@@ -160,6 +161,7 @@ class Host:
             child_environment(settings),
             missing,
             board=self._foundation.board.path,
+            state_dir=Path(settings.state.dir).absolute() / "peers",
             stop_timeout_s=_CHILDREN_SHARE * settings.service.drain_timeout_s,
         )
 

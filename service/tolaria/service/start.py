@@ -15,6 +15,7 @@ from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings
 from tolaria.emergency.supervision import stacks_on_request
 from tolaria.errors import ConfigurationError, OptimizationError, RollbackError, SeedError
+from tolaria.run.adjustments import saved_adjustments
 from tolaria.run.resume import ResumePoint, active_halt, end_run, load_resume_point, prepare_state, run_row
 from tolaria.service import settings_record
 from tolaria.service.host import Host
@@ -23,6 +24,7 @@ from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext, logging_to
 from tolaria.telemetry.metrics import Metrics
+from tolaria.values.optimization import ActiveAdjustment
 
 
 def run(settings: Settings) -> int:
@@ -46,7 +48,8 @@ def run(settings: Settings) -> int:
         with prepare_state(settings) as prepared:
             point = load_resume_point(prepared)
             if point.loaded is not None:
-                resume(build, point.loaded, settings)
+                decided = saved_adjustments(point.state.storage.journal, point.state.run_id)
+                resume(build, point.loaded, settings, decided)
             run_id = point.state.run_id
             _log_start(point, build.ready.notes)
             if point.loaded is not None:
@@ -76,10 +79,15 @@ def run(settings: Settings) -> int:
             return code
 
 
-def resume(build: LaneBuild, loaded: LoadedCheckpoint, settings: Settings) -> None:
-    """Restores a checkpoint into a lane that has just been built. Raises ConfigurationError if it does not fit."""
+def resume(
+    build: LaneBuild, loaded: LoadedCheckpoint, settings: Settings, decided: Sequence[ActiveAdjustment] = ()
+) -> None:
+    """Restores a checkpoint into a lane that has just been built. Raises ConfigurationError if it does not fit.
+
+    The learning-rate adjustments that operators have `decided` on stay in force.
+    """
     try:
-        restored = build.resume(loaded.image)
+        restored = build.resume(loaded.image, decided)
     except (RollbackError, SeedError, OptimizationError) as error:
         problem = (
             f"state.dir: {settings.state.dir} holds an unfinished run that does not fit these settings: {error}; give "

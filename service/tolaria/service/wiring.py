@@ -6,7 +6,7 @@ import importlib
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -27,6 +27,7 @@ from tolaria.peers.verification import CommandVerifier
 from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.protocol import RollbackParticipant
 from tolaria.rpc.requests import RequestLedger
+from tolaria.run.adjustments import OperatorAdjustments
 from tolaria.run.boundary import BoundaryPolicy, EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.command_handler import CommandHandler
@@ -47,6 +48,8 @@ from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
+from tolaria.values.optimization import ActiveAdjustment
+from tolaria.values.seeds import limits_of
 
 
 class LaneBuild(Protocol):
@@ -56,8 +59,8 @@ class LaneBuild(Protocol):
     def ready(self) -> LaneReady:
         """What has been built."""
 
-    def resume(self, image: StateImage) -> Restored:
-        """Restores a checkpoint of an earlier process."""
+    def resume(self, image: StateImage, decided: Sequence[ActiveAdjustment]) -> Restored:
+        """Restores a checkpoint of an earlier process, with the adjustments that operators have `decided` on."""
 
     def lane(self, heartbeat: Heartbeats, traces_dir: Path) -> LaneHandle:
         """Returns the lane."""
@@ -172,6 +175,7 @@ def new_run(core: Core, peers: Peers) -> RunService:
         peers.kasmina,
         verifier=CommandVerifier(settings.leyline),
         emitter=core.foundation.emitter,
+        seeds=settings.seeds,
         permits=core.safeguards.permits,
         on_settled=handler.settle,
     )
@@ -195,6 +199,7 @@ def new_run(core: Core, peers: Peers) -> RunService:
         boundary=EpochBoundary(consultations, _boundary_policy(settings)),
         questions=questions,
         profiles=Profiles(core.lane, settings.profiler, safeguards=core.safeguards, observers=core.observers),
+        adjustments=OperatorAdjustments(core.journal, core.status),
     )
     return RunService(TrainingRun(parts, settings, core.ready), consultations, recovery)
 
@@ -207,7 +212,14 @@ def new_ledger(core: Core, tasks: TaskGroup) -> RequestLedger:
 def new_status(settings: Settings, run_id: str) -> RunStatus:
     """Returns the status of a run as it starts in this process."""
     training = settings.training
-    return RunStatus(run_id, training.job, training.experiment, training.epochs, started_at_s=time.monotonic())
+    return RunStatus(
+        run_id,
+        training.job,
+        training.experiment,
+        training.epochs,
+        started_at_s=time.monotonic(),
+        seed_limits=limits_of(settings.seeds),
+    )
 
 
 def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -> Recovery:

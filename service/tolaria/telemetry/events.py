@@ -100,6 +100,7 @@ SEED_CULLED = _error("tolaria.seed_culled", "step", "seed_id", "reason")
 SEED_HEALTH = _info("seed_health", "seed_id", "share", "share_delta", "conflict_ratio", "alpha", "norm")
 
 # Optimizer and fast paths
+LR_LIMITED = _warning("tolaria.lr_limited", "origin", "detail")
 LR_INTEGRITY_VIOLATION = _error("tolaria.lr_integrity_violation", "group", "expected", "found")
 OPT_REBUILT = _info("tolaria.opt_rebuilt", "step", "latency_ms", "kept", "fresh", "dropped")
 OPT_REBUILD_FAILED = _error("tolaria.opt_rebuild_failed", "step", "detail")

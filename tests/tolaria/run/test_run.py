@@ -206,7 +206,7 @@ async def test_a_late_answer_is_applied_and_a_stale_one_dropped() -> None:
             return command(COMMAND_SEED)
 
         control = ControlSettings(boundary_budget_ms=400, tamiyo_budget_ms=12, max_staleness_steps=max_staleness_steps)
-        run = new_run(FakePeers(late), control=control, epochs=10**6)
+        run = new_run(FakePeers(late), job="SlotJob", control=control, epochs=10**6)
         async with running(run):
             await run.until(lambda: run.status.global_step > 24)
             release.set()
@@ -230,7 +230,7 @@ async def test_a_deterministic_boundary_waits_for_the_answer() -> None:
 
     control = ControlSettings(boundary_budget_ms=2, tamiyo_budget_ms=1)
     try:
-        run = new_run(FakePeers(slow), control=control, epochs=2, deterministic=True)
+        run = new_run(FakePeers(slow), job="SlotJob", control=control, epochs=2, deterministic=True)
         async with running(run):
             await run.until(lambda: run.state == "FINISHED")
     finally:
@@ -260,20 +260,27 @@ async def test_seeds_and_answers_are_in_the_status() -> None:
     async def germinate(_state: SystemStatePacket) -> AdaptationCommand | None:
         return command(COMMAND_SEED)
 
-    peers = FakePeers(germinate, [SeedState(seed_id="a", stage=SEED_STAGE_TRAINING)])
-    async with running(new_run(peers, epochs=2)) as run:
+    peers = FakePeers(germinate, [SeedState(seed_id="a", stage=SEED_STAGE_TRAINING, blueprint_id="residual_mlp")])
+    async with running(new_run(peers, job="SlotJob", epochs=1)) as run:
         await run.until(lambda: run.state == "FINISHED")
     status = run.run.status()
     assert [s.seed_id for s in status.seeds] == ["a"]
     assert status.tamiyo_answer == "germinate seed-1"
     assert status.kasmina_answer == "applied: germinated"
-    assert status.commands_accepted == 2
+    assert status.commands_accepted == 1
     assert status.last_command.command_type == COMMAND_SEED
     assert run.sample("tolaria.seeds.active", {"stage": "training"}) == 1
-    assert run.sample("tolaria.command.applied_total", {"type": "seed"}) == 2
-    assert len(peers.applied) == 2
-    assert list(peers.states[-1].seed_states) == []  # the tiny job has no slot for it, which Kasmina learns:
+    assert run.sample("tolaria.command.applied_total", {"type": "seed"}) == 1
+    assert len(peers.applied) == 1
+
+
+async def test_a_desired_seed_that_the_model_has_no_slot_for_is_refused() -> None:
+    """Kasmina learns it with the next state, and the status does not show the seed as training."""
+    peers = FakePeers(seeds=[SeedState(seed_id="a", stage=SEED_STAGE_TRAINING)])
+    async with running(new_run(peers, epochs=2)) as run:
+        await run.until(lambda: run.state == "FINISHED")
     assert [seed_id for seed_id, _ in peers.refusals] == ["a"]
+    assert list(peers.states[-1].seed_states) == list(run.run.status().seeds) == []
 
 
 async def test_an_invalid_command_changes_nothing() -> None:

@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from google.protobuf.json_format import MessageToJson
 
-from leyline.v1.enums_pb2 import SEED_STAGE_GERMINATED, SEED_STAGE_TRAINING
+from leyline.v1.enums_pb2 import SEED_STAGE_FOSSILIZED, SEED_STAGE_GERMINATED, SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.lane.messages import EpochDone, Restored, StepDone
 from tolaria.run.health import Averages
 from tolaria.run.status import EpochSums, RunStatus, epoch_packet, status_message
 from tolaria.values.optimization import ActiveAdjustment, Adjustment
+from tolaria.values.seeds import SeedLimits
 from tolaria.values.training import EpochProgress, Evaluation, Position
 
 EPOCH = EpochDone(2, 30, Evaluation(8.0, 3, 4), 1.5, 50.0, {"host": 0.01}, 0.9, HardwareContext(device_type="cpu"), 2.0)
@@ -53,8 +55,43 @@ def test_the_keys_are_those_of_the_contract() -> None:
         "input_wait_ms", "h2d_copy_ms", "tamiyo_latency_ms", "kasmina.apply_ms",
         "kasmina.finalize_ms", "step_latency_ms",
         "hook_latency_ms", "gpu_mem_used_gb", "gpu_mem_free_gb", "gpu_util_percent", "cpu_util_percent",
+        "seeds.slots_free", "seeds.fossilized_left",
     }  # fmt: skip
     assert set(epoch_packet(training(), Averages(), EPOCH, wall_ns=1).training_metrics) <= known
+
+
+@pytest.mark.parametrize(
+    ("slots", "stages", "limits", "free", "left"),
+    [
+        ((), [], SeedLimits(4, 8), 0, 8),
+        (("a", "b"), [], SeedLimits(4, 8), 2, 8),
+        (("a", "b"), [SEED_STAGE_TRAINING], SeedLimits(4, 8), 1, 8),
+        (("a", "b"), [SEED_STAGE_FOSSILIZED], SeedLimits(4, 1), 2, 0),
+        (("a", "b"), [SEED_STAGE_FOSSILIZED] * 3, SeedLimits(4, 1), 2, 0),
+        (("a", "b"), [], SeedLimits(0, 8), 0, 8),
+    ],
+)
+def test_the_packet_says_where_the_model_can_grow(
+    slots: tuple[str, ...], stages: list[Any], limits: SeedLimits, free: int, left: int
+) -> None:
+    """Free slots, and seeds that may still become a part of the host; no free slot if seeds are disabled."""
+    status = training()
+    status.slots, status.seed_limits = slots, limits
+    status.grafted = [SeedState(seed_id=f"s{n}", stage=stage, slot="a") for n, stage in enumerate(stages)]
+    metrics = epoch_packet(status, Averages(), EPOCH, wall_ns=1).training_metrics
+    assert (metrics["seeds.slots_free"], metrics["seeds.fossilized_left"]) == (free, left)
+
+
+def test_a_desired_seed_that_the_model_refuses_is_not_shown() -> None:
+    """Only what grows is shown as growing, and a seed in the model stays whatever is refused about it."""
+    status = training()
+    status.desired = [SeedState(seed_id=seed_id, stage=SEED_STAGE_TRAINING) for seed_id in ("in", "out", "wanted")]
+    status.grafted = [SeedState(seed_id="in", stage=SEED_STAGE_GERMINATED)]
+    status.refusals = (("in", "has to wait"), ("out", "no slot is free"))
+    assert [(seed.seed_id, seed.stage) for seed in status.seeds] == [
+        ("in", SEED_STAGE_GERMINATED),
+        ("wanted", SEED_STAGE_TRAINING),
+    ]
 
 
 def test_a_status_before_the_first_epoch_is_json() -> None:

@@ -58,7 +58,7 @@ async def serve(folder: Path, silence: str) -> None:
     overrides = [f"emergency.{name}={seconds}" for name, seconds in limits.items()]
     settings = load_settings(None, [f"state.dir={folder}", "service.drain_timeout_s=0.1", *overrides])
     with SignalBoard.create(folder / "board", "run-1") as board, stacks_on_request(settings):
-        heartbeats = Heartbeats(board.claim("tolaria"))
+        heartbeats = Heartbeats(board.claim("tolaria"), settings.emergency)
         threading.Thread(target=lane, args=(heartbeats, silence, go), daemon=True).start()
         threading.Thread(target=wait_for_line, args=(go,), daemon=True).start()
         sentinel = SentinelProcess(board, settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from leyline.v1.emergency_pb2 import EmergencySignal
@@ -41,10 +41,11 @@ class HeldBack:
     notice: Notice
 
 
-def new_notice(signal: Signal) -> Notice:
-    """Returns the notice of one signal, its reason cut to REASON_CHARACTERS_MAX.
+def new_notice(signal: Signal, *, run_id: str, triggered_unix_ns: int, attributes: Mapping[str, str]) -> Notice:
+    """Returns the notice of one signal of a run, its reason cut to REASON_CHARACTERS_MAX.
 
-    `payload_checksum` is the SHA-256 of the message's deterministic serialization without it.
+    `triggered_unix_ns` is the wall-clock time at which it was raised. `payload_checksum` is the SHA-256 of the
+    message's deterministic serialization without it.
     """
     message = EmergencySignal(
         version=1,
@@ -52,13 +53,16 @@ def new_notice(signal: Signal) -> Notice:
         reason=signal.reason[:REASON_CHARACTERS_MAX],
         origin=signal.origin,
         monotonic_time_ms=signal.raised_ns // _MS,
+        run_id=run_id,
+        attributes=attributes,
     )
+    message.triggered_at.FromNanoseconds(triggered_unix_ns)
     message.payload_checksum = hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
     return Notice(message)
 
 
 class Backlog:
-    """Waiting notices in order of arrival, at most `reasons_max` and one more for each level.
+    """Waiting notices, the highest level first, then in order of arrival: at most `reasons_max` and one for each level.
 
     Signals of equal level, reason and origin share a notice. Beyond `reasons_max` all further signals of a level share
     one, with the reason of the first of them. The counts of the notices always add up to the number of signals.
@@ -74,8 +78,8 @@ class Backlog:
 
     @property
     def first(self) -> Notice:
-        """The notice that has waited longest. Raises StopIteration when there is none."""
-        return next(iter(self._waiting.values()))
+        """The notice to send next. Raises ValueError when there is none."""
+        return self._waiting[self._first_key()]
 
     def put(self, notice: Notice) -> None:
         """Appends a notice, or adds it to the equal one."""
@@ -86,8 +90,11 @@ class Backlog:
         self._waiting[key] = notice if first is None else replace(first, count=first.count + notice.count)
 
     def remove_first(self) -> None:
-        """Removes the notice that has waited longest."""
-        del self._waiting[next(iter(self._waiting))]
+        """Removes the notice to send next."""
+        del self._waiting[self._first_key()]
+
+    def _first_key(self) -> _Key:
+        return max(self._waiting, key=lambda key: key[0])  # of equal levels the first one
 
 
 class RateLimit:

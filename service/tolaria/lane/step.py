@@ -127,7 +127,8 @@ def _take_microbatches(module: TrainModule, continue_step: Callable[[], bool], m
         asked_s = time.monotonic()
         if not number:
             module.note_step_start()
-        batch = module.next_batch()
+        with mark("input"):
+            batch = module.next_batch()
         if batch is None:
             break
         batch = on_device(batch, module.device, pinned=module.fast_paths.pins_memory)

@@ -29,7 +29,7 @@ from tolaria.run.recovery import Recovery
 from tolaria.run.resume import RunOutcome
 from tolaria.run.run_state import Lifecycle, RunEvent, after
 from tolaria.run.safety import COLLAPSE, EXPLOSION, Safety
-from tolaria.run.status import RunStatus, epoch_packet, status_message
+from tolaria.run.status import RunStatus, epoch_packet, health_of, status_message
 from tolaria.values.optimization import Adjustment
 
 _LAST_CHECKPOINT_S: Final = 30.0
@@ -231,7 +231,7 @@ class TrainingRun:
             parts.questions.step(step)
             parts.recovery.on_step(step)
             parts.checkpointing.on_step(step.global_step)
-            if self._lifecycle.training and parts.health.skipped_too_many(self._settings.control.max_void_steps):
+            if self._lifecycle.training and parts.health.skipped_too_many(self._settings.health.skips_max):
                 streak = parts.health.averages.skipped_streak
                 self._lifecycle.hold(f"{streak} steps in a row were not finite")
 
@@ -327,9 +327,13 @@ class TrainingRun:
 
     def status(self) -> GetStatusResponse:
         """Returns the run's part of GetStatus."""
-        streak = self._parts.health.averages.skipped_streak
-        message = status_message(self._status, skipped_streak=streak, now_s=time.monotonic())
-        self._parts.safety.add_to(message)
+        parts = self._parts
+        message = status_message(self._status, now_s=time.monotonic())
+        parts.safety.add_to(message)
+        conditions = parts.safety.conditions(
+            checkpoints_failing=parts.checkpointing.failing, skipped_streak=parts.health.averages.skipped_streak
+        )
+        message.health.CopyFrom(health_of(self._status, conditions))
         return message
 
     async def pause(self, reason: str) -> None:

@@ -21,7 +21,8 @@ HALT, NOTICE = EMERGENCY_LEVEL_HALT, EMERGENCY_LEVEL_NOTICE
 
 def notice(reason: str, at_ns: int = 0, level: int = NOTICE) -> Notice:
     """A notice of one signal from tolaria."""
-    return new_notice(Signal("tolaria", level, reason, 1, at_ns))  # type: ignore[arg-type]
+    signal = Signal("tolaria", level, reason, 1, at_ns)  # type: ignore[arg-type]
+    return new_notice(signal, run_id="run-1", triggered_unix_ns=5_000_000_007, attributes={"global_step": "3"})
 
 
 def drained(backlog: Backlog) -> list[tuple[str, int]]:
@@ -42,6 +43,14 @@ def test_notices_come_out_in_order_of_arrival() -> None:
     assert drained(backlog) == [("a", 2), ("b", 1), ("c", 1)]
 
 
+def test_a_higher_level_overtakes_what_waits() -> None:
+    """A halt does not wait behind notices for the rate limit."""
+    backlog = Backlog(10)
+    for reason, level in (("a", NOTICE), ("b", HALT), ("c", NOTICE), ("d", HALT)):
+        backlog.put(notice(reason, level=level))
+    assert drained(backlog) == [("b", 1), ("d", 1), ("a", 1), ("c", 1)]
+
+
 def test_too_many_reasons_share_a_notice_of_each_level() -> None:
     """Beyond the bound further signals of a level share one notice, with the reason of the first."""
     backlog = Backlog(2)
@@ -49,7 +58,7 @@ def test_too_many_reasons_share_a_notice_of_each_level() -> None:
         backlog.put(notice(reason))
     backlog.put(notice("f", level=HALT))
     backlog.put(notice("a"))
-    assert drained(backlog) == [("a", 2), ("b", 1), ("c", 3), ("f", 1)]
+    assert drained(backlog) == [("f", 1), ("a", 2), ("b", 1), ("c", 3)]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from([NOTICE, HALT]))), st.integers(1, 4))
@@ -66,6 +75,8 @@ def test_a_signal_carries_its_checksum_and_a_bounded_reason() -> None:
     """The checksum is the SHA-256 of the message without it."""
     signal = notice("x" * 5000, 3_000_000).signal
     assert (signal.version, signal.monotonic_time_ms, len(signal.reason)) == (1, 3, REASON_CHARACTERS_MAX)
+    assert (signal.run_id, dict(signal.attributes)) == ("run-1", {"global_step": "3"})
+    assert signal.triggered_at.ToNanoseconds() == 5_000_000_007
     bare = EmergencySignal()
     bare.CopyFrom(signal)
     bare.ClearField("payload_checksum")

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, EMERGENCY_LEVEL_NOTICE
 from support.emergency import ControllerHarness
 from support.processes import is_alive
-from tolaria.config import Settings, load_settings
+from tolaria.config import EmergencySettings, Settings, load_settings
 from tolaria.emergency import (
     BoardUnreadable,
     DeadlineMissed,
@@ -71,7 +71,7 @@ async def changes(harness: ControllerHarness) -> tuple[bool, bool]:
 
 async def test_the_loop_beats_for_an_idle_lane(harness: ControllerHarness) -> None:
     """Before the lane starts, between epochs and while it is paused; not while it works."""
-    heartbeats = Heartbeats(harness.participant)
+    heartbeats = Heartbeats(harness.participant, EmergencySettings())
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(heartbeats.beat, 0.001)
         assert await changes(harness) == (True, True)
@@ -86,7 +86,7 @@ async def test_the_loop_beats_for_an_idle_lane(harness: ControllerHarness) -> No
 
 async def test_the_lane_beats_from_its_thread(harness: ControllerHarness) -> None:
     """Also when the event loop does not beat."""
-    heartbeats = Heartbeats(harness.participant)
+    heartbeats = Heartbeats(harness.participant, EmergencySettings())
     before = heartbeats_of(harness)
     thread = threading.Thread(target=heartbeats.lane_beat)
     thread.start()
@@ -97,7 +97,7 @@ async def test_the_lane_beats_from_its_thread(harness: ControllerHarness) -> Non
 
 async def test_work_begins_with_a_beat(harness: ControllerHarness) -> None:
     """At its start and after a rest, so that the idle time does not count as silence."""
-    heartbeats = Heartbeats(harness.participant)
+    heartbeats = Heartbeats(harness.participant, EmergencySettings())
     first = heartbeats_of(harness)[1]
     with heartbeats.lane_works():
         second = heartbeats_of(harness)[1]
@@ -174,7 +174,7 @@ def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 async def test_stale_boards_are_removed_at_the_start(settings: Settings, stale: Path, board: SignalBoard) -> None:
     """While the heartbeats begin; the run's own board stays."""
-    heartbeats = Heartbeats(board.claim("tolaria"))
+    heartbeats = Heartbeats(board.claim("tolaria"), settings.emergency)
     with anyio.fail_after(TIMEOUT_S):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch_process, settings, board, heartbeats)

@@ -59,7 +59,7 @@ def test_the_keys_are_those_of_the_contract() -> None:
 
 def test_a_status_before_the_first_epoch_is_json() -> None:
     """NaN never reaches operators: unknown figures are 0."""
-    status = status_message(fresh(), skipped_streak=0, now_s=12.0)
+    status = status_message(fresh(), now_s=12.0)
     assert "NaN" not in MessageToJson(status)
     assert (status.training_loss, status.validation_accuracy, status.uptime_s) == (0.0, 0.0, 2.0)
 
@@ -68,7 +68,7 @@ def test_quantiles_are_nearest_rank() -> None:
     """p50 and p99 are values that occurred."""
     made = training()
     made.boundaries_ms.extend(range(1, 101))
-    status = status_message(made, skipped_streak=0, now_s=12.0)
+    status = status_message(made, now_s=12.0)
     assert (status.boundary_ms_p50, status.boundary_ms_p99, status.last_boundary_ms) == (50, 99, 100)
 
 
@@ -80,7 +80,7 @@ def test_an_adjustment_may_outlast_the_steps_of_the_contract(lasts: int | None, 
         group=None, factor=0.5, expires_after_steps=lasts, origin="operator", request_id="1", reason="calm"
     )
     made.adjustments = (ActiveAdjustment(change, at_step=100),)
-    (adjustment,) = status_message(made, skipped_streak=0, now_s=1.0).adjustments
+    (adjustment,) = status_message(made, now_s=1.0).adjustments
     assert adjustment.expires_at_step == shown
 
 
@@ -89,7 +89,7 @@ def test_skipped_steps_do_not_enter_the_mean_loss() -> None:
     made = training()
     made.sums.add(StepDone(30, 2, math.nan, math.nan, 8, 0.1, 0.0, 50.0, skipped=True))
     assert made.sums.loss == 2.0
-    assert status_message(made, skipped_streak=0, now_s=1.0).epoch_step == 3
+    assert status_message(made, now_s=1.0).epoch_step == 3
 
 
 def step(loss: float, *, skipped: bool = False) -> StepDone:

@@ -62,7 +62,7 @@ def new_notice(signal: Signal, *, run_id: str, triggered_unix_ns: int, attribute
 
 
 class Backlog:
-    """Waiting notices, the highest level first, then in order of arrival: at most `reasons_max` and one for each level.
+    """Waiting notices in order of arrival, at most `reasons_max` and one more for each level.
 
     Signals of equal level, reason and origin share a notice. Beyond `reasons_max` all further signals of a level share
     one, with the reason of the first of them. The counts of the notices always add up to the number of signals.
@@ -78,8 +78,8 @@ class Backlog:
 
     @property
     def first(self) -> Notice:
-        """The notice to send next. Raises ValueError when there is none."""
-        return self._waiting[self._first_key()]
+        """The notice that has waited longest. Raises StopIteration when there is none."""
+        return next(iter(self._waiting.values()))
 
     def put(self, notice: Notice) -> None:
         """Appends a notice, or adds it to the equal one."""
@@ -90,11 +90,8 @@ class Backlog:
         self._waiting[key] = notice if first is None else replace(first, count=first.count + notice.count)
 
     def remove_first(self) -> None:
-        """Removes the notice to send next."""
-        del self._waiting[self._first_key()]
-
-    def _first_key(self) -> _Key:
-        return max(self._waiting, key=lambda key: key[0])  # of equal levels the first one
+        """Removes the notice that has waited longest."""
+        del self._waiting[next(iter(self._waiting))]
 
 
 class RateLimit:

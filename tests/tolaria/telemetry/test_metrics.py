@@ -11,6 +11,7 @@ from prometheus_client.exposition import choose_encoder
 from tolaria import telemetry
 from tolaria.telemetry.metrics import Metrics, Tally, with_counters
 
+OPENMETRICS = "application/openmetrics-text;version=1.0.0"
 UTF8 = "text/plain;version=1.0.0;escaping=allow-utf-8"
 
 
@@ -100,10 +101,7 @@ def test_only_writes_are_recognized(source: str, written: bool) -> None:
     [
         ("", ("tolaria_epochs_total counter", "tolaria_epochs_failed counter")),
         (UTF8, ('"tolaria.epochs.total" counter', '"tolaria.epochs.failed" counter')),
-        (
-            "application/openmetrics-text;version=1.0.0",
-            ("tolaria_epochs_total unknown", "tolaria_epochs_failed unknown"),
-        ),
+        (OPENMETRICS, ("tolaria_epochs_total unknown", "tolaria_epochs_failed unknown")),
     ],
 )
 def test_a_tally_is_a_counter_under_its_own_name(accept: str, types: tuple[str, ...]) -> None:

@@ -178,7 +178,7 @@ class Safety:
         self._lifecycle = lifecycle
         self._observers = observers
         self._active = active
-        self._adopted = board.adopted
+        self._board = board
         self._streak = emergency.EpochStreak(settings.failed_epochs_max)
         self.safeguards = safeguards
         self.controller = emergency.EmergencyController(
@@ -202,7 +202,7 @@ class Safety:
         other stays until an operator clears it.
         """
         self.controller.observe_board()
-        if self._adopted and self.controller.state.origin == SENTINEL:
+        if self._board.adopted and self.controller.state.origin == SENTINEL:
             with suppress(ClearanceRefusedError):  # others raised it as well
                 self.controller.clear("restarted", TOLARIA, by=emergency.Clearer.RESTARTED)
                 if self._active is None:

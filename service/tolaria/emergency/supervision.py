@@ -28,13 +28,16 @@ COMMAND = (sys.executable, "-m", "tolaria.emergency.sentinel")
 _BEAT_S_MAX = 1.0
 _BEATS_PER_TIMEOUT = 4
 _LOADING_S = 1.0
+_SHORT_S = 0.01
 _STEPS_OF_SILENCE = 10
 _START_S, _STOP_S, _RETRY_S = 10.0, 2.0, 5.0
 _log = structlog.get_logger(__name__)
 
 
 class _PhaseSpan:
-    """Shows a phase while its block runs, then the phase before. Reused, since it spans the wait for every batch."""
+    """A phase while its block runs, then the phase before."""
+
+    __slots__ = ("_before", "_heartbeats", "_phase")
 
     def __init__(self, heartbeats: Heartbeats, phase: LanePhase) -> None:
         self._heartbeats = heartbeats
@@ -51,18 +54,18 @@ class Heartbeats:
     """The heartbeats of event loop and lane, on tolaria's block of the board.
 
     The lane beats for itself while it works; while it is idle or paused, the event loop beats for it. So a lane that
-    hangs during work is silent, but an idle one is not. How long it may be silent depends on its phase and its steps.
+    hangs during work is silent, but an idle one is not. How long it may be silent depends on its phase and its steps;
+    the event loop shows that on the board with each of its beats, so that a short phase costs the lane nothing there.
     """
 
     def __init__(self, participant: ParticipantWriter, limits: EmergencySettings) -> None:
         self._participant = participant
         self._lane_rests = True
         self._phase, self._since_s = LanePhase.STEPPING, time.monotonic()
-        self._spans = {phase: _PhaseSpan(self, phase) for phase in LanePhase}
         long, usual = int(limits.phase_timeout_s * 1000), int(limits.heartbeat_timeout_s * 1000)
         self._silence_ms = dict.fromkeys(LanePhase, max(long, usual)) | {LanePhase.STEPPING: usual}
         self._words = {phase: LaneWork(phase, ms).word for phase, ms in self._silence_ms.items()}
-        self.enter_phase(LanePhase.STEPPING)
+        self.show_work()
 
     def phase(self) -> tuple[str, float]:
         """Returns what the lane does other than steps, and for how many seconds; an empty text if it is stepping.
@@ -83,19 +86,22 @@ class Heartbeats:
         if ms > self._silence_ms[LanePhase.STEPPING]:
             self._silence_ms[LanePhase.STEPPING] = ms
             self._words[LanePhase.STEPPING] = LaneWork(LanePhase.STEPPING, ms).word
-            self.enter_phase(self._phase)
 
     def lane_phase(self, phase: LanePhase) -> AbstractContextManager[None]:
         """Returns the context of a block of the lane's work, in which another silence is permitted. Nests."""
-        return self._spans[phase]
+        return _PhaseSpan(self, phase)
 
     def enter_phase(self, phase: LanePhase) -> LanePhase:
-        """Shows a phase on the board and returns the one before. Called from the lane's thread."""
-        before, self._phase = self._phase, phase
-        self._since_s = time.monotonic()
-        self._participant.beat_lane()  # first, so that silence permitted before does not count now
-        self._participant.show_lane_work(self._words[phase])
+        """Begins a phase and returns the one before. Called from the lane's thread."""
+        now_s = time.monotonic()
+        if now_s - self._since_s >= _SHORT_S:
+            self._participant.beat_lane()  # first, so that silence permitted before does not count now
+        before, self._phase, self._since_s = self._phase, phase, now_s
         return before
+
+    def show_work(self) -> None:
+        """Shows on the board what the lane does, and for how long it may be silent meanwhile."""
+        self._participant.show_lane_work(self._words[self._phase])
 
     @contextmanager
     def lane_works(self) -> Iterator[None]:
@@ -121,6 +127,7 @@ class Heartbeats:
         """A task: beats for the event loop, and for the lane while it rests, until cancelled."""
         while True:
             self._participant.beat()
+            self.show_work()
             if self._lane_rests:
                 self._participant.beat_lane()
             await anyio.sleep(interval_s)

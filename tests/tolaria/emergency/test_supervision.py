@@ -112,25 +112,37 @@ async def test_work_begins_with_a_beat(harness: ControllerHarness) -> None:
 LIMITS = EmergencySettings(heartbeat_timeout_s=30, phase_timeout_s=600)
 
 
-def permitted(harness: ControllerHarness) -> tuple[int, float]:
-    """The lane's phase on the board, and the silence in seconds that it permits."""
+def permitted(harness: ControllerHarness, heartbeats: Heartbeats) -> tuple[int, float]:
+    """The lane's phase on the board with the loop's next beat, and the silence in seconds that it permits."""
+    heartbeats.show_work()
     work = harness.peer_board.read("tolaria").lane_work
     return work.phase, work.silence_ms / 1000
 
 
+@pytest.fixture
+def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The monotonic time of phases, in its only element."""
+    now_s = [100.0]
+    monkeypatch.setattr("tolaria.emergency.supervision.time.monotonic", lambda: now_s[0])
+    return now_s
+
+
 @pytest.mark.parametrize("phase", [phase for phase in LanePhase if phase])
-async def test_a_phase_permits_a_longer_silence(harness: ControllerHarness, phase: LanePhase) -> None:
-    """While its block runs, nested or not, and beats at its end: what was permitted must not count as silence after."""
+async def test_a_phase_permits_a_longer_silence(
+    harness: ControllerHarness, phase: LanePhase, seconds: list[float]
+) -> None:
+    """While its block runs, nested or not; a long one ends with a beat, so that it does not count as silence after."""
     heartbeats = Heartbeats(harness.participant, LIMITS)
     with heartbeats.lane_works():
-        assert permitted(harness) == (LanePhase.STEPPING, 30)
+        assert permitted(harness, heartbeats) == (LanePhase.STEPPING, 30)
         with heartbeats.lane_phase(phase):
-            assert permitted(harness) == (phase, 600)
+            assert permitted(harness, heartbeats) == (phase, 600)
             with heartbeats.lane_phase(LanePhase.LOADING):
-                assert permitted(harness) == (LanePhase.LOADING, 600)
-            assert permitted(harness) == (phase, 600)
+                assert permitted(harness, heartbeats) == (LanePhase.LOADING, 600)
+            assert permitted(harness, heartbeats) == (phase, 600)
             before = heartbeats_of(harness)[1]
-        assert permitted(harness) == (LanePhase.STEPPING, 30)
+            seconds[0] += 300
+        assert permitted(harness, heartbeats) == (LanePhase.STEPPING, 30)
         assert heartbeats_of(harness)[1] > before
 
 
@@ -139,31 +151,29 @@ async def test_ten_times_the_longest_step_is_no_silence(harness: ControllerHarne
     heartbeats = Heartbeats(harness.participant, LIMITS)
     for duration_s, permitted_s in ((2.0, 30), (7.0, 70), (0.1, 70)):
         heartbeats.lane_step(duration_s)
-        assert permitted(harness) == (LanePhase.STEPPING, permitted_s)
+        assert permitted(harness, heartbeats) == (LanePhase.STEPPING, permitted_s)
 
 
 async def test_a_new_process_does_not_inherit_the_phase_of_a_crashed_one(harness: ControllerHarness) -> None:
     """The board may have been adopted with it."""
-    Heartbeats(harness.participant, LIMITS).enter_phase(LanePhase.EVALUATING)
-    Heartbeats(harness.participant, LIMITS)
-    assert permitted(harness) == (LanePhase.STEPPING, 30)
+    crashed = Heartbeats(harness.participant, LIMITS)
+    crashed.enter_phase(LanePhase.EVALUATING)
+    assert permitted(harness, crashed) == (LanePhase.EVALUATING, 600)
+    heartbeats = Heartbeats(harness.participant, LIMITS)
+    assert permitted(harness, heartbeats) == (LanePhase.STEPPING, 30)
 
 
-async def test_the_phase_is_shown_with_its_duration(
-    harness: ControllerHarness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_phase_has_a_duration(harness: ControllerHarness, seconds: list[float]) -> None:
     """Stepping is none; a wait for data is one only when it lasts."""
-    now_s = [100.0]
-    monkeypatch.setattr("tolaria.emergency.supervision.time.monotonic", lambda: now_s[0])
     heartbeats = Heartbeats(harness.participant, LIMITS)
     assert heartbeats.phase() == ("", 0.0)
     with heartbeats.lane_phase(LanePhase.EVALUATING):
-        now_s[0] += 0.5
+        seconds[0] += 0.5
         assert heartbeats.phase() == ("evaluating", 0.5)
     with heartbeats.lane_phase(LanePhase.LOADING):
-        now_s[0] += 0.5
+        seconds[0] += 0.5
         assert heartbeats.phase() == ("", 0.0)
-        now_s[0] += 40
+        seconds[0] += 40
         assert heartbeats.phase() == ("loading", 40.5)
 
 

@@ -29,7 +29,7 @@ LOG_INTERVAL_S: Final = 60.0
 """Seconds between two log lines about lost rows."""
 
 _RANKS: Final = MappingProxyType({CommandRow.table: 0, EmergencyRow.table: 2})
-"""Importance by table, 1 for all others."""
+"""How late rows of a table are dropped; 1 for all others."""
 
 _Answer = TypeVar("_Answer")
 _Key = tuple[str, str]
@@ -159,11 +159,11 @@ class AsyncJournal:
                 retry_s = min(2 * retry_s, RETRY_S_MAX)
 
     async def _write_first(self) -> bool:
-        """Writes the first queued row; returns whether it succeeded or never can."""
+        """Writes the next queued row; returns whether it succeeded or never can."""
         async with self._writing:
             if not self._queue:
                 return True
-            key = max(self._queue, key=lambda key: _RANKS.get(key[0], 1))
+            key = max(self._queue, key=lambda key: key[0] == EmergencyRow.table)  # among equals the oldest
             row = self._queue[key]
             try:
                 await self._in_thread(lambda: self._journal.put(row))

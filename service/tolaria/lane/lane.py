@@ -52,7 +52,7 @@ class LaneHeartbeat(Protocol):
         """Spans work of a kind that may take long without a beat; nests."""
 
     def lane_step(self, duration_s: float) -> None:
-        """Records the duration of an ordinary step."""
+        """Records the duration of an ordinary step, without its waits for data."""
 
 
 class EventBuffer:
@@ -214,7 +214,7 @@ class ThreadLane:
             return False
         self._warm = True
         if warm:
-            self._heartbeat.lane_step(step.duration_s)
+            self._heartbeat.lane_step(step.duration_s - step.input_wait_s)
         self._events.put(step)
         if (changed := module.seeds.advance(module.global_step)) is not None:
             module.refresh()

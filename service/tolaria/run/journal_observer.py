@@ -19,6 +19,7 @@ from tolaria.run.observers import RunObserver
 from tolaria.run.status import RunStatus
 from tolaria.signals import Signal
 
+_OPEN_MAX = 256  # beyond it, what an active level covers is in the log only
 _COMMAND_NAMES = {number: name.removeprefix("COMMAND_").lower() for name, number in CommandType.items()}
 
 
@@ -44,7 +45,8 @@ class JournalObserver(RunObserver):
         self._active = active
         self._ended = ended
         self._wall_ns = wall_ns
-        self._open: list[EmergencyRow] = []
+        self._open: dict[tuple[str, str, str], EmergencyRow] = {}
+        """Rows of the emergency, by the level, reason and origin of their signals."""
 
     def on_ready(self, ready: LaneReady) -> None:  # noqa: ARG002 - the hook's signature
         for row in self._ended:
@@ -67,15 +69,15 @@ class JournalObserver(RunObserver):
         match report:
             case Escalated(state):
                 self._open_row(state)
-            case Covered(signal) if signal.level in CRITICAL_LEVELS:
+            case Covered(signal) if signal.level in CRITICAL_LEVELS and len(self._open) < _OPEN_MAX:
                 self._open_row(signal)  # nothing but a log line would be left of it
             case Cleared(before):
                 if not self._open:
                     self._open_row(before)
                 resumed_with, self._active = self._active, None
-                for row in (*self._open, *((resumed_with,) if resumed_with else ())):
+                for row in (*self._open.values(), *((resumed_with,) if resumed_with else ())):
                     self._journal.note(replace(row, cleared_at_ns=self._wall_ns()))
-                self._open = []
+                self._open = {}
             case _:
                 pass  # acknowledgements and repeats are in the log only
 
@@ -86,7 +88,8 @@ class JournalObserver(RunObserver):
     def _open_row(self, raised: EmergencyState | Signal) -> None:
         """Writes the row of a signal, unless an equal one is open."""
         level, reason, origin = level_name(raised.level), raised.reason, raised.origin
-        if (level, reason, origin) in {(row.level, row.reason, row.origin) for row in self._open}:
+        signal = (level, reason, origin)
+        if signal in self._open:
             return
         key = (uuid.uuid4().hex, self._wall_ns())
         active = self._active
@@ -94,5 +97,5 @@ class JournalObserver(RunObserver):
         if active is not None and active.level == level and reason and active.reason.startswith(reason):
             key, origin, reason, self._active = (active.emergency_id, active.at_ns), active.origin, active.reason, None
         row = EmergencyRow(*key, self._status.run_id, level, origin, self._status.global_step, reason)
-        self._open.append(row)
+        self._open[signal] = row
         self._journal.note(row)

@@ -33,7 +33,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "": ("errors", "filesystem", "grpc_server", "images", "processes"),
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": ("admin_commands", "board", "client", "commands", "demo", "errors", "main", "render"),
-    "config": ("durability", "fields", "settings", "sources"),
+    "config": ("durability", "fields", "retired", "settings", "sources"),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
     "gradients": ("accumulate", "flat", "gram", "pcgrad", "rows", "seed_metrics", "tracker", "weights"),
     "jobs": ("data", "digits", "job"),

@@ -59,7 +59,7 @@ class Moods:
     """What a peer does with a call, at random."""
 
     def __init__(self, seed: int, *, honest: bool) -> None:
-        self.random = random.Random(seed)  # noqa: S311 - to be repeated
+        self.random = random.Random(seed)
         self._honest = honest
 
     async def lies(self, context: Context) -> bool:
@@ -162,7 +162,7 @@ def settings_with(peers: PeerProcess) -> list[str]:
 
 def disturbed_run(directory: Path, seconds: float, seed: int) -> int:
     """Trains beside moody peers for a time, then a little further in a second process; returns the number of epochs."""
-    choice = random.Random(seed)  # noqa: S311 - to be repeated
+    choice = random.Random(seed)
     peers = PeerProcess(seed, honest=False)
     try:
         with serve(*settings_with(peers), "training.epochs=100000000", cwd=directory) as service:

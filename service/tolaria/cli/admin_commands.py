@@ -275,7 +275,7 @@ def raise_(
     return messages.RaiseEmergencyRequest(level=EmergencyLevel.Value(f"EMERGENCY_LEVEL_{level.name}"))
 
 
-@admin_command(emergency_app, lambda admin: admin.ClearEmergency)
+@admin_command(emergency_app, lambda admin: admin.ClearEmergency, show=render.show_clearance)
 def clear() -> messages.ClearEmergencyRequest:
     """Clear the emergency; training that it halted continues when it is resumed."""
     return messages.ClearEmergencyRequest()

@@ -234,8 +234,9 @@ def verify(
 
 @config_app.command()
 def check(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None:
-    """Check the settings; report every problem, with exit code 2."""
-    _settings(config_file, overrides)
+    """Check the settings; report every problem, with exit code 2, and settings that are retired."""
+    for notice in _settings(config_file, overrides).notices:
+        typer.echo(notice, err=True)
     typer.echo("the configuration is valid")
 
 

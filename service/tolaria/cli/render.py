@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ _DIGEST_LENGTH_SHOWN = 12
 _PATH_LENGTH_MAX = 4096
 _BINARY_UNITS = ("KiB", "MiB", "GiB", "TiB")
 _TIME_UNITS = (("d", 86400), ("h", 3600), ("min", 60))
+_FRACTION = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?", re.ASCII)
 _UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _STYLES = {
     RunState.RUN_STATE_RUNNING: "green",
@@ -94,9 +96,11 @@ def status_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
         ("learning rate", _pairs({group: f"{rate:.3g}" for group, rate in status.learning_rates.items()}) or _NOT_YET),
         ("tamiyo", one_line(status.tamiyo_answer) or _NOT_YET),
         ("kasmina", one_line(status.kasmina_answer) or _NOT_YET),
+        ("phase", _phase(status)),
         ("boundary", _boundary(status)),
         ("seeds", seed_list(status.seeds)),
         ("commands", command_counts(status)),
+        ("history", _history(status)),
         ("health", _health(status)),
         *(row for row in safety_rows(status) if row[1] != _NONE),
         ("fast paths", _pairs(status.fast_paths)),
@@ -161,6 +165,26 @@ def _rollback_count(status: GetStatusResponse) -> str:
     return f"{status.rollbacks} rollback{'' if status.rollbacks == 1 else 's'}" if status.rollbacks else ""
 
 
+def _phase(status: GetStatusResponse) -> str:
+    """Returns what the lane does other than steps, and for how long."""
+    return f"{one_line(status.phase)} for {status.phase_s:.1f} s" if status.phase else ""
+
+
+def _history(status: GetStatusResponse) -> str:
+    """Returns what became of earlier steps: rollbacks by origin, skipped steps, the newest proven restore point."""
+    origins = ", ".join(f"{count} by {one_line(name)}" for name, count in sorted(status.rollbacks_by_origin.items()))
+    parts = (
+        f"rollbacks: {origins}" if origins else "",
+        f"attempt {status.attempt}" if status.attempt else "",
+        f"highest step {status.best_step}" if status.best_step > status.global_step else "",
+        f"{status.skipped_steps} steps skipped" if status.skipped_steps else "",
+        f"newest proven restore point at step {status.newest_proven_step}"
+        if status.HasField("newest_proven_step")
+        else "",
+    )
+    return "; ".join(part for part in parts if part)
+
+
 def _state(status: GetStatusResponse) -> str:
     reason = f": {one_line(status.state_reason)}" if status.state_reason else ""
     return f"{enum_word(RunState.DESCRIPTOR, status.state)}{reason}"
@@ -186,7 +210,7 @@ def _health(status: GetStatusResponse) -> str:
     if not status.HasField("health"):
         return ""
     word = enum_word(HealthStatus.DESCRIPTOR, status.health.status)
-    return f"{word}: {one_line(status.health.summary)}" if status.health.summary else word
+    return f"{word}: {one_line(status.health.summary, length_max=400)}" if status.health.summary else word
 
 
 def _pairs(values: Mapping[str, str]) -> str:
@@ -307,11 +331,16 @@ def _reason(incident: messages.Incident) -> str:
     """Returns the reason and the details that are not empty; digests are mentioned only when they differ."""
     details = dict(incident.details)
     restored, captured = details.pop("state_digest", ""), details.pop("expected_digest", "")
-    shown = [f"{one_line(name.replace('_', ' '))} {one_line(text)}" for name, text in sorted(details.items()) if text]
+    shown = [f"{one_line(name.replace('_', ' '))} {_rounded(text)}" for name, text in sorted(details.items()) if text]
     if restored and captured and restored != captured:
         shown.append("DIGESTS DIFFER")
     reason = one_line(incident.reason) or "no reason given"
     return f"{reason} ({', '.join(shown)})" if shown else reason
+
+
+def _rounded(text: str) -> str:
+    """Returns a number with a fraction with four digits, and other text as one line."""
+    return f"{float(text):.4g}" if _FRACTION.fullmatch(text) else one_line(text)
 
 
 def show_safety(answer: GetStatusResponse) -> None:
@@ -334,6 +363,13 @@ def show_incidents(answer: messages.ListIncidentsResponse) -> None:
         typer.echo("there is no incident")
         return
     print_table(incident_rows(answer.incidents), INCIDENT_COLUMNS)
+
+
+def show_clearance(answer: messages.ClearEmergencyResponse) -> None:
+    """Prints the state after a clearance, and what is left to do when training stays halted."""
+    show_change("clear", answer)
+    if answer.state == RunState.RUN_STATE_HALTED:
+        typer.echo("training stays halted: tolaria resume --reason ... goes on with it")
 
 
 def show_change(name: str, answer: Message) -> None:
@@ -385,4 +421,6 @@ def _plain(value: object) -> str:
         return "; ".join(f"{key} {_plain(item)}" for key, item in value.items())
     if isinstance(value, list):
         return "; ".join(_plain(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return one_line(str(value)).removeprefix("RUN_STATE_")

@@ -30,10 +30,13 @@ class EmergencySettings(Section):
     """Watch the heartbeats from a separate process. On: a process that hangs cannot detect it."""
 
     heartbeat_timeout_s: Seconds = 30.0
-    """Time without a heartbeat of the event loop or the lane that is an emergency. 30: no microbatch takes longer."""
+    """Time without a heartbeat of the event loop or the lane that is an emergency. 30: few microbatches take longer.
+
+    The lane may be silent for ten times its longest step, and for phase_timeout_s in some phases.
+    """
 
     startup_allowance_s: Seconds = 60.0
-    """Time after the start in which missing heartbeats are ignored. 60: the first steps compile and fill caches."""
+    """Time after the start in which missing heartbeats are ignored. 60: modules load and caches are filled."""
 
     phase_timeout_s: Seconds = 600.0
     """Time without a heartbeat while the lane loads data, evaluates, compiles or starts. 600: large models compile."""
@@ -49,9 +52,6 @@ class EmergencySettings(Section):
 
     failed_epochs_max: int = Field(default=3, ge=1)
     """Consecutive failed epochs after which training halts. 3: two can be a coincidence."""
-
-    rollback: bool = True
-    """Accepted without effect: rollbacks are begun by checks of health and by operators, never by a level."""
 
     recovery_epochs: int = Field(default=3, ge=1)
     """Consecutive healthy epochs that clear a failed epoch. 3: as many as failures open a circuit breaker."""

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
+from tolaria.config.retired import RETIRED
+
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
 _IP_LIKE = re.compile(r"[0-9.]+|.*:.*", re.ASCII)
 
@@ -105,6 +107,8 @@ def as_toml(settings: BaseModel) -> str:
         lines = [f"# {(type(section).__doc__ or '').strip()}", f"[{name}]"]
         values = section.model_dump(mode="json")
         for field_name, value in section:
+            if (name, field_name) in RETIRED:
+                continue
             description = type(section).model_fields[field_name].description or ""
             lines += [f"# {line}" for line in description.splitlines()]
             if isinstance(value, SecretStr) and value:

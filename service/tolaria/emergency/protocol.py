@@ -39,6 +39,12 @@ RESPONSES: Mapping[EmergencyLevel.ValueType, Response] = {
 }
 
 
+CRITICAL_LEVELS = frozenset({enums.EMERGENCY_LEVEL_CONSERVATIVE, enums.EMERGENCY_LEVEL_HALT})
+"""Levels whose broadcasts are critical: they bypass every queue, and have a copy in the journal."""
+
+HOW_TO_GO_ON = "clear the emergency (tolaria emergency clear), then resume (tolaria resume)"
+
+
 class Trigger(Enum):
     """A fault that the service detects itself. The value is the first word of the reason and must not change."""
 

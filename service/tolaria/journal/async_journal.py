@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import astuple
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import anyio
@@ -13,7 +14,7 @@ import structlog
 from anyio import sleep
 
 from tolaria.errors import JournalError
-from tolaria.journal.rows import AdminActionRow, CommandRow
+from tolaria.journal.rows import AdminActionRow, CommandRow, EmergencyRow
 
 if TYPE_CHECKING:
     from tolaria.journal.database import Journal
@@ -26,6 +27,9 @@ RETRY_S_MIN: Final = 0.5
 RETRY_S_MAX: Final = 30.0
 LOG_INTERVAL_S: Final = 60.0
 """Seconds between two log lines about lost rows."""
+
+_RANKS: Final = MappingProxyType({CommandRow.table: 0, EmergencyRow.table: 2})
+"""How late rows of a table are dropped; 1 for all others."""
 
 _Answer = TypeVar("_Answer")
 _Key = tuple[str, str]
@@ -67,16 +71,15 @@ class AsyncJournal:
     def note(self, row: Row) -> None:
         """Queues the row for writing; returns at once and never raises.
 
-        Beyond `ROWS_MAX` the oldest row is dropped, commands before all others, since rollbacks, emergencies and faults
-        matter more. Only the first answer to a request is kept.
+        Emergencies are written first. Beyond `ROWS_MAX` the oldest row is dropped, commands before all others and
+        emergencies last. Only the first answer to a request is kept.
         """
         if isinstance(row, AdminActionRow):
             self._queue.setdefault(_key(row), row)
         else:
             self._queue[_key(row)] = row
         if len(self._queue) > ROWS_MAX:
-            commands = (key for key, queued in self._queue.items() if isinstance(queued, CommandRow))
-            del self._queue[next(commands, next(iter(self._queue)))]
+            del self._queue[min(self._queue, key=lambda key: _RANKS.get(key[0], 1))]
             self._count_lost()
         self._noted.set()
 
@@ -156,11 +159,12 @@ class AsyncJournal:
                 retry_s = min(2 * retry_s, RETRY_S_MAX)
 
     async def _write_first(self) -> bool:
-        """Writes the first queued row; returns whether it succeeded or never can."""
+        """Writes the next queued row; returns whether it succeeded or never can."""
         async with self._writing:
             if not self._queue:
                 return True
-            key, row = next(iter(self._queue.items()))
+            key = max(self._queue, key=lambda key: key[0] == EmergencyRow.table)  # among equals the oldest
+            row = self._queue[key]
             try:
                 await self._in_thread(lambda: self._journal.put(row))
             except JournalError as error:

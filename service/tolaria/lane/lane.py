@@ -6,8 +6,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Final, Protocol
 
 import torch
@@ -28,10 +29,11 @@ from tolaria.lane.messages import (
     StepDone,
     Stop,
 )
-from tolaria.lane.profiling import LaneProfiler
+from tolaria.lane.profiling import LaneProfiler, Region
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.step import StepAbandonedError, train_step
 from tolaria.lane.train_module import TrainModule
+from tolaria.signals.layout import LanePhase
 from tolaria.values.training import Evaluation
 
 _FRAME_S: Final = 0.02
@@ -49,6 +51,12 @@ class LaneHeartbeat(Protocol):
 
     def lane_rests(self) -> AbstractContextManager[None]:
         """Spans a wait, or work known to take long, during which no beat is due."""
+
+    def lane_phase(self, phase: LanePhase) -> AbstractContextManager[None]:
+        """Spans work of a kind that may take long without a beat; nests."""
+
+    def lane_step(self, duration_s: float) -> None:
+        """Records the duration of an ordinary step, without its waits for data."""
 
 
 class EventBuffer:
@@ -125,6 +133,8 @@ class ThreadLane:
         )
         self._executor = CommandExecutor(module, snapshots, profiler)
         self.images = self._executor.images
+        self._warm = False
+        """Whether this process has taken a step, so that nothing is left that only the first one does."""
         # A daemon: a job that never returns cannot keep the process from exiting.
         self._thread = threading.Thread(target=self._run, name="tolaria-lane", daemon=True)
 
@@ -157,7 +167,7 @@ class ThreadLane:
         failure: Failure | None = None
         try:
             limit_threads(self._threads)
-            with spanning_compilation(self._heartbeat.lane_rests):
+            with spanning_compilation(partial(self._heartbeat.lane_phase, LanePhase.COMPILING)):
                 self._serve()
         except BaseException as error:  # noqa: BLE001 - the job is the user's code; its errors end the run, not the process
             # A JobError says in one line what failed, and where.
@@ -181,7 +191,8 @@ class ThreadLane:
 
     def _run_epoch(self) -> None:
         module, started_s = self._module, time.monotonic()
-        module.begin_epoch()
+        with self._heartbeat.lane_phase(LanePhase.LOADING):  # a loader may start its workers
+            module.begin_epoch()
         self._snapshots.epoch_begins()
         self._put_snapshot_events()
         while self._cross_step_boundary():
@@ -205,11 +216,15 @@ class ThreadLane:
 
     def _step(self) -> bool:
         """Takes a step and does the work that follows it; returns False if the epoch has no batch left."""
-        module = self._module
-        step = train_step(module, self._continue_step, self._profiler.mark)
+        module, warm = self._module, self._warm
+        with nullcontext() if warm else self._heartbeat.lane_phase(self._first_phase):
+            step = train_step(module, self._continue_step, self._mark)
         if step is None:
             return False
         self._put_regimes()
+        self._warm = True
+        if warm:
+            self._heartbeat.lane_step(step.duration_s - step.input_wait_s)
         self._events.put(step)
         if (changed := module.seeds.advance(module.global_step)) is not None:
             module.refresh()
@@ -229,6 +244,16 @@ class ThreadLane:
         module.refresh()
         module.train_mode()
         self._events.put(changed)
+
+    @property
+    def _first_phase(self) -> LanePhase:
+        """What the first step of this process counts as, at whichever step a run is resumed."""
+        return LanePhase.COMPILING if "compile" in self._module.fast_paths.running else LanePhase.STARTING
+
+    def _mark(self, region: Region) -> AbstractContextManager[object]:
+        if region == "input":
+            return self._heartbeat.lane_phase(LanePhase.LOADING)
+        return self._profiler.mark(region)
 
     def _continue_step(self) -> bool:
         self._heartbeat.lane_beat()
@@ -255,7 +280,8 @@ class ThreadLane:
     def _finish_epoch(self, steps_s: float) -> None:
         self._events.notify()  # of the steps in the buffer: an evaluation may take long
         module, controller = self._module, self._module.seeds.controller
-        evaluation = self._evaluate()
+        with self._heartbeat.lane_phase(LanePhase.EVALUATING):
+            evaluation = self._evaluate()
         gradients = module.merger.finish_epoch()
         module.progress = module.progress.ended()
         seeds = module.seeds.reported_states(module.global_step, gradients)

@@ -183,7 +183,8 @@ def _take_microbatches(
         if not number:
             module.note_step_start()
         place = module.progress.batches
-        read = module.next_batch()
+        with mark("input"):
+            read = module.next_batch()
         if read is None:
             break
         batch = on_device(read, module.device, pinned=module.fast_paths.pins_memory)

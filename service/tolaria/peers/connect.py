@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from itertools import product
+from typing import Literal, TypeAlias, get_args
 
 import anyio
 import grpc.aio
@@ -16,7 +17,7 @@ from tolaria.resilience.breaker import Breaker
 from tolaria.resilience.deadline import CallRecord, DeadlineCaller, Outcome
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter, EventSpec
-from tolaria.telemetry.metrics import Metrics
+from tolaria.telemetry.metrics import Metrics, start_at_zero
 
 Peer: TypeAlias = Literal["tamiyo", "kasmina"]
 
@@ -66,6 +67,9 @@ async def connected_peers(
     """
 
     def caller_of(peer: Peer, settings: PeerSettings) -> DeadlineCaller:
+        start_at_zero(metrics.peer_retries_total, ((peer, method) for method in settings.methods))
+        series = product((peer,), settings.methods, get_args(Outcome))
+        start_at_zero(metrics.peer_call_duration_seconds, series)
         return DeadlineCaller(peer, breakers[peer], settings, observe=_observer(peer, metrics, emitter))
 
     tamiyo_caller, kasmina_caller = caller_of("tamiyo", tamiyo), caller_of("kasmina", kasmina)

@@ -180,6 +180,16 @@ def total_s(settings: RollbackSettings, tier: RollbackTier.ValueType) -> float:
 # -- one rollback ----------------------------------------------------------------------------------------------------
 
 
+ORIGINS: Final = ("operator", "health", "tamiyo", "emergency")
+"""Who begins rollbacks, as metrics and the status name them."""
+
+
+def origin_of(requester: str) -> str:
+    """Returns the origin for the requester of a rollback; a controller may call itself by any name."""
+    names = {"operator": "operator", "judge": "health", "health": "health", "emergency": "emergency"}
+    return names.get(requester, "tamiyo")
+
+
 @unique
 class Ending(Enum):
     """How a rollback ended, in the journal's words.

@@ -237,7 +237,7 @@ class Recovery:
             await self._checkpointing.supersede_after(rollback.restored_step)
 
     async def _follow_restore(self, rollback: Rollback) -> None:
-        self._status.rollbacks += 1
+        self._status.rolled_back(rollback.origin)
         self._recovering = rollback
         if self._lane.held_for_others(_ROLLBACK):
             self._stop_awaiting_step()

@@ -123,9 +123,14 @@ def active_halt(prepared: PreparedState) -> EmergencyRow | None:
 
     A halt that the sentinel raised concerned an earlier process and does not count. Raises JournalError.
     """
-    rows = prepared.storage.journal.rows(EmergencyRow, run_id=prepared.run_id)
-    halts = [row for row in rows if row.level == "halt" and row.cleared_at_ns is None and row.origin != SENTINEL]
+    halts = [row for row in open_emergencies(prepared) if row.level == "halt" and row.origin != SENTINEL]
     return max(halts, key=lambda row: row.at_ns, default=None)
+
+
+def open_emergencies(prepared: PreparedState) -> list[EmergencyRow]:
+    """Returns the emergencies of the run that were not cleared. Raises JournalError."""
+    rows = prepared.storage.journal.rows(EmergencyRow, run_id=prepared.run_id)
+    return [row for row in rows if row.cleared_at_ns is None]
 
 
 def run_row(journal: Journal, run_id: str) -> RunRow:

@@ -30,7 +30,7 @@ from tolaria.run.recovery import Recovery
 from tolaria.run.resume import RunOutcome
 from tolaria.run.run_state import Lifecycle, RunEvent, after
 from tolaria.run.safety import COLLAPSE, EXPLOSION, NON_FINITE, Safety
-from tolaria.run.status import RunStatus, epoch_packet, status_message
+from tolaria.run.status import RunStatus, epoch_packet, health_of, status_message
 from tolaria.values.optimization import Adjustment
 
 _LAST_CHECKPOINT_S: Final = 30.0
@@ -364,9 +364,13 @@ class TrainingRun:
 
     def status(self) -> GetStatusResponse:
         """Returns the run's part of GetStatus."""
-        streak = self._parts.health.skip_streak
-        message = status_message(self._status, skipped_streak=streak, now_s=time.monotonic())
-        self._parts.safety.add_to(message)
+        parts = self._parts
+        message = status_message(self._status, now_s=time.monotonic())
+        parts.safety.add_to(message)
+        conditions = parts.safety.conditions(
+            checkpoints_failing=parts.checkpointing.failing, skipped_streak=parts.health.skip_streak
+        )
+        message.health.CopyFrom(health_of(self._status, conditions))
         return message
 
     async def pause(self, reason: str) -> None:

@@ -14,7 +14,7 @@ from leyline.v1.admin_service_pb2 import GetStatusResponse
 from tolaria import emergency
 from tolaria.config import EmergencySettings
 from tolaria.emergency.protocol import SENTINEL, TOLARIA
-from tolaria.errors import ClearanceRefusedError, EmergencyError
+from tolaria.errors import ClearanceRefusedError, EmergencyError, IllegalEmergencyEventError
 from tolaria.journal.rows import EmergencyRow
 from tolaria.lane.messages import SeedsChanged, StepDone
 from tolaria.resilience.breaker import Breaker
@@ -22,7 +22,7 @@ from tolaria.resilience.conservative import EMERGENCY, ConservativeMode, ModeCha
 from tolaria.run.observers import RunObserver
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety_telemetry import SafetyTelemetry
-from tolaria.run.status import RunStatus
+from tolaria.run.status import Conditions, RunStatus
 from tolaria.signals import ParticipantWriter, SignalBoard
 
 TAMIYO, KASMINA = "tamiyo", "kasmina"
@@ -75,15 +75,9 @@ class Safeguards:
         return self.mode.permits_call(peer, self.breakers[peer].state)
 
     def add_to(self, status: GetStatusResponse) -> None:
-        """Adds reasons and breakers to a status; a breaker that is not closed makes a healthy run degraded."""
+        """Adds the reasons for conservative mode and the breakers to a status."""
         status.conservative_reasons.extend(self.mode.reasons)
         status.breakers.update({name: breaker.state for name, breaker in self.breakers.items()})
-        not_closed = [name for name, state in status.breakers.items() if state != enums.CIRCUIT_STATE_CLOSED]
-        if status.health.status == enums.HEALTH_STATUS_HEALTHY and (not_closed or self.mode.on):
-            status.health.status = enums.HEALTH_STATUS_DEGRADED
-            status.health.summary = (
-                f"breakers not closed: {', '.join(sorted(not_closed))}" if not_closed else "conservative mode is on"
-            )
 
     def force(self, name: str, state: enums.CircuitBreakerState.ValueType) -> None:
         """Opens or closes a breaker. Raises KeyError for an unknown name, ValueError for any other state."""
@@ -185,7 +179,7 @@ class Safety:
         self._lifecycle = lifecycle
         self._observers = observers
         self._active = active
-        self._adopted = board.adopted
+        self._board = board
         self._streak = emergency.EpochStreak(settings.failed_epochs_max)
         self.safeguards = safeguards
         self.controller = emergency.EmergencyController(
@@ -194,6 +188,7 @@ class Safety:
             broadcast=telemetry.broadcast,
             observer=self._observe,
             broadcasts_per_minute=settings.broadcasts_per_minute,
+            attributes=lifecycle.attributes,
         )
 
     @property
@@ -208,9 +203,11 @@ class Safety:
         other stays until an operator clears it.
         """
         self.controller.observe_board()
-        if self._adopted and self.controller.state.origin == SENTINEL:
+        if self._board.adopted and self.controller.state.origin == SENTINEL:
             with suppress(ClearanceRefusedError):  # others raised it as well
                 self.controller.clear("restarted", TOLARIA, by=emergency.Clearer.RESTARTED)
+                if self._active is None:
+                    self._lifecycle.resume("restarted: the process that was silent has been replaced")
         if self._active is not None and not self.halting:
             self.controller.escalate(enums.EMERGENCY_LEVEL_HALT, self._active.reason, self._active.origin)
 
@@ -262,6 +259,18 @@ class Safety:
         self.safeguards.add_to(status)
         status.emergency_level = self.controller.state.level
 
+    def conditions(self, *, checkpoints_failing: str, skipped_streak: int) -> Conditions:
+        """Returns what the health of the run depends on."""
+        breakers = self.safeguards.breakers.items()
+        return Conditions(
+            emergency_level=self.controller.state.level,
+            emergency_reason=self.controller.state.reason,
+            conservative_reasons=self.safeguards.mode.reasons,
+            open_breakers=tuple(sorted(name for name, it in breakers if it.state != enums.CIRCUIT_STATE_CLOSED)),
+            checkpoints_failing=checkpoints_failing,
+            skipped_streak=skipped_streak,
+        )
+
     # -- operators ---------------------------------------------------------------------------------------------------
 
     def set_conservative(self, *, enabled: bool) -> tuple[str, ...]:
@@ -290,7 +299,12 @@ class Safety:
         return controller.state
 
     def clear_emergency(self, reason: str) -> None:
-        """Clears the emergency; a halted run stays halted until resumed. Raises IllegalEmergencyEventError if calm."""
+        """Clears the emergency; a halted run stays halted until resumed.
+
+        Raises IllegalEmergencyEventError when calm; its message says when the run still has to be resumed.
+        """
+        if self.controller.state.phase is emergency.Phase.CALM and self._lifecycle.halted:
+            raise IllegalEmergencyEventError(f"there is no emergency; the run is {self._lifecycle.reason}")
         self.controller.clear(reason, _OPERATOR, by=emergency.Clearer.OPERATOR)
 
     # -- responses ---------------------------------------------------------------------------------------------------
@@ -299,8 +313,12 @@ class Safety:
         """Responds first, then passes the report on."""
         if isinstance(report, emergency.Escalated):
             self._respond(report)
-        elif isinstance(report, emergency.Cleared) and EMERGENCY.name in self.safeguards.mode.reasons:
-            self.safeguards.mode.leave(EMERGENCY)
+        elif isinstance(report, emergency.Cleared):
+            if EMERGENCY.name in self.safeguards.mode.reasons:
+                self.safeguards.mode.leave(EMERGENCY)
+            if self._lifecycle.halted:
+                cause = report.before.reason
+                self._lifecycle.explain(f"halted, and cleared: resume it (tolaria resume). It was halted by: {cause}")
         self._observers.on_emergency(report)
         self._lifecycle.changed()
 

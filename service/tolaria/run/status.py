@@ -18,8 +18,10 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.telemetry_pb2 import SystemHealth
 from tolaria import __version__
+from tolaria.emergency.protocol import HOW_TO_GO_ON, level_name
 from tolaria.images import SnapshotInfo
 from tolaria.lane.messages import EpochDone, LaneReady, Restored, StepDone
+from tolaria.rollback.protocol import origin_of
 from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.seeds import FOSSILIZED, FOSSILIZED_LEFT, NO_LIMITS, SLOTS_FREE, SeedLimits, count_in
@@ -27,6 +29,7 @@ from tolaria.values.seeds import FOSSILIZED, FOSSILIZED_LEFT, NO_LIMITS, SLOTS_F
 PACKET_VERSION: Final = 1
 _BOUNDARIES_KEPT: Final = 1024
 _STEP_MAX: Final = 2**64 - 1  # of the contract's uint64
+_ENDED: Final = frozenset({admin.RUN_STATE_FINISHED, admin.RUN_STATE_FAILED})
 
 
 class StatusFeed:
@@ -109,8 +112,14 @@ class RunStatus:
     training_loss: float = float("nan")
     snapshots: tuple[SnapshotInfo, ...] = ()
     rollbacks: int = 0
+    rollbacks_by_origin: dict[str, int] = field(default_factory=dict)
     best_step: int = 0
     skipped_steps: int = 0
+    """Both are those of the health checks, which keep them through rollbacks and restarts."""
+    attempt: int = 0
+    newest_proven_step: int | None = None
+    lane_phase: Callable[[], tuple[str, float]] = lambda: ("", 0.0)
+    """Returns what the lane does other than steps, and for how many seconds; an empty text if it is stepping."""
 
     boundaries_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_BOUNDARIES_KEPT))
     boundaries_over_budget: int = 0
@@ -166,6 +175,12 @@ class RunStatus:
         self.fast_paths = dict(ready.fast_paths)
         self.slots = ready.slots
         self.rewind(ready)
+
+    def rolled_back(self, requester: str) -> None:
+        """Counts a rollback that has restored its state, by the origin of its requester."""
+        origin = origin_of(requester)
+        self.rollbacks += 1
+        self.rollbacks_by_origin[origin] = self.rollbacks_by_origin.get(origin, 0) + 1
 
     def begin_epoch(self, epoch: int) -> None:
         """Starts the sums of `epoch`."""
@@ -255,9 +270,10 @@ def step_packet(status: RunStatus, averages: Averages, step: StepDone, *, wall_n
     return packet
 
 
-def status_message(status: RunStatus, *, skipped_streak: int, now_s: float) -> admin.GetStatusResponse:
-    """Returns the run's part of the answer to GetStatus; figures that do not exist yet are 0."""
+def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusResponse:
+    """Returns the run's part of the answer to GetStatus, without its health; figures that do not exist yet are 0."""
     boundaries = sorted(status.boundaries_ms)
+    phase, phase_s = ("", 0.0) if status.state in _ENDED else status.lane_phase()
     return admin.GetStatusResponse(
         run_id=status.run_id,
         state=status.state,
@@ -284,13 +300,59 @@ def status_message(status: RunStatus, *, skipped_streak: int, now_s: float) -> a
         commands_accepted=status.commands_accepted,
         commands_rejected=status.commands_rejected,
         rollbacks=status.rollbacks,
-        health=_health(status, skipped_streak),
+        rollbacks_by_origin=status.rollbacks_by_origin,
+        best_step=status.best_step,
+        skipped_steps=status.skipped_steps,
+        attempt=status.attempt,
+        newest_proven_step=status.newest_proven_step,
+        phase=phase,
+        phase_s=phase_s,
         version=__version__,
         uptime_s=now_s - status.started_at_s,
         learning_rates=status.learning_rates,
         fast_paths=status.fast_paths,
         adjustments=[_adjustment(active) for active in status.adjustments],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What the health of a run depends on, besides its state; an empty text or tuple is no condition."""
+
+    emergency_level: enums.EmergencyLevel.ValueType
+    emergency_reason: str
+    conservative_reasons: tuple[str, ...]
+    open_breakers: tuple[str, ...]
+    checkpoints_failing: str
+    skipped_streak: int
+
+    @property
+    def degradations(self) -> list[str]:
+        """Sentences about everything that does not stop training."""
+        elevated = self.emergency_level > enums.EMERGENCY_LEVEL_NOTICE
+        found = {
+            f"emergency level {level_name(self.emergency_level)}: {self.emergency_reason}": elevated,
+            f"checkpoints fail: {self.checkpoints_failing}": self.checkpoints_failing,
+            f"the last {self.skipped_streak} steps were skipped, because they were not finite": self.skipped_streak,
+            f"breakers not closed: {', '.join(self.open_breakers)}": self.open_breakers,
+            f"conservative mode is on: {', '.join(self.conservative_reasons)}": self.conservative_reasons,
+        }
+        return [sentence for sentence, applies in found.items() if applies]
+
+
+def health_of(status: RunStatus, conditions: Conditions) -> SystemHealth:
+    """Returns the health of the run, and in the summary why it is not healthy and what an operator can do."""
+    reason = status.state_reason
+    if status.state == admin.RUN_STATE_FAILED:
+        return SystemHealth(status=enums.HEALTH_STATUS_UNHEALTHY, summary=reason)
+    if conditions.emergency_level == enums.EMERGENCY_LEVEL_HALT:
+        summary = f"halted: {conditions.emergency_reason}; {HOW_TO_GO_ON}"
+        return SystemHealth(status=enums.HEALTH_STATUS_CRITICAL, summary=summary)
+    if status.state == admin.RUN_STATE_HALTED:
+        return SystemHealth(status=enums.HEALTH_STATUS_UNHEALTHY, summary=reason)
+    if degradations := conditions.degradations:
+        return SystemHealth(status=enums.HEALTH_STATUS_DEGRADED, summary="; ".join(degradations))
+    return SystemHealth(status=enums.HEALTH_STATUS_HEALTHY)
 
 
 def _packet(status: RunStatus, epoch: int, step: int, loss: float, wall_ns: int) -> SystemStatePacket:
@@ -338,14 +400,6 @@ def _adjustment(active: ActiveAdjustment) -> admin.LearningRateAdjustment:
     if adjustment.value is not None:
         message.value = adjustment.value
     return message
-
-
-def _health(status: RunStatus, skipped_streak: int) -> SystemHealth:
-    if status.state == admin.RUN_STATE_FAILED:
-        return SystemHealth(status=enums.HEALTH_STATUS_UNHEALTHY, summary=status.state_reason)
-    if skipped_streak:
-        return SystemHealth(status=enums.HEALTH_STATUS_DEGRADED, summary="the last steps were not finite")
-    return SystemHealth(status=enums.HEALTH_STATUS_HEALTHY)
 
 
 def _known(value: float) -> float:

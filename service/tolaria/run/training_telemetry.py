@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Final
 
 import structlog
 
@@ -12,14 +13,18 @@ from leyline.v1.enums_pb2 import CommandType
 from tolaria.errors import CommandRejectedError
 from tolaria.lane.messages import EpochDone, LaneReady, RegimeBegun, Restored, StepDone
 from tolaria.peers.consultation import Consultation
+from tolaria.peers.verification import PAYLOADS, REJECTION_REASONS
 from tolaria.run.observers import RunObserver
 from tolaria.run.status import RunStatus, state_name
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
-from tolaria.telemetry.metrics import Metrics
+from tolaria.telemetry.metrics import Metrics, start_at_zero
 
 _STATES = [name.removeprefix("RUN_STATE_").lower() for name in RunState.keys()[1:]]
+_COMMANDS: Final = {kind: CommandType.Name(kind).removeprefix("COMMAND_").lower() for kind in PAYLOADS}
+_REFUSALS: Final = ("late", "conservative", "refused", "unsupported", "malformed", "rollback_budget")
+_LOSS, _GRADIENT = "loss_not_finite", "gradient_not_finite"
 
 
 class TrainingTelemetry(RunObserver):
@@ -35,6 +40,9 @@ class TrainingTelemetry(RunObserver):
         self._samples = 0
         self._step = 0
         log_context.run_id = run_id
+        start_at_zero(metrics.training_skipped_steps_total, [(_LOSS,), (_GRADIENT,)])
+        start_at_zero(metrics.command_applied_total, ((name,) for name in _COMMANDS.values()))
+        start_at_zero(metrics.command_rejected_total, ((name,) for name in (*REJECTION_REASONS, *_REFUSALS)))
 
     def on_ready(self, ready: LaneReady) -> None:
         metrics, running = self._metrics, ready.fast_paths_running
@@ -61,6 +69,8 @@ class TrainingTelemetry(RunObserver):
         self._metrics.step_duration_seconds.observe(step.duration_s)
         self._metrics.step_input_wait_seconds.observe(step.input_wait_s)
         if step.skipped and not step.rescaled:
+            reason = _GRADIENT if math.isfinite(step.loss) else _LOSS
+            self._metrics.training_skipped_steps_total.labels(reason).inc()
             self._emitter.emit(
                 events.NON_FINITE_STEP, step=step.global_step, loss=step.loss, gradient_norm=step.gradient_norm
             )
@@ -105,6 +115,7 @@ class TrainingTelemetry(RunObserver):
         metrics = self._metrics
         self._context.step = status.global_step
         metrics.training_step.set(status.global_step)
+        metrics.training_best_step.set(status.best_step)
         metrics.training_samples_total.inc(status.samples_total - self._samples)
         self._samples = status.samples_total
         if status.global_step != self._step:
@@ -116,6 +127,10 @@ class TrainingTelemetry(RunObserver):
         metrics = self._metrics
         metrics.training_loss.set(epoch.training_loss)
         metrics.training_accuracy.set(epoch.evaluation.accuracy)
+        metrics.validation_accuracy.set(epoch.evaluation.accuracy)
+        metrics.validation_loss.set(epoch.evaluation.loss)
+        for name, value in (("loss", epoch.evaluation.loss), ("accuracy", epoch.evaluation.accuracy)):
+            metrics.validation_metric.labels(name).set(value)
         metrics.training_latency_ms.set(epoch.steps_s * 1000)
         if epoch.samples == 0:
             self._emitter.emit(events.ZERO_SAMPLES, epoch=epoch.epoch)
@@ -152,8 +167,7 @@ class TrainingTelemetry(RunObserver):
     def on_command_applied(self, consultation: Consultation) -> None:
         if (command := consultation.command) is None:
             return
-        kind = CommandType.Name(command.command_type).removeprefix("COMMAND_").lower()
-        self._metrics.command_applied_total.labels(kind).inc()
+        self._metrics.command_applied_total.labels(_COMMANDS[command.command_type]).inc()
         self._log.info(
             "command_applied",
             command_id=command.command_id,

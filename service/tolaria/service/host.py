@@ -25,11 +25,9 @@ from tolaria.reference.embedded import EmbeddedPeer, embedded_peers
 from tolaria.rpc.admin import AdminParts, AdminService
 from tolaria.run.resume import RunOutcome
 from tolaria.run.status import state_name
-from tolaria.service.readiness import publish_health, reasons_not_ready
+from tolaria.service.readiness import ADMIN_SERVICE, publish_health, readiness, watch_disk
 from tolaria.service.wiring import Core, Foundation, RunService, new_ledger, new_run
 from tolaria.telemetry.exporter import exporter
-
-ADMIN_SERVICE: Final = admin.DESCRIPTOR.services_by_name["TolariaAdminService"].full_name
 
 # Shares of service.drain_timeout_s: the lane's step, RPCs in flight, child processes, the journal, calls to peers, and
 # what is being written after the last checkpoint.
@@ -57,7 +55,7 @@ class Host:
         status = self._core.status
         async with AsyncExitStack() as stack:
             listen, metrics = self._settings.metrics.listen, self._foundation.metrics
-            metrics_server = exporter(listen, metrics, lambda: reasons_not_ready(self._core))
+            metrics_server = exporter(listen, metrics, lambda: readiness(self._core))
             self._metrics_address = str(await stack.enter_async_context(metrics_server))
             embedded = await stack.enter_async_context(self._embedded_peers())
             peers = await stack.enter_async_context(self._connected_peers(embedded))
@@ -83,6 +81,7 @@ class Host:
             await tasks.start(watch_process, self._settings, self._foundation.board, core.heartbeats)
             for address in (str(server.address), self._metrics_address):
                 await anyio.to_thread.run_sync(forks.keep_sockets_private, Address.parse(address).port)
+            tasks.start_soon(watch_disk, core)
             await service.serve(core, tasks)
             if not self._settings.service.exit_when_done:
                 await self._drained.wait()

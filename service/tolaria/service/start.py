@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Sequence
+from functools import partial
+from typing import get_args
 
 import anyio
 import structlog
@@ -16,14 +18,22 @@ from tolaria.config import Settings
 from tolaria.emergency.supervision import stacks_on_request
 from tolaria.errors import ConfigurationError, OptimizationError, RollbackError, SeedError
 from tolaria.run.adjustments import saved_adjustments
-from tolaria.run.resume import ResumePoint, active_halt, end_run, load_resume_point, prepare_state, run_row
+from tolaria.run.resume import (
+    ResumePoint,
+    active_halt,
+    end_run,
+    load_resume_point,
+    open_emergencies,
+    prepare_state,
+    run_row,
+)
 from tolaria.service import settings_record
 from tolaria.service.host import Host
 from tolaria.service.wiring import Foundation, LaneBuild, build_lane
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
-from tolaria.telemetry.logging import LogContext, logging_to
-from tolaria.telemetry.metrics import Metrics
+from tolaria.telemetry.logging import LogContext, Priority, logging_to
+from tolaria.telemetry.metrics import Metrics, start_at_zero
 from tolaria.values.optimization import ActiveAdjustment
 
 
@@ -39,9 +49,11 @@ def run(settings: Settings) -> int:
         ConfigurationError: state.dir cannot be written, or its content does not fit the settings.
     """
     metrics, context = Metrics(), LogContext()
-    dropped = metrics.telemetry_dropped_total
+    start_at_zero(metrics.telemetry_dropped_total, ((priority,) for priority in get_args(Priority)))
     stderr = sys.stderr or io.StringIO()  # None when the parent closed it
-    with logging_to(stderr, settings.logging, context, on_dropped=lambda priority: dropped.labels(priority).inc()):
+    with logging_to(stderr, settings.logging, context, on_dropped=partial(_count_dropped, metrics)):
+        for notice in settings.notices:
+            structlog.get_logger().warning("setting_retired", detail=notice)
         build = build_lane(settings)
         ready = build.ready
         metrics.build_info.info({"version": __version__, "torch": ready.torch_version, "device": ready.device})
@@ -71,6 +83,8 @@ def run(settings: Settings) -> int:
                     metrics=metrics,
                     emitter=Emitter(),
                     log_context=context,
+                    open_emergencies=tuple(open_emergencies(point.state)),
+                    newest_checkpoint_ns=None if point.loaded is None else point.loaded.row.at_ns,
                 )
                 host = Host(foundation)
                 code = anyio.run(host.serve)
@@ -96,6 +110,13 @@ def resume(
         raise ConfigurationError([problem]) from error
     if restored.state_digest != restored.expected_digest:
         raise ConfigurationError([f"state.dir: {settings.state.dir}: the resumed state is not the one that was saved"])
+
+
+def _count_dropped(metrics: Metrics, priority: Priority) -> None:
+    """Counts a log line that was not written; one of priority critical is a broadcast that failed."""
+    metrics.telemetry_dropped_total.labels(priority).inc()
+    if priority == "critical":
+        metrics.emergency_broadcast_failures_total.inc()
 
 
 def _log_start(point: ResumePoint, notes: Sequence[str]) -> None:

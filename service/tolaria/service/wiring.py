@@ -80,7 +80,11 @@ def build_lane(settings: Settings) -> LaneBuild:
 
 @dataclass(frozen=True, slots=True)
 class Foundation:
-    """What exists before the event loop. `run` is the run's row; `active_halt` is the halt it was resumed with."""
+    """What exists before the event loop. `run` is the run's row; `active_halt` is the halt it was resumed with.
+
+    `open_emergencies` are all that were not cleared, that halt included; `newest_checkpoint_ns` is the Unix time of
+    the checkpoint that was resumed.
+    """
 
     settings: Settings
     build: LaneBuild
@@ -92,6 +96,8 @@ class Foundation:
     metrics: Metrics
     emitter: Emitter
     log_context: LogContext
+    open_emergencies: tuple[EmergencyRow, ...] = ()
+    newest_checkpoint_ns: int | None = None
 
 
 class Core:
@@ -104,14 +110,22 @@ class Core:
         self.status = new_status(settings, foundation.run.run_id)
         self.journal = AsyncJournal(foundation.storage.journal, self.status.run_id)
         participant = foundation.board.claim("tolaria")
-        self.heartbeats = Heartbeats(participant)
+        self.heartbeats = Heartbeats(participant, settings.emergency)
         self.health = Health(settings.rollback, settings.health, foundation.run.scale)
-        safety_telemetry = SafetyTelemetry(metrics, emitter, BREAKERS, degraded=foundation.board.degraded)
+        self.status.lane_phase = self.heartbeats.phase
+        safety_telemetry = SafetyTelemetry(
+            metrics,
+            emitter,
+            BREAKERS,
+            degraded=foundation.board.degraded,
+            newest_checkpoint_ns=foundation.newest_checkpoint_ns,
+        )
+        ended = [row for row in foundation.open_emergencies if row != foundation.active_halt]
         self.observers = Observers(
             TrainingTelemetry(metrics, emitter, foundation.log_context, run_id=self.status.run_id),
             SeedTelemetry(settings.gradients, metrics, emitter),
             safety_telemetry,
-            JournalObserver(self.journal, self.status, foundation.run, active=foundation.active_halt),
+            JournalObserver(self.journal, self.status, foundation.run, active=foundation.active_halt, ended=ended),
         )
         self.handle = foundation.build.lane(self.heartbeats, Path(settings.state.dir) / "traces")
         self.lane = LaneClient(self.handle)

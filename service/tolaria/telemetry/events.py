@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import structlog
 
 from leyline.v1.enums_pb2 import (
+    EMERGENCY_LEVEL_CONSERVATIVE,
+    EMERGENCY_LEVEL_ELEVATED,
+    EMERGENCY_LEVEL_HALT,
+    EMERGENCY_LEVEL_NOTICE,
     TELEMETRY_LEVEL_CRITICAL,
     TELEMETRY_LEVEL_ERROR,
     TELEMETRY_LEVEL_INFO,
     TELEMETRY_LEVEL_WARNING,
+    EmergencyLevel,
     TelemetryLevel,
 )
 
@@ -77,7 +83,15 @@ _EMERGENCY = ("emergency_level", "reason", "origin")
 EMERGENCY_ESCALATED = _warning("tolaria.emergency.escalated", *_EMERGENCY)
 EMERGENCY_HALT = _critical("tolaria.emergency.halt", "reason", "origin")
 EMERGENCY_CLEARED = _info("tolaria.emergency.cleared", *_EMERGENCY, "by")
-EMERGENCY_BROADCAST = _critical("emergency_broadcast", *_EMERGENCY, "count")
+_BROADCAST = ("emergency_broadcast", *_EMERGENCY, "count")
+EMERGENCY_BROADCASTS: Mapping[EmergencyLevel.ValueType, EventSpec] = {
+    EMERGENCY_LEVEL_NOTICE: _info(*_BROADCAST),
+    EMERGENCY_LEVEL_ELEVATED: _warning(*_BROADCAST),
+    EMERGENCY_LEVEL_CONSERVATIVE: _critical(*_BROADCAST),
+    EMERGENCY_LEVEL_HALT: _critical(*_BROADCAST),
+}
+"""One event at the level of what it reports."""
+
 EMERGENCY_BROADCAST_FAILED = _critical("tolaria.emergency.broadcast_failed", "reason", "detail")
 HEARTBEAT_LOST = _critical("tolaria.heartbeat_lost", "reason")
 

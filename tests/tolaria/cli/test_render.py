@@ -7,7 +7,7 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
 
-from leyline.v1.admin_service_pb2 import GetStatusResponse, Incident, RestorePoint, RunState
+from leyline.v1.admin_service_pb2 import ClearEmergencyResponse, GetStatusResponse, Incident, RestorePoint, RunState
 from leyline.v1.enums_pb2 import CircuitBreakerState, EmergencyLevel, HealthStatus
 from leyline.v1.telemetry_pb2 import SystemHealth
 from support.fake_admin import DIGEST, restore_points, status_of, two_incidents, whole_run
@@ -245,3 +245,37 @@ def test_table_on_a_terminal_does_not_interpret_markup() -> None:
     assert "[2J[bold]here" in console.file.getvalue()
     assert "\x1b[1m" in console.file.getvalue()
     assert "\x1b[2J" not in console.file.getvalue()
+
+
+def test_status_shows_the_phase_and_what_became_of_earlier_steps() -> None:
+    """Each figure in plain words, where there is one; none of these rows on an undisturbed run."""
+    status = status_of(2)
+    assert not {"phase", "history"} & set(dict(render.status_rows(status)))
+    status.phase, status.phase_s = "evaluating", 45.21
+    status.rollbacks_by_origin.update({"operator": 1, "health": 2})
+    status.attempt, status.best_step, status.skipped_steps, status.newest_proven_step = 3, status.global_step + 5, 4, 0
+    rows = dict(render.status_rows(status))
+    assert rows["phase"] == "evaluating for 45.2 s"
+    assert rows["history"] == (
+        f"rollbacks: 2 by health, 1 by operator; attempt 3; highest step {status.best_step}; 4 steps skipped; "
+        "newest proven restore point at step 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("12.3456789", "12.35"), ("0.000123456", "0.0001235"), ("1e-07", "1e-07"), ("45", "45"), ("v1.2.3", "v1.2.3")],
+)
+def test_incidents_show_few_digits(text: str, shown: str) -> None:
+    """Numbers with a fraction have four; other texts stay as they are."""
+    incident = Incident(reason="slow", details={"latency_ms": text})
+    assert render.incident_rows([incident])[0][-1] == f"slow (latency ms {shown})"
+
+
+@pytest.mark.parametrize("state", [RunState.RUN_STATE_HALTED, RunState.RUN_STATE_RUNNING])
+def test_a_clearance_says_what_is_left_to_do(state: RunState.ValueType, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training that stays halted needs a resume."""
+    render.show_clearance(ClearEmergencyResponse(global_step=7, state=state))
+    output = capsys.readouterr().out
+    assert output.startswith("clear: took effect at step 7")
+    assert ("tolaria resume" in output) is (state == RunState.RUN_STATE_HALTED)

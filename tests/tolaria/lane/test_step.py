@@ -102,7 +102,7 @@ def test_a_step_marks_its_parts() -> None:
         yield
         marked.append(f"/{name}")
 
-    passes = ["forward", "/forward", "backward", "/backward"] * 2
+    passes = ["input", "/input", "forward", "/forward", "backward", "/backward"] * 2
     train_step(module, proceed, mark)
     assert marked == [*passes, "merge", "/merge", "optimizer", "/optimizer"]
     marked.clear()

@@ -15,6 +15,8 @@ from leyline.v1.enums_pb2 import (
     EMERGENCY_LEVEL_HALT,
     EMERGENCY_LEVEL_NOTICE,
     EMERGENCY_LEVEL_UNSPECIFIED,
+    HEALTH_STATUS_CRITICAL,
+    HEALTH_STATUS_UNHEALTHY,
     EmergencyLevel,
 )
 from leyline.v1.state_pb2 import SystemStatePacket
@@ -52,6 +54,8 @@ async def test_a_halt_freezes_training_until_it_is_cleared_and_resumed() -> None
         assert state.phase is Phase.ANSWERED
         assert [given.participant for given in state.acknowledgements] == ["tolaria"]
         assert run.state == "HALTED"
+        assert run.run.status().health.status == HEALTH_STATUS_CRITICAL
+        assert "halted: smoke; clear the emergency" in run.run.status().health.summary
         step, before = run.status.global_step, parameters(run)
         with pytest.raises(WrongStateError, match="clear it first"):
             run.run.resume("now")
@@ -61,7 +65,11 @@ async def test_a_halt_freezes_training_until_it_is_cleared_and_resumed() -> None
         await anyio.sleep(0.1)
         run.safety.clear_emergency("no smoke")
         assert run.state == "HALTED"
+        assert run.status.state_reason == "halted, and cleared: resume it (tolaria resume). It was halted by: smoke"
         assert run.run.status().emergency_level == EMERGENCY_LEVEL_UNSPECIFIED
+        assert run.run.status().health.status == HEALTH_STATUS_UNHEALTHY
+        with pytest.raises(IllegalEmergencyEventError, match="no emergency; the run is halted, and cleared: resume it"):
+            run.safety.clear_emergency("again")
         assert all(torch.equal(a, b) for a, b in zip(before, parameters(run), strict=True))
         assert run.status.global_step == step
         run.run.resume("go on")
@@ -194,6 +202,34 @@ async def test_a_halt_outlives_the_process_until_it_is_cleared() -> None:
         rows = await anyio.to_thread.run_sync(run.storage.journal.rows, EmergencyRow)
         await run.run.stop("enough")
     assert [(kept.emergency_id, kept.at_ns, kept.cleared_at_ns is not None) for kept in rows] == [("e1", 7, True)]
+
+
+async def test_a_run_whose_silent_process_was_replaced_trains_on() -> None:
+    """A board adopted with the halt of the sentinel: it concerned the process that this one has replaced."""
+    run = new_run(FakePeers(), epochs=10**6)
+    await anyio.to_thread.run_sync(adopt_with_halt_of, run, "sentinel")
+    async with running(run):
+        await run.until(lambda: run.status.global_step > 3)
+        assert (run.state, run.safety.halting, run.run.status().health.summary) == ("RUNNING", False, "")
+        await run.run.stop("enough")
+
+
+async def test_a_halt_of_others_on_an_adopted_board_stays() -> None:
+    """Only what the sentinel alone raised ends with the silent process."""
+    run = new_run(FakePeers(), epochs=10**6)
+    await anyio.to_thread.run_sync(adopt_with_halt_of, run, "sentinel", "kasmina")
+    async with running(run):
+        await run.until(lambda: run.state == "HALTED" and run.safety.halting)
+        assert run.status.global_step == 0
+        await run.run.stop("enough")
+
+
+def adopt_with_halt_of(run: RunUnderTest, *participants: str) -> None:
+    """Makes the board as a crashed process leaves it to the next one, with a halt of each participant."""
+    with SignalBoard.attach(run.board.path) as other:
+        for name in participants:
+            other.claim(name).raise_level(EMERGENCY_LEVEL_HALT, "heartbeat_silent: no heartbeat of the event loop")
+    run.board.adopted = True
 
 
 async def test_an_epoch_repaired_by_a_rollback_is_not_a_failed_one() -> None:

@@ -157,9 +157,9 @@ async def test_an_exception_of_the_job_fails_the_run() -> None:
 
 
 async def test_several_skipped_steps_in_a_row_hold_the_run() -> None:
-    """Each skipped step is an event; max_void_steps in a row hold the run, and a resume starts the count anew."""
-    control = ControlSettings(boundary_budget_ms=2000, tamiyo_budget_ms=1000, max_void_steps=3)
-    run = new_run(FakePeers(), control=control, options={"poison_from": 2, "poison_steps": 4}, epochs=2)
+    """Each skipped step is an event; health.skips_max in a row hold the run, and a resume starts the count anew."""
+    sections: dict[str, object] = {"health": {"skips_max": 3}}
+    run = new_run(FakePeers(), sections=sections, options={"poison_from": 2, "poison_steps": 4}, epochs=2)
     async with running(run):
         await run.until(lambda: run.state == "PAUSED")
         assert run.status.state_reason == "3 steps in a row were not finite"

@@ -5,12 +5,8 @@ from leyline.v1.enums_pb2 import (
     CIRCUIT_STATE_CLOSED,
     CIRCUIT_STATE_HALF_OPEN,
     CIRCUIT_STATE_OPEN,
-    HEALTH_STATUS_DEGRADED,
-    HEALTH_STATUS_HEALTHY,
-    HEALTH_STATUS_UNHEALTHY,
     CircuitBreakerState,
 )
-from leyline.v1.telemetry_pb2 import SystemHealth
 from support.events import RecordingEmitter
 from tolaria.lane.messages import SeedsChanged, StepDone
 from tolaria.run.safety import BREAKERS, Safeguards
@@ -135,17 +131,3 @@ def test_a_half_open_peer_gets_its_trial_while_the_mode_is_on() -> None:
     guarded.safeguards.breakers["tamiyo"].succeeded()
     assert guarded.safeguards.permits("kasmina")
     assert guarded.safeguards.all_closed
-
-
-def test_a_breaker_that_is_not_closed_degrades_the_health() -> None:
-    """An otherwise healthy run is degraded while a breaker is open, with its name; a failed one stays unhealthy."""
-    safeguards = Guarded().safeguards
-    healthy = GetStatusResponse(health=SystemHealth(status=HEALTH_STATUS_HEALTHY))
-    safeguards.add_to(healthy)
-    assert healthy.health.status == HEALTH_STATUS_HEALTHY
-    safeguards.force("tamiyo", CIRCUIT_STATE_OPEN)
-    for before, after in ((HEALTH_STATUS_HEALTHY, HEALTH_STATUS_DEGRADED), (HEALTH_STATUS_UNHEALTHY,) * 2):
-        status = GetStatusResponse(health=SystemHealth(status=before))
-        safeguards.add_to(status)
-        assert status.health.status == after
-    assert healthy.health.summary == ""

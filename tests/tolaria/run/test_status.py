@@ -1,17 +1,38 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from google.protobuf.json_format import MessageToJson
 
-from leyline.v1.enums_pb2 import SEED_STAGE_FOSSILIZED, SEED_STAGE_GERMINATED, SEED_STAGE_TRAINING
+from leyline.v1.admin_service_pb2 import (
+    RUN_STATE_FAILED,
+    RUN_STATE_HALTED,
+    RUN_STATE_PAUSED,
+    RUN_STATE_RUNNING,
+    RunState,
+)
+from leyline.v1.enums_pb2 import (
+    EMERGENCY_LEVEL_ELEVATED,
+    EMERGENCY_LEVEL_HALT,
+    EMERGENCY_LEVEL_NOTICE,
+    EMERGENCY_LEVEL_UNSPECIFIED,
+    HEALTH_STATUS_CRITICAL,
+    HEALTH_STATUS_DEGRADED,
+    HEALTH_STATUS_HEALTHY,
+    HEALTH_STATUS_UNHEALTHY,
+    SEED_STAGE_FOSSILIZED,
+    SEED_STAGE_GERMINATED,
+    SEED_STAGE_TRAINING,
+    HealthStatus,
+)
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.lane.messages import EpochDone, Restored, StepDone
 from tolaria.run.health import Averages
-from tolaria.run.status import EpochSums, RunStatus, epoch_packet, status_message
+from tolaria.run.status import Conditions, EpochSums, RunStatus, epoch_packet, health_of, status_message
 from tolaria.values.optimization import ActiveAdjustment, Adjustment
 from tolaria.values.seeds import SeedLimits
 from tolaria.values.training import EpochProgress, Evaluation, Position
@@ -96,7 +117,7 @@ def test_a_desired_seed_that_the_model_refuses_is_not_shown() -> None:
 
 def test_a_status_before_the_first_epoch_is_json() -> None:
     """NaN never reaches operators: unknown figures are 0."""
-    status = status_message(fresh(), skipped_streak=0, now_s=12.0)
+    status = status_message(fresh(), now_s=12.0)
     assert "NaN" not in MessageToJson(status)
     assert (status.training_loss, status.validation_accuracy, status.uptime_s) == (0.0, 0.0, 2.0)
 
@@ -105,7 +126,7 @@ def test_quantiles_are_nearest_rank() -> None:
     """p50 and p99 are values that occurred."""
     made = training()
     made.boundaries_ms.extend(range(1, 101))
-    status = status_message(made, skipped_streak=0, now_s=12.0)
+    status = status_message(made, now_s=12.0)
     assert (status.boundary_ms_p50, status.boundary_ms_p99, status.last_boundary_ms) == (50, 99, 100)
 
 
@@ -117,7 +138,7 @@ def test_an_adjustment_may_outlast_the_steps_of_the_contract(lasts: int | None, 
         group=None, factor=0.5, expires_after_steps=lasts, origin="operator", request_id="1", reason="calm"
     )
     made.adjustments = (ActiveAdjustment(change, at_step=100),)
-    (adjustment,) = status_message(made, skipped_streak=0, now_s=1.0).adjustments
+    (adjustment,) = status_message(made, now_s=1.0).adjustments
     assert adjustment.expires_at_step == shown
 
 
@@ -126,7 +147,7 @@ def test_skipped_steps_do_not_enter_the_mean_loss() -> None:
     made = training()
     made.sums.add(StepDone(30, 2, math.nan, math.nan, 8, 0.1, 0.0, 50.0, skipped=True))
     assert made.sums.loss == 2.0
-    assert status_message(made, skipped_streak=0, now_s=1.0).epoch_step == 3
+    assert status_message(made, now_s=1.0).epoch_step == 3
 
 
 def step(loss: float, *, skipped: bool = False) -> StepDone:
@@ -191,3 +212,71 @@ def test_validation_is_that_of_the_last_epoch() -> None:
         1, 8, Evaluation(4.0, 6, 8), 1.0, 0.0, learning_rates={}, momentum=0.0, hardware=HardwareContext()
     )
     assert (run.validation_accuracy, run.validation_loss) == (0.75, 0.5)
+
+
+SOUND = Conditions(EMERGENCY_LEVEL_UNSPECIFIED, "", (), (), "", 0)
+
+
+@pytest.mark.parametrize(
+    ("state", "conditions", "health", "words"),
+    [
+        (RUN_STATE_RUNNING, SOUND, HEALTH_STATUS_HEALTHY, [""]),
+        (RUN_STATE_PAUSED, SOUND, HEALTH_STATUS_HEALTHY, [""]),
+        (RUN_STATE_RUNNING, replace(SOUND, skipped_streak=2), HEALTH_STATUS_DEGRADED, ["2 steps were skipped"]),
+        (RUN_STATE_RUNNING, replace(SOUND, checkpoints_failing="ENOSPC"), HEALTH_STATUS_DEGRADED, ["ENOSPC"]),
+        (RUN_STATE_PAUSED, replace(SOUND, checkpoints_failing="ENOSPC"), HEALTH_STATUS_DEGRADED, ["ENOSPC"]),
+        (RUN_STATE_RUNNING, replace(SOUND, open_breakers=("tamiyo",)), HEALTH_STATUS_DEGRADED, ["tamiyo"]),
+        (RUN_STATE_RUNNING, replace(SOUND, conservative_reasons=("operator",)), HEALTH_STATUS_DEGRADED, ["operator"]),
+        (
+            RUN_STATE_RUNNING,
+            replace(SOUND, emergency_level=EMERGENCY_LEVEL_NOTICE, emergency_reason="over budget"),
+            HEALTH_STATUS_HEALTHY,
+            [""],
+        ),
+        (
+            RUN_STATE_RUNNING,
+            Conditions(EMERGENCY_LEVEL_ELEVATED, "breaker_open: tamiyo", ("breaker_open:tamiyo",), ("tamiyo",), "", 0),
+            HEALTH_STATUS_DEGRADED,
+            ["elevated: breaker_open: tamiyo", "breakers not closed: tamiyo", "conservative mode is on"],
+        ),
+        (
+            RUN_STATE_HALTED,
+            Conditions(EMERGENCY_LEVEL_HALT, "smoke", ("operator",), (), "", 0),
+            HEALTH_STATUS_CRITICAL,
+            ["halted: smoke", "tolaria emergency clear", "then resume"],
+        ),
+        (RUN_STATE_HALTED, SOUND, HEALTH_STATUS_UNHEALTHY, ["why"]),
+        (RUN_STATE_FAILED, SOUND, HEALTH_STATUS_UNHEALTHY, ["why"]),
+    ],
+)
+def test_health_is_the_worst_condition_and_says_why(
+    state: RunState.ValueType, conditions: Conditions, health: HealthStatus.ValueType, words: list[str]
+) -> None:
+    """A run that does not train when it should is never healthy; whatever slows it down makes it degraded."""
+    run = fresh()
+    run.state, run.state_reason = state, "why"
+    found = health_of(run, conditions)
+    assert found.status == health
+    assert [word for word in words if word not in found.summary] == []
+    assert bool(found.summary) is (health != HEALTH_STATUS_HEALTHY)
+
+
+def test_the_highest_step_outlives_a_rollback_unless_an_operator_asked_for_it() -> None:
+    """Skipped steps are counted in the whole run, rescaled ones are none; rollbacks count by origin."""
+    run = training()
+    for number in (1, 2, 3):
+        run.step(StepDone(number, 2, 1.0, 0.5, 8, 0.1, 0.05, 50.0))
+    run.step(StepDone(3, 2, math.nan, 0.5, 8, 0.1, 0.05, 50.0, skipped=True))
+    run.step(StepDone(3, 2, math.inf, 0.5, 8, 0.1, 0.05, 50.0, skipped=True, rescaled=True))
+    run.global_step = 1
+    run.rolled_back("judge")
+    assert (run.best_step, run.skipped_steps) == (3, 1)
+    run.rolled_back("tamiyo-7")
+    run.rolled_back("operator")
+    run.newest_proven_step, run.attempt, run.lane_phase = 0, 2, lambda: ("evaluating", 45.0)
+    status = status_message(run, now_s=12.0)
+    assert (status.best_step, status.skipped_steps, status.attempt, status.rollbacks) == (1, 1, 2, 3)
+    assert dict(status.rollbacks_by_origin) == {"health": 1, "tamiyo": 1, "operator": 1}
+    assert (status.phase, status.phase_s) == ("evaluating", 45.0)
+    assert status.HasField("newest_proven_step")
+    assert not status_message(fresh(), now_s=12.0).HasField("newest_proven_step")

@@ -60,24 +60,30 @@ def test_the_thumbnail_host_has_one_slot() -> None:
     assert losses[HOST].shape == ()
 
 
+def owners_in(job: DigitsJob, epoch: int) -> dict[tuple[float, ...], str]:
+    """The owner of each image in an epoch."""
+    owners: dict[tuple[float, ...], str] = {}
+    for batch in epoch_of(job, epoch):
+        images = map(tuple, batch.payload[0].flatten(1).tolist())
+        owners |= dict(zip(images, batch.seed_ids or (), strict=True))
+    return owners
+
+
 def test_images_belong_in_turn_to_the_host_and_the_seeds() -> None:
-    """Each source has its share of the images, an image keeps its source, and losses are by image."""
+    """Each source has its share of the images, and all of them over as many epochs; losses are by image."""
     job = job_of(host="thumbnail", seed_sources=2)
     batches = epoch_of(job, 1)
-    counts = Counter(seed for batch in batches for seed in batch.seed_ids or ())
-    assert counts == {"": 479, "seed-1": 479, "seed-2": 479}
+    assert Counter(seed for batch in batches for seed in batch.seed_ids or ()) == {
+        "": 479,
+        "seed-1": 479,
+        "seed-2": 479,
+    }
     losses = job.losses(job.build_model(), batches[0])
     assert isinstance(losses, PerSampleLosses)
     assert losses.values.shape == (32,)
-    owners = [
-        {
-            tuple(image.flatten().tolist()): seed
-            for b in epoch_of(job, e)
-            for image, seed in zip(b.payload[0], b.seed_ids or (), strict=True)
-        }
-        for e in (1, 2)
-    ]
-    assert owners[0] == owners[1]
+    by_epoch = [owners_in(job, epoch) for epoch in (1, 2, 3, 4)]
+    assert by_epoch[0] == by_epoch[3]
+    assert all({owners[image] for owners in by_epoch} == {"", "seed-1", "seed-2"} for image in by_epoch[0])
     assert epoch_of(job_of(), 1)[0].seed_ids is None
 
 

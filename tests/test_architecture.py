@@ -32,7 +32,7 @@ LINES_MAX, FILES_MAX = 28_500, 165
 GLOSSARY: dict[str, tuple[str, ...]] = {
     "": ("errors", "filesystem", "grpc_server", "images", "processes"),
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
-    "cli": ("admin_commands", "board", "client", "commands", "demo", "errors", "main", "render"),
+    "cli": ("admin_commands", "board", "client", "commands", "curves", "demo", "errors", "main", "render", "report"),
     "config": ("durability", "fields", "retired", "settings", "sources"),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
     "gradients": ("accumulate", "flat", "gram", "pcgrad", "rows", "seed_metrics", "tracker", "weights"),

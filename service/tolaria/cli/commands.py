@@ -116,13 +116,20 @@ def demo(
         int | None,
         typer.Option(min=1, help=f"Epochs to train (default: training.epochs if it is set, else {DEMO_EPOCHS})."),
     ] = None,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Do not train the same run without seeds beside it, for comparison.")
+    ] = False,
     config_file: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train the built-in digits job in a new service with a live view, then report what each grafted seed achieved."""
+    """Train handwritten digits with a live view: a host that needs its seeds, beside the same run without them.
+
+    Shows merged gradients, a corrupt shard that is skipped or rolled back, curves, and what each seed achieved.
+    Another training.job or training.options is trained as it is, without a comparison.
+    """
     from tolaria.cli.demo import Demo
 
-    Demo.plan(config_file, overrides or [], epochs=epochs, stay=stay, as_json=as_json).run()
+    Demo.plan(config_file, overrides or [], epochs=epochs, stay=stay, as_json=as_json, alone=alone).run()
 
 
 @app.command()

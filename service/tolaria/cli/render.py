@@ -99,6 +99,7 @@ def status_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
         ("phase", _phase(status)),
         ("boundary", _boundary(status)),
         ("seeds", seed_list(status.seeds)),
+        ("gradients", gradient_list(status.seeds)),
         ("commands", command_counts(status)),
         ("history", _history(status)),
         ("health", _health(status)),
@@ -153,6 +154,17 @@ def seed_list(seeds: Iterable[SeedState]) -> str:
         blueprint = f" ({one_line(seed.blueprint_id)})" if seed.blueprint_id else ""
         texts.append(f"{one_line(seed.seed_id)} {enum_word(SeedLifecycleStage.DESCRIPTOR, seed.stage)}{blueprint}")
     return ", ".join(texts) or _NONE
+
+
+def gradient_list(seeds: Iterable[SeedState]) -> str:
+    """Returns weight, share and conflicts of the seeds whose gradients are merged with the host's; empty if none."""
+    texts = [
+        f"{one_line(seed.seed_id)} weight {seed.metrics['weight']:.2f}, {seed.metrics['share']:.0%} of the norms, "
+        f"conflicts {seed.metrics['conflict_ratio']:.0%}"
+        for seed in seeds
+        if "weight" in seed.metrics and seed.metrics["weight"] > 0
+    ]
+    return "; ".join(["host weight 1", *texts]) if texts else ""
 
 
 def command_counts(status: GetStatusResponse) -> str:
@@ -248,14 +260,17 @@ def _table(rows: Sequence[Sequence[str]], names: Sequence[str] = ()) -> Table:
 
 
 @contextmanager
-def live_view(console: Console) -> Iterator[Show]:
-    """Yields a function that shows each new status: in place on a terminal, elsewhere one line for each epoch."""
+def live_view(console: Console, below: Callable[[], Sequence[str]] = list) -> Iterator[Show]:
+    """Yields a function that shows each new status: in place on a terminal, elsewhere one line for each epoch.
+
+    On a terminal the lines of `below` are shown under the status.
+    """
     if not console.is_interactive:
         yield PlainLines(console.file).show
         return
     # Drawn only when a status arrives: no refresh thread is needed.
     with Live(console=console, auto_refresh=False) as live:
-        yield lambda status: live.update(status_panel(status), refresh=True)
+        yield lambda status: live.update(Group(status_panel(status), Text("\n".join(below()))), refresh=True)
 
 
 def status_panel(status: GetStatusResponse) -> RenderableType:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -38,7 +38,8 @@ class DigitsOptions(BaseModel):
         width: channels of the convolutional host.
         dropout: of the convolutional host.
         seed_sources: the training images belong in turn to the host and to the seeds `seed-1` to `seed-N`, each of
-            which has a gradient of its own images. 0: all are the host's.
+            which has a gradient of its own images. An image changes its owner with every epoch, so that each seed sees
+            all of them. 0: all are the host's.
         poison_epoch: the epoch in which some batches are corrupt. 0: none.
         poison_batch: the place of the first corrupt batch in that epoch, from 0.
         poison_batches: number of corrupt batches.
@@ -121,7 +122,10 @@ class DigitsCursor(TensorCursor):
         poisoned = range(self._options.poison_batch, self._options.poison_batch + self._options.poison_batches)
         if place["epoch"] == self._options.poison_epoch and place["index"] in poisoned:
             images = images * _POISON[self._options.poison]
-        seed_ids = [self._names[owner] for owner in owners.tolist()] if self._options.seed_sources else None
+        seed_ids = None
+        if self._options.seed_sources:
+            epoch = cast("int", place["epoch"])
+            seed_ids = [self._names[(owner + epoch) % len(self._names)] for owner in owners.tolist()]
         return replace(batch, payload=(images, labels), seed_ids=seed_ids)
 
 

@@ -17,6 +17,7 @@ from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 from support.processes import Serve, is_alive, serve
 from support.waiting import wait_for
 
+pytestmark = pytest.mark.timeout(600)
 JOB = [
     *("training.job=support.user_jobs:Loader", "training.device=cpu", "training.epochs=100000"),
     *("training.options.workers=2", "training.options.item_s=0.05", "training.options.batch=4"),

@@ -30,13 +30,13 @@ SUBPACKAGES = sorted({module.place.split("/")[0] for module in MODULES if "/" in
 LINES_MAX, FILES_MAX = 28_500, 165
 
 GLOSSARY: dict[str, tuple[str, ...]] = {
-    "": ("errors", "filesystem", "grpc_server", "images", "processes"),
+    "": ("errors", "filesystem", "forks", "grpc_server", "images", "processes"),
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": ("admin_commands", "board", "client", "commands", "curves", "demo", "errors", "main", "render", "report"),
     "config": ("durability", "fields", "retired", "settings", "sources"),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
     "gradients": ("accumulate", "flat", "gram", "pcgrad", "rows", "seed_metrics", "tracker", "weights"),
-    "jobs": ("data", "digits", "job"),
+    "jobs": ("data", "digits", "indexed", "job", "loader", "randomness", "workers"),
     "journal": ("async_journal", "database", "reader", "rows"),
     "lane": (
         "build", "commands", "device", "fast_paths", "gradient_merge", "lane", "messages", "profiling",
@@ -56,7 +56,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "seed_telemetry", "status", "training_telemetry",
     ),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
-    "service": ("host", "readiness", "start", "wiring"),
+    "service": ("host", "readiness", "settings_record", "start", "wiring"),
     "signals": ("board", "futex", "layout", "mapping", "seqlock", "writers"),
     "state": ("encoding", "restore", "snapshots", "training_state"),
     "telemetry": ("events", "exporter", "logging", "metrics"),
@@ -67,6 +67,11 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
 EXEMPT_PROTOCOLS: dict[str, str] = {
     "TrainingJob": "jobs are the user's own",
     "BatchCursor": "data may be the user's own",
+    "StatefulJob": "jobs are the user's own",
+    "StatefulLoader": "loaders may be the user's own",
+    "HasState": "data sets are the user's own",
+    "HasEpoch": "samplers and data sets are the user's own",
+    "_HasItems": "data sets are the user's own",
     "LaneHandle": "run and lane do not import each other",
     "LaneHeartbeat": "lane and emergency do not import each other",
     "LaneBuild": "service loads the lane by name, so that it imports no torch",
@@ -81,6 +86,8 @@ EXEMPT_PROTOCOLS: dict[str, str] = {
 
 BROAD_EXCEPT_ALLOWED = {
     "jobs/job.py": "imports the user's own code",
+    "jobs/loader.py": "reads the user's own data",
+    "jobs/workers.py": "reads the user's own data",
     "seeds/blueprints.py": "calls the user's own code",
     "lane/build.py": "calls the user's own code",
     "lane/lane.py": "calls the user's own code",

@@ -12,7 +12,7 @@ import signal
 import subprocess
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -82,10 +82,10 @@ class ChildProcess:
     async def spawn(cls, command: ChildCommand, on_stderr: Callable[[str], None]) -> ChildProcess:
         """Starts a process. Cancellation takes effect once it runs. Raises ChildFailedError if it cannot be started."""
         # Without forks, which would inherit the ends of pipes that are for the child.
-        with anyio.CancelScope(shield=True):
+        with anyio.CancelScope(shield=True), ExitStack() as on_failure:
             async with forks.without_forks():
                 for_child, stdin = os.pipe()
-                forks.keep_private(stdin)
+                on_failure.callback(forks.close, forks.keep_private(stdin))
                 try:
                     # A separate session: Ctrl-C is for the service, which drains before its children stop.
                     process = await anyio.open_process(
@@ -96,13 +96,11 @@ class ChildProcess:
                         env=command.environment,
                         start_new_session=True,
                     )
-                except BaseException as error:
-                    forks.close(stdin)
-                    if not isinstance(error, OSError):
-                        raise
+                except OSError as error:
                     raise ChildFailedError(command.name, f"cannot be started: {error}") from error
                 finally:
                     os.close(for_child)
+            on_failure.pop_all()
         return cls(process, stdin, on_stderr)
 
     async def first_line(self) -> bytes | None:

@@ -132,6 +132,13 @@ class GilJob(TinyJob):
         return super().losses(model, batch)
 
 
+class HalfStateJob(TinyJob):
+    """Has state, but cannot load it."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+
 class SlotJob(TinyJob):
     """TinyJob with a slot for a seed."""
 

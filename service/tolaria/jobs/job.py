@@ -111,7 +111,7 @@ class TrainingJob(Protocol):
 
 @runtime_checkable
 class StatefulJob(Protocol):
-    """A job with state of its own, such as a moving average of the weights: it becomes part of the training state.
+    """A job that keeps state itself, such as a moving average of the weights: it becomes part of the training state.
 
     So a rollback and a resumed run restore it, and digests cover it. The values are None, bool, int, float, str,
     tensors, and lists, tuples and dicts of these; keys are strings. What `load_state_dict` gets belongs to the job.

@@ -50,7 +50,7 @@ class LoaderCursor(SeededCursor):
     Args:
         loader: the loader.
         seed: the order of an epoch is a function of the seed and the epoch.
-        batches_per_epoch: ends an epoch after so many batches; required of a loader without a length.
+        batches_per_epoch: ends an epoch after this number; required of a loader without a length.
 
     Attributes:
         notes: what the operator should know about this loader; sentences.

@@ -121,7 +121,7 @@ async def _drained(*callers: tuple[DeadlineCaller, float]) -> AsyncIterator[None
 
 @asynccontextmanager
 async def _channel(target: str) -> AsyncIterator[grpc.aio.Channel]:
-    # A proxy from the environment cannot reach this machine's own ports. For other targets gRPC honours it, and no_proxy.
+    # A proxy from the environment cannot reach ports of this machine. For other targets gRPC honours it, and no_proxy.
     proxy = [("grpc.enable_http_proxy", 0)] if Address.parse(target).is_loopback else []
     channel = grpc.aio.insecure_channel(target, options=[*_CHANNEL_OPTIONS, *proxy])
     # Connect now, since the first epoch boundary has no time for it.

@@ -89,6 +89,22 @@ def test_address_round_trips_through_text(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("[::1]", True),
+        ("10.0.0.1", False),
+        ("peer", False),
+    ],
+)
+def test_loopback_addresses_are_known(host: str, *, loopback: bool) -> None:
+    """By name or number, without resolving names."""
+    assert Address.parse(f"{host}:80").is_loopback is loopback
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "",

@@ -40,12 +40,20 @@ class RateCut:
 
 @dataclass(frozen=True, slots=True)
 class Retreat:
-    """Training has to be rolled back to a restore point of `tier` before `at_step`, at a lower learning rate."""
+    """Training has to be rolled back to the newest proven restore point before `evidence_step`."""
 
-    tier: RollbackTier.ValueType
     reason: str
-    at_step: int
+    evidence_step: int
+    batches: tuple[tuple[int, int], ...]
     cut: RateCut
+    older_than: int | None = None
+    durable: bool = False
+
+    @property
+    def at_or_before(self) -> int:
+        """The newest step that a restore point may be of; -1 if there can be none."""
+        before = self.evidence_step if self.older_than is None else min(self.evidence_step, self.older_than)
+        return before - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +151,7 @@ class Record:
 
     def after_retreat(self, retreat: Retreat, settings: RollbackSettings) -> Record:
         """Returns the record with one more automatic rollback begun."""
-        return replace(self, budget=self.budget.after(retreat.at_step, settings))
+        return replace(self, budget=self.budget.after(retreat.evidence_step, settings))
 
 
 def judge_step(averages: Averages, record: Record, step: StepDone, settings: RollbackSettings) -> Verdict:
@@ -178,6 +186,7 @@ class Health:
         self._spoiled: set[tuple[int, int]] = set()
         self._validated_step: int | None = None
         self.averages = Averages()
+        self.above = self.suspect = False
         self.healthy_step: int | None = None
         """The newest step that was judged healthy; None before the first."""
 
@@ -206,6 +215,8 @@ class Health:
         if not self._settings.automatic or rolling_back or self._retreating:
             return Proceed()
         verdict = judge_epoch(self._record, epoch, self._settings)
+        if isinstance(verdict, Retreat) and self._validated_step is not None:
+            verdict = replace(verdict, evidence_step=self._validated_step + 1)
         self._record = self._record.after_epoch(epoch)
         if isinstance(verdict, Proceed):
             self._validated_step = epoch.global_step
@@ -280,7 +291,8 @@ def _within_budget(
     if budget.spent(at_step, settings):
         spent = f"{settings.automatic_max} automatic rollbacks in {settings.per_steps} steps are spent"
         return Halt(f"{reason}; {spent}")
-    return Retreat(tier, reason, at_step, RateCut(settings.lr_cut, settings.lr_cut_steps))
+    cut = RateCut(settings.lr_cut, settings.lr_cut_steps)
+    return Retreat(reason, at_step, (), cut, durable=tier == ROLLBACK_TIER_FULL)
 
 
 def _blend(average: float, variance: float, value: float) -> tuple[float, float]:

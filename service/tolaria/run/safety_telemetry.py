@@ -162,7 +162,10 @@ class SafetyTelemetry(RunObserver):
         self._snapshots = statistics
 
     def on_snapshots_unavailable(self, reason: str) -> None:
-        self._log.warning("no_fast_rollback", reason=reason)
+        if reason:
+            self._log.warning("no_fast_rollback", reason=reason)
+        else:
+            self._log.info("fast_rollback_available")
 
     def on_rollback_started(self, rollback: Rollback) -> None:
         rollback_id, origin = rollback.rollback_id, rollback.origin

@@ -107,7 +107,11 @@ class RunStatus:
     last_epoch: EpochDone | None = None
     training_loss: float = float("nan")
     snapshots: tuple[SnapshotInfo, ...] = ()
+    snapshots_unavailable: str = ""
     rollbacks: int = 0
+    rollbacks_by_origin: dict[str, int] = field(default_factory=dict)
+    attempt: int = 1
+    newest_proven_step: int | None = None
 
     boundaries_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_BOUNDARIES_KEPT))
     boundaries_over_budget: int = 0
@@ -272,6 +276,9 @@ def status_message(status: RunStatus, *, skipped_streak: int, now_s: float) -> a
         learning_rates=status.learning_rates,
         fast_paths=status.fast_paths,
         adjustments=[_adjustment(active) for active in status.adjustments],
+        attempt=status.attempt,
+        newest_proven_step=status.newest_proven_step,
+        rollbacks_by_origin=status.rollbacks_by_origin,
     )
 
 

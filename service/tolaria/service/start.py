@@ -63,6 +63,7 @@ def run(settings: Settings) -> int:
                     metrics=metrics,
                     emitter=Emitter(),
                     log_context=context,
+                    points=point.points,
                 )
                 host = Host(foundation)
                 code = anyio.run(host.serve)

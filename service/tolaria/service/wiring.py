@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -34,6 +34,7 @@ from tolaria.run.lane_client import LaneClient, LaneHandle
 from tolaria.run.observers import Observers
 from tolaria.run.profiling import Profiles
 from tolaria.run.recovery import LaneRestorer, Recovery
+from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run import RunParts, TrainingRun
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, TAMIYO, Safeguards, Safety
@@ -69,7 +70,10 @@ def build_lane(settings: Settings) -> LaneBuild:
 
 @dataclass(frozen=True, slots=True)
 class Foundation:
-    """What exists before the event loop. `run` is the run's row; `active_halt` is the halt it was resumed with."""
+    """What exists before the event loop. `run` is the run's row; `active_halt` is the halt it was resumed with.
+
+    `points` are the restore points that earlier processes of the run have left.
+    """
 
     settings: Settings
     build: LaneBuild
@@ -81,6 +85,7 @@ class Foundation:
     metrics: Metrics
     emitter: Emitter
     log_context: LogContext
+    points: RestorePoints = field(default_factory=RestorePoints)
 
 
 class Core:
@@ -124,6 +129,7 @@ class Core:
             breaker=self.safeguards.breakers[CHECKPOINT],
             observers=self.observers,
             journal=self.journal,
+            points=foundation.points,
             from_step=self.ready.position.global_step,
         )
 
@@ -141,6 +147,7 @@ class RunService:
         tasks.start_soon(self.consultations.serve)
         tasks.start_soon(self.recovery.serve)
         tasks.start_soon(core.checkpointing.serve)
+        tasks.start_soon(self.run.save_when_halted)
         tasks.start_soon(core.journal.serve)
         await self.run.run()
 
@@ -185,6 +192,7 @@ def new_run(core: Core, peers: Peers) -> RunService:
         checkpointing=core.checkpointing,
         boundary=EpochBoundary(consultations, _boundary_policy(settings)),
         questions=questions,
+        points=core.foundation.points,
         profiles=Profiles(core.lane, settings.profiler, safeguards=core.safeguards, observers=core.observers),
     )
     return RunService(TrainingRun(parts, settings, core.ready), consultations, recovery)
@@ -203,7 +211,8 @@ def new_status(settings: Settings, run_id: str) -> RunStatus:
 
 def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -> Recovery:
     foundation = core.foundation
-    restorer = LaneRestorer(core.lane, core.status, foundation.storage.checkpoints, core.observers)
+    store = foundation.storage.checkpoints
+    restorer = LaneRestorer(core.lane, core.status, store, core.observers, foundation.points)
     coordinator = RollbackCoordinator(
         participants,
         restorer,
@@ -214,6 +223,7 @@ def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -
     )
     return Recovery(
         coordinator,
+        restorer,
         core.lane,
         lifecycle=core.lifecycle,
         health=core.health,

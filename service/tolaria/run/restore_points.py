@@ -162,7 +162,7 @@ class RestorePoints:
         return self._prove()
 
     def rewound(self, global_step: int, origin: CheckpointRow | None) -> None:
-        """Handles a restored state: a new attempt begins. `origin` is its checkpoint if it is no ancestor, else None."""
+        """Handles a restored state: a new attempt begins. `origin` is its checkpoint unless that is an ancestor."""
         base = self.lineage if origin is None else origin.lineage
         self._attempts += 1
         self.lineage = base.back_to(global_step, self._attempts)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tolaria.checkpoint.format import Manifest, write_checkpoint
+from tolaria.checkpoint.format import Manifest, Provenance, write_checkpoint
 from tolaria.checkpoint.storage import Storage, open_storage
 from tolaria.checkpoint.store import LoadedCheckpoint, Retention
 from tolaria.errors import JournalUnavailableError, NoCheckpointError, RestoreAbandonedError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.rows import CheckpointRow, FaultRow, Row
+from tolaria.values.lineage import Lineage
 from tolaria.values.training import Position
 
 if TYPE_CHECKING:
@@ -27,10 +28,19 @@ def storage(tmp_path: Path) -> Iterator[Storage]:
         yield storage
 
 
-def write(storage: Storage, training: Training, step: int, metric: float | None = None) -> CheckpointRow:
+def write(
+    storage: Storage,
+    training: Training,
+    step: int,
+    metric: float | None = None,
+    *,
+    lineage: Lineage | None = None,
+    suspect: bool = False,
+) -> CheckpointRow:
     """Writes a checkpoint of this step."""
     training.position = Position(step, 1)
-    return storage.checkpoints.write(training.state().copy(), metric=metric)
+    provenance = Provenance(lineage or Lineage(), suspect=suspect)
+    return storage.checkpoints.write(training.state().copy(), metric=metric, provenance=provenance)
 
 
 def steps(storage: Storage) -> list[int]:
@@ -43,9 +53,9 @@ def on_disk(directory: Path) -> list[int]:
     return sorted(int(path.name.split("-")[0]) for path in (directory / "checkpoints").iterdir())
 
 
-def load(storage: Storage, at_or_before: int | None = None) -> LoadedCheckpoint:
+def load(storage: Storage) -> LoadedCheckpoint:
     """Loads without a deadline."""
-    return storage.checkpoints.load_newest(at_or_before=at_or_before)
+    return storage.checkpoints.load_newest()
 
 
 def test_pruned_checkpoints_are_removed(tmp_path: Path, storage: Storage, training: Training) -> None:
@@ -55,23 +65,29 @@ def test_pruned_checkpoints_are_removed(tmp_path: Path, storage: Storage, traini
     assert steps(storage) == on_disk(tmp_path) == [2, 4, 5, 6]
 
 
-def test_the_newest_or_the_nearest_is_loaded(storage: Storage, training: Training) -> None:
-    """The newest by time without a step, the one with the highest step otherwise."""
-    for step in (10, 20, 30):
-        write(storage, training, step)
-    assert [load(storage, wanted).row.global_step for wanted in (None, 30, 25, 10)] == [30, 30, 20, 10]
-    with pytest.raises(NoCheckpointError, match="at or before step 9"):
-        load(storage, 9)
+def test_the_newest_that_is_not_suspect_is_loaded(storage: Storage, training: Training) -> None:
+    """The newest by time; a suspect one only if there is no other, or once it is proven."""
+    with pytest.raises(NoCheckpointError):
+        load(storage)
+    write(storage, training, 10, suspect=True)
+    assert load(storage).row.global_step == 10
+    write(storage, training, 20)
+    newest = write(storage, training, 30, suspect=True)
+    assert load(storage).row.global_step == 20
+    storage.journal.revise(newest.checkpoint_id, proven=1)
+    assert load(storage).row.global_step == 30
 
 
 def test_superseded_checkpoints_are_not_loaded(storage: Storage, training: Training) -> None:
     """After a rollback later checkpoints are neither loaded nor listed; the next write removes them."""
     for step in (10, 20, 30):
         write(storage, training, step)
-    storage.checkpoints.supersede_after(10)
+    back = Lineage().back_to(10, 2)
+    assert storage.checkpoints.follow(back, "back") == 2
     assert (steps(storage), load(storage).row.global_step) == ([10], 10)
-    write(storage, training, 20)
+    write(storage, training, 20, lineage=back)
     assert (steps(storage), load(storage).row.global_step) == ([10, 20], 20)
+    assert len(storage.checkpoints.kept_points()) == 2
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
@@ -181,11 +197,11 @@ def test_runs_that_share_a_directory_are_separate(tmp_path: Path, training: Trai
         other = storage.for_run("b")
         with pytest.raises(NoCheckpointError):
             load(other)
-        other.checkpoints.supersede_after(0)
+        other.checkpoints.follow(Lineage(9), "another run")
         assert steps(storage) == [10, 20]
         write(other, training, 5)
         assert (steps(storage), steps(other), on_disk(tmp_path)) == ([20], [5], [5, 20])
-        assert (load(storage).row.global_step, load(other, 100).row.global_step) == (20, 5)
+        assert (load(storage).row.global_step, load(other).row.global_step) == (20, 5)
 
 
 def test_removed_directories_are_created_again(storage: Storage, training: Training, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ async def test_a_run_continues_after_an_operators_rollback() -> None:
         assert run.state == "PAUSED"
         await anyio.sleep(0.05)
         assert run.module.global_step == again.restored_step
-        run.run.resume("on")
+        await run.run.resume("on")
         await run.until(lambda: run.status.global_step > again.restored_step + 10)
         await run.run.stop("enough")
     assert run.state == "FINISHED"

@@ -359,7 +359,7 @@ def show_rollback(answer: messages.TriggerRollbackResponse) -> None:
         f"restored in {answer.restored_ms:.1f} ms",
         "coordinated" if answer.coordinated else "uncoordinated: no majority went back together",
     ]
-    _took_effect("rollback", answer.global_step, ", ".join(part for part in parts if part))
+    _took_effect("rollback", answer.restored_step, ", ".join(part for part in parts if part))
     if answer.superseded:
         typer.echo(f"checkpoints superseded: {answer.superseded}; rollback --checkpoint ID goes back to one")
     if differing := differing_digests(answer):

@@ -82,8 +82,9 @@ class Unreadable(Filesystem):
 
 def test_retention_follows_the_settings() -> None:
     """The best accuracy is the highest, the best loss the lowest."""
-    assert retention_of(CheckpointSettings(keep_last=7)) == Retention(last=7, best="highest")
-    assert retention_of(CheckpointSettings(best="loss")) == Retention(last=3, best="lowest")
+    chosen = CheckpointSettings(keep_last=7, keep_superseded=1, keep_superseded_s=60.0)
+    assert retention_of(chosen) == Retention(last=7, best="highest", superseded=1, superseded_s=60.0)
+    assert retention_of(CheckpointSettings(best="loss")).best == "lowest"
 
 
 # -- which run is resumed --------------------------------------------------------------------------------------------

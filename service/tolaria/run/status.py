@@ -20,7 +20,7 @@ from leyline.v1.telemetry_pb2 import SystemHealth
 from tolaria import __version__
 from tolaria.images import SnapshotInfo
 from tolaria.lane.messages import EpochDone, LaneReady, Restored, StepDone
-from tolaria.run.health import Averages
+from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment
 
 PACKET_VERSION: Final = 1
@@ -112,6 +112,8 @@ class RunStatus:
     rollbacks_by_origin: dict[str, int] = field(default_factory=dict)
     attempt: int = 1
     newest_proven_step: int | None = None
+    best_step: int = 0
+    skipped_steps: int = 0
 
     boundaries_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_BOUNDARIES_KEPT))
     boundaries_over_budget: int = 0

@@ -17,7 +17,7 @@ from support.lanes import FakeLane, small_image, started_client
 from support.rollbacks import FakeBoard, FakeJournal
 from tolaria.checkpoint.storage import Storage, open_storage
 from tolaria.checkpoint.store import Damage, Retention
-from tolaria.config import RollbackSettings
+from tolaria.config import HealthSettings, RollbackSettings
 from tolaria.emergency import Trigger
 from tolaria.errors import (
     AdjustmentRefusedError,
@@ -184,7 +184,7 @@ class RecoveryParts:
         self.status = RunStatus("run", "digits", "", 1, 0.0)
         self.status.snapshots = tuple(SnapshotInfo(Position(step, 1), 8, "d") for step in (3, 6, 9))
         self.status.global_step = 11
-        self.lifecycle, self.health = FakeLifecycle(), FakeHealth(RollbackSettings())
+        self.lifecycle, self.health = FakeLifecycle(), FakeHealth(RollbackSettings(), HealthSettings())
         self.recorder = Recorder()
         self.recorder.held = lambda: self.client.held_for("rollback")
         self.points = RestorePoints()

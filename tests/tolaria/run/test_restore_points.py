@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,9 @@ from tolaria.values.training import Position
 ROW = CheckpointRow("c", 1, "run", 10, 1, 100, "d", None)
 
 
-def row(step: int, *, attempt: int = 1, **fields: object) -> CheckpointRow:
+def row(step: int, *, attempt: int = 1, **fields: Any) -> CheckpointRow:
     """A checkpoint of this step, whose id is c and its step."""
-    return replace(ROW, checkpoint_id=f"c{step}", at_ns=step, global_step=step, attempt=attempt, **fields)  # type: ignore[arg-type]
+    return replace(ROW, checkpoint_id=f"c{step}", at_ns=step, global_step=step, attempt=attempt, **fields)
 
 
 def point(text: str) -> RestorePoint:
@@ -211,7 +212,7 @@ def test_the_lineage_of_a_resumed_run(
 
 
 @pytest.mark.parametrize(("fields", "shown"), [({"proven": 1}, "s20+"), ({}, "s20"), ({"suspect": 1}, "s20?")])
-def test_a_resumed_run_knows_its_state(fields: dict[str, object], shown: str) -> None:
+def test_a_resumed_run_knows_its_state(fields: dict[str, Any], shown: str) -> None:
     """The first snapshot is of the state of the checkpoint, and has its flags."""
     points = RestorePoints(resumed=row(20, **fields))
     points.snapshots_changed(snapshots(20))

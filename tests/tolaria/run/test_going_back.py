@@ -36,8 +36,10 @@ async def train_to(run: RunUnderTest, step: int) -> None:
     """Trains to exactly that step and pauses the run there."""
     if run.state == "PAUSED":
         await run.run.resume("on")
-    run.job.passes.release(step - 1 - run.status.global_step)
-    await run.until(lambda: run.status.global_step == step - 1)
+    for _ in range(step - 1 - run.status.global_step):
+        await anyio.to_thread.run_sync(run.job.entered.acquire)
+        run.job.passes.release()
+    await anyio.to_thread.run_sync(run.job.entered.acquire)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(run.run.pause, "at the step")
         await run.until(lambda: run.state == "PAUSED")

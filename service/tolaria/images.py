@@ -117,11 +117,12 @@ class StateImage:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInfo:
-    """A restorable snapshot. `digest` is None until the snapshot has been sealed."""
+    """A restorable snapshot. `digest` is None until it has been sealed; `at_ns` is its capture in Unix nanoseconds."""
 
     position: Position
     size_bytes: int
     digest: str | None
+    at_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,7 +149,7 @@ async def restore_plainly(run: RunUnderTest, folder: Path, found: dict[str, list
         found["plain_file"].append(from_file_s)
     # The plain restore has changed the lane's parameters.
     await run.run.roll_back(Rollback(ROLLBACK_TIER_FAST, None, "undo", "operator"))
-    run.run.resume("measured")
+    await run.run.resume("measured")
 
 
 def show_case(case: Case, found: dict[str, list[float]], size_gb: float) -> None:

@@ -119,7 +119,7 @@ async def test_a_change_while_health_is_published_is_published_too() -> None:
         tasks.start_soon(publish_health, run.core, cast("GrpcServer", health))
         await health.called.wait()
         assert health.serving == {"": False}
-        run.run.resume("ready")
+        await run.run.resume("ready")
         health.proceed.set()
         await run.until(lambda: health.serving[""])
         tasks.cancel_scope.cancel()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DEMO_EPOCHS = 60  # enough for seeds to germinate, blend and fossilize
 TIMEOUT_S = 5.0
-_ROLLBACK_TIMEOUT_S = 30.0  # rollback.full_budget_s is 12, and training first has to reach a step boundary
+_ROLLBACK_TIMEOUT_S = 60.0  # rollback.full_budget_s is 12, and training first has to reach a step boundary
 _CHECKPOINT_TIMEOUT_S = 60.0  # also of `stop`, which writes a last checkpoint
 _PROFILE_TIMEOUT_S = 900.0  # includes the traced steps
 _UINT32_MAX = 2**32 - 1
@@ -149,9 +149,9 @@ def pause() -> messages.PauseTrainingRequest:
     return messages.PauseTrainingRequest()
 
 
-@admin_command(admin_app, lambda admin: admin.ResumeTraining)
+@admin_command(admin_app, lambda admin: admin.ResumeTraining, timeout_s=_ROLLBACK_TIMEOUT_S)
 def resume() -> messages.ResumeTrainingRequest:
-    """Resume training that is paused or halted."""
+    """Resume training that is paused or halted; a halted state that is ill is first rolled back."""
     return messages.ResumeTrainingRequest()
 
 
@@ -225,12 +225,23 @@ def rollback(
     ] = Tier.AUTO,
     step: Annotated[
         int | None,
-        typer.Option(min=0, max=_UINT64_MAX, help="Latest step to restore (default: last stable restore point)."),
+        typer.Option(min=0, max=_UINT64_MAX, help="Latest step to restore (default: newest proven restore point)."),
     ] = None,
+    checkpoint_id: Annotated[
+        str,
+        typer.Option(
+            "--checkpoint", metavar="ID", help="Restore this one of restore-points, also a superseded one: undo."
+        ),
+    ] = "",
 ) -> messages.TriggerRollbackRequest:
-    """Restore an earlier training state, verify its digest, and continue from there."""
+    """Restore an earlier training state, verify its digest, and continue from there.
+
+    Checkpoints that the rollback leaves behind are superseded and kept for a while; --checkpoint goes back to one.
+    """
+    if checkpoint_id and (step is not None or tier is Tier.FAST):
+        raise typer.BadParameter("--checkpoint names a step on disk: omit --step and --tier fast")
     number = RollbackTier.Value(f"ROLLBACK_TIER_{'UNSPECIFIED' if tier is Tier.AUTO else tier.name}")
-    return messages.TriggerRollbackRequest(tier=number, target_step=step)
+    return messages.TriggerRollbackRequest(tier=number, target_step=step, checkpoint_id=checkpoint_id)
 
 
 @admin_command(
@@ -253,7 +264,7 @@ def profile(
 
 @admin_command(admin_app, lambda admin: admin.ListRestorePoints, show=render.show_restore_points)
 def restore_points() -> messages.ListRestorePointsRequest:
-    """List the restore points in memory and on disk."""
+    """List the restore points in memory and on disk, also those that a rollback has superseded."""
     return messages.ListRestorePointsRequest()
 
 

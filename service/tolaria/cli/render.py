@@ -29,7 +29,7 @@ from leyline.v1.seeds_pb2 import SeedState
 
 Show = Callable[[GetStatusResponse], None]
 
-RESTORE_POINT_COLUMNS = ("tier", "step", "epoch", "age", "size", "digest", "id", "stable")
+RESTORE_POINT_COLUMNS = ("tier", "step", "epoch", "age", "size", "digest", "id", "attempt", "state")
 INCIDENT_COLUMNS = ("time (UTC)", "kind", "step", "reason")
 
 _NOT_YET = "not yet"
@@ -323,10 +323,16 @@ def restore_point_rows(points: Iterable[messages.RestorePoint], *, now_s: float)
             size(point.size_bytes),
             one_line(point.digest, length_max=_DIGEST_LENGTH_SHOWN),
             one_line(point.checkpoint_id) or "-",
-            "yes" if point.stable else "no",
+            str(point.attempt),
+            _point_state(point),
         )
         for point in sorted(points, key=lambda point: point.global_step, reverse=True)
     ]
+
+
+def _point_state(point: messages.RestorePoint) -> str:
+    state = "proven" if point.stable else "suspect" if point.suspect else "unproven"
+    return f"superseded, {state}" if point.superseded else state
 
 
 def incident_rows(incidents: Iterable[messages.Incident]) -> list[tuple[str, ...]]:
@@ -395,11 +401,18 @@ def show_change(name: str, answer: Message) -> None:
 
 
 def show_rollback(answer: messages.TriggerRollbackResponse) -> None:
-    """Prints the restored step, the latency, whether peers took part, and the comparison of the digests."""
+    """Prints the step, the restore point, waiting and restoring apart, whether peers took part, and the digests."""
     tier = enum_word(RollbackTier.DESCRIPTOR, answer.tier)
-    together = "coordinated" if answer.coordinated else "uncoordinated: no majority went back together"
-    detail = f"tier {tier}, restored step {answer.restored_step}, {answer.latency_ms:.1f} ms, {together}"
-    _took_effect("rollback", answer.global_step, detail)
+    parts = [
+        f"tier {tier}",
+        one_line(answer.chosen),
+        f"waited {answer.waited_ms:.1f} ms for the step boundary",
+        f"restored in {answer.restored_ms:.1f} ms",
+        "coordinated" if answer.coordinated else "uncoordinated: no majority went back together",
+    ]
+    _took_effect("rollback", answer.restored_step, ", ".join(part for part in parts if part))
+    if answer.superseded:
+        typer.echo(f"checkpoints superseded: {answer.superseded}; rollback --checkpoint ID goes back to one")
     if differing := differing_digests(answer):
         typer.secho(f"DIGESTS DIFFER: {differing}", fg=typer.colors.RED, bold=True)
     else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import astuple
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -19,6 +20,7 @@ from tolaria.journal.rows import AdminActionRow, CommandRow, EmergencyRow
 if TYPE_CHECKING:
     from tolaria.journal.database import Journal
     from tolaria.journal.rows import CheckpointRow, Incident, Row
+    from tolaria.values.lineage import Lineage
 
 ROWS_MAX: Final = 1000
 """Maximum number of queued rows: a few hundred kilobytes, enough for hours with a full disk."""
@@ -122,20 +124,31 @@ class AsyncJournal:
         """Returns at most `limit` incidents, newest first. Raises JournalError."""
         return await self._in_thread(lambda: self._journal.incidents(limit))
 
-    async def restore_points(self) -> tuple[CheckpointRow, ...]:
-        """Returns the run's committed checkpoints, oldest first. Raises JournalError."""
-        return await self._in_thread(lambda: self._journal.restore_points(self._run_id))
+    async def kept_points(self) -> tuple[CheckpointRow, ...]:
+        """Returns the run's checkpoints that can be restored, oldest first. Raises JournalError."""
+        return await self._in_thread(lambda: self._journal.kept_points(self._run_id))
 
-    async def supersede_after(self, global_step: int) -> None:
-        """Supersedes the run's later checkpoints after a rollback to this step.
+    async def prove(self, checkpoint_ids: Collection[str]) -> None:
+        """Records that checkpoints are proven. A failure is logged: they count as unproven after a crash."""
+        try:
+            async with self._writing:
+                for checkpoint_id in checkpoint_ids:
+                    await self._in_thread(partial(self._journal.revise, checkpoint_id, proven=1))
+        except JournalError as error:
+            self._log.error("checkpoints_not_proven", checkpoint_ids=sorted(checkpoint_ids), detail=str(error))
+
+    async def follow(self, lineage: Lineage, detail: str) -> int:
+        """Supersedes the run's checkpoints that are not ancestors in `lineage`; returns their number.
 
         A failure is logged: after a crash before the next checkpoint, the run would resume from one of them.
         """
         try:
             async with self._writing:
-                await self._in_thread(lambda: self._journal.supersede_after(self._run_id, global_step))
+                at_ns = time.time_ns()
+                return await self._in_thread(lambda: self._journal.follow(self._run_id, lineage, detail, at_ns))
         except JournalError as error:
-            self._log.error("checkpoints_not_superseded", after_step=global_step, detail=str(error))
+            self._log.error("checkpoints_not_superseded", detail=f"{detail}: {error}")
+            return 0
 
     async def find_answer(self, request_id: str) -> AdminActionRow | None:
         """Returns the earlier answer to a request, from this process or a previous one. Raises JournalError."""

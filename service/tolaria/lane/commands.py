@@ -279,4 +279,7 @@ class CommandExecutor:
             except KeyError:
                 raise RestoreAbandonedError("waiting for its step boundary") from None
             with lease as image:
-                return self._snapshots.restore_image(image, refused)
+                restored = self._snapshots.restore_image(image, refused)
+            if command.other_branch:
+                self._snapshots.forget_snapshots()
+            return restored

@@ -79,12 +79,14 @@ class CaptureImage:
 class Restore:
     """Restores the image `image_id` (a loaded checkpoint), or with id 0 the snapshot of `target_step`.
 
-    Live state changes before `deadline_s` (monotonic seconds) or not at all. Gives up an unfinished step.
+    Live state changes before `deadline_s` (monotonic seconds) or not at all. Gives up an unfinished step. With
+    `other_branch` the snapshots in memory are no ancestors of that state and are dropped.
     """
 
     target_step: int
     deadline_s: float
     image_id: int = 0
+    other_branch: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +359,7 @@ class SnapshotsChanged:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotsUnavailable:
-    """No further snapshots are taken, for this reason."""
+    """No snapshots are taken, for this reason; an empty one means that they are taken again."""
 
     reason: str
 

@@ -59,7 +59,8 @@ class SnapshotManager:
         # For checkpoints of states that are too large for the ring; memory is allocated at the first one.
         self._spare = SnapshotRing(bytes_max=_NO_LIMIT_BYTES, entries_max=_SPARE_IMAGES, seal=False)
         self._cadence = Cadence(overhead_max=settings.overhead_max)
-        self._available = True
+        self._unsupported = False
+        self._unavailable = ""
         self._events: list[SnapshotEvent] = []
         self._ring_used = True
 
@@ -90,23 +91,34 @@ class SnapshotManager:
             NoCheckpointError: all spare images are still being read.
         """
         self._ring_used = True
+        reason = "every image that there is room for is still being written"
         for ring in (self._ring, self._spare):
             taken = ring.capture(self.state)
-            if isinstance(taken, Position) and (lease := ring.hold(taken.global_step)) is not None:
+            if isinstance(taken, Declined) and taken.allocation_error:
+                reason = f"no memory for {taken.size_bytes / _MIB:.0f} MiB: {taken.allocation_error}"
+            elif isinstance(taken, Position) and (lease := ring.hold(taken.global_step)) is not None:
                 return lease
-        raise NoCheckpointError("every image that there is room for is still being written")
+        raise NoCheckpointError(reason)
 
     def restore_snapshot(self, target_step: int, refused: Callable[[], bool]) -> Restored:
-        """Restores the newest snapshot at or before `target_step`, as `restore_image` does.
+        """Restores the snapshot of exactly this step, as `restore_image` does: an older one may not be sound.
 
         Raises NoCheckpointError if there is none.
         """
         self._ring_used = True
         lease = self._ring.lookup(target_step)
+        if lease is not None and lease.image.position.global_step != target_step:
+            lease.release()
+            lease = None
         if lease is None:
             raise NoCheckpointError(f"the snapshot of step {target_step} has been overwritten")
         with lease as image:
             return self.restore_image(image, refused, verify=True)
+
+    def forget_snapshots(self) -> None:
+        """Drops every snapshot: they are not ancestors of the state that has been restored."""
+        self._ring.clear()
+        self._ring_used = True
 
     def restore_image(
         self,
@@ -160,20 +172,30 @@ class SnapshotManager:
         )
 
     def _take_snapshot(self) -> None:
-        if not self._available:
+        """Takes a snapshot, or reports once why there is none, and once when there is one again."""
+        if self._unsupported:
             return
         started_s, self._ring_used, reason = time.monotonic(), True, ""
         try:
             taken = self._ring.capture(self.state)
         except StateUnsupportedError as error:
-            reason = str(error)
+            self._unsupported, reason = True, str(error)  # the reason does not go away
         else:
+            # An attempt costs time too, so the cadence bounds how often it is repeated.
             self._cadence = self._cadence.after_snapshot(time.monotonic() - started_s)
-            if isinstance(taken, Declined) and taken.too_large:
-                reason = f"a snapshot takes {taken.size_bytes / _MIB:.0f} MiB, more than rollback.memory_mb"
-        if reason:  # the attempt itself costs time, and the reason does not go away
-            self._available = False
+            if isinstance(taken, Declined):
+                reason = _why_declined(taken)
+        if reason != self._unavailable:
+            self._unavailable = reason
             self._events.append(SnapshotsUnavailable(reason))
+
+
+def _why_declined(declined: Declined) -> str:
+    """Returns why there is no snapshot; empty while images are only leased, which passes by itself."""
+    mib = f"{declined.size_bytes / _MIB:.0f} MiB"
+    if declined.too_large:
+        return f"a snapshot takes {mib}, more than rollback.memory_mb"
+    return f"no memory for a snapshot of {mib}: {declined.allocation_error}" if declined.allocation_error else ""
 
 
 _Groups: TypeAlias = Sequence[tuple[str, Sequence[str], GroupRole]]

@@ -149,6 +149,8 @@ class CommandHandler:
             self._safety.safeguards.force(TAMIYO, enums.CIRCUIT_STATE_OPEN)
             self._safety.check_breakers()
             raise CommandRejectedError("rollback_budget", command.command_id, refusal.reason)
+        if rollback.automatic:
+            rollback.before_step = self._health.older_than(step)
         try:
             self._recovery.begin(rollback, over)
             self._health.begin_rollback(TAMIYO, step)
@@ -284,5 +286,5 @@ def rollback_of(command: AdaptationCommand) -> Rollback:
         tier=TIERS[tier],
         target_step=None if step is None else int(step),
         reason=reason,
-        origin=command.issued_by or TAMIYO,
+        origin=TAMIYO,
     )

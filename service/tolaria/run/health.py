@@ -339,6 +339,11 @@ class Health:
             return Halt(Trigger.NO_PROGRESS, reason)
         return None
 
+    def older_than(self, at_step: int) -> int | None:
+        """Returns the oldest step that automatic rollbacks within the window have restored: the next goes further."""
+        restored = [rollback.restored_step for rollback in self._within_budget(at_step)]
+        return min((step for step in restored if step is not None), default=None)
+
     def begin_rollback(self, origin: str, at_step: int) -> None:
         """Counts an automatic rollback of an origin, `health` or `tamiyo`, that begins at `at_step`."""
         record = self._record
@@ -368,13 +373,12 @@ class Health:
     ) -> Verdict:
         if (halt := self.refusal(at_step)) is not None:
             return Halt(halt.trigger, f"{reason}; {halt.reason}")
-        before = self._within_budget(at_step)
-        restored = [rollback.restored_step for rollback in before if rollback.restored_step is not None]
+        before, older_than = self._within_budget(at_step), self.older_than(at_step)
         self.begin_rollback("health", at_step)
         self._spoiled.update(batches)
         self._watch = None
         cut = RateCut(self._settings.lr_cut ** (len(before) + 1), self._settings.lr_cut_steps)
-        return Retreat(reason, evidence_step, batches, cut, min(restored, default=None), durable)
+        return Retreat(reason, evidence_step, batches, cut, older_than, durable)
 
     def _within_budget(self, at_step: int) -> list[AutomaticRollback]:
         """Returns the rollbacks that count at `at_step`, among them those at later, undone steps."""

@@ -122,7 +122,7 @@ class RunObserver:
         """The snapshots in memory have changed."""
 
     def on_snapshots_unavailable(self, reason: str) -> None:
-        """No further snapshots are taken."""
+        """No snapshots are taken, for this reason; an empty one means that they are taken again."""
 
     def on_rollback_started(self, rollback: Rollback) -> None:
         """A rollback has begun."""

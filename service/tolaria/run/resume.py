@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
@@ -25,7 +25,8 @@ from tolaria.emergency.protocol import SENTINEL
 from tolaria.errors import ConfigurationError, JournalDamagedError, JournalError, NoCheckpointError, StateHeldError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.database import Journal
-from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RunRow
+from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RollbackRow, RunRow
+from tolaria.run.restore_points import RestorePoints, attempts_used, resumed_points
 
 RunOutcome: TypeAlias = Literal["finished", "stopped", "drained", "failed"]
 """How a run left its process. In the journal it is empty while the run goes on and if its process was killed."""
@@ -54,10 +55,11 @@ class PreparedState:
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """Where training begins. `loaded` is None for a new run."""
+    """Where training begins. `loaded` is None for a new run; `points` are those that the run has left."""
 
     state: PreparedState
     loaded: LoadedCheckpoint | None
+    points: RestorePoints = field(default_factory=RestorePoints)
 
 
 @contextmanager
@@ -83,7 +85,9 @@ def prepare_state(settings: Settings, *, files: Filesystem | None = None) -> Ite
 
 
 def load_resume_point(prepared: PreparedState) -> ResumePoint:
-    """Loads the newest intact checkpoint of a resumed run. The returned state may be that of another run.
+    """Loads the newest intact checkpoint of a resumed run that is not suspect. The state may be that of another run.
+
+    Checkpoints that are not ancestors of the loaded one are superseded.
 
     A run whose checkpoints are all damaged cannot be resumed. Since training is unattended, a new run begins then,
     with another id. The lost run is recorded as failed, with the incident `run_lost` and a critical log line;
@@ -106,7 +110,13 @@ def load_resume_point(prepared: PreparedState) -> ResumePoint:
             _log.error("checkpoint_not_loaded", **asdict(damage))
         journal = prepared.storage.journal
         journal.put(replace(run_row(journal, prepared.run_id), resumed_from=loaded.row.checkpoint_id))
-    return ResumePoint(prepared, loaded)
+        rows = journal.rows(CheckpointRow, run_id=prepared.run_id)
+        rollbacks = journal.rows(RollbackRow, run_id=prepared.run_id)
+        points = resumed_points(loaded.row, rows, attempts_used(rows, [row.attempt for row in rollbacks]))
+        detail = f"resumed from step {loaded.row.global_step}"
+        if passed := prepared.storage.checkpoints.follow(points.lineage, detail):
+            _log.warning("suspect_checkpoints_passed_over", count=passed, resumed_step=loaded.row.global_step)
+    return ResumePoint(prepared, loaded, points)
 
 
 def end_run(prepared: PreparedState, outcome: RunOutcome) -> None:
@@ -143,7 +153,12 @@ def run_row(journal: Journal, run_id: str) -> RunRow:
 
 def retention_of(settings: CheckpointSettings) -> Retention:
     """Returns the retention that the settings specify."""
-    return Retention(last=settings.keep_last, best=_BEST[settings.best])
+    return Retention(
+        last=settings.keep_last,
+        best=_BEST[settings.best],
+        superseded=settings.keep_superseded,
+        superseded_s=settings.keep_superseded_s,
+    )
 
 
 def unfinished_run(runs: Sequence[RunRow], checkpoints: Sequence[CheckpointRow]) -> RunRow | None:

@@ -11,14 +11,16 @@ from typing import Final, assert_never
 import anyio
 import structlog
 
+from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2 import GetStatusResponse
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_UNSPECIFIED
 from tolaria.config import Settings
 from tolaria.emergency import Trigger
 from tolaria.errors import LaneFailedError, TolariaError, WrongStateError
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane import messages
 from tolaria.lane.messages import TraceFailed
-from tolaria.rollback.protocol import Rollback
+from tolaria.rollback.protocol import EMERGENCY, Rollback
 from tolaria.run.adjustments import OperatorAdjustments
 from tolaria.run.boundary import EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
@@ -27,6 +29,7 @@ from tolaria.run.lane_client import LaneClient, PendingCommand
 from tolaria.run.observers import RunObserver
 from tolaria.run.profiling import Profiles, ProfileTaken
 from tolaria.run.recovery import Recovery
+from tolaria.run.restore_points import RestorePoints
 from tolaria.run.resume import RunOutcome
 from tolaria.run.run_state import Lifecycle, RunEvent, after
 from tolaria.run.safety import COLLAPSE, EXPLOSION, NON_FINITE, Safety
@@ -50,6 +53,7 @@ class RunParts:
     checkpointing: Checkpointing
     boundary: EpochBoundary
     questions: StepQuestions
+    points: RestorePoints
     profiles: Profiles
     adjustments: OperatorAdjustments
 
@@ -70,6 +74,10 @@ class TrainingRun:
         self._epoch_over = anyio.Event()
         self._epoch_done: messages.EpochDone | None = None
         self._stopping = False
+        self._resumed_from = ""
+        """The checkpoint that this process has resumed from, until a resume after a halt has mentioned it."""
+        if (row := parts.points.resumed) is not None:
+            self._resumed_from = f"step {row.global_step} (the newest not suspect: checkpoint {row.checkpoint_id})"
         self._dropped = DroppedSeeds()
         self.ending: RunOutcome = "drained"
         """How the run leaves this process, once it has ended."""
@@ -183,8 +191,25 @@ class TrainingRun:
             self._lane.hold("exit")
         with anyio.move_on_after(_LAST_CHECKPOINT_S), suppress(TolariaError):  # counted and logged by checkpointing
             await self._wait_for_rollback()
-            if not self._parts.recovery.unproven:
+            if not self._unsound:
                 await self._parts.checkpointing.create(reason)
+
+    @property
+    def _unsound(self) -> str:
+        """Why the live state must not become a checkpoint; empty if it may."""
+        if self._parts.recovery.unproven:
+            return "the live state is not what was rolled back to: roll back once more first"
+        if ill := self._parts.recovery.ill:
+            return f"the live state is ill ({ill}): clear the emergency and resume, or roll back"
+        return ""
+
+    async def save_when_halted(self) -> None:
+        """Writes a checkpoint whenever the run is halted on a sound state, until cancelled."""
+        while True:
+            await self._status.feed.until(lambda: self._status.state == admin.RUN_STATE_HALTED and self._lane.is_held)
+            if self._status.global_step != self._parts.checkpointing.saved_step:
+                await self._last_checkpoint("halted")
+            await self._status.feed.until(lambda: self._status.state != admin.RUN_STATE_HALTED)
 
     # -- events of the lane, in its order ----------------------------------------------------------------------------
 
@@ -224,6 +249,10 @@ class TrainingRun:
         rolling_back = parts.recovery.running
         verdict = parts.health.step(step, rolling_back=rolling_back)
         self._status.step(step)
+        if not step.skipped:
+            above, suspect = bool(parts.health.above), parts.health.suspect
+            parts.checkpointing.on_proven(parts.points.step_done(above=above, suspect=suspect))
+            self._status.newest_proven_step = parts.points.newest_proven_step
         self._observers.on_step(step)
         parts.safety.safeguards.step(step)
         parts.profiles.step(step)
@@ -276,9 +305,12 @@ class TrainingRun:
 
     def _on_snapshots(self, event: messages.SnapshotEvent) -> None:
         if isinstance(event, messages.SnapshotsUnavailable):
+            self._status.snapshots_unavailable = event.reason
             self._observers.on_snapshots_unavailable(event.reason)
+            self._lifecycle.changed()
         else:
             self._status.snapshots = event.points
+            self._parts.points.snapshots_changed(event.points)
             self._observers.on_snapshots(event.statistics)
 
     def _on_held(self, event: messages.Held) -> None:
@@ -308,7 +340,7 @@ class TrainingRun:
             case messages.Restored() as restored:
                 self._rewind(restored)
             case messages.ImageCaptured() as captured:
-                self._parts.checkpointing.on_image_captured(captured.image_id)
+                self._parts.checkpointing.on_image_captured(captured.image_id, event.global_step)
             case messages.ProfileStarted() | TraceFailed():
                 self._parts.profiles.started(pending, event)
             case messages.BatchesSkipped():
@@ -342,7 +374,7 @@ class TrainingRun:
         parts.boundary.rewound()
         parts.adjustments.note()
         parts.safety.safeguards.rolled_back()
-        parts.checkpointing.on_step(restored.position.global_step)
+        parts.recovery.rewound(restored)
         self._next_epoch = restored.progress.number + restored.progress.over
         self._epoch_done = None
         if not restored.underway and restored.latest_order == self._lane.order:
@@ -356,6 +388,8 @@ class TrainingRun:
             case Retreat():
                 self._parts.recovery.retreat(verdict)
             case Halt(trigger, reason):
+                if trigger is not Trigger.SKIPPED_DATA_SPENT:  # then the parameters are sound
+                    self._parts.recovery.ill = reason
                 self._parts.safety.trigger(trigger, reason)
             case _:
                 assert_never(verdict)
@@ -381,10 +415,22 @@ class TrainingRun:
             lambda: held.is_set() or self._lane.ended is not None or not self._lifecycle.paused
         )
 
-    def resume(self, reason: str) -> None:
-        """Resumes a held run. Raises WrongStateError when the run has ended or is ending, or an emergency halts it."""
+    async def resume(self, reason: str) -> None:
+        """Resumes a held run. A run that is halted on an ill state first goes back to a sound restore point.
+
+        Raises:
+            WrongStateError: the run has ended or is ending, or an emergency halts it.
+            TolariaError: there is no sound restore point; the run stays halted.
+        """
         if self._parts.safety.halting:
             raise WrongStateError("an emergency halts the run: clear it first")
+        if self._parts.recovery.ill:
+            why = f"resumed after a halt on an ill state ({self._parts.recovery.ill}): {reason}"
+            back = await self._parts.recovery.roll_back(Rollback(ROLLBACK_TIER_UNSPECIFIED, None, why, EMERGENCY))
+            reason = f"{reason}; from step {back.restored_step} ({back.chosen}), because the halted state is ill"
+        elif self._resumed_from and self._status.state == admin.RUN_STATE_HALTED:
+            reason = f"{reason}; from {self._resumed_from}"
+        self._resumed_from = ""
         self._lifecycle.resume(reason)
 
     def require_adjustable(self) -> None:
@@ -418,8 +464,8 @@ class TrainingRun:
         Raises WrongStateError when the run has ended, or its live state is not what a rollback should have restored.
         """
         self._lifecycle.require_not_ended("no further checkpoint can be written")
-        if self._parts.recovery.unproven:
-            raise WrongStateError("the live state is not what was rolled back to: roll back once more first")
+        if self._unsound:
+            raise WrongStateError(self._unsound)
         return await self._parts.checkpointing.create(reason)
 
     async def capture_profile(self, active_steps: int) -> ProfileTaken:

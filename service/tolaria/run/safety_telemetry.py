@@ -17,7 +17,7 @@ from tolaria.images import SnapshotStatistics
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import TraceFailed, TraceWritten
 from tolaria.resilience.conservative import ModeChange
-from tolaria.rollback.protocol import ORIGINS, Ending, Rollback, origin_of, tier_name
+from tolaria.rollback.protocol import ORIGINS, Ending, Rollback, tier_name
 from tolaria.run.observers import RunObserver
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter
@@ -191,7 +191,10 @@ class SafetyTelemetry(RunObserver):
         self._snapshots = statistics
 
     def on_snapshots_unavailable(self, reason: str) -> None:
-        self._log.warning("no_fast_rollback", reason=reason)
+        if reason:
+            self._log.warning("no_fast_rollback", reason=reason)
+        else:
+            self._log.info("fast_rollback_available")
 
     def on_rollback_started(self, rollback: Rollback) -> None:
         rollback_id, origin = rollback.rollback_id, rollback.origin
@@ -199,7 +202,7 @@ class SafetyTelemetry(RunObserver):
 
     def on_rollback_ended(self, rollback: Rollback) -> None:
         outcome = (rollback.ending or Ending.FAILED).value
-        self._metrics.rollback_requests_total.labels(origin_of(rollback.origin), outcome).inc()
+        self._metrics.rollback_requests_total.labels(rollback.origin, outcome).inc()
         if (error := rollback.unrecorded) is not None:
             self._log.error("rollback_not_in_the_journal", rollback_id=rollback.rollback_id, error=str(error))
         if rollback.ending is Ending.RESTORED:

@@ -21,7 +21,6 @@ from tolaria import __version__
 from tolaria.emergency.protocol import HOW_TO_GO_ON, level_name
 from tolaria.images import SnapshotInfo
 from tolaria.lane.messages import EpochDone, LaneReady, Restored, StepDone
-from tolaria.rollback.protocol import origin_of
 from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.seeds import FOSSILIZED, FOSSILIZED_LEFT, NO_LIMITS, SLOTS_FREE, SeedLimits, count_in
@@ -111,12 +110,13 @@ class RunStatus:
     last_epoch: EpochDone | None = None
     training_loss: float = float("nan")
     snapshots: tuple[SnapshotInfo, ...] = ()
+    snapshots_unavailable: str = ""
     rollbacks: int = 0
     rollbacks_by_origin: dict[str, int] = field(default_factory=dict)
     best_step: int = 0
     skipped_steps: int = 0
     """Both are those of the health checks, which keep them through rollbacks and restarts."""
-    attempt: int = 0
+    attempt: int = 1
     newest_proven_step: int | None = None
     lane_phase: Callable[[], tuple[str, float]] = lambda: ("", 0.0)
     """Returns what the lane does other than steps, and for how many seconds; an empty text if it is stepping."""
@@ -176,9 +176,8 @@ class RunStatus:
         self.slots = ready.slots
         self.rewind(ready)
 
-    def rolled_back(self, requester: str) -> None:
-        """Counts a rollback that has restored its state, by the origin of its requester."""
-        origin = origin_of(requester)
+    def rolled_back(self, origin: str) -> None:
+        """Counts a rollback that has restored its state, by its origin."""
         self.rollbacks += 1
         self.rollbacks_by_origin[origin] = self.rollbacks_by_origin.get(origin, 0) + 1
 

@@ -128,7 +128,7 @@ class Host:
             parts = AdminParts(
                 run=service.run,
                 status=core.status,
-                health=core.health,
+                points=self._foundation.points,
                 safety=core.safety,
                 journal=core.journal,
                 ledger=new_ledger(core, operations),

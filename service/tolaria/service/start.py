@@ -85,6 +85,7 @@ def run(settings: Settings) -> int:
                     log_context=context,
                     open_emergencies=tuple(open_emergencies(point.state)),
                     newest_checkpoint_ns=None if point.loaded is None else point.loaded.row.at_ns,
+                    points=point.points,
                 )
                 host = Host(foundation)
                 code = anyio.run(host.serve)

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -37,6 +37,7 @@ from tolaria.run.lane_client import LaneClient, LaneHandle
 from tolaria.run.observers import Observers
 from tolaria.run.profiling import Profiles
 from tolaria.run.recovery import LaneRestorer, Recovery
+from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run import RunParts, TrainingRun
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, TAMIYO, Safeguards, Safety
@@ -84,6 +85,7 @@ class Foundation:
 
     `open_emergencies` are all that were not cleared, that halt included; `newest_checkpoint_ns` is the Unix time of
     the checkpoint that was resumed.
+    `points` are the restore points that earlier processes of the run have left.
     """
 
     settings: Settings
@@ -98,6 +100,7 @@ class Foundation:
     log_context: LogContext
     open_emergencies: tuple[EmergencyRow, ...] = ()
     newest_checkpoint_ns: int | None = None
+    points: RestorePoints = field(default_factory=RestorePoints)
 
 
 class Core:
@@ -149,6 +152,7 @@ class Core:
             breaker=self.safeguards.breakers[CHECKPOINT],
             observers=self.observers,
             journal=self.journal,
+            points=foundation.points,
             from_step=self.ready.position.global_step,
         )
 
@@ -166,6 +170,7 @@ class RunService:
         tasks.start_soon(self.consultations.serve)
         tasks.start_soon(self.recovery.serve)
         tasks.start_soon(core.checkpointing.serve)
+        tasks.start_soon(self.run.save_when_halted)
         tasks.start_soon(core.journal.serve)
         await self.run.run()
 
@@ -212,6 +217,7 @@ def new_run(core: Core, peers: Peers) -> RunService:
         checkpointing=core.checkpointing,
         boundary=EpochBoundary(consultations, _boundary_policy(settings)),
         questions=questions,
+        points=core.foundation.points,
         profiles=Profiles(core.lane, settings.profiler, safeguards=core.safeguards, observers=core.observers),
         adjustments=OperatorAdjustments(core.journal, core.status),
     )
@@ -238,7 +244,8 @@ def new_status(settings: Settings, run_id: str) -> RunStatus:
 
 def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -> Recovery:
     foundation = core.foundation
-    restorer = LaneRestorer(core.lane, core.status, foundation.storage.checkpoints, core.observers)
+    store = foundation.storage.checkpoints
+    restorer = LaneRestorer(core.lane, core.status, store, core.observers, foundation.points)
     coordinator = RollbackCoordinator(
         participants,
         restorer,
@@ -249,6 +256,7 @@ def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -
     )
     return Recovery(
         coordinator,
+        restorer,
         core.lane,
         lifecycle=core.lifecycle,
         health=core.health,

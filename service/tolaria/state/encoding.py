@@ -101,11 +101,17 @@ class Arena:
     Args:
         specs: of the tensors, in their order.
         pinned: whether to allocate pinned memory, for copies from CUDA devices.
+
+    Raises:
+        MemoryError: the memory cannot be allocated.
     """
 
     def __init__(self, specs: tuple[TensorSpec, ...], *, pinned: bool) -> None:
         self.specs = specs
-        memory = torch.empty(arena_bytes(specs), dtype=torch.uint8, pin_memory=pinned)
+        try:
+            memory = torch.empty(arena_bytes(specs), dtype=torch.uint8, pin_memory=pinned)
+        except RuntimeError as error:  # torch's allocators raise this, also for pinned memory
+            raise MemoryError(str(error).partition("\n")[0]) from error
         content, offset = memoryview(cast("Buffer", memory.numpy())), 0
         buffers: dict[str, memoryview] = {}
         for spec in specs:

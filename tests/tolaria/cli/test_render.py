@@ -214,7 +214,9 @@ def test_plain_lines_print_an_epoch_again_after_a_rollback() -> None:
 def test_restore_point_row() -> None:
     """Age and size have units; the digest is cut."""
     (fast, full) = render.restore_point_rows(restore_points(NOW_S), now_s=NOW_S + 42)
-    assert full == ("full", "45", "1", "2 h", "1.5 MiB", f"{DIGEST[:11]}…", "000000000045-0badcafe", "yes")
+    assert full == ("full", "45", "1", "2 h", "1.5 MiB", f"{DIGEST[:11]}…", "000000000045-0badcafe", "1", "proven")
+    left = RestorePoint(superseded=True, suspect=True, attempt=3)
+    assert render.restore_point_rows([left], now_s=NOW_S)[0][-2:] == ("3", "superseded, suspect")
     assert fast[3] == "42 s"
 
 

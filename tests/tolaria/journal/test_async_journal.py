@@ -118,7 +118,7 @@ async def test_queued_rows_are_written_in_order(journal: GatedJournal) -> None:
     assert await keys(journal) == ["f0", "f1", "f2", "f3", "f4", "later"]
     (newest,) = await async_journal.incidents(1)
     assert newest.incident_id == "later"
-    assert (await async_journal.restore_points(), async_journal.lost, async_journal.failing) == ((), 0, "")
+    assert (await async_journal.kept_points(), async_journal.lost, async_journal.failing) == ((), 0, "")
 
 
 async def test_serve_writes_rows_queued_after_a_pause(journal: GatedJournal) -> None:

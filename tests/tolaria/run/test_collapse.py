@@ -104,7 +104,7 @@ async def test_a_checkpoint_from_within_the_collapsed_epoch_is_no_target() -> No
         tasks.start_soon(run.run.checkpoint, "within")
         await anyio.wait_all_tasks_blocked()
         run.job.passes.release()
-        while len(await run.journal.restore_points()) < 3:
+        while len(await run.journal.kept_points()) < 3:
             await anyio.sleep(0.002)
         run.job.passes.release(100)
         await run.until(lambda: run.state in ENDED)

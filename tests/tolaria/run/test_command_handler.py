@@ -110,7 +110,7 @@ async def test_operators_change_rates_while_it_runs_and_while_it_is_paused() -> 
         (shown,) = status.adjustments
         assert (shown.origin, shown.request_id, shown.reason, shown.factor) == ("operator", "1", "calm", 0.5)
         assert shown.expires_at_step == shown.from_step + 5 == before + 5
-        run.run.resume("on")
+        await run.run.resume("on")
         await run.until(lambda: run.status.global_step > before + 40)
         assert run.run.status().learning_rates == {"host": 0.05}
         await run.run.stop("enough")

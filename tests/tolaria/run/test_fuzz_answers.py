@@ -114,7 +114,7 @@ class FuzzedRun:
     async def train(self) -> None:
         """Trains for at least one step, then holds the run again."""
         step = self.run.status.global_step
-        self.run.run.resume("on")
+        await self.run.run.resume("on")
         await self.run.until(lambda: self.run.status.global_step > step)
         await self.pause()
 

@@ -58,7 +58,7 @@ async def test_a_halt_freezes_training_until_it_is_cleared_and_resumed() -> None
         assert "halted: smoke; clear the emergency" in run.run.status().health.summary
         step, before = run.status.global_step, parameters(run)
         with pytest.raises(WrongStateError, match="clear it first"):
-            run.run.resume("now")
+            await run.run.resume("now")
         await run.run.pause("and look")
         assert run.state == "HALTED"
         assert run.status.state_reason == "emergency: smoke"
@@ -72,7 +72,7 @@ async def test_a_halt_freezes_training_until_it_is_cleared_and_resumed() -> None
             run.safety.clear_emergency("again")
         assert all(torch.equal(a, b) for a, b in zip(before, parameters(run), strict=True))
         assert run.status.global_step == step
-        run.run.resume("go on")
+        await run.run.resume("go on")
         await run.until(lambda: run.status.global_step > step)
         await run.run.stop("enough")
     assert run.sample("tolaria.emergency.halts_total") == 1
@@ -90,7 +90,7 @@ async def test_a_paused_run_is_halted_too() -> None:
         assert (await run.safety.raise_emergency(EMERGENCY_LEVEL_HALT, "smoke", run.status)).phase is Phase.ANSWERED
         assert run.state == "HALTED"
         run.safety.clear_emergency("fine")
-        run.run.resume("on")
+        await run.run.resume("on")
         await run.run.stop("enough")
         assert (await run.safety.raise_emergency(EMERGENCY_LEVEL_HALT, "late", run.status)).phase is Phase.ANSWERED
         assert run.state == "FINISHED"
@@ -109,7 +109,7 @@ async def test_a_peer_halts_the_run_through_the_board() -> None:
         await run.until(lambda: "tolaria" in acknowledgements(other, signal.signal_id))
         other.claim("operator").clear_all()
         await run.until(lambda: not run.safety.halting)
-        run.run.resume("on")
+        await run.run.resume("on")
         await run.run.stop("enough")
         other.close()
 
@@ -124,7 +124,7 @@ async def test_lower_levels_let_training_go_on(level: EmergencyLevel.ValueType) 
         assert (state.level, state.phase) == (level, Phase.ANSWERED)
         assert (run.safeguards.mode.reasons == ("emergency",)) is (level == EMERGENCY_LEVEL_CONSERVATIVE)
         assert run.run.status().emergency_level == level
-        run.run.resume("on")
+        await run.run.resume("on")
         await run.until(lambda: run.safety.controller.state.phase is Phase.CALM)
         assert not run.safeguards.mode.on
         await run.run.stop("enough")
@@ -196,7 +196,7 @@ async def test_a_halt_outlives_the_process_until_it_is_cleared() -> None:
         await run.until(lambda: run.state == "HALTED")
         assert (run.status.state_reason, run.status.global_step) == ("emergency: smoke", 0)
         run.safety.clear_emergency("no smoke")
-        run.run.resume("on")
+        await run.run.resume("on")
         await run.until(lambda: run.status.global_step > 3)
         await run.journal.flush(5)
         rows = await anyio.to_thread.run_sync(run.storage.journal.rows, EmergencyRow)

@@ -31,6 +31,7 @@ from tolaria.run.resume import (
     retention_of,
     unfinished_run,
 )
+from tolaria.values.lineage import Lineage
 
 LOCK_HOLDER = """
 import fcntl, os, sys
@@ -82,8 +83,9 @@ class Unreadable(Filesystem):
 
 def test_retention_follows_the_settings() -> None:
     """The best accuracy is the highest, the best loss the lowest."""
-    assert retention_of(CheckpointSettings(keep_last=7)) == Retention(last=7, best="highest")
-    assert retention_of(CheckpointSettings(best="loss")) == Retention(last=3, best="lowest")
+    chosen = CheckpointSettings(keep_last=7, keep_superseded=1, keep_superseded_s=60.0)
+    assert retention_of(chosen) == Retention(last=7, best="highest", superseded=1, superseded_s=60.0)
+    assert retention_of(CheckpointSettings(best="loss")).best == "lowest"
 
 
 # -- which run is resumed --------------------------------------------------------------------------------------------
@@ -320,6 +322,32 @@ def test_a_full_disk_prevents_the_start_and_is_logged_at_the_end(
     with capture_logs() as logs, prepare_state(settings(tmp_path)) as prepared, full_disk(monkeypatch):
         end_run(prepared, "finished")
     assert [line["event"] for line in logs] == ["run_end_not_recorded"]
+
+
+def test_a_crash_right_after_a_checkpoint_loses_nothing(tmp_path: Path) -> None:
+    """The checkpoint is not proven yet, and is resumed from all the same; the attempt goes on."""
+    leave_run(tmp_path, None, 3, 6)
+    with prepare_state(settings(tmp_path)) as prepared:
+        point = load_resume_point(prepared)
+        assert point.loaded is not None
+        assert (point.loaded.row.global_step, point.loaded.row.proven) == (6, 0)
+        assert point.points.lineage == Lineage()
+
+
+def test_a_suspect_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    """It is superseded, not removed, and what follows is another attempt."""
+    leave_run(tmp_path, None, 3, 6, 9)
+    with prepare_state(settings(tmp_path)) as prepared:
+        journal = prepared.storage.journal
+        newest = prepared.storage.checkpoints.restore_points()[-1]
+        journal.revise(newest.checkpoint_id, suspect=1)
+        with capture_logs() as logs:
+            point = load_resume_point(prepared)
+        assert point.loaded is not None
+        assert point.loaded.row.global_step == 6
+        assert point.points.lineage == Lineage(2, ((1, 6),))
+        assert prepared.storage.checkpoints.kept_points()[-1].state == "superseded"
+    assert [line["event"] for line in logs] == ["suspect_checkpoints_passed_over"]
 
 
 def test_the_active_halt_of_a_run_is_found(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ async def test_a_pause_takes_effect_between_two_microbatches() -> None:
         after = run.module.parameters
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         job.passes.release(100)
-        run.run.resume("go on")
+        await run.run.resume("go on")
         await run.until(lambda: run.state == "FINISHED")
     assert run.status.global_step == 2
 
@@ -87,7 +87,7 @@ async def test_pauses_do_not_change_the_result() -> None:
                     if run.state != "RUNNING":
                         break
                     await run.run.pause("look")
-                    run.run.resume("on")
+                    await run.run.resume("on")
                     await anyio.lowlevel.checkpoint()
             await run.until(lambda: run.state == "FINISHED")
         return [p.detach() for p in run.module.parameters]
@@ -105,8 +105,8 @@ async def test_pause_and_resume_are_idempotent() -> None:
         job.passes.release()
         await run.run.pause("one")
         await run.run.pause("two")
-        run.run.resume("one")
-        run.run.resume("two")
+        await run.run.resume("one")
+        await run.run.resume("two")
         assert run.state == "RUNNING"
         job.passes.release(1000)
         await run.run.stop("enough")
@@ -129,7 +129,7 @@ async def test_a_stop_finishes_the_step_and_ends_the_run() -> None:
             with pytest.raises(WrongStateError):
                 await refused
         with pytest.raises(WrongStateError):
-            run.run.resume("x")
+            await run.run.resume("x")
 
 
 async def test_a_paused_run_can_be_stopped() -> None:
@@ -163,10 +163,10 @@ async def test_several_skipped_steps_in_a_row_hold_the_run() -> None:
     async with running(run):
         await run.until(lambda: run.state == "PAUSED")
         assert run.status.state_reason == "3 steps in a row were not finite"
-        run.run.resume("go on")
+        await run.run.resume("go on")
         await run.until(lambda: run.state in {"FINISHED", "PAUSED"})
         if run.state == "PAUSED":
-            run.run.resume("go on")
+            await run.run.resume("go on")
         await run.until(lambda: run.state == "FINISHED")
     assert run.events.count("tolaria.non_finite_step") == 4
     assert run.status.global_step == 12
@@ -250,7 +250,7 @@ async def test_the_controller_can_pause_the_run() -> None:
     async with running(run):
         await run.until(lambda: run.state == "PAUSED")
         assert run.status.state_reason == "asked by test"
-        run.run.resume("looked at it")
+        await run.run.resume("looked at it")
         await run.until(lambda: run.state == "FINISHED")
 
 
@@ -373,7 +373,7 @@ async def test_a_resume_wakes_the_caller_of_an_unfinished_pause() -> None:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(run.run.pause, "look")
                 await run.until(lambda: run.state == "PAUSED")
-                run.run.resume("never mind")
+                await run.run.resume("never mind")
         job.passes.release(10**6)
         await run.run.stop("enough")
 

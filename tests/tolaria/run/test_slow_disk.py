@@ -64,6 +64,6 @@ async def test_a_disk_that_reads_too_slowly_makes_a_rollback_miss_its_deadline(h
             assert run.state == "PAUSED"
             back = await run.run.roll_back(full_rollback())
             assert back.state_digest == back.expected_digest == row.digest
-            run.run.resume("on")
+            await run.run.resume("on")
             await run.until(lambda: run.module.global_step > row.global_step + 10)
         await run.run.stop("enough")

@@ -13,15 +13,16 @@ from torch.nn import functional
 
 from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING, SEED_STAGE_PROBATIONARY, SEED_STAGE_TRAINING, SeedLifecycleStage
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
-from support.lane_driver import DrivenLane
+from support.lane_driver import DrivenLane, running
 from support.user_jobs import FrozenNorm, Line, ScaledAdam, Unfreezing
 from tolaria.config import FastPathSettings, Settings, TrainingSettings
 from tolaria.jobs import HOST, JobContext
 from tolaria.jobs.digits import DigitsOptions
 from tolaria.lane.build import build
 from tolaria.lane.fast_paths import FastPaths, spanning_compilation
-from tolaria.lane.messages import ReconcileSeeds
+from tolaria.lane.messages import EpochDone, ReconcileSeeds, RunEpoch, SeedsChanged
 from tolaria.lane.step import train_step
+from tolaria.seeds import Blueprints
 from tolaria.values.optimization import LearningRateViolation
 
 HERE = __name__
@@ -223,6 +224,68 @@ def test_a_seed_has_the_dtype_of_its_slots_input() -> None:
     assert {p.dtype for p in branch} == {torch.float32}
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in lane.module.parameters)
     assert {p.dtype for p in lane.module.parameters} == {torch.float32, torch.bfloat16}
+
+
+class Breaking(nn.Module):
+    """A branch that raises in its forward or its backward pass once it has been called often enough."""
+
+    def __init__(self, features: int, where: str) -> None:
+        super().__init__()
+        self.scale, self.where, self.calls = nn.Parameter(torch.ones(features)), where, 0
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > 3 and self.where == "forward":
+            raise ValueError("no such shape")
+        out: Tensor = h * self.scale
+        if self.calls > 3 and self.where == "backward" and out.requires_grad:
+            out.register_hook(_raise)  # type: ignore[no-untyped-call]
+        return out
+
+
+def _raise(_gradient: Tensor) -> Tensor:
+    raise ValueError("no such gradient")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_seed_that_raises_is_culled_and_the_host_goes_on(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event names the reason, and the same blueprint is refused in that slot from then on."""
+    monkeypatch.setattr(Blueprints, "build", lambda _s, _n, slot, init_seed: Breaking(slot.features, where))
+    monkeypatch.setattr(Blueprints, "check", lambda *_: None)
+    settings = Settings(training=TrainingSettings(job="support.user_jobs:Line", device="cpu", threads=1, epochs=3))
+    with running(build(settings)) as run:
+        wish = seed_state("s", SEED_STAGE_TRAINING)
+        run.done(run.send(wish))
+        run.send(RunEpoch(1))
+        run.wait_for(EpochDone)
+        changed = [event for event in run.all_of(SeedsChanged) if event.refusals]
+        assert [(seed_id, "culled: ValueError: no such" in why) for seed_id, why in changed[0].refusals] == [
+            ("a", True)
+        ]
+        assert changed[0].states == ()
+        refused = run.done(run.send(wish)).result
+        assert isinstance(refused, SeedsChanged)
+        assert [seed_id for seed_id, _ in refused.refusals] == ["a"]
+        assert "it failed" in refused.refusals[0][1]
+        run.send(RunEpoch(2))
+        run.wait_for(EpochDone, number=2)
+
+
+def test_a_seed_that_cannot_train_on_its_slots_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its branch is tried forward and backward on activations like those that the slot has received."""
+
+    class Failing(Breaking):
+        def forward(self, h: Tensor) -> Tensor:
+            raise RuntimeError(f"not for {h.dtype} of shape {tuple(h.shape)}")
+
+    monkeypatch.setattr(Blueprints, "build", lambda _s, _n, slot, init_seed: Failing(slot.features, ""))
+    monkeypatch.setattr(Blueprints, "check", lambda *_: None)
+    lane = user_lane("Line")
+    result = lane.execute(seed_state("s", SEED_STAGE_TRAINING)).result
+    assert isinstance(result, SeedsChanged)
+    assert result.states == ()
+    assert "not for torch.float32 of shape (8, 8)" in result.refusals[0][1]
+    lane.train_to(2)
 
 
 # -- train_mode ------------------------------------------------------------------------------------------------------

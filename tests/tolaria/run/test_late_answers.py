@@ -74,7 +74,7 @@ async def test_an_answer_from_before_a_rollback_is_stale_whatever_its_step() -> 
         await run.until(lambda: bool(asked))
         target = min(point.position.global_step for point in run.status.snapshots)
         await run.run.roll_back(Rollback(ROLLBACK_TIER_FAST, target, "odd", "operator"))
-        run.run.resume("on")
+        await run.run.resume("on")
         await run.until(lambda: run.status.global_step > asked[0])
         answering.set()
         await consultation.settled.wait()

@@ -14,7 +14,15 @@ from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings
 from tolaria.emergency.supervision import stacks_on_request
 from tolaria.errors import ConfigurationError, OptimizationError, RollbackError, SeedError
-from tolaria.run.resume import ResumePoint, active_halt, end_run, load_resume_point, prepare_state, run_row
+from tolaria.run.resume import (
+    ResumePoint,
+    active_halt,
+    end_run,
+    load_resume_point,
+    prepare_state,
+    require_free,
+    run_row,
+)
 from tolaria.service.host import Host
 from tolaria.service.wiring import Foundation, LaneBuild, build_lane
 from tolaria.signals import SignalBoard
@@ -38,6 +46,7 @@ def run(settings: Settings) -> int:
     dropped = metrics.telemetry_dropped_total
     stderr = sys.stderr or io.StringIO()  # None when the parent closed it
     with logging_to(stderr, settings.logging, context, on_dropped=lambda priority: dropped.labels(priority).inc()):
+        require_free(settings)  # reported at once, not only after the job has been built
         build = build_lane(settings)
         ready = build.ready
         metrics.build_info.info({"version": __version__, "torch": ready.torch_version, "device": ready.device})

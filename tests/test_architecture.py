@@ -52,15 +52,15 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "rpc": ("admin", "listing", "requests", "status"),
     "run": (
         "adjustments", "boundary", "checkpointing", "command_handler", "health", "journal_observer", "lane_client",
-        "observers", "profiling", "recovery", "resume", "run", "run_state", "safety", "safety_telemetry",
-        "seed_telemetry", "status", "training_telemetry",
+        "observers", "profiling", "recovery", "restore_points", "resume", "run", "run_state", "safety",
+        "safety_telemetry", "seed_telemetry", "status", "training_telemetry",
     ),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
     "service": ("host", "readiness", "settings_record", "start", "wiring"),
     "signals": ("board", "futex", "layout", "mapping", "seqlock", "writers"),
     "state": ("encoding", "restore", "snapshots", "training_state"),
     "telemetry": ("events", "exporter", "logging", "metrics"),
-    "values": ("encoding", "gradients", "optimization", "seeds", "training"),
+    "values": ("encoding", "gradients", "lineage", "optimization", "seeds", "training"),
 }  # fmt: skip
 """The modules of each subpackage, named by standard terms. Add new modules here and in docs/architecture.md."""
 

@@ -120,7 +120,8 @@ class CheckpointingParts:
         self.observer = CheckpointObserver()
         self.slept_s: list[float] = []
         self._awake = anyio.Event()
-        self.points = RestorePoints()
+        row = CheckpointRow("resumed", 1, "run", from_step, 1, 1, "d", None)
+        self.points = RestorePoints(resumed=row if from_step else None)
         self.checkpointing = Checkpointing(
             settings,
             started_client(self.lane, self._apply),
@@ -130,7 +131,6 @@ class CheckpointingParts:
             observers=self.observer,
             journal=AsyncJournal(storage.journal, "run"),
             points=self.points,
-            from_step=from_step,
         )
 
     @property

@@ -45,8 +45,7 @@ _SUPERSEDE_S: Final = 1.0  # one small transaction, for which the lane is held
 class Checkpointing:
     """Makes the checkpoints of one run. Used on the event loop only.
 
-    The lane captures an image at a step boundary, even while it is held; the writer's thread writes it. `from_step` is
-    the step at which the run begins in this process.
+    The lane captures an image at a step boundary, even while it is held; the writer's thread writes it.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class Checkpointing:
         observers: RunObserver,
         journal: AsyncJournal,
         points: RestorePoints,
-        from_step: int = 0,
     ) -> None:
         self._log = structlog.get_logger(__name__)
         self._settings = settings
@@ -75,6 +73,7 @@ class Checkpointing:
         self._turn = anyio.Lock()
         self._wake = anyio.Event()
         self._due = False
+        from_step = 0 if points.resumed is None else points.resumed.global_step
         self._step = self._due_from_step = self._last_step = from_step
         self._captured: dict[int, CaptureMark] = {}
         self._in_flight: WeakSet[CaptureMark] = WeakSet()
@@ -88,6 +87,11 @@ class Checkpointing:
         self._retrying = False
         self.failing = ""
         """Why the checkpoint that is due has not been made; empty if none has failed."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the settings require checkpoints at all."""
+        return bool(self._settings.every_epochs or self._settings.every_steps)
 
     # -- events, in the lane's order ---------------------------------------------------------------------------------
 

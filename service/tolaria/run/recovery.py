@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 import anyio
 import anyio.to_thread
 import structlog
 
+from leyline.v1.admin_service_pb2 import RUN_STATE_HALTED
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
 from tolaria.checkpoint.store import CheckpointStore, LoadedCheckpoint
 from tolaria.emergency import Trigger
@@ -22,7 +24,7 @@ from tolaria.errors import LaneError, NoCheckpointError, TolariaError, WrongStat
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane import messages
 from tolaria.rollback.coordinator import RollbackCoordinator
-from tolaria.rollback.protocol import HEALTH, Ending, Rollback, tier_name
+from tolaria.rollback.protocol import EMERGENCY, HEALTH, Ending, Rollback, tier_name
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.health import Health, Retreat
 from tolaria.run.lane_client import LaneClient
@@ -44,6 +46,7 @@ class LaneRestorer:
     """Finds restore points and has the lane restore them: the run's `Restorer`. Used on the event loop only.
 
     Attributes:
+        lane: the lane's client.
         points: which restore points are proven or suspect.
         origin: the checkpoint that is being restored, if it is not an ancestor of the live state; else None.
     """
@@ -56,7 +59,7 @@ class LaneRestorer:
         observers: RunObserver,
         points: RestorePoints,
     ) -> None:
-        self._lane = lane
+        self.lane = lane
         self._status = status
         self._store = store
         self._observers = observers
@@ -81,7 +84,7 @@ class LaneRestorer:
 
     async def reach_boundary(self) -> None:
         """Returns when the lane is at a step boundary. Raises LaneStoppedError if it ends first."""
-        await self._lane.reach_boundary()
+        await self.lane.reach_boundary()
 
     async def restore(self, rollback: Rollback, /) -> None:
         """Restores the target at the next step boundary and sets the restored fields of `rollback`.
@@ -96,11 +99,11 @@ class LaneRestorer:
             loaded = await self._load(rollback)
             if not self.points.lineage.includes(loaded.row.attempt, loaded.row.global_step):
                 self.origin = loaded.row
-            image_id = self._lane.images.put(loaded.image)
+            image_id = self.lane.images.put(loaded.image)
             try:
                 restored = await self._restore(rollback, image_id)
             finally:
-                self._lane.images.discard(image_id)
+                self.lane.images.discard(image_id)
         rollback.restored_step = restored.position.global_step
         rollback.state_digest, rollback.expected_digest = restored.state_digest, restored.expected_digest
         rollback.restore_ms = restored.restore_ms
@@ -108,13 +111,13 @@ class LaneRestorer:
     def forbid(self, rollback: Rollback, /) -> bool:  # noqa: ARG002 - one rollback runs at a time
         """Forbids the restore to change live state; returns False when the change has already begun."""
         self._forbidden = True
-        return self._submitted is None or self._lane.forbid_restore(self._submitted)
+        return self._submitted is None or self.lane.forbid_restore(self._submitted)
 
     async def _restore(self, rollback: Rollback, image_id: int = 0) -> messages.Restored:
         command = messages.Restore(
             rollback.destination, rollback.deadline_s, image_id, other_branch=self.origin is not None
         )
-        self._submitted = self._lane.submit(command)
+        self._submitted = self.lane.submit(command)
         done = await self._submitted
         if done.failure is not None:
             raise done.failure.error()
@@ -157,7 +160,6 @@ class Recovery:
         self,
         coordinator: RollbackCoordinator,
         restorer: LaneRestorer,
-        lane: LaneClient,
         *,
         lifecycle: Lifecycle,
         health: Health,
@@ -169,7 +171,7 @@ class Recovery:
         self._coordinator = coordinator
         self._restorer = restorer
         self._points = restorer.points
-        self._lane = lane
+        self._lane = restorer.lane
         self._lifecycle = lifecycle
         self._health = health
         self._checkpointing = checkpointing
@@ -183,8 +185,17 @@ class Recovery:
         self._recovering: Rollback | None = None
         self.unproven = False
         """Whether a failed restore has left the live state corrupt, so that it must be neither trained nor saved."""
+        self._resumed = restorer.points.resumed
+        """The checkpoint that this process has resumed from, until a resume has mentioned it."""
         self.ill = ""
         """Why the live state, on which the run is halted, must not be saved; empty for a sound one."""
+
+    @property
+    def unsound(self) -> str:
+        """Why the live state must not become a checkpoint; empty if it may."""
+        if self.unproven:
+            return "the live state is not what was rolled back to: roll back once more first"
+        return f"the live state is ill ({self.ill}): clear the emergency and resume, or roll back" if self.ill else ""
 
     @property
     def running(self) -> bool:
@@ -198,6 +209,16 @@ class Recovery:
             self._wake = anyio.Event()
             if self._current is not None:
                 await self._carry_out(*self._current)
+
+    async def save_when_halted(self) -> None:
+        """Writes a checkpoint whenever the run is halted on a sound state, until cancelled."""
+        status, checkpointing = self._status, self._checkpointing
+        while True:
+            await status.feed.until(lambda: status.state == RUN_STATE_HALTED and self._lane.is_held)
+            if checkpointing.enabled and status.global_step != checkpointing.saved_step and not self.unsound:
+                with suppress(TolariaError):  # counted and logged by checkpointing
+                    await checkpointing.create("halted")
+            await status.feed.until(lambda: status.state != RUN_STATE_HALTED)
 
     def begin(self, rollback: Rollback, on_over: Callable[[Rollback], None] = lambda _rollback: None) -> None:
         """Begins a rollback and holds the lane; `on_over` is called when it has ended.
@@ -228,6 +249,23 @@ class Recovery:
         if rollback.ending is not Ending.RESTORED:
             raise rollback.error or WrongStateError("the rollback was aborted")
         return rollback
+
+    async def leave_ill_state(self, reason: str) -> str:
+        """Goes back to a sound restore point if the live state is ill; returns the reason with the state that is live.
+
+        A run whose halt has outlived its process has resumed from the newest checkpoint that is not suspect.
+
+        Raises as `roll_back` does.
+        """
+        row, halted = self._resumed, self._status.state == RUN_STATE_HALTED
+        self._resumed = None
+        if self.ill:
+            why = f"resumed after a halt on an ill state ({self.ill}): {reason}"
+            back = await self.roll_back(Rollback(ROLLBACK_TIER_UNSPECIFIED, None, why, EMERGENCY))
+            return f"{reason}; from step {back.restored_step} ({back.chosen}), because the halted state is ill"
+        if halted and row is not None:
+            return f"{reason}; from step {row.global_step} (the newest not suspect: checkpoint {row.checkpoint_id})"
+        return reason
 
     def retreat(self, verdict: Retreat) -> None:
         """Begins the rollback that a health verdict requires, unless one is in progress or the run has ended.

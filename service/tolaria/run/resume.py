@@ -84,6 +84,14 @@ def prepare_state(settings: Settings, *, files: Filesystem | None = None) -> Ite
         yield prepared
 
 
+def require_free(settings: Settings) -> None:
+    """Raises StateHeldError if another process uses state.dir now; creates nothing."""
+    directory = Path(settings.state.dir).absolute()
+    if (directory / "lock").exists():
+        with _naming_setting(directory), _locked(directory):
+            pass
+
+
 def load_resume_point(prepared: PreparedState) -> ResumePoint:
     """Loads the newest intact checkpoint of a resumed run that is not suspect. The state may be that of another run.
 

@@ -11,16 +11,14 @@ from typing import Final, assert_never
 import anyio
 import structlog
 
-from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2 import GetStatusResponse
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_UNSPECIFIED
 from tolaria.config import Settings
 from tolaria.emergency import Trigger
 from tolaria.errors import LaneFailedError, TolariaError, WrongStateError
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane import messages
 from tolaria.lane.messages import TraceFailed
-from tolaria.rollback.protocol import EMERGENCY, Rollback
+from tolaria.rollback.protocol import Rollback
 from tolaria.run.adjustments import OperatorAdjustments
 from tolaria.run.boundary import EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
@@ -74,10 +72,6 @@ class TrainingRun:
         self._epoch_over = anyio.Event()
         self._epoch_done: messages.EpochDone | None = None
         self._stopping = False
-        self._resumed_from = ""
-        """The checkpoint that this process has resumed from, until a resume after a halt has mentioned it."""
-        if (row := parts.points.resumed) is not None:
-            self._resumed_from = f"step {row.global_step} (the newest not suspect: checkpoint {row.checkpoint_id})"
         self._dropped = DroppedSeeds()
         self.ending: RunOutcome = "drained"
         """How the run leaves this process, once it has ended."""
@@ -185,31 +179,14 @@ class TrainingRun:
 
         With `hold` the lane is held from now on: the captured state is the last one of this process.
         """
-        if not (self._settings.checkpoint.every_epochs or self._settings.checkpoint.every_steps):
+        if not self._parts.checkpointing.enabled:
             return
         if hold:
             self._lane.hold("exit")
         with anyio.move_on_after(_LAST_CHECKPOINT_S), suppress(TolariaError):  # counted and logged by checkpointing
             await self._wait_for_rollback()
-            if not self._unsound:
+            if not self._parts.recovery.unsound:
                 await self._parts.checkpointing.create(reason)
-
-    @property
-    def _unsound(self) -> str:
-        """Why the live state must not become a checkpoint; empty if it may."""
-        if self._parts.recovery.unproven:
-            return "the live state is not what was rolled back to: roll back once more first"
-        if ill := self._parts.recovery.ill:
-            return f"the live state is ill ({ill}): clear the emergency and resume, or roll back"
-        return ""
-
-    async def save_when_halted(self) -> None:
-        """Writes a checkpoint whenever the run is halted on a sound state, until cancelled."""
-        while True:
-            await self._status.feed.until(lambda: self._status.state == admin.RUN_STATE_HALTED and self._lane.is_held)
-            if self._status.global_step != self._parts.checkpointing.saved_step:
-                await self._last_checkpoint("halted")
-            await self._status.feed.until(lambda: self._status.state != admin.RUN_STATE_HALTED)
 
     # -- events of the lane, in its order ----------------------------------------------------------------------------
 
@@ -416,22 +393,13 @@ class TrainingRun:
         )
 
     async def resume(self, reason: str) -> None:
-        """Resumes a held run. A run that is halted on an ill state first goes back to a sound restore point.
+        """Resumes a held run, which leaves an ill state first, as `Recovery.leave_ill_state` does.
 
-        Raises:
-            WrongStateError: the run has ended or is ending, or an emergency halts it.
-            TolariaError: there is no sound restore point; the run stays halted.
+        Raises WrongStateError when the run has ended or is ending, or an emergency halts it.
         """
         if self._parts.safety.halting:
             raise WrongStateError("an emergency halts the run: clear it first")
-        if self._parts.recovery.ill:
-            why = f"resumed after a halt on an ill state ({self._parts.recovery.ill}): {reason}"
-            back = await self._parts.recovery.roll_back(Rollback(ROLLBACK_TIER_UNSPECIFIED, None, why, EMERGENCY))
-            reason = f"{reason}; from step {back.restored_step} ({back.chosen}), because the halted state is ill"
-        elif self._resumed_from and self._status.state == admin.RUN_STATE_HALTED:
-            reason = f"{reason}; from {self._resumed_from}"
-        self._resumed_from = ""
-        self._lifecycle.resume(reason)
+        self._lifecycle.resume(await self._parts.recovery.leave_ill_state(reason))
 
     def require_adjustable(self) -> None:
         """Raises WrongStateError when the run has ended, so that no learning rate can be adjusted."""
@@ -464,8 +432,8 @@ class TrainingRun:
         Raises WrongStateError when the run has ended, or its live state is not what a rollback should have restored.
         """
         self._lifecycle.require_not_ended("no further checkpoint can be written")
-        if self._unsound:
-            raise WrongStateError(self._unsound)
+        if unsound := self._parts.recovery.unsound:
+            raise WrongStateError(unsound)
         return await self._parts.checkpointing.create(reason)
 
     async def capture_profile(self, active_steps: int) -> ProfileTaken:

@@ -67,7 +67,8 @@ class Host:
             self._log.info("serving", grpc=str(server.address), metrics=self._metrics_address, run_id=status.run_id)
             await self._train(service, server)
             self.ending = service.run.ending
-        self._log.info("stopped", state=state_name(status.state), reason=status.state_reason)
+        state, reason = state_name(status.state), status.state_reason
+        self._log.info("stopped", state=state, outcome=self.ending, reason=reason)
         return 0 if status.state == admin.RUN_STATE_FINISHED else 1
 
     async def _train(self, service: RunService, server: GrpcServer) -> None:

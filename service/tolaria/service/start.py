@@ -25,6 +25,7 @@ from tolaria.run.resume import (
     load_resume_point,
     open_emergencies,
     prepare_state,
+    require_free,
     run_row,
 )
 from tolaria.service import settings_record
@@ -54,6 +55,7 @@ def run(settings: Settings) -> int:
     with logging_to(stderr, settings.logging, context, on_dropped=partial(_count_dropped, metrics)):
         for notice in settings.notices:
             structlog.get_logger().warning("setting_retired", detail=notice)
+        require_free(settings)  # reported at once, not only after the job has been built
         build = build_lane(settings)
         ready = build.ready
         metrics.build_info.info({"version": __version__, "torch": ready.torch_version, "device": ready.device})

@@ -153,7 +153,6 @@ class Core:
             observers=self.observers,
             journal=self.journal,
             points=foundation.points,
-            from_step=self.ready.position.global_step,
         )
 
 
@@ -170,7 +169,7 @@ class RunService:
         tasks.start_soon(self.consultations.serve)
         tasks.start_soon(self.recovery.serve)
         tasks.start_soon(core.checkpointing.serve)
-        tasks.start_soon(self.run.save_when_halted)
+        tasks.start_soon(self.recovery.save_when_halted)
         tasks.start_soon(core.journal.serve)
         await self.run.run()
 
@@ -257,7 +256,6 @@ def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -
     return Recovery(
         coordinator,
         restorer,
-        core.lane,
         lifecycle=core.lifecycle,
         health=core.health,
         checkpointing=core.checkpointing,

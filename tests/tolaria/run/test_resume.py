@@ -28,6 +28,7 @@ from tolaria.run.resume import (
     end_run,
     load_resume_point,
     prepare_state,
+    require_free,
     retention_of,
     unfinished_run,
 )
@@ -247,6 +248,17 @@ def test_a_run_that_cannot_be_read_at_present_is_not_given_up(tmp_path: Path) ->
 
 
 # -- the directory ---------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_in_use_is_reported_before_anything_is_built(tmp_path: Path) -> None:
+    """The check creates nothing and leaves a free directory free."""
+    require_free(settings(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+    with prepare_state(settings(tmp_path)), pytest.raises(StateHeldError):
+        require_free(settings(tmp_path))
+    require_free(settings(tmp_path))
+    with prepare_state(settings(tmp_path)):
+        pass
 
 
 def test_a_directory_serves_one_process_at_a_time(tmp_path: Path) -> None:

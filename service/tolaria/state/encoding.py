@@ -174,6 +174,25 @@ def decode(value: JsonValue, take: TakeTensor) -> object:
             return value
 
 
+class KeptValues:
+    """Nested values, kept with copies of their tensors.
+
+    Raises StateUnsupportedError as `encode` does.
+    """
+
+    def __init__(self, values: object, name: str) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._encoded = encode(values, name, self._keep)
+
+    def values(self) -> Any:
+        """Returns the values, with new copies of the tensors."""
+        return decode(self._encoded, lambda reference: self._tensors[cast("str", reference[TENSOR_KEY])].clone())
+
+    def _keep(self, name: str, tensor: Tensor) -> JsonValue:
+        self._tensors[name] = tensor.detach().clone()
+        return {TENSOR_KEY: name}
+
+
 def encode_plain(value: object, name: str) -> JsonValue:
     """`encode` for values without tensors."""
     return encode(value, name, _refuse_tensor)

@@ -18,10 +18,10 @@ from tolaria.images import StateImage
 from tolaria.state.encoding import (
     DTYPES,
     TENSOR_KEY,
+    KeptValues,
     capture_rngs,
     decode,
     decode_plain,
-    encode,
     encode_plain,
     restore_rngs,
     spec_of,
@@ -69,7 +69,7 @@ class StagedRestore:
         _check_parts(state, self.values)
         topology = state.topology
         self.changes_topology = (
-            topology is not None and encode_plain(dict(topology.state_dict()), "topology") != self.values["topology"]
+            topology is not None and encode_plain(topology.state_dict(), "topology") != self.values["topology"]
         )
 
     def commit(self, expired: Callable[[], bool] | None = None) -> None:
@@ -95,9 +95,11 @@ class StagedRestore:
                 _load_topology(state, self.values)
             plan = _Plan(state, self._image, self.values)
             for name, part in state.parts.items():
-                undo.callback(_put_back, name, part, _copy_of(name, part))
+                if name not in self.values["parts"]:
+                    continue
+                undo.callback(_put_back, name, part, KeptValues(dict(part.state_dict()), f"parts/{name}"))
                 try:
-                    part.load_state_dict(plan.part_state(self.values["parts"][name]))
+                    part.load_state_dict(plan.part(self.values["parts"][name]))
                 except _REFUSALS as error:
                     raise StateMismatchError([f"parts/{name}: {type(error).__name__}: {error}"]) from error
             if expired is not None and expired():
@@ -106,32 +108,20 @@ class StagedRestore:
             undo.pop_all()
 
 
-def _copy_of(name: str, part: StatePart) -> dict[str, Any]:
-    """Returns the part's present state with copies of its tensors."""
-    tensors: dict[str, Tensor] = {}
-
-    def put(key: str, tensor: Tensor) -> JsonValue:
-        tensors[key] = tensor.detach().clone()
-        return {TENSOR_KEY: key}
-
-    values = encode(dict(part.state_dict()), f"parts/{name}", put)
-    return cast("dict[str, Any]", decode(values, lambda reference: tensors[cast("str", reference[TENSOR_KEY])]))
-
-
-def _put_back(name: str, part: StatePart, before: dict[str, Any]) -> None:
+def _put_back(name: str, part: StatePart, before: KeptValues) -> None:
     try:
-        part.load_state_dict(before)
+        part.load_state_dict(before.values())
     except _REFUSALS as error:  # not a StateMismatchError, which would mean that nothing has changed
         raise RuntimeError(f"parts/{name} does not load its own previous state: {error}") from error
 
 
-def _structure(state: JsonValue) -> dict[str, JsonValue]:
+def _part_state(state: JsonValue) -> dict[str, JsonValue]:
     return cast("dict[str, JsonValue]", decode_plain(state))
 
 
 def _load_topology(state: TrainingState, values: Mapping[str, Any]) -> None:
     if state.topology is not None:
-        state.topology.load_state_dict(_structure(values["topology"]))
+        state.topology.load_state_dict(_part_state(values["topology"]))
 
 
 def _restore_topology(state: TrainingState, before: StateImage) -> None:
@@ -144,7 +134,9 @@ def _restore_topology(state: TrainingState, before: StateImage) -> None:
 
 
 def _check_parts(state: TrainingState, values: Mapping[str, Any]) -> None:
-    problems = _name_problems({f"parts/{name}" for name in state.parts}, {f"parts/{name}" for name in values["parts"]})
+    captured = {f"parts/{name}" for name in values["parts"]}
+    required = {f"parts/{name}" for name in state.parts if name in values["parts"] or name not in state.optional}
+    problems = _name_problems(required, captured)
     if (values["topology"] is None) != (state.topology is None):
         problems.append("topology: in one of the two only")
     if problems:
@@ -221,11 +213,15 @@ class _Plan:
         rng_tensors = {name: self._source(name) for name in self._specs if name.startswith("rng/")}
         self._rngs = rng_tensors, values["rng"]
 
-    def part_state(self, state: JsonValue) -> dict[str, Any]:
-        """Returns a part's state in the image, with copies of its tensors."""
-        return cast(
-            "dict[str, Any]", decode(state, lambda ref: self._source(cast("str", ref[TENSOR_KEY])).detach().clone())
-        )
+    def part(self, encoded: JsonValue) -> dict[str, Any]:
+        """Returns the state of a part, with new tensors."""
+        device = next(iter(self._parameters.values())).device
+
+        def take(ref: Mapping[str, JsonValue]) -> Tensor:
+            home = device if ref.get("home") == "device" else _CPU
+            return self._source(cast("str", ref[TENSOR_KEY])).to(home, copy=True)
+
+        return cast("dict[str, Any]", decode(encoded, take))
 
     def apply(self) -> None:
         """Changes the live state. Synchronises with the devices involved."""

@@ -39,8 +39,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "jobs": ("data", "digits", "indexed", "job", "loader", "randomness", "workers"),
     "journal": ("async_journal", "database", "reader", "rows"),
     "lane": (
-        "build", "commands", "device", "fast_paths", "gradient_merge", "lane", "messages", "profiling",
-        "seed_training", "snapshot_manager", "step", "train_module",
+        "build", "commands", "device", "fast_paths", "first_look", "gradient_merge", "job_output", "lane", "messages",
+        "profiling", "seed_training", "snapshot_manager", "step", "train_module",
     ),
     "optimization": (
         "adjustments", "groups", "hyperparameters", "lr_controller", "optimizer_manager", "schedules", "state_transfer",
@@ -66,6 +66,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
 
 EXEMPT_PROTOCOLS: dict[str, str] = {
     "TrainingJob": "jobs are the user's own",
+    "TrainModeJob": "jobs are the user's own",
     "BatchCursor": "data may be the user's own",
     "StatefulJob": "jobs are the user's own",
     "StatefulLoader": "loaders may be the user's own",
@@ -89,7 +90,9 @@ BROAD_EXCEPT_ALLOWED = {
     "jobs/loader.py": "reads the user's own data",
     "jobs/workers.py": "reads the user's own data",
     "seeds/blueprints.py": "calls the user's own code",
-    "lane/build.py": "calls the user's own code",
+    "seeds/slots.py": "calls the user's own code",
+    "lane/first_look.py": "calls the user's own code",
+    "lane/fast_paths.py": "tries kernels of torch, which raise several kinds of errors",
     "lane/lane.py": "calls the user's own code",
     "optimization/optimizer_manager.py": "calls the user's own optimizer",
     "checkpoint/writer.py": "passes the error on in a future, and raises defects again",

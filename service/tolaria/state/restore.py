@@ -69,7 +69,7 @@ class StagedRestore:
         _check_parts(state, self.values)
         topology = state.topology
         self.changes_topology = (
-            topology is not None and encode_plain(dict(topology.state_dict()), "topology") != self.values["topology"]
+            topology is not None and encode_plain(topology.state_dict(), "topology") != self.values["topology"]
         )
 
     def commit(self, expired: Callable[[], bool] | None = None) -> None:
@@ -115,13 +115,13 @@ def _put_back(name: str, part: StatePart, before: KeptValues) -> None:
         raise RuntimeError(f"parts/{name} does not load its own previous state: {error}") from error
 
 
-def _structure(state: JsonValue) -> dict[str, JsonValue]:
+def _part_state(state: JsonValue) -> dict[str, JsonValue]:
     return cast("dict[str, JsonValue]", decode_plain(state))
 
 
 def _load_topology(state: TrainingState, values: Mapping[str, Any]) -> None:
     if state.topology is not None:
-        state.topology.load_state_dict(_structure(values["topology"]))
+        state.topology.load_state_dict(_part_state(values["topology"]))
 
 
 def _restore_topology(state: TrainingState, before: StateImage) -> None:

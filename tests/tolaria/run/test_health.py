@@ -174,7 +174,7 @@ def test_an_ordinary_run_proceeds(losses: list[float]) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_norms_that_scatter_log_normally_proceed(seed: int) -> None:
     """As those of a sound run do late in training, far beyond five times their average now and then."""
-    draw = random.Random(seed)
+    draw = random.Random(seed)  # noqa: S311 - a repeatable draw is wanted
     health, record, highest = Averages(), Record(), 0.0
     for number in range(4000):
         decay = math.exp(-number / 500)  # while it converges

@@ -118,7 +118,7 @@ def train(directory: Path, seed: int, report: Report) -> None:
             emitter=Emitter(),
             log_context=LogContext(),
         )
-        anyio.run(serve, Core(foundation), random.Random(seed), report)
+        anyio.run(serve, Core(foundation), random.Random(seed), report)  # noqa: S311 - chance, not secrets
 
 
 async def serve(core: Core, generator: random.Random, report: Report) -> None:
@@ -131,7 +131,7 @@ async def serve(core: Core, generator: random.Random, report: Report) -> None:
 
 def kill_runs(kills: int, seed: int) -> list[str]:
     """Kills one run in one directory at random moments; returns the problems found, as sentences."""
-    generator = random.Random(seed)
+    generator = random.Random(seed)  # noqa: S311 - chance, not secrets
     problems: list[str] = []
     seen = {"committed": 0, "restored": 0, "refused": 0}
     required: dict[str, Any] = {}

@@ -44,7 +44,7 @@ def test_every_generator_is_part_of_the_state(training: Training, generator: str
     """Drawing a number changes the digest; after a restore the same number is drawn."""
     draws: dict[str, Callable[[], float]] = {
         "torch": lambda: torch.rand(1).item(),
-        "numpy": lambda: float(np.random.normal()),
+        "numpy": lambda: float(np.random.normal()),  # noqa: NPY002
         "python": lambda: random.gauss(0, 1),
     }
     draw = draws[generator]

@@ -39,8 +39,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "jobs": ("data", "digits", "indexed", "job", "loader", "randomness", "workers"),
     "journal": ("async_journal", "database", "reader", "rows"),
     "lane": (
-        "build", "commands", "device", "fast_paths", "first_look", "gradient_merge", "job_output", "lane", "messages",
-        "profiling", "seed_training", "snapshot_manager", "step", "train_module",
+        "buffers", "build", "commands", "device", "fast_paths", "first_look", "gradient_merge", "job_output", "lane",
+        "messages", "parameter_check", "profiling", "seed_training", "snapshot_manager", "step", "train_module",
     ),
     "optimization": (
         "adjustments", "groups", "hyperparameters", "lr_controller", "optimizer_manager", "schedules", "state_transfer",
@@ -51,8 +51,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "rollback": ("coordinator", "protocol"),
     "rpc": ("admin", "listing", "requests", "status"),
     "run": (
-        "adjustments", "boundary", "checkpointing", "command_handler", "health", "journal_observer", "lane_client",
-        "observers", "profiling", "recovery", "restore_points", "resume", "run", "run_state", "safety",
+        "adjustments", "boundary", "checkpointing", "command_handler", "health", "health_record", "journal_observer",
+        "lane_client", "observers", "profiling", "recovery", "restore_points", "resume", "run", "run_state", "safety",
         "safety_telemetry", "seed_telemetry", "status", "training_telemetry",
     ),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
@@ -60,7 +60,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "signals": ("board", "futex", "layout", "mapping", "seqlock", "writers"),
     "state": ("encoding", "restore", "snapshots", "training_state"),
     "telemetry": ("events", "exporter", "logging", "metrics"),
-    "values": ("encoding", "gradients", "lineage", "optimization", "seeds", "training"),
+    "values": ("encoding", "gradients", "lineage", "loss_window", "optimization", "seeds", "training"),
 }  # fmt: skip
 """The modules of each subpackage, named by standard terms. Add new modules here and in docs/architecture.md."""
 

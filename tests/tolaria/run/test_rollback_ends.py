@@ -13,7 +13,7 @@ from support.admin import serving_run, stub_of
 from support.rollbacks import FakeParticipant
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.emergency import Trigger
-from tolaria.errors import RestoreAbandonedError, RestoreUnprovenError, WrongStateError
+from tolaria.errors import RestoreUnprovenError, WrongStateError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.rollback.protocol import Rollback
 from tolaria.run.health import RateCut, Retreat
@@ -181,7 +181,7 @@ async def test_the_log_names_the_skipped_batches() -> None:
     (line,) = [line for line in logs if line["event"] == "batches_left_out"]
     assert (3, 4) in line["epochs_and_places"]
     assert line["count"] == len(line["epochs_and_places"])
-    assert line["count_in_all"] == len(run.module.skipped.batches)
+    assert line["count_in_all"] == len(run.module.skipped)
 
 
 async def test_a_journal_that_hangs_while_superseding_does_not_hold_the_lane(monkeypatch: pytest.MonkeyPatch) -> None:

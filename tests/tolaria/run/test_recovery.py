@@ -11,7 +11,7 @@ import anyio.to_thread
 import pytest
 from structlog.testing import capture_logs
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, RollbackTier
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
 from support.disks import FailingDisk
 from support.lanes import FakeLane, small_image, started_client
 from support.rollbacks import FakeBoard, FakeJournal

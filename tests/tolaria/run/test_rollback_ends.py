@@ -13,7 +13,7 @@ from support.admin import serving_run, stub_of
 from support.rollbacks import FakeParticipant
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.emergency import Trigger
-from tolaria.errors import RestoreUnprovenError, WrongStateError
+from tolaria.errors import RestoreAbandonedError, RestoreUnprovenError, WrongStateError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.rollback.protocol import Rollback
 from tolaria.run.health import RateCut, Retreat

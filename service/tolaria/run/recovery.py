@@ -308,9 +308,9 @@ class Recovery:
         named_tier = rollback.tier
         try:
             await self._coordinator.run(rollback)
-            if (tier := _other_try(rollback, named_tier)) is not None:
+            if (second := await self._second_try(rollback, named_tier)) is not None:
                 self._observers.on_rollback_ended(rollback)
-                first, rollback = rollback, rollback.again(tier)
+                first, rollback = rollback, second
                 self._current = (rollback, on_over)
                 self._observers.on_rollback_started(rollback)
                 await self._coordinator.run(rollback)
@@ -323,6 +323,17 @@ class Recovery:
             self._over.set()
         on_over(rollback)
         self._lifecycle.changed()
+
+    async def _second_try(self, rollback: Rollback, named_tier: RollbackTier.ValueType) -> Rollback | None:
+        """Returns the rollback that replaces a failed one; None if there is no other restore point to try."""
+        tier = _other_tier(rollback, named_tier)
+        if tier is None:
+            return None
+        try:
+            await self._restorer.choose(rollback.again(tier))
+        except TolariaError:  # the first failure is the one to report
+            return None
+        return rollback.again(tier)
 
     async def _follow_up(self, rollback: Rollback) -> None:
         """Does what has to be done before the lane is released, depending on how the rollback ended."""
@@ -384,7 +395,7 @@ class Recovery:
         return None
 
 
-def _other_try(rollback: Rollback, named_tier: RollbackTier.ValueType) -> RollbackTier.ValueType | None:
+def _other_tier(rollback: Rollback, named_tier: RollbackTier.ValueType) -> RollbackTier.ValueType | None:
     """Returns the tier of a second try; None if there is none.
 
     One that missed its deadline tries the other tier. One whose snapshot was overwritten while the lane was on its way

@@ -177,7 +177,10 @@ async def test_waiting_for_a_long_step_is_reported_apart() -> None:
     rollback = {**BUDGETS, "every_steps": 1, "fast_budget_s": 1.0}
     run = new_run(FakePeers(), job="GatedJob", sections={"rollback": rollback}, epochs=10**6)
     async with running(run):
-        run.job.passes.release(2)
+        for _ in range(2):
+            await anyio.to_thread.run_sync(run.job.entered.acquire)
+            run.job.passes.release()
+        await anyio.to_thread.run_sync(run.job.entered.acquire)  # within the third step
         await run.until(lambda: run.status.global_step == 2)
         back = Rollback(FAST, 1, "back", "operator")
         async with anyio.create_task_group() as tasks:

@@ -13,11 +13,12 @@ from support.admin import serving_run, stub_of
 from support.rollbacks import FakeParticipant
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.emergency import Trigger
-from tolaria.errors import RestoreUnprovenError, WrongStateError
+from tolaria.errors import RestoreAbandonedError, RestoreUnprovenError, WrongStateError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.rollback.protocol import Rollback
 from tolaria.run.health import RateCut, Retreat
 from tolaria.run.recovery import LaneRestorer
+from tolaria.values.lineage import Lineage
 
 pytestmark = pytest.mark.anyio
 
@@ -84,7 +85,10 @@ async def test_a_missed_deadline_is_reported_while_the_lane_is_held(monkeypatch:
     monkeypatch.setattr(LaneRestorer, "restore", never)
     async with running(run):
         await run.until(lambda: run.status.global_step > 10)
-        run.recovery.retreat(Retreat("odd", 10, (), RateCut(0.5, 3)))
+        with pytest.raises(RestoreAbandonedError):
+            await run.run.roll_back(fast())
+        assert held == []  # an operator's missed rollback halts nothing
+        run.recovery.retreat(Retreat("odd", run.status.global_step, (), RateCut(0.5, 3)))
         await run.until(lambda: not run.recovery.running)
         assert held == [True]
         await run.run.stop("enough")
@@ -143,19 +147,25 @@ async def test_the_duration_is_observed_also_when_no_step_follows() -> None:
         await run.run.stop("enough")
 
 
-async def test_the_default_target_is_the_newest_stable_restore_point() -> None:
-    """Points after the last healthy step are listed as not stable, and are no default target."""
-    run = endless()
+async def test_the_default_target_is_the_newest_proven_restore_point() -> None:
+    """Points that no sound losses have followed are listed as not stable, and are no default target."""
+    run = endless(every_steps=1)
     async with running(run), serving_run(run) as channel:
         stub = stub_of(channel)
         await run.until(lambda: run.status.global_step > 20)
         await run.run.pause("look")
         run.health.healthy_step = 8
         points = (await stub.ListRestorePoints(admin.ListRestorePointsRequest())).restore_points
-        assert {point.global_step for point in points if point.stable} <= {0, 3, 6}
-        assert max(point.global_step for point in points) > 8
+        proven = [point.global_step for point in points if point.stable]
+        assert max(proven) < max(point.global_step for point in points)
+        assert all(point.HasField("created_at") for point in points)
         back = await stub.TriggerRollback(admin.TriggerRollbackRequest(request_id="a", reason="odd"))
-        assert back.restored_step == 6
+        assert (back.restored_step, back.chosen, back.attempt) == (
+            max(proven),
+            "the newest proven one: the snapshot",
+            2,
+        )
+        assert 0 < back.restored_ms <= back.latency_ms
         await run.run.stop("enough")
 
 
@@ -177,10 +187,10 @@ async def test_a_journal_that_hangs_while_superseding_does_not_hold_the_lane(mon
     """The rollback ends, training continues, and the log says that the checkpoints were not superseded."""
     run = endless()
 
-    async def never(_self: AsyncJournal, _step: int) -> None:
+    async def never(_self: AsyncJournal, _lineage: Lineage, _detail: str) -> None:
         await anyio.sleep_forever()
 
-    monkeypatch.setattr(AsyncJournal, "supersede_after", never)
+    monkeypatch.setattr(AsyncJournal, "follow", never)
     with capture_logs() as logs:
         async with running(run):
             await run.until(lambda: run.status.global_step > 10)
@@ -188,4 +198,5 @@ async def test_a_journal_that_hangs_while_superseding_does_not_hold_the_lane(mon
                 await run.run.roll_back(fast(3))
             await run.until(lambda: run.status.global_step > 10)
             await run.run.stop("enough")
-    assert [line["after_step"] for line in logs if line["event"] == "checkpoints_not_superseded"] == [3]
+    (line,) = [line for line in logs if line["event"] == "checkpoints_not_superseded"]
+    assert line["detail"] == "rolled back to step 3: the journal did not answer"

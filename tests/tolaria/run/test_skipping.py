@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import anyio.to_thread
 import pytest
 
 from leyline.v1.commands_pb2 import AdaptationCommand
@@ -98,7 +97,7 @@ async def test_an_operators_rollback_to_an_early_point_is_no_explosion() -> None
     async with running(run):
         await run.until(lambda: run.status.global_step >= 6)
         await run.run.checkpoint("early")
-        (row,) = await anyio.to_thread.run_sync(run.storage.checkpoints.restore_points)
+        (row,) = await run.journal.kept_points()
         await run.until(lambda: run.status.global_step > 400)
         back = await run.run.roll_back(Rollback(ROLLBACK_TIER_FULL, row.global_step, "again", "operator"))
         assert back.restored_step == row.global_step

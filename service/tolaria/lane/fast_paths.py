@@ -164,20 +164,21 @@ class FastPaths:
         self.running["compile"] = "on"
         self._refused_frames = _refused_frames()
 
-    def check_compilation(self) -> bool:
-        """Reports `compile` as off once torch runs parts of the model uncompiled; returns whether it has just begun to.
+    def new_compile_fallback(self) -> str:
+        """Returns why torch runs parts of the model uncompiled, once after it has begun to; empty otherwise.
 
-        So it does when a graph has been compiled anew too often (its `recompile_limit`), or not at all.
+        It does so where a function has been compiled too often (its `recompile_limit`), or cannot be. Then `compile` is
+        off in `descriptions`.
         """
         if "compile" not in self.running or _refused_frames() <= self._refused_frames:
-            return False
+            return ""
         del self.running["compile"]
         reasons = torch._dynamo.utils.counters["unimplemented"]  # noqa: SLF001 - torch has no public account of it
         limit = any("recompile limit" in reason for reason in reasons)
         why = "one function was compiled as often as torch allows" if limit else "torch could not compile them"
         self.fallbacks["compile"] = f"parts of the model run uncompiled: {why}"
         self.failed.append("compile")
-        return True
+        return self.fallbacks["compile"]
 
     def _choose_amp(self, wanted: str) -> None:
         if wanted == "auto":

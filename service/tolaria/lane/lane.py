@@ -299,6 +299,7 @@ class ThreadLane:
             seeds=seeds,
             gradients=gradients,
             adjustments=controller.adjustments,
+            compile_fallback=module.fast_paths.new_compile_fallback(),
         )
         self._events.put(event)
 

@@ -314,7 +314,10 @@ class RegimeBegun:
 
 @dataclass(frozen=True, slots=True)
 class EpochDone:
-    """The steps of an epoch and its evaluation are done. `training_loss` is the mean over the epoch's finite steps."""
+    """The steps of an epoch and its evaluation are done. `training_loss` is the mean over the epoch's finite steps.
+
+    `compile_fallback` is why parts of the model run uncompiled since this epoch; empty otherwise.
+    """
 
     epoch: int
     global_step: int
@@ -329,6 +332,7 @@ class EpochDone:
     seeds: tuple[SeedState, ...] = ()
     gradients: SeedMetricSet | None = None
     adjustments: tuple[ActiveAdjustment, ...] = ()
+    compile_fallback: str = ""
 
 
 @dataclass(frozen=True, slots=True)

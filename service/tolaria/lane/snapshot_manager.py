@@ -72,6 +72,11 @@ class SnapshotManager:
             events.append(SnapshotsChanged(self._ring.snapshots(), self._ring.statistics()))
         return events
 
+    @property
+    def ring_bytes(self) -> int:
+        """Bytes that the ring holds, spare memory included; not those of images beside it."""
+        return self._ring.statistics().size_bytes
+
     def epoch_begins(self) -> None:
         """Takes the first snapshot, so that there is a restore point from the first step on."""
         if not self._ring.statistics().snapshots:
@@ -97,6 +102,7 @@ class SnapshotManager:
             if isinstance(taken, Declined) and taken.allocation_error:
                 reason = f"no memory for {taken.size_bytes / _MIB:.0f} MiB: {taken.allocation_error}"
             elif isinstance(taken, Position) and (lease := ring.hold(taken.global_step)) is not None:
+                self._spare.forget_after(-1)  # its memory is used again as soon as the lease ends
                 return lease
         raise NoCheckpointError(reason)
 

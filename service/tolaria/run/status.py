@@ -196,6 +196,8 @@ class RunStatus:
         self.last_epoch = epoch
         self.training_loss = epoch.training_loss
         self._take_over(epoch)
+        if epoch.compile_fallback:
+            self.fast_paths["compile"] = f"off: {epoch.compile_fallback}"
         if epoch.gradients is not None:
             self.conflict_ratio = epoch.gradients.conflict_ratio
 

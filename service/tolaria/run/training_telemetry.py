@@ -123,6 +123,9 @@ class TrainingTelemetry(RunObserver):
         self._step = status.global_step
 
     def on_epoch(self, epoch: EpochDone, *, show_layers: bool) -> None:
+        if epoch.compile_fallback:
+            self._metrics.train_compile_enabled.set(0)
+            self._emitter.emit(events.COMPILE_FALLBACK, path="compile", detail=epoch.compile_fallback)
         del show_layers
         metrics = self._metrics
         metrics.training_loss.set(epoch.training_loss)

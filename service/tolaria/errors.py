@@ -141,16 +141,7 @@ class NoGradientsError(GradientError, RuntimeError):
 
 
 class UnmergeableParameterError(GradientError, JobError):
-    """The gradients of several sources cannot be merged over the parameter `name`."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
-        super().__init__(
-            f"gradients of several sources cannot be merged over parameter {name!r}: {reason}; "
-            "gradients.mode = sum does not require this",
-            name,
-            reason,
-        )
+    """The gradients of several sources cannot be merged over a parameter, which the message names."""
 
 
 class GradientMismatchError(GradientError):

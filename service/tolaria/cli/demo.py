@@ -40,8 +40,10 @@ _WRONG_SETTINGS = 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 DEMO_SETTINGS: Final[Mapping[str, object]] = {
-    # A host that needs its seeds, a third of the images for each of two seeds, and a corrupt shard on the way.
+    # A host that needs its seeds, half of the images for each of two seeds, and a corrupt shard on the way.
     "training.options": {"host": "thumbnail", "learning_rate": 0.1, "seed_sources": 2, "poison_epoch": 40},
+    # The host learns at a high rate, so that it soon gains no more; for a seed a tenth of it would be too much.
+    "optimizer.seed_factor": 0.05,
     # Boundaries wait for the controller, so that the run and the one without seeds differ in the seeds alone.
     "training.deterministic": True,
     "control.boundary_budget_ms": 500,

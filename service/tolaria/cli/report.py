@@ -29,7 +29,7 @@ class SeedSummary:
     epoch_ended: int | None = None  # fossilized or culled
     accuracy_before: float | None = None  # the last one before the seed began to blend
     accuracy_after: float | None = None  # the one when the seed ended, or the latest; None if it has never blended
-    rows: int = 0  # statuses in which its gradient had a row of its own
+    rows: int = 0  # statuses in which its gradient had a row
     weight: float = 0.0  # the largest of its row
     share: float = 0.0  # the largest of all rows' norms
     conflicts: float = 0.0  # sum of its conflict ratios

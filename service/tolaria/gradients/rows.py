@@ -108,10 +108,12 @@ def row_dtype(shared: Sequence[tuple[str, Tensor]]) -> torch.dtype:
     """
     device = shared[0][1].device
     for name, parameter in shared:
-        if not parameter.is_floating_point():
-            raise UnmergeableParameterError(name, f"it is {parameter.dtype}, which is not a real floating-point type")
-        if parameter.device != device:
-            raise UnmergeableParameterError(name, f"it is on {parameter.device}, but {shared[0][0]!r} is on {device}")
+        if not parameter.is_floating_point() or parameter.device != device:
+            raise UnmergeableParameterError(
+                f"gradients of several sources cannot be merged over parameter {name!r}, which is {parameter.dtype} on "
+                f"{parameter.device}: all must be of real floating-point types on {device}; gradients.mode = sum does "
+                "not require this"
+            )
     return reduce(torch.promote_types, (parameter.dtype for _, parameter in shared))
 
 

@@ -37,9 +37,9 @@ class DigitsOptions(BaseModel):
         host: `convolution`, or `thumbnail`: a linear classifier of 4 x 4 thumbnails with one seed slot before it.
         width: channels of the convolutional host.
         dropout: of the convolutional host.
-        seed_sources: the training images belong in turn to the host and to the seeds `seed-1` to `seed-N`, each of
-            which has a gradient of its own images. An image changes its owner with every epoch, so that each seed sees
-            all of them. 0: all are the host's.
+        seed_sources: the training images belong in turn to the seeds `seed-1` to `seed-N`, each of which has a gradient
+            of these images; those of seeds that are not in the model are the host's. An image changes its owner with
+            every epoch, so that each seed sees all of them. 0: all are the host's.
         poison_epoch: the epoch in which some batches are corrupt. 0: none.
         poison_batch: the place of the first corrupt batch in that epoch, from 0.
         poison_batches: number of corrupt batches.
@@ -105,12 +105,9 @@ class DigitsCursor(TensorCursor):
     """Batches of images and labels, with the seed of each image and with the corrupt batches of the options."""
 
     def __init__(self, images: Tensor, labels: Tensor, options: DigitsOptions, seed: int) -> None:
-        sources = options.seed_sources + 1
-        super().__init__(
-            (images, labels, torch.arange(len(images)) % sources), batch_size=options.batch_size, seed=seed
-        )
+        super().__init__((images, labels, torch.arange(len(images))), batch_size=options.batch_size, seed=seed)
         self._options = options
-        self._names = ["", *(f"seed-{number}" for number in range(1, sources))]
+        self._names = [f"seed-{number}" for number in range(1, options.seed_sources + 1)]
 
     def next_batch(self) -> Batch | None:
         """Returns images, labels and the seed of each image."""
@@ -118,14 +115,14 @@ class DigitsCursor(TensorCursor):
         batch = super().next_batch()
         if batch is None:
             return None
-        images, labels, owners = batch.payload
+        images, labels, places = batch.payload
         poisoned = range(self._options.poison_batch, self._options.poison_batch + self._options.poison_batches)
         if place["epoch"] == self._options.poison_epoch and place["index"] in poisoned:
             images = images * _POISON[self._options.poison]
         seed_ids = None
-        if self._options.seed_sources:
+        if self._names:
             epoch = cast("int", place["epoch"])
-            seed_ids = [self._names[(owner + epoch) % len(self._names)] for owner in owners.tolist()]
+            seed_ids = [self._names[(image + epoch) % len(self._names)] for image in places.tolist()]
         return replace(batch, payload=(images, labels), seed_ids=seed_ids)
 
 

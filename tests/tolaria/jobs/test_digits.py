@@ -69,21 +69,21 @@ def owners_in(job: DigitsJob, epoch: int) -> dict[tuple[float, ...], str]:
     return owners
 
 
-def test_images_belong_in_turn_to_the_host_and_the_seeds() -> None:
-    """Each source has its share of the images, and all of them over as many epochs; losses are by image."""
-    job = job_of(host="thumbnail", seed_sources=2)
+def test_images_belong_in_turn_to_the_seeds() -> None:
+    """Each seed has its share of the images, and all of them over as many epochs; losses are by image."""
+    job = job_of(host="thumbnail", seed_sources=3)
     batches = epoch_of(job, 1)
     assert Counter(seed for batch in batches for seed in batch.seed_ids or ()) == {
-        "": 479,
         "seed-1": 479,
         "seed-2": 479,
+        "seed-3": 479,
     }
     losses = job.losses(job.build_model(), batches[0])
     assert isinstance(losses, PerSampleLosses)
     assert losses.values.shape == (32,)
     by_epoch = [owners_in(job, epoch) for epoch in (1, 2, 3, 4)]
     assert by_epoch[0] == by_epoch[3]
-    assert all({owners[image] for owners in by_epoch} == {"", "seed-1", "seed-2"} for image in by_epoch[0])
+    assert all({owners[image] for owners in by_epoch} == {"seed-1", "seed-2", "seed-3"} for image in by_epoch[0])
     assert epoch_of(job_of(), 1)[0].seed_ids is None
 
 

@@ -359,6 +359,6 @@ def test_parameters_can_be_frozen_and_unfrozen_between_steps(monkeypatch: pytest
 def test_a_parameter_that_cannot_be_merged_is_named() -> None:
     """The error names the parameter, and the setting that does without merging."""
     given = [("a", torch.zeros(1)), ("spectrum.weight", torch.zeros(2, dtype=torch.complex64))]
-    with pytest.raises(UnmergeableParameterError, match=r"'spectrum\.weight': it is torch\.complex64.*mode = sum"):
+    with pytest.raises(UnmergeableParameterError, match=r"'spectrum\.weight', which is torch\.complex64.*mode = sum"):
         row_dtype(given)
     assert row_dtype([("a", torch.zeros(1)), ("b", torch.zeros(1).half())]) == torch.float32

@@ -93,7 +93,7 @@ async def measure(case: Case, folder: Path) -> tuple[dict[str, list[float]], flo
     """Returns seconds by contender, and the gigabytes of the state."""
     found: dict[str, list[float]] = {"plain_memory": [], "fast": [], "plain_file": [], "full": []}
     sections: dict[str, object] = {
-        "rollback": {"automatic": False, "halt_on_deadline": False, **case.rollback},
+        "rollback": {"automatic": False, **case.rollback},
         "state": {"dir": str(folder / "state")},
     }
     run = new_run(

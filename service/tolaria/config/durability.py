@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tolaria.config.fields import Factor, PositiveShare, Seconds, SecondsOrZero, Section
+from tolaria.config.fields import PositiveShare, Seconds, SecondsOrZero, Section
 
 
 class HealthSettings(Section):
@@ -102,20 +102,8 @@ class RollbackSettings(Section):
     automatic: bool = True
     """Roll back without a request after a failed step or epoch. On: unattended runs have to recover by themselves."""
 
-    halt_on_deadline: bool = True
-    """Raise HALT when a rollback exceeds its budget. On: the state that was to be undone is still live."""
-
-    loss_factor: Factor = 15.0
-    """A loss above this multiple of its moving average is an explosion. 15: bad batches of healthy runs stay below."""
-
-    norm_factor: Factor = 5.0
-    """A gradient norm above this multiple of its moving average is an explosion. 5: norms vary less than losses."""
-
     accuracy_drop: PositiveShare = 0.2
     """Drop in validation accuracy from the best epoch that counts as a collapse. 0.2: more than a new seed costs."""
-
-    warmup_steps: int = Field(default=20, ge=1)
-    """Steps before losses and norms are checked. 20: moving averages are unreliable before."""
 
     automatic_max: int = Field(default=3, ge=1, le=1000)
     """Automatic rollbacks within per_steps; one more halts the run. 3: a fourth would not help either."""

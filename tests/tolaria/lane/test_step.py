@@ -107,7 +107,7 @@ def test_a_step_marks_its_parts() -> None:
     assert marked == [*passes, "merge", "/merge", "optimizer", "/optimizer"]
     marked.clear()
     train_step(module, proceed, mark)
-    assert marked == [*["forward", "/forward"] * 2]
+    assert marked == [*["input", "/input", "forward", "/forward"] * 2]
 
 
 def test_an_abandoned_step_changes_no_parameter() -> None:

@@ -328,7 +328,7 @@ def test_a_run_spends_its_share_on_snapshots() -> None:
 
 def test_irregular_steps_do_not_raise_the_share() -> None:
     """One step in twenty takes fifty times as long, as on a busy machine; the share is kept."""
-    generator = random.Random(0)  # noqa: S311 - not for cryptography
+    generator = random.Random(0)
     share = share_of_snapshots(
         20_000,
         lambda: 0.1 if generator.random() < 0.05 else 0.002,

@@ -154,6 +154,7 @@ async def test_the_default_target_is_the_newest_proven_restore_point() -> None:
         stub = stub_of(channel)
         await run.until(lambda: run.status.global_step > 20)
         await run.run.pause("look")
+        run.health.healthy_step = 8
         points = (await stub.ListRestorePoints(admin.ListRestorePointsRequest())).restore_points
         proven = [point.global_step for point in points if point.stable]
         assert max(proven) < max(point.global_step for point in points)
@@ -170,9 +171,7 @@ async def test_the_default_target_is_the_newest_proven_restore_point() -> None:
 
 async def test_the_log_names_the_skipped_batches() -> None:
     """By epoch and place in the epoch, with the number of all skipped batches."""
-    sections: dict[str, object] = {
-        "rollback": {"automatic": True, "every_steps": 2, "warmup_steps": 5, "fast_budget_s": 10.0}
-    }
+    sections: dict[str, object] = {"rollback": {"automatic": True, "every_steps": 2, "fast_budget_s": 10.0}}
     options = {"corrupted": [[3, 4]], "factor": 1e4}
     run = new_run(FakePeers(), job="CorruptedDataJob", sections=sections, epochs=4, options=options)
     with capture_logs() as logs:

@@ -287,6 +287,12 @@ class Recovery:
         )
         self.begin(rollback)
 
+    def on_loss(self) -> None:
+        """Handles a finite step that health has judged: its loss may prove restore points."""
+        above, suspect = bool(self._health.above), self._health.suspect
+        self._checkpointing.on_proven(self._points.step_done(above=above, suspect=suspect))
+        self._status.newest_proven_step = self._points.newest_proven_step
+
     def on_step(self, step: messages.StepDone) -> None:
         """Handles a healthy step: the first one that is not skipped ends the recovery from a rollback."""
         if (rollback := self._recovering) is not None and not step.skipped:
@@ -399,9 +405,13 @@ def _other_tier(rollback: Rollback, named_tier: RollbackTier.ValueType) -> Rollb
     """Returns the tier of a second try; None if there is none.
 
     One that missed its deadline tries the other tier. One whose snapshot was overwritten while the lane was on its way
-    to a step boundary chooses anew. A tier or checkpoint that is named is not replaced by another.
+    to a step boundary chooses anew. A tier or checkpoint that an operator names is not replaced by another; a verdict
+    that asks for a checkpoint takes a snapshot if there is none.
     """
-    if named_tier != ROLLBACK_TIER_UNSPECIFIED or rollback.checkpoint_id:
+    missing = isinstance(rollback.error, NoCheckpointError) and rollback.chosen_step is None
+    if rollback.origin == HEALTH and named_tier == ROLLBACK_TIER_FULL and missing:
+        return ROLLBACK_TIER_FAST
+    if rollback.checkpoint_id or (named_tier != ROLLBACK_TIER_UNSPECIFIED and rollback.origin != HEALTH):
         return None
     if rollback.ending is Ending.DEADLINE_EXCEEDED and rollback.chosen_step is not None:
         return ROLLBACK_TIER_FULL if rollback.tier == ROLLBACK_TIER_FAST else ROLLBACK_TIER_FAST

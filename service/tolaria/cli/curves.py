@@ -13,7 +13,7 @@ from leyline.v1.admin_service_pb2 import GetStatusResponse, RunState
 T = TypeVar("T")
 
 WIDTH_MAX: Final = 64
-HEIGHT: Final = 4
+HEIGHT: Final = 3
 MARKS: Final = "g germinated, b blends, f part of the host, c culled, R rolled back, s skipped"
 _BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 _LABEL_WIDTH: Final = 18

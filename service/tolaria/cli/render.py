@@ -260,17 +260,17 @@ def _table(rows: Sequence[Sequence[str]], names: Sequence[str] = ()) -> Table:
 
 
 @contextmanager
-def live_view(console: Console, below: Callable[[], Sequence[str]] = list) -> Iterator[Show]:
+def live_view(console: Console, above: Callable[[], Sequence[str]] = list) -> Iterator[Show]:
     """Yields a function that shows each new status: in place on a terminal, elsewhere one line for each epoch.
 
-    On a terminal the lines of `below` are shown under the status.
+    On a terminal the lines of `above` are shown over the status, whose last rows do not fit on a small one.
     """
     if not console.is_interactive:
         yield PlainLines(console.file).show
         return
     # Drawn only when a status arrives: no refresh thread is needed.
     with Live(console=console, auto_refresh=False) as live:
-        yield lambda status: live.update(Group(status_panel(status), Text("\n".join(below()))), refresh=True)
+        yield lambda status: live.update(Group(*map(Text, above()), status_panel(status)), refresh=True)
 
 
 def status_panel(status: GetStatusResponse) -> RenderableType:

@@ -18,6 +18,15 @@ _PART_OF_HOST = {enums.SEED_STAGE_FOSSILIZED, enums.SEED_STAGE_TERMINATED}
 _DIGEST_SHOWN = 16
 
 
+@dataclass(frozen=True, slots=True)
+class GradientRow:
+    """A seed's row among the merged gradients: its weight, and fractions of all norms and of the steps in conflict."""
+
+    weight: float
+    share: float
+    conflicts: float
+
+
 @dataclass(slots=True)
 class SeedSummary:
     """The history of one seed. Epochs count from 1; accuracies are validation accuracies in [0, 1], None if unknown."""
@@ -29,26 +38,26 @@ class SeedSummary:
     epoch_ended: int | None = None  # fossilized or culled
     accuracy_before: float | None = None  # the last one before the seed began to blend
     accuracy_after: float | None = None  # the one when the seed ended, or the latest; None if it has never blended
-    rows: int = 0  # statuses in which its gradient had a row
-    weight: float = 0.0  # the largest of its row
-    share: float = 0.0  # the largest of all rows' norms
-    conflicts: float = 0.0  # sum of its conflict ratios
+    rows: dict[int, GradientRow] = field(default_factory=dict)  # by the epoch in which they were seen
 
-    def update_row(self, weight: float, share: float, conflict_ratio: float) -> None:
-        """Records an epoch in which its gradient was merged with others."""
-        self.rows += 1
-        self.weight, self.share = max(self.weight, weight), max(self.share, share)
-        self.conflicts += conflict_ratio
+    def row(self) -> GradientRow:
+        """Returns the largest weight and share, and the mean conflicts, over all epochs in which it had a row."""
+        rows = self.rows.values()
+        conflicts = sum(row.conflicts for row in rows) / max(1, len(rows))
+        weight = max((row.weight for row in rows), default=0.0)
+        share = max((row.share for row in rows), default=0.0)
+        return GradientRow(weight, share, conflicts)
 
     def row_line(self) -> str:
         """Returns what its gradient did, on one line; empty if it was never merged with others."""
         if not self.rows:
             return ""
+        row = self.row()
         name = render.one_line(self.seed_id)
         return (
-            f"{name}: its gradient was merged with the host's in {_epochs(self.rows)}, weight up to "
-            f"{self.weight:.2f} (the host has 1), up to {self.share:.0%} of all norms; it conflicted in "
-            f"{self.conflicts / self.rows:.0%} of the steps, and PCGrad removed the conflicting part"
+            f"{name}: its gradient was merged with the host's in {_epochs(len(self.rows))}, weight up to "
+            f"{row.weight:.2f} (the host has 1), up to {row.share:.0%} of all norms; it conflicted in "
+            f"{row.conflicts:.0%} of the steps, and PCGrad removed the conflicting part"
         )
 
     def update(self, stage: int, epoch: int, accuracy: float | None) -> None:
@@ -85,7 +94,6 @@ class SeedHistory:
 
     def __init__(self) -> None:
         self.seeds: dict[str, SeedSummary] = {}
-        self._epoch = 0
 
     def update(self, status: GetStatusResponse) -> None:
         """Records the next status."""
@@ -99,9 +107,9 @@ class SeedHistory:
                 germinated = status.epoch if seed.stage in _BEFORE_BLENDING else None
                 known = self.seeds[seed.seed_id] = SeedSummary(seed.seed_id, seed.stage, seed.blueprint_id, germinated)
             known.update(seed.stage, status.epoch, accuracy)
-            if status.epoch != self._epoch and seed.metrics["weight"] > 0:
-                known.update_row(seed.metrics["weight"], seed.metrics["share"], seed.metrics["conflict_ratio"])
-        self._epoch = status.epoch
+            if "weight" in seed.metrics and seed.metrics["weight"] > 0:
+                metrics = (seed.metrics[name] for name in ("weight", "share", "conflict_ratio"))
+                known.rows[status.epoch] = GradientRow(*metrics)
 
 
 @dataclass(slots=True)
@@ -134,8 +142,8 @@ def summary_json(run: RunRecord, other: RunRecord | None, wall_s: float) -> str:
     seeds = [asdict(history.seeds[seed.seed_id]) for seed in status.seeds]
     for seed in seeds:
         del seed["epoch_ended"]
-        rows = seed.pop("rows")
-        seed["conflicts"] = seed["conflicts"] / rows if rows else 0.0
+        del seed["rows"]
+        seed.update(asdict(history.seeds[seed["seed_id"]].row()))
         seed["stage"] = stages[seed["stage"]].name if seed["stage"] in stages else str(seed["stage"])
     without = other.last if other else None
     return json.dumps(

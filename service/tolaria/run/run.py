@@ -256,7 +256,7 @@ class TrainingRun:
         self._epoch_over.set()
 
     def _on_seeds(self, change: messages.SeedsChanged) -> None:
-        self._status.grafted = list(change.states)
+        self._status.regraft(change.states)
         self._observers.on_seeds(self._status.seeds)
         self._observers.on_seeds_changed(change)
         self._parts.safety.safeguards.seeds_changed(change)

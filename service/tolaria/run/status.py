@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -168,6 +168,19 @@ class RunStatus:
     def validation_loss(self) -> float:
         """Loss of the last evaluation; NaN before the first."""
         return self.last_epoch.evaluation.loss if self.last_epoch else float("nan")
+
+    def regraft(self, states: Iterable[SeedState]) -> None:
+        """Adopts changed seeds, and keeps what was measured of them in the last epoch."""
+        known = {state.seed_id: state for state in self.grafted}
+        self.grafted = []
+        for state in states:
+            adopted = SeedState.FromString(state.SerializeToString())
+            if (before := known.get(state.seed_id)) is not None:
+                adopted.gradient_norm, adopted.learning_rate = before.gradient_norm, before.learning_rate
+                adopted.metrics.update(
+                    {name: before.metrics[name] for name in before.metrics if name not in state.metrics}
+                )
+            self.grafted.append(adopted)
 
     def ready(self, ready: LaneReady) -> None:
         """Adopts what the lane has built."""

@@ -152,6 +152,27 @@ def test_live_view_redraws_in_place_on_a_terminal() -> None:
     assert "\x1b[1A" in _text(console)
 
 
+def test_live_view_shows_lines_over_the_status() -> None:
+    """They are read again for each status."""
+    console, numbers = _terminal(), iter(range(9))
+    with live_view(console, lambda: [f"curve {next(numbers)}"]) as show:
+        for status in whole_run():
+            show(status)
+    shown = _text(console)
+    assert shown.index("curve 0") < shown.index("tolaria: running") < shown.index("curve 1")
+
+
+def test_merged_gradients_are_shown_while_there_are_any() -> None:
+    """A seed without a row, or never merged, has no figures."""
+    status = status_of(2)
+    assert "gradients" not in dict(render.status_rows(status))
+    status.seeds[0].metrics.update(weight=0.0, share=0.0, conflict_ratio=0.0)
+    assert "gradients" not in dict(render.status_rows(status))
+    status.seeds[0].metrics.update(weight=0.25, share=0.4, conflict_ratio=0.125)
+    rows = dict(render.status_rows(status))
+    assert rows["gradients"] == "host weight 1; seed-1 weight 0.25, 40% of the norms, conflicts 12%"
+
+
 def test_status_panel_shows_bars_figures_and_answers() -> None:
     """Progress of run and epoch, boundary against its budget, and the answers of both peers."""
     console = Console(file=io.StringIO(), width=100)

@@ -261,22 +261,30 @@ def test_health_is_the_worst_condition_and_says_why(
     assert bool(found.summary) is (health != HEALTH_STATUS_HEALTHY)
 
 
-def test_the_highest_step_outlives_a_rollback_unless_an_operator_asked_for_it() -> None:
-    """Skipped steps are counted in the whole run, rescaled ones are none; rollbacks count by origin."""
+def test_rollbacks_count_by_origin() -> None:
+    """And the status has the figures of health checks, restore points and the lane's phase."""
     run = training()
-    for number in (1, 2, 3):
-        run.step(StepDone(number, 2, 1.0, 0.5, 8, 0.1, 0.05, 50.0))
-    run.step(StepDone(3, 2, math.nan, 0.5, 8, 0.1, 0.05, 50.0, skipped=True))
-    run.step(StepDone(3, 2, math.inf, 0.5, 8, 0.1, 0.05, 50.0, skipped=True, rescaled=True))
-    run.global_step = 1
-    run.rolled_back("judge")
-    assert (run.best_step, run.skipped_steps) == (3, 1)
-    run.rolled_back("tamiyo-7")
-    run.rolled_back("operator")
+    run.best_step, run.skipped_steps = 3, 1
+    for origin in ("health", "tamiyo", "operator"):
+        run.rolled_back(origin)
     run.newest_proven_step, run.attempt, run.lane_phase = 0, 2, lambda: ("evaluating", 45.0)
     status = status_message(run, now_s=12.0)
-    assert (status.best_step, status.skipped_steps, status.attempt, status.rollbacks) == (1, 1, 2, 3)
+    assert (status.best_step, status.skipped_steps, status.attempt, status.rollbacks) == (3, 1, 2, 3)
     assert dict(status.rollbacks_by_origin) == {"health": 1, "tamiyo": 1, "operator": 1}
     assert (status.phase, status.phase_s) == ("evaluating", 45.0)
     assert status.HasField("newest_proven_step")
     assert not status_message(fresh(), now_s=12.0).HasField("newest_proven_step")
+
+
+def test_changed_seeds_keep_what_was_measured_of_them() -> None:
+    """A change between two epochs has the new stage and alpha, and the last epoch's norm, rate and merge metrics."""
+    status = fresh()
+    status.grafted = [
+        SeedState(seed_id="s", gradient_norm=0.5, learning_rate=0.1, metrics={"weight": 0.3, "alpha": 0.3}),
+        SeedState(seed_id="gone"),
+    ]
+    status.regraft([SeedState(seed_id="s", metrics={"alpha": 1.0}), SeedState(seed_id="new")])
+    assert status.grafted == [
+        SeedState(seed_id="s", gradient_norm=0.5, learning_rate=0.1, metrics={"weight": 0.3, "alpha": 1.0}),
+        SeedState(seed_id="new"),
+    ]

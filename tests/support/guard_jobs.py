@@ -199,7 +199,7 @@ class GuardJob:
     def _poison_data(self) -> None:
         fault = self.trial.fault
         if fault is not None and fault.kind in {"nan_sample", "huge_sample"}:
-            self.task.train[0][100] *= math.nan if fault.kind == "nan_sample" else HUGE
+            self.task.train[0][7] *= math.nan if fault.kind == "nan_sample" else HUGE
 
     def _factor(self) -> float:
         """Returns the factor on the learning rate, by the calls since the fault began."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -89,7 +88,9 @@ class Skipping(Guard):
     def _usual(self, value: float, before: deque[float]) -> bool:
         if len(before) < self.WINDOW // 2:
             return True
-        return value - statistics.fmean(before) <= self.DEVIATIONS * statistics.stdev(before)
+        mean = math.fsum(before) / len(before)
+        variance = math.fsum((other - mean) ** 2 for other in before) / (len(before) - 1)
+        return value - mean <= self.DEVIATIONS * math.sqrt(variance)
 
 
 class Restarting(Guard):
@@ -102,7 +103,7 @@ class Restarting(Guard):
         """Judges the loss by those before it."""
         if not math.isfinite(loss):
             return True
-        if len(self._losses) >= 20 and loss > 10 * abs(statistics.fmean(self._losses)):
+        if len(self._losses) >= 20 and loss > 10 * abs(math.fsum(self._losses) / len(self._losses)):
             return True
         self._losses.append(loss)
         return False

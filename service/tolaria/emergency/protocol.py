@@ -44,20 +44,30 @@ class Trigger(Enum):
 
     BOUNDARY_BREACH = "boundary_breach"
     HOOK_BREACH = "hook_breach"
+    PEER_FAILURE = "peer_failure"
     BREAKER_OPEN = "breaker_open"
     ROLLBACK_DEADLINE_MISSED = "rollback_deadline_missed"
     FAILED_EPOCH_STREAK = "failed_epoch_streak"
     ROLLBACK_BUDGET_SPENT = "rollback_budget_spent"
+    NO_PROGRESS = "no_progress"
+    SKIPPED_DATA_SPENT = "skipped_data_spent"
+    PARAMETERS_NOT_FINITE = "parameters_not_finite"
+    ACCURACY_COLLAPSE = "accuracy_collapse"
     HEARTBEAT_SILENT = "heartbeat_silent"
 
 
 TRIGGERS: Mapping[Trigger, EmergencyLevel.ValueType] = {
-    Trigger.BOUNDARY_BREACH: enums.EMERGENCY_LEVEL_ELEVATED,
-    Trigger.HOOK_BREACH: enums.EMERGENCY_LEVEL_ELEVATED,
-    Trigger.BREAKER_OPEN: enums.EMERGENCY_LEVEL_CONSERVATIVE,
+    Trigger.BOUNDARY_BREACH: enums.EMERGENCY_LEVEL_NOTICE,
+    Trigger.HOOK_BREACH: enums.EMERGENCY_LEVEL_NOTICE,
+    Trigger.PEER_FAILURE: enums.EMERGENCY_LEVEL_NOTICE,
+    Trigger.BREAKER_OPEN: enums.EMERGENCY_LEVEL_ELEVATED,
+    Trigger.ACCURACY_COLLAPSE: enums.EMERGENCY_LEVEL_CONSERVATIVE,
     Trigger.ROLLBACK_DEADLINE_MISSED: enums.EMERGENCY_LEVEL_HALT,
     Trigger.FAILED_EPOCH_STREAK: enums.EMERGENCY_LEVEL_HALT,
     Trigger.ROLLBACK_BUDGET_SPENT: enums.EMERGENCY_LEVEL_HALT,
+    Trigger.NO_PROGRESS: enums.EMERGENCY_LEVEL_HALT,
+    Trigger.SKIPPED_DATA_SPENT: enums.EMERGENCY_LEVEL_HALT,
+    Trigger.PARAMETERS_NOT_FINITE: enums.EMERGENCY_LEVEL_HALT,
     Trigger.HEARTBEAT_SILENT: enums.EMERGENCY_LEVEL_HALT,
 }
 

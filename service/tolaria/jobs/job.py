@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
 from pydantic import JsonValue
@@ -18,14 +19,25 @@ from tolaria.values.training import Evaluation
 
 CursorState = dict[str, JsonValue]
 
+_ANNOUNCED_MAX: Final = 16
+
 
 @dataclass(frozen=True, slots=True)
 class JobContext:
-    """The argument of a job's factory: `training.seed`, the training device, and `training.options`."""
+    """The argument of a job's factory: `training.seed`, the training device, and `training.options`.
+
+    A job that changes its task by design, as a curriculum does, keeps it and announces the change with `new_regime`.
+    `announced` are the changes that training has not taken into account yet.
+    """
 
     seed: int
     device: torch.device
     options: Mapping[str, JsonValue] = field(default_factory=dict)
+    announced: deque[str] = field(default_factory=lambda: deque(maxlen=_ANNOUNCED_MAX), compare=False, repr=False)
+
+    def new_regime(self, reason: str) -> None:
+        """Announces that the losses from this batch on are those of a changed task: higher ones are no explosion."""
+        self.announced.append(reason)
 
 
 @dataclass(frozen=True, slots=True)

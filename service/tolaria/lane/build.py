@@ -67,6 +67,7 @@ class BuiltLane:
             learning_rates=seeds.controller.learning_rates(),
             adjustments=seeds.controller.adjustments,
             seeds=tuple(seeds.topology.states(module.global_step)),
+            losses=module.losses.state_dict(),
         )
 
     def resume(self, image: StateImage) -> Restored:
@@ -98,10 +99,11 @@ def build(settings: Settings) -> BuiltLane:
         torch.use_deterministic_algorithms(mode=True)  # an operation without a deterministic kernel raises when used
         torch.backends.cudnn.benchmark = False
     seed_everything(training.seed)
-    job = build_job(training.job, JobContext(training.seed, device, training.options))
+    context = JobContext(training.seed, device, training.options)
+    job = build_job(training.job, context)
     job_name = f"training.job {training.job!r}"
     try:
-        module = _build_module(settings, job, device)
+        module = _build_module(settings, job, context)
         return BuiltLane(settings, module, SnapshotManager(module, settings.rollback))
     except ScheduleError as error:
         raise ConfigurationError([f"optimizer: {error}"]) from None
@@ -113,8 +115,8 @@ def build(settings: Settings) -> BuiltLane:
         raise BrokenJobError(f"{job_name}: {error}") from None
 
 
-def _build_module(settings: Settings, job: TrainingJob, device: torch.device) -> TrainModule:
-    training = settings.training
+def _build_module(settings: Settings, job: TrainingJob, context: JobContext) -> TrainModule:
+    training, device = settings.training, context.device
     model = _call("build_model", job.build_model, nn.Module).to(device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise BrokenJobError("its model has no parameter that can be trained")
@@ -130,7 +132,9 @@ def _build_module(settings: Settings, job: TrainingJob, device: torch.device) ->
     fast_paths = FastPaths(settings.fastpaths, device, deterministic=training.deterministic)
     seeds = SeedTraining(model, optimizer, settings, training.epochs * -(-batches // training.accumulate))
     fast_paths.fuse(seeds.manager)
-    module = TrainModule(job, model, cursor, device, seeds=seeds, fast_paths=fast_paths, settings=settings)
+    module = TrainModule(
+        job, model, cursor, device, seeds=seeds, fast_paths=fast_paths, settings=settings, announced=context.announced
+    )
     _try_forward(module)
     fast_paths.compile(model, lambda: _try_forward(module, backward=True))
     return module
@@ -176,4 +180,5 @@ def _try_forward(module: TrainModule, *, backward: bool = False) -> None:
     finally:
         model.train()
         module.discard_pass()
+        module.announced.clear()
         restore_rngs(*rngs)

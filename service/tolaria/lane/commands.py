@@ -13,6 +13,7 @@ from typing import Final, assert_never
 from tolaria.errors import LaneError, RestoreAbandonedError, TolariaError
 from tolaria.images import ImagePool
 from tolaria.lane.messages import (
+    AcceptRegime,
     BatchesSkipped,
     BoundaryCommand,
     CaptureImage,
@@ -229,13 +230,21 @@ class CommandExecutor:
                 return self._restore(command_id, command)
             case CaptureImage():
                 return ImageCaptured(self.images.put(self._snapshots.capture_image()))
-            case SkipBatches(batches):
-                module.skipped.batches.update(batches)
-                return BatchesSkipped(len(module.skipped.batches))
+            case SkipBatches() | AcceptRegime():
+                return self._change_skipped(command)
             case CaptureProfile(steps):
                 return self._profiler.start(steps)
             case _:
                 assert_never(command)
+
+    def _change_skipped(self, command: SkipBatches | AcceptRegime) -> BatchesSkipped:
+        module = self._module
+        if isinstance(command, AcceptRegime):
+            module.skipped.added.difference_update(command.batches)
+            module.begin_regime(command.reason, announced=False)
+        else:
+            module.skipped.added.update(command.batches)
+        return BatchesSkipped(len(module.skipped))
 
     def _change_optimizer(self, command: ChangeOptimizer) -> OptimizerChanged:
         module, controller = self._module, self._module.seeds.controller

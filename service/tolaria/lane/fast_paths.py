@@ -79,13 +79,22 @@ class FastPaths:
     def update_scale(self, *, finite: bool, loss_finite: bool) -> bool:
         """Updates float16's loss scale after a step; returns whether the step was skipped only by its overflow.
 
-        A scale of 1 cannot cause an overflow. Synchronises after skipped steps.
+        A scale of 1 cannot cause an overflow, and none can make the loss infinite: then it stays as it is. Synchronises
+        after skipped steps.
         """
         if self.scaler is None:
             return False
         overflowed = not finite and loss_finite and self.scaler.get_scale() > 1.0
-        self.scaler.update()
+        if finite or overflowed:
+            self.scaler.update()
+        else:
+            self.keep_scale()
         return overflowed
+
+    def keep_scale(self) -> None:
+        """Ends a step whose gradients have been unscaled, without a change of float16's loss scale. Synchronises."""
+        if self.scaler is not None:
+            self.scaler.update(self.scaler.get_scale())
 
     def fuse(self, manager: OptimizerManager) -> None:
         """Rebuilds the optimizer with its fused or foreach kernel, if its class has one. Before the first step."""

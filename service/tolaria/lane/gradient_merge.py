@@ -69,11 +69,18 @@ class GradientMerger:
         self._rows_added, self._alone = False, {}
 
     def add(
-        self, losses: Mapping[str, Tensor], batch: Batch, *, share: float, scaler: torch.amp.GradScaler | None
-    ) -> Tensor:
+        self,
+        losses: Mapping[str, Tensor],
+        batch: Batch,
+        *,
+        share: float,
+        scaler: torch.amp.GradScaler | None,
+        finite_only: bool = False,
+    ) -> Tensor | None:
         """Adds one microbatch's scalar losses by source; returns their sum times `share`, detached.
 
         Gradients are those of the losses times `share`, the microbatch's part of the step, as scaled by `scaler`.
+        With `finite_only`, rows that are not finite are not added, and the result is None; synchronises.
 
         Raises:
             LossShapeError: the sources differ from those of the step's first microbatch.
@@ -88,7 +95,8 @@ class GradientMerger:
         if not self._merging:
             _total(scaled).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
         elif self._tracker is not None and any(source in self._names for source in scaled):
-            self._add_rows(self._tracker, scaled, batch)
+            if not self._add_rows(self._tracker, scaled, batch, finite_only=finite_only):
+                return None
         else:
             self._add_alone(scaled)
         total = _total(losses).detach()
@@ -152,7 +160,10 @@ class GradientMerger:
             device=first.device,
         )
 
-    def _add_rows(self, tracker: SeedAggregationTracker, losses: Mapping[str, Tensor], batch: Batch) -> None:
+    def _add_rows(
+        self, tracker: SeedAggregationTracker, losses: Mapping[str, Tensor], batch: Batch, *, finite_only: bool
+    ) -> bool:
+        """Returns whether the rows were added."""
         given = {HOST: _total(losses)} if self._merge.mode is GradientMode.MICROBATCH else losses
         rows = source_rows(
             given,
@@ -161,8 +172,11 @@ class GradientMerger:
             own={source: own for source in given if (own := self._own_of(source))},
             out=tracker.lend(),
         )
+        if finite_only and not bool(torch.isfinite(rows.matrix).all()):
+            return False
         tracker.add(rows, {} if batch.seed_ids is None else sample_counts(batch.seed_ids, self._names))
         self._rows_added = True
+        return True
 
     def _add_alone(self, losses: Mapping[str, Tensor]) -> None:
         """Adds a microbatch of isolated seeds only: it trains their own parameters and not the host's."""

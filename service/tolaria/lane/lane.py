@@ -204,6 +204,7 @@ class ThreadLane:
             step = train_step(module, self._continue_step, self._profiler.mark)
         if step is None:
             return False
+        self._put_regimes()
         self._events.put(step)
         if (changed := module.seeds.advance(module.global_step)) is not None:
             module.refresh()
@@ -224,8 +225,13 @@ class ThreadLane:
             underway = (in_epoch and not self._module.progress.over) or self._commands.epochs_queued
             restored = replace(done.result, underway=underway, latest_order=self._commands.latest_order)
             done = replace(done, result=restored)
+        self._put_regimes()
         self._put_snapshot_events()  # first: the client of the command may look at the snapshots
         self._events.put(done)
+
+    def _put_regimes(self) -> None:
+        while self._module.regimes_begun:
+            self._events.put(self._module.regimes_begun.pop(0))
 
     def _put_snapshot_events(self) -> None:
         for event in self._snapshots.take_events():

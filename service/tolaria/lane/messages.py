@@ -6,7 +6,7 @@ Everything that crosses between `run` and `lane` is defined here; `tolaria.value
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Self, TypeAlias, get_args
 
 from leyline.v1.seeds_pb2 import SeedState
@@ -95,13 +95,23 @@ class SkipBatches:
 
 
 @dataclass(frozen=True, slots=True)
+class AcceptRegime:
+    """Accepts the losses of a changed task and skips `batches` no longer; a `RegimeBegun` precedes the answer."""
+
+    reason: str
+    batches: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CaptureProfile:
     """Profiles the next `steps` steps; answered by `ProfileStarted`, followed by `ProfileDone`."""
 
     steps: int
 
 
-BoundaryCommand: TypeAlias = ReconcileSeeds | ChangeOptimizer | CaptureImage | Restore | SkipBatches | CaptureProfile
+BoundaryCommand: TypeAlias = (
+    ReconcileSeeds | ChangeOptimizer | CaptureImage | Restore | SkipBatches | AcceptRegime | CaptureProfile
+)
 """Commands that the lane answers with a `CommandDone`, at a step boundary."""
 
 Command: TypeAlias = RunEpoch | Hold | Release | Stop | BoundaryCommand
@@ -148,6 +158,7 @@ class Restored:
 
     `state_digest` is of the live state after the restore, `expected_digest` the one recorded at its capture.
     `underway`: the lane goes on with that epoch without a further order; `latest_order` is the newest it has received.
+    `losses` is the state of its `LossWindow`.
     """
 
     position: Position
@@ -160,6 +171,7 @@ class Restored:
     adjustments: tuple[ActiveAdjustment, ...]
     underway: bool = False
     latest_order: int = 0
+    losses: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +246,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class LaneReady:
-    """What the lane has built: where training starts, and what it trains with."""
+    """What the lane has built: where training starts, and what it trains with. `losses` is as in `Restored`."""
 
     position: Position
     progress: EpochProgress
@@ -247,6 +259,7 @@ class LaneReady:
     learning_rates: Mapping[str, float]
     adjustments: tuple[ActiveAdjustment, ...]
     seeds: tuple[SeedState, ...]
+    losses: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +267,10 @@ class StepDone:
     """One optimizer step, or a *skipped* one: it was not finite, so nothing changed, not even `global_step`.
 
     A skipped step that is `rescaled` only lowered the loss scale of float16. `batches` are the places in the epoch of
-    the microbatches it took. Times are seconds, `finished_at_s` on the monotonic clock.
+    the microbatches it took, `left_out` those among them that were not finite while others were. `judged` is the mean
+    loss of the sources that are not seeds; None if they had no sample. `dropped_seeds` are isolated seeds whose
+    gradients were not finite and were dropped. `parameters_finite` is the result of a check of the parameters after
+    many skipped steps; None if there was none. Times are seconds, `finished_at_s` on the monotonic clock.
     """
 
     global_step: int
@@ -269,6 +285,22 @@ class StepDone:
     violations: tuple[LearningRateViolation, ...] = ()
     rescaled: bool = False
     batches: range = range(0)
+    judged: float | None = None
+    left_out: tuple[int, ...] = ()
+    dropped_seeds: tuple[str, ...] = ()
+    parameters_finite: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RegimeBegun:
+    """The window of losses was emptied for a changed task; the next `StepDone` is judged by the new one.
+
+    `announced` by the job; otherwise by a command, and the losses that waited to enter the window are in it now.
+    """
+
+    global_step: int
+    reason: str
+    announced: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +373,9 @@ class LaneEnded:
 
 SnapshotEvent: TypeAlias = SnapshotsChanged | SnapshotsUnavailable
 
-Event: TypeAlias = StepDone | EpochDone | SeedsChanged | CommandDone | Held | SnapshotEvent | ProfileDone | LaneEnded
+Event: TypeAlias = (
+    StepDone | EpochDone | SeedsChanged | RegimeBegun | CommandDone | Held | SnapshotEvent | ProfileDone | LaneEnded
+)
 
 _CODEC = Codec(
     types={

@@ -99,16 +99,21 @@ class SeedTraining:
         """Returns all trainable parameters in the optimizer."""
         return [p for group in self.manager.optimizer.param_groups for p in group["params"] if p.requires_grad]
 
-    def clip_groups(self) -> list[list[nn.Parameter]]:
-        """Returns the trained parameters: first those that affect the host's loss, then those of each isolated seed."""
-        isolated = [
-            {p for _, p in self.topology.training_parameters(state.seed_id)}
+    def isolated_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Returns the trained parameters of each isolated seed, which cannot affect the host's loss."""
+        trained = self.trained_parameters()
+        found = {
+            state.seed_id: {p for _, p in self.topology.training_parameters(state.seed_id)}
             for state in self.topology.states(0)
             if self._isolation and state.stage == SEED_STAGE_TRAINING
-        ]
-        apart, trained = set[nn.Parameter]().union(*isolated), self.trained_parameters()
-        alone = [[p for p in trained if p in group] for group in isolated]
-        return [[p for p in trained if p not in apart], *filter(None, alone)]
+        }
+        return {seed_id: own for seed_id, group in found.items() if (own := [p for p in trained if p in group])}
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """Returns the trained parameters: first those that affect the host's loss, then those of each isolated seed."""
+        isolated = list(self.isolated_parameters().values())
+        apart = {parameter for group in isolated for parameter in group}
+        return [[p for p in self.trained_parameters() if p not in apart], *isolated]
 
     def reported_states(self, global_step: int, metrics: SeedMetricSet | None) -> tuple[SeedState, ...]:
         """Returns the seeds with the gradient norm of the last step, learning rate and metrics. Synchronises."""

@@ -47,6 +47,7 @@ class SnapshotManager:
             "growth": module.seeds,
             "learning_rates": module.seeds.controller,
             "left_out": module.skipped,
+            "losses": module.losses,
         }
         if module.fast_paths.scaler is not None:
             parts["scaler"] = module.fast_paths.scaler
@@ -116,7 +117,6 @@ class SnapshotManager:
             RollbackError, SeedError, OptimizationError: the image does not fit. The live state is unchanged.
         """
         module, started_s = self._module, time.monotonic()
-        skipped = set(module.skipped.batches)
         module.clear_gradients()
         try:
             self._structure.prepare(module.global_step, image)
@@ -127,7 +127,7 @@ class SnapshotManager:
         finally:  # also after a failure: seeds and groups may have changed and changed back
             module.seeds.topology.advance(module.global_step)
             module.refresh()
-        module.skipped.batches |= skipped  # a rollback does not make skipped batches good
+        module.skip_streak = 0
         controller = module.seeds.controller
         controller.apply(module.global_step)
         self._ring.forget_after(module.global_step)
@@ -141,6 +141,7 @@ class SnapshotManager:
             seeds=tuple(module.seeds.topology.states(module.global_step)),
             learning_rates=controller.learning_rates(),
             adjustments=controller.adjustments,
+            losses=module.losses.state_dict(),
         )
 
     def _take_snapshot(self) -> None:

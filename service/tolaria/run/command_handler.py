@@ -9,10 +9,12 @@ from google.protobuf.json_format import MessageToDict
 
 from leyline.v1 import enums_pb2 as enums
 from leyline.v1.commands_pb2 import AdaptationCommand
+from tolaria import emergency
 from tolaria.errors import CommandRejectedError, OptimizationError, TolariaError, WrongStateError
 from tolaria.lane.messages import ChangeOptimizer, CommandDone, ReconcileSeeds
 from tolaria.peers.consultation import Consultation, describe_command
 from tolaria.rollback.protocol import TIERS, Ending, Rollback
+from tolaria.run.health import Health
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
 from tolaria.run.recovery import Recovery
@@ -42,6 +44,7 @@ class CommandHandler:
         lifecycle: Lifecycle,
         safety: Safety,
         recovery: Recovery,
+        health: Health,
         observers: RunObserver,
         max_staleness_steps: int,
     ) -> None:
@@ -50,6 +53,7 @@ class CommandHandler:
         self._lifecycle = lifecycle
         self._safety = safety
         self._recovery = recovery
+        self._health = health
         self._observers = observers
         self._max_staleness_steps = max_staleness_steps
 
@@ -59,7 +63,7 @@ class CommandHandler:
         stale = age_steps > self._max_staleness_steps
         self._note_answers(consultation, stale=stale)
         if consultation.failed:
-            self._safety.safeguards.epoch_failing(PEER_FAILURE)
+            self._safety.disturbed(PEER_FAILURE, emergency.Trigger.PEER_FAILURE)
         self._safety.check_breakers()
         if not stale and not self._lifecycle.ended:
             self._enact(consultation)
@@ -114,7 +118,10 @@ class CommandHandler:
                 raise CommandRejectedError("unsupported", command.command_id, f"{kind} commands are not carried out")
 
     def _roll_back(self, consultation: Consultation, command: AdaptationCommand) -> None:
-        """Begins a rollback; the command counts as applied or refused once it is over."""
+        """Begins a rollback; the command counts as applied or refused once it is over.
+
+        Beyond the budget of automatic rollbacks it is refused, and opens the controller's breaker.
+        """
 
         def over(rollback: Rollback) -> None:
             if rollback.ending is Ending.RESTORED:
@@ -123,8 +130,14 @@ class CommandHandler:
                 detail = str(rollback.error or (rollback.ending or Ending.FAILED).value)
                 self._reject(CommandRejectedError("refused", command.command_id, detail))
 
+        rollback, step = rollback_of(command), self._status.global_step
+        if (refusal := self._health.refusal(step)) is not None:
+            self._safety.safeguards.force(TAMIYO, enums.CIRCUIT_STATE_OPEN)
+            self._safety.check_breakers()
+            raise CommandRejectedError("rollback_budget", command.command_id, refusal.reason)
         try:
-            self._recovery.begin(rollback_of(command), over)
+            self._recovery.begin(rollback, over)
+            self._health.begin_rollback(TAMIYO, step)
         except WrongStateError as error:
             raise CommandRejectedError("refused", command.command_id, str(error)) from None
 

@@ -15,7 +15,7 @@ import anyio
 import anyio.to_thread
 import structlog
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
 from tolaria.checkpoint.store import CheckpointStore
 from tolaria.emergency import Trigger
 from tolaria.errors import LaneError, TolariaError, WrongStateError
@@ -185,13 +185,13 @@ class Recovery:
             raise rollback.error or WrongStateError("the rollback was aborted")
         return rollback
 
-    def retreat(self, verdict: Retreat, *, before_step: int) -> None:
+    def retreat(self, verdict: Retreat) -> None:
         """Begins the rollback that a health verdict requires, unless one is in progress or the run has ended."""
         if self.running or self._lifecycle.ended:
             return
         # If there is no snapshot in memory, a checkpoint is used instead.
-        tier = ROLLBACK_TIER_UNSPECIFIED if verdict.tier == ROLLBACK_TIER_FAST else verdict.tier
-        rollback = Rollback(tier, before_step, verdict.reason, _JUDGE)
+        tier = ROLLBACK_TIER_FULL if verdict.durable else ROLLBACK_TIER_UNSPECIFIED
+        rollback = Rollback(tier, verdict.at_or_before, verdict.reason, _JUDGE)
         rollback.lr_cut = Adjustment(
             group=None,
             factor=verdict.cut.factor,
@@ -228,7 +228,7 @@ class Recovery:
         self.unproven = rollback.unproven or (self.unproven and not restored)
         if rollback.unproven:
             self._safety.halt(f"rollback_unproven: {rollback.error}")
-        elif rollback.ending is Ending.DEADLINE_EXCEEDED and self._coordinator.settings.halt_on_deadline:
+        elif not restored and rollback.origin == _JUDGE:  # the state that was to be undone is ill
             self._safety.trigger(Trigger.ROLLBACK_DEADLINE_MISSED, rollback.reason)
         self._observers.on_rollback_ended(rollback)
         if restored:

@@ -21,14 +21,14 @@ from tolaria.lane.messages import TraceFailed
 from tolaria.rollback.protocol import Rollback
 from tolaria.run.boundary import EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
-from tolaria.run.health import Halt, Health, Proceed, Retreat
+from tolaria.run.health import AcceptRegime, DroppedSeeds, Halt, Health, Proceed, Retreat
 from tolaria.run.lane_client import LaneClient, PendingCommand
 from tolaria.run.observers import RunObserver
 from tolaria.run.profiling import Profiles, ProfileTaken
 from tolaria.run.recovery import Recovery
 from tolaria.run.resume import RunOutcome
 from tolaria.run.run_state import Lifecycle, RunEvent, after
-from tolaria.run.safety import COLLAPSE, EXPLOSION, Safety
+from tolaria.run.safety import COLLAPSE, EXPLOSION, NON_FINITE, Safety
 from tolaria.run.status import RunStatus, epoch_packet, status_message
 from tolaria.values.optimization import Adjustment
 
@@ -68,9 +68,11 @@ class TrainingRun:
         self._epoch_over = anyio.Event()
         self._epoch_done: messages.EpochDone | None = None
         self._stopping = False
+        self._dropped = DroppedSeeds()
         self.ending: RunOutcome = "drained"
         """How the run leaves this process, once it has ended."""
         self._status.ready(ready)
+        parts.health.start(ready.losses, ready.position.global_step)
         self._observers.on_ready(ready)
         self._show_seeds_and_rates()
 
@@ -81,6 +83,8 @@ class TrainingRun:
         self._parts.safety.start()
         self._lane.start(self._on_events)
         self._lifecycle.enter(RunEvent.STARTED, self._status.state_reason)
+        if left_out := self._parts.health.left_out:
+            self._lane.submit(messages.SkipBatches(left_out))
         try:
             while not (self._stopping or self.ending == "finished"):
                 if self._next_epoch > self._settings.training.epochs:
@@ -117,7 +121,7 @@ class TrainingRun:
         if self._epoch_done is not epoch:  # rolled back meanwhile: its figures no longer describe any state
             return
         held_up_s = time.monotonic() - epoch.finished_at_s
-        breach = held_up_s > policy.budget_s and not policy.patient
+        breach = held_up_s > policy.budget_s + policy.slack_s and not policy.patient
         self._status.boundary(held_up_s * 1000, breach=breach)
         self._observers.on_boundary(self._status, epoch, budget_ms=policy.budget_s * 1000, breach=breach)
         parts.safety.epoch_over(breach=breach)
@@ -130,12 +134,12 @@ class TrainingRun:
         """Returns whether the epoch is healthy; otherwise rolls back or halts the run."""
         parts = self._parts
         verdict = parts.health.epoch(epoch, rolling_back=parts.recovery.running)
-        self._observers.on_health(parts.health.to_json())
         if isinstance(verdict, Proceed):
+            self._save_health()
             return True
         parts.safety.safeguards.epoch_failing(COLLAPSE)
-        # A checkpoint from within that epoch may be as bad as its end.
-        self._enact(verdict, before_step=min(parts.checkpointing.validated_step, epoch.global_step - 1))
+        parts.safety.trigger(Trigger.ACCURACY_COLLAPSE, verdict.reason)
+        self._enact(verdict)
         parts.safety.epoch_over(breach=False)
         return False
 
@@ -185,6 +189,7 @@ class TrainingRun:
     def _on_events(self, events: Sequence[messages.Event]) -> None:
         for event in events:
             self._on_event(event)
+        self._save_health()
         self._parts.safety.check_breakers()
         self._observers.on_frame(self._status)
 
@@ -196,15 +201,14 @@ class TrainingRun:
                 self._on_epoch(event)
             case messages.SeedsChanged():
                 self._on_seeds(event)
+            case messages.RegimeBegun():
+                self._on_regime(event)
             case messages.CommandDone():
                 self._on_command(event)
             case messages.Held():
                 self._on_held(event)
-            case messages.SnapshotsChanged():
-                self._status.snapshots = event.points
-                self._observers.on_snapshots(event.statistics)
-            case messages.SnapshotsUnavailable():
-                self._observers.on_snapshots_unavailable(event.reason)
+            case messages.SnapshotsChanged() | messages.SnapshotsUnavailable():
+                self._on_snapshots(event)
             case messages.ProfileDone():
                 self._parts.profiles.done(event)
             case messages.LaneEnded():
@@ -221,19 +225,21 @@ class TrainingRun:
         self._observers.on_step(step)
         parts.safety.safeguards.step(step)
         parts.profiles.step(step)
-        if not isinstance(verdict, Proceed):
+        for seed_id in self._dropped.after(step):
+            self._cull(seed_id)
+        if isinstance(verdict, Proceed):
+            if verdict.alarm:
+                self._observers.on_explosion(step, verdict.alarm)
+            if not rolling_back:
+                parts.questions.step(step)
+                parts.recovery.on_step(step)
+                parts.checkpointing.on_step(step.global_step)
+            return
+        if not isinstance(verdict, AcceptRegime):
             if not step.skipped:
                 self._observers.on_explosion(step, verdict.reason)
-                parts.safety.safeguards.epoch_failing(EXPLOSION)
-            self._enact(verdict, before_step=step.global_step - (not step.skipped))
-            return
-        if not rolling_back:
-            parts.questions.step(step)
-            parts.recovery.on_step(step)
-            parts.checkpointing.on_step(step.global_step)
-            if self._lifecycle.training and parts.health.skipped_too_many(self._settings.control.max_void_steps):
-                streak = parts.health.averages.skipped_streak
-                self._lifecycle.hold(f"{streak} steps in a row were not finite")
+            parts.safety.safeguards.epoch_failing(NON_FINITE if step.skipped else EXPLOSION)
+        self._enact(verdict)
 
     def _on_epoch(self, epoch: messages.EpochDone) -> None:
         self._status.epoch_done(epoch)
@@ -247,6 +253,31 @@ class TrainingRun:
         self._observers.on_seeds(self._status.seeds)
         self._observers.on_seeds_changed(change)
         self._parts.safety.safeguards.seeds_changed(change)
+
+    def _on_regime(self, regime: messages.RegimeBegun) -> None:
+        self._parts.health.regime_begins(announced=regime.announced)
+        self._observers.on_regime(regime)
+
+    def _cull(self, seed_id: str) -> None:
+        """Removes a seed whose gradients cannot be used; the executor gets the reason with the next consultation."""
+        remaining = [seed for seed in self._status.seeds if seed.seed_id != seed_id]
+        self._observers.on_seed_culled(seed_id, self._status.global_step)
+        self._status.desired = remaining
+        self._lane.submit(messages.ReconcileSeeds(tuple(remaining)))
+
+    def _save_health(self) -> None:
+        """Has the record of health journalled if it has changed."""
+        health = self._parts.health
+        self._status.best_step, self._status.skipped_steps = health.best_step, health.skipped_steps
+        if (record := health.unsaved()) is not None:
+            self._observers.on_health(record)
+
+    def _on_snapshots(self, event: messages.SnapshotEvent) -> None:
+        if isinstance(event, messages.SnapshotsUnavailable):
+            self._observers.on_snapshots_unavailable(event.reason)
+        else:
+            self._status.snapshots = event.points
+            self._observers.on_snapshots(event.statistics)
 
     def _on_held(self, event: messages.Held) -> None:
         if self._lane.mark_held(event):
@@ -302,7 +333,7 @@ class TrainingRun:
     def _rewind(self, restored: messages.Restored) -> None:
         """Resets the run to the state that the lane has restored."""
         parts = self._parts
-        parts.health.forgive_skipped_steps()
+        parts.health.restored(restored.losses, restored.position.global_step)
         self._status.rewind(restored)
         self._observers.on_rewind(restored)
         self._show_seeds_and_rates()
@@ -313,13 +344,15 @@ class TrainingRun:
         if not restored.underway and restored.latest_order == self._lane.order:
             self._epoch_over.set()  # the lane has dropped its order: the epoch has to be ordered again
 
-    def _enact(self, verdict: Retreat | Halt, *, before_step: int) -> None:
+    def _enact(self, verdict: AcceptRegime | Retreat | Halt) -> None:
+        self._save_health()  # the budget outlives the process
         match verdict:
+            case AcceptRegime(reason, batches):
+                self._lane.submit(messages.AcceptRegime(reason, batches))
             case Retreat():
-                self._observers.on_health(self._parts.health.to_json())  # the budget outlives the process
-                self._parts.recovery.retreat(verdict, before_step=before_step)
-            case Halt(reason):
-                self._parts.safety.trigger(Trigger.ROLLBACK_BUDGET_SPENT, reason)
+                self._parts.recovery.retreat(verdict)
+            case Halt(trigger, reason):
+                self._parts.safety.trigger(trigger, reason)
             case _:
                 assert_never(verdict)
 
@@ -327,7 +360,7 @@ class TrainingRun:
 
     def status(self) -> GetStatusResponse:
         """Returns the run's part of GetStatus."""
-        streak = self._parts.health.averages.skipped_streak
+        streak = self._parts.health.skip_streak
         message = status_message(self._status, skipped_streak=streak, now_s=time.monotonic())
         self._parts.safety.add_to(message)
         return message

@@ -29,9 +29,9 @@ TAMIYO, KASMINA = "tamiyo", "kasmina"
 BOUNDARY, LR_INTEGRITY, OPTIMIZER, CHECKPOINT = "boundary", "lr_integrity", "optimizer", "checkpoint"
 BREAKERS: Final = (TAMIYO, KASMINA, BOUNDARY, LR_INTEGRITY, OPTIMIZER, CHECKPOINT)
 
-# Causes of a failed epoch, as the reasons for conservative mode name them.
-BREACH, PEER_FAILURE, NON_FINITE, BREAKER_OPENED = "boundary_breach", "peer_failure", "non_finite", "breaker_open"
-EXPLOSION, COLLAPSE = "loss_explosion", "accuracy_collapse"
+# Reasons for conservative mode. Those of ill training are causes of a failed epoch; late clocks and peers are not.
+BREACH, PEER_FAILURE = "boundary_breach", "peer_failure"
+NON_FINITE, EXPLOSION, COLLAPSE = "non_finite", "loss_explosion", "accuracy_collapse"
 
 _OPERATOR: Final = "operator"
 _LATE_ACKNOWLEDGEMENTS_S: Final = 1.0
@@ -59,6 +59,8 @@ class Safeguards:
             name: Breaker(name, clock=clock, on_change=self._breaker_changed) for name in BREAKERS
         }
         self._causes: set[str] = set()
+        self._disturbed = False
+        """Whether peers or clocks have given a reason for conservative mode in this epoch."""
         self._failed: set[str] = set()
         """The lane's breakers that recorded a failure in this epoch; for the others the epoch is a success."""
         self._opened: list[str] = []
@@ -88,11 +90,9 @@ class Safeguards:
         self.breakers[name].force(state)
 
     def step(self, step: StepDone) -> None:
-        """Counts the learning-rate violations of one step, and whether it was not finite."""
+        """Counts the learning-rate violations of one step."""
         if step.violations:
             self._fail(LR_INTEGRITY)
-        if step.skipped and not step.rescaled:
-            self.epoch_failing(NON_FINITE)
 
     def seeds_changed(self, change: SeedsChanged) -> None:
         """Counts a failed rebuild of the optimizer."""
@@ -100,8 +100,13 @@ class Safeguards:
             self._fail(OPTIMIZER)
 
     def epoch_failing(self, cause: str) -> None:
-        """Counts the current epoch as failed, and enters conservative mode."""
+        """Counts the current epoch as failed, because training was ill, and enters conservative mode."""
         self._causes.add(cause)
+        self.mode.enter(epoch_failed(cause))
+
+    def disturbed(self, cause: str) -> None:
+        """Enters conservative mode because of peers or clocks, which do not make training ill."""
+        self._disturbed = True
         self.mode.enter(epoch_failed(cause))
 
     def rolled_back(self) -> None:
@@ -109,23 +114,21 @@ class Safeguards:
         self._causes -= {NON_FINITE, EXPLOSION}
 
     def epoch_over(self, *, breach: bool) -> bool:
-        """Counts an epoch and its boundary; returns whether the epoch was healthy.
-
-        A peer failure that is detected later counts in the epoch that is current then.
-        """
+        """Counts an epoch and its boundary; returns whether training was healthy in the epoch."""
         if breach:
-            self.epoch_failing(BREACH)
-        healthy = not self._causes
-        self._causes = set()
-        self._count(BOUNDARY, healthy=healthy)
+            self.disturbed(BREACH)
+        healthy, disturbed = not self._causes, self._disturbed
+        self._causes, self._disturbed = set(), False
+        self._count(BOUNDARY, healthy=not breach)
         for name in (LR_INTEGRITY, OPTIMIZER):
             if name not in self._failed:
                 self._count(name, healthy=True)
         self._failed = set()
-        if healthy:
+        if not healthy:
+            self._observers.on_epoch_failed()
+        if healthy and not disturbed:
             self.mode.healthy_epoch()
         else:
-            self._observers.on_epoch_failed()
             self.mode.failed_epoch()
         return healthy
 
@@ -148,8 +151,6 @@ class Safeguards:
         self._observers.on_breaker(name, state)
         reason = breaker_open(name)
         if state == enums.CIRCUIT_STATE_OPEN:
-            if name != BOUNDARY:  # it counts failed epochs: its opening is not a further failure
-                self._causes.add(BREAKER_OPENED)
             self.mode.enter(reason)
             self._opened.append(name)
         elif state == enums.CIRCUIT_STATE_CLOSED and reason.name in self.mode.reasons:
@@ -242,6 +243,11 @@ class Safety:
         if recovered:
             with suppress(EmergencyError):  # cleared or raised in the meantime
                 self.controller.clear(f"{self._streak.healthy} healthy epochs", TOLARIA, by=emergency.Clearer.RECOVERED)
+
+    def disturbed(self, cause: str, trigger: emergency.Trigger) -> None:
+        """Enters conservative mode and notifies because of peers or clocks."""
+        self.safeguards.disturbed(cause)
+        self.controller.trigger(trigger, cause)
 
     def trigger(self, trigger: emergency.Trigger, detail: str) -> None:
         """Raises the emergency of a trigger."""

@@ -20,7 +20,7 @@ from leyline.v1.telemetry_pb2 import SystemHealth
 from tolaria import __version__
 from tolaria.images import SnapshotInfo
 from tolaria.lane.messages import EpochDone, LaneReady, Restored, StepDone
-from tolaria.run.health import Averages
+from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment
 
 PACKET_VERSION: Final = 1
@@ -108,6 +108,8 @@ class RunStatus:
     training_loss: float = float("nan")
     snapshots: tuple[SnapshotInfo, ...] = ()
     rollbacks: int = 0
+    best_step: int = 0
+    skipped_steps: int = 0
 
     boundaries_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_BOUNDARIES_KEPT))
     boundaries_over_budget: int = 0

@@ -10,7 +10,7 @@ import structlog
 from leyline.v1.admin_service_pb2 import RunState
 from leyline.v1.enums_pb2 import CommandType
 from tolaria.errors import CommandRejectedError
-from tolaria.lane.messages import EpochDone, LaneReady, Restored, StepDone
+from tolaria.lane.messages import EpochDone, LaneReady, RegimeBegun, Restored, StepDone
 from tolaria.peers.consultation import Consultation
 from tolaria.run.observers import RunObserver
 from tolaria.run.status import RunStatus, state_name
@@ -64,6 +64,33 @@ class TrainingTelemetry(RunObserver):
             self._emitter.emit(
                 events.NON_FINITE_STEP, step=step.global_step, loss=step.loss, gradient_norm=step.gradient_norm
             )
+        if (step.skipped and not step.rescaled) or step.left_out:
+            self._skipped(step)
+        if step.parameters_finite is not None:
+            self._emitter.emit(events.PARAMETERS_CHECKED, step=step.global_step, finite=step.parameters_finite)
+        for seed_id in step.dropped_seeds:
+            self._emitter.emit(events.SEED_GRADIENTS_DROPPED, step=step.global_step, seed_id=seed_id)
+
+    def _skipped(self, step: StepDone) -> None:
+        places = step.left_out or step.batches
+        reason = "a microbatch is not finite" if step.left_out else "the gradient is not finite"
+        self._emitter.emit(
+            events.STEP_SKIPPED,
+            step=step.global_step,
+            epoch=step.epoch,
+            batches=", ".join(map(str, places)),
+            loss=step.loss,
+            gradient_norm=step.gradient_norm,
+            reason=reason if step.left_out or math.isfinite(step.loss) else "the loss is not finite",
+        )
+
+    def on_regime(self, regime: RegimeBegun) -> None:
+        origin = "job" if regime.announced else "health"
+        self._emitter.emit(events.LOSS_REGIME_ACCEPTED, step=regime.global_step, reason=regime.reason, origin=origin)
+
+    def on_seed_culled(self, seed_id: str, step: int) -> None:
+        reason = "its gradients were not finite in too many steps in a row"
+        self._emitter.emit(events.SEED_CULLED, step=step, seed_id=seed_id, reason=reason)
 
     def on_explosion(self, step: StepDone, reason: str) -> None:
         self._emitter.emit(

@@ -94,7 +94,7 @@ class Core:
         self.journal = AsyncJournal(foundation.storage.journal, self.status.run_id)
         participant = foundation.board.claim("tolaria")
         self.heartbeats = Heartbeats(participant)
-        self.health = Health(settings.rollback, foundation.run.scale)
+        self.health = Health(settings.rollback, settings.health, foundation.run.scale)
         safety_telemetry = SafetyTelemetry(metrics, emitter, BREAKERS, degraded=foundation.board.degraded)
         self.observers = Observers(
             TrainingTelemetry(metrics, emitter, foundation.log_context, run_id=self.status.run_id),
@@ -155,6 +155,7 @@ def new_run(core: Core, peers: Peers) -> RunService:
         lifecycle=core.lifecycle,
         safety=core.safety,
         recovery=recovery,
+        health=core.health,
         observers=core.observers,
         max_staleness_steps=settings.control.max_staleness_steps,
     )
@@ -232,4 +233,5 @@ def _boundary_policy(settings: Settings) -> BoundaryPolicy:
         patient=settings.training.deterministic,
         # Three calls at most (evaluate, apply, export), each with its own deadline.
         patience_s=settings.tamiyo.timeout_s + 2 * settings.kasmina.timeout_s + 1.0,
+        slack_s=control.boundary_slack_ms / 1000,
     )

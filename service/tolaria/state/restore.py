@@ -96,7 +96,7 @@ class StagedRestore:
             for name, part in state.parts.items():
                 undo.callback(_put_back, name, part, encode_plain(part.state_dict(), f"parts/{name}"))
                 try:
-                    part.load_state_dict(_part_state(self.values["parts"][name]))
+                    part.load_state_dict(_part_state(self.values["parts"].get(name, {})))
                 except _REFUSALS as error:
                     raise StateMismatchError([f"parts/{name}: {type(error).__name__}: {error}"]) from error
             if expired is not None and expired():
@@ -131,7 +131,8 @@ def _restore_topology(state: TrainingState, before: StateImage) -> None:
 
 
 def _check_parts(state: TrainingState, values: Mapping[str, Any]) -> None:
-    problems = _name_problems({f"parts/{name}" for name in state.parts}, {f"parts/{name}" for name in values["parts"]})
+    # A part that the image lacks has to load the empty state.
+    problems = [f"parts/{name}: in the image only" for name in sorted(set(values["parts"]) - set(state.parts))]
     if (values["topology"] is None) != (state.topology is None):
         problems.append("topology: in one of the two only")
     if problems:

@@ -49,7 +49,10 @@ class StatePart(Protocol):
     """A part of the state without tensors: LR controller, data cursor, seed topology, AMP scaler."""
 
     def state_dict(self) -> dict[str, JsonValue]:
-        """Returns the part as JSON values; floats may be infinite or NaN."""
+        """Returns the part as JSON values; floats may be infinite or NaN.
+
+        The empty state {} is left out of the training state, so that states from before a part existed can be loaded.
+        """
 
     def load_state_dict(self, state: dict[str, JsonValue]) -> Any:
         """Restores what `state_dict` returned. After an error the caller loads the previous state again."""
@@ -156,7 +159,11 @@ class _Surveyor:
         values: dict[str, JsonValue] = {
             "position": asdict(self._live.position),
             "optimizer": self._optimizer(),
-            "parts": {name: encode_plain(part.state_dict(), f"parts/{name}") for name, part in parts.items()},
+            "parts": {
+                name: encode_plain(state, f"parts/{name}")
+                for name, part in parts.items()
+                if (state := part.state_dict())
+            },
             "topology": None if topology is None else encode_plain(topology.state_dict(), "topology"),
             "rng": rng_values,
         }

@@ -86,12 +86,17 @@ EPOCH_BUDGET_EXCEEDED = _warning("tolaria.epoch_budget_exceeded", "epoch", "late
 HOOK_BUDGET_EXCEEDED = _warning("tolaria.hook_budget_exceeded", "step", "latency_ms", "budget_ms")
 ZERO_SAMPLES = _warning("zero_samples", "epoch")
 NON_FINITE_STEP = _error("tolaria.non_finite_step", "step", "loss", "gradient_norm")
+STEP_SKIPPED = _warning("tolaria.step_skipped", "step", "epoch", "batches", "loss", "gradient_norm", "reason")
+PARAMETERS_CHECKED = _warning("tolaria.parameters_checked", "step", "finite")
+LOSS_REGIME_ACCEPTED = _warning("tolaria.loss_regime_accepted", "step", "reason", "origin")
 LOSS_EXPLOSION = _error("tolaria.loss_explosion", "step", "loss", "gradient_norm", "reason")
 
 # Gradients and seeds
 GRAD_CONFLICT_HIGH = _warning("grad_conflict_high", "epoch", "ratio", "threshold")
 SEED_CONFLICT_HIGH = _warning("seed_conflict_high", "seed_id", "ratio", "threshold")
 SEED_SHARE_JUMP = _warning("seed_share_jump", "seed_id", "delta", "threshold")
+SEED_GRADIENTS_DROPPED = _warning("tolaria.seed_gradients_dropped", "step", "seed_id")
+SEED_CULLED = _error("tolaria.seed_culled", "step", "seed_id", "reason")
 SEED_HEALTH = _info("seed_health", "seed_id", "share", "share_delta", "conflict_ratio", "alpha", "norm")
 
 # Optimizer and fast paths

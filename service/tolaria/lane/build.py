@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ class BuiltLane:
             learning_rates=seeds.controller.learning_rates(),
             adjustments=seeds.controller.adjustments,
             seeds=tuple(seeds.topology.states(module.global_step)),
-            losses=module.losses.state_dict(),
+            losses=json.dumps(module.losses.state_dict()),
         )
 
     def resume(self, image: StateImage) -> Restored:

@@ -6,7 +6,7 @@ Everything that crosses between `run` and `lane` is defined here; `tolaria.value
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal, Self, TypeAlias, get_args
 
 from leyline.v1.seeds_pb2 import SeedState
@@ -158,7 +158,7 @@ class Restored:
 
     `state_digest` is of the live state after the restore, `expected_digest` the one recorded at its capture.
     `underway`: the lane goes on with that epoch without a further order; `latest_order` is the newest it has received.
-    `losses` is the state of its `LossWindow`.
+    `losses` is the state of its `LossWindow`, as JSON.
     """
 
     position: Position
@@ -171,7 +171,7 @@ class Restored:
     adjustments: tuple[ActiveAdjustment, ...]
     underway: bool = False
     latest_order: int = 0
-    losses: Mapping[str, Any] = field(default_factory=dict)
+    losses: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +259,7 @@ class LaneReady:
     learning_rates: Mapping[str, float]
     adjustments: tuple[ActiveAdjustment, ...]
     seeds: tuple[SeedState, ...]
-    losses: Mapping[str, Any] = field(default_factory=dict)
+    losses: str = ""
 
 
 @dataclass(frozen=True, slots=True)

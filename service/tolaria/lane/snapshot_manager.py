@@ -141,7 +141,7 @@ class SnapshotManager:
             seeds=tuple(module.seeds.topology.states(module.global_step)),
             learning_rates=controller.learning_rates(),
             adjustments=controller.adjustments,
-            losses=module.losses.state_dict(),
+            losses=json.dumps(module.losses.state_dict()),
         )
 
     def _take_snapshot(self) -> None:

@@ -223,13 +223,13 @@ def _add_losses(module: TrainModule, taken: _Taken, losses: Mapping[str, Tensor]
     share = batch.samples / taken.planned_samples
     seeds = set(module.seeds.topology.training_seeds)
     essential = [each.detach() for source, each in losses.items() if source not in module.isolated_seeds]
-    part = torch.stack(essential).sum() * share
+    part = torch.stack(essential).sum() * share if essential else torch.zeros_like(loss)
     taken.essential = part if taken.essential is None else taken.essential + part
     tasks = [each.detach() for source, each in losses.items() if source not in seeds]
     samples = batch.samples
     if batch.seed_ids is not None:  # their losses are shares of the mean over the whole batch
         samples = sum(source not in seeds for source in batch.seed_ids)
-    if samples:
+    if samples and tasks:
         mean = torch.stack(tasks).mean() * batch.samples
         taken.judged = mean if taken.judged is None else taken.judged + mean
         taken.judged_samples += samples
@@ -348,8 +348,8 @@ def _check_parameters(module: TrainModule, taken: _Taken, *, skipped: bool, undo
             losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
         if not _essential_finite(module, losses):
             return False
-        essential = [loss for source, loss in losses.items() if source not in module.isolated_seeds]
-        torch.autograd.backward(essential)
+        if essential := [loss for source, loss in losses.items() if source not in module.isolated_seeds]:
+            torch.autograd.backward(essential)
         return module.gradients_finite()
     finally:
         module.discard_pass()

@@ -6,11 +6,11 @@ run is in the record: going back restores none of it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from pydantic import BaseModel, ValidationError
 
@@ -29,7 +29,7 @@ WATCH_STEPS: Final = 64
 """Steps for which such losses are watched before the verdict."""
 
 EVALUATIONS: Final = 8
-"""Evaluations with which new ones are compared."""
+"""Evaluations with which new ones are compared, at least 3."""
 
 COLLAPSED: Final = 3
 """Evaluations in a row that have to be worse than all of those by more than their range."""
@@ -246,7 +246,7 @@ class Health:
 
     # -- what the lane reports ---------------------------------------------------------------------------------------
 
-    def start(self, losses: Mapping[str, Any], global_step: int) -> None:
+    def start(self, losses: str, global_step: int) -> None:
         """Adopts the windows of the state with which training starts in this process."""
         self._adopt(losses)
         self._record.best_step = max(self._record.best_step, global_step)
@@ -306,7 +306,7 @@ class Health:
         self._recent.clear()
         self._watch = None
 
-    def restored(self, losses: Mapping[str, Any], global_step: int) -> None:
+    def restored(self, losses: str, global_step: int) -> None:
         """Follows the lane, which has restored an earlier state. An operator's rollback resets the budgets."""
         record = self._record
         self._adopt(losses)
@@ -449,8 +449,8 @@ class Health:
         first = step.global_step - alarm.evidence[0] if alarm.evidence[0] >= known else steps[0].global_step
         return first, tuple(batch for one in steps for batch in batches_of(one))
 
-    def _adopt(self, losses: Mapping[str, Any]) -> None:
-        self.losses.load_state_dict(losses)
+    def _adopt(self, losses: str) -> None:
+        self.losses.load_state_dict(json.loads(losses) if losses else {})
         self._recent.clear()
         self._watch = None
         self._alarmed_step = None
@@ -484,11 +484,11 @@ def stable(losses: list[float], spread_before: float, scale: float) -> bool:
 
 
 def collapsing(before: list[float], value: float, drop: float) -> bool:
-    """Whether an evaluation is worse than all of the last eight by more than their range.
+    """Whether an evaluation is worse than all of the last eight, or at least three, by more than their range.
 
     The range is at least `drop` times the magnitude of the best one: at the end of training it may be zero.
     """
-    if len(before) < EVALUATIONS:
+    if len(before) < COLLAPSED:
         return False
     best, worst = max(before), min(before)
     return not value >= worst - max(best - worst, drop * abs(best))

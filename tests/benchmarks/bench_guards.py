@@ -21,8 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import structlog
 import torch
 from side_by_side import machine
+from structlog.typing import EventDict
 
 from support.guard_jobs import CLEAN, ILL, SOUND, TRIALS, Trial
 from support.guard_loops import Outcome, run_bare
@@ -57,9 +59,14 @@ class Run:
         return run_hosted(trial, self.seed) if self.guard == "tolaria" else run_bare(trial, self.guard, self.seed)
 
 
+def _drop(_logger: object, _method: str, _event: EventDict) -> EventDict:
+    raise structlog.DropEvent
+
+
 def perform(run: Run) -> Outcome:
     """Runs it in a worker process."""
     torch.set_num_threads(1)
+    structlog.configure(processors=[_drop])
     outcome = run.outcome()
     outcome.losses.clear()
     return outcome

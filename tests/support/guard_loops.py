@@ -117,21 +117,13 @@ GUARDS: Final[dict[str, type[Guard]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class QuietContext(JobContext):
-    """A context outside the service."""
-
-    def new_regime(self, reason: str) -> None:
-        """Ignores it."""
-
-
 class _Loop:
     """A textbook loop over one trial."""
 
     def __init__(self, trial: Trial, guard: Guard, seed: int) -> None:
         self.guard, self.trial, self.outcome = guard, trial, Outcome()
         torch.manual_seed(seed)
-        self.job = GuardJob(QuietContext(seed, torch.device("cpu"), {"trial": trial.name}))
+        self.job = GuardJob(JobContext(seed, torch.device("cpu"), {"trial": trial.name}))
         self.model = self.job.build_model()
         self.optimizer = self.job.build_optimizer(self.model)
         self.cursor = self.job.training_data()

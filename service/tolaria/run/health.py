@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from tolaria.config import HealthSettings, RollbackSettings
 from tolaria.emergency import Trigger
 from tolaria.lane.messages import EpochDone, StepDone
-from tolaria.values.loss_window import Alarm, Averages, LossWindow, relative_spread
+from tolaria.values.loss_window import Alarm, Averages, LossWindow, relative_spread, rise_begins
 
 REGIMES_MAX: Final = 2
 """Accepted regimes after which finite explosions of the run are only reported: its losses are like that."""
@@ -37,7 +37,14 @@ COLLAPSED: Final = 3
 DROPPED_MAX: Final = 8
 """Steps in a row in which the gradients of a seed are dropped, after which it is culled."""
 
-_RECENT: Final = 64
+APART_STEPS: Final = 16
+"""Least distance of a restore point from the first sign of an explosion.
+
+A fault that goes on for some steps, such as a wrong learning rate, then shows up again before the place of that sign,
+which tells it from a changed task.
+"""
+
+_RECENT: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +94,8 @@ class Retreat:
     @property
     def at_or_before(self) -> int:
         """The newest step that a restore point may be of; -1 if there can be none."""
-        before = self.evidence_step if self.older_than is None else min(self.evidence_step, self.older_than)
-        return before - 1
+        apart = max(min(self.evidence_step - 1, 0), self.evidence_step - APART_STEPS)
+        return apart if self.older_than is None else min(apart, self.older_than - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +172,7 @@ class _Watch:
     batches: tuple[tuple[int, int], ...]
     limit: float
     spread_before: float
+    early: bool
     losses: list[float]
 
 
@@ -411,18 +419,26 @@ class Health:
             return Proceed("" if again else reason)
         evidence_step, batches = self._evidence(step, alarm)
         retreat_step = self._record.retreat_step
-        if retreat_step is not None and abs(evidence_step - retreat_step) <= NEAR_STEPS:
-            self._watch = _Watch(reason, evidence_step, batches, alarm.limit, spread_before, [])
+        if retreat_step is not None and evidence_step <= retreat_step + NEAR_STEPS:
+            early = evidence_step < retreat_step
+            self._watch = _Watch(reason, evidence_step, batches, self.losses.limit, spread_before, early, [])
             return Proceed(reason)
         return self._retreat_from(reason, evidence_step, batches, step.global_step)
 
     def _retreat_from(
         self, reason: str, evidence_step: int, batches: tuple[tuple[int, int], ...], at_step: int
     ) -> Verdict:
-        verdict = self._retreat(reason, evidence_step, batches, at_step)
+        verdict = self._retreat(reason, self._rise_before(evidence_step), batches, at_step)
         if isinstance(verdict, Retreat):
             self._record.retreat_step = evidence_step
         return verdict
+
+    def _rise_before(self, evidence_step: int) -> int:
+        """Returns the step at which the losses began to rise that led to this evidence."""
+        known = [(step.global_step, step.judged) for step in self._recent if step.judged is not None]
+        first = next((place for place, (step, _) in enumerate(known) if step >= evidence_step), 0)
+        begin = rise_begins([loss for _, loss in known], first, self.losses.median)
+        return min(known[begin][0], evidence_step) if known else evidence_step
 
     def _watched(self, watch: _Watch, step: StepDone, loss: float) -> Verdict:
         watch.losses.append(loss)
@@ -430,9 +446,10 @@ class Health:
             return Proceed()
         self._watch = None
         latest = watch.losses[WATCH_STEPS // 2 :]
-        if sum(loss > watch.limit for loss in latest) <= len(latest) // 2:
+        if not watch.early and sum(loss > watch.limit for loss in latest) <= len(latest) // 2:
             return Proceed()  # it has healed by itself
-        if not stable(watch.losses, watch.spread_before, self.losses.scale):
+        # On data on which training went well before, it is no changed task, and what made it rise may be over by now.
+        if watch.early or not stable(watch.losses, watch.spread_before, self.losses.scale):
             return self._retreat_from(watch.reason, watch.evidence_step, watch.batches, step.global_step)
         record = self._record
         record.regimes += 1

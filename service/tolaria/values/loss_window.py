@@ -12,7 +12,7 @@ import struct
 from base64 import b64decode, b64encode
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from statistics import median
 from typing import Any, Final, Literal
@@ -33,6 +33,7 @@ _SLOW: Final = (28, 32)
 _SUSPECT: Final = (2, 8)
 _FLOOR: Final = 0.001
 _FIRST: Final = 64
+_SETTLED: Final = 8
 
 AlarmKind = Literal["fast", "certain", "slow"]
 
@@ -111,6 +112,11 @@ class LossWindow:
     def median(self) -> float:
         """The median of the window, the upper one of two. Raises IndexError for an empty window."""
         return self._sorted[len(self._sorted) // 2]
+
+    @property
+    def limit(self) -> float:
+        """Above it are the losses of a fast explosion. Raises IndexError for an empty window."""
+        return self._limit(1.0)
 
     @property
     def relative_spread(self) -> float:
@@ -229,6 +235,18 @@ class LossWindow:
             del self._sorted[bisect_left(self._sorted, self._order.popleft())]
         if self.full and (self._best is None or self.median < self._best[0]):
             self._best = self.median, self._limit(1.0)
+
+
+def rise_begins(losses: Sequence[float], first: int, level: float) -> int:
+    """Returns the place at which the losses began to rise that led to an explosion at place `first`.
+
+    The rise is a stretch in which no eight losses in a row have a median of at most `level`. A jump begins at, or a few
+    places before, the first loss of the explosion; a slow divergence began long before.
+    """
+    begin = first
+    while begin >= _SETTLED and median(losses[begin - _SETTLED : begin]) > level:
+        begin -= 1
+    return begin
 
 
 def relative_spread(losses: Iterable[float], scale: float) -> float:

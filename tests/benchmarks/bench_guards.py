@@ -144,15 +144,17 @@ def main() -> None:
     options = parser.parse_args()
     started_s = time.monotonic()
     trials = chosen_trials(options.quick, options.only)
-    runs = [Run(trial.name, guard, options.seed) for guard in options.guards for trial in trials]
-    references = {clean_of(trial) for trial in trials}
-    runs += [run for name in sorted(references) if (run := Run(name, "nothing", options.seed)) not in runs]
+    names = [clean_of(trial) for trial in trials]  # the references are first
+    runs = [Run(name, "nothing", options.seed) for name in dict.fromkeys(names)]
+    runs += [Run(trial.name, guard, options.seed) for guard in options.guards for trial in trials]
+    runs = list(dict.fromkeys(runs))
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        found = dict(zip(runs, pool.map(perform, runs), strict=True))
-    for run in runs:
-        reference = found[Run(clean_of(TRIALS[run.trial]), "nothing", options.seed)]
-        if run.guard != "nothing" and (line := notable(run, found[run], reference)):
-            print(line)
+        found: dict[Run, Outcome] = {}
+        for run, outcome in zip(runs, pool.map(perform, runs), strict=True):
+            found[run] = outcome
+            reference = found[Run(clean_of(TRIALS[run.trial]), "nothing", options.seed)]
+            if run.guard != "nothing" and (line := notable(run, outcome, reference)):
+                print(line, flush=True)
     print(f"\n{machine()}; {time.monotonic() - started_s:.0f} s\n")
     print(table(options.guards, trials, found, options.seed))
 

@@ -35,6 +35,9 @@ _FLOOR: Final = 0.001
 _FIRST: Final = 64
 _SETTLED: Final = 8
 
+_UNJUDGED: Final = 16
+"""Losses in the window below which it judges none: a first loss near zero says nothing about the next ones."""
+
 AlarmKind = Literal["fast", "certain", "slow"]
 
 
@@ -141,10 +144,14 @@ class LossWindow:
         self._count += 1
         self._recent.append(loss)
         alarm = None
-        if not self._sorted or loss <= self._sorted[-1]:
+        count = len(self._sorted)
+        if not count or loss <= self._sorted[-1]:
             self.above = False
             if self._best is not None and loss > self._best[1]:
                 alarm = self._alarm("slow", self._best[1], *_SLOW)
+            self._enter(loss)
+        elif count < min(_UNJUDGED, self._size):
+            self.above = True
             self._enter(loss)
         else:
             self.above = True
@@ -225,8 +232,9 @@ class LossWindow:
 
     def _limit(self, spreads: float) -> float:
         top = self._sorted[-1]
-        spread = max(top - self.median, _FLOOR * abs(top), _FLOOR * self._scale)
-        return top + spreads * (spread if self.full else max(spread, abs(top)))
+        if self.full:
+            return top + spreads * max(top - self.median, _FLOOR * abs(top), _FLOOR * self._scale)
+        return top + spreads * max(top - self.median, abs(top), self._scale)
 
     def _enter(self, loss: float) -> None:
         self._order.append(loss)

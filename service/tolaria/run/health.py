@@ -266,6 +266,9 @@ class Health:
         """
         quiet = rolling_back or bool(self._origin)
         if step.skipped:
+            if step.judged is not None:  # it is extreme
+                self.losses.pass_over(step.judged)
+                self._recent.append(step)
             return self._skipped(step, quiet=quiet)
         self._record.skip_streak = 0
         self._record.best_step = max(self._record.best_step, step.global_step)

@@ -60,7 +60,7 @@ class TrainingTelemetry(RunObserver):
     def on_step(self, step: StepDone) -> None:
         self._metrics.step_duration_seconds.observe(step.duration_s)
         self._metrics.step_input_wait_seconds.observe(step.input_wait_s)
-        if step.skipped and not step.rescaled:
+        if step.skipped and not step.rescaled and step.judged is None:
             self._emitter.emit(
                 events.NON_FINITE_STEP, step=step.global_step, loss=step.loss, gradient_norm=step.gradient_norm
             )
@@ -73,7 +73,12 @@ class TrainingTelemetry(RunObserver):
 
     def _skipped(self, step: StepDone) -> None:
         places = step.left_out or step.batches
-        reason = "a microbatch is not finite" if step.left_out else "the gradient is not finite"
+        if step.left_out:
+            reason = "a microbatch is not finite"
+        elif step.judged is not None:
+            reason = "the loss is far above all of the last ones"
+        else:
+            reason = f"the {'gradient' if math.isfinite(step.loss) else 'loss'} is not finite"
         self._emitter.emit(
             events.STEP_SKIPPED,
             step=step.global_step,
@@ -81,7 +86,7 @@ class TrainingTelemetry(RunObserver):
             batches=", ".join(map(str, places)),
             loss=step.loss,
             gradient_norm=step.gradient_norm,
-            reason=reason if step.left_out or math.isfinite(step.loss) else "the loss is not finite",
+            reason=reason,
         )
 
     def on_regime(self, regime: RegimeBegun) -> None:

@@ -34,11 +34,17 @@ class _Saved:
         """Whether it is copied before every step."""
         return self.tensor is not None and self.tensor.nbytes <= _SMALL_BYTES
 
+    def note_change(self) -> bool:
+        """Returns whether the saved tensor has changed in place since."""
+        changed = self.tensor is not None and self.tensor._version != self.version  # noqa: SLF001 - torch's counter of changes in place has no public name
+        self.changes = self.changes or changed
+        return changed
+
     def adopt(self, tensor: Tensor | None, *, keep: bool) -> None:
         """Takes a tensor that was assigned to the buffer, and copies it if it is small or `keep` is set."""
         self.tensor, self.copy = tensor, None
         if tensor is not None:
-            self.version = tensor._version  # noqa: SLF001 - torch's counter of changes in place has no public name
+            self.version = tensor._version  # noqa: SLF001 - see above
             if keep or self.small:
                 self.copy = whole(tensor).detach().clone()
 
@@ -68,11 +74,10 @@ class SavedBuffers:
         for saved in self._saved:
             tensor = saved.owner[saved.name]
             if self._first or tensor is not saved.tensor:
-                saved.adopt(tensor, keep=self._first)
+                saved.note_change()
+                saved.adopt(tensor, keep=self._first or saved.changes)
             elif tensor is not None:
-                version = tensor._version  # noqa: SLF001 - see above
-                changed, saved.version = version != saved.version, version
-                saved.changes = saved.changes or changed
+                changed, saved.version = saved.note_change(), tensor._version  # noqa: SLF001 - see above
                 if saved.copy is None and changed:
                     saved.adopt(tensor, keep=True)
                 elif saved.copy is not None and (changed or saved.small):
@@ -92,9 +97,7 @@ class SavedBuffers:
             if (tensor := saved.tensor) is None:
                 continue
             saved.owner[saved.name] = tensor
-            changed = tensor._version != saved.version  # noqa: SLF001 - see above
-            saved.changes = saved.changes or changed
-            if changed or saved.small:
+            if saved.note_change() or saved.small:
                 wanted.append((saved, tensor))
         copied = [(whole(tensor).detach(), saved.copy) for saved, tensor in wanted if saved.copy is not None]
         if copied:

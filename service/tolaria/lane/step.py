@@ -94,7 +94,7 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
     if not taken.read:
         return None
     measured = _finish(module, taken, mark)
-    if not measured.finite and module.accumulate > 1 and not _overflowed(module, measured):
+    if not measured.finite and module.accumulate > 1 and taken.loss is not None and not _overflowed(module, measured):
         module.abandon_step()  # to find the microbatches that are not finite
         module.fast_paths.keep_scale()
         taken = _take_microbatches(module, continue_step, mark, each=True, thorough=True)

@@ -99,7 +99,7 @@ def test_the_parts_of_the_state_have_the_names_of_checkpoints() -> None:
     run.train_to(3)
     with run.capture() as image:
         values = json.loads(image.values)
-    assert list(values["parts"]) == ["cursor", "epoch", "growth", "learning_rates", "left_out"]
+    assert list(values["parts"]) == ["cursor", "epoch", "growth", "learning_rates", "left_out", "losses"]
     assert set(values["parts"]["epoch"]) == {
         *("number", "over", "batches", "steps", "void_steps", "samples", "loss_sum"),
     }
@@ -199,14 +199,14 @@ def test_later_snapshots_are_dropped_by_a_rollback() -> None:
 
 
 def test_skipped_batches_stay_skipped_through_a_rollback() -> None:
-    """Batches are passed over also after a restore of a state in which they were not skipped."""
+    """They belong to the run and not to its state: they are passed over also in a state in which they were not."""
     run = driven()
     run.train_to(3)
     image = copied(run.capture())
     run.train_to(5)
     assert run.execute(SkipBatches(((1, 5),))).failure is None
     run.restore(3, image)
-    assert run.module.skipped.batches == {(1, 5)}
+    assert (run.module.skipped.added, run.module.skipped.batches) == ({(1, 5)}, set())
     read = run.module.progress.batches
     run.train_to(7)
     assert (read, run.module.progress.batches) == (3, 8)  # one more than steps

@@ -24,7 +24,7 @@ from leyline.v1.enums_pb2 import (
     RollbackTier,
 )
 from support.admin import SERVICE, MemoryJournal, serving_parts, stub_of
-from tolaria.config import RollbackSettings
+from tolaria.config import HealthSettings, RollbackSettings
 from tolaria.emergency import Acknowledgement, EmergencyState
 from tolaria.emergency.protocol import require_level
 from tolaria.errors import (
@@ -176,7 +176,7 @@ async def served(interval_s: float = 60.0) -> AsyncIterator[Served]:
         parts = AdminParts(
             run=cast("TrainingRun", it.run),
             status=it.status,
-            health=Health(RollbackSettings()),
+            health=Health(RollbackSettings(), HealthSettings()),
             safety=cast("Safety", FakeSafety()),
             journal=it.journal,
             ledger=RequestLedger(100, it.journal, it.status, operations),

@@ -9,13 +9,13 @@ import anyio
 import pytest
 from structlog.testing import capture_logs
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, RollbackTier
 from support.disks import FailingDisk
 from support.lanes import FakeLane, small_image, started_client
 from support.rollbacks import FakeBoard, FakeJournal
 from tolaria.checkpoint.storage import Storage, open_storage
 from tolaria.checkpoint.store import Damage, Retention
-from tolaria.config import RollbackSettings
+from tolaria.config import HealthSettings, RollbackSettings
 from tolaria.emergency import Trigger
 from tolaria.errors import (
     AdjustmentRefusedError,
@@ -170,7 +170,7 @@ class RecoveryParts:
         self.status = RunStatus("run", "digits", "", 1, 0.0)
         self.status.snapshots = tuple(SnapshotInfo(Position(step, 1), 8, "d") for step in (3, 6, 9))
         self.status.global_step = 11
-        self.lifecycle, self.health = FakeLifecycle(), FakeHealth(RollbackSettings())
+        self.lifecycle, self.health = FakeLifecycle(), FakeHealth(RollbackSettings(), HealthSettings())
         self.recorder = Recorder()
         self.recorder.held = lambda: self.client.held_for("rollback")
         self.restorer = LaneRestorer(self.client, self.status, storage.checkpoints, self.recorder)
@@ -333,7 +333,7 @@ async def test_the_lane_is_held_until_everything_is_done(storage: Storage) -> No
     parts.health.spoiled = ((1, 4), (1, 3))
     async with serving(parts):
         with capture_logs() as logs:
-            parts.recovery.retreat(Retreat(ROLLBACK_TIER_FAST, "loss exploded", 9, RateCut(0.5, 3)), before_step=8)
+            parts.recovery.retreat(Retreat("loss exploded", 9, (), RateCut(0.5, 3)))
             assert parts.recovery.running
             await anyio.wait_all_tasks_blocked()
     kinds = [type(command) for command in parts.lane.sent]
@@ -355,7 +355,7 @@ async def test_without_a_snapshot_a_retreat_takes_a_checkpoint(storage: Storage)
     parts = RecoveryParts(storage)
     parts.status.snapshots = ()
     async with serving(parts):
-        parts.recovery.retreat(Retreat(ROLLBACK_TIER_FAST, "odd", 5, RateCut(0.5, 3)), before_step=4)
+        parts.recovery.retreat(Retreat("odd", 5, (), RateCut(0.5, 3)))
         with anyio.fail_after(10):
             while not parts.journal.rollbacks:
                 await anyio.sleep(0.001)
@@ -374,17 +374,17 @@ async def test_without_a_target_it_goes_to_the_newest_healthy_point(storage: Sto
 async def test_a_second_rollback_and_one_after_the_end_are_rejected(storage: Storage) -> None:
     """Verdicts are satisfied by the one that is running, and ignored after the end."""
     parts = RecoveryParts(storage)
-    verdict = Retreat(ROLLBACK_TIER_UNSPECIFIED, "odd", 3, RateCut(0.5, 3))
+    verdict = Retreat("odd", 4, (), RateCut(0.5, 3))
     parts.recovery.begin(fast())
     with pytest.raises(WrongStateError, match="another rollback is running"):
         parts.recovery.begin(fast())
-    parts.recovery.retreat(verdict, before_step=3)
+    parts.recovery.retreat(verdict)
     async with serving(parts):
         await anyio.wait_all_tasks_blocked()
     parts.lifecycle.has_ended = True
     with pytest.raises(WrongStateError, match="the run has ended"):
         parts.recovery.begin(fast())
-    parts.recovery.retreat(verdict, before_step=3)
+    parts.recovery.retreat(verdict)
     assert parts.recorder.words.count("started") == 1
 
 
@@ -436,15 +436,21 @@ async def test_a_failed_proof_is_raised_while_the_lane_is_held(storage: Storage)
         assert not parts.recovery.unproven
 
 
-@pytest.mark.parametrize("halts", [True, False])
-async def test_a_missed_deadline_is_raised_while_the_lane_is_held(storage: Storage, halts: bool) -> None:
-    """Where it halts, no step is trained in between; the settings may say that it does not halt."""
-    parts = RecoveryParts(storage, halt_on_deadline=halts, budget_s=0.1)
+@pytest.mark.parametrize("automatic", [True, False])
+async def test_a_missed_deadline_halts_if_the_state_is_ill(storage: Storage, automatic: bool) -> None:
+    """While the lane is held, so that no step is trained in between; an operator's rollback leaves a sound state."""
+    parts = RecoveryParts(storage, budget_s=0.1)
     del parts.lane.answers[Restore]
     async with serving(parts):
-        with pytest.raises(RestoreAbandonedError):
-            await parts.recovery.roll_back(fast())
-    missed = [("missed: odd", True)] if halts else []
+        if automatic:
+            parts.recovery.retreat(Retreat("odd", 10, (), RateCut(0.5, 3)))
+            with anyio.fail_after(10):
+                while parts.recovery.running:
+                    await anyio.sleep(0.001)
+        else:
+            with pytest.raises(RestoreAbandonedError):
+                await parts.recovery.roll_back(fast())
+    missed = [("missed: odd", True)] if automatic else []
     assert parts.recorder.log == [("started", True), *missed, ("ended", True)]
 
 
@@ -458,7 +464,7 @@ async def test_what_fails_after_the_restore_does_not_undo_it(
     parts.lane.answers[ChangeOptimizer] = answer or (lambda _command: None)
     with capture_logs() as logs:
         async with serving(parts):
-            parts.recovery.retreat(Retreat(ROLLBACK_TIER_FAST, "odd", 9, RateCut(0.5, 3)), before_step=8)
+            parts.recovery.retreat(Retreat("odd", 9, (), RateCut(0.5, 3)))
             with anyio.fail_after(10):
                 while parts.recovery.running:
                     await anyio.sleep(0.001)

@@ -112,7 +112,7 @@ async def test_no_rollback_begins_after_the_end_of_the_run() -> None:
     async with running(run):
         await run.until(lambda: run.state == "FINISHED")
         run.safety.controller.escalate(EMERGENCY_LEVEL_CONSERVATIVE, "odd", "kasmina")
-        run.recovery.retreat(Retreat(ROLLBACK_TIER_FAST, "odd", 3, RateCut(0.5, 3)), before_step=3)
+        run.recovery.retreat(Retreat("odd", 4, (), RateCut(0.5, 3)))
         assert not run.recovery.running
         with pytest.raises(WrongStateError, match="the run has ended"):
             run.recovery.begin(fast())

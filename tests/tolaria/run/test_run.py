@@ -156,22 +156,6 @@ async def test_an_exception_of_the_job_fails_the_run() -> None:
     assert run.run.status().health.summary == run.status.state_reason
 
 
-async def test_several_skipped_steps_in_a_row_hold_the_run() -> None:
-    """Each skipped step is an event; max_void_steps in a row hold the run, and a resume starts the count anew."""
-    control = ControlSettings(boundary_budget_ms=2000, tamiyo_budget_ms=1000, max_void_steps=3)
-    run = new_run(FakePeers(), control=control, options={"poison_from": 2, "poison_steps": 4}, epochs=2)
-    async with running(run):
-        await run.until(lambda: run.state == "PAUSED")
-        assert run.status.state_reason == "3 steps in a row were not finite"
-        run.run.resume("go on")
-        await run.until(lambda: run.state in {"FINISHED", "PAUSED"})
-        if run.state == "PAUSED":
-            run.run.resume("go on")
-        await run.until(lambda: run.state == "FINISHED")
-    assert run.events.count("tolaria.non_finite_step") == 4
-    assert run.status.global_step == 12
-
-
 async def test_a_slow_controller_delays_training_by_its_budget_at_most() -> None:
     """Tamiyo hangs: every boundary ends with the budget, training goes on, and she has one call at a time."""
     release = anyio.Event()
@@ -293,13 +277,13 @@ async def test_an_invalid_command_changes_nothing() -> None:
 
 
 async def test_a_boundary_over_its_budget_is_a_breach() -> None:
-    """It is counted in the status, and is an event and a failed epoch."""
-    control = ControlSettings(boundary_budget_ms=0.01, tamiyo_budget_ms=0.01)
+    """It is counted in the status and an event; no epoch of training has failed."""
+    control = ControlSettings(boundary_budget_ms=0.01, tamiyo_budget_ms=0.01, boundary_slack_ms=0.01)
     async with running(new_run(FakePeers(), control=control, epochs=2)) as run:
         await run.until(lambda: run.state == "FINISHED")
     assert run.status.boundaries_over_budget == 2
     assert run.events.count("tolaria.epoch_budget_exceeded") == 2
-    assert run.sample("tolaria.epochs.failed") == 2
+    assert run.sample("tolaria.epochs.failed") == 0
 
 
 async def test_a_drain_ends_the_run_after_its_step() -> None:

@@ -1,10 +1,10 @@
-"""The trial of guards: what guards a run, on sound runs, which it must leave alone, and on ill ones, which it should heal.
+"""The trial of guards: each on sound runs, which it must leave alone, and on ill ones, which it should heal.
 
     python tests/benchmarks/bench_guards.py [--quick] [--guards NAME ...] [--only TEXT] [--seed N] [--processes N]
 
 Every guard has the same jobs and seeds. Compared are Tolaria with its default settings, clipping of gradients, skipping
-of steps by OLMo-core's rule, and restarts from the last checkpoint, each of the latter in a textbook loop. Prints each run
-that a guard harmed or did not heal, and the table.
+of steps by OLMo-core's rule, and restarts from the last checkpoint, each of the latter in a textbook loop. Prints each
+run that a guard harmed or did not heal, and the table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from side_by_side import machine
 from structlog.typing import EventDict
 
-from support.guard_jobs import CLEAN, ILL, SOUND, TRIALS, Trial
+from support.guard_jobs import ILL, SOUND, TRIALS, Trial
 from support.guard_loops import Outcome, run_bare
 from support.guard_runs import run_hosted
 from support.guard_tasks import TASKS
@@ -94,19 +94,18 @@ def clean_of(trial: Trial) -> str:
 def table(guards: Sequence[str], trials: Sequence[Trial], found: dict[Run, Outcome], seed: int) -> str:
     """Returns the table, in Markdown."""
     sound, ill = [t for t in trials if t.fault is None], [t for t in trials if t.fault is not None]
-    lines = [
-        f"| guard | sound runs ({len(sound)}): retreats | halted | steps skipped | metric lost "
-        f"| ill runs ({len(ill)}): healed | halted | lost |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    of_sound_ones = f"sound runs ({len(sound)}): retreats | halted | steps skipped | metric lost"
+    of_ill_ones = f"ill runs ({len(ill)}): healed | halted | lost"
+    lines = [f"| guard | {of_sound_ones} | {of_ill_ones} |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for guard in guards:
         of_sound = [(found[Run(t.name, guard, seed)], found[Run(t.name, "nothing", seed)], t) for t in sound]
         of_ill = [(found[Run(t.name, guard, seed)], found[Run(clean_of(t), "nothing", seed)], t) for t in ill]
         harmed = sum(not o.halted and not loss_of(o, clean, t) <= WITHIN for o, clean, t in of_sound)
         good = sum(not o.halted and healed(o, clean, t) for o, clean, t in of_ill)
         halted = sum(bool(o.halted) for o, _, _ in of_ill)
+        retreats = [o.retreats for o, _, _ in of_sound]
         lines.append(
-            f"| {WORDS[guard]} | {sum(o.retreats for o, _, _ in of_sound)} in {sum(o.retreats > 0 for o, _, _ in of_sound)}"
+            f"| {WORDS[guard]} | {sum(retreats)} in {sum(number > 0 for number in retreats)}"
             f" | {sum(bool(o.halted) for o, _, _ in of_sound)} | {sum(o.skipped for o, _, _ in of_sound)} | {harmed}"
             f" | {good} | {halted} | {len(ill) - good - halted} |"
         )

@@ -1,7 +1,7 @@
 """The jobs of the trial of guards: sound ones, and ill ones with a fault injected while they train.
 
-A fault of the data is in the batches, so that it is there again after a rollback. Every other fault happens once, by the
-number of calls of `losses`, as a slip of an operator or a flipped bit does.
+A fault of the data is in the batches, so that it is there again after a rollback. Every other fault happens once, by
+the number of calls of `losses`, as a slip of an operator or a flipped bit does.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class TrialCursor:
 
 
 class GuardJob:
-    """A trial as a job. Option `trial` is a `Trial`, as JSON values or as such."""
+    """A trial as a job. Option `trial` is the name of one of `TRIALS`."""
 
     def __init__(self, context: JobContext) -> None:
         self.trial = TRIALS[str(context.options["trial"])]

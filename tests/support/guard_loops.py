@@ -62,10 +62,10 @@ class Clipping(Guard):
 
 
 class Skipping(Guard):
-    """Skips a step whose loss or gradient norm is more than 6 standard deviations above the mean of the last 128 steps.
+    """Skips a step whose loss or gradient norm is more than 6 standard deviations above the mean of the last 128.
 
-    The rule of OLMo-core's `SkipStepOptimizer`: it begins after 64 steps, and skipped steps enter the statistics. Unlike
-    there, values that are not finite stay out of the statistics; a NaN would make it skip the next 128 steps.
+    The rule of OLMo-core's `SkipStepOptimizer`: it begins after 64 steps, and skipped steps enter the statistics.
+    Unlike there, values that are not finite stay out of them; a NaN would make it skip the next 128 steps.
     """
 
     WINDOW: Final = 128
@@ -94,7 +94,7 @@ class Skipping(Guard):
 
 
 class Restarting(Guard):
-    """Restarts from the last checkpoint, one an epoch, when a loss is not finite or 10 times the mean of the last 100."""
+    """Restarts from the last epoch's checkpoint when a loss is not finite or 10 times the mean of the last 100."""
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=100)

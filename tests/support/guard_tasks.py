@@ -198,10 +198,8 @@ class Conflict(Line):
 
 
 CONTEXT, LETTERS = 32, " .abcdefghijklmnopqrstuvwxyz"
-_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen"
-).split()
+_TENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen")
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", *_TENS)
 
 
 def _sums(sentences: int) -> Tensor:

@@ -421,12 +421,23 @@ class Health:
             again = known is not None and 0 <= step.global_step - known <= WATCH_STEPS
             return Proceed("" if again else reason)
         evidence_step, batches = self._evidence(step, alarm)
-        retreat_step = self._record.retreat_step
-        if retreat_step is not None and evidence_step <= retreat_step + NEAR_STEPS:
-            early = evidence_step < retreat_step
+        if (early := self._rises_again(evidence_step)) is not None:
             self._watch = _Watch(reason, evidence_step, batches, self.losses.limit, spread_before, early, [])
             return Proceed(reason)
         return self._retreat_from(reason, evidence_step, batches, step.global_step)
+
+    def _rises_again(self, evidence_step: int) -> bool | None:
+        """Returns whether losses have risen again before the place of the last retreat; None if it is not near.
+
+        Near is also what follows the restored step closely: the fault goes on.
+        """
+        record = self._record
+        if (place := record.retreat_step) is None:
+            return None
+        early = evidence_step < place
+        restored = record.rollbacks[-1].restored_step if record.rollbacks else None
+        goes_on = early and restored is not None and evidence_step <= restored + NEAR_STEPS
+        return early if goes_on or abs(evidence_step - place) <= NEAR_STEPS else None
 
     def _retreat_from(
         self, reason: str, evidence_step: int, batches: tuple[tuple[int, int], ...], at_step: int

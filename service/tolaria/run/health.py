@@ -195,6 +195,7 @@ class Health:
         self._recent: deque[StepDone] = deque(maxlen=_RECENT)
         self._watch: _Watch | None = None
         self._alarmed_step: int | None = None
+        self._accepting = False
         self._origin = ""
         """Origin of the automatic rollback that is in progress; empty if there is none."""
         self._spoiled: set[tuple[int, int]] = set()
@@ -282,6 +283,8 @@ class Health:
             if alarm is not None:
                 self._spoiled.update(batches_of(step))
             return Proceed()
+        if self._accepting:  # the lane has not emptied its window yet
+            return Proceed()
         if self._watch is not None:
             return self._watched(self._watch, step, step.judged)
         if alarm is None:
@@ -315,6 +318,7 @@ class Health:
         """Follows the lane, which has emptied its window for a changed task, announced by the job or accepted here."""
         self.losses.begin_regime(keep_waiting=not announced)
         self._recent.clear()
+        self._accepting = False
         self._watch = None
 
     def restored(self, losses: str, global_step: int) -> None:
@@ -434,7 +438,7 @@ class Health:
         record = self._record
         if (place := record.retreat_step) is None:
             return None
-        early = evidence_step < place
+        early = evidence_step < place - APART_STEPS // 2  # skipped steps move the same sign a few steps
         restored = record.rollbacks[-1].restored_step if record.rollbacks else None
         goes_on = early and restored is not None and evidence_step <= restored + NEAR_STEPS
         return early if goes_on or abs(evidence_step - place) <= NEAR_STEPS else None
@@ -471,6 +475,7 @@ class Health:
         batches = tuple(record.retreat_batches)
         record.left_out = sorted(set(record.left_out) - set(batches))
         record.retreat_step, record.retreat_batches = None, []
+        self._accepting = True
         return AcceptRegime(watch.reason, batches)
 
     def _evidence(self, step: StepDone, alarm: Alarm) -> tuple[int, tuple[tuple[int, int], ...]]:
@@ -483,6 +488,7 @@ class Health:
     def _adopt(self, losses: str) -> None:
         self.losses.load_state_dict(json.loads(losses) if losses else {})
         self._recent.clear()
+        self._accepting = False
         self._watch = None
         self._alarmed_step = None
 

@@ -32,8 +32,8 @@ def accuracy(run: RunUnderTest) -> float:
     [
         ("support.user_jobs:Digits", {"optimizer": "sgd", "lr": 0.03, "batch": 8}, 4, 40),
         ("support.user_jobs:Digits", {"optimizer": "adam", "lr": 3e-3, "dropout": 0.3}, 10, 60),
-        ("digits", {"batch_size": 8}, 1, 20),
-        ("digits", {"batch_size": 4}, 1, 12),
+        ("tolaria.jobs.digits:digits", {"batch_size": 8}, 1, 20),
+        ("tolaria.jobs.digits:digits", {"batch_size": 4}, 1, 12),
     ],
 )
 async def test_small_batches_and_noise_are_no_explosion(
@@ -69,7 +69,7 @@ async def test_a_curriculum_is_no_explosion(announced: str, rollbacks: int) -> N
 @pytest.mark.parametrize(
     ("fault", "rollbacks", "skipped"),
     [
-        ("rate x 500", range(1, 4), range(4)),
+        ("rate x 500", range(1, 4), range(8)),
         ("bit flip", range(1, 2), range(1, 2)),
         ("30 NaN batches", range(1), range(30, 31)),
     ],

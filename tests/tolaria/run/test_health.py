@@ -303,6 +303,7 @@ def test_losses_that_rise_again_at_the_same_place_may_be_a_changed_task() -> Non
     assert isinstance(accepted, AcceptRegime)
     assert accepted.batches == ((1, 101), (1, 102))
     assert (run.health.left_out, run.health.refusal(run.at)) == ((), None)
+    assert run.train(*[LOUD * 2] * 5) == []  # until the lane has emptied its window
     run.health.regime_begins(announced=False)
     assert run.train(*[LOUD] * 50) == []
 

@@ -39,8 +39,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "jobs": ("data", "digits", "job"),
     "journal": ("async_journal", "database", "reader", "rows"),
     "lane": (
-        "build", "commands", "device", "fast_paths", "gradient_merge", "lane", "messages", "profiling",
-        "seed_training", "snapshot_manager", "step", "train_module",
+        "buffers", "build", "commands", "device", "fast_paths", "gradient_merge", "lane", "messages", "parameter_check",
+        "profiling", "seed_training", "snapshot_manager", "step", "train_module",
     ),
     "optimization": ("groups", "hyperparameters", "lr_controller", "optimizer_manager", "schedules", "state_transfer"),
     "peers": ("clients", "connect", "consultation", "verification"),
@@ -49,7 +49,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "rollback": ("coordinator", "protocol"),
     "rpc": ("admin", "listing", "requests", "status"),
     "run": (
-        "boundary", "checkpointing", "command_handler", "health", "journal_observer", "lane_client",
+        "boundary", "checkpointing", "command_handler", "health", "health_record", "journal_observer", "lane_client",
         "observers", "profiling", "recovery", "resume", "run", "run_state", "safety", "safety_telemetry",
         "seed_telemetry", "status", "training_telemetry",
     ),
@@ -58,7 +58,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "signals": ("board", "futex", "layout", "mapping", "seqlock", "writers"),
     "state": ("encoding", "restore", "snapshots", "training_state"),
     "telemetry": ("events", "exporter", "logging", "metrics"),
-    "values": ("encoding", "gradients", "optimization", "seeds", "training"),
+    "values": ("encoding", "gradients", "loss_window", "optimization", "seeds", "training"),
 }  # fmt: skip
 """The modules of each subpackage, named by standard terms. Add new modules here and in docs/architecture.md."""
 

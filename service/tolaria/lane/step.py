@@ -23,9 +23,9 @@ from tolaria.gradients import losses_by_source
 from tolaria.jobs import HOST, Batch, PerSampleLosses, TrainingJob
 from tolaria.lane.device import on_device
 from tolaria.lane.messages import StepDone
+from tolaria.lane.parameter_check import essential_finite, parameters_sound
 from tolaria.lane.profiling import Mark, unmarked
 from tolaria.lane.train_module import TrainModule
-from tolaria.state.encoding import capture_rngs, restore_rngs
 from tolaria.values.optimization import LearningRateViolation
 
 _HALF: Final = frozenset({torch.float16, torch.bfloat16})
@@ -209,7 +209,7 @@ def _take_microbatches(
         with mark("forward"), module.fast_paths.autocast():
             losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
         loss = None
-        if not (each and module.accumulate > 1) or _essential_finite(module, losses):
+        if not (each and module.accumulate > 1) or essential_finite(module, losses):
             share = batch.samples / taken.planned_samples
             with mark("backward"):
                 loss = module.merger.add(
@@ -244,11 +244,6 @@ def _add_losses(module: TrainModule, taken: _Taken, losses: Mapping[str, Tensor]
         mean = torch.stack(tasks).mean() * batch.samples
         taken.judged = mean if taken.judged is None else taken.judged + mean
         taken.judged_samples += samples
-
-
-def _essential_finite(module: TrainModule, losses: Mapping[str, Tensor]) -> bool:
-    """Whether the losses that can affect the host are finite. Synchronises."""
-    return all(math.isfinite(loss.item()) for source, loss in losses.items() if source not in module.isolated_seeds)
 
 
 def _finish(module: TrainModule, taken: _Taken, mark: Mark) -> _Measured:
@@ -339,7 +334,7 @@ def _clip(module: TrainModule, norms: Sequence[float]) -> None:
 def _check_parameters(module: TrainModule, taken: _Taken, *, skipped: bool, undone: bool) -> bool | None:
     """Finds out, after many skipped steps in a row, whether data or parameters are ill; None if that is not due.
 
-    The last good batch is run forward and backward without an update. Also False if a skipped step was not `undone`.
+    Also False if a skipped step was not `undone`.
     """
     if not skipped:
         module.skip_streak, module.last_good = 0, taken.last_batch
@@ -349,19 +344,5 @@ def _check_parameters(module: TrainModule, taken: _Taken, *, skipped: bool, undo
         return False
     if module.skip_streak % module.skips_max:
         return None
-    if module.last_good is None:
-        return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters)
-    rngs = capture_rngs()
-    module.save_buffers()
-    try:
-        batch = on_device(module.last_good, module.device)
-        with module.fast_paths.autocast():
-            losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
-        if not _essential_finite(module, losses):
-            return False
-        if essential := [loss for source, loss in losses.items() if source not in module.isolated_seeds]:
-            torch.autograd.backward(essential)
-        return module.gradients_finite()
-    finally:
-        module.discard_pass()
-        restore_rngs(*rngs)
+    seeds = module.seeds.topology.training_seeds
+    return parameters_sound(module, lambda batch: checked_losses(module.job, module.model, batch, seeds))

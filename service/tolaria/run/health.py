@@ -12,12 +12,11 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from pydantic import BaseModel, ValidationError
-
 from tolaria.config import HealthSettings, RollbackSettings
 from tolaria.emergency import Trigger
-from tolaria.lane.messages import EpochDone, StepDone
-from tolaria.values.loss_window import Alarm, Averages, LossWindow, relative_spread, rise_begins
+from tolaria.lane.messages import AcceptRegime, EpochDone, StepDone
+from tolaria.run.health_record import COLLAPSED, EVALUATIONS, AutomaticRollback, Record, batches_of, collapsing, stable
+from tolaria.values.loss_window import Averages, Explosion, LossWindow, rise_begins
 
 REGIMES_MAX: Final = 2
 """Accepted regimes after which finite explosions of the run are only reported: its losses are like that."""
@@ -28,20 +27,11 @@ NEAR_STEPS: Final = 64
 WATCH_STEPS: Final = 64
 """Steps for which such losses are watched before the verdict."""
 
-EVALUATIONS: Final = 8
-"""Evaluations with which new ones are compared, at least 3."""
-
-COLLAPSED: Final = 3
-"""Evaluations in a row that have to be worse than all of those by more than their range."""
-
-DROPPED_MAX: Final = 8
-"""Steps in a row in which the gradients of a seed are dropped, after which it is culled."""
-
 APART_STEPS: Final = 16
 """Least distance of a restore point from the first sign of an explosion.
 
 A fault that goes on for some steps, such as a wrong learning rate, then shows up again before the place of that sign,
-which tells it from a changed task.
+which distinguishes it from a changed task.
 """
 
 _RECENT: Final = 256
@@ -52,14 +42,6 @@ class Proceed:
     """Training goes on. `alarm` is an explosion that is only reported, empty for none."""
 
     alarm: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class AcceptRegime:
-    """The losses of a changed task are accepted as healthy; `batches` are no longer left out."""
-
-    reason: str
-    batches: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,60 +89,6 @@ class Halt:
 
 
 Verdict: TypeAlias = Proceed | AcceptRegime | Retreat | Halt
-
-
-class AutomaticRollback(BaseModel):
-    """An automatic rollback: the step at which it began, and the one that it restored (None until then)."""
-
-    begun_at: int
-    restored_step: int | None = None
-
-
-class Record(BaseModel):
-    """What belongs to the run and not to the training state.
-
-    Attributes:
-        rollbacks: automatic ones, of all origins, within `rollback.per_steps`.
-        rolled_back_at: the steps at which they began, as an earlier version recorded them.
-        retreat_step: first step of the evidence of the last retreat from an explosion; None if there was none.
-        retreat_batches: the batches that it left out.
-        left_out: all batches that are left out, as (epoch, place).
-        best_step: the highest step so far.
-        best_step_then: `best_step` at the last automatic rollback.
-        without_progress: automatic rollbacks in a row at the same `best_step`.
-        skip_streak: steps in a row that were skipped most recently.
-        skipped: steps that were skipped in all.
-        regimes: accepted regimes.
-        counts_accuracy: whether the job counts correct predictions; evaluations are accuracies then, else -losses.
-        evaluations: step and value of the last healthy evaluations; larger values are better.
-        worse: the same of the evaluations in a row that were worse than all of those.
-    """
-
-    rollbacks: list[AutomaticRollback] = []
-    rolled_back_at: list[int] = []
-    retreat_step: int | None = None
-    retreat_batches: list[tuple[int, int]] = []
-    left_out: list[tuple[int, int]] = []
-    best_step: int = 0
-    best_step_then: int = -1
-    without_progress: int = 0
-    skip_streak: int = 0
-    skipped: int = 0
-    regimes: int = 0
-    counts_accuracy: bool = False
-    evaluations: list[tuple[int, float]] = []
-    worse: list[tuple[int, float]] = []
-
-    @classmethod
-    def parse(cls, saved: str) -> Record:
-        """Returns the record of `Health.to_json`; a new one if the text is empty or unreadable."""
-        try:
-            record = cls.model_validate_json(saved) if saved else cls()
-        except ValidationError:
-            return cls()
-        record.rollbacks += [AutomaticRollback(begun_at=step) for step in record.rolled_back_at]
-        record.rolled_back_at = []
-        return record
 
 
 @dataclass(slots=True)
@@ -279,11 +207,9 @@ class Health:
         spread_before = self.losses.relative_spread
         alarm = self.losses.add(step.judged)
         self._recent.append(step)
-        if quiet:
-            if alarm is not None:
-                self._spoiled.update(batches_of(step))
-            return Proceed()
-        if self._accepting:  # the lane has not emptied its window yet
+        if quiet and alarm is not None:
+            self._spoiled.update(batches_of(step))
+        if quiet or self._accepting:  # the lane has not emptied its window yet
             return Proceed()
         if self._watch is not None:
             return self._watched(self._watch, step, step.judged)
@@ -410,14 +336,13 @@ class Health:
             reason = f"the parameters are not finite: {record.skip_streak} steps in a row were skipped"
             if not self._settings.automatic:
                 return Halt(Trigger.PARAMETERS_NOT_FINITE, reason)
-            batches = batches_of(self._recent[-1]) if self._recent else ()
-            return self._retreat(reason, step.global_step, batches, step.global_step)
+            return self._retreat(reason, *self._where_ill(step), step.global_step)
         if record.skip_streak % self._skips_data_max == 0:
             reason = f"{record.skip_streak} steps in a row were not finite, and the parameters are: the data are ill"
             return Halt(Trigger.SKIPPED_DATA_SPENT, reason)
         return Proceed()
 
-    def _exploded(self, step: StepDone, alarm: Alarm, spread_before: float) -> Verdict:
+    def _exploded(self, step: StepDone, alarm: Explosion, spread_before: float) -> Verdict:
         reason = f"loss {step.judged:g}: {len(alarm.evidence)} losses above {alarm.limit:g} ({alarm.kind})"
         if not self._settings.automatic or self._record.regimes >= REGIMES_MAX:
             known = self._alarmed_step
@@ -478,7 +403,16 @@ class Health:
         self._accepting = True
         return AcceptRegime(watch.reason, batches)
 
-    def _evidence(self, step: StepDone, alarm: Alarm) -> tuple[int, tuple[tuple[int, int], ...]]:
+    def _where_ill(self, step: StepDone) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """Returns the first step of ill parameters, and its batches: losses may have exploded before they were NaN."""
+        if self._watch is not None:
+            return self._watch.evidence_step, self._watch.batches
+        above = [place for place in self.losses.latest_above if place < len(self._recent)]
+        steps = [self._recent[-1 - place] for place in above] or list(self._recent)[-1:]
+        first = min([step.global_step, *(one.global_step for one in steps)])
+        return first, tuple(batch for one in steps for batch in batches_of(one))
+
+    def _evidence(self, step: StepDone, alarm: Explosion) -> tuple[int, tuple[tuple[int, int], ...]]:
         """Returns the first step of the evidence, and its batches. Some may be from before this process or restore."""
         known = len(self._recent)
         steps = [self._recent[-1 - place] for place in alarm.evidence if place < known]
@@ -491,41 +425,3 @@ class Health:
         self._accepting = False
         self._watch = None
         self._alarmed_step = None
-
-
-class DroppedSeeds:
-    """Counts the steps in a row in which the gradients of an isolated seed were not finite and were dropped."""
-
-    def __init__(self) -> None:
-        self._streaks: dict[str, int] = {}
-
-    def after(self, step: StepDone) -> list[str]:
-        """Returns the seeds that are to be culled because of this step; a skipped one changes nothing."""
-        if step.skipped:
-            return []
-        self._streaks = {seed_id: self._streaks.get(seed_id, 0) + 1 for seed_id in step.dropped_seeds}
-        return [seed_id for seed_id, streak in self._streaks.items() if streak == DROPPED_MAX]
-
-
-def batches_of(step: StepDone) -> tuple[tuple[int, int], ...]:
-    """Returns the batches of a step, as (epoch, place)."""
-    return tuple((step.epoch, place) for place in step.batches)
-
-
-def stable(losses: list[float], spread_before: float, scale: float) -> bool:
-    """Whether losses have found a new level: they scatter no more than before relative to it, or they fall."""
-    half = len(losses) // 2
-    earlier, later = sorted(losses[:half]), sorted(losses[half:])
-    falling = later[-1] <= earlier[-1] and later[half // 2] < earlier[half // 2]
-    return falling or relative_spread(losses, scale) <= spread_before
-
-
-def collapsing(before: list[float], value: float, drop: float) -> bool:
-    """Whether an evaluation is worse than all of the last eight, or at least three, by more than their range.
-
-    The range is at least `drop` times the magnitude of the best one: at the end of training it may be zero.
-    """
-    if len(before) < COLLAPSED:
-        return False
-    best, worst = max(before), min(before)
-    return not value >= worst - max(best - worst, drop * abs(best))

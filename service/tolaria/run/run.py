@@ -21,7 +21,8 @@ from tolaria.lane.messages import TraceFailed
 from tolaria.rollback.protocol import Rollback
 from tolaria.run.boundary import EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
-from tolaria.run.health import AcceptRegime, DroppedSeeds, Halt, Health, Proceed, Retreat
+from tolaria.run.health import Halt, Health, Proceed, Retreat
+from tolaria.run.health_record import DroppedSeeds
 from tolaria.run.lane_client import LaneClient, PendingCommand
 from tolaria.run.observers import RunObserver
 from tolaria.run.profiling import Profiles, ProfileTaken
@@ -235,7 +236,7 @@ class TrainingRun:
                 parts.recovery.on_step(step)
                 parts.checkpointing.on_step(step.global_step)
             return
-        if not isinstance(verdict, AcceptRegime):
+        if not isinstance(verdict, messages.AcceptRegime):
             if not step.skipped:
                 self._observers.on_explosion(step, verdict.reason)
             parts.safety.safeguards.epoch_failing(NON_FINITE if step.skipped else EXPLOSION)
@@ -344,11 +345,11 @@ class TrainingRun:
         if not restored.underway and restored.latest_order == self._lane.order:
             self._epoch_over.set()  # the lane has dropped its order: the epoch has to be ordered again
 
-    def _enact(self, verdict: AcceptRegime | Retreat | Halt) -> None:
+    def _enact(self, verdict: messages.AcceptRegime | Retreat | Halt) -> None:
         self._save_health()  # the budget outlives the process
         match verdict:
-            case AcceptRegime(reason, batches):
-                self._lane.submit(messages.AcceptRegime(reason, batches))
+            case messages.AcceptRegime():
+                self._lane.submit(verdict)
             case Retreat():
                 self._parts.recovery.retreat(verdict)
             case Halt(trigger, reason):

@@ -44,17 +44,17 @@ _EXTREMES: Final = 3
 _UNJUDGED: Final = 16
 """Losses in the window below which it judges none: a first loss near zero says nothing about the next ones."""
 
-AlarmKind = Literal["fast", "certain", "slow"]
+ExplosionKind = Literal["fast", "certain", "slow"]
 
 
 @dataclass(frozen=True, slots=True)
-class Alarm:
+class Explosion:
     """An explosion. `evidence` are the losses that prove it, as numbers of losses before the newest, in order of time.
 
     `limit` is what they exceed.
     """
 
-    kind: AlarmKind
+    kind: ExplosionKind
     limit: float
     evidence: tuple[int, ...]
 
@@ -136,10 +136,12 @@ class LossWindow:
     @property
     def suspect(self) -> bool:
         """Whether two of the last eight losses are above the limit: what is captured now may be ill."""
-        if not self._sorted:
-            return False
-        least, last = _SUSPECT
-        return len(self._above(self._limit(1.0), last)) >= least
+        return len(self.latest_above) >= _SUSPECT[0]
+
+    @property
+    def latest_above(self) -> tuple[int, ...]:
+        """Which of the last eight losses are above the limit, as numbers of losses before the newest, oldest first."""
+        return self._above(self._limit(1.0), _SUSPECT[1]) if self._sorted else ()
 
     @property
     def scale(self) -> float:
@@ -165,7 +167,7 @@ class LossWindow:
         self._extremes.append(self._count)
         self.above = True
 
-    def add(self, loss: float) -> Alarm | None:
+    def add(self, loss: float) -> Explosion | None:
         """Adds a finite loss, judged by the window before it; returns the explosion of which it is a part, if any."""
         self._count += 1
         self._recent.append(loss)
@@ -235,7 +237,7 @@ class LossWindow:
         self._waiting.extend((int(due), loss) for due, loss in zip(waiting[::2], waiting[1::2], strict=True))
         self._best = (best[0], best[1]) if best else None
 
-    def _judge(self, loss: float) -> Alarm | None:
+    def _judge(self, loss: float) -> Explosion | None:
         certain = self._limit(CERTAIN_SPREADS)
         if loss > certain and (alarm := self._alarm("certain", certain, 2, 2)):
             return alarm
@@ -248,9 +250,9 @@ class LossWindow:
             return self._alarm("slow", self._best[1], *_SLOW)
         return None
 
-    def _alarm(self, kind: AlarmKind, limit: float, least: int, last: int) -> Alarm | None:
+    def _alarm(self, kind: ExplosionKind, limit: float, least: int, last: int) -> Explosion | None:
         evidence = self._above(limit, last)
-        return Alarm(kind, limit, evidence) if len(evidence) >= least else None
+        return Explosion(kind, limit, evidence) if len(evidence) >= least else None
 
     def _above(self, limit: float, last: int) -> tuple[int, ...]:
         """Returns which of the last losses are above the limit, as numbers of losses before the newest."""

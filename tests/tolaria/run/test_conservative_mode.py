@@ -64,7 +64,7 @@ async def test_the_mode_suspends_peers_and_seeds_while_training_goes_on() -> Non
 
 
 async def test_a_failure_of_a_peer_turns_the_mode_on() -> None:
-    """Tamiyo fails once, which fails no epoch of training: the mode is on for as many healthy epochs as recovery takes, then she is called again."""
+    """Tamiyo fails once: the mode is on for as many healthy epochs as recovery takes. No epoch has failed."""
 
     async def fail_once(state: SystemStatePacket) -> AdaptationCommand | None:
         if state.current_epoch == 1:

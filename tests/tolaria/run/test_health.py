@@ -8,20 +8,16 @@ import pytest
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.config import HealthSettings, RollbackSettings
 from tolaria.emergency import Trigger
-from tolaria.lane.messages import EpochDone, StepDone
+from tolaria.lane.messages import AcceptRegime, EpochDone, StepDone
 from tolaria.run.health import (
-    AcceptRegime,
-    DroppedSeeds,
     Halt,
     Health,
     Proceed,
     RateCut,
-    Record,
     Retreat,
     Verdict,
-    collapsing,
-    stable,
 )
+from tolaria.run.health_record import DroppedSeeds, Record, collapsing, stable
 from tolaria.values.loss_window import LossWindow
 from tolaria.values.training import Evaluation
 
@@ -257,6 +253,22 @@ def test_ill_parameters_retreat() -> None:
     halt = off.health.step(skipped(at=100, finite=False), rolling_back=False)
     assert isinstance(halt, Halt)
     assert halt.trigger is Trigger.PARAMETERS_NOT_FINITE
+
+
+def test_parameters_that_exploded_before_they_were_not_finite() -> None:
+    """The point has to be from before the first loss that exploded, also while a changed task is suspected."""
+    run = Trained()
+    run.train(LOUD)
+    verdict = run.health.step(skipped(at=101, finite=False), rolling_back=False)
+    assert isinstance(verdict, Retreat)
+    assert (verdict.evidence_step, verdict.batches) == (101, ((1, 101),))
+    watched = Trained()
+    watched.explode()
+    watched.restore(95)
+    watched.train(QUIET, LOUD, LOUD, LOUD, LOUD, *[QUIET] * 9)
+    verdict = watched.health.step(skipped(at=109, finite=False), rolling_back=False)
+    assert isinstance(verdict, Retreat)
+    assert verdict.evidence_step == 97
 
 
 def test_an_overflow_of_float16_is_not_counted() -> None:

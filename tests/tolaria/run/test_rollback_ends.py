@@ -13,7 +13,7 @@ from support.admin import serving_run, stub_of
 from support.rollbacks import FakeParticipant
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.emergency import Trigger
-from tolaria.errors import RestoreAbandonedError, RestoreUnprovenError, WrongStateError
+from tolaria.errors import RestoreUnprovenError, WrongStateError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.rollback.protocol import Rollback
 from tolaria.run.health import RateCut, Retreat
@@ -84,8 +84,8 @@ async def test_a_missed_deadline_is_reported_while_the_lane_is_held(monkeypatch:
     monkeypatch.setattr(LaneRestorer, "restore", never)
     async with running(run):
         await run.until(lambda: run.status.global_step > 10)
-        with pytest.raises(RestoreAbandonedError):
-            await run.run.roll_back(fast())
+        run.recovery.retreat(Retreat("odd", 10, (), RateCut(0.5, 3)))
+        await run.until(lambda: not run.recovery.running)
         assert held == [True]
         await run.run.stop("enough")
 
@@ -149,8 +149,8 @@ async def test_the_default_target_is_the_newest_stable_restore_point() -> None:
     async with running(run), serving_run(run) as channel:
         stub = stub_of(channel)
         await run.until(lambda: run.status.global_step > 20)
-        run.health.healthy_step = 8
         await run.run.pause("look")
+        run.health.healthy_step = 8
         points = (await stub.ListRestorePoints(admin.ListRestorePointsRequest())).restore_points
         assert {point.global_step for point in points if point.stable} <= {0, 3, 6}
         assert max(point.global_step for point in points) > 8
@@ -161,9 +161,7 @@ async def test_the_default_target_is_the_newest_stable_restore_point() -> None:
 
 async def test_the_log_names_the_skipped_batches() -> None:
     """By epoch and place in the epoch, with the number of all skipped batches."""
-    sections: dict[str, object] = {
-        "rollback": {"automatic": True, "every_steps": 2, "warmup_steps": 5, "fast_budget_s": 10.0}
-    }
+    sections: dict[str, object] = {"rollback": {"automatic": True, "every_steps": 2, "fast_budget_s": 10.0}}
     options = {"corrupted": [[3, 4]], "factor": 1e4}
     run = new_run(FakePeers(), job="CorruptedDataJob", sections=sections, epochs=4, options=options)
     with capture_logs() as logs:
@@ -172,7 +170,7 @@ async def test_the_log_names_the_skipped_batches() -> None:
     (line,) = [line for line in logs if line["event"] == "batches_left_out"]
     assert (3, 4) in line["epochs_and_places"]
     assert line["count"] == len(line["epochs_and_places"])
-    assert line["count_in_all"] == len(run.module.skipped.batches)
+    assert line["count_in_all"] == len(run.module.skipped)
 
 
 async def test_a_journal_that_hangs_while_superseding_does_not_hold_the_lane(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from leyline.v1.enums_pb2 import SEED_STAGE_GERMINATED, SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.lane.messages import EpochDone, Restored, StepDone
-from tolaria.run.health import Averages
 from tolaria.run.status import EpochSums, RunStatus, epoch_packet, status_message
+from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment, Adjustment
 from tolaria.values.training import EpochProgress, Evaluation, Position
 

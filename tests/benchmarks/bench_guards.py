@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import structlog
 import torch
-from side_by_side import machine
 from structlog.typing import EventDict
 
+from benchmarks.side_by_side import machine
 from support.guard_jobs import ILL, SOUND, TRIALS, Trial
 from support.guard_loops import Outcome, run_bare
 from support.guard_runs import run_hosted

@@ -100,7 +100,7 @@ class Bandit(Digits):
         choices = torch.distributions.Categorical(logits=model(x))
         action = choices.sample()
         reward = (action == y).float()
-        return {HOST: -((reward - reward.mean()) * choices.log_prob(action)).mean()}
+        return {HOST: -((reward - reward.mean()) * choices.log_prob(action)).mean()}  # type: ignore[no-untyped-call]
 
 
 class Autoencoder(Digits):
@@ -180,7 +180,7 @@ class Density(Line):
         x, y = parts
         weights, means, scales = model(x).chunk(3, 1)
         scales = functional.softplus(scales) + 1e-2
-        by_part = torch.distributions.Normal(means, scales).log_prob(y) + weights.log_softmax(1)
+        by_part = torch.distributions.Normal(means, scales).log_prob(y) + weights.log_softmax(1)  # type: ignore[no-untyped-call]
         return {HOST: -by_part.logsumexp(1).mean()}
 
 

@@ -273,8 +273,9 @@ class LaneReady:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """One optimizer step, or a *skipped* one: it was not finite, so nothing changed, not even `global_step`.
+    """One optimizer step, or a *skipped* one: nothing changed, not even `global_step`.
 
+    A step is skipped because it was not finite or, with `judged` set, because its loss is extreme (`LossWindow`).
     A skipped step that is `rescaled` only lowered the loss scale of float16. `batches` are the places in the epoch of
     the microbatches it took, `left_out` those among them that were not finite while others were. `judged` is the mean
     loss of the sources that are not seeds; None if they had no sample. `dropped_seeds` are isolated seeds whose

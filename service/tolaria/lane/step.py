@@ -101,7 +101,10 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
         measured = _finish(module, taken, mark)
     violations: list[LearningRateViolation] = []
     undone = True
-    if measured.finite:
+    module.begin_announced_regimes()
+    extreme = measured.finite and measured.judged is not None and module.losses.extreme(measured.judged)
+    skipped = extreme or not measured.finite
+    if not skipped:
         with mark("optimizer"):
             _clip(module, measured.norms)
             violations = module.seeds.controller.before_step(module.global_step)
@@ -112,13 +115,9 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
     rescaled = taken.loss is not None and module.fast_paths.update_scale(
         finite=measured.finite, loss_finite=math.isfinite(measured.loss)
     )
-    module.begin_announced_regimes()
-    if measured.finite:
-        module.losses.note(measured.loss, measured.norms[0])
-        if measured.judged is not None:
-            module.losses.add(measured.judged)
-    module.progress = module.progress.after_step(measured.loss, taken.read, skipped=not measured.finite)
-    sound = None if rescaled else _check_parameters(module, taken, skipped=not measured.finite, undone=undone)
+    _record_loss(module, measured, skipped=skipped)
+    module.progress = module.progress.after_step(measured.loss, taken.read, skipped=skipped)
+    sound = None if rescaled else _check_parameters(module, taken, skipped=skipped, undone=undone)
     finished_s = time.monotonic()
     return StepDone(
         global_step=module.global_step,
@@ -129,15 +128,27 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
         duration_s=finished_s - started_s,
         input_wait_s=taken.waited_s,
         finished_at_s=finished_s,
-        skipped=not measured.finite,
+        skipped=skipped,
         violations=tuple(violations),
         rescaled=rescaled,
         batches=range(first_batch, module.progress.batches),
         judged=measured.judged if measured.finite else None,
-        left_out=tuple(taken.left_out) if measured.finite else (),
-        dropped_seeds=measured.dropped if measured.finite else (),
+        left_out=() if skipped else tuple(taken.left_out),
+        dropped_seeds=() if skipped else measured.dropped,
         parameters_finite=sound,
     )
+
+
+def _record_loss(module: TrainModule, measured: _Measured, *, skipped: bool) -> None:
+    """Adds a finite loss to the windows; that of a skipped step is extreme."""
+    if not measured.finite:
+        return
+    if skipped and measured.judged is not None:
+        module.losses.pass_over(measured.judged)
+        return
+    module.losses.note(measured.loss, measured.norms[0])
+    if measured.judged is not None:
+        module.losses.add(measured.judged)
 
 
 def checked_losses(job: TrainingJob, model: nn.Module, batch: Batch, seeds: Sequence[str]) -> Mapping[str, Tensor]:

@@ -16,7 +16,7 @@ from tolaria.config import HealthSettings, RollbackSettings
 from tolaria.emergency import Trigger
 from tolaria.lane.messages import AcceptRegime, EpochDone, StepDone
 from tolaria.run.health_record import COLLAPSED, EVALUATIONS, AutomaticRollback, Record, batches_of, collapsing, stable
-from tolaria.values.loss_window import Averages, Explosion, LossWindow
+from tolaria.values.loss_window import Averages, Explosion, LossWindow, rise_begins
 
 REGIMES_MAX: Final = 2
 """Accepted regimes after which finite explosions of the run are only reported: its losses are like that."""
@@ -27,7 +27,14 @@ NEAR_STEPS: Final = 64
 WATCH_STEPS: Final = 64
 """Steps for which such losses are watched before the verdict."""
 
-_RECENT: Final = 64
+APART_STEPS: Final = 16
+"""Least distance of a restore point from the first sign of an explosion.
+
+A fault that goes on for some steps, such as a wrong learning rate, then shows up again before the place of that sign,
+which distinguishes it from a changed task.
+"""
+
+_RECENT: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +76,8 @@ class Retreat:
     @property
     def at_or_before(self) -> int:
         """The newest step that a restore point may be of; -1 if there can be none."""
-        before = self.evidence_step if self.older_than is None else min(self.evidence_step, self.older_than)
-        return before - 1
+        apart = max(min(self.evidence_step - 1, 0), self.evidence_step - APART_STEPS)
+        return apart if self.older_than is None else min(apart, self.older_than - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +100,7 @@ class _Watch:
     batches: tuple[tuple[int, int], ...]
     limit: float
     spread_before: float
+    early: bool
     losses: list[float]
 
 
@@ -115,6 +123,7 @@ class Health:
         self._recent: deque[StepDone] = deque(maxlen=_RECENT)
         self._watch: _Watch | None = None
         self._alarmed_step: int | None = None
+        self._accepting = False
         self._origin = ""
         """Origin of the automatic rollback that is in progress; empty if there is none."""
         self._spoiled: set[tuple[int, int]] = set()
@@ -186,6 +195,9 @@ class Health:
         """
         quiet = rolling_back or bool(self._origin)
         if step.skipped:
+            if step.judged is not None:  # it is extreme
+                self.losses.pass_over(step.judged)
+                self._recent.append(step)
             return self._skipped(step, quiet=quiet)
         self._record.skip_streak = 0
         self._record.best_step = max(self._record.best_step, step.global_step)
@@ -195,9 +207,9 @@ class Health:
         spread_before = self.losses.relative_spread
         alarm = self.losses.add(step.judged)
         self._recent.append(step)
-        if quiet:
-            if alarm is not None:
-                self._spoiled.update(batches_of(step))
+        if quiet and alarm is not None:
+            self._spoiled.update(batches_of(step))
+        if quiet or self._accepting:  # the lane has not emptied its window yet
             return Proceed()
         if self._watch is not None:
             return self._watched(self._watch, step, step.judged)
@@ -232,6 +244,7 @@ class Health:
         """Follows the lane, which has emptied its window for a changed task, announced by the job or accepted here."""
         self.losses.begin_regime(keep_waiting=not announced)
         self._recent.clear()
+        self._accepting = False
         self._watch = None
 
     def restored(self, losses: str, global_step: int) -> None:
@@ -341,19 +354,38 @@ class Health:
             again = known is not None and 0 <= step.global_step - known <= WATCH_STEPS
             return Proceed("" if again else reason)
         evidence_step, batches = self._evidence(step, alarm)
-        retreat_step = self._record.retreat_step
-        if retreat_step is not None and abs(evidence_step - retreat_step) <= NEAR_STEPS:
-            self._watch = _Watch(reason, evidence_step, batches, alarm.limit, spread_before, [])
+        if (early := self._rises_again(evidence_step)) is not None:
+            self._watch = _Watch(reason, evidence_step, batches, self.losses.limit, spread_before, early, [])
             return Proceed(reason)
         return self._retreat_from(reason, evidence_step, batches, step.global_step)
+
+    def _rises_again(self, evidence_step: int) -> bool | None:
+        """Returns whether losses have risen again before the place of the last retreat; None if it is not near.
+
+        Near is also what follows the restored step closely: the fault goes on.
+        """
+        record = self._record
+        if (place := record.retreat_step) is None:
+            return None
+        early = evidence_step < place - APART_STEPS // 2  # skipped steps move the same sign a few steps
+        restored = record.rollbacks[-1].restored_step if record.rollbacks else None
+        goes_on = early and restored is not None and evidence_step <= restored + NEAR_STEPS
+        return early if goes_on or abs(evidence_step - place) <= NEAR_STEPS else None
 
     def _retreat_from(
         self, reason: str, evidence_step: int, batches: tuple[tuple[int, int], ...], at_step: int
     ) -> Verdict:
-        verdict = self._retreat(reason, evidence_step, batches, at_step)
+        verdict = self._retreat(reason, self._rise_before(evidence_step), batches, at_step)
         if isinstance(verdict, Retreat):
             self._record.retreat_step = evidence_step
         return verdict
+
+    def _rise_before(self, evidence_step: int) -> int:
+        """Returns the step at which the losses began to rise that led to this evidence."""
+        known = [(step.global_step, step.judged) for step in self._recent if step.judged is not None]
+        first = next((place for place, (step, _) in enumerate(known) if step >= evidence_step), 0)
+        begin = rise_begins([loss for _, loss in known], first, self.losses.median)
+        return min(known[begin][0], evidence_step) if known else evidence_step
 
     def _watched(self, watch: _Watch, step: StepDone, loss: float) -> Verdict:
         watch.losses.append(loss)
@@ -361,9 +393,10 @@ class Health:
             return Proceed()
         self._watch = None
         latest = watch.losses[WATCH_STEPS // 2 :]
-        if sum(loss > watch.limit for loss in latest) <= len(latest) // 2:
+        if not watch.early and sum(loss > watch.limit for loss in latest) <= len(latest) // 2:
             return Proceed()  # it has healed by itself
-        if not stable(watch.losses, watch.spread_before, self.losses.scale):
+        # On data on which training went well before, it is no changed task, and what made it rise may be over by now.
+        if watch.early or not stable(watch.losses, watch.spread_before, self.losses.scale):
             return self._retreat_from(watch.reason, watch.evidence_step, watch.batches, step.global_step)
         record = self._record
         record.regimes += 1
@@ -371,6 +404,7 @@ class Health:
         batches = tuple(record.retreat_batches)
         record.left_out = sorted(set(record.left_out) - set(batches))
         record.retreat_step, record.retreat_batches = None, []
+        self._accepting = True
         return AcceptRegime(watch.reason, batches)
 
     def _where_ill(self, step: StepDone) -> tuple[int, tuple[tuple[int, int], ...]]:
@@ -392,5 +426,6 @@ class Health:
     def _adopt(self, losses: str) -> None:
         self.losses.load_state_dict(json.loads(losses) if losses else {})
         self._recent.clear()
+        self._accepting = False
         self._watch = None
         self._alarmed_step = None

@@ -24,7 +24,7 @@ from tolaria.telemetry.metrics import Metrics, start_at_zero
 _STATES = [name.removeprefix("RUN_STATE_").lower() for name in RunState.keys()[1:]]
 _COMMANDS: Final = {kind: CommandType.Name(kind).removeprefix("COMMAND_").lower() for kind in PAYLOADS}
 _REFUSALS: Final = ("late", "conservative", "refused", "unsupported", "malformed", "rollback_budget")
-_LOSS, _GRADIENT = "loss_not_finite", "gradient_not_finite"
+_LOSS, _GRADIENT, _EXTREME = "loss_not_finite", "gradient_not_finite", "loss_extreme"
 
 
 class TrainingTelemetry(RunObserver):
@@ -40,7 +40,7 @@ class TrainingTelemetry(RunObserver):
         self._samples = 0
         self._step = 0
         log_context.run_id = run_id
-        start_at_zero(metrics.training_skipped_steps_total, [(_LOSS,), (_GRADIENT,)])
+        start_at_zero(metrics.training_skipped_steps_total, [(_LOSS,), (_GRADIENT,), (_EXTREME,)])
         start_at_zero(metrics.command_applied_total, ((name,) for name in _COMMANDS.values()))
         start_at_zero(metrics.command_rejected_total, ((name,) for name in (*REJECTION_REASONS, *_REFUSALS)))
 
@@ -69,8 +69,8 @@ class TrainingTelemetry(RunObserver):
         self._metrics.step_duration_seconds.observe(step.duration_s)
         self._metrics.step_input_wait_seconds.observe(step.input_wait_s)
         if step.skipped and not step.rescaled:
-            reason = _GRADIENT if math.isfinite(step.loss) else _LOSS
-            self._metrics.training_skipped_steps_total.labels(reason).inc()
+            self._metrics.training_skipped_steps_total.labels(_skip_reason(step)).inc()
+        if step.skipped and not step.rescaled and step.judged is None:
             self._emitter.emit(
                 events.NON_FINITE_STEP, step=step.global_step, loss=step.loss, gradient_norm=step.gradient_norm
             )
@@ -83,7 +83,12 @@ class TrainingTelemetry(RunObserver):
 
     def _skipped(self, step: StepDone) -> None:
         places = step.left_out or step.batches
-        reason = "a microbatch is not finite" if step.left_out else "the gradient is not finite"
+        if step.left_out:
+            reason = "a microbatch is not finite"
+        elif step.judged is not None:
+            reason = "the loss is far above all of the last ones"
+        else:
+            reason = f"the {'gradient' if math.isfinite(step.loss) else 'loss'} is not finite"
         self._emitter.emit(
             events.STEP_SKIPPED,
             step=step.global_step,
@@ -91,7 +96,7 @@ class TrainingTelemetry(RunObserver):
             batches=", ".join(map(str, places)),
             loss=step.loss,
             gradient_norm=step.gradient_norm,
-            reason=reason if step.left_out or math.isfinite(step.loss) else "the loss is not finite",
+            reason=reason,
         )
 
     def on_regime(self, regime: RegimeBegun) -> None:
@@ -193,3 +198,9 @@ class TrainingTelemetry(RunObserver):
 
 def _rounded(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 5)
+
+
+def _skip_reason(step: StepDone) -> str:
+    if step.judged is not None:
+        return _EXTREME
+    return _GRADIENT if math.isfinite(step.loss) else _LOSS

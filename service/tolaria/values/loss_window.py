@@ -12,7 +12,7 @@ import struct
 from base64 import b64decode, b64encode
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from statistics import median
 from typing import Any, Final, Literal
@@ -33,6 +33,13 @@ _SLOW: Final = (28, 32)
 _SUSPECT: Final = (2, 8)
 _FLOOR: Final = 0.001
 _FIRST: Final = 64
+_SETTLED: Final = 8
+
+EXTREME_SPREADS: Final = 20.0
+"""Spreads above the top beyond which the step of a single loss is skipped: sound runs stay below 6."""
+
+_EXTREMES: Final = 3
+"""Extreme losses of the last 64 from which on further ones are no longer extreme, but belong to the task."""
 
 _UNJUDGED: Final = 16
 """Losses in the window below which it judges none: a first loss near zero says nothing about the next ones."""
@@ -103,6 +110,7 @@ class LossWindow:
         self._sorted = sorted(self._order)
         self._waiting: deque[tuple[int, float]] = deque()
         self._recent: deque[float] = deque(maxlen=_SLOW[1])
+        self._extremes: deque[int] = deque(maxlen=_EXTREMES)
         self._best: tuple[float, float] | None = None  # median and limit of the window with the lowest median
 
     @property
@@ -114,6 +122,11 @@ class LossWindow:
     def median(self) -> float:
         """The median of the window, the upper one of two. Raises IndexError for an empty window."""
         return self._sorted[len(self._sorted) // 2]
+
+    @property
+    def limit(self) -> float:
+        """Above it are the losses of a fast explosion. Raises IndexError for an empty window."""
+        return self._limit(1.0)
 
     @property
     def relative_spread(self) -> float:
@@ -134,6 +147,25 @@ class LossWindow:
     def scale(self) -> float:
         """The median magnitude of the first 64 losses of the run."""
         return self._scale
+
+    def extreme(self, loss: float) -> bool:
+        """Whether a loss is so large that its step is skipped: alone it may ruin an optimizer's averages.
+
+        Only the first of several in a row is extreme; a step that follows it shows whether the parameters are ill.
+        """
+        if len(self._sorted) < min(_UNJUDGED, self._size):
+            return False
+        limit = self._limit(EXTREME_SPREADS)
+        if loss <= limit or (self._recent and self._recent[-1] > limit):
+            return False
+        return len(self._extremes) < _EXTREMES or self._count - self._extremes[0] >= QUARANTINE
+
+    def pass_over(self, loss: float) -> None:
+        """Adds the loss of a step that was skipped because it is extreme. It never enters the window itself."""
+        self._count += 1
+        self._recent.append(loss)
+        self._extremes.append(self._count)
+        self.above = True
 
     def add(self, loss: float) -> Explosion | None:
         """Adds a finite loss, judged by the window before it; returns the explosion of which it is a part, if any."""
@@ -177,6 +209,7 @@ class LossWindow:
             "above": self.above,
             "averages": _packed(astuple(self.averages)),
             "best": _packed(self._best or ()),
+            "extremes": _packed(self._extremes),
             "first": _packed(self._first),
             "recent": _packed(self._recent),
             "waiting": _packed(value for entry in self._waiting for value in entry),
@@ -200,6 +233,7 @@ class LossWindow:
         self._clear(window)
         self.above = above
         self._recent.extend(recent)
+        self._extremes.extend(int(count) for count in _unpacked(state.get("extremes", "")))
         self._waiting.extend((int(due), loss) for due, loss in zip(waiting[::2], waiting[1::2], strict=True))
         self._best = (best[0], best[1]) if best else None
 
@@ -239,6 +273,18 @@ class LossWindow:
             del self._sorted[bisect_left(self._sorted, self._order.popleft())]
         if self.full and (self._best is None or self.median < self._best[0]):
             self._best = self.median, self._limit(1.0)
+
+
+def rise_begins(losses: Sequence[float], first: int, level: float) -> int:
+    """Returns the place at which the losses began to rise that led to an explosion at place `first`.
+
+    The rise is a stretch in which no eight losses in a row have a median of at most `level`. A jump begins at, or a few
+    places before, the first loss of the explosion; a slow divergence began long before.
+    """
+    begin = first
+    while begin >= _SETTLED and median(losses[begin - _SETTLED : begin]) > level:
+        begin -= 1
+    return begin
 
 
 def relative_spread(losses: Iterable[float], scale: float) -> float:

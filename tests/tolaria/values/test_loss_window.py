@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tolaria.values.loss_window import Averages, LossWindow, relative_spread
+from tolaria.values.loss_window import Averages, LossWindow, relative_spread, rise_begins
 
 SIZE = 256
 LEVEL = [1.1 - 0.1 * n / 255 for n in range(SIZE)]
@@ -187,3 +187,41 @@ def test_the_relative_spread_of_a_level_near_zero_is_bounded_by_the_scale() -> N
     """A thousandth of the scale replaces a smaller magnitude."""
     assert relative_spread([1.0, 1.0, 3.0], 100.0) == 2.0
     assert relative_spread([0.0, 0.0, 0.1], 100.0) == pytest.approx(1.0)
+
+
+def test_a_single_loss_far_above_the_top_is_extreme() -> None:
+    """The next one in a row is not, nor are those of a task whose losses are often like that."""
+    window = LossWindow(32)
+    for number in range(40):
+        assert not window.extreme(1e9 if number < 16 else 1.0)
+        window.add(1.1 if number % 4 == 0 else 1.0)
+    assert not window.extreme(3.0)
+    assert window.extreme(4.0)
+    window.pass_over(4.0)
+    assert not window.extreme(4.0)
+    for _ in range(2):
+        window.add(1.0)
+        assert window.extreme(4.0)
+        window.pass_over(4.0)
+    window.add(1.0)
+    assert not window.extreme(4.0)
+    restored = LossWindow(32)
+    restored.load_state_dict(window.state_dict())
+    assert not restored.extreme(4.0)
+    for _ in range(64):
+        window.add(1.0)
+    assert window.extreme(4.0)
+
+
+@pytest.mark.parametrize(
+    ("losses", "first", "begin"),
+    [
+        ([1.0] * 20 + [9.0] * 5, 20, 20),
+        ([1.0] * 20 + [2.0] * 30 + [9.0], 50, 23),
+        ([2.0] * 12, 10, 7),
+        ([2.0] * 3, 2, 2),
+    ],
+)
+def test_the_beginning_of_a_rise(losses: list[float], first: int, begin: int) -> None:
+    """It is where the median of eight losses was last within the level."""
+    assert rise_begins(losses, first, 1.0) == begin

@@ -98,7 +98,7 @@ class Bandit(Digits):
     def losses(self, model: nn.Module, parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
         x, y = parts
         choices = torch.distributions.Categorical(logits=model(x))
-        action = choices.sample()
+        action = choices.sample()  # type: ignore[no-untyped-call] # torch leaves it untyped
         reward = (action == y).float()
         return {HOST: -((reward - reward.mean()) * choices.log_prob(action)).mean()}  # type: ignore[no-untyped-call]
 

@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 
 from leyline.v1 import admin_service_pb2 as messages
 from leyline.v1.enums_pb2 import EmergencyLevel, RollbackTier
-from tolaria.cli import render
+from tolaria.cli import answers, render
 from tolaria.cli.errors import CommandFailedError, ServiceUnreachableError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def admin_command(
             if as_json:
                 typer.echo(render.json_text(answer))
             else:
-                (show or partial(render.show_change, name or build.__name__))(answer)
+                (show or partial(answers.show_change, name or build.__name__))(answer)
             if check:
                 check(answer)
 
@@ -206,7 +206,7 @@ def lr(
 
 
 def _require_equal_digests(answer: messages.TriggerRollbackResponse) -> None:
-    if differing := render.differing_digests(answer):
+    if differing := answers.differing_digests(answer):
         what = f"the restored state is not the one that was captured ({differing})"
         point = "full, or an earlier --step" if answer.tier == RollbackTier.ROLLBACK_TIER_FAST else "an earlier --step"
         raise CommandFailedError(f"{what}; do not trust the present state: pause the run, and roll back to {point}")
@@ -216,7 +216,7 @@ def _require_equal_digests(answer: messages.TriggerRollbackResponse) -> None:
     admin_app,
     lambda admin: admin.TriggerRollback,
     timeout_s=_ROLLBACK_TIMEOUT_S,
-    show=render.show_rollback,
+    show=answers.show_rollback,
     check=_require_equal_digests,
 )
 def rollback(
@@ -245,14 +245,14 @@ def rollback(
 
 
 @admin_command(
-    admin_app, lambda admin: admin.CreateCheckpoint, timeout_s=_CHECKPOINT_TIMEOUT_S, show=render.show_checkpoint
+    admin_app, lambda admin: admin.CreateCheckpoint, timeout_s=_CHECKPOINT_TIMEOUT_S, show=answers.show_checkpoint
 )
 def checkpoint() -> messages.CreateCheckpointRequest:
     """Write a checkpoint and wait until it is on disk; training goes on meanwhile."""
     return messages.CreateCheckpointRequest()
 
 
-@admin_command(admin_app, lambda admin: admin.CaptureProfile, timeout_s=_PROFILE_TIMEOUT_S, show=render.show_profile)
+@admin_command(admin_app, lambda admin: admin.CaptureProfile, timeout_s=_PROFILE_TIMEOUT_S, show=answers.show_profile)
 def profile(
     steps: Annotated[
         int, typer.Option(min=0, max=_UINT32_MAX, help="Steps to trace (default: profiler.active_steps).")
@@ -262,13 +262,13 @@ def profile(
     return messages.CaptureProfileRequest(active_steps=steps)
 
 
-@admin_command(admin_app, lambda admin: admin.ListRestorePoints, show=render.show_restore_points)
+@admin_command(admin_app, lambda admin: admin.ListRestorePoints, show=answers.show_restore_points)
 def restore_points() -> messages.ListRestorePointsRequest:
     """List the restore points in memory and on disk, also those that a rollback has superseded."""
     return messages.ListRestorePointsRequest()
 
 
-@admin_command(admin_app, lambda admin: admin.ListIncidents, show=render.show_incidents)
+@admin_command(admin_app, lambda admin: admin.ListIncidents, show=answers.show_incidents)
 def incidents(
     limit: Annotated[
         int, typer.Option(min=0, max=_UINT32_MAX, help="Newest incidents to list (default: the service's limit).")
@@ -286,13 +286,13 @@ def raise_(
     return messages.RaiseEmergencyRequest(level=EmergencyLevel.Value(f"EMERGENCY_LEVEL_{level.name}"))
 
 
-@admin_command(emergency_app, lambda admin: admin.ClearEmergency, show=render.show_clearance)
+@admin_command(emergency_app, lambda admin: admin.ClearEmergency, show=answers.show_clearance)
 def clear() -> messages.ClearEmergencyRequest:
     """Clear the emergency; training that it halted continues when it is resumed."""
     return messages.ClearEmergencyRequest()
 
 
-@admin_command(emergency_app, lambda admin: admin.GetStatus, show=render.show_safety)
+@admin_command(emergency_app, lambda admin: admin.GetStatus, show=answers.show_safety)
 def show() -> messages.GetStatusRequest:
     """Show the emergency level, the reasons for conservative mode, and the circuit breakers."""
     return messages.GetStatusRequest()

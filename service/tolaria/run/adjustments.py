@@ -14,6 +14,8 @@ from tolaria.errors import AdjustmentRefusedError, JournalError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.database import Journal
 from tolaria.journal.rows import CommandRow
+from tolaria.lane.messages import ChangeOptimizer
+from tolaria.run.lane_client import LaneClient
 from tolaria.run.status import RunStatus
 from tolaria.values.optimization import OPERATOR, ActiveAdjustment, Adjustment
 
@@ -26,18 +28,29 @@ _log = structlog.get_logger(__name__)
 
 
 class OperatorAdjustments:
-    """Writes the operators' adjustments in force to the journal whenever they change. Used on the event loop only."""
+    """Makes operators' adjustments, and keeps those in force in the journal. Used on the event loop only."""
 
-    def __init__(self, journal: AsyncJournal, status: RunStatus) -> None:
+    def __init__(self, lane: LaneClient, journal: AsyncJournal, status: RunStatus) -> None:
+        self._lane = lane
         self._journal = journal
         self._status = status
         self._written = self._in_force()
 
-    def has(self, adjustment: Adjustment) -> bool:
-        """Whether an operator's adjustment with the same request id is in force."""
-        return any(each.adjustment.request_id == adjustment.request_id for each in self._in_force())
+    async def make(self, adjustment: Adjustment) -> int:
+        """Adjusts learning rates at the next step boundary; returns the global step at which that took effect.
 
-    async def keep(self) -> None:
+        It is durable on return: a rollback and a crash keep it in force. The adjustment of a request that is in force
+        already is not made again.
+
+        Raises AdjustmentRefusedError or UnknownGroupError: it is out of bounds or names no group; nothing has changed.
+        """
+        if any(each.adjustment.request_id == adjustment.request_id for each in self._in_force()):
+            return self._status.global_step
+        done = await self._lane.call(ChangeOptimizer(adjustment, {}, None))
+        await self._keep()
+        return done.global_step
+
+    async def _keep(self) -> None:
         """Makes the adjustments in force durable, or queues them if the journal does not answer in time."""
         row, kept = self._row(), False
         try:

@@ -267,10 +267,9 @@ class TrainingRun:
 
     def _cull(self, seed_id: str) -> None:
         """Removes a seed whose gradients cannot be used; the executor gets the reason with the next consultation."""
-        remaining = [seed for seed in self._status.seeds if seed.seed_id != seed_id]
         self._observers.on_seed_culled(seed_id, self._status.global_step)
-        self._status.desired = remaining
-        self._lane.submit(messages.ReconcileSeeds(tuple(remaining)))
+        self._status.desired = [seed for seed in self._status.seeds if seed.seed_id != seed_id]
+        self._lane.submit(messages.ReconcileSeeds(tuple(self._status.desired)))
 
     def _save_health(self) -> None:
         """Has the record of health journalled if it has changed."""
@@ -309,8 +308,7 @@ class TrainingRun:
                 self._on_seeds(change)
             case messages.OptimizerChanged() as change:
                 if isinstance(command, messages.ChangeOptimizer) and command.adjustment is not None:
-                    self._status.learning_rates.update(change.after)
-                    self._status.adjustments = change.adjustments
+                    self._status.adjusted(change)
                     self._observers.on_learning_rates(self._status.learning_rates)
                     self._observers.on_adjusted(command.adjustment, change)
             case messages.Restored() as restored:
@@ -374,8 +372,7 @@ class TrainingRun:
 
     def status(self) -> GetStatusResponse:
         """Returns the run's part of GetStatus."""
-        parts = self._parts
-        message = status_message(self._status, now_s=time.monotonic())
+        parts, message = self._parts, status_message(self._status, now_s=time.monotonic())
         parts.safety.add_to(message)
         conditions = parts.safety.conditions(
             checkpoints_failing=parts.checkpointing.failing, skipped_streak=parts.health.skip_streak
@@ -403,21 +400,9 @@ class TrainingRun:
         self._lifecycle.require_not_ended("there is no rate to change")
 
     async def adjust_learning_rate(self, adjustment: Adjustment) -> int:
-        """Adjusts learning rates at the next step boundary; returns the global step at which that took effect.
-
-        An operator's adjustment is durable on return: a rollback and a crash keep it in force. The one of a request
-        that is in force already is not made again.
-
-        Raises:
-            WrongStateError: the run has ended.
-            AdjustmentRefusedError, UnknownGroupError: it is out of bounds or names no group; nothing has changed.
-        """
+        """Adjusts learning rates, as `OperatorAdjustments.make` does. Raises WrongStateError when the run has ended."""
         self.require_adjustable()
-        if self._parts.adjustments.has(adjustment):
-            return self._status.global_step
-        done = await self._lane.call(messages.ChangeOptimizer(adjustment, {}, None))
-        await self._parts.adjustments.keep()
-        return done.global_step
+        return await self._parts.adjustments.make(adjustment)
 
     async def roll_back(self, rollback: Rollback) -> Rollback:
         """Rolls back, as `Recovery.roll_back` does."""

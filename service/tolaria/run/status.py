@@ -20,7 +20,7 @@ from leyline.v1.telemetry_pb2 import SystemHealth
 from tolaria import __version__
 from tolaria.emergency.protocol import HOW_TO_GO_ON, level_name
 from tolaria.images import SnapshotInfo
-from tolaria.lane.messages import EpochDone, LaneReady, Restored, StepDone
+from tolaria.lane.messages import EpochDone, LaneReady, OptimizerChanged, Restored, StepDone
 from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.seeds import FOSSILIZED, FOSSILIZED_LEFT, NO_LIMITS, SLOTS_FREE, SeedLimits, count_in
@@ -188,6 +188,11 @@ class RunStatus:
         self.fast_paths = dict(ready.fast_paths)
         self.slots = ready.slots
         self.rewind(ready)
+
+    def adjusted(self, change: OptimizerChanged) -> None:
+        """Adopts adjusted learning rates."""
+        self.learning_rates.update(change.after)
+        self.adjustments = change.adjustments
 
     def rolled_back(self, origin: str) -> None:
         """Counts a rollback that has restored its state, by its origin."""

@@ -218,7 +218,7 @@ def new_run(core: Core, peers: Peers) -> RunService:
         questions=questions,
         points=core.foundation.points,
         profiles=Profiles(core.lane, settings.profiler, safeguards=core.safeguards, observers=core.observers),
-        adjustments=OperatorAdjustments(core.journal, core.status),
+        adjustments=OperatorAdjustments(core.lane, core.journal, core.status),
     )
     return RunService(TrainingRun(parts, settings, core.ready), consultations, recovery)
 

@@ -13,8 +13,8 @@ from leyline.v1.admin_service_pb2 import PauseTrainingRequest
 from leyline.v1.enums_pb2 import RollbackTier
 from support.fake_admin import DIGEST, FakeAdmin, fake_admin, restore_points, status_of, two_incidents
 from tolaria.cli.admin_commands import admin_command
+from tolaria.cli.answers import RESTORE_POINT_COLUMNS
 from tolaria.cli.commands import CommandGroup, app
-from tolaria.cli.render import RESTORE_POINT_COLUMNS
 
 Serve = Callable[[FakeAdmin], str]
 

@@ -219,6 +219,7 @@ class Rollback:
         rollback_id: 1 to `ID_BYTES_MAX` bytes.
         checkpoint_id: exactly this checkpoint is taken, also a superseded one.
         before_step: restore points of this step and later ones are not taken; it is that of the first evidence.
+        preferred_before: restore points of earlier steps than this are better, if there are any.
         lr_cut: adjustment of learning rates after the restore.
         global_step: step of the run when the rollback was requested.
         began_s: time of the request in monotonic seconds.
@@ -232,6 +233,7 @@ class Rollback:
     rollback_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     checkpoint_id: str = ""
     before_step: int | None = None
+    preferred_before: int | None = None
     lr_cut: Adjustment | None = None
     global_step: int = 0
     began_s: float = field(default_factory=time.monotonic)
@@ -325,6 +327,7 @@ class Rollback:
         """Returns a new rollback with the same purpose, limited to a tier."""
         rollback = Rollback(tier, self.target_step, self.reason, self.origin, before_step=self.before_step)
         rollback.lr_cut, rollback.global_step = self.lr_cut, self.global_step
+        rollback.preferred_before = self.preferred_before
         return rollback
 
     def end(self, ending: Ending, error: TolariaError | None = None) -> None:

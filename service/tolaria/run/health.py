@@ -15,7 +15,17 @@ from typing import Final, TypeAlias
 from tolaria.config import HealthSettings, RollbackSettings
 from tolaria.emergency import Trigger
 from tolaria.lane.messages import AcceptRegime, EpochDone, StepDone
-from tolaria.run.health_record import COLLAPSED, EVALUATIONS, AutomaticRollback, Record, batches_of, collapsing, stable
+from tolaria.run.health_record import (
+    APART_STEPS,
+    COLLAPSED,
+    EVALUATIONS,
+    AutomaticRollback,
+    Record,
+    apart,
+    batches_of,
+    collapsing,
+    stable,
+)
 from tolaria.values.loss_window import Averages, Explosion, LossWindow, rise_begins
 
 REGIMES_MAX: Final = 2
@@ -26,13 +36,6 @@ NEAR_STEPS: Final = 64
 
 WATCH_STEPS: Final = 64
 """Steps for which such losses are watched before the verdict."""
-
-APART_STEPS: Final = 16
-"""Least distance of a restore point from the first sign of an explosion.
-
-A fault that goes on for some steps, such as a wrong learning rate, then shows up again before the place of that sign,
-which distinguishes it from a changed task.
-"""
 
 _RECENT: Final = 256
 
@@ -64,6 +67,7 @@ class Retreat:
         older_than: the point has to be of an earlier step than this too: the one that the previous automatic rollback
             restored. None if there was none within `rollback.per_steps`.
         durable: whether only checkpoints are considered.
+        preferred_before: a point of an earlier step than this is better, from before the losses began to rise.
     """
 
     reason: str
@@ -72,12 +76,13 @@ class Retreat:
     cut: RateCut
     older_than: int | None = None
     durable: bool = False
+    preferred_before: int | None = None
 
     @property
     def at_or_before(self) -> int:
         """The newest step that a restore point may be of; -1 if there can be none."""
-        apart = max(min(self.evidence_step - 1, 0), self.evidence_step - APART_STEPS)
-        return apart if self.older_than is None else min(apart, self.older_than - 1)
+        before = self.evidence_step if self.older_than is None else min(self.evidence_step, self.older_than)
+        return before - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +316,7 @@ class Health:
         at_step: int,
         *,
         durable: bool = False,
+        preferred_before: int | None = None,
     ) -> Verdict:
         if (halt := self.refusal(at_step)) is not None:
             return Halt(halt.trigger, f"{reason}; {halt.reason}")
@@ -319,7 +325,7 @@ class Health:
         self._spoiled.update(batches)
         self._watch = None
         cut = RateCut(self._settings.lr_cut ** (len(before) + 1), self._settings.lr_cut_steps)
-        return Retreat(reason, evidence_step, batches, cut, older_than, durable)
+        return Retreat(reason, evidence_step, batches, cut, older_than, durable, preferred_before)
 
     def _within_budget(self, at_step: int) -> list[AutomaticRollback]:
         """Returns the rollbacks that count at `at_step`, among them those at later, undone steps."""
@@ -340,7 +346,8 @@ class Health:
             reason = f"the parameters are not finite: {record.skip_streak} steps in a row were skipped"
             if not self._settings.automatic:
                 return Halt(Trigger.PARAMETERS_NOT_FINITE, reason)
-            return self._retreat(reason, *self._where_ill(step), step.global_step)
+            first, batches = self._where_ill(step)
+            return self._retreat(reason, first, batches, step.global_step, preferred_before=apart(first))
         if record.skip_streak % self._skips_data_max == 0:
             reason = f"{record.skip_streak} steps in a row were not finite, and the parameters are: the data are ill"
             return Halt(Trigger.SKIPPED_DATA_SPENT, reason)
@@ -375,7 +382,8 @@ class Health:
     def _retreat_from(
         self, reason: str, evidence_step: int, batches: tuple[tuple[int, int], ...], at_step: int
     ) -> Verdict:
-        verdict = self._retreat(reason, self._rise_before(evidence_step), batches, at_step)
+        preferred = self._rise_before(evidence_step)
+        verdict = self._retreat(reason, evidence_step, batches, at_step, preferred_before=preferred)
         if isinstance(verdict, Retreat):
             self._record.retreat_step = evidence_step
         return verdict
@@ -385,7 +393,7 @@ class Health:
         known = [(step.global_step, step.judged) for step in self._recent if step.judged is not None]
         first = next((place for place, (step, _) in enumerate(known) if step >= evidence_step), 0)
         begin = rise_begins([loss for _, loss in known], first, self.losses.median)
-        return min(known[begin][0], evidence_step) if known else evidence_step
+        return apart(min(known[begin][0], evidence_step) if known else evidence_step)
 
     def _watched(self, watch: _Watch, step: StepDone, loss: float) -> Verdict:
         watch.losses.append(loss)

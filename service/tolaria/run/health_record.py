@@ -9,6 +9,13 @@ from pydantic import BaseModel, ValidationError
 from tolaria.lane.messages import StepDone
 from tolaria.values.loss_window import relative_spread
 
+APART_STEPS: Final = 16
+"""Preferred distance of a restore point from the first sign of an explosion.
+
+A fault that goes on for some steps, such as a wrong learning rate, then shows up again before the place of that sign,
+which distinguishes it from a changed task.
+"""
+
 EVALUATIONS: Final = 8
 """Evaluations with which new ones are compared, at least 3."""
 
@@ -90,6 +97,11 @@ class DroppedSeeds:
 def batches_of(step: StepDone) -> tuple[tuple[int, int], ...]:
     """Returns the batches of a step, as (epoch, place)."""
     return tuple((step.epoch, place) for place in step.batches)
+
+
+def apart(evidence_step: int) -> int:
+    """Returns the step that a restore point should precede: `APART_STEPS` before the first sign, but at least 1."""
+    return max(min(evidence_step, 1), evidence_step - APART_STEPS + 1)
 
 
 def stable(losses: list[float], spread_before: float, scale: float) -> bool:

@@ -276,6 +276,7 @@ class Recovery:
             return
         tier = ROLLBACK_TIER_FULL if verdict.durable else ROLLBACK_TIER_UNSPECIFIED
         rollback = Rollback(tier, None, verdict.reason, HEALTH, before_step=verdict.at_or_before + 1)
+        rollback.preferred_before = verdict.preferred_before
         rollback.lr_cut = Adjustment(
             group=None,
             factor=verdict.cut.factor,

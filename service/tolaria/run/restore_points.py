@@ -21,6 +21,10 @@ PROOF_LOSSES: Final = 3
 """Losses at or below the top of the window that prove the points before them."""
 
 
+REACH_STEPS: Final = 64
+"""Steps that a preferred point may cost more: beyond that, the newest one from before the evidence is taken."""
+
+
 @dataclass(frozen=True, slots=True)
 class RestorePoint:
     """A state that a rollback can go to. `checkpoint` is None for a snapshot; times are Unix nanoseconds."""
@@ -67,7 +71,8 @@ def choose(points: Iterable[RestorePoint], rollback: Rollback) -> Choice | None:
 
     A checkpoint that is named is taken, also a superseded one. Otherwise only ancestors of the live state count, of
     the tier that is named; for a target step the nearest one at or before it. Automatic rollbacks take the newest
-    proven one from before the evidence. An operator's takes the newest proven one, else the newest not suspect.
+    proven one from before the evidence, or a slightly older one from before the losses began to rise. An operator's
+    takes the newest proven one, else the newest not suspect.
     """
     if rollback.checkpoint_id:
         named = [p for p in points if p.checkpoint is not None and p.checkpoint.checkpoint_id == rollback.checkpoint_id]
@@ -75,7 +80,9 @@ def choose(points: Iterable[RestorePoint], rollback: Rollback) -> Choice | None:
     allowed = [point for point in points if _allowed(point, rollback)]
     if rollback.target_step is not None:
         return _newest_of(allowed, f"the nearest at or before step {rollback.target_step}")
-    proven = _newest_of([point for point in allowed if point.proven], "the newest proven one")
+    proven_points = [point for point in allowed if point.proven]
+    better = [point for point in proven_points if _preferred(point, rollback)]
+    proven = _newest_of(better or proven_points, "the newest proven one")
     if proven is not None or rollback.automatic:
         return proven
     return _newest_of([point for point in allowed if not point.suspect], "none is proven, the newest not suspect")
@@ -88,6 +95,14 @@ def _allowed(point: RestorePoint, rollback: Rollback) -> bool:
         and (rollback.before_step is None or point.global_step < rollback.before_step)
         and (rollback.target_step is None or point.global_step <= rollback.target_step)
     )
+
+
+def _preferred(point: RestorePoint, rollback: Rollback) -> bool:
+    """Whether a point is before the preferred step, and not further before it than that is before the evidence."""
+    if rollback.preferred_before is None or rollback.before_step is None:
+        return False
+    reach = max(REACH_STEPS, rollback.before_step - rollback.preferred_before)
+    return rollback.preferred_before - reach <= point.global_step < rollback.preferred_before
 
 
 def _newest_of(points: Sequence[RestorePoint], why: str) -> Choice | None:

@@ -85,7 +85,7 @@ def test_an_explosion_retreats_to_before_its_evidence() -> None:
     run = Trained()
     verdict = run.explode()
     assert isinstance(verdict, Retreat)
-    assert (verdict.evidence_step, verdict.at_or_before, verdict.batches) == (101, 85, ((1, 101), (1, 102)))
+    assert (verdict.evidence_step, verdict.preferred_before, verdict.batches) == (101, 86, ((1, 101), (1, 102)))
     assert (verdict.cut, verdict.older_than, verdict.durable) == (RateCut(0.5, 100), None, False)
     assert "loss 1000" in verdict.reason
     assert run.train(LOUD, QUIET) == []  # no second one while it is in progress
@@ -119,7 +119,7 @@ def test_each_retreat_goes_further_back_and_slower() -> None:
         run.restore(back)
         run.train(*[QUIET] * steps)
     assert cuts == [0.5, 0.25, 0.125]
-    assert limits == [385, 379, 359]
+    assert limits == [400, 379, 359]
     verdict = run.explode()
     assert isinstance(verdict, Halt)
     assert verdict.trigger is Trigger.ROLLBACK_BUDGET_SPENT
@@ -348,7 +348,7 @@ def test_a_rise_on_data_that_trained_well_before_is_no_task(then: list[float]) -
     alarm, verdict = run.train(*[QUIET] * 5, LOUD, LOUD, *then)
     assert isinstance(alarm, Proceed)
     assert isinstance(verdict, Retreat)
-    assert (verdict.evidence_step, verdict.at_or_before, verdict.cut.factor) == (91, 75, 0.25)
+    assert (verdict.evidence_step, verdict.at_or_before, verdict.cut.factor) == (91, 84, 0.25)
 
 
 def test_a_retreat_goes_behind_the_rise() -> None:
@@ -357,7 +357,7 @@ def test_a_retreat_goes_behind_the_rise() -> None:
     run.train(*[1.0005 + n * 1e-5 for n in range(40)])
     verdict = run.explode()
     assert isinstance(verdict, Retreat)
-    assert verdict.evidence_step < 110
+    assert (verdict.evidence_step, verdict.preferred_before) == (141, 89)
     assert verdict.batches == ((1, 141), (1, 142))
 
 

@@ -70,6 +70,24 @@ def test_the_point_of_an_automatic_rollback(points: str, before: int, tier: int,
 
 
 @pytest.mark.parametrize(
+    ("points", "before", "preferred", "taken"),
+    [
+        ("s10+ s80+ s98+", 100, 85, "s80"),
+        ("s98+", 100, 85, "s98"),  # nothing is better
+        ("c0+ s98+", 100, 85, "s98"),  # it would cost more than it may bring
+        ("s10+ s300+", 301, 80, "s10"),  # a slow rise
+        ("s10 s80? s98+", 100, 85, "s98"),
+    ],
+)
+def test_a_point_from_before_the_rise_is_preferred(points: str, before: int, preferred: int, taken: str) -> None:
+    """A proven one that is not much older; otherwise the newest proven one from before the evidence."""
+    rollback = Rollback(AUTO, None, "", "health", before_step=before, preferred_before=preferred)
+    choice = choose(map(point, points.split()), rollback)
+    assert choice is not None
+    assert name(choice.point) == taken
+
+
+@pytest.mark.parametrize(
     ("points", "tier", "step", "taken", "why"),
     [
         ("s10+ s40 c20+ c30?", AUTO, None, "c20", "the newest proven one"),

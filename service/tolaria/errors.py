@@ -5,7 +5,8 @@ TolariaError
 │   IllegalMoveError
 ├── JobError: UnknownJobError, BrokenJobError, EmptyDatasetError, LossShapeError
 ├── PeerError: PeerTimeoutError, PeerUnavailableError, PeerProtocolError, BreakerOpenError, CallRefusedError
-├── GradientError: NoGradientsError, GradientMismatchError, GradientWeightError, UnknownSourceError
+├── GradientError: NoGradientsError, GradientMismatchError, GradientWeightError, UnknownSourceError,
+│                  UnmergeableParameterError
 ├── OptimizationError: ScheduleError, UnsuitableOptimizerError, UnknownGroupError, GroupConflictError,
 │                      AdjustmentRefusedError, HyperparameterError, ControllerStateError, RebuildFailedError
 ├── SeedError: SlotError, UnknownBlueprintError, OwnershipError, TopologyStateError
@@ -137,6 +138,10 @@ class NoGradientsError(GradientError, RuntimeError):
 
     def __init__(self, message: str = "no gradients available for aggregation") -> None:
         super().__init__(message)
+
+
+class UnmergeableParameterError(GradientError, JobError):
+    """The gradients of several sources cannot be merged over a parameter, which the message names."""
 
 
 class GradientMismatchError(GradientError):

@@ -11,14 +11,17 @@ from typing import Any
 import anyio
 import grpc
 import grpc.aio
+from google.protobuf import descriptor_pool, text_format
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from tolaria.config import Address
 from tolaria.errors import BindError
 
+_ALPHA, _V1 = reflection.SERVICE_NAME, reflection.SERVICE_NAME.replace("v1alpha", "v1")
 REQUEST_BYTES_MAX = 4 * 1024 * 1024
 
 
@@ -59,7 +62,7 @@ async def grpc_server(
     health_servicer = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     register(server)
-    reflection.enable_server_reflection((*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    _enable_reflection(server, (*service_names, health.SERVICE_NAME, _V1, _ALPHA))
     address = _bind(server, what, listen)
     await server.start()
     try:
@@ -68,6 +71,22 @@ async def grpc_server(
         with anyio.CancelScope(shield=True):
             await health_servicer.enter_graceful_shutdown()
             await server.stop(grace_s)
+
+
+def _enable_reflection(server: grpc.aio.Server, service_names: Sequence[str]) -> None:
+    """Adds reflection under both of its names, whose messages are equal on the wire; the library has the older one."""
+    alpha = FileDescriptorProto()
+    reflection_pb2.DESCRIPTOR.CopyToProto(alpha)
+    described = text_format.MessageToString(alpha).replace("v1alpha", "v1")
+    descriptor_pool.Default().Add(text_format.Parse(described, FileDescriptorProto()))  # once more changes nothing
+    servicer = reflection.aio.ReflectionServicer(service_names)
+    method = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    handlers = [grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": method}) for name in (_V1, _ALPHA)]
+    server.add_generic_rpc_handlers(tuple(handlers))
 
 
 class _DecodingInterceptor(grpc.aio.ServerInterceptor):

@@ -21,9 +21,9 @@ from tolaria.errors import ImageDamagedError
 from tolaria.values.training import Position
 
 DTYPE_BYTES: Final[Mapping[str, int]] = MappingProxyType(
-    dict.fromkeys(("F64", "I64", "C64"), 8)
-    | dict.fromkeys(("F32", "I32"), 4)
-    | dict.fromkeys(("F16", "BF16", "I16"), 2)
+    dict.fromkeys(("F64", "I64", "U64", "C64"), 8)
+    | dict.fromkeys(("F32", "I32", "U32"), 4)
+    | dict.fromkeys(("F16", "BF16", "I16", "U16"), 2)
     | dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 )
 """Bytes of one element for each supported dtype code. The codes are those of the safetensors format."""
@@ -117,11 +117,12 @@ class StateImage:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInfo:
-    """A restorable snapshot. `digest` is None until the snapshot has been sealed."""
+    """A restorable snapshot. `digest` is None until it has been sealed; `at_ns` is its capture in Unix nanoseconds."""
 
     position: Position
     size_bytes: int
     digest: str | None
+    at_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

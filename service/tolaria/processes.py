@@ -12,15 +12,16 @@ import signal
 import subprocess
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 import anyio
-from anyio.abc import ByteReceiveStream, ByteSendStream, Process
+from anyio.abc import ByteReceiveStream, Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.text import TextReceiveStream
 
+from tolaria import forks
 from tolaria.errors import ChildFailedError
 
 _ANNOUNCEMENT_BYTES_MAX = 4096
@@ -62,12 +63,15 @@ class RestartPolicy:
 
 
 class ChildProcess:
-    """One running process. `on_stderr` is called with what it writes to standard error, if `keep_stderr` is set."""
+    """One running process. `on_stderr` is called with what it writes to standard error, if `keep_stderr` is set.
 
-    def __init__(self, process: Process, on_stderr: Callable[[str], None]) -> None:
+    `stdin` is the descriptor of the pipe to it, which this object closes.
+    """
+
+    def __init__(self, process: Process, stdin: int, on_stderr: Callable[[str], None]) -> None:
         self.process = process
         self._on_stderr = on_stderr
-        self._stdin = cast("ByteSendStream", process.stdin)
+        self._stdin: int | None = stdin
         self._stdout = BufferedByteReceiveStream(cast("ByteReceiveStream", process.stdout))
         self._stderr = TextReceiveStream(process.stderr, errors="replace") if process.stderr else None
         self._stderr_tail: deque[str] = deque(maxlen=_STDERR_CHUNKS_MAX)
@@ -77,20 +81,27 @@ class ChildProcess:
     @classmethod
     async def spawn(cls, command: ChildCommand, on_stderr: Callable[[str], None]) -> ChildProcess:
         """Starts a process. Cancellation takes effect once it runs. Raises ChildFailedError if it cannot be started."""
-        with anyio.CancelScope(shield=True):
-            try:
-                # A separate session: Ctrl-C in a terminal is for the service, which drains before its children stop.
-                process = await anyio.open_process(
-                    command.arguments,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE if command.keep_stderr else None,
-                    env=command.environment,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise ChildFailedError(command.name, f"cannot be started: {error}") from error
-        return cls(process, on_stderr)
+        # Without forks, which would inherit the ends of pipes that are for the child.
+        with anyio.CancelScope(shield=True), ExitStack() as on_failure:
+            async with forks.without_forks():
+                for_child, stdin = os.pipe()
+                on_failure.callback(forks.close, forks.keep_private(stdin))
+                try:
+                    # A separate session: Ctrl-C is for the service, which drains before its children stop.
+                    process = await anyio.open_process(
+                        command.arguments,
+                        stdin=for_child,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE if command.keep_stderr else None,
+                        env=command.environment,
+                        start_new_session=True,
+                    )
+                except OSError as error:
+                    raise ChildFailedError(command.name, f"cannot be started: {error}") from error
+                finally:
+                    os.close(for_child)
+            on_failure.pop_all()
+        return cls(process, stdin, on_stderr)
 
     async def first_line(self) -> bytes | None:
         """Returns the first line of standard output, cut when it is too long; None when the output ends first."""
@@ -132,7 +143,9 @@ class ChildProcess:
         """
         with anyio.CancelScope(shield=True):
             try:
-                await self._stdin.aclose()
+                if self._stdin is not None:
+                    stdin, self._stdin = self._stdin, None
+                    forks.close(stdin)
                 with anyio.move_on_after(timeout_s):
                     await self.ended()
             finally:

@@ -135,7 +135,7 @@ def emergency() -> Iterator[tuple[EmergencyController, Heartbeats]]:
             observer=lambda _report: None,
             broadcasts_per_minute=EmergencySettings().broadcasts_per_minute,
         )
-        yield controller, Heartbeats(participant)
+        yield controller, Heartbeats(participant, EmergencySettings())
 
 
 def costs_ns() -> dict[str, float]:

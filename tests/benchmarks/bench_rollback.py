@@ -93,7 +93,7 @@ async def measure(case: Case, folder: Path) -> tuple[dict[str, list[float]], flo
     """Returns seconds by contender, and the gigabytes of the state."""
     found: dict[str, list[float]] = {"plain_memory": [], "fast": [], "plain_file": [], "full": []}
     sections: dict[str, object] = {
-        "rollback": {"automatic": False, "halt_on_deadline": False, **case.rollback},
+        "rollback": {"automatic": False, **case.rollback},
         "state": {"dir": str(folder / "state")},
     }
     run = new_run(
@@ -149,7 +149,7 @@ async def restore_plainly(run: RunUnderTest, folder: Path, found: dict[str, list
         found["plain_file"].append(from_file_s)
     # The plain restore has changed the lane's parameters.
     await run.run.roll_back(Rollback(ROLLBACK_TIER_FAST, None, "undo", "operator"))
-    run.run.resume("measured")
+    await run.run.resume("measured")
 
 
 def show_case(case: Case, found: dict[str, list[float]], size_gb: float) -> None:

@@ -54,7 +54,7 @@ def settings_of(directory: Path) -> Settings:
             "signals": {"path": str(directory / "board")},
             "training": {"job": "support.jobs:SlotJob", "epochs": 10**6, "device": "cpu", "threads": 1},
             "checkpoint": {"every_epochs": 1, "every_steps": 3, "keep_last": 4, "retry_s": 0.05},
-            "rollback": {"automatic": False, "every_steps": 2, "fast_budget_s": 10.0, "halt_on_deadline": False},
+            "rollback": {"automatic": False, "every_steps": 2, "fast_budget_s": 10.0},
             "optimizer": {"rebuild_min_interval_steps": 0},
             "emergency": {"sentinel": False},
             "control": {"boundary_budget_ms": 2000, "tamiyo_budget_ms": 1000},
@@ -118,7 +118,7 @@ def train(directory: Path, seed: int, report: Report) -> None:
             emitter=Emitter(),
             log_context=LogContext(),
         )
-        anyio.run(serve, Core(foundation), random.Random(seed), report)  # noqa: S311 - chance, not secrets
+        anyio.run(serve, Core(foundation), random.Random(seed), report)
 
 
 async def serve(core: Core, generator: random.Random, report: Report) -> None:
@@ -131,7 +131,7 @@ async def serve(core: Core, generator: random.Random, report: Report) -> None:
 
 def kill_runs(kills: int, seed: int) -> list[str]:
     """Kills one run in one directory at random moments; returns the problems found, as sentences."""
-    generator = random.Random(seed)  # noqa: S311 - chance, not secrets
+    generator = random.Random(seed)
     problems: list[str] = []
     seen = {"committed": 0, "restored": 0, "refused": 0}
     required: dict[str, Any] = {}

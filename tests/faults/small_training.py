@@ -75,7 +75,7 @@ class Training:
             self.cursor.begin_epoch(self.position.epoch)
             return self._step()
         inputs, labels = batch.payload
-        noise = float(np.random.rand()) + random.random()  # noqa: NPY002, S311 - the global generators are part of the state
+        noise = float(np.random.rand()) + random.random()  # noqa: NPY002 - the global generators are part of the state
         self.optimizer.zero_grad(set_to_none=True)
         loss = nn.functional.cross_entropy(self.model(inputs + 0.01 * noise), labels)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -67,18 +67,18 @@ def checkpointed(directory: Path, steps: int) -> list[CheckpointRow]:
 
 def harm_checkpoints(seed: int, flips: int, *, every: int) -> list[str]:
     """Flips single bits of the newest checkpoint, and cuts each of its files at multiples of `every` bytes."""
-    return _harmed(2, lambda made, rows: _harm_newest(made, rows[-1], random.Random(seed), flips, every))  # noqa: S311
+    return _harmed(2, lambda made, rows: _harm_newest(made, rows[-1], random.Random(seed), flips, every))
 
 
 def harm_journal(seed: int, flips: int, *, every: int, with_log: bool) -> list[str]:
     """Flips single bits of the journal, or of its write-ahead log as a crash leaves it, and cuts it at multiples."""
-    generator = random.Random(seed)  # noqa: S311
+    generator = random.Random(seed)
     return _harmed(3, lambda made, rows: _harm_journal(made, rows, generator, flips, every, with_log=with_log))
 
 
 def kill_while_writing(seed: int, times: int) -> list[str]:
     """Repeatedly kills a process that writes checkpoints, at random moments, and opens what it left."""
-    generator = random.Random(seed)  # noqa: S311
+    generator = random.Random(seed)
     torch.set_num_threads(1)
     wrong: list[str] = []
     with tempfile.TemporaryDirectory(dir=IN_MEMORY) as name:

@@ -48,7 +48,7 @@ class MemoryJournal(AsyncJournal):
         await self._respond()
         return self.answers.setdefault(row.request_id, row)
 
-    async def restore_points(self) -> tuple[CheckpointRow, ...]:
+    async def kept_points(self) -> tuple[CheckpointRow, ...]:
         """Returns `checkpoints`."""
         await self._respond()
         return self.checkpoints
@@ -92,7 +92,7 @@ async def serving_run(run: RunUnderTest) -> AsyncIterator[grpc.aio.Channel]:
         parts = AdminParts(
             run=run.run,
             status=run.status,
-            health=run.health,
+            points=run.core.foundation.points,
             safety=run.safety,
             journal=run.journal,
             ledger=new_ledger(run.core, operations),

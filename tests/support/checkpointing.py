@@ -28,6 +28,7 @@ from tolaria.resilience.breaker import Breaker
 from tolaria.run import checkpointing
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.observers import RunObserver
+from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run_state import Lifecycle
 from tolaria.values.training import Evaluation
 
@@ -119,6 +120,8 @@ class CheckpointingParts:
         self.observer = CheckpointObserver()
         self.slept_s: list[float] = []
         self._awake = anyio.Event()
+        row = CheckpointRow("resumed", 1, "run", from_step, 1, 1, "d", None)
+        self.points = RestorePoints(resumed=row if from_step else None)
         self.checkpointing = Checkpointing(
             settings,
             started_client(self.lane, self._apply),
@@ -127,7 +130,7 @@ class CheckpointingParts:
             breaker=self.breaker,
             observers=self.observer,
             journal=AsyncJournal(storage.journal, "run"),
-            from_step=from_step,
+            points=self.points,
         )
 
     @property
@@ -188,7 +191,7 @@ class CheckpointingParts:
 
     def _apply(self, event: Event) -> None:
         if isinstance(event, CommandDone) and isinstance(event.result, ImageCaptured):
-            self.checkpointing.on_image_captured(event.result.image_id)
+            self.checkpointing.on_image_captured(event.result.image_id, event.global_step)
 
 
 class CheckpointingFactory:

@@ -106,6 +106,11 @@ class FakeAdmin(TolariaAdminServiceServicer):
             latency_ms=12.34,
             global_step=57,
             coordinated=self.coordinated,
+            waited_ms=700.0,
+            restored_ms=12.34,
+            superseded=2,
+            attempt=3,
+            chosen="the newest proven one: the snapshot",
         )
 
     def CreateCheckpoint(  # noqa: N802
@@ -230,6 +235,7 @@ def restore_points(now_s: int) -> list[RestorePoint]:
             created_at=Timestamp(seconds=now_s - 7300),
             checkpoint_id="000000000045-0badcafe",
             stable=True,
+            attempt=1,
         ),
         RestorePoint(
             tier=RollbackTier.ROLLBACK_TIER_FAST,
@@ -238,6 +244,8 @@ def restore_points(now_s: int) -> list[RestorePoint]:
             size_bytes=1_572_864,
             digest=DIGEST[::-1],
             created_at=Timestamp(seconds=now_s),
+            suspect=True,
+            attempt=2,
         ),
     ]
 

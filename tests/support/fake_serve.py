@@ -24,7 +24,7 @@ def main() -> None:
     sys.stderr.write("not JSON\n" + json.dumps(["neither an object"]) + "\n")
     if mode == "bind-fails" or (mode == "port-taken" and "server.listen=127.0.0.1:0" not in arguments):
         sys.exit("tolaria: the admin server cannot listen on 127.0.0.1:50051: the address is in use")
-    if mode == "bad-job":
+    if mode == "bad-job" or (mode == "second-fails" and "seeds.enabled=false" in arguments):
         sys.stderr.write("tolaria: there is no job 'nope'\n")
         sys.exit(2)
     serve(mode)

@@ -132,6 +132,13 @@ class GilJob(TinyJob):
         return super().losses(model, batch)
 
 
+class HalfStateJob(TinyJob):
+    """Has state, but cannot load it."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+
 class SlotJob(TinyJob):
     """TinyJob with a slot for a seed."""
 
@@ -164,7 +171,7 @@ class RandomisedJob(SlotJob):
 
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         x, y = batch.payload
-        noisy = x + 0.01 * float(np.random.standard_normal()) + 0.01 * random.random()  # noqa: NPY002, S311 - the global ones
+        noisy = x + 0.01 * float(np.random.standard_normal()) + 0.01 * random.random()  # noqa: NPY002 - the global ones
         return {HOST: functional.mse_loss(model(noisy), y)}
 
 

@@ -32,15 +32,18 @@ from tolaria.lane.messages import (
 from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.step import train_step
 from tolaria.lane.train_module import TrainModule
+from tolaria.signals.layout import LanePhase
 
 E = TypeVar("E", bound=Event)
 
 
 class NoHeartbeat:
-    """A heartbeat that only counts its beats."""
+    """A heartbeat that only counts its beats, and records the phases that were entered and the ordinary steps."""
 
     def __init__(self) -> None:
         self.beats = 0
+        self.phases: list[LanePhase] = []
+        self.steps = 0
 
     def lane_beat(self) -> None:
         self.beats += 1
@@ -50,6 +53,14 @@ class NoHeartbeat:
 
     def lane_rests(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def lane_phase(self, phase: LanePhase) -> AbstractContextManager[None]:
+        self.phases.append(phase)
+        return nullcontext()
+
+    def lane_step(self, duration_s: float) -> None:
+        del duration_s
+        self.steps += 1
 
 
 def built(job: str = "TinyJob", *, sections: Mapping[str, Any] | None = None, **training: object) -> BuiltLane:

@@ -12,12 +12,13 @@ import anyio.lowlevel
 
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
 from tolaria.config import RollbackSettings
-from tolaria.errors import JournalError, PeerTimeoutError, TolariaError
+from tolaria.errors import JournalError, NoCheckpointError, PeerTimeoutError, TolariaError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import RollbackRow, Row
 from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.protocol import Call, ParticipantRequest, Rollback
 from tolaria.signals import RollbackState, RollbackWriter
+from tolaria.values.lineage import Lineage
 
 Tier: TypeAlias = RollbackTier.ValueType
 Work: TypeAlias = Callable[[Rollback], Awaitable[None]]
@@ -104,23 +105,40 @@ class FakeRestorer:
     def __init__(self, work: Work | None = None, log: list[str] | None = None) -> None:
         self.points: dict[Tier, list[int]] = {ROLLBACK_TIER_FAST: [40], ROLLBACK_TIER_FULL: [30]}
         self.finds = True
+        self.boundary = anyio.Event()
+        self.boundary.set()
+        self.ends: TolariaError | None = None
         self.work = work or self.copies
         self.log = [] if log is None else log
         self.targets: list[tuple[Tier, int | None]] = []
         self.forbidden = self.begun = False
         self._lock = threading.Lock()
 
-    async def locate(self, tier: Tier, at_or_before: int | None, /) -> int | None:
-        """The nearest scripted point; never returns unless `finds`."""
+    async def choose(self, rollback: Rollback, /) -> None:
+        """The nearest scripted point, of the fast tier if it has one; never returns unless `finds`."""
         await anyio.lowlevel.checkpoint()
         if not self.finds:
             await anyio.sleep_forever()
-        return max((p for p in self.points[tier] if at_or_before is None or p <= at_or_before), default=None)
+        automatic = rollback.tier == ROLLBACK_TIER_UNSPECIFIED
+        for tier in (ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL) if automatic else (rollback.tier,):
+            wanted = rollback.target_step
+            if steps := [step for step in self.points[tier] if wanted is None or step <= wanted]:
+                rollback.tier, rollback.chosen_step, rollback.chosen = tier, max(steps), "the nearest"
+                return
+        raise NoCheckpointError("nothing to go back to")
+
+    async def reach_boundary(self) -> None:
+        """Waits for `boundary`, which is set unless the test replaces it; raises `ends` if there is one."""
+        if not self.boundary.is_set():
+            self.log.append("lane waits")
+            await self.boundary.wait()
+        if self.ends is not None:
+            raise self.ends
 
     async def restore(self, rollback: Rollback, /) -> None:
         """Runs `work`."""
         self.log.append("lane restore")
-        self.targets.append((rollback.tier, rollback.target_step))
+        self.targets.append((rollback.tier, rollback.chosen_step))
         self.forbidden = self.begun = False
         await self.work(rollback)
 
@@ -183,7 +201,7 @@ class FakeJournal(AsyncJournal):
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
-        self.superseded_after: list[int] = []
+        self.followed: list[Lineage] = []
         self.error: JournalError | None = None
         self.hangs = False
 
@@ -197,10 +215,11 @@ class FakeJournal(AsyncJournal):
         await self._answer()
         self.rows.append(row)
 
-    async def supersede_after(self, global_step: int) -> None:
-        """Records the step."""
+    async def follow(self, lineage: Lineage, detail: str) -> int:
+        """Records the lineage."""
         await self._answer()
-        self.superseded_after.append(global_step)
+        self.followed.append(lineage)
+        return 0
 
     async def _answer(self) -> None:
         await anyio.lowlevel.checkpoint()

@@ -3,7 +3,8 @@
     python sentinel_service.py FOLDER SILENCE
 
 SILENCE is what the first line of standard input triggers: `gil` (the lane holds the GIL in C, for a minute at most),
-`lane` (the lane hangs while the event loop runs) or `rest` (the lane is idle, which is not a fault).
+`lane` (the lane hangs while the event loop runs), `evaluate` (it hangs in an evaluation) or `rest` (the lane is idle,
+which is not a fault).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tolaria.config import load_settings
 from tolaria.emergency.supervision import Heartbeats, SentinelProcess, stacks_on_request
 from tolaria.processes import supervised
 from tolaria.signals import SignalBoard
+from tolaria.signals.layout import LanePhase
 
 ROUNDS_MAX = 10**10
 
@@ -40,6 +42,9 @@ def lane(heartbeats: Heartbeats, silence: str, go: threading.Event) -> None:
             hold_the_gil()
         elif silence == "lane":
             threading.Event().wait()
+        elif silence == "evaluate":
+            with heartbeats.lane_phase(LanePhase.EVALUATING):
+                threading.Event().wait()
         else:
             with heartbeats.lane_rests():
                 threading.Event().wait()
@@ -54,11 +59,17 @@ def wait_for_line(go: threading.Event) -> None:
 async def serve(folder: Path, silence: str) -> None:
     """Runs until it is terminated."""
     go = threading.Event()
-    limits = {"heartbeat_timeout_s": 1.0, "startup_allowance_s": 0.2, "grace_s": 0.5, "drain_s": 0.5}
+    limits = {
+        "heartbeat_timeout_s": 1.0,
+        "phase_timeout_s": 3.0,
+        "startup_allowance_s": 0.2,
+        "grace_s": 0.5,
+        "drain_s": 0.5,
+    }
     overrides = [f"emergency.{name}={seconds}" for name, seconds in limits.items()]
     settings = load_settings(None, [f"state.dir={folder}", "service.drain_timeout_s=0.1", *overrides])
     with SignalBoard.create(folder / "board", "run-1") as board, stacks_on_request(settings):
-        heartbeats = Heartbeats(board.claim("tolaria"))
+        heartbeats = Heartbeats(board.claim("tolaria"), settings.emergency)
         threading.Thread(target=lane, args=(heartbeats, silence, go), daemon=True).start()
         threading.Thread(target=wait_for_line, args=(go,), daemon=True).start()
         sentinel = SentinelProcess(board, settings)

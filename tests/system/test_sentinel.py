@@ -17,7 +17,7 @@ from tolaria.signals import SignalBoard
 
 HERE = Path(__file__).parent
 WAIT_S = 30.0
-TIMEOUT_S = 1.0  # the stand-in's heartbeat timeout
+TIMEOUT_S, PHASE_TIMEOUT_S = 1.0, 3.0  # the stand-in's
 
 
 class StandIn:
@@ -105,6 +105,18 @@ def test_sentinel_detects_a_hanging_lane_beside_a_healthy_event_loop(tmp_path: P
         assert "event loop" not in signal_seen.reason
         assert service.process.wait(WAIT_S) == 77
         until(lambda: not is_alive(service.sentinel_pid))
+
+
+def test_sentinel_permits_a_phase_its_own_silence(tmp_path: Path) -> None:
+    """A lane that hangs in an evaluation is silent after the longer limit, and the reason names what it was doing."""
+    with stand_in(tmp_path, "evaluate") as service:
+        service.fall_silent()
+        until(service.board.effective)
+        signal_seen = service.board.effective()
+        assert signal_seen is not None
+        assert signal_seen.reason.endswith("while evaluating")
+        silent_s = (signal_seen.raised_ns - service.board.read("tolaria").lane_heartbeat_ns) / 1e9
+        assert PHASE_TIMEOUT_S * 0.9 < silent_s < PHASE_TIMEOUT_S * 10
 
 
 def test_sentinel_ignores_an_idle_lane(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_signals_no_torn_value_is_accepted() -> None:
 
 def test_signals_a_killed_writer_leaves_the_board_readable(tmp_path: Path) -> None:
     """After each SIGKILL every block is intact, and the next writer claims its block and continues."""
-    path, moments = tmp_path / "board", random.Random(5)  # noqa: S311  (moments, not secrets)
+    path, moments = tmp_path / "board", random.Random(5)
     with SignalBoard.create(path, "run-1") as board:
         tolaria = board.claim("tolaria")
         last_id = 0

@@ -4,8 +4,9 @@ from typing import Any
 
 import grpc.aio
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from tolaria.errors import BindError
 from tolaria.grpc_server import grpc_server
@@ -31,17 +32,28 @@ async def test_health_check_answers_by_part() -> None:
     assert (good.status, bad.status) == (1, 2)
 
 
-async def test_reflection_lists_the_services() -> None:
-    """The names passed to the server and the health service are listed."""
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_is_served_under_both_names(version: str) -> None:
+    """Each version lists the services, itself among them, and describes itself; the messages are equal on the wire."""
+    path = f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
+    requests = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol=f"grpc.reflection.{version}.ServerReflection"),
+    ]
     async with (
         grpc_server("x", "127.0.0.1:0", no_services, service_names=["a.B"], grace_s=1) as server,
         grpc.aio.insecure_channel(str(server.address)) as channel,
     ):
-        make_stub: Any = reflection_pb2_grpc.ServerReflectionStub  # its types have no asynchronous channel
-        request = reflection_pb2.ServerReflectionRequest(list_services="")
-        answers = [a async for a in make_stub(channel).ServerReflectionInfo(iter([request]))]
-    names = {s.name for s in answers[0].list_services_response.service}
-    assert {"a.B", "grpc.health.v1.Health"} <= names
+        method = channel.stream_stream(
+            path,
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )
+        listed, described = [answer async for answer in method(iter(requests))]
+    names = {service.name for service in listed.list_services_response.service}
+    assert {"a.B", "grpc.health.v1.Health", f"grpc.reflection.{version}.ServerReflection"} <= names
+    (file,) = described.file_descriptor_response.file_descriptor_proto
+    assert FileDescriptorProto.FromString(file).package == f"grpc.reflection.{version}"
 
 
 async def test_port_in_use_raises_bind_error() -> None:

@@ -106,8 +106,9 @@ class SlowHealth:
 
     async def set_health(self, service: str, *, serving: bool) -> None:
         self.serving[service] = serving
-        self.called.set()
-        await self.proceed.wait()
+        if not service:  # the service as a whole
+            self.called.set()
+            await self.proceed.wait()
 
 
 async def test_a_change_while_health_is_published_is_published_too() -> None:
@@ -118,8 +119,8 @@ async def test_a_change_while_health_is_published_is_published_too() -> None:
         run.core.lifecycle.halt("not ready")
         tasks.start_soon(publish_health, run.core, cast("GrpcServer", health))
         await health.called.wait()
-        assert health.serving == {"": False}
-        run.run.resume("ready")
+        assert health.serving[""] is False
+        await run.run.resume("ready")
         health.proceed.set()
         await run.until(lambda: health.serving[""])
         tasks.cancel_scope.cancel()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -19,6 +19,7 @@ from tolaria.errors import CheckpointDamagedError, CheckpointUnreadableError, Ch
 from tolaria.filesystem import Filesystem, errno_name, read_all, remove_quietly, write_durably
 from tolaria.images import Fingerprint, StateImage, TensorSpec, canonical_json, combine
 from tolaria.journal.rows import CheckpointRow
+from tolaria.values.lineage import FIRST_ATTEMPT, Lineage
 from tolaria.values.training import Position
 
 FORMAT: Final = 1
@@ -30,8 +31,20 @@ _MANIFEST_BYTES_MAX: Final = 2**30
 
 
 @dataclass(frozen=True, slots=True)
+class Provenance:
+    """How a state came about: its ancestors, the newest checkpoint among them, and whether the loss was rising."""
+
+    lineage: Lineage = field(default_factory=Lineage)
+    parent: str = ""
+    suspect: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
-    """Describes a checkpoint. `metric` decides which checkpoint is best; one without a metric never is."""
+    """Describes a checkpoint. `metric` decides which checkpoint is best; one without a metric never is.
+
+    Manifests of version 0.1.0 have no provenance: those states are of the first attempt.
+    """
 
     checkpoint_id: str
     run_id: str
@@ -41,14 +54,31 @@ class Manifest:
     values_bytes: int
     specs: tuple[TensorSpec, ...]
     fingerprint: Fingerprint
+    provenance: Provenance = field(default_factory=Provenance)
 
     @classmethod
     def of(
-        cls, image: StateImage, *, checkpoint_id: str, run_id: str, created_at_ns: int, metric: float | None
+        cls,
+        image: StateImage,
+        *,
+        checkpoint_id: str,
+        run_id: str,
+        created_at_ns: int,
+        metric: float | None,
+        provenance: Provenance | None = None,
     ) -> Manifest:
         """Returns the manifest for an image. Seals the image."""
-        values_bytes, fingerprint = len(image.values), image.seal()
-        return cls(checkpoint_id, run_id, image.position, created_at_ns, metric, values_bytes, image.specs, fingerprint)
+        return cls(
+            checkpoint_id=checkpoint_id,
+            run_id=run_id,
+            position=image.position,
+            created_at_ns=created_at_ns,
+            metric=metric,
+            values_bytes=len(image.values),
+            specs=image.specs,
+            fingerprint=image.seal(),
+            provenance=provenance or Provenance(),
+        )
 
     @property
     def size_bytes(self) -> int:
@@ -66,6 +96,10 @@ class Manifest:
             size_bytes=self.size_bytes,
             digest=self.fingerprint.total,
             metric=self.metric,
+            attempt=self.provenance.lineage.attempt,
+            forks=self.provenance.lineage.to_json(),
+            parent=self.provenance.parent,
+            suspect=int(self.provenance.suspect),
         )
 
     def to_bytes(self) -> bytes:
@@ -81,6 +115,10 @@ class Manifest:
             "values": [self.values_bytes, self.fingerprint.values],
             "tensors": [[s.name, s.dtype, list(s.shape), self.fingerprint.tensors[s.name]] for s in self.specs],
             "digest": self.fingerprint.total,
+            "attempt": self.provenance.lineage.attempt,
+            "forks": self.provenance.lineage.to_json(),
+            "parent": self.provenance.parent,
+            "suspect": self.provenance.suspect,
         }
         return canonical_json({**body, "manifest_digest": xxhash.xxh3_128_hexdigest(canonical_json(body))})
 
@@ -114,6 +152,11 @@ class Manifest:
                 values_bytes=values_bytes,
                 specs=specs,
                 fingerprint=Fingerprint(digests, values_digest, document["digest"]),
+                provenance=Provenance(
+                    Lineage.of(document.get("attempt", FIRST_ATTEMPT), document.get("forks", "")),
+                    document.get("parent", ""),
+                    document.get("suspect", False),
+                ),
             )
         except (TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(f"a field is missing or has the wrong form: {error}") from error

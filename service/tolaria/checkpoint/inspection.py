@@ -66,8 +66,9 @@ def inspect_storage(directory: Path) -> Iterator[Finding]:
         yield from (_read(directory, name, None) for name in names if not name.startswith(TEMPORARY_PREFIX))
         return
     committed = [row for row in rows if row.state == "committed"]
+    superseded = [row for row in rows if row.state == "superseded"]  # kept, so that a rollback can be undone
     yield Finding("journal", Condition.WHOLE, f"{len(committed)} committed checkpoints")
-    yield from (_committed(directory, row) for row in committed)
+    yield from (_committed(directory, row) for row in (*committed, *superseded))
     for name in sorted(set(names) - {row.checkpoint_id for row in rows}):
         detail = "the journal names no such checkpoint; the next start looks at it"
         if name.startswith(TEMPORARY_PREFIX):

@@ -8,13 +8,14 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from tolaria.checkpoint.format import (
     TEMPORARY_PREFIX,
     Manifest,
+    Provenance,
     read_checkpoint,
     read_manifest,
     write_checkpoint,
@@ -35,9 +36,12 @@ if TYPE_CHECKING:
 
     from tolaria.images import StateImage
     from tolaria.journal.database import Journal
+    from tolaria.values.lineage import Lineage
 
 CHECKPOINTS: Final = "checkpoints"
 QUARANTINE: Final = "quarantine"
+
+_NO_SPACE: Final = frozenset({"ENOSPC", "EDQUOT"})
 
 _UNRECORDED_FAULTS_MAX: Final = 100
 """Maximum number of faults kept while the journal fails; the oldest are dropped."""
@@ -45,25 +49,39 @@ _UNRECORDED_FAULTS_MAX: Final = 100
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How many checkpoints are kept: of this run the newest `last` and the best by metric.
+    """Which checkpoints are kept: of this run the newest `last`, the best by metric and the newest proven one.
 
-    Of the newest `other_runs` runs in the same directory the newest and the best checkpoint are kept, so that a new
-    run does not remove an earlier run's result, and a directory in use for years does not fill up.
+    Of the superseded ones the newest `superseded` are kept, each for `superseded_s` seconds. Of the newest `other_runs`
+    runs in the same directory the newest and the best checkpoint are kept, so that a new run does not remove an earlier
+    run's result, and a directory in use for years does not fill up.
     """
 
     last: int
     best: Literal["highest", "lowest"]
     other_runs: int = 3
+    superseded: int = 0
+    superseded_s: float = 0.0
 
     def kept(self, rows: Sequence[CheckpointRow], *, run_id: str) -> set[CheckpointRow]:
         """Selects what to keep of all runs' committed rows, oldest first, while `run_id` is the active run."""
         by_run: dict[str, list[CheckpointRow]] = {run_id: []}
         for row in reversed(rows):  # the run with the newest row comes first
             by_run.setdefault(row.run_id, []).append(row)
-        kept = self._newest_and_best(by_run.pop(run_id), self.last)
+        own = by_run.pop(run_id)
+        kept = self._newest_and_best(own, self.last) | set([row for row in own if row.proven][:1])
         for others in list(by_run.values())[: self.other_runs]:
             kept |= self._newest_and_best(others, 1)
         return kept
+
+    def kept_superseded(self, rows: Sequence[CheckpointRow], *, run_id: str, now_ns: int) -> set[CheckpointRow]:
+        """Selects what to keep of all runs' superseded rows: those of the latest rollbacks, and of these the newest."""
+
+        def superseded_ns(row: CheckpointRow) -> int:
+            return row.at_ns if row.superseded_at_ns is None else row.superseded_at_ns
+
+        own = [row for row in rows if row.run_id == run_id and now_ns - superseded_ns(row) < self.superseded_s * 1e9]
+        own.sort(key=lambda row: (superseded_ns(row), row.at_ns), reverse=True)
+        return set(own[: self.superseded])
 
     def _newest_and_best(self, newest_first: list[CheckpointRow], last: int) -> set[CheckpointRow]:
         """Selects from one run's rows. Of equally good rows the newest is the best; rows without a metric never are."""
@@ -146,30 +164,42 @@ class CheckpointStore:
                 removed.append(name)
             elif row is None and self._adopt(name):
                 adopted.append(name)
+        self._sort_adopted(adopted, known)
         lost = [row for row in known.values() if row.checkpoint_id not in present]
         missing = [row for row in lost if row.state in {"committed", "superseded"}]
         for row in missing:
             self._mark(row, "missing", "its directory is gone")
         return Repairs(tuple(adopted), tuple(row.checkpoint_id for row in missing), tuple(removed))
 
-    def write(self, image: StateImage, *, metric: float | None = None) -> CheckpointRow:
+    def write(
+        self,
+        image: StateImage,
+        *,
+        metric: float | None = None,
+        provenance: Provenance | None = None,
+        keep: str = "",
+    ) -> CheckpointRow:
         """Writes the image durably, commits it in the journal and applies retention.
+
+        On a full disk the superseded checkpoints are removed, and it is tried once more.
 
         Args:
             image: must not change meanwhile (lease it). Sealed here if it is not.
             metric: decides which checkpoint is best; NaN and None never are.
+            provenance: its `parent` is determined here.
+            keep: id of a checkpoint that retention does not remove.
 
         Raises:
             CheckpointWriteError: the checkpoint is not committed; earlier ones are unchanged. The cause is recorded as
                 a fault in the journal, as soon as the journal can be written.
         """
         try:
-            row = self._commit(image, metric)
+            row = self._commit_with_room(image, metric, provenance or Provenance())
         except CheckpointWriteError as error:
             self._fault("checkpoint_failed", image.position.global_step, error.stage, str(error))
             raise
         self._last_fault = None
-        self._prune()
+        self._prune(keep)
         self._record_faults()
         return row
 
@@ -177,51 +207,68 @@ class CheckpointStore:
         """Returns the run's committed checkpoints, oldest first."""
         return self._journal.restore_points(self._run_id)
 
-    def supersede_after(self, global_step: int) -> None:
-        """Marks later checkpoints as superseded after a rollback to `global_step`."""
-        self._journal.supersede_after(self._run_id, global_step)
+    def kept_points(self) -> tuple[CheckpointRow, ...]:
+        """Returns the run's committed and superseded checkpoints, oldest first."""
+        return self._journal.kept_points(self._run_id)
 
-    def load_newest(
-        self, expired: Callable[[], bool] | None = None, *, at_or_before: int | None = None
-    ) -> LoadedCheckpoint:
-        """Loads the run's newest intact checkpoint, or that with the highest step at or before a step.
+    def follow(self, lineage: Lineage, detail: str) -> int:
+        """Supersedes the checkpoints that are not ancestors in `lineage`, as `Journal.follow` does."""
+        return self._journal.follow(self._run_id, lineage, detail, time.time_ns())
 
-        Moves damaged checkpoints to the quarantine and tries the next older one. Checkpoints that the system cannot
-        read are skipped and stay in place.
+    def load_newest(self, expired: Callable[[], bool] | None = None) -> LoadedCheckpoint:
+        """Loads the run's newest intact checkpoint that is not suspect; suspect ones only if there is no other.
+
+        Raises as `load_first` does.
+        """
+        newest_first = list(reversed(self.restore_points()))
+        return self.load_first([*sorted(newest_first, key=lambda row: row.doubtful)], expired)
+
+    def load_first(self, rows: Sequence[CheckpointRow], expired: Callable[[], bool] | None = None) -> LoadedCheckpoint:
+        """Loads the first intact one of these checkpoints.
+
+        Moves damaged checkpoints to the quarantine and tries the next one. Checkpoints that the system cannot read are
+        skipped and stay in place.
 
         Raises:
             NoCheckpointError: none can be loaded.
             RestoreAbandonedError: `expired`, called before each megabyte, returned True.
         """
-        rows = list(self.restore_points())
-        if at_or_before is not None:
-            rows = sorted((r for r in rows if r.global_step <= at_or_before), key=lambda r: (r.global_step, r.at_ns))
         damaged: list[Damage] = []
         with self._removal:
-            for row in reversed(rows):
+            for row in rows:
                 try:
                     return LoadedCheckpoint(row, self._read(row, expired), tuple(damaged))
                 except (CheckpointDamagedError, CheckpointUnreadableError) as error:
                     quarantined = self._set_aside(row.checkpoint_id, error, row)
                     damaged.append(Damage(row.checkpoint_id, error.stage, error.reason, quarantined))
         tried = "".join(f"; {d.checkpoint_id}: {d.stage}, {d.reason}" for d in damaged)
-        wanted = "" if at_or_before is None else f" at or before step {at_or_before}"
-        raise NoCheckpointError(f"there is no intact checkpoint{wanted}{tried}")
+        raise NoCheckpointError(f"there is no intact checkpoint{tried}")
 
     def _make_directories(self) -> None:
         for place in (self._directory, self._checkpoints, self._quarantine):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def _commit(self, image: StateImage, metric: float | None) -> CheckpointRow:
+    def _commit_with_room(self, image: StateImage, metric: float | None, provenance: Provenance) -> CheckpointRow:
+        try:
+            return self._commit(image, metric, provenance)
+        except CheckpointWriteError as error:
+            if error.reason not in _NO_SPACE or not self._remove_superseded():
+                raise
+        return self._commit(image, metric, provenance)
+
+    def _commit(self, image: StateImage, metric: float | None, provenance: Provenance) -> CheckpointRow:
         with _journal_errors():
-            # Later than every other one: the newest must stay the newest when the clock is set back.
-            created_at_ns = max([time.time_ns(), *(row.at_ns + 1 for row in self._journal.checkpoints())])
+            rows = self._journal.checkpoints()
+        # Later than every other one: the newest must stay the newest when the clock is set back.
+        created_at_ns = max([time.time_ns(), *(row.at_ns + 1 for row in rows)])
+        parents = [row.checkpoint_id for row in rows if self._is_ancestor(row, image, provenance.lineage)]
         manifest = Manifest.of(
             image,
             checkpoint_id=f"{image.position.global_step:012d}-{uuid.uuid4().hex[:8]}",
             run_id=self._run_id,
             created_at_ns=created_at_ns,
             metric=metric if metric is not None and math.isfinite(metric) else None,
+            provenance=replace(provenance, parent=parents[-1] if parents else ""),
         )
         with write_errors("create"):  # the directories may have been removed since the start
             self._make_directories()
@@ -243,6 +290,20 @@ class CheckpointStore:
             return False
         self._journal.put(manifest.row())
         return True
+
+    def _sort_adopted(self, adopted: Sequence[str], known: Mapping[str, CheckpointRow]) -> None:
+        """Supersedes adopted checkpoints that are on another branch than their run's newest checkpoint.
+
+        That is the newest one in the journal or, in a rebuilt journal, the newest of all.
+        """
+        rows = [row for row in self._journal.checkpoints() if row.state == "committed"]
+        for run_id in {row.run_id for row in rows if row.checkpoint_id in adopted}:
+            own = [row for row in rows if row.run_id == run_id]
+            head = ([row for row in own if row.checkpoint_id in known] or own)[-1]
+            for row in own:
+                descends = row.lineage.includes(head.attempt, head.global_step)
+                if not (descends or head.lineage.includes(row.attempt, row.global_step)):
+                    self._mark(row, "superseded", "adopted from another branch")
 
     def _read(self, row: CheckpointRow, expired: Callable[[], bool] | None) -> StateImage:
         manifest, image = read_checkpoint(self._files, self._checkpoints / row.checkpoint_id, expired)
@@ -272,22 +333,47 @@ class CheckpointStore:
         except OSError as error:
             self._fault("quarantine_failed", -1, "rename", str(error))
 
-    def _prune(self) -> None:
-        """Marks the row first, then removes the files: a crash in between leaves no row committed without its files."""
+    def _is_ancestor(self, row: CheckpointRow, image: StateImage, lineage: Lineage) -> bool:
+        included = row.run_id == self._run_id and lineage.includes(row.attempt, row.global_step)
+        return included and row.state == "committed" and row.global_step <= image.position.global_step
+
+    def _prune(self, keep: str) -> None:
         try:
-            with self._removal:
-                rows = self._journal.checkpoints()
-                committed = [row for row in rows if row.state == "committed"]
-                kept = self._retention.kept(committed, run_id=self._run_id)
-                superseded = [row for row in rows if row.state == "superseded"]
-                for row in [*superseded, *(row for row in committed if row not in kept)]:
-                    self._mark(row, "pruned", "retention")
-                    remove_quietly(self._files, self._checkpoints / row.checkpoint_id)
+            rows = self._journal.checkpoints()
+            committed = [row for row in rows if row.state == "committed"]
+            superseded = [row for row in rows if row.state == "superseded"]
+            kept = self._retention.kept(committed, run_id=self._run_id)
+            kept |= self._retention.kept_superseded(superseded, run_id=self._run_id, now_ns=time.time_ns())
+            unneeded = [row for row in (*superseded, *committed) if row not in kept and row.checkpoint_id != keep]
+            self._remove(unneeded, "retention")
         except JournalError as error:  # the new checkpoint is committed; writing the next one prunes again
             self._fault("retention_failed", -1, "journal", str(error))
 
+    def _remove_superseded(self) -> bool:
+        """Makes room on a full disk; returns whether there was anything to remove."""
+        try:
+            superseded = [row for row in self._journal.checkpoints() if row.state == "superseded"]
+            self._remove(superseded, "the disk is full", files_first=True)
+        except JournalError:
+            return False  # the disk is too full for the journal as well
+        return bool(superseded)
+
+    def _remove(self, rows: Sequence[CheckpointRow], detail: str, *, files_first: bool = False) -> None:
+        """Marks each row, then removes the files: a crash in between leaves no row committed without its files.
+
+        With `files_first`, which makes room for the mark, it leaves a superseded row without its files: `repair` finds
+        it.
+        """
+        with self._removal:
+            for row in rows:
+                if files_first:
+                    remove_quietly(self._files, self._checkpoints / row.checkpoint_id)
+                self._mark(row, "pruned", detail)
+                if not files_first:
+                    remove_quietly(self._files, self._checkpoints / row.checkpoint_id)
+
     def _mark(self, row: CheckpointRow, state: CheckpointState, detail: str) -> None:
-        self._journal.put(replace(row, state=state, detail=detail))
+        self._journal.revise(row.checkpoint_id, state=state, detail=detail)
 
     def _fault(self, kind: str, global_step: int, stage: str, reason: str) -> None:
         """Records a fault. Repetitions, such as on a disk that stays full, share a row with the time of the first."""

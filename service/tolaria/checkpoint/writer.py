@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from tolaria.checkpoint.format import Provenance
 from tolaria.errors import CheckpointWriteError, JournalError, TolariaError
 
 if TYPE_CHECKING:
     from typing import Self
 
     from tolaria.checkpoint.store import CheckpointStore
-    from tolaria.images import Lease
+    from tolaria.images import Lease, StateImage
     from tolaria.journal.rows import CheckpointRow
+    from tolaria.values.lineage import Lineage
 
 TASKS_MAX: Final = 2
 """One image being written and one waiting. More would keep the ring's memory leased while the disk is slow."""
@@ -27,24 +29,23 @@ EXIT_TIMEOUT_S: Final = 30.0
 
 
 @dataclass(eq=False)  # without slots: it is weakly referenced
-class RewindMark:
-    """The earliest step that the run returned to while an image was being written; None without a rollback.
+class CaptureMark:
+    """What is known about a captured state while it is written. Set by one thread and read by another.
 
-    Set by one thread and read by another.
+    `keep` is a checkpoint that retention must not remove, because it is the newest proven one. `live` is the lineage of
+    the run since its latest rollback after the capture; None without one.
     """
 
-    step: int | None = None
-
-    def rewound_to(self, global_step: int) -> None:
-        """Records that the run was rolled back to this step."""
-        self.step = global_step if self.step is None else min(self.step, global_step)
+    provenance: Provenance = field(default_factory=Provenance)
+    keep: str = ""
+    live: Lineage | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
     lease: Lease
     metric: float | None
-    mark: RewindMark
+    mark: CaptureMark
     future: Future[CheckpointRow]
 
 
@@ -66,12 +67,12 @@ class CheckpointWriter:
         return self._pending
 
     def write(
-        self, lease: Lease, *, metric: float | None, mark: RewindMark | None = None
+        self, lease: Lease, *, metric: float | None, mark: CaptureMark | None = None
     ) -> Future[CheckpointRow] | None:
         """Writes the leased image in the background and releases it; returns None if the writer is busy or closed.
 
         The future has the committed row or a `CheckpointWriteError`; it is cancelled if the writer gives up before its
-        turn. If `mark` shows that the run was rolled back to before the image, the row is superseded at once.
+        turn. If a rollback has gone to a state without this one among its ancestors, the row is superseded at once.
         """
         with self._lock:
             accepted = not self._closed and self._pending < TASKS_MAX
@@ -79,7 +80,7 @@ class CheckpointWriter:
         if not accepted:
             lease.release()
             return None
-        task = _Task(lease, metric, mark or RewindMark(), Future())
+        task = _Task(lease, metric, mark or CaptureMark(), Future())
         self._tasks.put(task)
         if self._thread is None or not self._thread.is_alive():
             # A daemon: a disk that hangs cannot keep the process from exiting.
@@ -116,7 +117,7 @@ class CheckpointWriter:
     def _execute(self, task: _Task) -> None:
         try:
             with task.lease as image:
-                row = None if self._given_up else self._superseded(self._store.write(image, metric=task.metric), task)
+                row = None if self._given_up else self._followed(self._write(image, task), task)
         except BaseException as error:
             task.future.set_exception(error)
             if not isinstance(error, (TolariaError, OSError)):  # a bug: report it to the thread's excepthook too
@@ -130,13 +131,16 @@ class CheckpointWriter:
             with self._lock:
                 self._pending -= 1
 
-    def _superseded(self, row: CheckpointRow, task: _Task) -> CheckpointRow:
-        """Supersedes the row if the run was rolled back to before it meanwhile."""
-        back_to = task.mark.step
-        if back_to is None or row.global_step <= back_to:
+    def _write(self, image: StateImage, task: _Task) -> CheckpointRow:
+        return self._store.write(image, metric=task.metric, provenance=task.mark.provenance, keep=task.mark.keep)
+
+    def _followed(self, row: CheckpointRow, task: _Task) -> CheckpointRow:
+        """Supersedes the row if it is not an ancestor of the live state any more."""
+        live = task.mark.live
+        if live is None or live.includes(row.attempt, row.global_step):
             return row
         try:
-            self._store.supersede_after(back_to)
+            self._store.follow(live, "rolled back while it was written")
         except JournalError as error:
             detail = f"{row.checkpoint_id} was undone by a rollback and cannot be superseded: {error}"
             raise CheckpointWriteError("journal", "journal", detail) from error

@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 
 from leyline.v1 import admin_service_pb2 as messages
 from leyline.v1.enums_pb2 import EmergencyLevel, RollbackTier
-from tolaria.cli import render
+from tolaria.cli import answers, render
 from tolaria.cli.errors import CommandFailedError, ServiceUnreachableError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DEMO_EPOCHS = 60  # enough for seeds to germinate, blend and fossilize
 TIMEOUT_S = 5.0
-_ROLLBACK_TIMEOUT_S = 30.0  # rollback.full_budget_s is 12, and training first has to reach a step boundary
+_ROLLBACK_TIMEOUT_S = 60.0  # rollback.full_budget_s is 12, and training first has to reach a step boundary
 _CHECKPOINT_TIMEOUT_S = 60.0  # also of `stop`, which writes a last checkpoint
 _PROFILE_TIMEOUT_S = 900.0  # includes the traced steps
 _UINT32_MAX = 2**32 - 1
@@ -99,7 +99,7 @@ def admin_command(
             if as_json:
                 typer.echo(render.json_text(answer))
             else:
-                (show or partial(render.show_change, name or build.__name__))(answer)
+                (show or partial(answers.show_change, name or build.__name__))(answer)
             if check:
                 check(answer)
 
@@ -149,9 +149,9 @@ def pause() -> messages.PauseTrainingRequest:
     return messages.PauseTrainingRequest()
 
 
-@admin_command(admin_app, lambda admin: admin.ResumeTraining)
+@admin_command(admin_app, lambda admin: admin.ResumeTraining, timeout_s=_ROLLBACK_TIMEOUT_S)
 def resume() -> messages.ResumeTrainingRequest:
-    """Resume training that is paused or halted."""
+    """Resume training that is paused or halted; a halted state that is ill is first rolled back."""
     return messages.ResumeTrainingRequest()
 
 
@@ -206,7 +206,7 @@ def lr(
 
 
 def _require_equal_digests(answer: messages.TriggerRollbackResponse) -> None:
-    if differing := render.differing_digests(answer):
+    if differing := answers.differing_digests(answer):
         what = f"the restored state is not the one that was captured ({differing})"
         point = "full, or an earlier --step" if answer.tier == RollbackTier.ROLLBACK_TIER_FAST else "an earlier --step"
         raise CommandFailedError(f"{what}; do not trust the present state: pause the run, and roll back to {point}")
@@ -216,7 +216,7 @@ def _require_equal_digests(answer: messages.TriggerRollbackResponse) -> None:
     admin_app,
     lambda admin: admin.TriggerRollback,
     timeout_s=_ROLLBACK_TIMEOUT_S,
-    show=render.show_rollback,
+    show=answers.show_rollback,
     check=_require_equal_digests,
 )
 def rollback(
@@ -225,23 +225,34 @@ def rollback(
     ] = Tier.AUTO,
     step: Annotated[
         int | None,
-        typer.Option(min=0, max=_UINT64_MAX, help="Latest step to restore (default: last stable restore point)."),
+        typer.Option(min=0, max=_UINT64_MAX, help="Latest step to restore (default: newest proven restore point)."),
     ] = None,
+    checkpoint_id: Annotated[
+        str,
+        typer.Option(
+            "--checkpoint", metavar="ID", help="Restore this one of restore-points, also a superseded one: undo."
+        ),
+    ] = "",
 ) -> messages.TriggerRollbackRequest:
-    """Restore an earlier training state, verify its digest, and continue from there."""
+    """Restore an earlier training state, verify its digest, and continue from there.
+
+    Checkpoints that the rollback leaves behind are superseded and kept for a while; --checkpoint goes back to one.
+    """
+    if checkpoint_id and (step is not None or tier is Tier.FAST):
+        raise typer.BadParameter("--checkpoint names a step on disk: omit --step and --tier fast")
     number = RollbackTier.Value(f"ROLLBACK_TIER_{'UNSPECIFIED' if tier is Tier.AUTO else tier.name}")
-    return messages.TriggerRollbackRequest(tier=number, target_step=step)
+    return messages.TriggerRollbackRequest(tier=number, target_step=step, checkpoint_id=checkpoint_id)
 
 
 @admin_command(
-    admin_app, lambda admin: admin.CreateCheckpoint, timeout_s=_CHECKPOINT_TIMEOUT_S, show=render.show_checkpoint
+    admin_app, lambda admin: admin.CreateCheckpoint, timeout_s=_CHECKPOINT_TIMEOUT_S, show=answers.show_checkpoint
 )
 def checkpoint() -> messages.CreateCheckpointRequest:
     """Write a checkpoint and wait until it is on disk; training goes on meanwhile."""
     return messages.CreateCheckpointRequest()
 
 
-@admin_command(admin_app, lambda admin: admin.CaptureProfile, timeout_s=_PROFILE_TIMEOUT_S, show=render.show_profile)
+@admin_command(admin_app, lambda admin: admin.CaptureProfile, timeout_s=_PROFILE_TIMEOUT_S, show=answers.show_profile)
 def profile(
     steps: Annotated[
         int, typer.Option(min=0, max=_UINT32_MAX, help="Steps to trace (default: profiler.active_steps).")
@@ -251,13 +262,13 @@ def profile(
     return messages.CaptureProfileRequest(active_steps=steps)
 
 
-@admin_command(admin_app, lambda admin: admin.ListRestorePoints, show=render.show_restore_points)
+@admin_command(admin_app, lambda admin: admin.ListRestorePoints, show=answers.show_restore_points)
 def restore_points() -> messages.ListRestorePointsRequest:
-    """List the restore points in memory and on disk."""
+    """List the restore points in memory and on disk, also those that a rollback has superseded."""
     return messages.ListRestorePointsRequest()
 
 
-@admin_command(admin_app, lambda admin: admin.ListIncidents, show=render.show_incidents)
+@admin_command(admin_app, lambda admin: admin.ListIncidents, show=answers.show_incidents)
 def incidents(
     limit: Annotated[
         int, typer.Option(min=0, max=_UINT32_MAX, help="Newest incidents to list (default: the service's limit).")
@@ -275,13 +286,13 @@ def raise_(
     return messages.RaiseEmergencyRequest(level=EmergencyLevel.Value(f"EMERGENCY_LEVEL_{level.name}"))
 
 
-@admin_command(emergency_app, lambda admin: admin.ClearEmergency)
+@admin_command(emergency_app, lambda admin: admin.ClearEmergency, show=answers.show_clearance)
 def clear() -> messages.ClearEmergencyRequest:
     """Clear the emergency; training that it halted continues when it is resumed."""
     return messages.ClearEmergencyRequest()
 
 
-@admin_command(emergency_app, lambda admin: admin.GetStatus, show=render.show_safety)
+@admin_command(emergency_app, lambda admin: admin.GetStatus, show=answers.show_safety)
 def show() -> messages.GetStatusRequest:
     """Show the emergency level, the reasons for conservative mode, and the circuit breakers."""
     return messages.GetStatusRequest()

@@ -116,13 +116,20 @@ def demo(
         int | None,
         typer.Option(min=1, help=f"Epochs to train (default: training.epochs if it is set, else {DEMO_EPOCHS})."),
     ] = None,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Do not train the same run without seeds beside it, for comparison.")
+    ] = False,
     config_file: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train the built-in digits job in a new service with a live view, then report what each grafted seed achieved."""
+    """Train handwritten digits with a live view: a host that needs its seeds, beside the same run without them.
+
+    Shows merged gradients, a corrupt shard that is skipped or rolled back, curves, and what each seed achieved.
+    Another training.job or training.options is trained as it is, without a comparison.
+    """
     from tolaria.cli.demo import Demo
 
-    Demo.plan(config_file, overrides or [], epochs=epochs, stay=stay, as_json=as_json).run()
+    Demo.plan(config_file, overrides or [], epochs=epochs, stay=stay, as_json=as_json, alone=alone).run()
 
 
 @app.command()
@@ -166,6 +173,9 @@ def peer(
     board: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Signal board of the service, to acknowledge emergencies on.")
     ] = None,
+    state_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where Tamiyo keeps what she has to remember after a restart.")
+    ] = None,
     config_file: ConfigFile = None,
     overrides: Overrides = None,
     while_stdin: WhileStdin = False,
@@ -188,6 +198,7 @@ def peer(
         *(name.value, listen, settings.leyline),
         announce=lambda address: typer.echo(json.dumps({"listening": str(address)})),
         board=board,
+        state_dir=state_dir,
         while_stdin=while_stdin,
     )
     # A peer has no metrics that could count lines dropped by its log.
@@ -230,8 +241,9 @@ def verify(
 
 @config_app.command()
 def check(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None:
-    """Check the settings; report every problem, with exit code 2."""
-    _settings(config_file, overrides)
+    """Check the settings; report every problem, with exit code 2, and settings that are retired."""
+    for notice in _settings(config_file, overrides).notices:
+        typer.echo(notice, err=True)
     typer.echo("the configuration is valid")
 
 

@@ -1,31 +1,33 @@
-"""`tolaria demo`: runs `tolaria serve` as a child process, follows its run, and reports what each seed achieved."""
+"""`tolaria demo`: runs `tolaria serve` as a child process, follows its run, and reports what the seeds achieved.
+
+Beside it a second service trains the same run without seeds.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
 import signal
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Final, cast
 
 import anyio
 import typer
 from rich.console import Console
 
-from leyline.v1 import enums_pb2 as enums
-from leyline.v1.admin_service_pb2 import GetStatusResponse, RunState
+from leyline.v1.admin_service_pb2 import GetStatusResponse, ListIncidentsRequest, RunState
 from tolaria.cli import errors, render
 from tolaria.cli.admin_commands import DEMO_EPOCHS, TIMEOUT_S
-from tolaria.cli.client import Target, connectable, follow_run
+from tolaria.cli.client import Target, admin_stub, connectable, follow_run
+from tolaria.cli.report import RunRecord, summary_json, summary_lines
 from tolaria.config import Address, Settings, load_settings
 from tolaria.processes import ChildCommand, ChildProcess, running
 
@@ -37,72 +39,105 @@ _EXIT_TIMEOUT_S = 2.0
 _WRONG_SETTINGS = 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-_BEFORE_BLENDING = {enums.SEED_STAGE_GERMINATED, enums.SEED_STAGE_TRAINING}
-_BLENDING = {enums.SEED_STAGE_BLENDING, enums.SEED_STAGE_SHADOWING, enums.SEED_STAGE_PROBATIONARY}
-_PART_OF_HOST = {enums.SEED_STAGE_FOSSILIZED, enums.SEED_STAGE_TERMINATED}
+DEMO_SETTINGS: Final[Mapping[str, object]] = {
+    # A host that needs its seeds, half of the images for each of two seeds, and a corrupt shard on the way.
+    "training.options": {"host": "thumbnail", "learning_rate": 0.1, "seed_sources": 2, "poison_epoch": 40},
+    # The host learns at a high rate, so that it soon gains no more; for a seed a tenth of it would be too much.
+    "optimizer.seed_factor": 0.05,
+    # Boundaries wait for the controller, so that the run and the one without seeds differ in the seeds alone.
+    "training.deterministic": True,
+    "control.boundary_budget_ms": 500,
+    "control.tamiyo_budget_ms": 400,
+    # Both runs end at a low learning rate, so that the last accuracy is not chance.
+    "optimizer.policy": "cosine",
+}
+"""Settings of a demo without another job; each can be overridden."""
 
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """A planned demo. `arguments` are the options of `serve`, which are appended to `program`."""
+    """A planned demo. `arguments` are the options of `serve`, which are appended to `program`.
+
+    `compare`: whether the same run without seeds is trained beside it.
+    """
 
     settings: Settings
     arguments: tuple[str, ...]
     stay: bool
     as_json: bool
+    compare: bool = False
     program: tuple[str, ...] = (sys.executable, "-m", "tolaria")
     start_timeout_s: float = 120.0  # importing torch from a cold disk takes up to a minute
     stop_margin_s: float = 5.0
 
     @classmethod
     def plan(
-        cls, config_file: Path | None, overrides: Sequence[str], *, epochs: int | None, stay: bool, as_json: bool
+        cls,
+        config_file: Path | None,
+        overrides: Sequence[str],
+        *,
+        epochs: int | None,
+        stay: bool,
+        as_json: bool,
+        alone: bool = False,
     ) -> Demo:
         """Checks the settings before anything is started. Raises ConfigurationError if they are invalid."""
         given = [*overrides, *([f"training.epochs={epochs}"] if epochs is not None else [])]
-        if "epochs" not in load_settings(config_file, given).training.model_fields_set:
-            given.append(f"training.epochs={DEMO_EPOCHS}")
+        chosen = load_settings(config_file, given)
+        own_job = not {"job", "options"} & chosen.training.model_fields_set
+        defaults: dict[str, object] = {**(DEMO_SETTINGS if own_job else {}), "training.epochs": DEMO_EPOCHS}
+        for name, value in defaults.items():
+            section, _, field = name.partition(".")
+            if field not in getattr(chosen, section).model_fields_set:
+                given.append(f"{name}={json.dumps(value) if isinstance(value, dict) else value}")
         settings = load_settings(config_file, given)
         # The demo reads the child's addresses from its log, and decides when the child exits.
         required = ["logging.format=json", "service.exit_when_done=false"]
         if settings.logging.level not in {"debug", "info"}:
             required.append("logging.level=info")
         config = ["--config", str(config_file)] if config_file else []
-        return cls(settings, (*config, *_as_options([*given, *required])), stay, as_json)
+        return cls(settings, (*config, *_as_options([*given, *required])), stay, as_json, own_job and not alone)
 
     def run(self) -> None:
         """Runs the demo; its state is temporary unless state.dir is set. Raises CommandFailedError, SignalledError."""
-        if "dir" in self.settings.state.model_fields_set:
-            asyncio.run(self._run(self.arguments))
-            return
-        with tempfile.TemporaryDirectory(prefix="tolaria-demo-") as directory:
-            asyncio.run(self._run((*self.arguments, *_as_options([f"state.dir={directory}"]))))
+        with tempfile.TemporaryDirectory(prefix="tolaria-demo-") as temporary:
+            arguments = self.arguments
+            if "dir" not in self.settings.state.model_fields_set:
+                arguments = (*arguments, *_as_options([f"state.dir={temporary}/run"]))
+            asyncio.run(self._run(arguments, Path(temporary) / "without-seeds"))
 
-    async def _run(self, arguments: tuple[str, ...]) -> None:
+    async def _run(self, arguments: tuple[str, ...], beside_dir: Path) -> None:
         with interrupts() as signals:
             try:
-                await self._attempt(arguments, signals)
+                await self._attempt(arguments, beside_dir, signals)
             except errors.PortTakenError as error:
                 free_ports = self._free_ports()
                 if not free_ports:
                     raise
                 self._print(f"{render.one_line(str(error).splitlines()[0])}; starting again on free ports")
-                await self._attempt((*arguments, *_as_options(free_ports)), signals)
+                await self._attempt((*arguments, *_as_options(free_ports)), beside_dir, signals)
 
-    async def _attempt(self, arguments: tuple[str, ...], signals: Interrupts) -> None:
+    async def _attempt(self, arguments: tuple[str, ...], beside_dir: Path, signals: Interrupts) -> None:
         started_s = time.monotonic()
         self._print("starting a service; it takes a few seconds")
         command = (*self.program, "serve", "--while-stdin", *arguments)
         stop_timeout_s = self.settings.service.drain_timeout_s + self.stop_margin_s
-        async with serve_child(command, stop_timeout_s=stop_timeout_s) as child:
+        async with AsyncExitStack() as stack:
+            child = await stack.enter_async_context(serve_child(command, stop_timeout_s=stop_timeout_s))
             addresses = await self._addresses(child)
-            seeds = SeedHistory()
-            last = await self._follow(child, addresses, seeds)
+            run, other = RunRecord(), RunRecord() if self.compare else None
+            async with AsyncExitStack() as beside:
+                if other is not None:
+                    without = RunWithoutSeeds(self, arguments, beside_dir, other)
+                    await beside.enter_async_context(running(without.follow))
+                await self._follow(child, addresses, run, other)
+                if other is not None:
+                    await without.over.wait()
             wall_s = time.monotonic() - started_s
-            for line in summary_lines(last, seeds, wall_s):
+            for line in summary_lines(run, other, wall_s):
                 self._print(line)
             if self.as_json:
-                typer.echo(summary_json(last, seeds, wall_s))
+                typer.echo(summary_json(run, other, wall_s))
             if not self.stay:
                 self._print("the service ends now; --stay keeps it running")
                 return
@@ -126,15 +161,25 @@ class Demo:
         kind = errors.StartRefusedError if child.returncode == _WRONG_SETTINGS else errors.CommandFailedError
         raise child.failure(f"the service could not start: exit code {child.returncode}", kind)
 
-    async def _follow(self, child: ServeChild, addresses: ServiceAddresses, seeds: SeedHistory) -> GetStatusResponse:
+    async def _follow(
+        self, child: ServeChild, addresses: ServiceAddresses, run: RunRecord, other: RunRecord | None
+    ) -> None:
+        target = Target(connectable(addresses.grpc), TIMEOUT_S)
+
+        def curves() -> list[str]:
+            return run.curves.lines(other.curves if other else None)
+
         try:
-            with render.live_view(Console(file=sys.stderr if self.as_json else sys.stdout)) as show:
+            with render.live_view(Console(file=sys.stderr if self.as_json else sys.stdout), curves) as show:
 
                 def update(status: GetStatusResponse) -> None:
-                    seeds.update(status)
+                    run.update(status)
                     show(status)
 
-                last = await follow_run(Target(connectable(addresses.grpc), TIMEOUT_S), update)
+                last = await follow_run(target, update)
+            async with admin_stub(target) as stub:
+                answer = await stub.ListIncidents(ListIncidentsRequest(), timeout=TIMEOUT_S)
+                run.incidents = tuple(answer.incidents)
         except errors.ServiceUnreachableError as error:
             # The connection is lost a moment before the process exits.
             with anyio.move_on_after(_EXIT_TIMEOUT_S):
@@ -143,7 +188,6 @@ class Demo:
             raise child.failure(f"the service does not answer: {error}") from None
         if last.state == RunState.RUN_STATE_FAILED:
             raise child.failure(f"the run failed: {render.one_line(last.state_reason) or 'no reason given'}")
-        return last
 
     def _print(self, line: str) -> None:
         typer.echo(line, err=self.as_json)
@@ -156,6 +200,38 @@ class Demo:
             ("metrics.listen", used.metrics.listen, default.metrics.listen),
         ]
         return [f"{name}={Address(Address.parse(a).host, 0)}" for name, a, standard in addresses if a == standard]
+
+
+class RunWithoutSeeds:
+    """The same run in a second service, on free ports, with its state in another directory."""
+
+    def __init__(self, demo: Demo, arguments: Sequence[str], state_dir: Path, record: RunRecord) -> None:
+        self._demo, self._arguments, self._record = demo, tuple(arguments), record
+        self._state_dir = state_dir
+        self.over = anyio.Event()
+
+    async def follow(self) -> None:
+        """A task: records the run until it is over; a failure is recorded and does not end the demo."""
+        try:
+            await self._follow()
+        except (errors.CommandFailedError, TimeoutError) as error:
+            self._record.failure = str(error).splitlines()[0] or "it did not start in time"
+        finally:
+            self.over.set()
+
+    async def _follow(self) -> None:
+        own = ["seeds.enabled=false", "server.listen=127.0.0.1:0", "metrics.listen=127.0.0.1:0", "signals.path="]
+        options = _as_options([*own, f"state.dir={self._state_dir}"])
+        command = (*self._demo.program, "serve", "--while-stdin", *self._arguments, *options)
+        stop_timeout_s = self._demo.settings.service.drain_timeout_s + self._demo.stop_margin_s
+        async with serve_child(command, stop_timeout_s=stop_timeout_s) as child:
+            addresses = await child.addresses(self._demo.start_timeout_s)
+            if addresses is None:
+                raise child.failure(f"exit code {child.returncode}")
+            target = Target(connectable(addresses.grpc), TIMEOUT_S)
+            last = await follow_run(target, self._record.update)
+            if last.state == RunState.RUN_STATE_FAILED:
+                self._record.failure = last.state_reason
 
 
 def _as_options(overrides: Sequence[str]) -> list[str]:
@@ -288,103 +364,3 @@ async def serve_child(command: Sequence[str], *, stop_timeout_s: float) -> Async
             yield child
         finally:
             await process.close(stop_timeout_s)
-
-
-@dataclass(slots=True)
-class SeedSummary:
-    """The history of one seed. Epochs count from 1; accuracies are validation accuracies in [0, 1], None if unknown."""
-
-    seed_id: str
-    stage: int
-    blueprint_id: str
-    epoch_germinated: int | None = None
-    epoch_ended: int | None = None  # fossilized or culled
-    accuracy_before: float | None = None  # the last one before the seed began to blend
-    accuracy_after: float | None = None  # the one when the seed ended, or the latest; None if it has never blended
-
-    def update(self, stage: int, epoch: int, accuracy: float | None) -> None:
-        """Records the next status; a rollback may return the seed to an earlier stage."""
-        self.stage = stage
-        if stage in _BEFORE_BLENDING:
-            self.accuracy_before, self.accuracy_after, self.epoch_ended = accuracy, None, None
-        elif stage in _BLENDING:
-            self.accuracy_after, self.epoch_ended = accuracy, None
-        elif self.epoch_ended is None:
-            self.epoch_ended = epoch
-            # A seed culled before it blended has had no effect on the accuracy.
-            if stage in _PART_OF_HOST or self.accuracy_after is not None:
-                self.accuracy_after = accuracy
-
-    def line(self) -> str:
-        """Returns the history on one line."""
-        name = render.one_line(f"{self.seed_id} {self.blueprint_id}")
-        begin = "germinated unseen" if self.epoch_germinated is None else f"epoch {self.epoch_germinated} germinated"
-        if self.epoch_ended is None:
-            end, when = f"{render.enum_word(enums.SeedLifecycleStage.DESCRIPTOR, self.stage)} at the end", "at the end"
-        elif self.stage in _PART_OF_HOST:
-            end, when = f"{self.epoch_ended} fossilized", "after"
-        else:
-            end, when = f"{self.epoch_ended} culled", "when it was culled"
-        if self.accuracy_after is None:
-            return f"{name}: {begin}, {end}; it did not blend"
-        before = "unknown" if self.accuracy_before is None else f"{self.accuracy_before:.2%}"
-        return f"{name}: {begin}, {end}; accuracy {before} before it blended, {self.accuracy_after:.2%} {when}"
-
-
-class SeedHistory:
-    """The history of each seed that any status has shown, in order of appearance."""
-
-    def __init__(self) -> None:
-        self.seeds: dict[str, SeedSummary] = {}
-
-    def update(self, status: GetStatusResponse) -> None:
-        """Records the next status."""
-        # Both validation figures are 0 before the first validation.
-        validated = status.validation_loss or status.validation_accuracy
-        accuracy = _finite(status.validation_accuracy) if validated else None
-        for seed in status.seeds:
-            known = self.seeds.get(seed.seed_id)
-            removed = known is not None and known.stage not in _BEFORE_BLENDING | _BLENDING | _PART_OF_HOST
-            if known is None or (removed and seed.stage == enums.SEED_STAGE_GERMINATED):
-                germinated = status.epoch if seed.stage in _BEFORE_BLENDING else None
-                known = self.seeds[seed.seed_id] = SeedSummary(seed.seed_id, seed.stage, seed.blueprint_id, germinated)
-            known.update(seed.stage, status.epoch, accuracy)
-
-
-def summary_json(status: GetStatusResponse, history: SeedHistory, wall_s: float) -> str:
-    """Returns the summary as one line of JSON; a figure that is unknown or not finite is null."""
-    stages = enums.SeedLifecycleStage.DESCRIPTOR.values_by_number
-    seeds = [asdict(history.seeds[seed.seed_id]) for seed in status.seeds]
-    for seed in seeds:
-        del seed["epoch_ended"]
-        seed["stage"] = stages[seed["stage"]].name if seed["stage"] in stages else str(seed["stage"])
-    return json.dumps(
-        {
-            "final_accuracy": _finite(status.validation_accuracy),
-            "epochs": status.epoch,
-            "steps": status.global_step,
-            "wall_seconds": round(wall_s, 3),
-            "boundary_ms_p50": _finite(status.boundary_ms_p50),
-            "boundary_ms_p99": _finite(status.boundary_ms_p99),
-            "seeds": seeds,
-            "commands": status.commands_accepted,
-            "rollbacks": status.rollbacks,
-        }
-    )
-
-
-def summary_lines(status: GetStatusResponse, history: SeedHistory, wall_s: float) -> list[str]:
-    """Returns the summary as text, with a line for each seed, including removed ones."""
-    epochs = "1 epoch" if status.epoch == 1 else f"{status.epoch} epochs"
-    accuracy = f"accuracy {status.validation_accuracy:.2%} after {epochs} ({status.global_step} steps)"
-    boundary = f"boundary p50 {status.boundary_ms_p50:.1f} ms, p99 {status.boundary_ms_p99:.1f} ms"
-    counts = f"commands {render.command_counts(status)}; seeds: {render.seed_list(status.seeds)}"
-    return [
-        f"{render.one_line(status.job) or 'the run'} finished: {accuracy} in {wall_s:.1f} s",
-        f"{boundary} of {status.boundary_budget_ms:g} ms; {counts}",
-        *(seed.line() for seed in history.seeds.values()),
-    ]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

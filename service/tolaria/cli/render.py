@@ -1,19 +1,15 @@
-"""Text output: a status as rows, as a live view or as plain lines; tables; the answers to requests; JSON."""
+"""Text output: a status as rows, as a live view or as plain lines; tables; JSON."""
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from typing import IO
 
-import typer
 from google.protobuf.descriptor import EnumDescriptor
-from google.protobuf.json_format import MessageToDict, MessageToJson
+from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -21,25 +17,18 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from leyline.v1 import admin_service_pb2 as messages
 from leyline.v1.admin_service_pb2 import GetStatusResponse, RunState
-from leyline.v1.enums_pb2 import CircuitBreakerState, EmergencyLevel, HealthStatus, RollbackTier, SeedLifecycleStage
+from leyline.v1.enums_pb2 import CircuitBreakerState, EmergencyLevel, HealthStatus, SeedLifecycleStage
 from leyline.v1.seeds_pb2 import SeedState
 
 Show = Callable[[GetStatusResponse], None]
-
-RESTORE_POINT_COLUMNS = ("tier", "step", "epoch", "age", "size", "digest", "id", "stable")
-INCIDENT_COLUMNS = ("time (UTC)", "kind", "step", "reason")
 
 _NOT_YET = "not yet"
 _NONE = "none"
 _UNKNOWN = "?"
 _LABEL_WIDTH = 14
-_DIGEST_LENGTH_SHOWN = 12
-_PATH_LENGTH_MAX = 4096
 _BINARY_UNITS = ("KiB", "MiB", "GiB", "TiB")
 _TIME_UNITS = (("d", 86400), ("h", 3600), ("min", 60))
-_UNIX_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _STYLES = {
     RunState.RUN_STATE_RUNNING: "green",
     RunState.RUN_STATE_FINISHED: "bold green",
@@ -94,9 +83,12 @@ def status_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
         ("learning rate", _pairs({group: f"{rate:.3g}" for group, rate in status.learning_rates.items()}) or _NOT_YET),
         ("tamiyo", one_line(status.tamiyo_answer) or _NOT_YET),
         ("kasmina", one_line(status.kasmina_answer) or _NOT_YET),
+        ("phase", _phase(status)),
         ("boundary", _boundary(status)),
         ("seeds", seed_list(status.seeds)),
+        ("gradients", gradient_list(status.seeds)),
         ("commands", command_counts(status)),
+        ("history", _history(status)),
         ("health", _health(status)),
         *(row for row in safety_rows(status) if row[1] != _NONE),
         ("fast paths", _pairs(status.fast_paths)),
@@ -151,6 +143,17 @@ def seed_list(seeds: Iterable[SeedState]) -> str:
     return ", ".join(texts) or _NONE
 
 
+def gradient_list(seeds: Iterable[SeedState]) -> str:
+    """Returns weight, share and conflicts of the seeds whose gradients are merged with the host's; empty if none."""
+    texts = [
+        f"{one_line(seed.seed_id)} weight {seed.metrics['weight']:.2f}, {seed.metrics['share']:.0%} of the norms, "
+        f"conflicts {seed.metrics['conflict_ratio']:.0%}"
+        for seed in seeds
+        if "weight" in seed.metrics and seed.metrics["weight"] > 0
+    ]
+    return "; ".join(["host weight 1", *texts]) if texts else ""
+
+
 def command_counts(status: GetStatusResponse) -> str:
     """Returns how many of the controller's commands were accepted and rejected, and the number of rollbacks if any."""
     counts = f"{status.commands_accepted} accepted, {status.commands_rejected} rejected"
@@ -159,6 +162,26 @@ def command_counts(status: GetStatusResponse) -> str:
 
 def _rollback_count(status: GetStatusResponse) -> str:
     return f"{status.rollbacks} rollback{'' if status.rollbacks == 1 else 's'}" if status.rollbacks else ""
+
+
+def _phase(status: GetStatusResponse) -> str:
+    """Returns what the lane does other than steps, and for how long."""
+    return f"{one_line(status.phase)} for {status.phase_s:.1f} s" if status.phase else ""
+
+
+def _history(status: GetStatusResponse) -> str:
+    """Returns what became of earlier steps: rollbacks by origin, skipped steps, the newest proven restore point."""
+    origins = ", ".join(f"{count} by {one_line(name)}" for name, count in sorted(status.rollbacks_by_origin.items()))
+    parts = (
+        f"rollbacks: {origins}" if origins else "",
+        f"attempt {status.attempt}" if status.attempt else "",
+        f"highest step {status.best_step}" if status.best_step > status.global_step else "",
+        f"{status.skipped_steps} steps skipped" if status.skipped_steps else "",
+        f"newest proven restore point at step {status.newest_proven_step}"
+        if status.HasField("newest_proven_step")
+        else "",
+    )
+    return "; ".join(part for part in parts if part)
 
 
 def _state(status: GetStatusResponse) -> str:
@@ -186,7 +209,7 @@ def _health(status: GetStatusResponse) -> str:
     if not status.HasField("health"):
         return ""
     word = enum_word(HealthStatus.DESCRIPTOR, status.health.status)
-    return f"{word}: {one_line(status.health.summary)}" if status.health.summary else word
+    return f"{word}: {one_line(status.health.summary, length_max=400)}" if status.health.summary else word
 
 
 def _pairs(values: Mapping[str, str]) -> str:
@@ -224,14 +247,17 @@ def _table(rows: Sequence[Sequence[str]], names: Sequence[str] = ()) -> Table:
 
 
 @contextmanager
-def live_view(console: Console) -> Iterator[Show]:
-    """Yields a function that shows each new status: in place on a terminal, elsewhere one line for each epoch."""
+def live_view(console: Console, above: Callable[[], Sequence[str]] = list) -> Iterator[Show]:
+    """Yields a function that shows each new status: in place on a terminal, elsewhere one line for each epoch.
+
+    On a terminal the lines of `above` are shown over the status, whose last rows do not fit on a small one.
+    """
     if not console.is_interactive:
         yield PlainLines(console.file).show
         return
     # Drawn only when a status arrives: no refresh thread is needed.
     with Live(console=console, auto_refresh=False) as live:
-        yield lambda status: live.update(status_panel(status), refresh=True)
+        yield lambda status: live.update(Group(*map(Text, above()), status_panel(status)), refresh=True)
 
 
 def status_panel(status: GetStatusResponse) -> RenderableType:
@@ -271,118 +297,3 @@ class PlainLines:
         if status.state != self._state:
             print(f"state {_state(status)}", file=self._file, flush=True)
         self._state = status.state
-
-
-def restore_point_rows(points: Iterable[messages.RestorePoint], *, now_s: float) -> list[tuple[str, ...]]:
-    """Returns table rows, the newest step first; ages are relative to `now_s`, in seconds since 1970."""
-    return [
-        (
-            enum_word(RollbackTier.DESCRIPTOR, point.tier),
-            str(point.global_step),
-            str(point.epoch),
-            duration(max(0.0, now_s - point.created_at.seconds)) if point.HasField("created_at") else _UNKNOWN,
-            size(point.size_bytes),
-            one_line(point.digest, length_max=_DIGEST_LENGTH_SHOWN),
-            one_line(point.checkpoint_id) or "-",
-            "yes" if point.stable else "no",
-        )
-        for point in sorted(points, key=lambda point: point.global_step, reverse=True)
-    ]
-
-
-def incident_rows(incidents: Iterable[messages.Incident]) -> list[tuple[str, ...]]:
-    """Returns table rows, the newest incident first."""
-    newest_first = sorted(incidents, key=lambda i: (i.occurred_at.seconds, i.occurred_at.nanos), reverse=True)
-    return [(_time(i.occurred_at), one_line(i.kind), str(i.global_step), _reason(i)) for i in newest_first]
-
-
-def _time(moment: Timestamp) -> str:
-    try:
-        return (_UNIX_EPOCH + timedelta(seconds=moment.seconds)).strftime("%Y-%m-%d %H:%M:%S")
-    except OverflowError:
-        return _UNKNOWN
-
-
-def _reason(incident: messages.Incident) -> str:
-    """Returns the reason and the details that are not empty; digests are mentioned only when they differ."""
-    details = dict(incident.details)
-    restored, captured = details.pop("state_digest", ""), details.pop("expected_digest", "")
-    shown = [f"{one_line(name.replace('_', ' '))} {one_line(text)}" for name, text in sorted(details.items()) if text]
-    if restored and captured and restored != captured:
-        shown.append("DIGESTS DIFFER")
-    reason = one_line(incident.reason) or "no reason given"
-    return f"{reason} ({', '.join(shown)})" if shown else reason
-
-
-def show_safety(answer: GetStatusResponse) -> None:
-    """Prints the safety rows of a status."""
-    for label, text in safety_rows(answer):
-        typer.echo(f"{label}: {text}")
-
-
-def show_restore_points(answer: messages.ListRestorePointsResponse) -> None:
-    """Prints the restore points as a table."""
-    if not answer.restore_points:
-        typer.echo("there is no restore point yet")
-        return
-    print_table(restore_point_rows(answer.restore_points, now_s=time.time()), RESTORE_POINT_COLUMNS)
-
-
-def show_incidents(answer: messages.ListIncidentsResponse) -> None:
-    """Prints the incidents as a table."""
-    if not answer.incidents:
-        typer.echo("there is no incident")
-        return
-    print_table(incident_rows(answer.incidents), INCIDENT_COLUMNS)
-
-
-def show_change(name: str, answer: Message) -> None:
-    """Prints the step at which the change `name` took effect, then the other fields as `name value`."""
-    values = MessageToDict(answer, preserving_proto_field_name=True)
-    step = values.pop("global_step", 0)
-    _took_effect(name, step, ", ".join(f"{field.replace('_', ' ')} {_plain(value)}" for field, value in values.items()))
-
-
-def show_rollback(answer: messages.TriggerRollbackResponse) -> None:
-    """Prints the restored step, the latency, whether peers took part, and the comparison of the digests."""
-    tier = enum_word(RollbackTier.DESCRIPTOR, answer.tier)
-    together = "coordinated" if answer.coordinated else "uncoordinated: no majority went back together"
-    detail = f"tier {tier}, restored step {answer.restored_step}, {answer.latency_ms:.1f} ms, {together}"
-    _took_effect("rollback", answer.global_step, detail)
-    if differing := differing_digests(answer):
-        typer.secho(f"DIGESTS DIFFER: {differing}", fg=typer.colors.RED, bold=True)
-    else:
-        typer.echo(f"digests equal: {one_line(answer.state_digest)}")
-
-
-def differing_digests(answer: messages.TriggerRollbackResponse) -> str:
-    """Describes the digests of the restored and the captured state if they differ or are missing; empty if not."""
-    if answer.state_digest and answer.state_digest == answer.expected_digest:
-        return ""
-    restored, captured = (one_line(digest) or _NONE for digest in (answer.state_digest, answer.expected_digest))
-    return f"restored {restored}, captured {captured}"
-
-
-def show_checkpoint(answer: messages.CreateCheckpointResponse) -> None:
-    """Prints the id, size and digest of the checkpoint on disk."""
-    detail = f"id {one_line(answer.checkpoint_id)}, {size(answer.size_bytes)}, digest {one_line(answer.digest)}"
-    _took_effect("checkpoint", answer.global_step, detail)
-
-
-def show_profile(answer: messages.CaptureProfileResponse) -> None:
-    """Prints the path of the trace and the viewers for it."""
-    detail = f"{one_line(answer.path, length_max=_PATH_LENGTH_MAX)}, {size(answer.size_bytes)}"
-    _took_effect("profile", answer.global_step, detail)
-    typer.echo("the file is on the service's machine; open it in https://ui.perfetto.dev or chrome://tracing")
-
-
-def _took_effect(name: str, step: int, detail: str) -> None:
-    typer.echo(f"{name}: took effect at step {step}{': ' if detail else ''}{detail}")
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, dict):
-        return "; ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return "; ".join(_plain(item) for item in value)
-    return one_line(str(value)).removeprefix("RUN_STATE_")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tolaria.config.fields import Factor, PositiveShare, Seconds, SecondsOrZero, Section
+from tolaria.config.fields import PositiveShare, Seconds, SecondsOrZero, Section
 
 
 class HealthSettings(Section):
@@ -30,10 +30,13 @@ class EmergencySettings(Section):
     """Watch the heartbeats from a separate process. On: a process that hangs cannot detect it."""
 
     heartbeat_timeout_s: Seconds = 30.0
-    """Time without a heartbeat of the event loop or the lane that is an emergency. 30: no microbatch takes longer."""
+    """Time without a heartbeat of the event loop or the lane that is an emergency. 30: few microbatches take longer.
+
+    The lane may be silent for ten times its longest step, and for phase_timeout_s in some phases.
+    """
 
     startup_allowance_s: Seconds = 60.0
-    """Time after the start in which missing heartbeats are ignored. 60: the first steps compile and fill caches."""
+    """Time after the start in which missing heartbeats are ignored. 60: modules load and caches are filled."""
 
     phase_timeout_s: Seconds = 600.0
     """Time without a heartbeat while the lane loads data, evaluates, compiles or starts. 600: large models compile."""
@@ -49,9 +52,6 @@ class EmergencySettings(Section):
 
     failed_epochs_max: int = Field(default=3, ge=1)
     """Consecutive failed epochs after which training halts. 3: two can be a coincidence."""
-
-    rollback: bool = True
-    """Accepted without effect: rollbacks are begun by checks of health and by operators, never by a level."""
 
     recovery_epochs: int = Field(default=3, ge=1)
     """Consecutive healthy epochs that clear a failed epoch. 3: as many as failures open a circuit breaker."""
@@ -102,20 +102,8 @@ class RollbackSettings(Section):
     automatic: bool = True
     """Roll back without a request after a failed step or epoch. On: unattended runs have to recover by themselves."""
 
-    halt_on_deadline: bool = True
-    """Raise HALT when a rollback exceeds its budget. On: the state that was to be undone is still live."""
-
-    loss_factor: Factor = 15.0
-    """A loss above this multiple of its moving average is an explosion. 15: bad batches of healthy runs stay below."""
-
-    norm_factor: Factor = 5.0
-    """A gradient norm above this multiple of its moving average is an explosion. 5: norms vary less than losses."""
-
     accuracy_drop: PositiveShare = 0.2
     """Drop in validation accuracy from the best epoch that counts as a collapse. 0.2: more than a new seed costs."""
-
-    warmup_steps: int = Field(default=20, ge=1)
-    """Steps before losses and norms are checked. 20: moving averages are unreliable before."""
 
     automatic_max: int = Field(default=3, ge=1, le=1000)
     """Automatic rollbacks within per_steps; one more halts the run. 3: a fourth would not help either."""

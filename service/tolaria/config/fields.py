@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
+from tolaria.config.retired import RETIRED
+
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
 _IP_LIKE = re.compile(r"[0-9.]+|.*:.*", re.ASCII)
 
@@ -37,6 +39,13 @@ class Address:
         if not (port_text.isascii() and port_text.isdigit()) or int(port_text) > 65535:
             raise ValueError(f"{text!r} has no port from 0 to 65535")
         return cls(host.strip("[]"), int(port_text))
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the host is this machine by its name or a loopback address."""
+        if not _IP_LIKE.fullmatch(self.host):
+            return self.host == "localhost"
+        return ipaddress.ip_address(self.host).is_loopback
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -98,6 +107,8 @@ def as_toml(settings: BaseModel) -> str:
         lines = [f"# {(type(section).__doc__ or '').strip()}", f"[{name}]"]
         values = section.model_dump(mode="json")
         for field_name, value in section:
+            if (name, field_name) in RETIRED:
+                continue
             description = type(section).model_fields[field_name].description or ""
             lines += [f"# {line}" for line in description.splitlines()]
             if isinstance(value, SecretStr) and value:

@@ -5,9 +5,10 @@ The docstring of a setting gives its meaning, its unit and the reason for its de
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import Field, JsonValue, PrivateAttr, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tolaria.config.durability import (
@@ -41,7 +42,11 @@ class ServiceSettings(Section):
     """Time after SIGTERM to finish the step and the calls in flight. 10: Docker sends SIGKILL after 10 s."""
 
     exit_when_done: bool = False
-    """Exit when the run finishes (code 0) or fails (code 1). Off: the final metrics stay readable."""
+    """Exit when the run finishes (code 0) or fails (code 1). Off: the final metrics stay readable.
+
+    A run that is paused or halted is not done: the process stays up and keeps its state, until an operator resumes
+    or stops the run.
+    """
 
 
 class ServerSettings(Section):
@@ -150,9 +155,6 @@ class ControlSettings(Section):
 
     step_interval: int = Field(default=0, ge=0)
     """Optimizer updates between requests to the controller, one at a time, newest state first. 0: at epochs only."""
-
-    max_void_steps: int = Field(default=8, ge=1)
-    """Deprecated: use health.skips_max."""
 
     boundary_slack_ms: Milliseconds = 4.0
     """Delay of an epoch boundary beyond its budget that is no breach. 4: a busy machine wakes timers late."""
@@ -347,6 +349,17 @@ class Settings(BaseSettings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     profiler: ProfilerSettings = ProfilerSettings()
     leyline: LeylineSettings = LeylineSettings()
+
+    _notices: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Sentences for the operator about retired settings that a source sets."""
+        return self._notices
+
+    def take_notices(self, notices: Iterable[str]) -> None:
+        """Sets the notices."""
+        self._notices = tuple(notices)
 
     @classmethod
     def settings_customise_sources(

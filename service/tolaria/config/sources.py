@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import EnvSettingsSource, SettingsError
 
 from tolaria.config.fields import suggestion
+from tolaria.config.retired import take_retired, warning, with_replacements
 from tolaria.config.settings import Settings
 from tolaria.errors import ConfigurationError
 
@@ -42,26 +43,31 @@ class _Source:
 def load_settings(config_file: Path | None = None, overrides: list[str] | None = None) -> Settings:
     """Builds the settings from `config_file` (default: tolaria.toml, if it exists), the environment and `overrides`.
 
-    Overrides have the form `section.field=value`; tables and lists are JSON.
+    Overrides have the form `section.field=value`; tables and lists are JSON. Retired settings are accepted, and
+    listed in `Settings.notices`.
 
     Raises:
         ConfigurationError: with all problems of all sources.
     """
     sources = [_read_file(config_file), _read_environment(), _read_overrides(overrides or [])]
     merged: dict[str, Any] = {}
+    retired: dict[tuple[str, str], Any] = {}
     problems: list[str] = []
     for source in sources:
+        source.values, found = take_retired(source.values)
+        retired |= found
         problems += [*source.problems, *_unknown_names(source)]
         source.values = {name: section for name, section in source.values.items() if isinstance(section, dict)}
         merged = _merged(merged, source.values)
     try:
-        settings = Settings.model_validate(merged)
+        settings = Settings.model_validate(with_replacements(merged, retired))
     except ValidationError as error:
         # Unknown names are among the problems already, with a suggestion.
         invalid = [item for item in error.errors() if item["type"] != "extra_forbidden"]
         raise ConfigurationError(problems + [_describe(item, sources) for item in invalid]) from None
     if problems:
         raise ConfigurationError(problems)
+    settings.take_notices(warning(name) for name in retired)
     return settings
 
 

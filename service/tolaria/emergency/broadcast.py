@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from leyline.v1.emergency_pb2 import EmergencySignal
@@ -41,10 +41,11 @@ class HeldBack:
     notice: Notice
 
 
-def new_notice(signal: Signal) -> Notice:
-    """Returns the notice of one signal, its reason cut to REASON_CHARACTERS_MAX.
+def new_notice(signal: Signal, *, run_id: str, triggered_unix_ns: int, attributes: Mapping[str, str]) -> Notice:
+    """Returns the notice of one signal of a run, its reason cut to REASON_CHARACTERS_MAX.
 
-    `payload_checksum` is the SHA-256 of the message's deterministic serialization without it.
+    `triggered_unix_ns` is the wall-clock time at which it was raised. `payload_checksum` is the SHA-256 of the
+    message's deterministic serialization without it.
     """
     message = EmergencySignal(
         version=1,
@@ -52,7 +53,10 @@ def new_notice(signal: Signal) -> Notice:
         reason=signal.reason[:REASON_CHARACTERS_MAX],
         origin=signal.origin,
         monotonic_time_ms=signal.raised_ns // _MS,
+        run_id=run_id,
+        attributes=attributes,
     )
+    message.triggered_at.FromNanoseconds(triggered_unix_ns)
     message.payload_checksum = hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
     return Notice(message)
 

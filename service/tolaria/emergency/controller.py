@@ -96,6 +96,7 @@ class EmergencyController:
     `participant` is "tolaria", claimed on `board`; `clock` is the board's. `broadcast` passes a notice to telemetry
     without waiting. It raises BroadcastFailedError when it cannot; that is reported and retried after `retry_s`.
     `observer` is called with every report, after the state changed; it may call `escalate` and `acknowledge`.
+    `attributes` returns what is added to each notice about the run at that moment.
     """
 
     def __init__(
@@ -107,12 +108,14 @@ class EmergencyController:
         observer: Callable[[Report], None],
         broadcasts_per_minute: int,
         retry_s: float = _RETRY_S,
+        attributes: Callable[[], Mapping[str, str]] = dict,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._board = board
         self._participant = participant
         self._observer = observer
         self._clock = clock
+        self._attributes = attributes
         self._outbox = Outbox(
             broadcast,
             limit=RateLimit(broadcasts_per_minute, 60 * _S),
@@ -217,13 +220,18 @@ class EmergencyController:
     def _take_signal(self, signal: Signal, attached: tuple[str, ...], board_error: str) -> None:
         before, self._state = self._state, protocol.raised(self._state, signal, attached)
         # Posted before the observer can raise another level, and sent after it: freezing training comes first.
-        self._outbox.post(new_notice(signal))
+        self._outbox.post(self._notice_of(signal))
         if self._state is before:
             self._observer(Covered(signal))
         else:
             self._reissue_failed = bool(board_error)
             self._observer(Escalated(self._state, protocol.RESPONSES[signal.level], board_error))
         self._outbox.pump()
+
+    def _notice_of(self, signal: Signal) -> Notice:
+        triggered_ns = time.time_ns() - (self._clock() - signal.raised_ns)
+        attributes = self._attributes()
+        return new_notice(signal, run_id=self._board.run_id, triggered_unix_ns=triggered_ns, attributes=attributes)
 
     def _reissue_if_gone(self) -> None:
         state, view = self._state, self._view()  # read again: the observer may have raised a level

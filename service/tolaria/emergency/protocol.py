@@ -39,25 +39,41 @@ RESPONSES: Mapping[EmergencyLevel.ValueType, Response] = {
 }
 
 
+CRITICAL_LEVELS = frozenset({enums.EMERGENCY_LEVEL_CONSERVATIVE, enums.EMERGENCY_LEVEL_HALT})
+"""Levels whose broadcasts are critical: they bypass every queue, and have a copy in the journal."""
+
+HOW_TO_GO_ON = "clear the emergency (tolaria emergency clear), then resume (tolaria resume)"
+
+
 class Trigger(Enum):
     """A fault that the service detects itself. The value is the first word of the reason and must not change."""
 
     BOUNDARY_BREACH = "boundary_breach"
     HOOK_BREACH = "hook_breach"
+    PEER_FAILURE = "peer_failure"
     BREAKER_OPEN = "breaker_open"
     ROLLBACK_DEADLINE_MISSED = "rollback_deadline_missed"
     FAILED_EPOCH_STREAK = "failed_epoch_streak"
     ROLLBACK_BUDGET_SPENT = "rollback_budget_spent"
+    NO_PROGRESS = "no_progress"
+    SKIPPED_DATA_SPENT = "skipped_data_spent"
+    PARAMETERS_NOT_FINITE = "parameters_not_finite"
+    ACCURACY_COLLAPSE = "accuracy_collapse"
     HEARTBEAT_SILENT = "heartbeat_silent"
 
 
 TRIGGERS: Mapping[Trigger, EmergencyLevel.ValueType] = {
-    Trigger.BOUNDARY_BREACH: enums.EMERGENCY_LEVEL_ELEVATED,
-    Trigger.HOOK_BREACH: enums.EMERGENCY_LEVEL_ELEVATED,
-    Trigger.BREAKER_OPEN: enums.EMERGENCY_LEVEL_CONSERVATIVE,
+    Trigger.BOUNDARY_BREACH: enums.EMERGENCY_LEVEL_NOTICE,
+    Trigger.HOOK_BREACH: enums.EMERGENCY_LEVEL_NOTICE,
+    Trigger.PEER_FAILURE: enums.EMERGENCY_LEVEL_NOTICE,
+    Trigger.BREAKER_OPEN: enums.EMERGENCY_LEVEL_ELEVATED,
+    Trigger.ACCURACY_COLLAPSE: enums.EMERGENCY_LEVEL_CONSERVATIVE,
     Trigger.ROLLBACK_DEADLINE_MISSED: enums.EMERGENCY_LEVEL_HALT,
     Trigger.FAILED_EPOCH_STREAK: enums.EMERGENCY_LEVEL_HALT,
     Trigger.ROLLBACK_BUDGET_SPENT: enums.EMERGENCY_LEVEL_HALT,
+    Trigger.NO_PROGRESS: enums.EMERGENCY_LEVEL_HALT,
+    Trigger.SKIPPED_DATA_SPENT: enums.EMERGENCY_LEVEL_HALT,
+    Trigger.PARAMETERS_NOT_FINITE: enums.EMERGENCY_LEVEL_HALT,
     Trigger.HEARTBEAT_SILENT: enums.EMERGENCY_LEVEL_HALT,
 }
 

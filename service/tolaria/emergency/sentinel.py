@@ -22,18 +22,21 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Self
 
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT
 from tolaria.emergency.protocol import SENTINEL, TOLARIA, Trigger
 from tolaria.errors import SignalError
 from tolaria.signals import ParticipantWriter, SignalBoard
+from tolaria.signals.layout import LanePhase
 
 CANNOT_WATCH = 3
 LOOP, LANE = "the event loop", "the lane"
 DUMP_SIGNAL = signal.SIGUSR1
 _LOOKS_PER_TIMEOUT = 20
 _LOOK_S_MIN, _LOOK_S_MAX = 0.02, 0.5
+_PHASES = {phase.value: phase.name.lower() for phase in LanePhase}
 _LINE_BYTES_MAX = 2000  # far below PIPE_BUF, so that a line is written whole, and at once when the pipe has room
 _CAUGHT = re.compile(r"^SigCgt:\s*([0-9a-f]+)$", re.MULTILINE)
 
@@ -42,8 +45,9 @@ _CAUGHT = re.compile(r"^SigCgt:\s*([0-9a-f]+)$", re.MULTILINE)
 class SilenceLimits:
     """Durations in seconds.
 
-    `startup_s` before silence counts, `timeout_s` of silence, `grace_s` between the alarm and SIGTERM, `drain_s`
-    between SIGTERM and SIGKILL. The time between two looks counts as at most `look_s_max`.
+    `startup_s` before silence counts, `timeout_s` of silence unless a look permits another, `grace_s` between the
+    alarm and SIGTERM, `drain_s` between SIGTERM and SIGKILL. The time between two looks counts as at most
+    `look_s_max`.
     """
 
     startup_s: float
@@ -81,11 +85,13 @@ class SilenceMonitor:
 
     A heartbeat is silent while its value does not change; the value is not compared with a clock. Only observed time
     counts: a sentinel that was stopped, perhaps with the whole machine, saw no silence.
-    `observed_s` is the time observed so far, `waited_s` that in this stage; `heartbeats` are keyed by name.
+    `observed_s` is the time observed so far, `waited_s` that in this stage; `heartbeats` are keyed by name, and so is
+    `permitted_s`, the silence that is permitted at the last look where it is not the limits'.
     """
 
     limits: SilenceLimits
     heartbeats: Mapping[str, Heartbeat] = field(default_factory=dict)
+    permitted_s: Mapping[str, float] = field(default_factory=dict)
     stage: Stage = Stage.WATCHING
     observed_s: float = 0.0
     waited_s: float = 0.0
@@ -93,7 +99,10 @@ class SilenceMonitor:
     @property
     def silent(self) -> tuple[str, ...]:
         """Names of the silent heartbeats."""
-        return tuple(name for name, beat in self.heartbeats.items() if beat.silent_s >= self.limits.timeout_s)
+        limit_s = self.limits.timeout_s
+        return tuple(
+            name for name, beat in self.heartbeats.items() if beat.silent_s >= self.permitted_s.get(name, limit_s)
+        )
 
     @property
     def next_stage(self) -> Stage:
@@ -110,13 +119,22 @@ class SilenceMonitor:
             case stage:
                 return stage
 
-    def look(self, values: Mapping[str, int], elapsed_s: float) -> SilenceMonitor:
-        """Returns the monitor after a look at the heartbeats' `values`, `elapsed_s` after the last one."""
+    def look(
+        self, values: Mapping[str, int], elapsed_s: float, permitted_s: Mapping[str, float] = MappingProxyType({})
+    ) -> SilenceMonitor:
+        """Returns the monitor after a look at the heartbeats' `values`, `elapsed_s` after the last one.
+
+        `permitted_s`: the silence that is permitted now, for heartbeats whose limit is not `limits.timeout_s`.
+        """
         observed_s = min(elapsed_s, self.limits.look_s_max)
         counted_s = observed_s if self.observed_s >= self.limits.startup_s else 0.0
         beats = {name: self.heartbeats.get(name, Heartbeat()).after(value, counted_s) for name, value in values.items()}
         seen = replace(
-            self, heartbeats=beats, observed_s=self.observed_s + observed_s, waited_s=self.waited_s + observed_s
+            self,
+            heartbeats=beats,
+            permitted_s=permitted_s,
+            observed_s=self.observed_s + observed_s,
+            waited_s=self.waited_s + observed_s,
         )
         return seen if seen.next_stage is self.stage else replace(seen, stage=seen.next_stage, waited_s=0.0)
 
@@ -183,6 +201,7 @@ class Sentinel:
         self._stacks: Path = options.stacks
         timeout_s = options.heartbeat_timeout_s
         self._look_s = min(max(timeout_s / _LOOKS_PER_TIMEOUT, _LOOK_S_MIN), _LOOK_S_MAX)
+        self._phase = 0
         self._monitor = SilenceMonitor(
             SilenceLimits(options.startup_s, timeout_s, options.grace_s, options.drain_s, look_s_max=2 * self._look_s)
         )
@@ -195,7 +214,9 @@ class Sentinel:
             state = self._board.read(TOLARIA)
             now_s = time.monotonic()
             values = {LOOP: state.heartbeat_ns, LANE: state.lane_heartbeat_ns}
-            stage, self._monitor = self._monitor.stage, self._monitor.look(values, now_s - looked_at_s)
+            self._phase, silence_ms = state.lane_work
+            permitted_s = {LANE: silence_ms / 1000} if silence_ms else {}
+            stage, self._monitor = self._monitor.stage, self._monitor.look(values, now_s - looked_at_s, permitted_s)
             looked_at_s = now_s
             if self._monitor.stage is not stage:
                 self._enter(self._monitor.stage)
@@ -207,6 +228,8 @@ class Sentinel:
             case Stage.ALARMED:
                 beats = self._monitor.heartbeats
                 silent = [f"{name} for {beats[name].silent_s:.1f} s" for name in self._monitor.silent]
+                if LANE in self._monitor.silent and self._phase in _PHASES:
+                    silent[-1] += f" while {_PHASES[self._phase]}"
                 silence = "no heartbeat of " + " and ".join(silent)
                 self._raise_halt(f"{Trigger.HEARTBEAT_SILENT.value}: {silence}")
                 self._dump_stacks(silence)

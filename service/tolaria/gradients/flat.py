@@ -52,6 +52,17 @@ def flat_to_grads(flat: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor
     return tuple(piece.view(torch.Size(shape)) for piece, shape in zip(pieces, shapes, strict=True))
 
 
+def laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Returns the gradient in the dtype and with the strides of its parameter, as autograd does; a copy if it differs.
+
+    Fused optimizers on a CPU walk raw memory, and corrupt parameters whose gradients have another layout.
+    """
+    if gradient.stride() == parameter.stride() and gradient.dtype == parameter.dtype:
+        return gradient
+    with torch.no_grad():
+        return torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(gradient)
+
+
 def check_same_kind(index: int, tensor: Tensor, first: Tensor) -> None:
     """Raises GradientMismatchError unless the tensor is real and has the dtype and device of the first one."""
     if not tensor.is_floating_point():

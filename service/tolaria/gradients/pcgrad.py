@@ -64,9 +64,8 @@ class Projection:
     conflicts_by_row: list[int]
     participants: int
 
-    def combined(self, weights: Sequence[float] | None) -> list[float]:
-        """Returns the n coefficients of the sum of all projected rows, or of their weighted mean."""
-        factors = _factors(len(self.coefficients), weights)
+    def combined(self, factors: Sequence[float]) -> list[float]:
+        """Returns the n coefficients of the sum over i of factors[i] times projected row i."""
         columns = zip(*self.coefficients, strict=True)
         return [math.fsum(f * c for f, c in zip(factors, column, strict=True)) for column in columns]
 
@@ -108,7 +107,7 @@ def combine_flat_grads(
     if not use_pcgrad:
         return MergedGradient(combine_rows(rows, _factors(count, factors)), 0, count, projected=False)
     projection = project(gram_matrix(rows), projection_order(count, generator))
-    return projection.merged(combine_rows(rows, projection.combined(factors)))
+    return projection.merged(combine_rows(rows, projection.combined(_factors(count, factors))))
 
 
 def project(gram: Tensor, order: Sequence[Sequence[int]]) -> Projection:

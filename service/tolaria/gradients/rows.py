@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
 
-from tolaria.errors import GradientMismatchError, LossShapeError, NoGradientsError, UnknownSourceError
+from tolaria.errors import (
+    GradientMismatchError,
+    LossShapeError,
+    NoGradientsError,
+    UnknownSourceError,
+    UnmergeableParameterError,
+)
 from tolaria.values.training import HOST
 
 OwnGradients: TypeAlias = Mapping[str, tuple[Tensor | None, ...]]
@@ -53,10 +60,10 @@ def source_rows(
     Args:
         losses: differentiable scalars by source. A source without a row (an isolated seed) has gradients over its own
             parameters only.
-        shared: the shared parameters, of one dtype and device, d elements in all.
+        shared: the shared parameters, on one device, d elements in all.
         names: the n sources with a row, in order; those without a loss get a row of zeros. None: all of `losses`.
         own: parameters that belong to one source only. Their gradient is that of the source's loss, unweighted.
-        out: memory for the matrix, shape (n, d); None: new memory.
+        out: memory for the matrix, shape (n, d); None: new memory, in the dtype to which those of `shared` promote.
 
     Returns:
         Rows and own gradients, detached. Does not synchronise.
@@ -90,6 +97,24 @@ def source_rows(
         if name not in losses:
             matrix[row].zero_()
     return SourceRows(order, matrix, tuple(name in losses for name in order), owned)
+
+
+def row_dtype(shared: Sequence[tuple[str, Tensor]]) -> torch.dtype:
+    """Returns the dtype of rows over named parameters, to which all of theirs promote.
+
+    Raises:
+        UnmergeableParameterError: names the first that is not of a real floating-point dtype, or not on the device of
+            the first one.
+    """
+    device = shared[0][1].device
+    for name, parameter in shared:
+        if not parameter.is_floating_point() or parameter.device != device:
+            raise UnmergeableParameterError(
+                f"gradients of several sources cannot be merged over parameter {name!r}, which is {parameter.dtype} on "
+                f"{parameter.device}: all must be of real floating-point types on {device}; gradients.mode = sum does "
+                "not require this"
+            )
+    return reduce(torch.promote_types, (parameter.dtype for _, parameter in shared))
 
 
 def losses_by_source(per_sample: Tensor, seed_ids: Sequence[str], sources: Sequence[str]) -> dict[str, Tensor]:
@@ -143,7 +168,8 @@ def _row_memory(out: Tensor | None, count: int, shared: Sequence[Tensor]) -> Ten
     if width == 0:
         raise NoGradientsError
     if out is None:
-        return torch.empty(count, width, dtype=shared[0].dtype, device=shared[0].device)
+        dtype = reduce(torch.promote_types, (parameter.dtype for parameter in shared))
+        return torch.empty(count, width, dtype=dtype, device=shared[0].device)
     if out.shape != (count, width):
         raise GradientMismatchError(0, f"rows are to be written into {tuple(out.shape)}, not {(count, width)}")
     return out
@@ -159,11 +185,14 @@ def _gradients(loss: Tensor, wanted: Sequence[Tensor], *, retain: bool) -> tuple
 
 
 def _write(matrix: Tensor, rows: Sequence[int], found: Sequence[Tensor | None], shared: Sequence[Tensor]) -> None:
-    pieces = [
-        (torch.zeros_like(parameter) if grad is None else grad).reshape(-1)
-        for grad, parameter in zip(found, shared, strict=True)
-    ]
+    pieces = [_dense(grad, parameter).reshape(-1) for grad, parameter in zip(found, shared, strict=True)]
     with torch.no_grad():
         torch.cat(pieces, out=matrix[rows[0]])
         for row in rows[1:]:
             matrix[row].copy_(matrix[rows[0]])
+
+
+def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(parameter)
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()

@@ -1,5 +1,8 @@
 """`SeedAggregationTracker`: merges the rows of a step's microbatches into one gradient, and gathers an epoch's metrics.
 
+The merged gradient is scale-neutral: it is the sum of w_i times projected row i, the weighted mean times the total
+weight, so that rows which come and go do not change the part of the others.
+
 `follow` sets the seeds. Each step calls `begin`, then `add` for every microbatch (its rows written into the memory
 that `lend` returns), then `combine`; `finish_epoch` returns the metrics.
 """
@@ -32,7 +35,7 @@ class GradientMode(StrEnum):
     """How the rows of a step become one gradient."""
 
     SEED = "seed"
-    """PCGrad across sources, then their mean weighted by stage."""
+    """PCGrad across sources, then their sum weighted by stage."""
     MICROBATCH = "microbatch"
     """PCGrad across microbatches, then their sum; the sources of a microbatch are added up."""
     SUM = "sum"
@@ -116,6 +119,12 @@ class SeedAggregationTracker:
         self._step = step
         return names
 
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Weights of the rows of the step that `begin` started: 1 in modes that add rows up without weights."""
+        weighted = self._settings.mode is GradientMode.SEED
+        return {source.name: source.weight if weighted else 1.0 for source in self._sources if source.has_row}
+
     def lend(self) -> Tensor:
         """Returns memory (n, d) for the rows of the next microbatch, one for each name that `begin` returned."""
         return self._accumulator.lend()
@@ -182,7 +191,7 @@ class StepMerger:
         order = projection_order(len(present), step_generator(self._settings.run_seed, step))
         if self._settings.mode is GradientMode.MICROBATCH:
             projection = project(gram_matrix(given), order)
-            vector = combine_rows(given, projection.combined(None), out=self._result)
+            vector = combine_rows(given, projection.combined([1.0] * len(present)), out=self._result)
             return projection.merged(vector), _no_measurements(vector.device)
         by_name = {source.name: source for source in sources}
         return self._project_sources(given, [by_name[name] for name in names], samples, order)
@@ -193,11 +202,10 @@ class StepMerger:
         """Attributes the teacher's row and runs PCGrad, both on dot products alone."""
         names = [source.name for source in sources]
         shares = self._mixer.shares(sources, samples)
-        mixing = self._mixer.mixing(names, shares)
+        weights = [source.weight for source in sources]
+        mixing = self._mixer.mixing(names, shares, weights)
         gram = gram_matrix(given)
         mixed = mixing @ gram @ mixing.T
-        remaining = mixing.diagonal().tolist()
-        weights = [source.weight if rest else 0.0 for source, rest in zip(sources, remaining, strict=True)]
         projection = project(mixed, order)
         coefficients = torch.tensor(projection.combined(weights), dtype=torch.float64) @ mixing
         vector = combine_rows(given, coefficients.tolist(), out=self._result)

@@ -35,7 +35,7 @@ STAGE_WEIGHTS: Final[Mapping[SeedLifecycleStage.ValueType, float | None]] = {
 }
 """Weight of a seed's row by its stage; None: its alpha."""
 
-_ISOLATED: Final = frozenset({enums_pb2.SEED_STAGE_GERMINATED, enums_pb2.SEED_STAGE_TRAINING})
+ISOLATED: Final = frozenset({enums_pb2.SEED_STAGE_GERMINATED, enums_pb2.SEED_STAGE_TRAINING})
 """Stages without a row while seeds are isolated: the gradient reaches the seed's own parameters only."""
 
 
@@ -63,7 +63,7 @@ class SeedWeightResolver:
     """
 
     def __init__(self, *, isolation: bool) -> None:
-        self._rowless = _ISOLATED if isolation else frozenset[SeedLifecycleStage.ValueType]()
+        self._rowless = ISOLATED if isolation else frozenset[SeedLifecycleStage.ValueType]()
 
     def resolve(self, states: Sequence[SeedState], step: int) -> tuple[SourceWeight, ...]:
         """Returns the host, then every seed in the order given, with its weight at the global step.
@@ -101,8 +101,9 @@ class AttributionMode(StrEnum):
 class TeacherAttributionMixer:
     """Gives each seed a share of the host's ("teacher's") row.
 
-    Row s becomes g_s + a_s h, and the host keeps (1 - sum of a) h, so that the sum of all rows does not change. Shares
-    that add up to more than 1 are divided by their sum. Works on dot products, not on the rows.
+    Row s becomes g_s + a_s h, and the host keeps (1 - sum of w_s a_s) h, where w_s is the weight of row s, so that the
+    weighted sum of all rows does not change. Shares that add up to more than 1 are divided by their sum. Works on dot
+    products, not on the rows.
     """
 
     def __init__(self, mode: AttributionMode) -> None:
@@ -128,13 +129,14 @@ class TeacherAttributionMixer:
                 assert_never(self._mode)
 
     @staticmethod
-    def mixing(names: Sequence[str], shares: Sequence[float]) -> Tensor:
+    def mixing(names: Sequence[str], shares: Sequence[float], weights: Sequence[float]) -> Tensor:
         """Returns the matrix (n, n), float64, CPU, that turns the given rows into the attributed ones."""
         matrix = torch.eye(len(names), dtype=torch.float64)
         if any(shares):
             host = names.index(HOST)
             matrix[:, host] += torch.tensor(shares, dtype=torch.float64)
-            matrix[host, host] = max(0.0, 1.0 - sum(shares))
+            given = sum(share * weight for share, weight in zip(shares, weights, strict=True))
+            matrix[host, host] = max(0.0, 1.0 - given)
         return matrix
 
     @staticmethod

@@ -1,6 +1,6 @@
 """Training jobs: the interface of a job, its registry, cursors over training data, and the built-in job."""
 
-from tolaria.jobs.data import LoaderCursor, TensorCursor
+from tolaria.jobs.data import TensorCursor
 from tolaria.jobs.job import (
     Batch,
     BatchCursor,
@@ -8,9 +8,12 @@ from tolaria.jobs.job import (
     JobContext,
     JobFactory,
     PerSampleLosses,
+    StatefulJob,
     TrainingJob,
+    TrainModeJob,
     build_job,
 )
+from tolaria.jobs.loader import LoaderCursor
 from tolaria.values.training import HOST, Evaluation
 
 __all__ = [
@@ -23,7 +26,9 @@ __all__ = [
     "JobFactory",
     "LoaderCursor",
     "PerSampleLosses",
+    "StatefulJob",
     "TensorCursor",
+    "TrainModeJob",
     "TrainingJob",
     "build_job",
 ]

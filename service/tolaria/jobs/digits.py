@@ -1,8 +1,14 @@
-"""The built-in job: scikit-learn's handwritten digits (1797 images of 8 x 8) and a small convolutional model."""
+"""The built-in job: scikit-learn's handwritten digits (1797 images of 8 x 8) and a small host.
+
+By default the host is a convolutional network. The demo uses a linear classifier of thumbnails, which cannot do without
+the seeds that are grafted into it, gives part of the images to seeds, and makes a few batches unreadable on the way.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,17 +17,34 @@ from torch.nn import functional
 
 from tolaria.errors import BrokenJobError
 from tolaria.jobs.data import TensorCursor
-from tolaria.jobs.job import Batch, JobContext
+from tolaria.jobs.job import Batch, JobContext, PerSampleLosses
 from tolaria.seeds import SeedSlot
 from tolaria.values.training import HOST, Evaluation
 
 _CLASSES = 10
 _VALIDATION_SAMPLES = 360  # a fifth
 _SPLIT_SEED = 20_251_003  # fixed: runs with different seeds are evaluated on the same images
+_THUMBNAIL = 16  # pixels
+_POISON = {"huge": 1e4, "nan": float("nan")}
 
 
 class DigitsOptions(BaseModel):
-    """The `training.options` of this job."""
+    """The `training.options` of this job.
+
+    Attributes:
+        batch_size: images in a batch.
+        learning_rate: of Adam.
+        host: `convolution`, or `thumbnail`: a linear classifier of 4 x 4 thumbnails with one seed slot before it.
+        width: channels of the convolutional host.
+        dropout: of the convolutional host.
+        seed_sources: the training images belong in turn to the seeds `seed-1` to `seed-N`, each of which has a gradient
+            of these images; those of seeds that are not in the model are the host's. An image changes its owner with
+            every epoch, so that each seed sees all of them. 0: all are the host's.
+        poison_epoch: the epoch in which some batches are corrupt. 0: none.
+        poison_batch: the place of the first corrupt batch in that epoch, from 0.
+        poison_batches: number of corrupt batches.
+        poison: `huge`: the pixels are multiplied by 10,000. `nan`: they are not numbers.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -29,6 +52,12 @@ class DigitsOptions(BaseModel):
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     width: int = Field(default=16, ge=1, le=512)
     dropout: float = Field(default=0.25, ge=0, lt=1)
+    host: Literal["convolution", "thumbnail"] = "convolution"
+    seed_sources: int = Field(default=0, ge=0, le=16)
+    poison_epoch: int = Field(default=0, ge=0)
+    poison_batch: int = Field(default=20, ge=0)
+    poison_batches: int = Field(default=2, ge=1)
+    poison: Literal["huge", "nan"] = "huge"
 
 
 class DigitsHost(nn.Module):
@@ -53,8 +82,52 @@ class DigitsHost(nn.Module):
         return logits_BC
 
 
+class ThumbnailHost(nn.Module):
+    """A linear classifier of thumbnails of 16 pixels, with a seed slot before it.
+
+    Maps images of shape (B, 1, 8, 8), float32 in 0 to 1, to logits of shape (B, 10). A seed in the slot makes it a
+    network with a hidden layer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thumbnail = nn.Sequential(nn.AvgPool2d(2), nn.Flatten())
+        self.slot = SeedSlot("pixels", features=_THUMBNAIL, layout="vector")
+        self.head = nn.Linear(_THUMBNAIL, _CLASSES)
+
+    def forward(self, x_B1HW: Tensor) -> Tensor:  # noqa: N803 - the shape suffix: batch, channel, height, width
+        """Returns the logits."""
+        logits_BC: Tensor = self.head(self.slot(self.thumbnail(x_B1HW)))  # noqa: N806 - shape suffix: batch, class
+        return logits_BC
+
+
+class DigitsCursor(TensorCursor):
+    """Batches of images and labels, with the seed of each image and with the corrupt batches of the options."""
+
+    def __init__(self, images: Tensor, labels: Tensor, options: DigitsOptions, seed: int) -> None:
+        super().__init__((images, labels, torch.arange(len(images))), batch_size=options.batch_size, seed=seed)
+        self._options = options
+        self._names = [f"seed-{number}" for number in range(1, options.seed_sources + 1)]
+
+    def next_batch(self) -> Batch | None:
+        """Returns images, labels and the seed of each image."""
+        place = self.state_dict()
+        batch = super().next_batch()
+        if batch is None:
+            return None
+        images, labels, places = batch.payload
+        poisoned = range(self._options.poison_batch, self._options.poison_batch + self._options.poison_batches)
+        if place["epoch"] == self._options.poison_epoch and place["index"] in poisoned:
+            images = images * _POISON[self._options.poison]
+        seed_ids = None
+        if self._names:
+            epoch = cast("int", place["epoch"])
+            seed_ids = [self._names[(image + epoch) % len(self._names)] for image in places.tolist()]
+        return replace(batch, payload=(images, labels), seed_ids=seed_ids)
+
+
 class DigitsJob:
-    """Trains `DigitsHost` with Adam on cross-entropy."""
+    """Trains a host with Adam on cross-entropy."""
 
     def __init__(self, context: JobContext, options: DigitsOptions) -> None:
         self._context = context
@@ -67,19 +140,23 @@ class DigitsJob:
 
     def build_model(self) -> nn.Module:
         """Returns the model, with initial values from the global RNG."""
+        if self._options.host == "thumbnail":
+            return ThumbnailHost()
         return DigitsHost(self._options.width, self._options.dropout)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """Returns Adam over all parameters."""
         return torch.optim.Adam(model.parameters(), lr=self._options.learning_rate)
 
-    def training_data(self) -> TensorCursor:
+    def training_data(self) -> DigitsCursor:
         """Returns the 1437 training images; their order is a function of the seed and the epoch."""
-        return TensorCursor(self._training, batch_size=self._options.batch_size, seed=self._context.seed)
+        return DigitsCursor(*self._training, self._options, self._context.seed)
 
-    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        """Returns the mean cross-entropy."""
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
+        """Returns the mean cross-entropy, or that of each image if the images have seeds."""
         images, labels = batch.payload
+        if batch.seed_ids is not None:
+            return PerSampleLosses(functional.cross_entropy(model(images), labels, reduction="none"))
         return {HOST: functional.cross_entropy(model(images), labels)}
 
     def validation_batches(self) -> Iterable[Batch]:

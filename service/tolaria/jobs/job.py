@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
 from pydantic import JsonValue
@@ -18,14 +19,25 @@ from tolaria.values.training import Evaluation
 
 CursorState = dict[str, JsonValue]
 
+_ANNOUNCED_MAX: Final = 16
+
 
 @dataclass(frozen=True, slots=True)
 class JobContext:
-    """The argument of a job's factory: `training.seed`, the training device, and `training.options`."""
+    """The argument of a job's factory: `training.seed`, the training device, and `training.options`.
+
+    A job that changes its task by design, as a curriculum does, keeps it and announces the change with `new_regime`.
+    `announced` are the changes that training has not taken into account yet.
+    """
 
     seed: int
     device: torch.device
     options: Mapping[str, JsonValue] = field(default_factory=dict)
+    announced: deque[str] = field(default_factory=lambda: deque(maxlen=_ANNOUNCED_MAX), compare=False, repr=False)
+
+    def new_regime(self, reason: str) -> None:
+        """Announces that the losses from this batch on are those of a changed task: higher ones are no explosion."""
+        self.announced.append(reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +109,29 @@ class TrainingJob(Protocol):
         """Evaluates one batch. The model is in evaluation mode and gradients are disabled."""
 
 
+@runtime_checkable
+class StatefulJob(Protocol):
+    """A job that keeps state itself, such as a moving average of the weights: it becomes part of the training state.
+
+    So a rollback and a resumed run restore it, and digests cover it. The values are None, bool, int, float, str,
+    tensors, and lists, tuples and dicts of these; keys are strings. What `load_state_dict` gets belongs to the job.
+    """
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Returns the state; tensors may be the live ones. Called between two steps, after `build_model`."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+
+
+@runtime_checkable
+class TrainModeJob(Protocol):
+    """A job that sets its model to training mode itself, for example to keep frozen layers in evaluation mode."""
+
+    def train_mode(self, model: nn.Module) -> None:
+        """Called in place of `model.train()`, before training and after each evaluation."""
+
+
 JobFactory = Callable[[JobContext], TrainingJob]
 
 ENTRY_POINTS = "tolaria.jobs"
@@ -122,6 +157,8 @@ def build_job(name: str, context: JobContext) -> TrainingJob:
         raise BrokenJobError(
             f"training.job {name!r}: its factory returned a {type(job).__name__}, which lacks {', '.join(missing)}"
         )
+    if hasattr(job, "state_dict") != hasattr(job, "load_state_dict"):
+        raise BrokenJobError(f"training.job {name!r}: state_dict and load_state_dict need each other; it has only one")
     return job
 
 

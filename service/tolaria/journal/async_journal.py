@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import astuple
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import anyio
@@ -13,11 +15,12 @@ import structlog
 from anyio import sleep
 
 from tolaria.errors import JournalError
-from tolaria.journal.rows import AdminActionRow, CommandRow
+from tolaria.journal.rows import AdminActionRow, CommandRow, EmergencyRow
 
 if TYPE_CHECKING:
     from tolaria.journal.database import Journal
     from tolaria.journal.rows import CheckpointRow, Incident, Row
+    from tolaria.values.lineage import Lineage
 
 ROWS_MAX: Final = 1000
 """Maximum number of queued rows: a few hundred kilobytes, enough for hours with a full disk."""
@@ -26,6 +29,9 @@ RETRY_S_MIN: Final = 0.5
 RETRY_S_MAX: Final = 30.0
 LOG_INTERVAL_S: Final = 60.0
 """Seconds between two log lines about lost rows."""
+
+_RANKS: Final = MappingProxyType({CommandRow.table: 0, EmergencyRow.table: 2})
+"""How late rows of a table are dropped; 1 for all others."""
 
 _Answer = TypeVar("_Answer")
 _Key = tuple[str, str]
@@ -67,16 +73,15 @@ class AsyncJournal:
     def note(self, row: Row) -> None:
         """Queues the row for writing; returns at once and never raises.
 
-        Beyond `ROWS_MAX` the oldest row is dropped, commands before all others, since rollbacks, emergencies and faults
-        matter more. Only the first answer to a request is kept.
+        Emergencies are written first. Beyond `ROWS_MAX` the oldest row is dropped, commands before all others and
+        emergencies last. Only the first answer to a request is kept.
         """
         if isinstance(row, AdminActionRow):
             self._queue.setdefault(_key(row), row)
         else:
             self._queue[_key(row)] = row
         if len(self._queue) > ROWS_MAX:
-            commands = (key for key, queued in self._queue.items() if isinstance(queued, CommandRow))
-            del self._queue[next(commands, next(iter(self._queue)))]
+            del self._queue[min(self._queue, key=lambda key: _RANKS.get(key[0], 1))]
             self._count_lost()
         self._noted.set()
 
@@ -119,20 +124,31 @@ class AsyncJournal:
         """Returns at most `limit` incidents, newest first. Raises JournalError."""
         return await self._in_thread(lambda: self._journal.incidents(limit))
 
-    async def restore_points(self) -> tuple[CheckpointRow, ...]:
-        """Returns the run's committed checkpoints, oldest first. Raises JournalError."""
-        return await self._in_thread(lambda: self._journal.restore_points(self._run_id))
+    async def kept_points(self) -> tuple[CheckpointRow, ...]:
+        """Returns the run's checkpoints that can be restored, oldest first. Raises JournalError."""
+        return await self._in_thread(lambda: self._journal.kept_points(self._run_id))
 
-    async def supersede_after(self, global_step: int) -> None:
-        """Supersedes the run's later checkpoints after a rollback to this step.
+    async def prove(self, checkpoint_ids: Collection[str]) -> None:
+        """Records that checkpoints are proven. A failure is logged: they count as unproven after a crash."""
+        try:
+            async with self._writing:
+                for checkpoint_id in checkpoint_ids:
+                    await self._in_thread(partial(self._journal.revise, checkpoint_id, proven=1))
+        except JournalError as error:
+            self._log.error("checkpoints_not_proven", checkpoint_ids=sorted(checkpoint_ids), detail=str(error))
+
+    async def follow(self, lineage: Lineage, detail: str) -> int:
+        """Supersedes the run's checkpoints that are not ancestors in `lineage`; returns their number.
 
         A failure is logged: after a crash before the next checkpoint, the run would resume from one of them.
         """
         try:
             async with self._writing:
-                await self._in_thread(lambda: self._journal.supersede_after(self._run_id, global_step))
+                at_ns = time.time_ns()
+                return await self._in_thread(lambda: self._journal.follow(self._run_id, lineage, detail, at_ns))
         except JournalError as error:
-            self._log.error("checkpoints_not_superseded", after_step=global_step, detail=str(error))
+            self._log.error("checkpoints_not_superseded", detail=f"{detail}: {error}")
+            return 0
 
     async def find_answer(self, request_id: str) -> AdminActionRow | None:
         """Returns the earlier answer to a request, from this process or a previous one. Raises JournalError."""
@@ -156,11 +172,12 @@ class AsyncJournal:
                 retry_s = min(2 * retry_s, RETRY_S_MAX)
 
     async def _write_first(self) -> bool:
-        """Writes the first queued row; returns whether it succeeded or never can."""
+        """Writes the next queued row; returns whether it succeeded or never can."""
         async with self._writing:
             if not self._queue:
                 return True
-            key, row = next(iter(self._queue.items()))
+            key = max(self._queue, key=lambda key: key[0] == EmergencyRow.table)  # among equals the oldest
+            row = self._queue[key]
             try:
                 await self._in_thread(lambda: self._journal.put(row))
             except JournalError as error:

@@ -26,6 +26,7 @@ from tolaria.journal.rows import (
     stored_values,
     values_digest,
 )
+from tolaria.values.lineage import Lineage
 
 if TYPE_CHECKING:
     from typing import Self
@@ -77,13 +78,9 @@ class Journal:
         Raises:
             JournalUnavailableError: writing failed; the journal is unchanged.
         """
-        verb = "INSERT OR IGNORE" if isinstance(row, AdminActionRow) else "INSERT OR REPLACE"
-        names = (*columns(type(row)), "row_digest")
-        statement = f"{verb} INTO {row.table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
         with self._lock, translated_errors():
-            if not self._path.exists():  # SQLite would silently keep writing to the removed file
-                raise JournalUnavailableError(f"{self._path} has been removed while it was in use: restart the service")
-            self._connection.execute(statement, stored_values(row))
+            self._require_file()
+            insert_row(self._connection, row)
 
     def answer_once(self, row: AdminActionRow) -> AdminActionRow:
         """Records an operator's request with its response, and returns the first row recorded for this request."""
@@ -110,11 +107,35 @@ class Journal:
         clause = "WHERE state = 'committed' AND run_id = ? ORDER BY at_ns, rowid"
         return self._select(CheckpointRow, clause, (run_id,))
 
-    def supersede_after(self, run_id: str, global_step: int) -> None:
-        """Marks a run's committed checkpoints of later steps as superseded, after a rollback to `global_step`."""
-        for row in self.restore_points(run_id):
-            if row.global_step > global_step:
-                self.put(replace(row, state="superseded", detail=f"rolled back to step {global_step}"))
+    def kept_points(self, run_id: str) -> tuple[CheckpointRow, ...]:
+        """Returns a run's checkpoints that can be restored, oldest first: committed and superseded ones."""
+        clause = "WHERE state IN ('committed', 'superseded') AND run_id = ? ORDER BY at_ns, rowid"
+        return self._select(CheckpointRow, clause, (run_id,))
+
+    def revise(self, checkpoint_id: str, **changes: Scalar) -> None:
+        """Changes columns of a checkpoint's row, if it exists; other writers' changes to other columns stay."""
+        with self._transaction():
+            for row in select_rows(self._connection, CheckpointRow, "WHERE checkpoint_id = ?", (checkpoint_id,)):
+                insert_row(self._connection, replace(row, **changes))  # type: ignore[arg-type] # columns of the row
+
+    def follow(self, run_id: str, lineage: Lineage, detail: str, at_ns: int) -> int:
+        """Makes a run's checkpoints committed if they are ancestors in `lineage`, else superseded; all or none.
+
+        Returns:
+            The number of checkpoints that were not superseded before.
+        """
+        clause, count = "WHERE state IN ('committed', 'superseded') AND run_id = ?", 0
+        with self._transaction():
+            for row in select_rows(self._connection, CheckpointRow, clause, (run_id,)):
+                ancestor = lineage.includes(row.attempt, row.global_step)
+                if ancestor and row.state == "superseded":
+                    revised = replace(row, state="committed", detail="", superseded_at_ns=None)
+                elif not ancestor and row.state == "committed":
+                    revised, count = replace(row, state="superseded", detail=detail, superseded_at_ns=at_ns), count + 1
+                else:
+                    continue
+                insert_row(self._connection, revised)
+        return count
 
     def incidents(self, limit: int) -> tuple[Incident, ...]:
         """Returns at most `limit` incidents, newest first."""
@@ -141,20 +162,33 @@ class Journal:
         with self._lock, translated_errors():
             return tuple(select_rows(self._connection, kind, clause, values))
 
+    def _require_file(self) -> None:
+        if not self._path.exists():  # SQLite would silently keep writing to the removed file
+            raise JournalUnavailableError(f"{self._path} has been removed while it was in use: restart the service")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._lock, translated_errors():
+            self._require_file()
+            with transaction(self._connection):
+                yield
+
     def _prepare(self, path: Path) -> None:
-        _refuse_newer(self._connection, path)
+        refuse_newer(self._connection, path)
         (mode,) = self._connection.execute("PRAGMA journal_mode=WAL").fetchone()
         if mode != "wal":
             raise JournalDamagedError(f"{path}: its journal mode cannot be set, it is {mode}")
         self._connection.execute("PRAGMA synchronous=FULL")
-        check_content(self._connection, path)
+        if check_content(self._connection, path) < SCHEMA_VERSION:
+            with transaction(self._connection):
+                _migrate(self._connection)
         # A write that changes nothing: a header that forbids writing is found now rather than at the first commit.
         self._connection.execute("BEGIN IMMEDIATE")
         self._connection.execute("UPDATE meta SET schema_version = schema_version")
         self._connection.execute("COMMIT")
 
 
-def check_content(connection: sqlite3.Connection, path: Path) -> None:
+def check_content(connection: sqlite3.Connection, path: Path) -> int:
     """Verifies version, tables, SQLite's integrity check and each row's digest. Writes nothing.
 
     Raises:
@@ -162,27 +196,33 @@ def check_content(connection: sqlite3.Connection, path: Path) -> None:
         JournalNewerError: a newer Tolaria wrote the journal.
         sqlite3.DatabaseError: for both, and for errors of the operating system; see `translated_errors`.
     """
-    _refuse_newer(connection, path)
+    version = refuse_newer(connection, path)
     found = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
-    if {sql for (sql,) in found} != set(schema()):
+    if {sql for (sql,) in found} != set(schema(version)):
         raise JournalDamagedError(f"{path}: its tables are not those of the schema")
     verdicts = connection.execute("PRAGMA integrity_check").fetchall()
     if verdicts != [("ok",)]:
         raise JournalDamagedError(f"{path}: {verdicts[0][0]}")
     for kind in ROW_TYPES:
-        select_rows(connection, kind, "", ())
+        select_rows(connection, kind, "", (), version=version)
+    return version
 
 
 def select_rows(
-    connection: sqlite3.Connection, kind: type[AnyRow], clause: str, values: tuple[Scalar, ...]
+    connection: sqlite3.Connection,
+    kind: type[AnyRow],
+    clause: str,
+    values: tuple[Scalar, ...],
+    *,
+    version: int = SCHEMA_VERSION,
 ) -> list[AnyRow]:
-    """Returns the rows of a table that `clause` selects, each verified by its digest.
+    """Returns the rows of a table that `clause` selects, each verified by its digest. `version` is the schema's.
 
     Raises:
         JournalDamagedError: a row differs from what was written.
         sqlite3.DatabaseError: as in `check_content`.
     """
-    names = ", ".join(columns(kind))
+    names = ", ".join(columns(kind, version))
     query = f"SELECT {names}, row_digest FROM {kind.table} {clause}"  # noqa: S608 - names of this package only
     rows = []
     for *found, digest in connection.execute(query, values):
@@ -190,6 +230,26 @@ def select_rows(
             raise JournalDamagedError(f"a row of {kind.table} differs from what was written")
         rows.append(kind(*found))
     return rows
+
+
+def insert_row(connection: sqlite3.Connection, row: Row) -> None:
+    """Adds a row, or replaces the one with its key; the first answer to a request stays."""
+    verb = "INSERT OR IGNORE" if isinstance(row, AdminActionRow) else "INSERT OR REPLACE"
+    names = (*columns(type(row)), "row_digest")
+    statement = f"{verb} INTO {row.table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
+    connection.execute(statement, stored_values(row))
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Commits what the block writes, or nothing."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
 
 
 def lenient_text(content: bytes) -> str:
@@ -214,7 +274,25 @@ def translated_errors(*, read_only: bool = False) -> Iterator[None]:
         raise JournalDamagedError(f"the journal is damaged: {error}") from error
 
 
-def _refuse_newer(connection: sqlite3.Connection, path: Path) -> None:
+def _migrate(connection: sqlite3.Connection) -> None:
+    """Rewrites a journal of schema 1 in the present schema; new columns get their defaults."""
+    rows = [row for kind in ROW_TYPES for row in select_rows(connection, kind, "ORDER BY rowid", (), version=1)]
+    connection.execute("DROP VIEW incidents")
+    for table in ("meta", *(kind.table for kind in ROW_TYPES)):
+        connection.execute(f"DROP TABLE {table}")
+    _write_schema(connection)
+    for row in rows:
+        insert_row(connection, row)
+
+
+def _write_schema(connection: sqlite3.Connection) -> None:
+    for statement in schema():
+        connection.execute(statement)
+    connection.execute("INSERT INTO meta VALUES (?, ?)", (SCHEMA_VERSION, values_digest("meta", (SCHEMA_VERSION,))))
+
+
+def refuse_newer(connection: sqlite3.Connection, path: Path) -> int:
+    """Returns the journal's schema version. Raises JournalNewerError for a later one than is supported."""
     if not connection.execute("SELECT 1 FROM sqlite_master WHERE sql IS NOT NULL LIMIT 1").fetchall():
         raise JournalDamagedError(f"{path}: the file is empty")
     found = connection.execute("SELECT schema_version, row_digest FROM meta").fetchall()
@@ -222,6 +300,9 @@ def _refuse_newer(connection: sqlite3.Connection, path: Path) -> None:
         raise JournalDamagedError(f"{path}: its version cannot be read")
     if found[0][0] > SCHEMA_VERSION:
         raise JournalNewerError(f"{path} has schema {found[0][0]}; this Tolaria supports {SCHEMA_VERSION}")
+    if found[0][0] < 1:
+        raise JournalDamagedError(f"{path}: there is no schema {found[0][0]}")
+    return int(found[0][0])
 
 
 def _create(path: Path) -> None:
@@ -232,12 +313,8 @@ def _create(path: Path) -> None:
             temporary.with_name(temporary.name + ending).unlink(missing_ok=True)
         with translated_errors(), closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
             connection.execute("PRAGMA synchronous=FULL")
-            connection.execute("BEGIN IMMEDIATE")
-            for statement in schema():
-                connection.execute(statement)
-            digest = values_digest("meta", (SCHEMA_VERSION,))
-            connection.execute("INSERT INTO meta VALUES (?, ?)", (SCHEMA_VERSION, digest))
-            connection.execute("COMMIT")
+            with transaction(connection):
+                _write_schema(connection)
         temporary.rename(path)
         Filesystem().sync_directory(path.parent)
     except OSError as error:

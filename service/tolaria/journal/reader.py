@@ -58,8 +58,8 @@ def _rows(path: Path, kind: type[AnyRow]) -> tuple[AnyRow, ...]:
         closing(connect_read_only(uri)) as connection,
     ):
         connection.execute("BEGIN")  # one consistent state of the journal, whatever is written meanwhile
-        check_content(connection, path)
-        return tuple(select_rows(connection, kind, "ORDER BY at_ns, rowid", ()))
+        version = check_content(connection, path)
+        return tuple(select_rows(connection, kind, "ORDER BY at_ns, rowid", (), version=version))
 
 
 def _refuse_other_write_version(path: Path) -> None:

@@ -15,12 +15,15 @@ from typing import ClassVar, Final, Literal, TypeAlias
 
 import xxhash
 
-SCHEMA_VERSION: Final = 1
+from tolaria.values.lineage import FIRST_ATTEMPT, Lineage
+
+SCHEMA_VERSION: Final = 2
 
 Scalar: TypeAlias = "str | int | float | bytes | None"
 
 CheckpointState: TypeAlias = Literal["committed", "superseded", "pruned", "quarantined", "missing"]
-"""Only `committed` is resumed from. `superseded`: a rollback went back to before it. `pruned`: removed by retention."""
+"""Only `committed` is resumed from. `superseded`: not an ancestor of the live state, because of a rollback; it is kept
+for a while, so that the rollback can be undone. `pruned`: removed by retention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,11 @@ class RunRow(Row):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRow(Row):
-    """A durable checkpoint, past or present. `detail` explains its state, if needed."""
+    """A durable checkpoint, past or present. `detail` explains its state, if needed.
+
+    `attempt` and `forks` are its lineage, `parent` the newest checkpoint among its ancestors. `suspect`: captured while
+    the loss was rising; `proven`: sound losses followed. Both are 1 or 0. Times of rows of version 0.1.0 are None.
+    """
 
     table: ClassVar[str] = "checkpoints"
     checkpoint_id: str
@@ -62,6 +69,22 @@ class CheckpointRow(Row):
     metric: float | None
     state: CheckpointState = "committed"
     detail: str = ""
+    attempt: int = FIRST_ATTEMPT
+    forks: str = ""
+    parent: str = ""
+    suspect: int = 0
+    proven: int = 0
+    superseded_at_ns: int | None = None
+
+    @property
+    def lineage(self) -> Lineage:
+        """The ancestors of the checkpoint."""
+        return Lineage.of(self.attempt, self.forks)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the checkpoint is suspect and nothing has proven it since."""
+        return bool(self.suspect and not self.proven)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +105,8 @@ class CommandRow(Row):
 class RollbackRow(Row):
     """A rollback. `outcome` is restored, failed, aborted or deadline_exceeded; `restored_step` is -1 unless restored.
 
-    `coordinated` is 1 if a quorum took part, else 0.
+    `coordinated` is 1 if a quorum took part, else 0. `origin` is operator, health, tamiyo or emergency; `attempt` the
+    one that training continued with, `waited_ms` the time until the step boundary; `chosen` names the restore point.
     """
 
     table: ClassVar[str] = "rollbacks"
@@ -98,6 +122,11 @@ class RollbackRow(Row):
     expected_digest: str
     latency_ms: float
     coordinated: int
+    origin: str = ""
+    attempt: int = 0
+    checkpoint_id: str = ""
+    waited_ms: float = 0.0
+    chosen: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +192,19 @@ _SQL_TYPES: Final = MappingProxyType(
 
 _META: Final = "CREATE TABLE meta (schema_version INTEGER NOT NULL, row_digest TEXT NOT NULL)"
 
+_ADDED_IN_2: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "checkpoints": ("attempt", "forks", "parent", "suspect", "proven", "superseded_at_ns"),
+        "rollbacks": ("origin", "attempt", "checkpoint_id", "waited_ms", "chosen"),
+    }
+)
+"""Columns that a journal of schema 1 (version 0.1.0) does not have; their fields have defaults."""
+
+_ROLLBACK_DETAILS: Final = {1: "", 2: "\n    'origin', origin, 'waited_ms', CAST(waited_ms AS TEXT), 'chosen', chosen,"}
+
 _INCIDENTS_VIEW: Final = """CREATE VIEW incidents AS
 SELECT rollback_id AS incident_id, 'rollback' AS kind, at_ns, global_step, reason,
-  json_object('tier', tier, 'outcome', outcome, 'restored_step', CAST(restored_step AS TEXT),
+  json_object('tier', tier, 'outcome', outcome, 'restored_step', CAST(restored_step AS TEXT),%s
     'latency_ms', CAST(latency_ms AS TEXT), 'state_digest', state_digest, 'expected_digest', expected_digest,
     'coordinated', CAST(coordinated AS TEXT)) AS details FROM rollbacks
 UNION ALL SELECT emergency_id, 'emergency', at_ns, global_step, reason,
@@ -174,14 +213,18 @@ UNION ALL SELECT emergency_id, 'emergency', at_ns, global_step, reason,
 UNION ALL SELECT fault_id, kind, at_ns, global_step, reason, json_object('stage', stage) FROM faults"""
 
 
-def columns(kind: type[Row | Incident]) -> tuple[str, ...]:
-    """Returns the names of a row type's fields. The first is the key."""
-    return tuple(field.name for field in fields(kind))
+def columns(kind: type[Row | Incident], version: int = SCHEMA_VERSION) -> tuple[str, ...]:
+    """Returns the names of a row type's columns in a journal of this schema version. The first is the key."""
+    names = tuple(field.name for field in fields(kind))
+    if version >= SCHEMA_VERSION or not issubclass(kind, Row):
+        return names
+    return tuple(name for name in names if name not in _ADDED_IN_2.get(kind.table, ()))
 
 
-def schema() -> list[str]:
+def schema(version: int = SCHEMA_VERSION) -> list[str]:
     """Returns the statements that create all tables and the view."""
-    return [_META, *(_create_table(kind) for kind in ROW_TYPES), _INCIDENTS_VIEW]
+    tables = [_create_table(kind, columns(kind, version)) for kind in ROW_TYPES]
+    return [_META, *tables, _INCIDENTS_VIEW % _ROLLBACK_DETAILS[version]]
 
 
 def stored_values(row: Row) -> tuple[Scalar, ...]:
@@ -201,9 +244,9 @@ def values_digest(table: str, values: tuple[Scalar, ...]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps([table, plain]).encode())
 
 
-def _create_table(kind: type[Row]) -> str:
+def _create_table(kind: type[Row], names: tuple[str, ...]) -> str:
     typed = []
-    for field in fields(kind):
+    for field in (field for field in fields(kind) if field.name in names):
         scalar, optional, _ = str(field.type).partition(" | None")
         typed.append(f"{field.name} {_SQL_TYPES[scalar]}{'' if optional else ' NOT NULL'}")
     typed[0] += " PRIMARY KEY"

@@ -1,12 +1,13 @@
-"""Builds a lane from the settings: job, model, optimizer, data, and a first forward pass that finds mistakes early."""
+"""Builds a lane from the settings: job, model, optimizer, data, and a first look that finds mistakes early."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import torch
 from torch import nn
@@ -16,7 +17,6 @@ from tolaria.errors import (
     BrokenJobError,
     ConfigurationError,
     EmptyDatasetError,
-    JobError,
     LossShapeError,
     OptimizationError,
     ScheduleError,
@@ -24,22 +24,19 @@ from tolaria.errors import (
     StateUnsupportedError,
 )
 from tolaria.images import StateImage
-from tolaria.jobs import BatchCursor, JobContext, TrainingJob, build_job
-from tolaria.lane.device import choose_device, on_device, seed_everything
+from tolaria.jobs import BatchCursor, JobContext, LoaderCursor, TrainingJob, build_job
+from tolaria.lane.device import choose_device, seed_everything
 from tolaria.lane.fast_paths import FastPaths
+from tolaria.lane.first_look import call, first_look, materialise
 from tolaria.lane.lane import LaneHeartbeat, ThreadLane
 from tolaria.lane.messages import LaneReady, Restored
 from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.snapshot_manager import SnapshotManager
-from tolaria.lane.step import checked_losses
 from tolaria.lane.train_module import TrainModule
-from tolaria.state.encoding import capture_rngs, restore_rngs
-from tolaria.values.training import Evaluation
+from tolaria.values.optimization import ActiveAdjustment
 
 _MIB: Final = 2**20
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +64,17 @@ class BuiltLane:
             learning_rates=seeds.controller.learning_rates(),
             adjustments=seeds.controller.adjustments,
             seeds=tuple(seeds.topology.states(module.global_step)),
+            losses=json.dumps(module.losses.state_dict()),
+            notes=module.cursor.notes if isinstance(module.cursor, LoaderCursor) else (),
+            slots=seeds.topology.slots,
         )
 
-    def resume(self, image: StateImage) -> Restored:
-        """Restores a checkpoint of an earlier process; raises as `SnapshotManager.restore_image` does."""
-        return self.snapshots.restore_image(image)
+    def resume(self, image: StateImage, decided: Sequence[ActiveAdjustment] = ()) -> Restored:
+        """Restores a checkpoint of an earlier process, and what operators `decided` about learning rates.
+
+        Raises as `SnapshotManager.restore_image` does.
+        """
+        return self.snapshots.restore_image(image, decided=decided)
 
     def lane(self, heartbeat: LaneHeartbeat, traces_dir: Path) -> ThreadLane:
         """Returns the lane, in a thread that has not been started."""
@@ -86,7 +89,7 @@ class BuiltLane:
 
 
 def build(settings: Settings) -> BuiltLane:
-    """Builds the job and everything that it provides, and tries one forward pass. Seeds all generators.
+    """Builds the job and everything that it provides, and takes a first look at it. Seeds all generators.
 
     Raises:
         JobError: names the method that failed, or returned something invalid.
@@ -98,11 +101,15 @@ def build(settings: Settings) -> BuiltLane:
         torch.use_deterministic_algorithms(mode=True)  # an operation without a deterministic kernel raises when used
         torch.backends.cudnn.benchmark = False
     seed_everything(training.seed)
-    job = build_job(training.job, JobContext(training.seed, device, training.options))
+    context = JobContext(training.seed, device, training.options)
+    job = build_job(training.job, context)
     job_name = f"training.job {training.job!r}"
     try:
-        module = _build_module(settings, job, device)
-        return BuiltLane(settings, module, SnapshotManager(module, settings.rollback))
+        module = _build_module(settings, job, context)
+        snapshots = SnapshotManager(module, settings.rollback)
+        first_look(module, snapshots.state)
+        module.fast_paths.compile(module.model, lambda: first_look(module, snapshots.state))
+        return BuiltLane(settings, module, snapshots)
     except ScheduleError as error:
         raise ConfigurationError([f"optimizer: {error}"]) from None
     except StateUnsupportedError as error:
@@ -113,67 +120,29 @@ def build(settings: Settings) -> BuiltLane:
         raise BrokenJobError(f"{job_name}: {error}") from None
 
 
-def _build_module(settings: Settings, job: TrainingJob, device: torch.device) -> TrainModule:
-    training = settings.training
-    model = _call("build_model", job.build_model, nn.Module).to(device)
+def _build_module(settings: Settings, job: TrainingJob, context: JobContext) -> TrainModule:
+    training, device = settings.training, context.device
+    model = call("build_model", job.build_model, nn.Module)
+    if name := next((n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), ""):
+        raise BrokenJobError(f"build_model(): {name!r} of its model is a meta tensor, which has no values")
+    model = model.to(device)
+    cursor = call("training_data", job.training_data, BatchCursor)
+    materialise(job, model, cursor, device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise BrokenJobError("its model has no parameter that can be trained")
-    optimizer = _call("build_optimizer", lambda: job.build_optimizer(model), torch.optim.Optimizer)
-    cursor = _call("training_data", job.training_data, BatchCursor)
+    optimizer = call("build_optimizer", lambda: job.build_optimizer(model), torch.optim.Optimizer)
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise BrokenJobError(
             f"{type(optimizer).__name__} evaluates the loss several times in a step, by a closure, but "
             "gradients are merged only once a step"
         )
-    batches = _call("training_data", lambda: cursor.batches_per_epoch)
+    batches = call("training_data", lambda: cursor.batches_per_epoch)
+    if batches < 1:
+        raise EmptyDatasetError("its training data holds no batch")
     fast_paths = FastPaths(settings.fastpaths, device, deterministic=training.deterministic)
+    fast_paths.fuse(optimizer)
     seeds = SeedTraining(model, optimizer, settings, training.epochs * -(-batches // training.accumulate))
-    fast_paths.fuse(seeds.manager)
-    module = TrainModule(job, model, cursor, device, seeds=seeds, fast_paths=fast_paths, settings=settings)
-    _try_forward(module)
-    fast_paths.compile(model, lambda: _try_forward(module, backward=True))
-    return module
-
-
-def _call(method: str, call: Callable[[], T], kind: type[Any] = object) -> T:
-    """Calls a method of the job, which has to return a `kind`. Raises BrokenJobError with the method's name."""
-    try:
-        made = call()
-    except JobError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise BrokenJobError(f"{method}() raised {type(error).__name__}: {error}") from error
-    if not isinstance(made, kind):
-        raise BrokenJobError(f"{method}() must return a {kind.__name__}, got a {type(made).__name__}")
-    return made
-
-
-def _try_forward(module: TrainModule, *, backward: bool = False) -> None:
-    """Trains on the first batch without a step, and evaluates. Restores generators, buffers, gradients and cursor."""
-    job, model, cursor, rngs = module.job, module.model, module.cursor, capture_rngs()
-    module.save_buffers()
-    try:
-        place = _call("training_data", cursor.state_dict)
-        _call("training_data", lambda: cursor.begin_epoch(1))
-        batch = _call("training_data", cursor.next_batch)
-        if batch is None or cursor.batches_per_epoch < 1:
-            raise EmptyDatasetError("its training data holds no batch")
-        batch = on_device(batch, module.device)
-        model.train()
-        with module.fast_paths.autocast():
-            losses = _call("losses", lambda: checked_losses(job, model, batch, ()))
-        if backward:
-            _call("backward", lambda: torch.autograd.backward(list(losses.values())))
-        validation = _call("validation_batches", lambda: next(iter(job.validation_batches()), None))
-        if validation is None:
-            raise EmptyDatasetError("its validation data holds no batch")
-        validation = on_device(validation, module.device)
-        model.eval()
-        with torch.no_grad():
-            _call("evaluate", lambda: job.evaluate(model, validation), Evaluation)
-        _call("training_data", lambda: cursor.load_state_dict(place))
-    finally:
-        model.train()
-        module.discard_pass()
-        restore_rngs(*rngs)
+    return TrainModule(
+        job, model, cursor, device, seeds=seeds, fast_paths=fast_paths, settings=settings, announced=context.announced
+    )

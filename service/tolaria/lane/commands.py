@@ -13,6 +13,7 @@ from typing import Final, assert_never
 from tolaria.errors import LaneError, RestoreAbandonedError, TolariaError
 from tolaria.images import ImagePool
 from tolaria.lane.messages import (
+    AcceptRegime,
     BatchesSkipped,
     BoundaryCommand,
     CaptureImage,
@@ -229,13 +230,21 @@ class CommandExecutor:
                 return self._restore(command_id, command)
             case CaptureImage():
                 return ImageCaptured(self.images.put(self._snapshots.capture_image()))
-            case SkipBatches(batches):
-                module.skipped.batches.update(batches)
-                return BatchesSkipped(len(module.skipped.batches))
+            case SkipBatches() | AcceptRegime():
+                return self._change_skipped(command)
             case CaptureProfile(steps):
                 return self._profiler.start(steps)
             case _:
                 assert_never(command)
+
+    def _change_skipped(self, command: SkipBatches | AcceptRegime) -> BatchesSkipped:
+        module = self._module
+        if isinstance(command, AcceptRegime):
+            module.skipped.added.difference_update(command.batches)
+            module.begin_regime(command.reason, announced=False)
+        else:
+            module.skipped.added.update(command.batches)
+        return BatchesSkipped(len(module.skipped))
 
     def _change_optimizer(self, command: ChangeOptimizer) -> OptimizerChanged:
         module, controller = self._module, self._module.seeds.controller
@@ -250,9 +259,9 @@ class CommandExecutor:
                 controller.load_state_dict(saved)
                 raise
         controller.apply(module.global_step)
-        before, after = (record.before, record.after) if record else ({}, {})
+        before, after, limits = (record.before, record.after, record.limits) if record else ({}, {}, ())
         changed = tuple(f"{change.group} {change.name}: {change.before:g} -> {change.after:g}" for change in changes)
-        return OptimizerChanged(before, after, changed, controller.adjustments)
+        return OptimizerChanged(before, after, changed, controller.adjustments, limits)
 
     def _restore(self, command_id: int, command: Restore) -> Result:
         """Raises RestoreAbandonedError past the deadline, also when the image has been discarded by then."""
@@ -270,4 +279,7 @@ class CommandExecutor:
             except KeyError:
                 raise RestoreAbandonedError("waiting for its step boundary") from None
             with lease as image:
-                return self._snapshots.restore_image(image, refused)
+                restored = self._snapshots.restore_image(image, refused)
+            if command.other_branch:
+                self._snapshots.forget_snapshots()
+            return restored

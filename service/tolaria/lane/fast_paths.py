@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
-from dataclasses import replace
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, Final, Literal, get_args
 
 import torch
-from torch import nn
+import torch._dynamo.callback  # torch has no public way to learn that it compiles
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tolaria.config import FastPathSettings
-from tolaria.errors import BrokenJobError, RebuildFailedError
-from tolaria.optimization import OptimizerManager
+from tolaria.errors import BrokenJobError
+from tolaria.optimization.groups import is_dense
 
 FastPath = Literal["fused", "compile", "amp", "tf32", "pin_memory"]
 
-_BEFORE_THE_RUN: Final = -(10**9)  # a step so early that the minimum interval between rebuilds has passed
 _AMP_DTYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,6 +43,7 @@ class FastPaths:
         self._device = device
         self._deterministic = deterministic
         self._amp_dtype: torch.dtype | None = None
+        self._refused_frames = 0
         self.scaler: torch.amp.GradScaler | None = None
         self.running: dict[FastPath, str] = {}
         self.fallbacks: dict[FastPath, str] = {}
@@ -79,42 +81,66 @@ class FastPaths:
     def update_scale(self, *, finite: bool, loss_finite: bool) -> bool:
         """Updates float16's loss scale after a step; returns whether the step was skipped only by its overflow.
 
-        A scale of 1 cannot cause an overflow. Synchronises after skipped steps.
+        A scale of 1 cannot cause an overflow, and none can make the loss infinite: then it stays as it is. Synchronises
+        after skipped steps.
         """
         if self.scaler is None:
             return False
         overflowed = not finite and loss_finite and self.scaler.get_scale() > 1.0
-        self.scaler.update()
+        if finite or overflowed:
+            self.scaler.update()
+        else:
+            self.keep_scale()
         return overflowed
 
-    def fuse(self, manager: OptimizerManager) -> None:
-        """Rebuilds the optimizer with its fused or foreach kernel, if its class has one. Before the first step."""
-        optimizer = manager.optimizer
+    def keep_scale(self) -> None:
+        """Ends a step whose gradients have been unscaled, without a change of float16's loss scale. Synchronises."""
+        if self.scaler is not None:
+            self.scaler.update(self.scaler.get_scale())
+
+    def fuse(self, optimizer: Optimizer) -> None:
+        """Selects the fused or foreach kernel of the optimizer, if it has one, in the object itself.
+
+        A kernel that the job selected stays. Before the first step.
+        """
         if self._settings.fused == "off":
             return
         if self._deterministic:
             self.fallbacks["fused"] = "the run is deterministic"
             return
-        options = [option for option in ("fused", "foreach") if option in optimizer.defaults]
-        reasons = [] if options else [f"{type(optimizer).__name__} has neither a fused nor a foreach kernel"]
-        for option in options:
-            if option == "foreach" and self._device.type == "cpu":
-                reasons.append("foreach is slower on a CPU")
-                continue
-            try:
-                _rebuild_with(manager, option)
-            except RebuildFailedError as error:
-                reasons.append(f"{option}: {error.detail}")
-            else:
-                self.running["fused"] = option
-                return
-        self.fallbacks["fused"] = "; ".join(reasons)
-        if "fused" in options:
-            self.failed.append("fused")
+        if chosen := _chosen_kernel(optimizer):
+            self.running["fused"] = chosen
+            return
+        option, why = self._kernel(optimizer)
+        if why:
+            self.fallbacks["fused"] = why
+            if "fused" in optimizer.defaults:
+                self.failed.append("fused")
+            return
+        for options in (optimizer.defaults, *optimizer.param_groups):
+            options[option] = True
+        self.running["fused"] = option
+
+    def _kernel(self, optimizer: Optimizer) -> tuple[str, str]:
+        """Returns the option of the kernel to select, or why there is none."""
+        reasons: list[str] = []
+        if "fused" in optimizer.defaults:
+            problem = _fused_problem(optimizer)
+            if problem is None:
+                return "fused", ""
+            reasons.append(f"fused: {problem}")
+        if "foreach" in optimizer.defaults:
+            if self._device.type != "cpu":
+                return "foreach", ""
+            reasons.append("foreach is slower on a CPU")
+        return "", "; ".join(reasons) or f"{type(optimizer).__name__} has neither a fused nor a foreach kernel"
 
     def compile(self, model: nn.Module, warm_up: Callable[[], None]) -> None:
         """Compiles the model's forward and backward pass and calls `warm_up`; undone if that fails."""
         if self._settings.compile == "off":
+            return
+        if any("_orig_mod" in name.split(".") for name, _ in model.named_modules()):
+            self.fallbacks["compile"] = "the job compiles its model itself"
             return
         if self._deterministic or (self._settings.compile == "auto" and self._device.type != "cuda"):
             why = "the run is deterministic" if self._deterministic else "it does not pay off on a CPU"
@@ -136,6 +162,23 @@ class FastPaths:
         # A seed that is grafted later changes the graph: one that the compiler does not support runs uncompiled.
         torch._dynamo.config.suppress_errors = True  # noqa: SLF001 - the documented switch is there
         self.running["compile"] = "on"
+        self._refused_frames = _refused_frames()
+
+    def new_compile_fallback(self) -> str:
+        """Returns why torch runs parts of the model uncompiled, once after it has begun to; empty otherwise.
+
+        It does so where a function has been compiled too often (its `recompile_limit`), or cannot be. Then `compile` is
+        off in `descriptions`.
+        """
+        if "compile" not in self.running or _refused_frames() <= self._refused_frames:
+            return ""
+        del self.running["compile"]
+        reasons = torch._dynamo.utils.counters["unimplemented"]  # noqa: SLF001 - torch has no public account of it
+        limit = any("recompile limit" in reason for reason in reasons)
+        why = "one function was compiled as often as torch allows" if limit else "torch could not compile them"
+        self.fallbacks["compile"] = f"parts of the model run uncompiled: {why}"
+        self.failed.append("compile")
+        return self.fallbacks["compile"]
 
     def _choose_amp(self, wanted: str) -> None:
         if wanted == "auto":
@@ -149,17 +192,77 @@ class FastPaths:
         self.running["amp"] = wanted
 
 
+@contextlib.contextmanager
+def spanning_compilation(span: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Enters `span()` whenever torch compiles in the calling thread, and leaves it when torch has done so.
+
+    Compiling takes minutes without a step, and may happen at any: for a smaller batch, after a graft, in code of the
+    job.
+    """
+    thread, entered = threading.get_ident(), contextlib.ExitStack()
+
+    def begin(_: object) -> None:
+        if threading.get_ident() == thread:
+            entered.enter_context(span())
+
+    def end(_: object) -> None:
+        if threading.get_ident() == thread:
+            entered.close()
+
+    handler = torch._dynamo.callback.callback_handler  # noqa: SLF001 - see the import
+    handler.register_start_callback(begin)
+    handler.register_end_callback(end)
+    try:
+        yield
+    finally:
+        handler.remove_start_callback(begin)
+        handler.remove_end_callback(end)
+        entered.close()
+
+
 def _compiled_graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])  # noqa: SLF001 - torch has no public count
 
 
-def _rebuild_with(manager: OptimizerManager, option: str) -> None:
-    before = manager.optimizer
-    defaults: dict[str, Any] = {**before.defaults, "fused": None, "foreach": None, option: True}
-    taken = inspect.signature(type(before)).parameters  # AdamW has a default that its constructor does not take
-    known = {name: value for name, value in defaults.items() if name in before.defaults and name in taken}
-    # A job may have given each group its own options: only the kernel changes.
-    kept = {"params", "name", "lr", "fused", "foreach"}
-    options = {group["name"]: {k: v for k, v in group.items() if k not in kept} for group in before.param_groups}
-    plans = [replace(plan, options=options[plan.name]) for plan in manager.plan()]
-    manager.rebuild(plans, _BEFORE_THE_RUN, urgent=True, change_to=lambda groups: type(before)(groups, **known))
+def _refused_frames() -> int:
+    frames = torch._dynamo.utils.counters["frames"]  # noqa: SLF001 - as above
+    return int(frames["total"] - frames["ok"])
+
+
+def _chosen_kernel(optimizer: Optimizer) -> str:
+    """Returns the kernel that the job selected: "fused", "foreach", "the job's choice", or "" if it left it open."""
+    given = [group.get(option) for group in optimizer.param_groups for option in ("fused", "foreach")]
+    if all(option is None for option in given):
+        return ""
+    groups = optimizer.param_groups
+    used = (option for option in ("fused", "foreach") if all(group.get(option) for group in groups))
+    return next(used, "the job's choice")
+
+
+def _fused_problem(optimizer: Optimizer) -> str | None:
+    """Returns why the optimizer cannot use its fused kernel; tries it on parameters of one element.
+
+    On a CPU it walks the memory of parameters, gradients and moments in order, so they must have the same layout.
+    """
+    kernel = next((c for c in type(optimizer).__mro__ if c.__module__.startswith("torch.optim.")), Optimizer)
+    if kernel is Optimizer:
+        return f"{type(optimizer).__name__} is no optimizer of torch's"
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = [
+        (parameter, moment)
+        for parameter in parameters
+        for moment in optimizer.state.get(parameter, {}).values()
+        if isinstance(moment, Tensor) and moment.shape == parameter.shape
+    ]
+    if not all(map(is_dense, parameters)) or any(p.stride() != m.stride() for p, m in moments):
+        return "its parameters or moments are not laid out in memory without gaps and alike"
+    accepted = inspect.signature(kernel).parameters
+    arguments: dict[str, Any] = {key: value for key, value in optimizer.defaults.items() if key in accepted}
+    try:
+        for dtype, device in {(p.dtype, p.device) for p in parameters}:
+            scratch = torch.zeros(1, 1, dtype=dtype, device=device, requires_grad=True)
+            scratch.grad = torch.zeros_like(scratch)
+            kernel([scratch], **{**arguments, "foreach": None, "fused": True}).step()
+    except Exception as error:  # noqa: BLE001 - torch raises several kinds
+        return str(error).strip().splitlines()[0][:200]
+    return None

@@ -8,17 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from leyline.v1.enums_pb2 import SEED_STAGE_PROBATIONARY
+from leyline.v1.enums_pb2 import SEED_STAGE_GERMINATED, SEED_STAGE_PROBATIONARY
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import Settings
 from tolaria.errors import LossShapeError
 from tolaria.gradients import (
+    ISOLATED,
     AttributionMode,
     FlatLayout,
     GradientMode,
     MergeSettings,
     SeedAggregationTracker,
     flat_to_grads,
+    laid_out,
+    row_dtype,
     sample_counts,
     source_rows,
 )
@@ -29,7 +32,13 @@ from tolaria.values.gradients import SeedMetricSet
 
 @dataclass(frozen=True, slots=True)
 class GradientScope:
-    """The parameters shared by all sources, the own parameters of each training seed, and those seeds' states."""
+    """What gradients are merged over.
+
+    Attributes:
+        shared: the parameters of the host that are in the optimizer, frozen ones included.
+        own: the parameters of each training seed.
+        states: the states of the germinated and the training seeds.
+    """
 
     shared: NamedParameters
     own: Mapping[str, Sequence[nn.Parameter]]
@@ -38,6 +47,12 @@ class GradientScope:
 
 class GradientMerger:
     """Turns losses into gradients, step by step.
+
+    The gradient is scale-neutral. A single source gives the gradient of plain backpropagation. The samples of a batch
+    with `seed_ids` add up to the gradient of their mean loss at every stage of their seeds: what the weight of a
+    seed's row leaves of its samples is the host's. So unless gradients conflict, nothing changes for the parameters of
+    the host when a seed is grafted, changes stage, becomes part of the host or is culled. Losses by source add up,
+    each times the weight of its stage; the host's has weight 1.
 
     The order of projections depends on the run's seed and the step.
     """
@@ -48,35 +63,46 @@ class GradientMerger:
         self._settings = settings
         self._tracker: SeedAggregationTracker | None = None
         self._scope = scope
+        self._shared: NamedParameters = []
+        self._next_scope: GradientScope | None = None
         self._merging: bool | None = None
         self._names: tuple[str, ...] = ()
         self._sources: tuple[str, ...] = ()
         self._step = 0
         self._microbatches = 1
-        self._rows_added = False
-        self._alone: dict[nn.Parameter, Tensor] = {}
 
     def follow(self, scope: GradientScope) -> None:
-        """Changes the scope from the next step on."""
-        if [id(p) for _, p in scope.shared] != [id(p) for _, p in self._scope.shared]:
-            self._tracker = None  # its rows have another layout
+        """Changes the scope; once a step has begun, from the next step on."""
+        if self._merging is not None:
+            self._next_scope = scope
+            return
+        self._next_scope = None
         self._scope = scope
         self._sources = ()
 
     def begin(self, step: int, microbatches: int) -> None:
         """Starts the step after `step` completed ones, and drops what is left of an unfinished one."""
         self._step, self._microbatches, self._merging = step, microbatches, None
-        self._rows_added, self._alone = False, {}
+        if self._next_scope is not None:
+            self.follow(self._next_scope)
 
     def add(
-        self, losses: Mapping[str, Tensor], batch: Batch, *, share: float, scaler: torch.amp.GradScaler | None
-    ) -> Tensor:
+        self,
+        losses: Mapping[str, Tensor],
+        batch: Batch,
+        *,
+        share: float,
+        scaler: torch.amp.GradScaler | None,
+        finite_only: bool = False,
+    ) -> Tensor | None:
         """Adds one microbatch's scalar losses by source; returns their sum times `share`, detached.
 
         Gradients are those of the losses times `share`, the microbatch's part of the step, as scaled by `scaler`.
+        With `finite_only`, rows that are not finite are not added, and the result is None; synchronises.
 
         Raises:
             LossShapeError: the sources differ from those of the step's first microbatch.
+            UnmergeableParameterError: the parameters of the host cannot be merged over.
         """
         if self._merging is None:
             self._start(losses, batch)
@@ -87,26 +113,25 @@ class GradientMerger:
         scaled = {source: _scaled(loss, share, scaler) for source, loss in losses.items()}
         if not self._merging:
             _total(scaled).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
-        elif self._tracker is not None and any(source in self._names for source in scaled):
-            self._add_rows(self._tracker, scaled, batch)
-        else:
-            self._add_alone(scaled)
+        elif self._tracker is None:
+            self._backward_alone(scaled)
+        elif not self._add_rows(self._tracker, scaled, batch, finite_only=finite_only):
+            return None
         total = _total(losses).detach()
         return total if share == 1.0 else total * share
 
     def finish(self) -> None:
         """Writes the merged gradient into the parameters' `.grad`. Synchronises at most once."""
-        if self._rows_added and self._tracker is not None:
-            combined = self._tracker.combine()
-            shared = [parameter for _, parameter in self._scope.shared]
-            merged = flat_to_grads(combined.merged.vector, [parameter.shape for parameter in shared])
-            for parameter, part in zip(shared, merged, strict=True):
-                parameter.grad = part
-            for source, parts in combined.own.items():
-                for parameter, own in zip(self._own_of(source), parts, strict=True):
-                    parameter.grad = own
-        for parameter, gradient in self._alone.items():
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        if not self._merging or self._tracker is None:
+            return
+        combined = self._tracker.combine()
+        shared = [parameter for _, parameter in self._shared]
+        merged = flat_to_grads(combined.merged.vector, [parameter.shape for parameter in shared])
+        for parameter, part in zip(shared, merged, strict=True):
+            parameter.grad = laid_out(part, parameter)
+        for source, parts in combined.own.items():
+            for parameter, own in zip(self._own_of(source), parts, strict=True):
+                parameter.grad = None if own is None else laid_out(own, parameter)
 
     def finish_epoch(self) -> SeedMetricSet | None:
         """Returns the epoch's metrics; None if no step has merged. Synchronises."""
@@ -114,65 +139,76 @@ class GradientMerger:
 
     def _start(self, losses: Mapping[str, Tensor], batch: Batch) -> None:
         """Decides whether this step merges: in all its microbatches at most the same sources have a loss."""
-        seeds = [state.seed_id for state in self._scope.states]
+        seeds = [state.seed_id for state in self._scope.states if state.stage != SEED_STAGE_GERMINATED]
         sources = tuple(losses) if batch.seed_ids is None else (HOST, *seeds)
         changed, self._sources = sources != self._sources, sources
         match self._merge.mode:
             case GradientMode.SUM:
-                self._merging = False
+                self._merging = self._isolates(losses, batch)
             case GradientMode.MICROBATCH:
-                self._merging = self._microbatches > 1
+                self._merging = self._microbatches > 1 or self._isolates(losses, batch)
             case GradientMode.SEED:
                 self._merging = len(sources) > 1 or (self._merge.attribution is not AttributionMode.OFF and bool(seeds))
         if not self._merging:
             return
-        if changed or self._tracker is None:
-            self._tracker = self._tracker or self._new_tracker()
+        self._follow_shared()
+        if self._tracker is None:
+            return
+        if changed or not self._names:
             own = {source: sum(p.numel() for p in parameters) for source, parameters in self._scope.own.items()}
-            # Sources that are not seeds, as in a job with several tasks, always have their full weight.
-            known = {HOST, *seeds}
+            # Tasks of the job always have their full weight; so has a loss for a seed that is part of the host now.
+            known = {HOST, *(state.seed_id for state in self._scope.states)}
             tasks = [SeedState(seed_id=s, stage=SEED_STAGE_PROBATIONARY) for s in sources if s not in known]
             self._tracker.follow([*self._scope.states, *tasks], own)
         self._names = self._tracker.begin(self._step)
 
+    def _isolates(self, losses: Mapping[str, Tensor], batch: Batch) -> bool:
+        """Returns whether an isolated seed has a loss by itself, which a plain sum would pass on to the host."""
+        if batch.seed_ids is not None or not self._settings.seeds.isolation:
+            return False
+        return any(state.seed_id in losses and state.stage in ISOLATED for state in self._scope.states)
+
+    def _follow_shared(self) -> None:
+        """Looks up the trained parameters of the host. The job may freeze and unfreeze them between steps."""
+        shared = [(name, parameter) for name, parameter in self._scope.shared if parameter.requires_grad]
+        if [id(parameter) for _, parameter in shared] == [id(parameter) for _, parameter in self._shared]:
+            return
+        # Its rows have another layout.
+        self._shared, self._names = shared, ()
+        self._tracker = self._new_tracker() if shared else None
+
     def _new_tracker(self) -> SeedAggregationTracker:
-        dtypes = {parameter.dtype for _, parameter in self._scope.shared}
-        if len(dtypes) > 1:
-            raise LossShapeError(
-                "gradients of several sources are merged over shared parameters of one dtype, not of "
-                f"{sorted(map(str, dtypes))}; gradients.mode = sum does not require this"
-            )
-        first = self._scope.shared[0][1]
         return SeedAggregationTracker(
-            FlatLayout.of(self._scope.shared),
+            FlatLayout.of(self._shared),
             self._merge,
             isolation=self._settings.seeds.isolation,
             layer_norms_top_k=self._settings.gradients.layer_norms_top_k,
-            dtype=first.dtype,
-            device=first.device,
+            dtype=row_dtype(self._shared),
+            device=self._shared[0][1].device,
         )
 
-    def _add_rows(self, tracker: SeedAggregationTracker, losses: Mapping[str, Tensor], batch: Batch) -> None:
-        given = {HOST: _total(losses)} if self._merge.mode is GradientMode.MICROBATCH else losses
+    def _add_rows(
+        self, tracker: SeedAggregationTracker, losses: Mapping[str, Tensor], batch: Batch, *, finite_only: bool
+    ) -> bool:
+        """Returns whether the rows were added."""
+        given = losses if batch.seed_ids is None else _with_rest(losses, tracker.weights)
         rows = source_rows(
             given,
-            [parameter for _, parameter in self._scope.shared],
+            [parameter for _, parameter in self._shared],
             names=self._names,
             own={source: own for source in given if (own := self._own_of(source))},
             out=tracker.lend(),
         )
+        if finite_only and not bool(torch.isfinite(rows.matrix).all()):
+            return False
         tracker.add(rows, {} if batch.seed_ids is None else sample_counts(batch.seed_ids, self._names))
-        self._rows_added = True
+        return True
 
-    def _add_alone(self, losses: Mapping[str, Tensor]) -> None:
-        """Adds a microbatch of isolated seeds only: it trains their own parameters and not the host's."""
+    def _backward_alone(self, losses: Mapping[str, Tensor]) -> None:
+        """Computes the gradients of the sources' own parameters; all parameters of the host are frozen."""
         for source, loss in losses.items():
             if own := self._own_of(source):
-                found = torch.autograd.grad(loss, own, retain_graph=True, allow_unused=True)
-                for parameter, gradient in zip(own, found, strict=True):
-                    if gradient is not None:
-                        before = self._alone.get(parameter)
-                        self._alone[parameter] = gradient if before is None else before + gradient
+                torch.autograd.backward(loss, inputs=own, retain_graph=True)
 
     def _own_of(self, source: str) -> list[nn.Parameter]:
         """Returns the own parameters that a source's loss trains: the host's loss trains those of seeds without one."""
@@ -180,6 +216,20 @@ class GradientMerger:
             return list(self._scope.own.get(source, ()))
         lossless = (own for seed, own in self._scope.own.items() if seed not in self._sources)
         return [parameter for own in lossless for parameter in own]
+
+
+def _with_rest(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Adds to the host's loss what the weight of each seed's row leaves of its loss: all of it for one without a row.
+
+    The losses are those of one batch by `losses_by_source`, so that the weighted sum of the rows stays the gradient of
+    the batch's mean loss.
+    """
+    host = [losses[HOST]] if HOST in losses else []
+    for source, loss in losses.items():
+        rest = 1.0 - weights.get(source, 0.0)
+        if source != HOST and rest > 0:
+            host.append(loss * rest)
+    return {**losses, HOST: torch.stack(host).sum()} if host else dict(losses)
 
 
 def _total(losses: Mapping[str, Tensor]) -> Tensor:

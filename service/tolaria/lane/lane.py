@@ -8,12 +8,16 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Final, Protocol
 
 import torch
 
+from tolaria.errors import JobError
 from tolaria.lane.commands import CommandExecutor, CommandQueue, QueuedCommand
 from tolaria.lane.device import hardware_context, limit_threads, on_device
+from tolaria.lane.fast_paths import spanning_compilation
+from tolaria.lane.job_output import checked_batch, checked_evaluation
 from tolaria.lane.messages import (
     Command,
     EpochDone,
@@ -25,10 +29,11 @@ from tolaria.lane.messages import (
     StepDone,
     Stop,
 )
-from tolaria.lane.profiling import LaneProfiler
+from tolaria.lane.profiling import LaneProfiler, Region
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.step import StepAbandonedError, train_step
 from tolaria.lane.train_module import TrainModule
+from tolaria.signals.layout import LanePhase
 from tolaria.values.training import Evaluation
 
 _FRAME_S: Final = 0.02
@@ -46,6 +51,12 @@ class LaneHeartbeat(Protocol):
 
     def lane_rests(self) -> AbstractContextManager[None]:
         """Spans a wait, or work known to take long, during which no beat is due."""
+
+    def lane_phase(self, phase: LanePhase) -> AbstractContextManager[None]:
+        """Spans work of a kind that may take long without a beat; nests."""
+
+    def lane_step(self, duration_s: float) -> None:
+        """Records the duration of an ordinary step, without its waits for data."""
 
 
 class EventBuffer:
@@ -122,6 +133,8 @@ class ThreadLane:
         )
         self._executor = CommandExecutor(module, snapshots, profiler)
         self.images = self._executor.images
+        self._warm = False
+        """Whether this process has taken a step, so that nothing is left that only the first one does."""
         # A daemon: a job that never returns cannot keep the process from exiting.
         self._thread = threading.Thread(target=self._run, name="tolaria-lane", daemon=True)
 
@@ -154,9 +167,12 @@ class ThreadLane:
         failure: Failure | None = None
         try:
             limit_threads(self._threads)
-            self._serve()
+            with spanning_compilation(partial(self._heartbeat.lane_phase, LanePhase.COMPILING)):
+                self._serve()
         except BaseException as error:  # noqa: BLE001 - the job is the user's code; its errors end the run, not the process
-            failure = Failure.of(error, traceback.format_exc())
+            # A JobError says in one line what failed, and where.
+            failure = Failure.of(error, "" if isinstance(error, JobError) else traceback.format_exc())
+        self._module.close_data()
         self._events.put(LaneEnded(self._module.global_step, failure))
         self._profiler.abandon()
 
@@ -175,7 +191,8 @@ class ThreadLane:
 
     def _run_epoch(self) -> None:
         module, started_s = self._module, time.monotonic()
-        module.begin_epoch()
+        with self._heartbeat.lane_phase(LanePhase.LOADING):  # a loader may start its workers
+            module.begin_epoch()
         self._snapshots.epoch_begins()
         self._put_snapshot_events()
         while self._cross_step_boundary():
@@ -186,7 +203,9 @@ class ThreadLane:
                     return  # after a later restore, the epoch continues only with a further order
             except StepAbandonedError:
                 # Unless the lane is to stop, the abandoned step, or evaluation, starts again after the urgent command.
-                module.model.train()
+                module.train_mode()
+            except Exception as error:  # noqa: BLE001 - of the job's code or of a blueprint's; raised again if not a seed's
+                self._drop_failed_seed(error)
 
     def _cross_step_boundary(self) -> bool:
         """Executes the commands that are queued, waiting while held; returns whether the epoch goes on."""
@@ -197,13 +216,15 @@ class ThreadLane:
 
     def _step(self) -> bool:
         """Takes a step and does the work that follows it; returns False if the epoch has no batch left."""
-        module = self._module
-        # Compiling takes minutes without a beat.
-        compiling = module.global_step == 0 and "compile" in module.fast_paths.running
-        with self._heartbeat.lane_rests() if compiling else nullcontext():
-            step = train_step(module, self._continue_step, self._profiler.mark)
+        module, warm = self._module, self._warm
+        with nullcontext() if warm else self._heartbeat.lane_phase(self._first_phase):
+            step = train_step(module, self._continue_step, self._mark)
         if step is None:
             return False
+        self._put_regimes()
+        self._warm = True
+        if warm:
+            self._heartbeat.lane_step(step.duration_s - step.input_wait_s)
         self._events.put(step)
         if (changed := module.seeds.advance(module.global_step)) is not None:
             module.refresh()
@@ -213,6 +234,26 @@ class ThreadLane:
         if (profiled := self._profiler.after_step(module.global_step)) is not None:
             self._events.put(profiled)
         return True
+
+    def _drop_failed_seed(self, error: Exception) -> None:
+        """Removes the seeds that made a pass raise `error`, so that the host goes on; raises it if it was none."""
+        module = self._module
+        module.abandon_step()
+        if (changed := module.seeds.drop_failed(error, module.global_step)) is None:
+            raise error
+        module.refresh()
+        module.train_mode()
+        self._events.put(changed)
+
+    @property
+    def _first_phase(self) -> LanePhase:
+        """What the first step of this process counts as, at whichever step a run is resumed."""
+        return LanePhase.COMPILING if "compile" in self._module.fast_paths.running else LanePhase.STARTING
+
+    def _mark(self, region: Region) -> AbstractContextManager[object]:
+        if region == "input":
+            return self._heartbeat.lane_phase(LanePhase.LOADING)
+        return self._profiler.mark(region)
 
     def _continue_step(self) -> bool:
         self._heartbeat.lane_beat()
@@ -224,8 +265,13 @@ class ThreadLane:
             underway = (in_epoch and not self._module.progress.over) or self._commands.epochs_queued
             restored = replace(done.result, underway=underway, latest_order=self._commands.latest_order)
             done = replace(done, result=restored)
+        self._put_regimes()
         self._put_snapshot_events()  # first: the client of the command may look at the snapshots
         self._events.put(done)
+
+    def _put_regimes(self) -> None:
+        while self._module.regimes_begun:
+            self._events.put(self._module.regimes_begun.pop(0))
 
     def _put_snapshot_events(self) -> None:
         for event in self._snapshots.take_events():
@@ -234,7 +280,8 @@ class ThreadLane:
     def _finish_epoch(self, steps_s: float) -> None:
         self._events.notify()  # of the steps in the buffer: an evaluation may take long
         module, controller = self._module, self._module.seeds.controller
-        evaluation = self._evaluate()
+        with self._heartbeat.lane_phase(LanePhase.EVALUATING):
+            evaluation = self._evaluate()
         gradients = module.merger.finish_epoch()
         module.progress = module.progress.ended()
         seeds = module.seeds.reported_states(module.global_step, gradients)
@@ -252,6 +299,7 @@ class ThreadLane:
             seeds=seeds,
             gradients=gradients,
             adjustments=controller.adjustments,
+            compile_fallback=module.fast_paths.new_compile_fallback(),
         )
         self._events.put(event)
 
@@ -261,11 +309,13 @@ class ThreadLane:
         total = Evaluation(0.0, 0, 0)
         module.model.eval()
         with torch.no_grad():
-            for batch in module.job.validation_batches():
+            for given in module.job.validation_batches():
                 if self._commands.stopping or not self._continue_step():
                     raise StepAbandonedError
-                batch_on_device = on_device(batch, module.device, pinned=module.fast_paths.pins_memory)
-                total += module.job.evaluate(module.model, batch_on_device)
+                batch = checked_batch(given, "validation_batches()")
+                if batch.samples:
+                    batch = on_device(batch, module.device, pinned=module.fast_paths.pins_memory)
+                    total += checked_evaluation(module.job.evaluate(module.model, batch))
         return total
 
 

@@ -79,12 +79,14 @@ class CaptureImage:
 class Restore:
     """Restores the image `image_id` (a loaded checkpoint), or with id 0 the snapshot of `target_step`.
 
-    Live state changes before `deadline_s` (monotonic seconds) or not at all. Gives up an unfinished step.
+    Live state changes before `deadline_s` (monotonic seconds) or not at all. Gives up an unfinished step. With
+    `other_branch` the snapshots in memory are no ancestors of that state and are dropped.
     """
 
     target_step: int
     deadline_s: float
     image_id: int = 0
+    other_branch: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +97,23 @@ class SkipBatches:
 
 
 @dataclass(frozen=True, slots=True)
+class AcceptRegime:
+    """Accepts the losses of a changed task and skips `batches` no longer; a `RegimeBegun` precedes the answer."""
+
+    reason: str
+    batches: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CaptureProfile:
     """Profiles the next `steps` steps; answered by `ProfileStarted`, followed by `ProfileDone`."""
 
     steps: int
 
 
-BoundaryCommand: TypeAlias = ReconcileSeeds | ChangeOptimizer | CaptureImage | Restore | SkipBatches | CaptureProfile
+BoundaryCommand: TypeAlias = (
+    ReconcileSeeds | ChangeOptimizer | CaptureImage | Restore | SkipBatches | AcceptRegime | CaptureProfile
+)
 """Commands that the lane answers with a `CommandDone`, at a step boundary."""
 
 Command: TypeAlias = RunEpoch | Hold | Release | Stop | BoundaryCommand
@@ -127,12 +139,16 @@ class SeedsChanged:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerChanged:
-    """Learning rates by group before and after, and the other hyperparameters that changed, as sentences."""
+    """Learning rates by group before and after, and the other hyperparameters that changed, as sentences.
+
+    `limits`: where the controller's adjustment exceeded its authority, as sentences.
+    """
 
     before: Mapping[str, float]
     after: Mapping[str, float]
     hyperparameters: tuple[str, ...]
     adjustments: tuple[ActiveAdjustment, ...] = ()
+    limits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +164,7 @@ class Restored:
 
     `state_digest` is of the live state after the restore, `expected_digest` the one recorded at its capture.
     `underway`: the lane goes on with that epoch without a further order; `latest_order` is the newest it has received.
+    `losses` is the state of its `LossWindow`, as JSON.
     """
 
     position: Position
@@ -160,6 +177,7 @@ class Restored:
     adjustments: tuple[ActiveAdjustment, ...]
     underway: bool = False
     latest_order: int = 0
+    losses: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +252,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class LaneReady:
-    """What the lane has built: where training starts, and what it trains with."""
+    """What the lane has built: where training starts, and what it trains with. `losses` is as in `Restored`."""
 
     position: Position
     progress: EpochProgress
@@ -247,14 +265,22 @@ class LaneReady:
     learning_rates: Mapping[str, float]
     adjustments: tuple[ActiveAdjustment, ...]
     seeds: tuple[SeedState, ...]
+    losses: str = ""
+    notes: tuple[str, ...] = ()
+    """What the operator should know about the job's data; sentences."""
+    slots: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """One optimizer step, or a *skipped* one: it was not finite, so nothing changed, not even `global_step`.
+    """One optimizer step, or a *skipped* one: nothing changed, not even `global_step`.
 
+    A step is skipped because it was not finite or, with `judged` set, because its loss is extreme (`LossWindow`).
     A skipped step that is `rescaled` only lowered the loss scale of float16. `batches` are the places in the epoch of
-    the microbatches it took. Times are seconds, `finished_at_s` on the monotonic clock.
+    the microbatches it took, `left_out` those among them that were not finite while others were. `judged` is the mean
+    loss of the sources that are not seeds; None if they had no sample. `dropped_seeds` are isolated seeds whose
+    gradients were not finite and were dropped. `parameters_finite` is the result of a check of the parameters after
+    many skipped steps; None if there was none. Times are seconds, `finished_at_s` on the monotonic clock.
     """
 
     global_step: int
@@ -269,11 +295,30 @@ class StepDone:
     violations: tuple[LearningRateViolation, ...] = ()
     rescaled: bool = False
     batches: range = range(0)
+    judged: float | None = None
+    left_out: tuple[int, ...] = ()
+    dropped_seeds: tuple[str, ...] = ()
+    parameters_finite: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RegimeBegun:
+    """The window of losses was emptied for a changed task; the next `StepDone` is judged by the new one.
+
+    `announced` by the job; otherwise by a command, and the losses that waited to enter the window are in it now.
+    """
+
+    global_step: int
+    reason: str
+    announced: bool
 
 
 @dataclass(frozen=True, slots=True)
 class EpochDone:
-    """The steps of an epoch and its evaluation are done. `training_loss` is the mean over the epoch's finite steps."""
+    """The steps of an epoch and its evaluation are done. `training_loss` is the mean over the epoch's finite steps.
+
+    `compile_fallback` is why parts of the model run uncompiled since this epoch; empty otherwise.
+    """
 
     epoch: int
     global_step: int
@@ -288,6 +333,7 @@ class EpochDone:
     seeds: tuple[SeedState, ...] = ()
     gradients: SeedMetricSet | None = None
     adjustments: tuple[ActiveAdjustment, ...] = ()
+    compile_fallback: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +364,7 @@ class SnapshotsChanged:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotsUnavailable:
-    """No further snapshots are taken, for this reason."""
+    """No snapshots are taken, for this reason; an empty one means that they are taken again."""
 
     reason: str
 
@@ -341,7 +387,9 @@ class LaneEnded:
 
 SnapshotEvent: TypeAlias = SnapshotsChanged | SnapshotsUnavailable
 
-Event: TypeAlias = StepDone | EpochDone | SeedsChanged | CommandDone | Held | SnapshotEvent | ProfileDone | LaneEnded
+Event: TypeAlias = (
+    StepDone | EpochDone | SeedsChanged | RegimeBegun | CommandDone | Held | SnapshotEvent | ProfileDone | LaneEnded
+)
 
 _CODEC = Codec(
     types={

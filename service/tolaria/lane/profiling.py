@@ -21,8 +21,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tolaria.errors import InvalidFieldError, WrongStateError
 from tolaria.lane.messages import PROFILE_STEPS_MAX, ProfileDone, ProfileStarted, TraceFailed, TraceWritten
 
-Region = Literal["forward", "backward", "merge", "optimizer", "boundary", "rollback"]
-"""A part of a step that is named in traces."""
+Region = Literal["input", "forward", "backward", "merge", "optimizer", "boundary", "rollback"]
+"""A part of a step that is named in traces; `input` is not, the lane shows it as its phase."""
 
 Mark: TypeAlias = Callable[[Region], AbstractContextManager[object]]
 """Returns a context manager whose block appears under that name in the trace."""

@@ -10,7 +10,7 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
-from leyline.v1.enums_pb2 import SEED_STAGE_TRAINING
+from leyline.v1.enums_pb2 import SEED_STAGE_GERMINATED, SEED_STAGE_TRAINING
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.config import Settings
 from tolaria.errors import OptimizationError
@@ -19,9 +19,12 @@ from tolaria.lane.gradient_merge import GradientScope
 from tolaria.lane.messages import SeedsChanged
 from tolaria.optimization import GroupPlan, OptimizerManager, UnifiedLRController, regroup
 from tolaria.seeds import Blueprints, SeedTopology, parameters_by_owner
+from tolaria.seeds.stages import TRAINED
 from tolaria.seeds.topology import Reconciliation
 from tolaria.values.gradients import SeedMetricSet
 from tolaria.values.optimization import GroupRole, RebuildOutcome
+from tolaria.values.seeds import limits_of
+from tolaria.values.training import eager_name
 
 SEED_GROUP: Final = "seed:"
 """Prefix of the param groups of seeds."""
@@ -45,11 +48,17 @@ class SeedTraining:
         self._isolation = seeds.isolation
         self.model = model
         self.topology = SeedTopology(
-            model, Blueprints.installed(), seed=run_seed, cull_steps=seeds.cull_steps, isolated=seeds.isolation
+            model,
+            Blueprints.installed(),
+            seed=run_seed,
+            cull_steps=seeds.cull_steps,
+            limits=limits_of(seeds),
+            isolated=seeds.isolation,
         )
         interval = settings.optimizer.rebuild_min_interval_steps
-        self.manager = OptimizerManager(optimizer, model.named_parameters(), min_interval_steps=interval)
-        self.controller = UnifiedLRController(self.manager, settings.optimizer, run_steps=run_steps)
+        named = [(eager_name(name), parameter) for name, parameter in model.named_parameters()]
+        self.manager = OptimizerManager(optimizer, named, min_interval_steps=interval)
+        self.controller = UnifiedLRController(self.manager, settings.optimizer, settings.control, run_steps=run_steps)
         self.controller.apply(0)
         self._rebuild_due = self._urgent = False
         self._retry_at_step = 0
@@ -72,6 +81,11 @@ class SeedTraining:
             return None if skipped else changed
         return None
 
+    def drop_failed(self, error: Exception, global_step: int) -> SeedsChanged | None:
+        """Removes the seeds that made a forward or backward pass raise `error`; None if it was none of them."""
+        left = self.topology.expel(error, global_step)
+        return None if left is None else self._follow(left, global_step)
+
     def state_dict(self) -> dict[str, JsonValue]:
         """Returns what is postponed, and since which step."""
         return {
@@ -89,26 +103,33 @@ class SeedTraining:
 
     def gradient_scope(self, global_step: int) -> GradientScope:
         """Returns the parameters and seeds for which gradients are merged from now on."""
-        trained, seeds = set(self.trained_parameters()), self.topology.training_seeds
-        shared = [(name, p) for name, p in parameters_by_owner(self.model)[HOST] if p in trained]
+        optimized = {p for group in self.manager.optimizer.param_groups for p in group["params"]}
+        seeds = self.topology.training_seeds
+        shared = [(name, p) for name, p in parameters_by_owner(self.model)[HOST] if p in optimized]
         own = {seed_id: [p for _, p in self.topology.training_parameters(seed_id)] for seed_id in seeds}
-        states = [state for state in self.topology.states(global_step) if state.seed_id in own]
+        growing = {SEED_STAGE_GERMINATED, *TRAINED}
+        states = [state for state in self.topology.states(global_step) if state.stage in growing]
         return GradientScope(shared, {seed_id: parameters for seed_id, parameters in own.items() if parameters}, states)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Returns all trainable parameters in the optimizer."""
         return [p for group in self.manager.optimizer.param_groups for p in group["params"] if p.requires_grad]
 
-    def clip_groups(self) -> list[list[nn.Parameter]]:
-        """Returns the trained parameters: first those that affect the host's loss, then those of each isolated seed."""
-        isolated = [
-            {p for _, p in self.topology.training_parameters(state.seed_id)}
+    def isolated_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Returns the trained parameters of each isolated seed, which cannot affect the host's loss."""
+        trained = self.trained_parameters()
+        found = {
+            state.seed_id: {p for _, p in self.topology.training_parameters(state.seed_id)}
             for state in self.topology.states(0)
             if self._isolation and state.stage == SEED_STAGE_TRAINING
-        ]
-        apart, trained = set[nn.Parameter]().union(*isolated), self.trained_parameters()
-        alone = [[p for p in trained if p in group] for group in isolated]
-        return [[p for p in trained if p not in apart], *filter(None, alone)]
+        }
+        return {seed_id: own for seed_id, group in found.items() if (own := [p for p in trained if p in group])}
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """Returns the trained parameters: first those that affect the host's loss, then those of each isolated seed."""
+        isolated = list(self.isolated_parameters().values())
+        apart = {parameter for group in isolated for parameter in group}
+        return [[p for p in self.trained_parameters() if p not in apart], *isolated]
 
     def reported_states(self, global_step: int, metrics: SeedMetricSet | None) -> tuple[SeedState, ...]:
         """Returns the seeds with the gradient norm of the last step, learning rate and metrics. Synchronises."""

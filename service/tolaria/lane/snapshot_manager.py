@@ -12,6 +12,7 @@ from pydantic import JsonValue
 from tolaria.config import RollbackSettings
 from tolaria.errors import NoCheckpointError, StateMismatchError, StateUnsupportedError, TopologyStateError
 from tolaria.images import Lease, StateImage
+from tolaria.jobs import StatefulJob
 from tolaria.lane.messages import Restored, SnapshotEvent, SnapshotsChanged, SnapshotsUnavailable
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.train_module import TrainModule
@@ -20,8 +21,8 @@ from tolaria.state.encoding import decode_plain
 from tolaria.state.restore import stage_restore
 from tolaria.state.snapshots import Cadence, Declined, SnapshotRing
 from tolaria.state.training_state import StatePart, TrainingState
-from tolaria.values.optimization import GroupRole
-from tolaria.values.training import Position
+from tolaria.values.optimization import ActiveAdjustment, GroupRole
+from tolaria.values.training import Position, eager_name
 
 _MIB: Final = 2**20
 _NO_LIMIT_BYTES: Final = 2**62
@@ -47,15 +48,19 @@ class SnapshotManager:
             "growth": module.seeds,
             "learning_rates": module.seeds.controller,
             "left_out": module.skipped,
+            "losses": module.losses,
         }
         if module.fast_paths.scaler is not None:
             parts["scaler"] = module.fast_paths.scaler
-        self.state = TrainingState(module, parts, topology=self._structure)
+        if isinstance(module.job, StatefulJob):
+            parts["job"] = module.job
+        self.state = TrainingState(module, parts, topology=self._structure, optional=("job", "losses"))
         self._ring = SnapshotRing(bytes_max=settings.memory_mb * _MIB, entries_max=settings.snapshots_max, seal=True)
         # For checkpoints of states that are too large for the ring; memory is allocated at the first one.
         self._spare = SnapshotRing(bytes_max=_NO_LIMIT_BYTES, entries_max=_SPARE_IMAGES, seal=False)
         self._cadence = Cadence(overhead_max=settings.overhead_max)
-        self._available = True
+        self._unsupported = False
+        self._unavailable = ""
         self._events: list[SnapshotEvent] = []
         self._ring_used = True
 
@@ -66,6 +71,11 @@ class SnapshotManager:
             self._ring_used = False
             events.append(SnapshotsChanged(self._ring.snapshots(), self._ring.statistics()))
         return events
+
+    @property
+    def ring_bytes(self) -> int:
+        """Bytes that the ring holds, spare memory included; not those of images beside it."""
+        return self._ring.statistics().size_bytes
 
     def epoch_begins(self) -> None:
         """Takes the first snapshot, so that there is a restore point from the first step on."""
@@ -86,49 +96,72 @@ class SnapshotManager:
             NoCheckpointError: all spare images are still being read.
         """
         self._ring_used = True
+        reason = "every image that there is room for is still being written"
         for ring in (self._ring, self._spare):
             taken = ring.capture(self.state)
-            if isinstance(taken, Position) and (lease := ring.hold(taken.global_step)) is not None:
+            if isinstance(taken, Declined) and taken.allocation_error:
+                reason = f"no memory for {taken.size_bytes / _MIB:.0f} MiB: {taken.allocation_error}"
+            elif isinstance(taken, Position) and (lease := ring.hold(taken.global_step)) is not None:
+                self._spare.forget_after(-1)  # its memory is used again as soon as the lease ends
                 return lease
-        raise NoCheckpointError("every image that there is room for is still being written")
+        raise NoCheckpointError(reason)
 
     def restore_snapshot(self, target_step: int, refused: Callable[[], bool]) -> Restored:
-        """Restores the newest snapshot at or before `target_step`, as `restore_image` does.
+        """Restores the snapshot of exactly this step, as `restore_image` does: an older one may not be sound.
 
         Raises NoCheckpointError if there is none.
         """
         self._ring_used = True
         lease = self._ring.lookup(target_step)
+        if lease is not None and lease.image.position.global_step != target_step:
+            lease.release()
+            lease = None
         if lease is None:
             raise NoCheckpointError(f"the snapshot of step {target_step} has been overwritten")
         with lease as image:
             return self.restore_image(image, refused, verify=True)
 
+    def forget_snapshots(self) -> None:
+        """Drops every snapshot: they are not ancestors of the state that has been restored."""
+        self._ring.clear()
+        self._ring_used = True
+
     def restore_image(
-        self, image: StateImage, refused: Callable[[], bool] | None = None, *, verify: bool = False
+        self,
+        image: StateImage,
+        refused: Callable[[], bool] | None = None,
+        *,
+        verify: bool = False,
+        decided: Sequence[ActiveAdjustment] | None = None,
     ) -> Restored:
         """Restores an image. Without `verify` it must have been verified before, as a loaded checkpoint has.
 
-        `refused` is called right before live state changes; True abandons the restore.
+        `refused` is called right before live state changes; True abandons the restore. Operators' adjustments of
+        learning rates stay in force: those of the live state, or after a crash `decided`. They are applied after the
+        digest of the restored state has been computed.
 
         Raises:
             RestoreAbandonedError: `refused` returned True.
             RollbackError, SeedError, OptimizationError: the image does not fit. The live state is unchanged.
         """
         module, started_s = self._module, time.monotonic()
-        skipped = set(module.skipped.batches)
+        in_force, from_step = module.seeds.controller.adjustments, module.global_step
+        if decided is not None:
+            in_force, from_step = tuple(decided), image.position.global_step
         module.clear_gradients()
         try:
             self._structure.prepare(module.global_step, image)
-            stage_restore(self.state, image, verify=verify).commit(refused)
-            found = self.state.fingerprint().total
+            staged = stage_restore(self.state, image, verify=verify)
+            staged.commit(refused)
+            found = self.state.fingerprint(only=staged.values["parts"]).total
         except (KeyError, TypeError, ValueError) as error:  # the image's values are not those of this module
             raise StateMismatchError([f"{type(error).__name__}: {error}"]) from error
         finally:  # also after a failure: seeds and groups may have changed and changed back
             module.seeds.topology.advance(module.global_step)
             module.refresh()
-        module.skipped.batches |= skipped  # a rollback does not make skipped batches good
+        module.skip_streak = 0
         controller = module.seeds.controller
+        controller.carry_over(in_force, from_step=from_step, at_step=module.global_step)
         controller.apply(module.global_step)
         self._ring.forget_after(module.global_step)
         self._ring_used = True
@@ -141,23 +174,34 @@ class SnapshotManager:
             seeds=tuple(module.seeds.topology.states(module.global_step)),
             learning_rates=controller.learning_rates(),
             adjustments=controller.adjustments,
+            losses=json.dumps(module.losses.state_dict()),
         )
 
     def _take_snapshot(self) -> None:
-        if not self._available:
+        """Takes a snapshot, or reports once why there is none, and once when there is one again."""
+        if self._unsupported:
             return
         started_s, self._ring_used, reason = time.monotonic(), True, ""
         try:
             taken = self._ring.capture(self.state)
         except StateUnsupportedError as error:
-            reason = str(error)
+            self._unsupported, reason = True, str(error)  # the reason does not go away
         else:
+            # An attempt costs time too, so the cadence bounds how often it is repeated.
             self._cadence = self._cadence.after_snapshot(time.monotonic() - started_s)
-            if isinstance(taken, Declined) and taken.too_large:
-                reason = f"a snapshot takes {taken.size_bytes / _MIB:.0f} MiB, more than rollback.memory_mb"
-        if reason:  # the attempt itself costs time, and the reason does not go away
-            self._available = False
+            if isinstance(taken, Declined):
+                reason = _why_declined(taken)
+        if reason != self._unavailable:
+            self._unavailable = reason
             self._events.append(SnapshotsUnavailable(reason))
+
+
+def _why_declined(declined: Declined) -> str:
+    """Returns why there is no snapshot; empty while images are only leased, which passes by itself."""
+    mib = f"{declined.size_bytes / _MIB:.0f} MiB"
+    if declined.too_large:
+        return f"a snapshot takes {mib}, more than rollback.memory_mb"
+    return f"no memory for a snapshot of {mib}: {declined.allocation_error}" if declined.allocation_error else ""
 
 
 _Groups: TypeAlias = Sequence[tuple[str, Sequence[str], GroupRole]]
@@ -202,7 +246,7 @@ class SeedStructure:
             raise TopologyStateError("it is neither the image's structure nor the present one")
         global_step, groups = found
         self._seeds.topology.load_state_dict(state, global_step)
-        parameters = dict(self._seeds.model.named_parameters())
+        parameters = {eager_name(name): parameter for name, parameter in self._seeds.model.named_parameters()}
         if missing := [name for _, names, _ in groups for name in names if name not in parameters]:
             raise StateMismatchError([f"parameter/{name}: its seed is not part of the structure" for name in missing])
         plans = [GroupPlan(name, {each: parameters[each] for each in names}, role) for name, names, role in groups]

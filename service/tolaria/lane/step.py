@@ -1,7 +1,9 @@
 """One training step: microbatches, losses, gradients, clipping, learning rates, optimizer.
 
 The only place that changes parameters. Synchronises with the device once, for the loss and the gradient norms, which
-have to be known before anything changes.
+have to be known before anything changes; with several microbatches on a CPU, also for the loss of each.
+
+What is not finite is left out: a microbatch of several, or else the step, which is then *skipped* and changes nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
 
@@ -21,6 +23,7 @@ from tolaria.gradients import losses_by_source
 from tolaria.jobs import HOST, Batch, PerSampleLosses, TrainingJob
 from tolaria.lane.device import on_device
 from tolaria.lane.messages import StepDone
+from tolaria.lane.parameter_check import essential_finite, parameters_sound
 from tolaria.lane.profiling import Mark, unmarked
 from tolaria.lane.train_module import TrainModule
 from tolaria.values.optimization import LearningRateViolation
@@ -35,16 +38,49 @@ class StepAbandonedError(Exception):
 
 @dataclass(slots=True)
 class _Taken:
-    """Sums over the microbatches of one step."""
+    """The microbatches of one step. The losses are weighted sums over those that were not left out.
 
+    Attributes:
+        read: samples of all microbatches.
+        samples: samples of those that were not left out.
+        loss: of all sources.
+        plain: whether the host's loss is the only one; `essential` and `judged` are not needed then.
+        essential: without the sources of isolated seeds.
+        judged: the mean over the sources that are not seeds, times the samples that have one.
+        judged_samples: number of those samples.
+        left_out: places in the epoch of the microbatches that were not finite.
+        last_batch: the last one that was not left out.
+    """
+
+    read: int = 0
     samples: int = 0
     planned_samples: int = 0
     waited_s: float = 0.0
     loss: Tensor | None = None
+    plain: bool = True
+    essential: Tensor | None = None
+    judged: Tensor | None = None
+    judged_samples: int = 0
+    left_out: list[int] = field(default_factory=list)
+    last_batch: Batch | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """The losses and gradient norms of a step; `dropped` are isolated seeds whose gradients were not finite."""
+
+    loss: float
+    judged: float | None
+    norms: Sequence[float]
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.norms[0])
 
 
 def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mark = unmarked) -> StepDone | None:
-    """Sums the gradients of the microbatches and updates the parameters; skips the step if anything is not finite.
+    """Sums the gradients of the microbatches and updates the parameters; leaves out what is not finite.
 
     Returns None when the epoch has no batch left. `continue_step` is called between two microbatches and may block.
 
@@ -54,41 +90,65 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
     """
     started_s = time.monotonic()
     first_batch = module.progress.batches
-    taken = _take_microbatches(module, continue_step, mark)
-    if taken.loss is None:
+    taken = _take_microbatches(module, continue_step, mark, each=module.device.type == "cpu")
+    if not taken.read:
         return None
-    with mark("merge"):
-        module.merger.finish()
-        _rescale(module, taken)
-    loss, norms = _measure(taken.loss, module)
-    norm = norms[0]
-    finite = math.isfinite(loss) and math.isfinite(norm)
+    measured = _finish(module, taken, mark)
+    if not measured.finite and module.accumulate > 1 and taken.loss is not None and not _overflowed(module, measured):
+        module.abandon_step()  # to find the microbatches that are not finite
+        module.fast_paths.keep_scale()
+        taken = _take_microbatches(module, continue_step, mark, each=True, thorough=True)
+        measured = _finish(module, taken, mark)
     violations: list[LearningRateViolation] = []
-    if finite:
+    undone = True
+    module.begin_announced_regimes()
+    extreme = measured.finite and measured.judged is not None and module.losses.extreme(measured.judged)
+    skipped = extreme or not measured.finite
+    if not skipped:
         with mark("optimizer"):
-            _clip(module, norms)
+            _clip(module, measured.norms)
             violations = module.seeds.controller.before_step(module.global_step)
             module.optimizer.step()
         module.global_step += 1
     else:
-        module.discard_pass()
-    rescaled = module.fast_paths.update_scale(finite=finite, loss_finite=math.isfinite(loss))
-    module.progress = module.progress.after_step(loss, taken.samples, skipped=not finite)
+        undone = module.discard_pass()
+    rescaled = taken.loss is not None and module.fast_paths.update_scale(
+        finite=measured.finite, loss_finite=math.isfinite(measured.loss)
+    )
+    _record_loss(module, measured, skipped=skipped)
+    module.progress = module.progress.after_step(measured.loss, taken.read, skipped=skipped)
+    sound = None if rescaled else _check_parameters(module, taken, skipped=skipped, undone=undone)
     finished_s = time.monotonic()
     return StepDone(
         global_step=module.global_step,
         epoch=module.progress.number,
-        loss=loss,
-        gradient_norm=norm,
-        samples=taken.samples,
+        loss=measured.loss,
+        gradient_norm=measured.norms[0],
+        samples=taken.read,
         duration_s=finished_s - started_s,
         input_wait_s=taken.waited_s,
         finished_at_s=finished_s,
-        skipped=not finite,
+        skipped=skipped,
         violations=tuple(violations),
         rescaled=rescaled,
         batches=range(first_batch, module.progress.batches),
+        judged=measured.judged if measured.finite else None,
+        left_out=() if skipped else tuple(taken.left_out),
+        dropped_seeds=() if skipped else measured.dropped,
+        parameters_finite=sound,
     )
+
+
+def _record_loss(module: TrainModule, measured: _Measured, *, skipped: bool) -> None:
+    """Adds a finite loss to the windows; that of a skipped step is extreme."""
+    if not measured.finite:
+        return
+    if skipped and measured.judged is not None:
+        module.losses.pass_over(measured.judged)
+        return
+    module.losses.note(measured.loss, measured.norms[0])
+    if measured.judged is not None:
+        module.losses.add(measured.judged)
 
 
 def checked_losses(job: TrainingJob, model: nn.Module, batch: Batch, seeds: Sequence[str]) -> Mapping[str, Tensor]:
@@ -117,8 +177,14 @@ def checked_losses(job: TrainingJob, model: nn.Module, batch: Batch, seeds: Sequ
     return losses
 
 
-def _take_microbatches(module: TrainModule, continue_step: Callable[[], bool], mark: Mark) -> _Taken:
-    """Takes up to `accumulate` microbatches, each fetched when it is needed; gradients are weighted by samples."""
+def _take_microbatches(
+    module: TrainModule, continue_step: Callable[[], bool], mark: Mark, *, each: bool, thorough: bool = False
+) -> _Taken:
+    """Takes up to `accumulate` microbatches, each fetched when it is needed; gradients are weighted by samples.
+
+    With `each`, a microbatch of several whose loss is not finite is left out; with `thorough`, also one whose gradient
+    is not finite.
+    """
     taken = _Taken()
     for number in range(module.accumulate):
         if number and not continue_step():
@@ -127,24 +193,75 @@ def _take_microbatches(module: TrainModule, continue_step: Callable[[], bool], m
         asked_s = time.monotonic()
         if not number:
             module.note_step_start()
-        batch = module.next_batch()
-        if batch is None:
+        place = module.progress.batches
+        with mark("input"):
+            read = module.next_batch()
+        if read is None:
             break
-        batch = on_device(batch, module.device, pinned=module.fast_paths.pins_memory)
+        batch = on_device(read, module.device, pinned=module.fast_paths.pins_memory)
         taken.waited_s += time.monotonic() - asked_s
         if not number:
             module.clear_gradients()
-            module.save_buffers()
             taken.planned_samples = batch.samples * module.accumulate
             module.merger.begin(module.global_step, module.accumulate)
+            module.save_buffers()
+        taken.read += batch.samples
+        module.save_microbatch(gradients=thorough)
         with mark("forward"), module.fast_paths.autocast():
             losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
-        share = batch.samples / taken.planned_samples
-        with mark("backward"):
-            loss = module.merger.add(losses, batch, share=share, scaler=module.fast_paths.scaler)
-        taken.loss = loss if taken.loss is None else taken.loss + loss
-        taken.samples += batch.samples
+        module.look_up_parameters()
+        loss = None
+        if not (each and module.accumulate > 1) or essential_finite(module, losses):
+            share = batch.samples / taken.planned_samples
+            with mark("backward"):
+                loss = module.merger.add(
+                    losses, batch, share=share, scaler=module.fast_paths.scaler, finite_only=thorough
+                )
+        if loss is None or (thorough and not module.gradients_finite()):
+            module.discard_microbatch()
+            taken.left_out.append(place)
+        else:
+            _add_losses(module, taken, losses, loss, batch)
+            taken.last_batch = read
     return taken
+
+
+def _add_losses(module: TrainModule, taken: _Taken, losses: Mapping[str, Tensor], loss: Tensor, batch: Batch) -> None:
+    """Adds the losses of a microbatch; `loss` is the sum over all sources, weighted by samples."""
+    taken.loss = loss if taken.loss is None else taken.loss + loss
+    taken.samples += batch.samples
+    if len(losses) == 1 and batch.seed_ids is None and taken.plain:
+        return
+    taken.plain = False
+    share = batch.samples / taken.planned_samples
+    seeds = set(module.seeds.topology.training_seeds)
+    essential = [each.detach() for source, each in losses.items() if source not in module.isolated_seeds]
+    part = torch.stack(essential).sum() * share if essential else torch.zeros_like(loss)
+    taken.essential = part if taken.essential is None else taken.essential + part
+    tasks = [each.detach() for source, each in losses.items() if source not in seeds]
+    samples = batch.samples
+    if batch.seed_ids is not None:  # their losses are shares of the mean over the whole batch
+        samples = sum(source not in seeds for source in batch.seed_ids)
+    if samples and tasks:
+        mean = torch.stack(tasks).mean() * batch.samples
+        taken.judged = mean if taken.judged is None else taken.judged + mean
+        taken.judged_samples += samples
+
+
+def _finish(module: TrainModule, taken: _Taken, mark: Mark) -> _Measured:
+    """Merges the gradients, scales them by the samples that were taken, and measures them."""
+    if taken.loss is None:  # every microbatch was left out
+        return _Measured(math.nan, None, [math.nan])
+    with mark("merge"):
+        module.merger.finish()
+        _rescale(module, taken)
+    return _measure(taken, module)
+
+
+def _overflowed(module: TrainModule, measured: _Measured) -> bool:
+    """Whether the loss scale of float16 may be the only cause of what is not finite."""
+    scaler = module.fast_paths.scaler
+    return scaler is not None and math.isfinite(measured.loss) and scaler.get_scale() > 1.0
 
 
 def _rescale(module: TrainModule, taken: _Taken) -> None:
@@ -157,37 +274,56 @@ def _rescale(module: TrainModule, taken: _Taken) -> None:
     if taken.samples != taken.planned_samples and taken.loss is not None:
         factor = taken.planned_samples / taken.samples
         taken.loss = taken.loss * factor
+        if taken.essential is not None:
+            taken.essential = taken.essential * factor
         gradients = [p.grad for p in module.parameters if p.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, factor)
 
 
-def _measure(loss: Tensor, module: TrainModule) -> tuple[float, list[float]]:
-    """Returns the loss and the gradient norm (L2) of each clip group. Synchronises.
+def _measure(taken: _Taken, module: TrainModule) -> _Measured:
+    """Returns the losses and the gradient norm (L2) of each clip group. Synchronises.
 
     An isolated seed is a clip group by itself and cannot affect the host: if its norm is not finite, its gradients
     are dropped.
     """
     groups = [[p.grad for p in group if p.grad is not None] for group in module.clip_groups]
     gradients = [gradient for group in groups for gradient in group]
+    losses = [loss for loss in (taken.loss, taken.essential, taken.judged) if loss is not None]
     if not gradients:  # no sample of this step is for a parameter in the optimizer
-        return loss.item(), [0.0] * len(groups)
+        return _Measured(*_losses(taken, [loss.item() for loss in losses]), [0.0] * len(groups))
     # All gradients are on one device, so the grouping that torch.nn.utils.get_total_norm does first is not needed: on
     # small models it costs as much as an operation of the model.
     half = any(gradient.dtype in _HALF for gradient in gradients)
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32 if half else None)  # noqa: SLF001 - torch's name for the batched norm
-    # One transfer: the loss and the norm of each gradient; their root sum of squares is cheaper on the host.
-    values: list[float] = torch.stack([loss.to(norms[0].dtype), *(n.to(norms[0].dtype) for n in norms)]).tolist()
-    rest = iter(values[1:])
+    # One transfer: the losses and the norm of each gradient; their root sum of squares is cheaper on the host.
+    dtype = norms[0].dtype
+    values: list[float] = torch.stack([each.to(dtype) for each in (*losses, *norms)]).tolist()
+    rest = iter(values[len(losses) :])
     found = [math.hypot(*islice(rest, len(group))) for group in groups]
-    for parameters, norm in zip(module.clip_groups[1:], found[1:], strict=True):
+    dropped = []
+    for seed_id, parameters, norm in zip(module.isolated_seeds, module.clip_groups[1:], found[1:], strict=True):
         if not math.isfinite(norm):
+            dropped.append(seed_id)
             for parameter in parameters:
                 parameter.grad = None
-    return values[0], found
+    return _Measured(*_losses(taken, values[: len(losses)]), found, tuple(dropped))
 
 
-def _clip(module: TrainModule, norms: list[float]) -> None:
+def _losses(taken: _Taken, values: Sequence[float]) -> tuple[float, float | None]:
+    """Returns the loss of the step and the one that is judged, of the values that were transferred."""
+    rest = iter(values)
+    loss = next(rest)
+    if taken.essential is not None:
+        essential = next(rest)
+        loss = loss if math.isfinite(loss) else essential  # that of an isolated seed is not finite
+    if taken.plain:
+        return loss, loss
+    judged = next(rest) / taken.judged_samples if taken.judged_samples else math.nan
+    return loss, judged if math.isfinite(judged) else None
+
+
+def _clip(module: TrainModule, norms: Sequence[float]) -> None:
     """Scales each group's gradients to a norm of at most `clip_norm` (Pascanu et al. 2013, algorithm 1)."""
     if not module.clip_norm:
         return
@@ -195,3 +331,20 @@ def _clip(module: TrainModule, norms: list[float]) -> None:
         gradients = [p.grad for p in group if p.grad is not None]
         if norm > module.clip_norm and gradients:
             torch._foreach_mul_(gradients, module.clip_norm / norm)
+
+
+def _check_parameters(module: TrainModule, taken: _Taken, *, skipped: bool, undone: bool) -> bool | None:
+    """Finds out, after many skipped steps in a row, whether data or parameters are ill; None if that is not due.
+
+    Also False if a skipped step was not `undone`.
+    """
+    if not skipped:
+        module.skip_streak, module.last_good = 0, taken.last_batch
+        return None
+    module.skip_streak += 1
+    if not undone:
+        return False
+    if module.skip_streak % module.skips_max:
+        return None
+    seeds = module.seeds.topology.training_seeds
+    return parameters_sound(module, lambda batch: checked_losses(module.job, module.model, batch, seeds))

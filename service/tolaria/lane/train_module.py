@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias, cast
@@ -11,21 +12,38 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from tolaria.config import Settings
-from tolaria.jobs import Batch, BatchCursor, CursorState, TrainingJob
+from tolaria.jobs import Batch, BatchCursor, CursorState, LoaderCursor, StatefulJob, TrainingJob, TrainModeJob
+from tolaria.lane.buffers import SavedBuffers
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.gradient_merge import GradientMerger
+from tolaria.lane.job_output import checked_batch
+from tolaria.lane.messages import RegimeBegun
 from tolaria.lane.seed_training import SeedTraining
-from tolaria.state.encoding import capture_rngs, restore_rngs
+from tolaria.state.encoding import KeptValues, capture_rngs, restore_rngs
+from tolaria.values.loss_window import LossWindow
 from tolaria.values.training import EpochProgress, Position
 
-_StepStart: TypeAlias = tuple[CursorState, EpochProgress, tuple[dict[str, Tensor], dict[str, JsonValue]]]
+_StepStart: TypeAlias = tuple[
+    CursorState, EpochProgress, tuple[dict[str, Tensor], dict[str, JsonValue]], KeptValues | None
+]
 
 
 @dataclass(slots=True)
 class SkippedBatches:
-    """Batches that training skips, as (epoch, place in the epoch from 0). Part of the state."""
+    """Batches that training skips, as (epoch, place in the epoch from 0).
+
+    `batches` are those in the state that was restored, where earlier versions kept them. `added` belong to the run,
+    which records them, so that going back does not restore them: they are not part of the state.
+    """
 
     batches: set[tuple[int, int]] = field(default_factory=set)
+    added: set[tuple[int, int]] = field(default_factory=set)
+
+    def __contains__(self, batch: object) -> bool:
+        return batch in self.added or batch in self.batches
+
+    def __len__(self) -> int:
+        return len(self.batches | self.added)
 
     def state_dict(self) -> dict[str, JsonValue]:
         """Returns the batches in order, so that equal sets have equal digests."""
@@ -46,6 +64,11 @@ class TrainModule:
         global_step: number of completed steps.
         progress: of the current epoch, or the last one.
         skipped: batches that `next_batch` passes over.
+        losses: the window of recent losses, by which new ones are judged.
+        announced: reasons for which the job has announced a changed task, not taken into account yet.
+        regimes_begun: events of changed tasks that the lane has not taken yet.
+        skip_streak: steps in a row that were skipped most recently.
+        last_good: a batch of the last step that was not skipped, as the cursor returned it.
         parameters: trainable parameters in the optimizer.
         clip_groups: the same parameters, in groups that are clipped separately; the host's is the first.
     """
@@ -60,6 +83,7 @@ class TrainModule:
         seeds: SeedTraining,
         fast_paths: FastPaths,
         settings: Settings,
+        announced: deque[str] | None = None,
     ) -> None:
         self.job = job
         self.model = model
@@ -73,12 +97,20 @@ class TrainModule:
         self.global_step = 0
         self.progress = EpochProgress()
         self.skipped = SkippedBatches()
+        self.losses = LossWindow(settings.health.window)
+        self.announced: deque[str] = deque() if announced is None else announced
+        self.regimes_begun: list[RegimeBegun] = []
+        self.skips_max = settings.health.skips_max
+        self.skip_streak = 0
+        self.last_good: Batch | None = None
+        self._buffers, self._microbatch_buffers = SavedBuffers(model), SavedBuffers(model)
+        self._kept_gradients: list[Tensor | None] | None = None
         self._step_start: _StepStart | None = None
         self.refresh()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer in use; a rebuild replaces it."""
+        """The optimizer that the job built; a rebuild changes its groups."""
         return self.seeds.manager.optimizer
 
     @property
@@ -105,54 +137,123 @@ class TrainModule:
 
     def refresh(self) -> None:
         """Collects parameters and buffers again, after the seeds in the model have changed."""
-        self.parameters = self.seeds.trained_parameters()
-        self.clip_groups = self.seeds.clip_groups()
-        self.merger.follow(self.seeds.gradient_scope(self.global_step))
-        self._with_gradients = [p for p in self.model.parameters() if p.requires_grad]
-        self._buffers = list(self.model.buffers())
-        self._saved_buffers = [buffer.detach().clone() for buffer in self._buffers]
+        self._collect_parameters()
+        self._buffers.follow(self.model)
+        self._microbatch_buffers.follow(self.model)
+
+    def look_up_parameters(self) -> None:
+        """Collects the parameters again if the job has frozen or unfrozen some, or changed the optimizer's groups.
+
+        Called after each forward pass, in which a job may do so. Otherwise costs one comparison for each parameter.
+        """
+        if self._trained != self._trained_now():
+            self._collect_parameters()
+
+    def train_mode(self) -> None:
+        """Sets the model to training mode, by the job's own `train_mode` if it has one."""
+        if isinstance(self.job, TrainModeJob):
+            self.job.train_mode(self.model)
+        else:
+            self.model.train()
 
     def begin_epoch(self) -> None:
         """Starts the next epoch; within one, as after a rollback, only sets the model to training mode."""
-        self.model.train()
+        self.train_mode()
+        self.look_up_parameters()
         if self.progress.over:
             self.progress = self.progress.begun(self.progress.number + 1)
             self.cursor.begin_epoch(self.progress.number)
 
     def next_batch(self) -> Batch | None:
-        """Returns the next batch that is not to be skipped; None at the end of the epoch."""
+        """Returns the next batch that is not empty and not to be skipped; None at the end of the epoch.
+
+        Raises BrokenJobError if the cursor returns something else than a batch.
+        """
         while (batch := self.cursor.next_batch()) is not None:
+            batch = checked_batch(batch, "training_data: next_batch()")
             place = self.progress.batches
             self.progress = self.progress.after_batch()
-            if (self.progress.number, place) not in self.skipped.batches:
+            if batch.samples and (self.progress.number, place) not in self.skipped:
                 return batch
         return None
 
+    def close_data(self) -> None:
+        """Ends the workers of a `DataLoader`; nothing may be read afterwards."""
+        if isinstance(self.cursor, LoaderCursor):
+            self.cursor.close()
+
     def note_step_start(self) -> None:
-        """Records data, progress and generators before a step of several microbatches, for `abandon_step`."""
+        """Records data, progress, generators and the job before a step of several microbatches, for `abandon_step`."""
         if self.accumulate > 1:
-            self._step_start = self.cursor.state_dict(), self.progress, capture_rngs()
+            job = KeptValues(dict(self.job.state_dict()), "job") if isinstance(self.job, StatefulJob) else None
+            self._step_start = self.cursor.state_dict(), self.progress, capture_rngs(), job
 
     def abandon_step(self) -> None:
         """Restores what `note_step_start` recorded, so that the same step can start again."""
         self.discard_pass()
         if self._step_start is not None:
-            cursor, self.progress, rngs = self._step_start
+            cursor, self.progress, rngs, job = self._step_start
             self.cursor.load_state_dict(cursor)
             restore_rngs(*rngs)
+            if job is not None and isinstance(self.job, StatefulJob):
+                self.job.load_state_dict(job.values())
 
     def clear_gradients(self) -> None:
-        """Drops all gradients, including those of parameters that are not in the optimizer."""
-        for parameter in self._with_gradients:
+        """Drops all gradients, also those of frozen parameters and of those that are not in the optimizer."""
+        for parameter in self._all_parameters:
             parameter.grad = None
 
     def save_buffers(self) -> None:
-        """Copies the buffers (running statistics), so that a skipped step can restore them."""
-        if self._buffers:
-            torch._foreach_copy_(self._saved_buffers, self._buffers)
+        """Saves the buffers (running statistics), so that a skipped step can restore them."""
+        self._buffers.save()
 
-    def discard_pass(self) -> None:
-        """Drops all gradients, and restores the buffers that `save_buffers` copied."""
+    def discard_pass(self) -> bool:
+        """Drops all gradients, and restores the saved buffers; returns False if one of them cannot be."""
         self.clear_gradients()
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._saved_buffers)
+        return self._buffers.restore()
+
+    def save_microbatch(self, *, gradients: bool) -> None:
+        """Saves buffers, and with `gradients` copies them, before a microbatch of several, for `discard_microbatch`."""
+        if self.accumulate > 1:
+            self._microbatch_buffers.save()
+            found = [p.grad for p in self._all_parameters] if gradients else None
+            self._kept_gradients = None if found is None else [None if g is None else g.clone() for g in found]
+
+    def discard_microbatch(self) -> None:
+        """Restores what `save_microbatch` saved."""
+        self._microbatch_buffers.restore()
+        if self._kept_gradients is not None:
+            for parameter, gradient in zip(self._all_parameters, self._kept_gradients, strict=True):
+                parameter.grad = gradient
+
+    def gradients_finite(self) -> bool:
+        """Whether all gradients that affect the host's loss are finite. Synchronises."""
+        gradients = [p.grad for p in self.clip_groups[0] if p.grad is not None]
+        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+    def begin_announced_regimes(self) -> None:
+        """Empties the window of losses if the job has announced a changed task since the last call."""
+        while self.announced:
+            self.begin_regime(self.announced.popleft(), announced=True)
+
+    def begin_regime(self, reason: str, *, announced: bool) -> None:
+        """Empties the window of losses for a changed task, except for those that wait, unless it was `announced`."""
+        self.losses.begin_regime(keep_waiting=not announced)
+        self.regimes_begun.append(RegimeBegun(self.global_step, reason, announced))
+
+    def forget_steps(self) -> None:
+        """Drops what steps leave beside the state: announced regimes, the streak of skipped steps, the last batch."""
+        self.announced.clear()
+        self.regimes_begun.clear()
+        self.skip_streak, self.last_good = 0, None
+
+    def _collect_parameters(self) -> None:
+        self._trained = self._trained_now()
+        self.parameters = self.seeds.trained_parameters()
+        self.clip_groups = self.seeds.clip_groups()
+        self.isolated_seeds = tuple(self.seeds.isolated_parameters())
+        self.merger.follow(self.seeds.gradient_scope(self.global_step))
+        self._all_parameters = list(self.model.parameters())
+
+    def _trained_now(self) -> list[bool]:
+        return [p.requires_grad for group in self.optimizer.param_groups for p in group["params"]]

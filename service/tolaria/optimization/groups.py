@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -28,14 +29,22 @@ class GroupPlan:
         name: unique among the groups.
         parameters: by their full name in the model, in the order of the optimizer.
         role: how its learning rate is set.
-        options: param-group options that differ from those of the present group of this name or, for a new group,
-            from the optimizer's defaults. A new group's `lr` is written by the controller at the next `apply`.
+
+    A known group keeps its options; a new one takes the optimizer's defaults, and its `lr` is written by the
+    controller at the next `apply`.
     """
 
     name: str
     parameters: Mapping[str, Tensor]
     role: GroupRole = GroupRole.HOST
-    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in whatever order of the dimensions.
+
+    Only then do a tensor's gradient and moments, as autograd and optimizers allocate them, have its strides.
+    """
+    return torch.empty_like(tensor, device="meta", memory_format=torch.preserve_format).stride() == tensor.stride()
 
 
 def name_groups(optimizer: Optimizer) -> None:

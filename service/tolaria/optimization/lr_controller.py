@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from tolaria.config import OptimizerSettings
+from tolaria.config import ControlSettings, OptimizerSettings
 from tolaria.errors import (
     AdjustmentRefusedError,
     ControllerStateError,
@@ -15,31 +15,40 @@ from tolaria.errors import (
     ScheduleError,
     UnknownGroupError,
 )
+from tolaria.optimization.adjustments import (
+    ADJUSTMENTS_MAX,
+    Authority,
+    adjusted_rate,
+    bounded_rate,
+    carried_over,
+    folded,
+    rate_without_controller,
+    without_replaced,
+)
 from tolaria.optimization.groups import GroupPlan, RateWriter, name_groups, name_of, rate_in
 from tolaria.optimization.optimizer_manager import OptimizerManager
 from tolaria.optimization.schedules import Warmup, build_schedule
-from tolaria.optimization.state_transfer import Build
 from tolaria.values.optimization import (
+    AUTOMATIC,
+    CONTROLLER,
     ActiveAdjustment,
     Adjustment,
     GroupRole,
     LearningRateViolation,
     RebuildOutcome,
     RebuildResult,
-    in_family,
 )
 
 _VERSION: Final = 1
-_ADJUSTMENTS_MAX: Final = 64
-"""Greatest number of active adjustments."""
 
 
 @dataclass(frozen=True, slots=True)
 class RateChange:
-    """The rates of the adjusted groups before and after an adjustment."""
+    """The rates of the adjusted groups before and after an adjustment, and how the controller's was limited."""
 
     before: dict[str, float]
     after: dict[str, float]
+    limits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +67,14 @@ class UnifiedLRController:
     that other code changed.
     """
 
-    def __init__(self, manager: OptimizerManager, settings: OptimizerSettings, *, run_steps: int) -> None:
+    def __init__(
+        self, manager: OptimizerManager, settings: OptimizerSettings, control: ControlSettings, *, run_steps: int
+    ) -> None:
         """Registers the optimizer's groups as host groups with their present `lr` as base.
 
         The host follows the schedule of `settings` for a run of `run_steps` steps; a seed has `seed_factor` of its
-        rate, and a warm-up that counts from the registration of its group.
+        rate, and a warm-up that counts from the registration of its group. `control` bounds what the controller may
+        change.
 
         Raises:
             UnsuitableOptimizerError: a group has no `lr`, or two have the same name.
@@ -73,6 +85,7 @@ class UnifiedLRController:
         if floor > ceiling:
             raise ScheduleError("floor", f"must be at most the ceiling, is {floor} of {ceiling}")
         self._settings = settings
+        self._authority = Authority(control.lr_factor_min, control.lr_factor_max)
         self._schedule = build_schedule(settings, run_steps)
         self._seed_warmup = Warmup(settings.seed_warmup_steps, settings.seed_warmup_floor)
         name_groups(manager.optimizer)
@@ -147,7 +160,7 @@ class UnifiedLRController:
             UnsuitableOptimizerError: it has a group without a name.
         """
         if self._adjustments:
-            self._adjustments = [each for each in self._adjustments if not each.expired_at(global_step)]
+            self._adjustments = self._active_at(global_step)
         for group in self._manager.optimizer.param_groups:
             name = name_of(group)
             self._writer.write(group, self._rate_at(name, self._known(name), global_step, self._adjustments))
@@ -160,14 +173,17 @@ class UnifiedLRController:
     def adjust(self, adjustment: Adjustment, *, at_step: int) -> RateChange:
         """Adds an adjustment, effective from the next `apply` with a step of at least `at_step`.
 
-        Adjustments compose as in `adjusted_rate`. A value without expiry replaces all older ones of its groups.
+        Adjustments compose as in `adjusted_rate`. A value without expiry replaces all older ones of its groups. Many
+        lasting factors are folded together. The controller's adjustments are limited to its authority, and an
+        automatic cut is limited by the bounds; neither is refused for its size.
 
         Returns:
             The rates of the groups concerned at `at_step`, before and after.
 
         Raises:
             UnknownGroupError: no group of that name is registered.
-            AdjustmentRefusedError: a rate would be out of bounds, all groups are frozen, or too many are active.
+            AdjustmentRefusedError: a rate would be out of bounds, all groups are frozen, or too many temporary
+                adjustments are active.
         """
         groups = {name: group for name, group in self._groups.items() if adjustment.applies_to(name)}
         if not groups:
@@ -175,19 +191,22 @@ class UnifiedLRController:
         names = [name for name, group in groups.items() if group.role is not GroupRole.FROZEN]
         if not names:
             raise AdjustmentRefusedError("group", f"{adjustment.group!r} is frozen")
-        active = [each for each in self._adjustments if not each.expired_at(at_step)]
-        changed = [*without_replaced(active, adjustment), ActiveAdjustment(adjustment, at_step)]
-        if len(changed) > _ADJUSTMENTS_MAX:
-            raise AdjustmentRefusedError(
-                "group", f"{len(active)} adjustments are active already; a value without expiry replaces them"
-            )
-        self._check_bounds(adjustment, names, changed, at_step)
+        active, limits = self._active_at(at_step), tuple[str, ...]()
+        if adjustment.origin == CONTROLLER:
+            adjustment, limits = self._within_authority(adjustment, names, active, at_step)
+        changed = self._with(active, adjustment, at_step)
+        if adjustment.origin not in {CONTROLLER, AUTOMATIC}:
+            self._check_bounds(adjustment, names, changed, at_step)
         self._adjustments = changed
         before, after = (
             {name: self._rate_at(name, groups[name], at_step, adjustments) for name in names}
             for adjustments in (active, changed)
         )
-        return RateChange(before, after)
+        return RateChange(before, after, limits)
+
+    def carry_over(self, in_force: Sequence[ActiveAdjustment], *, from_step: int, at_step: int) -> None:
+        """Adds what operators decided to the adjustments of a restored state, as `carried_over` does."""
+        self._adjustments = carried_over(self._adjustments, in_force, from_step=from_step, at_step=at_step)
 
     def learning_rates(self) -> dict[str, float]:
         """Returns the rates last written, by group; empty before the first `apply`."""
@@ -236,12 +255,55 @@ class UnifiedLRController:
             raise GroupConflictError(f"param group {name!r} needs a base learning rate, as there is no host group")
         return host.base_lr * (self._settings.seed_factor if role is GroupRole.SEED else 1.0)
 
+    def _active_at(self, step: int) -> list[ActiveAdjustment]:
+        return [each for each in self._adjustments if not each.expired_at(step)]
+
+    def _with(self, active: Sequence[ActiveAdjustment], new: Adjustment, at_step: int) -> list[ActiveAdjustment]:
+        """Returns the active adjustments with `new`, which folds lasting factors when there are many."""
+        changed = [*without_replaced(active, new), ActiveAdjustment(new, at_step)]
+        if len(changed) > ADJUSTMENTS_MAX:
+            changed = folded([each for each in changed if any(map(each.adjustment.applies_to, self._groups))])
+        if len(changed) > ADJUSTMENTS_MAX and new.expires_after_steps is not None and new.origin != AUTOMATIC:
+            detail = f"{len(changed) - 1} adjustments are active already; a value without expiry replaces them"
+            raise AdjustmentRefusedError("expires_after_steps", detail)
+        return changed
+
+    def _within_authority(
+        self, asked: Adjustment, names: Sequence[str], active: Sequence[ActiveAdjustment], at_step: int
+    ) -> tuple[Adjustment, tuple[str, ...]]:
+        """Returns the controller's adjustment as far as its authority goes, and a sentence for each limit.
+
+        A factor is limited itself, so that what is beyond a bound does not add up. A value stays, as its limit depends
+        on the group and on the schedule.
+        """
+        granted, lowest, highest = self._authority, self._authority.lowest, self._authority.highest
+        rates = {name: self._rate_at(name, self._groups[name], at_step, active) for name in names}
+        scheduled = {name: self._scheduled(self._groups[name], at_step) for name in names}
+        own = {name: rate_without_controller(active, name, scheduled[name], at_step) for name in names}
+        if asked.factor is None:
+            new = [*without_replaced(active, asked), ActiveAdjustment(asked, at_step)]
+            reached = {name: self._rate_at(name, self._groups[name], at_step, new) for name in names}
+            return asked, tuple(
+                f"{name}: {asked.value:g} is limited to {reached[name]:g}, between {lowest:g} and {highest:g} of "
+                f"{own[name]:g}"
+                for name in names
+                if reached[name] != asked.value
+            )
+        least = max((own[name] * granted.lowest / rate for name, rate in rates.items() if rate), default=asked.factor)
+        most = min((own[name] * granted.highest / rate for name, rate in rates.items() if rate), default=asked.factor)
+        factor = min(max(asked.factor, least), most)
+        if factor == asked.factor or factor <= 0.0:
+            return asked, ()
+        sentence = f"factor {asked.factor:g} is limited to {factor:g}, between {lowest:g} and {highest:g} of the rate"
+        return replace(asked, factor=factor), (f"{sentence} without the controller",)
+
     def _rate_at(self, name: str, group: RegisteredGroup, step: int, active: Sequence[ActiveAdjustment]) -> float:
         scheduled = self._scheduled(group, step)
         if not active or group.role is GroupRole.FROZEN:
             return scheduled
         lowest = min(self._settings.lr_floor, scheduled)
-        return min(max(adjusted_rate(active, name, scheduled, step), lowest), self._settings.lr_ceiling)
+        rate = bounded_rate(active, name, scheduled, step, self._authority)
+        return min(max(rate, lowest), self._settings.lr_ceiling)
 
     def _scheduled(self, group: RegisteredGroup, step: int) -> float:
         if group.role is GroupRole.FROZEN:
@@ -268,32 +330,6 @@ class UnifiedLRController:
                 )
 
 
-def adjusted_rate(active: Sequence[ActiveAdjustment], group: str, scheduled: float, step: int) -> float:
-    """Returns a group's rate from its scheduled one and the adjustments, oldest first; without bounds.
-
-    The newest active value replaces the scheduled rate, then the factors that are newer than the value multiply.
-    """
-    rate, factor = scheduled, 1.0
-    for each in active:
-        change = each.adjustment
-        if each.expired_at(step) or not change.applies_to(group):
-            continue
-        if change.value is not None:
-            rate, factor = change.value, 1.0  # a value is absolute: older factors do not change it
-        if change.factor is not None:
-            factor *= change.factor
-    return rate * factor
-
-
-def without_replaced(active: Sequence[ActiveAdjustment], new: Adjustment) -> list[ActiveAdjustment]:
-    """Returns the adjustments that `new` does not replace: a value without expiry replaces older ones of its groups."""
-    if new.value is None or new.expires_after_steps is not None:
-        return list(active)
-    groups = [each.adjustment.group for each in active]
-    replaced = [new.group is None or (group is not None and in_family(group, new.group)) for group in groups]
-    return [each for each, gone in zip(active, replaced, strict=True) if not gone]
-
-
 def regroup(
     manager: OptimizerManager,
     controller: UnifiedLRController,
@@ -301,7 +337,6 @@ def regroup(
     at_step: int,
     *,
     urgent: bool = False,
-    change_to: Build | None = None,
 ) -> RebuildResult:
     """Rebuilds the optimizer over exactly `groups` and changes the registered groups with it, or changes nothing.
 
@@ -318,7 +353,7 @@ def regroup(
                 controller.register_group(group.name, group.role, at_step=at_step)
             elif controller.groups[group.name].role is not group.role:
                 controller.set_role(group.name, group.role)
-        result = manager.rebuild(groups, at_step, urgent=urgent, change_to=change_to)
+        result = manager.rebuild(groups, at_step, urgent=urgent)
     except OptimizationError:
         controller.load_state_dict(before)
         raise

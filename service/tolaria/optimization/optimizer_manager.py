@@ -1,28 +1,32 @@
-"""`OptimizerManager`: rebuilds the optimizer when its parameters, class or options change, without losing state."""
+"""`OptimizerManager`: changes which parameters and groups the job's optimizer has, without losing its state."""
 
 from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from inspect import Parameter
+from typing import Any, Final
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from tolaria.errors import RebuildFailedError, UnsuitableOptimizerError
-from tolaria.optimization.groups import GroupPlan, ParamGroup, name_groups, name_of
-from tolaria.optimization.state_transfer import Build, held_by, state_problems, transfer_state
+from tolaria.optimization.groups import GroupPlan, ParamGroup, is_dense, name_groups, name_of
+from tolaria.optimization.state_transfer import Form, HeldParameter, TransferredState, state_problems, transfer_state
 from tolaria.values.optimization import GroupRole, RebuildOutcome, RebuildResult
+
+_NOT_OPTIONS: Final = frozenset({"params", "param_names"})
 
 
 class OptimizerManager:
-    """Holds the optimizer, and replaces it by a new one that is built and validated first.
+    """Holds the job's optimizer, which stays the same object: groups and state are rebuilt in it.
 
-    A rebuild that fails leaves the present optimizer unchanged, bit for bit. `attempted_at_step` is the step of the
-    last attempt, from which the minimum interval counts; it is part of the training state.
+    So it keeps its class, its attributes and hooks, and whatever holds it or its `param_groups`, such as a scheduler of
+    learning rates or a wrapper, holds the optimizer in use. A rebuild that fails leaves it as it was, bit for bit.
+    `attempted_at_step` is the step of the last attempt, from which the minimum interval counts; it is part of the
+    training state.
     """
 
     def __init__(
@@ -46,17 +50,15 @@ class OptimizerManager:
                     raise UnsuitableOptimizerError(
                         f"{type(optimizer).__name__}: parameter {index} of group {group['name']!r} is not the model's"
                     )
-        self._optimizer = optimizer
-        self._held = held_by(optimizer, names)
+        self.optimizer: Final = optimizer
+        self._held = {
+            names[tensor]: HeldParameter(tensor, Form.of(tensor))
+            for group in optimizer.param_groups
+            for tensor in group["params"]
+        }
         self._roles: dict[str, GroupRole] = {name_of(group): GroupRole.HOST for group in optimizer.param_groups}
         self._min_interval_steps = min_interval_steps
-        self._build: Build | None = None
         self.attempted_at_step: int | None = None
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The present optimizer; a rebuild replaces it."""
-        return self._optimizer
 
     def plan(self) -> list[GroupPlan]:
         """Returns the present groups, to be changed and passed to `rebuild`."""
@@ -67,52 +69,42 @@ class OptimizerManager:
                 parameters={names[tensor]: tensor for tensor in group["params"]},
                 role=self._roles[name_of(group)],
             )
-            for group in self._optimizer.param_groups
+            for group in self.optimizer.param_groups
         ]
 
-    def rebuild(
-        self, groups: Sequence[GroupPlan], at_step: int, *, urgent: bool = False, change_to: Build | None = None
-    ) -> RebuildResult:
-        """Replaces the optimizer by one over exactly these groups.
+    def rebuild(self, groups: Sequence[GroupPlan], at_step: int, *, urgent: bool = False) -> RebuildResult:
+        """Gives the optimizer exactly these groups.
 
-        A known group keeps its options, overridden by those of the plan. A known parameter keeps its state, fitted to
-        a changed shape; see `transfer_state`. Step hooks stay registered. Synchronises with the device. The old
-        optimizer shares state tensors with the new one and must not step again.
+        A known group stays the same dict and keeps its options; its parameters are replaced in its list. A known
+        parameter keeps its state, fitted to a changed shape; see `transfer_state`. New parameters have the state that
+        an optimizer of the same class has before its first step. Synchronises with the device.
 
         Args:
             groups: all groups, not only those that changed.
             at_step: global step of the step boundary.
             urgent: whether to ignore the minimum interval, as a restore does whose groups differ.
-            change_to: makes an optimizer of another class or with other defaults. Its groups are passed parameters,
-                name, `lr` and the plan's options, and take the other options from the new defaults.
 
         Raises:
-            RebuildFailedError: a stage, which it names, failed; the present optimizer is unchanged.
+            RebuildFailedError: a stage, which it names, failed; the optimizer is unchanged.
         """
         started_s = time.perf_counter()
         if not urgent and (retry_at_step := self._retry_at(at_step)) is not None:
             return RebuildResult(RebuildOutcome.SKIPPED, at_step, _ms_since(started_s), retry_at_step)
         self.attempted_at_step = at_step
-        old, before = self._optimizer, self._held
+        before = self._held
         with _stage("plan"):
             _check_plan(groups)
-            wanted = [self._as_param_group(group, lr_only=change_to is not None) for group in groups]
-        with _stage("build"):
-            build = change_to or self._build or _same_kind(old)
-            new = build(wanted)
+        after = {n: HeldParameter(t, Form.of(t)) for group in groups for n, t in group.parameters.items()}
         with _stage("carry"):
-            after = held_by(new, {tensor: name for group in groups for name, tensor in group.parameters.items()})
-            transferred = transfer_state(old, before, new, after, build)
+            transferred = transfer_state(self.optimizer.state, before, after)
         with _stage("validate"):
-            _check_built(new, groups)
             _raise_problems(state_problems(transferred, after))
-        with _stage("swap"):
-            new.state.update(transferred.state)
-            # The same hook tables, so that the handles for removing hooks stay valid.
-            vars(new).update({key: value for key, value in vars(old).items() if key.endswith("_hooks")})
-            roles = {group.name: group.role for group in groups}
-        self._optimizer, self._held, self._roles = new, after, roles
-        self._build = change_to or self._build
+        with _undone_after_errors(self.optimizer):
+            with _stage("build"):
+                self._arrange(groups, without_state={*transferred.fresh, *transferred.restarted}, into=transferred)
+            with _stage("swap"):
+                _replace_state(self.optimizer, transferred, [held.tensor for held in before.values()])
+        self._held, self._roles = after, {group.name: group.role for group in groups}
         return RebuildResult(
             RebuildOutcome.REBUILT,
             at_step,
@@ -131,14 +123,80 @@ class OptimizerManager:
             return None
         return last + self._min_interval_steps
 
-    def _as_param_group(self, plan: GroupPlan, *, lr_only: bool) -> ParamGroup:
-        groups = self._optimizer.param_groups
-        present = next((group for group in groups if name_of(group) == plan.name), {})
-        keys = {"lr"} if lr_only else present.keys() - {"params", "param_names"}
-        options = {key: value for key, value in present.items() if key in keys}
-        named = any("param_names" in group for group in groups)
-        parameters: list[Any] = list(plan.parameters.items()) if named else list(plan.parameters.values())
-        return {**options, **plan.options, "name": plan.name, "params": parameters}
+    def _arrange(self, groups: Sequence[GroupPlan], *, without_state: set[str], into: TransferredState) -> None:
+        """Changes the groups, and adds the first state of the parameters that have none to `into`."""
+        optimizer = self.optimizer
+        named = any("param_names" in group for group in optimizer.param_groups)
+        known = {name_of(group): group for group in optimizer.param_groups}
+        optimizer.param_groups[:] = [known[plan.name] for plan in groups if plan.name in known]
+        for plan in groups:
+            if (group := known.get(plan.name)) is not None:
+                group["params"][:] = plan.parameters.values()
+                if named:
+                    group["param_names"][:] = plan.parameters
+        for plan in groups:
+            if plan.name not in known:
+                optimizer.add_param_group(_new_group(plan, named=named))
+        arranged = {name_of(group): group for group in optimizer.param_groups}
+        optimizer.param_groups[:] = [arranged[plan.name] for plan in groups]
+        for plan in groups:
+            group = arranged[plan.name]
+            if plan.name not in known and "fused" in group and not all(map(is_dense, group["params"])):
+                group["fused"] = False  # its kernels read and write memory in order
+            if new := [tensor for name, tensor in plan.parameters.items() if name in without_state]:
+                into.state.update(_first_state(optimizer, group, new))
+
+
+def _new_group(plan: GroupPlan, *, named: bool) -> ParamGroup:
+    parameters: list[Any] = list(plan.parameters.items()) if named else list(plan.parameters.values())
+    return {"name": plan.name, "params": parameters}
+
+
+def _first_state(optimizer: Optimizer, group: ParamGroup, new: list[Tensor]) -> Mapping[Tensor, dict[str, Any]]:
+    """Returns the state that the optimizer's class makes for new parameters before its first step.
+
+    Making an optimizer over them is also the only check that it accepts them. A class with arguments that are not among
+    its defaults cannot be called here, and must make all state at the first step.
+    """
+    kind = type(optimizer)
+    accepted = inspect.signature(kind).parameters
+    arguments = {key: value for key, value in optimizer.defaults.items() if key in accepted}
+    required = [name for name, parameter in accepted.items() if parameter.default is parameter.empty]
+    required = [n for n in required if accepted[n].kind not in {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}]
+    if len(set(required) - arguments.keys()) > 1:  # besides the parameters
+        return {}
+    options = {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
+    return kind([{**options, "params": new}], **arguments).state
+
+
+def _replace_state(optimizer: Optimizer, transferred: TransferredState, before: Iterable[Tensor]) -> None:
+    for tensor in before:
+        if tensor not in transferred.state and tensor in optimizer.state:
+            del optimizer.state[tensor]
+    for tensor, entries in transferred.state.items():
+        optimizer.state[tensor] = entries
+
+
+@contextmanager
+def _undone_after_errors(optimizer: Optimizer) -> Iterator[None]:
+    """Puts groups and state back, in the same objects, if an error occurs inside."""
+    groups = [
+        (group, dict(group), {k: list(group[k]) for k in _NOT_OPTIONS & group.keys()})
+        for group in optimizer.param_groups
+    ]
+    state = dict(optimizer.state)
+    try:
+        yield
+    except BaseException:
+        optimizer.param_groups[:] = [group for group, _, _ in groups]
+        for group, options, lists in groups:
+            group.clear()
+            group.update(options)
+            for key, items in lists.items():
+                group[key][:] = items
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        raise
 
 
 @contextmanager
@@ -164,24 +222,9 @@ def _check_plan(groups: Sequence[GroupPlan]) -> None:
     _raise_problems(problems)
 
 
-def _check_built(new: Optimizer, groups: Sequence[GroupPlan]) -> None:
-    """Checks that the new optimizer has the groups, parameters, order and rates of the plan."""
-    if [group.get("name") for group in new.param_groups] != [group.name for group in groups]:
-        raise ValueError("the new optimizer does not have the planned groups")
-    for built, plan in zip(new.param_groups, groups, strict=True):
-        if "lr" not in built or list(map(id, built["params"])) != list(map(id, plan.parameters.values())):
-            raise ValueError(f"group {plan.name!r} of the new optimizer lacks its lr or some of its parameters")
-
-
 def _raise_problems(problems: Sequence[str]) -> None:
     if problems:
         raise ValueError("; ".join(problems[:8]))
-
-
-def _same_kind(like: Optimizer) -> Build:
-    """Returns a builder of its class, with those of its defaults that the constructor takes as keywords."""
-    accepted = inspect.signature(type(like)).parameters
-    return partial(type(like), **{key: value for key, value in like.defaults.items() if key in accepted})
 
 
 def _ms_since(started_s: float) -> float:

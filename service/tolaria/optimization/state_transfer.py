@@ -1,4 +1,4 @@
-"""Transfers an optimizer's state into another optimizer by parameter name, fitted where parameters changed.
+"""Transfers an optimizer's state to changed parameters, by name, fitted where their form changed.
 
 The arguments are not modified. State that did not change is passed by reference, so that a rebuild needs no second
 copy of it.
@@ -6,23 +6,16 @@ copy of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
-
-from tolaria.optimization.groups import ParamGroup
-
-Build = Callable[[list[ParamGroup]], Optimizer]
-"""Makes an optimizer over these groups and keeps their options."""
 
 PLAIN_MOMENTUM_SHARE: Final = 0.1
 """Factor of the mean with which plain momentum is extended. Adaptive moments take the whole mean."""
 
-_LABELS = frozenset({"params", "param_names", "name", "lr", "initial_lr"})  # options that state does not depend on
 _PLAIN_MOMENTUM = frozenset({"momentum_buffer"})  # SGD, RMSprop, Muon: it moves the parameter undivided
 _WEIGHT_AVERAGES = frozenset({"ax"})  # ASGD: an average of the parameter, so it is extended with the parameter itself
 _REDUCED_DIMENSION = {"row_var": -1, "col_var": -2}  # Adafactor: means along one dimension, which is kept at size 1
@@ -45,16 +38,15 @@ class Form:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeldParameter:
-    """A parameter of an optimizer: the tensor, its form when its state was made, and its group."""
+    """A parameter of an optimizer: the tensor, and its form when its state was made."""
 
     tensor: Tensor
     form: Form
-    group: ParamGroup
 
 
 @dataclass(slots=True, eq=False)
 class TransferredState:
-    """The state of a new optimizer, and the names of its parameters by the way their state was transferred."""
+    """The new state by parameter, and the names of the parameters by the way their state was transferred."""
 
     state: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
@@ -63,51 +55,33 @@ class TransferredState:
     restarted: list[str] = field(default_factory=list)
 
 
-def held_by(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, HeldParameter]:
-    """Returns the optimizer's parameters by name, in its order.
-
-    Raises:
-        KeyError: a parameter has no name.
-    """
-    return {
-        names[tensor]: HeldParameter(tensor, Form.of(tensor), group)
-        for group in optimizer.param_groups
-        for tensor in group["params"]
-    }
-
-
 def transfer_state(
-    old: Optimizer,
-    before: Mapping[str, HeldParameter],
-    new: Optimizer,
-    after: Mapping[str, HeldParameter],
-    build: Build,
+    state: Mapping[Tensor, Mapping[str, Any]], before: Mapping[str, HeldParameter], after: Mapping[str, HeldParameter]
 ) -> TransferredState:
-    """Returns the state of `new`.
+    """Returns the state for the parameters `after` from that of the parameters `before`.
 
-    A parameter with a new name has no state. One with a known name keeps its state, fitted to its present form. Where
-    class or options changed, a trial step on a parameter of one element shows which entries the state must have; if
-    the old state has others, or the number of dimensions changed, the parameter restarts without state.
+    A parameter with a new name has no state. One with a known name keeps its state, fitted to its present form; if the
+    number of dimensions changed, it restarts without state.
 
     Raises:
         ValueError: an entry cannot be fitted.
     """
-    if isinstance(old, LBFGS) or isinstance(new, LBFGS):
-        return _transfer_lbfgs(old, before, new, after)
     transferred = TransferredState()
-    trials: dict[tuple[int, int], dict[str, Any]] = {}
     for name, now in after.items():
         if name not in before:
             transferred.fresh.append(name)
             continue
         had = before[name]
-        state: Mapping[str, Any] = old.state.get(had.tensor, {})
-        moved = had.form.device != now.tensor.device
-        needed = None
-        if state and (moved or type(old) is not type(new) or _options_differ(had.group, now.group)):
-            key = (id(now.group), now.tensor.dim())
-            needed = trials[key] if key in trials else trials.setdefault(key, _trial_state(build, now))
-        _transfer_one(name, state, (had, now), needed, transferred)
+        entries = state.get(had.tensor, {})
+        if not can_fit(had.form, now.tensor):
+            transferred.restarted.append(name)
+            continue
+        unchanged = now.tensor is had.tensor and Form.of(now.tensor) == had.form
+        fitted = dict(entries) if unchanged else fit_state(entries, had.form, now.tensor)
+        if fitted:
+            transferred.state[now.tensor] = fitted
+        same = all(fitted[key] is value for key, value in entries.items())
+        (transferred.kept if same else transferred.transformed).append(name)
     return transferred
 
 
@@ -202,78 +176,6 @@ def _extended(key: str, kept: Tensor, shape: torch.Size) -> Tensor:
             repeats = [missing if each == dimension else 1 for each in range(extended.dim())]
             extended = torch.cat([extended, mean.repeat(repeats)], dimension)
     return extended * PLAIN_MOMENTUM_SHARE if key in _PLAIN_MOMENTUM else extended
-
-
-def _transfer_one(
-    name: str,
-    state: Mapping[str, Any],
-    held: tuple[HeldParameter, HeldParameter],
-    needed: Mapping[str, Any] | None,
-    transferred: TransferredState,
-) -> None:
-    had, now = held
-    if not can_fit(had.form, now.tensor) or (needed is not None and set(needed) != set(state)):
-        transferred.restarted.append(name)
-        return
-    unchanged = now.tensor is had.tensor and Form.of(now.tensor) == had.form
-    fitted = dict(state) if unchanged else fit_state(state, had.form, now.tensor)
-    if needed is not None:
-        fitted = {key: _placed_like(needed[key], value) for key, value in fitted.items()}
-    if fitted:
-        transferred.state[now.tensor] = fitted
-    same = all(fitted[key] is value for key, value in state.items())
-    (transferred.kept if same else transferred.transformed).append(name)
-
-
-def _transfer_lbfgs(
-    old: Optimizer, before: Mapping[str, HeldParameter], new: Optimizer, after: Mapping[str, HeldParameter]
-) -> TransferredState:
-    """LBFGS has one state, of all parameters concatenated, at its first one; only the same layout can use it."""
-    transferred = TransferredState(fresh=[name for name in after if name not in before])
-    survivors = [name for name in after if name in before]
-    same_layout = [(name, held.form) for name, held in before.items()] == [
-        (name, Form.of(held.tensor)) for name, held in after.items()
-    ]
-    first, now_first = next(iter(before.values())), next(iter(after.values()))
-    if type(old) is not type(new) or not same_layout or _options_differ(first.group, now_first.group):
-        transferred.restarted = survivors
-        return transferred
-    transferred.kept = survivors
-    state: Mapping[str, Any] = old.state.get(first.tensor, {})
-    if state:
-        transferred.state[now_first.tensor] = dict(state)
-    return transferred
-
-
-def _options_differ(one: ParamGroup, other: ParamGroup) -> bool:
-    keys = (one.keys() | other.keys()) - _LABELS
-    return any(not _same(one.get(key), other.get(key)) for key in keys)
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return one is other  # comparing values would synchronise
-    return bool(one == other)
-
-
-def _trial_state(build: Build, held: HeldParameter) -> dict[str, Any]:
-    """Returns the state after one step of the group on a parameter of one element whose gradient is 0."""
-    scratch = torch.zeros([1] * held.tensor.dim(), dtype=held.tensor.dtype, device=held.tensor.device)
-    scratch.requires_grad_()
-    scratch.grad = torch.zeros_like(scratch)
-    options = {key: value for key, value in held.group.items() if key not in {"params", "param_names"}}
-    trial = build([{**options, "params": [scratch]}])
-    trial.step()
-    return dict(trial.state.get(scratch, {}))
-
-
-def _placed_like(needed: Any, value: Any) -> Any:
-    """Moves a counter to the CPU or the device, which depends on options such as `capturable`."""
-    if isinstance(needed, Tensor) and isinstance(value, Tensor) and needed.dim() == 0:
-        return value.to(device=needed.device, dtype=needed.dtype)
-    return value
 
 
 def _entry_problem(key: str, value: Any, parameter: Tensor) -> str | None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from itertools import product
+from typing import Literal, TypeAlias, get_args
 
 import anyio
 import grpc.aio
 
-from tolaria.config import PeerSettings
+from tolaria.config import Address, PeerSettings
 from tolaria.peers.clients import KasminaClient, RollbackClient, TamiyoClient
 from tolaria.resilience.breaker import Breaker
 from tolaria.resilience.deadline import CallRecord, DeadlineCaller, Outcome
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter, EventSpec
-from tolaria.telemetry.metrics import Metrics
+from tolaria.telemetry.metrics import Metrics, start_at_zero
 
 Peer: TypeAlias = Literal["tamiyo", "kasmina"]
 
@@ -66,6 +67,9 @@ async def connected_peers(
     """
 
     def caller_of(peer: Peer, settings: PeerSettings) -> DeadlineCaller:
+        start_at_zero(metrics.peer_retries_total, ((peer, method) for method in settings.methods))
+        series = product((peer,), settings.methods, get_args(Outcome))
+        start_at_zero(metrics.peer_call_duration_seconds, series)
         return DeadlineCaller(peer, breakers[peer], settings, observe=_observer(peer, metrics, emitter))
 
     tamiyo_caller, kasmina_caller = caller_of("tamiyo", tamiyo), caller_of("kasmina", kasmina)
@@ -117,7 +121,9 @@ async def _drained(*callers: tuple[DeadlineCaller, float]) -> AsyncIterator[None
 
 @asynccontextmanager
 async def _channel(target: str) -> AsyncIterator[grpc.aio.Channel]:
-    channel = grpc.aio.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    # A proxy from the environment cannot reach ports of this machine. For other targets gRPC honours it, and no_proxy.
+    proxy = [("grpc.enable_http_proxy", 0)] if Address.parse(target).is_loopback else []
+    channel = grpc.aio.insecure_channel(target, options=[*_CHANNEL_OPTIONS, *proxy])
     # Connect now, since the first epoch boundary has no time for it.
     channel.get_state(try_to_connect=True)
     try:

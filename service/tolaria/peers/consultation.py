@@ -12,13 +12,15 @@ from leyline.v1 import enums_pb2 as enums
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
+from tolaria.config import SeedsSettings
 from tolaria.errors import BreakerOpenError, CommandRejectedError, PeerError, PeerProtocolError
 from tolaria.peers.clients import KasminaClient, TamiyoClient
-from tolaria.peers.verification import CommandVerifier
+from tolaria.peers.verification import CommandVerifier, verify_growth
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter
 
 NOT_ASKED = "not asked (conservative mode)"
+NOT_ENABLED = "not asked (seeds.enabled is off)"
 
 
 @dataclass(slots=True)
@@ -26,7 +28,8 @@ class Consultation:
     """One question about a state, and its outcome. The events are set once Tamiyo has answered, and at the end.
 
     `refusals` are (seed_id, reason) of the desired seeds that were not realized. `command` is verified. `seeds` is None
-    without a valid answer from Kasmina. `tamiyo_answer` and `kasmina_answer` are for display.
+    without a valid answer from Kasmina. `outdated`: a rollback has undone the state that was asked about.
+    `tamiyo_answer` and `kasmina_answer` are for display.
     """
 
     state: SystemStatePacket
@@ -37,6 +40,7 @@ class Consultation:
     applied: bool = False
     rejection: CommandRejectedError | None = None
     failed: bool = False
+    outdated: bool = False
     tamiyo_answer: str = NOT_ASKED
     kasmina_answer: str = NOT_ASKED
     tamiyo_latency_ms: float = 0.0
@@ -48,8 +52,8 @@ class Consultation:
 class Consultations:
     """Holds consultations one at a time. Meanwhile only the newest question waits; older ones are dropped.
 
-    `permits` returns whether a peer may be called now, by its name; otherwise it is skipped. `on_settled` is called on
-    the event loop at the end of each consultation.
+    `permits` returns whether a peer may be called now, by its name; otherwise it is skipped. Seed commands that `seeds`
+    does not allow are refused. `on_settled` is called on the event loop at the end of each consultation.
     """
 
     def __init__(
@@ -59,13 +63,16 @@ class Consultations:
         *,
         verifier: CommandVerifier,
         emitter: Emitter,
+        seeds: SeedsSettings,
         permits: Callable[[str], bool],
         on_settled: Callable[[Consultation], None],
     ) -> None:
         self._tamiyo, self._kasmina = tamiyo, kasmina
         self._verifier, self._emitter = verifier, emitter
+        self._seeds = seeds
         self._permits, self._on_settled = permits, on_settled
         self._waiting: Consultation | None = None
+        self._held: Consultation | None = None
         self._asked = anyio.Event()
 
     def ask(self, state: SystemStatePacket, refusals: tuple[tuple[str, str], ...] = ()) -> Consultation:
@@ -80,6 +87,12 @@ class Consultations:
             self._waiting = Consultation(state, between_epochs=True)
             self._asked.set()
 
+    def rewound(self) -> None:
+        """Marks the questions that were asked before a rollback as outdated: their answers are stale."""
+        for consultation in (self._waiting, self._held):
+            if consultation is not None:
+                consultation.outdated = True
+
     async def serve(self) -> None:
         """Holds consultations until cancelled."""
         while True:
@@ -87,14 +100,19 @@ class Consultations:
             self._asked = anyio.Event()
             consultation, self._waiting = self._waiting, None
             if consultation is not None:
+                self._held = consultation
                 await self._hold(consultation)
+                self._held = None
 
     async def _hold(self, consultation: Consultation) -> None:
-        if self._permits("tamiyo"):
+        if self._permits("tamiyo") and not consultation.outdated:
             await self._ask_tamiyo(consultation)
         consultation.answered.set()
         # Between epochs Kasmina only receives commands, since the gates of seeds are evaluated by epochs.
         needed = not consultation.between_epochs or _is_for_kasmina(consultation.command)
+        if not self._seeds.enabled:
+            consultation.kasmina_answer = NOT_ENABLED
+        needed = needed and self._seeds.enabled and not consultation.outdated
         # Evaluated after Tamiyo's answer, which may have changed the mode.
         if needed and self._permits("kasmina"):
             await self._ask_kasmina(consultation)
@@ -110,6 +128,7 @@ class Consultations:
             consultation.tamiyo_answer = "no change"
             if command is not None:
                 self._verifier.verify(command, wall_s=time.time(), now_s=time.monotonic())
+                verify_growth(command, consultation.state, self._seeds)
                 consultation.command = command
                 consultation.tamiyo_answer = describe_command(command)
         except CommandRejectedError as rejection:

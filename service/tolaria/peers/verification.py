@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from leyline.v1 import enums_pb2 as enums
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.seeds_pb2 import SeedState
-from tolaria.config import LeylineSettings
+from leyline.v1.state_pb2 import SystemStatePacket
+from tolaria.config import LeylineSettings, SeedsSettings
 from tolaria.errors import CommandRejectedError, PeerProtocolError
+from tolaria.values.seeds import FOSSILIZED, GROWING, SLOTS_FREE, count_in
 
 CONTRACT_VERSION = 1
 SIGNATURE = "signature"
@@ -115,6 +117,39 @@ class CommandVerifier:
             yield "deadline_passed"
 
 
+def verify_growth(command: AdaptationCommand, state: SystemStatePacket, seeds: SeedsSettings) -> None:
+    """Refuses a seed command that would let the model grow beyond what the settings allow, or where it cannot grow.
+
+    `state` is the packet that the command answers.
+
+    Raises:
+        CommandRejectedError: its `reason` is one of GROWTH_REASONS.
+    """
+    if command.command_type != enums.COMMAND_SEED:
+        return
+    operation = command.seed_operation.operation
+    germinates, fossilizes = operation == enums.SEED_OP_GERMINATE, operation == enums.SEED_OP_FOSSILIZE
+    growing, fossilized = count_in(GROWING, state.seed_states), count_in(FOSSILIZED, state.seed_states)
+    slots_free = state.training_metrics.get(SLOTS_FREE, 1.0)
+    problems = (
+        (not seeds.enabled, "seeds_disabled", "seeds.enabled is off"),
+        (germinates and slots_free < 1.0, "no_slot", "the model has no free slot"),
+        (
+            germinates and growing >= seeds.active_max,
+            "seeds_active_max",
+            f"{growing} seeds grow already, of at most {seeds.active_max} (seeds.active_max)",
+        ),
+        (
+            (germinates or fossilizes) and fossilized >= seeds.fossilized_max,
+            "seeds_fossilized_max",
+            f"{fossilized} seeds are fossilized, of at most {seeds.fossilized_max} (seeds.fossilized_max)",
+        ),
+    )
+    for found, reason, detail in problems:
+        if found:
+            raise CommandRejectedError(reason, command.command_id, detail)
+
+
 def verify_seeds(peer: str, seeds: Iterable[SeedState]) -> list[SeedState]:
     """Returns the desired seeds, unchanged.
 
@@ -167,6 +202,7 @@ _CONTENT_CHECKS: tuple[tuple[str, Callable[[AdaptationCommand], bool]], ...] = (
     ("malformed", _has_its_payload),
     ("not_finite", _is_finite),
 )
+GROWTH_REASONS = ("seeds_disabled", "no_slot", "seeds_active_max", "seeds_fossilized_max")
 REJECTION_REASONS = (
     "oversized", "unsigned", *(reason for reason, _ in _CONTENT_CHECKS), "stale", "deadline_passed", "replayed"
 )  # fmt: skip

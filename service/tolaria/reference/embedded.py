@@ -36,19 +36,19 @@ class EmbeddedPeer(ChildSupervisor):
         self.command = replace(self.command, arguments=arguments)
 
     def on_started(self) -> None:
-        _log.info("embedded peer started again", peer=self.command.name, listening=self.target)
+        _log.info("embedded_peer_restarted", peer=self.command.name, listening=self.target)
 
     def on_ended(self, detail: str, restart_in_s: float) -> None:
-        _log.warning("embedded peer died", peer=self.command.name, detail=detail, starts_again_in_s=restart_in_s)
+        _log.warning("embedded_peer_died", peer=self.command.name, detail=detail, starts_again_in_s=restart_in_s)
 
     def on_given_up(self, detail: str, failures: int) -> None:
-        _log.error("embedded peer given up", peer=self.command.name, deaths_in_a_row=failures, detail=detail)
+        _log.error("embedded_peer_given_up", peer=self.command.name, deaths_in_a_row=failures, detail=detail)
 
     def on_stderr(self, text: str) -> None:
-        _log.debug("peer wrote", peer=self.command.name, text=text.rstrip())
+        _log.debug("embedded_peer_wrote", peer=self.command.name, text=text.rstrip())
 
     def on_killed(self) -> None:
-        _log.warning("embedded peer does not stop", peer=self.command.name, then="SIGKILL")
+        _log.warning("embedded_peer_killed", peer=self.command.name, then="SIGKILL")
 
 
 @asynccontextmanager
@@ -58,6 +58,7 @@ async def embedded_peers(
     *,
     command: Sequence[str] = (sys.executable, "-m", "tolaria"),
     board: Path | None = None,
+    state_dir: Path | None = None,
     start_timeout_s: float = 30.0,
     stop_timeout_s: float = 3.0,
     restarts: RestartPolicy = RESTARTS,
@@ -65,12 +66,18 @@ async def embedded_peers(
     """Runs `command peer NAME --listen 127.0.0.1:0 --while-stdin` for each of `peers` while the block runs.
 
     At the end of the block a child has `stop_timeout_s` to exit before SIGKILL. With `board` the peers attach to that
-    signal board. Raises `PeerUnavailableError` when a first start failed; later failures are logged.
+    signal board; Tamiyo keeps her history in `state_dir`. Raises `PeerUnavailableError` when a first start failed;
+    later failures are logged.
     """
     options = ("--listen", _ANY_PORT, "--while-stdin", *([] if board is None else [f"--board={board}"]))
+
+    def options_of(peer: Peer) -> tuple[str, ...]:
+        memory = state_dir is not None and peer == "tamiyo"
+        return (*options, f"--state-dir={state_dir}") if memory else options
+
     supervisors = {
         peer: EmbeddedPeer(
-            ChildCommand(peer, (*command, "peer", peer, *options), environment, keep_stderr=True),
+            ChildCommand(peer, (*command, "peer", peer, *options_of(peer)), environment, keep_stderr=True),
             restarts=restarts,
             start_timeout_s=start_timeout_s,
             stop_timeout_s=stop_timeout_s,

@@ -19,8 +19,9 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.errors import IllegalMoveError
 from tolaria.peers.verification import CONTRACT_VERSION
 from tolaria.reference import lifecycle
-from tolaria.reference.lifecycle import ACTIVE_STAGES, Observation, Seed, Stage
+from tolaria.reference.lifecycle import Observation, Seed
 from tolaria.reference.rollback import Context, Runs, Undo
+from tolaria.values.seeds import GROWING, Stage
 
 BLENDING_STEPS = 200  # from alpha 0 to alpha 1 unless the command sets another number; a few epochs of a small job
 STAGE_EPOCHS_MAX = 12  # in one active stage before a seed is culled; twice what a healthy seed needs
@@ -91,7 +92,7 @@ class DesiredSeeds:
     def as_messages(self) -> list[SeedState]:
         """Returns the desired seeds, oldest first. Seeds that train share the teacher attribution equally."""
         seeds, epoch = self._now.seeds.values(), self._now.epoch
-        training = [seed for seed in seeds if seed.stage in ACTIVE_STAGES and seed.stage != enums.SEED_STAGE_GERMINATED]
+        training = [seed for seed in seeds if seed.stage in GROWING and seed.stage != enums.SEED_STAGE_GERMINATED]
         return [
             SeedState(
                 seed_id=seed.seed_id,
@@ -150,6 +151,9 @@ class DesiredSeeds:
             )
             for seed_id, seed in islice(reported.items(), SEEDS_MAX)
         }
+        # Ids of seeds that have left the model are not known any more: new ones come after the highest that is.
+        numbers = [int(seed_id[5:]) for seed_id in reported if seed_id[:5] == "seed-" and seed_id[5:].isdecimal()]
+        self._new_ids = (f"seed-{number}" for number in count(max(numbers, default=0) + 1))
         # Recorded one epoch earlier, so that this epoch's state still advances them.
         self._record(state, adopted, epoch=state.current_epoch - 1)
 
@@ -171,7 +175,7 @@ class DesiredSeeds:
     def _dormant_seed(self, command: AdaptationCommand) -> Seed:
         """Returns the seed to germinate: the named one, created if it does not exist; a new one without a name."""
         known = self._now.seeds
-        active = sum(seed.stage in ACTIVE_STAGES for seed in known.values())
+        active = sum(seed.stage in GROWING for seed in known.values())
         if active >= ACTIVE_MAX:
             raise IllegalMoveError(f"{active} seeds are active already, which is the maximum")
         seed_id = command.target_seed_id or next(new for new in self._new_ids if new not in known)
@@ -188,7 +192,7 @@ class DesiredSeeds:
     def _advance(self, seed: Seed, state: SystemStatePacket) -> Seed:
         seen = self._observation(seed, state)
         losses = (*seed.losses, lifecycle.loss_of(seen.reported, state))[-lifecycle.STABLE_EPOCHS :]
-        slot = seed.slot or (seen.reported.slot if seen.reported is not None and seed.stage in ACTIVE_STAGES else "")
+        slot = seed.slot or (seen.reported.slot if seen.reported is not None and seed.stage in GROWING else "")
         seed = replace(seed, losses=losses, slot=slot)
         target = self._next_stage(seed, seen)
         return seed if target is None else self._enter(seed, target, state)
@@ -198,7 +202,7 @@ class DesiredSeeds:
         epochs = lifecycle.epochs_in_stage(seed, seen.state)
         if epochs < 1:
             return None
-        expired = seed.stage in ACTIVE_STAGES and epochs >= STAGE_EPOCHS_MAX
+        expired = seed.stage in GROWING and epochs >= STAGE_EPOCHS_MAX
         target = lifecycle.AUTOMATIC.get(seed.stage)
         if seed.stage == enums.SEED_STAGE_PROBATIONARY and expired:
             target = enums.SEED_STAGE_FOSSILIZED  # without a command the gate decides

@@ -12,8 +12,8 @@ from leyline.v1 import enums_pb2 as enums
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.errors import IllegalMoveError
+from tolaria.values.seeds import FOSSILIZED_LEFT, GROWING, Stage
 
-Stage: TypeAlias = "enums.SeedLifecycleStage.ValueType"
 Gate: TypeAlias = "enums.SeedLifecycleGate.ValueType"
 Operation: TypeAlias = "enums.SeedOperation.ValueType"
 
@@ -28,16 +28,6 @@ PROBATION_EPOCHS = 3  # at full strength before G4 can open; shows a lasting eff
 ACCURACY_DROP_MAX = 0.01  # validation accuracy (0 to 1) that a seed may cost; the noise of small data sets
 EMBARGO_EPOCHS = 2  # between culling and the reset at G5; the host recovers before its slot is used again
 
-ACTIVE_STAGES: frozenset[Stage] = frozenset(
-    {
-        enums.SEED_STAGE_GERMINATED,
-        enums.SEED_STAGE_TRAINING,
-        enums.SEED_STAGE_BLENDING,
-        enums.SEED_STAGE_SHADOWING,
-        enums.SEED_STAGE_PROBATIONARY,
-    }
-)
-
 # (Stage, next stage) -> the gate that guards the transition; None for no gate.
 TRANSITIONS: Mapping[tuple[Stage, Stage], Gate | None] = {
     (enums.SEED_STAGE_DORMANT, enums.SEED_STAGE_GERMINATED): enums.SEED_GATE_G0_SANITY,
@@ -48,7 +38,7 @@ TRANSITIONS: Mapping[tuple[Stage, Stage], Gate | None] = {
     (enums.SEED_STAGE_PROBATIONARY, enums.SEED_STAGE_PROBATIONARY): None,  # fine-tuning restarts the probation
     (enums.SEED_STAGE_PROBATIONARY, enums.SEED_STAGE_FOSSILIZED): enums.SEED_GATE_G4_SYSTEM_IMPACT,
     (enums.SEED_STAGE_FOSSILIZED, enums.SEED_STAGE_TERMINATED): None,
-    **dict.fromkeys(((stage, enums.SEED_STAGE_CULLED) for stage in ACTIVE_STAGES), None),
+    **dict.fromkeys(((stage, enums.SEED_STAGE_CULLED) for stage in GROWING), None),
     (enums.SEED_STAGE_CULLED, enums.SEED_STAGE_EMBARGOED): None,
     (enums.SEED_STAGE_EMBARGOED, enums.SEED_STAGE_RESETTING): enums.SEED_GATE_G5_RESET,
     (enums.SEED_STAGE_RESETTING, enums.SEED_STAGE_DORMANT): None,
@@ -63,7 +53,7 @@ OPERATIONS: Mapping[tuple[Operation, Stage], Stage] = {
     (enums.SEED_OP_EVALUATE, enums.SEED_STAGE_SHADOWING): enums.SEED_STAGE_PROBATIONARY,
     (enums.SEED_OP_FINE_TUNE, enums.SEED_STAGE_PROBATIONARY): enums.SEED_STAGE_PROBATIONARY,
     (enums.SEED_OP_FOSSILIZE, enums.SEED_STAGE_PROBATIONARY): enums.SEED_STAGE_FOSSILIZED,
-    **dict.fromkeys(((enums.SEED_OP_CULL, stage) for stage in ACTIVE_STAGES), enums.SEED_STAGE_CULLED),
+    **dict.fromkeys(((enums.SEED_OP_CULL, stage) for stage in GROWING), enums.SEED_STAGE_CULLED),
     # Withdraws a seed that has not affected the host's output yet, or terminates one that is part of the host.
     (enums.SEED_OP_CANCEL, enums.SEED_STAGE_GERMINATED): enums.SEED_STAGE_CULLED,
     (enums.SEED_OP_CANCEL, enums.SEED_STAGE_TRAINING): enums.SEED_STAGE_CULLED,
@@ -183,6 +173,8 @@ def _interface(seed: Seed, seen: Observation) -> str | None:
 
 
 def _system_impact(seed: Seed, seen: Observation) -> str | None:
+    if seen.state.training_metrics.get(FOSSILIZED_LEFT, 1.0) < 1.0:
+        return "G4: no further seed may become a part of the host"
     epochs = epochs_in_stage(seed, seen.state)
     if epochs < PROBATION_EPOCHS:
         return f"G4: {epochs} of {PROBATION_EPOCHS} epochs on probation"

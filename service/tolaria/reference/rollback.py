@@ -51,9 +51,9 @@ T = TypeVar("T", bound=Revertible)
 
 
 class Runs(Generic[T]):
-    """One `T` for each run id. The least recently used run is forgotten first."""
+    """One `T` for each run id, made by `create` from the id. The least recently used run is forgotten first."""
 
-    def __init__(self, create: Callable[[], T]) -> None:
+    def __init__(self, create: Callable[[str], T]) -> None:
         self._create = create
         self._by_id: OrderedDict[str, T] = OrderedDict()
 
@@ -70,7 +70,7 @@ class Runs(Generic[T]):
     def of(self, run_id: str) -> T:
         """Returns the state of a run, created on first use."""
         if run_id not in self._by_id:
-            self._by_id[run_id] = self._create()
+            self._by_id[run_id] = self._create(run_id)
         self._by_id.move_to_end(run_id)
         if len(self._by_id) > _RUNS_MAX:
             self._by_id.popitem(last=False)

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -22,6 +23,7 @@ from tolaria.emergency.protocol import level_name
 from tolaria.errors import SignalError
 from tolaria.grpc_server import GrpcServer, grpc_server
 from tolaria.peers.connect import Peer
+from tolaria.reference.history import HistoryFiles
 from tolaria.reference.kasmina import DesiredSeeds, KasminaService
 from tolaria.reference.rollback import RollbackParticipantService, Runs
 from tolaria.reference.tamiyo import TamiyoRun, TamiyoService
@@ -40,14 +42,16 @@ async def serve_peer(
     *,
     announce: Callable[[Address], None],
     board: Path | None = None,
+    state_dir: Path | None = None,
     while_stdin: bool,
 ) -> None:
     """Serves one peer until SIGTERM or SIGINT or, with `while_stdin`, until standard input ends. For the main thread.
 
     `announce` is called once, with the address that the server listens on. With a signal `board` the peer sends
-    heartbeats and acknowledges emergencies on it. Raises `BindError` when `listen` is not available.
+    heartbeats and acknowledges emergencies on it. Tamiyo keeps what a restart needs in `state_dir`; Kasmina needs
+    nothing but the packets. Raises `BindError` when `listen` is not available.
     """
-    async with peer_server(peer, listen, leyline) as server, anyio.create_task_group() as tasks:
+    async with peer_server(peer, listen, leyline, state_dir) as server, anyio.create_task_group() as tasks:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             if board is not None:
                 tasks.start_soon(join_board, board, peer)
@@ -60,17 +64,19 @@ async def serve_peer(
 
 
 @asynccontextmanager
-async def peer_server(peer: Peer, listen: str, leyline: LeylineSettings) -> AsyncIterator[GrpcServer]:
+async def peer_server(
+    peer: Peer, listen: str, leyline: LeylineSettings, state_dir: Path | None = None
+) -> AsyncIterator[GrpcServer]:
     """Serves one peer while the block runs. Raises `BindError` when `listen` is not available."""
 
     def register(server: grpc.aio.Server) -> None:
         runs: Runs[TamiyoRun] | Runs[DesiredSeeds]
         if peer == "tamiyo":
             secret = leyline.secret.get_secret_value().encode()
-            runs = Runs(TamiyoRun)
+            runs = Runs(partial(TamiyoRun, HistoryFiles(state_dir)))
             add_TamiyoServiceServicer_to_server(TamiyoService(runs, secret=secret), server)
         else:
-            runs = Runs(DesiredSeeds)
+            runs = Runs(lambda _run_id: DesiredSeeds())
             add_KasminaServiceServicer_to_server(KasminaService(runs), server)
         add_RollbackParticipantServiceServicer_to_server(RollbackParticipantService(runs), server)
 

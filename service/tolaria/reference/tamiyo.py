@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass, field
 
+import anyio
+import anyio.to_thread
 import structlog
 
 from leyline.v1 import tamiyo_service_pb2 as rpc
@@ -13,7 +14,8 @@ from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceServicer
 from tolaria.peers.consultation import describe_command
 from tolaria.peers.verification import CONTRACT_VERSION, sign
-from tolaria.reference.policy import RunHistory, decide_epoch, decide_step
+from tolaria.reference.history import HistoryFiles, RunHistory
+from tolaria.reference.policy import decide_epoch
 from tolaria.reference.rollback import Context, Runs, Undo
 
 ISSUER = "tamiyo-reference"
@@ -21,16 +23,35 @@ COMMAND_DEADLINE_MS = 30_000
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True)
 class TamiyoRun:
-    """The history of one run, and the newest answered packet with its answer, which is repeated for the same packet."""
+    """The history of one run, and the newest answered packet with its answer, which is repeated for the same packet.
 
-    history: RunHistory = field(default_factory=RunHistory)
-    packet: tuple[str, int] | None = None
-    answer: AdaptationCommand | None = None
+    The history is read from `files`, and saved there before a decision is sent: a restart loses no decision.
+    """
+
+    def __init__(self, files: HistoryFiles, run_id: str) -> None:
+        self._files = files
+        self._run_id = run_id
+        self._loaded = False
+        self.lock = anyio.Lock()
+        """Held while an epoch is decided on."""
+        self.history = RunHistory()
+        self.packet: tuple[str, int] | None = None
+        self.answer: AdaptationCommand | None = None
+
+    async def load(self) -> None:
+        """Reads the history of an earlier process, once."""
+        if not self._loaded:
+            self.history = await anyio.to_thread.run_sync(self._files.load, self._run_id)
+            self._loaded = True
+
+    async def remember(self, history: RunHistory) -> None:
+        """Replaces the history, and saves it."""
+        self.history = history
+        await anyio.to_thread.run_sync(self._files.save, self._run_id, history)
 
     def revert(self, target_step: int) -> Undo:
-        """Forgets everything after `target_step`."""
+        """Forgets everything after `target_step`. What is saved is corrected with the next epoch, an earlier one."""
         before = (self.history, self.packet, self.answer)
         self.history, self.packet, self.answer = self.history.rewound(target_step), None, None
 
@@ -50,16 +71,18 @@ class TamiyoService(TamiyoServiceServicer):
         """Decides on an epoch."""
         run = await self._runs.of_state(request.state, context)
         packet = (request.state.packet_id, request.state.global_step)
-        if not request.state.packet_id or packet != run.packet:
-            run.history, decision = decide_epoch(run.history, request.state)
-            run.packet, run.answer = packet, self._issue(decision)
-        return rpc.EvaluateEpochResponse(command=run.answer)
+        async with run.lock:
+            await run.load()
+            if not request.state.packet_id or packet != run.packet:
+                history, decision = decide_epoch(run.history, request.state)
+                await run.remember(history)
+                run.packet, run.answer = packet, self._issue(decision)
+            return rpc.EvaluateEpochResponse(command=run.answer)
 
     async def EvaluateStep(self, request: rpc.EvaluateStepRequest, context: Context) -> rpc.EvaluateStepResponse:
-        """Decides between epochs: a rollback on divergence."""
-        run = await self._runs.of_state(request.state, context)
-        run.history, decision = decide_step(run.history, request.state)
-        return rpc.EvaluateStepResponse(command=self._issue(decision))
+        """Decides nothing between epochs."""
+        await self._runs.of_state(request.state, context)
+        return rpc.EvaluateStepResponse()
 
     def _issue(self, decision: AdaptationCommand | None) -> AdaptationCommand | None:
         if decision is None:

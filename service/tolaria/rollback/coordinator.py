@@ -1,8 +1,9 @@
 """Coordinates a rollback: prepare, commit and confirm with every participant, or abort.
 
 Peers are asked one after the other, each within its share of the budget; the rollback continues without a peer that
-refuses or does not answer. One deadline bounds all that precedes the restore: the lane begins to change live state
-before it or never, as its `RestoreGate` decides.
+refuses or does not answer. They prepare while the lane is on its way to a step boundary. The budget begins there, and
+one deadline bounds all that precedes the restore: the lane begins to change live state before it or never, as its
+`RestoreGate` decides.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import anyio
 import anyio.lowlevel
 import structlog
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
 from tolaria.config import RollbackSettings
 from tolaria.errors import (
     BreakerOpenError,
@@ -24,7 +24,6 @@ from tolaria.errors import (
     JournalError,
     JournalUnavailableError,
     LaneError,
-    NoCheckpointError,
     PeerError,
     RestoreAbandonedError,
     RestoreUnprovenError,
@@ -47,7 +46,6 @@ from tolaria.rollback.protocol import (
     VoteOutcome,
     may_be_asked,
     next_state,
-    tier_name,
     total_s,
 )
 from tolaria.signals import RollbackState, RollbackWriter
@@ -69,8 +67,11 @@ _LAST_EVENT: Final = {
 class Restorer(Protocol):
     """The run's part in a rollback. The coroutines may be cancelled at any time and raise `TolariaError` on failure."""
 
-    async def locate(self, tier: RollbackTier.ValueType, at_or_before: int | None, /) -> int | None:
-        """Returns the step of the tier's nearest restore point; None if there is none. The tier is FAST or FULL."""
+    async def choose(self, rollback: Rollback, /) -> None:
+        """Sets `tier`, `chosen_step` and `chosen`. Raises NoCheckpointError if there is no such restore point."""
+
+    async def reach_boundary(self) -> None:
+        """Returns when the lane is at a step boundary. Raises LaneStoppedError if it ends first."""
 
     async def restore(self, rollback: Rollback, /) -> None:
         """Restores the target at the next step boundary and sets `restored_step`, the digests and `restore_ms`.
@@ -148,6 +149,7 @@ class RollbackCoordinator:
 
     async def _carry_out(self, rollback: Rollback) -> None:
         try:
+            await self._choose(rollback)
             await self._prepare(rollback)
             await self._ask_in_turn(rollback, Call.COMMIT)
             await self._restore(rollback)
@@ -163,27 +165,36 @@ class RollbackCoordinator:
             rollback.end(*_ending_when_cancelled(rollback))
             raise
 
-    async def _prepare(self, rollback: Rollback) -> None:
+    async def _choose(self, rollback: Rollback) -> None:
         with anyio.move_on_after(self._left_s(rollback)) as scope:
-            rollback.tier, rollback.target_step = await self._locate(rollback)
+            await self._restorer.choose(rollback)
         if scope.cancelled_caught:
             raise RestoreAbandonedError("looking for a restore point")
-        rollback.deadline_s = rollback.began_s + total_s(self.settings, rollback.tier)
-        self._show(rollback, self._state)  # with the tier, target and deadline that are known now
-        await self._ask_in_turn(rollback, Call.PREPARE)
+
+    async def _prepare(self, rollback: Rollback) -> None:
+        """Has every participant prepare while the lane reaches a step boundary, where the budget begins.
+
+        After a wait longer than a prepare may take they are asked once more.
+        """
+        failure: TolariaError | None = None
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._ask_in_turn, rollback, Call.PREPARE)
+            try:
+                await self._restorer.reach_boundary()
+            except TolariaError as error:
+                failure = error
+                tasks.cancel_scope.cancel()
+            reached_s = rollback.boundary_s = time.monotonic()
+            rollback.votes_before = len(rollback.votes)
+            rollback.deadline_s = reached_s + total_s(self.settings, rollback.tier)
+            self._show(rollback, self._state)  # with the tier, target and deadline that are known now
+        if failure is not None:
+            raise failure
+        if reached_s - rollback.began_s > self.settings.fast_budget_s:
+            await self._ask_in_turn(rollback, Call.PREPARE)
         if self._left_s(rollback) <= 0:
             raise RestoreAbandonedError("preparing")
         self._move(rollback, RollbackEvent.PREPARED)
-
-    async def _locate(self, rollback: Rollback) -> tuple[RollbackTier.ValueType, int]:
-        automatic = rollback.tier == ROLLBACK_TIER_UNSPECIFIED
-        for tier in (ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL) if automatic else (rollback.tier,):
-            step = await self._restorer.locate(tier, rollback.target_step)
-            if step is not None:
-                return tier, step
-        where = "" if rollback.target_step is None else f" at or before step {rollback.target_step}"
-        name = tier_name(rollback.tier)
-        raise NoCheckpointError(f"nothing to go back to: no restore point of the {name} tier{where}")
 
     async def _restore(self, rollback: Rollback) -> None:
         """Has the lane restore; at the deadline or when cancelled, forbids it unless live state is already changing."""

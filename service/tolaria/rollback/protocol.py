@@ -16,7 +16,7 @@ from tolaria.config import RollbackSettings
 from tolaria.errors import JournalError, TolariaError, WrongStateError
 from tolaria.journal.rows import RollbackRow
 from tolaria.signals import RollbackState
-from tolaria.values.optimization import Adjustment
+from tolaria.values.optimization import OPERATOR, Adjustment
 
 ID_BYTES_MAX: Final = 64
 """Bytes of a rollback_id that fit on the signal board."""
@@ -27,6 +27,14 @@ TIERS: Final[Mapping[str, RollbackTier.ValueType]] = MappingProxyType(
 """Tiers by the names that operators and the journal use."""
 
 TOLARIA: Final = "tolaria"
+
+HEALTH: Final = "health"
+TAMIYO: Final = "tamiyo"
+EMERGENCY: Final = "emergency"
+ORIGINS: Final = (OPERATOR, HEALTH, TAMIYO, EMERGENCY)
+"""Origins of rollbacks; `EMERGENCY` is a resume after a halt on an ill state."""
+
+AUTOMATIC_ORIGINS: Final = frozenset({HEALTH, TAMIYO})
 
 SHARES: Final[Mapping[str, float]] = MappingProxyType({"tamiyo": 0.3, "kasmina": 0.5, TOLARIA: 0.2})
 """Each participant's share of the budget for all its calls: 150, 250 and 100 ms of the fast tier's 500.
@@ -43,7 +51,7 @@ class RollbackEvent(Enum):
 
     BEGUN = "begun"
     PREPARED = "prepared"
-    """A restore point is chosen, and every participant has been asked to prepare."""
+    """A restore point is chosen, the lane is at a step boundary, and every participant has been asked to prepare."""
     RESTORED = "restored"
     """The live state is that of the restore point."""
     CONFIRMED = "confirmed"
@@ -204,14 +212,17 @@ class Rollback:
     """One rollback, from the request to its outcome. The coordinator and the restorer fill it in.
 
     Args:
-        tier: UNSPECIFIED takes the fast tier if it has a restore point, else the full one; set when one is chosen.
-        target_step: the nearest restore point at or before it is taken, and its step set here; None: the newest one.
+        tier: UNSPECIFIED takes the best restore point of both tiers; set when one is chosen.
+        target_step: the nearest restore point at or before it is taken; None: as `run.restore_points.choose` does.
         reason: for the journal and the participants.
-        origin: the requester, such as "operator", "tamiyo" or "judge".
+        origin: `OPERATOR`, `HEALTH`, `TAMIYO` or `EMERGENCY`.
         rollback_id: 1 to `ID_BYTES_MAX` bytes.
+        checkpoint_id: exactly this checkpoint is taken, also a superseded one.
+        before_step: restore points of this step and later ones are not taken; it is that of the first evidence.
+        preferred_before: restore points of earlier steps than this are better, if there are any.
         lr_cut: adjustment of learning rates after the restore.
         global_step: step of the run when the rollback was requested.
-        began_s: time of the request in monotonic seconds; the budget starts here.
+        began_s: time of the request in monotonic seconds.
         at_ns: time of the request in Unix nanoseconds.
     """
 
@@ -220,11 +231,20 @@ class Rollback:
     reason: str
     origin: str
     rollback_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    checkpoint_id: str = ""
+    before_step: int | None = None
+    preferred_before: int | None = None
     lr_cut: Adjustment | None = None
     global_step: int = 0
     began_s: float = field(default_factory=time.monotonic)
     at_ns: int = field(default_factory=time.time_ns)
 
+    chosen_step: int | None = field(default=None, init=False)
+    """Step of the chosen restore point; None while none is chosen."""
+    chosen: str = field(default="", init=False)
+    """Which restore point was chosen, and why."""
+    boundary_s: float | None = field(default=None, init=False)
+    """When the lane reached a step boundary, in monotonic seconds: the budget starts then. None before."""
     deadline_s: float = field(default=0.0, init=False)
     """Monotonic seconds by which the change of live state must have begun; it never begins later."""
     peers: int = field(default=0, init=False)
@@ -241,15 +261,29 @@ class Rollback:
     """The lane's own work, without the wait for a step boundary."""
     decided_s: float | None = field(default=None, init=False)
     """When the state was restored, or the rollback given up."""
+    attempt: int = field(default=0, init=False)
+    """The attempt that training continues with; 0 before."""
+    superseded: int = field(default=0, init=False)
+    """Checkpoints that are no longer ancestors of the live state."""
+    votes_before: int = field(default=0, init=False)
+    """Votes from before the step boundary, whose time is not part of the budget."""
     ending: Ending | None = field(default=None, init=False)
     error: TolariaError | None = field(default=None, init=False)
+    replaced_by: Rollback | None = field(default=None, init=False)
+    """The second try, with another restore point, after this one failed; it is the one that counts."""
     unrecorded: JournalError | None = field(default=None, init=False)
     """Why the journal has no row for this rollback."""
 
     @property
+    def automatic(self) -> bool:
+        """Whether no operator has asked for it, and no step or checkpoint is named: then only proven points count."""
+        named = self.target_step is not None or self.checkpoint_id
+        return self.origin in AUTOMATIC_ORIGINS and not named
+
+    @property
     def destination(self) -> int:
-        """The target step as the board shows it: 0 while none is chosen."""
-        return self.target_step or 0
+        """The step of the chosen restore point, or the one that was asked for; 0 while there is none."""
+        return (self.target_step or 0) if self.chosen_step is None else self.chosen_step
 
     @property
     def proven(self) -> bool:
@@ -264,7 +298,7 @@ class Rollback:
     @property
     def coordinated(self) -> bool:
         """Whether a quorum of participants is at the step of the restored state."""
-        same_step = self.restored_step == self.target_step
+        same_step = self.restored_step == self.chosen_step
         return self.ending is Ending.RESTORED and same_step and has_quorum(self.votes, self.peers)
 
     @property
@@ -272,9 +306,29 @@ class Rollback:
         """Time from the request until the state was restored, or the rollback given up; 0 before."""
         return 0.0 if self.decided_s is None else (self.decided_s - self.began_s) * 1000
 
+    @property
+    def waited_ms(self) -> float:
+        """Time from the request until the lane reached a step boundary, or until now; not part of the budget."""
+        return ((self.boundary_s or self.decided_s or time.monotonic()) - self.began_s) * 1000
+
+    @property
+    def restored_ms(self) -> float:
+        """Time from the step boundary until the state was restored, or the rollback given up; 0 before."""
+        if self.boundary_s is None or self.decided_s is None:
+            return 0.0
+        return (self.decided_s - self.boundary_s) * 1000
+
     def spent_s(self, participant: str) -> float:
-        """Returns how much of its share a participant has used."""
-        return sum(vote.latency_ms for vote in self.votes if vote.participant == participant) / 1000
+        """Returns how much of its share a participant has used since the step boundary."""
+        counted = self.votes[self.votes_before :]
+        return sum(vote.latency_ms for vote in counted if vote.participant == participant) / 1000
+
+    def again(self, tier: RollbackTier.ValueType) -> Rollback:
+        """Returns a new rollback with the same purpose, limited to a tier."""
+        rollback = Rollback(tier, self.target_step, self.reason, self.origin, before_step=self.before_step)
+        rollback.lr_cut, rollback.global_step = self.lr_cut, self.global_step
+        rollback.preferred_before = self.preferred_before
+        return rollback
 
     def end(self, ending: Ending, error: TolariaError | None = None) -> None:
         """Sets how the rollback ended, and why."""
@@ -296,6 +350,11 @@ class Rollback:
             expected_digest=self.expected_digest,
             latency_ms=self.latency_ms,
             coordinated=int(self.coordinated),
+            origin=self.origin,
+            attempt=self.attempt if ending is Ending.RESTORED else 0,
+            checkpoint_id=self.checkpoint_id,
+            waited_ms=self.waited_ms,
+            chosen=self.chosen,
         )
 
 

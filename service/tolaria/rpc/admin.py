@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import anyio
 import grpc.aio
@@ -18,18 +18,17 @@ from tolaria.rollback.protocol import Rollback, rollback_id_of
 from tolaria.rpc.listing import INCIDENTS_DEFAULT, INCIDENTS_MAX, list_incidents, list_restore_points
 from tolaria.rpc.requests import Answer, MutatingRequest, RequestLedger
 from tolaria.rpc.status import abort
-from tolaria.run.health import Health
+from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run import TrainingRun
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus
-from tolaria.values.optimization import Adjustment
+from tolaria.values.optimization import OPERATOR, Adjustment
 
 Context = grpc.aio.ServicerContext[object, object]
 _Read = TypeVar("_Read")
 
 # Longest waits in seconds; what takes longer still takes effect.
 EFFECT_S, ROLLBACK_S, CHECKPOINT_S, PROFILE_S, READ_S = 60.0, 60.0, 300.0, 600.0, 10.0
-_OPERATOR: Final = "operator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class AdminParts:
 
     run: TrainingRun
     status: RunStatus
-    health: Health
+    points: RestorePoints
     safety: Safety
     journal: AsyncJournal
     ledger: RequestLedger
@@ -101,10 +100,10 @@ class AdminService(TolariaAdminServiceServicer):
     async def ResumeTraining(
         self, request: admin.ResumeTrainingRequest, context: Context
     ) -> admin.ResumeTrainingResponse:
-        """Resumes a held run."""
+        """Resumes a held run; one that is halted on an ill state first goes back to a sound restore point."""
 
         async def operation() -> admin.ResumeTrainingResponse:
-            self._run.resume(request.reason)
+            await self._run.resume(request.reason)
             return admin.ResumeTrainingResponse(global_step=self._status.global_step, state=self._status.state)
 
         return await self._once(request, context, operation)
@@ -132,7 +131,7 @@ class AdminService(TolariaAdminServiceServicer):
                     factor=request.factor if change == "factor" else None,
                     value=request.value if change == "value" else None,
                     expires_after_steps=request.expires_after_steps or None,
-                    origin=_OPERATOR,
+                    origin=OPERATOR,
                     request_id=request.request_id,
                     reason=request.reason,
                 )
@@ -167,17 +166,7 @@ class AdminService(TolariaAdminServiceServicer):
         """Rolls back to a restore point; two digests in the answer prove that the restore was bit-exact."""
 
         async def operation() -> admin.TriggerRollbackResponse:
-            if request.tier not in RollbackTier.values():
-                raise errors.InvalidFieldError("tier", f"must be auto (0), fast (1) or full (2), is {request.tier}")
-            done = await self._run.roll_back(
-                Rollback(
-                    tier=request.tier,
-                    target_step=request.target_step if request.HasField("target_step") else None,
-                    reason=request.reason,
-                    origin=_OPERATOR,
-                    rollback_id=rollback_id_of(request.request_id),
-                )
-            )
+            done = await self._run.roll_back(_rollback_of(request))
             return admin.TriggerRollbackResponse(
                 rollback_id=done.rollback_id,
                 tier=done.tier,
@@ -187,6 +176,11 @@ class AdminService(TolariaAdminServiceServicer):
                 latency_ms=done.latency_ms,
                 global_step=done.restored_step,
                 coordinated=done.coordinated,
+                waited_ms=done.waited_ms,
+                restored_ms=done.restored_ms,
+                superseded=done.superseded,
+                attempt=done.attempt,
+                chosen=done.chosen,
             )
 
         return await self._once(request, context, operation, timeout_s=ROLLBACK_S, late="the rollback was not over")
@@ -211,12 +205,12 @@ class AdminService(TolariaAdminServiceServicer):
     async def ListRestorePoints(
         self, request: admin.ListRestorePointsRequest, context: Context
     ) -> admin.ListRestorePointsResponse:
-        """Returns the restore points, newest first."""
+        """Returns the restore points, newest first, also superseded ones."""
         try:
-            rows = await _read(self._parts.journal.restore_points())
+            rows = await _read(self._parts.journal.kept_points())
         except errors.TolariaError as error:
             await abort(context, error)
-        return list_restore_points(rows, self._status.snapshots, healthy_step=self._parts.health.healthy_step)
+        return list_restore_points(self._parts.points.of(self._status.snapshots, rows))
 
     async def ListIncidents(self, request: admin.ListIncidentsRequest, context: Context) -> admin.ListIncidentsResponse:
         """Returns the incidents, newest first."""
@@ -295,6 +289,24 @@ class AdminService(TolariaAdminServiceServicer):
         message = self._run.status()
         self._parts.complete(message)
         return message
+
+
+def _rollback_of(request: admin.TriggerRollbackRequest) -> Rollback:
+    """Returns the rollback that an operator asks for. Raises InvalidFieldError."""
+    if request.tier not in RollbackTier.values():
+        raise errors.InvalidFieldError("tier", f"must be auto (0), fast (1) or full (2), is {request.tier}")
+    if request.checkpoint_id and request.HasField("target_step"):
+        raise errors.InvalidFieldError("target_step", "cannot be combined with checkpoint_id, which names a step")
+    if request.checkpoint_id and request.tier == RollbackTier.ROLLBACK_TIER_FAST:
+        raise errors.InvalidFieldError("tier", "cannot be fast with checkpoint_id: checkpoints are on disk")
+    return Rollback(
+        tier=request.tier,
+        target_step=request.target_step if request.HasField("target_step") else None,
+        reason=request.reason,
+        origin=OPERATOR,
+        rollback_id=rollback_id_of(request.request_id),
+        checkpoint_id=request.checkpoint_id,
+    )
 
 
 async def _read(reading: Awaitable[_Read]) -> _Read:

@@ -1,4 +1,4 @@
-"""Messages about restore points and incidents, made from snapshots and journal rows."""
+"""Messages about restore points and incidents."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Final
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from leyline.v1 import admin_service_pb2 as admin
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL
-from tolaria.images import SnapshotInfo
-from tolaria.journal.rows import CheckpointRow, Incident
+from tolaria.journal.rows import Incident
+from tolaria.run.restore_points import RestorePoint
 
 INCIDENTS_DEFAULT: Final = 100
 INCIDENTS_MAX: Final = 1000
@@ -34,48 +33,27 @@ def list_incidents(incidents: Iterable[Incident]) -> admin.ListIncidentsResponse
     )
 
 
-def list_restore_points(
-    checkpoints: Iterable[CheckpointRow], snapshots: Iterable[SnapshotInfo], *, healthy_step: int | None
-) -> admin.ListRestorePointsResponse:
-    """Returns the restore points, newest first; for the same step, the snapshot before the checkpoints.
-
-    Of `checkpoints`, oldest first, only committed ones are listed. Snapshots have no timestamp. Points
-    after `healthy_step` (None: no step has been judged) are not stable, nor is a snapshot without a digest.
-    """
-    points = [_snapshot_point(info, healthy_step) for info in snapshots]
-    newest_first = reversed(list(checkpoints))  # of several for one step, a rollback takes the newest
-    points += [_checkpoint_point(row, healthy_step) for row in newest_first if row.state == "committed"]
-    points.sort(key=lambda point: point.global_step, reverse=True)
-    return admin.ListRestorePointsResponse(restore_points=points)
-
-
-def _snapshot_point(info: SnapshotInfo, healthy_step: int | None) -> admin.RestorePoint:
-    step = info.position.global_step
-    return admin.RestorePoint(
-        tier=ROLLBACK_TIER_FAST,
-        global_step=step,
-        epoch=info.position.epoch,
-        size_bytes=info.size_bytes,
-        digest=info.digest or "",
-        stable=info.digest is not None and _healthy(step, healthy_step),
+def list_restore_points(points: Iterable[RestorePoint]) -> admin.ListRestorePointsResponse:
+    """Returns the restore points in the given order."""
+    return admin.ListRestorePointsResponse(
+        restore_points=[
+            admin.RestorePoint(
+                tier=point.tier,
+                global_step=point.global_step,
+                epoch=point.epoch,
+                size_bytes=point.size_bytes,
+                digest=point.digest,
+                created_at=_timestamp(point.at_ns),
+                checkpoint_id="" if point.checkpoint is None else point.checkpoint.checkpoint_id,
+                stable=point.proven,
+                suspect=point.suspect,
+                attempt=point.attempt,
+                parent_checkpoint_id="" if point.checkpoint is None else point.checkpoint.parent,
+                superseded=point.superseded,
+            )
+            for point in points
+        ]
     )
-
-
-def _checkpoint_point(row: CheckpointRow, healthy_step: int | None) -> admin.RestorePoint:
-    return admin.RestorePoint(
-        tier=ROLLBACK_TIER_FULL,
-        global_step=row.global_step,
-        epoch=row.epoch,
-        size_bytes=row.size_bytes,
-        digest=row.digest,
-        created_at=_timestamp(row.at_ns),
-        checkpoint_id=row.checkpoint_id,
-        stable=_healthy(row.global_step, healthy_step),
-    )
-
-
-def _healthy(step: int, healthy_step: int | None) -> bool:
-    return healthy_step is None or step <= healthy_step
 
 
 def _timestamp(at_ns: int) -> Timestamp:

@@ -24,7 +24,7 @@ GUARD_S: Final = 0.001  # reserved in the budget for letting training go on
 
 @dataclass(frozen=True, slots=True)
 class BoundaryPolicy:
-    """How long an epoch boundary waits: in total, and for Tamiyo's answer.
+    """How long an epoch boundary waits: in total, and for Tamiyo's answer. Up to `slack_s` beyond that is no breach.
 
     A `patient` boundary waits for the settled answer instead, up to `patience_s`, so that the answer always takes
     effect at the same step and a deterministic run is reproducible bit for bit.
@@ -34,6 +34,7 @@ class BoundaryPolicy:
     tamiyo_s: float
     patient: bool
     patience_s: float
+    slack_s: float = 0.0
 
 
 class EpochBoundary:
@@ -42,6 +43,10 @@ class EpochBoundary:
     def __init__(self, consultations: Consultations, policy: BoundaryPolicy) -> None:
         self._consultations = consultations
         self.policy = policy
+
+    def rewound(self) -> None:
+        """Makes the answers to questions from before a rollback stale."""
+        self._consultations.rewound()
 
     async def wait_for_answer(
         self, state: SystemStatePacket, refusals: tuple[tuple[str, str], ...], *, since_s: float

@@ -6,6 +6,7 @@ Storage failures do not end any task: they are reported and counted, and the che
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from time import monotonic
@@ -17,7 +18,7 @@ import structlog
 from anyio import sleep
 
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED
-from tolaria.checkpoint.writer import CheckpointWriter, RewindMark
+from tolaria.checkpoint.writer import CaptureMark, CheckpointWriter
 from tolaria.config import CheckpointSettings
 from tolaria.errors import CheckpointWriteError, LaneError, LaneStoppedError, TolariaError
 from tolaria.filesystem import errno_name
@@ -28,7 +29,9 @@ from tolaria.lane.messages import CaptureImage, EpochDone, ImageCaptured
 from tolaria.resilience.breaker import Breaker
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
+from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run_state import Lifecycle
+from tolaria.values.lineage import Lineage
 
 BUSY_S: Final = 0.25
 """Delay before an operator's checkpoint is retried while the writer is busy."""
@@ -42,8 +45,7 @@ _SUPERSEDE_S: Final = 1.0  # one small transaction, for which the lane is held
 class Checkpointing:
     """Makes the checkpoints of one run. Used on the event loop only.
 
-    The lane captures an image at a step boundary, even while it is held; the writer's thread writes it. `from_step` is
-    the step at which the run begins in this process.
+    The lane captures an image at a step boundary, even while it is held; the writer's thread writes it.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Checkpointing:
         breaker: Breaker,
         observers: RunObserver,
         journal: AsyncJournal,
-        from_step: int = 0,
+        points: RestorePoints,
     ) -> None:
         self._log = structlog.get_logger(__name__)
         self._settings = settings
@@ -66,69 +68,77 @@ class Checkpointing:
         self._breaker = breaker
         self._observers = observers
         self._journal = journal
+        self._points = points
+        self._proven: set[str] = set()
         self._turn = anyio.Lock()
         self._wake = anyio.Event()
         self._due = False
+        from_step = 0 if points.resumed is None else points.resumed.global_step
         self._step = self._due_from_step = self._last_step = from_step
-        self._captured: dict[int, RewindMark] = {}
-        self._in_flight: WeakSet[RewindMark] = WeakSet()
+        self._captured: dict[int, CaptureMark] = {}
+        self._in_flight: WeakSet[CaptureMark] = WeakSet()
         """Images on their way to disk; each is kept alive by `_captured` or by the task or thread that has it."""
         self._epoch: EpochDone | None = None
         self._epoch_due = False
         self._evaluated_step = -1
-        self.validated_step = -1
-        """The newest step that a validation found healthy, or an earlier one restored since; -1 before the first.
-
-        It is moved to the step of the checkpoint that was due after that validation, which may be a few steps later.
-        """
+        self.saved_step = from_step
+        """Step of the newest checkpoint, or the one at which the run begins in this process."""
         self._held_reason = ""
         self._retrying = False
         self.failing = ""
         """Why the checkpoint that is due has not been made; empty if none has failed."""
 
+    @property
+    def enabled(self) -> bool:
+        """Whether the settings require checkpoints at all."""
+        return bool(self._settings.every_epochs or self._settings.every_steps)
+
     # -- events, in the lane's order ---------------------------------------------------------------------------------
 
     def on_step(self, global_step: int) -> None:
-        """Handles the step of a healthy `StepDone`, or of a `Restored`, which may be earlier."""
-        if global_step < self._last_step:
-            self._undo_after(global_step)
+        """Handles the step of a healthy `StepDone`, or of a `Restored`, which may be another branch's."""
         self._step = self._last_step = global_step
         self._due_from_step = min(self._due_from_step, global_step)
         if self._epoch is not None and global_step < self._epoch.global_step:
             self._epoch = None  # its state has been undone
-        if self._epoch is None:
-            self.validated_step = min(self.validated_step, global_step)
         if due_by_steps(self._settings.every_steps, global_step, self._due_from_step):
             self._make_due(global_step)
 
     def on_epoch(self, epoch: EpochDone) -> None:
         """Handles an epoch that has been validated and found healthy."""
         self._step, self._epoch = epoch.global_step, epoch
-        self._evaluated_step = self.validated_step = epoch.global_step
+        self._evaluated_step = epoch.global_step
         self._epoch_due = due_by_epochs(self._settings.every_epochs, epoch.epoch)
         if self._epoch_due:
             self._make_due(epoch.global_step)
 
-    def on_image_captured(self, image_id: int) -> None:
-        """Handles the lane's `ImageCaptured`: a rollback that is applied from now on supersedes the image."""
-        mark = self._captured[image_id] = RewindMark()
+    def on_image_captured(self, image_id: int, global_step: int) -> None:
+        """Handles the lane's `ImageCaptured`: a rollback that is applied from now on may supersede the image."""
+        mark = self._captured[image_id] = self._points.captured(global_step)
         self._in_flight.add(mark)
 
-    async def supersede_after(self, global_step: int) -> None:
-        """Marks the checkpoints after `global_step` as undone, those in flight first. Waits at most one second.
+    def on_proven(self, checkpoint_ids: Sequence[str]) -> None:
+        """Handles checkpoints that are proven now: the journal is going to say so."""
+        if checkpoint_ids:
+            self._proven.update(checkpoint_ids)
+            self._wake.set()
 
-        A failure is logged; after a crash before the next checkpoint, the run would resume from one of them.
-        """
-        self._undo_after(global_step)
-        with anyio.move_on_after(_SUPERSEDE_S):
-            await self._journal.supersede_after(global_step)
-            return
-        detail = "the journal did not answer"
-        self._log.error("checkpoints_not_superseded", after_step=global_step, detail=detail)
-
-    def _undo_after(self, global_step: int) -> None:
+    def rewound(self, global_step: int, lineage: Lineage) -> None:
+        """Handles the lane's `Restored`: images in flight that are not ancestors of the live state are superseded."""
         for mark in self._in_flight:
-            mark.rewound_to(global_step)
+            mark.live = lineage
+        self.on_step(global_step)
+
+    async def follow(self, lineage: Lineage, detail: str) -> int:
+        """Supersedes the checkpoints that are not ancestors of the live state; returns their number.
+
+        Waits at most one second. A failure is logged; after a crash before the next checkpoint, the run would resume
+        from one of them.
+        """
+        with anyio.move_on_after(_SUPERSEDE_S):
+            return await self._journal.follow(lineage, detail)
+        self._log.error("checkpoints_not_superseded", detail=f"{detail}: the journal did not answer")
+        return 0
 
     # -- making checkpoints ------------------------------------------------------------------------------------------
 
@@ -140,6 +150,9 @@ class Checkpointing:
             else:
                 await self._wake.wait()
             self._wake = anyio.Event()
+            if self._proven:
+                proven, self._proven = self._proven, set()
+                await self._journal.prove(proven)
             # While this slept, an operator's checkpoint may have succeeded.
             if (self._retrying or self._due) and not await self._serve_due():
                 return
@@ -200,10 +213,12 @@ class Checkpointing:
             return None
         await self._wait_for(future)
         row = future.result()
+        if row.state == "committed":
+            self.on_proven(self._points.committed(row))
         self._succeeded(row, monotonic() - started_s)
         return row
 
-    async def _capture(self) -> tuple[Lease, RewindMark]:
+    async def _capture(self) -> tuple[Lease, CaptureMark]:
         self._captured.clear()  # images whose callers were cancelled
         done = await self._lane.call(CaptureImage())
         if not isinstance(done.result, ImageCaptured):
@@ -230,7 +245,7 @@ class Checkpointing:
             return None
         if self._epoch_due:
             self._epoch_due = False
-            self._evaluated_step = self.validated_step = self._step
+            self._evaluated_step = self._step
         if self._evaluated_step != self._step:
             return None
         evaluation = self._epoch.evaluation
@@ -240,7 +255,7 @@ class Checkpointing:
 
     def _succeeded(self, row: CheckpointRow, duration_s: float) -> None:
         self._observers.on_checkpoint_written(row, duration_s)
-        self._due_from_step = row.global_step
+        self._due_from_step = self.saved_step = row.global_step
         if self._breaker.allows():
             self._breaker.succeeded()
         # An open breaker ignores successes until it has cooled down; a later checkpoint then closes it.

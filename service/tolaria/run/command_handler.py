@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 from google.protobuf.json_format import MessageToDict
 
 from leyline.v1 import enums_pb2 as enums
 from leyline.v1.commands_pb2 import AdaptationCommand
+from tolaria import emergency
 from tolaria.errors import CommandRejectedError, OptimizationError, TolariaError, WrongStateError
-from tolaria.lane.messages import ChangeOptimizer, CommandDone, ReconcileSeeds
+from tolaria.lane.messages import ChangeOptimizer, CommandDone, OptimizerChanged, ReconcileSeeds, SeedsChanged
 from tolaria.peers.consultation import Consultation, describe_command
 from tolaria.rollback.protocol import TIERS, Ending, Rollback
+from tolaria.run.health import Health
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
 from tolaria.run.recovery import Recovery
@@ -32,7 +36,11 @@ _STEP_MAX: Final = 2**53
 
 
 class CommandHandler:
-    """Enacts settled consultations if their state is at most `max_staleness_steps` old. Used on the event loop only."""
+    """Enacts settled consultations if their state is at most `max_staleness_steps` old. Used on the event loop only.
+
+    A consultation from before a rollback, or during one, is stale whatever its step. A command that the lane carries
+    out counts as applied or rejected once the lane has answered.
+    """
 
     def __init__(
         self,
@@ -42,6 +50,7 @@ class CommandHandler:
         lifecycle: Lifecycle,
         safety: Safety,
         recovery: Recovery,
+        health: Health,
         observers: RunObserver,
         max_staleness_steps: int,
     ) -> None:
@@ -50,16 +59,18 @@ class CommandHandler:
         self._lifecycle = lifecycle
         self._safety = safety
         self._recovery = recovery
+        self._health = health
         self._observers = observers
         self._max_staleness_steps = max_staleness_steps
 
     def settle(self, consultation: Consultation) -> None:
-        """Enacts a consultation, at the boundary or whenever it is settled, unless its state is too old."""
+        """Enacts a consultation, at the boundary or whenever it is settled, unless it is stale."""
         age_steps = self._status.global_step - consultation.state.global_step
-        stale = age_steps > self._max_staleness_steps
+        undone = consultation.outdated or self._recovery.running
+        stale = undone or not 0 <= age_steps <= self._max_staleness_steps
         self._note_answers(consultation, stale=stale)
         if consultation.failed:
-            self._safety.safeguards.epoch_failing(PEER_FAILURE)
+            self._safety.disturbed(PEER_FAILURE, emergency.Trigger.PEER_FAILURE)
         self._safety.check_breakers()
         if not stale and not self._lifecycle.ended:
             self._enact(consultation)
@@ -74,27 +85,34 @@ class CommandHandler:
         if consultation.rejection is not None:
             self._count_rejected(consultation.rejection)
         if stale and consultation.command is not None:
-            command_id = consultation.command.command_id
-            self._count_rejected(CommandRejectedError("late", command_id, "training has moved on too far"))
+            why = "a rollback has undone its state" if consultation.outdated else "training is at another step by now"
+            self._count_rejected(CommandRejectedError("late", consultation.command.command_id, why))
 
     def _enact(self, consultation: Consultation) -> None:
+        reconciled: asyncio.Future[CommandDone] | None = None
         if consultation.seeds is not None and not self._safety.safeguards.mode.on:
             self._status.desired = consultation.seeds
-            self._lane.submit(ReconcileSeeds(tuple(consultation.seeds)))  # applied by the run when it is done
+            reconciled = self._lane.submit(ReconcileSeeds(tuple(consultation.seeds)))  # applied by the run when done
         if consultation.command is not None:
             try:
-                self._execute(consultation, consultation.command)
+                self._execute(consultation, consultation.command, reconciled)
             except CommandRejectedError as rejection:
                 self._reject(rejection)
 
-    def _execute(self, consultation: Consultation, command: AdaptationCommand) -> None:
+    def _execute(
+        self,
+        consultation: Consultation,
+        command: AdaptationCommand,
+        reconciled: asyncio.Future[CommandDone] | None,
+    ) -> None:
         match command.command_type:
             case enums.COMMAND_SEED if self._safety.safeguards.mode.on:
                 raise CommandRejectedError("conservative", command.command_id, "seeds are left alone in this mode")
-            case enums.COMMAND_SEED:  # Kasmina has applied it; the desired seeds follow from it
-                if not consultation.applied:
+            case enums.COMMAND_SEED:  # the desired seeds follow from it
+                if not consultation.applied or reconciled is None:
                     raise CommandRejectedError("refused", command.command_id, consultation.kasmina_answer)
-                self._applied(consultation)
+                present = {seed.seed_id for seed in self._status.grafted}
+                self._await_lane(consultation, reconciled, lambda done: seed_refusal(consultation, present, done))
             case enums.COMMAND_CIRCUIT_BREAKER:
                 force_breaker(command, self._safety.safeguards)
                 self._safety.check_breakers()
@@ -114,7 +132,10 @@ class CommandHandler:
                 raise CommandRejectedError("unsupported", command.command_id, f"{kind} commands are not carried out")
 
     def _roll_back(self, consultation: Consultation, command: AdaptationCommand) -> None:
-        """Begins a rollback; the command counts as applied or refused once it is over."""
+        """Begins a rollback; the command counts as applied or refused once it is over.
+
+        Beyond the budget of automatic rollbacks it is refused, and opens the controller's breaker.
+        """
 
         def over(rollback: Rollback) -> None:
             if rollback.ending is Ending.RESTORED:
@@ -123,23 +144,50 @@ class CommandHandler:
                 detail = str(rollback.error or (rollback.ending or Ending.FAILED).value)
                 self._reject(CommandRejectedError("refused", command.command_id, detail))
 
+        rollback, step = rollback_of(command), self._status.global_step
+        if (refusal := self._health.refusal(step)) is not None:
+            self._safety.safeguards.force(TAMIYO, enums.CIRCUIT_STATE_OPEN)
+            self._safety.check_breakers()
+            raise CommandRejectedError("rollback_budget", command.command_id, refusal.reason)
+        if rollback.automatic:
+            rollback.before_step = self._health.older_than(step)
         try:
-            self._recovery.begin(rollback_of(command), over)
+            self._recovery.begin(rollback, over)
+            self._health.begin_rollback(TAMIYO, step)
         except WrongStateError as error:
             raise CommandRejectedError("refused", command.command_id, str(error)) from None
 
     def _change_optimizer(self, consultation: Consultation, command: AdaptationCommand) -> None:
+        def refusal(done: CommandDone) -> str:
+            if isinstance(done.result, OptimizerChanged) and done.result.limits:
+                self._status.tamiyo_answer = f"{consultation.tamiyo_answer} ({'; '.join(done.result.limits)})"
+            return ""
+
+        self._await_lane(consultation, self._lane.submit(optimizer_change(command)), refusal)
+
+    def _await_lane(
+        self,
+        consultation: Consultation,
+        future: asyncio.Future[CommandDone],
+        refusal: Callable[[CommandDone], str],
+    ) -> None:
+        """Counts the command as applied or rejected when the lane has answered; `refusal` returns why, or nothing."""
+
         def done(future: asyncio.Future[CommandDone]) -> None:
             try:
-                if (failure := future.result().failure) is not None:
-                    raise failure.error()
+                answer = future.result()
+                if answer.failure is not None:
+                    raise answer.failure.error()
+                reason = refusal(answer)
             except TolariaError as error:
-                self._reject(CommandRejectedError("refused", command.command_id, str(error)))
+                reason = str(error)
+            if reason and consultation.command is not None:
+                self._reject(CommandRejectedError("refused", consultation.command.command_id, reason))
             else:
                 self._applied(consultation)
             self._lifecycle.changed()
 
-        self._lane.submit(optimizer_change(command)).add_done_callback(done)
+        future.add_done_callback(done)
 
     def _applied(self, consultation: Consultation) -> None:
         self._status.commands_accepted += 1
@@ -153,6 +201,17 @@ class CommandHandler:
     def _count_rejected(self, rejection: CommandRejectedError) -> None:
         self._status.commands_rejected += 1
         self._observers.on_command_rejected(rejection)
+
+
+def seed_refusal(consultation: Consultation, present: AbstractSet[str], done: CommandDone) -> str:
+    """Returns why the lane refused the seed that a command is about; empty if it did not.
+
+    A command that names no seed is about those that Kasmina declares and that were not `present` in the model.
+    """
+    target = consultation.command.target_seed_id if consultation.command is not None else ""
+    concerned = {target} if target else {seed.seed_id for seed in consultation.seeds or ()} - present
+    refusals = done.result.refusals if isinstance(done.result, SeedsChanged) else ()
+    return "; ".join(f"{seed_id}: {reason}" for seed_id, reason in refusals if seed_id in concerned)
 
 
 def optimizer_change(command: AdaptationCommand) -> ChangeOptimizer:
@@ -227,5 +286,5 @@ def rollback_of(command: AdaptationCommand) -> Rollback:
         tier=TIERS[tier],
         target_step=None if step is None else int(step),
         reason=reason,
-        origin=command.issued_by or TAMIYO,
+        origin=TAMIYO,
     )

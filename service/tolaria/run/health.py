@@ -1,38 +1,55 @@
-"""The health of training: averages, limits, the budget of automatic rollbacks, and the verdict on each step and epoch.
+"""The health of training: the verdict on each step and epoch, and the budget of automatic rollbacks.
 
-A step is judged against the averages of the steps before it.
+Loss windows are training state: the lane keeps them, and here is a copy that follows its events. What belongs to the
+run is in the record: going back restores none of it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from collections import deque
+from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from pydantic import BaseModel, ValidationError
+from tolaria.config import HealthSettings, RollbackSettings
+from tolaria.emergency import Trigger
+from tolaria.lane.messages import AcceptRegime, EpochDone, StepDone
+from tolaria.run.health_record import (
+    APART_STEPS,
+    COLLAPSED,
+    EVALUATIONS,
+    AutomaticRollback,
+    Record,
+    apart,
+    batches_of,
+    collapsing,
+    stable,
+)
+from tolaria.values.loss_window import Averages, Explosion, LossWindow, rise_begins
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, RollbackTier
-from tolaria.config import RollbackSettings
-from tolaria.lane.messages import EpochDone, StepDone
+REGIMES_MAX: Final = 2
+"""Accepted regimes after which finite explosions of the run are only reported: its losses are like that."""
 
-EWMA_WEIGHT: Final = 0.05
-"""Weight of the newest step in the moving averages: about the last twenty steps count."""
+NEAR_STEPS: Final = 64
+"""Distance from the place of the last retreat within which losses that rise again may be a changed task."""
 
-_FLOOR: Final = 0.01
-_DEVIATIONS: Final = 6.0
-_LOG_DEVIATIONS: Final = 5.0
-_NORM_MIN: Final = 1e-12
+WATCH_STEPS: Final = 64
+"""Steps for which such losses are watched before the verdict."""
+
+_RECENT: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Proceed:
-    """Training goes on."""
+    """Training goes on. `alarm` is an explosion that is only reported, empty for none."""
+
+    alarm: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class RateCut:
-    """Multiplies the learning rate by `factor` for `steps` steps."""
+    """Multiplies the scheduled learning rate by `factor` for `steps` steps; replaces the cut of an earlier rollback."""
 
     factor: float
     steps: int
@@ -40,265 +57,383 @@ class RateCut:
 
 @dataclass(frozen=True, slots=True)
 class Retreat:
-    """Training has to be rolled back to a restore point of `tier` before `at_step`, at a lower learning rate."""
+    """Training has to be rolled back to the newest proven restore point before `evidence_step`.
 
-    tier: RollbackTier.ValueType
+    Attributes:
+        reason: what went wrong.
+        evidence_step: the first step that shows it; the restore point has to be of an earlier step.
+        batches: those of the evidence, as (epoch, place), which are left out from now on.
+        cut: of the learning rate.
+        older_than: the point has to be of an earlier step than this too: the one that the previous automatic rollback
+            restored. None if there was none within `rollback.per_steps`.
+        durable: whether only checkpoints are considered.
+        preferred_before: a point of an earlier step than this is better, from before the losses began to rise.
+    """
+
     reason: str
-    at_step: int
+    evidence_step: int
+    batches: tuple[tuple[int, int], ...]
     cut: RateCut
+    older_than: int | None = None
+    durable: bool = False
+    preferred_before: int | None = None
+
+    @property
+    def at_or_before(self) -> int:
+        """The newest step that a restore point may be of; -1 if there can be none."""
+        before = self.evidence_step if self.older_than is None else min(self.evidence_step, self.older_than)
+        return before - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Halt:
     """Training has to be frozen: going on would repeat what went wrong."""
 
+    trigger: Trigger
     reason: str
 
 
-Verdict: TypeAlias = Proceed | Retreat | Halt
+Verdict: TypeAlias = Proceed | AcceptRegime | Retreat | Halt
 
 
-@dataclass(frozen=True, slots=True)
-class Averages:
-    """Exponentially weighted averages and variances over finite steps (Finch 2009, section 9).
+@dataclass(slots=True)
+class _Watch:
+    """Losses that have risen again near the last retreat, until it is known whether the task has changed."""
 
-    The logarithm of the gradient norm is averaged as well, since norms vary by factors. `skipped_streak` is the number
-    of consecutive steps that have been skipped most recently.
-    """
-
-    loss: float = 0.0
-    loss_variance: float = 0.0
-    gradient_norm: float = 0.0
-    gradient_norm_variance: float = 0.0
-    log_norm: float = 0.0
-    log_norm_variance: float = 0.0
-    loss_delta: float = 0.0
-    finite_steps: int = 0
-    skipped_streak: int = 0
-
-    def after(self, step: StepDone) -> Averages:
-        """Returns the averages with one more step."""
-        if step.rescaled:
-            return self
-        if step.skipped:
-            return replace(self, skipped_streak=self.skipped_streak + 1)
-        log_norm = math.log(max(step.gradient_norm, _NORM_MIN))
-        if self.finite_steps == 0:
-            return Averages(loss=step.loss, gradient_norm=step.gradient_norm, log_norm=log_norm, finite_steps=1)
-        loss, loss_variance = _blend(self.loss, self.loss_variance, step.loss)
-        norm, norm_variance = _blend(self.gradient_norm, self.gradient_norm_variance, step.gradient_norm)
-        log, log_variance = _blend(self.log_norm, self.log_norm_variance, log_norm)
-        return Averages(
-            loss=loss,
-            loss_variance=loss_variance,
-            gradient_norm=norm,
-            gradient_norm_variance=norm_variance,
-            log_norm=log,
-            log_norm_variance=log_variance,
-            loss_delta=step.loss - self.loss,
-            finite_steps=self.finite_steps + 1,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class RollbackBudget:
-    """Steps at which automatic rollbacks began. A rollback undoes steps but restores none of the budget."""
-
-    begun_at: tuple[int, ...] = ()
-
-    def spent(self, at_step: int, settings: RollbackSettings) -> bool:
-        """Whether no further automatic rollback is allowed at `at_step`. Rollbacks at later, undone steps count too."""
-        return sum(step > at_step - settings.per_steps for step in self.begun_at) >= settings.automatic_max
-
-    def after(self, at_step: int, settings: RollbackSettings) -> RollbackBudget:
-        """Returns the budget with one more rollback, begun at `at_step`."""
-        return RollbackBudget(tuple(sorted((*self.begun_at, at_step))[-settings.automatic_max :]))
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """The history by which new steps and epochs are judged. Not part of the training state.
-
-    `loss_level` and `norm_level` are the highest values of the moving averages since the warm-up.
-    """
-
-    loss_level: float = 0.0
-    norm_level: float = 0.0
-    best_accuracy: float = 0.0
-    budget: RollbackBudget = RollbackBudget()
-
-    def after_step(self, averages: Averages, settings: RollbackSettings) -> Record:
-        """Returns the record with the averages after one more healthy step."""
-        if averages.finite_steps < settings.warmup_steps:
-            return self
-        return replace(
-            self,
-            loss_level=max(self.loss_level, abs(averages.loss)),
-            norm_level=max(self.norm_level, averages.gradient_norm),
-        )
-
-    def after_epoch(self, epoch: EpochDone) -> Record:
-        """Returns the record with the accuracy of one more epoch."""
-        return replace(self, best_accuracy=max(self.best_accuracy, epoch.evaluation.accuracy))
-
-    def after_retreat(self, retreat: Retreat, settings: RollbackSettings) -> Record:
-        """Returns the record with one more automatic rollback begun."""
-        return replace(self, budget=self.budget.after(retreat.at_step, settings))
-
-
-def judge_step(averages: Averages, record: Record, step: StepDone, settings: RollbackSettings) -> Verdict:
-    """Returns what to do about a step, given the averages and the record before it."""
-    if step.skipped:
-        # A rescaled step only had too high a loss scale for float16.
-        reason = "" if step.rescaled else f"not finite: loss {step.loss:g}, gradient norm {step.gradient_norm:g}"
-    else:
-        reason = _explosion(averages, record, step, settings)
-    return _within_budget(ROLLBACK_TIER_FAST, reason, record.budget, step.global_step, settings)
-
-
-def judge_epoch(record: Record, epoch: EpochDone, settings: RollbackSettings) -> Verdict:
-    """Returns what to do after an epoch, given the record before it. A job without accuracies always passes."""
-    accuracy = epoch.evaluation.accuracy
-    reason = ""
-    if record.best_accuracy - accuracy > settings.accuracy_drop:
-        reason = f"validation accuracy fell to {accuracy:.3f} from {record.best_accuracy:.3f}"
-    return _within_budget(ROLLBACK_TIER_FULL, reason, record.budget, epoch.global_step, settings)
+    reason: str
+    evidence_step: int
+    batches: tuple[tuple[int, int], ...]
+    limit: float
+    spread_before: float
+    early: bool
+    losses: list[float]
 
 
 class Health:
     """Judges steps and epochs of one run, if the settings enable it. Used on the event loop only.
 
     `saved` is the JSON from `to_json` of an earlier process of the run; empty for a new run.
+
+    Attributes:
+        losses: the copy of the lane's window.
+        healthy_step: the newest step that was judged healthy; None before the first.
     """
 
-    def __init__(self, settings: RollbackSettings, saved: str = "") -> None:
+    def __init__(self, settings: RollbackSettings, health: HealthSettings, saved: str = "") -> None:
         self._settings = settings
-        self._record = _parse(saved)
-        self._retreating = False
+        self._skips_data_max = health.skips_data_max
+        self._record = Record.parse(saved)
+        self._saved = self.to_json()
+        self.losses = LossWindow(health.window)
+        self._recent: deque[StepDone] = deque(maxlen=_RECENT)
+        self._watch: _Watch | None = None
+        self._alarmed_step: int | None = None
+        self._accepting = False
+        self._origin = ""
+        """Origin of the automatic rollback that is in progress; empty if there is none."""
         self._spoiled: set[tuple[int, int]] = set()
-        self._validated_step: int | None = None
-        self.averages = Averages()
         self.healthy_step: int | None = None
-        """The newest step that was judged healthy; None before the first."""
+
+    # -- for others --------------------------------------------------------------------------------------------------
+
+    @property
+    def averages(self) -> Averages:
+        """Moving averages of losses and gradient norms."""
+        return self.losses.averages
+
+    @property
+    def suspect(self) -> bool:
+        """Whether two of the last eight losses exploded: a restore point captured now may be ill."""
+        return self.losses.suspect
+
+    @property
+    def above(self) -> bool | None:
+        """Whether the loss of the last finite step lay above the top of the window before it; None before the first."""
+        return self.losses.above
+
+    @property
+    def best_step(self) -> int:
+        """The highest step that the run has reached."""
+        return self._record.best_step
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of skipped steps of the run."""
+        return self._record.skipped
+
+    @property
+    def skip_streak(self) -> int:
+        """Number of steps in a row that were skipped most recently."""
+        return self._record.skip_streak
+
+    @property
+    def left_out(self) -> tuple[tuple[int, int], ...]:
+        """All batches that are left out, as (epoch, place)."""
+        return tuple(sorted(self._record.left_out))
 
     def to_json(self) -> str:
-        """Returns the record by which steps and epochs are judged; a resumed run continues with it."""
-        saved = asdict(self._record)
-        saved["rolled_back_at"] = saved.pop("budget")["begun_at"]
-        return json.dumps(saved)
+        """Returns the record as JSON; a resumed run continues with it."""
+        return self._record.model_dump_json(exclude_defaults=True)
+
+    def unsaved(self) -> str | None:
+        """Returns the record as JSON if it has to be saved, None if nothing but progress has changed since."""
+        best = self._record.best_step
+        self._record.best_step = self._record.best_step_then  # changes with each step, and is known from the state
+        now = self.to_json()
+        self._record.best_step = best
+        if now == self._saved:
+            return None
+        self._saved = now
+        return self.to_json()
+
+    # -- what the lane reports ---------------------------------------------------------------------------------------
+
+    def start(self, losses: str, global_step: int) -> None:
+        """Adopts the windows of the state with which training starts in this process."""
+        self._adopt(losses)
+        self._record.best_step = max(self._record.best_step, global_step)
 
     def step(self, step: StepDone, *, rolling_back: bool) -> Verdict:
-        """Judges a step and counts it in the averages if it is healthy or skipped.
+        """Judges a step.
 
         While a rollback is in progress no other one begins, but the batches of unhealthy steps are still recorded.
         """
-        quiet = rolling_back or self._retreating
-        verdict = self._judge_step(step, quiet=quiet)
-        healthy = isinstance(verdict, Proceed) and not quiet
-        if healthy or step.skipped:
-            self.averages = self.averages.after(step)
-        if healthy:
-            self._record = self._record.after_step(self.averages, self._settings)
-        return verdict
+        quiet = rolling_back or bool(self._origin)
+        if step.skipped:
+            if step.judged is not None:  # it is extreme
+                self.losses.pass_over(step.judged)
+                self._recent.append(step)
+            return self._skipped(step, quiet=quiet)
+        self._record.skip_streak = 0
+        self._record.best_step = max(self._record.best_step, step.global_step)
+        self.losses.note(step.loss, step.gradient_norm)
+        if step.judged is None:
+            return Proceed()
+        spread_before = self.losses.relative_spread
+        alarm = self.losses.add(step.judged)
+        self._recent.append(step)
+        if quiet and alarm is not None:
+            self._spoiled.update(batches_of(step))
+        if quiet or self._accepting:  # the lane has not emptied its window yet
+            return Proceed()
+        if self._watch is not None:
+            return self._watched(self._watch, step, step.judged)
+        if alarm is None:
+            self.healthy_step = step.global_step
+            return Proceed()
+        return self._exploded(step, alarm, spread_before)
 
     def epoch(self, epoch: EpochDone, *, rolling_back: bool) -> Verdict:
-        """Judges the validation accuracy of an epoch against the best one before it, unless a rollback is under way."""
-        if not self._settings.automatic or rolling_back or self._retreating:
+        """Judges the accuracy of an evaluation, or its loss if the job counts no accuracy, by those before it."""
+        record = self._record
+        if rolling_back or self._origin:
             return Proceed()
-        verdict = judge_epoch(self._record, epoch, self._settings)
-        self._record = self._record.after_epoch(epoch)
-        if isinstance(verdict, Proceed):
-            self._validated_step = epoch.global_step
-        elif self._validated_step is not None and self.healthy_step is not None:
-            self.healthy_step = min(self._validated_step, self.healthy_step)
-        return self._begin(verdict)
+        if epoch.evaluation.correct and not record.counts_accuracy:
+            record.counts_accuracy, record.evaluations, record.worse = True, [], []
+        value = epoch.evaluation.accuracy if record.counts_accuracy else -epoch.evaluation.loss
+        if not collapsing([value for _, value in record.evaluations], value, self._settings.accuracy_drop):
+            for evaluation in (*record.worse, (epoch.global_step, value)):
+                if math.isfinite(evaluation[1]):
+                    record.evaluations.append(evaluation)
+            record.evaluations, record.worse = record.evaluations[-EVALUATIONS:], []
+            return Proceed()
+        record.worse.append((epoch.global_step, value))
+        if len(record.worse) < COLLAPSED or not self._settings.automatic:
+            return Proceed()
+        first, worst = record.worse[0][0], min(value for _, value in record.evaluations)
+        reason = f"{len(record.worse)} evaluations in a row are worse than all before: {value:.4g} after {worst:.4g}"
+        record.worse = []
+        return self._retreat(reason, first, (), epoch.global_step, durable=True)
 
-    def skipped_too_many(self, skipped_max: int) -> bool:
-        """Whether at least `skipped_max` steps in a row were skipped."""
-        return self.averages.skipped_streak >= skipped_max
+    def regime_begins(self, *, announced: bool) -> None:
+        """Follows the lane, which has emptied its window for a changed task, announced by the job or accepted here."""
+        self.losses.begin_regime(keep_waiting=not announced)
+        self._recent.clear()
+        self._accepting = False
+        self._watch = None
+
+    def restored(self, losses: str, global_step: int) -> None:
+        """Follows the lane, which has restored an earlier state. An operator's rollback resets the budgets."""
+        record = self._record
+        self._adopt(losses)
+        record.skip_streak = 0
+        record.evaluations = [entry for entry in record.evaluations if entry[0] <= global_step]
+        record.worse = []
+        self.healthy_step = global_step if self.healthy_step is None else min(self.healthy_step, global_step)
+        if not self._origin:
+            record.rollbacks, record.without_progress = [], 0
+            record.best_step, record.best_step_then = global_step, -1
+            record.retreat_step, record.retreat_batches = None, []
+        elif record.rollbacks:
+            record.rollbacks[-1].restored_step = global_step
 
     def forgive_skipped_steps(self) -> None:
         """Resets the streak of skipped steps."""
-        self.averages = replace(self.averages, skipped_streak=0)
+        self._record.skip_streak = 0
+
+    # -- automatic rollbacks -----------------------------------------------------------------------------------------
+
+    def refusal(self, at_step: int) -> Halt | None:
+        """Returns why no further automatic rollback is allowed at `at_step`; None if one is allowed."""
+        record, settings = self._record, self._settings
+        if len(self._within_budget(at_step)) >= settings.automatic_max:
+            spent = f"{settings.automatic_max} automatic rollbacks in {settings.per_steps} steps are spent"
+            return Halt(Trigger.ROLLBACK_BUDGET_SPENT, spent)
+        stuck = record.best_step <= record.best_step_then
+        if stuck and record.without_progress >= settings.progress_rollbacks_max:
+            reason = f"{record.without_progress} rollbacks in a row without a step beyond {record.best_step}"
+            return Halt(Trigger.NO_PROGRESS, reason)
+        return None
+
+    def older_than(self, at_step: int) -> int | None:
+        """Returns the oldest step that automatic rollbacks within the window have restored: the next goes further."""
+        restored = [rollback.restored_step for rollback in self._within_budget(at_step)]
+        return min((step for step in restored if step is not None), default=None)
+
+    def begin_rollback(self, origin: str, at_step: int) -> None:
+        """Counts an automatic rollback of an origin, `health` or `tamiyo`, that begins at `at_step`."""
+        record = self._record
+        self._origin = origin
+        record.rollbacks = [*self._within_budget(at_step), AutomaticRollback(begun_at=at_step)]
+        stuck = record.best_step <= record.best_step_then
+        record.without_progress = record.without_progress + 1 if stuck else 1
+        record.best_step_then = record.best_step
 
     def end_retreat(self) -> tuple[tuple[int, int], ...]:
-        """Ends a rollback; returns the batches, as (epoch, place), of the unhealthy steps since it was requested."""
+        """Ends an automatic rollback; returns the batches, as (epoch, place), that are left out because of it."""
         spoiled, self._spoiled = tuple(sorted(self._spoiled)), set()
-        self._retreating = False
+        if self._origin and spoiled:
+            self._record.retreat_batches = list(spoiled)
+            self._record.left_out = sorted({*self._record.left_out, *spoiled})
+        self._origin = ""
         return spoiled
 
-    def _judge_step(self, step: StepDone, *, quiet: bool) -> Verdict:
-        if not self._settings.automatic:
-            return Proceed()
-        verdict = judge_step(self.averages, self._record, step, self._settings)
-        if isinstance(verdict, Proceed):
-            if not (step.skipped or quiet):
-                self.healthy_step = step.global_step
-            return verdict
-        self._spoiled.update((step.epoch, place) for place in step.batches)
-        return Proceed() if quiet else self._begin(verdict)
+    def _retreat(
+        self,
+        reason: str,
+        evidence_step: int,
+        batches: tuple[tuple[int, int], ...],
+        at_step: int,
+        *,
+        durable: bool = False,
+        preferred_before: int | None = None,
+    ) -> Verdict:
+        if (halt := self.refusal(at_step)) is not None:
+            return Halt(halt.trigger, f"{reason}; {halt.reason}")
+        before, older_than = self._within_budget(at_step), self.older_than(at_step)
+        self.begin_rollback("health", at_step)
+        self._spoiled.update(batches)
+        self._watch = None
+        cut = RateCut(self._settings.lr_cut ** (len(before) + 1), self._settings.lr_cut_steps)
+        return Retreat(reason, evidence_step, batches, cut, older_than, durable, preferred_before)
 
-    def _begin(self, verdict: Verdict) -> Verdict:
+    def _within_budget(self, at_step: int) -> list[AutomaticRollback]:
+        """Returns the rollbacks that count at `at_step`, among them those at later, undone steps."""
+        from_step = at_step - self._settings.per_steps
+        return [rollback for rollback in self._record.rollbacks if rollback.begun_at > from_step]
+
+    # -- verdicts ----------------------------------------------------------------------------------------------------
+
+    def _skipped(self, step: StepDone, *, quiet: bool) -> Verdict:
+        if step.rescaled:  # only the loss scale of float16 was too high
+            return Proceed()
+        record = self._record
+        record.skipped += 1
+        record.skip_streak += 1
+        if quiet:
+            return Proceed()
+        if step.parameters_finite is False:
+            reason = f"the parameters are not finite: {record.skip_streak} steps in a row were skipped"
+            if not self._settings.automatic:
+                return Halt(Trigger.PARAMETERS_NOT_FINITE, reason)
+            first, batches = self._where_ill(step)
+            return self._retreat(reason, first, batches, step.global_step, preferred_before=apart(first))
+        if record.skip_streak % self._skips_data_max == 0:
+            reason = f"{record.skip_streak} steps in a row were not finite, and the parameters are: the data are ill"
+            return Halt(Trigger.SKIPPED_DATA_SPENT, reason)
+        return Proceed()
+
+    def _exploded(self, step: StepDone, alarm: Explosion, spread_before: float) -> Verdict:
+        reason = f"loss {step.judged:g}: {len(alarm.evidence)} losses above {alarm.limit:g} ({alarm.kind})"
+        if not self._settings.automatic or self._record.regimes >= REGIMES_MAX:
+            known = self._alarmed_step
+            self._alarmed_step = step.global_step
+            again = known is not None and 0 <= step.global_step - known <= WATCH_STEPS
+            return Proceed("" if again else reason)
+        evidence_step, batches = self._evidence(step, alarm)
+        if (early := self._rises_again(evidence_step)) is not None:
+            self._watch = _Watch(reason, evidence_step, batches, self.losses.limit, spread_before, early, [])
+            return Proceed(reason)
+        return self._retreat_from(reason, evidence_step, batches, step.global_step)
+
+    def _rises_again(self, evidence_step: int) -> bool | None:
+        """Returns whether losses have risen again before the place of the last retreat; None if it is not near.
+
+        Near is also what follows the restored step closely: the fault goes on.
+        """
+        record = self._record
+        if (place := record.retreat_step) is None:
+            return None
+        early = evidence_step < place - APART_STEPS // 2  # skipped steps move the same sign a few steps
+        restored = record.rollbacks[-1].restored_step if record.rollbacks else None
+        goes_on = early and restored is not None and evidence_step <= restored + NEAR_STEPS
+        return early if goes_on or abs(evidence_step - place) <= NEAR_STEPS else None
+
+    def _retreat_from(
+        self, reason: str, evidence_step: int, batches: tuple[tuple[int, int], ...], at_step: int
+    ) -> Verdict:
+        preferred = self._rise_before(evidence_step)
+        verdict = self._retreat(reason, evidence_step, batches, at_step, preferred_before=preferred)
         if isinstance(verdict, Retreat):
-            self._record = self._record.after_retreat(verdict, self._settings)
-            self._retreating = True
+            self._record.retreat_step = evidence_step
         return verdict
 
+    def _rise_before(self, evidence_step: int) -> int:
+        """Returns the step at which the losses began to rise that led to this evidence."""
+        known = [(step.global_step, step.judged) for step in self._recent if step.judged is not None]
+        first = next((place for place, (step, _) in enumerate(known) if step >= evidence_step), 0)
+        begin = rise_begins([loss for _, loss in known], first, self.losses.median)
+        return apart(min(known[begin][0], evidence_step) if known else evidence_step)
 
-def explosion_limit(average: float, factor: float, level: float) -> float:
-    """Returns the limit above which a value has exploded: `factor` times its average if that is not near zero.
+    def _watched(self, watch: _Watch, step: StepDone, loss: float) -> Verdict:
+        watch.losses.append(loss)
+        if len(watch.losses) < WATCH_STEPS:
+            return Proceed()
+        self._watch = None
+        latest = watch.losses[WATCH_STEPS // 2 :]
+        if not watch.early and sum(loss > watch.limit for loss in latest) <= len(latest) // 2:
+            return Proceed()  # it has healed by itself
+        # On data on which training went well before, it is no changed task, and what made it rise may be over by now.
+        if watch.early or not stable(watch.losses, watch.spread_before, self.losses.scale):
+            return self._retreat_from(watch.reason, watch.evidence_step, watch.batches, step.global_step)
+        record = self._record
+        record.regimes += 1
+        record.rollbacks = record.rollbacks[:-1]
+        batches = tuple(record.retreat_batches)
+        record.left_out = sorted(set(record.left_out) - set(batches))
+        record.retreat_step, record.retreat_batches = None, []
+        self._accepting = True
+        return AcceptRegime(watch.reason, batches)
 
-    The margin above the average is proportional to the average's magnitude, so that negative averages work too. Near
-    zero, a hundredth of the highest level so far replaces the magnitude.
-    """
-    return average + (factor - 1.0) * max(abs(average), _FLOOR * level)
+    def _where_ill(self, step: StepDone) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """Returns the first step of ill parameters, and its batches: losses may have exploded before they were NaN."""
+        if self._watch is not None:
+            return self._watch.evidence_step, self._watch.batches
+        above = [place for place in self.losses.latest_above if place < len(self._recent)]
+        steps = [self._recent[-1 - place] for place in above] or list(self._recent)[-1:]
+        first = min([step.global_step, *(one.global_step for one in steps)])
+        return first, tuple(batch for one in steps for batch in batches_of(one))
 
+    def _evidence(self, step: StepDone, alarm: Explosion) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """Returns the first step of the evidence, and its batches. Some may be from before this process or restore."""
+        known = len(self._recent)
+        steps = [self._recent[-1 - place] for place in alarm.evidence if place < known]
+        first = step.global_step - alarm.evidence[0] if alarm.evidence[0] >= known else steps[0].global_step
+        return first, tuple(batch for one in steps for batch in batches_of(one))
 
-def _explosion(averages: Averages, record: Record, step: StepDone, settings: RollbackSettings) -> str:
-    if averages.finite_steps < settings.warmup_steps:
-        return ""
-    limit = explosion_limit(averages.loss, settings.loss_factor, record.loss_level)
-    # For a loss around zero, its ratio to the average is meaningless; its deviation is not.
-    swing = averages.loss + _DEVIATIONS * math.sqrt(averages.loss_variance)
-    if step.loss > max(limit, swing):
-        return f"loss {step.loss:g} exceeds {settings.loss_factor:g} times its average {averages.loss:g}"
-    limit = explosion_limit(averages.gradient_norm, settings.norm_factor, record.norm_level)
-    # Late in training, the norms of a healthy run vary log-normally by far more than that factor.
-    scatter = math.exp(averages.log_norm + _LOG_DEVIATIONS * math.sqrt(averages.log_norm_variance))
-    beyond_record = explosion_limit(record.norm_level, settings.norm_factor, record.norm_level)
-    if step.gradient_norm > limit and step.gradient_norm > min(scatter, beyond_record):
-        norms = f"{settings.norm_factor:g} times its average {averages.gradient_norm:g}"
-        return f"gradient norm {step.gradient_norm:g} exceeds {norms}"
-    return ""
-
-
-def _within_budget(
-    tier: RollbackTier.ValueType, reason: str, budget: RollbackBudget, at_step: int, settings: RollbackSettings
-) -> Verdict:
-    if not reason:
-        return Proceed()
-    if budget.spent(at_step, settings):
-        spent = f"{settings.automatic_max} automatic rollbacks in {settings.per_steps} steps are spent"
-        return Halt(f"{reason}; {spent}")
-    return Retreat(tier, reason, at_step, RateCut(settings.lr_cut, settings.lr_cut_steps))
-
-
-def _blend(average: float, variance: float, value: float) -> tuple[float, float]:
-    off = value - average
-    return average + EWMA_WEIGHT * off, (1.0 - EWMA_WEIGHT) * (variance + EWMA_WEIGHT * off * off)
-
-
-class _SavedRecord(BaseModel):
-    loss_level: float = 0.0
-    norm_level: float = 0.0
-    best_accuracy: float = 0.0
-    rolled_back_at: list[int] = []
-
-
-def _parse(saved: str) -> Record:
-    """Returns the record of `Health.to_json`; a new one if the text is empty or unreadable."""
-    try:
-        found = _SavedRecord.model_validate_json(saved) if saved else _SavedRecord()
-    except ValidationError:
-        found = _SavedRecord()
-    return Record(found.loss_level, found.norm_level, found.best_accuracy, RollbackBudget(tuple(found.rolled_back_at)))
+    def _adopt(self, losses: str) -> None:
+        self.losses.load_state_dict(json.loads(losses) if losses else {})
+        self._recent.clear()
+        self._accepting = False
+        self._watch = None
+        self._alarmed_step = None

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from leyline.v1.enums_pb2 import CommandType
-from tolaria.emergency import Cleared, Escalated, HeldBack, Report
-from tolaria.emergency.protocol import EmergencyState, level_name
+from tolaria.emergency import Cleared, Covered, EmergencyState, Escalated, Report
+from tolaria.emergency.protocol import CRITICAL_LEVELS, level_name
 from tolaria.errors import CommandRejectedError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import CommandRow, EmergencyRow, RunRow
+from tolaria.lane.messages import LaneReady
 from tolaria.peers.consultation import Consultation
 from tolaria.run.observers import RunObserver
 from tolaria.run.status import RunStatus
+from tolaria.signals import Signal
 
+_OPEN_MAX = 256  # beyond it, what an active level covers is in the log only
 _COMMAND_NAMES = {number: name.removeprefix("COMMAND_").lower() for name, number in CommandType.items()}
 
 
 class JournalObserver(RunObserver):
-    """Writes the rows of one run. `active` is the emergency that the run was resumed with: it has a row already."""
+    """Writes the rows of one run. `active` is the emergency that the run was resumed with: it has a row already.
+
+    `ended` are rows of other emergencies that were not cleared: they ended with the earlier process.
+    """
 
     def __init__(
         self,
@@ -30,14 +36,21 @@ class JournalObserver(RunObserver):
         run: RunRow,
         *,
         active: EmergencyRow | None,
+        ended: Sequence[EmergencyRow] = (),
         wall_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._journal = journal
         self._status = status
         self._run = run
         self._active = active
+        self._ended = ended
         self._wall_ns = wall_ns
-        self._emergency: tuple[str, int] | None = None
+        self._open: dict[tuple[str, str, str], EmergencyRow] = {}
+        """Rows of the emergency, by the level, reason and origin of their signals."""
+
+    def on_ready(self, ready: LaneReady) -> None:  # noqa: ARG002 - the hook's signature
+        for row in self._ended:
+            self._journal.note(replace(row, cleared_at_ns=self._wall_ns()))
 
     def on_health(self, saved: str) -> None:
         if saved != self._run.scale:
@@ -54,16 +67,17 @@ class JournalObserver(RunObserver):
 
     def on_emergency(self, report: Report) -> None:
         match report:
-            case Escalated():
-                self._emergency = self._key(report.state)
-                self._emergency_row(self._emergency, report.state)
-            case Cleared():
-                key = self._emergency or (uuid.uuid4().hex, self._wall_ns())
-                self._emergency_row(key, report.before, self._wall_ns())
-            case HeldBack():
-                signal = report.notice.signal
-                state = EmergencyState(level=signal.level, reason=f"told later: {signal.reason}", origin=signal.origin)
-                self._emergency_row((uuid.uuid4().hex, self._wall_ns()), state)
+            case Escalated(state):
+                self._open_row(state)
+            case Covered(signal) if signal.level in CRITICAL_LEVELS and len(self._open) < _OPEN_MAX:
+                self._open_row(signal)  # nothing but a log line would be left of it
+            case Cleared(before):
+                if not self._open:
+                    self._open_row(before)
+                resumed_with, self._active = self._active, None
+                for row in (*self._open.values(), *((resumed_with,) if resumed_with else ())):
+                    self._journal.note(replace(row, cleared_at_ns=self._wall_ns()))
+                self._open = {}
             case _:
                 pass  # acknowledgements and repeats are in the log only
 
@@ -71,13 +85,17 @@ class JournalObserver(RunObserver):
         status = self._status
         self._journal.note(CommandRow(key, self._wall_ns(), status.run_id, kind, status.global_step, outcome, reason))
 
-    def _key(self, state: EmergencyState) -> tuple[str, int]:
-        active, self._active = self._active, None
-        if active is not None and (active.reason, active.origin) == (state.reason, state.origin):
-            return active.emergency_id, active.at_ns
-        return uuid.uuid4().hex, self._wall_ns()
-
-    def _emergency_row(self, key: tuple[str, int], state: EmergencyState, cleared_at_ns: int | None = None) -> None:
-        run_id, step = self._status.run_id, self._status.global_step
-        level, origin, reason = level_name(state.level), state.origin, state.reason
-        self._journal.note(EmergencyRow(*key, run_id, level, origin, step, reason, cleared_at_ns))
+    def _open_row(self, raised: EmergencyState | Signal) -> None:
+        """Writes the row of a signal, unless an equal one is open."""
+        level, reason, origin = level_name(raised.level), raised.reason, raised.origin
+        signal = (level, reason, origin)
+        if signal in self._open:
+            return
+        key = (uuid.uuid4().hex, self._wall_ns())
+        active = self._active
+        # Raised again from the journal; or adopted from the board, which cuts reasons and names the block as origin.
+        if active is not None and active.level == level and reason and active.reason.startswith(reason):
+            key, origin, reason, self._active = (active.emergency_id, active.at_ns), active.origin, active.reason, None
+        row = EmergencyRow(*key, self._status.run_id, level, origin, self._status.global_step, reason)
+        self._open[signal] = row
+        self._journal.note(row)

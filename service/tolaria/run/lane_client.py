@@ -65,12 +65,19 @@ class LaneClient:
         self.order = 0
         """Number of the newest order for an epoch; 0 before the first."""
         self.held = anyio.Event()
-        """Set while the lane is held; replaced for each hold."""
+        """Set while the lane is held, and when it has ended; replaced for each hold."""
 
     @property
     def is_held(self) -> bool:
         """Whether the lane is held between two microbatches."""
-        return bool(self._holders) and self.held.is_set()
+        return bool(self._holders) and self.held.is_set() and self.ended is None
+
+    async def reach_boundary(self) -> None:
+        """Waits until the lane, which has to have a holder, is held. Raises LaneStoppedError if it ends first."""
+        if self.ended is None:
+            await self.held.wait()
+        if self.ended is not None:
+            raise LaneStoppedError("the run has ended before the next step boundary")
 
     def start(self, take: Callable[[list[messages.Event]], None]) -> None:
         """Starts the lane; `take` is called with its events, frame by frame."""
@@ -178,6 +185,7 @@ class LaneClient:
     def mark_ended(self, event: messages.LaneEnded) -> None:
         """Records that the lane has ended: every pending future raises `LaneStoppedError`."""
         self.ended = event
+        self.held.set()
         pending, self._pending = self._pending, {}
         for entry in pending.values():
             if not entry.done.done():

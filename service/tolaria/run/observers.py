@@ -21,6 +21,7 @@ from tolaria.lane.messages import (
     EpochDone,
     LaneReady,
     OptimizerChanged,
+    RegimeBegun,
     Restored,
     SeedsChanged,
     StepDone,
@@ -53,6 +54,12 @@ class RunObserver:
 
     def on_explosion(self, step: StepDone, reason: str) -> None:
         """A finite step was judged an explosion."""
+
+    def on_regime(self, regime: RegimeBegun) -> None:
+        """The losses of a changed task are accepted as healthy."""
+
+    def on_seed_culled(self, seed_id: str, step: int) -> None:
+        """A seed is removed because its gradients were not finite in too many steps in a row."""
 
     def on_frame(self, status: RunStatus) -> None:
         """A frame of the lane's events has been applied."""
@@ -115,7 +122,7 @@ class RunObserver:
         """The snapshots in memory have changed."""
 
     def on_snapshots_unavailable(self, reason: str) -> None:
-        """No further snapshots are taken."""
+        """No snapshots are taken, for this reason; an empty one means that they are taken again."""
 
     def on_rollback_started(self, rollback: Rollback) -> None:
         """A rollback has begun."""

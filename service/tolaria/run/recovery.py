@@ -9,31 +9,33 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 import anyio
 import anyio.to_thread
 import structlog
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
-from tolaria.checkpoint.store import CheckpointStore
+from leyline.v1.admin_service_pb2 import RUN_STATE_HALTED
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
+from tolaria.checkpoint.store import CheckpointStore, LoadedCheckpoint
 from tolaria.emergency import Trigger
-from tolaria.errors import LaneError, TolariaError, WrongStateError
-from tolaria.images import StateImage
+from tolaria.errors import LaneError, NoCheckpointError, TolariaError, WrongStateError
+from tolaria.journal.rows import CheckpointRow
 from tolaria.lane import messages
 from tolaria.rollback.coordinator import RollbackCoordinator
-from tolaria.rollback.protocol import Ending, Rollback
+from tolaria.rollback.protocol import EMERGENCY, HEALTH, Ending, Rollback, tier_name
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.health import Health, Retreat
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
+from tolaria.run.restore_points import RestorePoints, choose
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus
 from tolaria.values.optimization import Adjustment
 
 _ROLLBACK: Final = "rollback"  # holder of the lane, and origin of a cut of the learning rate
-_JUDGE: Final = "judge"
 FOLLOW_UP_S: Final = 5.0
 """Longest wait of each command after a restore for the lane, which is already held."""
 
@@ -41,24 +43,48 @@ _BATCHES_LOGGED_MAX: Final = 20
 
 
 class LaneRestorer:
-    """Finds restore points and has the lane restore them: the run's `Restorer`. Used on the event loop only."""
+    """Finds restore points and has the lane restore them: the run's `Restorer`. Used on the event loop only.
 
-    def __init__(self, lane: LaneClient, status: RunStatus, store: CheckpointStore, observers: RunObserver) -> None:
-        self._lane = lane
+    Attributes:
+        lane: the lane's client.
+        points: which restore points are proven or suspect.
+        origin: the checkpoint that is being restored, if it is not an ancestor of the live state; else None.
+    """
+
+    def __init__(
+        self,
+        lane: LaneClient,
+        status: RunStatus,
+        store: CheckpointStore,
+        observers: RunObserver,
+        points: RestorePoints,
+    ) -> None:
+        self.lane = lane
         self._status = status
         self._store = store
         self._observers = observers
+        self.points = points
+        self.origin: CheckpointRow | None = None
+        self._candidates: tuple[CheckpointRow, ...] = ()
         self._submitted: asyncio.Future[messages.CommandDone] | None = None
         self._forbidden = False
 
-    async def locate(self, tier: RollbackTier.ValueType, at_or_before: int | None, /) -> int | None:
-        """Returns the step of the tier's nearest restore point; None if there is none. Raises JournalError."""
-        if tier == ROLLBACK_TIER_FAST:
-            steps = [info.position.global_step for info in self._status.snapshots]
-        else:
-            rows = await anyio.to_thread.run_sync(self._store.restore_points, abandon_on_cancel=True)
-            steps = [row.global_step for row in rows]
-        return max((step for step in steps if at_or_before is None or step <= at_or_before), default=None)
+    async def choose(self, rollback: Rollback, /) -> None:
+        """Sets `tier`, `chosen_step` and `chosen`. Raises NoCheckpointError if there is no such restore point."""
+        rows: tuple[CheckpointRow, ...] = ()
+        if rollback.tier != ROLLBACK_TIER_FAST:
+            rows = await anyio.to_thread.run_sync(self._store.kept_points, abandon_on_cancel=True)
+        snapshots = () if rollback.tier == ROLLBACK_TIER_FULL else self._status.snapshots
+        choice = choose(self.points.of(snapshots, rows), rollback)
+        if choice is None:
+            raise NoCheckpointError(_nothing_for(rollback))
+        self._candidates = choice.checkpoints
+        rollback.tier, rollback.chosen_step = choice.point.tier, choice.point.global_step
+        rollback.chosen = str(choice)
+
+    async def reach_boundary(self) -> None:
+        """Returns when the lane is at a step boundary. Raises LaneStoppedError if it ends first."""
+        await self.lane.reach_boundary()
 
     async def restore(self, rollback: Rollback, /) -> None:
         """Restores the target at the next step boundary and sets the restored fields of `rollback`.
@@ -66,15 +92,18 @@ class LaneRestorer:
         Raises:
             TolariaError: nothing was restored; the live state is unchanged.
         """
-        self._submitted, self._forbidden = None, False
+        self._submitted, self._forbidden, self.origin = None, False, None
         if rollback.tier == ROLLBACK_TIER_FAST:
             restored = await self._restore(rollback)
         else:
-            image_id = self._lane.images.put(await self._load(rollback))
+            loaded = await self._load(rollback)
+            if not self.points.lineage.includes(loaded.row.attempt, loaded.row.global_step):
+                self.origin = loaded.row
+            image_id = self.lane.images.put(loaded.image)
             try:
                 restored = await self._restore(rollback, image_id)
             finally:
-                self._lane.images.discard(image_id)
+                self.lane.images.discard(image_id)
         rollback.restored_step = restored.position.global_step
         rollback.state_digest, rollback.expected_digest = restored.state_digest, restored.expected_digest
         rollback.restore_ms = restored.restore_ms
@@ -82,10 +111,13 @@ class LaneRestorer:
     def forbid(self, rollback: Rollback, /) -> bool:  # noqa: ARG002 - one rollback runs at a time
         """Forbids the restore to change live state; returns False when the change has already begun."""
         self._forbidden = True
-        return self._submitted is None or self._lane.forbid_restore(self._submitted)
+        return self._submitted is None or self.lane.forbid_restore(self._submitted)
 
     async def _restore(self, rollback: Rollback, image_id: int = 0) -> messages.Restored:
-        self._submitted = self._lane.submit(messages.Restore(rollback.destination, rollback.deadline_s, image_id))
+        command = messages.Restore(
+            rollback.destination, rollback.deadline_s, image_id, other_branch=self.origin is not None
+        )
+        self._submitted = self.lane.submit(command)
         done = await self._submitted
         if done.failure is not None:
             raise done.failure.error()
@@ -93,28 +125,41 @@ class LaneRestorer:
             raise LaneError(f"the lane answered a restore with {type(done.result).__name__}")
         return done.result
 
-    async def _load(self, rollback: Rollback) -> StateImage:
+    async def _load(self, rollback: Rollback) -> LoadedCheckpoint:
         def expired() -> bool:
             return self._forbidden or time.monotonic() >= rollback.deadline_s
 
+        candidates = self._candidates
         loaded = await anyio.to_thread.run_sync(
-            lambda: self._store.load_newest(expired, at_or_before=rollback.target_step), abandon_on_cancel=True
+            lambda: self._store.load_first(candidates, expired), abandon_on_cancel=True
         )
         for damage in loaded.damaged:
             self._observers.on_checkpoint_damaged(rollback.rollback_id, damage)
-        return loaded.image
+        return loaded
+
+
+def _nothing_for(rollback: Rollback) -> str:
+    """Returns why there is no restore point for a rollback."""
+    if rollback.checkpoint_id:
+        return f"nothing to go back to: there is no checkpoint {rollback.checkpoint_id}; it may have been removed"
+    tier = "" if rollback.tier == ROLLBACK_TIER_UNSPECIFIED else f" of the {tier_name(rollback.tier)} tier"
+    if rollback.target_step is not None:
+        return f"nothing to go back to: no restore point{tier} at or before step {rollback.target_step}"
+    kind = "proven" if rollback.automatic else "sound"
+    before = "" if rollback.before_step is None else f" before step {rollback.before_step}"
+    return f"nothing to go back to: no {kind} restore point{tier}{before}"
 
 
 class Recovery:
     """Carries out rollbacks, one at a time, in the task `serve`. Used on the event loop only.
 
-    `safety` receives missed deadlines and failed proofs while the lane is still held.
+    `safety` receives failed proofs, and failures while the live state is ill, before the lane is released.
     """
 
     def __init__(
         self,
         coordinator: RollbackCoordinator,
-        lane: LaneClient,
+        restorer: LaneRestorer,
         *,
         lifecycle: Lifecycle,
         health: Health,
@@ -124,7 +169,9 @@ class Recovery:
         status: RunStatus,
     ) -> None:
         self._coordinator = coordinator
-        self._lane = lane
+        self._restorer = restorer
+        self._points = restorer.points
+        self._lane = restorer.lane
         self._lifecycle = lifecycle
         self._health = health
         self._checkpointing = checkpointing
@@ -138,6 +185,17 @@ class Recovery:
         self._recovering: Rollback | None = None
         self.unproven = False
         """Whether a failed restore has left the live state corrupt, so that it must be neither trained nor saved."""
+        self._resumed = restorer.points.resumed
+        """The checkpoint that this process has resumed from, until a resume has mentioned it."""
+        self.ill = ""
+        """Why the live state, on which the run is halted, must not be saved; empty for a sound one."""
+
+    @property
+    def unsound(self) -> str:
+        """Why the live state must not become a checkpoint; empty if it may."""
+        if self.unproven:
+            return "the live state is not what was rolled back to: roll back once more first"
+        return f"the live state is ill ({self.ill}): clear the emergency and resume, or roll back" if self.ill else ""
 
     @property
     def running(self) -> bool:
@@ -152,10 +210,18 @@ class Recovery:
             if self._current is not None:
                 await self._carry_out(*self._current)
 
+    async def save_when_halted(self) -> None:
+        """Writes a checkpoint whenever the run is halted on a sound state, until cancelled."""
+        status, checkpointing = self._status, self._checkpointing
+        while True:
+            await status.feed.until(lambda: status.state == RUN_STATE_HALTED and self._lane.is_held)
+            if checkpointing.enabled and status.global_step != checkpointing.saved_step and not self.unsound:
+                with suppress(TolariaError):  # counted and logged by checkpointing
+                    await checkpointing.create("halted")
+            await status.feed.until(lambda: status.state != RUN_STATE_HALTED)
+
     def begin(self, rollback: Rollback, on_over: Callable[[Rollback], None] = lambda _rollback: None) -> None:
         """Begins a rollback and holds the lane; `on_over` is called when it has ended.
-
-        Without a target step it goes to the newest healthy restore point.
 
         Raises:
             WrongStateError: another rollback is under way, or the run has ended.
@@ -163,8 +229,6 @@ class Recovery:
         self._lifecycle.require_not_ended("there is nothing to roll back")
         if self._current is not None:
             raise WrongStateError("another rollback is running")
-        if rollback.target_step is None:
-            rollback.target_step = self._health.healthy_step
         rollback.global_step = self._status.global_step
         self._stop_awaiting_step()
         self._current, self._over = (rollback, on_over), anyio.Event()
@@ -181,17 +245,38 @@ class Recovery:
         """
         self.begin(rollback)
         await self._over.wait()
+        rollback = rollback.replaced_by or rollback
         if rollback.ending is not Ending.RESTORED:
             raise rollback.error or WrongStateError("the rollback was aborted")
         return rollback
 
-    def retreat(self, verdict: Retreat, *, before_step: int) -> None:
-        """Begins the rollback that a health verdict requires, unless one is in progress or the run has ended."""
+    async def leave_ill_state(self, reason: str) -> str:
+        """Goes back to a sound restore point if the live state is ill; returns the reason with the state that is live.
+
+        A run whose halt has outlived its process has resumed from the newest checkpoint that is not suspect.
+
+        Raises as `roll_back` does.
+        """
+        row, halted = self._resumed, self._status.state == RUN_STATE_HALTED
+        self._resumed = None
+        if self.ill:
+            why = f"resumed after a halt on an ill state ({self.ill}): {reason}"
+            back = await self.roll_back(Rollback(ROLLBACK_TIER_UNSPECIFIED, None, why, EMERGENCY))
+            return f"{reason}; from step {back.restored_step} ({back.chosen}), because the halted state is ill"
+        if halted and row is not None:
+            return f"{reason}; from step {row.global_step} (the newest not suspect: checkpoint {row.checkpoint_id})"
+        return reason
+
+    def retreat(self, verdict: Retreat) -> None:
+        """Begins the rollback that a health verdict requires, unless one is in progress or the run has ended.
+
+        It goes to the newest proven restore point from before the evidence, of both tiers unless it has to be durable.
+        """
         if self.running or self._lifecycle.ended:
             return
-        # If there is no snapshot in memory, a checkpoint is used instead.
-        tier = ROLLBACK_TIER_UNSPECIFIED if verdict.tier == ROLLBACK_TIER_FAST else verdict.tier
-        rollback = Rollback(tier, before_step, verdict.reason, _JUDGE)
+        tier = ROLLBACK_TIER_FULL if verdict.durable else ROLLBACK_TIER_UNSPECIFIED
+        rollback = Rollback(tier, None, verdict.reason, HEALTH, before_step=verdict.at_or_before + 1)
+        rollback.preferred_before = verdict.preferred_before
         rollback.lr_cut = Adjustment(
             group=None,
             factor=verdict.cut.factor,
@@ -203,6 +288,12 @@ class Recovery:
         )
         self.begin(rollback)
 
+    def on_loss(self) -> None:
+        """Handles a finite step that health has judged: its loss may prove restore points."""
+        above, suspect = bool(self._health.above), self._health.suspect
+        self._checkpointing.on_proven(self._points.step_done(above=above, suspect=suspect))
+        self._status.newest_proven_step = self._points.newest_proven_step
+
     def on_step(self, step: messages.StepDone) -> None:
         """Handles a healthy step: the first one that is not skipped ends the recovery from a rollback."""
         if (rollback := self._recovering) is not None and not step.skipped:
@@ -210,9 +301,27 @@ class Recovery:
             duration_s = step.finished_at_s - rollback.began_s  # both monotonic; events arrive a little later
             self._observers.on_rollback_recovered(rollback, duration_s, step.global_step)
 
+    def rewound(self, restored: messages.Restored) -> None:
+        """Handles the lane's `Restored`, in its order: a new attempt begins."""
+        step = restored.position.global_step
+        self._points.rewound(step, self._restorer.origin)
+        self._checkpointing.rewound(step, self._points.lineage)
+        self._status.attempt = self._points.lineage.attempt
+        if self._current is not None:
+            self._current[0].attempt = self._status.attempt
+        self._status.newest_proven_step = self._points.newest_proven_step
+
     async def _carry_out(self, rollback: Rollback, on_over: Callable[[Rollback], None]) -> None:
+        named_tier = rollback.tier
         try:
             await self._coordinator.run(rollback)
+            if (second := await self._second_try(rollback, named_tier)) is not None:
+                self._observers.on_rollback_ended(rollback)
+                first, rollback = rollback, second
+                self._current = (rollback, on_over)
+                self._observers.on_rollback_started(rollback)
+                await self._coordinator.run(rollback)
+                first.replaced_by = rollback
             await self._follow_up(rollback)
         finally:
             self._health.end_retreat()
@@ -222,22 +331,43 @@ class Recovery:
         on_over(rollback)
         self._lifecycle.changed()
 
+    async def _second_try(self, rollback: Rollback, named_tier: RollbackTier.ValueType) -> Rollback | None:
+        """Returns the rollback that replaces a failed one; None if there is no other restore point to try."""
+        tier = _other_tier(rollback, named_tier)
+        if tier is None:
+            return None
+        try:
+            await self._restorer.choose(rollback.again(tier))
+        except TolariaError:  # the first failure is the one to report
+            return None
+        return rollback.again(tier)
+
     async def _follow_up(self, rollback: Rollback) -> None:
         """Does what has to be done before the lane is released, depending on how the rollback ended."""
         restored = rollback.ending is Ending.RESTORED
         self.unproven = rollback.unproven or (self.unproven and not restored)
-        if rollback.unproven:
-            self._safety.halt(f"rollback_unproven: {rollback.error}")
-        elif rollback.ending is Ending.DEADLINE_EXCEEDED and self._coordinator.settings.halt_on_deadline:
-            self._safety.trigger(Trigger.ROLLBACK_DEADLINE_MISSED, rollback.reason)
+        self._halt_if_ill(rollback)
+        if restored or rollback.unproven:
+            detail = f"rolled back to step {rollback.restored_step}"
+            rollback.superseded = await self._checkpointing.follow(self._points.lineage, detail)
         self._observers.on_rollback_ended(rollback)
         if restored:
+            self.ill = ""
             await self._follow_restore(rollback)
-        if restored or rollback.unproven:
-            await self._checkpointing.supersede_after(rollback.restored_step)
+
+    def _halt_if_ill(self, rollback: Rollback) -> None:
+        """Halts the run if live state is corrupt, or is ill and could not be undone; an operator's failure does not."""
+        if rollback.unproven:
+            self._safety.halt(f"rollback_unproven: {rollback.error}")
+        elif rollback.origin == HEALTH and rollback.ending in {Ending.FAILED, Ending.DEADLINE_EXCEEDED}:
+            self.ill = rollback.reason
+            if rollback.ending is Ending.DEADLINE_EXCEEDED:
+                self._safety.trigger(Trigger.ROLLBACK_DEADLINE_MISSED, rollback.reason)
+            else:
+                self._safety.halt(f"rollback_failed: {rollback.reason}: {rollback.error}")
 
     async def _follow_restore(self, rollback: Rollback) -> None:
-        self._status.rollbacks += 1
+        self._status.rolled_back(rollback.origin)
         self._recovering = rollback
         if self._lane.held_for_others(_ROLLBACK):
             self._stop_awaiting_step()
@@ -270,3 +400,21 @@ class Recovery:
             error = str(failure)
         self._log.error("after_rollback_failed", command=type(command).__name__, error=error)
         return None
+
+
+def _other_tier(rollback: Rollback, named_tier: RollbackTier.ValueType) -> RollbackTier.ValueType | None:
+    """Returns the tier of a second try; None if there is none.
+
+    One that missed its deadline tries the other tier. One whose snapshot was overwritten while the lane was on its way
+    to a step boundary chooses anew. A tier or checkpoint that an operator names is not replaced by another; a verdict
+    that asks for a checkpoint takes a snapshot if there is none.
+    """
+    missing = isinstance(rollback.error, NoCheckpointError) and rollback.chosen_step is None
+    if rollback.origin == HEALTH and named_tier == ROLLBACK_TIER_FULL and missing:
+        return ROLLBACK_TIER_FAST
+    if rollback.checkpoint_id or (named_tier != ROLLBACK_TIER_UNSPECIFIED and rollback.origin != HEALTH):
+        return None
+    if rollback.ending is Ending.DEADLINE_EXCEEDED and rollback.chosen_step is not None:
+        return ROLLBACK_TIER_FULL if rollback.tier == ROLLBACK_TIER_FAST else ROLLBACK_TIER_FAST
+    overwritten = isinstance(rollback.error, NoCheckpointError) and rollback.chosen_step is not None
+    return ROLLBACK_TIER_UNSPECIFIED if overwritten and rollback.tier == ROLLBACK_TIER_FAST else None

@@ -11,12 +11,13 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 import structlog
 
+from tolaria import forks
 from tolaria.checkpoint.storage import Storage, open_storage
 from tolaria.checkpoint.store import LoadedCheckpoint, Retention
 from tolaria.config import CheckpointSettings, Settings
@@ -24,7 +25,8 @@ from tolaria.emergency.protocol import SENTINEL
 from tolaria.errors import ConfigurationError, JournalDamagedError, JournalError, NoCheckpointError, StateHeldError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.database import Journal
-from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RunRow
+from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RollbackRow, RunRow
+from tolaria.run.restore_points import RestorePoints, attempts_used, resumed_points
 
 RunOutcome: TypeAlias = Literal["finished", "stopped", "drained", "failed"]
 """How a run left its process. In the journal it is empty while the run goes on and if its process was killed."""
@@ -33,6 +35,9 @@ ENDED: Final = frozenset({"finished", "stopped"})
 """Outcomes after which a run is not resumed: all epochs are done, or an operator has stopped it."""
 
 _BEST: Final[dict[str, Literal["highest", "lowest"]]] = {"accuracy": "highest", "loss": "lowest"}
+
+_DEAD_HOLDER_S: Final = 5.0
+_LOCK_POLL_S: Final = 0.05
 
 _log = structlog.get_logger(__name__)
 
@@ -50,10 +55,11 @@ class PreparedState:
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """Where training begins. `loaded` is None for a new run."""
+    """Where training begins. `loaded` is None for a new run; `points` are those that the run has left."""
 
     state: PreparedState
     loaded: LoadedCheckpoint | None
+    points: RestorePoints = field(default_factory=RestorePoints)
 
 
 @contextmanager
@@ -78,8 +84,18 @@ def prepare_state(settings: Settings, *, files: Filesystem | None = None) -> Ite
         yield prepared
 
 
+def require_free(settings: Settings) -> None:
+    """Raises StateHeldError if another process uses state.dir now; creates nothing."""
+    directory = Path(settings.state.dir).absolute()
+    if (directory / "lock").exists():
+        with _naming_setting(directory), _locked(directory):
+            pass
+
+
 def load_resume_point(prepared: PreparedState) -> ResumePoint:
-    """Loads the newest intact checkpoint of a resumed run. The returned state may be that of another run.
+    """Loads the newest intact checkpoint of a resumed run that is not suspect. The state may be that of another run.
+
+    Checkpoints that are not ancestors of the loaded one are superseded.
 
     A run whose checkpoints are all damaged cannot be resumed. Since training is unattended, a new run begins then,
     with another id. The lost run is recorded as failed, with the incident `run_lost` and a critical log line;
@@ -102,7 +118,13 @@ def load_resume_point(prepared: PreparedState) -> ResumePoint:
             _log.error("checkpoint_not_loaded", **asdict(damage))
         journal = prepared.storage.journal
         journal.put(replace(run_row(journal, prepared.run_id), resumed_from=loaded.row.checkpoint_id))
-    return ResumePoint(prepared, loaded)
+        rows = journal.rows(CheckpointRow, run_id=prepared.run_id)
+        rollbacks = journal.rows(RollbackRow, run_id=prepared.run_id)
+        points = resumed_points(loaded.row, rows, attempts_used(rows, [row.attempt for row in rollbacks]))
+        detail = f"resumed from step {loaded.row.global_step}"
+        if passed := prepared.storage.checkpoints.follow(points.lineage, detail):
+            _log.warning("suspect_checkpoints_passed_over", count=passed, resumed_step=loaded.row.global_step)
+    return ResumePoint(prepared, loaded, points)
 
 
 def end_run(prepared: PreparedState, outcome: RunOutcome) -> None:
@@ -119,9 +141,14 @@ def active_halt(prepared: PreparedState) -> EmergencyRow | None:
 
     A halt that the sentinel raised concerned an earlier process and does not count. Raises JournalError.
     """
-    rows = prepared.storage.journal.rows(EmergencyRow, run_id=prepared.run_id)
-    halts = [row for row in rows if row.level == "halt" and row.cleared_at_ns is None and row.origin != SENTINEL]
+    halts = [row for row in open_emergencies(prepared) if row.level == "halt" and row.origin != SENTINEL]
     return max(halts, key=lambda row: row.at_ns, default=None)
+
+
+def open_emergencies(prepared: PreparedState) -> list[EmergencyRow]:
+    """Returns the emergencies of the run that were not cleared. Raises JournalError."""
+    rows = prepared.storage.journal.rows(EmergencyRow, run_id=prepared.run_id)
+    return [row for row in rows if row.cleared_at_ns is None]
 
 
 def run_row(journal: Journal, run_id: str) -> RunRow:
@@ -134,7 +161,12 @@ def run_row(journal: Journal, run_id: str) -> RunRow:
 
 def retention_of(settings: CheckpointSettings) -> Retention:
     """Returns the retention that the settings specify."""
-    return Retention(last=settings.keep_last, best=_BEST[settings.best])
+    return Retention(
+        last=settings.keep_last,
+        best=_BEST[settings.best],
+        superseded=settings.keep_superseded,
+        superseded_s=settings.keep_superseded_s,
+    )
 
 
 def unfinished_run(runs: Sequence[RunRow], checkpoints: Sequence[CheckpointRow]) -> RunRow | None:
@@ -223,19 +255,40 @@ def _repairs(storage: Storage) -> list[str]:
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Holds the directory's lock, which the system releases however the process ends."""
-    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = forks.keep_private(os.open(directory / "lock", flags, 0o600))
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            written = os.pread(descriptor, 32, 0).strip()
-            raise StateHeldError(str(directory), int(written) if written.isdigit() else 0) from None
+        _lock(directory, descriptor)
         with suppress(OSError):  # a full disk: the lock holds, but its holder's pid is unknown
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
-        os.close(descriptor)
+        forks.close(descriptor)
+
+
+def _lock(directory: Path, descriptor: int) -> None:
+    """Takes the lock. Waits for a holder that has ended already: the system takes a while to close its files."""
+    until_s = time.monotonic() + _DEAD_HOLDER_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            written = os.pread(descriptor, 32, 0).strip()
+            holder = int(written) if written.isdigit() else 0
+            if _is_alive(holder) or time.monotonic() >= until_s:
+                raise StateHeldError(str(directory), holder) from None
+            time.sleep(_LOCK_POLL_S)
+        else:
+            return
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether the process exists and has not ended; True for an unknown process and where there is no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2][1] not in "ZX"
+    except FileNotFoundError:
+        return not pid or not Path("/proc/self/stat").exists()
 
 
 @contextmanager

@@ -19,17 +19,20 @@ from tolaria.journal.rows import CheckpointRow
 from tolaria.lane import messages
 from tolaria.lane.messages import TraceFailed
 from tolaria.rollback.protocol import Rollback
+from tolaria.run.adjustments import OperatorAdjustments
 from tolaria.run.boundary import EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.health import Halt, Health, Proceed, Retreat
+from tolaria.run.health_record import DroppedSeeds
 from tolaria.run.lane_client import LaneClient, PendingCommand
 from tolaria.run.observers import RunObserver
 from tolaria.run.profiling import Profiles, ProfileTaken
 from tolaria.run.recovery import Recovery
+from tolaria.run.restore_points import RestorePoints
 from tolaria.run.resume import RunOutcome
 from tolaria.run.run_state import Lifecycle, RunEvent, after
-from tolaria.run.safety import COLLAPSE, EXPLOSION, Safety
-from tolaria.run.status import RunStatus, epoch_packet, status_message
+from tolaria.run.safety import COLLAPSE, EXPLOSION, NON_FINITE, Safety
+from tolaria.run.status import RunStatus, epoch_packet, health_of, status_message
 from tolaria.values.optimization import Adjustment
 
 _LAST_CHECKPOINT_S: Final = 30.0
@@ -49,7 +52,9 @@ class RunParts:
     checkpointing: Checkpointing
     boundary: EpochBoundary
     questions: StepQuestions
+    points: RestorePoints
     profiles: Profiles
+    adjustments: OperatorAdjustments
 
 
 class TrainingRun:
@@ -68,9 +73,11 @@ class TrainingRun:
         self._epoch_over = anyio.Event()
         self._epoch_done: messages.EpochDone | None = None
         self._stopping = False
+        self._dropped = DroppedSeeds()
         self.ending: RunOutcome = "drained"
         """How the run leaves this process, once it has ended."""
         self._status.ready(ready)
+        parts.health.start(ready.losses, ready.position.global_step)
         self._observers.on_ready(ready)
         self._show_seeds_and_rates()
 
@@ -81,6 +88,8 @@ class TrainingRun:
         self._parts.safety.start()
         self._lane.start(self._on_events)
         self._lifecycle.enter(RunEvent.STARTED, self._status.state_reason)
+        if left_out := self._parts.health.left_out:
+            self._lane.submit(messages.SkipBatches(left_out))
         try:
             while not (self._stopping or self.ending == "finished"):
                 if self._next_epoch > self._settings.training.epochs:
@@ -117,7 +126,7 @@ class TrainingRun:
         if self._epoch_done is not epoch:  # rolled back meanwhile: its figures no longer describe any state
             return
         held_up_s = time.monotonic() - epoch.finished_at_s
-        breach = held_up_s > policy.budget_s and not policy.patient
+        breach = held_up_s > policy.budget_s + policy.slack_s and not policy.patient
         self._status.boundary(held_up_s * 1000, breach=breach)
         self._observers.on_boundary(self._status, epoch, budget_ms=policy.budget_s * 1000, breach=breach)
         parts.safety.epoch_over(breach=breach)
@@ -130,12 +139,12 @@ class TrainingRun:
         """Returns whether the epoch is healthy; otherwise rolls back or halts the run."""
         parts = self._parts
         verdict = parts.health.epoch(epoch, rolling_back=parts.recovery.running)
-        self._observers.on_health(parts.health.to_json())
         if isinstance(verdict, Proceed):
+            self._save_health()
             return True
         parts.safety.safeguards.epoch_failing(COLLAPSE)
-        # A checkpoint from within that epoch may be as bad as its end.
-        self._enact(verdict, before_step=min(parts.checkpointing.validated_step, epoch.global_step - 1))
+        parts.safety.trigger(Trigger.ACCURACY_COLLAPSE, verdict.reason)
+        self._enact(verdict)
         parts.safety.epoch_over(breach=False)
         return False
 
@@ -171,13 +180,13 @@ class TrainingRun:
 
         With `hold` the lane is held from now on: the captured state is the last one of this process.
         """
-        if not (self._settings.checkpoint.every_epochs or self._settings.checkpoint.every_steps):
+        if not self._parts.checkpointing.enabled:
             return
         if hold:
             self._lane.hold("exit")
         with anyio.move_on_after(_LAST_CHECKPOINT_S), suppress(TolariaError):  # counted and logged by checkpointing
             await self._wait_for_rollback()
-            if not self._parts.recovery.unproven:
+            if not self._parts.recovery.unsound:
                 await self._parts.checkpointing.create(reason)
 
     # -- events of the lane, in its order ----------------------------------------------------------------------------
@@ -185,6 +194,7 @@ class TrainingRun:
     def _on_events(self, events: Sequence[messages.Event]) -> None:
         for event in events:
             self._on_event(event)
+        self._save_health()
         self._parts.safety.check_breakers()
         self._observers.on_frame(self._status)
 
@@ -196,15 +206,14 @@ class TrainingRun:
                 self._on_epoch(event)
             case messages.SeedsChanged():
                 self._on_seeds(event)
+            case messages.RegimeBegun():
+                self._on_regime(event)
             case messages.CommandDone():
                 self._on_command(event)
             case messages.Held():
                 self._on_held(event)
-            case messages.SnapshotsChanged():
-                self._status.snapshots = event.points
-                self._observers.on_snapshots(event.statistics)
-            case messages.SnapshotsUnavailable():
-                self._observers.on_snapshots_unavailable(event.reason)
+            case messages.SnapshotsChanged() | messages.SnapshotsUnavailable():
+                self._on_snapshots(event)
             case messages.ProfileDone():
                 self._parts.profiles.done(event)
             case messages.LaneEnded():
@@ -218,22 +227,26 @@ class TrainingRun:
         rolling_back = parts.recovery.running
         verdict = parts.health.step(step, rolling_back=rolling_back)
         self._status.step(step)
+        if not step.skipped:
+            parts.recovery.on_loss()
         self._observers.on_step(step)
         parts.safety.safeguards.step(step)
         parts.profiles.step(step)
-        if not isinstance(verdict, Proceed):
+        for seed_id in self._dropped.after(step):
+            self._cull(seed_id)
+        if isinstance(verdict, Proceed):
+            if verdict.alarm:
+                self._observers.on_explosion(step, verdict.alarm)
+            if not rolling_back:
+                parts.questions.step(step)
+                parts.recovery.on_step(step)
+                parts.checkpointing.on_step(step.global_step)
+            return
+        if not isinstance(verdict, messages.AcceptRegime):
             if not step.skipped:
                 self._observers.on_explosion(step, verdict.reason)
-                parts.safety.safeguards.epoch_failing(EXPLOSION)
-            self._enact(verdict, before_step=step.global_step - (not step.skipped))
-            return
-        if not rolling_back:
-            parts.questions.step(step)
-            parts.recovery.on_step(step)
-            parts.checkpointing.on_step(step.global_step)
-            if self._lifecycle.training and parts.health.skipped_too_many(self._settings.control.max_void_steps):
-                streak = parts.health.averages.skipped_streak
-                self._lifecycle.hold(f"{streak} steps in a row were not finite")
+            parts.safety.safeguards.epoch_failing(NON_FINITE if step.skipped else EXPLOSION)
+        self._enact(verdict)
 
     def _on_epoch(self, epoch: messages.EpochDone) -> None:
         self._status.epoch_done(epoch)
@@ -243,10 +256,37 @@ class TrainingRun:
         self._epoch_over.set()
 
     def _on_seeds(self, change: messages.SeedsChanged) -> None:
-        self._status.grafted = list(change.states)
+        self._status.regraft(change.states)
         self._observers.on_seeds(self._status.seeds)
         self._observers.on_seeds_changed(change)
         self._parts.safety.safeguards.seeds_changed(change)
+
+    def _on_regime(self, regime: messages.RegimeBegun) -> None:
+        self._parts.health.regime_begins(announced=regime.announced)
+        self._observers.on_regime(regime)
+
+    def _cull(self, seed_id: str) -> None:
+        """Removes a seed whose gradients cannot be used; the executor gets the reason with the next consultation."""
+        self._observers.on_seed_culled(seed_id, self._status.global_step)
+        self._status.desired = [seed for seed in self._status.seeds if seed.seed_id != seed_id]
+        self._lane.submit(messages.ReconcileSeeds(tuple(self._status.desired)))
+
+    def _save_health(self) -> None:
+        """Has the record of health journalled if it has changed."""
+        health = self._parts.health
+        self._status.best_step, self._status.skipped_steps = health.best_step, health.skipped_steps
+        if (record := health.unsaved()) is not None:
+            self._observers.on_health(record)
+
+    def _on_snapshots(self, event: messages.SnapshotEvent) -> None:
+        if isinstance(event, messages.SnapshotsUnavailable):
+            self._status.snapshots_unavailable = event.reason
+            self._observers.on_snapshots_unavailable(event.reason)
+            self._lifecycle.changed()
+        else:
+            self._status.snapshots = event.points
+            self._parts.points.snapshots_changed(event.points)
+            self._observers.on_snapshots(event.statistics)
 
     def _on_held(self, event: messages.Held) -> None:
         if self._lane.mark_held(event):
@@ -268,14 +308,13 @@ class TrainingRun:
                 self._on_seeds(change)
             case messages.OptimizerChanged() as change:
                 if isinstance(command, messages.ChangeOptimizer) and command.adjustment is not None:
-                    self._status.learning_rates.update(change.after)
-                    self._status.adjustments = change.adjustments
+                    self._status.adjusted(change)
                     self._observers.on_learning_rates(self._status.learning_rates)
                     self._observers.on_adjusted(command.adjustment, change)
             case messages.Restored() as restored:
                 self._rewind(restored)
             case messages.ImageCaptured() as captured:
-                self._parts.checkpointing.on_image_captured(captured.image_id)
+                self._parts.checkpointing.on_image_captured(captured.image_id, event.global_step)
             case messages.ProfileStarted() | TraceFailed():
                 self._parts.profiles.started(pending, event)
             case messages.BatchesSkipped():
@@ -302,24 +341,30 @@ class TrainingRun:
     def _rewind(self, restored: messages.Restored) -> None:
         """Resets the run to the state that the lane has restored."""
         parts = self._parts
-        parts.health.forgive_skipped_steps()
+        parts.health.restored(restored.losses, restored.position.global_step)
         self._status.rewind(restored)
         self._observers.on_rewind(restored)
         self._show_seeds_and_rates()
+        parts.boundary.rewound()
+        parts.adjustments.note()
         parts.safety.safeguards.rolled_back()
-        parts.checkpointing.on_step(restored.position.global_step)
+        parts.recovery.rewound(restored)
         self._next_epoch = restored.progress.number + restored.progress.over
         self._epoch_done = None
         if not restored.underway and restored.latest_order == self._lane.order:
             self._epoch_over.set()  # the lane has dropped its order: the epoch has to be ordered again
 
-    def _enact(self, verdict: Retreat | Halt, *, before_step: int) -> None:
+    def _enact(self, verdict: messages.AcceptRegime | Retreat | Halt) -> None:
+        self._save_health()  # the budget outlives the process
         match verdict:
+            case messages.AcceptRegime():
+                self._lane.submit(verdict)
             case Retreat():
-                self._observers.on_health(self._parts.health.to_json())  # the budget outlives the process
-                self._parts.recovery.retreat(verdict, before_step=before_step)
-            case Halt(reason):
-                self._parts.safety.trigger(Trigger.ROLLBACK_BUDGET_SPENT, reason)
+                self._parts.recovery.retreat(verdict)
+            case Halt(trigger, reason):
+                if trigger is not Trigger.SKIPPED_DATA_SPENT:  # then the parameters are sound
+                    self._parts.recovery.ill = reason
+                self._parts.safety.trigger(trigger, reason)
             case _:
                 assert_never(verdict)
 
@@ -327,38 +372,37 @@ class TrainingRun:
 
     def status(self) -> GetStatusResponse:
         """Returns the run's part of GetStatus."""
-        streak = self._parts.health.averages.skipped_streak
-        message = status_message(self._status, skipped_streak=streak, now_s=time.monotonic())
-        self._parts.safety.add_to(message)
+        parts, message = self._parts, status_message(self._status, now_s=time.monotonic())
+        parts.safety.add_to(message)
+        conditions = parts.safety.conditions(
+            checkpoints_failing=parts.checkpointing.failing, skipped_streak=parts.health.skip_streak
+        )
+        message.health.CopyFrom(health_of(self._status, conditions))
         return message
 
     async def pause(self, reason: str) -> None:
         """Pauses the run; returns when the lane is held. Raises WrongStateError when the run has ended or is ending."""
         self._lifecycle.hold(reason)
         held = self._lane.held
-        await self._status.feed.until(
-            lambda: held.is_set() or self._lane.ended is not None or not self._lifecycle.paused
-        )
+        await self._status.feed.until(lambda: held.is_set() or not self._lifecycle.paused)
 
-    def resume(self, reason: str) -> None:
-        """Resumes a held run. Raises WrongStateError when the run has ended or is ending, or an emergency halts it."""
+    async def resume(self, reason: str) -> None:
+        """Resumes a held run, which leaves an ill state first, as `Recovery.leave_ill_state` does.
+
+        Raises WrongStateError when the run has ended or is ending, or an emergency halts it.
+        """
         if self._parts.safety.halting:
             raise WrongStateError("an emergency halts the run: clear it first")
-        self._lifecycle.resume(reason)
+        self._lifecycle.resume(await self._parts.recovery.leave_ill_state(reason))
 
     def require_adjustable(self) -> None:
         """Raises WrongStateError when the run has ended, so that no learning rate can be adjusted."""
         self._lifecycle.require_not_ended("there is no rate to change")
 
     async def adjust_learning_rate(self, adjustment: Adjustment) -> int:
-        """Adjusts learning rates at the next step boundary; returns the global step at which that took effect.
-
-        Raises:
-            WrongStateError: the run has ended.
-            AdjustmentRefusedError, UnknownGroupError: it is out of bounds or names no group; nothing has changed.
-        """
+        """Adjusts learning rates, as `OperatorAdjustments.make` does. Raises WrongStateError when the run has ended."""
         self.require_adjustable()
-        return (await self._lane.call(messages.ChangeOptimizer(adjustment, {}, None))).global_step
+        return await self._parts.adjustments.make(adjustment)
 
     async def roll_back(self, rollback: Rollback) -> Rollback:
         """Rolls back, as `Recovery.roll_back` does."""
@@ -370,8 +414,8 @@ class TrainingRun:
         Raises WrongStateError when the run has ended, or its live state is not what a rollback should have restored.
         """
         self._lifecycle.require_not_ended("no further checkpoint can be written")
-        if self._parts.recovery.unproven:
-            raise WrongStateError("the live state is not what was rolled back to: roll back once more first")
+        if unsound := self._parts.recovery.unsound:
+            raise WrongStateError(unsound)
         return await self._parts.checkpointing.create(reason)
 
     async def capture_profile(self, active_steps: int) -> ProfileTaken:

@@ -81,6 +81,16 @@ class Lifecycle:
         return self._status.state == _PAUSED
 
     @property
+    def halted(self) -> bool:
+        """Whether the run was halted by an emergency and has not been resumed."""
+        return self._status.state == _HALTED
+
+    @property
+    def reason(self) -> str:
+        """Why the run is in its state."""
+        return self._status.state_reason
+
+    @property
     def training(self) -> bool:
         """Whether the run is neither held nor ended."""
         return self._status.state in {_STARTING, _RUNNING}
@@ -89,6 +99,16 @@ class Lifecycle:
     def frozen(self) -> bool:
         """Whether training is stopped: the lane is held, or the run has ended."""
         return self.ended or self._lane.is_held
+
+    def attributes(self) -> dict[str, str]:
+        """Returns where the run is, as attributes of an emergency."""
+        status = self._status
+        return {"global_step": str(status.global_step), "epoch": str(status.epoch), "state": state_name(status.state)}
+
+    def explain(self, reason: str) -> None:
+        """Replaces the reason of the state."""
+        self._status.state_reason = reason
+        self.changed()
 
     def changed(self) -> None:
         """Wakes everything that waits for a change of the run."""
@@ -118,7 +138,9 @@ class Lifecycle:
 
     def halt(self, reason: str) -> None:
         """Freezes training because of an emergency; does nothing to a run that has ended."""
-        if not self.ended:
+        if self.halted:
+            self.explain(reason)
+        elif not self.ended:
             self._hold(reason, RunEvent.HALTED)
 
     def resume(self, reason: str) -> None:

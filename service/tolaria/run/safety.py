@@ -14,7 +14,7 @@ from leyline.v1.admin_service_pb2 import GetStatusResponse
 from tolaria import emergency
 from tolaria.config import EmergencySettings
 from tolaria.emergency.protocol import SENTINEL, TOLARIA
-from tolaria.errors import ClearanceRefusedError, EmergencyError
+from tolaria.errors import ClearanceRefusedError, EmergencyError, IllegalEmergencyEventError
 from tolaria.journal.rows import EmergencyRow
 from tolaria.lane.messages import SeedsChanged, StepDone
 from tolaria.resilience.breaker import Breaker
@@ -22,16 +22,16 @@ from tolaria.resilience.conservative import EMERGENCY, ConservativeMode, ModeCha
 from tolaria.run.observers import RunObserver
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety_telemetry import SafetyTelemetry
-from tolaria.run.status import RunStatus
+from tolaria.run.status import Conditions, RunStatus
 from tolaria.signals import ParticipantWriter, SignalBoard
 
 TAMIYO, KASMINA = "tamiyo", "kasmina"
 BOUNDARY, LR_INTEGRITY, OPTIMIZER, CHECKPOINT = "boundary", "lr_integrity", "optimizer", "checkpoint"
 BREAKERS: Final = (TAMIYO, KASMINA, BOUNDARY, LR_INTEGRITY, OPTIMIZER, CHECKPOINT)
 
-# Causes of a failed epoch, as the reasons for conservative mode name them.
-BREACH, PEER_FAILURE, NON_FINITE, BREAKER_OPENED = "boundary_breach", "peer_failure", "non_finite", "breaker_open"
-EXPLOSION, COLLAPSE = "loss_explosion", "accuracy_collapse"
+# Reasons for conservative mode. Those of ill training are causes of a failed epoch; late clocks and peers are not.
+BREACH, PEER_FAILURE = "boundary_breach", "peer_failure"
+NON_FINITE, EXPLOSION, COLLAPSE = "non_finite", "loss_explosion", "accuracy_collapse"
 
 _OPERATOR: Final = "operator"
 _LATE_ACKNOWLEDGEMENTS_S: Final = 1.0
@@ -59,6 +59,8 @@ class Safeguards:
             name: Breaker(name, clock=clock, on_change=self._breaker_changed) for name in BREAKERS
         }
         self._causes: set[str] = set()
+        self._disturbed = False
+        """Whether peers or clocks have given a reason for conservative mode in this epoch."""
         self._failed: set[str] = set()
         """The lane's breakers that recorded a failure in this epoch; for the others the epoch is a success."""
         self._opened: list[str] = []
@@ -73,26 +75,18 @@ class Safeguards:
         return self.mode.permits_call(peer, self.breakers[peer].state)
 
     def add_to(self, status: GetStatusResponse) -> None:
-        """Adds reasons and breakers to a status; a breaker that is not closed makes a healthy run degraded."""
+        """Adds the reasons for conservative mode and the breakers to a status."""
         status.conservative_reasons.extend(self.mode.reasons)
         status.breakers.update({name: breaker.state for name, breaker in self.breakers.items()})
-        not_closed = [name for name, state in status.breakers.items() if state != enums.CIRCUIT_STATE_CLOSED]
-        if status.health.status == enums.HEALTH_STATUS_HEALTHY and (not_closed or self.mode.on):
-            status.health.status = enums.HEALTH_STATUS_DEGRADED
-            status.health.summary = (
-                f"breakers not closed: {', '.join(sorted(not_closed))}" if not_closed else "conservative mode is on"
-            )
 
     def force(self, name: str, state: enums.CircuitBreakerState.ValueType) -> None:
         """Opens or closes a breaker. Raises KeyError for an unknown name, ValueError for any other state."""
         self.breakers[name].force(state)
 
     def step(self, step: StepDone) -> None:
-        """Counts the learning-rate violations of one step, and whether it was not finite."""
+        """Counts the learning-rate violations of one step."""
         if step.violations:
             self._fail(LR_INTEGRITY)
-        if step.skipped and not step.rescaled:
-            self.epoch_failing(NON_FINITE)
 
     def seeds_changed(self, change: SeedsChanged) -> None:
         """Counts a failed rebuild of the optimizer."""
@@ -100,8 +94,13 @@ class Safeguards:
             self._fail(OPTIMIZER)
 
     def epoch_failing(self, cause: str) -> None:
-        """Counts the current epoch as failed, and enters conservative mode."""
+        """Counts the current epoch as failed, because training was ill, and enters conservative mode."""
         self._causes.add(cause)
+        self.mode.enter(epoch_failed(cause))
+
+    def disturbed(self, cause: str) -> None:
+        """Enters conservative mode because of peers or clocks, which do not make training ill."""
+        self._disturbed = True
         self.mode.enter(epoch_failed(cause))
 
     def rolled_back(self) -> None:
@@ -109,23 +108,21 @@ class Safeguards:
         self._causes -= {NON_FINITE, EXPLOSION}
 
     def epoch_over(self, *, breach: bool) -> bool:
-        """Counts an epoch and its boundary; returns whether the epoch was healthy.
-
-        A peer failure that is detected later counts in the epoch that is current then.
-        """
+        """Counts an epoch and its boundary; returns whether training was healthy in the epoch."""
         if breach:
-            self.epoch_failing(BREACH)
-        healthy = not self._causes
-        self._causes = set()
-        self._count(BOUNDARY, healthy=healthy)
+            self.disturbed(BREACH)
+        healthy, disturbed = not self._causes, self._disturbed
+        self._causes, self._disturbed = set(), False
+        self._count(BOUNDARY, healthy=not breach)
         for name in (LR_INTEGRITY, OPTIMIZER):
             if name not in self._failed:
                 self._count(name, healthy=True)
         self._failed = set()
-        if healthy:
+        if not healthy:
+            self._observers.on_epoch_failed()
+        if healthy and not disturbed:
             self.mode.healthy_epoch()
         else:
-            self._observers.on_epoch_failed()
             self.mode.failed_epoch()
         return healthy
 
@@ -148,8 +145,6 @@ class Safeguards:
         self._observers.on_breaker(name, state)
         reason = breaker_open(name)
         if state == enums.CIRCUIT_STATE_OPEN:
-            if name != BOUNDARY:  # it counts failed epochs: its opening is not a further failure
-                self._causes.add(BREAKER_OPENED)
             self.mode.enter(reason)
             self._opened.append(name)
         elif state == enums.CIRCUIT_STATE_CLOSED and reason.name in self.mode.reasons:
@@ -184,7 +179,7 @@ class Safety:
         self._lifecycle = lifecycle
         self._observers = observers
         self._active = active
-        self._adopted = board.adopted
+        self._board = board
         self._streak = emergency.EpochStreak(settings.failed_epochs_max)
         self.safeguards = safeguards
         self.controller = emergency.EmergencyController(
@@ -193,6 +188,7 @@ class Safety:
             broadcast=telemetry.broadcast,
             observer=self._observe,
             broadcasts_per_minute=settings.broadcasts_per_minute,
+            attributes=lifecycle.attributes,
         )
 
     @property
@@ -207,9 +203,11 @@ class Safety:
         other stays until an operator clears it.
         """
         self.controller.observe_board()
-        if self._adopted and self.controller.state.origin == SENTINEL:
+        if self._board.adopted and self.controller.state.origin == SENTINEL:
             with suppress(ClearanceRefusedError):  # others raised it as well
                 self.controller.clear("restarted", TOLARIA, by=emergency.Clearer.RESTARTED)
+                if self._active is None:
+                    self._lifecycle.resume("restarted: the process that was silent has been replaced")
         if self._active is not None and not self.halting:
             self.controller.escalate(enums.EMERGENCY_LEVEL_HALT, self._active.reason, self._active.origin)
 
@@ -243,6 +241,11 @@ class Safety:
             with suppress(EmergencyError):  # cleared or raised in the meantime
                 self.controller.clear(f"{self._streak.healthy} healthy epochs", TOLARIA, by=emergency.Clearer.RECOVERED)
 
+    def disturbed(self, cause: str, trigger: emergency.Trigger) -> None:
+        """Enters conservative mode and notifies because of peers or clocks."""
+        self.safeguards.disturbed(cause)
+        self.controller.trigger(trigger, cause)
+
     def trigger(self, trigger: emergency.Trigger, detail: str) -> None:
         """Raises the emergency of a trigger."""
         self.controller.trigger(trigger, detail)
@@ -255,6 +258,18 @@ class Safety:
         """Adds reasons, breakers and the emergency level to a status."""
         self.safeguards.add_to(status)
         status.emergency_level = self.controller.state.level
+
+    def conditions(self, *, checkpoints_failing: str, skipped_streak: int) -> Conditions:
+        """Returns what the health of the run depends on."""
+        breakers = self.safeguards.breakers.items()
+        return Conditions(
+            emergency_level=self.controller.state.level,
+            emergency_reason=self.controller.state.reason,
+            conservative_reasons=self.safeguards.mode.reasons,
+            open_breakers=tuple(sorted(name for name, it in breakers if it.state != enums.CIRCUIT_STATE_CLOSED)),
+            checkpoints_failing=checkpoints_failing,
+            skipped_streak=skipped_streak,
+        )
 
     # -- operators ---------------------------------------------------------------------------------------------------
 
@@ -284,7 +299,12 @@ class Safety:
         return controller.state
 
     def clear_emergency(self, reason: str) -> None:
-        """Clears the emergency; a halted run stays halted until resumed. Raises IllegalEmergencyEventError if calm."""
+        """Clears the emergency; a halted run stays halted until resumed.
+
+        Raises IllegalEmergencyEventError when calm; its message says when the run still has to be resumed.
+        """
+        if self.controller.state.phase is emergency.Phase.CALM and self._lifecycle.halted:
+            raise IllegalEmergencyEventError(f"there is no emergency; the run is {self._lifecycle.reason}")
         self.controller.clear(reason, _OPERATOR, by=emergency.Clearer.OPERATOR)
 
     # -- responses ---------------------------------------------------------------------------------------------------
@@ -293,8 +313,12 @@ class Safety:
         """Responds first, then passes the report on."""
         if isinstance(report, emergency.Escalated):
             self._respond(report)
-        elif isinstance(report, emergency.Cleared) and EMERGENCY.name in self.safeguards.mode.reasons:
-            self.safeguards.mode.leave(EMERGENCY)
+        elif isinstance(report, emergency.Cleared):
+            if EMERGENCY.name in self.safeguards.mode.reasons:
+                self.safeguards.mode.leave(EMERGENCY)
+            if self._lifecycle.halted:
+                cause = report.before.reason
+                self._lifecycle.explain(f"halted, and cleared: resume it (tolaria resume). It was halted by: {cause}")
         self._observers.on_emergency(report)
         self._lifecycle.changed()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from itertools import product
 from typing import Final, assert_never
 
 import structlog
@@ -9,16 +12,16 @@ import structlog
 from leyline.v1 import enums_pb2 as enums
 from tolaria import emergency, errors
 from tolaria.checkpoint.store import Damage
-from tolaria.emergency.protocol import SENTINEL, level_name
+from tolaria.emergency.protocol import CRITICAL_LEVELS, HOW_TO_GO_ON, SENTINEL, level_name
 from tolaria.images import SnapshotStatistics
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import TraceFailed, TraceWritten
 from tolaria.resilience.conservative import ModeChange
-from tolaria.rollback.protocol import Ending, Rollback, tier_name
+from tolaria.rollback.protocol import ORIGINS, Ending, Rollback, tier_name
 from tolaria.run.observers import RunObserver
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter
-from tolaria.telemetry.metrics import Metrics
+from tolaria.telemetry.metrics import Metrics, start_at_zero
 
 _NS_PER_MS: Final = 1_000_000
 
@@ -33,11 +36,25 @@ FAILURES: Final[tuple[tuple[type[errors.TolariaError], tuple[str, str]], ...]] =
 )
 """Labels (stage, reason) of a failed rollback by its error; the first matching class applies."""
 
+_ABORTED: Final = ("restore", "aborted")
+
 
 class SafetyTelemetry(RunObserver):
-    """Writes the telemetry of a run's safety mechanisms. `degraded`: the signal board is polled for lack of a futex."""
+    """Writes the telemetry of a run's safety mechanisms. `degraded`: the signal board is polled for lack of a futex.
 
-    def __init__(self, metrics: Metrics, emitter: Emitter, breakers: tuple[str, ...], *, degraded: bool) -> None:
+    `newest_checkpoint_ns` is the Unix time of the newest committed checkpoint of an earlier process; None without one.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        emitter: Emitter,
+        breakers: tuple[str, ...],
+        *,
+        degraded: bool,
+        newest_checkpoint_ns: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._metrics = metrics
         self._emitter = emitter
         self._log = structlog.get_logger()
@@ -47,6 +64,14 @@ class SafetyTelemetry(RunObserver):
             metrics.breaker_state.labels(name).set(enums.CIRCUIT_STATE_CLOSED)
         metrics.emergency_shared_signal_degraded.set(degraded)
         metrics.emergency_bypass_dropped_total.inc(0)
+        self._clock = clock
+        age_s = 0.0 if newest_checkpoint_ns is None else max(0.0, time.time() - newest_checkpoint_ns / 1e9)
+        self._checkpointed_s = clock() - age_s
+        metrics.checkpoint_age_seconds.set_function(lambda: self._clock() - self._checkpointed_s)
+        outcomes = [ending.value for ending in Ending]
+        start_at_zero(metrics.rollback_requests_total, product(ORIGINS, outcomes))
+        start_at_zero(metrics.rollback_duration_seconds, product(("fast", "full"), outcomes))
+        start_at_zero(metrics.rollback_failures_total, (_ABORTED, *(labels for _, labels in FAILURES)))
         metrics.rollback_fast_size_bytes.set(0)
         metrics.profiler_enabled.set(0)
         self._level(enums.EMERGENCY_LEVEL_UNSPECIFIED)
@@ -80,7 +105,7 @@ class SafetyTelemetry(RunObserver):
         """Passes an emergency signal to telemetry, before anything that queues."""
         signal = notice.signal
         self._emitter.emit(
-            events.EMERGENCY_BROADCAST,
+            events.EMERGENCY_BROADCASTS[signal.level],
             emergency_level=level_name(signal.level),
             reason=signal.reason,
             origin=signal.origin,
@@ -120,6 +145,9 @@ class SafetyTelemetry(RunObserver):
         if state.level == enums.EMERGENCY_LEVEL_HALT:
             self._metrics.emergency_halts_total.inc()
             self._emitter.emit(events.EMERGENCY_HALT, reason=reason, origin=origin)
+            self._log.warning(
+                "training_halted", detail=f"the process stays up, also with service.exit_when_done: {HOW_TO_GO_ON}"
+            )
         if origin == SENTINEL:
             self._emitter.emit(events.HEARTBEAT_LOST, reason=reason)
         if report.board_error:
@@ -144,7 +172,8 @@ class SafetyTelemetry(RunObserver):
             self._emitter.emit(events.EMERGENCY_BROADCAST_FAILED, reason=reason, detail=report.error)
             return
         metrics.emergency_broadcasts_total.inc()
-        metrics.emergency_bypass_applied_total.inc()
+        if report.notice.signal.level in CRITICAL_LEVELS:
+            metrics.emergency_bypass_applied_total.inc()
         metrics.emergency_last_broadcast_latency_ms.set(report.latency_ns / _NS_PER_MS)
 
     def _level(self, level: enums.EmergencyLevel.ValueType) -> None:
@@ -162,13 +191,18 @@ class SafetyTelemetry(RunObserver):
         self._snapshots = statistics
 
     def on_snapshots_unavailable(self, reason: str) -> None:
-        self._log.warning("no_fast_rollback", reason=reason)
+        if reason:
+            self._log.warning("no_fast_rollback", reason=reason)
+        else:
+            self._log.info("fast_rollback_available")
 
     def on_rollback_started(self, rollback: Rollback) -> None:
         rollback_id, origin = rollback.rollback_id, rollback.origin
         self._log.warning("rolling_back", rollback_id=rollback_id, origin=origin, reason=rollback.reason)
 
     def on_rollback_ended(self, rollback: Rollback) -> None:
+        outcome = (rollback.ending or Ending.FAILED).value
+        self._metrics.rollback_requests_total.labels(rollback.origin, outcome).inc()
         if (error := rollback.unrecorded) is not None:
             self._log.error("rollback_not_in_the_journal", rollback_id=rollback.rollback_id, error=str(error))
         if rollback.ending is Ending.RESTORED:
@@ -217,6 +251,7 @@ class SafetyTelemetry(RunObserver):
     def on_checkpoint_written(self, row: CheckpointRow, duration_s: float) -> None:
         self._metrics.checkpoint_duration_seconds.observe(duration_s)
         self._metrics.checkpoint_size_bytes.set(row.size_bytes)
+        self._checkpointed_s = self._clock()
         self._log.info("checkpoint_written", step=row.global_step, checkpoint_id=row.checkpoint_id)
 
     def on_checkpoint_failed(self, step: int, stage: str, reason: str) -> None:
@@ -257,5 +292,5 @@ class SafetyTelemetry(RunObserver):
 def failure_labels(rollback: Rollback) -> tuple[str, str]:
     """Returns stage and reason of a rollback that restored nothing, as the labels of its metric."""
     if rollback.ending is Ending.ABORTED:
-        return "restore", "aborted"
+        return _ABORTED
     return next((labels for kind, labels in FAILURES if isinstance(rollback.error, kind)), ("restore", "error"))

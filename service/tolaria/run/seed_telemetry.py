@@ -14,7 +14,7 @@ from tolaria.lane.messages import EpochDone, OptimizerChanged, SeedsChanged, Ste
 from tolaria.run.observers import RunObserver
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter
-from tolaria.telemetry.metrics import Metrics
+from tolaria.telemetry.metrics import Metrics, start_at_zero
 from tolaria.values.gradients import AlarmKind, SeedMetrics, SeedMetricSet, alarms
 from tolaria.values.optimization import Adjustment, RebuildOutcome, RebuildResult
 
@@ -30,6 +30,7 @@ class SeedTelemetry(RunObserver):
         self._emitter = emitter
         self._log = structlog.get_logger()
         metrics.lr_controller_enabled.set(1)
+        start_at_zero(metrics.lr_controller_adjustments_total, [("operator",), ("tamiyo",), ("rollback",)])
 
     def on_seeds(self, states: Sequence[SeedState]) -> None:
         stages = Counter(stage_name(state.stage) for state in states)
@@ -52,6 +53,7 @@ class SeedTelemetry(RunObserver):
 
     def on_learning_rates(self, rates: dict[str, float]) -> None:
         self._metrics.lr_controller_current_lr.clear()
+        start_at_zero(self._metrics.lr_controller_integrity_violations_total, ((group,) for group in rates))
         for group, rate in rates.items():
             self._metrics.lr_controller_current_lr.labels(group).set(rate)
 
@@ -64,6 +66,8 @@ class SeedTelemetry(RunObserver):
             before=dict(change.before),
             after=dict(change.after),
         )
+        if change.limits:
+            self._emitter.emit(events.LR_LIMITED, origin=adjustment.origin, detail="; ".join(change.limits))
 
     def on_step(self, step: StepDone) -> None:
         for violation in step.violations:

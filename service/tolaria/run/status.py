@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -18,14 +18,17 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.telemetry_pb2 import SystemHealth
 from tolaria import __version__
+from tolaria.emergency.protocol import HOW_TO_GO_ON, level_name
 from tolaria.images import SnapshotInfo
-from tolaria.lane.messages import EpochDone, LaneReady, Restored, StepDone
-from tolaria.run.health import Averages
+from tolaria.lane.messages import EpochDone, LaneReady, OptimizerChanged, Restored, StepDone
+from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment
+from tolaria.values.seeds import FOSSILIZED, FOSSILIZED_LEFT, NO_LIMITS, SLOTS_FREE, SeedLimits, count_in
 
 PACKET_VERSION: Final = 1
 _BOUNDARIES_KEPT: Final = 1024
 _STEP_MAX: Final = 2**64 - 1  # of the contract's uint64
+_ENDED: Final = frozenset({admin.RUN_STATE_FINISHED, admin.RUN_STATE_FAILED})
 
 
 class StatusFeed:
@@ -107,13 +110,24 @@ class RunStatus:
     last_epoch: EpochDone | None = None
     training_loss: float = float("nan")
     snapshots: tuple[SnapshotInfo, ...] = ()
+    snapshots_unavailable: str = ""
     rollbacks: int = 0
+    rollbacks_by_origin: dict[str, int] = field(default_factory=dict)
+    best_step: int = 0
+    skipped_steps: int = 0
+    """Both are those of the health checks, which keep them through rollbacks and restarts."""
+    attempt: int = 1
+    newest_proven_step: int | None = None
+    lane_phase: Callable[[], tuple[str, float]] = lambda: ("", 0.0)
+    """Returns what the lane does other than steps, and for how many seconds; an empty text if it is stepping."""
 
     boundaries_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_BOUNDARIES_KEPT))
     boundaries_over_budget: int = 0
     desired: list[SeedState] = field(default_factory=list)
     grafted: list[SeedState] = field(default_factory=list)
     refusals: tuple[tuple[str, str], ...] = ()
+    slots: tuple[str, ...] = ()
+    seed_limits: SeedLimits = NO_LIMITS
     learning_rates: dict[str, float] = field(default_factory=dict)
     adjustments: tuple[ActiveAdjustment, ...] = ()
     conflict_ratio: float = 0.0
@@ -128,10 +142,22 @@ class RunStatus:
 
     @property
     def seeds(self) -> list[SeedState]:
-        """All seeds: those in the model with their actual state, others with the state that Kasmina desires."""
+        """All seeds: those in the model with their actual state, others with the state that Kasmina desires.
+
+        A desired seed that the model refuses is not one of them.
+        """
         grafted = {state.seed_id: state for state in self.grafted}
-        desired = [grafted.pop(state.seed_id, state) for state in self.desired]
+        refused = {seed_id for seed_id, _ in self.refusals} - grafted.keys()
+        desired = [grafted.pop(state.seed_id, state) for state in self.desired if state.seed_id not in refused]
         return [*desired, *grafted.values()]
+
+    @property
+    def slots_free(self) -> int:
+        """Number of slots in which a seed can be grafted; 0 for a model without slots, or if seeds are disabled."""
+        if not self.seed_limits.active:
+            return 0
+        taken = {seed.slot for seed in self.grafted if seed.stage not in FOSSILIZED}
+        return sum(slot not in taken for slot in self.slots)
 
     @property
     def validation_accuracy(self) -> float:
@@ -143,11 +169,35 @@ class RunStatus:
         """Loss of the last evaluation; NaN before the first."""
         return self.last_epoch.evaluation.loss if self.last_epoch else float("nan")
 
+    def regraft(self, states: Iterable[SeedState]) -> None:
+        """Adopts changed seeds, and keeps what was measured of them in the last epoch."""
+        known = {state.seed_id: state for state in self.grafted}
+        self.grafted = []
+        for state in states:
+            adopted = SeedState.FromString(state.SerializeToString())
+            if (before := known.get(state.seed_id)) is not None:
+                adopted.gradient_norm, adopted.learning_rate = before.gradient_norm, before.learning_rate
+                adopted.metrics.update(
+                    {name: before.metrics[name] for name in before.metrics if name not in state.metrics}
+                )
+            self.grafted.append(adopted)
+
     def ready(self, ready: LaneReady) -> None:
         """Adopts what the lane has built."""
         self.steps_per_epoch = ready.steps_per_epoch
         self.fast_paths = dict(ready.fast_paths)
+        self.slots = ready.slots
         self.rewind(ready)
+
+    def adjusted(self, change: OptimizerChanged) -> None:
+        """Adopts adjusted learning rates."""
+        self.learning_rates.update(change.after)
+        self.adjustments = change.adjustments
+
+    def rolled_back(self, origin: str) -> None:
+        """Counts a rollback that has restored its state, by its origin."""
+        self.rollbacks += 1
+        self.rollbacks_by_origin[origin] = self.rollbacks_by_origin.get(origin, 0) + 1
 
     def begin_epoch(self, epoch: int) -> None:
         """Starts the sums of `epoch`."""
@@ -164,6 +214,8 @@ class RunStatus:
         self.last_epoch = epoch
         self.training_loss = epoch.training_loss
         self._take_over(epoch)
+        if epoch.compile_fallback:
+            self.fast_paths["compile"] = f"off: {epoch.compile_fallback}"
         if epoch.gradients is not None:
             self.conflict_ratio = epoch.gradients.conflict_ratio
 
@@ -237,9 +289,10 @@ def step_packet(status: RunStatus, averages: Averages, step: StepDone, *, wall_n
     return packet
 
 
-def status_message(status: RunStatus, *, skipped_streak: int, now_s: float) -> admin.GetStatusResponse:
-    """Returns the run's part of the answer to GetStatus; figures that do not exist yet are 0."""
+def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusResponse:
+    """Returns the run's part of the answer to GetStatus, without its health; figures that do not exist yet are 0."""
     boundaries = sorted(status.boundaries_ms)
+    phase, phase_s = ("", 0.0) if status.state in _ENDED else status.lane_phase()
     return admin.GetStatusResponse(
         run_id=status.run_id,
         state=status.state,
@@ -266,7 +319,13 @@ def status_message(status: RunStatus, *, skipped_streak: int, now_s: float) -> a
         commands_accepted=status.commands_accepted,
         commands_rejected=status.commands_rejected,
         rollbacks=status.rollbacks,
-        health=_health(status, skipped_streak),
+        rollbacks_by_origin=status.rollbacks_by_origin,
+        best_step=status.best_step,
+        skipped_steps=status.skipped_steps,
+        attempt=status.attempt,
+        newest_proven_step=status.newest_proven_step,
+        phase=phase,
+        phase_s=phase_s,
         version=__version__,
         uptime_s=now_s - status.started_at_s,
         learning_rates=status.learning_rates,
@@ -275,8 +334,48 @@ def status_message(status: RunStatus, *, skipped_streak: int, now_s: float) -> a
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What the health of a run depends on, besides its state; an empty text or tuple is no condition."""
+
+    emergency_level: enums.EmergencyLevel.ValueType
+    emergency_reason: str
+    conservative_reasons: tuple[str, ...]
+    open_breakers: tuple[str, ...]
+    checkpoints_failing: str
+    skipped_streak: int
+
+    @property
+    def degradations(self) -> list[str]:
+        """Sentences about everything that does not stop training."""
+        elevated = self.emergency_level > enums.EMERGENCY_LEVEL_NOTICE
+        found = {
+            f"emergency level {level_name(self.emergency_level)}: {self.emergency_reason}": elevated,
+            f"checkpoints fail: {self.checkpoints_failing}": self.checkpoints_failing,
+            f"the last {self.skipped_streak} steps were skipped, because they were not finite": self.skipped_streak,
+            f"breakers not closed: {', '.join(self.open_breakers)}": self.open_breakers,
+            f"conservative mode is on: {', '.join(self.conservative_reasons)}": self.conservative_reasons,
+        }
+        return [sentence for sentence, applies in found.items() if applies]
+
+
+def health_of(status: RunStatus, conditions: Conditions) -> SystemHealth:
+    """Returns the health of the run, and in the summary why it is not healthy and what an operator can do."""
+    reason = status.state_reason
+    if status.state == admin.RUN_STATE_FAILED:
+        return SystemHealth(status=enums.HEALTH_STATUS_UNHEALTHY, summary=reason)
+    if conditions.emergency_level == enums.EMERGENCY_LEVEL_HALT:
+        summary = f"halted: {conditions.emergency_reason}; {HOW_TO_GO_ON}"
+        return SystemHealth(status=enums.HEALTH_STATUS_CRITICAL, summary=summary)
+    if status.state == admin.RUN_STATE_HALTED:
+        return SystemHealth(status=enums.HEALTH_STATUS_UNHEALTHY, summary=reason)
+    if degradations := conditions.degradations:
+        return SystemHealth(status=enums.HEALTH_STATUS_DEGRADED, summary="; ".join(degradations))
+    return SystemHealth(status=enums.HEALTH_STATUS_HEALTHY)
+
+
 def _packet(status: RunStatus, epoch: int, step: int, loss: float, wall_ns: int) -> SystemStatePacket:
-    return SystemStatePacket(
+    packet = SystemStatePacket(
         version=PACKET_VERSION,
         current_epoch=epoch,
         timestamp_ns=wall_ns,
@@ -288,6 +387,10 @@ def _packet(status: RunStatus, epoch: int, step: int, loss: float, wall_ns: int)
         training_run_id=status.run_id,
         experiment_name=status.experiment,
     )
+    packet.training_metrics[SLOTS_FREE] = status.slots_free
+    fossilized = count_in(FOSSILIZED, status.grafted)
+    packet.training_metrics[FOSSILIZED_LEFT] = max(0, status.seed_limits.fossilized - fossilized)
+    return packet
 
 
 def _average_metrics(averages: Averages) -> dict[str, float]:
@@ -316,14 +419,6 @@ def _adjustment(active: ActiveAdjustment) -> admin.LearningRateAdjustment:
     if adjustment.value is not None:
         message.value = adjustment.value
     return message
-
-
-def _health(status: RunStatus, skipped_streak: int) -> SystemHealth:
-    if status.state == admin.RUN_STATE_FAILED:
-        return SystemHealth(status=enums.HEALTH_STATUS_UNHEALTHY, summary=status.state_reason)
-    if skipped_streak:
-        return SystemHealth(status=enums.HEALTH_STATUS_DEGRADED, summary="the last steps were not finite")
-    return SystemHealth(status=enums.HEALTH_STATUS_HEALTHY)
 
 
 def _known(value: float) -> float:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Final
 
 import structlog
 
 from leyline.v1.admin_service_pb2 import RunState
 from leyline.v1.enums_pb2 import CommandType
 from tolaria.errors import CommandRejectedError
-from tolaria.lane.messages import EpochDone, LaneReady, Restored, StepDone
+from tolaria.lane.messages import EpochDone, LaneReady, RegimeBegun, Restored, StepDone
 from tolaria.peers.consultation import Consultation
+from tolaria.peers.verification import PAYLOADS, REJECTION_REASONS
 from tolaria.run.observers import RunObserver
 from tolaria.run.status import RunStatus, state_name
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
-from tolaria.telemetry.metrics import Metrics
+from tolaria.telemetry.metrics import Metrics, start_at_zero
 
 _STATES = [name.removeprefix("RUN_STATE_").lower() for name in RunState.keys()[1:]]
+_COMMANDS: Final = {kind: CommandType.Name(kind).removeprefix("COMMAND_").lower() for kind in PAYLOADS}
+_REFUSALS: Final = ("late", "conservative", "refused", "unsupported", "malformed", "rollback_budget")
+_LOSS, _GRADIENT, _EXTREME = "loss_not_finite", "gradient_not_finite", "loss_extreme"
 
 
 class TrainingTelemetry(RunObserver):
@@ -35,6 +40,9 @@ class TrainingTelemetry(RunObserver):
         self._samples = 0
         self._step = 0
         log_context.run_id = run_id
+        start_at_zero(metrics.training_skipped_steps_total, [(_LOSS,), (_GRADIENT,), (_EXTREME,)])
+        start_at_zero(metrics.command_applied_total, ((name,) for name in _COMMANDS.values()))
+        start_at_zero(metrics.command_rejected_total, ((name,) for name in (*REJECTION_REASONS, *_REFUSALS)))
 
     def on_ready(self, ready: LaneReady) -> None:
         metrics, running = self._metrics, ready.fast_paths_running
@@ -61,9 +69,43 @@ class TrainingTelemetry(RunObserver):
         self._metrics.step_duration_seconds.observe(step.duration_s)
         self._metrics.step_input_wait_seconds.observe(step.input_wait_s)
         if step.skipped and not step.rescaled:
+            self._metrics.training_skipped_steps_total.labels(_skip_reason(step)).inc()
+        if step.skipped and not step.rescaled and step.judged is None:
             self._emitter.emit(
                 events.NON_FINITE_STEP, step=step.global_step, loss=step.loss, gradient_norm=step.gradient_norm
             )
+        if (step.skipped and not step.rescaled) or step.left_out:
+            self._skipped(step)
+        if step.parameters_finite is not None:
+            self._emitter.emit(events.PARAMETERS_CHECKED, step=step.global_step, finite=step.parameters_finite)
+        for seed_id in step.dropped_seeds:
+            self._emitter.emit(events.SEED_GRADIENTS_DROPPED, step=step.global_step, seed_id=seed_id)
+
+    def _skipped(self, step: StepDone) -> None:
+        places = step.left_out or step.batches
+        if step.left_out:
+            reason = "a microbatch is not finite"
+        elif step.judged is not None:
+            reason = "the loss is far above all of the last ones"
+        else:
+            reason = f"the {'gradient' if math.isfinite(step.loss) else 'loss'} is not finite"
+        self._emitter.emit(
+            events.STEP_SKIPPED,
+            step=step.global_step,
+            epoch=step.epoch,
+            batches=", ".join(map(str, places)),
+            loss=step.loss,
+            gradient_norm=step.gradient_norm,
+            reason=reason,
+        )
+
+    def on_regime(self, regime: RegimeBegun) -> None:
+        origin = "job" if regime.announced else "health"
+        self._emitter.emit(events.LOSS_REGIME_ACCEPTED, step=regime.global_step, reason=regime.reason, origin=origin)
+
+    def on_seed_culled(self, seed_id: str, step: int) -> None:
+        reason = "its gradients were not finite in too many steps in a row"
+        self._emitter.emit(events.SEED_CULLED, step=step, seed_id=seed_id, reason=reason)
 
     def on_explosion(self, step: StepDone, reason: str) -> None:
         self._emitter.emit(
@@ -78,6 +120,7 @@ class TrainingTelemetry(RunObserver):
         metrics = self._metrics
         self._context.step = status.global_step
         metrics.training_step.set(status.global_step)
+        metrics.training_best_step.set(status.best_step)
         metrics.training_samples_total.inc(status.samples_total - self._samples)
         self._samples = status.samples_total
         if status.global_step != self._step:
@@ -85,10 +128,17 @@ class TrainingTelemetry(RunObserver):
         self._step = status.global_step
 
     def on_epoch(self, epoch: EpochDone, *, show_layers: bool) -> None:
+        if epoch.compile_fallback:
+            self._metrics.train_compile_enabled.set(0)
+            self._emitter.emit(events.COMPILE_FALLBACK, path="compile", detail=epoch.compile_fallback)
         del show_layers
         metrics = self._metrics
         metrics.training_loss.set(epoch.training_loss)
         metrics.training_accuracy.set(epoch.evaluation.accuracy)
+        metrics.validation_accuracy.set(epoch.evaluation.accuracy)
+        metrics.validation_loss.set(epoch.evaluation.loss)
+        for name, value in (("loss", epoch.evaluation.loss), ("accuracy", epoch.evaluation.accuracy)):
+            metrics.validation_metric.labels(name).set(value)
         metrics.training_latency_ms.set(epoch.steps_s * 1000)
         if epoch.samples == 0:
             self._emitter.emit(events.ZERO_SAMPLES, epoch=epoch.epoch)
@@ -125,8 +175,7 @@ class TrainingTelemetry(RunObserver):
     def on_command_applied(self, consultation: Consultation) -> None:
         if (command := consultation.command) is None:
             return
-        kind = CommandType.Name(command.command_type).removeprefix("COMMAND_").lower()
-        self._metrics.command_applied_total.labels(kind).inc()
+        self._metrics.command_applied_total.labels(_COMMANDS[command.command_type]).inc()
         self._log.info(
             "command_applied",
             command_id=command.command_id,
@@ -149,3 +198,9 @@ class TrainingTelemetry(RunObserver):
 
 def _rounded(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 5)
+
+
+def _skip_reason(step: StepDone) -> str:
+    if step.judged is not None:
+        return _EXTREME
+    return _GRADIENT if math.isfinite(step.loss) else _LOSS

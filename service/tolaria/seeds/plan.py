@@ -17,8 +17,8 @@ from leyline.v1.enums_pb2 import (
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.errors import SeedError
 from tolaria.seeds.slots import seed_id_problem
-from tolaria.seeds.stages import ABSENT, BLENDED, FOSSILIZED, FULL_STRENGTH, SUCCESSORS, Stage, stage_name
-from tolaria.values.seeds import Ramp, declared_ramp
+from tolaria.seeds.stages import ABSENT, BLENDED, FULL_STRENGTH, SUCCESSORS, stage_name
+from tolaria.values.seeds import FOSSILIZED, GROWING, NO_LIMITS, Ramp, SeedLimits, Stage, declared_ramp
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +97,14 @@ class HostFacts:
         blueprints: names of the known blueprints.
         misfits: why a blueprint does not fit a slot, by (blueprint, slot); other pairs fit.
         cull_steps: steps over which a culled seed fades out, at least 1.
+        limits: numbers of seeds that the model may have.
     """
 
     slots: Sequence[str]
     blueprints: AbstractSet[str]
     misfits: Mapping[tuple[str, str], str]
     cull_steps: int
+    limits: SeedLimits = NO_LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ def plan(current: Sequence[GraftedSeed], desired: Sequence[SeedState], facts: Ho
     A seed that is no longer declared is culled, unless it is part of the host. A refused state leaves its seed as it
     is. Planning again from the result gives no change.
     """
-    planner = _Planner(facts, global_step, [])
+    planner = _Planner(facts, global_step, [], {seed.seed_id for seed in current if seed.stage in FOSSILIZED})
     valid = planner.validate(desired)
     kept = {state.seed_id for state in desired} | {seed.seed_id for seed in current if seed.stage in FOSSILIZED}
     leaving: list[Change] = []
@@ -147,6 +149,7 @@ class _Planner:
     facts: HostFacts
     step: int
     refusals: list[Refusal]
+    fossilized: set[str]
 
     def validate(self, desired: Sequence[SeedState]) -> dict[str, SeedState]:
         """Returns the states that are well-formed, by seed."""
@@ -183,10 +186,11 @@ class _Planner:
         """Grafts new seeds into the slots that the staying ones leave free."""
         taken = {seed.slot for seed in staying if seed.stage not in FOSSILIZED}
         free = [slot for slot in self.facts.slots if slot not in taken]
+        growing = sum(seed.stage in GROWING for seed in staying)
         changes: list[Change] = []
         for state in desired:
             try:
-                after = self._graft(state, free)
+                after = self._graft(state, free, growing + len(changes))
             except SeedError as error:
                 self._refuse(state.seed_id, str(error))
             else:
@@ -197,7 +201,10 @@ class _Planner:
     def _refuse(self, seed_id: str, reason: str) -> None:
         self.refusals.append(Refusal(seed_id, reason))
 
-    def _graft(self, desired: SeedState, free: Sequence[str]) -> GraftedSeed:
+    def _graft(self, desired: SeedState, free: Sequence[str], growing: int) -> GraftedSeed:
+        """Returns the new seed, beside the number of `growing` ones."""
+        if growing >= (most := self.facts.limits.active):
+            raise SeedError(f"{growing} seeds grow already, of at most {most} (seeds.active_max)")
         if desired.stage not in SUCCESSORS[None]:
             raise SeedError(f"was never grafted here, so that it cannot be {stage_name(desired.stage)}")
         if desired.blueprint_id not in self.facts.blueprints:
@@ -226,14 +233,23 @@ class _Planner:
         """Returns the seed in the desired stage, or the nearest that is reached without a jump of the output."""
         if desired.stage not in BLENDED:
             return replace(seed, stage=desired.stage, attribution=desired.attribution)
+        if desired.stage in FOSSILIZED and seed.stage not in FOSSILIZED:
+            self._check_fossilized()
         ramp, asked = self._schedule(seed, desired)
         scheduled = replace(seed, ramp=ramp, asked=asked, attribution=desired.attribution)
         alpha = ramp.at(self.step)
         if desired.stage not in FULL_STRENGTH or seed.stage in FULL_STRENGTH or alpha == ramp.end:
+            if desired.stage in FOSSILIZED:
+                self.fossilized.add(seed.seed_id)
             return replace(scheduled, stage=desired.stage)
         reached = f"alpha is {alpha:.3g} and reaches {ramp.end:.3g} at step {ramp.end_step}"
         self._refuse(seed.seed_id, f"{stage_name(desired.stage)} has to wait: {reached}")
         return replace(scheduled, stage=seed.stage if seed.stage in BLENDED else SEED_STAGE_BLENDING)
+
+    def _check_fossilized(self) -> None:
+        most = self.facts.limits.fossilized
+        if len(self.fossilized) >= most:
+            raise SeedError(f"{len(self.fossilized)} seeds are fossilized, of at most {most} (seeds.fossilized_max)")
 
     def _schedule(self, seed: GraftedSeed, desired: SeedState) -> tuple[Ramp, Ramp | None]:
         """Returns the ramp to follow and the declared one."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from tolaria.errors import BlueprintError, OwnershipError, SlotError
-from tolaria.values.training import HOST
+from tolaria.values.training import HOST, eager_name
 
 Layout: TypeAlias = Literal["vector", "sequence", "image"]
 """vector: (batch, features). sequence: (batch, time, features). image: (batch, features, height, width)."""
@@ -28,6 +31,27 @@ class SlotSpec:
     name: str
     features: int
     layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """What a slot was seen to receive: shape, dtype, device and strides, from which `like` makes an example."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, h: Tensor) -> Activations:
+        """Returns those of a tensor. With autocast, which chooses the dtype by operation, float32."""
+        dtype = torch.float32 if torch.is_autocast_enabled(h.device.type) else h.dtype
+        return cls(h.shape, dtype, h.device, h.stride())
+
+    def like(self) -> Tensor:
+        """Returns random activations of this form, from the global generator."""
+        example = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        return example.copy_(torch.randn(self.shape, device=self.device))
 
 
 _RESERVED = frozenset(dir(nn.ModuleDict())) | {HOST}
@@ -54,6 +78,9 @@ class SeedSlot(nn.Module):
         features: channels of the activations.
         layout: see `Layout`.
 
+    Attributes:
+        seen: the activations of the last forward pass inside `observed`; None before the first one.
+
     Raises:
         SlotError: an empty name, no features, or an unknown layout.
     """
@@ -67,6 +94,7 @@ class SeedSlot(nn.Module):
             )
         self.spec = SlotSpec(name, features, layout)
         self.seeds = nn.ModuleDict()
+        self.seen: Activations | None = None
 
     def forward(self, h: Tensor) -> Tensor:
         """Returns the activations with the output of the seeds added. Does not synchronise.
@@ -116,20 +144,48 @@ class Graft(nn.Module):
     def __init__(self, seed_id: str, branch: nn.Module, slot: SlotSpec, *, isolated: bool) -> None:
         super().__init__()
         self.branch = branch
-        self.alpha = 0.0
+        self.seed_id = seed_id
         self._where = f"seed {seed_id!r} in slot {slot.name!r}"
-        self._contiguous = slot.layout == "sequence"
+        self._layout: Layout = slot.layout
         self._isolated = isolated
-        self._trainable_parameters = [p for p in branch.parameters() if p.requires_grad]
+        self._frozen = {name for name, p in branch.named_parameters() if not p.requires_grad}
+        # A compiler guards a number by its value, and would compile anew for every step of a ramp; a tensor is an input
+        # of the graph. Not a buffer: alpha is a function of the step, and not part of the saved tensors.
+        self._factor = torch.zeros((), dtype=torch.float64)
+        self._adds = False
         self.set_trainable(trainable=False)
+
+    @property
+    def alpha(self) -> float:
+        """The factor of the branch's output."""
+        return float(self._factor)
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        self._factor.fill_(alpha)
+        self._adds = alpha != 0.0
 
     def set_trainable(self, *, trainable: bool) -> None:
         """Unfreezes the parameters that the blueprint made trainable, or freezes them and drops their gradients."""
         self.trainable = trainable
-        for parameter in self._trainable_parameters:
+        for name, parameter in self.branch.named_parameters():
+            if name in self._frozen:
+                continue
             parameter.requires_grad_(trainable)
             if not trainable:
                 parameter.grad = None
+
+    def failure_on(self, seen: Activations) -> str | None:
+        """Runs the branch forward and backward on random activations; returns what it raised, None if it did not."""
+        devices = [] if seen.device.type == "cpu" else [seen.device]
+        with torch.random.fork_rng(devices, device_type=seen.device.type if devices else "cuda"), torch.enable_grad():
+            try:
+                h = seen.like().requires_grad_()
+                wanted = [h, *(p for p in self.branch.parameters() if p.requires_grad)]
+                torch.autograd.grad(self._branch_at(h).sum(), wanted, allow_unused=True)
+            except Exception as error:  # noqa: BLE001 - a blueprint's code may raise anything
+                return f"{type(error).__name__}: {error}"
+        return None
 
     def forward(self, h: Tensor) -> Tensor:
         """Returns the activations with the seed's output added. Does not synchronise.
@@ -137,18 +193,20 @@ class Graft(nn.Module):
         Raises:
             BlueprintError: the branch returned another shape.
         """
-        if self.alpha == 0.0:
+        if not self._adds:
             if not (self.trainable and torch.is_grad_enabled()):
                 return h
             s = self._branch_at(h.detach() if self._isolated else h)
             out: Tensor = _AddZero.apply(h, s)  # type: ignore[no-untyped-call] # torch leaves it untyped
             return out
-        return torch.add(h, self._branch_at(h), alpha=self.alpha)
+        return h + self._branch_at(h) * self._factor
 
     def _branch_at(self, h: Tensor) -> Tensor:
         # torch multiplies a batch of non-contiguous matrices in an order that depends on whether the weights require
-        # gradients, so freezing them would change the last bits of the output.
-        s: Tensor = self.branch(h.contiguous() if self._contiguous else h)
+        # gradients, so freezing them would change the last bits of the output. On a CPU, the backward pass of GroupNorm
+        # over channels_last activations that need no gradient crashes the process.
+        ordered = self._layout == "sequence" or (self._layout == "image" and h.device.type == "cpu")
+        s: Tensor = self.branch(h.contiguous() if ordered else h)
         if s.shape != h.shape:
             raise BlueprintError(f"{self._where}: its branch made {tuple(s.shape)} of {tuple(h.shape)}")
         return s.to(h.dtype)  # autocast may have changed it; the host's dtype must not change
@@ -181,21 +239,42 @@ class _AddZero(torch.autograd.Function):
         return gradient, gradient
 
 
+@contextmanager
+def observed(model: nn.Module) -> Iterator[None]:
+    """Records in every slot what it receives during the forward passes inside."""
+
+    def record(slot: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        cast("SeedSlot", slot).seen = Activations.of(arguments[0])
+
+    handles = [slot.register_forward_pre_hook(record) for _, slot in slots_of(model).values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def slots_of(model: nn.Module) -> dict[str, tuple[str, SeedSlot]]:
-    """Returns the module path of each slot and the slot, by name and in the model's order.
+    """Returns the module path of each slot (see `eager_name`) and the slot, by name and in the model's order.
 
     Raises:
         SlotError: two slots have the same name.
     """
     found: dict[str, tuple[str, SeedSlot]] = {}
-    for path, module in model.named_modules():
+    for prefixed, module in model.named_modules():
         if not isinstance(module, SeedSlot):
             continue
-        name = module.spec.name
+        path, name = eager_name(prefixed), module.spec.name
         if name in found:
             raise SlotError(f"two slots are called {name!r}: {found[name][0]!r} and {path!r}")
         found[name] = (path, module)
     return found
+
+
+def seed_that_raised(error: BaseException) -> str | None:
+    """Returns the id of the seed in whose forward pass the error was raised; None for one raised elsewhere."""
+    frames = (frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code is Graft.forward.__code__)
+    return next((cast("Graft", frame.f_locals["self"]).seed_id for frame in frames), None)
 
 
 def training_seeds(model: nn.Module) -> tuple[str, ...]:
@@ -205,7 +284,7 @@ def training_seeds(model: nn.Module) -> tuple[str, ...]:
 
 
 def parameters_by_owner(model: nn.Module) -> dict[str, NamedParameters]:
-    """Returns the parameters of each owner: `HOST` first, then the seeds in the model's order.
+    """Returns the parameters of each owner, named as by `eager_name`: `HOST` first, then the model's seeds in order.
 
     A parameter that is tied within one owner appears once, under its first name.
 
@@ -218,7 +297,8 @@ def parameters_by_owner(model: nn.Module) -> dict[str, NamedParameters]:
     }
     owned: dict[str, NamedParameters] = {HOST: [], **{seed_id: [] for seed_id in prefixes.values()}}
     first_seen: dict[int, tuple[str, str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for prefixed, parameter in model.named_parameters(remove_duplicate=False):
+        name = eager_name(prefixed)
         owner = next((seed_id for prefix, seed_id in prefixes.items() if name.startswith(prefix)), HOST)
         first_owner, first_name = first_seen.setdefault(id(parameter), (owner, name))
         if first_owner != owner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, TypeAlias
+from typing import Final
 
 from leyline.v1.enums_pb2 import (
     SEED_STAGE_BLENDING,
@@ -20,8 +20,7 @@ from leyline.v1.enums_pb2 import (
     SEED_STAGE_UNKNOWN,
     SeedLifecycleStage,
 )
-
-Stage: TypeAlias = "SeedLifecycleStage.ValueType"
+from tolaria.values.seeds import FOSSILIZED, Stage
 
 ABSENT: Final = frozenset(
     {SEED_STAGE_UNKNOWN, SEED_STAGE_DORMANT, SEED_STAGE_CULLED, SEED_STAGE_EMBARGOED, SEED_STAGE_RESETTING}
@@ -30,9 +29,6 @@ ABSENT: Final = frozenset(
 
 TRAINED: Final = frozenset({SEED_STAGE_TRAINING, SEED_STAGE_BLENDING, SEED_STAGE_SHADOWING, SEED_STAGE_PROBATIONARY})
 """Stages in which a seed's parameters are trained."""
-
-FOSSILIZED: Final = frozenset({SEED_STAGE_FOSSILIZED, SEED_STAGE_TERMINATED})
-"""Stages in which a seed is a frozen part of the host, and its slot is free for a further seed behind it."""
 
 BLENDED: Final = frozenset({SEED_STAGE_BLENDING, SEED_STAGE_SHADOWING, SEED_STAGE_PROBATIONARY, *FOSSILIZED})
 """Stages in which a seed's alpha may be above zero, so that it needs a schedule."""

@@ -11,13 +11,20 @@ import torch
 from torch import nn
 
 from leyline.v1.seeds_pb2 import SeedState
-from tolaria.errors import OwnershipError, SeedError, TopologyStateError
+from tolaria.errors import BlueprintMisfitError, OwnershipError, SeedError, TopologyStateError
 from tolaria.seeds.alpha import BlendingSeeds
 from tolaria.seeds.blueprints import Blueprints
 from tolaria.seeds.plan import Change, GraftedSeed, HostFacts, Refusal, plan
-from tolaria.seeds.slots import Graft, NamedParameters, parameters_by_owner, seed_prefix, slots_of
+from tolaria.seeds.slots import (
+    Graft,
+    NamedParameters,
+    parameters_by_owner,
+    seed_prefix,
+    seed_that_raised,
+    slots_of,
+)
 from tolaria.seeds.stages import ABSENT, TRAINED, stage_from_name, stage_name
-from tolaria.values.seeds import Ramp
+from tolaria.values.seeds import NO_LIMITS, Ramp, SeedLimits
 
 _VERSION: Final = 1
 
@@ -58,10 +65,12 @@ class SeedTopology:
 
     Args:
         model: the model itself, not a compiled wrapper of it, on its device. Branches take the device and dtype of
-            its first floating-point parameter.
+            the activations that their slot has received or, before its first pass (see `observed`), of the model's
+            first floating-point parameter.
         blueprints: the known blueprints.
         seed: the seed of the run. A seed's initial values are a function of it and of the seed's id alone.
         cull_steps: steps over which a culled seed fades out, at least 1.
+        limits: numbers of seeds that the model may have. Seeds of a loaded state may exceed them.
         isolated: whether the gradients of seeds in TRAINING stop at the seed.
 
     Raises:
@@ -71,7 +80,14 @@ class SeedTopology:
     """
 
     def __init__(
-        self, model: nn.Module, blueprints: Blueprints, *, seed: int, cull_steps: int, isolated: bool = True
+        self,
+        model: nn.Module,
+        blueprints: Blueprints,
+        *,
+        seed: int,
+        cull_steps: int,
+        limits: SeedLimits = NO_LIMITS,
+        isolated: bool = True,
     ) -> None:
         if cull_steps < 1:
             raise SeedError(f"cull_steps must be at least 1, so that the output does not jump; got {cull_steps}")
@@ -80,11 +96,18 @@ class SeedTopology:
         self._blueprints = blueprints
         self._seed = seed
         self._cull_steps = cull_steps
+        self._limits = limits
         self._isolated = isolated
         self._seeds: dict[str, GraftedSeed] = {}
         self._blending = BlendingSeeds()
         self._misfits: dict[tuple[str, str], str | None] = {}
+        self._failed: dict[tuple[str, str], str] = {}
         parameters_by_owner(model)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of the slots in the model's order."""
+        return tuple(self._slots)
 
     @property
     def training_seeds(self) -> tuple[str, ...]:
@@ -117,6 +140,21 @@ class SeedTopology:
         self._blending.advance(global_step)
         faded = self._blending.faded(global_step)
         return self._apply(faded, (), global_step) if faded else None
+
+    def expel(self, error: Exception, global_step: int) -> Reconciliation | None:
+        """Removes the seeds that made a pass raise `error`, at once, and refuses their blueprints in these slots.
+
+        These are the seed in whose forward pass it was raised, else those whose branch fails by itself on what its slot
+        receives, else, where memory has run out, the newest one in training. None, with nothing changed, if there is
+        no such seed.
+        """
+        reasons = self._failures(error)
+        if not reasons:
+            return None
+        gone = [self._seeds[seed_id] for seed_id in reasons]
+        self._failed |= {(seed.blueprint, seed.slot): f"it failed: {reasons[seed.seed_id]}" for seed in gone}
+        refusals = [Refusal(seed_id, f"culled: {reason}") for seed_id, reason in reasons.items()]
+        return self._apply([Change(seed, None) for seed in gone], refusals, global_step)
 
     def states(self, global_step: int) -> list[SeedState]:
         """Returns the state of each seed, oldest first, without gradient norm, learning rate, age and risk."""
@@ -174,8 +212,8 @@ class SeedTopology:
         names = self._blueprints.names
         pairs = {(state.blueprint_id, slot) for state in new for slot in self._slots if state.slot in {"", slot}}
         reasons = {pair: self._misfit(*pair) for pair in pairs if pair[0] in names}
-        misfits = {pair: reason for pair, reason in reasons.items() if reason is not None}
-        return HostFacts(tuple(self._slots), names, misfits, self._cull_steps)
+        misfits = {pair: reason for pair, reason in reasons.items() if reason is not None} | self._failed
+        return HostFacts(tuple(self._slots), names, misfits, self._cull_steps, self._limits)
 
     def _apply(self, changes: Sequence[Change], refusals: Sequence[Refusal], global_step: int) -> Reconciliation:
         if not changes:
@@ -200,7 +238,13 @@ class SeedTopology:
             del self._seeds[seed_id], slot.seeds[seed_id]
             return
         if change.before is None:
-            slot.seeds[seed_id] = self._build(change.after, self._seed)
+            graft = self._build(change.after, self._seed)
+            graft.set_trainable(trainable=True)
+            failure = graft.failure_on(slot.seen) if slot.seen is not None else None
+            graft.set_trainable(trainable=False)
+            if failure is not None:
+                raise BlueprintMisfitError(change.after.blueprint, change.after.slot, failure)
+            slot.seeds[seed_id] = graft
         self._seeds[seed_id] = change.after
 
     def _update_grafts(self, global_step: int) -> None:
@@ -220,7 +264,7 @@ class SeedTopology:
         held = {id(parameter) for parameter in self._model.parameters()}
         if any(id(parameter) in held for parameter in branch.parameters()):
             raise OwnershipError(f"blueprint {seed.blueprint!r} returned parameters that are in the model already")
-        like = next((p for p in self._model.parameters() if p.is_floating_point()), torch.empty(0))
+        like = slot.seen or next((p for p in self._model.parameters() if p.is_floating_point()), torch.empty(0))
         graft = Graft(seed.seed_id, branch.to(like.device, like.dtype), slot.spec, isolated=self._isolated)
         return graft.train(slot.training)
 
@@ -234,6 +278,18 @@ class SeedTopology:
             except SeedError as error:
                 self._misfits[key] = str(error)
         return self._misfits[key]
+
+    def _failures(self, error: Exception) -> dict[str, str]:
+        text = (str(error).strip().splitlines() or [""])[0]
+        detail = f"{type(error).__name__}: {text}"
+        if (seed_id := seed_that_raised(error)) in self._seeds and seed_id is not None:
+            return {seed_id: detail}
+        slots = {seed_id: self._slots[seed.slot][1].seen for seed_id, seed in self._seeds.items()}
+        found = {i: self._graft(self._seeds[i]).failure_on(seen) for i, seen in slots.items() if seen is not None}
+        failed = {seed_id: failure for seed_id, failure in found.items() if failure is not None}
+        if not failed and isinstance(error, torch.OutOfMemoryError) and self.training_seeds:
+            return {self.training_seeds[-1]: detail}
+        return failed
 
     def _existing(self, seed: GraftedSeed) -> Graft | None:
         """Returns the seed's graft that is already in the model, whatever its stage."""

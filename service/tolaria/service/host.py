@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from pathlib import Path
 from typing import Final
 
 import anyio
@@ -15,7 +16,8 @@ from anyio.abc import TaskGroup
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import add_TolariaAdminServiceServicer_to_server
-from tolaria.config import PeerSettings, child_environment
+from tolaria import forks
+from tolaria.config import Address, PeerSettings, child_environment
 from tolaria.emergency.supervision import watch_board, watch_process
 from tolaria.grpc_server import GrpcServer, grpc_server
 from tolaria.peers.connect import Peer, Peers, connected_peers
@@ -23,11 +25,9 @@ from tolaria.reference.embedded import EmbeddedPeer, embedded_peers
 from tolaria.rpc.admin import AdminParts, AdminService
 from tolaria.run.resume import RunOutcome
 from tolaria.run.status import state_name
-from tolaria.service.readiness import publish_health, reasons_not_ready
+from tolaria.service.readiness import ADMIN_SERVICE, publish_health, readiness, watch_disk
 from tolaria.service.wiring import Core, Foundation, RunService, new_ledger, new_run
 from tolaria.telemetry.exporter import exporter
-
-ADMIN_SERVICE: Final = admin.DESCRIPTOR.services_by_name["TolariaAdminService"].full_name
 
 # Shares of service.drain_timeout_s: the lane's step, RPCs in flight, child processes, the journal, calls to peers, and
 # what is being written after the last checkpoint.
@@ -55,7 +55,7 @@ class Host:
         status = self._core.status
         async with AsyncExitStack() as stack:
             listen, metrics = self._settings.metrics.listen, self._foundation.metrics
-            metrics_server = exporter(listen, metrics, lambda: reasons_not_ready(self._core))
+            metrics_server = exporter(listen, metrics, lambda: readiness(self._core))
             self._metrics_address = str(await stack.enter_async_context(metrics_server))
             embedded = await stack.enter_async_context(self._embedded_peers())
             peers = await stack.enter_async_context(self._connected_peers(embedded))
@@ -67,7 +67,8 @@ class Host:
             self._log.info("serving", grpc=str(server.address), metrics=self._metrics_address, run_id=status.run_id)
             await self._train(service, server)
             self.ending = service.run.ending
-        self._log.info("stopped", state=state_name(status.state), reason=status.state_reason)
+        state, reason = state_name(status.state), status.state_reason
+        self._log.info("stopped", state=state, outcome=self.ending, reason=reason)
         return 0 if status.state == admin.RUN_STATE_FINISHED else 1
 
     async def _train(self, service: RunService, server: GrpcServer) -> None:
@@ -76,8 +77,12 @@ class Host:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._drain_on_signal, tasks, service)
             tasks.start_soon(watch_board, self._foundation.board, core.safety.controller)
-            tasks.start_soon(watch_process, self._settings, self._foundation.board, core.heartbeats)
             tasks.start_soon(publish_health, core, server)
+            # The lane starts after every child process, and after the sockets: it forks when the job does.
+            await tasks.start(watch_process, self._settings, self._foundation.board, core.heartbeats)
+            for address in (str(server.address), self._metrics_address):
+                await anyio.to_thread.run_sync(forks.keep_sockets_private, Address.parse(address).port)
+            tasks.start_soon(watch_disk, core)
             await service.serve(core, tasks)
             if not self._settings.service.exit_when_done:
                 await self._drained.wait()
@@ -124,7 +129,7 @@ class Host:
             parts = AdminParts(
                 run=service.run,
                 status=core.status,
-                health=core.health,
+                points=self._foundation.points,
                 safety=core.safety,
                 journal=core.journal,
                 ledger=new_ledger(core, operations),
@@ -156,6 +161,7 @@ class Host:
             child_environment(settings),
             missing,
             board=self._foundation.board.path,
+            state_dir=Path(settings.state.dir).absolute() / "peers",
             stop_timeout_s=_CHILDREN_SHARE * settings.service.drain_timeout_s,
         )
 

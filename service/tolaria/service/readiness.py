@@ -1,8 +1,13 @@
-"""Whether the service is ready: the reasons of `/readyz`, and the health that gRPC clients can check and watch."""
+"""Whether the service is ready: what `/readyz` says, and the health that gRPC clients can check and watch."""
 
 from __future__ import annotations
 
+import math
+import shutil
 from typing import Final
+
+import anyio
+import anyio.to_thread
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN
@@ -10,8 +15,21 @@ from tolaria.grpc_server import GrpcServer
 from tolaria.run.safety import KASMINA, TAMIYO
 from tolaria.run.status import state_name
 from tolaria.service.wiring import Core
+from tolaria.telemetry.exporter import Readiness
 
+ADMIN_SERVICE: Final = admin.DESCRIPTOR.services_by_name["TolariaAdminService"].full_name
+LONG_PHASE_S: Final = 10.0
+"""Time from which `/readyz` mentions what the lane does other than steps."""
+
+DISK_INTERVAL_S: Final = 10.0
 _READY_STATES: Final = frozenset({admin.RUN_STATE_RUNNING, admin.RUN_STATE_PAUSED, admin.RUN_STATE_FINISHED})
+
+
+def readiness(core: Core) -> Readiness:
+    """Returns what `/readyz` says. Reads plain values only, so that any thread may call it."""
+    phase, phase_s = core.status.lane_phase()
+    details = [f"the lane has been {phase} for {phase_s:.0f} s"] if phase_s >= LONG_PHASE_S else []
+    return Readiness(reasons_not_ready(core), details)
 
 
 def reasons_not_ready(core: Core) -> list[str]:
@@ -33,6 +51,7 @@ def reasons_not_ready(core: Core) -> list[str]:
 async def publish_health(core: Core, server: GrpcServer) -> None:
     """Keeps grpc.health.v1 in step with the run and the breakers, until cancelled."""
     status, breakers = core.status, core.safeguards.breakers
+    await server.set_health(ADMIN_SERVICE, serving=True)  # it answers in every state of the run
     while True:
         version = status.feed.version
         await server.set_health("", serving=not reasons_not_ready(core))
@@ -41,3 +60,20 @@ async def publish_health(core: Core, server: GrpcServer) -> None:
             await server.set_health(f"tolaria.{name}", serving=breakers[name].state != CIRCUIT_STATE_OPEN)
         while status.feed.version == version:  # a change during the calls above is not missed
             await status.feed.next()
+
+
+async def watch_disk(core: Core) -> None:
+    """Keeps the metric of free space current, until cancelled. A disk that hangs leaves it as it is."""
+    one_thread, directory = anyio.CapacityLimiter(1), core.foundation.settings.state.dir
+    while True:
+        free = await anyio.to_thread.run_sync(_free_bytes, directory, abandon_on_cancel=True, limiter=one_thread)
+        core.foundation.metrics.state_disk_free_bytes.set(free)
+        await anyio.sleep(DISK_INTERVAL_S)
+
+
+def _free_bytes(directory: str) -> float:
+    """Returns the free space for this user; NaN when the system does not say."""
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return math.nan

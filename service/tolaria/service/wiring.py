@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import signal
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -25,6 +27,7 @@ from tolaria.peers.verification import CommandVerifier
 from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.protocol import RollbackParticipant
 from tolaria.rpc.requests import RequestLedger
+from tolaria.run.adjustments import OperatorAdjustments
 from tolaria.run.boundary import BoundaryPolicy, EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.command_handler import CommandHandler
@@ -34,6 +37,7 @@ from tolaria.run.lane_client import LaneClient, LaneHandle
 from tolaria.run.observers import Observers
 from tolaria.run.profiling import Profiles
 from tolaria.run.recovery import LaneRestorer, Recovery
+from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run import RunParts, TrainingRun
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, TAMIYO, Safeguards, Safety
@@ -45,6 +49,8 @@ from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
+from tolaria.values.optimization import ActiveAdjustment
+from tolaria.values.seeds import limits_of
 
 
 class LaneBuild(Protocol):
@@ -54,8 +60,8 @@ class LaneBuild(Protocol):
     def ready(self) -> LaneReady:
         """What has been built."""
 
-    def resume(self, image: StateImage) -> Restored:
-        """Restores a checkpoint of an earlier process."""
+    def resume(self, image: StateImage, decided: Sequence[ActiveAdjustment]) -> Restored:
+        """Restores a checkpoint of an earlier process, with the adjustments that operators have `decided` on."""
 
     def lane(self, heartbeat: Heartbeats, traces_dir: Path) -> LaneHandle:
         """Returns the lane."""
@@ -63,13 +69,24 @@ class LaneBuild(Protocol):
 
 def build_lane(settings: Settings) -> LaneBuild:
     """Builds the job and the lane around it; imports torch. Raises as `tolaria.lane.build.build` does."""
-    # Imported by name, so that torch is not loaded earlier and is absent from the package's import graph.
-    return cast("LaneBuild", importlib.import_module("tolaria.lane.build").build(settings))
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        # Imported by name, so that torch is not loaded earlier and is absent from the package's import graph.
+        return cast("LaneBuild", importlib.import_module("tolaria.lane.build").build(settings))
+    finally:
+        # A DataLoader installs a handler that raises the failure of a worker wherever the main thread is at that time.
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGCHLD, before)
 
 
 @dataclass(frozen=True, slots=True)
 class Foundation:
-    """What exists before the event loop. `run` is the run's row; `active_halt` is the halt it was resumed with."""
+    """What exists before the event loop. `run` is the run's row; `active_halt` is the halt it was resumed with.
+
+    `open_emergencies` are all that were not cleared, that halt included; `newest_checkpoint_ns` is the Unix time of
+    the checkpoint that was resumed.
+    `points` are the restore points that earlier processes of the run have left.
+    """
 
     settings: Settings
     build: LaneBuild
@@ -81,6 +98,9 @@ class Foundation:
     metrics: Metrics
     emitter: Emitter
     log_context: LogContext
+    open_emergencies: tuple[EmergencyRow, ...] = ()
+    newest_checkpoint_ns: int | None = None
+    points: RestorePoints = field(default_factory=RestorePoints)
 
 
 class Core:
@@ -93,14 +113,22 @@ class Core:
         self.status = new_status(settings, foundation.run.run_id)
         self.journal = AsyncJournal(foundation.storage.journal, self.status.run_id)
         participant = foundation.board.claim("tolaria")
-        self.heartbeats = Heartbeats(participant)
-        self.health = Health(settings.rollback, foundation.run.scale)
-        safety_telemetry = SafetyTelemetry(metrics, emitter, BREAKERS, degraded=foundation.board.degraded)
+        self.heartbeats = Heartbeats(participant, settings.emergency)
+        self.health = Health(settings.rollback, settings.health, foundation.run.scale)
+        self.status.lane_phase = self.heartbeats.phase
+        safety_telemetry = SafetyTelemetry(
+            metrics,
+            emitter,
+            BREAKERS,
+            degraded=foundation.board.degraded,
+            newest_checkpoint_ns=foundation.newest_checkpoint_ns,
+        )
+        ended = [row for row in foundation.open_emergencies if row != foundation.active_halt]
         self.observers = Observers(
             TrainingTelemetry(metrics, emitter, foundation.log_context, run_id=self.status.run_id),
             SeedTelemetry(settings.gradients, metrics, emitter),
             safety_telemetry,
-            JournalObserver(self.journal, self.status, foundation.run, active=foundation.active_halt),
+            JournalObserver(self.journal, self.status, foundation.run, active=foundation.active_halt, ended=ended),
         )
         self.handle = foundation.build.lane(self.heartbeats, Path(settings.state.dir) / "traces")
         self.lane = LaneClient(self.handle)
@@ -124,7 +152,7 @@ class Core:
             breaker=self.safeguards.breakers[CHECKPOINT],
             observers=self.observers,
             journal=self.journal,
-            from_step=self.ready.position.global_step,
+            points=foundation.points,
         )
 
 
@@ -141,6 +169,7 @@ class RunService:
         tasks.start_soon(self.consultations.serve)
         tasks.start_soon(self.recovery.serve)
         tasks.start_soon(core.checkpointing.serve)
+        tasks.start_soon(self.recovery.save_when_halted)
         tasks.start_soon(core.journal.serve)
         await self.run.run()
 
@@ -155,6 +184,7 @@ def new_run(core: Core, peers: Peers) -> RunService:
         lifecycle=core.lifecycle,
         safety=core.safety,
         recovery=recovery,
+        health=core.health,
         observers=core.observers,
         max_staleness_steps=settings.control.max_staleness_steps,
     )
@@ -163,6 +193,7 @@ def new_run(core: Core, peers: Peers) -> RunService:
         peers.kasmina,
         verifier=CommandVerifier(settings.leyline),
         emitter=core.foundation.emitter,
+        seeds=settings.seeds,
         permits=core.safeguards.permits,
         on_settled=handler.settle,
     )
@@ -185,7 +216,9 @@ def new_run(core: Core, peers: Peers) -> RunService:
         checkpointing=core.checkpointing,
         boundary=EpochBoundary(consultations, _boundary_policy(settings)),
         questions=questions,
+        points=core.foundation.points,
         profiles=Profiles(core.lane, settings.profiler, safeguards=core.safeguards, observers=core.observers),
+        adjustments=OperatorAdjustments(core.lane, core.journal, core.status),
     )
     return RunService(TrainingRun(parts, settings, core.ready), consultations, recovery)
 
@@ -198,12 +231,20 @@ def new_ledger(core: Core, tasks: TaskGroup) -> RequestLedger:
 def new_status(settings: Settings, run_id: str) -> RunStatus:
     """Returns the status of a run as it starts in this process."""
     training = settings.training
-    return RunStatus(run_id, training.job, training.experiment, training.epochs, started_at_s=time.monotonic())
+    return RunStatus(
+        run_id,
+        training.job,
+        training.experiment,
+        training.epochs,
+        started_at_s=time.monotonic(),
+        seed_limits=limits_of(settings.seeds),
+    )
 
 
 def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -> Recovery:
     foundation = core.foundation
-    restorer = LaneRestorer(core.lane, core.status, foundation.storage.checkpoints, core.observers)
+    store = foundation.storage.checkpoints
+    restorer = LaneRestorer(core.lane, core.status, store, core.observers, foundation.points)
     coordinator = RollbackCoordinator(
         participants,
         restorer,
@@ -214,7 +255,7 @@ def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -
     )
     return Recovery(
         coordinator,
-        core.lane,
+        restorer,
         lifecycle=core.lifecycle,
         health=core.health,
         checkpointing=core.checkpointing,
@@ -232,4 +273,5 @@ def _boundary_policy(settings: Settings) -> BoundaryPolicy:
         patient=settings.training.deterministic,
         # Three calls at most (evaluate, apply, export), each with its own deadline.
         patience_s=settings.tamiyo.timeout_s + 2 * settings.kasmina.timeout_s + 1.0,
+        slack_s=control.boundary_slack_ms / 1000,
     )

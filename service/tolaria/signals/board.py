@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 
 from tolaria.signals import layout
 from tolaria.signals.futex import Bell, futex_available
-from tolaria.signals.layout import PARTICIPANTS, ParticipantRecord, RollbackRecord, Signal
+from tolaria.signals.layout import PARTICIPANTS, LaneWork, ParticipantRecord, RollbackRecord, Signal
 from tolaria.signals.mapping import BoardFile, BoardMemory, attach_file, create_file
 from tolaria.signals.seqlock import ParticipantState, Seqlock
 from tolaria.signals.writers import BoardParts, ParticipantWriter, RollbackWriter
@@ -134,7 +134,8 @@ class SignalBoard:
         self._memory.require_intact()
         beat, lane_beat = layout.heartbeat_words(index)
         words, reading = self._memory.words, self._parts.blocks[index].read()
-        return ParticipantState(name, reading.condition, words[beat], words[lane_beat], reading.record)
+        work = LaneWork.of_word(words[layout.lane_work_word(index)])
+        return ParticipantState(name, reading.condition, words[beat], words[lane_beat], reading.record, work)
 
     def read_all(self) -> tuple[ParticipantState, ...]:
         """Returns every participant's block, in the board's order."""

@@ -30,7 +30,9 @@ Participant block (576) and rollback block (320): one line of words, then two co
          0     8  sequence: generation of the current payload
          8     8  heartbeat of the process (tolaria: of its event loop); not in the rollback block
         16     8  heartbeat of the compute lane (tolaria only)
-        24    40  reserved
+        24     8  work of the compute lane (tolaria only): its phase in the low byte, a LanePhase, and
+                  above it for how many milliseconds it may be silent in that phase; 0: as the reader decides
+        32    32  reserved
         64     n  payload, copy 0 (n = 256 for a participant, 128 for the rollback block)
       64+n     n  payload, copy 1
 
@@ -69,8 +71,8 @@ The copy is valid when its generation equals s and its CRC matches; otherwise th
 Writing (owner only): fill the *other* copy with generation s + 1 and its CRC, then store s + 1 to the sequence. An
 owner that dies at any instruction leaves its last payload readable. Generations wrap at 2**64.
 
-Heartbeats lie outside sequence and CRC: a beat is one aligned 8-byte store, atomic on 64-bit machines, and does not
-make readers of the payload start over.
+Heartbeats and the lane's work lie outside sequence and CRC: each is one aligned 8-byte store, atomic on 64-bit
+machines, and does not make readers of the payload start over.
 
 Ringing the bell: after its sequence store a writer stores (index << 28 | generation & 0xfffffff) to the futex word
 (index 8 is the rollback block, 9 the creator removing the board) and calls FUTEX_WAKE (shared) on it. Each writer has
@@ -116,6 +118,7 @@ CREATOR_INDEX = ROLLBACK_INDEX + 1
 BOARD_SIZE = ROLLBACK_AT + ROLLBACK_SIZE
 HEARTBEAT = 8
 LANE_HEARTBEAT = 16
+LANE_WORK = 24
 
 RUN_ID_MAX = 128
 REASON_MAX = 160
@@ -182,6 +185,36 @@ class RollbackRecord:
     owner_pid: int = 0
 
 
+@unique
+class LanePhase(IntEnum):
+    """What the compute lane does."""
+
+    STEPPING = 0
+    LOADING = 1
+    """Waits for the job's data."""
+    EVALUATING = 2
+    COMPILING = 3
+    STARTING = 4
+    """Takes its first step, which fills caches and may compile."""
+
+
+class LaneWork(NamedTuple):
+    """What the compute lane does, and for how long it may be silent meanwhile; 0: as the reader decides."""
+
+    phase: int
+    silence_ms: int
+
+    @classmethod
+    def of_word(cls, word: int) -> LaneWork:
+        """Returns the work in a word of the board."""
+        return cls(word & 0xFF, word >> 8)
+
+    @property
+    def word(self) -> int:
+        """The word of the board."""
+        return self.silence_ms << 8 | self.phase
+
+
 class Signal(NamedTuple):
     """An emergency level raised by `origin`."""
 
@@ -222,6 +255,11 @@ def heartbeat_words(index: int) -> tuple[int, int]:
     """Returns the numbers of the words with the heartbeats of participant `index`: its process's and the lane's."""
     word = participant_at(index) // 8
     return word + HEARTBEAT // 8, word + LANE_HEARTBEAT // 8
+
+
+def lane_work_word(index: int) -> int:
+    """Returns the number of the word with the lane's work of participant `index`."""
+    return (participant_at(index) + LANE_WORK) // 8
 
 
 def index_of(participant: str) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum, unique
 from typing import Generic, NamedTuple, TypeVar
 
-from tolaria.signals.layout import LINE, ParticipantRecord, new_tuple
+from tolaria.signals.layout import LINE, LaneWork, ParticipantRecord, new_tuple
 from tolaria.signals.mapping import BoardMemory, fence
 
 READ_TRIES = 16
@@ -30,13 +30,17 @@ _OK, _TORN = BlockCondition.OK, BlockCondition.TORN  # looking up an enum's memb
 
 @dataclass(frozen=True, slots=True)
 class ParticipantState:
-    """A block as read; `record` is None unless `condition` is OK. Heartbeats (monotonic ns) are always valid."""
+    """A block as read; `record` is None unless `condition` is OK.
+
+    Heartbeats (monotonic ns) and the work of the lane are always valid.
+    """
 
     name: str
     condition: BlockCondition
     heartbeat_ns: int
     lane_heartbeat_ns: int
     record: ParticipantRecord | None
+    lane_work: LaneWork
 
 
 class Reading(NamedTuple, Generic[Record]):

@@ -85,6 +85,7 @@ class ParticipantWriter(ClaimedBlock[ParticipantRecord]):
         super().__init__(parts, parts.blocks[index], ParticipantRecord())
         self.name = name
         self._heartbeat, self._lane_heartbeat = layout.heartbeat_words(index)
+        self._lane_work = layout.lane_work_word(index)
         self._update(lambda record: record._replace(owner_pid=os.getpid()))
         self.beat()
 
@@ -124,6 +125,11 @@ class ParticipantWriter(ClaimedBlock[ParticipantRecord]):
     def beat_lane(self) -> None:
         """Stores the compute lane's heartbeat (tolaria only). Under a microsecond; no wake-up, never raises."""
         self._store(self._lane_heartbeat)
+
+    def show_lane_work(self, work: int) -> None:
+        """Stores what the lane does, a `LaneWork.word` (tolaria only). As quick as a beat; never raises."""
+        if (memory := self._parts.memory).intact:
+            memory.words[self._lane_work] = work
 
     def _store(self, word: int) -> None:
         memory = self._parts.memory

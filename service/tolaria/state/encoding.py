@@ -44,6 +44,9 @@ DTYPE_CODES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
         torch.int32: "I32",
         torch.int16: "I16",
         torch.int8: "I8",
+        torch.uint64: "U64",
+        torch.uint32: "U32",
+        torch.uint16: "U16",
         torch.uint8: "U8",
         torch.bool: "BOOL",
         torch.complex64: "C64",
@@ -98,11 +101,17 @@ class Arena:
     Args:
         specs: of the tensors, in their order.
         pinned: whether to allocate pinned memory, for copies from CUDA devices.
+
+    Raises:
+        MemoryError: the memory cannot be allocated.
     """
 
     def __init__(self, specs: tuple[TensorSpec, ...], *, pinned: bool) -> None:
         self.specs = specs
-        memory = torch.empty(arena_bytes(specs), dtype=torch.uint8, pin_memory=pinned)
+        try:
+            memory = torch.empty(arena_bytes(specs), dtype=torch.uint8, pin_memory=pinned)
+        except RuntimeError as error:  # torch's allocators raise this, also for pinned memory
+            raise MemoryError(str(error).partition("\n")[0]) from error
         content, offset = memoryview(cast("Buffer", memory.numpy())), 0
         buffers: dict[str, memoryview] = {}
         for spec in specs:
@@ -130,22 +139,26 @@ def arena_bytes(specs: tuple[TensorSpec, ...]) -> int:
 def encode(value: object, name: str, put: PutTensor) -> JsonValue:
     """Converts `value` to JSON values; `name` is its path in the state, for tensor names and error messages.
 
+    A numpy scalar becomes the Python number of its value.
+
     Raises:
-        StateUnsupportedError: for all but None, bool, int, float, str, tensor, and lists, tuples and dicts of these.
+        StateUnsupportedError: for all but None, bool, int, float, str, numpy scalar, tensor, and lists, tuples and
+            dicts of these.
     """
-    match value:
+    plain = value.item() if isinstance(value, np.generic) else value
+    match plain:
         case None | bool() | int() | str():
-            return value
+            return plain
         case float():
-            return value if math.isfinite(value) else {_FLOAT_KEY: repr(value)}
+            return plain if math.isfinite(plain) else {_FLOAT_KEY: repr(plain)}
         case Tensor():
-            return put(name, value)
+            return put(name, plain)
         case tuple():
-            return {_TUPLE_KEY: encode(list(value), name, put)}
+            return {_TUPLE_KEY: encode(list(plain), name, put)}
         case list():
-            return [encode(inner, f"{name}/{index}", put) for index, inner in enumerate(value)]
+            return [encode(inner, f"{name}/{index}", put) for index, inner in enumerate(plain)]
         case dict():
-            return {_checked_key(key, name): encode(inner, f"{name}/{key}", put) for key, inner in value.items()}
+            return {_checked_key(key, name): encode(inner, f"{name}/{key}", put) for key, inner in plain.items()}
         case _:
             raise StateUnsupportedError(name, f"a {type(value).__name__} cannot be kept as JSON or as a tensor")
 
@@ -165,6 +178,25 @@ def decode(value: JsonValue, take: TakeTensor) -> object:
             return {key: decode(inner, take) for key, inner in value.items()}
         case _:
             return value
+
+
+class KeptValues:
+    """Nested values, kept with copies of their tensors.
+
+    Raises StateUnsupportedError as `encode` does.
+    """
+
+    def __init__(self, values: object, name: str) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._encoded = encode(values, name, self._keep)
+
+    def values(self) -> Any:
+        """Returns the values, with new copies of the tensors."""
+        return decode(self._encoded, lambda reference: self._tensors[cast("str", reference[TENSOR_KEY])].clone())
+
+    def _keep(self, name: str, tensor: Tensor) -> JsonValue:
+        self._tensors[name] = tensor.detach().clone()
+        return {TENSOR_KEY: name}
 
 
 def encode_plain(value: object, name: str) -> JsonValue:

@@ -18,6 +18,7 @@ from tolaria.images import StateImage
 from tolaria.state.encoding import (
     DTYPES,
     TENSOR_KEY,
+    KeptValues,
     capture_rngs,
     decode,
     decode_plain,
@@ -94,9 +95,11 @@ class StagedRestore:
                 _load_topology(state, self.values)
             plan = _Plan(state, self._image, self.values)
             for name, part in state.parts.items():
-                undo.callback(_put_back, name, part, encode_plain(part.state_dict(), f"parts/{name}"))
+                if name not in self.values["parts"]:
+                    continue
+                undo.callback(_put_back, name, part, KeptValues(dict(part.state_dict()), f"parts/{name}"))
                 try:
-                    part.load_state_dict(_part_state(self.values["parts"][name]))
+                    part.load_state_dict(plan.part(self.values["parts"][name]))
                 except _REFUSALS as error:
                     raise StateMismatchError([f"parts/{name}: {type(error).__name__}: {error}"]) from error
             if expired is not None and expired():
@@ -105,9 +108,9 @@ class StagedRestore:
             undo.pop_all()
 
 
-def _put_back(name: str, part: StatePart, before: JsonValue) -> None:
+def _put_back(name: str, part: StatePart, before: KeptValues) -> None:
     try:
-        part.load_state_dict(_part_state(before))
+        part.load_state_dict(before.values())
     except _REFUSALS as error:  # not a StateMismatchError, which would mean that nothing has changed
         raise RuntimeError(f"parts/{name} does not load its own previous state: {error}") from error
 
@@ -131,7 +134,9 @@ def _restore_topology(state: TrainingState, before: StateImage) -> None:
 
 
 def _check_parts(state: TrainingState, values: Mapping[str, Any]) -> None:
-    problems = _name_problems({f"parts/{name}" for name in state.parts}, {f"parts/{name}" for name in values["parts"]})
+    captured = {f"parts/{name}" for name in values["parts"]}
+    required = {f"parts/{name}" for name in state.parts if name in values["parts"] or name not in state.optional}
+    problems = _name_problems(required, captured)
     if (values["topology"] is None) != (state.topology is None):
         problems.append("topology: in one of the two only")
     if problems:
@@ -208,6 +213,16 @@ class _Plan:
         rng_tensors = {name: self._source(name) for name in self._specs if name.startswith("rng/")}
         self._rngs = rng_tensors, values["rng"]
 
+    def part(self, encoded: JsonValue) -> dict[str, Any]:
+        """Returns the state of a part, with new tensors."""
+        device = next(iter(self._parameters.values())).device
+
+        def take(ref: Mapping[str, JsonValue]) -> Tensor:
+            home = device if ref.get("home") == "device" else _CPU
+            return self._source(cast("str", ref[TENSOR_KEY])).to(home, copy=True)
+
+        return cast("dict[str, Any]", decode(encoded, take))
+
     def apply(self) -> None:
         """Changes the live state. Synchronises with the devices involved."""
         optimizer = self._live.optimizer
@@ -238,18 +253,25 @@ class _Plan:
 
     def _entries(self, name: str, entries: JsonValue, *, everything_on_device: bool) -> dict[str, object]:
         """Returns a parameter's state. Step counts stay on the CPU unless `everything_on_device`."""
-        device = self._parameters[name].device
+        parameter = self._parameters[name]
 
         def take(ref: Mapping[str, JsonValue]) -> Tensor:
             beside = everything_on_device or ref["home"] == "parameter"
-            return self._take(ref, device if beside else _CPU)
+            return self._take(ref, parameter.device if beside else _CPU, like=parameter)
 
         return cast("dict[str, object]", decode(entries, take))
 
-    def _take(self, ref: Mapping[str, JsonValue], device: torch.device) -> Tensor:
-        """Plans a copy into the live tensor of that name if it fits and is not used yet, else into a new one."""
+    def _take(self, ref: Mapping[str, JsonValue], device: torch.device, *, like: Tensor | None = None) -> Tensor:
+        """Plans a copy into the live tensor of that name if it fits and is not used yet, else into a new one.
+
+        A new one of the shape of `like` has its memory layout, as moments must: fused kernels walk raw memory.
+        """
         name = cast("str", ref[TENSOR_KEY])
         spec, live = self._specs[name], self._live_tensors.get(name)
         if live is None or spec_of(name, live) != spec or id(live) in self._used or whole(live) is not live:
-            live = torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device=device)
+            dtype = DTYPES[spec.dtype]
+            if like is not None and like.shape == spec.shape:
+                live = torch.empty_like(like, dtype=dtype, device=device, memory_format=torch.preserve_format)
+            else:
+                live = torch.empty(spec.shape, dtype=dtype, device=device)
         return self._fill(name, live)

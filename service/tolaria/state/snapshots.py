@@ -6,6 +6,7 @@ Host memory, pinned with CUDA, keeps device memory free, and hashing and writing
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -23,10 +24,14 @@ _ROUNDING: Final = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Declined:
-    """No snapshot was taken and the ring is unchanged: the state is too large, or every image is leased."""
+    """No snapshot was taken: every image is leased, memory could not be allocated, or the state is too large.
+
+    In the last case the ring is empty now: older snapshots would only be stale. `allocation_error` is the system's.
+    """
 
     size_bytes: int
     too_large: bool
+    allocation_error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,12 @@ class Cadence:
 
 
 class SnapshotRing:
-    """Snapshots in memory, evicted least recently used first.
+    """Snapshots in memory: the newest, and others at growing distances, about powers of two of their interval.
+
+    Each capture has a number; its *level* is the number of trailing zero bits, at most one less than the images that
+    there is room for. A level's older snapshots are evicted first, the least recently used of them before others. So
+    with room for n images the ring reaches back 2^(n-2) to 2^(n-1) captures: a fault that is detected late finds a
+    snapshot from before it.
 
     Captures and lookups are for the lane's thread; leases may be released from any thread.
 
@@ -91,6 +101,7 @@ class SnapshotRing:
         self._seal = seal
         self._lock = threading.Lock()
         self._slots: list[_Slot] = []  # least recently used first
+        self._number = 1
         self._hits = self._misses = self._snapshots = self._declined = self._evictions = 0
 
     def capture(self, state: TrainingState) -> Position | Declined:
@@ -112,9 +123,15 @@ class SnapshotRing:
                 return Declined(size_bytes, too_large=size_bytes > self._bytes_max)
         arena = next((slot.arena for slot in removed if slot.arena.specs == specs), None)
         del removed  # frees their memory before more is allocated
-        if arena is None:
-            arena = Arena(specs, pinned=any(tensor.is_cuda for tensor in survey.tensors.values()))
-        slot = _Slot(arena, arena.fill(survey.position, survey.tensors, values), size_bytes)
+        try:
+            if arena is None:
+                arena = Arena(specs, pinned=any(tensor.is_cuda for tensor in survey.tensors.values()))
+            image = arena.fill(survey.position, survey.tensors, values)
+        except MemoryError as error:
+            with self._lock:
+                self._declined += 1
+            return Declined(size_bytes, too_large=False, allocation_error=str(error) or "out of memory")
+        slot = _Slot(arena, image, size_bytes, number=self._number, at_ns=time.time_ns())
         if self._seal:
             slot.image.seal()
         with self._lock:
@@ -122,6 +139,7 @@ class SnapshotRing:
                 other.listed = other.listed and other.global_step != slot.global_step
             self._slots.append(slot)
             self._snapshots += 1
+            self._number += 1
         return survey.position
 
     def lookup(self, at_or_before: int | None = None) -> Lease | None:
@@ -136,6 +154,11 @@ class SnapshotRing:
             self._slots.remove(slot)
             self._slots.append(slot)
             return self._lease(slot)
+
+    def clear(self) -> None:
+        """Drops every snapshot; memory that is not leased is freed."""
+        with self._lock:
+            self._drop_all()
 
     def hold(self, global_step: int) -> Lease | None:
         """Leases the snapshot of exactly this step. Counts neither hit nor miss."""
@@ -154,7 +177,12 @@ class SnapshotRing:
         with self._lock:
             listed = sorted((slot for slot in self._slots if slot.listed), key=lambda slot: slot.global_step)
         return tuple(
-            SnapshotInfo(slot.image.position, slot.size_bytes, slot.image.sealed.total if slot.image.sealed else None)
+            SnapshotInfo(
+                slot.image.position,
+                slot.size_bytes,
+                slot.image.sealed.total if slot.image.sealed else None,
+                slot.at_ns,
+            )
             for slot in listed
         )
 
@@ -173,15 +201,20 @@ class SnapshotRing:
             )
 
     def _make_room(self, size_bytes: int, global_step: int) -> list[_Slot] | None:
-        """Removes slots until the size fits, and returns them; None, with the ring unchanged, if it does not fit.
+        """Removes slots until the size fits, and returns them; None if it does not fit.
 
-        Slots that a snapshot of this step makes unneeded go first, then the least recently used ones.
+        Slots that a snapshot of this step makes unneeded go first, then those of a level that has a newer one, then
+        the least recently used ones. A size that can never fit empties the ring; else None leaves it unchanged.
         """
         if size_bytes > self._bytes_max:
+            self._drop_all()
             return None
         free = [slot for slot in self._slots if slot.leases == 0]
         unneeded = [slot for slot in free if not slot.listed or slot.global_step == global_step]
+        top = min(self._entries_max, self._bytes_max // size_bytes) - 1
+        newest = {_level(number, top): number for number in sorted([*(slot.number for slot in free), self._number])}
         evictable = [slot for slot in free if slot not in unneeded]
+        evictable.sort(key=lambda slot: newest[_level(slot.number, top)] == slot.number)  # stable: then by use
         candidates = iter([*sorted(unneeded, key=lambda slot: not slot.listed), *evictable])
         kept, removed = list(self._slots), list[_Slot]()
         # One unneeded slot is removed even if there is room, so that its memory is used again.
@@ -194,6 +227,11 @@ class SnapshotRing:
         self._slots = kept
         self._evictions += sum(slot in evictable for slot in removed)
         return removed
+
+    def _drop_all(self) -> None:
+        for slot in self._slots:
+            slot.listed = False
+        self._slots = [slot for slot in self._slots if slot.leases]
 
     def _fits(self, size_bytes: int, slots: list[_Slot]) -> bool:
         held_bytes = sum(slot.size_bytes for slot in slots)
@@ -215,9 +253,16 @@ class _Slot:
     arena: Arena
     image: StateImage
     size_bytes: int
+    number: int
+    at_ns: int
     listed: bool = True
     leases: int = 0
 
     @property
     def global_step(self) -> int:
         return self.image.position.global_step
+
+
+def _level(number: int, top: int) -> int:
+    """Returns the number of trailing zero bits, at most `top`."""
+    return min((number & -number).bit_length() - 1, top)

@@ -1,12 +1,13 @@
 """The training state, defined once: its parts, the name of each tensor, and its digest.
 
 Tensors are named `parameter/<name>`, `buffer/<name>` (persistent or not), `state/<parameter>/<key>` (optimizer state),
-`group/<index>/<option>` (parameter group options that are tensors) and `rng/<generator>`, and sorted by name.
+`group/<index>/<option>` (parameter group options that are tensors), `parts/<part>/<key>` and `rng/<generator>`, and
+sorted by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Protocol, cast
@@ -28,7 +29,7 @@ from tolaria.state.encoding import (
     spec_of,
     specs_of,
 )
-from tolaria.values.training import Position
+from tolaria.values.training import Position, eager_name
 
 
 class LiveTraining(Protocol):
@@ -46,12 +47,12 @@ class LiveTraining(Protocol):
 
 
 class StatePart(Protocol):
-    """A part of the state without tensors: LR controller, data cursor, seed topology, AMP scaler."""
+    """A part of the state: LR controller, data cursor, seed topology, AMP scaler, the job's own state."""
 
-    def state_dict(self) -> dict[str, JsonValue]:
-        """Returns the part as JSON values; floats may be infinite or NaN."""
+    def state_dict(self) -> Mapping[str, Any]:
+        """Returns the part as nested values, which `encode` converts; it may have tensors."""
 
-    def load_state_dict(self, state: dict[str, JsonValue]) -> Any:
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
         """Restores what `state_dict` returned. After an error the caller loads the previous state again."""
 
 
@@ -74,6 +75,8 @@ class TrainingState:
     Args:
         live: model, optimizer and position.
         parts: other parts by name. The names belong to the state: an image with other parts does not fit.
+        optional: parts that an image may lack, as one of an earlier version or an earlier form of the job does. Such a
+            part stays as it is when the image is restored.
         topology: the part whose loading changes which parameters and parameter groups exist; None if none does.
 
     Raises:
@@ -81,26 +84,38 @@ class TrainingState:
     """
 
     def __init__(
-        self, live: LiveTraining, parts: Mapping[str, StatePart], *, topology: StatePart | None = None
+        self,
+        live: LiveTraining,
+        parts: Mapping[str, StatePart],
+        *,
+        topology: StatePart | None = None,
+        optional: Collection[str] = (),
     ) -> None:
         self.live = live
+        self.optional = frozenset(optional)
         self.parts = MappingProxyType({name: parts[name] for name in sorted(parts)})
         self.topology = topology
         for name, module in live.model.named_modules():
             if type(module).get_extra_state is not nn.Module.get_extra_state:
                 raise StateUnsupportedError(name, "the module has extra state beside parameters and buffers")
 
-    def survey(self) -> Survey:
-        """Lists the whole state. Copies no tensor except the generators', for which it synchronises with CUDA.
+    def survey(self, only: Collection[str] | None = None) -> Survey:
+        """Lists the whole state, or the state without other parts than `only`.
+
+        Copies no tensor except the generators', for which it synchronises with CUDA.
 
         Raises:
             StateUnsupportedError: something in the state cannot be represented exactly.
         """
-        return _Surveyor(self).survey()
+        parts = self.parts if only is None else {name: part for name, part in self.parts.items() if name in only}
+        return _Surveyor(self, parts).survey()
 
-    def fingerprint(self) -> Fingerprint:
-        """Returns the digests of the live state, equal to those of an image of it. Reads every byte; synchronises."""
-        survey = self.survey()
+    def fingerprint(self, only: Collection[str] | None = None) -> Fingerprint:
+        """Returns the digests of the live state, equal to those of an image of it. Reads every byte; synchronises.
+
+        With `only`, the digests are those of an image that has no other parts.
+        """
+        survey = self.survey(only)
         digests = {name: spec_of(name, tensor).digest(packed_bytes(tensor)) for name, tensor in survey.tensors.items()}
         return combine(digests, survey.json())
 
@@ -115,7 +130,7 @@ def parameter_names(live: LiveTraining) -> dict[Tensor, str]:
     """Returns the names of the model's and the optimizer's parameters. A tied parameter has its first name."""
     names: dict[Tensor, str] = {}
     for name, parameter in live.model.named_parameters():
-        names.setdefault(parameter, _eager_name(name))
+        names.setdefault(parameter, eager_name(name))
     for index, group in enumerate(live.optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
             names.setdefault(parameter, f"optimizer:{index}.{position}")
@@ -132,16 +147,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _eager_name(name: str) -> str:
-    """Drops the prefix that `torch.compile` adds, so that compiled and eager runs share checkpoints."""
-    return name.replace("_orig_mod.", "")
-
-
 class _Surveyor:
     """One pass over the live objects."""
 
-    def __init__(self, state: TrainingState) -> None:
+    def __init__(self, state: TrainingState, parts: Mapping[str, StatePart]) -> None:
         self._state = state
+        self._parts = parts
         self._live = state.live
         self._names = parameter_names(state.live)
         self._tensors: dict[str, Tensor] = {}
@@ -150,19 +161,27 @@ class _Surveyor:
         for parameter, name in self._names.items():
             self._put(f"parameter/{name}", parameter)
         for name, buffer in self._live.model.named_buffers():
-            self._put(f"buffer/{_eager_name(name)}", whole(buffer))
-        topology, parts = self._state.topology, self._state.parts
+            self._put(f"buffer/{eager_name(name)}", whole(buffer))
+        topology = self._state.topology
         rng_tensors, rng_values = capture_rngs()
         values: dict[str, JsonValue] = {
             "position": asdict(self._live.position),
             "optimizer": self._optimizer(),
-            "parts": {name: encode_plain(part.state_dict(), f"parts/{name}") for name, part in parts.items()},
+            "parts": {name: self._part(name, part) for name, part in self._parts.items()},
             "topology": None if topology is None else encode_plain(topology.state_dict(), "topology"),
             "rng": rng_values,
         }
         self._tensors.update(rng_tensors)
         tensors = MappingProxyType({name: self._tensors[name] for name in sorted(self._tensors)})
         return Survey(self._live.position, tensors, MappingProxyType(values))
+
+    def _part(self, name: str, part: StatePart) -> JsonValue:
+        return encode(dict(part.state_dict()), f"parts/{name}", self._put_home)
+
+    def _put_home(self, name: str, tensor: Tensor) -> JsonValue:
+        """Records whether a part's tensor is on the CPU or on a device, which is then that of training."""
+        reference = cast("dict[str, JsonValue]", self._put(name, whole(tensor)))
+        return {**reference, "home": "cpu" if tensor.device.type == "cpu" else "device"}
 
     def _optimizer(self) -> JsonValue:
         optimizer = self._live.optimizer

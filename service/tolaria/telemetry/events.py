@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import structlog
 
 from leyline.v1.enums_pb2 import (
+    EMERGENCY_LEVEL_CONSERVATIVE,
+    EMERGENCY_LEVEL_ELEVATED,
+    EMERGENCY_LEVEL_HALT,
+    EMERGENCY_LEVEL_NOTICE,
     TELEMETRY_LEVEL_CRITICAL,
     TELEMETRY_LEVEL_ERROR,
     TELEMETRY_LEVEL_INFO,
     TELEMETRY_LEVEL_WARNING,
+    EmergencyLevel,
     TelemetryLevel,
 )
 
@@ -77,7 +83,15 @@ _EMERGENCY = ("emergency_level", "reason", "origin")
 EMERGENCY_ESCALATED = _warning("tolaria.emergency.escalated", *_EMERGENCY)
 EMERGENCY_HALT = _critical("tolaria.emergency.halt", "reason", "origin")
 EMERGENCY_CLEARED = _info("tolaria.emergency.cleared", *_EMERGENCY, "by")
-EMERGENCY_BROADCAST = _critical("emergency_broadcast", *_EMERGENCY, "count")
+_BROADCAST = ("emergency_broadcast", *_EMERGENCY, "count")
+EMERGENCY_BROADCASTS: Mapping[EmergencyLevel.ValueType, EventSpec] = {
+    EMERGENCY_LEVEL_NOTICE: _info(*_BROADCAST),
+    EMERGENCY_LEVEL_ELEVATED: _warning(*_BROADCAST),
+    EMERGENCY_LEVEL_CONSERVATIVE: _critical(*_BROADCAST),
+    EMERGENCY_LEVEL_HALT: _critical(*_BROADCAST),
+}
+"""One event at the level of what it reports."""
+
 EMERGENCY_BROADCAST_FAILED = _critical("tolaria.emergency.broadcast_failed", "reason", "detail")
 HEARTBEAT_LOST = _critical("tolaria.heartbeat_lost", "reason")
 
@@ -86,15 +100,21 @@ EPOCH_BUDGET_EXCEEDED = _warning("tolaria.epoch_budget_exceeded", "epoch", "late
 HOOK_BUDGET_EXCEEDED = _warning("tolaria.hook_budget_exceeded", "step", "latency_ms", "budget_ms")
 ZERO_SAMPLES = _warning("zero_samples", "epoch")
 NON_FINITE_STEP = _error("tolaria.non_finite_step", "step", "loss", "gradient_norm")
+STEP_SKIPPED = _warning("tolaria.step_skipped", "step", "epoch", "batches", "loss", "gradient_norm", "reason")
+PARAMETERS_CHECKED = _warning("tolaria.parameters_checked", "step", "finite")
+LOSS_REGIME_ACCEPTED = _warning("tolaria.loss_regime_accepted", "step", "reason", "origin")
 LOSS_EXPLOSION = _error("tolaria.loss_explosion", "step", "loss", "gradient_norm", "reason")
 
 # Gradients and seeds
 GRAD_CONFLICT_HIGH = _warning("grad_conflict_high", "epoch", "ratio", "threshold")
 SEED_CONFLICT_HIGH = _warning("seed_conflict_high", "seed_id", "ratio", "threshold")
 SEED_SHARE_JUMP = _warning("seed_share_jump", "seed_id", "delta", "threshold")
+SEED_GRADIENTS_DROPPED = _warning("tolaria.seed_gradients_dropped", "step", "seed_id")
+SEED_CULLED = _error("tolaria.seed_culled", "step", "seed_id", "reason")
 SEED_HEALTH = _info("seed_health", "seed_id", "share", "share_delta", "conflict_ratio", "alpha", "norm")
 
 # Optimizer and fast paths
+LR_LIMITED = _warning("tolaria.lr_limited", "origin", "detail")
 LR_INTEGRITY_VIOLATION = _error("tolaria.lr_integrity_violation", "group", "expected", "found")
 OPT_REBUILT = _info("tolaria.opt_rebuilt", "step", "latency_ms", "kept", "fresh", "dropped")
 OPT_REBUILD_FAILED = _error("tolaria.opt_rebuild_failed", "step", "detail")

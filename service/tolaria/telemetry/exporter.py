@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import anyio
 import anyio.to_thread
@@ -13,20 +14,33 @@ from prometheus_client.exposition import choose_encoder
 
 from tolaria.config import Address
 from tolaria.errors import BindError
-from tolaria.telemetry.metrics import Metrics
+from tolaria.telemetry.metrics import Metrics, with_counters
 
-Readiness = Callable[[], list[str]]
-"""Returns the reasons why the service is not ready; an empty list if it is ready."""
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether the service is ready: the reasons why it is not, if any, and details worth knowing either way."""
+
+    reasons: list[str]
+    details: list[str]
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is no reason against it."""
+        return not self.reasons
 
 
 @asynccontextmanager
-async def exporter(listen: str, metrics: Metrics, readiness: Readiness) -> AsyncIterator[Address]:
+async def exporter(listen: str, metrics: Metrics, readiness: Callable[[], Readiness]) -> AsyncIterator[Address]:
     """Serves until the context exits; yields the address with its actual port.
+
+    `readiness` is called from any thread.
 
     Raises:
         BindError: the server cannot listen on `listen`.
     """
     wanted = Address.parse(listen)
+    metrics.health_ready.set_function(lambda: readiness().ready)
     # A scrape in flight at the exit has a second to complete.
     runner = web.AppRunner(_application(metrics, readiness), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
@@ -42,21 +56,24 @@ async def exporter(listen: str, metrics: Metrics, readiness: Readiness) -> Async
             await runner.cleanup()
 
 
-def _application(metrics: Metrics, readiness: Readiness) -> web.Application:
+def _application(metrics: Metrics, readiness: Callable[[], Readiness]) -> web.Application:
     one_at_a_time = anyio.CapacityLimiter(1)
 
     async def render(request: web.Request) -> web.Response:
         encode, content_type = _encoder(request.headers.get("Accept", ""))
         # In a thread: rendering takes milliseconds, which would count against the budget of an epoch boundary.
         body = await anyio.to_thread.run_sync(encode, metrics.registry, limiter=one_at_a_time)
+        if content_type.startswith("text/plain"):
+            body = with_counters(body)
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def live(_request: web.Request) -> web.Response:
         return web.json_response({"live": True})
 
     async def ready(_request: web.Request) -> web.Response:
-        reasons = readiness()
-        return web.json_response({"ready": not reasons, "reasons": reasons}, status=503 if reasons else 200)
+        found = readiness()
+        answer = {"ready": found.ready, "reasons": found.reasons, "details": found.details}
+        return web.json_response(answer, status=200 if found.ready else 503)
 
     application = web.Application()
     application.add_routes([web.get("/metrics", render), web.get("/livez", live), web.get("/readyz", ready)])

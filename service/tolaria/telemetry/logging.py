@@ -1,14 +1,16 @@
 """Logging with structlog: JSON or console lines, rendered and written by a background thread.
 
 A blocked or closed stream does not block training: lines are dropped and counted when the queue is full or a write
-fails. Rendering happens in the thread because formatting a traceback reads source files.
+fails. Lines of level critical have a queue to themselves, which is written first and drops nothing. Rendering happens
+in the thread because formatting a traceback reads source files.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _QUEUE_LINES_MAX = 8192
 _FLUSH_TIMEOUT_S = 1.0
 
-Priority = Literal["normal", "high"]
+Priority = Literal["normal", "high", "critical"]
 
 
 @dataclass(slots=True)
@@ -48,14 +50,18 @@ class LineWriter:
     """Renders events and writes them to a stream, in a daemon thread that runs while the context is open.
 
     The last of `renderers` returns the line. `on_dropped` is called from any thread with the priority of each event
-    that was dropped. The exit waits until queued events are written, at most a second if the stream is blocked.
+    that was dropped: from a full queue, or, also if critical, because its write failed. The exit waits until queued
+    events are written, at most a second if the stream is blocked.
     """
 
-    def __init__(self, stream: TextIO, renderers: list[Processor], on_dropped: Callable[[str], None]) -> None:
+    def __init__(self, stream: TextIO, renderers: list[Processor], on_dropped: Callable[[Priority], None]) -> None:
         self._stream = stream
         self._renderers = renderers
         self._on_dropped = on_dropped
-        self._events: queue.Queue[tuple[Priority, EventDict] | None] = queue.Queue(_QUEUE_LINES_MAX)
+        self._critical: deque[EventDict] = deque()
+        self._queue: deque[tuple[Priority, EventDict]] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="tolaria-log", daemon=True)
 
     def __enter__(self) -> Self:
@@ -65,10 +71,9 @@ class LineWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self._events.put(None, timeout=_FLUSH_TIMEOUT_S)
-        except queue.Full:
-            return
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         self._thread.join(_FLUSH_TIMEOUT_S)
 
     def msg(self, **event: Any) -> None:
@@ -79,19 +84,27 @@ class LineWriter:
         """Queues a warning or an error without blocking."""
         self._put(event, "high")
 
+    def critical(self, **event: Any) -> None:
+        """Queues an event ahead of all others without blocking; never drops it. Few events are critical."""
+        with self._changed:
+            self._critical.append(event)
+            self._changed.notify()
+
     # structlog calls the method named after the level.
     debug = info = msg
-    warning = error = critical = exception = failure
+    warning = error = exception = failure
 
     def _put(self, event: EventDict, priority: Priority) -> None:
-        try:
-            self._events.put_nowait((priority, event))
-        except queue.Full:
+        with self._changed:
+            if not (dropped := len(self._queue) >= _QUEUE_LINES_MAX):
+                self._queue.append((priority, event))
+                self._changed.notify()
+        if dropped:
             self._on_dropped(priority)
 
     def _run(self) -> None:
-        while (queued := self._events.get()) is not None:
-            priority, event = queued
+        while (taken := self._take()) is not None:
+            priority, event = taken
             rendered: Any = event
             for render in self._renderers:
                 rendered = render(None, event["level"], rendered)
@@ -101,12 +114,35 @@ class LineWriter:
             except (OSError, ValueError):  # a broken pipe; a closed stream
                 self._on_dropped(priority)
 
+    def _take(self) -> tuple[Priority, EventDict] | None:
+        """Waits for an event; returns None once closing and all are written."""
+        with self._changed:
+            while not (self._critical or self._queue):
+                if self._closing:
+                    return None
+                self._changed.wait()
+            return ("critical", self._critical.popleft()) if self._critical else self._queue.popleft()
+
+
+class _StandardRecords(logging.Handler):
+    """Passes warnings of other libraries to structlog: written by the library itself, they block on a full stream."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Logs a record, with the traceback of its exception."""
+        log = structlog.get_logger()
+        write = log.error if record.levelno >= logging.ERROR else log.warning
+        write(record.getMessage(), logger=record.name, exc_info=record.exc_info)
+
 
 @contextmanager
 def logging_to(
-    stream: TextIO, settings: LoggingSettings, context: LogContext, *, on_dropped: Callable[[str], None]
+    stream: TextIO, settings: LoggingSettings, context: LogContext, *, on_dropped: Callable[[Priority], None]
 ) -> Iterator[None]:
-    """Directs structlog to `stream` until the context exits."""
+    """Directs structlog, and warnings of the standard library's logging, to `stream` until the context exits."""
+    root, records = logging.getLogger(), _StandardRecords()
     try:
         with LineWriter(stream, _renderers(settings, stream), on_dropped) as writer:
             structlog.configure(
@@ -121,8 +157,10 @@ def logging_to(
                 logger_factory=lambda *_args: writer,
                 cache_logger_on_first_use=False,
             )
+            root.addHandler(records)
             yield
     finally:
+        root.removeHandler(records)
         structlog.reset_defaults()
 
 

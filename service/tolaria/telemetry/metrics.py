@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
@@ -17,17 +18,33 @@ ROLLBACK_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 1
 CHECKPOINT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
-class Tally:
-    """A counter whose name does not end in `_total`: a gauge, since the client library would rename a counter."""
+_UNTYPED = re.compile(rb"^(# TYPE .+) untyped$", re.MULTILINE)
 
-    def __init__(self, gauge: Gauge) -> None:
-        self._gauge = gauge
+
+class Tally(Gauge):
+    """A counter whose name does not end in `_total`, which the client library would append to a counter's name.
+
+    Without a type in OpenMetrics, where every counter ends in `_total`; `with_counters` gives it one in plain text.
+    """
+
+    _type = "unknown"
 
     def inc(self, amount: float = 1) -> None:
         """Increases the value. Raises ValueError for a negative amount."""
         if amount < 0:
             raise ValueError("a tally only goes up")
-        self._gauge.inc(amount)
+        super().inc(amount)
+
+
+def with_counters(text: bytes) -> bytes:
+    """Returns Prometheus's text format with every tally, the only metrics without a type, typed as a counter."""
+    return _UNTYPED.sub(rb"\1 counter", text)
+
+
+def start_at_zero(metric: Counter | Histogram, series: Iterable[tuple[str, ...]]) -> None:
+    """Creates the series with these labels, so that a rate over them is right from the first increase on."""
+    for labels in series:
+        metric.labels(*labels)
 
 
 class Metrics:
@@ -45,12 +62,19 @@ class Metrics:
         self._declare_process()
 
     def _declare_training(self) -> None:
-        self.epochs_total = Tally(self._gauge("epochs.total", "Completed epochs."))
-        self.epochs_failed = Tally(self._gauge("epochs.failed", "Failed epochs."))
+        self.epochs_total = Tally(PREFIX + "epochs.total", "Completed epochs.", registry=self.registry)
+        self.epochs_failed = Tally(PREFIX + "epochs.failed", "Failed epochs.", registry=self.registry)
         self.training_loss = self._gauge("training.loss", "Mean training loss of the last epoch.")
         self.training_accuracy = self._gauge("training.accuracy", "Validation accuracy of the last epoch, 0 to 1.")
         self.training_latency_ms = self._gauge("training.latency_ms", "Duration of the last epoch's steps.")
+        self.validation_loss = self._gauge("validation.loss", "Loss of the last evaluation.")
+        self.validation_accuracy = self._gauge("validation.accuracy", "Accuracy of the last evaluation, 0 to 1.")
+        self.validation_metric = self._gauge("validation.metric", "Metrics of the last evaluation.", ["name"])
         self.training_step = self._gauge("training.step", "Optimizer updates completed.")
+        self.training_best_step = self._gauge("training.best_step", "Highest step reached; a rollback keeps it.")
+        self.training_skipped_steps_total = self._counter(
+            "training.skipped_steps_total", "Steps that changed nothing because they were not finite.", ["reason"]
+        )
         self.training_epoch = self._gauge("training.epoch", "Current epoch, starting at 1.")
         self.training_samples_total = self._counter("training.samples_total", "Training samples processed.")
         self.training_state = self._gauge("training.state", "1 for the current state of the run.", ["state"])
@@ -147,10 +171,10 @@ class Metrics:
         self.emergency_halts_total = self._counter("emergency.halts_total", "Emergencies that halted training.")
         self.emergency_broadcasts_total = self._counter("emergency.broadcasts_total", "Broadcasts sent.")
         self.emergency_broadcast_failures_total = self._counter(
-            "emergency.broadcast_failures_total", "Broadcasts whose first attempt failed."
+            "emergency.broadcast_failures_total", "Attempts to broadcast that failed, and lines that were not written."
         )
         self.emergency_bypass_applied_total = self._counter(
-            "emergency.bypass_applied_total", "Broadcasts sent ahead of all queues."
+            "emergency.bypass_applied_total", "Critical broadcasts, sent ahead of all queues."
         )
         self.emergency_bypass_dropped_total = self._counter(
             "emergency.bypass_dropped_total", "Broadcasts lost: always 0; alert when it is not."
@@ -173,6 +197,9 @@ class Metrics:
         self.rollback_failures_total = self._counter(
             "rollback.failures_total", "Failed rollbacks.", ["stage", "reason"]
         )
+        self.rollback_requests_total = self._counter(
+            "rollback.requests_total", "Rollbacks that have ended.", ["origin", "outcome"]
+        )
         self.rollback_deadline_exceeded_total = self._counter(
             "rollback.deadline_exceeded_total", "Rollbacks that exceeded their budget."
         )
@@ -186,9 +213,14 @@ class Metrics:
             "checkpoint.duration_seconds", "Time to write and commit a checkpoint.", CHECKPOINT_BUCKETS_S
         )
         self.checkpoint_size_bytes = self._gauge("checkpoint.size_bytes", "Size of the newest checkpoint.")
+        self.checkpoint_age_seconds = self._gauge(
+            "checkpoint.age_seconds", "Time since the newest committed checkpoint, or since the start if there is none."
+        )
+        self.state_disk_free_bytes = self._gauge("state.disk_free_bytes", "Free space on the disk of state.dir.")
         self.checkpoint_failures_total = self._counter("checkpoint.failures_total", "Failed checkpoint writes.")
 
     def _declare_process(self) -> None:
+        self.health_ready = self._gauge("health.ready", "1 while /readyz reports that the service is ready.")
         self.profiler_enabled = self._gauge("profiler.enabled", "1: a trace is being recorded.")
         self.profiler_traces_emitted_total = self._counter("profiler.traces_emitted_total", "Traces written.")
         self.profiler_traces_failed_total = self._counter("profiler.traces_failed_total", "Failed traces.")

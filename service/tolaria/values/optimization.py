@@ -5,8 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from tolaria.errors import AdjustmentRefusedError
+
+OPERATOR: Final = "operator"
+CONTROLLER: Final = "tamiyo"
+AUTOMATIC: Final = "rollback"
+"""Origins of adjustments: a person, the controller, and the cut that follows an automatic rollback."""
 
 
 class GroupRole(StrEnum):
@@ -26,7 +32,7 @@ class Adjustment:
         factor: multiplies the rate, above 0.
         value: replaces the scheduled rate, at least 0.
         expires_after_steps: number of steps for which it is active, at least 1; None: until replaced.
-        origin: the requester, such as "operator", "tamiyo" or "rollback".
+        origin: the requester: OPERATOR, CONTROLLER or AUTOMATIC.
         request_id: the id of the request.
         reason: for the audit trail.
 
@@ -68,6 +74,11 @@ class ActiveAdjustment:
         """Whether the adjustment has expired at a global step."""
         lasts = self.adjustment.expires_after_steps
         return lasts is not None and step >= self.at_step + lasts
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the adjustment has no expiry."""
+        return self.adjustment.expires_after_steps is None
 
 
 @dataclass(frozen=True, slots=True)

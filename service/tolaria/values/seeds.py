@@ -1,11 +1,62 @@
-"""The alpha of a seed, its weight in the model's output, as a function of the global step."""
+"""Stages and numbers of seeds, and a seed's alpha, its weight in the output, as a function of the global step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Final, TypeAlias
 
+from leyline.v1 import enums_pb2 as enums
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
+from tolaria.config import SeedsSettings
+
+Stage: TypeAlias = "enums.SeedLifecycleStage.ValueType"
+
+GROWING: Final[frozenset[Stage]] = frozenset(
+    {
+        enums.SEED_STAGE_GERMINATED,
+        enums.SEED_STAGE_TRAINING,
+        enums.SEED_STAGE_BLENDING,
+        enums.SEED_STAGE_SHADOWING,
+        enums.SEED_STAGE_PROBATIONARY,
+    }
+)
+"""Stages of a seed that is in the model and not yet a part of the host."""
+
+FOSSILIZED: Final[frozenset[Stage]] = frozenset({enums.SEED_STAGE_FOSSILIZED, enums.SEED_STAGE_TERMINATED})
+"""Stages in which a seed is a frozen part of the host, and its slot is free for a further seed behind it."""
+
+
+SLOTS_FREE: Final = "seeds.slots_free"
+"""Metric of a packet to the controller: number of slots in which a seed can be grafted; 0 if seeds are disabled."""
+
+FOSSILIZED_LEFT: Final = "seeds.fossilized_left"
+"""Metric of a packet to the controller: number of seeds that may still become a part of the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeedLimits:
+    """The greatest numbers of seeds that grow at the same time, and that become a part of the host.
+
+    `active` is 0 if seeds are disabled.
+    """
+
+    active: int
+    fossilized: int
+
+
+NO_LIMITS: Final = SeedLimits(2**31, 2**31)
+
+
+def limits_of(settings: SeedsSettings) -> SeedLimits:
+    """Returns the limits that the settings specify."""
+    return SeedLimits(settings.active_max if settings.enabled else 0, settings.fossilized_max)
+
+
+def count_in(stages: frozenset[Stage], seeds: Iterable[SeedState]) -> int:
+    """Returns the number of seeds in one of the stages."""
+    return sum(seed.stage in stages for seed in seeds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,14 @@ HOST: Final = "host"
 """The source name of the host model's loss, and the owner of every parameter outside the seeds."""
 
 
+def eager_name(name: str) -> str:
+    """Returns a module's or parameter's name without the parts that `torch.compile` adds around what it wraps.
+
+    So runs share checkpoints, whether compiled or not.
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 @dataclass(frozen=True, slots=True)
 class Position:
     """A point in training: completed optimizer steps, and the epoch (from 1; 0 before the first)."""

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tolaria.checkpoint.format import Manifest, write_checkpoint
+from tolaria.checkpoint.format import Manifest, Provenance, write_checkpoint
 from tolaria.checkpoint.storage import Storage, open_storage
 from tolaria.checkpoint.store import LoadedCheckpoint, Retention
-from tolaria.errors import JournalUnavailableError, NoCheckpointError, RestoreAbandonedError
+from tolaria.errors import CheckpointWriteError, JournalUnavailableError, NoCheckpointError, RestoreAbandonedError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.rows import CheckpointRow, FaultRow, Row
+from tolaria.values.lineage import Lineage
 from tolaria.values.training import Position
 
 if TYPE_CHECKING:
@@ -27,10 +30,19 @@ def storage(tmp_path: Path) -> Iterator[Storage]:
         yield storage
 
 
-def write(storage: Storage, training: Training, step: int, metric: float | None = None) -> CheckpointRow:
+def write(
+    storage: Storage,
+    training: Training,
+    step: int,
+    metric: float | None = None,
+    *,
+    lineage: Lineage | None = None,
+    suspect: bool = False,
+) -> CheckpointRow:
     """Writes a checkpoint of this step."""
     training.position = Position(step, 1)
-    return storage.checkpoints.write(training.state().copy(), metric=metric)
+    provenance = Provenance(lineage or Lineage(), suspect=suspect)
+    return storage.checkpoints.write(training.state().copy(), metric=metric, provenance=provenance)
 
 
 def steps(storage: Storage) -> list[int]:
@@ -43,9 +55,9 @@ def on_disk(directory: Path) -> list[int]:
     return sorted(int(path.name.split("-")[0]) for path in (directory / "checkpoints").iterdir())
 
 
-def load(storage: Storage, at_or_before: int | None = None) -> LoadedCheckpoint:
+def load(storage: Storage) -> LoadedCheckpoint:
     """Loads without a deadline."""
-    return storage.checkpoints.load_newest(at_or_before=at_or_before)
+    return storage.checkpoints.load_newest()
 
 
 def test_pruned_checkpoints_are_removed(tmp_path: Path, storage: Storage, training: Training) -> None:
@@ -55,23 +67,29 @@ def test_pruned_checkpoints_are_removed(tmp_path: Path, storage: Storage, traini
     assert steps(storage) == on_disk(tmp_path) == [2, 4, 5, 6]
 
 
-def test_the_newest_or_the_nearest_is_loaded(storage: Storage, training: Training) -> None:
-    """The newest by time without a step, the one with the highest step otherwise."""
-    for step in (10, 20, 30):
-        write(storage, training, step)
-    assert [load(storage, wanted).row.global_step for wanted in (None, 30, 25, 10)] == [30, 30, 20, 10]
-    with pytest.raises(NoCheckpointError, match="at or before step 9"):
-        load(storage, 9)
+def test_the_newest_that_is_not_suspect_is_loaded(storage: Storage, training: Training) -> None:
+    """The newest by time; a suspect one only if there is no other, or once it is proven."""
+    with pytest.raises(NoCheckpointError):
+        load(storage)
+    write(storage, training, 10, suspect=True)
+    assert load(storage).row.global_step == 10
+    write(storage, training, 20)
+    newest = write(storage, training, 30, suspect=True)
+    assert load(storage).row.global_step == 20
+    storage.journal.revise(newest.checkpoint_id, proven=1)
+    assert load(storage).row.global_step == 30
 
 
 def test_superseded_checkpoints_are_not_loaded(storage: Storage, training: Training) -> None:
     """After a rollback later checkpoints are neither loaded nor listed; the next write removes them."""
     for step in (10, 20, 30):
         write(storage, training, step)
-    storage.checkpoints.supersede_after(10)
+    back = Lineage().back_to(10, 2)
+    assert storage.checkpoints.follow(back, "back") == 2
     assert (steps(storage), load(storage).row.global_step) == ([10], 10)
-    write(storage, training, 20)
+    write(storage, training, 20, lineage=back)
     assert (steps(storage), load(storage).row.global_step) == ([10, 20], 20)
+    assert len(storage.checkpoints.kept_points()) == 2
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
@@ -181,11 +199,11 @@ def test_runs_that_share_a_directory_are_separate(tmp_path: Path, training: Trai
         other = storage.for_run("b")
         with pytest.raises(NoCheckpointError):
             load(other)
-        other.checkpoints.supersede_after(0)
+        other.checkpoints.follow(Lineage(9), "another run")
         assert steps(storage) == [10, 20]
         write(other, training, 5)
         assert (steps(storage), steps(other), on_disk(tmp_path)) == ([20], [5], [5, 20])
-        assert (load(storage).row.global_step, load(other, 100).row.global_step) == (20, 5)
+        assert (load(storage).row.global_step, load(other).row.global_step) == (20, 5)
 
 
 def test_removed_directories_are_created_again(storage: Storage, training: Training, tmp_path: Path) -> None:
@@ -210,6 +228,54 @@ def test_a_damaged_checkpoint_is_skipped_when_the_journal_cannot_be_written(
 
     monkeypatch.setattr(storage.journal, "put", full)
     assert load(storage).row.global_step == 10
+
+
+class SmallDisk(Filesystem):
+    """Holds at most `room` checkpoints; writing a further one fails."""
+
+    def __init__(self, directory: Path, room: int) -> None:
+        self.directory = directory
+        self.room = room
+
+    def write(self, descriptor: int, content: memoryview) -> int:
+        if len(list((self.directory / "checkpoints").iterdir())) > self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(descriptor, content)
+
+
+def test_a_full_disk_loses_superseded_checkpoints_first(tmp_path: Path, training: Training) -> None:
+    """They make room for the new one; without any, the write fails and the others stay."""
+    retention = Retention(last=10, best="highest", superseded=10, superseded_s=3600.0)
+    storage = open_storage(tmp_path, run_id="run", retention=retention, files=SmallDisk(tmp_path, room=3))
+    with storage.journal:
+        for step in (10, 20, 30):
+            write(storage, training, step)
+        back = Lineage().back_to(10, 2)
+        storage.checkpoints.follow(back, "back to 10")
+        write(storage, training, 15, lineage=back)
+        assert (steps(storage), on_disk(tmp_path)) == ([10, 15], [10, 15])
+        assert len(storage.checkpoints.kept_points()) == 2
+        write(storage, training, 20, lineage=back)
+        with pytest.raises(CheckpointWriteError, match="ENOSPC"):
+            write(storage, training, 25, lineage=back)
+        assert (steps(storage), on_disk(tmp_path)) == ([10, 15, 20], [10, 15, 20])
+
+
+def test_a_rebuilt_journal_knows_the_branches(tmp_path: Path, training: Training) -> None:
+    """The manifests have the lineage: a superseded checkpoint does not become one to resume from."""
+    retention = Retention(last=10, best="highest", superseded=10, superseded_s=3600.0)
+    storage = open_storage(tmp_path, run_id="run", retention=retention)
+    with storage.journal:
+        for step in (10, 20):
+            write(storage, training, step)
+        back = Lineage().back_to(10, 2)
+        storage.checkpoints.follow(back, "back to 10")
+        write(storage, training, 15, lineage=back)
+    (tmp_path / "journal.sqlite3").write_bytes(b"garbage" * 1000)
+    storage = open_storage(tmp_path, run_id="run", retention=retention)
+    with storage.journal:
+        assert steps(storage) == [10, 15]
+        assert [row.global_step for row in storage.checkpoints.kept_points()] == [10, 20, 15]
 
 
 # -- retention --------------------------------------------------------------------------------------------------------
@@ -239,6 +305,35 @@ def test_the_newest_and_the_best_are_kept(
 ) -> None:
     """Of equally good checkpoints the newest is best; without a metric none is."""
     assert sorted(row.global_step for row in retention.kept(rows_of(*described), run_id="r")) == kept
+
+
+def test_the_newest_proven_one_is_kept() -> None:
+    """However many unproven ones are newer; older proven ones are not."""
+    rows = [replace(row, proven=int(row.global_step <= 2)) for row in rows_of(*((n, None) for n in range(1, 7)))]
+    assert sorted(row.global_step for row in HIGHEST.kept(rows, run_id="r")) == [2, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("superseded_at", "now_ns", "kept"),
+    [
+        ([5, 5, 5], 6, [2, 3]),  # of one rollback the newest
+        ([9, 5, 5], 10, [1, 3]),  # of the latest rollback first
+        ([None, 5, 5], 6, [2, 3]),  # version 0.1.0 knew no time: that of the capture counts
+        ([5, 5, 5], 5 + 60 * 10**9, []),
+        ([5, 5, 70 * 10**9], 5 + 60 * 10**9, [3]),
+    ],
+)
+def test_the_newest_superseded_ones_are_kept_for_a_while(
+    superseded_at: list[int | None], now_ns: int, kept: list[int]
+) -> None:
+    """As many as the settings say, of the active run only."""
+    retention = Retention(last=3, best="highest", superseded=2, superseded_s=60.0)
+    rows = [
+        replace(row, superseded_at_ns=at_ns)
+        for row, at_ns in zip(rows_of((1, None), (2, None), (3, None)), superseded_at, strict=True)
+    ]
+    found = retention.kept_superseded([*rows, replace(rows[0], run_id="other")], run_id="r", now_ns=now_ns)
+    assert sorted(row.global_step for row in found) == kept
 
 
 def rows_of_runs(described: str) -> tuple[CheckpointRow, ...]:

@@ -12,9 +12,10 @@ import pytest
 from faults.small_training import new_ring
 from tolaria.checkpoint.storage import Storage, open_storage
 from tolaria.checkpoint.store import CheckpointStore, Retention
-from tolaria.checkpoint.writer import CheckpointWriter, RewindMark
+from tolaria.checkpoint.writer import CaptureMark, CheckpointWriter
 from tolaria.errors import CheckpointWriteError, JournalUnavailableError
 from tolaria.filesystem import Filesystem
+from tolaria.values.lineage import Lineage
 from tolaria.values.training import Position
 
 if TYPE_CHECKING:
@@ -147,12 +148,11 @@ def test_an_image_after_the_rollback_step_is_superseded(
     with storage.journal, CheckpointWriter(storage.checkpoints) as writer:
         training.train(3)
         ring.capture(training.state())
-        mark = RewindMark()
+        mark = CaptureMark()
         future = writer.write(hold(ring, 3), metric=None, mark=mark)
         assert future is not None
         if back_to is not None:
-            mark.rewound_to(back_to)
-            mark.rewound_to(back_to + 1)
+            mark.live = Lineage().back_to(back_to, 2)
         files.gate.set()
         assert future.result(timeout=20).state == state
         assert [row.global_step for row in storage.checkpoints.restore_points()] == [3] * (state == "committed")
@@ -163,16 +163,16 @@ def test_a_row_that_cannot_be_superseded_is_a_failure(
 ) -> None:
     """The journal takes the row and refuses the mark: the future has the reason."""
 
-    def refuse(_self: CheckpointStore, _global_step: int) -> None:
+    def refuse(_self: CheckpointStore, _lineage: Lineage, _detail: str) -> None:
         raise JournalUnavailableError("locked")
 
-    monkeypatch.setattr(CheckpointStore, "supersede_after", refuse)
+    monkeypatch.setattr(CheckpointStore, "follow", refuse)
     storage, ring = opened(tmp_path), new_ring(entries_max=1)
     with storage.journal, CheckpointWriter(storage.checkpoints) as writer:
         training.train(3)
         ring.capture(training.state())
-        mark = RewindMark()
-        mark.rewound_to(1)
+        mark = CaptureMark()
+        mark.live = Lineage().back_to(1, 2)
         future = writer.write(hold(ring, 3), metric=None, mark=mark)
         assert future is not None
         with pytest.raises(CheckpointWriteError, match="locked"):

@@ -13,8 +13,8 @@ from leyline.v1.admin_service_pb2 import PauseTrainingRequest
 from leyline.v1.enums_pb2 import RollbackTier
 from support.fake_admin import DIGEST, FakeAdmin, fake_admin, restore_points, status_of, two_incidents
 from tolaria.cli.admin_commands import admin_command
+from tolaria.cli.answers import RESTORE_POINT_COLUMNS
 from tolaria.cli.commands import CommandGroup, app
-from tolaria.cli.render import RESTORE_POINT_COLUMNS
 
 Serve = Callable[[FakeAdmin], str]
 
@@ -119,7 +119,11 @@ def test_rollback_prints_the_restored_step_and_equal_digests(serve_fake: Serve) 
     )
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "rollback: took effect at step 57: tier fast, restored step 40, 12.3 ms, coordinated",
+        (
+            "rollback: took effect at step 40: tier fast, the newest proven one: the snapshot, "
+            "waited 700.0 ms for the step boundary, restored in 12.3 ms, coordinated"
+        ),
+        "checkpoints superseded: 2; rollback --checkpoint ID goes back to one",
         f"digests equal: {DIGEST}",
     ]
 
@@ -221,8 +225,8 @@ def test_restore_points_are_a_table(serve_fake: Serve) -> None:
     assert done.exit_code == 0
     names, fast, full = (line.split() for line in done.stdout.splitlines())
     assert tuple(names) == RESTORE_POINT_COLUMNS
-    assert (fast[0], fast[1], fast[-2:]) == ("fast", "57", ["-", "no"])
-    assert (full[0], full[1], full[3:5], full[-2:]) == ("full", "45", ["2", "h"], ["000000000045-0badcafe", "yes"])
+    assert (fast[0], fast[1], fast[-2:]) == ("fast", "57", ["2", "suspect"])
+    assert (full[0], full[1], full[3:5], full[-2:]) == ("full", "45", ["2", "h"], ["1", "proven"])
 
 
 @pytest.mark.parametrize(

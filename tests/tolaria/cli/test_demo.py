@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
-from leyline.v1.admin_service_pb2 import GetStatusResponse
+from leyline.v1.admin_service_pb2 import GetStatusResponse, Incident
 from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING as BLENDING
 from leyline.v1.enums_pb2 import SEED_STAGE_CULLED as CULLED
 from leyline.v1.enums_pb2 import SEED_STAGE_DORMANT as DORMANT
@@ -24,8 +25,9 @@ from leyline.v1.enums_pb2 import SEED_STAGE_PROBATIONARY as PROBATIONARY
 from leyline.v1.enums_pb2 import SEED_STAGE_SHADOWING as SHADOWING
 from leyline.v1.enums_pb2 import SEED_STAGE_TRAINING as TRAINING
 from leyline.v1.seeds_pb2 import SeedState
-from tolaria.cli.demo import BIND_FAILURE, LINE_LENGTH_MAX, LOG_LINES_MAX, Demo, SeedHistory, SeedSummary, serve_child
+from tolaria.cli.demo import BIND_FAILURE, LINE_LENGTH_MAX, LOG_LINES_MAX, Demo, serve_child
 from tolaria.cli.errors import CommandFailedError, PortTakenError, SignalledError, StartRefusedError, exit_code
+from tolaria.cli.report import RunRecord, SeedHistory, SeedSummary, mishap_lines, summary_lines
 from tolaria.errors import BindError
 
 
@@ -45,9 +47,11 @@ def fake_serve_is_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(_TESTS))
 
 
-def demo_of(child_fifo: ChildFifo, mode: str, *overrides: str, stay: bool = False, as_json: bool = False) -> Demo:
-    """Returns a demo whose service is the fake in `mode`."""
-    plan = Demo.plan(None, overrides, epochs=None, stay=stay, as_json=as_json)
+def demo_of(
+    child_fifo: ChildFifo, mode: str, *overrides: str, stay: bool = False, as_json: bool = False, alone: bool = True
+) -> Demo:
+    """Returns a demo whose service is the fake in `mode`, without a second one beside it unless `alone` is false."""
+    plan = Demo.plan(None, overrides, epochs=None, stay=stay, as_json=as_json, alone=alone)
     return replace(plan, program=(sys.executable, *_FAKE, mode, str(child_fifo.path)))
 
 
@@ -73,6 +77,7 @@ def test_demo_json_is_the_only_output_on_stdout(child_fifo: ChildFifo, capsys: p
     assert 0 < summary.pop("wall_seconds") < 60
     assert summary == {
         "final_accuracy": 0.93,
+        "final_accuracy_without_seeds": None,
         "epochs": 3,
         "steps": 135,
         "boundary_ms_p50": 4.0,
@@ -85,12 +90,108 @@ def test_demo_json_is_the_only_output_on_stdout(child_fifo: ChildFifo, capsys: p
                 "epoch_germinated": 1,
                 "accuracy_before": 0.91,
                 "accuracy_after": 0.93,
+                "weight": 0.0,
+                "share": 0.0,
+                "conflicts": 0.0,
             }
         ],
         "commands": 2,
         "rollbacks": 1,
+        "skipped_steps": 0,
+        "digests": [],
     }
     assert "epoch 3/3" in captured.err
+
+
+def test_demo_compares_with_the_same_run_without_seeds(
+    child_fifo: ChildFifo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second service gets the same settings without seeds, its own ports and directory; its result is shown."""
+    demo_of(child_fifo, "run", alone=False).run()
+    both = [written["arguments"] for written in child_fifo.wait_for_exit()]
+    with_seeds, without = sorted(both, key=len)
+    assert without[: len(with_seeds) - 2] == with_seeds[:-2]
+    assert {"seeds.enabled=false", "server.listen=127.0.0.1:0", "signals.path="} <= set(without) - set(with_seeds)
+    assert with_seeds[-1].startswith("state.dir=")
+    assert without[-1] != with_seeds[-1]
+    out = capsys.readouterr().out
+    assert "the same run without seeds: accuracy 93.00%; the seeds added 0.0 points" in out
+    assert "without seeds" in out
+
+
+def test_demo_reports_that_the_other_run_failed(child_fifo: ChildFifo, capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo itself does not fail."""
+    demo_of(child_fifo, "second-fails", alone=False).run()
+    assert len(child_fifo.wait_for_exit()) == 2
+    assert "the same run without seeds failed: exit code 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "compare", "options"),
+    [
+        ([], True, True),
+        (["training.epochs=3", "optimizer.policy=constant"], True, True),
+        (["training.options.width=4"], False, False),
+        (["training.job=mine:job"], False, False),
+    ],
+)
+def test_only_the_own_job_gets_the_settings_of_the_demo(overrides: list[str], compare: bool, options: bool) -> None:
+    """Another job, or the digits job with other options, is trained as it is; each setting can be overridden."""
+    plan = Demo.plan(None, overrides, epochs=None, stay=False, as_json=False)
+    assert plan.compare == compare
+    assert (plan.settings.training.options.get("host") == "thumbnail") == options
+    assert plan.settings.training.deterministic == options
+    wanted = {name: value for name, _, value in (override.partition("=") for override in overrides)}
+    assert plan.settings.training.epochs == int(wanted.get("training.epochs", "60"))
+    assert plan.settings.optimizer.policy == wanted.get("optimizer.policy", "cosine" if options else "constant")
+
+
+def record_of(*statuses: GetStatusResponse, incidents: Sequence[Incident] = ()) -> RunRecord:
+    """Returns the record of these statuses."""
+    record = RunRecord(incidents=incidents)
+    for status in statuses:
+        record.update(status)
+    return record
+
+
+@pytest.mark.parametrize(("restored", "verdict"), [("abc", "equal"), ("abd", "NOT EQUAL"), ("", "NOT EQUAL")])
+def test_mishaps_are_reported_with_both_digests(restored: str, verdict: str) -> None:
+    """Skipped steps are counted, and each rollback, oldest first, shows both digests and whether they are equal."""
+    details = {"restored_step": "40", "state_digest": restored, "expected_digest": "abc"}
+    incidents = [
+        Incident(kind="rollback", global_step=90, reason="later", occurred_at=Timestamp(seconds=2), details=details),
+        Incident(kind="rollback", global_step=57, reason="loss", occurred_at=Timestamp(seconds=1), details=details),
+        Incident(kind="checkpoint_failed", global_step=58),
+    ]
+    lines = mishap_lines(record_of(GetStatusResponse(skipped_steps=2), incidents=incidents))
+    digests = f"digest restored {restored or 'none'}, captured abc: {verdict}"
+    assert lines == [
+        "2 steps were skipped: loss or gradient was not finite, so nothing changed",
+        f"rolled back from step 57 to 40: loss; {digests}",
+        f"rolled back from step 90 to 40: later; {digests}",
+    ]
+    assert mishap_lines(record_of(GetStatusResponse())) == []
+
+
+def test_merged_gradients_are_reported() -> None:
+    """The largest weight and share of a seed's row, and its mean conflicts, over the epochs in which it had one."""
+    statuses = [
+        GetStatusResponse(
+            epoch=epoch,
+            seeds=[
+                SeedState(
+                    seed_id="s",
+                    stage=BLENDING,
+                    metrics={"weight": weight, "share": weight / 2, "conflict_ratio": conflicts},
+                )
+            ],
+        )
+        for epoch, weight, conflicts in [(1, 0.0, 0.0), (2, 0.25, 0.5), (2, 0.25, 0.5), (3, 0.75, 0.25)]
+    ]
+    assert (
+        "s: its gradient was merged with the host's in 2 epochs, weight up to 0.75 (the host has 1), up to 38% of all "
+        "norms; it conflicted in 38% of the steps, and PCGrad removed the conflicting part"
+    ) in summary_lines(record_of(*statuses), None, 1.0)
 
 
 def test_demo_passes_its_options_to_the_service(child_fifo: ChildFifo, tmp_path: Path) -> None:
@@ -98,7 +199,7 @@ def test_demo_passes_its_options_to_the_service(child_fifo: ChildFifo, tmp_path:
     file = tmp_path / "mine.toml"
     file.write_text("[training]\nseed = 3\n", encoding="utf-8")
     overrides = ["logging.level=error", "logging.format=console"]
-    plan = Demo.plan(file, overrides, epochs=2, stay=False, as_json=False)
+    plan = Demo.plan(file, overrides, epochs=2, stay=False, as_json=False, alone=True)
     replace(plan, program=(sys.executable, *_FAKE, "run", str(child_fifo.path))).run()
     [written] = child_fifo.wait_for_exit()
     arguments = written["arguments"]
@@ -252,7 +353,7 @@ def demo_process(child_fifo: ChildFifo, mode: str, *, stay: bool) -> subprocess.
         "import sys\nfrom dataclasses import replace\n"
         "from tolaria.cli.commands import app\nfrom tolaria.cli.demo import Demo\n"
         "plan = Demo.plan\n"
-        "Demo.plan = lambda *a, **k: replace(plan(*a, **k), program=tuple(sys.argv[1:6]))\n"
+        "Demo.plan = lambda *a, **k: replace(plan(*a, **k), program=tuple(sys.argv[1:6]), compare=False)\n"
         "app(['demo', *sys.argv[6:]])\n"
     )
     command: Sequence[str] = [sys.executable, "-c", code, sys.executable, *_FAKE, mode, str(child_fifo.path)]

@@ -7,11 +7,11 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
 
-from leyline.v1.admin_service_pb2 import GetStatusResponse, Incident, RestorePoint, RunState
+from leyline.v1.admin_service_pb2 import ClearEmergencyResponse, GetStatusResponse, Incident, RestorePoint, RunState
 from leyline.v1.enums_pb2 import CircuitBreakerState, EmergencyLevel, HealthStatus
 from leyline.v1.telemetry_pb2 import SystemHealth
 from support.fake_admin import DIGEST, restore_points, status_of, two_incidents, whole_run
-from tolaria.cli import render
+from tolaria.cli import answers, render
 from tolaria.cli.render import PlainLines, live_view, print_status, status_panel
 
 NOW_S = 1_800_000_000
@@ -152,6 +152,27 @@ def test_live_view_redraws_in_place_on_a_terminal() -> None:
     assert "\x1b[1A" in _text(console)
 
 
+def test_live_view_shows_lines_over_the_status() -> None:
+    """They are read again for each status."""
+    console, numbers = _terminal(), iter(range(9))
+    with live_view(console, lambda: [f"curve {next(numbers)}"]) as show:
+        for status in whole_run():
+            show(status)
+    shown = _text(console)
+    assert shown.index("curve 0") < shown.index("tolaria: running") < shown.index("curve 1")
+
+
+def test_merged_gradients_are_shown_while_there_are_any() -> None:
+    """A seed without a row, or never merged, has no figures."""
+    status = status_of(2)
+    assert "gradients" not in dict(render.status_rows(status))
+    status.seeds[0].metrics.update(weight=0.0, share=0.0, conflict_ratio=0.0)
+    assert "gradients" not in dict(render.status_rows(status))
+    status.seeds[0].metrics.update(weight=0.25, share=0.4, conflict_ratio=0.125)
+    rows = dict(render.status_rows(status))
+    assert rows["gradients"] == "host weight 1; seed-1 weight 0.25, 40% of the norms, conflicts 12%"
+
+
 def test_status_panel_shows_bars_figures_and_answers() -> None:
     """Progress of run and epoch, boundary against its budget, and the answers of both peers."""
     console = Console(file=io.StringIO(), width=100)
@@ -213,35 +234,71 @@ def test_plain_lines_print_an_epoch_again_after_a_rollback() -> None:
 
 def test_restore_point_row() -> None:
     """Age and size have units; the digest is cut."""
-    (fast, full) = render.restore_point_rows(restore_points(NOW_S), now_s=NOW_S + 42)
-    assert full == ("full", "45", "1", "2 h", "1.5 MiB", f"{DIGEST[:11]}…", "000000000045-0badcafe", "yes")
+    (fast, full) = answers.restore_point_rows(restore_points(NOW_S), now_s=NOW_S + 42)
+    assert full == ("full", "45", "1", "2 h", "1.5 MiB", f"{DIGEST[:11]}…", "000000000045-0badcafe", "1", "proven")
+    left = RestorePoint(superseded=True, suspect=True, attempt=3)
+    assert answers.restore_point_rows([left], now_s=NOW_S)[0][-2:] == ("3", "superseded, suspect")
     assert fast[3] == "42 s"
 
 
 def test_restore_point_age_is_never_negative_and_may_be_unknown() -> None:
     """A time in the future has age 0; a point without a time has none."""
     future, timeless = RestorePoint(created_at=Timestamp(seconds=NOW_S)), RestorePoint()
-    assert [row[3] for row in render.restore_point_rows([future, timeless], now_s=NOW_S - 60)] == ["0 s", "?"]
+    assert [row[3] for row in answers.restore_point_rows([future, timeless], now_s=NOW_S - 60)] == ["0 s", "?"]
 
 
 def test_incident_shows_digests_only_if_they_differ() -> None:
     """Equal digests are left out; different ones are marked."""
     rollback = two_incidents()[1]
     rollback.details["state_digest"] = "f" * 32
-    assert "DIGESTS DIFFER" in render.incident_rows([rollback])[0][3]
+    assert "DIGESTS DIFFER" in answers.incident_rows([rollback])[0][3]
 
 
 def test_incident_with_an_impossible_time_and_no_reason() -> None:
     """A time beyond the calendar is shown as unknown, and so is a missing reason."""
-    (row,) = render.incident_rows([Incident(occurred_at=Timestamp(seconds=2**60))])
+    (row,) = answers.incident_rows([Incident(occurred_at=Timestamp(seconds=2**60))])
     assert (row[0], row[3]) == ("?", "no reason given")
 
 
 def test_table_on_a_terminal_does_not_interpret_markup() -> None:
     """Brackets in a reason are shown as they are; the head of the table is bold."""
     console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system="standard", _environ={})
-    render.print_table(render.incident_rows(two_incidents()), render.INCIDENT_COLUMNS, console=console)
+    render.print_table(answers.incident_rows(two_incidents()), answers.INCIDENT_COLUMNS, console=console)
     assert isinstance(console.file, io.StringIO)
     assert "[2J[bold]here" in console.file.getvalue()
     assert "\x1b[1m" in console.file.getvalue()
     assert "\x1b[2J" not in console.file.getvalue()
+
+
+def test_status_shows_the_phase_and_what_became_of_earlier_steps() -> None:
+    """Each figure in plain words, where there is one; none of these rows on an undisturbed run."""
+    status = status_of(2)
+    assert not {"phase", "history"} & set(dict(render.status_rows(status)))
+    status.phase, status.phase_s = "evaluating", 45.21
+    status.rollbacks_by_origin.update({"operator": 1, "health": 2})
+    status.attempt, status.best_step, status.skipped_steps, status.newest_proven_step = 3, status.global_step + 5, 4, 0
+    rows = dict(render.status_rows(status))
+    assert rows["phase"] == "evaluating for 45.2 s"
+    assert rows["history"] == (
+        f"rollbacks: 2 by health, 1 by operator; attempt 3; highest step {status.best_step}; 4 steps skipped; "
+        "newest proven restore point at step 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("12.3456789", "12.35"), ("0.000123456", "0.0001235"), ("1e-07", "1e-07"), ("45", "45"), ("v1.2.3", "v1.2.3")],
+)
+def test_incidents_show_few_digits(text: str, shown: str) -> None:
+    """Numbers with a fraction have four; other texts stay as they are."""
+    incident = Incident(reason="slow", details={"latency_ms": text})
+    assert answers.incident_rows([incident])[0][-1] == f"slow (latency ms {shown})"
+
+
+@pytest.mark.parametrize("state", [RunState.RUN_STATE_HALTED, RunState.RUN_STATE_RUNNING])
+def test_a_clearance_says_what_is_left_to_do(state: RunState.ValueType, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training that stays halted needs a resume."""
+    answers.show_clearance(ClearEmergencyResponse(global_step=7, state=state))
+    output = capsys.readouterr().out
+    assert output.startswith("clear: took effect at step 7")
+    assert ("tolaria resume" in output) is (state == RunState.RUN_STATE_HALTED)

@@ -9,6 +9,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from leyline.v1 import kasmina_service_pb2, tamiyo_service_pb2
 from tolaria import config
 from tolaria.config import Address, KasminaSettings, PeerSettings, Settings, TamiyoSettings, load_settings
+from tolaria.config.retired import RETIRED
 from tolaria.errors import ConfigurationError
 
 
@@ -28,8 +29,9 @@ def test_each_setting_is_read() -> None:
     sources = "".join(path.read_text() for path in root.parent.rglob("*.py") if path not in declarations)
     fields = [
         name
-        for section in Settings.model_fields.values()
+        for section_name, section in Settings.model_fields.items()
         for name in section.annotation.model_fields  # type: ignore[union-attr]
+        if (section_name, name) not in RETIRED
     ]
     sources += inspect.getsource(PeerSettings.timeout_of)
     assert [name for name in fields if f".{name}" not in sources] == []
@@ -84,6 +86,22 @@ def test_peer_drain_time_may_be_zero() -> None:
 def test_address_round_trips_through_text(text: str) -> None:
     """Formatting a parsed address gives the same text."""
     assert str(Address.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("[::1]", True),
+        ("10.0.0.1", False),
+        ("peer", False),
+    ],
+)
+def test_loopback_addresses_are_known(host: str, *, loopback: bool) -> None:
+    """By name or number, without resolving names."""
+    assert Address.parse(f"{host}:80").is_loopback is loopback
 
 
 @pytest.mark.parametrize(

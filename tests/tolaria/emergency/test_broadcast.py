@@ -21,7 +21,8 @@ HALT, NOTICE = EMERGENCY_LEVEL_HALT, EMERGENCY_LEVEL_NOTICE
 
 def notice(reason: str, at_ns: int = 0, level: int = NOTICE) -> Notice:
     """A notice of one signal from tolaria."""
-    return new_notice(Signal("tolaria", level, reason, 1, at_ns))  # type: ignore[arg-type]
+    signal = Signal("tolaria", level, reason, 1, at_ns)  # type: ignore[arg-type]
+    return new_notice(signal, run_id="run-1", triggered_unix_ns=5_000_000_007, attributes={"global_step": "3"})
 
 
 def drained(backlog: Backlog) -> list[tuple[str, int]]:
@@ -66,6 +67,8 @@ def test_a_signal_carries_its_checksum_and_a_bounded_reason() -> None:
     """The checksum is the SHA-256 of the message without it."""
     signal = notice("x" * 5000, 3_000_000).signal
     assert (signal.version, signal.monotonic_time_ms, len(signal.reason)) == (1, 3, REASON_CHARACTERS_MAX)
+    assert (signal.run_id, dict(signal.attributes)) == ("run-1", {"global_step": "3"})
+    assert signal.triggered_at.ToNanoseconds() == 5_000_000_007
     bare = EmergencySignal()
     bare.CopyFrom(signal)
     bare.ClearField("payload_checksum")

@@ -60,6 +60,24 @@ def test_the_value_of_a_heartbeat_does_not_matter(value: int) -> None:
     assert observation.monitor.silent == ("lane",)
 
 
+def test_a_look_may_permit_another_silence() -> None:
+    """The lane's limit is that of its phase at each look, whichever way it changes; the loop's stays."""
+    monitor = SilenceMonitor(replace(LIMITS, startup_s=0.0))
+    for beat in range(7):
+        monitor = monitor.look({"loop": beat, "lane": 7}, 1.0, {"lane": 10.0})
+    assert (monitor.stage, monitor.silent) == (Stage.WATCHING, ())
+    assert monitor.look({"loop": 8, "lane": 7}, 1.0, {"lane": 7.0}).silent == ("lane",)
+    assert monitor.look({"loop": 8, "lane": 7}, 1.0).stage is Stage.ALARMED
+
+
+def test_a_phase_of_the_lane_permits_no_silence_of_the_loop() -> None:
+    """However long the lane may evaluate, the event loop has to beat."""
+    monitor = SilenceMonitor(replace(LIMITS, startup_s=0.0))
+    for beat in range(5):
+        monitor = monitor.look({"loop": 7, "lane": beat}, 1.0, {"lane": 600.0})
+    assert monitor.silent == ("loop",)
+
+
 def test_any_change_is_a_heartbeat() -> None:
     """Values of another clock, also decreasing ones, raise no alarm."""
     observation = Observation()

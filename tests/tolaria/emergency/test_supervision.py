@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, EMERGENCY_LEVEL_NOTICE
 from support.emergency import ControllerHarness
 from support.processes import is_alive
-from tolaria.config import Settings, load_settings
+from tolaria.config import EmergencySettings, Settings, load_settings
 from tolaria.emergency import (
     BoardUnreadable,
     DeadlineMissed,
@@ -36,6 +36,7 @@ from tolaria.emergency.supervision import (
 from tolaria.errors import BroadcastFailedError, ChildFailedError, ConfigurationError
 from tolaria.processes import supervised
 from tolaria.signals import SignalBoard, mapping
+from tolaria.signals.layout import LanePhase
 
 pytestmark = pytest.mark.anyio
 TIMEOUT_S = 30.0
@@ -71,7 +72,7 @@ async def changes(harness: ControllerHarness) -> tuple[bool, bool]:
 
 async def test_the_loop_beats_for_an_idle_lane(harness: ControllerHarness) -> None:
     """Before the lane starts, between epochs and while it is paused; not while it works."""
-    heartbeats = Heartbeats(harness.participant)
+    heartbeats = Heartbeats(harness.participant, EmergencySettings())
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(heartbeats.beat, 0.001)
         assert await changes(harness) == (True, True)
@@ -86,7 +87,7 @@ async def test_the_loop_beats_for_an_idle_lane(harness: ControllerHarness) -> No
 
 async def test_the_lane_beats_from_its_thread(harness: ControllerHarness) -> None:
     """Also when the event loop does not beat."""
-    heartbeats = Heartbeats(harness.participant)
+    heartbeats = Heartbeats(harness.participant, EmergencySettings())
     before = heartbeats_of(harness)
     thread = threading.Thread(target=heartbeats.lane_beat)
     thread.start()
@@ -97,13 +98,83 @@ async def test_the_lane_beats_from_its_thread(harness: ControllerHarness) -> Non
 
 async def test_work_begins_with_a_beat(harness: ControllerHarness) -> None:
     """At its start and after a rest, so that the idle time does not count as silence."""
-    heartbeats = Heartbeats(harness.participant)
+    heartbeats = Heartbeats(harness.participant, EmergencySettings())
     first = heartbeats_of(harness)[1]
     with heartbeats.lane_works():
         second = heartbeats_of(harness)[1]
         with heartbeats.lane_rests():
             pass
         assert first < second < heartbeats_of(harness)[1]
+
+
+# -- the lane's work ---------------------------------------------------------------------------------------------------
+
+LIMITS = EmergencySettings(heartbeat_timeout_s=30, phase_timeout_s=600)
+
+
+def permitted(harness: ControllerHarness, heartbeats: Heartbeats) -> tuple[int, float]:
+    """The lane's phase on the board with the loop's next beat, and the silence in seconds that it permits."""
+    heartbeats.show_work()
+    work = harness.peer_board.read("tolaria").lane_work
+    return work.phase, work.silence_ms / 1000
+
+
+@pytest.fixture
+def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The monotonic time of phases, in its only element."""
+    now_s = [100.0]
+    monkeypatch.setattr("tolaria.emergency.supervision.time.monotonic", lambda: now_s[0])
+    return now_s
+
+
+@pytest.mark.parametrize("phase", [phase for phase in LanePhase if phase])
+async def test_a_phase_permits_a_longer_silence(
+    harness: ControllerHarness, phase: LanePhase, seconds: list[float]
+) -> None:
+    """While its block runs, nested or not; a long one ends with a beat, so that it does not count as silence after."""
+    heartbeats = Heartbeats(harness.participant, LIMITS)
+    with heartbeats.lane_works():
+        assert permitted(harness, heartbeats) == (LanePhase.STEPPING, 30)
+        with heartbeats.lane_phase(phase):
+            assert permitted(harness, heartbeats) == (phase, 600)
+            with heartbeats.lane_phase(LanePhase.LOADING):
+                assert permitted(harness, heartbeats) == (LanePhase.LOADING, 600)
+            assert permitted(harness, heartbeats) == (phase, 600)
+            before = heartbeats_of(harness)[1]
+            seconds[0] += 300
+        assert permitted(harness, heartbeats) == (LanePhase.STEPPING, 30)
+        assert heartbeats_of(harness)[1] > before
+
+
+async def test_ten_times_the_longest_step_is_no_silence(harness: ControllerHarness) -> None:
+    """Steps of 2 s change nothing at a timeout of 30 s, steps of 7 s permit 70; shorter ones later change nothing."""
+    heartbeats = Heartbeats(harness.participant, LIMITS)
+    for duration_s, permitted_s in ((2.0, 30), (7.0, 70), (0.1, 70)):
+        heartbeats.lane_step(duration_s)
+        assert permitted(harness, heartbeats) == (LanePhase.STEPPING, permitted_s)
+
+
+async def test_a_new_process_does_not_inherit_the_phase_of_a_crashed_one(harness: ControllerHarness) -> None:
+    """The board may have been adopted with it."""
+    crashed = Heartbeats(harness.participant, LIMITS)
+    crashed.enter_phase(LanePhase.EVALUATING)
+    assert permitted(harness, crashed) == (LanePhase.EVALUATING, 600)
+    heartbeats = Heartbeats(harness.participant, LIMITS)
+    assert permitted(harness, heartbeats) == (LanePhase.STEPPING, 30)
+
+
+async def test_the_phase_has_a_duration(harness: ControllerHarness, seconds: list[float]) -> None:
+    """Stepping is none; a wait for data is one only when it lasts."""
+    heartbeats = Heartbeats(harness.participant, LIMITS)
+    assert heartbeats.phase() == ("", 0.0)
+    with heartbeats.lane_phase(LanePhase.EVALUATING):
+        seconds[0] += 0.5
+        assert heartbeats.phase() == ("evaluating", 0.5)
+    with heartbeats.lane_phase(LanePhase.LOADING):
+        seconds[0] += 0.5
+        assert heartbeats.phase() == ("", 0.0)
+        seconds[0] += 40
+        assert heartbeats.phase() == ("loading", 40.5)
 
 
 # -- the sentinel process ----------------------------------------------------------------------------------------------
@@ -174,7 +245,7 @@ def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 async def test_stale_boards_are_removed_at_the_start(settings: Settings, stale: Path, board: SignalBoard) -> None:
     """While the heartbeats begin; the run's own board stays."""
-    heartbeats = Heartbeats(board.claim("tolaria"))
+    heartbeats = Heartbeats(board.claim("tolaria"), settings.emergency)
     with anyio.fail_after(TIMEOUT_S):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch_process, settings, board, heartbeats)

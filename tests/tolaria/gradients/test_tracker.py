@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from leyline.v1 import enums_pb2
@@ -64,14 +66,14 @@ def test_sources_follow_stages_and_alpha() -> None:
 
 
 def test_a_step_of_two_microbatches() -> None:
-    """Rows are added up, then projected and averaged by weight, in the order of run and step."""
+    """Rows are added up, then projected and summed by weight, in the order of run and step."""
     tracked = tracker()
     tracked.follow([PROBATIONARY], {})
     names = tracked.begin(3)
     for _ in range(2):
         tracked.add(rows(names, PULLS))
     merged = tracked.combine().merged
-    expected = combine_flat_grads(2 * PULLS, weights=[1.0, 1.0], generator=step_generator(7, 3))
+    expected = combine_flat_grads(2 * PULLS, generator=step_generator(7, 3))
     torch.testing.assert_close(merged.vector, expected.vector)
     assert merged.conflicts == 1
 
@@ -179,7 +181,7 @@ def train(mode: GradientMode, rate: float) -> tuple[dict[str, float], int]:
 def test_pcgrad_reduces_both_losses_of_a_conflict() -> None:
     """Conflicting losses both end at most at 0.8 times the loss with the plain sum."""
     summed, _ = train(GradientMode.SUM, 0.003)
-    projected, conflicts = train(GradientMode.SEED, 0.006)  # a mean of two rows is half of their sum
+    projected, conflicts = train(GradientMode.SEED, 0.003)
     assert conflicts > 50
     assert projected[HOST] < 0.8 * summed[HOST]
     assert projected["s"] < 0.8 * summed["s"]
@@ -206,10 +208,10 @@ def step_rows(matrix: torch.Tensor, parts: tuple[int, ...] = (1, 1, 1), names: t
 
 
 def test_seed_mode_is_weighted_pcgrad() -> None:
-    """Without attribution the result is that of combine_flat_grads for the same rows, weights and order."""
+    """Without attribution the result is the weighted mean of combine_flat_grads times the total weight."""
     merged, measured = merger(GradientMode.SEED).merge(step_rows(ROWS), 4, sources(), {})
     expected = combine_flat_grads(ROWS, weights=list(WEIGHTS.values()), generator=step_generator("run", 4))
-    torch.testing.assert_close(merged.vector, expected.vector)
+    torch.testing.assert_close(merged.vector, 1.75 * expected.vector)
     assert merged.conflicts == expected.conflicts == 3
     torch.testing.assert_close(measured.norms, ROWS.double().norm(dim=1))
     assert list(measured.conflicts) == [2, 2, 2]
@@ -217,28 +219,27 @@ def test_seed_mode_is_weighted_pcgrad() -> None:
 
 @pytest.mark.parametrize("attribution", [0.2, 0.5])
 def test_attribution_merges_the_shared_rows(attribution: float) -> None:
-    """Attribution on dot products equals attribution on rows; a teacher without a rest has weight 0."""
+    """Attribution on dot products equals attribution on rows; the teacher keeps what the weights do not take."""
     merged, measured = merger(GradientMode.SEED, AttributionMode.KASMINA).merge(
         step_rows(ROWS), 4, (sources()[0], *sources(attribution)[1:]), {}
     )
     shared = ROWS.clone()
     shared[1:] += attribution * ROWS[0]
-    shared[0] *= 1 - 2 * attribution
-    weights = [1.0 if attribution < 0.5 else 0.0, 0.5, 0.25]
-    expected = combine_flat_grads(shared, weights=weights, generator=step_generator("run", 4))
-    torch.testing.assert_close(merged.vector, expected.vector)
+    shared[0] *= 1 - 0.75 * attribution
+    expected = combine_flat_grads(shared, weights=[1.0, 0.5, 0.25], generator=step_generator("run", 4))
+    torch.testing.assert_close(merged.vector, 1.75 * expected.vector)
     assert (merged.conflicts, merged.participants) == (expected.conflicts, expected.participants)
     torch.testing.assert_close(measured.norms, shared.double().norm(dim=1))
     assert measured.teacher[1] > 0
 
 
 def test_absent_sources_have_no_weight() -> None:
-    """A source that took no part does not change the mean of the others."""
+    """A source that took no part does not change the sum of the others."""
     matrix = ROWS.clone()
     matrix[1] = 0
     merged, measured = merger(GradientMode.SEED).merge(step_rows(matrix, (1, 0, 1)), 4, sources(), {})
     expected = combine_flat_grads(ROWS[[0, 2]], weights=[1.0, 0.25], generator=step_generator("run", 4))
-    torch.testing.assert_close(merged.vector, expected.vector)
+    torch.testing.assert_close(merged.vector, 1.25 * expected.vector)
     assert measured.names == [HOST, "t"]
 
 
@@ -274,3 +275,50 @@ def test_merging_does_not_modify_the_rows() -> None:
     rows = step_rows(ROWS)
     merger(GradientMode.SEED).merge(rows, 4, sources(), {})
     assert torch.equal(rows.matrix, ROWS)
+
+
+APART = [[3.0, 0.0, 0.0], [0.0, 2.0, 0.0], [1.0, 1.0, 4.0]]  # no two of them conflict
+
+
+def merged_with(weights: list[float], matrix: torch.Tensor, shares: list[float] | None = None) -> torch.Tensor:
+    """The merge of rows with these weights, and shares of the first, the host's."""
+    names = [HOST, *"stuvw"][: len(weights)]
+    taken = zip(names, weights, shares or [0.0] * len(weights), strict=True)
+    given = [SourceWeight(n, enums_pb2.SEED_STAGE_SHADOWING, w, w, share) for n, w, share in taken]
+    merge = StepMerger(
+        MergeSettings(GradientMode.SEED, AttributionMode.KASMINA, "run"),
+        matrix.shape[1],
+        dtype=matrix.dtype,
+        device="cpu",
+    )
+    return merge.merge(StepRows(tuple(names), matrix.clone(), (1,) * len(names), 1, {}), 4, given, {})[0].vector
+
+
+@settings(deadline=None)  # time is for benchmarks
+@given(
+    weights=st.lists(st.floats(0.001, 1), min_size=2, max_size=2),
+    shares=st.lists(st.floats(0, 1), min_size=2, max_size=2),
+)
+def test_rows_without_conflict_add_up_by_weight(weights: list[float], shares: list[float]) -> None:
+    """The part of the host's row is the same for any weights, shares and number of the others."""
+    rows = torch.tensor(APART, dtype=torch.float64)
+    expected = rows[0] + weights[0] * rows[1] + weights[1] * rows[2]
+    torch.testing.assert_close(merged_with([1.0, *weights], rows, [0.0, *shares]), expected)
+    torch.testing.assert_close(merged_with([1.0, weights[0]], rows[:2]), rows[0] + weights[0] * rows[1])
+
+
+@settings(deadline=None)  # time is for benchmarks
+@given(numbers=st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4))
+def test_rows_of_full_weight_are_the_sum(numbers: list[float]) -> None:
+    """Equal rows of weight 1 give exactly their number times the row, and the host alone gives its row bit for bit."""
+    row = torch.tensor(numbers)
+    assert torch.equal(merged_with([1.0], row[None]), row)
+    assert torch.equal(merged_with([1.0, 1.0], torch.stack([row, row])), row + row)
+
+
+def test_a_seed_of_no_weight_has_no_effect() -> None:
+    """As its weight goes to zero, the gradient goes to that of the host alone."""
+    rows = torch.tensor(APART, dtype=torch.float64)
+    for weight in (1e-3, 1e-6, 1e-9):
+        change = merged_with([1.0, weight, weight], rows) - rows[0]
+        assert change.norm() <= 10 * weight

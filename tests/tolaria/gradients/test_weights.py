@@ -141,14 +141,15 @@ def test_without_a_host_nothing_is_shared() -> None:
 
 
 @settings(deadline=None)  # time is for benchmarks
-@given(first=st.floats(0, 0.5), second=st.floats(0, 0.5))
-def test_mixing_keeps_the_sum(first: float, second: float) -> None:
-    """Attribution does not change the sum of all rows."""
+@given(first=st.floats(0, 0.5), second=st.floats(0, 0.5), weight=st.floats(0, 1))
+def test_mixing_keeps_the_weighted_sum(first: float, second: float, weight: float) -> None:
+    """Attribution does not change the weighted sum of all rows; of full weight, not the sum either."""
     rows = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5]], dtype=torch.float64)
-    mixed = TeacherAttributionMixer.mixing([HOST, "s", "t"], [0.0, first, second]) @ rows
-    torch.testing.assert_close(mixed.sum(0), rows.sum(0))
+    weights = torch.tensor([1.0, weight, 1.0], dtype=torch.float64)
+    mixed = TeacherAttributionMixer.mixing([HOST, "s", "t"], [0.0, first, second], weights.tolist()) @ rows
+    torch.testing.assert_close(weights @ mixed, weights @ rows)
     torch.testing.assert_close(mixed[1], rows[1] + first * rows[0])
-    torch.testing.assert_close(mixed[0], (1 - first - second) * rows[0])
+    torch.testing.assert_close(mixed[0], (1 - weight * first - second) * rows[0])
 
 
 def test_teacher_shares_are_fractions_of_norms() -> None:

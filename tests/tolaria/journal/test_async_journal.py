@@ -118,7 +118,7 @@ async def test_queued_rows_are_written_in_order(journal: GatedJournal) -> None:
     assert await keys(journal) == ["f0", "f1", "f2", "f3", "f4", "later"]
     (newest,) = await async_journal.incidents(1)
     assert newest.incident_id == "later"
-    assert (await async_journal.restore_points(), async_journal.lost, async_journal.failing) == ((), 0, "")
+    assert (await async_journal.kept_points(), async_journal.lost, async_journal.failing) == ((), 0, "")
 
 
 async def test_serve_writes_rows_queued_after_a_pause(journal: GatedJournal) -> None:
@@ -134,6 +134,21 @@ async def test_serve_writes_rows_queued_after_a_pause(journal: GatedJournal) -> 
                     await anyio.sleep(0.001)
         tasks.cancel_scope.cancel()
     assert await keys(journal) == ["first", "second"]
+
+
+async def test_an_emergency_is_written_first_and_dropped_last(
+    journal: GatedJournal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queue that a slow disk has filled neither delays nor loses a halt."""
+    monkeypatch.setattr(async_journal_module, "ROWS_MAX", 3)
+    async_journal = AsyncJournal(journal, "run")
+    written: list[Row] = []
+    monkeypatch.setattr(journal, "put", written.append)
+    halt = EmergencyRow("e", 1, "run", "halt", "tolaria", 1, "test")
+    for row in (fault("f0"), halt, fault("f1"), fault("f2"), command("c0")):
+        async_journal.note(row)
+    assert await async_journal.flush(10) == 0
+    assert written == [halt, fault("f1"), fault("f2")]
 
 
 async def test_a_newer_version_replaces_the_queued_row(journal: GatedJournal) -> None:

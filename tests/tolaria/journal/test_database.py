@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from tolaria.errors import JournalDamagedError, JournalNewerError, JournalUnavailableError
 from tolaria.journal.database import Journal
+from tolaria.journal.reader import read_journal
 from tolaria.journal.rows import (
     ROW_TYPES,
     AdminActionRow,
@@ -19,8 +21,12 @@ from tolaria.journal.rows import (
     RollbackRow,
     Row,
     RunRow,
+    columns,
+    schema,
+    stored_values,
     values_digest,
 )
+from tolaria.values.lineage import Lineage
 
 ROWS: list[Row] = [
     RunRow("run", 1, "digits", None),
@@ -83,10 +89,10 @@ def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
     """A journal of a later version is not changed, and not reported as damaged."""
     path = filled(tmp_path / "j")
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE meta SET schema_version = 2, row_digest = ?", (values_digest("meta", (2,)),))
+        connection.execute("UPDATE meta SET schema_version = 3, row_digest = ?", (values_digest("meta", (3,)),))
         connection.execute("CREATE TABLE more (x)")
     connection.close()
-    with pytest.raises(JournalNewerError, match="schema 2"):
+    with pytest.raises(JournalNewerError, match="schema 3"):
         Journal(path)
 
 
@@ -165,15 +171,91 @@ def test_pruned_checkpoints_are_not_read(tmp_path: Path) -> None:
         assert len(journal.rows(CheckpointRow)) == 4
 
 
-def test_a_rollback_supersedes_later_checkpoints_of_its_run(tmp_path: Path) -> None:
-    """Committed checkpoints of later steps are marked; earlier ones and other runs' are unchanged."""
+def test_a_rollback_supersedes_what_is_not_an_ancestor(tmp_path: Path) -> None:
+    """Later checkpoints of the run are superseded, and committed again when the run goes to one of them."""
     row = CheckpointRow("c", 1, "a", 10, 1, 100, "aa", None)
     with Journal(tmp_path / "j") as journal:
         for number, (run_id, step) in enumerate([("a", 10), ("a", 20), ("a", 30), ("b", 40)]):
             journal.put(replace(row, checkpoint_id=f"c{number}", at_ns=number, run_id=run_id, global_step=step))
-        journal.supersede_after("a", 10)
+        back = Lineage().back_to(10, 2)
+        assert journal.follow("a", back, "rolled back to step 10", 77) == 2
         assert [found.global_step for found in journal.restore_points("a")] == [10]
         assert [found.global_step for found in journal.restore_points("b")] == [40]
-        assert [(found.state, found.detail) for found in journal.rows(CheckpointRow, run_id="a")][1:] == [
-            ("superseded", "rolled back to step 10")
+        assert [found.global_step for found in journal.kept_points("a")] == [10, 20, 30]
+        rows = journal.rows(CheckpointRow, run_id="a")[1:]
+        assert [(found.state, found.detail, found.superseded_at_ns) for found in rows] == [
+            ("superseded", "rolled back to step 10", 77)
         ] * 2
+        assert journal.follow("a", rows[0].lineage.back_to(20, 3), "undone", 99) == 0
+        assert [found.global_step for found in journal.restore_points("a")] == [10, 20]
+        assert journal.find(CheckpointRow, "c1") == replace(row, checkpoint_id="c1", at_ns=1, global_step=20)
+
+
+def test_a_row_is_revised_without_losing_other_changes(tmp_path: Path) -> None:
+    """Only the named columns change; a row that does not exist stays away."""
+    row = CheckpointRow("c", 1, "a", 10, 1, 100, "aa", None, state="superseded", detail="kept")
+    with Journal(tmp_path / "j") as journal:
+        journal.put(row)
+        journal.revise("c", proven=1)
+        journal.revise("unknown", proven=1)
+        assert journal.rows(CheckpointRow) == (replace(row, proven=1),)
+
+
+def test_a_failed_change_of_several_rows_changes_none(tmp_path: Path) -> None:
+    """All checkpoints of a run follow a rollback, or none does."""
+    row = CheckpointRow("c", 1, "a", 10, 1, 100, "aa", None)
+    path = tmp_path / "j"
+    with Journal(path) as journal:
+        for number in (1, 2):
+            journal.put(replace(row, checkpoint_id=f"c{number}", at_ns=number))
+        with closing(sqlite3.connect(path)) as other:
+            other.execute("UPDATE checkpoints SET epoch = 9 WHERE checkpoint_id = 'c2'")
+            other.commit()
+        with pytest.raises(JournalDamagedError):
+            journal.follow("a", Lineage(2), "back", 5)
+        with closing(sqlite3.connect(path)) as other:
+            assert other.execute("SELECT DISTINCT state FROM checkpoints").fetchall() == [("committed",)]
+
+
+def write_as_version_1(path: Path) -> None:
+    """Writes the rows of `ROWS` to a journal as version 0.1.0 did."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in schema(1):
+            connection.execute(statement)
+        connection.execute("INSERT INTO meta VALUES (1, ?)", (values_digest("meta", (1,)),))
+        for row in ROWS:
+            names = columns(type(row), 1)
+            values = stored_values(row)[: len(names)]
+            marks = ", ".join("?" * (len(names) + 1))
+            statement = f"INSERT INTO {row.table} VALUES ({marks})"  # noqa: S608 - names of this package
+            connection.execute(statement, (*values, values_digest(row.table, values)))
+
+
+def test_a_journal_of_version_0_1_0_is_migrated(tmp_path: Path) -> None:
+    """It is read without being changed, and rewritten when a service opens it; the new columns have their defaults."""
+    path = tmp_path / "j"
+    write_as_version_1(path)
+    before = path.read_bytes()
+    assert read_journal(path, CheckpointRow) == tuple(row for row in ROWS if isinstance(row, CheckpointRow))
+    assert path.read_bytes() == before
+    for _ in range(2):
+        with Journal(path) as journal:
+            found = [row for kind in ROW_TYPES for row in journal.rows(kind)]
+            assert [r for r in found if not isinstance(r, EmergencyRow)] == [
+                r for r in ROWS if not isinstance(r, EmergencyRow)
+            ]
+            assert journal.incidents(10)[2].details["origin"] == ""
+    assert filled(tmp_path / "new").exists()
+
+
+def test_a_damaged_journal_of_version_0_1_0_is_not_migrated(tmp_path: Path) -> None:
+    """A row that differs from what was written is damage, not content to be carried over."""
+    path = tmp_path / "j"
+    write_as_version_1(path)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("UPDATE rollbacks SET latency_ms = 13.0")
+        connection.commit()
+    with pytest.raises(JournalDamagedError):
+        Journal(path)
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT schema_version FROM meta").fetchall() == [(1,)]

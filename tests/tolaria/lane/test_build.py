@@ -16,10 +16,10 @@ from tolaria.values.training import EpochProgress, Position
 def test_the_first_forward_pass_has_no_lasting_effect() -> None:
     """Generators, buffers and the cursor are as if the forward pass had not been tried."""
     module = built(seed=3, options={"dropout": 0.5}).module
-    after = torch.rand(4), np.random.rand(2), random.random()  # noqa: NPY002, S311 - the global generators are tested
+    after = torch.rand(4), np.random.rand(2), random.random()  # noqa: NPY002 - the global generators are tested
     seed_everything(3)
     module.job.build_model()
-    expected = torch.rand(4), np.random.rand(2), random.random()  # noqa: NPY002, S311
+    expected = torch.rand(4), np.random.rand(2), random.random()  # noqa: NPY002
     assert torch.equal(after[0], expected[0])
     assert (after[1] == expected[1]).all()
     assert after[2] == expected[2]
@@ -52,7 +52,7 @@ def test_an_empty_dataset_is_an_error() -> None:
         ("build_model", ValueError("no weights"), r"build_model\(\) raised ValueError: no weights"),
         ("build_model", SystemExit(7), r"build_model\(\) raised SystemExit: 7"),
         ("losses", KeyError("labels"), r"losses\(\) raised KeyError: 'labels'"),
-        ("evaluate", 3.0, r"evaluate\(\) must return a Evaluation, got a float"),
+        ("evaluate", 3.0, r"evaluate\(\) must return an Evaluation, got a float"),
         ("evaluate", KeyError("y"), r"evaluate\(\) raised KeyError"),
         ("validation_batches", OSError("gone"), r"validation_batches\(\) raised OSError: gone"),
     ],

@@ -35,7 +35,7 @@ def managed(optimizer: type[torch.optim.Optimizer], **options: Any) -> Optimizer
 def test_a_fused_kernel_is_used_if_there_is_one(kind: type[torch.optim.Optimizer]) -> None:
     """The optimizer of the same class has fused=True; the groups keep their own options and rates."""
     manager, paths = managed(kind, lr=0.03), cpu_paths()
-    paths.fuse(manager)
+    paths.fuse(manager.optimizer)
     assert paths.descriptions["fused"] == "fused"
     assert type(manager.optimizer) is kind
     assert [g["fused"] for g in manager.optimizer.param_groups] == [True, True]
@@ -50,7 +50,7 @@ def test_an_optimizer_without_a_fused_kernel_is_kept() -> None:
     """A missing kernel is not a failure: the reason is given, and the optimizer stays."""
     manager, paths = managed(torch.optim.Rprop), cpu_paths()
     before = manager.optimizer
-    paths.fuse(manager)
+    paths.fuse(manager.optimizer)
     assert manager.optimizer is before
     assert paths.descriptions["fused"].startswith("off: ")
     assert paths.failed == []
@@ -61,7 +61,7 @@ def test_fusing_can_be_turned_off(settings: dict[str, str], deterministic: bool)
     """By the setting, and in a deterministic run."""
     manager, paths = managed(torch.optim.Adam), cpu_paths(deterministic=deterministic, **settings)
     before = manager.optimizer
-    paths.fuse(manager)
+    paths.fuse(manager.optimizer)
     assert manager.optimizer is before
     assert "fused" not in paths.running
 

@@ -37,6 +37,7 @@ from tolaria.lane.messages import (
     Stop,
     TraceWritten,
 )
+from tolaria.signals.layout import LanePhase
 from tolaria.values.training import Position
 
 FAR = 1e12
@@ -110,6 +111,24 @@ def test_an_invalid_loss_ends_the_lane_with_the_same_error(monkeypatch: pytest.M
     error = ended.failure.error()
     assert isinstance(error, LossShapeError)
     assert isinstance(error, JobError)
+
+
+@pytest.mark.parametrize(("compiled", "first"), [(False, LanePhase.STARTING), (True, LanePhase.COMPILING)])
+def test_work_that_may_take_long_is_a_phase(compiled: bool, first: LanePhase) -> None:
+    """The first step of a process, at whichever step it resumes, each wait for data, and the evaluation."""
+    lane, heartbeat = built("TinyJob"), NoHeartbeat()
+    if compiled:
+        lane.module.fast_paths.running["compile"] = "on"
+    lane.module.global_step = 1000
+    run = RunningLane(lane.lane(heartbeat, Path("unused")), lane.module)
+    run.send(RunEpoch(1))
+    run.wait_for(EpochDone)
+    run.send(Stop())
+    assert run.lane.close(20)
+    steps = lane.module.global_step - 1000
+    waits = [LanePhase.LOADING] * steps  # the last one finds the end of the epoch
+    assert heartbeat.phases == [LanePhase.LOADING, first, LanePhase.LOADING, *waits, LanePhase.EVALUATING]
+    assert heartbeat.steps == steps - 1
 
 
 # -- hold, release, stop ---------------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from tolaria.images import Lease, StateImage
 from tolaria.jobs import TensorCursor
 from tolaria.lane.messages import (
     BoundaryCommand,
+    CaptureImage,
     ChangeOptimizer,
     ReconcileSeeds,
     Restore,
+    Restored,
     SkipBatches,
     SnapshotsChanged,
     SnapshotsUnavailable,
@@ -99,7 +101,7 @@ def test_the_parts_of_the_state_have_the_names_of_checkpoints() -> None:
     run.train_to(3)
     with run.capture() as image:
         values = json.loads(image.values)
-    assert list(values["parts"]) == ["cursor", "epoch", "growth", "learning_rates", "left_out"]
+    assert list(values["parts"]) == ["cursor", "epoch", "growth", "learning_rates", "left_out", "losses"]
     assert set(values["parts"]["epoch"]) == {
         *("number", "over", "batches", "steps", "void_steps", "samples", "loss_sum"),
     }
@@ -193,20 +195,82 @@ def test_later_snapshots_are_dropped_by_a_rollback() -> None:
         run.snapshot()
     run.restore(4)
     assert points(run.snapshots) == [2, 4]
-    assert run.restore(6).position.global_step == 4
-    with pytest.raises(NoCheckpointError, match="step 1"):
-        run.restore(1)
+    for step in (6, 3, 1):  # never another one: an older state may not be sound
+        with pytest.raises(NoCheckpointError, match=f"step {step}"):
+            run.restore(step)
+
+
+def test_another_branch_leaves_no_snapshot() -> None:
+    """The snapshots in memory are no ancestors of the restored state: none of them may be restored any more."""
+    run = driven()
+    run.train_to(2)
+    image = copied(run.capture())
+    for step in (3, 4):
+        run.train_to(step)
+        run.snapshot()
+    done = run.execute(Restore(2, time.monotonic() + 60, run.images.put(image), other_branch=True))
+    assert isinstance(done.result, Restored)
+    assert points(run.snapshots) == []
+    run.snapshot()
+    assert points(run.snapshots) == [2]
+
+
+def test_a_capture_without_memory_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on: the point is missing, which is reported once, and so is the first one after that."""
+    run = driven(sections={"rollback": RollbackSettings(every_steps=1)})
+    allocate = torch.empty
+
+    def refuse(*size: object, **options: object) -> object:
+        if size and isinstance(size[0], int) and options.get("dtype") is torch.uint8:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return allocate(*size, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr("tolaria.state.encoding.torch.empty", refuse)
+    run.train_to(1)
+    for _ in range(3):
+        run.snapshots.step_done(0.1)
+    refused = run.execute(CaptureImage())
+    assert refused.failure is not None
+    assert "can't allocate memory" in str(refused.failure.error())
+    monkeypatch.undo()
+    run.train_to(2)
+    run.snapshots.step_done(0.1)
+    events = run.snapshots.take_events()
+    reasons = [event.reason for event in events if isinstance(event, SnapshotsUnavailable)]
+    assert [bool(reason) for reason in reasons] == [True, False]
+    assert "can't allocate memory" in reasons[0]
+    (changed,) = [event for event in events if isinstance(event, SnapshotsChanged)]
+    assert [info.position.global_step for info in changed.points] == [2]
+
+
+def test_a_state_that_outgrows_the_memory_leaves_nothing_stale() -> None:
+    """It is reported once; when the state fits again, snapshots are taken again."""
+    run = driven(sections={"rollback": RollbackSettings(every_steps=1, memory_mb=1)})
+    run.train_to(1)
+    run.snapshots.step_done(0.1)
+    assert points(run.snapshots) == [1]
+    buffer = "ballast"
+    run.module.model.register_buffer(buffer, torch.zeros(2**19))
+    for _ in range(3):
+        run.snapshots.step_done(0.1)
+    declined = run.snapshots.take_events()
+    (reason,) = [event.reason for event in declined if isinstance(event, SnapshotsUnavailable)]
+    assert "more than rollback.memory_mb" in reason
+    assert [event.points for event in declined if isinstance(event, SnapshotsChanged)] == [()]
+    delattr(run.module.model, buffer)
+    run.snapshots.step_done(0.1)
+    assert points(run.snapshots) == [1]
 
 
 def test_skipped_batches_stay_skipped_through_a_rollback() -> None:
-    """Batches are passed over also after a restore of a state in which they were not skipped."""
+    """They belong to the run and not to its state: they are passed over also in a state in which they were not."""
     run = driven()
     run.train_to(3)
     image = copied(run.capture())
     run.train_to(5)
     assert run.execute(SkipBatches(((1, 5),))).failure is None
     run.restore(3, image)
-    assert run.module.skipped.batches == {(1, 5)}
+    assert (run.module.skipped.added, run.module.skipped.batches) == ({(1, 5)}, set())
     read = run.module.progress.batches
     run.train_to(7)
     assert (read, run.module.progress.batches) == (3, 8)  # one more than steps

@@ -92,8 +92,8 @@ def test_a_step_that_is_not_finite_changes_no_parameter() -> None:
 
 
 def test_a_step_marks_its_parts() -> None:
-    """Parts are marked in order, separately for each microbatch; a skipped step has no optimizer part."""
-    module = new_module(accumulate=2, options={"poison_from": 3})
+    """Parts are marked in order, separately for each microbatch; one that is left out has no backward part."""
+    module = new_module(accumulate=2, options={"poison_from": 3, "poison_steps": 2})
     marked: list[str] = []
 
     @contextmanager
@@ -102,12 +102,12 @@ def test_a_step_marks_its_parts() -> None:
         yield
         marked.append(f"/{name}")
 
-    passes = ["forward", "/forward", "backward", "/backward"] * 2
+    passes = ["input", "/input", "forward", "/forward", "backward", "/backward"] * 2
     train_step(module, proceed, mark)
     assert marked == [*passes, "merge", "/merge", "optimizer", "/optimizer"]
     marked.clear()
     train_step(module, proceed, mark)
-    assert marked == [*passes, "merge", "/merge"]
+    assert marked == [*["input", "/input", "forward", "/forward"] * 2]
 
 
 def test_an_abandoned_step_changes_no_parameter() -> None:

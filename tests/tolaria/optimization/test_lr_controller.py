@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from tolaria.config import OptimizerSettings
+from tolaria.config import ControlSettings, OptimizerSettings
 from tolaria.errors import (
     AdjustmentRefusedError,
     ControllerStateError,
@@ -24,9 +24,9 @@ from tolaria.errors import (
     UnsuitableOptimizerError,
 )
 from tolaria.optimization import GroupPlan, OptimizerManager, UnifiedLRController, regroup
-from tolaria.optimization.lr_controller import adjusted_rate, without_replaced
 from tolaria.values.optimization import (
-    ActiveAdjustment,
+    AUTOMATIC,
+    CONTROLLER,
     Adjustment,
     GroupRole,
     LearningRateViolation,
@@ -40,7 +40,7 @@ HALVED: dict[str, Any] = {"policy": "step", "period_steps": 1, "decay": 0.5}
 def controller_of(managed: OptimizerManager, **fields: Any) -> UnifiedLRController:
     """A controller whose seeds have a warm-up of four steps."""
     settings = OptimizerSettings(**{"seed_warmup_steps": 4, "seed_warmup_floor": 0.2, **fields})
-    return UnifiedLRController(managed, settings, run_steps=1000)
+    return UnifiedLRController(managed, settings, ControlSettings(), run_steps=1000)
 
 
 def param() -> nn.Parameter:
@@ -61,9 +61,9 @@ def sgd(lr: Any = 0.1, *, groups: int = 1) -> OptimizerManager:
     return manager_of(SGD(entries, lr=lr))
 
 
-def change(group: str | None = None, *, request_id: str = "r", **what: Any) -> Adjustment:
-    """An adjustment by an operator."""
-    return Adjustment(group=group, origin="operator", request_id=request_id, reason="trial", **what)
+def change(group: str | None = None, *, request_id: str = "r", origin: str = "operator", **what: Any) -> Adjustment:
+    """An adjustment, by an operator unless `origin` is given."""
+    return Adjustment(group=group, origin=origin, request_id=request_id, reason="trial", **what)
 
 
 def rates_in(managed: OptimizerManager) -> dict[str, float]:
@@ -207,15 +207,113 @@ def test_adjustments_expire() -> None:
     assert controller.adjustments == ()
 
 
-def test_the_number_of_active_adjustments_is_bounded() -> None:
-    """One more than 64 is refused; a value without expiry replaces the others."""
-    controller = controller_of(sgd())
-    for _ in range(64):
-        controller.adjust(change(factor=0.9), at_step=0)
-    with pytest.raises(AdjustmentRefusedError, match="64 adjustments are active"):
-        controller.adjust(change(factor=0.9), at_step=0)
+def test_lasting_factors_are_folded_and_never_refused() -> None:
+    """A thousand factors have the effect of their product, in at most 64 adjustments; a value replaces them."""
+    managed = sgd(groups=2)
+    controller = controller_of(managed, lr_floor=0.0)
+    for number in range(996):
+        controller.adjust(change(("host/0", "host/1", None)[number % 3], factor=(2.0, 0.5)[number % 2]), at_step=number)
+        assert len(controller.adjustments) <= 64
+    controller.adjust(change("host", factor=0.5), at_step=1000)
+    controller.apply(1000)
+    assert rates_in(managed) == pytest.approx({"host/0": 0.05, "host/1": 0.05})
     controller.adjust(change(value=0.2), at_step=0)
     assert len(controller.adjustments) == 1
+
+
+def test_temporary_adjustments_are_bounded_except_an_automatic_cut() -> None:
+    """The 65th temporary one is refused; the cut after a rollback and a lasting factor still apply."""
+    managed = sgd()
+    controller = controller_of(managed)
+    for _ in range(64):
+        controller.adjust(change(factor=1.0, expires_after_steps=100), at_step=0)
+    with pytest.raises(AdjustmentRefusedError, match="64 adjustments are active"):
+        controller.adjust(change(factor=0.9, expires_after_steps=100), at_step=0)
+    controller.adjust(change(origin=AUTOMATIC, factor=0.5, expires_after_steps=100), at_step=0)
+    controller.adjust(change(factor=0.5), at_step=0)
+    controller.apply(0)
+    assert rates_in(managed) == {"host": 0.025}
+
+
+def test_an_automatic_cut_applies_as_far_as_the_floor_allows() -> None:
+    """At the floor it is limited and not refused."""
+    managed = sgd(lr=2e-4)
+    controller = controller_of(managed, **FLAT)
+    controller.adjust(change(origin=AUTOMATIC, factor=0.01, expires_after_steps=5), at_step=0)
+    controller.apply(0)
+    assert rates_in(managed) == {"host": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("what", "rate", "limits"),
+    [
+        ({"factor": 0.5}, 0.05, 0),
+        ({"factor": 1e-9}, 0.001, 1),
+        ({"factor": 1e9}, 1.0, 1),
+        ({"value": 0.0}, 0.001, 1),
+        ({"value": 0.3}, 0.3, 0),
+        ({"value": 7.0}, 1.0, 1),
+        ({"factor": 1e-9, "expires_after_steps": 7}, 0.001, 1),
+    ],
+)
+def test_the_controller_stays_within_its_authority(what: dict[str, Any], rate: float, limits: int) -> None:
+    """Its change is limited to 0.01 to 10 times the schedule's rate, and a sentence says so."""
+    managed = sgd()
+    controller = controller_of(managed, lr_floor=0.0)
+    made = controller.adjust(change(origin=CONTROLLER, **what), at_step=0)
+    controller.apply(0)
+    assert rates_in(managed) == pytest.approx({"host": rate})
+    assert made.after == pytest.approx({"host": rate})
+    assert len(made.limits) == limits
+
+
+def test_cuts_of_the_controller_do_not_add_up_beyond_its_bound() -> None:
+    """After a hundred halvings a single doubling has effect, and the schedule's decay moves the bounds."""
+    managed = sgd()
+    controller = controller_of(managed, lr_floor=0.0, policy="step", period_steps=1000, decay=0.1)
+    for step in range(100):
+        controller.adjust(change(origin=CONTROLLER, factor=0.5), at_step=step)
+    controller.apply(100)
+    assert rates_in(managed) == pytest.approx({"host": 0.001})
+    controller.adjust(change(origin=CONTROLLER, factor=2.0), at_step=101)
+    controller.apply(101)
+    assert rates_in(managed) == pytest.approx({"host": 0.002})
+    controller.adjust(change(origin=CONTROLLER, value=1.0), at_step=102)
+    controller.apply(102)
+    assert rates_in(managed) == pytest.approx({"host": 1.0})
+    controller.apply(1000)
+    assert rates_in(managed) == pytest.approx({"host": 0.1})
+
+
+def test_the_controller_is_bounded_by_what_the_operator_has_set() -> None:
+    """Neither its value nor its factors leave 0.01 to 10 times the operator's rate, and its value replaces none."""
+    managed = sgd()
+    controller = controller_of(managed, lr_floor=0.0)
+    controller.adjust(change(factor=0.1), at_step=0)
+    controller.adjust(change(origin=CONTROLLER, value=2.0), at_step=1)
+    controller.apply(1)
+    assert rates_in(managed) == pytest.approx({"host": 0.1})
+    assert [each.adjustment.origin for each in controller.adjustments] == ["operator", "tamiyo"]
+    controller.adjust(change(value=0.03), at_step=2)
+    controller.apply(2)
+    assert rates_in(managed) == {"host": 0.03}
+    assert [each.adjustment.origin for each in controller.adjustments] == ["operator"]
+
+
+def test_an_operators_adjustment_outlives_the_load_of_an_older_state() -> None:
+    """It is in force from the loaded step on, and the rest of the state is the loaded one."""
+    managed = sgd()
+    controller = controller_of(managed)
+    controller.adjust(change(request_id="old", factor=0.5, expires_after_steps=30), at_step=5)
+    saved = controller.state_dict()
+    controller.adjust(change(request_id="new", factor=0.1), at_step=50)
+    in_force = controller.adjustments
+    controller.load_state_dict(saved)
+    controller.carry_over(in_force, from_step=60, at_step=10)
+    controller.apply(10)
+    assert rates_in(managed) == pytest.approx({"host": 0.005})
+    controller.apply(40)
+    assert rates_in(managed) == pytest.approx({"host": 0.01})
 
 
 @pytest.mark.parametrize(
@@ -446,45 +544,3 @@ def test_restored_groups_keep_their_warmup() -> None:
     regroup(manager, controller, with_seed, at_step=12, urgent=True)
     assert controller.groups["seed:a"].registered_at == 10
     assert live_rates(manager)["seed:a"] == pytest.approx(0.01 * 0.75)
-
-
-def active(at_step: int, group: str | None = None, **fields: Any) -> ActiveAdjustment:
-    """An adjustment that is active from `at_step` on."""
-    return ActiveAdjustment(change(group, **fields), at_step)
-
-
-@pytest.mark.parametrize(
-    ("adjustments", "expected"),
-    [
-        ([], 0.1),
-        ([active(0, factor=0.5)], 0.05),
-        ([active(0, factor=0.5), active(1, factor=0.5)], 0.025),
-        ([active(0, value=0.4), active(1, value=0.2)], 0.2),
-        ([active(0, factor=0.5), active(1, value=0.2)], 0.2),
-        ([active(0, value=0.2), active(1, factor=0.5)], 0.1),
-        ([active(0, "host", value=0.2)], 0.2),
-        ([active(0, "seed:a", value=0.2)], 0.1),
-        ([active(0, factor=0.5, expires_after_steps=10)], 0.1),
-        ([active(0, factor=0.5, expires_after_steps=11)], 0.05),
-        ([active(0, value=0.4), active(1, value=0.2, expires_after_steps=9)], 0.4),
-    ],
-)
-def test_adjustments_compose(adjustments: list[ActiveAdjustment], expected: float) -> None:
-    """At step 10 the newest value applies and newer factors multiply; expired and other groups' ones are ignored."""
-    assert adjusted_rate(adjustments, "host", 0.1, step=10) == pytest.approx(expected)
-
-
-def test_a_value_without_expiry_replaces_older_adjustments() -> None:
-    """Older adjustments of its groups are replaced; those of other groups and of all groups stay."""
-    kept = [
-        active(0, "seed:a", value=0.3),
-        active(0, None, value=0.1),
-    ]
-    replaced = [
-        active(0, "host/1", value=0.2),
-        active(0, "host", factor=0.9),
-        active(0, "host", factor=0.5, expires_after_steps=50),
-        active(0, "host", value=1.0, expires_after_steps=9),
-    ]
-    assert without_replaced([*replaced, *kept], change("host", value=0.5)) == kept
-    assert without_replaced(replaced, change("host", value=0.5, expires_after_steps=5)) == replaced

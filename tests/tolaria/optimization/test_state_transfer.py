@@ -1,16 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.optim import LBFGS
+from torch import Tensor
 
-from tolaria.errors import RebuildFailedError
-from tolaria.optimization import GroupPlan, OptimizerManager
 from tolaria.optimization.state_transfer import Form, can_fit, fit_entry, fit_state
 
 torch.set_num_threads(1)
@@ -153,59 +148,3 @@ def test_the_greatest_second_moment_stays_the_greatest(old: int, new: int) -> No
         fit_entry(key, value, form(old), parameter) for key, value in (("exp_avg_sq", moment), ("max_exp_avg_sq", most))
     )
     assert bool((most >= moment).all())
-
-
-def matrix(*shape: int) -> nn.Parameter:
-    """A new parameter."""
-    return nn.Parameter(torch.ones(shape))
-
-
-def lbfgs_over(parameters: dict[str, nn.Parameter]) -> tuple[OptimizerManager, Callable[[], object]]:
-    """An LBFGS that minimises a sum of fourth powers, and a function that makes one step."""
-    manager = OptimizerManager(
-        LBFGS(parameters.values(), lr=0.1, max_iter=4, history_size=3), parameters.items(), min_interval_steps=0
-    )
-
-    def closure() -> Tensor:
-        manager.optimizer.zero_grad()
-        loss = torch.stack(
-            [(parameter - 0.5).pow(4).sum() for parameter in manager.optimizer.param_groups[0]["params"]]
-        ).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    return manager, lambda: manager.optimizer.step(closure)  # type: ignore[arg-type] # torch says float, and takes tensors
-
-
-def test_lbfgs_keeps_its_state_over_the_same_layout() -> None:
-    """Over the same parameters its single state is transferred, and steps are bit-equal."""
-    ones, twos = ({"a": matrix(3), "b": matrix(2, 2)} for _ in range(2))
-    (rebuilt, step), (_, step_untouched) = lbfgs_over(ones), lbfgs_over(twos)
-    step()
-    step_untouched()
-    assert rebuilt.rebuild(rebuilt.plan(), at_step=1).kept == ("a", "b")
-    step()
-    step_untouched()
-    assert all(torch.equal(ones[name], twos[name]) for name in ones)
-
-
-def test_lbfgs_restarts_when_parameters_are_added() -> None:
-    """The result names the restarted parameters, and training continues."""
-    parameters = {"a": matrix(3)}
-    manager, step = lbfgs_over(parameters)
-    step()
-    new = matrix(2)
-    result = manager.rebuild([GroupPlan("host", {"new": new, "a": parameters["a"]})], at_step=1)
-    assert (result.restarted, result.fresh) == (("a",), ("new",))
-    step()
-    assert not torch.equal(new, torch.ones(2))
-
-
-def test_lbfgs_refuses_a_second_group() -> None:
-    """LBFGS supports a single group; the present optimizer is unchanged."""
-    parameters = {"a": matrix(3)}
-    manager, _ = lbfgs_over(parameters)
-    old = manager.optimizer
-    with pytest.raises(RebuildFailedError, match="parameter groups") as caught:
-        manager.rebuild([*manager.plan(), GroupPlan("seed:a", {"new": matrix(2)})], at_step=1)
-    assert (caught.value.stage, manager.optimizer) == ("build", old)

@@ -91,6 +91,16 @@ async def test_both_peers_answer() -> None:
     assert clients.events == []
 
 
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
+async def test_peers_on_loopback_are_reached_without_the_proxy(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy in the environment is not asked, even without no_proxy; nothing answers at its address here."""
+    monkeypatch.setenv(variable, "http://127.0.0.1:1")
+    for exception in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(exception, raising=False)
+    async with serving(FakeTamiyo(no_command)) as target, Clients(target).connected() as peers:
+        assert await peers.tamiyo.evaluate_epoch(SystemStatePacket(global_step=3)) is None
+
+
 async def test_invalid_seeds_are_a_protocol_error() -> None:
     """The client raises for a seed with a number that is not finite."""
     kasmina = FakeKasmina([SeedState(seed_id="a", stage=SEED_STAGE_TRAINING, risk_score=float("nan"))])

@@ -13,7 +13,7 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.events import RecordingEmitter
 from support.peers import as_clients, command
-from tolaria.config import LeylineSettings
+from tolaria.config import LeylineSettings, SeedsSettings
 from tolaria.errors import BreakerOpenError, PeerProtocolError, PeerUnavailableError
 from tolaria.peers.consultation import NOT_ASKED, Consultation, Consultations, describe_command
 from tolaria.peers.verification import CommandVerifier
@@ -40,6 +40,7 @@ class ScriptedPeers:
             *as_clients(self),
             verifier=CommandVerifier(LeylineSettings()),
             emitter=self.emitter,
+            seeds=SeedsSettings(),
             permits=lambda peer: peer not in self.forbidden,
             on_settled=self.settled.append,
         )

@@ -180,7 +180,7 @@ async def test_a_peer_that_does_not_stop_is_killed(tmp_path: Path) -> None:
         async with embedded_peers(ENVIRONMENT, command=script(tmp_path, STUBBORN), stop_timeout_s=0.2) as pair:
             pass
     assert_reaped(pair)
-    killed = [(log["peer"], log["then"]) for log in logs if log["event"] == "embedded peer does not stop"]
+    killed = [(log["peer"], log["then"]) for log in logs if log["event"] == "embedded_peer_killed"]
     assert sorted(killed) == [("kasmina", "SIGKILL"), ("tamiyo", "SIGKILL")]
 
 
@@ -217,8 +217,8 @@ async def test_a_dead_peer_is_restarted_on_its_port(tmp_path: Path) -> None:
             await stub.EvaluateEpoch(EvaluateEpochRequest(state=state), timeout=TIMEOUT_S)
             first, target = pids(pair), pair["tamiyo"].target
             os.kill(first[0], signal.SIGKILL)
-            death = await until_logged(logs, "embedded peer died")
-            again = await until_logged(logs, "embedded peer started again")
+            death = await until_logged(logs, "embedded_peer_died")
+            again = await until_logged(logs, "embedded_peer_restarted")
             await stub.EvaluateEpoch(EvaluateEpochRequest(state=state), timeout=TIMEOUT_S, wait_for_ready=True)
             assert pids(pair) != first
     assert (death["peer"], death["detail"], death["log_level"]) == ("tamiyo", "ended with code -9", "warning")
@@ -233,8 +233,8 @@ async def test_a_peer_whose_restarts_fail_is_given_up(tmp_path: Path) -> None:
     command = (*once, str(tmp_path / "started"))
     with capture_logs() as logs:
         async with embedded_peers(ENVIRONMENT, ["kasmina"], command=command, restarts=AT_ONCE):
-            end = await until_logged(logs, "embedded peer given up")
-    pauses = [entry["starts_again_in_s"] for entry in logs if entry["event"] == "embedded peer died"]
+            end = await until_logged(logs, "embedded_peer_given_up")
+    pauses = [entry["starts_again_in_s"] for entry in logs if entry["event"] == "embedded_peer_died"]
     assert pauses == [0.001, 0.002, 0.004]
     assert (end["deaths_in_a_row"], end["log_level"]) == (4, "error")
     assert "the port is taken" in end["detail"]

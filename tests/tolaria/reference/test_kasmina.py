@@ -10,7 +10,8 @@ from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.reference import kasmina, lifecycle
 from tolaria.reference.kasmina import STAGE_EPOCHS_MAX, DesiredSeeds
-from tolaria.reference.lifecycle import ACTIVE_STAGES, TRANSITIONS, Operation, Stage
+from tolaria.reference.lifecycle import TRANSITIONS, Operation
+from tolaria.values.seeds import GROWING, Stage
 
 
 def packet(epoch: int, seeds: list[SeedState] | None = None, *, accuracy: float = 0.9) -> SystemStatePacket:
@@ -416,7 +417,7 @@ def test_any_sequence_follows_the_transition_table(
         desired = seeds.as_messages()
         ids = [seed.seed_id for seed in desired]
         assert len(ids) == len(set(ids))
-        assert sum(seed.stage in ACTIVE_STAGES for seed in desired) <= 4
+        assert sum(seed.stage in GROWING for seed in desired) <= 4
         for seed in desired:
             if before.get(seed.seed_id, seed.stage) != seed.stage:
                 assert (before[seed.seed_id], seed.stage) in TRANSITIONS

@@ -12,7 +12,6 @@ from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from tolaria.errors import IllegalMoveError
 from tolaria.reference.lifecycle import (
-    ACTIVE_STAGES,
     AUTOMATIC,
     OPERATIONS,
     TRANSITIONS,
@@ -20,13 +19,13 @@ from tolaria.reference.lifecycle import (
     Observation,
     Operation,
     Seed,
-    Stage,
     closed_reason,
     loss_of,
     operation_name,
     stage_name,
     target_of,
 )
+from tolaria.values.seeds import GROWING, Stage
 
 STAGES = e.SeedLifecycleStage.values()
 OPERATION_VALUES = e.SeedOperation.values()
@@ -105,7 +104,7 @@ def test_the_active_stages() -> None:
         e.SEED_STAGE_BLENDING,
         e.SEED_STAGE_SHADOWING,
         e.SEED_STAGE_PROBATIONARY,
-    } == ACTIVE_STAGES
+    } == GROWING
 
 
 def test_numbers_that_the_contract_lacks() -> None:

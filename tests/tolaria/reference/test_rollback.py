@@ -138,7 +138,7 @@ def test_any_order_of_calls(calls: list[tuple[Call, str]]) -> None:
 
 def test_the_number_of_runs_is_bounded_and_the_last_used_run_is_reverted() -> None:
     """The least recently used of eight runs is forgotten; a rollback, which names no run, reverts the last used one."""
-    runs = Runs(Revertible)
+    runs = Runs(lambda _run_id: Revertible())
     runs.revert(1)()
     first, second = runs.of("first"), runs.of("second")
     assert runs.of("first") is first

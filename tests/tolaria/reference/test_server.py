@@ -43,11 +43,11 @@ NAN = float("nan")
 
 
 @asynccontextmanager
-async def channel_to(peer: Peer, *, secret: str = "") -> AsyncIterator[grpc.aio.Channel]:
+async def channel_to(peer: Peer, *, secret: str = "", state_dir: Path | None = None) -> AsyncIterator[grpc.aio.Channel]:
     """Yields a channel to a peer that serves in this process."""
     leyline = LeylineSettings(secret=SecretStr(secret))
     async with (
-        peer_server(peer, "127.0.0.1:0", leyline) as server,
+        peer_server(peer, "127.0.0.1:0", leyline, state_dir) as server,
         grpc.aio.insecure_channel(str(server.address)) as channel,
     ):
         yield channel
@@ -73,26 +73,31 @@ def germination(command_id: str) -> AdaptationCommand:
     return AdaptationCommand(version=1, command_id=command_id, command_type=e.COMMAND_SEED, seed_operation=operation)
 
 
+PLATEAU = range(1, 5)
+"""Epochs after the last of which Tamiyo germinates a seed."""
+
+
 async def test_tamiyo_answers_with_a_command_or_none() -> None:
-    """A healthy epoch gets no command, a diverged one an unsigned rollback."""
+    """A plateau gets an unsigned germination; a loss that is not finite gets nothing: the service judges health."""
     async with channel_to("tamiyo") as channel:
         stub = TamiyoServiceStub(channel)
-        healthy = await stub.EvaluateEpoch(EvaluateEpochRequest(state=packet(1)))
-        assert not healthy.HasField("command")
-        diverged = await stub.EvaluateEpoch(EvaluateEpochRequest(state=packet(2, training_loss=NAN)))
-        assert diverged.command.command_type == e.COMMAND_ROLLBACK
-        assert diverged.command.rollback_payload["tier"] == "fast"
-        assert set(diverged.command.annotations) == {"reason"}
-        step = await stub.EvaluateStep(EvaluateStepRequest(state=packet(3, training_loss=NAN)))
-        assert step.command.command_type == e.COMMAND_ROLLBACK
-        assert step.command.command_id not in {"", diverged.command.command_id}
+        answers = [await stub.EvaluateEpoch(EvaluateEpochRequest(state=packet(epoch))) for epoch in PLATEAU]
+        assert [answer.HasField("command") for answer in answers] == [False, False, False, True]
+        grown = answers[-1].command
+        assert (grown.command_type, grown.seed_operation.operation) == (e.COMMAND_SEED, e.SEED_OP_GERMINATE)
+        assert set(grown.annotations) == {"reason"}
+        diverged = await stub.EvaluateEpoch(EvaluateEpochRequest(state=packet(5, training_loss=NAN)))
+        assert not diverged.HasField("command")
+        step = await stub.EvaluateStep(EvaluateStepRequest(state=packet(6, training_loss=NAN)))
+        assert not step.HasField("command")
 
 
 async def test_tamiyo_signs_with_the_secret() -> None:
     """The signature is valid for the secret and for no other."""
     async with channel_to("tamiyo", secret="key") as channel:
         stub = TamiyoServiceStub(channel)
-        answer = await stub.EvaluateEpoch(EvaluateEpochRequest(state=packet(1, training_loss=NAN)))
+        for epoch in PLATEAU:
+            answer = await stub.EvaluateEpoch(EvaluateEpochRequest(state=packet(epoch)))
         assert is_signed(answer.command, (b"key",))
         assert not is_signed(answer.command, (b"another",))
 
@@ -101,11 +106,26 @@ async def test_tamiyo_answers_a_repeated_packet_with_the_same_command() -> None:
     """Runs are independent of each other."""
     async with channel_to("tamiyo") as channel:
         stub = TamiyoServiceStub(channel)
-        request = EvaluateEpochRequest(state=packet(1, training_loss=NAN))
-        first = await stub.EvaluateEpoch(request)
-        assert first == await stub.EvaluateEpoch(request)
-        other = await stub.EvaluateEpoch(EvaluateEpochRequest(state=packet(2, training_loss=NAN, run="other")))
-        assert other.command.command_type == e.COMMAND_ROLLBACK
+        for epoch in PLATEAU:
+            request = EvaluateEpochRequest(state=packet(epoch))
+            last = await stub.EvaluateEpoch(request)
+        assert last.HasField("command")
+        assert last == await stub.EvaluateEpoch(request)
+        other = await stub.EvaluateEpoch(EvaluateEpochRequest(state=packet(5, run="other")))
+        assert not other.HasField("command")
+
+
+async def test_tamiyo_remembers_a_run_after_a_restart(tmp_path: Path) -> None:
+    """A new process reads the history of each run from the directory, and decides as the one before would have."""
+    answered = []
+    for epoch in PLATEAU:
+        async with channel_to("tamiyo", state_dir=tmp_path / "peers") as channel:
+            answer = await TamiyoServiceStub(channel).EvaluateEpoch(EvaluateEpochRequest(state=packet(epoch)))
+            answered.append(answer.HasField("command"))
+    assert answered == [False, False, False, True]
+    async with channel_to("tamiyo", state_dir=tmp_path / "peers") as channel:
+        again = await TamiyoServiceStub(channel).EvaluateEpoch(EvaluateEpochRequest(state=packet(5)))
+    assert not again.HasField("command")  # the seed of the last decision is young
 
 
 async def test_kasmina_answers_with_all_desired_seeds() -> None:
@@ -174,16 +194,16 @@ async def test_a_rollback_reverts_the_desired_seeds() -> None:
 
 
 async def test_a_rollback_reverts_the_history_of_tamiyo() -> None:
-    """After the commit losses are not compared with the best loss of the undone epochs."""
+    """After the commit undone epochs are no part of a plateau."""
     async with channel_to("tamiyo") as channel:
         tamiyo, participant = TamiyoServiceStub(channel), RollbackParticipantServiceStub(channel)
-        for epoch, loss in ((1, 2.0), (2, 0.1)):
-            await tamiyo.EvaluateEpoch(EvaluateEpochRequest(state=packet(epoch, training_loss=loss)))
+        for epoch in (1, 2, 3):
+            await tamiyo.EvaluateEpoch(EvaluateEpochRequest(state=packet(epoch)))
         out_of_order = await participant.CommitRollback(CommitRollbackRequest(rollback_id="r", target_step=100))
         assert (out_of_order.accepted, out_of_order.detail) == (False, "commit does not fit: unseen")
         await participant.PrepareRollback(PrepareRollbackRequest(rollback_id="r", target_step=100))
         await participant.CommitRollback(CommitRollbackRequest(rollback_id="r", target_step=100))
-        answer = await tamiyo.EvaluateEpoch(EvaluateEpochRequest(state=packet(3, training_loss=2.1)))
+        answer = await tamiyo.EvaluateEpoch(EvaluateEpochRequest(state=packet(4)))
         assert not answer.HasField("command")
 
 

@@ -9,7 +9,7 @@ import anyio.to_thread
 import pytest
 
 from faults.small_training import Training
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, RollbackTier
 from support.rollbacks import FakeBoard, budget_of
 from tolaria.checkpoint.storage import Storage, open_storage
 from tolaria.checkpoint.store import Retention
@@ -39,9 +39,12 @@ class StateRestorer:
         self.gate = RestoreGate()
         self.before_copy: Callable[[], None] = lambda: None
 
-    async def locate(self, tier: RollbackTier.ValueType, at_or_before: int | None, /) -> int | None:
-        """The nearest snapshot or checkpoint."""
-        return await anyio.to_thread.run_sync(self._locate, tier, at_or_before)
+    async def choose(self, rollback: Rollback, /) -> None:
+        """The newest snapshot or checkpoint."""
+        rollback.chosen_step = await anyio.to_thread.run_sync(self._newest, rollback.tier)
+
+    async def reach_boundary(self) -> None:
+        """The training is never under way."""
 
     async def restore(self, rollback: Rollback, /) -> None:
         """Restores in a thread."""
@@ -52,12 +55,12 @@ class StateRestorer:
         """Shuts the gate."""
         return self.gate.forbid(_RESTORE_ID)
 
-    def _locate(self, tier: RollbackTier.ValueType, at_or_before: int | None) -> int | None:
+    def _newest(self, tier: RollbackTier.ValueType) -> int:
         if tier == ROLLBACK_TIER_FAST:
             steps = [info.position.global_step for info in self.ring.snapshots()]
         else:
             steps = [row.global_step for row in self.storage.checkpoints.restore_points()]
-        return max((step for step in steps if at_or_before is None or step <= at_or_before), default=None)
+        return max(steps)
 
     def _restore(self, rollback: Rollback) -> None:
         started_s = time.monotonic()
@@ -76,10 +79,10 @@ class StateRestorer:
 
     def _lease(self, rollback: Rollback) -> Lease:
         if rollback.tier == ROLLBACK_TIER_FAST:
-            lease = self.ring.lookup(rollback.target_step)
+            lease = self.ring.lookup(rollback.chosen_step)
             assert lease is not None
             return lease
-        return Lease(self.storage.checkpoints.load_newest(at_or_before=rollback.target_step).image)
+        return Lease(self.storage.checkpoints.load_newest().image)
 
 
 async def roll_back(restorer: StateRestorer, tier: RollbackTier.ValueType, settings: RollbackSettings) -> Rollback:
@@ -108,9 +111,7 @@ def restorer(training: Training, tmp_path: Path) -> StateRestorer:
     return restorer
 
 
-@pytest.mark.parametrize(
-    ("tier", "step"), [(ROLLBACK_TIER_UNSPECIFIED, 8), (ROLLBACK_TIER_FAST, 8), (ROLLBACK_TIER_FULL, 4)]
-)
+@pytest.mark.parametrize(("tier", "step"), [(ROLLBACK_TIER_FAST, 8), (ROLLBACK_TIER_FULL, 4)])
 async def test_training_after_a_rollback_repeats_the_run(
     restorer: StateRestorer, tier: RollbackTier.ValueType, step: int
 ) -> None:

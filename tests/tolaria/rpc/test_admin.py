@@ -24,7 +24,6 @@ from leyline.v1.enums_pb2 import (
     RollbackTier,
 )
 from support.admin import SERVICE, MemoryJournal, serving_parts, stub_of
-from tolaria.config import RollbackSettings
 from tolaria.emergency import Acknowledgement, EmergencyState
 from tolaria.emergency.protocol import require_level
 from tolaria.errors import (
@@ -40,8 +39,8 @@ from tolaria.rollback.protocol import Ending, Rollback
 from tolaria.rpc import admin as rpc_admin
 from tolaria.rpc.admin import AdminParts
 from tolaria.rpc.requests import RequestLedger
-from tolaria.run.health import Health
 from tolaria.run.profiling import ProfileTaken
+from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run import TrainingRun
 from tolaria.run.run_state import RunEvent, after
 from tolaria.run.safety import Safety
@@ -82,7 +81,7 @@ class FakeRun:
     async def pause(self, reason: str) -> None:
         self._enter(RunEvent.PAUSED, reason)
 
-    def resume(self, reason: str) -> None:
+    async def resume(self, reason: str) -> None:
         self._enter(RunEvent.RESUMED, reason)
 
     async def stop(self, reason: str) -> None:
@@ -176,7 +175,7 @@ async def served(interval_s: float = 60.0) -> AsyncIterator[Served]:
         parts = AdminParts(
             run=cast("TrainingRun", it.run),
             status=it.status,
-            health=Health(RollbackSettings()),
+            points=RestorePoints(),
             safety=cast("Safety", FakeSafety()),
             journal=it.journal,
             ledger=RequestLedger(100, it.journal, it.status, operations),

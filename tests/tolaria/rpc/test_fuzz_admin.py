@@ -145,7 +145,7 @@ async def served_run() -> AsyncIterator[tuple[RunUnderTest, Client]]:
         control=control,
         sections={
             "emergency": {"recovery_epochs": 10**9},
-            "rollback": {"automatic": False, "halt_on_deadline": False, "fast_budget_s": 10.0},
+            "rollback": {"automatic": False, "fast_budget_s": 10.0},
         },
     )
     async with running(run), serving_run(run) as channel:

@@ -15,6 +15,7 @@ from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import BatchesSkipped, CaptureImage
 from tolaria.run import checkpointing
 from tolaria.run.checkpointing import BUSY_S, due_by_epochs, due_by_steps
+from tolaria.values.lineage import Lineage
 
 pytestmark = pytest.mark.anyio
 
@@ -111,7 +112,6 @@ async def test_only_a_validated_state_has_a_metric(
         parts.step = 12
         parts.checkpointing.on_epoch(epoch_done(10))
         await parts.until_idle()
-        assert parts.checkpointing.validated_step == 12
         await parts.checkpointing.create("test")
         parts.step = 22
         parts.checkpointing.on_step(22)
@@ -132,7 +132,6 @@ async def test_the_metric_of_an_undone_state_is_forgotten(make_parts: Checkpoint
     parts = await make_parts(every_epochs=0)
     parts.checkpointing.on_epoch(epoch_done(10))
     parts.checkpointing.on_step(5)
-    assert parts.checkpointing.validated_step == 5
     parts.step = 10
     assert (await parts.checkpointing.create("test")).metric is None
 
@@ -293,7 +292,7 @@ async def test_a_checkpoint_in_flight_is_superseded_when_the_run_goes_back(
     parts = await make_parts()
     async with serving(parts):
         await _write_at_10(parts)
-        parts.checkpointing.on_step(back_to)
+        go_back(parts, back_to)
         parts.disk.gate.set()
         await parts.until_idle()
     assert await parts.steps() == left
@@ -310,12 +309,12 @@ async def test_a_rollback_applied_right_after_the_image_supersedes_it(make_parts
         parts.checkpointing.on_epoch(epoch_done(10))
         await anyio.wait_all_tasks_blocked()
         parts.lane.answer(parts.capture())
-        asyncio.get_running_loop().call_soon(parts.checkpointing.on_step, 4)
+        asyncio.get_running_loop().call_soon(go_back, parts, 4)
         await parts.until_idle()
     assert await parts.steps() == []
 
 
-async def test_supersede_after_covers_committed_checkpoints_and_those_in_flight(
+async def test_following_a_lineage_covers_committed_checkpoints_and_those_in_flight(
     make_parts: CheckpointingFactory,
 ) -> None:
     """After a rollback to step 4 only the checkpoint of step 3 can be resumed from."""
@@ -325,7 +324,7 @@ async def test_supersede_after_covers_committed_checkpoints_and_those_in_flight(
         await parts.checkpointing.create("test")
     async with serving(parts):
         await _write_at_10(parts)
-        await parts.checkpointing.supersede_after(4)
+        assert await parts.checkpointing.follow(go_back(parts, 4), "back") == 1
         assert await parts.steps() == [3]
         parts.disk.gate.set()
         await parts.until_idle()
@@ -337,10 +336,19 @@ async def test_superseding_does_not_wait_long_for_the_journal(
 ) -> None:
     """The lane is held meanwhile; the log says that checkpoints are not superseded."""
     parts = await make_parts()
-    monkeypatch.setattr("tolaria.journal.async_journal.AsyncJournal.supersede_after", _never)
+    monkeypatch.setattr("tolaria.journal.async_journal.AsyncJournal.follow", _never)
     with capture_logs() as logs, anyio.fail_after(10):
-        await parts.checkpointing.supersede_after(3)
-    assert [(line["event"], line["after_step"]) for line in logs] == [("checkpoints_not_superseded", 3)]
+        await parts.checkpointing.follow(Lineage(), "back to 3")
+    assert [(line["event"], line["detail"]) for line in logs] == [
+        ("checkpoints_not_superseded", "back to 3: the journal did not answer")
+    ]
+
+
+def go_back(parts: CheckpointingParts, global_step: int) -> Lineage:
+    """Applies the lane's restore of a step, and returns the lineage of the live state."""
+    parts.points.rewound(global_step, None)
+    parts.checkpointing.rewound(global_step, parts.points.lineage)
+    return parts.points.lineage
 
 
 async def _never(*_: object) -> None:
@@ -373,7 +381,7 @@ async def test_an_operators_checkpoint_is_made_anew_after_a_rollback(make_parts:
         tasks.start_soon(parts.checkpointing.create, "test")
         await parts.until_writing()
         parts.step = 4
-        await parts.checkpointing.supersede_after(4)
+        await parts.checkpointing.follow(go_back(parts, 4), "back")
         parts.disk.gate.set()
         await parts.until_asleep(1)
         parts.wake()
@@ -390,7 +398,7 @@ async def test_a_checkpoint_whose_caller_has_gone_is_superseded_too(make_parts: 
         tasks.start_soon(parts.checkpointing.create, "test")
         await parts.until_writing()
         tasks.cancel_scope.cancel()
-    parts.checkpointing.on_step(4)
+    go_back(parts, 4)
     parts.disk.gate.set()
     assert await anyio.to_thread.run_sync(parts.writer.close, 20.0)
     assert await parts.steps() == []

@@ -133,7 +133,7 @@ async def test_emergencies_use_monotonic_time(wall: WallClock, jump_s: float) ->
         wall.off_s = 0.0
         run.safety.clear_emergency("fine")
         step = run.status.global_step
-        run.run.resume("on")
+        await run.run.resume("on")
         await run.until(lambda: run.status.global_step > step)
         await run.run.stop("enough")
 

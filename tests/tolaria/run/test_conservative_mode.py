@@ -63,8 +63,8 @@ async def test_the_mode_suspends_peers_and_seeds_while_training_goes_on() -> Non
     assert run.events.count("tolaria.conservative_mode_cleared") == 1
 
 
-async def test_a_failure_of_a_peer_fails_its_epoch() -> None:
-    """Tamiyo fails once: the mode is on for as many healthy epochs as recovery takes, then she is called again."""
+async def test_a_failure_of_a_peer_turns_the_mode_on() -> None:
+    """Tamiyo fails once: the mode is on for as many healthy epochs as recovery takes. No epoch has failed."""
 
     async def fail_once(state: SystemStatePacket) -> AdaptationCommand | None:
         if state.current_epoch == 1:
@@ -75,7 +75,7 @@ async def test_a_failure_of_a_peer_fails_its_epoch() -> None:
     run = await finished(peers, epochs=8)
     # The failure belongs to epoch 1; epochs 2, 3 and 4 are the healthy ones.
     assert [state.current_epoch for state in peers.states] == [1, 5, 6, 7, 8]
-    assert run.sample("tolaria.epochs.failed") == 1
+    assert run.sample("tolaria.epochs.failed") == 0
     assert not run.safeguards.mode.on
 
 
@@ -89,7 +89,7 @@ async def test_a_command_opens_the_breaker_that_it_names() -> None:
     status = run.run.status()
     assert status.breakers["kasmina"] == CIRCUIT_STATE_OPEN
     assert status.breakers["tamiyo"] == CIRCUIT_STATE_CLOSED
-    assert list(status.conservative_reasons) == ["breaker_open:kasmina", "emergency"]
+    assert list(status.conservative_reasons) == ["breaker_open:kasmina"]
     assert status.commands_accepted == 1
 
 

@@ -103,7 +103,7 @@ async def test_an_operators_pause_survives_the_repair_of_the_disk(first: str) ->
         step = run.module.global_step
         await anyio.wait_all_tasks_blocked()
         assert run.module.global_step == step
-        run.run.resume("seen")
+        await run.run.resume("seen")
         await train(run)
         assert run.state == "RUNNING"
         await run.run.stop("enough")
@@ -118,7 +118,7 @@ async def test_a_resumed_run_is_held_again_while_the_disk_is_full() -> None:
         disk.fail("write", errno.ENOSPC)
         with pytest.raises(CheckpointWriteError, match="ENOSPC"):
             await run.run.checkpoint("just in case")
-        run.run.resume("seen")
+        await run.run.resume("seen")
         await run.until(lambda: run.state == "PAUSED" and "ENOSPC" in run.status.state_reason)
         disk.repair()
         await run.until(lambda: run.state == "RUNNING" and reasons_not_ready(run.core) == [])
@@ -151,7 +151,7 @@ async def test_the_end_of_a_run_on_a_full_disk(on_failure: str) -> None:
             assert any("ENOSPC" in reason for reason in reasons_not_ready(run.core))
             disk.repair()
         await run.until(lambda: run.state == "FINISHED")
-        points = await run.journal.restore_points()
+        points = await run.journal.kept_points()
         assert [row.global_step for row in points][-1:] == ([32] if on_failure == "pause" else [])
 
 

@@ -11,7 +11,7 @@ import anyio
 import grpc
 from google.protobuf.message import DecodeError
 
-from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED
+from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED, EMERGENCY_LEVEL_NOTICE
 from leyline.v1.state_pb2 import SystemStatePacket
 from leyline.v1.tamiyo_service_pb2 import EvaluateEpochResponse
 from support.peer_answers import CASES, SECRET, Case, SentCommand
@@ -26,7 +26,7 @@ from tolaria.peers.verification import REJECTION_REASONS
 
 CASES_PER_RUN = 40
 RATE_FLOOR, RATE_CEILING = 1e-8, 0.06
-REASONS = {*REJECTION_REASONS, "refused", "conservative", "unsupported", "late"}
+REASONS = {*REJECTION_REASONS, "refused", "conservative", "unsupported", "late", "rollback_budget"}
 OWN_BREAKERS = ("boundary", "lr_integrity", "optimizer")
 
 
@@ -70,7 +70,7 @@ class RunImage:
                 host["weight_decay"],
                 module.seeds.controller.adjustments,
                 run.state,
-                run.safety.controller.state.level,
+                run.safety.controller.state.level > EMERGENCY_LEVEL_NOTICE,  # a peer that fails is noticed
                 tuple(breakers[name].state for name in OWN_BREAKERS),
                 tuple(reason for reason in run.safeguards.mode.reasons if reason != "epoch_failed:peer_failure"),
             ),
@@ -114,7 +114,7 @@ class FuzzedRun:
     async def train(self) -> None:
         """Trains for at least one step, then holds the run again."""
         step = self.run.status.global_step
-        self.run.run.resume("on")
+        await self.run.run.resume("on")
         await self.run.until(lambda: self.run.status.global_step > step)
         await self.pause()
 

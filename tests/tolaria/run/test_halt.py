@@ -15,6 +15,8 @@ from leyline.v1.enums_pb2 import (
     EMERGENCY_LEVEL_HALT,
     EMERGENCY_LEVEL_NOTICE,
     EMERGENCY_LEVEL_UNSPECIFIED,
+    HEALTH_STATUS_CRITICAL,
+    HEALTH_STATUS_UNHEALTHY,
     EmergencyLevel,
 )
 from leyline.v1.state_pb2 import SystemStatePacket
@@ -52,19 +54,25 @@ async def test_a_halt_freezes_training_until_it_is_cleared_and_resumed() -> None
         assert state.phase is Phase.ANSWERED
         assert [given.participant for given in state.acknowledgements] == ["tolaria"]
         assert run.state == "HALTED"
+        assert run.run.status().health.status == HEALTH_STATUS_CRITICAL
+        assert "halted: smoke; clear the emergency" in run.run.status().health.summary
         step, before = run.status.global_step, parameters(run)
         with pytest.raises(WrongStateError, match="clear it first"):
-            run.run.resume("now")
+            await run.run.resume("now")
         await run.run.pause("and look")
         assert run.state == "HALTED"
         assert run.status.state_reason == "emergency: smoke"
         await anyio.sleep(0.1)
         run.safety.clear_emergency("no smoke")
         assert run.state == "HALTED"
+        assert run.status.state_reason == "halted, and cleared: resume it (tolaria resume). It was halted by: smoke"
         assert run.run.status().emergency_level == EMERGENCY_LEVEL_UNSPECIFIED
+        assert run.run.status().health.status == HEALTH_STATUS_UNHEALTHY
+        with pytest.raises(IllegalEmergencyEventError, match="no emergency; the run is halted, and cleared: resume it"):
+            run.safety.clear_emergency("again")
         assert all(torch.equal(a, b) for a, b in zip(before, parameters(run), strict=True))
         assert run.status.global_step == step
-        run.run.resume("go on")
+        await run.run.resume("go on")
         await run.until(lambda: run.status.global_step > step)
         await run.run.stop("enough")
     assert run.sample("tolaria.emergency.halts_total") == 1
@@ -82,7 +90,7 @@ async def test_a_paused_run_is_halted_too() -> None:
         assert (await run.safety.raise_emergency(EMERGENCY_LEVEL_HALT, "smoke", run.status)).phase is Phase.ANSWERED
         assert run.state == "HALTED"
         run.safety.clear_emergency("fine")
-        run.run.resume("on")
+        await run.run.resume("on")
         await run.run.stop("enough")
         assert (await run.safety.raise_emergency(EMERGENCY_LEVEL_HALT, "late", run.status)).phase is Phase.ANSWERED
         assert run.state == "FINISHED"
@@ -101,7 +109,7 @@ async def test_a_peer_halts_the_run_through_the_board() -> None:
         await run.until(lambda: "tolaria" in acknowledgements(other, signal.signal_id))
         other.claim("operator").clear_all()
         await run.until(lambda: not run.safety.halting)
-        run.run.resume("on")
+        await run.run.resume("on")
         await run.run.stop("enough")
         other.close()
 
@@ -116,7 +124,7 @@ async def test_lower_levels_let_training_go_on(level: EmergencyLevel.ValueType) 
         assert (state.level, state.phase) == (level, Phase.ANSWERED)
         assert (run.safeguards.mode.reasons == ("emergency",)) is (level == EMERGENCY_LEVEL_CONSERVATIVE)
         assert run.run.status().emergency_level == level
-        run.run.resume("on")
+        await run.run.resume("on")
         await run.until(lambda: run.safety.controller.state.phase is Phase.CALM)
         assert not run.safeguards.mode.on
         await run.run.stop("enough")
@@ -137,16 +145,28 @@ async def test_invalid_requests_change_nothing() -> None:
     assert status.emergency_level == EMERGENCY_LEVEL_UNSPECIFIED
 
 
-async def test_failed_epochs_in_a_row_halt_the_run() -> None:
-    """Every boundary is a breach: the first raises ELEVATED, the open breaker CONSERVATIVE, and the streak HALT."""
-    control = ControlSettings(boundary_budget_ms=0.01, tamiyo_budget_ms=0.01)
-    run = new_run(FakePeers(), control=control, epochs=10**6)
+async def test_late_boundaries_never_halt_the_run() -> None:
+    """Every boundary is a breach: the first raises NOTICE, the open breaker ELEVATED, and training goes on."""
+    control = ControlSettings(boundary_budget_ms=0.01, tamiyo_budget_ms=0.01, boundary_slack_ms=0.01)
+    run = new_run(FakePeers(), control=control, epochs=20)
     async with running(run):
-        await run.until(lambda: run.state == "HALTED")
+        await run.until(lambda: run.state in {"HALTED", "FINISHED"})
+    assert (run.state, run.status.rollbacks) == ("FINISHED", 0)
+    assert run.sample("tolaria.epochs.failed") == 0
+    levels = [e.attributes["emergency_level"] for e in run.emitter.events if e.name == "tolaria.emergency.escalated"]
+    assert levels == ["notice", "elevated"]
+
+
+async def test_failed_epochs_in_a_row_halt_the_run() -> None:
+    """Those whose training was ill."""
+    run = forever()
+    async with running(run):
+        for _ in range(3):
+            run.safeguards.epoch_failing("loss_explosion")
+            run.safety.epoch_over(breach=False)
+        assert run.state == "HALTED"
         assert run.status.state_reason == "emergency: failed_epoch_streak: 3 epochs in a row"
         await run.run.stop("enough")
-    levels = [e.attributes["emergency_level"] for e in run.emitter.events if e.name == "tolaria.emergency.escalated"]
-    assert levels == ["elevated", "conservative", "halt"]
 
 
 @pytest.mark.parametrize("level", ["halt", "EMERGENCY_LEVEL_HALT", "4"])
@@ -188,7 +208,7 @@ async def test_a_halt_outlives_the_process_until_it_is_cleared() -> None:
         await run.until(lambda: run.state == "HALTED")
         assert (run.status.state_reason, run.status.global_step) == ("emergency: smoke", 0)
         run.safety.clear_emergency("no smoke")
-        run.run.resume("on")
+        await run.run.resume("on")
         await run.until(lambda: run.status.global_step > 3)
         await run.journal.flush(5)
         rows = await anyio.to_thread.run_sync(run.storage.journal.rows, EmergencyRow)
@@ -196,12 +216,41 @@ async def test_a_halt_outlives_the_process_until_it_is_cleared() -> None:
     assert [(kept.emergency_id, kept.at_ns, kept.cleared_at_ns is not None) for kept in rows] == [("e1", 7, True)]
 
 
+async def test_a_run_whose_silent_process_was_replaced_trains_on() -> None:
+    """A board adopted with the halt of the sentinel: it concerned the process that this one has replaced."""
+    run = new_run(FakePeers(), epochs=10**6)
+    await anyio.to_thread.run_sync(adopt_with_halt_of, run, "sentinel")
+    async with running(run):
+        await run.until(lambda: run.status.global_step > 3)
+        assert (run.state, run.safety.halting, run.run.status().health.summary) == ("RUNNING", False, "")
+        await run.run.stop("enough")
+
+
+async def test_a_halt_of_others_on_an_adopted_board_stays() -> None:
+    """Only what the sentinel alone raised ends with the silent process."""
+    run = new_run(FakePeers(), epochs=10**6)
+    await anyio.to_thread.run_sync(adopt_with_halt_of, run, "sentinel", "kasmina")
+    async with running(run):
+        await run.until(lambda: run.state == "HALTED" and run.safety.halting)
+        assert run.status.global_step == 0
+        await run.run.stop("enough")
+
+
+def adopt_with_halt_of(run: RunUnderTest, *participants: str) -> None:
+    """Makes the board as a crashed process leaves it to the next one, with a halt of each participant."""
+    with SignalBoard.attach(run.board.path) as other:
+        for name in participants:
+            other.claim(name).raise_level(EMERGENCY_LEVEL_HALT, "heartbeat_silent: no heartbeat of the event loop")
+    run.board.adopted = True
+
+
 async def test_an_epoch_repaired_by_a_rollback_is_not_a_failed_one() -> None:
     """Spikes that rollbacks undo do not count towards the streak of failed epochs; they have a separate budget."""
-    options = {"corrupted": [[epoch, 3] for epoch in (3, 4, 5, 6)], "factor": 1e4}
-    rollback = {"every_steps": 2, "warmup_steps": 5, "fast_budget_s": 10.0, "automatic_max": 9}
+    options = {"corrupted": [[epoch, place] for epoch in (3, 6, 9, 12) for place in (3, 4)], "factor": 1e4}
+    rollback = {"every_steps": 2, "fast_budget_s": 10.0, "automatic_max": 9, "per_steps": 5}
     sections: dict[str, object] = {"rollback": rollback}
-    run = new_run(FakePeers(), job="CorruptedDataJob", epochs=8, options=options, sections=sections)
+    run = new_run(FakePeers(), job="CorruptedDataJob", epochs=14, options=options, sections=sections)
     async with running(run):
         await run.until(lambda: run.state in {"FINISHED", "HALTED"})
-    assert (run.state, run.status.rollbacks) == ("FINISHED", 4)
+    assert run.state == "FINISHED"
+    assert run.status.rollbacks >= 1

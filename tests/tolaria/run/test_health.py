@@ -1,357 +1,479 @@
 from __future__ import annotations
 
+import json
 import math
-import random
-import statistics
-from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL
 from leyline.v1.state_pb2 import HardwareContext
-from tolaria.config import RollbackSettings
-from tolaria.lane.messages import EpochDone, StepDone
+from tolaria.config import HealthSettings, RollbackSettings
+from tolaria.emergency import Trigger
+from tolaria.lane.messages import AcceptRegime, EpochDone, StepDone
 from tolaria.run.health import (
-    Averages,
     Halt,
     Health,
     Proceed,
     RateCut,
-    Record,
     Retreat,
-    RollbackBudget,
     Verdict,
-    explosion_limit,
-    judge_epoch,
-    judge_step,
 )
+from tolaria.run.health_record import DroppedSeeds, Record, collapsing, stable
+from tolaria.values.loss_window import LossWindow
 from tolaria.values.training import Evaluation
 
-LIMITS = RollbackSettings()
-STEADY = Averages(loss=2.0, gradient_norm=1.0, finite_steps=20)
+SETTINGS = RollbackSettings()
+HEALTH = HealthSettings(window=16)
+QUIET, LOUD = 1.0, 1000.0
 
 
-def step(
-    loss: float = 2.0, norm: float = 1.0, *, skipped: bool = False, rescaled: bool = False, at: int = 500
-) -> StepDone:
-    """Returns one step."""
-    return StepDone(at, 1, loss, norm, 8, 0.1, 0.0, 0.0, skipped, rescaled=rescaled)
+def step(loss: float = QUIET, *, at: int = 500, place: int | None = None) -> StepDone:
+    """Returns a finite step of the batch `place`, by default that of the same number as the step."""
+    place = at if place is None else place
+    return StepDone(at, 1, loss, 1.0, 8, 0.1, 0.0, 0.0, batches=range(place, place + 1), judged=loss)
 
 
-def epoch(correct: int, samples: int = 100) -> EpochDone:
-    """Returns one epoch."""
-    return EpochDone(3, 500, Evaluation(1.0, correct, samples), 1.0, 0.0, {}, 0.0, HardwareContext())
+def skipped(*, at: int = 500, finite: bool | None = None, rescaled: bool = False) -> StepDone:
+    """Returns a skipped step."""
+    return StepDone(
+        at, 1, math.nan, 1.0, 8, 0.1, 0.0, 0.0, True, rescaled=rescaled, batches=range(9, 10), parameters_finite=finite
+    )
+
+
+def epoch(correct: int, *, at: int = 500, loss: float = 1.0) -> EpochDone:
+    """Returns one epoch with 100 samples."""
+    return EpochDone(3, at, Evaluation(100 * loss, correct, 100), 1.0, 0.0, {}, 0.0, HardwareContext())
+
+
+class Trained:
+    """A health that has judged healthy steps; each further one is numbered."""
+
+    def __init__(self, settings: RollbackSettings = SETTINGS, *, steps: int = 100, saved: str = "") -> None:
+        self.health = Health(settings, HEALTH, saved)
+        self.at = 0
+        self.train(*[QUIET] * steps)
+
+    def train(self, *losses: float) -> list[Verdict]:
+        """Judges steps with these losses; returns the verdicts that are not to proceed in silence."""
+        verdicts = []
+        for loss in losses:
+            self.at += 1
+            verdicts.append(self.health.step(step(loss, at=self.at), rolling_back=False))
+        return [verdict for verdict in verdicts if verdict != Proceed()]
+
+    def explode(self) -> Verdict:
+        """Judges two steps that exploded."""
+        *_, verdict = self.train(LOUD, LOUD)
+        return verdict
+
+    def restore(self, at: int) -> None:
+        """Goes back to a step, at which the window was full of quiet losses, and ends the rollback."""
+        window = LossWindow(HEALTH.window)
+        for _ in range(30):
+            window.add(QUIET)
+        self.health.restored(json.dumps(window.state_dict()), at)
+        self.health.end_retreat()
+        self.at = at
+
+    def settle(self) -> None:
+        """Trains until the window is full of quiet losses again."""
+        self.health.regime_begins(announced=True)
+        self.train(*[QUIET] * 200)
+
+
+def test_an_explosion_retreats_to_before_its_evidence() -> None:
+    """The batches of the evidence are left out, and the learning rate is cut."""
+    run = Trained()
+    verdict = run.explode()
+    assert isinstance(verdict, Retreat)
+    assert (verdict.evidence_step, verdict.preferred_before, verdict.batches) == (101, 86, ((1, 101), (1, 102)))
+    assert (verdict.cut, verdict.older_than, verdict.durable) == (RateCut(0.5, 100), None, False)
+    assert "loss 1000" in verdict.reason
+    assert run.train(LOUD, QUIET) == []  # no second one while it is in progress
+    assert run.health.end_retreat() == ((1, 101), (1, 102), (1, 103))
+
+
+def test_the_gradient_norm_of_a_finite_step_gives_no_verdict() -> None:
+    """PCGrad, clipping and conflicting tasks make it jump."""
+    run = Trained()
+    wild = StepDone(101, 1, 5.0, 1e30, 8, 0.1, 0.0, 0.0, judged=QUIET)
+    assert run.health.step(wild, rolling_back=False) == Proceed()
+
+
+def test_steps_without_a_judged_loss_give_no_verdict() -> None:
+    """Those whose samples all belong to seeds."""
+    run = Trained()
+    for at in range(101, 120):
+        seeds_only = StepDone(at, 1, 1e9, 1.0, 8, 0.1, 0.0, 0.0)
+        assert run.health.step(seeds_only, rolling_back=False) == Proceed()
+
+
+def test_each_retreat_goes_further_back_and_slower() -> None:
+    """Within `per_steps`; skipped batches accumulate, and the budget ends it with a halt."""
+    run = Trained(steps=400)
+    cuts, limits = [], []
+    for back, steps in ((380, 300), (360, 150), (340, 300)):
+        verdict = run.explode()
+        assert isinstance(verdict, Retreat)
+        cuts.append(verdict.cut.factor)
+        limits.append(verdict.at_or_before)
+        run.restore(back)
+        run.train(*[QUIET] * steps)
+    assert cuts == [0.5, 0.25, 0.125]
+    assert limits == [400, 379, 359]
+    verdict = run.explode()
+    assert isinstance(verdict, Halt)
+    assert verdict.trigger is Trigger.ROLLBACK_BUDGET_SPENT
+    assert len(run.health.left_out) == 6
+
+
+def test_the_budget_comes_back_after_per_steps() -> None:
+    """And then the point and the cut of a retreat are those of a first one."""
+    run = Trained(RollbackSettings(automatic_max=1, per_steps=300))
+    assert isinstance(run.explode(), Retreat)
+    run.restore(50)
+    run.train(*[QUIET] * 360)
+    verdict = run.explode()
+    assert isinstance(verdict, Retreat)
+    assert (verdict.cut.factor, verdict.older_than) == (0.5, None)
+
+
+def test_a_run_whose_highest_step_does_not_rise_is_halted() -> None:
+    """However large the budget is."""
+    run = Trained(RollbackSettings(automatic_max=1000, progress_rollbacks_max=3))
+    for _ in range(3):
+        assert run.health.refusal(run.at) is None
+        run.health.begin_rollback("tamiyo", run.at)
+        run.restore(10)
+        run.train(*[QUIET] * 90)
+    verdict = run.health.refusal(run.at)
+    assert verdict is not None
+    assert (verdict.trigger, verdict.reason) == (
+        Trigger.NO_PROGRESS,
+        "3 rollbacks in a row without a step beyond 100",
+    )
+    run.train(QUIET)
+    assert run.health.refusal(run.at) is None
+
+
+def test_one_budget_serves_every_automatic_origin() -> None:
+    """Rollbacks of the controller count for health, and those of health for the controller."""
+    run = Trained(RollbackSettings(automatic_max=2))
+    run.health.begin_rollback("tamiyo", 100)
+    run.restore(100)
+    assert isinstance(run.explode(), Retreat)
+    run.restore(80)
+    verdict = run.health.refusal(run.at)
+    assert verdict is not None
+    assert verdict.trigger is Trigger.ROLLBACK_BUDGET_SPENT
+
+
+def test_an_operators_rollback_resets_the_budgets_and_the_highest_step() -> None:
+    """The run is in the operator's hands."""
+    run = Trained(RollbackSettings(automatic_max=1))
+    run.explode()
+    run.restore(50)
+    assert run.health.refusal(run.at) is not None
+    run.restore(20)
+    assert run.health.refusal(run.at) is None
+    assert run.health.best_step == 20
+
+
+def test_budgets_survive_a_new_process_and_windows_do_not() -> None:
+    """The record is journalled; the windows come with the state."""
+    run = Trained(RollbackSettings(automatic_max=1))
+    run.explode()
+    run.restore(60)
+    saved = run.health.unsaved()
+    assert saved is not None
+    assert run.health.unsaved() is None
+    run.train(*[QUIET] * 20)
+    assert run.health.unsaved() is None  # progress alone is no reason to write
+    again = Health(RollbackSettings(automatic_max=1), HEALTH, saved)
+    again.start("", 60)
+    assert again.refusal(100) is not None
+    assert again.left_out == ((1, 101), (1, 102))
+    assert (again.best_step, again.above, again.averages.finite_steps) == (102, None, 0)
+
+
+@pytest.mark.parametrize("saved", ["", "{", "[]", '{"rollbacks": 3}', '{"loss_level": 2.5, "best_accuracy": 0.5}'])
+def test_an_unreadable_or_older_record_is_a_new_one(saved: str) -> None:
+    """What an earlier version kept besides has no meaning any more."""
+    assert Record.parse(saved) == Record()
+
+
+def test_the_rollbacks_of_an_earlier_version_count() -> None:
+    """It recorded the steps at which they began."""
+    run = Trained(RollbackSettings(automatic_max=2), saved='{"rolled_back_at": [20, 90]}')
+    assert run.health.refusal(100) is not None
+    assert run.health.refusal(1021) is None
+
+
+def test_without_automatic_rollbacks_an_explosion_is_reported_once() -> None:
+    """One event for each episode, not for each step."""
+    run = Trained(RollbackSettings(automatic=False))
+    reported = run.train(*[LOUD] * 20)
+    assert len(reported) == 1
+    assert isinstance(reported[0], Proceed)
+    assert reported[0].alarm
+
+
+def test_two_of_eight_losses_make_a_point_suspect() -> None:
+    """And the last loss says whether it was above the top."""
+    run = Trained()
+    assert (run.health.suspect, run.health.above) == (False, False)
+    run.train(LOUD)
+    assert (run.health.suspect, run.health.above) == (False, True)
+    run.train(QUIET, LOUD)
+    assert (run.health.suspect, run.health.above) == (True, True)
+
+
+# -- skipped steps ---------------------------------------------------------------------------------------------------
+
+
+def test_ill_data_are_skipped_until_they_are_too_many() -> None:
+    """Without a rollback, whatever their number; then the run halts, and once more after as many again."""
+    run = Trained()
+    verdicts = [
+        run.health.step(skipped(at=100, finite=True if n % 8 == 7 else None), rolling_back=False) for n in range(512)
+    ]
+    halts = [(n, verdict.trigger) for n, verdict in enumerate(verdicts) if isinstance(verdict, Halt)]
+    assert halts == [(255, Trigger.SKIPPED_DATA_SPENT), (511, Trigger.SKIPPED_DATA_SPENT)]
+    assert (run.health.skipped_steps, run.health.skip_streak) == (512, 512)
+    run.train(QUIET)
+    assert (run.health.skipped_steps, run.health.skip_streak) == (512, 0)
+
+
+def test_ill_parameters_retreat() -> None:
+    """To before the step whose state is ill; the batch of that step is left out, the skipped ones are not to blame."""
+    run = Trained()
+    verdict = run.health.step(skipped(at=100, finite=False), rolling_back=False)
+    assert isinstance(verdict, Retreat)
+    assert (verdict.evidence_step, verdict.batches) == (100, ((1, 100),))
+    off = Trained(RollbackSettings(automatic=False))
+    halt = off.health.step(skipped(at=100, finite=False), rolling_back=False)
+    assert isinstance(halt, Halt)
+    assert halt.trigger is Trigger.PARAMETERS_NOT_FINITE
+
+
+def test_parameters_that_exploded_before_they_were_not_finite() -> None:
+    """The point has to be from before the first loss that exploded, also while a changed task is suspected."""
+    run = Trained()
+    run.train(LOUD)
+    verdict = run.health.step(skipped(at=101, finite=False), rolling_back=False)
+    assert isinstance(verdict, Retreat)
+    assert (verdict.evidence_step, verdict.batches) == (101, ((1, 101),))
+    watched = Trained()
+    watched.explode()
+    watched.restore(95)
+    watched.train(QUIET, LOUD, LOUD, LOUD, LOUD, *[QUIET] * 9)
+    verdict = watched.health.step(skipped(at=109, finite=False), rolling_back=False)
+    assert isinstance(verdict, Retreat)
+    assert verdict.evidence_step == 97
+
+
+def test_an_overflow_of_float16_is_not_counted() -> None:
+    """It only lowers the loss scale."""
+    run = Trained()
+    assert run.health.step(skipped(rescaled=True), rolling_back=False) == Proceed()
+    assert (run.health.skipped_steps, run.health.skip_streak) == (0, 0)
+
+
+def test_a_restore_and_a_resume_forget_the_streak() -> None:
+    """An operator who resumes the run accepts the data."""
+    run = Trained()
+    run.health.step(skipped(), rolling_back=False)
+    run.health.forgive_skipped_steps()
+    assert (run.health.skip_streak, run.health.skipped_steps) == (0, 1)
+    run.health.step(skipped(), rolling_back=False)
+    run.restore(50)
+    assert run.health.skip_streak == 0
+
+
+def test_a_seed_is_culled_after_eight_steps_in_a_row() -> None:
+    """A step with usable gradients ends the streak; a skipped step does not."""
+    dropped = DroppedSeeds()
+    sick = StepDone(1, 1, 1.0, 1.0, 8, 0.1, 0.0, 0.0, dropped_seeds=("a",))
+    assert [dropped.after(sick) for _ in range(7)] == [[]] * 7
+    assert dropped.after(step()) == []
+    for _ in range(4):
+        assert dropped.after(sick) == []
+    dropped.after(skipped())
+    assert [dropped.after(sick) for _ in range(5)] == [[], [], [], ["a"], []]
+
+
+# -- a changed task --------------------------------------------------------------------------------------------------
+
+
+def test_losses_that_rise_again_at_the_same_place_may_be_a_changed_task() -> None:
+    """64 steps are watched; a stable level is accepted, its batches come back and the budget is refunded."""
+    run = Trained(RollbackSettings(automatic_max=1))
+    assert isinstance(run.explode(), Retreat)
+    run.restore(85)
+    run.train(*[QUIET] * 15)
+    alarm, accepted = run.train(*[LOUD] * 66)
+    assert isinstance(alarm, Proceed)
+    assert isinstance(accepted, AcceptRegime)
+    assert accepted.batches == ((1, 101), (1, 102))
+    assert (run.health.left_out, run.health.refusal(run.at)) == ((), None)
+    assert run.train(*[LOUD * 2] * 5) == []  # until the lane has emptied its window
+    run.health.regime_begins(announced=False)
+    assert run.train(*[LOUD] * 50) == []
+
+
+def test_a_level_that_keeps_rising_is_no_task() -> None:
+    """The second retreat follows, from the evidence that was found first."""
+    run = Trained()
+    run.explode()
+    run.restore(95)
+    run.train(QUIET)
+    _, verdict = run.train(*[LOUD * 1.1**n for n in range(66)])
+    assert isinstance(verdict, Retreat)
+    assert (verdict.evidence_step, verdict.older_than) == (97, 95)
+
+
+def test_losses_that_heal_by_themselves_are_left_alone() -> None:
+    """While they are watched."""
+    run = Trained()
+    run.explode()
+    run.restore(85)
+    assert len(run.train(*[QUIET] * 15, LOUD, LOUD, *[QUIET] * 100)) == 1  # reported
+
+
+@pytest.mark.parametrize("then", [[LOUD] * 64, [QUIET] * 64])
+def test_a_rise_on_data_that_trained_well_before_is_no_task(then: list[float]) -> None:
+    """A fault that goes on: when it may be over, the second retreat follows, whatever the losses are by then."""
+    run = Trained()
+    run.explode()
+    run.restore(85)
+    alarm, verdict = run.train(*[QUIET] * 5, LOUD, LOUD, *then)
+    assert isinstance(alarm, Proceed)
+    assert isinstance(verdict, Retreat)
+    assert (verdict.evidence_step, verdict.at_or_before, verdict.cut.factor) == (91, 84, 0.25)
+
+
+def test_a_retreat_goes_behind_the_rise() -> None:
+    """Losses that rose slowly before they exploded rose from ill parameters."""
+    run = Trained()
+    run.train(*[1.0005 + n * 1e-5 for n in range(40)])
+    verdict = run.explode()
+    assert isinstance(verdict, Retreat)
+    assert (verdict.evidence_step, verdict.preferred_before) == (141, 89)
+    assert verdict.batches == ((1, 141), (1, 142))
+
+
+def test_an_extreme_loss_whose_step_was_skipped_is_evidence() -> None:
+    """Alone it gives no verdict, and it never enters the window; the next one like it is an explosion."""
+    run = Trained()
+    lone = StepDone(100, 1, LOUD, 1.0, 8, 0.1, 0.0, 0.0, True, batches=range(100, 101), judged=LOUD)
+    assert run.health.step(lone, rolling_back=False) == Proceed()
+    assert run.train(*[QUIET] * 80) == []
+    assert run.health.losses.limit < 2
+    assert run.health.step(lone, rolling_back=False) == Proceed()
+    (verdict,) = run.train(LOUD)
+    assert isinstance(verdict, Retreat)
+    assert (1, 100) in verdict.batches
+
+
+def test_far_from_the_last_retreat_an_explosion_is_one() -> None:
+    """Without a watch."""
+    run = Trained()
+    run.explode()
+    run.restore(95)
+    run.train(*[QUIET] * 100)
+    assert isinstance(run.explode(), Retreat)
+
+
+def test_after_two_accepted_regimes_explosions_are_only_reported() -> None:
+    """The losses of such a run are like that."""
+    run = Trained()
+    for _ in range(2):
+        assert isinstance(run.explode(), Retreat)
+        run.restore(run.at - 10)
+        accepted = run.train(*[QUIET] * 8, *[LOUD] * 66)[-1]
+        assert isinstance(accepted, AcceptRegime)
+        run.health.regime_begins(announced=False)
+        run.settle()
+    (reported,) = run.train(LOUD, LOUD, LOUD)
+    assert isinstance(reported, Proceed)
+
+
+def test_an_announced_task_needs_no_verdict() -> None:
+    """The window is empty from the first loss of the new task on."""
+    run = Trained()
+    run.health.regime_begins(announced=True)
+    assert run.train(*[LOUD] * 50) == []
 
 
 @pytest.mark.parametrize(
-    ("health", "report", "words"),
+    ("losses", "spread", "expected"),
     [
-        (STEADY, step(), None),
-        (STEADY, step(loss=30.0), None),
-        (STEADY, step(loss=30.1), "loss 30.1 exceeds 15 times its average 2"),
-        (STEADY, step(norm=5.0), None),
-        (STEADY, step(norm=5.1), "gradient norm 5.1 exceeds 5 times its average 1"),
-        (STEADY, step(math.nan, 1.0, skipped=True), "not finite: loss nan, gradient norm 1"),
-        (STEADY, step(2.0, math.inf, skipped=True), "not finite: loss 2, gradient norm inf"),
-        (STEADY, step(2.0, math.inf, skipped=True, rescaled=True), None),
-        (replace(STEADY, finite_steps=19), step(1e9, 1e9), None),
-        (Averages(), step(math.nan, math.nan, skipped=True), "not finite"),
-        # Below zero: 14 sizes above the average, not 15 times a negative number.
-        (replace(STEADY, loss=-2.0), step(loss=-1.0), None),
-        (replace(STEADY, loss=-2.0), step(loss=26.1), "exceeds"),
-        # Swinging around zero: six deviations.
-        (replace(STEADY, loss=0.01, loss_variance=4.0), step(loss=12.0), None),
-        (replace(STEADY, loss=0.01, loss_variance=4.0), step(loss=12.1), "exceeds"),
+        ([5.0] * 64, 0.0, True),
+        ([5.0, 5.0, 5.0, 5.5] * 16, 0.2, True),
+        ([5.0, 5.0, 5.0, 5.5] * 16, 0.05, False),
+        ([10.0 * 0.95**n for n in range(64)], 0.1, True),  # it is being learned
+        ([5.0 * 1.05**n for n in range(64)], 0.1, False),
     ],
 )
-def test_what_a_step_leads_to(health: Averages, report: StepDone, words: str | None) -> None:
-    """Not finite, an exploded loss or gradient: a fast rollback that says why; anything else goes on."""
-    verdict = judge_step(health, Record(), report, LIMITS)
-    if words is None:
-        assert verdict == Proceed()
-    else:
-        assert isinstance(verdict, Retreat)
-        assert words in verdict.reason
-        assert (verdict.tier, verdict.at_step, verdict.cut) == (ROLLBACK_TIER_FAST, 500, RateCut(0.5, 100))
+def test_a_stable_level(losses: list[float], spread: float, expected: bool) -> None:
+    """It scatters no more than the losses before did, relative to the level, or falls."""
+    assert stable(losses, spread, 1.0) is expected
 
 
-def test_near_zero_the_scale_of_the_run_decides() -> None:
-    """A run that has converged from 2.0 to nearly nothing is not rolled back for a loss that is still small for it."""
-    converged = Averages(loss=1e-6, gradient_norm=1e-6, log_norm=math.log(1e-6), finite_steps=500)
-    record = Record(loss_level=2.0, norm_level=1.0)
-    assert judge_step(converged, record, step(0.1, 0.01), LIMITS) == Proceed()
-    assert isinstance(judge_step(converged, record, step(0.3, 0.01), LIMITS), Retreat)
-    assert isinstance(judge_step(converged, record, step(0.1, 0.05), LIMITS), Retreat)
-
-
-def test_the_scale_is_taken_after_the_warm_up() -> None:
-    """The first averages are of an untrained model and do not count; the highest of the later ones does."""
-    record = Record()
-    for finite_steps, loss in [(1, 100.0), (19, 50.0), (20, 3.0), (21, 5.0), (22, 4.0)]:
-        record = record.after_step(Averages(loss=loss, gradient_norm=1.0, finite_steps=finite_steps), LIMITS)
-    assert (record.loss_level, record.norm_level) == (5.0, 1.0)
+# -- evaluations -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("best", "correct", "tier"),
-    [(0.9, 90, None), (0.9, 71, None), (0.9, 69, ROLLBACK_TIER_FULL), (0.0, 0, None), (0.15, 0, None)],
+    ("before", "value", "expected"),
+    [
+        ([0.9, 0.95], 0.1, False),
+        ([0.9, 0.95, 0.92], 0.1, True),
+        ([0.97] * 8, 0.9, False),  # their range is zero
+        ([0.97] * 8, 0.7, True),
+        ([0.97] * 8, math.nan, True),
+        ([0.3, 0.5, 0.7, 0.9], 0.1, False),  # they differ more than that
+        ([-0.02, -0.01, -0.01], -0.5, True),  # losses
+        ([-0.02, -0.01, -0.01], -0.025, False),
+    ],
 )
-def test_what_an_epoch_leads_to(best: float, correct: int, tier: int | None) -> None:
-    """More than the drop below the best: a full rollback; a job without accuracy never collapses."""
-    verdict = judge_epoch(Record(best_accuracy=best), epoch(correct), LIMITS)
-    if tier is None:
-        assert verdict == Proceed()
-    else:
-        assert isinstance(verdict, Retreat)
-        assert verdict.tier == tier
-        assert verdict.reason == "validation accuracy fell to 0.690 from 0.900"
-
-
-def test_the_best_accuracy_is_remembered() -> None:
-    """A worse epoch does not lower it."""
-    assert Record().after_epoch(epoch(80)).after_epoch(epoch(60)).best_accuracy == 0.8
-
-
-def test_the_fourth_rollback_in_a_thousand_steps_halts() -> None:
-    """Three are granted; then the same fault halts, saying both why; a thousand steps on there is budget again."""
-    record = Record()
-    verdicts: list[Verdict] = []
-    for at in (100, 150, 120, 130):
-        verdict = judge_step(STEADY, record, step(100.0, at=at), LIMITS)
-        verdicts.append(verdict)
-        if isinstance(verdict, Retreat):
-            record = record.after_retreat(verdict, LIMITS)
-    assert [type(verdict) for verdict in verdicts] == [Retreat, Retreat, Retreat, Halt]
-    assert isinstance(verdicts[3], Halt)
-    assert "loss 100" in verdicts[3].reason
-    assert "3 automatic rollbacks in 1000 steps are spent" in verdicts[3].reason
-    assert isinstance(judge_epoch(replace(record, best_accuracy=0.9), epoch(1), LIMITS), Halt)
-    assert isinstance(judge_step(STEADY, record, step(100.0, at=1099), LIMITS), Halt)
-    assert isinstance(judge_step(STEADY, record, step(100.0, at=1100), LIMITS), Retreat)
-
-
-@given(st.lists(st.tuples(st.integers(0, 300), st.booleans()), max_size=200), st.integers(1, 4), st.integers(1, 200))
-def test_the_budget_holds_over_any_course(course: list[tuple[int, bool]], rollbacks_max: int, per_steps: int) -> None:
-    """Whatever steps are made and undone, no window of steps ever sees more rollbacks begun than are allowed."""
-    limits = RollbackSettings(automatic_max=rollbacks_max, per_steps=per_steps)
-    budget, begun, at = RollbackBudget(), [], 0
-    for forward, wanted in course:
-        at += forward
-        if wanted and not budget.spent(at, limits):
-            budget = budget.after(at, limits)
-            begun.append(at)
-            at = max(0, at - 50)
-    for start in begun:
-        assert sum(start - per_steps < other <= start for other in begun) <= rollbacks_max
-    assert len(budget.begun_at) <= rollbacks_max
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1.5, 100), st.floats(0, 1e6), st.floats(1e-3, 1e3))
-def test_the_limit_is_above_the_average_and_scales_with_the_unit(
-    average: float, factor: float, level: float, unit: float
+def test_a_collapse_is_worse_than_all_by_more_than_their_range(
+    before: list[float], value: float, expected: bool
 ) -> None:
-    """It never lies below the average, is `factor` times a large one, and grows with the loss's unit."""
-    limit = explosion_limit(average, factor, level)
-    assert limit >= average
-    if average > level:
-        assert limit == pytest.approx(factor * average)
-    assert explosion_limit(average * unit, factor, level * unit) == pytest.approx(limit * unit, rel=1e-6, abs=1e-6)
+    """And by more than `accuracy_drop`, relative to the best one."""
+    assert collapsing(before, value, 0.2) is expected
 
 
-@given(st.lists(st.floats(0.5, 2.0), min_size=25, max_size=200))
-def test_an_ordinary_run_proceeds(losses: list[float]) -> None:
-    """Losses and norms that stay within a factor of four lead to nothing, ever."""
-    health, record = Averages(), Record()
-    for loss in losses:
-        report = step(loss, loss)
-        assert judge_step(health, record, report, LIMITS) == Proceed()
-        health = health.after(report)
-        record = record.after_step(health, LIMITS)
+@pytest.mark.parametrize(("correct", "collapsed"), [((30, 30, 90), False), ((30, 90, 30), False), ((30, 20, 25), True)])
+def test_three_collapsed_evaluations_in_a_row_retreat(correct: tuple[int, ...], collapsed: bool) -> None:
+    """To a checkpoint from before the first of them; no batch is to blame."""
+    run = Trained()
+    for at in (10, 20, 30):
+        assert run.health.epoch(epoch(90 + at // 10, at=at), rolling_back=False) == Proceed()
+    *first, last = (
+        run.health.epoch(epoch(each, at=at), rolling_back=False) for each, at in zip(correct, (40, 50, 60), strict=True)
+    )
+    assert first == [Proceed()] * 2
+    assert isinstance(last, Retreat) is collapsed
+    if isinstance(last, Retreat):
+        assert (last.evidence_step, last.durable, last.batches) == (40, True, ())
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_norms_that_scatter_log_normally_proceed(seed: int) -> None:
-    """As those of a sound run do late in training, far beyond five times their average now and then."""
-    draw = random.Random(seed)  # noqa: S311 - a repeatable draw is wanted
-    health, record, highest = Averages(), Record(), 0.0
-    for number in range(4000):
-        decay = math.exp(-number / 500)  # while it converges
-        scatter = min(draw.lognormvariate(0.0, 0.9 - 0.7 * decay), 15.0)  # it grows while the average sinks
-        report = step(0.05 + decay, (0.05 + decay) * scatter)
-        assert judge_step(health, record, report, LIMITS) == Proceed()
-        if number > LIMITS.warmup_steps:
-            highest = max(highest, report.gradient_norm / health.gradient_norm)
-        health = health.after(report)
-        record = record.after_step(health, LIMITS)
-    assert highest > LIMITS.norm_factor
-    assert isinstance(judge_step(health, record, step(0.05, 50.0), LIMITS), Retreat)
+def test_a_job_without_accuracies_is_judged_by_its_loss() -> None:
+    """Larger losses are worse; the first correct prediction changes to accuracies."""
+    run = Trained()
+    for at in range(3):
+        run.health.epoch(epoch(0, at=at, loss=0.5), rolling_back=False)
+    collapsed = [run.health.epoch(epoch(0, at=9, loss=50.0), rolling_back=False) for _ in range(3)]
+    assert isinstance(collapsed[-1], Retreat)
+    other = Trained()
+    for _ in range(3):
+        other.health.epoch(epoch(0, loss=0.5), rolling_back=False)
+    assert [other.health.epoch(epoch(50, loss=50.0), rolling_back=False) for _ in range(9)] == [Proceed()] * 9
 
 
-@pytest.mark.parametrize("growth", [1.3, 2.0, 10.0])
-def test_a_run_that_diverges_is_caught(growth: float) -> None:
-    """Losses and norms that grow by the same factor each step are caught well before they overflow."""
-    health, record, value = Averages(), Record(), 1.0
-    for _ in range(40):
-        health = health.after(step(1.0, 1.0))
-        record = record.after_step(health, LIMITS)
-    for _ in range(30):
-        value *= growth
-        report = step(value, value)
-        if isinstance(judge_step(health, record, report, LIMITS), Retreat):
-            break
-        health = health.after(report)
-        record = record.after_step(health, LIMITS)
-    assert 5.0 < value < 200.0
-
-
-# -- averages
-
-
-def after(*steps: StepDone) -> Averages:
-    """Returns the averages after these steps."""
-    averages = Averages()
-    for one in steps:
-        averages = averages.after(one)
-    return averages
-
-
-@pytest.mark.parametrize(("streak", "too_many"), [(0, False), (1, False), (2, False), (3, True), (4, True)])
-def test_skipped_steps_in_a_row_are_counted(streak: int, too_many: bool) -> None:
-    """From the bound on there are too many."""
-    health = Health(RollbackSettings(automatic=False))
-    for _ in range(streak):
-        health.step(step(skipped=True), rolling_back=False)
-    assert health.skipped_too_many(3) is too_many
-    health.forgive_skipped_steps()
-    assert not health.skipped_too_many(3)
-
-
-def test_a_finite_step_ends_the_streak() -> None:
-    """Only skipped steps in a row count."""
-    assert after(step(skipped=True), step(), step(skipped=True)).skipped_streak == 1
-
-
-def test_averages_start_at_the_first_step_and_follow() -> None:
-    """The first finite step sets the averages; later ones pull them a twentieth of the way."""
-    health = after(step(2.0, 4.0), step(4.0, 4.0))
-    assert health.loss == pytest.approx(2.1)
-    assert health.gradient_norm == 4.0
-    assert health.loss_delta == pytest.approx(2.0)
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=200, max_size=200))
-def test_the_variance_is_never_negative(losses: list[float]) -> None:
-    """Whatever the losses, the variance stays a variance and skipped steps do not change it."""
-    health = after(*[step(loss) for loss in losses])
-    assert health.loss_variance >= 0
-    assert min(losses) - 1 <= health.loss <= max(losses) + 1
-    assert health.after(step(math.nan, skipped=True)).loss == health.loss
-
-
-def test_the_variance_of_a_steady_wobble_is_found() -> None:
-    """For losses that alternate around a mean the estimate comes near the true variance."""
-    losses = [1.0, 3.0] * 200
-    assert after(*[step(loss) for loss in losses]).loss_variance == pytest.approx(statistics.pvariance(losses), rel=0.1)
-
-
-# -- the health of a run
-
-SETTINGS = RollbackSettings(warmup_steps=5, automatic_max=2)
-
-
-def numbered(number: int, loss: float, *, epoch: int = 1, place: int = 0) -> StepDone:
-    """One update on the batch at that place."""
-    return StepDone(number, epoch, loss, 1.0, 8, 0.1, 0.0, 0.0, batches=range(place, place + 1))
-
-
-def evaluated(accuracy: float) -> EpochDone:
-    """An epoch with that validation accuracy."""
-    result = Evaluation(1.0, int(accuracy * 100), 100)
-    return EpochDone(2, 100, result, 1.0, 0.0, {}, 0.0, HardwareContext())
-
-
-def trained(health: Health, steps: int, loss: float) -> None:
-    """Counts that many healthy steps."""
-    for number in range(steps):
-        assert health.step(numbered(number, loss), rolling_back=False) == Proceed()
-
-
-def test_batches_of_unhealthy_steps_are_returned_once() -> None:
-    """The step that begins the way back, and what goes wrong until it is over; healthy ones in between are not."""
-    health = Health(SETTINGS)
-    trained(health, 10, 1.0)
-    assert isinstance(health.step(numbered(11, 100.0, place=3), rolling_back=False), Retreat)
-    assert health.step(numbered(12, 1.0, place=4), rolling_back=True) == Proceed()
-    assert health.step(numbered(13, 200.0, place=5), rolling_back=True) == Proceed()
-    assert health.epoch(evaluated(0.0), rolling_back=False) == Proceed()
-    assert health.end_retreat() == ((1, 3), (1, 5))
-    assert health.end_retreat() == ()
-    assert isinstance(health.step(numbered(14, 100.0), rolling_back=False), Retreat)
-    health.end_retreat()
-    assert isinstance(health.step(numbered(15, 100.0), rolling_back=False), Halt)
-
-
-def test_a_resumed_run_is_measured_as_before() -> None:
-    """What was no explosion for the whole run is none after its restart; a budget that was spent stays spent."""
-    before = Health(SETTINGS)
-    trained(before, 10, 2.0)
-    assert before.epoch(evaluated(0.9), rolling_back=False) == Proceed()
-    after = Health(SETTINGS, before.to_json())
-    trained(after, 10, 0.001)
-    small = numbered(11, 0.2)  # 200 times the average of late, a tenth of what the run began with
-    assert after.step(small, rolling_back=False) == Proceed()
-    fresh = Health(SETTINGS)
-    trained(fresh, 10, 0.001)
-    assert isinstance(fresh.step(small, rolling_back=False), Retreat)
-    assert isinstance(after.epoch(evaluated(0.5), rolling_back=False), Retreat)
-    after.end_retreat()
-    assert isinstance(after.step(numbered(12, 50.0), rolling_back=False), Retreat)
-    again = Health(SETTINGS, after.to_json())
-    trained(again, 10, 0.001)
-    assert isinstance(again.step(numbered(13, 50.0), rolling_back=False), Halt)
-
-
-@pytest.mark.parametrize("scale", ["", "{", "[]", '{"loss_level": "much"}'])
-def test_an_unreadable_record_is_a_new_one(scale: str) -> None:
-    """A journal with other content does not prevent a start."""
-    assert Health(SETTINGS, scale).to_json() == Health(SETTINGS).to_json()
-
-
-def test_nothing_is_judged_without_automatic_rollbacks() -> None:
-    """Without automatic rollbacks there are no verdicts."""
-    health = Health(RollbackSettings(automatic=False))
-    trained(health, 30, 1.0)
-    assert health.step(numbered(31, 1e9), rolling_back=False) == Proceed()
-    assert health.epoch(evaluated(0.9), rolling_back=False) == Proceed()
-    assert health.epoch(evaluated(0.0), rolling_back=False) == Proceed()
-
-
-def test_the_healthy_step_ends_where_it_went_wrong() -> None:
-    """Not with a step that exploded, nor with one on the way back; a collapse takes the epoch's steps back."""
-    health = Health(SETTINGS)
-    trained(health, 10, 1.0)
-    assert health.healthy_step == 9
-    assert isinstance(health.step(numbered(10, 100.0), rolling_back=False), Retreat)
-    assert health.step(numbered(11, 1.0), rolling_back=False) == Proceed()
-    assert health.healthy_step == 9
-    health.end_retreat()
-    assert health.epoch(replace(evaluated(0.9), global_step=9), rolling_back=False) == Proceed()
-    assert health.step(numbered(12, 1.0), rolling_back=False) == Proceed()
-    assert health.healthy_step == 12
-    assert isinstance(health.epoch(evaluated(0.1), rolling_back=False), Retreat)
-    assert health.healthy_step == 9
-
-
-def test_an_operators_rollback_costs_nothing_of_the_automatic_ones() -> None:
-    """What goes wrong while it is under way begins nothing and spends no budget; its batches are still returned."""
-    health = Health(SETTINGS)
-    trained(health, 10, 1.0)
-    before = health.to_json()
-    assert health.step(numbered(11, 100.0, place=3), rolling_back=True) == Proceed()
-    assert health.epoch(evaluated(0.0), rolling_back=True) == Proceed()
-    assert health.to_json() == before
-    assert health.healthy_step == 9
-    assert health.end_retreat() == ((1, 3),)
-    assert isinstance(health.step(numbered(12, 100.0), rolling_back=False), Retreat)
+def test_undone_evaluations_do_not_count() -> None:
+    """After a restore, those of later steps are forgotten."""
+    run = Trained()
+    for at in (10, 20, 30):
+        run.health.epoch(epoch(90, at=at), rolling_back=False)
+    run.restore(20)
+    assert [run.health.epoch(epoch(30, at=at), rolling_back=False) for at in (30, 40, 50)] == [Proceed()] * 3

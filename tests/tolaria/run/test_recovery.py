@@ -3,9 +3,11 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import pytest
 from structlog.testing import capture_logs
 
@@ -15,21 +17,27 @@ from support.lanes import FakeLane, small_image, started_client
 from support.rollbacks import FakeBoard, FakeJournal
 from tolaria.checkpoint.storage import Storage, open_storage
 from tolaria.checkpoint.store import Damage, Retention
-from tolaria.config import RollbackSettings
+from tolaria.config import HealthSettings, RollbackSettings
 from tolaria.emergency import Trigger
 from tolaria.errors import (
     AdjustmentRefusedError,
     LaneError,
+    NoCheckpointError,
     RestoreAbandonedError,
     RestoreUnprovenError,
     StateMismatchError,
     WrongStateError,
 )
 from tolaria.images import SnapshotInfo
+from tolaria.journal.async_journal import AsyncJournal
 from tolaria.lane.messages import (
     BatchesSkipped,
     ChangeOptimizer,
+    CommandDone,
+    Event,
+    Held,
     Hold,
+    LaneEnded,
     OptimizerChanged,
     Release,
     Restore,
@@ -43,9 +51,11 @@ from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.health import Health, RateCut, Retreat
 from tolaria.run.observers import RunObserver
 from tolaria.run.recovery import LaneRestorer, Recovery
+from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus
+from tolaria.values.lineage import Lineage
 from tolaria.values.training import EpochProgress, Position
 
 pytestmark = pytest.mark.anyio
@@ -120,9 +130,13 @@ class FakeCheckpointing(Checkpointing):
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
-    async def supersede_after(self, global_step: int) -> None:
-        """Notes the step."""
-        self._recorder.note(f"superseded after {global_step}")
+    async def follow(self, lineage: Lineage, detail: str) -> int:
+        """Notes the reason; one checkpoint is superseded."""
+        self._recorder.note(detail)
+        return 1
+
+    def rewound(self, global_step: int, lineage: Lineage) -> None:
+        """Does nothing: no image is in flight."""
 
 
 class FakeSafety(Safety):
@@ -158,7 +172,7 @@ def restored(command: Restore, *, state_digest: str = "d") -> Restored:
 class RecoveryParts:
     """Recovery with a scripted lane that has snapshots of steps 3, 6 and 9. Made on the event loop."""
 
-    def __init__(self, storage: Storage, *, halt_on_deadline: bool = True, budget_s: float = 30.0) -> None:
+    def __init__(self, storage: Storage, *, budget_s: float = 30.0) -> None:
         self.lane = FakeLane(
             {
                 Restore: restored,
@@ -166,28 +180,29 @@ class RecoveryParts:
                 ChangeOptimizer: OptimizerChanged({}, {}, ()),
             }
         )
-        self.client = started_client(self.lane)
+        self.client = started_client(self.lane, self._apply)
         self.status = RunStatus("run", "digits", "", 1, 0.0)
         self.status.snapshots = tuple(SnapshotInfo(Position(step, 1), 8, "d") for step in (3, 6, 9))
         self.status.global_step = 11
-        self.lifecycle, self.health = FakeLifecycle(), FakeHealth(RollbackSettings())
+        self.lifecycle, self.health = FakeLifecycle(), FakeHealth(RollbackSettings(), HealthSettings())
         self.recorder = Recorder()
         self.recorder.held = lambda: self.client.held_for("rollback")
-        self.restorer = LaneRestorer(self.client, self.status, storage.checkpoints, self.recorder)
+        self.points = RestorePoints()
+        self.points.snapshots_changed(self.status.snapshots)
+        self.prove(10)
+        self.restorer = LaneRestorer(self.client, self.status, storage.checkpoints, self.recorder, self.points)
         self.journal = FakeJournal()
         coordinator = RollbackCoordinator(
             {},
             self.restorer,
             run_id="run",
-            settings=RollbackSettings(
-                fast_budget_s=budget_s, full_budget_s=budget_s, halt_on_deadline=halt_on_deadline
-            ),
+            settings=RollbackSettings(fast_budget_s=budget_s, full_budget_s=budget_s),
             board=FakeBoard(),
             journal=self.journal,
         )
         self.recovery = Recovery(
             coordinator,
-            self.client,
+            self.restorer,
             lifecycle=self.lifecycle,
             health=self.health,
             checkpointing=FakeCheckpointing(self.recorder),
@@ -195,6 +210,15 @@ class RecoveryParts:
             safety=FakeSafety(self.recorder),
             status=self.status,
         )
+
+    def prove(self, sound_losses: int) -> None:
+        """Reports losses that prove the points before them."""
+        for _ in range(sound_losses):
+            self.points.step_done(above=False, suspect=False)
+
+    def _apply(self, event: Event) -> None:
+        if isinstance(event, CommandDone) and isinstance(event.result, Restored):
+            self.recovery.rewound(event.result)
 
 
 @pytest.fixture
@@ -222,6 +246,12 @@ async def serving(parts: RecoveryParts) -> AsyncIterator[None]:
         tasks.cancel_scope.cancel()
 
 
+async def prove_checkpoints(storage: Storage) -> None:
+    """Marks every checkpoint as proven."""
+    rows = await anyio.to_thread.run_sync(storage.checkpoints.restore_points)
+    await AsyncJournal(storage.journal, "run").prove([row.checkpoint_id for row in rows])
+
+
 def fast(target_step: int | None = None) -> Rollback:
     """A rollback to a snapshot."""
     return Rollback(ROLLBACK_TIER_FAST, target_step, "odd", "operator")
@@ -237,27 +267,45 @@ def step_done(global_step: int, *, skipped: bool = False) -> StepDone:
 
 
 @pytest.mark.parametrize(
-    ("tier", "at_or_before", "step"),
+    ("tier", "at_or_before", "step", "chosen"),
     [
-        (ROLLBACK_TIER_FAST, None, 9),
-        (ROLLBACK_TIER_FAST, 8, 6),
-        (ROLLBACK_TIER_FAST, 2, None),
-        (ROLLBACK_TIER_FULL, None, 5),
-        (ROLLBACK_TIER_FULL, 4, 2),
-        (ROLLBACK_TIER_FULL, 1, None),
+        (ROLLBACK_TIER_FAST, None, 9, "the newest proven one: the snapshot"),
+        (ROLLBACK_TIER_FAST, 8, 6, "the nearest at or before step 8: the snapshot"),
+        (ROLLBACK_TIER_FULL, None, 5, "none is proven, the newest not suspect: checkpoint 000000000005"),
+        (ROLLBACK_TIER_FULL, 4, 2, "the nearest at or before step 4: checkpoint 000000000002"),
+        (ROLLBACK_TIER_UNSPECIFIED, 5, 5, "the nearest at or before step 5: checkpoint 000000000005"),
     ],
 )
-async def test_the_nearest_restore_point(
-    storage: Storage, tier: RollbackTier.ValueType, at_or_before: int | None, step: int | None
+async def test_the_chosen_restore_point(
+    storage: Storage, tier: RollbackTier.ValueType, at_or_before: int | None, step: int, chosen: str
 ) -> None:
-    """The fast tier has the snapshots in memory, the full tier the committed checkpoints."""
-    parts = RecoveryParts(storage)
-    assert await parts.restorer.locate(tier, at_or_before) == step
+    """The fast tier has the snapshots in memory, the full tier the checkpoints; the rollback says which it takes."""
+    parts, rollback = RecoveryParts(storage), Rollback(tier, at_or_before, "odd", "operator")
+    await parts.restorer.choose(rollback)
+    assert (rollback.chosen_step, rollback.chosen.rpartition("-")[0] or rollback.chosen) == (step, chosen)
+
+
+@pytest.mark.parametrize(
+    ("rollback", "words"),
+    [
+        (Rollback(ROLLBACK_TIER_FAST, 2, "", "operator"), "no restore point of the fast tier at or before step 2"),
+        (
+            Rollback(ROLLBACK_TIER_FULL, None, "", "health", before_step=4),
+            "no proven restore point of the full tier be",
+        ),
+        (Rollback(ROLLBACK_TIER_UNSPECIFIED, None, "", "operator", checkpoint_id="x"), "there is no checkpoint x"),
+    ],
+)
+async def test_without_a_restore_point_the_reason_is_raised(storage: Storage, rollback: Rollback, words: str) -> None:
+    """The error says what was looked for."""
+    with pytest.raises(NoCheckpointError, match=words):
+        await RecoveryParts(storage).restorer.choose(rollback)
 
 
 async def test_a_snapshot_is_restored_by_the_lane(storage: Storage) -> None:
     """The command has the deadline and no image; the rollback gets what the lane answers."""
     parts, rollback = RecoveryParts(storage), fast(6)
+    await parts.restorer.choose(rollback)
     rollback.deadline_s = 123.0
     await parts.restorer.restore(rollback)
     assert parts.lane.sent_of(Restore) == [Restore(6, 123.0)]
@@ -278,6 +326,7 @@ async def test_a_checkpoint_is_loaded_for_the_lane(storage: Storage, tmp_path: P
     newest = max((tmp_path / "checkpoints").iterdir())
     (newest / "state.json").unlink()
     rollback = Rollback(ROLLBACK_TIER_FULL, 5, "odd", "operator")
+    await parts.restorer.choose(rollback)
     rollback.deadline_s = time.monotonic() + 30
     await parts.restorer.restore(rollback)
     assert positions == [Position(2, 1)]
@@ -333,12 +382,12 @@ async def test_the_lane_is_held_until_everything_is_done(storage: Storage) -> No
     parts.health.spoiled = ((1, 4), (1, 3))
     async with serving(parts):
         with capture_logs() as logs:
-            parts.recovery.retreat(Retreat(ROLLBACK_TIER_FAST, "loss exploded", 9, RateCut(0.5, 3)), before_step=8)
+            parts.recovery.retreat(Retreat("loss exploded", 9, (), RateCut(0.5, 3)))
             assert parts.recovery.running
             await anyio.wait_all_tasks_blocked()
     kinds = [type(command) for command in parts.lane.sent]
     assert kinds == [Hold, Restore, SkipBatches, ChangeOptimizer, Release]
-    assert parts.recorder.log == [("started", True), ("ended", True), ("superseded after 6", True)]
+    assert parts.recorder.log == [("started", True), ("rolled back to step 6", True), ("ended", True)]
     (change,) = parts.lane.sent_of(ChangeOptimizer)
     assert change.adjustment is not None
     assert (change.adjustment.factor, change.adjustment.expires_after_steps) == (0.5, 3)
@@ -354,37 +403,78 @@ async def test_without_a_snapshot_a_retreat_takes_a_checkpoint(storage: Storage)
     """A verdict that asks for the fast tier is satisfied by the full one."""
     parts = RecoveryParts(storage)
     parts.status.snapshots = ()
+    await prove_checkpoints(storage)
     async with serving(parts):
-        parts.recovery.retreat(Retreat(ROLLBACK_TIER_FAST, "odd", 5, RateCut(0.5, 3)), before_step=4)
+        parts.recovery.retreat(Retreat("odd", 5, (), RateCut(0.5, 3)))
         with anyio.fail_after(10):
             while not parts.journal.rollbacks:
                 await anyio.sleep(0.001)
     assert [(row.tier, row.restored_step) for row in parts.journal.rollbacks] == [("full", 2)]
 
 
-async def test_without_a_target_it_goes_to_the_newest_healthy_point(storage: Storage) -> None:
-    """Snapshots after the last healthy step are not taken by default."""
+async def test_a_retreat_takes_the_newest_proven_point_of_both_tiers(storage: Storage) -> None:
+    """A checkpoint that is proven and newer than the proven snapshots before the evidence is taken."""
     parts = RecoveryParts(storage)
-    parts.health.healthy_step = 8
+    await prove_checkpoints(storage)
     async with serving(parts):
-        rollback = await parts.recovery.roll_back(fast())
-    assert rollback.restored_step == 6
+        parts.recovery.retreat(Retreat("odd", 6, (), RateCut(0.5, 3)))
+        with anyio.fail_after(10):
+            while not parts.journal.rollbacks:
+                await anyio.sleep(0.001)
+    (row,) = parts.journal.rollbacks
+    assert (row.tier, row.restored_step, row.origin, row.attempt) == ("full", 5, "health", 2)
+    assert row.chosen.startswith("the newest proven one: checkpoint")
+
+
+async def test_a_retreat_without_a_restore_point_halts(storage: Storage) -> None:
+    """The state is ill and cannot be undone: it is neither trained nor saved."""
+    parts = RecoveryParts(storage)
+    async with serving(parts):
+        parts.recovery.retreat(Retreat("loss exploded", 9, (), RateCut(0.5, 3), older_than=3))
+        await anyio.wait_all_tasks_blocked()
+        with anyio.fail_after(10):
+            while parts.recovery.running:
+                await anyio.sleep(0.001)
+    assert parts.recorder.log == [("started", True), ("failed", True), ("ended", True)]
+    assert parts.recovery.ill == "loss exploded"
+
+
+async def test_a_rollback_to_another_branch(storage: Storage) -> None:
+    """The lane drops its snapshots, which are no ancestors; the lineage is that of the checkpoint."""
+    parts = RecoveryParts(storage)
+
+    def take(command: Restore) -> Restored:
+        with parts.lane.images.take(command.image_id) as image:
+            return restored(replace(command, target_step=image.position.global_step))
+
+    parts.lane.answers[Restore] = take
+    parts.points.rewound(3, None)
+    (_, left) = await anyio.to_thread.run_sync(storage.checkpoints.restore_points)
+    await anyio.to_thread.run_sync(storage.checkpoints.follow, parts.points.lineage, "back to 3")
+    async with serving(parts):
+        done = await parts.recovery.roll_back(
+            Rollback(ROLLBACK_TIER_UNSPECIFIED, None, "undo", "operator", checkpoint_id=left.checkpoint_id)
+        )
+    (command,) = parts.lane.sent_of(Restore)
+    assert command.other_branch
+    assert (done.restored_step, done.attempt, done.superseded) == (5, 3, 1)
+    assert parts.points.lineage == Lineage(3, ((1, 5),))
 
 
 async def test_a_second_rollback_and_one_after_the_end_are_rejected(storage: Storage) -> None:
     """Verdicts are satisfied by the one that is running, and ignored after the end."""
     parts = RecoveryParts(storage)
-    verdict = Retreat(ROLLBACK_TIER_UNSPECIFIED, "odd", 3, RateCut(0.5, 3))
+    verdict = Retreat("odd", 3, (), RateCut(0.5, 3))
     parts.recovery.begin(fast())
     with pytest.raises(WrongStateError, match="another rollback is running"):
         parts.recovery.begin(fast())
-    parts.recovery.retreat(verdict, before_step=3)
+    parts.recovery.retreat(verdict)
     async with serving(parts):
         await anyio.wait_all_tasks_blocked()
     parts.lifecycle.has_ended = True
     with pytest.raises(WrongStateError, match="the run has ended"):
         parts.recovery.begin(fast())
-    parts.recovery.retreat(verdict, before_step=3)
+    parts.recovery.retreat(verdict)
     assert parts.recorder.words.count("started") == 1
 
 
@@ -395,9 +485,10 @@ async def test_a_rollback_goes_on_when_its_caller_is_cancelled(storage: Storage)
         with anyio.CancelScope() as scope:
             scope.cancel()
             await parts.recovery.roll_back(fast(6))
-        assert parts.recovery.running
-        await anyio.wait_all_tasks_blocked()
-        assert (parts.recovery.running, parts.status.rollbacks) == (False, 1)
+        with anyio.fail_after(10):
+            while parts.recovery.running:
+                await anyio.sleep(0.001)
+        assert parts.status.rollbacks == 1
 
 
 async def test_a_failed_rollback_leaves_everything_as_it_was(storage: Storage) -> None:
@@ -423,8 +514,8 @@ async def test_a_failed_proof_is_raised_while_the_lane_is_held(storage: Storage)
         assert parts.recorder.log == [
             ("started", True),
             ("unproven", True),
+            ("rolled back to step 6", True),
             ("ended", True),
-            ("superseded after 6", True),
         ]
         assert (parts.recovery.unproven, parts.status.rollbacks) == (True, 0)
         parts.lane.answers[Restore] = StateMismatchError(["parameter/w: missing"])
@@ -436,16 +527,87 @@ async def test_a_failed_proof_is_raised_while_the_lane_is_held(storage: Storage)
         assert not parts.recovery.unproven
 
 
-@pytest.mark.parametrize("halts", [True, False])
-async def test_a_missed_deadline_is_raised_while_the_lane_is_held(storage: Storage, halts: bool) -> None:
-    """Where it halts, no step is trained in between; the settings may say that it does not halt."""
-    parts = RecoveryParts(storage, halt_on_deadline=halts, budget_s=0.1)
+async def test_an_operators_missed_deadline_halts_nothing(storage: Storage) -> None:
+    """The named tier is not replaced by the other one, and training goes on."""
+    parts = RecoveryParts(storage, budget_s=0.1)
     del parts.lane.answers[Restore]
     async with serving(parts):
         with pytest.raises(RestoreAbandonedError):
             await parts.recovery.roll_back(fast())
-    missed = [("missed: odd", True)] if halts else []
-    assert parts.recorder.log == [("started", True), *missed, ("ended", True)]
+    assert parts.recorder.log == [("started", True), ("ended", True)]
+    assert parts.recovery.ill == ""
+
+
+async def test_a_missed_deadline_tries_the_other_tier_once_then_halts_an_ill_run(storage: Storage) -> None:
+    """Both tries are recorded, each by its own id; no step is trained in between."""
+    parts = RecoveryParts(storage, budget_s=0.1)
+    await prove_checkpoints(storage)
+    del parts.lane.answers[Restore]
+    async with serving(parts):
+        parts.recovery.retreat(Retreat("odd", 9, (), RateCut(0.5, 3)))
+        with anyio.fail_after(10):
+            while parts.recovery.running:
+                await anyio.sleep(0.001)
+    assert parts.recorder.log == [
+        ("started", True),
+        ("ended", True),
+        ("started", True),
+        ("missed: odd", True),
+        ("ended", True),
+    ]
+    assert [(row.tier, row.outcome) for row in parts.journal.rollbacks] == [
+        ("fast", "deadline_exceeded"),
+        ("full", "deadline_exceeded"),
+    ]
+    assert len({row.rollback_id for row in parts.journal.rollbacks}) == 2
+
+
+async def test_the_second_try_counts(storage: Storage) -> None:
+    """A snapshot that was overwritten while the lane was on its way is replaced by another point."""
+    parts = RecoveryParts(storage)
+    answers = [NoCheckpointError("the snapshot of step 9 has been overwritten")]
+
+    def first_gone(command: Restore) -> Restored | NoCheckpointError:
+        if not answers:
+            return restored(command)
+        parts.status.snapshots = parts.status.snapshots[:-1]
+        return answers.pop()
+
+    parts.lane.answers[Restore] = first_gone
+    async with serving(parts):
+        done = await parts.recovery.roll_back(Rollback(ROLLBACK_TIER_UNSPECIFIED, None, "odd", "operator"))
+    assert (done.restored_step, done.ending) == (6, Ending.RESTORED)
+    assert [row.outcome for row in parts.journal.rollbacks] == ["failed", "restored"]
+
+
+async def test_waiting_for_the_step_boundary_is_not_part_of_the_budget(storage: Storage) -> None:
+    """The lane is in a long step: the rollback waits longer than its budget, and succeeds; both times are reported."""
+    parts = RecoveryParts(storage, budget_s=0.1)
+    parts.lane.holds = False
+    async with serving(parts), anyio.create_task_group() as tasks:
+        rollback = fast(6)
+        tasks.start_soon(parts.recovery.roll_back, rollback)
+        await anyio.sleep(0.3)
+        assert parts.recovery.running
+        (hold,) = parts.lane.sent_of(Hold)
+        parts.lane.emit(Held(11, hold.number))
+    assert rollback.ending is Ending.RESTORED
+    assert rollback.waited_ms >= 300 > rollback.restored_ms
+    assert parts.journal.rollbacks[0].waited_ms == rollback.waited_ms
+
+
+async def test_a_lane_that_ends_before_its_boundary_ends_the_rollback(storage: Storage) -> None:
+    """It does not wait for a step boundary that never comes."""
+    parts = RecoveryParts(storage)
+    parts.lane.holds = False
+    async with serving(parts):
+        parts.recovery.begin(fast(6))
+        await anyio.wait_all_tasks_blocked()
+        parts.lane.emit(LaneEnded(11, None))
+        with anyio.fail_after(10):
+            while parts.recovery.running:
+                await anyio.sleep(0.001)
+    assert [row.outcome for row in parts.journal.rollbacks] == ["failed"]
 
 
 @pytest.mark.parametrize("answer", [AdjustmentRefusedError("factor", "too small"), None])
@@ -458,7 +620,7 @@ async def test_what_fails_after_the_restore_does_not_undo_it(
     parts.lane.answers[ChangeOptimizer] = answer or (lambda _command: None)
     with capture_logs() as logs:
         async with serving(parts):
-            parts.recovery.retreat(Retreat(ROLLBACK_TIER_FAST, "odd", 9, RateCut(0.5, 3)), before_step=8)
+            parts.recovery.retreat(Retreat("odd", 9, (), RateCut(0.5, 3)))
             with anyio.fail_after(10):
                 while parts.recovery.running:
                     await anyio.sleep(0.001)

@@ -28,9 +28,11 @@ from tolaria.run.resume import (
     end_run,
     load_resume_point,
     prepare_state,
+    require_free,
     retention_of,
     unfinished_run,
 )
+from tolaria.values.lineage import Lineage
 
 LOCK_HOLDER = """
 import fcntl, os, sys
@@ -82,8 +84,9 @@ class Unreadable(Filesystem):
 
 def test_retention_follows_the_settings() -> None:
     """The best accuracy is the highest, the best loss the lowest."""
-    assert retention_of(CheckpointSettings(keep_last=7)) == Retention(last=7, best="highest")
-    assert retention_of(CheckpointSettings(best="loss")) == Retention(last=3, best="lowest")
+    chosen = CheckpointSettings(keep_last=7, keep_superseded=1, keep_superseded_s=60.0)
+    assert retention_of(chosen) == Retention(last=7, best="highest", superseded=1, superseded_s=60.0)
+    assert retention_of(CheckpointSettings(best="loss")).best == "lowest"
 
 
 # -- which run is resumed --------------------------------------------------------------------------------------------
@@ -247,6 +250,17 @@ def test_a_run_that_cannot_be_read_at_present_is_not_given_up(tmp_path: Path) ->
 # -- the directory ---------------------------------------------------------------------------------------------------
 
 
+def test_a_directory_in_use_is_reported_before_anything_is_built(tmp_path: Path) -> None:
+    """The check creates nothing and leaves a free directory free."""
+    require_free(settings(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+    with prepare_state(settings(tmp_path)), pytest.raises(StateHeldError):
+        require_free(settings(tmp_path))
+    require_free(settings(tmp_path))
+    with prepare_state(settings(tmp_path)):
+        pass
+
+
 def test_a_directory_serves_one_process_at_a_time(tmp_path: Path) -> None:
     """A second process is refused with the setting and the holder's pid until the first has ended in any way."""
     with subprocess.Popen(
@@ -320,6 +334,32 @@ def test_a_full_disk_prevents_the_start_and_is_logged_at_the_end(
     with capture_logs() as logs, prepare_state(settings(tmp_path)) as prepared, full_disk(monkeypatch):
         end_run(prepared, "finished")
     assert [line["event"] for line in logs] == ["run_end_not_recorded"]
+
+
+def test_a_crash_right_after_a_checkpoint_loses_nothing(tmp_path: Path) -> None:
+    """The checkpoint is not proven yet, and is resumed from all the same; the attempt goes on."""
+    leave_run(tmp_path, None, 3, 6)
+    with prepare_state(settings(tmp_path)) as prepared:
+        point = load_resume_point(prepared)
+        assert point.loaded is not None
+        assert (point.loaded.row.global_step, point.loaded.row.proven) == (6, 0)
+        assert point.points.lineage == Lineage()
+
+
+def test_a_suspect_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    """It is superseded, not removed, and what follows is another attempt."""
+    leave_run(tmp_path, None, 3, 6, 9)
+    with prepare_state(settings(tmp_path)) as prepared:
+        journal = prepared.storage.journal
+        newest = prepared.storage.checkpoints.restore_points()[-1]
+        journal.revise(newest.checkpoint_id, suspect=1)
+        with capture_logs() as logs:
+            point = load_resume_point(prepared)
+        assert point.loaded is not None
+        assert point.loaded.row.global_step == 6
+        assert point.points.lineage == Lineage(2, ((1, 6),))
+        assert prepared.storage.checkpoints.kept_points()[-1].state == "superseded"
+    assert [line["event"] for line in logs] == ["suspect_checkpoints_passed_over"]
 
 
 def test_the_active_halt_of_a_run_is_found(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from tolaria.journal.async_journal import AsyncJournal
 from tolaria.rollback.protocol import Rollback
 from tolaria.run.health import RateCut, Retreat
 from tolaria.run.recovery import LaneRestorer
+from tolaria.values.lineage import Lineage
 
 pytestmark = pytest.mark.anyio
 
@@ -86,6 +87,9 @@ async def test_a_missed_deadline_is_reported_while_the_lane_is_held(monkeypatch:
         await run.until(lambda: run.status.global_step > 10)
         with pytest.raises(RestoreAbandonedError):
             await run.run.roll_back(fast())
+        assert held == []  # an operator's missed rollback halts nothing
+        run.recovery.retreat(Retreat("odd", run.status.global_step, (), RateCut(0.5, 3)))
+        await run.until(lambda: not run.recovery.running)
         assert held == [True]
         await run.run.stop("enough")
 
@@ -112,7 +116,7 @@ async def test_no_rollback_begins_after_the_end_of_the_run() -> None:
     async with running(run):
         await run.until(lambda: run.state == "FINISHED")
         run.safety.controller.escalate(EMERGENCY_LEVEL_CONSERVATIVE, "odd", "kasmina")
-        run.recovery.retreat(Retreat(ROLLBACK_TIER_FAST, "odd", 3, RateCut(0.5, 3)), before_step=3)
+        run.recovery.retreat(Retreat("odd", 3, (), RateCut(0.5, 3)))
         assert not run.recovery.running
         with pytest.raises(WrongStateError, match="the run has ended"):
             run.recovery.begin(fast())
@@ -132,39 +136,43 @@ async def test_the_duration_is_observed_also_when_no_step_follows() -> None:
 
         run.recovery.begin(fast(6), begin_another)
         await run.until(lambda: run.status.rollbacks == 2)
-        assert counts == [None, 1]
+        assert counts == [0, 1]
         await run.until(lambda: durations(run) == 2)
         await run.run.pause("look")
         await run.run.roll_back(fast(3))
         assert durations(run) == 3
-        run.run.resume("on")
+        await run.run.resume("on")
         await run.until(lambda: run.status.global_step > 10)
         assert durations(run) == 3
         await run.run.stop("enough")
 
 
-async def test_the_default_target_is_the_newest_stable_restore_point() -> None:
-    """Points after the last healthy step are listed as not stable, and are no default target."""
-    run = endless()
+async def test_the_default_target_is_the_newest_proven_restore_point() -> None:
+    """Points that no sound losses have followed are listed as not stable, and are no default target."""
+    run = endless(every_steps=1)
     async with running(run), serving_run(run) as channel:
         stub = stub_of(channel)
         await run.until(lambda: run.status.global_step > 20)
-        run.health.healthy_step = 8
         await run.run.pause("look")
+        run.health.healthy_step = 8
         points = (await stub.ListRestorePoints(admin.ListRestorePointsRequest())).restore_points
-        assert {point.global_step for point in points if point.stable} <= {0, 3, 6}
-        assert max(point.global_step for point in points) > 8
+        proven = [point.global_step for point in points if point.stable]
+        assert max(proven) < max(point.global_step for point in points)
+        assert all(point.HasField("created_at") for point in points)
         back = await stub.TriggerRollback(admin.TriggerRollbackRequest(request_id="a", reason="odd"))
-        assert back.restored_step == 6
+        assert (back.restored_step, back.chosen, back.attempt) == (
+            max(proven),
+            "the newest proven one: the snapshot",
+            2,
+        )
+        assert 0 < back.restored_ms <= back.latency_ms
         await run.run.stop("enough")
 
 
 async def test_the_log_names_the_skipped_batches() -> None:
     """By epoch and place in the epoch, with the number of all skipped batches."""
-    sections: dict[str, object] = {
-        "rollback": {"automatic": True, "every_steps": 2, "warmup_steps": 5, "fast_budget_s": 10.0}
-    }
-    options = {"corrupted": [[3, 4]], "factor": 1e4}
+    sections: dict[str, object] = {"rollback": {"automatic": True, "every_steps": 2, "fast_budget_s": 10.0}}
+    options = {"corrupted": [[3, 4], [3, 5]], "factor": 1e4}
     run = new_run(FakePeers(), job="CorruptedDataJob", sections=sections, epochs=4, options=options)
     with capture_logs() as logs:
         async with running(run):
@@ -172,17 +180,17 @@ async def test_the_log_names_the_skipped_batches() -> None:
     (line,) = [line for line in logs if line["event"] == "batches_left_out"]
     assert (3, 4) in line["epochs_and_places"]
     assert line["count"] == len(line["epochs_and_places"])
-    assert line["count_in_all"] == len(run.module.skipped.batches)
+    assert line["count_in_all"] == len(run.module.skipped)
 
 
 async def test_a_journal_that_hangs_while_superseding_does_not_hold_the_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rollback ends, training continues, and the log says that the checkpoints were not superseded."""
     run = endless()
 
-    async def never(_self: AsyncJournal, _step: int) -> None:
+    async def never(_self: AsyncJournal, _lineage: Lineage, _detail: str) -> None:
         await anyio.sleep_forever()
 
-    monkeypatch.setattr(AsyncJournal, "supersede_after", never)
+    monkeypatch.setattr(AsyncJournal, "follow", never)
     with capture_logs() as logs:
         async with running(run):
             await run.until(lambda: run.status.global_step > 10)
@@ -190,4 +198,5 @@ async def test_a_journal_that_hangs_while_superseding_does_not_hold_the_lane(mon
                 await run.run.roll_back(fast(3))
             await run.until(lambda: run.status.global_step > 10)
             await run.run.stop("enough")
-    assert [line["after_step"] for line in logs if line["event"] == "checkpoints_not_superseded"] == [3]
+    (line,) = [line for line in logs if line["event"] == "checkpoints_not_superseded"]
+    assert line["detail"] == "rolled back to step 3: the journal did not answer"

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import anyio
 import anyio.to_thread
 import pytest
@@ -16,6 +19,7 @@ from leyline.v1.enums_pb2 import (
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import command
 from support.runs import FakePeers, RunUnderTest, new_run, running
+from tolaria.checkpoint.store import LoadedCheckpoint
 from tolaria.errors import NoCheckpointError, RestoreAbandonedError, WrongStateError
 from tolaria.rollback.protocol import Rollback
 from tolaria.signals import RollbackState
@@ -24,7 +28,7 @@ pytestmark = pytest.mark.anyio
 
 # Budgets that a busy machine keeps.
 ON_REQUEST = {"automatic": False, "every_steps": 3, "fast_budget_s": 10.0}
-AUTOMATIC = {"automatic": True, "every_steps": 2, "warmup_steps": 5, "fast_budget_s": 10.0}
+AUTOMATIC = {"automatic": True, "every_steps": 2, "fast_budget_s": 10.0}
 
 
 def spoiled_run(*places: tuple[int, int], by: float = 1e4, **rollback: object) -> RunUnderTest:
@@ -51,21 +55,23 @@ def value(run: RunUnderTest, name: str, **labels: str) -> float | None:
     return run.sample(f"tolaria.{name}", labels)
 
 
-@pytest.mark.parametrize("by", [1e4, float("nan")])
-async def test_a_spike_is_undone_and_its_batch_is_skipped(by: float) -> None:
-    """An automatic rollback skips the batch and cuts the rate for some steps; the run finishes with a good loss."""
-    run = await finished(spoiled_run((3, 4), by=by, lr_cut_steps=3))
+async def test_a_spike_is_undone_and_its_batch_is_skipped() -> None:
+    """An automatic rollback skips the batches and cuts the rate for some steps; the run finishes with a good loss.
+
+    Of two in a row: the step of a single extreme loss is skipped.
+    """
+    run = await finished(spoiled_run((3, 4), (3, 5), lr_cut_steps=3))
     assert run.state == "FINISHED"
-    assert run.module.skipped.batches >= {(3, 4)}
+    assert run.module.skipped.added >= {(3, 4), (3, 5)}
     assert run.status.rollbacks == 1
     assert run.status.last_epoch is not None
     assert run.status.last_epoch.evaluation.loss < 10.0  # it is in the hundreds when the spike is not undone
     assert run.events.count("tolaria.rollback.completed") == 1
-    assert run.events.count("tolaria.loss_explosion") == (by == 1e4)
+    assert run.events.count("tolaria.loss_explosion") == 1
     assert value(run, "rollback.duration_seconds_count", tier="fast", outcome="restored") == 1
     assert value(run, "lr_controller.adjustments_total", origin="rollback") == 1
     assert "rollback" not in [active.adjustment.origin for active in run.status.adjustments]
-    assert run.module.global_step == 6 * 8 - len(run.module.skipped.batches)
+    assert run.module.global_step == 6 * 8 - len(run.module.skipped.added)
 
 
 async def test_automatic_rollbacks_can_be_switched_off() -> None:
@@ -75,12 +81,15 @@ async def test_automatic_rollbacks_can_be_switched_off() -> None:
 
 
 async def test_a_spent_budget_halts() -> None:
-    """Spikes that rollbacks do not repair end in HALT, not in a loop."""
-    places = [(epoch, place) for epoch in (2, 3, 4) for place in range(8)]
-    run = await finished(spoiled_run(*places, automatic_max=2))
+    """An explosion after the last rollback of the budget ends in HALT, not in a loop."""
+    run = spoiled_run((3, 4), (3, 5), automatic_max=2)
+    for at in (0, 1):
+        run.health.begin_rollback("tamiyo", at)
+        run.health.end_retreat()
+    await finished(run)
     assert run.state == "HALTED"
     assert "rollback_budget_spent" in run.status.state_reason
-    assert run.status.rollbacks <= 2
+    assert run.status.rollbacks == 0
     assert run.safety.controller.state.level == EMERGENCY_LEVEL_HALT
 
 
@@ -101,7 +110,7 @@ async def test_a_run_continues_after_an_operators_rollback() -> None:
         assert run.state == "PAUSED"
         await anyio.sleep(0.05)
         assert run.module.global_step == again.restored_step
-        run.run.resume("on")
+        await run.run.resume("on")
         await run.until(lambda: run.status.global_step > again.restored_step + 10)
         await run.run.stop("enough")
     assert run.state == "FINISHED"
@@ -145,28 +154,32 @@ async def test_impossible_rollbacks_are_refused_and_change_nothing() -> None:
             await run.run.roll_back(fast())
 
 
-@pytest.mark.parametrize("halts", [True, False])
-async def test_a_missed_deadline_leaves_the_state_unchanged_and_halts_if_configured(halts: bool) -> None:
-    """The lane is stuck in a step: the rollback is given up in time, and board, metrics and error say so."""
-    rollback = {"automatic": False, "fast_budget_s": 0.1, "halt_on_deadline": halts, "every_steps": 1}
-    run = new_run(FakePeers(), job="GatedJob", epochs=3, sections={"rollback": rollback})
+async def test_a_missed_deadline_leaves_the_state_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is slow: the rollback is given up in time, board, metrics and error say so, and training goes on."""
+    rollback = {"automatic": False, "full_budget_s": 0.2, "every_steps": 1}
+    run = new_run(FakePeers(), epochs=10**6, sections={"rollback": rollback})
+    gate = threading.Event()
+    load = run.storage.checkpoints.load_first
+
+    def slow(*arguments: Any) -> LoadedCheckpoint:
+        assert gate.wait(20)
+        return load(*arguments)
+
+    monkeypatch.setattr(run.storage.checkpoints, "load_first", slow)
     async with running(run):
-        run.job.passes.release(4)
-        for _ in range(5):
-            await anyio.to_thread.run_sync(run.job.entered.acquire)
+        await run.until(lambda: run.status.global_step > 3)
+        await run.run.checkpoint("to go back to")
         with pytest.raises(RestoreAbandonedError):
-            await run.run.roll_back(fast(2))
+            await run.run.roll_back(Rollback(ROLLBACK_TIER_FULL, None, "odd", "operator"))
+        gate.set()
         shown = await anyio.to_thread.run_sync(run.board.read_rollback)
         assert shown is not None
         assert shown.state is RollbackState.DEADLINE
         assert value(run, "rollback.deadline_exceeded_total") == 1
-        run.job.passes.release(100)
-        if halts:
-            await run.until(lambda: run.state == "HALTED")
-            assert "rollback_deadline_missed" in run.status.state_reason
-        else:
-            await run.until(lambda: run.state == "FINISHED")
-            assert run.module.global_step == 3 * 8
+        step = run.status.global_step
+        await run.until(lambda: run.status.global_step > step + 3)
+        assert run.state == "RUNNING"
+        await run.run.stop("enough")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +209,7 @@ async def test_the_controller_can_roll_the_run_back(payload: dict[str, object], 
     assert run.status.rollbacks == (not rejected)
     if rejected:
         assert value(run, "command.rejected_total", reason=rejected) == 1
-        assert value(run, "command.applied_total", type="rollback") is None
+        assert value(run, "command.applied_total", type="rollback") == 0
     else:
         assert value(run, "command.applied_total", type="rollback") == 1
 

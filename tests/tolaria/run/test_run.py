@@ -71,7 +71,7 @@ async def test_a_pause_takes_effect_between_two_microbatches() -> None:
         after = run.module.parameters
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         job.passes.release(100)
-        run.run.resume("go on")
+        await run.run.resume("go on")
         await run.until(lambda: run.state == "FINISHED")
     assert run.status.global_step == 2
 
@@ -87,7 +87,7 @@ async def test_pauses_do_not_change_the_result() -> None:
                     if run.state != "RUNNING":
                         break
                     await run.run.pause("look")
-                    run.run.resume("on")
+                    await run.run.resume("on")
                     await anyio.lowlevel.checkpoint()
             await run.until(lambda: run.state == "FINISHED")
         return [p.detach() for p in run.module.parameters]
@@ -105,8 +105,8 @@ async def test_pause_and_resume_are_idempotent() -> None:
         job.passes.release()
         await run.run.pause("one")
         await run.run.pause("two")
-        run.run.resume("one")
-        run.run.resume("two")
+        await run.run.resume("one")
+        await run.run.resume("two")
         assert run.state == "RUNNING"
         job.passes.release(1000)
         await run.run.stop("enough")
@@ -129,7 +129,7 @@ async def test_a_stop_finishes_the_step_and_ends_the_run() -> None:
             with pytest.raises(WrongStateError):
                 await refused
         with pytest.raises(WrongStateError):
-            run.run.resume("x")
+            await run.run.resume("x")
 
 
 async def test_a_paused_run_can_be_stopped() -> None:
@@ -154,22 +154,6 @@ async def test_an_exception_of_the_job_fails_the_run() -> None:
         await run.until(lambda: run.state == "FAILED")
     assert run.status.state_reason == "RuntimeError: the disk with the labels is gone"
     assert run.run.status().health.summary == run.status.state_reason
-
-
-async def test_several_skipped_steps_in_a_row_hold_the_run() -> None:
-    """Each skipped step is an event; max_void_steps in a row hold the run, and a resume starts the count anew."""
-    control = ControlSettings(boundary_budget_ms=2000, tamiyo_budget_ms=1000, max_void_steps=3)
-    run = new_run(FakePeers(), control=control, options={"poison_from": 2, "poison_steps": 4}, epochs=2)
-    async with running(run):
-        await run.until(lambda: run.state == "PAUSED")
-        assert run.status.state_reason == "3 steps in a row were not finite"
-        run.run.resume("go on")
-        await run.until(lambda: run.state in {"FINISHED", "PAUSED"})
-        if run.state == "PAUSED":
-            run.run.resume("go on")
-        await run.until(lambda: run.state == "FINISHED")
-    assert run.events.count("tolaria.non_finite_step") == 4
-    assert run.status.global_step == 12
 
 
 async def test_a_slow_controller_delays_training_by_its_budget_at_most() -> None:
@@ -206,7 +190,7 @@ async def test_a_late_answer_is_applied_and_a_stale_one_dropped() -> None:
             return command(COMMAND_SEED)
 
         control = ControlSettings(boundary_budget_ms=400, tamiyo_budget_ms=12, max_staleness_steps=max_staleness_steps)
-        run = new_run(FakePeers(late), control=control, epochs=10**6)
+        run = new_run(FakePeers(late), job="SlotJob", control=control, epochs=10**6)
         async with running(run):
             await run.until(lambda: run.status.global_step > 24)
             release.set()
@@ -230,7 +214,7 @@ async def test_a_deterministic_boundary_waits_for_the_answer() -> None:
 
     control = ControlSettings(boundary_budget_ms=2, tamiyo_budget_ms=1)
     try:
-        run = new_run(FakePeers(slow), control=control, epochs=2, deterministic=True)
+        run = new_run(FakePeers(slow), job="SlotJob", control=control, epochs=2, deterministic=True)
         async with running(run):
             await run.until(lambda: run.state == "FINISHED")
     finally:
@@ -250,7 +234,7 @@ async def test_the_controller_can_pause_the_run() -> None:
     async with running(run):
         await run.until(lambda: run.state == "PAUSED")
         assert run.status.state_reason == "asked by test"
-        run.run.resume("looked at it")
+        await run.run.resume("looked at it")
         await run.until(lambda: run.state == "FINISHED")
 
 
@@ -260,20 +244,27 @@ async def test_seeds_and_answers_are_in_the_status() -> None:
     async def germinate(_state: SystemStatePacket) -> AdaptationCommand | None:
         return command(COMMAND_SEED)
 
-    peers = FakePeers(germinate, [SeedState(seed_id="a", stage=SEED_STAGE_TRAINING)])
-    async with running(new_run(peers, epochs=2)) as run:
+    peers = FakePeers(germinate, [SeedState(seed_id="a", stage=SEED_STAGE_TRAINING, blueprint_id="residual_mlp")])
+    async with running(new_run(peers, job="SlotJob", epochs=1)) as run:
         await run.until(lambda: run.state == "FINISHED")
     status = run.run.status()
     assert [s.seed_id for s in status.seeds] == ["a"]
     assert status.tamiyo_answer == "germinate seed-1"
     assert status.kasmina_answer == "applied: germinated"
-    assert status.commands_accepted == 2
+    assert status.commands_accepted == 1
     assert status.last_command.command_type == COMMAND_SEED
     assert run.sample("tolaria.seeds.active", {"stage": "training"}) == 1
-    assert run.sample("tolaria.command.applied_total", {"type": "seed"}) == 2
-    assert len(peers.applied) == 2
-    assert list(peers.states[-1].seed_states) == []  # the tiny job has no slot for it, which Kasmina learns:
+    assert run.sample("tolaria.command.applied_total", {"type": "seed"}) == 1
+    assert len(peers.applied) == 1
+
+
+async def test_a_desired_seed_that_the_model_has_no_slot_for_is_refused() -> None:
+    """Kasmina learns it with the next state, and the status does not show the seed as training."""
+    peers = FakePeers(seeds=[SeedState(seed_id="a", stage=SEED_STAGE_TRAINING)])
+    async with running(new_run(peers, epochs=2)) as run:
+        await run.until(lambda: run.state == "FINISHED")
     assert [seed_id for seed_id, _ in peers.refusals] == ["a"]
+    assert list(peers.states[-1].seed_states) == list(run.run.status().seeds) == []
 
 
 async def test_an_invalid_command_changes_nothing() -> None:
@@ -293,13 +284,13 @@ async def test_an_invalid_command_changes_nothing() -> None:
 
 
 async def test_a_boundary_over_its_budget_is_a_breach() -> None:
-    """It is counted in the status, and is an event and a failed epoch."""
-    control = ControlSettings(boundary_budget_ms=0.01, tamiyo_budget_ms=0.01)
+    """It is counted in the status and an event; no epoch of training has failed."""
+    control = ControlSettings(boundary_budget_ms=0.01, tamiyo_budget_ms=0.01, boundary_slack_ms=0.01)
     async with running(new_run(FakePeers(), control=control, epochs=2)) as run:
         await run.until(lambda: run.state == "FINISHED")
     assert run.status.boundaries_over_budget == 2
     assert run.events.count("tolaria.epoch_budget_exceeded") == 2
-    assert run.sample("tolaria.epochs.failed") == 2
+    assert run.sample("tolaria.epochs.failed") == 0
 
 
 async def test_a_drain_ends_the_run_after_its_step() -> None:
@@ -366,7 +357,7 @@ async def test_a_resume_wakes_the_caller_of_an_unfinished_pause() -> None:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(run.run.pause, "look")
                 await run.until(lambda: run.state == "PAUSED")
-                run.run.resume("never mind")
+                await run.run.resume("never mind")
         job.passes.release(10**6)
         await run.run.stop("enough")
 

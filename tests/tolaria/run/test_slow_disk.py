@@ -29,13 +29,12 @@ def full_rollback() -> Rollback:
     return Rollback(ROLLBACK_TIER_FULL, None, "back", "operator")
 
 
-@pytest.mark.parametrize("halts", [True, False])
-async def test_a_disk_that_reads_too_slowly_makes_a_rollback_miss_its_deadline(halts: bool) -> None:
-    """The live state is bit-equal; board, metrics and journal show it; it is a HALT where the settings say so."""
+async def test_a_disk_that_reads_too_slowly_makes_a_rollback_miss_its_deadline() -> None:
+    """The live state is bit-equal; board, metrics and journal show it; a sound run goes on."""
     disk = FailingDisk()
     sections: dict[str, object] = {
         "checkpoint": {"every_epochs": 0},
-        "rollback": {"automatic": False, "full_budget_s": 0.3, "halt_on_deadline": halts},
+        "rollback": {"automatic": False, "full_budget_s": 0.3},
     }
     run = new_run(FakePeers(), epochs=10**6, sections=sections, files=disk)
     async with running(run):
@@ -56,14 +55,9 @@ async def test_a_disk_that_reads_too_slowly_makes_a_rollback_miss_its_deadline(h
         assert (recorded.outcome, recorded.restored_step) == ("deadline_exceeded", -1)
         disk.gate.set()
         assert await live_digest(run) == before
-        if halts:
-            await run.until(lambda: run.state == "HALTED")
-            assert "rollback_deadline_missed" in run.status.state_reason
-            assert run.status.rollbacks == 0
-        else:
-            assert run.state == "PAUSED"
-            back = await run.run.roll_back(full_rollback())
-            assert back.state_digest == back.expected_digest == row.digest
-            run.run.resume("on")
-            await run.until(lambda: run.module.global_step > row.global_step + 10)
+        assert run.state == "PAUSED"
+        back = await run.run.roll_back(full_rollback())
+        assert back.state_digest == back.expected_digest == row.digest
+        await run.run.resume("on")
+        await run.until(lambda: run.module.global_step > row.global_step + 10)
         await run.run.stop("enough")

@@ -1,17 +1,40 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from google.protobuf.json_format import MessageToJson
 
-from leyline.v1.enums_pb2 import SEED_STAGE_GERMINATED, SEED_STAGE_TRAINING
+from leyline.v1.admin_service_pb2 import (
+    RUN_STATE_FAILED,
+    RUN_STATE_HALTED,
+    RUN_STATE_PAUSED,
+    RUN_STATE_RUNNING,
+    RunState,
+)
+from leyline.v1.enums_pb2 import (
+    EMERGENCY_LEVEL_ELEVATED,
+    EMERGENCY_LEVEL_HALT,
+    EMERGENCY_LEVEL_NOTICE,
+    EMERGENCY_LEVEL_UNSPECIFIED,
+    HEALTH_STATUS_CRITICAL,
+    HEALTH_STATUS_DEGRADED,
+    HEALTH_STATUS_HEALTHY,
+    HEALTH_STATUS_UNHEALTHY,
+    SEED_STAGE_FOSSILIZED,
+    SEED_STAGE_GERMINATED,
+    SEED_STAGE_TRAINING,
+    HealthStatus,
+)
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.lane.messages import EpochDone, Restored, StepDone
-from tolaria.run.health import Averages
-from tolaria.run.status import EpochSums, RunStatus, epoch_packet, status_message
+from tolaria.run.status import Conditions, EpochSums, RunStatus, epoch_packet, health_of, status_message
+from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment, Adjustment
+from tolaria.values.seeds import SeedLimits
 from tolaria.values.training import EpochProgress, Evaluation, Position
 
 EPOCH = EpochDone(2, 30, Evaluation(8.0, 3, 4), 1.5, 50.0, {"host": 0.01}, 0.9, HardwareContext(device_type="cpu"), 2.0)
@@ -53,13 +76,48 @@ def test_the_keys_are_those_of_the_contract() -> None:
         "input_wait_ms", "h2d_copy_ms", "tamiyo_latency_ms", "kasmina.apply_ms",
         "kasmina.finalize_ms", "step_latency_ms",
         "hook_latency_ms", "gpu_mem_used_gb", "gpu_mem_free_gb", "gpu_util_percent", "cpu_util_percent",
+        "seeds.slots_free", "seeds.fossilized_left",
     }  # fmt: skip
     assert set(epoch_packet(training(), Averages(), EPOCH, wall_ns=1).training_metrics) <= known
 
 
+@pytest.mark.parametrize(
+    ("slots", "stages", "limits", "free", "left"),
+    [
+        ((), [], SeedLimits(4, 8), 0, 8),
+        (("a", "b"), [], SeedLimits(4, 8), 2, 8),
+        (("a", "b"), [SEED_STAGE_TRAINING], SeedLimits(4, 8), 1, 8),
+        (("a", "b"), [SEED_STAGE_FOSSILIZED], SeedLimits(4, 1), 2, 0),
+        (("a", "b"), [SEED_STAGE_FOSSILIZED] * 3, SeedLimits(4, 1), 2, 0),
+        (("a", "b"), [], SeedLimits(0, 8), 0, 8),
+    ],
+)
+def test_the_packet_says_where_the_model_can_grow(
+    slots: tuple[str, ...], stages: list[Any], limits: SeedLimits, free: int, left: int
+) -> None:
+    """Free slots, and seeds that may still become a part of the host; no free slot if seeds are disabled."""
+    status = training()
+    status.slots, status.seed_limits = slots, limits
+    status.grafted = [SeedState(seed_id=f"s{n}", stage=stage, slot="a") for n, stage in enumerate(stages)]
+    metrics = epoch_packet(status, Averages(), EPOCH, wall_ns=1).training_metrics
+    assert (metrics["seeds.slots_free"], metrics["seeds.fossilized_left"]) == (free, left)
+
+
+def test_a_desired_seed_that_the_model_refuses_is_not_shown() -> None:
+    """Only what grows is shown as growing, and a seed in the model stays whatever is refused about it."""
+    status = training()
+    status.desired = [SeedState(seed_id=seed_id, stage=SEED_STAGE_TRAINING) for seed_id in ("in", "out", "wanted")]
+    status.grafted = [SeedState(seed_id="in", stage=SEED_STAGE_GERMINATED)]
+    status.refusals = (("in", "has to wait"), ("out", "no slot is free"))
+    assert [(seed.seed_id, seed.stage) for seed in status.seeds] == [
+        ("in", SEED_STAGE_GERMINATED),
+        ("wanted", SEED_STAGE_TRAINING),
+    ]
+
+
 def test_a_status_before_the_first_epoch_is_json() -> None:
     """NaN never reaches operators: unknown figures are 0."""
-    status = status_message(fresh(), skipped_streak=0, now_s=12.0)
+    status = status_message(fresh(), now_s=12.0)
     assert "NaN" not in MessageToJson(status)
     assert (status.training_loss, status.validation_accuracy, status.uptime_s) == (0.0, 0.0, 2.0)
 
@@ -68,7 +126,7 @@ def test_quantiles_are_nearest_rank() -> None:
     """p50 and p99 are values that occurred."""
     made = training()
     made.boundaries_ms.extend(range(1, 101))
-    status = status_message(made, skipped_streak=0, now_s=12.0)
+    status = status_message(made, now_s=12.0)
     assert (status.boundary_ms_p50, status.boundary_ms_p99, status.last_boundary_ms) == (50, 99, 100)
 
 
@@ -80,7 +138,7 @@ def test_an_adjustment_may_outlast_the_steps_of_the_contract(lasts: int | None, 
         group=None, factor=0.5, expires_after_steps=lasts, origin="operator", request_id="1", reason="calm"
     )
     made.adjustments = (ActiveAdjustment(change, at_step=100),)
-    (adjustment,) = status_message(made, skipped_streak=0, now_s=1.0).adjustments
+    (adjustment,) = status_message(made, now_s=1.0).adjustments
     assert adjustment.expires_at_step == shown
 
 
@@ -89,7 +147,7 @@ def test_skipped_steps_do_not_enter_the_mean_loss() -> None:
     made = training()
     made.sums.add(StepDone(30, 2, math.nan, math.nan, 8, 0.1, 0.0, 50.0, skipped=True))
     assert made.sums.loss == 2.0
-    assert status_message(made, skipped_streak=0, now_s=1.0).epoch_step == 3
+    assert status_message(made, now_s=1.0).epoch_step == 3
 
 
 def step(loss: float, *, skipped: bool = False) -> StepDone:
@@ -154,3 +212,79 @@ def test_validation_is_that_of_the_last_epoch() -> None:
         1, 8, Evaluation(4.0, 6, 8), 1.0, 0.0, learning_rates={}, momentum=0.0, hardware=HardwareContext()
     )
     assert (run.validation_accuracy, run.validation_loss) == (0.75, 0.5)
+
+
+SOUND = Conditions(EMERGENCY_LEVEL_UNSPECIFIED, "", (), (), "", 0)
+
+
+@pytest.mark.parametrize(
+    ("state", "conditions", "health", "words"),
+    [
+        (RUN_STATE_RUNNING, SOUND, HEALTH_STATUS_HEALTHY, [""]),
+        (RUN_STATE_PAUSED, SOUND, HEALTH_STATUS_HEALTHY, [""]),
+        (RUN_STATE_RUNNING, replace(SOUND, skipped_streak=2), HEALTH_STATUS_DEGRADED, ["2 steps were skipped"]),
+        (RUN_STATE_RUNNING, replace(SOUND, checkpoints_failing="ENOSPC"), HEALTH_STATUS_DEGRADED, ["ENOSPC"]),
+        (RUN_STATE_PAUSED, replace(SOUND, checkpoints_failing="ENOSPC"), HEALTH_STATUS_DEGRADED, ["ENOSPC"]),
+        (RUN_STATE_RUNNING, replace(SOUND, open_breakers=("tamiyo",)), HEALTH_STATUS_DEGRADED, ["tamiyo"]),
+        (RUN_STATE_RUNNING, replace(SOUND, conservative_reasons=("operator",)), HEALTH_STATUS_DEGRADED, ["operator"]),
+        (
+            RUN_STATE_RUNNING,
+            replace(SOUND, emergency_level=EMERGENCY_LEVEL_NOTICE, emergency_reason="over budget"),
+            HEALTH_STATUS_HEALTHY,
+            [""],
+        ),
+        (
+            RUN_STATE_RUNNING,
+            Conditions(EMERGENCY_LEVEL_ELEVATED, "breaker_open: tamiyo", ("breaker_open:tamiyo",), ("tamiyo",), "", 0),
+            HEALTH_STATUS_DEGRADED,
+            ["elevated: breaker_open: tamiyo", "breakers not closed: tamiyo", "conservative mode is on"],
+        ),
+        (
+            RUN_STATE_HALTED,
+            Conditions(EMERGENCY_LEVEL_HALT, "smoke", ("operator",), (), "", 0),
+            HEALTH_STATUS_CRITICAL,
+            ["halted: smoke", "tolaria emergency clear", "then resume"],
+        ),
+        (RUN_STATE_HALTED, SOUND, HEALTH_STATUS_UNHEALTHY, ["why"]),
+        (RUN_STATE_FAILED, SOUND, HEALTH_STATUS_UNHEALTHY, ["why"]),
+    ],
+)
+def test_health_is_the_worst_condition_and_says_why(
+    state: RunState.ValueType, conditions: Conditions, health: HealthStatus.ValueType, words: list[str]
+) -> None:
+    """A run that does not train when it should is never healthy; whatever slows it down makes it degraded."""
+    run = fresh()
+    run.state, run.state_reason = state, "why"
+    found = health_of(run, conditions)
+    assert found.status == health
+    assert [word for word in words if word not in found.summary] == []
+    assert bool(found.summary) is (health != HEALTH_STATUS_HEALTHY)
+
+
+def test_rollbacks_count_by_origin() -> None:
+    """And the status has the figures of health checks, restore points and the lane's phase."""
+    run = training()
+    run.best_step, run.skipped_steps = 3, 1
+    for origin in ("health", "tamiyo", "operator"):
+        run.rolled_back(origin)
+    run.newest_proven_step, run.attempt, run.lane_phase = 0, 2, lambda: ("evaluating", 45.0)
+    status = status_message(run, now_s=12.0)
+    assert (status.best_step, status.skipped_steps, status.attempt, status.rollbacks) == (3, 1, 2, 3)
+    assert dict(status.rollbacks_by_origin) == {"health": 1, "tamiyo": 1, "operator": 1}
+    assert (status.phase, status.phase_s) == ("evaluating", 45.0)
+    assert status.HasField("newest_proven_step")
+    assert not status_message(fresh(), now_s=12.0).HasField("newest_proven_step")
+
+
+def test_changed_seeds_keep_what_was_measured_of_them() -> None:
+    """A change between two epochs has the new stage and alpha, and the last epoch's norm, rate and merge metrics."""
+    status = fresh()
+    status.grafted = [
+        SeedState(seed_id="s", gradient_norm=0.5, learning_rate=0.1, metrics={"weight": 0.3, "alpha": 0.3}),
+        SeedState(seed_id="gone"),
+    ]
+    status.regraft([SeedState(seed_id="s", metrics={"alpha": 1.0}), SeedState(seed_id="new")])
+    assert status.grafted == [
+        SeedState(seed_id="s", gradient_norm=0.5, learning_rate=0.1, metrics={"weight": 0.3, "alpha": 1.0}),
+        SeedState(seed_id="new"),
+    ]

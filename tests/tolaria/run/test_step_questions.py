@@ -7,7 +7,7 @@ import anyio
 import pytest
 
 from leyline.v1.commands_pb2 import AdaptationCommand
-from leyline.v1.enums_pb2 import COMMAND_PAUSE, COMMAND_SEED, EMERGENCY_LEVEL_ELEVATED, SEED_STAGE_TRAINING, CommandType
+from leyline.v1.enums_pb2 import COMMAND_PAUSE, COMMAND_SEED, EMERGENCY_LEVEL_NOTICE, SEED_STAGE_TRAINING, CommandType
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import command
@@ -133,13 +133,13 @@ async def test_the_time_of_every_question_is_recorded() -> None:
 
 
 async def test_a_question_over_its_budget_is_an_event_and_raises_an_emergency() -> None:
-    """The gauge shows its time, the event names step and budget, and the level is ELEVATED: training goes on."""
+    """The gauge shows its time, the event names step and budget, and the level is NOTICE: training goes on."""
     control = ControlSettings(boundary_budget_ms=5000, tamiyo_budget_ms=4000, hook_budget_ms=1e-6, step_interval=2)
     run = new_run(FakePeers(), epochs=10**6, control=control)
     async with running(run):
         await run.until(lambda: run.status.global_step > 8)
         state = run.safety.controller.state
-        assert (state.level, state.reason) == (EMERGENCY_LEVEL_ELEVATED, "hook_breach: over budget")
+        assert (state.level, state.reason) == (EMERGENCY_LEVEL_NOTICE, "hook_breach: over budget")
         assert run.state == "RUNNING"
         assert not run.safeguards.mode.on
         await run.run.stop("enough")

@@ -7,8 +7,8 @@ import pytest
 from leyline.v1.enums_pb2 import SeedLifecycleStage
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.seeds.plan import Change, GraftedSeed, HostFacts, Plan, Refusal, plan
-from tolaria.seeds.stages import ABSENT, SUCCESSORS, Stage, stage_from_name, stage_name
-from tolaria.values.seeds import Ramp
+from tolaria.seeds.stages import ABSENT, SUCCESSORS, stage_from_name, stage_name
+from tolaria.values.seeds import Ramp, SeedLimits, Stage
 
 Seed = Callable[..., SeedState]
 STEP = 100
@@ -259,3 +259,26 @@ def test_alpha_of_each_stage() -> None:
 def test_a_change_as_text() -> None:
     """The text names seed, change and slot."""
     assert str(Change(_seed("TRAINING"), None)) == "a removed in slot late"
+
+
+@pytest.mark.parametrize(("active", "grafted"), [(0, []), (1, []), (2, ["b"]), (3, ["b", "c"])])
+def test_no_more_seeds_grow_than_the_limit_allows(seed: Seed, active: int, grafted: list[str]) -> None:
+    """Seeds beside one that grows are refused beyond the limit, with the setting's name."""
+    slots = ("early", "late", "third", "fourth")
+    facts = HostFacts(slots, FACTS.blueprints, {}, cull_steps=8, limits=SeedLimits(active, 8))
+    desired = [seed(name, "TRAINING", "mlp", slot="") for name in "abc"]
+    got = plan([_seed("TRAINING")], desired, facts, STEP)
+    assert [change.seed.seed_id for change in got.changes] == grafted
+    assert {refusal.seed_id for refusal in got.refusals} == {"b", "c"} - set(grafted)
+    assert all("(seeds.active_max)" in refusal.reason for refusal in got.refusals)
+
+
+@pytest.mark.parametrize(("fossilized", "moved"), [(1, []), (2, ["b"]), (3, ["b", "c"])])
+def test_no_more_seeds_are_fossilized_than_the_limit_allows(seed: Seed, fossilized: int, moved: list[str]) -> None:
+    """Beside one that is, seeds stay on probation beyond the limit; those that are part of the host stay."""
+    facts = HostFacts(FACTS.slots, FACTS.blueprints, {}, cull_steps=8, limits=SeedLimits(4, fossilized))
+    current = [_seed("FOSSILIZED", UP), _seed("PROBATIONARY", UP, "b"), _seed("PROBATIONARY", UP, "c")]
+    got = plan(current, [seed(name, "FOSSILIZED", "mlp", alpha=UP) for name in "abc"], facts, STEP)
+    assert [change.seed.seed_id for change in got.changes] == moved
+    assert {refusal.seed_id for refusal in got.refusals} == {"b", "c"} - set(moved)
+    assert all("(seeds.fossilized_max)" in refusal.reason for refusal in got.refusals)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections.abc import Callable
@@ -123,20 +124,37 @@ def test_a_full_ring_allocates_no_memory() -> None:
     addresses = set()
     for step in range(10):
         assert ring.capture(run.at(step)) == Position(step, 1)
-        assert steps(ring) == list(range(max(0, step - 2), step + 1))
+        assert (len(steps(ring)), steps(ring)[-1]) == (min(step + 1, 3), step)
         addresses.add(memory_of(ring, step))
     assert (len(addresses), ring.statistics().evictions) == (3, 7)
 
 
-def test_a_used_snapshot_is_evicted_last() -> None:
-    """A lookup marks a snapshot as recently used."""
+@pytest.mark.parametrize("entries", [1, 2, 3, 5, 8])
+def test_the_ring_reaches_back_by_powers_of_two(entries: int) -> None:
+    """However long the run, the newest is there, and one that is half of 2^(n-1) captures old or older."""
+    run = Run(10)
+    ring = new_ring(entries_max=entries)
+    for step in range(1, 300):
+        ring.capture(run.at(step))
+        ages = [step - kept for kept in steps(ring)]
+        assert ages[-1] == 0
+        if step >= 2**entries:
+            assert 2 ** (entries - 2) <= max(ages) + (entries == 1) < 2 ** (entries - 1) + (entries == 1)
+            distances = [older - newer for older, newer in itertools.pairwise(ages)]
+            assert max(distances, default=0) <= 2 ** max(0, entries - 2)
+
+
+def test_of_equally_useful_snapshots_the_least_recently_used_is_evicted() -> None:
+    """A lookup marks a snapshot as recently used; one that no newer snapshot replaces stays anyway."""
     run = Run()
-    ring = new_ring(entries_max=3)
-    for step in (1, 2, 3):
+    ring = new_ring(entries_max=6)
+    for step in (1, 2, 3, 4, 5, 6):
         ring.capture(run.at(step))
     assert content(ring.lookup(1)) == 1.0
-    ring.capture(run.at(4))
-    assert steps(ring) == [1, 3, 4]
+    ring.capture(run.at(7))  # 1, 3 and 5 are as useful as 7, and 2 as 6
+    assert steps(ring) == [1, 3, 4, 5, 6, 7]
+    ring.capture(run.at(8))
+    assert steps(ring) == [1, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize(("wanted", "found"), [(None, 30), (30, 30), (29, 20), (10, 10), (1000, 30)])
@@ -163,15 +181,16 @@ def test_hits_and_misses_are_counted() -> None:
     assert (statistics.hits, statistics.misses, statistics.snapshots) == (1, 2, 1)
 
 
-def test_a_state_too_large_is_declined_and_changes_nothing() -> None:
-    """The result has the reason and the size, and the ring is unchanged."""
+def test_a_state_too_large_is_declined_and_leaves_nothing_stale() -> None:
+    """The result has the reason and the size, and the ring is empty; a state that fits is captured again."""
     run, giant = Run(), Run(100_000)
     ring = SnapshotRing(bytes_max=2 * run.size_bytes(), entries_max=5, seal=False)
     ring.capture(run.at(1))
     found = ring.capture(giant.at(2))
     assert isinstance(found, Declined)
     assert (found.too_large, found.size_bytes > 400_000) == (True, True)
-    assert (steps(ring), ring.statistics().declined) == ([1], 1)
+    assert (steps(ring), ring.statistics().declined, ring.statistics().size_bytes) == ([], 1, 0)
+    assert ring.capture(run.at(3)) == Position(3, 1)
 
 
 def test_a_leased_image_is_never_overwritten() -> None:
@@ -309,7 +328,7 @@ def test_a_run_spends_its_share_on_snapshots() -> None:
 
 def test_irregular_steps_do_not_raise_the_share() -> None:
     """One step in twenty takes fifty times as long, as on a busy machine; the share is kept."""
-    generator = random.Random(0)  # noqa: S311 - not for cryptography
+    generator = random.Random(0)
     share = share_of_snapshots(
         20_000,
         lambda: 0.1 if generator.random() < 0.05 else 0.002,

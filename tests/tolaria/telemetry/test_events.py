@@ -34,6 +34,19 @@ def test_error_and_critical_events_keep_their_level(spec: EventSpec, level: str)
     assert [line["log_level"] for line in lines] == [level]
 
 
+def test_only_the_broadcasts_of_high_levels_are_critical() -> None:
+    """NOTICE and ELEVATED do not bypass the queue."""
+    with capture_logs() as lines:
+        for spec in events.EMERGENCY_BROADCASTS.values():
+            Emitter().emit(spec, **dict.fromkeys(spec.attributes, "x"))
+    assert [(line["event"], line["log_level"]) for line in lines] == [
+        ("emergency_broadcast", "info"),
+        ("emergency_broadcast", "warning"),
+        ("emergency_broadcast", "critical"),
+        ("emergency_broadcast", "critical"),
+    ]
+
+
 @pytest.mark.parametrize("attributes", [{}, {"braker": "x"}, {"breaker": "x", "more": "y"}])
 def test_undeclared_or_missing_attributes_raise(attributes: dict[str, str]) -> None:
     """An event has exactly its declared attributes."""

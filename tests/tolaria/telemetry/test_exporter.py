@@ -8,10 +8,15 @@ import pytest
 
 from tolaria.config import Address
 from tolaria.errors import BindError
-from tolaria.telemetry.exporter import exporter
+from tolaria.telemetry.exporter import Readiness, exporter
 from tolaria.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.anyio
+
+
+def ready() -> Readiness:
+    """The service is ready, and there is nothing to mention."""
+    return Readiness([], [])
 
 
 async def get(address: Address, path: str) -> tuple[int, str]:
@@ -24,7 +29,7 @@ async def test_metrics_and_probes_are_served() -> None:
     """/metrics has the time series, /livez and /readyz answer 200, other paths 404."""
     metrics = Metrics()
     metrics.training_step.set(7)
-    async with exporter("127.0.0.1:0", metrics, list) as address:
+    async with exporter("127.0.0.1:0", metrics, ready) as address:
         status, text = await get(address, "/metrics")
         assert status == 200
         assert "tolaria_training_step 7.0" in text
@@ -33,19 +38,23 @@ async def test_metrics_and_probes_are_served() -> None:
         assert (await get(address, "/nothing"))[0] == 404
 
 
-async def test_readyz_answers_503_with_the_reasons() -> None:
-    """The response of a failed readiness probe lists the reasons."""
-    async with exporter("127.0.0.1:0", Metrics(), lambda: ["the run is failed: no disk"]) as address:
+@pytest.mark.parametrize(("reasons", "answers"), [([], 200), (["the run is failed: no disk"], 503)])
+async def test_readyz_answers_with_reasons_and_details(reasons: list[str], answers: int) -> None:
+    """A reason makes the probe fail, a detail does not; the metric says the same as the probe."""
+    found = Readiness(reasons, ["the lane has been evaluating for 45 s"])
+    async with exporter("127.0.0.1:0", Metrics(), lambda: found) as address:
         status, text = await get(address, "/readyz")
-    assert status == 503
-    assert json.loads(text) == {"ready": False, "reasons": ["the run is failed: no disk"]}
+        _, metrics = await get(address, "/metrics")
+    assert status == answers
+    assert json.loads(text) == {"ready": not reasons, "reasons": reasons, "details": found.details}
+    assert f"\ntolaria_health_ready {float(not reasons)}\n" in metrics
 
 
 async def test_port_in_use_raises_bind_error() -> None:
     """The message names the server and the address."""
-    async with exporter("127.0.0.1:0", Metrics(), list) as address:
+    async with exporter("127.0.0.1:0", Metrics(), ready) as address:
         with pytest.raises(BindError, match=f"the metrics server cannot listen on {address}: "):
-            async with exporter(str(address), Metrics(), list):
+            async with exporter(str(address), Metrics(), ready):
                 pass
 
 
@@ -76,7 +85,7 @@ async def scrape(address: Address, accept: bytes) -> tuple[bytes, bytes]:
 )
 async def test_invalid_accept_header_gets_plain_text(accept: bytes) -> None:
     """Metrics are served in the oldest format if the Accept header cannot be parsed."""
-    async with exporter("127.0.0.1:0", Metrics(), list) as address:
+    async with exporter("127.0.0.1:0", Metrics(), ready) as address:
         head, body = await scrape(address, accept)
     assert head.startswith(b"HTTP/1.1 200 ")
     assert b"Content-Type: text/plain; version=0.0.4; charset=utf-8" in head

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import queue
 import threading
 
@@ -118,3 +119,46 @@ def test_writer_flushes_and_ends_its_thread_on_exit() -> None:
         assert "tolaria-log" in {thread.name for thread in threading.enumerate()}
     assert stream.getvalue() == "queued\n"
     assert "tolaria-log" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_critical_lines_are_never_dropped_and_are_written_first() -> None:
+    """Neither a blocked stream nor a full queue loses one; the reader gets them ahead of everything that waits."""
+    stream = BlockedStream()
+    dropped: list[str] = []
+    with logging_to(stream, LoggingSettings(format="json"), LogContext(), on_dropped=dropped.append):
+        log = structlog.get_logger()
+        log.info("first")
+        assert stream.blocked.wait(5)
+        for number in range(9000):
+            log.warning("more", number=number)
+        for number in range(9000):
+            log.critical("halt", number=number)
+        stream.unblock.set()
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["number"] for line in lines[1:9001]] == list(range(9000))
+    assert {line["event"] for line in lines[1:9001]} == {"halt"}
+    assert set(dropped) == {"high"}
+
+
+def test_a_critical_line_that_cannot_be_written_is_reported_as_critical() -> None:
+    """The failure is counted where the write fails."""
+    dropped: queue.Queue[str] = queue.Queue()
+    stream = BrokenStream(BrokenPipeError(32, "Broken pipe"))
+    with logging_to(stream, LoggingSettings(format="json"), LogContext(), on_dropped=dropped.put):
+        structlog.get_logger().critical("halt")
+        assert dropped.get(timeout=5) == "critical"
+
+
+def test_warnings_of_other_libraries_do_not_block_their_caller() -> None:
+    """The standard library's own handler writes to the stream in the calling thread, such as the event loop's."""
+    stream = BlockedStream()
+    with logging_to(stream, LoggingSettings(format="json"), LogContext("r1"), on_dropped=lambda _priority: None):
+        for _ in range(3):
+            logging.getLogger("asyncio").error("a task failed", exc_info=ValueError("x"))
+        logging.getLogger("asyncio").info("not shown")
+        stream.unblock.set()
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    shown = {(line["event"], line["logger"], line["level"], line["run_id"]) for line in lines}
+    assert shown == {("a task failed", "asyncio", "error", "r1")}
+    assert "ValueError" in stream.getvalue()
+    assert not [kind for kind in logging.getLogger().handlers if "tolaria" in type(kind).__module__]

@@ -9,8 +9,9 @@ from prometheus_client import Counter, Gauge, Histogram, Info
 from prometheus_client.exposition import choose_encoder
 
 from tolaria import telemetry
-from tolaria.telemetry.metrics import Metrics, Tally
+from tolaria.telemetry.metrics import Metrics, Tally, with_counters
 
+OPENMETRICS = "application/openmetrics-text;version=1.0.0"
 UTF8 = "text/plain;version=1.0.0;escaping=allow-utf-8"
 
 
@@ -40,7 +41,7 @@ def test_names_are_dotted_or_escaped_by_accept_header() -> None:
     assert "total_total" not in plain + dotted
 
 
-WRITE = r"\.(?:set|inc|observe|info)\("
+WRITE = r"\.(?:set|inc|observe|info|set_function)\("
 LABELS = r"(?:\.labels\((?:[^()]|\([^()]*\))*\))?"
 
 
@@ -93,6 +94,23 @@ def test_each_metric_is_written() -> None:
 def test_only_writes_are_recognized(source: str, written: bool) -> None:
     """Mentioning or clearing a metric is no write, and neither is writing one with a longer name."""
     assert is_written("x", [source]) is written
+
+
+@pytest.mark.parametrize(
+    ("accept", "types"),
+    [
+        ("", ("tolaria_epochs_total counter", "tolaria_epochs_failed counter")),
+        (UTF8, ('"tolaria.epochs.total" counter', '"tolaria.epochs.failed" counter')),
+        (OPENMETRICS, ("tolaria_epochs_total unknown", "tolaria_epochs_failed unknown")),
+    ],
+)
+def test_a_tally_is_a_counter_under_its_own_name(accept: str, types: tuple[str, ...]) -> None:
+    """It has the type in plain text; in OpenMetrics a counter of such a name would be an error."""
+    encode, content_type = choose_encoder(accept)
+    text = encode(Metrics().registry)
+    lines = (with_counters(text) if content_type.startswith("text/plain") else text).decode().splitlines()
+    assert [f"# TYPE {one}" in lines for one in types] == [True, True]
+    assert not [line for line in lines if line.startswith("# TYPE") and line.endswith(" untyped")]
 
 
 def test_counter_names_end_in_total() -> None:

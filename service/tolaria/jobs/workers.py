@@ -1,0 +1,186 @@
+"""Copies of a `DataLoader`, whose workers draw seeded random numbers and leave signals to the service."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Final, Protocol, runtime_checkable
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from tolaria.jobs.randomness import held_generators, seed_all, seed_globals
+
+_PR_SET_PDEATHSIG: Final = 1
+_SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM})
+
+
+@dataclass(frozen=True, slots=True)
+class SeededIndices:
+    """The indices of one batch (or one index, without automatic batching), and the seed of its random numbers."""
+
+    seed: int
+    indices: Any
+
+
+@runtime_checkable
+class _HasItems(Protocol):
+    """A data set that reads a whole batch at once."""
+
+    def __getitems__(self, indices: Any) -> Any:
+        """Returns the samples of a batch."""
+
+
+class SampleError(Exception):
+    """A sample cannot be read; the message names its index."""
+
+
+class SeededItems(Dataset[Any]):
+    """A data set by `SeededIndices`. In a worker it seeds the global generators for every batch.
+
+    In the process of training these belong to training; only generators that the data set holds itself are seeded.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self._held = held_generators(dataset)
+
+    def __getitems__(self, batch: SeededIndices) -> Any:
+        """Returns the samples of a batch. Raises SampleError."""
+        self._seed(batch.seed)
+        if isinstance(self.dataset, _HasItems):
+            return self._read(self.dataset.__getitems__, batch.indices, "samples")
+        return [self._read(self.dataset.__getitem__, index, "sample") for index in batch.indices]
+
+    def __getitem__(self, batch: SeededIndices) -> Any:
+        """Returns one sample, or whatever the data set returns for one index. Raises SampleError."""
+        self._seed(batch.seed)
+        return self._read(self.dataset.__getitem__, batch.indices, "sample")
+
+    def _seed(self, seed: int) -> None:
+        seed_all(self._held, seed)
+        if get_worker_info() is not None:
+            seed_globals(seed)
+
+    @staticmethod
+    def _read(read: Callable[[Any], Any], index: Any, what: str) -> Any:
+        try:
+            return read(index)
+        except Exception as error:
+            text = " ".join(str(error).split())
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{os.path.basename(frame.filename)}:{frame.lineno}"  # noqa: PTH119 - a name in a message
+            raise SampleError(f"{what} {index}: {type(error).__name__}: {text} ({place})") from error
+
+
+class LoaderCopy:
+    """A copy of a `DataLoader` with its own generator, from which torch draws the seeds of the workers.
+
+    Args:
+        loader: stays as it is.
+        persistent: whether workers live on between epochs.
+        dataset, batches: replace the data set and what yields the indices, if given.
+    """
+
+    def __init__(
+        self, loader: DataLoader[Any], *, persistent: bool, dataset: SeededItems | None = None, batches: Any = None
+    ) -> None:
+        self._copy = copy.copy(loader)
+        self._generator = torch.Generator()
+        self._init = loader.worker_init_fn
+        # A DataLoader refuses assignments to its attributes, which would be too late for an iterator; here is none yet.
+        changes: dict[str, Any] = {"generator": self._generator, "persistent_workers": persistent, "_iterator": None}
+        if dataset is not None:
+            changes["dataset"] = dataset
+        if batches is not None:
+            changes["sampler" if loader.batch_sampler is None else "batch_sampler"] = batches
+        vars(self._copy).update(changes)
+        self._leaving = _new_flag(self)
+
+    def open(self, seed: int) -> Iterator[Any]:
+        """Returns an iterator, and starts workers unless persistent ones are running."""
+        self._generator.manual_seed(seed)
+        variables = vars(self._copy)
+        if variables["_iterator"] is None:
+            self._leaving = _new_flag(self)
+            variables["worker_init_fn"] = WorkerStart(self._init, os.getpid(), self._leaving)
+        # A worker that starts has no handlers yet.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            return iter(self._copy)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def drop(self) -> None:
+        """Lets the workers end; call it before the iterator is dropped."""
+        self._leaving.value = 1
+        vars(self._copy)["_iterator"] = None
+
+    @property
+    def persistent(self) -> bool:
+        """Whether workers live on between epochs."""
+        return bool(self._copy.persistent_workers)
+
+
+class WorkerStart:
+    """What a worker process does first; then it calls the user's `worker_init_fn`.
+
+    Workers ignore SIGINT, and SIGTERM until the flag `leaving` is set: a signal to the process group or the container
+    is for the service, which still needs batches to finish its step. They end with the thread that started them.
+    """
+
+    def __init__(self, init: Callable[[int], object] | None, parent: int, leaving: Any) -> None:
+        self._init = init
+        self._parent = parent
+        self._leaving = leaving
+
+    def __call__(self, worker_id: int) -> None:
+        """Prepares a worker. Called in its process."""
+        # Handlers, since a program that a worker starts would inherit that a signal is ignored.
+        signal.signal(signal.SIGINT, _ignore)
+        signal.signal(signal.SIGTERM, self._on_terminate)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        _end_with(self._parent)
+        info = get_worker_info()
+        if info is not None and isinstance(info.dataset, SeededItems):
+            object.__setattr__(info, "dataset", info.dataset.dataset)  # what the user's function expects to find there
+        if self._init is not None:
+            self._init(worker_id)
+
+    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self._leaving.value:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    del number, frame
+
+
+def _end_with(parent: int) -> None:
+    """Has this process killed when the thread that started it ends, as far as the system can do that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _new_flag(owner: object) -> Any:
+    """Returns a flag in shared memory, 0, which becomes 1 at the latest when the owner or the interpreter ends."""
+    flag = multiprocessing.RawValue("b", 0)
+    weakref.finalize(owner, _set, flag)
+    return flag
+
+
+def _set(flag: Any) -> None:
+    flag.value = 1

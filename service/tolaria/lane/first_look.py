@@ -1,0 +1,268 @@
+"""The first look at a job: one whole update, one evaluation, a capture and a restore before training begins.
+
+It finds at the start what would otherwise end the run hours later, and is undone without a trace: at its end the state
+has the digest that it had before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, Final, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tolaria.errors import (
+    BrokenJobError,
+    EmptyDatasetError,
+    JobError,
+    RollbackError,
+    StateMismatchError,
+    StateUnsupportedError,
+)
+from tolaria.images import StateImage
+from tolaria.jobs import BatchCursor, LoaderCursor, TrainingJob
+from tolaria.lane.device import on_device
+from tolaria.lane.job_output import checked_batch, checked_evaluation
+from tolaria.lane.step import train_step
+from tolaria.lane.train_module import TrainModule
+from tolaria.seeds.slots import observed
+from tolaria.state.restore import stage_restore
+from tolaria.state.training_state import TrainingState
+
+T = TypeVar("T")
+
+_Buffers: TypeAlias = list[tuple[nn.Module, dict[str, Tensor | None]]]
+"""The buffers of each module by name, the objects themselves."""
+
+_PHASES: Final = {
+    "forward": "losses()",
+    "backward": "the backward pass of losses()",
+    "merge": "merging the gradients of losses()",
+    "optimizer": "the optimizer's step()",
+}
+
+
+def first_look(module: TrainModule, state: TrainingState) -> None:
+    """Trains on the first batch, evaluates one, captures and restores; then everything is as before.
+
+    Costs one step, one copy of the model and one of the whole state, both released at the end. Records in the model's
+    slots what they receive.
+
+    Raises:
+        JobError: names the method or the field that fails, or would fail later.
+    """
+    with _undone(module, state):
+        with observed(module.model):
+            _update(module)
+        _evaluate(module)
+        _survive(module, state)
+
+
+def materialise(job: TrainingJob, model: nn.Module, cursor: BatchCursor, device: torch.device) -> None:
+    """Gives lazy parameters and buffers their shapes, by one forward pass, since optimizers need them.
+
+    Raises BrokenJobError, which names a tensor, if one has no shape even then.
+    """
+    if not _lazy_names(model):
+        return
+    place = call("training_data", cursor.state_dict)
+    call("training_data", lambda: cursor.begin_epoch(1))
+    batch = call("training_data", cursor.next_batch)
+    if batch is None:
+        raise EmptyDatasetError("its training data holds no batch")
+    model.eval()  # no dropout, and no statistics of this batch
+    with torch.no_grad():
+        batch = on_device(checked_batch(batch, "training_data: next_batch()"), device)
+        call("losses", lambda: job.losses(model, batch))
+    call("training_data", lambda: cursor.load_state_dict(place))
+    if names := _lazy_names(model):
+        raise BrokenJobError(f"{names[0]!r} of its model is lazy, and a forward pass gives it no shape")
+
+
+def call(method: str, function: Callable[[], T], kind: type[Any] = object) -> T:
+    """Calls a method of the job, which has to return a `kind`. Raises BrokenJobError with the method's name."""
+    try:
+        made = function()
+    except JobError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BrokenJobError(f"{method}() raised {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(made, kind):
+        raise BrokenJobError(f"{method}() must return a {kind.__name__}, got a {type(made).__name__}")
+    return made
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+@contextmanager
+def _undone(module: TrainModule, state: TrainingState) -> Iterator[None]:
+    """Restores the whole state at the end, also after an error, and proves it by its digest."""
+    before, optimizer = _captured(state), module.optimizer
+    entries = {parameter: dict(held) for parameter, held in optimizer.state.items()}
+    buffers = [(m, dict(m._buffers)) for m in module.model.modules()]  # noqa: SLF001 - with those that are None
+    try:
+        yield
+    except BaseException:
+        optimizer.state.clear()
+        optimizer.state.update(entries)
+        with suppress(RollbackError):  # what cannot be saved cannot be put back either; the first error says it
+            _undo(module, state, before, buffers)
+        raise
+    _undo(module, state, before, buffers)
+    found, sealed = state.fingerprint(), before.seal()
+    if found.total != sealed.total:
+        names = [name for name, digest in sealed.tensors.items() if found.tensors.get(name) != digest]
+        raise BrokenJobError(f"{_where(names[0]) if names else 'its data or state'} is not restored to what it was")
+
+
+def _undo(module: TrainModule, state: TrainingState, before: StateImage, buffers: _Buffers) -> None:
+    module.clear_gradients()
+    module.merger.finish_epoch()
+    for owner, tensors in buffers:
+        for name, tensor in tensors.items():
+            setattr(owner, name, tensor)
+    try:
+        stage_restore(state, before, verify=True).commit()
+    except StateMismatchError as error:
+        raise BrokenJobError(f"its state cannot be restored: {'; '.join(map(_where, error.problems[:3]))}") from None
+    module.refresh()
+    module.forget_steps()
+    module.seeds.controller.apply(module.global_step)
+    module.train_mode()
+
+
+def _update(module: TrainModule) -> None:
+    phase = "training_data: next_batch()"
+
+    def mark(name: str) -> AbstractContextManager[None]:
+        return _Phase(name)
+
+    class _Phase:
+        """Records which phase of the step has begun."""
+
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def __enter__(self) -> None:
+            nonlocal phase
+            phase = _PHASES.get(self._name, phase)
+
+        def __exit__(self, *_error: object) -> None:
+            pass
+
+    accumulate, module.accumulate = module.accumulate, 1
+    try:
+        module.begin_epoch()
+        step = train_step(module, lambda: True, mark)
+        if step is not None and step.skipped:
+            phase = "the optimizer's step()"
+            _step_without_gradient(module)
+    except JobError:
+        raise
+    except (Exception, SystemExit) as error:
+        if name := _sparse_name(module.model):
+            raise BrokenJobError(
+                f"parameter {name!r} gets a sparse gradient, which cannot be merged and clipped with the others; "
+                "an Embedding has the option sparse=False"
+            ) from error
+        raise BrokenJobError(f"{phase} raised {type(error).__name__}: {first_line(error)}") from error
+    finally:
+        module.accumulate = accumulate
+    if step is None:
+        raise EmptyDatasetError("its training data holds no batch")
+
+
+def _step_without_gradient(module: TrainModule) -> None:
+    """Makes the optimizer's state, when the first batch gave no finite gradient."""
+    for parameter in module.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    module.optimizer.step()
+
+
+def _evaluate(module: TrainModule) -> None:
+    job = module.job
+    validation = call("validation_batches", job.validation_batches)
+    if iter(validation) is validation and call("validation_batches", job.validation_batches) is validation:
+        raise BrokenJobError(
+            "validation_batches() returns the same iterator each time, which is empty from the second evaluation on: "
+            "return a list, a DataLoader or a new generator"
+        )
+    given = call("validation_batches", lambda: next(iter(validation), None))
+    if given is None:
+        raise EmptyDatasetError("its validation data holds no batch")
+    batch = on_device(checked_batch(given, "validation_batches()"), module.device)
+    module.model.eval()
+    if batch.samples:
+        with torch.no_grad():
+            call("evaluate", lambda: checked_evaluation(job.evaluate(module.model, batch)))
+
+
+def _survive(module: TrainModule, state: TrainingState) -> None:
+    """Captures the state after the update, restores it, and proves by its digest that it is the same."""
+    survey = _supported(state.survey)
+    if not isinstance(module.cursor, LoaderCursor):  # which would start its workers once more
+        place = call("training_data: state_dict", module.cursor.state_dict)
+        call("training_data: load_state_dict", lambda: module.cursor.load_state_dict(place))
+    _supported(survey.json)
+    tensors = TrainingState(module, {})
+    after = _captured(tensors)
+    try:
+        stage_restore(tensors, after, verify=True).commit()
+    except StateMismatchError as error:
+        raise BrokenJobError(f"its state cannot be restored: {'; '.join(map(_where, error.problems[:3]))}") from None
+    found = tensors.fingerprint()
+    if found.total != after.seal().total:
+        differing = [name for name, digest in after.seal().tensors.items() if found.tensors.get(name) != digest]
+        raise BrokenJobError(f"{_where(differing[0]) if differing else 'its optimizer'} is not restored exactly")
+
+
+def _captured(state: TrainingState) -> StateImage:
+    image = _supported(state.copy)
+    image.seal()
+    return image
+
+
+def _supported(capture: Callable[[], T]) -> T:
+    try:
+        return capture()
+    except StateUnsupportedError as error:
+        name, detail = error.fields
+        raise BrokenJobError(f"its state cannot be saved: {_where(str(name))}: {detail}") from None
+
+
+def _where(name: str) -> str:
+    """Returns a name of the state as its owner knows it."""
+    kind, _, rest = name.partition("/")
+    first, _, deeper = rest.partition("/")
+    match kind:
+        case "parts" if first == "cursor":
+            return f"training_data: state_dict() field {deeper!r}" if deeper else "training_data: state_dict()"
+        case "parts" if deeper:
+            return f"{first}: field {deeper!r}"
+        case "buffer" | "parameter":
+            return f"{kind} {rest!r}"
+        case "state":
+            return f"the optimizer's state {deeper!r} of parameter {first!r}"
+        case _:
+            return name
+
+
+def _sparse_name(model: nn.Module) -> str:
+    """Returns the name of a parameter with a sparse gradient; empty if there is none."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            return name
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            return f"{name}.weight" if name else "weight"
+    return ""
+
+
+def _lazy_names(model: nn.Module) -> list[str]:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return [name for name, tensor in named if torch.nn.parameter.is_lazy(tensor)]

@@ -1,0 +1,72 @@
+"""What a job returns, checked, and converted to plain numbers where that is exact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeGuard
+
+import numpy as np
+from torch import Tensor
+
+from tolaria.errors import BrokenJobError
+from tolaria.jobs import Batch
+from tolaria.values.training import Evaluation
+
+
+def checked_batch(given: object, where: str) -> Batch:
+    """Returns the batch with its number of samples as an int; `where` names the method in errors.
+
+    Raises BrokenJobError if it is not a batch, or its number of samples is not a whole number of at least 0.
+    """
+    if not isinstance(given, Batch):
+        raise BrokenJobError(f"{where} must return a Batch, got a {type(given).__name__}")
+    if type(given.samples) is int and given.samples >= 0:
+        return given
+    samples = _whole_number(given.samples)
+    if samples is None or samples < 0:
+        raise BrokenJobError(f"{where}: Batch.samples must be a whole number of at least 0, got {given.samples!r}")
+    return replace(given, samples=samples)
+
+
+def checked_evaluation(given: object) -> Evaluation:
+    """Returns the evaluation as plain numbers. Reading a tensor on a device synchronises.
+
+    Raises BrokenJobError, which names the field, if it is not an evaluation of numbers.
+    """
+    if not isinstance(given, Evaluation):
+        raise BrokenJobError(f"evaluate() must return an Evaluation, got a {type(given).__name__}")
+    loss_sum = _scalar(given.loss_sum)
+    if not _is_number(loss_sum):
+        raise BrokenJobError(f"evaluate(): Evaluation.loss_sum must be a number, got {_described(given.loss_sum)}")
+    return Evaluation(float(loss_sum), _count("correct", given.correct), _count("samples", given.samples))
+
+
+def _count(field: str, value: object) -> int:
+    number = _whole_number(value)
+    if number is None or number < 0:
+        raise BrokenJobError(
+            f"evaluate(): Evaluation.{field} must be a whole number of at least 0, got {_described(value)}"
+        )
+    return number
+
+
+def _scalar(value: object) -> object:
+    """Returns the Python number in a tensor without dimensions or in a numpy scalar; other values unchanged."""
+    if isinstance(value, Tensor):
+        return value.item() if value.dim() == 0 else value
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _whole_number(value: object) -> int | None:
+    number = _scalar(value)
+    if isinstance(number, int):
+        return int(number)
+    return int(number) if isinstance(number, float) and number.is_integer() else None
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float))
+
+
+def _described(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)

@@ -1,0 +1,73 @@
+"""Finds out whether steps are skipped because of their data or because of the parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from tolaria.jobs import Batch
+from tolaria.lane.device import on_device
+from tolaria.lane.train_module import TrainModule
+from tolaria.state.encoding import capture_rngs, restore_rngs
+
+
+def parameters_sound(module: TrainModule, losses_of: Callable[[Batch], Mapping[str, Tensor]]) -> bool:
+    """Runs the last good batch forward and backward without an update; changes nothing. Synchronises.
+
+    Its loss and gradient are not finite if the parameters are ill. A loss that is NaN although parameters, buffers and
+    the outputs of all modules are finite is the job's: going back would not help. Before the first good step there is
+    no batch, and the parameters only have to be finite. `losses_of` returns the job's losses.
+    """
+    if not _finite([*module.parameters, *module.model.buffers()]):
+        return False
+    if module.last_good is None:
+        return True
+    rngs = capture_rngs()
+    module.save_buffers()
+    try:
+        batch = on_device(module.last_good, module.device)
+        with module.fast_paths.autocast(), _watching(module) as outputs_finite:
+            losses = losses_of(batch)
+        if essential_finite(module, losses):
+            if essential := [loss for source, loss in losses.items() if source not in module.isolated_seeds]:
+                torch.autograd.backward(essential)
+            return module.gradients_finite()
+        return outputs_finite[0] and not any(math.isinf(loss.item()) for loss in losses.values())
+    finally:
+        module.discard_pass()
+        restore_rngs(*rngs)
+
+
+def essential_finite(module: TrainModule, losses: Mapping[str, Tensor]) -> bool:
+    """Whether the losses that can affect the host are finite. Synchronises."""
+    return all(
+        math.isfinite(loss.detach().item()) for source, loss in losses.items() if source not in module.isolated_seeds
+    )
+
+
+@contextmanager
+def _watching(module: TrainModule) -> Iterator[list[bool]]:
+    """Within the block, [0] says whether all outputs of modules are finite; False for a compiled model, without hooks.
+
+    Hooks would compile it anew.
+    """
+    finite = ["compile" not in module.fast_paths.running]
+
+    def look(_module: nn.Module, _inputs: object, output: object) -> None:
+        finite[0] = finite[0] and (not isinstance(output, Tensor) or _finite([output]))
+
+    hooked = list(module.model.modules()) if finite[0] else []
+    handles = [each.register_forward_hook(look) for each in hooked]
+    try:
+        yield finite
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _finite(tensors: list[Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())

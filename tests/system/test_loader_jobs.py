@@ -1,0 +1,135 @@
+"""Real services with a job that reads its data in worker processes: start, signals, kills, resumed runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from leyline.v1 import admin_service_pb2 as admin
+from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
+from support.processes import Serve, is_alive, serve
+from support.waiting import wait_for
+
+pytestmark = pytest.mark.timeout(600)
+JOB = [
+    *("training.job=support.user_jobs:Loader", "training.device=cpu", "training.epochs=100000"),
+    *("training.options.workers=2", "training.options.item_s=0.05", "training.options.batch=4"),
+]
+SHORT_EPOCHS = "training.options.samples=32"
+STALLED_S = 2.0
+"""A loop that waits for a worker is silent for an epoch, here half a minute; a busy machine delays it by less."""
+
+
+@contextmanager
+def stub_of(service: Serve) -> Iterator[TolariaAdminServiceStub]:
+    """A stub that waits for the service's address."""
+    with grpc.insecure_channel(service.addresses()[0]) as channel:
+        yield TolariaAdminServiceStub(channel)
+
+
+def step(stub: TolariaAdminServiceStub) -> int:
+    """The present step; an answer takes less than a stall."""
+    answer: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=STALLED_S)
+    return answer.global_step
+
+
+def descendants(pid: int) -> set[int]:
+    """The ids of all processes that it has started, and of theirs."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found |= {child} | descendants(child)
+    return found
+
+
+def workers_of(service: Serve) -> set[int]:
+    """The forks of the service."""
+    forks = set()
+    for pid in descendants(service.process.pid):
+        if is_alive(pid) and b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            forks.add(pid)
+    return forks
+
+
+def signal_group(service: Serve, number: signal.Signals) -> None:
+    """Sends a signal to the service and its forks, as a terminal and a container's runtime do."""
+    for pid in (service.process.pid, *workers_of(service)):
+        os.kill(pid, number)
+
+
+def last_state(service: Serve) -> object:
+    """The state with which the service stopped."""
+    return service.events()[-1].get("state")
+
+
+def test_starts_with_workers_always_answer(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """While workers are started and read, RPCs are answered; a signal to the whole group drains with a checkpoint."""
+    starts = 20 if request.config.getoption("--long") else 2
+    for number in range(starts):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        persistent = f"training.options.persistent={str(number % 2 == 1).lower()}"
+        with serve(*JOB, persistent, cwd=directory) as service, stub_of(service) as stub:
+            until_s = time.monotonic() + 2.0
+            while time.monotonic() < until_s or step(stub) < 2:
+                step(stub)
+            forks = workers_of(service)
+            assert len(forks) == 2
+            signal_group(service, signal.SIGINT if number % 2 else signal.SIGTERM)
+            assert service.wait() == 0
+            assert not any(is_alive(pid) for pid in forks)
+        assert last_state(service) == "finished"
+        written = [line for line in service.events() if line["event"] == "checkpoint_written"]
+        assert written, service.lines
+
+
+def test_a_killed_service_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Its workers end with it, the next start resumes at once, reports changed settings, and drains; see below."""
+    with serve(*JOB, SHORT_EPOCHS, cwd=tmp_path) as service, stub_of(service) as stub:
+        wait_for(lambda: step(stub) > 8)
+        wait_for(lambda: any(line["event"] == "checkpoint_written" for line in service.events()))
+        everything = descendants(service.process.pid)
+        service.process.kill()
+        service.process.wait()
+        arguments = [*JOB, SHORT_EPOCHS, "training.options.lr=0.02", "training.options.workers=0"]
+        with serve(*arguments, cwd=tmp_path) as again, stub_of(again) as stub_again:
+            first = step(stub_again)
+            assert not any(is_alive(pid) for pid in everything)
+            wait_for(lambda: step(stub_again) > first)
+            again.terminate()
+            assert again.wait() == 0
+    events = {line["event"]: line for line in again.events()}
+    assert events["resumed"]["step"] >= 8
+    changed = events["settings_changed"]
+    assert changed["changed"] == {
+        "training.options.lr": "unset -> 0.02",
+        "training.options.workers": "2 -> 0",
+    }
+    assert changed["learning_rates"] == {"host": 0.01}
+    with serve(*JOB, "training.options.samples=36", cwd=tmp_path) as grown:
+        assert grown.wait() == 2
+    assert "samples 32; this cursor has 36" in grown.lines[-1]
+
+
+def test_a_sample_that_cannot_be_read_fails_the_run(tmp_path: Path) -> None:
+    """In one line, which names the sample, in the log, in the status and at the end; RPCs are answered meanwhile."""
+    with serve(*JOB, "training.options.bad_item=37", cwd=tmp_path) as service, stub_of(service) as stub:
+
+        def failed() -> bool:
+            status: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=STALLED_S)
+            return status.state == admin.RUN_STATE_FAILED
+
+        wait_for(failed)
+        service.terminate()
+        assert service.wait() == 1
+    assert all(line.startswith("{") for line in service.lines), service.lines
+    (failure,) = [line for line in service.events() if line["event"] == "training_failed"]
+    assert "sample 37: RuntimeError: corrupt sample 37 (user_jobs.py:" in failure["error"]
+    assert not failure.get("exception")

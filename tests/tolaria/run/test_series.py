@@ -1,0 +1,56 @@
+"""The time series of a run before anything has happened."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client import Counter, Histogram
+
+from support.runs import FakePeers, new_run, running
+from tolaria.config import KasminaSettings, TamiyoSettings
+from tolaria.peers.connect import connected_peers
+
+pytestmark = pytest.mark.anyio
+
+SERIES = [
+    ("training.skipped_steps_total", {"reason": "loss_not_finite"}),
+    ("rollback.requests_total", {"origin": "health", "outcome": "restored"}),
+    ("rollback.requests_total", {"origin": "operator", "outcome": "deadline_exceeded"}),
+    ("rollback.failures_total", {"stage": "restore", "reason": "aborted"}),
+    ("rollback.duration_seconds_count", {"tier": "fast", "outcome": "restored"}),
+    ("command.applied_total", {"type": "rollback"}),
+    ("command.rejected_total", {"reason": "replayed"}),
+    ("command.rejected_total", {"reason": "late"}),
+    ("lr_controller.adjustments_total", {"origin": "rollback"}),
+    ("lr_controller.integrity_violations_total", {"group": "host"}),
+    ("peer.retries_total", {"peer": "tamiyo", "method": "EvaluateEpoch"}),
+    ("peer.call_duration_seconds_count", {"peer": "kasmina", "method": "ApplyCommand", "outcome": "timeout"}),
+]
+
+
+async def test_every_counter_with_labels_starts_at_zero() -> None:
+    """A rate over a series that appears with its first increase misses that increase."""
+    run = new_run(FakePeers(), epochs=1)
+    metrics, emitter = run.metrics, run.emitter
+    settings = TamiyoSettings(target="127.0.0.1:1"), KasminaSettings(target="127.0.0.1:1")
+    async with running(run):
+        async with connected_peers(*settings, breakers=run.safeguards.breakers, metrics=metrics, emitter=emitter):
+            pass
+        assert [run.sample(f"tolaria.{name}", labels) for name, labels in SERIES] == [0.0] * len(SERIES)
+        await run.until(lambda: run.state == "FINISHED")
+    labelled = [metric for metric in vars(metrics).values() if isinstance(metric, Counter | Histogram)]
+    empty = [name for metric in labelled for family in metric.collect() for name in [family.name] if not family.samples]
+    assert empty == ["tolaria.telemetry.dropped"]  # the service sets it, beside the log
+
+
+async def test_figures_of_validation_and_steps_have_metrics() -> None:
+    """The older name of the accuracy stays; the age of a checkpoint counts from the start while there is none."""
+    run = new_run(FakePeers(), epochs=1)
+    async with running(run):
+        await run.until(lambda: run.state == "FINISHED")
+    accuracy, loss = run.status.validation_accuracy, run.status.validation_loss
+    assert run.sample("tolaria.training.accuracy") == run.sample("tolaria.validation.accuracy") == accuracy
+    assert run.sample("tolaria.validation.metric", {"name": "loss"}) == run.sample("tolaria.validation.loss") == loss
+    assert run.sample("tolaria.training.best_step") == run.status.global_step > 0
+    age_s = run.sample("tolaria.checkpoint.age_seconds")
+    assert age_s is not None
+    assert 0 < age_s < 60

@@ -1,0 +1,106 @@
+"""Runs whose data or controller are ill, and that nevertheless train on, or halt with the reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from leyline.v1.commands_pb2 import AdaptationCommand
+from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN, COMMAND_ROLLBACK, ROLLBACK_TIER_FULL
+from leyline.v1.state_pb2 import SystemStatePacket
+from support.peers import command
+from support.runs import FakePeers, RunUnderTest, new_run, running
+from tolaria.rollback.protocol import Rollback
+
+pytestmark = pytest.mark.anyio
+
+ENDED = {"FINISHED", "FAILED", "HALTED"}
+
+
+def poisoned(*places: tuple[int, int], epochs: int = 6, **sections: dict[str, object]) -> RunUnderTest:
+    """Returns a run of eight batches an epoch whose losses at these (epoch, place) are NaN."""
+    options = {"corrupted": [list(place) for place in places], "factor": float("nan")}
+    return new_run(FakePeers(), job="CorruptedDataJob", sections=dict(sections), epochs=epochs, options=options)
+
+
+def consecutive(first: int, count: int) -> list[tuple[int, int]]:
+    """Returns `count` batches from the one of number `first`, counted over all epochs from 0."""
+    return [(1 + number // 8, number % 8) for number in range(first, first + count)]
+
+
+async def finished(run: RunUnderTest) -> RunUnderTest:
+    """Runs to the end."""
+    async with running(run):
+        await run.until(lambda: run.state in ENDED)
+        if run.state == "HALTED":
+            await run.run.stop("enough")
+    return run
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+@pytest.mark.parametrize(("first", "count"), [(0, 1), (20, 1), (5, 30)])
+async def test_bad_batches_are_skipped_and_nothing_else_happens(first: int, count: int, automatic: bool) -> None:
+    """The first one, one in the middle, thirty in a row: no rollback, no failed epoch, no pause."""
+    run = await finished(poisoned(*consecutive(first, count), rollback={"automatic": automatic}))
+    assert (run.state, run.status.rollbacks, run.status.skipped_steps) == ("FINISHED", 0, count)
+    assert run.module.global_step == 6 * 8 - count
+    assert run.events.count("tolaria.step_skipped") == count
+    assert run.sample("tolaria.epochs.failed") == 0
+    assert not run.safeguards.mode.on
+    checks = run.emitter.attributes_of("tolaria.parameters_checked")
+    assert [check["finite"] for check in checks] == ["True"] * (count // 8)
+
+
+async def test_a_job_whose_losses_are_nan_by_itself_is_not_rolled_back() -> None:
+    """Also those of the last good batch, although all parameters and outputs are finite: going back would not help."""
+    run = await finished(new_run(FakePeers(), epochs=6, options={"poison_from": 5, "poison_steps": 30}))
+    assert (run.state, run.status.rollbacks) == ("FINISHED", 0)
+    assert run.status.skipped_steps in range(24, 31)  # checks have used up some
+
+
+async def test_too_much_bad_data_halts_with_the_reason() -> None:
+    """The parameters are sound, so nothing is rolled back; a person has to look at the data."""
+    run = poisoned(*consecutive(20, 40), epochs=10, health={"skips_max": 4, "skips_data_max": 12})
+    async with running(run):
+        await run.until(lambda: run.state in ENDED)
+        assert "skipped_data_spent: 12 steps in a row" in run.status.state_reason
+        assert run.status.rollbacks == 0
+        await run.run.stop("enough")
+
+
+async def test_a_controller_beyond_the_budget_of_rollbacks_is_refused() -> None:
+    """She asks for one at each boundary: some are granted, then her breaker opens, and training goes on."""
+
+    async def back(_state: SystemStatePacket) -> AdaptationCommand | None:
+        return command(COMMAND_ROLLBACK)
+
+    run = new_run(
+        FakePeers(back),
+        epochs=8,
+        sections={"rollback": {"automatic_max": 2, "every_steps": 3, "fast_budget_s": 10.0}},
+    )
+    async with running(run):
+        await run.until(lambda: run.state in ENDED)
+        status = run.run.status()
+    assert (run.state, run.status.rollbacks) == ("FINISHED", 2)
+    assert run.sample("tolaria.command.rejected_total", {"reason": "rollback_budget"}) == 1
+    assert status.breakers["tamiyo"] == CIRCUIT_STATE_OPEN
+    assert run.sample("tolaria.epochs.failed") == 0
+
+
+async def test_an_operators_rollback_to_an_early_point_is_no_explosion() -> None:
+    """The losses are higher there; they are judged by the window of that point."""
+    run = new_run(
+        FakePeers(),
+        epochs=10**6,
+        sections={"rollback": {"every_steps": 3, "fast_budget_s": 10.0}, "health": {"window": 16}},
+    )
+    async with running(run):
+        await run.until(lambda: run.status.global_step >= 6)
+        await run.run.checkpoint("early")
+        (row,) = await run.journal.kept_points()
+        await run.until(lambda: run.status.global_step > 400)
+        back = await run.run.roll_back(Rollback(ROLLBACK_TIER_FULL, row.global_step, "again", "operator"))
+        assert back.restored_step == row.global_step
+        await run.until(lambda: run.status.global_step > row.global_step + 300)
+        assert (run.status.rollbacks, run.health.best_step >= row.global_step + 300) == (1, True)
+        await run.run.stop("enough")

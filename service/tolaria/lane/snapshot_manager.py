@@ -159,7 +159,7 @@ class SnapshotManager:
         finally:  # also after a failure: seeds and groups may have changed and changed back
             module.seeds.topology.advance(module.global_step)
             module.refresh()
-        module.skip_streak = 0
+        module.skip_streak, module.undone = 0, True
         controller = module.seeds.controller
         controller.carry_over(in_force, from_step=from_step, at_step=module.global_step)
         controller.apply(module.global_step)

@@ -288,8 +288,10 @@ class Recovery:
         )
         self.begin(rollback)
 
-    def on_loss(self) -> None:
-        """Handles a finite step with a judged loss, after health: the loss may prove restore points."""
+    def on_judged(self, step: messages.StepDone) -> None:
+        """Handles a step that health has judged: a finite loss that counts for health may prove restore points."""
+        if step.skipped or step.judged is None:
+            return
         above, suspect = bool(self._health.above), self._health.suspect
         self._checkpointing.on_proven(self._points.step_done(above=above, suspect=suspect))
         self._status.newest_proven_step = self._points.newest_proven_step

@@ -224,8 +224,7 @@ class TrainingRun:
         rolling_back = parts.recovery.running
         verdict = parts.health.step(step, rolling_back=rolling_back)
         self._status.step(step)
-        if step.judged is not None and not step.skipped:
-            parts.recovery.on_loss()
+        parts.recovery.on_judged(step)
         self._observers.on_step(step)
         parts.safety.safeguards.step(step)
         parts.profiles.step(step)

@@ -197,7 +197,7 @@ class SnapshotManager:
 
 
 def _why_declined(declined: Declined) -> str:
-    """Returns why there is no snapshot; empty while images are only leased, which passes by itself."""
+    """Returns why there is no snapshot; empty while images are only in use: they are released soon."""
     mib = f"{declined.size_bytes / _MIB:.0f} MiB"
     if declined.too_large:
         return f"a snapshot takes {mib}, more than rollback.memory_mb"

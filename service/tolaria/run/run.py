@@ -150,6 +150,8 @@ class TrainingRun:
 
     async def _finish(self) -> None:
         """Ends the run after the last epoch, with a last checkpoint if the settings require one."""
+        if self._parts.health.skipped_steps and not self._parts.health.best_step:
+            raise LaneFailedError("no step of the run was finite")
         await self._last_checkpoint("all epochs are done")
         if self._settings.checkpoint.on_failure == "pause":
             checkpointing, lane = self._parts.checkpointing, self._lane

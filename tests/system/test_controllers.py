@@ -54,7 +54,7 @@ def test_kills_of_the_controller_and_of_the_service_cause_no_rollback(tmp_path: 
         wait_for(lambda: status(stub).epoch > 4)
         (remembered,) = (tmp_path / "state" / "peers").glob("tamiyo-*.json")
         os.kill(peer_process(service, "tamiyo"), signal.SIGKILL)
-        wait_for(lambda: any(line["event"] == "embedded peer started again" for line in service.events()))
+        wait_for(lambda: any(line["event"] == "embedded_peer_restarted" for line in service.events()))
         killed_at = status(stub).epoch
         size = len(remembered.read_bytes())
         wait_for(lambda: status(stub).epoch > killed_at + 3)

@@ -22,6 +22,9 @@ from tolaria.values.training import HOST
 LayerNorms: TypeAlias = tuple[tuple[str, float], ...]
 """Layers and the norms of a row within them, largest first."""
 
+LayerMeasurements: TypeAlias = tuple[tuple[str, ...], Tensor]
+"""The n sources with a row in a step, and of each the norms within the layers, then 1: shape (n, layers + 1)."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowMeasurements:
@@ -166,10 +169,10 @@ class PerLayerMetricUpdater:
         self._indices = torch.tensor([self._layers.index(layer) for layer in layout.layers], dtype=torch.int64)
         self._sums = _DeviceSums()
 
-    def update(self, rows: StepRows) -> None:
-        """Adds the rows of one step. Does not synchronise."""
+    def measure(self, rows: StepRows) -> LayerMeasurements | None:
+        """Measures the rows of one step; None if the updater is off. Does not synchronise."""
         if self._top_k == 0:
-            return
+            return None
         self._indices = self._indices.to(rows.matrix.device)
         present = [row for row, part in enumerate(rows.parts) if part]
         matrix = rows.matrix if len(present) == len(rows.parts) else rows.matrix[present]
@@ -177,7 +180,11 @@ class PerLayerMetricUpdater:
         norms = torch.stack([torch.linalg.vector_norm(piece, dim=1, dtype=torch.float64) for piece in pieces], dim=1)
         squares = norms.new_zeros(len(present), len(self._layers)).index_add_(1, self._indices, norms.square())
         counts = norms.new_ones(len(present), 1)
-        self._sums.add([rows.names[row] for row in present], torch.cat([squares.sqrt_(), counts], dim=1))
+        return tuple(rows.names[row] for row in present), torch.cat([squares.sqrt_(), counts], dim=1)
+
+    def add(self, measured: LayerMeasurements) -> None:
+        """Adds the measurements of one step. Does not synchronise."""
+        self._sums.add(*measured)
 
     def read(self) -> dict[str, LayerNorms]:
         """Returns the layers with the largest mean norms by source and starts the next epoch. Synchronises once."""

@@ -4,7 +4,7 @@ The merged gradient is scale-neutral: it is the sum of w_i times projected row i
 weight, so that rows which come and go do not change the part of the others.
 
 `follow` sets the seeds. Each step calls `begin`, then `add` for every microbatch (its rows written into the memory
-that `lend` returns), then `combine`; `finish_epoch` returns the metrics.
+that `lend` returns), then `combine`, and `applied` once the gradient has been used; `finish_epoch` returns the metrics.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tolaria.gradients.flat import FlatLayout
 from tolaria.gradients.gram import Rows, combine_rows, gram_matrix
 from tolaria.gradients.pcgrad import MergedGradient, project, projection_order, step_generator
 from tolaria.gradients.rows import OwnGradients, SourceRows
-from tolaria.gradients.seed_metrics import PerLayerMetricUpdater, RowMeasurements, SeedMetricUpdater
+from tolaria.gradients.seed_metrics import LayerMeasurements, PerLayerMetricUpdater, RowMeasurements, SeedMetricUpdater
 from tolaria.gradients.weights import AttributionMode, SeedWeightResolver, SourceWeight, TeacherAttributionMixer
 from tolaria.values.gradients import SeedMetricSet
 
@@ -62,6 +62,16 @@ class StepGradient:
     own: OwnGradients
 
 
+@dataclass(frozen=True, slots=True)
+class _Combined:
+    """The measurements of a step that has not been applied yet."""
+
+    rows: StepRows
+    merged: MergedGradient
+    measured: RowMeasurements
+    layers: LayerMeasurements | None
+
+
 class SeedAggregationTracker:
     """Merges the rows of every step, and accumulates their metrics.
 
@@ -96,6 +106,7 @@ class SeedAggregationTracker:
         self._names: tuple[str, ...] = ()
         self._accumulator = self._new_accumulator()
         self._samples: Counter[str] = Counter()
+        self._combined: _Combined | None = None
         self._step = 0
 
     def follow(self, states: Sequence[SeedState], params: Mapping[str, int]) -> None:
@@ -116,6 +127,7 @@ class SeedAggregationTracker:
             self._names = names
             self._accumulator = self._new_accumulator()
         self._samples = Counter()
+        self._combined = None
         self._step = step
         return names
 
@@ -146,10 +158,17 @@ class SeedAggregationTracker:
         """
         rows = self._accumulator.take()
         merged, measured = self._merger.merge(rows, self._step, self._sources, self._samples)
-        self._metrics.update(self._sources, rows, merged, measured)
-        if rows.names == self._names:
-            self._layers.update(rows)
+        layers = self._layers.measure(rows) if rows.names == self._names else None
+        self._combined = _Combined(rows, merged, measured, layers)
         return StepGradient(merged, rows.own)
+
+    def applied(self) -> None:
+        """Adds the last step that `combine` merged to the epoch's metrics. Does not synchronise."""
+        if (step := self._combined) is not None:
+            self._metrics.update(self._sources, step.rows, step.merged, step.measured)
+            if step.layers is not None:
+                self._layers.add(step.layers)
+            self._combined = None
 
     def finish_epoch(self) -> SeedMetricSet:
         """Returns the epoch's means by source and starts the next epoch. Synchronises."""

@@ -115,10 +115,13 @@ class StatefulJob(Protocol):
 
     So a rollback and a resumed run restore it, and digests cover it. The values are None, bool, int, float, str,
     tensors, and lists, tuples and dicts of these; keys are strings. What `load_state_dict` gets belongs to the job.
+
+    A skipped step and a microbatch that is left out do not change the state either: it is copied before every step,
+    and with several microbatches before each of these, which costs time and memory in proportion to its size.
     """
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Returns the state; tensors may be the live ones. Called between two steps, after `build_model`."""
+        """Returns the state; tensors may be the live ones. Called between two passes, after `build_model`."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned."""

@@ -108,8 +108,8 @@ class LoaderCursor(SeededCursor):
 
     def close(self) -> None:
         """Ends the workers, persistent ones too."""
-        self._leave()
         self._source.close()
+        self._batches = None
 
     def load_state_dict(self, state: CursorState) -> None:
         """Moves to a saved position. Raises ValueError as `SeededCursor.load_state_dict` does."""
@@ -122,9 +122,10 @@ class LoaderCursor(SeededCursor):
         self._epoch, self._index = epoch, index
 
     def _leave(self) -> None:
-        # An iterator has no close(): dropping it ends its workers before another one starts its own.
-        self._batches = None
+        # An iterator has no close(): dropping it ends its workers before another one starts its own. They have to know
+        # that before.
         self._source.leave()
+        self._batches = None
 
 
 class _Source(Protocol):
@@ -162,7 +163,6 @@ class _KeptByLoader:
     def __init__(self, loader: StatefulLoader, seed: int) -> None:
         self._loader = loader
         self._seed = seed
-        self._iterated = False
         # The state before the first epoch: the stream may start elsewhere once a batch has been taken.
         self._loaded: CursorState | None = cast("CursorState", loader.state_dict())
 

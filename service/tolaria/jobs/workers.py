@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import multiprocessing
+import mmap
 import os
 import signal
 import sys
@@ -82,6 +82,22 @@ class SeededItems(Dataset[Any]):
             raise SampleError(f"{what} {index}: {type(error).__name__}: {text} ({place})") from error
 
 
+class _Leaving:
+    """The flag of the current workers, a byte that is shared with forked processes: 0 until they are to end."""
+
+    def __init__(self) -> None:
+        self._flag = mmap.mmap(-1, 1)
+
+    def renew(self) -> mmap.mmap:
+        """Returns the flag of workers that start now."""
+        self._flag = mmap.mmap(-1, 1)
+        return self._flag
+
+    def set(self) -> None:
+        """Lets the workers end."""
+        self._flag[0] = 1
+
+
 class LoaderCopy:
     """A copy of a `DataLoader` with its own generator, from which torch draws the seeds of the workers.
 
@@ -104,15 +120,15 @@ class LoaderCopy:
         if batches is not None:
             changes["sampler" if loader.batch_sampler is None else "batch_sampler"] = batches
         vars(self._copy).update(changes)
-        self._leaving = _new_flag(self)
+        self._leaving = _Leaving()
+        weakref.finalize(self, self._leaving.set)  # at the latest when the interpreter ends
 
     def open(self, seed: int) -> Iterator[Any]:
         """Returns an iterator, and starts workers unless persistent ones are running."""
         self._generator.manual_seed(seed)
         variables = vars(self._copy)
         if variables["_iterator"] is None:
-            self._leaving = _new_flag(self)
-            variables["worker_init_fn"] = WorkerStart(self._init, os.getpid(), self._leaving)
+            variables["worker_init_fn"] = WorkerStart(self._init, os.getpid(), self._leaving.renew())
         # A worker that starts has no handlers yet.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
@@ -122,7 +138,7 @@ class LoaderCopy:
 
     def drop(self) -> None:
         """Lets the workers end; call it before the iterator is dropped."""
-        self._leaving.value = 1
+        self._leaving.set()
         vars(self._copy)["_iterator"] = None
 
     @property
@@ -136,12 +152,17 @@ class WorkerStart:
 
     Workers ignore SIGINT, and SIGTERM until the flag `leaving` is set: a signal to the process group or the container
     is for the service, which still needs batches to finish its step. They end with the thread that started them.
+
+    The flag is memory that forked workers share. Spawned ones have none, and end at SIGTERM.
     """
 
-    def __init__(self, init: Callable[[int], object] | None, parent: int, leaving: Any) -> None:
+    def __init__(self, init: Callable[[int], object] | None, parent: int, leaving: mmap.mmap | None) -> None:
         self._init = init
         self._parent = parent
         self._leaving = leaving
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_leaving": None}
 
     def __call__(self, worker_id: int) -> None:
         """Prepares a worker. Called in its process."""
@@ -158,7 +179,7 @@ class WorkerStart:
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self._leaving.value:
+        if self._leaving is None or self._leaving[0]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -173,14 +194,3 @@ def _end_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _new_flag(owner: object) -> Any:
-    """Returns a flag in shared memory, 0, which becomes 1 at the latest when the owner or the interpreter ends."""
-    flag = multiprocessing.RawValue("b", 0)
-    weakref.finalize(owner, _set, flag)
-    return flag
-
-
-def _set(flag: Any) -> None:
-    flag.value = 1

@@ -94,9 +94,9 @@ class SavedBuffers:
         """Restores the saved buffers; returns False if a large one that had never changed before cannot be."""
         wanted: list[tuple[_Saved, Tensor]] = []
         for saved in self._saved if not self._first else ():
-            if (tensor := saved.tensor) is None:
+            tensor = saved.owner[saved.name] = saved.tensor
+            if tensor is None:
                 continue
-            saved.owner[saved.name] = tensor
             if saved.note_change() or saved.small:
                 wanted.append((saved, tensor))
         copied = [(whole(tensor).detach(), saved.copy) for saved, tensor in wanted if saved.copy is not None]

@@ -110,7 +110,9 @@ def _undone(module: TrainModule, state: TrainingState) -> Iterator[None]:
     except BaseException:
         optimizer.state.clear()
         optimizer.state.update(entries)
-        with suppress(RollbackError):  # what cannot be saved cannot be put back either; the first error says it
+        with suppress(
+            RollbackError, BrokenJobError
+        ):  # what cannot be saved cannot be put back either; the first error says it
             _undo(module, state, before, buffers)
         raise
     _undo(module, state, before, buffers)
@@ -126,10 +128,7 @@ def _undo(module: TrainModule, state: TrainingState, before: StateImage, buffers
     for owner, tensors in buffers:
         for name, tensor in tensors.items():
             setattr(owner, name, tensor)
-    try:
-        stage_restore(state, before, verify=True).commit()
-    except StateMismatchError as error:
-        raise BrokenJobError(f"its state cannot be restored: {'; '.join(map(_where, error.problems[:3]))}") from None
+    _restore(state, before)
     module.refresh()
     module.forget_steps()
     module.seeds.controller.apply(module.global_step)
@@ -211,14 +210,18 @@ def _survive(module: TrainModule, state: TrainingState) -> None:
     _supported(survey.json)
     tensors = TrainingState(module, {})
     after = _captured(tensors)
-    try:
-        stage_restore(tensors, after, verify=True).commit()
-    except StateMismatchError as error:
-        raise BrokenJobError(f"its state cannot be restored: {'; '.join(map(_where, error.problems[:3]))}") from None
+    _restore(tensors, after)
     found = tensors.fingerprint()
     if found.total != after.seal().total:
         differing = [name for name, digest in after.seal().tensors.items() if found.tensors.get(name) != digest]
         raise BrokenJobError(f"{_where(differing[0]) if differing else 'its optimizer'} is not restored exactly")
+
+
+def _restore(state: TrainingState, image: StateImage) -> None:
+    try:
+        stage_restore(state, image, verify=True).commit()
+    except StateMismatchError as error:
+        raise BrokenJobError(f"its state cannot be restored: {'; '.join(map(_where, error.problems[:3]))}") from None
 
 
 def _captured(state: TrainingState) -> StateImage:

@@ -133,6 +133,11 @@ class GradientMerger:
             for parameter, own in zip(self._own_of(source), parts, strict=True):
                 parameter.grad = None if own is None else laid_out(own, parameter)
 
+    def applied(self) -> None:
+        """Counts the step in the epoch's metrics; a step that is skipped or starts again is not counted."""
+        if self._merging and self._tracker is not None:
+            self._tracker.applied()
+
     def finish_epoch(self) -> SeedMetricSet | None:
         """Returns the epoch's metrics; None if no step has merged. Synchronises."""
         return None if self._tracker is None else self._tracker.finish_epoch()

@@ -27,7 +27,7 @@ def parameters_sound(module: TrainModule, losses_of: Callable[[Batch], Mapping[s
     if module.last_good is None:
         return True
     rngs = capture_rngs()
-    module.save_buffers()
+    module.save_pass()
     try:
         batch = on_device(module.last_good, module.device)
         with module.fast_paths.autocast(), _watching(module) as outputs_finite:

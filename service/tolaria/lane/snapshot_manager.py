@@ -159,7 +159,7 @@ class SnapshotManager:
         finally:  # also after a failure: seeds and groups may have changed and changed back
             module.seeds.topology.advance(module.global_step)
             module.refresh()
-        module.skip_streak = 0
+        module.skip_streak, module.undone = 0, True
         controller = module.seeds.controller
         controller.carry_over(in_force, from_step=from_step, at_step=module.global_step)
         controller.apply(module.global_step)
@@ -197,7 +197,7 @@ class SnapshotManager:
 
 
 def _why_declined(declined: Declined) -> str:
-    """Returns why there is no snapshot; empty while images are only leased, which passes by itself."""
+    """Returns why there is no snapshot; empty while images are only in use: they are released soon."""
     mib = f"{declined.size_bytes / _MIB:.0f} MiB"
     if declined.too_large:
         return f"a snapshot takes {mib}, more than rollback.memory_mb"

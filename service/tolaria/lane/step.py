@@ -4,6 +4,7 @@ The only place that changes parameters. Synchronises with the device once, for t
 have to be known before anything changes; with several microbatches on a CPU, also for the loss of each.
 
 What is not finite is left out: a microbatch of several, or else the step, which is then *skipped* and changes nothing.
+A step whose loss is finite but extreme among the recent ones is skipped too.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
     first_batch = module.progress.batches
     taken = _take_microbatches(module, continue_step, mark, each=module.device.type == "cpu")
     if not taken.read:
+        module.note_step_end()
         return None
     measured = _finish(module, taken, mark)
     if not measured.finite and module.accumulate > 1 and taken.loss is not None and not _overflowed(module, measured):
@@ -100,7 +102,6 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
         taken = _take_microbatches(module, continue_step, mark, each=True, thorough=True)
         measured = _finish(module, taken, mark)
     violations: list[LearningRateViolation] = []
-    undone = True
     module.begin_announced_regimes()
     extreme = measured.finite and measured.judged is not None and module.losses.extreme(measured.judged)
     skipped = extreme or not measured.finite
@@ -109,15 +110,19 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
             _clip(module, measured.norms)
             violations = module.seeds.controller.before_step(module.global_step)
             module.optimizer.step()
+        module.merger.applied()
         module.global_step += 1
     else:
-        undone = module.discard_pass()
+        module.discard_pass()
     rescaled = taken.loss is not None and module.fast_paths.update_scale(
         finite=measured.finite, loss_finite=math.isfinite(measured.loss)
     )
     _record_loss(module, measured, skipped=skipped)
     module.progress = module.progress.after_step(measured.loss, taken.read, skipped=skipped)
-    sound = None if rescaled else _check_parameters(module, taken, skipped=skipped, undone=undone)
+    sound = None if rescaled else _check_parameters(module, taken, skipped=skipped)
+    if not module.undone:
+        sound, module.undone = False, True
+    module.note_step_end()
     finished_s = time.monotonic()
     return StepDone(
         global_step=module.global_step,
@@ -190,9 +195,9 @@ def _take_microbatches(
         if number and not continue_step():
             module.abandon_step()
             raise StepAbandonedError
-        asked_s = time.monotonic()
         if not number:
             module.note_step_start()
+        asked_s = time.monotonic()
         place = module.progress.batches
         with mark("input"):
             read = module.next_batch()
@@ -204,7 +209,6 @@ def _take_microbatches(
             module.clear_gradients()
             taken.planned_samples = batch.samples * module.accumulate
             module.merger.begin(module.global_step, module.accumulate)
-            module.save_buffers()
         taken.read += batch.samples
         module.save_microbatch(gradients=thorough)
         with mark("forward"), module.fast_paths.autocast():
@@ -333,17 +337,12 @@ def _clip(module: TrainModule, norms: Sequence[float]) -> None:
             torch._foreach_mul_(gradients, module.clip_norm / norm)
 
 
-def _check_parameters(module: TrainModule, taken: _Taken, *, skipped: bool, undone: bool) -> bool | None:
-    """Finds out, after many skipped steps in a row, whether data or parameters are ill; None if that is not due.
-
-    Also False if a skipped step was not `undone`.
-    """
+def _check_parameters(module: TrainModule, taken: _Taken, *, skipped: bool) -> bool | None:
+    """Finds out, after many skipped steps in a row, whether data or parameters are ill; None if that is not due."""
     if not skipped:
         module.skip_streak, module.last_good = 0, taken.last_batch
         return None
     module.skip_streak += 1
-    if not undone:
-        return False
     if module.skip_streak % module.skips_max:
         return None
     seeds = module.seeds.topology.training_seeds

@@ -23,9 +23,7 @@ from tolaria.state.encoding import KeptValues, capture_rngs, restore_rngs
 from tolaria.values.loss_window import LossWindow
 from tolaria.values.training import EpochProgress, Position
 
-_StepStart: TypeAlias = tuple[
-    CursorState, EpochProgress, tuple[dict[str, Tensor], dict[str, JsonValue]], KeptValues | None
-]
+_StepStart: TypeAlias = tuple[CursorState, EpochProgress, tuple[dict[str, Tensor], dict[str, JsonValue]]]
 
 
 @dataclass(slots=True)
@@ -69,6 +67,7 @@ class TrainModule:
         regimes_begun: events of changed tasks that the lane has not taken yet.
         skip_streak: steps in a row that were skipped most recently.
         last_good: a batch of the last step that was not skipped, as the cursor returned it.
+        undone: False if something that was left out could not be undone; `train_step` reports and resets it.
         parameters: trainable parameters in the optimizer.
         clip_groups: the same parameters, in groups that are clipped separately; the host's is the first.
     """
@@ -103,7 +102,11 @@ class TrainModule:
         self.skips_max = settings.health.skips_max
         self.skip_streak = 0
         self.last_good: Batch | None = None
+        self.undone = True
         self._buffers, self._microbatch_buffers = SavedBuffers(model), SavedBuffers(model)
+        self._kept_job: KeptValues | None = None
+        self._microbatch_job: KeptValues | None = None
+        self._underway = False
         self._kept_gradients: list[Tensor | None] | None = None
         self._step_start: _StepStart | None = None
         self.refresh()
@@ -183,45 +186,60 @@ class TrainModule:
             self.cursor.close()
 
     def note_step_start(self) -> None:
-        """Records data, progress, generators and the job before a step of several microbatches, for `abandon_step`."""
+        """Records buffers and the job before a step; before one of several microbatches also data and generators."""
+        self.save_pass()
+        self._step_start = None
         if self.accumulate > 1:
-            job = KeptValues(dict(self.job.state_dict()), "job") if isinstance(self.job, StatefulJob) else None
-            self._step_start = self.cursor.state_dict(), self.progress, capture_rngs(), job
+            self._step_start = self.cursor.state_dict(), self.progress, capture_rngs()
+        self._underway = True
+
+    def note_step_end(self) -> None:
+        """Drops what `note_step_start` recorded: the step has been taken or skipped, or has no batch."""
+        self._underway, self._step_start, self._kept_job, self._microbatch_job = False, None, None, None
 
     def abandon_step(self) -> None:
-        """Restores what `note_step_start` recorded, so that the same step can start again."""
+        """Restores what `note_step_start` recorded, so that the same step can start again; drops all gradients.
+
+        Between two steps, as in an evaluation, nothing else changes.
+        """
+        if not self._underway:
+            self.clear_gradients()
+            return
         self.discard_pass()
         if self._step_start is not None:
-            cursor, self.progress, rngs, job = self._step_start
+            cursor, self.progress, rngs = self._step_start
             self.cursor.load_state_dict(cursor)
             restore_rngs(*rngs)
-            if job is not None and isinstance(self.job, StatefulJob):
-                self.job.load_state_dict(job.values())
+        self.note_step_end()
 
     def clear_gradients(self) -> None:
         """Drops all gradients, also those of frozen parameters and of those that are not in the optimizer."""
         for parameter in self._all_parameters:
             parameter.grad = None
 
-    def save_buffers(self) -> None:
-        """Saves the buffers (running statistics), so that a skipped step can restore them."""
+    def save_pass(self) -> None:
+        """Saves what a pass changes: the buffers (running statistics) and the state of a `StatefulJob`."""
         self._buffers.save()
+        self._kept_job = self._job_state()
 
-    def discard_pass(self) -> bool:
-        """Drops all gradients, and restores the saved buffers; returns False if one of them cannot be."""
+    def discard_pass(self) -> None:
+        """Drops all gradients, and restores what `save_pass` saved; clears `undone` if a buffer cannot be."""
         self.clear_gradients()
-        return self._buffers.restore()
+        self.undone = self._buffers.restore() and self.undone
+        self._restore_job(self._kept_job)
 
     def save_microbatch(self, *, gradients: bool) -> None:
-        """Saves buffers, and with `gradients` copies them, before a microbatch of several, for `discard_microbatch`."""
+        """Saves buffers, job and, with `gradients`, these before a microbatch of several, for `discard_microbatch`."""
         if self.accumulate > 1:
             self._microbatch_buffers.save()
+            self._microbatch_job = self._job_state()
             found = [p.grad for p in self._all_parameters] if gradients else None
             self._kept_gradients = None if found is None else [None if g is None else g.clone() for g in found]
 
     def discard_microbatch(self) -> None:
-        """Restores what `save_microbatch` saved."""
-        self._microbatch_buffers.restore()
+        """Restores what `save_microbatch` saved; clears `undone` if a buffer cannot be."""
+        self.undone = self._microbatch_buffers.restore() and self.undone
+        self._restore_job(self._microbatch_job)
         if self._kept_gradients is not None:
             for parameter, gradient in zip(self._all_parameters, self._kept_gradients, strict=True):
                 parameter.grad = gradient
@@ -243,9 +261,18 @@ class TrainModule:
 
     def forget_steps(self) -> None:
         """Drops what steps leave beside the state: announced regimes, the streak of skipped steps, the last batch."""
+        self.note_step_end()
+        self.undone = True
         self.announced.clear()
         self.regimes_begun.clear()
         self.skip_streak, self.last_good = 0, None
+
+    def _job_state(self) -> KeptValues | None:
+        return KeptValues(dict(self.job.state_dict()), "job") if isinstance(self.job, StatefulJob) else None
+
+    def _restore_job(self, kept: KeptValues | None) -> None:
+        if kept is not None and isinstance(self.job, StatefulJob):
+            self.job.load_state_dict(kept.values())
 
     def _collect_parameters(self) -> None:
         self._trained = self._trained_now()

@@ -218,7 +218,8 @@ class Rollback:
         origin: `OPERATOR`, `HEALTH`, `TAMIYO` or `EMERGENCY`.
         rollback_id: 1 to `ID_BYTES_MAX` bytes.
         checkpoint_id: exactly this checkpoint is taken, also a superseded one.
-        before_step: restore points of this step and later ones are not taken; it is that of the first evidence.
+        before_step: restore points of this step and later ones are not taken; that of the first evidence, or the one
+            that an earlier automatic rollback has restored.
         preferred_before: restore points of earlier steps than this are better, if there are any.
         lr_cut: adjustment of learning rates after the restore.
         global_step: step of the run when the rollback was requested.
@@ -276,9 +277,8 @@ class Rollback:
 
     @property
     def automatic(self) -> bool:
-        """Whether no operator has asked for it, and no step or checkpoint is named: then only proven points count."""
-        named = self.target_step is not None or self.checkpoint_id
-        return self.origin in AUTOMATIC_ORIGINS and not named
+        """Whether health or the controller has begun it, also to a named step: then only proven points count."""
+        return self.origin in AUTOMATIC_ORIGINS
 
     @property
     def destination(self) -> int:

@@ -149,8 +149,7 @@ class CommandHandler:
             self._safety.safeguards.force(TAMIYO, enums.CIRCUIT_STATE_OPEN)
             self._safety.check_breakers()
             raise CommandRejectedError("rollback_budget", command.command_id, refusal.reason)
-        if rollback.automatic:
-            rollback.before_step = self._health.older_than(step)
+        rollback.before_step = self._health.older_than(step)
         try:
             self._recovery.begin(rollback, over)
             self._health.begin_rollback(TAMIYO, step)

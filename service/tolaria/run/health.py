@@ -15,6 +15,7 @@ from typing import Final, TypeAlias
 from tolaria.config import HealthSettings, RollbackSettings
 from tolaria.emergency import Trigger
 from tolaria.lane.messages import AcceptRegime, EpochDone, StepDone
+from tolaria.rollback.protocol import HEALTH
 from tolaria.run.health_record import (
     APART_STEPS,
     COLLAPSED,
@@ -49,7 +50,7 @@ class Proceed:
 
 @dataclass(frozen=True, slots=True)
 class RateCut:
-    """Multiplies the scheduled learning rate by `factor` for `steps` steps; replaces the cut of an earlier rollback."""
+    """Multiplies the learning rate by `factor` for `steps` steps; includes the cuts that the rollback undoes."""
 
     factor: float
     steps: int
@@ -116,7 +117,6 @@ class Health:
 
     Attributes:
         losses: the copy of the lane's window.
-        healthy_step: the newest step that was judged healthy; None before the first.
     """
 
     def __init__(self, settings: RollbackSettings, health: HealthSettings, saved: str = "") -> None:
@@ -132,7 +132,7 @@ class Health:
         self._origin = ""
         """Origin of the automatic rollback that is in progress; empty if there is none."""
         self._spoiled: set[tuple[int, int]] = set()
-        self.healthy_step: int | None = None
+        """Batches that are left out because of it."""
 
     # -- for others --------------------------------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ class Health:
     def step(self, step: StepDone, *, rolling_back: bool) -> Verdict:
         """Judges a step.
 
-        While a rollback is in progress no other one begins, but the batches of unhealthy steps are still recorded.
+        While a rollback is in progress no other one begins. An automatic one leaves out the batches of these steps too.
         """
         quiet = rolling_back or bool(self._origin)
         if step.skipped:
@@ -212,16 +212,13 @@ class Health:
         spread_before = self.losses.relative_spread
         alarm = self.losses.add(step.judged)
         self._recent.append(step)
-        if quiet and alarm is not None:
+        if self._origin and alarm is not None:
             self._spoiled.update(batches_of(step))
         if quiet or self._accepting:  # the lane has not emptied its window yet
             return Proceed()
         if self._watch is not None:
             return self._watched(self._watch, step, step.judged)
-        if alarm is None:
-            self.healthy_step = step.global_step
-            return Proceed()
-        return self._exploded(step, alarm, spread_before)
+        return Proceed() if alarm is None else self._exploded(step, alarm, spread_before)
 
     def epoch(self, epoch: EpochDone, *, rolling_back: bool) -> Verdict:
         """Judges the accuracy of an evaluation, or its loss if the job counts no accuracy, by those before it."""
@@ -252,14 +249,17 @@ class Health:
         self._accepting = False
         self._watch = None
 
+    def regime_answered(self) -> None:
+        """Follows the lane's answer to an `AcceptRegime`: steps are judged again, also if it has failed."""
+        self._accepting = False
+
     def restored(self, losses: str, global_step: int) -> None:
-        """Follows the lane, which has restored an earlier state. An operator's rollback resets the budgets."""
+        """Follows the lane, which has restored a state. A rollback that is not automatic resets the budgets."""
         record = self._record
         self._adopt(losses)
         record.skip_streak = 0
         record.evaluations = [entry for entry in record.evaluations if entry[0] <= global_step]
         record.worse = []
-        self.healthy_step = global_step if self.healthy_step is None else min(self.healthy_step, global_step)
         if not self._origin:
             record.rollbacks, record.without_progress = [], 0
             record.best_step, record.best_step_then = global_step, -1
@@ -294,19 +294,19 @@ class Health:
         """Counts an automatic rollback of an origin, `health` or `tamiyo`, that begins at `at_step`."""
         record = self._record
         self._origin = origin
-        record.rollbacks = [*self._within_budget(at_step), AutomaticRollback(begun_at=at_step)]
+        record.rollbacks = [*self._within_budget(at_step), AutomaticRollback(begun_at=at_step, origin=origin)]
         stuck = record.best_step <= record.best_step_then
         record.without_progress = record.without_progress + 1 if stuck else 1
         record.best_step_then = record.best_step
 
     def end_retreat(self) -> tuple[tuple[int, int], ...]:
-        """Ends an automatic rollback; returns the batches, as (epoch, place), that are left out because of it."""
-        spoiled, self._spoiled = tuple(sorted(self._spoiled)), set()
-        if self._origin and spoiled:
-            self._record.retreat_batches = list(spoiled)
-            self._record.left_out = sorted({*self._record.left_out, *spoiled})
-        self._origin = ""
-        return spoiled
+        """Ends an automatic rollback, however it went; returns the batches that are left out because of it."""
+        record, origin, spoiled = self._record, self._origin, sorted(self._spoiled)
+        self._origin, self._spoiled = "", set()
+        record.left_out = sorted({*record.left_out, *spoiled})
+        if origin == HEALTH:
+            record.retreat_batches = spoiled
+        return tuple(spoiled)
 
     def _retreat(
         self,
@@ -320,17 +320,22 @@ class Health:
     ) -> Verdict:
         if (halt := self.refusal(at_step)) is not None:
             return Halt(halt.trigger, f"{reason}; {halt.reason}")
-        before, older_than = self._within_budget(at_step), self.older_than(at_step)
-        self.begin_rollback("health", at_step)
+        older_than = self.older_than(at_step)
+        self.begin_rollback(HEALTH, at_step)
         self._spoiled.update(batches)
         self._watch = None
-        cut = RateCut(self._settings.lr_cut ** (len(before) + 1), self._settings.lr_cut_steps)
+        cut = RateCut(self._settings.lr_cut ** len(self._retreats), self._settings.lr_cut_steps)
         return Retreat(reason, evidence_step, batches, cut, older_than, durable, preferred_before)
 
     def _within_budget(self, at_step: int) -> list[AutomaticRollback]:
         """Returns the rollbacks that count at `at_step`, among them those at later, undone steps."""
         from_step = at_step - self._settings.per_steps
         return [rollback for rollback in self._record.rollbacks if rollback.begun_at > from_step]
+
+    @property
+    def _retreats(self) -> list[AutomaticRollback]:
+        """The recorded rollbacks that a verdict on health has required."""
+        return [rollback for rollback in self._record.rollbacks if rollback.origin == HEALTH]
 
     # -- verdicts ----------------------------------------------------------------------------------------------------
 
@@ -375,7 +380,7 @@ class Health:
         if (place := record.retreat_step) is None:
             return None
         early = evidence_step < place - APART_STEPS // 2  # skipped steps move the same sign a few steps
-        restored = record.rollbacks[-1].restored_step if record.rollbacks else None
+        restored = self._retreats[-1].restored_step if self._retreats else None
         goes_on = early and restored is not None and evidence_step <= restored + NEAR_STEPS
         return early if goes_on or abs(evidence_step - place) <= NEAR_STEPS else None
 
@@ -408,7 +413,8 @@ class Health:
             return self._retreat_from(watch.reason, watch.evidence_step, watch.batches, step.global_step)
         record = self._record
         record.regimes += 1
-        record.rollbacks = record.rollbacks[:-1]
+        refunded = self._retreats[-1] if self._retreats else None
+        record.rollbacks = [rollback for rollback in record.rollbacks if rollback is not refunded]
         batches = tuple(record.retreat_batches)
         record.left_out = sorted(set(record.left_out) - set(batches))
         record.retreat_step, record.retreat_batches = None, []

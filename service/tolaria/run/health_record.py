@@ -7,6 +7,7 @@ from typing import Final
 from pydantic import BaseModel, ValidationError
 
 from tolaria.lane.messages import StepDone
+from tolaria.rollback.protocol import HEALTH
 from tolaria.values.loss_window import relative_spread
 
 APART_STEPS: Final = 16
@@ -27,9 +28,13 @@ DROPPED_MAX: Final = 8
 
 
 class AutomaticRollback(BaseModel):
-    """An automatic rollback: the step at which it began, and the one that it restored (None until then)."""
+    """An automatic rollback: the step at which it began, and the one that it restored (None until then).
+
+    `origin` is `health` or `tamiyo`; an earlier version did not record it.
+    """
 
     begun_at: int
+    origin: str = HEALTH
     restored_step: int | None = None
 
 
@@ -40,7 +45,7 @@ class Record(BaseModel):
         rollbacks: automatic ones, of all origins, within `rollback.per_steps`.
         rolled_back_at: the steps at which they began, as an earlier version recorded them.
         retreat_step: first step of the evidence of the last retreat from an explosion; None if there was none.
-        retreat_batches: the batches that it left out.
+        retreat_batches: the batches that the last retreat left out.
         left_out: all batches that are left out, as (epoch, place).
         best_step: the highest step so far.
         best_step_then: `best_step` at the last automatic rollback.

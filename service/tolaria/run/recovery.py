@@ -33,9 +33,9 @@ from tolaria.run.restore_points import RestorePoints, choose
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus
-from tolaria.values.optimization import Adjustment
+from tolaria.values.optimization import AUTOMATIC, Adjustment
 
-_ROLLBACK: Final = "rollback"  # holder of the lane, and origin of a cut of the learning rate
+_ROLLBACK: Final = "rollback"  # holder of the lane
 FOLLOW_UP_S: Final = 5.0
 """Longest wait of each command after a restore for the lane, which is already held."""
 
@@ -143,11 +143,10 @@ def _nothing_for(rollback: Rollback) -> str:
     if rollback.checkpoint_id:
         return f"nothing to go back to: there is no checkpoint {rollback.checkpoint_id}; it may have been removed"
     tier = "" if rollback.tier == ROLLBACK_TIER_UNSPECIFIED else f" of the {tier_name(rollback.tier)} tier"
-    if rollback.target_step is not None:
-        return f"nothing to go back to: no restore point{tier} at or before step {rollback.target_step}"
-    kind = "proven" if rollback.automatic else "sound"
-    before = "" if rollback.before_step is None else f" before step {rollback.before_step}"
-    return f"nothing to go back to: no {kind} restore point{tier}{before}"
+    kind = "proven " if rollback.automatic else "" if rollback.target_step is not None else "sound "
+    target = "" if rollback.target_step is None else f" at or before step {rollback.target_step}"
+    before = "" if rollback.before_step is None else f"{' and' if target else ''} before step {rollback.before_step}"
+    return f"nothing to go back to: no {kind}restore point{tier}{target}{before}"
 
 
 class Recovery:
@@ -253,7 +252,8 @@ class Recovery:
     async def leave_ill_state(self, reason: str) -> str:
         """Goes back to a sound restore point if the live state is ill; returns the reason with the state that is live.
 
-        A run whose halt has outlived its process has resumed from the newest checkpoint that is not suspect.
+        A run whose halt has outlived its process has resumed from the newest checkpoint that is not suspect; that one
+        is mentioned if no step has followed it.
 
         Raises as `roll_back` does.
         """
@@ -263,7 +263,7 @@ class Recovery:
             why = f"resumed after a halt on an ill state ({self.ill}): {reason}"
             back = await self.roll_back(Rollback(ROLLBACK_TIER_UNSPECIFIED, None, why, EMERGENCY))
             return f"{reason}; from step {back.restored_step} ({back.chosen}), because the halted state is ill"
-        if halted and row is not None:
+        if halted and row is not None and self._status.global_step == row.global_step:
             return f"{reason}; from step {row.global_step} (the newest not suspect: checkpoint {row.checkpoint_id})"
         return reason
 
@@ -282,14 +282,16 @@ class Recovery:
             factor=verdict.cut.factor,
             value=None,
             expires_after_steps=verdict.cut.steps,
-            origin=_ROLLBACK,
+            origin=AUTOMATIC,
             request_id=rollback.rollback_id,
             reason="training went wrong at the previous learning rate",
         )
         self.begin(rollback)
 
-    def on_loss(self) -> None:
-        """Handles a finite step that health has judged: its loss may prove restore points."""
+    def on_judged(self, step: messages.StepDone) -> None:
+        """Handles a step that health has judged: a finite loss that counts for health may prove restore points."""
+        if step.skipped or step.judged is None:
+            return
         above, suspect = bool(self._health.above), self._health.suspect
         self._checkpointing.on_proven(self._points.step_done(above=above, suspect=suspect))
         self._status.newest_proven_step = self._points.newest_proven_step
@@ -371,9 +373,10 @@ class Recovery:
         self._recovering = rollback
         if self._lane.held_for_others(_ROLLBACK):
             self._stop_awaiting_step()
-        if spoiled := self._health.end_retreat():
-            done = await self._call(messages.SkipBatches(spoiled))
-            if done is not None and isinstance(done.result, messages.BatchesSkipped):
+        spoiled = self._health.end_retreat()
+        if left_out := self._health.left_out:  # also those of a rollback that has failed before
+            done = await self._call(messages.SkipBatches(left_out))
+            if spoiled and done is not None and isinstance(done.result, messages.BatchesSkipped):
                 self._log.warning(
                     "batches_left_out",
                     rollback_id=rollback.rollback_id,

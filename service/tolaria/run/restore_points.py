@@ -70,17 +70,18 @@ def choose(points: Iterable[RestorePoint], rollback: Rollback) -> Choice | None:
     """Returns the restore point for a rollback; None if there is none that it may take.
 
     A checkpoint that is named is taken, also a superseded one. Otherwise only ancestors of the live state count, of
-    the tier that is named; for a target step the nearest one at or before it. Automatic rollbacks take the newest
-    proven one from before the evidence, or a slightly older one from before the losses began to rise. An operator's
-    takes the newest proven one, else the newest not suspect.
+    the tier that is named; for a target step the nearest one at or before it. Automatic rollbacks, to a target step
+    too, take the newest proven one from before the evidence, or a slightly older one from before the losses began to
+    rise. An operator's takes the newest proven one, else the newest not suspect.
     """
     if rollback.checkpoint_id:
         named = [p for p in points if p.checkpoint is not None and p.checkpoint.checkpoint_id == rollback.checkpoint_id]
         return _newest_of(named, "the one that was named")
     allowed = [point for point in points if _allowed(point, rollback)]
-    if rollback.target_step is not None:
-        return _newest_of(allowed, f"the nearest at or before step {rollback.target_step}")
     proven_points = [point for point in allowed if point.proven]
+    if rollback.target_step is not None:
+        candidates, kind = (proven_points, "nearest proven one") if rollback.automatic else (allowed, "nearest")
+        return _newest_of(candidates, f"the {kind} at or before step {rollback.target_step}")
     better = [point for point in proven_points if _preferred(point, rollback)]
     proven = _newest_of(better or proven_points, "the newest proven one")
     if proven is not None or rollback.automatic:
@@ -275,8 +276,8 @@ def attempts_used(rows: Collection[CheckpointRow], rollbacks: Iterable[int]) -> 
 def resumed_points(resumed: CheckpointRow, rows: Collection[CheckpointRow], attempts: int) -> RestorePoints:
     """Returns the points of a run that goes on from a checkpoint.
 
-    A new attempt begins if the run has left points, whatever became of them, that are not ancestors of the checkpoint:
-    the next states must not be taken for theirs.
+    A new attempt begins if the run has written points that are not ancestors of the checkpoint, even if they have been
+    removed since: the next states must not be taken for theirs.
     """
     lineage = resumed.lineage
     left = attempts > resumed.attempt or any(

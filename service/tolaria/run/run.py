@@ -150,12 +150,12 @@ class TrainingRun:
 
     async def _finish(self) -> None:
         """Ends the run after the last epoch, with a last checkpoint if the settings require one."""
+        if self._parts.health.skipped_steps and not self._parts.health.best_step:
+            raise LaneFailedError("no step of the run was finite")
         await self._last_checkpoint("all epochs are done")
         if self._settings.checkpoint.on_failure == "pause":
-            checkpointing = self._parts.checkpointing
-            await self._status.feed.until(
-                lambda: not checkpointing.failing or self._stopping or self._lane.ended is not None
-            )
+            checkpointing, lane = self._parts.checkpointing, self._lane
+            await self._status.feed.until(lambda: not checkpointing.failing or self._stopping or lane.ended is not None)
         rolled_back = self._parts.recovery.running or self._next_epoch <= self._settings.training.epochs
         if not (self._stopping or rolled_back):
             self.ending = "finished"
@@ -166,8 +166,7 @@ class TrainingRun:
         self._raise_if_lane_failed()
 
     async def _wait_for_rollback(self) -> None:
-        recovery = self._parts.recovery
-        await self._status.feed.until(lambda: not recovery.running or self._lane.ended is not None)
+        await self._status.feed.until(lambda: not self._parts.recovery.running or self._lane.ended is not None)
 
     def _raise_if_lane_failed(self) -> None:
         ended = self._lane.ended
@@ -227,8 +226,7 @@ class TrainingRun:
         rolling_back = parts.recovery.running
         verdict = parts.health.step(step, rolling_back=rolling_back)
         self._status.step(step)
-        if not step.skipped:
-            parts.recovery.on_loss()
+        parts.recovery.on_judged(step)
         self._observers.on_step(step)
         parts.safety.safeguards.step(step)
         parts.profiles.step(step)
@@ -296,6 +294,8 @@ class TrainingRun:
     def _on_command(self, event: messages.CommandDone) -> None:
         """Applies the result of a command, then completes its future, which wakes its waiters."""
         if (pending := self._lane.take_pending(event)) is not None:
+            if isinstance(pending.command, messages.AcceptRegime):
+                self._parts.health.regime_answered()
             self._apply(pending, event)
             self._lifecycle.changed()
             self._lane.settle(pending, event)

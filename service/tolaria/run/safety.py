@@ -179,6 +179,7 @@ class Safety:
         self._lifecycle = lifecycle
         self._observers = observers
         self._active = active
+        self._started = False
         self._board = board
         self._streak = emergency.EpochStreak(settings.failed_epochs_max)
         self.safeguards = safeguards
@@ -193,15 +194,19 @@ class Safety:
 
     @property
     def halting(self) -> bool:
-        """Whether an emergency halts training."""
-        return self.controller.state.level == enums.EMERGENCY_LEVEL_HALT
+        """Whether an emergency halts training, or will as soon as the run starts."""
+        pending = self._active is not None and not self._started
+        return pending or self.controller.state.level == enums.EMERGENCY_LEVEL_HALT
 
     def start(self) -> None:
-        """Adopts what is on the board, and raises the halt that the run was resumed with.
+        """Adopts what is on the board, and raises the halt that the run was resumed with. Later calls do nothing.
 
         A halt that only the sentinel raised concerned the process that this one has replaced, and is cleared; any
         other stays until an operator clears it.
         """
+        if self._started:
+            return
+        self._started = True
         self.controller.observe_board()
         if self._board.adopted and self.controller.state.origin == SENTINEL:
             with suppress(ClearanceRefusedError):  # others raised it as well
@@ -303,6 +308,7 @@ class Safety:
 
         Raises IllegalEmergencyEventError when calm; its message says when the run still has to be resumed.
         """
+        self.start()  # a request may arrive before the run has started: what it clears must not be raised afterwards
         if self.controller.state.phase is emergency.Phase.CALM and self._lifecycle.halted:
             raise IllegalEmergencyEventError(f"there is no emergency; the run is {self._lifecycle.reason}")
         self.controller.clear(reason, _OPERATOR, by=emergency.Clearer.OPERATOR)

@@ -108,8 +108,13 @@ def test_layer_norms_list_the_largest() -> None:
     )
     updater = PerLayerMetricUpdater(layout, top_k=2)
     matrix = torch.tensor([[2.0, 1.0, 2.0, 10.0, 1.0], [0.0] * 5])
-    updater.update(StepRows((HOST, "s"), matrix, (1, 0), 1, {}))
-    updater.update(StepRows((HOST, "s"), torch.stack([matrix[0] * 3, matrix[0]]), (1, 1), 1, {}))
+    for rows in (
+        StepRows((HOST, "s"), matrix, (1, 0), 1, {}),
+        StepRows((HOST, "s"), torch.stack([matrix[0] * 3, matrix[0]]), (1, 1), 1, {}),
+    ):
+        measured = updater.measure(rows)
+        assert measured is not None
+        updater.add(measured)
     assert updater.read() == {HOST: (("b", 20.0), ("a", 6.0)), "s": (("b", 10.0), ("a", 3.0))}
     assert updater.read() == {}
 
@@ -117,5 +122,5 @@ def test_layer_norms_list_the_largest() -> None:
 def test_layer_norms_are_off_for_zero_layers() -> None:
     """The rows are not read."""
     updater = PerLayerMetricUpdater(FlatLayout.of([("w", torch.zeros(2))]), top_k=0)
-    updater.update(StepRows((HOST,), torch.full((1, 2), math.nan, device="meta"), (1,), 1, {}))
+    assert updater.measure(StepRows((HOST,), torch.full((1, 2), math.nan, device="meta"), (1,), 1, {})) is None
     assert updater.read() == {}

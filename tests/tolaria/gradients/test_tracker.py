@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -85,6 +87,7 @@ def test_microbatch_mode_counts_conflicts_between_microbatches() -> None:
     for pull in PULLS:
         tracked.add(rows(names, pull[None]))
     assert tracked.combine().merged.conflicts == 1
+    tracked.applied()
     result = tracked.finish_epoch()
     assert (result.conflicts, result.microbatches) == (1, 2)
     assert [source.seed_id for source in result.sources] == [HOST]
@@ -98,6 +101,7 @@ def test_dataloader_attribution_counts_the_samples_of_the_step() -> None:
     tracked.add(rows(names, PULLS), {HOST: 3, "s": 1})
     tracked.add(rows(names, PULLS), {HOST: 2, "s": 2})
     tracked.combine()
+    tracked.applied()
     host, seed = tracked.finish_epoch().sources
     taught = 3 / 8 * 2.0
     assert seed.teacher_share == pytest.approx(taught / (taught + 8**0.5))
@@ -111,6 +115,7 @@ def test_an_epoch_is_read_and_reset() -> None:
     for step in range(3):
         tracked.add(rows(tracked.begin(step), PULLS))
         tracked.combine()
+        tracked.applied()
     result = tracked.finish_epoch()
     host, seed, training = result.sources
     assert (host.seed_id, seed.seed_id, training.seed_id) == (HOST, "s", "u")
@@ -128,6 +133,21 @@ def test_a_discarded_step_has_no_effect() -> None:
     tracked.add(rows(tracked.begin(0), torch.full((1, 2), float("nan"))))
     tracked.add(rows(tracked.begin(1), PULLS[:1]))
     assert tracked.combine().merged.vector.tolist() == [1.0, 0.0]
+
+
+def test_only_a_step_that_is_applied_is_counted() -> None:
+    """The measurements of one that is skipped, or combined again, are not in the epoch's metrics."""
+    tracked = tracker(top_k=1)
+    for step, value in ((0, math.nan), (0, 2.0), (1, math.nan)):
+        tracked.add(rows(tracked.begin(step), torch.full((1, 2), value)))
+        tracked.combine()
+        if value == 2.0:
+            tracked.applied()
+            tracked.applied()
+    result = tracked.finish_epoch()
+    (host,) = result.sources
+    assert (result.steps, result.microbatches) == (1, 1)
+    assert host.norm == host.layer_norms[0][1] == pytest.approx(8**0.5)
 
 
 def test_steps_without_rows_are_errors() -> None:
@@ -173,6 +193,7 @@ def train(mode: GradientMode, rate: float) -> tuple[dict[str, float], int]:
         names = tracked.begin(step)
         tracked.add(source_rows(model.losses(), [model.shared], names=names, out=tracked.lend()))
         (gradient,) = flat_to_grads(tracked.combine().merged.vector, [model.shared.shape])
+        tracked.applied()
         with torch.no_grad():
             model.shared.sub_(rate * gradient)
     return {name: loss.item() for name, loss in model.losses().items()}, tracked.finish_epoch().conflicts

@@ -17,6 +17,7 @@ class Statistics(nn.Module):
     """Has a small, a large, an expanded and an optional buffer."""
 
     small: Tensor
+    absent: Tensor | None
     large: Tensor
     rows: Tensor
 
@@ -80,6 +81,24 @@ def test_a_skipped_step_changes_no_buffer(change: Callable[[Statistics], None], 
         for name, value in values(model).items():
             torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
         assert all(a is b for a, b in zip(tensors, (model.small, model.large, model.norm.running_mean), strict=True))
+
+
+def test_a_buffer_that_was_none_is_none_again() -> None:
+    """A cache that a skipped step fills does not keep that step's values; one that a good step fills stays."""
+    model = Statistics()
+    saved = SavedBuffers(model)
+    saved.follow(model)
+    for _ in range(2):
+        saved.save()
+        model.absent = torch.full((4,), float("nan"))
+        assert saved.restore()
+        assert model.absent is None
+    saved.save()
+    model.absent = torch.ones(4)
+    saved.save()
+    model.absent.mul_(float("nan"))
+    assert saved.restore()
+    assert torch.equal(model.absent, torch.ones(4))
 
 
 def copies_of(saved: SavedBuffers, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from leyline.v1.enums_pb2 import SEED_STAGE_TRAINING
 from support.lane_driver import driven, new_module, proceed, seed
 from tolaria.jobs import HOST, Batch
+from tolaria.lane.buffers import SavedBuffers
 from tolaria.lane.messages import ReconcileSeeds, StepDone
 from tolaria.lane.step import train_step
 from tolaria.lane.train_module import TrainModule
@@ -123,6 +124,84 @@ def test_merged_microbatches_leave_out_what_is_not_finite() -> None:
     step = taken(module)
     assert (step.skipped, step.left_out) == (False, (1,))
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
+
+
+class RunningMean:
+    """Makes the job of a module a stateful one, which keeps the mean of the losses that it returns."""
+
+    def __init__(self, module: TrainModule) -> None:
+        self.losses = module.job.losses
+        self.total, self.count = torch.zeros(()), 0
+        for name, method in (("losses", self), ("state_dict", self.state), ("load_state_dict", self.load)):
+            setattr(module.job, name, method)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        losses = dict(self.losses(model, batch))  # type: ignore[arg-type] # TinyJob's are a mapping
+        self.total += losses[HOST].detach()
+        self.count += 1
+        return losses
+
+    def state(self) -> dict[str, Any]:
+        return {"total": self.total, "count": self.count}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.total, self.count = state["total"], state["count"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_what_is_left_out_does_not_change_the_state_of_the_job(accumulate: int) -> None:
+    """One NaN would stay in a running mean for ever; nor does the check of the parameters change it."""
+    module = new_module(accumulate=accumulate, sections={"health": {"skips_max": 1}})
+    Spoiling(module, 2)
+    mean = RunningMean(module)
+    steps = [taken(module) for _ in range(4 // accumulate)]
+    assert [step.skipped for step in steps] == ([False, False, True, False] if accumulate == 1 else [False])
+    assert mean.count == 3
+    assert math.isfinite(mean.total.item())
+
+
+@pytest.mark.parametrize(("accumulate", "place"), [(1, 1), (4, 1)])
+def test_what_cannot_be_undone_is_reported_once(accumulate: int, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a skipped step, and of a microbatch that is left out."""
+    module = new_module(accumulate=accumulate)
+    Spoiling(module, place)
+    if accumulate == 1:
+        taken(module)
+    with monkeypatch.context() as patch:
+        patch.setattr(SavedBuffers, "restore", lambda _: False)
+        step = taken(module)
+    assert (step.skipped, step.parameters_finite) == (accumulate == 1, False)
+    assert taken(module).parameters_finite is None
+
+
+def test_an_error_between_two_steps_does_not_undo_the_last_one() -> None:
+    """As that of a seed in an evaluation: the buffers are those after the step."""
+    module = new_module("RandomisedJob", options={"optimizer": "SGD"})
+    taken(module)
+    before = weights(module)
+    module.abandon_step()
+    assert equal(weights(module), before)
+    assert all(parameter.grad is None for parameter in module.parameters)
+
+
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 3), (2, 2)])
+def test_the_metrics_of_an_epoch_count_each_applied_step_once(accumulate: int, steps: int) -> None:
+    """Neither a skipped step nor the first pass of one that is taken again."""
+    module = new_module(accumulate=accumulate)
+    plain = module.job.losses
+
+    def losses(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        loss = dict(plain(model, batch))[HOST]  # type: ignore[arg-type] # TinyJob's are a mapping
+        return {HOST: loss, "task": loss * 3}
+
+    module.job.losses = losses  # type: ignore[method-assign] # as a job may be
+    Spoiling(module, 1, gradient=True)
+    for _ in range(4 // accumulate):
+        taken(module)
+    metrics = module.merger.finish_epoch()
+    assert metrics is not None
+    assert metrics.steps == steps
+    assert all(math.isfinite(source.norm) for source in metrics.sources)
 
 
 # -- float16 ---------------------------------------------------------------------------------------------------------

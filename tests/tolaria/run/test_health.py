@@ -320,6 +320,64 @@ def test_losses_that_rise_again_at_the_same_place_may_be_a_changed_task() -> Non
     assert run.train(*[LOUD] * 50) == []
 
 
+def test_an_accepted_task_is_judged_by_what_health_has_done() -> None:
+    """The controller's rollbacks neither compound the cut, nor are refunded, nor change which batches come back."""
+    run = Trained(RollbackSettings(automatic_max=9))
+    run.health.begin_rollback("tamiyo", run.at)
+    run.restore(95)
+    run.train(*[QUIET] * 5)
+    verdict = run.explode()
+    assert isinstance(verdict, Retreat)
+    assert verdict.cut.factor == 0.5
+    run.restore(85)
+    run.health.begin_rollback("tamiyo", run.at)
+    assert run.health.step(step(LOUD, at=86, place=7), rolling_back=True) == Proceed()
+    run.health.step(step(LOUD, at=87, place=8), rolling_back=True)
+    run.restore(85)
+    run.train(*[QUIET] * 15)
+    accepted = run.train(*[LOUD] * 66)[-1]
+    assert isinstance(accepted, AcceptRegime)
+    assert accepted.batches == ((1, 101), (1, 102))
+    assert [rollback.origin for rollback in Record.parse(run.health.to_json()).rollbacks] == ["tamiyo", "tamiyo"]
+
+
+def test_a_refused_acceptance_does_not_end_the_judging() -> None:
+    """The lane's answer counts, even if its window was not emptied."""
+    run = Trained()
+    run.explode()
+    run.restore(85)
+    run.train(*[QUIET] * 15)
+    assert isinstance(run.train(*[LOUD] * 66)[-1], AcceptRegime)
+    run.health.regime_answered()
+    assert run.train(*[LOUD * 100] * 4)
+
+
+def test_batches_of_an_operators_rollback_are_not_left_out() -> None:
+    """Losses that explode while it waits for the lane are undone, and nothing says that their batches are ill."""
+    run = Trained()
+    for at in (101, 102, 103):
+        run.health.step(step(LOUD, at=at), rolling_back=True)
+    run.health.restored("", 50)
+    assert (run.health.end_retreat(), run.health.left_out) == ((), ())
+
+
+def test_a_retreat_without_batches_brings_none_back() -> None:
+    """Those of the retreat before it stay left out when a changed task is accepted."""
+    run = Trained()
+    run.explode()
+    run.restore(85)
+    run.health.begin_rollback("health", run.at)
+    run.restore(85)
+    assert Record.parse(run.health.to_json()).retreat_batches == []
+    assert run.health.left_out == ((1, 101), (1, 102))
+
+
+def test_rollbacks_without_an_origin_are_those_of_health() -> None:
+    """As an earlier version has recorded them."""
+    record = Record.parse('{"rollbacks": [{"begun_at": 5, "restored_step": 2}], "rolled_back_at": [3]}')
+    assert [rollback.origin for rollback in record.rollbacks] == ["health", "health"]
+
+
 def test_a_level_that_keeps_rising_is_no_task() -> None:
     """The second retreat follows, from the evidence that was found first."""
     run = Trained()

@@ -11,6 +11,7 @@ import anyio.to_thread
 import pytest
 from structlog.testing import capture_logs
 
+from leyline.v1.admin_service_pb2 import RUN_STATE_HALTED
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
 from support.disks import FailingDisk
 from support.lanes import FakeLane, small_image, started_client
@@ -30,6 +31,7 @@ from tolaria.errors import (
 )
 from tolaria.images import SnapshotInfo
 from tolaria.journal.async_journal import AsyncJournal
+from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import (
     BatchesSkipped,
     ChangeOptimizer,
@@ -83,10 +85,17 @@ class FakeHealth(Health):
     """Has the batches that the test says were spoiled."""
 
     spoiled: tuple[tuple[int, int], ...] = ()
+    all_left_out: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def left_out(self) -> tuple[tuple[int, int], ...]:
+        """Those of all retreats that have ended."""
+        return self.all_left_out
 
     def end_retreat(self) -> tuple[tuple[int, int], ...]:
         """Returns them once."""
         spoiled, self.spoiled = self.spoiled, ()
+        self.all_left_out += spoiled
         return spoiled
 
 
@@ -138,6 +147,9 @@ class FakeCheckpointing(Checkpointing):
     def rewound(self, global_step: int, lineage: Lineage) -> None:
         """Does nothing: no image is in flight."""
 
+    def on_proven(self, checkpoint_ids: object) -> None:
+        """Does nothing."""
+
 
 class FakeSafety(Safety):
     """Notes what is raised."""
@@ -172,7 +184,7 @@ def restored(command: Restore, *, state_digest: str = "d") -> Restored:
 class RecoveryParts:
     """Recovery with a scripted lane that has snapshots of steps 3, 6 and 9. Made on the event loop."""
 
-    def __init__(self, storage: Storage, *, budget_s: float = 30.0) -> None:
+    def __init__(self, storage: Storage, *, budget_s: float = 30.0, resumed: CheckpointRow | None = None) -> None:
         self.lane = FakeLane(
             {
                 Restore: restored,
@@ -187,7 +199,7 @@ class RecoveryParts:
         self.lifecycle, self.health = FakeLifecycle(), FakeHealth(RollbackSettings(), HealthSettings())
         self.recorder = Recorder()
         self.recorder.held = lambda: self.client.held_for("rollback")
-        self.points = RestorePoints()
+        self.points = RestorePoints(resumed=resumed)
         self.points.snapshots_changed(self.status.snapshots)
         self.prove(10)
         self.restorer = LaneRestorer(self.client, self.status, storage.checkpoints, self.recorder, self.points)
@@ -500,8 +512,35 @@ async def test_a_failed_rollback_leaves_everything_as_it_was(storage: Storage) -
         with pytest.raises(StateMismatchError):
             await parts.recovery.roll_back(fast())
         assert [type(command) for command in parts.lane.sent] == [Hold, Restore, Release]
-    assert (parts.recorder.words, parts.status.rollbacks) == (["started", "ended"], 0)
-    assert not parts.health.end_retreat()
+        assert (parts.recorder.words, parts.status.rollbacks) == (["started", "ended"], 0)
+        parts.lane.answers[Restore] = restored
+        await parts.recovery.roll_back(fast())
+        assert parts.lane.sent_of(SkipBatches) == [SkipBatches(((1, 3),))]  # the next restore leaves them out
+
+
+async def test_only_judged_losses_prove_restore_points(storage: Storage) -> None:
+    """Neither skipped steps nor those whose samples all belong to seeds do."""
+    parts = RecoveryParts(storage)
+    parts.status.snapshots = (SnapshotInfo(Position(11, 1), 8, "d"),)
+    parts.points.snapshots_changed(parts.status.snapshots)
+    before = parts.points.newest_proven_step
+    for at in range(12, 80):
+        parts.recovery.on_judged(step_done(at))
+        parts.recovery.on_judged(replace(step_done(at, skipped=True), judged=1.0))
+    assert parts.points.newest_proven_step == before
+    for at in range(80, 140):
+        parts.recovery.on_judged(replace(step_done(at), judged=1.0))
+    assert parts.status.newest_proven_step == 11
+
+
+async def test_a_resume_mentions_the_checkpoint_it_begins_from(storage: Storage) -> None:
+    """A run whose halt outlived its process; once, and only while no step has followed the checkpoint."""
+    (row, *_) = await anyio.to_thread.run_sync(storage.checkpoints.restore_points)
+    for step, mentioned in ((row.global_step, True), (row.global_step + 1000, False)):
+        parts = RecoveryParts(storage, resumed=row)
+        parts.status.state, parts.status.global_step = RUN_STATE_HALTED, step
+        assert (row.checkpoint_id in await parts.recovery.leave_ill_state("on")) is mentioned
+        assert await parts.recovery.leave_ill_state("on") == "on"
 
 
 async def test_a_failed_proof_is_raised_while_the_lane_is_held(storage: Storage) -> None:
@@ -582,17 +621,20 @@ async def test_the_second_try_counts(storage: Storage) -> None:
 
 async def test_waiting_for_the_step_boundary_is_not_part_of_the_budget(storage: Storage) -> None:
     """The lane is in a long step: the rollback waits longer than its budget, and succeeds; both times are reported."""
-    parts = RecoveryParts(storage, budget_s=0.1)
+    parts = RecoveryParts(storage, budget_s=10.0)
     parts.lane.holds = False
     async with serving(parts), anyio.create_task_group() as tasks:
         rollback = fast(6)
+        rollback.began_s -= 20.0  # twice the budget ago
         tasks.start_soon(parts.recovery.roll_back, rollback)
-        await anyio.sleep(0.3)
+        await anyio.wait_all_tasks_blocked()
         assert parts.recovery.running
         (hold,) = parts.lane.sent_of(Hold)
         parts.lane.emit(Held(11, hold.number))
     assert rollback.ending is Ending.RESTORED
-    assert rollback.waited_ms >= 300 > rollback.restored_ms
+    assert rollback.waited_ms >= 20_000 > rollback.restored_ms
+    assert rollback.boundary_s is not None
+    assert rollback.deadline_s == rollback.boundary_s + 10.0
     assert parts.journal.rollbacks[0].waited_ms == rollback.waited_ms
 
 

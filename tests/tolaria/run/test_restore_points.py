@@ -70,6 +70,21 @@ def test_the_point_of_an_automatic_rollback(points: str, before: int, tier: int,
 
 
 @pytest.mark.parametrize(
+    ("origin", "points", "taken"),
+    [
+        ("tamiyo", "s10+ s20", "s10"),  # only a proven one
+        ("tamiyo", "s10+ s30+ s40", "s10"),  # and older than the one restored before
+        ("tamiyo", "s30+ s40", None),
+        ("operator", "s10+ s20", "s20"),
+    ],
+)
+def test_the_point_for_a_named_step(origin: str, points: str, taken: str | None) -> None:
+    """The nearest at or before it; the rules of automatic rollbacks hold for the controller's too."""
+    choice = choose(map(point, points.split()), Rollback(AUTO, 45, "", origin, before_step=30))
+    assert (None if choice is None else name(choice.point)) == taken
+
+
+@pytest.mark.parametrize(
     ("points", "before", "preferred", "taken"),
     [
         ("s10+ s80+ s98+", 100, 85, "s80"),

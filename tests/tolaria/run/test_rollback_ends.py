@@ -154,7 +154,6 @@ async def test_the_default_target_is_the_newest_proven_restore_point() -> None:
         stub = stub_of(channel)
         await run.until(lambda: run.status.global_step > 20)
         await run.run.pause("look")
-        run.health.healthy_step = 8
         points = (await stub.ListRestorePoints(admin.ListRestorePointsRequest())).restore_points
         proven = [point.global_step for point in points if point.stable]
         assert max(proven) < max(point.global_step for point in points)

@@ -20,7 +20,9 @@ from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import command
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.checkpoint.store import LoadedCheckpoint
-from tolaria.errors import NoCheckpointError, RestoreAbandonedError, WrongStateError
+from tolaria.errors import LaneError, NoCheckpointError, RestoreAbandonedError, WrongStateError
+from tolaria.journal.rows import RollbackRow
+from tolaria.lane.messages import AcceptRegime
 from tolaria.rollback.protocol import Rollback
 from tolaria.signals import RollbackState
 
@@ -212,6 +214,46 @@ async def test_the_controller_can_roll_the_run_back(payload: dict[str, object], 
         assert value(run, "command.applied_total", type="rollback") == 0
     else:
         assert value(run, "command.applied_total", type="rollback") == 1
+
+
+async def test_the_controller_goes_further_back_each_time_to_a_named_step_too() -> None:
+    """Its second rollback to the same step takes an older point than the one that the first has restored."""
+    asked = 0
+
+    async def answer(state: SystemStatePacket) -> AdaptationCommand | None:
+        nonlocal asked
+        if asked == 2 or run.status.rollbacks < asked or state.current_epoch < 3:
+            return None
+        asked += 1
+        back = command(COMMAND_ROLLBACK)
+        back.rollback_payload.update({"target_step": 12, "tier": "fast"})
+        return back
+
+    rollback = {**ON_REQUEST, "snapshots_max": 100}
+    run = new_run(FakePeers(answer), epochs=10**6, sections={"rollback": rollback})
+    async with running(run):
+        await run.until(lambda: run.status.rollbacks == 2)
+        rows = await anyio.to_thread.run_sync(lambda: run.storage.journal.rows(RollbackRow, run_id="run"))
+        await run.run.stop("enough")
+    assert sorted(row.restored_step for row in rows) == [9, 12]
+
+
+async def test_a_changed_task_that_the_lane_cannot_accept_is_judged_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Health follows the lane's answer, whatever it is."""
+    answered: list[bool] = []
+
+    def fail(_reason: str, *, announced: bool) -> None:
+        raise LaneError(f"announced: {announced}")
+
+    run = new_run(FakePeers(), epochs=10**6)
+    monkeypatch.setattr(run.module, "begin_regime", fail)
+    monkeypatch.setattr(run.health, "regime_answered", lambda: answered.append(True))
+    async with running(run):
+        await run.until(lambda: run.status.global_step > 3)
+        with pytest.raises(LaneError):
+            await run.core.lane.call(AcceptRegime("other data", ()))
+        assert answered == [True]
+        await run.run.stop("enough")
 
 
 async def test_a_conservative_emergency_rolls_nothing_back() -> None:

@@ -167,12 +167,12 @@ async def test_a_slow_controller_delays_training_by_its_budget_at_most() -> None
         await release.wait()
         return None
 
-    control = ControlSettings(boundary_budget_ms=400, tamiyo_budget_ms=12)
+    control = ControlSettings(boundary_budget_ms=60_000, tamiyo_budget_ms=12)
     run = new_run(FakePeers(slow), control=control, epochs=5)
     async with running(run):
         await run.until(lambda: run.state == "FINISHED")
         assert calls == 1
-        assert sorted(run.status.boundaries_ms)[2] < 180
+        assert sorted(run.status.boundaries_ms)[2] < 30_000  # far from the budget of the whole boundary
         release.set()
         await run.until(lambda: run.status.tamiyo_answer == "no change")
 

@@ -104,3 +104,10 @@ async def test_an_operators_rollback_to_an_early_point_is_no_explosion() -> None
         await run.until(lambda: run.status.global_step > row.global_step + 300)
         assert (run.status.rollbacks, run.health.best_step >= row.global_step + 300) == (1, True)
         await run.run.stop("enough")
+
+
+async def test_a_run_without_one_finite_step_fails() -> None:
+    """It has learned nothing, and must not end as a success."""
+    run = await finished(poisoned(*consecutive(0, 16), epochs=2))
+    assert (run.state, run.status.global_step, run.status.rollbacks) == ("FAILED", 0, 0)
+    assert "no step of the run was finite" in run.status.state_reason

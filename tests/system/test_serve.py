@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 from support.processes import Serve, is_alive, serve
+from support.waiting import wait_for
 
 LONG = ["training.epochs=100000"]
 BUF = Path(sys.executable).with_name("buf")
@@ -135,7 +136,7 @@ def test_a_hanging_job_does_not_prevent_shutdown(tmp_path: Path) -> None:
     """If a microbatch never returns, SIGTERM ends the process within the drain timeout, with exit code 1."""
     arguments = ["training.job=support.jobs:StuckJob", "service.drain_timeout_s=4"]
     with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
-        assert stub.GetStatus(admin.GetStatusRequest(), timeout=10).global_step == 0
+        wait_for(lambda: stub.GetStatus(admin.GetStatusRequest(), timeout=10).phase == "starting")  # the first step
         started = time.monotonic()
         service.terminate()
         assert service.wait() == 1

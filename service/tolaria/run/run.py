@@ -11,7 +11,7 @@ from typing import Final, assert_never
 import anyio
 import structlog
 
-from leyline.v1.admin_service_pb2 import GetStatusResponse
+from leyline.v1.admin_service_pb2 import RUN_STATE_STARTING, GetStatusResponse
 from tolaria.config import Settings
 from tolaria.emergency import Trigger
 from tolaria.errors import LaneFailedError, TolariaError, WrongStateError
@@ -425,9 +425,9 @@ class TrainingRun:
 
     async def stop(self, reason: str) -> None:
         """Finishes the step and ends the run, even if cancelled. Raises WrongStateError if it had ended before."""
+        await self._status.feed.until(lambda: self._status.state != RUN_STATE_STARTING)
         after(self._status.state, RunEvent.FINISHED)
-        self.ending = "stopped"
-        self._status.state_reason = f"stopped: {reason}"
+        self.ending, self._status.state_reason = "stopped", f"stopped: {reason}"
         try:
             await self._last_checkpoint(f"stopped: {reason}", hold=True)
         finally:

@@ -60,7 +60,7 @@ def test_watch_prints_each_change_until_the_board_is_removed(tmp_path: Path) -> 
     board = SignalBoard.create(Path(path), "run-1")
     me = board.claim("tolaria")
     signal_id = me.raise_level(EMERGENCY_LEVEL_CONSERVATIVE, "smell")
-    closing = threading.Timer(0.3, lambda: board.close(unlink=True))
+    closing = threading.Timer(3.0, lambda: board.close(unlink=True))  # the command has attached by then
     closing.start()
     shown = runner.invoke(app, ["signals", "watch", "--board", str(path)])
     closing.join()

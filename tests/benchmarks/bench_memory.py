@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_memory.py
 
-300 MB of model and Adam state, in the ring (`rollback.memory_mb` 400) and out of it (64), each in a process of its own.
+300 MB of model and Adam state, in the ring (`rollback.memory_mb` 400) and out of it (64), each in a separate process.
 A figure is the peak above the bare loop's, without what the ring holds, in units of the state; it must be at most 2.2.
 Linux only; takes a minute, 2 GB of memory and 1 GB of disk in the temporary directory.
 """
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def run(what: str) -> dict[str, float]:
-    """The figures of a process of its own."""
+    """Returns the figures of a separate process."""
     done = subprocess.run([sys.executable, __file__, what], capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found

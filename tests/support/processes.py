@@ -13,6 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
+
+from leyline.v1 import admin_service_pb2 as admin
+from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
+
 START_TIMEOUT_S = 60.0
 TESTS = Path(__file__).parents[1]
 
@@ -103,3 +108,16 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@contextmanager
+def stub_of(service: Serve) -> Iterator[TolariaAdminServiceStub]:
+    """A stub that waits for the service's address."""
+    with grpc.insecure_channel(service.addresses()[0]) as channel:
+        yield TolariaAdminServiceStub(channel)
+
+
+def status(stub: TolariaAdminServiceStub) -> admin.GetStatusResponse:
+    """Returns the current status."""
+    answer: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=10)
+    return answer

@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import grpc
 import pytest
 from anyio.from_thread import start_blocking_portal
 
 from leyline.v1 import admin_service_pb2 as admin
-from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN, COMMAND_ROLLBACK
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.peers import FakeKasmina, FakeParticipant, FakeTamiyo, command, serving
-from support.processes import Serve, serve
+from support.processes import Serve, serve, status, stub_of
 from support.waiting import wait_for
-
-
-@contextmanager
-def stub_of(service: Serve) -> Iterator[TolariaAdminServiceStub]:
-    """A stub that waits for the service's address."""
-    with grpc.insecure_channel(service.addresses()[0]) as channel:
-        yield TolariaAdminServiceStub(channel)
-
-
-def status(stub: TolariaAdminServiceStub) -> admin.GetStatusResponse:
-    """Returns the current status."""
-    answer: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=10)
-    return answer
 
 
 def peer_process(service: Serve, peer: str) -> int:

@@ -1,4 +1,4 @@
-"""A halted service whose log nobody reads, and the way back to training after a restart; phases of a slow job."""
+"""A halted service with an unread log, and the way back to training after a restart; phases of a slow job."""
 
 from __future__ import annotations
 

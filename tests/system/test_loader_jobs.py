@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import grpc
 import pytest
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
-from support.processes import Serve, is_alive, serve
+from support.processes import Serve, is_alive, serve, stub_of
 from support.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(600)
@@ -25,13 +22,6 @@ JOB = [
 SHORT_EPOCHS = "training.options.samples=32"
 STALLED_S = 2.0
 """A loop that waits for a worker is silent for an epoch, here half a minute; a busy machine delays it by less."""
-
-
-@contextmanager
-def stub_of(service: Serve) -> Iterator[TolariaAdminServiceStub]:
-    """A stub that waits for the service's address."""
-    with grpc.insecure_channel(service.addresses()[0]) as channel:
-        yield TolariaAdminServiceStub(channel)
 
 
 def step(stub: TolariaAdminServiceStub) -> int:

@@ -7,10 +7,9 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
-import grpc
 import pytest
 from anyio.from_thread import start_blocking_portal
 
@@ -25,7 +24,7 @@ from leyline.v1.enums_pb2 import (
 )
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from support.peers import Context, FakeKasmina, FakeParticipant, FakeTamiyo, serving
-from support.processes import Serve, python_path, serve
+from support.processes import Serve, python_path, serve, status, stub_of
 from support.waiting import wait_for
 
 JOB = ["training.job=support.jobs:RandomisedJob", "training.options.optimizer=AdamW", "training.device=cpu"]
@@ -64,19 +63,6 @@ def peers() -> Iterator[list[str]]:
 
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(both()) as address:
         yield [f"tamiyo.target={address}", f"kasmina.target={address}"]
-
-
-@contextmanager
-def stub_of(service: Serve) -> Iterator[TolariaAdminServiceStub]:
-    """A stub that waits for the service's address."""
-    with grpc.insecure_channel(service.addresses()[0]) as channel:
-        yield TolariaAdminServiceStub(channel)
-
-
-def status(stub: TolariaAdminServiceStub) -> admin.GetStatusResponse:
-    """Returns the current status."""
-    answer: admin.GetStatusResponse = stub.GetStatus(admin.GetStatusRequest(), timeout=10)
-    return answer
 
 
 def last_checkpoint(directory: Path) -> tuple[str, int, str]:

@@ -8,8 +8,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +17,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
-from support.processes import Serve, is_alive, serve
+from support.processes import Serve, is_alive, serve, stub_of
 from support.waiting import wait_for
 
 LONG = ["training.epochs=100000"]
 BUF = Path(sys.executable).with_name("buf")
-
-
-@contextmanager
-def stub_of(service: Serve) -> Iterator[TolariaAdminServiceStub]:
-    """A stub that waits for the service's address."""
-    with grpc.insecure_channel(service.addresses()[0]) as channel:
-        yield TolariaAdminServiceStub(channel)
 
 
 def get(service: Serve, path: str) -> tuple[int, str]:

@@ -174,7 +174,7 @@ def peer(
         Path | None, typer.Option(metavar="FILE", help="Signal board of the service, to acknowledge emergencies on.")
     ] = None,
     state_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where Tamiyo keeps what she has to remember after a restart.")
+        Path | None, typer.Option(metavar="DIR", help="Where Tamiyo keeps its history, for after a restart.")
     ] = None,
     config_file: ConfigFile = None,
     overrides: Overrides = None,

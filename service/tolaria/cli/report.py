@@ -188,7 +188,7 @@ def mishap_lines(run: RunRecord) -> list[str]:
     """Returns a line for the skipped steps, if any, and one for each rollback, with both digests."""
     skipped = run.last.skipped_steps if run.last else 0
     steps = "1 step was" if skipped == 1 else f"{skipped} steps were"
-    lines = [f"{steps} skipped: loss or gradient was not finite, so nothing changed"] if skipped else []
+    lines = [f"{steps} skipped: loss or gradient was not finite or extreme, so nothing changed"] if skipped else []
     for incident in run.rollbacks:
         details = incident.details
         restored, captured = (details[name] for name in ("state_digest", "expected_digest"))

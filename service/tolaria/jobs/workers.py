@@ -52,12 +52,13 @@ class SeededItems(Dataset[Any]):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+        self._reads_batches = isinstance(dataset, _HasItems)  # a check against a protocol is slow, and batches are many
         self._held = held_generators(dataset)
 
     def __getitems__(self, batch: SeededIndices) -> Any:
         """Returns the samples of a batch. Raises SampleError."""
         self._seed(batch.seed)
-        if isinstance(self.dataset, _HasItems):
+        if self._reads_batches:
             return self._read(self.dataset.__getitems__, batch.indices, "samples")
         return [self._read(self.dataset.__getitem__, index, "sample") for index in batch.indices]
 

@@ -91,29 +91,17 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
     """
     started_s = time.monotonic()
     first_batch = module.progress.batches
-    taken = _take_microbatches(module, continue_step, mark, each=module.device.type == "cpu")
-    if not taken.read:
+    taken, measured = _take_and_measure(module, continue_step, mark)
+    if measured is None:
         module.note_step_end()
         return None
-    measured = _finish(module, taken, mark)
-    if not measured.finite and module.accumulate > 1 and taken.loss is not None and not _overflowed(module, measured):
-        module.abandon_step()  # to find the microbatches that are not finite
-        module.fast_paths.keep_scale()
-        taken = _take_microbatches(module, continue_step, mark, each=True, thorough=True)
-        measured = _finish(module, taken, mark)
-    violations: list[LearningRateViolation] = []
     module.begin_announced_regimes()
-    extreme = measured.finite and measured.judged is not None and module.losses.extreme(measured.judged)
-    skipped = extreme or not measured.finite
-    if not skipped:
-        with mark("optimizer"):
-            _clip(module, measured.norms)
-            violations = module.seeds.controller.before_step(module.global_step)
-            module.optimizer.step()
-        module.merger.applied()
-        module.global_step += 1
-    else:
+    skipped = not measured.finite or (measured.judged is not None and module.losses.extreme(measured.judged))
+    violations: list[LearningRateViolation] = []
+    if skipped:
         module.discard_pass()
+    else:
+        violations = _update(module, measured, mark)
     rescaled = taken.loss is not None and module.fast_paths.update_scale(
         finite=measured.finite, loss_finite=math.isfinite(measured.loss)
     )
@@ -142,6 +130,33 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
         dropped_seeds=() if skipped else measured.dropped,
         parameters_finite=sound,
     )
+
+
+def _take_and_measure(
+    module: TrainModule, continue_step: Callable[[], bool], mark: Mark
+) -> tuple[_Taken, _Measured | None]:
+    """Takes the microbatches, and takes them again to find those that are not finite; None if there is no batch."""
+    taken = _take_microbatches(module, continue_step, mark, each=module.device.type == "cpu")
+    if not taken.read:
+        return taken, None
+    measured = _finish(module, taken, mark)
+    if measured.finite or module.accumulate == 1 or taken.loss is None or _overflowed(module, measured):
+        return taken, measured
+    module.abandon_step()
+    module.fast_paths.keep_scale()
+    taken = _take_microbatches(module, continue_step, mark, each=True, thorough=True)
+    return taken, _finish(module, taken, mark)
+
+
+def _update(module: TrainModule, measured: _Measured, mark: Mark) -> list[LearningRateViolation]:
+    """Changes the parameters; returns the learning rates that other code had changed."""
+    with mark("optimizer"):
+        _clip(module, measured.norms)
+        violations = module.seeds.controller.before_step(module.global_step)
+        module.optimizer.step()
+    module.merger.applied()
+    module.global_step += 1
+    return violations
 
 
 def _record_loss(module: TrainModule, measured: _Measured, *, skipped: bool) -> None:

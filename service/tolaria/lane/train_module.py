@@ -85,6 +85,9 @@ class TrainModule:
         announced: deque[str] | None = None,
     ) -> None:
         self.job = job
+        # Looked up once: a check against a protocol takes longer than a small layer.
+        self._stateful = job if isinstance(job, StatefulJob) else None
+        self._sets_train_mode = job if isinstance(job, TrainModeJob) else None
         self.model = model
         self.cursor = cursor
         self.device = device
@@ -154,8 +157,8 @@ class TrainModule:
 
     def train_mode(self) -> None:
         """Sets the model to training mode, by the job's own `train_mode` if it has one."""
-        if isinstance(self.job, TrainModeJob):
-            self.job.train_mode(self.model)
+        if self._sets_train_mode is not None:
+            self._sets_train_mode.train_mode(self.model)
         else:
             self.model.train()
 
@@ -268,11 +271,11 @@ class TrainModule:
         self.skip_streak, self.last_good = 0, None
 
     def _job_state(self) -> KeptValues | None:
-        return KeptValues(dict(self.job.state_dict()), "job") if isinstance(self.job, StatefulJob) else None
+        return None if self._stateful is None else KeptValues(dict(self._stateful.state_dict()), "job")
 
     def _restore_job(self, kept: KeptValues | None) -> None:
-        if kept is not None and isinstance(self.job, StatefulJob):
-            self.job.load_state_dict(kept.values())
+        if kept is not None and self._stateful is not None:
+            self._stateful.load_state_dict(kept.values())
 
     def _collect_parameters(self) -> None:
         self._trained = self._trained_now()

@@ -66,7 +66,7 @@ async def embedded_peers(
     """Runs `command peer NAME --listen 127.0.0.1:0 --while-stdin` for each of `peers` while the block runs.
 
     At the end of the block a child has `stop_timeout_s` to exit before SIGKILL. With `board` the peers attach to that
-    signal board; Tamiyo keeps her history in `state_dir`. Raises `PeerUnavailableError` when a first start failed;
+    signal board; Tamiyo keeps its history in `state_dir`. Raises `PeerUnavailableError` when a first start failed;
     later failures are logged.
     """
     options = ("--listen", _ANY_PORT, "--while-stdin", *([] if board is None else [f"--board={board}"]))

@@ -15,13 +15,13 @@ from tolaria import emergency
 from tolaria.errors import CommandRejectedError, OptimizationError, TolariaError, WrongStateError
 from tolaria.lane.messages import ChangeOptimizer, CommandDone, OptimizerChanged, ReconcileSeeds, SeedsChanged
 from tolaria.peers.consultation import Consultation, describe_command
-from tolaria.rollback.protocol import TIERS, Ending, Rollback
+from tolaria.rollback.protocol import TAMIYO, TIERS, Ending, Rollback
 from tolaria.run.health import Health
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
 from tolaria.run.recovery import Recovery
 from tolaria.run.run_state import Lifecycle
-from tolaria.run.safety import PEER_FAILURE, TAMIYO, Safeguards, Safety
+from tolaria.run.safety import PEER_FAILURE, Safeguards, Safety
 from tolaria.run.status import RunStatus
 from tolaria.values.optimization import Adjustment
 

@@ -123,7 +123,7 @@ class Health:
         self._settings = settings
         self._skips_data_max = health.skips_data_max
         self._record = Record.parse(saved)
-        self._saved = self.to_json()
+        self._saved = self._without_progress()
         self.losses = LossWindow(health.window)
         self._recent: deque[StepDone] = deque(maxlen=_RECENT)
         self._watch: _Watch | None = None
@@ -177,14 +177,14 @@ class Health:
 
     def unsaved(self) -> str | None:
         """Returns the record as JSON if it has to be saved, None if nothing but progress has changed since."""
-        best = self._record.best_step
-        self._record.best_step = self._record.best_step_then  # changes with each step, and is known from the state
-        now = self.to_json()
-        self._record.best_step = best
+        now = self._without_progress()
         if now == self._saved:
             return None
         self._saved = now
         return self.to_json()
+
+    def _without_progress(self) -> str:
+        return self._record.model_dump_json(exclude_defaults=True, exclude={"best_step"})  # known from the state
 
     # -- what the lane reports ---------------------------------------------------------------------------------------
 

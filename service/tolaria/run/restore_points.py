@@ -15,7 +15,10 @@ from tolaria.rollback.protocol import Rollback
 from tolaria.values.lineage import Lineage
 
 _PROVEN_MAX: Final = 64
-"""Proven checkpoints that are remembered, newest first: retention has removed older ones long since."""
+"""Proven checkpoints that are remembered, newest first: retention has removed older ones long since.
+
+Also the number of checkpoints whose flags are remembered, besides those that are not proven yet.
+"""
 
 PROOF_LOSSES: Final = 3
 """Losses at or below the top of the window that prove the points before them."""
@@ -175,6 +178,9 @@ class RestorePoints:
         flags = self._captured.pop(row.global_step, None) or self._flags(row.global_step)
         self._checkpoints[row.checkpoint_id] = flags
         self._watched[row.checkpoint_id] = row
+        for old in list(self._checkpoints)[:-_PROVEN_MAX]:
+            if old not in self._watched:  # the journal says by now that it is proven, or it has been superseded
+                del self._checkpoints[old]
         return self._prove()
 
     def rewound(self, global_step: int, origin: CheckpointRow | None) -> None:

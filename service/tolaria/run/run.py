@@ -149,7 +149,7 @@ class TrainingRun:
         return False
 
     async def _finish(self) -> None:
-        """Ends the run after the last epoch, with a last checkpoint if the settings require one."""
+        """Ends the run after the last epoch, with a last checkpoint if required; one without a finite step fails."""
         if self._parts.health.skipped_steps and not self._parts.health.best_step:
             raise LaneFailedError("no step of the run was finite")
         await self._last_checkpoint("all epochs are done")

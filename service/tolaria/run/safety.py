@@ -19,13 +19,15 @@ from tolaria.journal.rows import EmergencyRow
 from tolaria.lane.messages import SeedsChanged, StepDone
 from tolaria.resilience.breaker import Breaker
 from tolaria.resilience.conservative import EMERGENCY, ConservativeMode, ModeChange, breaker_open, epoch_failed
+from tolaria.rollback.protocol import TAMIYO
 from tolaria.run.observers import RunObserver
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety_telemetry import SafetyTelemetry
 from tolaria.run.status import Conditions, RunStatus
 from tolaria.signals import ParticipantWriter, SignalBoard
+from tolaria.values.optimization import OPERATOR
 
-TAMIYO, KASMINA = "tamiyo", "kasmina"
+KASMINA: Final = "kasmina"
 BOUNDARY, LR_INTEGRITY, OPTIMIZER, CHECKPOINT = "boundary", "lr_integrity", "optimizer", "checkpoint"
 BREAKERS: Final = (TAMIYO, KASMINA, BOUNDARY, LR_INTEGRITY, OPTIMIZER, CHECKPOINT)
 
@@ -33,7 +35,6 @@ BREAKERS: Final = (TAMIYO, KASMINA, BOUNDARY, LR_INTEGRITY, OPTIMIZER, CHECKPOIN
 BREACH, PEER_FAILURE = "boundary_breach", "peer_failure"
 NON_FINITE, EXPLOSION, COLLAPSE = "non_finite", "loss_explosion", "accuracy_collapse"
 
-_OPERATOR: Final = "operator"
 _LATE_ACKNOWLEDGEMENTS_S: Final = 1.0
 """How long raising an emergency waits beyond its deadline, so that late acknowledgements are in the answer."""
 
@@ -298,7 +299,7 @@ class Safety:
         Raises UnknownLevelError when there is no such level.
         """
         controller = self.controller
-        controller.escalate(level, reason, _OPERATOR)
+        controller.escalate(level, reason, OPERATOR)
         with anyio.move_on_after(emergency.RESPONSES[level].deadline_ms / 1000 + _LATE_ACKNOWLEDGEMENTS_S):
             await status.feed.until(lambda: controller.state.phase in {emergency.Phase.ANSWERED, emergency.Phase.CALM})
         return controller.state
@@ -311,7 +312,7 @@ class Safety:
         self.start()  # a request may arrive before the run has started: what it clears must not be raised afterwards
         if self.controller.state.phase is emergency.Phase.CALM and self._lifecycle.halted:
             raise IllegalEmergencyEventError(f"there is no emergency; the run is {self._lifecycle.reason}")
-        self.controller.clear(reason, _OPERATOR, by=emergency.Clearer.OPERATOR)
+        self.controller.clear(reason, OPERATOR, by=emergency.Clearer.OPERATOR)
 
     # -- responses ---------------------------------------------------------------------------------------------------
 

@@ -174,7 +174,8 @@ class RunStatus:
         known = {state.seed_id: state for state in self.grafted}
         self.grafted = []
         for state in states:
-            adopted = SeedState.FromString(state.SerializeToString())
+            adopted = SeedState()
+            adopted.CopyFrom(state)
             if (before := known.get(state.seed_id)) is not None:
                 adopted.gradient_norm, adopted.learning_rate = before.gradient_norm, before.learning_rate
                 adopted.metrics.update(
@@ -352,7 +353,7 @@ class Conditions:
         found = {
             f"emergency level {level_name(self.emergency_level)}: {self.emergency_reason}": elevated,
             f"checkpoints fail: {self.checkpoints_failing}": self.checkpoints_failing,
-            f"the last {self.skipped_streak} steps were skipped, because they were not finite": self.skipped_streak,
+            f"the last {self.skipped_streak} steps were skipped": self.skipped_streak,
             f"breakers not closed: {', '.join(self.open_breakers)}": self.open_breakers,
             f"conservative mode is on: {', '.join(self.conservative_reasons)}": self.conservative_reasons,
         }

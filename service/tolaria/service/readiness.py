@@ -12,7 +12,8 @@ import anyio.to_thread
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN
 from tolaria.grpc_server import GrpcServer
-from tolaria.run.safety import KASMINA, TAMIYO
+from tolaria.rollback.protocol import TAMIYO
+from tolaria.run.safety import KASMINA
 from tolaria.run.status import state_name
 from tolaria.service.wiring import Core
 from tolaria.telemetry.exporter import Readiness

@@ -25,7 +25,7 @@ from tolaria.peers.connect import Peers
 from tolaria.peers.consultation import Consultations
 from tolaria.peers.verification import CommandVerifier
 from tolaria.rollback.coordinator import RollbackCoordinator
-from tolaria.rollback.protocol import RollbackParticipant
+from tolaria.rollback.protocol import TAMIYO, RollbackParticipant
 from tolaria.rpc.requests import RequestLedger
 from tolaria.run.adjustments import OperatorAdjustments
 from tolaria.run.boundary import BoundaryPolicy, EpochBoundary, StepQuestions
@@ -40,7 +40,7 @@ from tolaria.run.recovery import LaneRestorer, Recovery
 from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run import RunParts, TrainingRun
 from tolaria.run.run_state import Lifecycle
-from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, TAMIYO, Safeguards, Safety
+from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, Safeguards, Safety
 from tolaria.run.safety_telemetry import SafetyTelemetry
 from tolaria.run.seed_telemetry import SeedTelemetry
 from tolaria.run.status import RunStatus

@@ -131,7 +131,7 @@ class LossWindow:
     @property
     def relative_spread(self) -> float:
         """The distance from the median to the top, relative to the median; 0 for an empty window."""
-        return relative_spread(self._sorted, self._scale) if self._sorted else 0.0
+        return _relative_spread(self._sorted, self._scale) if self._sorted else 0.0
 
     @property
     def suspect(self) -> bool:
@@ -292,9 +292,12 @@ def relative_spread(losses: Iterable[float], scale: float) -> float:
 
     A thousandth of `scale` replaces a smaller magnitude.
     """
-    values = sorted(losses)
-    middle = values[len(values) // 2]
-    return (values[-1] - middle) / max(abs(middle), _FLOOR * scale, 1e-300)
+    return _relative_spread(sorted(losses), scale)
+
+
+def _relative_spread(ascending: Sequence[float], scale: float) -> float:
+    middle = ascending[len(ascending) // 2]
+    return (ascending[-1] - middle) / max(abs(middle), _FLOOR * scale, 1e-300)
 
 
 def _packed(values: Iterable[float]) -> str:

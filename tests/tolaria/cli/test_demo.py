@@ -166,7 +166,7 @@ def test_mishaps_are_reported_with_both_digests(restored: str, verdict: str) -> 
     lines = mishap_lines(record_of(GetStatusResponse(skipped_steps=2), incidents=incidents))
     digests = f"digest restored {restored or 'none'}, captured abc: {verdict}"
     assert lines == [
-        "2 steps were skipped: loss or gradient was not finite, so nothing changed",
+        "2 steps were skipped: loss or gradient was not finite or extreme, so nothing changed",
         f"rolled back from step 57 to 40: loss; {digests}",
         f"rolled back from step 90 to 40: later; {digests}",
     ]

@@ -27,6 +27,7 @@ from tolaria.peers.verification import REJECTION_REASONS
 CASES_PER_RUN = 40
 RATE_FLOOR, RATE_CEILING = 1e-8, 0.06
 REASONS = {*REJECTION_REASONS, "refused", "conservative", "unsupported", "late", "rollback_budget"}
+PEER_REASONS = ("epoch_failed:peer_failure", "breaker_open:tamiyo", "breaker_open:kasmina")
 OWN_BREAKERS = ("boundary", "lr_integrity", "optimizer")
 
 
@@ -70,9 +71,9 @@ class RunImage:
                 host["weight_decay"],
                 module.seeds.controller.adjustments,
                 run.state,
-                run.safety.controller.state.level > EMERGENCY_LEVEL_NOTICE,  # a peer that fails is noticed
+                _level_not_of_peers(run),
                 tuple(breakers[name].state for name in OWN_BREAKERS),
-                tuple(reason for reason in run.safeguards.mode.reasons if reason != "epoch_failed:peer_failure"),
+                tuple(reason for reason in run.safeguards.mode.reasons if reason not in PEER_REASONS),
             ),
             applied=applied,
             rejected=rejected,
@@ -170,6 +171,12 @@ class FuzzedRun:
         assert not safeguards.mode.on
         if self.run.state == "HALTED":
             await self.train()
+
+
+def _level_not_of_peers(run: RunUnderTest) -> bool:
+    """Returns whether anything but a failing peer has raised the level (a refusal for the budget fails her breaker)."""
+    state = run.safety.controller.state
+    return state.level > EMERGENCY_LEVEL_NOTICE and state.reason.replace(" ", "") not in PEER_REASONS
 
 
 def _answered(tamiyo: SentCommand | Answer) -> tuple[Answer, EvaluateEpochResponse | None]:

@@ -469,3 +469,15 @@ async def test_a_command_after_an_epochs_end_is_not_undone_by_the_epochs_event(
         assert status.validation_loss == peers.states[0].validation_loss > 0
         gate(run).passes.release(1000)
         await run.run.stop("enough")
+
+
+async def test_a_stop_during_the_start_waits_for_it() -> None:
+    """The service answers requests before the run has started."""
+    run = new_run(FakePeers())
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run.run.stop, "enough")
+        await anyio.wait_all_tasks_blocked()
+        assert run.state == "STARTING"
+        async with running(run):
+            await run.until(lambda: run.state == "FINISHED")
+    assert run.status.state_reason == "stopped: enough"

@@ -5,6 +5,9 @@ import json
 import logging
 import queue
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import structlog
@@ -66,14 +69,20 @@ class BlockedStream(io.StringIO):
         return super().write(text)
 
 
-def test_blocked_stream_drops_lines_without_blocking_the_caller() -> None:
-    """When the queue is full, lines are dropped and reported by priority."""
-    stream = BlockedStream()
-    dropped: list[str] = []
+@contextmanager
+def writing_to(stream: BlockedStream, dropped: list[str]) -> Iterator[Any]:
+    """Logs to a stream that has blocked on the first line; yields the logger."""
     with logging_to(stream, LoggingSettings(format="json"), LogContext(), on_dropped=dropped.append):
         log = structlog.get_logger()
         log.info("first")
         assert stream.blocked.wait(5)
+        yield log
+
+
+def test_blocked_stream_drops_lines_without_blocking_the_caller() -> None:
+    """When the queue is full, lines are dropped and reported by priority."""
+    stream, dropped = BlockedStream(), list[str]()
+    with writing_to(stream, dropped) as log:
         for _ in range(9000):
             log.info("more")
         log.error("bad")
@@ -123,12 +132,8 @@ def test_writer_flushes_and_ends_its_thread_on_exit() -> None:
 
 def test_critical_lines_are_never_dropped_and_are_written_first() -> None:
     """Neither a blocked stream nor a full queue loses one; the reader gets them ahead of everything that waits."""
-    stream = BlockedStream()
-    dropped: list[str] = []
-    with logging_to(stream, LoggingSettings(format="json"), LogContext(), on_dropped=dropped.append):
-        log = structlog.get_logger()
-        log.info("first")
-        assert stream.blocked.wait(5)
+    stream, dropped = BlockedStream(), list[str]()
+    with writing_to(stream, dropped) as log:
         for number in range(9000):
             log.warning("more", number=number)
         for number in range(9000):

@@ -28,9 +28,13 @@ def demo(seed: int) -> dict[str, Any]:
 def main() -> int:
     """Prints a line for each run and the mean; the exit code is 1 if the seeds bring less than 2 points."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="random seeds 0 to N - 1")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="number of random seeds")
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="SEED", help="the first of them; 0 to 4 chose the settings"
+    )
+    options = parser.parse_args()
     gains = []
-    for seed in range(parser.parse_args().seeds):
+    for seed in range(options.first, options.first + options.seeds):
         summary = demo(seed)
         grown, plain = summary["final_accuracy"], summary["final_accuracy_without_seeds"]
         if plain is None:

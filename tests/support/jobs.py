@@ -139,6 +139,26 @@ class HalfStateJob(TinyJob):
         return {"seen": self.seen}
 
 
+class MeanJob(TinyJob):
+    """Its state is the sum and the number of the losses that it has returned."""
+
+    def __init__(self, context: JobContext) -> None:
+        super().__init__(context)
+        self.total, self.count = torch.zeros(()), 0
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        losses = super().losses(model, batch)
+        self.total += losses[HOST].detach()
+        self.count += 1
+        return losses
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+        self.total, self.count = torch.as_tensor(state["total"]), int(state["count"])
+
+
 class SlotJob(TinyJob):
     """TinyJob with a slot for a seed."""
 

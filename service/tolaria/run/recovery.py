@@ -409,9 +409,12 @@ def _other_tier(rollback: Rollback, named_tier: RollbackTier.ValueType) -> Rollb
     """Returns the tier of a second try; None if there is none.
 
     One that missed its deadline tries the other tier. One whose snapshot was overwritten while the lane was on its way
-    to a step boundary chooses anew. A tier or checkpoint that an operator names is not replaced by another; a verdict
-    that asks for a checkpoint takes a snapshot if there is none.
+    to a step boundary chooses anew, of the tier that was named, if any. A tier or checkpoint that an operator names is
+    not replaced by another; a verdict that asks for a checkpoint takes a snapshot if there is none.
     """
+    lost = isinstance(rollback.error, NoCheckpointError) and rollback.chosen_step is not None
+    if lost and rollback.tier == ROLLBACK_TIER_FAST:
+        return named_tier
     missing = isinstance(rollback.error, NoCheckpointError) and rollback.chosen_step is None
     if rollback.origin == HEALTH and named_tier == ROLLBACK_TIER_FULL and missing:
         return ROLLBACK_TIER_FAST
@@ -419,5 +422,4 @@ def _other_tier(rollback: Rollback, named_tier: RollbackTier.ValueType) -> Rollb
         return None
     if rollback.ending is Ending.DEADLINE_EXCEEDED and rollback.chosen_step is not None:
         return ROLLBACK_TIER_FULL if rollback.tier == ROLLBACK_TIER_FAST else ROLLBACK_TIER_FAST
-    overwritten = isinstance(rollback.error, NoCheckpointError) and rollback.chosen_step is not None
-    return ROLLBACK_TIER_UNSPECIFIED if overwritten and rollback.tier == ROLLBACK_TIER_FAST else None
+    return None

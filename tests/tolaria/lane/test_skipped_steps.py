@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leyline.v1.enums_pb2 import SEED_STAGE_TRAINING
+from support.jobs import MeanJob
 from support.lane_driver import driven, new_module, proceed, seed
 from tolaria.jobs import HOST, Batch
 from tolaria.lane.buffers import SavedBuffers
@@ -126,37 +127,17 @@ def test_merged_microbatches_leave_out_what_is_not_finite() -> None:
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(module))
 
 
-class RunningMean:
-    """Makes the job of a module a stateful one, which keeps the mean of the losses that it returns."""
-
-    def __init__(self, module: TrainModule) -> None:
-        self.losses = module.job.losses
-        self.total, self.count = torch.zeros(()), 0
-        for name, method in (("losses", self), ("state_dict", self.state), ("load_state_dict", self.load)):
-            setattr(module.job, name, method)
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        losses = dict(self.losses(model, batch))  # type: ignore[arg-type] # TinyJob's are a mapping
-        self.total += losses[HOST].detach()
-        self.count += 1
-        return losses
-
-    def state(self) -> dict[str, Any]:
-        return {"total": self.total, "count": self.count}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.total, self.count = state["total"], state["count"]
-
-
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_what_is_left_out_does_not_change_the_state_of_the_job(accumulate: int) -> None:
     """One NaN would stay in a running mean for ever; nor does the check of the parameters change it."""
-    module = new_module(accumulate=accumulate, sections={"health": {"skips_max": 1}})
-    Spoiling(module, 2)
-    mean = RunningMean(module)
+    poison = {"poison_from": 2, "poison_steps": 1}
+    module = new_module("MeanJob", accumulate=accumulate, options=poison, sections={"health": {"skips_max": 1}})
+    mean = module.job
+    assert isinstance(mean, MeanJob)
+    mean.seen, count = 0, mean.count  # the model was tried when it was built
     steps = [taken(module) for _ in range(4 // accumulate)]
     assert [step.skipped for step in steps] == ([False, False, True, False] if accumulate == 1 else [False])
-    assert mean.count == 3
+    assert mean.count == count + 3
     assert math.isfinite(mean.total.item())
 
 

@@ -601,8 +601,9 @@ async def test_a_missed_deadline_tries_the_other_tier_once_then_halts_an_ill_run
     assert len({row.rollback_id for row in parts.journal.rollbacks}) == 2
 
 
-async def test_the_second_try_counts(storage: Storage) -> None:
-    """A snapshot that was overwritten while the lane was on its way is replaced by another point."""
+@pytest.mark.parametrize("tier", [ROLLBACK_TIER_UNSPECIFIED, ROLLBACK_TIER_FAST])
+async def test_the_second_try_counts(storage: Storage, tier: RollbackTier.ValueType) -> None:
+    """A snapshot that was overwritten while the lane was on its way is replaced by another, whoever named the tier."""
     parts = RecoveryParts(storage)
     answers = [NoCheckpointError("the snapshot of step 9 has been overwritten")]
 
@@ -614,8 +615,8 @@ async def test_the_second_try_counts(storage: Storage) -> None:
 
     parts.lane.answers[Restore] = first_gone
     async with serving(parts):
-        done = await parts.recovery.roll_back(Rollback(ROLLBACK_TIER_UNSPECIFIED, None, "odd", "operator"))
-    assert (done.restored_step, done.ending) == (6, Ending.RESTORED)
+        done = await parts.recovery.roll_back(Rollback(tier, None, "odd", "operator"))
+    assert (done.restored_step, done.tier, done.ending) == (6, ROLLBACK_TIER_FAST, Ending.RESTORED)
     assert [row.outcome for row in parts.journal.rollbacks] == ["failed", "restored"]
 
 

@@ -240,7 +240,7 @@ class SnapshotRing:
             removed.append(slot)
         self._slots = kept
         self._evictions += sum(slot in evictable for slot in removed)
-        used = {*shared, *(arena for slot in kept for arena in slot.arenas)}
+        used = {arena for slot in kept for arena in slot.arenas}
         return [arena for slot in removed for arena in slot.arenas if arena not in used]
 
     def _drop_all(self) -> None:

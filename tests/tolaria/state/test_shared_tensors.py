@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tolaria.errors import ImageDamagedError
 from tolaria.images import Lease, StateImage
+from tolaria.state.arenas import Arena
 from tolaria.state.restore import stage_restore
 from tolaria.state.snapshots import Declined, SnapshotRing
 from tolaria.state.training_state import TrainingState
@@ -104,9 +105,26 @@ def test_several_snapshots_of_a_frozen_backbone_fit_where_one_would() -> None:
         assert run.snapshot() == run.live.position
         assert run.ring.statistics().size_bytes <= FROZEN_BYTES + ROOM_BYTES
     assert (len(run.steps()), run.steps()[-1], run.ring.statistics().declined) == (5, 20, 0)
+    assert run.steps()[0] <= 20 - 2**3  # spread as if the frozen part were not there
     assert run.ring.snapshots()[0].size_bytes > FROZEN_BYTES
     for step in run.steps()[::-1]:
         run.restore(step)
+
+
+def test_unchanged_tensors_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later snapshots copy the head and the other small tensors only."""
+    run, copied, fill = FineTuning(), list[str](), Arena.fill
+
+    def recorded(arena: Arena, tensors: Mapping[str, Tensor]) -> None:
+        copied.extend(spec.name for spec in arena.specs)
+        fill(arena, tensors)
+
+    monkeypatch.setattr(Arena, "fill", recorded)
+    for _ in range(7):
+        run.train()
+        run.snapshot()
+    counts = [copied.count(name) for name in ("parameter/backbone", "buffer/table", "parameter/head")]
+    assert counts == [1, 1, 7]
 
 
 def test_unchanged_tensors_are_stored_once_and_the_rest_in_memory_that_is_used_again() -> None:
@@ -216,6 +234,26 @@ def test_a_leased_snapshot_keeps_its_own_copy() -> None:
     assert run.ring.statistics().size_bytes > 2 * 4 * BACKBONE
     run.restore(5)
     lease.release()
+
+
+def test_what_a_snapshot_would_share_counts_although_its_owner_is_evicted() -> None:
+    """A leased image leaves room for one more; when the state has grown, eviction makes no room for it."""
+    run = FineTuning(bytes_max=4 * BACKBONE + FROZEN_BYTES + ROOM_BYTES)
+    run.train()
+    run.snapshot()
+    lease = run.ring.hold(1)
+    assert lease is not None
+    through_data(run.backbone)
+    run.train()
+    run.snapshot()
+    for name in ("more", "even_more"):
+        run.model.register_buffer(name, torch.zeros(60_000, dtype=torch.uint8))
+    found = run.snapshot()
+    assert isinstance(found, Declined)
+    assert (found.too_large, run.steps()) == (False, [1, 2])
+    lease.release()
+    assert run.snapshot() == run.live.position
+    run.restore(2)
 
 
 def test_a_damaged_copy_is_not_referenced_any_more() -> None:

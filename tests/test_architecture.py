@@ -61,7 +61,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
     "service": ("host", "readiness", "settings_record", "start", "wiring"),
     "signals": ("board", "futex", "layout", "mapping", "seqlock", "writers"),
-    "state": ("encoding", "restore", "snapshots", "training_state"),
+    "state": ("arenas", "encoding", "restore", "snapshots", "training_state"),
     "telemetry": ("events", "exporter", "logging", "metrics"),
     "values": ("encoding", "gradients", "lineage", "loss_window", "optimization", "seeds", "training"),
 }  # fmt: skip

@@ -28,6 +28,7 @@ from tolaria.checkpoint.store import Retention
 from tolaria.config import Settings, TrainingSettings
 from tolaria.jobs import JobContext
 from tolaria.lane.build import build
+from tolaria.lane.messages import SnapshotsChanged
 
 ROWS = 26000
 STATE_BYTES = ROWS * 1000 * 4 * 3
@@ -81,7 +82,8 @@ def hosted(memory_mb: int) -> dict[str, float]:
         assert restored.state_digest == restored.expected_digest
         found["restored"] = peak_bytes()
         storage.journal.close()
-    found["ring"] = min(lane.snapshots.ring_bytes, memory_mb * 2**20)
+    changes = [event for event in lane.snapshots.take_events() if isinstance(event, SnapshotsChanged)]
+    found["ring"] = changes[-1].statistics.size_bytes
     return found
 
 

@@ -72,11 +72,6 @@ class SnapshotManager:
             events.append(SnapshotsChanged(self._ring.snapshots(), self._ring.statistics()))
         return events
 
-    @property
-    def ring_bytes(self) -> int:
-        """Bytes that the ring holds, spare memory included; not those of images beside it."""
-        return self._ring.statistics().size_bytes
-
     def epoch_begins(self) -> None:
         """Takes the first snapshot, so that there is a restore point from the first step on."""
         if not self._ring.statistics().snapshots:

@@ -18,8 +18,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from tolaria.errors import StateUnsupportedError
-from tolaria.images import StateImage, TensorSpec
-from tolaria.values.training import Position
+from tolaria.images import TensorSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -58,9 +57,6 @@ DTYPE_CODES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
 
 DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType({code: dtype for dtype, code in DTYPE_CODES.items()})
 
-_ALIGNMENT_BYTES: Final = 64
-"""A cache line, and a multiple of every element size."""
-
 _TORCH: Final = "rng/torch"
 _NUMPY: Final = "rng/numpy"
 _PYTHON: Final = "rng/python"
@@ -93,47 +89,6 @@ def tensor_view(spec: TensorSpec, buffer: memoryview) -> Tensor:
     if not buffer.nbytes:
         return torch.empty(spec.shape, dtype=dtype)
     return torch.frombuffer(buffer, dtype=dtype).view(spec.shape)
-
-
-class Arena:
-    """Preallocated memory for one image: a flat host buffer with an aligned view for each tensor.
-
-    Args:
-        specs: of the tensors, in their order.
-        pinned: whether to allocate pinned memory, for copies from CUDA devices.
-
-    Raises:
-        MemoryError: the memory cannot be allocated.
-    """
-
-    def __init__(self, specs: tuple[TensorSpec, ...], *, pinned: bool) -> None:
-        self.specs = specs
-        try:
-            memory = torch.empty(arena_bytes(specs), dtype=torch.uint8, pin_memory=pinned)
-        except RuntimeError as error:  # torch's allocators raise this, also for pinned memory
-            raise MemoryError(str(error).partition("\n")[0]) from error
-        content, offset = memoryview(cast("Buffer", memory.numpy())), 0
-        buffers: dict[str, memoryview] = {}
-        for spec in specs:
-            buffers[spec.name] = content[offset : offset + spec.size_bytes]
-            offset += _padded(spec.size_bytes)
-        self._buffers = MappingProxyType(buffers)
-        self._targets = [tensor_view(spec, buffers[spec.name]) for spec in specs]
-
-    def fill(self, position: Position, tensors: Mapping[str, Tensor], values: bytes) -> StateImage:
-        """Copies tensors with the arena's specs into it and returns an image that aliases the arena. Synchronises.
-
-        Overwrites the arena's previous image. Allocates nothing for tensors.
-        """
-        if self._targets:
-            with torch.no_grad():
-                torch._foreach_copy_(self._targets, [tensor.detach() for tensor in tensors.values()])
-        return StateImage(position, self.specs, self._buffers, values)
-
-
-def arena_bytes(specs: tuple[TensorSpec, ...]) -> int:
-    """Returns the size of an arena for these specs, alignment included."""
-    return sum(_padded(spec.size_bytes) for spec in specs)
 
 
 def encode(value: object, name: str, put: PutTensor) -> JsonValue:
@@ -258,10 +213,6 @@ def _checked_key(key: object, name: str) -> str:
 
 def _refuse_tensor(name: str, _: Tensor | None = None) -> NoReturn:
     raise StateUnsupportedError(name, "a tensor is not allowed here; JSON values only")
-
-
-def _padded(size_bytes: int) -> int:
-    return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 def _cuda_devices() -> int:

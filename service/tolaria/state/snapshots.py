@@ -1,19 +1,22 @@
 """The snapshot ring: preallocated images in host memory, bounded by bytes and entries, and when to take snapshots.
 
-Host memory, pinned with CUDA, keeps device memory free, and hashing and writing never wait for the device.
+Host memory, pinned with CUDA, keeps device memory free, and hashing and writing never wait for the device. A large
+tensor that stays as it is, such as a frozen parameter, is stored once and belongs to every image that has it.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from tolaria.images import Lease, SnapshotInfo, SnapshotStatistics, StateImage
-from tolaria.state.encoding import Arena, arena_bytes, specs_of
-from tolaria.state.training_state import TrainingState
+from tolaria.images import Lease, SnapshotInfo, SnapshotStatistics, StateImage, TensorSpec, combine
+from tolaria.state.arenas import Arena, arena_bytes, grouped
+from tolaria.state.encoding import specs_of
+from tolaria.state.training_state import Survey, TrainingState
 from tolaria.values.training import Position
 
 _NEWEST_WEIGHT: Final = 0.2
@@ -89,7 +92,7 @@ class SnapshotRing:
     Captures and lookups are for the lane's thread; leases may be released from any thread.
 
     Args:
-        bytes_max: memory held at most, alignment included.
+        bytes_max: memory held at most, alignment included. What images share counts once.
         entries_max: images held at most.
         seal: whether `capture` records the digest. Without it a restore seals the image, and its verification proves
             only that the copy was correct.
@@ -108,32 +111,33 @@ class SnapshotRing:
         """Copies the state into the ring, which synchronises, and returns its position.
 
         Replaces the snapshot of the same step. Memory is allocated only while the ring fills, and when the layout has
-        changed.
+        changed. Large tensors that are neither trained nor different from those of the newest snapshot are not copied.
 
         Raises:
             StateUnsupportedError: something in the state cannot be captured. The ring is unchanged.
         """
         survey = state.survey()
         values, specs = survey.json(), specs_of(survey.tensors)
-        size_bytes = arena_bytes(specs) + len(values)
+        groups = grouped(specs, survey.trained)
+        size_bytes = sum(map(arena_bytes, groups)) + len(values)
+        shared = self._unchanged(groups, survey) if size_bytes <= self._bytes_max else []
         with self._lock:
-            removed = self._make_room(size_bytes, survey.position.global_step)
-            if removed is None:
+            unused = self._make_room(size_bytes, shared, survey.position.global_step)
+            if unused is None:
                 self._declined += 1
                 return Declined(size_bytes, too_large=size_bytes > self._bytes_max)
-        arena = next((slot.arena for slot in removed if slot.arena.specs == specs), None)
-        del removed  # frees their memory before more is allocated
         try:
-            if arena is None:
-                arena = Arena(specs, pinned=any(tensor.is_cuda for tensor in survey.tensors.values()))
-            image = arena.fill(survey.position, survey.tensors, values)
+            arenas = _filled(groups, survey, shared, unused)
         except MemoryError as error:
             with self._lock:
                 self._declined += 1
             return Declined(size_bytes, too_large=False, allocation_error=str(error) or "out of memory")
-        slot = _Slot(arena, image, size_bytes, number=self._number, at_ns=time.time_ns())
+        buffers = {name: buffer for arena in arenas for name, buffer in arena.buffers.items()}
+        image = StateImage(survey.position, specs, buffers, values)
         if self._seal:
-            slot.image.seal()
+            digests = {name: digest for arena in arenas for name, digest in arena.digests().items()}
+            image.sealed = combine(digests, values)
+        slot = _Slot(arenas, image, size_bytes, number=self._number, at_ns=time.time_ns())
         with self._lock:
             for other in self._slots:  # a leased snapshot of this step keeps its memory but is not restored any more
                 other.listed = other.listed and other.global_step != slot.global_step
@@ -191,7 +195,7 @@ class SnapshotRing:
         with self._lock:
             return SnapshotStatistics(
                 entries=sum(slot.listed for slot in self._slots),
-                size_bytes=sum(slot.size_bytes for slot in self._slots),
+                size_bytes=_held_bytes(self._slots, ()),
                 bytes_max=self._bytes_max,
                 hits=self._hits,
                 misses=self._misses,
@@ -200,25 +204,35 @@ class SnapshotRing:
                 evictions=self._evictions,
             )
 
-    def _make_room(self, size_bytes: int, global_step: int) -> list[_Slot] | None:
-        """Removes slots until the size fits, and returns them; None if it does not fit.
+    def _unchanged(self, groups: Sequence[tuple[TensorSpec, ...]], survey: Survey) -> list[Arena]:
+        """Returns the arenas of the newest snapshot that hold the survey's tensors of these groups already."""
+        newest_last = sorted(self._slots, key=lambda slot: (slot.listed, slot.number))
+        stored = {arena.name: arena for slot in newest_last for arena in slot.arenas}
+        found = ((stored.get(group[0].name), group) for group in groups[1:])
+        return [arena for arena, group in found if arena and arena.specs == group and arena.holds(survey.tensors)]
 
-        Slots that a snapshot of this step makes unneeded go first, then those of a level that has a newer one, then
-        the least recently used ones. A size that can never fit empties the ring; else None leaves it unchanged.
+    def _make_room(self, size_bytes: int, shared: Sequence[Arena], global_step: int) -> list[Arena] | None:
+        """Removes slots until an image fits that shares these arenas; None if it does not fit.
+
+        Returns the arenas that no image has any more. Slots that a snapshot of this step makes unneeded go first, then
+        those of a level that has a newer one, then the least recently used ones. A size that can never fit empties the
+        ring; else None leaves it unchanged.
         """
         if size_bytes > self._bytes_max:
             self._drop_all()
             return None
+        shared_bytes = sum(arena.size_bytes for arena in shared)
+        size_bytes -= shared_bytes
         free = [slot for slot in self._slots if slot.leases == 0]
         unneeded = [slot for slot in free if not slot.listed or slot.global_step == global_step]
-        top = min(self._entries_max, self._bytes_max // size_bytes) - 1
+        top = min(self._entries_max, (self._bytes_max - shared_bytes) // size_bytes) - 1
         newest = {_level(number, top): number for number in sorted([*(slot.number for slot in free), self._number])}
         evictable = [slot for slot in free if slot not in unneeded]
         evictable.sort(key=lambda slot: newest[_level(slot.number, top)] == slot.number)  # stable: then by use
         candidates = iter([*sorted(unneeded, key=lambda slot: not slot.listed), *evictable])
         kept, removed = list(self._slots), list[_Slot]()
         # One unneeded slot is removed even if there is room, so that its memory is used again.
-        while (unneeded and not removed) or not self._fits(size_bytes, kept):
+        while (unneeded and not removed) or not self._fits(size_bytes, kept, shared):
             slot = next(candidates, None)
             if slot is None:
                 return None
@@ -226,16 +240,16 @@ class SnapshotRing:
             removed.append(slot)
         self._slots = kept
         self._evictions += sum(slot in evictable for slot in removed)
-        return removed
+        used = {arena for slot in kept for arena in slot.arenas}
+        return [arena for slot in removed for arena in slot.arenas if arena not in used]
 
     def _drop_all(self) -> None:
         for slot in self._slots:
             slot.listed = False
         self._slots = [slot for slot in self._slots if slot.leases]
 
-    def _fits(self, size_bytes: int, slots: list[_Slot]) -> bool:
-        held_bytes = sum(slot.size_bytes for slot in slots)
-        return len(slots) < self._entries_max and held_bytes + size_bytes <= self._bytes_max
+    def _fits(self, size_bytes: int, slots: list[_Slot], shared: Sequence[Arena]) -> bool:
+        return len(slots) < self._entries_max and _held_bytes(slots, shared) + size_bytes <= self._bytes_max
 
     def _lease(self, slot: _Slot) -> Lease:
         slot.leases += 1
@@ -248,9 +262,12 @@ class SnapshotRing:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """One place in the ring. If not listed, it is spare memory or an image that only lease holders use."""
+    """One place in the ring. If not listed, it is spare memory or an image that only lease holders use.
 
-    arena: Arena
+    The first arena is its own; those of unchanged tensors may belong to several slots.
+    """
+
+    arenas: list[Arena]
     image: StateImage
     size_bytes: int
     number: int
@@ -266,3 +283,28 @@ class _Slot:
 def _level(number: int, top: int) -> int:
     """Returns the number of trailing zero bits, at most `top`."""
     return min((number & -number).bit_length() - 1, top)
+
+
+def _held_bytes(slots: Iterable[_Slot], shared: Iterable[Arena]) -> int:
+    """Returns the bytes of slots and of arenas that the next one shares, each arena counted once."""
+    values_bytes = sum(len(slot.image.values) for slot in slots)
+    return values_bytes + sum(arena.size_bytes for arena in {*shared, *(a for slot in slots for a in slot.arenas)})
+
+
+def _filled(
+    groups: Sequence[tuple[TensorSpec, ...]], survey: Survey, shared: Collection[Arena], unused: list[Arena]
+) -> list[Arena]:
+    """Returns arenas with the survey's tensors: shared ones, unused ones filled anew, and new ones.
+
+    Empties `unused`, which frees the memory of the others before more is allocated. Raises MemoryError as `Arena` does.
+    """
+    pinned = any(tensor.is_cuda for tensor in survey.tensors.values())
+    wanted = {group[0].name: group for group in groups}
+    fitting = {arena.name: arena for arena in (*unused, *shared) if arena.specs == wanted.get(arena.name)}
+    unused.clear()
+    arenas = list[Arena]()
+    for group in groups:
+        arenas.append(fitting.get(group[0].name) or Arena(group, pinned=pinned))
+        if arenas[-1] not in shared:
+            arenas[-1].fill(survey.tensors)
+    return arenas

@@ -8,6 +8,7 @@ sorted by name.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Protocol, cast
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from tolaria.errors import StateUnsupportedError
 from tolaria.images import Fingerprint, StateImage, canonical_json, combine
+from tolaria.state.arenas import Arena
 from tolaria.state.encoding import (
     TENSOR_KEY,
-    Arena,
     PutTensor,
     capture_rngs,
     encode,
@@ -58,11 +59,16 @@ class StatePart(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The live tensors themselves by name (generators: copies), and everything else as JSON values."""
+    """The live tensors themselves by name (generators: copies), and everything else as JSON values.
+
+    `trained` has the names of those that every step changes: parameters that require gradients and their optimizer
+    state.
+    """
 
     position: Position
     tensors: Mapping[str, Tensor]
     values: Mapping[str, JsonValue]
+    trained: AbstractSet[str]
 
     def json(self) -> bytes:
         """Returns the canonical JSON of `values`."""
@@ -123,7 +129,8 @@ class TrainingState:
         """Returns an unsealed image in newly allocated host memory. Synchronises."""
         survey = self.survey()
         arena = Arena(specs_of(survey.tensors), pinned=False)
-        return arena.fill(survey.position, survey.tensors, survey.json())
+        arena.fill(survey.tensors)
+        return StateImage(survey.position, arena.specs, arena.buffers, survey.json())
 
 
 def parameter_names(live: LiveTraining) -> dict[Tensor, str]:
@@ -156,10 +163,11 @@ class _Surveyor:
         self._live = state.live
         self._names = parameter_names(state.live)
         self._tensors: dict[str, Tensor] = {}
+        self._trained: set[str] = set()
 
     def survey(self) -> Survey:
         for parameter, name in self._names.items():
-            self._put(f"parameter/{name}", parameter)
+            self._put_beside(parameter)(f"parameter/{name}", parameter)
         for name, buffer in self._live.model.named_buffers():
             self._put(f"buffer/{eager_name(name)}", whole(buffer))
         topology = self._state.topology
@@ -173,7 +181,7 @@ class _Surveyor:
         }
         self._tensors.update(rng_tensors)
         tensors = MappingProxyType({name: self._tensors[name] for name in sorted(self._tensors)})
-        return Survey(self._live.position, tensors, MappingProxyType(values))
+        return Survey(self._live.position, tensors, MappingProxyType(values), self._trained)
 
     def _part(self, name: str, part: StatePart) -> JsonValue:
         return encode(dict(part.state_dict()), f"parts/{name}", self._put_home)
@@ -206,9 +214,11 @@ class _Surveyor:
 
     def _put_beside(self, parameter: Tensor) -> PutTensor:
         """Records for each tensor whether it is on the parameter's device or, like step counts, always on the CPU."""
-        device = parameter.device
+        device, trained = parameter.device, parameter.requires_grad
 
         def put(name: str, tensor: Tensor) -> JsonValue:
+            if trained:
+                self._trained.add(name)
             with_parameter = tensor.device == device and (tensor.dim() > 0 or device.type != "cpu")
             reference = cast("dict[str, JsonValue]", self._put(name, tensor))
             return {**reference, "home": "parameter" if with_parameter else "cpu"}

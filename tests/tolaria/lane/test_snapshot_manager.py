@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from pydantic import JsonValue
 
 from support.lane_driver import DrivenLane, driven, seed
+from tolaria.checkpoint.storage import open_storage
+from tolaria.checkpoint.store import Retention
 from tolaria.config import RollbackSettings
 from tolaria.errors import NoCheckpointError, RestoreAbandonedError, StateMismatchError
 from tolaria.images import Lease, StateImage
@@ -260,6 +263,25 @@ def test_a_state_that_outgrows_the_memory_leaves_nothing_stale() -> None:
     delattr(run.module.model, buffer)
     run.snapshots.step_done(0.1)
     assert points(run.snapshots) == [1]
+
+
+def test_a_static_buffer_is_stored_once_and_is_in_every_checkpoint(tmp_path: Path) -> None:
+    """Five snapshots fit where one would; a checkpoint of any of them is a file like that of a copied state."""
+    run = driven(sections={"rollback": RollbackSettings(every_steps=1, memory_mb=1)})
+    run.module.model.register_buffer("table", torch.randn(200_000))
+    storage = open_storage(tmp_path, run_id="r", retention=Retention(last=9, best="lowest"))
+    with storage.journal:
+        for step in range(1, 8):
+            run.train_to(step)
+            with run.capture() as image:
+                assert image.seal() == run.snapshots.state.copy().seal()
+                storage.checkpoints.write(image)
+        assert len(points(run.snapshots)) == 5
+        digest = run.digest
+        loaded = storage.checkpoints.load_newest()
+        run.train_to(9)
+        restored = run.restore(7, loaded.image)
+    assert restored.state_digest == restored.expected_digest == digest
 
 
 def test_skipped_batches_stay_skipped_through_a_rollback() -> None:

@@ -20,7 +20,7 @@ from tolaria.jobs import HOST, JobContext
 from tolaria.jobs.digits import DigitsOptions
 from tolaria.lane.build import build
 from tolaria.lane.fast_paths import FastPaths, spanning_compilation
-from tolaria.lane.messages import EpochDone, ReconcileSeeds, RunEpoch, SeedsChanged
+from tolaria.lane.messages import EpochDone, ReconcileSeeds, RunEpoch, SeedsChanged, SnapshotsChanged
 from tolaria.lane.step import train_step
 from tolaria.seeds import Blueprints
 from tolaria.values.optimization import LearningRateViolation
@@ -149,6 +149,27 @@ def test_a_layer_that_is_unfrozen_later_trains_as_in_a_bare_loop(clip_norm: floa
     expected = bare_loop(Unfreezing(JobContext(0, torch.device("cpu"))), 40, clip_norm)  # type: ignore[no-untyped-call]
     assert len(lane.module.parameters) == 4
     assert_close(parameters_of(lane), expected)
+
+
+def test_a_layer_that_is_unfrozen_later_is_in_every_snapshot() -> None:
+    """Frozen, it is stored once, and five snapshots fit where two would; unfrozen, each snapshot has its own copy."""
+    lane = user_lane("Unfreezing", options={"width": 40_000, "lr": 1e-5}, sections={"rollback": {"memory_mb": 2}})
+    digests, kept = dict[int, str](), dict[int, list[int]]()
+    for step in range(1, 25):
+        lane.train_to(step)
+        lane.snapshot()
+        digests[step] = lane.digest
+        (changed,) = [event for event in lane.snapshots.take_events() if isinstance(event, SnapshotsChanged)]
+        kept[step] = [info.position.global_step for info in changed.points]
+        assert changed.statistics.size_bytes <= 2 * 2**20
+        if step == 14:
+            for earlier in reversed(kept[step]):
+                assert lane.restore(earlier).state_digest == digests[earlier]
+            lane.train_to(step)
+    assert (len(kept[14]), kept[14][-1], len(kept[24]), kept[24][-1]) == (5, 14, 2, 24)
+    assert lane.module.model[0].weight.requires_grad  # type: ignore[index]
+    for earlier in reversed(kept[24]):
+        assert lane.restore(earlier).state_digest == digests[earlier]
 
 
 def test_an_optimizer_of_the_users_own_keeps_its_attributes() -> None:

@@ -10,15 +10,12 @@ from tolaria.errors import StateUnsupportedError
 from tolaria.images import DTYPE_BYTES, canonical_json
 from tolaria.state.encoding import (
     DTYPES,
-    Arena,
     decode_plain,
     encode_plain,
     packed_bytes,
     spec_of,
-    specs_of,
     tensor_view,
 )
-from tolaria.values.training import Position
 
 
 def tensor_digest(name: str, tensor: torch.Tensor) -> str:
@@ -70,17 +67,3 @@ def test_a_tensor_view_shares_and_keeps_the_memory(dtype: torch.dtype) -> None:
     del buffer
     gc.collect()
     assert not any(packed_bytes(view))
-
-
-def test_an_arena_is_filled_without_allocation() -> None:
-    """The images of two fills share the arena's memory, which is independent of the live tensors."""
-    tensors = {"a": torch.ones(3, 2).t(), "b": torch.tensor([True]), "c": torch.zeros(0, 4)}
-    arena = Arena(specs_of(tensors), pinned=False)
-    first = arena.fill(Position(1, 1), tensors, b"{}")
-    assert first.buffers["a"] == packed_bytes(tensors["a"])
-    tensors["a"].zero_()
-    assert any(first.buffers["a"])
-    second = arena.fill(Position(2, 1), tensors, b"{}")
-    assert not any(first.buffers["a"])
-    assert [first.buffers[name] is second.buffers[name] for name in tensors] == [True] * 3
-    assert first.buffers["a"].nbytes == 24

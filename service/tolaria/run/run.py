@@ -19,7 +19,7 @@ from tolaria.journal.rows import CheckpointRow
 from tolaria.lane import messages
 from tolaria.lane.messages import TraceFailed
 from tolaria.rollback.protocol import Rollback
-from tolaria.run.adjustments import OperatorAdjustments
+from tolaria.run.adjustments import RunAdjustments
 from tolaria.run.boundary import EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.health import Halt, Health, Proceed, Retreat
@@ -54,7 +54,7 @@ class RunParts:
     questions: StepQuestions
     points: RestorePoints
     profiles: Profiles
-    adjustments: OperatorAdjustments
+    adjustments: RunAdjustments
 
 
 class TrainingRun:
@@ -400,7 +400,7 @@ class TrainingRun:
         self._lifecycle.require_not_ended("there is no rate to change")
 
     async def adjust_learning_rate(self, adjustment: Adjustment) -> int:
-        """Adjusts learning rates, as `OperatorAdjustments.make` does. Raises WrongStateError when the run has ended."""
+        """Adjusts learning rates, as `RunAdjustments.make` does. Raises WrongStateError when the run has ended."""
         self.require_adjustable()
         return await self._parts.adjustments.make(adjustment)
 

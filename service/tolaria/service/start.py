@@ -101,7 +101,7 @@ def resume(
 ) -> None:
     """Restores a checkpoint into a lane that has just been built. Raises ConfigurationError if it does not fit.
 
-    The learning-rate adjustments that operators have `decided` on stay in force.
+    The learning-rate adjustments in `decided`, which belong to the run, stay in force.
     """
     try:
         restored = build.resume(loaded.image, decided)

@@ -27,7 +27,7 @@ from tolaria.peers.verification import CommandVerifier
 from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.protocol import TAMIYO, RollbackParticipant
 from tolaria.rpc.requests import RequestLedger
-from tolaria.run.adjustments import OperatorAdjustments
+from tolaria.run.adjustments import RunAdjustments
 from tolaria.run.boundary import BoundaryPolicy, EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.command_handler import CommandHandler
@@ -61,7 +61,7 @@ class LaneBuild(Protocol):
         """What has been built."""
 
     def resume(self, image: StateImage, decided: Sequence[ActiveAdjustment]) -> Restored:
-        """Restores a checkpoint of an earlier process, with the adjustments that operators have `decided` on."""
+        """Restores a checkpoint of an earlier process, with the adjustments of the run in `decided`."""
 
     def lane(self, heartbeat: Heartbeats, traces_dir: Path) -> LaneHandle:
         """Returns the lane."""
@@ -177,7 +177,8 @@ class RunService:
 def new_run(core: Core, peers: Peers) -> RunService:
     """Returns the run with these peers."""
     settings = core.foundation.settings
-    recovery = _new_recovery(core, {TAMIYO: peers.tamiyo_rollback, KASMINA: peers.kasmina_rollback})
+    adjustments = RunAdjustments(core.lane, core.journal, core.status)
+    recovery = _new_recovery(core, adjustments, {TAMIYO: peers.tamiyo_rollback, KASMINA: peers.kasmina_rollback})
     handler = CommandHandler(
         core.lane,
         core.status,
@@ -218,7 +219,7 @@ def new_run(core: Core, peers: Peers) -> RunService:
         questions=questions,
         points=core.foundation.points,
         profiles=Profiles(core.lane, settings.profiler, safeguards=core.safeguards, observers=core.observers),
-        adjustments=OperatorAdjustments(core.lane, core.journal, core.status),
+        adjustments=adjustments,
     )
     return RunService(TrainingRun(parts, settings, core.ready), consultations, recovery)
 
@@ -241,7 +242,7 @@ def new_status(settings: Settings, run_id: str) -> RunStatus:
     )
 
 
-def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -> Recovery:
+def _new_recovery(core: Core, adjustments: RunAdjustments, participants: Mapping[str, RollbackParticipant]) -> Recovery:
     foundation = core.foundation
     store = foundation.storage.checkpoints
     restorer = LaneRestorer(core.lane, core.status, store, core.observers, foundation.points)
@@ -261,7 +262,7 @@ def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -
         checkpointing=core.checkpointing,
         observers=core.observers,
         safety=core.safety,
-        status=core.status,
+        adjustments=adjustments,
     )
 
 

@@ -88,6 +88,7 @@ def run(settings: Settings) -> int:
                     open_emergencies=tuple(open_emergencies(point.state)),
                     newest_checkpoint_ns=None if point.loaded is None else point.loaded.row.at_ns,
                     points=point.points,
+                    rollbacks=point.rollbacks,
                 )
                 host = Host(foundation)
                 code = anyio.run(host.serve)

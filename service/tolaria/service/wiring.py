@@ -85,7 +85,8 @@ class Foundation:
 
     `open_emergencies` are all that were not cleared, that halt included; `newest_checkpoint_ns` is the Unix time of
     the checkpoint that was resumed.
-    `points` are the restore points that earlier processes of the run have left.
+    `points` are the restore points that earlier processes of the run have left, `rollbacks` their number of rollbacks
+    by origin.
     """
 
     settings: Settings
@@ -101,6 +102,7 @@ class Foundation:
     open_emergencies: tuple[EmergencyRow, ...] = ()
     newest_checkpoint_ns: int | None = None
     points: RestorePoints = field(default_factory=RestorePoints)
+    rollbacks: Mapping[str, int] = field(default_factory=dict)
 
 
 class Core:
@@ -110,7 +112,7 @@ class Core:
         settings, metrics, emitter = foundation.settings, foundation.metrics, foundation.emitter
         self.foundation = foundation
         self.ready = foundation.build.ready
-        self.status = new_status(settings, foundation.run.run_id)
+        self.status = new_status(foundation)
         self.journal = AsyncJournal(foundation.storage.journal, self.status.run_id)
         participant = foundation.board.claim("tolaria")
         self.heartbeats = Heartbeats(participant, settings.emergency)
@@ -229,16 +231,19 @@ def new_ledger(core: Core, tasks: TaskGroup) -> RequestLedger:
     return RequestLedger(core.foundation.settings.server.request_memory, core.journal, core.status, tasks)
 
 
-def new_status(settings: Settings, run_id: str) -> RunStatus:
+def new_status(foundation: Foundation) -> RunStatus:
     """Returns the status of a run as it starts in this process."""
-    training = settings.training
+    settings, training = foundation.settings, foundation.settings.training
     return RunStatus(
-        run_id,
+        foundation.run.run_id,
         training.job,
         training.experiment,
         training.epochs,
         started_at_s=time.monotonic(),
         seed_limits=limits_of(settings.seeds),
+        rollbacks_by_origin=dict(foundation.rollbacks),
+        attempt=foundation.points.lineage.attempt,
+        newest_proven_step=foundation.points.newest_proven_step,
     )
 
 

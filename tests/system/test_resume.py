@@ -182,3 +182,48 @@ def test_a_run_of_version_0_1_0_is_resumed(tmp_path: Path) -> None:
         assert service.wait() == 0
     assert first_event(service, "resumed")["step"] == 1890
     assert [line["epoch"] for line in service.events() if line["event"] == "epoch_finished"] == [43, 44]
+
+
+def test_a_cut_after_an_automatic_rollback_outlives_a_kill(tmp_path: Path) -> None:
+    """Killed right after the rollback, before another checkpoint: the next process has the cut rate, once.
+
+    It also knows the attempt and the rollbacks. A second explosion cuts to a quarter, which a kill keeps too.
+    """
+    arguments = ["training.job=support.user_jobs:Line", "training.epochs=100000000", "training.device=cpu"]
+    arguments += ["training.options.lr=0.001", "training.options.samples=800000", "training.options.step_s=0.001"]
+    arguments += ["rollback.fast_budget_s=20", "rollback.full_budget_s=60", "rollback.lr_cut_steps=1000000"]
+    for number, cut in ((1, 0.5), (2, 0.25)):
+        with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
+            train_on(stub)
+            if number == 1:  # the rollback goes to a later step than this one
+                stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=20)
+                train_on(stub)
+            explode(stub, number)
+            service.process.kill()
+            service.wait()
+        with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
+            assert_cut(status(stub), number, cut)
+            train_on(stub)
+            assert_cut(status(stub), number, cut)
+
+
+def train_on(stub: TolariaAdminServiceStub) -> None:
+    """Waits for a hundred steps."""
+    from_step = status(stub).global_step
+    wait_for(lambda: status(stub).global_step > from_step + 100)
+
+
+def explode(stub: TolariaAdminServiceStub, number: int) -> None:
+    """Sets a learning rate that cannot work, for three steps, and waits for the rollback of this number."""
+    slip = admin.AdjustLearningRateRequest(request_id=f"slip{number}", reason="odd", value=10.0, expires_after_steps=3)
+    stub.AdjustLearningRate(slip, timeout=10)
+    wait_for(lambda: status(stub).rollbacks == number)
+
+
+def assert_cut(now: admin.GetStatusResponse, number: int, cut: float) -> None:
+    """The rate is cut by the last of these rollbacks, once, and all of them are known."""
+    (kept,) = now.adjustments
+    assert (kept.origin, kept.factor) == ("rollback", cut)
+    assert now.learning_rates["host"] == pytest.approx(0.001 * cut)
+    assert (now.rollbacks, dict(now.rollbacks_by_origin)) == (number, {"health": number})
+    assert now.attempt > number

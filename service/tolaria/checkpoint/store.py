@@ -29,7 +29,7 @@ from tolaria.errors import (
     NoCheckpointError,
 )
 from tolaria.filesystem import Filesystem, remove_quietly
-from tolaria.journal.rows import CheckpointRow, CheckpointState, FaultRow
+from tolaria.journal.rows import CheckpointRow, CheckpointState, FaultRow, RollbackRow
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -292,18 +292,29 @@ class CheckpointStore:
         return True
 
     def _sort_adopted(self, adopted: Sequence[str], known: Mapping[str, CheckpointRow]) -> None:
-        """Supersedes adopted checkpoints that are on another branch than their run's newest checkpoint.
+        """Supersedes adopted checkpoints that the last rollback has undone, or on another branch than the head.
 
-        That is the newest one in the journal or, in a rebuilt journal, the newest of all.
+        The head is the newest checkpoint of their run in the journal or, in a rebuilt journal, the newest of all. A
+        rebuilt journal knows no rollbacks, and manifests none that no checkpoint has followed: what such a one has
+        undone is the head then, and the run is resumed from it unless it is suspect.
         """
         rows = [row for row in self._journal.checkpoints() if row.state == "committed"]
         for run_id in {row.run_id for row in rows if row.checkpoint_id in adopted}:
             own = [row for row in rows if row.run_id == run_id]
-            head = ([row for row in own if row.checkpoint_id in known] or own)[-1]
-            for row in own:
-                descends = row.lineage.includes(head.attempt, head.global_step)
-                if not (descends or head.lineage.includes(row.attempt, row.global_step)):
-                    self._mark(row, "superseded", "adopted from another branch")
+            undone = self._undone(own, run_id)
+            own = [row for row in own if row not in undone]
+            heads = ([row for row in own if row.checkpoint_id in known] or own)[-1:]
+            strays = [row for row in own if not any(_on_one_branch(row, head) for head in heads)]
+            for row in (*undone, *strays):
+                self._mark(row, "superseded", "adopted from another branch")
+
+    def _undone(self, rows: Sequence[CheckpointRow], run_id: str) -> list[CheckpointRow]:
+        """Returns those that the last rollback in the journal has undone: one may have been on its way to the disk."""
+        restored = [row for row in self._journal.rows(RollbackRow, run_id=run_id) if row.outcome == "restored"]
+        last = max(restored, key=lambda row: row.attempt, default=None)
+        if last is None:
+            return []
+        return [row for row in rows if row.attempt < last.attempt and row.global_step > last.restored_step]
 
     def _read(self, row: CheckpointRow, expired: Callable[[], bool] | None) -> StateImage:
         manifest, image = read_checkpoint(self._files, self._checkpoints / row.checkpoint_id, expired)
@@ -391,6 +402,13 @@ class CheckpointStore:
             while self._unrecorded:
                 self._journal.put(self._unrecorded[0])
                 self._unrecorded.popleft()
+
+
+def _on_one_branch(row: CheckpointRow, other: CheckpointRow) -> bool:
+    """Whether one of two checkpoints of a run is an ancestor of the other."""
+    return row.lineage.includes(other.attempt, other.global_step) or other.lineage.includes(
+        row.attempt, row.global_step
+    )
 
 
 @contextlib.contextmanager

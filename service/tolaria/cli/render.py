@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from leyline.v1.admin_service_pb2 import GetStatusResponse, RunState
+from leyline.v1.admin_service_pb2 import GetStatusResponse, LearningRateAdjustment, RunState
 from leyline.v1.enums_pb2 import CircuitBreakerState, EmergencyLevel, HealthStatus, SeedLifecycleStage
 from leyline.v1.seeds_pb2 import SeedState
 
@@ -27,6 +27,7 @@ _NOT_YET = "not yet"
 _NONE = "none"
 _UNKNOWN = "?"
 _LABEL_WIDTH = 14
+_ADJUSTMENTS_SHOWN = 4
 _BINARY_UNITS = ("KiB", "MiB", "GiB", "TiB")
 _TIME_UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 _STYLES = {
@@ -80,7 +81,7 @@ def status_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
         ("run", f"{run_id}, job {job}, {_state(status)}"),
         ("progress", _progress(status)),
         ("learned", training_figures(status)),
-        ("learning rate", _pairs({group: f"{rate:.3g}" for group, rate in status.learning_rates.items()}) or _NOT_YET),
+        ("learning rate", _learning_rates(status)),
         ("tamiyo", one_line(status.tamiyo_answer) or _NOT_YET),
         ("kasmina", one_line(status.kasmina_answer) or _NOT_YET),
         ("phase", _phase(status)),
@@ -162,6 +163,21 @@ def command_counts(status: GetStatusResponse) -> str:
 
 def _rollback_count(status: GetStatusResponse) -> str:
     return f"{status.rollbacks} rollback{'' if status.rollbacks == 1 else 's'}" if status.rollbacks else ""
+
+
+def _learning_rates(status: GetStatusResponse) -> str:
+    """Returns the rates by group, and the newest adjustments in force."""
+    rates = _pairs({group: f"{rate:.3g}" for group, rate in status.learning_rates.items()}) or _NOT_YET
+    older = len(status.adjustments) - _ADJUSTMENTS_SHOWN
+    more = [f"{older} older adjustments"] if older > 0 else []
+    return "; ".join([rates, *map(_adjustment, status.adjustments[-_ADJUSTMENTS_SHOWN:]), *more])
+
+
+def _adjustment(adjustment: LearningRateAdjustment) -> str:
+    what = f"factor {adjustment.factor:g}" if adjustment.HasField("factor") else f"value {adjustment.value:g}"
+    group = f" for {one_line(adjustment.group)}" if adjustment.group else ""
+    until = f" until step {adjustment.expires_at_step}" if adjustment.expires_at_step else ""
+    return f"{what}{group} by {one_line(adjustment.origin)}{until}"
 
 
 def _phase(status: GetStatusResponse) -> str:

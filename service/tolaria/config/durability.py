@@ -19,6 +19,12 @@ class HealthSettings(Section):
     skips_data_max: int = Field(default=256, ge=1)
     """Consecutive skipped steps that halt the run if its parameters are sound. 256: much bad data needs a person."""
 
+    skip_extreme: bool = True
+    """Skip steps whose loss is finite but extreme among the recent ones. On: one can ruin an optimizer's averages.
+
+    Off for data in which such losses are rare but real; steps that are not finite are skipped all the same.
+    """
+
     window: int = Field(default=256, ge=16, le=100_000)
     """Healthy losses with which new losses are compared. 256: rare large losses of sound runs are among them."""
 

@@ -70,7 +70,7 @@ class BuiltLane:
         )
 
     def resume(self, image: StateImage, decided: Sequence[ActiveAdjustment] = ()) -> Restored:
-        """Restores a checkpoint of an earlier process, and what operators `decided` about learning rates.
+        """Restores a checkpoint of an earlier process, with the run's adjustments of learning rates, `decided`.
 
         Raises as `SnapshotManager.restore_image` does.
         """

@@ -280,7 +280,9 @@ class StepDone:
     the microbatches it took, `left_out` those among them that were not finite while others were. `judged` is the mean
     loss of the sources that are not seeds; None if they had no sample. `dropped_seeds` are isolated seeds whose
     gradients were not finite and were dropped. `parameters_finite` is the result of a check of the parameters after
-    many skipped steps; None if there was none. Times are seconds, `finished_at_s` on the monotonic clock.
+    many skipped steps; False too after any step, also one that was taken, in which a large buffer that had never
+    changed before was changed by what was left out: it cannot be restored, since there is no copy. None otherwise.
+    Times are seconds, `finished_at_s` on the monotonic clock.
     """
 
     global_step: int

@@ -131,9 +131,9 @@ class SnapshotManager:
     ) -> Restored:
         """Restores an image. Without `verify` it must have been verified before, as a loaded checkpoint has.
 
-        `refused` is called right before live state changes; True abandons the restore. Operators' adjustments of
-        learning rates stay in force: those of the live state, or after a crash `decided`. They are applied after the
-        digest of the restored state has been computed.
+        `refused` is called right before live state changes; True abandons the restore. The adjustments of
+        learning rates that belong to the run stay in force: those of the live state, or after a crash `decided`. They
+        are applied after the digest of the restored state has been computed.
 
         Raises:
             RestoreAbandonedError: `refused` returned True.

@@ -4,7 +4,7 @@ The only place that changes parameters. Synchronises with the device once, for t
 have to be known before anything changes; with several microbatches on a CPU, also for the loss of each.
 
 What is not finite is left out: a microbatch of several, or else the step, which is then *skipped* and changes nothing.
-A step whose loss is finite but extreme among the recent ones is skipped too.
+A step whose loss is finite but extreme among the recent ones is skipped too, if `health.skip_extreme` is on.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
         module.note_step_end()
         return None
     module.begin_announced_regimes()
-    skipped = not measured.finite or (measured.judged is not None and module.losses.extreme(measured.judged))
+    skipped = not measured.finite or _extreme(module, measured.judged)
     violations: list[LearningRateViolation] = []
     if skipped:
         module.discard_pass()
@@ -157,6 +157,11 @@ def _update(module: TrainModule, measured: _Measured, mark: Mark) -> list[Learni
     module.merger.applied()
     module.global_step += 1
     return violations
+
+
+def _extreme(module: TrainModule, judged: float | None) -> bool:
+    """Whether a step with this loss is skipped because it is extreme."""
+    return judged is not None and module.skips_extreme and module.losses.extreme(judged)
 
 
 def _record_loss(module: TrainModule, measured: _Measured, *, skipped: bool) -> None:

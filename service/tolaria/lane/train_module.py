@@ -102,7 +102,7 @@ class TrainModule:
         self.losses = LossWindow(settings.health.window)
         self.announced: deque[str] = deque() if announced is None else announced
         self.regimes_begun: list[RegimeBegun] = []
-        self.skips_max = settings.health.skips_max
+        self.skips_max, self.skips_extreme = settings.health.skips_max, settings.health.skip_extreme
         self.skip_streak = 0
         self.last_good: Batch | None = None
         self.undone = True

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from tolaria.values.optimization import CONTROLLER, OPERATOR, ActiveAdjustment, Adjustment, in_family
+from tolaria.values.optimization import AUTOMATIC, CONTROLLER, OF_THE_RUN, ActiveAdjustment, Adjustment, in_family
 
 ADJUSTMENTS_MAX: Final = 64
 """Number of adjustments from which lasting factors are folded together, and temporary ones are refused."""
@@ -24,25 +24,30 @@ class Authority:
 def adjusted_rate(active: Sequence[ActiveAdjustment], group: str, scheduled: float, step: int) -> float:
     """Returns a group's rate from its scheduled one and the adjustments, oldest first; without bounds.
 
-    The newest active value replaces the scheduled rate, then the factors that are newer than the value multiply.
+    The newest active value replaces the scheduled rate, then the factors that are newer than the value multiply. Of
+    automatic cuts only the deepest counts, since each includes those before it.
     """
-    rate, factor = scheduled, 1.0
+    rate, factor, cut = scheduled, 1.0, 1.0
     for each in active:
         change = each.adjustment
         if each.expired_at(step) or not change.applies_to(group):
             continue
         if change.value is not None:
-            rate, factor = change.value, 1.0  # a value is absolute: older factors do not change it
-        if change.factor is not None:
+            rate, factor, cut = change.value, 1.0, 1.0  # a value is absolute: older factors do not change it
+        elif change.factor is not None and change.origin == AUTOMATIC:
+            cut = min(cut, change.factor)
+        elif change.factor is not None:
             factor *= change.factor
-    return rate * factor
+    return rate * factor * cut
 
 
 def without_replaced(active: Sequence[ActiveAdjustment], new: Adjustment) -> list[ActiveAdjustment]:
     """Returns the adjustments that `new` does not replace: a value without expiry replaces older ones of its groups.
 
-    The controller replaces only its own adjustments.
+    The controller replaces only its own adjustments, and an automatic cut those that are not deeper.
     """
+    if new.origin == AUTOMATIC:
+        return [each for each in active if each.adjustment.origin != AUTOMATIC or _cuts_deeper(each.adjustment, new)]
     if new.value is None or new.expires_after_steps is not None:
         return list(active)
 
@@ -85,10 +90,10 @@ def folded(active: Sequence[ActiveAdjustment]) -> list[ActiveAdjustment]:
 def carried_over(
     restored: Sequence[ActiveAdjustment], in_force: Sequence[ActiveAdjustment], *, from_step: int, at_step: int
 ) -> list[ActiveAdjustment]:
-    """Returns the adjustments after a restore: those of the restored state, and what operators have decided since.
+    """Returns the adjustments after a restore: those of the restored state, and those of the run made since.
 
-    An operator's adjustment in force that the restored state lacks begins anew at `at_step`, for the steps that were
-    left of it. A lasting one in the restored state that is no longer in force stays replaced.
+    An adjustment in force that belongs to the run, and that the restored state lacks, begins anew at `at_step`, for the
+    steps that were left of it. A lasting one in the restored state that is no longer in force stays replaced.
 
     Args:
         restored: the adjustments in the restored state.
@@ -96,13 +101,13 @@ def carried_over(
         from_step: the global step before the restore; after a crash the step that training resumes from.
         at_step: the global step of the restored state.
     """
-    decided = {each.adjustment.request_id: each for each in in_force if each.adjustment.origin == OPERATOR}
+    decided = {each.adjustment.request_id: each for each in in_force if each.adjustment.origin in OF_THE_RUN}
     result = [
         each
         for each in restored
-        if each.adjustment.origin != OPERATOR or not each.lasting or each.adjustment.request_id in decided
+        if each.adjustment.origin not in OF_THE_RUN or not each.lasting or each.adjustment.request_id in decided
     ]
-    present = {each.adjustment.request_id for each in result if each.adjustment.origin == OPERATOR}
+    present = {each.adjustment.request_id for each in result if each.adjustment.origin in OF_THE_RUN}
     for request_id, each in decided.items():
         if request_id in present or each.expired_at(from_step):
             continue
@@ -113,9 +118,13 @@ def carried_over(
     return result
 
 
+def _cuts_deeper(old: Adjustment, new: Adjustment) -> bool:
+    return (old.factor or 0.0) < (new.factor or 0.0)
+
+
 def _foldable_with(kept: Sequence[ActiveAdjustment], new: ActiveAdjustment) -> int | None:
     """Returns the place of the factor that `new` can be multiplied with."""
-    if new.adjustment.factor is None or not new.lasting:
+    if new.adjustment.factor is None or not new.lasting or new.adjustment.origin == AUTOMATIC:
         return None
     for place in reversed(range(len(kept))):
         old = kept[place].adjustment

@@ -205,7 +205,7 @@ class UnifiedLRController:
         return RateChange(before, after, limits)
 
     def carry_over(self, in_force: Sequence[ActiveAdjustment], *, from_step: int, at_step: int) -> None:
-        """Adds what operators decided to the adjustments of a restored state, as `carried_over` does."""
+        """Adds the adjustments of the run to those of a restored state, as `carried_over` does."""
         self._adjustments = carried_over(self._adjustments, in_force, from_step=from_step, at_step=at_step)
 
     def learning_rates(self) -> dict[str, float]:

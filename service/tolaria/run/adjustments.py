@@ -1,4 +1,4 @@
-"""The operators' adjustments of learning rates that are in force, in the journal: a crash does not end them."""
+"""The adjustments of learning rates that belong to the run, in the journal: a crash does not end them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tolaria.journal.rows import CommandRow
 from tolaria.lane.messages import ChangeOptimizer
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.status import RunStatus
-from tolaria.values.optimization import OPERATOR, ActiveAdjustment, Adjustment
+from tolaria.values.optimization import OF_THE_RUN, ActiveAdjustment, Adjustment
 
 KIND: Final = "learning_rates"
 """Kind of the one row of a run, in the table of commands, that has the adjustments as JSON in its `reason`."""
@@ -27,8 +27,11 @@ KEEP_S_MAX: Final = 0.25  # longest wait for the row to become durable; a disk t
 _log = structlog.get_logger(__name__)
 
 
-class OperatorAdjustments:
-    """Makes operators' adjustments, and keeps those in force in the journal. Used on the event loop only."""
+class RunAdjustments:
+    """Makes the adjustments of operators and the cuts that follow automatic rollbacks; keeps them in the journal.
+
+    Used on the event loop only.
+    """
 
     def __init__(self, lane: LaneClient, journal: AsyncJournal, status: RunStatus) -> None:
         self._lane = lane
@@ -39,8 +42,8 @@ class OperatorAdjustments:
     async def make(self, adjustment: Adjustment) -> int:
         """Adjusts learning rates at the next step boundary; returns the global step at which that took effect.
 
-        It is durable on return: a rollback and a crash keep it in force. The adjustment of a request that is in force
-        already is not made again.
+        It is durable on return, unless the journal fails: a rollback and a crash keep it in force. The adjustment of a
+        request that is in force already is not made again.
 
         Raises AdjustmentRefusedError or UnknownGroupError: it is out of bounds or names no group; nothing has changed.
         """
@@ -68,7 +71,7 @@ class OperatorAdjustments:
             self._journal.note(self._row())
 
     def _in_force(self) -> list[ActiveAdjustment]:
-        return [each for each in self._status.adjustments if each.adjustment.origin == OPERATOR]
+        return [each for each in self._status.adjustments if each.adjustment.origin in OF_THE_RUN]
 
     def _row(self) -> CommandRow:
         status, self._written = self._status, self._in_force()
@@ -78,7 +81,7 @@ class OperatorAdjustments:
 
 
 def saved_adjustments(journal: Journal, run_id: str) -> tuple[ActiveAdjustment, ...]:
-    """Returns the operators' adjustments that were in force when the last process of a run ended.
+    """Returns the adjustments of the run that were in force when its last process ended.
 
     A row that cannot be read counts as none, with an error in the log. Raises JournalError.
     """

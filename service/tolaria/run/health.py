@@ -20,8 +20,10 @@ from tolaria.run.health_record import (
     APART_STEPS,
     COLLAPSED,
     EVALUATIONS,
+    WATCH_STEPS,
     AutomaticRollback,
     Record,
+    Watch,
     apart,
     batches_of,
     collapsing,
@@ -34,9 +36,6 @@ REGIMES_MAX: Final = 2
 
 NEAR_STEPS: Final = 64
 """Distance from the place of the last retreat within which losses that rise again may be a changed task."""
-
-WATCH_STEPS: Final = 64
-"""Steps for which such losses are watched before the verdict."""
 
 _RECENT: Final = 256
 
@@ -97,19 +96,6 @@ class Halt:
 Verdict: TypeAlias = Proceed | AcceptRegime | Retreat | Halt
 
 
-@dataclass(slots=True)
-class _Watch:
-    """Losses that have risen again near the last retreat, until it is known whether the task has changed."""
-
-    reason: str
-    evidence_step: int
-    batches: tuple[tuple[int, int], ...]
-    limit: float
-    spread_before: float
-    early: bool
-    losses: list[float]
-
-
 class Health:
     """Judges steps and epochs of one run, if the settings enable it. Used on the event loop only.
 
@@ -126,9 +112,10 @@ class Health:
         self._saved = self._without_progress()
         self.losses = LossWindow(health.window)
         self._recent: deque[StepDone] = deque(maxlen=_RECENT)
-        self._watch: _Watch | None = None
+        self._watch: Watch | None = None
         self._alarmed_step: int | None = None
-        self._accepting = False
+        self._accepting: Watch | None = None
+        """The losses of a task that the lane has been asked to accept, until its answer."""
         self._origin = ""
         """Origin of the automatic rollback that is in progress; empty if there is none."""
         self._spoiled: set[tuple[int, int]] = set()
@@ -207,14 +194,17 @@ class Health:
         self._record.skip_streak = 0
         self._record.best_step = max(self._record.best_step, step.global_step)
         self.losses.note(step.loss, step.gradient_norm)
-        if step.judged is None:
-            return Proceed()
-        spread_before = self.losses.relative_spread
-        alarm = self.losses.add(step.judged)
-        self._recent.append(step)
+        spread_before, alarm = self.losses.relative_spread, None
+        if step.judged is not None:
+            alarm = self.losses.add(step.judged)
+            self._recent.append(step)
         if self._origin and alarm is not None:
             self._spoiled.update(batches_of(step))
-        if quiet or self._accepting:  # the lane has not emptied its window yet
+        if quiet:
+            return Proceed()
+        if step.parameters_finite is False:
+            return self._ill(step, "a buffer that a microbatch that is not finite has changed cannot be restored")
+        if step.judged is None or self._accepting is not None:  # the lane has not emptied its window yet
             return Proceed()
         if self._watch is not None:
             return self._watched(self._watch, step, step.judged)
@@ -246,12 +236,20 @@ class Health:
         """Follows the lane, which has emptied its window for a changed task, announced by the job or accepted here."""
         self.losses.begin_regime(keep_waiting=not announced)
         self._recent.clear()
-        self._accepting = False
-        self._watch = None
+        self._accepting = self._watch = None
 
-    def regime_answered(self) -> None:
-        """Follows the lane's answer to an `AcceptRegime`: steps are judged again, also if it has failed."""
-        self._accepting = False
+    def regime_answered(self, *, accepted: bool) -> None:
+        """Follows the lane's answer to an `AcceptRegime`: steps are judged again, or watched on if it has failed."""
+        watch, self._accepting = self._accepting, None
+        if not accepted:  # its batches are still left out, and its window is that of the former task
+            self._watch = None if watch is None else watch.longer()
+            return
+        record = self._record
+        record.regimes += 1
+        refunded = self._retreats[-1] if self._retreats else None
+        record.rollbacks = [rollback for rollback in record.rollbacks if rollback is not refunded]
+        record.left_out = sorted(set(record.left_out) - set(record.retreat_batches))
+        record.retreat_step, record.retreat_batches = None, []
 
     def restored(self, losses: str, global_step: int) -> None:
         """Follows the lane, which has restored a state. A rollback that is not automatic resets the budgets."""
@@ -348,15 +346,17 @@ class Health:
         if quiet:
             return Proceed()
         if step.parameters_finite is False:
-            reason = f"the parameters are not finite: {record.skip_streak} steps in a row were skipped"
-            if not self._settings.automatic:
-                return Halt(Trigger.PARAMETERS_NOT_FINITE, reason)
-            first, batches = self._where_ill(step)
-            return self._retreat(reason, first, batches, step.global_step, preferred_before=apart(first))
+            return self._ill(step, f"the parameters are not finite: {record.skip_streak} steps in a row were skipped")
         if record.skip_streak % self._skips_data_max == 0:
             reason = f"{record.skip_streak} steps in a row were not finite, and the parameters are: the data are ill"
             return Halt(Trigger.SKIPPED_DATA_SPENT, reason)
         return Proceed()
+
+    def _ill(self, step: StepDone, reason: str) -> Verdict:
+        if not self._settings.automatic:
+            return Halt(Trigger.PARAMETERS_NOT_FINITE, reason)
+        first, batches = self._where_ill(step)
+        return self._retreat(reason, first, batches, step.global_step, preferred_before=apart(first))
 
     def _exploded(self, step: StepDone, alarm: Explosion, spread_before: float) -> Verdict:
         reason = f"loss {step.judged:g}: {len(alarm.evidence)} losses above {alarm.limit:g} ({alarm.kind})"
@@ -367,7 +367,7 @@ class Health:
             return Proceed("" if again else reason)
         evidence_step, batches = self._evidence(step, alarm)
         if (early := self._rises_again(evidence_step)) is not None:
-            self._watch = _Watch(reason, evidence_step, batches, self.losses.limit, spread_before, early, [])
+            self._watch = Watch(reason, evidence_step, batches, self.losses.limit, spread_before, early, [])
             return Proceed(reason)
         return self._retreat_from(reason, evidence_step, batches, step.global_step)
 
@@ -400,26 +400,18 @@ class Health:
         begin = rise_begins([loss for _, loss in known], first, self.losses.median)
         return apart(min(known[begin][0], evidence_step) if known else evidence_step)
 
-    def _watched(self, watch: _Watch, step: StepDone, loss: float) -> Verdict:
+    def _watched(self, watch: Watch, step: StepDone, loss: float) -> Verdict:
         watch.losses.append(loss)
         if len(watch.losses) < WATCH_STEPS:
             return Proceed()
         self._watch = None
-        latest = watch.losses[WATCH_STEPS // 2 :]
-        if not watch.early and sum(loss > watch.limit for loss in latest) <= len(latest) // 2:
-            return Proceed()  # it has healed by itself
+        if watch.healed:
+            return Proceed()
         # On data on which training went well before, it is no changed task, and what made it rise may be over by now.
         if watch.early or not stable(watch.losses, watch.spread_before, self.losses.scale):
             return self._retreat_from(watch.reason, watch.evidence_step, watch.batches, step.global_step)
-        record = self._record
-        record.regimes += 1
-        refunded = self._retreats[-1] if self._retreats else None
-        record.rollbacks = [rollback for rollback in record.rollbacks if rollback is not refunded]
-        batches = tuple(record.retreat_batches)
-        record.left_out = sorted(set(record.left_out) - set(batches))
-        record.retreat_step, record.retreat_batches = None, []
-        self._accepting = True
-        return AcceptRegime(watch.reason, batches)
+        self._accepting = watch
+        return AcceptRegime(watch.reason, tuple(self._record.retreat_batches))
 
     def _where_ill(self, step: StepDone) -> tuple[int, tuple[tuple[int, int], ...]]:
         """Returns the first step of ill parameters, and its batches: losses may have exploded before they were NaN."""
@@ -440,6 +432,4 @@ class Health:
     def _adopt(self, losses: str) -> None:
         self.losses.load_state_dict(json.loads(losses) if losses else {})
         self._recent.clear()
-        self._accepting = False
-        self._watch = None
-        self._alarmed_step = None
+        self._accepting = self._watch = self._alarmed_step = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Final
 
 from pydantic import BaseModel, ValidationError
@@ -19,6 +20,9 @@ which distinguishes it from a changed task.
 
 EVALUATIONS: Final = 8
 """Evaluations with which new ones are compared, at least 3."""
+
+WATCH_STEPS: Final = 64
+"""Steps for which losses that have risen again near the last retreat are watched before the verdict."""
 
 COLLAPSED: Final = 3
 """Evaluations in a row that have to be worse than all of those by more than their range."""
@@ -83,6 +87,32 @@ class Record(BaseModel):
         record.rollbacks += [AutomaticRollback(begun_at=step) for step in record.rolled_back_at]
         record.rolled_back_at = []
         return record
+
+
+@dataclass(slots=True)
+class Watch:
+    """Losses that have risen again near the last retreat, until it is known whether the task has changed.
+
+    `early`: before the place of that retreat, on data on which training went well then.
+    """
+
+    reason: str
+    evidence_step: int
+    batches: tuple[tuple[int, int], ...]
+    limit: float
+    spread_before: float
+    early: bool
+    losses: list[float]
+
+    @property
+    def healed(self) -> bool:
+        """Whether the losses have fallen again by themselves."""
+        latest = self.losses[WATCH_STEPS // 2 :]
+        return not self.early and sum(loss > self.limit for loss in latest) <= len(latest) // 2
+
+    def longer(self) -> Watch:
+        """Returns a watch of further steps, which forgets the first half of the losses."""
+        return replace(self, losses=self.losses[len(self.losses) // 2 :])
 
 
 class DroppedSeeds:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -25,6 +25,7 @@ from tolaria.journal.rows import CheckpointRow
 from tolaria.lane import messages
 from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.protocol import EMERGENCY, HEALTH, Ending, Rollback, tier_name
+from tolaria.run.adjustments import RunAdjustments
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.health import Health, Retreat
 from tolaria.run.lane_client import LaneClient
@@ -41,12 +42,15 @@ FOLLOW_UP_S: Final = 5.0
 
 _BATCHES_LOGGED_MAX: Final = 20
 
+_Answer = TypeVar("_Answer")
+
 
 class LaneRestorer:
     """Finds restore points and has the lane restore them: the run's `Restorer`. Used on the event loop only.
 
     Attributes:
         lane: the lane's client.
+        status: the figures of the run.
         points: which restore points are proven or suspect.
         origin: the checkpoint that is being restored, if it is not an ancestor of the live state; else None.
     """
@@ -60,7 +64,7 @@ class LaneRestorer:
         points: RestorePoints,
     ) -> None:
         self.lane = lane
-        self._status = status
+        self.status = status
         self._store = store
         self._observers = observers
         self.points = points
@@ -74,7 +78,7 @@ class LaneRestorer:
         rows: tuple[CheckpointRow, ...] = ()
         if rollback.tier != ROLLBACK_TIER_FAST:
             rows = await anyio.to_thread.run_sync(self._store.kept_points, abandon_on_cancel=True)
-        snapshots = () if rollback.tier == ROLLBACK_TIER_FULL else self._status.snapshots
+        snapshots = () if rollback.tier == ROLLBACK_TIER_FULL else self.status.snapshots
         choice = choose(self.points.of(snapshots, rows), rollback)
         if choice is None:
             raise NoCheckpointError(_nothing_for(rollback))
@@ -165,7 +169,7 @@ class Recovery:
         checkpointing: Checkpointing,
         observers: RunObserver,
         safety: Safety,
-        status: RunStatus,
+        adjustments: RunAdjustments,
     ) -> None:
         self._coordinator = coordinator
         self._restorer = restorer
@@ -176,7 +180,8 @@ class Recovery:
         self._checkpointing = checkpointing
         self._observers = observers
         self._safety = safety
-        self._status = status
+        self._status = restorer.status
+        self._adjustments = adjustments
         self._log = structlog.get_logger()
         self._wake = anyio.Event()
         self._current: tuple[Rollback, Callable[[Rollback], None]] | None = None
@@ -369,13 +374,15 @@ class Recovery:
                 self._safety.halt(f"rollback_failed: {rollback.reason}: {rollback.error}")
 
     async def _follow_restore(self, rollback: Rollback) -> None:
+        if rollback.lr_cut is not None:
+            await self._call("ChangeOptimizer", self._adjustments.make(rollback.lr_cut))
         self._status.rolled_back(rollback.origin)
         self._recovering = rollback
         if self._lane.held_for_others(_ROLLBACK):
             self._stop_awaiting_step()
         spoiled = self._health.end_retreat()
         if left_out := self._health.left_out:  # also those of a rollback that has failed before
-            done = await self._call(messages.SkipBatches(left_out))
+            done = await self._call("SkipBatches", self._lane.call(messages.SkipBatches(left_out)))
             if spoiled and done is not None and isinstance(done.result, messages.BatchesSkipped):
                 self._log.warning(
                     "batches_left_out",
@@ -384,8 +391,6 @@ class Recovery:
                     count=len(spoiled),
                     count_in_all=done.result.count,
                 )
-        if rollback.lr_cut is not None:
-            await self._call(messages.ChangeOptimizer(rollback.lr_cut, {}, None))
 
     def _stop_awaiting_step(self) -> None:
         """Takes the last rollback to have ended when its state was restored, since no step follows soon."""
@@ -393,15 +398,15 @@ class Recovery:
         if rollback is not None and rollback.ending is not None:
             self._observers.on_rollback_duration(rollback.tier, rollback.ending.value, rollback.latency_ms / 1000)
 
-    async def _call(self, command: messages.BoundaryCommand) -> messages.CommandDone | None:
+    async def _call(self, command: str, carried_out: Awaitable[_Answer]) -> _Answer | None:
         """Has the lane carry out a command; a failure is logged, because the state has been restored already."""
         error = "the lane did not answer"
         try:
             with anyio.move_on_after(FOLLOW_UP_S):
-                return await self._lane.call(command)
+                return await carried_out
         except TolariaError as failure:
             error = str(failure)
-        self._log.error("after_rollback_failed", command=type(command).__name__, error=error)
+        self._log.error("after_rollback_failed", command=command, error=error)
         return None
 
 

@@ -9,7 +9,8 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -55,11 +56,15 @@ class PreparedState:
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """Where training begins. `loaded` is None for a new run; `points` are those that the run has left."""
+    """Where training begins. `loaded` is None for a new run; `points` are those that the run has left.
+
+    `rollbacks` counts those that have restored a state, by origin.
+    """
 
     state: PreparedState
     loaded: LoadedCheckpoint | None
     points: RestorePoints = field(default_factory=RestorePoints)
+    rollbacks: Mapping[str, int] = field(default_factory=dict)
 
 
 @contextmanager
@@ -124,7 +129,8 @@ def load_resume_point(prepared: PreparedState) -> ResumePoint:
         detail = f"resumed from step {loaded.row.global_step}"
         if passed := prepared.storage.checkpoints.follow(points.lineage, detail):
             _log.warning("suspect_checkpoints_passed_over", count=passed, resumed_step=loaded.row.global_step)
-    return ResumePoint(prepared, loaded, points)
+    counts = Counter(row.origin or "unknown" for row in rollbacks if row.outcome == "restored")  # 0.1.0 wrote no origin
+    return ResumePoint(prepared, loaded, points, counts)
 
 
 def end_run(prepared: PreparedState, outcome: RunOutcome) -> None:

@@ -19,7 +19,7 @@ from tolaria.journal.rows import CheckpointRow
 from tolaria.lane import messages
 from tolaria.lane.messages import TraceFailed
 from tolaria.rollback.protocol import Rollback
-from tolaria.run.adjustments import OperatorAdjustments
+from tolaria.run.adjustments import RunAdjustments
 from tolaria.run.boundary import EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.health import Halt, Health, Proceed, Retreat
@@ -54,14 +54,11 @@ class RunParts:
     questions: StepQuestions
     points: RestorePoints
     profiles: Profiles
-    adjustments: OperatorAdjustments
+    adjustments: RunAdjustments
 
 
 class TrainingRun:
-    """One run: `run` is its task; the other methods serve operators. Used on the event loop only.
-
-    `recovery`, `checkpointing` and the consultations are served in separate tasks.
-    """
+    """One run: `run` is its task; the other methods serve operators. Used on the event loop only."""
 
     def __init__(self, parts: RunParts, settings: Settings, ready: messages.LaneReady) -> None:
         self._parts = parts
@@ -241,9 +238,10 @@ class TrainingRun:
                 parts.checkpointing.on_step(step.global_step)
             return
         if not isinstance(verdict, messages.AcceptRegime):
-            if not step.skipped:
+            ill = step.skipped or step.parameters_finite is False
+            if not ill:
                 self._observers.on_explosion(step, verdict.reason)
-            parts.safety.safeguards.epoch_failing(NON_FINITE if step.skipped else EXPLOSION)
+            parts.safety.safeguards.epoch_failing(NON_FINITE if ill else EXPLOSION)
         self._enact(verdict)
 
     def _on_epoch(self, epoch: messages.EpochDone) -> None:
@@ -295,7 +293,7 @@ class TrainingRun:
         """Applies the result of a command, then completes its future, which wakes its waiters."""
         if (pending := self._lane.take_pending(event)) is not None:
             if isinstance(pending.command, messages.AcceptRegime):
-                self._parts.health.regime_answered()
+                self._parts.health.regime_answered(accepted=event.failure is None)
             self._apply(pending, event)
             self._lifecycle.changed()
             self._lane.settle(pending, event)
@@ -358,7 +356,8 @@ class TrainingRun:
         self._save_health()  # the budget outlives the process
         match verdict:
             case messages.AcceptRegime():
-                self._lane.submit(verdict)
+                if self._lane.submit(verdict).done():  # too many commands are queued
+                    self._parts.health.regime_answered(accepted=False)
             case Retreat():
                 self._parts.recovery.retreat(verdict)
             case Halt(trigger, reason):
@@ -400,7 +399,7 @@ class TrainingRun:
         self._lifecycle.require_not_ended("there is no rate to change")
 
     async def adjust_learning_rate(self, adjustment: Adjustment) -> int:
-        """Adjusts learning rates, as `OperatorAdjustments.make` does. Raises WrongStateError when the run has ended."""
+        """Adjusts learning rates, as `RunAdjustments.make` does. Raises WrongStateError when the run has ended."""
         self.require_adjustable()
         return await self._parts.adjustments.make(adjustment)
 

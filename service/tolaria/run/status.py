@@ -111,8 +111,8 @@ class RunStatus:
     training_loss: float = float("nan")
     snapshots: tuple[SnapshotInfo, ...] = ()
     snapshots_unavailable: str = ""
-    rollbacks: int = 0
     rollbacks_by_origin: dict[str, int] = field(default_factory=dict)
+    """Rollbacks of the run that have restored a state, also those of earlier processes."""
     best_step: int = 0
     skipped_steps: int = 0
     """Both are those of the health checks, which keep them through rollbacks and restarts."""
@@ -160,6 +160,11 @@ class RunStatus:
         return sum(slot not in taken for slot in self.slots)
 
     @property
+    def rollbacks(self) -> int:
+        """Number of rollbacks that have restored a state."""
+        return sum(self.rollbacks_by_origin.values())
+
+    @property
     def validation_accuracy(self) -> float:
         """Accuracy of the last evaluation, 0 to 1; NaN before the first."""
         return self.last_epoch.evaluation.accuracy if self.last_epoch else float("nan")
@@ -197,7 +202,6 @@ class RunStatus:
 
     def rolled_back(self, origin: str) -> None:
         """Counts a rollback that has restored its state, by its origin."""
-        self.rollbacks += 1
         self.rollbacks_by_origin[origin] = self.rollbacks_by_origin.get(origin, 0) + 1
 
     def begin_epoch(self, epoch: int) -> None:

@@ -88,6 +88,7 @@ def run(settings: Settings) -> int:
                     open_emergencies=tuple(open_emergencies(point.state)),
                     newest_checkpoint_ns=None if point.loaded is None else point.loaded.row.at_ns,
                     points=point.points,
+                    rollbacks=point.rollbacks,
                 )
                 host = Host(foundation)
                 code = anyio.run(host.serve)
@@ -101,7 +102,7 @@ def resume(
 ) -> None:
     """Restores a checkpoint into a lane that has just been built. Raises ConfigurationError if it does not fit.
 
-    The learning-rate adjustments that operators have `decided` on stay in force.
+    The learning-rate adjustments in `decided`, which belong to the run, stay in force.
     """
     try:
         restored = build.resume(loaded.image, decided)

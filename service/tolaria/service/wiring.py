@@ -27,7 +27,7 @@ from tolaria.peers.verification import CommandVerifier
 from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.protocol import TAMIYO, RollbackParticipant
 from tolaria.rpc.requests import RequestLedger
-from tolaria.run.adjustments import OperatorAdjustments
+from tolaria.run.adjustments import RunAdjustments
 from tolaria.run.boundary import BoundaryPolicy, EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.command_handler import CommandHandler
@@ -61,7 +61,7 @@ class LaneBuild(Protocol):
         """What has been built."""
 
     def resume(self, image: StateImage, decided: Sequence[ActiveAdjustment]) -> Restored:
-        """Restores a checkpoint of an earlier process, with the adjustments that operators have `decided` on."""
+        """Restores a checkpoint of an earlier process, with the adjustments of the run in `decided`."""
 
     def lane(self, heartbeat: Heartbeats, traces_dir: Path) -> LaneHandle:
         """Returns the lane."""
@@ -85,7 +85,8 @@ class Foundation:
 
     `open_emergencies` are all that were not cleared, that halt included; `newest_checkpoint_ns` is the Unix time of
     the checkpoint that was resumed.
-    `points` are the restore points that earlier processes of the run have left.
+    `points` are the restore points that earlier processes of the run have left, `rollbacks` their number of rollbacks
+    by origin.
     """
 
     settings: Settings
@@ -101,6 +102,7 @@ class Foundation:
     open_emergencies: tuple[EmergencyRow, ...] = ()
     newest_checkpoint_ns: int | None = None
     points: RestorePoints = field(default_factory=RestorePoints)
+    rollbacks: Mapping[str, int] = field(default_factory=dict)
 
 
 class Core:
@@ -110,7 +112,7 @@ class Core:
         settings, metrics, emitter = foundation.settings, foundation.metrics, foundation.emitter
         self.foundation = foundation
         self.ready = foundation.build.ready
-        self.status = new_status(settings, foundation.run.run_id)
+        self.status = new_status(foundation)
         self.journal = AsyncJournal(foundation.storage.journal, self.status.run_id)
         participant = foundation.board.claim("tolaria")
         self.heartbeats = Heartbeats(participant, settings.emergency)
@@ -177,7 +179,8 @@ class RunService:
 def new_run(core: Core, peers: Peers) -> RunService:
     """Returns the run with these peers."""
     settings = core.foundation.settings
-    recovery = _new_recovery(core, {TAMIYO: peers.tamiyo_rollback, KASMINA: peers.kasmina_rollback})
+    adjustments = RunAdjustments(core.lane, core.journal, core.status)
+    recovery = _new_recovery(core, adjustments, {TAMIYO: peers.tamiyo_rollback, KASMINA: peers.kasmina_rollback})
     handler = CommandHandler(
         core.lane,
         core.status,
@@ -218,7 +221,7 @@ def new_run(core: Core, peers: Peers) -> RunService:
         questions=questions,
         points=core.foundation.points,
         profiles=Profiles(core.lane, settings.profiler, safeguards=core.safeguards, observers=core.observers),
-        adjustments=OperatorAdjustments(core.lane, core.journal, core.status),
+        adjustments=adjustments,
     )
     return RunService(TrainingRun(parts, settings, core.ready), consultations, recovery)
 
@@ -228,20 +231,23 @@ def new_ledger(core: Core, tasks: TaskGroup) -> RequestLedger:
     return RequestLedger(core.foundation.settings.server.request_memory, core.journal, core.status, tasks)
 
 
-def new_status(settings: Settings, run_id: str) -> RunStatus:
+def new_status(foundation: Foundation) -> RunStatus:
     """Returns the status of a run as it starts in this process."""
-    training = settings.training
+    settings, training = foundation.settings, foundation.settings.training
     return RunStatus(
-        run_id,
+        foundation.run.run_id,
         training.job,
         training.experiment,
         training.epochs,
         started_at_s=time.monotonic(),
         seed_limits=limits_of(settings.seeds),
+        rollbacks_by_origin=dict(foundation.rollbacks),
+        attempt=foundation.points.lineage.attempt,
+        newest_proven_step=foundation.points.newest_proven_step,
     )
 
 
-def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -> Recovery:
+def _new_recovery(core: Core, adjustments: RunAdjustments, participants: Mapping[str, RollbackParticipant]) -> Recovery:
     foundation = core.foundation
     store = foundation.storage.checkpoints
     restorer = LaneRestorer(core.lane, core.status, store, core.observers, foundation.points)
@@ -261,7 +267,7 @@ def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -
         checkpointing=core.checkpointing,
         observers=core.observers,
         safety=core.safety,
-        status=core.status,
+        adjustments=adjustments,
     )
 
 

@@ -14,6 +14,9 @@ CONTROLLER: Final = "tamiyo"
 AUTOMATIC: Final = "rollback"
 """Origins of adjustments: a person, the controller, and the cut that follows an automatic rollback."""
 
+OF_THE_RUN: Final = frozenset({OPERATOR, AUTOMATIC})
+"""Origins of adjustments that belong to the run and not to its state: a rollback and a crash do not end them."""
+
 
 class GroupRole(StrEnum):
     """How a param group's learning rate is set: by the schedule, by a share of it with a warm-up, or to 0."""

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import errno
 import shutil
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +16,7 @@ from tolaria.checkpoint.storage import Storage, open_storage
 from tolaria.checkpoint.store import LoadedCheckpoint, Retention
 from tolaria.errors import CheckpointWriteError, JournalUnavailableError, NoCheckpointError, RestoreAbandonedError
 from tolaria.filesystem import Filesystem
-from tolaria.journal.rows import CheckpointRow, FaultRow, Row
+from tolaria.journal.rows import CheckpointRow, FaultRow, RollbackRow, Row
 from tolaria.values.lineage import Lineage
 from tolaria.values.training import Position
 
@@ -276,6 +278,38 @@ def test_a_rebuilt_journal_knows_the_branches(tmp_path: Path, training: Training
     with storage.journal:
         assert steps(storage) == [10, 15]
         assert [row.global_step for row in storage.checkpoints.kept_points()] == [10, 20, 15]
+
+
+def test_a_checkpoint_that_a_rollback_undid_on_its_way_is_not_adopted(tmp_path: Path, training: Training) -> None:
+    """Killed between its directory and its row, after the rollback: it is not an ancestor of the live state.
+
+    One from before the place that the rollback went to is.
+    """
+    retention = Retention(last=10, best="highest", superseded=10, superseded_s=3600.0)
+    storage = open_storage(tmp_path, run_id="run", retention=retention)
+    with storage.journal:
+        rows = [write(storage, training, step) for step in (10, 20, 30)]
+        back = RollbackRow("r", 9, "run", "fast", 31, 25, "restored", "odd", "d", "d", 1.0, 1, "health", 2)
+        storage.journal.put(back)
+        storage.journal.put(replace(back, rollback_id="failed", outcome="failed", restored_step=-1, attempt=0))
+    forget_rows(tmp_path, rows[1:])
+    storage = open_storage(tmp_path, run_id="run", retention=retention)
+    with storage.journal:
+        assert storage.repairs.adopted == (rows[1].checkpoint_id, rows[2].checkpoint_id)
+        assert steps(storage) == [10, 20]
+        assert [row.global_step for row in storage.checkpoints.kept_points()] == [10, 20, 30]
+    forget_rows(tmp_path, rows)
+    shutil.rmtree(tmp_path / "checkpoints" / rows[0].checkpoint_id)
+    shutil.rmtree(tmp_path / "checkpoints" / rows[1].checkpoint_id)
+    storage = open_storage(tmp_path, run_id="run", retention=retention)
+    with storage.journal:
+        assert steps(storage) == []
+
+
+def forget_rows(directory: Path, rows: list[CheckpointRow]) -> None:
+    """Removes rows from the journal, as if they had never been written."""
+    with closing(sqlite3.connect(directory / "journal.sqlite3")) as journal, journal:
+        journal.executemany("DELETE FROM checkpoints WHERE checkpoint_id = ?", [(row.checkpoint_id,) for row in rows])
 
 
 # -- retention --------------------------------------------------------------------------------------------------------

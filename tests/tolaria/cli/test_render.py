@@ -115,6 +115,21 @@ def test_rollbacks_are_shown_once_there_are_any() -> None:
     assert "rollback" not in render.epoch_line(status, 1) + dict(render.status_rows(status))["commands"]
 
 
+def test_adjustments_in_force_are_beside_the_rate() -> None:
+    """With origin, group and end; of many, the newest ones and the number of the others."""
+    status = status_of(2)
+    del status.adjustments[:]
+    assert dict(render.status_rows(status))["learning rate"] == "host 0.001"
+    status.adjustments.add(factor=0.5, origin="rollback", expires_at_step=90)
+    status.adjustments.add(value=0.01, origin="operator", group="seed:a")
+    row = dict(render.status_rows(status))["learning rate"]
+    assert row == "host 0.001; factor 0.5 by rollback until step 90; value 0.01 for seed:a by operator"
+    for _ in range(5):
+        status.adjustments.add(factor=2.0, origin="tamiyo")
+    row = dict(render.status_rows(status))["learning rate"]
+    assert row == "host 0.001" + 4 * "; factor 2 by tamiyo" + "; 3 older adjustments"
+
+
 def _terminal() -> Console:
     return Console(file=io.StringIO(), force_terminal=True, width=100, color_system="standard", _environ={})
 

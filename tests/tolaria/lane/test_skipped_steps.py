@@ -155,6 +155,30 @@ def test_what_cannot_be_undone_is_reported_once(accumulate: int, place: int, mon
     assert taken(module).parameters_finite is None
 
 
+def test_a_large_buffer_that_never_changed_before_cannot_be_restored() -> None:
+    """The update of the other microbatches is made, and the step says that the state is ill. It happens once."""
+    module = new_module(accumulate=4)
+    bank = torch.zeros(50_000)
+    module.model.register_buffer("bank", bank)
+    module.refresh()
+    spoiling = Spoiling(module, 1, 5)
+    plain = spoiling.losses
+
+    def losses(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        if module.progress.batches - 1 in spoiling.places:
+            bank.fill_(math.nan)
+        return dict(plain(model, batch))  # type: ignore[arg-type] # TinyJob's are a mapping
+
+    spoiling.losses = losses
+    step = taken(module)
+    assert (step.skipped, step.left_out, step.parameters_finite) == (False, (1,), False)
+    assert bool(bank.isnan().all())
+    bank.zero_()  # as a rollback does
+    step = taken(module)
+    assert (step.left_out, step.parameters_finite) == ((5,), None)
+    assert not bool(bank.any())
+
+
 def test_an_error_between_two_steps_does_not_undo_the_last_one() -> None:
     """As that of a seed in an evaluation: the buffers are those after the step."""
     module = new_module("RandomisedJob", options={"optimizer": "SGD"})

@@ -43,6 +43,11 @@ def active(at_step: int, group: str | None = None, **fields: Any) -> ActiveAdjus
         ([active(0, factor=0.5, expires_after_steps=10)], 0.1),
         ([active(0, factor=0.5, expires_after_steps=11)], 0.05),
         ([active(0, value=0.4), active(1, value=0.2, expires_after_steps=9)], 0.4),
+        # Of automatic cuts the deepest counts, in any order; other factors multiply.
+        ([active(0, origin="rollback", factor=0.5), active(1, origin="rollback", factor=0.25)], 0.025),
+        ([active(0, origin="rollback", factor=0.25), active(1, origin="rollback", factor=0.5)], 0.025),
+        ([active(0, origin="rollback", factor=0.5), active(1, factor=0.5)], 0.025),
+        ([active(0, origin="rollback", factor=0.5), active(1, value=0.2)], 0.2),
     ],
 )
 def test_adjustments_compose(adjustments: list[ActiveAdjustment], expected: float) -> None:
@@ -64,6 +69,14 @@ def test_a_value_without_expiry_replaces_older_adjustments() -> None:
     ]
     assert without_replaced([*replaced, *kept], change("host", value=0.5)) == kept
     assert without_replaced(replaced, change("host", value=0.5, expires_after_steps=5)) == replaced
+
+
+def test_a_cut_replaces_those_that_are_not_deeper() -> None:
+    """It includes them; nothing else is replaced, and it replaces nothing of an operator or the controller."""
+    kept = [active(0, factor=0.5), active(0, origin="tamiyo", value=0.1), active(0, origin="rollback", factor=0.1)]
+    replaced = [active(0, origin="rollback", factor=factor) for factor in (0.5, 0.25)]
+    cut = change(origin="rollback", factor=0.25, expires_after_steps=100)
+    assert without_replaced([*kept, *replaced], cut) == kept
 
 
 @pytest.mark.parametrize(
@@ -89,7 +102,7 @@ _groups = st.sampled_from([None, "host", *GROUPS])
 _lasting = st.builds(
     lambda group, origin, factor: active(0, group, origin=origin, factor=factor),
     _groups,
-    st.sampled_from(["operator", "tamiyo", "rollback"]),
+    st.sampled_from(["operator", "tamiyo"]),
     st.floats(0.5, 2.0),
 )
 _others = st.one_of(
@@ -122,6 +135,7 @@ def test_folding_changes_no_rate(adjustments: list[ActiveAdjustment], group: str
 
 
 A, B = {"request_id": "a"}, {"request_id": "b"}
+CUT: dict[str, Any] = {"origin": "rollback", "factor": 0.5, "expires_after_steps": 100}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +161,17 @@ A, B = {"request_id": "a"}, {"request_id": "b"}
         ([active(40, value=0.1, **A)], [active(70, value=0.3, **B)], [active(50, value=0.3, **B)]),
         # Of another origin: part of the state.
         ([active(40, factor=0.1, origin="tamiyo")], [], [active(40, factor=0.1, origin="tamiyo")]),
-        ([], [active(70, factor=0.1, origin="tamiyo"), active(71, factor=0.5, origin="rollback")], []),
+        ([], [active(70, factor=0.1, origin="tamiyo")], []),
+        # An automatic cut: as an operator's, once, and without a shallower one that the restored state has.
+        ([], [active(71, **CUT, **A)], [active(50, factor=0.5, expires_after_steps=91, origin="rollback", **A)]),
+        ([active(40, **CUT, **A)], [active(40, **CUT, **A)], [active(40, **CUT, **A)]),
+        ([active(40, **CUT, **A)], [active(45, **CUT, **A)], [active(40, **CUT, **A)]),
+        (
+            [active(40, **CUT, **A)],
+            [active(80, **{**CUT, "factor": 0.25}, **B)],
+            [active(50, **{**CUT, "factor": 0.25}, **B)],
+        ),
+        ([active(40, **CUT, **A)], [active(70, value=0.3, **B)], [active(50, value=0.3, **B)]),
         (
             [active(40, value=0.1, origin="tamiyo")],
             [active(70, value=0.3, **B)],
@@ -155,10 +179,10 @@ A, B = {"request_id": "a"}, {"request_id": "b"}
         ),
     ],
 )
-def test_what_operators_decided_outlives_a_restore(
+def test_what_belongs_to_the_run_outlives_a_restore(
     restored: list[ActiveAdjustment], in_force: list[ActiveAdjustment], expected: list[ActiveAdjustment]
 ) -> None:
-    """From step 80 back to step 50: decisions of operators stay, and the rest is that of the restored state."""
+    """From step 80 back to step 50: decisions of operators and cuts stay, the rest is that of the restored state."""
     assert carried_over(restored, in_force, from_step=80, at_step=50) == expected
 
 

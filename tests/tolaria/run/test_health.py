@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -255,6 +256,21 @@ def test_ill_parameters_retreat() -> None:
     assert halt.trigger is Trigger.PARAMETERS_NOT_FINITE
 
 
+@pytest.mark.parametrize("judged", [QUIET, None])
+def test_a_taken_step_that_leaves_an_ill_state_retreats(judged: float | None) -> None:
+    """To before it, with its batches left out; a rollback that is under way undoes it anyway."""
+    ill = replace(step(at=101), judged=judged, parameters_finite=False)
+    assert Trained().health.step(ill, rolling_back=True) == Proceed()
+    verdict = Trained().health.step(ill, rolling_back=False)
+    assert isinstance(verdict, Retreat)
+    assert verdict.at_or_before < 101
+    assert verdict.batches == ((1, 101 if judged else 100),)
+    off = Trained(RollbackSettings(automatic=False))
+    halt = off.health.step(ill, rolling_back=False)
+    assert isinstance(halt, Halt)
+    assert halt.trigger is Trigger.PARAMETERS_NOT_FINITE
+
+
 def test_parameters_that_exploded_before_they_were_not_finite() -> None:
     """The point has to be from before the first loss that exploded, also while a changed task is suspected."""
     run = Trained()
@@ -314,9 +330,12 @@ def test_losses_that_rise_again_at_the_same_place_may_be_a_changed_task() -> Non
     assert isinstance(alarm, Proceed)
     assert isinstance(accepted, AcceptRegime)
     assert accepted.batches == ((1, 101), (1, 102))
-    assert (run.health.left_out, run.health.refusal(run.at)) == ((), None)
     assert run.train(*[LOUD * 2] * 5) == []  # until the lane has emptied its window
+    left_out = [run.health.left_out]
     run.health.regime_begins(announced=False)
+    run.health.regime_answered(accepted=True)
+    assert [*left_out, run.health.left_out] == [accepted.batches, ()]
+    assert run.health.refusal(run.at) is None
     assert run.train(*[LOUD] * 50) == []
 
 
@@ -338,18 +357,34 @@ def test_an_accepted_task_is_judged_by_what_health_has_done() -> None:
     accepted = run.train(*[LOUD] * 66)[-1]
     assert isinstance(accepted, AcceptRegime)
     assert accepted.batches == ((1, 101), (1, 102))
+    run.health.regime_answered(accepted=True)
     assert [rollback.origin for rollback in Record.parse(run.health.to_json()).rollbacks] == ["tamiyo", "tamiyo"]
 
 
-def test_a_refused_acceptance_does_not_end_the_judging() -> None:
-    """The lane's answer counts, even if its window was not emptied."""
+@pytest.mark.parametrize(("then", "verdict"), [(LOUD, AcceptRegime), (QUIET, None)])
+def test_a_refused_acceptance_is_none(then: float, verdict: type[Verdict] | None) -> None:
+    """Batches, budget and regimes are as before, as in the lane; the losses are watched on, and accepted later."""
+    run = Trained()
+    run.explode()
+    run.restore(85)
+    run.train(*[QUIET] * 15)
+    before = Record.parse(run.health.to_json())
+    assert isinstance(run.train(*[LOUD] * 66)[-1], AcceptRegime)
+    run.health.regime_answered(accepted=False)
+    assert Record.parse(run.health.to_json()).model_copy(update={"best_step": before.best_step}) == before
+    assert run.train(*[then] * 31) == []
+    assert [type(found) for found in run.train(then)] == ([verdict] if verdict else [])
+
+
+def test_losses_that_rise_on_after_a_refused_acceptance_retreat() -> None:
+    """They are no longer stable."""
     run = Trained()
     run.explode()
     run.restore(85)
     run.train(*[QUIET] * 15)
     assert isinstance(run.train(*[LOUD] * 66)[-1], AcceptRegime)
-    run.health.regime_answered()
-    assert run.train(*[LOUD * 100] * 4)
+    run.health.regime_answered(accepted=False)
+    assert isinstance(run.train(*[LOUD * 2**n for n in range(32)])[-1], Retreat)
 
 
 def test_batches_of_an_operators_rollback_are_not_left_out() -> None:
@@ -450,6 +485,7 @@ def test_after_two_accepted_regimes_explosions_are_only_reported() -> None:
         accepted = run.train(*[QUIET] * 8, *[LOUD] * 66)[-1]
         assert isinstance(accepted, AcceptRegime)
         run.health.regime_begins(announced=False)
+        run.health.regime_answered(accepted=True)
         run.settle()
     (reported,) = run.train(LOUD, LOUD, LOUD)
     assert isinstance(reported, Proceed)

@@ -49,6 +49,7 @@ from tolaria.lane.messages import (
 )
 from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.protocol import Ending, Rollback
+from tolaria.run.adjustments import RunAdjustments, saved_adjustments
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.health import Health, RateCut, Retreat
 from tolaria.run.observers import RunObserver
@@ -58,6 +59,7 @@ from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus
 from tolaria.values.lineage import Lineage
+from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.training import EpochProgress, Position
 
 pytestmark = pytest.mark.anyio
@@ -189,7 +191,7 @@ class RecoveryParts:
             {
                 Restore: restored,
                 SkipBatches: lambda command: BatchesSkipped(len(command.batches)),
-                ChangeOptimizer: OptimizerChanged({}, {}, ()),
+                ChangeOptimizer: self._adjusted,
             }
         )
         self.client = started_client(self.lane, self._apply)
@@ -220,7 +222,7 @@ class RecoveryParts:
             checkpointing=FakeCheckpointing(self.recorder),
             observers=self.recorder,
             safety=FakeSafety(self.recorder),
-            status=self.status,
+            adjustments=RunAdjustments(self.client, AsyncJournal(storage.journal, "run"), self.status),
         )
 
     def prove(self, sound_losses: int) -> None:
@@ -228,7 +230,13 @@ class RecoveryParts:
         for _ in range(sound_losses):
             self.points.step_done(above=False, suspect=False)
 
+    def _adjusted(self, command: ChangeOptimizer) -> OptimizerChanged:
+        assert command.adjustment is not None
+        return OptimizerChanged({}, {}, (), (ActiveAdjustment(command.adjustment, self.status.global_step),))
+
     def _apply(self, event: Event) -> None:
+        if isinstance(event, CommandDone) and isinstance(event.result, OptimizerChanged):
+            self.status.adjusted(event.result)
         if isinstance(event, CommandDone) and isinstance(event.result, Restored):
             self.recovery.rewound(event.result)
 
@@ -398,7 +406,7 @@ async def test_the_lane_is_held_until_everything_is_done(storage: Storage) -> No
             assert parts.recovery.running
             await anyio.wait_all_tasks_blocked()
     kinds = [type(command) for command in parts.lane.sent]
-    assert kinds == [Hold, Restore, SkipBatches, ChangeOptimizer, Release]
+    assert kinds == [Hold, Restore, ChangeOptimizer, SkipBatches, Release]
     assert parts.recorder.log == [("started", True), ("rolled back to step 6", True), ("ended", True)]
     (change,) = parts.lane.sent_of(ChangeOptimizer)
     assert change.adjustment is not None
@@ -409,6 +417,28 @@ async def test_the_lane_is_held_until_everything_is_done(storage: Storage) -> No
     assert (parts.recovery.running, parts.status.rollbacks, parts.status.rollbacks) == (False, 1, 1)
     assert [(row.tier, row.global_step, row.restored_step) for row in parts.journal.rollbacks] == [("fast", 11, 6)]
     assert parts.lifecycle.changes == 1
+
+
+async def test_a_cut_is_durable_before_training_goes_on(storage: Storage) -> None:
+    """A process that is killed by the next step resumes at the reduced rate, even before another checkpoint."""
+    parts = RecoveryParts(storage)
+    del parts.lane.answers[SkipBatches]
+    parts.health.spoiled = ((1, 4),)
+    async with serving(parts):
+        parts.recovery.retreat(Retreat("loss exploded", 9, (), RateCut(0.25, 30)))
+        with anyio.fail_after(10):
+            while not parts.lane.sent_of(SkipBatches):
+                await anyio.sleep(0.001)
+        assert parts.client.held_for("rollback")
+        found = await anyio.to_thread.run_sync(saved_adjustments, storage.journal, "run")
+        parts.lane.answer(BatchesSkipped(1))
+    (kept,) = found
+    assert (kept.adjustment.origin, kept.adjustment.factor, kept.adjustment.expires_after_steps) == (
+        "rollback",
+        0.25,
+        30,
+    )
+    assert kept.at_step == parts.status.global_step
 
 
 async def test_without_a_snapshot_a_retreat_takes_a_checkpoint(storage: Storage) -> None:

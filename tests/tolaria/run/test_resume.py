@@ -20,7 +20,7 @@ from tolaria.config import CheckpointSettings, Settings, StateSettings, Training
 from tolaria.errors import ConfigurationError, JournalError, JournalUnavailableError, NoCheckpointError, StateHeldError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.database import Journal
-from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RunRow, values_digest
+from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RollbackRow, RunRow, values_digest
 from tolaria.run.resume import (
     PreparedState,
     RunOutcome,
@@ -360,6 +360,26 @@ def test_a_suspect_checkpoint_is_passed_over(tmp_path: Path) -> None:
         assert point.points.lineage == Lineage(2, ((1, 6),))
         assert prepared.storage.checkpoints.kept_points()[-1].state == "superseded"
     assert [line["event"] for line in logs] == ["suspect_checkpoints_passed_over"]
+
+
+def test_earlier_rollbacks_of_the_run_are_counted(tmp_path: Path) -> None:
+    """By origin, those that restored a state; and training goes on with a new attempt."""
+    run_id = leave_run(tmp_path, None, 3, 6)
+    with prepare_state(settings(tmp_path)) as prepared:
+        for number, (run, outcome, origin) in enumerate(
+            [
+                (run_id, "restored", "health"),
+                (run_id, "restored", "health"),
+                (run_id, "restored", ""),
+                (run_id, "failed", "operator"),
+                ("another", "restored", "operator"),
+            ]
+        ):
+            row = RollbackRow(str(number), number, run, "fast", 9, 6, outcome, "odd", "d", "d", 1.0, 1, origin, number)
+            prepared.storage.journal.put(row)
+        point = load_resume_point(prepared)
+    assert point.rollbacks == {"health": 2, "unknown": 1}
+    assert point.points.lineage.attempt == 4
 
 
 def test_the_active_halt_of_a_run_is_found(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.checkpoint.store import LoadedCheckpoint
 from tolaria.errors import LaneError, NoCheckpointError, RestoreAbandonedError, WrongStateError
 from tolaria.journal.rows import RollbackRow
-from tolaria.lane.messages import AcceptRegime
+from tolaria.lane.messages import AcceptRegime, Command, StepDone
 from tolaria.rollback.protocol import Rollback
+from tolaria.run.health import Verdict
 from tolaria.signals import RollbackState
 
 pytestmark = pytest.mark.anyio
@@ -247,13 +248,39 @@ async def test_a_changed_task_that_the_lane_cannot_accept_is_judged_on(monkeypat
 
     run = new_run(FakePeers(), epochs=10**6)
     monkeypatch.setattr(run.module, "begin_regime", fail)
-    monkeypatch.setattr(run.health, "regime_answered", lambda: answered.append(True))
+    monkeypatch.setattr(run.health, "regime_answered", lambda *, accepted: answered.append(accepted))
     async with running(run):
         await run.until(lambda: run.status.global_step > 3)
         with pytest.raises(LaneError):
             await run.core.lane.call(AcceptRegime("other data", ()))
-        assert answered == [True]
+        assert answered == [False]
+        monkeypatch.setattr(run.module, "begin_regime", lambda _reason, *, announced: None)
+        await run.core.lane.call(AcceptRegime("other data", ()))
+        assert answered == [False, True]
         await run.run.stop("enough")
+
+
+async def test_a_changed_task_that_cannot_be_queued_is_judged_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many commands wait for the lane: there is no answer to follow, and health is told at once."""
+    run = new_run(FakePeers(), epochs=10**6)
+    send, step, verdicts, answered = run.core.handle.send, run.health.step, [AcceptRegime("other data", ())], []
+
+    def full(command_id: int, command: Command) -> None:
+        if isinstance(command, AcceptRegime):
+            raise LaneError("256 commands are waiting for a step boundary already")
+        send(command_id, command)
+
+    def judged(done: StepDone, *, rolling_back: bool) -> Verdict:
+        verdict = step(done, rolling_back=rolling_back)
+        return verdicts.pop() if verdicts else verdict
+
+    monkeypatch.setattr(run.core.handle, "send", full)
+    monkeypatch.setattr(run.health, "step", judged)
+    monkeypatch.setattr(run.health, "regime_answered", lambda *, accepted: answered.append(accepted))
+    async with running(run):
+        await run.until(lambda: run.status.global_step > 3)
+        await run.run.stop("enough")
+    assert answered == [False]
 
 
 async def test_a_conservative_emergency_rolls_nothing_back() -> None:

@@ -50,6 +50,22 @@ async def test_bad_batches_are_skipped_and_nothing_else_happens(first: int, coun
     assert [check["finite"] for check in checks] == ["True"] * (count // 8)
 
 
+@pytest.mark.parametrize("automatic", [True, False])
+@pytest.mark.parametrize(("skip_extreme", "skipped"), [(True, 2), (False, 1)])
+async def test_finite_losses_can_be_trusted(skip_extreme: bool, skipped: int, automatic: bool) -> None:
+    """A batch whose loss is rare but real is trained with health.skip_extreme off, whether rollbacks are on or not.
+
+    A loss that is not finite is skipped in any case.
+    """
+    options = {"corrupted": [[4, 5]], "factor": 100.0, "poison_from": 41}
+    sections: dict[str, object] = {"health": {"skip_extreme": skip_extreme}, "rollback": {"automatic": automatic}}
+    run = await finished(
+        new_run(FakePeers(), job="CorruptedDataJob", sections=sections, epochs=6, options=options, clip_norm=1.0)
+    )
+    assert (run.state, run.status.rollbacks, run.status.skipped_steps) == ("FINISHED", 0, skipped)
+    assert run.module.global_step == 6 * 8 - skipped
+
+
 async def test_a_job_whose_losses_are_nan_by_itself_is_not_rolled_back() -> None:
     """Also those of the last good batch, although all parameters and outputs are finite: going back would not help."""
     run = await finished(new_run(FakePeers(), epochs=6, options={"poison_from": 5, "poison_steps": 30}))

@@ -236,7 +236,8 @@ def rollback(
 ) -> messages.TriggerRollbackRequest:
     """Restore an earlier training state, verify its digest, and continue from there.
 
-    Checkpoints that the rollback leaves behind are superseded and kept for a while; --checkpoint goes back to one.
+    The state that it leaves is saved first. It and later checkpoints are superseded and kept for a while; --checkpoint
+    goes back to one.
     """
     if checkpoint_id and (step is not None or tier is Tier.FAST):
         raise typer.BadParameter("--checkpoint names a step on disk: omit --step and --tier fast")

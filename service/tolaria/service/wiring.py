@@ -244,7 +244,9 @@ def new_status(settings: Settings, run_id: str) -> RunStatus:
 def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -> Recovery:
     foundation = core.foundation
     store = foundation.storage.checkpoints
-    restorer = LaneRestorer(core.lane, core.status, store, core.observers, foundation.points)
+    restorer = LaneRestorer(
+        core.lane, core.status, store, core.observers, points=foundation.points, checkpointing=core.checkpointing
+    )
     coordinator = RollbackCoordinator(
         participants,
         restorer,
@@ -258,7 +260,6 @@ def _new_recovery(core: Core, participants: Mapping[str, RollbackParticipant]) -
         restorer,
         lifecycle=core.lifecycle,
         health=core.health,
-        checkpointing=core.checkpointing,
         observers=core.observers,
         safety=core.safety,
         status=core.status,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DEMO_EPOCHS = 60  # enough for seeds to germinate, blend and fossilize
 TIMEOUT_S = 5.0
-_ROLLBACK_TIMEOUT_S = 60.0  # rollback.full_budget_s is 12, and training first has to reach a step boundary
+_ROLLBACK_TIMEOUT_S = 60.0  # twice rollback.full_budget_s is 24, and training first has to reach a step boundary
 _CHECKPOINT_TIMEOUT_S = 60.0  # also of `stop`, which writes a last checkpoint
 _PROFILE_TIMEOUT_S = 900.0  # includes the traced steps
 _UINT32_MAX = 2**32 - 1

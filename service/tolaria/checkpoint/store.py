@@ -206,10 +206,14 @@ class CheckpointStore:
         return row
 
     def saved(self, image: StateImage) -> CheckpointRow | None:
-        """Returns the run's newest committed checkpoint of exactly this state. Raises CheckpointWriteError."""
+        """Returns the run's newest checkpoint of exactly this state, also a superseded one if none is committed.
+
+        Raises CheckpointWriteError.
+        """
         digest = image.seal().total
         with _journal_errors():
-            return next((row for row in reversed(self.restore_points()) if row.digest == digest), None)
+            same = [row for row in self.kept_points() if row.digest == digest]
+        return max(same, key=lambda row: (row.state == "committed", row.at_ns), default=None)
 
     def restore_points(self) -> tuple[CheckpointRow, ...]:
         """Returns the run's committed checkpoints, oldest first."""

@@ -225,7 +225,7 @@ class Checkpointing:
             refused = CheckpointWriteError("keep", errno_name(error), str(error))
             self._failed(refused)
             raise refused from error
-        return None if made is None or made[0].state == "superseded" else made
+        return None if made is None or (made[1] and made[0].state == "superseded") else made
 
     async def _write(self, left_for: str | None) -> tuple[CheckpointRow, bool] | None:
         lease, mark = await self._capture(beside=left_for is not None)

@@ -198,6 +198,22 @@ async def test_a_state_that_has_a_checkpoint_gets_no_second_one() -> None:
         await stop(run)
 
 
+async def test_a_rollback_that_is_repeated_does_not_displace_the_first_state() -> None:
+    """Rollbacks from a state that no step has followed share one checkpoint of it."""
+    run = stepped()
+    async with running(run):
+        await train_to(run, 4)
+        away = await run.run.roll_back(back_to(2))
+        second, third = await run.run.roll_back(back_to(2)), await run.run.roll_back(back_to(2))
+        assert second.left_checkpoint_id == third.left_checkpoint_id
+        await train_to(run, 3)
+        await run.run.checkpoint("the next one prunes")
+        assert {away.left_checkpoint_id, second.left_checkpoint_id} < set(await kept(run))
+        returned = await run.run.roll_back(undo(away))
+        assert returned.restored_step == 4
+        await stop(run)
+
+
 async def test_retention_spares_target_and_left_state() -> None:
     """With one checkpoint to keep and one superseded one, neither of them is removed by the capture."""
     run = stepped(checkpoint={"keep_last": 1, "keep_superseded": 1})

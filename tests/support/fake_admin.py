@@ -111,6 +111,10 @@ class FakeAdmin(TolariaAdminServiceServicer):
             superseded=2,
             attempt=3,
             chosen="the newest proven one: the snapshot",
+            left_step=57,
+            left_checkpoint_id="" if request.reason == "no room" else "000000000057-0badcafe",
+            left_not_kept="the disk is\nfull" if request.reason == "no room" else "",
+            kept_ms=31.4,
         )
 
     def CreateCheckpoint(  # noqa: N802

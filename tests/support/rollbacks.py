@@ -109,6 +109,7 @@ class FakeRestorer:
         self.boundary.set()
         self.ends: TolariaError | None = None
         self.work = work or self.copies
+        self.keeping: Work | None = None
         self.log = [] if log is None else log
         self.targets: list[tuple[Tier, int | None]] = []
         self.forbidden = self.begun = False
@@ -134,6 +135,12 @@ class FakeRestorer:
             await self.boundary.wait()
         if self.ends is not None:
             raise self.ends
+
+    async def keep(self, rollback: Rollback, /) -> None:
+        """Runs `keeping`, if there is one."""
+        rollback.left_step = 50
+        if self.keeping is not None:
+            await self.keeping(rollback)
 
     async def restore(self, rollback: Rollback, /) -> None:
         """Runs `work`."""

@@ -600,6 +600,10 @@ class TriggerRollbackResponse(_message.Message):
     SUPERSEDED_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     CHOSEN_FIELD_NUMBER: _builtins.int
+    LEFT_STEP_FIELD_NUMBER: _builtins.int
+    LEFT_CHECKPOINT_ID_FIELD_NUMBER: _builtins.int
+    LEFT_NOT_KEPT_FIELD_NUMBER: _builtins.int
+    KEPT_MS_FIELD_NUMBER: _builtins.int
     rollback_id: _builtins.str
     tier: _enums_pb2.RollbackTier.ValueType
     restored_step: _builtins.int
@@ -622,6 +626,14 @@ class TriggerRollbackResponse(_message.Message):
     """The attempt that training continues with."""
     chosen: _builtins.str
     """Which restore point was chosen, and why, in words."""
+    left_step: _builtins.int
+    """The step that was left. Its state is kept as this checkpoint, which a
+    rollback with checkpoint_id goes back to; empty: not kept, for this reason.
+    """
+    left_checkpoint_id: _builtins.str
+    left_not_kept: _builtins.str
+    kept_ms: _builtins.float
+    """Time to keep it, which is part neither of waited_ms nor of the budget."""
     def __init__(
         self,
         *,
@@ -638,10 +650,14 @@ class TriggerRollbackResponse(_message.Message):
         superseded: _builtins.int = ...,
         attempt: _builtins.int = ...,
         chosen: _builtins.str = ...,
+        left_step: _builtins.int = ...,
+        left_checkpoint_id: _builtins.str = ...,
+        left_not_kept: _builtins.str = ...,
+        kept_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "chosen", b"chosen", "coordinated", b"coordinated", "expected_digest", b"expected_digest", "global_step", b"global_step", "latency_ms", b"latency_ms", "restored_ms", b"restored_ms", "restored_step", b"restored_step", "rollback_id", b"rollback_id", "state_digest", b"state_digest", "superseded", b"superseded", "tier", b"tier", "waited_ms", b"waited_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "chosen", b"chosen", "coordinated", b"coordinated", "expected_digest", b"expected_digest", "global_step", b"global_step", "kept_ms", b"kept_ms", "latency_ms", b"latency_ms", "left_checkpoint_id", b"left_checkpoint_id", "left_not_kept", b"left_not_kept", "left_step", b"left_step", "restored_ms", b"restored_ms", "restored_step", b"restored_step", "rollback_id", b"rollback_id", "state_digest", b"state_digest", "superseded", b"superseded", "tier", b"tier", "waited_ms", b"waited_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -177,31 +177,43 @@ class CheckpointStore:
         *,
         metric: float | None = None,
         provenance: Provenance | None = None,
-        keep: str = "",
+        keep: Collection[str] = (),
+        leaving: bool = False,
     ) -> CheckpointRow:
         """Writes the image durably, commits it in the journal and applies retention.
 
-        On a full disk the superseded checkpoints are removed, and it is tried once more.
+        On a full disk the superseded checkpoints but `keep` are removed, and it is tried once more.
 
         Args:
             image: must not change meanwhile (lease it). Sealed here if it is not.
             metric: decides which checkpoint is best; NaN and None never are.
             provenance: its `parent` is determined here.
-            keep: id of a checkpoint that retention does not remove.
+            keep: ids of checkpoints that are not removed.
+            leaving: a rollback is about to leave this state: only superseded checkpoints are removed.
 
         Raises:
             CheckpointWriteError: the checkpoint is not committed; earlier ones are unchanged. The cause is recorded as
                 a fault in the journal, as soon as the journal can be written.
         """
         try:
-            row = self._commit_with_room(image, metric, provenance or Provenance())
+            row = self._commit_with_room(image, metric, provenance or Provenance(), keep)
         except CheckpointWriteError as error:
             self._fault("checkpoint_failed", image.position.global_step, error.stage, str(error))
             raise
         self._last_fault = None
-        self._prune(keep)
+        self._prune(keep, leaving=leaving)
         self._record_faults()
         return row
+
+    def saved(self, image: StateImage) -> CheckpointRow | None:
+        """Returns the run's newest checkpoint of exactly this state, also a superseded one if none is committed.
+
+        Raises CheckpointWriteError.
+        """
+        digest = image.seal().total
+        with _journal_errors():
+            same = [row for row in self.kept_points() if row.digest == digest]
+        return max(same, key=lambda row: (row.state == "committed", row.at_ns), default=None)
 
     def restore_points(self) -> tuple[CheckpointRow, ...]:
         """Returns the run's committed checkpoints, oldest first."""
@@ -248,11 +260,13 @@ class CheckpointStore:
         for place in (self._directory, self._checkpoints, self._quarantine):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def _commit_with_room(self, image: StateImage, metric: float | None, provenance: Provenance) -> CheckpointRow:
+    def _commit_with_room(
+        self, image: StateImage, metric: float | None, provenance: Provenance, keep: Collection[str]
+    ) -> CheckpointRow:
         try:
             return self._commit(image, metric, provenance)
         except CheckpointWriteError as error:
-            if error.reason not in _NO_SPACE or not self._remove_superseded():
+            if error.reason not in _NO_SPACE or not self._remove_superseded(keep):
                 raise
         return self._commit(image, metric, provenance)
 
@@ -348,22 +362,24 @@ class CheckpointStore:
         included = row.run_id == self._run_id and lineage.includes(row.attempt, row.global_step)
         return included and row.state == "committed" and row.global_step <= image.position.global_step
 
-    def _prune(self, keep: str) -> None:
+    def _prune(self, keep: Collection[str], *, leaving: bool) -> None:
         try:
             rows = self._journal.checkpoints()
             committed = [row for row in rows if row.state == "committed"]
             superseded = [row for row in rows if row.state == "superseded"]
             kept = self._retention.kept(committed, run_id=self._run_id)
             kept |= self._retention.kept_superseded(superseded, run_id=self._run_id, now_ns=time.time_ns())
-            unneeded = [row for row in (*superseded, *committed) if row not in kept and row.checkpoint_id != keep]
+            candidates = superseded if leaving else [*superseded, *committed]
+            unneeded = [row for row in candidates if row not in kept and row.checkpoint_id not in keep]
             self._remove(unneeded, "retention")
         except JournalError as error:  # the new checkpoint is committed; writing the next one prunes again
             self._fault("retention_failed", -1, "journal", str(error))
 
-    def _remove_superseded(self) -> bool:
+    def _remove_superseded(self, keep: Collection[str]) -> bool:
         """Makes room on a full disk; returns whether there was anything to remove."""
         try:
-            superseded = [row for row in self._journal.checkpoints() if row.state == "superseded"]
+            rows = self._journal.checkpoints()
+            superseded = [row for row in rows if row.state == "superseded" and row.checkpoint_id not in keep]
             self._remove(superseded, "the disk is full", files_first=True)
         except JournalError:
             return False  # the disk is too full for the journal as well

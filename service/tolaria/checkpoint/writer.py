@@ -33,12 +33,15 @@ class CaptureMark:
     """What is known about a captured state while it is written. Set by one thread and read by another.
 
     `keep` is a checkpoint that retention must not remove, because it is the newest proven one. `live` is the lineage of
-    the run since its latest rollback after the capture; None without one.
+    the run since its latest rollback after the capture; None without one. `left_for` is set for a state that a rollback
+    is about to leave: the checkpoint that it names, else empty. `existing`: such a state had a checkpoint already.
     """
 
     provenance: Provenance = field(default_factory=Provenance)
     keep: str = ""
     live: Lineage | None = None
+    left_for: str | None = None
+    existing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +135,12 @@ class CheckpointWriter:
                 self._pending -= 1
 
     def _write(self, image: StateImage, task: _Task) -> CheckpointRow:
-        return self._store.write(image, metric=task.metric, provenance=task.mark.provenance, keep=task.mark.keep)
+        mark, leaving = task.mark, task.mark.left_for is not None
+        if leaving and (saved := self._store.saved(image)) is not None:
+            mark.existing = True
+            return saved
+        keep = {mark.keep, mark.left_for or ""}
+        return self._store.write(image, metric=task.metric, provenance=mark.provenance, keep=keep, leaving=leaving)
 
     def _followed(self, row: CheckpointRow, task: _Task) -> CheckpointRow:
         """Supersedes the row if it is not an ancestor of the live state any more."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DEMO_EPOCHS = 60  # enough for seeds to germinate, blend and fossilize
 TIMEOUT_S = 5.0
-_ROLLBACK_TIMEOUT_S = 60.0  # rollback.full_budget_s is 12, and training first has to reach a step boundary
+_ROLLBACK_TIMEOUT_S = 60.0  # twice rollback.full_budget_s is 24, and training first has to reach a step boundary
 _CHECKPOINT_TIMEOUT_S = 60.0  # also of `stop`, which writes a last checkpoint
 _PROFILE_TIMEOUT_S = 900.0  # includes the traced steps
 _UINT32_MAX = 2**32 - 1
@@ -236,7 +236,8 @@ def rollback(
 ) -> messages.TriggerRollbackRequest:
     """Restore an earlier training state, verify its digest, and continue from there.
 
-    Checkpoints that the rollback leaves behind are superseded and kept for a while; --checkpoint goes back to one.
+    The state that it leaves is saved first. It and later checkpoints are superseded and kept for a while; --checkpoint
+    goes back to one.
     """
     if checkpoint_id and (step is not None or tier is Tier.FAST):
         raise typer.BadParameter("--checkpoint names a step on disk: omit --step and --tier fast")

@@ -118,16 +118,22 @@ def show_change(name: str, answer: Message) -> None:
 
 
 def show_rollback(answer: messages.TriggerRollbackResponse) -> None:
-    """Prints the step, the restore point, waiting and restoring apart, whether peers took part, and the digests."""
+    """Prints the step, the restore point, the times, whether peers took part, the way back, and the digests."""
     tier = enum_word(RollbackTier.DESCRIPTOR, answer.tier)
     parts = [
         f"tier {tier}",
         one_line(answer.chosen),
         f"waited {answer.waited_ms:.1f} ms for the step boundary",
+        f"kept the state that was left in {answer.kept_ms:.1f} ms" if answer.left_checkpoint_id else "",
         f"restored in {answer.restored_ms:.1f} ms",
         "coordinated" if answer.coordinated else "uncoordinated: no majority went back together",
     ]
     _took_effect("rollback", answer.restored_step, ", ".join(part for part in parts if part))
+    if left_id := one_line(answer.left_checkpoint_id):
+        back = f"tolaria rollback --checkpoint {left_id} --reason ... returns to it"
+        typer.echo(f"step {answer.left_step} is kept as checkpoint {left_id}: {back}")
+    elif answer.left_not_kept:
+        typer.echo(f"step {answer.left_step} is not kept: {one_line(answer.left_not_kept)}")
     if answer.superseded:
         typer.echo(f"checkpoints superseded: {answer.superseded}; rollback --checkpoint ID goes back to one")
     if differing := differing_digests(answer):

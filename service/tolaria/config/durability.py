@@ -88,10 +88,13 @@ class RollbackSettings(Section):
     """Rollback, on request and automatic."""
 
     fast_budget_s: Seconds = 0.5
-    """Time from the trigger until the state is restored from memory. 0.5: enough for the peers to take part."""
+    """Time from the step boundary until the state is restored from memory. 0.5: enough for the peers to take part."""
 
     full_budget_s: Seconds = 12.0
-    """Time from the trigger until the state is restored from disk. 12: enough to read and verify gigabytes."""
+    """Time from the step boundary until the state is restored from disk. 12: enough to read and verify gigabytes.
+
+    Before it, saving the state that an operator's rollback leaves may take as long.
+    """
 
     memory_mb: int = Field(default=256, ge=1, le=1_000_000)
     """Host memory for snapshots, in MiB. 256: five snapshots of a model of ten million parameters with Adam."""
@@ -133,7 +136,7 @@ class CheckpointSettings(Section):
     every_epochs: int = Field(default=1, ge=0)
     """Epochs between two checkpoints; 0: none at epoch boundaries. 1: a crash loses at most one epoch.
 
-    If every_steps is 0 too, no checkpoints are written, not even at the end of the run.
+    If every_steps is 0 too, no checkpoints are written, not even at the end of the run or before a rollback.
     """
 
     every_steps: int = Field(default=0, ge=0)

@@ -228,8 +228,8 @@ class CommandExecutor:
                 return self._change_optimizer(command)
             case Restore():
                 return self._restore(command_id, command)
-            case CaptureImage():
-                return ImageCaptured(self.images.put(self._snapshots.capture_image()))
+            case CaptureImage(beside):
+                return ImageCaptured(self.images.put(self._snapshots.capture_image(beside=beside)))
             case SkipBatches() | AcceptRegime():
                 return self._change_skipped(command)
             case CaptureProfile(steps):

@@ -72,7 +72,12 @@ class ChangeOptimizer:
 
 @dataclass(frozen=True, slots=True)
 class CaptureImage:
-    """Captures the state at the next step boundary, also while held; answered by `ImageCaptured`."""
+    """Captures the state at the next step boundary, also while held; answered by `ImageCaptured`.
+
+    `beside` the ring it costs memory until the image is released, and evicts no snapshot.
+    """
+
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True)

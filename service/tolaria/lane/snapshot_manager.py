@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, TypeAlias, cast
 
 from pydantic import JsonValue
@@ -83,8 +84,10 @@ class SnapshotManager:
         if self._cadence.steps_since >= self._every_steps if self._every_steps else self._cadence.due:
             self._take_snapshot()
 
-    def capture_image(self) -> Lease:
+    def capture_image(self, *, beside: bool = False) -> Lease:
         """Captures the state, in the ring if it has room, and leases the image to the caller.
+
+        With `beside` the ring is not used, and the memory is freed when the lease ends.
 
         Raises:
             StateUnsupportedError: something in the state cannot be captured.
@@ -92,13 +95,13 @@ class SnapshotManager:
         """
         self._ring_used = True
         reason = "every image that there is room for is still being written"
-        for ring in (self._ring, self._spare):
+        for ring in (self._spare,) if beside else (self._ring, self._spare):
             taken = ring.capture(self.state)
             if isinstance(taken, Declined) and taken.allocation_error:
                 reason = f"no memory for {taken.size_bytes / _MIB:.0f} MiB: {taken.allocation_error}"
             elif isinstance(taken, Position) and (lease := ring.hold(taken.global_step)) is not None:
                 self._spare.forget_after(-1)  # its memory is used again as soon as the lease ends
-                return lease
+                return Lease(lease.image, partial(_free, lease, self._spare)) if beside else lease
         raise NoCheckpointError(reason)
 
     def restore_snapshot(self, target_step: int, refused: Callable[[], bool]) -> Restored:
@@ -189,6 +192,12 @@ class SnapshotManager:
         if reason != self._unavailable:
             self._unavailable = reason
             self._events.append(SnapshotsUnavailable(reason))
+
+
+def _free(lease: Lease, ring: SnapshotRing) -> None:
+    """Ends a lease and frees the ring's memory, but that of other leases."""
+    lease.release()
+    ring.clear()
 
 
 def _why_declined(declined: Declined) -> str:

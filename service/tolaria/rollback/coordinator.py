@@ -73,6 +73,9 @@ class Restorer(Protocol):
     async def reach_boundary(self) -> None:
         """Returns when the lane is at a step boundary. Raises LaneStoppedError if it ends first."""
 
+    async def keep(self, rollback: Rollback, /) -> None:
+        """Sets `left_step`; saves the live state if it is to be, and sets `left_checkpoint_id` or `left_unkept`."""
+
     async def restore(self, rollback: Rollback, /) -> None:
         """Restores the target at the next step boundary and sets `restored_step`, the digests and `restore_ms`.
 
@@ -174,13 +177,15 @@ class RollbackCoordinator:
     async def _prepare(self, rollback: Rollback) -> None:
         """Has every participant prepare while the lane reaches a step boundary, where the budget begins.
 
-        After a wait longer than a prepare may take they are asked once more.
+        Before that the live state is saved, if it is to be. After a wait longer than a prepare may take they are asked
+        once more.
         """
         failure: TolariaError | None = None
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._ask_in_turn, rollback, Call.PREPARE)
             try:
                 await self._restorer.reach_boundary()
+                await self._keep(rollback)
             except TolariaError as error:
                 failure = error
                 tasks.cancel_scope.cancel()
@@ -195,6 +200,18 @@ class RollbackCoordinator:
         if self._left_s(rollback) <= 0:
             raise RestoreAbandonedError("preparing")
         self._move(rollback, RollbackEvent.PREPARED)
+
+    async def _keep(self, rollback: Rollback) -> None:
+        """Has the state that is left saved, once, within the full tier's budget; a failure stops no rollback."""
+        if rollback.left_step >= 0:
+            return
+        started_s, limit_s = time.monotonic(), self.settings.full_budget_s
+        with anyio.move_on_after(limit_s) as scope:
+            await self._restorer.keep(rollback)
+        if scope.cancelled_caught:
+            rollback.left_unkept = f"it was not on disk within {limit_s:g} s; restore-points lists it once it is"
+        if rollback.saves_left:
+            rollback.kept_ms = (time.monotonic() - started_s) * 1000
 
     async def _restore(self, rollback: Rollback) -> None:
         """Has the lane restore; at the deadline or when cancelled, forbids it unless live state is already changing."""

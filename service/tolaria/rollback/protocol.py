@@ -245,7 +245,19 @@ class Rollback:
     chosen: str = field(default="", init=False)
     """Which restore point was chosen, and why."""
     boundary_s: float | None = field(default=None, init=False)
-    """When the lane reached a step boundary, in monotonic seconds: the budget starts then. None before."""
+    """When the lane was at a step boundary, and the live state saved if it is to be: the budget starts then."""
+    saves_left: bool = field(default=False, init=False)
+    """Whether the state that is left is to have a checkpoint, by which the rollback can be undone."""
+    left_step: int = field(default=-1, init=False)
+    """Step of the state that is left; -1 before the step boundary."""
+    left_checkpoint_id: str = field(default="", init=False)
+    """The checkpoint of that state; empty if it has none."""
+    left_unkept: str = field(default="", init=False)
+    """Why that state has no checkpoint."""
+    made: str = field(default="", init=False)
+    """The checkpoint of that state if it was made for this rollback, which must not go to it."""
+    kept_ms: float = field(default=0.0, init=False)
+    """Time that saving that state took; not part of the budget."""
     deadline_s: float = field(default=0.0, init=False)
     """Monotonic seconds by which the change of live state must have begun; it never begins later."""
     peers: int = field(default=0, init=False)
@@ -309,7 +321,7 @@ class Rollback:
     @property
     def waited_ms(self) -> float:
         """Time from the request until the lane reached a step boundary, or until now; not part of the budget."""
-        return ((self.boundary_s or self.decided_s or time.monotonic()) - self.began_s) * 1000
+        return ((self.boundary_s or self.decided_s or time.monotonic()) - self.began_s) * 1000 - self.kept_ms
 
     @property
     def restored_ms(self) -> float:
@@ -327,7 +339,9 @@ class Rollback:
         """Returns a new rollback with the same purpose, limited to a tier."""
         rollback = Rollback(tier, self.target_step, self.reason, self.origin, before_step=self.before_step)
         rollback.lr_cut, rollback.global_step = self.lr_cut, self.global_step
-        rollback.preferred_before = self.preferred_before
+        rollback.preferred_before, rollback.made = self.preferred_before, self.made
+        rollback.left_step, rollback.left_checkpoint_id = self.left_step, self.left_checkpoint_id
+        rollback.left_unkept = self.left_unkept
         return rollback
 
     def end(self, ending: Ending, error: TolariaError | None = None) -> None:

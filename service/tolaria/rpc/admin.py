@@ -181,6 +181,10 @@ class AdminService(TolariaAdminServiceServicer):
                 superseded=done.superseded,
                 attempt=done.attempt,
                 chosen=done.chosen,
+                left_step=max(0, done.left_step),
+                left_checkpoint_id=done.left_checkpoint_id,
+                left_not_kept=done.left_unkept,
+                kept_ms=done.kept_ms,
             )
 
         return await self._once(request, context, operation, timeout_s=ROLLBACK_S, late="the rollback was not over")

@@ -20,7 +20,7 @@ from anyio import sleep
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED
 from tolaria.checkpoint.writer import CaptureMark, CheckpointWriter
 from tolaria.config import CheckpointSettings
-from tolaria.errors import CheckpointWriteError, LaneError, LaneStoppedError, TolariaError
+from tolaria.errors import CheckpointWriteError, LaneError, LaneStoppedError, TolariaError, WrongStateError
 from tolaria.filesystem import errno_name
 from tolaria.images import Lease
 from tolaria.journal.async_journal import AsyncJournal
@@ -82,9 +82,9 @@ class Checkpointing:
         self._epoch_due = False
         self._evaluated_step = -1
         self.saved_step = from_step
-        """Step of the newest checkpoint, or the one at which the run begins in this process."""
+        """Step of the newest checkpoint, or the one at which the run begins in this process; -1 after a rollback."""
         self._held_reason = ""
-        self._retrying = False
+        self._retrying = self._stalled = False
         self.failing = ""
         """Why the checkpoint that is due has not been made; empty if none has failed."""
 
@@ -127,6 +127,7 @@ class Checkpointing:
         """Handles the lane's `Restored`: images in flight that are not ancestors of the live state are superseded."""
         for mark in self._in_flight:
             mark.live = lineage
+        self.saved_step = -1  # of this branch none is known
         self.on_step(global_step)
 
     async def follow(self, lineage: Lineage, detail: str) -> int:
@@ -162,13 +163,34 @@ class Checkpointing:
 
         Raises TolariaError when no checkpoint was made; the failure counts like any other.
         """
-        async with self._turn:
-            row = await self._attempt()
-            while row is None:
-                await sleep(BUSY_S)
-                row = await self._attempt()
+        row, _ = await self._make()
         self._log.info("checkpoint_created", checkpoint_id=row.checkpoint_id, reason=reason)
         return row
+
+    async def keep(self, target: str) -> tuple[CheckpointRow, bool]:
+        """Makes a checkpoint of the live state, which a rollback is about to leave, unless there is one of it.
+
+        Returns its row, and whether it was made now. No snapshot is evicted, and neither the checkpoint `target` nor
+        one that is not superseded is removed.
+
+        Raises TolariaError when the state has no checkpoint.
+        """
+        if not self.enabled:
+            raise WrongStateError("checkpoints are off (checkpoint.every_epochs and checkpoint.every_steps are 0)")
+        if not (self._settings.keep_superseded and self._settings.keep_superseded_s):
+            raise WrongStateError("checkpoint.keep_superseded or checkpoint.keep_superseded_s is 0")
+        if self._stalled:
+            raise WrongStateError(self.failing)
+        return await self._make(target)
+
+    async def _make(self, left_for: str | None = None) -> tuple[CheckpointRow, bool]:
+        """Makes a checkpoint after any that is in progress; returns its row, and whether it was made now."""
+        async with self._turn:
+            made = await self._attempt(left_for)
+            while made is None:
+                await sleep(BUSY_S)
+                made = await self._attempt(left_for)
+        return made
 
     def _make_due(self, global_step: int) -> None:
         """Starts a checkpoint unless one is in progress: the disk is then too slow for the configured interval."""
@@ -189,23 +211,25 @@ class Checkpointing:
                     return False
         return True
 
-    async def _attempt(self) -> CheckpointRow | None:
+    async def _attempt(self, left_for: str | None = None) -> tuple[CheckpointRow, bool] | None:
         """Makes one checkpoint, or raises. Returns None if the writer is busy or the run was rolled back meanwhile."""
         try:
-            row = await self._write()
+            made = await self._write(left_for)
         except LaneStoppedError:
             raise
         except TolariaError as error:
-            self._failed(error)
+            if left_for is None or isinstance(error, CheckpointWriteError):  # not: no memory for an image more
+                self._failed(error)
             raise
         except OSError as error:
             refused = CheckpointWriteError("keep", errno_name(error), str(error))
             self._failed(refused)
             raise refused from error
-        return None if row is None or row.state == "superseded" else row
+        return None if made is None or (made[1] and made[0].state == "superseded") else made
 
-    async def _write(self) -> CheckpointRow | None:
-        lease, mark = await self._capture()
+    async def _write(self, left_for: str | None) -> tuple[CheckpointRow, bool] | None:
+        lease, mark = await self._capture(beside=left_for is not None)
+        mark.left_for = left_for
         self._step = lease.image.position.global_step
         started_s = monotonic()
         future = self._writer.write(lease, metric=self._metric(), mark=mark)
@@ -213,14 +237,15 @@ class Checkpointing:
             return None
         await self._wait_for(future)
         row = future.result()
-        if row.state == "committed":
-            self.on_proven(self._points.committed(row))
-        self._succeeded(row, monotonic() - started_s)
-        return row
+        if not mark.existing:
+            if row.state == "committed":
+                self.on_proven(self._points.committed(row))
+            self._succeeded(row, monotonic() - started_s)
+        return row, not mark.existing
 
-    async def _capture(self) -> tuple[Lease, CaptureMark]:
+    async def _capture(self, *, beside: bool) -> tuple[Lease, CaptureMark]:
         self._captured.clear()  # images whose callers were cancelled
-        done = await self._lane.call(CaptureImage())
+        done = await self._lane.call(CaptureImage(beside))
         if not isinstance(done.result, ImageCaptured):
             raise LaneError(f"the lane answered with {type(done.result).__name__}, not with an image")
         image_id = done.result.image_id
@@ -233,7 +258,11 @@ class Checkpointing:
         if not done.is_set():
             self._observers.on_checkpoint_stalled(self._step, STALLED_S)
             self._set_failing(f"the checkpoint of step {self._step} takes longer than {STALLED_S:g} s")
-            await done.wait()
+            self._stalled = True
+            try:
+                await done.wait()
+            finally:
+                self._stalled = False
 
     def _metric(self) -> float | None:
         """Returns the metric by which the best checkpoint is chosen; None for a state that has not been validated.

@@ -34,7 +34,7 @@ from tolaria.run.restore_points import RestorePoints, choose
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus
-from tolaria.values.optimization import AUTOMATIC, Adjustment
+from tolaria.values.optimization import AUTOMATIC, OPERATOR, Adjustment
 
 _ROLLBACK: Final = "rollback"  # holder of the lane
 FOLLOW_UP_S: Final = 5.0
@@ -61,13 +61,16 @@ class LaneRestorer:
         status: RunStatus,
         store: CheckpointStore,
         observers: RunObserver,
+        *,
         points: RestorePoints,
+        checkpointing: Checkpointing,
     ) -> None:
         self.lane = lane
         self.status = status
         self._store = store
         self._observers = observers
         self.points = points
+        self.checkpointing = checkpointing
         self.origin: CheckpointRow | None = None
         self._candidates: tuple[CheckpointRow, ...] = ()
         self._submitted: asyncio.Future[messages.CommandDone] | None = None
@@ -89,6 +92,19 @@ class LaneRestorer:
     async def reach_boundary(self) -> None:
         """Returns when the lane is at a step boundary. Raises LaneStoppedError if it ends first."""
         await self.lane.reach_boundary()
+
+    async def keep(self, rollback: Rollback, /) -> None:
+        """Sets `left_step`; saves the live state if it is to be, and sets `left_checkpoint_id` or `left_unkept`."""
+        rollback.left_step = self._status.global_step
+        if not rollback.saves_left:
+            return
+        try:
+            row, made = await self.checkpointing.keep(rollback.checkpoint_id)
+        except TolariaError as error:
+            rollback.left_unkept = str(error)
+        else:
+            rollback.left_checkpoint_id = row.checkpoint_id
+            rollback.made = row.checkpoint_id if made else ""
 
     async def restore(self, rollback: Rollback, /) -> None:
         """Restores the target at the next step boundary and sets the restored fields of `rollback`.
@@ -166,7 +182,6 @@ class Recovery:
         *,
         lifecycle: Lifecycle,
         health: Health,
-        checkpointing: Checkpointing,
         observers: RunObserver,
         safety: Safety,
         adjustments: RunAdjustments,
@@ -177,7 +192,7 @@ class Recovery:
         self._lane = restorer.lane
         self._lifecycle = lifecycle
         self._health = health
-        self._checkpointing = checkpointing
+        self._checkpointing = restorer.checkpointing
         self._observers = observers
         self._safety = safety
         self._status = restorer.status
@@ -234,6 +249,8 @@ class Recovery:
         if self._current is not None:
             raise WrongStateError("another rollback is running")
         rollback.global_step = self._status.global_step
+        if rollback.origin == OPERATOR:
+            rollback.left_unkept, rollback.saves_left = self.unsound, not self.unsound
         self._stop_awaiting_step()
         self._current, self._over = (rollback, on_over), anyio.Event()
         self._lane.hold(_ROLLBACK)

@@ -250,7 +250,9 @@ def new_status(foundation: Foundation) -> RunStatus:
 def _new_recovery(core: Core, adjustments: RunAdjustments, participants: Mapping[str, RollbackParticipant]) -> Recovery:
     foundation = core.foundation
     store = foundation.storage.checkpoints
-    restorer = LaneRestorer(core.lane, core.status, store, core.observers, foundation.points)
+    restorer = LaneRestorer(
+        core.lane, core.status, store, core.observers, points=foundation.points, checkpointing=core.checkpointing
+    )
     coordinator = RollbackCoordinator(
         participants,
         restorer,
@@ -264,7 +266,6 @@ def _new_recovery(core: Core, adjustments: RunAdjustments, participants: Mapping
         restorer,
         lifecycle=core.lifecycle,
         health=core.health,
-        checkpointing=core.checkpointing,
         observers=core.observers,
         safety=core.safety,
         adjustments=adjustments,

@@ -121,11 +121,23 @@ def test_rollback_prints_the_restored_step_and_equal_digests(serve_fake: Serve) 
     assert done.stdout.splitlines() == [
         (
             "rollback: took effect at step 40: tier fast, the newest proven one: the snapshot, "
-            "waited 700.0 ms for the step boundary, restored in 12.3 ms, coordinated"
+            "waited 700.0 ms for the step boundary, kept the state that was left in 31.4 ms, restored in 12.3 ms, "
+            "coordinated"
+        ),
+        (
+            "step 57 is kept as checkpoint 000000000057-0badcafe: "
+            "tolaria rollback --checkpoint 000000000057-0badcafe --reason ... returns to it"
         ),
         "checkpoints superseded: 2; rollback --checkpoint ID goes back to one",
         f"digests equal: {DIGEST}",
     ]
+
+
+def test_rollback_says_why_it_cannot_be_undone(serve_fake: Serve) -> None:
+    """In one line, without an id."""
+    done = runner.invoke(app, ["rollback", "--reason", "no room", "--address", serve_fake(fake_admin([]))])
+    assert "step 57 is not kept: the disk is full" in done.stdout.splitlines()
+    assert "0badcafe" not in done.stdout
 
 
 @pytest.mark.parametrize(

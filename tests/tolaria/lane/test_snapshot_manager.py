@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tolaria.lane.messages import (
     BoundaryCommand,
     CaptureImage,
     ChangeOptimizer,
+    ImageCaptured,
     ReconcileSeeds,
     Restore,
     Restored,
@@ -377,3 +379,22 @@ def test_driven_lanes_are_equal() -> None:
     """The tests above compare runs of lanes that are built alike."""
     one: DrivenLane = driven()
     assert one.digest == driven().digest
+
+
+def test_a_capture_beside_the_ring_evicts_nothing_and_frees_its_memory() -> None:
+    """The full ring keeps its snapshot, and the image is gone with its lease."""
+    run = driven(sections={"rollback": RollbackSettings(every_steps=1, snapshots_max=1)})
+    run.train_to(1)
+    run.snapshots.step_done(0.1)
+    run.train_to(2)
+    result = run.execute(CaptureImage(beside=True)).result
+    assert isinstance(result, ImageCaptured)
+    lease = run.images.take(result.image_id)
+    assert lease.image.position.global_step == 2
+    assert lease.image.seal().total == run.digest
+    assert points(run.snapshots) == [1]
+    memory = weakref.ref(next(iter(lease.image.buffers.values())))
+    lease.release()
+    del lease
+    assert memory() is None
+    assert run.restore(1).position.global_step == 1

@@ -250,3 +250,44 @@ async def test_a_thread_and_a_deadline_always_agree() -> None:
         for thread in restorer.threads:
             await anyio.to_thread.run_sync(thread.join)
         assert rollback.ending is (Ending.RESTORED if restorer.copied else Ending.DEADLINE_EXCEEDED)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_saving_the_state_that_is_left_is_bounded_and_no_part_of_the_budget(hangs: bool) -> None:
+    """It takes longer than the fast budget, or does not end: the rollback is made, and its budget begins afterwards."""
+    parts = CoordinatedParts(settings=budget_of(0.1, 0.5))
+
+    async def slow(rollback: Rollback) -> None:
+        await anyio.sleep(10**6 if hangs else 0.2)
+        rollback.left_checkpoint_id = "c50"
+
+    parts.restorer.keeping = slow
+    rollback = new_rollback()
+    rollback.saves_left = True
+    await parts.run(rollback)
+    assert rollback.ending is Ending.RESTORED
+    assert rollback.boundary_s is not None
+    assert rollback.deadline_s == rollback.boundary_s + 0.1
+    assert rollback.kept_ms >= (500 if hangs else 200)
+    assert rollback.latency_ms == pytest.approx(rollback.waited_ms + rollback.kept_ms + rollback.restored_ms)
+    expected = ("", True) if hangs else ("c50", False)
+    assert (rollback.left_checkpoint_id, "within 0.5 s" in rollback.left_unkept) == expected
+
+
+async def test_a_second_try_saves_nothing_again() -> None:
+    """It has the checkpoint, or the reason, of the first try, and does not go to that checkpoint."""
+    parts = CoordinatedParts()
+    saved = list[Rollback]()
+
+    async def saves(rollback: Rollback) -> None:
+        await anyio.lowlevel.checkpoint()
+        saved.append(rollback)
+        rollback.left_checkpoint_id = rollback.made = "c50"
+
+    parts.restorer.keeping = saves
+    first = new_rollback()
+    first.saves_left = True
+    await parts.run(first)
+    second = await parts.run(first.again(ROLLBACK_TIER_FAST))
+    assert saved == [first]
+    assert (second.left_step, second.left_checkpoint_id, second.made) == (50, "c50", "c50")

@@ -46,6 +46,9 @@ class StateRestorer:
     async def reach_boundary(self) -> None:
         """The training is never under way."""
 
+    async def keep(self, rollback: Rollback, /) -> None:
+        """Saves nothing."""
+
     async def restore(self, rollback: Rollback, /) -> None:
         """Restores in a thread."""
         self.gate = RestoreGate()

@@ -104,6 +104,7 @@ class FakeRun:
             raise NoCheckpointError("nothing to go back to")
         rollback.restored_step = rollback.destination
         rollback.state_digest = rollback.expected_digest = "digest"
+        rollback.left_step, rollback.left_checkpoint_id, rollback.kept_ms = 7, "c7", 2.5
         rollback.end(Ending.RESTORED)
         return rollback
 
@@ -338,6 +339,7 @@ async def test_a_rollback_is_carried_out_once_and_answered() -> None:
             back = await it.stub.TriggerRollback(request)
             assert (back.restored_step, back.tier, back.rollback_id) == (5, ROLLBACK_TIER_FAST, "a")
             assert back.state_digest == back.expected_digest == "digest"
+            assert (back.left_step, back.left_checkpoint_id, back.left_not_kept, back.kept_ms) == (7, "c7", "", 2.5)
     (rollback,) = it.run.rollbacks
     assert (rollback.reason, rollback.origin) == ("r", "operator")
 

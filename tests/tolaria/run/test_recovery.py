@@ -141,6 +141,10 @@ class FakeCheckpointing(Checkpointing):
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
+    async def keep(self, target: str) -> tuple[CheckpointRow, bool]:
+        """Keeps nothing."""
+        raise WrongStateError(f"nothing is kept before going to {target or 'a point'}")
+
     async def follow(self, lineage: Lineage, detail: str) -> int:
         """Notes the reason; one checkpoint is superseded."""
         self._recorder.note(detail)
@@ -204,7 +208,15 @@ class RecoveryParts:
         self.points = RestorePoints(resumed=resumed)
         self.points.snapshots_changed(self.status.snapshots)
         self.prove(10)
-        self.restorer = LaneRestorer(self.client, self.status, storage.checkpoints, self.recorder, self.points)
+        self.checkpointing = FakeCheckpointing(self.recorder)
+        self.restorer = LaneRestorer(
+            self.client,
+            self.status,
+            storage.checkpoints,
+            self.recorder,
+            points=self.points,
+            checkpointing=self.checkpointing,
+        )
         self.journal = FakeJournal()
         coordinator = RollbackCoordinator(
             {},
@@ -219,7 +231,6 @@ class RecoveryParts:
             self.restorer,
             lifecycle=self.lifecycle,
             health=self.health,
-            checkpointing=FakeCheckpointing(self.recorder),
             observers=self.recorder,
             safety=FakeSafety(self.recorder),
             adjustments=RunAdjustments(self.client, AsyncJournal(storage.journal, "run"), self.status),

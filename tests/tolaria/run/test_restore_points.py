@@ -252,3 +252,12 @@ def test_a_resumed_run_knows_its_state(fields: dict[str, Any], shown: str) -> No
     assert flags(points, snapshots(20)) == shown
     assert losses(points, "...") == ([] if "proven" in fields else ["c20"])
     assert flags(points, snapshots(20)) == "s20+"
+
+
+def test_the_checkpoint_of_the_state_that_is_left_is_no_target() -> None:
+    """Not even for a second try, which would restore what the operator wants to leave."""
+    rollback = Rollback(AUTO, 100, "", "operator")
+    rollback.made = "c50"
+    choice = choose(map(point, ("c30+", "c50")), rollback)
+    assert choice is not None
+    assert (name(choice.point), [row.checkpoint_id for row in choice.checkpoints]) == ("c30", ["c30"])

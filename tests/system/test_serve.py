@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -166,17 +167,32 @@ def test_an_empty_dataset_prints_one_clear_message(tmp_path: Path) -> None:
     assert "its training data holds no batch" in service.lines[-1]
 
 
+BROKEN_JOB = "training.job=support.jobs:raising_factory"
+
+
 @pytest.mark.parametrize("setting", ["server.listen", "metrics.listen"])
-def test_a_port_in_use_aborts_the_start_and_is_reported(setting: str, tmp_path: Path) -> None:
-    """The process exits with code 1, names the address, and leaves no peer behind."""
+def test_a_port_in_use_is_reported_before_the_job_is_built(setting: str, tmp_path: Path) -> None:
+    """In one line with the setting, the address and the process that has it, and exit code 2; nothing is left."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         other = "metrics.listen" if setting == "server.listen" else "server.listen"
-        with serve(f"{setting}={address}", f"{other}=127.0.0.1:0", cwd=tmp_path, ports=False) as service:
-            assert service.wait() == 1
-            assert service.children() == []
-    assert f"cannot listen on {address}" in "\n".join(service.lines)
-    assert "Traceback" not in "\n".join(service.lines)
+        with serve(f"{setting}={address}", f"{other}=127.0.0.1:0", BROKEN_JOB, cwd=tmp_path, ports=False) as service:
+            assert service.wait() == 2
+    (line,) = service.lines
+    assert line.startswith(f"tolaria: {setting}: ")
+    assert line.endswith(f"cannot listen on {address}: Address already in use (process {os.getpid()})")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_dir_in_use_is_reported_before_the_job_is_built(tmp_path: Path) -> None:
+    """In one line with the setting, the directory and the process that uses it, and exit code 2."""
+    with serve(*LONG, cwd=tmp_path) as first:
+        first.addresses()
+        with serve(BROKEN_JOB, cwd=tmp_path) as second:
+            assert second.wait() == 2
+        (line,) = second.lines
+        assert line.startswith("tolaria: state.dir: ")
+        assert f"is in use by process {first.process.pid};" in line
 
 
 @pytest.mark.skipif(not BUF.exists(), reason="buf, an independent gRPC client, is not installed")

@@ -21,7 +21,7 @@ from tolaria.checkpoint.store import Retention
 from tolaria.cli.admin_commands import DEMO_EPOCHS
 from tolaria.cli.commands import app
 from tolaria.config import Settings
-from tolaria.errors import BindError, TolariaError, UnknownJobError
+from tolaria.errors import BindError, StateHeldError, TolariaError, UnknownJobError
 from tolaria.values.training import Position
 
 Serve = Callable[[FakeAdmin], str]
@@ -182,8 +182,9 @@ def test_serve_passes_settings_and_returns_the_exit_code(monkeypatch: pytest.Mon
     ("error", "code"),
     [
         (UnknownJobError("there is no job 'nope'"), 2),
-        (BindError("the admin server", "127.0.0.1:50051", "in use"), 1),
-        (BaseExceptionGroup("tasks", [BindError("the admin server", "127.0.0.1:50051", "in use")]), 1),
+        (BindError("the admin server", "127.0.0.1:50051", "in use"), 2),
+        (StateHeldError("state", 7), 2),
+        (BaseExceptionGroup("tasks", [BindError("the admin server", "127.0.0.1:50051", "in use")]), 2),
         (KeyboardInterrupt(), 130),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -46,6 +47,7 @@ class Host:
         self._log = structlog.get_logger()
         self._metrics_address = str(listeners.metrics_address)
         self._draining = False
+        self._drain_until_s = math.inf
         self._drained = anyio.Event()
         self._closing = anyio.Event()
         self.ending: RunOutcome | None = None
@@ -58,6 +60,7 @@ class Host:
             sockets, metrics = self._listeners.metrics, self._foundation.metrics
             await stack.enter_async_context(exporter(sockets, metrics, lambda: readiness(self._core)))
             embedded = await stack.enter_async_context(self._embedded_peers())
+            stack.callback(self._extend_stop, embedded)
             peers = await stack.enter_async_context(self._connected_peers(embedded))
             service = new_run(self._core, peers)
             operations = await stack.enter_async_context(anyio.create_task_group())
@@ -93,17 +96,27 @@ class Host:
             async for received in signals:
                 if self._draining:
                     self._log.warning("draining_cut_short", signal=received.name)
+                    self._drain_until_s = anyio.current_time()
                     tasks.cancel_scope.cancel()
                     return
                 self._draining = True
                 self._log.info("draining", signal=received.name)
-                tasks.cancel_scope.deadline = anyio.current_time() + step_s
+                now_s = anyio.current_time()
+                self._drain_until_s = now_s + self._settings.service.drain_timeout_s
+                tasks.cancel_scope.deadline = now_s + step_s
                 tasks.start_soon(self._drain, service, step_s / 2)
 
     async def _drain(self, service: RunService, checkpoint_s: float) -> None:
         """Runs concurrently with the wait for signals, so that a second one is noticed."""
         await service.run.drain(checkpoint_s)
         self._drained.set()
+
+    def _extend_stop(self, embedded: Mapping[Peer, EmbeddedPeer]) -> None:
+        """Gives the peers, just before they stop, what is left of the drain timeout: a busy machine needs more time."""
+        drain_s = self._settings.service.drain_timeout_s
+        left_s = min(self._drain_until_s - anyio.current_time(), drain_s) - (_FLUSH_SHARE + _WRITER_SHARE) * drain_s
+        for peer in embedded.values():
+            peer.stop_timeout_s = max(peer.stop_timeout_s, left_s)
 
     async def _end_lane(self) -> None:
         """Ends the lane's thread and the streams, just before the servers stop."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -107,6 +108,52 @@ def test_a_finished_run_stays_readable(tmp_path: Path) -> None:
         assert get(service, "/readyz")[0] == 200
         service.terminate()
         assert service.wait() == 0
+
+
+WORKERS = ["training.job=support.user_jobs:Loader", "training.options.workers=2"]
+
+
+@pytest.mark.parametrize("job", [[], WORKERS], ids=["digits", "workers"])
+@pytest.mark.parametrize("end", ["drained", "finished"])
+def test_everything_ends_by_itself(end: str, job: list[str], tmp_path: Path) -> None:
+    """No peer has to be killed, no process is left, and the service is gone soon after it has logged `stopped`."""
+    length = LONG if end == "drained" else ["training.epochs=3", "service.exit_when_done=true"]
+    with serve(*job, *length, cwd=tmp_path) as service, stub_of(service) as stub:
+        children = service.children()
+        if end == "drained":
+            wait_for_steps(stub)
+            children = service.children()
+            service.terminate()
+        wait_for(lambda: any('"stopped"' in line for line in service.lines) or service.process.poll() is not None)
+        stopped_s = time.monotonic()
+        assert service.wait() == 0
+        assert time.monotonic() - stopped_s < 10
+        assert not any(is_alive(pid) for pid in children)
+    events = {event["event"]: event for event in service.events()}
+    assert events["stopped"]["outcome"] == end
+    assert not events.keys() & {"embedded_peer_killed", "embedded_peer_died"}
+
+
+def test_a_slow_peer_gets_what_is_left_of_the_drain_timeout(tmp_path: Path) -> None:
+    """It stands still for longer than the tenth that is its share, and is not killed."""
+    limits = ["service.drain_timeout_s=20", "emergency.drain_s=30"]
+    with serve(*LONG, *limits, cwd=tmp_path) as service, stub_of(service) as stub:
+        wait_for_steps(stub)
+        (slow,) = [pid for pid in service.children() if b"\0kasmina\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(slow, signal.SIGSTOP)
+        service.terminate()
+        wait_for(lambda: any('"finished"' in line for line in service.lines))
+        time.sleep(3.0)
+        os.kill(slow, signal.SIGCONT)
+        assert service.wait() == 0
+    assert not any(event["event"] == "embedded_peer_killed" for event in service.events())
+
+
+def test_the_code_of_a_job_runs_as_in_a_plain_process(tmp_path: Path) -> None:
+    """It may run an event loop, and the garbage collector is on, which leaves out only what was imported before."""
+    with serve("training.job=support.jobs:raises_what_it_finds", cwd=tmp_path) as service:
+        assert service.wait() == 2
+    assert "collects: True, leaves most out: True" in service.lines[-1]
 
 
 def test_a_job_that_fails_during_training_fails_the_run(tmp_path: Path) -> None:

@@ -250,6 +250,18 @@ def test_peer_prints_its_address() -> None:
     assert int(port) > 0
 
 
+def test_peer_serves_with_the_garbage_collector() -> None:
+    """Which is off while modules are imported, and leaves them out afterwards."""
+    code = (
+        "import gc, tolaria.reference.server as server\n"
+        "async def show(*_, **__): print(gc.isenabled(), gc.get_freeze_count() > len(gc.get_objects()))\n"
+        "server.serve_peer = show\nfrom tolaria.cli.main import main\nmain()"
+    )
+    command = [sys.executable, "-c", code, "peer", "kasmina", "--listen", "127.0.0.1:0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout == "True True\n"
+
+
 def test_watch_follows_the_run_to_its_end(serve_fake: Serve) -> None:
     """Without a terminal, each epoch is a line; a finished run is exit code 0 although the service keeps serving."""
     done = runner.invoke(app, ["watch", "--address", serve_fake(fake_admin(whole_run()))])

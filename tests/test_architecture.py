@@ -59,7 +59,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "safety_telemetry", "seed_telemetry", "status", "training_telemetry",
     ),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
-    "service": ("host", "readiness", "settings_record", "start", "wiring"),
+    "service": ("host", "listeners", "readiness", "settings_record", "start", "wiring"),
     "signals": ("board", "futex", "layout", "mapping", "seqlock", "writers"),
     "state": ("arenas", "encoding", "restore", "snapshots", "training_state"),
     "telemetry": ("events", "exporter", "logging", "metrics"),

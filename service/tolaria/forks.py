@@ -69,7 +69,7 @@ def keep_sockets_private(port: int) -> None:
 
     Reads files; call it while the sockets are open.
     """
-    inodes = _listening_inodes(port)
+    inodes = listening_inodes(port)
     for entry in Path("/proc/self/fd").glob("*"):
         with suppress(OSError):
             if entry.readlink().name in inodes:
@@ -92,7 +92,7 @@ def _identity(descriptor: int) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _listening_inodes(port: int) -> set[str]:
+def listening_inodes(port: int) -> set[str]:
     """Returns the sockets that listen on the port, as the links in /proc name them."""
     found = set()
     for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):

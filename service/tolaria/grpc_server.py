@@ -38,10 +38,33 @@ class GrpcServer:
         await self._health.set(part, status.SERVING if serving else status.NOT_SERVING)
 
 
+@dataclass(frozen=True, slots=True)
+class BoundServer:
+    """A server that listens but does not serve yet; `address` has the actual port if port 0 was requested.
+
+    The port is free again once it has been served and stopped, or the process has ended.
+    """
+
+    server: grpc.aio.Server
+    address: Address
+
+
+async def bound_server(what: str, listen: str) -> BoundServer:
+    """Listens on `listen`, for the event loop that calls it. Raises BindError, which begins with `what`."""
+    # With SO_REUSEPORT, a port in use would not be an error, and the servers would share its connections.
+    server = grpc.aio.server(
+        interceptors=[_DecodingInterceptor()],
+        options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", REQUEST_BYTES_MAX)],
+    )
+    with suppress(RuntimeError):  # its message only suggests environment variables for debugging
+        if port := server.add_insecure_port(listen):
+            return BoundServer(server, Address(Address.parse(listen).host, port))
+    raise BindError(what, listen, "the address is in use or does not belong to this machine")
+
+
 @asynccontextmanager
 async def grpc_server(
-    what: str,
-    listen: str,
+    bound: BoundServer,
     register: Callable[[grpc.aio.Server], None],
     *,
     service_names: Sequence[str],
@@ -49,24 +72,16 @@ async def grpc_server(
 ) -> AsyncIterator[GrpcServer]:
     """Serves until the context exits, which refuses new calls and gives those in flight `grace_s` to complete.
 
-    `register` adds the services; `service_names` are their full names, for reflection; errors contain `what`.
-
-    Raises:
-        BindError: the server cannot listen on `listen`.
+    `register` adds the services; `service_names` are their full names, for reflection.
     """
-    # With SO_REUSEPORT, a port in use would not be an error, and the servers would share its connections.
-    server = grpc.aio.server(
-        interceptors=[_DecodingInterceptor()],
-        options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", REQUEST_BYTES_MAX)],
-    )
+    server = bound.server
     health_servicer = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     register(server)
     _enable_reflection(server, (*service_names, health.SERVICE_NAME, _V1, _ALPHA))
-    address = _bind(server, what, listen)
     await server.start()
     try:
-        yield GrpcServer(address, health_servicer)
+        yield GrpcServer(bound.address, health_servicer)
     finally:
         with anyio.CancelScope(shield=True):
             await health_servicer.enter_graceful_shutdown()
@@ -132,10 +147,3 @@ async def _decode(handler: Any, raw: bytes, context: grpc.aio.ServicerContext[An
         return handler.request_deserializer(raw)
     except DecodeError as error:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the bytes are not a request of this method: {error}")
-
-
-def _bind(server: grpc.aio.Server, what: str, listen: str) -> Address:
-    with suppress(RuntimeError):  # its message only suggests environment variables for debugging
-        if port := server.add_insecure_port(listen):
-            return Address(Address.parse(listen).host, port)
-    raise BindError(what, listen, "the address is in use or does not belong to this machine")

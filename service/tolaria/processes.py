@@ -176,7 +176,7 @@ class ChildSupervisor:
         command: run at every start; a subclass may replace it in between.
         restarts: when to start the child again.
         start_timeout_s: seconds from a start to the announcement.
-        stop_timeout_s: seconds from the end of standard input to SIGKILL.
+        stop_timeout_s: seconds from the end of standard input to SIGKILL; may be changed.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class ChildSupervisor:
         """The latest process; 0 before the first start."""
         self._restarts = restarts
         self._start_timeout_s = start_timeout_s
-        self._stop_timeout_s = stop_timeout_s
+        self.stop_timeout_s = stop_timeout_s
         self._child: ChildProcess | None = None
 
     def accept(self, announcement: Mapping[str, Any]) -> None:
@@ -258,7 +258,7 @@ class ChildSupervisor:
     async def stop(self) -> None:
         """Stops the child if it runs: ends its standard input, then sends SIGKILL. Cancellation does not skip it."""
         child, self._child = self._child, None
-        if child is not None and not await child.close(self._stop_timeout_s):
+        if child is not None and not await child.close(self.stop_timeout_s):
             self.on_killed()
 
 

@@ -36,7 +36,7 @@ from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings
 from tolaria.errors import TolariaError
 from tolaria.rollback.protocol import Rollback
-from tolaria.run.resume import load_resume_point, prepare_state, run_row
+from tolaria.run.resume import load_resume_point, locked_state, prepare_state, run_row
 from tolaria.run.run import TrainingRun
 from tolaria.service.start import resume
 from tolaria.service.wiring import Core, Foundation, build_lane, new_run
@@ -99,6 +99,7 @@ def train(directory: Path, seed: int, report: Report) -> None:
     settings = settings_of(directory)
     build = build_lane(settings)
     with ExitStack() as stack:
+        stack.enter_context(locked_state(settings))
         point = load_resume_point(stack.enter_context(prepare_state(settings)))
         if point.loaded is not None:
             resume(build, point.loaded, settings)

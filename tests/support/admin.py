@@ -14,7 +14,7 @@ from leyline.v1.admin_service_pb2 import DESCRIPTOR
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub, add_TolariaAdminServiceServicer_to_server
 from support.runs import RunUnderTest
 from tolaria.errors import JournalError
-from tolaria.grpc_server import grpc_server
+from tolaria.grpc_server import bound_server, grpc_server
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import AdminActionRow, CheckpointRow, Incident, Row
 from tolaria.rpc.admin import AdminParts, AdminService
@@ -79,7 +79,9 @@ async def serving_parts(parts: AdminParts) -> AsyncIterator[grpc.aio.Channel]:
         add_TolariaAdminServiceServicer_to_server(AdminService(parts), server)
 
     async with (
-        grpc_server("test", "127.0.0.1:0", register, service_names=[SERVICE.full_name], grace_s=1.0) as server,
+        grpc_server(
+            await bound_server("test", "127.0.0.1:0"), register, service_names=[SERVICE.full_name], grace_s=1.0
+        ) as server,
         grpc.aio.insecure_channel(str(server.address)) as channel,
     ):
         yield channel

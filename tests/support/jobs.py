@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import gc
 import random
 import threading
 from collections.abc import Iterable, Mapping
@@ -104,6 +106,12 @@ class DetachedLossJob(TinyJob):
 def raising_factory(context: JobContext) -> TinyJob:
     """Raises an exception instead of building a job."""
     raise ZeroDivisionError("no shards")
+
+
+def raises_what_it_finds(context: JobContext) -> TinyJob:
+    """Runs an event loop, as the code of jobs does that read data over the network; raises the collector's state."""
+    asyncio.run(asyncio.sleep(0))
+    raise RuntimeError(f"collects: {gc.isenabled()}, leaves most out: {gc.get_freeze_count() > len(gc.get_objects())}")
 
 
 def not_a_job(context: JobContext) -> object:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -108,6 +110,52 @@ def test_a_finished_run_stays_readable(tmp_path: Path) -> None:
         assert service.wait() == 0
 
 
+WORKERS = ["training.job=support.user_jobs:Loader", "training.options.workers=2"]
+
+
+@pytest.mark.parametrize("job", [[], WORKERS], ids=["digits", "workers"])
+@pytest.mark.parametrize("end", ["drained", "finished"])
+def test_everything_ends_by_itself(end: str, job: list[str], tmp_path: Path) -> None:
+    """No peer has to be killed, no process is left, and the service is gone soon after it has logged `stopped`."""
+    length = LONG if end == "drained" else ["training.epochs=3", "service.exit_when_done=true"]
+    with serve(*job, *length, cwd=tmp_path) as service, stub_of(service) as stub:
+        children = service.children()
+        if end == "drained":
+            wait_for_steps(stub)
+            children = service.children()
+            service.terminate()
+        wait_for(lambda: any('"stopped"' in line for line in service.lines) or service.process.poll() is not None)
+        stopped_s = time.monotonic()
+        assert service.wait() == 0
+        assert time.monotonic() - stopped_s < 10
+        assert not any(is_alive(pid) for pid in children)
+    events = {event["event"]: event for event in service.events()}
+    assert events["stopped"]["outcome"] == end
+    assert not events.keys() & {"embedded_peer_killed", "embedded_peer_died"}
+
+
+def test_a_slow_peer_gets_what_is_left_of_the_drain_timeout(tmp_path: Path) -> None:
+    """It stands still for longer than the tenth that is its share, and is not killed."""
+    limits = ["service.drain_timeout_s=20", "emergency.drain_s=30"]
+    with serve(*LONG, *limits, cwd=tmp_path) as service, stub_of(service) as stub:
+        wait_for_steps(stub)
+        (slow,) = [pid for pid in service.children() if b"\0kasmina\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(slow, signal.SIGSTOP)
+        service.terminate()
+        wait_for(lambda: any('"finished"' in line for line in service.lines))
+        time.sleep(3.0)
+        os.kill(slow, signal.SIGCONT)
+        assert service.wait() == 0
+    assert not any(event["event"] == "embedded_peer_killed" for event in service.events())
+
+
+def test_the_code_of_a_job_runs_as_in_a_plain_process(tmp_path: Path) -> None:
+    """It may run an event loop, and the garbage collector is on, which leaves out only what was imported before."""
+    with serve("training.job=support.jobs:raises_what_it_finds", cwd=tmp_path) as service:
+        assert service.wait() == 2
+    assert "collects: True, leaves most out: True" in service.lines[-1]
+
+
 def test_a_job_that_fails_during_training_fails_the_run(tmp_path: Path) -> None:
     """The state is FAILED, the service is not ready and exits with code 1; the traceback is in the log."""
     with serve("training.job=support.jobs:LateCrashJob", cwd=tmp_path) as service, stub_of(service) as stub:
@@ -166,17 +214,32 @@ def test_an_empty_dataset_prints_one_clear_message(tmp_path: Path) -> None:
     assert "its training data holds no batch" in service.lines[-1]
 
 
+BROKEN_JOB = "training.job=support.jobs:raising_factory"
+
+
 @pytest.mark.parametrize("setting", ["server.listen", "metrics.listen"])
-def test_a_port_in_use_aborts_the_start_and_is_reported(setting: str, tmp_path: Path) -> None:
-    """The process exits with code 1, names the address, and leaves no peer behind."""
+def test_a_port_in_use_is_reported_before_the_job_is_built(setting: str, tmp_path: Path) -> None:
+    """In one line with the setting, the address and the process that has it, and exit code 2; nothing is left."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         other = "metrics.listen" if setting == "server.listen" else "server.listen"
-        with serve(f"{setting}={address}", f"{other}=127.0.0.1:0", cwd=tmp_path, ports=False) as service:
-            assert service.wait() == 1
-            assert service.children() == []
-    assert f"cannot listen on {address}" in "\n".join(service.lines)
-    assert "Traceback" not in "\n".join(service.lines)
+        with serve(f"{setting}={address}", f"{other}=127.0.0.1:0", BROKEN_JOB, cwd=tmp_path, ports=False) as service:
+            assert service.wait() == 2
+    (line,) = service.lines
+    assert line.startswith(f"tolaria: {setting}: ")
+    assert line.endswith(f"cannot listen on {address}: Address already in use (process {os.getpid()})")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_dir_in_use_is_reported_before_the_job_is_built(tmp_path: Path) -> None:
+    """In one line with the setting, the directory and the process that uses it, and exit code 2."""
+    with serve(*LONG, cwd=tmp_path) as first:
+        first.addresses()
+        with serve(BROKEN_JOB, cwd=tmp_path) as second:
+            assert second.wait() == 2
+        (line,) = second.lines
+        assert line.startswith("tolaria: state.dir: ")
+        assert f"is in use by process {first.process.pid};" in line
 
 
 @pytest.mark.skipif(not BUF.exists(), reason="buf, an independent gRPC client, is not installed")

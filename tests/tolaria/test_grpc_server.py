@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from tolaria.errors import BindError
-from tolaria.grpc_server import grpc_server
+from tolaria.grpc_server import bound_server, grpc_server
 
 pytestmark = pytest.mark.anyio
 
@@ -20,7 +20,7 @@ def no_services(_server: grpc.aio.Server) -> None:
 
 async def test_health_check_answers_by_part() -> None:
     """Each part has the status that was set; an unknown part is NOT_FOUND."""
-    async with grpc_server("x", "127.0.0.1:0", no_services, service_names=[], grace_s=1) as server:
+    async with grpc_server(await bound_server("x", "127.0.0.1:0"), no_services, service_names=[], grace_s=1) as server:
         await server.set_health("tolaria.training", serving=True)
         await server.set_health("tolaria.tamiyo", serving=False)
         async with grpc.aio.insecure_channel(str(server.address)) as channel:
@@ -41,7 +41,7 @@ async def test_reflection_is_served_under_both_names(version: str) -> None:
         reflection_pb2.ServerReflectionRequest(file_containing_symbol=f"grpc.reflection.{version}.ServerReflection"),
     ]
     async with (
-        grpc_server("x", "127.0.0.1:0", no_services, service_names=["a.B"], grace_s=1) as server,
+        grpc_server(await bound_server("x", "127.0.0.1:0"), no_services, service_names=["a.B"], grace_s=1) as server,
         grpc.aio.insecure_channel(str(server.address)) as channel,
     ):
         method = channel.stream_stream(
@@ -58,7 +58,6 @@ async def test_reflection_is_served_under_both_names(version: str) -> None:
 
 async def test_port_in_use_raises_bind_error() -> None:
     """The message names the server and the address; the port is not shared by SO_REUSEPORT."""
-    async with grpc_server("x", "127.0.0.1:0", no_services, service_names=[], grace_s=1) as server:
+    async with grpc_server(await bound_server("x", "127.0.0.1:0"), no_services, service_names=[], grace_s=1) as server:
         with pytest.raises(BindError, match=f"y cannot listen on {server.address}"):
-            async with grpc_server("y", str(server.address), no_services, service_names=[], grace_s=1):
-                pass
+            await bound_server("y", str(server.address))

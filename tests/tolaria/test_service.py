@@ -17,9 +17,10 @@ from tolaria.checkpoint.storage import Storage, open_storage
 from tolaria.checkpoint.store import Retention
 from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings, load_settings
-from tolaria.grpc_server import GrpcServer
+from tolaria.grpc_server import GrpcServer, bound_server
 from tolaria.journal.rows import RunRow
 from tolaria.service.host import Host
+from tolaria.service.listeners import with_metrics
 from tolaria.service.readiness import publish_health
 from tolaria.service.wiring import Foundation, LaneBuild, build_lane
 from tolaria.signals import SignalBoard
@@ -57,7 +58,10 @@ async def serve(job: str, target: str, folder: Path) -> int:
             open_storage, folder / "state", run_id="test", retention=Retention(last=3, best="highest")
         ).result()
         writer = CheckpointWriter(storage.checkpoints)
-        host = pool.submit(new_host, settings, build, board, storage, writer).result()
+        foundation = new_foundation(settings, build, board, storage, writer)
+        admin = await bound_server("the server", settings.server.listen)
+        listeners = pool.submit(with_metrics, admin, settings.metrics.listen).result()
+        host = pool.submit(Host, foundation, listeners).result()
         code = await host.serve()
         pool.submit(board.close, unlink=True).result()
         pool.submit(writer.__exit__, None, None, None).result()
@@ -65,11 +69,11 @@ async def serve(job: str, target: str, folder: Path) -> int:
     return code
 
 
-def new_host(
+def new_foundation(
     settings: Settings, build: LaneBuild, board: SignalBoard, storage: Storage, writer: CheckpointWriter
-) -> Host:
-    """Returns the host of a new run."""
-    foundation = Foundation(
+) -> Foundation:
+    """Returns that of a new run."""
+    return Foundation(
         settings=settings,
         build=build,
         board=board,
@@ -81,7 +85,6 @@ def new_host(
         emitter=Emitter(),
         log_context=LogContext(),
     )
-    return Host(foundation)
 
 
 @pytest.mark.parametrize(("job", "code"), [("TinyJob", 0), ("LateCrashJob", 1)])

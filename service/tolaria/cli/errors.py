@@ -3,8 +3,8 @@
 TolariaError
 ├── ServiceUnreachableError   no service answers; exit code 3
 ├── CommandFailedError        the command's outcome is a failure, such as a refusal or a failed run; exit code 1
-│   ├── PortTakenError        ... of the demo: an address is in use
 │   └── StartRefusedError     ... of the demo: the settings or the job are wrong; exit code 2
+│       └── PortTakenError    ... an address is in use; exit code 2
 ├── OutputError               standard output cannot be written to; exit code 1
 │   └── ReaderGoneError       ... because its reader closed the pipe; not reported; exit code 1
 └── SignalledError            SIGINT or SIGTERM ended the command; exit code 128 + the signal's number
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 
-from tolaria.errors import ConfigurationError, JobError, TolariaError
+from tolaria.errors import BindError, ConfigurationError, JobError, StateHeldError, TolariaError
 
 
 class ServiceUnreachableError(TolariaError):
@@ -29,12 +29,12 @@ class CommandFailedError(TolariaError):
     """Raised when a command cannot succeed or reports a failure; the message says what failed and why."""
 
 
-class PortTakenError(CommandFailedError):
-    """Raised when the demo's service cannot listen on an address."""
-
-
 class StartRefusedError(CommandFailedError):
     """Raised when the demo's service exits with the code of wrong settings or a broken job."""
+
+
+class PortTakenError(StartRefusedError):
+    """Raised when the demo's service cannot listen on an address."""
 
 
 class OutputError(TolariaError):
@@ -58,7 +58,7 @@ def exit_code(error: TolariaError) -> int:
     match error:
         case SignalledError():
             return 128 + error.signal_number
-        case ConfigurationError() | JobError() | StartRefusedError():
+        case ConfigurationError() | JobError() | BindError() | StateHeldError() | StartRefusedError():
             return 2
         case ServiceUnreachableError():
             return 3

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import os
 import sys
@@ -15,6 +16,8 @@ from tolaria.cli.errors import OutputError, ReaderGoneError, early_signals, repo
 def main() -> None:
     """Runs the command given in `sys.argv` and exits with its code."""
     open_standard_streams()
+    if sys.argv[1:2] in (["serve"], ["peer"]):
+        gc.disable()  # until all is imported: see `tolaria.service.start` and `tolaria.cli.commands.peer`
     # Only `serve` runs as the first process of a container; the default signal handlers suit the other commands.
     if sys.argv[1:2] == ["serve"]:
         early_signals.install()

@@ -21,7 +21,7 @@ from leyline.v1.tamiyo_service_pb2_grpc import add_TamiyoServiceServicer_to_serv
 from tolaria.config import Address, LeylineSettings
 from tolaria.emergency.protocol import level_name
 from tolaria.errors import SignalError
-from tolaria.grpc_server import GrpcServer, grpc_server
+from tolaria.grpc_server import GrpcServer, bound_server, grpc_server
 from tolaria.peers.connect import Peer
 from tolaria.reference.history import HistoryFiles
 from tolaria.reference.kasmina import DesiredSeeds, KasminaService
@@ -81,7 +81,8 @@ async def peer_server(
         add_RollbackParticipantServiceServicer_to_server(RollbackParticipantService(runs), server)
 
     service_names = (_SERVICES[peer], _ROLLBACK_SERVICE)
-    async with grpc_server(peer, listen, register, service_names=service_names, grace_s=_GRACE_S) as server:
+    bound = await bound_server(peer, listen)
+    async with grpc_server(bound, register, service_names=service_names, grace_s=_GRACE_S) as server:
         for name in ("", *service_names):
             await server.set_health(name, serving=True)
         yield server

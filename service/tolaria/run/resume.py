@@ -37,6 +37,7 @@ ENDED: Final = frozenset({"finished", "stopped"})
 
 _BEST: Final[dict[str, Literal["highest", "lowest"]]] = {"accuracy": "highest", "loss": "lowest"}
 
+_LOCK: Final = "lock"
 _DEAD_HOLDER_S: Final = 5.0
 _LOCK_POLL_S: Final = 0.05
 
@@ -68,33 +69,39 @@ class ResumePoint:
 
 
 @contextmanager
-def prepare_state(settings: Settings, *, files: Filesystem | None = None) -> Iterator[PreparedState]:
-    """Locks state.dir and opens its storage for one run, until the block ends.
-
-    If `state.resume` is auto, this is the unfinished run, provided that it has a checkpoint. The run's row is
-    written when this returns.
+def locked_state(settings: Settings) -> Iterator[None]:
+    """Locks state.dir, created if missing, until the block ends. Removes it then if it is new and still empty.
 
     Raises:
         StateHeldError: another process uses the directory.
-        ConfigurationError: the directory cannot be used, or holds an unfinished run of another job.
+        ConfigurationError: the directory cannot be used.
     """
     directory = Path(settings.state.dir).absolute()
     with ExitStack() as stack:
         with _naming_setting(directory):
+            is_new = not directory.exists()
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.enter_context(_locked(directory))
+        if is_new:
+            stack.callback(_remove_unused, directory)
+        yield
+
+
+@contextmanager
+def prepare_state(settings: Settings, *, files: Filesystem | None = None) -> Iterator[PreparedState]:
+    """Opens the storage of state.dir, which must be locked, for one run, until the block ends.
+
+    If `state.resume` is auto, this is the unfinished run, provided that it has a checkpoint. The run's row is
+    written when this returns. Raises ConfigurationError if the directory cannot be used, or holds an unfinished run of
+    another job.
+    """
+    directory = Path(settings.state.dir).absolute()
+    with ExitStack() as stack:
+        with _naming_setting(directory):
             storage = open_storage(directory, run_id="", retention=retention_of(settings.checkpoint), files=files)
             stack.callback(storage.journal.close)
             prepared = _choose_run(settings, directory, storage)
         yield prepared
-
-
-def require_free(settings: Settings) -> None:
-    """Raises StateHeldError if another process uses state.dir now; creates nothing."""
-    directory = Path(settings.state.dir).absolute()
-    if (directory / "lock").exists():
-        with _naming_setting(directory), _locked(directory):
-            pass
 
 
 def load_resume_point(prepared: PreparedState) -> ResumePoint:
@@ -262,7 +269,7 @@ def _repairs(storage: Storage) -> list[str]:
 def _locked(directory: Path) -> Iterator[None]:
     """Holds the directory's lock, which the system releases however the process ends."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = forks.keep_private(os.open(directory / "lock", flags, 0o600))
+    descriptor = forks.keep_private(os.open(directory / _LOCK, flags, 0o600))
     try:
         _lock(directory, descriptor)
         with suppress(OSError):  # a full disk: the lock holds, but its holder's pid is unknown
@@ -286,7 +293,17 @@ def _lock(directory: Path, descriptor: int) -> None:
                 raise StateHeldError(str(directory), holder) from None
             time.sleep(_LOCK_POLL_S)
         else:
+            if not os.path.samestat(os.fstat(descriptor), (directory / _LOCK).stat()):
+                raise StateHeldError(str(directory), 0)  # its holder has removed it, and another one has created it
             return
+
+
+def _remove_unused(directory: Path) -> None:
+    """Removes a directory with nothing but the lock, which this process holds."""
+    with suppress(OSError):
+        if [path.name for path in directory.iterdir()] == [_LOCK]:
+            (directory / _LOCK).unlink()
+            directory.rmdir()
 
 
 def _is_alive(pid: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -16,8 +17,7 @@ from anyio.abc import TaskGroup
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import add_TolariaAdminServiceServicer_to_server
-from tolaria import forks
-from tolaria.config import Address, PeerSettings, child_environment
+from tolaria.config import PeerSettings, child_environment
 from tolaria.emergency.supervision import watch_board, watch_process
 from tolaria.grpc_server import GrpcServer, grpc_server
 from tolaria.peers.connect import Peer, Peers, connected_peers
@@ -25,6 +25,7 @@ from tolaria.reference.embedded import EmbeddedPeer, embedded_peers
 from tolaria.rpc.admin import AdminParts, AdminService
 from tolaria.run.resume import RunOutcome
 from tolaria.run.status import state_name
+from tolaria.service.listeners import Listeners
 from tolaria.service.readiness import ADMIN_SERVICE, publish_health, readiness, watch_disk
 from tolaria.service.wiring import Core, Foundation, RunService, new_ledger, new_run
 from tolaria.telemetry.exporter import exporter
@@ -38,13 +39,15 @@ _LANE_JOIN_S: Final = 1.0
 class Host:
     """One service around one run. Used on the event loop only, except for its construction."""
 
-    def __init__(self, foundation: Foundation) -> None:
+    def __init__(self, foundation: Foundation, listeners: Listeners) -> None:
         self._foundation = foundation
+        self._listeners = listeners
         self._settings = foundation.settings
         self._core = Core(foundation)
         self._log = structlog.get_logger()
-        self._metrics_address = ""
+        self._metrics_address = str(listeners.metrics_address)
         self._draining = False
+        self._drain_until_s = math.inf
         self._drained = anyio.Event()
         self._closing = anyio.Event()
         self.ending: RunOutcome | None = None
@@ -54,10 +57,10 @@ class Host:
         """Starts everything, trains, stops everything; returns the exit code."""
         status = self._core.status
         async with AsyncExitStack() as stack:
-            listen, metrics = self._settings.metrics.listen, self._foundation.metrics
-            metrics_server = exporter(listen, metrics, lambda: readiness(self._core))
-            self._metrics_address = str(await stack.enter_async_context(metrics_server))
+            sockets, metrics = self._listeners.metrics, self._foundation.metrics
+            await stack.enter_async_context(exporter(sockets, metrics, lambda: readiness(self._core)))
             embedded = await stack.enter_async_context(self._embedded_peers())
+            stack.callback(self._extend_stop, embedded)
             peers = await stack.enter_async_context(self._connected_peers(embedded))
             service = new_run(self._core, peers)
             operations = await stack.enter_async_context(anyio.create_task_group())
@@ -78,10 +81,8 @@ class Host:
             tasks.start_soon(self._drain_on_signal, tasks, service)
             tasks.start_soon(watch_board, self._foundation.board, core.safety.controller)
             tasks.start_soon(publish_health, core, server)
-            # The lane starts after every child process, and after the sockets: it forks when the job does.
+            # The lane starts after every child process: it forks when the job does.
             await tasks.start(watch_process, self._settings, self._foundation.board, core.heartbeats)
-            for address in (str(server.address), self._metrics_address):
-                await anyio.to_thread.run_sync(forks.keep_sockets_private, Address.parse(address).port)
             tasks.start_soon(watch_disk, core)
             await service.serve(core, tasks)
             if not self._settings.service.exit_when_done:
@@ -95,17 +96,27 @@ class Host:
             async for received in signals:
                 if self._draining:
                     self._log.warning("draining_cut_short", signal=received.name)
+                    self._drain_until_s = anyio.current_time()
                     tasks.cancel_scope.cancel()
                     return
                 self._draining = True
                 self._log.info("draining", signal=received.name)
-                tasks.cancel_scope.deadline = anyio.current_time() + step_s
+                now_s = anyio.current_time()
+                self._drain_until_s = now_s + self._settings.service.drain_timeout_s
+                tasks.cancel_scope.deadline = now_s + step_s
                 tasks.start_soon(self._drain, service, step_s / 2)
 
     async def _drain(self, service: RunService, checkpoint_s: float) -> None:
         """Runs concurrently with the wait for signals, so that a second one is noticed."""
         await service.run.drain(checkpoint_s)
         self._drained.set()
+
+    def _extend_stop(self, embedded: Mapping[Peer, EmbeddedPeer]) -> None:
+        """Gives the peers, just before they stop, what is left of the drain timeout: a busy machine needs more time."""
+        drain_s = self._settings.service.drain_timeout_s
+        left_s = min(self._drain_until_s - anyio.current_time(), drain_s) - (_FLUSH_SHARE + _WRITER_SHARE) * drain_s
+        for peer in embedded.values():
+            peer.stop_timeout_s = max(peer.stop_timeout_s, left_s)
 
     async def _end_lane(self) -> None:
         """Ends the lane's thread and the streams, just before the servers stop."""
@@ -140,8 +151,7 @@ class Host:
             add_TolariaAdminServiceServicer_to_server(AdminService(parts), server)
 
         return grpc_server(
-            "the admin server",
-            settings.server.listen,
+            self._listeners.admin,
             register,
             service_names=[ADMIN_SERVICE],
             grace_s=_CALLS_SHARE * settings.service.drain_timeout_s,

@@ -1,14 +1,17 @@
-"""Starts a service from its settings: creates what has to exist before the event loop, in order."""
+"""Starts a service from its settings: creates what has to exist before the run, in order."""
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import importlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import get_args
 
-import anyio
 import structlog
 
 from tolaria import __version__
@@ -19,17 +22,19 @@ from tolaria.emergency.supervision import stacks_on_request
 from tolaria.errors import ConfigurationError, OptimizationError, RollbackError, SeedError
 from tolaria.run.adjustments import saved_adjustments
 from tolaria.run.resume import (
+    PreparedState,
     ResumePoint,
     active_halt,
     end_run,
     load_resume_point,
+    locked_state,
     open_emergencies,
     prepare_state,
-    require_free,
     run_row,
 )
 from tolaria.service import settings_record
 from tolaria.service.host import Host
+from tolaria.service.listeners import open_listeners
 from tolaria.service.wiring import Foundation, LaneBuild, build_lane
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
@@ -41,12 +46,14 @@ from tolaria.values.optimization import ActiveAdjustment
 def run(settings: Settings) -> int:
     """Serves until the run is done or a signal arrives; returns the exit code.
 
+    What the settings can be wrong about is found before the job's code runs, as far as possible.
+
     Raises:
+        StateHeldError: another service uses state.dir.
+        BindError: an address cannot be listened on.
         JobError: the job cannot be built; nothing has been started yet.
-        BindError: an address cannot be bound; what had been started is stopped.
         PeerUnavailableError: an embedded peer does not start.
         SignalError: the signal board cannot be created.
-        StateHeldError: another service uses state.dir.
         ConfigurationError: state.dir cannot be written, or its content does not fit the settings.
     """
     metrics, context = Metrics(), LogContext()
@@ -55,46 +62,72 @@ def run(settings: Settings) -> int:
     with logging_to(stderr, settings.logging, context, on_dropped=partial(_count_dropped, metrics)):
         for notice in settings.notices:
             structlog.get_logger().warning("setting_retired", detail=notice)
-        require_free(settings)  # reported at once, not only after the job has been built
-        build = build_lane(settings)
-        ready = build.ready
-        metrics.build_info.info({"version": __version__, "torch": ready.torch_version, "device": ready.device})
-        with prepare_state(settings) as prepared:
-            point = load_resume_point(prepared)
-            if point.loaded is not None:
-                decided = saved_adjustments(point.state.storage.journal, point.state.run_id)
-                resume(build, point.loaded, settings, decided)
-            run_id = point.state.run_id
-            _log_start(point, build.ready.notes)
-            if point.loaded is not None:
-                settings_record.report_changes(settings, run_id, build.ready.learning_rates)
-            settings_record.record(settings, run_id)
-            with (
-                SignalBoard.create(settings.signals.board(run_id), run_id) as board,
-                stacks_on_request(settings),
-                CheckpointWriter(point.state.storage.checkpoints) as writer,
-            ):
-                foundation = Foundation(
-                    settings=settings,
-                    build=build,
-                    board=board,
-                    storage=point.state.storage,
-                    writer=writer,
-                    run=run_row(point.state.storage.journal, run_id),
-                    active_halt=active_halt(point.state),
-                    metrics=metrics,
-                    emitter=Emitter(),
-                    log_context=context,
-                    open_emergencies=tuple(open_emergencies(point.state)),
-                    newest_checkpoint_ns=None if point.loaded is None else point.loaded.row.at_ns,
-                    points=point.points,
-                    rollbacks=point.rollbacks,
-                )
-                host = Host(foundation)
-                code = anyio.run(host.serve)
-            if host.ending is not None:
-                end_run(point.state, host.ending)
-            return code
+        # Not the thread's current loop: a job that asks for one while it is built gets another.
+        with locked_state(settings), asyncio.Runner(loop_factory=asyncio.new_event_loop) as loop:
+            listeners = open_listeners(settings, loop)
+            build = _built(settings)
+            ready = build.ready
+            metrics.build_info.info({"version": __version__, "torch": ready.torch_version, "device": ready.device})
+            with prepare_state(settings) as prepared:
+                point = _resumed(prepared, build, settings)
+                with _foundation(settings, build, point, metrics, context) as foundation:
+                    host = Host(foundation, listeners)
+                    code = loop.run(host.serve())
+                if host.ending is not None:
+                    end_run(point.state, host.ending)
+                return code
+
+
+def _built(settings: Settings) -> LaneBuild:
+    """Builds the job, with the garbage collector, which `tolaria.cli.main` disables for the imports, enabled."""
+    importlib.import_module("tolaria.lane.build")
+    # What has been imported stays until the end: without it, each full collection, and the exit, take a second less.
+    gc.freeze()
+    gc.enable()
+    return build_lane(settings)
+
+
+def _resumed(prepared: PreparedState, build: LaneBuild, settings: Settings) -> ResumePoint:
+    """Loads where the run is resumed, if it is, into the lane, and logs and records what it starts with."""
+    point = load_resume_point(prepared)
+    run_id = point.state.run_id
+    if point.loaded is not None:
+        decided = saved_adjustments(point.state.storage.journal, run_id)
+        resume(build, point.loaded, settings, decided)
+    _log_start(point, build.ready.notes)
+    if point.loaded is not None:
+        settings_record.report_changes(settings, run_id, build.ready.learning_rates)
+    settings_record.record(settings, run_id)
+    return point
+
+
+@contextmanager
+def _foundation(
+    settings: Settings, build: LaneBuild, point: ResumePoint, metrics: Metrics, context: LogContext
+) -> Iterator[Foundation]:
+    """Creates what exists before the run and outlives it; closes it at the end of the block."""
+    run_id, storage = point.state.run_id, point.state.storage
+    with (
+        SignalBoard.create(settings.signals.board(run_id), run_id) as board,
+        stacks_on_request(settings),
+        CheckpointWriter(storage.checkpoints) as writer,
+    ):
+        yield Foundation(
+            settings=settings,
+            build=build,
+            board=board,
+            storage=storage,
+            writer=writer,
+            run=run_row(storage.journal, run_id),
+            active_halt=active_halt(point.state),
+            metrics=metrics,
+            emitter=Emitter(),
+            log_context=context,
+            open_emergencies=tuple(open_emergencies(point.state)),
+            newest_checkpoint_ns=None if point.loaded is None else point.loaded.row.at_ns,
+            points=point.points,
+            rollbacks=point.rollbacks,
+        )
 
 
 def resume(

@@ -81,7 +81,7 @@ def build_lane(settings: Settings) -> LaneBuild:
 
 @dataclass(frozen=True, slots=True)
 class Foundation:
-    """What exists before the event loop. `run` is the run's row; `active_halt` is the halt it was resumed with.
+    """What exists before the run. `run` is the run's row; `active_halt` is the halt it was resumed with.
 
     `open_emergencies` are all that were not cleared, that halt included; `newest_checkpoint_ns` is the Unix time of
     the checkpoint that was resumed.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import socket
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -12,8 +13,6 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from tolaria.config import Address
-from tolaria.errors import BindError
 from tolaria.telemetry.metrics import Metrics, with_counters
 
 
@@ -31,26 +30,18 @@ class Readiness:
 
 
 @asynccontextmanager
-async def exporter(listen: str, metrics: Metrics, readiness: Callable[[], Readiness]) -> AsyncIterator[Address]:
-    """Serves until the context exits; yields the address with its actual port.
-
-    `readiness` is called from any thread.
-
-    Raises:
-        BindError: the server cannot listen on `listen`.
-    """
-    wanted = Address.parse(listen)
+async def exporter(
+    sockets: Sequence[socket.socket], metrics: Metrics, readiness: Callable[[], Readiness]
+) -> AsyncIterator[None]:
+    """Serves on listening sockets, which it closes, until the context exits. `readiness` is called from any thread."""
     metrics.health_ready.set_function(lambda: readiness().ready)
     # A scrape in flight at the exit has a second to complete.
     runner = web.AppRunner(_application(metrics, readiness), access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, wanted.host, wanted.port)
-        try:
-            await site.start()
-        except OSError as error:
-            raise BindError("the metrics server", listen, error.strerror or str(error)) from None
-        yield Address(wanted.host, int(runner.addresses[0][1]))
+        for bound in sockets:
+            await web.SockSite(runner, bound).start()
+        yield
     finally:
         with anyio.CancelScope(shield=True):
             await runner.cleanup()

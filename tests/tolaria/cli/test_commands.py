@@ -21,7 +21,7 @@ from tolaria.checkpoint.store import Retention
 from tolaria.cli.admin_commands import DEMO_EPOCHS
 from tolaria.cli.commands import app
 from tolaria.config import Settings
-from tolaria.errors import BindError, TolariaError, UnknownJobError
+from tolaria.errors import BindError, StateHeldError, TolariaError, UnknownJobError
 from tolaria.values.training import Position
 
 Serve = Callable[[FakeAdmin], str]
@@ -182,8 +182,9 @@ def test_serve_passes_settings_and_returns_the_exit_code(monkeypatch: pytest.Mon
     ("error", "code"),
     [
         (UnknownJobError("there is no job 'nope'"), 2),
-        (BindError("the admin server", "127.0.0.1:50051", "in use"), 1),
-        (BaseExceptionGroup("tasks", [BindError("the admin server", "127.0.0.1:50051", "in use")]), 1),
+        (BindError("the admin server", "127.0.0.1:50051", "in use"), 2),
+        (StateHeldError("state", 7), 2),
+        (BaseExceptionGroup("tasks", [BindError("the admin server", "127.0.0.1:50051", "in use")]), 2),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -247,6 +248,18 @@ def test_peer_prints_its_address() -> None:
     host, _, port = json.loads(done.stdout)["listening"].partition(":")
     assert host == "127.0.0.1"
     assert int(port) > 0
+
+
+def test_peer_serves_with_the_garbage_collector() -> None:
+    """Which is off while modules are imported, and leaves them out afterwards."""
+    code = (
+        "import gc, tolaria.reference.server as server\n"
+        "async def show(*_, **__): print(gc.isenabled(), gc.get_freeze_count() > len(gc.get_objects()))\n"
+        "server.serve_peer = show\nfrom tolaria.cli.main import main\nmain()"
+    )
+    command = [sys.executable, "-c", code, "peer", "kasmina", "--listen", "127.0.0.1:0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout == "True True\n"
 
 
 def test_watch_follows_the_run_to_its_end(serve_fake: Serve) -> None:

@@ -233,7 +233,7 @@ def test_demo_tries_free_ports_once(child_fifo: ChildFifo) -> None:
     """The demo fails if the second attempt fails too."""
     with pytest.raises(PortTakenError) as caught:
         demo_of(child_fifo, "bind-fails").run()
-    assert exit_code(caught.value) == 1
+    assert exit_code(caught.value) == 2
     assert len(child_fifo.wait_for_exit()) == 2
 
 

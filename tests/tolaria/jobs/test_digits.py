@@ -12,6 +12,17 @@ from tolaria.jobs import HOST, Batch, JobContext, PerSampleLosses, TrainingJob
 from tolaria.jobs.digits import DigitsJob, digits
 
 
+def test_the_data_is_what_scikit_learn_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its file is read directly, which is quicker, or by its own function, where it keeps it elsewhere."""
+    (direct,) = digits(JobContext(0, torch.device("cpu"))).validation_batches()
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda _: None)
+        (loaded,) = digits(JobContext(0, torch.device("cpu"))).validation_batches()
+    for one, other in zip(direct.payload, loaded.payload, strict=True):
+        assert torch.equal(one, other)
+        assert one.dtype == other.dtype
+
+
 def test_the_job_trains_and_evaluates_its_host() -> None:
     """Batches have images in 0 to 1, the loss is differentiable, and 360 images are evaluated."""
     job = digits(JobContext(0, torch.device("cpu")))

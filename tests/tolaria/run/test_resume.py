@@ -27,8 +27,8 @@ from tolaria.run.resume import (
     active_halt,
     end_run,
     load_resume_point,
+    locked_state,
     prepare_state,
-    require_free,
     retention_of,
     unfinished_run,
 )
@@ -60,7 +60,7 @@ def write(prepared: PreparedState, *steps: int) -> list[CheckpointRow]:
 
 def leave_run(directory: Path, outcome: RunOutcome | None, *steps: int) -> str:
     """Has a run write checkpoints and leave its process; returns its id."""
-    with prepare_state(settings(directory)) as prepared:
+    with locked_state(settings(directory)), prepare_state(settings(directory)) as prepared:
         write(prepared, *steps)
         if outcome:
             end_run(prepared, outcome)
@@ -250,15 +250,18 @@ def test_a_run_that_cannot_be_read_at_present_is_not_given_up(tmp_path: Path) ->
 # -- the directory ---------------------------------------------------------------------------------------------------
 
 
-def test_a_directory_in_use_is_reported_before_anything_is_built(tmp_path: Path) -> None:
-    """The check creates nothing and leaves a free directory free."""
-    require_free(settings(tmp_path / "new"))
-    assert not (tmp_path / "new").exists()
-    with prepare_state(settings(tmp_path)), pytest.raises(StateHeldError):
-        require_free(settings(tmp_path))
-    require_free(settings(tmp_path))
-    with prepare_state(settings(tmp_path)):
+def test_a_new_directory_that_was_not_used_is_removed(tmp_path: Path) -> None:
+    """One that holds anything but the lock stays, as does one that was there before."""
+    for name in ("empty", "used"):
+        with locked_state(settings(tmp_path / name)):
+            assert (tmp_path / name / "lock").read_text() == f"{os.getpid()}\n"
+            if name == "used":
+                (tmp_path / name / "note").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["used"]
+    (tmp_path / "mine").mkdir()
+    with locked_state(settings(tmp_path / "mine")):
         pass
+    assert (tmp_path / "mine").exists()
 
 
 def test_a_directory_serves_one_process_at_a_time(tmp_path: Path) -> None:
@@ -269,15 +272,15 @@ def test_a_directory_serves_one_process_at_a_time(tmp_path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(StateHeldError, match=rf"state\.dir: .*process {holder.pid};") as caught:
-            prepare_state(settings(tmp_path)).__enter__()
+            locked_state(settings(tmp_path)).__enter__()
         assert not (tmp_path / "journal.sqlite3").exists()
         holder.kill()
     assert caught.value.holder_pid == holder.pid
-    with prepare_state(settings(tmp_path)):
+    with locked_state(settings(tmp_path)):
         assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
         with pytest.raises(StateHeldError):
-            prepare_state(settings(tmp_path)).__enter__()
-    with prepare_state(settings(tmp_path)):
+            locked_state(settings(tmp_path)).__enter__()
+    with locked_state(settings(tmp_path)):
         pass
 
 
@@ -309,8 +312,12 @@ def test_a_directory_that_cannot_be_used_is_a_configuration_error(
     with prepare_state(settings(directory)):
         pass
     spoil(directory)
-    with pytest.raises(ConfigurationError, match=rf"state\.dir: {directory} cannot be used"):
-        prepare_state(settings(directory)).__enter__()
+    with (
+        pytest.raises(ConfigurationError, match=rf"state\.dir: {directory} cannot be used"),
+        locked_state(settings(directory)),
+        prepare_state(settings(directory)),
+    ):
+        pass
 
 
 @contextmanager
@@ -328,7 +335,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_full_disk_prevents_the_start_and_is_logged_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start that cannot be recorded is refused and releases the lock; an end that cannot be recorded goes on."""
+    """A start that cannot be recorded is refused; an end that cannot be recorded goes on."""
     with full_disk(monkeypatch), pytest.raises(ConfigurationError, match=r"state\.dir: .*full"):
         prepare_state(settings(tmp_path)).__enter__()
     with capture_logs() as logs, prepare_state(settings(tmp_path)) as prepared, full_disk(monkeypatch):

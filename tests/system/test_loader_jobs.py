@@ -133,3 +133,23 @@ def test_a_sample_that_cannot_be_read_fails_the_run(tmp_path: Path) -> None:
     (failure,) = [line for line in service.events() if line["event"] == "training_failed"]
     assert "sample 37: RuntimeError: corrupt sample 37 (user_jobs.py:" in failure["error"]
     assert not failure.get("exception")
+
+
+def test_a_killed_worker_fails_the_run(tmp_path: Path) -> None:
+    """In one line, which names it. Signals that end the service do not end a worker."""
+    with serve(*JOB, cwd=tmp_path) as service, stub_of(service) as stub:
+        wait_for(lambda: step(stub) > 2 and len(workers_of(service)) == 2)
+        worker = min(workers_of(service))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker, number)
+        before = step(stub)
+        wait_for(lambda: step(stub) > before + 4)
+        assert worker in workers_of(service)
+        os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: status(stub).state == admin.RUN_STATE_FAILED)
+        service.terminate()
+        assert service.wait() == 1
+    assert all(line.startswith("{") for line in service.lines), service.lines
+    (failure,) = [line for line in service.events() if line["event"] == "training_failed"]
+    assert f"worker (pid(s) {worker})" in failure["error"]
+    assert not failure.get("exception")

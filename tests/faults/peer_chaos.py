@@ -289,6 +289,7 @@ def disturbed_run(directory: Path, peers: PeerProcess, seconds: float, seed: int
             state, counts = status(stub), sightings.counts()
         service.terminate()
         check(service.wait() == 0, f"the service drains, not {service.lines[-3:]}")
+    sys.stderr.writelines(f"{line}\n" for line in service.lines if state.rollbacks and "_finished" not in line)
     check(state.state == admin.RUN_STATE_RUNNING, f"training goes on, not {state.state_reason}")
     check(state.rollbacks == 0, f"no rollback, not {state.rollbacks}")
     sys.stdout.writelines(f"{count:8} {kind}\n" for kind, count in sorted(counts.items()))

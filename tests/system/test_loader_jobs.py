@@ -64,6 +64,7 @@ def last_state(service: Serve) -> object:
     return service.events()[-1].get("state")
 
 
+@pytest.mark.timeout(3600)
 def test_starts_with_workers_always_answer(
     tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ from tolaria.emergency.supervision import watch_board
 from tolaria.filesystem import Filesystem
 from tolaria.journal.rows import EmergencyRow, RunRow
 from tolaria.lane.build import BuiltLane, build
+from tolaria.lane.messages import SkipBatches
 from tolaria.lane.train_module import TrainModule
 from tolaria.peers.clients import RollbackClient
 from tolaria.peers.connect import Peers
@@ -155,6 +156,11 @@ class RunUnderTest:
         with anyio.fail_after(10):
             while not predicate():
                 await anyio.sleep(0.002)
+
+    async def lane_answers(self, times: int = 10) -> None:
+        """Gives the lane commands without effect, one by one: between two of them a lane that is not held trains."""
+        for _ in range(times):
+            await self.core.lane.call(SkipBatches(()))
 
 
 def new_run(

@@ -53,7 +53,9 @@ def test_a_service_trains_answers_scrapes_and_drains(tmp_path: Path) -> None:
         assert status.state == admin.RUN_STATE_RUNNING
         paused = stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=10)
         first = stub.GetStatus(admin.GetStatusRequest())
-        time.sleep(0.2)
+        for number in range(3):  # a lane that was not held would make steps between these
+            request = admin.CreateCheckpointRequest(request_id=f"c{number}", reason="look")
+            assert stub.CreateCheckpoint(request, timeout=60).global_step == paused.global_step
         second = stub.GetStatus(admin.GetStatusRequest())
         assert first.state == second.state == admin.RUN_STATE_PAUSED
         assert first.global_step == second.global_step == paused.global_step

@@ -40,6 +40,18 @@ if started.exists():
 started.touch()
 print('{"ready": true}', flush=True)
 """
+ANNOUNCES_ITSELF = """
+import pathlib, sys
+print('{"ready": true}', flush=True)
+pathlib.Path(sys.argv[1]).touch()
+sys.stdin.read()
+"""
+ENDS_AFTERWARDS = """
+import pathlib, sys, time
+while not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.01)
+sys.exit(9)
+"""
 ONCE_THEN_SILENT = ONCE.replace('sys.exit("the port is taken")', "import time; time.sleep(600)")
 # Ends and leaves a grandchild that holds its standard error open until standard input ends.
 LEAVES_A_GRANDCHILD = """
@@ -168,9 +180,10 @@ async def test_a_missing_program_fails() -> None:
         await child.start()
 
 
-async def test_one_failed_start_stops_the_other_children() -> None:
+async def test_one_failed_start_stops_the_other_children(tmp_path: Path) -> None:
     """Also one that has announced itself already."""
-    good, bad = Child(WELL_BEHAVED), Child("import time; time.sleep(0.1); raise SystemExit(9)")
+    started = tmp_path / "started"
+    good, bad = Child(ANNOUNCES_ITSELF, str(started)), Child(ENDS_AFTERWARDS, str(started))
     with pytest.raises(ChildFailedError, match="code 9"):
         async with supervised(good, bad):
             pytest.fail("the block must not run")

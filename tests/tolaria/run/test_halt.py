@@ -62,7 +62,7 @@ async def test_a_halt_freezes_training_until_it_is_cleared_and_resumed() -> None
         await run.run.pause("and look")
         assert run.state == "HALTED"
         assert run.status.state_reason == "emergency: smoke"
-        await anyio.sleep(0.1)
+        await run.lane_answers()
         run.safety.clear_emergency("no smoke")
         assert run.state == "HALTED"
         assert run.status.state_reason == "halted, and cleared: resume it (tolaria resume). It was halted by: smoke"

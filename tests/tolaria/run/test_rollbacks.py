@@ -3,7 +3,6 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import anyio
 import anyio.to_thread
 import pytest
 
@@ -111,7 +110,7 @@ async def test_a_run_continues_after_an_operators_rollback() -> None:
         again = await run.run.roll_back(Rollback(ROLLBACK_TIER_UNSPECIFIED, None, "again", "operator"))
         assert run.status.global_step == again.restored_step
         assert run.state == "PAUSED"
-        await anyio.sleep(0.05)
+        await run.lane_answers()
         assert run.module.global_step == again.restored_step
         await run.run.resume("on")
         await run.until(lambda: run.status.global_step > again.restored_step + 10)

@@ -120,7 +120,7 @@ async def test_a_stop_finishes_the_step_and_ends_the_run() -> None:
         await entered(job)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(run.run.stop, "enough")
-            await anyio.sleep(0.01)
+            await run.until(lambda: run.run.ending == "stopped")
             job.passes.release(100)
         assert run.state == "FINISHED"
         assert run.status.global_step == 1

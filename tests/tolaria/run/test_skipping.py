@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import anyio
 import pytest
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN, COMMAND_ROLLBACK, ROLLBACK_TIER_FULL
 from leyline.v1.state_pb2 import SystemStatePacket
+from support.guard_runs import ENDED, hosted, run_to_end
 from support.peers import command
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.rollback.protocol import Rollback
+from tolaria.run.health import RateCut, Retreat
 
 pytestmark = pytest.mark.anyio
-
-ENDED = {"FINISHED", "FAILED", "HALTED"}
 
 
 def poisoned(*places: tuple[int, int], epochs: int = 6, **sections: dict[str, object]) -> RunUnderTest:
@@ -64,6 +65,39 @@ async def test_finite_losses_can_be_trusted(skip_extreme: bool, skipped: int, au
     )
     assert (run.state, run.status.rollbacks, run.status.skipped_steps) == ("FINISHED", 0, skipped)
     assert run.module.global_step == 6 * 8 - skipped
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+async def test_a_sample_that_is_nan_costs_one_step_of_each_epoch(automatic: bool) -> None:
+    """Wherever the order of the epoch puts it; nothing is rolled back."""
+    sections = {"rollback": {"automatic": automatic}}
+    run = hosted("support.user_jobs:Digits", 20, {"nan_sample": 100}, sections=sections)
+    await run_to_end(run)
+    assert (run.state, run.status.rollbacks) == ("FINISHED", 0)
+    assert run.sample("tolaria.training.skipped_steps_total", {"reason": "loss_not_finite"}) == 20
+    assert run.module.global_step == 20 * 40
+
+
+async def test_a_state_that_memory_does_not_hold_goes_back_to_the_newest_proven_checkpoint() -> None:
+    """A batch that is NaN is skipped, and no checkpoint is lost; a retreat takes the newest proven one of all."""
+    sections: dict[str, object] = {
+        "rollback": {"memory_mb": 8, "full_budget_s": 60.0},
+        "checkpoint": {"every_epochs": 1, "keep_last": 3},
+    }
+    options = {"rows": 2600, "samples": 64, "nan_calls": [46]}
+    run = new_run(FakePeers(), job="support.user_jobs:Table", epochs=10**6, sections=sections, options=options)
+    async with running(run):
+        with anyio.fail_after(120):
+            await run.status.feed.until(lambda: run.status.skipped_steps == 1 and run.status.epoch > 9)
+            await run.run.pause("look")
+        kept = await run.journal.kept_points()
+        assert (run.status.rollbacks, {row.state for row in kept}) == (0, {"committed"})
+        newest = max(row.global_step for row in kept if row.proven)
+        run.recovery.retreat(Retreat("made by the test", run.status.global_step + 1, (), RateCut(0.5, 3)))
+        with anyio.fail_after(120):
+            await run.status.feed.until(lambda: run.status.rollbacks == 1)
+        assert run.status.global_step == newest > 0
+        await run.run.stop("enough")
 
 
 async def test_a_job_whose_losses_are_nan_by_itself_is_not_rolled_back() -> None:

@@ -34,7 +34,7 @@ from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.train_module import TrainModule
-from tolaria.values.optimization import ActiveAdjustment
+from tolaria.values.optimization import RATES_ARE_OWNED, ActiveAdjustment
 
 _MIB: Final = 2**20
 
@@ -65,9 +65,15 @@ class BuiltLane:
             adjustments=seeds.controller.adjustments,
             seeds=tuple(seeds.topology.states(module.global_step)),
             losses=json.dumps(module.losses.state_dict()),
-            notes=module.cursor.notes if isinstance(module.cursor, LoaderCursor) else (),
+            notes=self._notes(),
             slots=seeds.topology.slots,
         )
+
+    def _notes(self) -> tuple[str, ...]:
+        cursor, step = self.module.cursor, self.module.optimizer.step
+        notes = cursor.notes if isinstance(cursor, LoaderCursor) else ()
+        scheduled = hasattr(step, "_wrapped_by_lr_sched")  # torch's mark of an optimizer that has a scheduler
+        return (*notes, f"the optimizer has a scheduler of torch's; {RATES_ARE_OWNED}") if scheduled else notes
 
     def resume(self, image: StateImage, decided: Sequence[ActiveAdjustment] = ()) -> Restored:
         """Restores a checkpoint of an earlier process, and what operators `decided` about learning rates.

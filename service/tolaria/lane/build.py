@@ -46,6 +46,7 @@ class BuiltLane:
     settings: Settings
     module: TrainModule
     snapshots: SnapshotManager
+    notes: tuple[str, ...] = ()
 
     @property
     def ready(self) -> LaneReady:
@@ -65,15 +66,9 @@ class BuiltLane:
             adjustments=seeds.controller.adjustments,
             seeds=tuple(seeds.topology.states(module.global_step)),
             losses=json.dumps(module.losses.state_dict()),
-            notes=self._notes(),
+            notes=self.notes,
             slots=seeds.topology.slots,
         )
-
-    def _notes(self) -> tuple[str, ...]:
-        cursor, step = self.module.cursor, self.module.optimizer.step
-        notes = cursor.notes if isinstance(cursor, LoaderCursor) else ()
-        scheduled = hasattr(step, "_wrapped_by_lr_sched")  # torch's mark of an optimizer that has a scheduler
-        return (*notes, f"the optimizer has a scheduler of torch's; {RATES_ARE_OWNED}") if scheduled else notes
 
     def resume(self, image: StateImage, decided: Sequence[ActiveAdjustment] = ()) -> Restored:
         """Restores a checkpoint of an earlier process, and what operators `decided` about learning rates.
@@ -113,9 +108,9 @@ def build(settings: Settings) -> BuiltLane:
     try:
         module = _build_module(settings, job, context)
         snapshots = SnapshotManager(module, settings.rollback)
-        first_look(module, snapshots.state)
+        notes = first_look(module, snapshots.state)
         module.fast_paths.compile(module.model, lambda: first_look(module, snapshots.state))
-        return BuiltLane(settings, module, snapshots)
+        return BuiltLane(settings, module, snapshots, (*notes, *_notes(module)))
     except ScheduleError as error:
         raise ConfigurationError([f"optimizer: {error}"]) from None
     except StateUnsupportedError as error:
@@ -152,3 +147,10 @@ def _build_module(settings: Settings, job: TrainingJob, context: JobContext) -> 
     return TrainModule(
         job, model, cursor, device, seeds=seeds, fast_paths=fast_paths, settings=settings, announced=context.announced
     )
+
+
+def _notes(module: TrainModule) -> tuple[str, ...]:
+    cursor, step = module.cursor, module.optimizer.step
+    notes = cursor.notes if isinstance(cursor, LoaderCursor) else ()
+    scheduled = hasattr(step, "_wrapped_by_lr_sched")  # torch's mark of an optimizer that has a scheduler
+    return (*notes, f"the optimizer has a scheduler of torch's; {RATES_ARE_OWNED}") if scheduled else notes

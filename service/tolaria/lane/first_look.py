@@ -46,11 +46,14 @@ _PHASES: Final = {
 }
 
 
-def first_look(module: TrainModule, state: TrainingState) -> None:
+def first_look(module: TrainModule, state: TrainingState) -> tuple[str, ...]:
     """Trains on the first batch, evaluates one, captures and restores; then everything is as before.
 
     Costs one step, one copy of the model and one of the whole state, both released at the end. Records in the model's
     slots what they receive.
+
+    Returns:
+        Sentences about what works, but probably not as it is meant.
 
     Raises:
         JobError: names the method or the field that fails, or would fail later.
@@ -58,11 +61,12 @@ def first_look(module: TrainModule, state: TrainingState) -> None:
     built = tensors_of(module.model)
     with _undone(module, state):
         with observed(module.model):
-            _update(module)
+            notes = _update(module)
         check_tensors(module.model, built, "losses")
         _evaluate(module)
         check_tensors(module.model, built, "evaluate")
         _survive(module, state)
+    return notes
 
 
 def materialise(job: TrainingJob, model: nn.Module, cursor: BatchCursor, device: torch.device) -> None:
@@ -140,7 +144,7 @@ def _undo(module: TrainModule, state: TrainingState, before: StateImage, buffers
     module.seeds.controller.apply(module.global_step)
 
 
-def _update(module: TrainModule) -> None:
+def _update(module: TrainModule) -> tuple[str, ...]:
     phase = "training_data: next_batch()"
 
     def mark(name: str) -> AbstractContextManager[None]:
@@ -163,10 +167,11 @@ def _update(module: TrainModule) -> None:
     module.job = cast("TrainingJob", LossesObserved(module, accumulate))
     try:
         module.begin_epoch()
-        with own_steps_refused(module.optimizer, lambda: "" if phase == _PHASES["optimizer"] else phase):
+        with own_steps_refused(module, lambda: "" if phase == _PHASES["optimizer"] else phase) as notes:
             step = train_step(module, lambda: True, mark)
         if step is not None and step.skipped:
-            phase = "the optimizer's step()"
+            phase = _PHASES["optimizer"]
+            notes.add("losses(): the loss of the first batch, or its gradient, is not finite")
             _step_without_gradient(module)
     except JobError:
         raise
@@ -181,6 +186,7 @@ def _update(module: TrainModule) -> None:
         module.job, module.accumulate = job, accumulate
     if step is None:
         raise EmptyDatasetError("its training data holds no batch")
+    return tuple(sorted(notes))
 
 
 def _step_without_gradient(module: TrainModule) -> None:
@@ -209,7 +215,7 @@ def _evaluate(module: TrainModule) -> None:
         module.model.eval()
         return checked_evaluation(job.evaluate(module.model, batch))
 
-    with torch.no_grad(), own_steps_refused(module.optimizer, lambda: "evaluate()"):
+    with torch.no_grad(), own_steps_refused(module, lambda: "evaluate()"):
         found = call("evaluate", lambda: checked_twice(module, evaluate))
     if found.correct > found.samples:
         raise BrokenJobError(

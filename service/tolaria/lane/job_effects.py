@@ -19,7 +19,7 @@ _ROUNDINGS = 8
 
 
 class LossesObserved:
-    """The job of a module for one step, whose `losses` is refused if it leaves gradients or drops earlier ones.
+    """The job of a module for one step, whose `losses` is refused if it changes gradients or drops earlier ones.
 
     Only `losses` is needed. `accumulate` is the number of microbatches in the steps of the run.
     """
@@ -28,22 +28,23 @@ class LossesObserved:
         self._module, self._job, self._accumulate = module, module.job, accumulate
 
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
-        """Returns the job's losses, beside gradients of zero. Raises BrokenJobError. Synchronises."""
+        """Returns the job's losses, beside gradients of one. Raises BrokenJobError. Synchronises."""
         parameters = self._module.parameters
-        zeros = [torch.zeros_like(parameter) for parameter in parameters]
-        for parameter, zero in zip(parameters, zeros, strict=True):
-            parameter.grad = zero
+        marks = [torch.ones_like(parameter) for parameter in parameters]
+        for parameter, mark in zip(parameters, marks, strict=True):
+            parameter.grad = mark
         losses = self._job.losses(model, batch)
         found = [parameter.grad for parameter in parameters]
         self._module.clear_gradients()
-        if any(gradient is not None and bool(gradient.any()) for gradient in found):
-            raise BrokenJobError(
-                "losses() leaves gradients in the parameters, as backward() does, which would be added to those of the "
-                "losses that it returns: return the loss only, and use torch.autograd.grad for other gradients"
-            )
         # A tensor's version counts writes to it.
-        untouched = (g is zero and not zero._version for g, zero in zip(found, zeros, strict=True))  # noqa: SLF001
-        if self._accumulate > 1 and not all(untouched):
+        changed = [g for g, mark in zip(found, marks, strict=True) if g is not mark or mark._version]  # noqa: SLF001
+        if any(gradient is not None and bool(gradient.any()) for gradient in changed):
+            raise BrokenJobError(
+                "losses() changes the gradients of parameters, as backward() and clip_grad_norm_() do, before Tolaria "
+                "backpropagates what it returns: return the loss, clip by training.clip_norm, and use "
+                "torch.autograd.grad for other gradients"
+            )
+        if changed and self._accumulate > 1:
             raise BrokenJobError(
                 "losses() clears gradients, as zero_grad() does, which drops those of earlier microbatches "
                 "(training.accumulate): Tolaria clears them before each update"
@@ -52,18 +53,29 @@ class LossesObserved:
 
 
 @contextmanager
-def own_steps_refused(optimizer: torch.optim.Optimizer, method: Callable[[], str]) -> Iterator[None]:
-    """Within the block a step of the optimizer raises BrokenJobError, unless `method()` is empty."""
+def own_steps_refused(module: TrainModule, method: Callable[[], str]) -> Iterator[set[str]]:
+    """Within the block a step of the optimizer raises BrokenJobError, unless `method()` is empty.
+
+    Yields sentences about other optimizers.
+    """
+    notes = set[str]()
 
     def refuse(stepped: torch.optim.Optimizer, *_: object) -> None:
-        if stepped is optimizer and (name := method()):
+        if not (name := method()):
+            return
+        if stepped is module.optimizer:
             raise BrokenJobError(
                 f"{name} calls step() of the optimizer, which Tolaria calls after each update's losses: return the loss"
             )
+        notes.add(
+            f"{name} steps another optimizer, {type(stepped).__name__}: no rollback restores its state, unless "
+            "state_dict() of the job has it, and skipped steps keep its updates; one optimizer can have a param group, "
+            "and losses() a loss, for each part of a model"
+        )
 
     hook = register_optimizer_step_pre_hook(refuse)
     try:
-        yield
+        yield notes
     finally:
         hook.remove()
 

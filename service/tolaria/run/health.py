@@ -354,7 +354,8 @@ class Health:
             first, batches = self._where_ill(step)
             return self._retreat(reason, first, batches, step.global_step, preferred_before=apart(first))
         if record.skip_streak % self._skips_data_max == 0:
-            reason = f"{record.skip_streak} steps in a row were not finite, and the parameters are: the data are ill"
+            ill = "the data are ill" if record.best_step else "no step of the run was finite: data or losses() are ill"
+            reason = f"{record.skip_streak} steps in a row were not finite, but the parameters are: {ill}"
             return Halt(Trigger.SKIPPED_DATA_SPENT, reason)
         return Proceed()
 

@@ -288,6 +288,31 @@ def own_backward(job: Any, model: nn.Module, batch: Batch) -> Mapping[str, Tenso
     return losses
 
 
+def own_clipping(job: Any, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """Clips gradients that are not there yet."""
+    losses: Mapping[str, Tensor] = Line.losses(job, model, batch)  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return losses
+
+
+def two_optimizers(job: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer of the last layer; the job keeps another one, of the first."""
+    first, *_, last = model.children()
+    job.optimizer = torch.optim.SGD(first.parameters(), lr=0.01)
+    return torch.optim.SGD(last.parameters(), lr=0.01)
+
+
+def adversary(job: Any, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """Takes a step of the kept optimizer before the loss."""
+    x, y = batch.payload
+    job.optimizer.zero_grad()
+    first = [parameter for group in job.optimizer.param_groups for parameter in group["params"]]
+    torch.autograd.backward(functional.mse_loss(model(x), y), inputs=first)
+    job.optimizer.step()
+    losses: Mapping[str, Tensor] = Line.losses(job, model, batch)  # type: ignore[no-untyped-call]
+    return losses
+
+
 def cleared(job: Any, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     """Attacks its own input before the loss, and clears the gradients of that."""
     x, y = batch.payload
@@ -331,7 +356,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"training_data": cursor(batch=lambda b: Batch(b.payload, -8))}, r"next_batch\(\): Batch.samples .* got -8"),
     ({"build_optimizer": kept_optimizer, "losses": own_update}, r"losses\(\) calls step\(\) of the optimizer"),
     ({"build_optimizer": kept_optimizer, "evaluate": trained_by_evaluation}, r"evaluate\(\) calls step\(\) of"),
-    ({"losses": own_backward}, r"losses\(\) leaves gradients in the parameters, as backward"),
+    ({"losses": own_backward}, r"losses\(\) changes the gradients of parameters, as backward"),
+    ({"losses": own_clipping}, r"losses\(\) changes the gradients.*clip by training.clip_norm"),
     ({"losses": loss(lambda one: float(one.detach()))}, r"losses\(\): the loss of source 'host' must be a tensor"),
     ({"losses": loss(lambda one: one.detach())}, r"losses\(\): the loss of source 'host' carries no graph"),
     ({"losses": loss(lambda one: one.repeat(2))}, r"losses\(\): the loss of source 'host' must be a scalar"),
@@ -363,6 +389,24 @@ def test_gradients_that_losses_clears_are_missed_only_with_several_microbatches(
     training = TrainingSettings(job=f"{HERE}:changed", device="cpu", threads=1, accumulate=2)
     with pytest.raises(JobError, match=r"losses\(\) clears gradients.*training.accumulate"):
         build(Settings(training=training))
+
+
+def test_what_is_probably_not_meant_is_noted_at_the_start() -> None:
+    """A second optimizer that the job steps itself, and a first loss that is not finite; sound jobs have no notes."""
+    jobs: dict[str, dict[str, Any]] = {
+        "sound": {},
+        "adversary": {"build_optimizer": two_optimizers, "losses": adversary},
+        "infinite": {"losses": loss(lambda one: one * torch.inf)},
+    }
+    built = {}
+    for name, methods in jobs.items():
+        CHANGES.clear()
+        CHANGES.update(methods)
+        training = TrainingSettings(job=f"{HERE}:changed", device="cpu", threads=1)
+        built[name] = build(Settings(training=training)).ready.notes
+    assert built["sound"] == ()
+    assert [note.split(":")[0] for note in built["adversary"]] == ["losses() steps another optimizer, SGD"]
+    assert built["infinite"] == ("losses(): the loss of the first batch, or its gradient, is not finite",)
 
 
 def test_a_projection_in_the_forward_pass_is_exact() -> None:

@@ -9,6 +9,7 @@ from support.runs import FakePeers, new_run, running
 from tolaria.config import KasminaSettings, TamiyoSettings
 from tolaria.peers.connect import connected_peers
 from tolaria.service.readiness import readiness
+from tolaria.values.training import Evaluation
 
 pytestmark = pytest.mark.anyio
 
@@ -54,9 +55,19 @@ async def test_microbatches_that_are_left_out_are_counted() -> None:
     assert run.status.skipped_steps == 0
 
 
+async def test_an_accuracy_above_one_is_reported() -> None:
+    """The first look cannot find it in a job that counts right tokens and samples: at first few tokens are right."""
+    run = new_run(FakePeers(), epochs=2)
+    run.job.evaluate = lambda *_: Evaluation(1.0, 9, 8)
+    async with running(run):
+        await run.until(lambda: run.state == "FINISHED")
+    found = run.emitter.attributes_of("tolaria.accuracy_above_one")
+    assert [event["epoch"] for event in found] == ["1", "2"]
+
+
 async def test_a_state_that_fits_no_snapshot_is_a_detail_of_readyz() -> None:
     """Training goes on, and the service is ready; only a fast rollback is impossible."""
-    sections = {"rollback": {"memory_mb": 1}}
+    sections: dict[str, object] = {"rollback": {"memory_mb": 1}}
     run = new_run(FakePeers(), job="support.user_jobs:Line", epochs=1, options={"width": 10**5}, sections=sections)
     async with running(run):
         await run.until(lambda: run.state == "FINISHED")

@@ -42,8 +42,9 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "jobs": ("data", "digits", "indexed", "job", "loader", "randomness", "workers"),
     "journal": ("async_journal", "database", "reader", "rows"),
     "lane": (
-        "buffers", "build", "commands", "device", "fast_paths", "first_look", "gradient_merge", "job_output", "lane",
-        "messages", "parameter_check", "profiling", "seed_training", "snapshot_manager", "step", "train_module",
+        "buffers", "build", "commands", "device", "fast_paths", "first_look", "gradient_merge", "job_effects",
+        "job_output", "lane", "messages", "parameter_check", "profiling", "seed_training", "snapshot_manager", "step",
+        "train_module",
     ),
     "optimization": (
         "adjustments", "groups", "hyperparameters", "lr_controller", "optimizer_manager", "schedules", "state_transfer",

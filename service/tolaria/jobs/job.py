@@ -45,7 +45,7 @@ class Batch:
     """One microbatch.
 
     Attributes:
-        payload: the job's data: tensors, or tuples, lists and dicts of them.
+        payload: the job's data: tensors, what moves to a device by its method `to`, or tuples, lists and dicts of them.
         samples: number of samples.
         seed_ids: the seed that each sample belongs to, if the data defines it; used with `PerSampleLosses`.
     """

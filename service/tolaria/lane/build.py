@@ -34,7 +34,7 @@ from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.train_module import TrainModule
-from tolaria.values.optimization import ActiveAdjustment
+from tolaria.values.optimization import RATES_ARE_OWNED, ActiveAdjustment
 
 _MIB: Final = 2**20
 
@@ -46,6 +46,7 @@ class BuiltLane:
     settings: Settings
     module: TrainModule
     snapshots: SnapshotManager
+    notes: tuple[str, ...] = ()
 
     @property
     def ready(self) -> LaneReady:
@@ -65,7 +66,7 @@ class BuiltLane:
             adjustments=seeds.controller.adjustments,
             seeds=tuple(seeds.topology.states(module.global_step)),
             losses=json.dumps(module.losses.state_dict()),
-            notes=module.cursor.notes if isinstance(module.cursor, LoaderCursor) else (),
+            notes=self.notes,
             slots=seeds.topology.slots,
         )
 
@@ -107,9 +108,9 @@ def build(settings: Settings) -> BuiltLane:
     try:
         module = _build_module(settings, job, context)
         snapshots = SnapshotManager(module, settings.rollback)
-        first_look(module, snapshots.state)
+        notes = first_look(module, snapshots.state)
         module.fast_paths.compile(module.model, lambda: first_look(module, snapshots.state))
-        return BuiltLane(settings, module, snapshots)
+        return BuiltLane(settings, module, snapshots, (*notes, *_notes(module)))
     except ScheduleError as error:
         raise ConfigurationError([f"optimizer: {error}"]) from None
     except StateUnsupportedError as error:
@@ -146,3 +147,10 @@ def _build_module(settings: Settings, job: TrainingJob, context: JobContext) -> 
     return TrainModule(
         job, model, cursor, device, seeds=seeds, fast_paths=fast_paths, settings=settings, announced=context.announced
     )
+
+
+def _notes(module: TrainModule) -> tuple[str, ...]:
+    cursor, step = module.cursor, module.optimizer.step
+    notes = cursor.notes if isinstance(cursor, LoaderCursor) else ()
+    scheduled = hasattr(step, "_wrapped_by_lr_sched")  # torch's mark of an optimizer that has a scheduler
+    return (*notes, f"the optimizer has a scheduler of torch's; {RATES_ARE_OWNED}") if scheduled else notes

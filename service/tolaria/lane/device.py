@@ -56,13 +56,15 @@ def seed_everything(seed: int) -> None:
 
 
 def to_device(payload: Any, device: torch.device, *, pinned: bool = False) -> Any:
-    """Returns `payload` with the tensors in its tuples, lists and dicts on `device`. Does not synchronise."""
+    """Returns `payload` with what has a method `to`, in tuples, lists and dicts, on `device`. Does not synchronise."""
     if isinstance(payload, Tensor):
         if payload.device == device:
             return payload
         if pinned and payload.device.type == "cpu":  # only a copy from pinned memory does not block
             payload = payload.pin_memory()
         return payload.to(device, non_blocking=True)
+    if hasattr(payload, "to"):  # a PackedSequence, whose lengths stay on the CPU; batches of other libraries
+        return payload.to(device)
     if isinstance(payload, dict):
         return {key: to_device(value, device, pinned=pinned) for key, value in payload.items()}
     if isinstance(payload, (tuple, list)):

@@ -135,7 +135,7 @@ class FastPaths:
             reasons.append("foreach is slower on a CPU")
         return "", "; ".join(reasons) or f"{type(optimizer).__name__} has neither a fused nor a foreach kernel"
 
-    def compile(self, model: nn.Module, warm_up: Callable[[], None]) -> None:
+    def compile(self, model: nn.Module, warm_up: Callable[[], object]) -> None:
         """Compiles the model's forward and backward pass and calls `warm_up`; undone if that fails."""
         if self._settings.compile == "off":
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,14 @@ from tolaria.errors import (
 from tolaria.images import StateImage
 from tolaria.jobs import BatchCursor, LoaderCursor, TrainingJob
 from tolaria.lane.device import on_device
+from tolaria.lane.job_effects import LossesObserved, check_tensors, checked_twice, own_steps_refused, tensors_of
 from tolaria.lane.job_output import checked_batch, checked_evaluation
 from tolaria.lane.step import train_step
 from tolaria.lane.train_module import TrainModule
 from tolaria.seeds.slots import observed
 from tolaria.state.restore import stage_restore
 from tolaria.state.training_state import TrainingState
+from tolaria.values.training import Evaluation
 
 T = TypeVar("T")
 
@@ -44,20 +46,27 @@ _PHASES: Final = {
 }
 
 
-def first_look(module: TrainModule, state: TrainingState) -> None:
+def first_look(module: TrainModule, state: TrainingState) -> tuple[str, ...]:
     """Trains on the first batch, evaluates one, captures and restores; then everything is as before.
 
     Costs one step, one copy of the model and one of the whole state, both released at the end. Records in the model's
     slots what they receive.
 
+    Returns:
+        Sentences about what works, but probably not as it is meant.
+
     Raises:
         JobError: names the method or the field that fails, or would fail later.
     """
+    built = tensors_of(module.model)
     with _undone(module, state):
         with observed(module.model):
-            _update(module)
+            notes = _update(module)
+        check_tensors(module.model, built, "losses")
         _evaluate(module)
+        check_tensors(module.model, built, "evaluate")
         _survive(module, state)
+    return notes
 
 
 def materialise(job: TrainingJob, model: nn.Module, cursor: BatchCursor, device: torch.device) -> None:
@@ -123,6 +132,7 @@ def _undone(module: TrainModule, state: TrainingState) -> Iterator[None]:
 
 
 def _undo(module: TrainModule, state: TrainingState, before: StateImage, buffers: _Buffers) -> None:
+    module.train_mode()  # first, as the job's own may do more than its name says
     module.clear_gradients()
     module.merger.finish_epoch()
     for owner, tensors in buffers:
@@ -132,10 +142,9 @@ def _undo(module: TrainModule, state: TrainingState, before: StateImage, buffers
     module.refresh()
     module.forget_steps()
     module.seeds.controller.apply(module.global_step)
-    module.train_mode()
 
 
-def _update(module: TrainModule) -> None:
+def _update(module: TrainModule) -> tuple[str, ...]:
     phase = "training_data: next_batch()"
 
     def mark(name: str) -> AbstractContextManager[None]:
@@ -154,12 +163,15 @@ def _update(module: TrainModule) -> None:
         def __exit__(self, *_error: object) -> None:
             pass
 
-    accumulate, module.accumulate = module.accumulate, 1
+    job, accumulate, module.accumulate = module.job, module.accumulate, 1
+    module.job = cast("TrainingJob", LossesObserved(module, accumulate))
     try:
         module.begin_epoch()
-        step = train_step(module, lambda: True, mark)
+        with own_steps_refused(module, lambda: "" if phase == _PHASES["optimizer"] else phase) as notes:
+            step = train_step(module, lambda: True, mark)
         if step is not None and step.skipped:
-            phase = "the optimizer's step()"
+            phase = _PHASES["optimizer"]
+            notes.add("losses(): the loss of the first batch, or its gradient, is not finite")
             _step_without_gradient(module)
     except JobError:
         raise
@@ -171,9 +183,10 @@ def _update(module: TrainModule) -> None:
             ) from error
         raise BrokenJobError(f"{phase} raised {type(error).__name__}: {first_line(error)}") from error
     finally:
-        module.accumulate = accumulate
+        module.job, module.accumulate = job, accumulate
     if step is None:
         raise EmptyDatasetError("its training data holds no batch")
+    return tuple(sorted(notes))
 
 
 def _step_without_gradient(module: TrainModule) -> None:
@@ -195,10 +208,20 @@ def _evaluate(module: TrainModule) -> None:
     if given is None:
         raise EmptyDatasetError("its validation data holds no batch")
     batch = on_device(checked_batch(given, "validation_batches()"), module.device)
-    module.model.eval()
-    if batch.samples:
-        with torch.no_grad():
-            call("evaluate", lambda: checked_evaluation(job.evaluate(module.model, batch)))
+    if not batch.samples:
+        return
+
+    def evaluate() -> Evaluation:
+        module.model.eval()
+        return checked_evaluation(job.evaluate(module.model, batch))
+
+    with torch.no_grad(), own_steps_refused(module, lambda: "evaluate()"):
+        found = call("evaluate", lambda: checked_twice(module, evaluate))
+    if found.correct > found.samples:
+        raise BrokenJobError(
+            f"evaluate(): Evaluation.correct is {found.correct}, more than Evaluation.samples, which is "
+            f"{found.samples}: both must count the same things, such as images or tokens"
+        )
 
 
 def _survive(module: TrainModule, state: TrainingState) -> None:

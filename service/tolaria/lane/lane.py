@@ -315,6 +315,8 @@ class ThreadLane:
                 batch = checked_batch(given, "validation_batches()")
                 if batch.samples:
                     batch = on_device(batch, module.device, pinned=module.fast_paths.pins_memory)
+                    if module.model.training:  # the job has set it for the batch before
+                        module.model.eval()
                     total += checked_evaluation(module.job.evaluate(module.model, batch))
         return total
 

@@ -187,18 +187,22 @@ def checked_losses(job: TrainingJob, model: nn.Module, batch: Batch, seeds: Sequ
         if batch.seed_ids is None:
             raise LossShapeError("losses() returned losses by sample for a batch without seed_ids")
         if not losses.values.requires_grad:
-            raise LossShapeError("the losses by sample carry no graph: were they detached?")
+            raise LossShapeError("losses(): the losses by sample carry no graph: were they detached?")
         return losses_by_source(losses.values, batch.seed_ids, [HOST, *seeds])
     if not isinstance(losses, Mapping) or HOST not in losses:
         given = list(losses) if isinstance(losses, Mapping) else f"a {type(losses).__name__}"
         raise LossShapeError(f"losses() must return a mapping with the source {HOST!r}, got {given}")
     for source, loss in losses.items():
         if not isinstance(loss, Tensor):
-            raise LossShapeError(f"the loss of source {source!r} must be a tensor, got a {type(loss).__name__}")
+            raise LossShapeError(
+                f"losses(): the loss of source {source!r} must be a tensor, got a {type(loss).__name__}"
+            )
         if loss.ndim != 0:
-            raise LossShapeError(f"the loss of source {source!r} must be a scalar, got shape {tuple(loss.shape)}")
+            raise LossShapeError(
+                f"losses(): the loss of source {source!r} must be a scalar, got shape {tuple(loss.shape)}"
+            )
         if not loss.requires_grad:
-            raise LossShapeError(f"the loss of source {source!r} carries no graph: was it detached?")
+            raise LossShapeError(f"losses(): the loss of source {source!r} carries no graph: was it detached?")
     return losses
 
 

@@ -25,7 +25,7 @@ from tolaria.optimization.adjustments import (
     rate_without_controller,
     without_replaced,
 )
-from tolaria.optimization.groups import GroupPlan, RateWriter, name_groups, name_of, rate_in
+from tolaria.optimization.groups import GroupPlan, RateWriter, base_rate_in, name_groups, name_of
 from tolaria.optimization.optimizer_manager import OptimizerManager
 from tolaria.optimization.schedules import Warmup, build_schedule
 from tolaria.values.optimization import (
@@ -94,7 +94,7 @@ class UnifiedLRController:
         self._adjustments: list[ActiveAdjustment] = []
         self._writer = RateWriter()
         for group in manager.optimizer.param_groups:
-            self.register_group(name_of(group), GroupRole.HOST, at_step=0, base_lr=rate_in(group))
+            self.register_group(name_of(group), GroupRole.HOST, at_step=0, base_lr=base_rate_in(group))
 
     @property
     def groups(self) -> Mapping[str, RegisteredGroup]:

@@ -348,7 +348,8 @@ class Health:
         if step.parameters_finite is False:
             return self._ill(step, f"the parameters are not finite: {record.skip_streak} steps in a row were skipped")
         if record.skip_streak % self._skips_data_max == 0:
-            reason = f"{record.skip_streak} steps in a row were not finite, and the parameters are: the data are ill"
+            ill = "the data are ill" if record.best_step else "no step of the run was finite: data or losses() are ill"
+            reason = f"{record.skip_streak} steps in a row were not finite, but the parameters are: {ill}"
             return Halt(Trigger.SKIPPED_DATA_SPENT, reason)
         return Proceed()
 

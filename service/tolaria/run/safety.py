@@ -59,6 +59,8 @@ class Safeguards:
         self.breakers: Mapping[str, Breaker] = {
             name: Breaker(name, clock=clock, on_change=self._breaker_changed) for name in BREAKERS
         }
+        self.foreign_rates = 0
+        """Steps before which other code had changed a learning rate."""
         self._causes: set[str] = set()
         self._disturbed = False
         """Whether peers or clocks have given a reason for conservative mode in this epoch."""
@@ -87,6 +89,7 @@ class Safeguards:
     def step(self, step: StepDone) -> None:
         """Counts the learning-rate violations of one step."""
         if step.violations:
+            self.foreign_rates += 1
             self._fail(LR_INTEGRITY)
 
     def seeds_changed(self, change: SeedsChanged) -> None:
@@ -275,6 +278,7 @@ class Safety:
             open_breakers=tuple(sorted(name for name, it in breakers if it.state != enums.CIRCUIT_STATE_CLOSED)),
             checkpoints_failing=checkpoints_failing,
             skipped_streak=skipped_streak,
+            foreign_rates=self.safeguards.foreign_rates,
         )
 
     # -- operators ---------------------------------------------------------------------------------------------------

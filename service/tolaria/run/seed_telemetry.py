@@ -16,7 +16,7 @@ from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics, start_at_zero
 from tolaria.values.gradients import AlarmKind, SeedMetrics, SeedMetricSet, alarms
-from tolaria.values.optimization import Adjustment, RebuildOutcome, RebuildResult
+from tolaria.values.optimization import RATES_ARE_OWNED, Adjustment, RebuildOutcome, RebuildResult
 
 _STAGES = [name.removeprefix("SEED_STAGE_").lower() for name in SeedLifecycleStage.keys()[1:]]
 
@@ -29,6 +29,7 @@ class SeedTelemetry(RunObserver):
         self._metrics = metrics
         self._emitter = emitter
         self._log = structlog.get_logger()
+        self._violated: set[str] = set()
         metrics.lr_controller_enabled.set(1)
         start_at_zero(metrics.lr_controller_adjustments_total, [("operator",), ("tamiyo",), ("rollback",)])
 
@@ -72,11 +73,15 @@ class SeedTelemetry(RunObserver):
     def on_step(self, step: StepDone) -> None:
         for violation in step.violations:
             self._metrics.lr_controller_integrity_violations_total.labels(violation.group).inc()
+            if violation.group in self._violated:  # a scheduler does it at every step
+                continue
+            self._violated.add(violation.group)
             self._emitter.emit(
                 events.LR_INTEGRITY_VIOLATION,
                 group=violation.group,
                 expected=violation.expected,
                 found=violation.found,
+                detail=RATES_ARE_OWNED,
             )
 
     def on_epoch(self, epoch: EpochDone, *, show_layers: bool) -> None:

@@ -22,7 +22,7 @@ from tolaria.emergency.protocol import HOW_TO_GO_ON, level_name
 from tolaria.images import SnapshotInfo
 from tolaria.lane.messages import EpochDone, LaneReady, OptimizerChanged, Restored, StepDone
 from tolaria.values.loss_window import Averages
-from tolaria.values.optimization import ActiveAdjustment
+from tolaria.values.optimization import RATES_ARE_OWNED, ActiveAdjustment
 from tolaria.values.seeds import FOSSILIZED, FOSSILIZED_LEFT, NO_LIMITS, SLOTS_FREE, SeedLimits, count_in
 
 PACKET_VERSION: Final = 1
@@ -341,7 +341,10 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What the health of a run depends on, besides its state; an empty text or tuple is no condition."""
+    """What the health of a run depends on, besides its state; an empty text or tuple is no condition.
+
+    `foreign_rates` counts the steps of this process before which other code had changed a learning rate.
+    """
 
     emergency_level: enums.EmergencyLevel.ValueType
     emergency_reason: str
@@ -349,12 +352,15 @@ class Conditions:
     open_breakers: tuple[str, ...]
     checkpoints_failing: str
     skipped_streak: int
+    foreign_rates: int = 0
 
     @property
     def degradations(self) -> list[str]:
         """Sentences about everything that does not stop training."""
         elevated = self.emergency_level > enums.EMERGENCY_LEVEL_NOTICE
+        rates = f"other code changed learning rates before {self.foreign_rates} steps; {RATES_ARE_OWNED}"
         found = {
+            rates: self.foreign_rates,
             f"emergency level {level_name(self.emergency_level)}: {self.emergency_reason}": elevated,
             f"checkpoints fail: {self.checkpoints_failing}": self.checkpoints_failing,
             f"the last {self.skipped_streak} steps were skipped": self.skipped_streak,

@@ -74,6 +74,7 @@ class TrainingTelemetry(RunObserver):
             self._emitter.emit(
                 events.NON_FINITE_STEP, step=step.global_step, loss=step.loss, gradient_norm=step.gradient_norm
             )
+        self._metrics.training_skipped_microbatches_total.inc(len(step.left_out))
         if (step.skipped and not step.rescaled) or step.left_out:
             self._skipped(step)
         if step.parameters_finite is not None:
@@ -142,6 +143,8 @@ class TrainingTelemetry(RunObserver):
         metrics.training_latency_ms.set(epoch.steps_s * 1000)
         if epoch.samples == 0:
             self._emitter.emit(events.ZERO_SAMPLES, epoch=epoch.epoch)
+        if (right := epoch.evaluation.correct) > (samples := epoch.evaluation.samples):
+            self._emitter.emit(events.ACCURACY_ABOVE_ONE, epoch=epoch.epoch, correct=right, samples=samples)
 
     def on_boundary(self, status: RunStatus, epoch: EpochDone, *, budget_ms: float, breach: bool) -> None:
         held_up_ms = status.boundaries_ms[-1]

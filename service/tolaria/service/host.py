@@ -129,7 +129,7 @@ class Host:
                 if not written:
                     self._log.error("checkpoint_left_behind", detail="the disk did not answer in time")
         if not ended:
-            self._log.error("lane_stuck", detail="a microbatch did not end in time; its thread is abandoned")
+            self._log.error("lane_stuck", detail="a microbatch or an evaluation did not end in time")
         self._closing.set()
         self._core.lifecycle.changed()
 

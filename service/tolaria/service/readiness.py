@@ -30,6 +30,8 @@ def readiness(core: Core) -> Readiness:
     """Returns what `/readyz` says. Reads plain values only, so that any thread may call it."""
     phase, phase_s = core.status.lane_phase()
     details = [f"the lane has been {phase} for {phase_s:.0f} s"] if phase_s >= LONG_PHASE_S else []
+    if core.status.snapshots_unavailable:
+        details.append(f"no fast rollback: {core.status.snapshots_unavailable}")
     return Readiness(reasons_not_ready(core), details)
 
 

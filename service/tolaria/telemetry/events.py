@@ -99,6 +99,7 @@ HEARTBEAT_LOST = _critical("tolaria.heartbeat_lost", "reason")
 EPOCH_BUDGET_EXCEEDED = _warning("tolaria.epoch_budget_exceeded", "epoch", "latency_ms", "budget_ms")
 HOOK_BUDGET_EXCEEDED = _warning("tolaria.hook_budget_exceeded", "step", "latency_ms", "budget_ms")
 ZERO_SAMPLES = _warning("zero_samples", "epoch")
+ACCURACY_ABOVE_ONE = _warning("tolaria.accuracy_above_one", "epoch", "correct", "samples")
 NON_FINITE_STEP = _error("tolaria.non_finite_step", "step", "loss", "gradient_norm")
 STEP_SKIPPED = _warning("tolaria.step_skipped", "step", "epoch", "batches", "loss", "gradient_norm", "reason")
 PARAMETERS_CHECKED = _warning("tolaria.parameters_checked", "step", "finite")
@@ -115,7 +116,7 @@ SEED_HEALTH = _info("seed_health", "seed_id", "share", "share_delta", "conflict_
 
 # Optimizer and fast paths
 LR_LIMITED = _warning("tolaria.lr_limited", "origin", "detail")
-LR_INTEGRITY_VIOLATION = _error("tolaria.lr_integrity_violation", "group", "expected", "found")
+LR_INTEGRITY_VIOLATION = _error("tolaria.lr_integrity_violation", "group", "expected", "found", "detail")
 OPT_REBUILT = _info("tolaria.opt_rebuilt", "step", "latency_ms", "kept", "fresh", "dropped")
 OPT_REBUILD_FAILED = _error("tolaria.opt_rebuild_failed", "step", "detail")
 COMPILE_FALLBACK = _warning("tolaria.compile_fallback", "path", "detail")

@@ -75,6 +75,9 @@ class Metrics:
         self.training_skipped_steps_total = self._counter(
             "training.skipped_steps_total", "Steps that changed nothing because they were not finite.", ["reason"]
         )
+        self.training_skipped_microbatches_total = self._counter(
+            "training.skipped_microbatches_total", "Microbatches left out of an update because they were not finite."
+        )
         self.training_epoch = self._gauge("training.epoch", "Current epoch, starting at 1.")
         self.training_samples_total = self._counter("training.samples_total", "Training samples processed.")
         self.training_state = self._gauge("training.state", "1 for the current state of the run.", ["state"])

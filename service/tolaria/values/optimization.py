@@ -18,6 +18,13 @@ OF_THE_RUN: Final = frozenset({OPERATOR, AUTOMATIC})
 """Origins of adjustments that belong to the run and not to its state: a rollback and a crash do not end them."""
 
 
+RATES_ARE_OWNED: Final = (
+    "Tolaria owns the learning rates, and a scheduler of the job has no effect: give the schedule as optimizer.policy "
+    "(constant keeps the rate of build_optimizer; cosine, step) with optimizer.warmup_steps, period_steps, decay, floor"
+)
+"""What a user can do whose job changes learning rates itself."""
+
+
 class GroupRole(StrEnum):
     """How a param group's learning rate is set: by the schedule, by a share of it with a warm-up, or to 0."""
 

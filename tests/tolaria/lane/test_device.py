@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from tolaria.errors import ConfigurationError
 from tolaria.jobs import Batch
@@ -28,6 +29,8 @@ def test_threads_leave_a_core_for_the_event_loop() -> None:
 def test_tensors_in_nested_payloads_are_moved() -> None:
     """Tensors in tuples, lists and dicts are moved, other values are kept; on the CPU nothing is copied."""
     meta = torch.device("meta")
+    packed = to_device((nn.utils.rnn.pack_sequence([torch.ones(3), torch.ones(2)]),), meta)[0]
+    assert (packed.data.device, packed.batch_sizes.device.type) == (meta, "cpu")
     moved = to_device({"x": (torch.ones(2), [torch.ones(3)]), "name": "a"}, meta)
     assert moved["x"][0].device == moved["x"][1][0].device == meta
     assert moved["name"] == "a"

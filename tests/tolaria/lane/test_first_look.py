@@ -219,6 +219,125 @@ def cursor_that_forgets(job: Line) -> Cursor:
     return made
 
 
+class Decaying(nn.Module):
+    """Shrinks its weight in every forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.out.weight.mul_(0.99)
+        made: Tensor = self.out(x)
+        return made
+
+
+class MaxNorm(nn.Module):
+    """Bounds the norms of its weight's rows in every forward pass, as models of EEG data do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.first.weight.data = torch.renorm(self.first.weight.data, p=2, dim=0, maxnorm=0.5)
+        made: Tensor = self.out(torch.relu(self.first(x)))
+        return made
+
+
+class Late(nn.Module):
+    """Makes a layer, a buffer, or its weight anew, in the first forward pass."""
+
+    def __init__(self, made: str) -> None:
+        super().__init__()
+        self.made, self.first = made, nn.Linear(4, 1)
+        self.head: nn.Linear | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.made == "layer" and self.head is None:
+            self.head = nn.Linear(4, 1)
+        elif self.made == "buffer" and not hasattr(self, "mean"):
+            self.register_buffer("mean", x.mean(0))
+        elif self.made == "weight":
+            self.first.weight = nn.Parameter(self.first.weight.detach().clone())
+        made: Tensor = self.first(x) if self.head is None else self.head(x)
+        return made
+
+
+def kept_optimizer(job: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer that the job keeps, to use it itself."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    job.optimizer = optimizer
+    return optimizer
+
+
+def own_update(job: Any, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """The loop of a user who does not know yet that Tolaria has one."""
+    job.optimizer.zero_grad()
+    losses: Mapping[str, Tensor] = Line.losses(job, model, batch)  # type: ignore[no-untyped-call]
+    losses[HOST].backward()  # type: ignore[no-untyped-call]
+    job.optimizer.step()
+    return {HOST: losses[HOST].detach()}
+
+
+def own_backward(job: Any, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """Backpropagates beside Tolaria."""
+    losses: Mapping[str, Tensor] = Line.losses(job, model, batch)  # type: ignore[no-untyped-call]
+    losses[HOST].backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def own_clipping(job: Any, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """Clips gradients that are not there yet."""
+    losses: Mapping[str, Tensor] = Line.losses(job, model, batch)  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return losses
+
+
+def two_optimizers(job: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer of the last layer; the job keeps another one, of the first."""
+    first, *_, last = model.children()
+    job.optimizer = torch.optim.SGD(first.parameters(), lr=0.01)
+    return torch.optim.SGD(last.parameters(), lr=0.01)
+
+
+def adversary(job: Any, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """Takes a step of the kept optimizer before the loss."""
+    x, y = batch.payload
+    job.optimizer.zero_grad()
+    first = [parameter for group in job.optimizer.param_groups for parameter in group["params"]]
+    torch.autograd.backward(functional.mse_loss(model(x), y), inputs=first)
+    job.optimizer.step()
+    losses: Mapping[str, Tensor] = Line.losses(job, model, batch)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def cleared(job: Any, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """Attacks its own input before the loss, and clears the gradients of that."""
+    x, y = batch.payload
+    functional.mse_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
+    model.zero_grad()
+    losses: Mapping[str, Tensor] = Line.losses(job, model, batch)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def trained_by_evaluation(job: Any, model: nn.Module, batch: Batch) -> Evaluation:
+    """Takes a step in the evaluation."""
+    job.optimizer.step()
+    return Evaluation(0.0, 0, batch.samples)
+
+
+def late(made: str) -> Callable[[Line], nn.Module]:
+    """The method `build_model` of a job with such a model, behind a layer."""
+    return lambda _: nn.Sequential(nn.Linear(4, 4), Late(made))
+
+
+def loss(made: Callable[[Tensor], Any]) -> Callable[[Line, nn.Module, Batch], Mapping[str, Any]]:
+    """The method `losses` of a job that returns something made of its loss."""
+    return lambda job, model, batch: {HOST: made(Line.losses(job, model, batch)[HOST])}  # type: ignore[no-untyped-call]
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"training_data": cursor({"a", "b"})}, r"training_data: state_dict\(\) field 'field': a set cannot be kept"),
     ({"training_data": cursor(batch=lambda b: b.payload)}, r"next_batch\(\) must return a Batch, got a tuple"),
@@ -232,6 +351,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"build_model": lambda _: nn.Linear(4, 1, device="meta")}, r"build_model\(\): 'weight'.* is a meta tensor"),
     ({"validation_batches": once}, r"validation_batches\(\) returns the same iterator each time"),
     ({"evaluate": lambda *_: torch.ones(2)}, r"evaluate\(\) must return an Evaluation"),
+    ({"evaluate": lambda *_: Evaluation(1.0, 9, 8)}, r"evaluate\(\): Evaluation.correct is 9, more than .*samples.* 8"),
+    ({"evaluate": lambda *_: Evaluation(1.0, 0, -8)}, r"evaluate\(\): Evaluation.samples must be a whole number of at"),
+    ({"training_data": cursor(batch=lambda b: Batch(b.payload, -8))}, r"next_batch\(\): Batch.samples .* got -8"),
+    ({"build_optimizer": kept_optimizer, "losses": own_update}, r"losses\(\) calls step\(\) of the optimizer"),
+    ({"build_optimizer": kept_optimizer, "evaluate": trained_by_evaluation}, r"evaluate\(\) calls step\(\) of"),
+    ({"losses": own_backward}, r"losses\(\) changes the gradients of parameters, as backward"),
+    ({"losses": own_clipping}, r"losses\(\) changes the gradients.*clip by training.clip_norm"),
+    ({"losses": loss(lambda one: float(one.detach()))}, r"losses\(\): the loss of source 'host' must be a tensor"),
+    ({"losses": loss(lambda one: one.detach())}, r"losses\(\): the loss of source 'host' carries no graph"),
+    ({"losses": loss(lambda one: one.repeat(2))}, r"losses\(\): the loss of source 'host' must be a scalar"),
+    ({"build_model": lambda _: Decaying()}, r"evaluate\(\): parameter 'out.weight' changes with every pass"),
+    ({"build_model": late("layer")}, r"creates parameter '1.head.weight'.*create '1.head' in __init__, .*LazyLinear"),
+    ({"build_model": late("buffer")}, r"losses\(\): a pass creates buffer '1.mean'"),
+    ({"build_model": late("weight")}, r"losses\(\): a pass replaces parameter '1.first.weight'"),
 ]  # fmt: skip
 
 
@@ -242,6 +375,56 @@ def test_what_would_fail_later_is_refused_at_the_start(changes: dict[str, Any], 
     with pytest.raises(JobError, match=message) as caught:
         lane()
     assert "\n" not in str(caught.value)
+
+
+def test_gradients_that_losses_clears_are_missed_only_with_several_microbatches() -> None:
+    """With one microbatch nothing is lost, and it trains as without; with two the first one's would be."""
+    lanes = []
+    for methods in ({}, {"losses": cleared}):
+        CHANGES.clear()
+        CHANGES.update(methods)
+        lanes.append(lane())
+        lanes[-1].train_to(4)
+    assert lanes[0].losses == lanes[1].losses
+    training = TrainingSettings(job=f"{HERE}:changed", device="cpu", threads=1, accumulate=2)
+    with pytest.raises(JobError, match=r"losses\(\) clears gradients.*training.accumulate"):
+        build(Settings(training=training))
+
+
+def test_what_is_probably_not_meant_is_noted_at_the_start() -> None:
+    """A second optimizer that the job steps itself, and a first loss that is not finite; sound jobs have no notes."""
+    jobs: dict[str, dict[str, Any]] = {
+        "sound": {},
+        "adversary": {"build_optimizer": two_optimizers, "losses": adversary},
+        "infinite": {"losses": loss(lambda one: one * torch.inf)},
+    }
+    built = {}
+    for name, methods in jobs.items():
+        CHANGES.clear()
+        CHANGES.update(methods)
+        training = TrainingSettings(job=f"{HERE}:changed", device="cpu", threads=1)
+        built[name] = build(Settings(training=training)).ready.notes
+    assert built["sound"] == ()
+    assert [note.split(":")[0] for note in built["adversary"]] == ["losses() steps another optimizer, SGD"]
+    assert built["infinite"] == ("losses(): the loss of the first batch, or its gradient, is not finite",)
+
+
+def test_a_projection_in_the_forward_pass_is_exact() -> None:
+    """It trains as in a bare loop, and rolls back exactly: a second pass over the same parameters changes nothing."""
+    CHANGES["build_model"] = lambda _: MaxNorm()
+    trains()
+    driven = lane(fastpaths={"fused": "off"})
+    driven.train_to(8)
+    torch.manual_seed(0)
+    model, job = MaxNorm(), Line(JobContext(0, torch.device("cpu")))  # type: ignore[no-untyped-call]
+    data, optimizer = job.training_data(), job.build_optimizer(model)  # type: ignore[no-untyped-call]
+    data.begin_epoch(1)
+    while (batch := data.next_batch()) is not None:
+        optimizer.zero_grad()
+        job.losses(model, batch)[HOST].backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    for one, other in zip(driven.module.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("loss_sum", [torch.tensor(2.5), np.float32(2.5), 2.5])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,11 +16,11 @@ from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from support.lane_driver import DrivenLane, running
 from support.user_jobs import FrozenNorm, Line, ScaledAdam, Unfreezing
 from tolaria.config import FastPathSettings, Settings, TrainingSettings
-from tolaria.jobs import HOST, JobContext
+from tolaria.jobs import HOST, Batch, Evaluation, JobContext
 from tolaria.jobs.digits import DigitsOptions
 from tolaria.lane.build import build
 from tolaria.lane.fast_paths import FastPaths, spanning_compilation
-from tolaria.lane.messages import EpochDone, ReconcileSeeds, RunEpoch, SeedsChanged, SnapshotsChanged
+from tolaria.lane.messages import EpochDone, ReconcileSeeds, RunEpoch, SeedsChanged, SnapshotsChanged, StepDone
 from tolaria.lane.step import train_step
 from tolaria.seeds import Blueprints
 from tolaria.values.optimization import LearningRateViolation
@@ -209,6 +209,84 @@ def test_a_scheduler_of_the_users_own_is_reported_and_undone() -> None:
         violations += step.violations
         assert module.optimizer.param_groups[0]["lr"] == 0.01
     assert {v.found for v in violations if v.group == "host"} == {0.005}
+
+
+class Scheduled(Line):
+    """Warms up by a scheduler of torch's, which sets the rate to 0 when it is made, and steps it in a method."""
+
+    where: ClassVar[str] = "losses"
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 100))
+        return optimizer
+
+    def _step(self, method: str) -> None:
+        if method == self.where:
+            self.scheduler.step()
+
+    def train_mode(self, model: nn.Module) -> None:
+        model.train()
+        self._step("train_mode")
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        self._step("losses")
+        losses: Mapping[str, Tensor] = super().losses(model, batch)  # type: ignore[no-untyped-call]
+        return losses
+
+    def validation_batches(self) -> list[Batch]:
+        self._step("validation_batches")
+        batches: list[Batch] = super().validation_batches()  # type: ignore[no-untyped-call]
+        return batches
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
+        self._step("evaluate")
+        found: Evaluation = super().evaluate(model, batch)  # type: ignore[no-untyped-call]
+        model.train()  # as at the end of a loop that the user has written before
+        return found
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("where", ["losses", "train_mode", "validation_batches", "evaluate"])
+def test_a_scheduler_is_reported_wherever_it_is_stepped(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start says so; the rate is the one with which the optimizer was built, also where the warm-up begins at 0."""
+    monkeypatch.setattr(Scheduled, "where", where)
+    job = f"{HERE}:Scheduled"
+    built = build(Settings(training=TrainingSettings(job=job, device="cpu", threads=1, epochs=3)))
+    assert [note for note in built.ready.notes if "optimizer.policy" in note] != []
+    with running(built) as run:
+        for epoch in (1, 2, 3):
+            run.send(RunEpoch(epoch))
+            run.wait_for(EpochDone, number=epoch)
+        violations = [violation for step in run.all_of(StepDone) for violation in step.violations]
+    assert violations != []
+    assert {violation.expected for violation in violations} == {0.05}
+
+
+class Dropping(Scheduled):
+    """Evaluates in two batches, and leaves the model in training mode after each."""
+
+    where: ClassVar[str] = ""
+
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def validation_batches(self) -> list[Batch]:
+        halves = zip(torch.split(self.x, 32), torch.split(self.y, 32), strict=True)
+        return [Batch(half, 32) for half in halves]
+
+
+def test_every_batch_of_an_evaluation_finds_the_model_in_evaluation_mode() -> None:
+    """Also after the job has set training mode at the end of the batch before; training goes on in its own mode."""
+    built = build(Settings(training=TrainingSettings(job=f"{HERE}:Dropping", device="cpu", threads=1)))
+    with running(built) as run:
+        run.send(RunEpoch(1))
+        found = run.wait_for(EpochDone).evaluation
+    job, model = Dropping(JobContext(0, torch.device("cpu"))), built.module.model.eval()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        expected = functional.mse_loss(model(job.x), job.y, reduction="sum").item()
+    assert found.loss_sum == pytest.approx(expected, rel=1e-4)
+    assert found.samples == 64
 
 
 # -- dtypes and seeds that fail --------------------------------------------------------------------------------------

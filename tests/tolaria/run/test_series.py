@@ -8,6 +8,8 @@ from prometheus_client import Counter, Histogram
 from support.runs import FakePeers, new_run, running
 from tolaria.config import KasminaSettings, TamiyoSettings
 from tolaria.peers.connect import connected_peers
+from tolaria.service.readiness import readiness
+from tolaria.values.training import Evaluation
 
 pytestmark = pytest.mark.anyio
 
@@ -40,6 +42,38 @@ async def test_every_counter_with_labels_starts_at_zero() -> None:
     labelled = [metric for metric in vars(metrics).values() if isinstance(metric, Counter | Histogram)]
     empty = [name for metric in labelled for family in metric.collect() for name in [family.name] if not family.samples]
     assert empty == ["tolaria.telemetry.dropped"]  # the service sets it, beside the log
+
+
+async def test_microbatches_that_are_left_out_are_counted() -> None:
+    """From 0 on, apart from skipped steps."""
+    options = {"corrupted": [[1, 0], [1, 3]], "factor": float("nan")}
+    run = new_run(FakePeers(), job="CorruptedDataJob", epochs=1, accumulate=2, options=options)
+    async with running(run):
+        assert run.sample("tolaria.training.skipped_microbatches_total") == 0
+        await run.until(lambda: run.state == "FINISHED")
+    assert run.sample("tolaria.training.skipped_microbatches_total") == 2
+    assert run.status.skipped_steps == 0
+
+
+async def test_an_accuracy_above_one_is_reported() -> None:
+    """The first look cannot find it in a job that counts right tokens and samples: at first few tokens are right."""
+    run = new_run(FakePeers(), epochs=2)
+    run.job.evaluate = lambda *_: Evaluation(1.0, 9, 8)
+    async with running(run):
+        await run.until(lambda: run.state == "FINISHED")
+    found = run.emitter.attributes_of("tolaria.accuracy_above_one")
+    assert [event["epoch"] for event in found] == ["1", "2"]
+
+
+async def test_a_state_that_fits_no_snapshot_is_a_detail_of_readyz() -> None:
+    """Training goes on, and the service is ready; only a fast rollback is impossible."""
+    sections: dict[str, object] = {"rollback": {"memory_mb": 1}}
+    run = new_run(FakePeers(), job="support.user_jobs:Line", epochs=1, options={"width": 10**5}, sections=sections)
+    async with running(run):
+        await run.until(lambda: run.state == "FINISHED")
+        found = readiness(run.core)
+    assert (found.reasons, len(found.details)) == ([], 1)
+    assert found.details[0].startswith("no fast rollback: ")
 
 
 async def test_figures_of_validation_and_steps_have_metrics() -> None:

@@ -107,12 +107,14 @@ async def test_a_job_whose_losses_are_nan_by_itself_is_not_rolled_back() -> None
     assert run.status.skipped_steps in range(24, 31)  # checks have used up some
 
 
-async def test_too_much_bad_data_halts_with_the_reason() -> None:
-    """The parameters are sound, so nothing is rolled back; a person has to look at the data."""
-    run = poisoned(*consecutive(20, 40), epochs=10, health={"skips_max": 4, "skips_data_max": 12})
+@pytest.mark.parametrize(("first", "ill"), [(20, "are: the data are ill"), (0, "are: no step of the run was finite")])
+async def test_too_much_bad_data_halts_with_the_reason(first: int, ill: str) -> None:
+    """The parameters are sound, so nothing is rolled back; a person has to look at the data, or at the loss."""
+    run = poisoned(*consecutive(first, 40), epochs=10, health={"skips_max": 4, "skips_data_max": 12})
     async with running(run):
         await run.until(lambda: run.state in ENDED)
         assert "skipped_data_spent: 12 steps in a row" in run.status.state_reason
+        assert ill in run.status.state_reason
         assert run.status.rollbacks == 0
         await run.run.stop("enough")
 

@@ -95,7 +95,7 @@ class LaneRestorer:
 
     async def keep(self, rollback: Rollback, /) -> None:
         """Sets `left_step`; saves the live state if it is to be, and sets `left_checkpoint_id` or `left_unkept`."""
-        rollback.left_step = self._status.global_step
+        rollback.left_step = self.status.global_step
         if not rollback.saves_left:
             return
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,10 @@ from tolaria.jobs import Batch, PerSampleLosses
 from tolaria.lane.train_module import TrainModule
 from tolaria.values.training import Evaluation, eager_name
 
-_ROUNDINGS = 8
+_MARKED: Final = 64
+"""The smallest parameters that get a gradient before the losses; more could need memory that a step does not."""
+
+_ROUNDINGS: Final = 8
 """Roundings by which a parameter may differ after a second projection, as of a norm, that changes nothing else."""
 
 
@@ -28,16 +32,16 @@ class LossesObserved:
         self._module, self._job, self._accumulate = module, module.job, accumulate
 
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
-        """Returns the job's losses, beside gradients of one. Raises BrokenJobError. Synchronises."""
-        parameters = self._module.parameters
-        marks = [torch.ones_like(parameter) for parameter in parameters]
-        for parameter, mark in zip(parameters, marks, strict=True):
-            parameter.grad = mark
+        """Returns the job's losses, called beside gradients of one. Raises BrokenJobError. Synchronises."""
+        parameters = sorted(self._module.parameters, key=Tensor.numel)
+        for parameter in parameters[:_MARKED]:
+            parameter.grad = torch.ones_like(parameter)
+        marks = [parameter.grad for parameter in parameters]
         losses = self._job.losses(model, batch)
         found = [parameter.grad for parameter in parameters]
         self._module.clear_gradients()
         # A tensor's version counts writes to it.
-        changed = [g for g, mark in zip(found, marks, strict=True) if g is not mark or mark._version]  # noqa: SLF001
+        changed = [g for g, mark in zip(found, marks, strict=True) if g is not mark or (g is not None and g._version)]  # noqa: SLF001
         if any(gradient is not None and bool(gradient.any()) for gradient in changed):
             raise BrokenJobError(
                 "losses() changes the gradients of parameters, as backward() and clip_grad_norm_() do, before Tolaria "
@@ -109,6 +113,7 @@ def checked_twice(module: TrainModule, evaluate: Callable[[], Evaluation]) -> Ev
     Raises:
         BrokenJobError: names a parameter that changes with every pass.
     """
+    module.clear_gradients()  # their memory holds the copies
     kept = [parameter.detach().clone() for parameter in module.parameters]
     evaluation = evaluate()
     if all(map(torch.equal, module.parameters, kept)):

@@ -286,6 +286,25 @@ async def test_a_hanging_disk_delays_a_rollback_by_the_full_budget() -> None:
         await stop(run)
 
 
+async def test_a_disk_that_is_known_to_hang_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While an earlier checkpoint is stalled, a rollback begins at once, far from the end of the full budget."""
+    monkeypatch.setattr("tolaria.run.checkpointing.STALLED_S", 0.05)
+    disk = Disk()
+    run = stepped(files=disk, rollback={"full_budget_s": 3600.0})
+    async with running(run):
+        await train_to(run, 3)
+        disk.gate.clear()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run.run.checkpoint, "stalled")
+            await run.until(lambda: bool(run.checkpointing.failing))
+            with anyio.fail_after(10):
+                away = await run.run.roll_back(back_to(1))
+            disk.gate.set()
+        assert (away.restored_step, away.left_checkpoint_id) == (1, "")
+        assert "the checkpoint of step 3 takes longer" in away.left_unkept
+        await stop(run)
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

@@ -261,6 +261,9 @@ SOUND: Final[tuple[Trial, ...]] = (
     Trial("four conflicting tasks", "conflict", 24, {"optimizer": "sgd", "lr": 0.002, "batch": 16}),
     Trial("character GPT", "gpt", 12, {"optimizer": "adamw", "lr": 3e-3, "batch": 16}, rates={"warmup_steps": 50}),
     Trial("variational autoencoder", "vae", 32, {"lr": 2e-3, "batch": 32}),
+    Trial("two adversaries", "adversaries", 48, {"lr": 1e-3, "batch": 32}),
+    Trial("student of its own average", "student", 48, {"lr": 1e-3, "batch": 32}),
+    Trial("temporal differences", "values", 64, {"lr": 2e-3, "batch": 32}),
 )
 """Runs in which nothing is wrong. In the curriculum that is not announced one rollback is allowed."""
 

@@ -5,6 +5,7 @@ A task is built from options. Its data come from scikit-learn or from a generato
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -197,6 +198,89 @@ class Conflict(Line):
         return {name: functional.mse_loss(found, target) for name, target in targets.items()}
 
 
+class Adversaries(Digits):
+    """A generator of digits and a critic that train against each other (Goodfellow et al. 2014), one optimizer for both.
+
+    What one wins the other loses: the sum of their losses may rise for as long as training lasts.
+    """
+
+    has_accuracy = False
+
+    def model(self) -> nn.Module:
+        return nn.ModuleDict(
+            {
+                "make": nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.Sigmoid()),
+                "judge": nn.Sequential(nn.Linear(64, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1)),
+            }
+        )
+
+    def losses(self, model: nn.Module, parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        x, parts_of = parts[0], cast("nn.ModuleDict", model)
+        made = parts_of["make"](torch.randn(len(x), 16))
+        judge = parts_of["judge"]
+        judged = functional.softplus(-judge(x)).mean() + functional.softplus(judge(made.detach())).mean()
+        fixed = {name: parameter.detach() for name, parameter in judge.named_parameters()}
+        fooled = functional.softplus(-torch.func.functional_call(judge, fixed, (made,))).mean()
+        return {HOST: judged + fooled}
+
+    def validate(self, model: nn.Module, parts: tuple[Tensor, ...]) -> tuple[float, int]:
+        return float(self.losses(model, parts)[HOST]), 0
+
+
+class Student(Digits):
+    """A student that predicts a slow average of itself (Grill et al. 2020): the loss falls at once, and rises later."""
+
+    has_accuracy = False
+
+    def model(self) -> nn.Module:
+        sizes = (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 16))
+        predict = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+        model = nn.ModuleDict({"student": nn.Sequential(*sizes), "teacher": nn.Sequential(*sizes), "predict": predict})
+        model["teacher"] = copy.deepcopy(model["student"]).requires_grad_(requires_grad=False)
+        return model
+
+    def losses(self, model: nn.Module, parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        x, parts_of = parts[0], cast("nn.ModuleDict", model)
+        one, other = x + 0.1 * torch.randn_like(x), x + 0.1 * torch.randn_like(x)
+        with torch.no_grad():
+            aim = parts_of["teacher"](other)
+            for mean, new in zip(parts_of["teacher"].parameters(), parts_of["student"].parameters(), strict=True):
+                mean.lerp_(new, 0.01)
+        found = parts_of["predict"](parts_of["student"](one))
+        return {HOST: (2 - 2 * functional.cosine_similarity(found, aim)).mean()}
+
+    def validate(self, model: nn.Module, parts: tuple[Tensor, ...]) -> tuple[float, int]:
+        return float(self.losses(model, parts)[HOST]), 0
+
+
+class Values(Line):
+    """Temporal differences with a target that is renewed from time to time (Mnih et al. 2015).
+
+    The values grow from zero to the sum of the rewards to come, and the loss grows with them for a long time.
+    """
+
+    def model(self) -> nn.Module:
+        value = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+        model = nn.ModuleDict({"value": value, "target": copy.deepcopy(value).requires_grad_(requires_grad=False)})
+        model.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        return model
+
+    def losses(self, model: nn.Module, parts: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        x, parts_of = parts[0], cast("nn.ModuleDict", model)
+        reward = functional.relu(x[:, :1])
+        following = x.roll(1, 1) * 0.9 + 0.1
+        with torch.no_grad():
+            if model.training:
+                model.passes += 1
+                if int(model.passes) % int(self.options.get("renewed_every", 50)) == 0:
+                    parts_of["target"].load_state_dict(parts_of["value"].state_dict())
+            aim = reward + 0.98 * parts_of["target"](following)
+        return {HOST: functional.mse_loss(parts_of["value"](x), aim)}
+
+    def validate(self, model: nn.Module, parts: tuple[Tensor, ...]) -> tuple[float, int]:
+        return float(self.losses(model, parts)[HOST]), 0
+
+
 CONTEXT, LETTERS = 32, " .abcdefghijklmnopqrstuvwxyz"
 _TENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen")
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", *_TENS)
@@ -265,11 +349,14 @@ class Characters(Task):
 
 TASKS: Mapping[str, type[Task]] = {
     "digits": Digits,
+    "adversaries": Adversaries,
     "bandit": Bandit,
     "vae": Autoencoder,
     "line": Line,
     "hinge": Hinge,
     "density": Density,
     "conflict": Conflict,
+    "student": Student,
+    "values": Values,
     "gpt": Characters,
 }

@@ -97,7 +97,10 @@ class RollbackSettings(Section):
     """
 
     memory_mb: int = Field(default=256, ge=1, le=1_000_000)
-    """Host memory for snapshots, in MiB. 256: five snapshots of a model of ten million parameters with Adam."""
+    """Host memory for snapshots, in MiB. What several of them share, such as frozen parameters, counts once.
+
+    256: two snapshots of a model of ten million parameters with Adam.
+    """
 
     snapshots_max: int = Field(default=5, ge=1, le=1000)
     """Snapshots kept in memory. 5: the oldest one predates a fault that is detected late."""

@@ -60,6 +60,7 @@ class Arena:
             offset += _padded(spec.size_bytes)
         self.buffers = MappingProxyType(buffers)
         self._targets = [tensor_view(spec, buffers[spec.name]) for spec in specs]
+        self._hashers = [spec.hasher() for spec in specs]
         self._digests: dict[str, str] = {}
 
     @property
@@ -82,7 +83,10 @@ class Arena:
     def digests(self) -> Mapping[str, str]:
         """Returns the content's digests by name, computed at the first call after a fill."""
         if not self._digests:
-            self._digests = {spec.name: spec.digest(self.buffers[spec.name]) for spec in self.specs}
+            for (name, buffer), begun in zip(self.buffers.items(), self._hashers, strict=True):
+                hasher = begun.copy()
+                hasher.update(buffer)
+                self._digests[name] = hasher.hexdigest()
         return self._digests
 
 
@@ -91,9 +95,11 @@ def arena_bytes(specs: tuple[TensorSpec, ...]) -> int:
     return sum(_padded(spec.size_bytes) for spec in specs)
 
 
-def grouped(specs: Collection[TensorSpec], trained: Collection[str]) -> list[tuple[TensorSpec, ...]]:
+def grouped(specs: tuple[TensorSpec, ...], trained: Collection[str]) -> list[tuple[TensorSpec, ...]]:
     """Groups specs by arena: first those of trained and of small tensors, then each of the others alone."""
-    alone = [spec for spec in specs if spec.size_bytes >= _LARGE_BYTES and spec.name not in trained]
+    alone = [spec for spec in specs if spec.name not in trained and spec.size_bytes >= _LARGE_BYTES]
+    if not alone:
+        return [specs]
     names = {spec.name for spec in alone}
     return [tuple(spec for spec in specs if spec.name not in names), *((spec,) for spec in alone)]
 

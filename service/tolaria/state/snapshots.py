@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 from tolaria.images import Lease, SnapshotInfo, SnapshotStatistics, StateImage, TensorSpec, combine
 from tolaria.state.arenas import Arena, arena_bytes, grouped
 from tolaria.state.encoding import specs_of
 from tolaria.state.training_state import Survey, TrainingState
 from tolaria.values.training import Position
+
+T = TypeVar("T")
 
 _NEWEST_WEIGHT: Final = 0.2
 """Weight of the newest cost in the moving average: follows a change within a dozen snapshots, and damps outliers."""
@@ -120,7 +122,7 @@ class SnapshotRing:
         values, specs = survey.json(), specs_of(survey.tensors)
         groups = grouped(specs, survey.trained)
         size_bytes = sum(map(arena_bytes, groups)) + len(values)
-        shared = self._unchanged(groups, survey) if size_bytes <= self._bytes_max else []
+        shared = self._unchanged(groups, survey) if groups[1:] and size_bytes <= self._bytes_max else []
         with self._lock:
             unused = self._make_room(size_bytes, shared, survey.position.global_step)
             if unused is None:
@@ -132,11 +134,9 @@ class SnapshotRing:
             with self._lock:
                 self._declined += 1
             return Declined(size_bytes, too_large=False, allocation_error=str(error) or "out of memory")
-        buffers = {name: buffer for arena in arenas for name, buffer in arena.buffers.items()}
-        image = StateImage(survey.position, specs, buffers, values)
+        image = StateImage(survey.position, specs, _joined([arena.buffers for arena in arenas]), values)
         if self._seal:
-            digests = {name: digest for arena in arenas for name, digest in arena.digests().items()}
-            image.sealed = combine(digests, values)
+            image.sealed = combine(_joined([arena.digests() for arena in arenas]), values)
         slot = _Slot(arenas, image, size_bytes, number=self._number, at_ns=time.time_ns())
         with self._lock:
             for other in self._slots:  # a leased snapshot of this step keeps its memory but is not restored any more
@@ -283,6 +283,11 @@ class _Slot:
 def _level(number: int, top: int) -> int:
     """Returns the number of trailing zero bits, at most `top`."""
     return min((number & -number).bit_length() - 1, top)
+
+
+def _joined(parts: Sequence[Mapping[str, T]]) -> Mapping[str, T]:
+    """Returns one mapping with the items of all."""
+    return {name: value for part in parts for name, value in part.items()} if parts[1:] else parts[0]
 
 
 def _held_bytes(slots: Iterable[_Slot], shared: Iterable[Arena]) -> int:

@@ -167,7 +167,7 @@ class _Surveyor:
 
     def survey(self) -> Survey:
         for parameter, name in self._names.items():
-            self._put_beside(parameter)(f"parameter/{name}", parameter)
+            self._put(f"parameter/{name}", parameter, trained=parameter.requires_grad)
         for name, buffer in self._live.model.named_buffers():
             self._put(f"buffer/{eager_name(name)}", whole(buffer))
         topology = self._state.topology
@@ -206,9 +206,11 @@ class _Surveyor:
             state[name] = encode(dict(entries), f"state/{name}", self._put_beside(parameter))
         return {"kind": type(optimizer).__name__, "groups": groups, "state": state}
 
-    def _put(self, name: str, tensor: Tensor) -> JsonValue:
+    def _put(self, name: str, tensor: Tensor, *, trained: bool = False) -> JsonValue:
         if name in self._tensors:
             raise StateUnsupportedError(name, "two tensors have this name")
+        if trained:
+            self._trained.add(name)
         self._tensors[name] = tensor
         return {TENSOR_KEY: name}
 
@@ -217,10 +219,8 @@ class _Surveyor:
         device, trained = parameter.device, parameter.requires_grad
 
         def put(name: str, tensor: Tensor) -> JsonValue:
-            if trained:
-                self._trained.add(name)
             with_parameter = tensor.device == device and (tensor.dim() > 0 or device.type != "cpu")
-            reference = cast("dict[str, JsonValue]", self._put(name, tensor))
+            reference = cast("dict[str, JsonValue]", self._put(name, tensor, trained=trained))
             return {**reference, "home": "parameter" if with_parameter else "cpu"}
 
         return put

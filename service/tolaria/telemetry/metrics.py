@@ -190,7 +190,9 @@ class Metrics:
         )
 
     def _declare_rollback(self) -> None:
-        self.rollback_fast_size_bytes = self._gauge("rollback.fast_size_bytes", "Memory used by snapshots.")
+        self.rollback_fast_size_bytes = self._gauge(
+            "rollback.fast_size_bytes", "Memory used by snapshots; what they share counts once."
+        )
         self.rollback_restore_latency_ms = self._gauge(
             "rollback.restore_latency_ms", "Duration of the last restore in the lane."
         )

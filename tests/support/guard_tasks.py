@@ -199,7 +199,7 @@ class Conflict(Line):
 
 
 class Adversaries(Digits):
-    """A generator of digits and a critic that train against each other (Goodfellow et al. 2014), one optimizer for both.
+    """A generator of digits and a critic that train against each other (Goodfellow et al. 2014), with one optimizer.
 
     What one wins the other loses: the sum of their losses may rise for as long as training lasts.
     """
@@ -271,8 +271,9 @@ class Values(Line):
         following = x.roll(1, 1) * 0.9 + 0.1
         with torch.no_grad():
             if model.training:
-                model.passes += 1
-                if int(model.passes) % int(self.options.get("renewed_every", 50)) == 0:
+                passes = cast("Tensor", model.passes)
+                passes += 1
+                if int(passes) % int(self.options.get("renewed_every", 50)) == 0:
                     parts_of["target"].load_state_dict(parts_of["value"].state_dict())
             aim = reward + 0.98 * parts_of["target"](following)
         return {HOST: functional.mse_loss(parts_of["value"](x), aim)}

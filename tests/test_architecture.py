@@ -58,6 +58,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "adjustments", "boundary", "checkpointing", "command_handler", "health", "health_record", "journal_observer",
         "lane_client", "observers", "profiling", "recovery", "restore_points", "resume", "run", "run_state", "safety",
         "safety_telemetry", "seed_telemetry", "status", "training_telemetry",
+        "verdicts",
     ),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
     "service": ("host", "listeners", "readiness", "settings_record", "start", "wiring"),

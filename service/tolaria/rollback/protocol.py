@@ -222,6 +222,7 @@ class Rollback:
             that an earlier automatic rollback has restored.
         preferred_before: restore points of earlier steps than this are better, if there are any.
         lr_cut: adjustment of learning rates after the restore.
+        trend: what is to be undone may be no illness: if that fails, training goes on.
         global_step: step of the run when the rollback was requested.
         began_s: time of the request in monotonic seconds.
         at_ns: time of the request in Unix nanoseconds.
@@ -236,6 +237,7 @@ class Rollback:
     before_step: int | None = None
     preferred_before: int | None = None
     lr_cut: Adjustment | None = None
+    trend: bool = False
     global_step: int = 0
     began_s: float = field(default_factory=time.monotonic)
     at_ns: int = field(default_factory=time.time_ns)
@@ -341,7 +343,7 @@ class Rollback:
         rollback.lr_cut, rollback.global_step = self.lr_cut, self.global_step
         rollback.preferred_before, rollback.made = self.preferred_before, self.made
         rollback.left_step, rollback.left_checkpoint_id = self.left_step, self.left_checkpoint_id
-        rollback.left_unkept = self.left_unkept
+        rollback.left_unkept, rollback.trend = self.left_unkept, self.trend
         return rollback
 
     def end(self, ending: Ending, error: TolariaError | None = None) -> None:

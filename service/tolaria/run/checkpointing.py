@@ -130,6 +130,11 @@ class Checkpointing:
         self.saved_step = -1  # of this branch none is known
         self.on_step(global_step)
 
+    def save_branch(self, global_step: int) -> None:
+        """Has a state that was restored from memory saved: every checkpoint may be superseded, and a crash end it."""
+        if self.enabled:
+            self._make_due(global_step)
+
     async def follow(self, lineage: Lineage, detail: str) -> int:
         """Supersedes the checkpoints that are not ancestors of the live state; returns their number.
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final
 
 from tolaria.config import HealthSettings, RollbackSettings
 from tolaria.emergency import Trigger
@@ -20,6 +19,7 @@ from tolaria.run.health_record import (
     APART_STEPS,
     COLLAPSED,
     EVALUATIONS,
+    HELD_STEPS,
     WATCH_STEPS,
     AutomaticRollback,
     Record,
@@ -29,6 +29,7 @@ from tolaria.run.health_record import (
     collapsing,
     stable,
 )
+from tolaria.run.verdicts import Halt, Proceed, RateCut, Retreat, Verdict
 from tolaria.values.loss_window import Averages, Explosion, LossWindow, rise_begins
 
 REGIMES_MAX: Final = 2
@@ -38,62 +39,6 @@ NEAR_STEPS: Final = 64
 """Distance from the place of the last retreat within which losses that rise again may be a changed task."""
 
 _RECENT: Final = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Proceed:
-    """Training goes on. `alarm` is an explosion that is only reported, empty for none."""
-
-    alarm: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class RateCut:
-    """Multiplies the learning rate by `factor` for `steps` steps; includes the cuts that the rollback undoes."""
-
-    factor: float
-    steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class Retreat:
-    """Training has to be rolled back to the newest proven restore point before `evidence_step`.
-
-    Attributes:
-        reason: what went wrong.
-        evidence_step: the first step that shows it; the restore point has to be of an earlier step.
-        batches: those of the evidence, as (epoch, place), which are left out from now on.
-        cut: of the learning rate.
-        older_than: the point has to be of an earlier step than this too: the one that the previous automatic rollback
-            restored. None if there was none within `rollback.per_steps`.
-        durable: whether only checkpoints are considered.
-        preferred_before: a point of an earlier step than this is better, from before the losses began to rise.
-    """
-
-    reason: str
-    evidence_step: int
-    batches: tuple[tuple[int, int], ...]
-    cut: RateCut
-    older_than: int | None = None
-    durable: bool = False
-    preferred_before: int | None = None
-
-    @property
-    def at_or_before(self) -> int:
-        """The newest step that a restore point may be of; -1 if there can be none."""
-        before = self.evidence_step if self.older_than is None else min(self.evidence_step, self.older_than)
-        return before - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Halt:
-    """Training has to be frozen: going on would repeat what went wrong."""
-
-    trigger: Trigger
-    reason: str
-
-
-Verdict: TypeAlias = Proceed | AcceptRegime | Retreat | Halt
 
 
 class Health:
@@ -171,7 +116,8 @@ class Health:
         return self.to_json()
 
     def _without_progress(self) -> str:
-        return self._record.model_dump_json(exclude_defaults=True, exclude={"best_step"})  # known from the state
+        progress = {"best_step", "taken"}  # the state has it, or most of it
+        return self._record.model_dump_json(exclude_defaults=True, exclude=progress)
 
     # -- what the lane reports ---------------------------------------------------------------------------------------
 
@@ -192,6 +138,7 @@ class Health:
                 self._recent.append(step)
             return self._skipped(step, quiet=quiet)
         self._record.skip_streak = 0
+        self._record.taken += 1
         self._record.best_step = max(self._record.best_step, step.global_step)
         self.losses.note(step.loss, step.gradient_norm)
         spread_before, alarm = self.losses.relative_spread, None
@@ -229,8 +176,11 @@ class Health:
             return Proceed()
         first, worst = record.worse[0][0], min(value for _, value in record.evaluations)
         reason = f"{len(record.worse)} evaluations in a row are worse than all before: {value:.4g} after {worst:.4g}"
+        trend = "" if record.counts_accuracy else "evaluations"
+        if trend in record.trends:
+            record.evaluations = list(record.worse)
         record.worse = []
-        return self._retreat(reason, first, (), epoch.global_step, durable=True)
+        return self._retreat(reason, first, (), epoch.global_step, durable=True, trend=trend)
 
     def regime_begins(self, *, announced: bool) -> None:
         """Follows the lane, which has emptied its window for a changed task, announced by the job or accepted here."""
@@ -260,7 +210,7 @@ class Health:
         record.worse = []
         if not self._origin:
             record.rollbacks, record.without_progress = [], 0
-            record.best_step, record.best_step_then = global_step, -1
+            record.best_step, record.best_step_then, record.trends = global_step, -1, []
             record.retreat_step, record.retreat_batches = None, []
         elif record.rollbacks:
             record.rollbacks[-1].restored_step = global_step
@@ -284,15 +234,15 @@ class Health:
         return None
 
     def older_than(self, at_step: int) -> int | None:
-        """Returns the oldest step that automatic rollbacks within the window have restored: the next goes further."""
-        restored = [rollback.restored_step for rollback in self._within_budget(at_step)]
-        return min((step for step in restored if step is not None), default=None)
+        """Returns the oldest step that recent automatic rollbacks have restored: the next goes further back."""
+        recent = [each for each in self._within_budget(at_step) if not self._since(each, at_step) > HELD_STEPS]
+        return min((each.restored_step for each in recent if each.restored_step is not None), default=None)
 
     def begin_rollback(self, origin: str, at_step: int) -> None:
         """Counts an automatic rollback of an origin, `health` or `tamiyo`, that begins at `at_step`."""
         record = self._record
         self._origin = origin
-        record.rollbacks = [*self._within_budget(at_step), AutomaticRollback(begun_at=at_step, origin=origin)]
+        record.rollbacks = [*self._within_budget(at_step), self._beginning(origin, at_step)]
         stuck = record.best_step <= record.best_step_then
         record.without_progress = record.without_progress + 1 if stuck else 1
         record.best_step_then = record.best_step
@@ -315,20 +265,33 @@ class Health:
         *,
         durable: bool = False,
         preferred_before: int | None = None,
+        trend: str = "",
     ) -> Verdict:
-        if (halt := self.refusal(at_step)) is not None:
+        halt = self.refusal(at_step)
+        if trend and (halt is not None or trend in self._record.trends):
+            return self._reported(reason, at_step)
+        if halt is not None:
             return Halt(halt.trigger, f"{reason}; {halt.reason}")
+        self._record.trends += [trend] if trend else []
         older_than = self.older_than(at_step)
         self.begin_rollback(HEALTH, at_step)
         self._spoiled.update(batches)
         self._watch = None
         cut = RateCut(self._settings.lr_cut ** len(self._retreats), self._settings.lr_cut_steps)
-        return Retreat(reason, evidence_step, batches, cut, older_than, durable, preferred_before)
+        return Retreat(reason, evidence_step, batches, cut, older_than, durable, preferred_before, trend=bool(trend))
 
     def _within_budget(self, at_step: int) -> list[AutomaticRollback]:
-        """Returns the rollbacks that count at `at_step`, among them those at later, undone steps."""
-        from_step = at_step - self._settings.per_steps
-        return [rollback for rollback in self._record.rollbacks if rollback.begun_at > from_step]
+        """Returns the rollbacks that began fewer than `per_steps` steps ago."""
+        per_steps = self._settings.per_steps
+        return [rollback for rollback in self._record.rollbacks if self._since(rollback, at_step) < per_steps]
+
+    def _since(self, rollback: AutomaticRollback, at_step: int) -> int:
+        """Returns the number of steps that have been taken since a rollback began, also those that were undone."""
+        begun = rollback.begun_after
+        return at_step - rollback.begun_at if begun is None else self._record.taken - begun
+
+    def _beginning(self, origin: str, at_step: int) -> AutomaticRollback:
+        return AutomaticRollback(begun_at=at_step, begun_after=self._record.taken, origin=origin)
 
     @property
     def _retreats(self) -> list[AutomaticRollback]:
@@ -361,16 +324,21 @@ class Health:
 
     def _exploded(self, step: StepDone, alarm: Explosion, spread_before: float) -> Verdict:
         reason = f"loss {step.judged:g}: {len(alarm.evidence)} losses above {alarm.limit:g} ({alarm.kind})"
-        if not self._settings.automatic or self._record.regimes >= REGIMES_MAX:
-            known = self._alarmed_step
-            self._alarmed_step = step.global_step
-            again = known is not None and 0 <= step.global_step - known <= WATCH_STEPS
-            return Proceed("" if again else reason)
         evidence_step, batches = self._evidence(step, alarm)
-        if (early := self._rises_again(evidence_step)) is not None:
-            self._watch = Watch(reason, evidence_step, batches, self.losses.limit, spread_before, early, [])
+        early, trend = self._rises_again(evidence_step), alarm.kind if alarm.kind == "slow" else ""
+        known = trend in self._record.trends
+        if not self._settings.automatic or self._record.regimes >= REGIMES_MAX or (known and early is None):
+            return self._reported(reason, step.global_step)
+        if early is not None:
+            self._watch = Watch(reason, evidence_step, batches, self.losses.limit, spread_before, early, known, [])
             return Proceed(reason)
-        return self._retreat_from(reason, evidence_step, batches, step.global_step)
+        # No batch is to blame for a slow rise.
+        return self._retreat_from(reason, evidence_step, () if trend else batches, step.global_step, trend)
+
+    def _reported(self, reason: str, at_step: int) -> Proceed:
+        """Reports what is not acted on, unless it has been reported a few steps before."""
+        known, self._alarmed_step = self._alarmed_step, at_step
+        return Proceed("" if known is not None and 0 <= at_step - known <= WATCH_STEPS else reason)
 
     def _rises_again(self, evidence_step: int) -> bool | None:
         """Returns whether losses have risen again before the place of the last retreat; None if it is not near.
@@ -386,10 +354,10 @@ class Health:
         return early if goes_on or abs(evidence_step - place) <= NEAR_STEPS else None
 
     def _retreat_from(
-        self, reason: str, evidence_step: int, batches: tuple[tuple[int, int], ...], at_step: int
+        self, reason: str, evidence_step: int, batches: tuple[tuple[int, int], ...], at_step: int, trend: str = ""
     ) -> Verdict:
         preferred = self._rise_before(evidence_step)
-        verdict = self._retreat(reason, evidence_step, batches, at_step, preferred_before=preferred)
+        verdict = self._retreat(reason, evidence_step, batches, at_step, preferred_before=preferred, trend=trend)
         if isinstance(verdict, Retreat):
             self._record.retreat_step = evidence_step
         return verdict
@@ -409,7 +377,8 @@ class Health:
         if watch.healed:
             return Proceed()
         # On data on which training went well before, it is no changed task, and what made it rise may be over by now.
-        if watch.early or not stable(watch.losses, watch.spread_before, self.losses.scale):
+        changed = watch.trend or (not watch.early and stable(watch.losses, watch.spread_before, self.losses.scale))
+        if not changed:
             return self._retreat_from(watch.reason, watch.evidence_step, watch.batches, step.global_step)
         self._accepting = watch
         return AcceptRegime(watch.reason, tuple(self._record.retreat_batches))

@@ -27,6 +27,9 @@ WATCH_STEPS: Final = 64
 COLLAPSED: Final = 3
 """Evaluations in a row that have to be worse than all of those by more than their range."""
 
+HELD_STEPS: Final = 256
+"""Steps taken since an automatic rollback after which it has helped: the next one need not go further back."""
+
 DROPPED_MAX: Final = 8
 """Steps in a row in which the gradients of a seed are dropped, after which it is culled."""
 
@@ -34,10 +37,11 @@ DROPPED_MAX: Final = 8
 class AutomaticRollback(BaseModel):
     """An automatic rollback: the step at which it began, and the one that it restored (None until then).
 
-    `origin` is `health` or `tamiyo`; an earlier version did not record it.
+    `origin` is `health` or `tamiyo`; `begun_after` the steps taken before it. Earlier versions recorded neither.
     """
 
     begun_at: int
+    begun_after: int | None = None
     origin: str = HEALTH
     restored_step: int | None = None
 
@@ -51,12 +55,15 @@ class Record(BaseModel):
         retreat_step: first step of the evidence of the last retreat from an explosion; None if there was none.
         retreat_batches: the batches that the last retreat left out.
         left_out: all batches that are left out, as (epoch, place).
+        taken: steps taken in all, also those that were undone.
         best_step: the highest step so far.
         best_step_then: `best_step` at the last automatic rollback.
         without_progress: automatic rollbacks in a row at the same `best_step`.
         skip_streak: steps in a row that were skipped most recently.
         skipped: steps that were skipped in all.
         regimes: accepted regimes.
+        trends: `slow` after a retreat from a slow rise, `evaluations` after one from worse validation losses. Losses of
+            adversaries or of growing targets rise like that by themselves: the next such rise does not roll back.
         counts_accuracy: whether the job counts correct predictions; evaluations are accuracies then, else -losses.
         evaluations: step and value of the last healthy evaluations; larger values are better.
         worse: the same of the evaluations in a row that were worse than all of those.
@@ -67,12 +74,14 @@ class Record(BaseModel):
     retreat_step: int | None = None
     retreat_batches: list[tuple[int, int]] = []
     left_out: list[tuple[int, int]] = []
+    taken: int = 0
     best_step: int = 0
     best_step_then: int = -1
     without_progress: int = 0
     skip_streak: int = 0
     skipped: int = 0
     regimes: int = 0
+    trends: list[str] = []
     counts_accuracy: bool = False
     evaluations: list[tuple[int, float]] = []
     worse: list[tuple[int, float]] = []
@@ -93,7 +102,8 @@ class Record(BaseModel):
 class Watch:
     """Losses that have risen again near the last retreat, until it is known whether the task has changed.
 
-    `early`: before the place of that retreat, on data on which training went well then.
+    `early`: before the place of that retreat, on data on which training went well then. `trend`: it is accepted in any
+    case.
     """
 
     reason: str
@@ -102,6 +112,7 @@ class Watch:
     limit: float
     spread_before: float
     early: bool
+    trend: bool
     losses: list[float]
 
     @property

@@ -27,13 +27,14 @@ from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.protocol import EMERGENCY, HEALTH, Ending, Rollback, tier_name
 from tolaria.run.adjustments import RunAdjustments
 from tolaria.run.checkpointing import Checkpointing
-from tolaria.run.health import Health, Retreat
+from tolaria.run.health import Health
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
 from tolaria.run.restore_points import RestorePoints, choose
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus
+from tolaria.run.verdicts import Retreat
 from tolaria.values.optimization import AUTOMATIC, OPERATOR, Adjustment
 
 _ROLLBACK: Final = "rollback"  # holder of the lane
@@ -41,6 +42,7 @@ FOLLOW_UP_S: Final = 5.0
 """Longest wait of each command after a restore for the lane, which is already held."""
 
 _BATCHES_LOGGED_MAX: Final = 20
+_NOT_UNDONE: Final = frozenset({Ending.FAILED, Ending.DEADLINE_EXCEEDED})
 
 _Answer = TypeVar("_Answer")
 
@@ -52,7 +54,7 @@ class LaneRestorer:
         lane: the lane's client.
         status: the figures of the run.
         points: which restore points are proven or suspect.
-        origin: the checkpoint that is being restored, if it is not an ancestor of the live state; else None.
+        origin: the checkpoint that is being restored if it is not an ancestor of the live state.
     """
 
     def __init__(
@@ -279,8 +281,7 @@ class Recovery:
 
         Raises as `roll_back` does.
         """
-        row, halted = self._resumed, self._status.state == RUN_STATE_HALTED
-        self._resumed = None
+        (row, self._resumed), halted = (self._resumed, None), self._status.state == RUN_STATE_HALTED
         if self.ill:
             why = f"resumed after a halt on an ill state ({self.ill}): {reason}"
             back = await self.roll_back(Rollback(ROLLBACK_TIER_UNSPECIFIED, None, why, EMERGENCY))
@@ -297,7 +298,9 @@ class Recovery:
         if self.running or self._lifecycle.ended:
             return
         tier = ROLLBACK_TIER_FULL if verdict.durable else ROLLBACK_TIER_UNSPECIFIED
-        rollback = Rollback(tier, None, verdict.reason, HEALTH, before_step=verdict.at_or_before + 1)
+        rollback = Rollback(
+            tier, None, verdict.reason, HEALTH, before_step=verdict.at_or_before + 1, trend=verdict.trend
+        )
         rollback.preferred_before = verdict.preferred_before
         rollback.lr_cut = Adjustment(
             group=None,
@@ -333,6 +336,8 @@ class Recovery:
         self._status.attempt = self._points.lineage.attempt
         if self._current is not None:
             self._current[0].attempt = self._status.attempt
+            if self._current[0].tier == ROLLBACK_TIER_FAST:
+                self._checkpointing.save_branch(step)
         self._status.newest_proven_step = self._points.newest_proven_step
 
     async def _carry_out(self, rollback: Rollback, on_over: Callable[[Rollback], None]) -> None:
@@ -372,8 +377,8 @@ class Recovery:
         self.unproven = rollback.unproven or (self.unproven and not restored)
         self._halt_if_ill(rollback)
         if restored or rollback.unproven:
-            detail = f"rolled back to step {rollback.restored_step}"
-            rollback.superseded = await self._checkpointing.follow(self._points.lineage, detail)
+            back = f"rolled back to step {rollback.restored_step}"
+            rollback.superseded = await self._checkpointing.follow(self._points.lineage, back)
         self._observers.on_rollback_ended(rollback)
         if restored:
             self.ill = ""
@@ -383,7 +388,7 @@ class Recovery:
         """Halts the run if live state is corrupt, or is ill and could not be undone; an operator's failure does not."""
         if rollback.unproven:
             self._safety.halt(f"rollback_unproven: {rollback.error}")
-        elif rollback.origin == HEALTH and rollback.ending in {Ending.FAILED, Ending.DEADLINE_EXCEEDED}:
+        elif rollback.origin == HEALTH and not rollback.trend and rollback.ending in _NOT_UNDONE:
             self.ill = rollback.reason
             if rollback.ending is Ending.DEADLINE_EXCEEDED:
                 self._safety.trigger(Trigger.ROLLBACK_DEADLINE_MISSED, rollback.reason)

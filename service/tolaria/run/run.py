@@ -22,7 +22,7 @@ from tolaria.rollback.protocol import Rollback
 from tolaria.run.adjustments import RunAdjustments
 from tolaria.run.boundary import EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
-from tolaria.run.health import Halt, Health, Proceed, Retreat
+from tolaria.run.health import Health
 from tolaria.run.health_record import DroppedSeeds
 from tolaria.run.lane_client import LaneClient, PendingCommand
 from tolaria.run.observers import RunObserver
@@ -33,6 +33,7 @@ from tolaria.run.resume import RunOutcome
 from tolaria.run.run_state import Lifecycle, RunEvent, after
 from tolaria.run.safety import COLLAPSE, EXPLOSION, NON_FINITE, Safety
 from tolaria.run.status import RunStatus, epoch_packet, health_of, status_message
+from tolaria.run.verdicts import Halt, Proceed, Retreat
 from tolaria.values.optimization import Adjustment
 
 _LAST_CHECKPOINT_S: Final = 30.0

@@ -13,7 +13,7 @@ from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.errors import NoCheckpointError, WrongStateError
 from tolaria.journal.rows import CheckpointRow, RollbackRow
 from tolaria.rollback.protocol import Rollback
-from tolaria.run.health import RateCut, Retreat
+from tolaria.run.verdicts import RateCut, Retreat
 
 pytestmark = pytest.mark.anyio
 

@@ -10,15 +10,9 @@ from leyline.v1.state_pb2 import HardwareContext
 from tolaria.config import HealthSettings, RollbackSettings
 from tolaria.emergency import Trigger
 from tolaria.lane.messages import AcceptRegime, EpochDone, StepDone
-from tolaria.run.health import (
-    Halt,
-    Health,
-    Proceed,
-    RateCut,
-    Retreat,
-    Verdict,
-)
+from tolaria.run.health import Health
 from tolaria.run.health_record import DroppedSeeds, Record, collapsing, stable
+from tolaria.run.verdicts import Halt, Proceed, RateCut, Retreat, Verdict
 from tolaria.values.loss_window import LossWindow
 from tolaria.values.training import Evaluation
 
@@ -112,7 +106,7 @@ def test_each_retreat_goes_further_back_and_slower() -> None:
     """Within `per_steps`; skipped batches accumulate, and the budget ends it with a halt."""
     run = Trained(steps=400)
     cuts, limits = [], []
-    for back, steps in ((380, 300), (360, 150), (340, 300)):
+    for back, steps in ((380, 250), (360, 150), (340, 250)):
         verdict = run.explode()
         assert isinstance(verdict, Retreat)
         cuts.append(verdict.cut.factor)
@@ -125,6 +119,97 @@ def test_each_retreat_goes_further_back_and_slower() -> None:
     assert isinstance(verdict, Halt)
     assert verdict.trigger is Trigger.ROLLBACK_BUDGET_SPENT
     assert len(run.health.left_out) == 6
+
+
+@pytest.mark.parametrize(("steps", "older_than"), [(200, 0), (300, None)])
+def test_a_retreat_long_after_one_that_helped_does_not_go_further_back(steps: int, older_than: int | None) -> None:
+    """It would undo good steps, if there is an older point at all."""
+    run = Trained()
+    assert isinstance(run.explode(), Retreat)
+    run.restore(0)
+    run.train(*[QUIET] * steps)
+    verdict = run.explode()
+    assert isinstance(verdict, Retreat)
+    assert verdict.older_than == older_than
+    assert verdict.cut.factor == 0.25
+
+
+def test_steps_that_are_taken_again_count_for_the_budget() -> None:
+    """A rollback far back does not make the ones before it count until its steps have all been taken again."""
+    run = Trained(RollbackSettings(automatic_max=1, per_steps=300), steps=5000)
+    assert isinstance(run.explode(), Retreat)
+    run.restore(100)
+    run.train(*[QUIET] * 200)
+    assert run.health.refusal(run.at) is not None
+    run.train(*[QUIET] * 200)
+    resumed = Health(RollbackSettings(automatic_max=1, per_steps=300), HEALTH, run.health.to_json())
+    assert run.health.refusal(run.at) is resumed.refusal(run.at) is None
+
+
+def scattered(steps: int, rise: float = 0.0) -> list[float]:
+    """Returns losses that scatter around 1 by a tenth, and rise by `rise` in each step."""
+    return [1.0 + rise * n + 0.1 * ((n * 7 % 11) / 5 - 1) for n in range(steps)]
+
+
+def restore_scattered(run: Trained, at: int) -> None:
+    """Goes back to a step at which the losses scattered."""
+    window = LossWindow(HEALTH.window)
+    for loss in scattered(200):
+        window.add(loss)
+    run.health.restored(json.dumps(window.state_dict()), at)
+    run.health.end_retreat()
+    run.at = at
+
+
+def test_a_slow_rise_rolls_back_once() -> None:
+    """Losses of adversaries or of growing targets rise by themselves: the next rise is reported, and never halts."""
+    run = Trained(RollbackSettings(automatic_max=1), steps=0)
+    assert run.train(*scattered(200)) == []
+    (verdict,) = run.train(*scattered(275, rise=0.001))
+    assert isinstance(verdict, Retreat)
+    assert verdict.trend
+    assert "(slow)" in verdict.reason
+    assert verdict.batches == ()  # none of them is to blame
+    restore_scattered(run, 10)
+    run.train(*scattered(100))
+    again = run.train(*scattered(600, rise=0.001))
+    assert again
+    assert {type(each) for each in again} <= {Proceed, AcceptRegime}
+    resumed = Trained(RollbackSettings(automatic_max=1), steps=0, saved=run.health.to_json())
+    resumed.train(*scattered(200))
+    assert [type(each) for each in resumed.train(*scattered(275, rise=0.001))] == [Proceed]
+    resumed.train(*scattered(900))
+    assert isinstance(resumed.explode(), Retreat), "a jump is no trend"
+
+
+def test_a_slow_rise_at_the_same_place_is_no_second_one() -> None:
+    """Although the level is not stable."""
+    run = Trained(steps=0)
+    run.train(*scattered(200))
+    (verdict,) = run.train(*scattered(275, rise=0.001))
+    assert isinstance(verdict, Retreat)
+    restore_scattered(run, 200)
+    again = run.train(*scattered(460, rise=0.001))
+    assert again
+    assert {type(each) for each in again} <= {Proceed, AcceptRegime}
+
+
+def test_validation_losses_that_grow_roll_back_once() -> None:
+    """They have no bound: what comes after one rollback is how the job is. Accuracies are judged again each time."""
+    for correct, kind in ((0, Proceed), (50, Retreat)):
+        run = Trained()
+        values = [0.5, 0.5, 0.5, *[50.0] * 3, *[5000.0] * 6]
+        verdicts = []
+        for at, loss in enumerate(values):
+            right = 0 if not correct else 90 if loss < 1 else 30 if loss < 100 else 3
+            verdicts.append(run.health.epoch(epoch(right, at=200 + at, loss=loss), rolling_back=False))
+            if isinstance(verdicts[-1], Retreat):
+                run.health.end_retreat()
+        assert isinstance(verdicts[5], Retreat)
+        assert verdicts[5].trend is (correct == 0)
+        assert kind in {type(each) for each in verdicts[6:]}
+        assert not any(isinstance(each, Halt) for each in verdicts)
+        assert any(isinstance(each, Retreat) for each in verdicts[6:]) is (kind is Retreat)
 
 
 def test_the_budget_comes_back_after_per_steps() -> None:
@@ -371,7 +456,8 @@ def test_a_refused_acceptance_is_none(then: float, verdict: type[Verdict] | None
     before = Record.parse(run.health.to_json())
     assert isinstance(run.train(*[LOUD] * 66)[-1], AcceptRegime)
     run.health.regime_answered(accepted=False)
-    assert Record.parse(run.health.to_json()).model_copy(update={"best_step": before.best_step}) == before
+    counts = {"best_step": before.best_step, "taken": before.taken}
+    assert Record.parse(run.health.to_json()).model_copy(update=counts) == before
     assert run.train(*[then] * 31) == []
     assert [type(found) for found in run.train(then)] == ([verdict] if verdict else [])
 

@@ -15,7 +15,7 @@ from tolaria.filesystem import Filesystem
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import StepDone
 from tolaria.rollback.protocol import Rollback
-from tolaria.run.health import RateCut, Retreat
+from tolaria.run.verdicts import RateCut, Retreat
 
 pytestmark = pytest.mark.anyio
 

@@ -51,13 +51,14 @@ from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.protocol import Ending, Rollback
 from tolaria.run.adjustments import RunAdjustments, saved_adjustments
 from tolaria.run.checkpointing import Checkpointing
-from tolaria.run.health import Health, RateCut, Retreat
+from tolaria.run.health import Health
 from tolaria.run.observers import RunObserver
 from tolaria.run.recovery import LaneRestorer, Recovery
 from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus
+from tolaria.run.verdicts import RateCut, Retreat
 from tolaria.values.lineage import Lineage
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.training import EpochProgress, Position
@@ -140,6 +141,7 @@ class FakeCheckpointing(Checkpointing):
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
+        self.branches: list[int] = []
 
     async def keep(self, target: str) -> tuple[CheckpointRow, bool]:
         """Keeps nothing."""
@@ -152,6 +154,10 @@ class FakeCheckpointing(Checkpointing):
 
     def rewound(self, global_step: int, lineage: Lineage) -> None:
         """Does nothing: no image is in flight."""
+
+    def save_branch(self, global_step: int) -> None:
+        """Notes the step."""
+        self.branches.append(global_step)
 
     def on_proven(self, checkpoint_ids: object) -> None:
         """Does nothing."""
@@ -419,6 +425,7 @@ async def test_the_lane_is_held_until_everything_is_done(storage: Storage) -> No
     kinds = [type(command) for command in parts.lane.sent]
     assert kinds == [Hold, Restore, ChangeOptimizer, SkipBatches, Release]
     assert parts.recorder.log == [("started", True), ("rolled back to step 6", True), ("ended", True)]
+    assert parts.checkpointing.branches == [6]
     (change,) = parts.lane.sent_of(ChangeOptimizer)
     assert change.adjustment is not None
     assert (change.adjustment.factor, change.adjustment.expires_after_steps) == (0.5, 3)
@@ -490,6 +497,18 @@ async def test_a_retreat_without_a_restore_point_halts(storage: Storage) -> None
                 await anyio.sleep(0.001)
     assert parts.recorder.log == [("started", True), ("failed", True), ("ended", True)]
     assert parts.recovery.ill == "loss exploded"
+
+
+async def test_a_trend_without_a_restore_point_does_not_halt(storage: Storage) -> None:
+    """The job's losses may be like that: training goes on, and is saved."""
+    parts = RecoveryParts(storage)
+    async with serving(parts):
+        parts.recovery.retreat(Retreat("rises slowly", 9, (), RateCut(0.5, 3), older_than=3, trend=True))
+        with anyio.fail_after(10):
+            while parts.recovery.running:
+                await anyio.sleep(0.001)
+    assert parts.recorder.log == [("started", True), ("ended", True)]
+    assert not parts.recovery.unsound
 
 
 async def test_a_rollback_to_another_branch(storage: Storage) -> None:

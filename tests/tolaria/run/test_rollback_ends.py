@@ -16,8 +16,8 @@ from tolaria.emergency import Trigger
 from tolaria.errors import RestoreAbandonedError, RestoreUnprovenError, WrongStateError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.rollback.protocol import Rollback
-from tolaria.run.health import RateCut, Retreat
 from tolaria.run.recovery import LaneRestorer
+from tolaria.run.verdicts import RateCut, Retreat
 from tolaria.values.lineage import Lineage
 
 pytestmark = pytest.mark.anyio

@@ -23,7 +23,7 @@ from tolaria.errors import LaneError, NoCheckpointError, RestoreAbandonedError, 
 from tolaria.journal.rows import RollbackRow
 from tolaria.lane.messages import AcceptRegime, Command, StepDone
 from tolaria.rollback.protocol import Rollback
-from tolaria.run.health import Verdict
+from tolaria.run.verdicts import Verdict
 from tolaria.signals import RollbackState
 
 pytestmark = pytest.mark.anyio

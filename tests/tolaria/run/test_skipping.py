@@ -12,7 +12,7 @@ from support.guard_runs import ENDED, hosted, run_to_end
 from support.peers import command
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.rollback.protocol import Rollback
-from tolaria.run.health import RateCut, Retreat
+from tolaria.run.verdicts import RateCut, Retreat
 
 pytestmark = pytest.mark.anyio
 

@@ -11,6 +11,7 @@ from typing import Final
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from tolaria.config import Settings
 from tolaria.errors import (
@@ -34,6 +35,7 @@ from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.train_module import TrainModule
+from tolaria.optimization.groups import has_scheduler
 from tolaria.values.optimization import RATES_ARE_OWNED, ActiveAdjustment
 
 _MIB: Final = 2**20
@@ -150,7 +152,7 @@ def _build_module(settings: Settings, job: TrainingJob, context: JobContext) -> 
 
 
 def _notes(module: TrainModule) -> tuple[str, ...]:
-    cursor, step = module.cursor, module.optimizer.step
+    cursor, held = module.cursor, getattr(module.job, "__dict__", {}).values()
     notes = cursor.notes if isinstance(cursor, LoaderCursor) else ()
-    scheduled = hasattr(step, "_wrapped_by_lr_sched")  # torch's mark of an optimizer that has a scheduler
+    scheduled = has_scheduler(module.optimizer) or any(isinstance(each, LRScheduler) for each in held)
     return (*notes, f"the optimizer has a scheduler of torch's; {RATES_ARE_OWNED}") if scheduled else notes

@@ -215,7 +215,7 @@ def _evaluate(module: TrainModule) -> None:
         module.model.eval()
         return checked_evaluation(job.evaluate(module.model, batch))
 
-    with torch.no_grad(), own_steps_refused(module, lambda: "evaluate()"):
+    with torch.no_grad(), own_steps_refused(module, lambda: "evaluate()"), module.seeds.groups_as_built():
         found = call("evaluate", lambda: checked_twice(module, evaluate))
     if found.correct > found.samples:
         raise BrokenJobError(

@@ -309,7 +309,7 @@ class ThreadLane:
         total = Evaluation(0.0, 0, 0)
         module.model.eval()
         with torch.no_grad():
-            for given in module.job.validation_batches():
+            for given in module.validation_batches():
                 if self._commands.stopping or not self._continue_step():
                     raise StepAbandonedError
                 batch = checked_batch(given, "validation_batches()")
@@ -317,7 +317,8 @@ class ThreadLane:
                     batch = on_device(batch, module.device, pinned=module.fast_paths.pins_memory)
                     if module.model.training:  # the job has set it for the batch before
                         module.model.eval()
-                    total += checked_evaluation(module.job.evaluate(module.model, batch))
+                    with module.seeds.groups_as_built():
+                        total += checked_evaluation(module.job.evaluate(module.model, batch))
         return total
 
 

@@ -30,7 +30,7 @@ def parameters_sound(module: TrainModule, losses_of: Callable[[Batch], Mapping[s
     module.save_pass()
     try:
         batch = on_device(module.last_good, module.device)
-        with module.fast_paths.autocast(), _watching(module) as outputs_finite:
+        with module.fast_paths.autocast(), module.seeds.groups_as_built(), _watching(module) as outputs_finite:
             losses = losses_of(batch)
         if essential_finite(module, losses):
             if essential := [loss for source, loss in losses.items() if source not in module.isolated_seeds]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Final, cast
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, cast
 
 import torch
 from pydantic import JsonValue
@@ -18,6 +19,7 @@ from tolaria.jobs import HOST
 from tolaria.lane.gradient_merge import GradientScope
 from tolaria.lane.messages import SeedsChanged
 from tolaria.optimization import GroupPlan, OptimizerManager, UnifiedLRController, regroup
+from tolaria.optimization.groups import has_scheduler
 from tolaria.seeds import Blueprints, SeedTopology, parameters_by_owner
 from tolaria.seeds.stages import TRAINED
 from tolaria.seeds.topology import Reconciliation
@@ -60,8 +62,34 @@ class SeedTraining:
         self.manager = OptimizerManager(optimizer, named, min_interval_steps=interval)
         self.controller = UnifiedLRController(self.manager, settings.optimizer, settings.control, run_steps=run_steps)
         self.controller.apply(0)
+        self._own_options: dict[str, dict[str, Any]] = {}
+        if has_scheduler(optimizer):  # which a hook may step
+            hooks = optimizer._optimizer_step_post_hooks  # noqa: SLF001 - torch has no public way to change a hook
+            hooks.update({key: self.groups_as_built()(hook) for key, hook in hooks.items()})
         self._rebuild_due = self._urgent = False
         self._retry_at_step = 0
+
+    @contextmanager
+    def groups_as_built(self) -> Iterator[None]:
+        """Within the block, in which the job's code runs, the optimizer has only the groups that the job built.
+
+        A scheduler of the job's own raises when it meets a group, such as a seed's, that it has not been made with, or
+        when an option is missing that it has added to a group: a restore to before that drops it, and it comes back.
+        """
+        groups = self.manager.optimizer.param_groups
+        seeds = [group for group in groups if _name(group).startswith(SEED_GROUP)]
+        if seeds:
+            groups[:] = [group for group in groups if not _name(group).startswith(SEED_GROUP)]
+        for group in groups:
+            if len(group) < len(own := self._own_options.get(_name(group), group)):
+                group.update({key: value for key, value in own.items() if key not in group})
+        try:
+            yield
+        finally:
+            for group in groups:
+                if len(group) != len(self._own_options.get(_name(group), ())):
+                    self._own_options[_name(group)] = dict(group)
+            groups.extend(seeds)
 
     def reconcile(self, desired: Sequence[SeedState], global_step: int) -> SeedsChanged:
         """Brings the model to the desired seeds, and the optimizer to the model."""
@@ -171,3 +199,7 @@ class SeedTraining:
             for seed_id in self.topology.training_seeds
         ]
         return [*host, *(group for group in seeds if group.parameters)]
+
+
+def _name(group: Mapping[str, Any]) -> str:
+    return str(group.get("name"))  # the job's code may have just added one without a name

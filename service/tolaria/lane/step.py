@@ -235,7 +235,7 @@ def _take_microbatches(
             module.merger.begin(module.global_step, module.accumulate)
         taken.read += batch.samples
         module.save_microbatch(gradients=thorough)
-        with mark("forward"), module.fast_paths.autocast():
+        with mark("forward"), module.fast_paths.autocast(), module.seeds.groups_as_built():
             losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
         module.look_up_parameters()
         loss = None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias, cast
+from typing import TypeAlias, TypeVar, cast
 
 import torch
 from pydantic import JsonValue
@@ -22,6 +22,8 @@ from tolaria.lane.seed_training import SeedTraining
 from tolaria.state.encoding import KeptValues, capture_rngs, restore_rngs
 from tolaria.values.loss_window import LossWindow
 from tolaria.values.training import EpochProgress, Position
+
+T = TypeVar("T")
 
 _StepStart: TypeAlias = tuple[CursorState, EpochProgress, tuple[dict[str, Tensor], dict[str, JsonValue]]]
 
@@ -157,10 +159,11 @@ class TrainModule:
 
     def train_mode(self) -> None:
         """Sets the model to training mode, by the job's own `train_mode` if it has one."""
-        if self._sets_train_mode is not None:
-            self._sets_train_mode.train_mode(self.model)
-        else:
+        if self._sets_train_mode is None:
             self.model.train()
+            return
+        with self.seeds.groups_as_built():
+            self._sets_train_mode.train_mode(self.model)
 
     def begin_epoch(self) -> None:
         """Starts the next epoch; within one, as after a rollback, only sets the model to training mode."""
@@ -168,20 +171,28 @@ class TrainModule:
         self.look_up_parameters()
         if self.progress.over:
             self.progress = self.progress.begun(self.progress.number + 1)
-            self.cursor.begin_epoch(self.progress.number)
+            with self.seeds.groups_as_built():
+                self.cursor.begin_epoch(self.progress.number)
 
     def next_batch(self) -> Batch | None:
         """Returns the next batch that is not empty and not to be skipped; None at the end of the epoch.
 
         Raises BrokenJobError if the cursor returns something else than a batch.
         """
-        while (batch := self.cursor.next_batch()) is not None:
+        while (batch := self._read(self.cursor.next_batch)) is not None:
             batch = checked_batch(batch, "training_data: next_batch()")
             place = self.progress.batches
             self.progress = self.progress.after_batch()
             if batch.samples and (self.progress.number, place) not in self.skipped:
                 return batch
         return None
+
+    def validation_batches(self) -> Iterator[object]:
+        """Yields what the job's `validation_batches` gives."""
+        given = iter(self._read(self.job.validation_batches))
+        end = object()
+        while (batch := self._read(lambda: next(given, end))) is not end:
+            yield batch
 
     def close_data(self) -> None:
         """Ends the workers of a `DataLoader`; nothing may be read afterwards."""
@@ -269,6 +280,10 @@ class TrainModule:
         self.announced.clear()
         self.regimes_begun.clear()
         self.skip_streak, self.last_good = 0, None
+
+    def _read(self, read: Callable[[], T]) -> T:
+        with self.seeds.groups_as_built():
+            return read()
 
     def _job_state(self) -> KeptValues | None:
         return None if self._stateful is None else KeptValues(dict(self._stateful.state_dict()), "job")

@@ -79,6 +79,11 @@ def rate_in(group: ParamGroup) -> float:
     return float(present) if isinstance(present, (int, float)) else math.nan
 
 
+def has_scheduler(optimizer: Optimizer) -> bool:
+    """Whether a scheduler of torch's has been made for the optimizer: all but ReduceLROnPlateau mark its `step`."""
+    return hasattr(optimizer.step, "_wrapped_by_lr_sched")
+
+
 def base_rate_in(group: ParamGroup) -> float:
     """Returns the rate with which the job built the group: a scheduler of torch's keeps it as `initial_lr`."""
     return rate_in({"lr": group["initial_lr"]} if "initial_lr" in group else group)

@@ -193,7 +193,7 @@ def _update(module: TrainModule) -> tuple[str, ...]:
 
 def _once_only(job: TrainingJob, before: Mapping[str, bool], after: Mapping[str, bool]) -> list[str]:
     """Returns a sentence about a parameter that the first pass has frozen or unfrozen: a job may do so only once."""
-    changed = [name for name, on in after.items() if on != before.get(name, on)]
+    changed = [name for name, on in after.items() if on != before[name]]
     if not changed or isinstance(job, StatefulJob):
         return []
     note = (

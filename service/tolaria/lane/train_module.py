@@ -65,7 +65,7 @@ class TrainedFlags:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._host = parameters_by_owner(model)[HOST]
         self._built = self.now()
         self._restored: dict[str, bool] = {}
         self._due: dict[str, bool] = {}
@@ -73,12 +73,12 @@ class TrainedFlags:
 
     def now(self) -> dict[str, bool]:
         """Returns the present flags by name."""
-        return {name: parameter.requires_grad for name, parameter in parameters_by_owner(self._model)[HOST]}
+        return {name: parameter.requires_grad for name, parameter in self._host}
 
     def state_dict(self) -> dict[str, JsonValue]:
         """Returns the names of the changed parameters in the model's order."""
         built, restored = self._built, self._restored
-        changed = {name: on for name, on in self.now().items() if on != built.get(name, on) or on is restored.get(name)}
+        changed = {name: on for name, on in self.now().items() if on != built[name] or on is restored.get(name)}
         return {"frozen": [n for n, on in changed.items() if not on], "trained": [n for n, on in changed.items() if on]}
 
     def load_state_dict(self, state: Mapping[str, JsonValue]) -> None:
@@ -92,7 +92,7 @@ class TrainedFlags:
         due_step = max(from_step, self._due_step if self._due else 0)
         due = {**(before if to_step < from_step else {}), **self._due} if to_step < due_step else {}
         now = self.now()
-        self._due = {name: on for name, on in due.items() if now.get(name, on) != on}
+        self._due = {name: on for name, on in due.items() if now[name] != on}
         self._due_step = due_step
 
     def step_begins(self, global_step: int) -> None:
@@ -102,7 +102,7 @@ class TrainedFlags:
             self._due = {}
 
     def _set(self, flags: Mapping[str, bool]) -> None:
-        for name, parameter in parameters_by_owner(self._model)[HOST]:
+        for name, parameter in self._host:
             if parameter.requires_grad != flags.get(name, parameter.requires_grad):
                 parameter.requires_grad_(flags[name])
 

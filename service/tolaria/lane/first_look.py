@@ -6,7 +6,7 @@ has the digest that it had before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Final, TypeAlias, TypeVar, cast
 
@@ -22,7 +22,7 @@ from tolaria.errors import (
     StateUnsupportedError,
 )
 from tolaria.images import StateImage
-from tolaria.jobs import BatchCursor, LoaderCursor, TrainingJob
+from tolaria.jobs import BatchCursor, LoaderCursor, StatefulJob, TrainingJob
 from tolaria.lane.device import on_device
 from tolaria.lane.job_effects import LossesObserved, check_tensors, checked_twice, own_steps_refused, tensors_of
 from tolaria.lane.job_output import checked_batch, checked_evaluation
@@ -167,8 +167,10 @@ def _update(module: TrainModule) -> tuple[str, ...]:
     module.job = cast("TrainingJob", LossesObserved(module, accumulate))
     try:
         module.begin_epoch()
+        flags = module.flags.now()
         with own_steps_refused(module, lambda: "" if phase == _PHASES["optimizer"] else phase) as notes:
             step = train_step(module, lambda: True, mark)
+        notes.update(_once_only(job, flags, module.flags.now()))
         if step is not None and step.skipped:
             phase = _PHASES["optimizer"]
             notes.add("losses(): the loss of the first batch, or its gradient, is not finite")
@@ -187,6 +189,18 @@ def _update(module: TrainModule) -> tuple[str, ...]:
     if step is None:
         raise EmptyDatasetError("its training data holds no batch")
     return tuple(sorted(notes))
+
+
+def _once_only(job: TrainingJob, before: Mapping[str, bool], after: Mapping[str, bool]) -> list[str]:
+    """Returns a sentence about a parameter that the first pass has frozen or unfrozen: a job may do so only once."""
+    changed = [name for name, on in after.items() if on != before[name]]
+    if not changed or isinstance(job, StatefulJob):
+        return []
+    note = (
+        f"losses(): its first pass freezes or unfreezes parameter {changed[0]!r}, which is undone before the run, as "
+        "all that the first look does: what a job does only once belongs in build_model()"
+    )
+    return [note]
 
 
 def _step_without_gradient(module: TrainModule) -> None:

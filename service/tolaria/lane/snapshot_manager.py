@@ -50,12 +50,14 @@ class SnapshotManager:
             "learning_rates": module.seeds.controller,
             "left_out": module.skipped,
             "losses": module.losses,
+            "requires_grad": module.flags,
         }
         if module.fast_paths.scaler is not None:
             parts["scaler"] = module.fast_paths.scaler
         if isinstance(module.job, StatefulJob):
             parts["job"] = module.job
-        self.state = TrainingState(module, parts, topology=self._structure, optional=("job", "losses"))
+        optional = ("job", "losses", "requires_grad")
+        self.state = TrainingState(module, parts, topology=self._structure, optional=optional)
         self._ring = SnapshotRing(bytes_max=settings.memory_mb * _MIB, entries_max=settings.snapshots_max, seal=True)
         # For checkpoints of states that are too large for the ring; memory is allocated at the first one.
         self._spare = SnapshotRing(bytes_max=_NO_LIMIT_BYTES, entries_max=_SPARE_IMAGES, seal=False)
@@ -146,6 +148,7 @@ class SnapshotManager:
         in_force, from_step = module.seeds.controller.adjustments, module.global_step
         if decided is not None:
             in_force, from_step = tuple(decided), image.position.global_step
+        flags = module.flags.now()
         module.clear_gradients()
         try:
             self._structure.prepare(module.global_step, image)
@@ -157,6 +160,8 @@ class SnapshotManager:
         finally:  # also after a failure: seeds and groups may have changed and changed back
             module.seeds.topology.advance(module.global_step)
             module.refresh()
+        if decided is None and not isinstance(module.job, StatefulJob):
+            module.flags.rolled_back(flags, from_step=from_step, to_step=module.global_step)
         module.skip_streak, module.undone = 0, True
         controller = module.seeds.controller
         controller.carry_over(in_force, from_step=from_step, at_step=module.global_step)

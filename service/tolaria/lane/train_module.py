@@ -19,9 +19,10 @@ from tolaria.lane.gradient_merge import GradientMerger
 from tolaria.lane.job_output import checked_batch
 from tolaria.lane.messages import RegimeBegun
 from tolaria.lane.seed_training import SeedTraining
+from tolaria.seeds.slots import parameters_by_owner
 from tolaria.state.encoding import KeptValues, capture_rngs, restore_rngs
 from tolaria.values.loss_window import LossWindow
-from tolaria.values.training import EpochProgress, Position
+from tolaria.values.training import HOST, EpochProgress, Position
 
 T = TypeVar("T")
 
@@ -55,6 +56,59 @@ class SkippedBatches:
         self.batches = {(int(epoch), int(place)) for epoch, place in listed}
 
 
+class TrainedFlags:
+    """Which parameters of the host are trained (`requires_grad`), as a part of the state; a seed's follow its stage.
+
+    The state has those that the job has frozen or unfrozen since it built the model: where its code has changed
+    meanwhile, a resumed run has what the code builds now.
+
+    A job without `state_dict` that counts passes does not repeat after a rollback what it does once. So the flags that
+    the run had are set again at the step from which it went back, unless the job has set them by then.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._host = parameters_by_owner(model)[HOST]
+        self._built = self.now()
+        self._restored: dict[str, bool] = {}
+        self._due: dict[str, bool] = {}
+        self._due_step = 0
+
+    def now(self) -> dict[str, bool]:
+        """Returns the present flags by name."""
+        return {name: parameter.requires_grad for name, parameter in self._host}
+
+    def state_dict(self) -> dict[str, JsonValue]:
+        """Returns the names of the changed parameters in the model's order."""
+        built, restored = self._built, self._restored
+        changed = {name: on for name, on in self.now().items() if on != built[name] or on is restored.get(name)}
+        return {"frozen": [n for n, on in changed.items() if not on], "trained": [n for n, on in changed.items() if on]}
+
+    def load_state_dict(self, state: Mapping[str, JsonValue]) -> None:
+        """Restores what `state_dict` returned. Raises KeyError or TypeError, and is then unchanged."""
+        frozen, trained = cast("list[str]", state["frozen"]), cast("list[str]", state["trained"])
+        self._restored = dict.fromkeys(frozen, False) | dict.fromkeys(trained, True)
+        self._set(self._built | self._restored)
+
+    def rolled_back(self, before: Mapping[str, bool], *, from_step: int, to_step: int) -> None:
+        """Notes the flags that the run had at `from_step`, for `step_begins`."""
+        due_step = max(from_step, self._due_step if self._due else 0)
+        due = {**(before if to_step < from_step else {}), **self._due} if to_step < due_step else {}
+        now = self.now()
+        self._due = {name: on for name, on in due.items() if now[name] != on}
+        self._due_step = due_step
+
+    def step_begins(self, global_step: int) -> None:
+        """Sets the flags that are due at this step."""
+        if self._due and global_step >= self._due_step:
+            self._set(self._due)
+            self._due = {}
+
+    def _set(self, flags: Mapping[str, bool]) -> None:
+        for name, parameter in self._host:
+            if parameter.requires_grad != flags.get(name, parameter.requires_grad):
+                parameter.requires_grad_(flags[name])
+
+
 class TrainModule:
     """What the lane trains: a job, its model on `device`, its data and its progress. Used in one thread at a time.
 
@@ -64,6 +118,7 @@ class TrainModule:
         global_step: number of completed steps.
         progress: of the current epoch, or the last one.
         skipped: batches that `next_batch` passes over.
+        flags: which parameters are trained.
         losses: the window of recent losses, by which new ones are judged.
         announced: reasons for which the job has announced a changed task, not taken into account yet.
         regimes_begun: events of changed tasks that the lane has not taken yet.
@@ -101,6 +156,7 @@ class TrainModule:
         self.global_step = 0
         self.progress = EpochProgress()
         self.skipped = SkippedBatches()
+        self.flags = TrainedFlags(model)
         self.losses = LossWindow(settings.health.window)
         self.announced: deque[str] = deque() if announced is None else announced
         self.regimes_begun: list[RegimeBegun] = []
@@ -201,6 +257,7 @@ class TrainModule:
 
     def note_step_start(self) -> None:
         """Records buffers and the job before a step; before one of several microbatches also data and generators."""
+        self.flags.step_begins(self.global_step)
         self.save_pass()
         self._step_start = None
         if self.accumulate > 1:

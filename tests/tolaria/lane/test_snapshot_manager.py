@@ -106,7 +106,10 @@ def test_the_parts_of_the_state_have_the_names_of_checkpoints() -> None:
     run.train_to(3)
     with run.capture() as image:
         values = json.loads(image.values)
-    assert list(values["parts"]) == ["cursor", "epoch", "growth", "learning_rates", "left_out", "losses"]
+    assert list(values["parts"]) == [
+        *("cursor", "epoch", "growth", "learning_rates", "left_out", "losses", "requires_grad"),
+    ]
+    assert values["parts"]["requires_grad"] == {"frozen": [], "trained": []}
     assert set(values["parts"]["epoch"]) == {
         *("number", "over", "batches", "steps", "void_steps", "samples", "loss_sum"),
     }

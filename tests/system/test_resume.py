@@ -129,7 +129,7 @@ def test_one_state_directory_is_used_by_successive_services(tmp_path: Path, peer
         )  # fmt: skip
         assert (verified.returncode, verified.stderr) == (0, ""), verified
         with serve(*arguments, cwd=tmp_path) as second:
-            assert second.wait() == 1
+            assert second.wait() == 2
         assert f"state.dir: {tmp_path / 'state'}" in "\n".join(second.lines)
         assert "Traceback" not in "\n".join(second.lines)
         before = status(stub).global_step

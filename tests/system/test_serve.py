@@ -81,6 +81,15 @@ def test_a_service_trains_answers_scrapes_and_drains(tmp_path: Path) -> None:
     assert service.events()[-1]["event"] == "stopped"
 
 
+def test_a_signal_right_after_the_start_drains(tmp_path: Path) -> None:
+    """From the moment that the log says `serving`."""
+    with serve(*LONG, cwd=tmp_path) as service:
+        service.addresses()
+        service.terminate()
+        assert service.wait() == 0
+    assert service.events()[-1]["outcome"] == "drained"
+
+
 def test_a_watch_sees_the_end_of_a_drain(tmp_path: Path) -> None:
     """A stream that is open when SIGTERM comes gets the last status and ends; it does not delay the shutdown."""
     with serve(*LONG, cwd=tmp_path) as service, stub_of(service) as stub:

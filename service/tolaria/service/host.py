@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Final
@@ -67,18 +67,20 @@ class Host:
             stack.callback(operations.cancel_scope.cancel)
             server = await stack.enter_async_context(self._admin_server(service, operations))
             stack.push_async_callback(self._end_lane)
+            # Before the log says so: until now a signal interrupts the event loop.
+            signals = stack.enter_context(anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
             self._log.info("serving", grpc=str(server.address), metrics=self._metrics_address, run_id=status.run_id)
-            await self._train(service, server)
+            await self._train(service, server, signals)
             self.ending = service.run.ending
         state, reason = state_name(status.state), status.state_reason
         self._log.info("stopped", state=state, outcome=self.ending, reason=reason)
         return 0 if status.state == admin.RUN_STATE_FINISHED else 1
 
-    async def _train(self, service: RunService, server: GrpcServer) -> None:
+    async def _train(self, service: RunService, server: GrpcServer, signals: AsyncIterator[signal.Signals]) -> None:
         """Runs the task group of the run."""
         core = self._core
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._drain_on_signal, tasks, service)
+            tasks.start_soon(self._drain_on_signal, tasks, service, signals)
             tasks.start_soon(watch_board, self._foundation.board, core.safety.controller)
             tasks.start_soon(publish_health, core, server)
             # The lane starts after every child process: it forks when the job does.
@@ -89,22 +91,23 @@ class Host:
                 await self._drained.wait()
             tasks.cancel_scope.cancel()
 
-    async def _drain_on_signal(self, tasks: TaskGroup, service: RunService) -> None:
+    async def _drain_on_signal(
+        self, tasks: TaskGroup, service: RunService, signals: AsyncIterator[signal.Signals]
+    ) -> None:
         """Finishes the step and stops, within a share of the drain timeout; a second signal stops at once."""
         step_s = _LANE_SHARE * self._settings.service.drain_timeout_s
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for received in signals:
-                if self._draining:
-                    self._log.warning("draining_cut_short", signal=received.name)
-                    self._drain_until_s = anyio.current_time()
-                    tasks.cancel_scope.cancel()
-                    return
-                self._draining = True
-                self._log.info("draining", signal=received.name)
-                now_s = anyio.current_time()
-                self._drain_until_s = now_s + self._settings.service.drain_timeout_s
-                tasks.cancel_scope.deadline = now_s + step_s
-                tasks.start_soon(self._drain, service, step_s / 2)
+        async for received in signals:
+            if self._draining:
+                self._log.warning("draining_cut_short", signal=received.name)
+                self._drain_until_s = anyio.current_time()
+                tasks.cancel_scope.cancel()
+                return
+            self._draining = True
+            self._log.info("draining", signal=received.name)
+            now_s = anyio.current_time()
+            self._drain_until_s = now_s + self._settings.service.drain_timeout_s
+            tasks.cancel_scope.deadline = now_s + step_s
+            tasks.start_soon(self._drain, service, step_s / 2)
 
     async def _drain(self, service: RunService, checkpoint_s: float) -> None:
         """Runs concurrently with the wait for signals, so that a second one is noticed."""

@@ -72,7 +72,10 @@ def run(settings: Settings) -> int:
                 point = _resumed(prepared, build, settings)
                 with _foundation(settings, build, point, metrics, context) as foundation:
                     host = Host(foundation, listeners)
-                    code = loop.run(host.serve())
+                    try:
+                        code = loop.run(host.serve())
+                    finally:
+                        loop.close()  # ends its tasks, after an early signal too, while what they use is open
                 if host.ending is not None:
                     end_run(point.state, host.ending)
                 return code

@@ -63,7 +63,8 @@ LIES: list[SeedState] = [
 
 
 PEERS: Final = ("tamiyo", "kasmina")
-AT_RANDOM: Final = ("honest",) * 4 + ("lie", "late", "hang", "error")
+AT_RANDOM: Final = ("honest",) * 12 + ("lie", "late", "hang", "error")
+"""Mostly honest: breakers that are open most of the time keep the faults away."""
 UNDER_ORDERS: Final = "as ordered"
 LATE_BEYOND: Final = "0.1"
 """The bucket of `tolaria_peer_call_duration_seconds` above which an answer is late, in seconds."""
@@ -274,7 +275,7 @@ def cause_faults_at_random(peers: PeerProcess, seconds: float, choice: random.Ra
     until_s = time.monotonic() + seconds
     peers.set_mood("random")
     while time.monotonic() < until_s:
-        time.sleep(choice.random() * 3)
+        time.sleep(choice.random() * 10)
         fault = choice.choice(("killed", "frozen"))
         peers.begin(fault)
         time.sleep(choice.random() ** 2)

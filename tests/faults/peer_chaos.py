@@ -42,7 +42,9 @@ from support.waiting import wait_for
 
 SETTINGS = [
     "training.job=support.user_jobs:Digits",
-    "training.options.batch=130",
+    "training.options.batch=26",
+    "training.options.optimizer=sgd",  # Adam's updates become unstable when the loss has been near 0 for a long time
+    "training.options.lr=0.03",
     "training.device=cpu",
     "training.deterministic=true",
     "leyline.secret=key",  # so that no lie of Tamiyo is valid
@@ -61,7 +63,8 @@ LIES: list[SeedState] = [
 
 
 PEERS: Final = ("tamiyo", "kasmina")
-AT_RANDOM: Final = ("honest",) * 4 + ("lie", "late", "hang", "error")
+AT_RANDOM: Final = ("honest",) * 12 + ("lie", "late", "hang", "error")
+"""Mostly honest: breakers that are open most of the time keep the faults away."""
 UNDER_ORDERS: Final = "as ordered"
 LATE_BEYOND: Final = "0.1"
 """The bucket of `tolaria_peer_call_duration_seconds` above which an answer is late, in seconds."""
@@ -272,7 +275,7 @@ def cause_faults_at_random(peers: PeerProcess, seconds: float, choice: random.Ra
     until_s = time.monotonic() + seconds
     peers.set_mood("random")
     while time.monotonic() < until_s:
-        time.sleep(choice.random() * 3)
+        time.sleep(choice.random() * 10)
         fault = choice.choice(("killed", "frozen"))
         peers.begin(fault)
         time.sleep(choice.random() ** 2)
@@ -293,7 +296,8 @@ def disturbed_run(directory: Path, peers: PeerProcess, seconds: float, seed: int
     check(state.state == admin.RUN_STATE_RUNNING, f"training goes on, not {state.state_reason}")
     check(state.rollbacks == 0, f"no rollback, not {state.rollbacks}")
     sys.stdout.writelines(f"{count:8} {kind}\n" for kind, count in sorted(counts.items()))
-    epochs = int(state.epoch) + 3
+    # Training went on until the drain, for more epochs on a fast machine.
+    epochs = last_checkpoint(directory)[0] // int(state.steps_per_epoch) + 3
     finish(directory, peers, epochs)
     return epochs
 
@@ -342,7 +346,8 @@ def main() -> None:
             finish(alone, peers, epochs)
         finally:
             peers.kill()
-        check(last_checkpoint(disturbed) == last_checkpoint(alone), "the same last step and digest")
+        found, expected = last_checkpoint(disturbed), last_checkpoint(alone)
+        check(found == expected, f"the last step and digest {expected}, not {found}")
         sys.stdout.write(f"{epochs} epochs, step and digest {last_checkpoint(alone)}\n")
 
 

@@ -56,9 +56,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "rpc": ("admin", "listing", "requests", "status"),
     "run": (
         "adjustments", "boundary", "checkpointing", "command_handler", "health", "health_record", "journal_observer",
-        "lane_client", "observers", "profiling", "recovery", "restore_points", "resume", "run", "run_state", "safety",
-        "safety_telemetry", "seed_telemetry", "status", "training_telemetry",
-        "verdicts",
+        "lane_client", "observers", "profiling", "recovery", "restore_points", "restorer", "resume", "run",
+        "run_state", "safety", "safety_telemetry", "seed_telemetry", "status", "training_telemetry", "verdicts",
     ),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
     "service": ("host", "listeners", "readiness", "settings_record", "start", "wiring"),

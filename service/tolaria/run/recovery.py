@@ -1,4 +1,4 @@
-"""Rollbacks of a run: how they begin, how the state is found and restored, and what follows before training goes on.
+"""Rollbacks of a run: how they begin, and what follows a restored state before training goes on.
 
 The lane is held from the request until spoiled batches are skipped, the learning rate is cut and later checkpoints are
 superseded.
@@ -6,34 +6,26 @@ superseded.
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Final, TypeVar
 
 import anyio
-import anyio.to_thread
 import structlog
 
 from leyline.v1.admin_service_pb2 import RUN_STATE_HALTED
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
-from tolaria.checkpoint.store import CheckpointStore, LoadedCheckpoint
 from tolaria.emergency import Trigger
-from tolaria.errors import LaneError, NoCheckpointError, TolariaError, WrongStateError
-from tolaria.journal.rows import CheckpointRow
+from tolaria.errors import NoCheckpointError, TolariaError, WrongStateError
 from tolaria.lane import messages
 from tolaria.rollback.coordinator import RollbackCoordinator
-from tolaria.rollback.protocol import EMERGENCY, HEALTH, Ending, Rollback, tier_name
+from tolaria.rollback.protocol import EMERGENCY, HEALTH, Ending, Rollback
 from tolaria.run.adjustments import RunAdjustments
-from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.health import Health
-from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
-from tolaria.run.restore_points import RestorePoints, choose
+from tolaria.run.restorer import LaneRestorer
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import Safety
-from tolaria.run.status import RunStatus
 from tolaria.run.verdicts import Retreat
 from tolaria.values.optimization import AUTOMATIC, OPERATOR, Adjustment
 
@@ -45,130 +37,6 @@ _BATCHES_LOGGED_MAX: Final = 20
 _NOT_UNDONE: Final = frozenset({Ending.FAILED, Ending.DEADLINE_EXCEEDED})
 
 _Answer = TypeVar("_Answer")
-
-
-class LaneRestorer:
-    """Finds restore points and has the lane restore them: the run's `Restorer`. Used on the event loop only.
-
-    Attributes:
-        lane: the lane's client.
-        status: the figures of the run.
-        points: which restore points are proven or suspect.
-        origin: the checkpoint that is being restored if it is not an ancestor of the live state.
-    """
-
-    def __init__(
-        self,
-        lane: LaneClient,
-        status: RunStatus,
-        store: CheckpointStore,
-        observers: RunObserver,
-        *,
-        points: RestorePoints,
-        checkpointing: Checkpointing,
-    ) -> None:
-        self.lane = lane
-        self.status = status
-        self._store = store
-        self._observers = observers
-        self.points = points
-        self.checkpointing = checkpointing
-        self.origin: CheckpointRow | None = None
-        self._candidates: tuple[CheckpointRow, ...] = ()
-        self._submitted: asyncio.Future[messages.CommandDone] | None = None
-        self._forbidden = False
-
-    async def choose(self, rollback: Rollback, /) -> None:
-        """Sets `tier`, `chosen_step` and `chosen`. Raises NoCheckpointError if there is no such restore point."""
-        rows: tuple[CheckpointRow, ...] = ()
-        if rollback.tier != ROLLBACK_TIER_FAST:
-            rows = await anyio.to_thread.run_sync(self._store.kept_points, abandon_on_cancel=True)
-        snapshots = () if rollback.tier == ROLLBACK_TIER_FULL else self.status.snapshots
-        choice = choose(self.points.of(snapshots, rows), rollback)
-        if choice is None:
-            raise NoCheckpointError(_nothing_for(rollback))
-        self._candidates = choice.checkpoints
-        rollback.tier, rollback.chosen_step = choice.point.tier, choice.point.global_step
-        rollback.chosen = str(choice)
-
-    async def reach_boundary(self) -> None:
-        """Returns when the lane is at a step boundary. Raises LaneStoppedError if it ends first."""
-        await self.lane.reach_boundary()
-
-    async def keep(self, rollback: Rollback, /) -> None:
-        """Sets `left_step`; saves the live state if it is to be, and sets `left_checkpoint_id` or `left_unkept`."""
-        rollback.left_step = self.status.global_step
-        if not rollback.saves_left:
-            return
-        try:
-            row, made = await self.checkpointing.keep(rollback.checkpoint_id)
-        except TolariaError as error:
-            rollback.left_unkept = str(error)
-        else:
-            rollback.left_checkpoint_id = row.checkpoint_id
-            rollback.made = row.checkpoint_id if made else ""
-
-    async def restore(self, rollback: Rollback, /) -> None:
-        """Restores the target at the next step boundary and sets the restored fields of `rollback`.
-
-        Raises:
-            TolariaError: nothing was restored; the live state is unchanged.
-        """
-        self._submitted, self._forbidden, self.origin = None, False, None
-        if rollback.tier == ROLLBACK_TIER_FAST:
-            restored = await self._restore(rollback)
-        else:
-            loaded = await self._load(rollback)
-            if not self.points.lineage.includes(loaded.row.attempt, loaded.row.global_step):
-                self.origin = loaded.row
-            image_id = self.lane.images.put(loaded.image)
-            try:
-                restored = await self._restore(rollback, image_id)
-            finally:
-                self.lane.images.discard(image_id)
-        rollback.restored_step = restored.position.global_step
-        rollback.state_digest, rollback.expected_digest = restored.state_digest, restored.expected_digest
-        rollback.restore_ms = restored.restore_ms
-
-    def forbid(self, rollback: Rollback, /) -> bool:  # noqa: ARG002 - one rollback runs at a time
-        """Forbids the restore to change live state; returns False when the change has already begun."""
-        self._forbidden = True
-        return self._submitted is None or self.lane.forbid_restore(self._submitted)
-
-    async def _restore(self, rollback: Rollback, image_id: int = 0) -> messages.Restored:
-        command = messages.Restore(
-            rollback.destination, rollback.deadline_s, image_id, other_branch=self.origin is not None
-        )
-        self._submitted = self.lane.submit(command)
-        done = await self._submitted
-        if done.failure is not None:
-            raise done.failure.error()
-        if not isinstance(done.result, messages.Restored):
-            raise LaneError(f"the lane answered a restore with {type(done.result).__name__}")
-        return done.result
-
-    async def _load(self, rollback: Rollback) -> LoadedCheckpoint:
-        def expired() -> bool:
-            return self._forbidden or time.monotonic() >= rollback.deadline_s
-
-        candidates = self._candidates
-        loaded = await anyio.to_thread.run_sync(
-            lambda: self._store.load_first(candidates, expired), abandon_on_cancel=True
-        )
-        for damage in loaded.damaged:
-            self._observers.on_checkpoint_damaged(rollback.rollback_id, damage)
-        return loaded
-
-
-def _nothing_for(rollback: Rollback) -> str:
-    """Returns why there is no restore point for a rollback."""
-    if rollback.checkpoint_id:
-        return f"nothing to go back to: there is no checkpoint {rollback.checkpoint_id}; it may have been removed"
-    tier = "" if rollback.tier == ROLLBACK_TIER_UNSPECIFIED else f" of the {tier_name(rollback.tier)} tier"
-    kind = "proven " if rollback.automatic else "" if rollback.target_step is not None else "sound "
-    target = "" if rollback.target_step is None else f" at or before step {rollback.target_step}"
-    before = "" if rollback.before_step is None else f"{' and' if target else ''} before step {rollback.before_step}"
-    return f"nothing to go back to: no {kind}restore point{tier}{target}{before}"
 
 
 class Recovery:

@@ -36,8 +36,9 @@ from tolaria.run.journal_observer import JournalObserver
 from tolaria.run.lane_client import LaneClient, LaneHandle
 from tolaria.run.observers import Observers
 from tolaria.run.profiling import Profiles
-from tolaria.run.recovery import LaneRestorer, Recovery
+from tolaria.run.recovery import Recovery
 from tolaria.run.restore_points import RestorePoints
+from tolaria.run.restorer import LaneRestorer
 from tolaria.run.run import RunParts, TrainingRun
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, Safeguards, Safety

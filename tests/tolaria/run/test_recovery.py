@@ -53,8 +53,9 @@ from tolaria.run.adjustments import RunAdjustments, saved_adjustments
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.health import Health
 from tolaria.run.observers import RunObserver
-from tolaria.run.recovery import LaneRestorer, Recovery
+from tolaria.run.recovery import Recovery
 from tolaria.run.restore_points import RestorePoints
+from tolaria.run.restorer import LaneRestorer
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus

@@ -16,7 +16,7 @@ from tolaria.emergency import Trigger
 from tolaria.errors import RestoreAbandonedError, RestoreUnprovenError, WrongStateError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.rollback.protocol import Rollback
-from tolaria.run.recovery import LaneRestorer
+from tolaria.run.restorer import LaneRestorer
 from tolaria.run.verdicts import RateCut, Retreat
 from tolaria.values.lineage import Lineage
 

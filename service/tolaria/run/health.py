@@ -310,6 +310,9 @@ class Health:
             return Proceed()
         if step.parameters_finite is False:
             return self._ill(step, f"the parameters are not finite: {record.skip_streak} steps in a row were skipped")
+        exploded = self._watch is not None or self.losses.suspect
+        if step.parameters_finite and exploded and self._settings.automatic:
+            return self._ill(step, f"{record.skip_streak} steps in a row were skipped after the losses had exploded")
         if record.skip_streak % self._skips_data_max == 0:
             ill = "the data are ill" if record.best_step else "no step of the run was finite: data or losses() are ill"
             reason = f"{record.skip_streak} steps in a row were not finite, but the parameters are: {ill}"

@@ -70,7 +70,7 @@ async def test_a_curriculum_is_no_explosion(announced: str, rollbacks: int) -> N
     ("fault", "rollbacks", "skipped"),
     [
         ("rate x 500", range(1, 4), range(8)),
-        ("bit flip", range(1, 2), range(1, 2)),
+        ("bit flip", range(1, 2), range(1, 4)),  # the lane may take steps before it is held
         ("30 NaN batches", range(1), range(30, 31)),
     ],
 )

@@ -212,6 +212,18 @@ def test_validation_losses_that_grow_roll_back_once() -> None:
         assert any(isinstance(each, Retreat) for each in verdicts[6:]) is (kind is Retreat)
 
 
+@pytest.mark.parametrize(("before", "verdict"), [((LOUD, QUIET, LOUD, QUIET), Retreat), ((QUIET,), Proceed)])
+def test_steps_that_are_skipped_after_an_explosion_are_no_ill_data(
+    before: tuple[float, ...], verdict: type[Verdict]
+) -> None:
+    """The parameters are finite, and so is the loss of the last batch that was taken, but they are ill."""
+    run = Trained()
+    run.train(*before)
+    verdicts = [run.health.step(skipped(), rolling_back=False) for _ in range(7)]
+    assert verdicts == [Proceed()] * 7
+    assert isinstance(run.health.step(skipped(finite=True), rolling_back=False), verdict)
+
+
 def test_the_budget_comes_back_after_per_steps() -> None:
     """And then the point and the cut of a retreat are those of a first one."""
     run = Trained(RollbackSettings(automatic_max=1, per_steps=300))

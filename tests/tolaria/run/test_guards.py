@@ -55,6 +55,15 @@ async def test_tasks_that_conflict_on_purpose_are_no_explosion(request: pytest.F
     assert (run.state, run.status.rollbacks, run.health.skipped_steps) == ("FINISHED", 0, 0)
 
 
+@pytest.mark.parametrize("name", ["targets that grow, evaluated every two steps", "adversaries that oscillate"])
+async def test_losses_that_rise_by_themselves_cost_at_most_one_rollback(name: str) -> None:
+    """And never halt the run."""
+    run = trial(name, 200)
+    await run_to_end(run)
+    assert run.state == "FINISHED", run.status.state_reason
+    assert run.status.rollbacks <= 1
+
+
 @pytest.mark.parametrize(("announced", "rollbacks"), [("announced", 0), ("not announced", 1)])
 async def test_a_curriculum_is_no_explosion(announced: str, rollbacks: int) -> None:
     """Half of the classes come later. A change that is announced costs nothing, another at most one rollback."""

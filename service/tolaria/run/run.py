@@ -138,6 +138,8 @@ class TrainingRun:
         parts = self._parts
         verdict = parts.health.epoch(epoch, rolling_back=parts.recovery.running)
         if isinstance(verdict, Proceed):
+            if verdict.alarm:
+                self._log.warning("evaluations_worse", epoch=epoch.epoch, reason=verdict.alarm)
             self._save_health()
             return True
         parts.safety.safeguards.epoch_failing(COLLAPSE)

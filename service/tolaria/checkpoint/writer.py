@@ -33,14 +33,14 @@ class CaptureMark:
     """What is known about a captured state while it is written. Set by one thread and read by another.
 
     `keep` is a checkpoint that retention must not remove, because it is the newest proven one. `live` is the lineage of
-    the run since its latest rollback after the capture; None without one. `left_for` is set for a state that a rollback
-    is about to leave: the checkpoint that it names, else empty. `existing`: such a state had a checkpoint already.
+    the run since its latest rollback after the capture; None without one. `leaving`: a rollback is about to leave the
+    state. `existing`: such a state had a checkpoint already.
     """
 
     provenance: Provenance = field(default_factory=Provenance)
     keep: str = ""
     live: Lineage | None = None
-    left_for: str | None = None
+    leaving: bool = False
     existing: bool = False
 
 
@@ -63,6 +63,8 @@ class CheckpointWriter:
         self._closed = self._given_up = False
         self._lock = threading.Lock()
         self._pending = 0
+        self.spared = ""
+        """A checkpoint that no write removes, because a rollback goes to it; empty without one."""
 
     @property
     def pending(self) -> int:
@@ -135,12 +137,12 @@ class CheckpointWriter:
                 self._pending -= 1
 
     def _write(self, image: StateImage, task: _Task) -> CheckpointRow:
-        mark, leaving = task.mark, task.mark.left_for is not None
-        if leaving and (saved := self._store.saved(image)) is not None:
+        mark = task.mark
+        if mark.leaving and (saved := self._store.saved(image)) is not None:
             mark.existing = True
             return saved
-        keep = {mark.keep, mark.left_for or ""}
-        return self._store.write(image, metric=task.metric, provenance=mark.provenance, keep=keep, leaving=leaving)
+        keep = {mark.keep, self.spared}
+        return self._store.write(image, metric=task.metric, provenance=mark.provenance, keep=keep, leaving=mark.leaving)
 
     def _followed(self, row: CheckpointRow, task: _Task) -> CheckpointRow:
         """Supersedes the row if it is not an ancestor of the live state any more."""

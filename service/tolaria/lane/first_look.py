@@ -173,7 +173,8 @@ def _update(module: TrainModule) -> tuple[str, ...]:
         notes.update(_once_only(job, flags, module.flags.now()))
         if step is not None and step.skipped:
             phase = _PHASES["optimizer"]
-            notes.add("losses(): the loss of the first batch, or its gradient, is not finite")
+            ill = "losses(): the loss of the first batch, or its gradient, is not finite"
+            notes.update([] if step.rescaled else [ill])
             _step_without_gradient(module)
     except JobError:
         raise

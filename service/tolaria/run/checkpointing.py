@@ -20,7 +20,14 @@ from anyio import sleep
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_CLOSED
 from tolaria.checkpoint.writer import CaptureMark, CheckpointWriter
 from tolaria.config import CheckpointSettings
-from tolaria.errors import CheckpointWriteError, LaneError, LaneStoppedError, TolariaError, WrongStateError
+from tolaria.errors import (
+    CheckpointWriteError,
+    JournalError,
+    LaneError,
+    LaneStoppedError,
+    TolariaError,
+    WrongStateError,
+)
 from tolaria.filesystem import errno_name
 from tolaria.images import Lease
 from tolaria.journal.async_journal import AsyncJournal
@@ -39,7 +46,7 @@ BUSY_S: Final = 0.25
 STALLED_S: Final = 120.0
 """Time after which a checkpoint counts as stalled: a disk that hangs raises no error."""
 
-_SUPERSEDE_S: Final = 1.0  # one small transaction, for which the lane is held
+_SUPERSEDE_S: Final = 1.0  # one small transaction or query, for which the lane is held
 
 
 class Checkpointing:
@@ -130,10 +137,19 @@ class Checkpointing:
         self.saved_step = -1  # of this branch none is known
         self.on_step(global_step)
 
-    def save_branch(self, global_step: int) -> None:
-        """Has a state that was restored from memory saved: every checkpoint may be superseded, and a crash end it."""
-        if self.enabled:
-            self._make_due(global_step)
+    async def save_branch(self, global_step: int) -> None:
+        """Has a state that was restored from memory saved if a crash would find no checkpoint to resume from.
+
+        Waits at most one second for the journal. A checkpoint that is in progress may be of a state that has been
+        undone: another one follows it.
+        """
+        if not self.enabled:
+            return
+        with suppress(JournalError), anyio.move_on_after(_SUPERSEDE_S):
+            if any(row.state == "committed" and not row.doubtful for row in await self._journal.kept_points()):
+                return
+        self._due_from_step, self._due = global_step, True
+        self._wake.set()
 
     async def follow(self, lineage: Lineage, detail: str) -> int:
         """Supersedes the checkpoints that are not ancestors of the live state; returns their number.
@@ -172,11 +188,15 @@ class Checkpointing:
         self._log.info("checkpoint_created", checkpoint_id=row.checkpoint_id, reason=reason)
         return row
 
-    async def keep(self, target: str) -> tuple[CheckpointRow, bool]:
+    def spare(self, checkpoint_id: str) -> None:
+        """Has no write remove a checkpoint, because a rollback goes to it, until the next call; empty: has none."""
+        self._writer.spared = checkpoint_id
+
+    async def keep(self) -> tuple[CheckpointRow, bool]:
         """Makes a checkpoint of the live state, which a rollback is about to leave, unless there is one of it.
 
-        Returns its row, and whether it was made now. No snapshot is evicted, and neither the checkpoint `target` nor
-        one that is not superseded is removed.
+        Returns its row, and whether it was made now. No snapshot is evicted, and no checkpoint is removed that is not
+        superseded.
 
         Raises TolariaError when the state has no checkpoint.
         """
@@ -186,27 +206,28 @@ class Checkpointing:
             raise WrongStateError("checkpoint.keep_superseded or checkpoint.keep_superseded_s is 0")
         if self._stalled:
             raise WrongStateError(self.failing)
-        return await self._make(target)
+        return await self._make(leaving=True)
 
-    async def _make(self, left_for: str | None = None) -> tuple[CheckpointRow, bool]:
+    async def _make(self, *, leaving: bool = False) -> tuple[CheckpointRow, bool]:
         """Makes a checkpoint after any that is in progress; returns its row, and whether it was made now."""
         async with self._turn:
-            made = await self._attempt(left_for)
+            made = await self._attempt(leaving=leaving)
             while made is None:
                 await sleep(BUSY_S)
-                made = await self._attempt(left_for)
+                made = await self._attempt(leaving=leaving)
         return made
 
     def _make_due(self, global_step: int) -> None:
         """Starts a checkpoint unless one is in progress: the disk is then too slow for the configured interval."""
         if not self._turn.locked():
-            self._due_from_step = global_step
-            self._due = True
+            self._due_from_step, self._due = global_step, True
             self._wake.set()
 
     async def _serve_due(self) -> bool:
         """Returns whether the lane is still running."""
         async with self._turn:
+            if not (self._retrying or self._due):  # what has been captured while this waited is enough
+                return True
             self._due = False
             with suppress(TolariaError):  # reported by `_failed`, and retried
                 try:
@@ -216,14 +237,14 @@ class Checkpointing:
                     return False
         return True
 
-    async def _attempt(self, left_for: str | None = None) -> tuple[CheckpointRow, bool] | None:
+    async def _attempt(self, *, leaving: bool = False) -> tuple[CheckpointRow, bool] | None:
         """Makes one checkpoint, or raises. Returns None if the writer is busy or the run was rolled back meanwhile."""
         try:
-            made = await self._write(left_for)
+            made = await self._write(leaving=leaving)
         except LaneStoppedError:
             raise
         except TolariaError as error:
-            if left_for is None or isinstance(error, CheckpointWriteError):  # not: no memory for an image more
+            if not leaving or isinstance(error, CheckpointWriteError):  # not: no memory for an image more
                 self._failed(error)
             raise
         except OSError as error:
@@ -232,9 +253,9 @@ class Checkpointing:
             raise refused from error
         return None if made is None or (made[1] and made[0].state == "superseded") else made
 
-    async def _write(self, left_for: str | None) -> tuple[CheckpointRow, bool] | None:
-        lease, mark = await self._capture(beside=left_for is not None)
-        mark.left_for = left_for
+    async def _write(self, *, leaving: bool) -> tuple[CheckpointRow, bool] | None:
+        lease, mark = await self._capture(beside=leaving)
+        mark.leaving = leaving
         self._step = lease.image.position.global_step
         started_s = monotonic()
         future = self._writer.write(lease, metric=self._metric(), mark=mark)
@@ -254,6 +275,7 @@ class Checkpointing:
         if not isinstance(done.result, ImageCaptured):
             raise LaneError(f"the lane answered with {type(done.result).__name__}, not with an image")
         image_id = done.result.image_id
+        self._due = False
         return self._lane.images.take(image_id), self._captured.pop(image_id)
 
     async def _wait_for(self, future: Future[CheckpointRow]) -> None:

@@ -116,7 +116,7 @@ class Health:
         return self.to_json()
 
     def _without_progress(self) -> str:
-        progress = {"best_step", "taken"}  # the state has it, or most of it
+        progress = {"best_step", "taken"}  # `start` restores it from the state
         return self._record.model_dump_json(exclude_defaults=True, exclude=progress)
 
     # -- what the lane reports ---------------------------------------------------------------------------------------
@@ -124,6 +124,7 @@ class Health:
     def start(self, losses: str, global_step: int) -> None:
         """Adopts the windows of the state with which training starts in this process."""
         self._adopt(losses)
+        self._record.taken += max(0, global_step - self._record.best_step)  # since the record was saved
         self._record.best_step = max(self._record.best_step, global_step)
 
     def step(self, step: StepDone, *, rolling_back: bool) -> Verdict:

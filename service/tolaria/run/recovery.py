@@ -124,6 +124,7 @@ class Recovery:
         self._stop_awaiting_step()
         self._current, self._over = (rollback, on_over), anyio.Event()
         self._lane.hold(_ROLLBACK)
+        self._checkpointing.spare(rollback.checkpoint_id)
         self._observers.on_rollback_started(rollback)
         self._wake.set()
 
@@ -204,8 +205,6 @@ class Recovery:
         self._status.attempt = self._points.lineage.attempt
         if self._current is not None:
             self._current[0].attempt = self._status.attempt
-            if self._current[0].tier == ROLLBACK_TIER_FAST:
-                self._checkpointing.save_branch(step)
         self._status.newest_proven_step = self._points.newest_proven_step
 
     async def _carry_out(self, rollback: Rollback, on_over: Callable[[Rollback], None]) -> None:
@@ -222,6 +221,7 @@ class Recovery:
             await self._follow_up(rollback)
         finally:
             self._health.end_retreat()
+            self._checkpointing.spare("")
             self._current = None
             self._lane.release(_ROLLBACK)
             self._over.set()
@@ -250,6 +250,8 @@ class Recovery:
         self._observers.on_rollback_ended(rollback)
         if restored:
             self.ill = ""
+            if rollback.tier == ROLLBACK_TIER_FAST:
+                await self._checkpointing.save_branch(rollback.restored_step)
             await self._follow_restore(rollback)
 
     def _halt_if_ill(self, rollback: Rollback) -> None:

@@ -74,7 +74,7 @@ class LaneRestorer:
         if not rollback.saves_left:
             return
         try:
-            row, made = await self.checkpointing.keep(rollback.checkpoint_id)
+            row, made = await self.checkpointing.keep()
         except TolariaError as error:
             rollback.left_unkept = str(error)
         else:

@@ -138,6 +138,8 @@ class TrainingRun:
         parts = self._parts
         verdict = parts.health.epoch(epoch, rolling_back=parts.recovery.running)
         if isinstance(verdict, Proceed):
+            if verdict.alarm:
+                self._log.warning("evaluations_worse", epoch=epoch.epoch, reason=verdict.alarm)
             self._save_health()
             return True
         parts.safety.safeguards.epoch_failing(COLLAPSE)
@@ -167,8 +169,7 @@ class TrainingRun:
         await self._status.feed.until(lambda: not self._parts.recovery.running or self._lane.ended is not None)
 
     def _raise_if_lane_failed(self) -> None:
-        ended = self._lane.ended
-        if ended is not None and ended.failure is not None:
+        if (ended := self._lane.ended) is not None and ended.failure is not None:
             self._log.error("training_failed", error=str(ended.failure), exception=ended.failure.traceback)
             raise LaneFailedError(str(ended.failure))
 
@@ -239,8 +240,7 @@ class TrainingRun:
                 parts.checkpointing.on_step(step.global_step)
             return
         if not isinstance(verdict, messages.AcceptRegime):
-            ill = step.skipped or step.parameters_finite is False
-            if not ill:
+            if not (ill := step.skipped or step.parameters_finite is False):
                 self._observers.on_explosion(step, verdict.reason)
             parts.safety.safeguards.epoch_failing(NON_FINITE if ill else EXPLOSION)
         self._enact(verdict)

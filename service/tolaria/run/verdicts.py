@@ -11,7 +11,7 @@ from tolaria.lane.messages import AcceptRegime
 
 @dataclass(frozen=True, slots=True)
 class Proceed:
-    """Training goes on. `alarm` is an explosion that is only reported, empty for none."""
+    """Training goes on. `alarm` is an explosion or a trend that is only reported, empty for none."""
 
     alarm: str = ""
 

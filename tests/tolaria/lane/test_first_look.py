@@ -16,6 +16,7 @@ from torch.nn import functional
 from support.lane_driver import DrivenLane
 from support.user_jobs import Line
 from tolaria.config import Settings, TrainingSettings
+from tolaria.config.settings import FastPathSettings
 from tolaria.errors import JobError
 from tolaria.jobs import HOST, Batch, Evaluation, JobContext, TensorCursor
 from tolaria.lane.build import build
@@ -407,6 +408,13 @@ def test_what_is_probably_not_meant_is_noted_at_the_start() -> None:
     assert built["sound"] == ()
     assert [note.split(":")[0] for note in built["adversary"]] == ["losses() steps another optimizer, SGD"]
     assert built["infinite"] == ("losses(): the loss of the first batch, or its gradient, is not finite",)
+
+
+def test_an_overflow_of_the_first_loss_scale_is_not_noted() -> None:
+    """With float16 the scale is lowered in the first steps; the gradient itself is finite."""
+    CHANGES["losses"] = loss(lambda one: one * 1e4)
+    training = TrainingSettings(job=f"{HERE}:changed", device="cpu", threads=1)
+    assert build(Settings(training=training, fastpaths=FastPathSettings(amp="float16"))).ready.notes == ()
 
 
 def test_a_projection_in_the_forward_pass_is_exact() -> None:

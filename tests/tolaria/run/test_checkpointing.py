@@ -371,6 +371,23 @@ async def test_events_that_arrive_behind_the_lane_supersede_nothing(make_parts: 
     assert await parts.steps() == [12]
 
 
+async def test_a_branch_is_saved_after_a_checkpoint_that_it_has_undone(make_parts: CheckpointingFactory) -> None:
+    """One in flight does not replace it; with a checkpoint to resume from, no other one is made."""
+    parts = await make_parts()
+    async with serving(parts):
+        await _write_at_10(parts)
+        parts.step = 4
+        go_back(parts, 4)
+        await parts.checkpointing.save_branch(4)
+        parts.disk.gate.set()
+        with anyio.fail_after(20):
+            while await parts.steps() != [4]:
+                await anyio.sleep(0.001)
+        await parts.checkpointing.save_branch(4)
+        await parts.until_idle()
+    assert (await parts.steps(), parts.captures) == ([4], 2)
+
+
 async def test_an_operators_checkpoint_is_made_anew_after_a_rollback(make_parts: CheckpointingFactory) -> None:
     """It is of the restored state when the run goes back before the commit."""
     parts = await make_parts()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import anyio.to_thread
 import pytest
+from structlog.testing import capture_logs
 
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT
 from leyline.v1.state_pb2 import SystemStatePacket
 from support.runs import FakePeers, RunUnderTest, new_run, running
 from tolaria.journal.rows import RollbackRow
+from tolaria.run.verdicts import Proceed
 
 pytestmark = pytest.mark.anyio
 
@@ -74,6 +76,17 @@ async def test_a_collapse_is_undone_from_disk(first: int) -> None:
     assert run.status.last_epoch.epoch == EPOCHS
     levels = [e.attributes["emergency_level"] for e in run.emitter.events if e.name == "tolaria.emergency.escalated"]
     assert levels == ["conservative"]
+
+
+async def test_worse_evaluations_that_are_not_undone_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log has the epoch and the reason; the run goes on."""
+    run, _ = collapsing_run()
+    monkeypatch.setattr(run.health, "epoch", lambda _epoch, *, rolling_back: Proceed("worse than all before"))
+    with capture_logs() as logs:
+        await finished(run)
+    found = [(line["epoch"], line["reason"]) for line in logs if line["event"] == "evaluations_worse"]
+    assert found == [(number, "worse than all before") for number in range(1, EPOCHS + 1)]
+    assert run.state == "FINISHED"
 
 
 async def test_two_bad_evaluations_are_no_collapse() -> None:

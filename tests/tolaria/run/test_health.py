@@ -146,6 +146,19 @@ def test_steps_that_are_taken_again_count_for_the_budget() -> None:
     assert run.health.refusal(run.at) is resumed.refusal(run.at) is None
 
 
+def test_steps_since_the_record_was_saved_count_after_a_crash() -> None:
+    """A resumed run counts those of its state: one long ago does not send the next rollback further back."""
+    run = Trained(RollbackSettings(automatic_max=1, per_steps=300))
+    assert isinstance(run.explode(), Retreat)
+    run.restore(90)
+    saved = run.health.to_json()
+    for step, allowed in ((101, False), (1000, True)):
+        resumed = Health(RollbackSettings(automatic_max=1, per_steps=300), HEALTH, saved)
+        resumed.start("", step)
+        assert (resumed.refusal(step) is None) is allowed
+        assert resumed.older_than(step) == (None if allowed else 90)
+
+
 def scattered(steps: int, rise: float = 0.0) -> list[float]:
     """Returns losses that scatter around 1 by a tenth, and rise by `rise` in each step."""
     return [1.0 + rise * n + 0.1 * ((n * 7 % 11) / 5 - 1) for n in range(steps)]

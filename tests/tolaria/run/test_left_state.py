@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import anyio
+import anyio.from_thread
 import anyio.to_thread
 import pytest
 
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED
 from support.checkpointing import Disk
 from support.runs import FakePeers, RunUnderTest, new_run, running
+from tolaria.errors import CheckpointWriteError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import StepDone
@@ -77,9 +79,10 @@ async def stop(run: RunUnderTest) -> None:
     await run.run.stop("enough")
 
 
-async def kept(run: RunUnderTest) -> dict[str, CheckpointRow]:
-    """The kept checkpoints, by id."""
-    return {row.checkpoint_id: row for row in await run.journal.kept_points()}
+async def kept(run: RunUnderTest, step: int | None = None) -> dict[str, CheckpointRow]:
+    """The kept checkpoints, of a step if one is given, by id."""
+    rows = await run.journal.kept_points()
+    return {row.checkpoint_id: row for row in rows if step is None or row.global_step == step}
 
 
 def back_to(step: int, tier: Any = FAST, *, origin: str = "operator") -> Rollback:
@@ -191,10 +194,10 @@ async def test_a_state_that_has_a_checkpoint_gets_no_second_one() -> None:
         await train_to(run, 3)
         await run.safety.raise_emergency(EMERGENCY_LEVEL_HALT, "smoke", run.status)
         await run.until(lambda: run.checkpointing.saved_step == 3)
-        (halted,) = set(await kept(run)) - {saved.checkpoint_id}
+        (halted,) = set(await kept(run, 3)) - {saved.checkpoint_id}
         away = await run.run.roll_back(back_to(1))
         assert away.left_checkpoint_id == halted
-        assert set(await kept(run)) == {saved.checkpoint_id, halted}
+        assert set(await kept(run, 3)) == {saved.checkpoint_id, halted}
         await stop(run)
 
 
@@ -202,6 +205,8 @@ async def test_a_rollback_that_is_repeated_does_not_displace_the_first_state() -
     """Rollbacks from a state that no step has followed share one checkpoint of it."""
     run = stepped()
     async with running(run):
+        await train_to(run, 1)
+        await run.run.checkpoint("to resume from")
         await train_to(run, 4)
         away = await run.run.roll_back(back_to(2))
         second, third = await run.run.roll_back(back_to(2)), await run.run.roll_back(back_to(2))
@@ -244,20 +249,48 @@ async def test_the_left_state_is_no_target() -> None:
         await stop(run)
 
 
+async def test_a_target_is_not_removed_to_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by its own rollback nor by another checkpoint that is tried on the full disk meanwhile."""
+    disk = Disk()
+    run = stepped(files=disk, checkpoint={"retry_s": 3600.0})
+    loads, tried = run.core.foundation.storage.checkpoints.load_first, anyio.Event()
+
+    def load_after_a_try(*arguments: Any) -> Any:
+        with pytest.raises(CheckpointWriteError):
+            anyio.from_thread.run(run.checkpointing.create, "meanwhile")
+        anyio.from_thread.run_sync(tried.set)
+        return loads(*arguments)
+
+    async with running(run):
+        await train_to(run, 3)
+        first = await run.run.checkpoint("first")
+        await run.run.roll_back(back_to(1))
+        await run.until(lambda: run.checkpointing.saved_step == 1)
+        await train_to(run, 2)
+        monkeypatch.setattr(run.core.foundation.storage.checkpoints, "load_first", load_after_a_try)
+        disk.full = True
+        back = Rollback(AUTO, None, "back", "operator", checkpoint_id=first.checkpoint_id)
+        assert (await run.run.roll_back(back)).state_digest == first.digest
+        assert tried.is_set()
+        disk.full = False
+        await stop(run)
+
+
 async def test_a_full_disk_does_not_stop_a_rollback() -> None:
     """The answer has the reason, the superseded target stays, and the run waits for the disk as it is set to."""
     disk = Disk()
     run = stepped(files=disk, checkpoint={"retry_s": 0.05})
     async with running(run):
-        await train_to(run, 3)
+        await train_to(run, 4)
         first = await run.run.checkpoint("first")
         await run.run.roll_back(back_to(1))
+        await run.until(lambda: run.checkpointing.saved_step == 1)
         await train_to(run, 2)
         await run.run.resume("on")
         disk.full = True
         back = Rollback(AUTO, None, "back", "operator", checkpoint_id=first.checkpoint_id)
         await roll_back_within(run, back)
-        assert (back.restored_step, back.state_digest) == (3, first.digest)
+        assert (back.restored_step, back.state_digest) == (4, first.digest)
         assert back.left_checkpoint_id == ""
         assert "ENOSPC" in back.left_unkept
         assert run.state == "PAUSED"
@@ -281,8 +314,8 @@ async def test_a_hanging_disk_delays_a_rollback_by_the_full_budget() -> None:
         assert away.latency_ms == pytest.approx(away.waited_ms + away.kept_ms + away.restored_ms)
         disk.gate.set()
         await run.until(lambda: not run.core.foundation.writer.pending)
-        (row,) = (await kept(run)).values()
-        assert (row.global_step, row.state) == (3, "superseded")
+        (row,) = (await kept(run, 3)).values()
+        assert row.state == "superseded"
         await stop(run)
 
 
@@ -329,6 +362,8 @@ async def test_an_ill_state_and_automatic_rollbacks_keep_nothing() -> None:
     """A state that health has judged must never be a restore point."""
     run = stepped()
     async with running(run):
+        await train_to(run, 1)
+        first = await run.run.checkpoint("to resume from")
         await train_to(run, 4)
         await run.run.roll_back(back_to(3, origin="tamiyo"))
         await train_to(run, 6)
@@ -338,5 +373,5 @@ async def test_an_ill_state_and_automatic_rollbacks_keep_nothing() -> None:
         away = await run.run.roll_back(back_to(2))
         assert away.left_checkpoint_id == ""
         assert "the live state is ill" in away.left_unkept
-        assert await kept(run) == {}
+        assert set(await kept(run)) == {first.checkpoint_id}
         await stop(run)

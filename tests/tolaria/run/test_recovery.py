@@ -144,9 +144,12 @@ class FakeCheckpointing(Checkpointing):
         self._recorder = recorder
         self.branches: list[int] = []
 
-    async def keep(self, target: str) -> tuple[CheckpointRow, bool]:
+    async def keep(self) -> tuple[CheckpointRow, bool]:
         """Keeps nothing."""
-        raise WrongStateError(f"nothing is kept before going to {target or 'a point'}")
+        raise WrongStateError("nothing is kept")
+
+    def spare(self, checkpoint_id: str) -> None:
+        """Does nothing: nothing is removed."""
 
     async def follow(self, lineage: Lineage, detail: str) -> int:
         """Notes the reason; one checkpoint is superseded."""
@@ -156,7 +159,7 @@ class FakeCheckpointing(Checkpointing):
     def rewound(self, global_step: int, lineage: Lineage) -> None:
         """Does nothing: no image is in flight."""
 
-    def save_branch(self, global_step: int) -> None:
+    async def save_branch(self, global_step: int) -> None:
         """Notes the step."""
         self.branches.append(global_step)
 
@@ -605,12 +608,13 @@ async def test_a_resume_mentions_the_checkpoint_it_begins_from(storage: Storage)
 
 
 async def test_a_failed_proof_is_raised_while_the_lane_is_held(storage: Storage) -> None:
-    """Later checkpoints are superseded all the same; the state is unproven until a restore succeeds."""
+    """Later checkpoints are superseded all the same; the state is unproven, and not saved, until a restore succeeds."""
     parts = RecoveryParts(storage)
     parts.lane.answers[Restore] = lambda command: restored(command, state_digest="of something else")
     async with serving(parts):
         with pytest.raises(RestoreUnprovenError, match="the live state was overwritten"):
             await parts.recovery.roll_back(fast(6))
+        assert parts.checkpointing.branches == []
         assert parts.recorder.log == [
             ("started", True),
             ("unproven", True),

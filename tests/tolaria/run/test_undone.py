@@ -81,7 +81,7 @@ async def test_the_last_checkpoint_waits_for_a_rollback(monkeypatch: pytest.Monk
         await run.run.stop("enough")
         points = await anyio.to_thread.run_sync(run.storage.checkpoints.restore_points)
     assert rolling_back == [False]
-    assert [row.global_step for row in points] == [6]
+    assert {row.global_step for row in points} == {6}
 
 
 async def test_a_checkpoint_in_flight_during_an_operators_rollback_is_superseded() -> None:

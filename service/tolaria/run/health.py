@@ -176,7 +176,9 @@ class Health:
         if len(record.worse) < COLLAPSED or not self._settings.automatic:
             return Proceed()
         first, worst = record.worse[0][0], min(value for _, value in record.evaluations)
-        reason = f"{len(record.worse)} evaluations in a row are worse than all before: {value:.4g} after {worst:.4g}"
+        what, sign = ("accuracy", 1) if record.counts_accuracy else ("loss", -1)
+        figures = f"{what} {sign * value:.4g} after {sign * worst:.4g}"
+        reason = f"{len(record.worse)} evaluations in a row are worse than all before: {figures}"
         trend = "" if record.counts_accuracy else "evaluations"
         if trend in record.trends:
             record.evaluations = list(record.worse)

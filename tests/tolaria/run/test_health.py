@@ -669,6 +669,7 @@ def test_a_job_without_accuracies_is_judged_by_its_loss() -> None:
         run.health.epoch(epoch(0, at=at, loss=0.5), rolling_back=False)
     collapsed = [run.health.epoch(epoch(0, at=9, loss=50.0), rolling_back=False) for _ in range(3)]
     assert isinstance(collapsed[-1], Retreat)
+    assert collapsed[-1].reason == "3 evaluations in a row are worse than all before: loss 50 after 0.5"
     other = Trained()
     for _ in range(3):
         other.health.epoch(epoch(0, loss=0.5), rolling_back=False)

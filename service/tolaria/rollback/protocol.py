@@ -343,7 +343,7 @@ class Rollback:
         rollback.lr_cut, rollback.global_step = self.lr_cut, self.global_step
         rollback.preferred_before, rollback.made = self.preferred_before, self.made
         rollback.left_step, rollback.left_checkpoint_id = self.left_step, self.left_checkpoint_id
-        rollback.left_unkept, rollback.trend = self.left_unkept, self.trend
+        rollback.left_unkept, rollback.kept_ms, rollback.trend = self.left_unkept, self.kept_ms, self.trend
         return rollback
 
     def end(self, ending: Ending, error: TolariaError | None = None) -> None:

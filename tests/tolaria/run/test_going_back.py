@@ -143,9 +143,11 @@ async def test_epochs_of_one_update_keep_a_proven_checkpoint() -> None:
         await run.until(lambda: run.status.global_step > 12)
         await run.run.pause("look")
         await run.until(lambda: not run.core.foundation.writer.pending)
-        rows = await run.journal.kept_points()
-        proven = [row.global_step for row in rows if row.proven]
-        assert proven
+        proven: list[int] = []
+        with anyio.fail_after(30):
+            while not proven:  # written behind the checkpoints
+                rows = await run.journal.kept_points()
+                proven = [row.global_step for row in rows if row.proven]
         assert len(rows) <= 5
         run.recovery.retreat(Retreat("odd", run.status.global_step + 1, (), RateCut(0.5, 3), durable=True))
         await run.until(lambda: not run.recovery.running)
@@ -166,7 +168,7 @@ async def test_a_rollback_during_an_evaluation() -> None:
             tasks.start_soon(run.run.roll_back, back)
             await run.until(lambda: run.recovery.running)
             run.job.passes.release(100)
-        assert back.restored_step == 14
+        assert 12 < back.restored_step <= 14  # the ring need not have kept the snapshot of every step
         await run.until(lambda: run.status.last_epoch is not None and run.status.last_epoch.epoch == 2)
         assert run.status.last_epoch is not None
         assert run.status.last_epoch.global_step == 16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sized
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Final, Protocol, cast, runtime_checkable
 
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -13,6 +13,9 @@ from tolaria.jobs.indexed import IndexedBatches, samples_of
 from tolaria.jobs.job import Batch, CursorState
 from tolaria.jobs.randomness import HasEpoch, RandomStream, held_generators, seed_all
 from tolaria.jobs.workers import LoaderCopy, SampleError
+
+_WORKERS_OWN: Final = "in DataLoader worker process"
+"""Part of torch's message for an error that a worker has raised, and reported."""
 
 
 @runtime_checkable
@@ -69,6 +72,7 @@ class LoaderCursor(SeededCursor):
         self._length = self._source.length() if batches_per_epoch is None else batches_per_epoch
         self._batches: Iterator[tuple[Any, int]] | None = None
         self._ended = False
+        self._has_workers = isinstance(loader, DataLoader) and loader.num_workers > 0
 
     @property
     def batches_per_epoch(self) -> int:
@@ -102,7 +106,9 @@ class LoaderCursor(SeededCursor):
             self._ended = True
             return None
         except Exception as error:
-            raise BrokenJobError(f"training data, epoch {self._epoch}, batch {self._index}: {_line(error)}") from error
+            raise BrokenJobError(
+                f"training data, epoch {self._epoch}, batch {self._index}: {self._line(error)}"
+            ) from error
         self._index += 1
         return Batch(payload, samples)
 
@@ -120,6 +126,19 @@ class LoaderCursor(SeededCursor):
     def _seek(self, epoch: int, index: int) -> None:
         self._leave()
         self._epoch, self._index = epoch, index
+
+    def _line(self, error: Exception) -> str:
+        """Returns an error in one line. A worker's error has a traceback in its message; its last line is the error.
+
+        When a worker dies while it passes tensors on, the connection to it ends before torch finds it dead.
+        """
+        text = str(error).strip().rpartition("\n")[2]
+        if isinstance(error, SampleError):
+            return text.removeprefix(f"{SampleError.__module__}.{SampleError.__name__}: ")
+        line = f"{type(error).__name__}: {text}".removesuffix(": ")
+        if self._has_workers and isinstance(error, EOFError | ConnectionError) and _WORKERS_OWN not in str(error):
+            return f"a worker process of the loader has ended unexpectedly, perhaps for lack of memory ({line})"
+        return line
 
     def _leave(self) -> None:
         # An iterator has no close(): dropping it ends its workers before another one starts its own. They have to know
@@ -252,14 +271,6 @@ class _ReadAgain:
             if number >= index:
                 yield payload, samples_of(payload)
             number += 1
-
-
-def _line(error: Exception) -> str:
-    """Returns an error in one line. A worker's error has a traceback in its message; its last line is the error."""
-    text = str(error).strip().rpartition("\n")[2]
-    if isinstance(error, SampleError):
-        return text.removeprefix(f"{SampleError.__module__}.{SampleError.__name__}: ")
-    return f"{type(error).__name__}: {text}"
 
 
 def _source_of(loader: object, seed: int) -> _Source:

@@ -27,6 +27,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
     get_worker_info,
 )
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tolaria.errors import BrokenJobError
@@ -429,6 +430,49 @@ def test_a_dead_worker_is_named_in_one_line() -> None:
         taken(cursor)
     assert "\n" not in str(raised.value)
     assert any(str(pid) in str(raised.value) for pid in dead)
+
+
+@pytest.mark.parametrize(
+    ("error", "ending"),
+    [
+        (EOFError, "(EOFError)"),
+        (ConnectionResetError, "(ConnectionResetError)"),
+    ],
+)
+def test_a_worker_that_dies_while_it_passes_tensors_on_is_named(
+    error: type[Exception], ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch then raises the bare error of the connection, if it does not find the worker dead yet."""
+    cursor = in_workers()
+    cursor.begin_epoch(1)
+    taken(cursor, 1)
+
+    def broken(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_next_data", broken)
+    with pytest.raises(BrokenJobError, match="a worker process of the loader has ended unexpectedly") as raised:
+        taken(cursor)
+    assert str(raised.value).endswith(ending)
+    cursor.close()
+
+
+class Unreadable(IterableDataset[torch.Tensor]):
+    """Its file is too short."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        raise EOFError("short file")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_sets_own_end_of_file_is_no_dead_worker(workers: int) -> None:
+    """The error is reported as it is."""
+    loader = DataLoader(Unreadable(), batch_size=3, num_workers=workers)
+    cursor = LoaderCursor(loader, seed=0, batches_per_epoch=2)
+    cursor.begin_epoch(1)
+    with pytest.raises(BrokenJobError, match=r"batch 0: EOFError: .*short file$"):
+        cursor.next_batch()
+    cursor.close()
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import anyio.to_thread
 
@@ -16,7 +17,7 @@ from tolaria.rollback.protocol import Rollback, tier_name
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
-from tolaria.run.restore_points import RestorePoints, choose
+from tolaria.run.restore_points import RestorePoint, RestorePoints, choose
 from tolaria.run.status import RunStatus
 
 
@@ -57,9 +58,10 @@ class LaneRestorer:
         if rollback.tier != ROLLBACK_TIER_FAST:
             rows = await anyio.to_thread.run_sync(self._store.kept_points, abandon_on_cancel=True)
         snapshots = () if rollback.tier == ROLLBACK_TIER_FULL else self.status.snapshots
-        choice = choose(self.points.of(snapshots, rows), rollback)
+        points = self.points.of(snapshots, rows)
+        choice = choose(points, rollback)
         if choice is None:
-            raise NoCheckpointError(_nothing_for(rollback))
+            raise NoCheckpointError(_nothing_for(rollback, points))
         self._candidates = choice.checkpoints
         rollback.tier, rollback.chosen_step = choice.point.tier, choice.point.global_step
         rollback.chosen = str(choice)
@@ -133,12 +135,14 @@ class LaneRestorer:
         return loaded
 
 
-def _nothing_for(rollback: Rollback) -> str:
-    """Returns why there is no restore point for a rollback."""
+def _nothing_for(rollback: Rollback, points: Sequence[RestorePoint]) -> str:
+    """Returns why there is none among the restore points for a rollback."""
     if rollback.checkpoint_id:
         return f"nothing to go back to: there is no checkpoint {rollback.checkpoint_id}; it may have been removed"
     tier = "" if rollback.tier == ROLLBACK_TIER_UNSPECIFIED else f" of the {tier_name(rollback.tier)} tier"
     kind = "proven " if rollback.automatic else "" if rollback.target_step is not None else "sound "
     target = "" if rollback.target_step is None else f" at or before step {rollback.target_step}"
     before = "" if rollback.before_step is None else f"{' and' if target else ''} before step {rollback.before_step}"
-    return f"nothing to go back to: no {kind}restore point{tier}{target}{before}"
+    live = [point.global_step for point in points if not point.superseded]
+    oldest = f"; the oldest of all is of step {min(live)}" if live else ""
+    return f"nothing to go back to: no {kind}restore point{tier}{target}{before}{oldest}"

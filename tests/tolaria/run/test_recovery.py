@@ -503,6 +503,15 @@ async def test_a_retreat_without_a_restore_point_halts(storage: Storage) -> None
     assert parts.recovery.ill == "loss exploded"
 
 
+async def test_without_a_restore_point_the_answer_names_the_oldest(storage: Storage) -> None:
+    """So that the operator can choose one."""
+    parts = RecoveryParts(storage)
+    message = "no restore point of the fast tier at or before step 1; the oldest of all is of step"
+    async with serving(parts):
+        with pytest.raises(NoCheckpointError, match=message):
+            await parts.recovery.roll_back(Rollback(ROLLBACK_TIER_FAST, 1, "odd", "operator"))
+
+
 async def test_a_trend_without_a_restore_point_does_not_halt(storage: Storage) -> None:
     """The job's losses may be like that: training goes on, and is saved."""
     parts = RecoveryParts(storage)

@@ -18,7 +18,7 @@ import grpc
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 TESTS = Path(__file__).parents[1]
 
 
@@ -52,9 +52,16 @@ class Serve:
 
     def addresses(self) -> tuple[str, str]:
         """Waits until it serves; returns the addresses of gRPC and of the metrics."""
-        assert self._serving.wait(START_TIMEOUT_S), self.lines
+        assert self._serving.wait(START_TIMEOUT_S), (self.lines, self._waiting_for())
         assert self._serving_event, self.lines
         return self._serving_event["grpc"], self._serving_event["metrics"]
+
+    def _waiting_for(self) -> str:
+        """What the process does: its state, its CPU seconds, and what it waits for in the kernel."""
+        process = Path(f"/proc/{self.process.pid}")
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+        cpu_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return f"state {fields[0]}, {cpu_s:.1f} s of CPU, in {(process / 'wchan').read_text() or '?'}"
 
     def events(self) -> list[dict[str, Any]]:
         """The events that it has logged so far."""

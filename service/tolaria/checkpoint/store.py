@@ -230,10 +230,14 @@ class CheckpointStore:
     def load_newest(self, expired: Callable[[], bool] | None = None) -> LoadedCheckpoint:
         """Loads the run's newest intact checkpoint that is not suspect; suspect ones only if there is no other.
 
+        Superseded ones, proven ones first, only if there are no others: the state that was rolled back to is lost then.
+
         Raises as `load_first` does.
         """
-        newest_first = list(reversed(self.restore_points()))
-        return self.load_first([*sorted(newest_first, key=lambda row: row.doubtful)], expired)
+        if newest_first := self.restore_points()[::-1]:
+            return self.load_first(sorted(newest_first, key=lambda row: row.doubtful), expired)
+        superseded = self.kept_points()[::-1]
+        return self.load_first(sorted(superseded, key=lambda row: not row.proven), expired)
 
     def load_first(self, rows: Sequence[CheckpointRow], expired: Callable[[], bool] | None = None) -> LoadedCheckpoint:
         """Loads the first intact one of these checkpoints.

@@ -107,7 +107,8 @@ def prepare_state(settings: Settings, *, files: Filesystem | None = None) -> Ite
 def load_resume_point(prepared: PreparedState) -> ResumePoint:
     """Loads the newest intact checkpoint of a resumed run that is not suspect. The state may be that of another run.
 
-    Checkpoints that are not ancestors of the loaded one are superseded.
+    Checkpoints that are not ancestors of the loaded one are superseded. A superseded one is loaded if the process was
+    killed after a rollback, before the state that it restored had a checkpoint, and no other was an ancestor.
 
     A run whose checkpoints are all damaged cannot be resumed. Since training is unattended, a new run begins then,
     with another id. The lost run is recorded as failed, with the incident `run_lost` and a critical log line;
@@ -123,11 +124,13 @@ def load_resume_point(prepared: PreparedState) -> ResumePoint:
         try:
             loaded = prepared.storage.checkpoints.load_newest()
         except NoCheckpointError as error:
-            if prepared.storage.checkpoints.restore_points():
+            if prepared.storage.checkpoints.kept_points():
                 raise
             return ResumePoint(_replace_lost_run(prepared, str(error)), None)
         for damage in loaded.damaged:
             _log.error("checkpoint_not_loaded", **asdict(damage))
+        if loaded.row.state == "superseded":
+            _log.warning("rollback_lost", resumed_step=loaded.row.global_step, detail=loaded.row.detail)
         journal = prepared.storage.journal
         journal.put(replace(run_row(journal, prepared.run_id), resumed_from=loaded.row.checkpoint_id))
         rows = journal.rows(CheckpointRow, run_id=prepared.run_id)
@@ -183,14 +186,14 @@ def retention_of(settings: CheckpointSettings) -> Retention:
 
 
 def unfinished_run(runs: Sequence[RunRow], checkpoints: Sequence[CheckpointRow]) -> RunRow | None:
-    """Returns the run to resume: the latest one with a committed checkpoint, unless it or a later one has ended.
+    """Returns the run to resume: the latest one with a checkpoint, unless it or a later one has ended.
 
     A run that is known from its checkpoints only, because a damaged journal was rebuilt, counts as unfinished: ending
     it once more costs little, forgetting it may cost weeks of training. Its job is unknown, hence empty.
     """
     newest_ns: dict[str, int] = {}
     for row in checkpoints:
-        if row.state == "committed":
+        if row.state in {"committed", "superseded"}:
             newest_ns[row.run_id] = max(row.at_ns, newest_ns.get(row.run_id, 0))
     known = {run.run_id: run for run in runs}
     known |= {run_id: RunRow(run_id, at_ns, job="") for run_id, at_ns in newest_ns.items() if run_id not in known}

@@ -109,6 +109,7 @@ def checkpoint(run_id: str, at_ns: int, state: str = "committed") -> CheckpointR
         ([("a", 1, "finished")], [checkpoint("a", 2)], None),
         ([("a", 1, "stopped")], [checkpoint("a", 2)], None),
         ([("a", 1, "")], [checkpoint("a", 2, "quarantined")], None),
+        ([("a", 1, "")], [checkpoint("a", 2, "superseded")], "a"),
         ([("a", 1, ""), ("b", 3, "")], [checkpoint("a", 2)], "a"),
         ([("a", 1, ""), ("b", 3, "")], [checkpoint("a", 2), checkpoint("b", 4)], "b"),
         ([("a", 1, ""), ("b", 3, "finished")], [checkpoint("a", 2)], None),
@@ -120,7 +121,7 @@ def checkpoint(run_id: str, at_ns: int, state: str = "committed") -> CheckpointR
 def test_the_unfinished_run(
     runs: list[tuple[str, int, str]], checkpoints: list[CheckpointRow], expected: str | None
 ) -> None:
-    """It is the latest run with a committed checkpoint, unless it or a later one has ended."""
+    """It is the latest run with a checkpoint, unless it or a later one has ended."""
     rows = [RunRow(run_id, at_ns, "job", outcome=outcome) for run_id, at_ns, outcome in runs]
     found = unfinished_run(rows, checkpoints)
     assert (found.run_id if found else None) == expected
@@ -367,6 +368,23 @@ def test_a_suspect_checkpoint_is_passed_over(tmp_path: Path) -> None:
         assert point.points.lineage == Lineage(2, ((1, 6),))
         assert prepared.storage.checkpoints.kept_points()[-1].state == "superseded"
     assert [line["event"] for line in logs] == ["suspect_checkpoints_passed_over"]
+
+
+def test_a_kill_after_a_rollback_to_before_all_checkpoints_loses_no_run(tmp_path: Path) -> None:
+    """Before the restored state has a checkpoint: the newest proven of the superseded ones is an ancestor again."""
+    run_id = leave_run(tmp_path, None, 3, 6, 9)
+    with prepare_state(settings(tmp_path)) as prepared:
+        proven, _ = prepared.storage.checkpoints.restore_points()
+        prepared.storage.journal.revise(proven.checkpoint_id, proven=1)
+        assert prepared.storage.checkpoints.follow(Lineage(2, ((1, 2),)), "rolled back to step 2") == 2
+    with capture_logs() as logs, prepare_state(settings(tmp_path)) as prepared:
+        assert prepared.run_id == run_id
+        point = load_resume_point(prepared)
+        assert point.loaded is not None
+        assert point.loaded.row.global_step == 6
+        states = [row.state for row in prepared.storage.checkpoints.kept_points()]
+    assert states == ["committed", "superseded"]
+    assert [line["detail"] for line in logs if line["event"] == "rollback_lost"] == ["rolled back to step 2"]
 
 
 def test_earlier_rollbacks_of_the_run_are_counted(tmp_path: Path) -> None:

@@ -118,6 +118,9 @@ def train(directory: Path, seed: int, report: Report) -> None:
             metrics=Metrics(),
             emitter=Emitter(),
             log_context=LogContext(),
+            newest_checkpoint_ns=None if point.loaded is None else point.loaded.row.at_ns,
+            points=point.points,
+            rollbacks=point.rollbacks,
         )
         anyio.run(serve, Core(foundation), random.Random(seed), report)
 

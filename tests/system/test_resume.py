@@ -155,7 +155,7 @@ def roll_back_by_both_tiers(stub: TolariaAdminServiceStub) -> None:
     stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="to look"), timeout=10)
     for tier in (ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL):
         points = stub.ListRestorePoints(admin.ListRestorePointsRequest(), timeout=10).restore_points
-        newest = next(point for point in points if point.tier == tier)
+        newest = next(point for point in points if point.tier == tier and not point.superseded)
         request = admin.TriggerRollbackRequest(
             request_id=f"r{tier}", tier=tier, target_step=newest.global_step, reason="odd"
         )

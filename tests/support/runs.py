@@ -234,3 +234,18 @@ def _remove(foundation: Foundation) -> None:
         pass
     foundation.storage.journal.close()
     shutil.rmtree(foundation.board.path.parent)
+
+
+async def train_to(run: RunUnderTest, step: int, *, passes_each: int = 1) -> None:
+    """Trains to exactly that step and pauses the run there; its job waits in each pass to be released."""
+    if run.state == "PAUSED":
+        await run.run.resume("on")
+    for _ in range((step - run.status.global_step) * passes_each - 1):
+        await anyio.to_thread.run_sync(run.job.entered.acquire)
+        run.job.passes.release()
+    await anyio.to_thread.run_sync(run.job.entered.acquire)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run.run.pause, "at the step")
+        await run.until(lambda: run.state == "PAUSED")
+        run.job.passes.release()
+    assert run.status.global_step == step

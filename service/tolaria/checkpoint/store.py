@@ -230,13 +230,17 @@ class CheckpointStore:
     def load_newest(self, expired: Callable[[], bool] | None = None) -> LoadedCheckpoint:
         """Loads the run's newest intact checkpoint that is not suspect; suspect ones only if there is no other.
 
-        Superseded ones, proven ones first, only if there are no others: the state that was rolled back to is lost then.
+        Superseded ones, proven ones first, only if no other is left: the state that was rolled back to is lost then.
 
         Raises as `load_first` does.
         """
-        if newest_first := self.restore_points()[::-1]:
+        newest_first = self.restore_points()[::-1]
+        try:
             return self.load_first(sorted(newest_first, key=lambda row: row.doubtful), expired)
-        superseded = self.kept_points()[::-1]
+        except NoCheckpointError:
+            superseded = self.kept_points()[::-1]
+            if not superseded or self.restore_points():  # what cannot be read at present may be intact
+                raise
         return self.load_first(sorted(superseded, key=lambda row: not row.proven), expired)
 
     def load_first(self, rows: Sequence[CheckpointRow], expired: Callable[[], bool] | None = None) -> LoadedCheckpoint:

@@ -63,7 +63,8 @@ def to_device(payload: Any, device: torch.device, *, pinned: bool = False) -> An
         if pinned and payload.device.type == "cpu":  # only a copy from pinned memory does not block
             payload = payload.pin_memory()
         return payload.to(device, non_blocking=True)
-    if hasattr(payload, "to"):  # a PackedSequence, whose lengths stay on the CPU; batches of other libraries
+    # A PackedSequence, whose lengths stay on the CPU, or a batch of another library; not a field of that name.
+    if callable(getattr(payload, "to", None)):
         return payload.to(device)
     if isinstance(payload, dict):
         return {key: to_device(value, device, pinned=pinned) for key, value in payload.items()}

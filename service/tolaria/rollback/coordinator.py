@@ -74,7 +74,7 @@ class Restorer(Protocol):
         """Returns when the lane is at a step boundary. Raises LaneStoppedError if it ends first."""
 
     async def keep(self, rollback: Rollback, /) -> None:
-        """Sets `left_step`; saves the live state if it is to be, and sets `left_checkpoint_id` or `left_unkept`."""
+        """Sets `left_step`; saves the live state if it is to be, and sets `left_checkpoint_id` or `left_not_kept`."""
 
     async def restore(self, rollback: Rollback, /) -> None:
         """Restores the target at the next step boundary and sets `restored_step`, the digests and `restore_ms`.
@@ -209,7 +209,7 @@ class RollbackCoordinator:
         with anyio.move_on_after(limit_s) as scope:
             await self._restorer.keep(rollback)
         if scope.cancelled_caught:
-            rollback.left_unkept = f"it was not on disk within {limit_s:g} s; restore-points lists it once it is"
+            rollback.left_not_kept = f"it was not on disk within {limit_s:g} s; restore-points lists it once it is"
         if rollback.saves_left:
             rollback.kept_ms = (time.monotonic() - started_s) * 1000
 

@@ -254,9 +254,9 @@ class Rollback:
     """Step of the state that is left; -1 before the step boundary."""
     left_checkpoint_id: str = field(default="", init=False)
     """The checkpoint of that state; empty if it has none."""
-    left_unkept: str = field(default="", init=False)
+    left_not_kept: str = field(default="", init=False)
     """Why that state has no checkpoint."""
-    made: str = field(default="", init=False)
+    made_checkpoint_id: str = field(default="", init=False)
     """The checkpoint of that state if it was made for this rollback, which must not go to it."""
     kept_ms: float = field(default=0.0, init=False)
     """Time that saving that state took; not part of the budget."""
@@ -341,9 +341,9 @@ class Rollback:
         """Returns a new rollback with the same purpose, limited to a tier."""
         rollback = Rollback(tier, self.target_step, self.reason, self.origin, before_step=self.before_step)
         rollback.lr_cut, rollback.global_step = self.lr_cut, self.global_step
-        rollback.preferred_before, rollback.made = self.preferred_before, self.made
+        rollback.preferred_before, rollback.made_checkpoint_id = self.preferred_before, self.made_checkpoint_id
         rollback.left_step, rollback.left_checkpoint_id = self.left_step, self.left_checkpoint_id
-        rollback.left_unkept, rollback.kept_ms, rollback.trend = self.left_unkept, self.kept_ms, self.trend
+        rollback.left_not_kept, rollback.kept_ms, rollback.trend = self.left_not_kept, self.kept_ms, self.trend
         return rollback
 
     def end(self, ending: Ending, error: TolariaError | None = None) -> None:

@@ -183,7 +183,7 @@ class AdminService(TolariaAdminServiceServicer):
                 chosen=done.chosen,
                 left_step=max(0, done.left_step),
                 left_checkpoint_id=done.left_checkpoint_id,
-                left_not_kept=done.left_unkept,
+                left_not_kept=done.left_not_kept,
                 kept_ms=done.kept_ms,
             )
 

@@ -238,7 +238,7 @@ class Health:
 
     def older_than(self, at_step: int) -> int | None:
         """Returns the oldest step that recent automatic rollbacks have restored: the next goes further back."""
-        recent = [each for each in self._within_budget(at_step) if not self._since(each, at_step) > HELD_STEPS]
+        recent = [each for each in self._within_budget(at_step) if self._since(each, at_step) <= HELD_STEPS]
         return min((each.restored_step for each in recent if each.restored_step is not None), default=None)
 
     def begin_rollback(self, origin: str, at_step: int) -> None:
@@ -335,11 +335,12 @@ class Health:
         known = trend in self._record.trends
         if not self._settings.automatic or self._record.regimes >= REGIMES_MAX or (known and early is None):
             return self._reported(reason, step.global_step)
+        if trend:  # no batch is to blame for it
+            batches = ()
         if early is not None:
-            self._watch = Watch(reason, evidence_step, batches, self.losses.limit, spread_before, early, known, [])
+            self._watch = Watch(reason, evidence_step, batches, self.losses.limit, spread_before, early, trend, [])
             return Proceed(reason)
-        # No batch is to blame for a slow rise.
-        return self._retreat_from(reason, evidence_step, () if trend else batches, step.global_step, trend)
+        return self._retreat_from(reason, evidence_step, batches, step.global_step, trend)
 
     def _reported(self, reason: str, at_step: int) -> Proceed:
         """Reports what is not acted on, unless it has been reported a few steps before."""
@@ -383,9 +384,10 @@ class Health:
         if watch.healed:
             return Proceed()
         # On data on which training went well before, it is no changed task, and what made it rise may be over by now.
-        changed = watch.trend or (not watch.early and stable(watch.losses, watch.spread_before, self.losses.scale))
+        known = watch.trend in self._record.trends
+        changed = known or (not watch.early and stable(watch.losses, watch.spread_before, self.losses.scale))
         if not changed:
-            return self._retreat_from(watch.reason, watch.evidence_step, watch.batches, step.global_step)
+            return self._retreat_from(watch.reason, watch.evidence_step, watch.batches, step.global_step, watch.trend)
         self._accepting = watch
         return AcceptRegime(watch.reason, tuple(self._record.retreat_batches))
 

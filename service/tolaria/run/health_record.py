@@ -102,8 +102,8 @@ class Record(BaseModel):
 class Watch:
     """Losses that have risen again near the last retreat, until it is known whether the task has changed.
 
-    `early`: before the place of that retreat, on data on which training went well then. `trend`: it is accepted in any
-    case.
+    `early`: before the place of that retreat, on data on which training went well then. `trend`: that of
+    `Record.trends` which they are, if any.
     """
 
     reason: str
@@ -112,7 +112,7 @@ class Watch:
     limit: float
     spread_before: float
     early: bool
-    trend: bool
+    trend: str
     losses: list[float]
 
     @property

@@ -120,7 +120,7 @@ class Recovery:
             raise WrongStateError("another rollback is running")
         rollback.global_step = self._status.global_step
         if rollback.origin == OPERATOR:
-            rollback.left_unkept, rollback.saves_left = self.unsound, not self.unsound
+            rollback.left_not_kept, rollback.saves_left = self.unsound, not self.unsound
         self._stop_awaiting_step()
         self._current, self._over = (rollback, on_over), anyio.Event()
         self._lane.hold(_ROLLBACK)

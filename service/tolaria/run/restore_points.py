@@ -95,7 +95,7 @@ def choose(points: Iterable[RestorePoint], rollback: Rollback) -> Choice | None:
 def _allowed(point: RestorePoint, rollback: Rollback) -> bool:
     return (
         not point.superseded
-        and (point.checkpoint is None or point.checkpoint.checkpoint_id != rollback.made)
+        and (point.checkpoint is None or point.checkpoint.checkpoint_id != rollback.made_checkpoint_id)
         and rollback.tier in {ROLLBACK_TIER_UNSPECIFIED, point.tier}
         and (rollback.before_step is None or point.global_step < rollback.before_step)
         and (rollback.target_step is None or point.global_step <= rollback.target_step)

@@ -71,17 +71,17 @@ class LaneRestorer:
         await self.lane.reach_boundary()
 
     async def keep(self, rollback: Rollback, /) -> None:
-        """Sets `left_step`; saves the live state if it is to be, and sets `left_checkpoint_id` or `left_unkept`."""
+        """Sets `left_step`; saves the live state if it is to be, and sets `left_checkpoint_id` or `left_not_kept`."""
         rollback.left_step = self.status.global_step
         if not rollback.saves_left:
             return
         try:
             row, made = await self.checkpointing.keep()
         except TolariaError as error:
-            rollback.left_unkept = str(error)
+            rollback.left_not_kept = str(error)
         else:
             rollback.left_checkpoint_id = row.checkpoint_id
-            rollback.made = row.checkpoint_id if made else ""
+            rollback.made_checkpoint_id = row.checkpoint_id if made else ""
 
     async def restore(self, rollback: Rollback, /) -> None:
         """Restores the target at the next step boundary and sets the restored fields of `rollback`.

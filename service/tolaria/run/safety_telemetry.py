@@ -205,8 +205,8 @@ class SafetyTelemetry(RunObserver):
         self._metrics.rollback_requests_total.labels(rollback.origin, outcome).inc()
         if (error := rollback.unrecorded) is not None:
             self._log.error("rollback_not_in_the_journal", rollback_id=rollback.rollback_id, error=str(error))
-        if rollback.left_unkept:
-            self._log.warning("left_state_not_kept", step=rollback.left_step, reason=rollback.left_unkept)
+        if rollback.left_not_kept:
+            self._log.warning("left_state_not_kept", step=rollback.left_step, reason=rollback.left_not_kept)
         if rollback.ending is Ending.RESTORED:
             self._metrics.rollback_restore_latency_ms.set(rollback.restore_ms)
             self._emitter.emit(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -26,6 +28,13 @@ def test_threads_leave_a_core_for_the_event_loop() -> None:
     torch.set_num_threads(before)
 
 
+class Pair(NamedTuple):
+    """A pair of sentences: its field `to` is no method that moves it."""
+
+    of: torch.Tensor
+    to: torch.Tensor
+
+
 def test_tensors_in_nested_payloads_are_moved() -> None:
     """Tensors in tuples, lists and dicts are moved, other values are kept; on the CPU nothing is copied."""
     meta = torch.device("meta")
@@ -34,6 +43,8 @@ def test_tensors_in_nested_payloads_are_moved() -> None:
     moved = to_device({"x": (torch.ones(2), [torch.ones(3)]), "name": "a"}, meta)
     assert moved["x"][0].device == moved["x"][1][0].device == meta
     assert moved["name"] == "a"
+    pair = Pair(torch.ones(2), torch.ones(3))
+    assert to_device(pair, meta).to.device == meta
     batch = Batch(torch.ones(2), 2)
     assert on_device(batch, torch.device("cpu")) is batch
     assert on_device(batch, meta).payload.device == meta

@@ -271,7 +271,7 @@ async def test_saving_the_state_that_is_left_is_bounded_and_no_part_of_the_budge
     assert rollback.kept_ms >= (500 if hangs else 200)
     assert rollback.latency_ms == pytest.approx(rollback.waited_ms + rollback.kept_ms + rollback.restored_ms)
     expected = ("", True) if hangs else ("c50", False)
-    assert (rollback.left_checkpoint_id, "within 0.5 s" in rollback.left_unkept) == expected
+    assert (rollback.left_checkpoint_id, "within 0.5 s" in rollback.left_not_kept) == expected
 
 
 async def test_a_second_try_saves_nothing_again() -> None:
@@ -282,7 +282,7 @@ async def test_a_second_try_saves_nothing_again() -> None:
     async def saves(rollback: Rollback) -> None:
         await anyio.lowlevel.checkpoint()
         saved.append(rollback)
-        rollback.left_checkpoint_id = rollback.made = "c50"
+        rollback.left_checkpoint_id = rollback.made_checkpoint_id = "c50"
 
     parts.restorer.keeping = saves
     first = new_rollback()
@@ -290,4 +290,4 @@ async def test_a_second_try_saves_nothing_again() -> None:
     await parts.run(first)
     second = await parts.run(first.again(ROLLBACK_TIER_FAST))
     assert saved == [first]
-    assert (second.left_step, second.left_checkpoint_id, second.made) == (50, "c50", "c50")
+    assert (second.left_step, second.left_checkpoint_id, second.made_checkpoint_id) == (50, "c50", "c50")

@@ -9,7 +9,7 @@ import anyio.to_thread
 import pytest
 
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED
-from support.runs import FakePeers, RunUnderTest, new_run, running
+from support.runs import FakePeers, RunUnderTest, new_run, running, train_to
 from tolaria.errors import NoCheckpointError, WrongStateError
 from tolaria.journal.rows import CheckpointRow, RollbackRow
 from tolaria.rollback.protocol import Rollback
@@ -30,21 +30,6 @@ def stepped(
         "checkpoint": checkpoint or {"every_epochs": 1, "keep_last": 100},
     }
     return new_run(FakePeers(), job=job, sections=sections, epochs=10**6, **training)
-
-
-async def train_to(run: RunUnderTest, step: int) -> None:
-    """Trains to exactly that step and pauses the run there."""
-    if run.state == "PAUSED":
-        await run.run.resume("on")
-    for _ in range(step - 1 - run.status.global_step):
-        await anyio.to_thread.run_sync(run.job.entered.acquire)
-        run.job.passes.release()
-    await anyio.to_thread.run_sync(run.job.entered.acquire)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run.run.pause, "at the step")
-        await run.until(lambda: run.state == "PAUSED")
-        run.job.passes.release()
-    assert run.status.global_step == step
 
 
 async def saved(run: RunUnderTest) -> CheckpointRow:

@@ -207,6 +207,19 @@ def test_a_slow_rise_at_the_same_place_is_no_second_one() -> None:
     assert {type(each) for each in again} <= {Proceed, AcceptRegime}
 
 
+def test_a_slow_rise_near_an_explosion_is_a_slow_rise() -> None:
+    """It is watched, rolls back once if the budget allows it, and never halts the run."""
+    for automatic_max, rolls_back in ((1, False), (2, True)):
+        run = Trained(RollbackSettings(automatic_max=automatic_max), steps=0)
+        run.train(*scattered(400))
+        assert isinstance(run.explode(), Retreat)
+        restore_scattered(run, 127)  # so that the rise is noticed a little before the place of the explosion
+        verdicts = run.train(*scattered(345, rise=0.001))
+        assert isinstance(verdicts[0], Proceed)
+        assert [each.trend for each in verdicts if isinstance(each, Retreat)] == [True] * rolls_back
+        assert not any(isinstance(each, Halt) for each in verdicts)
+
+
 def test_validation_losses_that_grow_roll_back_once() -> None:
     """They have no bound: what comes after one rollback is how the job is. Accuracies are judged again each time."""
     for correct, kind in ((0, Proceed), (50, Retreat)):

@@ -11,7 +11,7 @@ import pytest
 
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT, ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED
 from support.checkpointing import Disk
-from support.runs import FakePeers, RunUnderTest, new_run, running
+from support.runs import FakePeers, RunUnderTest, new_run, running, train_to
 from tolaria.errors import CheckpointWriteError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.rows import CheckpointRow
@@ -56,21 +56,6 @@ def stepped(
     }
     options = {"dropout": 0.3, **training.pop("options", {})}
     return new_run(FakePeers(), job=job, sections=sections, epochs=10**6, files=files, options=options, **training)
-
-
-async def train_to(run: RunUnderTest, step: int, *, passes_each: int = 1) -> None:
-    """Trains to exactly that step and pauses the run there."""
-    if run.state == "PAUSED":
-        await run.run.resume("on")
-    for _ in range((step - run.status.global_step) * passes_each - 1):
-        await anyio.to_thread.run_sync(run.job.entered.acquire)
-        run.job.passes.release()
-    await anyio.to_thread.run_sync(run.job.entered.acquire)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(run.run.pause, "at the step")
-        await run.until(lambda: run.state == "PAUSED")
-        run.job.passes.release()
-    assert run.status.global_step == step
 
 
 async def stop(run: RunUnderTest) -> None:
@@ -127,7 +112,7 @@ async def test_a_rollback_is_undone_bit_by_bit(monkeypatch: pytest.MonkeyPatch) 
         (oldest,) = (info.position.global_step for info in run.status.snapshots)
         assert oldest < 10
         away = await run.run.roll_back(back_to(oldest))
-        assert (away.restored_step, away.left_step, away.left_unkept) == (oldest, 11, "")
+        assert (away.restored_step, away.left_step, away.left_not_kept) == (oldest, 11, "")
         row = (await kept(run))[away.left_checkpoint_id]
         assert (row.global_step, row.state) == (11, "superseded")
         await train_to(run, oldest + 2)
@@ -292,7 +277,7 @@ async def test_a_full_disk_does_not_stop_a_rollback() -> None:
         await roll_back_within(run, back)
         assert (back.restored_step, back.state_digest) == (4, first.digest)
         assert back.left_checkpoint_id == ""
-        assert "ENOSPC" in back.left_unkept
+        assert "ENOSPC" in back.left_not_kept
         assert run.state == "PAUSED"
         assert "no checkpoint can be written" in run.status.state_reason
         disk.full = False
@@ -309,7 +294,7 @@ async def test_a_hanging_disk_delays_a_rollback_by_the_full_budget() -> None:
         disk.gate.clear()
         away = await run.run.roll_back(back_to(1))
         assert (away.restored_step, away.left_step, away.left_checkpoint_id) == (1, 3, "")
-        assert "within 0.3 s" in away.left_unkept
+        assert "within 0.3 s" in away.left_not_kept
         assert away.kept_ms >= 300
         assert away.latency_ms == pytest.approx(away.waited_ms + away.kept_ms + away.restored_ms)
         disk.gate.set()
@@ -334,7 +319,7 @@ async def test_a_disk_that_is_known_to_hang_is_not_waited_for(monkeypatch: pytes
                 away = await run.run.roll_back(back_to(1))
             disk.gate.set()
         assert (away.restored_step, away.left_checkpoint_id) == (1, "")
-        assert "the checkpoint of step 3 takes longer" in away.left_unkept
+        assert "the checkpoint of step 3 takes longer" in away.left_not_kept
         await stop(run)
 
 
@@ -353,7 +338,7 @@ async def test_without_checkpoints_the_state_is_not_kept(settings: dict[str, obj
         await train_to(run, 3)
         away = await run.run.roll_back(back_to(1))
         assert (away.restored_step, away.left_step, away.left_checkpoint_id) == (1, 3, "")
-        assert reason in away.left_unkept
+        assert reason in away.left_not_kept
         assert await kept(run) == {}
         await stop(run)
 
@@ -372,6 +357,6 @@ async def test_an_ill_state_and_automatic_rollbacks_keep_nothing() -> None:
         run.recovery.ill = "loss exploded"
         away = await run.run.roll_back(back_to(2))
         assert away.left_checkpoint_id == ""
-        assert "the live state is ill" in away.left_unkept
+        assert "the live state is ill" in away.left_not_kept
         assert set(await kept(run)) == {first.checkpoint_id}
         await stop(run)

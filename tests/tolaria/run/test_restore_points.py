@@ -257,7 +257,7 @@ def test_a_resumed_run_knows_its_state(fields: dict[str, Any], shown: str) -> No
 def test_the_checkpoint_of_the_state_that_is_left_is_no_target() -> None:
     """Not even for a second try, which would restore what the operator wants to leave."""
     rollback = Rollback(AUTO, 100, "", "operator")
-    rollback.made = "c50"
+    rollback.made_checkpoint_id = "c50"
     choice = choose(map(point, ("c30+", "c50")), rollback)
     assert choice is not None
     assert (name(choice.point), [row.checkpoint_id for row in choice.checkpoints]) == ("c30", ["c30"])

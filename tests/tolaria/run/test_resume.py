@@ -387,6 +387,20 @@ def test_a_kill_after_a_rollback_to_before_all_checkpoints_loses_no_run(tmp_path
     assert [line["detail"] for line in logs if line["event"] == "rollback_lost"] == ["rolled back to step 2"]
 
 
+def test_a_superseded_checkpoint_is_better_than_a_new_run(tmp_path: Path) -> None:
+    """Where all others are damaged; they are in the quarantine then."""
+    run_id = leave_run(tmp_path, None, 3, 6)
+    with prepare_state(settings(tmp_path)) as prepared:
+        store = prepared.storage.checkpoints
+        older, newer = store.restore_points()
+        prepared.storage.journal.put(replace(newer, state="superseded"))
+    (tmp_path / "checkpoints" / older.checkpoint_id / "state.json").unlink()
+    with prepare_state(settings(tmp_path)) as prepared:
+        point = load_resume_point(prepared)
+        assert point.loaded is not None
+        assert (prepared.run_id, point.loaded.row.global_step) == (run_id, 6)
+
+
 def test_earlier_rollbacks_of_the_run_are_counted(tmp_path: Path) -> None:
     """By origin, those that restored a state; and training goes on with a new attempt."""
     run_id = leave_run(tmp_path, None, 3, 6)

@@ -11,7 +11,7 @@ TolariaError
 │                      AdjustmentRefusedError, HyperparameterError, ControllerStateError, RebuildFailedError
 ├── SeedError: SlotError, UnknownBlueprintError, OwnershipError, TopologyStateError
 │   └── BlueprintError: BlueprintMisfitError
-├── LaneError: LaneFailedError, LaneStoppedError
+├── LaneError: LaneFailedError, LaneStoppedError, LaneLostError, WireError
 ├── SignalError: BoardRefusedError, BoardBusyError, BoardLostError, BlockOwnedError, SignalValueError
 ├── EmergencyError: UnknownLevelError, IllegalEmergencyEventError, ClearanceRefusedError, BroadcastFailedError
 ├── RollbackError: StateUnsupportedError, StateMismatchError, ImageDamagedError, RestoreUnprovenError,
@@ -267,6 +267,14 @@ class LaneFailedError(LaneError):
 
 class LaneStoppedError(LaneError):
     """The lane stopped before it executed a command."""
+
+
+class LaneLostError(LaneError):
+    """The lane's process ended, and with it whatever it had not answered."""
+
+
+class WireError(LaneError):
+    """What the other side of the lane's connection sent, or was to be sent to it, is no frame."""
 
 
 class SignalError(TolariaError):

@@ -80,6 +80,7 @@ class StateImage:
         buffers: each tensor's content by name, packed in C order: flat, writable memoryviews of bytes on the host.
         values: canonical JSON of everything that is not a tensor.
         sealed: the recorded fingerprint; None before `seal`.
+        segment: number of the segment of shared memory in which the image begins; 0 in private memory.
     """
 
     position: Position
@@ -87,6 +88,7 @@ class StateImage:
     buffers: Mapping[str, memoryview]
     values: bytes
     sealed: Fingerprint | None = None
+    segment: int = 0
 
     @property
     def size_bytes(self) -> int:

@@ -36,12 +36,14 @@ class ChildCommand:
     """What to run: a name for errors, the program and its arguments, and the environment; None inherits it.
 
     `keep_stderr` reads standard error and adds its end to errors; otherwise the child shares this process's.
+    `descriptors` are passed on under the same numbers.
     """
 
     name: str
     arguments: Sequence[str]
     environment: Mapping[str, str] | None = None
     keep_stderr: bool = False
+    descriptors: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class ChildProcess:
                         stderr=subprocess.PIPE if command.keep_stderr else None,
                         env=command.environment,
                         start_new_session=True,
+                        pass_fds=command.descriptors,
                     )
                 except OSError as error:
                     raise ChildFailedError(command.name, f"cannot be started: {error}") from error
@@ -188,6 +191,8 @@ class ChildSupervisor:
         self._restarts = restarts
         self._start_timeout_s = start_timeout_s
         self.stop_timeout_s = stop_timeout_s
+        self.wanted = True
+        """Whether `run` starts the child again when it has ended."""
         self._child: ChildProcess | None = None
 
     def accept(self, announcement: Mapping[str, Any]) -> None:
@@ -247,6 +252,8 @@ class ChildSupervisor:
                 detail = error.detail
             finally:
                 await self.stop()
+            if not self.wanted:
+                return
             failures = 1 if anyio.current_time() - started_s >= self._restarts.lived_s else failures + 1
             if self._restarts.restarts_max is not None and failures > self._restarts.restarts_max:
                 self.on_given_up(detail, failures)

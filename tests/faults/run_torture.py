@@ -38,7 +38,6 @@ from tolaria.errors import TolariaError
 from tolaria.rollback.protocol import Rollback
 from tolaria.run.resume import load_resume_point, locked_state, prepare_state, run_row
 from tolaria.run.run import TrainingRun
-from tolaria.service.start import resume
 from tolaria.service.wiring import Core, Foundation, build_lane, new_run
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
@@ -102,7 +101,7 @@ def train(directory: Path, seed: int, report: Report) -> None:
         stack.enter_context(locked_state(settings))
         point = load_resume_point(stack.enter_context(prepare_state(settings)))
         if point.loaded is not None:
-            resume(build, point.loaded, settings)
+            build.resume_run(point.loaded.image, ())
         damaged = [] if point.loaded is None else [damage.checkpoint_id for damage in point.loaded.damaged]
         run_id, storage = point.state.run_id, point.state.storage
         step = build.ready.position.global_step

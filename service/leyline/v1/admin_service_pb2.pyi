@@ -40,6 +40,8 @@ class _RunStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunState.Val
     RUN_STATE_DRAINING: _RunState.ValueType  # 5
     RUN_STATE_FINISHED: _RunState.ValueType  # 6
     RUN_STATE_FAILED: _RunState.ValueType  # 7
+    RUN_STATE_RECOVERING: _RunState.ValueType  # 8
+    """The process that computes has died; another one goes on from the newest sound state."""
 
 class RunState(_RunState, metaclass=_RunStateEnumTypeWrapper): ...
 
@@ -53,6 +55,8 @@ RUN_STATE_HALTED: RunState.ValueType  # 4
 RUN_STATE_DRAINING: RunState.ValueType  # 5
 RUN_STATE_FINISHED: RunState.ValueType  # 6
 RUN_STATE_FAILED: RunState.ValueType  # 7
+RUN_STATE_RECOVERING: RunState.ValueType  # 8
+"""The process that computes has died; another one goes on from the newest sound state."""
 Global___RunState: _TypeAlias = RunState  # noqa: Y015
 
 @_typing.final

@@ -243,6 +243,25 @@ class OptimizerSettings(Section):
     """Minimum updates between two rebuilds. 10: a faulty controller cannot keep the lane busy with rebuilds."""
 
 
+class LaneSettings(Section):
+    """The lane, which computes: in which process it runs, and how often it is started again."""
+
+    mode: Literal["thread", "process"] = "process"
+    """process: in a process of its own, so that what kills it does not end the service. thread: for debugging."""
+
+    restarts_max: int = Field(default=10, ge=0, le=1000)
+    """Times in a row that a lane which died is started again; then the run fails. 10: a broken job ends in minutes."""
+
+    restarts_within_s: Seconds = 3600.0
+    """A lane that has lived this long begins a new row. 3600: ten deaths in an hour are no accident."""
+
+    restart_pause_s: Seconds = 0.1
+    """Pause before the first restart in a row; it doubles with each further one."""
+
+    restart_pause_max_s: Seconds = 60.0
+    """Longest pause. 60: a full device or a missing mount may come back."""
+
+
 class FastPathSettings(Section):
     """Fast paths of PyTorch. auto enables one where the device gains by it; `tolaria status` shows what is active."""
 
@@ -337,6 +356,7 @@ class Settings(BaseSettings):
     kasmina: KasminaSettings = KasminaSettings()
     control: ControlSettings = ControlSettings()
     training: TrainingSettings = TrainingSettings()
+    lane: LaneSettings = LaneSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     fastpaths: FastPathSettings = FastPathSettings()
     seeds: SeedsSettings = SeedsSettings()

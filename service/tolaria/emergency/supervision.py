@@ -6,9 +6,8 @@ import faulthandler
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,113 +22,33 @@ from tolaria.emergency.sentinel import DUMP_SIGNAL, open_to_append
 from tolaria.errors import BoardLostError, ConfigurationError
 from tolaria.processes import ChildCommand, ChildSupervisor, RestartPolicy
 from tolaria.signals import ParticipantWriter, SignalBoard, remove_stale_boards
-from tolaria.signals.layout import LanePhase, LaneWork
+from tolaria.signals.lane_pulse import LanePulse
 
 COMMAND = (sys.executable, "-m", "tolaria.emergency.sentinel")
 _BEAT_S_MAX = 1.0
 _BEATS_PER_TIMEOUT = 4
-_LOADING_S = 1.0
-_SHORT_S = 0.01
-_STEPS_OF_SILENCE = 10
 _START_S, _STOP_S, _RETRY_S = 10.0, 2.0, 5.0
 _log = structlog.get_logger(__name__)
 
 
-class _PhaseSpan:
-    """A phase while its block runs, then the phase before."""
-
-    __slots__ = ("_before", "_heartbeats", "_phase")
-
-    def __init__(self, heartbeats: Heartbeats, phase: LanePhase) -> None:
-        self._heartbeats = heartbeats
-        self._phase = self._before = phase
-
-    def __enter__(self) -> None:
-        self._before = self._heartbeats.enter_phase(self._phase)
-
-    def __exit__(self, *_: object) -> None:
-        self._heartbeats.enter_phase(self._before)
-
-
-class Heartbeats:
+class Heartbeats(LanePulse):
     """The heartbeats of event loop and lane, on tolaria's block of the board.
 
-    The lane beats for itself while it works; while it is idle or paused, the event loop beats for it. So a lane that
-    hangs during work is silent, but an idle one is not. How long it may be silent depends on its phase and its steps;
-    the event loop shows that on the board with each of its beats, so that a short phase costs the lane nothing there.
+    While the lane rests, or runs in a process of its own, which its supervisor watches, the event loop beats for it.
+    The event loop shows the lane's work on the board with each of its beats, so that a short phase costs the lane
+    nothing there.
     """
 
     def __init__(self, participant: ParticipantWriter, limits: EmergencySettings) -> None:
+        super().__init__(participant, limits)
         self._participant = participant
-        self._lane_rests = True
-        self._phase, self._since_s = LanePhase.STEPPING, time.monotonic()
-        long, usual = int(limits.phase_timeout_s * 1000), int(limits.heartbeat_timeout_s * 1000)
-        self._silence_ms = dict.fromkeys(LanePhase, max(long, usual)) | {LanePhase.STEPPING: usual}
-        self._words = {phase: LaneWork(phase, ms).word for phase, ms in self._silence_ms.items()}
-        self.show_work()
-
-    def phase(self) -> tuple[str, float]:
-        """Returns what the lane does other than steps, and for how many seconds; an empty text if it is stepping.
-
-        Called from any thread. The short waits for data between microbatches are part of a step.
-        """
-        phase, seconds = self._phase, time.monotonic() - self._since_s
-        stepping = phase is LanePhase.STEPPING or (phase is LanePhase.LOADING and seconds < _LOADING_S)
-        return ("", 0.0) if stepping else (phase.name.lower(), seconds)
-
-    def lane_beat(self) -> None:
-        """Beats for the lane; called from its thread between microbatches. Takes less than a microsecond."""
-        self._participant.beat_lane()
-
-    def lane_step(self, duration_s: float) -> None:
-        """Records the duration of an ordinary step: ten times the longest one is no silence."""
-        ms = int(duration_s * 1000 * _STEPS_OF_SILENCE)
-        if ms > self._silence_ms[LanePhase.STEPPING]:
-            self._silence_ms[LanePhase.STEPPING] = ms
-            self._words[LanePhase.STEPPING] = LaneWork(LanePhase.STEPPING, ms).word
-
-    def lane_phase(self, phase: LanePhase) -> AbstractContextManager[None]:
-        """Returns the context of a block of the lane's work, in which another silence is permitted. Nests."""
-        return _PhaseSpan(self, phase)
-
-    def enter_phase(self, phase: LanePhase) -> LanePhase:
-        """Begins a phase and returns the one before. Called from the lane's thread."""
-        now_s = time.monotonic()
-        if now_s - self._since_s >= _SHORT_S:
-            self._participant.beat_lane()  # first, so that silence permitted before does not count now
-        before, self._phase, self._since_s = self._phase, phase, now_s
-        return before
-
-    def show_work(self) -> None:
-        """Shows on the board what the lane does, and for how long it may be silent meanwhile."""
-        self._participant.show_lane_work(self._words[self._phase])
-
-    @contextmanager
-    def lane_works(self) -> Iterator[None]:
-        """Entered by the lane's thread around an epoch, in which the lane beats for itself."""
-        self._participant.beat_lane()
-        self._lane_rests = False
-        try:
-            yield
-        finally:
-            self._lane_rests = True
-
-    @contextmanager
-    def lane_rests(self) -> Iterator[None]:
-        """Entered by the lane's thread around a wait or a long operation, in which the event loop beats for it."""
-        before, self._lane_rests = self._lane_rests, True
-        try:
-            yield
-        finally:
-            self._participant.beat_lane()  # first, so that the time at rest does not count as silence
-            self._lane_rests = before
 
     async def beat(self, interval_s: float) -> None:
         """A task: beats for the event loop, and for the lane while it rests, until cancelled."""
         while True:
             self._participant.beat()
             self.show_work()
-            if self._lane_rests:
+            if self.rests:
                 self._participant.beat_lane()
             await anyio.sleep(interval_s)
 

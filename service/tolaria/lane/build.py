@@ -20,12 +20,14 @@ from tolaria.errors import (
     EmptyDatasetError,
     LossShapeError,
     OptimizationError,
+    RollbackError,
     ScheduleError,
     SeedError,
     StateUnsupportedError,
 )
 from tolaria.images import StateImage
 from tolaria.jobs import BatchCursor, JobContext, LoaderCursor, TrainingJob, build_job
+from tolaria.lane.commands import RestoreGate
 from tolaria.lane.device import choose_device, seed_everything
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.first_look import call, first_look, materialise
@@ -36,6 +38,7 @@ from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.train_module import TrainModule
 from tolaria.optimization.groups import has_scheduler
+from tolaria.state.shared_memory import SharedMemory
 from tolaria.values.optimization import RATES_ARE_OWNED, ActiveAdjustment
 
 _MIB: Final = 2**20
@@ -79,8 +82,22 @@ class BuiltLane:
         """
         return self.snapshots.restore_image(image, decided=decided)
 
-    def lane(self, heartbeat: LaneHeartbeat, traces_dir: Path) -> ThreadLane:
-        """Returns the lane, in a thread that has not been started."""
+    def resume_run(self, image: StateImage, decided: Sequence[ActiveAdjustment] = ()) -> None:
+        """Resumes as `resume` does. Raises ConfigurationError if the checkpoint does not fit these settings."""
+        directory = self.settings.state.dir
+        try:
+            restored = self.resume(image, decided)
+        except (RollbackError, SeedError, OptimizationError) as error:
+            problem = (
+                f"state.dir: {directory} holds an unfinished run that does not fit these settings: {error}; give this "
+                "one another state.dir, or abandon that run with state.resume = never"
+            )
+            raise ConfigurationError([problem]) from error
+        if restored.state_digest != restored.expected_digest:
+            raise ConfigurationError([f"state.dir: {directory}: the resumed state is not the one that was saved"])
+
+    def lane(self, heartbeat: LaneHeartbeat, traces_dir: Path, gate: RestoreGate | None = None) -> ThreadLane:
+        """Returns the lane, which has not been started. `gate` is that of a lane in a process of its own."""
         bytes_max = self.settings.profiler.traces_mb * _MIB
         return ThreadLane(
             self.module,
@@ -88,11 +105,14 @@ class BuiltLane:
             profiler=LaneProfiler(traces_dir, bytes_max=bytes_max, resting=heartbeat.lane_rests),
             heartbeat=heartbeat,
             threads=self.settings.training.threads,
+            gate=gate,
         )
 
 
-def build(settings: Settings) -> BuiltLane:
+def build(settings: Settings, memory: SharedMemory | None = None) -> BuiltLane:
     """Builds the job and everything that it provides, and takes a first look at it. Seeds all generators.
+
+    With `memory` the captured states lie in shared memory.
 
     Raises:
         JobError: names the method that failed, or returned something invalid.
@@ -109,7 +129,7 @@ def build(settings: Settings) -> BuiltLane:
     job_name = f"training.job {training.job!r}"
     try:
         module = _build_module(settings, job, context)
-        snapshots = SnapshotManager(module, settings.rollback)
+        snapshots = SnapshotManager(module, settings.rollback, memory)
         notes = first_look(module, snapshots.state)
         module.fast_paths.compile(module.model, lambda: first_look(module, snapshots.state))
         return BuiltLane(settings, module, snapshots, (*notes, *_notes(module)))

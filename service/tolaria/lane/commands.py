@@ -38,6 +38,7 @@ from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.train_module import TrainModule
 from tolaria.optimization import change_hyperparameters
 from tolaria.optimization.hyperparameters import HyperparameterChange
+from tolaria.signals.lane_page import LanePage
 
 _EPOCHS_QUEUED_MAX: Final = 4
 _COMMANDS_QUEUED_MAX: Final = 256
@@ -193,6 +194,22 @@ class RestoreGate:
             return granted
 
 
+class PageGate(RestoreGate):
+    """The gate of a lane in a process of its own: the service forbids a restore on the lane's page."""
+
+    def __init__(self, page: LanePage) -> None:
+        super().__init__()
+        self._page = page
+
+    def expired(self, command_id: int, deadline_s: float) -> bool:
+        """Whether the restore is forbidden or past its deadline. Decides nothing."""
+        return super().expired(command_id, deadline_s) or self._page.forbidden(command_id)
+
+    def grant(self, command_id: int, deadline_s: float) -> bool:
+        """Whether live state may change now; if so, it must change."""
+        return super().grant(command_id, deadline_s) and self._page.grant(command_id)
+
+
 class CommandExecutor:
     """Carries out commands at a step boundary, in the lane's thread.
 
@@ -201,9 +218,11 @@ class CommandExecutor:
         gate: grants or refuses each restore, right before it changes live state.
     """
 
-    def __init__(self, module: TrainModule, snapshots: SnapshotManager, profiler: LaneProfiler) -> None:
+    def __init__(
+        self, module: TrainModule, snapshots: SnapshotManager, profiler: LaneProfiler, gate: RestoreGate | None = None
+    ) -> None:
         self.images = ImagePool()
-        self.gate = RestoreGate()
+        self.gate = gate or RestoreGate()
         self._module = module
         self._snapshots = snapshots
         self._profiler = profiler
@@ -273,13 +292,13 @@ class CommandExecutor:
 
         with self._profiler.mark("rollback"):
             if not command.image_id:
-                return self._snapshots.restore_snapshot(command.target_step, refused)
+                return self._snapshots.restore_snapshot(command.target_step, refused, decided=command.decided)
             try:
                 lease = self.images.take(command.image_id)
             except KeyError:
                 raise RestoreAbandonedError("waiting for its step boundary") from None
             with lease as image:
-                restored = self._snapshots.restore_image(image, refused)
+                restored = self._snapshots.restore_image(image, refused, decided=command.decided)
             if command.other_branch:
                 self._snapshots.forget_snapshots()
             return restored

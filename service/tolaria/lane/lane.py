@@ -14,7 +14,7 @@ from typing import Final, Protocol
 import torch
 
 from tolaria.errors import JobError
-from tolaria.lane.commands import CommandExecutor, CommandQueue, QueuedCommand
+from tolaria.lane.commands import CommandExecutor, CommandQueue, QueuedCommand, RestoreGate
 from tolaria.lane.device import hardware_context, limit_threads, on_device
 from tolaria.lane.fast_paths import spanning_compilation
 from tolaria.lane.job_output import checked_batch, checked_evaluation
@@ -121,6 +121,7 @@ class ThreadLane:
         profiler: LaneProfiler,
         heartbeat: LaneHeartbeat,
         threads: int,
+        gate: RestoreGate | None = None,
     ) -> None:
         self._module = module
         self._snapshots = snapshots
@@ -131,7 +132,7 @@ class ThreadLane:
         self._commands = CommandQueue(
             lambda number: self._events.put(Held(module.global_step, number)), heartbeat.lane_rests
         )
-        self._executor = CommandExecutor(module, snapshots, profiler)
+        self._executor = CommandExecutor(module, snapshots, profiler, gate)
         self.images = self._executor.images
         self._warm = False
         """Whether this process has taken a step, so that nothing is left that only the first one does."""
@@ -142,6 +143,11 @@ class ThreadLane:
         """Starts the thread, which waits for commands and calls `notify` when events can be taken."""
         self._events.notify = notify
         self._thread.start()
+
+    def run(self, notify: Callable[[], object]) -> None:
+        """Trains in the calling thread, instead of one of its own, until the lane ends."""
+        self._events.notify = notify
+        self._run()
 
     def send(self, command_id: int, command: Command) -> None:
         """Queues a command; `Hold`, `Release` and `Stop` act at once. Raises LaneError when too many are queued."""

@@ -27,6 +27,22 @@ from tolaria.values.training import EpochProgress, Evaluation, Position
 PROFILE_STEPS_MAX: Final = 1000
 """Steps in one profile. A trace holds every operation of each step, so longer ones cannot be viewed."""
 
+
+@dataclass(frozen=True, slots=True)
+class LaneOrder:
+    """What the process of a lane builds: the settings, as JSON, and the snapshots of an earlier one to take over.
+
+    `digests` are those of the snapshots that are valid; `next_segment` is the lowest number that no segment has.
+    `image_id` is that of a checkpoint to resume from, with the run's adjustments of learning rates, `decided`; 0: none.
+    """
+
+    settings: str
+    digests: tuple[str, ...]
+    next_segment: int
+    image_id: int = 0
+    decided: tuple[ActiveAdjustment, ...] = ()
+
+
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -85,13 +101,15 @@ class Restore:
     """Restores the image `image_id` (a loaded checkpoint), or with id 0 the snapshot of `target_step`.
 
     Live state changes before `deadline_s` (monotonic seconds) or not at all. Gives up an unfinished step. With
-    `other_branch` the snapshots in memory are no ancestors of that state and are dropped.
+    `other_branch` the snapshots in memory are no ancestors of that state and are dropped. `decided` are the run's
+    adjustments of learning rates, which stay in force; None: those of the live state are.
     """
 
     target_step: int
     deadline_s: float
     image_id: int = 0
     other_branch: bool = False
+    decided: tuple[ActiveAdjustment, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,33 +410,71 @@ class LaneEnded:
     failure: Failure | None
 
 
+LOSS_KINDS: Final = ("killed", "exited", "out_of_memory", "silent", "connection")
+"""Why a lane's process ends: a signal, an exit, no memory in its cgroup, no heartbeat, or what it sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaneLost:
+    """The lane's process number `generation` has ended, for that cause, before it was to end.
+
+    `kind` is one of `LOSS_KINDS`. What it had not answered is lost. A `LaneRestarted` follows, or a `LaneEnded` if it
+    is not started again.
+    """
+
+    generation: int
+    kind: str
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class LaneRestarted:
+    """The lane is built anew, as at the start of the run, in process number `generation`.
+
+    It has the snapshots in memory of the processes before; a `SnapshotsChanged` with them follows.
+    """
+
+    generation: int
+    ready: LaneReady
+
+
 SnapshotEvent: TypeAlias = SnapshotsChanged | SnapshotsUnavailable
 
 Event: TypeAlias = (
-    StepDone | EpochDone | SeedsChanged | RegimeBegun | CommandDone | Held | SnapshotEvent | ProfileDone | LaneEnded
+    StepDone
+    | EpochDone
+    | SeedsChanged
+    | RegimeBegun
+    | CommandDone
+    | Held
+    | SnapshotEvent
+    | ProfileDone
+    | LaneLost
+    | LaneRestarted
+    | LaneEnded
 )
 
 _CODEC = Codec(
     types={
         *(*get_args(Command), *get_args(Result), *get_args(Event), LaneReady, Failure, SnapshotInfo),
         *(SnapshotStatistics, SeedMetrics, SeedMetricSet, ActiveAdjustment, Adjustment, LearningRateViolation),
-        *(RebuildOutcome, RebuildResult, TraceWritten, EpochProgress, Evaluation, Position),
+        *(RebuildOutcome, RebuildResult, TraceWritten, EpochProgress, Evaluation, Position, LaneOrder),
     },
     messages=(SeedState, HardwareContext),
 )
 
 
-def to_bytes(message: Command | Event | LaneReady) -> bytes:
+def to_bytes(message: Command | Event | LaneReady | LaneOrder) -> bytes:
     """Returns the encoded message."""
     return _CODEC.encode(message)
 
 
-def from_bytes(data: bytes) -> Command | Event | LaneReady:
+def from_bytes(data: bytes) -> Command | Event | LaneReady | LaneOrder:
     """Returns the message of `to_bytes`. Raises EncodingError for other bytes."""
     try:
         message = _CODEC.decode(data)
     except (ValueError, TolariaError) as error:  # other bytes, or a value that its own class refuses
         raise EncodingError(f"not a message: {error}") from error
-    if not isinstance(message, Command | Event | LaneReady):
+    if not isinstance(message, Command | Event | LaneReady | LaneOrder):
         raise EncodingError(f"a {type(message).__name__} is not a message")
     return message

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, TypeAlias, cast
 
@@ -18,8 +18,10 @@ from tolaria.lane.messages import Restored, SnapshotEvent, SnapshotsChanged, Sna
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.train_module import TrainModule
 from tolaria.optimization import GroupPlan
+from tolaria.state.arenas import private_memory
 from tolaria.state.encoding import decode_plain
 from tolaria.state.restore import stage_restore
+from tolaria.state.shared_memory import SharedMemory
 from tolaria.state.snapshots import Cadence, Declined, SnapshotRing
 from tolaria.state.training_state import StatePart, TrainingState
 from tolaria.values.optimization import ActiveAdjustment, GroupRole
@@ -35,10 +37,12 @@ _SPARE_IMAGES: Final = 2
 class SnapshotManager:
     """Captures and restores the state of one module. Used in the lane's thread, or before the lane has started.
 
+    With `memory` images lie in segments that outlive this process.
+
     Raises StateUnsupportedError for a model with state that cannot be captured.
     """
 
-    def __init__(self, module: TrainModule, settings: RollbackSettings) -> None:
+    def __init__(self, module: TrainModule, settings: RollbackSettings, memory: SharedMemory | None = None) -> None:
         self._module = module
         self._every_steps = settings.every_steps
         self._structure = SeedStructure(module.seeds)
@@ -58,14 +62,22 @@ class SnapshotManager:
             parts["job"] = module.job
         optional = ("job", "losses", "requires_grad")
         self.state = TrainingState(module, parts, topology=self._structure, optional=optional)
-        self._ring = SnapshotRing(bytes_max=settings.memory_mb * _MIB, entries_max=settings.snapshots_max, seal=True)
+        allocate = memory or private_memory
+        self._ring = SnapshotRing(
+            bytes_max=settings.memory_mb * _MIB, entries_max=settings.snapshots_max, seal=True, allocate=allocate
+        )
         # For checkpoints of states that are too large for the ring; memory is allocated at the first one.
-        self._spare = SnapshotRing(bytes_max=_NO_LIMIT_BYTES, entries_max=_SPARE_IMAGES, seal=False)
+        self._spare = SnapshotRing(bytes_max=_NO_LIMIT_BYTES, entries_max=_SPARE_IMAGES, seal=False, allocate=allocate)
         self._cadence = Cadence(overhead_max=settings.overhead_max)
         self._unsupported = False
         self._unavailable = ""
         self._events: list[SnapshotEvent] = []
         self._ring_used = True
+
+    def adopt(self, memory: SharedMemory, digests: Collection[str]) -> None:
+        """Takes over the snapshots with these digests that an earlier process has left in memory; frees the others."""
+        self._ring.adopt(memory.held, digests, pinned=self._module.device.type == "cuda")
+        memory.held.clear()
 
     def take_events(self) -> list[SnapshotEvent]:
         """Returns the events since the last call. Costs almost nothing if the ring has not been used since."""
@@ -106,7 +118,13 @@ class SnapshotManager:
                 return Lease(lease.image, partial(_free, lease, self._spare)) if beside else lease
         raise NoCheckpointError(reason)
 
-    def restore_snapshot(self, target_step: int, refused: Callable[[], bool]) -> Restored:
+    def restore_snapshot(
+        self,
+        target_step: int,
+        refused: Callable[[], bool],
+        *,
+        decided: Sequence[ActiveAdjustment] | None = None,
+    ) -> Restored:
         """Restores the snapshot of exactly this step, as `restore_image` does: an older one may not be sound.
 
         Raises NoCheckpointError if there is none.
@@ -119,7 +137,7 @@ class SnapshotManager:
         if lease is None:
             raise NoCheckpointError(f"the snapshot of step {target_step} has been overwritten")
         with lease as image:
-            return self.restore_image(image, refused, verify=True)
+            return self.restore_image(image, refused, verify=True, decided=decided)
 
     def forget_snapshots(self) -> None:
         """Drops every snapshot: they are not ancestors of the state that has been restored."""

@@ -24,6 +24,7 @@ from tolaria.errors import (
     CheckpointWriteError,
     JournalError,
     LaneError,
+    LaneLostError,
     LaneStoppedError,
     TolariaError,
     WrongStateError,
@@ -241,7 +242,7 @@ class Checkpointing:
         """Makes one checkpoint, or raises. Returns None if the writer is busy or the run was rolled back meanwhile."""
         try:
             made = await self._write(leaving=leaving)
-        except LaneStoppedError:
+        except (LaneStoppedError, LaneLostError):
             raise
         except TolariaError as error:
             if not leaving or isinstance(error, CheckpointWriteError):  # not: no memory for an image more

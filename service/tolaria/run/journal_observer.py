@@ -12,8 +12,8 @@ from tolaria.emergency import Cleared, Covered, EmergencyState, Escalated, Repor
 from tolaria.emergency.protocol import CRITICAL_LEVELS, level_name
 from tolaria.errors import CommandRejectedError
 from tolaria.journal.async_journal import AsyncJournal
-from tolaria.journal.rows import CommandRow, EmergencyRow, RunRow
-from tolaria.lane.messages import LaneReady
+from tolaria.journal.rows import CommandRow, EmergencyRow, FaultRow, RunRow
+from tolaria.lane.messages import LaneLost, LaneReady
 from tolaria.peers.consultation import Consultation
 from tolaria.run.observers import RunObserver
 from tolaria.run.status import RunStatus
@@ -56,6 +56,10 @@ class JournalObserver(RunObserver):
         if saved != self._run.scale:
             self._run = replace(self._run, scale=saved)
             self._journal.note(self._run)
+
+    def on_lane_lost(self, lost: LaneLost, step: int) -> None:
+        row = FaultRow(uuid.uuid4().hex, self._wall_ns(), self._status.run_id, "lane_lost", step, lost.kind, lost.cause)
+        self._journal.note(row)
 
     def on_command_applied(self, consultation: Consultation) -> None:
         if (command := consultation.command) is not None:

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 import anyio
 
-from tolaria.errors import LaneError, LaneStoppedError
+from tolaria.errors import LaneError, LaneLostError, LaneStoppedError
 from tolaria.images import ImagePool
 from tolaria.lane import messages
 
@@ -19,8 +19,9 @@ _Result = TypeVar("_Result")
 class LaneHandle(Protocol):
     """A lane as its client sees it. Every method returns at once unless it says otherwise."""
 
-    images: ImagePool
-    """The pool through which the two sides exchange images by id."""
+    @property
+    def images(self) -> ImagePool:
+        """The pool through which the two sides exchange images by id."""
 
     def start(self, notify: Callable[[], object]) -> None:
         """Starts the lane; it calls `notify` from its own thread when events can be taken."""
@@ -62,6 +63,8 @@ class LaneClient:
         self._hold_number = 0
         self.ended: messages.LaneEnded | None = None
         """How the lane ended; None while it runs."""
+        self.lost = ""
+        """Why there is no process of the lane at present; empty if there is one."""
         self.order = 0
         """Number of the newest order for an epoch; 0 before the first."""
         self.held = anyio.Event()
@@ -73,11 +76,16 @@ class LaneClient:
         return bool(self._holders) and self.held.is_set() and self.ended is None
 
     async def reach_boundary(self) -> None:
-        """Waits until the lane, which has to have a holder, is held. Raises LaneStoppedError if it ends first."""
-        if self.ended is None:
+        """Waits until the lane, which has to have a holder, is held.
+
+        Raises LaneStoppedError if it ends first, and LaneLostError if its process does.
+        """
+        if self.ended is None and not self.lost:
             await self.held.wait()
         if self.ended is not None:
             raise LaneStoppedError("the run has ended before the next step boundary")
+        if self.lost:
+            raise LaneLostError(f"the lane has died: {self.lost}")
 
     def start(self, take: Callable[[list[messages.Event]], None]) -> None:
         """Starts the lane; `take` is called with its events, frame by frame."""
@@ -181,6 +189,23 @@ class LaneClient:
         if newest := event.number == self._hold_number:
             self.held.set()
         return newest
+
+    def mark_lost(self, event: messages.LaneLost) -> None:
+        """Records that the lane's process has ended: what it has not answered raises `LaneLostError`."""
+        self.lost = event.cause
+        pending, self._pending = self._pending, {}
+        for each in pending.values():
+            if not each.done.done():
+                each.done.set_exception(LaneLostError(f"the lane has died: {event.cause}"))
+        self.held.set()  # wakes what waits for it, and is replaced: the next process is not held yet
+        self.held = anyio.Event()
+
+    def mark_restarted(self) -> None:
+        """Records that another process takes commands; it is held if any holder wants it held."""
+        self.lost = ""
+        if self._holders:
+            self._hold_number += 1
+            self._send(messages.Hold(self._hold_number))
 
     def mark_ended(self, event: messages.LaneEnded) -> None:
         """Records that the lane has ended: every pending future raises `LaneStoppedError`."""

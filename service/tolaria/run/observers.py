@@ -19,6 +19,7 @@ from tolaria.images import SnapshotStatistics
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import (
     EpochDone,
+    LaneLost,
     LaneReady,
     OptimizerChanged,
     RegimeBegun,
@@ -78,6 +79,14 @@ class RunObserver:
 
     def on_rewind(self, restored: Restored) -> None:
         """The lane has restored an earlier state."""
+
+    # -- the lane's process ------------------------------------------------------------------------------------------
+
+    def on_lane_lost(self, lost: LaneLost, step: int) -> None:
+        """The lane's process has died after `step`."""
+
+    def on_lane_recovered(self, generation: int, step: int, duration_s: float) -> None:
+        """The next process goes on from `step`, `duration_s` after the first death."""
 
     # -- commands, seeds, learning rates -----------------------------------------------------------------------------
 

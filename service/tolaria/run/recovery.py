@@ -16,7 +16,7 @@ import structlog
 from leyline.v1.admin_service_pb2 import RUN_STATE_HALTED
 from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST, ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED, RollbackTier
 from tolaria.emergency import Trigger
-from tolaria.errors import NoCheckpointError, TolariaError, WrongStateError
+from tolaria.errors import LaneLostError, NoCheckpointError, TolariaError, WrongStateError
 from tolaria.lane import messages
 from tolaria.rollback.coordinator import RollbackCoordinator
 from tolaria.rollback.protocol import EMERGENCY, HEALTH, Ending, Rollback
@@ -57,7 +57,7 @@ class Recovery:
         adjustments: RunAdjustments,
     ) -> None:
         self._coordinator = coordinator
-        self._restorer = restorer
+        self.restorer = self._restorer = restorer
         self._points = restorer.points
         self._lane = restorer.lane
         self._lifecycle = lifecycle
@@ -258,6 +258,8 @@ class Recovery:
         """Halts the run if live state is corrupt, or is ill and could not be undone; an operator's failure does not."""
         if rollback.unproven:
             self._safety.halt(f"rollback_unproven: {rollback.error}")
+        elif isinstance(rollback.error, LaneLostError):
+            pass  # the next process begins with another state
         elif rollback.origin == HEALTH and not rollback.trend and rollback.ending in _NOT_UNDONE:
             self.ill = rollback.reason
             if rollback.ending is Ending.DEADLINE_EXCEEDED:

@@ -5,77 +5,49 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Final, assert_never
 
 import anyio
 import structlog
 
-from leyline.v1.admin_service_pb2 import RUN_STATE_STARTING, GetStatusResponse
+from leyline.v1.admin_service_pb2 import RUN_STATE_STARTING
 from tolaria.config import Settings
 from tolaria.emergency import Trigger
-from tolaria.errors import LaneFailedError, TolariaError, WrongStateError
-from tolaria.journal.rows import CheckpointRow
+from tolaria.errors import LaneFailedError, TolariaError
 from tolaria.lane import messages
 from tolaria.lane.messages import TraceFailed
-from tolaria.rollback.protocol import Rollback
-from tolaria.run.adjustments import RunAdjustments
-from tolaria.run.boundary import EpochBoundary, StepQuestions
-from tolaria.run.checkpointing import Checkpointing
-from tolaria.run.health import Health
 from tolaria.run.health_record import DroppedSeeds
-from tolaria.run.lane_client import LaneClient, PendingCommand
-from tolaria.run.observers import RunObserver
-from tolaria.run.profiling import Profiles, ProfileTaken
-from tolaria.run.recovery import Recovery
-from tolaria.run.restore_points import RestorePoints
+from tolaria.run.lane_client import PendingCommand
+from tolaria.run.operations import RunOperations, RunParts
 from tolaria.run.resume import RunOutcome
-from tolaria.run.run_state import Lifecycle, RunEvent, after
-from tolaria.run.safety import COLLAPSE, EXPLOSION, NON_FINITE, Safety
-from tolaria.run.status import RunStatus, epoch_packet, health_of, status_message
+from tolaria.run.run_state import RunEvent, after
+from tolaria.run.safety import COLLAPSE, EXPLOSION, NON_FINITE
+from tolaria.run.status import epoch_packet
 from tolaria.run.verdicts import Halt, Proceed, Retreat
-from tolaria.values.optimization import Adjustment
 
 _LAST_CHECKPOINT_S: Final = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class RunParts:
-    """The collaborators of one run."""
-
-    lane: LaneClient
-    status: RunStatus
-    observers: RunObserver
-    health: Health
-    lifecycle: Lifecycle
-    safety: Safety
-    recovery: Recovery
-    checkpointing: Checkpointing
-    boundary: EpochBoundary
-    questions: StepQuestions
-    points: RestorePoints
-    profiles: Profiles
-    adjustments: RunAdjustments
-
-
-class TrainingRun:
+class TrainingRun(RunOperations):
     """One run: `run` is its task; the other methods serve operators. Used on the event loop only."""
 
-    def __init__(self, parts: RunParts, settings: Settings, ready: messages.LaneReady) -> None:
-        self._parts = parts
+    def __init__(self, parts: RunParts, settings: Settings) -> None:
+        super().__init__(parts)
         self._settings = settings
-        self._lane, self._status = parts.lane, parts.status
-        self._observers, self._lifecycle = parts.observers, parts.lifecycle
         self._log = structlog.get_logger()
-        self._next_epoch = ready.progress.number + ready.progress.over
+        self._next_epoch = 1
         self._epoch_over = anyio.Event()
         self._epoch_done: messages.EpochDone | None = None
         self._stopping = False
         self._dropped = DroppedSeeds()
         self.ending: RunOutcome = "drained"
         """How the run leaves this process, once it has ended."""
+
+    def begin(self, ready: messages.LaneReady) -> None:
+        """Adopts what the lane has built. Has to precede `run`."""
+        self._next_epoch = ready.progress.number + ready.progress.over
         self._status.ready(ready)
-        parts.health.start(ready.losses, ready.position.global_step)
+        self._parts.health.start(ready.losses, ready.position.global_step)
         self._observers.on_ready(ready)
         self._show_seeds_and_rates()
 
@@ -90,7 +62,9 @@ class TrainingRun:
             self._lane.submit(messages.SkipBatches(left_out))
         try:
             while not (self._stopping or self.ending == "finished"):
-                if self._next_epoch > self._settings.training.epochs:
+                if self._lane.lost:
+                    await self._revive()
+                elif self._next_epoch > self._settings.training.epochs:
                     await self._finish()
                 elif (epoch := await self._train_epoch()) is not None:
                     await self._cross_boundary(epoch)
@@ -113,6 +87,12 @@ class TrainingRun:
         await self._epoch_over.wait()
         self._raise_if_lane_failed()
         return self._epoch_done
+
+    async def _revive(self) -> None:
+        """Waits until the lane has been started again, and has it restore the newest sound state."""
+        if (restarted := await self._parts.revival.restarted()) is not None:
+            await self._parts.revival.restore(restarted, self._rewind)
+        self._raise_if_lane_failed()
 
     async def _cross_boundary(self, epoch: messages.EpochDone) -> None:
         """Judges the epoch, asks the controller, and has a checkpoint made if one is due."""
@@ -157,7 +137,7 @@ class TrainingRun:
             checkpointing, lane = self._parts.checkpointing, self._lane
             await self._status.feed.until(lambda: not checkpointing.failing or self._stopping or lane.ended is not None)
         rolled_back = self._parts.recovery.running or self._next_epoch <= self._settings.training.epochs
-        if not (self._stopping or rolled_back):
+        if not (self._stopping or rolled_back or self._lane.lost):
             self.ending = "finished"
 
     async def _end_lane(self) -> None:
@@ -214,8 +194,8 @@ class TrainingRun:
                 self._on_snapshots(event)
             case messages.ProfileDone():
                 self._parts.profiles.done(event)
-            case messages.LaneEnded():
-                self._on_lane_ended(event)
+            case messages.LaneLost() | messages.LaneRestarted() | messages.LaneEnded():
+                self._on_process(event)
             case _:
                 assert_never(event)
 
@@ -327,8 +307,16 @@ class TrainingRun:
             case _:
                 assert_never(event.result)
 
-    def _on_lane_ended(self, event: messages.LaneEnded) -> None:
-        self._lane.mark_ended(event)
+    def _on_process(self, event: messages.LaneLost | messages.LaneRestarted | messages.LaneEnded) -> None:
+        match event:
+            case messages.LaneRestarted():
+                self._parts.revival.on_restarted(event)
+                return
+            case messages.LaneLost():
+                self._parts.revival.on_lost(event)
+                self._epoch_done = None
+            case messages.LaneEnded():
+                self._lane.mark_ended(event)
         self._parts.profiles.close()
         self._epoch_over.set()
         self._lifecycle.changed()
@@ -368,60 +356,7 @@ class TrainingRun:
             case _:
                 assert_never(verdict)
 
-    # -- operators ---------------------------------------------------------------------------------------------------
-
-    def status(self) -> GetStatusResponse:
-        """Returns the run's part of GetStatus."""
-        parts, message = self._parts, status_message(self._status, now_s=time.monotonic())
-        parts.safety.add_to(message)
-        conditions = parts.safety.conditions(
-            checkpoints_failing=parts.checkpointing.failing, skipped_streak=parts.health.skip_streak
-        )
-        message.health.CopyFrom(health_of(self._status, conditions))
-        return message
-
-    async def pause(self, reason: str) -> None:
-        """Pauses the run; returns when the lane is held. Raises WrongStateError when the run has ended or is ending."""
-        self._lifecycle.hold(reason)
-        held = self._lane.held
-        await self._status.feed.until(lambda: held.is_set() or not self._lifecycle.paused)
-
-    async def resume(self, reason: str) -> None:
-        """Resumes a held run, which leaves an ill state first, as `Recovery.leave_ill_state` does.
-
-        Raises WrongStateError when the run has ended or is ending, or an emergency halts it.
-        """
-        if self._parts.safety.halting:
-            raise WrongStateError("an emergency halts the run: clear it first")
-        self._lifecycle.resume(await self._parts.recovery.leave_ill_state(reason))
-
-    def require_adjustable(self) -> None:
-        """Raises WrongStateError when the run has ended, so that no learning rate can be adjusted."""
-        self._lifecycle.require_not_ended("there is no rate to change")
-
-    async def adjust_learning_rate(self, adjustment: Adjustment) -> int:
-        """Adjusts learning rates, as `RunAdjustments.make` does. Raises WrongStateError when the run has ended."""
-        self.require_adjustable()
-        return await self._parts.adjustments.make(adjustment)
-
-    async def roll_back(self, rollback: Rollback) -> Rollback:
-        """Rolls back, as `Recovery.roll_back` does."""
-        return await self._parts.recovery.roll_back(rollback)
-
-    async def checkpoint(self, reason: str) -> CheckpointRow:
-        """Writes a checkpoint, as `Checkpointing.create` does.
-
-        Raises WrongStateError when the run has ended, or its live state is not what a rollback should have restored.
-        """
-        self._lifecycle.require_not_ended("no further checkpoint can be written")
-        if unsound := self._parts.recovery.unsound:
-            raise WrongStateError(unsound)
-        return await self._parts.checkpointing.create(reason)
-
-    async def capture_profile(self, active_steps: int) -> ProfileTaken:
-        """Takes a profile, as `Profiles.capture` does. Raises WrongStateError when the run has ended."""
-        self._lifecycle.require_not_ended("there is no step to profile")
-        return await self._parts.profiles.capture(active_steps)
+    # -- endings ------------------------------------------------------------------------------------------------------
 
     async def stop(self, reason: str) -> None:
         """Finishes the step and ends the run, even if cancelled. Raises WrongStateError if it had ended before."""

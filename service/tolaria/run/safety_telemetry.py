@@ -190,6 +190,9 @@ class SafetyTelemetry(RunObserver):
         metrics.rollback_snapshots_total.inc(statistics.snapshots - before.snapshots)
         self._snapshots = statistics
 
+    def on_lane_recovered(self, generation: int, step: int, duration_s: float) -> None:  # noqa: ARG002 - the hook's
+        self._snapshots = SnapshotStatistics(0, 0, 0, 0, 0, 0, 0, 0)  # the new process counts from 0
+
     def on_snapshots_unavailable(self, reason: str) -> None:
         if reason:
             self._log.warning("no_fast_rollback", reason=reason)

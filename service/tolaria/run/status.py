@@ -118,6 +118,8 @@ class RunStatus:
     """Both are those of the health checks, which keep them through rollbacks and restarts."""
     attempt: int = 1
     newest_proven_step: int | None = None
+    recovering: str = ""
+    """Why the run has no lane at present; empty if it has one."""
     lane_phase: Callable[[], tuple[str, float]] = lambda: ("", 0.0)
     """Returns what the lane does other than steps, and for how many seconds; an empty text if it is stepping."""
 
@@ -247,6 +249,12 @@ def state_name(state: admin.RunState.ValueType) -> str:
     return admin.RunState.Name(state).removeprefix("RUN_STATE_").lower()
 
 
+def shown_state(status: RunStatus) -> admin.RunState.ValueType:
+    """Returns the state of the run as operators see it: RECOVERING while a running one has no lane."""
+    recovering = bool(status.recovering) and status.state == admin.RUN_STATE_RUNNING
+    return admin.RUN_STATE_RECOVERING if recovering else status.state
+
+
 def epoch_packet(status: RunStatus, averages: Averages, epoch: EpochDone, *, wall_ns: int) -> SystemStatePacket:
     """Returns the packet for the boundary after `epoch`. `wall_ns` is Unix time."""
     sums = status.sums
@@ -300,8 +308,8 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
     phase, phase_s = ("", 0.0) if status.state in _ENDED else status.lane_phase()
     return admin.GetStatusResponse(
         run_id=status.run_id,
-        state=status.state,
-        state_reason=status.state_reason,
+        state=shown_state(status),
+        state_reason=status.recovering or status.state_reason,
         job=status.job,
         epoch=status.epoch,
         epochs=status.epochs,

@@ -19,6 +19,7 @@ from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import add_TolariaAdminServiceServicer_to_server
 from tolaria.config import PeerSettings, child_environment
 from tolaria.emergency.supervision import watch_board, watch_process
+from tolaria.errors import TolariaError
 from tolaria.grpc_server import GrpcServer, grpc_server
 from tolaria.peers.connect import Peer, Peers, connected_peers
 from tolaria.reference.embedded import EmbeddedPeer, embedded_peers
@@ -50,6 +51,7 @@ class Host:
         self._drain_until_s = math.inf
         self._drained = anyio.Event()
         self._closing = anyio.Event()
+        self._refused: TolariaError | None = None
         self.ending: RunOutcome | None = None
         """How the run left this process; None until then."""
 
@@ -71,7 +73,10 @@ class Host:
             signals = stack.enter_context(anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
             self._log.info("serving", grpc=str(server.address), metrics=self._metrics_address, run_id=status.run_id)
             await self._train(service, server, signals)
-            self.ending = service.run.ending
+            if self._refused is None:
+                self.ending = service.run.ending
+        if self._refused is not None:
+            raise self._refused
         state, reason = state_name(status.state), status.state_reason
         self._log.info("stopped", state=state, outcome=self.ending, reason=reason)
         return 0 if status.state == admin.RUN_STATE_FINISHED else 1
@@ -83,10 +88,16 @@ class Host:
             tasks.start_soon(self._drain_on_signal, tasks, service, signals)
             tasks.start_soon(watch_board, self._foundation.board, core.safety.controller)
             tasks.start_soon(publish_health, core, server)
-            # The lane starts after every child process: it forks when the job does.
+            if core.process is not None:
+                tasks.start_soon(core.process.serve)
+            # A lane of this process starts after every child process: it forks when the job does.
             await tasks.start(watch_process, self._settings, self._foundation.board, core.heartbeats)
             tasks.start_soon(watch_disk, core)
-            await service.serve(core, tasks)
+            try:
+                await service.serve(core, tasks)
+            except TolariaError as error:  # the lane cannot be built
+                self._refused = error
+                tasks.cancel_scope.cancel()
             if not self._settings.service.exit_when_done:
                 await self._drained.wait()
             tasks.cancel_scope.cancel()

@@ -44,6 +44,8 @@ def reasons_not_ready(core: Core) -> list[str]:
     if core.status.state not in _READY_STATES:
         reason = core.status.state_reason
         reasons.append(f"the run is {state_name(core.status.state)}" + (f": {reason}" if reason else ""))
+    if core.status.recovering:
+        reasons.append(f"the run is recovering: {core.status.recovering}")
     if core.checkpointing.failing:
         reasons.append(f"checkpoints fail: {core.checkpointing.failing}")
     if core.journal.failing:

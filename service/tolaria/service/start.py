@@ -15,14 +15,13 @@ from typing import get_args
 import structlog
 
 from tolaria import __version__
-from tolaria.checkpoint.store import LoadedCheckpoint
 from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings
 from tolaria.emergency.supervision import stacks_on_request
-from tolaria.errors import ConfigurationError, OptimizationError, RollbackError, SeedError
+from tolaria.images import StateImage
+from tolaria.lane.messages import LaneReady
 from tolaria.run.adjustments import saved_adjustments
 from tolaria.run.resume import (
-    PreparedState,
     ResumePoint,
     active_halt,
     end_run,
@@ -65,11 +64,14 @@ def run(settings: Settings) -> int:
         # Not the thread's current loop: a job that asks for one while it is built gets another.
         with locked_state(settings), asyncio.Runner(loop_factory=asyncio.new_event_loop) as loop:
             listeners = open_listeners(settings, loop)
-            build = _built(settings)
-            ready = build.ready
-            metrics.build_info.info({"version": __version__, "torch": ready.torch_version, "device": ready.device})
+            build = _built(settings) if settings.lane.mode == "thread" else None
             with prepare_state(settings) as prepared:
-                point = _resumed(prepared, build, settings)
+                point = load_resume_point(prepared)
+                checkpoint = _checkpoint(point)
+                if build is not None:
+                    if checkpoint is not None:
+                        build.resume_run(*checkpoint)
+                    _report_ready(settings, metrics, point, build.ready)
                 with _foundation(settings, build, point, metrics, context) as foundation:
                     host = Host(foundation, listeners)
                     try:
@@ -90,23 +92,26 @@ def _built(settings: Settings) -> LaneBuild:
     return build_lane(settings)
 
 
-def _resumed(prepared: PreparedState, build: LaneBuild, settings: Settings) -> ResumePoint:
-    """Loads where the run is resumed, if it is, into the lane, and logs and records what it starts with."""
-    point = load_resume_point(prepared)
+def _report_ready(settings: Settings, metrics: Metrics, point: ResumePoint, ready: LaneReady) -> None:
+    """Logs and records what the run starts with, once the lane has been built."""
     run_id = point.state.run_id
+    metrics.build_info.info({"version": __version__, "torch": ready.torch_version, "device": ready.device})
+    _log_start(point, ready.notes)
     if point.loaded is not None:
-        decided = saved_adjustments(point.state.storage.journal, run_id)
-        resume(build, point.loaded, settings, decided)
-    _log_start(point, build.ready.notes)
-    if point.loaded is not None:
-        settings_record.report_changes(settings, run_id, build.ready.learning_rates)
+        settings_record.report_changes(settings, run_id, ready.learning_rates)
     settings_record.record(settings, run_id)
-    return point
+
+
+def _checkpoint(point: ResumePoint) -> tuple[StateImage, tuple[ActiveAdjustment, ...]] | None:
+    """Returns the image that the run is resumed from, with its adjustments of learning rates."""
+    if point.loaded is None:
+        return None
+    return point.loaded.image, saved_adjustments(point.state.storage.journal, point.state.run_id)
 
 
 @contextmanager
 def _foundation(
-    settings: Settings, build: LaneBuild, point: ResumePoint, metrics: Metrics, context: LogContext
+    settings: Settings, build: LaneBuild | None, point: ResumePoint, metrics: Metrics, context: LogContext
 ) -> Iterator[Foundation]:
     """Creates what exists before the run and outlives it; closes it at the end of the block."""
     run_id, storage = point.state.run_id, point.state.storage
@@ -118,6 +123,8 @@ def _foundation(
         yield Foundation(
             settings=settings,
             build=build,
+            checkpoint=_checkpoint(point),
+            on_ready=partial(_report_ready, settings, metrics, point),
             board=board,
             storage=storage,
             writer=writer,
@@ -131,25 +138,6 @@ def _foundation(
             points=point.points,
             rollbacks=point.rollbacks,
         )
-
-
-def resume(
-    build: LaneBuild, loaded: LoadedCheckpoint, settings: Settings, decided: Sequence[ActiveAdjustment] = ()
-) -> None:
-    """Restores a checkpoint into a lane that has just been built. Raises ConfigurationError if it does not fit.
-
-    The learning-rate adjustments in `decided`, which belong to the run, stay in force.
-    """
-    try:
-        restored = build.resume(loaded.image, decided)
-    except (RollbackError, SeedError, OptimizationError) as error:
-        problem = (
-            f"state.dir: {settings.state.dir} holds an unfinished run that does not fit these settings: {error}; give "
-            "this one another state.dir, or abandon that run with state.resume = never"
-        )
-        raise ConfigurationError([problem]) from error
-    if restored.state_digest != restored.expected_digest:
-        raise ConfigurationError([f"state.dir: {settings.state.dir}: the resumed state is not the one that was saved"])
 
 
 def _count_dropped(metrics: Metrics, priority: Priority) -> None:

@@ -6,7 +6,7 @@ import importlib
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
@@ -20,7 +20,7 @@ from tolaria.emergency.supervision import Heartbeats
 from tolaria.images import StateImage
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import EmergencyRow, RunRow
-from tolaria.lane.messages import LaneReady, Restored
+from tolaria.lane.messages import LaneReady
 from tolaria.peers.connect import Peers
 from tolaria.peers.consultation import Consultations
 from tolaria.peers.verification import CommandVerifier
@@ -34,12 +34,15 @@ from tolaria.run.command_handler import CommandHandler
 from tolaria.run.health import Health
 from tolaria.run.journal_observer import JournalObserver
 from tolaria.run.lane_client import LaneClient, LaneHandle
+from tolaria.run.lane_telemetry import LaneTelemetry
 from tolaria.run.observers import Observers
+from tolaria.run.operations import RunParts
 from tolaria.run.profiling import Profiles
 from tolaria.run.recovery import Recovery
 from tolaria.run.restore_points import RestorePoints
 from tolaria.run.restorer import LaneRestorer
-from tolaria.run.run import RunParts, TrainingRun
+from tolaria.run.revival import Revival
+from tolaria.run.run import TrainingRun
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, Safeguards, Safety
 from tolaria.run.safety_telemetry import SafetyTelemetry
@@ -50,6 +53,7 @@ from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
+from tolaria.transport.process_lane import ProcessLane
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.seeds import limits_of
 
@@ -61,7 +65,7 @@ class LaneBuild(Protocol):
     def ready(self) -> LaneReady:
         """What has been built."""
 
-    def resume(self, image: StateImage, decided: Sequence[ActiveAdjustment]) -> Restored:
+    def resume_run(self, image: StateImage, decided: Sequence[ActiveAdjustment]) -> None:
         """Restores a checkpoint of an earlier process, with the adjustments of the run in `decided`."""
 
     def lane(self, heartbeat: Heartbeats, traces_dir: Path) -> LaneHandle:
@@ -85,13 +89,14 @@ class Foundation:
     """What exists before the run. `run` is the run's row; `active_halt` is the halt it was resumed with.
 
     `open_emergencies` are all that were not cleared, that halt included; `newest_checkpoint_ns` is the Unix time of
-    the checkpoint that was resumed.
+    the checkpoint that was resumed. `build` is that of a lane in this process; otherwise the lane's own process builds
+    it, resumes it from `checkpoint`, an image and the run's adjustments, and `on_ready` is called then.
     `points` are the restore points that earlier processes of the run have left, `rollbacks` their number of rollbacks
     by origin.
     """
 
     settings: Settings
-    build: LaneBuild
+    build: LaneBuild | None
     board: SignalBoard
     storage: Storage
     writer: CheckpointWriter
@@ -102,6 +107,8 @@ class Foundation:
     log_context: LogContext
     open_emergencies: tuple[EmergencyRow, ...] = ()
     newest_checkpoint_ns: int | None = None
+    checkpoint: tuple[StateImage, tuple[ActiveAdjustment, ...]] | None = None
+    on_ready: Callable[[LaneReady], object] = lambda _ready: None
     points: RestorePoints = field(default_factory=RestorePoints)
     rollbacks: Mapping[str, int] = field(default_factory=dict)
 
@@ -112,7 +119,7 @@ class Core:
     def __init__(self, foundation: Foundation) -> None:
         settings, metrics, emitter = foundation.settings, foundation.metrics, foundation.emitter
         self.foundation = foundation
-        self.ready = foundation.build.ready
+        self.ready = None if foundation.build is None else foundation.build.ready
         self.status = new_status(foundation)
         self.journal = AsyncJournal(foundation.storage.journal, self.status.run_id)
         participant = foundation.board.claim("tolaria")
@@ -131,9 +138,15 @@ class Core:
             TrainingTelemetry(metrics, emitter, foundation.log_context, run_id=self.status.run_id),
             SeedTelemetry(settings.gradients, metrics, emitter),
             safety_telemetry,
+            LaneTelemetry(metrics, emitter),
             JournalObserver(self.journal, self.status, foundation.run, active=foundation.active_halt, ended=ended),
         )
-        self.handle = foundation.build.lane(self.heartbeats, Path(settings.state.dir) / "traces")
+        self.process: ProcessLane | None = None
+        if foundation.build is not None:
+            self.handle: LaneHandle = foundation.build.lane(self.heartbeats, Path(settings.state.dir) / "traces")
+        else:
+            self.handle = self.process = ProcessLane(settings, foundation.checkpoint)
+            self.status.lane_phase = self.process.phase
         self.lane = LaneClient(self.handle)
         self.lifecycle = Lifecycle(self.lane, self.status, self.health, self.observers)
         self.safeguards = Safeguards(self.observers, self.status, recovery_epochs=settings.emergency.recovery_epochs)
@@ -168,7 +181,14 @@ class RunService:
     recovery: Recovery
 
     async def serve(self, core: Core, tasks: TaskGroup) -> None:
-        """Starts the run's tasks, and trains until the run has ended."""
+        """Starts the run's tasks, and trains until the run has ended.
+
+        Raises the error for which a lane in a process of its own cannot be built.
+        """
+        if core.process is not None:
+            ready = await core.process.open()
+            core.foundation.on_ready(ready)
+            self.run.begin(ready)
         tasks.start_soon(self.consultations.serve)
         tasks.start_soon(self.recovery.serve)
         tasks.start_soon(core.checkpointing.serve)
@@ -209,6 +229,7 @@ def new_run(core: Core, peers: Peers) -> RunService:
         observers=core.observers,
         safety=core.safety,
     )
+    revival = Revival(core.lane, core.status, recovery.restorer, core.health, core.observers)
     parts = RunParts(
         lane=core.lane,
         status=core.status,
@@ -217,6 +238,7 @@ def new_run(core: Core, peers: Peers) -> RunService:
         lifecycle=core.lifecycle,
         safety=core.safety,
         recovery=recovery,
+        revival=revival,
         checkpointing=core.checkpointing,
         boundary=EpochBoundary(consultations, _boundary_policy(settings)),
         questions=questions,
@@ -224,7 +246,10 @@ def new_run(core: Core, peers: Peers) -> RunService:
         profiles=Profiles(core.lane, settings.profiler, safeguards=core.safeguards, observers=core.observers),
         adjustments=adjustments,
     )
-    return RunService(TrainingRun(parts, settings, core.ready), consultations, recovery)
+    run = TrainingRun(parts, settings)
+    if core.ready is not None:
+        run.begin(core.ready)
+    return RunService(run, consultations, recovery)
 
 
 def new_ledger(core: Core, tasks: TaskGroup) -> RequestLedger:

@@ -6,21 +6,19 @@ through `.data`, numpy and extensions. Reading both takes less time than a copy 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from tolaria.images import TensorSpec
+from tolaria.images import StateImage, TensorSpec
+from tolaria.segments import Segment, image_header, placed, placed_bytes
 from tolaria.state.encoding import tensor_view
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-_ALIGNMENT_BYTES: Final = 64
-"""A cache line, and a multiple of every element size."""
 
 _LARGE_BYTES: Final = 2**16
 """Size from which a tensor that is not trained has an arena to itself: copying smaller ones costs nearly nothing."""
@@ -34,6 +32,21 @@ _PART_BYTES: Final = 2**24
 _INTEGERS: Final = MappingProxyType({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64})
 
 
+Allocate: TypeAlias = Callable[[int, bool], tuple[Tensor, Segment | None]]
+"""Returns that many bytes of memory, pinned if the second argument is True, and the segment they are in, if shared.
+
+Raises MemoryError.
+"""
+
+
+def private_memory(size_bytes: int, pinned: bool) -> tuple[Tensor, None]:
+    """Allocates memory that ends with this process. Raises MemoryError."""
+    try:
+        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned), None
+    except RuntimeError as error:  # torch's allocators raise this, also for pinned memory
+        raise MemoryError(str(error).partition("\n")[0]) from error
+
+
 class Arena:
     """Preallocated memory for tensors: a flat host buffer with an aligned view for each.
 
@@ -42,24 +55,26 @@ class Arena:
     Args:
         specs: of the tensors, in their order.
         pinned: whether to allocate pinned memory, for copies from CUDA devices.
+        allocate: allocates the memory.
+        header_room: bytes to reserve for the header of an image if the memory is shared.
 
     Raises:
         MemoryError: the memory cannot be allocated.
     """
 
-    def __init__(self, specs: tuple[TensorSpec, ...], *, pinned: bool) -> None:
-        self.specs, self.size_bytes = specs, arena_bytes(specs)
-        try:
-            memory = torch.empty(self.size_bytes, dtype=torch.uint8, pin_memory=pinned)
-        except RuntimeError as error:  # torch's allocators raise this, also for pinned memory
-            raise MemoryError(str(error).partition("\n")[0]) from error
-        content, offset = memoryview(cast("Buffer", memory.numpy())), 0
-        buffers: dict[str, memoryview] = {}
-        for spec in specs:
-            buffers[spec.name] = content[offset : offset + spec.size_bytes]
-            offset += _padded(spec.size_bytes)
-        self.buffers = MappingProxyType(buffers)
-        self._targets = [tensor_view(spec, buffers[spec.name]) for spec in specs]
+    def __init__(
+        self,
+        specs: tuple[TensorSpec, ...],
+        *,
+        pinned: bool,
+        allocate: Allocate = private_memory,
+        header_room: int = 0,
+    ) -> None:
+        self.specs, self.size_bytes, self.header_room = specs, placed_bytes(specs), header_room
+        memory, self.segment = allocate(self.size_bytes + header_room, pinned)
+        content = memoryview(cast("Buffer", memory.numpy()))
+        self.buffers = MappingProxyType({s.name: content[at : at + s.size_bytes] for s, at in placed(specs)})
+        self._targets = [tensor_view(spec, self.buffers[spec.name]) for spec in specs]
         self._hashers = [spec.hasher() for spec in specs]
         self._digests: dict[str, str] = {}
 
@@ -71,6 +86,8 @@ class Arena:
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies the tensors with the arena's specs into it. Allocates nothing for tensors; synchronises."""
         self._digests = {}
+        if self.segment is not None:
+            self.segment.clear()
         if self._targets:
             with torch.no_grad():
                 torch._foreach_copy_(self._targets, [tensors[spec.name].detach() for spec in self.specs])
@@ -89,10 +106,15 @@ class Arena:
                 self._digests[name] = hasher.hexdigest()
         return self._digests
 
+    def adopt(self, digests: Mapping[str, str]) -> None:
+        """Takes the content over from an earlier process, with the digests that it has recorded."""
+        self._digests = {spec.name: digests[spec.name] for spec in self.specs}
 
-def arena_bytes(specs: tuple[TensorSpec, ...]) -> int:
-    """Returns the size of an arena for these specs, alignment included."""
-    return sum(_padded(spec.size_bytes) for spec in specs)
+    def describe(self, image: StateImage, arenas: Sequence[Arena], at_ns: int) -> None:
+        """Writes the header of an image that lies in these arenas, of which this is the first, if they are shared."""
+        if self.segment is not None:
+            places = [(arena.segment.number, arena.specs) for arena in arenas if arena.segment is not None]
+            self.segment.write_header(self.size_bytes, image_header(image, places, at_ns))
 
 
 def grouped(specs: tuple[TensorSpec, ...], trained: Collection[str]) -> list[tuple[TensorSpec, ...]]:
@@ -123,7 +145,3 @@ def _parts(rows: int, size_bytes: int) -> Iterator[slice]:
         stop = start + max(1, part_bytes * rows // size_bytes)
         yield slice(start, stop)
         start, part_bytes = stop, _PART_BYTES
-
-
-def _padded(size_bytes: int) -> int:
-    return -(-size_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

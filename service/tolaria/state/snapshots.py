@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeVar
 
+from tolaria.errors import ImageDamagedError
 from tolaria.images import Lease, SnapshotInfo, SnapshotStatistics, StateImage, TensorSpec, combine
-from tolaria.state.arenas import Arena, arena_bytes, grouped
+from tolaria.segments import OpenedImage, Segment, header_bytes, open_image, placed_bytes
+from tolaria.state.arenas import Allocate, Arena, grouped, private_memory
 from tolaria.state.encoding import specs_of
+from tolaria.state.shared_memory import arena_in
 from tolaria.state.training_state import Survey, TrainingState
 from tolaria.values.training import Position
 
@@ -25,6 +29,9 @@ _NEWEST_WEIGHT: Final = 0.2
 """Weight of the newest cost in the moving average: follows a change within a dozen snapshots, and damps outliers."""
 
 _ROUNDING: Final = 1e-9
+
+_SPARE_ROOM: Final = 4
+"""A header gets a quarter more room than it needs, so that the next ones, which may be longer, fit too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +105,14 @@ class SnapshotRing:
         entries_max: images held at most.
         seal: whether `capture` records the digest. Without it a restore seals the image, and its verification proves
             only that the copy was correct.
+        allocate: allocates the memory of the images.
     """
 
-    def __init__(self, *, bytes_max: int, entries_max: int, seal: bool) -> None:
+    def __init__(self, *, bytes_max: int, entries_max: int, seal: bool, allocate: Allocate = private_memory) -> None:
         self._bytes_max = bytes_max
         self._entries_max = entries_max
         self._seal = seal
+        self._allocate = allocate
         self._lock = threading.Lock()
         self._slots: list[_Slot] = []  # least recently used first
         self._number = 1
@@ -121,7 +130,7 @@ class SnapshotRing:
         survey = state.survey()
         values, specs = survey.json(), specs_of(survey.tensors)
         groups = grouped(specs, survey.trained)
-        size_bytes = sum(map(arena_bytes, groups)) + len(values)
+        size_bytes = sum(map(placed_bytes, groups)) + len(values)
         shared = self._unchanged(groups, survey) if groups[1:] and size_bytes <= self._bytes_max else []
         with self._lock:
             unused = self._make_room(size_bytes, shared, survey.position.global_step)
@@ -129,15 +138,26 @@ class SnapshotRing:
                 self._declined += 1
                 return Declined(size_bytes, too_large=size_bytes > self._bytes_max)
         try:
-            arenas = _filled(groups, survey, shared, unused)
+            room = 0 if self._allocate is private_memory else header_bytes(specs, values)
+            new = partial(Arena, pinned=any(t.is_cuda for t in survey.tensors.values()), allocate=self._allocate)
+            arenas = _filled(groups, survey, shared, unused, new=new, header_room=room)
         except MemoryError as error:
             with self._lock:
                 self._declined += 1
             return Declined(size_bytes, too_large=False, allocation_error=str(error) or "out of memory")
-        image = StateImage(survey.position, specs, _joined([arena.buffers for arena in arenas]), values)
+        first = arenas[0].segment
+        image = StateImage(
+            survey.position,
+            specs,
+            _joined([arena.buffers for arena in arenas]),
+            values,
+            segment=0 if first is None else first.number,
+        )
         if self._seal:
             image.sealed = combine(_joined([arena.digests() for arena in arenas]), values)
-        slot = _Slot(arenas, image, size_bytes, number=self._number, at_ns=time.time_ns())
+        at_ns = time.time_ns()
+        arenas[0].describe(image, arenas, at_ns)
+        slot = _Slot(arenas, image, size_bytes, number=self._number, at_ns=at_ns)
         with self._lock:
             for other in self._slots:  # a leased snapshot of this step keeps its memory but is not restored any more
                 other.listed = other.listed and other.global_step != slot.global_step
@@ -158,6 +178,29 @@ class SnapshotRing:
             self._slots.remove(slot)
             self._slots.append(slot)
             return self._lease(slot)
+
+    def adopt(self, segments: Mapping[int, Segment], digests: Collection[str], *, pinned: bool) -> None:
+        """Takes over the snapshots with these digests that an earlier process has left in segments.
+
+        Nothing is verified: a restore proves the snapshot that it takes. One that cannot be opened is left out.
+        """
+        opened = list[OpenedImage]()
+        for segment in segments.values():
+            with suppress(ImageDamagedError):
+                found = open_image(segment, segments)
+                if found.image.sealed is not None and found.image.sealed.total in digests:
+                    opened.append(found)
+        arenas = dict[int, Arena]()
+        for found in sorted(opened, key=lambda each: each.image.position.global_step):
+            for segment, specs in found.places:
+                if segment.number not in arenas:
+                    arenas[segment.number] = arena_in(segment, specs, pinned=pinned)
+                arenas[segment.number].adopt(found.image.seal().tensors)
+            mine = [arenas[segment.number] for segment, _ in found.places]
+            size_bytes = sum(arena.size_bytes for arena in mine) + len(found.image.values)
+            with self._lock:
+                self._slots.append(_Slot(mine, found.image, size_bytes, number=self._number, at_ns=found.at_ns))
+                self._number += 1
 
     def clear(self) -> None:
         """Drops every snapshot; memory that is not leased is freed."""
@@ -297,19 +340,28 @@ def _held_bytes(slots: Iterable[_Slot], shared: Iterable[Arena]) -> int:
 
 
 def _filled(
-    groups: Sequence[tuple[TensorSpec, ...]], survey: Survey, shared: Collection[Arena], unused: list[Arena]
+    groups: Sequence[tuple[TensorSpec, ...]],
+    survey: Survey,
+    shared: Collection[Arena],
+    unused: list[Arena],
+    *,
+    new: Callable[..., Arena],
+    header_room: int,
 ) -> list[Arena]:
     """Returns arenas with the survey's tensors: shared ones, unused ones filled anew, and new ones.
 
-    Empties `unused`, which frees the memory of the others before more is allocated. Raises MemoryError as `Arena` does.
+    The first one has room for a header. Empties `unused`, which frees the memory of the others before more is
+    allocated. Raises MemoryError as `Arena` does.
     """
-    pinned = any(tensor.is_cuda for tensor in survey.tensors.values())
     wanted = {group[0].name: group for group in groups}
     fitting = {arena.name: arena for arena in (*unused, *shared) if arena.specs == wanted.get(arena.name)}
     unused.clear()
     arenas = list[Arena]()
     for group in groups:
-        arenas.append(fitting.get(group[0].name) or Arena(group, pinned=pinned))
-        if arenas[-1] not in shared:
-            arenas[-1].fill(survey.tensors)
+        room, found = 0 if arenas else header_room, fitting.get(group[0].name)
+        if found is None or found.header_room < room:
+            found = new(group, header_room=room + room // _SPARE_ROOM)
+        arenas.append(found)
+        if found not in shared:
+            found.fill(survey.tensors)
     return arenas

@@ -121,6 +121,10 @@ OPT_REBUILT = _info("tolaria.opt_rebuilt", "step", "latency_ms", "kept", "fresh"
 OPT_REBUILD_FAILED = _error("tolaria.opt_rebuild_failed", "step", "detail")
 COMPILE_FALLBACK = _warning("tolaria.compile_fallback", "path", "detail")
 
+# The lane's process
+LANE_LOST = _error("tolaria.lane_lost", "generation", "step", "cause", "detail")
+LANE_RECOVERED = _warning("tolaria.lane_recovered", "generation", "step", "latency_ms")
+
 # Rollback, checkpoints, profiles
 ROLLBACK_COMPLETED = _warning(
     "tolaria.rollback.completed", "rollback_id", "tier", "restored_step", "latency_ms", "coordinated", "reason"

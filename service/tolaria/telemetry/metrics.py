@@ -15,6 +15,7 @@ STEP_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.
 CALL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.012, 0.018, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0)
 BOUNDARY_BUCKETS_S = (0.001, 0.002, 0.004, 0.006, 0.009, 0.012, 0.015, 0.018, 0.022, 0.03, 0.05, 0.1, 0.5, 2.0)
 ROLLBACK_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 12.0, 30.0)
+RECOVERY_BUCKETS_S = (0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0)
 CHECKPOINT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -225,6 +226,17 @@ class Metrics:
         self.checkpoint_failures_total = self._counter("checkpoint.failures_total", "Failed checkpoint writes.")
 
     def _declare_process(self) -> None:
+        self.lane_up = self._gauge("lane.up", "1 while the lane's process has a job that is built.", ["rank"])
+        self.lane_generation = self._gauge("lane.generation", "Number of the lane's process, from 1.", ["rank"])
+        self.lane_restarts_total = self._counter(
+            "lane.restarts_total", "Lane processes that died, by cause.", ["rank", "cause"]
+        )
+        self.lane_recovery_seconds = self._histogram(
+            "lane.recovery_seconds",
+            "Time from the death of a lane's process until the next one has restored a state.",
+            RECOVERY_BUCKETS_S,
+            ["rank"],
+        )
         self.health_ready = self._gauge("health.ready", "1 while /readyz reports that the service is ready.")
         self.profiler_enabled = self._gauge("profiler.enabled", "1: a trace is being recorded.")
         self.profiler_traces_emitted_total = self._counter("profiler.traces_emitted_total", "Traces written.")

@@ -123,7 +123,7 @@ def permitted(harness: ControllerHarness, heartbeats: Heartbeats) -> tuple[int, 
 def seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The monotonic time of phases, in its only element."""
     now_s = [100.0]
-    monkeypatch.setattr("tolaria.emergency.supervision.time.monotonic", lambda: now_s[0])
+    monkeypatch.setattr("tolaria.signals.lane_pulse.time.monotonic", lambda: now_s[0])
     return now_s
 
 

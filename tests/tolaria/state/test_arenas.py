@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tolaria.state.arenas import Arena, arena_bytes, grouped
+from tolaria.segments import placed_bytes
+from tolaria.state.arenas import Arena, grouped
 from tolaria.state.encoding import DTYPES, packed_bytes, spec_of, specs_of
 
 PLACES = [0, 1, 2**11, 2**13 + 1, 2**14 - 1]
@@ -105,4 +106,4 @@ def test_only_large_tensors_that_are_not_trained_are_alone() -> None:
     specs = specs_of({name: torch.zeros(size, dtype=torch.uint8) for name, size in sizes.items()})
     groups = grouped(specs, {"a", "e"})
     assert [[spec.name for spec in group] for group in groups] == [["a", "c", "e"], ["b"], ["d"]]
-    assert sum(map(arena_bytes, groups)) == arena_bytes(specs)
+    assert sum(map(placed_bytes, groups)) == placed_bytes(specs)

@@ -1,0 +1,137 @@
+"""The lane's side of its connection to the service: a thread that takes commands, and one that sends events."""
+
+from __future__ import annotations
+
+import json
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final
+
+from tolaria.errors import LaneError, WireError
+from tolaria.images import Lease
+from tolaria.lane import messages
+from tolaria.lane.lane import ThreadLane
+from tolaria.lane.messages import Command, CommandDone, Event, ImageCaptured, LaneEnded, Restore
+from tolaria.segments import Segment, open_image, segments_frame
+from tolaria.state.shared_memory import SharedMemory
+from tolaria.wire import DESCRIPTORS_MAX, Frame, FrameKind, FrameStream, packed_events, packed_id, send, unpacked_id
+
+_FRAME_BYTES: Final = 2**18
+"""Bytes of events after which a frame is sent without waiting for more."""
+
+
+class LaneConnection:
+    """Serves the connection of one lane.
+
+    Args:
+        stream: of the frames from the service.
+        lane: takes the commands.
+        memory: where the images of the lane lie.
+        on_lost: called in one of the two threads when the connection ends before the lane does; must not return.
+    """
+
+    def __init__(
+        self, stream: FrameStream, lane: ThreadLane, memory: SharedMemory, on_lost: Callable[[str], object]
+    ) -> None:
+        self._stream, self._connection = stream, stream.connection
+        self._lane, self._memory, self._on_lost = lane, memory, on_lost
+        self._captured: dict[int, Lease] = {}
+        """Images that the service reads, by their ids in the lane's pool."""
+        self._given: dict[int, int] = {}
+        """Ids in the lane's pool of the service's images, by the service's ids."""
+        self._due = threading.Event()
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        """Starts the two threads."""
+        for name, serve in (("tolaria-commands", self._take_commands), ("tolaria-events", self._send_events)):
+            threading.Thread(target=self._guarded, args=(serve,), name=name, daemon=True).start()
+
+    def notify(self) -> None:
+        """Has the events sent that the lane has put into its buffer."""
+        self._due.set()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Waits until the lane's last event has been sent; returns whether it has."""
+        return self._ended.wait(timeout_s)
+
+    def _guarded(self, serve: Callable[[], None]) -> None:
+        try:
+            serve()
+            reason = "the service has closed the connection"
+        except WireError as error:
+            reason = str(error)
+        except BaseException:
+            reason = traceback.format_exc()
+            raise
+        finally:
+            if not self._ended.is_set():
+                self._on_lost(reason)
+
+    # -- commands ----------------------------------------------------------------------------------------------------
+
+    def _take_commands(self) -> None:
+        while (frame := self._stream.next()) is not None:
+            match frame.kind:
+                case FrameKind.COMMAND:
+                    self._take_command(frame.content)
+                case FrameKind.IMAGE:
+                    (descriptor,) = frame.descriptors
+                    image = open_image(Segment(0, descriptor), {}).image
+                    self._given[unpacked_id(frame.content)[0]] = self._lane.images.put(image)
+                case FrameKind.IMAGE_RELEASED:
+                    self._captured.pop(unpacked_id(frame.content)[0]).release()
+                case FrameKind.IMAGE_DISCARDED:
+                    self._lane.images.discard(self._given.pop(unpacked_id(frame.content)[0]))
+                case _:
+                    raise WireError(f"the service sent a {frame.kind.name.lower()} frame")
+
+    def _take_command(self, content: bytes) -> None:
+        command_id, data = unpacked_id(content)
+        command = messages.from_bytes(data)
+        if not isinstance(command, Command):
+            raise WireError(f"the service sent a {type(command).__name__}")
+        if isinstance(command, Restore) and command.image_id:
+            command = replace(command, image_id=self._given[command.image_id])
+        try:
+            self._lane.send(command_id, command)
+        except LaneError as error:
+            raise WireError(str(error)) from error
+
+    # -- events ------------------------------------------------------------------------------------------------------
+
+    def _send_events(self) -> None:
+        while not self._ended.is_set():
+            self._due.wait()
+            self._due.clear()
+            events = self._lane.take_events()
+            self._send_segments()  # before the events that speak of what lies in them
+            self._send_frames(events)
+            if freed := self._memory.take_freed():
+                send(self._connection, Frame(FrameKind.SEGMENTS_FREED, json.dumps(freed).encode()))
+            if events and isinstance(events[-1], LaneEnded):
+                self._ended.set()
+
+    def _send_segments(self) -> None:
+        fresh = self._memory.take_fresh()
+        for start in range(0, len(fresh), DESCRIPTORS_MAX):
+            part = fresh[start : start + DESCRIPTORS_MAX]
+            send(self._connection, segments_frame(part))
+
+    def _send_frames(self, events: Sequence[Event]) -> None:
+        encoded, size_bytes = [], 0
+        for event in events:
+            if isinstance(event, CommandDone) and isinstance(event.result, ImageCaptured):
+                self._send_image(event.result.image_id)
+            encoded.append(messages.to_bytes(event))
+            size_bytes += len(encoded[-1])
+            if size_bytes >= _FRAME_BYTES or event is events[-1]:
+                send(self._connection, Frame(FrameKind.EVENTS, packed_events(encoded)))
+                encoded, size_bytes = [], 0
+
+    def _send_image(self, image_id: int) -> None:
+        lease = self._captured[image_id] = self._lane.images.take(image_id)
+        segment = packed_id(lease.image.segment)
+        send(self._connection, Frame(FrameKind.IMAGE, packed_id(image_id, segment)))

@@ -1,0 +1,118 @@
+"""The process of a lane: builds the job, trains in its main thread, and serves its connection in two others.
+
+Standard output is the service's own, so that a job can print; the service reads standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import faulthandler
+import importlib
+import io
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NoReturn
+
+from tolaria import forks
+from tolaria.config import Settings
+from tolaria.images import StateImage
+from tolaria.lane.messages import LaneOrder, from_bytes
+from tolaria.segments import Segment, open_image, segments_of
+from tolaria.signals.lane_page import LanePage
+from tolaria.wire import FrameKind, FrameStream, unpacked_id
+
+STACKS_SIGNAL: Final = signal.SIGUSR1
+_PR_SET_PDEATHSIG: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What arrives before the lane is built: the order, the segments it speaks of, and a checkpoint's image by id."""
+
+    order: LaneOrder
+    held: dict[int, Segment]
+    images: dict[int, StateImage]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one lane until it is stopped; returns the exit code. Ends with the service, however that ends."""
+    options = _options(arguments)
+    _end_with_parent(options.service_pid)
+    faulthandler.enable()
+    os.write(1, json.dumps({"lane": os.getpid()}).encode() + b"\n")
+    os.dup2(options.stdout, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the pipe is not for the job
+    os.close(options.stdout)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what a job has printed is not lost with it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the service drains first
+    connection = socket.socket(fileno=options.connection)
+    connection.setblocking(True)
+    forks.keep_private(connection.fileno())
+    stream = FrameStream(connection)
+    received = _received(stream)
+    settings = Settings.model_validate_json(received.order.settings)
+    _dump_stacks_on_request(Path(settings.state.dir) / "stacks.txt")
+    # Only now, since it imports torch, which takes seconds.
+    host = importlib.import_module("tolaria.lane.hosting").host
+    return int(host(stream, received, settings, LanePage(Segment(0, options.page))))
+
+
+def _received(stream: FrameStream) -> Received:
+    """Waits for the order of what is to be built."""
+    held, images = dict[int, Segment](), dict[int, StateImage]()
+    while (frame := stream.next()) is not None:
+        match frame.kind:
+            case FrameKind.SEGMENTS:
+                held |= segments_of(frame)
+            case FrameKind.IMAGE:
+                (descriptor,) = frame.descriptors
+                images[unpacked_id(frame.content)[0]] = open_image(Segment(0, descriptor), {}).image
+            case _ if isinstance(order := from_bytes(frame.content), LaneOrder):
+                return Received(order, held, images)
+            case _:
+                break
+    return end_with_service("it did not say what to build")
+
+
+def end_with_service(reason: str) -> NoReturn:
+    """Ends this process and its own children at once: without the service, the lane's work is lost."""
+    os.write(2, f"the lane ends with its service: {reason}\n".encode())
+    os.killpg(0, signal.SIGKILL)
+    raise SystemExit(1)  # not reached
+
+
+def _end_with_parent(service_pid: int) -> None:
+    """Has the system kill this process when the service ends, also while the GIL is held."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != service_pid:  # it has ended before
+        end_with_service("it has ended")
+
+
+def _dump_stacks_on_request(path: Path) -> None:
+    """Has SIGUSR1 append the stacks of all threads to a file, by a handler in C that needs no GIL."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:
+        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # a full disk must not end the lane
+    else:
+        faulthandler.register(STACKS_SIGNAL, descriptor, all_threads=True, chain=False)
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tolaria.lane", description="The process of a lane.")
+    parser.add_argument("--service-pid", type=int, required=True, help="process id of the service")
+    for name, text in (
+        ("connection", "a Unix stream socket to the service"),
+        ("page", "the lane's page in shared memory"),
+        ("stdout", "standard output of the service"),
+    ):
+        parser.add_argument(f"--{name}", type=int, required=True, metavar="FD", help=text)
+    return parser.parse_args(arguments)

@@ -1,0 +1,104 @@
+"""The lane's page: a few words of shared memory between the service and the process of its lane.
+
+They work while the lane holds its GIL, and without the connection: the lane's heartbeat, what it does, and whether a
+restore may change its live state. Each word is one aligned 8-byte store, atomic on 64-bit machines.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from tolaria.config import EmergencySettings
+from tolaria.segments import PREAMBLE_BYTES, Segment
+from tolaria.signals.lane_pulse import LanePulse, described
+from tolaria.signals.layout import LanePhase, LaneWork
+from tolaria.signals.mapping import locked_fence
+
+_BEAT, _WORK, _SINCE, _RESTS, _GRANTED, _FORBIDDEN = range(6)
+_WORDS: Final = 8
+
+
+class LanePage:
+    """The page, for both sides. `beat_lane` and `show_lane_work` make it the `PulseWords` of the lane's process."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self._words = memoryview(segment.memory)[PREAMBLE_BYTES : PREAMBLE_BYTES + 8 * _WORDS].cast("Q")
+
+    @classmethod
+    def create(cls) -> LanePage:
+        """Returns a new page, of a lane that rests. Raises MemoryError."""
+        page = cls(Segment.create(0, 8 * _WORDS))
+        page.show_rest(rests=True)
+        return page
+
+    # -- the lane ----------------------------------------------------------------------------------------------------
+
+    def beat_lane(self) -> None:
+        """Stores the time as the lane's heartbeat."""
+        self._words[_BEAT] = time.monotonic_ns()
+
+    def show_lane_work(self, work: int) -> None:
+        """Stores what the lane does, a `LaneWork.word`, from now on."""
+        self._words[_SINCE] = time.monotonic_ns()
+        self._words[_WORK] = work
+
+    def show_rest(self, *, rests: bool) -> None:
+        """Stores whether no heartbeat is due."""
+        self._words[_RESTS] = rests
+
+    def grant(self, command_id: int) -> bool:
+        """Begins the change of live state by that restore, unless the service has forbidden it."""
+        self._words[_GRANTED] = command_id
+        locked_fence()
+        if not self.forbidden(command_id):
+            return True
+        self._words[_GRANTED] = 0
+        return False
+
+    def forbidden(self, command_id: int) -> bool:
+        """Whether the service has forbidden the restore."""
+        return self._words[_FORBIDDEN] == command_id
+
+    # -- the service -------------------------------------------------------------------------------------------------
+
+    def forbid(self, command_id: int) -> bool:
+        """Forbids the restore; False if its change of live state may have begun."""
+        self._words[_FORBIDDEN] = command_id
+        locked_fence()
+        return self._words[_GRANTED] != command_id
+
+    @property
+    def work(self) -> LaneWork:
+        """What the lane does."""
+        return LaneWork.of_word(self._words[_WORK])
+
+    def phase(self) -> tuple[str, float]:
+        """Returns what the lane does, as `lane_pulse.described` does."""
+        work, since_ns = self.work, self._words[_SINCE]
+        return described(LanePhase(work.phase), (time.monotonic_ns() - since_ns) / 1e9 if since_ns else 0.0)
+
+    def silent_s(self) -> float:
+        """Returns for how many seconds the lane has given no heartbeat that was due."""
+        beat_ns = self._words[_BEAT]
+        return 0.0 if self._words[_RESTS] or not beat_ns else max(0.0, (time.monotonic_ns() - beat_ns) / 1e9)
+
+
+class PagePulse(LanePulse):
+    """The heartbeat of a lane in a process of its own: every change of phase or rest is shown at once."""
+
+    def __init__(self, page: LanePage, limits: EmergencySettings) -> None:
+        self._page = page
+        super().__init__(page, limits)
+
+    def enter_phase(self, phase: LanePhase) -> LanePhase:
+        """Begins a phase, shows it, and returns the one before."""
+        before = super().enter_phase(phase)
+        self.show_work()
+        return before
+
+    def rest(self, *, rests: bool) -> None:
+        """Begins or ends a time in which no beat is due, and shows it."""
+        super().rest(rests=rests)
+        self._page.show_rest(rests=rests)

@@ -1,0 +1,220 @@
+"""`ProcessLane`: the lane in a process of its own, as the run uses it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final, cast
+
+import anyio
+
+from tolaria.config import Settings
+from tolaria.errors import LaneError, LaneFailedError, WireError
+from tolaria.images import StateImage
+from tolaria.lane import messages
+from tolaria.lane.messages import (
+    CommandDone,
+    Event,
+    Failure,
+    Hold,
+    LaneEnded,
+    LaneLost,
+    LaneReady,
+    LaneRestarted,
+    Release,
+    RunEpoch,
+    SnapshotsChanged,
+    Stop,
+)
+from tolaria.transport.lane_images import HeldSegments, LaneImages
+from tolaria.transport.lane_process import LaneProcess
+from tolaria.values.optimization import ActiveAdjustment
+from tolaria.wire import Frame, FrameKind, packed_id, unpacked_events, unpacked_id
+
+_COMMANDS_UNANSWERED_MAX: Final = 256
+
+
+class ProcessLane:
+    """A `LaneHandle` of the run. Used on the event loop only; `serve` is its task.
+
+    The first process resumes from `checkpoint`, an image and the run's adjustments of learning rates, if there is one.
+
+    Between the loss of a process and the next one that is ready, it refuses commands and forgets holds: the run
+    repeats what it still wants after `LaneRestarted`.
+
+    Attributes:
+        images: the pool through which run and lane exchange images.
+    """
+
+    def __init__(
+        self, settings: Settings, checkpoint: tuple[StateImage, tuple[ActiveAdjustment, ...]] | None = None
+    ) -> None:
+        segments = HeldSegments()
+        self.images = LaneImages(segments, self._send)
+        self._segments = segments
+        self._process = LaneProcess(
+            settings, segments, on_frames=self._on_frames, on_lost=self._on_lost, on_over=self._on_over
+        )
+        self._process.leased = lambda: self.images.being_read
+        self._process.checkpoint = checkpoint
+        self._events: list[Event] = []
+        self._notify: Callable[[], object] = lambda: None
+        self._unanswered: set[int] = set()
+        self._ready: LaneReady | LaneEnded | None = None
+        self._opened = anyio.Event()
+        self._answering = self._over = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.get_ident()
+
+    async def serve(self) -> None:
+        """Keeps the lane running until it has ended, is given up, or this is cancelled."""
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+        await self._process.serve()
+        if not self._over:
+            self._events.append(LaneEnded(0, None))
+            self._notify()
+
+    async def open(self) -> LaneReady:
+        """Waits until the lane is built; returns what it has built. Raises the error for which it cannot be built."""
+        await self._opened.wait()
+        if isinstance(self._ready, LaneReady):
+            return self._ready
+        ended = cast("LaneEnded", self._ready)
+        raise LaneFailedError("the lane was stopped") if ended.failure is None else ended.failure.error()
+
+    # -- the handle --------------------------------------------------------------------------------------------------
+
+    def start(self, notify: Callable[[], object]) -> None:
+        """Has `notify` called when events can be taken; the process is started by `serve`."""
+        self._notify = notify
+        if self._events:
+            notify()
+
+    def send(self, command_id: int, command: messages.Command) -> None:
+        """Sends a command. Raises LaneError when too many are unanswered, or there is no process that could answer."""
+        if isinstance(command, Stop):
+            self._process.wanted = False
+        if not self._answering:
+            self._refuse(command)
+            return
+        if not isinstance(command, RunEpoch | Hold | Release | Stop):
+            if len(self._unanswered) >= _COMMANDS_UNANSWERED_MAX:
+                raise LaneError(f"{_COMMANDS_UNANSWERED_MAX} commands are waiting for a step boundary already")
+            self._unanswered.add(command_id)
+        self._send(Frame(FrameKind.COMMAND, packed_id(command_id, messages.to_bytes(command))))
+
+    def take_events(self) -> list[Event]:
+        """Returns the events since the last call, oldest first."""
+        events, self._events = self._events, []
+        return events
+
+    def forbid_restore(self, command_id: int) -> bool:
+        """Forbids that restore to change live state; False when the change may have begun."""
+        page = self._process.page
+        return page is None or page.forbid(command_id)
+
+    def close(self, timeout_s: float) -> bool:  # noqa: ARG002 - the end of `serve` has stopped the process
+        """Returns whether the process has ended."""
+        return self._process.link is None
+
+    def phase(self) -> tuple[str, float]:
+        """Returns what the lane does other than steps, and for how many seconds."""
+        page = self._process.page
+        return ("", 0.0) if page is None else page.phase()
+
+    # -- what the process sends --------------------------------------------------------------------------------------
+
+    def _on_frames(self, frames: Sequence[Frame]) -> None:
+        for frame in frames:
+            match frame.kind:
+                case FrameKind.EVENTS:
+                    for data in unpacked_events(frame.content):
+                        self._on_event(data)
+                case FrameKind.SEGMENTS:
+                    self._take_segments(frame)
+                case FrameKind.SEGMENTS_FREED:
+                    for number in json.loads(frame.content):
+                        self._segments.close(number)
+                case FrameKind.IMAGE:
+                    image_id, rest = unpacked_id(frame.content)
+                    self.images.captured(image_id, unpacked_id(rest)[0])
+                case FrameKind.READY:
+                    self._on_ready(frame.content)
+                case _:
+                    raise WireError(f"the lane sent a {frame.kind.name.lower()} frame")
+        if self._events:
+            self._notify()
+
+    def _on_event(self, data: bytes) -> None:
+        event = messages.from_bytes(data)
+        if not isinstance(event, Event):
+            raise WireError(f"the lane sent a {type(event).__name__}")
+        if isinstance(event, CommandDone):
+            self._unanswered.discard(event.command_id)
+        elif isinstance(event, SnapshotsChanged):
+            self._process.digests = tuple(point.digest for point in event.points if point.digest is not None)
+        elif isinstance(event, LaneEnded):
+            self._process.wanted = self._answering = False
+            self._over = True
+        self._events.append(event)
+
+    def _take_segments(self, frame: Frame) -> None:
+        numbers = json.loads(frame.content)
+        if len(numbers) != len(frame.descriptors):
+            raise WireError(f"{len(numbers)} segments came with {len(frame.descriptors)} descriptors")
+        self._segments.put(dict(zip(numbers, frame.descriptors, strict=True)))
+        self._process.next_segment = max([self._process.next_segment, *(number + 1 for number in numbers)])
+
+    def _on_ready(self, content: bytes) -> None:
+        ready = messages.from_bytes(content)
+        if isinstance(ready, LaneReady):
+            self._answering = True
+            if self._opened.is_set():
+                self._events.append(LaneRestarted(self._process.generation, ready))
+        elif not isinstance(ready, LaneEnded):
+            raise WireError(f"the lane sent a {type(ready).__name__}")
+        if not self._opened.is_set():
+            self._ready = ready
+            self._process.wanted, self._process.checkpoint = isinstance(ready, LaneReady), None
+            self._opened.set()
+
+    # -- the process's ends ------------------------------------------------------------------------------------------
+
+    def _on_lost(self, kind: str, cause: str) -> None:
+        self._answering = False
+        self._unanswered.clear()
+        self.images.lost()
+        if self._opened.is_set():
+            self._events.append(LaneLost(self._process.generation, kind, cause))
+            self._notify()
+
+    def _on_over(self, cause: str) -> None:
+        self._answering, self._over = False, True
+        ended = LaneEnded(0, Failure.of(LaneFailedError(cause)))
+        if self._opened.is_set():
+            self._events.append(ended)
+            self._notify()
+        else:
+            self._ready = ended
+            self._opened.set()
+
+    # -- sending -----------------------------------------------------------------------------------------------------
+
+    def _refuse(self, command: messages.Command) -> None:
+        """Handles a command that no process can take."""
+        if isinstance(command, Stop):
+            self._process.abandon()
+        elif not isinstance(command, Hold | Release | Stop):
+            raise LaneError("the lane is being started again")
+
+    def _send(self, frame: Frame) -> None:
+        """Sends a frame if there is a connection; called from any thread."""
+        if threading.get_ident() == self._thread:
+            if self._process.link is not None:
+                self._process.link.send(frame)
+        elif self._loop is not None:
+            with suppress(RuntimeError):  # the loop has been closed: there is no lane any more
+                self._loop.call_soon_threadsafe(self._send, frame)

@@ -204,6 +204,9 @@ class ChildSupervisor:
     def on_ended(self, detail: str, restart_in_s: float) -> None:
         """Hook: the child ended or failed to start, and `run` restarts it after a pause."""
 
+    def on_last_end(self, detail: str) -> None:
+        """Hook: the child ended or failed to start, and is not `wanted` any more, so that `run` returns."""
+
     def on_given_up(self, detail: str, failures: int) -> None:
         """Hook: the child ended or failed to start `failures` times in a row, and `run` returns."""
 
@@ -253,6 +256,7 @@ class ChildSupervisor:
             finally:
                 await self.stop()
             if not self.wanted:
+                self.on_last_end(detail)
                 return
             failures = 1 if anyio.current_time() - started_s >= self._restarts.lived_s else failures + 1
             if self._restarts.restarts_max is not None and failures > self._restarts.restarts_max:

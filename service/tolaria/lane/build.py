@@ -27,7 +27,7 @@ from tolaria.errors import (
 )
 from tolaria.images import StateImage
 from tolaria.jobs import BatchCursor, JobContext, LoaderCursor, TrainingJob, build_job
-from tolaria.lane.commands import RestoreGate
+from tolaria.lane.commands import PageGate
 from tolaria.lane.device import choose_device, seed_everything
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.first_look import call, first_look, materialise
@@ -96,7 +96,7 @@ class BuiltLane:
         if restored.state_digest != restored.expected_digest:
             raise ConfigurationError([f"state.dir: {directory}: the resumed state is not the one that was saved"])
 
-    def lane(self, heartbeat: LaneHeartbeat, traces_dir: Path, gate: RestoreGate | None = None) -> ThreadLane:
+    def lane(self, heartbeat: LaneHeartbeat, traces_dir: Path, gate: PageGate | None = None) -> ThreadLane:
         """Returns the lane, which has not been started. `gate` is that of a lane in a process of its own."""
         bytes_max = self.settings.profiler.traces_mb * _MIB
         return ThreadLane(

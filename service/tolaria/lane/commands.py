@@ -62,20 +62,28 @@ class CommandQueue:
         on_held: called in the lane's thread, once for each `Hold`, with its number. Must not block: the queue is
             locked meanwhile.
         resting: its context manager spans every wait in the middle of an epoch.
+        hold_number: returns the number of a hold that another process wants, which may not be queued yet; 0: of none.
 
     Attributes:
         stopping: whether the lane has to end at the next step boundary.
         latest_order: number of the newest order for an epoch, taken or not; 0 before the first.
     """
 
-    def __init__(self, on_held: Callable[[int], None], resting: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(
+        self,
+        on_held: Callable[[int], None],
+        resting: Callable[[], AbstractContextManager[None]],
+        *,
+        hold_number: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.stopping = False
         self.latest_order = 0
         # The lane reads these three without the lock, once for each microbatch.
         self._held = self._command_due = self._urgent = False
         self._on_held = on_held
         self._resting = resting
-        self._hold_number = self._reported_hold = 0
+        self._shared_hold = hold_number
+        self._hold_number = self._reported_hold = self._released_hold = 0
         self._orders: deque[RunEpoch] = deque()
         self._commands: deque[QueuedCommand] = deque()
         self._changed = threading.Condition()
@@ -97,7 +105,7 @@ class CommandQueue:
                 case Hold(number):
                     self._held, self._hold_number = True, number
                 case Release():
-                    self._held = False
+                    self._held, self._released_hold = False, self._hold_number
                 case Stop():
                     self.stopping = True
                 case _:
@@ -122,6 +130,7 @@ class CommandQueue:
 
     def next_command(self) -> QueuedCommand | None:
         """Returns the next command for a step boundary, waiting while held; None: training goes on, or ends."""
+        self._look_at_shared_hold()
         if not (self._held or self._command_due):
             return None
         with self._changed:
@@ -139,12 +148,20 @@ class CommandQueue:
 
         This is the case for an urgent command and, while held, for any command or a stop.
         """
+        self._look_at_shared_hold()
         if not (self._held or self._urgent):
             return True
         with self._changed:
             while self._report_hold() and not self.stopping and not self._commands:
                 self._wait()
             return not (self._urgent or (self._held and (self.stopping or self._commands)))
+
+    def _look_at_shared_hold(self) -> None:
+        """Begins a hold that is seen in shared memory before its command arrives."""
+        if (number := self._shared_hold()) and not self._held:
+            with self._changed:
+                if number > self._released_hold:
+                    self._held, self._hold_number = True, number
 
     def _take_command(self) -> QueuedCommand:
         queued = self._commands.popleft()
@@ -200,6 +217,10 @@ class PageGate(RestoreGate):
     def __init__(self, page: LanePage) -> None:
         super().__init__()
         self._page = page
+
+    def hold_number(self) -> int:
+        """Returns the number of the hold that the service wants; 0 if it wants none."""
+        return self._page.hold_number()
 
     def expired(self, command_id: int, deadline_s: float) -> bool:
         """Whether the restore is forbidden or past its deadline. Decides nothing."""

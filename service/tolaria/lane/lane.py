@@ -14,7 +14,7 @@ from typing import Final, Protocol
 import torch
 
 from tolaria.errors import JobError
-from tolaria.lane.commands import CommandExecutor, CommandQueue, QueuedCommand, RestoreGate
+from tolaria.lane.commands import CommandExecutor, CommandQueue, PageGate, QueuedCommand
 from tolaria.lane.device import hardware_context, limit_threads, on_device
 from tolaria.lane.fast_paths import spanning_compilation
 from tolaria.lane.job_output import checked_batch, checked_evaluation
@@ -54,6 +54,9 @@ class LaneHeartbeat(Protocol):
 
     def lane_phase(self, phase: LanePhase) -> AbstractContextManager[None]:
         """Spans work of a kind that may take long without a beat; nests."""
+
+    def lane_batch(self, epoch: int, place: int) -> None:
+        """Records which batch the lane takes, from 0 within its epoch; epoch 0: none."""
 
     def lane_step(self, duration_s: float) -> None:
         """Records the duration of an ordinary step, without its waits for data."""
@@ -121,7 +124,7 @@ class ThreadLane:
         profiler: LaneProfiler,
         heartbeat: LaneHeartbeat,
         threads: int,
-        gate: RestoreGate | None = None,
+        gate: PageGate | None = None,
     ) -> None:
         self._module = module
         self._snapshots = snapshots
@@ -130,7 +133,9 @@ class ThreadLane:
         self._threads = threads
         self._events = EventBuffer()
         self._commands = CommandQueue(
-            lambda number: self._events.put(Held(module.global_step, number)), heartbeat.lane_rests
+            lambda number: self._events.put(Held(module.global_step, number)),
+            heartbeat.lane_rests,
+            hold_number=gate.hold_number if gate else lambda: 0,
         )
         self._executor = CommandExecutor(module, snapshots, profiler, gate)
         self.images = self._executor.images
@@ -258,6 +263,7 @@ class ThreadLane:
 
     def _mark(self, region: Region) -> AbstractContextManager[object]:
         if region == "input":
+            self._heartbeat.lane_batch(self._module.progress.number, self._module.progress.batches)
             return self._heartbeat.lane_phase(LanePhase.LOADING)
         return self._profiler.mark(region)
 
@@ -285,6 +291,7 @@ class ThreadLane:
 
     def _finish_epoch(self, steps_s: float) -> None:
         self._events.notify()  # of the steps in the buffer: an evaluation may take long
+        self._heartbeat.lane_batch(0, 0)
         module, controller = self._module, self._module.seeds.controller
         with self._heartbeat.lane_phase(LanePhase.EVALUATING):
             evaluation = self._evaluate()

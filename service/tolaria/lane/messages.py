@@ -410,21 +410,22 @@ class LaneEnded:
     failure: Failure | None
 
 
-LOSS_KINDS: Final = ("killed", "exited", "out_of_memory", "silent", "connection")
-"""Why a lane's process ends: a signal, an exit, no memory in its cgroup, no heartbeat, or what it sent."""
+LOSS_KINDS: Final = ("killed", "exited", "raised", "out_of_memory", "silent", "connection")
+"""Why a lane's process ends: a signal, an exit, an exception, no memory in its cgroup, no heartbeat, what it sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class LaneLost:
     """The lane's process number `generation` has ended, for that cause, before it was to end.
 
-    `kind` is one of `LOSS_KINDS`. What it had not answered is lost. A `LaneRestarted` follows, or a `LaneEnded` if it
-    is not started again.
+    `kind` is one of `LOSS_KINDS`; `batch` is the one that was in flight, as (epoch, place). What the process had not
+    answered is lost. A `LaneRestarted` follows, or a `LaneEnded` if it is not started again.
     """
 
     generation: int
     kind: str
     cause: str
+    batch: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

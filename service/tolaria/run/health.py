@@ -98,6 +98,10 @@ class Health:
         """Number of steps in a row that were skipped most recently."""
         return self._record.skip_streak
 
+    def leave_out(self, batch: tuple[int, int]) -> None:
+        """Leaves out a batch, as (epoch, place), for good."""
+        self._record.left_out = sorted({*self._record.left_out, batch})
+
     @property
     def left_out(self) -> tuple[tuple[int, int], ...]:
         """All batches that are left out, as (epoch, place)."""

@@ -34,12 +34,18 @@ class Revival:
         self._observers = observers
         self._restarted: messages.LaneRestarted | None = None
         self._lost_at_s = math.nan
+        self._batch: tuple[int, int] | None = None
+        """The batch that was in flight at the last death."""
 
     def on_lost(self, event: messages.LaneLost) -> None:
         """Handles the death of a process."""
         if not self._status.recovering:
             self._lost_at_s = time.monotonic()
         self._restarted = None
+        if event.batch is not None and event.batch == self._batch:
+            self._health.leave_out(event.batch)
+            _log.error("batch_left_out", epoch_and_place=event.batch, detail="two processes in a row died with it")
+        self._batch = event.batch
         self._lane.mark_lost(event)
         self._status.recovering = f"the lane's process {event.generation} has died: {event.cause}"
         self._observers.on_lane_lost(event, self._status.global_step)

@@ -15,7 +15,7 @@ from tolaria.checkpoint.store import Damage
 from tolaria.emergency.protocol import CRITICAL_LEVELS, HOW_TO_GO_ON, SENTINEL, level_name
 from tolaria.images import SnapshotStatistics
 from tolaria.journal.rows import CheckpointRow
-from tolaria.lane.messages import TraceFailed, TraceWritten
+from tolaria.lane.messages import LaneLost, TraceFailed, TraceWritten
 from tolaria.resilience.conservative import ModeChange
 from tolaria.rollback.protocol import ORIGINS, Ending, Rollback, tier_name
 from tolaria.run.observers import RunObserver
@@ -190,8 +190,8 @@ class SafetyTelemetry(RunObserver):
         metrics.rollback_snapshots_total.inc(statistics.snapshots - before.snapshots)
         self._snapshots = statistics
 
-    def on_lane_recovered(self, generation: int, step: int, duration_s: float) -> None:  # noqa: ARG002 - the hook's
-        self._snapshots = SnapshotStatistics(0, 0, 0, 0, 0, 0, 0, 0)  # the new process counts from 0
+    def on_lane_lost(self, lost: LaneLost, step: int) -> None:  # noqa: ARG002 - the hook's signature
+        self._snapshots = SnapshotStatistics(0, 0, 0, 0, 0, 0, 0, 0)  # the next process counts from 0
 
     def on_snapshots_unavailable(self, reason: str) -> None:
         if reason:

@@ -61,6 +61,10 @@ class Host:
         async with AsyncExitStack() as stack:
             sockets, metrics = self._listeners.metrics, self._foundation.metrics
             await stack.enter_async_context(exporter(sockets, metrics, lambda: readiness(self._core)))
+            if self._core.process is not None:
+                lane_tasks = await stack.enter_async_context(anyio.create_task_group())
+                stack.callback(self._core.process.abandon)
+                lane_tasks.start_soon(self._core.process.serve)
             embedded = await stack.enter_async_context(self._embedded_peers())
             stack.callback(self._extend_stop, embedded)
             peers = await stack.enter_async_context(self._connected_peers(embedded))
@@ -88,8 +92,6 @@ class Host:
             tasks.start_soon(self._drain_on_signal, tasks, service, signals)
             tasks.start_soon(watch_board, self._foundation.board, core.safety.controller)
             tasks.start_soon(publish_health, core, server)
-            if core.process is not None:
-                tasks.start_soon(core.process.serve)
             # A lane of this process starts after every child process: it forks when the job does.
             await tasks.start(watch_process, self._settings, self._foundation.board, core.heartbeats)
             tasks.start_soon(watch_disk, core)
@@ -135,6 +137,8 @@ class Host:
     async def _end_lane(self) -> None:
         """Ends the lane's thread and the streams, just before the servers stop."""
         with anyio.CancelScope(shield=True):
+            if self._core.process is not None:
+                self._core.process.abandon()
             ended = await anyio.to_thread.run_sync(self._core.lane.close, _LANE_JOIN_S)
             drain_s = self._settings.service.drain_timeout_s
             await self._core.journal.flush(_FLUSH_SHARE * drain_s)

@@ -1,7 +1,8 @@
 """The lane's page: a few words of shared memory between the service and the process of its lane.
 
-They work while the lane holds its GIL, and without the connection: the lane's heartbeat, what it does, and whether a
-restore may change its live state. Each word is one aligned 8-byte store, atomic on 64-bit machines.
+They work while the lane holds its GIL, and without the connection: the lane's heartbeat, what it does, the batch that
+it takes, whether it is to be held, and whether a restore may change its live state. Each word is one aligned 8-byte
+store, atomic on 64-bit machines.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from tolaria.signals.lane_pulse import LanePulse, described
 from tolaria.signals.layout import LanePhase, LaneWork
 from tolaria.signals.mapping import locked_fence
 
-_BEAT, _WORK, _SINCE, _RESTS, _GRANTED, _FORBIDDEN = range(6)
-_WORDS: Final = 8
+_BEAT, _WORK, _SINCE, _RESTS, _GRANTED, _FORBIDDEN, _HOLD, _EPOCH, _PLACE = range(9)
+_WORDS: Final = 16
 
 
 class LanePage:
@@ -48,6 +49,15 @@ class LanePage:
         """Stores whether no heartbeat is due."""
         self._words[_RESTS] = rests
 
+    def show_batch(self, epoch: int, place: int) -> None:
+        """Stores which batch the lane takes; epoch 0: none."""
+        self._words[_PLACE] = place
+        self._words[_EPOCH] = epoch
+
+    def hold_number(self) -> int:
+        """Returns the number of the hold that the service wants; 0 if it wants none."""
+        return self._words[_HOLD]
+
     def grant(self, command_id: int) -> bool:
         """Begins the change of live state by that restore, unless the service has forbidden it."""
         self._words[_GRANTED] = command_id
@@ -68,6 +78,16 @@ class LanePage:
         self._words[_FORBIDDEN] = command_id
         locked_fence()
         return self._words[_GRANTED] != command_id
+
+    def hold(self, number: int) -> None:
+        """Has the lane held between two microbatches; 0 ends the hold."""
+        self._words[_HOLD] = number
+
+    @property
+    def batch(self) -> tuple[int, int] | None:
+        """The batch that the lane takes, as (epoch, place); None if it takes none."""
+        epoch, place = self._words[_EPOCH], self._words[_PLACE]
+        return (epoch, place) if epoch else None
 
     @property
     def work(self) -> LaneWork:
@@ -97,6 +117,10 @@ class PagePulse(LanePulse):
         before = super().enter_phase(phase)
         self.show_work()
         return before
+
+    def lane_batch(self, epoch: int, place: int) -> None:
+        """Shows which batch the lane takes."""
+        self._page.show_batch(epoch, place)
 
     def rest(self, *, rests: bool) -> None:
         """Begins or ends a time in which no beat is due, and shows it."""

@@ -58,6 +58,9 @@ class LanePulse:
         """Beats for the lane."""
         self._pulse_words.beat_lane()
 
+    def lane_batch(self, epoch: int, place: int) -> None:
+        """Records which batch the lane takes, from 0 within its epoch; epoch 0: none."""
+
     def lane_step(self, duration_s: float) -> None:
         """Records the duration of an ordinary step: ten times the longest one is no silence."""
         ms = int(duration_s * 1000 * _STEPS_OF_SILENCE)

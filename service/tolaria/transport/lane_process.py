@@ -34,6 +34,7 @@ _STOP_S: Final = 2.0
 _WATCH_S: Final = 0.25
 _DUMP_S: Final = 0.2
 _LAST_FRAMES_S: Final = 2.0
+_LINE_MAX: Final = 2000
 _STACKS_SIGNAL: Final = signal.SIGUSR1
 _CHECKPOINT_ID: Final = 1
 
@@ -47,14 +48,15 @@ class LaneProcess(ChildSupervisor):
         settings: the lane is built from them.
         segments: memory of the lanes before, which each new one gets.
         on_frames: called with what a process sends.
-        on_lost: called when a process has ended, unless `wanted` is False, with the kind and the cause.
-        on_over: called when it is not started again, with the cause.
+        on_lost: called when a process has ended and another one follows, with kind, cause and batch of `LaneLost`.
+        on_over: called when a process has ended and none follows, with the cause.
 
     Attributes:
         generation: number of the latest process, from 1; 0 before the first.
         page: that of the latest process.
         link: the connection to the process; None if there is none.
         digests: of the snapshots that the next process is to take over.
+        raised: the exception that has ended the process, if it has sent one.
         next_segment: the lowest number that no segment has.
         checkpoint: what the next process resumes from: an image and the run's adjustments of learning rates.
         leased: returns the numbers of segments that it must not get, since they are being read.
@@ -66,7 +68,7 @@ class LaneProcess(ChildSupervisor):
         segments: HeldSegments,
         *,
         on_frames: Callable[[Sequence[Frame]], None],
-        on_lost: Callable[[str, str], None],
+        on_lost: Callable[[str, str, tuple[int, int] | None], None],
         on_over: Callable[[str], None],
     ) -> None:
         lane = settings.lane
@@ -89,10 +91,12 @@ class LaneProcess(ChildSupervisor):
         self.link: LaneLink | None = None
         self.digests: tuple[str, ...] = ()
         self.next_segment = 1
+        self.wanted = False
+        self.raised = ""
         self.leased: Callable[[], set[int]] = set
         self.checkpoint: tuple[StateImage, tuple[ActiveAdjustment, ...]] | None = None
         self._tasks: TaskGroup | None = None
-        self._fault = self._silent = ""
+        self._fault = self._silent = self._line = ""
         self._exit_code: int | None = None
         self._out_of_memory = 0
 
@@ -106,7 +110,7 @@ class LaneProcess(ChildSupervisor):
     async def start(self) -> ChildProcess:
         """Starts a process and sends it what it is to build. Raises ChildFailedError as `ChildSupervisor.start`."""
         self.page, self._fault, self._silent = LanePage.create(), "", ""
-        self._exit_code, self._out_of_memory = None, out_of_memory()
+        self._exit_code, self._out_of_memory, self.raised = None, out_of_memory(), ""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         stdout = os.dup(1)
         try:
@@ -167,14 +171,22 @@ class LaneProcess(ChildSupervisor):
         _log.info("lane_started", generation=self.generation, pid=self.pid)
 
     def on_stderr(self, text: str) -> None:
-        """Passes on what the job writes."""
-        _log.info("lane_wrote", text=text.rstrip("\n"))
+        """Passes on what the job writes, by whole lines."""
+        lines, newline, self._line = (self._line + text).rpartition("\n")
+        if len(self._line) > _LINE_MAX:
+            lines, newline, self._line = lines + newline + self._line, "\n", ""
+        if newline and lines.strip():
+            _log.info("lane_wrote", text=lines)
 
     def on_ended(self, detail: str, restart_in_s: float) -> None:
         """Reports the loss; a new process follows."""
         kind, cause = self._loss(detail)
         _log.error("lane_lost", generation=self.generation, kind=kind, cause=cause, restart_in_s=restart_in_s)
-        self._on_lost(kind, cause)
+        self._on_lost(kind, cause, None if self.page is None else self.page.batch)
+
+    def on_last_end(self, detail: str) -> None:
+        """Reports the end of a process that is not to be started again."""
+        self._on_over(self._loss(detail)[1])
 
     def on_given_up(self, detail: str, failures: int) -> None:
         """Reports the end of the lane."""
@@ -189,6 +201,8 @@ class LaneProcess(ChildSupervisor):
         code = self._exit_code
         if code is not None and code < 0:
             detail = detail.replace(f"ended with code {code}", f"was killed by {_signal_name(-code)}")
+        if self.raised:
+            return "raised", self.raised
         if self._silent:
             return "silent", f"{self._silent}; it {detail}"
         if self._fault:

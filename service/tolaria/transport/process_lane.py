@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Final, cast
 
 import anyio
+import structlog
 
 from tolaria.config import Settings
 from tolaria.errors import LaneError, LaneFailedError, WireError
@@ -35,6 +36,15 @@ from tolaria.values.optimization import ActiveAdjustment
 from tolaria.wire import Frame, FrameKind, packed_id, unpacked_events, unpacked_id
 
 _COMMANDS_UNANSWERED_MAX: Final = 256
+
+_SAME_FAILURES_MAX: Final = 3
+"""Exceptions in a row of which the last one ends the run if they are the same.
+
+The first may pass, such as a file that was not to be read; before the third, the batch has been left out.
+"""
+
+
+_log = structlog.get_logger(__name__)
 
 
 class ProcessLane:
@@ -66,6 +76,7 @@ class ProcessLane:
         self._ready: LaneReady | LaneEnded | None = None
         self._opened = anyio.Event()
         self._answering = self._over = False
+        self._failures: list[str] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.get_ident()
 
@@ -73,7 +84,7 @@ class ProcessLane:
         """Keeps the lane running until it has ended, is given up, or this is cancelled."""
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         await self._process.serve()
-        if not self._over:
+        if not self._over:  # stopped while there was no process that could answer
             self._events.append(LaneEnded(0, None))
             self._notify()
 
@@ -95,8 +106,11 @@ class ProcessLane:
 
     def send(self, command_id: int, command: messages.Command) -> None:
         """Sends a command. Raises LaneError when too many are unanswered, or there is no process that could answer."""
+        page = self._process.page
         if isinstance(command, Stop):
             self._process.wanted = False
+        elif isinstance(command, Hold | Release) and page is not None:
+            page.hold(command.number if isinstance(command, Hold) else 0)
         if not self._answering:
             self._refuse(command)
             return
@@ -116,9 +130,13 @@ class ProcessLane:
         page = self._process.page
         return page is None or page.forbid(command_id)
 
-    def close(self, timeout_s: float) -> bool:  # noqa: ARG002 - the end of `serve` has stopped the process
-        """Returns whether the process has ended."""
-        return self._process.link is None
+    def close(self, timeout_s: float) -> bool:  # noqa: ARG002 - `abandon` leaves no process
+        """Returns True: the process ends with `serve`."""
+        return True
+
+    def abandon(self) -> None:
+        """Ends the process, whatever it does, and `serve`."""
+        self._process.abandon()
 
     def phase(self) -> tuple[str, float]:
         """Returns what the lane does other than steps, and for how many seconds."""
@@ -157,9 +175,18 @@ class ProcessLane:
         elif isinstance(event, SnapshotsChanged):
             self._process.digests = tuple(point.digest for point in event.points if point.digest is not None)
         elif isinstance(event, LaneEnded):
-            self._process.wanted = self._answering = False
-            self._over = True
+            self._answering = False
+            if event.failure is not None and not self._same_again(event.failure):
+                return  # the process ends, and the next one tries again
+            self._process.wanted, self._over = False, True
         self._events.append(event)
+
+    def _same_again(self, failure: Failure) -> bool:
+        """Counts an exception of the job's; returns whether it was the same once too often."""
+        self._process.raised = raised = str(failure)
+        _log.error("lane_raised", error=raised, exception=failure.traceback)
+        self._failures = [*(each for each in self._failures if each == raised), raised]
+        return len(self._failures) >= _SAME_FAILURES_MAX or not self._process.wanted
 
     def _take_segments(self, frame: Frame) -> None:
         numbers = json.loads(frame.content)
@@ -169,37 +196,40 @@ class ProcessLane:
         self._process.next_segment = max([self._process.next_segment, *(number + 1 for number in numbers)])
 
     def _on_ready(self, content: bytes) -> None:
+        """Handles a lane that has been built; the first one, or none, ends `open`."""
         ready = messages.from_bytes(content)
         if isinstance(ready, LaneReady):
-            self._answering = True
+            self._answering = self._process.wanted = True
             if self._opened.is_set():
                 self._events.append(LaneRestarted(self._process.generation, ready))
         elif not isinstance(ready, LaneEnded):
             raise WireError(f"the lane sent a {type(ready).__name__}")
+        elif ready.failure is not None:
+            self._process.raised = str(ready.failure)
+        self._open_with(ready)
+
+    def _open_with(self, ready: LaneReady | LaneEnded) -> None:
         if not self._opened.is_set():
-            self._ready = ready
-            self._process.wanted, self._process.checkpoint = isinstance(ready, LaneReady), None
+            self._ready, self._process.checkpoint = ready, None
             self._opened.set()
 
     # -- the process's ends ------------------------------------------------------------------------------------------
 
-    def _on_lost(self, kind: str, cause: str) -> None:
+    def _on_lost(self, kind: str, cause: str, batch: tuple[int, int] | None) -> None:
         self._answering = False
         self._unanswered.clear()
         self.images.lost()
-        if self._opened.is_set():
-            self._events.append(LaneLost(self._process.generation, kind, cause))
-            self._notify()
+        self._events.append(LaneLost(self._process.generation, kind, cause, batch))
+        self._notify()
 
     def _on_over(self, cause: str) -> None:
-        self._answering, self._over = False, True
+        self._answering = False
         ended = LaneEnded(0, Failure.of(LaneFailedError(cause)))
-        if self._opened.is_set():
+        self._open_with(ended)
+        if not self._over:
+            self._over = True
             self._events.append(ended)
             self._notify()
-        else:
-            self._ready = ended
-            self._opened.set()
 
     # -- sending -----------------------------------------------------------------------------------------------------
 

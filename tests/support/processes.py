@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,9 +120,14 @@ def is_alive(pid: int) -> bool:
 
 @contextmanager
 def stub_of(service: Serve) -> Iterator[TolariaAdminServiceStub]:
-    """A stub that waits for the service's address."""
+    """A stub of a service that has built its job: waits for that."""
     with grpc.insecure_channel(service.addresses()[0]) as channel:
-        yield TolariaAdminServiceStub(channel)
+        stub = TolariaAdminServiceStub(channel)
+        until_s = time.monotonic() + START_TIMEOUT_S
+        while service.process.poll() is None and status(stub).state == admin.RUN_STATE_STARTING:
+            assert time.monotonic() < until_s, service.lines
+            time.sleep(0.02)
+        yield stub
 
 
 def status(stub: TolariaAdminServiceStub) -> admin.GetStatusResponse:

@@ -72,7 +72,7 @@ def test_a_service_trains_answers_scrapes_and_drains(tmp_path: Path) -> None:
             for part in ("", "tolaria.training", "tolaria.tamiyo", "tolaria.kasmina"):
                 assert health.Check(health_pb2.HealthCheckRequest(service=part)).status == 1, part
         children = service.children()
-        assert len(children) == 3  # both peers and the sentinel
+        assert len(children) == 4  # the lane, both peers and the sentinel
         started = time.monotonic()
         service.terminate()
         assert service.wait() == 0
@@ -207,14 +207,14 @@ def test_a_hanging_job_does_not_prevent_shutdown(tmp_path: Path) -> None:
     ],
 )
 def test_an_invalid_start_prints_one_clear_message(override: str, code: int, words: str, tmp_path: Path) -> None:
-    """A mistake of the user exits with code 2 and a message, without traceback, child process or server."""
+    """A mistake of the user exits with code 2 and a message, without traceback; no training begins."""
     with serve(override, cwd=tmp_path) as service:
         assert service.wait() == code
     said = "\n".join(service.lines)
     assert words in said
     assert "Traceback" not in said
-    assert '"serving"' not in said
-    assert "embedded_peers" not in said
+    assert '"run_state"' not in said
+    assert words in "\n".join(service.lines[-2:])
 
 
 def test_an_empty_dataset_prints_one_clear_message(tmp_path: Path) -> None:

@@ -51,6 +51,10 @@ class TrainingRun(RunOperations):
         self._observers.on_ready(ready)
         self._show_seeds_and_rates()
 
+    def end_unbuilt(self) -> None:
+        """Ends a run whose lane was stopped before it was built."""
+        self._lifecycle.enter(RunEvent.FINISHED, self._status.state_reason)
+
     # -- the run -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:

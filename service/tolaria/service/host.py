@@ -137,9 +137,9 @@ class Host:
     async def _end_lane(self) -> None:
         """Ends the lane's thread and the streams, just before the servers stop."""
         with anyio.CancelScope(shield=True):
+            ended = await anyio.to_thread.run_sync(self._core.lane.close, _LANE_JOIN_S)
             if self._core.process is not None:
                 self._core.process.abandon()
-            ended = await anyio.to_thread.run_sync(self._core.lane.close, _LANE_JOIN_S)
             drain_s = self._settings.service.drain_timeout_s
             await self._core.journal.flush(_FLUSH_SHARE * drain_s)
             if self._draining:  # otherwise leaving the writer's context waits for it

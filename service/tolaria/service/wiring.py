@@ -187,6 +187,9 @@ class RunService:
         """
         if core.process is not None:
             ready = await core.process.open()
+            if ready is None:
+                self.run.end_unbuilt()
+                return
             core.foundation.on_ready(ready)
             self.run.begin(ready)
         tasks.start_soon(self.consultations.serve)
@@ -260,7 +263,7 @@ def new_ledger(core: Core, tasks: TaskGroup) -> RequestLedger:
 def new_status(foundation: Foundation) -> RunStatus:
     """Returns the status of a run as it starts in this process."""
     settings, training = foundation.settings, foundation.settings.training
-    return RunStatus(
+    status = RunStatus(
         foundation.run.run_id,
         training.job,
         training.experiment,
@@ -271,6 +274,11 @@ def new_status(foundation: Foundation) -> RunStatus:
         attempt=foundation.points.lineage.attempt,
         newest_proven_step=foundation.points.newest_proven_step,
     )
+    if foundation.checkpoint is not None:  # what is known before the lane is built
+        image, decided = foundation.checkpoint
+        status.global_step, status.epoch = image.position.global_step, image.position.epoch
+        status.adjustments = decided
+    return status
 
 
 def _new_recovery(core: Core, adjustments: RunAdjustments, participants: Mapping[str, RollbackParticipant]) -> Recovery:

@@ -104,6 +104,11 @@ class LanePage:
         beat_ns = self._words[_BEAT]
         return 0.0 if self._words[_RESTS] or not beat_ns else max(0.0, (time.monotonic_ns() - beat_ns) / 1e9)
 
+    def overdue_s(self) -> float:
+        """Returns the same if that is longer than what the lane does may take; else 0."""
+        silent_s, silence_ms = self.silent_s(), self.work.silence_ms
+        return silent_s if silence_ms and silent_s * 1000 > silence_ms else 0.0
+
 
 class PagePulse(LanePulse):
     """The heartbeat of a lane in a process of its own: every change of phase or rest is shown at once."""

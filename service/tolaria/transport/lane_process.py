@@ -233,14 +233,14 @@ class LaneProcess(ChildSupervisor):
             page = self.page
             if self.link is None or page is None:
                 continue
-            silent_s, work = page.silent_s(), page.work
-            if silent_s * 1000 > work.silence_ms:
-                self._silent = f"the lane has given no heartbeat for {silent_s:.0f} s"
-                _log.error("lane_silent", generation=self.generation, silent_s=silent_s, phase=work.phase)
+            if (silent_s := page.overdue_s()) > 0:
+                _log.error("lane_silent", generation=self.generation, silent_s=round(silent_s, 1), pid=self.pid)
                 with suppress(ProcessLookupError):
                     os.kill(self.pid, _STACKS_SIGNAL)
                 await anyio.sleep(_DUMP_S)
-                self.kill()
+                if page is self.page and page.overdue_s() > 0:  # the signal may have ended a wait
+                    self._silent = f"the lane has given no heartbeat for {silent_s:.0f} s"
+                    self.kill()
 
 
 def out_of_memory() -> int:

@@ -7,13 +7,13 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Final, cast
+from typing import Final
 
 import anyio
 import structlog
 
 from tolaria.config import Settings
-from tolaria.errors import LaneError, LaneFailedError, WireError
+from tolaria.errors import LaneError, LaneFailedError, LaneLostError, WireError
 from tolaria.images import StateImage
 from tolaria.lane import messages
 from tolaria.lane.messages import (
@@ -85,16 +85,22 @@ class ProcessLane:
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         await self._process.serve()
         if not self._over:  # stopped while there was no process that could answer
-            self._events.append(LaneEnded(0, None))
+            ended = LaneEnded(0, None)
+            self._open_with(ended)
+            self._events.append(ended)
             self._notify()
 
-    async def open(self) -> LaneReady:
-        """Waits until the lane is built; returns what it has built. Raises the error for which it cannot be built."""
+    async def open(self) -> LaneReady | None:
+        """Waits until the lane is built; returns what it has built, or None if it was stopped before.
+
+        Raises the error for which it cannot be built.
+        """
         await self._opened.wait()
-        if isinstance(self._ready, LaneReady):
-            return self._ready
-        ended = cast("LaneEnded", self._ready)
-        raise LaneFailedError("the lane was stopped") if ended.failure is None else ended.failure.error()
+        if isinstance(self._ready, LaneEnded):
+            if self._ready.failure is not None:
+                raise self._ready.failure.error()
+            return None
+        return self._ready
 
     # -- the handle --------------------------------------------------------------------------------------------------
 
@@ -131,8 +137,8 @@ class ProcessLane:
         return page is None or page.forbid(command_id)
 
     def close(self, timeout_s: float) -> bool:  # noqa: ARG002 - `abandon` leaves no process
-        """Returns True: the process ends with `serve`."""
-        return True
+        """Returns whether the lane has ended by itself."""
+        return self._over
 
     def abandon(self) -> None:
         """Ends the process, whatever it does, and `serve`."""
@@ -238,7 +244,7 @@ class ProcessLane:
         if isinstance(command, Stop):
             self._process.abandon()
         elif not isinstance(command, Hold | Release | Stop):
-            raise LaneError("the lane is being started again")
+            raise LaneLostError("the lane is being started")
 
     def _send(self, frame: Frame) -> None:
         """Sends a frame if there is a connection; called from any thread."""

@@ -15,6 +15,7 @@ import json
 import mmap
 import os
 import struct
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -44,7 +45,7 @@ class Segment:
     """
 
     def __init__(self, number: int, descriptor: int) -> None:
-        """Maps a segment and takes over its descriptor. Raises OSError."""
+        """Maps a segment and takes over its descriptor. Raises OSError, and ValueError for an empty file."""
         self.number, self.descriptor = number, descriptor
         self.size_bytes = os.fstat(descriptor).st_size
         self.memory = mmap.mmap(descriptor, self.size_bytes)
@@ -52,7 +53,10 @@ class Segment:
     @classmethod
     def create(cls, number: int, size_bytes: int) -> Segment:
         """Returns a new segment with room for `size_bytes` after the preamble. Raises MemoryError without room."""
-        descriptor = os.memfd_create("tolaria", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            descriptor = os.memfd_create("tolaria", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise MemoryError(f"no shared memory: {error}") from error
         try:
             os.posix_fallocate(descriptor, 0, PREAMBLE_BYTES + size_bytes)  # or else a write might raise SIGBUS later
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
@@ -82,6 +86,8 @@ class Segment:
 
     def header(self) -> bytes | None:
         """Returns the header of the image that begins here; None if there is none, or it was not finished."""
+        if self.size_bytes < PREAMBLE_BYTES:
+            return None
         start, length, digest = _PREAMBLE.unpack_from(self.memory)
         if not length or start + length > self.size_bytes:
             return None
@@ -150,8 +156,8 @@ def open_image(first: Segment, others: Mapping[int, Segment]) -> OpenedImage:
     if header is None:
         raise ImageDamagedError("header")
     try:
-        return _opened(json.loads(header), first, {**others, first.number: first})
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+        return _opened(json.loads(header), first, ChainMap({first.number: first}, others))  # type: ignore[arg-type]
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, OSError) as error:
         raise ImageDamagedError("header") from error
 
 
@@ -181,6 +187,8 @@ def _opened(description: Mapping[str, Any], first: Segment, segments: Mapping[in
     if (digests := description["digests"]) is not None:
         sealed = Fingerprint(dict(digests[0]), digests[1], digests[2])
     ordered = tuple(sorted((spec for _, specs in places for spec in specs), key=lambda spec: spec.name))
+    if sealed is not None and sealed.tensors.keys() != {spec.name for spec in ordered}:
+        raise ValueError("the digests are not those of the tensors")
     position, values = Position(*description["position"]), description["values"].encode()
     image = StateImage(position, ordered, buffers, values, sealed, segment=first.number)
     return OpenedImage(image, tuple(places), int(description["at_ns"]))
@@ -189,7 +197,7 @@ def _opened(description: Mapping[str, Any], first: Segment, segments: Mapping[in
 def segments_frame(segments: Sequence[Segment]) -> Frame:
     """Returns a frame with segments; their descriptors stay this process's own too."""
     numbers = json.dumps([segment.number for segment in segments]).encode()
-    return Frame(FrameKind.SEGMENTS, numbers, tuple(segment.descriptor for segment in segments))
+    return Frame(FrameKind.SEGMENTS, numbers, tuple(segment.descriptor for segment in segments), owner=segments)
 
 
 def segments_of(frame: Frame) -> dict[int, Segment]:

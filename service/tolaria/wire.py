@@ -8,6 +8,7 @@ kind, or with other descriptors than it announces ends the connection.
 
 from __future__ import annotations
 
+import array
 import os
 import socket
 import struct
@@ -27,6 +28,7 @@ DESCRIPTORS_MAX: Final = 64
 
 READ_BYTES: Final = 2**16
 _MAGIC: Final = 0x7A0A
+_ANCILLARY_BYTES: Final = socket.CMSG_SPACE(DESCRIPTORS_MAX * array.array("i").itemsize)
 _HEADER: Final = struct.Struct("<HBBI")
 
 
@@ -95,7 +97,9 @@ class FrameReader:
         try:
             while (frame := self._next()) is not None:
                 frames.append(frame)
+            self._refuse_surplus()
         except WireError:
+            self._descriptors.extend(descriptor for frame in frames for descriptor in frame.descriptors)
             self.close()
             raise
         return frames
@@ -107,6 +111,10 @@ class FrameReader:
         while self._descriptors:
             os.close(self._descriptors.popleft())
         return cut
+
+    def _refuse_surplus(self) -> None:
+        if self._descriptors and not self._data:
+            raise WireError(f"{len(self._descriptors)} descriptors came that no frame announces")
 
     def _next(self) -> Frame | None:
         if len(self._data) < _HEADER.size:
@@ -131,13 +139,18 @@ def receive(connection: socket.socket, reader: FrameReader) -> list[Frame] | Non
         WireError: what was read is no frame, or the connection ended within one.
         BlockingIOError: the socket does not block, and nothing has arrived.
     """
+    descriptors = array.array("i")
     try:
-        data, descriptors, flags, _ = socket.recv_fds(connection, READ_BYTES, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = connection.recvmsg(READ_BYTES, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC)
     except ConnectionError:
-        data, descriptors, flags = b"", [], 0
+        data, ancillary, flags = b"", [], 0
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
     if flags & socket.MSG_CTRUNC:
         for descriptor in descriptors:
             os.close(descriptor)
+        reader.close()
         raise WireError("descriptors were lost: this process has no more to receive them")
     if data:
         return reader.feed(data, descriptors)

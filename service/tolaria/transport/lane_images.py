@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 
-from tolaria.errors import LaneLostError
+from tolaria.errors import ImageDamagedError, LaneLostError
 from tolaria.images import ImagePool, Lease, StateImage
 from tolaria.segments import Segment, open_image, share
 from tolaria.wire import Frame, FrameKind, packed_id
@@ -35,7 +36,12 @@ class HeldSegments(Mapping[int, Segment]):
         return list(self._descriptors.items())
 
     def __getitem__(self, number: int) -> Segment:
-        return Segment(number, os.dup(self._descriptors[number]))
+        descriptor = os.dup(self._descriptors[number])
+        try:
+            return Segment(number, descriptor)
+        except (OSError, ValueError):
+            os.close(descriptor)
+            raise
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._descriptors)
@@ -57,6 +63,8 @@ class LaneImages(ImagePool):
         self._segments = segments
         self._send = send
         self._generation = 0
+        self._ids = itertools.count(-1, -1)  # negative: the lane's own ids are positive
+        self._lost = set[int]()
         self._captured: dict[int, int] = {}
         self._read: dict[tuple[int, int], list[int]] = {}
         self._given: set[int] = set()
@@ -67,14 +75,14 @@ class LaneImages(ImagePool):
 
     def lost(self) -> None:
         """Handles the end of the lane's process: images that it captured are read on, but none is taken any more."""
-        self._captured.clear()
+        self._lost, self._captured = set(self._captured), {}
         self._given.clear()
         self._generation += 1
 
     @property
     def being_read(self) -> set[int]:
         """Numbers of the segments in which the leased images lie."""
-        return {number for numbers in self._read.values() for number in numbers}
+        return {number for numbers in list(self._read.values()) for number in numbers}
 
     def put(self, image: StateImage | Lease) -> int:
         """Copies an image into shared memory, passes it to the lane and returns its id.
@@ -85,8 +93,7 @@ class LaneImages(ImagePool):
         lease = image if isinstance(image, Lease) else Lease(image)
         with lease as given:
             segment = share(given)
-        image_id = super().put(given)
-        super().discard(image_id)  # only the id is used: the lane has the image
+        image_id = next(self._ids)
         self._given.add(image_id)
         self._send(Frame(FrameKind.IMAGE, packed_id(image_id), (segment.descriptor,), owner=segment))
         return image_id
@@ -96,14 +103,20 @@ class LaneImages(ImagePool):
 
         Raises:
             KeyError: the id is unknown, or the image has been taken or discarded.
-            LaneLostError: the lane that captured it has ended.
+            LaneLostError: the lane that captured it has died.
+            ImageDamagedError: it is not where the lane said that it is.
         """
-        number = self._captured.pop(image_id)
+        if image_id in self._lost and image_id not in self._captured:
+            raise LaneLostError("the lane that captured the image has died")
+        number, key = self._captured.pop(image_id), (self._generation, image_id)
         try:
             opened = open_image(self._segments[number], self._segments)
         except KeyError as error:
-            raise LaneLostError("the lane that captured the image has ended") from error
-        key = self._generation, image_id
+            self._release(key)
+            raise LaneLostError("the memory of the image is gone") from error
+        except ImageDamagedError:
+            self._release(key)
+            raise
         self._read[key] = [segment.number for segment, _ in opened.places]
         return Lease(opened.image, partial(self._release, key))
 

@@ -92,6 +92,10 @@ class LaneLink:
                 self._flush()
 
     def _flush(self) -> None:
-        with suppress(BlockingIOError, ConnectionError):  # an end is noticed by reading
+        try:
             while self._outbox and not self.ended.is_set() and self._outbox[0].advance(self._connection):
                 self._outbox.popleft()
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            self._outbox.clear()  # the end is noticed by reading

@@ -178,7 +178,7 @@ def test_an_image_in_lost_memory_cannot_be_taken(lane: Lane) -> None:
     """If one of its segments is gone, the lane that has captured it has ended."""
     lane.captures(1, (1, 2))
     lane.held.close(1)
-    with pytest.raises(LaneLostError, match="ended"):
+    with pytest.raises(LaneLostError, match="gone"):
         lane.images.take(1)
     assert lane.images.being_read == set()
 

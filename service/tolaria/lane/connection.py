@@ -11,7 +11,7 @@ from typing import Final
 
 from tolaria.errors import LaneError, WireError
 from tolaria.images import Lease
-from tolaria.lane import messages
+from tolaria.lane import encoding
 from tolaria.lane.lane import ThreadLane
 from tolaria.lane.messages import Command, CommandDone, Event, ImageCaptured, LaneEnded, Restore
 from tolaria.segments import Segment, open_image, segments_frame
@@ -90,7 +90,7 @@ class LaneConnection:
 
     def _take_command(self, content: bytes) -> None:
         command_id, data = unpacked_id(content)
-        command = messages.from_bytes(data)
+        command = encoding.from_bytes(data)
         if not isinstance(command, Command):
             raise WireError(f"the service sent a {type(command).__name__}")
         if isinstance(command, Restore) and command.image_id:
@@ -125,7 +125,7 @@ class LaneConnection:
         for event in events:
             if isinstance(event, CommandDone) and isinstance(event.result, ImageCaptured):
                 self._send_image(event.result.image_id)
-            encoded.append(messages.to_bytes(event))
+            encoded.append(encoding.to_bytes(event))
             size_bytes += len(encoded[-1])
             if size_bytes >= _FRAME_BYTES or event is events[-1]:
                 send(self._connection, Frame(FrameKind.EVENTS, packed_events(encoded)))

@@ -12,7 +12,8 @@ from tolaria.errors import TolariaError
 from tolaria.lane.build import BuiltLane, build
 from tolaria.lane.commands import PageGate
 from tolaria.lane.connection import LaneConnection
-from tolaria.lane.messages import Failure, LaneEnded, LaneReady, to_bytes
+from tolaria.lane.encoding import to_bytes
+from tolaria.lane.messages import Failure, LaneEnded, LaneReady
 from tolaria.lane.process import Received, end_with_service
 from tolaria.signals.lane_page import LanePage, PagePulse
 from tolaria.state.shared_memory import SharedMemory

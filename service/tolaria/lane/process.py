@@ -23,7 +23,8 @@ from typing import Final, NoReturn
 from tolaria import forks
 from tolaria.config import Settings
 from tolaria.images import StateImage
-from tolaria.lane.messages import LaneOrder, from_bytes
+from tolaria.lane.encoding import from_bytes
+from tolaria.lane.messages import LaneOrder
 from tolaria.segments import Segment, open_image, segments_of
 from tolaria.signals.lane_page import LanePage
 from tolaria.wire import FrameKind, FrameStream, unpacked_id

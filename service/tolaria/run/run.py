@@ -311,7 +311,7 @@ class TrainingRun(RunOperations):
             case _:
                 assert_never(event.result)
 
-    def _on_process(self, event: messages.LaneLost | messages.LaneRestarted | messages.LaneEnded) -> None:
+    def _on_process(self, event: messages.ProcessEvent) -> None:
         match event:
             case messages.LaneRestarted():
                 self._parts.revival.on_restarted(event)

@@ -20,7 +20,8 @@ from anyio.abc import TaskGroup
 
 from tolaria.config import Settings, child_environment
 from tolaria.images import StateImage
-from tolaria.lane.messages import LaneOrder, to_bytes
+from tolaria.lane.encoding import to_bytes
+from tolaria.lane.messages import LaneOrder
 from tolaria.processes import ChildCommand, ChildProcess, ChildSupervisor, RestartPolicy
 from tolaria.segments import share
 from tolaria.signals.lane_page import LanePage

@@ -15,7 +15,7 @@ import structlog
 from tolaria.config import Settings
 from tolaria.errors import LaneError, LaneFailedError, LaneLostError, WireError
 from tolaria.images import StateImage
-from tolaria.lane import messages
+from tolaria.lane import encoding, messages
 from tolaria.lane.messages import (
     CommandDone,
     Event,
@@ -124,7 +124,7 @@ class ProcessLane:
             if len(self._unanswered) >= _COMMANDS_UNANSWERED_MAX:
                 raise LaneError(f"{_COMMANDS_UNANSWERED_MAX} commands are waiting for a step boundary already")
             self._unanswered.add(command_id)
-        self._send(Frame(FrameKind.COMMAND, packed_id(command_id, messages.to_bytes(command))))
+        self._send(Frame(FrameKind.COMMAND, packed_id(command_id, encoding.to_bytes(command))))
 
     def take_events(self) -> list[Event]:
         """Returns the events since the last call, oldest first."""
@@ -173,7 +173,7 @@ class ProcessLane:
             self._notify()
 
     def _on_event(self, data: bytes) -> None:
-        event = messages.from_bytes(data)
+        event = encoding.from_bytes(data)
         if not isinstance(event, Event):
             raise WireError(f"the lane sent a {type(event).__name__}")
         if isinstance(event, CommandDone):
@@ -203,7 +203,7 @@ class ProcessLane:
 
     def _on_ready(self, content: bytes) -> None:
         """Handles a lane that has been built; the first one, or none, ends `open`."""
-        ready = messages.from_bytes(content)
+        ready = encoding.from_bytes(content)
         if isinstance(ready, LaneReady):
             self._answering = self._process.wanted = True
             if self._opened.is_set():

@@ -16,15 +16,15 @@ from leyline.v1.state_pb2 import HardwareContext
 from tolaria.errors import LaneFailedError, LossShapeError, NoGradientsError, RebuildFailedError, StateMismatchError
 from tolaria.images import SnapshotInfo, SnapshotStatistics
 from tolaria.lane import messages
+from tolaria.lane.encoding import from_bytes as decoded
+from tolaria.lane.encoding import to_bytes as encoded
 from tolaria.lane.messages import Command, CommandDone, Event, Failure, LaneEnded, LaneReady, Result, RunEpoch, Stop
-from tolaria.lane.messages import from_bytes as decoded
-from tolaria.lane.messages import to_bytes as encoded
 from tolaria.values.encoding import EncodingError
 from tolaria.values.gradients import SeedMetrics, SeedMetricSet
 from tolaria.values.optimization import Adjustment
 from tolaria.values.training import HOST, Evaluation, Position
 
-MESSAGES: list[type[Any]] = [*get_args(Command), *get_args(Event), LaneReady]
+MESSAGES: list[type[Any]] = [*get_args(Command), *get_args(Event), LaneReady, messages.LaneOrder]
 
 INTS = st.integers(-(2**70), 2**70)
 FLOATS = st.floats(allow_nan=False)

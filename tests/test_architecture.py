@@ -27,10 +27,10 @@ from tolaria.config import Settings
 ROOT = Path(__file__).parents[1]
 MODULES = modules_of(ROOT / "service" / "tolaria")
 SUBPACKAGES = sorted({module.place.split("/")[0] for module in MODULES if "/" in module.place})
-LINES_MAX, FILES_MAX = 31_800, 178
+LINES_MAX, FILES_MAX = 34_600, 198
 
 GLOSSARY: dict[str, tuple[str, ...]] = {
-    "": ("errors", "filesystem", "forks", "grpc_server", "images", "processes"),
+    "": ("errors", "filesystem", "forks", "grpc_server", "images", "processes", "segments", "wire"),
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": (
         "admin_commands", "answers", "board", "client", "commands", "curves", "demo", "errors", "main", "render",
@@ -42,9 +42,9 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "jobs": ("data", "digits", "indexed", "job", "loader", "randomness", "workers"),
     "journal": ("async_journal", "database", "reader", "rows"),
     "lane": (
-        "buffers", "build", "commands", "device", "fast_paths", "first_look", "gradient_merge", "job_effects",
-        "job_output", "lane", "messages", "parameter_check", "profiling", "seed_training", "snapshot_manager", "step",
-        "train_module",
+        "buffers", "build", "commands", "connection", "device", "encoding", "fast_paths", "first_look",
+        "gradient_merge", "hosting", "job_effects", "job_output", "lane", "messages", "parameter_check", "process",
+        "profiling", "seed_training", "snapshot_manager", "step", "train_module",
     ),
     "optimization": (
         "adjustments", "groups", "hyperparameters", "lr_controller", "optimizer_manager", "schedules", "state_transfer",
@@ -56,14 +56,16 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "rpc": ("admin", "listing", "requests", "status"),
     "run": (
         "adjustments", "boundary", "checkpointing", "command_handler", "health", "health_record", "journal_observer",
-        "lane_client", "observers", "profiling", "recovery", "restore_points", "restorer", "resume", "run",
-        "run_state", "safety", "safety_telemetry", "seed_telemetry", "status", "training_telemetry", "verdicts",
+        "lane_client", "lane_telemetry", "observers", "operations", "profiling", "recovery", "restore_points",
+        "restorer", "resume", "revival", "run", "run_state", "safety", "safety_telemetry", "seed_telemetry", "status",
+        "training_telemetry", "verdicts",
     ),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
     "service": ("host", "listeners", "readiness", "settings_record", "start", "wiring"),
-    "signals": ("board", "futex", "layout", "mapping", "seqlock", "writers"),
-    "state": ("arenas", "encoding", "restore", "snapshots", "training_state"),
+    "signals": ("board", "futex", "lane_page", "lane_pulse", "layout", "mapping", "seqlock", "writers"),
+    "state": ("arenas", "encoding", "restore", "shared_memory", "snapshots", "training_state"),
     "telemetry": ("events", "exporter", "logging", "metrics"),
+    "transport": ("lane_images", "lane_link", "lane_process", "process_lane"),
     "values": ("encoding", "gradients", "lineage", "loss_window", "optimization", "seeds", "training"),
 }  # fmt: skip
 """The modules of each subpackage, named by standard terms. Add new modules here and in docs/architecture.md."""

@@ -1,4 +1,4 @@
-"""The errors that Tolaria raises on purpose, in one tree, and their encoding as plain values.
+"""The errors that Tolaria raises on purpose, in one tree.
 
 TolariaError
 ├── ConfigurationError, BindError, ChildFailedError, StateHeldError, CommandRejectedError, IllegalTransitionError,
@@ -24,7 +24,7 @@ TolariaError
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 
 class TolariaError(Exception):
@@ -441,18 +441,3 @@ class ProfileFailedError(RequestError):
 
 class NotImplementedYetError(RequestError):
     """This version does not implement the call."""
-
-
-def error_fields(error: TolariaError) -> tuple[str, tuple[object, ...]]:
-    """Returns the class name and the constructor arguments, with lists as tuples; a chained cause is not included."""
-    return type(error).__name__, tuple(tuple(field) if isinstance(field, list) else field for field in error.fields)
-
-
-def error_from_fields(name: str, fields: tuple[object, ...]) -> TolariaError:
-    """Returns the error that `error_fields` was called with. Raises KeyError for an unknown name."""
-    return _CLASSES[name](*fields)
-
-
-_CLASSES: dict[str, Callable[..., TolariaError]] = {
-    cls.__name__: cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, TolariaError)
-}

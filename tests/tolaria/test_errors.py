@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tolaria import errors
 from tolaria.cli import errors as cli_errors
-from tolaria.errors import NoGradientsError, StateMismatchError, TolariaError, error_fields, error_from_fields
+from tolaria.errors import NoGradientsError, StateMismatchError, TolariaError
+from tolaria.values.encoding import error_fields, error_from_fields
 
 PACKAGE = Path(errors.__file__).parent
 TREES = [pytest.param(errors, id="errors"), pytest.param(cli_errors, id="cli")]

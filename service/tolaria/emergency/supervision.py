@@ -34,7 +34,7 @@ _log = structlog.get_logger(__name__)
 class Heartbeats(LanePulse):
     """The heartbeats of event loop and lane, on tolaria's block of the board.
 
-    While the lane rests, or runs in a process of its own, which its supervisor watches, the event loop beats for it.
+    While the lane rests, or runs in a separate process, which is supervised, the event loop beats for it.
     The event loop shows the lane's work on the board with each of its beats, so that a short phase costs the lane
     nothing there.
     """

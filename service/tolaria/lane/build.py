@@ -97,7 +97,7 @@ class BuiltLane:
             raise ConfigurationError([f"state.dir: {directory}: the resumed state is not the one that was saved"])
 
     def lane(self, heartbeat: LaneHeartbeat, traces_dir: Path, gate: PageGate | None = None) -> ThreadLane:
-        """Returns the lane, which has not been started. `gate` is that of a lane in a process of its own."""
+        """Returns the lane, which has not been started. `gate` is that of a lane in a separate process."""
         bytes_max = self.settings.profiler.traces_mb * _MIB
         return ThreadLane(
             self.module,

@@ -212,7 +212,7 @@ class RestoreGate:
 
 
 class PageGate(RestoreGate):
-    """The gate of a lane in a process of its own: the service forbids a restore on the lane's page."""
+    """The gate of a lane in a separate process: the service forbids a restore on the lane's page."""
 
     def __init__(self, page: LanePage) -> None:
         super().__init__()

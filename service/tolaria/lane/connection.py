@@ -10,9 +10,8 @@ from dataclasses import replace
 from typing import Final
 
 from tolaria.errors import LaneError, WireError
-from tolaria.images import Lease
+from tolaria.images import ImagePool, Lease
 from tolaria.lane import encoding
-from tolaria.lane.lane import ThreadLane
 from tolaria.lane.messages import Command, CommandDone, Event, ImageCaptured, LaneEnded, Restore
 from tolaria.segments import Segment, open_image, segments_frame
 from tolaria.state.shared_memory import SharedMemory
@@ -27,16 +26,26 @@ class LaneConnection:
 
     Args:
         stream: of the frames from the service.
-        lane: takes the commands.
         memory: where the images of the lane lie.
+        images: the lane's pool.
+        send: gives the lane a command, with its id. Raises LaneError to refuse it.
+        take_events: returns the events since its last call.
         on_lost: called in one of the two threads when the connection ends before the lane does; must not return.
     """
 
     def __init__(
-        self, stream: FrameStream, lane: ThreadLane, memory: SharedMemory, on_lost: Callable[[str], object]
+        self,
+        stream: FrameStream,
+        memory: SharedMemory,
+        *,
+        images: ImagePool,
+        send: Callable[[int, Command], None],
+        take_events: Callable[[], Sequence[Event]],
+        on_lost: Callable[[str], object],
     ) -> None:
         self._stream, self._connection = stream, stream.connection
-        self._lane, self._memory, self._on_lost = lane, memory, on_lost
+        self._memory, self._images = memory, images
+        self._send, self._take_events, self._on_lost = send, take_events, on_lost
         self._captured: dict[int, Lease] = {}
         """Images that the service reads, by their ids in the lane's pool."""
         self._given: dict[int, int] = {}
@@ -80,11 +89,11 @@ class LaneConnection:
                 case FrameKind.IMAGE:
                     (descriptor,) = frame.descriptors
                     image = open_image(Segment(0, descriptor), {}).image
-                    self._given[unpacked_id(frame.content)[0]] = self._lane.images.put(image)
+                    self._given[unpacked_id(frame.content)[0]] = self._images.put(image)
                 case FrameKind.IMAGE_RELEASED:
                     self._captured.pop(unpacked_id(frame.content)[0]).release()
                 case FrameKind.IMAGE_DISCARDED:
-                    self._lane.images.discard(self._given.pop(unpacked_id(frame.content)[0]))
+                    self._images.discard(self._given.pop(unpacked_id(frame.content)[0]))
                 case _:
                     raise WireError(f"the service sent a {frame.kind.name.lower()} frame")
 
@@ -96,7 +105,7 @@ class LaneConnection:
         if isinstance(command, Restore) and command.image_id:
             command = replace(command, image_id=self._given[command.image_id])
         try:
-            self._lane.send(command_id, command)
+            self._send(command_id, command)
         except LaneError as error:
             raise WireError(str(error)) from error
 
@@ -106,7 +115,7 @@ class LaneConnection:
         while not self._ended.is_set():
             self._due.wait()
             self._due.clear()
-            events = self._lane.take_events()
+            events = self._take_events()
             self._send_segments()  # before the events that speak of what lies in them
             self._send_frames(events)
             if freed := self._memory.take_freed():
@@ -132,6 +141,6 @@ class LaneConnection:
                 encoded, size_bytes = [], 0
 
     def _send_image(self, image_id: int) -> None:
-        lease = self._captured[image_id] = self._lane.images.take(image_id)
+        lease = self._captured[image_id] = self._images.take(image_id)
         segment = packed_id(lease.image.segment)
         send(self._connection, Frame(FrameKind.IMAGE, packed_id(image_id, segment)))

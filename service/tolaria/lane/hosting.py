@@ -38,7 +38,9 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
         return 1
     gate, traces_dir = PageGate(page), Path(settings.state.dir) / "traces"
     lane = built.lane(PagePulse(page, settings.emergency), traces_dir, gate)
-    connection = LaneConnection(stream, lane, memory, end_with_service)
+    connection = LaneConnection(
+        stream, memory, images=lane.images, send=lane.send, take_events=lane.take_events, on_lost=end_with_service
+    )
     connection.start()
     lane.run(connection.notify)
     return 0 if connection.flush(_FLUSH_S) else 1

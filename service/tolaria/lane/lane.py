@@ -150,7 +150,7 @@ class ThreadLane:
         self._thread.start()
 
     def run(self, notify: Callable[[], object]) -> None:
-        """Trains in the calling thread, instead of one of its own, until the lane ends."""
+        """Trains in the calling thread, instead of a new one, until the lane ends."""
         self._events.notify = notify
         self._run()
 

@@ -11,8 +11,9 @@ from typing import Any, Final, Literal, Self, TypeAlias
 
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
-from tolaria.errors import LaneFailedError, TolariaError, error_fields, error_from_fields
+from tolaria.errors import LaneFailedError, TolariaError
 from tolaria.images import SnapshotInfo, SnapshotStatistics
+from tolaria.values.encoding import error_fields, error_from_fields
 from tolaria.values.gradients import SeedMetricSet
 from tolaria.values.optimization import (
     ActiveAdjustment,

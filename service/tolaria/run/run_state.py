@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
 from typing import Final
 
@@ -10,7 +10,6 @@ from leyline.v1 import admin_service_pb2 as admin
 from tolaria.errors import WrongStateError
 from tolaria.run.health import Health
 from tolaria.run.lane_client import LaneClient
-from tolaria.run.observers import RunObserver
 from tolaria.run.status import RunStatus, state_name
 
 RUN: Final = "run"
@@ -64,11 +63,17 @@ def after(state: admin.RunState.ValueType, event: RunEvent) -> admin.RunState.Va
 class Lifecycle:
     """Changes the state of a run, and holds the lane while it is paused or halted. Used on the event loop only."""
 
-    def __init__(self, lane: LaneClient, status: RunStatus, health: Health, observers: RunObserver) -> None:
+    def __init__(
+        self,
+        lane: LaneClient,
+        status: RunStatus,
+        health: Health,
+        on_state: Callable[[admin.RunState.ValueType, str], None],
+    ) -> None:
         self._lane = lane
         self._status = status
         self._health = health
-        self._observers = observers
+        self._on_state = on_state
 
     @property
     def ended(self) -> bool:
@@ -123,7 +128,7 @@ class Lifecycle:
         """Applies an event. Raises WrongStateError where the state does not allow it."""
         self._status.state = after(self._status.state, event)
         self._status.state_reason = reason
-        self._observers.on_state(self._status.state, reason)
+        self._on_state(self._status.state, reason)
         self.changed()
 
     def hold(self, reason: str) -> None:

@@ -148,7 +148,7 @@ class Core:
             self.handle = self.process = ProcessLane(settings, foundation.checkpoint)
             self.status.lane_phase = self.process.phase
         self.lane = LaneClient(self.handle)
-        self.lifecycle = Lifecycle(self.lane, self.status, self.health, self.observers)
+        self.lifecycle = Lifecycle(self.lane, self.status, self.health, self.observers.on_state)
         self.safeguards = Safeguards(self.observers, self.status, recovery_epochs=settings.emergency.recovery_epochs)
         self.safety = Safety(
             foundation.board,
@@ -183,7 +183,7 @@ class RunService:
     async def serve(self, core: Core, tasks: TaskGroup) -> None:
         """Starts the run's tasks, and trains until the run has ended.
 
-        Raises the error for which a lane in a process of its own cannot be built.
+        Raises the error for which a lane in a separate process cannot be built.
         """
         if core.process is not None:
             ready = await core.process.open()

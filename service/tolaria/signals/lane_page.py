@@ -111,7 +111,7 @@ class LanePage:
 
 
 class PagePulse(LanePulse):
-    """The heartbeat of a lane in a process of its own: every change of phase or rest is shown at once."""
+    """The heartbeat of a lane in a separate process: every change of phase or rest is shown at once."""
 
     def __init__(self, page: LanePage, limits: EmergencySettings) -> None:
         self._page = page

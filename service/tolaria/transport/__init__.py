@@ -1,1 +1,1 @@
-"""The service's side of a lane in a process of its own."""
+"""The service's side of a lane in a separate process."""

@@ -43,7 +43,7 @@ _log = structlog.get_logger(__name__)
 
 
 class LaneProcess(ChildSupervisor):
-    """Keeps one process of the lane running: each has a connection and a page of its own.
+    """Keeps one process of the lane running: each has its connection and its page.
 
     Args:
         settings: the lane is built from them.

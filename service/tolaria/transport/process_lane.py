@@ -1,4 +1,4 @@
-"""`ProcessLane`: the lane in a process of its own, as the run uses it."""
+"""`ProcessLane`: the lane in a separate process, as the run uses it."""
 
 from __future__ import annotations
 

@@ -21,6 +21,12 @@ from typing import Any, Final
 
 from google.protobuf.message import DecodeError, Message
 
+from tolaria import errors
+from tolaria.errors import TolariaError
+
+_ERRORS: Final[dict[str, Callable[..., TolariaError]]] = {
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, TolariaError)
+}
 _LENGTH = struct.Struct("<I")
 _INT = struct.Struct("<q")
 _FLOAT = struct.Struct("<d")
@@ -34,6 +40,16 @@ _CONTENTS: Final[Mapping[bytes, Callable[[bytes], object]]] = {b"I": int, b"s": 
 
 class EncodingError(ValueError):
     """Raised for a value that has no encoding, and for bytes that are not an encoded value."""
+
+
+def error_fields(error: TolariaError) -> tuple[str, tuple[object, ...]]:
+    """Returns the class name and the constructor arguments, with lists as tuples; a chained cause is not included."""
+    return type(error).__name__, tuple(tuple(field) if isinstance(field, list) else field for field in error.fields)
+
+
+def error_from_fields(name: str, fields: tuple[object, ...]) -> TolariaError:
+    """Returns the error that `error_fields` was called with. Raises KeyError for an unknown name."""
+    return _ERRORS[name](*fields)
 
 
 class Codec:

@@ -90,8 +90,10 @@ async def test_the_search_for_a_restore_point_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("punctual", [True, False])
-async def test_a_silent_peer_costs_only_its_own_share(punctual: bool) -> None:
+async def test_a_silent_peer_costs_only_its_own_share(punctual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is cut off at its share and not called again; the others and the lane still have theirs."""
+    if punctual:  # on a busy machine its own timeout, which ends the call first, may be late
+        monkeypatch.setattr("tolaria.rollback.coordinator._GRACE_S", 5.0)
     tamiyo = FakeParticipant({Call.PREPARE: None}, punctual=punctual)
     parts = CoordinatedParts(settings=budget_of(1.0, 1.0), tamiyo=tamiyo)
     rollback = await parts.run()

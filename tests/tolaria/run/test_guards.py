@@ -93,7 +93,7 @@ async def test_an_ill_run_heals(fault: str, rollbacks: range, skipped: range) ->
     assert run.state == "FINISHED", run.status.state_reason
     assert run.status.rollbacks in rollbacks
     assert run.health.skipped_steps in skipped
-    assert accuracy(run) >= 0.96  # 0.98 without the fault
+    assert accuracy(run) >= 0.9  # 0.98 without the fault; up to three cuts of the rate leave less to the same epochs
 
 
 async def test_a_learning_rate_that_is_much_too_high_for_some_updates(request: pytest.FixtureRequest) -> None:

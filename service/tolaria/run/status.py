@@ -386,6 +386,8 @@ def health_of(status: RunStatus, conditions: Conditions) -> SystemHealth:
     if conditions.emergency_level == enums.EMERGENCY_LEVEL_HALT:
         summary = f"halted: {conditions.emergency_reason}; {HOW_TO_GO_ON}"
         return SystemHealth(status=enums.HEALTH_STATUS_CRITICAL, summary=summary)
+    if status.recovering:
+        return SystemHealth(status=enums.HEALTH_STATUS_UNHEALTHY, summary=f"recovering: {status.recovering}")
     if status.state == admin.RUN_STATE_HALTED:
         return SystemHealth(status=enums.HEALTH_STATUS_UNHEALTHY, summary=reason)
     if degradations := conditions.degradations:

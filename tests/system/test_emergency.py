@@ -127,8 +127,11 @@ def test_an_operator_can_halt_training_through_the_board(tmp_path: Path, board: 
 def test_a_lane_that_holds_the_gil_is_detected_by_the_sentinel(
     tmp_path: Path, board: Path, reader: Path, hold: Hold
 ) -> None:
-    """A C program sees HALT while the process is blocked; stacks are dumped; the run is halted once it responds."""
-    job = ["training.job=support.jobs:GilJob", f"training.options.seconds={hold.seconds}", *LONG]
+    """A C program sees HALT while the process is blocked; stacks are dumped; the run is halted once it responds.
+
+    This is what protects a service whose lane is one of its threads; a lane in a child process is killed instead.
+    """
+    job = ["lane.mode=thread", "training.job=support.jobs:GilJob", f"training.options.seconds={hold.seconds}", *LONG]
     patience = [f"emergency.heartbeat_timeout_s={hold.timeout_s}", "emergency.startup_allowance_s=0.1"]
     with serve(*job, *patience, "emergency.grace_s=60", f"signals.path={board}", cwd=tmp_path) as service:
         until(board.exists)

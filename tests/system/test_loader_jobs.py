@@ -45,12 +45,18 @@ def descendants(pid: int) -> set[int]:
 
 
 def workers_of(service: Serve) -> set[int]:
-    """The forks of the service."""
-    forks = set()
-    for pid in descendants(service.process.pid):
-        if is_alive(pid) and b"serve" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            forks.add(pid)
-    return forks
+    """The forks of the lane's process."""
+    lane = [pid for pid in service.children() if is_lane(pid)]
+    forks = descendants(lane[0]) if lane else []
+    return {pid for pid in forks if is_alive(pid) and is_lane(pid)}
+
+
+def is_lane(pid: int) -> bool:
+    """Whether a process is that of a lane, or a fork of it."""
+    try:
+        return b"tolaria.lane" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def signal_group(service: Serve, number: signal.Signals) -> None:
@@ -136,8 +142,8 @@ def test_a_sample_that_cannot_be_read_fails_the_run(tmp_path: Path) -> None:
     assert not failure.get("exception")
 
 
-def test_a_killed_worker_fails_the_run(tmp_path: Path) -> None:
-    """In one line, which names it. Signals that end the service do not end a worker."""
+def test_a_killed_worker_costs_a_restart_of_the_lane(tmp_path: Path) -> None:
+    """The reason names it, in one line, and training goes on. Signals that end the service do not end a worker."""
     with serve(*JOB, cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for(lambda: step(stub) > 2 and len(workers_of(service)) == 2)
         worker = min(workers_of(service))
@@ -147,10 +153,15 @@ def test_a_killed_worker_fails_the_run(tmp_path: Path) -> None:
         wait_for(lambda: step(stub) > before + 4)
         assert worker in workers_of(service)
         os.kill(worker, signal.SIGKILL)
-        wait_for(lambda: status(stub).state == admin.RUN_STATE_FAILED)
+        wait_for(lambda: any(line["event"] == "tolaria.lane_recovered" for line in service.events()))
+        before = step(stub)
+        wait_for(lambda: step(stub) > before + 4)
+        assert status(stub).state == admin.RUN_STATE_RUNNING
         service.terminate()
-        assert service.wait() == 1
+        assert service.wait() == 0
     assert all(line.startswith("{") for line in service.lines), service.lines
-    (failure,) = [line for line in service.events() if line["event"] == "training_failed"]
-    assert f"worker (pid(s) {worker})" in failure["error"]
-    assert not failure.get("exception")
+    (lost,) = [line for line in service.events() if line["event"] == "tolaria.lane_lost"]
+    assert lost["cause"] == "raised"
+    assert f"worker (pid(s) {worker})" in lost["detail"]
+    (raised,) = [line for line in service.events() if line["event"] == "lane_raised"]
+    assert not raised.get("exception")

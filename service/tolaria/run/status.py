@@ -249,12 +249,6 @@ def state_name(state: admin.RunState.ValueType) -> str:
     return admin.RunState.Name(state).removeprefix("RUN_STATE_").lower()
 
 
-def shown_state(status: RunStatus) -> admin.RunState.ValueType:
-    """Returns the state of the run as operators see it: RECOVERING while a running one has no lane."""
-    recovering = bool(status.recovering) and status.state == admin.RUN_STATE_RUNNING
-    return admin.RUN_STATE_RECOVERING if recovering else status.state
-
-
 def epoch_packet(status: RunStatus, averages: Averages, epoch: EpochDone, *, wall_ns: int) -> SystemStatePacket:
     """Returns the packet for the boundary after `epoch`. `wall_ns` is Unix time."""
     sums = status.sums
@@ -306,9 +300,10 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
     """Returns the run's part of the answer to GetStatus, without its health; figures that do not exist yet are 0."""
     boundaries = sorted(status.boundaries_ms)
     phase, phase_s = ("", 0.0) if status.state in _ENDED else status.lane_phase()
+    recovering = bool(status.recovering) and status.state == admin.RUN_STATE_RUNNING
     return admin.GetStatusResponse(
         run_id=status.run_id,
-        state=shown_state(status),
+        state=admin.RUN_STATE_RECOVERING if recovering else status.state,
         state_reason=status.recovering or status.state_reason,
         job=status.job,
         epoch=status.epoch,

@@ -126,20 +126,20 @@ def test_a_killed_service_leaves_nothing_behind(tmp_path: Path) -> None:
     assert "samples 32; this cursor has 36" in grown.lines[-1]
 
 
-def test_a_sample_that_cannot_be_read_fails_the_run(tmp_path: Path) -> None:
-    """In one line, which names the sample, in the log, in the status and at the end; RPCs are answered meanwhile."""
+def test_a_batch_with_a_sample_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
+    """After two restarts of the lane, whose reasons name the sample in one line; the batch is not read again."""
     with serve(*JOB, "training.options.bad_item=37", cwd=tmp_path) as service, stub_of(service) as stub:
-
-        def failed() -> bool:
-            return status(stub).state == admin.RUN_STATE_FAILED
-
-        wait_for(failed)
+        wait_for(lambda: any(line["event"] == "batch_left_out" for line in service.events()))
+        wait_for(lambda: sum(line["event"] == "tolaria.lane_recovered" for line in service.events()) == 2)
+        before = step(stub)
+        wait_for(lambda: step(stub) > before + 4)
         service.terminate()
-        assert service.wait() == 1
+        assert service.wait() == 0
     assert all(line.startswith("{") for line in service.lines), service.lines
-    (failure,) = [line for line in service.events() if line["event"] == "training_failed"]
-    assert "sample 37: RuntimeError: corrupt sample 37 (user_jobs.py:" in failure["error"]
-    assert not failure.get("exception")
+    lost = [line["detail"] for line in service.events() if line["event"] == "tolaria.lane_lost"]
+    assert len(lost) == 2
+    assert all("sample 37: RuntimeError: corrupt sample 37 (user_jobs.py:" in detail for detail in lost)
+    assert not any(line.get("exception") for line in service.events())
 
 
 def test_a_killed_worker_costs_a_restart_of_the_lane(tmp_path: Path) -> None:

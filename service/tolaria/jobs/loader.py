@@ -112,6 +112,13 @@ class LoaderCursor(SeededCursor):
         self._index += 1
         return Batch(payload, samples)
 
+    def pass_over(self) -> bool:
+        """Moves past the next batch without reading it; returns whether this loader can, and the epoch has one."""
+        if not isinstance(self._source, IndexedBatches) or not self._epoch or self._index >= self._length:
+            return False
+        self._seek(self._epoch, self._index + 1)
+        return True
+
     def close(self) -> None:
         """Ends the workers, persistent ones too."""
         self._source.close()

@@ -233,15 +233,22 @@ class TrainModule:
     def next_batch(self) -> Batch | None:
         """Returns the next batch that is not empty and not to be skipped; None at the end of the epoch.
 
-        Raises BrokenJobError if the cursor returns something else than a batch.
+        Batches to be skipped are not even read where the cursor can do without. Raises BrokenJobError if the cursor
+        returns something else than a batch.
         """
-        while (batch := self._read(self.cursor.next_batch)) is not None:
+        cursor = self.cursor
+        while True:
+            skipped = (self.progress.number, self.progress.batches) in self.skipped
+            if skipped and isinstance(cursor, LoaderCursor) and cursor.pass_over():
+                self.progress = self.progress.after_batch()
+                continue
+            batch = self._read(cursor.next_batch)
+            if batch is None:
+                return None
             batch = checked_batch(batch, "training_data: next_batch()")
-            place = self.progress.batches
             self.progress = self.progress.after_batch()
-            if batch.samples and (self.progress.number, place) not in self.skipped:
+            if batch.samples and not skipped:
                 return batch
-        return None
 
     def validation_batches(self) -> Iterator[object]:
         """Yields what the job's `validation_batches` gives."""

@@ -259,7 +259,6 @@ def stop_for_good(pid: int) -> None:
 KILLS: Final[list[Callable[[int], None]]] = [
     lambda pid: os.kill(pid, signal.SIGKILL),
     lambda pid: os.kill(pid, signal.SIGSEGV),
-    lambda pid: os.kill(pid, signal.SIGTERM),
     stop_for_good,
 ]
 

@@ -247,7 +247,7 @@ class LaneSettings(Section):
     """The lane, which computes: in which process it runs, and how often it is started again."""
 
     mode: Literal["thread", "process"] = "process"
-    """process: in a separate process, so that what kills it does not end the service. thread: for debugging."""
+    """process: in a child process, so that what kills it does not end the service; on Linux. thread: for debugging."""
 
     restarts_max: int = Field(default=10, ge=0, le=1000)
     """Times in a row that a lane which died is started again; then the run fails. 10: a broken job ends in minutes."""

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
@@ -53,13 +54,18 @@ def main(arguments: Sequence[str]) -> int:
     os.close(options.stdout)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what a job has printed is not lost with it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the service drains first
+    for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal, of systemd: the service drains, and then ends this
+        signal.signal(
+            number, lambda _number, _frame: None
+        )  # unlike SIG_IGN, programs that the job starts do not inherit it
+    with suppress(OSError):  # without memory, this process is the one to go
+        Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
     connection = socket.socket(fileno=options.connection)
     connection.setblocking(True)
     forks.keep_private(connection.fileno())
     stream = FrameStream(connection)
     received = _received(stream)
-    settings = Settings.model_validate_json(received.order.settings)
+    settings = Settings.model_validate(json.loads(received.order.settings))
     _dump_stacks_on_request(Path(settings.state.dir) / "stacks.txt")
     # Only now, since it imports torch, which takes seconds.
     host = importlib.import_module("tolaria.lane.hosting").host

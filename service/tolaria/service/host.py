@@ -80,6 +80,7 @@ class Host:
             if self._refused is None:
                 self.ending = service.run.ending
         if self._refused is not None:
+            self.ending = "failed"
             raise self._refused
         state, reason = state_name(status.state), status.state_reason
         self._log.info("stopped", state=state, outcome=self.ending, reason=reason)

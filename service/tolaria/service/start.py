@@ -6,6 +6,7 @@ import asyncio
 import gc
 import importlib
 import io
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ def run(settings: Settings) -> int:
         # Not the thread's current loop: a job that asks for one while it is built gets another.
         with locked_state(settings), asyncio.Runner(loop_factory=asyncio.new_event_loop) as loop:
             listeners = open_listeners(settings, loop)
-            build = _built(settings) if settings.lane.mode == "thread" else None
+            build = _built(settings) if settings.lane.mode == "thread" or not hasattr(os, "memfd_create") else None
             with prepare_state(settings) as prepared:
                 point = load_resume_point(prepared)
                 checkpoint = _checkpoint(point)

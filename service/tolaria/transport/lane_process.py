@@ -92,6 +92,7 @@ class LaneProcess(ChildSupervisor):
         self.link: LaneLink | None = None
         self.digests: tuple[str, ...] = ()
         self.next_segment = 1
+        self._orphans = set[int]()
         self.wanted = False
         self.raised = ""
         self.leased: Callable[[], set[int]] = set
@@ -213,19 +214,25 @@ class LaneProcess(ChildSupervisor):
         return ("killed" if code is not None and code < 0 else "exited"), f"it {detail}"
 
     async def _send_order(self, link: LaneLink) -> None:
-        leased = self.leased()
-        held = [(number, fd) for number, fd in self._segments.descriptors() if number not in leased]
+        self._orphans |= self.leased()
+        held = [(number, fd) for number, fd in self._segments.descriptors() if number not in self._orphans]
         for start in range(0, len(held), DESCRIPTORS_MAX):
             part = held[start : start + DESCRIPTORS_MAX]
             numbers = json.dumps([number for number, _ in part]).encode()
             link.send(Frame(FrameKind.SEGMENTS, numbers, tuple(descriptor for _, descriptor in part)))
-        order = LaneOrder(self._settings.model_dump_json(), self.digests, self.next_segment)
+        order = LaneOrder(json.dumps(self._settings.model_dump(mode="json")), self.digests, self.next_segment)
         if self.checkpoint is not None:
             image, decided = self.checkpoint
             order = replace(order, image_id=_CHECKPOINT_ID, decided=decided)
             segment = await anyio.to_thread.run_sync(share, image)
             link.send(Frame(FrameKind.IMAGE, packed_id(_CHECKPOINT_ID), (segment.descriptor,), owner=segment))
         link.send(Frame(FrameKind.ORDER, to_bytes(order)))
+
+    def close_orphans(self) -> None:
+        """Closes the segments that no process was given, since they were being read, once they are not any more."""
+        for number in self._orphans - self.leased() if self._orphans else ():
+            self._orphans.discard(number)
+            self._segments.close(number)
 
     async def _watch(self) -> None:
         """Kills a process that gives no heartbeat for longer than what it does may take."""

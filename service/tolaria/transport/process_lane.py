@@ -179,6 +179,7 @@ class ProcessLane:
         if isinstance(event, CommandDone):
             self._unanswered.discard(event.command_id)
         elif isinstance(event, SnapshotsChanged):
+            self._process.close_orphans()
             self._process.digests = tuple(point.digest for point in event.points if point.digest is not None)
         elif isinstance(event, LaneEnded):
             self._answering = False
@@ -243,7 +244,7 @@ class ProcessLane:
         """Handles a command that no process can take."""
         if isinstance(command, Stop):
             self._process.abandon()
-        elif not isinstance(command, Hold | Release | Stop):
+        elif not isinstance(command, RunEpoch | Hold | Release):  # those are repeated after `LaneRestarted`
             raise LaneLostError("the lane is being started")
 
     def _send(self, frame: Frame) -> None:

@@ -627,3 +627,34 @@ def test_generators_of_a_data_set_are_seeded_for_every_batch(own: Any) -> None:
     rest = taken(cursor, 3)
     cursor.load_state_dict(state)
     assert taken(cursor, 3) == rest
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_is_passed_over_without_reading_it(workers: int) -> None:
+    """Also one with a sample that cannot be read; those after it are the same, and the epoch ends where it did."""
+    plain: DataLoader[Any] = DataLoader(Noisy(), batch_size=4, num_workers=workers)
+    expected = LoaderCursor(plain, seed=3)
+    expected.begin_epoch(1)
+    places = [first_index(batch) for batch in taken(expected)]
+    cursor = LoaderCursor(DataLoader(Noisy(bad=9), batch_size=4, num_workers=workers), seed=3)
+    cursor.begin_epoch(1)
+    found = [first_index(batch) for batch in taken(cursor, 2)]
+    assert cursor.pass_over()
+    found += [first_index(batch) for batch in taken(cursor)]
+    assert found == places[:2] + places[3:]
+    assert not cursor.pass_over()
+    cursor.close()
+    expected.close()
+
+
+def first_index(batch: Any) -> float:
+    """The index of a batch's first sample."""
+    return float(torch.as_tensor(batch).reshape(-1)[0])
+
+
+def test_batches_of_a_loader_without_indices_are_not_passed_over() -> None:
+    """They have to be read."""
+    cursor = LoaderCursor(DataLoader(Stream(), batch_size=3), seed=3, batches_per_epoch=6)
+    cursor.begin_epoch(1)
+    assert not cursor.pass_over()
+    assert len(taken(cursor)) == cursor.batches_per_epoch

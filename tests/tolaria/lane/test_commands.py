@@ -16,7 +16,7 @@ from tolaria.errors import (
     RestoreAbandonedError,
     UnknownGroupError,
 )
-from tolaria.lane.commands import CommandQueue, QueuedCommand, RestoreGate
+from tolaria.lane.commands import CommandQueue, PageGate, QueuedCommand, RestoreGate
 from tolaria.lane.messages import (
     BatchesSkipped,
     CaptureImage,
@@ -33,6 +33,7 @@ from tolaria.lane.messages import (
     SkipBatches,
     Stop,
 )
+from tolaria.signals.lane_page import LanePage
 from tolaria.values.optimization import Adjustment
 from tolaria.values.training import Position
 
@@ -352,3 +353,44 @@ def test_a_forbidden_restore_and_a_discarded_image_are_abandoned() -> None:
         assert isinstance(failure.error(), RestoreAbandonedError)
     assert run.digest == before
     assert run.restore(0).position.global_step == 0
+
+
+# -- shared memory ---------------------------------------------------------------------------------------------------
+
+
+def test_a_hold_in_shared_memory_precedes_its_command() -> None:
+    """It holds the lane at once; the command that follows is the same hold, and a release ends both."""
+    holds, wanted = Holds(), [0]
+    queue = CommandQueue(holds, nullcontext, hold_number=lambda: wanted[0])
+    assert queue.continue_step()
+    wanted[0] = 5
+    thread, results = in_thread(queue.continue_step)
+    assert holds.event.wait(5)
+    queue.put(0, Hold(5))
+    wanted[0] = 0
+    queue.put(0, Release())
+    thread.join(5)
+    assert (results, holds.numbers) == ([True], [5])
+
+
+def test_a_hold_in_shared_memory_that_was_released_is_over() -> None:
+    """A word that was read just before the service cleared it holds nothing any more."""
+    queue = CommandQueue(Holds(), nullcontext, hold_number=lambda: 5)
+    queue.put(0, Hold(5))
+    queue.put(0, Release())
+    assert queue.continue_step()
+    assert queue.next_command() is None
+
+
+def test_the_gate_in_shared_memory_grants_or_forbids() -> None:
+    """The first of the two decides; a restore past its deadline is forbidden whatever the page says."""
+    page = LanePage.create()
+    gate = PageGate(page)
+    assert not gate.expired(1, 1e12)
+    assert gate.grant(1, 1e12)
+    assert not page.forbid(1)
+    assert page.forbid(2)
+    assert gate.expired(2, 1e12)
+    assert not gate.grant(2, 1e12)
+    assert gate.expired(3, 0.0)
+    assert not gate.grant(3, 0.0)

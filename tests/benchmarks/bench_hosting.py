@@ -9,15 +9,16 @@ data. The whole is everything from the first epoch's begin to the last evaluatio
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
+import json
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from torch.nn import functional
 from tolaria import service
 from tolaria.config import load_settings
 from tolaria.jobs import HOST, Batch, Evaluation, JobContext, TensorCursor
+
+STAMPS = "BENCH_STAMPS"
+"""Environment variable with the file for the stamps of a job that runs in another process."""
 
 
 @dataclass
@@ -102,6 +106,8 @@ class HostedJob:
         """Notes the end of an epoch's steps; the first forward pass of the build does not count."""
         if HostedJob.stamps.steps > 1:
             HostedJob.stamps.ends.append(time.perf_counter())
+            if path := os.environ.get(STAMPS):
+                Path(path).write_text(json.dumps(asdict(HostedJob.stamps)), encoding="utf-8")
         else:
             HostedJob.stamps.steps = 0
         return [Batch((self.x[:64], self.y[:64]), 64)]
@@ -135,9 +141,10 @@ def bare(options: dict[str, int], epochs: int) -> Stamps:
     return HostedJob.stamps
 
 
-def hosted(options: dict[str, int], epochs: int) -> Stamps:
-    """Runs the whole service: gRPC, metrics, peers, log, one run."""
+def hosted(options: dict[str, int], epochs: int, mode: str) -> Stamps:
+    """Runs the whole service: gRPC, metrics, peers, log, one run. The lane is where `mode` says."""
     overrides = [
+        f"lane.mode={mode}",
         "training.job=bench_hosting:HostedJob",
         f"training.epochs={epochs}",
         "training.threads=1",
@@ -148,14 +155,17 @@ def hosted(options: dict[str, int], epochs: int) -> Stamps:
         "logging.level=error",
         *(f"training.options.{name}={value}" for name, value in options.items()),
     ]
-    with tempfile.TemporaryDirectory() as state:
-        if service.run(load_settings(None, [*overrides, f"state.dir={state}"])):
-            raise SystemExit("the hosted run failed")
-    # The service has imported this file under its own name.
-    stamps: Stamps = importlib.import_module("bench_hosting").HostedJob.stamps
-    return stamps
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[STAMPS] = f"{folder}/stamps.json"
+        try:
+            if service.run(load_settings(None, [*overrides, f"state.dir={folder}/state"])):
+                raise SystemExit("the hosted run failed")
+            return Stamps(**json.loads(Path(folder, "stamps.json").read_text(encoding="utf-8")))
+        finally:
+            del os.environ[STAMPS]
 
 
+MODES = ("process", "thread")
 CASES = {
     "tiny MLP, step under 1 ms": ({"width": 32, "depth": 1, "steps": 1000}, 5, 1.10),
     "wide MLP, step of about 10 ms": ({"width": 1024, "depth": 4, "steps": 60}, 4, 1.03),
@@ -168,16 +178,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     print(f"{len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {rounds} rounds by turns")
-    print("| case | bare step | hosted step | ratio | target | with boundaries |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| case | lane | bare step | hosted step | ratio | target | with boundaries |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, (options, epochs, target) in CASES.items():
-        pairs = [(bare(options, epochs), hosted(options, epochs)) for _ in range(rounds)]
-        ratio = statistics.median(h.step_ms() / b.step_ms() for b, h in pairs)
-        whole = statistics.median(h.whole_ms() / b.whole_ms() for b, h in pairs)
-        bare_ms = statistics.median(b.step_ms() for b, _ in pairs)
-        hosted_ms = statistics.median(h.step_ms() for _, h in pairs)
-        print(f"| {name} | {bare_ms:.3f} ms | {hosted_ms:.3f} ms | {ratio:.3f} | {target} | {whole:.3f} |")
+        found = [
+            (bare(options, epochs), {mode: hosted(options, epochs, mode) for mode in MODES}) for _ in range(rounds)
+        ]
+        for mode in MODES:
+            pairs = [(plain, by_mode[mode]) for plain, by_mode in found]
+            ratio = statistics.median(h.step_ms() / b.step_ms() for b, h in pairs)
+            whole = statistics.median(h.whole_ms() / b.whole_ms() for b, h in pairs)
+            bare_ms = statistics.median(b.step_ms() for b, _ in pairs)
+            hosted_ms = statistics.median(h.step_ms() for _, h in pairs)
+            print(f"| {name} | {mode} | {bare_ms:.3f} ms | {hosted_ms:.3f} ms | {ratio:.3f} | {target} | {whole:.3f} |")
 
 
 if __name__ == "__main__":

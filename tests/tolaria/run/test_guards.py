@@ -15,10 +15,14 @@ from tolaria.values.optimization import Adjustment
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]
 
 
+BY_STEPS = {"rollback": {"every_steps": 4}}
+"""Snapshots as often on a busy machine as on a quiet one, for tests of how far a run gets after a fault."""
+
+
 def trial(name: str, epochs: int | None = None) -> RunUnderTest:
     """Returns a trial, for fewer epochs if that is enough."""
     chosen = TRIALS[name]
-    sections = {"optimizer": dict(chosen.rates)}
+    sections = {"optimizer": dict(chosen.rates), **BY_STEPS}
     return hosted("support.guard_jobs:GuardJob", epochs or chosen.epochs, {"trial": name}, sections=sections)
 
 
@@ -99,7 +103,7 @@ async def test_an_ill_run_heals(fault: str, rollbacks: range, skipped: range) ->
 async def test_a_learning_rate_that_is_much_too_high_for_some_updates(request: pytest.FixtureRequest) -> None:
     """An operator sets it to 150 times the usual rate for 12 updates."""
     step_s = 0.05 if request.config.getoption("--long") else 0.002
-    run = hosted("support.user_jobs:Line", 8, {"step_s": step_s, "samples": 400})
+    run = hosted("support.user_jobs:Line", 8, {"step_s": step_s, "samples": 400}, sections=BY_STEPS)
     slip = Adjustment(group=None, value=1.5, expires_after_steps=12, origin="operator", request_id="1", reason="a slip")
     async with running(run):
         with anyio.fail_after(600):

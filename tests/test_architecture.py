@@ -43,8 +43,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "journal": ("async_journal", "database", "reader", "rows"),
     "lane": (
         "buffers", "build", "commands", "connection", "device", "encoding", "fast_paths", "first_look",
-        "gradient_merge", "hosting", "job_effects", "job_output", "lane", "messages", "parameter_check", "process",
-        "profiling", "seed_training", "snapshot_manager", "step", "train_module",
+        "gradient_merge", "hosting", "job_effects", "job_output", "lane", "messages", "order", "parameter_check",
+        "process", "profiling", "seed_training", "snapshot_manager", "step", "train_module",
     ),
     "optimization": (
         "adjustments", "groups", "hyperparameters", "lr_controller", "optimizer_manager", "schedules", "state_transfer",
@@ -79,6 +79,7 @@ EXEMPT_PROTOCOLS: dict[str, str] = {
     "HasState": "data sets are the user's own",
     "HasEpoch": "samplers and data sets are the user's own",
     "_HasItems": "data sets are the user's own",
+    "LaneOwner": "the process of a lane and its owner do not import each other",
     "LaneHandle": "run and lane do not import each other",
     "LaneHeartbeat": "lane and emergency do not import each other",
     "LaneBuild": "service loads the lane by name, so that it imports no torch",

@@ -34,16 +34,16 @@ _HEADER: Final = struct.Struct("<HBBI")
 
 @unique
 class FrameKind(IntEnum):
-    """What a frame holds; `tolaria.shared_images` defines the content of those with segments and images."""
+    """What a frame holds; `tolaria.segments` defines where images lie."""
 
     ORDER = 1
-    """To the lane, once: the settings that it is built from and the digests of the snapshots to take over, as JSON."""
+    """To the lane, once: a `LaneOrder`."""
     COMMAND = 2
     """To the lane: an int64 id and a command."""
     EVENTS = 3
     """To the service: events, each preceded by its length as 32 bits."""
     READY = 4
-    """To the service: the `LaneReady` of a lane that has been built, or the `Failure` for which it has not."""
+    """To the service: the `LaneReady` of a lane that has been built, or the `LaneEnded` of one that has not."""
     SEGMENTS = 5
     """Numbers of segments of memory; their descriptors travel with it."""
     SEGMENTS_FREED = 6

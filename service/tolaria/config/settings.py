@@ -250,13 +250,13 @@ class LaneSettings(Section):
     """process: in a child process, so that what kills it does not end the service; on Linux. thread: for debugging."""
 
     restarts_max: int = Field(default=10, ge=0, le=1000)
-    """Times in a row that a lane which died is started again; then the run fails. 10: a broken job ends in minutes."""
+    """Times within lane.restarts_within_s that a lane which died is started again; then the run fails."""
 
     restarts_within_s: Seconds = 3600.0
-    """A lane that has lived this long begins a new row. 3600: ten deaths in an hour are no accident."""
+    """Time over which deaths are counted. 3600: ten deaths in an hour are no accident."""
 
     restart_pause_s: Seconds = 0.1
-    """Pause before the first restart in a row; it doubles with each further one."""
+    """Pause before a restart; it doubles with each further one of a lane that lives less than a minute."""
 
     restart_pause_max_s: Seconds = 60.0
     """Longest pause. 60: a full device or a missing mount may come back."""

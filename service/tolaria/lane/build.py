@@ -18,6 +18,7 @@ from tolaria.errors import (
     BrokenJobError,
     ConfigurationError,
     EmptyDatasetError,
+    LaneFailedError,
     LossShapeError,
     OptimizationError,
     RollbackError,
@@ -33,6 +34,7 @@ from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.first_look import call, first_look, materialise
 from tolaria.lane.lane import LaneHeartbeat, ThreadLane
 from tolaria.lane.messages import LaneReady, Restored
+from tolaria.lane.order import RestorePlan
 from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.snapshot_manager import SnapshotManager
@@ -81,6 +83,22 @@ class BuiltLane:
         Raises as `SnapshotManager.restore_image` does.
         """
         return self.snapshots.restore_image(image, decided=decided)
+
+    def start_from(self, plan: RestorePlan, image: StateImage | None) -> None:
+        """Restores what the plan says. Raises LaneFailedError if none of its snapshots can be restored.
+
+        `image` is the checkpoint of the plan; raises as `resume_run` does.
+        """
+        module = self.module
+        restored = any(self.snapshots.restore_digest(digest, plan.decided) for digest in plan.targets)
+        if not restored and image is not None:
+            self.resume_run(image, plan.decided)
+        elif not restored and plan.targets:
+            raise LaneFailedError("no snapshot in memory could be restored")
+        elif not restored:
+            module.seeds.controller.carry_over(plan.decided, from_step=0, at_step=0)
+            module.seeds.controller.apply(0)
+        module.skipped.added.update(plan.left_out)
 
     def resume_run(self, image: StateImage, decided: Sequence[ActiveAdjustment] = ()) -> None:
         """Resumes as `resume` does. Raises ConfigurationError if the checkpoint does not fit these settings."""

@@ -313,13 +313,13 @@ class CommandExecutor:
 
         with self._profiler.mark("rollback"):
             if not command.image_id:
-                return self._snapshots.restore_snapshot(command.target_step, refused, decided=command.decided)
+                return self._snapshots.restore_snapshot(command.target_step, refused)
             try:
                 lease = self.images.take(command.image_id)
             except KeyError:
                 raise RestoreAbandonedError("waiting for its step boundary") from None
             with lease as image:
-                restored = self._snapshots.restore_image(image, refused, decided=command.decided)
+                restored = self._snapshots.restore_image(image, refused)
             if command.other_branch:
                 self._snapshots.forget_snapshots()
             return restored

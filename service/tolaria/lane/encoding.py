@@ -10,7 +10,16 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.errors import TolariaError
 from tolaria.images import SnapshotInfo, SnapshotStatistics
-from tolaria.lane.messages import Command, Event, Failure, LaneOrder, LaneReady, Result, StepDone, TraceWritten
+from tolaria.lane.messages import (
+    Command,
+    Event,
+    Failure,
+    LaneReady,
+    Result,
+    StepDone,
+    TraceWritten,
+)
+from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.values.encoding import Codec, EncodingError
 from tolaria.values.gradients import SeedMetrics, SeedMetricSet
 from tolaria.values.optimization import (
@@ -26,7 +35,7 @@ _CODEC = Codec(
     types={
         *(*get_args(Command), *get_args(Result), *get_args(Event), LaneReady, Failure, SnapshotInfo),
         *(SnapshotStatistics, SeedMetrics, SeedMetricSet, ActiveAdjustment, Adjustment, LearningRateViolation),
-        *(RebuildOutcome, RebuildResult, TraceWritten, EpochProgress, Evaluation, Position, LaneOrder),
+        *(RebuildOutcome, RebuildResult, TraceWritten, EpochProgress, Evaluation, Position, LaneOrder, RestorePlan),
     },
     messages=(SeedState, HardwareContext),
 )

@@ -48,7 +48,6 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
 
 def _built(received: Received, settings: Settings, memory: SharedMemory) -> BuiltLane:
     order, built = received.order, build(settings, memory)
-    if order.image_id:
-        built.resume_run(received.images.pop(order.image_id), order.decided)
     built.snapshots.adopt(memory, order.digests)
+    built.start_from(order.plan, received.images.pop(order.image_id, None))
     return built

@@ -137,6 +137,7 @@ class ThreadLane:
             heartbeat.lane_rests,
             hold_number=gate.hold_number if gate else lambda: 0,
         )
+        module.on_reading = heartbeat.lane_batch
         self._executor = CommandExecutor(module, snapshots, profiler, gate)
         self.images = self._executor.images
         self._warm = False
@@ -263,7 +264,6 @@ class ThreadLane:
 
     def _mark(self, region: Region) -> AbstractContextManager[object]:
         if region == "input":
-            self._heartbeat.lane_batch(self._module.progress.number, self._module.progress.batches)
             return self._heartbeat.lane_phase(LanePhase.LOADING)
         return self._profiler.mark(region)
 

@@ -27,21 +27,6 @@ PROFILE_STEPS_MAX: Final = 1000
 """Steps in one profile. A trace holds every operation of each step, so longer ones cannot be viewed."""
 
 
-@dataclass(frozen=True, slots=True)
-class LaneOrder:
-    """What the process of a lane builds: the settings, as JSON, and the snapshots of an earlier one to take over.
-
-    `digests` are those of the snapshots that are valid; `next_segment` is the lowest number that no segment has.
-    `image_id` is that of a checkpoint to resume from, with the run's adjustments of learning rates, `decided`; 0: none.
-    """
-
-    settings: str
-    digests: tuple[str, ...]
-    next_segment: int
-    image_id: int = 0
-    decided: tuple[ActiveAdjustment, ...] = ()
-
-
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -100,15 +85,13 @@ class Restore:
     """Restores the image `image_id` (a loaded checkpoint), or with id 0 the snapshot of `target_step`.
 
     Live state changes before `deadline_s` (monotonic seconds) or not at all. Gives up an unfinished step. With
-    `other_branch` the snapshots in memory are no ancestors of that state and are dropped. `decided` are the run's
-    adjustments of learning rates, which stay in force; None: those of the live state are.
+    `other_branch` the snapshots in memory are no ancestors of that state and are dropped.
     """
 
     target_step: int
     deadline_s: float
     image_id: int = 0
     other_branch: bool = False
-    decided: tuple[ActiveAdjustment, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,7 +412,7 @@ class LaneLost:
 
 @dataclass(frozen=True, slots=True)
 class LaneRestarted:
-    """The lane is built anew, as at the start of the run, in process number `generation`.
+    """The lane is built anew in process number `generation`, and has restored the state that `ready` describes.
 
     It has the snapshots in memory of the processes before; a `SnapshotsChanged` with them follows.
     """

@@ -25,7 +25,7 @@ from tolaria import forks
 from tolaria.config import Settings
 from tolaria.images import StateImage
 from tolaria.lane.encoding import from_bytes
-from tolaria.lane.messages import LaneOrder
+from tolaria.lane.order import LaneOrder
 from tolaria.segments import Segment, open_image, segments_of
 from tolaria.signals.lane_page import LanePage
 from tolaria.wire import FrameKind, FrameStream, unpacked_id
@@ -62,6 +62,8 @@ def main(arguments: Sequence[str]) -> int:
         Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
     connection = socket.socket(fileno=options.connection)
     connection.setblocking(True)
+    for descriptor in (options.connection, options.page):
+        os.set_inheritable(descriptor, False)  # not for programs that the job starts
     forks.keep_private(connection.fileno())
     stream = FrameStream(connection)
     received = _received(stream)

@@ -11,7 +11,15 @@ from typing import Any, Final, TypeAlias, cast
 from pydantic import JsonValue
 
 from tolaria.config import RollbackSettings
-from tolaria.errors import NoCheckpointError, StateMismatchError, StateUnsupportedError, TopologyStateError
+from tolaria.errors import (
+    NoCheckpointError,
+    OptimizationError,
+    RollbackError,
+    SeedError,
+    StateMismatchError,
+    StateUnsupportedError,
+    TopologyStateError,
+)
 from tolaria.images import Lease, StateImage
 from tolaria.jobs import StatefulJob
 from tolaria.lane.messages import Restored, SnapshotEvent, SnapshotsChanged, SnapshotsUnavailable
@@ -138,6 +146,17 @@ class SnapshotManager:
             raise NoCheckpointError(f"the snapshot of step {target_step} has been overwritten")
         with lease as image:
             return self.restore_image(image, refused, verify=True, decided=decided)
+
+    def restore_digest(self, digest: str, decided: Sequence[ActiveAdjustment]) -> bool:
+        """Restores the snapshot with this digest before the lane has started; returns whether that is proven."""
+        found = next((info for info in self._ring.snapshots() if info.digest == digest), None)
+        if found is None:
+            return False
+        try:
+            restored = self.restore_snapshot(found.position.global_step, lambda: False, decided=decided)
+        except (RollbackError, SeedError, OptimizationError):
+            return False
+        return restored.state_digest == restored.expected_digest
 
     def forget_snapshots(self) -> None:
         """Drops every snapshot: they are not ancestors of the state that has been restored."""

@@ -118,6 +118,7 @@ class TrainModule:
         global_step: number of completed steps.
         progress: of the current epoch, or the last one.
         skipped: batches that `next_batch` passes over.
+        on_reading: called with epoch and place of each batch before it is read.
         flags: which parameters are trained.
         losses: the window of recent losses, by which new ones are judged.
         announced: reasons for which the job has announced a changed task, not taken into account yet.
@@ -161,6 +162,7 @@ class TrainModule:
         self.announced: deque[str] = deque() if announced is None else announced
         self.regimes_begun: list[RegimeBegun] = []
         self.skips_max, self.skips_extreme = settings.health.skips_max, settings.health.skip_extreme
+        self.on_reading: Callable[[int, int], object] = lambda _epoch, _place: None
         self.skip_streak = 0
         self.last_good: Batch | None = None
         self.undone = True
@@ -242,6 +244,7 @@ class TrainModule:
             if skipped and isinstance(cursor, LoaderCursor) and cursor.pass_over():
                 self.progress = self.progress.after_batch()
                 continue
+            self.on_reading(self.progress.number, self.progress.batches)
             batch = self._read(cursor.next_batch)
             if batch is None:
                 return None

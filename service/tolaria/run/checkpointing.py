@@ -137,6 +137,8 @@ class Checkpointing:
             mark.live = lineage
         self.saved_step = -1  # of this branch none is known
         self.on_step(global_step)
+        if self._due:
+            self._wake.set()
 
     async def save_branch(self, global_step: int) -> None:
         """Has a state that was restored from memory saved if a crash would find no checkpoint to resume from.
@@ -236,6 +238,8 @@ class Checkpointing:
                 except LaneStoppedError as error:
                     self._log.info("checkpoints_end", detail=str(error))
                     return False
+                except LaneLostError:
+                    self._due = True  # of the state that the next process restores
         return True
 
     async def _attempt(self, *, leaving: bool = False) -> tuple[CheckpointRow, bool] | None:

@@ -208,6 +208,11 @@ class Health:
         record.left_out = sorted(set(record.left_out) - set(record.retreat_batches))
         record.retreat_step, record.retreat_batches = None, []
 
+    def revived(self, losses: str, global_step: int) -> None:
+        """Follows another process of the lane, which has restored a state. All budgets stay as they are."""
+        self._adopt(losses)
+        self._record.evaluations = [entry for entry in self._record.evaluations if entry[0] <= global_step]
+
     def restored(self, losses: str, global_step: int) -> None:
         """Follows the lane, which has restored a state. A rollback that is not automatic resets the budgets."""
         record = self._record

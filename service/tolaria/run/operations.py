@@ -66,8 +66,8 @@ class RunOperations:
     async def pause(self, reason: str) -> None:
         """Pauses the run; returns when the lane is held. Raises WrongStateError when the run has ended or is ending."""
         self._lifecycle.hold(reason)
-        held = self._lane.held
-        await self._status.feed.until(lambda: held.is_set() or not self._lifecycle.paused)
+        lane = self._lane
+        await self._status.feed.until(lambda: lane.is_held or lane.ended is not None or not self._lifecycle.paused)
 
     async def resume(self, reason: str) -> None:
         """Resumes a held run, which leaves an ill state first, as `Recovery.leave_ill_state` does.

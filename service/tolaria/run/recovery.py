@@ -57,7 +57,7 @@ class Recovery:
         adjustments: RunAdjustments,
     ) -> None:
         self._coordinator = coordinator
-        self.restorer = self._restorer = restorer
+        self._restorer = restorer
         self._points = restorer.points
         self._lane = restorer.lane
         self._lifecycle = lifecycle
@@ -76,6 +76,8 @@ class Recovery:
         """Whether a failed restore has left the live state corrupt, so that it must be neither trained nor saved."""
         self._resumed = restorer.points.resumed
         """The checkpoint that this process has resumed from, until a resume has mentioned it."""
+        self._interrupted: Rollback | None = None
+        """The rollback that health had begun when the lane's process died."""
         self.ill = ""
         """Why the live state, on which the run is halted, must not be saved; empty for a sound one."""
 
@@ -207,6 +209,23 @@ class Recovery:
             self._current[0].attempt = self._status.attempt
         self._status.newest_proven_step = self._points.newest_proven_step
 
+    def revived(self) -> None:
+        """Handles a new process of the lane, which has restored an ancestor of the live state, in the lane's order."""
+        self.ill, self.unproven, self._restorer.origin = "", False, None
+        self._stop_awaiting_step()
+
+    async def follow_revival(self, step: int, from_memory: bool) -> None:
+        """Does what follows a rollback to `step`; begins the one again that the death has interrupted, if it is due.
+
+        Raises WrongStateError as `begin` does.
+        """
+        await self._checkpointing.follow(self._points.lineage, f"the lane was started again from step {step}")
+        if from_memory:
+            await self._checkpointing.save_branch(step)
+        rollback, self._interrupted = self._interrupted, None
+        if rollback is not None and rollback.before_step is not None and step >= rollback.before_step:
+            self.begin(rollback.again(ROLLBACK_TIER_UNSPECIFIED))
+
     async def _carry_out(self, rollback: Rollback, on_over: Callable[[Rollback], None]) -> None:
         named_tier = rollback.tier
         try:
@@ -259,7 +278,7 @@ class Recovery:
         if rollback.unproven:
             self._safety.halt(f"rollback_unproven: {rollback.error}")
         elif isinstance(rollback.error, LaneLostError):
-            pass  # the next process begins with another state
+            self._interrupted = rollback if rollback.origin == HEALTH else None  # the next process begins elsewhere
         elif rollback.origin == HEALTH and not rollback.trend and rollback.ending in _NOT_UNDONE:
             self.ill = rollback.reason
             if rollback.ending is Ending.DEADLINE_EXCEEDED:

@@ -19,7 +19,6 @@ from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
 from tolaria.run.restore_points import RestorePoint, RestorePoints, choose
 from tolaria.run.status import RunStatus
-from tolaria.values.optimization import ActiveAdjustment
 
 
 class LaneRestorer:
@@ -84,24 +83,25 @@ class LaneRestorer:
             rollback.left_checkpoint_id = row.checkpoint_id
             rollback.made_checkpoint_id = row.checkpoint_id if made else ""
 
-    async def restore(self, rollback: Rollback, /, *, decided: tuple[ActiveAdjustment, ...] | None = None) -> None:
+    async def restore(self, rollback: Rollback, /) -> None:
         """Restores the target at the next step boundary and sets the restored fields of `rollback`.
-
-        The learning-rate adjustments in `decided` stay in force; None: those of the live state do.
 
         Raises:
             TolariaError: nothing was restored; the live state is unchanged.
         """
         self._submitted, self._forbidden, self.origin = None, False, None
         if rollback.tier == ROLLBACK_TIER_FAST:
-            restored = await self._restore(rollback, decided=decided)
+            restored = await self._restore(rollback)
         else:
             loaded = await self._load(rollback)
             if not self.points.lineage.includes(loaded.row.attempt, loaded.row.global_step):
                 self.origin = loaded.row
-            image_id = await anyio.to_thread.run_sync(self.lane.images.put, loaded.image)  # may copy it
             try:
-                restored = await self._restore(rollback, image_id, decided=decided)
+                image_id = await anyio.to_thread.run_sync(self.lane.images.put, loaded.image)  # may copy it
+            except MemoryError as error:
+                raise NoCheckpointError(f"no memory for the image of the checkpoint: {error}") from error
+            try:
+                restored = await self._restore(rollback, image_id)
             finally:
                 self.lane.images.discard(image_id)
         rollback.restored_step = restored.position.global_step
@@ -113,15 +113,9 @@ class LaneRestorer:
         self._forbidden = True
         return self._submitted is None or self.lane.forbid_restore(self._submitted)
 
-    async def _restore(
-        self, rollback: Rollback, image_id: int = 0, *, decided: tuple[ActiveAdjustment, ...] | None
-    ) -> messages.Restored:
+    async def _restore(self, rollback: Rollback, image_id: int = 0) -> messages.Restored:
         command = messages.Restore(
-            rollback.destination,
-            rollback.deadline_s,
-            image_id,
-            other_branch=self.origin is not None,
-            decided=decided,
+            rollback.destination, rollback.deadline_s, image_id, other_branch=self.origin is not None
         )
         self._submitted = self.lane.submit(command)
         done = await self._submitted

@@ -4,116 +4,134 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+import anyio
+import anyio.to_thread
 import structlog
 
-from leyline.v1.enums_pb2 import ROLLBACK_TIER_FULL, ROLLBACK_TIER_UNSPECIFIED
-from tolaria.errors import LaneFailedError, LaneLostError, RestoreUnprovenError, TolariaError
+from leyline.v1.enums_pb2 import ROLLBACK_TIER_FAST
+from tolaria.checkpoint.store import CheckpointStore
+from tolaria.errors import LaneFailedError, NoCheckpointError, WrongStateError
+from tolaria.images import StateImage
 from tolaria.lane import messages
-from tolaria.rollback.protocol import EMERGENCY, Rollback
+from tolaria.lane.order import RestorePlan
 from tolaria.run.health import Health
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
-from tolaria.run.restorer import LaneRestorer
+from tolaria.run.restore_points import RestorePoint, RestorePoints
 from tolaria.run.status import RunStatus
 
 _log = structlog.get_logger(__name__)
 
 
 class Revival:
-    """Notes that the lane's process has died, and has the next one restore a state. Used on the event loop only."""
+    """Decides what the next process of the lane goes on from. Used on the event loop only.
+
+    The process restores that state before it takes commands: there is no moment at which another state could be
+    trained or saved. `follow` is called with the step of each restored state, and whether it was in memory.
+    """
 
     def __init__(
-        self, lane: LaneClient, status: RunStatus, restorer: LaneRestorer, health: Health, observers: RunObserver
+        self,
+        lane: LaneClient,
+        status: RunStatus,
+        store: CheckpointStore,
+        *,
+        points: RestorePoints,
+        health: Health,
+        observers: RunObserver,
+        follow: Callable[[int, bool], Awaitable[None]],
     ) -> None:
         self._lane = lane
         self._status = status
-        self._restorer = restorer
+        self._store = store
+        self._points = points
+        self._follow = follow
         self._health = health
         self._observers = observers
-        self._restarted: messages.LaneRestarted | None = None
         self._lost_at_s = math.nan
         self._batch: tuple[int, int] | None = None
         """The batch that was in flight at the last death."""
+        self._from_memory = False
+        self._memory_failed = False
+        self._revived = anyio.Event()
 
     def on_lost(self, event: messages.LaneLost) -> None:
         """Handles the death of a process."""
-        if not self._status.recovering:
+        if self._status.recovering:  # it had not restored a state yet
+            self._memory_failed = self._memory_failed or (self._from_memory and event.kind == "raised")
+        else:
             self._lost_at_s = time.monotonic()
-        self._restarted = None
         if event.batch is not None and event.batch == self._batch:
             self._health.leave_out(event.batch)
             _log.error("batch_left_out", epoch_and_place=event.batch, detail="two processes in a row died with it")
-        self._batch = event.batch
+        self._batch = event.batch or self._batch
         self._lane.mark_lost(event)
         self._status.recovering = f"the lane's process {event.generation} has died: {event.cause}"
         self._observers.on_lane_lost(event, self._status.global_step)
 
-    def on_restarted(self, event: messages.LaneRestarted) -> None:
-        """Handles a new process, which has built the job."""
-        self._restarted = event
-        self._lane.mark_restarted()
-        self._status.feed.changed()
+    async def plan(self) -> tuple[RestorePlan, StateImage | None]:
+        """Returns what the next process is to restore, with the checkpoint if it is one.
 
-    async def restarted(self) -> messages.LaneRestarted | None:
-        """Waits for the next process; returns None if the lane has ended instead."""
-        await self._status.feed.until(lambda: self._restarted is not None or self._lane.ended is not None)
-        return self._restarted
-
-    async def restore(self, restarted: messages.LaneRestarted, rewind: Callable[[messages.Restored], None]) -> None:
-        """Has the new process restore the newest sound state; without any, the run begins anew.
-
-        `rewind` is called in the latter case. Returns early if this process has died too. Raises LaneFailedError if
-        there are restore points, but none can be restored.
+        Raises LaneFailedError if there are restore points, but none can be loaded; the run must not begin anew then.
         """
+        rows = await anyio.to_thread.run_sync(self._store.kept_points, abandon_on_cancel=True)
+        points = self._points.of(self._status.snapshots, rows)
+        ordered = best_first(point for point in points if not point.superseded)
+        memory = [point for point in ordered if point.tier == ROLLBACK_TIER_FAST and point.digest]
+        image, self._from_memory = None, bool(memory) and memory[0] is ordered[0] and not self._memory_failed
+        if ordered and not self._from_memory:
+            image = await self._checkpoint(ordered)
+            self._from_memory = image is None
+        if ordered and image is None and (self._memory_failed or not memory):
+            raise LaneFailedError(f"{self._status.recovering}; no restore point can be loaded")
+        targets = tuple(point.digest for point in memory if point.suspect <= memory[0].suspect)
+        plan = RestorePlan(targets if self._from_memory else (), self._health.left_out, self._status.adjustments)
+        return plan, image
+
+    def on_restarted(self, event: messages.LaneRestarted) -> messages.Restored:
+        """Handles a new process; returns the state that it has restored."""
+        self._status.recovering, self._memory_failed = "", False
+        self._lane.mark_restarted()
+        self._revived.set()
+        ready, duration_s = event.ready, time.monotonic() - self._lost_at_s
+        _log.warning("lane_restored", step=ready.position.global_step, from_memory=self._from_memory)
+        self._observers.on_lane_recovered(event.generation, ready.position.global_step, duration_s)
+        return messages.Restored(
+            position=ready.position,
+            state_digest="",
+            expected_digest="",
+            restore_ms=0.0,
+            progress=ready.progress,
+            seeds=ready.seeds,
+            learning_rates=ready.learning_rates,
+            adjustments=ready.adjustments,
+            losses=ready.losses,
+        )
+
+    async def serve(self) -> None:
+        """Does what follows each restored state, until cancelled: as after a rollback, which it may begin again."""
+        while True:
+            await self._revived.wait()
+            self._revived = anyio.Event()
+            try:
+                await self._follow(self._status.global_step, self._from_memory)
+            except WrongStateError as error:  # the run has ended meanwhile
+                _log.info("rollback_not_repeated", detail=str(error))
+
+    async def _checkpoint(self, ordered: Sequence[RestorePoint]) -> StateImage | None:
+        rows = tuple(point.checkpoint for point in ordered if point.checkpoint is not None)
+        if not rows:
+            return None
         try:
-            # Answered after the snapshots in memory that the process has taken over are known.
-            await self._lane.call(messages.SkipBatches(self._health.left_out))
-            if not await self._restore_newest():
-                rewind(_as_built(restarted.ready))
-        except LaneLostError:
-            return
-        duration_s = time.monotonic() - self._lost_at_s
-        self._status.recovering = ""
-        self._observers.on_lane_recovered(restarted.generation, self._status.global_step, duration_s)
-        self._status.feed.changed()
-
-    async def _restore_newest(self) -> bool:
-        """Returns False if there is no restore point."""
-        failure: TolariaError | None = None
-        for tier in (ROLLBACK_TIER_UNSPECIFIED, ROLLBACK_TIER_FULL):
-            for target_step in (None, self._status.global_step):  # the nearest one, if all are suspect
-                rollback = Rollback(tier, target_step, self._status.recovering, EMERGENCY)
-                rollback.deadline_s = math.inf
-                try:
-                    await self._restorer.choose(rollback)
-                    await self._restorer.restore(rollback, decided=self._status.adjustments)
-                except LaneLostError:
-                    raise
-                except TolariaError as error:
-                    failure = failure or (None if rollback.chosen_step is None else error)
-                    continue
-                if not rollback.proven:
-                    failure = failure or RestoreUnprovenError(rollback.restored_step)
-                    continue
-                _log.warning("lane_restored", step=rollback.restored_step, point=rollback.chosen)
-                return True
-        if failure is not None:
-            raise LaneFailedError(f"{self._status.recovering}; no state can be restored: {failure}")
-        return False
+            loaded = await anyio.to_thread.run_sync(self._store.load_first, rows, abandon_on_cancel=True)
+        except NoCheckpointError as error:
+            _log.error("checkpoints_not_loaded", detail=str(error))
+            return None
+        return loaded.image
 
 
-def _as_built(ready: messages.LaneReady) -> messages.Restored:
-    """Returns the state in which a lane is built, as if it had been restored."""
-    return messages.Restored(
-        position=ready.position,
-        state_digest="",
-        expected_digest="",
-        restore_ms=0.0,
-        progress=ready.progress,
-        seeds=ready.seeds,
-        learning_rates=ready.learning_rates,
-        adjustments=ready.adjustments,
-        losses=ready.losses,
-    )
+def best_first(points: Iterable[RestorePoint]) -> list[RestorePoint]:
+    """Returns points as they are tried: proven ones, then others, suspect ones last; the newest first among equals."""
+    return sorted(points, key=lambda point: (point.proven, not point.suspect, point.age_key), reverse=True)

@@ -67,7 +67,8 @@ class TrainingRun(RunOperations):
         try:
             while not (self._stopping or self.ending == "finished"):
                 if self._lane.lost:
-                    await self._revive()
+                    await self._status.feed.until(lambda: not self._lane.lost or self._lane.ended is not None)
+                    self._raise_if_lane_failed()
                 elif self._next_epoch > self._settings.training.epochs:
                     await self._finish()
                 elif (epoch := await self._train_epoch()) is not None:
@@ -91,12 +92,6 @@ class TrainingRun(RunOperations):
         await self._epoch_over.wait()
         self._raise_if_lane_failed()
         return self._epoch_done
-
-    async def _revive(self) -> None:
-        """Waits until the lane has been started again, and has it restore the newest sound state."""
-        if (restarted := await self._parts.revival.restarted()) is not None:
-            await self._parts.revival.restore(restarted, self._rewind)
-        self._raise_if_lane_failed()
 
     async def _cross_boundary(self, epoch: messages.EpochDone) -> None:
         """Judges the epoch, asks the controller, and has a checkpoint made if one is due."""
@@ -314,25 +309,30 @@ class TrainingRun(RunOperations):
     def _on_process(self, event: messages.ProcessEvent) -> None:
         match event:
             case messages.LaneRestarted():
-                self._parts.revival.on_restarted(event)
-                return
+                self._rewind(self._parts.revival.on_restarted(event), revived=True)
             case messages.LaneLost():
                 self._parts.revival.on_lost(event)
+                self._parts.profiles.close()
                 self._epoch_done = None
+                self._epoch_over.set()
             case messages.LaneEnded():
                 self._lane.mark_ended(event)
-        self._parts.profiles.close()
-        self._epoch_over.set()
+                self._parts.profiles.close()
+                self._epoch_over.set()
         self._lifecycle.changed()
 
     def _show_seeds_and_rates(self) -> None:
         self._observers.on_seeds(self._status.seeds)
         self._observers.on_learning_rates(self._status.learning_rates)
 
-    def _rewind(self, restored: messages.Restored) -> None:
-        """Resets the run to the state that the lane has restored."""
+    def _rewind(self, restored: messages.Restored, *, revived: bool = False) -> None:
+        """Resets the run to the state that the lane has restored; `revived`: that another process of it has."""
         parts = self._parts
-        parts.health.restored(restored.losses, restored.position.global_step)
+        if revived:
+            parts.health.revived(restored.losses, restored.position.global_step)
+            parts.recovery.revived()
+        else:
+            parts.health.restored(restored.losses, restored.position.global_step)
         self._status.rewind(restored)
         self._observers.on_rewind(restored)
         self._show_seeds_and_rates()

@@ -304,7 +304,7 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
     return admin.GetStatusResponse(
         run_id=status.run_id,
         state=admin.RUN_STATE_RECOVERING if recovering else status.state,
-        state_reason=status.recovering or status.state_reason,
+        state_reason=status.recovering if recovering else status.state_reason,
         job=status.job,
         epoch=status.epoch,
         epochs=status.epochs,

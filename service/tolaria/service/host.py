@@ -97,10 +97,12 @@ class Host:
             await tasks.start(watch_process, self._settings, self._foundation.board, core.heartbeats)
             tasks.start_soon(watch_disk, core)
             try:
-                await service.serve(core, tasks)
+                built = await service.open(core)
             except TolariaError as error:  # the lane cannot be built
-                self._refused = error
+                self._refused, built = error, False
                 tasks.cancel_scope.cancel()
+            if built:
+                await service.serve(core, tasks)
             if not self._settings.service.exit_when_done:
                 await self._drained.wait()
             tasks.cancel_scope.cancel()

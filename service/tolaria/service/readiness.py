@@ -44,7 +44,7 @@ def reasons_not_ready(core: Core) -> list[str]:
     if core.status.state not in _READY_STATES:
         reason = core.status.state_reason
         reasons.append(f"the run is {state_name(core.status.state)}" + (f": {reason}" if reason else ""))
-    if core.status.recovering:
+    if core.status.recovering and core.status.state in _READY_STATES:
         reasons.append(f"the run is recovering: {core.status.recovering}")
     if core.checkpointing.failing:
         reasons.append(f"checkpoints fail: {core.checkpointing.failing}")
@@ -60,7 +60,8 @@ async def publish_health(core: Core, server: GrpcServer) -> None:
     while True:
         version = status.feed.version
         await server.set_health("", serving=not reasons_not_ready(core))
-        await server.set_health("tolaria.training", serving=status.state in _READY_STATES)
+        training = status.state in _READY_STATES and not status.recovering
+        await server.set_health("tolaria.training", serving=training)
         for name in (TAMIYO, KASMINA):
             await server.set_health(f"tolaria.{name}", serving=breakers[name].state != CIRCUIT_STATE_OPEN)
         while status.feed.version == version:  # a change during the calls above is not missed

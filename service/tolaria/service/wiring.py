@@ -179,23 +179,29 @@ class RunService:
     run: TrainingRun
     consultations: Consultations
     recovery: Recovery
+    revival: Revival
 
-    async def serve(self, core: Core, tasks: TaskGroup) -> None:
-        """Starts the run's tasks, and trains until the run has ended.
+    async def open(self, core: Core) -> bool:
+        """Waits until a lane in a separate process is built; returns False if it was stopped before.
 
-        Raises the error for which a lane in a separate process cannot be built.
+        Raises the error for which it cannot be built.
         """
         if core.process is not None:
             ready = await core.process.open()
             if ready is None:
                 self.run.end_unbuilt()
-                return
+                return False
             core.foundation.on_ready(ready)
             self.run.begin(ready)
+        return True
+
+    async def serve(self, core: Core, tasks: TaskGroup) -> None:
+        """Starts the run's tasks, and trains until the run has ended."""
         tasks.start_soon(self.consultations.serve)
         tasks.start_soon(self.recovery.serve)
         tasks.start_soon(core.checkpointing.serve)
         tasks.start_soon(self.recovery.save_when_halted)
+        tasks.start_soon(self.revival.serve)
         tasks.start_soon(core.journal.serve)
         await self.run.run()
 
@@ -232,7 +238,17 @@ def new_run(core: Core, peers: Peers) -> RunService:
         observers=core.observers,
         safety=core.safety,
     )
-    revival = Revival(core.lane, core.status, recovery.restorer, core.health, core.observers)
+    revival = Revival(
+        core.lane,
+        core.status,
+        core.foundation.storage.checkpoints,
+        points=core.foundation.points,
+        health=core.health,
+        observers=core.observers,
+        follow=recovery.follow_revival,
+    )
+    if core.process is not None:
+        core.process.plan = revival.plan
     parts = RunParts(
         lane=core.lane,
         status=core.status,
@@ -252,7 +268,7 @@ def new_run(core: Core, peers: Peers) -> RunService:
     run = TrainingRun(parts, settings)
     if core.ready is not None:
         run.begin(core.ready)
-    return RunService(run, consultations, recovery)
+    return RunService(run, consultations, recovery, revival)
 
 
 def new_ledger(core: Core, tasks: TaskGroup) -> RequestLedger:

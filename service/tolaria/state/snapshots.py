@@ -182,7 +182,8 @@ class SnapshotRing:
     def adopt(self, segments: Mapping[int, Segment], digests: Collection[str], *, pinned: bool) -> None:
         """Takes over the snapshots with these digests that an earlier process has left in segments.
 
-        Nothing is verified: a restore proves the snapshot that it takes. One that cannot be opened is left out.
+        Nothing is verified: a restore proves the snapshot that it takes. One that cannot be opened, or pinned, is left
+        out.
         """
         opened = list[OpenedImage]()
         for segment in segments.values():
@@ -192,15 +193,19 @@ class SnapshotRing:
                     opened.append(found)
         arenas = dict[int, Arena]()
         for found in sorted(opened, key=lambda each: each.image.position.global_step):
-            for segment, specs in found.places:
-                if segment.number not in arenas:
-                    arenas[segment.number] = arena_in(segment, specs, pinned=pinned)
-                arenas[segment.number].adopt(found.image.seal().tensors)
-            mine = [arenas[segment.number] for segment, _ in found.places]
-            size_bytes = sum(arena.size_bytes for arena in mine) + len(found.image.values)
-            with self._lock:
-                self._slots.append(_Slot(mine, found.image, size_bytes, number=self._number, at_ns=found.at_ns))
-                self._number += 1
+            with suppress(MemoryError):
+                self._adopt(found, arenas, pinned=pinned)
+
+    def _adopt(self, found: OpenedImage, arenas: dict[int, Arena], *, pinned: bool) -> None:
+        for segment, specs in found.places:
+            if segment.number not in arenas:
+                arenas[segment.number] = arena_in(segment, specs, pinned=pinned)
+            arenas[segment.number].adopt(found.image.seal().tensors)
+        mine = [arenas[segment.number] for segment, _ in found.places]
+        size_bytes = sum(arena.size_bytes for arena in mine) + len(found.image.values)
+        with self._lock:
+            self._slots.append(_Slot(mine, found.image, size_bytes, number=self._number, at_ns=found.at_ns))
+            self._number += 1
 
     def clear(self) -> None:
         """Drops every snapshot; memory that is not leased is freed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
@@ -15,10 +16,14 @@ from tolaria.wire import Frame, FrameKind, packed_id
 
 
 class HeldSegments(Mapping[int, Segment]):
-    """The segments that lanes have filled, by number, as descriptors. Looking one up maps it."""
+    """The segments that lanes have filled, by number, as descriptors. Looking one up maps it.
+
+    The last descriptor of gigabytes takes long to close, so that a thread does it.
+    """
 
     def __init__(self) -> None:
         self._descriptors: dict[int, int] = {}
+        self._closer = ThreadPoolExecutor(1, thread_name_prefix="tolaria-segments")
 
     def put(self, segments: Mapping[int, int]) -> None:
         """Takes over the descriptors of segments."""
@@ -29,7 +34,7 @@ class HeldSegments(Mapping[int, Segment]):
     def close(self, number: int) -> None:
         """Closes one that holds nothing any more."""
         if (descriptor := self._descriptors.pop(number, None)) is not None:
-            os.close(descriptor)
+            self._closer.submit(os.close, descriptor)
 
     def descriptors(self) -> list[tuple[int, int]]:
         """Returns all numbers with their descriptors, which stay this object's."""

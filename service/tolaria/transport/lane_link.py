@@ -78,8 +78,8 @@ class LaneLink:
                 self._on_frames(frames)
             except BlockingIOError:
                 continue
-            except (WireError, ValueError) as error:
-                self.fault = str(error)
+            except (WireError, ValueError, TypeError, LookupError) as error:  # what the other side says makes no sense
+                self.fault = str(error) if isinstance(error, WireError) else f"{type(error).__name__}: {error}"
                 return
 
     async def _send_rest(self) -> None:
@@ -99,3 +99,6 @@ class LaneLink:
             pass
         except ConnectionError:
             self._outbox.clear()  # the end is noticed by reading
+        except OSError as error:  # such as too many descriptors under way
+            self.fault = f"a frame cannot be sent: {error}"
+            self.close()

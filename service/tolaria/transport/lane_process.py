@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import anyio
 import anyio.to_thread
@@ -19,19 +21,21 @@ import structlog
 from anyio.abc import TaskGroup
 
 from tolaria.config import Settings, child_environment
+from tolaria.errors import ChildFailedError, LaneFailedError, TolariaError
 from tolaria.images import StateImage
 from tolaria.lane.encoding import to_bytes
-from tolaria.lane.messages import LaneOrder
+from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.processes import ChildCommand, ChildProcess, ChildSupervisor, RestartPolicy
 from tolaria.segments import share
 from tolaria.signals.lane_page import LanePage
 from tolaria.transport.lane_images import HeldSegments
 from tolaria.transport.lane_link import LaneLink
-from tolaria.values.optimization import ActiveAdjustment
 from tolaria.wire import DESCRIPTORS_MAX, Frame, FrameKind, packed_id
 
 _START_S: Final = 60.0
 _STOP_S: Final = 2.0
+_LIVED_S: Final = 60.0
+_EXIT_S: Final = 10.0
 _WATCH_S: Final = 0.25
 _DUMP_S: Final = 0.2
 _LAST_FRAMES_S: Final = 2.0
@@ -42,68 +46,73 @@ _CHECKPOINT_ID: Final = 1
 _log = structlog.get_logger(__name__)
 
 
+def out_of_memory() -> int:
+    """Returns how many processes of this cgroup were killed because it had no memory; 0 if that is not known."""
+    with suppress(OSError, ValueError, IndexError):
+        group = Path("/proc/self/cgroup").read_text(encoding="ascii").split("::", 1)[1].strip()
+        events = Path(f"/sys/fs/cgroup{group}/memory.events").read_text(encoding="ascii")
+        return int(events.partition("oom_kill ")[2].split()[0])
+    return 0
+
+
+class LaneOwner(Protocol):
+    """What a `LaneProcess` tells, and asks, the lane that it belongs to."""
+
+    def on_frames(self, frames: Sequence[Frame]) -> None:
+        """Takes what a process has sent. Raises WireError, or what senseless content makes it raise."""
+
+    def on_lost(self, kind: str, cause: str, batch: tuple[int, int] | None) -> None:
+        """A process has ended and another one follows; the arguments are those of `LaneLost`."""
+
+    def on_over(self, cause: str) -> None:
+        """A process has ended and none follows."""
+
+    def memory(self) -> tuple[tuple[str, ...], int, set[int]]:
+        """Returns the digests of valid snapshots, the lowest number without a segment, and segments to withhold."""
+
+    async def next_plan(self) -> tuple[RestorePlan, StateImage | None]:
+        """Returns what the next process restores. Raises LaneFailedError if there is no such state any more."""
+
+
 class LaneProcess(ChildSupervisor):
     """Keeps one process of the lane running: each has its connection and its page.
 
     Args:
         settings: the lane is built from them.
         segments: memory of the lanes before, which each new one gets.
-        on_frames: called with what a process sends.
-        on_lost: called when a process has ended and another one follows, with kind, cause and batch of `LaneLost`.
-        on_over: called when a process has ended and none follows, with the cause.
+        owner: takes what the process sends, and says what the next one is to do.
 
     Attributes:
         generation: number of the latest process, from 1; 0 before the first.
         page: that of the latest process.
         link: the connection to the process; None if there is none.
-        digests: of the snapshots that the next process is to take over.
-        raised: the exception that has ended the process, if it has sent one.
-        next_segment: the lowest number that no segment has.
-        checkpoint: what the next process resumes from: an image and the run's adjustments of learning rates.
-        leased: returns the numbers of segments that it must not get, since they are being read.
+        wanted: whether another process follows when this one has ended; not before the first one is ready.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        segments: HeldSegments,
-        *,
-        on_frames: Callable[[Sequence[Frame]], None],
-        on_lost: Callable[[str, str, tuple[int, int] | None], None],
-        on_over: Callable[[str], None],
-    ) -> None:
+    def __init__(self, settings: Settings, segments: HeldSegments, owner: LaneOwner) -> None:
         lane = settings.lane
         super().__init__(
             ChildCommand("lane", (), child_environment(settings), keep_stderr=True),
             restarts=RestartPolicy(
-                pause_s=lane.restart_pause_s,
-                pause_s_max=lane.restart_pause_max_s,
-                restarts_max=lane.restarts_max,
-                lived_s=lane.restarts_within_s,
+                pause_s=lane.restart_pause_s, pause_s_max=lane.restart_pause_max_s, lived_s=_LIVED_S
             ),
             start_timeout_s=_START_S,
             stop_timeout_s=_STOP_S,
         )
         self._settings = settings
         self._segments = segments
-        self._on_frames, self._on_lost, self._on_over = on_frames, on_lost, on_over
+        self._owner = owner
         self.generation = 0
         self.page: LanePage | None = None
         self.link: LaneLink | None = None
-        self.digests: tuple[str, ...] = ()
-        self.next_segment = 1
-        self._orphans = set[int]()
         self.wanted = False
-        self.raised = ""
-        self.leased: Callable[[], set[int]] = set
-        self.checkpoint: tuple[StateImage, tuple[ActiveAdjustment, ...]] | None = None
         self._tasks: TaskGroup | None = None
-        self._fault = self._silent = self._line = ""
-        self._exit_code: int | None = None
-        self._out_of_memory = 0
+        self._end = _End()
+        self._line = ""
+        self._build_s = math.inf
 
     async def serve(self) -> None:
-        """Keeps the lane running until it is not wanted any more, is given up, or this is cancelled."""
+        """Keeps the lane running until it is not wanted any more, or this is cancelled."""
         async with anyio.create_task_group() as self._tasks:
             self._tasks.start_soon(self._watch)
             await self.run()
@@ -111,28 +120,12 @@ class LaneProcess(ChildSupervisor):
 
     async def start(self) -> ChildProcess:
         """Starts a process and sends it what it is to build. Raises ChildFailedError as `ChildSupervisor.start`."""
-        self.page, self._fault, self._silent = LanePage.create(), "", ""
-        self._exit_code, self._out_of_memory, self.raised = None, out_of_memory(), ""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        stdout = os.dup(1)
         try:
-            descriptors = {"connection": theirs.fileno(), "page": self.page.segment.descriptor, "stdout": stdout}
-            arguments = [f"--{name}={descriptor}" for name, descriptor in descriptors.items()]
-            program = (sys.executable, "-m", "tolaria.lane", f"--service-pid={os.getpid()}", *arguments)
-            self.command = replace(self.command, arguments=program, descriptors=tuple(descriptors.values()))
-            child = await super().start()
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(stdout)
-        self.generation += 1
-        self.link = LaneLink(ours, self._on_frames)
-        if self._tasks is not None:
-            self._tasks.start_soon(self.link.serve)
-        await self._send_order(self.link)
-        return child
+            return await self._start()
+        except (OSError, MemoryError, TolariaError) as error:
+            if isinstance(error, LaneFailedError):  # no state can be restored
+                self.wanted = False
+            raise error if isinstance(error, ChildFailedError) else ChildFailedError("lane", str(error)) from error
 
     async def stop(self) -> None:
         """Stops the process if it runs, and what is left of its children."""
@@ -143,23 +136,28 @@ class LaneProcess(ChildSupervisor):
                 if child is not None and child.process.returncode is not None:
                     with anyio.move_on_after(_LAST_FRAMES_S):
                         await link.ended.wait()  # what it has sent last
-                self._fault = link.fault
+                self._end.fault = link.fault
                 link.close()
             await super().stop()
             if child is not None:
-                self._exit_code = child.process.returncode
+                self._end.code = child.process.returncode
                 kill_group(child.process.pid)
 
     def abandon(self) -> None:
-        """Ends `serve` at once, and the process, which has not been built."""
+        """Ends `serve`, and the process, whatever it does."""
         self.wanted = False
         if self._tasks is not None:
             self._tasks.cancel_scope.cancel()
 
-    def kill(self) -> None:
-        """Kills the process, as it cannot be used any more."""
-        if self._child is not None and self._child.process.returncode is None:
-            kill_group(self.pid)
+    def built(self) -> None:
+        """Handles the end of building: later processes may take thrice as long, or `emergency.phase_timeout_s`."""
+        if self.generation == 1:
+            self._build_s = max(3 * self._end.age_s, self._settings.emergency.phase_timeout_s)
+        self._end.building = False
+
+    def ends(self, raised: str = "") -> None:
+        """Handles the process's last message: it exits now, after the exception `raised` if there is one."""
+        self._end.raised, self._end.exits_by_s = raised, time.monotonic() + _EXIT_S
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -182,82 +180,113 @@ class LaneProcess(ChildSupervisor):
 
     def on_ended(self, detail: str, restart_in_s: float) -> None:
         """Reports the loss; a new process follows."""
-        kind, cause = self._loss(detail)
+        kind, cause = self._end.described(detail)
         _log.error("lane_lost", generation=self.generation, kind=kind, cause=cause, restart_in_s=restart_in_s)
-        self._on_lost(kind, cause, None if self.page is None else self.page.batch)
+        self._owner.on_lost(kind, cause, None if self.page is None else self.page.batch)
 
     def on_last_end(self, detail: str) -> None:
         """Reports the end of a process that is not to be started again."""
-        self._on_over(self._loss(detail)[1])
-
-    def on_given_up(self, detail: str, failures: int) -> None:
-        """Reports the end of the lane."""
-        kind, cause = self._loss(detail)
-        _log.critical("lane_given_up", generation=self.generation, deaths=failures, kind=kind, cause=cause)
-        self._on_over(f"the lane has died {failures} times in a row, the last time: {cause}")
+        self._owner.on_over(self._end.described(detail)[1])
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _loss(self, detail: str) -> tuple[str, str]:
-        """Returns the kind and the cause of the end of the process; `detail` has the end of its standard error."""
-        code = self._exit_code
-        if code is not None and code < 0:
-            detail = detail.replace(f"ended with code {code}", f"was killed by {_signal_name(-code)}")
-        if self.raised:
-            return "raised", self.raised
-        if self._silent:
-            return "silent", f"{self._silent}; it {detail}"
-        if self._fault:
-            return "connection", f"{self._fault}; it {detail}"
-        if out_of_memory() > self._out_of_memory:
-            return "out_of_memory", f"the cgroup is out of memory; it {detail}"
-        return ("killed" if code is not None and code < 0 else "exited"), f"it {detail}"
+    async def _start(self) -> ChildProcess:
+        self.page, self._end = LanePage.create(), _End()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        stdout = os.dup(1)
+        try:
+            descriptors = {"connection": theirs.fileno(), "page": self.page.segment.descriptor, "stdout": stdout}
+            arguments = [f"--{name}={descriptor}" for name, descriptor in descriptors.items()]
+            program = (sys.executable, "-m", "tolaria.lane", f"--service-pid={os.getpid()}", *arguments)
+            self.command = replace(self.command, arguments=program, descriptors=tuple(descriptors.values()))
+            child = await super().start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(stdout)
+        self.generation += 1
+        self.link = LaneLink(ours, self._owner.on_frames)
+        if self._tasks is not None:
+            self._tasks.start_soon(self.link.serve)
+        await self._send_order(self.link)
+        return child
 
     async def _send_order(self, link: LaneLink) -> None:
-        self._orphans |= self.leased()
-        held = [(number, fd) for number, fd in self._segments.descriptors() if number not in self._orphans]
+        plan, image = await self._owner.next_plan()
+        digests, next_segment, withheld = self._owner.memory()
+        held = [(number, fd) for number, fd in self._segments.descriptors() if number not in withheld]
         for start in range(0, len(held), DESCRIPTORS_MAX):
             part = held[start : start + DESCRIPTORS_MAX]
             numbers = json.dumps([number for number, _ in part]).encode()
             link.send(Frame(FrameKind.SEGMENTS, numbers, tuple(descriptor for _, descriptor in part)))
-        order = LaneOrder(json.dumps(self._settings.model_dump(mode="json")), self.digests, self.next_segment)
-        if self.checkpoint is not None:
-            image, decided = self.checkpoint
-            order = replace(order, image_id=_CHECKPOINT_ID, decided=decided)
+        secret = {"leyline": {"secret", "previous_secret"}}
+        settings = json.dumps(self._settings.model_dump(mode="json", exclude=secret))
+        order = LaneOrder(settings, digests, next_segment, plan)
+        if image is not None:
+            order = replace(order, image_id=_CHECKPOINT_ID)
             segment = await anyio.to_thread.run_sync(share, image)
             link.send(Frame(FrameKind.IMAGE, packed_id(_CHECKPOINT_ID), (segment.descriptor,), owner=segment))
         link.send(Frame(FrameKind.ORDER, to_bytes(order)))
 
-    def close_orphans(self) -> None:
-        """Closes the segments that no process was given, since they were being read, once they are not any more."""
-        for number in self._orphans - self.leased() if self._orphans else ():
-            self._orphans.discard(number)
-            self._segments.close(number)
-
     async def _watch(self) -> None:
-        """Kills a process that gives no heartbeat for longer than what it does may take."""
+        """Kills a process that is silent for longer than what it does may take, or does not end when it should."""
         while True:
             await anyio.sleep(_WATCH_S)
-            page = self.page
+            page, end = self.page, self._end
             if self.link is None or page is None:
                 continue
-            if (silent_s := page.overdue_s()) > 0:
-                _log.error("lane_silent", generation=self.generation, silent_s=round(silent_s, 1), pid=self.pid)
+            overdue_s = page.overdue_s()
+            if overdue_s > 0:
+                _log.error("lane_silent", generation=self.generation, silent_s=round(overdue_s, 1), pid=self.pid)
                 with suppress(ProcessLookupError):
                     os.kill(self.pid, _STACKS_SIGNAL)
                 await anyio.sleep(_DUMP_S)
-                if page is self.page and page.overdue_s() > 0:  # the signal may have ended a wait
-                    self._silent = f"the lane has given no heartbeat for {silent_s:.0f} s"
-                    self.kill()
+                if end is self._end and page.overdue_s() > 0:  # the signal may have ended a wait
+                    end.silent = f"the lane has given no heartbeat for {overdue_s:.0f} s"
+                    kill_group(self.pid)
+            elif end.building and end.age_s > self._build_s:
+                end.silent = f"the lane has not been built within {self._build_s:.0f} s"
+                kill_group(self.pid)
+            elif self.link.ended.is_set() or time.monotonic() > end.exits_by_s:
+                await anyio.sleep(_DUMP_S)
+                if end is self._end:
+                    kill_group(self.pid)
 
 
-def out_of_memory() -> int:
-    """Returns how many processes of this cgroup were killed because it had no memory; 0 if that is not known."""
-    with suppress(OSError, ValueError, IndexError):
-        group = Path("/proc/self/cgroup").read_text(encoding="ascii").split("::", 1)[1].strip()
-        events = Path(f"/sys/fs/cgroup{group}/memory.events").read_text(encoding="ascii")
-        return int(events.partition("oom_kill ")[2].split()[0])
-    return 0
+@dataclass(slots=True)
+class _End:
+    """How a process ends, as far as it is known."""
+
+    started_s: float = field(default_factory=time.monotonic)
+    out_of_memory: int = field(default_factory=out_of_memory)
+    building: bool = True
+    exits_by_s: float = math.inf
+    code: int | None = None
+    fault: str = ""
+    silent: str = ""
+    raised: str = ""
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the start of the process."""
+        return time.monotonic() - self.started_s
+
+    def described(self, detail: str) -> tuple[str, str]:
+        """Returns the kind and the cause of the end; `detail` has the end of its standard error."""
+        killed = self.code is not None and self.code < 0
+        if killed:
+            detail = detail.replace(f"ended with code {self.code}", f"was killed by {_signal_name(-(self.code or 0))}")
+        if self.raised:
+            return "raised", self.raised
+        if self.silent:
+            return "silent", f"{self.silent}; it {detail}"
+        if self.fault:
+            return "connection", f"{self.fault}; it {detail}"
+        if out_of_memory() > self.out_of_memory:
+            return "out_of_memory", f"the cgroup is out of memory; it {detail}"
+        return ("killed" if killed else "exited"), f"it {detail}"
 
 
 def _signal_name(number: int) -> str:

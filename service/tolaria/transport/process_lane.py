@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -30,12 +32,16 @@ from tolaria.lane.messages import (
     SnapshotsChanged,
     Stop,
 )
+from tolaria.lane.order import RestorePlan
 from tolaria.transport.lane_images import HeldSegments, LaneImages
 from tolaria.transport.lane_process import LaneProcess
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.wire import Frame, FrameKind, packed_id, unpacked_events, unpacked_id
 
 _COMMANDS_UNANSWERED_MAX: Final = 256
+
+_SOUND_LIFE_S: Final = 600.0
+"""Seconds after which an exception is no repetition of those before it."""
 
 _SAME_FAILURES_MAX: Final = 3
 """Exceptions in a row of which the last one ends the run if they are the same.
@@ -50,13 +56,16 @@ _log = structlog.get_logger(__name__)
 class ProcessLane:
     """A `LaneHandle` of the run. Used on the event loop only; `serve` is its task.
 
-    The first process resumes from `checkpoint`, an image and the run's adjustments of learning rates, if there is one.
+    Between the loss of a process and the next one that is ready, it refuses commands and forgets holds and orders: the
+    run repeats what it still wants after `LaneRestarted`.
 
-    Between the loss of a process and the next one that is ready, it refuses commands and forgets holds: the run
-    repeats what it still wants after `LaneRestarted`.
+    Args:
+        settings: the lane is built from them.
+        checkpoint: the first process resumes from it, an image and the run's adjustments of learning rates.
 
     Attributes:
         images: the pool through which run and lane exchange images.
+        plan: says what a process after the first one restores; as `LaneOwner.next_plan`.
     """
 
     def __init__(
@@ -64,19 +73,23 @@ class ProcessLane:
     ) -> None:
         segments = HeldSegments()
         self.images = LaneImages(segments, self._send)
+        self.plan: Callable[[], Awaitable[tuple[RestorePlan, StateImage | None]]] = self._first_plan
+        self._settings = settings.lane
+        self._checkpoint = checkpoint
         self._segments = segments
-        self._process = LaneProcess(
-            settings, segments, on_frames=self._on_frames, on_lost=self._on_lost, on_over=self._on_over
-        )
-        self._process.leased = lambda: self.images.being_read
-        self._process.checkpoint = checkpoint
+        self._process = LaneProcess(settings, segments, self)
+        self._digests: tuple[str, ...] = ()
+        self._next_segment = 1
+        self._orphans = set[int]()
         self._events: list[Event] = []
         self._notify: Callable[[], object] = lambda: None
         self._unanswered: set[int] = set()
         self._ready: LaneReady | LaneEnded | None = None
         self._opened = anyio.Event()
-        self._answering = self._over = False
+        self._answering = self._over = self._stopping = False
+        self._deaths: deque[float] = deque()
         self._failures: list[str] = []
+        self._ready_at_s = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.get_ident()
 
@@ -84,11 +97,7 @@ class ProcessLane:
         """Keeps the lane running until it has ended, is given up, or this is cancelled."""
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         await self._process.serve()
-        if not self._over:  # stopped while there was no process that could answer
-            ended = LaneEnded(0, None)
-            self._open_with(ended)
-            self._events.append(ended)
-            self._notify()
+        self._end(LaneEnded(0, None))  # stopped while there was no process that could answer
 
     async def open(self) -> LaneReady | None:
         """Waits until the lane is built; returns what it has built, or None if it was stopped before.
@@ -114,7 +123,7 @@ class ProcessLane:
         """Sends a command. Raises LaneError when too many are unanswered, or there is no process that could answer."""
         page = self._process.page
         if isinstance(command, Stop):
-            self._process.wanted = False
+            self._process.wanted, self._stopping = False, True
         elif isinstance(command, Hold | Release) and page is not None:
             page.hold(command.number if isinstance(command, Hold) else 0)
         if not self._answering:
@@ -149,9 +158,10 @@ class ProcessLane:
         page = self._process.page
         return ("", 0.0) if page is None else page.phase()
 
-    # -- what the process sends --------------------------------------------------------------------------------------
+    # -- the owner of the process ------------------------------------------------------------------------------------
 
-    def _on_frames(self, frames: Sequence[Frame]) -> None:
+    def on_frames(self, frames: Sequence[Frame]) -> None:
+        """Takes what a process has sent."""
         for frame in frames:
             match frame.kind:
                 case FrameKind.EVENTS:
@@ -160,7 +170,7 @@ class ProcessLane:
                 case FrameKind.SEGMENTS:
                     self._take_segments(frame)
                 case FrameKind.SEGMENTS_FREED:
-                    for number in json.loads(frame.content):
+                    for number in numbers_of(frame):
                         self._segments.close(number)
                 case FrameKind.IMAGE:
                     image_id, rest = unpacked_id(frame.content)
@@ -172,6 +182,42 @@ class ProcessLane:
         if self._events:
             self._notify()
 
+    def on_lost(self, kind: str, cause: str, batch: tuple[int, int] | None) -> None:
+        """Reports a process that has ended, or the end of the lane if too many have died."""
+        now_s, settings = time.monotonic(), self._settings
+        self._deaths.append(now_s)
+        while self._deaths[0] < now_s - settings.restarts_within_s:
+            self._deaths.popleft()
+        if len(self._deaths) > settings.restarts_max:
+            self._process.abandon()
+            self.on_over(
+                f"the lane has died {len(self._deaths)} times within {settings.restarts_within_s:g} s: {cause}"
+            )
+            return
+        self._lost()
+        self._events.append(LaneLost(self._process.generation, kind, cause, batch))
+        self._notify()
+
+    def on_over(self, cause: str) -> None:
+        """Reports the end of the lane; a death after `Stop` is no failure."""
+        self._lost()
+        self._end(LaneEnded(0, None if self._stopping else Failure.of(LaneFailedError(cause))))
+
+    def memory(self) -> tuple[tuple[str, ...], int, set[int]]:
+        """Returns what a process gets to know of the memory of those before it."""
+        self._orphans |= self.images.being_read
+        return self._digests, self._next_segment, self._orphans
+
+    async def next_plan(self) -> tuple[RestorePlan, StateImage | None]:
+        """Returns what the next process restores."""
+        return await self.plan()
+
+    async def _first_plan(self) -> tuple[RestorePlan, StateImage | None]:
+        image, decided = self._checkpoint or (None, ())
+        return RestorePlan(decided=decided), image
+
+    # -- what the process sends --------------------------------------------------------------------------------------
+
     def _on_event(self, data: bytes) -> None:
         event = encoding.from_bytes(data)
         if not isinstance(event, Event):
@@ -179,63 +225,77 @@ class ProcessLane:
         if isinstance(event, CommandDone):
             self._unanswered.discard(event.command_id)
         elif isinstance(event, SnapshotsChanged):
-            self._process.close_orphans()
-            self._process.digests = tuple(point.digest for point in event.points if point.digest is not None)
+            self._digests = tuple(point.digest for point in event.points if point.digest is not None)
+            self._close_orphans()
         elif isinstance(event, LaneEnded):
-            self._answering = False
-            if event.failure is not None and not self._same_again(event.failure):
-                return  # the process ends, and the next one tries again
-            self._process.wanted, self._over = False, True
+            self._on_lane_ended(event)
+            return
         self._events.append(event)
 
+    def _on_lane_ended(self, event: LaneEnded) -> None:
+        """Ends the lane, unless another process is to try again after an exception of the job's."""
+        self._answering = False
+        if event.failure is not None and not self._stopping and not self._same_again(event.failure):
+            self._process.ends(str(event.failure))
+            return
+        self._process.wanted = False
+        self._process.ends()
+        self._end(event)
+
     def _same_again(self, failure: Failure) -> bool:
-        """Counts an exception of the job's; returns whether it was the same once too often."""
-        self._process.raised = raised = str(failure)
+        """Counts an exception of the job's; returns whether it was the same once too often in a row."""
+        raised = str(failure)
         _log.error("lane_raised", error=raised, exception=failure.traceback)
+        if time.monotonic() - self._ready_at_s > _SOUND_LIFE_S:
+            self._failures = []
         self._failures = [*(each for each in self._failures if each == raised), raised]
-        return len(self._failures) >= _SAME_FAILURES_MAX or not self._process.wanted
+        return len(self._failures) >= _SAME_FAILURES_MAX
 
     def _take_segments(self, frame: Frame) -> None:
-        numbers = json.loads(frame.content)
+        numbers = numbers_of(frame)
         if len(numbers) != len(frame.descriptors):
             raise WireError(f"{len(numbers)} segments came with {len(frame.descriptors)} descriptors")
         self._segments.put(dict(zip(numbers, frame.descriptors, strict=True)))
-        self._process.next_segment = max([self._process.next_segment, *(number + 1 for number in numbers)])
+        self._next_segment = max([self._next_segment, *(number + 1 for number in numbers)])
+
+    def _close_orphans(self) -> None:
+        """Closes the segments that no process was given, since they were being read, once they are not any more."""
+        for number in self._orphans - self.images.being_read if self._orphans else ():
+            self._orphans.discard(number)
+            self._segments.close(number)
 
     def _on_ready(self, content: bytes) -> None:
-        """Handles a lane that has been built; the first one, or none, ends `open`."""
+        """Handles a lane that has been built and has restored its state, or could not."""
         ready = encoding.from_bytes(content)
         if isinstance(ready, LaneReady):
-            self._answering = self._process.wanted = True
+            self._answering = self._process.wanted = not self._stopping
+            self._process.built()
+            self._ready_at_s = time.monotonic()
             if self._opened.is_set():
                 self._events.append(LaneRestarted(self._process.generation, ready))
-        elif not isinstance(ready, LaneEnded):
+        elif isinstance(ready, LaneEnded):
+            self._process.ends(str(ready.failure))
+        else:
             raise WireError(f"the lane sent a {type(ready).__name__}")
-        elif ready.failure is not None:
-            self._process.raised = str(ready.failure)
         self._open_with(ready)
+
+    # -- ends --------------------------------------------------------------------------------------------------------
 
     def _open_with(self, ready: LaneReady | LaneEnded) -> None:
         if not self._opened.is_set():
-            self._ready, self._process.checkpoint = ready, None
+            self._ready, self._checkpoint = ready, None
             self._opened.set()
 
-    # -- the process's ends ------------------------------------------------------------------------------------------
-
-    def _on_lost(self, kind: str, cause: str, batch: tuple[int, int] | None) -> None:
+    def _lost(self) -> None:
         self._answering = False
         self._unanswered.clear()
         self.images.lost()
-        self._events.append(LaneLost(self._process.generation, kind, cause, batch))
-        self._notify()
 
-    def _on_over(self, cause: str) -> None:
-        self._answering = False
-        ended = LaneEnded(0, Failure.of(LaneFailedError(cause)))
-        self._open_with(ended)
+    def _end(self, event: LaneEnded) -> None:
         if not self._over:
             self._over = True
-            self._events.append(ended)
+            self._open_with(event)
+            self._events.append(event)
             self._notify()
 
     # -- sending -----------------------------------------------------------------------------------------------------
@@ -255,3 +315,11 @@ class ProcessLane:
         elif self._loop is not None:
             with suppress(RuntimeError):  # the loop has been closed: there is no lane any more
                 self._loop.call_soon_threadsafe(self._send, frame)
+
+
+def numbers_of(frame: Frame) -> list[int]:
+    """Returns the numbers of the segments in a frame. Raises WireError if there are none, or other values."""
+    numbers = json.loads(frame.content)
+    if not isinstance(numbers, list) or not all(isinstance(number, int) and number > 0 for number in numbers):
+        raise WireError(f"a {frame.kind.name.lower()} frame holds no numbers of segments")
+    return numbers

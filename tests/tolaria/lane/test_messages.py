@@ -19,12 +19,13 @@ from tolaria.lane import messages
 from tolaria.lane.encoding import from_bytes as decoded
 from tolaria.lane.encoding import to_bytes as encoded
 from tolaria.lane.messages import Command, CommandDone, Event, Failure, LaneEnded, LaneReady, Result, RunEpoch, Stop
+from tolaria.lane.order import LaneOrder
 from tolaria.values.encoding import EncodingError
 from tolaria.values.gradients import SeedMetrics, SeedMetricSet
 from tolaria.values.optimization import Adjustment
 from tolaria.values.training import HOST, Evaluation, Position
 
-MESSAGES: list[type[Any]] = [*get_args(Command), *get_args(Event), LaneReady, messages.LaneOrder]
+MESSAGES: list[type[Any]] = [*get_args(Command), *get_args(Event), LaneReady, LaneOrder]
 
 INTS = st.integers(-(2**70), 2**70)
 FLOATS = st.floats(allow_nan=False)

@@ -308,7 +308,7 @@ async def test_garbage_ends_the_link(garbage: bytes) -> None:
     assert contents(ends.frames) == [b"x"]
 
 
-@pytest.mark.parametrize("error", [WireError, ValueError])
+@pytest.mark.parametrize("error", [WireError, ValueError, TypeError, KeyError])
 async def test_refused_frames_end_the_link(error: type[Exception]) -> None:
     """The reason of whoever handles the frames is the fault."""
 
@@ -318,7 +318,8 @@ async def test_refused_frames_end_the_link(error: type[Exception]) -> None:
     async with served(refuse) as ends:
         send(ends.peer, Frame(FrameKind.READY, b"x"))
         await ends.link.ended.wait()
-        assert (ends.link.fault, ends.frames) == ("not like this", [])
+        assert "not like this" in ends.link.fault
+        assert ends.frames == []
 
 
 async def test_the_end_of_the_peer_ends_the_link() -> None:

@@ -198,12 +198,40 @@ def test_a_killed_service_leaves_no_process(tmp_path: Path) -> None:
     with serve(*arguments, "training.epochs=1000000", cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for(lambda: status(stub).global_step > 5)
         lane = lane_of(service)
-        children = Path(f"/proc/{lane}/task/{lane}/children").read_text().split()
-        workers = [pid for pid in map(int, children) if is_alive(pid)]
-        assert len(workers) >= 2
+        wait_for(lambda: len(workers_of(lane)) == 2)
+        workers = workers_of(lane)
         service.process.kill()
         service.wait()
         wait_for(lambda: not any(map(is_alive, [lane, *workers])))
+
+
+def workers_of(lane: int) -> list[int]:
+    """Returns the processes that the lane has started."""
+    children = Path(f"/proc/{lane}/task/{lane}/children").read_text().split()
+    return [pid for pid in map(int, children) if is_alive(pid)]
+
+
+def test_a_secret_does_not_pass_to_the_lane_nor_stop_it(tmp_path: Path) -> None:
+    """It is for commands of the controller, which the service checks."""
+    secret = ["leyline.secret=0123456789abcdef0123456789abcdef", "training.epochs=2", "service.exit_when_done=true"]
+    with serve(*JOB, *secret, cwd=tmp_path) as service:
+        assert service.wait(60) == 0
+    assert "tolaria.lane_lost" not in [line["event"] for line in service.events()]
+
+
+@pytest.mark.parametrize("how", ["stop", "drain"])
+def test_a_run_can_be_ended_while_its_lane_is_being_started_again(how: str, tmp_path: Path) -> None:
+    """It is stopped, or drained, and not failed: neither waits for the lane."""
+    with serve(*ENDLESS, "service.exit_when_done=true", cwd=tmp_path) as service, stub_of(service) as stub:
+        wait_for(lambda: status(stub).global_step > 100)
+        os.kill(lane_of(service), signal.SIGKILL)
+        wait_for(lambda: status(stub).state == RECOVERING)
+        if how == "stop":
+            stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=20)
+        else:
+            service.terminate()
+        assert service.wait(30) == 0
+    assert service.events()[-1]["outcome"] == ("stopped" if how == "stop" else "drained")
 
 
 def test_the_first_rpc_is_answered_before_torch_is_imported(peers: list[str], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tolaria.config.settings import ControlSettings as ControlSettings
 from tolaria.config.settings import FastPathSettings as FastPathSettings
 from tolaria.config.settings import GradientsSettings as GradientsSettings
 from tolaria.config.settings import KasminaSettings as KasminaSettings
+from tolaria.config.settings import LaneSettings as LaneSettings
 from tolaria.config.settings import LeylineSettings as LeylineSettings
 from tolaria.config.settings import LoggingSettings as LoggingSettings
 from tolaria.config.settings import OptimizerSettings as OptimizerSettings

@@ -32,6 +32,7 @@ from tolaria.transport.lane_images import HeldSegments
 from tolaria.transport.lane_link import LaneLink
 from tolaria.wire import DESCRIPTORS_MAX, Frame, FrameKind, packed_id
 
+PROGRAM: Final = (sys.executable, "-m", "tolaria.lane")
 _START_S: Final = 60.0
 _STOP_S: Final = 2.0
 _LIVED_S: Final = 60.0
@@ -142,6 +143,7 @@ class LaneProcess(ChildSupervisor):
             if child is not None:
                 self._end.code = child.process.returncode
                 kill_group(child.process.pid)
+                self._end.without_memory = await anyio.to_thread.run_sync(out_of_memory) > self._end.out_of_memory
 
     def abandon(self) -> None:
         """Ends `serve`, and the process, whatever it does."""
@@ -191,13 +193,13 @@ class LaneProcess(ChildSupervisor):
     # -- parts -------------------------------------------------------------------------------------------------------
 
     async def _start(self) -> ChildProcess:
-        self.page, self._end = LanePage.create(), _End()
+        self.page, self._end = LanePage.create(), _End(await anyio.to_thread.run_sync(out_of_memory))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         stdout = os.dup(1)
         try:
             descriptors = {"connection": theirs.fileno(), "page": self.page.segment.descriptor, "stdout": stdout}
             arguments = [f"--{name}={descriptor}" for name, descriptor in descriptors.items()]
-            program = (sys.executable, "-m", "tolaria.lane", f"--service-pid={os.getpid()}", *arguments)
+            program = (*PROGRAM, f"--service-pid={os.getpid()}", *arguments)
             self.command = replace(self.command, arguments=program, descriptors=tuple(descriptors.values()))
             child = await super().start()
         except BaseException:
@@ -257,10 +259,11 @@ class LaneProcess(ChildSupervisor):
 
 @dataclass(slots=True)
 class _End:
-    """How a process ends, as far as it is known."""
+    """How a process ends, as far as it is known. `out_of_memory` is the function's value at its start."""
 
+    out_of_memory: int = 0
     started_s: float = field(default_factory=time.monotonic)
-    out_of_memory: int = field(default_factory=out_of_memory)
+    without_memory: bool = False
     building: bool = True
     exits_by_s: float = math.inf
     code: int | None = None
@@ -284,7 +287,7 @@ class _End:
             return "silent", f"{self.silent}; it {detail}"
         if self.fault:
             return "connection", f"{self.fault}; it {detail}"
-        if out_of_memory() > self.out_of_memory:
+        if self.without_memory:
             return "out_of_memory", f"the cgroup is out of memory; it {detail}"
         return ("killed" if killed else "exited"), f"it {detail}"
 

@@ -14,6 +14,7 @@ import itertools
 import json
 import mmap
 import os
+import resource
 import struct
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,9 +32,22 @@ ALIGNMENT_BYTES: Final = 64
 """A cache line, and a multiple of every element size."""
 
 PREAMBLE_BYTES: Final = 64
+_DESCRIPTORS: Final = 2**16
 _PREAMBLE: Final = struct.Struct("<QQ16s")  # offset of the header, its length, its digest
 _EMPTY: Final = bytes(_PREAMBLE.size)
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def allow_descriptors() -> int:
+    """Raises the limit of open descriptors as far as the system lets this process; returns how many segments fit.
+
+    Each large tensor that is not trained has a segment, which costs a descriptor here and in the service.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(soft, wanted) // 2
 
 
 class Segment:

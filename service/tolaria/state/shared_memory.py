@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tolaria.images import TensorSpec
-from tolaria.segments import PREAMBLE_BYTES, Segment, placed_bytes
+from tolaria.segments import PREAMBLE_BYTES, Segment, allow_descriptors, placed_bytes
 from tolaria.state.arenas import Arena
 
 
@@ -29,13 +29,17 @@ class SharedMemory:
         self.held = {segment.number: segment for segment in held}
         """Segments that no arena has taken over yet; to be emptied once the images in them have been adopted."""
         self._numbers = itertools.count(next_number)
+        self._room = allow_descriptors()
+        self._live = 0
         self._fresh: deque[Segment] = deque()
         self._freed: deque[int] = deque()
         for segment in self.held.values():
             self._watch(segment)
 
     def __call__(self, size_bytes: int, pinned: bool) -> tuple[Tensor, Segment]:
-        """Allocates memory, as `Allocate` says. Raises MemoryError."""
+        """Allocates memory, as `Allocate` says. Raises MemoryError, also if there are too many segments."""
+        if self._live >= self._room:
+            raise MemoryError(f"{self._live} segments of shared memory are all that the limit of open files allows")
         segment = Segment.create(next(self._numbers), size_bytes)
         self._watch(segment)
         self._fresh.append(segment)
@@ -50,7 +54,12 @@ class SharedMemory:
         return [self._freed.popleft() for _ in range(len(self._freed))]
 
     def _watch(self, segment: Segment) -> None:
-        weakref.finalize(segment, self._freed.append, segment.number).atexit = False
+        self._live += 1
+        weakref.finalize(segment, self._forget, segment.number).atexit = False
+
+    def _forget(self, number: int) -> None:
+        self._live -= 1
+        self._freed.append(number)
 
 
 def arena_in(segment: Segment, specs: tuple[TensorSpec, ...], *, pinned: bool) -> Arena:

@@ -26,7 +26,7 @@ from tolaria.images import StateImage
 from tolaria.lane.encoding import to_bytes
 from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.processes import ChildCommand, ChildProcess, ChildSupervisor, RestartPolicy
-from tolaria.segments import share
+from tolaria.segments import allow_descriptors, share
 from tolaria.signals.lane_page import LanePage
 from tolaria.transport.lane_images import HeldSegments
 from tolaria.transport.lane_link import LaneLink
@@ -100,6 +100,7 @@ class LaneProcess(ChildSupervisor):
             start_timeout_s=_START_S,
             stop_timeout_s=_STOP_S,
         )
+        allow_descriptors()
         self._settings = settings
         self._segments = segments
         self._owner = owner

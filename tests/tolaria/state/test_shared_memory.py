@@ -630,3 +630,15 @@ def test_numbers_are_never_used_again() -> None:
     assert [segment.number for segment in memory.take_fresh()] == numbers == [8, 9, 10]
     gc.collect()
     assert sorted(memory.take_freed()) == [3, 8, 9, 10]
+
+
+def test_there_are_no_more_segments_than_the_limit_of_open_files_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allocation fails as it does without memory, and goes on when segments have been freed."""
+    monkeypatch.setattr("tolaria.state.shared_memory.allow_descriptors", lambda: 2)
+    memory = SharedMemory()
+    first, second = memory(64, False), memory(64, False)
+    with pytest.raises(MemoryError, match="2 segments of shared memory are all"):
+        memory(64, False)
+    memory.take_fresh()
+    del first
+    assert memory(64, False)[1] is not second[1]

@@ -47,7 +47,7 @@ def allow_descriptors() -> int:
     wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return max(soft, wanted) // 2
+    return max(soft, wanted) // 3  # the service maps those of an image while it is being written
 
 
 class Segment:
@@ -82,7 +82,13 @@ class Segment:
     def __del__(self) -> None:
         """Closes the descriptor. The memory stays mapped for as long as anything here refers to it."""
         if hasattr(self, "memory"):
-            os.close(self.descriptor)
+            self.close_descriptor()
+
+    def close_descriptor(self) -> None:
+        """Closes the descriptor, which is needed only to pass the segment on; the mapping has one too."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def clear(self) -> None:
         """Marks the segment as one without a header."""
@@ -217,4 +223,7 @@ def segments_frame(segments: Sequence[Segment]) -> Frame:
 def segments_of(frame: Frame) -> dict[int, Segment]:
     """Returns the segments of a frame by number, mapped here."""
     numbers = json.loads(frame.content)
-    return {number: Segment(number, fd) for number, fd in zip(numbers, frame.descriptors, strict=True)}
+    found = {number: Segment(number, fd) for number, fd in zip(numbers, frame.descriptors, strict=True)}
+    for segment in found.values():
+        segment.close_descriptor()  # its sender holds it
+    return found

@@ -128,6 +128,8 @@ class LaneConnection:
         for start in range(0, len(fresh), DESCRIPTORS_MAX):
             part = fresh[start : start + DESCRIPTORS_MAX]
             send(self._connection, segments_frame(part))
+            for segment in part:
+                segment.close_descriptor()  # the service holds it from now on
 
     def _send_frames(self, events: Sequence[Event]) -> None:
         encoded, size_bytes = [], 0

@@ -43,7 +43,9 @@ class HeldSegments(Mapping[int, Segment]):
     def __getitem__(self, number: int) -> Segment:
         descriptor = os.dup(self._descriptors[number])
         try:
-            return Segment(number, descriptor)
+            segment = Segment(number, descriptor)
+            segment.close_descriptor()
+            return segment
         except (OSError, ValueError):
             os.close(descriptor)
             raise

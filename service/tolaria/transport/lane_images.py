@@ -44,11 +44,11 @@ class HeldSegments(Mapping[int, Segment]):
         descriptor = os.dup(self._descriptors[number])
         try:
             segment = Segment(number, descriptor)
-            segment.close_descriptor()
-            return segment
         except (OSError, ValueError):
             os.close(descriptor)
             raise
+        segment.close_descriptor()
+        return segment
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._descriptors)

@@ -151,7 +151,7 @@ def test_a_paused_run_is_paused_after_a_death(tmp_path: Path) -> None:
         wait_for(lambda: losses(service) != [])
         with pytest.raises(grpc.RpcError) as refused:
             stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id="c", reason="now"), timeout=10)
-        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert refused.value.code() is grpc.StatusCode.ABORTED
         wait_for(lambda: recoveries(service) == 1, 60)
         step = status(stub).global_step
         time.sleep(0.5)
@@ -221,7 +221,7 @@ def test_a_secret_does_not_pass_to_the_lane_nor_stop_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["stop", "drain"])
 def test_a_run_can_be_ended_while_its_lane_is_being_started_again(how: str, tmp_path: Path) -> None:
-    """It is stopped, or drained, and not failed: neither waits for the lane."""
+    """It is stopped, or drained, and not failed, after a last checkpoint of the state that is restored."""
     with serve(*ENDLESS, "service.exit_when_done=true", cwd=tmp_path) as service, stub_of(service) as stub:
         wait_for(lambda: status(stub).global_step > 100)
         os.kill(lane_of(service), signal.SIGKILL)
@@ -232,6 +232,7 @@ def test_a_run_can_be_ended_while_its_lane_is_being_started_again(how: str, tmp_
             service.terminate()
         assert service.wait(30) == 0
     assert service.events()[-1]["outcome"] == ("stopped" if how == "stop" else "drained")
+    assert last_checkpoint(tmp_path)[0] > 0
 
 
 def test_the_first_rpc_is_answered_before_torch_is_imported(peers: list[str], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ STATUSES: Final[tuple[tuple[type[TolariaError], int, str], ...]] = (
     (errors.BreakerOpenError, code_pb2.UNAVAILABLE, "BREAKER_OPEN"),
     (errors.CallRefusedError, code_pb2.UNAVAILABLE, "CALL_REFUSED"),
     (errors.PeerUnavailableError, code_pb2.UNAVAILABLE, "PEER_UNAVAILABLE"),
-    (errors.LaneLostError, code_pb2.UNAVAILABLE, "LANE_LOST"),
+    (errors.LaneLostError, code_pb2.ABORTED, "LANE_LOST"),
     (errors.LaneError, code_pb2.ABORTED, "LANE_ENDED"),
     (errors.NoCheckpointError, code_pb2.NOT_FOUND, "NO_RESTORE_POINT"),
     (errors.RestoreAbandonedError, code_pb2.DEADLINE_EXCEEDED, "ROLLBACK_DEADLINE"),

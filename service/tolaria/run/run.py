@@ -161,7 +161,9 @@ class TrainingRun(RunOperations):
             return
         if hold:
             self._lane.hold("exit")
+        lane = self._lane
         with anyio.move_on_after(_LAST_CHECKPOINT_S), suppress(TolariaError):  # counted and logged by checkpointing
+            await self._status.feed.until(lambda: not lane.lost or lane.ended is not None)
             await self._wait_for_rollback()
             if not self._parts.recovery.unsound:
                 await self._parts.checkpointing.create(reason)

@@ -301,10 +301,11 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
     boundaries = sorted(status.boundaries_ms)
     phase, phase_s = ("", 0.0) if status.state in _ENDED else status.lane_phase()
     recovering = bool(status.recovering) and status.state == admin.RUN_STATE_RUNNING
+    reasons = ("" if recovering else status.state_reason, "" if status.state in _ENDED else status.recovering)
     return admin.GetStatusResponse(
         run_id=status.run_id,
         state=admin.RUN_STATE_RECOVERING if recovering else status.state,
-        state_reason=status.recovering if recovering else status.state_reason,
+        state_reason="; ".join(filter(None, reasons)),
         job=status.job,
         epoch=status.epoch,
         epochs=status.epochs,

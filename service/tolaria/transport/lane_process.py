@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,8 @@ _WATCH_S: Final = 0.25
 _DUMP_S: Final = 0.2
 _LAST_FRAMES_S: Final = 2.0
 _LINE_MAX: Final = 2000
+_LINES_KEPT: Final = 200
+_LINES_SHOWN: Final = 5
 _STACKS_SIGNAL: Final = signal.SIGUSR1
 _CHECKPOINT_ID: Final = 1
 
@@ -179,6 +182,7 @@ class LaneProcess(ChildSupervisor):
         if len(self._line) > _LINE_MAX:
             lines, newline, self._line = lines + newline + self._line, "\n", ""
         if newline and lines.strip():
+            self._end.lines.extend(line for line in lines.splitlines() if not line.startswith("Extension modules:"))
             _log.info("lane_wrote", text=lines)
 
     def on_ended(self, detail: str, restart_in_s: float) -> None:
@@ -271,6 +275,7 @@ class _End:
     fault: str = ""
     silent: str = ""
     raised: str = ""
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=_LINES_KEPT))
 
     @property
     def age_s(self) -> float:
@@ -278,8 +283,11 @@ class _End:
         return time.monotonic() - self.started_s
 
     def described(self, detail: str) -> tuple[str, str]:
-        """Returns the kind and the cause of the end; `detail` has the end of its standard error."""
+        """Returns the kind and the cause of the end, with the last lines of its standard error, or where it crashed."""
         killed = self.code is not None and self.code < 0
+        crash = next((n for n, line in enumerate(self.lines) if line.startswith("Current thread")), -_LINES_SHOWN)
+        shown = "\n".join([*self.lines][crash:][:_LINES_SHOWN]).strip()
+        detail = detail.partition(": ")[0] + (f": {shown}" if shown else "")
         if killed:
             detail = detail.replace(f"ended with code {self.code}", f"was killed by {_signal_name(-(self.code or 0))}")
         if self.raised:

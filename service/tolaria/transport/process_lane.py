@@ -190,9 +190,8 @@ class ProcessLane:
             self._deaths.popleft()
         if len(self._deaths) > settings.restarts_max:
             self._process.abandon()
-            self.on_over(
-                f"the lane has died {len(self._deaths)} times within {settings.restarts_within_s:g} s: {cause}"
-            )
+            within, count = f"within {settings.restarts_within_s:g} s", len(self._deaths)
+            self.on_over(f"the lane has died {count} {'times' if count > 1 else 'time'} {within}, at last: {cause}")
             return
         self._lost()
         self._events.append(LaneLost(self._process.generation, kind, cause, batch))
@@ -201,6 +200,8 @@ class ProcessLane:
     def on_over(self, cause: str) -> None:
         """Reports the end of the lane; a death after `Stop` is no failure."""
         self._lost()
+        if not self._opened.is_set():
+            cause = f"the process of the lane has ended before the job was built: {cause}"
         self._end(LaneEnded(0, None if self._stopping else Failure.of(LaneFailedError(cause))))
 
     def memory(self) -> tuple[tuple[str, ...], int, set[int]]:
@@ -275,6 +276,8 @@ class ProcessLane:
                 self._events.append(LaneRestarted(self._process.generation, ready))
         elif isinstance(ready, LaneEnded):
             self._process.ends(str(ready.failure))
+            if self._opened.is_set() and ready.failure is not None and self._same_again(ready.failure):
+                self._process.wanted = False
         else:
             raise WireError(f"the lane sent a {type(ready).__name__}")
         self._open_with(ready)

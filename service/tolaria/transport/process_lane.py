@@ -210,8 +210,8 @@ class ProcessLane:
         return self._digests, self._next_segment, self._orphans
 
     async def next_plan(self) -> tuple[RestorePlan, StateImage | None]:
-        """Returns what the next process restores."""
-        return await self.plan()
+        """Returns what the next process restores; the first one resumes from the checkpoint that the run has loaded."""
+        return await (self.plan() if self._opened.is_set() else self._first_plan())
 
     async def _first_plan(self) -> tuple[RestorePlan, StateImage | None]:
         image, decided = self._checkpoint or (None, ())

@@ -71,9 +71,10 @@ async def running(script: str, monkeypatch: pytest.MonkeyPatch, **settings: obje
         tasks.start_soon(lane.lane.serve)
         lane.lane.start(lambda: lane.events.extend(lane.lane.take_events()))
         try:
+            lane.lane.plan = plan
             with anyio.fail_after(30):
                 await lane.lane.open()
-            lane.lane.plan = plan
+            assert lane.plans == 0  # the first process resumes from what the run has loaded
             yield lane
         finally:
             lane.lane.abandon()

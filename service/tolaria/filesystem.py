@@ -114,6 +114,11 @@ def read_exactly(files: Filesystem, descriptor: int, buffer: memoryview) -> None
         filled += taken
 
 
+def open_to_append(path: Path) -> int:
+    """Returns a descriptor of the file, created with mode 0600 if needed; follows no link. Raises OSError."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
 def remove_quietly(files: Filesystem, path: Path) -> None:
     """Removes a tree, ignoring errors; the next start removes whatever is left."""
     with contextlib.suppress(OSError):

@@ -9,8 +9,10 @@ inherit no descriptor (PEP 446).
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -20,6 +22,7 @@ from typing import Final
 import anyio
 
 _POLL_S: Final = 0.001
+_PR_SET_PDEATHSIG: Final = 1
 
 
 class _Forks:
@@ -85,6 +88,17 @@ async def without_forks() -> AsyncIterator[None]:
         yield
     finally:
         _forks.spawning.release()
+
+
+def end_with(parent: int) -> None:
+    """Has this process killed when the thread that started it ends, as far as the system can do that.
+
+    Does so at once if `parent`, the process of that thread, has ended already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _identity(descriptor: int) -> tuple[int, int]:

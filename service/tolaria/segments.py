@@ -23,10 +23,10 @@ from typing import Any, Final
 
 import xxhash
 
-from tolaria.errors import ImageDamagedError
+from tolaria.errors import ImageDamagedError, WireError
 from tolaria.images import Fingerprint, StateImage, TensorSpec
 from tolaria.values.training import Position
-from tolaria.wire import Frame, FrameKind
+from tolaria.wire import DESCRIPTORS_MAX, Frame, FrameKind
 
 ALIGNMENT_BYTES: Final = 64
 """A cache line, and a multiple of every element size."""
@@ -214,16 +214,25 @@ def _opened(description: Mapping[str, Any], first: Segment, segments: Mapping[in
     return OpenedImage(image, tuple(places), int(description["at_ns"]))
 
 
-def segments_frame(segments: Sequence[Segment]) -> Frame:
-    """Returns a frame with segments; their descriptors stay this process's own too."""
-    numbers = json.dumps([segment.number for segment in segments]).encode()
-    return Frame(FrameKind.SEGMENTS, numbers, tuple(segment.descriptor for segment in segments), owner=segments)
+def segments_frames(descriptors: Sequence[tuple[int, int]], owner: object = None) -> Iterator[Frame]:
+    """Yields frames with segments, given as pairs of number and descriptor, which stay this process's own too."""
+    for start in range(0, len(descriptors), DESCRIPTORS_MAX):
+        part = descriptors[start : start + DESCRIPTORS_MAX]
+        numbers = json.dumps([number for number, _ in part]).encode()
+        yield Frame(FrameKind.SEGMENTS, numbers, tuple(descriptor for _, descriptor in part), owner=owner)
+
+
+def numbers_of(frame: Frame) -> list[int]:
+    """Returns the numbers of the segments in a frame. Raises WireError if there are none, or other values."""
+    numbers = json.loads(frame.content)
+    if not isinstance(numbers, list) or not all(isinstance(number, int) and number > 0 for number in numbers):
+        raise WireError(f"a {frame.kind.name.lower()} frame holds no numbers of segments")
+    return numbers
 
 
 def segments_of(frame: Frame) -> dict[int, Segment]:
     """Returns the segments of a frame by number, mapped here."""
-    numbers = json.loads(frame.content)
-    found = {number: Segment(number, fd) for number, fd in zip(numbers, frame.descriptors, strict=True)}
+    found = {number: Segment(number, fd) for number, fd in zip(numbers_of(frame), frame.descriptors, strict=True)}
     for segment in found.values():
         segment.close_descriptor()  # its sender holds it
     return found

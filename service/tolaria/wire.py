@@ -49,7 +49,7 @@ class FrameKind(IntEnum):
     SEGMENTS_FREED = 6
     """Numbers of segments that hold nothing any more."""
     IMAGE = 7
-    """An image's id and the segments that it lies in."""
+    """An image's id; to the service with the number of the segment it begins in, to the lane with its only segment."""
     IMAGE_RELEASED = 8
     """To the lane: the id of an image of the lane's that is not read any more."""
     IMAGE_DISCARDED = 9

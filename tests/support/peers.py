@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol, cast
 
 import grpc
 import grpc.aio
+from anyio.from_thread import start_blocking_portal
 
 from leyline.v1 import kasmina_service_pb2 as kasmina
 from leyline.v1 import rollback_service_pb2 as rollback
@@ -183,3 +184,19 @@ async def serving(*servicers: FakeTamiyo | FakeKasmina | FakeParticipant, port: 
         yield f"127.0.0.1:{bound}"
     finally:
         await server.stop(None)
+
+
+@contextmanager
+def served_without_change(new_kasmina: Callable[[], FakeKasmina]) -> Iterator[list[str]]:
+    """Serves a Tamiyo that changes nothing, and this Kasmina, beside services that end; yields their settings."""
+
+    async def no_change(_state: object) -> None:
+        return None
+
+    @asynccontextmanager
+    async def both() -> AsyncIterator[str]:
+        async with serving(FakeTamiyo(no_change), new_kasmina(), FakeParticipant()) as address:
+            yield address
+
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(both()) as address:
+        yield [f"tamiyo.target={address}", f"kasmina.target={address}"]

@@ -8,18 +8,17 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 import grpc
 import pytest
-from anyio.from_thread import start_blocking_portal
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
-from support.peers import FakeKasmina, FakeParticipant, FakeTamiyo, serving
+from support.peers import FakeKasmina, served_without_change
 from support.processes import Serve, is_alive, serve, status, stub_of
 from support.waiting import wait_for
 
@@ -33,17 +32,8 @@ ENDLESS: Final = [*JOB, "training.epochs=100000000", "training.options.step_s=0.
 @pytest.fixture
 def peers() -> Iterator[list[str]]:
     """Runs a Tamiyo that changes nothing, so that runs differ in nothing but deaths; yields the settings."""
-
-    async def no_change(_state: object) -> None:
-        return None
-
-    @asynccontextmanager
-    async def both() -> AsyncIterator[str]:
-        async with serving(FakeTamiyo(no_change), FakeKasmina(), FakeParticipant()) as address:
-            yield address
-
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(both()) as address:
-        yield [f"tamiyo.target={address}", f"kasmina.target={address}"]
+    with served_without_change(FakeKasmina) as settings:
+        yield settings
 
 
 def lane_of(service: Serve) -> int:
@@ -68,10 +58,10 @@ def last_checkpoint(directory: Path) -> tuple[int, str]:
     return step, digest
 
 
-def undisturbed(peers: list[str], directory: Path) -> tuple[int, str]:
+def undisturbed(peers: list[str], directory: Path, *more: str) -> tuple[int, str]:
     """Returns step and digest with which a run ends whose lane does not die."""
     directory.mkdir()
-    with serve(*FINITE, *peers, "service.exit_when_done=true", cwd=directory) as service:
+    with serve(*FINITE, *peers, *more, "service.exit_when_done=true", cwd=directory) as service:
         assert service.wait() == 0
     assert losses(service) == []
     return last_checkpoint(directory)
@@ -99,6 +89,8 @@ def test_a_death_costs_nothing_but_time(how: str, kind: str, words: str, peers: 
     (lost,) = losses(service)
     assert lost["cause"] == kind
     assert words in str(lost["detail"])
+    if kind == "silent":  # the stacks say where it hung
+        assert "in die" in (tmp_path / "state" / "stacks.txt").read_text()
     assert any(words in str(incident) for incident in listed)
     assert last_checkpoint(tmp_path) == expected
     assert any(line["event"] == "tolaria.lane_recovered" for line in service.events())
@@ -292,6 +284,7 @@ KILLS: Final[list[Callable[[int], None]]] = [
 ]
 
 
+@pytest.mark.timeout(1800)
 def test_many_deaths_at_random_times_change_nothing(
     request: pytest.FixtureRequest, peers: list[str], tmp_path: Path
 ) -> None:
@@ -302,10 +295,11 @@ def test_many_deaths_at_random_times_change_nothing(
     deaths = 100 if request.config.getoption("--long") else 6
     rng = random.Random(11)
     slow = ["training.options.step_s=0.004", "rollback.every_steps=7", "checkpoint.every_steps=45"]
-    expected = undisturbed(peers, tmp_path / "undisturbed")
-    arguments = [*FINITE, *peers, *slow, "lane.restarts_max=1000", "lane.restart_pause_max_s=0.2"]
+    length = f"training.epochs={max(12, deaths)}"  # so long that the run does not end before the last death
+    expected = undisturbed(peers, tmp_path / "undisturbed", length)
+    arguments = [*FINITE, *peers, *slow, length, "lane.restarts_max=1000", "lane.restart_pause_max_s=0.2"]
     limits = ["emergency.heartbeat_timeout_s=2", "emergency.phase_timeout_s=30"]
-    with serve(*arguments, *limits, "training.epochs=6", cwd=tmp_path) as service, stub_of(service) as stub:
+    with serve(*arguments, *limits, cwd=tmp_path) as service, stub_of(service) as stub:
         with watched(stub) as latencies:
             used = list[tuple[int, int]]()
             for _ in range(deaths):
@@ -317,7 +311,7 @@ def test_many_deaths_at_random_times_change_nothing(
                 rng.choice(KILLS)(lane_of(service))
             wait_for(lambda: status(stub).state == admin.RUN_STATE_FINISHED, 240)
         answered = sorted(latencies)
-        assert len(losses(service)) >= min(deaths, 5)
+        assert len(losses(service)) >= deaths - 1
         assert last_checkpoint(tmp_path) == expected
         descriptors, threads = zip(*used, strict=True)
         assert max(descriptors[2:]) <= descriptors[1] + 4

@@ -6,12 +6,11 @@ import sqlite3
 import subprocess
 import sys
 import tarfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from anyio.from_thread import start_blocking_portal
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1 import kasmina_service_pb2 as kasmina
@@ -23,7 +22,7 @@ from leyline.v1.enums_pb2 import (
     SEED_STAGE_TRAINING,
 )
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
-from support.peers import Context, FakeKasmina, FakeParticipant, FakeTamiyo, serving
+from support.peers import Context, FakeKasmina, served_without_change
 from support.processes import Serve, python_path, serve, status, stub_of
 from support.waiting import wait_for
 
@@ -52,17 +51,8 @@ class GrowingKasmina(FakeKasmina):
 @pytest.fixture
 def peers() -> Iterator[list[str]]:
     """Runs peers whose answers depend on the state alone and that outlive services; yields their settings."""
-
-    async def no_change(_state: object) -> None:
-        return None
-
-    @asynccontextmanager
-    async def both() -> AsyncIterator[str]:
-        async with serving(FakeTamiyo(no_change), GrowingKasmina(), FakeParticipant()) as address:
-            yield address
-
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(both()) as address:
-        yield [f"tamiyo.target={address}", f"kasmina.target={address}"]
+    with served_without_change(GrowingKasmina) as settings:
+        yield settings
 
 
 def last_checkpoint(directory: Path) -> tuple[str, int, str]:

@@ -30,7 +30,7 @@ from tolaria.segments import (
     padded,
     placed,
     placed_bytes,
-    segments_frame,
+    segments_frames,
     segments_of,
     share,
 )
@@ -51,14 +51,15 @@ print(opened.image.verify().total, position.global_step, position.epoch, opened.
 FILLS = """
 import socket, sys
 from tolaria.images import StateImage, TensorSpec
-from tolaria.segments import segments_frame, share
+from tolaria.segments import segments_frames, share
 from tolaria.values.training import Position
 from tolaria.wire import send
 image = StateImage(Position(3, 1), (TensorSpec("a", "U8", (100_000,)),), {"a": memoryview(bytearray(100_000))}, b"{}")
 image.buffers["a"][:] = bytes(range(250)) * 400
 print(image.seal().total)
-segments = [share(image)]
-send(socket.socket(fileno=int(sys.argv[1])), segments_frame(segments))
+segment = share(image)
+(frame,) = segments_frames([(1, segment.descriptor)])
+send(socket.socket(fileno=int(sys.argv[1])), frame)
 """
 
 
@@ -150,7 +151,7 @@ def test_a_segment_outlives_the_process_that_filled_it() -> None:
         theirs.close()
         frame = FrameStream(ours).next()
     assert frame is not None
-    opened = open_image(segments_of(frame)[0], {})
+    opened = open_image(Segment(0, *frame.descriptors), {})
     assert opened.image.verify().total == digest
     assert opened.image.position == Position(3, 1)
 
@@ -160,7 +161,8 @@ def test_segments_travel_with_their_numbers() -> None:
     segments = [Segment.create(number, 10) for number in (5, 3, 9)]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
-        send(ours, segments_frame(segments))
+        (sent,) = segments_frames([(segment.number, segment.descriptor) for segment in segments])
+        send(ours, sent)
         frame = FrameStream(theirs).next()
     assert frame is not None
     found = segments_of(frame)

@@ -28,6 +28,7 @@ from typing import Self
 from leyline.v1.enums_pb2 import EMERGENCY_LEVEL_HALT
 from tolaria.emergency.protocol import SENTINEL, TOLARIA, Trigger
 from tolaria.errors import SignalError
+from tolaria.filesystem import open_to_append
 from tolaria.signals import ParticipantWriter, SignalBoard
 from tolaria.signals.layout import LanePhase
 
@@ -259,11 +260,6 @@ class Sentinel:
             _log("sentinel_cannot_mark_stacks", detail=str(error))
         self._service.send(DUMP_SIGNAL)
         _log("sentinel_asked_for_stacks", file=str(self._stacks))
-
-
-def open_to_append(path: Path) -> int:
-    """Returns a descriptor of the file, created with mode 0600 if needed; follows no link. Raises OSError."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -18,8 +18,9 @@ from anyio.abc import TaskStatus
 
 from tolaria.config import EmergencySettings, Settings
 from tolaria.emergency.controller import EmergencyController
-from tolaria.emergency.sentinel import DUMP_SIGNAL, open_to_append
+from tolaria.emergency.sentinel import DUMP_SIGNAL
 from tolaria.errors import BoardLostError, ConfigurationError
+from tolaria.filesystem import open_to_append
 from tolaria.processes import ChildCommand, ChildSupervisor, RestartPolicy
 from tolaria.signals import ParticipantWriter, SignalBoard, remove_stale_boards
 from tolaria.signals.lane_pulse import LanePulse

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import mmap
 import os
 import signal
-import sys
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,9 +16,9 @@ from typing import Any, Final, Protocol, runtime_checkable
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from tolaria import forks
 from tolaria.jobs.randomness import held_generators, seed_all, seed_globals
 
-_PR_SET_PDEATHSIG: Final = 1
 _SIGNALS: Final = frozenset({signal.SIGINT, signal.SIGTERM})
 
 
@@ -171,7 +169,7 @@ class WorkerStart:
         signal.signal(signal.SIGINT, _ignore)
         signal.signal(signal.SIGTERM, self._on_terminate)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        _end_with(self._parent)
+        forks.end_with(self._parent)
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, SeededItems):
             object.__setattr__(info, "dataset", info.dataset.dataset)  # what the user's function expects to find there
@@ -187,11 +185,3 @@ class WorkerStart:
 
 def _ignore(number: int, frame: FrameType | None) -> None:
     del number, frame
-
-
-def _end_with(parent: int) -> None:
-    """Has this process killed when the thread that started it ends, as far as the system can do that."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)

@@ -13,9 +13,9 @@ from tolaria.errors import LaneError, WireError
 from tolaria.images import ImagePool, Lease
 from tolaria.lane import encoding
 from tolaria.lane.messages import Command, CommandDone, Event, ImageCaptured, LaneEnded, Restore
-from tolaria.segments import Segment, open_image, segments_frame
+from tolaria.segments import Segment, open_image, segments_frames
 from tolaria.state.shared_memory import SharedMemory
-from tolaria.wire import DESCRIPTORS_MAX, Frame, FrameKind, FrameStream, packed_events, packed_id, send, unpacked_id
+from tolaria.wire import Frame, FrameKind, FrameStream, packed_events, packed_id, send, unpacked_id
 
 _FRAME_BYTES: Final = 2**18
 """Bytes of events after which a frame is sent without waiting for more."""
@@ -125,11 +125,10 @@ class LaneConnection:
 
     def _send_segments(self) -> None:
         fresh = self._memory.take_fresh()
-        for start in range(0, len(fresh), DESCRIPTORS_MAX):
-            part = fresh[start : start + DESCRIPTORS_MAX]
-            send(self._connection, segments_frame(part))
-            for segment in part:
-                segment.close_descriptor()  # the service holds it from now on
+        for frame in segments_frames([(segment.number, segment.descriptor) for segment in fresh]):
+            send(self._connection, frame)
+        for segment in fresh:
+            segment.close_descriptor()  # the service holds it from now on
 
     def _send_frames(self, events: Sequence[Event]) -> None:
         encoded, size_bytes = [], 0

@@ -6,7 +6,6 @@ Standard output is the service's own, so that a job can print; the service reads
 from __future__ import annotations
 
 import argparse
-import ctypes
 import faulthandler
 import importlib
 import io
@@ -16,22 +15,20 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn
+from types import FrameType
+from typing import NoReturn
 
 from tolaria import forks
 from tolaria.config import Settings
+from tolaria.filesystem import open_to_append
 from tolaria.images import StateImage
 from tolaria.lane.encoding import from_bytes
 from tolaria.lane.order import LaneOrder
 from tolaria.segments import Segment, open_image, segments_of
-from tolaria.signals.lane_page import LanePage
+from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage
 from tolaria.wire import FrameKind, FrameStream, unpacked_id
-
-STACKS_SIGNAL: Final = signal.SIGUSR1
-_PR_SET_PDEATHSIG: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ class Received:
 def main(arguments: Sequence[str]) -> int:
     """Runs one lane until it is stopped; returns the exit code. Ends with the service, however that ends."""
     options = _options(arguments)
-    _end_with_parent(options.service_pid)
+    forks.end_with(options.service_pid)  # also while the GIL is held
     faulthandler.enable()
     os.write(1, json.dumps({"lane": os.getpid()}).encode() + b"\n")
     os.dup2(options.stdout, 1)
@@ -55,11 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what a job has printed is not lost with it
     for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal, of systemd: the service drains, and then ends this
-        signal.signal(
-            number, lambda _number, _frame: None
-        )  # unlike SIG_IGN, programs that the job starts do not inherit it
-    with suppress(OSError):  # without memory, this process is the one to go
-        Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
+        signal.signal(number, _ignore)  # unlike SIG_IGN, programs that the job starts do not inherit it
     connection = socket.socket(fileno=options.connection)
     connection.setblocking(True)
     for descriptor in (options.connection, options.page):
@@ -98,17 +91,14 @@ def end_with_service(reason: str) -> NoReturn:
     raise SystemExit(1)  # not reached
 
 
-def _end_with_parent(service_pid: int) -> None:
-    """Has the system kill this process when the service ends, also while the GIL is held."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != service_pid:  # it has ended before
-        end_with_service("it has ended")
+def _ignore(number: int, frame: FrameType | None) -> None:
+    del number, frame
 
 
 def _dump_stacks_on_request(path: Path) -> None:
     """Has SIGUSR1 append the stacks of all threads to a file, by a handler in C that needs no GIL."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        descriptor = open_to_append(path)
     except OSError:
         signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # a full disk must not end the lane
     else:

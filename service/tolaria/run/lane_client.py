@@ -24,7 +24,7 @@ class LaneHandle(Protocol):
         """The pool through which the two sides exchange images by id."""
 
     def start(self, notify: Callable[[], object]) -> None:
-        """Starts the lane; it calls `notify` from its own thread when events can be taken."""
+        """Starts the lane; it calls `notify`, which any thread may do, when events can be taken."""
 
     def send(self, command_id: int, command: messages.Command) -> None:
         """Queues a command; `Hold`, `Release` and `Stop` act at once. Raises LaneError when too many are queued."""

@@ -80,15 +80,16 @@ class Revival:
         points = self._points.of(self._status.snapshots, rows)
         ordered = best_first(point for point in points if not point.superseded)
         memory = [point for point in ordered if point.tier == ROLLBACK_TIER_FAST and point.digest]
-        image, self._from_memory = None, bool(memory) and memory[0] is ordered[0] and not self._memory_failed
-        if ordered and not self._from_memory:
+        usable = bool(memory) and not self._memory_failed
+        image = None
+        if ordered and not (usable and memory[0] is ordered[0]):
             image = await self._checkpoint(ordered)
-            self._from_memory = image is None
-        if ordered and image is None and (self._memory_failed or not memory):
+        self._from_memory = usable and image is None
+        if ordered and image is None and not usable:
             raise LaneFailedError(f"{self._status.recovering}; no restore point can be loaded")
-        targets = tuple(point.digest for point in memory if point.suspect <= memory[0].suspect)
-        plan = RestorePlan(targets if self._from_memory else (), self._health.left_out, self._status.adjustments)
-        return plan, image
+        tried = memory if self._from_memory else ()
+        targets = tuple(point.digest for point in tried if point.suspect <= memory[0].suspect)
+        return RestorePlan(targets, self._health.left_out, self._status.adjustments), image
 
     def on_restarted(self, event: messages.LaneRestarted) -> messages.Restored:
         """Handles a new process; returns the state that it has restored."""

@@ -73,7 +73,9 @@ def run(settings: Settings) -> int:
                     if checkpoint is not None:
                         build.resume_run(*checkpoint)
                     _report_ready(settings, metrics, point, build.ready)
-                with _foundation(settings, build, point, metrics, context) as foundation:
+                with _foundation(
+                    settings, build, point, checkpoint=checkpoint, metrics=metrics, context=context
+                ) as foundation:
                     host = Host(foundation, listeners)
                     try:
                         code = loop.run(host.serve())
@@ -112,7 +114,13 @@ def _checkpoint(point: ResumePoint) -> tuple[StateImage, tuple[ActiveAdjustment,
 
 @contextmanager
 def _foundation(
-    settings: Settings, build: LaneBuild | None, point: ResumePoint, metrics: Metrics, context: LogContext
+    settings: Settings,
+    build: LaneBuild | None,
+    point: ResumePoint,
+    *,
+    checkpoint: tuple[StateImage, tuple[ActiveAdjustment, ...]] | None,
+    metrics: Metrics,
+    context: LogContext,
 ) -> Iterator[Foundation]:
     """Creates what exists before the run and outlives it; closes it at the end of the block."""
     run_id, storage = point.state.run_id, point.state.storage
@@ -124,7 +132,7 @@ def _foundation(
         yield Foundation(
             settings=settings,
             build=build,
-            checkpoint=_checkpoint(point),
+            checkpoint=checkpoint,
             on_ready=partial(_report_ready, settings, metrics, point),
             board=board,
             storage=storage,

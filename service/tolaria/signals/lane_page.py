@@ -7,6 +7,7 @@ store, atomic on 64-bit machines.
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import Final
 
@@ -15,6 +16,9 @@ from tolaria.segments import PREAMBLE_BYTES, Segment
 from tolaria.signals.lane_pulse import LanePulse, described
 from tolaria.signals.layout import LanePhase, LaneWork
 from tolaria.signals.mapping import locked_fence
+
+STACKS_SIGNAL: Final = signal.SIGUSR1
+"""Has the lane's process append the stacks of its threads to a file in state.dir."""
 
 _BEAT, _WORK, _SINCE, _RESTS, _GRANTED, _FORBIDDEN, _HOLD, _EPOCH, _PLACE = range(9)
 _WORDS: Final = 16

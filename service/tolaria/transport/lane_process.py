@@ -27,11 +27,11 @@ from tolaria.images import StateImage
 from tolaria.lane.encoding import to_bytes
 from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.processes import ChildCommand, ChildProcess, ChildSupervisor, RestartPolicy
-from tolaria.segments import allow_descriptors, share
-from tolaria.signals.lane_page import LanePage
+from tolaria.segments import allow_descriptors, segments_frames, share
+from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage
 from tolaria.transport.lane_images import HeldSegments
 from tolaria.transport.lane_link import LaneLink
-from tolaria.wire import DESCRIPTORS_MAX, Frame, FrameKind, packed_id
+from tolaria.wire import Frame, FrameKind, packed_id
 
 PROGRAM: Final = (sys.executable, "-m", "tolaria.lane")
 _START_S: Final = 60.0
@@ -44,7 +44,6 @@ _LAST_FRAMES_S: Final = 2.0
 _LINE_MAX: Final = 2000
 _LINES_KEPT: Final = 200
 _LINES_SHOWN: Final = 5
-_STACKS_SIGNAL: Final = signal.SIGUSR1
 _CHECKPOINT_ID: Final = 1
 
 _log = structlog.get_logger(__name__)
@@ -224,10 +223,8 @@ class LaneProcess(ChildSupervisor):
         plan, image = await self._owner.next_plan()
         digests, next_segment, withheld = self._owner.memory()
         held = [(number, fd) for number, fd in self._segments.descriptors() if number not in withheld]
-        for start in range(0, len(held), DESCRIPTORS_MAX):
-            part = held[start : start + DESCRIPTORS_MAX]
-            numbers = json.dumps([number for number, _ in part]).encode()
-            link.send(Frame(FrameKind.SEGMENTS, numbers, tuple(descriptor for _, descriptor in part)))
+        for frame in segments_frames(held):
+            link.send(frame)
         secret = {"leyline": {"secret", "previous_secret"}}
         settings = json.dumps(self._settings.model_dump(mode="json", exclude=secret))
         order = LaneOrder(settings, digests, next_segment, plan)
@@ -248,7 +245,7 @@ class LaneProcess(ChildSupervisor):
             if overdue_s > 0:
                 _log.error("lane_silent", generation=self.generation, silent_s=round(overdue_s, 1), pid=self.pid)
                 with suppress(ProcessLookupError):
-                    os.kill(self.pid, _STACKS_SIGNAL)
+                    os.kill(self.pid, STACKS_SIGNAL)
                 await anyio.sleep(_DUMP_S)
                 if end is self._end and page.overdue_s() > 0:  # the signal may have ended a wait
                     end.silent = f"the lane has given no heartbeat for {overdue_s:.0f} s"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 import time
 from collections import deque
@@ -33,6 +32,7 @@ from tolaria.lane.messages import (
     Stop,
 )
 from tolaria.lane.order import RestorePlan
+from tolaria.segments import numbers_of
 from tolaria.transport.lane_images import HeldSegments, LaneImages
 from tolaria.transport.lane_process import LaneProcess
 from tolaria.values.optimization import ActiveAdjustment
@@ -318,11 +318,3 @@ class ProcessLane:
         elif self._loop is not None:
             with suppress(RuntimeError):  # the loop has been closed: there is no lane any more
                 self._loop.call_soon_threadsafe(self._send, frame)
-
-
-def numbers_of(frame: Frame) -> list[int]:
-    """Returns the numbers of the segments in a frame. Raises WireError if there are none, or other values."""
-    numbers = json.loads(frame.content)
-    if not isinstance(numbers, list) or not all(isinstance(number, int) and number > 0 for number in numbers):
-        raise WireError(f"a {frame.kind.name.lower()} frame holds no numbers of segments")
-    return numbers

@@ -15,7 +15,7 @@ from support.user_jobs import Line
 class Mortal(Line):
     """Dies at a call of `losses` in its process.
 
-    Options: `at` (number of the call), `how` (segv, exit, raise, hang, gil), `always` (else only once, noted by a file
+    Options: `at` (number of the call), `how` (segv, exit, raise, hang, gil, memory), `always` (else only once, noted by a file
     in the working directory), `poison` (place of a sample: every batch with it ends the process), `says` (printed).
     """
 
@@ -50,6 +50,10 @@ class Mortal(Line):
             case "gil":
                 while True:
                     ctypes.PyDLL(None).sleep(3600)  # unlike CDLL, keeps the GIL; a signal ends it
+            case "memory":
+                taken = []
+                while True:
+                    taken.append(b"1" * 10_000_000)
 
 
 def exiting_factory(_context):

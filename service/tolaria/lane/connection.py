@@ -17,6 +17,7 @@ from tolaria.segments import Segment, open_image, segments_frames
 from tolaria.state.shared_memory import SharedMemory
 from tolaria.wire import Frame, FrameKind, FrameStream, packed_events, packed_id, send, unpacked_id
 
+_ALIVE_S: Final = 0.5
 _FRAME_BYTES: Final = 2**18
 """Bytes of events after which a frame is sent without waiting for more."""
 
@@ -31,6 +32,7 @@ class LaneConnection:
         send: gives the lane a command, with its id. Raises LaneError to refuse it.
         take_events: returns the events since its last call.
         on_lost: called in one of the two threads when the connection ends before the lane does; must not return.
+        on_alive: called about once a second in one of the two threads.
     """
 
     def __init__(
@@ -42,10 +44,12 @@ class LaneConnection:
         send: Callable[[int, Command], None],
         take_events: Callable[[], Sequence[Event]],
         on_lost: Callable[[str], object],
+        on_alive: Callable[[], object] = lambda: None,
     ) -> None:
         self._stream, self._connection = stream, stream.connection
         self._memory, self._images = memory, images
         self._send, self._take_events, self._on_lost = send, take_events, on_lost
+        self._on_alive = on_alive
         self._captured: dict[int, Lease] = {}
         """Images that the service reads, by their ids in the lane's pool."""
         self._given: dict[int, int] = {}
@@ -113,7 +117,9 @@ class LaneConnection:
 
     def _send_events(self) -> None:
         while not self._ended.is_set():
-            self._due.wait()
+            self._on_alive()
+            if not self._due.wait(_ALIVE_S):
+                continue
             self._due.clear()
             events = self._take_events()
             self._send_segments()  # before the events that speak of what lies in them

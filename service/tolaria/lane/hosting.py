@@ -39,7 +39,13 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
     gate, traces_dir = PageGate(page), Path(settings.state.dir) / "traces"
     lane = built.lane(PagePulse(page, settings.emergency), traces_dir, gate)
     connection = LaneConnection(
-        stream, memory, images=lane.images, send=lane.send, take_events=lane.take_events, on_lost=end_with_service
+        stream,
+        memory,
+        images=lane.images,
+        send=lane.send,
+        take_events=lane.take_events,
+        on_lost=end_with_service,
+        on_alive=page.beat_process,
     )
     connection.start()
     lane.run(connection.notify)

@@ -392,8 +392,9 @@ class LaneEnded:
     failure: Failure | None
 
 
-LOSS_KINDS: Final = ("killed", "exited", "raised", "out_of_memory", "silent", "connection")
-"""Why a lane's process ends: a signal, an exit, an exception, no memory in its cgroup, no heartbeat, what it sent."""
+LOSS_KINDS: Final = ("killed", "crashed", "exited", "raised", "out_of_memory", "silent", "connection")
+"""Why a lane's process ends: a signal from outside, one of a crash such as SIGSEGV, an exit, an exception, no memory in
+its cgroup, no heartbeat, what it sent."""
 
 
 @dataclass(frozen=True, slots=True)

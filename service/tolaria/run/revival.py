@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Final
 
 import anyio
 import anyio.to_thread
@@ -23,6 +24,12 @@ from tolaria.run.restore_points import RestorePoint, RestorePoints
 from tolaria.run.status import RunStatus
 
 _log = structlog.get_logger(__name__)
+
+_DEATHS_OF_A_BATCH: Final = {"killed": 3}
+"""Deaths in a row after which a batch is taken for their cause, by kind; two of other kinds.
+
+What kills from outside, such as a machine that is drained, may by chance meet the same batch twice.
+"""
 
 
 class Revival:
@@ -51,8 +58,8 @@ class Revival:
         self._health = health
         self._observers = observers
         self._lost_at_s = math.nan
-        self._batch: tuple[int, int] | None = None
-        """The batch that was in flight at the last death."""
+        self._deaths: list[tuple[str, tuple[int, int]]] = []
+        """Kinds and batches of the last deaths in a row that were alike."""
         self._from_memory = False
         self._memory_failed = False
         self._revived = anyio.Event()
@@ -63,13 +70,21 @@ class Revival:
             self._memory_failed = self._memory_failed or (self._from_memory and event.kind == "raised")
         else:
             self._lost_at_s = time.monotonic()
-        if event.batch is not None and event.batch == self._batch:
-            self._health.leave_out(event.batch)
-            _log.error("batch_left_out", epoch_and_place=event.batch, detail="two processes in a row died with it")
-        self._batch = event.batch or self._batch
+        self._suspect(event)
         self._lane.mark_lost(event)
         self._status.recovering = f"the lane's process {event.generation} has died: {event.cause}"
         self._observers.on_lane_lost(event, self._status.global_step)
+
+    def _suspect(self, event: messages.LaneLost) -> None:
+        """Leaves a batch out with which processes in a row have died in the same way."""
+        if event.batch is None:
+            return
+        death = (event.kind, event.batch)
+        self._deaths = [*(each for each in self._deaths if each == death), death]
+        if len(self._deaths) == _DEATHS_OF_A_BATCH.get(event.kind, 2):
+            self._health.leave_out(event.batch)
+            detail = f"{len(self._deaths)} processes in a row died with it: {event.cause}"
+            _log.error("batch_left_out", epoch_and_place=event.batch, detail=detail)
 
     async def plan(self) -> tuple[RestorePlan, StateImage | None]:
         """Returns what the next process is to restore, with the checkpoint if it is one.

@@ -1,8 +1,8 @@
 """The lane's page: a few words of shared memory between the service and the process of its lane.
 
-They work while the lane holds its GIL, and without the connection: the lane's heartbeat, what it does, the batch that
-it takes, whether it is to be held, and whether a restore may change its live state. Each word is one aligned 8-byte
-store, atomic on 64-bit machines.
+They work while the lane holds its GIL, and without the connection: the lane's heartbeat, that of its process, which is
+due also while the lane rests, what the lane does, the batch that it takes, whether it is to be held, and whether a
+restore may change its live state. Each word is one aligned 8-byte store, atomic on 64-bit machines.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tolaria.signals.mapping import locked_fence
 STACKS_SIGNAL: Final = signal.SIGUSR1
 """Has the lane's process append the stacks of its threads to a file in state.dir."""
 
-_BEAT, _WORK, _SINCE, _RESTS, _GRANTED, _FORBIDDEN, _HOLD, _EPOCH, _PLACE = range(9)
+_BEAT, _WORK, _SINCE, _RESTS, _GRANTED, _FORBIDDEN, _HOLD, _EPOCH, _PLACE, _ALIVE = range(10)
 _WORDS: Final = 16
 
 
@@ -35,7 +35,7 @@ class LanePage:
     def create(cls) -> LanePage:
         """Returns a new page, of a lane that rests. Raises MemoryError."""
         page = cls(Segment.create(0, 8 * _WORDS))
-        page.show_rest(rests=True)
+        page.show_rest(1)
         return page
 
     # -- the lane ----------------------------------------------------------------------------------------------------
@@ -49,9 +49,13 @@ class LanePage:
         self._words[_SINCE] = time.monotonic_ns()
         self._words[_WORK] = work
 
-    def show_rest(self, *, rests: bool) -> None:
-        """Stores whether no heartbeat is due."""
-        self._words[_RESTS] = rests
+    def beat_process(self) -> None:
+        """Stores the time as the heartbeat of the lane's process, from another thread than the lane's."""
+        self._words[_ALIVE] = time.monotonic_ns()
+
+    def show_rest(self, silence_ms: int) -> None:
+        """Stores whether the lane rests: not 0, for how many milliseconds the process may be silent meanwhile."""
+        self._words[_RESTS] = silence_ms
 
     def show_batch(self, epoch: int, place: int) -> None:
         """Stores which batch the lane takes; epoch 0: none."""
@@ -105,13 +109,20 @@ class LanePage:
 
     def silent_s(self) -> float:
         """Returns for how many seconds the lane has given no heartbeat that was due."""
-        beat_ns = self._words[_BEAT]
-        return 0.0 if self._words[_RESTS] or not beat_ns else max(0.0, (time.monotonic_ns() - beat_ns) / 1e9)
+        return 0.0 if self._words[_RESTS] else self._since_s(_BEAT)
 
     def overdue_s(self) -> float:
-        """Returns the same if that is longer than what the lane does may take; else 0."""
-        silent_s, silence_ms = self.silent_s(), self.work.silence_ms
+        """Returns for how many seconds it, or at rest its process, has been silent if that is too long; else 0."""
+        if rest_ms := self._words[_RESTS]:
+            silent_s, silence_ms = self._since_s(_ALIVE), rest_ms
+        else:
+            silent_s, silence_ms = self._since_s(_BEAT), self.work.silence_ms
         return silent_s if silence_ms and silent_s * 1000 > silence_ms else 0.0
+
+    def _since_s(self, beat: int) -> float:
+        """Returns the seconds since a beat; 0 before the first one."""
+        beat_ns = self._words[beat]
+        return max(0.0, (time.monotonic_ns() - beat_ns) / 1e9) if beat_ns else 0.0
 
 
 class PagePulse(LanePulse):
@@ -120,6 +131,7 @@ class PagePulse(LanePulse):
     def __init__(self, page: LanePage, limits: EmergencySettings) -> None:
         self._page = page
         super().__init__(page, limits)
+        self.rest(rests=True)
 
     def enter_phase(self, phase: LanePhase) -> LanePhase:
         """Begins a phase, shows it, and returns the one before."""
@@ -134,4 +146,4 @@ class PagePulse(LanePulse):
     def rest(self, *, rests: bool) -> None:
         """Begins or ends a time in which no beat is due, and shows it."""
         super().rest(rests=rests)
-        self._page.show_rest(rests=rests)
+        self._page.show_rest(self.rest_ms if rests else 0)

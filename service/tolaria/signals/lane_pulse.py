@@ -34,9 +34,10 @@ class LanePulse:
 
     def __init__(self, words: PulseWords, limits: EmergencySettings) -> None:
         self._pulse_words = words
-        self._rests = True
+        self._rests, self._works = True, False
         self._phase, self._since_s = LanePhase.STEPPING, time.monotonic()
         long, usual = int(limits.phase_timeout_s * 1000), int(limits.heartbeat_timeout_s * 1000)
+        self._usual_ms, self._long_ms = usual, max(long, usual)
         self._silence_ms = dict.fromkeys(LanePhase, max(long, usual)) | {LanePhase.STEPPING: usual}
         self._words = {phase: LaneWork(phase, ms).word for phase, ms in self._silence_ms.items()}
         self.show_work()
@@ -45,6 +46,11 @@ class LanePulse:
     def rests(self) -> bool:
         """Whether no beat is due."""
         return self._rests
+
+    @property
+    def rest_ms(self) -> int:
+        """Milliseconds for which even the process may be silent while no beat is due: longer in the middle of work."""
+        return self._long_ms if self._works else self._usual_ms
 
     def rest(self, *, rests: bool) -> None:
         """Begins or ends a time in which no beat is due."""
@@ -88,10 +94,12 @@ class LanePulse:
     def lane_works(self) -> Iterator[None]:
         """Spans an epoch or a command, in which beats are due."""
         self._pulse_words.beat_lane()
+        self._works = True
         self.rest(rests=False)
         try:
             yield
         finally:
+            self._works = False
             self.rest(rests=True)
 
     @contextmanager

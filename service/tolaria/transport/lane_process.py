@@ -40,22 +40,42 @@ _LIVED_S: Final = 60.0
 _EXIT_S: Final = 10.0
 _WATCH_S: Final = 0.25
 _DUMP_S: Final = 0.2
+_FROZEN_S: Final = 2.0
+_THAWED_S: Final = 30.0
 _LAST_FRAMES_S: Final = 2.0
 _LINE_MAX: Final = 2000
 _LINES_KEPT: Final = 200
 _LINES_SHOWN: Final = 5
 _CHECKPOINT_ID: Final = 1
+_OOM_COUNTERS: Final = {
+    "": "/sys/fs/cgroup{group}/memory.events",
+    "memory": "/sys/fs/cgroup/memory{group}/memory.oom_control",
+}
+"""Files with the number of kills, by the controllers of a line of /proc/self/cgroup; {group} is its path."""
+
+_CRASHES: Final = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP}
+"""Signals that a process gets by what it does; others come from outside."""
+
 
 _log = structlog.get_logger(__name__)
 
 
 def out_of_memory() -> int:
-    """Returns how many processes of this cgroup were killed because it had no memory; 0 if that is not known."""
-    with suppress(OSError, ValueError, IndexError):
-        group = Path("/proc/self/cgroup").read_text(encoding="ascii").split("::", 1)[1].strip()
-        events = Path(f"/sys/fs/cgroup{group}/memory.events").read_text(encoding="ascii")
-        return int(events.partition("oom_kill ")[2].split()[0])
+    """Returns how many processes of this cgroup were killed because it had no memory; 0 if that is not known.
+
+    Of version 2 and of version 1 of control groups, whichever counts them.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers in _OOM_COUNTERS:
+                with suppress(OSError, ValueError, IndexError):
+                    return _oom_kills(Path(_OOM_COUNTERS[controllers].format(group=group)).read_text(encoding="ascii"))
     return 0
+
+
+def _oom_kills(counters: str) -> int:
+    return int(counters.partition("oom_kill ")[2].split()[0])
 
 
 class LaneOwner(Protocol):
@@ -236,10 +256,14 @@ class LaneProcess(ChildSupervisor):
 
     async def _watch(self) -> None:
         """Kills a process that is silent for longer than what it does may take, or does not end when it should."""
+        judged_from_s = 0.0
         while True:
+            asleep_s = time.monotonic()
             await anyio.sleep(_WATCH_S)
-            page, end = self.page, self._end
-            if self.link is None or page is None:
+            now_s, page, end = time.monotonic(), self.page, self._end
+            if now_s - asleep_s > _FROZEN_S:  # with this process, as by `docker pause`, the lane's may have stood still
+                judged_from_s = now_s + min(_THAWED_S, self._settings.emergency.heartbeat_timeout_s)
+            if self.link is None or page is None or now_s < judged_from_s:
                 continue
             overdue_s = page.overdue_s()
             if overdue_s > 0:
@@ -295,6 +319,8 @@ class _End:
             return "connection", f"{self.fault}; it {detail}"
         if self.without_memory:
             return "out_of_memory", f"the cgroup is out of memory; it {detail}"
+        if killed and -(self.code or 0) in _CRASHES:
+            return "crashed", f"it {detail}"
         return ("killed" if killed else "exited"), f"it {detail}"
 
 

@@ -149,11 +149,26 @@ async def test_damaged_checkpoints_leave_the_memory() -> None:
         await parts.targets(checkpoint(20))
 
 
-async def test_a_batch_with_which_two_processes_died_is_left_out() -> None:
-    """One death is an accident; deaths with other batches in between are too."""
+@pytest.mark.parametrize("kind", ["crashed", "exited", "raised", "out_of_memory", "silent", "connection"])
+async def test_a_batch_with_which_two_processes_died_is_left_out(kind: str) -> None:
+    """One death is an accident; deaths with other batches in between, or of other kinds, are too."""
     parts = Parts()
-    for batch in ((1, 5), (1, 7), (1, 5), (1, 5)):
-        parts.revival.on_lost(lost(batch=batch))
+    deaths = (kind, (1, 5)), (kind, (1, 7)), (kind, (1, 5)), ("killed", (1, 5)), (kind, (1, 5))
+    for each, batch in deaths:
+        parts.revival.on_lost(lost(each, batch))
+    assert not parts.health.left_out
+    parts.revival.on_lost(lost(kind, None))  # it did not come as far as to a batch
+    parts.revival.on_lost(lost(kind, (1, 5)))
+    assert parts.health.left_out == ((1, 5),)
+
+
+async def test_processes_that_are_killed_from_outside_may_meet_the_same_batch_twice() -> None:
+    """By chance; the third time in a row is none any more, such as where kills for lack of memory are not counted."""
+    parts = Parts()
+    parts.revival.on_lost(lost(batch=(1, 5)))
+    parts.revival.on_lost(lost(batch=(1, 5)))
+    assert not parts.health.left_out
+    parts.revival.on_lost(lost(batch=(1, 5)))
     assert parts.health.left_out == ((1, 5),)
 
 

@@ -84,22 +84,44 @@ def test_both_sides_see_the_same_words(lane: LanePage, service: LanePage) -> Non
 
 def test_silence_counts_from_the_last_heartbeat(lane: LanePage, service: LanePage, seconds: list[float]) -> None:
     """It is none at rest and before the first heartbeat, and grows until the next one otherwise."""
-    lane.show_rest(rests=False)
+    lane.show_rest(0)
     seconds[0] += 50
     assert service.silent_s() == 0.0
     lane.beat_lane()
     assert service.silent_s() == 0.0
     seconds[0] += 7
     assert service.silent_s() == pytest.approx(7)
-    lane.show_rest(rests=True)
+    lane.show_rest(1)
     assert service.silent_s() == 0.0
     seconds[0] += 3
-    lane.show_rest(rests=False)
+    lane.show_rest(0)
     assert service.silent_s() == pytest.approx(10)
     lane.beat_lane()
     assert service.silent_s() == 0.0
     seconds[0] -= 1  # a reader that has loaded the time before the lane has stored its own
     assert service.silent_s() == 0.0
+
+
+def test_a_process_is_silent_also_at_rest(lane: LanePage, service: LanePage, seconds: list[float]) -> None:
+    """One that is stopped then, or whose threads cannot run: sooner while it is idle than in the middle of work."""
+    pulse = PagePulse(lane, LIMITS)
+    seconds[0] += 1000
+    assert service.overdue_s() == 0.0  # it has not given the first beat
+    lane.beat_process()
+    seconds[0] += 29
+    assert service.overdue_s() == 0.0
+    seconds[0] += 2
+    assert service.overdue_s() == pytest.approx(31)
+    with pulse.lane_works(), pulse.lane_rests():
+        lane.beat_process()
+        seconds[0] += 599
+        assert service.overdue_s() == 0.0
+        seconds[0] += 2
+        assert service.overdue_s() == pytest.approx(601)
+        lane.beat_process()
+        assert service.overdue_s() == 0.0
+    seconds[0] += 31
+    assert service.overdue_s() == pytest.approx(31)
 
 
 def test_phases_have_their_names_and_times(lane: LanePage, service: LanePage, seconds: list[float]) -> None:

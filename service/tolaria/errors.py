@@ -265,6 +265,10 @@ class LaneFailedError(LaneError):
     """The job's code raised an exception in the lane."""
 
 
+class PeerLostError(LaneError):
+    """Another rank of the group has gone, or does not follow; the group has to start again."""
+
+
 class LaneStoppedError(LaneError):
     """The lane stopped before it executed a command."""
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +19,7 @@ from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 from support.peers import FakeKasmina, served_without_change
 from support.processes import Serve, is_alive, serve, status, stub_of
+from support.runs_on_disk import last_checkpoint
 from support.waiting import wait_for
 
 JOB: Final = ["training.job=support.mortal_jobs:Mortal", "training.device=cpu", "training.threads=1"]
@@ -48,14 +48,6 @@ def lane_of(service: Serve) -> int:
 def losses(service: Serve) -> list[dict[str, object]]:
     """Returns the log lines of lost processes."""
     return [line for line in service.events() if line["event"] == "tolaria.lane_lost"]
-
-
-def last_checkpoint(directory: Path) -> tuple[int, str]:
-    """Returns step and digest of the newest committed checkpoint."""
-    with closing(sqlite3.connect(directory / "state" / "journal.sqlite3")) as journal:
-        query = "SELECT global_step, digest FROM checkpoints WHERE state = 'committed' ORDER BY at_ns DESC"
-        step, digest = journal.execute(query).fetchone()
-    return step, digest
 
 
 def undisturbed(peers: list[str], directory: Path, *more: str) -> tuple[int, str]:

@@ -246,8 +246,14 @@ class OptimizerSettings(Section):
 class LaneSettings(Section):
     """The lane, which computes: in which process it runs, and how often it is started again."""
 
-    mode: Literal["thread", "process"] = "process"
-    """process: in a child process, so that what kills it does not end the service; on Linux. thread: for debugging."""
+    mode: Literal["thread", "process", "torchrun"] = "process"
+    """process: in a child process, so that what kills it does not end the service; on Linux. thread: for debugging.
+
+    torchrun: in lane.processes child processes, the ranks of a group, which train one model on shares of each batch.
+    """
+
+    processes: int = Field(default=1, ge=1, le=256)
+    """Ranks in mode torchrun, each with a device of its kind: the CPU, or one GPU each."""
 
     restarts_max: int = Field(default=10, ge=0, le=1000)
     """Times within lane.restarts_within_s that a lane which died is started again; then the run fails."""

@@ -10,7 +10,7 @@ that `lend` returns), then `combine`, and `applied` once the gradient has been u
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -150,14 +150,20 @@ class SeedAggregationTracker:
         self._accumulator.add(rows)
         self._samples.update(samples)
 
-    def combine(self) -> StepGradient:
+    def combine(
+        self, summed: Callable[[StepRows, Counter[str]], tuple[StepRows, Counter[str]]] | None = None
+    ) -> StepGradient:
         """Merges the microbatches since `begin`. Synchronises once if PCGrad projects more than one row.
+
+        `summed` adds rows and numbers of samples up over several processes before that.
 
         Raises:
             NoGradientsError: nothing was added.
         """
-        rows = self._accumulator.take()
-        merged, measured = self._merger.merge(rows, self._step, self._sources, self._samples)
+        rows, samples = self._accumulator.take(), self._samples
+        if summed is not None:
+            rows, samples = summed(rows, samples)
+        merged, measured = self._merger.merge(rows, self._step, self._sources, samples)
         layers = self._layers.measure(rows) if rows.names == self._names else None
         self._combined = _Combined(rows, merged, measured, layers)
         return StepGradient(merged, rows.own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.train_module import TrainModule
 from tolaria.optimization.groups import has_scheduler
+from tolaria.ranks.group import Group
+from tolaria.ranks.share import Share
 from tolaria.state.shared_memory import SharedMemory
 from tolaria.values.optimization import RATES_ARE_OWNED, ActiveAdjustment
 
@@ -76,6 +79,12 @@ class BuiltLane:
             notes=self.notes,
             slots=seeds.topology.slots,
         )
+
+    @property
+    def _threads(self) -> int:
+        """Threads of a rank: its part of the processor's cores; 0 for a process alone."""
+        group = self.module.group
+        return 0 if group is None else max(1, len(os.sched_getaffinity(0)) // group.local_world)
 
     def resume(self, image: StateImage, decided: Sequence[ActiveAdjustment] = ()) -> Restored:
         """Restores a checkpoint of an earlier process, with the run's adjustments of learning rates, `decided`.
@@ -122,22 +131,23 @@ class BuiltLane:
             self.snapshots,
             profiler=LaneProfiler(traces_dir, bytes_max=bytes_max, resting=heartbeat.lane_rests),
             heartbeat=heartbeat,
-            threads=self.settings.training.threads,
+            threads=self.settings.training.threads or self._threads,
             gate=gate,
         )
 
 
-def build(settings: Settings, memory: SharedMemory | None = None) -> BuiltLane:
+def build(settings: Settings, memory: SharedMemory | None = None, group: Group | None = None) -> BuiltLane:
     """Builds the job and everything that it provides, and takes a first look at it. Seeds all generators.
 
-    With `memory` the captured states lie in shared memory.
+    With `memory` the captured states lie in shared memory. In a `group` each rank builds for itself, without the
+    others; they have not joined their states yet.
 
     Raises:
         JobError: names the method that failed, or returned something invalid.
         ConfigurationError: the device does not exist, or the schedule does not fit the run.
     """
     training = settings.training
-    device = choose_device(training.device)
+    device = choose_device(training.device, 0 if group is None else group.local_rank)
     if training.deterministic:
         torch.use_deterministic_algorithms(mode=True)  # an operation without a deterministic kernel raises when used
         torch.backends.cudnn.benchmark = False
@@ -147,9 +157,12 @@ def build(settings: Settings, memory: SharedMemory | None = None) -> BuiltLane:
     job_name = f"training.job {training.job!r}"
     try:
         module = _build_module(settings, job, context)
+        if group is not None:
+            module.share = Share(group.rank, group.world, job)
         snapshots = SnapshotManager(module, settings.rollback, memory)
         notes = first_look(module, snapshots.state)
         module.fast_paths.compile(module.model, lambda: first_look(module, snapshots.state))
+        module.group = group
         return BuiltLane(settings, module, snapshots, (*notes, *_notes(module)))
     except ScheduleError as error:
         raise ConfigurationError([f"optimizer: {error}"]) from None

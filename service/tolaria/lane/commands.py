@@ -89,6 +89,12 @@ class CommandQueue:
         self._changed = threading.Condition()
 
     @property
+    def due(self) -> bool:
+        """Whether the next step boundary has anything to do but to go on."""
+        self._look_at_shared_hold()
+        return self._held or self._command_due or self.stopping
+
+    @property
     def epochs_queued(self) -> bool:
         """Whether an order for an epoch has not been taken yet."""
         return bool(self._orders)
@@ -155,6 +161,10 @@ class CommandQueue:
             while self._report_hold() and not self.stopping and not self._commands:
                 self._wait()
             return not (self._urgent or (self._held and (self.stopping or self._commands)))
+
+    def continue_evaluation(self) -> bool:
+        """Waits between two batches while held; returns False if the evaluation has to be abandoned."""
+        return not self.stopping and self.continue_step() and not self.stopping
 
     def _look_at_shared_hold(self) -> None:
         """Begins a hold that is seen in shared memory before its command arrives."""

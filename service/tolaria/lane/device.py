@@ -18,21 +18,26 @@ from tolaria.jobs import Batch
 _GB: Final = 1e9
 
 
-def choose_device(wanted: str) -> torch.device:
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     """Returns the device of `training.device`; auto is the accelerator if there is one, else the CPU.
+
+    CUDA without a number is the device of this rank among those on the machine.
 
     Raises ConfigurationError if the device does not exist.
     """
     if wanted == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if found is None:
+            return torch.device("cpu")
+        return torch.device(found.type, local_rank) if local_rank else found
     device = torch.device(wanted)
     if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
+        count, index = torch.cuda.device_count(), local_rank if wanted == "cuda" else device.index
+        if index >= count:
             raise ConfigurationError(
                 [f"training.device: {wanted!r} is not available; this machine has {count} CUDA devices"]
             )
-        return torch.device("cuda", device.index or 0)
+        return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigurationError(["training.device: 'mps' is not available"])
     return device

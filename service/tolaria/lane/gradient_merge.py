@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,9 @@ from tolaria.gradients import (
     sample_counts,
     source_rows,
 )
+from tolaria.gradients.accumulate import StepRows
 from tolaria.jobs import HOST, Batch
+from tolaria.ranks.group import Group
 from tolaria.seeds.slots import NamedParameters
 from tolaria.values.gradients import SeedMetricSet
 
@@ -61,6 +65,8 @@ class GradientMerger:
         mode, attribution = GradientMode(settings.gradients.mode), AttributionMode(settings.gradients.attribution)
         self._merge = MergeSettings(mode, attribution, settings.training.seed)
         self._settings = settings
+        self.group: Group | None = None
+        """The ranks whose gradients are added up before they are merged."""
         self._tracker: SeedAggregationTracker | None = None
         self._scope = scope
         self._shared: NamedParameters = []
@@ -120,11 +126,16 @@ class GradientMerger:
         total = _total(losses).detach()
         return total if share == 1.0 else total * share
 
+    @property
+    def merges(self) -> bool:
+        """Whether the step that has begun merges rows; else its gradients are those of plain backpropagation."""
+        return bool(self._merging) and self._tracker is not None
+
     def finish(self) -> None:
         """Writes the merged gradient into the parameters' `.grad`. Synchronises at most once."""
         if not self._merging or self._tracker is None:
             return
-        combined = self._tracker.combine()
+        combined = self._tracker.combine(None if self.group is None else partial(self._over_ranks, self.group))
         shared = [parameter for _, parameter in self._shared]
         merged = flat_to_grads(combined.merged.vector, [parameter.shape for parameter in shared])
         for parameter, part in zip(shared, merged, strict=True):
@@ -204,10 +215,26 @@ class GradientMerger:
             own={source: own for source in given if (own := self._own_of(source))},
             out=tracker.lend(),
         )
-        if finite_only and not bool(torch.isfinite(rows.matrix).all()):
-            return False
-        tracker.add(rows, {} if batch.seed_ids is None else sample_counts(batch.seed_ids, self._names))
+        if finite_only:
+            finite = bool(torch.isfinite(rows.matrix).all())
+            if not (finite if self.group is None else self.group.all(finite)):
+                return False
+        counted = batch.seed_ids is not None and batch.samples
+        tracker.add(rows, sample_counts(batch.seed_ids or (), self._names) if counted else {})
         return True
+
+    def _over_ranks(self, group: Group, rows: StepRows, samples: Counter[str]) -> tuple[StepRows, Counter[str]]:
+        """Returns the sums over all ranks; the rows' matrix is changed in place."""
+        group.sum_tensor(rows.matrix)
+        counts = group.sum([*rows.parts, *(samples[name] for name in self._names)])
+        parts = tuple(min(rows.microbatches, int(count)) for count in counts[: len(rows.parts)])
+        own = dict(rows.own)
+        for source in self._sources:
+            if parameters := self._own_of(source):
+                gradients = own.get(source, (None,) * len(parameters))
+                own[source] = tuple(group.sum_gradients(parameters, gradients))
+        read = zip(self._names, counts[len(rows.parts) :], strict=True)
+        return replace(rows, parts=parts, own=own), Counter({name: int(count) for name, count in read})
 
     def _backward_alone(self, losses: Mapping[str, Tensor]) -> None:
         """Computes the gradients of the sources' own parameters; all parameters of the host are frozen."""

@@ -13,10 +13,11 @@ from typing import Final, Protocol
 
 import torch
 
-from tolaria.errors import JobError
+from tolaria.errors import JobError, PeerLostError
 from tolaria.lane.commands import CommandExecutor, CommandQueue, PageGate, QueuedCommand
 from tolaria.lane.device import hardware_context, limit_threads, on_device
 from tolaria.lane.fast_paths import spanning_compilation
+from tolaria.lane.group_commands import FollowerCommands, GroupExecutor, LeaderCommands
 from tolaria.lane.job_output import checked_batch, checked_evaluation
 from tolaria.lane.messages import (
     Command,
@@ -33,6 +34,7 @@ from tolaria.lane.profiling import LaneProfiler, Region
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.step import StepAbandonedError, train_step
 from tolaria.lane.train_module import TrainModule
+from tolaria.ranks.group import Group
 from tolaria.signals.layout import LanePhase
 from tolaria.values.training import Evaluation
 
@@ -126,22 +128,29 @@ class ThreadLane:
         threads: int,
         gate: PageGate | None = None,
     ) -> None:
+        group = module.group
         self._module = module
         self._snapshots = snapshots
         self._profiler = profiler
         self._heartbeat = heartbeat
         self._threads = threads
         self._events = EventBuffer()
-        self._commands = CommandQueue(
+        queue = CommandQueue(
             lambda number: self._events.put(Held(module.global_step, number)),
             heartbeat.lane_rests,
             hold_number=gate.hold_number if gate else lambda: 0,
         )
-        module.on_reading = heartbeat.lane_batch
+        self._commands: CommandQueue | LeaderCommands | FollowerCommands = queue
         self._executor = CommandExecutor(module, snapshots, profiler, gate)
+        if group is not None:
+            self._commands = LeaderCommands(queue, group) if group.leads else FollowerCommands(group)
+            self._executor = GroupExecutor(module, snapshots, profiler, gate, group)
+        module.on_reading = heartbeat.lane_batch
         self.images = self._executor.images
         self._warm = False
         """Whether this process has taken a step, so that nothing is left that only the first one does."""
+        self.peer_lost = self.failed = ""
+        """Why the lane has ended: another rank has gone, or an exception of the job's; else empty."""
         # A daemon: a job that never returns cannot keep the process from exiting.
         self._thread = threading.Thread(target=self._run, name="tolaria-lane", daemon=True)
 
@@ -181,9 +190,13 @@ class ThreadLane:
             limit_threads(self._threads)
             with spanning_compilation(partial(self._heartbeat.lane_phase, LanePhase.COMPILING)):
                 self._serve()
+        except PeerLostError as error:
+            self.peer_lost = str(error)
+            return
         except BaseException as error:  # noqa: BLE001 - the job is the user's code; its errors end the run, not the process
             # A JobError says in one line what failed, and where.
             failure = Failure.of(error, "" if isinstance(error, JobError) else traceback.format_exc())
+            self.failed = str(failure)
         self._module.close_data()
         self._events.put(LaneEnded(self._module.global_step, failure))
         self._profiler.abandon()
@@ -250,6 +263,8 @@ class ThreadLane:
     def _drop_failed_seed(self, error: Exception) -> None:
         """Removes the seeds that made a pass raise `error`, so that the host goes on; raises it if it was none."""
         module = self._module
+        if module.group is not None:  # the other ranks may not have seen it
+            raise error
         module.abandon_step()
         if (changed := module.seeds.drop_failed(error, module.global_step)) is None:
             raise error
@@ -323,16 +338,24 @@ class ThreadLane:
         module.model.eval()
         with torch.no_grad():
             for given in module.validation_batches():
-                if self._commands.stopping or not self._continue_step():
+                self._heartbeat.lane_beat()
+                if not self._commands.continue_evaluation():
                     raise StepAbandonedError
                 batch = checked_batch(given, "validation_batches()")
                 if batch.samples:
+                    batch = module.share.of(batch)
                     batch = on_device(batch, module.device, pinned=module.fast_paths.pins_memory)
                     if module.model.training:  # the job has set it for the batch before
                         module.model.eval()
                     with module.seeds.groups_as_built():
-                        total += checked_evaluation(module.job.evaluate(module.model, batch))
-        return total
+                        found = checked_evaluation(module.job.evaluate(module.model, batch))
+                    total += found if batch.samples else Evaluation(0.0, 0, 0)
+        return total if module.group is None else _over_ranks(total, module.group)
+
+
+def _over_ranks(evaluation: Evaluation, group: Group) -> Evaluation:
+    loss_sum, correct, samples = group.sum([evaluation.loss_sum, evaluation.correct, evaluation.samples])
+    return Evaluation(loss_sum, int(correct), int(samples))
 
 
 def _momentum(options: dict[str, object]) -> float:

@@ -42,29 +42,57 @@ class Received:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs one lane until it is stopped; returns the exit code. Ends with the service, however that ends."""
-    options = _options(arguments)
-    forks.end_with(options.service_pid)  # also while the GIL is held
-    faulthandler.enable()
+    options = lane_options("python -m tolaria.lane", "The process of a lane.").parse_args(arguments)
+    announce(options)
+    return serve(options.connection, options.page)
+
+
+def lane_options(program: str, description: str) -> argparse.ArgumentParser:
+    """Returns a parser with the options that the service gives the process it starts."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("--service-pid", type=int, required=True, help="process id of the service")
+    for name, text in (
+        ("connection", "a Unix stream socket to the service"),
+        ("page", "the lane's page in shared memory"),
+        ("stdout", "standard output of the service"),
+    ):
+        parser.add_argument(f"--{name}", type=int, required=True, metavar="FD", help=text)
+    return parser
+
+
+def announce(options: argparse.Namespace) -> None:
+    """Tells the service that this process runs, and gives it the service's standard output."""
+    begin(options.service_pid)
     os.write(1, json.dumps({"lane": os.getpid()}).encode() + b"\n")
     os.dup2(options.stdout, 1)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the pipe is not for the job
     os.close(options.stdout)
+    for descriptor in (options.connection, options.page):
+        os.set_inheritable(descriptor, False)  # not for programs that the job starts
+
+
+def begin(parent: int) -> None:
+    """Has this process end with the one that started it, and not by the signals that are for the service."""
+    forks.end_with(parent)  # also while the GIL is held
+    faulthandler.enable()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the pipe is not for the job
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what a job has printed is not lost with it
     for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal, of systemd: the service drains, and then ends this
         signal.signal(number, _ignore)  # unlike SIG_IGN, programs that the job starts do not inherit it
-    connection = socket.socket(fileno=options.connection)
+
+
+def serve(connection_descriptor: int, page_descriptor: int) -> int:
+    """Builds and runs the lane that the service orders over the connection; returns the exit code."""
+    connection = socket.socket(fileno=connection_descriptor)
     connection.setblocking(True)
-    for descriptor in (options.connection, options.page):
-        os.set_inheritable(descriptor, False)  # not for programs that the job starts
     forks.keep_private(connection.fileno())
     stream = FrameStream(connection)
     received = _received(stream)
     settings = Settings.model_validate(json.loads(received.order.settings))
-    _dump_stacks_on_request(Path(settings.state.dir) / "stacks.txt")
+    dump_stacks_on_request(settings)
     # Only now, since it imports torch, which takes seconds.
     host = importlib.import_module("tolaria.lane.hosting").host
-    return int(host(stream, received, settings, LanePage(Segment(0, options.page))))
+    return int(host(stream, received, settings, LanePage(Segment(0, page_descriptor))))
 
 
 def _received(stream: FrameStream) -> Received:
@@ -95,23 +123,11 @@ def _ignore(number: int, frame: FrameType | None) -> None:
     del number, frame
 
 
-def _dump_stacks_on_request(path: Path) -> None:
+def dump_stacks_on_request(settings: Settings) -> None:
     """Has SIGUSR1 append the stacks of all threads to a file, by a handler in C that needs no GIL."""
     try:
-        descriptor = open_to_append(path)
+        descriptor = open_to_append(Path(settings.state.dir) / "stacks.txt")
     except OSError:
         signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # a full disk must not end the lane
     else:
         faulthandler.register(STACKS_SIGNAL, descriptor, all_threads=True, chain=False)
-
-
-def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tolaria.lane", description="The process of a lane.")
-    parser.add_argument("--service-pid", type=int, required=True, help="process id of the service")
-    for name, text in (
-        ("connection", "a Unix stream socket to the service"),
-        ("page", "the lane's page in shared memory"),
-        ("stdout", "standard output of the service"),
-    ):
-        parser.add_argument(f"--{name}", type=int, required=True, metavar="FD", help=text)
-    return parser.parse_args(arguments)

@@ -38,6 +38,8 @@ from tolaria.values.training import Position, eager_name
 _MIB: Final = 2**20
 _NO_LIMIT_BYTES: Final = 2**62
 
+_Refused: TypeAlias = Callable[[], bool] | None
+
 _SPARE_IMAGES: Final = 2
 """Images in addition to the ring: one is being written as a checkpoint while the next one waits."""
 
@@ -53,6 +55,10 @@ class SnapshotManager:
     def __init__(self, module: TrainModule, settings: RollbackSettings, memory: SharedMemory | None = None) -> None:
         self._module = module
         self._every_steps = settings.every_steps
+        self.accompany: Callable[[StateImage, _Refused], _Refused] = lambda _image, refused: refused
+        """Called with each image that is about to be restored, and what may refuse that; returns what decides."""
+        self.takes_snapshots = True
+        """Off: the state is kept elsewhere."""
         self._structure = SeedStructure(module.seeds)
         # The names of the parts are those in checkpoints.
         parts: dict[str, StatePart] = {
@@ -97,11 +103,13 @@ class SnapshotManager:
 
     def epoch_begins(self) -> None:
         """Takes the first snapshot, so that there is a restore point from the first step on."""
-        if not self._ring.statistics().snapshots:
+        if self.takes_snapshots and not self._ring.statistics().snapshots:
             self._take_snapshot()
 
     def step_done(self, duration_s: float) -> None:
         """Takes a snapshot after a step if one is due."""
+        if not self.takes_snapshots:
+            return
         self._cadence = self._cadence.after_step(duration_s)
         if self._cadence.steps_since >= self._every_steps if self._every_steps else self._cadence.due:
             self._take_snapshot()
@@ -182,6 +190,7 @@ class SnapshotManager:
             RollbackError, SeedError, OptimizationError: the image does not fit. The live state is unchanged.
         """
         module, started_s = self._module, time.monotonic()
+        refused = self.accompany(image, refused)
         in_force, from_step = module.seeds.controller.adjustments, module.global_step
         if decided is not None:
             in_force, from_step = tuple(decided), image.position.global_step

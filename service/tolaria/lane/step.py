@@ -27,6 +27,7 @@ from tolaria.lane.messages import StepDone
 from tolaria.lane.parameter_check import essential_finite, parameters_sound
 from tolaria.lane.profiling import Mark, unmarked
 from tolaria.lane.train_module import TrainModule
+from tolaria.ranks.group import Group
 from tolaria.values.optimization import LearningRateViolation
 
 _HALF: Final = frozenset({torch.float16, torch.bfloat16})
@@ -90,6 +91,7 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
         LossShapeError: the job returns an invalid loss.
     """
     started_s = time.monotonic()
+    module.begin_on_rank()
     first_batch = module.progress.batches
     taken, measured = _take_and_measure(module, continue_step, mark)
     if measured is None:
@@ -102,6 +104,7 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
         module.discard_pass()
     else:
         violations = _update(module, measured, mark)
+    module.spread_buffers()
     rescaled = taken.loss is not None and module.fast_paths.update_scale(
         finite=measured.finite, loss_finite=math.isfinite(measured.loss)
     )
@@ -227,19 +230,19 @@ def _take_microbatches(
             read = module.next_batch()
         if read is None:
             break
-        batch = on_device(read, module.device, pinned=module.fast_paths.pins_memory)
+        batch = on_device(module.share.of(read), module.device, pinned=module.fast_paths.pins_memory)
         taken.waited_s += time.monotonic() - asked_s
         if not number:
             module.clear_gradients()
-            taken.planned_samples = batch.samples * module.accumulate
+            taken.planned_samples = read.samples * module.accumulate
             module.merger.begin(module.global_step, module.accumulate)
-        taken.read += batch.samples
+        taken.read += read.samples
         module.save_microbatch(gradients=thorough)
         with mark("forward"), module.fast_paths.autocast(), module.seeds.groups_as_built():
             losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
         module.look_up_parameters()
         loss = None
-        if not (each and module.accumulate > 1) or essential_finite(module, losses):
+        if not (each and module.accumulate > 1) or module.everywhere(essential_finite(module, losses)):
             share = batch.samples / taken.planned_samples
             with mark("backward"):
                 loss = module.merger.add(
@@ -268,7 +271,7 @@ def _add_losses(module: TrainModule, taken: _Taken, losses: Mapping[str, Tensor]
     taken.essential = part if taken.essential is None else taken.essential + part
     tasks = [each.detach() for source, each in losses.items() if source not in seeds]
     samples = batch.samples
-    if batch.seed_ids is not None:  # their losses are shares of the mean over the whole batch
+    if samples and batch.seed_ids is not None:  # their losses are shares of the mean over the whole batch
         samples = sum(source not in seeds for source in batch.seed_ids)
     if samples and tasks:
         mean = torch.stack(tasks).mean() * batch.samples
@@ -278,12 +281,34 @@ def _add_losses(module: TrainModule, taken: _Taken, losses: Mapping[str, Tensor]
 
 def _finish(module: TrainModule, taken: _Taken, mark: Mark) -> _Measured:
     """Merges the gradients, scales them by the samples that were taken, and measures them."""
+    if module.group is not None:
+        _sum_losses(module, taken, module.group)
     if taken.loss is None:  # every microbatch was left out
         return _Measured(math.nan, None, [math.nan])
     with mark("merge"):
         module.merger.finish()
+        if module.group is not None and not module.merger.merges:
+            module.sum_gradients(module.group)
         _rescale(module, taken)
     return _measure(taken, module)
+
+
+def _sum_losses(module: TrainModule, taken: _Taken, group: Group) -> None:
+    """Replaces the losses and samples of this rank by the sums over all ranks. Synchronises."""
+    parts = [taken.loss, taken.essential, taken.judged]
+    given = [0.0 if part is None else part.item() for part in parts]
+    counts = [taken.judged_samples, taken.samples, not taken.plain]
+    *sums, judged_samples, samples, by_source = group.sum_step([*given, *counts], module.global_step)
+    if by_source not in {0, group.world}:
+        raise LossShapeError("losses() named other sources on some ranks than on others")
+    device, dtype = module.device, torch.float32 if module.device.type == "mps" else torch.float64
+    found = [
+        None if part is None else torch.tensor(value, dtype=dtype, device=device)
+        for part, value in zip(parts, sums, strict=True)
+    ]
+    taken.loss, taken.essential = found[:2]
+    taken.judged = torch.tensor(sums[2], dtype=dtype, device=device) if judged_samples else None
+    taken.judged_samples, taken.samples = int(judged_samples), int(samples)
 
 
 def _overflowed(module: TrainModule, measured: _Measured) -> bool:
@@ -299,7 +324,7 @@ def _rescale(module: TrainModule, taken: _Taken) -> None:
     """
     if module.fast_paths.scaler is not None:
         module.fast_paths.scaler.unscale_(module.optimizer)
-    if taken.samples != taken.planned_samples and taken.loss is not None:
+    if taken.samples not in {0, taken.planned_samples} and taken.loss is not None:
         factor = taken.planned_samples / taken.samples
         taken.loss = taken.loss * factor
         if taken.essential is not None:

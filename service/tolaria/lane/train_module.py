@@ -12,13 +12,18 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from tolaria.config import Settings
+from tolaria.gradients import laid_out
 from tolaria.jobs import Batch, BatchCursor, CursorState, LoaderCursor, StatefulJob, TrainingJob, TrainModeJob
+from tolaria.jobs.data import epoch_seed
 from tolaria.lane.buffers import SavedBuffers
+from tolaria.lane.device import seed_everything
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.gradient_merge import GradientMerger
 from tolaria.lane.job_output import checked_batch
 from tolaria.lane.messages import RegimeBegun
 from tolaria.lane.seed_training import SeedTraining
+from tolaria.ranks.group import Group
+from tolaria.ranks.share import Share
 from tolaria.seeds.slots import parameters_by_owner
 from tolaria.state.encoding import KeptValues, capture_rngs, restore_rngs
 from tolaria.values.loss_window import LossWindow
@@ -125,6 +130,7 @@ class TrainModule:
         regimes_begun: events of changed tasks that the lane has not taken yet.
         skip_streak: steps in a row that were skipped most recently.
         last_good: a batch of the last step that was not skipped, as the cursor returned it.
+        share: this rank's part of each batch.
         undone: False if something that was left out could not be undone; `train_step` reports and resets it.
         parameters: trainable parameters in the optimizer.
         clip_groups: the same parameters, in groups that are clipped separately; the host's is the first.
@@ -166,6 +172,9 @@ class TrainModule:
         self.skip_streak = 0
         self.last_good: Batch | None = None
         self.undone = True
+        self.share = Share()
+        self._group: Group | None = None
+        self._seed = settings.training.seed
         self._buffers, self._microbatch_buffers = SavedBuffers(model), SavedBuffers(model)
         self._kept_job: KeptValues | None = None
         self._microbatch_job: KeptValues | None = None
@@ -189,6 +198,15 @@ class TrainModule:
         self.global_step = position.global_step
 
     @property
+    def group(self) -> Group | None:
+        """The ranks that train this model together; None for one process alone. Set once the first look is over."""
+        return self._group
+
+    @group.setter
+    def group(self, group: Group | None) -> None:
+        self._group = self.merger.group = group
+
+    @property
     def steps_per_epoch(self) -> int:
         """Steps in one epoch; the last one may have fewer microbatches."""
         return -(-self.cursor.batches_per_epoch // self.accumulate)
@@ -206,6 +224,7 @@ class TrainModule:
         self._collect_parameters()
         self._buffers.follow(self.model)
         self._microbatch_buffers.follow(self.model)
+        self._model_buffers = list(self.model.buffers())
 
     def look_up_parameters(self) -> None:
         """Collects the parameters again if the job has frozen or unfrozen some, or changed the optimizer's groups.
@@ -293,6 +312,27 @@ class TrainModule:
             restore_rngs(*rngs)
         self.note_step_end()
 
+    def begin_on_rank(self) -> None:
+        """Seeds the generators of a rank that does not lead: its random numbers are a function of seed, step and rank.
+
+        So they need not be saved, and the leader's are those of a process alone.
+        """
+        if self._group is not None and not self._group.leads:
+            place = (self.global_step << 16) + self.progress.batches
+            seed_everything(epoch_seed(self._seed + (self._group.rank << 40), place))
+
+    def sum_gradients(self, group: Group) -> None:
+        """Replaces the gradients of all trained parameters by their sums over the ranks."""
+        for parameter, gradient in zip(
+            self.parameters, group.sum_gradients(self.parameters, [p.grad for p in self.parameters]), strict=True
+        ):
+            parameter.grad = None if gradient is None else laid_out(gradient, parameter)
+
+    def spread_buffers(self) -> None:
+        """Gives every rank the leader's buffers, such as running statistics."""
+        if self._group is not None and self._model_buffers:
+            self._group.spread(self._model_buffers)
+
     def clear_gradients(self) -> None:
         """Drops all gradients, also those of frozen parameters and of those that are not in the optimizer."""
         for parameter in self._all_parameters:
@@ -328,7 +368,11 @@ class TrainModule:
     def gradients_finite(self) -> bool:
         """Whether all gradients that affect the host's loss are finite. Synchronises."""
         gradients = [p.grad for p in self.clip_groups[0] if p.grad is not None]
-        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        return self.everywhere(all(bool(torch.isfinite(gradient).all()) for gradient in gradients))
+
+    def everywhere(self, found: bool) -> bool:
+        """Whether something is so on every rank."""
+        return found if self._group is None else self._group.all(found)
 
     def begin_announced_regimes(self) -> None:
         """Empties the window of losses if the job has announced a changed task since the last call."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -34,12 +35,14 @@ from tolaria.transport.lane_link import LaneLink
 from tolaria.wire import Frame, FrameKind, packed_id
 
 PROGRAM: Final = (sys.executable, "-m", "tolaria.lane")
+GROUP_PROGRAM: Final = (sys.executable, "-m", "tolaria.lane.agent")
 _START_S: Final = 60.0
 _STOP_S: Final = 2.0
 _LIVED_S: Final = 60.0
 _EXIT_S: Final = 10.0
 _WATCH_S: Final = 0.25
 _DUMP_S: Final = 0.2
+_AGENT_ENDS_S: Final = 3.0  # which finds out what rank has failed
 _FROZEN_S: Final = 2.0
 _THAWED_S: Final = 30.0
 _LAST_FRAMES_S: Final = 2.0
@@ -53,6 +56,7 @@ _OOM_COUNTERS: Final = {
 }
 """Files with the number of kills, by the controllers of a line of /proc/self/cgroup; {group} is its path."""
 
+_RANK_ENDS: Final = re.compile(r"rank \d+ of \d+ (was killed|ended)")
 _CRASHES: Final = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP}
 """Signals that a process gets by what it does; others come from outside."""
 
@@ -223,7 +227,7 @@ class LaneProcess(ChildSupervisor):
         try:
             descriptors = {"connection": theirs.fileno(), "page": self.page.segment.descriptor, "stdout": stdout}
             arguments = [f"--{name}={descriptor}" for name, descriptor in descriptors.items()]
-            program = (*PROGRAM, f"--service-pid={os.getpid()}", *arguments)
+            program = (*self._program(), f"--service-pid={os.getpid()}", *arguments)
             self.command = replace(self.command, arguments=program, descriptors=tuple(descriptors.values()))
             child = await super().start()
         except BaseException:
@@ -238,6 +242,10 @@ class LaneProcess(ChildSupervisor):
             self._tasks.start_soon(self.link.serve)
         await self._send_order(self.link)
         return child
+
+    def _program(self) -> tuple[str, ...]:
+        lane = self._settings.lane
+        return (*GROUP_PROGRAM, f"--processes={lane.processes}") if lane.mode == "torchrun" else PROGRAM
 
     async def _send_order(self, link: LaneLink) -> None:
         plan, image = await self._owner.next_plan()
@@ -278,7 +286,7 @@ class LaneProcess(ChildSupervisor):
                 end.silent = f"the lane has not been built within {self._build_s:.0f} s"
                 kill_group(self.pid)
             elif self.link.ended.is_set() or time.monotonic() > end.exits_by_s:
-                await anyio.sleep(_DUMP_S)
+                await anyio.sleep(_AGENT_ENDS_S if self._settings.lane.mode == "torchrun" else _DUMP_S)
                 if end is self._end:
                     kill_group(self.pid)
 
@@ -308,6 +316,8 @@ class _End:
         killed = self.code is not None and self.code < 0
         crash = next((n for n, line in enumerate(self.lines) if line.startswith("Current thread")), -_LINES_SHOWN)
         shown = "\n".join([*self.lines][crash:][:_LINES_SHOWN]).strip()
+        ends = next((line for line in reversed(self.lines) if _RANK_ENDS.match(line)), "")  # as the agent says it
+        shown = "\n".join(text for text in (ends, shown.replace(ends, "").strip()) if text)
         detail = detail.partition(": ")[0] + (f": {shown}" if shown else "")
         if killed:
             detail = detail.replace(f"ended with code {self.code}", f"was killed by {_signal_name(-(self.code or 0))}")

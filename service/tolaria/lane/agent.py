@@ -1,0 +1,96 @@
+"""The agent of a group: starts the ranks with torch's elastic agent, and ends with the first one that fails.
+
+The process that the service starts in mode `torchrun`, as the process of the lane. It passes the service's connection
+on to the rank that leads, and ends as the first rank that failed has ended, so that the service learns the cause.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import importlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Final
+
+from tolaria.lane.process import announce, lane_options
+from tolaria.signals.lane_page import STACKS_SIGNAL
+
+AGENT: Final = "TOLARIA_LANE_AGENT"
+"""Environment variable with the process id of the agent and its abstract Unix socket, with a colon between."""
+
+PEER_LOST: Final = 86
+"""Exit code of a rank that ends because another one has gone."""
+
+_POLL_S: Final = 0.05
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one group; returns 0, or ends as its first failed rank has ended."""
+    parser = lane_options("python -m tolaria.lane.agent", "The agent of a group of lanes.")
+    parser.add_argument("--processes", type=int, required=True, help="ranks on this machine")
+    options = parser.parse_args(arguments)
+    announce(options)
+    address = _serve_leader(options)
+    os.environ |= {AGENT: f"{os.getpid()}:{address}", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGUSR2"}
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    failures = _run(options.processes)
+    if not failures:
+        return 0
+    rank = next((rank for rank, code in failures.items() if code != PEER_LOST), next(iter(failures)))
+    return _end_like(rank, failures[rank], options.processes)
+
+
+def _serve_leader(options: argparse.Namespace) -> str:
+    """Gives the first process that asks the service's connection and page; returns the address where to ask."""
+    address = f"tolaria-lane-{os.getpid()}-{os.urandom(8).hex()}"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind("\0" + address)
+    listener.listen(1)
+
+    def serve() -> None:
+        with listener:
+            asking, _ = listener.accept()
+        with asking:
+            socket.send_fds(asking, [b"\0"], [options.connection, options.page])
+        os.close(options.connection)  # the service sees at once when the leader has gone
+        os.close(options.page)
+
+    threading.Thread(target=serve, name="tolaria-leader", daemon=True).start()
+    return address
+
+
+def _run(processes: int) -> Mapping[int, int]:
+    """Runs the ranks until all have ended or one has failed; returns the exit codes of failed ones by rank."""
+    # Only now, since it imports torch, which takes seconds.
+    elastic = importlib.import_module("tolaria.lane.elastic")
+    with elastic.Ranks((sys.executable, "-m", "tolaria.lane.rank"), processes, poll_s=_POLL_S) as ranks:
+        signal.signal(STACKS_SIGNAL, lambda _number, _frame: _pass_on(STACKS_SIGNAL, ranks.pids()))
+        return dict(ranks.run())
+
+
+def _pass_on(number: int, pids: Sequence[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _end_like(rank: int, code: int, world: int) -> int:
+    """Says which rank failed, and ends this process by the same signal, or returns the same exit code."""
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    os.write(2, f"rank {rank} of {world} {how}\n".encode())
+    if code < 0:
+        faulthandler.disable()
+        with suppress(OSError):  # SIGKILL has no other action
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

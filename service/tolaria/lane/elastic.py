@@ -1,0 +1,89 @@
+"""`Ranks`: the ranks of a group on this machine, as torch's elastic agent starts and watches them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Self
+
+from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+_HOST: Final = "127.0.0.1"
+_EXIT_BARRIER_S: Final = 5.0
+_KILL_S: Final = 5
+
+
+class Ranks:
+    """Runs a program in `processes` processes, with the environment of torchrun.
+
+    A failure is not repaired: all ranks are killed, and what is started instead is decided elsewhere.
+    """
+
+    def __init__(self, program: Sequence[str], processes: int, *, poll_s: float) -> None:
+        logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+        self._rendezvous = get_rendezvous_handler(
+            RendezvousParameters("c10d", f"{_HOST}:0", f"lane-{os.getpid()}", 1, 1, local_addr=_HOST, is_host=True)
+        )
+        spec = WorkerSpec(
+            role="lane",
+            local_world_size=processes,
+            rdzv_handler=self._rendezvous,
+            entrypoint=program[0],
+            args=tuple(program[1:]),
+            max_restarts=0,
+            monitor_interval=poll_s,
+            master_addr=_HOST,
+            local_addr=_HOST,
+        )
+        self._agent = _Agent(spec, _Unredirected(), exit_barrier_timeout=_EXIT_BARRIER_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._rendezvous.shutdown()
+
+    def run(self) -> Mapping[int, int]:
+        """Runs until all ranks have ended or one has failed; returns the exit codes of failed ones by rank."""
+        result = self._agent.run("lane")
+        return {rank: failure.exitcode for rank, failure in result.failures.items()}
+
+    def pids(self) -> list[int]:
+        """Returns the process ids."""
+        return [int(worker.id) for worker in self._agent.get_worker_group().workers if worker.id is not None]
+
+
+class _Agent(LocalElasticAgent):
+    """Kills ranks instead of asking them to end: those that wait for a lost one could not answer."""
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        if (context := self._pcontext) is not None:  # it has no setting for that
+            close = context.close
+            context.close = lambda *_args, **_options: close(signal.SIGKILL, _KILL_S)  # type: ignore[method-assign]
+        return started
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = _KILL_S) -> None:
+        del death_sig, timeout
+        super()._shutdown(signal.SIGKILL, _KILL_S)
+
+
+class _Unredirected(LogsSpecs):
+    """Leaves the ranks their output, and makes no file."""
+
+    @property
+    def root_log_dir(self) -> str:
+        return ""
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        nowhere = dict.fromkeys(envs, "")
+        return LogsDest(nowhere, nowhere, nowhere, nowhere, dict.fromkeys(envs, os.devnull))

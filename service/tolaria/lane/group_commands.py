@@ -1,0 +1,235 @@
+"""Commands in a group of ranks: the leader takes them from the service, and all ranks carry out the same ones.
+
+While a step is computed, the ranks agree whether to meet at its end (`Group.meeting`); they exchange commands only
+then. So a command costs the steps before it nothing.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from tolaria.errors import PeerLostError, RestoreAbandonedError, TolariaError
+from tolaria.images import StateImage
+from tolaria.lane.commands import CommandExecutor, CommandQueue, QueuedCommand, RestoreGate
+from tolaria.lane.encoding import from_bytes, to_bytes
+from tolaria.lane.messages import (
+    BoundaryCommand,
+    CaptureImage,
+    CaptureProfile,
+    Command,
+    CommandDone,
+    ReconcileSeeds,
+    Restore,
+    Restored,
+    Result,
+    RunEpoch,
+)
+from tolaria.lane.profiling import LaneProfiler
+from tolaria.lane.snapshot_manager import SnapshotManager
+from tolaria.lane.train_module import TrainModule
+from tolaria.ranks.group import Group
+from tolaria.ranks.images import receive_image, send_image
+
+_GO_ON, _STOP, _END, _WORK = b"G", b"S", b"E", b"W"
+_IMAGE, _NO_IMAGE = b"I", b"N"
+_ID: Final = struct.Struct("<q")
+
+
+class LeaderCommands:
+    """The queue of the rank that leads: what it returns, it tells the other ranks first.
+
+    Methods and attributes are as in `CommandQueue`, but a step is not abandoned, and not held before its end.
+    """
+
+    def __init__(self, queue: CommandQueue, group: Group) -> None:
+        self.stopping = False
+        self._queue = queue
+        self._group = group
+        group.wish = lambda: queue.due
+
+    @property
+    def latest_order(self) -> int:
+        """Number of the newest order for an epoch."""
+        return self._queue.latest_order
+
+    @property
+    def epochs_queued(self) -> bool:
+        """Whether an order for an epoch has not been taken yet."""
+        return self._queue.epochs_queued
+
+    def put(self, command_id: int, command: Command) -> None:
+        """Queues a command. Raises LaneError when too many are queued."""
+        self._queue.put(command_id, command)
+
+    def next_work(self) -> RunEpoch | QueuedCommand | None:
+        """Waits for an epoch or a command; None: the lane has to end."""
+        work = self._queue.next_work()
+        self._group.tell(_END if work is None else _packed(work))
+        self._group.meeting = True
+        return work
+
+    def next_command(self) -> QueuedCommand | None:
+        """Returns the next command for this step boundary if the ranks meet, waiting while held."""
+        if not self._group.meeting:
+            return None
+        command = self._queue.next_command()
+        if command is not None:
+            self._group.tell(_packed(command))
+            return command
+        self.stopping, self._group.meeting = self._queue.stopping, False
+        self._group.tell(_STOP if self.stopping else _GO_ON)
+        return None
+
+    def continue_step(self) -> bool:
+        """Returns True: the ranks meet at the end of the step."""
+        return True
+
+    def continue_evaluation(self) -> bool:
+        """Waits between two batches while held; returns False if the ranks have to meet."""
+        goes_on = self._group.all(self._queue.continue_evaluation())
+        self._group.meeting = not goes_on
+        return goes_on
+
+
+class FollowerCommands:
+    """The commands of a rank that does not lead, as the leader tells them. Used as a `CommandQueue`."""
+
+    latest_order = 0
+    epochs_queued = False
+
+    def __init__(self, group: Group) -> None:
+        self.stopping = False
+        self._group = group
+
+    def put(self, command_id: int, command: Command) -> None:
+        """Raises PeerLostError: commands come from the leader."""
+        raise PeerLostError(f"command {command_id} ({type(command).__name__}) did not come from the leader")
+
+    def next_work(self) -> RunEpoch | QueuedCommand | None:
+        """Waits for an epoch or a command; None: the lane has to end."""
+        said = self._group.tell()
+        self._group.meeting = True
+        if said == _END:
+            self.stopping = True
+            return None
+        return _unpacked(said)
+
+    def next_command(self) -> QueuedCommand | None:
+        """Returns the next command for this step boundary if the ranks meet."""
+        if not self._group.meeting:
+            return None
+        said = self._group.tell()
+        if said in {_STOP, _GO_ON}:
+            self.stopping, self._group.meeting = said == _STOP, False
+            return None
+        work = _unpacked(said)
+        if not isinstance(work, QueuedCommand):
+            raise PeerLostError("the leader begins an epoch in the middle of one")
+        return work
+
+    def continue_step(self) -> bool:
+        """Returns True: the ranks meet at the end of the step."""
+        return True
+
+    def continue_evaluation(self) -> bool:
+        """Returns False if the ranks have to meet."""
+        goes_on = self._group.all(value=True)
+        self._group.meeting = not goes_on
+        return goes_on
+
+
+def _packed(work: RunEpoch | QueuedCommand) -> bytes:
+    if isinstance(work, RunEpoch):
+        return _WORK + _ID.pack(0) + to_bytes(work)
+    return _WORK + _ID.pack(work.command_id) + to_bytes(work.command)
+
+
+def _unpacked(said: bytes) -> RunEpoch | QueuedCommand:
+    command = from_bytes(said[1 + _ID.size :])
+    if isinstance(command, RunEpoch):
+        return command
+    if said[:1] != _WORK or not isinstance(command, BoundaryCommand):
+        raise PeerLostError(f"the leader said {said[:20]!r}")
+    return QueuedCommand(_ID.unpack_from(said, 1)[0], command)
+
+
+class GroupExecutor(CommandExecutor):
+    """Carries out commands on every rank: on all of them or, where one rank cannot, on none.
+
+    Images and profiles are the leader's, which has the only snapshots: it sends the image of a restore to the others.
+    """
+
+    def __init__(
+        self,
+        module: TrainModule,
+        snapshots: SnapshotManager,
+        profiler: LaneProfiler,
+        gate: RestoreGate | None,
+        group: Group,
+    ) -> None:
+        super().__init__(module, snapshots, profiler, gate)
+        self._group = group
+        self._sent = self._voted = False
+        if group.leads:
+            snapshots.accompany = self._send
+
+    def execute(self, queued: QueuedCommand) -> CommandDone:
+        """Carries out a command. Raises PeerLostError if it fails on some ranks only: their states differ then."""
+        command, group = queued.command, self._group
+        if isinstance(command, CaptureImage | CaptureProfile) and not group.leads:
+            return CommandDone(queued.command_id, self._module.global_step, None, None)
+        done = super().execute(queued)
+        if isinstance(command, CaptureImage | CaptureProfile):
+            return done
+        problems = group.ask("" if done.failure is None else str(done.failure))
+        if any(problems) and not all(problems):
+            rank = next(number for number, problem in enumerate(problems) if problem)
+            raise PeerLostError(f"{type(command).__name__} failed on rank {rank} only: {problems[rank]}")
+        if isinstance(command, ReconcileSeeds) and not any(problems):
+            model = self._module.model
+            group.spread([*model.parameters(), *model.buffers()])  # seeds are built with random values
+        return done
+
+    def _restore(self, command_id: int, command: Restore) -> Result:
+        self._sent = self._voted = False
+        result = super()._restore(command_id, command) if self._group.leads else self._follow()
+        if not isinstance(result, Restored):
+            return result
+        digests = self._group.ask(result.state_digest)
+        return replace(result, state_digest=next((d for d in digests if d != result.expected_digest), digests[0]))
+
+    def _result(self, command_id: int, command: BoundaryCommand) -> Result:
+        try:
+            return super()._result(command_id, command)
+        except TolariaError:
+            if isinstance(command, Restore):
+                self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        """Has the others abandon the restore too."""
+        if self._group.leads and not self._sent:
+            self._group.tell(_NO_IMAGE)
+        elif self._sent and not self._voted:
+            self._group.sum([1.0])
+
+    def _send(self, image: StateImage, refused: Callable[[], bool] | None) -> Callable[[], bool]:
+        """Sends the image that is about to be restored; returns what decides whether it is."""
+        self._group.tell(_IMAGE)
+        send_image(self._group, image)
+        self._sent = True
+        return lambda: self._refused_anywhere(refused is not None and refused())
+
+    def _follow(self) -> Restored:
+        if self._group.tell() == _NO_IMAGE:
+            raise RestoreAbandonedError("before it began")
+        image = receive_image(self._group)
+        self._sent = True
+        return self._snapshots.restore_image(image, lambda: self._refused_anywhere(refused=False))
+
+    def _refused_anywhere(self, refused: bool) -> bool:
+        self._voted = True
+        return not self._group.all(not refused)

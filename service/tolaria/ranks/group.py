@@ -1,0 +1,189 @@
+"""`Group`: the collective operations of the ranks that train one model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tolaria.errors import BrokenJobError, PeerLostError
+
+_WAIT: Final = timedelta(days=365)
+"""Whoever waits for a rank that has gone is ended with the group; a rank that is only slow is no dead one."""
+
+_STEPS: Final = 2**20
+_BUCKET_BYTES: Final = 2**25
+"""Tensors are sent in pieces of this size, which bounds the memory that sending needs."""
+
+
+class Group:
+    """One rank's part in the group. Every rank has to call the same methods in the same order; all of them block.
+
+    Numbers and messages travel over gloo, tensors on CUDA over NCCL. Sums have the same bits on every rank.
+
+    Attributes:
+        rank: of this process, from 0, which is the leader.
+        world: number of ranks.
+        local_rank: among the `local_world` ranks on this machine.
+        meeting: whether the ranks exchange commands at the next step boundary; decided anew with each `sum_step`.
+        wish: returns whether this rank wants to.
+    """
+
+    def __init__(self, rank: int, world: int, local_rank: int = 0, local_world: int = 1) -> None:
+        self.rank, self.world, self.local_rank, self.local_world = rank, world, local_rank, local_world
+        self.meeting = True
+        self.wish: Callable[[], bool] = lambda: False
+
+    @classmethod
+    def join(cls, *, cuda: bool) -> Group:
+        """Joins the group that the environment names, as torchrun sets it. Waits for all other ranks.
+
+        Raises PeerLostError if the store of the group cannot be reached.
+        """
+        with _peers():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", init_method="env://", timeout=_WAIT)
+        local = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        return cls(dist.get_rank(), dist.get_world_size(), *local)
+
+    def leave(self) -> None:
+        """Ends this rank's part."""
+        dist.destroy_process_group()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that speaks with the service."""
+        return self.rank == 0
+
+    # -- numbers and messages ----------------------------------------------------------------------------------------
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Returns the sums over all ranks, in float64. Raises PeerLostError."""
+        numbers = torch.tensor(values, dtype=torch.float64)
+        with _peers():
+            dist.all_reduce(numbers)
+        found: list[float] = numbers.tolist()
+        return found
+
+    def sum_step(self, values: Sequence[float], step: int) -> list[float]:
+        """Returns the sums of a step's values, and decides whether the ranks meet after it.
+
+        Raises PeerLostError if the ranks are not at the same step.
+        """
+        place = step % _STEPS  # so that its square is exact
+        *sums, places, squares, wishes = self.sum([*values, place, place * place, self.wish()])
+        if places != place * self.world or squares != place * place * self.world:
+            raise PeerLostError(f"rank {self.rank} is at step {step}, but not every rank is")
+        self.meeting = wishes > 0
+        return sums
+
+    def all(self, value: bool) -> bool:
+        """Whether the value is true on every rank. Raises PeerLostError."""
+        return self.sum([not value])[0] == 0
+
+    def tell(self, data: bytes = b"") -> bytes:
+        """Returns the leader's `data` on every rank. Raises PeerLostError."""
+        size = torch.tensor([len(data)])
+        with _peers():
+            dist.broadcast(size, 0)
+            content = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data and self.leads else None
+            content = torch.empty(int(size), dtype=torch.uint8) if content is None else content
+            if len(content):
+                dist.broadcast(content, 0)
+        return content.numpy().tobytes()
+
+    def ask(self, text: str) -> list[str]:
+        """Returns what each rank says, by rank. Raises PeerLostError."""
+        data = text.encode()
+        sizes = torch.zeros(self.world, dtype=torch.int64)
+        sizes[self.rank] = len(data)
+        with _peers():
+            dist.all_reduce(sizes)
+            said = torch.zeros(self.world, max(1, int(sizes.max())), dtype=torch.uint8)
+            said[self.rank, : len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+            dist.all_reduce(said)
+        return [row[:size].numpy().tobytes().decode() for row, size in zip(said, sizes.tolist(), strict=True)]
+
+    # -- tensors -----------------------------------------------------------------------------------------------------
+
+    def sum_tensor(self, tensor: Tensor) -> None:
+        """Replaces a dense tensor of any shape, dtype and device by its sum over all ranks. Raises PeerLostError."""
+        flat = tensor.view(-1)
+        with _peers():
+            for piece in torch.split(flat, max(1, _BUCKET_BYTES // tensor.element_size())):
+                dist.all_reduce(piece)
+
+    def sum_gradients(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Returns the sums of the parameters' gradients; None where no rank has one. Raises PeerLostError.
+
+        Gradients that are missing on some ranks count as zero.
+
+        Raises:
+            BrokenJobError: a gradient is sparse.
+        """
+        found: list[Tensor | None] = [None] * len(parameters)
+        for places in _buckets(parameters):
+            kinds = parameters[places[0]]
+            sizes = [parameters[place].numel() for place in places]
+            flat = torch.zeros(sum(sizes) + len(places), dtype=kinds.dtype, device=kinds.device)
+            *parts, present = torch.split(flat, [*sizes, len(places)])
+            for number, place in enumerate(places):
+                if (gradient := gradients[place]) is not None:
+                    if gradient.layout != torch.strided:
+                        raise BrokenJobError("a gradient is sparse; ranks sum dense ones only")
+                    parts[number].copy_(gradient.reshape(-1))
+                    present[number] = 1
+            with _peers():
+                dist.all_reduce(flat)
+            for place, part, count in zip(places, parts, present.tolist(), strict=True):
+                found[place] = part.view(parameters[place].shape) if count else None
+        return found
+
+    def spread(self, tensors: Sequence[Tensor]) -> None:
+        """Gives the tensors of every rank the leader's values. Raises PeerLostError."""
+        with torch.no_grad():
+            for places in _buckets(tensors):
+                chosen = [tensors[place] for place in places]
+                flat = torch.cat([tensor.detach().reshape(-1) for tensor in chosen])
+                with _peers():
+                    dist.broadcast(flat, 0)
+                if not self.leads:
+                    for tensor, part in zip(chosen, torch.split(flat, [each.numel() for each in chosen]), strict=True):
+                        tensor.detach().copy_(part.view(tensor.shape))
+
+    def send_bytes(self, content: memoryview) -> None:
+        """Fills the memory of every rank with the leader's. Raises PeerLostError."""
+        if content.nbytes:
+            whole = torch.frombuffer(content, dtype=torch.uint8)
+            with _peers():
+                for piece in torch.split(whole, _BUCKET_BYTES):
+                    dist.broadcast(piece, 0)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Yields the places of tensors that are sent together: of one dtype and device, in the order of the places."""
+    open_buckets: dict[tuple[torch.dtype, torch.device], tuple[list[int], int]] = {}
+    for place, tensor in enumerate(tensors):
+        kind = (tensor.dtype, tensor.device)
+        places, size_bytes = open_buckets.get(kind, ([], 0))
+        places.append(place)
+        size_bytes += tensor.numel() * tensor.element_size()
+        if size_bytes >= _BUCKET_BYTES:
+            yield places
+            places, size_bytes = [], 0
+        open_buckets[kind] = places, size_bytes
+    yield from (places for places, _ in open_buckets.values() if places)
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """Spans an operation that fails when another rank has gone."""
+    try:
+        yield
+    except RuntimeError as error:  # also torch.distributed.DistError
+        raise PeerLostError(f"{type(error).__name__}: {str(error).partition('. ')[0]}") from error

@@ -1,0 +1,30 @@
+"""Images between ranks: the leader's state, for all others."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from tolaria.images import StateImage, TensorSpec
+from tolaria.ranks.group import Group
+from tolaria.values.training import Position
+
+
+def send_image(group: Group, image: StateImage) -> None:
+    """Sends an image from the leader. Raises PeerLostError."""
+    specs = [[spec.name, spec.dtype, list(spec.shape)] for spec in image.specs]
+    group.tell(json.dumps({"position": asdict(image.position), "specs": specs}).encode())
+    group.tell(image.values)
+    for spec in image.specs:
+        group.send_bytes(image.buffers[spec.name])
+
+
+def receive_image(group: Group) -> StateImage:
+    """Returns the image that the leader sends, in new memory. Raises PeerLostError."""
+    head = json.loads(group.tell())
+    values = group.tell()
+    specs = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in head["specs"])
+    buffers = {spec.name: memoryview(bytearray(spec.size_bytes)) for spec in specs}
+    for spec in specs:
+        group.send_bytes(buffers[spec.name])
+    return StateImage(Position(**head["position"]), specs, buffers, values)

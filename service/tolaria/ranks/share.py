@@ -1,0 +1,100 @@
+"""`Share`: one rank's part of each global batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from torch import Tensor
+
+from tolaria.errors import BrokenJobError
+from tolaria.jobs import Batch
+
+
+@runtime_checkable
+class SharingJob(Protocol):
+    """A job that says itself how a batch is shared."""
+
+    def share(self, batch: Batch, start: int, stop: int) -> Any:
+        """Returns the payload with the samples from `start` to `stop` only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of rank `rank` of `world`: the samples of each batch from `rank` / `world` of them on.
+
+    So the number of ranks changes neither the order of the data nor which samples an update is computed from.
+    """
+
+    rank: int = 0
+    world: int = 1
+    job: object = None
+
+    def of(self, batch: Batch) -> Batch:
+        """Returns this rank's samples of a batch: the batch itself if there is one rank.
+
+        A rank for which there is none gets the first sample, to be counted as none, so that it does the same as all
+        others.
+
+        Raises:
+            BrokenJobError: the payload cannot be divided.
+        """
+        if self.world == 1:
+            return batch
+        start, stop = (number * batch.samples // self.world for number in (self.rank, self.rank + 1))
+        samples = stop - start
+        if not samples:
+            start, stop = 0, 1
+        if isinstance(self.job, SharingJob):
+            payload = self.job.share(batch, start, stop)
+        else:
+            payload = divided(batch.payload, batch.samples, start, stop)
+        seed_ids = None if batch.seed_ids is None else batch.seed_ids[start:stop]
+        return Batch(payload, samples, seed_ids)
+
+
+def divided(payload: Any, samples: int, start: int, stop: int) -> Any:
+    """Returns some samples of a payload: of tensors and lists with one element per sample, in tuples, lists and dicts.
+
+    Numbers, texts and None belong to every sample.
+
+    Raises:
+        BrokenJobError: names the first part that is neither.
+    """
+    return _divided(payload, samples, slice(start, stop), "payload")
+
+
+def _divided(payload: Any, samples: int, part: slice, name: str) -> Any:
+    if isinstance(payload, (Tensor, np.ndarray)):
+        if payload.ndim and len(payload) == samples:
+            return payload[part]
+        raise _indivisible(name, f"a tensor of shape {tuple(payload.shape)}", samples)
+    if payload is None or isinstance(payload, (bool, int, float, str)):
+        return payload
+    if isinstance(payload, MutableMapping):
+        divided_items = copy.copy(payload)  # of its class, which may offer more than a dict
+        divided_items.update(
+            {key: _divided(value, samples, part, f"{name}[{key!r}]") for key, value in payload.items()}
+        )
+        return divided_items
+    if isinstance(payload, (list, tuple)):
+        if isinstance(payload, list) and len(payload) == samples and not any(map(_is_container, payload)):
+            return payload[part]
+        values = [_divided(value, samples, part, f"{name}[{n}]") for n, value in enumerate(payload)]
+        return type(payload)(*values) if hasattr(payload, "_fields") else type(payload)(values)
+    raise _indivisible(name, f"a {type(payload).__name__}", samples)
+
+
+def _is_container(value: object) -> bool:
+    """Whether a list of such values has parts of a batch, not one value for each sample."""
+    return isinstance(value, (Tensor, np.ndarray, MutableMapping))
+
+
+def _indivisible(name: str, what: str, samples: int) -> BrokenJobError:
+    return BrokenJobError(
+        f"Batch.{name} is {what}, which cannot be divided among ranks: it is neither a tensor nor a list with one "
+        f"element for each of the {samples} samples; give the job a method share(batch, start, stop)"
+    )

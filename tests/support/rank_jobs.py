@@ -1,0 +1,124 @@
+"""Jobs for groups of ranks, in float64, so that a run on several ranks can be compared with one on a single rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tolaria.jobs import HOST, Batch, Evaluation, JobContext, PerSampleLosses, TensorCursor
+from tolaria.seeds import SeedSlot
+
+
+class ExactJob:
+    """Regression with a slot for a seed. Options: samples, batch, norm (BatchNorm), rate, bad (a sample's place)."""
+
+    def __init__(self, context: JobContext) -> None:
+        torch.set_default_dtype(torch.float64)
+        self.context, self.options = context, context.options
+        generator = torch.Generator().manual_seed(7)
+        self.x = torch.randn(int(str(self.options.get("samples", 50))), 4, generator=generator)
+        self.y = torch.sin(self.x).sum(1, keepdim=True)
+        if "bad" in self.options:
+            self.y[int(str(self.options["bad"]))] = float("nan")
+
+    def build_model(self) -> nn.Module:
+        norm = nn.BatchNorm1d(8) if self.options.get("norm") else nn.Identity()
+        slot = SeedSlot("middle", features=8, layout="vector")
+        return nn.Sequential(nn.Linear(4, 8), norm, nn.Tanh(), slot, nn.Linear(8, 1))
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=float(str(self.options.get("rate", 0.05))), momentum=0.9)
+
+    def training_data(self) -> TensorCursor:
+        return TensorCursor((self.x, self.y), batch_size=int(str(self.options.get("batch", 7))), seed=self.context.seed)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
+        x, y = batch.payload
+        return {HOST: functional.mse_loss(model(x), y)}
+
+    def validation_batches(self) -> Iterable[Batch]:
+        clean = self.y.isfinite().flatten()
+        yield from (
+            Batch((x, y), len(x))
+            for x, y in zip(torch.split(self.x[clean], 9), torch.split(self.y[clean], 9), strict=True)
+        )
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
+        x, y = batch.payload
+        found = model(x)
+        loss = functional.mse_loss(found, y, reduction="sum")
+        return Evaluation(float(loss), int(((found - y).abs() < 0.5).sum()), batch.samples)
+
+
+class TasksJob(ExactJob):
+    """Two tasks beside the host's loss, whose gradients conflict at times."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        x, y = batch.payload
+        found = model(x)
+        return {
+            HOST: functional.mse_loss(found, y),
+            "small": 0.1 * found.square().mean(),
+            "inverse": 0.3 * functional.mse_loss(found, -y),
+        }
+
+
+class SeedIdsJob(ExactJob):
+    """Every third sample belongs to seed `a`; losses are per sample."""
+
+    def training_data(self) -> TensorCursor:
+        return _WithSeedIds((self.x, self.y), batch_size=7, seed=self.context.seed)
+
+    def losses(self, model: nn.Module, batch: Batch) -> PerSampleLosses:
+        x, y = batch.payload
+        return PerSampleLosses((model(x) - y).square().flatten())
+
+
+class _WithSeedIds(TensorCursor):
+    def next_batch(self) -> Batch | None:
+        batch = super().next_batch()
+        return batch and replace(batch, seed_ids=["a" if index % 3 == 2 else "" for index in range(batch.samples)])
+
+
+class FailingRankJob(ExactJob):
+    """Options: `fails_on` (rank) and `fails_at` (call of losses): raises there only."""
+
+    calls = 0
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
+        self.calls += 1
+        if self.calls == self.options["fails_at"] and torch.distributed.get_rank() == self.options["fails_on"]:
+            raise OSError("the file server does not answer")
+        return super().losses(model, batch)
+
+
+class UnbuildableRankJob(ExactJob):
+    """Options: `fails_on` (rank): has no model there."""
+
+    def build_model(self) -> nn.Module:
+        if torch.distributed.get_rank() == self.options["fails_on"]:
+            raise FileNotFoundError("no such file on this rank")
+        return super().build_model()
+
+
+class StubbornRankJob(ExactJob):
+    """Options: `fails_on` (rank): refuses to load a state that has taken steps there."""
+
+    steps = 0
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
+        self.steps += 1
+        return super().losses(model, batch)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        going_back = 2 < state["steps"] < self.steps - 2
+        if going_back and torch.distributed.get_rank() == self.options["fails_on"]:
+            raise ValueError("not on this rank")
+        self.steps = state["steps"]

@@ -1,0 +1,141 @@
+"""A real service whose lane is a group of two ranks on the CPU, which die in every way, and are operated."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from leyline.v1 import admin_service_pb2 as admin
+from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
+from support.peers import FakeKasmina, served_without_change
+from support.processes import Serve, is_alive, serve, status, stub_of
+from support.runs_on_disk import last_checkpoint
+from support.waiting import wait_for
+
+JOB: Final = ["training.job=support.mortal_jobs:Mortal", "training.device=cpu", "training.threads=1"]
+GROUP: Final = [*JOB, "lane.mode=torchrun", "lane.processes=2"]
+FINITE: Final = ["training.epochs=6", "training.deterministic=true", "training.options.samples=320"]
+ENDLESS: Final = ["training.epochs=100000000", "training.options.step_s=0.001", "training.options.lr=0.001"]
+
+
+@pytest.fixture(scope="module")
+def peers() -> Iterator[list[str]]:
+    """Runs a Tamiyo that changes nothing, so that runs differ in nothing but deaths; yields the settings."""
+    with served_without_change(FakeKasmina) as settings:
+        yield settings
+
+
+def agent_of(service: Serve) -> int:
+    """Returns the id of the process of the agent; 0 if there is none."""
+    return next((pid for pid in service.children() if "tolaria.lane.agent" in words_of(pid)), 0)
+
+
+def words_of(pid: int) -> str:
+    """Returns the command line of a process."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+def ranks_of(service: Serve) -> dict[int, int]:
+    """Returns the process ids of the ranks by rank."""
+    found = dict[int, int]()
+    with suppress(OSError):
+        for task in Path(f"/proc/{agent_of(service)}/task").iterdir():
+            for pid in map(int, (task / "children").read_text().split()):
+                environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+                if "tolaria.lane.rank" in words_of(pid):
+                    found[next(int(each[5:]) for each in environment if each.startswith("RANK="))] = pid
+    return found
+
+
+def named(service: Serve, event: str) -> list[dict[str, object]]:
+    """Returns the log lines of an event."""
+    return [line for line in service.events() if line["event"] == event]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(peers: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
+    """Returns step and digest with which the finite run ends if no rank dies."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    with serve(*GROUP, *FINITE, *peers, "service.exit_when_done=true", cwd=directory) as service:
+        assert service.wait(120) == 0
+    assert named(service, "tolaria.lane_lost") == []
+    return last_checkpoint(directory)
+
+
+DEATHS: Final = [
+    ("rank 1", signal.SIGKILL, "killed", "rank 1 of 2 was killed by SIGKILL"),
+    ("rank 0", signal.SIGKILL, "killed", "rank 0 of 2 was killed by SIGKILL"),
+    ("rank 1", signal.SIGSEGV, "crashed", "rank 1 of 2 was killed by SIGSEGV"),
+    ("rank 1", signal.SIGSTOP, "silent", "no heartbeat for"),
+    ("agent", signal.SIGKILL, "killed", "it was killed by SIGKILL"),
+]
+
+
+@pytest.mark.timeout(240)
+def test_deaths_cost_nothing_but_time(peers: list[str], undisturbed: tuple[int, str], tmp_path: Path) -> None:
+    """The group starts again, restores on every rank, and the run ends bit-equal to one without a death.
+
+    Of each rank, which one and how is said, and of the agent. No process is left.
+    """
+    limits = ["emergency.heartbeat_timeout_s=3", "emergency.phase_timeout_s=20", "training.options.step_s=0.02"]
+    arguments = [*GROUP, *FINITE, *peers, *limits, "service.exit_when_done=true", "rollback.every_steps=3"]
+    ended = list[int]()
+    with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
+        for number, (who, how, _, _) in enumerate(DEATHS):
+            wait_for(lambda n=number: status(stub).global_step > 15 + 30 * n, 60)  # type: ignore[misc]
+            ranks, agent = ranks_of(service), agent_of(service)
+            ended += [agent, *ranks.values()]
+            os.kill(agent if who == "agent" else ranks[int(who[-1])], how)
+            wait_for(lambda n=number: len(named(service, "tolaria.lane_recovered")) == n + 1, 60)  # type: ignore[misc]
+        assert service.wait(120) == 0
+        assert not any(map(is_alive, ended))
+    lost = named(service, "tolaria.lane_lost")
+    assert [line["cause"] for line in lost] == [kind for _, _, kind, _ in DEATHS]
+    for line, (_, _, _, words) in zip(lost, DEATHS, strict=True):
+        assert words in str(line["detail"])
+    assert last_checkpoint(tmp_path) == undisturbed
+
+
+def test_what_operators_do_works_on_the_group(peers: list[str], tmp_path: Path) -> None:
+    """Pauses, rollbacks of both tiers, learning rates, checkpoints and profiles."""
+    with (
+        serve(*GROUP, *ENDLESS, *peers, "rollback.fast_budget_s=20", cwd=tmp_path) as service,
+        stub_of(service) as stub,
+    ):
+        wait_for(lambda: status(stub).global_step > 100)
+        operate(stub, "one")
+        stub.AdjustLearningRate(admin.AdjustLearningRateRequest(request_id="lr", reason="calm", factor=0.5), timeout=10)
+        stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=10)
+        step = status(stub).global_step
+        time.sleep(0.3)
+        assert status(stub).global_step == step
+        operate(stub, "two", profile=False)
+        stub.ResumeTraining(admin.ResumeTrainingRequest(request_id="r", reason="go on"), timeout=10)
+        wait_for(lambda: status(stub).global_step > step + 50)
+        assert status(stub).learning_rates["host"] == pytest.approx(0.0005)
+        stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=20)
+        wait_for(lambda: status(stub).state == admin.RUN_STATE_FINISHED)
+    assert named(service, "tolaria.lane_lost") == []
+
+
+def operate(stub: TolariaAdminServiceStub, name: str, *, profile: bool = True) -> None:
+    """Has a checkpoint and a profile made, and rolls back by both tiers."""
+    stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id=f"c{name}", reason="now"), timeout=30)
+    if profile:
+        request = admin.CaptureProfileRequest(request_id=f"f{name}", reason="look", active_steps=3)
+        assert Path(stub.CaptureProfile(request, timeout=60).path).stat().st_size > 0
+    for tier in (1, 2):
+        back = stub.TriggerRollback(
+            admin.TriggerRollbackRequest(request_id=f"{name}{tier}", tier=tier, reason="odd"),  # type: ignore[arg-type]
+            timeout=60,
+        )
+        assert (back.tier, back.state_digest) == (tier, back.expected_digest)

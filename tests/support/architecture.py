@@ -12,7 +12,7 @@ from pathlib import Path
 
 LINES_MAX, LINES_MIN, FUNCTION_LINES_MAX = 450, 30, 70
 CONSTRUCTOR_PARAMETERS_MAX = 8
-LEVELS_MAX = 8
+LEVELS_MAX = 9
 
 BANNED = (
     "told", "nobody", "whoever", "whom", "somebody", "anybody", "stands", "heart", "hearts", "errand", "chronicle",

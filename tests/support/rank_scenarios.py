@@ -12,6 +12,7 @@ import torch
 
 from leyline.v1.enums_pb2 import SeedLifecycleStage
 from support.lane_driver import NoHeartbeat, RunningLane, running, seed
+from support.waiting import wait_for
 from tolaria.config import Settings
 from tolaria.lane.build import BuiltLane, build
 from tolaria.lane.hosting import united
@@ -20,6 +21,7 @@ from tolaria.lane.messages import (
     EpochDone,
     Hold,
     ImageCaptured,
+    LaneEnded,
     ReconcileSeeds,
     Release,
     Restore,
@@ -85,7 +87,8 @@ def _play(run: RunningLane, line: Sequence[Any]) -> Any:
         case "epoch":
             number = len(run.all_of(EpochDone)) + 1
             run.send(RunEpoch(number))
-            run.wait_for(EpochDone, number=number, timeout_s=60)
+            wait_for(lambda: len(run.all_of(EpochDone)) == number or ended(run), 60)
+            assert not ended(run), run.events[-1:]
         case "seeds":
             stage = SeedLifecycleStage.Value(arguments[0])
             return str(run.done(run.send(ReconcileSeeds(seed(stage, steps=20)))).failure)
@@ -106,6 +109,11 @@ def _play(run: RunningLane, line: Sequence[Any]) -> Any:
         case _:
             raise ValueError(word)
     return None
+
+
+def ended(run: RunningLane) -> bool:
+    """Whether the lane has ended, which the script does not ask for."""
+    return bool(run.lane.peer_lost or run.all_of(LaneEnded))
 
 
 def _restored(run: RunningLane, command: Restore) -> list[object]:

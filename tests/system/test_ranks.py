@@ -34,7 +34,7 @@ def peers() -> Iterator[list[str]]:
 
 def agent_of(service: Serve) -> int:
     """Returns the id of the process of the agent; 0 if there is none."""
-    return next((pid for pid in service.children() if "tolaria.lane.agent" in words_of(pid)), 0)
+    return next((pid for pid in service.children() if "tolaria.ranks.agent" in words_of(pid)), 0)
 
 
 def words_of(pid: int) -> str:
@@ -112,6 +112,8 @@ def test_what_operators_do_works_on_the_group(peers: list[str], tmp_path: Path) 
         stub_of(service) as stub,
     ):
         wait_for(lambda: status(stub).global_step > 100)
+        ranks = {rank.rank: (rank.pid, rank.device) for rank in status(stub).ranks}
+        assert ranks == {rank: (pid, "cpu") for rank, pid in ranks_of(service).items()}
         operate(stub, "one")
         stub.AdjustLearningRate(admin.AdjustLearningRateRequest(request_id="lr", reason="calm", factor=0.5), timeout=10)
         stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=10)

@@ -201,6 +201,7 @@ class GetStatusResponse(_message.Message):
     PHASE_S_FIELD_NUMBER: _builtins.int
     NEWEST_PROVEN_STEP_FIELD_NUMBER: _builtins.int
     ROLLBACKS_BY_ORIGIN_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     state: Global___RunState.ValueType
     epoch: _builtins.int
@@ -273,6 +274,10 @@ class GetStatusResponse(_message.Message):
     def rollbacks_by_origin(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Rollbacks by origin (operator, health, tamiyo, emergency)."""
 
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankStatus]:
+        """The processes that compute, by rank; the first one leads."""
+
     def __init__(
         self,
         *,
@@ -319,16 +324,47 @@ class GetStatusResponse(_message.Message):
         phase_s: _builtins.float = ...,
         newest_proven_step: _builtins.int | None = ...,
         rollbacks_by_origin: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        ranks: _abc.Iterable[Global___RankStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "health", b"health", "last_command", b"last_command", "newest_proven_step", b"newest_proven_step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "adjustments", b"adjustments", "attempt", b"attempt", "best_step", b"best_step", "boundaries_over_budget", b"boundaries_over_budget", "boundary_budget_ms", b"boundary_budget_ms", "boundary_ms_p50", b"boundary_ms_p50", "boundary_ms_p99", b"boundary_ms_p99", "breakers", b"breakers", "commands_accepted", b"commands_accepted", "commands_rejected", b"commands_rejected", "conservative_reasons", b"conservative_reasons", "emergency_level", b"emergency_level", "epoch", b"epoch", "epoch_step", b"epoch_step", "epochs", b"epochs", "fast_paths", b"fast_paths", "global_step", b"global_step", "health", b"health", "job", b"job", "kasmina_answer", b"kasmina_answer", "last_boundary_ms", b"last_boundary_ms", "last_command", b"last_command", "learning_rates", b"learning_rates", "metrics_address", b"metrics_address", "newest_proven_step", b"newest_proven_step", "phase", b"phase", "phase_s", b"phase_s", "rollbacks", b"rollbacks", "rollbacks_by_origin", b"rollbacks_by_origin", "run_id", b"run_id", "samples_per_s", b"samples_per_s", "samples_total", b"samples_total", "seeds", b"seeds", "skipped_steps", b"skipped_steps", "state", b"state", "state_reason", b"state_reason", "steps_per_epoch", b"steps_per_epoch", "tamiyo_answer", b"tamiyo_answer", "training_loss", b"training_loss", "uptime_s", b"uptime_s", "validation_accuracy", b"validation_accuracy", "validation_loss", b"validation_loss", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "adjustments", b"adjustments", "attempt", b"attempt", "best_step", b"best_step", "boundaries_over_budget", b"boundaries_over_budget", "boundary_budget_ms", b"boundary_budget_ms", "boundary_ms_p50", b"boundary_ms_p50", "boundary_ms_p99", b"boundary_ms_p99", "breakers", b"breakers", "commands_accepted", b"commands_accepted", "commands_rejected", b"commands_rejected", "conservative_reasons", b"conservative_reasons", "emergency_level", b"emergency_level", "epoch", b"epoch", "epoch_step", b"epoch_step", "epochs", b"epochs", "fast_paths", b"fast_paths", "global_step", b"global_step", "health", b"health", "job", b"job", "kasmina_answer", b"kasmina_answer", "last_boundary_ms", b"last_boundary_ms", "last_command", b"last_command", "learning_rates", b"learning_rates", "metrics_address", b"metrics_address", "newest_proven_step", b"newest_proven_step", "phase", b"phase", "phase_s", b"phase_s", "ranks", b"ranks", "rollbacks", b"rollbacks", "rollbacks_by_origin", b"rollbacks_by_origin", "run_id", b"run_id", "samples_per_s", b"samples_per_s", "samples_total", b"samples_total", "seeds", b"seeds", "skipped_steps", b"skipped_steps", "state", b"state", "state_reason", b"state_reason", "steps_per_epoch", b"steps_per_epoch", "tamiyo_answer", b"tamiyo_answer", "training_loss", b"training_loss", "uptime_s", b"uptime_s", "validation_accuracy", b"validation_accuracy", "validation_loss", b"validation_loss", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__newest_proven_step: _TypeAlias = _typing.Literal["newest_proven_step"]  # noqa: Y015
     _WhichOneofArgType__newest_proven_step: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__newest_proven_step) -> _WhichOneofReturnType__newest_proven_step | None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class RankStatus(_message.Message):
+    """A process that computes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    host: _builtins.str
+    pid: _builtins.int
+    device: _builtins.str
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        host: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        device: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host", b"host", "pid", b"pid", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankStatus: _TypeAlias = RankStatus  # noqa: Y015
 
 @_typing.final
 class LearningRateAdjustment(_message.Message):

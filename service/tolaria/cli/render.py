@@ -92,11 +92,18 @@ def status_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
         ("history", _history(status)),
         ("health", _health(status)),
         *(row for row in safety_rows(status) if row[1] != _NONE),
+        ("ranks", _ranks(status)),
         ("fast paths", _pairs(status.fast_paths)),
         ("metrics", f"http://{one_line(status.metrics_address)}/metrics" if status.metrics_address else ""),
         ("version", one_line(f"{status.version}, up {status.uptime_s:.0f} s") if status.version else ""),
     ]
     return [row for row in rows if row[1]]
+
+
+def _ranks(status: GetStatusResponse) -> str:
+    """Returns where several ranks compute; empty for one."""
+    ranks = [f"{rank.rank} on {one_line(rank.host)} {one_line(rank.device)} (pid {rank.pid})" for rank in status.ranks]
+    return ", ".join(ranks) if len(ranks) > 1 else ""
 
 
 def safety_rows(status: GetStatusResponse) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from tolaria.lane.device import choose_device, seed_everything
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.first_look import call, first_look, materialise
 from tolaria.lane.lane import LaneHeartbeat, ThreadLane
-from tolaria.lane.messages import LaneReady, Restored
+from tolaria.lane.messages import LaneReady, RankInfo, Restored
 from tolaria.lane.order import RestorePlan
 from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.seed_training import SeedTraining
@@ -57,6 +58,14 @@ class BuiltLane:
     module: TrainModule
     snapshots: SnapshotManager
     notes: tuple[str, ...] = ()
+    ranks: tuple[RankInfo, ...] = ()
+    """Those that train the module together; empty for a process alone."""
+
+    @property
+    def rank(self) -> RankInfo:
+        """This process."""
+        group = self.module.group
+        return RankInfo(0 if group is None else group.rank, platform.node(), os.getpid(), str(self.module.device))
 
     @property
     def ready(self) -> LaneReady:
@@ -78,6 +87,7 @@ class BuiltLane:
             losses=json.dumps(module.losses.state_dict()),
             notes=self.notes,
             slots=seeds.topology.slots,
+            ranks=self.ranks or (self.rank,),
         )
 
     @property

@@ -15,6 +15,7 @@ from tolaria.lane.messages import (
     Event,
     Failure,
     LaneReady,
+    RankInfo,
     Result,
     StepDone,
     TraceWritten,
@@ -33,7 +34,7 @@ from tolaria.values.training import EpochProgress, Evaluation, Position
 
 _CODEC = Codec(
     types={
-        *(*get_args(Command), *get_args(Result), *get_args(Event), LaneReady, Failure, SnapshotInfo),
+        *(*get_args(Command), *get_args(Result), *get_args(Event), LaneReady, RankInfo, Failure, SnapshotInfo),
         *(SnapshotStatistics, SeedMetrics, SeedMetricSet, ActiveAdjustment, Adjustment, LearningRateViolation),
         *(RebuildOutcome, RebuildResult, TraceWritten, EpochProgress, Evaluation, Position, LaneOrder, RestorePlan),
     },

@@ -9,18 +9,20 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
 
 import torch
 
 from tolaria.config import Settings
+from tolaria.config.ranks import PEER_LOST, RankEnvironment
 from tolaria.errors import LaneFailedError, TolariaError
 from tolaria.lane.build import BuiltLane, build
 from tolaria.lane.commands import PageGate
 from tolaria.lane.connection import LaneConnection
 from tolaria.lane.encoding import from_bytes, to_bytes
-from tolaria.lane.messages import Failure, LaneEnded, LaneReady
+from tolaria.lane.messages import Failure, LaneEnded, LaneReady, RankInfo
 from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.lane.process import Received, dump_stacks_on_request, end_with_service
 from tolaria.ranks.group import Group
@@ -30,9 +32,6 @@ from tolaria.state.shared_memory import SharedMemory
 from tolaria.wire import Frame, FrameKind, FrameStream, send
 
 _FLUSH_S: Final = 10.0
-
-_PEER_LOST: Final = 86
-"""Exit code of a rank that ends because another one has gone."""
 
 _KILLED_S: Final = 30.0
 """Seconds in which a group whose rank has gone is ended by its agent, which knows the cause."""
@@ -74,7 +73,7 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
     connection.start()
     lane.run(connection.notify)
     if lane.peer_lost:
-        return _end_with_group(lane.peer_lost)
+        return _end_with_group(0, lane.peer_lost)
     return 0 if connection.flush(_FLUSH_S) and not lane.failed else 1
 
 
@@ -84,7 +83,7 @@ def follow() -> int:
     group = joined()
     order = from_bytes(b"" if group is None else group.tell())
     if group is None or not isinstance(order, LaneOrder):
-        return _PEER_LOST
+        return PEER_LOST
     settings = Settings.model_validate(json.loads(order.settings))
     dump_stacks_on_request(settings)
     try:
@@ -92,11 +91,11 @@ def follow() -> int:
     except TolariaError:
         return 1  # the leader has said why
     built.snapshots.takes_snapshots = False
-    # Nobody reads this page: a rank that hangs shows by the leader's silence.
+    # This page has no reader: a rank that hangs shows by the leader's silence.
     lane = built.lane(PagePulse(LanePage.create(), settings.emergency), Path(settings.state.dir) / "traces")
     lane.run(lane.take_events)
     if lane.peer_lost:
-        return _end_with_group(lane.peer_lost)
+        return _end_with_group(group.rank, lane.peer_lost)
     if lane.failed:
         os.write(2, f"rank {group.rank}: {lane.failed}\n".encode())
     return 1 if lane.failed else 0
@@ -104,9 +103,8 @@ def follow() -> int:
 
 def joined() -> Group | None:
     """Returns the group that the environment names; None for a process alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    return Group.join(cuda=torch.cuda.is_available())
+    place = RankEnvironment.read()
+    return None if place.world == 1 else Group.join(place, cuda=torch.cuda.is_available())
 
 
 def _built(received: Received, settings: Settings, memory: SharedMemory, group: Group | None) -> BuiltLane:
@@ -135,7 +133,9 @@ def united(group: Group | None, make: Callable[[], BuiltLane]) -> BuiltLane:
     digests = group.ask(built.snapshots.state.fingerprint().total)
     if len(set(digests)) > 1:
         raise LaneFailedError(f"the ranks do not have the same state: {', '.join(digests)}")
-    return built
+    return replace(
+        built, ranks=tuple(RankInfo(**json.loads(text)) for text in group.ask(json.dumps(asdict(built.rank))))
+    )
 
 
 def _share_state(group: Group, built: BuiltLane) -> None:
@@ -151,9 +151,9 @@ def _share_state(group: Group, built: BuiltLane) -> None:
         module.skipped.added.update(order.plan.left_out)
 
 
-def _end_with_group(reason: str) -> int:
+def _end_with_group(rank: int, reason: str) -> int:
     """Waits to be ended with the group, whose agent finds out which rank failed; returns an exit code if it is not."""
-    os.write(2, f"rank {os.environ['RANK']} has lost the others: {reason}\n".encode())
+    os.write(2, f"rank {rank} has lost the others: {reason}\n".encode())
     sys.stdout.flush()
     time.sleep(_KILLED_S)
-    return _PEER_LOST
+    return PEER_LOST

@@ -256,6 +256,16 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class RankInfo:
+    """A process that computes: its rank, host, process id and device."""
+
+    rank: int
+    host: str
+    pid: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
 class LaneReady:
     """What the lane has built: where training starts, and what it trains with. `losses` is as in `Restored`."""
 
@@ -274,6 +284,7 @@ class LaneReady:
     notes: tuple[str, ...] = ()
     """What the operator should know about the job's data; sentences."""
     slots: tuple[str, ...] = ()
+    ranks: tuple[RankInfo, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

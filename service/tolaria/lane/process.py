@@ -5,19 +5,15 @@ Standard output is the service's own, so that a job can print; the service reads
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import importlib
-import io
 import json
 import os
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from tolaria import forks
@@ -26,6 +22,7 @@ from tolaria.filesystem import open_to_append
 from tolaria.images import StateImage
 from tolaria.lane.encoding import from_bytes
 from tolaria.lane.order import LaneOrder
+from tolaria.ranks.child import announce, lane_options
 from tolaria.segments import Segment, open_image, segments_of
 from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage
 from tolaria.wire import FrameKind, FrameStream, unpacked_id
@@ -45,40 +42,6 @@ def main(arguments: Sequence[str]) -> int:
     options = lane_options("python -m tolaria.lane", "The process of a lane.").parse_args(arguments)
     announce(options)
     return serve(options.connection, options.page)
-
-
-def lane_options(program: str, description: str) -> argparse.ArgumentParser:
-    """Returns a parser with the options that the service gives the process it starts."""
-    parser = argparse.ArgumentParser(prog=program, description=description)
-    parser.add_argument("--service-pid", type=int, required=True, help="process id of the service")
-    for name, text in (
-        ("connection", "a Unix stream socket to the service"),
-        ("page", "the lane's page in shared memory"),
-        ("stdout", "standard output of the service"),
-    ):
-        parser.add_argument(f"--{name}", type=int, required=True, metavar="FD", help=text)
-    return parser
-
-
-def announce(options: argparse.Namespace) -> None:
-    """Tells the service that this process runs, and gives it the service's standard output."""
-    begin(options.service_pid)
-    os.write(1, json.dumps({"lane": os.getpid()}).encode() + b"\n")
-    os.dup2(options.stdout, 1)
-    os.close(options.stdout)
-    for descriptor in (options.connection, options.page):
-        os.set_inheritable(descriptor, False)  # not for programs that the job starts
-
-
-def begin(parent: int) -> None:
-    """Has this process end with the one that started it, and not by the signals that are for the service."""
-    forks.end_with(parent)  # also while the GIL is held
-    faulthandler.enable()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the pipe is not for the job
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # what a job has printed is not lost with it
-    for number in (signal.SIGINT, signal.SIGTERM):  # of a terminal, of systemd: the service drains, and then ends this
-        signal.signal(number, _ignore)  # unlike SIG_IGN, programs that the job starts do not inherit it
 
 
 def serve(connection_descriptor: int, page_descriptor: int) -> int:
@@ -117,10 +80,6 @@ def end_with_service(reason: str) -> NoReturn:
     os.write(2, f"the lane ends with its service: {reason}\n".encode())
     os.killpg(0, signal.SIGKILL)
     raise SystemExit(1)  # not reached
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    del number, frame
 
 
 def dump_stacks_on_request(settings: Settings) -> None:

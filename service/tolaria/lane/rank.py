@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import importlib
-import os
 import socket
 import sys
 
-from tolaria.lane.agent import AGENT
-from tolaria.lane.process import begin, serve
+from tolaria.config.ranks import RankEnvironment
+from tolaria.lane.process import serve
+from tolaria.ranks.child import begin
 
 
 def main() -> int:
     """Runs one rank until the group ends; returns the exit code. The first one speaks with the service."""
-    agent, _, address = os.environ[AGENT].partition(":")
-    begin(int(agent))
-    if os.environ["RANK"] == "0":
-        return serve(*_descriptors(address))
+    place = RankEnvironment.read()
+    begin(place.agent)
+    if place.rank == 0:
+        return serve(*_descriptors(place.address))
     return int(importlib.import_module("tolaria.lane.hosting").follow())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tolaria.config.ranks import RankEnvironment
 from tolaria.errors import BrokenJobError, PeerLostError
 
 _WAIT: Final = timedelta(days=365)
-"""Whoever waits for a rank that has gone is ended with the group; a rank that is only slow is no dead one."""
+"""A rank that waits for one that has gone is ended with the group; one that is only slow is not dead."""
 
 _STEPS: Final = 2**20
 _BUCKET_BYTES: Final = 2**25
@@ -41,15 +41,14 @@ class Group:
         self.wish: Callable[[], bool] = lambda: False
 
     @classmethod
-    def join(cls, *, cuda: bool) -> Group:
+    def join(cls, place: RankEnvironment, *, cuda: bool) -> Group:
         """Joins the group that the environment names, as torchrun sets it. Waits for all other ranks.
 
         Raises PeerLostError if the store of the group cannot be reached.
         """
         with _peers():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", init_method="env://", timeout=_WAIT)
-        local = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-        return cls(dist.get_rank(), dist.get_world_size(), *local)
+        return cls(place.rank, place.world, place.local_rank, place.local_world)
 
     def leave(self) -> None:
         """Ends this rank's part."""

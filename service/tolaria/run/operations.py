@@ -12,6 +12,7 @@ from tolaria.rollback.protocol import Rollback
 from tolaria.run.adjustments import RunAdjustments
 from tolaria.run.boundary import EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
+from tolaria.run.conditions import health_of
 from tolaria.run.health import Health
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
@@ -21,7 +22,7 @@ from tolaria.run.restore_points import RestorePoints
 from tolaria.run.revival import Revival
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import Safety
-from tolaria.run.status import RunStatus, health_of, status_message
+from tolaria.run.status import RunStatus, status_message
 from tolaria.values.optimization import Adjustment
 
 

@@ -112,6 +112,7 @@ class Revival:
         self._lane.mark_restarted()
         self._revived.set()
         ready, duration_s = event.ready, time.monotonic() - self._lost_at_s
+        self._status.ranks = ready.ranks
         _log.warning("lane_restored", step=ready.position.global_step, from_memory=self._from_memory)
         self._observers.on_lane_recovered(event.generation, ready.position.global_step, duration_s)
         return messages.Restored(

@@ -20,10 +20,11 @@ from tolaria.lane.messages import SeedsChanged, StepDone
 from tolaria.resilience.breaker import Breaker
 from tolaria.resilience.conservative import EMERGENCY, ConservativeMode, ModeChange, breaker_open, epoch_failed
 from tolaria.rollback.protocol import TAMIYO
+from tolaria.run.conditions import Conditions
 from tolaria.run.observers import RunObserver
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety_telemetry import SafetyTelemetry
-from tolaria.run.status import Conditions, RunStatus
+from tolaria.run.status import RunStatus
 from tolaria.signals import ParticipantWriter, SignalBoard
 from tolaria.values.optimization import OPERATOR
 

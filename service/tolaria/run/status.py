@@ -6,23 +6,20 @@ import math
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Final
 
 import anyio
 
 from leyline.v1 import admin_service_pb2 as admin
-from leyline.v1 import enums_pb2 as enums
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import SystemStatePacket
-from leyline.v1.telemetry_pb2 import SystemHealth
 from tolaria import __version__
-from tolaria.emergency.protocol import HOW_TO_GO_ON, level_name
 from tolaria.images import SnapshotInfo
-from tolaria.lane.messages import EpochDone, LaneReady, OptimizerChanged, Restored, StepDone
+from tolaria.lane.messages import EpochDone, LaneReady, OptimizerChanged, RankInfo, Restored, StepDone
 from tolaria.values.loss_window import Averages
-from tolaria.values.optimization import RATES_ARE_OWNED, ActiveAdjustment
+from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.seeds import FOSSILIZED, FOSSILIZED_LEFT, NO_LIMITS, SLOTS_FREE, SeedLimits, count_in
 
 PACKET_VERSION: Final = 1
@@ -134,6 +131,7 @@ class RunStatus:
     adjustments: tuple[ActiveAdjustment, ...] = ()
     conflict_ratio: float = 0.0
     fast_paths: dict[str, str] = field(default_factory=dict)
+    ranks: tuple[RankInfo, ...] = ()
     last_command: AdaptationCommand | None = None
     tamiyo_answer: str = ""
     kasmina_answer: str = ""
@@ -194,7 +192,7 @@ class RunStatus:
         """Adopts what the lane has built."""
         self.steps_per_epoch = ready.steps_per_epoch
         self.fast_paths = dict(ready.fast_paths)
-        self.slots = ready.slots
+        self.slots, self.ranks = ready.slots, ready.ranks
         self.rewind(ready)
 
     def adjusted(self, change: OptimizerChanged) -> None:
@@ -339,56 +337,9 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
         uptime_s=now_s - status.started_at_s,
         learning_rates=status.learning_rates,
         fast_paths=status.fast_paths,
+        ranks=[admin.RankStatus(**asdict(rank)) for rank in status.ranks],
         adjustments=[_adjustment(active) for active in status.adjustments],
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Conditions:
-    """What the health of a run depends on, besides its state; an empty text or tuple is no condition.
-
-    `foreign_rates` counts the steps of this process before which other code had changed a learning rate.
-    """
-
-    emergency_level: enums.EmergencyLevel.ValueType
-    emergency_reason: str
-    conservative_reasons: tuple[str, ...]
-    open_breakers: tuple[str, ...]
-    checkpoints_failing: str
-    skipped_streak: int
-    foreign_rates: int = 0
-
-    @property
-    def degradations(self) -> list[str]:
-        """Sentences about everything that does not stop training."""
-        elevated = self.emergency_level > enums.EMERGENCY_LEVEL_NOTICE
-        rates = f"other code changed learning rates before {self.foreign_rates} steps; {RATES_ARE_OWNED}"
-        found = {
-            rates: self.foreign_rates,
-            f"emergency level {level_name(self.emergency_level)}: {self.emergency_reason}": elevated,
-            f"checkpoints fail: {self.checkpoints_failing}": self.checkpoints_failing,
-            f"the last {self.skipped_streak} steps were skipped": self.skipped_streak,
-            f"breakers not closed: {', '.join(self.open_breakers)}": self.open_breakers,
-            f"conservative mode is on: {', '.join(self.conservative_reasons)}": self.conservative_reasons,
-        }
-        return [sentence for sentence, applies in found.items() if applies]
-
-
-def health_of(status: RunStatus, conditions: Conditions) -> SystemHealth:
-    """Returns the health of the run, and in the summary why it is not healthy and what an operator can do."""
-    reason = status.state_reason
-    if status.state == admin.RUN_STATE_FAILED:
-        return SystemHealth(status=enums.HEALTH_STATUS_UNHEALTHY, summary=reason)
-    if conditions.emergency_level == enums.EMERGENCY_LEVEL_HALT:
-        summary = f"halted: {conditions.emergency_reason}; {HOW_TO_GO_ON}"
-        return SystemHealth(status=enums.HEALTH_STATUS_CRITICAL, summary=summary)
-    if status.recovering:
-        return SystemHealth(status=enums.HEALTH_STATUS_UNHEALTHY, summary=f"recovering: {status.recovering}")
-    if status.state == admin.RUN_STATE_HALTED:
-        return SystemHealth(status=enums.HEALTH_STATUS_UNHEALTHY, summary=reason)
-    if degradations := conditions.degradations:
-        return SystemHealth(status=enums.HEALTH_STATUS_DEGRADED, summary="; ".join(degradations))
-    return SystemHealth(status=enums.HEALTH_STATUS_HEALTHY)
 
 
 def _packet(status: RunStatus, epoch: int, step: int, loss: float, wall_ns: int) -> SystemStatePacket:

@@ -35,7 +35,7 @@ from tolaria.transport.lane_link import LaneLink
 from tolaria.wire import Frame, FrameKind, packed_id
 
 PROGRAM: Final = (sys.executable, "-m", "tolaria.lane")
-GROUP_PROGRAM: Final = (sys.executable, "-m", "tolaria.lane.agent")
+GROUP_PROGRAM: Final = (sys.executable, "-m", "tolaria.ranks.agent")
 _START_S: Final = 60.0
 _STOP_S: Final = 2.0
 _LIVED_S: Final = 60.0

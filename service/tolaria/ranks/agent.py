@@ -18,27 +18,21 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
-from tolaria.lane.process import announce, lane_options
+from tolaria.config.ranks import PEER_LOST, prepare_ranks
+from tolaria.ranks.child import announce, lane_options
 from tolaria.signals.lane_page import STACKS_SIGNAL
-
-AGENT: Final = "TOLARIA_LANE_AGENT"
-"""Environment variable with the process id of the agent and its abstract Unix socket, with a colon between."""
-
-PEER_LOST: Final = 86
-"""Exit code of a rank that ends because another one has gone."""
 
 _POLL_S: Final = 0.05
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs one group; returns 0, or ends as its first failed rank has ended."""
-    parser = lane_options("python -m tolaria.lane.agent", "The agent of a group of lanes.")
+    parser = lane_options("python -m tolaria.ranks.agent", "The agent of a group of lanes.")
     parser.add_argument("--processes", type=int, required=True, help="ranks on this machine")
     options = parser.parse_args(arguments)
     announce(options)
     address = _serve_leader(options)
-    os.environ |= {AGENT: f"{os.getpid()}:{address}", "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGUSR2"}
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    prepare_ranks(address)
     failures = _run(options.processes)
     if not failures:
         return 0
@@ -68,7 +62,7 @@ def _serve_leader(options: argparse.Namespace) -> str:
 def _run(processes: int) -> Mapping[int, int]:
     """Runs the ranks until all have ended or one has failed; returns the exit codes of failed ones by rank."""
     # Only now, since it imports torch, which takes seconds.
-    elastic = importlib.import_module("tolaria.lane.elastic")
+    elastic = importlib.import_module("tolaria.ranks.elastic")
     with elastic.Ranks((sys.executable, "-m", "tolaria.lane.rank"), processes, poll_s=_POLL_S) as ranks:
         signal.signal(STACKS_SIGNAL, lambda _number, _frame: _pass_on(STACKS_SIGNAL, ranks.pids()))
         return dict(ranks.run())

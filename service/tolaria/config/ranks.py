@@ -1,0 +1,49 @@
+"""The environment of the ranks of a group: torchrun's variables, and one of Tolaria's."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+_AGENT: Final = "TOLARIA_LANE_AGENT"
+
+PEER_LOST: Final = 86
+"""Exit code of a rank that ends because another one has gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankEnvironment:
+    """The place of this process in its group.
+
+    Attributes:
+        rank: among all `world` ranks, from 0, which leads.
+        local_rank: among the `local_world` ranks on this machine.
+        agent: process id of the agent that has started it; 0 if something else has.
+        address: the abstract Unix socket where the agent passes on the connection to the service.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    agent: int = 0
+    address: str = ""
+
+    @classmethod
+    def read(cls) -> RankEnvironment:
+        """Returns the place that the environment names; without torchrun's variables that of a process alone."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if any(name not in os.environ for name in names):
+            return cls()
+        agent, _, address = os.environ.get(_AGENT, "0").partition(":")
+        rank, world, local_rank, local_world = (int(os.environ[name]) for name in names)
+        return cls(rank, world, local_rank, local_world, int(agent), address)
+
+
+def prepare_ranks(address: str) -> None:
+    """Sets what the ranks that this process, their agent, is about to start inherit."""
+    os.environ[_AGENT] = f"{os.getpid()}:{address}"
+    # The agent keeps its handlers of signals: SIGTERM is for the service, which then ends the agent.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGUSR2"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks are on one machine

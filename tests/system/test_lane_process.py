@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -58,13 +59,22 @@ def last_checkpoint(directory: Path) -> tuple[int, str]:
     return step, digest
 
 
-def undisturbed(peers: list[str], directory: Path, *more: str) -> tuple[int, str]:
-    """Returns step and digest with which a run ends whose lane does not die."""
-    directory.mkdir()
-    with serve(*FINITE, *peers, *more, "service.exit_when_done=true", cwd=directory) as service:
-        assert service.wait() == 0
-    assert losses(service) == []
-    return last_checkpoint(directory)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[int, str]]:
+    """Returns step and digest with which a run of these settings ends whose lane does not die; runs it once."""
+
+    @cache
+    def run(*more: str) -> tuple[int, str]:
+        directory = tmp_path_factory.mktemp("undisturbed")
+        with (
+            served_without_change(FakeKasmina) as peers,
+            serve(*FINITE, *peers, *more, "service.exit_when_done=true", cwd=directory) as service,
+        ):
+            assert service.wait() == 0
+        assert losses(service) == []
+        return last_checkpoint(directory)
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -77,9 +87,10 @@ def undisturbed(peers: list[str], directory: Path, *more: str) -> tuple[int, str
         ("gil", "silent", "no heartbeat for"),
     ],
 )
-def test_a_death_costs_nothing_but_time(how: str, kind: str, words: str, peers: list[str], tmp_path: Path) -> None:
+def test_a_death_costs_nothing_but_time(
+    how: str, kind: str, words: str, *, peers: list[str], undisturbed: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
     """The service answers all along, says why the lane died, and the run ends bit-equal to one without a death."""
-    expected = undisturbed(peers, tmp_path / "undisturbed")
     limits = ["emergency.heartbeat_timeout_s=2", "emergency.phase_timeout_s=20"]
     arguments = [*FINITE, *peers, *limits, "training.options.at=100", f"training.options.how={how}"]
     with serve(*arguments, "service.exit_when_done=true", cwd=tmp_path) as service, stub_of(service) as stub:
@@ -92,7 +103,7 @@ def test_a_death_costs_nothing_but_time(how: str, kind: str, words: str, peers: 
     if kind == "silent":  # the stacks say where it hung
         assert "in die" in (tmp_path / "state" / "stacks.txt").read_text()
     assert any(words in str(incident) for incident in listed)
-    assert last_checkpoint(tmp_path) == expected
+    assert last_checkpoint(tmp_path) == undisturbed()
     assert any(line["event"] == "tolaria.lane_recovered" for line in service.events())
 
 
@@ -339,7 +350,7 @@ KILLS: Final[dict[str, Callable[[int], None]]] = {
 
 @pytest.mark.timeout(1800)
 def test_many_deaths_at_random_times_change_nothing(
-    request: pytest.FixtureRequest, peers: list[str], tmp_path: Path
+    request: pytest.FixtureRequest, peers: list[str], undisturbed: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
     """Whatever the lane does then: the run ends bit-equal to an undisturbed one, and the service answered all along.
 
@@ -349,7 +360,6 @@ def test_many_deaths_at_random_times_change_nothing(
     rng = random.Random(11)
     slow = ["training.options.step_s=0.004", "rollback.every_steps=7", "checkpoint.every_steps=45"]
     length = f"training.epochs={max(12, deaths)}"  # so long that the run does not end before the last death
-    expected = undisturbed(peers, tmp_path / "undisturbed", length)
     arguments = [*FINITE, *peers, *slow, length, "lane.restarts_max=1000", "lane.restart_pause_max_s=0.2"]
     limits = ["emergency.heartbeat_timeout_s=2", "emergency.phase_timeout_s=30"]
     with serve(*arguments, *limits, cwd=tmp_path) as service, stub_of(service) as stub:
@@ -368,7 +378,7 @@ def test_many_deaths_at_random_times_change_nothing(
         answered = sorted(latencies)
         assert len(losses(service)) >= deaths - 1
         assert [line for line in service.events() if line["event"] == "batch_left_out"] == []
-        assert last_checkpoint(tmp_path) == expected
+        assert last_checkpoint(tmp_path) == undisturbed(length)
         descriptors, threads = zip(*used, strict=True)
         assert max(descriptors[2:]) <= descriptors[1] + 4
         assert max(threads[2:]) <= threads[1] + 2

@@ -42,7 +42,7 @@ from support.waiting import wait_for
 
 SETTINGS = [
     "training.job=support.user_jobs:Digits",
-    "training.options.batch=26",
+    "training.options.batch=130",
     "training.options.optimizer=sgd",  # Adam's updates become unstable when the loss has been near 0 for a long time
     "training.options.lr=0.03",
     "training.device=cpu",
@@ -53,6 +53,8 @@ SETTINGS = [
     "checkpoint.keep_last=2",
     "emergency.sentinel=false",
 ]
+SLOWLY: Final = "training.options.step_s=0.01"
+"""For the disturbed run: the other one repeats at full speed what is trained while breakers cool down."""
 LIES: list[SeedState] = [
     SeedState(),
     SeedState(seed_id="a", stage=enums.SEED_STAGE_TRAINING, blueprint_id="no such thing"),
@@ -284,7 +286,7 @@ def cause_faults_at_random(peers: PeerProcess, seconds: float, choice: random.Ra
 
 def disturbed_run(directory: Path, peers: PeerProcess, seconds: float, seed: int) -> int:
     """Trains beside moody peers for a time, then a little further in a second process; returns the number of epochs."""
-    with serve(*settings_with(peers), "training.epochs=100000000", cwd=directory) as service:
+    with serve(*settings_with(peers), SLOWLY, "training.epochs=100000000", cwd=directory) as service:
         with stub_of(service) as stub:
             sightings = Sightings(service)
             cause_every_fault(peers, sightings)

@@ -102,7 +102,7 @@ class Table(Line):
 
 
 class Digits:
-    """Scikit-learn's digits, an MLP. Options: batch, lr, optimizer (sgd, adam), dropout, nan_sample."""
+    """Scikit-learn's digits, an MLP. Options: batch, lr, optimizer (sgd, adam), dropout, nan_sample, step_s."""
 
     def __init__(self, context):
         self.options, self.seed = dict(context.options), context.seed
@@ -128,6 +128,7 @@ class Digits:
 
     def losses(self, model, batch):
         x, y = batch.payload
+        time.sleep(float(self.options.get("step_s", 0.0)))
         return {HOST: F.cross_entropy(model(x), y)}
 
     def validation_batches(self):

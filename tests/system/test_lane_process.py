@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -50,13 +51,22 @@ def losses(service: Serve) -> list[dict[str, object]]:
     return [line for line in service.events() if line["event"] == "tolaria.lane_lost"]
 
 
-def undisturbed(peers: list[str], directory: Path, *more: str) -> tuple[int, str]:
-    """Returns step and digest with which a run ends whose lane does not die."""
-    directory.mkdir()
-    with serve(*FINITE, *peers, *more, "service.exit_when_done=true", cwd=directory) as service:
-        assert service.wait() == 0
-    assert losses(service) == []
-    return last_checkpoint(directory)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[int, str]]:
+    """Returns step and digest with which a run of these settings ends whose lane does not die; runs it once."""
+
+    @cache
+    def run(*more: str) -> tuple[int, str]:
+        directory = tmp_path_factory.mktemp("undisturbed")
+        with (
+            served_without_change(FakeKasmina) as peers,
+            serve(*FINITE, *peers, *more, "service.exit_when_done=true", cwd=directory) as service,
+        ):
+            assert service.wait() == 0
+        assert losses(service) == []
+        return last_checkpoint(directory)
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -69,9 +79,10 @@ def undisturbed(peers: list[str], directory: Path, *more: str) -> tuple[int, str
         ("gil", "silent", "no heartbeat for"),
     ],
 )
-def test_a_death_costs_nothing_but_time(how: str, kind: str, words: str, peers: list[str], tmp_path: Path) -> None:
+def test_a_death_costs_nothing_but_time(
+    how: str, kind: str, words: str, *, peers: list[str], undisturbed: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
     """The service answers all along, says why the lane died, and the run ends bit-equal to one without a death."""
-    expected = undisturbed(peers, tmp_path / "undisturbed")
     limits = ["emergency.heartbeat_timeout_s=2", "emergency.phase_timeout_s=20"]
     arguments = [*FINITE, *peers, *limits, "training.options.at=100", f"training.options.how={how}"]
     with serve(*arguments, "service.exit_when_done=true", cwd=tmp_path) as service, stub_of(service) as stub:
@@ -84,7 +95,7 @@ def test_a_death_costs_nothing_but_time(how: str, kind: str, words: str, peers: 
     if kind == "silent":  # the stacks say where it hung
         assert "in die" in (tmp_path / "state" / "stacks.txt").read_text()
     assert any(words in str(incident) for incident in listed)
-    assert last_checkpoint(tmp_path) == expected
+    assert last_checkpoint(tmp_path) == undisturbed()
     assert any(line["event"] == "tolaria.lane_recovered" for line in service.events())
 
 
@@ -248,14 +259,6 @@ def workers_of(lane: int) -> list[int]:
     return [pid for pid in map(int, children) if is_alive(pid)]
 
 
-def test_a_secret_does_not_pass_to_the_lane_nor_stop_it(tmp_path: Path) -> None:
-    """It is for commands of the controller, which the service checks."""
-    secret = ["leyline.secret=0123456789abcdef0123456789abcdef", "training.epochs=2", "service.exit_when_done=true"]
-    with serve(*JOB, *secret, cwd=tmp_path) as service:
-        assert service.wait(60) == 0
-    assert "tolaria.lane_lost" not in [line["event"] for line in service.events()]
-
-
 @pytest.mark.parametrize("how", ["stop", "drain"])
 def test_a_run_can_be_ended_while_its_lane_is_being_started_again(how: str, tmp_path: Path) -> None:
     """It is stopped, or drained, and not failed, after a last checkpoint of the state that is restored."""
@@ -288,13 +291,14 @@ def maps_of(pid: int) -> str:
     return Path(f"/proc/{pid}/maps").read_text()
 
 
-def test_what_a_job_prints_is_the_service_s_output(peers: list[str], tmp_path: Path) -> None:
-    """Standard output is passed on as it is."""
-    arguments = [*JOB, *peers, "training.epochs=1", "training.options.says=hello", "service.exit_when_done=true"]
-    with serve(*arguments, cwd=tmp_path) as service:
+def test_a_lane_prints_what_its_job_prints_and_gets_no_secret(tmp_path: Path) -> None:
+    """Standard output is that of the service; the secret, for commands of the controller, does not stop the lane."""
+    arguments = [*JOB, "training.epochs=2", "training.options.says=hello", "service.exit_when_done=true"]
+    with serve(*arguments, "leyline.secret=0123456789abcdef0123456789abcdef", cwd=tmp_path) as service:
         assert service.wait(60) == 0
         assert service.process.stdout is not None
         assert service.process.stdout.read().strip() == "hello"
+    assert losses(service) == []
 
 
 @contextmanager
@@ -331,7 +335,7 @@ KILLS: Final[dict[str, Callable[[int], None]]] = {
 
 @pytest.mark.timeout(1800)
 def test_many_deaths_at_random_times_change_nothing(
-    request: pytest.FixtureRequest, peers: list[str], tmp_path: Path
+    request: pytest.FixtureRequest, peers: list[str], undisturbed: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
     """Whatever the lane does then: the run ends bit-equal to an undisturbed one, and the service answered all along.
 
@@ -341,7 +345,6 @@ def test_many_deaths_at_random_times_change_nothing(
     rng = random.Random(11)
     slow = ["training.options.step_s=0.004", "rollback.every_steps=7", "checkpoint.every_steps=45"]
     length = f"training.epochs={max(12, deaths)}"  # so long that the run does not end before the last death
-    expected = undisturbed(peers, tmp_path / "undisturbed", length)
     arguments = [*FINITE, *peers, *slow, length, "lane.restarts_max=1000", "lane.restart_pause_max_s=0.2"]
     limits = ["emergency.heartbeat_timeout_s=2", "emergency.phase_timeout_s=30"]
     with serve(*arguments, *limits, cwd=tmp_path) as service, stub_of(service) as stub:
@@ -360,7 +363,7 @@ def test_many_deaths_at_random_times_change_nothing(
         answered = sorted(latencies)
         assert len(losses(service)) >= deaths - 1
         assert [line for line in service.events() if line["event"] == "batch_left_out"] == []
-        assert last_checkpoint(tmp_path) == expected
+        assert last_checkpoint(tmp_path) == undisturbed(length)
         descriptors, threads = zip(*used, strict=True)
         assert max(descriptors[2:]) <= descriptors[1] + 4
         assert max(threads[2:]) <= threads[1] + 2

@@ -75,7 +75,7 @@ def test_starts_with_workers_always_answer(
     tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """While workers are started and read, RPCs are answered; a signal to the whole group drains with a checkpoint."""
-    starts = 20 if request.config.getoption("--long") else 3
+    starts = 20 if request.config.getoption("--long") else 2  # one with persistent workers, one without
     for number in range(starts):
         directory = tmp_path / str(number)
         directory.mkdir()

@@ -81,12 +81,13 @@ def test_a_service_trains_answers_scrapes_and_drains(tmp_path: Path) -> None:
     assert service.events()[-1]["event"] == "stopped"
 
 
-def test_a_signal_right_after_the_start_drains(tmp_path: Path) -> None:
-    """From the moment that the log says `serving`."""
-    with serve(*LONG, cwd=tmp_path) as service:
+@pytest.mark.parametrize(("more", "code"), [([], 0), (["service.exit_code_drained=143"], 143)])
+def test_a_signal_right_after_the_start_drains(more: list[str], code: int, tmp_path: Path) -> None:
+    """From the moment that the log says `serving`; the exit code is the one that is set."""
+    with serve(*LONG, *more, cwd=tmp_path) as service:
         service.addresses()
         service.terminate()
-        assert service.wait() == 0
+        assert service.wait() == code
     assert service.events()[-1]["outcome"] == "drained"
 
 
@@ -103,8 +104,9 @@ def test_a_watch_sees_the_end_of_a_drain(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_ends_the_process_if_configured(tmp_path: Path) -> None:
-    """With service.exit_when_done the process exits with code 0 after the last epoch."""
-    with serve("training.epochs=2", "service.exit_when_done=true", cwd=tmp_path) as service:
+    """With service.exit_when_done the process exits with code 0 after the last epoch, whatever a drain's code is."""
+    settings = ["training.epochs=2", "service.exit_when_done=true", "service.exit_code_drained=143"]
+    with serve(*settings, cwd=tmp_path) as service:
         assert service.wait() == 0
     assert [e["epoch"] for e in service.events() if e["event"] == "epoch_finished"] == [1, 2]
 

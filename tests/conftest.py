@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,12 @@ while os.getppid() == parent:
     for _ in range(1_000_000):
         pass
 """
+
+
+def pytest_collection_finish() -> None:
+    """Has the garbage collector leave out what has been imported and collected: looking at it takes long."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -88,12 +88,13 @@ def test_a_service_trains_answers_scrapes_and_drains(tmp_path: Path) -> None:
     assert service.events()[-1]["event"] == "stopped"
 
 
-def test_a_signal_right_after_the_start_drains(tmp_path: Path) -> None:
-    """From the moment that the log says `serving`."""
-    with serve(*LONG, cwd=tmp_path) as service:
+@pytest.mark.parametrize(("more", "code"), [([], 0), (["service.exit_code_drained=143"], 143)])
+def test_a_signal_right_after_the_start_drains(more: list[str], code: int, tmp_path: Path) -> None:
+    """From the moment that the log says `serving`; the exit code is the one that is set."""
+    with serve(*LONG, *more, cwd=tmp_path) as service:
         service.addresses()
         service.terminate()
-        assert service.wait() == 0
+        assert service.wait() == code
     assert service.events()[-1]["outcome"] == "drained"
 
 
@@ -117,9 +118,10 @@ WORKERS = ["training.job=support.user_jobs:Loader", "training.options.workers=2"
 def test_everything_ends_by_itself(end: str, job: list[str], tmp_path: Path) -> None:
     """No peer has to be killed, no process is left, and the service is gone soon after it has logged `stopped`.
 
-    With service.exit_when_done it ends after the last epoch.
+    With service.exit_when_done it ends after the last epoch, with 0 whatever a drain's code is.
     """
-    length = LONG if end == "drained" else ["training.epochs=3", "service.exit_when_done=true"]
+    finite = ["training.epochs=3", "service.exit_when_done=true", "service.exit_code_drained=143"]
+    length = LONG if end == "drained" else finite
     with serve(*job, *length, cwd=tmp_path) as service, stub_of(service) as stub:
         children = service.children()
         if end == "drained":

@@ -48,6 +48,12 @@ class ServiceSettings(Section):
     or stops the run.
     """
 
+    exit_code_drained: int = Field(default=0, ge=0, le=255)
+    """Exit code when a signal ends the process, but not the run. 0: nothing has failed.
+
+    A supervisor that takes 0 for the end of the run, as a Kubernetes Job does, needs another one, such as 143.
+    """
+
 
 class ServerSettings(Section):
     """The admin gRPC server."""

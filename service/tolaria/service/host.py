@@ -84,7 +84,9 @@ class Host:
             raise self._refused
         state, reason = state_name(status.state), status.state_reason
         self._log.info("stopped", state=state, outcome=self.ending, reason=reason)
-        return 0 if status.state == admin.RUN_STATE_FINISHED else 1
+        if status.state != admin.RUN_STATE_FINISHED:
+            return 1
+        return self._settings.service.exit_code_drained if self.ending == "drained" else 0
 
     async def _train(self, service: RunService, server: GrpcServer, signals: AsyncIterator[signal.Signals]) -> None:
         """Runs the task group of the run."""

@@ -30,7 +30,7 @@ SUBPACKAGES = sorted({module.place.split("/")[0] for module in MODULES if "/" in
 LINES_MAX, FILES_MAX = 36_200, 208
 
 GLOSSARY: dict[str, tuple[str, ...]] = {
-    "": ("errors", "filesystem", "forks", "grpc_server", "images", "processes", "segments", "wire"),
+    "": ("cgroups", "errors", "filesystem", "forks", "grpc_server", "images", "processes", "segments", "wire"),
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": (
         "admin_commands", "answers", "board", "client", "commands", "curves", "demo", "errors", "main", "render",

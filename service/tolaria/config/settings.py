@@ -404,6 +404,14 @@ class Settings(BaseSettings):
         """Returns the arguments as the only source of settings that are built directly."""
         return (init_settings,)
 
+    def _rank_problems(self) -> list[str]:
+        ranks, device = self.lane.processes, self.training.device
+        if ranks > 1 and self.lane.mode != "torchrun":
+            return [f"lane.processes is {ranks}, which needs lane.mode = torchrun"]
+        if ranks > 1 and device.startswith("cuda:"):
+            return [f"training.device is {device}, but each of the {ranks} ranks of lane.processes needs another one"]
+        return []
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         problems = []
@@ -415,6 +423,7 @@ class Settings(BaseSettings):
             problems.append("leyline.previous_secret is set but leyline.secret is not")
         if self.optimizer.policy == "step" and not self.optimizer.period_steps:
             problems.append("optimizer.policy is step, which needs optimizer.period_steps")
+        problems += self._rank_problems()
         if self.emergency.sentinel and self.emergency.drain_s <= self.service.drain_timeout_s:
             problems.append("emergency.drain_s must exceed service.drain_timeout_s, or a drain would be cut short")
         for name, peer in (("tamiyo", self.tamiyo), ("kasmina", self.kasmina)):

@@ -31,7 +31,7 @@ from tolaria.errors import (
 from tolaria.images import StateImage
 from tolaria.jobs import BatchCursor, JobContext, LoaderCursor, TrainingJob, build_job
 from tolaria.lane.commands import PageGate
-from tolaria.lane.device import choose_device, seed_everything
+from tolaria.lane.device import choose_device, seed_everything, usable_cores
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.first_look import call, first_look, materialise
 from tolaria.lane.lane import LaneHeartbeat, ThreadLane
@@ -94,7 +94,7 @@ class BuiltLane:
     def _threads(self) -> int:
         """Threads of a rank: its part of the processor's cores; 0 for a process alone."""
         group = self.module.group
-        return 0 if group is None else max(1, len(os.sched_getaffinity(0)) // group.local_world)
+        return 0 if group is None else max(1, usable_cores() // group.local_world)
 
     def resume(self, image: StateImage, decided: Sequence[ActiveAdjustment] = ()) -> Restored:
         """Restores a checkpoint of an earlier process, with the run's adjustments of learning rates, `decided`.

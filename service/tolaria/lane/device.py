@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from leyline.v1.state_pb2 import HardwareContext
+from tolaria.cgroups import cpu_quota
 from tolaria.errors import ConfigurationError
 from tolaria.jobs import Batch
 
@@ -25,17 +27,14 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 
     Raises ConfigurationError if the device does not exist.
     """
-    if wanted == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        if found is None:
-            return torch.device("cpu")
-        return torch.device(found.type, local_rank) if local_rank else found
-    device = torch.device(wanted)
+    found = torch.accelerator.current_accelerator(check_available=True) if wanted == "auto" else torch.device(wanted)
+    device = torch.device("cpu") if found is None else found
     if device.type == "cuda":
-        count, index = torch.cuda.device_count(), local_rank if wanted == "cuda" else device.index
+        count, index = torch.cuda.device_count(), local_rank if wanted in {"auto", "cuda"} else device.index
         if index >= count:
+            device = torch.device("cuda", index)
             raise ConfigurationError(
-                [f"training.device: {wanted!r} is not available; this machine has {count} CUDA devices"]
+                [f"training.device: '{device}' is not available; this machine has {count} CUDA devices"]
             )
         return torch.device("cuda", index)
     if device.type == "mps" and not torch.backends.mps.is_available():
@@ -44,13 +43,19 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 
 def limit_threads(wanted: int) -> int:
-    """Sets the calling thread's CPU parallelism and returns it. 0: one less than the process may use, at least 1.
+    """Sets the calling thread's CPU parallelism and returns it. 0: one less than `usable_cores`, at least 1.
 
     OpenMP keeps the number per calling thread, so the lane's thread has to call this itself.
     """
-    threads = wanted or max(1, len(os.sched_getaffinity(0)) - 1)
+    threads = wanted or max(1, usable_cores() - 1)
     torch.set_num_threads(threads)
     return threads
+
+
+def usable_cores() -> int:
+    """Returns how many cores the process may use: those it may run on, or a container's share, rounded up, if less."""
+    cores, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    return cores if quota is None else min(cores, math.ceil(quota))
 
 
 def seed_everything(seed: int) -> None:

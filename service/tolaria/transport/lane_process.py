@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import anyio
@@ -22,6 +21,7 @@ import anyio.to_thread
 import structlog
 from anyio.abc import TaskGroup
 
+from tolaria.cgroups import oom_kills
 from tolaria.config import Settings, child_environment
 from tolaria.errors import ChildFailedError, LaneFailedError, TolariaError
 from tolaria.images import StateImage
@@ -50,36 +50,12 @@ _LINE_MAX: Final = 2000
 _LINES_KEPT: Final = 200
 _LINES_SHOWN: Final = 5
 _CHECKPOINT_ID: Final = 1
-_OOM_COUNTERS: Final = {
-    "": "/sys/fs/cgroup{group}/memory.events",
-    "memory": "/sys/fs/cgroup/memory{group}/memory.oom_control",
-}
-"""Files with the number of kills, by the controllers of a line of /proc/self/cgroup; {group} is its path."""
-
 _RANK_ENDS: Final = re.compile(r"rank \d+ of \d+ (was killed|ended)")
 _CRASHES: Final = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP}
 """Signals that a process gets by what it does; others come from outside."""
 
 
 _log = structlog.get_logger(__name__)
-
-
-def out_of_memory() -> int:
-    """Returns how many processes of this cgroup were killed because it had no memory; 0 if that is not known.
-
-    Of version 2 and of version 1 of control groups, whichever counts them.
-    """
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, group = line.split(":", 2)
-            if controllers in _OOM_COUNTERS:
-                with suppress(OSError, ValueError, IndexError):
-                    return _oom_kills(Path(_OOM_COUNTERS[controllers].format(group=group)).read_text(encoding="ascii"))
-    return 0
-
-
-def _oom_kills(counters: str) -> int:
-    return int(counters.partition("oom_kill ")[2].split()[0])
 
 
 class LaneOwner(Protocol):
@@ -170,7 +146,7 @@ class LaneProcess(ChildSupervisor):
             if child is not None:
                 self._end.code = child.process.returncode
                 kill_group(child.process.pid)
-                self._end.without_memory = await anyio.to_thread.run_sync(out_of_memory) > self._end.out_of_memory
+                self._end.without_memory = await anyio.to_thread.run_sync(oom_kills) > self._end.out_of_memory
 
     def abandon(self) -> None:
         """Ends `serve`, and the process, whatever it does."""
@@ -221,7 +197,7 @@ class LaneProcess(ChildSupervisor):
     # -- parts -------------------------------------------------------------------------------------------------------
 
     async def _start(self) -> ChildProcess:
-        self.page, self._end = LanePage.create(), _End(await anyio.to_thread.run_sync(out_of_memory))
+        self.page, self._end = LanePage.create(), _End(await anyio.to_thread.run_sync(oom_kills))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         stdout = os.dup(1)
         try:
@@ -293,7 +269,7 @@ class LaneProcess(ChildSupervisor):
 
 @dataclass(slots=True)
 class _End:
-    """How a process ends, as far as it is known. `out_of_memory` is the function's value at its start."""
+    """How a process ends, as far as it is known. `out_of_memory` counts the kills before its start."""
 
     out_of_memory: int = 0
     started_s: float = field(default_factory=time.monotonic)

@@ -45,6 +45,8 @@ def test_each_setting_is_read() -> None:
         (["leyline.previous_secret=old"], "leyline.secret"),
         (["optimizer.policy=step"], "optimizer.period_steps"),
         (["service.drain_timeout_s=20"], "emergency.drain_s must exceed service.drain_timeout_s"),
+        (["lane.processes=2"], "lane.processes is 2, which needs lane.mode = torchrun"),
+        (["lane.processes=2", "lane.mode=torchrun", "training.device=cuda:1"], "each of the 2 ranks"),
         (["kasmina.drain_s=10"], "kasmina.drain_s must be less than service.drain_timeout_s"),
         (["leyline.nonce_window_s=10"], "leyline.nonce_window_s"),
         (["leyline.nonce_window_s=119"], "twice leyline.freshness_s, which counts both ways"),

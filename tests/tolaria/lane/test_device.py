@@ -8,7 +8,7 @@ from torch import nn
 
 from tolaria.errors import ConfigurationError
 from tolaria.jobs import Batch
-from tolaria.lane.device import choose_device, hardware_context, limit_threads, on_device, to_device
+from tolaria.lane.device import choose_device, hardware_context, limit_threads, on_device, to_device, usable_cores
 
 
 def test_a_missing_device_is_a_configuration_error() -> None:
@@ -26,6 +26,16 @@ def test_threads_leave_a_core_for_the_event_loop() -> None:
     assert limit_threads(3) == torch.get_num_threads() == 3
     assert limit_threads(0) == torch.get_num_threads() >= 1
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(None, 8), (2.0, 2), (0.5, 1), (3.2, 4), (64.0, 8)])
+def test_the_share_of_a_container_limits_the_cores(
+    quota: float | None, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More threads than it may use at a time would be stopped in turns."""
+    monkeypatch.setattr("tolaria.lane.device.os.sched_getaffinity", lambda _pid: set(range(8)))
+    monkeypatch.setattr("tolaria.lane.device.cpu_quota", lambda: quota)
+    assert usable_cores() == cores
 
 
 class Pair(NamedTuple):

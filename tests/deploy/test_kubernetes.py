@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ SHARED_MEMORY = "/dev/shm"  # noqa: S108 - a path inside a container
 ENDLESS = {"TOLARIA_TRAINING__EPOCHS": "100000"}
 
 
+@cache
 def read(name: str) -> Any:
     """Returns a file of the folder with aliases resolved."""
     return YAML(typ="safe").load(FOLDER / name)
@@ -354,6 +356,7 @@ def story(pod: Pod) -> Iterator[Story]:
         yield told
 
 
+@pytest.mark.timeout(400)  # the first test of the story: it takes four starts of the service
 def test_probes_are_served(story: Story) -> None:
     """The paths of all probes and of the metrics answer 200 while the run trains."""
     assert story.first == {"liveness": 200, "readiness": 200, "metrics": 200}

@@ -7,8 +7,9 @@ import tolaria
 
 FORBIDDEN = re.compile(
     r"\b(c?pickle|cloudpickle|dill|shelve|marshal|joblib|jsonpickle)\b(?!d)"
-    r"|\b(torch|th)\.(load|save)\b|\b(np|numpy)\.(load|save)z?\b|allow_pickle|torch\.jit\.load|torch\.distributed"
-    r"|\bmultiprocessing\b|\bfrom_pickle\b|weights_only"
+    r"|\b(torch|th)\.(load|save)\b|\b(np|numpy)\.(load|save)z?\b|allow_pickle|torch\.jit\.load"
+    r"|\b(broadcast|gather|all_gather|scatter|send|recv)_object(_list)?\b|\bdistributed\.checkpoint"
+    r"|\bc10d\b|dynamic_rendezvous|\bmultiprocessing\b(?!\.api import LogsDest)|\bfrom_pickle\b|weights_only"
 )
 
 
@@ -35,5 +36,10 @@ def test_the_search_finds_what_it_is_for() -> None:
         "np.load(x)",
         "shelve.open(x)",
         "joblib.dump",
+        "dist.broadcast_object_list(x)",
+        "dist.all_gather_object(x, y)",
+        'RendezvousParameters("c10d", x)',
+        "from torch.distributed.checkpoint import save",
+        "from torch.multiprocessing import Queue",
     ):
         assert FORBIDDEN.search(line), line

@@ -61,6 +61,23 @@ def named(service: Serve, event: str) -> list[dict[str, object]]:
     return [line for line in service.events() if line["event"] == event]
 
 
+def listeners(*pids: int) -> set[str]:
+    """Returns on what the processes listen by TCP: loopback, or the addresses as /proc has them."""
+    sockets = set[str]()
+    for descriptor in (each for pid in pids for each in Path(f"/proc/{pid}/fd").iterdir()):
+        with suppress(OSError):
+            sockets.add(str(descriptor.readlink()))
+    found = set[str]()
+    for line in (
+        Path("/proc/net/tcp").read_text().splitlines()[1:] + Path("/proc/net/tcp6").read_text().splitlines()[1:]
+    ):
+        fields = line.split()
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+            address = fields[1].partition(":")[0]
+            found.add("loopback" if address.endswith("0100007F") or address == "0" * 24 + "01000000" else address)
+    return found
+
+
 @pytest.fixture(scope="module")
 def undisturbed(peers: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
     """Returns step and digest with which the finite run ends if no rank dies."""
@@ -114,6 +131,7 @@ def test_what_operators_do_works_on_the_group(peers: list[str], tmp_path: Path) 
         wait_for(lambda: status(stub).global_step > 100)
         ranks = {rank.rank: (rank.pid, rank.device) for rank in status(stub).ranks}
         assert ranks == {rank: (pid, "cpu") for rank, pid in ranks_of(service).items()}
+        assert listeners(agent_of(service), *ranks_of(service).values()) == {"loopback"}
         operate(stub, "one")
         stub.AdjustLearningRate(admin.AdjustLearningRateRequest(request_id="lr", reason="calm", factor=0.5), timeout=10)
         stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=10)

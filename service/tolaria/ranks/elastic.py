@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
+from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch does not list it
 from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
-from torch.distributed.elastic.rendezvous import RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 _HOST: Final = "127.0.0.1"
 _EXIT_BARRIER_S: Final = 5.0
 _KILL_S: Final = 5
+_STORE_S: Final = 60
 
 
 class Ranks:
@@ -28,9 +30,7 @@ class Ranks:
 
     def __init__(self, program: Sequence[str], processes: int, *, poll_s: float) -> None:
         logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-        self._rendezvous = get_rendezvous_handler(
-            RendezvousParameters("c10d", f"{_HOST}:0", f"lane-{os.getpid()}", 1, 1, local_addr=_HOST, is_host=True)
-        )
+        self._rendezvous = _OneMachine(f"lane-{os.getpid()}")
         spec = WorkerSpec(
             role="lane",
             local_world_size=processes,
@@ -60,6 +60,16 @@ class Ranks:
     def pids(self) -> list[int]:
         """Returns the process ids."""
         return [int(worker.id) for worker in self._agent.get_worker_group().workers if worker.id is not None]
+
+
+class _OneMachine(StaticTCPRendezvous):
+    """A rendezvous of one agent, whose store listens on loopback only; unlike torch's dynamic one, without pickle."""
+
+    def __init__(self, run_id: str) -> None:
+        listener = socket.create_server((_HOST, 0))
+        port = listener.getsockname()[1]
+        super().__init__(_HOST, port, rank=0, world_size=1, run_id=run_id, timeout=_STORE_S)
+        self._store = TCPStore(_HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 class _Agent(LocalElasticAgent):

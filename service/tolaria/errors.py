@@ -11,7 +11,7 @@ TolariaError
 │                      AdjustmentRefusedError, HyperparameterError, ControllerStateError, RebuildFailedError
 ├── SeedError: SlotError, UnknownBlueprintError, OwnershipError, TopologyStateError
 │   └── BlueprintError: BlueprintMisfitError
-├── LaneError: LaneFailedError, LaneStoppedError, LaneLostError, WireError
+├── LaneError: LaneFailedError, PeerLostError, RanksDifferError, LaneStoppedError, LaneLostError, WireError
 ├── SignalError: BoardRefusedError, BoardBusyError, BoardLostError, BlockOwnedError, SignalValueError
 ├── EmergencyError: UnknownLevelError, IllegalEmergencyEventError, ClearanceRefusedError, BroadcastFailedError
 ├── RollbackError: StateUnsupportedError, StateMismatchError, ImageDamagedError, RestoreUnprovenError,
@@ -39,9 +39,8 @@ class ConfigurationError(TolariaError):
     """Settings are unknown, malformed or inconsistent; each of `problems` names a setting and its source."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
-        count = f"{len(problems)} problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n  ".join([f"configuration has {count}:", *problems]), problems)
+        self.problems, head = list(problems), f"configuration has {len(problems)} problem{'s' * (len(problems) != 1)}:"
+        super().__init__("\n  ".join([head, *problems]), problems)
 
 
 class JobError(TolariaError):
@@ -84,9 +83,10 @@ class StateHeldError(TolariaError):
 
     def __init__(self, directory: str, holder_pid: int) -> None:
         self.directory, self.holder_pid = directory, holder_pid
-        holder = f"process {holder_pid}" if holder_pid else "another process"
-        message = f"state.dir: {directory} is in use by {holder}; a directory serves one service at a time"
-        super().__init__(message, directory, holder_pid)
+        held = f"is in use by {f'process {holder_pid}' if holder_pid else 'another process'}"
+        super().__init__(
+            f"state.dir: {directory} {held}; a directory serves one service at a time", directory, holder_pid
+        )
 
 
 class PeerError(TolariaError):
@@ -266,7 +266,11 @@ class LaneFailedError(LaneError):
 
 
 class PeerLostError(LaneError):
-    """Another rank of the group has gone, or does not follow; the group has to start again."""
+    """Another rank of the group has gone; the group has to start again."""
+
+
+class RanksDifferError(LaneError):
+    """The ranks of a group do not do the same: they have read other data, or have other states."""
 
 
 class LaneStoppedError(LaneError):
@@ -367,7 +371,6 @@ class RestoreAbandonedError(RollbackError):
     """A restore was cancelled at `stage`, for example at its deadline; the live state is unchanged."""
 
     def __init__(self, stage: str) -> None:
-        self.stage = stage
         super().__init__(f"the restore was abandoned while {stage}; the live state is unchanged", stage)
 
 

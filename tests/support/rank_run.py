@@ -32,6 +32,7 @@ def run_on_ranks(world: int, scenarios: Sequence[tuple[str, dict[str, Any]]], ti
         "GLOO_SOCKET_IFNAME": "lo",
         "LOCAL_WORLD_SIZE": str(world),
         "OMP_NUM_THREADS": "1",
+        "TOLARIA_LANE_AGENT": "0:",
     }
     command = [sys.executable, "-m", "support.rank_run", json.dumps(scenarios)]
     ranks = [

@@ -32,11 +32,11 @@ class RankEnvironment:
 
     @classmethod
     def read(cls) -> RankEnvironment:
-        """Returns the place that the environment names; without torchrun's variables that of a process alone."""
+        """Returns the place that the environment names; that of a process alone if no agent has started it."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        if any(name not in os.environ for name in names):
+        if any(name not in os.environ for name in (*names, _AGENT)):  # torchrun's are left of something else
             return cls()
-        agent, _, address = os.environ.get(_AGENT, "0").partition(":")
+        agent, _, address = os.environ[_AGENT].partition(":")
         rank, world, local_rank, local_world = (int(os.environ[name]) for name in names)
         return cls(rank, world, local_rank, local_world, int(agent), address)
 

@@ -162,8 +162,8 @@ class CommandQueue:
                 self._wait()
             return not (self._urgent or (self._held and (self.stopping or self._commands)))
 
-    def continue_evaluation(self) -> bool:
-        """Waits between two batches while held; returns False if the evaluation has to be abandoned."""
+    def continue_evaluation(self, place: int) -> bool:  # noqa: ARG002 - in a group, ranks compare it
+        """Waits before the batch of that place while held; returns False if the evaluation has to be abandoned."""
         return not self.stopping and self.continue_step() and not self.stopping
 
     def _look_at_shared_hold(self) -> None:

@@ -222,9 +222,10 @@ def _evaluate(module: TrainModule) -> None:
     given = call("validation_batches", lambda: next(iter(validation), None))
     if given is None:
         raise EmptyDatasetError("its validation data holds no batch")
-    batch = on_device(checked_batch(given, "validation_batches()"), module.device)
-    if not batch.samples:
+    whole = checked_batch(given, "validation_batches()")
+    if not whole.samples:
         return
+    batch = on_device(module.share.of(whole), module.device)
 
     def evaluate() -> Evaluation:
         module.model.eval()

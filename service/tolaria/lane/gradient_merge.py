@@ -226,14 +226,14 @@ class GradientMerger:
     def _over_ranks(self, group: Group, rows: StepRows, samples: Counter[str]) -> tuple[StepRows, Counter[str]]:
         """Returns the sums over all ranks; the rows' matrix is changed in place."""
         group.sum_tensor(rows.matrix)
-        counts = group.sum([*rows.parts, *(samples[name] for name in self._names)])
-        parts = tuple(min(rows.microbatches, int(count)) for count in counts[: len(rows.parts)])
+        parts = tuple(int(count) for count in group.max(rows.parts))
+        counts = group.sum([samples[name] for name in self._names])
         own = dict(rows.own)
         for source in self._sources:
             if parameters := self._own_of(source):
                 gradients = own.get(source, (None,) * len(parameters))
                 own[source] = tuple(group.sum_gradients(parameters, gradients))
-        read = zip(self._names, counts[len(rows.parts) :], strict=True)
+        read = zip(self._names, counts, strict=True)
         return replace(rows, parts=parts, own=own), Counter({name: int(count) for name, count in read})
 
     def _backward_alone(self, losses: Mapping[str, Tensor]) -> None:

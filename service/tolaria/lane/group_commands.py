@@ -6,12 +6,13 @@ then. So a command costs the steps before it nothing.
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from tolaria.errors import PeerLostError, RestoreAbandonedError, TolariaError
+from tolaria.errors import PeerLostError, RanksDifferError, RestoreAbandonedError, TolariaError
 from tolaria.images import StateImage
 from tolaria.lane.commands import CommandExecutor, CommandQueue, QueuedCommand, RestoreGate
 from tolaria.lane.encoding import from_bytes, to_bytes
@@ -34,6 +35,9 @@ from tolaria.ranks.group import Group
 from tolaria.ranks.images import receive_image, send_image
 
 _GO_ON, _STOP, _END, _WORK = b"G", b"S", b"E", b"W"
+EVALUATED: Final = "validation batches"
+"""What ranks have to have in common when they evaluate."""
+
 _IMAGE, _NO_IMAGE = b"I", b"N"
 _ID: Final = struct.Struct("<q")
 
@@ -87,9 +91,9 @@ class LeaderCommands:
         """Returns True: the ranks meet at the end of the step."""
         return True
 
-    def continue_evaluation(self) -> bool:
-        """Waits between two batches while held; returns False if the ranks have to meet."""
-        goes_on = self._group.all(self._queue.continue_evaluation())
+    def continue_evaluation(self, place: int) -> bool:
+        """Waits before the batch of that place while held; returns False if the ranks have to meet."""
+        goes_on = self._group.agree(self._queue.continue_evaluation(place), {EVALUATED: place})
         self._group.meeting = not goes_on
         return goes_on
 
@@ -134,9 +138,9 @@ class FollowerCommands:
         """Returns True: the ranks meet at the end of the step."""
         return True
 
-    def continue_evaluation(self) -> bool:
+    def continue_evaluation(self, place: int) -> bool:
         """Returns False if the ranks have to meet."""
-        goes_on = self._group.all(value=True)
+        goes_on = self._group.agree(value=True, alike={EVALUATED: place})
         self._group.meeting = not goes_on
         return goes_on
 
@@ -177,29 +181,31 @@ class GroupExecutor(CommandExecutor):
             snapshots.accompany = self._send
 
     def execute(self, queued: QueuedCommand) -> CommandDone:
-        """Carries out a command. Raises PeerLostError if it fails on some ranks only: their states differ then."""
+        """Carries out a command. Raises RanksDifferError if it fails on some ranks only: their states differ then."""
         command, group = queued.command, self._group
         if isinstance(command, CaptureImage | CaptureProfile) and not group.leads:
             return CommandDone(queued.command_id, self._module.global_step, None, None)
         done = super().execute(queued)
         if isinstance(command, CaptureImage | CaptureProfile):
             return done
-        problems = group.ask("" if done.failure is None else str(done.failure))
+        result = done.result
+        problem = "" if done.failure is None else str(done.failure) or done.failure.name
+        digest = result.state_digest if isinstance(result, Restored) else ""
+        problems, digests = zip(*(json.loads(said) for said in group.ask(json.dumps([problem, digest]))), strict=True)
         if any(problems) and not all(problems):
             rank = next(number for number, problem in enumerate(problems) if problem)
-            raise PeerLostError(f"{type(command).__name__} failed on rank {rank} only: {problems[rank]}")
+            raise RanksDifferError(f"{type(command).__name__} failed on rank {rank} only: {problems[rank]}")
         if isinstance(command, ReconcileSeeds) and not any(problems):
             model = self._module.model
             group.spread([*model.parameters(), *model.buffers()])  # seeds are built with random values
+        if isinstance(result, Restored):
+            differing = [each for each in digests if each != result.expected_digest]
+            done = replace(done, result=replace(result, state_digest=(differing or digests)[0]))
         return done
 
     def _restore(self, command_id: int, command: Restore) -> Result:
         self._sent = self._voted = False
-        result = super()._restore(command_id, command) if self._group.leads else self._follow()
-        if not isinstance(result, Restored):
-            return result
-        digests = self._group.ask(result.state_digest)
-        return replace(result, state_digest=next((d for d in digests if d != result.expected_digest), digests[0]))
+        return super()._restore(command_id, command) if self._group.leads else self._follow()
 
     def _result(self, command_id: int, command: BoundaryCommand) -> Result:
         try:

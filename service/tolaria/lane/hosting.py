@@ -6,9 +6,11 @@ import gc
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
@@ -17,7 +19,7 @@ import torch
 
 from tolaria.config import Settings
 from tolaria.config.ranks import PEER_LOST, RankEnvironment
-from tolaria.errors import LaneFailedError, TolariaError
+from tolaria.errors import LaneFailedError, PeerLostError, TolariaError
 from tolaria.lane.build import BuiltLane, build
 from tolaria.lane.commands import PageGate
 from tolaria.lane.connection import LaneConnection
@@ -27,11 +29,13 @@ from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.lane.process import Received, dump_stacks_on_request, end_with_service
 from tolaria.ranks.group import Group
 from tolaria.ranks.images import receive_image, send_image
-from tolaria.signals.lane_page import LanePage, PagePulse
+from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage, PagePulse
 from tolaria.state.shared_memory import SharedMemory
 from tolaria.wire import Frame, FrameKind, FrameStream, send
 
 _FLUSH_S: Final = 10.0
+_WATCH_S: Final = 0.5
+_LEADER_S: Final = 2.0
 
 _KILLED_S: Final = 30.0
 """Seconds in which a group whose rank has gone is ended by its agent, which knows the cause."""
@@ -45,13 +49,14 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
     gc.freeze()  # what has been imported stays until the end, so that no full collection looks at it
     memory = SharedMemory(received.held.values(), received.order.next_segment)
     received.held.clear()
-    group = joined()
-    if group is not None:
-        group.tell(to_bytes(LaneOrder(received.order.settings, (), 0, RestorePlan())))
     message: LaneReady | LaneEnded
     try:
+        if (group := joined()) is not None:
+            group.tell(to_bytes(LaneOrder(received.order.settings, (), 0, RestorePlan())))
         built = united(group, lambda: _built(received, settings, memory, group))
         message = built.ready
+    except PeerLostError as error:
+        return _end_with_group(str(error))
     except TolariaError as error:
         message = LaneEnded(0, Failure.of(error, traceback.format_exc()))
     pulse = PagePulse(page, settings.emergency)
@@ -73,38 +78,62 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
     connection.start()
     lane.run(connection.notify)
     if lane.peer_lost:
-        return _end_with_group(0, lane.peer_lost)
+        return _end_with_group(lane.peer_lost)
     return 0 if connection.flush(_FLUSH_S) and not lane.failed else 1
 
 
 def follow() -> int:
     """Runs a rank that does not lead until the group ends; returns the exit code of the process."""
     gc.freeze()
-    group = joined()
-    order = from_bytes(b"" if group is None else group.tell())
-    if group is None or not isinstance(order, LaneOrder):
-        return PEER_LOST
-    settings = Settings.model_validate(json.loads(order.settings))
-    dump_stacks_on_request(settings)
     try:
+        group = joined()
+        order = from_bytes(b"" if group is None else group.tell())
+        if not isinstance(order, LaneOrder):
+            return PEER_LOST
+        settings = Settings.model_validate(json.loads(order.settings))
+        dump_stacks_on_request(settings)
         built = united(group, lambda: build(settings, group=group))
+    except PeerLostError as error:
+        return _end_with_group(str(error))
     except TolariaError:
-        return 1  # the leader has said why
+        time.sleep(_LEADER_S)  # which says why
+        return 1
     built.snapshots.takes_snapshots = False
-    # This page has no reader: a rank that hangs shows by the leader's silence.
-    lane = built.lane(PagePulse(LanePage.create(), settings.emergency), Path(settings.state.dir) / "traces")
+    page = LanePage.create()
+    lane = built.lane(PagePulse(page, settings.emergency), Path(settings.state.dir) / "traces")
+    threading.Thread(target=_end_when_silent, args=(page,), name="tolaria-watch", daemon=True).start()
     lane.run(lane.take_events)
     if lane.peer_lost:
-        return _end_with_group(group.rank, lane.peer_lost)
+        return _end_with_group(lane.peer_lost)
     if lane.failed:
-        os.write(2, f"rank {group.rank}: {lane.failed}\n".encode())
+        time.sleep(_LEADER_S)  # an exception of all ranks is the leader's, which goes by its name
+        os.write(2, f"{lane.failed}\n".encode())
     return 1 if lane.failed else 0
+
+
+def _end_when_silent(page: LanePage) -> None:
+    """Ends this process when the lane has given no heartbeat for too long: the leader would wait for it.
+
+    A process that is stopped, or whose GIL is held, does not come to that: the leader's silence shows it, later.
+    """
+    while True:
+        time.sleep(_WATCH_S)
+        if overdue_s := page.overdue_s():
+            os.kill(os.getpid(), STACKS_SIGNAL)
+            time.sleep(_WATCH_S)
+            if page.overdue_s():
+                os.write(2, f"the rank has given no heartbeat for {overdue_s:.0f} s\n".encode())
+                os._exit(1)
 
 
 def joined() -> Group | None:
     """Returns the group that the environment names; None for a process alone."""
     place = RankEnvironment.read()
-    return None if place.world == 1 else Group.join(place, cuda=torch.cuda.is_available())
+    if place.world == 1:
+        return None
+    if cuda := torch.cuda.is_available():
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())  # for what a job puts on "cuda"
+    return Group.join(place, cuda=cuda)
 
 
 def _built(received: Received, settings: Settings, memory: SharedMemory, group: Group | None) -> BuiltLane:
@@ -124,7 +153,8 @@ def united(group: Group | None, make: Callable[[], BuiltLane]) -> BuiltLane:
     try:
         built = make()
     except TolariaError as error:
-        group.ask(str(error))
+        with suppress(PeerLostError):  # which would hide this one
+            group.ask(str(error) or type(error).__name__)
         raise
     for rank, problem in enumerate(group.ask("")):
         if problem:
@@ -151,9 +181,9 @@ def _share_state(group: Group, built: BuiltLane) -> None:
         module.skipped.added.update(order.plan.left_out)
 
 
-def _end_with_group(rank: int, reason: str) -> int:
+def _end_with_group(reason: str) -> int:
     """Waits to be ended with the group, whose agent finds out which rank failed; returns an exit code if it is not."""
-    os.write(2, f"rank {rank} has lost the others: {reason}\n".encode())
+    os.write(2, f"another rank has gone: {reason}\n".encode())
     sys.stdout.flush()
     time.sleep(_KILLED_S)
     return PEER_LOST

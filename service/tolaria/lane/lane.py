@@ -5,19 +5,20 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Final, Protocol
+from zlib import crc32
 
 import torch
 
-from tolaria.errors import JobError, PeerLostError
+from tolaria.errors import JobError, PeerLostError, RanksDifferError
 from tolaria.lane.commands import CommandExecutor, CommandQueue, PageGate, QueuedCommand
 from tolaria.lane.device import hardware_context, limit_threads, on_device
 from tolaria.lane.fast_paths import spanning_compilation
-from tolaria.lane.group_commands import FollowerCommands, GroupExecutor, LeaderCommands
+from tolaria.lane.group_commands import EVALUATED, FollowerCommands, GroupExecutor, LeaderCommands
 from tolaria.lane.job_output import checked_batch, checked_evaluation
 from tolaria.lane.messages import (
     Command,
@@ -260,6 +261,10 @@ class ThreadLane:
             self._events.put(profiled)
         return True
 
+    def _waiting_for_ranks(self) -> AbstractContextManager[object]:
+        """Spans what may wait for other ranks that do what takes long; each rank watches itself for silence."""
+        return nullcontext() if self._module.group is None else self._heartbeat.lane_phase(LanePhase.LOADING)
+
     def _drop_failed_seed(self, error: Exception) -> None:
         """Removes the seeds that made a pass raise `error`, so that the host goes on; raises it if it was none."""
         module = self._module
@@ -280,14 +285,20 @@ class ThreadLane:
     def _mark(self, region: Region) -> AbstractContextManager[object]:
         if region == "input":
             return self._heartbeat.lane_phase(LanePhase.LOADING)
-        return self._profiler.mark(region)
+        return self._merging() if region == "merge" else self._profiler.mark(region)
+
+    @contextmanager
+    def _merging(self) -> Iterator[None]:
+        with self._profiler.mark("merge"), self._waiting_for_ranks():
+            yield
 
     def _continue_step(self) -> bool:
         self._heartbeat.lane_beat()
         return self._commands.continue_step()
 
     def _execute(self, queued: QueuedCommand, *, in_epoch: bool) -> None:
-        done = self._executor.execute(queued)
+        with self._waiting_for_ranks():
+            done = self._executor.execute(queued)
         if isinstance(done.result, Restored):
             underway = (in_epoch and not self._module.progress.over) or self._commands.epochs_queued
             restored = replace(done.result, underway=underway, latest_order=self._commands.latest_order)
@@ -308,6 +319,8 @@ class ThreadLane:
         self._events.notify()  # of the steps in the buffer: an evaluation may take long
         self._heartbeat.lane_batch(0, 0)
         module, controller = self._module, self._module.seeds.controller
+        if module.group is not None:
+            self._compare_ranks(module.group)
         with self._heartbeat.lane_phase(LanePhase.EVALUATING):
             evaluation = self._evaluate()
         gradients = module.merger.finish_epoch()
@@ -331,15 +344,23 @@ class ThreadLane:
         )
         self._events.put(event)
 
+    def _compare_ranks(self, group: Group) -> None:
+        """Raises RanksDifferError if parameters, buffers or optimizer differ between ranks. Reads all of them."""
+        with self._heartbeat.lane_phase(LanePhase.EVALUATING):
+            found = self._snapshots.state.fingerprint(only=())
+            digest = str([(name, digest) for name, digest in found.tensors.items() if not name.startswith("rng/")])
+            if len(digests := set(group.ask(str(crc32(digest.encode()))))) > 1:
+                raise RanksDifferError(f"the ranks have {len(digests)} different states at the end of an epoch")
+
     def _evaluate(self) -> Evaluation:
         """Raises StepAbandonedError for a stop or an urgent command: a long validation must not delay them."""
         module = self._module
         total = Evaluation(0.0, 0, 0)
         module.model.eval()
         with torch.no_grad():
-            for given in module.validation_batches():
+            for place, given in enumerate(module.validation_batches()):
                 self._heartbeat.lane_beat()
-                if not self._commands.continue_evaluation():
+                if not self._commands.continue_evaluation(place):
                     raise StepAbandonedError
                 batch = checked_batch(given, "validation_batches()")
                 if batch.samples:
@@ -354,6 +375,8 @@ class ThreadLane:
 
 
 def _over_ranks(evaluation: Evaluation, group: Group) -> Evaluation:
+    """Returns the sums over all ranks. Raises RanksDifferError if one has evaluated another number of batches."""
+    group.agree(value=True, alike={EVALUATED: -1})
     loss_sum, correct, samples = group.sum([evaluation.loss_sum, evaluation.correct, evaluation.samples])
     return Evaluation(loss_sum, int(correct), int(samples))
 

@@ -29,14 +29,14 @@ def parameters_sound(module: TrainModule, losses_of: Callable[[Batch], Mapping[s
     rngs = capture_rngs()
     module.save_pass()
     try:
-        batch = on_device(module.last_good, module.device)
+        batch = on_device(module.share.of(module.last_good), module.device)
         with module.fast_paths.autocast(), module.seeds.groups_as_built(), _watching(module) as outputs_finite:
             losses = losses_of(batch)
-        if essential_finite(module, losses):
+        if module.everywhere(essential_finite(module, losses)):
             if essential := [loss for source, loss in losses.items() if source not in module.isolated_seeds]:
                 torch.autograd.backward(essential)
             return module.gradients_finite()
-        return outputs_finite[0] and not any(math.isinf(loss.item()) for loss in losses.values())
+        return module.everywhere(outputs_finite[0] and not any(math.isinf(loss.item()) for loss in losses.values()))
     finally:
         module.discard_pass()
         restore_rngs(*rngs)

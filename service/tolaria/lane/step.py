@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ class _Taken:
         essential: without the sources of isolated seeds.
         judged: the mean over the sources that are not seeds, times the samples that have one.
         judged_samples: number of those samples.
+        sources: checksum of the sources that the losses of each microbatch had.
         left_out: places in the epoch of the microbatches that were not finite.
         last_batch: the last one that was not left out.
     """
@@ -63,6 +65,7 @@ class _Taken:
     essential: Tensor | None = None
     judged: Tensor | None = None
     judged_samples: int = 0
+    sources: int = 0
     left_out: list[int] = field(default_factory=list)
     last_batch: Batch | None = None
 
@@ -89,6 +92,7 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
     Raises:
         StepAbandonedError: `continue_step` returned False; the same step can start again.
         LossShapeError: the job returns an invalid loss.
+        RanksDifferError: the ranks of a group are not at the same step of the same data.
     """
     started_s = time.monotonic()
     module.begin_on_rank()
@@ -141,6 +145,9 @@ def _take_and_measure(
     """Takes the microbatches, and takes them again to find those that are not finite; None if there is no batch."""
     taken = _take_microbatches(module, continue_step, mark, each=module.device.type == "cpu")
     if not taken.read:
+        if module.group is not None:  # an epoch ends for all of them
+            with mark("merge"):
+                _sum_losses(module, taken, module.group)
         return taken, None
     measured = _finish(module, taken, mark)
     if measured.finite or module.accumulate == 1 or taken.loss is None or _overflowed(module, measured):
@@ -241,6 +248,8 @@ def _take_microbatches(
         with mark("forward"), module.fast_paths.autocast(), module.seeds.groups_as_built():
             losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
         module.look_up_parameters()
+        if batch.seed_ids is None:
+            taken.sources = crc32(repr(tuple(losses)).encode(), taken.sources)
         loss = None
         if not (each and module.accumulate > 1) or module.everywhere(essential_finite(module, losses)):
             share = batch.samples / taken.planned_samples
@@ -282,7 +291,8 @@ def _add_losses(module: TrainModule, taken: _Taken, losses: Mapping[str, Tensor]
 def _finish(module: TrainModule, taken: _Taken, mark: Mark) -> _Measured:
     """Merges the gradients, scales them by the samples that were taken, and measures them."""
     if module.group is not None:
-        _sum_losses(module, taken, module.group)
+        with mark("merge"):
+            _sum_losses(module, taken, module.group)
     if taken.loss is None:  # every microbatch was left out
         return _Measured(math.nan, None, [math.nan])
     with mark("merge"):
@@ -294,13 +304,20 @@ def _finish(module: TrainModule, taken: _Taken, mark: Mark) -> _Measured:
 
 
 def _sum_losses(module: TrainModule, taken: _Taken, group: Group) -> None:
-    """Replaces the losses and samples of this rank by the sums over all ranks. Synchronises."""
+    """Replaces the losses and samples of this rank by the sums over all ranks. Synchronises.
+
+    Raises RanksDifferError if the ranks are not at the same step of the same data.
+    """
     parts = [taken.loss, taken.essential, taken.judged]
     given = [0.0 if part is None else part.item() for part in parts]
-    counts = [taken.judged_samples, taken.samples, not taken.plain]
-    *sums, judged_samples, samples, by_source = group.sum_step([*given, *counts], module.global_step)
-    if by_source not in {0, group.world}:
-        raise LossShapeError("losses() named other sources on some ranks than on others")
+    alike = {
+        "completed steps": module.global_step,
+        "batches read": module.progress.batches,
+        "samples in them": taken.read,
+        "names of losses": taken.sources,
+        "announced changes of the task": len(module.announced),
+    }
+    *sums, judged_samples, samples = group.sum_step([*given, taken.judged_samples, taken.samples], alike)
     device, dtype = module.device, torch.float32 if module.device.type == "mps" else torch.float64
     found = [
         None if part is None else torch.tensor(value, dtype=dtype, device=device)

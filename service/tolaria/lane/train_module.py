@@ -224,7 +224,6 @@ class TrainModule:
         self._collect_parameters()
         self._buffers.follow(self.model)
         self._microbatch_buffers.follow(self.model)
-        self._model_buffers = list(self.model.buffers())
 
     def look_up_parameters(self) -> None:
         """Collects the parameters again if the job has frozen or unfrozen some, or changed the optimizer's groups.
@@ -329,9 +328,9 @@ class TrainModule:
             parameter.grad = None if gradient is None else laid_out(gradient, parameter)
 
     def spread_buffers(self) -> None:
-        """Gives every rank the leader's buffers, such as running statistics."""
-        if self._group is not None and self._model_buffers:
-            self._group.spread(self._model_buffers)
+        """Gives every rank the leader's buffers, such as running statistics, also those assigned anew."""
+        if self._group is not None and (buffers := list(self.model.buffers())):
+            self._group.spread(buffers)
 
     def clear_gradients(self) -> None:
         """Drops all gradients, also those of frozen parameters and of those that are not in the optimizer."""

@@ -10,12 +10,15 @@ import argparse
 import faulthandler
 import importlib
 import os
+import resource
 import signal
 import socket
+import struct
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from tolaria.config.ranks import PEER_LOST, prepare_ranks
@@ -23,6 +26,7 @@ from tolaria.ranks.child import announce, lane_options
 from tolaria.signals.lane_page import STACKS_SIGNAL
 
 _POLL_S: Final = 0.05
+_CREDENTIALS: Final = struct.Struct("3i")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,7 +53,8 @@ def _serve_leader(options: argparse.Namespace) -> str:
 
     def serve() -> None:
         with listener:
-            asking, _ = listener.accept()
+            while not _is_own_child(asking := listener.accept()[0]):
+                asking.close()
         with asking:
             socket.send_fds(asking, [b"\0"], [options.connection, options.page])
         os.close(options.connection)  # the service sees at once when the leader has gone
@@ -57,6 +62,15 @@ def _serve_leader(options: argparse.Namespace) -> str:
 
     threading.Thread(target=serve, name="tolaria-leader", daemon=True).start()
     return address
+
+
+def _is_own_child(asking: socket.socket) -> bool:
+    """Whether the process on the other side is one that this process has started: abstract sockets have no owner."""
+    pid, uid, _ = _CREDENTIALS.unpack(asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    with suppress(OSError, IndexError):
+        parent = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+        return uid == os.getuid() and int(parent) == os.getpid()
+    return False
 
 
 def _run(processes: int) -> Mapping[int, int]:
@@ -80,6 +94,7 @@ def _end_like(rank: int, code: int, world: int) -> int:
     os.write(2, f"rank {rank} of {world} {how}\n".encode())
     if code < 0:
         faulthandler.disable()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the rank's own is enough
         with suppress(OSError):  # SIGKILL has no other action
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)

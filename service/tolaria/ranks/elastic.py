@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -29,7 +30,7 @@ class Ranks:
     """
 
     def __init__(self, program: Sequence[str], processes: int, *, poll_s: float) -> None:
-        logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+        logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
         self._rendezvous = _OneMachine(f"lane-{os.getpid()}")
         spec = WorkerSpec(
             role="lane",
@@ -54,7 +55,12 @@ class Ranks:
 
     def run(self) -> Mapping[int, int]:
         """Runs until all ranks have ended or one has failed; returns the exit codes of failed ones by rank."""
-        result = self._agent.run("lane")
+        try:
+            result = self._agent.run("lane")
+        finally:
+            for pid in self.pids():  # what the ranks have started goes with them
+                with suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
         return {rank: failure.exitcode for rank, failure in result.failures.items()}
 
     def pids(self) -> list[int]:

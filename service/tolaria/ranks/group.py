@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Final
@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tolaria.config.ranks import RankEnvironment
-from tolaria.errors import BrokenJobError, PeerLostError
+from tolaria.errors import BrokenJobError, PeerLostError, RanksDifferError
 
 _WAIT: Final = timedelta(days=365)
 """A rank that waits for one that has gone is ended with the group; one that is only slow is not dead."""
 
-_STEPS: Final = 2**20
+_ALIKE: Final = 2**20  # so that squares are exact in float64
 _BUCKET_BYTES: Final = 2**25
-"""Tensors are sent in pieces of this size, which bounds the memory that sending needs."""
+"""Small tensors are sent together, up to this size, and images in pieces of it."""
 
 
 class Group:
@@ -32,7 +32,7 @@ class Group:
         world: number of ranks.
         local_rank: among the `local_world` ranks on this machine.
         meeting: whether the ranks exchange commands at the next step boundary; decided anew with each `sum_step`.
-        wish: returns whether this rank wants to.
+        wish: returns whether this rank wants to; set by the leader's queue of commands.
     """
 
     def __init__(self, rank: int, world: int, local_rank: int = 0, local_world: int = 1) -> None:
@@ -50,10 +50,6 @@ class Group:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", init_method="env://", timeout=_WAIT)
         return cls(place.rank, place.world, place.local_rank, place.local_world)
 
-    def leave(self) -> None:
-        """Ends this rank's part."""
-        dist.destroy_process_group()
-
     @property
     def leads(self) -> bool:
         """Whether this is the rank that speaks with the service."""
@@ -69,21 +65,43 @@ class Group:
         found: list[float] = numbers.tolist()
         return found
 
-    def sum_step(self, values: Sequence[float], step: int) -> list[float]:
+    def sum_step(self, values: Sequence[float], alike: Mapping[str, int]) -> list[float]:
         """Returns the sums of a step's values, and decides whether the ranks meet after it.
 
-        Raises PeerLostError if the ranks are not at the same step.
+        `alike` are numbers that every rank has to have alike, by what they are, compared modulo 2**20.
+
+        Raises:
+            RanksDifferError: names the first number that differs.
+            PeerLostError: another rank has gone.
         """
-        place = step % _STEPS  # so that its square is exact
-        *sums, places, squares, wishes = self.sum([*values, place, place * place, self.wish()])
-        if places != place * self.world or squares != place * place * self.world:
-            raise PeerLostError(f"rank {self.rank} is at step {step}, but not every rank is")
+        *sums, wishes = self._sum_alike([*values, self.wish()], alike)
         self.meeting = wishes > 0
         return sums
+
+    def agree(self, value: bool, alike: Mapping[str, int]) -> bool:
+        """Whether the value is true on every rank. Raises as `sum_step`."""
+        return self._sum_alike([not value], alike)[0] == 0
+
+    def _sum_alike(self, values: Sequence[float], alike: Mapping[str, int]) -> list[float]:
+        places = [number % _ALIKE for number in alike.values()]
+        found = self.sum([*values, *places, *(place * place for place in places)])
+        sums, squares = found[len(values) : len(values) + len(places)], found[len(values) + len(places) :]
+        for name, place, total, square in zip(alike, places, sums, squares, strict=True):
+            if total != place * self.world or square != place * place * self.world:
+                raise RanksDifferError(f"{name}: {alike[name]} on rank {self.rank}, but not on every rank")
+        return found[: len(values)]
 
     def all(self, value: bool) -> bool:
         """Whether the value is true on every rank. Raises PeerLostError."""
         return self.sum([not value])[0] == 0
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        """Returns the greatest of each value over all ranks, in float64. Raises PeerLostError."""
+        numbers = torch.tensor(values, dtype=torch.float64)
+        with _peers():
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        found: list[float] = numbers.tolist()
+        return found
 
     def tell(self, data: bytes = b"") -> bytes:
         """Returns the leader's `data` on every rank. Raises PeerLostError."""
@@ -153,7 +171,9 @@ class Group:
                     dist.broadcast(flat, 0)
                 if not self.leads:
                     for tensor, part in zip(chosen, torch.split(flat, [each.numel() for each in chosen]), strict=True):
-                        tensor.detach().copy_(part.view(tensor.shape))
+                        given = part.view(tensor.shape)
+                        if not torch.equal(tensor, given):  # else its version, by which changes are seen, stays
+                            tensor.detach().copy_(given)
 
     def send_bytes(self, content: memoryview) -> None:
         """Fills the memory of every rank with the leader's. Raises PeerLostError."""
@@ -184,5 +204,8 @@ def _peers() -> Iterator[None]:
     """Spans an operation that fails when another rank has gone."""
     try:
         yield
-    except RuntimeError as error:  # also torch.distributed.DistError
-        raise PeerLostError(f"{type(error).__name__}: {str(error).partition('. ')[0]}") from error
+    except RuntimeError as error:
+        text = str(error)
+        if not isinstance(error, dist.DistError) and "gloo" not in text:
+            raise
+        raise PeerLostError(f"{type(error).__name__}: {text.partition('. ')[0]}") from error

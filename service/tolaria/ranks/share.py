@@ -59,7 +59,7 @@ class Share:
 def divided(payload: Any, samples: int, start: int, stop: int) -> Any:
     """Returns some samples of a payload: of tensors and lists with one element per sample, in tuples, lists and dicts.
 
-    Numbers, texts and None belong to every sample.
+    A tuple of texts is a list too, as `default_collate` makes it. Numbers, texts and None belong to every sample.
 
     Raises:
         BrokenJobError: names the first part that is neither.
@@ -81,16 +81,16 @@ def _divided(payload: Any, samples: int, part: slice, name: str) -> Any:
         )
         return divided_items
     if isinstance(payload, (list, tuple)):
-        if isinstance(payload, list) and len(payload) == samples and not any(map(_is_container, payload)):
+        if len(payload) == samples and not hasattr(payload, "_fields") and not any(map(_is_part, payload)):
             return payload[part]
         values = [_divided(value, samples, part, f"{name}[{n}]") for n, value in enumerate(payload)]
         return type(payload)(*values) if hasattr(payload, "_fields") else type(payload)(values)
     raise _indivisible(name, f"a {type(payload).__name__}", samples)
 
 
-def _is_container(value: object) -> bool:
-    """Whether a list of such values has parts of a batch, not one value for each sample."""
-    return isinstance(value, (Tensor, np.ndarray, MutableMapping))
+def _is_part(value: object) -> bool:
+    """Whether such values in a list are parts of a batch, not each of one sample."""
+    return isinstance(value, (Tensor, np.ndarray, MutableMapping, tuple))
 
 
 def _indivisible(name: str, what: str, samples: int) -> BrokenJobError:

@@ -145,7 +145,8 @@ class LaneProcess(ChildSupervisor):
             await super().stop()
             if child is not None:
                 self._end.code = child.process.returncode
-                kill_group(child.process.pid)
+                for pid in (child.process.pid, *self._end.ranks):
+                    kill_group(pid)
                 self._end.without_memory = await anyio.to_thread.run_sync(oom_kills) > self._end.out_of_memory
 
     def abandon(self) -> None:
@@ -154,8 +155,12 @@ class LaneProcess(ChildSupervisor):
         if self._tasks is not None:
             self._tasks.cancel_scope.cancel()
 
-    def built(self) -> None:
-        """Handles the end of building: later processes may take thrice as long, or `emergency.phase_timeout_s`."""
+    def built(self, ranks: Sequence[int] = ()) -> None:
+        """Handles the end of building: later processes may take thrice as long, or `emergency.phase_timeout_s`.
+
+        `ranks` are the processes that compute, which lead process groups: all of them end with this process.
+        """
+        self._end.ranks = tuple(ranks)
         if self.generation == 1:
             self._build_s = max(3 * self._end.age_s, self._settings.emergency.phase_timeout_s)
         self._end.building = False
@@ -279,6 +284,7 @@ class _End:
     code: int | None = None
     fault: str = ""
     silent: str = ""
+    ranks: tuple[int, ...] = ()
     raised: str = ""
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=_LINES_KEPT))
 

@@ -270,7 +270,7 @@ class ProcessLane:
         ready = encoding.from_bytes(content)
         if isinstance(ready, LaneReady):
             self._answering = self._process.wanted = not self._stopping
-            self._process.built()
+            self._process.built([rank.pid for rank in ready.ranks])
             self._ready_at_s = time.monotonic()
             if self._opened.is_set():
                 self._events.append(LaneRestarted(self._process.generation, ready))

@@ -27,7 +27,7 @@ def main() -> None:
         measured().save()
     elif action == "write":
         page = ROOT / "docs" / "scaling.md"
-        page.write_text(renewed(page.read_text(encoding="utf-8"), Costs.load()), encoding="utf-8")
+        page.write_text(renewed(page.read_text(encoding="utf-8"), sections(Costs.load())), encoding="utf-8")
     else:
         print("\n\n".join(f"{name}\n\n{text}" for name, text in sections(Costs.load()).items()))
 

@@ -35,9 +35,9 @@ def sections(costs: Costs) -> dict[str, str]:
     }
 
 
-def renewed(page: str, costs: Costs) -> str:
-    """Returns the text of the page with its tables computed anew. Raises ValueError if one has no place in it."""
-    for name, text in sections(costs).items():
+def renewed(page: str, tables: Mapping[str, str]) -> str:
+    """Returns the text of the page with these tables by name. Raises ValueError if one has no place in it."""
+    for name, text in tables.items():
         begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->"
         if page.count(begin) != 1 or page.count(end) != 1:
             raise ValueError(f"the page has no place, or several, for the table {name!r}")

@@ -22,8 +22,10 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 from scaling.costs import Costs
 from scaling.formulas import PIECE_BYTES
+from support.processes import Serve, serve, status, stub_of
 from tolaria.ranks.group import Group
 
 _ROOT: Final = Path(__file__).parents[2]
@@ -101,7 +103,7 @@ def _on_ranks(world: int) -> dict[str, float]:
         "LOCAL_WORLD_SIZE": str(world),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(_ROOT / "scripts"), str(_ROOT / "service")]),
+        "PYTHONPATH": os.pathsep.join(str(_ROOT / each) for each in ("scripts", "service", "tests")),
     }
     program = [sys.executable, "-c", "from scaling.measure import rank; rank()"]
     ranks = [
@@ -161,36 +163,36 @@ def _import_s() -> float:
 
 def _restarts() -> dict[str, float]:
     """Returns the parts of the time from the death of a rank to the next step, of a service with 2 ranks."""
-    from support.processes import Serve, serve, status, stub_of  # noqa: PLC0415 - the tests', like their job
-
-    def killed(service: Serve, deaths: int) -> dict[str, float]:
-        at_s = time.time()
-        os.kill(_ranks_of(service.children())[-1], signal.SIGKILL)
-        while len(_times_of(service.events(), "lane_restored")) <= deaths:
-            time.sleep(0.005)
-        step = next(e["step"] for e in reversed(service.events()) if e["event"] == "lane_restored")
-        while status(stub).global_step <= step:
-            time.sleep(0.002)
-        over_s = time.time()
-        events = ("lane_lost", "lane_started", "lane_restored")
-        lost, started, restored = (_times_of(service.events(), event)[-1] for event in events)
-        return {
-            "notice_s": lost - at_s,
-            "start_s": started - lost,
-            "ready_s": restored - started,
-            "first_step_s": max(0.0, over_s - restored),
-        }
-
     settings = (*_JOB, *_ENDLESS, "lane.mode=torchrun", "lane.processes=2", "lane.restarts_max=1000")
     with tempfile.TemporaryDirectory() as folder, serve(*settings, cwd=Path(folder)) as service:
         with stub_of(service) as stub:
             found = []
             for number in range(_DEATHS):
                 time.sleep(3)
-                found.append(killed(service, number))
+                found.append(_killed(service, stub, number))
         service.terminate()
         service.wait()
     return {part: statistics.quantiles([each[part] for each in found], n=4)[0] for part in found[0]}
+
+
+def _killed(service: Serve, stub: TolariaAdminServiceStub, deaths: int) -> dict[str, float]:
+    """Kills a rank that does not lead, of a group that has lost `deaths` before; returns the parts in seconds."""
+    at_s = time.time()
+    os.kill(_ranks_of(service.children())[-1], signal.SIGKILL)
+    while len(_times_of(service.events(), "lane_restored")) <= deaths:
+        time.sleep(0.005)
+    step = next(e["step"] for e in reversed(service.events()) if e["event"] == "lane_restored")
+    while status(stub).global_step <= step:
+        time.sleep(0.002)
+    over_s = time.time()
+    events = ("lane_lost", "lane_started", "lane_restored")
+    lost, started, restored = (_times_of(service.events(), event)[-1] for event in events)
+    return {
+        "notice_s": lost - at_s,
+        "start_s": started - lost,
+        "ready_s": restored - started,
+        "first_step_s": max(0.0, over_s - restored),
+    }
 
 
 def _ranks_of(pids: Iterable[int]) -> list[int]:

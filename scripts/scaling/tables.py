@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Final
+from typing import Final, TypeAlias
 
 from scaling import formulas
 from scaling.assumptions import ASSUMPTIONS, SETTINGS, SIZES, assumed
@@ -22,6 +22,9 @@ POLICIES: Final[Mapping[str, Callable[[Model], Policy]]] = {
 _UNITS: Final = ((86_400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"), (1e-6, "\N{MICRO SIGN}s"))
 _SIZES: Final = ((1e3, "TB"), (1.0, "GB"), (1e-3, "MB"), (1e-6, "kB"), (1e-9, "B"))
 _MEASURED, _COMPUTED, _TWO = "measured", "computed", "computed, 2 ranks measured"
+
+_Row: TypeAlias = tuple[str, str, Callable[[Model], str]]
+"""Name, kind, and what stands in the column of a model."""
 
 
 def sections(costs: Costs) -> dict[str, str]:
@@ -68,8 +71,14 @@ def measured(costs: Costs) -> str:
 
 def costs_by_size(costs: Costs) -> str:
     """Returns the table of costs by the number of ranks."""
-    state = assumed("state")
-    rows: list[tuple[str, str, Callable[[Model], str]]] = [
+    models = [Model(costs, ranks) for ranks in SIZES]
+    head = ("cost", "kind", *(f"{ranks:,}" for ranks in SIZES))
+    rows = [*_of_a_step(), *_of_states(), *_of_restarts()]
+    return table(head, [(name, kind, *map(cell, models)) for name, kind, cell in rows], numbers_from=2)
+
+
+def _of_a_step() -> list[_Row]:
+    return [
         ("machines", _COMPUTED, lambda m: f"{m.machines:,}"),
         ("agreement of a step: ring of gloo, as implemented", _TWO, lambda m: duration(m.agreement_s())),
         (
@@ -81,12 +90,23 @@ def costs_by_size(costs: Costs) -> str:
         ("sum of 1 GB of gradients, gloo", _COMPUTED, lambda m: duration(m.gradients_gloo_s(1))),
         ("sum of 1 GB of gradients, NCCL", _COMPUTED, lambda m: duration(m.gradients_nccl_s(1))),
         ("sum of the model's gradients, NCCL", _COMPUTED, lambda m: duration(m.gradients_nccl_s(assumed("gradients")))),
+    ]
+
+
+def _of_states() -> list[_Row]:
+    state = assumed("state")
+    return [
         ("snapshot of 1 GB, by the leader only", _COMPUTED, lambda m: duration(m.snapshot_s(1))),
         ("snapshot of the state", _COMPUTED, lambda m: duration(m.snapshot_s(state))),
         ("leader's memory for a full ring", _COMPUTED, lambda _: size(state * SETTINGS["rollback.snapshots_max"])),
         ("checkpoint of 1 GB, by the leader only", _COMPUTED, lambda m: duration(m.write_s(1))),
         ("checkpoint of the state", _COMPUTED, lambda m: duration(m.write_s(state))),
         ("leader's state to all ranks, 1 GB", _COMPUTED, lambda m: duration(m.broadcast_s(1, formulas.pieces(1)))),
+    ]
+
+
+def _of_restarts() -> list[_Row]:
+    return [
         ("answers of all ranks after a command", _COMPUTED, lambda m: duration(m.answers_s())),
         ("rendezvous: requests to the store", _COMPUTED, lambda m: f"{formulas.store_gets(m.ranks):,}"),
         ("rendezvous: what the store sends", _COMPUTED, lambda m: size(formulas.store_gb(m.ranks))),
@@ -97,28 +117,20 @@ def costs_by_size(costs: Costs) -> str:
         ("restart from a checkpoint", _COMPUTED, lambda m: duration(m.restart_s(from_memory=False))),
         ("mean time between failures", _COMPUTED, lambda m: duration(m.mean_s)),
     ]
-    models = [Model(costs, ranks) for ranks in SIZES]
-    head = ("cost", "kind", *(f"{ranks:,}" for ranks in SIZES))
-    return table(head, [(name, kind, *map(cell, models)) for name, kind, cell in rows], numbers_from=2)
 
 
 def limits(costs: Costs) -> str:
     """Returns the table of what does not scale, at the largest size, and of what removing it would give."""
     model, state = Model(costs, max(SIZES)), assumed("state")
     depth, own = formulas.depth(model.ranks), state / model.machines
-    rendezvous_s = model.ranks * 2 * depth * costs.store_get_s
+    sent_s, rendezvous_s = model.broadcast_s(state, assumed("tensors")), model.ranks * 2 * depth * costs.store_get_s
     passed_on_s = (state + (depth - 1) * PIECE_GB) / model.broadcast_gb_s
     restart_s = model.start_s() + rendezvous_s + model.proof_s() + passed_on_s
     rows = [
         ("agreement of a step", model.agreement_s(), "a sum in a tree", model.tree_s()),
         ("rendezvous", model.store_s(), "connections to neighbours in ring and trees only", rendezvous_s),
-        (
-            "leader's state to all ranks",
-            model.broadcast_s(state, assumed("tensors")),
-            "pieces that are passed on while the next ones arrive",
-            passed_on_s,
-        ),
-        ("restart from memory", model.restart_s(from_memory=True), "these three", restart_s),
+        ("leader's state to all ranks", sent_s, "pieces that are passed on while the next ones arrive", passed_on_s),
+        ("restart from memory", model.restart_s(from_memory=True), "both of these", restart_s),
         (
             "snapshot",
             model.snapshot_s(state),
@@ -128,7 +140,7 @@ def limits(costs: Costs) -> str:
         ("checkpoint", model.write_s(state), "each machine writes its part", model.write_s(own)),
     ]
     shown = [(what, duration(now), how, duration(then)) for what, now, how, then in rows]
-    now, then = (model.rare_snapshots().expected(model.mean_s), _with_restart(model, restart_s).expected(model.mean_s))
+    now, then = (each.expected(model.mean_s) for each in (model.rare_snapshots(), _with_restart(model, restart_s)))
     shown.append(("goodput, snapshots at Daly's interval", f"{now:.1%}", "the faster restart alone", f"{then:.1%}"))
     return table((f"at {model.ranks:,} ranks", "as implemented", "what it would take (not implemented)", "then"), shown)
 

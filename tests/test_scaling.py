@@ -292,6 +292,8 @@ def test_what_the_page_concludes() -> None:
     found = {n: [of(model).expected(model.mean_s) for of in POLICIES.values()] for n, model in models.items()}
     assert all(min(found[ranks]) > 0.98 for ranks in SIZES[:-1])
     assert all(0.75 < goodput < 0.85 for goodput in found[10_000])
+    blocking, beside, default, rare = found[1024]
+    assert default < blocking - 0.001 < blocking + 0.001 < min(beside, rare)
     assert models[10_000].store_s() > 0.9 * models[10_000].restart_s(from_memory=True)
     assert models[1024].agreement_s() < assumed("step") < models[10_000].agreement_s()
 

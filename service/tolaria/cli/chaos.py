@@ -37,7 +37,7 @@ CHAOS_SETTINGS: Final[Mapping[str, object]] = {
 }
 """Settings of a demo with chaos; each can be overridden."""
 
-DEATHS_MAX: Final = 5
+DEATHS_MAX: Final = 4
 _EPOCHS_PER_DEATH: Final = 3
 _SIGNALS: Final = (signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP)
 _AGENT: Final = "the agent"

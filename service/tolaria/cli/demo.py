@@ -26,7 +26,7 @@ from tolaria.cli import errors, render
 from tolaria.cli.admin_commands import CHAOS_EPOCHS, DEMO_EPOCHS, TIMEOUT_S
 from tolaria.cli.chaos import CHAOS_SETTINGS, Chaos, Injury, check_chaos, injuries_of, ranks_in
 from tolaria.cli.client import Target, admin_stub, connectable, follow_run
-from tolaria.cli.damage import damage_of, death_line
+from tolaria.cli.harm import death_line, harm_of
 from tolaria.cli.process_tree import ProcessTree
 from tolaria.cli.report import RunRecord, summary_json, summary_lines
 from tolaria.cli.serve_child import ServeChild, ServiceAddresses, serve_child
@@ -219,7 +219,7 @@ class Demo:
         self, run: RunRecord, chaos: Chaos, directories: Directories, failure: str, started_s: float
     ) -> None:
         """Reports once both services have ended. Raises CommandFailedError if anything was lost."""
-        damage = await damage_of(
+        harm = await harm_of(
             chaos,
             seed=self.settings.training.seed,
             state_dir=directories.state,
@@ -227,12 +227,12 @@ class Demo:
             failure=failure,
         )
         wall_s = time.monotonic() - started_s
-        for line in [*summary_lines(run, None, wall_s), *damage.lines()]:
+        for line in [*summary_lines(run, None, wall_s), *harm.lines()]:
             self._print(line)
         if self.as_json:
-            typer.echo(summary_json(run, None, wall_s, damage.as_json()))
-        if damage.problems:
-            raise errors.CommandFailedError(f"chaos did harm: {'; '.join(damage.problems)}")
+            typer.echo(summary_json(run, None, wall_s, harm.as_json()))
+        if harm.problems:
+            raise errors.CommandFailedError(f"chaos did harm: {'; '.join(harm.problems)}")
 
     async def _addresses(self, child: ServeChild) -> ServiceAddresses:
         try:

@@ -43,7 +43,7 @@ class FinalState:
 
 
 @dataclass(frozen=True, slots=True)
-class Damage:
+class Harm:
     """What is left of a run after chaos. `failure` says why the undisturbed run has no final state, if it has none."""
 
     chaos: Chaos
@@ -123,11 +123,11 @@ class Damage:
             )
 
 
-async def damage_of(chaos: Chaos, *, seed: int, state_dir: Path, undisturbed_dir: Path, failure: str = "") -> Damage:
+async def harm_of(chaos: Chaos, *, seed: int, state_dir: Path, undisturbed_dir: Path, failure: str = "") -> Harm:
     """Examines what two services have left that have ended."""
     left = await chaos.tree.left(_ENDS_WITHIN_S)
     findings = await anyio.to_thread.run_sync(_findings, state_dir)
-    return Damage(
+    return Harm(
         chaos,
         seed,
         state=await anyio.to_thread.run_sync(FinalState.of, state_dir),

@@ -28,8 +28,8 @@ from tolaria.errors import ConfigurationError, TolariaError
 from tolaria.processes import running
 
 CHAOS_SETTINGS: Final[Mapping[str, object]] = {
-    # Both runs take the same steps, and go back to the same ones.
     "training.deterministic": True,
+    # Few steps are taken again, however long they take.
     "rollback.every_steps": 10,
     # A stopped process is missed within seconds.
     "emergency.heartbeat_timeout_s": 5,

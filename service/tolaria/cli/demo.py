@@ -38,9 +38,11 @@ _EXIT_TIMEOUT_S = 2.0
 _WRONG_SETTINGS = 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+# A host that needs its seeds, half of the images for each of two seeds, and a corrupt shard on the way.
+_OPTIONS: Final = {"host": "thumbnail", "learning_rate": 0.1, "seed_sources": 2, "poison_epoch": 40}
+
 DEMO_SETTINGS: Final[Mapping[str, object]] = {
-    # A host that needs its seeds, half of the images for each of two seeds, and a corrupt shard on the way.
-    "training.options": {"host": "thumbnail", "learning_rate": 0.1, "seed_sources": 2, "poison_epoch": 40},
+    "training.options": _OPTIONS,
     # The host learns at a high rate, so that it soon gains no more; for a seed a tenth of it would be too much.
     "optimizer.seed_factor": 0.05,
     # Boundaries wait for the controller, so that the run and the one without seeds differ in the seeds alone.
@@ -51,6 +53,10 @@ DEMO_SETTINGS: Final[Mapping[str, object]] = {
     "optimizer.policy": "cosine",
 }
 """Settings of a demo without another job; each can be overridden."""
+
+# Batches without numbers are skipped. Corrupt ones that are finite lead to a rollback, to a restore point that depends on
+# time, so that two runs may go on differently.
+_SKIPPED_SHARD: Final[Mapping[str, object]] = {"training.options": {**_OPTIONS, "poison": "nan"}}
 
 RANK_SETTINGS: Final[Mapping[str, object]] = {"training.device": "cpu", "training.threads": 1}
 """Settings of a demo with a number of ranks; each can be overridden."""
@@ -101,10 +107,7 @@ class Demo:
             given += [f"lane.mode={'process' if ranks == 1 else 'torchrun'}", f"lane.processes={ranks}"]
         chosen = load_settings(config_file, given)
         own_job = not {"job", "options"} & chosen.training.model_fields_set
-        default_epochs = CHAOS_EPOCHS if chaos else DEMO_EPOCHS
-        defaults: dict[str, object] = {**(DEMO_SETTINGS if own_job else {}), "training.epochs": default_epochs}
-        defaults |= {**(RANK_SETTINGS if ranks is not None else {}), **(CHAOS_SETTINGS if chaos else {})}
-        for name, value in defaults.items():
+        for name, value in _defaults(own_job=own_job, ranks=ranks is not None, chaos=chaos).items():
             section, _, field = name.partition(".")
             if field not in getattr(chosen, section).model_fields_set:
                 given.append(f"{name}={json.dumps(value) if isinstance(value, dict) else value}")
@@ -225,6 +228,7 @@ class Demo:
             state_dir=directories.state,
             undisturbed_dir=directories.beside,
             failure=failure,
+            rollbacks=len(run.rollbacks),
         )
         wall_s = time.monotonic() - started_s
         for line in [*summary_lines(run, None, wall_s), *harm.lines()]:
@@ -327,6 +331,19 @@ class RunBeside:
             last = await follow_run(target, self._record.update)
             if last.state == RunState.RUN_STATE_FAILED:
                 self._record.failure = last.state_reason
+
+
+def _defaults(*, own_job: bool, ranks: bool, chaos: bool) -> dict[str, object]:
+    """Returns the settings of a demo with these options that nothing else sets."""
+    defaults: dict[str, object] = {"training.epochs": CHAOS_EPOCHS if chaos else DEMO_EPOCHS}
+    for wanted, settings in (
+        (own_job, DEMO_SETTINGS),
+        (own_job and chaos, _SKIPPED_SHARD),
+        (chaos, CHAOS_SETTINGS),
+        (ranks, RANK_SETTINGS),
+    ):
+        defaults.update(settings if wanted else {})
+    return defaults
 
 
 def _as_options(overrides: Sequence[str]) -> list[str]:

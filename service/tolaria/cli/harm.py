@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,11 @@ class FinalState:
 
 @dataclass(frozen=True, slots=True)
 class Harm:
-    """What is left of a run after chaos. `failure` says why the undisturbed run has no final state, if it has none."""
+    """What is left of a run after chaos.
+
+    `failure` says why the undisturbed run has no final state, if it has none. `rollbacks` counts those of the run,
+    which may be the reason for another final state.
+    """
 
     chaos: Chaos
     seed: int
@@ -53,7 +57,8 @@ class Harm:
     failure: str = ""
     whole: int = 0
     bad: tuple[str, ...] = ()
-    left: tuple[int, ...] = field(default=())
+    left: tuple[int, ...] = ()
+    rollbacks: int = 0
 
     @property
     def problems(self) -> list[str]:
@@ -64,7 +69,8 @@ class Harm:
         if self.undisturbed is None:
             found.append(f"the undisturbed run has no final state: {self.failure or 'it wrote no checkpoint'}")
         elif self.state != self.undisturbed:
-            found.append("the final state is not that of the undisturbed run")
+            hint = "; it was rolled back, to a point that depends on time" if self.rollbacks else ""
+            found.append(f"the final state is not that of the undisturbed run{hint}")
         if self.bad:
             found.append(f"{len(self.bad)} checkpoints or journals are damaged: {'; '.join(self.bad)}")
         if self.left:
@@ -123,7 +129,9 @@ class Harm:
             )
 
 
-async def harm_of(chaos: Chaos, *, seed: int, state_dir: Path, undisturbed_dir: Path, failure: str = "") -> Harm:
+async def harm_of(
+    chaos: Chaos, *, seed: int, state_dir: Path, undisturbed_dir: Path, failure: str = "", rollbacks: int = 0
+) -> Harm:
     """Examines what two services have left that have ended."""
     left = await chaos.tree.left(_ENDS_WITHIN_S)
     findings = await anyio.to_thread.run_sync(_findings, state_dir)
@@ -136,6 +144,7 @@ async def harm_of(chaos: Chaos, *, seed: int, state_dir: Path, undisturbed_dir: 
         whole=sum(finding.condition == Condition.WHOLE for finding in findings if finding.name != "journal"),
         bad=tuple(f"{finding.name}: {finding.detail}" for finding in findings if finding.bad),
         left=left,
+        rollbacks=rollbacks,
     )
 
 

@@ -107,6 +107,14 @@ def test_settings_of_ranks_and_chaos_can_be_overridden() -> None:
     assert plain.settings.lane.model_fields_set == set()
 
 
+def test_the_corrupt_shard_of_chaos_is_skipped() -> None:
+    """A rollback would go to a point that depends on time, so that two runs could differ without any death."""
+    options = plan_of(chaos=False).settings.training.options
+    assert plan_of().settings.training.options == {**options, "poison": "nan"}
+    own = plan_of("training.options.width=4").settings.training.options
+    assert own == {"width": 4}
+
+
 def test_another_job_is_made_deterministic() -> None:
     """Chaos compares it with itself, undisturbed, although it has no comparison without seeds."""
     plan = plan_of("training.job=mine:job", ranks=2)

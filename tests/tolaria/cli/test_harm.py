@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def test_another_final_state_is_a_loss(tmp_path: Path) -> None:
     harm = examined(state_of(tmp_path / "a", 20), state_of(tmp_path / "b", 21))
     assert harm.problems == ["the final state is not that of the undisturbed run"]
     assert any(line.endswith(": NOT EQUAL") for line in harm.lines())
+    assert replace(harm, rollbacks=1).problems[0].endswith("; it was rolled back, to a point that depends on time")
     assert harm.lines()[-1] == "LOST: the final state is not that of the undisturbed run"
 
 

@@ -54,8 +54,8 @@ DEMO_SETTINGS: Final[Mapping[str, object]] = {
 }
 """Settings of a demo without another job; each can be overridden."""
 
-# Batches without numbers are skipped. Corrupt ones that are finite lead to a rollback, to a restore point that depends on
-# time, so that two runs may go on differently.
+# Batches without numbers are skipped. Corrupt ones that are finite lead to a rollback, to a restore point that depends
+# on time, so that two runs may go on differently.
 _SKIPPED_SHARD: Final[Mapping[str, object]] = {"training.options": {**_OPTIONS, "poison": "nan"}}
 
 RANK_SETTINGS: Final[Mapping[str, object]] = {"training.device": "cpu", "training.threads": 1}

@@ -33,8 +33,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "": ("cgroups", "errors", "filesystem", "forks", "grpc_server", "images", "processes", "segments", "wire"),
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": (
-        "admin_commands", "answers", "board", "client", "commands", "curves", "demo", "errors", "main", "render",
-        "report",
+        "admin_commands", "answers", "board", "chaos", "client", "commands", "curves", "demo", "errors", "harm",
+        "main", "process_tree", "render", "report", "serve_child",
     ),
     "config": ("durability", "fields", "ranks", "retired", "settings", "sources"),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),

@@ -18,6 +18,7 @@ from support.peers import FakeKasmina, served_without_change
 from support.processes import Serve, is_alive, serve, status, stub_of
 from support.runs_on_disk import last_checkpoint
 from support.waiting import wait_for
+from tolaria.cli.process_tree import ranks_of
 
 JOB: Final = ["training.job=support.mortal_jobs:Mortal", "training.device=cpu", "training.threads=1"]
 GROUP: Final = [*JOB, "lane.mode=torchrun", "lane.processes=2"]
@@ -42,18 +43,6 @@ def words_of(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_text()
     return ""
-
-
-def ranks_of(service: Serve) -> dict[int, int]:
-    """Returns the process ids of the ranks by rank."""
-    found = dict[int, int]()
-    with suppress(OSError):
-        for task in Path(f"/proc/{agent_of(service)}/task").iterdir():
-            for pid in map(int, (task / "children").read_text().split()):
-                environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
-                if "tolaria.lane.rank" in words_of(pid):
-                    found[next(int(each[5:]) for each in environment if each.startswith("RANK="))] = pid
-    return found
 
 
 def named(service: Serve, event: str) -> list[dict[str, object]]:
@@ -109,7 +98,7 @@ def test_deaths_cost_nothing_but_time(peers: list[str], undisturbed: tuple[int, 
     with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
         for number, (who, how, _, _) in enumerate(DEATHS):
             wait_for(lambda n=number: status(stub).global_step > 15 + 30 * n, 60)  # type: ignore[misc]
-            ranks, agent = ranks_of(service), agent_of(service)
+            ranks, agent = ranks_of(agent_of(service)), agent_of(service)
             ended += [agent, *ranks.values()]
             os.kill(agent if who == "agent" else ranks[int(who[-1])], how)
             wait_for(lambda n=number: len(named(service, "tolaria.lane_recovered")) == n + 1, 60)  # type: ignore[misc]

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tolaria.cli.client import Rpc  # imports grpc, which --help does not need
 
 DEMO_EPOCHS = 60  # enough for seeds to germinate, blend and fossilize
+CHAOS_EPOCHS = 45  # with the corrupt shard; recoveries take time too
+RANKS_MAX = 16  # of a demo; each is a process that imports torch
 TIMEOUT_S = 5.0
 _ROLLBACK_TIMEOUT_S = 60.0  # twice rollback.full_budget_s is 24, and training first has to reach a step boundary
 _CHECKPOINT_TIMEOUT_S = 60.0  # also of `stop`, which writes a last checkpoint

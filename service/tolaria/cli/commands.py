@@ -22,7 +22,17 @@ from typer.core import TyperGroup
 from leyline.v1.admin_service_pb2 import RunState
 from tolaria import __version__
 from tolaria.cli import render
-from tolaria.cli.admin_commands import DEMO_EPOCHS, TIMEOUT_S, ConfigFile, Overrides, ServiceAddress, Timeout, admin_app
+from tolaria.cli.admin_commands import (
+    CHAOS_EPOCHS,
+    DEMO_EPOCHS,
+    RANKS_MAX,
+    TIMEOUT_S,
+    ConfigFile,
+    Overrides,
+    ServiceAddress,
+    Timeout,
+    admin_app,
+)
 from tolaria.cli.board import board_app
 from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
 from tolaria.errors import ConfigurationError, TolariaError
@@ -115,10 +125,27 @@ def demo(
     ] = False,
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Epochs to train (default: training.epochs if it is set, else {DEMO_EPOCHS})."),
+        typer.Option(
+            min=1,
+            help="Epochs to train (default: training.epochs if it is set, "
+            f"else {DEMO_EPOCHS}, {CHAOS_EPOCHS} with chaos).",
+        ),
     ] = None,
     alone: Annotated[
         bool, typer.Option("--alone", help="Do not train the same run without seeds beside it, for comparison.")
+    ] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=RANKS_MAX, help="Train on this many ranks of one group, on the CPU (default: one process)."
+        ),
+    ] = None,
+    chaos: Annotated[
+        bool,
+        typer.Option(
+            "--chaos",
+            help="Kill and stop processes that train, beside the same run undisturbed; show that nothing is lost.",
+        ),
     ] = False,
     config_file: ConfigFile = None,
     overrides: Overrides = None,
@@ -127,10 +154,15 @@ def demo(
 
     Shows merged gradients, a corrupt shard that is skipped or rolled back, curves, and what each seed achieved.
     Another training.job or training.options is trained as it is, without a comparison.
+
+    With --chaos a few processes of the lane get SIGKILL, SIGSEGV or SIGSTOP, by turns in an order that
+    training.seed decides. At the end the final state is compared bit by bit with that of the undisturbed run, and
+    the time of each recovery is shown; the exit code is 1 if anything was lost.
     """
     from tolaria.cli.demo import Demo
 
-    Demo.plan(config_file, overrides or [], epochs=epochs, stay=stay, as_json=as_json, alone=alone).run()
+    plan = partial(Demo.plan, epochs=epochs, stay=stay, as_json=as_json, alone=alone, ranks=ranks, chaos=chaos)
+    plan(config_file, overrides or []).run()
 
 
 @app.command()

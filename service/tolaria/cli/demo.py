@@ -1,6 +1,6 @@
 """`tolaria demo`: runs `tolaria serve` as a child process, follows its run, and reports what the seeds achieved.
 
-Beside it a second service trains the same run without seeds.
+Beside it a second service trains the same run: without seeds, or with chaos undisturbed.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, cast
 
@@ -25,23 +23,26 @@ from rich.console import Console
 
 from leyline.v1.admin_service_pb2 import GetStatusResponse, ListIncidentsRequest, RunState
 from tolaria.cli import errors, render
-from tolaria.cli.admin_commands import DEMO_EPOCHS, TIMEOUT_S
+from tolaria.cli.admin_commands import CHAOS_EPOCHS, DEMO_EPOCHS, TIMEOUT_S
+from tolaria.cli.chaos import CHAOS_SETTINGS, Chaos, Injury, check_chaos, injuries_of, ranks_in
 from tolaria.cli.client import Target, admin_stub, connectable, follow_run
+from tolaria.cli.harm import death_line, harm_of
+from tolaria.cli.process_tree import ProcessTree
 from tolaria.cli.report import RunRecord, summary_json, summary_lines
+from tolaria.cli.serve_child import ServeChild, ServiceAddresses, serve_child
 from tolaria.config import Address, Settings, load_settings
-from tolaria.processes import ChildCommand, ChildProcess, running
+from tolaria.processes import running
 
 BIND_FAILURE = "cannot listen on"  # part of BindError's message, in the log of a child whose port is taken
-LOG_LINES_MAX = 200
-LINE_LENGTH_MAX = 64 * 1024
-_LOG_LINES_SHOWN = 20
 _EXIT_TIMEOUT_S = 2.0
 _WRONG_SETTINGS = 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+# A host that needs its seeds, half of the images for each of two seeds, and a corrupt shard on the way.
+_OPTIONS: Final = {"host": "thumbnail", "learning_rate": 0.1, "seed_sources": 2, "poison_epoch": 40}
+
 DEMO_SETTINGS: Final[Mapping[str, object]] = {
-    # A host that needs its seeds, half of the images for each of two seeds, and a corrupt shard on the way.
-    "training.options": {"host": "thumbnail", "learning_rate": 0.1, "seed_sources": 2, "poison_epoch": 40},
+    "training.options": _OPTIONS,
     # The host learns at a high rate, so that it soon gains no more; for a seed a tenth of it would be too much.
     "optimizer.seed_factor": 0.05,
     # Boundaries wait for the controller, so that the run and the one without seeds differ in the seeds alone.
@@ -53,12 +54,28 @@ DEMO_SETTINGS: Final[Mapping[str, object]] = {
 }
 """Settings of a demo without another job; each can be overridden."""
 
+# Batches without numbers are skipped. Corrupt ones that are finite lead to a rollback, to a restore point that depends
+# on time, so that two runs may go on differently.
+_SKIPPED_SHARD: Final[Mapping[str, object]] = {"training.options": {**_OPTIONS, "poison": "nan"}}
+
+RANK_SETTINGS: Final[Mapping[str, object]] = {"training.device": "cpu", "training.threads": 1}
+"""Settings of a demo with a number of ranks; each can be overridden."""
+
+
+@dataclass(frozen=True, slots=True)
+class Directories:
+    """Where a demo's service keeps its state, and the one beside it."""
+
+    state: Path
+    beside: Path
+
 
 @dataclass(frozen=True, slots=True)
 class Demo:
     """A planned demo. `arguments` are the options of `serve`, which are appended to `program`.
 
-    `compare`: whether the same run without seeds is trained beside it.
+    `compare`: whether the same run without seeds is trained beside it. `injuries`: what is done to the lane; if it is
+    not empty, the same run without them is trained beside it instead.
     """
 
     settings: Settings
@@ -66,6 +83,7 @@ class Demo:
     stay: bool
     as_json: bool
     compare: bool = False
+    injuries: tuple[Injury, ...] = ()
     program: tuple[str, ...] = (sys.executable, "-m", "tolaria")
     start_timeout_s: float = 120.0  # importing torch from a cold disk takes up to a minute
     stop_margin_s: float = 5.0
@@ -80,74 +98,145 @@ class Demo:
         stay: bool,
         as_json: bool,
         alone: bool = False,
+        ranks: int | None = None,
+        chaos: bool = False,
     ) -> Demo:
         """Checks the settings before anything is started. Raises ConfigurationError if they are invalid."""
         given = [*overrides, *([f"training.epochs={epochs}"] if epochs is not None else [])]
+        if ranks is not None:
+            given += [f"lane.mode={'process' if ranks == 1 else 'torchrun'}", f"lane.processes={ranks}"]
         chosen = load_settings(config_file, given)
         own_job = not {"job", "options"} & chosen.training.model_fields_set
-        defaults: dict[str, object] = {**(DEMO_SETTINGS if own_job else {}), "training.epochs": DEMO_EPOCHS}
-        for name, value in defaults.items():
+        for name, value in _defaults(own_job=own_job, ranks=ranks is not None, chaos=chaos).items():
             section, _, field = name.partition(".")
             if field not in getattr(chosen, section).model_fields_set:
                 given.append(f"{name}={json.dumps(value) if isinstance(value, dict) else value}")
         settings = load_settings(config_file, given)
+        if chaos:
+            check_chaos(settings, stay=stay, alone=alone)
         # The demo reads the child's addresses from its log, and decides when the child exits.
         required = ["logging.format=json", "service.exit_when_done=false"]
         if settings.logging.level not in {"debug", "info"}:
             required.append("logging.level=info")
         config = ["--config", str(config_file)] if config_file else []
-        return cls(settings, (*config, *_as_options([*given, *required])), stay, as_json, own_job and not alone)
+        arguments = (*config, *_as_options([*given, *required]))
+        compare, injuries = own_job and not alone and not chaos, injuries_of(settings) if chaos else ()
+        return cls(settings, arguments, stay, as_json, compare, injuries)
 
     def run(self) -> None:
         """Runs the demo; its state is temporary unless state.dir is set. Raises CommandFailedError, SignalledError."""
         with tempfile.TemporaryDirectory(prefix="tolaria-demo-") as temporary:
-            arguments = self.arguments
-            if "dir" not in self.settings.state.model_fields_set:
-                arguments = (*arguments, *_as_options([f"state.dir={temporary}/run"]))
-            asyncio.run(self._run(arguments, Path(temporary) / "without-seeds"))
+            arguments, directories = self.arguments, Directories(Path(temporary) / "run", Path(temporary) / "beside")
+            if "dir" in self.settings.state.model_fields_set:
+                directories = replace(directories, state=Path(self.settings.state.dir))
+            else:
+                arguments = (*arguments, *_as_options([f"state.dir={directories.state}"]))
+            asyncio.run(self._run(arguments, directories))
 
-    async def _run(self, arguments: tuple[str, ...], beside_dir: Path) -> None:
+    async def _run(self, arguments: tuple[str, ...], directories: Directories) -> None:
         with interrupts() as signals:
             try:
-                await self._attempt(arguments, beside_dir, signals)
+                await self._attempt(arguments, directories, signals)
             except errors.PortTakenError as error:
                 free_ports = self._free_ports()
                 if not free_ports:
                     raise
                 self._print(f"{render.one_line(str(error).splitlines()[0])}; starting again on free ports")
-                await self._attempt((*arguments, *_as_options(free_ports)), beside_dir, signals)
+                await self._attempt((*arguments, *_as_options(free_ports)), directories, signals)
 
-    async def _attempt(self, arguments: tuple[str, ...], beside_dir: Path, signals: Interrupts) -> None:
+    async def _attempt(self, arguments: tuple[str, ...], directories: Directories, signals: Interrupts) -> None:
         started_s = time.monotonic()
-        self._print("starting a service; it takes a few seconds")
-        command = (*self.program, "serve", "--while-stdin", *arguments)
-        stop_timeout_s = self.settings.service.drain_timeout_s + self.stop_margin_s
-        async with AsyncExitStack() as stack:
-            child = await stack.enter_async_context(serve_child(command, stop_timeout_s=stop_timeout_s))
+        self._announce()
+        chaos, run = Chaos(self.injuries), RunRecord()
+        other = RunRecord() if self.compare or self.injuries else None
+        command, stop_timeout_s = self.serve_command(arguments), self.stop_timeout_s
+        async with serve_child(command, stop_timeout_s=stop_timeout_s, on_entry=chaos.on_entry) as child:
             addresses = await self._addresses(child)
-            run, other = RunRecord(), RunRecord() if self.compare else None
-            async with AsyncExitStack() as beside:
-                if other is not None:
-                    without = RunWithoutSeeds(self, arguments, beside_dir, other)
-                    await beside.enter_async_context(running(without.follow))
-                await self._follow(child, addresses, run, other)
-                if other is not None:
-                    await without.over.wait()
-            wall_s = time.monotonic() - started_s
-            for line in summary_lines(run, other, wall_s):
-                self._print(line)
-            if self.as_json:
-                typer.echo(summary_json(run, other, wall_s))
-            if not self.stay:
-                self._print("the service ends now; --stay keeps it running")
+            async with self._beside(arguments, directories.beside, other, chaos) as over:
+                if self.injuries:
+                    async with chaos.inflicted(child.pid, Target(connectable(addresses.grpc), TIMEOUT_S)):
+                        await self._follow(child, addresses, run, chaos=chaos)
+                else:
+                    await self._follow(child, addresses, run, other)
+                await over.wait()
+            if not self.injuries:
+                self._report(run, other, time.monotonic() - started_s)
+                await self._serve_on(child, addresses, signals)
                 return
-            self._print(f"metrics  http://{addresses.metrics}/metrics")
-            self._print(f"status   tolaria status --address {addresses.grpc}")
-            self._print(f"watch    tolaria watch --address {addresses.grpc}")
-            self._print("still serving; Ctrl-C ends it")
-            signals.expected = True
-            await child.wait()
-            raise child.failure(f"the service ended: exit code {child.returncode}")
+        await self._report_chaos(run, chaos, directories, other.failure if other else "", started_s)
+
+    def serve_command(self, arguments: Sequence[str]) -> tuple[str, ...]:
+        """Returns the command of a service with these options."""
+        return (*self.program, "serve", "--while-stdin", *arguments)
+
+    @property
+    def stop_timeout_s(self) -> float:
+        """Seconds after which a service that is to end is killed."""
+        return self.settings.service.drain_timeout_s + self.stop_margin_s
+
+    def _announce(self) -> None:
+        ranks = ranks_in(self.settings)
+        with_ranks = f" with {ranks} ranks" if ranks > 1 else ""
+        self._print(f"starting a service{with_ranks}; it takes a few seconds")
+        if self.injuries:
+            victims = ", ".join(dict.fromkeys(injury.victim for injury in self.injuries))
+            self._print(
+                f"chaos will hit {victims}, {len(self.injuries)} times; the same run undisturbed trains beside it"
+            )
+
+    @asynccontextmanager
+    async def _beside(
+        self, arguments: Sequence[str], state_dir: Path, record: RunRecord | None, chaos: Chaos
+    ) -> AsyncIterator[anyio.Event]:
+        """Trains the other run, if there is one, while the block runs; yields an event that is set when it is over."""
+        if record is None:
+            over = anyio.Event()
+            over.set()
+            yield over
+            return
+        changes = () if self.injuries else ("seeds.enabled=false",)
+        other = RunBeside(self, (*arguments, *_as_options(changes)), state_dir, record, chaos.tree)
+        async with running(other.follow):
+            yield other.over
+
+    def _report(self, run: RunRecord, other: RunRecord | None, wall_s: float) -> None:
+        for line in summary_lines(run, other, wall_s):
+            self._print(line)
+        if self.as_json:
+            typer.echo(summary_json(run, other, wall_s))
+
+    async def _serve_on(self, child: ServeChild, addresses: ServiceAddresses, signals: Interrupts) -> None:
+        """Returns at once, or serves until a signal comes, with --stay."""
+        if not self.stay:
+            self._print("the service ends now; --stay keeps it running")
+            return
+        self._print(f"metrics  http://{addresses.metrics}/metrics")
+        self._print(f"status   tolaria status --address {addresses.grpc}")
+        self._print(f"watch    tolaria watch --address {addresses.grpc}")
+        self._print("still serving; Ctrl-C ends it")
+        signals.expected = True
+        await child.wait()
+        raise child.failure(f"the service ended: exit code {child.returncode}")
+
+    async def _report_chaos(
+        self, run: RunRecord, chaos: Chaos, directories: Directories, failure: str, started_s: float
+    ) -> None:
+        """Reports once both services have ended. Raises CommandFailedError if anything was lost."""
+        harm = await harm_of(
+            chaos,
+            seed=self.settings.training.seed,
+            state_dir=directories.state,
+            undisturbed_dir=directories.beside,
+            failure=failure,
+            rollbacks=len(run.rollbacks),
+        )
+        wall_s = time.monotonic() - started_s
+        for line in [*summary_lines(run, None, wall_s), *harm.lines()]:
+            self._print(line)
+        if self.as_json:
+            typer.echo(summary_json(run, None, wall_s, harm.as_json()))
+        if harm.problems:
+            raise errors.CommandFailedError(f"chaos did harm: {'; '.join(harm.problems)}")
 
     async def _addresses(self, child: ServeChild) -> ServiceAddresses:
         try:
@@ -162,12 +251,18 @@ class Demo:
         raise child.failure(f"the service could not start: exit code {child.returncode}", kind)
 
     async def _follow(
-        self, child: ServeChild, addresses: ServiceAddresses, run: RunRecord, other: RunRecord | None
+        self,
+        child: ServeChild,
+        addresses: ServiceAddresses,
+        run: RunRecord,
+        other: RunRecord | None = None,
+        chaos: Chaos | None = None,
     ) -> None:
         target = Target(connectable(addresses.grpc), TIMEOUT_S)
 
         def curves() -> list[str]:
-            return run.curves.lines(other.curves if other else None)
+            deaths = [death_line(death) for death in chaos.deaths] if chaos else []
+            return [*run.curves.lines(other.curves if other else None), *deaths]
 
         try:
             with render.live_view(Console(file=sys.stderr if self.as_json else sys.stdout), curves) as show:
@@ -177,6 +272,8 @@ class Demo:
                     show(status)
 
                 last = await follow_run(target, update)
+            if chaos is not None:
+                chaos.observe(last)
             async with admin_stub(target) as stub:
                 answer = await stub.ListIncidents(ListIncidentsRequest(), timeout=TIMEOUT_S)
                 run.incidents = tuple(answer.incidents)
@@ -202,29 +299,31 @@ class Demo:
         return [f"{name}={Address(Address.parse(a).host, 0)}" for name, a, standard in addresses if a == standard]
 
 
-class RunWithoutSeeds:
+class RunBeside:
     """The same run in a second service, on free ports, with its state in another directory."""
 
-    def __init__(self, demo: Demo, arguments: Sequence[str], state_dir: Path, record: RunRecord) -> None:
+    def __init__(
+        self, demo: Demo, arguments: Sequence[str], state_dir: Path, record: RunRecord, tree: ProcessTree
+    ) -> None:
         self._demo, self._arguments, self._record = demo, tuple(arguments), record
-        self._state_dir = state_dir
+        self._state_dir, self._tree = state_dir, tree
         self.over = anyio.Event()
 
     async def follow(self) -> None:
         """A task: records the run until it is over; a failure is recorded and does not end the demo."""
         try:
             await self._follow()
-        except (errors.CommandFailedError, TimeoutError) as error:
+        except (errors.CommandFailedError, errors.ServiceUnreachableError, TimeoutError) as error:
             self._record.failure = str(error).splitlines()[0] or "it did not start in time"
         finally:
             self.over.set()
 
     async def _follow(self) -> None:
-        own = ["seeds.enabled=false", "server.listen=127.0.0.1:0", "metrics.listen=127.0.0.1:0", "signals.path="]
+        own = ["server.listen=127.0.0.1:0", "metrics.listen=127.0.0.1:0", "signals.path="]
         options = _as_options([*own, f"state.dir={self._state_dir}"])
-        command = (*self._demo.program, "serve", "--while-stdin", *self._arguments, *options)
-        stop_timeout_s = self._demo.settings.service.drain_timeout_s + self._demo.stop_margin_s
-        async with serve_child(command, stop_timeout_s=stop_timeout_s) as child:
+        command = self._demo.serve_command((*self._arguments, *options))
+        async with serve_child(command, stop_timeout_s=self._demo.stop_timeout_s) as child:
+            self._tree.add(child.pid)
             addresses = await child.addresses(self._demo.start_timeout_s)
             if addresses is None:
                 raise child.failure(f"exit code {child.returncode}")
@@ -232,6 +331,19 @@ class RunWithoutSeeds:
             last = await follow_run(target, self._record.update)
             if last.state == RunState.RUN_STATE_FAILED:
                 self._record.failure = last.state_reason
+
+
+def _defaults(*, own_job: bool, ranks: bool, chaos: bool) -> dict[str, object]:
+    """Returns the settings of a demo with these options that nothing else sets."""
+    defaults: dict[str, object] = {"training.epochs": CHAOS_EPOCHS if chaos else DEMO_EPOCHS}
+    for wanted, settings in (
+        (own_job, DEMO_SETTINGS),
+        (own_job and chaos, _SKIPPED_SHARD),
+        (chaos, CHAOS_SETTINGS),
+        (ranks, RANK_SETTINGS),
+    ):
+        defaults.update(settings if wanted else {})
+    return defaults
 
 
 def _as_options(overrides: Sequence[str]) -> list[str]:
@@ -274,93 +386,3 @@ def interrupts() -> Iterator[Interrupts]:
     finally:
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceAddresses:
-    """The addresses that a service has logged."""
-
-    grpc: Address
-    metrics: Address
-
-    @classmethod
-    def from_log(cls, line: str) -> ServiceAddresses | None:
-        """Parses the log event `serving`; returns None for any other line."""
-        try:
-            entry = json.loads(line)
-            if entry["event"] == "serving":
-                return cls(Address.parse(entry["grpc"]), Address.parse(entry["metrics"]))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            pass
-        return None
-
-
-class ServeChild:
-    """A `tolaria serve` child process: the last lines of its log, the addresses that it has logged, and its exit code.
-
-    Attributes:
-        log_lines: at most LOG_LINES_MAX lines of standard error, the oldest first.
-        returncode: None until `wait` returns.
-    """
-
-    def __init__(self) -> None:
-        self.returncode: int | None = None
-        self.log_lines: deque[str] = deque(maxlen=LOG_LINES_MAX)
-        self._unfinished = ""
-        self._addresses: ServiceAddresses | None = None
-        self._serving_or_ended, self._ended = anyio.Event(), anyio.Event()
-
-    def failure(
-        self, what: str, kind: type[errors.CommandFailedError] = errors.CommandFailedError
-    ) -> errors.CommandFailedError:
-        """Returns an error whose message ends with the last lines of the log."""
-        shown = "".join(f"\n  {line}" for line in [*self.log_lines][-_LOG_LINES_SHOWN:])
-        return kind(f"{what}\nlast lines of its log:{shown}" if shown else what)
-
-    async def addresses(self, timeout_s: float) -> ServiceAddresses | None:
-        """Waits until the service listens; returns None if it exits instead. Raises TimeoutError."""
-        with anyio.fail_after(timeout_s):
-            await self._serving_or_ended.wait()
-        return self._addresses
-
-    async def wait(self) -> None:
-        """Waits until it has exited and its log has been read."""
-        await self._ended.wait()
-
-    async def watch(self, child: ChildProcess) -> None:
-        """A task: reads the log until the process has exited."""
-        await child.ended()
-        self.returncode = child.process.returncode
-        if self._unfinished:
-            self._keep(self._unfinished)
-        self._ended.set()
-        self._serving_or_ended.set()
-
-    def read(self, text: str) -> None:
-        """Splits output into lines of bounded length."""
-        *lines, self._unfinished = (self._unfinished + text).split("\n")
-        if len(self._unfinished) > LINE_LENGTH_MAX:
-            lines, self._unfinished = [*lines, self._unfinished], ""
-        for line in lines:
-            self._keep(line)
-
-    def _keep(self, line: str) -> None:
-        self.log_lines.append(line[:LINE_LENGTH_MAX])
-        if self._addresses is None and (addresses := ServiceAddresses.from_log(line)):
-            self._addresses = addresses
-            self._serving_or_ended.set()
-
-
-@asynccontextmanager
-async def serve_child(command: Sequence[str], *, stop_timeout_s: float) -> AsyncIterator[ServeChild]:
-    """Runs `command` until the block ends, then ends its standard input, and kills it after `stop_timeout_s`.
-
-    Its standard input also ends when this process dies.
-    """
-    child = ServeChild()
-    process = await ChildProcess.spawn(ChildCommand("the service", command, keep_stderr=True), child.read)
-    async with running(partial(child.watch, process)):
-        try:
-            yield child
-        finally:
-            await process.close(stop_timeout_s)

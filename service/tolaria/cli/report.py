@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from leyline.v1 import enums_pb2 as enums
 from leyline.v1.admin_service_pb2 import GetStatusResponse, Incident
@@ -135,7 +136,7 @@ class RunRecord:
         return sorted(found, key=lambda incident: (incident.occurred_at.seconds, incident.occurred_at.nanos))
 
 
-def summary_json(run: RunRecord, other: RunRecord | None, wall_s: float) -> str:
+def summary_json(run: RunRecord, other: RunRecord | None, wall_s: float, chaos: Mapping[str, Any] | None = None) -> str:
     """Returns the summary as one line of JSON; a figure that is unknown or not finite is null."""
     status, history = run.last or GetStatusResponse(), run.history
     stages = enums.SeedLifecycleStage.DESCRIPTOR.values_by_number
@@ -162,6 +163,7 @@ def summary_json(run: RunRecord, other: RunRecord | None, wall_s: float) -> str:
             "digests": [
                 [incident.details["state_digest"], incident.details["expected_digest"]] for incident in run.rollbacks
             ],
+            "chaos": chaos,
         }
     )
 

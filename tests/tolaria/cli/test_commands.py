@@ -18,7 +18,7 @@ from leyline.v1.admin_service_pb2 import RunState
 from support.fake_admin import FakeAdmin, fake_admin, serving, status_of, whole_run
 from tolaria.checkpoint.storage import open_storage
 from tolaria.checkpoint.store import Retention
-from tolaria.cli.admin_commands import DEMO_EPOCHS
+from tolaria.cli.admin_commands import CHAOS_EPOCHS, DEMO_EPOCHS
 from tolaria.cli.commands import app
 from tolaria.config import Settings
 from tolaria.errors import BindError, StateHeldError, TolariaError, UnknownJobError
@@ -58,7 +58,7 @@ def test_every_command_has_help(name: str) -> None:
 def test_help_of_demo_shows_its_default_epochs() -> None:
     """The demo has another default than the settings."""
     shown = runner.invoke(app, ["demo", "--help"], env={"COLUMNS": "200"})
-    assert f"else {DEMO_EPOCHS})" in shown.stdout
+    assert f"else {DEMO_EPOCHS}, {CHAOS_EPOCHS} with chaos)" in shown.stdout
 
 
 def test_version_is_that_of_the_package() -> None:
@@ -135,6 +135,10 @@ def test_missing_config_file_is_a_configuration_error() -> None:
         ["peer", "tamiyo", "--listen", "nonsense"],
         ["demo", "--epochs", "0"],
         ["demo", "--set", "training.epochs=none"],
+        *(["demo", "--ranks", ranks] for ranks in ("0", "-1", "17", "1000", "two", "1.5")),
+        ["demo", "--chaos", "--stay"],
+        ["demo", "--chaos", "--alone"],
+        ["demo", "--chaos", "--set", "lane.mode=thread"],
         ["lr", "--reason", "x"],
         ["lr", "--reason", "x", "--factor", "2", "--value", "1"],
         *(["lr", "--reason", "x", f"--factor={factor}"] for factor in ("nan", "inf", "0", "-1")),

@@ -25,9 +25,10 @@ from leyline.v1.enums_pb2 import SEED_STAGE_PROBATIONARY as PROBATIONARY
 from leyline.v1.enums_pb2 import SEED_STAGE_SHADOWING as SHADOWING
 from leyline.v1.enums_pb2 import SEED_STAGE_TRAINING as TRAINING
 from leyline.v1.seeds_pb2 import SeedState
-from tolaria.cli.demo import BIND_FAILURE, LINE_LENGTH_MAX, LOG_LINES_MAX, Demo, serve_child
+from tolaria.cli.demo import BIND_FAILURE, Demo
 from tolaria.cli.errors import CommandFailedError, PortTakenError, SignalledError, StartRefusedError, exit_code
 from tolaria.cli.report import RunRecord, SeedHistory, SeedSummary, mishap_lines, summary_lines
+from tolaria.cli.serve_child import LINE_LENGTH_MAX, LOG_LINES_MAX, serve_child
 from tolaria.errors import BindError
 
 
@@ -99,6 +100,7 @@ def test_demo_json_is_the_only_output_on_stdout(child_fifo: ChildFifo, capsys: p
         "rollbacks": 1,
         "skipped_steps": 0,
         "digests": [],
+        "chaos": None,
     }
     assert "epoch 3/3" in captured.err
 

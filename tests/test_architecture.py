@@ -27,7 +27,7 @@ from tolaria.config import Settings
 ROOT = Path(__file__).parents[1]
 MODULES = modules_of(ROOT / "service" / "tolaria")
 SUBPACKAGES = sorted({module.place.split("/")[0] for module in MODULES if "/" in module.place})
-LINES_MAX, FILES_MAX = 36_200, 208
+LINES_MAX, FILES_MAX = 37_000, 214
 
 GLOSSARY: dict[str, tuple[str, ...]] = {
     "": ("cgroups", "errors", "filesystem", "forks", "grpc_server", "images", "processes", "segments", "wire"),

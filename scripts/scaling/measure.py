@@ -26,6 +26,7 @@ from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 from scaling.costs import Costs
 from scaling.formulas import PIECE_BYTES
 from support.processes import Serve, serve, status, stub_of
+from tolaria.config.ranks import RankEnvironment
 from tolaria.ranks.group import Group
 
 _ROOT: Final = Path(__file__).parents[2]
@@ -73,7 +74,7 @@ def quartile_s(action: Callable[[], object], rounds: int) -> float:
 def rank() -> None:
     """Measures the collectives on one rank of the group that the environment names; the leader prints them."""
     torch.set_num_threads(1)
-    group = Group.join(cuda=False)
+    group = Group.join(RankEnvironment.read(), cuda=False)
     numbers, piece, content = [1.0] * _NUMBERS, torch.zeros(PIECE_BYTES // 4), memoryview(bytearray(PIECE_BYTES))
 
     def broadcast() -> None:
@@ -89,7 +90,6 @@ def rank() -> None:
         sys.stdout.write(json.dumps(found))
         sys.stdout.flush()
     group.sum(numbers)
-    group.leave()
 
 
 def _on_ranks(world: int) -> dict[str, float]:
@@ -97,6 +97,7 @@ def _on_ranks(world: int) -> dict[str, float]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
+        "TOLARIA_LANE_AGENT": "0:",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world),
@@ -199,7 +200,7 @@ def _ranks_of(pids: Iterable[int]) -> list[int]:
     """Returns the ids of the ranks' processes below those of the service, in the order of their start."""
     found = list[int]()
     for pid in pids:
-        if b"tolaria.lane.agent" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if b"tolaria.ranks.agent" in Path(f"/proc/{pid}/cmdline").read_bytes():
             for task in Path(f"/proc/{pid}/task").iterdir():
                 found += map(int, (task / "children").read_text().split())
     ranks = list[int]()

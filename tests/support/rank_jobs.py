@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,3 +123,72 @@ class StubbornRankJob(ExactJob):
         if going_back and torch.distributed.get_rank() == self.options["fails_on"]:
             raise ValueError("not on this rank")
         self.steps = state["steps"]
+
+
+class OddRankJob(ExactJob):
+    """Options: `odd`: what rank 1 does otherwise (names, parameters, validation, order), or all alike (buffers)."""
+
+    @property
+    def odd(self) -> str:
+        """What this rank does otherwise."""
+        return str(self.options["odd"]) if torch.distributed.get_rank() == 1 else ""
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        return _WithAverage(model) if self.options["odd"] == "buffers" else model
+
+    def training_data(self) -> TensorCursor:
+        return (
+            _OtherSize((self.x, self.y), batch_size=7, seed=self.context.seed)
+            if self.odd == "order"
+            else (super().training_data())
+        )
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
+        losses = super().losses(model, batch)
+        if self.odd == "names" and isinstance(losses, Mapping):
+            return {**losses, "extra": 0.0 * losses[HOST]}
+        return losses
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = _Noisy(model.parameters(), lr=0.05)
+        optimizer.noise = 1e-6 if self.odd == "parameters" else 0.0
+        return optimizer
+
+    def validation_batches(self) -> Iterable[Batch]:
+        batches = list(super().validation_batches())
+        return batches[:-1] if self.odd == "validation" else batches
+
+
+class _Noisy(torch.optim.SGD):
+    noise = 0.0
+
+    def step(self, closure: Any = None) -> Any:
+        found = super().step(closure)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].add_(self.noise)
+        return found
+
+
+class _OtherSize(TensorCursor):
+    def next_batch(self) -> Batch | None:
+        batch = super().next_batch()
+        if batch is None or batch.samples < 3 or self.state_dict()["index"] != 4:
+            return batch
+        x, y = batch.payload
+        return Batch((x[:-1], y[:-1]), batch.samples - 1)
+
+
+class _WithAverage(nn.Module):
+    average: Tensor
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("average", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * x.detach().mean(0)
+        found: Tensor = self.model(x)
+        return found

@@ -57,7 +57,7 @@ def bystanders() -> Iterator[list[int]]:
     """Processes with the names of ranks and agents, which belong to somebody else."""
     others = [
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", name], env={**os.environ, "RANK": "1"})
-        for name in ("tolaria.lane.rank", "tolaria.lane.agent", "tolaria.lane")
+        for name in ("tolaria.lane.rank", "tolaria.ranks.agent", "tolaria.lane")
     ]
     yield [other.pid for other in others]
     for other in others:

@@ -80,7 +80,6 @@ def undisturbed(peers: list[str], tmp_path_factory: pytest.TempPathFactory) -> t
 DEATHS: Final = [
     ("rank 1", signal.SIGKILL, "killed", "rank 1 of 2 was killed by SIGKILL"),
     ("rank 0", signal.SIGKILL, "killed", "rank 0 of 2 was killed by SIGKILL"),
-    ("rank 1", signal.SIGSEGV, "crashed", "rank 1 of 2 was killed by SIGSEGV"),
     ("rank 1", signal.SIGSTOP, "silent", "no heartbeat for"),
     ("agent", signal.SIGKILL, "killed", "it was killed by SIGKILL"),
 ]
@@ -92,7 +91,7 @@ def test_deaths_cost_nothing_but_time(peers: list[str], undisturbed: tuple[int, 
 
     Of each rank, which one and how is said, and of the agent. No process is left.
     """
-    limits = ["emergency.heartbeat_timeout_s=3", "emergency.phase_timeout_s=20", "training.options.step_s=0.02"]
+    limits = ["emergency.heartbeat_timeout_s=3", "emergency.phase_timeout_s=8", "training.options.step_s=0.02"]
     arguments = [*GROUP, *FINITE, *peers, *limits, "service.exit_when_done=true", "rollback.every_steps=3"]
     ended = list[int]()
     with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
@@ -119,8 +118,8 @@ def test_what_operators_do_works_on_the_group(peers: list[str], tmp_path: Path) 
     ):
         wait_for(lambda: status(stub).global_step > 100)
         ranks = {rank.rank: (rank.pid, rank.device) for rank in status(stub).ranks}
-        assert ranks == {rank: (pid, "cpu") for rank, pid in ranks_of(service).items()}
-        assert listeners(agent_of(service), *ranks_of(service).values()) == {"loopback"}
+        assert ranks == {rank: (pid, "cpu") for rank, pid in ranks_of(agent_of(service)).items()}
+        assert listeners(agent_of(service), *ranks_of(agent_of(service)).values()) == {"loopback"}
         operate(stub, "one")
         stub.AdjustLearningRate(admin.AdjustLearningRateRequest(request_id="lr", reason="calm", factor=0.5), timeout=10)
         stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"), timeout=10)

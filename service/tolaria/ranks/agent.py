@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--processes", type=int, required=True, help="ranks on this machine")
     options = parser.parse_args(arguments)
     announce(options)
-    address = _serve_leader(options)
+    address = serve_leader(options)
     prepare_ranks(address)
     failures = _run(options.processes)
     if not failures:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     return _end_like(rank, failures[rank], options.processes)
 
 
-def _serve_leader(options: argparse.Namespace) -> str:
+def serve_leader(options: argparse.Namespace) -> str:
     """Gives the first process that asks the service's connection and page; returns the address where to ask."""
     address = f"tolaria-lane-{os.getpid()}-{os.urandom(8).hex()}"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

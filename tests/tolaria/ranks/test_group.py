@@ -144,3 +144,30 @@ def test_a_restore_that_one_rank_cannot_do_changes_nothing() -> None:
     assert len(leader["losses"]) == 3 * 8
     assert leader["digests"] == follower["digests"]
     assert len(set(leader["digests"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        ("names", "names of losses"),
+        ("parameters", "different states at the end of an epoch"),
+        ("validation", "validation batches"),
+        ("order", "samples in them"),
+    ],
+)
+def test_ranks_that_do_not_do_the_same_are_found(odd: str, words: str) -> None:
+    """Before what they computed is used together; the message says in what they differ."""
+    options = {"job": "OddRankJob", "script": [["epoch"]], "options": {"odd": odd}}
+    ((leader, follower),) = run_on_ranks(2, [(TRAIN, options)])
+    assert "RanksDifferError" in leader
+    assert words in leader
+    assert words in follower["failed"]
+
+
+def test_buffers_that_a_model_assigns_anew_are_the_leader_s_too() -> None:
+    """As a moving average in forward() that makes a new tensor each time."""
+    options = {"job": "OddRankJob", "script": EPOCHS, "options": {"odd": "buffers"}}
+    ((leader, follower),) = run_on_ranks(2, [(TRAIN, options)])
+    assert leader["digests"] == follower["digests"]
+    assert len(set(leader["digests"])) == 1
+    assert "buffer/average" in leader["digests"][0]

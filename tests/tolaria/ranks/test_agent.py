@@ -1,0 +1,49 @@
+"""What passes between an agent and its ranks; groups that die are in tests/system/test_ranks.py."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from tolaria.config.ranks import RankEnvironment, prepare_ranks
+from tolaria.ranks import agent
+
+ASK = """
+import os, socket, sys
+with socket.socket(socket.AF_UNIX) as asking:
+    asking.connect(chr(0) + sys.argv[1])
+    data, descriptors, _, _ = socket.recv_fds(asking, 1, 2)
+print(len(descriptors))
+"""
+
+
+def test_only_ranks_of_this_agent_get_its_connection(tmp_path: Path) -> None:
+    """Any process of the machine sees the name of an abstract socket; another one is hung up on, and a rank comes."""
+    given = [os.open(tmp_path / name, os.O_RDWR | os.O_CREAT) for name in ("connection", "page")]
+    address = agent.serve_leader(Namespace(connection=given[0], page=given[1]))
+    with socket.socket(socket.AF_UNIX) as stranger:  # this process is no child of itself
+        stranger.connect("\0" + address)
+        assert stranger.recv(1) == b""
+    done = subprocess.run([sys.executable, "-c", ASK, address], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.strip() == "2"
+
+
+def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchrun's variables count only beside Tolaria's own; what another launcher has left makes no group."""
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TOLARIA_LANE_AGENT", raising=False)
+    assert RankEnvironment.read() == RankEnvironment()
+    for name in ("TOLARIA_LANE_AGENT", "TORCHELASTIC_SIGNALS_TO_HANDLE", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "lo")
+    prepare_ranks("somewhere")
+    assert RankEnvironment.read() == RankEnvironment(3, 8, 1, 2, os.getpid(), "somewhere")
+    monkeypatch.delenv("LOCAL_RANK")
+    assert RankEnvironment.read() == RankEnvironment()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,13 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from tolaria.jobs import HOST, Batch, Evaluation, JobContext, PerSampleLosses, TensorCursor
+from tolaria.jobs import HOST, Batch, Evaluation, JobContext, LoaderCursor, PerSampleLosses, TensorCursor
 from tolaria.seeds import SeedSlot
 
 
 class ExactJob:
-    """Regression with a slot for a seed. Options: samples, batch, norm (BatchNorm), rate, bad (a sample's place)."""
+    """Regression with a slot for a seed.
+
+    Options: samples, batch, norm (BatchNorm), rate, sum (a loss as people write a mean), bad (a place), step_s.
+    """
 
     def __init__(self, context: JobContext) -> None:
         torch.set_default_dtype(torch.float64)
@@ -39,6 +44,9 @@ class ExactJob:
 
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
         x, y = batch.payload
+        time.sleep(float(str(self.options.get("step_s", 0.0))))
+        if self.options.get("sum"):
+            return {HOST: functional.mse_loss(model(x), y, reduction="sum") / batch.samples}
         return {HOST: functional.mse_loss(model(x), y)}
 
     def validation_batches(self) -> Iterable[Batch]:
@@ -83,6 +91,28 @@ class _WithSeedIds(TensorCursor):
     def next_batch(self) -> Batch | None:
         batch = super().next_batch()
         return batch and replace(batch, seed_ids=["a" if index % 3 == 2 else "" for index in range(batch.samples)])
+
+
+class DrawnOrderJob(ExactJob):
+    """Its cursor draws the order of an epoch from the global generator."""
+
+    def training_data(self) -> TensorCursor:
+        return _Drawn((self.x, self.y), batch_size=7, seed=self.context.seed)
+
+
+class _Drawn(TensorCursor):
+    def begin_epoch(self, epoch: int) -> None:
+        super().begin_epoch(epoch)
+        self._chunks = torch.split(torch.randperm(len(self._tensors[0])), 7)
+
+
+class DividedTwiceJob(ExactJob):
+    """A DataLoader with the DistributedSampler of a script for torchrun."""
+
+    def training_data(self) -> LoaderCursor:  # type: ignore[override]
+        data = TensorDataset(self.x, self.y)
+        sampler: DistributedSampler[tuple[Tensor, ...]] = DistributedSampler(data, 2, torch.distributed.get_rank())
+        return LoaderCursor(DataLoader(data, batch_size=7, sampler=sampler), seed=0)
 
 
 class FailingRankJob(ExactJob):

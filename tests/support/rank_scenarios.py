@@ -42,7 +42,8 @@ def train(
 ) -> dict[str, Any]:
     """Trains by a script of the leader's; returns its losses, norms, evaluations and answers, and the final digests.
 
-    Lines of the script: epoch · seeds STAGE · restore STEP · capture · reload (the captured image) · hold SECONDS.
+    Lines of the script: epoch · seeds STAGE · restore STEP · capture · reload SECONDS (the captured image, before a
+    deadline) · hold SECONDS · release · begin SECONDS (an epoch, without waiting for its end).
     """
     torch.set_num_threads(1)
     given = {"job": f"support.rank_jobs:{job}", "device": "cpu", "threads": 1, "deterministic": True, **training}
@@ -105,7 +106,11 @@ def _play(run: RunningLane, line: Sequence[Any]) -> Any:
         case "hold":
             run.send(Hold(1))
             time.sleep(arguments[0])
+        case "release":
             run.send(Release())
+        case "begin":
+            run.send(RunEpoch(len(run.all_of(EpochDone)) + 1))
+            time.sleep(arguments[0])
         case _:
             raise ValueError(word)
     return None

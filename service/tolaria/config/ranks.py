@@ -47,3 +47,4 @@ def prepare_ranks(address: str) -> None:
     # The agent keeps its handlers of signals: SIGTERM is for the service, which then ends the agent.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGUSR2"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks are on one machine
+    os.environ.setdefault("PYTHONHASHSEED", "0")  # so that sets have one order on all of them

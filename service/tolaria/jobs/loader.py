@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any, Final, Protocol, cast, runtime_checkable
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from tolaria.errors import BrokenJobError
 from tolaria.jobs.data import SeededCursor, epoch_seed
@@ -57,6 +57,7 @@ class LoaderCursor(SeededCursor):
 
     Attributes:
         notes: what the operator should know about this loader; sentences.
+        divides: whether the loader gives each rank of a group a part of the data.
 
     Raises:
         ValueError: the loader has no length, or its sampler does not repeat its order.
@@ -72,6 +73,8 @@ class LoaderCursor(SeededCursor):
         self._length = self._source.length() if batches_per_epoch is None else batches_per_epoch
         self._batches: Iterator[tuple[Any, int]] | None = None
         self._ended = False
+        samplers = (getattr(holder, "sampler", None) for holder in (loader, getattr(loader, "batch_sampler", None)))
+        self.divides = any(isinstance(sampler, DistributedSampler) for sampler in samplers)
         self._has_workers = isinstance(loader, DataLoader) and loader.num_workers > 0
 
     @property

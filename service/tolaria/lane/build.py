@@ -168,7 +168,7 @@ def build(settings: Settings, memory: SharedMemory | None = None, group: Group |
     try:
         module = _build_module(settings, job, context)
         if group is not None:
-            module.share = Share(group.rank, group.world, job)
+            module.share = _share(group, module)
         snapshots = SnapshotManager(module, settings.rollback, memory)
         notes = first_look(module, snapshots.state)
         module.fast_paths.compile(module.model, lambda: first_look(module, snapshots.state))
@@ -210,6 +210,15 @@ def _build_module(settings: Settings, job: TrainingJob, context: JobContext) -> 
     return TrainModule(
         job, model, cursor, device, seeds=seeds, fast_paths=fast_paths, settings=settings, announced=context.announced
     )
+
+
+def _share(group: Group, module: TrainModule) -> Share:
+    """Returns the rank's share of batches. Raises BrokenJobError if the data are divided already."""
+    if isinstance(module.cursor, LoaderCursor) and module.cursor.divides:
+        raise BrokenJobError(
+            "its DistributedSampler divides the data, of whose batches each rank takes its share: leave it out"
+        )
+    return Share(group.rank, group.world, module.job)
 
 
 def _notes(module: TrainModule) -> tuple[str, ...]:

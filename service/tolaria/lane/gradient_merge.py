@@ -121,7 +121,7 @@ class GradientMerger:
             _total(scaled).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
         elif self._tracker is None:
             self._backward_alone(scaled)
-        elif not self._add_rows(self._tracker, scaled, batch, finite_only=finite_only):
+        elif not self._add_rows(self._tracker, scaled, batch, counts=share > 0, finite_only=finite_only):
             return None
         total = _total(losses).detach()
         return total if share == 1.0 else total * share
@@ -204,9 +204,15 @@ class GradientMerger:
         )
 
     def _add_rows(
-        self, tracker: SeedAggregationTracker, losses: Mapping[str, Tensor], batch: Batch, *, finite_only: bool
+        self,
+        tracker: SeedAggregationTracker,
+        losses: Mapping[str, Tensor],
+        batch: Batch,
+        *,
+        counts: bool,
+        finite_only: bool,
     ) -> bool:
-        """Returns whether the rows were added."""
+        """Returns whether the rows were added; `counts`: whether the samples are this rank's."""
         given = losses if batch.seed_ids is None else _with_rest(losses, tracker.weights)
         rows = source_rows(
             given,
@@ -219,8 +225,7 @@ class GradientMerger:
             finite = bool(torch.isfinite(rows.matrix).all())
             if not (finite if self.group is None else self.group.all(finite)):
                 return False
-        counted = batch.seed_ids is not None and batch.samples
-        tracker.add(rows, sample_counts(batch.seed_ids or (), self._names) if counted else {})
+        tracker.add(rows, sample_counts(batch.seed_ids, self._names) if batch.seed_ids is not None and counts else {})
         return True
 
     def _over_ranks(self, group: Group, rows: StepRows, samples: Counter[str]) -> tuple[StepRows, Counter[str]]:

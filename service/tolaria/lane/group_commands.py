@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Final
 
@@ -45,7 +46,7 @@ _ID: Final = struct.Struct("<q")
 class LeaderCommands:
     """The queue of the rank that leads: what it returns, it tells the other ranks first.
 
-    Methods and attributes are as in `CommandQueue`, but a step is not abandoned, and not held before its end.
+    Methods and attributes are as in `CommandQueue`.
     """
 
     def __init__(self, queue: CommandQueue, group: Group) -> None:
@@ -88,8 +89,10 @@ class LeaderCommands:
         return None
 
     def continue_step(self) -> bool:
-        """Returns True: the ranks meet at the end of the step."""
-        return True
+        """Waits between two microbatches while held; returns False if the ranks abandon the step to meet."""
+        goes_on = self._group.all(self._queue.continue_step())
+        self._group.meeting = not goes_on
+        return goes_on
 
     def continue_evaluation(self, place: int) -> bool:
         """Waits before the batch of that place while held; returns False if the ranks have to meet."""
@@ -99,14 +102,18 @@ class LeaderCommands:
 
 
 class FollowerCommands:
-    """The commands of a rank that does not lead, as the leader tells them. Used as a `CommandQueue`."""
+    """The commands of a rank that does not lead, as the leader tells them. Used as a `CommandQueue`.
+
+    `resting` spans what waits for the leader, which may be held.
+    """
 
     latest_order = 0
     epochs_queued = False
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, resting: Callable[[], AbstractContextManager[None]]) -> None:
         self.stopping = False
         self._group = group
+        self._resting = resting
 
     def put(self, command_id: int, command: Command) -> None:
         """Raises PeerLostError: commands come from the leader."""
@@ -125,7 +132,8 @@ class FollowerCommands:
         """Returns the next command for this step boundary if the ranks meet."""
         if not self._group.meeting:
             return None
-        said = self._group.tell()
+        with self._resting():  # as long as the leader is held
+            said = self._group.tell()
         if said in {_STOP, _GO_ON}:
             self.stopping, self._group.meeting = said == _STOP, False
             return None
@@ -135,12 +143,16 @@ class FollowerCommands:
         return work
 
     def continue_step(self) -> bool:
-        """Returns True: the ranks meet at the end of the step."""
-        return True
+        """Returns False if the ranks abandon the step to meet."""
+        with self._resting():
+            goes_on = self._group.all(value=True)
+        self._group.meeting = not goes_on
+        return goes_on
 
     def continue_evaluation(self, place: int) -> bool:
         """Returns False if the ranks have to meet."""
-        goes_on = self._group.agree(value=True, alike={EVALUATED: place})
+        with self._resting():
+            goes_on = self._group.agree(value=True, alike={EVALUATED: place})
         self._group.meeting = not goes_on
         return goes_on
 

@@ -79,7 +79,10 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
     lane.run(connection.notify)
     if lane.peer_lost:
         return _end_with_group(lane.peer_lost)
-    return 0 if connection.flush(_FLUSH_S) and not lane.failed else 1
+    code = 0 if connection.flush(_FLUSH_S) and not lane.failed else 1
+    if group is not None and not code:
+        group.leave()
+    return code
 
 
 def follow() -> int:
@@ -88,7 +91,7 @@ def follow() -> int:
     try:
         group = joined()
         order = from_bytes(b"" if group is None else group.tell())
-        if not isinstance(order, LaneOrder):
+        if group is None or not isinstance(order, LaneOrder):
             return PEER_LOST
         settings = Settings.model_validate(json.loads(order.settings))
         dump_stacks_on_request(settings)
@@ -108,7 +111,9 @@ def follow() -> int:
     if lane.failed:
         time.sleep(_LEADER_S)  # an exception of all ranks is the leader's, which goes by its name
         os.write(2, f"{lane.failed}\n".encode())
-    return 1 if lane.failed else 0
+        return 1
+    group.leave()
+    return 0
 
 
 def _end_when_silent(page: LanePage) -> None:

@@ -144,7 +144,8 @@ class ThreadLane:
         self._commands: CommandQueue | LeaderCommands | FollowerCommands = queue
         self._executor = CommandExecutor(module, snapshots, profiler, gate)
         if group is not None:
-            self._commands = LeaderCommands(queue, group) if group.leads else FollowerCommands(group)
+            following = FollowerCommands(group, heartbeat.lane_rests)
+            self._commands = LeaderCommands(queue, group) if group.leads else following
             self._executor = GroupExecutor(module, snapshots, profiler, gate, group)
         module.on_reading = heartbeat.lane_batch
         self.images = self._executor.images
@@ -362,15 +363,14 @@ class ThreadLane:
                 self._heartbeat.lane_beat()
                 if not self._commands.continue_evaluation(place):
                     raise StepAbandonedError
-                batch = checked_batch(given, "validation_batches()")
-                if batch.samples:
-                    batch = module.share.of(batch)
-                    batch = on_device(batch, module.device, pinned=module.fast_paths.pins_memory)
+                whole = checked_batch(given, "validation_batches()")
+                if whole.samples:
+                    batch = on_device(module.share.of(whole), module.device, pinned=module.fast_paths.pins_memory)
                     if module.model.training:  # the job has set it for the batch before
                         module.model.eval()
                     with module.seeds.groups_as_built():
                         found = checked_evaluation(module.job.evaluate(module.model, batch))
-                    total += found if batch.samples else Evaluation(0.0, 0, 0)
+                    total += found if module.share.counted(whole) else Evaluation(0.0, 0, 0)
         return total if module.group is None else _over_ranks(total, module.group)
 
 

@@ -51,6 +51,7 @@ class _Taken:
         essential: without the sources of isolated seeds.
         judged: the mean over the sources that are not seeds, times the samples that have one.
         judged_samples: number of those samples.
+        counted: samples of the present microbatch that count on this rank.
         sources: checksum of the sources that the losses of each microbatch had.
         left_out: places in the epoch of the microbatches that were not finite.
         last_batch: the last one that was not left out.
@@ -65,6 +66,7 @@ class _Taken:
     essential: Tensor | None = None
     judged: Tensor | None = None
     judged_samples: int = 0
+    counted: int = 0
     sources: int = 0
     left_out: list[int] = field(default_factory=list)
     last_batch: Batch | None = None
@@ -244,6 +246,7 @@ def _take_microbatches(
             taken.planned_samples = read.samples * module.accumulate
             module.merger.begin(module.global_step, module.accumulate)
         taken.read += read.samples
+        taken.counted = module.share.counted(read)
         module.save_microbatch(gradients=thorough)
         with mark("forward"), module.fast_paths.autocast(), module.seeds.groups_as_built():
             losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
@@ -252,7 +255,7 @@ def _take_microbatches(
             taken.sources = crc32(repr(tuple(losses)).encode(), taken.sources)
         loss = None
         if not (each and module.accumulate > 1) or module.everywhere(essential_finite(module, losses)):
-            share = batch.samples / taken.planned_samples
+            share = taken.counted / taken.planned_samples
             with mark("backward"):
                 loss = module.merger.add(
                     losses, batch, share=share, scaler=module.fast_paths.scaler, finite_only=thorough
@@ -269,21 +272,21 @@ def _take_microbatches(
 def _add_losses(module: TrainModule, taken: _Taken, losses: Mapping[str, Tensor], loss: Tensor, batch: Batch) -> None:
     """Adds the losses of a microbatch; `loss` is the sum over all sources, weighted by samples."""
     taken.loss = loss if taken.loss is None else taken.loss + loss
-    taken.samples += batch.samples
+    taken.samples += taken.counted
     if len(losses) == 1 and batch.seed_ids is None and taken.plain:
         return
     taken.plain = False
-    share = batch.samples / taken.planned_samples
+    share = taken.counted / taken.planned_samples
     seeds = set(module.seeds.topology.training_seeds)
     essential = [each.detach() for source, each in losses.items() if source not in module.isolated_seeds]
     part = torch.stack(essential).sum() * share if essential else torch.zeros_like(loss)
     taken.essential = part if taken.essential is None else taken.essential + part
     tasks = [each.detach() for source, each in losses.items() if source not in seeds]
-    samples = batch.samples
+    samples = taken.counted
     if samples and batch.seed_ids is not None:  # their losses are shares of the mean over the whole batch
         samples = sum(source not in seeds for source in batch.seed_ids)
     if samples and tasks:
-        mean = torch.stack(tasks).mean() * batch.samples
+        mean = torch.stack(tasks).mean() * taken.counted
         taken.judged = mean if taken.judged is None else taken.judged + mean
         taken.judged_samples += samples
 

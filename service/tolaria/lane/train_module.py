@@ -23,6 +23,7 @@ from tolaria.lane.job_output import checked_batch
 from tolaria.lane.messages import RegimeBegun
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.ranks.group import Group
+from tolaria.ranks.images import share_randomness
 from tolaria.ranks.share import Share
 from tolaria.seeds.slots import parameters_by_owner
 from tolaria.state.encoding import KeptValues, capture_rngs, restore_rngs
@@ -247,6 +248,8 @@ class TrainModule:
         self.look_up_parameters()
         if self.progress.over:
             self.progress = self.progress.begun(self.progress.number + 1)
+            if self._group is not None:  # a cursor may draw the order of the epoch
+                share_randomness(self._group)
             with self.seeds.groups_as_built():
                 self.cursor.begin_epoch(self.progress.number)
 

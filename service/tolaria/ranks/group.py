@@ -50,6 +50,10 @@ class Group:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", init_method="env://", timeout=_WAIT)
         return cls(place.rank, place.world, place.local_rank, place.local_world)
 
+    def leave(self) -> None:
+        """Ends this rank's part: the threads of gloo must not outlive the interpreter."""
+        dist.destroy_process_group()
+
     @property
     def leads(self) -> bool:
         """Whether this is the rank that speaks with the service."""

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from tolaria.images import StateImage, TensorSpec
 from tolaria.ranks.group import Group
+from tolaria.state.encoding import capture_rngs, restore_rngs
 from tolaria.values.training import Position
 
 
@@ -17,6 +18,17 @@ def send_image(group: Group, image: StateImage) -> None:
     group.tell(image.values)
     for spec in image.specs:
         group.send_bytes(image.buffers[spec.name])
+
+
+def share_randomness(group: Group) -> None:
+    """Gives the global generators of the processor on every rank the leader's state. Raises PeerLostError."""
+    tensors, values = capture_rngs()
+    mine = {name: tensor for name, tensor in tensors.items() if not name.startswith("rng/cuda/")}
+    values = json.loads(group.tell(json.dumps(values).encode()))
+    given = {name: tensor.clone() for name, tensor in sorted(mine.items())}
+    group.spread(list(given.values()))
+    if not group.leads:
+        restore_rngs(given, values)
 
 
 def receive_image(group: Group) -> StateImage:

@@ -36,24 +36,25 @@ class Share:
     def of(self, batch: Batch) -> Batch:
         """Returns this rank's samples of a batch: the batch itself if there is one rank.
 
-        A rank for which there is none gets the first sample, to be counted as none, so that it does the same as all
-        others.
+        A rank for which there is none gets the first one, so that it does the same as all others; see `counted`.
 
         Raises:
             BrokenJobError: the payload cannot be divided.
         """
         if self.world == 1:
             return batch
-        start, stop = (number * batch.samples // self.world for number in (self.rank, self.rank + 1))
-        samples = stop - start
-        if not samples:
-            start, stop = 0, 1
+        start = self.rank * batch.samples // self.world if self.counted(batch) else 0
+        stop = start + (self.counted(batch) or 1)
         if isinstance(self.job, SharingJob):
             payload = self.job.share(batch, start, stop)
         else:
             payload = divided(batch.payload, batch.samples, start, stop)
         seed_ids = None if batch.seed_ids is None else batch.seed_ids[start:stop]
-        return Batch(payload, samples, seed_ids)
+        return Batch(payload, stop - start, seed_ids)
+
+    def counted(self, batch: Batch) -> int:
+        """Returns how many samples of a whole batch are this rank's; 0 if it is given one that is another rank's."""
+        return (self.rank + 1) * batch.samples // self.world - self.rank * batch.samples // self.world
 
 
 def divided(payload: Any, samples: int, start: int, stop: int) -> Any:
@@ -82,6 +83,8 @@ def _divided(payload: Any, samples: int, part: slice, name: str) -> Any:
         return divided_items
     if isinstance(payload, (list, tuple)):
         if len(payload) == samples and not hasattr(payload, "_fields") and not any(map(_is_part, payload)):
+            if samples > 1 and all(isinstance(each, list) and len(each) == samples for each in payload):
+                raise _indivisible(name, f"a list of {samples} lists of {samples} values", samples)
             return payload[part]
         values = [_divided(value, samples, part, f"{name}[{n}]") for n, value in enumerate(payload)]
         return type(payload)(*values) if hasattr(payload, "_fields") else type(payload)(values)
@@ -95,6 +98,6 @@ def _is_part(value: object) -> bool:
 
 def _indivisible(name: str, what: str, samples: int) -> BrokenJobError:
     return BrokenJobError(
-        f"Batch.{name} is {what}, which cannot be divided among ranks: it is neither a tensor nor a list with one "
-        f"element for each of the {samples} samples; give the job a method share(batch, start, stop)"
+        f"Batch.{name} is {what}, which cannot be divided among ranks: it is not clearly a tensor or a list "
+        f"with one element for each of the {samples} samples; give the job a method share(batch, start, stop)"
     )

@@ -21,7 +21,7 @@ GROWS: Final = [
 ]
 GOES_BACK: Final = [
     *(["epoch"], ["capture"], ["epoch"], ["reload", 30], ["epoch"], ["restore", 16], ["restore", 3], ["epoch"]),
-    *(["reload", -1], ["hold", 0.1], ["epoch"]),
+    *(["reload", -1], ["hold", 0.1], ["release"], ["epoch"]),
 ]
 
 CASES: Final[dict[str, dict[str, Any]]] = {
@@ -38,7 +38,12 @@ CASES: Final[dict[str, dict[str, Any]]] = {
     },
     "a sample that is not finite": {"job": "ExactJob", "script": EPOCHS, "options": {"bad": 13}},
     "a microbatch that is not finite": {"job": "ExactJob", "script": EPOCHS, "options": {"bad": 13}, "accumulate": 3},
-    "fewer samples than ranks": {"job": "ExactJob", "script": EPOCHS, "options": {"batch": 2, "samples": 9}},
+    "fewer samples than ranks": {
+        "job": "ExactJob",
+        "script": EPOCHS,
+        "options": {"batch": 2, "samples": 9, "sum": True},
+    },
+    "order from the global generator": {"job": "DrawnOrderJob", "script": EPOCHS},
     "rollbacks": {"job": "ExactJob", "script": GOES_BACK, "sections": {"rollback": {"every_steps": 4}}},
 }
 
@@ -133,6 +138,23 @@ def test_a_job_that_one_rank_cannot_build_is_refused_by_all() -> None:
     assert leader.startswith("LaneFailedError: rank 1: ")
     assert "no such file on this rank" in leader
     assert "no such file on this rank" in follower
+
+
+def test_data_that_are_divided_already_are_refused() -> None:
+    """Else half of them would never be used."""
+    ((leader, _),) = run_on_ranks(2, [(TRAIN, {"job": "DividedTwiceJob", "script": [["epoch"]]})])
+    assert "DistributedSampler divides the data" in leader
+
+
+def test_a_held_step_of_many_microbatches_waits_between_them() -> None:
+    """And is abandoned on every rank for a restore, to begin again from the restored state."""
+    script = [["epoch"], ["capture"], ["begin", 0.1], ["hold", 0.1], ["reload", 30], ["release"], ["epoch"], ["epoch"]]
+    options = {"job": "ExactJob", "script": script, "accumulate": 4, "options": {"step_s": 0.1}}
+    ((leader, follower),) = run_on_ranks(2, [(TRAIN, options)])
+    assert leader["answers"][4] == [2, True]
+    assert leader["digests"] == follower["digests"]
+    assert len(set(leader["digests"])) == 1
+    assert len(leader["losses"]) in {6, 7}  # on a slow machine a step may end before the hold
 
 
 def test_a_restore_that_one_rank_cannot_do_changes_nothing() -> None:

@@ -17,17 +17,19 @@ Pair = namedtuple("Pair", ["x", "y"])  # noqa: PYI024 - as collate functions kee
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("samples", [1, 2, 5, 12, 13])
 def test_shares_are_the_whole_batch_in_order(world: int, samples: int) -> None:
-    """Every sample belongs to one rank; a rank without one gets the first, counted as none."""
+    """Every sample belongs to one rank; a rank without one gets the first, which does not count."""
     batch = Batch((torch.arange(samples), [str(n) for n in range(samples)]), samples, [f"s{n}" for n in range(samples)])
     shares = [Share(rank, world).of(batch) for rank in range(world)]
-    counted = [share for share in shares if share.samples]
-    assert sum(share.samples for share in shares) == samples
+    numbers = [Share(rank, world).counted(batch) for rank in range(world)]
+    counted = [share for share, number in zip(shares, numbers, strict=True) if number]
+    assert sum(numbers) == samples
+    assert [share.samples for share in shares] == [number or 1 for number in numbers]
     assert torch.cat([share.payload[0] for share in counted]).tolist() == list(range(samples))
     assert [text for share in counted for text in share.payload[1]] == [str(n) for n in range(samples)]
     assert [each for share in counted for each in share.seed_ids or ()] == [f"s{n}" for n in range(samples)]
-    assert all(share.payload[0].tolist() == [0] and share.seed_ids == ["s0"] for share in shares if not share.samples)
-    sizes = [share.samples for share in shares]
-    assert max(sizes) - min(sizes) <= 1
+    others = [share for share, number in zip(shares, numbers, strict=True) if not number]
+    assert all(share.payload[0].tolist() == [0] and share.seed_ids == ["s0"] for share in others)
+    assert max(numbers) - min(numbers) <= 1
 
 
 def test_one_rank_has_the_batch_itself() -> None:
@@ -82,6 +84,7 @@ def test_mappings_stay_of_their_class(kind: Any) -> None:
         (torch.zeros(()), r"payload is a tensor of shape \(\)"),
         ((torch.zeros(4), {"mask": torch.zeros(7, 4)}), r"payload\[1\]\['mask'\] is a tensor of shape \(7, 4\)"),
         ({"graph": object()}, r"payload\['graph'\] is a object"),
+        ([[1, 2, 3, 4], [1, 2, 3, 4], [5, 6, 7, 8], [0, 0, 0, 0]], "payload is a list of 4 lists of 4 values"),
     ],
 )
 def test_what_cannot_be_divided_is_named(payload: Any, words: str) -> None:

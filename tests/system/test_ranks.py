@@ -114,7 +114,7 @@ def test_deaths_cost_nothing_but_time(peers: list[str], undisturbed: tuple[int, 
 def test_what_operators_do_works_on_the_group(peers: list[str], tmp_path: Path) -> None:
     """Pauses, which are no silence, rollbacks of both tiers, learning rates, checkpoints and profiles."""
     with (
-        serve(*GROUP, *ENDLESS, *peers, "rollback.fast_budget_s=20", cwd=tmp_path) as service,
+        serve(*GROUP, *ENDLESS, *peers, *LIMITS, "rollback.fast_budget_s=20", cwd=tmp_path) as service,
         stub_of(service) as stub,
     ):
         wait_for(lambda: status(stub).global_step > 100)

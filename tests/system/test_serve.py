@@ -209,6 +209,7 @@ def test_an_invalid_start_prints_one_clear_message(override: str, code: int, wor
     assert words in said
     assert "Traceback" not in said
     assert '"run_state"' not in said
+    assert '"lane_stuck"' not in said
     assert words in "\n".join(service.lines[-2:])
 
 

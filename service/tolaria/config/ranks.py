@@ -12,6 +12,10 @@ PEER_LOST: Final = 86
 """Exit code of a rank that ends because another one has gone."""
 
 
+RAISED: Final = 85
+"""Exit code of a rank that does not lead, after an exception of the job's."""
+
+
 @dataclass(frozen=True, slots=True)
 class RankEnvironment:
     """The place of this process in its group.

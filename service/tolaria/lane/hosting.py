@@ -18,7 +18,7 @@ from typing import Final
 import torch
 
 from tolaria.config import Settings
-from tolaria.config.ranks import PEER_LOST, RankEnvironment
+from tolaria.config.ranks import PEER_LOST, RAISED, RankEnvironment
 from tolaria.errors import LaneFailedError, PeerLostError, TolariaError
 from tolaria.lane.build import BuiltLane, build
 from tolaria.lane.commands import PageGate
@@ -111,7 +111,7 @@ def follow() -> int:
     if lane.failed:
         time.sleep(_LEADER_S)  # an exception of all ranks is the leader's, which goes by its name
         os.write(2, f"{lane.failed}\n".encode())
-        return 1
+        return RAISED
     group.leave()
     return 0
 

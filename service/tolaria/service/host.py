@@ -151,7 +151,7 @@ class Host:
                 written = await anyio.to_thread.run_sync(self._foundation.writer.close, _WRITER_SHARE * drain_s)
                 if not written:
                     self._log.error("checkpoint_left_behind", detail="the disk did not answer in time")
-        if not ended:
+        if not ended and self._refused is None:
             self._log.error("lane_stuck", detail="a microbatch or an evaluation did not end in time")
         self._closing.set()
         self._core.lifecycle.changed()

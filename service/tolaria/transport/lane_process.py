@@ -23,6 +23,7 @@ from anyio.abc import TaskGroup
 
 from tolaria.cgroups import oom_kills
 from tolaria.config import Settings, child_environment
+from tolaria.config.ranks import RAISED
 from tolaria.errors import ChildFailedError, LaneFailedError, TolariaError
 from tolaria.images import StateImage
 from tolaria.lane.encoding import to_bytes
@@ -303,8 +304,8 @@ class _End:
         detail = detail.partition(": ")[0] + (f": {shown}" if shown else "")
         if killed:
             detail = detail.replace(f"ended with code {self.code}", f"was killed by {_signal_name(-(self.code or 0))}")
-        if self.raised:
-            return "raised", self.raised
+        if self.raised or self.code == RAISED:
+            return "raised", self.raised or shown
         if self.silent:
             return "silent", f"{self.silent}; it {detail}"
         if self.fault:

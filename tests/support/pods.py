@@ -83,7 +83,8 @@ class Pod:
         return re.sub("|".join(map(re.escape, olds)), lambda found: self.changes[found[0]], text)
 
     def _run(self, command: Iterable[str], name: str, variables: Mapping[str, str]) -> Process:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("TOLARIA_")}
+        # torch sets its own variables, such as the directory of its compiler's cache, in the process of the tests.
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("TOLARIA_", "TORCH"))}
         inside = {
             "PYTHONPATH": os.pathsep.join([str(self._directory / "recorder"), python_path()]),
             "PYTHONDONTWRITEBYTECODE": "1",  # the image's root file system is read-only

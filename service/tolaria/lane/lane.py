@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 import traceback
@@ -149,6 +150,7 @@ class ThreadLane:
             self._executor = GroupExecutor(module, snapshots, profiler, gate, group)
         module.on_reading = heartbeat.lane_batch
         self.images = self._executor.images
+        self._process_ends = False
         self._warm = False
         """Whether this process has taken a step, so that nothing is left that only the first one does."""
         self.peer_lost = self.failed = ""
@@ -162,7 +164,8 @@ class ThreadLane:
         self._thread.start()
 
     def run(self, notify: Callable[[], object]) -> None:
-        """Trains in the calling thread, instead of a new one, until the lane ends."""
+        """Trains in the calling thread, instead of a new one, until the lane ends, and with it this process."""
+        self._process_ends = True
         self._events.notify = notify
         self._run()
 
@@ -199,6 +202,10 @@ class ThreadLane:
             # A JobError says in one line what failed, and where.
             failure = Failure.of(error, "" if isinstance(error, JobError) else traceback.format_exc())
             self.failed = str(failure)
+            if (
+                self._process_ends
+            ):  # the thread that sends this must not come to collect a loader, which waits for workers
+                gc.disable()
         self._module.close_data()
         self._events.put(LaneEnded(self._module.global_step, failure))
         self._profiler.abandon()
@@ -295,7 +302,8 @@ class ThreadLane:
 
     def _continue_step(self) -> bool:
         self._heartbeat.lane_beat()
-        return self._commands.continue_step()
+        with self._waiting_for_ranks():
+            return self._commands.continue_step()
 
     def _execute(self, queued: QueuedCommand, *, in_epoch: bool) -> None:
         with self._waiting_for_ranks():

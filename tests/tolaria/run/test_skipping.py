@@ -96,7 +96,10 @@ async def test_a_state_that_memory_does_not_hold_goes_back_to_the_newest_proven_
         run.recovery.retreat(Retreat("made by the test", run.status.global_step + 1, (), RateCut(0.5, 3)))
         with anyio.fail_after(120):
             await run.status.feed.until(lambda: run.status.rollbacks == 1)
-        assert run.status.global_step == newest > 0
+        # The last checkpoint may have been committed, or proven, after the list was read.
+        proven = {row.global_step for row in await run.journal.kept_points() if row.proven}
+        assert run.status.global_step in proven | {newest}
+        assert run.status.global_step >= newest > 0
         await run.run.stop("enough")
 
 

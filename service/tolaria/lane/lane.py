@@ -202,10 +202,8 @@ class ThreadLane:
             # A JobError says in one line what failed, and where.
             failure = Failure.of(error, "" if isinstance(error, JobError) else traceback.format_exc())
             self.failed = str(failure)
-            if (
-                self._process_ends
-            ):  # the thread that sends this must not come to collect a loader, which waits for workers
-                gc.disable()
+            if self._process_ends:
+                gc.disable()  # the thread that sends this must not come to collect a loader, which waits for workers
         self._module.close_data()
         self._events.put(LaneEnded(self._module.global_step, failure))
         self._profiler.abandon()

@@ -78,18 +78,18 @@ def rank() -> None:
     numbers, piece, content = [1.0] * _NUMBERS, torch.zeros(PIECE_BYTES // 4), memoryview(bytearray(PIECE_BYTES))
 
     def broadcast() -> None:
-        group.send_bytes(content)
-        group.sum(numbers)  # which ends once every rank has the content
+        group.broadcast_buffer(content)
+        group.all_reduce(numbers)  # which ends once every rank has the content
 
     found = {
-        "sum": quartile_s(lambda: group.sum(numbers), 2000),
-        "piece": quartile_s(lambda: group.sum_tensor(piece), 20),
+        "sum": quartile_s(lambda: group.all_reduce(numbers), 2000),
+        "piece": quartile_s(lambda: group.all_reduce_tensor(piece), 20),
         "broadcast": quartile_s(broadcast, 20),
     }
     if group.leads:
         sys.stdout.write(json.dumps(found))
         sys.stdout.flush()
-    group.sum(numbers)
+    group.all_reduce(numbers)
 
 
 def _on_ranks(world: int) -> dict[str, float]:

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/bench_ranks.py [--world N] [--rounds N]
 
-The agreement (`Group.sum_step`) is one sum of ten float64 numbers over gloo, after a computation that takes 10 ms on
-every rank. Ranks of one machine share its cores, so that a step on several is not faster here than on one.
+The agreement (`Group.all_reduce_step`) is one sum of twelve float64 numbers over gloo, after a computation that takes
+10 ms on every rank, or none. Ranks of one machine share its cores, so that a step on several is not faster here than on
+one.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from tolaria.ranks.group import Group
 COMPUTED_S = 0.01
 
 
-def agreement(group: Group, *, steps: int) -> dict[str, Any]:
-    """Returns the times of the agreement after each computation, and of the computations, in seconds."""
+def agreement(group: Group, *, steps: int, computed_s: float) -> dict[str, Any]:
+    """Returns the times of the agreement after each computation, and of both together, in seconds."""
     agreed, whole = list[float](), list[float]()
     for step in range(steps):
         started_s = time.perf_counter()
-        while time.perf_counter() - started_s < COMPUTED_S:
+        while time.perf_counter() - started_s < computed_s:
             pass
         asked_s = time.perf_counter()
-        group.sum_step([0.5] * 5, {"completed steps": step, "batches read": step, "names of losses": 7})
+        group.all_reduce_step([0.5] * 5, {"completed steps": step, "batches read": step, "names of losses": 7})
         agreed.append(time.perf_counter() - asked_s)
         whole.append(time.perf_counter() - started_s)
     return {"agreed": agreed, "whole": whole}
@@ -45,7 +46,7 @@ def gradients(group: Group, *, megabytes: int, rounds: int) -> list[float]:
     times = []
     for _ in range(rounds):
         started_s = time.perf_counter()
-        group.sum_gradients(parameters, parameters)
+        group.all_reduce_gradients(parameters, parameters)
         times.append(time.perf_counter() - started_s)
     return times
 
@@ -58,14 +59,17 @@ def main() -> None:
     options = parser.parse_args()
     here = "benchmarks.bench_ranks"
     sizes = (1, 100)
-    scenarios: list[tuple[str, dict[str, Any]]] = [(f"{here}:agreement", {"steps": 500})]
+    scenarios: list[tuple[str, dict[str, Any]]] = [
+        (f"{here}:agreement", {"steps": 500, "computed_s": computed_s}) for computed_s in (COMPUTED_S, 0.0)
+    ]
     scenarios += [(f"{here}:gradients", {"megabytes": size, "rounds": options.rounds}) for size in sizes]
-    agreed, *summed = (results[0] for results in run_on_ranks(options.world, scenarios))
+    agreed, alone, *summed = (results[0] for results in run_on_ranks(options.world, scenarios))
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, {options.world} ranks")
     ordered = sorted(agreed["agreed"])
     print(
         f"agreement: median {1e3 * statistics.median(ordered):.3f} ms, p99 {1e3 * ordered[-len(ordered) // 100]:.3f} ms"
     )
+    print(f"agreement without computing: median {1e3 * statistics.median(alone['agreed']):.3f} ms")
     share = statistics.median(agreed["whole"]) / COMPUTED_S - 1
     print(f"a step of {1e3 * COMPUTED_S:.0f} ms takes {100 * share:.1f} % longer with it")
     for size, times in zip(sizes, summed, strict=True):

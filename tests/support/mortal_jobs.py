@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -16,7 +17,8 @@ class Mortal(Line):
     """Dies at a call of `losses` in its process.
 
     Options: `at` (number of the call), `how` (segv, exit, raise, hang, gil, memory), `always` (else only once, noted by a file
-    in the working directory), `poison` (place of a sample: every batch with it ends the process), `says` (printed).
+    in the working directory), `poison` (place of a sample: every batch with it ends the process), `says` (printed),
+    `starts` (a program that runs on).
     """
 
     def losses(self, model, batch):
@@ -27,6 +29,8 @@ class Mortal(Line):
         poison = self.options.get("poison")
         if poison is not None and (batch.payload[0] == self.x[int(poison)]).all(1).any():
             os._exit(7)
+        if self.calls == 0 and self.options.get("starts"):
+            subprocess.Popen(["sleep", "1000"])
         if self.calls == 0 and (says := self.options.get("says")):
             print(says)
         if self.calls + 1 != self.options.get("at"):

@@ -55,9 +55,9 @@ def run_on_ranks(world: int, scenarios: Sequence[tuple[str, dict[str, Any]]], ti
 
 def main() -> None:
     """Runs the scenarios of the command line on this rank."""
-    from tolaria.lane.hosting import joined
+    from tolaria.lane.hosting import join_group
 
-    group = joined()
+    group = join_group()
     for name, options in json.loads(sys.argv[1]):
         module, _, function = name.partition(":")
         try:

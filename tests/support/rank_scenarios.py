@@ -15,7 +15,7 @@ from support.lane_driver import NoHeartbeat, RunningLane, running, seed
 from support.waiting import wait_for
 from tolaria.config import Settings
 from tolaria.lane.build import BuiltLane, build
-from tolaria.lane.hosting import united
+from tolaria.lane.hosting import build_on_all_ranks
 from tolaria.lane.messages import (
     CaptureImage,
     EpochDone,
@@ -48,14 +48,14 @@ def train(
     torch.set_num_threads(1)
     given = {"job": f"support.rank_jobs:{job}", "device": "cpu", "threads": 1, "deterministic": True, **training}
     settings = Settings.model_validate({"training": given, **(sections or {})})
-    built = united(group, lambda: build(settings, group=group))
+    built = build_on_all_ranks(group, lambda: build(settings, group=group))
     if group is not None and not group.leads:
         built.snapshots.takes_snapshots = False
         lane = built.lane(NoHeartbeat(), Path("unused"))
         lane.run(lane.take_events)
         if lane.peer_lost or lane.failed:
             return {"peer_lost": lane.peer_lost, "failed": lane.failed}
-        return {"digests": group.ask(_digest(built)), "device_threads": torch.get_num_threads()}
+        return {"digests": group.all_gather_text(_digest(built))}
     with running(built, Path(tempfile.mkdtemp())) as run:
         answers = [_play(run, line) for line in script]
     steps = run.all_of(StepDone)
@@ -71,7 +71,7 @@ def train(
             for done in run.all_of(EpochDone)
         ],
         "answers": answers,
-        "digests": [_digest(built)] if group is None else group.ask(_digest(built)),
+        "digests": [_digest(built)] if group is None else group.all_gather_text(_digest(built)),
         "peer_lost": run.lane.peer_lost,
     }
 

@@ -209,6 +209,23 @@ def test_a_lane_that_is_stopped_while_it_rests_is_noticed(peers: list[str], tmp_
     assert [line["cause"] for line in losses(service)] == ["silent"]
 
 
+def test_a_container_that_is_frozen_for_a_while_loses_nothing(peers: list[str], tmp_path: Path) -> None:
+    """As by `docker pause`: the service may run first afterwards, and the lane has given no heartbeat meanwhile."""
+    limits = ["emergency.heartbeat_timeout_s=4", "emergency.sentinel=false"]
+    with serve(*ENDLESS, *peers, *limits, cwd=tmp_path) as service, stub_of(service) as stub:
+        wait_for(lambda: status(stub).global_step > 50)
+        both = service.process.pid, lane_of(service)
+        for pid in both:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(6)
+        for pid in both:
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(1.5)
+        step = status(stub).global_step
+        wait_for(lambda: status(stub).global_step > step + 50)
+    assert losses(service) == []
+
+
 def recoveries(service: Serve) -> int:
     """Returns how often the lane has recovered."""
     return sum(line["event"] == "tolaria.lane_recovered" for line in service.events())

@@ -46,6 +46,14 @@ def words_of(pid: int) -> str:
     return ""
 
 
+def programs_of(rank: int) -> list[int]:
+    """Returns the programs that the job of a rank has started."""
+    tasks = Path(f"/proc/{rank}/task").iterdir()
+    return [
+        pid for task in tasks for pid in map(int, (task / "children").read_text().split()) if "sleep" in words_of(pid)
+    ]
+
+
 def named(service: Serve, event: str) -> list[dict[str, object]]:
     """Returns the log lines of an event."""
     return [line for line in service.events() if line["event"] == event]
@@ -90,20 +98,23 @@ DEATHS: Final = [
 def test_deaths_cost_nothing_but_time(peers: list[str], undisturbed: tuple[int, str], tmp_path: Path) -> None:
     """The group starts again, restores on every rank, and the run ends bit-equal to one without a death.
 
-    Of each rank, which one and how is said, and of the agent. No process is left.
+    Of each rank, which one and how is said, and of the agent. No process is left, nor a program that the job started.
     """
     limits = ["emergency.heartbeat_timeout_s=3", "emergency.phase_timeout_s=8", "training.options.step_s=0.02"]
     arguments = [*GROUP, *FINITE, *peers, *limits, "service.exit_when_done=true", "rollback.every_steps=3"]
+    arguments.append("training.options.starts=true")
     ended = list[int]()
     with serve(*arguments, cwd=tmp_path) as service, stub_of(service) as stub:
         for number, (who, how, _, _) in enumerate(DEATHS):
             wait_for(lambda n=number: status(stub).global_step > 15 + 30 * n, 60)  # type: ignore[misc]
             ranks, agent = ranks_of(agent_of(service)), agent_of(service)
-            ended += [agent, *ranks.values()]
+            started = [pid for rank in ranks.values() for pid in programs_of(rank)]
+            assert len(started) == 2
+            ended += [agent, *ranks.values(), *started]
             os.kill(agent if who == "agent" else ranks[int(who[-1])], how)
             wait_for(lambda n=number: len(named(service, "tolaria.lane_recovered")) == n + 1, 60)  # type: ignore[misc]
         assert service.wait(120) == 0
-        assert not any(map(is_alive, ended))
+        wait_for(lambda: not any(map(is_alive, ended)), 10)
     lost = named(service, "tolaria.lane_lost")
     assert [line["cause"] for line in lost] == [kind for _, _, kind, _ in DEATHS]
     for line, (_, _, _, words) in zip(lost, DEATHS, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,9 +12,12 @@ _AGENT: Final = "TOLARIA_LANE_AGENT"
 PEER_LOST: Final = 86
 """Exit code of a rank that ends because another one has gone."""
 
-
 RAISED: Final = 85
 """Exit code of a rank that does not lead, after an exception of the job's."""
+
+
+RANK_ENDED: Final = re.compile(r"rank \d+ of \d+ (was killed|ended)")
+"""Matches the beginning of `rank_ended`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +56,8 @@ def prepare_ranks(address: str) -> None:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGUSR2"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks are on one machine
     os.environ.setdefault("PYTHONHASHSEED", "0")  # so that sets have one order on all of them
+
+
+def rank_ended(rank: int, world: int, how: str) -> str:
+    """Returns the line by which an agent says how the first failed rank has ended, such as "was killed by SIGKILL"."""
+    return f"rank {rank} of {world} {how}"

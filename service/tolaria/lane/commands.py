@@ -164,7 +164,7 @@ class CommandQueue:
 
     def continue_evaluation(self, place: int) -> bool:  # noqa: ARG002 - in a group, ranks compare it
         """Waits before the batch of that place while held; returns False if the evaluation has to be abandoned."""
-        return not self.stopping and self.continue_step() and not self.stopping
+        return not self.stopping and self.continue_step()
 
     def _look_at_shared_hold(self) -> None:
         """Begins a hold that is seen in shared memory before its command arrives."""

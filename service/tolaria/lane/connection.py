@@ -32,7 +32,7 @@ class LaneConnection:
         send: gives the lane a command, with its id. Raises LaneError to refuse it.
         take_events: returns the events since its last call.
         on_lost: called in one of the two threads when the connection ends before the lane does; must not return.
-        on_alive: called about once a second in one of the two threads.
+        on_alive: called twice a second in one of the two threads.
     """
 
     def __init__(

@@ -230,14 +230,14 @@ class GradientMerger:
 
     def _over_ranks(self, group: Group, rows: StepRows, samples: Counter[str]) -> tuple[StepRows, Counter[str]]:
         """Returns the sums over all ranks; the rows' matrix is changed in place."""
-        group.sum_tensor(rows.matrix)
-        parts = tuple(int(count) for count in group.max(rows.parts))
-        counts = group.sum([samples[name] for name in self._names])
+        group.all_reduce_tensor(rows.matrix)
+        parts = tuple(int(count) for count in group.all_reduce_max(rows.parts))
+        counts = group.all_reduce([samples[name] for name in self._names])
         own = dict(rows.own)
         for source in self._sources:
             if parameters := self._own_of(source):
                 gradients = own.get(source, (None,) * len(parameters))
-                own[source] = tuple(group.sum_gradients(parameters, gradients))
+                own[source] = tuple(group.all_reduce_gradients(parameters, gradients))
         read = zip(self._names, counts, strict=True)
         return replace(rows, parts=parts, own=own), Counter({name: int(count) for name, count in read})
 

@@ -1,7 +1,7 @@
 """Commands in a group of ranks: the leader takes them from the service, and all ranks carry out the same ones.
 
-While a step is computed, the ranks agree whether to meet at its end (`Group.meeting`); they exchange commands only
-then. So a command costs the steps before it nothing.
+With the losses of each step the ranks learn whether the leader has a command (`Group.commands_due`), and exchange it at
+the step boundary that follows. Between two microbatches, and two batches of an evaluation, they ask for it separately.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ID: Final = struct.Struct("<q")
 
 
 class LeaderCommands:
-    """The queue of the rank that leads: what it returns, it tells the other ranks first.
+    """The queue of the rank that leads: what it returns, it broadcasts first.
 
     Methods and attributes are as in `CommandQueue`.
     """
@@ -53,7 +53,7 @@ class LeaderCommands:
         self.stopping = False
         self._queue = queue
         self._group = group
-        group.wish = lambda: queue.due
+        group.has_commands = lambda: queue.due
 
     @property
     def latest_order(self) -> int:
@@ -72,37 +72,37 @@ class LeaderCommands:
     def next_work(self) -> RunEpoch | QueuedCommand | None:
         """Waits for an epoch or a command; None: the lane has to end."""
         work = self._queue.next_work()
-        self._group.tell(_END if work is None else _packed(work))
-        self._group.meeting = True
+        self._group.broadcast_bytes(_END if work is None else _packed(work))
+        self._group.commands_due = True
         return work
 
     def next_command(self) -> QueuedCommand | None:
-        """Returns the next command for this step boundary if the ranks meet, waiting while held."""
-        if not self._group.meeting:
+        """Returns the next command for this step boundary if one is due, waiting while held."""
+        if not self._group.commands_due:
             return None
         command = self._queue.next_command()
         if command is not None:
-            self._group.tell(_packed(command))
+            self._group.broadcast_bytes(_packed(command))
             return command
-        self.stopping, self._group.meeting = self._queue.stopping, False
-        self._group.tell(_STOP if self.stopping else _GO_ON)
+        self.stopping, self._group.commands_due = self._queue.stopping, False
+        self._group.broadcast_bytes(_STOP if self.stopping else _GO_ON)
         return None
 
     def continue_step(self) -> bool:
-        """Waits between two microbatches while held; returns False if the ranks abandon the step to meet."""
+        """Waits between two microbatches while held; returns False if the ranks abandon the step for a command."""
         goes_on = self._group.all(self._queue.continue_step())
-        self._group.meeting = not goes_on
+        self._group.commands_due = not goes_on
         return goes_on
 
     def continue_evaluation(self, place: int) -> bool:
-        """Waits before the batch of that place while held; returns False if the ranks have to meet."""
-        goes_on = self._group.agree(self._queue.continue_evaluation(place), {EVALUATED: place})
-        self._group.meeting = not goes_on
+        """Waits before the batch of that place while held; returns False if the ranks abandon the evaluation."""
+        goes_on = self._group.all(self._queue.continue_evaluation(place), {EVALUATED: place})
+        self._group.commands_due = not goes_on
         return goes_on
 
 
 class FollowerCommands:
-    """The commands of a rank that does not lead, as the leader tells them. Used as a `CommandQueue`.
+    """The commands of a rank that does not lead, as the leader broadcasts them. Used as a `CommandQueue`.
 
     `resting` spans what waits for the leader, which may be held.
     """
@@ -121,21 +121,21 @@ class FollowerCommands:
 
     def next_work(self) -> RunEpoch | QueuedCommand | None:
         """Waits for an epoch or a command; None: the lane has to end."""
-        said = self._group.tell()
-        self._group.meeting = True
+        said = self._group.broadcast_bytes()
+        self._group.commands_due = True
         if said == _END:
             self.stopping = True
             return None
         return _unpacked(said)
 
     def next_command(self) -> QueuedCommand | None:
-        """Returns the next command for this step boundary if the ranks meet."""
-        if not self._group.meeting:
+        """Returns the next command for this step boundary if one is due."""
+        if not self._group.commands_due:
             return None
         with self._resting():  # as long as the leader is held
-            said = self._group.tell()
+            said = self._group.broadcast_bytes()
         if said in {_STOP, _GO_ON}:
-            self.stopping, self._group.meeting = said == _STOP, False
+            self.stopping, self._group.commands_due = said == _STOP, False
             return None
         work = _unpacked(said)
         if not isinstance(work, QueuedCommand):
@@ -143,17 +143,17 @@ class FollowerCommands:
         return work
 
     def continue_step(self) -> bool:
-        """Returns False if the ranks abandon the step to meet."""
+        """Returns False if the ranks abandon the step for a command."""
         with self._resting():
             goes_on = self._group.all(value=True)
-        self._group.meeting = not goes_on
+        self._group.commands_due = not goes_on
         return goes_on
 
     def continue_evaluation(self, place: int) -> bool:
-        """Returns False if the ranks have to meet."""
+        """Returns False if the ranks abandon the evaluation."""
         with self._resting():
-            goes_on = self._group.agree(value=True, alike={EVALUATED: place})
-        self._group.meeting = not goes_on
+            goes_on = self._group.all(value=True, must_match={EVALUATED: place})
+        self._group.commands_due = not goes_on
         return goes_on
 
 
@@ -190,7 +190,7 @@ class GroupExecutor(CommandExecutor):
         self._group = group
         self._sent = self._voted = False
         if group.leads:
-            snapshots.accompany = self._send
+            snapshots.before_restore = self._send
 
     def execute(self, queued: QueuedCommand) -> CommandDone:
         """Carries out a command. Raises RanksDifferError if it fails on some ranks only: their states differ then."""
@@ -203,13 +203,14 @@ class GroupExecutor(CommandExecutor):
         result = done.result
         problem = "" if done.failure is None else str(done.failure) or done.failure.name
         digest = result.state_digest if isinstance(result, Restored) else ""
-        problems, digests = zip(*(json.loads(said) for said in group.ask(json.dumps([problem, digest]))), strict=True)
+        gathered = group.all_gather_text(json.dumps([problem, digest]))
+        problems, digests = zip(*map(json.loads, gathered), strict=True)
         if any(problems) and not all(problems):
             rank = next(number for number, problem in enumerate(problems) if problem)
             raise RanksDifferError(f"{type(command).__name__} failed on rank {rank} only: {problems[rank]}")
         if isinstance(command, ReconcileSeeds) and not any(problems):
             model = self._module.model
-            group.spread([*model.parameters(), *model.buffers()])  # seeds are built with random values
+            group.broadcast_tensors([*model.parameters(), *model.buffers()])  # seeds are built with random values
         if isinstance(result, Restored):
             differing = [each for each in digests if each != result.expected_digest]
             done = replace(done, result=replace(result, state_digest=(differing or digests)[0]))
@@ -230,19 +231,19 @@ class GroupExecutor(CommandExecutor):
     def _give_up(self) -> None:
         """Has the others abandon the restore too."""
         if self._group.leads and not self._sent:
-            self._group.tell(_NO_IMAGE)
+            self._group.broadcast_bytes(_NO_IMAGE)
         elif self._sent and not self._voted:
-            self._group.sum([1.0])
+            self._group.all_reduce([1.0])
 
     def _send(self, image: StateImage, refused: Callable[[], bool] | None) -> Callable[[], bool]:
         """Sends the image that is about to be restored; returns what decides whether it is."""
-        self._group.tell(_IMAGE)
+        self._group.broadcast_bytes(_IMAGE)
         send_image(self._group, image)
         self._sent = True
         return lambda: self._refused_anywhere(refused is not None and refused())
 
     def _follow(self) -> Restored:
-        if self._group.tell() == _NO_IMAGE:
+        if self._group.broadcast_bytes() == _NO_IMAGE:
             raise RestoreAbandonedError("before it began")
         image = receive_image(self._group)
         self._sent = True

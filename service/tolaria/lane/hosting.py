@@ -51,9 +51,9 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
     received.held.clear()
     message: LaneReady | LaneEnded
     try:
-        if (group := joined()) is not None:
-            group.tell(to_bytes(LaneOrder(received.order.settings, (), 0, RestorePlan())))
-        built = united(group, lambda: _built(received, settings, memory, group))
+        if (group := join_group()) is not None:
+            group.broadcast_bytes(to_bytes(LaneOrder(received.order.settings, (), 0, RestorePlan())))
+        built = build_on_all_ranks(group, lambda: _built(received, settings, memory, group))
         message = built.ready
     except PeerLostError as error:
         return _end_with_group(str(error))
@@ -89,13 +89,12 @@ def follow() -> int:
     """Runs a rank that does not lead until the group ends; returns the exit code of the process."""
     gc.freeze()
     try:
-        group = joined()
-        order = from_bytes(b"" if group is None else group.tell())
-        if group is None or not isinstance(order, LaneOrder):
+        group = join_group()
+        if group is None or not isinstance(order := from_bytes(group.broadcast_bytes()), LaneOrder):
             return PEER_LOST
         settings = Settings.model_validate(json.loads(order.settings))
         dump_stacks_on_request(settings)
-        built = united(group, lambda: build(settings, group=group))
+        built = build_on_all_ranks(group, lambda: build(settings, group=group))
     except PeerLostError as error:
         return _end_with_group(str(error))
     except TolariaError:
@@ -104,7 +103,7 @@ def follow() -> int:
     built.snapshots.takes_snapshots = False
     page = LanePage.create()
     lane = built.lane(PagePulse(page, settings.emergency), Path(settings.state.dir) / "traces")
-    threading.Thread(target=_end_when_silent, args=(page,), name="tolaria-watch", daemon=True).start()
+    threading.Thread(target=end_when_silent, args=(page,), name="tolaria-watch", daemon=True).start()
     lane.run(lane.take_events)
     if lane.peer_lost:
         return _end_with_group(lane.peer_lost)
@@ -116,7 +115,7 @@ def follow() -> int:
     return 0
 
 
-def _end_when_silent(page: LanePage) -> None:
+def end_when_silent(page: LanePage) -> None:
     """Ends this process when the lane has given no heartbeat for too long: the leader would wait for it.
 
     A process that is stopped, or whose GIL is held, does not come to that: the leader's silence shows it, later.
@@ -131,7 +130,7 @@ def _end_when_silent(page: LanePage) -> None:
                 os._exit(1)
 
 
-def joined() -> Group | None:
+def join_group() -> Group | None:
     """Returns the group that the environment names; None for a process alone."""
     place = RankEnvironment.read()
     if place.world == 1:
@@ -148,7 +147,7 @@ def _built(received: Received, settings: Settings, memory: SharedMemory, group: 
     return built
 
 
-def united(group: Group | None, make: Callable[[], BuiltLane]) -> BuiltLane:
+def build_on_all_ranks(group: Group | None, make: Callable[[], BuiltLane]) -> BuiltLane:
     """Builds on every rank, and gives all of them the leader's state.
 
     Raises what `make` raises, on other ranks LaneFailedError; so also if a rank does not get the leader's state.
@@ -159,28 +158,27 @@ def united(group: Group | None, make: Callable[[], BuiltLane]) -> BuiltLane:
         built = make()
     except TolariaError as error:
         with suppress(PeerLostError):  # which would hide this one
-            group.ask(str(error) or type(error).__name__)
+            group.all_gather_text(str(error) or type(error).__name__)
         raise
-    for rank, problem in enumerate(group.ask("")):
+    for rank, problem in enumerate(group.all_gather_text("")):
         if problem:
             raise LaneFailedError(f"rank {rank}: {problem}")
     _share_state(group, built)
-    digests = group.ask(built.snapshots.state.fingerprint().total)
+    digests = group.all_gather_text(built.snapshots.state.fingerprint().total)
     if len(set(digests)) > 1:
         raise LaneFailedError(f"the ranks do not have the same state: {', '.join(digests)}")
-    return replace(
-        built, ranks=tuple(RankInfo(**json.loads(text)) for text in group.ask(json.dumps(asdict(built.rank))))
-    )
+    gathered = group.all_gather_text(json.dumps(asdict(built.rank)))
+    return replace(built, ranks=tuple(RankInfo(**json.loads(text)) for text in gathered))
 
 
 def _share_state(group: Group, built: BuiltLane) -> None:
     module = built.module
     if group.leads:
         plan = RestorePlan((), tuple(sorted(module.skipped.added)), module.seeds.controller.adjustments)
-        group.tell(to_bytes(LaneOrder("", (), 0, plan)))
+        group.broadcast_bytes(to_bytes(LaneOrder("", (), 0, plan)))
         send_image(group, built.snapshots.state.copy())
         return
-    order, image = from_bytes(group.tell()), receive_image(group)
+    order, image = from_bytes(group.broadcast_bytes()), receive_image(group)
     if isinstance(order, LaneOrder):
         built.snapshots.restore_image(image, decided=order.plan.decided)
         module.skipped.added.update(order.plan.left_out)

@@ -356,7 +356,7 @@ class ThreadLane:
         with self._heartbeat.lane_phase(LanePhase.EVALUATING):
             found = self._snapshots.state.fingerprint(only=())
             digest = str([(name, digest) for name, digest in found.tensors.items() if not name.startswith("rng/")])
-            if len(digests := set(group.ask(str(crc32(digest.encode()))))) > 1:
+            if len(digests := set(group.all_gather_text(str(crc32(digest.encode()))))) > 1:
                 raise RanksDifferError(f"the ranks have {len(digests)} different states at the end of an epoch")
 
     def _evaluate(self) -> Evaluation:
@@ -382,8 +382,8 @@ class ThreadLane:
 
 def _over_ranks(evaluation: Evaluation, group: Group) -> Evaluation:
     """Returns the sums over all ranks. Raises RanksDifferError if one has evaluated another number of batches."""
-    group.agree(value=True, alike={EVALUATED: -1})
-    loss_sum, correct, samples = group.sum([evaluation.loss_sum, evaluation.correct, evaluation.samples])
+    group.all(value=True, must_match={EVALUATED: -1})
+    loss_sum, correct, samples = group.all_reduce([evaluation.loss_sum, evaluation.correct, evaluation.samples])
     return Evaluation(loss_sum, int(correct), int(samples))
 
 

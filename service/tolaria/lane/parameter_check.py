@@ -32,11 +32,11 @@ def parameters_sound(module: TrainModule, losses_of: Callable[[Batch], Mapping[s
         batch = on_device(module.share.of(module.last_good), module.device)
         with module.fast_paths.autocast(), module.seeds.groups_as_built(), _watching(module) as outputs_finite:
             losses = losses_of(batch)
-        if module.everywhere(essential_finite(module, losses)):
+        if module.on_all_ranks(essential_finite(module, losses)):
             if essential := [loss for source, loss in losses.items() if source not in module.isolated_seeds]:
                 torch.autograd.backward(essential)
             return module.gradients_finite()
-        return module.everywhere(outputs_finite[0] and not any(math.isinf(loss.item()) for loss in losses.values()))
+        return module.on_all_ranks(outputs_finite[0] and not any(math.isinf(loss.item()) for loss in losses.values()))
     finally:
         module.discard_pass()
         restore_rngs(*rngs)

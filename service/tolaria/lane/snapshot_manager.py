@@ -55,7 +55,7 @@ class SnapshotManager:
     def __init__(self, module: TrainModule, settings: RollbackSettings, memory: SharedMemory | None = None) -> None:
         self._module = module
         self._every_steps = settings.every_steps
-        self.accompany: Callable[[StateImage, _Refused], _Refused] = lambda _image, refused: refused
+        self.before_restore: Callable[[StateImage, _Refused], _Refused] = lambda _image, refused: refused
         """Called with each image that is about to be restored, and what may refuse that; returns what decides."""
         self.takes_snapshots = True
         """Off: the state is kept elsewhere."""
@@ -190,7 +190,7 @@ class SnapshotManager:
             RollbackError, SeedError, OptimizationError: the image does not fit. The live state is unchanged.
         """
         module, started_s = self._module, time.monotonic()
-        refused = self.accompany(image, refused)
+        refused = self.before_restore(image, refused)
         in_force, from_step = module.seeds.controller.adjustments, module.global_step
         if decided is not None:
             in_force, from_step = tuple(decided), image.position.global_step

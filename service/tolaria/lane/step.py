@@ -110,7 +110,7 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
         module.discard_pass()
     else:
         violations = _update(module, measured, mark)
-    module.spread_buffers()
+    module.broadcast_buffers()
     rescaled = taken.loss is not None and module.fast_paths.update_scale(
         finite=measured.finite, loss_finite=math.isfinite(measured.loss)
     )
@@ -254,7 +254,7 @@ def _take_microbatches(
         if batch.seed_ids is None:
             taken.sources = crc32(repr(tuple(losses)).encode(), taken.sources)
         loss = None
-        if not (each and module.accumulate > 1) or module.everywhere(essential_finite(module, losses)):
+        if not (each and module.accumulate > 1) or module.on_all_ranks(essential_finite(module, losses)):
             share = taken.counted / taken.planned_samples
             with mark("backward"):
                 loss = module.merger.add(
@@ -301,7 +301,7 @@ def _finish(module: TrainModule, taken: _Taken, mark: Mark) -> _Measured:
     with mark("merge"):
         module.merger.finish()
         if module.group is not None and not module.merger.merges:
-            module.sum_gradients(module.group)
+            module.all_reduce_gradients(module.group)
         _rescale(module, taken)
     return _measure(taken, module)
 
@@ -313,14 +313,14 @@ def _sum_losses(module: TrainModule, taken: _Taken, group: Group) -> None:
     """
     parts = [taken.loss, taken.essential, taken.judged]
     given = [0.0 if part is None else part.item() for part in parts]
-    alike = {
+    must_match = {
         "completed steps": module.global_step,
         "batches read": module.progress.batches,
         "samples in them": taken.read,
         "names of losses": taken.sources,
         "announced changes of the task": len(module.announced),
     }
-    *sums, judged_samples, samples = group.sum_step([*given, taken.judged_samples, taken.samples], alike)
+    *sums, judged_samples, samples = group.all_reduce_step([*given, taken.judged_samples, taken.samples], must_match)
     device, dtype = module.device, torch.float32 if module.device.type == "mps" else torch.float64
     found = [
         None if part is None else torch.tensor(value, dtype=dtype, device=device)

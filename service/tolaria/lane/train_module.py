@@ -23,7 +23,7 @@ from tolaria.lane.job_output import checked_batch
 from tolaria.lane.messages import RegimeBegun
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.ranks.group import Group
-from tolaria.ranks.images import share_randomness
+from tolaria.ranks.images import broadcast_rng_state
 from tolaria.ranks.share import Share
 from tolaria.seeds.slots import parameters_by_owner
 from tolaria.state.encoding import KeptValues, capture_rngs, restore_rngs
@@ -249,7 +249,7 @@ class TrainModule:
         if self.progress.over:
             self.progress = self.progress.begun(self.progress.number + 1)
             if self._group is not None:  # a cursor may draw the order of the epoch
-                share_randomness(self._group)
+                broadcast_rng_state(self._group)
             with self.seeds.groups_as_built():
                 self.cursor.begin_epoch(self.progress.number)
 
@@ -323,17 +323,16 @@ class TrainModule:
             place = (self.global_step << 16) + self.progress.batches
             seed_everything(epoch_seed(self._seed + (self._group.rank << 40), place))
 
-    def sum_gradients(self, group: Group) -> None:
+    def all_reduce_gradients(self, group: Group) -> None:
         """Replaces the gradients of all trained parameters by their sums over the ranks."""
-        for parameter, gradient in zip(
-            self.parameters, group.sum_gradients(self.parameters, [p.grad for p in self.parameters]), strict=True
-        ):
+        summed = group.all_reduce_gradients(self.parameters, [p.grad for p in self.parameters])
+        for parameter, gradient in zip(self.parameters, summed, strict=True):
             parameter.grad = None if gradient is None else laid_out(gradient, parameter)
 
-    def spread_buffers(self) -> None:
+    def broadcast_buffers(self) -> None:
         """Gives every rank the leader's buffers, such as running statistics, also those assigned anew."""
         if self._group is not None and (buffers := list(self.model.buffers())):
-            self._group.spread(buffers)
+            self._group.broadcast_tensors(buffers)
 
     def clear_gradients(self) -> None:
         """Drops all gradients, also those of frozen parameters and of those that are not in the optimizer."""
@@ -370,9 +369,9 @@ class TrainModule:
     def gradients_finite(self) -> bool:
         """Whether all gradients that affect the host's loss are finite. Synchronises."""
         gradients = [p.grad for p in self.clip_groups[0] if p.grad is not None]
-        return self.everywhere(all(bool(torch.isfinite(gradient).all()) for gradient in gradients))
+        return self.on_all_ranks(all(bool(torch.isfinite(gradient).all()) for gradient in gradients))
 
-    def everywhere(self, found: bool) -> bool:
+    def on_all_ranks(self, found: bool) -> bool:
         """Whether something is so on every rank."""
         return found if self._group is None else self._group.all(found)
 

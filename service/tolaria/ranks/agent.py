@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from tolaria.config.ranks import PEER_LOST, prepare_ranks
+from tolaria.config.ranks import PEER_LOST, prepare_ranks, rank_ended
 from tolaria.ranks.child import announce, lane_options
 from tolaria.signals.lane_page import STACKS_SIGNAL
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def serve_leader(options: argparse.Namespace) -> str:
-    """Gives the first process that asks the service's connection and page; returns the address where to ask."""
+    """Gives the service's connection and page to the first of its ranks that asks; returns the address where to ask."""
     address = f"tolaria-lane-{os.getpid()}-{os.urandom(8).hex()}"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind("\0" + address)
@@ -77,9 +77,9 @@ def _run(processes: int) -> Mapping[int, int]:
     """Runs the ranks until all have ended or one has failed; returns the exit codes of failed ones by rank."""
     # Only now, since it imports torch, which takes seconds.
     elastic = importlib.import_module("tolaria.ranks.elastic")
-    with elastic.Ranks((sys.executable, "-m", "tolaria.lane.rank"), processes, poll_s=_POLL_S) as ranks:
-        signal.signal(STACKS_SIGNAL, lambda _number, _frame: _pass_on(STACKS_SIGNAL, ranks.pids()))
-        return dict(ranks.run())
+    ranks = elastic.Ranks((sys.executable, "-m", "tolaria.lane.rank"), processes, poll_s=_POLL_S)
+    signal.signal(STACKS_SIGNAL, lambda _number, _frame: _pass_on(STACKS_SIGNAL, ranks.pids()))
+    return dict(ranks.run())
 
 
 def _pass_on(number: int, pids: Sequence[int]) -> None:
@@ -91,7 +91,7 @@ def _pass_on(number: int, pids: Sequence[int]) -> None:
 def _end_like(rank: int, code: int, world: int) -> int:
     """Says which rank failed, and ends this process by the same signal, or returns the same exit code."""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    os.write(2, f"rank {rank} of {world} {how}\n".encode())
+    os.write(2, f"{rank_ended(rank, world, how)}\n".encode())
     if code < 0:
         faulthandler.disable()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the rank's own is enough

@@ -8,8 +8,7 @@ import signal
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch does not list it
 from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerSpec
@@ -31,11 +30,10 @@ class Ranks:
 
     def __init__(self, program: Sequence[str], processes: int, *, poll_s: float) -> None:
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-        self._rendezvous = _OneMachine(f"lane-{os.getpid()}")
         spec = WorkerSpec(
             role="lane",
             local_world_size=processes,
-            rdzv_handler=self._rendezvous,
+            rdzv_handler=_OneMachine(f"lane-{os.getpid()}"),
             entrypoint=program[0],
             args=tuple(program[1:]),
             max_restarts=0,
@@ -44,14 +42,6 @@ class Ranks:
             local_addr=_HOST,
         )
         self._agent = _Agent(spec, _Unredirected(), exit_barrier_timeout=_EXIT_BARRIER_S)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._rendezvous.shutdown()
 
     def run(self) -> Mapping[int, int]:
         """Runs until all ranks have ended or one has failed; returns the exit codes of failed ones by rank."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -17,7 +18,7 @@ from tolaria.errors import BrokenJobError, PeerLostError, RanksDifferError
 _WAIT: Final = timedelta(days=365)
 """A rank that waits for one that has gone is ended with the group; one that is only slow is not dead."""
 
-_ALIKE: Final = 2**20  # so that squares are exact in float64
+_COMPARED: Final = 2**20  # so that squares are exact in float64
 _BUCKET_BYTES: Final = 2**25
 """Small tensors are sent together, up to this size, and images in pieces of it."""
 
@@ -31,14 +32,14 @@ class Group:
         rank: of this process, from 0, which is the leader.
         world: number of ranks.
         local_rank: among the `local_world` ranks on this machine.
-        meeting: whether the ranks exchange commands at the next step boundary; decided anew with each `sum_step`.
-        wish: returns whether this rank wants to; set by the leader's queue of commands.
+        commands_due: whether the ranks exchange commands at the next step boundary; each `all_reduce_step` sets it.
+        has_commands: returns whether this rank has any; set by the leader's queue of commands.
     """
 
     def __init__(self, rank: int, world: int, local_rank: int = 0, local_world: int = 1) -> None:
         self.rank, self.world, self.local_rank, self.local_world = rank, world, local_rank, local_world
-        self.meeting = True
-        self.wish: Callable[[], bool] = lambda: False
+        self.commands_due = True
+        self.has_commands: Callable[[], bool] = lambda: False
 
     @classmethod
     def join(cls, place: RankEnvironment, *, cuda: bool) -> Group:
@@ -61,7 +62,7 @@ class Group:
 
     # -- numbers and messages ----------------------------------------------------------------------------------------
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def all_reduce(self, values: Sequence[float]) -> list[float]:
         """Returns the sums over all ranks, in float64. Raises PeerLostError."""
         numbers = torch.tensor(values, dtype=torch.float64)
         with _peers():
@@ -69,37 +70,33 @@ class Group:
         found: list[float] = numbers.tolist()
         return found
 
-    def sum_step(self, values: Sequence[float], alike: Mapping[str, int]) -> list[float]:
-        """Returns the sums of a step's values, and decides whether the ranks meet after it.
+    def all_reduce_step(self, values: Sequence[float], must_match: Mapping[str, int]) -> list[float]:
+        """Returns the sums of a step's values, and sets `commands_due`.
 
-        `alike` are numbers that every rank has to have alike, by what they are, compared modulo 2**20.
+        `must_match` are numbers that are equal on all ranks, by what they are; they are compared modulo 2**20.
 
         Raises:
             RanksDifferError: names the first number that differs.
             PeerLostError: another rank has gone.
         """
-        *sums, wishes = self._sum_alike([*values, self.wish()], alike)
-        self.meeting = wishes > 0
+        *sums, ranks = self._all_reduce_matching([*values, self.has_commands()], must_match)
+        self.commands_due = ranks > 0
         return sums
 
-    def agree(self, value: bool, alike: Mapping[str, int]) -> bool:
-        """Whether the value is true on every rank. Raises as `sum_step`."""
-        return self._sum_alike([not value], alike)[0] == 0
-
-    def _sum_alike(self, values: Sequence[float], alike: Mapping[str, int]) -> list[float]:
-        places = [number % _ALIKE for number in alike.values()]
-        found = self.sum([*values, *places, *(place * place for place in places)])
+    def _all_reduce_matching(self, values: Sequence[float], must_match: Mapping[str, int]) -> list[float]:
+        places = [number % _COMPARED for number in must_match.values()]
+        found = self.all_reduce([*values, *places, *(place * place for place in places)])
         sums, squares = found[len(values) : len(values) + len(places)], found[len(values) + len(places) :]
-        for name, place, total, square in zip(alike, places, sums, squares, strict=True):
+        for name, place, total, square in zip(must_match, places, sums, squares, strict=True):
             if total != place * self.world or square != place * place * self.world:
-                raise RanksDifferError(f"{name}: {alike[name]} on rank {self.rank}, but not on every rank")
+                raise RanksDifferError(f"{name}: {must_match[name]} on rank {self.rank}, but not on every rank")
         return found[: len(values)]
 
-    def all(self, value: bool) -> bool:
-        """Whether the value is true on every rank. Raises PeerLostError."""
-        return self.sum([not value])[0] == 0
+    def all(self, value: bool, must_match: Mapping[str, int] = MappingProxyType({})) -> bool:
+        """Whether the value is true on every rank. Raises as `all_reduce_step`."""
+        return self._all_reduce_matching([not value], must_match)[0] == 0
 
-    def max(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         """Returns the greatest of each value over all ranks, in float64. Raises PeerLostError."""
         numbers = torch.tensor(values, dtype=torch.float64)
         with _peers():
@@ -107,7 +104,7 @@ class Group:
         found: list[float] = numbers.tolist()
         return found
 
-    def tell(self, data: bytes = b"") -> bytes:
+    def broadcast_bytes(self, data: bytes = b"") -> bytes:
         """Returns the leader's `data` on every rank. Raises PeerLostError."""
         size = torch.tensor([len(data)])
         with _peers():
@@ -118,7 +115,7 @@ class Group:
                 dist.broadcast(content, 0)
         return content.numpy().tobytes()
 
-    def ask(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """Returns what each rank says, by rank. Raises PeerLostError."""
         data = text.encode()
         sizes = torch.zeros(self.world, dtype=torch.int64)
@@ -126,20 +123,23 @@ class Group:
         with _peers():
             dist.all_reduce(sizes)
             said = torch.zeros(self.world, max(1, int(sizes.max())), dtype=torch.uint8)
-            said[self.rank, : len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+            if data:
+                said[self.rank, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             dist.all_reduce(said)
         return [row[:size].numpy().tobytes().decode() for row, size in zip(said, sizes.tolist(), strict=True)]
 
     # -- tensors -----------------------------------------------------------------------------------------------------
 
-    def sum_tensor(self, tensor: Tensor) -> None:
+    def all_reduce_tensor(self, tensor: Tensor) -> None:
         """Replaces a dense tensor of any shape, dtype and device by its sum over all ranks. Raises PeerLostError."""
         flat = tensor.view(-1)
         with _peers():
             for piece in torch.split(flat, max(1, _BUCKET_BYTES // tensor.element_size())):
                 dist.all_reduce(piece)
 
-    def sum_gradients(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def all_reduce_gradients(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
         """Returns the sums of the parameters' gradients; None where no rank has one. Raises PeerLostError.
 
         Gradients that are missing on some ranks count as zero.
@@ -165,7 +165,7 @@ class Group:
                 found[place] = part.view(parameters[place].shape) if count else None
         return found
 
-    def spread(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Gives the tensors of every rank the leader's values. Raises PeerLostError."""
         with torch.no_grad():
             for places in _buckets(tensors):
@@ -179,7 +179,7 @@ class Group:
                         if not torch.equal(tensor, given):  # else its version, by which changes are seen, stays
                             tensor.detach().copy_(given)
 
-    def send_bytes(self, content: memoryview) -> None:
+    def broadcast_buffer(self, content: memoryview) -> None:
         """Fills the memory of every rank with the leader's. Raises PeerLostError."""
         if content.nbytes:
             whole = torch.frombuffer(content, dtype=torch.uint8)

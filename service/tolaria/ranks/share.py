@@ -48,7 +48,7 @@ class Share:
         if isinstance(self.job, SharingJob):
             payload = self.job.share(batch, start, stop)
         else:
-            payload = divided(batch.payload, batch.samples, start, stop)
+            payload = split_payload(batch.payload, batch.samples, start, stop)
         seed_ids = None if batch.seed_ids is None else batch.seed_ids[start:stop]
         return Batch(payload, stop - start, seed_ids)
 
@@ -57,7 +57,7 @@ class Share:
         return (self.rank + 1) * batch.samples // self.world - self.rank * batch.samples // self.world
 
 
-def divided(payload: Any, samples: int, start: int, stop: int) -> Any:
+def split_payload(payload: Any, samples: int, start: int, stop: int) -> Any:
     """Returns some samples of a payload: of tensors and lists with one element per sample, in tuples, lists and dicts.
 
     A tuple of texts is a list too, as `default_collate` makes it. Numbers, texts and None belong to every sample.
@@ -65,10 +65,10 @@ def divided(payload: Any, samples: int, start: int, stop: int) -> Any:
     Raises:
         BrokenJobError: names the first part that is neither.
     """
-    return _divided(payload, samples, slice(start, stop), "payload")
+    return _split(payload, samples, slice(start, stop), "payload")
 
 
-def _divided(payload: Any, samples: int, part: slice, name: str) -> Any:
+def _split(payload: Any, samples: int, part: slice, name: str) -> Any:
     if isinstance(payload, (Tensor, np.ndarray)):
         if payload.ndim and len(payload) == samples:
             return payload[part]
@@ -76,17 +76,15 @@ def _divided(payload: Any, samples: int, part: slice, name: str) -> Any:
     if payload is None or isinstance(payload, (bool, int, float, str)):
         return payload
     if isinstance(payload, MutableMapping):
-        divided_items = copy.copy(payload)  # of its class, which may offer more than a dict
-        divided_items.update(
-            {key: _divided(value, samples, part, f"{name}[{key!r}]") for key, value in payload.items()}
-        )
-        return divided_items
+        found = copy.copy(payload)  # of its class, which may offer more than a dict
+        found.update({key: _split(value, samples, part, f"{name}[{key!r}]") for key, value in payload.items()})
+        return found
     if isinstance(payload, (list, tuple)):
         if len(payload) == samples and not hasattr(payload, "_fields") and not any(map(_is_part, payload)):
             if samples > 1 and all(isinstance(each, list) and len(each) == samples for each in payload):
                 raise _indivisible(name, f"a list of {samples} lists of {samples} values", samples)
             return payload[part]
-        values = [_divided(value, samples, part, f"{name}[{n}]") for n, value in enumerate(payload)]
+        values = [_split(value, samples, part, f"{name}[{n}]") for n, value in enumerate(payload)]
         return type(payload)(*values) if hasattr(payload, "_fields") else type(payload)(values)
     raise _indivisible(name, f"a {type(payload).__name__}", samples)
 

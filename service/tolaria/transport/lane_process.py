@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import signal
 import socket
 import sys
@@ -23,7 +22,7 @@ from anyio.abc import TaskGroup
 
 from tolaria.cgroups import oom_kills
 from tolaria.config import Settings, child_environment
-from tolaria.config.ranks import RAISED
+from tolaria.config.ranks import RAISED, RANK_ENDED
 from tolaria.errors import ChildFailedError, LaneFailedError, TolariaError
 from tolaria.images import StateImage
 from tolaria.lane.encoding import to_bytes
@@ -51,7 +50,6 @@ _LINE_MAX: Final = 2000
 _LINES_KEPT: Final = 200
 _LINES_SHOWN: Final = 5
 _CHECKPOINT_ID: Final = 1
-_RANK_ENDS: Final = re.compile(r"rank \d+ of \d+ (was killed|ended)")
 _CRASHES: Final = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP}
 """Signals that a process gets by what it does; others come from outside."""
 
@@ -299,7 +297,7 @@ class _End:
         killed = self.code is not None and self.code < 0
         crash = next((n for n, line in enumerate(self.lines) if line.startswith("Current thread")), -_LINES_SHOWN)
         shown = "\n".join([*self.lines][crash:][:_LINES_SHOWN]).strip()
-        ends = next((line for line in reversed(self.lines) if _RANK_ENDS.match(line)), "")  # as the agent says it
+        ends = next((line for line in reversed(self.lines) if RANK_ENDED.match(line)), "")  # as the agent says it
         shown = "\n".join(text for text in (ends, shown.replace(ends, "").strip()) if text)
         detail = detail.partition(": ")[0] + (f": {shown}" if shown else "")
         if killed:

@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
+from support.processes import python_path
 from tolaria.config import Settings
 from tolaria.lane import hosting
 from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.lane.process import Received
 from tolaria.signals.lane_page import LanePage
 from tolaria.wire import Frame, FrameKind
+
+
+def test_a_rank_that_hangs_ends_itself(tmp_path: Path) -> None:
+    """Once its lane has been silent for too long, so that the leader does not wait for it; a rest is no silence."""
+    script = f"""
+import threading, time
+from tolaria.config import Settings
+from tolaria.lane.hosting import end_when_silent
+from tolaria.lane.process import dump_stacks_on_request
+from tolaria.signals.lane_page import LanePage, PagePulse
+settings = Settings.model_validate(
+    {{"state": {{"dir": {str(tmp_path)!r}}}, "emergency": {{"heartbeat_timeout_s": 1.0, "phase_timeout_s": 1.0}}}}
+)
+dump_stacks_on_request(settings)
+page = LanePage.create()
+pulse = PagePulse(page, settings.emergency)
+threading.Thread(target=end_when_silent, args=(page,), daemon=True).start()
+time.sleep(2.5)
+print("rested", flush=True)
+with pulse.lane_works():
+    time.sleep(60)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False,
+        env=os.environ | {"PYTHONPATH": python_path()},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "rested\n")
+    assert "the rank has given no heartbeat" in done.stderr
+    assert "<string>" in (tmp_path / "stacks.txt").read_text()
 
 
 def test_silence_counts_from_the_moment_that_a_lane_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from tolaria.errors import BrokenJobError
 from tolaria.jobs import Batch
-from tolaria.ranks.share import Share, divided
+from tolaria.ranks.share import Share, split_payload
 
 Pair = namedtuple("Pair", ["x", "y"])  # noqa: PYI024 - as collate functions keep them
 
@@ -54,7 +54,7 @@ def test_one_rank_has_the_batch_itself() -> None:
 )
 def test_what_batches_are_made_of_is_divided(payload: Any, expected: Any) -> None:
     """Tensors and lists with one element for each sample, at any depth; what belongs to all samples stays."""
-    found = divided(payload, 4, 1, 3)
+    found = split_payload(payload, 4, 1, 3)
     assert type(found) is type(payload)
     match payload:
         case dict():
@@ -72,7 +72,7 @@ def test_what_batches_are_made_of_is_divided(payload: Any, expected: Any) -> Non
 def test_mappings_stay_of_their_class(kind: Any) -> None:
     """As those of tokenizers, which models take by attribute; the batch itself does not change."""
     given = kind({"ids": torch.arange(4)})
-    found = divided(given, 4, 0, 1)
+    found = split_payload(given, 4, 0, 1)
     assert type(found) is kind
     assert (found["ids"].tolist(), given["ids"].tolist()) == ([0], [0, 1, 2, 3])
 
@@ -90,7 +90,7 @@ def test_mappings_stay_of_their_class(kind: Any) -> None:
 def test_what_cannot_be_divided_is_named(payload: Any, words: str) -> None:
     """With what to do about it: dividing the wrong dimension would train on something else."""
     with pytest.raises(BrokenJobError, match=words) as raised:
-        divided(payload, 4, 0, 2)
+        split_payload(payload, 4, 0, 2)
     assert "share(batch, start, stop)" in str(raised.value)
 
 

@@ -11,6 +11,7 @@ import anyio
 import pytest
 
 from tolaria.config import LaneSettings, Settings
+from tolaria.config.ranks import RAISED
 from tolaria.errors import ConfigurationError, LaneFailedError, LaneLostError
 from tolaria.images import StateImage
 from tolaria.lane.messages import CaptureImage, Event, LaneEnded, LaneLost, LaneRestarted, RunEpoch, Stop
@@ -78,6 +79,16 @@ async def running(script: str, monkeypatch: pytest.MonkeyPatch, **settings: obje
             yield lane
         finally:
             lane.lane.abandon()
+
+
+async def test_an_exception_of_a_rank_that_does_not_lead_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent ends with the code of that rank, and its line comes first."""
+    text = "OSError: no file\\nrank 1 of 2 ended with code 85\\n"
+    script = f"say_ready(); say(Held(1, 1)); os.write(2, '{text}'.encode()); os._exit({RAISED})"
+    async with running(script, monkeypatch) as lane:
+        lost = await lane.until(LaneLost)
+        assert isinstance(lost, LaneLost)
+        assert (lost.kind, lost.cause) == ("raised", "rank 1 of 2 ended with code 85\nOSError: no file")
 
 
 @pytest.mark.parametrize(

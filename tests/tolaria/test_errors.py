@@ -16,7 +16,7 @@ from tolaria.cli import errors as cli_errors
 from tolaria.errors import NoGradientsError, StateMismatchError, TolariaError
 from tolaria.values.encoding import error_fields, error_from_fields
 
-PACKAGE = Path(errors.__file__).parent
+PACKAGE = Path(cli_errors.__file__).parents[1]
 TREES = [pytest.param(errors, id="errors"), pytest.param(cli_errors, id="cli")]
 NODE = re.compile(r"^(?P<branches>(?:│   |    )*)[├└]── (?P<names>\w+Error(?:[,:] +\w+Error)*)", re.MULTILINE)
 
@@ -41,7 +41,9 @@ def defined(module: ModuleType) -> dict[str, type[TolariaError]]:
     return {
         name: found
         for name, found in inspect.getmembers(module, inspect.isclass)
-        if issubclass(found, TolariaError) and found is not TolariaError and found.__module__ == module.__name__
+        if issubclass(found, TolariaError)
+        and found is not TolariaError
+        and f"{found.__module__}.".startswith(f"{module.__name__}.")
     }
 
 
@@ -60,7 +62,7 @@ def test_each_class_has_a_docstring(module: ModuleType) -> None:
 def test_errors_are_defined_in_their_trees_only() -> None:
     """No other module defines a subclass of TolariaError."""
     known = {*defined(errors), *defined(cli_errors), "TolariaError"}
-    homes = {Path(errors.__file__), Path(cli_errors.__file__)}
+    homes = {*Path(errors.__file__).parent.glob("*.py"), Path(cli_errors.__file__)}
     strays = [
         f"{file.relative_to(PACKAGE)}: {node.name}"
         for file in PACKAGE.rglob("*.py")

@@ -15,8 +15,7 @@ from torch.nn import functional
 
 from support.lane_driver import DrivenLane
 from support.user_jobs import Line
-from tolaria.config import Settings, TrainingSettings
-from tolaria.config.settings import FastPathSettings
+from tolaria.config import FastPathSettings, Settings, TrainingSettings
 from tolaria.errors import JobError
 from tolaria.jobs import HOST, Batch, Evaluation, JobContext, TensorCursor
 from tolaria.lane.build import build

@@ -1,0 +1,208 @@
+"""Settings of the training loop: what is trained, where, how fast, and which changes are allowed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, JsonValue
+
+from tolaria.config.fields import (
+    Milliseconds,
+    PositiveShare,
+    Seconds,
+    Section,
+    Share,
+)
+
+
+class ControlSettings(Section):
+    """The control loop at step and epoch boundaries."""
+
+    boundary_budget_ms: Milliseconds = 18.0
+    """Time that an epoch boundary may delay training. 18: state 3.5, Tamiyo 12, command 1.5, reserve 1."""
+
+    tamiyo_budget_ms: Milliseconds = 12.0
+    """Tamiyo's share of the boundary. 12: what the state and the command leave. A later answer is applied later."""
+
+    hook_budget_ms: Milliseconds = 3.5
+    """Time to build and send a request between epochs. 3.5: the same as the state's share of a boundary."""
+
+    max_staleness_steps: int = Field(default=1000, ge=0)
+    """Steps after which a late answer is dropped. 1000: a second of small steps, minutes of large ones."""
+
+    step_interval: int = Field(default=0, ge=0)
+    """Optimizer updates between requests to the controller, one at a time, newest state first. 0: at epochs only."""
+
+    boundary_slack_ms: Milliseconds = 4.0
+    """Delay of an epoch boundary beyond its budget that is no breach. 4: a busy machine wakes timers late."""
+
+    lr_factor_min: PositiveShare = 0.01
+    """Lowest learning rate that the controller may set, as a share of the schedule's. 0.01: training never stops."""
+
+    lr_factor_max: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 10.0
+    """Highest learning rate that the controller may set, as a multiple of the schedule's. 10: more diverges."""
+
+
+class TrainingSettings(Section):
+    """The training job."""
+
+    job: str = Field(default="digits", min_length=1)
+    """Name of an entry point in `tolaria.jobs`, or `package.module:factory`. digits: built in, needs no download."""
+
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    """Passed unchanged to the job's factory, which documents them."""
+
+    experiment: str = "default"
+    """Name that the controller sees and groups runs by."""
+
+    epochs: int = Field(default=20, ge=1, le=10**9)
+    """Passes over the data. 20: the built-in job exceeds 97 % accuracy by then."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Random seed of initialisation, shuffling and dropout. Fixed: a run that can be repeated can be debugged."""
+
+    deterministic: bool = False
+    """Bit-equal repeats: deterministic kernels, boundaries that wait for Tamiyo until its timeout. Off: slower."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    """auto: the first accelerator, or the CPU if there is none."""
+
+    accumulate: int = Field(default=1, ge=1, le=10**6)
+    """Microbatches per optimizer update. 1: no accumulation."""
+
+    clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Maximum total gradient norm; larger gradients are scaled down. 0: off, as the job may clip gradients itself."""
+
+    threads: int = Field(default=0, ge=0, le=1024)
+    """CPU threads of torch. 0: one fewer than the cores, at least 1, so that RPCs have a core."""
+
+
+class OptimizerSettings(Section):
+    """Learning rates and optimizer rebuilds. Schedules count optimizer updates of the whole run."""
+
+    policy: Literal["constant", "cosine", "step"] = "constant"
+    """Schedule of the host's learning rate. constant: the rate of the job's optimizer."""
+
+    period_steps: int = Field(default=0, ge=0)
+    """Period of cosine, or updates between two decays of step. 0, for cosine: the rest of the run."""
+
+    floor: Share = 0.0
+    """Lowest factor that the policy reaches. 0: cosine anneals to zero."""
+
+    decay: PositiveShare = 0.1
+    """Factor of each decay of step. 0.1: the usual value."""
+
+    after_period: Literal["hold", "restart"] = "hold"
+    """What cosine does after its period. hold: an extended run has no jump in its learning rate."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Updates of linear warm-up. 0: none, as small models need none."""
+
+    warmup_floor: Share = 0.0
+    """Factor at the start of the warm-up. 0: the usual value."""
+
+    seed_factor: PositiveShare = 0.1
+    """A seed's learning rate as a share of the host's. 0.1: the seed joins a host that is already trained."""
+
+    seed_warmup_steps: int = Field(default=100, ge=0)
+    """Updates of a seed's warm-up. 100: its optimizer moments settle before large updates."""
+
+    seed_warmup_floor: Share = 0.1
+    """Factor at the start of a seed's warm-up. 0.1: the seed learns from its first step."""
+
+    lr_floor: Annotated[float, Field(ge=0, le=1)] = 1e-8
+    """Lower bound of learning rates for adjustments. 1e-8: a lower rate has no effect."""
+
+    lr_ceiling: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    """Upper bound of learning rates for adjustments. 10: a higher rate is a typing error."""
+
+    rebuild_min_interval_steps: int = Field(default=10, ge=0)
+    """Minimum updates between two rebuilds. 10: a faulty controller cannot keep the lane busy with rebuilds."""
+
+
+class LaneSettings(Section):
+    """The lane, which computes: in which process it runs, and how often it is started again."""
+
+    mode: Literal["thread", "process", "torchrun"] = "process"
+    """process: in a child process, so that what kills it does not end the service; on Linux. thread: for debugging.
+
+    torchrun: in lane.processes child processes, the ranks of a group, which train one model on shares of each batch.
+    """
+
+    processes: int = Field(default=1, ge=1, le=256)
+    """Ranks in mode torchrun, each with a device of its kind: the CPU, or one GPU each."""
+
+    restarts_max: int = Field(default=10, ge=0, le=1000)
+    """Times within lane.restarts_within_s that a lane which died is started again; then the run fails."""
+
+    restarts_within_s: Seconds = 3600.0
+    """Time over which deaths are counted. 3600: ten deaths in an hour are no accident."""
+
+    restart_pause_s: Seconds = 0.1
+    """Pause before a restart; it doubles with each further one of a lane that lives less than a minute."""
+
+    restart_pause_max_s: Seconds = 60.0
+    """Longest pause. 60: a full device or a missing mount may come back."""
+
+
+class FastPathSettings(Section):
+    """Fast paths of PyTorch. auto enables one where the device gains by it; `tolaria status` shows what is active."""
+
+    fused: Literal["auto", "off"] = "auto"
+    """Fused or foreach optimizer kernels. auto: a fused Adam takes 0.6 to 0.8 of the time of the plain one."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the model. auto: on with CUDA; small models on a CPU do not recover the compile time."""
+
+    amp: Literal["auto", "bfloat16", "float16", "off"] = "off"
+    """Mixed precision; auto: the best that CUDA supports. off: it changes results, so it is an explicit choice."""
+
+    tf32: Literal["auto", "off"] = "auto"
+    """TF32 matrix products on CUDA. auto: on, unless the run is deterministic."""
+
+    pin_memory: Literal["auto", "off"] = "auto"
+    """Pinned memory and non-blocking copies on CUDA. auto: on."""
+
+
+class SeedsSettings(Section):
+    """Seeds, the networks grafted into the host."""
+
+    enabled: bool = True
+    """Graft seeds when the controller asks for it. Off: the model stays as the job builds it."""
+
+    active_max: int = Field(default=4, ge=0, le=1000)
+    """Seeds that grow at the same time; further ones are refused. 4: each costs a backward pass per step."""
+
+    fossilized_max: int = Field(default=8, ge=0, le=1000)
+    """Seeds that may become a permanent part of the model. 8: each makes every step slower."""
+
+    isolation: bool = True
+    """Keep gradients of seeds that are not blending from the host. On: a seed affects the host after it has trained."""
+
+    cull_steps: int = Field(default=100, ge=1)
+    """Updates over which a culled seed fades out. 100: the host adapts without a jump."""
+
+
+class GradientsSettings(Section):
+    """How gradients of several sources are merged."""
+
+    mode: Literal["seed", "microbatch", "sum"] = "seed"
+    """PCGrad across sources, across microbatches, or a plain sum. seed: conflicts arise between seeds and host."""
+
+    attribution: Literal["off", "dataloader", "kasmina"] = "off"
+    """Divide the host's gradient among seeds by the batch's seed_ids or Kasmina's weights. off: seeds have own rows."""
+
+    layer_norms_top_k: int = Field(default=0, ge=0, le=1000)
+    """Layers with the largest gradient norms exported per seed. 0: none, as each is a time series in Prometheus."""
+
+    compact: bool = False
+    """One seed_health event per seed and epoch instead of one per exceeded threshold. Off: thresholds are visible."""
+
+    share_jump: Share = 0.3
+    """Smallest reported change of a seed's gradient share between epochs. 0.3: more than shares usually vary."""
+
+    seed_conflict: Share = 0.5
+    """Share of the other sources in conflict with a seed from which it is reported. 0.5: it opposes most of them."""
+
+    conflict: Annotated[float, Field(ge=0)] = 0.75
+    """Smallest reported conflict rate over all sources. 0.75: the sources mostly oppose each other."""

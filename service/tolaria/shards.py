@@ -65,6 +65,13 @@ def sharded_like(part: Tensor, like: Tensor) -> Tensor:
     return found
 
 
+def sharded_alike(part: Tensor, like: Tensor) -> Tensor:
+    """Returns a tensor of another shape with the placement of `like`, of which each rank has such a part."""
+    made: Any = part if not is_sharded(like) else type(like).from_local(part, like.device_mesh, like.placements)
+    found: Tensor = made
+    return found
+
+
 def on_all_parts(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
     """Returns for each tensor whether its flag is true on all ranks, each of which has to call this if one is sharded.
 

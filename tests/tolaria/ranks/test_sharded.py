@@ -74,6 +74,12 @@ def test_a_parameter_that_stays_whole_is_refused() -> None:
     assert "shard() leaves parameter 'inner.weight' whole" in leader
 
 
+def test_a_fused_kernel_that_knows_no_parts_is_not_used() -> None:
+    """As that of SGD; the optimizer computes without it."""
+    leader, _ = train("ExactJob", deterministic=False)
+    assert len(leader["losses"]) == 8
+
+
 def test_a_rank_that_has_gone_is_not_the_job_s_fault() -> None:
     """Also if the job's own forward or backward pass is where that is noticed."""
     leader, follower = train("FailingRankJob", options={"fails_on": 1, "fails_at": 5})

@@ -116,6 +116,14 @@ class DividedTwiceJob(ExactJob):
         return LoaderCursor(DataLoader(data, batch_size=7, sampler=sampler), seed=0)
 
 
+class LoaderJob(ExactJob):
+    """A shuffled DataLoader with a worker process."""
+
+    def training_data(self) -> LoaderCursor:  # type: ignore[override]
+        loader = DataLoader(TensorDataset(self.x, self.y), batch_size=7, shuffle=True, num_workers=1)
+        return LoaderCursor(loader, seed=0)
+
+
 class FailingRankJob(ExactJob):
     """Options: `fails_on` (rank) and `fails_at` (call of losses): raises there only."""
 

@@ -240,14 +240,14 @@ def _take_microbatches(
             read = module.next_batch()
         if read is None:
             break
-        batch = on_device(module.share.of(read), module.device, pinned=module.fast_paths.pins_memory)
+        batch = on_device(module.training_share.of(read), module.device, pinned=module.fast_paths.pins_memory)
         taken.waited_s += time.monotonic() - asked_s
         if not number:
             module.clear_gradients()
             taken.planned_samples = read.samples * module.accumulate
             module.merger.begin(module.global_step, module.accumulate)
         taken.read += read.samples
-        taken.counted = module.share.counted(read)
+        taken.counted = module.training_share.counted(read)
         module.save_microbatch(gradients=thorough)
         with mark("forward"), module.fast_paths.autocast(), module.seeds.groups_as_built():
             losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)

@@ -133,7 +133,7 @@ class TrainModule:
         regimes_begun: events of changed tasks that the lane has not taken yet.
         skip_streak: steps in a row that were skipped most recently.
         last_good: a batch of the last step that was not skipped, as the cursor returned it.
-        share: this rank's part of each batch.
+        share: this rank's part of each validation batch; `training_share` is that of training batches.
         undone: False if something that was left out could not be undone; `train_step` reports and resets it.
         parameters: trainable parameters in the optimizer.
         clip_groups: the same parameters, in groups that are clipped separately; the host's is the first.
@@ -175,7 +175,7 @@ class TrainModule:
         self.skip_streak = 0
         self.last_good: Batch | None = None
         self.undone = True
-        self.share = Share()
+        self.share = self.training_share = Share()
         self._group: Group | None = None
         self._seed = settings.training.seed
         self._buffers, self._microbatch_buffers = SavedBuffers(model), SavedBuffers(model)

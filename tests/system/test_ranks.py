@@ -130,6 +130,8 @@ def test_what_operators_do_works_on_the_group(peers: list[str], tmp_path: Path) 
     ):
         wait_for(lambda: status(stub).global_step > 100)
         ranks = {rank.rank: (rank.pid, rank.device) for rank in status(stub).ranks}
+        wait_for(lambda: all(rank.memory_bytes > 2**20 for rank in status(stub).ranks))
+        assert sum(rank.rank_wait_s for rank in status(stub).ranks) > 0
         assert ranks == {rank: (pid, "cpu") for rank, pid in ranks_of(agent_of(service)).items()}
         assert listeners(agent_of(service), *ranks_of(agent_of(service)).values()) == {"loopback"}
         operate(stub, "one")

@@ -101,6 +101,7 @@ async def serving_run(run: RunUnderTest) -> AsyncIterator[grpc.aio.Channel]:
             complete=lambda _status: None,
             closing=anyio.Event(),
             interval_s=60.0,
+            telemetry=run.core.telemetry,
         )
         async with serving_parts(parts) as channel:
             yield channel

@@ -106,6 +106,7 @@ class SafetyTelemetry(RunObserver):
         signal = notice.signal
         self._emitter.emit(
             events.EMERGENCY_BROADCASTS[signal.level],
+            self._bypass_delivered if signal.level in CRITICAL_LEVELS else None,
             emergency_level=level_name(signal.level),
             reason=signal.reason,
             origin=signal.origin,
@@ -172,9 +173,11 @@ class SafetyTelemetry(RunObserver):
             self._emitter.emit(events.EMERGENCY_BROADCAST_FAILED, reason=reason, detail=report.error)
             return
         metrics.emergency_broadcasts_total.inc()
-        if report.notice.signal.level in CRITICAL_LEVELS:
-            metrics.emergency_bypass_applied_total.inc()
         metrics.emergency_last_broadcast_latency_ms.set(report.latency_ns / _NS_PER_MS)
+
+    def _bypass_delivered(self) -> None:
+        """Counts a critical broadcast that is out of this process. Called from any thread."""
+        self._metrics.emergency_bypass_applied_total.inc()
 
     def _level(self, level: enums.EmergencyLevel.ValueType) -> None:
         self._metrics.emergency_level.set(level)

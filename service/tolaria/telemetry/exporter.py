@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anyio
 import anyio.to_thread
 from aiohttp import web
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
-from tolaria.telemetry.metrics import Metrics, with_counters
+from tolaria.telemetry.metrics import Metrics, gently_collected, with_counters
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +49,11 @@ async def exporter(
 
 
 def _application(metrics: Metrics, readiness: Callable[[], Readiness]) -> web.Application:
-    one_at_a_time = anyio.CapacityLimiter(1)
+    renderer = _Renderer(metrics.registry)
 
     async def render(request: web.Request) -> web.Response:
         encode, content_type = _encoder(request.headers.get("Accept", ""))
-        # In a thread: rendering takes milliseconds, which would count against the budget of an epoch boundary.
-        body = await anyio.to_thread.run_sync(encode, metrics.registry, limiter=one_at_a_time)
-        if content_type.startswith("text/plain"):
-            body = with_counters(body)
+        body = await renderer.body(encode, content_type)
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def live(_request: web.Request) -> web.Response:
@@ -71,7 +69,65 @@ def _application(metrics: Metrics, readiness: Callable[[], Readiness]) -> web.Ap
     return application
 
 
-def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
+class _GentleRegistry(Collector):
+    """The registry as encoders use it, for a thread beside an event loop."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields the metrics, with pauses."""
+        return gently_collected(self._registry)
+
+
+@dataclass(slots=True)
+class _Rendering:
+    """A response that will be rendered; `over` is set once it is, or has failed."""
+
+    over: anyio.Event = field(default_factory=anyio.Event)
+    body: bytes | None = None
+
+
+class _Renderer:
+    """Renders metrics in a thread, since it takes many milliseconds, one response at a time.
+
+    Requests that wait for their turn get the same response, which is rendered after all of them have arrived.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = _GentleRegistry(registry)
+        self._one_at_a_time = anyio.CapacityLimiter(1)
+        self._next: dict[str, _Rendering] = {}
+
+    async def body(self, encode: Callable[[Collector], bytes], content_type: str) -> bytes:
+        """Returns all metrics in a format."""
+        while True:
+            rendering = self._next.get(content_type)
+            if rendering is None:
+                return await self._render(encode, content_type)
+            await rendering.over.wait()
+            if rendering.body is not None:  # else the request that had it rendered was cancelled
+                return rendering.body
+
+    async def _render(self, encode: Callable[[Collector], bytes], content_type: str) -> bytes:
+        rendering = self._next[content_type] = _Rendering()
+        try:
+            async with self._one_at_a_time:
+                del self._next[content_type]  # what arrives from now on needs newer values
+                is_plain = content_type.startswith("text/plain")
+                rendering.body = await anyio.to_thread.run_sync(_encoded, encode, self._registry, is_plain)
+            return rendering.body
+        finally:
+            if self._next.get(content_type) is rendering:
+                del self._next[content_type]
+            rendering.over.set()
+
+
+def _encoded(encode: Callable[[Collector], bytes], registry: Collector, is_plain: bool) -> bytes:
+    return with_counters(encode(registry)) if is_plain else encode(registry)
+
+
+def _encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:
     """The encoder and content type for an Accept header; plain text if the library cannot parse the header."""
     try:
         encode, content_type = choose_encoder(accept)

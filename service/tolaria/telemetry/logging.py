@@ -26,6 +26,9 @@ _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _QUEUE_LINES_MAX = 8192
 _FLUSH_TIMEOUT_S = 1.0
 
+ON_WRITTEN = "_on_written"
+"""Key of an event whose value is called, in the writer's thread, once the event's line has been written."""
+
 Priority = Literal["normal", "high", "critical"]
 
 
@@ -105,6 +108,7 @@ class LineWriter:
     def _run(self) -> None:
         while (taken := self._take()) is not None:
             priority, event = taken
+            on_written = event.pop(ON_WRITTEN, None)
             rendered: Any = event
             for render in self._renderers:
                 rendered = render(None, event["level"], rendered)
@@ -113,6 +117,9 @@ class LineWriter:
                 self._stream.flush()
             except (OSError, ValueError):  # a broken pipe; a closed stream
                 self._on_dropped(priority)
+            else:
+                if on_written is not None:
+                    on_written()
 
     def _take(self) -> tuple[Priority, EventDict] | None:
         """Waits for an event; returns None once closing and all are written."""

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import anyio
 import anyio.to_thread
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Metric
+from prometheus_client import Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from tolaria.telemetry.metrics import Metrics, gently_collected, with_counters
+from tolaria.telemetry.metrics import Metrics, with_counters
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ async def exporter(
 
 
 def _application(metrics: Metrics, readiness: Callable[[], Readiness]) -> web.Application:
-    renderer = _Renderer(metrics.registry)
+    renderer = _Renderer(metrics)
 
     async def render(request: web.Request) -> web.Response:
         encode, content_type = _encoder(request.headers.get("Accept", ""))
@@ -69,15 +69,15 @@ def _application(metrics: Metrics, readiness: Callable[[], Readiness]) -> web.Ap
     return application
 
 
-class _GentleRegistry(Collector):
-    """The registry as encoders use it, for a thread beside an event loop."""
+class _AllMetrics(Collector):
+    """The metrics as encoders want them."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        """Yields the metrics, with pauses."""
-        return gently_collected(self._registry)
+        """Yields them; for a thread."""
+        return self._metrics.collected()
 
 
 @dataclass(slots=True)
@@ -94,8 +94,8 @@ class _Renderer:
     Requests that wait for their turn get the same response, which is rendered after all of them have arrived.
     """
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = _GentleRegistry(registry)
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = _AllMetrics(metrics)
         self._one_at_a_time = anyio.CapacityLimiter(1)
         self._next: dict[str, _Rendering] = {}
 
@@ -115,7 +115,7 @@ class _Renderer:
             async with self._one_at_a_time:
                 del self._next[content_type]  # what arrives from now on needs newer values
                 is_plain = content_type.startswith("text/plain")
-                rendering.body = await anyio.to_thread.run_sync(_encoded, encode, self._registry, is_plain)
+                rendering.body = await anyio.to_thread.run_sync(_encoded, encode, self._metrics, is_plain)
             return rendering.body
         finally:
             if self._next.get(content_type) is rendering:
@@ -123,8 +123,8 @@ class _Renderer:
             rendering.over.set()
 
 
-def _encoded(encode: Callable[[Collector], bytes], registry: Collector, is_plain: bool) -> bytes:
-    return with_counters(encode(registry)) if is_plain else encode(registry)
+def _encoded(encode: Callable[[Collector], bytes], metrics: Collector, is_plain: bool) -> bytes:
+    return with_counters(encode(metrics)) if is_plain else encode(metrics)
 
 
 def _encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:

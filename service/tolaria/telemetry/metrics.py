@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 from prometheus_client import (
@@ -86,20 +87,6 @@ def unit_of(name: str) -> str:
     return next((unit for suffix, unit in UNITS.items() if stem.endswith(suffix)), "")
 
 
-def gently_collected(registry: CollectorRegistry) -> Iterator[Metric]:
-    """Yields the registry's metrics, and lets other threads run after each millisecond of that. Not for an event loop.
-
-    A thread that computes gives up the interpreter only every 5 ms if another one waits for it, and the event loop,
-    which waits at every turn, would be held up each time.
-    """
-    began_s = time.perf_counter()
-    for metric in registry.collect():
-        yield metric
-        if time.perf_counter() - began_s > _SLICE_S:
-            time.sleep(_PAUSE_S)
-            began_s = time.perf_counter()
-
-
 def start_at_zero(metric: Counter | Histogram, series: Iterable[tuple[str, ...]]) -> None:
     """Creates the series with these labels, so that a rate over them is right from the first increase on."""
     for labels in series:
@@ -121,12 +108,27 @@ class Metrics:
         self._declare_rollback()
         self._declare_process()
         self._declare_telemetry()
-        ProcessCollector(registry=self.registry)  # process_*: memory, CPU time and descriptors of the service's process
+        self._process: ProcessCollector | None = None
 
     @property
     def catalogue(self) -> tuple[MetricSpec, ...]:
         """All declared metrics, in the order of their declaration; without those of the process."""
         return tuple(self._catalogue)
+
+    def collected(self) -> Iterator[Metric]:
+        """Yields all metrics, those of the process last, for a thread: it reads files, and pauses every millisecond.
+
+        A thread that computes gives up the interpreter only every 5 ms if another one waits for it, and the event loop,
+        which waits at every turn, would be held up each time.
+        """
+        if self._process is None:
+            self._process = ProcessCollector(registry=None)
+        began_s = time.perf_counter()
+        for metric in chain(self.registry.collect(), self._process.collect()):
+            yield metric
+            if time.perf_counter() - began_s > _SLICE_S:
+                time.sleep(_PAUSE_S)
+                began_s = time.perf_counter()
 
     def _declare_training(self) -> None:
         self.epochs_total = self._tally("epochs.total", "Completed epochs.")

@@ -22,7 +22,7 @@ from leyline.v1.admin_service_pb2 import (
 )
 from leyline.v1.telemetry_pb2 import MetricPoint, SystemHealth, TelemetryEvent, TelemetryPacket, TraceSpan
 from tolaria.telemetry.logging import LogContext
-from tolaria.telemetry.metrics import Metrics, gently_collected, unit_of
+from tolaria.telemetry.metrics import Metrics, unit_of
 from tolaria.telemetry.subscriptions import TelemetryStream
 from tolaria.telemetry.tracing import Tracer
 
@@ -122,7 +122,7 @@ class Packets:
 
     def _packet_of_epoch(self, epoch: _Epoch) -> TelemetryPacket:
         packet = _packet(enums.TELEMETRY_LEVEL_INFO, epoch.at_ns, epoch.health)
-        packet.metrics.extend(points(gently_collected(self._metrics.registry)))
+        packet.metrics.extend(points(self._metrics.collected()))
         packet.spans.extend(epoch.spans)
         return packet
 

@@ -52,7 +52,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "peers": ("clients", "connect", "consultation", "verification"),
     "ranks": ("agent", "child", "elastic", "group", "images", "share"),
-    "reference": ("embedded", "history", "kasmina", "lifecycle", "policy", "rollback", "server", "tamiyo"),
+    "reference": ("embedded", "history", "kasmina", "lifecycle", "policy", "rollback", "server", "tamiyo", "tracing"),
     "resilience": ("breaker", "conservative", "deadline"),
     "rollback": ("coordinator", "protocol"),
     "rpc": ("admin", "listing", "requests", "status", "telemetry"),

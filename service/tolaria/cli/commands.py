@@ -220,6 +220,7 @@ def peer(
     from tolaria.config import Address
     from tolaria.reference.server import serve_peer
     from tolaria.telemetry.logging import LogContext, logging_to
+    from tolaria.telemetry.tracing import tracing
 
     settings = _settings(config_file, overrides)
     try:
@@ -236,10 +237,13 @@ def peer(
         while_stdin=while_stdin,
     )
     # A peer has no metrics that could count lines dropped by its log.
-    with logging_to(sys.stderr, settings.logging, LogContext(), on_dropped=lambda _priority: None):
+    with (
+        logging_to(sys.stderr, settings.logging, LogContext(), on_dropped=lambda _priority: None),
+        tracing(settings.telemetry, name.value) as tracer,
+    ):
         gc.freeze()  # what has been imported stays until the end, which is quicker without it
         gc.enable()
-        anyio.run(serve_until_stopped)
+        anyio.run(partial(serve_until_stopped, tracer=tracer))
 
 
 @app.command()

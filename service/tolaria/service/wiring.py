@@ -45,7 +45,7 @@ from tolaria.run.restorer import LaneRestorer
 from tolaria.run.revival import Revival
 from tolaria.run.run import TrainingRun
 from tolaria.run.run_state import Lifecycle
-from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, Safeguards, Safety
+from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, REASONS, Safeguards, Safety
 from tolaria.run.safety_telemetry import SafetyTelemetry
 from tolaria.run.seed_telemetry import SeedTelemetry
 from tolaria.run.status import RunStatus
@@ -138,6 +138,7 @@ class Core:
             BREAKERS,
             degraded=foundation.board.degraded,
             newest_checkpoint_ns=foundation.newest_checkpoint_ns,
+            reasons=REASONS,
         )
         ended = [row for row in foundation.open_emergencies if row != foundation.active_halt]
         self.observers = Observers(

@@ -49,6 +49,10 @@ class LogContext:
         return event
 
 
+_CLIENT_GONE = "ExecuteBatchError"
+"""What gRPC raises, and reports as an error, when a client leaves while a response is written to it."""
+
+
 class LineWriter:
     """Renders events and writes them to a stream, in a daemon thread that runs while the context is open.
 
@@ -140,6 +144,9 @@ class _StandardRecords(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Logs a record, with the traceback of its exception."""
         log = structlog.get_logger()
+        if record.exc_info and record.exc_info[0] and record.exc_info[0].__name__ == _CLIENT_GONE:
+            log.info("client_gone", detail=record.getMessage())
+            return
         write = log.error if record.levelno >= logging.ERROR else log.warning
         write(record.getMessage(), logger=record.name, exc_info=record.exc_info)
 

@@ -34,6 +34,11 @@ class Tracer:
         self.current: SpanContext | None = None
         """The epoch or boundary in which the run is, to which what it begins belongs."""
 
+    @property
+    def exports(self) -> bool:
+        """Whether spans are exported."""
+        return self._exporter is not None
+
     def begin(self, parent: SpanContext | None = None) -> SpanContext:
         """Returns the context of a span that begins now: a child of `parent`, or the root of a new trace."""
         if parent is not None:

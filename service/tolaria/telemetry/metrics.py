@@ -32,8 +32,9 @@ RECOVERY_BUCKETS_S = (0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 30.0, 60.0, 120.
 CHECKPOINT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
-UNITS: Final = {"_seconds": "s", "_ms": "ms", "_bytes": "By", "_ratio": "1", "_share": "1"}
-"""Units, as UCUM writes them, by how names end; `_total`, `_sum` and `_last` may follow or be part of it."""
+_SHARES: Final = dict.fromkeys(("ratio", "share", "share_delta", "fraction", "accuracy"), "1")
+UNITS: Final = {"_seconds": "s", "_ms": "ms", "_bytes": "By"} | _SHARES
+"""Units, as UCUM writes them, by how names end, apart from `_total` and `_sum`."""
 
 _SLICE_S, _PAUSE_S = 0.001, 0.0002
 

@@ -49,7 +49,7 @@ async def exporter(
 
 
 def _application(metrics: Metrics, readiness: Callable[[], Readiness]) -> web.Application:
-    renderer = _Renderer(metrics)
+    renderer = Renderer(metrics)
 
     async def render(request: web.Request) -> web.Response:
         encode, content_type = _encoder(request.headers.get("Accept", ""))
@@ -88,7 +88,7 @@ class _Rendering:
     body: bytes | None = None
 
 
-class _Renderer:
+class Renderer:
     """Renders metrics in a thread, since it takes many milliseconds, one response at a time.
 
     Requests that wait for their turn get the same response, which is rendered after all of them have arrived.

@@ -69,7 +69,7 @@ def _application(metrics: Metrics, readiness: Callable[[], Readiness]) -> web.Ap
     return application
 
 
-class _AllMetrics(Collector):
+class AllMetrics(Collector):
     """The metrics as encoders want them."""
 
     def __init__(self, metrics: Metrics) -> None:
@@ -95,7 +95,7 @@ class Renderer:
     """
 
     def __init__(self, metrics: Metrics) -> None:
-        self._metrics = _AllMetrics(metrics)
+        self._metrics = AllMetrics(metrics)
         self._one_at_a_time = anyio.CapacityLimiter(1)
         self._next: dict[str, _Rendering] = {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Final
@@ -19,6 +19,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
+from prometheus_client.samples import Sample
 
 # Otherwise each counter and histogram has a second series with its creation time.
 disable_created_metrics()  # type: ignore[no-untyped-call] # the library does not annotate this function
@@ -94,6 +95,33 @@ def start_at_zero(metric: Counter | Histogram, series: Iterable[tuple[str, ...]]
         metric.labels(*labels)
 
 
+class _Pace:
+    """Pauses at the end of each slice of time."""
+
+    def __init__(self, pause: Callable[[float], None]) -> None:
+        self._pause = pause
+        self._began_s = time.perf_counter()
+
+    def keep(self) -> None:
+        """Pauses if the slice is over."""
+        if time.perf_counter() - self._began_s > _SLICE_S:
+            self._pause(_PAUSE_S)
+            self._began_s = time.perf_counter()
+
+
+class _PacedSamples(list[Sample]):
+    """Samples that keep a pace while something iterates over them."""
+
+    def __init__(self, samples: Iterable[Sample], pace: _Pace) -> None:
+        super().__init__(samples)
+        self._pace = pace
+
+    def __iter__(self) -> Iterator[Sample]:
+        for sample in super().__iter__():
+            yield sample
+            self._pace.keep()
+
+
 class Metrics:
     """All metrics, on one registry. Attributes are named like the metrics, with underscores for dots."""
 
@@ -116,20 +144,20 @@ class Metrics:
         """All declared metrics, in the order of their declaration; without those of the process."""
         return tuple(self._catalogue)
 
-    def collected(self) -> Iterator[Metric]:
+    def collected(self, pause: Callable[[float], None] = time.sleep) -> Iterator[Metric]:
         """Yields all metrics, those of the process last, for a thread: it reads files, and pauses every millisecond.
 
         A thread that computes gives up the interpreter only every 5 ms if another one waits for it, and the event loop,
-        which waits at every turn, would be held up each time.
+        which waits at every turn, would be held up each time. The samples of a metric pause in the same way when they
+        are iterated over.
         """
         if self._process is None:
             self._process = ProcessCollector(registry=None)
-        began_s = time.perf_counter()
+        pace = _Pace(pause)
         for metric in chain(self.registry.collect(), self._process.collect()):
+            metric.samples = _PacedSamples(metric.samples, pace)
             yield metric
-            if time.perf_counter() - began_s > _SLICE_S:
-                time.sleep(_PAUSE_S)
-                began_s = time.perf_counter()
+            pace.keep()
 
     def _declare_training(self) -> None:
         self.epochs_total = self._tally("epochs.total", "Completed epochs.")

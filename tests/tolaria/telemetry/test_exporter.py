@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
@@ -115,11 +116,11 @@ class CountedMetrics(Metrics):
         self.gate, self.entered = threading.Event(), threading.Event()
         self.threads: list[str] = []
 
-    def collected(self) -> Iterator[Metric]:
+    def collected(self, pause: Callable[[float], None] = time.sleep) -> Iterator[Metric]:
         self.threads.append(threading.current_thread().name)
         self.entered.set()
         assert self.gate.wait(20)
-        return super().collected()
+        return super().collected(pause)
 
 
 async def test_rendering_does_not_hold_up_the_event_loop() -> None:

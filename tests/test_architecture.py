@@ -41,7 +41,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
     "gradients": ("accumulate", "flat", "gram", "pcgrad", "rows", "seed_metrics", "sharded", "tracker", "weights"),
     "jobs": ("data", "digits", "indexed", "job", "loader", "randomness", "workers"),
-    "journal": ("async_journal", "database", "reader", "rows"),
+    "journal": ("async_journal", "database", "reader", "reserve", "rows"),
     "lane": (
         "buffers", "build", "commands", "connection", "device", "encoding", "fast_paths", "first_look",
         "gradient_merge", "group_commands", "group_state", "hosting", "job_effects", "job_output", "lane", "messages",

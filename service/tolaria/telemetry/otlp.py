@@ -5,9 +5,13 @@ The SDK reads the OTEL_* variables for endpoint, headers, sampling, limits, batc
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
+import time
 from typing import Final
 
+import structlog
 from opentelemetry import trace
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -21,6 +25,9 @@ from tolaria import __version__
 from tolaria.config import TraceEnvironment
 from tolaria.values.spans import ERROR, KIND, TRACE_ID
 
+LOG_INTERVAL_S: Final = 600.0
+"""Seconds between two log lines about traces that cannot be sent."""
+
 _KINDS: Final = {"client": SpanKind.CLIENT, "server": SpanKind.SERVER}
 
 
@@ -32,6 +39,10 @@ class OtlpExporter:
         if not environment.service_name:  # what is given here overrides the environment
             resource[SERVICE_NAME] = service_name
         self._ids = _GivenIds()
+        self._log = _SeldomLogged()
+        logger = logging.getLogger("opentelemetry")
+        logger.addHandler(self._log)
+        logger.propagate = False
         self._provider = TracerProvider(
             resource=Resource.create(resource), id_generator=self._ids, shutdown_on_exit=False
         )
@@ -67,6 +78,27 @@ class OtlpExporter:
         closing = threading.Thread(target=self._provider.shutdown, name="tolaria-traces", daemon=True)
         closing.start()
         closing.join(timeout_s)
+        logger = logging.getLogger("opentelemetry")
+        logger.removeHandler(self._log)
+        logger.propagate = True
+
+
+class _SeldomLogged(logging.Handler):
+    """Logs the SDK's warnings, which come with every batch that a collector does not take, at intervals only."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._logged_at_s = -math.inf
+        self._left_out = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Logs a record, with the number of those that were left out since the last one."""
+        now_s = time.monotonic()
+        if now_s - self._logged_at_s < LOG_INTERVAL_S:
+            self._left_out += 1
+            return
+        structlog.get_logger().warning("traces_not_sent", detail=record.getMessage(), further_lines=self._left_out)
+        self._logged_at_s, self._left_out = now_s, 0
 
 
 class _GivenIds(IdGenerator):

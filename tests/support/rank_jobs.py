@@ -136,6 +136,14 @@ class FailingRankJob(ExactJob):
         return super().losses(model, batch)
 
 
+class SlowRankJob(ExactJob):
+    """Rank 1 takes longer for its losses."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
+        time.sleep(0.05 * torch.distributed.get_rank())
+        return super().losses(model, batch)
+
+
 class UnbuildableRankJob(ExactJob):
     """Options: `fails_on` (rank): has no model there."""
 

@@ -252,6 +252,7 @@ def _take_microbatches(
             break
         batch = _on_device(module, read, taken)
         taken.waited_s += time.monotonic() - asked_s
+        module.waits.input_s += time.monotonic() - asked_s
         if not number:
             module.clear_gradients()
             taken.planned_samples = read.samples * module.accumulate
@@ -331,7 +332,9 @@ def _sum_losses(module: TrainModule, taken: _Taken, group: Group) -> None:
         "names of losses": taken.sources,
         "announced changes of the task": len(module.announced),
     }
+    asked_s = time.monotonic()
     *sums, judged_samples, samples = group.all_reduce_step([*given, taken.judged_samples, taken.samples], must_match)
+    module.waits.ranks_s += time.monotonic() - asked_s
     device, dtype = module.device, torch.float32 if module.device.type == "mps" else torch.float64
     found = [
         None if part is None else torch.tensor(value, dtype=dtype, device=device)

@@ -56,7 +56,7 @@ class Share:
         return Batch(payload, stop - start, seed_ids)
 
     def bounds(self, samples: int) -> tuple[int, int]:
-        """Returns the first sample of this rank in a batch of so many, and the one after the last."""
+        """Returns the first sample of this rank in a batch of that size, and the one after the last."""
         start, stop = self.rank * samples // self.world, (self.rank + 1) * samples // self.world
         return (start, stop) if start < stop else (0, 1)
 

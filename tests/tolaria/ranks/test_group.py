@@ -118,6 +118,14 @@ def test_running_statistics_are_the_leader_s_on_every_rank() -> None:
     assert "running_mean" in leader["digests"][0]
 
 
+def test_the_slowest_rank_waits_least() -> None:
+    """So that it is found by the waits of an epoch, which the leader reports by rank."""
+    ((leader, _),) = run_on_ranks(2, [(TRAIN, {"job": "SlowRankJob", "script": [["epoch"]]})])
+    (_, leader_s), (_, slow_s) = leader["waits"]
+    assert leader_s > 0.2
+    assert leader_s > 2 * slow_s
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_raises_ends_the_group(rank: int) -> None:
     """It says what it raised; the other says that a rank has gone, and takes no further step."""

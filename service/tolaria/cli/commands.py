@@ -29,11 +29,13 @@ from tolaria.cli.admin_commands import (
     TIMEOUT_S,
     ConfigFile,
     Overrides,
+    Profile,
     ServiceAddress,
     Timeout,
     admin_app,
 )
 from tolaria.cli.board import board_app
+from tolaria.cli.credentials import certs_app, token_app
 from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
 from tolaria.errors import ConfigurationError, TolariaError
 
@@ -170,6 +172,7 @@ def watch(
     *,
     wait: Annotated[bool, typer.Option("--wait", help="Wait while no service answers, at first or later.")] = False,
     address: ServiceAddress = None,
+    profile: Profile = None,
     timeout_s: Timeout = TIMEOUT_S,
     config_file: ConfigFile = None,
     overrides: Overrides = None,
@@ -180,7 +183,7 @@ def watch(
 
     from tolaria.cli import client
 
-    target = client.target(address, timeout_s, config_file, overrides)
+    target = client.target(address, timeout_s, config_file, overrides, profile)
     follow = client.follow_run_across_restarts if wait else client.follow_run
     if as_json:
         last = asyncio.run(follow(target, lambda status: typer.echo(render.json_text(status, indent=None))))
@@ -277,7 +280,11 @@ def verify(
 @config_app.command()
 def check(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None:
     """Check the settings; report every problem, with exit code 2, and settings that are retired."""
-    for notice in _settings(config_file, overrides).notices:
+    from tolaria.config import exposure_warnings, require_protection
+
+    settings = _settings(config_file, overrides)
+    require_protection(settings)
+    for notice in [*settings.notices, *exposure_warnings(settings)]:
         typer.echo(notice, err=True)
     typer.echo("the configuration is valid")
 
@@ -293,3 +300,5 @@ def show_config(*, config_file: ConfigFile = None, overrides: Overrides = None) 
 app.add_typer(admin_app)
 app.add_typer(board_app, name="signals")
 app.add_typer(config_app, name="config")
+app.add_typer(certs_app, name="certs")
+app.add_typer(token_app, name="token")

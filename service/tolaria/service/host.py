@@ -95,6 +95,7 @@ class Host:
             tasks.start_soon(self._drain_on_signal, tasks, service, signals)
             tasks.start_soon(watch_board, self._foundation.board, core.safety.controller)
             tasks.start_soon(publish_health, core, server)
+            tasks.start_soon(self._listeners.protection.keep_current)
             # A lane of this process starts after every child process: it forks when the job does.
             await tasks.start(watch_process, self._settings, self._foundation.board, core.heartbeats)
             tasks.start_soon(watch_disk, core)

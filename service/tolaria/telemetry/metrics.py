@@ -61,6 +61,7 @@ class Metrics:
         self._declare_emergency()
         self._declare_rollback()
         self._declare_process()
+        self._declare_servers()
 
     def _declare_training(self) -> None:
         self.epochs_total = Tally(PREFIX + "epochs.total", "Completed epochs.", registry=self.registry)
@@ -246,6 +247,17 @@ class Metrics:
         )
         self.build_info = Info(
             PREFIX + "build", "Version of Tolaria and of torch, and the device.", registry=self.registry
+        )
+
+    def _declare_servers(self) -> None:
+        self.server_calls_total = self._counter(
+            "server.calls_total", "Calls of the admin server, by token and gRPC status.", ["caller", "code"]
+        )
+        self.server_credentials_failures_total = self._counter(
+            "server.credentials_failures_total", "Changed certificates, tokens or passwords that cannot be used."
+        )
+        self.metrics_requests_total = self._counter(
+            "metrics.requests_total", "Requests to the metrics server, by user and HTTP status.", ["caller", "code"]
         )
 
     def _gauge(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Gauge:

@@ -34,6 +34,7 @@ from tolaria.cli.admin_commands import (
     Timeout,
     admin_app,
 )
+from tolaria.cli.audit import audit
 from tolaria.cli.board import board_app
 from tolaria.cli.credentials import certs_app, token_app
 from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
@@ -298,6 +299,7 @@ def show_config(*, config_file: ConfigFile = None, overrides: Overrides = None) 
 
 
 app.add_typer(admin_app)
+app.command()(audit)
 app.add_typer(board_app, name="signals")
 app.add_typer(config_app, name="config")
 app.add_typer(certs_app, name="certs")

@@ -22,9 +22,6 @@ from tolaria.config.fields import (
 class ServiceSettings(Section):
     """The service process."""
 
-    core_files: bool = False
-    """Let the system write core files of the service and its child processes. Off: they would contain secrets."""
-
     drain_timeout_s: Seconds = 10.0
     """Time after SIGTERM to finish the step and the calls in flight. 10: Docker sends SIGKILL after 10 s."""
 
@@ -40,6 +37,9 @@ class ServiceSettings(Section):
 
     A supervisor that takes 0 for the end of the run, as a Kubernetes Job does, needs another one, such as 143.
     """
+
+    core_files: bool = False
+    """Let the system write core files of the service and its child processes. Off: they would contain secrets."""
 
 
 class ServerSettings(Section):

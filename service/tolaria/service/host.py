@@ -24,6 +24,7 @@ from tolaria.grpc_server import GrpcServer, grpc_server
 from tolaria.peers.connect import Peer, Peers, connected_peers
 from tolaria.reference.embedded import EmbeddedPeer, embedded_peers
 from tolaria.rpc.admin import AdminParts, AdminService
+from tolaria.rpc.audit import AuditTrail
 from tolaria.run.resume import RunOutcome
 from tolaria.run.status import state_name
 from tolaria.service.listeners import Listeners
@@ -159,6 +160,8 @@ class Host:
 
     def _admin_server(self, service: RunService, operations: TaskGroup) -> AbstractAsyncContextManager[GrpcServer]:
         settings, core = self._settings, self._core
+        audit = AuditTrail(core.journal, core.status)
+        self._listeners.protection.interceptor.on_denied = audit.denied
 
         def register(server: grpc.aio.Server) -> None:
             parts = AdminParts(
@@ -168,6 +171,7 @@ class Host:
                 safety=core.safety,
                 journal=core.journal,
                 ledger=new_ledger(core, operations),
+                audit=audit,
                 complete=self._complete,
                 closing=self._closing,
                 interval_s=settings.server.status_interval_ms / 1000,

@@ -38,6 +38,7 @@ from tolaria.lane.messages import TraceWritten
 from tolaria.rollback.protocol import Ending, Rollback
 from tolaria.rpc import admin as rpc_admin
 from tolaria.rpc.admin import AdminParts
+from tolaria.rpc.audit import AuditTrail
 from tolaria.rpc.requests import RequestLedger
 from tolaria.run.profiling import ProfileTaken
 from tolaria.run.restore_points import RestorePoints
@@ -180,6 +181,7 @@ async def served(interval_s: float = 60.0) -> AsyncIterator[Served]:
             safety=cast("Safety", FakeSafety()),
             journal=it.journal,
             ledger=RequestLedger(100, it.journal, it.status, operations),
+            audit=AuditTrail(it.journal, it.status),
             complete=complete,
             closing=it.closing,
             interval_s=interval_s,

@@ -1,6 +1,6 @@
 """What a flood of bad requests costs training: service, its peers and the generator on one core, the lane on another.
 
-    python tests/benchmarks/bench_flood.py [--rounds N] [--seconds S] [--rate R] [--connections N] [--kind KIND] [--wide]
+    python tests/benchmarks/bench_flood.py [--rounds N] [--seconds S] [--rate R] [--connections N] [--kind KIND]
 
 Steps are counted with and without the flood, by turns; the ratio is that of the medians. `--kind`: token (a wrong one),
 bytes (no message), method (an unknown one), good (GetStatus with a token). `--limits off` serves without limits.
@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -31,7 +32,7 @@ from support.processes import Serve, python_path, serve
 
 TARGET = 0.95
 PREFIX = "/leyline.v1.TolariaAdminService/"
-WIDE = ["training.options={\"width\": 512}"]
+WIDE = ['training.options={"width": 512}']
 OFF = ["server.calls_per_second=0", "server.bad_calls_per_second=0", "server.calls_in_flight_max=10000"]
 
 
@@ -45,7 +46,7 @@ async def flood(address: str, *, kind: str, rate: float, seconds: float, connect
     channels = [
         grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) for _ in range(connections)
     ]
-    calls = [channel.unary_unary(method) for channel in channels]
+    calls: list[Any] = [channel.unary_unary(method) for channel in channels]
     answers: Counter[str] = Counter()
     cpu = time.process_time()
     async with asyncio.TaskGroup() as tasks:
@@ -73,7 +74,7 @@ def pin(pid: int, cores: set[int]) -> None:
         os.sched_setaffinity(int(thread.name), cores)
 
 
-def steps_per_s(stub: TolariaAdminServiceStub, metadata: list[tuple[str, str]], seconds: float) -> float:
+def steps_per_s(stub: TolariaAdminServiceStub, metadata: tuple[tuple[str, str], ...], seconds: float) -> float:
     """Returns the rate of training over some seconds."""
 
     def step() -> int:
@@ -135,7 +136,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     overrides += WIDE if arguments.wide else []
     overrides += OFF if arguments.limits == "off" else []
     with serve(*overrides, cwd=folder) as service, grpc.insecure_channel(service.addresses()[0]) as channel:
-        stub, metadata = TolariaAdminServiceStub(channel), [("authorization", f"Bearer {tokens['operator']}")]
+        stub, metadata = TolariaAdminServiceStub(channel), (("authorization", f"Bearer {tokens['operator']}"),)
         while stub.GetStatus(admin.GetStatusRequest(), metadata=metadata).global_step < 200:
             time.sleep(0.1)
         pin_all(service)
@@ -172,8 +173,9 @@ def start_flood(arguments: argparse.Namespace, target: str) -> subprocess.Popen[
 
 def new_token(folder: Path, name: str) -> str:
     """Makes a token of a role with the command line."""
-    command = [sys.executable, "-m", "tolaria", "token", "new", name, "--role", name, "--file", folder / "tokens.toml"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    file = str(folder / "tokens.toml")
+    command = [sys.executable, "-m", "tolaria", "token", "new", name, "--role", name, "--file", file]
+    return str(subprocess.run(command, check=True, capture_output=True, text=True).stdout).strip()
 
 
 if __name__ == "__main__":

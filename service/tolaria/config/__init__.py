@@ -15,6 +15,7 @@ from tolaria.config.fields import as_toml as as_toml
 from tolaria.config.network import KasminaSettings as KasminaSettings
 from tolaria.config.network import LeylineSettings as LeylineSettings
 from tolaria.config.network import LoggingSettings as LoggingSettings
+from tolaria.config.network import MetricsSettings as MetricsSettings
 from tolaria.config.network import PeerSettings as PeerSettings
 from tolaria.config.network import ServiceSettings as ServiceSettings
 from tolaria.config.network import TamiyoSettings as TamiyoSettings

@@ -78,11 +78,14 @@ def quieten_grpc() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
-def child_environment(settings: Settings) -> dict[str, str]:
-    """Returns the environment of a peer's process: this process's own, without settings except the secrets."""
+def child_environment(settings: Settings, *, secrets: bool = True) -> dict[str, str]:
+    """Returns the environment of a child process: this process's own, without settings except, if asked, the secrets.
+
+    The peers sign and verify with them; the lane runs the job's code, which has no use for them.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(_PREFIX)}
     for name, secret in (("secret", settings.leyline.secret), ("previous_secret", settings.leyline.previous_secret)):
-        if secret:
+        if secret and secrets:
             environment[_variable("leyline", name)] = secret.get_secret_value()
     return environment
 

@@ -60,8 +60,7 @@ class Host:
         """Starts everything, trains, stops everything; returns the exit code."""
         status = self._core.status
         async with AsyncExitStack() as stack:
-            sockets, metrics = self._listeners.metrics, self._foundation.metrics
-            await stack.enter_async_context(exporter(sockets, metrics, lambda: readiness(self._core)))
+            await stack.enter_async_context(self._exporter())
             if self._core.process is not None:
                 lane_tasks = await stack.enter_async_context(anyio.create_task_group())
                 stack.callback(self._core.process.abandon)
@@ -157,6 +156,11 @@ class Host:
             self._log.error("lane_stuck", detail="a microbatch or an evaluation did not end in time")
         self._closing.set()
         self._core.lifecycle.changed()
+
+    def _exporter(self) -> AbstractAsyncContextManager[None]:
+        core, listeners = self._core, self._listeners
+        metrics, guard = self._foundation.metrics, listeners.protection.guard
+        return exporter(listeners.metrics, metrics, lambda: readiness(core), guard)
 
     def _admin_server(self, service: RunService, operations: TaskGroup) -> AbstractAsyncContextManager[GrpcServer]:
         settings, core = self._settings, self._core

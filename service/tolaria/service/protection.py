@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,11 +12,14 @@ import structlog
 
 from tolaria.config import Settings
 from tolaria.rpc.callers import CallerInterceptor
+from tolaria.security import web_config
 from tolaria.security.certificates import Identity, TlsFiles, now_utc
 from tolaria.security.limits import CallerLimits, CallLimits
 from tolaria.security.tokens import Tokens
 from tolaria.security.watched import WatchedFiles, watch
+from tolaria.security.web_config import WebConfig
 from tolaria.telemetry.metrics import Metrics
+from tolaria.telemetry.web_server import WebGuard
 
 _EXPIRY_S: Final = 12 * 3600.0
 
@@ -28,10 +32,12 @@ class Protection:
     tokens: WatchedFiles[Tokens] | None
     interceptor: CallerInterceptor
     files: TlsFiles
+    web: WatchedFiles[WebConfig] | None
+    guard: WebGuard
 
     async def keep_current(self) -> None:
         """Reads changed files again, and warns of certificates that expire, until cancelled."""
-        watched = [files for files in (self.tls, self.tokens) if files is not None]
+        watched = [files for files in (self.tls, self.tokens, self.web) if files is not None]
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch, *watched)
             if self.tls is not None:
@@ -42,7 +48,10 @@ def protected(settings: Settings, metrics: Metrics) -> Protection:
     """Reads the files that the settings name. Raises CredentialsError."""
     server = settings.server
     files = TlsFiles("server", server.tls_cert, server.tls_key, server.tls_client_ca)
-    failed = metrics.server_credentials_failures_total.inc
+
+    def failed() -> None:
+        metrics.server_credentials_failures_total.inc()
+
     tls = WatchedFiles("server.tls_cert", files.read, on_failure=failed) if server.tls_cert else None
     tokens = None
     if server.tokens:
@@ -53,7 +62,22 @@ def protected(settings: Settings, metrics: Metrics) -> Protection:
         calls_in_flight_max=server.calls_in_flight_max,
         streams_max=server.streams_max,
     )
-    return Protection(tls, tokens, CallerInterceptor(tokens, CallerLimits(limits), metrics), files)
+    interceptor = CallerInterceptor(tokens, CallerLimits(limits), metrics)
+    path = settings.metrics.web_config
+    web = WatchedFiles(web_config.SETTING, lambda: WebConfig.read(path), on_failure=failed) if path else None
+    guard = WebGuard(web, metrics, settings.metrics.connections_max)
+    return Protection(tls, tokens, interceptor, files, web, guard)
+
+
+def forbid_core_files(settings: Settings) -> None:
+    """Keeps the system from writing core files of this process and its children, unless the settings allow them.
+
+    Both kinds: Linux pipes a core to a program, if it is configured so, whatever the limit is, except for 1 byte.
+    """
+    if settings.service.core_files:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))
 
 
 async def _warn_of_expiry(files: TlsFiles) -> None:

@@ -35,6 +35,7 @@ from tolaria.run.resume import (
 from tolaria.service import settings_record
 from tolaria.service.host import Host
 from tolaria.service.listeners import open_listeners
+from tolaria.service.protection import forbid_core_files
 from tolaria.service.wiring import Foundation, LaneBuild, build_lane
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
@@ -59,6 +60,7 @@ def run(settings: Settings) -> int:
         ConfigurationError: state.dir cannot be written, or its content does not fit the settings.
     """
     require_protection(settings)
+    forbid_core_files(settings)
     metrics, context = Metrics(), LogContext()
     start_at_zero(metrics.telemetry_dropped_total, ((priority,) for priority in get_args(Priority)))
     stderr = sys.stderr or io.StringIO()  # None when the parent closed it

@@ -213,6 +213,11 @@ def peer(
     state_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where Tamiyo keeps its history, for after a restart.")
     ] = None,
+    tls_cert: Annotated[str, typer.Option(metavar="FILE", help="Certificate chain of the peer, for TLS.")] = "",
+    tls_key: Annotated[str, typer.Option(metavar="FILE", help="Private key of --tls-cert.")] = "",
+    tls_client_ca: Annotated[
+        str, typer.Option(metavar="FILE", help="CA that Tolaria's certificate must come from (mutual TLS).")
+    ] = "",
     config_file: ConfigFile = None,
     overrides: Overrides = None,
     while_stdin: WhileStdin = False,
@@ -222,6 +227,7 @@ def peer(
 
     from tolaria.config import Address
     from tolaria.reference.server import serve_peer
+    from tolaria.security.certificates import TlsFiles
     from tolaria.telemetry.logging import LogContext, logging_to
 
     settings = _settings(config_file, overrides)
@@ -229,6 +235,8 @@ def peer(
         Address.parse(listen)
     except ValueError as error:
         raise ConfigurationError([f"--listen: {error}"]) from None
+    if bool(tls_cert) != bool(tls_key) or (tls_client_ca and not tls_cert):
+        raise ConfigurationError(["--tls-cert and --tls-key must be given together, also with --tls-client-ca"])
 
     serve_until_stopped = partial(
         serve_peer,
@@ -236,6 +244,7 @@ def peer(
         announce=lambda address: typer.echo(json.dumps({"listening": str(address)})),
         board=board,
         state_dir=state_dir,
+        tls=TlsFiles("the peer", tls_cert, tls_key, tls_client_ca) if tls_cert else None,
         while_stdin=while_stdin,
     )
     # A peer has no metrics that could count lines dropped by its log.

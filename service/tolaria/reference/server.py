@@ -27,6 +27,8 @@ from tolaria.reference.history import HistoryFiles
 from tolaria.reference.kasmina import DesiredSeeds, KasminaService
 from tolaria.reference.rollback import RollbackParticipantService, Runs
 from tolaria.reference.tamiyo import TamiyoRun, TamiyoService
+from tolaria.security.certificates import Identity, TlsFiles
+from tolaria.security.watched import WatchedFiles, watch
 from tolaria.signals import ParticipantWriter, SignalBoard
 
 _GRACE_S, _HEARTBEAT_S, _RETRY_S = 1.0, 1.0, 1.0
@@ -43,18 +45,28 @@ async def serve_peer(
     announce: Callable[[Address], None],
     board: Path | None = None,
     state_dir: Path | None = None,
+    tls: TlsFiles | None = None,
     while_stdin: bool,
 ) -> None:
     """Serves one peer until SIGTERM or SIGINT or, with `while_stdin`, until standard input ends. For the main thread.
 
     `announce` is called once, with the address that the server listens on. With a signal `board` the peer sends
     heartbeats and acknowledges emergencies on it. Tamiyo keeps what a restart needs in `state_dir`; Kasmina needs
-    nothing but the packets. Raises `BindError` when `listen` is not available.
+    nothing but the packets. With `tls` it serves with these files, which are read again when they change.
+
+    Raises:
+        BindError: `listen` is not available.
+        CredentialsError: a file of `tls` cannot be used.
     """
-    async with peer_server(peer, listen, leyline, state_dir) as server, anyio.create_task_group() as tasks:
+    watched = None if tls is None else WatchedFiles("the certificate of the peer", tls.read)
+    if watched is None and not Address.parse(listen).is_loopback:
+        _log.warning("exposed", peer=peer, detail=f"{listen} is served without TLS; --tls-cert and --tls-key set it")
+    async with peer_server(peer, listen, leyline, state_dir, tls=watched) as server, anyio.create_task_group() as tasks:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             if board is not None:
                 tasks.start_soon(join_board, board, peer)
+            if watched is not None:
+                tasks.start_soon(watch, watched)
             announce(server.address)
             if while_stdin:
                 tasks.start_soon(_stop_at_end_of_stdin, tasks.cancel_scope)
@@ -65,7 +77,12 @@ async def serve_peer(
 
 @asynccontextmanager
 async def peer_server(
-    peer: Peer, listen: str, leyline: LeylineSettings, state_dir: Path | None = None
+    peer: Peer,
+    listen: str,
+    leyline: LeylineSettings,
+    state_dir: Path | None = None,
+    *,
+    tls: WatchedFiles[Identity] | None = None,
 ) -> AsyncIterator[GrpcServer]:
     """Serves one peer while the block runs. Raises `BindError` when `listen` is not available."""
 
@@ -81,7 +98,7 @@ async def peer_server(
         add_RollbackParticipantServiceServicer_to_server(RollbackParticipantService(runs), server)
 
     service_names = (_SERVICES[peer], _ROLLBACK_SERVICE)
-    bound = await bound_server(peer, listen)
+    bound = await bound_server(peer, listen, tls=tls)
     async with grpc_server(bound, register, service_names=service_names, grace_s=_GRACE_S) as server:
         for name in ("", *service_names):
             await server.set_health(name, serving=True)

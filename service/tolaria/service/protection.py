@@ -10,7 +10,8 @@ import anyio
 import anyio.to_thread
 import structlog
 
-from tolaria.config import Settings
+from tolaria.config import PeerSettings, Settings
+from tolaria.peers.connect import Peer, tls_files
 from tolaria.rpc.callers import CallerInterceptor
 from tolaria.security import web_config
 from tolaria.security.certificates import Identity, TlsFiles, now_utc
@@ -62,6 +63,9 @@ def protected(settings: Settings, metrics: Metrics) -> Protection:
         calls_in_flight_max=server.calls_in_flight_max,
         streams_max=server.streams_max,
     )
+    peers: tuple[tuple[Peer, PeerSettings], ...] = (("tamiyo", settings.tamiyo), ("kasmina", settings.kasmina))
+    for peer, section in peers:
+        tls_files(peer, section).read()  # a mistake is found now rather than after the job has been built
     interceptor = CallerInterceptor(tokens, CallerLimits(limits), metrics)
     path = settings.metrics.web_config
     web = WatchedFiles(web_config.SETTING, lambda: WebConfig.read(path), on_failure=failed) if path else None

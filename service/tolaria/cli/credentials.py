@@ -3,7 +3,7 @@
 # ruff: noqa: PLC0415 - as in `tolaria.cli.commands`: --help imports nothing slow
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +13,7 @@ import typer
 from tolaria.errors import CredentialsError
 
 if TYPE_CHECKING:
+    from tolaria.security.issuing import Issuer
     from tolaria.security.tokens import Token
 
 RENEW_DAYS = 30
@@ -21,6 +22,9 @@ _DAYS_MAX = 3650
 RoleName = StrEnum("RoleName", ["VIEWER", "OPERATOR", "ADMIN"])
 
 Folder = Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where the files are; made if it is missing.")]
+CaFolder = Annotated[
+    Path | None, typer.Option("--ca-dir", metavar="DIR", help="Where ca.key is (default: where the files are).")
+]
 TokenFile = Annotated[Path, typer.Option("--file", metavar="FILE", help="The file that server.tokens names.")]
 TokenName = Annotated[str, typer.Argument(metavar="NAME", help="Appears in log, journal and metrics.")]
 Days = Annotated[int, typer.Option(min=1, max=_DAYS_MAX, help="Days until the certificate expires.")]
@@ -38,18 +42,19 @@ def init_certs(
         typer.Option("--host", metavar="HOST", help="A name or address of the server, besides those of loopback."),
     ] = None,
     days: Days = 365,
+    ca_folder: CaFolder = None,
 ) -> None:
     """Make what is missing of ca.pem, ca.key, server.pem and server.key.
 
     A server certificate that lacks a host, or expires within 30 days, is made anew; a running service takes it
-    without a restart. ca.key signs further certificates: keep it away from the service.
+    without a restart. ca.key signs further certificates: with --ca-dir it is kept away from the service.
     """
     from tolaria.security import issuing
     from tolaria.security.certificates import now_utc
 
     now = now_utc()
     _make_folder(folder)
-    issuer = issuing.Issuer.open(folder, now)
+    issuer = _issuer(folder, ca_folder, now)
     wanted = [*(hosts or []), *issuing.LOCAL_HOSTS]
     path = folder / "server.pem"
     if issuing.lasts(path, wanted, now + timedelta(days=min(RENEW_DAYS, days - 1))):
@@ -68,9 +73,9 @@ def client_cert(
     *,
     folder: Folder,
     days: Days = 365,
+    ca_folder: CaFolder = None,
 ) -> None:
     """Make NAME.pem and NAME.key for a client of a service with server.tls_client_ca (mutual TLS)."""
-    from tolaria.security import issuing
     from tolaria.security.certificates import now_utc
     from tolaria.security.tokens import NAME
 
@@ -78,7 +83,7 @@ def client_cert(
         raise typer.BadParameter("a name has 1 to 64 letters, digits and . _ @ -, and is neither ca nor server")
     now = now_utc()
     _make_folder(folder)
-    path = issuing.Issuer.open(folder, now).issue(folder, name, hosts=(), days=days, now=now)
+    path = _issuer(folder, ca_folder, now).issue(folder, name, hosts=(), days=days, now=now)
     typer.echo(f"made {path}: clients set TOLARIA_TLS_CERT={path} TOLARIA_TLS_KEY={folder / name}.key")
     typer.echo(f"the service requires such certificates with server.tls_client_ca={folder / 'ca.pem'}")
 
@@ -158,6 +163,18 @@ def _entries(file: Path) -> tuple[Token, ...]:
     from tolaria.security.tokens import Tokens
 
     return Tokens.read(str(file))[0].entries if file.exists() else ()
+
+
+def _issuer(folder: Path, ca_folder: Path | None, now: datetime) -> Issuer:
+    """Returns the CA, and puts its certificate beside those that it signs."""
+    from tolaria.security import issuing
+
+    if ca_folder is None:
+        return issuing.Issuer.open(folder, now)
+    _make_folder(ca_folder)
+    issuer = issuing.Issuer.open(ca_folder, now)
+    issuing.write_public(folder / "ca.pem", issuer.certificate_pem)
+    return issuer
 
 
 def _make_folder(folder: Path) -> None:

@@ -59,8 +59,13 @@ class Issuer:
         )
         issuer = cls(builder.sign(key, hashes.SHA256()), key)
         write_private(key_path, _key_pem(key))
-        write_public(cert_path, issuer.certificate.public_bytes(serialization.Encoding.PEM))
+        write_public(cert_path, issuer.certificate_pem)
         return issuer
+
+    @property
+    def certificate_pem(self) -> bytes:
+        """The certificate of the CA, with which others verify."""
+        return self.certificate.public_bytes(serialization.Encoding.PEM)
 
     def issue(self, folder: Path, stem: str, *, hosts: Sequence[str], days: int, now: datetime) -> Path:
         """Writes `stem`.pem and `stem`.key, of a server with these hosts or, without any, of a client named `stem`.

@@ -17,6 +17,7 @@ from tolaria.config.network import LeylineSettings as LeylineSettings
 from tolaria.config.network import LoggingSettings as LoggingSettings
 from tolaria.config.network import MetricsSettings as MetricsSettings
 from tolaria.config.network import PeerSettings as PeerSettings
+from tolaria.config.network import ServerSettings as ServerSettings
 from tolaria.config.network import ServiceSettings as ServiceSettings
 from tolaria.config.network import TamiyoSettings as TamiyoSettings
 from tolaria.config.settings import Settings as Settings

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import ssl
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,13 +51,14 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
 
 @dataclass(frozen=True, slots=True)
 class WebConfig:
-    """What the file says. `tls` are the files of the certificate, if TLS is on; `users` are bcrypt digests by name."""
+    """What the file says. `users` are bcrypt digests by name; `context` is ready for connections, if TLS is on."""
 
     tls: TlsFiles | None = None
     clients: ssl.VerifyMode = ssl.CERT_NONE
     versions: tuple[ssl.TLSVersion, ssl.TLSVersion] = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.MAXIMUM_SUPPORTED)
     users: Mapping[str, bytes] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
+    context: ssl.SSLContext | None = None
 
     @classmethod
     def read(cls, path: str) -> tuple[WebConfig, Sequence[str]]:
@@ -86,32 +87,23 @@ class WebConfig:
         if (found.clients != ssl.CERT_NONE) != bool(found.tls and found.tls.authorities):
             raise reader.refused("tls_server_config", "client_auth_type and client_ca_file must be set together")
         files = [] if found.tls is None else list(found.tls.read()[1])
-        return found, [path, *files]
+        return replace(found, context=_context(found)), [path, *files]
 
-    def new_context(self) -> ssl.SSLContext | None:
-        """Returns a context for a server; None without TLS. Raises CredentialsError."""
-        if self.tls is None:
-            return None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version, context.maximum_version = self.versions
-        context.verify_mode = self.clients
-        self.renew(context)
-        return context
 
-    def renew(self, context: ssl.SSLContext) -> None:
-        """Has a context show the present certificate to new connections, and accept clients of the present CAs too.
-
-        CAs that are no longer named stay accepted until the process ends. Raises CredentialsError.
-        """
-        if self.tls is None:
-            return
-        self.tls.read()
-        try:
-            context.load_cert_chain(self.tls.cert, self.tls.key)
-            if self.tls.authorities:
-                context.load_verify_locations(self.tls.authorities)
-        except (ssl.SSLError, OSError) as error:
-            raise CredentialsError(SETTING, self.tls.cert, f"cannot be used: {error}") from None
+def _context(config: WebConfig) -> ssl.SSLContext | None:
+    """Returns the context of a server; None without TLS. Raises CredentialsError."""
+    if config.tls is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version, context.maximum_version = config.versions
+    context.verify_mode = config.clients
+    try:
+        context.load_cert_chain(config.tls.cert, config.tls.key)
+        if config.tls.authorities:
+            context.load_verify_locations(config.tls.authorities)
+    except (ssl.SSLError, OSError) as error:
+        raise CredentialsError(SETTING, config.tls.cert, f"cannot be used: {error}") from None
+    return context
 
 
 class _Reader:

@@ -49,8 +49,6 @@ class WebGuard:
         self._metrics = metrics
         self._connections_max = connections_max
         self._passwords = _Passwords()
-        self._context: ssl.SSLContext | None = None if config is None else config.value.new_context()
-        self._shown = None if config is None else config.value
 
     @asynccontextmanager
     async def serving(self, application: web.Application, sockets: Sequence[socket.socket]) -> AsyncIterator[None]:
@@ -73,19 +71,26 @@ class WebGuard:
         def connected() -> asyncio.Protocol:
             if len(requests.connections) >= self._connections_max:
                 return _Refusing()
-            self._renew()
             return requests()
 
         loop = asyncio.get_running_loop()
-        timeout = HANDSHAKE_S if self._context else None
-        return await loop.create_server(connected, sock=bound, ssl=self._context, ssl_handshake_timeout=timeout)
+        context = self._context()
+        timeout = None if context is None else HANDSHAKE_S
+        return await loop.create_server(connected, sock=bound, ssl=context, ssl_handshake_timeout=timeout)
 
-    def _renew(self) -> None:
-        """Has new connections see a certificate that has changed."""
-        if self._config is not None and self._config.value is not self._shown:
-            self._shown = self._config.value
-            if self._context is not None:
-                self._shown.renew(self._context)
+    def _context(self) -> ssl.SSLContext | None:
+        """Returns a context that has each new connection use the newest one; None without TLS."""
+        if self._config is None or self._config.value.context is None:
+            return None
+        config = self._config
+
+        def choose(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+            if config.value.context is not None:  # TLS is switched on and off by a restart only
+                connection.context = config.value.context
+
+        context = self._config.value.context
+        context.sni_callback = choose  # called without a name too
+        return context
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -402,6 +402,25 @@ async def test_the_number_of_incidents_is_bounded(limit: int, listed: int) -> No
     assert it.journal.limits == [listed]
 
 
+async def test_calls_that_change_something_are_listed() -> None:
+    """Repeats and refusals too, newest first; the limit applies."""
+    async with served() as it:
+        for _ in range(2):
+            await it.stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await it.stub.StopTraining(admin.StopTrainingRequest(request_id="s"))
+        listed = (await it.stub.ListAdminCalls(admin.ListAdminCallsRequest())).calls
+        assert len((await it.stub.ListAdminCalls(admin.ListAdminCallsRequest(limit=2))).calls) == 2
+        with pytest.raises(grpc.aio.AioRpcError, match="limit"):
+            await it.stub.ListAdminCalls(admin.ListAdminCallsRequest(limit=1001))
+    assert [(call.method, call.request_id, call.reason, call.outcome) for call in listed] == [
+        ("StopTraining", "s", "", "INVALID_ARGUMENT"),
+        ("PauseTraining", "p", "look", "OK"),
+        ("PauseTraining", "p", "look", "OK"),
+    ]
+    assert {call.caller for call in listed} == {"anonymous"}
+
+
 @pytest.mark.parametrize(
     ("method", "request_", "code", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -25,20 +26,24 @@ async def open_channel(address: Address, found: Connection) -> AsyncIterator[grp
         CredentialsError: a file cannot be used.
         ConfigurationError: the token would be sent unencrypted to another machine.
     """
+    token, credentials = await asyncio.to_thread(_read, address, found)
     # A proxy from the environment must not take connections to a loopback port.
     options: list[tuple[str, Any]] = [("grpc.enable_http_proxy", 0)]
-    interceptors: list[grpc.aio.ClientInterceptor] = []
-    if found.token_file:
-        token = _token(address, found)
-        interceptors = [_BearerOfCalls(token), _BearerOfStreams(token)]
-    if not found.tls_ca:
+    if found.tls_name:
+        options.append(("grpc.ssl_target_name_override", found.tls_name))
+    interceptors = [_BearerOfCalls(token), _BearerOfStreams(token)] if token else []
+    if credentials is None:
         channel = grpc.aio.insecure_channel(str(address), options=options, interceptors=interceptors)
     else:
-        if found.tls_name:
-            options.append(("grpc.ssl_target_name_override", found.tls_name))
-        channel = grpc.aio.secure_channel(str(address), _credentials(found), options=options, interceptors=interceptors)
+        channel = grpc.aio.secure_channel(str(address), credentials, options=options, interceptors=interceptors)
     async with channel:
         yield channel
+
+
+def _read(address: Address, found: Connection) -> tuple[str, grpc.ChannelCredentials | None]:
+    """Returns the token, if there is one, and the credentials, if there is TLS."""
+    token = _token(address, found) if found.token_file else ""
+    return token, _credentials(found) if found.tls_ca else None
 
 
 def tls_hint(found: Connection, problem: str) -> str:

@@ -140,7 +140,7 @@ def target(
     Raises:
         ConfigurationError: something of it is invalid.
     """
-    found = connection(profile)
+    found = connection(profile, address=address)
     if address is None and found.address:
         return Target(_parsed(found.address, found.origin, "give the port of the service"), timeout_s, found)
     return Target(service_address(address, load_settings(config_file, overrides or [])), timeout_s, found)

@@ -60,11 +60,12 @@ CLIENT_NAMES: Final = frozenset({*VARIABLES, PROFILE, PROFILES})
 _PATHS = ("token_file", "tls_ca", "tls_cert", "tls_key")
 
 
-def connection(profile: str | None = None) -> Connection:
-    """Returns the connection of client commands.
+def connection(profile: str | None = None, *, address: str | None = None) -> Connection:
+    """Returns the connection of client commands, whose `address` may be given elsewhere.
 
     A `profile` that is named holds entirely, so that no token of another service is sent. Otherwise the variables
-    hold, each before the same field of the profile in TOLARIA_PROFILE or of the file's default one.
+    hold, each before the same field of the profile in TOLARIA_PROFILE. The default profile of the file is used where
+    neither it nor an address is named: it is about one service.
 
     Raises:
         ConfigurationError: a profile is unknown, or a value is invalid.
@@ -72,8 +73,11 @@ def connection(profile: str | None = None) -> Connection:
     if profile is not None:
         return _checked(_profile(profile, "--profile"))
     found = {field: os.environ[name] for name, field in VARIABLES.items() if os.environ.get(name)}
-    name = os.environ.get(PROFILE, "")
-    base = _profile(name, PROFILE) if name else _default()
+    base = Connection()
+    if name := os.environ.get(PROFILE, ""):
+        base = _profile(name, PROFILE)
+    elif address is None and "address" not in found:
+        base = _default()
     return _checked(replace(base, **found, origin="TOLARIA_ADDRESS" if "address" in found else base.origin))
 
 

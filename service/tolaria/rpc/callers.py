@@ -21,7 +21,7 @@ from tolaria import errors
 from tolaria.rpc.status import abort, status_of
 from tolaria.security.certificates import now_utc
 from tolaria.security.limits import CallerLimits, Usage
-from tolaria.security.tokens import TEXT_MAX, Role, Tokens
+from tolaria.security.tokens import TEXT_MAX, Role, Token, Tokens
 from tolaria.security.watched import WatchedFiles
 from tolaria.telemetry.metrics import Metrics
 
@@ -53,6 +53,9 @@ ROLES: Final[dict[str, Role]] = {
 
 OPEN: Final = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
 """Methods without authentication: probes have no tokens, and learn no more than whether a part serves."""
+
+URGENT: Final = frozenset({f"{_ADMIN}RaiseEmergency"})
+"""Methods for which a caller need not wait, and that its limits do not refuse: a halt must get through."""
 
 LATE_S: Final = 1.0
 """Seconds after which a caller that makes too many mistakes is answered."""
@@ -124,26 +127,36 @@ class CallerInterceptor(grpc.aio.ServerInterceptor):
         method = str(handler_call_details.method)
         caller = Caller(UNKNOWN, Role.VIEWER)
         try:
-            caller = self._authenticated(method, handler_call_details.invocation_metadata or ())
+            token = self._authenticated(method, handler_call_details.invocation_metadata or ())
+            if self._tokens is None:
+                caller = _EVERY_CALLER
+            else:
+                caller = Caller(ANONYMOUS, Role.VIEWER) if token is None else Caller(token.name, token.role)
             self._require_role(method, caller)
         except errors.RequestError as error:
             return self._refusing(method, caller, error)
         handler = await continuation(handler_call_details)
         if handler is None:
             return self._refusing(method, caller, None)
-        return self._admitting(handler, method, caller)
+        return self._admitting(handler, method, caller, token)
 
-    def _authenticated(self, method: str, metadata: Sequence[tuple[str, str | bytes]]) -> Caller:
-        """Returns the caller. Raises NotAuthenticatedError, but not for the open methods."""
+    def _authenticated(self, method: str, metadata: Sequence[tuple[str, str | bytes]]) -> Token | None:
+        """Returns the token; None where none is needed. Raises NotAuthenticatedError."""
         if self._tokens is None:
-            return _EVERY_CALLER
+            return None
         try:
-            token = self._tokens.value.find(_bearer(metadata), now_utc())
+            return self._tokens.value.find(_bearer(metadata), now_utc())
         except errors.NotAuthenticatedError:
             if method in OPEN:
-                return Caller(ANONYMOUS, Role.VIEWER)
+                return None
             raise
-        return Caller(token.name, token.role)
+
+    def _is_valid(self, token: Token | None) -> bool:
+        """Whether a token that was presented earlier still holds: in a stream it may have been revoked since."""
+        if token is None or self._tokens is None:
+            return True
+        expired = token.expires is not None and token.expires <= now_utc()
+        return not expired and token in self._tokens.value.entries
 
     def _require_role(self, method: str, caller: Caller) -> None:
         needed = ROLES.get(method, Role.ADMIN)
@@ -174,8 +187,8 @@ class CallerInterceptor(grpc.aio.ServerInterceptor):
 
         return grpc.stream_unary_rpc_method_handler(refuse)
 
-    def _admitting(self, handler: Any, method: str, caller: Caller) -> Any:
-        """Returns the handler inside the limits of its caller."""
+    def _admitting(self, handler: Any, method: str, caller: Caller, token: Token | None) -> Any:
+        """Returns the handler inside the limits of its caller; a stream ends when its token does."""
         streams = handler.request_streaming or handler.response_streaming
 
         async def respond(request: Any, context: Context) -> Any:
@@ -187,6 +200,8 @@ class CallerInterceptor(grpc.aio.ServerInterceptor):
             async with self._admitted(method, caller, context, stream=streams):
                 behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
                 async for response in behavior(request, context):
+                    if not self._is_valid(token):
+                        await abort(context, errors.NotAuthenticatedError("the token has expired or been revoked"))
                     yield response
 
         make = {
@@ -203,9 +218,10 @@ class CallerInterceptor(grpc.aio.ServerInterceptor):
         """Counts the call against the limits of its caller while the block runs. Aborts it if one is reached."""
         known = _with_address(caller, context)
         usage = self._limits.usage(_key(known, admitted=True))
-        await self._wait_if_many(usage)
+        if method not in URGENT:
+            await self._wait_if_many(usage)
         code = "OK"
-        if refused := self._limits.refusal(usage, stream=stream):
+        if refused := self._limits.refusal(usage, stream=stream) if method not in URGENT else "":
             self._limits.mistake(usage)
             self._count(caller.name, "RESOURCE_EXHAUSTED")
             self._report(method, known, "RESOURCE_EXHAUSTED", refused)

@@ -81,12 +81,21 @@ def test_the_default_profile_is_used(profiles: Path) -> None:
     assert found.token_file == str(profiles.parent / "lab.token")
 
 
-def test_a_variable_precedes_the_default_profile(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Field by field, also of the profile that TOLARIA_PROFILE names."""
+def test_an_address_replaces_the_default_profile(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its token is for its service: it is not sent to another address, nor is its CA expected there."""
+    assert connection(address="localhost:7") == Connection()
     monkeypatch.setenv("TOLARIA_ADDRESS", "localhost:7")
-    assert (connection().address, connection().tls_ca) == ("localhost:7", "/etc/ca.pem")
+    assert (connection().address, connection().tls_ca, connection().token_file) == ("localhost:7", "", "")
+
+
+def test_a_variable_precedes_the_profile_of_another(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Field by field: who names both wants both."""
     monkeypatch.setenv("TOLARIA_PROFILE", "cloud")
+    monkeypatch.setenv("TOLARIA_ADDRESS", "localhost:7")
     assert (connection().address, connection().tls_ca) == ("localhost:7", "system")
+    monkeypatch.delenv("TOLARIA_ADDRESS")
+    monkeypatch.setenv("TOLARIA_TOKEN_FILE", "other")
+    assert (connection().address, connection().token_file) == ("cloud:443", "other")
 
 
 def test_a_named_profile_holds_entirely(profiles: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

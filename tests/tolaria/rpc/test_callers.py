@@ -189,6 +189,24 @@ async def test_tokens_are_read_again(tokens: Path) -> None:
         assert await code_of(channel, f"{PREFIX}GetStatus", "newcomer") is STATUS.OK
 
 
+async def test_a_stream_ends_with_its_token(tokens: Path) -> None:
+    """One that is revoked while the stream is open; a stream of another token goes on."""
+    async with protected_server(echo()[1], tokens=tokens) as server, channel_to(server) as channel:
+        request = admin.WatchStatusRequest()
+        revoked, kept = (stub_of(channel).WatchStatus(request, metadata=bearer(name)) for name in ("vic", "root"))
+        await anext(aiter(revoked))
+        assert server.tokens is not None
+        await to_thread.run_sync(write_tokens, tokens, {"root": Role.ADMIN})
+        assert await to_thread.run_sync(server.tokens.refresh)
+        with pytest.raises(grpc.aio.AioRpcError, match="expired or been revoked") as caught:
+            async for _ in revoked:
+                pass
+        assert caught.value.code() is STATUS.UNAUTHENTICATED
+        for _ in range(3):
+            await anext(aiter(kept))
+        assert server.counted("vic", "UNAUTHENTICATED") == 1
+
+
 # -- certificates ----------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +327,26 @@ async def test_too_many_calls_are_refused(tokens: Path) -> None:
         assert codes[:2] == [STATUS.OK, STATUS.OK]
         assert STATUS.RESOURCE_EXHAUSTED in codes
         assert await code_of(channel, f"{PREFIX}GetStatus", "root") is STATUS.OK
+
+
+async def test_an_emergency_gets_through(tokens: Path) -> None:
+    """Its caller has reached every limit, and made too many mistakes."""
+    servicer, register = echo()
+    limits: dict[str, Any] = {"calls_per_second": 0.5, "bad_calls_per_second": 0.1, "calls_in_flight_max": 1}
+    async with (
+        protected_server(register, tokens=tokens, **limits) as server,
+        channel_to(server) as channel,
+        anyio.create_task_group() as tasks,
+    ):
+        tasks.start_soon(code_of, channel, f"{PREFIX}PauseTraining", "olga")
+        while not servicer.held:
+            await anyio.sleep(0.005)
+        assert await code_of(channel, f"{PREFIX}StopTraining", "olga") is STATUS.PERMISSION_DENIED
+        assert await code_of(channel, f"{PREFIX}GetStatus", "olga") is STATUS.RESOURCE_EXHAUSTED
+        started = anyio.current_time()
+        assert await code_of(channel, f"{PREFIX}RaiseEmergency", "olga") is STATUS.UNIMPLEMENTED  # by this servicer
+        assert anyio.current_time() - started < callers.LATE_S
+        servicer.release.set()
 
 
 async def test_an_anonymous_connection_does_not_lock_out_another() -> None:

@@ -2,8 +2,10 @@
 
     python tests/benchmarks/bench_flood.py [--rounds N] [--seconds S] [--rate R] [--connections N] [--kind KIND]
 
-Steps are counted with and without the flood, by turns; the ratio is that of the medians. `--kind`: token (a wrong one),
-bytes (no message), method (an unknown one), good (GetStatus with a token). `--limits off` serves without limits.
+Steps are counted with and without the flood, by turns; the ratio is the median of those of the rounds. `--kind`: token
+(a wrong one), bytes (no message), method (an unknown one), good (GetStatus with a token), scrape (as many scrapers as
+connections, flat out). `--limits off` serves without limits. On a busy machine the rates say little; the CPU time of
+the service, which is what a flood takes from the boundaries on its core, varies less.
 """
 
 from __future__ import annotations
@@ -21,19 +23,37 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import grpc
 import grpc.aio
+from torch import nn
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.processes import Serve, python_path, serve
+from tolaria.jobs import Batch, JobContext
+from tolaria.jobs.digits import digits
+from tolaria.jobs.job import TrainingJob
 
 TARGET = 0.95
 PREFIX = "/leyline.v1.TolariaAdminService/"
-WIDE = ['training.options={"width": 512}']
+WAITING = ["training.job=benchmarks.bench_flood:waiting"]
 OFF = ["server.calls_per_second=0", "server.bad_calls_per_second=0", "server.calls_in_flight_max=10000"]
+
+
+def waiting(context: JobContext) -> TrainingJob:
+    """The digits, whose steps wait for 5 ms and compute little: other processes on the lane's core matter less."""
+    job = digits(context)
+    losses = job.losses
+
+    def late_losses(model: nn.Module, batch: Batch) -> Any:
+        time.sleep(0.005)
+        return losses(model, batch)
+
+    job.losses = late_losses  # type: ignore[method-assign]
+    return job
 
 
 async def flood(address: str, *, kind: str, rate: float, seconds: float, connections: int, token: str) -> None:
@@ -66,6 +86,33 @@ async def flood(address: str, *, kind: str, rate: float, seconds: float, connect
                 sent += 1
             await asyncio.sleep(0.002)
     print(json.dumps({"answers": answers, "sent": sent, "cpu_s": time.process_time() - cpu}))
+
+
+async def scrape(address: str, *, seconds: float, connections: int) -> None:
+    """Scrapes flat out on each connection; prints the answers by status."""
+    answers: Counter[str] = Counter()
+    cpu, until = time.process_time(), time.perf_counter() + seconds
+
+    async def scraper(session: aiohttp.ClientSession) -> None:
+        while time.perf_counter() < until:
+            try:
+                async with session.get(f"http://{address}/metrics") as response:
+                    await response.read()
+                    answers[str(response.status)] += 1
+            except aiohttp.ClientError as error:
+                answers[type(error).__name__] += 1
+
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as session, asyncio.TaskGroup() as tasks:
+        for _ in range(connections):
+            tasks.create_task(scraper(session))
+    print(json.dumps({"answers": answers, "sent": answers.total(), "cpu_s": time.process_time() - cpu}))
+
+
+def cpu_s(pid: int) -> float:
+    """Returns the CPU time of a process, without its children's."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def pin(pid: int, cores: set[int]) -> None:
@@ -111,14 +158,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rate", type=float, default=1000.0)
     parser.add_argument("--connections", type=int, default=1)
-    parser.add_argument("--kind", choices=["token", "bytes", "method", "good"], default="token")
+    parser.add_argument("--kind", choices=["token", "bytes", "method", "good", "scrape"], default="token")
     parser.add_argument("--limits", choices=["on", "off"], default="on")
-    parser.add_argument("--wide", action="store_true", help="a step of several milliseconds")
+    parser.add_argument("--waiting", action="store_true", help="steps that wait 5 ms, as for a GPU")
     parser.add_argument("--nice", type=int, default=0, help="below 0 keeps other processes away, as root")
     parser.add_argument("--flood", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.flood:
         address, _, token = arguments.flood.partition(" ")
+        if arguments.kind == "scrape":
+            asyncio.run(scrape(address, seconds=arguments.seconds, connections=arguments.connections))
+            return
         asyncio.run(
             flood(
                 address,
@@ -138,29 +188,41 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     """Runs the rounds."""
     tokens = {name: new_token(folder, name) for name in ("admin", "operator", "viewer")}
     overrides = ["training.epochs=1000000", f"server.tokens={folder / 'tokens.toml'}", "checkpoint.every_epochs=0"]
-    overrides += WIDE if arguments.wide else []
+    overrides += WAITING if arguments.waiting else []
     overrides += OFF if arguments.limits == "off" else []
     with serve(*overrides, cwd=folder) as service, grpc.insecure_channel(service.addresses()[0]) as channel:
         stub, metadata = TolariaAdminServiceStub(channel), (("authorization", f"Bearer {tokens['admin']}"),)
         while stub.GetStatus(admin.GetStatusRequest(), metadata=metadata).global_step < 200:
             time.sleep(0.1)
         pin_all(service, arguments.nice)
-        quiet, flooded, answers, sent, cpu_s = [], [], Counter[str](), 0, 0.0
+        rates: dict[str, list[float]] = {"quiet": [], "flooded": []}
+        loads: dict[str, list[float]] = {"quiet": [], "flooded": []}
+
+        def count(name: str) -> None:
+            begun_s, begun_cpu_s = time.perf_counter(), cpu_s(service.process.pid)
+            rates[name].append(steps_per_s(stub, metadata, arguments.seconds))
+            loads[name].append((cpu_s(service.process.pid) - begun_cpu_s) / (time.perf_counter() - begun_s))
+
+        answers, sent, generator_s = Counter[str](), 0, 0.0
         presented = {"token": "wrong", "method": "wrong", "bytes": tokens["operator"], "good": tokens["viewer"]}
+        address = service.addresses()[arguments.kind == "scrape"]
         for _ in range(arguments.rounds):
-            quiet.append(steps_per_s(stub, metadata, arguments.seconds))
-            generator = start_flood(arguments, f"{service.addresses()[0]} {presented[arguments.kind]}")
+            count("quiet")
+            generator = start_flood(arguments, f"{address} {presented.get(arguments.kind, '')}")
             time.sleep(1.0)
-            flooded.append(steps_per_s(stub, metadata, arguments.seconds))
+            count("flooded")
             output = json.loads(generator.communicate(timeout=120)[0])
             answers.update(output["answers"])
-            sent, cpu_s = sent + output["sent"], cpu_s + output["cpu_s"]
-    ratio = statistics.median(flooded) / statistics.median(quiet)
+            sent, generator_s = sent + output["sent"], generator_s + output["cpu_s"]
     length_s = arguments.rounds * (arguments.seconds + 1.5)
     print(f"kind {arguments.kind}, {arguments.connections} connections, limits {arguments.limits}")
-    print(f"quiet   {[f'{rate:.0f}' for rate in quiet]} steps/s\nflooded {[f'{rate:.0f}' for rate in flooded]} steps/s")
+    for name, values in rates.items():
+        load = statistics.median(loads[name])
+        print(f"{name:<8} {[f'{rate:.0f}' for rate in values]} steps/s, service {100 * load:.0f} % of a core")
+    ratio = statistics.median(y / x for x, y in zip(rates["quiet"], rates["flooded"], strict=True))
     print(f"ratio {ratio:.3f} (target {TARGET})")
-    print(f"{sent / length_s:.0f} calls/s offered, generator {100 * cpu_s / length_s:.0f} % of a core: {dict(answers)}")
+    share = generator_s / length_s
+    print(f"{sent / length_s:.0f} calls/s offered, generator {100 * share:.0f} % of a core: {dict(answers)}")
 
 
 def start_flood(arguments: argparse.Namespace, target: str) -> subprocess.Popen[str]:

@@ -8,6 +8,7 @@ import binascii
 import hashlib
 import socket
 import ssl
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -36,6 +37,11 @@ SEND_S: Final = 10.0
 """Seconds for a client to take a response."""
 
 HANDSHAKE_S: Final = 10.0
+
+PAUSE: Final = 4.0
+"""Pause after metrics have been rendered, as a multiple of the time that it took: scrapers that ask flat out wait."""
+
+PAUSE_S_MAX: Final = 0.5
 _CHECKS_MAX, _CACHED_MAX = 8, 100
 _NO_SUCH_USER: Final = b"$2b$10$Ax1g5RpBRVUF4LLO3JjdFuhw7fNW/YVuGkeomEq0h0ed8a65sjMgO"
 """Compared with for unknown users, so that they take as long as known ones."""
@@ -49,6 +55,7 @@ class WebGuard:
         self._metrics = metrics
         self._connections_max = connections_max
         self._passwords = _Passwords()
+        self._rested_s = 0.0
 
     @asynccontextmanager
     async def serving(self, application: web.Application, sockets: Sequence[socket.socket]) -> AsyncIterator[None]:
@@ -101,13 +108,24 @@ class WebGuard:
             response: web.StreamResponse = refusal
         else:
             try:
-                response = await handler(request)
+                response = await (self._paced(request, handler) if request.path == "/metrics" else handler(request))
             except web.HTTPException as error:  # 404, 405
                 response = error
         self._metrics.metrics_requests_total.labels(name, str(response.status)).inc()
         if self._config is not None:
             response.headers.update(self._config.value.headers)
         return await _sent(request, response)
+
+    async def _paced(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Has the metrics rendered when there has been a pause; a scraper that asks now and then never waits."""
+        begun_s = time.monotonic()
+        if begun_s < self._rested_s:
+            await anyio.sleep(self._rested_s - begun_s)
+            begun_s = time.monotonic()
+        response = await handler(request)
+        ended_s = time.monotonic()
+        self._rested_s = ended_s + min(PAUSE * (ended_s - begun_s), PAUSE_S_MAX)
+        return response
 
     async def _authenticated(self, request: web.Request) -> tuple[str, web.Response | None]:
         """Returns the name of the caller, and the response if it is not allowed to see everything."""

@@ -233,6 +233,18 @@ async def test_a_slow_reader_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
         assert (await site.get("/livez"))[0] == 200
 
 
+async def test_scraping_flat_out_leaves_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scrape right after another waits; probes and a scrape after the pause do not."""
+    monkeypatch.setattr(web_server, "PAUSE", 1e6)
+    monkeypatch.setattr(web_server, "PAUSE_S_MAX", 0.4)
+    async with served() as site:
+        assert (await site.get("/metrics"))[0] == 200
+        started = anyio.current_time()
+        assert (await site.get("/livez"))[0] == 200
+        assert (await site.get("/metrics"))[0] == 200
+        assert anyio.current_time() - started >= 0.25
+
+
 async def test_connections_are_limited() -> None:
     """Those beyond the limit are closed at once; there is room again when one has ended."""
     async with served(connections_max=3) as site:

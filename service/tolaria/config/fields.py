@@ -82,6 +82,7 @@ def _secret(secret: SecretStr) -> SecretStr:
 
 ListenAddress = Annotated[str, AfterValidator(_listen_address)]
 Target = Annotated[str, AfterValidator(_target)]
+PathText = Annotated[str, Field(max_length=4096)]
 Secret = Annotated[SecretStr, AfterValidator(_secret)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]

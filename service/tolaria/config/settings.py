@@ -106,6 +106,21 @@ class Settings(BaseSettings):
             return ["fastpaths.amp is float16, whose loss scale lane.parallel = fsdp does not support: use bfloat16"]
         return []
 
+    def _tls_problems(self) -> list[str]:
+        problems = [
+            f"{name}.tls_cert and {name}.tls_key must be set together"
+            for name, section in (("server", self.server), ("tamiyo", self.tamiyo), ("kasmina", self.kasmina))
+            if bool(section.tls_cert) != bool(section.tls_key)
+        ]
+        if self.server.tls_client_ca and not self.server.tls_cert:
+            problems.append("server.tls_client_ca needs server.tls_cert and server.tls_key")
+        for name, peer in (("tamiyo", self.tamiyo), ("kasmina", self.kasmina)):
+            if (peer.tls_cert or peer.tls_name) and not peer.tls_ca:
+                problems.append(f"{name}.tls_cert, tls_key and tls_name need {name}.tls_ca")
+            if peer.tls_ca and not peer.target:
+                problems.append(f"{name}.tls_ca needs {name}.target: the reference peer is called on loopback")
+        return problems
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         problems = []
@@ -117,7 +132,7 @@ class Settings(BaseSettings):
             problems.append("leyline.previous_secret is set but leyline.secret is not")
         if self.optimizer.policy == "step" and not self.optimizer.period_steps:
             problems.append("optimizer.policy is step, which needs optimizer.period_steps")
-        problems += self._rank_problems()
+        problems += self._rank_problems() + self._tls_problems()
         if self.emergency.sentinel and self.emergency.drain_s <= self.service.drain_timeout_s:
             problems.append("emergency.drain_s must exceed service.drain_timeout_s, or a drain would be cut short")
         for name, peer in (("tamiyo", self.tamiyo), ("kasmina", self.kasmina)):

@@ -1,8 +1,9 @@
 """The errors that Tolaria raises on purpose, in one tree.
 
 TolariaError
-├── ConfigurationError, BindError, ChildFailedError, StateHeldError, CommandRejectedError, IllegalTransitionError,
+├── BindError, CredentialsError, ChildFailedError, StateHeldError, CommandRejectedError, IllegalTransitionError,
 │   IllegalMoveError
+├── ConfigurationError: ExposedError
 ├── JobError: UnknownJobError, BrokenJobError, EmptyDatasetError, LossShapeError
 ├── PeerError: PeerTimeoutError, PeerUnavailableError, PeerProtocolError, BreakerOpenError, CallRefusedError
 ├── GradientError: NoGradientsError, GradientMismatchError, GradientWeightError, UnknownSourceError,
@@ -18,7 +19,8 @@ TolariaError
 │   │              RestoreAbandonedError
 │   ├── CheckpointError: CheckpointWriteError, CheckpointDamagedError, CheckpointUnreadableError, NoCheckpointError
 │   └── JournalError: JournalUnavailableError, JournalDamagedError, JournalNewerError
-└── RequestError: InvalidFieldError, ProfileFailedError, TooManySubscribersError, SubscriberTooSlowError
+└── RequestError: InvalidFieldError, NotAuthenticatedError, NotPermittedError, TooManyCallsError, ProfileFailedError,
+    │             TooManySubscribersError, SubscriberTooSlowError
     └── WrongStateError: StillUnderwayError
 """
 
@@ -26,6 +28,8 @@ from tolaria.errors.base import BindError as BindError
 from tolaria.errors.base import ChildFailedError as ChildFailedError
 from tolaria.errors.base import CommandRejectedError as CommandRejectedError
 from tolaria.errors.base import ConfigurationError as ConfigurationError
+from tolaria.errors.base import CredentialsError as CredentialsError
+from tolaria.errors.base import ExposedError as ExposedError
 from tolaria.errors.base import IllegalMoveError as IllegalMoveError
 from tolaria.errors.base import IllegalTransitionError as IllegalTransitionError
 from tolaria.errors.base import StateHeldError as StateHeldError
@@ -51,6 +55,8 @@ from tolaria.errors.operation import JournalError as JournalError
 from tolaria.errors.operation import JournalNewerError as JournalNewerError
 from tolaria.errors.operation import JournalUnavailableError as JournalUnavailableError
 from tolaria.errors.operation import NoCheckpointError as NoCheckpointError
+from tolaria.errors.operation import NotAuthenticatedError as NotAuthenticatedError
+from tolaria.errors.operation import NotPermittedError as NotPermittedError
 from tolaria.errors.operation import PeerError as PeerError
 from tolaria.errors.operation import PeerProtocolError as PeerProtocolError
 from tolaria.errors.operation import PeerTimeoutError as PeerTimeoutError
@@ -66,6 +72,7 @@ from tolaria.errors.operation import StateMismatchError as StateMismatchError
 from tolaria.errors.operation import StateUnsupportedError as StateUnsupportedError
 from tolaria.errors.operation import StillUnderwayError as StillUnderwayError
 from tolaria.errors.operation import SubscriberTooSlowError as SubscriberTooSlowError
+from tolaria.errors.operation import TooManyCallsError as TooManyCallsError
 from tolaria.errors.operation import TooManySubscribersError as TooManySubscribersError
 from tolaria.errors.operation import UnknownLevelError as UnknownLevelError
 from tolaria.errors.operation import WrongStateError as WrongStateError

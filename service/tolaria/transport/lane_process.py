@@ -94,7 +94,7 @@ class LaneProcess(ChildSupervisor):
     def __init__(self, settings: Settings, segments: HeldSegments, owner: LaneOwner) -> None:
         lane = settings.lane
         super().__init__(
-            ChildCommand("lane", (), child_environment(settings), keep_stderr=True),
+            ChildCommand("lane", (), child_environment(settings, secrets=False), keep_stderr=True),
             restarts=RestartPolicy(
                 pause_s=lane.restart_pause_s, pause_s_max=lane.restart_pause_max_s, lived_s=_LIVED_S
             ),

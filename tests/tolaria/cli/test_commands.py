@@ -29,11 +29,12 @@ Serve = Callable[[FakeAdmin], str]
 _COMMANDS = (
     *("serve", "demo", "status", "watch", "pause", "resume", "stop", "lr", "conservative"),
     *("rollback", "checkpoint", "profile", "restore-points", "incidents", "verify"),
-    *("emergency", "signals", "peer", "config"),
+    *("emergency", "signals", "peer", "config", "audit", "certs", "token"),
 )
 _SUBCOMMANDS = (
     *("config check", "config show", "emergency raise", "emergency clear", "emergency show"),
     *("signals watch", "signals raise", "signals clear", "signals show"),
+    *("certs init", "certs client", "token new", "token list", "token revoke"),
 )
 NO_SERVICE = "127.0.0.1:1"
 

@@ -346,10 +346,13 @@ class RankStatus(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     host: _builtins.str
     pid: _builtins.int
     device: _builtins.str
+    node: _builtins.int
+    """Number of its machine in the group; 0 is that of the service."""
     def __init__(
         self,
         *,
@@ -357,10 +360,11 @@ class RankStatus(_message.Message):
         host: _builtins.str = ...,
         pid: _builtins.int = ...,
         device: _builtins.str = ...,
+        node: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host", b"host", "pid", b"pid", "rank", b"rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host", b"host", "node", b"node", "pid", b"pid", "rank", b"rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

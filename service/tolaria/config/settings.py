@@ -93,12 +93,23 @@ class Settings(BaseSettings):
         return (init_settings,)
 
     def _rank_problems(self) -> list[str]:
-        ranks, device = self.lane.processes, self.training.device
-        if ranks > 1 and self.lane.mode != "torchrun":
-            return [f"lane.processes is {ranks}, which needs lane.mode = torchrun"]
-        if ranks > 1 and device.startswith("cuda:"):
-            return [f"training.device is {device}, but each of the {ranks} ranks of lane.processes needs another one"]
-        return []
+        lane, device = self.lane, self.training.device
+        problems = [
+            f"lane.{name} is {value}, which needs lane.mode = torchrun"
+            for name, value, several in (
+                ("processes", lane.processes, lane.processes > 1),
+                ("nodes", lane.nodes, lane.nodes_max > 1),
+            )
+            if several and lane.mode != "torchrun"
+        ]
+        if lane.processes > 1 and lane.mode == "torchrun" and device.startswith("cuda:"):
+            ranks = f"each of the {lane.processes} ranks of lane.processes"
+            problems.append(f"training.device is {device}, but {ranks} needs another one")
+        if lane.nodes_max > 1 and not lane.secret_file:
+            problems.append(
+                f"lane.nodes is {lane.nodes}, which needs lane.secret_file, so that only machines with the secret join"
+            )
+        return problems
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

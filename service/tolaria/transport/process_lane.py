@@ -35,6 +35,7 @@ from tolaria.lane.order import RestorePlan
 from tolaria.segments import numbers_of
 from tolaria.transport.lane_images import HeldSegments, LaneImages
 from tolaria.transport.lane_process import LaneProcess
+from tolaria.transport.rendezvous import Rendezvous
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.wire import Frame, FrameKind, packed_id, unpacked_events, unpacked_id
 
@@ -66,6 +67,7 @@ class ProcessLane:
     Attributes:
         images: the pool through which run and lane exchange images.
         plan: says what a process after the first one restores; as `LaneOwner.next_plan`.
+        drained: whether the end of the lane is not that of the run, which another service continues.
     """
 
     def __init__(
@@ -77,7 +79,8 @@ class ProcessLane:
         self._settings = settings.lane
         self._checkpoint = checkpoint
         self._segments = segments
-        self._process = LaneProcess(settings, segments, self)
+        self._rendezvous = Rendezvous(settings, self) if settings.lane.nodes_max > 1 else None
+        self._process = LaneProcess(settings, segments, self, self._rendezvous)
         self._digests: tuple[str, ...] = ()
         self._next_segment = 1
         self._orphans = set[int]()
@@ -90,14 +93,34 @@ class ProcessLane:
         self._deaths: deque[float] = deque()
         self._failures: list[str] = []
         self._ready_at_s = 0.0
+        self._failed: Failure | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.get_ident()
+        self.drained = False
 
     async def serve(self) -> None:
-        """Keeps the lane running until it has ended, is given up, or this is cancelled."""
+        """Keeps the lane running until it has ended, is given up, or this is cancelled.
+
+        Raises BindError if the address at which other machines join cannot be listened on.
+        """
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
-        await self._process.serve()
+        if self._rendezvous is None:
+            await self._process.serve()
+        else:
+            async with anyio.create_task_group() as tasks:
+                await tasks.start(self._rendezvous.serve)
+                await self._serve_with_nodes(self._rendezvous)
+                tasks.cancel_scope.cancel()
         self._end(LaneEnded(0, None))  # stopped while there was no process that could answer
+
+    async def _serve_with_nodes(self, rendezvous: Rendezvous) -> None:
+        try:
+            await self._process.serve()
+        finally:
+            if (self._over or self._failed or self._stopping) and not self.drained:
+                detail = "the run has ended" if self._failed is None else f"the run has failed: {self._failed}"
+                with anyio.CancelScope(shield=True):
+                    await rendezvous.end(failed=self._failed is not None, detail=detail)
 
     async def open(self) -> LaneReady | None:
         """Waits until the lane is built; returns what it has built, or None if it was stopped before.
@@ -155,6 +178,8 @@ class ProcessLane:
 
     def phase(self) -> tuple[str, float]:
         """Returns what the lane does other than steps, and for how many seconds."""
+        if self._rendezvous is not None and self._rendezvous.waiting:
+            return self._rendezvous.waiting, time.monotonic() - self._rendezvous.waiting_since_s
         page = self._process.page
         return ("", 0.0) if page is None else page.phase()
 
@@ -203,6 +228,14 @@ class ProcessLane:
         if not self._opened.is_set():
             cause = f"the process of the lane has ended before the job was built: {cause}"
         self._end(LaneEnded(0, None if self._stopping else Failure.of(LaneFailedError(cause))))
+
+    def on_node_lost(self, host: str, why: str) -> None:
+        """Ends the group, of which a machine has gone."""
+        self._process.node_lost(host, why)
+
+    def on_ranks_ended(self, host: str, code: int, lines: Sequence[str]) -> None:
+        """Ends the group, of which ranks elsewhere have failed."""
+        self._process.ranks_ended(host, code, lines)
 
     def memory(self) -> tuple[tuple[str, ...], int, set[int]]:
         """Returns what a process gets to know of the memory of those before it."""
@@ -270,7 +303,7 @@ class ProcessLane:
         ready = encoding.from_bytes(content)
         if isinstance(ready, LaneReady):
             self._answering = self._process.wanted = not self._stopping
-            self._process.built([rank.pid for rank in ready.ranks])
+            self._process.built([rank.pid for rank in ready.ranks if rank.node == 0])
             self._ready_at_s = time.monotonic()
             if self._opened.is_set():
                 self._events.append(LaneRestarted(self._process.generation, ready))
@@ -287,6 +320,7 @@ class ProcessLane:
     def _open_with(self, ready: LaneReady | LaneEnded) -> None:
         if not self._opened.is_set():
             self._ready, self._checkpoint = ready, None
+            self._failed = ready.failure if isinstance(ready, LaneEnded) else None
             self._opened.set()
 
     def _lost(self) -> None:
@@ -296,7 +330,7 @@ class ProcessLane:
 
     def _end(self, event: LaneEnded) -> None:
         if not self._over:
-            self._over = True
+            self._over, self._failed = True, event.failure
             self._open_with(event)
             self._events.append(event)
             self._notify()

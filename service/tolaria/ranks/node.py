@@ -130,11 +130,11 @@ class Node:
 
     async def _check_job(self, accepted: Accepted) -> None:
         digest = await anyio.to_thread.run_sync(admission.job_digest, accepted.job)
-        job = f"training.job of the service, {accepted.job}"
-        if accepted.job_digest and not digest:
-            raise JoinRefusedError("job", f"this machine has no module for the {job}; is PYTHONPATH set?")
-        if accepted.job_digest != digest:
-            raise JoinRefusedError("job", f"the file of the {job}, is another one on this machine")
+        if not accepted.job_digest or digest == accepted.job_digest:
+            return
+        if not digest:
+            raise JoinRefusedError("job", f"this machine finds no module for {accepted.job}; is PYTHONPATH set?")
+        raise JoinRefusedError("job", f"the file of {accepted.job} is another one than on the service's machine")
 
     def _say_once(self, text: str) -> None:
         """Prints a line unless it was the last one too."""
@@ -335,4 +335,6 @@ def _cause(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, BaseExceptionGroup):
         return _cause(error.exceptions[0])
-    return (error.strerror if isinstance(error, OSError) else "") or str(error) or "no answer"
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return str(error) or "no answer"

@@ -86,7 +86,20 @@ def two_hosts() -> Iterator[Hosts]:
         ip("-n", names[2], "link", "add", "switch0", "type", "bridge")
         ip("-n", names[2], "link", "set", "switch0", "up")
         for host in hosts:
-            ip("link", "add", "link0", "netns", host.namespace, "type", "veth", "peer", "name", host.port, "netns", names[2])
+            ip(
+                "link",
+                "add",
+                "link0",
+                "netns",
+                host.namespace,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                host.port,
+                "netns",
+                names[2],
+            )
             ip("-n", names[2], "link", "set", host.port, "master", "switch0")
             ip("-n", names[2], "link", "set", host.port, "up")
             ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", "link0")

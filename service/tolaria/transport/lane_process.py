@@ -28,12 +28,11 @@ from tolaria.images import StateImage
 from tolaria.lane.encoding import to_bytes
 from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.processes import ChildCommand, ChildProcess, ChildSupervisor, RestartPolicy
-from tolaria.ranks.channel import interface_of
 from tolaria.segments import allow_descriptors, segments_frames, share
 from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage
 from tolaria.transport.lane_images import HeldSegments
 from tolaria.transport.lane_link import LaneLink
-from tolaria.transport.rendezvous import JoinedNode, Rendezvous
+from tolaria.transport.rendezvous import Formation, Rendezvous
 from tolaria.wire import Frame, FrameKind, packed_id
 
 PROGRAM: Final = (sys.executable, "-m", "tolaria.lane")
@@ -228,17 +227,15 @@ class LaneProcess(ChildSupervisor):
     # -- parts -------------------------------------------------------------------------------------------------------
 
     async def _start(self) -> ChildProcess:
-        nodes = () if self._rendezvous is None else await self._rendezvous.form()
+        formation = Formation() if self._rendezvous is None else await self._rendezvous.form()
         self.page, self._end = LanePage.create(), _End(await anyio.to_thread.run_sync(oom_kills))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        stdout, store = os.dup(1), self._store_listener()
-        port = 0 if store is None else store.getsockname()[1]
+        stdout = os.dup(1)
         try:
             descriptors = {"connection": theirs.fileno(), "page": self.page.segment.descriptor, "stdout": stdout}
-            if store is not None and nodes:
-                descriptors["store-listener"] = store.fileno()
+            descriptors |= formation.descriptors
             arguments = [f"--{name}={descriptor}" for name, descriptor in descriptors.items()]
-            program = (*self._program(nodes, store), f"--service-pid={os.getpid()}", *arguments)
+            program = (*self._program(), *formation.arguments, f"--service-pid={os.getpid()}", *arguments)
             self.command = replace(self.command, arguments=program, descriptors=tuple(descriptors.values()))
             child = await super().start()
         except BaseException:
@@ -247,34 +244,19 @@ class LaneProcess(ChildSupervisor):
         finally:
             theirs.close()
             os.close(stdout)
-            if store is not None:
-                store.close()
+            formation.close()
         self.generation += 1
         self.link = LaneLink(ours, self._owner.on_frames)
         if self._tasks is not None:
             self._tasks.start_soon(self.link.serve)
-        if self._rendezvous is not None and store is not None:
-            self._rendezvous.start(nodes, self.generation, port)
+        if self._rendezvous is not None:
+            self._rendezvous.start(formation, self.generation)
         await self._send_order(self.link)
         return child
 
-    def _store_listener(self) -> socket.socket | None:
-        """Returns a socket for the store of a group on several machines; None on one, where the agent opens it."""
-        if self._rendezvous is None:
-            return None
-        host = self._rendezvous.bind_host
-        return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-
-    def _program(self, nodes: Sequence[JoinedNode], store: socket.socket | None) -> tuple[str, ...]:
+    def _program(self) -> tuple[str, ...]:
         lane = self._settings.lane
-        if lane.mode != "torchrun":
-            return PROGRAM
-        program = (*GROUP_PROGRAM, f"--processes={lane.processes}")
-        if store is None or not nodes:
-            return program
-        host, port = nodes[0].channel.local, store.getsockname()[1]
-        place = f"--nodes={len(nodes) + 1}", f"--store-host={host}", f"--store-port={port}"
-        return (*program, *place, f"--interface={interface_of(host)}")
+        return (*GROUP_PROGRAM, f"--processes={lane.processes}") if lane.mode == "torchrun" else PROGRAM
 
     async def _send_order(self, link: LaneLink) -> None:
         plan, image = await self._owner.next_plan()

@@ -7,6 +7,7 @@ change until the group ends: a machine that comes later waits for the next start
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from tolaria.config.ranks import read_secret
 from tolaria.errors import BindError, ChannelError, JoinRefusedError
 from tolaria.ranks import admission
 from tolaria.ranks.admission import Accepted, Alive, Joining, RanksEnded, Ready, Refused, RunOver, StartRanks, StopRanks
-from tolaria.ranks.channel import Channel, remote_host
+from tolaria.ranks.channel import Channel, interface_of, remote_host
 
 _HANDSHAKE_S: Final = 10.0
 _HANDSHAKES_MAX: Final = 32
@@ -82,6 +83,43 @@ class JoinedNode:
             self.drop("it does not read what it is sent")
 
 
+class Formation:
+    """Who takes part in one generation of the group beside this machine, and where the store of the group listens.
+
+    The store's address is that at which the first machine has joined; alone this machine needs none.
+    """
+
+    def __init__(self, nodes: Sequence[JoinedNode] = ()) -> None:
+        """Opens the socket of the store. Raises OSError if that fails."""
+        self.nodes = tuple(nodes)
+        self.host = nodes[0].channel.local if nodes else ""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        self._listener = socket.create_server((self.host, 0), family=family) if nodes else None
+        self.port: int = 0 if self._listener is None else self._listener.getsockname()[1]
+
+    @property
+    def descriptors(self) -> dict[str, int]:
+        """Descriptors for the agent of this machine, by the names of its options."""
+        return {} if self._listener is None else {"store-listener": self._listener.fileno()}
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Its other options."""
+        if self._listener is None:
+            return ()
+        return (
+            f"--nodes={len(self.nodes) + 1}",
+            f"--store-host={self.host}",
+            f"--store-port={self.port}",
+            f"--interface={interface_of(self.host)}",
+        )
+
+    def close(self) -> None:
+        """Closes the socket here, once the agent has it."""
+        if self._listener is not None:
+            self._listener.close()
+
+
 class Rendezvous:
     """The machines that have joined. Used on the event loop only; `serve` is its task.
 
@@ -105,11 +143,6 @@ class Rendezvous:
         self._changed = anyio.Event()
         self.waiting, self.waiting_since_s = "", 0.0
 
-    @property
-    def bind_host(self) -> str:
-        """The address on which the group's store is to listen."""
-        return self._address.host
-
     async def serve(self, *, task_status: TaskStatus[None]) -> None:
         """Accepts machines until cancelled. Raises BindError if the address cannot be listened on."""
         try:
@@ -127,8 +160,8 @@ class Rendezvous:
 
     # -- the group ---------------------------------------------------------------------------------------------------
 
-    async def form(self) -> list[JoinedNode]:
-        """Waits for enough machines; returns those of the next group, without this one, in the order of joining.
+    async def form(self) -> Formation:
+        """Waits for enough machines; returns those of the next group, in the order of joining.
 
         As soon as `lane.nodes` permits the group, further machines have `lane.join_wait_s` to come.
         """
@@ -149,18 +182,18 @@ class Rendezvous:
                     await self._changed.wait()
         finally:
             self.waiting = ""
-        return found[:others_max]
+        return Formation(found[:others_max])
 
-    def start(self, nodes: Sequence[JoinedNode], generation: int, port: int) -> None:
-        """Has the ranks of these machines started; the store of their group listens on that port of this machine."""
-        for node in nodes:
+    def start(self, formation: Formation, generation: int) -> None:
+        """Has the ranks of its machines started."""
+        for node in formation.nodes:
             if node not in self._nodes:  # since `form`
                 self._owner.on_node_lost(node.host, node.gone)
                 return
         self._generation = generation
-        for number, node in enumerate(nodes, 1):
+        for number, node in enumerate(formation.nodes, 1):
             node.ready, node.member = False, True
-            node.put(StartRanks(generation, number, len(nodes) + 1, node.channel.local, port))
+            node.put(StartRanks(generation, number, len(formation.nodes) + 1, formation.host, formation.port))
 
     def stop(self, why: str) -> None:
         """Has the ranks of the present group stopped on all machines."""

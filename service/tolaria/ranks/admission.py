@@ -9,6 +9,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -149,8 +150,12 @@ def _problem(error: ValidationError) -> str:
     return f"not a message: {'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
+@cache
 def torch_version() -> str:
-    """Returns the version of the installed torch without its build, such as "+cpu"; it is not imported."""
+    """Returns the version of the installed torch without its build, such as "+cpu"; it is not imported.
+
+    The first call reads files.
+    """
     try:
         return version("torch").partition("+")[0]
     except PackageNotFoundError:

@@ -51,6 +51,9 @@ _LINE_MAX: Final = 2000
 _LINES_KEPT: Final = 200
 _LINES_SHOWN: Final = 5
 _CHECKPOINT_ID: Final = 1
+_NO_CAUSES: Final = ("Extension modules:", "[W")
+"""How lines begin that say nothing about an end: the last one of a crash, and warnings of torch's sockets."""
+
 _CRASHES: Final = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP}
 """Signals that a process gets by what it does; others come from outside."""
 
@@ -207,7 +210,7 @@ class LaneProcess(ChildSupervisor):
         if len(self._line) > _LINE_MAX:
             lines, newline, self._line = lines + newline + self._line, "\n", ""
         if newline and lines.strip():
-            self._end.lines.extend(line for line in lines.splitlines() if not line.startswith("Extension modules:"))
+            self._end.lines.extend(line for line in lines.splitlines() if not line.startswith(_NO_CAUSES))
             _log.info("lane_wrote", text=lines)
 
     def on_ended(self, detail: str, restart_in_s: float) -> None:
@@ -227,24 +230,9 @@ class LaneProcess(ChildSupervisor):
     # -- parts -------------------------------------------------------------------------------------------------------
 
     async def _start(self) -> ChildProcess:
-        formation = Formation() if self._rendezvous is None else await self._rendezvous.form()
-        self.page, self._end = LanePage.create(), _End(await anyio.to_thread.run_sync(oom_kills))
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        stdout = os.dup(1)
-        try:
-            descriptors = {"connection": theirs.fileno(), "page": self.page.segment.descriptor, "stdout": stdout}
-            descriptors |= formation.descriptors
-            arguments = [f"--{name}={descriptor}" for name, descriptor in descriptors.items()]
-            program = (*self._program(), *formation.arguments, f"--service-pid={os.getpid()}", *arguments)
-            self.command = replace(self.command, arguments=program, descriptors=tuple(descriptors.values()))
-            child = await super().start()
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(stdout)
-            formation.close()
+        with Formation() if self._rendezvous is None else await self._rendezvous.form() as formation:
+            self.page, self._end = LanePage.create(), _End(await anyio.to_thread.run_sync(oom_kills))
+            child, ours = await self._spawn(self.page, formation)
         self.generation += 1
         self.link = LaneLink(ours, self._owner.on_frames)
         if self._tasks is not None:
@@ -253,6 +241,24 @@ class LaneProcess(ChildSupervisor):
             self._rendezvous.start(formation, self.generation)
         await self._send_order(self.link)
         return child
+
+    async def _spawn(self, page: LanePage, formation: Formation) -> tuple[ChildProcess, socket.socket]:
+        """Starts the process; returns it and this side of the connection to it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        stdout = os.dup(1)
+        try:
+            descriptors = {"connection": theirs.fileno(), "page": page.segment.descriptor, "stdout": stdout}
+            descriptors |= formation.descriptors
+            arguments = [f"--{name}={descriptor}" for name, descriptor in descriptors.items()]
+            program = (*self._program(), *formation.arguments, f"--service-pid={os.getpid()}", *arguments)
+            self.command = replace(self.command, arguments=program, descriptors=tuple(descriptors.values()))
+            return await super().start(), ours
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(stdout)
 
     def _program(self) -> tuple[str, ...]:
         lane = self._settings.lane

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, Self
 
 import anyio
 import anyio.to_thread
@@ -114,8 +114,11 @@ class Formation:
             f"--interface={interface_of(self.host)}",
         )
 
-    def close(self) -> None:
-        """Closes the socket here, once the agent has it."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the socket here: the agent has it, or was not started."""
         if self._listener is not None:
             self._listener.close()
 
@@ -133,7 +136,7 @@ class Rendezvous:
 
     def __init__(self, settings: Settings, owner: GroupOwner) -> None:
         self._lane, self._job = settings.lane, settings.training.job
-        self._secret = read_secret(settings.lane.secret_file)
+        self._secret = b""
         self._owner = owner
         self._address = Address.parse(settings.lane.rendezvous)
         self._nodes: list[JoinedNode] = []
@@ -144,7 +147,14 @@ class Rendezvous:
         self.waiting, self.waiting_since_s = "", 0.0
 
     async def serve(self, *, task_status: TaskStatus[None]) -> None:
-        """Accepts machines until cancelled. Raises BindError if the address cannot be listened on."""
+        """Accepts machines until cancelled.
+
+        Raises:
+            ConfigurationError: the file with the secret cannot be read, or is too short.
+            BindError: the address cannot be listened on.
+        """
+        self._secret = await anyio.to_thread.run_sync(read_secret, self._lane.secret_file)
+        await anyio.to_thread.run_sync(admission.torch_version)
         try:
             listener = await anyio.create_tcp_listener(local_host=self._address.host, local_port=self._address.port)
         except OSError as error:

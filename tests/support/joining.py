@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import anyio
 
+from support.pods import free_port
 from tolaria import __version__
 from tolaria.config import Settings
 from tolaria.ranks import admission
@@ -87,14 +87,13 @@ def joining(host: str = "host-b", **changes: object) -> Joining:
 
 
 @asynccontextmanager
-async def meeting(directory: Path, *, job: str = "digits", **lane: object) -> AsyncIterator[Meeting]:
-    """Runs a rendezvous with these settings of the lane."""
+async def meeting(directory: Path, port: int = 0, **lane: object) -> AsyncIterator[Meeting]:
+    """Runs a rendezvous with these settings of the lane, on a free port unless one is given."""
     await anyio.Path(directory / "secret").write_bytes(SECRET + b"\n")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = port or free_port()
     section = {"mode": "torchrun", "nodes": "1:2", "rendezvous": f"127.0.0.1:{port}", **lane}
     section["secret_file"] = str(directory / "secret")
-    settings = Settings.model_validate({"lane": section, "training": {"job": job}})
+    settings = Settings.model_validate({"lane": section})
     owner = Owner()
     rendezvous = Rendezvous(settings, owner)
     async with anyio.create_task_group() as tasks:

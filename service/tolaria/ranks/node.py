@@ -36,6 +36,7 @@ _CONNECT_S: Final = 5.0
 _HANDSHAKE_S: Final = 10.0
 _RETRY_S: Final = 0.5
 _BEATS: Final = 10
+_LOOK_S: Final = 0.5
 _FROZEN_S: Final = 2.0
 
 
@@ -243,6 +244,7 @@ class _LocalRanks:
         self.generation, self.code = order.generation, 0
         self.lines: deque[str] = deque(maxlen=admission.LINES_MAX)
         self.stopped = False
+        self._ranks: set[int] = set()
         self._line = ""
         self._order, self._processes = order, processes
         self._interface = interface_of(channel.local)
@@ -282,24 +284,35 @@ class _LocalRanks:
                 )
                 await child.first_line()
                 async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._watch, page, silence_s, child.process.pid)
+                    tasks.start_soon(self._watch, page, silence_s, child)
                     await child.ended()
                     tasks.cancel_scope.cancel()
             finally:
                 os.close(stdout)
                 if child is not None:
-                    await _end_all(child)
+                    await self._end_all(child)
                     self.code = child.process.returncode or 0
                     self._keep_lines("\n")
 
-    async def _watch(self, page: LanePage, silence_s: float, pid: int) -> None:
+    async def _watch(self, page: LanePage, silence_s: float, child: ChildProcess) -> None:
         """Kills an agent that is silent, such as a stopped one, which would notice no rank that ends."""
-        while True:
-            await anyio.sleep(silence_s / _BEATS)
+        while child.process.returncode is None:
+            self._ranks.update(await anyio.to_thread.run_sync(_children, child.process.pid))
             if (silent_s := page.agent_silent_s()) > silence_s:
                 self._on_stderr(f"\nthe agent of the group has given no heartbeat for {silent_s:.0f} s\n")
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(child.process.pid, signal.SIGKILL)
                 return
+            await anyio.sleep(min(_LOOK_S, silence_s / _BEATS))
+
+    async def _end_all(self, child: ChildProcess) -> None:
+        """Ends the agent, its ranks, and what they have started: each rank leads a process group."""
+        with anyio.CancelScope(shield=True):
+            self._ranks.update(await anyio.to_thread.run_sync(_children, child.process.pid))
+            await child.close(0)
+            for pid in self._ranks:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)
 
     def _on_stderr(self, text: str) -> None:
         sys.stderr.write(text)
@@ -310,15 +323,6 @@ class _LocalRanks:
         *lines, self._line = (self._line + text).split("\n")
         self._line = self._line[-admission.LINE_CHARACTERS_MAX :]
         self.lines.extend(line[: admission.LINE_CHARACTERS_MAX] for line in lines if line.strip())
-
-
-async def _end_all(child: ChildProcess) -> None:
-    """Ends the agent, its ranks, and what they have started: each rank leads a process group."""
-    ranks = _children(child.process.pid)
-    await child.close(0)
-    for pid in ranks:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
 
 
 def _children(pid: int) -> list[int]:

@@ -215,6 +215,7 @@ class Rendezvous:
     async def end(self, *, failed: bool, detail: str) -> None:
         """Has all machines end their commands, since the run has ended."""
         for node in self._nodes:
+            node.member = False
             node.put(RunOver(failed, detail[:1000]))
         self._changed = anyio.Event()
         with anyio.move_on_after(_LAST_WORDS_S):

@@ -34,7 +34,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": (
         "admin_commands", "answers", "board", "chaos", "client", "commands", "curves", "demo", "errors", "harm",
-        "main", "process_tree", "render", "report", "serve_child",
+        "lane_commands", "main", "process_tree", "render", "report", "serve_child",
     ),
     "config": ("durability", "fields", "network", "ranks", "retired", "settings", "sources", "training"),
     "errors": ("base", "operation", "training"),
@@ -51,7 +51,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "adjustments", "groups", "hyperparameters", "lr_controller", "optimizer_manager", "schedules", "state_transfer",
     ),
     "peers": ("clients", "connect", "consultation", "verification"),
-    "ranks": ("agent", "child", "elastic", "group", "images", "share"),
+    "ranks": ("admission", "agent", "channel", "child", "elastic", "group", "images", "node", "share"),
     "reference": ("embedded", "history", "kasmina", "lifecycle", "policy", "rollback", "server", "tamiyo"),
     "resilience": ("breaker", "conservative", "deadline"),
     "rollback": ("coordinator", "protocol"),
@@ -67,7 +67,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "signals": ("board", "futex", "lane_page", "lane_pulse", "layout", "mapping", "seqlock", "writers"),
     "state": ("arenas", "encoding", "restore", "shared_memory", "snapshots", "training_state"),
     "telemetry": ("events", "exporter", "logging", "metrics"),
-    "transport": ("lane_images", "lane_link", "lane_process", "process_lane"),
+    "transport": ("lane_images", "lane_link", "lane_process", "process_lane", "rendezvous"),
     "values": ("encoding", "gradients", "lineage", "loss_window", "optimization", "seeds", "training"),
 }  # fmt: skip
 """The modules of each subpackage, named by standard terms. Add new modules here and in docs/architecture.md."""
@@ -83,6 +83,7 @@ EXEMPT_PROTOCOLS: dict[str, str] = {
     "HasEpoch": "samplers and data sets are the user's own",
     "_HasItems": "data sets are the user's own",
     "LaneOwner": "the process of a lane and its owner do not import each other",
+    "GroupOwner": "the rendezvous and the owner of its group do not import each other",
     "LaneHandle": "run and lane do not import each other",
     "LaneHeartbeat": "lane and emergency do not import each other",
     "LaneBuild": "service loads the lane by name, so that it imports no torch",

@@ -12,6 +12,7 @@ TolariaError
 ├── SeedError: SlotError, UnknownBlueprintError, OwnershipError, TopologyStateError
 │   └── BlueprintError: BlueprintMisfitError
 ├── LaneError: LaneFailedError, PeerLostError, RanksDifferError, LaneStoppedError, LaneLostError, WireError
+│   └── JoinError: ChannelError, JoinRefusedError, ServiceAbsentError
 ├── SignalError: BoardRefusedError, BoardBusyError, BoardLostError, BlockOwnedError, SignalValueError
 ├── EmergencyError: UnknownLevelError, IllegalEmergencyEventError, ClearanceRefusedError, BroadcastFailedError
 ├── RollbackError: StateUnsupportedError, StateMismatchError, ImageDamagedError, RestoreUnprovenError,

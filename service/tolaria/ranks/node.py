@@ -340,5 +340,5 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
         return _cause(error.exceptions[0])
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
-        return os.strerror(error.errno)
-    return str(error) or "no answer"
+        return os.strerror(error.errno)  # asyncio's own text is longer
+    return (error.strerror if isinstance(error, OSError) else "") or str(error) or "no answer"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,16 +37,18 @@ class Owner:
 
 
 @dataclass
-class Meeting:
-    """A rendezvous that runs, and where."""
+class Door:
+    """The port at which machines join."""
 
-    rendezvous: Rendezvous
-    owner: Owner
     port: int
 
     async def connect(self) -> anyio.abc.SocketStream:
-        """Returns a connection to it."""
-        return await anyio.connect_tcp("127.0.0.1", self.port)
+        """Returns a connection to it, once it is open."""
+        with anyio.fail_after(20):
+            while True:
+                with suppress(OSError):
+                    return await anyio.connect_tcp("127.0.0.1", self.port)
+                await anyio.sleep(0.01)
 
     @asynccontextmanager
     async def machine(self, asked: Joining | None = None, *, ready: bool = True) -> AsyncIterator[Machine]:
@@ -58,6 +60,14 @@ class Meeting:
             if ready:
                 await machine.say(Ready())
             yield machine
+
+
+@dataclass
+class Meeting(Door):
+    """A rendezvous that runs, and where."""
+
+    rendezvous: Rendezvous
+    owner: Owner
 
 
 @dataclass
@@ -98,5 +108,5 @@ async def meeting(directory: Path, port: int = 0, **lane: object) -> AsyncIterat
     rendezvous = Rendezvous(settings, owner)
     async with anyio.create_task_group() as tasks:
         await tasks.start(rendezvous.serve)
-        yield Meeting(rendezvous, owner, port)
+        yield Meeting(port, rendezvous, owner)
         tasks.cancel_scope.cancel()

@@ -157,6 +157,13 @@ class LaneSettings(Section):
     join_wait_s: SecondsOrZero = 30.0
     """Time that a start with MIN machines waits for more of them. 30: a restarted pod, or a repaired link, is back."""
 
+    grow: Literal["restart", "epoch"] = "restart"
+    """When a machine that comes later, or again, is taken into the group. restart: when it starts again anyway.
+
+    epoch: at the end of an epoch the group is started again for it, from its newest proven state, within lane.nodes.
+    restart: a sound run is not disturbed.
+    """
+
     restarts_max: int = Field(default=10, ge=0, le=1000)
     """Times within lane.restarts_within_s that a lane which died is started again; then the run fails."""
 

@@ -404,9 +404,12 @@ class LaneEnded:
     failure: Failure | None
 
 
-LOSS_KINDS: Final = ("killed", "crashed", "exited", "raised", "out_of_memory", "silent", "connection", "node_lost")
+LOSS_KINDS: Final = (
+    *("killed", "crashed", "exited", "raised", "out_of_memory", "silent", "connection"),
+    *("node_lost", "regrouped"),
+)
 """Why a lane's process ends: a signal from outside, one of a crash such as SIGSEGV, an exit, an exception, no memory in
-its cgroup, no heartbeat, what it sent, another machine of its group that has gone."""
+its cgroup, no heartbeat, what it sent; another machine of its group that has gone, or one that is taken in."""
 
 
 @dataclass(frozen=True, slots=True)

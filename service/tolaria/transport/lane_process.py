@@ -186,6 +186,11 @@ class LaneProcess(ChildSupervisor):
         self.wanted = self.wanted or self._build_s == math.inf
         kill_group(self.pid)
 
+    def regroup(self) -> None:
+        """Has the group start again, since more machines can take part."""
+        self._end.regrouped = True
+        kill_group(self.pid)
+
     def ranks_ended(self, host: str, code: int, lines: Sequence[str]) -> None:
         """Ends the group, of which ranks elsewhere have failed; as `GroupOwner.on_ranks_ended`."""
         _log.info("lane_wrote", text="\n".join(lines), host=host)
@@ -315,7 +320,8 @@ class LaneProcess(ChildSupervisor):
 class _End:
     """How a process ends, as far as it is known. `out_of_memory` counts the kills before its start.
 
-    `lost` says which machine of the group has gone, `code_elsewhere` how ranks on another machine have ended.
+    `lost` says which machine of the group has gone, `regrouped` that one is taken in, `code_elsewhere` how ranks on
+    another machine have ended.
     """
 
     out_of_memory: int = 0
@@ -326,6 +332,7 @@ class _End:
     code: int | None = None
     code_elsewhere: int | None = None
     lost: str = ""
+    regrouped: bool = False
     fault: str = ""
     silent: str = ""
     ranks: tuple[int, ...] = ()
@@ -341,7 +348,9 @@ class _End:
         """Returns the kind and the cause of the end, with the last lines of its standard error, or where it crashed."""
         killed = self.code is not None and self.code < 0
         detail, shown = self._shown(detail, killed)
-        if self.lost:
+        if self.regrouped:
+            found = "regrouped", "the group starts again with another machine"
+        elif self.lost:
             found = "node_lost", self.lost
         elif self.raised or self.code == RAISED:
             found = "raised", self.raised or shown

@@ -91,6 +91,7 @@ class ProcessLane:
         self._opened = anyio.Event()
         self._answering = self._over = self._stopping = False
         self._deaths: deque[float] = deque()
+        self._put_off: tuple[int, RunEpoch] | None = None
         self._failures: list[str] = []
         self._ready_at_s = 0.0
         self._failed: Failure | None = None
@@ -152,11 +153,29 @@ class ProcessLane:
         if not self._answering:
             self._refuse(command)
             return
+        if isinstance(command, RunEpoch) and self._settings.grow == "epoch" and self._can_grow:
+            self._put_off = (command_id, command)
+            self._grow()
+            return
         if not isinstance(command, RunEpoch | Hold | Release | Stop):
             if len(self._unanswered) >= _COMMANDS_UNANSWERED_MAX:
                 raise LaneError(f"{_COMMANDS_UNANSWERED_MAX} commands are waiting for a step boundary already")
             self._unanswered.add(command_id)
         self._send(Frame(FrameKind.COMMAND, packed_id(command_id, encoding.to_bytes(command))))
+
+    @property
+    def _can_grow(self) -> bool:
+        return self._rendezvous is not None and self._rendezvous.can_grow
+
+    def _grow(self) -> None:
+        """Starts the group again in place of an epoch, once everything before that is done; or has it trained."""
+        if self._put_off is None or self._unanswered or self._stopping:
+            return
+        (command_id, command), self._put_off = self._put_off, None
+        if self._can_grow:
+            self._process.regroup()
+        else:
+            self._send(Frame(FrameKind.COMMAND, packed_id(command_id, encoding.to_bytes(command))))
 
     def take_events(self) -> list[Event]:
         """Returns the events since the last call, oldest first."""
@@ -210,8 +229,9 @@ class ProcessLane:
     def on_lost(self, kind: str, cause: str, batch: tuple[int, int] | None) -> None:
         """Reports a process that has ended, or the end of the lane if too many have died."""
         now_s, settings = time.monotonic(), self._settings
-        self._deaths.append(now_s)
-        while self._deaths[0] < now_s - settings.restarts_within_s:
+        if kind != "regrouped":
+            self._deaths.append(now_s)
+        while self._deaths and self._deaths[0] < now_s - settings.restarts_within_s:
             self._deaths.popleft()
         if len(self._deaths) > settings.restarts_max:
             self._process.abandon()
@@ -258,6 +278,7 @@ class ProcessLane:
             raise WireError(f"the lane sent a {type(event).__name__}")
         if isinstance(event, CommandDone):
             self._unanswered.discard(event.command_id)
+            self._grow()
         elif isinstance(event, SnapshotsChanged):
             self._digests = tuple(point.digest for point in event.points if point.digest is not None)
             self._close_orphans()
@@ -324,7 +345,7 @@ class ProcessLane:
             self._opened.set()
 
     def _lost(self) -> None:
-        self._answering = False
+        self._answering, self._put_off = False, None
         self._unanswered.clear()
         self.images.lost()
 

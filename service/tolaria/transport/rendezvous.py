@@ -38,6 +38,8 @@ _FROZEN_S: Final = 2.0
 _SAY_S: Final = 30.0
 _LAST_WORDS_S: Final = 1.0
 _FAILURES_SAID_MAX: Final = 10
+_LOSSES_MAX: Final = 3
+"""Losses of a machine within `lane.restarts_within_s` after which a group starts without it if it can."""
 
 _log = structlog.get_logger(__name__)
 
@@ -142,6 +144,7 @@ class Rendezvous:
         self._nodes: list[JoinedNode] = []
         self._handshakes: list[anyio.CancelScope] = []
         self._generation = 0
+        self._losses: dict[str, list[float]] = {}
         self._failed: deque[float] = deque()
         self._changed = anyio.Event()
         self.waiting, self.waiting_since_s = "", 0.0
@@ -170,6 +173,27 @@ class Rendezvous:
 
     # -- the group ---------------------------------------------------------------------------------------------------
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether a new start of the group would have more machines."""
+        members = sum(node.member for node in self._nodes)
+        return len(self._usable(members)) > 0 and members < self._lane.nodes_max - 1
+
+    def _usable(self, others: int = 0) -> list[JoinedNode]:
+        """Returns the machines that can start ranks, beside `others` that have.
+
+        One that was lost again and again comes last, and only if there are too few: it must not use up the restarts.
+        """
+        ready = [node for node in self._nodes if node.ready]
+        flaky = [node for node in ready if self._lost_often(node.host)]
+        steady = [node for node in ready if node not in flaky]
+        return [*steady, *flaky[: max(0, self._lane.nodes_min - 1 - others - len(steady))]]
+
+    def _lost_often(self, host: str) -> bool:
+        since_s = time.monotonic() - self._lane.restarts_within_s
+        self._losses[host] = [at_s for at_s in self._losses.get(host, []) if at_s >= since_s]
+        return len(self._losses[host]) >= _LOSSES_MAX
+
     async def form(self) -> Formation:
         """Waits for enough machines; returns those of the next group, in the order of joining.
 
@@ -178,7 +202,7 @@ class Rendezvous:
         others_min, others_max = self._lane.nodes_min - 1, self._lane.nodes_max - 1
         enough_s, said_s, self.waiting_since_s = math.inf, -math.inf, time.monotonic()
         try:
-            while len(found := [node for node in self._nodes if node.ready]) < others_max:
+            while len(found := self._usable()) < others_max:
                 now_s = time.monotonic()
                 enough_s = min(enough_s, now_s) if len(found) >= others_min else math.inf
                 if now_s - enough_s >= self._lane.join_wait_s:
@@ -304,6 +328,9 @@ class Rendezvous:
                 _log.info("node_left", host=node.host, detail=node.gone)
                 if node.member:
                     node.member = False
+                    self._losses.setdefault(node.host, []).append(time.monotonic())
+                    if self._lost_often(node.host):
+                        _log.warning("node_lost_often", host=node.host, detail="the group starts without it if it can")
                     self._owner.on_node_lost(node.host, node.gone)
 
     async def _receive_all(self, node: JoinedNode) -> None:

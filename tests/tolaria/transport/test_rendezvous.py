@@ -138,6 +138,24 @@ async def test_the_end_of_a_connection_or_silence_is_the_loss_of_a_machine(tmp_p
         assert met.owner.lost[2] == ("a (127.0.0.1)", "the connection has ended")
 
 
+@pytest.mark.parametrize(("nodes", "taken"), [("1:2", 0), ("2:2", 1)])
+async def test_a_machine_that_is_lost_again_and_again_is_left_out_if_possible(
+    nodes: str, taken: int, tmp_path: Path
+) -> None:
+    """After three losses a group starts without it, unless there are too few; the deaths of a run are bounded."""
+    async with meeting(tmp_path, nodes=nodes, join_wait_s=0.2) as met:
+        for generation in (1, 2, 3):
+            async with met.machine() as machine:
+                await until(lambda: met.rendezvous.can_grow)
+                with await met.rendezvous.form() as formation:
+                    met.rendezvous.start(formation, generation)
+                assert isinstance(await machine.hear(), StartRanks)
+            await until(lambda count=generation: len(met.owner.lost) == count)  # type: ignore[misc]
+        async with met.machine():
+            with anyio.fail_after(20), await met.rendezvous.form() as formation:  # noqa: ASYNC100 - `form` waits
+                assert len(formation.nodes) == taken
+
+
 async def test_failed_ranks_are_reported_once_and_of_this_generation_only(tmp_path: Path) -> None:
     """The machine is ready again afterwards; ranks that have ended in order are no loss, nor is the machine then."""
     async with meeting(tmp_path) as met, met.machine() as machine:

@@ -150,7 +150,7 @@ async def test_a_machine_that_is_lost_again_and_again_is_left_out_if_possible(
                 with await met.rendezvous.form() as formation:
                     met.rendezvous.start(formation, generation)
                 assert isinstance(await machine.hear(), StartRanks)
-            await until(lambda count=generation: len(met.owner.lost) == count)  # type: ignore[misc]
+            await until(lambda count=generation: len(met.owner.lost) == count)
         async with met.machine():
             with anyio.fail_after(20), await met.rendezvous.form() as formation:  # noqa: ASYNC100 - `form` waits
                 assert len(formation.nodes) == taken

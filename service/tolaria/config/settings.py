@@ -109,6 +109,12 @@ class Settings(BaseSettings):
             problems.append(
                 f"lane.nodes is {lane.nodes}, which needs lane.secret_file, so that only machines with the secret join"
             )
+        if lane.parallel == "fsdp" and lane.mode != "torchrun":
+            problems.append("lane.parallel is fsdp, which needs lane.mode = torchrun")
+        if lane.parallel == "fsdp" and self.fastpaths.amp == "float16":
+            problems.append(
+                "fastpaths.amp is float16, whose loss scale lane.parallel = fsdp does not support: use bfloat16"
+            )
         return problems
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ import pytest
 
 from support.joining import SECRET, Door, Machine
 from support.pods import free_port
+from support.processes import is_alive
 from tolaria.config import Settings
 from tolaria.errors import ChannelError
 from tolaria.images import StateImage
@@ -101,7 +102,9 @@ async def test_a_lost_machine_is_a_loss_of_the_group_which_goes_on_without_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its ranks are not killed by their process ids, which are other processes here."""
-    async with lane_with(monkeypatch, tmp_path, nodes="1:2", join_wait_s=30) as group:
+    other = await anyio.open_process(["sleep", "1000"], start_new_session=True)
+    agent = AGENT.replace("2**22 + 1", f"{other.pid} if n else 2**22 + 1")
+    async with lane_with(monkeypatch, tmp_path, agent, nodes="1:2", join_wait_s=30) as group:
         async with group.door.machine() as machine:
             await started(machine, 1)
             with anyio.fail_after(30):
@@ -113,6 +116,9 @@ async def test_a_lost_machine_is_a_loss_of_the_group_which_goes_on_without_it(
             (restarted,) = await group.until(LaneRestarted)
             assert isinstance(restarted, LaneRestarted)
             assert len(restarted.ready.ranks) == 2
+    assert is_alive(other.pid)
+    other.kill()
+    await other.wait()
     (lost,) = await group.until(LaneLost)
     assert isinstance(lost, LaneLost)
     assert (lost.kind, lost.cause) == (

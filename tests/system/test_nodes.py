@@ -29,7 +29,7 @@ TIMEOUT_S: Final = 8.0
 SETTINGS: Final = [
     "logging.format=json", "server.listen=127.0.0.1:50051", "metrics.listen=127.0.0.1:9464",
     "lane.mode=torchrun", "lane.nodes=1:2", f"lane.rendezvous={RENDEZVOUS}", "lane.secret_file=secret",
-    f"lane.node_timeout_s={TIMEOUT_S}", "lane.join_wait_s=2", "lane.restart_pause_max_s=0.2",
+    f"lane.node_timeout_s={TIMEOUT_S}", "lane.join_wait_s=5", "lane.restart_pause_max_s=0.2",
     "training.job=support.mortal_jobs:Mortal", "training.device=cpu", "training.threads=1",
     "training.epochs=100000000", "training.options.step_s=0.002", "training.options.lr=0.001",
     "training.options.samples=320", "rollback.fast_budget_s=20", "tamiyo.target=127.0.0.1:1",
@@ -73,11 +73,13 @@ class Machines:
 
 @contextmanager
 def served(hosts: Hosts, directory: Path) -> Iterator[tuple[Machines, Popen[str], TolariaAdminServiceStub]]:
-    """Runs the service on the first machine, and reaches it from outside its network."""
+    """Runs the service on the first machine, for which the second one waits; reaches it from outside its network."""
     machines = Machines(hosts, directory)
     for host in "ab":
         (directory / host).mkdir()
         (directory / host / "secret").write_text("of both machines and no other\n")
+    machines.join()
+    wait_for(lambda: "waiting for the service" in machines.joined(), 60)
     options = [part for setting in SETTINGS for part in ("--set", setting)]
     service = machines.run("a", "service.log", "tolaria", "serve", *options)
     machines.run("a", "relay.log", "support.relay", str(directory / "relay"), "50051")
@@ -122,7 +124,7 @@ def test_two_machines_train_one_model_and_lose_each_other(tmp_path: Path, reques
         pytest.skip(problem)
     long = bool(request.config.getoption("--long"))
     with two_hosts() as hosts, served(hosts, tmp_path) as (machines, service, stub):
-        first = machines.join()
+        (first,) = machines.joins
         trained_on(stub, BOTH)
         roll_back(stub)
 

@@ -104,9 +104,9 @@ def trained_on(stub: TolariaAdminServiceStub, hosts: list[tuple[int, int, str]])
         places = [(rank.rank, rank.node, rank.host) for rank in now.ranks]
         return places == hosts and now.state == admin.RUN_STATE_RUNNING and now.global_step > 0
 
-    wait_for(trains, 60, every_s=0.05)
+    wait_for(trains, 120, every_s=0.05)
     step = status(stub).global_step
-    wait_for(lambda: status(stub).global_step > step + 5, 60)
+    wait_for(lambda: status(stub).global_step > step + 5, 120)
 
 
 BOTH: Final = [(0, 0, "host-a"), (1, 1, "host-b")]

@@ -34,7 +34,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": (
         "admin_commands", "answers", "audit", "board", "channel", "chaos", "client", "commands", "credentials",
-        "curves", "demo", "errors", "harm", "main", "process_tree", "render", "report", "serve_child", "telemetry",
+        "curves", "demo", "errors", "harm", "lane_commands", "main", "process_tree", "render", "report",
+        "serve_child", "telemetry",
     ),
     "config": (
         "connections", "durability", "exposure", "fields", "network", "ranks", "retired", "settings", "sources",
@@ -55,7 +56,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "adjustments", "groups", "hyperparameters", "lr_controller", "optimizer_manager", "schedules", "state_transfer",
     ),
     "peers": ("clients", "connect", "consultation", "verification"),
-    "ranks": ("agent", "child", "elastic", "group", "images", "share"),
+    "ranks": ("admission", "agent", "channel", "child", "elastic", "group", "images", "node", "share"),
     "reference": ("embedded", "history", "kasmina", "lifecycle", "policy", "rollback", "server", "tamiyo", "tracing"),
     "resilience": ("breaker", "conservative", "deadline"),
     "rollback": ("coordinator", "protocol"),
@@ -74,7 +75,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "telemetry": (
         "events", "exporter", "logging", "metrics", "otlp", "packets", "subscriptions", "tracing", "web_server",
     ),
-    "transport": ("lane_images", "lane_link", "lane_process", "process_lane"),
+    "transport": ("lane_images", "lane_link", "lane_process", "process_lane", "rendezvous"),
     "values": ("encoding", "gradients", "lineage", "loss_window", "optimization", "seeds", "spans", "training"),
 }  # fmt: skip
 """The modules of each subpackage, named by standard terms. Add new modules here and in docs/architecture.md."""
@@ -91,6 +92,7 @@ EXEMPT_PROTOCOLS: dict[str, str] = {
     "HasEpoch": "samplers and data sets are the user's own",
     "_HasItems": "data sets are the user's own",
     "LaneOwner": "the process of a lane and its owner do not import each other",
+    "GroupOwner": "the rendezvous and the owner of its group do not import each other",
     "LaneHandle": "run and lane do not import each other",
     "LaneHeartbeat": "lane and emergency do not import each other",
     "LaneBuild": "service loads the lane by name, so that it imports no torch",

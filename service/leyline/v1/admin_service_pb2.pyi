@@ -375,6 +375,7 @@ class RankStatus(_message.Message):
     INPUT_WAIT_S_FIELD_NUMBER: _builtins.int
     RANK_WAIT_S_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     host: _builtins.str
     pid: _builtins.int
@@ -384,6 +385,8 @@ class RankStatus(_message.Message):
     rank_wait_s: _builtins.float
     memory_bytes: _builtins.int
     """The most that its process has had in memory."""
+    node: _builtins.int
+    """Number of its machine in the group; 0 is that of the service."""
     def __init__(
         self,
         *,
@@ -394,10 +397,11 @@ class RankStatus(_message.Message):
         input_wait_s: _builtins.float = ...,
         rank_wait_s: _builtins.float = ...,
         memory_bytes: _builtins.int = ...,
+        node: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host", b"host", "input_wait_s", b"input_wait_s", "memory_bytes", b"memory_bytes", "pid", b"pid", "rank", b"rank", "rank_wait_s", b"rank_wait_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host", b"host", "input_wait_s", b"input_wait_s", "memory_bytes", b"memory_bytes", "node", b"node", "pid", b"pid", "rank", b"rank", "rank_wait_s", b"rank_wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -38,6 +38,7 @@ from tolaria.cli.audit import audit
 from tolaria.cli.board import board_app
 from tolaria.cli.credentials import certs_app, token_app
 from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
+from tolaria.cli.lane_commands import lane_app
 from tolaria.cli.telemetry import telemetry_app
 from tolaria.errors import ConfigurationError, TolariaError
 
@@ -319,3 +320,4 @@ app.add_typer(board_app, name="signals")
 app.add_typer(config_app, name="config")
 app.add_typer(certs_app, name="certs")
 app.add_typer(token_app, name="token")
+app.add_typer(lane_app, name="lane")

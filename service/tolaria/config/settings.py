@@ -95,16 +95,29 @@ class Settings(BaseSettings):
         return (init_settings,)
 
     def _rank_problems(self) -> list[str]:
-        ranks, device = self.lane.processes, self.training.device
-        if ranks > 1 and self.lane.mode != "torchrun":
-            return [f"lane.processes is {ranks}, which needs lane.mode = torchrun"]
-        if ranks > 1 and device.startswith("cuda:"):
-            return [f"training.device is {device}, but each of the {ranks} ranks of lane.processes needs another one"]
-        if self.lane.parallel == "fsdp" and self.lane.mode != "torchrun":
-            return ["lane.parallel is fsdp, which needs lane.mode = torchrun"]
-        if self.lane.parallel == "fsdp" and self.fastpaths.amp == "float16":
-            return ["fastpaths.amp is float16, whose loss scale lane.parallel = fsdp does not support: use bfloat16"]
-        return []
+        lane, device = self.lane, self.training.device
+        problems = [
+            f"lane.{name} is {value}, which needs lane.mode = torchrun"
+            for name, value, several in (
+                ("processes", lane.processes, lane.processes > 1),
+                ("nodes", lane.nodes, lane.nodes_max > 1),
+            )
+            if several and lane.mode != "torchrun"
+        ]
+        if lane.processes > 1 and lane.mode == "torchrun" and device.startswith("cuda:"):
+            ranks = f"each of the {lane.processes} ranks of lane.processes"
+            problems.append(f"training.device is {device}, but {ranks} needs another one")
+        if lane.nodes_max > 1 and not lane.secret_file:
+            problems.append(
+                f"lane.nodes is {lane.nodes}, which needs lane.secret_file, so that only machines with the secret join"
+            )
+        if lane.parallel == "fsdp" and lane.mode != "torchrun":
+            problems.append("lane.parallel is fsdp, which needs lane.mode = torchrun")
+        if lane.parallel == "fsdp" and self.fastpaths.amp == "float16":
+            problems.append(
+                "fastpaths.amp is float16, whose loss scale lane.parallel = fsdp does not support: use bfloat16"
+            )
+        return problems
 
     def _tls_problems(self) -> list[str]:
         problems = [

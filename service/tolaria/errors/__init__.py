@@ -13,6 +13,7 @@ TolariaError
 ├── SeedError: SlotError, UnknownBlueprintError, OwnershipError, TopologyStateError
 │   └── BlueprintError: BlueprintMisfitError
 ├── LaneError: LaneFailedError, PeerLostError, RanksDifferError, LaneStoppedError, LaneLostError, WireError
+│   └── JoinError: ChannelError, JoinRefusedError, ServiceAbsentError
 ├── SignalError: BoardRefusedError, BoardBusyError, BoardLostError, BlockOwnedError, SignalValueError
 ├── EmergencyError: UnknownLevelError, IllegalEmergencyEventError, ClearanceRefusedError, BroadcastFailedError
 ├── RollbackError: StateUnsupportedError, StateMismatchError, ImageDamagedError, RestoreUnprovenError,
@@ -80,6 +81,7 @@ from tolaria.errors.training import AdjustmentRefusedError as AdjustmentRefusedE
 from tolaria.errors.training import BlueprintError as BlueprintError
 from tolaria.errors.training import BlueprintMisfitError as BlueprintMisfitError
 from tolaria.errors.training import BrokenJobError as BrokenJobError
+from tolaria.errors.training import ChannelError as ChannelError
 from tolaria.errors.training import ControllerStateError as ControllerStateError
 from tolaria.errors.training import EmptyDatasetError as EmptyDatasetError
 from tolaria.errors.training import GradientError as GradientError
@@ -88,6 +90,8 @@ from tolaria.errors.training import GradientWeightError as GradientWeightError
 from tolaria.errors.training import GroupConflictError as GroupConflictError
 from tolaria.errors.training import HyperparameterError as HyperparameterError
 from tolaria.errors.training import JobError as JobError
+from tolaria.errors.training import JoinError as JoinError
+from tolaria.errors.training import JoinRefusedError as JoinRefusedError
 from tolaria.errors.training import LaneError as LaneError
 from tolaria.errors.training import LaneFailedError as LaneFailedError
 from tolaria.errors.training import LaneLostError as LaneLostError
@@ -101,6 +105,7 @@ from tolaria.errors.training import RanksDifferError as RanksDifferError
 from tolaria.errors.training import RebuildFailedError as RebuildFailedError
 from tolaria.errors.training import ScheduleError as ScheduleError
 from tolaria.errors.training import SeedError as SeedError
+from tolaria.errors.training import ServiceAbsentError as ServiceAbsentError
 from tolaria.errors.training import SlotError as SlotError
 from tolaria.errors.training import TopologyStateError as TopologyStateError
 from tolaria.errors.training import UnknownBlueprintError as UnknownBlueprintError

@@ -130,6 +130,8 @@ class Host:
 
     async def _drain(self, service: RunService, checkpoint_s: float) -> None:
         """Runs concurrently with the wait for signals, so that a second one is noticed."""
+        if self._core.process is not None:
+            self._core.process.drained = True  # the run is to be continued
         await service.run.drain(checkpoint_s)
         self._drained.set()
 

@@ -35,16 +35,17 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "cli": (
         "admin_commands", "answers", "audit", "board", "channel", "chaos", "client", "commands", "credentials",
         "curves", "demo", "errors", "harm", "main", "process_tree", "render", "report", "serve_child",
+        "telemetry",
     ),
     "config": (
         "connections", "durability", "exposure", "fields", "network", "ranks", "retired", "settings", "sources",
-        "training",
+        "telemetry", "training",
     ),
     "errors": ("base", "operation", "training"),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
     "gradients": ("accumulate", "flat", "gram", "pcgrad", "rows", "seed_metrics", "sharded", "tracker", "weights"),
     "jobs": ("data", "digits", "indexed", "job", "loader", "randomness", "workers"),
-    "journal": ("async_journal", "database", "reader", "rows"),
+    "journal": ("async_journal", "database", "reader", "reserve", "rows"),
     "lane": (
         "buffers", "build", "commands", "connection", "device", "encoding", "fast_paths", "first_look",
         "gradient_merge", "group_commands", "group_state", "hosting", "job_effects", "job_output", "lane", "messages",
@@ -56,14 +57,14 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "peers": ("clients", "connect", "consultation", "verification"),
     "ranks": ("agent", "child", "elastic", "group", "images", "share"),
-    "reference": ("embedded", "history", "kasmina", "lifecycle", "policy", "rollback", "server", "tamiyo"),
+    "reference": ("embedded", "history", "kasmina", "lifecycle", "policy", "rollback", "server", "tamiyo", "tracing"),
     "resilience": ("breaker", "conservative", "deadline"),
     "rollback": ("coordinator", "protocol"),
-    "rpc": ("admin", "audit", "callers", "listing", "requests", "status"),
+    "rpc": ("admin", "audit", "callers", "listing", "requests", "status", "telemetry"),
     "run": (
         "adjustments", "boundary", "checkpointing", "command_handler", "conditions", "health", "health_record",
-        "journal_observer", "lane_client", "lane_telemetry", "observers", "operations", "profiling", "recovery",
-        "restore_points", "restorer", "resume", "revival", "run", "run_state", "safety", "safety_telemetry",
+        "journal_observer", "lane_client", "lane_telemetry", "observers", "operations", "packet_telemetry", "profiling",
+        "recovery", "restore_points", "restorer", "resume", "revival", "run", "run_state", "safety", "safety_telemetry",
         "seed_telemetry", "status", "training_telemetry", "verdicts",
     ),
     "security": ("certificates", "issuing", "limits", "tokens", "watched", "web_config"),
@@ -71,9 +72,11 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "service": ("host", "listeners", "protection", "readiness", "settings_record", "start", "wiring"),
     "signals": ("board", "futex", "lane_page", "lane_pulse", "layout", "mapping", "seqlock", "writers"),
     "state": ("arenas", "encoding", "restore", "shared_memory", "snapshots", "training_state"),
-    "telemetry": ("events", "exporter", "logging", "metrics", "web_server"),
+    "telemetry": (
+        "events", "exporter", "logging", "metrics", "otlp", "packets", "subscriptions", "tracing", "web_server",
+    ),
     "transport": ("lane_images", "lane_link", "lane_process", "process_lane"),
-    "values": ("encoding", "gradients", "lineage", "loss_window", "optimization", "seeds", "training"),
+    "values": ("encoding", "gradients", "lineage", "loss_window", "optimization", "seeds", "spans", "training"),
 }  # fmt: skip
 """The modules of each subpackage, named by standard terms. Add new modules here and in docs/architecture.md."""
 

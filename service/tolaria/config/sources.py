@@ -81,12 +81,15 @@ def quieten_grpc() -> None:
 def child_environment(settings: Settings, *, secrets: bool = True) -> dict[str, str]:
     """Returns the environment of a child process: this process's own, without settings except, if asked, the secrets.
 
-    The peers sign and verify with them; the lane runs the job's code, which has no use for them.
+    The peers sign and verify with them; the lane runs the job's code, which has no use for them. Traces that are off
+    are off there, too.
     """
     environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(_PREFIX)}
     for name, secret in (("secret", settings.leyline.secret), ("previous_secret", settings.leyline.previous_secret)):
         if secret and secrets:
             environment[_variable("leyline", name)] = secret.get_secret_value()
+    if settings.telemetry.traces == "off":  # else the peer finds the same variables of OpenTelemetry
+        environment[_variable("telemetry", "traces")] = "off"
     return environment
 
 

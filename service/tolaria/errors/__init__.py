@@ -20,7 +20,7 @@ TolariaError
 │   ├── CheckpointError: CheckpointWriteError, CheckpointDamagedError, CheckpointUnreadableError, NoCheckpointError
 │   └── JournalError: JournalUnavailableError, JournalDamagedError, JournalNewerError
 └── RequestError: InvalidFieldError, NotAuthenticatedError, NotPermittedError, TooManyCallsError, ProfileFailedError,
-    │             NotImplementedYetError
+    │             TooManySubscribersError, SubscriberTooSlowError
     └── WrongStateError: StillUnderwayError
 """
 
@@ -56,7 +56,6 @@ from tolaria.errors.operation import JournalNewerError as JournalNewerError
 from tolaria.errors.operation import JournalUnavailableError as JournalUnavailableError
 from tolaria.errors.operation import NoCheckpointError as NoCheckpointError
 from tolaria.errors.operation import NotAuthenticatedError as NotAuthenticatedError
-from tolaria.errors.operation import NotImplementedYetError as NotImplementedYetError
 from tolaria.errors.operation import NotPermittedError as NotPermittedError
 from tolaria.errors.operation import PeerError as PeerError
 from tolaria.errors.operation import PeerProtocolError as PeerProtocolError
@@ -72,7 +71,9 @@ from tolaria.errors.operation import SignalValueError as SignalValueError
 from tolaria.errors.operation import StateMismatchError as StateMismatchError
 from tolaria.errors.operation import StateUnsupportedError as StateUnsupportedError
 from tolaria.errors.operation import StillUnderwayError as StillUnderwayError
+from tolaria.errors.operation import SubscriberTooSlowError as SubscriberTooSlowError
 from tolaria.errors.operation import TooManyCallsError as TooManyCallsError
+from tolaria.errors.operation import TooManySubscribersError as TooManySubscribersError
 from tolaria.errors.operation import UnknownLevelError as UnknownLevelError
 from tolaria.errors.operation import WrongStateError as WrongStateError
 from tolaria.errors.training import AdjustmentRefusedError as AdjustmentRefusedError

@@ -27,9 +27,11 @@ from tolaria.reference.history import HistoryFiles
 from tolaria.reference.kasmina import DesiredSeeds, KasminaService
 from tolaria.reference.rollback import RollbackParticipantService, Runs
 from tolaria.reference.tamiyo import TamiyoRun, TamiyoService
+from tolaria.reference.tracing import TracingInterceptor
 from tolaria.security.certificates import Identity, TlsFiles
 from tolaria.security.watched import WatchedFiles, watch
 from tolaria.signals import ParticipantWriter, SignalBoard
+from tolaria.telemetry.tracing import Tracer
 
 _GRACE_S, _HEARTBEAT_S, _RETRY_S = 1.0, 1.0, 1.0
 _ROLLBACK_SERVICE = "leyline.v1.RollbackParticipantService"
@@ -47,6 +49,7 @@ async def serve_peer(
     state_dir: Path | None = None,
     tls: TlsFiles | None = None,
     while_stdin: bool,
+    tracer: Tracer | None = None,
 ) -> None:
     """Serves one peer until SIGTERM or SIGINT or, with `while_stdin`, until standard input ends. For the main thread.
 
@@ -61,7 +64,8 @@ async def serve_peer(
     watched = None if tls is None else WatchedFiles("the certificate of the peer", tls.read)
     if watched is None and not Address.parse(listen).is_loopback:
         _log.warning("exposed", peer=peer, detail=f"{listen} is served without TLS; --tls-cert and --tls-key set it")
-    async with peer_server(peer, listen, leyline, state_dir, tls=watched) as server, anyio.create_task_group() as tasks:
+    serving = peer_server(peer, listen, leyline, state_dir, tracer, tls=watched)
+    async with serving as server, anyio.create_task_group() as tasks:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             if board is not None:
                 tasks.start_soon(join_board, board, peer)
@@ -81,6 +85,7 @@ async def peer_server(
     listen: str,
     leyline: LeylineSettings,
     state_dir: Path | None = None,
+    tracer: Tracer | None = None,
     *,
     tls: WatchedFiles[Identity] | None = None,
 ) -> AsyncIterator[GrpcServer]:
@@ -98,7 +103,8 @@ async def peer_server(
         add_RollbackParticipantServiceServicer_to_server(RollbackParticipantService(runs), server)
 
     service_names = (_SERVICES[peer], _ROLLBACK_SERVICE)
-    bound = await bound_server(peer, listen, tls=tls)
+    traced = [TracingInterceptor(peer, tracer)] if tracer is not None and tracer.exports else []
+    bound = await bound_server(peer, listen, tls=tls, interceptors=traced)
     async with grpc_server(bound, register, service_names=service_names, grace_s=_GRACE_S) as server:
         for name in ("", *service_names):
             await server.set_health(name, serving=True)

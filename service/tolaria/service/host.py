@@ -155,6 +155,7 @@ class Host:
         if not ended and self._refused is None:
             self._log.error("lane_stuck", detail="a microbatch or an evaluation did not end in time")
         self._closing.set()
+        self._core.telemetry.close()
         self._core.lifecycle.changed()
 
     def _exporter(self) -> AbstractAsyncContextManager[None]:
@@ -178,6 +179,7 @@ class Host:
                 audit=audit,
                 complete=self._complete,
                 closing=self._closing,
+                telemetry=core.telemetry,
                 interval_s=settings.server.status_interval_ms / 1000,
             )
             add_TolariaAdminServiceServicer_to_server(AdminService(parts), server)

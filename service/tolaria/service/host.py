@@ -27,7 +27,7 @@ from tolaria.rpc.admin import AdminParts, AdminService
 from tolaria.run.resume import RunOutcome
 from tolaria.run.status import state_name
 from tolaria.service.listeners import Listeners
-from tolaria.service.readiness import ADMIN_SERVICE, publish_health, readiness, watch_disk
+from tolaria.service.readiness import ADMIN_SERVICE, publish_health, publish_phase, readiness, watch_disk
 from tolaria.service.wiring import Core, Foundation, RunService, new_ledger, new_run
 from tolaria.telemetry.exporter import exporter
 
@@ -60,6 +60,7 @@ class Host:
         status = self._core.status
         async with AsyncExitStack() as stack:
             sockets, metrics = self._listeners.metrics, self._foundation.metrics
+            publish_phase(self._core)
             await stack.enter_async_context(exporter(sockets, metrics, lambda: readiness(self._core)))
             if self._core.process is not None:
                 lane_tasks = await stack.enter_async_context(anyio.create_task_group())

@@ -30,13 +30,13 @@ SUBPACKAGES = sorted({module.place.split("/")[0] for module in MODULES if "/" in
 LINES_MAX, FILES_MAX = 46_000, 280
 
 GLOSSARY: dict[str, tuple[str, ...]] = {
-    "": ("cgroups", "filesystem", "forks", "grpc_server", "images", "processes", "segments", "wire"),
+    "": ("cgroups", "filesystem", "forks", "grpc_server", "images", "probe", "processes", "segments", "wire"),
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": (
         "admin_commands", "answers", "board", "chaos", "client", "commands", "curves", "demo", "errors", "harm",
         "main", "process_tree", "render", "report", "serve_child",
     ),
-    "config": ("durability", "fields", "network", "ranks", "retired", "settings", "sources", "training"),
+    "config": ("durability", "fields", "network", "ranks", "retired", "settings", "sources", "systemd", "training"),
     "errors": ("base", "operation", "training"),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
     "gradients": ("accumulate", "flat", "gram", "pcgrad", "rows", "seed_metrics", "tracker", "weights"),
@@ -63,7 +63,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "seed_telemetry", "status", "training_telemetry", "verdicts",
     ),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
-    "service": ("host", "listeners", "readiness", "settings_record", "start", "wiring"),
+    "service": ("host", "listeners", "notify", "readiness", "settings_record", "start", "wiring"),
     "signals": ("board", "futex", "lane_page", "lane_pulse", "layout", "mapping", "seqlock", "writers"),
     "state": ("arenas", "encoding", "restore", "shared_memory", "snapshots", "training_state"),
     "telemetry": ("events", "exporter", "logging", "metrics"),

@@ -16,48 +16,8 @@
 
 ARG BASE_IMAGE=python:3.11-slim
 
-# -- the environment: everything but the service itself --------------------------------
+# -- the environment: all but the service itself, rarely changed and large parts first --
 FROM ${BASE_IMAGE} AS environment
-
-ARG TORCH_INDEX_URL=""
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-
-RUN python -m venv /opt/tolaria && python -m venv /opt/tools
-ENV PATH="/opt/tolaria/bin:$PATH"
-WORKDIR /build
-
-# Large and rarely changed packages first.
-COPY constraints.txt ./
-RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} --constraint constraints.txt torch
-
-COPY pyproject.toml ./
-RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
-    && pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} --constraint constraints.txt --requirement requirements.txt \
-    && /opt/tools/bin/pip install --constraint constraints.txt cyclonedx-bom setuptools
-
-# The bill of materials, and the path on which the service is found.
-RUN /opt/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-format JSON \
-        --output-file /opt/tolaria/sbom.cdx.json /opt/tolaria/bin/python \
-    && echo /opt/service > "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/service.pth"
-
-
-# -- the service: a change of its code rebuilds only this ------------------------------
-FROM environment AS service
-
-COPY README.md ./
-COPY service ./service
-RUN PYTHONPATH="$(/opt/tools/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-    pip install --no-deps --no-index --no-build-isolation --target /opt/service .
-
-
-# -- the image -------------------------------------------------------------------------
-FROM ${BASE_IMAGE}
-
-LABEL org.opencontainers.image.title="Tolaria" \
-      org.opencontainers.image.description="Trains a PyTorch model unattended; includes the reference peers." \
-      org.opencontainers.image.version="0.1.0"
 
 # An init as process 1, which reaps what a killed lane leaves behind: process 1 cannot be
 # killed from inside its container, not even by the sentinel when it hangs.
@@ -68,15 +28,53 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 tolaria \
     && useradd --no-log-init --uid 10001 --gid tolaria --home-dir /var/lib/tolaria --shell /usr/sbin/nologin tolaria \
-    && install --directory --owner=tolaria --group=tolaria --mode=0750 /var/lib/tolaria
+    && install --directory --owner=tolaria --group=tolaria --mode=0750 /var/lib/tolaria \
+    && python -m venv /opt/tolaria
 
-COPY --from=environment /opt/tolaria /opt/tolaria
+ARG TORCH_INDEX_URL=""
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH="/opt/service/bin:/opt/tolaria/bin:$PATH"
+WORKDIR /opt/build
+
+COPY constraints.txt ./
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} --constraint constraints.txt torch
+
+# The path on which the service is found is part of the environment.
+COPY pyproject.toml ./
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
+    && pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} --constraint constraints.txt --requirement requirements.txt \
+    && echo /opt/service > "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/service.pth"
+
+
+# -- the service: a change of its code rebuilds only this, without a download ------------
+FROM environment AS service
+
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    python -m venv /opt/tools \
+    && /opt/tools/bin/pip install --constraint constraints.txt cyclonedx-bom setuptools \
+    && mkdir /opt/service \
+    && /opt/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-format JSON \
+        --output-file /opt/service/sbom.cdx.json /opt/tolaria/bin/python
+
+COPY README.md ./
+COPY service ./service
+RUN PYTHONPATH="$(/opt/tools/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+    pip install --no-deps --no-index --no-build-isolation --target /opt/service .
+
+
+# -- the image: nothing large is copied into it ------------------------------------------
+FROM environment
+
+LABEL org.opencontainers.image.title="Tolaria" \
+      org.opencontainers.image.description="Trains a PyTorch model unattended; includes the reference peers." \
+      org.opencontainers.image.version="0.1.0"
+
 COPY --from=service /opt/service /opt/service
 
 # Loopback inside a container is not reachable from outside it: the servers listen
 # on all interfaces, and the operator decides which ports to publish.
-ENV PATH="/opt/service/bin:/opt/tolaria/bin:$PATH" \
-    PYTHONUNBUFFERED=1 \
+ENV PYTHONUNBUFFERED=1 \
     TOLARIA_SERVER__LISTEN=0.0.0.0:50051 \
     TOLARIA_METRICS__LISTEN=0.0.0.0:9464
 

@@ -1,4 +1,4 @@
-"""`python scripts/dashboards`: writes the dashboards; with `--pictures`, draws them from a server's data."""
+"""`python scripts/dashboards`: writes dashboards and manifests; with `--pictures`, draws them from a server's data."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from dashboards.generate import FOLDER, texts
+from dashboards.manifests import OVERLAY, manifests
 from dashboards.picture import Server, draw
 
 
 def main() -> None:
-    """Writes deploy/grafana/dashboards, or pictures of them."""
+    """Writes the dashboards and the manifests that carry them, or draws pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", metavar="URL", help="draw from the Prometheus at this URL, into --out")
     parser.add_argument("--instance", help="the run to draw, as the label `instance` names it")
@@ -25,6 +26,9 @@ def main() -> None:
         for name, text in texts().items():
             (FOLDER / name).write_text(text, encoding="utf-8")
             print(FOLDER / name)
+        for name, text in manifests(texts()).items():
+            (OVERLAY / name).write_text(text, encoding="utf-8")
+            print(OVERLAY / name)
         return
     server = Server(options.pictures, options.instance, options.minutes * 60, options.until)
     options.out.mkdir(parents=True, exist_ok=True)

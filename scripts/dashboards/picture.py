@@ -20,7 +20,14 @@ _ROW_INCH: Final = 0.38
 _WIDTH_INCH: Final = 15.0
 _POINTS: Final = 400
 _SECONDS_A_DAY: Final = 86_400.0
-_COLORS: Final = {"green": "#3f8f4f", "orange": "#d98c1f", "red": "#c4323f", "blue": "#3274d9", "transparent": "none"}
+_COLORS: Final = {
+    "green": "#3f8f4f",
+    "orange": "#d98c1f",
+    "red": "#c4323f",
+    "blue": "#3274d9",
+    "grey": "#9aa0a6",
+    "transparent": "none",
+}
 _BACKGROUND, _PANEL, _TEXT = "#f4f5f5", "#ffffff", "#24292e"
 
 
@@ -114,9 +121,9 @@ def _draw_panel(figure: Figure, panel: Mapping[str, Any], server: Server) -> Non
 def _stat(axes: Axes, panel: Mapping[str, Any], found: Sequence[Series]) -> None:
     defaults = panel["fieldConfig"]["defaults"]
     value = found[0].values[-1] if found else math.nan
-    color = _COLORS["green"]
+    color = _COLORS["grey"]
     for step in defaults["thresholds"]["steps"]:
-        if step["value"] is None or value >= step["value"]:
+        if found and (step["value"] is None or value >= step["value"]):
             color = _COLORS[step["color"]]
     texts = {key: result["text"] for key, result in _mapping(panel).items()}
     shown = texts.get(f"{value:g}", "no data" if math.isnan(value) else _short(value, defaults.get("unit", "short")))

@@ -147,6 +147,23 @@ def test_what_operators_do_works_on_the_group(peers: list[str], tmp_path: Path) 
     assert named(service, "tolaria.lane_lost") == []
 
 
+def test_a_sharded_run_recovers_is_operated_and_goes_on_in_one_process(peers: list[str], tmp_path: Path) -> None:
+    """A rank's death is said to be one, both tiers of rollback are proven, and nothing of the run depends on parts."""
+    arguments = [*ENDLESS, *peers, *LIMITS, "rollback.fast_budget_s=20"]
+    with serve(*GROUP, *arguments, "lane.parallel=fsdp", cwd=tmp_path) as service, stub_of(service) as stub:
+        wait_for(lambda: status(stub).global_step > 60)
+        os.kill(ranks_of(agent_of(service))[1], signal.SIGKILL)
+        wait_for(lambda: len(named(service, "tolaria.lane_recovered")) == 1, 60)
+        operate(stub, "one")
+        service.terminate()
+    assert [line["cause"] for line in named(service, "tolaria.lane_lost")] == ["killed"]
+    step = last_checkpoint(tmp_path)[0]
+    with serve(*JOB, *arguments, cwd=tmp_path) as service, stub_of(service) as stub:
+        wait_for(lambda: status(stub).global_step > step)
+        assert len(status(stub).ranks) == 1
+    assert named(service, "tolaria.lane_lost") == []
+
+
 def operate(stub: TolariaAdminServiceStub, name: str, *, profile: bool = True) -> None:
     """Has a checkpoint and a profile made, and rolls back by both tiers."""
     stub.CreateCheckpoint(admin.CreateCheckpointRequest(request_id=f"c{name}", reason="now"), timeout=30)

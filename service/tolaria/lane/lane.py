@@ -15,7 +15,7 @@ from zlib import crc32
 
 import torch
 
-from tolaria.errors import JobError, PeerLostError, RanksDifferError
+from tolaria.errors import JobError, RanksDifferError
 from tolaria.lane.commands import CommandExecutor, CommandQueue, PageGate, QueuedCommand
 from tolaria.lane.device import hardware_context, limit_threads, on_device
 from tolaria.lane.fast_paths import spanning_compilation
@@ -36,7 +36,8 @@ from tolaria.lane.profiling import LaneProfiler, Region
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.step import StepAbandonedError, train_step
 from tolaria.lane.train_module import TrainModule
-from tolaria.ranks.group import Group
+from tolaria.ranks.group import Group, lost_peer
+from tolaria.shards import is_sharded
 from tolaria.signals.layout import LanePhase
 from tolaria.values.training import Evaluation
 
@@ -195,10 +196,10 @@ class ThreadLane:
             limit_threads(self._threads)
             with spanning_compilation(partial(self._heartbeat.lane_phase, LanePhase.COMPILING)):
                 self._serve()
-        except PeerLostError as error:
-            self.peer_lost = str(error)
-            return
         except BaseException as error:  # noqa: BLE001 - the job is the user's code; its errors end the run, not the process
+            if self._module.group is not None and (lost := lost_peer(error)) is not None:
+                self.peer_lost = str(lost)
+                return
             # A JobError says in one line what failed, and where.
             failure = Failure.of(error, "" if isinstance(error, JobError) else traceback.format_exc())
             self.failed = str(failure)
@@ -354,8 +355,12 @@ class ThreadLane:
     def _compare_ranks(self, group: Group) -> None:
         """Raises RanksDifferError if parameters, buffers or optimizer differ between ranks. Reads all of them."""
         with self._heartbeat.lane_phase(LanePhase.EVALUATING):
-            found = self._snapshots.state.fingerprint(only=())
-            digest = str([(name, digest) for name, digest in found.tensors.items() if not name.startswith("rng/")])
+            state = self._snapshots.state
+            alike = [
+                name for name, each in state.survey(()).tensors.items() if not is_sharded(each) and name[:4] != "rng/"
+            ]
+            found = state.fingerprint(only=(), whole=False)
+            digest = str([(name, found.tensors[name]) for name in alike])
             if len(digests := set(group.all_gather_text(str(crc32(digest.encode()))))) > 1:
                 raise RanksDifferError(f"the ranks have {len(digests)} different states at the end of an epoch")
 

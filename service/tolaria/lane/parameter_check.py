@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tolaria.jobs import Batch
 from tolaria.lane.device import on_device
 from tolaria.lane.train_module import TrainModule
+from tolaria.shards import local_parts
 from tolaria.state.encoding import capture_rngs, restore_rngs
 
 
@@ -22,7 +23,7 @@ def parameters_sound(module: TrainModule, losses_of: Callable[[Batch], Mapping[s
     the outputs of all modules are finite is the job's: going back would not help. Before the first good step there is
     no batch, and the parameters only have to be finite. `losses_of` returns the job's losses.
     """
-    if not _finite([*module.parameters, *module.model.buffers()]):
+    if not module.on_all_ranks(_finite(local_parts([*module.parameters, *module.model.buffers()]))):
         return False
     if module.last_good is None:
         return True

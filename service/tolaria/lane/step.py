@@ -29,6 +29,7 @@ from tolaria.lane.parameter_check import essential_finite, parameters_sound
 from tolaria.lane.profiling import Mark, unmarked
 from tolaria.lane.train_module import TrainModule
 from tolaria.ranks.group import Group
+from tolaria.shards import local, local_parts
 from tolaria.values.optimization import LearningRateViolation
 
 _HALF: Final = frozenset({torch.float16, torch.bfloat16})
@@ -351,7 +352,7 @@ def _rescale(module: TrainModule, taken: _Taken) -> None:
             taken.essential = taken.essential * factor
         gradients = [p.grad for p in module.parameters if p.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(local_parts(gradients), factor)
 
 
 def _measure(taken: _Taken, module: TrainModule) -> _Measured:
@@ -360,7 +361,7 @@ def _measure(taken: _Taken, module: TrainModule) -> _Measured:
     An isolated seed is a clip group by itself and cannot affect the host: if its norm is not finite, its gradients
     are dropped.
     """
-    groups = [[p.grad for p in group if p.grad is not None] for group in module.clip_groups]
+    groups = [[local(p.grad) for p in group if p.grad is not None] for group in module.clip_groups]
     gradients = [gradient for group in groups for gradient in group]
     losses = [loss for loss in (taken.loss, taken.essential, taken.judged) if loss is not None]
     if not gradients:  # no sample of this step is for a parameter in the optimizer
@@ -373,7 +374,7 @@ def _measure(taken: _Taken, module: TrainModule) -> _Measured:
     dtype = norms[0].dtype
     values: list[float] = torch.stack([each.to(dtype) for each in (*losses, *norms)]).tolist()
     rest = iter(values[len(losses) :])
-    found = [math.hypot(*islice(rest, len(group))) for group in groups]
+    found = module.norms_over_shards([math.hypot(*islice(rest, len(group))) for group in groups])
     dropped = []
     for seed_id, parameters, norm in zip(module.isolated_seeds, module.clip_groups[1:], found[1:], strict=True):
         if not math.isfinite(norm):
@@ -403,7 +404,7 @@ def _clip(module: TrainModule, norms: Sequence[float]) -> None:
     for group, norm in zip(module.clip_groups, norms, strict=True):
         gradients = [p.grad for p in group if p.grad is not None]
         if norm > module.clip_norm and gradients:
-            torch._foreach_mul_(gradients, module.clip_norm / norm)
+            torch._foreach_mul_(local_parts(gradients), module.clip_norm / norm)
 
 
 def _check_parameters(module: TrainModule, taken: _Taken, *, skipped: bool) -> bool | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar, cast
 
@@ -26,6 +27,7 @@ from tolaria.ranks.group import Group
 from tolaria.ranks.images import broadcast_rng_state
 from tolaria.ranks.share import Share
 from tolaria.seeds.slots import parameters_by_owner
+from tolaria.shards import is_sharded, local
 from tolaria.state.encoding import KeptValues, capture_rngs, restore_rngs
 from tolaria.values.loss_window import LossWindow
 from tolaria.values.training import HOST, EpochProgress, Position
@@ -324,9 +326,10 @@ class TrainModule:
             seed_everything(epoch_seed(self._seed + (self._group.rank << 40), place))
 
     def all_reduce_gradients(self, group: Group) -> None:
-        """Replaces the gradients of all trained parameters by their sums over the ranks."""
-        summed = group.all_reduce_gradients(self.parameters, [p.grad for p in self.parameters])
-        for parameter, gradient in zip(self.parameters, summed, strict=True):
+        """Replaces the gradients of all trained parameters by their sums over the ranks, as those of shards are."""
+        whole = [parameter for parameter in self.parameters if not is_sharded(parameter)]
+        summed = group.all_reduce_gradients(whole, [p.grad for p in whole]) if whole else []
+        for parameter, gradient in zip(whole, summed, strict=True):
             parameter.grad = None if gradient is None else laid_out(gradient, parameter)
 
     def broadcast_buffers(self) -> None:
@@ -368,8 +371,14 @@ class TrainModule:
 
     def gradients_finite(self) -> bool:
         """Whether all gradients that affect the host's loss are finite. Synchronises."""
-        gradients = [p.grad for p in self.clip_groups[0] if p.grad is not None]
+        gradients = [local(p.grad) for p in self.clip_groups[0] if p.grad is not None]
         return self.on_all_ranks(all(bool(torch.isfinite(gradient).all()) for gradient in gradients))
+
+    def norms_over_shards(self, norms: Sequence[float]) -> list[float]:
+        """Returns the norms of sharded tensors, given those of their parts on this rank; else the given ones."""
+        if self._group is None or not any(map(is_sharded, self.parameters)):
+            return list(norms)
+        return [math.sqrt(square) for square in self._group.all_reduce([norm * norm for norm in norms])]
 
     def on_all_ranks(self, found: bool) -> bool:
         """Whether something is so on every rank."""

@@ -55,10 +55,13 @@ def alone() -> dict[str, Any]:
     return {name: results[0] for name, results in zip(CASES, found, strict=True)}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[(2, "ddp"), (3, "ddp"), (2, "fsdp"), (3, "fsdp")], ids=str)
 def together(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The results of several ranks by case."""
-    found = run_on_ranks(request.param, [(TRAIN, options) for options in CASES.values()])
+    """The results of several ranks by case, each with the whole model or with parts of its parameters."""
+    world, parallel = request.param
+    lane = {"lane": {"mode": "torchrun", "parallel": parallel}}
+    cases = [{**options, "sections": {**options.get("sections", {}), **lane}} for options in CASES.values()]
+    found = run_on_ranks(world, [(TRAIN, options) for options in cases])
     return dict(zip(CASES, found, strict=True))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
@@ -21,8 +21,9 @@ def probe(address: str, service: str) -> str:
     """Returns why a service of grpc.health.v1 does not serve; an empty text if it does."""
     # A proxy from the environment must not be used for the container's own loopback.
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        stub: Any = HealthStub(channel)  # its methods are missing from its type stubs
         try:
-            answer = HealthStub(channel).Check(HealthCheckRequest(service=service), timeout=TIMEOUT_S)
+            answer = stub.Check(HealthCheckRequest(service=service), timeout=TIMEOUT_S)
         except grpc.RpcError as error:
             return f"{address} does not answer: {error.code().name}"
     if answer.status == HealthCheckResponse.SERVING:

@@ -33,8 +33,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "": ("cgroups", "filesystem", "forks", "grpc_server", "images", "probe", "processes", "segments", "shards", "wire"),
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": (
-        "admin_commands", "answers", "board", "chaos", "client", "commands", "curves", "demo", "errors", "harm",
-        "main", "process_tree", "render", "report", "serve_child",
+        "admin_commands", "answers", "board", "chaos", "client", "commands", "curves", "demo", "doctor", "errors",
+        "harm", "main", "process_tree", "render", "report", "serve_child",
     ),
     "config": ("durability", "fields", "network", "ranks", "retired", "settings", "sources", "systemd", "training"),
     "errors": ("base", "operation", "training"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from support.fake_admin import FakeAdmin, serving, status_of
+from support.fake_admin import fake_admin, serving, status_of
 from tolaria.cli import doctor
 from tolaria.cli.commands import app
 from tolaria.cli.doctor import Diagnosis, TorchFound, Verdict, examine
@@ -80,7 +80,7 @@ def test_state_directory_must_be_writable(tmp_path: Path) -> None:
 def test_little_space_is_a_finding(free: int, verdict: Verdict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too little is in the way of a start."""
     usage = type("Usage", (), {"free": free})
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: usage)
     assert found()["disk space"].verdict is verdict
 
 
@@ -155,7 +155,7 @@ def test_command_prints_a_line_each_and_fails_for_failures() -> None:
 def test_a_running_service_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its addresses are in use by itself."""
     monkeypatch.setattr(doctor, "probe", lambda address, service: "")
-    with serving(FakeAdmin([status_of(1)])) as address:
+    with serving(fake_admin([status_of(1)])) as address:
         findings = found(f"server.listen={address}")
     assert findings["server.listen"].detail == f"a service answers at {address} already"
     assert problems(findings) == {}
@@ -163,7 +163,7 @@ def test_a_running_service_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_user_is_named_where_a_directory_is_not_writable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The number that chown takes, also in a container where the user has no name."""
-    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    monkeypatch.setattr("os.access", lambda *_: False)
     assert f"chown it to user {os.getuid()}" in found()["state.dir"].advice
 
 

@@ -116,6 +116,14 @@ class DividedTwiceJob(ExactJob):
         return LoaderCursor(DataLoader(data, batch_size=7, sampler=sampler), seed=0)
 
 
+class LoaderJob(ExactJob):
+    """A shuffled DataLoader with a worker process."""
+
+    def training_data(self) -> LoaderCursor:  # type: ignore[override]
+        loader = DataLoader(TensorDataset(self.x, self.y), batch_size=7, shuffle=True, num_workers=1)
+        return LoaderCursor(loader, seed=0)
+
+
 class FailingRankJob(ExactJob):
     """Options: `fails_on` (rank) and `fails_at` (call of losses): raises there only."""
 
@@ -125,6 +133,14 @@ class FailingRankJob(ExactJob):
         self.calls += 1
         if self.calls == self.options["fails_at"] and torch.distributed.get_rank() == self.options["fails_on"]:
             raise OSError("the file server does not answer")
+        return super().losses(model, batch)
+
+
+class SlowRankJob(ExactJob):
+    """Rank 1 takes longer for its losses."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
+        time.sleep(0.05 * torch.distributed.get_rank())
         return super().losses(model, batch)
 
 

@@ -82,6 +82,7 @@ def train(
             for done in run.all_of(EpochDone)
         ],
         "answers": answers,
+        "waits": [[load.input_wait_s, load.rank_wait_s] for load in run.all_of(EpochDone)[-1].rank_loads],
         "digests": [_digest(built)] if group is None else group.all_gather_text(_digest(built)),
         "peer_lost": run.lane.peer_lost,
     }

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -43,7 +43,7 @@ from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.train_module import TrainModule
 from tolaria.optimization.groups import has_scheduler
 from tolaria.ranks.group import Group
-from tolaria.ranks.share import Share
+from tolaria.ranks.share import Share, SharingJob
 from tolaria.state.shared_memory import SharedMemory
 from tolaria.values.optimization import RATES_ARE_OWNED, ActiveAdjustment
 
@@ -173,6 +173,7 @@ def build(settings: Settings, memory: SharedMemory | None = None, group: Group |
         module = _build_module(settings, job, context, sharding)
         if group is not None:
             module.share = _share(group, module)
+            module.training_share = _divided(module)
         if sharding is not None:  # each pass and each copy is one of all ranks
             module.group = group
         snapshots = SnapshotManager(module, settings.rollback, memory)
@@ -241,6 +242,14 @@ def _share(group: Group, module: TrainModule) -> Share:
             "its DistributedSampler divides the data, of whose batches each rank takes its share: leave it out"
         )
     return Share(group.rank, group.world, module.job)
+
+
+def _divided(module: TrainModule) -> Share:
+    """Returns the share of training batches, of which each rank reads only its samples where the cursor can do so."""
+    share, cursor = module.share, module.cursor
+    if isinstance(module.job, SharingJob) or not isinstance(cursor, LoaderCursor):
+        return share
+    return replace(share, divided=cursor.read_part(share.bounds, share.rank))
 
 
 def _notes(module: TrainModule) -> tuple[str, ...]:

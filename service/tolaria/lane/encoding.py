@@ -30,13 +30,23 @@ from tolaria.values.optimization import (
     RebuildOutcome,
     RebuildResult,
 )
-from tolaria.values.training import EpochProgress, Evaluation, Position
+from tolaria.values.training import EpochProgress, Evaluation, Position, RankLoad
 
 _CODEC = Codec(
     types={
         *(*get_args(Command), *get_args(Result), *get_args(Event), LaneReady, RankInfo, Failure, SnapshotInfo),
         *(SnapshotStatistics, SeedMetrics, SeedMetricSet, ActiveAdjustment, Adjustment, LearningRateViolation),
-        *(RebuildOutcome, RebuildResult, TraceWritten, EpochProgress, Evaluation, Position, LaneOrder, RestorePlan),
+        *(
+            RebuildOutcome,
+            RebuildResult,
+            TraceWritten,
+            EpochProgress,
+            Evaluation,
+            Position,
+            RankLoad,
+            LaneOrder,
+            RestorePlan,
+        ),
     },
     messages=(SeedState, HardwareContext),
 )

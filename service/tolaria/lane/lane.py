@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 import threading
 import time
 import traceback
@@ -39,7 +40,7 @@ from tolaria.lane.train_module import TrainModule
 from tolaria.ranks.group import Group, lost_peer
 from tolaria.shards import is_sharded
 from tolaria.signals.layout import LanePhase
-from tolaria.values.training import Evaluation
+from tolaria.values.training import Evaluation, RankLoad
 
 _FRAME_S: Final = 0.02
 _STEP_EVENTS_MAX: Final = 4096
@@ -349,6 +350,7 @@ class ThreadLane:
             gradients=gradients,
             adjustments=controller.adjustments,
             compile_fallback=module.fast_paths.new_compile_fallback(),
+            rank_loads=() if module.group is None else _loads(module, module.group),
         )
         self._events.put(event)
 
@@ -383,6 +385,12 @@ class ThreadLane:
                         found = checked_evaluation(module.job.evaluate(module.model, batch))
                     total += found if module.share.counted(whole) else Evaluation(0.0, 0, 0)
         return total if module.group is None else _over_ranks(total, module.group)
+
+
+def _loads(module: TrainModule, group: Group) -> tuple[RankLoad, ...]:
+    memory = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    gathered = group.all_gather([module.waits.input_s, module.waits.ranks_s, memory])
+    return tuple(RankLoad(input_s, ranks_s, int(size)) for input_s, ranks_s, size in gathered)
 
 
 def _over_ranks(evaluation: Evaluation, group: Group) -> Evaluation:

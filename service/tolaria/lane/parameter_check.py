@@ -30,7 +30,7 @@ def parameters_sound(module: TrainModule, losses_of: Callable[[Batch], Mapping[s
     rngs = capture_rngs()
     module.save_pass()
     try:
-        batch = on_device(module.share.of(module.last_good), module.device)
+        batch = on_device(module.training_share.of(module.last_good), module.device)
         with module.fast_paths.autocast(), module.seeds.groups_as_built(), _watching(module) as outputs_finite:
             losses = losses_of(batch)
         if module.on_all_ranks(essential_finite(module, losses)):

@@ -240,14 +240,15 @@ def _take_microbatches(
             read = module.next_batch()
         if read is None:
             break
-        batch = on_device(module.share.of(read), module.device, pinned=module.fast_paths.pins_memory)
+        batch = on_device(module.training_share.of(read), module.device, pinned=module.fast_paths.pins_memory)
         taken.waited_s += time.monotonic() - asked_s
+        module.waits.input_s += time.monotonic() - asked_s
         if not number:
             module.clear_gradients()
             taken.planned_samples = read.samples * module.accumulate
             module.merger.begin(module.global_step, module.accumulate)
         taken.read += read.samples
-        taken.counted = module.share.counted(read)
+        taken.counted = module.training_share.counted(read)
         module.save_microbatch(gradients=thorough)
         with mark("forward"), module.fast_paths.autocast(), module.seeds.groups_as_built():
             losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
@@ -321,7 +322,9 @@ def _sum_losses(module: TrainModule, taken: _Taken, group: Group) -> None:
         "names of losses": taken.sources,
         "announced changes of the task": len(module.announced),
     }
+    asked_s = time.monotonic()
     *sums, judged_samples, samples = group.all_reduce_step([*given, taken.judged_samples, taken.samples], must_match)
+    module.waits.ranks_s += time.monotonic() - asked_s
     device, dtype = module.device, torch.float32 if module.device.type == "mps" else torch.float64
     found = [
         None if part is None else torch.tensor(value, dtype=dtype, device=device)

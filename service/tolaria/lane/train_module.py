@@ -38,6 +38,14 @@ _StepStart: TypeAlias = tuple[CursorState, EpochProgress, tuple[dict[str, Tensor
 
 
 @dataclass(slots=True)
+class RankWaits:
+    """Seconds in which a rank has waited for its data, and for other ranks."""
+
+    input_s: float = 0.0
+    ranks_s: float = 0.0
+
+
+@dataclass(slots=True)
 class SkippedBatches:
     """Batches that training skips, as (epoch, place in the epoch from 0).
 
@@ -133,7 +141,8 @@ class TrainModule:
         regimes_begun: events of changed tasks that the lane has not taken yet.
         skip_streak: steps in a row that were skipped most recently.
         last_good: a batch of the last step that was not skipped, as the cursor returned it.
-        share: this rank's part of each batch.
+        share: this rank's part of each validation batch; `training_share` is that of training batches.
+        waits: seconds since the epoch's begin that this rank has waited for its data, and for other ranks.
         undone: False if something that was left out could not be undone; `train_step` reports and resets it.
         parameters: trainable parameters in the optimizer.
         clip_groups: the same parameters, in groups that are clipped separately; the host's is the first.
@@ -175,7 +184,8 @@ class TrainModule:
         self.skip_streak = 0
         self.last_good: Batch | None = None
         self.undone = True
-        self.share = Share()
+        self.waits = RankWaits()
+        self.share = self.training_share = Share()
         self._group: Group | None = None
         self._seed = settings.training.seed
         self._buffers, self._microbatch_buffers = SavedBuffers(model), SavedBuffers(model)
@@ -248,6 +258,7 @@ class TrainModule:
         """Starts the next epoch; within one, as after a rollback, only sets the model to training mode."""
         self.train_mode()
         self.look_up_parameters()
+        self.waits = RankWaits()
         if self.progress.over:
             self.progress = self.progress.begun(self.progress.number + 1)
             if self._group is not None:  # a cursor may draw the order of the epoch

@@ -109,6 +109,13 @@ class Group:
         found: list[float] = numbers.tolist()
         return found
 
+    def all_gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Returns the values of each rank, by rank, in float64; as many on every rank. Raises PeerLostError."""
+        places = [0.0] * (self.world * len(values))
+        places[self.rank * len(values) : (self.rank + 1) * len(values)] = values
+        found = self.all_reduce(places)
+        return [found[start : start + len(values)] for start in range(0, len(found), len(values))]
+
     def broadcast_bytes(self, data: bytes = b"") -> bytes:
         """Returns the leader's `data` on every rank. Raises PeerLostError."""
         size = torch.tensor([len(data)])

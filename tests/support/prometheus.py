@@ -33,9 +33,6 @@ PROCESS = frozenset(
 )
 """Metrics of prometheus_client's collector of the process, which are not in the catalogue."""
 
-TO_COME = frozenset({"tolaria_telemetry_queue_depth", "tolaria_telemetry_subscribers"})
-"""Metrics that dashboards use before the catalogue has them."""
-
 _NAME = re.compile(r"\b(?:tolaria|process)_[a-z0-9_]+\b")
 
 
@@ -91,9 +88,9 @@ def names_in(expression: str) -> set[str]:
 
 
 def unknown_names(expression: str) -> set[str]:
-    """The metrics of an expression that neither the catalogue has nor will have, and unknown recording rules."""
+    """The metrics of an expression that are not in the catalogue, and unknown recording rules."""
     records = set(re.findall(r"\btolaria:[a-z0-9_:]+", expression))
-    return (names_in(expression) - set(catalogue()) - PROCESS - TO_COME) | (records - set(recorded()))
+    return (names_in(expression) - set(catalogue()) - PROCESS) | (records - set(recorded()))
 
 
 def unknown_labels(expression: str) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import anyio
 import grpc.aio
@@ -18,11 +18,14 @@ from tolaria.rollback.protocol import Rollback, rollback_id_of
 from tolaria.rpc.listing import INCIDENTS_DEFAULT, INCIDENTS_MAX, list_incidents, list_restore_points
 from tolaria.rpc.requests import Answer, MutatingRequest, RequestLedger
 from tolaria.rpc.status import abort
+from tolaria.rpc.telemetry import filter_of, responses
 from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run import TrainingRun
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus
+from tolaria.telemetry.subscriptions import TelemetryStream
 from tolaria.values.optimization import OPERATOR, Adjustment
+from tolaria.values.spans import remote_parent, within
 
 Context = grpc.aio.ServicerContext[object, object]
 _Read = TypeVar("_Read")
@@ -48,6 +51,7 @@ class AdminParts:
     complete: Callable[[admin.GetStatusResponse], None]
     closing: anyio.Event
     interval_s: float
+    telemetry: TelemetryStream
 
 
 class AdminService(TolariaAdminServiceServicer):
@@ -78,13 +82,25 @@ class AdminService(TolariaAdminServiceServicer):
                 with anyio.move_on_after(interval_s):
                     await feed.next()
 
-    # grpc.aio accepts a coroutine for a stream as well; the generated type allows generators only.
-    async def StreamTelemetry(  # type: ignore[override]
+    async def StreamTelemetry(
         self, request: admin.StreamTelemetryRequest, context: Context
-    ) -> NoReturn:
-        """Not served yet."""
-        why = "this version logs its events; metrics are on the metrics server"
-        await abort(context, errors.NotImplementedYetError(f"StreamTelemetry is not served: {why}"))
+    ) -> AsyncIterator[admin.StreamTelemetryResponse]:
+        """Yields telemetry packets as they are published; ends with the service."""
+        try:
+            wanted = filter_of(request)
+            replay = request.replay_critical if request.HasField("replay_critical") else None
+            with self._parts.telemetry.subscribe(wanted, replay) as subscription:
+
+                def remove(_: object) -> None:
+                    self._parts.telemetry.remove(subscription)
+
+                # gRPC cancels a stream while it waits for a slow reader without an end of the block below.
+                context.add_done_callback(remove)  # type: ignore[arg-type] # any callable will do
+                await context.send_initial_metadata(())  # nothing that happens from now on is missed
+                async for response in responses(subscription):
+                    yield response
+        except errors.TolariaError as error:
+            await abort(context, error)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -285,7 +301,8 @@ class AdminService(TolariaAdminServiceServicer):
     ) -> Answer:
         method = request.DESCRIPTOR.name.removesuffix("Request")
         try:
-            return await self._parts.ledger.once(method, request, operation, timeout_s=timeout_s, late=late)
+            with within(remote_parent(context.invocation_metadata() or ())):
+                return await self._parts.ledger.once(method, request, operation, timeout_s=timeout_s, late=late)
         except errors.TolariaError as error:
             await abort(context, error)
 

@@ -30,16 +30,16 @@ SUBPACKAGES = sorted({module.place.split("/")[0] for module in MODULES if "/" in
 LINES_MAX, FILES_MAX = 46_000, 280
 
 GLOSSARY: dict[str, tuple[str, ...]] = {
-    "": ("cgroups", "filesystem", "forks", "grpc_server", "images", "processes", "segments", "shards", "wire"),
+    "": ("cgroups", "filesystem", "forks", "grpc_server", "images", "probe", "processes", "segments", "shards", "wire"),
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": (
         "admin_commands", "answers", "audit", "board", "channel", "chaos", "client", "commands", "credentials",
-        "curves", "demo", "errors", "harm", "lane_commands", "main", "process_tree", "render", "report",
+        "curves", "demo", "doctor", "errors", "harm", "lane_commands", "main", "process_tree", "render", "report",
         "serve_child", "telemetry",
     ),
     "config": (
         "connections", "durability", "exposure", "fields", "network", "ranks", "retired", "settings", "sources",
-        "telemetry", "training",
+        "systemd", "telemetry", "training",
     ),
     "errors": ("base", "operation", "training"),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
@@ -69,7 +69,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "security": ("certificates", "issuing", "limits", "tokens", "watched", "web_config"),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
-    "service": ("host", "listeners", "protection", "readiness", "settings_record", "start", "wiring"),
+    "service": ("host", "listeners", "notify", "protection", "readiness", "settings_record", "start", "wiring"),
     "signals": ("board", "futex", "lane_page", "lane_pulse", "layout", "mapping", "seqlock", "writers"),
     "state": ("arenas", "encoding", "restore", "shared_memory", "snapshots", "training_state"),
     "telemetry": (

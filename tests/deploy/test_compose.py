@@ -27,7 +27,8 @@ from tolaria.telemetry.metrics import Metrics
 ROOT = Path(__file__).parents[2]
 PEERS = {"tamiyo": 50052, "kasmina": 50053}
 OURS = ("tolaria", *PEERS)
-RUNNING = (*OURS, "prometheus")
+MONITORING = ("prometheus", "grafana")
+RUNNING = (*OURS, *MONITORING)
 ALL = (*RUNNING, "secrets")
 
 
@@ -83,22 +84,21 @@ def test_compose_accepts_the_file() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_services_are_the_three_and_an_optional_prometheus(services: dict[str, Any]) -> None:
-    """What makes the secrets, Tolaria and its peers start by default, Prometheus in the monitoring profile only."""
+def test_services_are_the_three_and_optional_monitoring(services: dict[str, Any]) -> None:
+    """What makes the secrets, Tolaria and its peers start by default, the others in the monitoring profile only."""
     assert set(services) == set(ALL)
-    assert services["prometheus"]["profiles"] == ["monitoring"]
+    assert all(services[name]["profiles"] == ["monitoring"] for name in MONITORING)
     assert [name for name in OURS if "profiles" in services[name]] == []
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_container_is_hardened(name: str, services: dict[str, Any]) -> None:
-    """No capabilities, no new privileges, a read-only root file system, and an init."""
+    """No capabilities, no new privileges, and a read-only root file system; the image has an init."""
     service = services[name]
 
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["read_only"] is True
-    assert service["init"] is True
     assert not {"privileged", "cap_add", "user", "network_mode", "pid"} & set(service)
 
 
@@ -240,6 +240,32 @@ def test_prometheus_scrapes_tolaria_under_underscore_names(services: dict[str, A
     assert config["scrape_configs"][0]["static_configs"] == [{"targets": [f"tolaria:{port}"]}]
     assert services["prometheus"]["image"].rpartition(":")[2].startswith("v3.")
     assert services["prometheus"]["volumes"][0].endswith(":/etc/prometheus/prometheus.yml:ro")
+    assert services["prometheus"]["volumes"][1] == "./deploy/prometheus/rules:/etc/prometheus/rules:ro"
+    assert config["rule_files"] == ["rules/*.yml"]
+
+
+def test_grafana_has_no_default_password(services: dict[str, Any]) -> None:
+    """Dashboards are read without a login, and there is no user who could change anything."""
+    environment = services["grafana"]["environment"]
+
+    assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+    assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    assert services["grafana"]["image"].rpartition(":")[2].startswith("11.6.")  # the dashboards are made for it
+
+
+@pytest.mark.parametrize(("variable", "expected"), [(None, "cpu"), ("", ""), ("https://example/cu128", "cu128")])
+def test_torch_is_for_cpus_unless_another_index_is_chosen(
+    variable: str | None, expected: str, services: dict[str, Any]
+) -> None:
+    """The default needs gigabytes less; an empty variable chooses the default index of packages."""
+    default = services["tolaria"]["build"]["args"]["TORCH_INDEX_URL"]
+    environment = {} if variable is None else {"TORCH_INDEX_URL": variable}
+
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'echo "{default}"'], check=True, capture_output=True, text=True, env=environment
+    )
+
+    assert done.stdout.strip().rpartition("/")[2] == expected
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,10 +22,16 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from dashboards.generate import texts
+from dashboards.manifests import manifests
 from support.pods import Pod, Process, containers_of, variables_of
+from support.prometheus import groups
 from support.waiting import wait_for
 from tolaria.config import Address, Settings, load_settings
 from tolaria.errors import ConfigurationError
+from tolaria.probe import TIMEOUT_S
+from tolaria.service.readiness import ADMIN_SERVICE
+from tolaria.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"
@@ -42,12 +49,14 @@ def read(name: str) -> Any:
 
 def job() -> Any:
     """The specification of the Job."""
-    return read("job.yaml")["spec"]
+    return read("base/job.yaml")["spec"]
 
 
 def pod_spec() -> Any:
-    """The specification of the pod."""
-    return job()["template"]["spec"]
+    """The specification of the pod with its peers, as kustomize makes it."""
+    peers = read("overlays/peers/peers.yaml")["spec"]["template"]["spec"]
+    assert set(peers) == {"initContainers"}
+    return job()["template"]["spec"] | peers
 
 
 def containers() -> dict[str, dict[str, Any]]:
@@ -61,8 +70,8 @@ def history() -> Path:
 
 
 def config_map() -> dict[str, str]:
-    """The variables of the ConfigMap."""
-    data: dict[str, str] = read("settings.yaml")["data"]
+    """The variables of the ConfigMap, with the addresses of the peers."""
+    data: dict[str, str] = read("base/settings.yaml")["data"] | read("overlays/peers/settings.yaml")["data"]
     return data
 
 
@@ -83,7 +92,9 @@ def test_files_are_valid_by_the_schema_of_kubernetes(version: str) -> None:
     """The oldest version that has sidecars by default and the newest known one allow every key and value."""
     if importlib.util.find_spec("kubernetes_validate") is None:
         pytest.skip("kubernetes-validate is not installed; pyproject.toml lists it")
-    files = [FOLDER / name for name in read("kustomization.yaml")["resources"]]
+    files = [FOLDER / "base" / name for name in read("base/kustomization.yaml")["resources"]]
+    files += [FOLDER / "overlays" / "monitoring" / "dashboards.yaml"]
+    files += [FOLDER / "components" / "no-eviction" / "disruption-budget.yaml"]
     command = [sys.executable, "-m", "kubernetes_validate", "--strict", "--kubernetes-version", version, *files]
 
     done = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -92,30 +103,103 @@ def test_files_are_valid_by_the_schema_of_kubernetes(version: str) -> None:
     assert done.stdout.count("passed for resource") == len(files)
 
 
-def test_kustomization_has_every_file() -> None:
-    """Each file is a resource, and the images are those of the Job."""
-    kustomization = read("kustomization.yaml")
+KUSTOMIZATIONS = ("base", "components/no-eviction", "overlays/monitoring", "overlays/peers")
 
-    files = {path.name for path in FOLDER.iterdir() if path.is_file()}
-    assert {*kustomization["resources"], "kustomization.yaml"} == files
-    (image,) = kustomization["images"]
+
+@pytest.mark.parametrize("folder", KUSTOMIZATIONS)
+def test_kustomization_has_every_file(folder: str) -> None:
+    """Each file is a resource or a patch."""
+    kustomization = read(f"{folder}/kustomization.yaml")
+    named = {*kustomization["resources"], *(patch["path"] for patch in kustomization.get("patches", []))}
+
+    assert {name for name in named if name.endswith(".yaml")} == {
+        path.name for path in (FOLDER / folder).iterdir() if path.name != "kustomization.yaml"
+    }
+    assert all((FOLDER / folder / name).resolve().exists() for name in named)
+
+
+def test_images_are_those_of_the_kustomization() -> None:
+    """One choice of an image is that of all three containers."""
+    (image,) = read("base/kustomization.yaml")["images"]
+
     assert {c["image"] for c in containers().values()} == {f"{image['name']}:{image['newTag']}"}
 
 
-def test_kustomize_builds_the_folder() -> None:
-    """Kustomize of kubectl accepts the files, aliases included."""
+def built(folder: str) -> dict[str, Any]:
+    """Returns what kustomize makes of a folder, by kind and name; skips without kubectl."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not installed; only the schema was checked")
-
-    done = subprocess.run([kubectl, "kustomize", FOLDER], check=False, capture_output=True, text=True)
-
+    done = subprocess.run([kubectl, "kustomize", FOLDER / folder], check=False, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    built = [document for document in YAML(typ="safe").load_all(done.stdout) if document]
-    assert {document["kind"] for document in built} == {
-        *("ConfigMap", "PersistentVolumeClaim", "Job", "Service", "NetworkPolicy")
-    }
-    assert [d["spec"]["template"]["spec"] for d in built if d["kind"] == "Job"] == [pod_spec()]
+    documents = [document for document in YAML(typ="safe").load_all(done.stdout) if document]
+    return {f"{document['kind']}/{document['metadata']['name']}": document for document in documents}
+
+
+RUN = {f"{kind}/tolaria" for kind in ("ConfigMap", "PersistentVolumeClaim", "Job", "Service", "NetworkPolicy")}
+
+
+def test_kustomize_builds_a_run_alone() -> None:
+    """Without targets of peers, which are child processes then."""
+    found = built("base")
+
+    assert set(found) == RUN
+    assert "initContainers" not in found["Job/tolaria"]["spec"]["template"]["spec"]
+    assert not [name for name in found["ConfigMap/tolaria"]["data"] if "TARGET" in name]
+
+
+def test_kustomize_builds_the_example_with_peers() -> None:
+    """The folder itself is the example; what kustomize makes of it is what these tests use."""
+    found = built(".")
+
+    assert found == built("overlays/peers")
+    assert set(found) == RUN
+    assert found["Job/tolaria"]["spec"]["template"]["spec"] == pod_spec()
+    assert found["ConfigMap/tolaria"]["data"] == config_map()
+
+
+def test_kustomize_builds_the_overlay_with_monitoring() -> None:
+    """It adds the rules, the dashboards and the monitor to the example, and changes nothing of it."""
+    found = built("overlays/monitoring")
+    more = {"ServiceMonitor/tolaria", "PrometheusRule/tolaria", "ConfigMap/tolaria-dashboards"}
+
+    assert set(found) == RUN | more
+    assert {name: each for name, each in found.items() if name in RUN} == built(".")
+
+
+def test_written_manifests_are_current() -> None:
+    """`python scripts/dashboards` changes nothing: rules and dashboards are those of Prometheus and Grafana."""
+    wanted = manifests(texts())
+
+    assert {name: (FOLDER / "overlays" / "monitoring" / name).read_text() for name in wanted} == wanted
+    rules = read("overlays/monitoring/prometheus-rule.yaml")["spec"]["groups"]
+    assert rules == groups()
+
+
+def test_monitor_finds_the_service_and_gives_the_names_of_the_rules() -> None:
+    """The job is the one that rules expect, and dots become underscores whatever Prometheus stores."""
+    service, monitor = read("base/metrics.yaml"), read("overlays/monitoring/service-monitor.yaml")["spec"]
+    (endpoint,) = monitor["endpoints"]
+
+    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert service["metadata"]["labels"][monitor["jobLabel"]] == "tolaria"
+    assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+    for family in Metrics().registry.collect():
+        name = family.name
+        for relabeling in endpoint["metricRelabelings"]:
+            assert (relabeling["sourceLabels"], relabeling["targetLabel"]) == (["__name__"], "__name__")
+            replacement = re.sub(r"\$\{(\d)\}", r"\\\1", relabeling["replacement"])
+            name = re.sub(f"^(?:{relabeling['regex']})$", replacement, name)
+        assert name == family.name.replace(".", "_")
+
+
+def test_budget_protects_the_pod_unless_it_is_not_ready() -> None:
+    """It selects the pod of the run, and a halted one may be evicted; no overlay has it by default."""
+    budget = read("components/no-eviction/disruption-budget.yaml")["spec"]
+
+    assert budget["selector"]["matchLabels"].items() <= job()["template"]["metadata"]["labels"].items()
+    assert (budget["minAvailable"], budget["unhealthyPodEvictionPolicy"]) == (1, "AlwaysAllow")
+    assert not [folder for folder in KUSTOMIZATIONS if "components" in read(f"{folder}/kustomization.yaml")]
 
 
 def test_selectors_and_names_agree() -> None:
@@ -123,10 +207,12 @@ def test_selectors_and_names_agree() -> None:
     labels = job()["template"]["metadata"]["labels"].items()
     claims = [v["persistentVolumeClaim"]["claimName"] for v in pod_spec()["volumes"] if "persistentVolumeClaim" in v]
 
-    assert read("metrics.yaml")["spec"]["selector"].items() <= labels
-    assert read("network-policy.yaml")["spec"]["podSelector"]["matchLabels"].items() <= labels
-    assert containers()["tolaria"]["envFrom"] == [{"configMapRef": {"name": read("settings.yaml")["metadata"]["name"]}}]
-    assert claims == [read("state.yaml")["metadata"]["name"]]
+    assert read("base/metrics.yaml")["spec"]["selector"].items() <= labels
+    assert read("base/network-policy.yaml")["spec"]["podSelector"]["matchLabels"].items() <= labels
+    assert containers()["tolaria"]["envFrom"] == [
+        {"configMapRef": {"name": read("base/settings.yaml")["metadata"]["name"]}}
+    ]
+    assert claims == [read("base/state.yaml")["metadata"]["name"]]
 
 
 # -- settings --------------------------------------------------------------------------------------------------------
@@ -150,7 +236,7 @@ def test_secret_is_optional_and_in_no_file() -> None:
 
 def test_variables_of_services_are_kept_away(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kubernetes would set TOLARIA_PORT for a Service of this name, which is no setting."""
-    assert read("metrics.yaml")["metadata"]["name"] == "tolaria"
+    assert read("base/metrics.yaml")["metadata"]["name"] == "tolaria"
     assert pod_spec()["enableServiceLinks"] is False
     monkeypatch.setenv("TOLARIA_PORT", "tcp://10.0.0.1:9464")
     with pytest.raises(ConfigurationError):
@@ -188,8 +274,8 @@ def test_addresses_agree(settings: Settings) -> None:
     assert ports == {"metrics": metrics.port}
     assert not metrics.is_loopback
     assert annotations["prometheus.io/port"] == str(metrics.port)
-    assert [p["targetPort"] for p in read("metrics.yaml")["spec"]["ports"]] == ["metrics"]
-    assert read("network-policy.yaml")["spec"]["ingress"] == [{"ports": [{"port": "metrics", "protocol": "TCP"}]}]
+    assert [p["targetPort"] for p in read("base/metrics.yaml")["spec"]["ports"]] == ["metrics"]
+    assert read("base/network-policy.yaml")["spec"]["ingress"] == [{"ports": [{"port": "metrics", "protocol": "TCP"}]}]
     assert Address.parse(settings.server.listen).is_loopback
     for name, target in (("tamiyo", settings.tamiyo.target), ("kasmina", settings.kasmina.target)):
         assert Address.parse(target).is_loopback
@@ -200,7 +286,7 @@ def test_addresses_agree(settings: Settings) -> None:
 def test_prometheus_scrapes_the_service() -> None:
     """The configuration in deploy/prometheus names the Service and its port, ready or not."""
     scraped = YAML(typ="safe").load(ROOT / "deploy" / "prometheus" / "prometheus.yml")["scrape_configs"][0]
-    service = read("metrics.yaml")
+    service = read("base/metrics.yaml")
     (port,) = service["spec"]["ports"]
 
     assert scraped["static_configs"] == [{"targets": [f"{service['metadata']['name']}:{port['port']}"]}]
@@ -229,11 +315,13 @@ def test_container_is_hardened(name: str) -> None:
 
 
 def test_liveness_leaves_sound_runs_alone(settings: Settings) -> None:
-    """Only /livez ends a container, later than the sentinel would; the start may take minutes."""
+    """Only an admin service that does not serve ends a container, later than the sentinel; a start may take minutes."""
     probes, limits = containers()["tolaria"], settings.emergency
     live, start = probes["livenessProbe"], probes["startupProbe"]
 
-    assert live["httpGet"] == start["httpGet"] == {"path": "/livez", "port": "metrics"}
+    command = ["python", "-m", "tolaria.probe", settings.server.listen, ADMIN_SERVICE]
+    assert live["exec"] == start["exec"] == {"command": command}
+    assert live["timeoutSeconds"] > 2 * TIMEOUT_S
     assert probes["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "metrics"}
     sentinel_s = limits.heartbeat_timeout_s + limits.grace_s + limits.drain_s
     assert live["periodSeconds"] * live["failureThreshold"] > sentinel_s
@@ -293,8 +381,8 @@ class Story:
 
 def probe_paths() -> dict[str, str]:
     """The paths of Tolaria's probes by kind, and of the metrics."""
-    probes = {kind: containers()["tolaria"][f"{kind}Probe"]["httpGet"]["path"] for kind in ("liveness", "readiness")}
-    return probes | {"metrics": job()["template"]["metadata"]["annotations"]["prometheus.io/path"]}
+    readiness = containers()["tolaria"]["readinessProbe"]["httpGet"]["path"]
+    return {"readiness": readiness, "metrics": job()["template"]["metadata"]["annotations"]["prometheus.io/path"]}
 
 
 def asked(pod: Pod) -> dict[str, int]:
@@ -341,9 +429,9 @@ def story(pod: Pod) -> Iterator[Story]:
         peers, tolaria = [start(name) for name in PEERS], start("tolaria")
         told.first = answers_when(pod, 200)
         os.kill(next(pid for pid, command in tolaria.children().items() if "tolaria.lane" in command), signal.SIGKILL)
-        told.recovering = answers_when(pod, 503)
+        told.recovering = answers_when(pod, 503) | {"liveness": pod.probe("tolaria")}
         answers_when(pod, 200)
-        told.probes = {name: pod.probe(name) for name in PEERS}
+        told.probes = {name: pod.probe(name) for name in ALL}
         saved = Path(pod.changed(str(history())))
         wait_for(lambda: saved.exists() and "checkpoint_written" in tolaria.events())
         told.drained = tolaria.stop()
@@ -360,18 +448,19 @@ def story(pod: Pod) -> Iterator[Story]:
 @pytest.mark.timeout(400)  # the first test of the story: it takes four starts of the service
 def test_probes_are_served(story: Story) -> None:
     """The paths of all probes and of the metrics answer 200 while the run trains."""
-    assert story.first == {"liveness": 200, "readiness": 200, "metrics": 200}
+    assert story.first == {"readiness": 200, "metrics": 200}
 
 
 def test_recovering_lane_is_alive_and_not_ready(story: Story) -> None:
     """While the lane is started again, only readiness fails."""
-    assert story.recovering == {"liveness": 200, "readiness": 503, "metrics": 200}
+    assert story.recovering == {"liveness": 0, "readiness": 503, "metrics": 200}
 
 
-def test_probes_of_the_peers_find_them(story: Story, pod: Pod) -> None:
-    """The command succeeds for a peer that serves, and fails once it has ended."""
-    assert story.probes == {"tamiyo": 0, "kasmina": 0}
-    assert pod.probe("tamiyo") != 0
+@pytest.mark.parametrize("name", ALL)
+def test_liveness_probes_find_what_serves(name: str, story: Story, pod: Pod) -> None:
+    """The command succeeds for a container that serves, and fails once it has ended."""
+    assert story.probes[name] == 0
+    assert pod.probe(name) == 1
 
 
 def test_drained_pod_is_no_finished_run(story: Story) -> None:

@@ -10,6 +10,7 @@ import platform
 import signal
 import sys
 import threading
+from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -291,6 +292,33 @@ def verify(
     if bad:
         consequence = "the next start of the service sets them aside, and resumes from the newest intact checkpoint"
         raise CommandFailedError(f"{bad} of {inspected} are not what was written; {consequence}")
+
+
+@app.command()
+def doctor(
+    *,
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of findings as JSON.")] = False,
+) -> None:
+    """Examine this machine: addresses, disk, shared memory, limits, clock, torch, job and peers; what to do about each.
+
+    Exit code 1 if something is in the way of a start, or 2 if the settings are wrong.
+    """
+    settings = _settings(config_file, overrides)
+    from tolaria.cli.doctor import Verdict, examine
+
+    findings = []
+    for finding in examine(settings):
+        findings.append(finding)
+        if not as_json:
+            typer.echo(f"{finding.verdict.value:8} {finding.check}: {finding.detail}")
+            if finding.advice:
+                typer.echo(f"{'':8} -> {finding.advice}")
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    if failed := [finding.check for finding in findings if finding.verdict is Verdict.FAILED]:
+        raise CommandFailedError(f"in the way of a start: {', '.join(failed)}")
 
 
 @config_app.command()

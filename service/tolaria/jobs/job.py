@@ -147,7 +147,7 @@ def build_job(name: str, context: JobContext) -> TrainingJob:
         UnknownJobError: there is no such name, module or factory.
         BrokenJobError: importing or calling the factory failed, or the job lacks a method of `TrainingJob`.
     """
-    factory = _load_factory(name)
+    factory = load_factory(name)
     try:
         job = factory(context)
     except JobError:
@@ -165,7 +165,11 @@ def build_job(name: str, context: JobContext) -> TrainingJob:
     return job
 
 
-def _load_factory(name: str) -> JobFactory:
+def load_factory(name: str) -> JobFactory:
+    """Returns the factory of a job by `package.module:factory`, or by its name among the entry points.
+
+    Raises UnknownJobError or BrokenJobError.
+    """
     module, _, attribute = (name if ":" in name else _registered(name)).partition(":")
     try:
         loaded = importlib.import_module(module)

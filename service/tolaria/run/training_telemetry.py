@@ -22,10 +22,12 @@ from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics, start_at_zero
+from tolaria.values.optimization import AUTOMATIC, CONTROLLER, OPERATOR
 
 _STATES = [name.removeprefix("RUN_STATE_").lower() for name in RunState.keys()[1:]]
 _COMMANDS: Final = {kind: CommandType.Name(kind).removeprefix("COMMAND_").lower() for kind in PAYLOADS}
 _REFUSALS: Final = ("late", "conservative", "refused", "unsupported", "malformed", "rollback_budget")
+_ORIGINS: Final = (OPERATOR, CONTROLLER, AUTOMATIC)
 _EPOCHS_COMPARED: Final = 16
 _EPOCHS_NEEDED: Final = 3
 _LATENCY_MORE_S: Final = 1.0
@@ -50,6 +52,8 @@ class TrainingTelemetry(RunObserver):
         self._samples = 0
         self._step = 0
         log_context.run_id = run_id
+        for origin in _ORIGINS:
+            metrics.lr_controller_factor.labels(origin).set(1.0)
         start_at_zero(metrics.training_skipped_steps_total, [(_LOSS,), (_GRADIENT,), (_EXTREME,)])
         start_at_zero(metrics.command_applied_total, ((name,) for name in _COMMANDS.values()))
         start_at_zero(metrics.command_rejected_total, ((name,) for name in (*REJECTION_REASONS, *_REFUSALS)))
@@ -137,6 +141,8 @@ class TrainingTelemetry(RunObserver):
         if status.global_step != self._step:
             metrics.training_last_step_timestamp_seconds.set(time.time())
         self._step = status.global_step
+        for origin, factor in _factors(status).items():
+            metrics.lr_controller_factor.labels(origin).set(factor)
 
     def on_epoch(self, epoch: EpochDone, *, show_layers: bool) -> None:
         if epoch.compile_fallback:
@@ -224,6 +230,21 @@ class TrainingTelemetry(RunObserver):
         self._context.epoch, self._context.step = epoch, global_step
         self._metrics.training_epoch.set(epoch)
         self._metrics.training_step.set(global_step)
+
+
+def _factors(status: RunStatus) -> dict[str, float]:
+    """Returns the product of the factors that each origin has in force, of automatic cuts the deepest, by group.
+
+    The smallest over all groups counts. A factor on all groups is part of that of each.
+    """
+    factors = dict.fromkeys(_ORIGINS, 1.0)
+    active = [each.adjustment for each in status.adjustments if not each.expired_at(status.global_step)]
+    for origin in _ORIGINS if active else ():
+        own = [(each.group, each.factor) for each in active if each.origin == origin and each.factor is not None]
+        for group in {group for group, _ in own}:
+            applied = [factor for other, factor in own if other in {None, group}]
+            factors[origin] = min(factors[origin], min(applied) if origin == AUTOMATIC else math.prod(applied))
+    return factors
 
 
 def _rounded(value: float) -> float | None:

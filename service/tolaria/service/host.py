@@ -17,7 +17,7 @@ from anyio.abc import TaskGroup
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import add_TolariaAdminServiceServicer_to_server
-from tolaria.config import PeerSettings, child_environment
+from tolaria.config import NotifySocket, PeerSettings, child_environment
 from tolaria.emergency.supervision import watch_board, watch_process
 from tolaria.errors import TolariaError
 from tolaria.grpc_server import GrpcServer, grpc_server
@@ -28,7 +28,8 @@ from tolaria.rpc.audit import AuditTrail
 from tolaria.run.resume import RunOutcome
 from tolaria.run.status import state_name
 from tolaria.service.listeners import Listeners
-from tolaria.service.readiness import ADMIN_SERVICE, publish_health, readiness, watch_disk
+from tolaria.service.notify import Notifier
+from tolaria.service.readiness import ADMIN_SERVICE, publish_health, publish_phase, readiness, watch_disk
 from tolaria.service.wiring import Core, Foundation, RunService, new_ledger, new_run
 from tolaria.telemetry.exporter import exporter
 
@@ -45,6 +46,7 @@ class Host:
         self._foundation = foundation
         self._listeners = listeners
         self._settings = foundation.settings
+        self._notifier = Notifier(NotifySocket.take())  # before the environment of child processes is read
         self._core = Core(foundation)
         self._log = structlog.get_logger()
         self._metrics_address = str(listeners.metrics_address)
@@ -60,6 +62,7 @@ class Host:
         """Starts everything, trains, stops everything; returns the exit code."""
         status = self._core.status
         async with AsyncExitStack() as stack:
+            publish_phase(self._core)
             await stack.enter_async_context(self._exporter())
             if self._core.process is not None:
                 lane_tasks = await stack.enter_async_context(anyio.create_task_group())
@@ -77,6 +80,7 @@ class Host:
             signals = stack.enter_context(anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
             self._log.info("serving", grpc=str(server.address), metrics=self._metrics_address, run_id=status.run_id)
             await self._train(service, server, signals)
+            self._notifier.stopping(self._in_one_line())
             if self._refused is None:
                 self.ending = service.run.ending
         if self._refused is not None:
@@ -99,6 +103,7 @@ class Host:
             # A lane of this process starts after every child process: it forks when the job does.
             await tasks.start(watch_process, self._settings, self._foundation.board, core.heartbeats)
             tasks.start_soon(watch_disk, core)
+            tasks.start_soon(self._notifier.serve, self._in_one_line)
             try:
                 built = await service.open(core)
             except TolariaError as error:  # the lane cannot be built
@@ -109,6 +114,13 @@ class Host:
             if not self._settings.service.exit_when_done:
                 await self._drained.wait()
             tasks.cancel_scope.cancel()
+
+    def _in_one_line(self) -> str:
+        """What the run does, as the service manager shows it."""
+        status = self._core.status
+        state = "recovering" if status.recovering else state_name(status.state)
+        reason = f": {status.state_reason}" if status.state_reason else ""
+        return f"{state}, epoch {status.epoch} of {status.epochs}, step {status.global_step}{reason}"
 
     async def _drain_on_signal(
         self, tasks: TaskGroup, service: RunService, signals: AsyncIterator[signal.Signals]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from functools import partial
 from typing import Final
 
 import anyio
@@ -16,6 +17,7 @@ from tolaria.rollback.protocol import TAMIYO
 from tolaria.run.safety import KASMINA
 from tolaria.run.status import state_name
 from tolaria.service.wiring import Core
+from tolaria.signals.layout import LanePhase
 from tolaria.telemetry.exporter import Readiness
 
 ADMIN_SERVICE: Final = admin.DESCRIPTOR.services_by_name["TolariaAdminService"].full_name
@@ -23,6 +25,10 @@ LONG_PHASE_S: Final = 10.0
 """Time from which `/readyz` mentions what the lane does other than steps."""
 
 DISK_INTERVAL_S: Final = 10.0
+LANE_PHASES: Final = tuple(phase.name.lower() for phase in LanePhase)
+"""Values of the label `phase` of the metric `lane.phase`."""
+
+_STEPPING: Final = LanePhase.STEPPING.name.lower()
 _READY_STATES: Final = frozenset({admin.RUN_STATE_RUNNING, admin.RUN_STATE_PAUSED, admin.RUN_STATE_FINISHED})
 
 
@@ -66,6 +72,18 @@ async def publish_health(core: Core, server: GrpcServer) -> None:
             await server.set_health(f"tolaria.{name}", serving=breakers[name].state != CIRCUIT_STATE_OPEN)
         while status.feed.version == version:  # a change during the calls above is not missed
             await status.feed.next()
+
+
+def publish_phase(core: Core) -> None:
+    """Has each scrape read what the lane does: an alert on a run without steps must spare long evaluations."""
+    for phase in LANE_PHASES:
+        core.foundation.metrics.lane_phase.labels("0", phase).set_function(partial(_is_in_phase, core, phase))
+
+
+def _is_in_phase(core: Core, phase: str) -> bool:
+    if core.status.state != admin.RUN_STATE_RUNNING or core.status.recovering:
+        return False
+    return (core.status.lane_phase()[0] or _STEPPING) == phase
 
 
 async def watch_disk(core: Core) -> None:

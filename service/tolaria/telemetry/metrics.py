@@ -257,6 +257,9 @@ class Metrics:
         self.lr_controller_adjustments_total = self._counter(
             "lr_controller.adjustments_total", "Requested adjustments of learning rates.", ["origin"]
         )
+        self.lr_controller_factor = self._gauge(
+            "lr_controller.factor", "Smallest factor on learning rates by origin; 1: as scheduled.", ["origin"]
+        )
         self.opt_rebuilds_total = self._counter("opt.rebuilds_total", "Optimizer rebuilds.")
         self.opt_rebuild_failures_total = self._counter("opt.rebuild_failures_total", "Failed optimizer rebuilds.")
         self.opt_rebuild_skipped_total = self._counter("opt.rebuild_skipped_total", "Postponed optimizer rebuilds.")
@@ -326,6 +329,9 @@ class Metrics:
     def _declare_process(self) -> None:
         self.lane_up = self._gauge("lane.up", "1 while the lane's process has a job that is built.", ["rank"])
         self.lane_generation = self._gauge("lane.generation", "Number of the lane's process, from 1.", ["rank"])
+        self.lane_phase = self._gauge(
+            "lane.phase", "1 for what the lane does while the run is running; all 0 otherwise.", ["rank", "phase"]
+        )
         self.lane_restarts_total = self._counter(
             "lane.restarts_total", "Lane processes that died, by cause.", ["rank", "cause"]
         )

@@ -28,7 +28,7 @@ Serve = Callable[[FakeAdmin], str]
 
 _COMMANDS = (
     *("serve", "demo", "status", "watch", "pause", "resume", "stop", "lr", "conservative"),
-    *("rollback", "checkpoint", "profile", "restore-points", "incidents", "verify"),
+    *("rollback", "checkpoint", "profile", "restore-points", "incidents", "verify", "doctor"),
     *("emergency", "signals", "peer", "config", "audit", "certs", "token"),
 )
 _SUBCOMMANDS = (

@@ -8,7 +8,8 @@ from prometheus_client import Counter, Histogram
 from support.runs import FakePeers, new_run, running
 from tolaria.config import KasminaSettings, TamiyoSettings
 from tolaria.peers.connect import connected_peers
-from tolaria.service.readiness import readiness
+from tolaria.service.readiness import LANE_PHASES, publish_phase, readiness
+from tolaria.values.optimization import ActiveAdjustment, Adjustment
 from tolaria.values.training import Evaluation
 
 pytestmark = pytest.mark.anyio
@@ -88,3 +89,46 @@ async def test_figures_of_validation_and_steps_have_metrics() -> None:
     age_s = run.sample("tolaria.checkpoint.age_seconds")
     assert age_s is not None
     assert 0 < age_s < 60
+
+
+async def test_the_lanes_phase_is_a_metric_while_the_run_is_running() -> None:
+    """An alert on a run that takes no steps spares one that evaluates, and a run that is held or has ended has none."""
+    run = new_run(FakePeers(), epochs=10**6)
+    publish_phase(run.core)
+
+    def phases() -> dict[str, float | None]:
+        return {name: run.sample("tolaria.lane.phase", {"rank": "0", "phase": name}) for name in LANE_PHASES}
+
+    async with running(run):
+        await run.until(lambda: run.state == "RUNNING")
+        run.status.lane_phase = lambda: ("evaluating", 45.0)
+        assert phases() == dict.fromkeys(LANE_PHASES, 0.0) | {"evaluating": 1.0}
+        run.status.lane_phase = lambda: ("", 0.0)
+        assert phases() == dict.fromkeys(LANE_PHASES, 0.0) | {"stepping": 1.0}
+        await run.run.pause("a break")
+        assert phases() == dict.fromkeys(LANE_PHASES, 0.0)
+        await run.run.stop("enough")
+
+
+FACTORS = [
+    ([("operator", None, 0.5), ("operator", "host", 0.5), ("operator", "seed:a", 0.8)], ("operator", 0.25)),
+    ([("rollback", None, 0.5), ("rollback", None, 0.25)], ("rollback", 0.25)),
+    ([("tamiyo", None, 0.1), ("operator", None, 3.0)], ("tamiyo", 0.1)),
+]
+
+
+@pytest.mark.parametrize(("factors", "expected"), FACTORS)
+async def test_factors_on_learning_rates_have_a_metric(
+    factors: list[tuple[str, str | None, float]], expected: tuple[str, float]
+) -> None:
+    """By origin the smallest of all groups: an alert finds rates far below their schedule, which may itself be low."""
+    run = new_run(FakePeers(), epochs=10**6)
+    origin, factor = expected
+    async with running(run):
+        assert run.sample("tolaria.lr_controller.factor", {"origin": origin}) == 1.0
+        for number, (by, group, value) in enumerate(factors):
+            adjustment = Adjustment(group=group, factor=value, origin=by, request_id=str(number), reason="a test")
+            run.status.adjustments = (*run.status.adjustments, ActiveAdjustment(adjustment, 0))
+        await run.until(lambda: run.sample("tolaria.lr_controller.factor", {"origin": origin}) != 1.0)
+        assert run.sample("tolaria.lr_controller.factor", {"origin": origin}) == pytest.approx(factor)
+        await run.run.stop("enough")

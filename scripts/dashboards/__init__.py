@@ -1,0 +1,1 @@
+"""The dashboards of deploy/grafana, made with Grafana's own library, and pictures of them."""

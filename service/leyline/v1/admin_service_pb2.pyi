@@ -59,6 +59,31 @@ RUN_STATE_RECOVERING: RunState.ValueType  # 8
 """The process that computes has died; another one goes on from the newest sound state."""
 Global___RunState: _TypeAlias = RunState  # noqa: Y015
 
+class _ExportFormat:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExportFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExportFormat.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXPORT_FORMAT_UNSPECIFIED: _ExportFormat.ValueType  # 0
+    EXPORT_FORMAT_SAFETENSORS: _ExportFormat.ValueType  # 1
+    """Any model; tolaria.export.load gives it back."""
+    EXPORT_FORMAT_HF: _ExportFormat.ValueType  # 2
+    """For from_pretrained of transformers."""
+    EXPORT_FORMAT_TORCH: _ExportFormat.ValueType  # 3
+    """A state_dict of torch.save."""
+
+class ExportFormat(_ExportFormat, metaclass=_ExportFormatEnumTypeWrapper): ...
+
+EXPORT_FORMAT_UNSPECIFIED: ExportFormat.ValueType  # 0
+EXPORT_FORMAT_SAFETENSORS: ExportFormat.ValueType  # 1
+"""Any model; tolaria.export.load gives it back."""
+EXPORT_FORMAT_HF: ExportFormat.ValueType  # 2
+"""For from_pretrained of transformers."""
+EXPORT_FORMAT_TORCH: ExportFormat.ValueType  # 3
+"""A state_dict of torch.save."""
+Global___ExportFormat: _TypeAlias = ExportFormat  # noqa: Y015
+
 @_typing.final
 class GetStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -1243,6 +1268,87 @@ class CaptureProfileResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CaptureProfileResponse: _TypeAlias = CaptureProfileResponse  # noqa: Y015
+
+@_typing.final
+class ExportModelRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    FOLD_FIELD_NUMBER: _builtins.int
+    SHARD_BYTES_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    reason: _builtins.str
+    checkpoint: _builtins.str
+    """An id of ListRestorePoints, "best" or "newest"; empty: newest."""
+    format: Global___ExportFormat.ValueType
+    """Unspecified: safetensors."""
+    name: _builtins.str
+    """Name of the directory to create below exports in the state directory;
+    empty: made of the checkpoint and the format.
+    """
+    fold: _builtins.bool
+    """Multiply seeds that are linear maps into the layer beside them."""
+    shard_bytes: _builtins.int
+    """Largest file of weights; 0: 5 GB."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        checkpoint: _builtins.str = ...,
+        format: Global___ExportFormat.ValueType = ...,
+        name: _builtins.str = ...,
+        fold: _builtins.bool = ...,
+        shard_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "fold", b"fold", "format", b"format", "name", b"name", "reason", b"reason", "request_id", b"request_id", "shard_bytes", b"shard_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportModelRequest: _TypeAlias = ExportModelRequest  # noqa: Y015
+
+@_typing.final
+class ExportModelResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GLOBAL_STEP_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_ID_FIELD_NUMBER: _builtins.int
+    EXPORTED_STEP_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    CARD_FIELD_NUMBER: _builtins.int
+    global_step: _builtins.int
+    path: _builtins.str
+    """The export, on the machine where Tolaria runs."""
+    checkpoint_id: _builtins.str
+    exported_step: _builtins.int
+    """The step whose model was exported, and the digest of its training state."""
+    digest: _builtins.str
+    card: _builtins.str
+    """The card as JSON: what the export holds."""
+    def __init__(
+        self,
+        *,
+        global_step: _builtins.int = ...,
+        path: _builtins.str = ...,
+        checkpoint_id: _builtins.str = ...,
+        exported_step: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        card: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["card", b"card", "checkpoint_id", b"checkpoint_id", "digest", b"digest", "exported_step", b"exported_step", "global_step", b"global_step", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportModelResponse: _TypeAlias = ExportModelResponse  # noqa: Y015
 
 @_typing.final
 class StreamTelemetryRequest(_message.Message):

@@ -36,6 +36,7 @@ from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.first_look import call, first_look, materialise
 from tolaria.lane.lane import LaneHeartbeat, ThreadLane
 from tolaria.lane.messages import LaneReady, RankInfo, Restored
+from tolaria.lane.model_description import describe
 from tolaria.lane.order import RestorePlan
 from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.seed_training import SeedTraining
@@ -88,6 +89,7 @@ class BuiltLane:
             notes=self.notes,
             slots=seeds.topology.slots,
             ranks=self.ranks or (self.rank,),
+            model=describe(module.model),
         )
 
     @property

@@ -285,6 +285,8 @@ class LaneReady:
     """What the operator should know about the job's data; sentences."""
     slots: tuple[str, ...] = ()
     ranks: tuple[RankInfo, ...] = ()
+    model: str = ""
+    """The description of the model that `tolaria.lane.model_description` makes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ class TrainingRun(RunOperations):
         """Adopts what the lane has built. Has to precede `run`."""
         self._next_epoch = ready.progress.number + ready.progress.over
         self._status.ready(ready)
+        self._parts.checkpointing.model = ready.model
         self._parts.health.start(ready.losses, ready.position.global_step)
         self._observers.on_ready(ready)
         self._show_seeds_and_rates()

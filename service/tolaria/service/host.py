@@ -170,6 +170,7 @@ class Host:
                 complete=self._complete,
                 closing=self._closing,
                 interval_s=settings.server.status_interval_ms / 1000,
+                state_dir=Path(settings.state.dir),
             )
             add_TolariaAdminServiceServicer_to_server(AdminService(parts), server)
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from tolaria.errors import RestoreAbandonedError, StateMismatchError
 from tolaria.images import StateImage
 from tolaria.state.encoding import (
-    DTYPES,
     TENSOR_KEY,
     KeptValues,
     capture_rngs,
@@ -27,7 +26,8 @@ from tolaria.state.encoding import (
     spec_of,
     tensor_view,
 )
-from tolaria.state.training_state import StatePart, Survey, TrainingState, parameter_names, whole
+from tolaria.state.training_state import StatePart, Survey, TrainingState, parameter_names
+from tolaria.tensors import DTYPES, whole
 
 if TYPE_CHECKING:
     from pydantic import JsonValue

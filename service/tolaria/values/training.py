@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import JsonValue
+if TYPE_CHECKING:
+    from pydantic import JsonValue  # not needed to load an exported model
 
 HOST: Final = "host"
 """The source name of the host model's loss, and the owner of every parameter outside the seeds."""
@@ -107,6 +108,10 @@ class Evaluation:
 
     def __add__(self, other: Evaluation) -> Evaluation:
         return Evaluation(self.loss_sum + other.loss_sum, self.correct + other.correct, self.samples + other.samples)
+
+    def figures(self) -> dict[str, float]:
+        """Returns loss, accuracy and further metrics by name."""
+        return {"loss": self.loss, "accuracy": self.accuracy}
 
     @property
     def loss(self) -> float:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
@@ -183,6 +184,7 @@ async def served(interval_s: float = 60.0) -> AsyncIterator[Served]:
             complete=complete,
             closing=it.closing,
             interval_s=interval_s,
+            state_dir=Path("unused"),
         )
         async with serving_parts(parts) as it.channel:
             it.stub = stub_of(it.channel)

@@ -13,7 +13,7 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.errors import LaneFailedError, TolariaError
 from tolaria.images import SnapshotInfo, SnapshotStatistics
-from tolaria.values.encoding import error_fields, error_from_fields
+from tolaria.values.encoding import error_fields, error_from_fields, is_catalogued
 from tolaria.values.gradients import SeedMetricSet
 from tolaria.values.optimization import (
     ActiveAdjustment,
@@ -239,7 +239,7 @@ class Failure:
     @classmethod
     def of(cls, error: BaseException, traceback: str = "") -> Self:
         """Returns the failure for an exception."""
-        if isinstance(error, TolariaError) and type(error).__module__ == TolariaError.__module__:
+        if isinstance(error, TolariaError) and is_catalogued(error):
             return cls(*error_fields(error), traceback=traceback)
         return cls(type(error).__name__, (str(error),), traceback)
 

@@ -47,6 +47,11 @@ def error_fields(error: TolariaError) -> tuple[str, tuple[object, ...]]:
     return type(error).__name__, tuple(tuple(field) if isinstance(field, list) else field for field in error.fields)
 
 
+def is_catalogued(error: BaseException) -> bool:
+    """Whether an error is of a class of `tolaria.errors`, so that `error_from_fields` can build it."""
+    return _ERRORS.get(type(error).__name__) is type(error)
+
+
 def error_from_fields(name: str, fields: tuple[object, ...]) -> TolariaError:
     """Returns the error that `error_fields` was called with. Raises KeyError for an unknown name."""
     return _ERRORS[name](*fields)

@@ -36,7 +36,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "admin_commands", "answers", "board", "chaos", "client", "commands", "curves", "demo", "errors", "exports",
         "harm", "main", "process_tree", "render", "report", "serve_child",
     ),
-    "config": ("durability", "fields", "network", "ranks", "retired", "settings", "sources", "training"),
+    "config": ("durability", "fields", "network", "presets", "ranks", "retired", "settings", "sources", "training"),
     "errors": ("base", "operation", "training"),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
     "export": ("card", "conversion", "folding", "loading", "source", "writing"),

@@ -123,10 +123,7 @@ def epoch_line(status: GetStatusResponse, epoch: int) -> str:
         f"epoch {epoch}/{status.epochs}",
         f"step {status.global_step}",
         training_figures(status),
-        f"boundary {status.last_boundary_ms:.1f} of {status.boundary_budget_ms:g} ms",
-        f"tamiyo: {one_line(status.tamiyo_answer) or _NOT_YET}",
-        f"kasmina: {one_line(status.kasmina_answer) or _NOT_YET}",
-        f"seeds: {seed_list(status.seeds)}",
+        *_control_figures(status),
         _rollback_count(status),
     ]
     return "  ".join(part for part in parts if part)
@@ -219,9 +216,23 @@ def _progress(status: GetStatusResponse) -> str:
     )
 
 
+def _control_figures(status: GetStatusResponse) -> list[str]:
+    """Returns the parts of an epoch's line about controller and seeds; none without a controller."""
+    if not status.boundary_budget_ms:
+        return []
+    return [
+        f"boundary {status.last_boundary_ms:.1f} of {status.boundary_budget_ms:g} ms",
+        f"tamiyo: {one_line(status.tamiyo_answer) or _NOT_YET}",
+        f"kasmina: {one_line(status.kasmina_answer) or _NOT_YET}",
+        f"seeds: {seed_list(status.seeds)}",
+    ]
+
+
 def _boundary(status: GetStatusResponse) -> str:
     if status.last_boundary_ms == 0:
         return _NOT_YET
+    if not status.boundary_budget_ms:  # there is no controller to wait for
+        return ""
     return (
         f"{status.last_boundary_ms:.1f} of {status.boundary_budget_ms:g} ms, p50 {status.boundary_ms_p50:.1f}, "
         f"p99 {status.boundary_ms_p99:.1f}, {status.boundaries_over_budget} over budget"

@@ -13,6 +13,13 @@ from tolaria.config.fields import PositiveShare, Seconds, SecondsOrZero, Section
 class HealthSettings(Section):
     """Checks of the health of training."""
 
+    policy: Literal["full", "skip", "watch"] = "full"
+    """What follows from bad steps. full: skip them, roll back from explosions. skip: skip them, roll back never.
+
+    watch: train on, and report; only steps whose loss or gradients are not finite are skipped, and nothing halts the
+    run. full: an unattended run has to recover by itself.
+    """
+
     skips_max: int = Field(default=8, ge=1)
     """Consecutive skipped (non-finite) steps after which the parameters are checked. 8: a bad shard passes."""
 
@@ -27,6 +34,11 @@ class HealthSettings(Section):
 
     window: int = Field(default=256, ge=16, le=100_000)
     """Healthy losses with which new losses are compared. 256: rare large losses of sound runs are among them."""
+
+    @property
+    def skips_extreme(self) -> bool:
+        """Whether steps whose loss is extreme are skipped."""
+        return self.skip_extreme and self.policy != "watch"
 
 
 class EmergencySettings(Section):

@@ -18,6 +18,9 @@ from tolaria.config.fields import (
 class ControlSettings(Section):
     """The control loop at step and epoch boundaries."""
 
+    enabled: bool = True
+    """Ask a controller, and graft the seeds that it grows. Off: no peer is started or called, and no boundary waits."""
+
     boundary_budget_ms: Milliseconds = 18.0
     """Time that an epoch boundary may delay training. 18: state 3.5, Tamiyo 12, command 1.5, reserve 1."""
 

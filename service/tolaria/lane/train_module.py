@@ -168,7 +168,7 @@ class TrainModule:
         self.losses = LossWindow(settings.health.window)
         self.announced: deque[str] = deque() if announced is None else announced
         self.regimes_begun: list[RegimeBegun] = []
-        self.skips_max, self.skips_extreme = settings.health.skips_max, settings.health.skip_extreme
+        self.skips_max, self.skips_extreme = settings.health.skips_max, settings.health.skips_extreme
         self.on_reading: Callable[[int, int], object] = lambda _epoch, _place: None
         self.skip_streak = 0
         self.last_good: Batch | None = None

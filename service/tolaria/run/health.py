@@ -52,6 +52,8 @@ class Health:
 
     def __init__(self, settings: RollbackSettings, health: HealthSettings, saved: str = "") -> None:
         self._settings = settings
+        self._automatic = settings.automatic and health.policy == "full"
+        self._only_reports = health.policy == "watch"
         self._skips_data_max = health.skips_data_max
         self._record = Record.parse(saved)
         self._saved = self._without_progress()
@@ -177,7 +179,7 @@ class Health:
             record.evaluations, record.worse = record.evaluations[-EVALUATIONS:], []
             return Proceed()
         record.worse.append((epoch.global_step, value))
-        if len(record.worse) < COLLAPSED or not self._settings.automatic:
+        if len(record.worse) < COLLAPSED or not self._automatic:
             return Proceed()
         first, worst = record.worse[0][0], min(value for _, value in record.evaluations)
         what, sign = ("accuracy", 1) if record.counts_accuracy else ("loss", -1)
@@ -323,16 +325,18 @@ class Health:
         if step.parameters_finite is False:
             return self._ill(step, f"the parameters are not finite: {record.skip_streak} steps in a row were skipped")
         exploded = self._watch is not None or self.losses.suspect
-        if step.parameters_finite and exploded and self._settings.automatic:
+        if step.parameters_finite and exploded and self._automatic:
             return self._ill(step, f"{record.skip_streak} steps in a row were skipped after the losses had exploded")
         if record.skip_streak % self._skips_data_max == 0:
             ill = "the data are ill" if record.best_step else "no step of the run was finite: data or losses() are ill"
             reason = f"{record.skip_streak} steps in a row were not finite, but the parameters are: {ill}"
-            return Halt(Trigger.SKIPPED_DATA_SPENT, reason)
+            return Proceed(reason) if self._only_reports else Halt(Trigger.SKIPPED_DATA_SPENT, reason)
         return Proceed()
 
     def _ill(self, step: StepDone, reason: str) -> Verdict:
-        if not self._settings.automatic:
+        if self._only_reports:
+            return self._reported(reason, step.global_step)
+        if not self._automatic:
             return Halt(Trigger.PARAMETERS_NOT_FINITE, reason)
         first, batches = self._where_ill(step)
         return self._retreat(reason, first, batches, step.global_step, preferred_before=apart(first))
@@ -342,7 +346,7 @@ class Health:
         evidence_step, batches = self._evidence(step, alarm)
         early, trend = self._rises_again(evidence_step), alarm.kind if alarm.kind == "slow" else ""
         known = trend in self._record.trends
-        if not self._settings.automatic or self._record.regimes >= REGIMES_MAX or (known and early is None):
+        if not self._automatic or self._record.regimes >= REGIMES_MAX or (known and early is None):
             return self._reported(reason, step.global_step)
         if trend:  # no batch is to blame for it
             batches = ()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 from anyio.abc import TaskGroup
 
@@ -55,7 +55,10 @@ from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
 from tolaria.transport.process_lane import ProcessLane
 from tolaria.values.optimization import ActiveAdjustment
-from tolaria.values.seeds import limits_of
+from tolaria.values.seeds import NO_SEEDS, limits_of
+
+NO_CONTROLLER: Final = "none (control.enabled is off)"
+"""What a status says of a peer that does not exist."""
 
 
 class LaneBuild(Protocol):
@@ -177,7 +180,7 @@ class RunService:
     """A run and the tasks that are served with it."""
 
     run: TrainingRun
-    consultations: Consultations
+    consultations: Consultations | None
     recovery: Recovery
     revival: Revival
 
@@ -197,7 +200,8 @@ class RunService:
 
     async def serve(self, core: Core, tasks: TaskGroup) -> None:
         """Starts the run's tasks, and trains until the run has ended."""
-        tasks.start_soon(self.consultations.serve)
+        if self.consultations is not None:
+            tasks.start_soon(self.consultations.serve)
         tasks.start_soon(self.recovery.serve)
         tasks.start_soon(core.checkpointing.serve)
         tasks.start_soon(self.recovery.save_when_halted)
@@ -206,30 +210,13 @@ class RunService:
         await self.run.run()
 
 
-def new_run(core: Core, peers: Peers) -> RunService:
-    """Returns the run with these peers."""
+def new_run(core: Core, peers: Peers | None) -> RunService:
+    """Returns the run with these peers; None: without a controller."""
     settings = core.foundation.settings
     adjustments = RunAdjustments(core.lane, core.journal, core.status)
-    recovery = _new_recovery(core, adjustments, {TAMIYO: peers.tamiyo_rollback, KASMINA: peers.kasmina_rollback})
-    handler = CommandHandler(
-        core.lane,
-        core.status,
-        lifecycle=core.lifecycle,
-        safety=core.safety,
-        recovery=recovery,
-        health=core.health,
-        observers=core.observers,
-        max_staleness_steps=settings.control.max_staleness_steps,
-    )
-    consultations = Consultations(
-        peers.tamiyo,
-        peers.kasmina,
-        verifier=CommandVerifier(settings.leyline),
-        emitter=core.foundation.emitter,
-        seeds=settings.seeds,
-        permits=core.safeguards.permits,
-        on_settled=handler.settle,
-    )
+    participants = {} if peers is None else {TAMIYO: peers.tamiyo_rollback, KASMINA: peers.kasmina_rollback}
+    recovery = _new_recovery(core, adjustments, participants)
+    consultations = None if peers is None else _new_consultations(core, peers, recovery)
     questions = StepQuestions(
         consultations,
         settings.control,
@@ -271,6 +258,29 @@ def new_run(core: Core, peers: Peers) -> RunService:
     return RunService(run, consultations, recovery, revival)
 
 
+def _new_consultations(core: Core, peers: Peers, recovery: Recovery) -> Consultations:
+    settings = core.foundation.settings
+    handler = CommandHandler(
+        core.lane,
+        core.status,
+        lifecycle=core.lifecycle,
+        safety=core.safety,
+        recovery=recovery,
+        health=core.health,
+        observers=core.observers,
+        max_staleness_steps=settings.control.max_staleness_steps,
+    )
+    return Consultations(
+        peers.tamiyo,
+        peers.kasmina,
+        verifier=CommandVerifier(settings.leyline),
+        emitter=core.foundation.emitter,
+        seeds=settings.seeds,
+        permits=core.safeguards.permits,
+        on_settled=handler.settle,
+    )
+
+
 def new_ledger(core: Core, tasks: TaskGroup) -> RequestLedger:
     """Returns the ledger of operators' requests, whose operations run in `tasks`."""
     return RequestLedger(core.foundation.settings.server.request_memory, core.journal, core.status, tasks)
@@ -285,11 +295,13 @@ def new_status(foundation: Foundation) -> RunStatus:
         training.experiment,
         training.epochs,
         started_at_s=time.monotonic(),
-        seed_limits=limits_of(settings.seeds),
+        seed_limits=limits_of(settings.seeds) if settings.control.enabled else NO_SEEDS,
         rollbacks_by_origin=dict(foundation.rollbacks),
         attempt=foundation.points.lineage.attempt,
         newest_proven_step=foundation.points.newest_proven_step,
     )
+    if not settings.control.enabled:
+        status.tamiyo_answer = status.kasmina_answer = NO_CONTROLLER
     if foundation.checkpoint is not None:  # what is known before the lane is built
         image, decided = foundation.checkpoint
         status.global_step, status.epoch = image.position.global_step, image.position.epoch

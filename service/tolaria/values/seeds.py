@@ -50,6 +50,7 @@ class SeedLimits:
 
 
 NO_LIMITS: Final = SeedLimits(2**31, 2**31)
+NO_SEEDS: Final = SeedLimits(0, 0)
 
 
 def limits_of(settings: SeedsSettings) -> SeedLimits:

@@ -34,7 +34,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": (
         "admin_commands", "answers", "board", "chaos", "client", "commands", "curves", "demo", "errors", "exports",
-        "harm", "main", "process_tree", "render", "report", "serve_child",
+        "harm", "job_commands", "main", "process_tree", "render", "report", "serve_child",
     ),
     "config": ("durability", "fields", "network", "presets", "ranks", "retired", "settings", "sources", "training"),
     "errors": ("base", "operation", "training"),
@@ -45,7 +45,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "journal": ("async_journal", "database", "reader", "rows"),
     "lane": (
         "buffers", "build", "commands", "connection", "device", "encoding", "fast_paths", "first_look",
-        "gradient_merge", "group_commands", "hosting", "job_effects", "job_output", "lane", "messages",
+        "gradient_merge", "group_commands", "hosting", "job_effects", "job_output", "job_report", "lane", "messages",
         "model_description", "order", "parameter_check", "process", "profiling", "rank", "seed_training",
         "snapshot_manager", "step", "train_module",
     ),

@@ -36,6 +36,7 @@ from tolaria.cli.admin_commands import (
 from tolaria.cli.board import board_app
 from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
 from tolaria.cli.exports import export_app
+from tolaria.cli.job_commands import job_app
 from tolaria.errors import ConfigurationError, TolariaError
 
 if TYPE_CHECKING:
@@ -293,5 +294,6 @@ def show_config(*, config_file: ConfigFile = None, overrides: Overrides = None) 
 
 app.add_typer(admin_app)
 app.add_typer(export_app)
+app.add_typer(job_app)
 app.add_typer(board_app, name="signals")
 app.add_typer(config_app, name="config")

@@ -29,6 +29,7 @@ Serve = Callable[[FakeAdmin], str]
 _COMMANDS = (
     *("serve", "demo", "status", "watch", "pause", "resume", "stop", "lr", "conservative"),
     *("rollback", "checkpoint", "profile", "restore-points", "incidents", "verify"),
+    *("export", "new-job", "check-job"),
     *("emergency", "signals", "peer", "config"),
 )
 _SUBCOMMANDS = (

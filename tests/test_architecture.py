@@ -70,7 +70,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "state": ("arenas", "encoding", "restore", "shared_memory", "snapshots", "training_state"),
     "telemetry": ("events", "exporter", "logging", "metrics"),
     "transport": ("lane_images", "lane_link", "lane_process", "process_lane"),
-    "values": ("encoding", "gradients", "lineage", "loss_window", "optimization", "seeds", "training"),
+    "values": ("encoding", "evaluation", "gradients", "lineage", "loss_window", "optimization", "seeds", "training"),
 }  # fmt: skip
 """The modules of each subpackage, named by standard terms. Add new modules here and in docs/architecture.md."""
 

@@ -23,7 +23,7 @@ from tolaria.jobs import Batch, TrainingJob
 from tolaria.lane.build import build
 from tolaria.lane.messages import ReconcileSeeds
 from tolaria.lane.model_description import describe
-from tolaria.values.training import Evaluation
+from tolaria.values.evaluation import Evaluation
 
 Seed = tuple[str, str]
 """A blueprint and a slot."""

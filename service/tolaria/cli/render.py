@@ -81,6 +81,7 @@ def status_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
         ("run", f"{run_id}, job {job}, {_state(status)}"),
         ("progress", _progress(status)),
         ("learned", training_figures(status)),
+        ("logged", ", ".join(f"{one_line(name)} {value:.5g}" for name, value in sorted(status.logged.items()))),
         ("learning rate", _learning_rates(status)),
         ("tamiyo", one_line(status.tamiyo_answer) or _NOT_YET),
         ("kasmina", one_line(status.kasmina_answer) or _NOT_YET),
@@ -135,7 +136,12 @@ def training_figures(status: GetStatusResponse) -> str:
         return _NOT_YET
     validation = f"validation {_NOT_YET}"
     if status.validation_loss or status.validation_accuracy:
-        validation = f"validation loss {status.validation_loss:.4f}, accuracy {status.validation_accuracy:.2%}"
+        validation = f"validation loss {status.validation_loss:.4f}"
+        figures = dict(status.validation_metrics)
+        if not figures or "accuracy" in figures:  # a service of an earlier version sends no figures
+            validation += f", accuracy {status.validation_accuracy:.2%}"
+        own = sorted(name for name in figures if name not in {"loss", "accuracy"})
+        validation += "".join(f", {one_line(name)} {figures[name]:.5g}" for name in own)
     return f"loss {status.training_loss:.4f}, {validation}"
 
 

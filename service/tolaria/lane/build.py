@@ -209,9 +209,11 @@ def _build_module(settings: Settings, job: TrainingJob, context: JobContext) -> 
     fast_paths = FastPaths(settings.fastpaths, device, deterministic=training.deterministic)
     fast_paths.fuse(optimizer)
     seeds = SeedTraining(model, optimizer, settings, training.epochs * -(-batches // training.accumulate))
-    return TrainModule(
+    module = TrainModule(
         job, model, cursor, device, seeds=seeds, fast_paths=fast_paths, settings=settings, announced=context.announced
     )
+    module.logged = context.logged
+    return module
 
 
 def _share(group: Group, module: TrainModule) -> Share:

@@ -25,7 +25,7 @@ from tolaria.lane.profiling import Region
 from tolaria.lane.step import train_step
 from tolaria.lane.train_module import TrainModule
 from tolaria.seeds.slots import slots_of
-from tolaria.values.training import Evaluation
+from tolaria.values.evaluation import Evaluation
 
 Row = tuple[str, str]
 
@@ -157,7 +157,7 @@ def _train(module: TrainModule, regions: _Regions | None = None) -> tuple[float,
 
 
 def _evaluation_rows(module: TrainModule) -> Iterator[Row]:
-    total, batches, started_s = Evaluation(0.0, 0, 0), 0, time.monotonic()
+    total, batches, started_s = Evaluation(0.0), 0, time.monotonic()
     module.model.eval()
     with torch.no_grad():
         for given in module.validation_batches():

@@ -315,7 +315,12 @@ class Checkpointing:
         if self._evaluated_step != self._step:
             return None
         evaluation = self._epoch.evaluation
-        return evaluation.accuracy if self._settings.best == "accuracy" else evaluation.loss
+        figures = evaluation.figures()
+        if self._settings.best == "accuracy" and "accuracy" not in figures:
+            return -evaluation.loss
+        if self._settings.best_name not in figures:
+            self._log.warning("best_metric_missing", best=self._settings.best, known=sorted(figures))
+        return figures.get(self._settings.best_name)
 
     def _evaluated(self) -> dict[str, Any]:
         """Returns the metrics of the newest evaluation of this branch, and its step, for the manifest."""

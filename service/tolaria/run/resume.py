@@ -35,8 +35,6 @@ RunOutcome: TypeAlias = Literal["finished", "stopped", "drained", "failed"]
 ENDED: Final = frozenset({"finished", "stopped"})
 """Outcomes after which a run is not resumed: all epochs are done, or an operator has stopped it."""
 
-_BEST: Final[dict[str, Literal["highest", "lowest"]]] = {"accuracy": "highest", "loss": "lowest"}
-
 _LOCK: Final = "lock"
 _DEAD_HOLDER_S: Final = 5.0
 _LOCK_POLL_S: Final = 0.05
@@ -179,7 +177,7 @@ def retention_of(settings: CheckpointSettings) -> Retention:
     """Returns the retention that the settings specify."""
     return Retention(
         last=settings.keep_last,
-        best=_BEST[settings.best],
+        best="highest" if settings.best_is_highest else "lowest",
         superseded=settings.keep_superseded,
         superseded_s=settings.keep_superseded_s,
     )

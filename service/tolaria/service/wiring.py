@@ -127,7 +127,8 @@ class Core:
         self.journal = AsyncJournal(foundation.storage.journal, self.status.run_id)
         participant = foundation.board.claim("tolaria")
         self.heartbeats = Heartbeats(participant, settings.emergency)
-        self.health = Health(settings.rollback, settings.health, foundation.run.scale)
+        own_metric = settings.checkpoint.best if ":" in settings.checkpoint.best else ""
+        self.health = Health(settings.rollback, settings.health, foundation.run.scale, judged_by=own_metric)
         self.status.lane_phase = self.heartbeats.phase
         safety_telemetry = SafetyTelemetry(
             metrics,

@@ -1,4 +1,4 @@
-"""Positions, epoch progress and evaluation results."""
+"""Positions and epoch progress."""
 
 from __future__ import annotations
 
@@ -96,29 +96,3 @@ class EpochProgress:
 
 _JSON_KEYS: Final = {"skipped_steps": "void_steps"}
 """Saved states have a name of an earlier version."""
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Sums over evaluated samples: loss, correct predictions (0 where a job does not count them), samples."""
-
-    loss_sum: float
-    correct: int
-    samples: int
-
-    def __add__(self, other: Evaluation) -> Evaluation:
-        return Evaluation(self.loss_sum + other.loss_sum, self.correct + other.correct, self.samples + other.samples)
-
-    def figures(self) -> dict[str, float]:
-        """Returns loss, accuracy and further metrics by name."""
-        return {"loss": self.loss, "accuracy": self.accuracy}
-
-    @property
-    def loss(self) -> float:
-        """The mean loss per sample; NaN without samples."""
-        return self.loss_sum / self.samples if self.samples else float("nan")
-
-    @property
-    def accuracy(self) -> float:
-        """The fraction of correct predictions, 0 to 1; 0 without samples."""
-        return self.correct / self.samples if self.samples else 0.0

@@ -10,7 +10,7 @@ from tolaria.emergency import Trigger
 from tolaria.lane.messages import EpochDone, StepDone
 from tolaria.run.health import Health
 from tolaria.run.verdicts import Halt, Proceed, Retreat, Verdict
-from tolaria.values.training import Evaluation
+from tolaria.values.evaluation import Evaluation
 
 POLICIES = ["full", "skip", "watch"]
 

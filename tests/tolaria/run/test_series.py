@@ -9,7 +9,7 @@ from support.runs import FakePeers, new_run, running
 from tolaria.config import KasminaSettings, TamiyoSettings
 from tolaria.peers.connect import connected_peers
 from tolaria.service.readiness import readiness
-from tolaria.values.training import Evaluation
+from tolaria.values.evaluation import Evaluation
 
 pytestmark = pytest.mark.anyio
 

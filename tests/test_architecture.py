@@ -39,7 +39,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "config": ("durability", "fields", "network", "presets", "ranks", "retired", "settings", "sources", "training"),
     "errors": ("base", "operation", "training"),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
-    "export": ("card", "conversion", "folding", "loading", "source", "writing"),
+    "export": ("card", "conversion", "folding", "loading", "source", "warm_start", "writing"),
     "gradients": ("accumulate", "flat", "gram", "pcgrad", "rows", "seed_metrics", "tracker", "weights"),
     "jobs": ("data", "digits", "indexed", "job", "loader", "randomness", "workers"),
     "journal": ("async_journal", "database", "reader", "rows"),

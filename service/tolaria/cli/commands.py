@@ -99,14 +99,32 @@ def _settings(config_file: Path | None, overrides: list[str] | None) -> Settings
 
 
 @app.command()
-def serve(*, config_file: ConfigFile = None, overrides: Overrides = None, while_stdin: WhileStdin = False) -> None:
+def serve(
+    *,
+    run_name: Annotated[str, typer.Option("--run-name", metavar="NAME", help="Sets training.run_name.")] = "",
+    tags: Annotated[
+        list[str] | None, typer.Option("--tag", metavar="NAME=VALUE", help="Adds to training.tags.")
+    ] = None,
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+    while_stdin: WhileStdin = False,
+) -> None:
     """Run the service: train, graft seeds, answer operators. SIGTERM or Ctrl-C drains and stops it."""
-    settings = _settings(config_file, overrides)
+    named = [f"training.run_name={run_name}"] if run_name else []
+    settings = _settings(config_file, [*(overrides or []), *named, *map(_tag, tags or [])])
     if while_stdin:
         threading.Thread(target=_terminate_at_end_of_stdin, name="stdin", daemon=True).start()
     from tolaria.service import run  # after the settings: wrong ones are reported before this slow import
 
     raise typer.Exit(run(settings))
+
+
+def _tag(text: str) -> str:
+    """Returns the setting of a tag, whose value is text, also where it looks like a number."""
+    name, separator, value = text.partition("=")
+    if not separator or not name.strip() or "." in name:
+        raise typer.BadParameter(f"--tag {text!r} is not NAME=VALUE")
+    return f"training.tags.{name.strip()}={json.dumps(value)}"
 
 
 def _terminate_at_end_of_stdin() -> None:

@@ -79,6 +79,7 @@ def status_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
     run_id, job = one_line(status.run_id) or _UNKNOWN, one_line(status.job) or _UNKNOWN
     rows = [
         ("run", f"{run_id}, job {job}, {_state(status)}"),
+        ("name", _name(status)),
         ("progress", _progress(status)),
         ("learned", training_figures(status)),
         ("logged", ", ".join(f"{one_line(name)} {value:.5g}" for name, value in sorted(status.logged.items()))),
@@ -99,6 +100,12 @@ def status_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
         ("version", one_line(f"{status.version}, up {status.uptime_s:.0f} s") if status.version else ""),
     ]
     return [row for row in rows if row[1]]
+
+
+def _name(status: GetStatusResponse) -> str:
+    """Returns the run's name and its tags; empty without both."""
+    tags = ", ".join(f"{one_line(key)}={one_line(status.tags[key])}" for key in sorted(status.tags))
+    return "; ".join(filter(None, (one_line(status.run_name), tags)))
 
 
 def _ranks(status: GetStatusResponse) -> str:

@@ -57,6 +57,7 @@ class ExportCard:
         files: the SHA-256 of each file but the card.
         left_out: tensors of the model that a `transformers` export does not have, because they are outside that model.
         job, job_options, random_seed: how the run's model is built, as far as the run's settings are known.
+        run_name, tags: as people have named the run.
         fold: what was folded, and the difference that this makes; empty if nothing was asked for.
     """
 
@@ -78,6 +79,8 @@ class ExportCard:
     job: str = ""
     job_options: Mapping[str, Any] = field(default_factory=dict)
     random_seed: int | None = None
+    run_name: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
     tolaria: str = ""
     fold: Mapping[str, Any] = field(default_factory=dict)
 

@@ -149,6 +149,8 @@ def contents(source: Source, order: ExportOrder) -> tuple[ExportCard, Weights]:
         job=order.job or training.get("job", ""),
         job_options=training.get("options", {}),
         random_seed=training.get("seed"),
+        run_name=training.get("run_name", ""),
+        tags=training.get("tags", {}),
         tolaria=__version__,
     )
     return card, weights

@@ -20,6 +20,7 @@ from tolaria.errors import (
     BrokenJobError,
     ConfigurationError,
     EmptyDatasetError,
+    ExportError,
     LaneFailedError,
     LossShapeError,
     OptimizationError,
@@ -28,6 +29,7 @@ from tolaria.errors import (
     SeedError,
     StateUnsupportedError,
 )
+from tolaria.export.warm_start import warm_start
 from tolaria.images import StateImage
 from tolaria.jobs import BatchCursor, JobContext, LoaderCursor, TrainingJob, build_job
 from tolaria.lane.commands import PageGate
@@ -51,7 +53,7 @@ from tolaria.values.optimization import RATES_ARE_OWNED, ActiveAdjustment
 _MIB: Final = 2**20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BuiltLane:
     """A lane that has been built but not started. Once `lane` has been called, only its thread may use the module."""
 
@@ -117,9 +119,23 @@ class BuiltLane:
         elif not restored and plan.targets:
             raise LaneFailedError("no snapshot in memory could be restored")
         elif not restored:
+            self.begin_run()
             module.seeds.controller.carry_over(plan.decided, from_step=0, at_step=0)
             module.seeds.controller.apply(0)
         module.skipped.added.update(plan.left_out)
+
+    def begin_run(self) -> None:
+        """Gives the model of a new run the values of `training.init_from`, if it is set.
+
+        Raises ConfigurationError if they cannot be read, or do not fit the model.
+        """
+        if not (init_from := self.settings.training.init_from):
+            return
+        try:
+            note = warm_start(self.module.model, Path(init_from))
+        except (ExportError, RollbackError) as error:
+            raise ConfigurationError([f"training.init_from: {error}"]) from error
+        self.notes = (*self.notes, note)
 
     def resume_run(self, image: StateImage, decided: Sequence[ActiveAdjustment] = ()) -> None:
         """Resumes as `resume` does. Raises ConfigurationError if the checkpoint does not fit these settings."""

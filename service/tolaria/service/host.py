@@ -183,7 +183,9 @@ class Host:
 
     def _complete(self, status: admin.GetStatusResponse) -> None:
         status.metrics_address = self._metrics_address
-        control = self._settings.control
+        training, control = self._settings.training, self._settings.control
+        status.run_name = training.run_name
+        status.tags.update(training.tags)
         status.boundary_budget_ms = control.boundary_budget_ms if control.enabled else 0.0
 
     def _embedded_peers(self) -> AbstractAsyncContextManager[Mapping[Peer, EmbeddedPeer]]:

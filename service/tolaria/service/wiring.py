@@ -68,6 +68,9 @@ class LaneBuild(Protocol):
     def ready(self) -> LaneReady:
         """What has been built."""
 
+    def begin_run(self) -> None:
+        """Gives the model of a new run its first values, if the settings name them."""
+
     def resume_run(self, image: StateImage, decided: Sequence[ActiveAdjustment]) -> None:
         """Restores a checkpoint of an earlier process, with the adjustments of the run in `decided`."""
 

@@ -15,8 +15,8 @@ from leyline.v1.admin_service_pb2 import (
     EXPORT_FORMAT_TORCH,
     ExportModelRequest,
 )
-from tolaria.cli.admin_commands import ConfigFile, Overrides, Timeout
-from tolaria.cli.errors import CommandFailedError
+from tolaria.cli.admin_commands import ConfigFile, Overrides, RequestId, Timeout
+from tolaria.cli.errors import CommandFailedError, ServiceUnreachableError
 from tolaria.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def export(
         ),
     ] = None,
     reason: Annotated[str, typer.Option(help="Reason, which a service records.")] = "tolaria export",
+    request_id: RequestId = None,
     timeout_s: Timeout = EXPORT_TIMEOUT_S,
     config_file: ConfigFile = None,
     overrides: Overrides = None,
@@ -86,28 +87,15 @@ def export(
     Reads the state directory, also while a service uses it. tolaria.export.load(DIR, build_model) gives the model back.
     """
     if address is not None:
-        local = {"--state-dir": state_dir is not None, "--job": bool(job)}
-        if given := ", ".join(name for name, is_given in local.items() if is_given):
-            raise typer.BadParameter(f"{given} cannot be combined with --address: the service reads its own state")
+        if state_dir is not None or job:
+            raise typer.BadParameter("--state-dir and --job cannot be combined with --address: a service reads its own")
         request = ExportModelRequest(
-            request_id=str(uuid.uuid4()),
-            reason=reason,
-            checkpoint=checkpoint,
-            format=_NUMBERS[form],
-            name=str(to),
-            fold=fold,
-            shard_bytes=shard_mb * _MB,
+            request_id=request_id or str(uuid.uuid4()), reason=reason, checkpoint=checkpoint, name=str(to), fold=fold
         )
+        request.format, request.shard_bytes = _NUMBERS[form], shard_mb * _MB
         _export_there(request, client_target=(address, timeout_s, config_file, overrides), as_json=as_json)
         return
-    directory = state_dir
-    if directory is None:
-        from tolaria.config import load_settings  # noqa: PLC0415 - not needed for --help
-
-        directory = Path(load_settings(config_file, overrides or []).state.dir)
-    if not directory.is_dir():
-        origin, hint = ("--state-dir", "") if state_dir else ("state.dir", "; give --state-dir")
-        raise ConfigurationError([f"{origin}: there is no directory {directory}{hint}"])
+    directory = _directory(state_dir, config_file, overrides)
     from tolaria.export.writing import ExportOrder, export_model  # noqa: PLC0415 - not needed for --help
 
     order = ExportOrder(directory, checkpoint, form.value, to, fold=fold, job=job, shard_bytes=shard_mb * _MB)
@@ -118,11 +106,28 @@ def export(
     show_card(card, str(to), as_json=as_json)
 
 
+def _directory(state_dir: Path | None, config_file: Path | None, overrides: list[str] | None) -> Path:
+    """Returns the state directory, which exists. Raises ConfigurationError."""
+    directory, origin, hint = state_dir, "--state-dir", ""
+    if directory is None:
+        from tolaria.config import load_settings  # noqa: PLC0415 - not needed for --help
+
+        directory, origin = Path(load_settings(config_file, overrides or []).state.dir), "state.dir"
+        hint = "; give --state-dir"
+    if not directory.is_dir():
+        raise ConfigurationError([f"{origin}: there is no directory {directory}{hint}"])
+    return directory
+
+
 def _export_there(request: ExportModelRequest, *, client_target: _TargetOptions, as_json: bool) -> None:
     from tolaria.cli import client  # noqa: PLC0415 - imports grpc, which --help does not need
     from tolaria.export.card import ExportCard  # noqa: PLC0415 - likewise
 
-    answer = client.call(client.target(*client_target), lambda admin: admin.ExportModel, request)
+    try:
+        answer = client.call(client.target(*client_target), lambda admin: admin.ExportModel, request)
+    except ServiceUnreachableError as error:
+        repeat = f"--request-id {request.request_id} repeats it safely"
+        raise ServiceUnreachableError(f"{error}; {repeat}") from None
     show_card(ExportCard.from_text(answer.card, answer.path), answer.path, as_json=as_json)
 
 

@@ -190,7 +190,7 @@ class _KeptByLoader:
     """A loader that keeps its own position."""
 
     notes: tuple[str, ...] = ()
-    order = "that of the loader, which saves and restores its state"
+    order: str = "that of the loader, which saves and restores its state"
 
     def __init__(self, loader: StatefulLoader, seed: int) -> None:
         self._loader = loader
@@ -234,7 +234,7 @@ class _KeptByLoader:
 class _ReadAgain:
     """A stream without state: restoring a position reads the epoch up to it."""
 
-    order = "that of the stream, of which an epoch is read again to restore a place in it"
+    order: str = "that of the stream, of which an epoch is read again to restore a place in it"
 
     def __init__(self, loader: DataLoader[Any], seed: int) -> None:
         self._loader = loader

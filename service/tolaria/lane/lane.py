@@ -384,7 +384,7 @@ class ThreadLane:
 def _over_ranks(evaluation: Evaluation, group: Group) -> Evaluation:
     """Returns the sums over all ranks. Raises RanksDifferError if one has evaluated another number of batches."""
     group.all(value=True, must_match={EVALUATED: -1})
-    # A rank without a sample of its own has no metric, and does not know which the job has.
+    # A rank that has evaluated no sample has no metric, and does not know which the job has.
     ratios = evaluation.ratios()
     kinds = {name: ratio.exponential for name, ratio in ratios.items()}
     said = [json.loads(text) for text in group.all_gather_text(json.dumps([evaluation.correct is not None, kinds]))]

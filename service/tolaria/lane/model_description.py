@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import structlog
 from torch import Tensor, nn
 
 from tolaria.seeds.slots import slots_of
@@ -17,12 +18,20 @@ from tolaria.values.training import eager_name
 
 
 def describe(model: nn.Module) -> str:
-    """Returns the description of a model, without what belongs to its seeds, as JSON.
+    """Returns the description of a model, without what belongs to its seeds, as JSON; empty if its code refuses.
 
     `tied` maps each further name of a tensor in `state_dict` to the name under which the training state has it;
     `transient` lists the buffers that `state_dict` leaves out; `slots` has path, features and layout of each slot by
     name; `transformers` describes a model of that library, if there is one inside.
     """
+    try:
+        return json.dumps(_description(model), sort_keys=True)
+    except Exception as error:  # noqa: BLE001 - the model's own state_dict and config; training does not need them
+        structlog.get_logger(__name__).warning("model_not_described", detail=f"{type(error).__name__}: {error}")
+        return ""
+
+
+def _description(model: nn.Module) -> dict[str, Any]:
     slots = slots_of(model)
     seeds = tuple(f"{path}.seeds." if path else "seeds." for path, _ in slots.values())
     known = {id(tensor): name for name, tensor in _tensors(model)}
@@ -38,7 +47,7 @@ def describe(model: nn.Module) -> str:
     }
     if (pretrained := _pretrained(model)) is not None:
         description["transformers"] = pretrained
-    return json.dumps(description, sort_keys=True)
+    return description
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -57,7 +66,7 @@ def _pretrained(model: nn.Module) -> dict[str, Any] | None:
 
     The library is not imported: a job that uses it has done so.
     """
-    library = sys.modules.get("transformers")
+    library = sys.modules.get("transformers.modeling_utils")
     kind = getattr(library, "PreTrainedModel", None)
     if kind is None:
         return None

@@ -215,7 +215,7 @@ class AdminService(TolariaAdminServiceServicer):
 
         async def operation() -> admin.ExportModelResponse:
             order = export_order(request, self._parts.state_dir)
-            card, place = await anyio.to_thread.run_sync(carry_out, order)
+            card, place = await anyio.to_thread.run_sync(carry_out, order, abandon_on_cancel=True)
             return export_answer(card, place, global_step=self._status.global_step)
 
         late = "the export was not written"

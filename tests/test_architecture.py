@@ -30,7 +30,9 @@ SUBPACKAGES = sorted({module.place.split("/")[0] for module in MODULES if "/" in
 LINES_MAX, FILES_MAX = 46_000, 280
 
 GLOSSARY: dict[str, tuple[str, ...]] = {
-    "": ("cgroups", "filesystem", "forks", "grpc_server", "images", "processes", "segments", "tensors", "wire"),
+    "": (
+        "cgroups", "filesystem", "forks", "grpc_server", "images", "processes", "segments", "shards", "tensors", "wire",
+    ),
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": (
         "admin_commands", "answers", "board", "chaos", "client", "commands", "curves", "demo", "errors", "exports",
@@ -40,14 +42,14 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "errors": ("base", "operation", "training"),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
     "export": ("card", "conversion", "folding", "loading", "source", "warm_start", "writing"),
-    "gradients": ("accumulate", "flat", "gram", "pcgrad", "rows", "seed_metrics", "tracker", "weights"),
+    "gradients": ("accumulate", "flat", "gram", "pcgrad", "rows", "seed_metrics", "sharded", "tracker", "weights"),
     "jobs": ("data", "digits", "indexed", "job", "loader", "randomness", "workers"),
     "journal": ("async_journal", "database", "reader", "rows"),
     "lane": (
         "buffers", "build", "commands", "connection", "device", "encoding", "fast_paths", "first_look",
-        "gradient_merge", "group_commands", "hosting", "job_effects", "job_output", "job_report", "lane", "messages",
-        "model_description", "order", "parameter_check", "process", "profiling", "rank", "seed_training",
-        "snapshot_manager", "step", "train_module",
+        "gradient_merge", "group_commands", "group_state", "hosting", "job_effects", "job_output", "job_report", "lane",
+        "messages", "model_description", "order", "parameter_check", "process", "profiling", "rank", "seed_training",
+        "sharding", "snapshot_manager", "step", "train_module",
     ),
     "optimization": (
         "adjustments", "groups", "hyperparameters", "lr_controller", "optimizer_manager", "schedules", "state_transfer",
@@ -79,6 +81,7 @@ EXEMPT_PROTOCOLS: dict[str, str] = {
     "TrainModeJob": "jobs are the user's own",
     "BatchCursor": "data may be the user's own",
     "StatefulJob": "jobs are the user's own",
+    "ShardedJob": "jobs are the user's own",
     "SharingJob": "jobs are the user's own",
     "StatefulLoader": "loaders may be the user's own",
     "HasState": "data sets are the user's own",

@@ -10,7 +10,7 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
 from typing import Final
@@ -81,6 +81,7 @@ class StateImage:
         values: canonical JSON of everything that is not a tensor.
         sealed: the recorded fingerprint; None before `seal`.
         segment: number of the segment of shared memory in which the image begins; 0 in private memory.
+        parts: names of tensors of which the buffer holds only the part of this rank, and that part's shape.
     """
 
     position: Position
@@ -89,6 +90,7 @@ class StateImage:
     values: bytes
     sealed: Fingerprint | None = None
     segment: int = 0
+    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -115,6 +116,14 @@ class DividedTwiceJob(ExactJob):
         return LoaderCursor(DataLoader(data, batch_size=7, sampler=sampler), seed=0)
 
 
+class LoaderJob(ExactJob):
+    """A shuffled DataLoader with a worker process."""
+
+    def training_data(self) -> LoaderCursor:  # type: ignore[override]
+        loader = DataLoader(TensorDataset(self.x, self.y), batch_size=7, shuffle=True, num_workers=1)
+        return LoaderCursor(loader, seed=0)
+
+
 class FailingRankJob(ExactJob):
     """Options: `fails_on` (rank) and `fails_at` (call of losses): raises there only."""
 
@@ -124,6 +133,14 @@ class FailingRankJob(ExactJob):
         self.calls += 1
         if self.calls == self.options["fails_at"] and torch.distributed.get_rank() == self.options["fails_on"]:
             raise OSError("the file server does not answer")
+        return super().losses(model, batch)
+
+
+class SlowRankJob(ExactJob):
+    """Rank 1 takes longer for its losses."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
+        time.sleep(0.05 * torch.distributed.get_rank())
         return super().losses(model, batch)
 
 
@@ -221,4 +238,41 @@ class _WithAverage(nn.Module):
         if self.training:
             self.average = 0.9 * self.average + 0.1 * x.detach().mean(0)
         found: Tensor = self.model(x)
+        return found
+
+
+class UnevenJob(ExactJob):
+    """Blocks in a module list, whose sizes no number of ranks divides, trained by AdamW."""
+
+    def build_model(self) -> nn.Module:
+        return _Blocks()
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+class SelfShardedJob(UnevenJob):
+    """Says itself how its model is sharded. Option `whole`: leaves a parameter whole."""
+
+    def shard(self, model: Any, mesh: Any) -> None:
+        fully_shard(model.blocks[0], mesh=mesh)
+        fully_shard(model.out if self.options.get("whole") else model, mesh=mesh)
+
+
+class _Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 7)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 7)) for _ in range(2)])
+        self.slot = SeedSlot("middle", features=7, layout="vector")
+        self.out = nn.Linear(7, 1)
+        self.frozen = nn.Linear(7, 1).requires_grad_(False)
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        for block in self.blocks:
+            h = h + block(h)
+        h = self.slot(torch.tanh(h))
+        found: Tensor = self.out(h) + self.frozen(h) * self.scale.mean()  # type: ignore[operator]
         return found

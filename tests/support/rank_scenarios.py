@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from leyline.v1.enums_pb2 import SeedLifecycleStage
 from support.lane_driver import NoHeartbeat, RunningLane, running, seed
 from support.waiting import wait_for
+from tolaria.checkpoint.tensor_file import file_pieces
 from tolaria.config import Settings
+from tolaria.images import StateImage
 from tolaria.lane.build import BuiltLane, build
+from tolaria.lane.group_state import GroupRestore
 from tolaria.lane.hosting import build_on_all_ranks
 from tolaria.lane.messages import (
     CaptureImage,
@@ -27,9 +33,13 @@ from tolaria.lane.messages import (
     Restore,
     Restored,
     RunEpoch,
+    SeedsChanged,
     StepDone,
 )
+from tolaria.lane.step import train_step
 from tolaria.ranks.group import Group
+from tolaria.state.encoding import packed_bytes, specs_of
+from tolaria.values.training import Position
 
 
 def train(
@@ -48,7 +58,8 @@ def train(
     torch.set_num_threads(1)
     given = {"job": f"support.rank_jobs:{job}", "device": "cpu", "threads": 1, "deterministic": True, **training}
     settings = Settings.model_validate({"training": given, **(sections or {})})
-    built = build_on_all_ranks(group, lambda: build(settings, group=group))
+    sharded = settings.lane.parallel == "fsdp" and group is not None
+    built = build_on_all_ranks(group, lambda: build(settings, group=group), sharded=sharded)
     if group is not None and not group.leads:
         built.snapshots.takes_snapshots = False
         lane = built.lane(NoHeartbeat(), Path("unused"))
@@ -71,9 +82,67 @@ def train(
             for done in run.all_of(EpochDone)
         ],
         "answers": answers,
+        "waits": [[load.input_wait_s, load.rank_wait_s] for load in run.all_of(EpochDone)[-1].rank_loads],
         "digests": [_digest(built)] if group is None else group.all_gather_text(_digest(built)),
         "peer_lost": run.lane.peer_lost,
     }
+
+
+def save(group: Group | None, *, directory: str, job: str = "UnevenJob") -> str:
+    """Trains sharded, with a seed, and saves the state as a checkpoint's files are; returns its digest."""
+    built = _sharded(group, job)
+    module, snapshots = built.module, built.snapshots
+    _train(built, 5)
+    module.seeds.reconcile(seed(SeedLifecycleStage.Value("SEED_STAGE_TRAINING"), steps=20), module.global_step)
+    module.refresh()
+    _train(built, 9)
+    if group is not None and not group.leads:
+        snapshots.take_part()
+        return ""
+    with snapshots.capture_image(beside=True) as image:
+        Path(directory, "model.safetensors").write_bytes(b"".join(file_pieces(image.specs, image.buffers)))
+        Path(directory, "values.json").write_bytes(image.values)
+        Path(directory, "position.json").write_text(json.dumps(asdict(image.position)))
+        return image.seal().total
+
+
+def load(group: Group | None, *, directory: str, job: str = "UnevenJob") -> dict[str, Any]:
+    """Restores what `save` saved and trains on; returns the digests of each rank's state, and the losses."""
+    built = _sharded(group, job)
+    snapshots = built.snapshots
+    tensors = dict(sorted(load_file(Path(directory, "model.safetensors")).items()))
+    buffers = {name: packed_bytes(tensor) for name, tensor in tensors.items()}
+    position = Position(**json.loads(Path(directory, "position.json").read_text()))
+    image = StateImage(position, specs_of(tensors), buffers, Path(directory, "values.json").read_bytes())
+    if group is None:
+        snapshots.restore_image(image)
+    else:
+        GroupRestore(group, snapshots).start(lambda: snapshots.restore_image(image))
+    sealed, share = image.seal(), snapshots.state.copy().size_bytes / image.size_bytes
+    expected = str(sorted((name, digest) for name, digest in sealed.tensors.items() if not name.startswith("rng/")))
+    found = {"digest": _digest(built), "expected": expected, "saved": sealed.total, "bytes": share}
+    return {**found, "losses": [step.loss for step in _train(built, 14)]}
+
+
+def _sharded(group: Group | None, job: str) -> BuiltLane:
+    torch.set_num_threads(1)
+    given = {"job": f"support.rank_jobs:{job}", "device": "cpu", "threads": 1}
+    settings = Settings.model_validate({"training": given, "lane": {"mode": "torchrun", "parallel": "fsdp"}})
+    built = build_on_all_ranks(group, lambda: build(settings, group=group), sharded=group is not None)
+    built.snapshots.takes_snapshots = group is None or group.leads
+    return built
+
+
+def _train(built: BuiltLane, step: int) -> list[StepDone]:
+    done = list[StepDone]()
+    while built.module.global_step < step:
+        built.module.begin_epoch()
+        found = train_step(built.module, lambda: True)
+        if found is None:
+            built.module.progress = built.module.progress.ended()
+        else:
+            done.append(found)
+    return done
 
 
 def _digest(built: BuiltLane) -> str:
@@ -92,7 +161,8 @@ def _play(run: RunningLane, line: Sequence[Any]) -> Any:
             assert not ended(run), run.events[-1:]
         case "seeds":
             stage = SeedLifecycleStage.Value(arguments[0])
-            return str(run.done(run.send(ReconcileSeeds(seed(stage, steps=20)))).failure)
+            done = run.done(run.send(ReconcileSeeds(seed(stage, steps=20))))
+            return str(done.failure) + (done.result.rebuild_error if isinstance(done.result, SeedsChanged) else "")
         case "capture":
             done = run.done(run.send(CaptureImage(beside=True)))
             assert isinstance(done.result, ImageCaptured)

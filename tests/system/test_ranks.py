@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from collections.abc import Iterator
@@ -94,6 +95,49 @@ DEATHS: Final = [
 ]
 
 
+RANDOM_DEATHS: Final = 40
+KINDS: Final = {
+    signal.SIGKILL: "killed",
+    signal.SIGSTOP: "silent",
+    signal.SIGSEGV: "crashed",
+    signal.SIGABRT: "crashed",
+}
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_random_deaths_change_nothing(
+    request: pytest.FixtureRequest, parallel: str, peers: list[str], tmp_path: Path
+) -> None:
+    """Of any process of the group, in any way, at any time; only with --long, as the test below is its short form."""
+    if not request.config.getoption("--long"):
+        pytest.skip("several minutes: needs --long")
+    rng = random.Random(5)
+    limits = ["emergency.heartbeat_timeout_s=3", "emergency.phase_timeout_s=20", "lane.restarts_max=1000"]
+    arguments = [*GROUP, *FINITE, *peers, *limits, f"lane.parallel={parallel}", "rollback.every_steps=3"]
+    arguments += ["training.epochs=60", "service.exit_when_done=true", "checkpoint.every_steps=11"]
+    (tmp_path / "calm").mkdir()
+    with serve(*arguments, cwd=tmp_path / "calm") as service:
+        assert service.wait(300) == 0
+    with serve(*arguments, "training.options.step_s=0.02", cwd=tmp_path) as service:
+        expected = list[str]()
+        for number in range(RANDOM_DEATHS):
+            wait_for(lambda n=number: len(named(service, "tolaria.lane_recovered")) == n, 90)  # type: ignore[misc]
+            wait_for(lambda: len(ranks_of(agent_of(service))) == 2, 60)
+            time.sleep(rng.uniform(0.0, 1.5))
+            victims = [agent_of(service), *ranks_of(agent_of(service)).values()]
+            how = rng.choice(list(KINDS))
+            if (victim := rng.choice(victims)) == victims[0] and how == signal.SIGSTOP:
+                how = signal.SIGKILL  # a stopped agent is no death
+            os.kill(victim, how)
+            expected.append(KINDS[how])
+            wait_for(lambda n=number: len(named(service, "tolaria.lane_lost")) == n + 1, 60)  # type: ignore[misc]
+        assert service.wait(300) == 0
+    lost = named(service, "tolaria.lane_lost")
+    assert [line["cause"] for line in lost] == expected
+    assert last_checkpoint(tmp_path) == last_checkpoint(tmp_path / "calm")
+
+
 @pytest.mark.timeout(240)
 def test_deaths_cost_nothing_but_time(peers: list[str], undisturbed: tuple[int, str], tmp_path: Path) -> None:
     """The group starts again, restores on every rank, and the run ends bit-equal to one without a death.
@@ -130,6 +174,8 @@ def test_what_operators_do_works_on_the_group(peers: list[str], tmp_path: Path) 
     ):
         wait_for(lambda: status(stub).global_step > 100)
         ranks = {rank.rank: (rank.pid, rank.device) for rank in status(stub).ranks}
+        wait_for(lambda: all(rank.memory_bytes > 2**20 for rank in status(stub).ranks))
+        assert sum(rank.rank_wait_s for rank in status(stub).ranks) > 0
         assert ranks == {rank: (pid, "cpu") for rank, pid in ranks_of(agent_of(service)).items()}
         assert listeners(agent_of(service), *ranks_of(agent_of(service)).values()) == {"loopback"}
         operate(stub, "one")
@@ -144,6 +190,23 @@ def test_what_operators_do_works_on_the_group(peers: list[str], tmp_path: Path) 
         assert status(stub).learning_rates["host"] == pytest.approx(0.0005)
         stub.StopTraining(admin.StopTrainingRequest(request_id="s", reason="enough"), timeout=20)
         wait_for(lambda: status(stub).state == admin.RUN_STATE_FINISHED)
+    assert named(service, "tolaria.lane_lost") == []
+
+
+def test_a_sharded_run_recovers_is_operated_and_goes_on_in_one_process(peers: list[str], tmp_path: Path) -> None:
+    """A rank's death is said to be one, both tiers of rollback are proven, and nothing of the run depends on parts."""
+    arguments = [*ENDLESS, *peers, *LIMITS, "rollback.fast_budget_s=20"]
+    with serve(*GROUP, *arguments, "lane.parallel=fsdp", cwd=tmp_path) as service, stub_of(service) as stub:
+        wait_for(lambda: status(stub).global_step > 60)
+        os.kill(ranks_of(agent_of(service))[1], signal.SIGKILL)
+        wait_for(lambda: len(named(service, "tolaria.lane_recovered")) == 1, 60)
+        operate(stub, "one")
+        service.terminate()
+    assert [line["cause"] for line in named(service, "tolaria.lane_lost")] == ["killed"]
+    step = last_checkpoint(tmp_path)[0]
+    with serve(*JOB, *arguments, cwd=tmp_path) as service, stub_of(service) as stub:
+        wait_for(lambda: status(stub).global_step > step)
+        assert len(status(stub).ranks) == 1
     assert named(service, "tolaria.lane_lost") == []
 
 

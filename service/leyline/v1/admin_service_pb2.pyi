@@ -451,10 +451,18 @@ class RankStatus(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    INPUT_WAIT_S_FIELD_NUMBER: _builtins.int
+    RANK_WAIT_S_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     host: _builtins.str
     pid: _builtins.int
     device: _builtins.str
+    input_wait_s: _builtins.float
+    """Of the last epoch: waits for data, and for slower ranks (the slowest one waits least)."""
+    rank_wait_s: _builtins.float
+    memory_bytes: _builtins.int
+    """The most that its process has had in memory."""
     def __init__(
         self,
         *,
@@ -462,10 +470,13 @@ class RankStatus(_message.Message):
         host: _builtins.str = ...,
         pid: _builtins.int = ...,
         device: _builtins.str = ...,
+        input_wait_s: _builtins.float = ...,
+        rank_wait_s: _builtins.float = ...,
+        memory_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host", b"host", "pid", b"pid", "rank", b"rank"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host", b"host", "input_wait_s", b"input_wait_s", "memory_bytes", b"memory_bytes", "pid", b"pid", "rank", b"rank", "rank_wait_s", b"rank_wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from leyline.v1.admin_service_pb2 import GetStatusResponse, LearningRateAdjustment, RunState
+from leyline.v1.admin_service_pb2 import GetStatusResponse, LearningRateAdjustment, RankStatus, RunState
 from leyline.v1.enums_pb2 import CircuitBreakerState, EmergencyLevel, HealthStatus, SeedLifecycleStage
 from leyline.v1.seeds_pb2 import SeedState
 
@@ -110,8 +110,14 @@ def _name(status: GetStatusResponse) -> str:
 
 def _ranks(status: GetStatusResponse) -> str:
     """Returns where several ranks compute; empty for one."""
-    ranks = [f"{rank.rank} on {one_line(rank.host)} {one_line(rank.device)} (pid {rank.pid})" for rank in status.ranks]
-    return ", ".join(ranks) if len(ranks) > 1 else ""
+    return ", ".join(map(_rank, status.ranks)) if len(status.ranks) > 1 else ""
+
+
+def _rank(rank: RankStatus) -> str:
+    waits = f"; waited {rank.input_wait_s:.1f} s for data and {rank.rank_wait_s:.1f} s for ranks" * bool(
+        rank.memory_bytes
+    )
+    return f"{rank.rank} on {one_line(rank.host)} {one_line(rank.device)} (pid {rank.pid}{waits})"
 
 
 def safety_rows(status: GetStatusResponse) -> list[tuple[str, str]]:

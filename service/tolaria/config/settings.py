@@ -93,11 +93,17 @@ class Settings(BaseSettings):
         return (init_settings,)
 
     def _rank_problems(self) -> list[str]:
+        if self.training.init_from and self.lane.parallel == "fsdp":
+            return ["training.init_from cannot fill a model that lane.parallel = fsdp divides: load it in build_model"]
         ranks, device = self.lane.processes, self.training.device
         if ranks > 1 and self.lane.mode != "torchrun":
             return [f"lane.processes is {ranks}, which needs lane.mode = torchrun"]
         if ranks > 1 and device.startswith("cuda:"):
             return [f"training.device is {device}, but each of the {ranks} ranks of lane.processes needs another one"]
+        if self.lane.parallel == "fsdp" and self.lane.mode != "torchrun":
+            return ["lane.parallel is fsdp, which needs lane.mode = torchrun"]
+        if self.lane.parallel == "fsdp" and self.fastpaths.amp == "float16":
+            return ["fastpaths.amp is float16, whose loss scale lane.parallel = fsdp does not support: use bfloat16"]
         return []
 
     @model_validator(mode="after")

@@ -147,6 +147,11 @@ class LaneSettings(Section):
     processes: int = Field(default=1, ge=1, le=256)
     """Ranks in mode torchrun, each with a device of its kind: the CPU, or one GPU each."""
 
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What the ranks of mode torchrun share. ddp: each has the whole model. fsdp: each has a part of every parameter,
+    of its gradient and of its optimizer state, by PyTorch's fully_shard, for models that do not fit one device.
+    """
+
     restarts_max: int = Field(default=10, ge=0, le=1000)
     """Times within lane.restarts_within_s that a lane which died is started again; then the run fails."""
 

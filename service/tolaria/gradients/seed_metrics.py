@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -160,10 +160,13 @@ class PerLayerMetricUpdater:
     Args:
         layout: the layout of the rows.
         top_k: number of layers to report for each source; 0 turns the updater off.
+        over_shards: see `SeedAggregationTracker`.
     """
 
-    def __init__(self, layout: FlatLayout, *, top_k: int) -> None:
-        self._top_k = top_k
+    def __init__(
+        self, layout: FlatLayout, *, top_k: int, over_shards: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self._top_k, self._over_shards = top_k, over_shards
         self._sizes = list(layout.sizes)
         self._layers = tuple(dict.fromkeys(layout.layers))
         self._indices = torch.tensor([self._layers.index(layer) for layer in layout.layers], dtype=torch.int64)
@@ -180,6 +183,8 @@ class PerLayerMetricUpdater:
         norms = torch.stack([torch.linalg.vector_norm(piece, dim=1, dtype=torch.float64) for piece in pieces], dim=1)
         squares = norms.new_zeros(len(present), len(self._layers)).index_add_(1, self._indices, norms.square())
         counts = norms.new_ones(len(present), 1)
+        if self._over_shards is not None:
+            squares = self._over_shards(squares)
         return tuple(rows.names[row] for row in present), torch.cat([squares.sqrt_(), counts], dim=1)
 
     def add(self, measured: LayerMeasurements) -> None:

@@ -82,6 +82,8 @@ class SeedAggregationTracker:
         layer_norms_top_k: layers to report for each source; 0, or microbatch mode, turns norms by layer off.
         dtype: the dtype of the rows.
         device: the device of the rows.
+        over_shards: returns the sum of a float64 tensor over the ranks that hold the other elements of the rows; None:
+            rows are whole.
     """
 
     def __init__(
@@ -93,12 +95,13 @@ class SeedAggregationTracker:
         layer_norms_top_k: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        over_shards: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._settings = settings
-        self._merger = StepMerger(settings, layout.numel, dtype=dtype, device=device)
+        self._merger = StepMerger(settings, layout.numel, dtype=dtype, device=device, over_shards=over_shards)
         self._resolver = SeedWeightResolver(isolation=isolation)
         self._metrics = SeedMetricUpdater()
-        self._layers = PerLayerMetricUpdater(layout, top_k=layer_norms_top_k)
+        self._layers = PerLayerMetricUpdater(layout, top_k=layer_norms_top_k, over_shards=over_shards)
         self._kind = (layout.numel, dtype, device)
         self._states: tuple[SeedState, ...] = ()
         self._params: Mapping[str, int] = {}
@@ -187,9 +190,18 @@ class SeedAggregationTracker:
 
 
 class StepMerger:
-    """Merges the rows of one step after another, always into the same memory."""
+    """Merges the rows of one step after another, always into the same memory. `over_shards`: see the tracker."""
 
-    def __init__(self, settings: MergeSettings, numel: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        settings: MergeSettings,
+        numel: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        over_shards: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._over_shards = over_shards
         self._settings = settings
         self._mixer = TeacherAttributionMixer(settings.attribution)
         self._result = torch.empty(numel, dtype=dtype, device=device)
@@ -215,7 +227,7 @@ class StepMerger:
             return self._add(given, names)
         order = projection_order(len(present), step_generator(self._settings.run_seed, step))
         if self._settings.mode is GradientMode.MICROBATCH:
-            projection = project(gram_matrix(given), order)
+            projection = project(self._gram(given), order)
             vector = combine_rows(given, projection.combined([1.0] * len(present)), out=self._result)
             return projection.merged(vector), _no_measurements(vector.device)
         by_name = {source.name: source for source in sources}
@@ -229,7 +241,7 @@ class StepMerger:
         shares = self._mixer.shares(sources, samples)
         weights = [source.weight for source in sources]
         mixing = self._mixer.mixing(names, shares, weights)
-        gram = gram_matrix(given)
+        gram = self._gram(given)
         mixed = mixing @ gram @ mixing.T
         projection = project(mixed, order)
         coefficients = torch.tensor(projection.combined(weights), dtype=torch.float64) @ mixing
@@ -238,6 +250,10 @@ class StepMerger:
         norms = mixed.diagonal().clamp_min(0).sqrt()
         return projection.merged(vector), RowMeasurements(names, norms, teacher, projection.conflicts_by_row)
 
+    def _gram(self, given: Rows) -> Tensor:
+        gram = gram_matrix(given)
+        return gram if self._over_shards is None else self._over_shards(gram)
+
     def _add(self, given: Rows, names: Sequence[str]) -> tuple[MergedGradient, RowMeasurements]:
         count = len(names)
         vector = given[0] if count == 1 else combine_rows(given, [1.0] * count, out=self._result)
@@ -245,6 +261,8 @@ class StepMerger:
         if self._settings.mode is GradientMode.MICROBATCH:
             return merged, _no_measurements(vector.device)
         norms = torch.stack([torch.linalg.vector_norm(row, dtype=torch.float64) for row in given])
+        if self._over_shards is not None:
+            norms = self._over_shards(norms.square()).sqrt()
         teacher = self._mixer.teacher_shares(names, norms, [0.0] * count)
         return merged, RowMeasurements(names, norms, teacher, [0] * count)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Final, overload
 
@@ -46,6 +46,16 @@ class IndexedBatches:
         self._copy = LoaderCopy(loader, persistent=persistent, dataset=SeededItems(loader.dataset), batches=self._plan)
         self._order: tuple[int, Sequence[Any]] = (0, ())
         self._check()
+
+    def read_part(self, bounds: Callable[[int], tuple[int, int]], salt: int) -> bool:
+        """Reads from now on only the samples of each batch between `bounds` of its size; returns whether it can.
+
+        Random numbers in workers are a function of `salt`, too. The numbers of samples stay those of whole batches.
+        """
+        if self._loader.batch_sampler is None:
+            return False
+        self._plan.bounds, self._plan.salt = bounds, salt
+        return True
 
     def length(self) -> int:
         """Returns the loader's length."""
@@ -166,16 +176,19 @@ class _PlannedBatches:
 
     def __init__(self) -> None:
         self.order: Sequence[Any] = ()
-        self.start = self.seed = self.epoch = 0
+        self.start = self.seed = self.epoch = self.salt = 0
+        self.bounds: Callable[[int], tuple[int, int]] | None = None
 
     def __len__(self) -> int:
         return len(self.order) - self.start
 
     def __iter__(self) -> Iterator[SeededIndices]:
-        order, seed, epoch = self.order, self.seed, self.epoch
-        return (
-            SeededIndices(batch_seed(seed, epoch, number), order[number]) for number in range(self.start, len(order))
-        )
+        order, seed, epoch = self.order, self.seed + (self.salt << 40), self.epoch
+        for number in range(self.start, len(order)):
+            indices = order[number]
+            if self.bounds is not None:
+                indices = list(indices)[slice(*self.bounds(len(indices)))]
+            yield SeededIndices(batch_seed(seed, epoch, number), indices)
 
 
 def samples_of(payload: Any) -> int:

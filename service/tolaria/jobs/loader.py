@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any, Final, Protocol, cast, runtime_checkable
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
@@ -122,6 +122,15 @@ class LoaderCursor(SeededCursor):
             return False
         self._seek(self._epoch, self._index + 1)
         return True
+
+    def read_part(self, bounds: Callable[[int], tuple[int, int]], salt: int) -> bool:
+        """Reads from now on only some samples of each batch, before the first one; returns whether this loader can.
+
+        `bounds` returns the first of them and the one after the last, for the size of a batch; `Batch.samples` stays
+        the size of the whole one. Random numbers in workers are a function of `salt`, too.
+        """
+        exact = type(self) is LoaderCursor  # another one may look at whole batches
+        return exact and isinstance(self._source, IndexedBatches) and self._source.read_part(bounds, salt)
 
     def close(self) -> None:
         """Ends the workers, persistent ones too."""

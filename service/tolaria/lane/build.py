@@ -7,9 +7,9 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ from tolaria.jobs import BatchCursor, JobContext, LoaderCursor, TrainingJob, bui
 from tolaria.lane.commands import PageGate
 from tolaria.lane.device import choose_device, seed_everything, usable_cores
 from tolaria.lane.fast_paths import FastPaths
-from tolaria.lane.first_look import call, first_look, materialise
+from tolaria.lane.first_look import call, first_look, lazy_names, materialise
 from tolaria.lane.lane import LaneHeartbeat, ThreadLane
 from tolaria.lane.messages import LaneReady, RankInfo, Restored
 from tolaria.lane.model_description import describe
@@ -46,9 +46,12 @@ from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.train_module import TrainModule
 from tolaria.optimization.groups import has_scheduler
 from tolaria.ranks.group import Group
-from tolaria.ranks.share import Share
+from tolaria.ranks.share import Share, SharingJob
 from tolaria.state.shared_memory import SharedMemory
 from tolaria.values.optimization import RATES_ARE_OWNED, ActiveAdjustment
+
+if TYPE_CHECKING:
+    from tolaria.lane.sharding import Sharding
 
 _MIB: Final = 2**20
 
@@ -184,9 +187,13 @@ def build(settings: Settings, memory: SharedMemory | None = None, group: Group |
     job = build_job(training.job, context)
     job_name = f"training.job {training.job!r}"
     try:
-        module = _build_module(settings, job, context)
+        sharding = _sharding(settings, group, device)
+        module = _build_module(settings, job, context, sharding)
         if group is not None:
             module.share = _share(group, module)
+            module.training_share = _divided(module)
+        if sharding is not None:  # each pass and each copy is one of all ranks
+            module.group = group
         snapshots = SnapshotManager(module, settings.rollback, memory)
         notes = first_look(module, snapshots.state)
         module.fast_paths.compile(module.model, lambda: first_look(module, snapshots.state))
@@ -202,16 +209,27 @@ def build(settings: Settings, memory: SharedMemory | None = None, group: Group |
         raise BrokenJobError(f"{job_name}: {error}") from None
 
 
-def _build_module(settings: Settings, job: TrainingJob, context: JobContext) -> TrainModule:
+def _sharding(settings: Settings, group: Group | None, device: torch.device) -> Sharding | None:
+    if group is None or settings.lane.parallel != "fsdp":
+        return None
+    from tolaria.lane.sharding import Sharding  # noqa: PLC0415 - what it imports takes half a second
+
+    return Sharding(group, device)
+
+
+def _build_module(settings: Settings, job: TrainingJob, context: JobContext, sharding: Sharding | None) -> TrainModule:
     training, device = settings.training, context.device
     model = call("build_model", job.build_model, nn.Module)
     if name := next((n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta), ""):
         raise BrokenJobError(f"build_model(): {name!r} of its model is a meta tensor, which has no values")
-    model = model.to(device)
+    if sharding is None or lazy_names(model):
+        model = model.to(device)  # sharding moves one part after the other
     cursor = call("training_data", job.training_data, BatchCursor)
     materialise(job, model, cursor, device)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise BrokenJobError("its model has no parameter that can be trained")
+    if sharding is not None:
+        sharding.shard_model(job, model)
     optimizer = call("build_optimizer", lambda: job.build_optimizer(model), torch.optim.Optimizer)
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
@@ -223,8 +241,13 @@ def _build_module(settings: Settings, job: TrainingJob, context: JobContext) -> 
     if batches < 1:
         raise EmptyDatasetError("its training data holds no batch")
     fast_paths = FastPaths(settings.fastpaths, device, deterministic=training.deterministic)
+    if sharding is not None and fast_paths.scaler is not None:
+        problem = "fastpaths.amp chooses float16, whose loss scale lane.parallel = fsdp does not support: use bfloat16"
+        raise ConfigurationError([problem])
     fast_paths.fuse(optimizer)
-    seeds = SeedTraining(model, optimizer, settings, training.epochs * -(-batches // training.accumulate))
+    run_steps = training.epochs * -(-batches // training.accumulate)
+    shard_seed = None if sharding is None else sharding.shard_seed
+    seeds = SeedTraining(model, optimizer, settings, run_steps, shard_seed)
     module = TrainModule(
         job, model, cursor, device, seeds=seeds, fast_paths=fast_paths, settings=settings, announced=context.announced
     )
@@ -239,6 +262,14 @@ def _share(group: Group, module: TrainModule) -> Share:
             "its DistributedSampler divides the data, of whose batches each rank takes its share: leave it out"
         )
     return Share(group.rank, group.world, module.job)
+
+
+def _divided(module: TrainModule) -> Share:
+    """Returns the share of training batches, of which each rank reads only its samples where the cursor can do so."""
+    share, cursor = module.share, module.cursor
+    if isinstance(module.job, SharingJob) or not isinstance(cursor, LoaderCursor):
+        return share
+    return replace(share, divided=cursor.read_part(share.bounds, share.rank))
 
 
 def _notes(module: TrainModule) -> tuple[str, ...]:

@@ -31,14 +31,24 @@ from tolaria.values.optimization import (
     RebuildOutcome,
     RebuildResult,
 )
-from tolaria.values.training import EpochProgress, Position
+from tolaria.values.training import EpochProgress, Position, RankLoad
 
 _CODEC = Codec(
     types={
         *(*get_args(Command), *get_args(Result), *get_args(Event), LaneReady, RankInfo, Failure, SnapshotInfo),
         *(SnapshotStatistics, SeedMetrics, SeedMetricSet, ActiveAdjustment, Adjustment, LearningRateViolation),
-        *(RebuildOutcome, RebuildResult, TraceWritten, EpochProgress, Evaluation, Position, LaneOrder, RestorePlan),
-        Ratio,
+        *(
+            RebuildOutcome,
+            RebuildResult,
+            TraceWritten,
+            EpochProgress,
+            Evaluation,
+            Position,
+            RankLoad,
+            LaneOrder,
+            RestorePlan,
+            Ratio,
+        ),
     },
     messages=(SeedState, HardwareContext),
 )

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from tolaria.config import FastPathSettings
 from tolaria.errors import BrokenJobError
 from tolaria.optimization.groups import is_dense
+from tolaria.shards import sharded_alike
 
 FastPath = Literal["fused", "compile", "amp", "tf32", "pin_memory"]
 
@@ -259,8 +260,8 @@ def _fused_problem(optimizer: Optimizer) -> str | None:
     accepted = inspect.signature(kernel).parameters
     arguments: dict[str, Any] = {key: value for key, value in optimizer.defaults.items() if key in accepted}
     try:
-        for dtype, device in {(p.dtype, p.device) for p in parameters}:
-            scratch = torch.zeros(1, 1, dtype=dtype, device=device, requires_grad=True)
+        for kind in {(p.dtype, p.device): p for p in parameters}.values():
+            scratch = sharded_alike(torch.zeros(1, 1, dtype=kind.dtype, device=kind.device), kind).requires_grad_()
             scratch.grad = torch.zeros_like(scratch)
             kernel([scratch], **{**arguments, "foreach": None, "fused": True}).step()
     except Exception as error:  # noqa: BLE001 - torch raises several kinds

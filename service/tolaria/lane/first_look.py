@@ -74,7 +74,7 @@ def materialise(job: TrainingJob, model: nn.Module, cursor: BatchCursor, device:
 
     Raises BrokenJobError, which names a tensor, if one has no shape even then.
     """
-    if not _lazy_names(model):
+    if not lazy_names(model):
         return
     place = call("training_data", cursor.state_dict)
     call("training_data", lambda: cursor.begin_epoch(1))
@@ -86,7 +86,7 @@ def materialise(job: TrainingJob, model: nn.Module, cursor: BatchCursor, device:
         batch = on_device(checked_batch(batch, "training_data: next_batch()"), device)
         call("losses", lambda: job.losses(model, batch))
     call("training_data", lambda: cursor.load_state_dict(place))
-    if names := _lazy_names(model):
+    if names := lazy_names(model):
         raise BrokenJobError(f"{names[0]!r} of its model is lazy, and a forward pass gives it no shape")
 
 
@@ -125,7 +125,7 @@ def _undone(module: TrainModule, state: TrainingState) -> Iterator[None]:
             _undo(module, state, before, buffers)
         raise
     _undo(module, state, before, buffers)
-    found, sealed = state.fingerprint(), before.seal()
+    found, sealed = state.fingerprint(whole=False), before.seal()
     if found.total != sealed.total:
         names = [name for name, digest in sealed.tensors.items() if found.tensors.get(name) != digest]
         raise BrokenJobError(f"{_where(names[0]) if names else 'its data or state'} is not restored to what it was")
@@ -250,7 +250,7 @@ def _survive(module: TrainModule, state: TrainingState) -> None:
     tensors = TrainingState(module, {})
     after = _captured(tensors)
     _restore(tensors, after)
-    found = tensors.fingerprint()
+    found = tensors.fingerprint(whole=False)
     if found.total != after.seal().total:
         differing = [name for name, digest in after.seal().tensors.items() if found.tensors.get(name) != digest]
         raise BrokenJobError(f"{_where(differing[0]) if differing else 'its optimizer'} is not restored exactly")
@@ -305,6 +305,7 @@ def _sparse_name(model: nn.Module) -> str:
     return ""
 
 
-def _lazy_names(model: nn.Module) -> list[str]:
+def lazy_names(model: nn.Module) -> list[str]:
+    """Returns the names of parameters and buffers that have no shape yet."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return [name for name, tensor in named if torch.nn.parameter.is_lazy(tensor)]

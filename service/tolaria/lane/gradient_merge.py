@@ -22,15 +22,17 @@ from tolaria.gradients import (
     MergeSettings,
     SeedAggregationTracker,
     flat_to_grads,
-    laid_out,
     row_dtype,
     sample_counts,
     source_rows,
 )
 from tolaria.gradients.accumulate import StepRows
+from tolaria.gradients.rows import OwnGradients, SourceRows
+from tolaria.gradients.sharded import sharded_rows, write_gradients
 from tolaria.jobs import HOST, Batch
 from tolaria.ranks.group import Group
 from tolaria.seeds.slots import NamedParameters
+from tolaria.shards import is_sharded, local, local_parts
 from tolaria.values.gradients import SeedMetricSet
 
 
@@ -76,6 +78,8 @@ class GradientMerger:
         self._sources: tuple[str, ...] = ()
         self._step = 0
         self._microbatches = 1
+        self._sharded = _is_sharded(scope)
+        self._seen = set[str]()
 
     def follow(self, scope: GradientScope) -> None:
         """Changes the scope; once a step has begun, from the next step on."""
@@ -84,11 +88,13 @@ class GradientMerger:
             return
         self._next_scope = None
         self._scope = scope
+        self._sharded = _is_sharded(scope)
         self._sources = ()
 
     def begin(self, step: int, microbatches: int) -> None:
         """Starts the step after `step` completed ones, and drops what is left of an unfinished one."""
         self._step, self._microbatches, self._merging = step, microbatches, None
+        self._seen.clear()
         if self._next_scope is not None:
             self.follow(self._next_scope)
 
@@ -137,12 +143,9 @@ class GradientMerger:
             return
         combined = self._tracker.combine(None if self.group is None else partial(self._over_ranks, self.group))
         shared = [parameter for _, parameter in self._shared]
-        merged = flat_to_grads(combined.merged.vector, [parameter.shape for parameter in shared])
-        for parameter, part in zip(shared, merged, strict=True):
-            parameter.grad = laid_out(part, parameter)
+        write_gradients(shared, _split(combined.merged.vector, local_parts(shared)))
         for source, parts in combined.own.items():
-            for parameter, own in zip(self._own_of(source), parts, strict=True):
-                parameter.grad = None if own is None else laid_out(own, parameter)
+            write_gradients(self._own_of(source), parts)
 
     def applied(self) -> None:
         """Counts the step in the epoch's metrics; a step that is skipped or starts again is not counted."""
@@ -195,12 +198,13 @@ class GradientMerger:
 
     def _new_tracker(self) -> SeedAggregationTracker:
         return SeedAggregationTracker(
-            FlatLayout.of(self._shared),
+            FlatLayout.of([(name, local(parameter)) for name, parameter in self._shared]),
             self._merge,
             isolation=self._settings.seeds.isolation,
             layer_norms_top_k=self._settings.gradients.layer_norms_top_k,
             dtype=row_dtype(self._shared),
             device=self._shared[0][1].device,
+            over_shards=self._over_shards if self._sharded else None,
         )
 
     def _add_rows(
@@ -214,13 +218,8 @@ class GradientMerger:
     ) -> bool:
         """Returns whether the rows were added; `counts`: whether the samples are this rank's."""
         given = losses if batch.seed_ids is None else _with_rest(losses, tracker.weights)
-        rows = source_rows(
-            given,
-            [parameter for _, parameter in self._shared],
-            names=self._names,
-            own={source: own for source in given if (own := self._own_of(source))},
-            out=tracker.lend(),
-        )
+        rows = self._rows(given, tracker.lend())
+        self._seen.update(losses)
         if finite_only:
             finite = bool(torch.isfinite(rows.matrix).all())
             if not (finite if self.group is None else self.group.all(finite)):
@@ -228,24 +227,64 @@ class GradientMerger:
         tracker.add(rows, sample_counts(batch.seed_ids, self._names) if batch.seed_ids is not None and counts else {})
         return True
 
+    def _rows(self, losses: Mapping[str, Tensor], out: Tensor) -> SourceRows:
+        shared = [parameter for _, parameter in self._shared]
+        if not self._sharded:
+            own = {source: own for source in losses if (own := self._own_of(source))}
+            return source_rows(losses, shared, names=self._names, own=own, out=out)
+        owned = {source: each for source in self._sources if (each := self._own_of(source))}
+        return sharded_rows(losses, shared, sources=self._sources, names=self._names, own=owned, out=out)
+
+    def _over_shards(self, sums: Tensor) -> Tensor:
+        if self.group is not None:
+            self.group.all_reduce_tensor(sums)
+        return sums
+
     def _over_ranks(self, group: Group, rows: StepRows, samples: Counter[str]) -> tuple[StepRows, Counter[str]]:
         """Returns the sums over all ranks; the rows' matrix is changed in place."""
-        group.all_reduce_tensor(rows.matrix)
+        if not self._sharded:  # else each rank has its part of the sums
+            group.all_reduce_tensor(rows.matrix)
         parts = tuple(int(count) for count in group.all_reduce_max(rows.parts))
         counts = group.all_reduce([samples[name] for name in self._names])
+        own = self._own_of_shards(rows.own) if self._sharded else self._own_of_ranks(group, rows)
+        read = zip(self._names, counts, strict=True)
+        return replace(rows, parts=parts, own=own), Counter({name: int(count) for name, count in read})
+
+    def _own_of_ranks(self, group: Group, rows: StepRows) -> OwnGradients:
         own = dict(rows.own)
         for source in self._sources:
             if parameters := self._own_of(source):
                 gradients = own.get(source, (None,) * len(parameters))
                 own[source] = tuple(group.all_reduce_gradients(parameters, gradients))
-        read = zip(self._names, counts, strict=True)
-        return replace(rows, parts=parts, own=own), Counter({name: int(count) for name, count in read})
+        return own
+
+    def _own_of_shards(self, own: OwnGradients) -> OwnGradients:
+        """Returns no gradients for sources of which no rank had a loss: their backward passes made zeros."""
+        present = [float(source in self._seen) for source in self._sources]
+        if self.group is not None:
+            present = self.group.all_reduce_max(present)
+        seen = dict(zip(self._sources, present, strict=True))
+        return {name: parts if seen[name] else (None,) * len(parts) for name, parts in own.items()}
 
     def _backward_alone(self, losses: Mapping[str, Tensor]) -> None:
         """Computes the gradients of the sources' own parameters; all parameters of the host are frozen."""
+        if self._sharded:
+            self._backward_sharded(losses)
+            return
         for source, loss in losses.items():
             if own := self._own_of(source):
                 torch.autograd.backward(loss, inputs=own, retain_graph=True)
+
+    def _backward_sharded(self, losses: Mapping[str, Tensor]) -> None:
+        owned = [parameter for source in self._sources for parameter in self._own_of(source)]
+        before = {parameter: parameter.grad for parameter in owned}
+        nothing = losses[next(iter(losses))].new_empty(0, 0)
+        self._seen.update(losses)
+        found = self._own_of_shards(self._rows(losses, nothing).own)
+        for source, parts in found.items():
+            parameters = self._own_of(source)
+            sums = [_sum(part, before[parameter]) for parameter, part in zip(parameters, parts, strict=True)]
+            write_gradients(parameters, sums)
 
     def _own_of(self, source: str) -> list[nn.Parameter]:
         """Returns the own parameters that a source's loss trains: the host's loss trains those of seeds without one."""
@@ -253,6 +292,11 @@ class GradientMerger:
             return list(self._scope.own.get(source, ()))
         lossless = (own for seed, own in self._scope.own.items() if seed not in self._sources)
         return [parameter for own in lossless for parameter in own]
+
+
+def _is_sharded(scope: GradientScope) -> bool:
+    own = (parameter for parameters in scope.own.values() for parameter in parameters)
+    return any(map(is_sharded, own)) or any(is_sharded(parameter) for _, parameter in scope.shared)
 
 
 def _with_rest(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
@@ -267,6 +311,17 @@ def _with_rest(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> di
         if source != HOST and rest > 0:
             host.append(loss * rest)
     return {**losses, HOST: torch.stack(host).sum()} if host else dict(losses)
+
+
+def _sum(part: Tensor | None, before: Tensor | None) -> Tensor | None:
+    if before is None:
+        return part
+    return local(before) if part is None else local(before) + part
+
+
+def _split(vector: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    shapes = [part.shape for part in parts]
+    return flat_to_grads(vector, shapes) if vector.numel() else [vector.view(shape) for shape in shapes]
 
 
 def _total(losses: Mapping[str, Tensor]) -> Tensor:

@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Final
 
-from tolaria.errors import PeerLostError, RanksDifferError, RestoreAbandonedError, TolariaError
-from tolaria.images import StateImage
+from tolaria.errors import PeerLostError, RanksDifferError, TolariaError
 from tolaria.lane.commands import CommandExecutor, CommandQueue, QueuedCommand, RestoreGate
 from tolaria.lane.encoding import from_bytes, to_bytes
+from tolaria.lane.group_state import GroupRestore
 from tolaria.lane.messages import (
     BoundaryCommand,
     CaptureImage,
@@ -33,13 +33,12 @@ from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.train_module import TrainModule
 from tolaria.ranks.group import Group
-from tolaria.ranks.images import receive_image, send_image
+from tolaria.shards import is_sharded
 
 _GO_ON, _STOP, _END, _WORK = b"G", b"S", b"E", b"W"
 EVALUATED: Final = "validation batches"
 """What ranks have to have in common when they evaluate."""
 
-_IMAGE, _NO_IMAGE = b"I", b"N"
 _ID: Final = struct.Struct("<q")
 
 
@@ -175,7 +174,8 @@ def _unpacked(said: bytes) -> RunEpoch | QueuedCommand:
 class GroupExecutor(CommandExecutor):
     """Carries out commands on every rank: on all of them or, where one rank cannot, on none.
 
-    Images and profiles are the leader's, which has the only snapshots: it sends the image of a restore to the others.
+    Images and profiles are the leader's, which has the only snapshots: it sends the image of a restore to the others,
+    and gathers what is sharded.
     """
 
     def __init__(
@@ -188,14 +188,14 @@ class GroupExecutor(CommandExecutor):
     ) -> None:
         super().__init__(module, snapshots, profiler, gate)
         self._group = group
-        self._sent = self._voted = False
-        if group.leads:
-            snapshots.before_restore = self._send
+        self._restoring = GroupRestore(group, snapshots)
 
     def execute(self, queued: QueuedCommand) -> CommandDone:
         """Carries out a command. Raises RanksDifferError if it fails on some ranks only: their states differ then."""
         command, group = queued.command, self._group
         if isinstance(command, CaptureImage | CaptureProfile) and not group.leads:
+            if isinstance(command, CaptureImage):
+                self._snapshots.take_part()
             return CommandDone(queued.command_id, self._module.global_step, None, None)
         done = super().execute(queued)
         if isinstance(command, CaptureImage | CaptureProfile):
@@ -210,45 +210,21 @@ class GroupExecutor(CommandExecutor):
             raise RanksDifferError(f"{type(command).__name__} failed on rank {rank} only: {problems[rank]}")
         if isinstance(command, ReconcileSeeds) and not any(problems):
             model = self._module.model
-            group.broadcast_tensors([*model.parameters(), *model.buffers()])  # seeds are built with random values
+            tensors = [*model.parameters(), *model.buffers()]  # seeds are built with random values
+            group.broadcast_tensors([tensor for tensor in tensors if not is_sharded(tensor)])
         if isinstance(result, Restored):
             differing = [each for each in digests if each != result.expected_digest]
             done = replace(done, result=replace(result, state_digest=(differing or digests)[0]))
         return done
 
     def _restore(self, command_id: int, command: Restore) -> Result:
-        self._sent = self._voted = False
-        return super()._restore(command_id, command) if self._group.leads else self._follow()
+        self._restoring.begin()
+        return super()._restore(command_id, command) if self._group.leads else self._restoring.follow()
 
     def _result(self, command_id: int, command: BoundaryCommand) -> Result:
         try:
             return super()._result(command_id, command)
         except TolariaError:
             if isinstance(command, Restore):
-                self._give_up()
+                self._restoring.give_up()
             raise
-
-    def _give_up(self) -> None:
-        """Has the others abandon the restore too."""
-        if self._group.leads and not self._sent:
-            self._group.broadcast_bytes(_NO_IMAGE)
-        elif self._sent and not self._voted:
-            self._group.all_reduce([1.0])
-
-    def _send(self, image: StateImage, refused: Callable[[], bool] | None) -> Callable[[], bool]:
-        """Sends the image that is about to be restored; returns what decides whether it is."""
-        self._group.broadcast_bytes(_IMAGE)
-        send_image(self._group, image)
-        self._sent = True
-        return lambda: self._refused_anywhere(refused is not None and refused())
-
-    def _follow(self) -> Restored:
-        if self._group.broadcast_bytes() == _NO_IMAGE:
-            raise RestoreAbandonedError("before it began")
-        image = receive_image(self._group)
-        self._sent = True
-        return self._snapshots.restore_image(image, lambda: self._refused_anywhere(refused=False))
-
-    def _refused_anywhere(self, refused: bool) -> bool:
-        self._voted = True
-        return not self._group.all(not refused)

@@ -24,10 +24,11 @@ from tolaria.lane.build import BuiltLane, build
 from tolaria.lane.commands import PageGate
 from tolaria.lane.connection import LaneConnection
 from tolaria.lane.encoding import from_bytes, to_bytes
+from tolaria.lane.group_state import GroupRestore
 from tolaria.lane.messages import Failure, LaneEnded, LaneReady, RankInfo
 from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.lane.process import Received, dump_stacks_on_request, end_with_service
-from tolaria.ranks.group import Group
+from tolaria.ranks.group import Group, lost_peer
 from tolaria.ranks.images import receive_image, send_image
 from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage, PagePulse
 from tolaria.state.shared_memory import SharedMemory
@@ -53,7 +54,12 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
     try:
         if (group := join_group()) is not None:
             group.broadcast_bytes(to_bytes(LaneOrder(received.order.settings, (), 0, RestorePlan())))
-        built = build_on_all_ranks(group, lambda: _built(received, settings, memory, group))
+        built = build_on_all_ranks(
+            group,
+            lambda: build(settings, memory, group),
+            lambda built: _start(received, memory, built),
+            sharded=settings.lane.parallel == "fsdp",
+        )
         message = built.ready
     except PeerLostError as error:
         return _end_with_group(str(error))
@@ -94,10 +100,12 @@ def follow() -> int:
             return PEER_LOST
         settings = Settings.model_validate(json.loads(order.settings))
         dump_stacks_on_request(settings)
-        built = build_on_all_ranks(group, lambda: build(settings, group=group))
+        sharded = settings.lane.parallel == "fsdp"
+        built = build_on_all_ranks(group, lambda: build(settings, group=group), sharded=sharded)
     except PeerLostError as error:
         return _end_with_group(str(error))
-    except TolariaError:
+    except TolariaError as error:
+        os.write(2, f"{error}\n".encode())
         time.sleep(_LEADER_S)  # which says why
         return 1
     built.snapshots.takes_snapshots = False
@@ -140,30 +148,44 @@ def join_group() -> Group | None:
     return Group.join(place, cuda=cuda)
 
 
-def _built(received: Received, settings: Settings, memory: SharedMemory, group: Group | None) -> BuiltLane:
-    order, built = received.order, build(settings, memory, group)
+def _start(received: Received, memory: SharedMemory, built: BuiltLane) -> None:
+    order = received.order
     built.snapshots.adopt(memory, order.digests)
     built.start_from(order.plan, received.images.pop(order.image_id, None))
-    return built
 
 
-def build_on_all_ranks(group: Group | None, make: Callable[[], BuiltLane]) -> BuiltLane:
-    """Builds on every rank, and gives all of them the leader's state.
+def build_on_all_ranks(
+    group: Group | None,
+    make: Callable[[], BuiltLane],
+    start: Callable[[BuiltLane], None] = lambda _built: None,
+    *,
+    sharded: bool = False,
+) -> BuiltLane:
+    """Builds on every rank, restores by `start` on the leader, and gives all ranks its state.
 
-    Raises what `make` raises, on other ranks LaneFailedError; so also if a rank does not get the leader's state.
+    Raises what `make` and `start` raise, on other ranks LaneFailedError; so also if a rank does not get that state.
+    Where the model is to be `sharded`, all ranks build and restore together, and an error is only that of its rank.
     """
     if group is None:
-        return make()
+        built = make()
+        start(built)
+        return built
     try:
         built = make()
+        if sharded:
+            GroupRestore(group, built.snapshots).start(lambda: start(built))
+        elif group.leads:
+            start(built)
     except TolariaError as error:
+        if sharded:
+            raise lost_peer(error) or error from error.__cause__
         with suppress(PeerLostError):  # which would hide this one
             group.all_gather_text(str(error) or type(error).__name__)
         raise
     for rank, problem in enumerate(group.all_gather_text("")):
         if problem:
             raise LaneFailedError(f"rank {rank}: {problem}")
-    _share_state(group, built)
+    _share_state(group, built, sharded=sharded)
     digests = group.all_gather_text(built.snapshots.state.fingerprint().total)
     if len(set(digests)) > 1:
         raise LaneFailedError(f"the ranks do not have the same state: {', '.join(digests)}")
@@ -171,16 +193,19 @@ def build_on_all_ranks(group: Group | None, make: Callable[[], BuiltLane]) -> Bu
     return replace(built, ranks=tuple(RankInfo(**json.loads(text)) for text in gathered))
 
 
-def _share_state(group: Group, built: BuiltLane) -> None:
+def _share_state(group: Group, built: BuiltLane, *, sharded: bool) -> None:
     module = built.module
     if group.leads:
         plan = RestorePlan((), tuple(sorted(module.skipped.added)), module.seeds.controller.adjustments)
         group.broadcast_bytes(to_bytes(LaneOrder("", (), 0, plan)))
-        send_image(group, built.snapshots.state.copy())
+        if not sharded:
+            send_image(group, built.snapshots.state.copy())
         return
-    order, image = from_bytes(group.broadcast_bytes()), receive_image(group)
+    order = from_bytes(group.broadcast_bytes())
     if isinstance(order, LaneOrder):
-        built.snapshots.restore_image(image, decided=order.plan.decided)
+        if not sharded:
+            image = receive_image(group, built.snapshots.state)
+            built.snapshots.restore_image(image, decided=order.plan.decided)
         module.skipped.added.update(order.plan.left_out)
 
 

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tolaria.errors import BrokenJobError
 from tolaria.jobs import Batch, PerSampleLosses
 from tolaria.lane.train_module import TrainModule
+from tolaria.shards import local, local_parts
 from tolaria.values.evaluation import Evaluation
 from tolaria.values.training import eager_name
 
@@ -115,16 +116,17 @@ def checked_twice(module: TrainModule, evaluate: Callable[[], Evaluation]) -> Ev
         BrokenJobError: names a parameter that changes with every pass.
     """
     module.clear_gradients()  # their memory holds the copies
-    kept = [parameter.detach().clone() for parameter in module.parameters]
+    kept = [local(parameter).detach().clone() for parameter in module.parameters]
     evaluation = evaluate()
-    if all(map(torch.equal, module.parameters, kept)):
+    if module.on_all_ranks(all(map(torch.equal, local_parts(module.parameters), kept))):
         return evaluation
-    projected = {parameter: parameter.detach().clone() for parameter in module.parameters}
+    projected = {parameter: local(parameter).detach().clone() for parameter in module.parameters}
     evaluate()
     for name, parameter in module.model.named_parameters():
-        before = projected.get(parameter, parameter)
+        part = local(parameter)
+        before = projected.get(parameter, part)
         tolerance = _ROUNDINGS * torch.finfo(parameter.dtype).eps if parameter.is_floating_point() else 0.0
-        if not torch.allclose(parameter, before, rtol=tolerance, atol=tolerance, equal_nan=True):
+        if not torch.allclose(part, before, rtol=tolerance, atol=tolerance, equal_nan=True):
             raise BrokenJobError(
                 f"evaluate(): parameter {eager_name(name)!r} changes with every pass, so that evaluations and repeated "
                 "steps would train the model: change parameters only by the optimizer, or where a second pass changes "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import resource
 import threading
 import time
 import traceback
@@ -16,7 +17,7 @@ from zlib import crc32
 
 import torch
 
-from tolaria.errors import JobError, PeerLostError, RanksDifferError
+from tolaria.errors import JobError, RanksDifferError
 from tolaria.lane.commands import CommandExecutor, CommandQueue, PageGate, QueuedCommand
 from tolaria.lane.device import hardware_context, limit_threads, on_device
 from tolaria.lane.fast_paths import spanning_compilation
@@ -37,9 +38,11 @@ from tolaria.lane.profiling import LaneProfiler, Region
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.step import StepAbandonedError, train_step
 from tolaria.lane.train_module import TrainModule
-from tolaria.ranks.group import Group
+from tolaria.ranks.group import Group, lost_peer
+from tolaria.shards import is_sharded
 from tolaria.signals.layout import LanePhase
 from tolaria.values.evaluation import Evaluation, Ratio
+from tolaria.values.training import RankLoad
 
 _FRAME_S: Final = 0.02
 _STEP_EVENTS_MAX: Final = 4096
@@ -196,10 +199,10 @@ class ThreadLane:
             limit_threads(self._threads)
             with spanning_compilation(partial(self._heartbeat.lane_phase, LanePhase.COMPILING)):
                 self._serve()
-        except PeerLostError as error:
-            self.peer_lost = str(error)
-            return
         except BaseException as error:  # noqa: BLE001 - the job is the user's code; its errors end the run, not the process
+            if self._module.group is not None and (lost := lost_peer(error)) is not None:
+                self.peer_lost = str(lost)
+                return
             # A JobError says in one line what failed, and where.
             failure = Failure.of(error, "" if isinstance(error, JobError) else traceback.format_exc())
             self.failed = str(failure)
@@ -349,14 +352,19 @@ class ThreadLane:
             gradients=gradients,
             adjustments=controller.adjustments,
             compile_fallback=module.fast_paths.new_compile_fallback(),
+            rank_loads=() if module.group is None else _loads(module, module.group),
         )
         self._events.put(event)
 
     def _compare_ranks(self, group: Group) -> None:
         """Raises RanksDifferError if parameters, buffers or optimizer differ between ranks. Reads all of them."""
         with self._heartbeat.lane_phase(LanePhase.EVALUATING):
-            found = self._snapshots.state.fingerprint(only=())
-            digest = str([(name, digest) for name, digest in found.tensors.items() if not name.startswith("rng/")])
+            state = self._snapshots.state
+            alike = [
+                name for name, each in state.survey(()).tensors.items() if not is_sharded(each) and name[:4] != "rng/"
+            ]
+            found = state.fingerprint(only=(), whole=False)
+            digest = str([(name, found.tensors[name]) for name in alike])
             if len(digests := set(group.all_gather_text(str(crc32(digest.encode()))))) > 1:
                 raise RanksDifferError(f"the ranks have {len(digests)} different states at the end of an epoch")
 
@@ -379,6 +387,12 @@ class ThreadLane:
                         found = checked_evaluation(module.job.evaluate(module.model, batch))
                     total += found if module.share.counted(whole) else Evaluation(0.0)
         return total if module.group is None else _over_ranks(total, module.group)
+
+
+def _loads(module: TrainModule, group: Group) -> tuple[RankLoad, ...]:
+    memory = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    gathered = group.all_gather([module.waits.input_s, module.waits.ranks_s, memory])
+    return tuple(RankLoad(input_s, ranks_s, int(size)) for input_s, ranks_s, size in gathered)
 
 
 def _over_ranks(evaluation: Evaluation, group: Group) -> Evaluation:

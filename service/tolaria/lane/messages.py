@@ -22,7 +22,7 @@ from tolaria.values.optimization import (
     LearningRateViolation,
     RebuildResult,
 )
-from tolaria.values.training import EpochProgress, Position
+from tolaria.values.training import EpochProgress, Position, RankLoad
 
 PROFILE_STEPS_MAX: Final = 1000
 """Steps in one profile. A trace holds every operation of each step, so longer ones cannot be viewed."""
@@ -340,7 +340,8 @@ class RegimeBegun:
 class EpochDone:
     """The steps of an epoch and its evaluation are done. `training_loss` is the mean over the epoch's finite steps.
 
-    `compile_fallback` is why parts of the model run uncompiled since this epoch; empty otherwise.
+    `compile_fallback` is why parts of the model run uncompiled since this epoch; empty otherwise. `rank_loads` are by
+    rank; empty for a process alone.
     """
 
     epoch: int
@@ -357,6 +358,7 @@ class EpochDone:
     gradients: SeedMetricSet | None = None
     adjustments: tuple[ActiveAdjustment, ...] = ()
     compile_fallback: str = ""
+    rank_loads: tuple[RankLoad, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tolaria.jobs import Batch
 from tolaria.lane.device import on_device
 from tolaria.lane.train_module import TrainModule
+from tolaria.shards import local_parts
 from tolaria.state.encoding import capture_rngs, restore_rngs
 
 
@@ -22,14 +23,14 @@ def parameters_sound(module: TrainModule, losses_of: Callable[[Batch], Mapping[s
     the outputs of all modules are finite is the job's: going back would not help. Before the first good step there is
     no batch, and the parameters only have to be finite. `losses_of` returns the job's losses.
     """
-    if not _finite([*module.parameters, *module.model.buffers()]):
+    if not module.on_all_ranks(_finite(local_parts([*module.parameters, *module.model.buffers()]))):
         return False
     if module.last_good is None:
         return True
     rngs = capture_rngs()
     module.save_pass()
     try:
-        batch = on_device(module.share.of(module.last_good), module.device)
+        batch = on_device(module.training_share.of(module.last_good), module.device)
         with module.fast_paths.autocast(), module.seeds.groups_as_built(), _watching(module) as outputs_finite:
             losses = losses_of(batch)
         if module.on_all_ranks(essential_finite(module, losses)):

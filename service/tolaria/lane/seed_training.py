@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, cast
 
@@ -23,6 +23,7 @@ from tolaria.optimization.groups import has_scheduler
 from tolaria.seeds import Blueprints, SeedTopology, parameters_by_owner
 from tolaria.seeds.stages import TRAINED
 from tolaria.seeds.topology import Reconciliation
+from tolaria.shards import whole_value
 from tolaria.values.gradients import SeedMetricSet
 from tolaria.values.optimization import GroupRole, RebuildOutcome
 from tolaria.values.seeds import limits_of
@@ -36,7 +37,7 @@ _UNCHANGED: Final = Reconciliation((), (), {}, {}, {})
 
 
 class SeedTraining:
-    """Seeds, optimizer and learning rates of one model, for a run of `run_steps`.
+    """Seeds, optimizer and learning rates of one model, for a run of `run_steps`. `shard`: see `SeedTopology`.
 
     Part of the training state, so that a postponed rebuild stays postponed after a restore.
 
@@ -45,7 +46,14 @@ class SeedTraining:
         SeedError: slots or owners of parameters are ambiguous.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings, run_steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        settings: Settings,
+        run_steps: int,
+        shard: Callable[[nn.Module], object] | None = None,
+    ) -> None:
         run_seed, seeds = settings.training.seed, settings.seeds
         self._isolation = seeds.isolation
         self.model = model
@@ -56,6 +64,7 @@ class SeedTraining:
             cull_steps=seeds.cull_steps,
             limits=limits_of(seeds),
             isolated=seeds.isolation,
+            shard=shard,
         )
         interval = settings.optimizer.rebuild_min_interval_steps
         named = [(eager_name(name), parameter) for name, parameter in model.named_parameters()]
@@ -166,7 +175,7 @@ class SeedTraining:
         states = self.topology.states(global_step)
         for state in states:
             gradients = [p.grad for _, p in self.topology.training_parameters(state.seed_id) if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+            norm = float(whole_value(torch.nn.utils.get_total_norm(gradients))) if gradients else 0.0
             state.gradient_norm = norm if math.isfinite(norm) else 0.0
             state.learning_rate = rates.get(SEED_GROUP + state.seed_id, 0.0)
             if (seed := by_id.get(state.seed_id)) is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, TypeAlias, cast
 
@@ -18,6 +19,7 @@ from tolaria.errors import (
     SeedError,
     StateMismatchError,
     StateUnsupportedError,
+    TolariaError,
     TopologyStateError,
 )
 from tolaria.images import Lease, StateImage
@@ -26,6 +28,7 @@ from tolaria.lane.messages import Restored, SnapshotEvent, SnapshotsChanged, Sna
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.train_module import TrainModule
 from tolaria.optimization import GroupPlan
+from tolaria.ranks.group import Group
 from tolaria.state.arenas import private_memory
 from tolaria.state.encoding import decode_plain
 from tolaria.state.restore import stage_restore
@@ -37,6 +40,8 @@ from tolaria.values.training import Position, eager_name
 
 _MIB: Final = 2**20
 _NO_LIMIT_BYTES: Final = 2**62
+
+_GATHER, _DONE = b"G", b"D"
 
 _Refused: TypeAlias = Callable[[], bool] | None
 
@@ -57,8 +62,11 @@ class SnapshotManager:
         self._every_steps = settings.every_steps
         self.before_restore: Callable[[StateImage, _Refused], _Refused] = lambda _image, refused: refused
         """Called with each image that is about to be restored, and what may refuse that; returns what decides."""
+        self.restore_failed: Callable[[], None] = lambda: None
+        """Called when a restore fails before live state has changed."""
         self.takes_snapshots = True
         """Off: the state is kept elsewhere."""
+        self._gathering: Group | None = None
         self._structure = SeedStructure(module.seeds)
         # The names of the parts are those in checkpoints.
         parts: dict[str, StatePart] = {
@@ -87,6 +95,8 @@ class SnapshotManager:
         self._unavailable = ""
         self._events: list[SnapshotEvent] = []
         self._ring_used = True
+        if self.state.sharded and module.group is not None:
+            self._gather_with(module.group)
 
     def adopt(self, memory: SharedMemory, digests: Collection[str]) -> None:
         """Takes over the snapshots with these digests that an earlier process has left in memory; frees the others."""
@@ -103,16 +113,25 @@ class SnapshotManager:
 
     def epoch_begins(self) -> None:
         """Takes the first snapshot, so that there is a restore point from the first step on."""
-        if self.takes_snapshots and not self._ring.statistics().snapshots:
+        due = self.takes_snapshots and not self._unsupported and not self._ring.statistics().snapshots
+        if self._gathering is not None:
+            due = self._gathering.broadcast_bytes(_GATHER if due else _DONE) == _GATHER
+        if due:
             self._take_snapshot()
 
     def step_done(self, duration_s: float) -> None:
         """Takes a snapshot after a step if one is due."""
-        if not self.takes_snapshots:
+        if not self.takes_snapshots and self._gathering is None:
             return
         self._cadence = self._cadence.after_step(duration_s)
-        if self._cadence.steps_since >= self._every_steps if self._every_steps else self._cadence.due:
+        if self._due(self._cadence) if self._gathering is None else self._gathering.snapshot_agreed:
             self._take_snapshot()
+
+    def take_part(self) -> None:
+        """Takes part in one capture of the leader's, who gathers what is sharded."""
+        group = self._gathering
+        while group is not None and group.broadcast_bytes() == _GATHER:
+            self.state.gather()
 
     def capture_image(self, *, beside: bool = False) -> Lease:
         """Captures the state, in the ring if it has room, and leases the image to the caller.
@@ -124,6 +143,10 @@ class SnapshotManager:
             NoCheckpointError: all spare images are still being read.
         """
         self._ring_used = True
+        with self._gathered():
+            return self._captured(beside=beside)
+
+    def _captured(self, *, beside: bool) -> Lease:
         reason = "every image that there is room for is still being written"
         for ring in (self._spare,) if beside else (self._ring, self._spare):
             taken = ring.capture(self.state)
@@ -202,7 +225,11 @@ class SnapshotManager:
             staged.commit(refused)
             found = self.state.fingerprint(only=staged.values["parts"]).total
         except (KeyError, TypeError, ValueError) as error:  # the image's values are not those of this module
+            self.restore_failed()
             raise StateMismatchError([f"{type(error).__name__}: {error}"]) from error
+        except TolariaError:
+            self.restore_failed()
+            raise
         finally:  # also after a failure: seeds and groups may have changed and changed back
             module.seeds.topology.advance(module.global_step)
             module.refresh()
@@ -228,11 +255,15 @@ class SnapshotManager:
 
     def _take_snapshot(self) -> None:
         """Takes a snapshot, or reports once why there is none, and once when there is one again."""
+        if not self.takes_snapshots:
+            self.take_part()
+            return
         if self._unsupported:
             return
         started_s, self._ring_used, reason = time.monotonic(), True, ""
         try:
-            taken = self._ring.capture(self.state)
+            with self._gathered():
+                taken = self._ring.capture(self.state)
         except StateUnsupportedError as error:
             self._unsupported, reason = True, str(error)  # the reason does not go away
         else:
@@ -243,6 +274,26 @@ class SnapshotManager:
         if reason != self._unavailable:
             self._unavailable = reason
             self._events.append(SnapshotsUnavailable(reason))
+
+    def _gather_with(self, group: Group) -> None:
+        self._gathering = group
+        if group.leads:
+            self.state.before_gather = lambda: group.broadcast_bytes(_GATHER)
+            group.snapshot_due = lambda: self.takes_snapshots and self._due(self._cadence.after_step(0.0))
+
+    def _due(self, cadence: Cadence) -> bool:
+        if self._unsupported:
+            return False
+        return cadence.steps_since >= self._every_steps if self._every_steps else cadence.due
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """Spans a capture, and ends it for the ranks that take part."""
+        try:
+            yield
+        finally:
+            if self._gathering is not None:
+                self._gathering.broadcast_bytes(_DONE)
 
 
 def _free(lease: Lease, ring: SnapshotRing) -> None:

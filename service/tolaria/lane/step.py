@@ -29,6 +29,7 @@ from tolaria.lane.parameter_check import essential_finite, parameters_sound
 from tolaria.lane.profiling import Mark, unmarked
 from tolaria.lane.train_module import TrainModule
 from tolaria.ranks.group import Group
+from tolaria.shards import local, local_parts
 from tolaria.values.optimization import LearningRateViolation
 
 _HALF: Final = frozenset({torch.float16, torch.bfloat16})
@@ -249,14 +250,15 @@ def _take_microbatches(
             read = module.next_batch()
         if read is None:
             break
-        batch = on_device(module.share.of(read), module.device, pinned=module.fast_paths.pins_memory)
+        batch = on_device(module.training_share.of(read), module.device, pinned=module.fast_paths.pins_memory)
         taken.waited_s += time.monotonic() - asked_s
+        module.waits.input_s += time.monotonic() - asked_s
         if not number:
             module.clear_gradients()
             taken.planned_samples = read.samples * module.accumulate
             module.merger.begin(module.global_step, module.accumulate)
         taken.read += read.samples
-        taken.counted = module.share.counted(read)
+        taken.counted = module.training_share.counted(read)
         module.save_microbatch(gradients=thorough)
         with mark("forward"), module.fast_paths.autocast(), module.seeds.groups_as_built():
             losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
@@ -330,7 +332,9 @@ def _sum_losses(module: TrainModule, taken: _Taken, group: Group) -> None:
         "names of losses": taken.sources,
         "announced changes of the task": len(module.announced),
     }
+    asked_s = time.monotonic()
     *sums, judged_samples, samples = group.all_reduce_step([*given, taken.judged_samples, taken.samples], must_match)
+    module.waits.ranks_s += time.monotonic() - asked_s
     device, dtype = module.device, torch.float32 if module.device.type == "mps" else torch.float64
     found = [
         None if part is None else torch.tensor(value, dtype=dtype, device=device)
@@ -361,7 +365,7 @@ def _rescale(module: TrainModule, taken: _Taken) -> None:
             taken.essential = taken.essential * factor
         gradients = [p.grad for p in module.parameters if p.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(local_parts(gradients), factor)
 
 
 def _measure(taken: _Taken, module: TrainModule) -> _Measured:
@@ -370,7 +374,7 @@ def _measure(taken: _Taken, module: TrainModule) -> _Measured:
     An isolated seed is a clip group by itself and cannot affect the host: if its norm is not finite, its gradients
     are dropped.
     """
-    groups = [[p.grad for p in group if p.grad is not None] for group in module.clip_groups]
+    groups = [[local(p.grad) for p in group if p.grad is not None] for group in module.clip_groups]
     gradients = [gradient for group in groups for gradient in group]
     losses = [loss for loss in (taken.loss, taken.essential, taken.judged) if loss is not None]
     if not gradients:  # no sample of this step is for a parameter in the optimizer
@@ -383,7 +387,7 @@ def _measure(taken: _Taken, module: TrainModule) -> _Measured:
     dtype = norms[0].dtype
     values: list[float] = torch.stack([each.to(dtype) for each in (*losses, *norms)]).tolist()
     rest = iter(values[len(losses) :])
-    found = [math.hypot(*islice(rest, len(group))) for group in groups]
+    found = module.norms_over_shards([math.hypot(*islice(rest, len(group))) for group in groups])
     dropped = []
     for seed_id, parameters, norm in zip(module.isolated_seeds, module.clip_groups[1:], found[1:], strict=True):
         if not math.isfinite(norm):
@@ -413,7 +417,7 @@ def _clip(module: TrainModule, norms: Sequence[float]) -> None:
     for group, norm in zip(module.clip_groups, norms, strict=True):
         gradients = [p.grad for p in group if p.grad is not None]
         if norm > module.clip_norm and gradients:
-            torch._foreach_mul_(gradients, module.clip_norm / norm)
+            torch._foreach_mul_(local_parts(gradients), module.clip_norm / norm)
 
 
 def _check_parameters(module: TrainModule, taken: _Taken, *, skipped: bool) -> bool | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar, cast
 
@@ -27,6 +28,7 @@ from tolaria.ranks.group import Group
 from tolaria.ranks.images import broadcast_rng_state
 from tolaria.ranks.share import Share
 from tolaria.seeds.slots import parameters_by_owner
+from tolaria.shards import is_sharded, local
 from tolaria.state.encoding import KeptValues, capture_rngs, restore_rngs
 from tolaria.values.loss_window import LossWindow
 from tolaria.values.training import HOST, EpochProgress, Position
@@ -34,6 +36,14 @@ from tolaria.values.training import HOST, EpochProgress, Position
 T = TypeVar("T")
 
 _StepStart: TypeAlias = tuple[CursorState, EpochProgress, tuple[dict[str, Tensor], dict[str, JsonValue]]]
+
+
+@dataclass(slots=True)
+class RankWaits:
+    """Seconds in which a rank has waited for its data, and for other ranks."""
+
+    input_s: float = 0.0
+    ranks_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -132,7 +142,8 @@ class TrainModule:
         regimes_begun: events of changed tasks that the lane has not taken yet.
         skip_streak: steps in a row that were skipped most recently.
         last_good: a batch of the last step that was not skipped, as the cursor returned it.
-        share: this rank's part of each batch.
+        share: this rank's part of each validation batch; `training_share` is that of training batches.
+        waits: seconds since the epoch's begin that this rank has waited for its data, and for other ranks.
         undone: False if something that was left out could not be undone; `train_step` reports and resets it.
         parameters: trainable parameters in the optimizer.
         clip_groups: the same parameters, in groups that are clipped separately; the host's is the first.
@@ -176,7 +187,8 @@ class TrainModule:
         self.skip_streak = 0
         self.last_good: Batch | None = None
         self.undone = True
-        self.share = Share()
+        self.waits = RankWaits()
+        self.share = self.training_share = Share()
         self._group: Group | None = None
         self._seed = settings.training.seed
         self._buffers, self._microbatch_buffers = SavedBuffers(model), SavedBuffers(model)
@@ -249,6 +261,7 @@ class TrainModule:
         """Starts the next epoch; within one, as after a rollback, only sets the model to training mode."""
         self.train_mode()
         self.look_up_parameters()
+        self.waits = RankWaits()
         if self.progress.over:
             self.progress = self.progress.begun(self.progress.number + 1)
             if self._group is not None:  # a cursor may draw the order of the epoch
@@ -327,9 +340,10 @@ class TrainModule:
             seed_everything(epoch_seed(self._seed + (self._group.rank << 40), place))
 
     def all_reduce_gradients(self, group: Group) -> None:
-        """Replaces the gradients of all trained parameters by their sums over the ranks."""
-        summed = group.all_reduce_gradients(self.parameters, [p.grad for p in self.parameters])
-        for parameter, gradient in zip(self.parameters, summed, strict=True):
+        """Replaces the gradients of all trained parameters by their sums over the ranks, as those of shards are."""
+        whole = [parameter for parameter in self.parameters if not is_sharded(parameter)]
+        summed = group.all_reduce_gradients(whole, [p.grad for p in whole]) if whole else []
+        for parameter, gradient in zip(whole, summed, strict=True):
             parameter.grad = None if gradient is None else laid_out(gradient, parameter)
 
     def broadcast_buffers(self) -> None:
@@ -371,8 +385,14 @@ class TrainModule:
 
     def gradients_finite(self) -> bool:
         """Whether all gradients that affect the host's loss are finite. Synchronises."""
-        gradients = [p.grad for p in self.clip_groups[0] if p.grad is not None]
+        gradients = [local(p.grad) for p in self.clip_groups[0] if p.grad is not None]
         return self.on_all_ranks(all(bool(torch.isfinite(gradient).all()) for gradient in gradients))
+
+    def norms_over_shards(self, norms: Sequence[float]) -> list[float]:
+        """Returns the norms of sharded tensors, given those of their parts on this rank; else the given ones."""
+        if self._group is None or not any(map(is_sharded, self.parameters)):
+            return list(norms)
+        return [math.sqrt(square) for square in self._group.all_reduce([norm * norm for norm in norms])]
 
     def on_all_ranks(self, found: bool) -> bool:
         """Whether something is so on every rank."""

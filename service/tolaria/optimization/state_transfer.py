@@ -13,6 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from tolaria.shards import local_parts, on_all_parts
+
 PLAIN_MOMENTUM_SHARE: Final = 0.1
 """Factor of the mean with which plain momentum is extended. Adaptive moments take the whole mean."""
 
@@ -199,14 +201,14 @@ def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Returns for each tensor whether all its numbers are finite. Synchronises once with each device.
+    """Returns for each tensor whether all its numbers are finite, on all ranks alike. Synchronises with each device.
 
     A sum is as fast as reading; only where it is not finite, which may be an overflow, all elements are checked.
     """
-    finite = [False] * len(tensors)
-    for device in {tensor.device for tensor in tensors}:
-        indices = [index for index, tensor in enumerate(tensors) if tensor.device == device]
-        sums = torch.stack([tensors[index].detach().sum().isfinite() for index in indices]).tolist()
+    finite, parts = [False] * len(tensors), local_parts(tensors)
+    for device in {part.device for part in parts}:
+        indices = [index for index, part in enumerate(parts) if part.device == device]
+        sums = torch.stack([parts[index].detach().sum().isfinite() for index in indices]).tolist()
         for index, sum_is_finite in zip(indices, sums, strict=True):
-            finite[index] = sum_is_finite or bool(tensors[index].isfinite().all())
-    return finite
+            finite[index] = sum_is_finite or bool(parts[index].isfinite().all())
+    return on_all_parts(finite, tensors)

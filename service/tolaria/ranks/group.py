@@ -34,12 +34,16 @@ class Group:
         local_rank: among the `local_world` ranks on this machine.
         commands_due: whether the ranks exchange commands at the next step boundary; each `all_reduce_step` sets it.
         has_commands: returns whether this rank has any; set by the leader's queue of commands.
+        snapshot_due: returns whether this rank wants a snapshot after the step; set where the state is sharded.
+        snapshot_agreed: whether one follows this step on all ranks; each `all_reduce_step` sets it.
     """
 
     def __init__(self, rank: int, world: int, local_rank: int = 0, local_world: int = 1) -> None:
         self.rank, self.world, self.local_rank, self.local_world = rank, world, local_rank, local_world
         self.commands_due = True
         self.has_commands: Callable[[], bool] = lambda: False
+        self.snapshot_due: Callable[[], bool] = lambda: False
+        self.snapshot_agreed = False
 
     @classmethod
     def join(cls, place: RankEnvironment, *, cuda: bool) -> Group:
@@ -71,7 +75,7 @@ class Group:
         return found
 
     def all_reduce_step(self, values: Sequence[float], must_match: Mapping[str, int]) -> list[float]:
-        """Returns the sums of a step's values, and sets `commands_due`.
+        """Returns the sums of a step's values, and sets `commands_due` and `snapshot_agreed`.
 
         `must_match` are numbers that are equal on all ranks, by what they are; they are compared modulo 2**20.
 
@@ -79,8 +83,9 @@ class Group:
             RanksDifferError: names the first number that differs.
             PeerLostError: another rank has gone.
         """
-        *sums, ranks = self._all_reduce_matching([*values, self.has_commands()], must_match)
-        self.commands_due = ranks > 0
+        given = [*values, self.has_commands(), self.snapshot_due()]
+        *sums, ranks, snapshots = self._all_reduce_matching(given, must_match)
+        self.commands_due, self.snapshot_agreed = ranks > 0, snapshots > 0
         return sums
 
     def _all_reduce_matching(self, values: Sequence[float], must_match: Mapping[str, int]) -> list[float]:
@@ -103,6 +108,13 @@ class Group:
             dist.all_reduce(numbers, dist.ReduceOp.MAX)
         found: list[float] = numbers.tolist()
         return found
+
+    def all_gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Returns the values of each rank, by rank, in float64; as many on every rank. Raises PeerLostError."""
+        places = [0.0] * (self.world * len(values))
+        places[self.rank * len(values) : (self.rank + 1) * len(values)] = values
+        found = self.all_reduce(places)
+        return [found[start : start + len(values)] for start in range(0, len(found), len(values))]
 
     def broadcast_bytes(self, data: bytes = b"") -> bytes:
         """Returns the leader's `data` on every rank. Raises PeerLostError."""
@@ -203,13 +215,27 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     yield from (places for places, _ in open_buckets.values() if places)
 
 
+def lost_peer(error: BaseException | None) -> PeerLostError | None:
+    """Returns what an error of a collective operation, also within code of PyTorch's, says about another rank.
+
+    None if it is another error. Looks also at what an error was raised from.
+    """
+    while error is not None:
+        text = str(error)
+        if isinstance(error, PeerLostError):
+            return error
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in text):
+            return PeerLostError(f"{type(error).__name__}: {text.partition('. ')[0]}")
+        error = error.__cause__
+    return None
+
+
 @contextmanager
 def _peers() -> Iterator[None]:
     """Spans an operation that fails when another rank has gone."""
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
-        if not isinstance(error, dist.DistError) and "gloo" not in text:
+        if (lost := lost_peer(error)) is None:
             raise
-        raise PeerLostError(f"{type(error).__name__}: {text.partition('. ')[0]}") from error
+        raise lost from error

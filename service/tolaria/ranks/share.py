@@ -32,6 +32,8 @@ class Share:
     rank: int = 0
     world: int = 1
     job: object = None
+    divided: bool = False
+    """Whether payloads hold the samples of this rank only, as a cursor has read them."""
 
     def of(self, batch: Batch) -> Batch:
         """Returns this rank's samples of a batch: the batch itself if there is one rank.
@@ -43,14 +45,20 @@ class Share:
         """
         if self.world == 1:
             return batch
-        start = self.rank * batch.samples // self.world if self.counted(batch) else 0
-        stop = start + (self.counted(batch) or 1)
-        if isinstance(self.job, SharingJob):
+        start, stop = self.bounds(batch.samples)
+        if self.divided:
+            payload = batch.payload
+        elif isinstance(self.job, SharingJob):
             payload = self.job.share(batch, start, stop)
         else:
             payload = split_payload(batch.payload, batch.samples, start, stop)
         seed_ids = None if batch.seed_ids is None else batch.seed_ids[start:stop]
         return Batch(payload, stop - start, seed_ids)
+
+    def bounds(self, samples: int) -> tuple[int, int]:
+        """Returns the first sample of this rank in a batch of that size, and the one after the last."""
+        start, stop = self.rank * samples // self.world, (self.rank + 1) * samples // self.world
+        return (start, stop) if start < stop else (0, 1)
 
     def counted(self, batch: Batch) -> int:
         """Returns how many samples of a whole batch are this rank's; 0 if it is given one that is another rank's."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Final
 
-from tolaria.lane.messages import LOSS_KINDS, LaneLost, LaneReady
+from tolaria.lane.messages import LOSS_KINDS, EpochDone, LaneLost, LaneReady
 from tolaria.run.observers import RunObserver
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.metrics import Metrics, start_at_zero
 
 _RANK: Final = "0"
+
+_RANKS_MAX: Final = 64
+"""Ranks that have series in Prometheus; status has all."""
 
 
 class LaneTelemetry(RunObserver):
@@ -25,6 +28,12 @@ class LaneTelemetry(RunObserver):
 
     def on_ready(self, ready: LaneReady) -> None:  # noqa: ARG002 - the hook's signature
         self._show(1)
+
+    def on_epoch(self, epoch: EpochDone, *, show_layers: bool) -> None:  # noqa: ARG002 - the hook's signature
+        for rank, load in enumerate(epoch.rank_loads[:_RANKS_MAX]):
+            self._metrics.rank_input_wait_seconds.labels(str(rank)).set(load.input_wait_s)
+            self._metrics.rank_wait_seconds.labels(str(rank)).set(load.rank_wait_s)
+            self._metrics.rank_memory_bytes.labels(str(rank)).set(load.memory_bytes)
 
     def on_lane_lost(self, lost: LaneLost, step: int) -> None:
         self._metrics.lane_up.labels(_RANK).set(0)

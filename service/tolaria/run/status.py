@@ -344,9 +344,16 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
         uptime_s=now_s - status.started_at_s,
         learning_rates=status.learning_rates,
         fast_paths=status.fast_paths,
-        ranks=[admin.RankStatus(**asdict(rank)) for rank in status.ranks],
+        ranks=_ranks(status),
         adjustments=[_adjustment(active) for active in status.adjustments],
     )
+
+
+def _ranks(status: RunStatus) -> list[admin.RankStatus]:
+    loads = status.last_epoch.rank_loads if status.last_epoch is not None else ()
+    if len(loads) != len(status.ranks):  # the group has another size now, or is one process
+        return [admin.RankStatus(**asdict(rank)) for rank in status.ranks]
+    return [admin.RankStatus(**asdict(rank), **asdict(load)) for rank, load in zip(status.ranks, loads, strict=True)]
 
 
 def _packet(status: RunStatus, epoch: int, step: int, loss: float, wall_ns: int) -> SystemStatePacket:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
 
@@ -72,6 +72,7 @@ class SeedTopology:
         cull_steps: steps over which a culled seed fades out, at least 1.
         limits: numbers of seeds that the model may have. Seeds of a loaded state may exceed them.
         isolated: whether the gradients of seeds in TRAINING stop at the seed.
+        shard: called with each branch before it is grafted, to distribute it over ranks; None where the model is whole.
 
     Raises:
         SeedError: `cull_steps` is below 1.
@@ -88,6 +89,7 @@ class SeedTopology:
         cull_steps: int,
         limits: SeedLimits = NO_LIMITS,
         isolated: bool = True,
+        shard: Callable[[nn.Module], object] | None = None,
     ) -> None:
         if cull_steps < 1:
             raise SeedError(f"cull_steps must be at least 1, so that the output does not jump; got {cull_steps}")
@@ -98,6 +100,7 @@ class SeedTopology:
         self._cull_steps = cull_steps
         self._limits = limits
         self._isolated = isolated
+        self._shard = shard
         self._seeds: dict[str, GraftedSeed] = {}
         self._blending = BlendingSeeds()
         self._misfits: dict[tuple[str, str], str | None] = {}
@@ -200,7 +203,7 @@ class SeedTopology:
         for seed in seeds:
             if seed.slot not in self._slots:
                 raise TopologyStateError(f"the model has no slot {seed.slot!r} for seed {seed.seed_id!r}")
-            grafts[seed.seed_id] = self._existing(seed) or self._build(seed, run_seed)
+            grafts[seed.seed_id] = self._existing(seed) or self._sharded(self._build(seed, run_seed))
         self._seeds = {seed.seed_id: seed for seed in seeds}
         for name, (_, slot) in self._slots.items():
             slot.arrange({i: graft for i, graft in grafts.items() if self._seeds[i].slot == name})
@@ -244,7 +247,7 @@ class SeedTopology:
             graft.set_trainable(trainable=False)
             if failure is not None:
                 raise BlueprintMisfitError(change.after.blueprint, change.after.slot, failure)
-            slot.seeds[seed_id] = graft
+            slot.seeds[seed_id] = self._sharded(graft)
         self._seeds[seed_id] = change.after
 
     def _update_grafts(self, global_step: int) -> None:
@@ -267,6 +270,11 @@ class SeedTopology:
         like = slot.seen or next((p for p in self._model.parameters() if p.is_floating_point()), torch.empty(0))
         graft = Graft(seed.seed_id, branch.to(like.device, like.dtype), slot.spec, isolated=self._isolated)
         return graft.train(slot.training)
+
+    def _sharded(self, graft: Graft) -> Graft:
+        if self._shard is not None:
+            self._shard(graft.branch)
+        return graft
 
     def _misfit(self, blueprint: str, slot: str) -> str | None:
         """Returns why a blueprint does not fit a slot; checked once for each pair, since the answer never changes."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tolaria.images import StateImage, TensorSpec
 from tolaria.segments import Segment, image_header, placed, placed_bytes
+from tolaria.shards import is_sharded, whole_value
 from tolaria.state.encoding import tensor_view
 
 if TYPE_CHECKING:
@@ -84,13 +85,23 @@ class Arena:
         return self.specs[0].name if self.specs else ""
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies the tensors with the arena's specs into it. Allocates nothing for tensors; synchronises."""
+        """Copies the tensors with the arena's specs into it. Synchronises.
+
+        Allocates nothing but memory for one tensor, if there are sharded ones; these every rank has to gather.
+        """
         self._digests = {}
         if self.segment is not None:
             self.segment.clear()
-        if self._targets:
-            with torch.no_grad():
-                torch._foreach_copy_(self._targets, [tensors[spec.name].detach() for spec in self.specs])
+        targets, sources = list[Tensor](), list[Tensor]()
+        with torch.no_grad():
+            for spec, target in zip(self.specs, self._targets, strict=True):
+                if is_sharded(tensor := tensors[spec.name]):
+                    target.copy_(whole_value(tensor))  # one after the other, so that only one is in memory
+                else:
+                    targets.append(target)
+                    sources.append(tensor.detach())
+            if targets:
+                torch._foreach_copy_(targets, sources)
 
     def holds(self, tensors: Mapping[str, Tensor]) -> bool:
         """Returns whether the arena has these tensors' content already, bit for bit. Synchronises."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tolaria.errors import RestoreAbandonedError, StateMismatchError
-from tolaria.images import StateImage
+from tolaria.images import StateImage, TensorSpec
+from tolaria.shards import local, part_of
 from tolaria.state.encoding import (
     TENSOR_KEY,
     KeptValues,
@@ -243,12 +244,16 @@ class _Plan:
         restore_rngs(*self._rngs)
 
     def _source(self, name: str) -> Tensor:
-        return tensor_view(self._specs[name], self._image.buffers[name])
+        spec = self._specs[name]
+        if (shape := self._image.parts.get(name)) is not None:
+            spec = TensorSpec(name, spec.dtype, shape)
+        return tensor_view(spec, self._image.buffers[name])
 
     def _fill(self, name: str, target: Tensor) -> Tensor:
         self._used.add(id(target))
-        self._targets.append(target.detach())
-        self._sources.append(self._source(name))
+        self._targets.append(local(target.detach()))
+        source = self._source(name)
+        self._sources.append(source if name in self._image.parts else part_of(source, target))
         return target
 
     def _entries(self, name: str, entries: JsonValue, *, everything_on_device: bool) -> dict[str, object]:

@@ -7,7 +7,7 @@ sorted by name.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tolaria.errors import StateUnsupportedError
 from tolaria.images import Fingerprint, StateImage, canonical_json, combine
+from tolaria.shards import is_sharded, local, whole_value
 from tolaria.state.arenas import Arena
 from tolaria.state.encoding import (
     TENSOR_KEY,
@@ -63,13 +64,15 @@ class Survey:
     """The live tensors themselves by name (generators: copies), and everything else as JSON values.
 
     `trained` has the names of those that every step changes: parameters that require gradients and their optimizer
-    state.
+    state; and those of all sharded tensors. `before_gather` is called before a copy of whole sharded tensors, in which
+    all ranks have to take part.
     """
 
     position: Position
     tensors: Mapping[str, Tensor]
     values: Mapping[str, JsonValue]
     trained: AbstractSet[str]
+    before_gather: Callable[[], object]
 
     def json(self) -> bytes:
         """Returns the canonical JSON of `values`."""
@@ -102,6 +105,7 @@ class TrainingState:
         self.optional = frozenset(optional)
         self.parts = MappingProxyType({name: parts[name] for name in sorted(parts)})
         self.topology = topology
+        self.before_gather: Callable[[], object] = lambda: None
         for name, module in live.model.named_modules():
             if type(module).get_extra_state is not nn.Module.get_extra_state:
                 raise StateUnsupportedError(name, "the module has extra state beside parameters and buffers")
@@ -117,21 +121,38 @@ class TrainingState:
         parts = self.parts if only is None else {name: part for name, part in self.parts.items() if name in only}
         return _Surveyor(self, parts).survey()
 
-    def fingerprint(self, only: Collection[str] | None = None) -> Fingerprint:
+    @property
+    def sharded(self) -> bool:
+        """Whether tensors are distributed over ranks."""
+        return any(is_sharded(parameter) for parameter in self.live.model.parameters())
+
+    def fingerprint(self, only: Collection[str] | None = None, *, whole: bool = True) -> Fingerprint:
         """Returns the digests of the live state, equal to those of an image of it. Reads every byte; synchronises.
 
-        With `only`, the digests are those of an image that has no other parts.
+        With `only`, the digests are those of an image that has no other parts. Sharded tensors are gathered, one after
+        the other, so that every rank has to call this; unless `whole` is False, which takes the part of this rank, as
+        `copy` does.
         """
-        survey = self.survey(only)
-        digests = {name: spec_of(name, tensor).digest(packed_bytes(tensor)) for name, tensor in survey.tensors.items()}
+        survey, value = self.survey(only), whole_value if whole else local
+        digests = {
+            name: spec_of(name, tensor).digest(packed_bytes(value(tensor))) for name, tensor in survey.tensors.items()
+        }
         return combine(digests, survey.json())
 
+    def gather(self) -> None:
+        """Takes part in a copy of the whole state on another rank."""
+        for tensor in self.survey(()).tensors.values():
+            whole_value(tensor)
+
     def copy(self) -> StateImage:
-        """Returns an unsealed image in newly allocated host memory. Synchronises."""
+        """Returns an unsealed image in new host memory, with this rank's part of sharded tensors. Synchronises."""
         survey = self.survey()
-        arena = Arena(specs_of(survey.tensors), pinned=False)
-        arena.fill(survey.tensors)
-        return StateImage(survey.position, arena.specs, arena.buffers, survey.json())
+        tensors = {name: local(tensor) for name, tensor in survey.tensors.items()}
+        arena = Arena(specs_of(tensors), pinned=False)
+        arena.fill(tensors)
+        parts = {name: tuple(tensors[name].shape) for name, tensor in survey.tensors.items() if is_sharded(tensor)}
+        specs = specs_of(survey.tensors)
+        return StateImage(survey.position, specs, arena.buffers, survey.json(), parts=parts)
 
 
 def parameter_names(live: LiveTraining) -> dict[Tensor, str]:
@@ -172,7 +193,7 @@ class _Surveyor:
         }
         self._tensors.update(rng_tensors)
         tensors = MappingProxyType({name: self._tensors[name] for name in sorted(self._tensors)})
-        return Survey(self._live.position, tensors, MappingProxyType(values), self._trained)
+        return Survey(self._live.position, tensors, MappingProxyType(values), self._trained, self._state.before_gather)
 
     def _part(self, name: str, part: StatePart) -> JsonValue:
         return encode(dict(part.state_dict()), f"parts/{name}", self._put_home)
@@ -200,7 +221,7 @@ class _Surveyor:
     def _put(self, name: str, tensor: Tensor, *, trained: bool = False) -> JsonValue:
         if name in self._tensors:
             raise StateUnsupportedError(name, "two tensors have this name")
-        if trained:
+        if trained or is_sharded(tensor):
             self._trained.add(name)
         self._tensors[name] = tensor
         return {TENSOR_KEY: name}

@@ -238,6 +238,15 @@ class Metrics:
             RECOVERY_BUCKETS_S,
             ["rank"],
         )
+        self.rank_input_wait_seconds = self._gauge(
+            "rank.input_wait_seconds", "Waits of a rank for its data in the last epoch.", ["rank"]
+        )
+        self.rank_wait_seconds = self._gauge(
+            "rank.wait_seconds", "Waits of a rank for slower ones in the last epoch; the slowest waits least.", ["rank"]
+        )
+        self.rank_memory_bytes = self._gauge(
+            "rank.memory_bytes", "Most memory that a rank's process has had.", ["rank"]
+        )
         self.health_ready = self._gauge("health.ready", "1 while /readyz reports that the service is ready.")
         self.profiler_enabled = self._gauge("profiler.enabled", "1: a trace is being recorded.")
         self.profiler_traces_emitted_total = self._counter("profiler.traces_emitted_total", "Traces written.")

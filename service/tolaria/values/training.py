@@ -30,6 +30,21 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
+class RankLoad:
+    """What one rank has spent in the steps of an epoch, and its memory.
+
+    Attributes:
+        input_wait_s: waits for its data.
+        rank_wait_s: waits for slower ranks: the least is that of the slowest one.
+        memory_bytes: the most that its process has had in memory so far.
+    """
+
+    input_wait_s: float
+    rank_wait_s: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class EpochProgress:
     """Progress of the current or last epoch.
 

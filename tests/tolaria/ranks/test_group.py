@@ -43,6 +43,7 @@ CASES: Final[dict[str, dict[str, Any]]] = {
         "script": EPOCHS,
         "options": {"batch": 2, "samples": 9, "sum": True},
     },
+    "a shuffled loader": {"job": "LoaderJob", "script": [["epoch"]] * 2},
     "order from the global generator": {"job": "DrawnOrderJob", "script": EPOCHS},
     "rollbacks": {"job": "ExactJob", "script": GOES_BACK, "sections": {"rollback": {"every_steps": 4}}},
 }
@@ -55,10 +56,13 @@ def alone() -> dict[str, Any]:
     return {name: results[0] for name, results in zip(CASES, found, strict=True)}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[(2, "ddp"), (3, "ddp"), (3, "fsdp")], ids=str)
 def together(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The results of several ranks by case."""
-    found = run_on_ranks(request.param, [(TRAIN, options) for options in CASES.values()])
+    """The results of several ranks by case, each with the whole model or with parts of its parameters."""
+    world, parallel = request.param
+    lane = {"lane": {"mode": "torchrun", "parallel": parallel}}
+    cases = [{**options, "sections": {**options.get("sections", {}), **lane}} for options in CASES.values()]
+    found = run_on_ranks(world, [(TRAIN, options) for options in cases])
     return dict(zip(CASES, found, strict=True))
 
 
@@ -112,6 +116,14 @@ def test_running_statistics_are_the_leader_s_on_every_rank() -> None:
     assert leader["digests"] == follower["digests"]
     assert leader["digests"][0] == leader["digests"][1]
     assert "running_mean" in leader["digests"][0]
+
+
+def test_the_slowest_rank_waits_least() -> None:
+    """So that it is found by the waits of an epoch, which the leader reports by rank."""
+    ((leader, _),) = run_on_ranks(2, [(TRAIN, {"job": "SlowRankJob", "script": [["epoch"]]})])
+    (_, leader_s), (_, slow_s) = leader["waits"]
+    assert leader_s > 0.2
+    assert leader_s > 2 * slow_s
 
 
 @pytest.mark.parametrize("rank", [0, 1])

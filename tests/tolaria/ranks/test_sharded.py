@@ -1,0 +1,88 @@
+"""Models of which each rank has a part (`lane.parallel = fsdp`), in processes of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+import torch.distributed.checkpoint.state_dict_loader as dcp
+from safetensors import safe_open
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+from support.rank_run import run_on_ranks
+
+SAVE: Final = "support.rank_scenarios:save"
+LOAD: Final = "support.rank_scenarios:load"
+TRAIN: Final = "support.rank_scenarios:train"
+FSDP: Final = {"lane": {"mode": "torchrun", "parallel": "fsdp"}}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory in which two ranks have saved, and the digest of their state."""
+    directory = tmp_path_factory.mktemp("saved")
+    ((digest, _),) = run_on_ranks(2, [(SAVE, {"directory": str(directory)})])
+    return directory, digest
+
+
+@pytest.fixture(scope="module")
+def losses(saved: tuple[Path, str]) -> list[float]:
+    """The losses with which one process alone goes on."""
+    ((found,),) = run_on_ranks(1, [(LOAD, {"directory": str(saved[0])})])
+    assert (found["digest"], found["saved"]) == (found["expected"], saved[1])
+    return list(found["losses"])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_what_two_ranks_saved_any_number_restores(world: int, saved: tuple[Path, str], losses: list[float]) -> None:
+    """Bit for bit, with moments and a seed, in parts; and goes on as one process does."""
+    (found,) = run_on_ranks(world, [(LOAD, {"directory": str(saved[0])})])
+    assert [rank["digest"] for rank in found] == [found[0]["expected"]] * world
+    assert found[0]["losses"] == pytest.approx(losses, rel=1e-9)
+    assert 1 < sum(rank["bytes"] for rank in found) < 2.5  # random numbers and the like are whole on every rank
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_files_are_read_by_torch(saved: tuple[Path, str]) -> None:
+    """By the reader for Hugging Face's format, bit-equal, without Tolaria."""
+    with safe_open(saved[0] / "model.safetensors", "pt") as file:
+        expected = {name: file.get_tensor(name) for name in file.keys() if name.startswith("parameter/")}  # noqa: SIM118 - not a mapping
+    state = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(saved[0])), no_dist=True)
+    assert len(state) > 10
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def train(job: str, world: int = 2, **options: Any) -> list[Any]:
+    """Returns what each rank says of one epoch."""
+    given = {"job": job, "script": [["epoch"]], "sections": FSDP, **options}
+    return list(run_on_ranks(world, [(TRAIN, given)])[0])
+
+
+def test_a_job_can_shard_its_model_itself() -> None:
+    """By its method `shard`; and the losses are those of any other sharding."""
+    leader, follower = train("SelfShardedJob")
+    assert leader["losses"] == pytest.approx(train("UnevenJob")[0]["losses"], rel=1e-9)
+    assert leader["digests"] == follower["digests"]
+
+
+def test_a_parameter_that_stays_whole_is_refused() -> None:
+    """Its gradient would be summed by no one."""
+    leader, _ = train("SelfShardedJob", options={"whole": True})
+    assert "shard() leaves parameter 'inner.weight' whole" in leader
+
+
+def test_a_fused_kernel_that_knows_no_parts_is_not_used() -> None:
+    """As that of SGD; the optimizer computes without it."""
+    leader, _ = train("ExactJob", deterministic=False)
+    assert len(leader["losses"]) == 8
+
+
+def test_a_rank_that_has_gone_is_not_the_job_s_fault() -> None:
+    """Also if the job's own forward or backward pass is where that is noticed."""
+    leader, follower = train("FailingRankJob", options={"fails_on": 1, "fails_at": 5})
+    assert "the file server does not answer" in follower["failed"]
+    assert isinstance(leader, str)
+    assert "AssertionError" in leader  # of the script, which waits for an epoch

@@ -69,9 +69,10 @@ def test_the_card_says_what_the_export_holds(gpt: Trained, tmp_path: Path) -> No
     card = replace(gpt.export(tmp_path / "out"), files={})
     order = ExportOrder(gpt.directory, NEWEST, "safetensors", tmp_path / "again")
     assert export_model(order).job == "my:Job"
-    with open_storage(gpt.directory, run_id="run", retention=Retention(3, "highest")).journal as journal:
-        (row,) = journal.rows(CheckpointRow)
-    assert (card.run_id, card.global_step, card.digest) == ("run", row.global_step, row.digest)
+    journal = open_storage(gpt.directory, run_id="run", retention=Retention(3, "highest")).journal
+    (recorded,) = journal.rows(CheckpointRow)
+    journal.close()
+    assert (card.run_id, card.global_step, card.digest) == ("run", recorded.global_step, recorded.digest)
     assert (card.metrics, card.random_seed, card.job_options) == ({"loss": 1.5}, 7, {"width": 3})
     (seed,) = card.seeds
     assert (seed.seed_id, seed.blueprint, seed.slot, seed.alpha) == ("seed-0", "lora", "tokens", 0.5)
@@ -98,6 +99,25 @@ def test_an_existing_target_is_refused(gpt: Trained, tmp_path: Path) -> None:
             gpt.export(tmp_path / name)
     assert (tmp_path / "file").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "link"]
+
+
+def test_an_existing_target_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    """Also if there is nothing to export."""
+    with pytest.raises(ExportRefusedError, match="exists already"):
+        export_model(ExportOrder(tmp_path / "nowhere", NEWEST, "safetensors", tmp_path))
+
+
+def test_a_target_that_appears_meanwhile_is_kept(gpt: Trained, tmp_path: Path) -> None:
+    """An empty directory would be replaced by a rename."""
+
+    class Slow(ExportFiles):
+        def sync_directory(self, path: Path) -> None:
+            super().sync_directory(path)
+            (tmp_path / "out").mkdir(exist_ok=True)
+
+    with pytest.raises(ExportRefusedError, match="exists already"):
+        export_model(ExportOrder(gpt.directory, NEWEST, "safetensors", tmp_path / "out"), Slow())
+    assert [list(path.iterdir()) for path in tmp_path.iterdir()] == [[]]
 
 
 class FullDisk(ExportFiles):
@@ -161,6 +181,17 @@ def test_a_damaged_checkpoint_is_refused_by_its_digest(tmp_path: Path) -> None:
             it.export(tmp_path / "out", checkpoint=which)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state"]
     assert file.exists()
+
+
+def test_another_checkpoint_of_the_same_id_is_refused(tmp_path: Path) -> None:
+    """One that is whole, but not the one that the journal has recorded."""
+    it = trained(tmp_path / "state", "support.export_jobs:TokensJob")
+    journal = open_storage(it.directory, run_id="run", retention=Retention(3, "highest")).journal
+    (recorded,) = journal.rows(CheckpointRow)
+    journal.put(replace(recorded, digest="0" * 32))
+    journal.close()
+    with pytest.raises(CheckpointDamagedError, match="another digest than the journal's"):
+        it.export(tmp_path / "out")
 
 
 def row(checkpoint_id: str, *, run_id: str = "b", metric: float | None = None, **fields: object) -> CheckpointRow:

@@ -8,13 +8,14 @@ import anyio.to_thread
 import pytest
 
 from leyline.v1.state_pb2 import HardwareContext
-from support.lane_driver import built
+from support.lane_driver import built, new_module
 from support.runs import FakePeers, new_run, running
 from tolaria.cli.render import epoch_line, status_rows
 from tolaria.config import HealthSettings, RollbackSettings, Settings, load_settings
 from tolaria.errors import BrokenJobError, ConfigurationError
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import EpochDone
+from tolaria.lane.step import train_step
 from tolaria.run.health import Health
 from tolaria.run.verdicts import Proceed, Retreat
 from tolaria.values.evaluation import Evaluation
@@ -103,6 +104,15 @@ def test_a_wrong_name_in_a_step_is_found_before_the_run(name: str) -> None:
     """`context.log` says what is wrong with it."""
     with pytest.raises(BrokenJobError, match=r"context\.log\(\)"):
         built(JOB, options={"logs": name})
+
+
+def test_what_a_skipped_step_logs_is_dropped() -> None:
+    """It changes nothing; the step after it logs its own."""
+    module = new_module(JOB, options={"poison_from": 2, "poison_steps": 1}, accumulate=1)
+    steps = [train_step(module, lambda: True) for _ in range(3)]
+    assert [(step.skipped, sorted(step.logged)) for step in steps if step is not None] == [
+        (False, ["batch.samples", "size"]), (True, []), (False, ["batch.samples", "size"]),
+    ]  # fmt: skip
 
 
 def evaluated(health: Health, values: list[float], *, correct: int = 50) -> list[object]:

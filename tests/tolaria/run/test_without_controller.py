@@ -11,7 +11,9 @@ from tolaria.rollback.protocol import Rollback
 from tolaria.values.optimization import OPERATOR
 
 pytestmark = pytest.mark.anyio
-OFF = ControlSettings(enabled=False, step_interval=1)
+OFF = ControlSettings(
+    enabled=False, step_interval=1, boundary_budget_ms=0.001, tamiyo_budget_ms=0.001, boundary_slack_ms=0.001
+)
 
 
 async def test_a_run_without_a_controller_asks_nothing(tmp_path: Path) -> None:

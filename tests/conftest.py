@@ -51,7 +51,8 @@ def fuzz_cases(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(autouse=True, scope="session")
 def load_beside(request: pytest.FixtureRequest) -> Iterator[None]:
     """Keeps two cores busy during the whole session, with `--beside-load`."""
-    count = 2 if request.config.getoption("--beside-load") else 0
+    first = getattr(request.config, "workerinput", {"workerid": "gw0"})["workerid"] == "gw0"
+    count = 2 if request.config.getoption("--beside-load") and first else 0
     loops = [subprocess.Popen([sys.executable, "-c", _BUSY_LOOP]) for _ in range(count)]
     yield
     for loop in loops:

@@ -119,8 +119,9 @@ def test_random_deaths_change_nothing(
     (tmp_path / "calm").mkdir()
     with serve(*arguments, cwd=tmp_path / "calm") as service:
         assert service.wait(300) == 0
-    with serve(*arguments, "training.options.step_s=0.02", cwd=tmp_path) as service:
+    with serve(*arguments, "training.options.step_s=0.02", cwd=tmp_path) as service, stub_of(service) as stub:
         expected = list[str]()
+        wait_for(lambda: status(stub).global_step > 0)  # a death before would be one of a job that cannot be built
         for number in range(RANDOM_DEATHS):
             wait_for(lambda n=number: len(named(service, "tolaria.lane_recovered")) == n, 90)  # type: ignore[misc]
             wait_for(lambda: len(ranks_of(agent_of(service))) == 2, 60)

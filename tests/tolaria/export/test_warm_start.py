@@ -33,7 +33,7 @@ def model_of(lane: BuiltLane) -> nn.Module:
 
 def test_a_new_run_starts_with_the_values_of_an_export_or_a_checkpoint(plain: Trained, tmp_path: Path) -> None:
     """Outputs are those of the trained model; the optimizer, the place in the data and the step are new."""
-    plain.export(tmp_path / "out", "torch")
+    plain.export(tmp_path / "out")
     places = (tmp_path / "out", plain.directory, plain.directory / CHECKPOINTS / plain.checkpoint_id)
     for place in places:
         lane = new_lane(place)

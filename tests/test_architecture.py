@@ -36,15 +36,18 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": (
         "admin_commands", "answers", "board", "chaos", "client", "commands", "curves", "demo", "errors", "exports",
-        "harm", "job_commands", "main", "process_tree", "render", "report", "serve_child",
+        "harm", "job_commands", "main", "process_tree", "render", "report", "serve_child", "telemetry",
     ),
-    "config": ("durability", "fields", "network", "presets", "ranks", "retired", "settings", "sources", "training"),
+    "config": (
+        "durability", "fields", "network", "presets", "ranks", "retired", "settings", "sources", "telemetry",
+        "training",
+    ),
     "errors": ("base", "operation", "training"),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
     "export": ("card", "conversion", "folding", "loading", "source", "warm_start", "writing"),
     "gradients": ("accumulate", "flat", "gram", "pcgrad", "rows", "seed_metrics", "sharded", "tracker", "weights"),
     "jobs": ("data", "digits", "indexed", "job", "loader", "randomness", "workers"),
-    "journal": ("async_journal", "database", "reader", "rows"),
+    "journal": ("async_journal", "database", "reader", "reserve", "rows"),
     "lane": (
         "buffers", "build", "commands", "connection", "device", "encoding", "fast_paths", "first_look",
         "gradient_merge", "group_commands", "group_state", "hosting", "job_effects", "job_output", "job_report", "lane",
@@ -56,23 +59,27 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "peers": ("clients", "connect", "consultation", "verification"),
     "ranks": ("agent", "child", "elastic", "group", "images", "share"),
-    "reference": ("embedded", "history", "kasmina", "lifecycle", "policy", "rollback", "server", "tamiyo"),
+    "reference": ("embedded", "history", "kasmina", "lifecycle", "policy", "rollback", "server", "tamiyo", "tracing"),
     "resilience": ("breaker", "conservative", "deadline"),
     "rollback": ("coordinator", "protocol"),
-    "rpc": ("admin", "exports", "listing", "requests", "status"),
+    "rpc": ("admin", "exports", "listing", "requests", "status", "telemetry"),
     "run": (
         "adjustments", "boundary", "checkpointing", "command_handler", "conditions", "health", "health_record",
-        "journal_observer", "lane_client", "lane_telemetry", "observers", "operations", "profiling", "recovery",
-        "restore_points", "restorer", "resume", "revival", "run", "run_state", "safety", "safety_telemetry",
+        "journal_observer", "lane_client", "lane_telemetry", "observers", "operations", "packet_telemetry", "profiling",
+        "recovery", "restore_points", "restorer", "resume", "revival", "run", "run_state", "safety", "safety_telemetry",
         "seed_telemetry", "status", "training_telemetry", "verdicts",
     ),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
     "service": ("host", "listeners", "readiness", "settings_record", "start", "wiring"),
     "signals": ("board", "futex", "lane_page", "lane_pulse", "layout", "mapping", "seqlock", "writers"),
     "state": ("arenas", "encoding", "restore", "shared_memory", "snapshots", "training_state"),
-    "telemetry": ("events", "exporter", "logging", "metrics"),
+    "telemetry": (
+        "events", "exporter", "logging", "metrics", "otlp", "packets", "subscriptions", "tracing",
+    ),
     "transport": ("lane_images", "lane_link", "lane_process", "process_lane"),
-    "values": ("encoding", "evaluation", "gradients", "lineage", "loss_window", "optimization", "seeds", "training"),
+    "values": (
+        "encoding", "evaluation", "gradients", "lineage", "loss_window", "optimization", "seeds", "spans", "training",
+    ),
 }  # fmt: skip
 """The modules of each subpackage, named by standard terms. Add new modules here and in docs/architecture.md."""
 

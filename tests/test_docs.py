@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from support.catalogue import PAGE, with_tables
+from tolaria.run.packet_telemetry import BOUNDARY, CHECKPOINT, EPOCH, LANE_RESTART, ROLLBACK
+
 ROOT = Path(__file__).parents[1]
 SERVICE = ROOT / "service" / "tolaria"
 GUIDE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -75,3 +78,18 @@ def test_paths_of_the_readme_exist() -> None:
 
     assert [path for path in [*links, *paths] if not (ROOT / path).exists()] == []
     assert "docs/architecture.md" in links
+
+
+def test_the_tables_of_telemetry_are_those_of_the_catalogues() -> None:
+    """`python tests/support/catalogue.py` writes them."""
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_tables(page)
+    assert "tolaria.telemetry.dropped_total" in page
+    assert "epoch_hook_latency_high" in page
+
+
+def test_the_spans_of_telemetry_are_those_that_are_recorded() -> None:
+    """Each span of a run has a row."""
+    page = PAGE.read_text(encoding="utf-8")
+    names = (EPOCH, BOUNDARY, ROLLBACK, CHECKPOINT, LANE_RESTART)
+    assert [name for name in names if f"| `{name}` |" not in page] == []

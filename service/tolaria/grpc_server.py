@@ -49,11 +49,16 @@ class BoundServer:
     address: Address
 
 
-async def bound_server(what: str, listen: str) -> BoundServer:
-    """Listens on `listen`, for the event loop that calls it. Raises BindError, which begins with `what`."""
+async def bound_server(
+    what: str, listen: str, *, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
+) -> BoundServer:
+    """Listens on `listen`, for the event loop that calls it. `interceptors` see a call before it is decoded.
+
+    Raises BindError, which begins with `what`.
+    """
     # With SO_REUSEPORT, a port in use would not be an error, and the servers would share its connections.
     server = grpc.aio.server(
-        interceptors=[_DecodingInterceptor()],
+        interceptors=[*interceptors, _DecodingInterceptor()],
         options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", REQUEST_BYTES_MAX)],
     )
     with suppress(RuntimeError):  # its message only suggests environment variables for debugging

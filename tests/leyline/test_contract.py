@@ -32,6 +32,7 @@ ENUMS = {
     "RollbackTier": "ROLLBACK_TIER_: UNSPECIFIED FAST FULL",
     "ExportFormat": "EXPORT_FORMAT_: UNSPECIFIED SAFETENSORS HF TORCH",
     "RunState": "RUN_STATE_: UNSPECIFIED STARTING RUNNING PAUSED HALTED DRAINING FINISHED FAILED RECOVERING",
+    "TelemetryKind": "TELEMETRY_KIND_: UNSPECIFIED EPOCH EVENT EMERGENCY",
 }
 
 # message -> its fields as "type name number"
@@ -82,6 +83,7 @@ NAMED_FIELDS = {
     "TriggerRollbackRequest": "request_id tier target_step reason",
     "TriggerRollbackResponse": "rollback_id tier restored_step state_digest expected_digest latency_ms",
     "RaiseEmergencyRequest": "request_id level reason",
+    "StreamTelemetryRequest": "level name_prefixes kinds replay_critical",
     "StreamTelemetryResponse": "packet",
     "GetStatusResponse": "run_id state epoch global_step training_loss validation_accuracy conservative_reasons"
     " emergency_level breakers learning_rates seeds last_boundary_ms health",

@@ -73,8 +73,8 @@ class MemoryJournal(AsyncJournal):
 
 
 @asynccontextmanager
-async def serving_parts(parts: AdminParts) -> AsyncIterator[grpc.aio.Channel]:
-    """Serves the admin service with these parts; yields a channel to it."""
+async def serving_parts(parts: AdminParts, addresses: list[str] | None = None) -> AsyncIterator[grpc.aio.Channel]:
+    """Serves the admin service with these parts; yields a channel to it, and adds its address to `addresses`."""
 
     def register(server: grpc.aio.Server) -> None:
         add_TolariaAdminServiceServicer_to_server(AdminService(parts), server)
@@ -85,12 +85,14 @@ async def serving_parts(parts: AdminParts) -> AsyncIterator[grpc.aio.Channel]:
         ) as server,
         grpc.aio.insecure_channel(str(server.address)) as channel,
     ):
+        if addresses is not None:
+            addresses.append(str(server.address))
         yield channel
 
 
 @asynccontextmanager
-async def serving_run(run: RunUnderTest) -> AsyncIterator[grpc.aio.Channel]:
-    """Serves the admin service of a run, wired as in the service; yields a channel to it."""
+async def serving_run(run: RunUnderTest, addresses: list[str] | None = None) -> AsyncIterator[grpc.aio.Channel]:
+    """Serves the admin service of a run, wired as in the service; yields a channel to it as `serving_parts` does."""
     async with anyio.create_task_group() as operations:
         parts = AdminParts(
             run=run.run,
@@ -103,8 +105,9 @@ async def serving_run(run: RunUnderTest) -> AsyncIterator[grpc.aio.Channel]:
             closing=anyio.Event(),
             interval_s=60.0,
             state_dir=Path(run.core.foundation.settings.state.dir),
+            telemetry=run.core.telemetry,
         )
-        async with serving_parts(parts) as channel:
+        async with serving_parts(parts, addresses) as channel:
             yield channel
         operations.cancel_scope.cancel()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tolaria.telemetry.events import Emitter, EventSpec
@@ -22,8 +23,10 @@ class RecordingEmitter(Emitter):
         super().__init__()
         self.events: list[EmittedEvent] = []
 
-    def emit(self, spec: EventSpec, **attributes: str | float) -> None:
-        super().emit(spec, **attributes)
+    def emit(
+        self, spec: EventSpec, on_delivered: Callable[[], None] | None = None, /, **attributes: str | float
+    ) -> None:
+        super().emit(spec, on_delivered, **attributes)
         self.events.append(EmittedEvent(spec.name, {name: _text(value) for name, value in attributes.items()}))
 
     @property

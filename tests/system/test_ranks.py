@@ -113,7 +113,12 @@ def test_random_deaths_change_nothing(
     if not request.config.getoption("--long"):
         pytest.skip("several minutes: needs --long")
     rng = random.Random(5)
-    limits = ["emergency.heartbeat_timeout_s=3", "emergency.phase_timeout_s=20", "lane.restarts_max=1000"]
+    limits = [
+        "emergency.heartbeat_timeout_s=3",
+        "emergency.phase_timeout_s=20",
+        "lane.restarts_max=1000",
+        "lane.restart_pause_max_s=0.2",
+    ]
     arguments = [*GROUP, *FINITE, *peers, *limits, f"lane.parallel={parallel}", "rollback.every_steps=3"]
     arguments += ["training.epochs=60", "service.exit_when_done=true", "checkpoint.every_steps=11"]
     (tmp_path / "calm").mkdir()

@@ -84,6 +84,32 @@ EXPORT_FORMAT_TORCH: ExportFormat.ValueType  # 3
 """A state_dict of torch.save."""
 Global___ExportFormat: _TypeAlias = ExportFormat  # noqa: Y015
 
+class _TelemetryKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TelemetryKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TelemetryKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TELEMETRY_KIND_UNSPECIFIED: _TelemetryKind.ValueType  # 0
+    TELEMETRY_KIND_EPOCH: _TelemetryKind.ValueType  # 1
+    """The metrics and spans of an epoch; its health is that of the epoch's events."""
+    TELEMETRY_KIND_EVENT: _TelemetryKind.ValueType  # 2
+    """One event."""
+    TELEMETRY_KIND_EMERGENCY: _TelemetryKind.ValueType  # 3
+    """One event of an emergency."""
+
+class TelemetryKind(_TelemetryKind, metaclass=_TelemetryKindEnumTypeWrapper):
+    """What a telemetry packet is about."""
+
+TELEMETRY_KIND_UNSPECIFIED: TelemetryKind.ValueType  # 0
+TELEMETRY_KIND_EPOCH: TelemetryKind.ValueType  # 1
+"""The metrics and spans of an epoch; its health is that of the epoch's events."""
+TELEMETRY_KIND_EVENT: TelemetryKind.ValueType  # 2
+"""One event."""
+TELEMETRY_KIND_EMERGENCY: TelemetryKind.ValueType  # 3
+"""One event of an emergency."""
+Global___TelemetryKind: _TypeAlias = TelemetryKind  # noqa: Y015
+
 @_typing.final
 class GetStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -1443,20 +1469,46 @@ Global___ExportModelResponse: _TypeAlias = ExportModelResponse  # noqa: Y015
 
 @_typing.final
 class StreamTelemetryRequest(_message.Message):
+    """A packet is sent if it passes every filter that is set."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MINIMUM_PRIORITY_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    NAME_PREFIXES_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    REPLAY_CRITICAL_FIELD_NUMBER: _builtins.int
     minimum_priority: _enums_pb2.MessagePriority.ValueType
+    level: _enums_pb2.TelemetryLevel.ValueType
+    """Lowest level of a packet."""
+    replay_critical: _builtins.int
+    """How many of the latest CRITICAL packets precede all others, oldest first;
+    absent: all that the service keeps.
+    """
+    @_builtins.property
+    def name_prefixes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Metrics, events and spans whose name begins with one of these, dotted or
+        with underscores; a packet without any is not sent.
+        """
+
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___TelemetryKind.ValueType]: ...
     def __init__(
         self,
         *,
         minimum_priority: _enums_pb2.MessagePriority.ValueType = ...,
+        level: _enums_pb2.TelemetryLevel.ValueType = ...,
+        name_prefixes: _abc.Iterable[_builtins.str] | None = ...,
+        kinds: _abc.Iterable[Global___TelemetryKind.ValueType] | None = ...,
+        replay_critical: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_replay_critical", b"_replay_critical", "replay_critical", b"replay_critical"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["minimum_priority", b"minimum_priority"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_replay_critical", b"_replay_critical", "kinds", b"kinds", "level", b"level", "minimum_priority", b"minimum_priority", "name_prefixes", b"name_prefixes", "replay_critical", b"replay_critical"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__replay_critical: _TypeAlias = _typing.Literal["replay_critical"]  # noqa: Y015
+    _WhichOneofArgType__replay_critical: _TypeAlias = _typing.Literal["_replay_critical", b"_replay_critical"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replay_critical) -> _WhichOneofReturnType__replay_critical | None: ...
 
 Global___StreamTelemetryRequest: _TypeAlias = StreamTelemetryRequest  # noqa: Y015
 
@@ -1464,17 +1516,52 @@ Global___StreamTelemetryRequest: _TypeAlias = StreamTelemetryRequest  # noqa: Y0
 class StreamTelemetryResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class DroppedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PACKET_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    kind: Global___TelemetryKind.ValueType
+    replayed: _builtins.bool
+    """The packet is older than this stream."""
     @_builtins.property
     def packet(self) -> _telemetry_pb2.TelemetryPacket: ...
+    @_builtins.property
+    def dropped(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Packets that this stream has lost so far because its reader is slow, by
+        priority: normal, high. The normal ones are lost first.
+        """
+
     def __init__(
         self,
         *,
         packet: _telemetry_pb2.TelemetryPacket | None = ...,
+        kind: Global___TelemetryKind.ValueType = ...,
+        replayed: _builtins.bool = ...,
+        dropped: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["packet", b"packet"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["packet", b"packet"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "kind", b"kind", "packet", b"packet", "replayed", b"replayed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,6 +20,8 @@ from leyline.v1.admin_service_pb2 import (
     GetStatusRequest,
     GetStatusResponse,
     RunState,
+    StreamTelemetryRequest,
+    StreamTelemetryResponse,
     WatchStatusRequest,
     WatchStatusResponse,
 )
@@ -97,6 +99,22 @@ async def watch_status(target: Target) -> AsyncGenerator[GetStatusResponse]:
             finally:
                 stream.cancel()
             yield await stub.GetStatus(GetStatusRequest(), timeout=target.timeout_s)
+
+
+async def follow_telemetry(
+    target: Target, request: StreamTelemetryRequest, show: Callable[[StreamTelemetryResponse], None]
+) -> None:
+    """Shows each packet until the service ends the stream. Raises what `admin_stub` does."""
+    async with admin_stub(target) as stub:
+        stream = stub.StreamTelemetry(request)
+        try:
+            async with asyncio.timeout(target.timeout_s):
+                await stream.initial_metadata()
+        except TimeoutError:
+            stream.cancel()
+            raise ServiceUnreachableError(f"{target.address}: no answer within {target.timeout_s:g} s") from None
+        async for response in stream:
+            show(response)
 
 
 async def follow_run(target: Target, show: Show) -> GetStatusResponse:

@@ -37,6 +37,7 @@ from tolaria.cli.board import board_app
 from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
 from tolaria.cli.exports import export_app
 from tolaria.cli.job_commands import job_app
+from tolaria.cli.telemetry import telemetry_app
 from tolaria.errors import ConfigurationError, TolariaError
 
 if TYPE_CHECKING:
@@ -239,6 +240,7 @@ def peer(
     from tolaria.config import Address
     from tolaria.reference.server import serve_peer
     from tolaria.telemetry.logging import LogContext, logging_to
+    from tolaria.telemetry.tracing import tracing
 
     settings = _settings(config_file, overrides)
     try:
@@ -255,10 +257,13 @@ def peer(
         while_stdin=while_stdin,
     )
     # A peer has no metrics that could count lines dropped by its log.
-    with logging_to(sys.stderr, settings.logging, LogContext(), on_dropped=lambda _priority: None):
+    with (
+        logging_to(sys.stderr, settings.logging, LogContext(), on_dropped=lambda _priority: None),
+        tracing(settings.telemetry, name.value) as tracer,
+    ):
         gc.freeze()  # what has been imported stays until the end, which is quicker without it
         gc.enable()
-        anyio.run(serve_until_stopped)
+        anyio.run(partial(serve_until_stopped, tracer=tracer))
 
 
 @app.command()
@@ -313,5 +318,6 @@ def show_config(*, config_file: ConfigFile = None, overrides: Overrides = None) 
 app.add_typer(admin_app)
 app.add_typer(export_app)
 app.add_typer(job_app)
+app.add_typer(telemetry_app)
 app.add_typer(board_app, name="signals")
 app.add_typer(config_app, name="config")

@@ -18,6 +18,9 @@ from tolaria.config.settings import Settings as Settings
 from tolaria.config.sources import child_environment as child_environment
 from tolaria.config.sources import load_settings as load_settings
 from tolaria.config.sources import quieten_grpc as quieten_grpc
+from tolaria.config.telemetry import TelemetrySettings as TelemetrySettings
+from tolaria.config.telemetry import TraceEnvironment as TraceEnvironment
+from tolaria.config.telemetry import trace_environment as trace_environment
 from tolaria.config.training import ControlSettings as ControlSettings
 from tolaria.config.training import FastPathSettings as FastPathSettings
 from tolaria.config.training import GradientsSettings as GradientsSettings

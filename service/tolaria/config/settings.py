@@ -30,6 +30,7 @@ from tolaria.config.network import (
     ServiceSettings,
     TamiyoSettings,
 )
+from tolaria.config.telemetry import TelemetrySettings
 from tolaria.config.training import (
     ControlSettings,
     FastPathSettings,
@@ -52,6 +53,7 @@ class Settings(BaseSettings):
     server: ServerSettings = ServerSettings()
     metrics: MetricsSettings = MetricsSettings()
     logging: LoggingSettings = LoggingSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
     tamiyo: TamiyoSettings = TamiyoSettings()
     kasmina: KasminaSettings = KasminaSettings()
     control: ControlSettings = ControlSettings()

@@ -79,11 +79,16 @@ def quieten_grpc() -> None:
 
 
 def child_environment(settings: Settings) -> dict[str, str]:
-    """Returns the environment of a peer's process: this process's own, without settings except the secrets."""
+    """Returns the environment of a peer's process: this process's own, without settings except the secrets.
+
+    Traces that are off are off there, too.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(_PREFIX)}
     for name, secret in (("secret", settings.leyline.secret), ("previous_secret", settings.leyline.previous_secret)):
         if secret:
             environment[_variable("leyline", name)] = secret.get_secret_value()
+    if settings.telemetry.traces == "off":  # else the peer finds the same variables of OpenTelemetry
+        environment[_variable("telemetry", "traces")] = "off"
     return environment
 
 

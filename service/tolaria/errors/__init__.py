@@ -19,7 +19,7 @@ TolariaError
 │   ├── CheckpointError: CheckpointWriteError, CheckpointDamagedError, CheckpointUnreadableError, NoCheckpointError
 │   └── JournalError: JournalUnavailableError, JournalDamagedError, JournalNewerError
 ├── ExportError: ExportRefusedError, ExportFailedError, ExportDamagedError, ExportMismatchError
-└── RequestError: InvalidFieldError, ProfileFailedError, NotImplementedYetError
+└── RequestError: InvalidFieldError, ProfileFailedError, TooManySubscribersError, SubscriberTooSlowError
     └── WrongStateError: StillUnderwayError
 """
 
@@ -57,7 +57,6 @@ from tolaria.errors.operation import JournalError as JournalError
 from tolaria.errors.operation import JournalNewerError as JournalNewerError
 from tolaria.errors.operation import JournalUnavailableError as JournalUnavailableError
 from tolaria.errors.operation import NoCheckpointError as NoCheckpointError
-from tolaria.errors.operation import NotImplementedYetError as NotImplementedYetError
 from tolaria.errors.operation import PeerError as PeerError
 from tolaria.errors.operation import PeerProtocolError as PeerProtocolError
 from tolaria.errors.operation import PeerTimeoutError as PeerTimeoutError
@@ -72,6 +71,8 @@ from tolaria.errors.operation import SignalValueError as SignalValueError
 from tolaria.errors.operation import StateMismatchError as StateMismatchError
 from tolaria.errors.operation import StateUnsupportedError as StateUnsupportedError
 from tolaria.errors.operation import StillUnderwayError as StillUnderwayError
+from tolaria.errors.operation import SubscriberTooSlowError as SubscriberTooSlowError
+from tolaria.errors.operation import TooManySubscribersError as TooManySubscribersError
 from tolaria.errors.operation import UnknownLevelError as UnknownLevelError
 from tolaria.errors.operation import WrongStateError as WrongStateError
 from tolaria.errors.training import AdjustmentRefusedError as AdjustmentRefusedError

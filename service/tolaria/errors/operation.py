@@ -222,5 +222,9 @@ class ProfileFailedError(RequestError):
     """A requested profile produced no trace; training is unaffected."""
 
 
-class NotImplementedYetError(RequestError):
-    """This version does not implement the call."""
+class TooManySubscribersError(RequestError):
+    """As many subscribers as the settings allow receive telemetry already."""
+
+
+class SubscriberTooSlowError(RequestError):
+    """A subscriber to telemetry leaves critical packets unread and is disconnected."""

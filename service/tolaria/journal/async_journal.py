@@ -172,7 +172,10 @@ class AsyncJournal:
                 retry_s = min(2 * retry_s, RETRY_S_MAX)
 
     async def _write_first(self) -> bool:
-        """Writes the next queued row; returns whether it succeeded or never can."""
+        """Writes the next queued row; returns whether another attempt may succeed at once, for this row or the next.
+
+        For an emergency the reserve on the disk is given up.
+        """
         async with self._writing:
             if not self._queue:
                 return True
@@ -181,6 +184,8 @@ class AsyncJournal:
             try:
                 await self._in_thread(lambda: self._journal.put(row))
             except JournalError as error:
+                if row.table == EmergencyRow.table and await self._in_thread(self._journal.reserve.give_up):
+                    return True  # there is room now: once more, at once
                 if not self.failing:
                     self._log.error("journal_failing", detail=str(error), rows_waiting=len(self._queue))
                 self.failing = str(error)
@@ -192,6 +197,7 @@ class AsyncJournal:
                 if self.failing:
                     self.failing = ""
                     self._log.info("journal_written_again", rows_waiting=len(self._queue))
+                await self._in_thread(self._journal.reserve.keep)
             if self._queue.get(key) is row:
                 del self._queue[key]
         return True

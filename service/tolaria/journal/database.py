@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from tolaria.errors import JournalDamagedError, JournalNewerError, JournalUnavailableError
 from tolaria.filesystem import Filesystem
+from tolaria.journal.reserve import Reserve
 from tolaria.journal.rows import (
     ROW_TYPES,
     SCHEMA_VERSION,
@@ -71,6 +72,9 @@ class Journal:
             self._connection.text_factory = lenient_text
             self._prepare(path)
             on_error.pop_all()
+        self.reserve = Reserve(path.with_name(f"{path.name}.reserve"))
+        """Given up for an emergency when the disk is full."""
+        self.reserve.keep()
 
     def put(self, row: Row) -> None:
         """Adds a row, or replaces the one with its key; the first answer to a request stays. Durable on return.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -97,6 +98,8 @@ def hardware_context(device: torch.device) -> HardwareContext:
         major, minor = torch.cuda.get_device_capability(device)
         context.total_memory_gb, context.available_memory_gb = total / _GB, free / _GB
         context.compute_capability = 10 * major + minor
+        with suppress(ModuleNotFoundError, RuntimeError):  # NVIDIA's library is not installed, or does not say
+            context.utilization_percent = torch.cuda.utilization(device)
     elif device.type == "cpu":
         page = os.sysconf("SC_PAGE_SIZE")
         context.total_memory_gb = page * os.sysconf("SC_PHYS_PAGES") / _GB

@@ -54,7 +54,7 @@ _CODEC = Codec(
 )
 
 
-_STEP = struct.Struct("<cqqddqdddqqdB")
+_STEP = struct.Struct("<cqqddqddddqqdB")
 _STEP_TAG: Final = b"S"
 _SKIPPED, _RESCALED, _JUDGED, _CHECKED, _FINITE = (1 << bit for bit in range(5))
 
@@ -85,6 +85,7 @@ def _step_to_bytes(step: StepDone) -> bytes:
         step.samples,
         step.duration_s,
         step.input_wait_s,
+        step.copy_s,
         step.finished_at_s,
         step.batches.start,
         step.batches.stop,
@@ -94,7 +95,8 @@ def _step_to_bytes(step: StepDone) -> bytes:
 
 
 def _step_from_bytes(data: bytes) -> StepDone:
-    _, step, epoch, loss, norm, samples, duration_s, waited_s, at_s, start, stop, judged, flags = _STEP.unpack(data)
+    _, step, epoch, loss, norm, samples, *times_s, start, stop, judged, flags = _STEP.unpack(data)
+    duration_s, waited_s, copy_s, at_s = times_s
     return StepDone(
         step,
         epoch,
@@ -109,6 +111,7 @@ def _step_from_bytes(data: bytes) -> StepDone:
         batches=range(start, stop),
         judged=judged if flags & _JUDGED else None,
         parameters_finite=bool(flags & _FINITE) if flags & _CHECKED else None,
+        copy_s=copy_s,
     )
 
 

@@ -301,7 +301,8 @@ class StepDone:
     gradients were not finite and were dropped. `parameters_finite` is the result of a check of the parameters after
     many skipped steps; False too after any step, also one that was taken, in which a large buffer that had never
     changed before was changed by what was left out: it cannot be restored, since there is no copy. None otherwise.
-    Times are seconds, `finished_at_s` on the monotonic clock.
+    Times are seconds, `finished_at_s` on the monotonic clock; `copy_s` is the part of `input_wait_s` that copies to the
+    device took.
     """
 
     global_step: int
@@ -320,6 +321,7 @@ class StepDone:
     left_out: tuple[int, ...] = ()
     dropped_seeds: tuple[str, ...] = ()
     parameters_finite: bool | None = None
+    copy_s: float = 0.0
     logged: Mapping[str, float] = field(default_factory=dict)
     """What the job has logged during it, by name."""
 

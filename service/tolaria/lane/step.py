@@ -62,6 +62,7 @@ class _Taken:
     samples: int = 0
     planned_samples: int = 0
     waited_s: float = 0.0
+    copied_s: float = 0.0
     loss: Tensor | None = None
     plain: bool = True
     essential: Tensor | None = None
@@ -141,6 +142,7 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
         dropped_seeds=() if skipped else measured.dropped,
         parameters_finite=sound,
         logged=_logged(module, skipped=skipped),
+        copy_s=taken.copied_s,
     )
 
 
@@ -229,6 +231,14 @@ def checked_losses(job: TrainingJob, model: nn.Module, batch: Batch, seeds: Sequ
     return losses
 
 
+def _on_device(module: TrainModule, read: Batch, taken: _Taken) -> Batch:
+    """Returns this rank's share of a microbatch on its device, and adds the time that the copy took."""
+    own, began_s = module.training_share.of(read), time.monotonic()
+    batch = on_device(own, module.device, pinned=module.fast_paths.pins_memory)
+    taken.copied_s += time.monotonic() - began_s
+    return batch
+
+
 def _take_microbatches(
     module: TrainModule, continue_step: Callable[[], bool], mark: Mark, *, each: bool, thorough: bool = False
 ) -> _Taken:
@@ -250,7 +260,7 @@ def _take_microbatches(
             read = module.next_batch()
         if read is None:
             break
-        batch = on_device(module.training_share.of(read), module.device, pinned=module.fast_paths.pins_memory)
+        batch = _on_device(module, read, taken)
         taken.waited_s += time.monotonic() - asked_s
         module.waits.input_s += time.monotonic() - asked_s
         if not number:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import grpc.aio
 
@@ -19,6 +19,8 @@ from leyline.v1.tamiyo_service_pb2_grpc import TamiyoServiceStub
 from tolaria.errors import PeerProtocolError
 from tolaria.peers.verification import verify_seeds
 from tolaria.resilience.deadline import DeadlineCaller
+
+ROLLBACK_METHODS: Final = ("PrepareRollback", "CommitRollback", "ConfirmRollback", "AbortRollback")
 
 
 class TamiyoClient:

@@ -12,12 +12,13 @@ import anyio
 import grpc.aio
 
 from tolaria.config import Address, PeerSettings
-from tolaria.peers.clients import KasminaClient, RollbackClient, TamiyoClient
+from tolaria.peers.clients import ROLLBACK_METHODS, KasminaClient, RollbackClient, TamiyoClient
 from tolaria.resilience.breaker import Breaker
 from tolaria.resilience.deadline import CallRecord, DeadlineCaller, Outcome
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter, EventSpec
 from tolaria.telemetry.metrics import Metrics, start_at_zero
+from tolaria.values.spans import KIND
 
 Peer: TypeAlias = Literal["tamiyo", "kasmina"]
 
@@ -67,8 +68,9 @@ async def connected_peers(
     """
 
     def caller_of(peer: Peer, settings: PeerSettings) -> DeadlineCaller:
-        start_at_zero(metrics.peer_retries_total, ((peer, method) for method in settings.methods))
-        series = product((peer,), settings.methods, get_args(Outcome))
+        methods = (*settings.methods, *ROLLBACK_METHODS)
+        start_at_zero(metrics.peer_retries_total, ((peer, method) for method in methods))
+        series = product((peer,), methods, get_args(Outcome))
         start_at_zero(metrics.peer_call_duration_seconds, series)
         return DeadlineCaller(peer, breakers[peer], settings, observe=_observer(peer, metrics, emitter))
 
@@ -101,6 +103,10 @@ def _observer(peer: Peer, metrics: Metrics, emitter: Emitter) -> Callable[[CallR
             last_ms.set(latency_ms)
         if call.outcome == "timeout":
             timeouts.inc()
+        if call.span is not None:
+            error = call.detail or ("" if call.outcome == "ok" else call.outcome)
+            attributes: dict[str, str | float] = {KIND: "client", "outcome": call.outcome, "retries": call.retries}
+            emitter.tracer.record(call.span, f"{peer}/{call.method}", call.duration_s, error, **attributes)
         for spec in _EVENTS.get((peer, call.outcome), ()):
             emitter.emit(spec, method=call.method, detail=call.detail, latency_ms=latency_ms)
 

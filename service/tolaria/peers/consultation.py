@@ -18,6 +18,7 @@ from tolaria.peers.clients import KasminaClient, TamiyoClient
 from tolaria.peers.verification import CommandVerifier, verify_growth
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter
+from tolaria.values.spans import SpanContext, within
 
 NOT_ASKED = "not asked (conservative mode)"
 NOT_ENABLED = "not asked (seeds.enabled is off)"
@@ -28,7 +29,8 @@ class Consultation:
     """One question about a state, and its outcome. The events are set once Tamiyo has answered, and at the end.
 
     `refusals` are (seed_id, reason) of the desired seeds that were not realized. `command` is verified. `seeds` is None
-    without a valid answer from Kasmina. `outdated`: a rollback has undone the state that was asked about.
+    without a valid answer from Kasmina. `outdated`: a rollback has undone the state that was asked about. `span` is
+    that of the boundary or epoch, to which the calls belong.
     `tamiyo_answer` and `kasmina_answer` are for display.
     """
 
@@ -45,6 +47,8 @@ class Consultation:
     kasmina_answer: str = NOT_ASKED
     tamiyo_latency_ms: float = 0.0
     kasmina_latency_ms: float = 0.0
+    kasmina_export_ms: float = 0.0
+    span: SpanContext | None = None
     answered: anyio.Event = field(default_factory=anyio.Event)
     settled: anyio.Event = field(default_factory=anyio.Event)
 
@@ -77,14 +81,14 @@ class Consultations:
 
     def ask(self, state: SystemStatePacket, refusals: tuple[tuple[str, str], ...] = ()) -> Consultation:
         """Asks about the end of an epoch; returns the consultation, which is held as soon as possible."""
-        self._waiting = Consultation(state, refusals)
+        self._waiting = Consultation(state, refusals, span=self._emitter.tracer.current)
         self._asked.set()
         return self._waiting
 
     def ask_between_epochs(self, state: SystemStatePacket) -> None:
         """Asks about a state between epochs; dropped if the question of an epoch's end is waiting."""
         if self._waiting is None or self._waiting.between_epochs:
-            self._waiting = Consultation(state, between_epochs=True)
+            self._waiting = Consultation(state, between_epochs=True, span=self._emitter.tracer.current)
             self._asked.set()
 
     def rewound(self) -> None:
@@ -101,7 +105,8 @@ class Consultations:
             consultation, self._waiting = self._waiting, None
             if consultation is not None:
                 self._held = consultation
-                await self._hold(consultation)
+                with within(consultation.span):
+                    await self._hold(consultation)
                 self._held = None
 
     async def _hold(self, consultation: Consultation) -> None:
@@ -161,7 +166,9 @@ class Consultations:
             answer = f"{'applied' if response.applied else 'refused'}: {response.detail}"
         # At each epoch's end, with or without a command, since Kasmina evaluates the gates then.
         if not consultation.between_epochs:
+            started_s = time.monotonic()
             consultation.seeds = await self._kasmina.export_seeds(consultation.state, consultation.refusals)
+            consultation.kasmina_export_ms = _since_ms(started_s)
         count = len(consultation.seeds or ())
         return answer or ("1 seed desired" if count == 1 else f"{count} seeds desired")
 

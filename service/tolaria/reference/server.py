@@ -27,7 +27,9 @@ from tolaria.reference.history import HistoryFiles
 from tolaria.reference.kasmina import DesiredSeeds, KasminaService
 from tolaria.reference.rollback import RollbackParticipantService, Runs
 from tolaria.reference.tamiyo import TamiyoRun, TamiyoService
+from tolaria.reference.tracing import TracingInterceptor
 from tolaria.signals import ParticipantWriter, SignalBoard
+from tolaria.telemetry.tracing import Tracer
 
 _GRACE_S, _HEARTBEAT_S, _RETRY_S = 1.0, 1.0, 1.0
 _ROLLBACK_SERVICE = "leyline.v1.RollbackParticipantService"
@@ -44,6 +46,7 @@ async def serve_peer(
     board: Path | None = None,
     state_dir: Path | None = None,
     while_stdin: bool,
+    tracer: Tracer | None = None,
 ) -> None:
     """Serves one peer until SIGTERM or SIGINT or, with `while_stdin`, until standard input ends. For the main thread.
 
@@ -51,7 +54,7 @@ async def serve_peer(
     heartbeats and acknowledges emergencies on it. Tamiyo keeps what a restart needs in `state_dir`; Kasmina needs
     nothing but the packets. Raises `BindError` when `listen` is not available.
     """
-    async with peer_server(peer, listen, leyline, state_dir) as server, anyio.create_task_group() as tasks:
+    async with peer_server(peer, listen, leyline, state_dir, tracer) as server, anyio.create_task_group() as tasks:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             if board is not None:
                 tasks.start_soon(join_board, board, peer)
@@ -65,7 +68,11 @@ async def serve_peer(
 
 @asynccontextmanager
 async def peer_server(
-    peer: Peer, listen: str, leyline: LeylineSettings, state_dir: Path | None = None
+    peer: Peer,
+    listen: str,
+    leyline: LeylineSettings,
+    state_dir: Path | None = None,
+    tracer: Tracer | None = None,
 ) -> AsyncIterator[GrpcServer]:
     """Serves one peer while the block runs. Raises `BindError` when `listen` is not available."""
 
@@ -81,7 +88,8 @@ async def peer_server(
         add_RollbackParticipantServiceServicer_to_server(RollbackParticipantService(runs), server)
 
     service_names = (_SERVICES[peer], _ROLLBACK_SERVICE)
-    bound = await bound_server(peer, listen)
+    traced = [TracingInterceptor(peer, tracer)] if tracer is not None and tracer.exports else []
+    bound = await bound_server(peer, listen, interceptors=traced)
     async with grpc_server(bound, register, service_names=service_names, grace_s=_GRACE_S) as server:
         for name in ("", *service_names):
             await server.set_health(name, serving=True)

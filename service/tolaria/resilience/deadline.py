@@ -29,6 +29,7 @@ from tolaria.errors import (
     PeerUnavailableError,
 )
 from tolaria.resilience.breaker import Breaker
+from tolaria.values.spans import TRACEPARENT, SpanContext, current_span
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -44,6 +45,7 @@ class CallRecord:
     """The result of one call, including its retries.
 
     skipped: the breaker was open. refused: too many calls were in flight. abandoned: the caller was cancelled.
+    `span` is the call's own, if it belongs to a trace.
     """
 
     peer: str
@@ -52,6 +54,7 @@ class CallRecord:
     duration_s: float
     detail: str = ""
     retries: int = 0
+    span: SpanContext | None = None
 
 
 class CallGate:
@@ -113,7 +116,13 @@ class _Call(Generic[Request, Response]):
     timeout_s: float
     started_s: float
     retries_max: int
+    span: SpanContext | None
     retries: int = 0
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...] | None:
+        """What the peer needs to continue the trace; None if the trace is not exported."""
+        return ((TRACEPARENT, self.span.traceparent),) if self.span is not None and self.span.sampled else None
 
 
 class DeadlineCaller:
@@ -170,7 +179,9 @@ class DeadlineCaller:
         """
         timeout_s = self._settings.timeout_of(name) if timeout_s is None else timeout_s
         retries_max = self._settings.retries if repeatable else 0
-        call = _Call(method, request, name, timeout_s, self._clock(), retries_max)
+        parent = current_span()
+        span = None if parent is None else parent.child()
+        call = _Call(method, request, name, timeout_s, self._clock(), retries_max, span)
         outcome: Outcome = "abandoned"
         detail = ""
         try:
@@ -183,7 +194,8 @@ class DeadlineCaller:
             outcome, detail = _outcome_of(error), error.detail
             raise
         finally:
-            self._observe(CallRecord(self.peer, name, outcome, self._clock() - call.started_s, detail, call.retries))
+            duration_s = self._clock() - call.started_s
+            self._observe(CallRecord(self.peer, name, outcome, duration_s, detail, call.retries, span))
         return response
 
     async def drain(self, timeout_s: float) -> None:
@@ -223,7 +235,8 @@ class DeadlineCaller:
         """Calls once. gRPC's deadline cancels the handler; the local timeout applies even if gRPC is late."""
         try:
             async with asyncio.timeout(left_s):
-                response = cast("Response | None", await call.method(call.request, timeout=left_s))
+                answer = await call.method(call.request, timeout=left_s, metadata=call.metadata)
+                response = cast("Response | None", answer)
         except TimeoutError:
             raise self._timed_out(call) from None
         except asyncio.CancelledError:

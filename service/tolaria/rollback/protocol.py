@@ -17,6 +17,7 @@ from tolaria.errors import JournalError, TolariaError, WrongStateError
 from tolaria.journal.rows import RollbackRow
 from tolaria.signals import RollbackState
 from tolaria.values.optimization import OPERATOR, Adjustment
+from tolaria.values.spans import SpanContext, current_span
 
 ID_BYTES_MAX: Final = 64
 """Bytes of a rollback_id that fit on the signal board."""
@@ -226,6 +227,7 @@ class Rollback:
         global_step: step of the run when the rollback was requested.
         began_s: time of the request in monotonic seconds.
         at_ns: time of the request in Unix nanoseconds.
+        span: its span in a trace; until it begins, that of the request.
     """
 
     tier: RollbackTier.ValueType
@@ -241,6 +243,7 @@ class Rollback:
     global_step: int = 0
     began_s: float = field(default_factory=time.monotonic)
     at_ns: int = field(default_factory=time.time_ns)
+    span: SpanContext | None = field(default_factory=current_span)
 
     chosen_step: int | None = field(default=None, init=False)
     """Step of the chosen restore point; None while none is chosen."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import anyio
 import anyio.to_thread
@@ -21,11 +21,14 @@ from tolaria.rpc.exports import carry_out, export_answer, export_order
 from tolaria.rpc.listing import INCIDENTS_DEFAULT, INCIDENTS_MAX, list_incidents, list_restore_points
 from tolaria.rpc.requests import Answer, MutatingRequest, RequestLedger
 from tolaria.rpc.status import abort
+from tolaria.rpc.telemetry import filter_of, responses
 from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run import TrainingRun
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus
+from tolaria.telemetry.subscriptions import TelemetryStream
 from tolaria.values.optimization import OPERATOR, Adjustment
+from tolaria.values.spans import remote_parent, within
 
 Context = grpc.aio.ServicerContext[object, object]
 _Read = TypeVar("_Read")
@@ -52,6 +55,7 @@ class AdminParts:
     closing: anyio.Event
     interval_s: float
     state_dir: Path
+    telemetry: TelemetryStream
 
 
 class AdminService(TolariaAdminServiceServicer):
@@ -82,13 +86,25 @@ class AdminService(TolariaAdminServiceServicer):
                 with anyio.move_on_after(interval_s):
                     await feed.next()
 
-    # grpc.aio accepts a coroutine for a stream as well; the generated type allows generators only.
-    async def StreamTelemetry(  # type: ignore[override]
+    async def StreamTelemetry(
         self, request: admin.StreamTelemetryRequest, context: Context
-    ) -> NoReturn:
-        """Not served yet."""
-        why = "this version logs its events; metrics are on the metrics server"
-        await abort(context, errors.NotImplementedYetError(f"StreamTelemetry is not served: {why}"))
+    ) -> AsyncIterator[admin.StreamTelemetryResponse]:
+        """Yields telemetry packets as they are published; ends with the service."""
+        try:
+            wanted = filter_of(request)
+            replay = request.replay_critical if request.HasField("replay_critical") else None
+            with self._parts.telemetry.subscribe(wanted, replay) as subscription:
+
+                def remove(_: object) -> None:
+                    self._parts.telemetry.remove(subscription)
+
+                # gRPC cancels a stream while it waits for a slow reader without an end of the block below.
+                context.add_done_callback(remove)  # type: ignore[arg-type] # any callable will do
+                await context.send_initial_metadata(())  # nothing that happens from now on is missed
+                async for response in responses(subscription):
+                    yield response
+        except errors.TolariaError as error:
+            await abort(context, error)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -300,7 +316,8 @@ class AdminService(TolariaAdminServiceServicer):
     ) -> Answer:
         method = request.DESCRIPTOR.name.removesuffix("Request")
         try:
-            return await self._parts.ledger.once(method, request, operation, timeout_s=timeout_s, late=late)
+            with within(remote_parent(context.invocation_metadata() or ())):
+                return await self._parts.ledger.once(method, request, operation, timeout_s=timeout_s, late=late)
         except errors.TolariaError as error:
             await abort(context, error)
 

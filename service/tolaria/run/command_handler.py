@@ -82,6 +82,7 @@ class CommandHandler:
         status.kasmina_answer = consultation.kasmina_answer + late
         status.tamiyo_latency_ms = consultation.tamiyo_latency_ms
         status.kasmina_latency_ms = consultation.kasmina_latency_ms
+        status.kasmina_export_ms = consultation.kasmina_export_ms
         if consultation.rejection is not None:
             self._count_rejected(consultation.rejection)
         if stale and consultation.command is not None:

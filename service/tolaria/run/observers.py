@@ -69,7 +69,7 @@ class RunObserver:
         """An epoch and its evaluation are done; `show_layers` enables metrics with a series for each layer."""
 
     def on_boundary(self, status: RunStatus, epoch: EpochDone, *, budget_ms: float, breach: bool) -> None:
-        """An epoch boundary is over."""
+        """An epoch boundary is over; `budget_ms` is infinite if it waits for every answer."""
 
     def on_step_question(self, step: int, latency_ms: float, *, budget_ms: float, breach: bool) -> None:
         """The controller has been asked between epochs, which took `latency_ms` on the event loop."""

@@ -27,7 +27,9 @@ from tolaria.run.restorer import LaneRestorer
 from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import Safety
 from tolaria.run.verdicts import Retreat
+from tolaria.telemetry.tracing import Tracer
 from tolaria.values.optimization import AUTOMATIC, OPERATOR, Adjustment
+from tolaria.values.spans import within
 
 _ROLLBACK: Final = "rollback"  # holder of the lane
 FOLLOW_UP_S: Final = 5.0
@@ -55,6 +57,7 @@ class Recovery:
         observers: RunObserver,
         safety: Safety,
         adjustments: RunAdjustments,
+        tracer: Tracer,
     ) -> None:
         self._coordinator = coordinator
         self._restorer = restorer
@@ -67,6 +70,7 @@ class Recovery:
         self._safety = safety
         self._status = restorer.status
         self._adjustments = adjustments
+        self._tracer = tracer
         self._log = structlog.get_logger()
         self._wake = anyio.Event()
         self._current: tuple[Rollback, Callable[[Rollback], None]] | None = None
@@ -124,6 +128,7 @@ class Recovery:
         if rollback.origin == OPERATOR:
             rollback.left_not_kept, rollback.saves_left = self.unsound, not self.unsound
         self._stop_awaiting_step()
+        rollback.span = self._tracer.begin(rollback.span or self._tracer.current)
         self._current, self._over = (rollback, on_over), anyio.Event()
         self._lane.hold(_ROLLBACK)
         self._checkpointing.spare(rollback.checkpoint_id)
@@ -229,13 +234,16 @@ class Recovery:
     async def _carry_out(self, rollback: Rollback, on_over: Callable[[Rollback], None]) -> None:
         named_tier = rollback.tier
         try:
-            await self._coordinator.run(rollback)
+            with within(rollback.span):
+                await self._coordinator.run(rollback)
             if (second := await self._second_try(rollback, named_tier)) is not None:
                 self._observers.on_rollback_ended(rollback)
                 first, rollback = rollback, second
+                rollback.span = self._tracer.begin(first.span)
                 self._current = (rollback, on_over)
                 self._observers.on_rollback_started(rollback)
-                await self._coordinator.run(rollback)
+                with within(rollback.span):
+                    await self._coordinator.run(rollback)
                 first.replaced_by = rollback
             await self._follow_up(rollback)
         finally:

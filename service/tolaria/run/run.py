@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -108,7 +109,8 @@ class TrainingRun(RunOperations):
         policy = boundary.policy
         breach = boundary.asks and not policy.patient and held_up_s > policy.budget_s + policy.slack_s
         self._status.boundary(held_up_s * 1000, breach=breach)
-        self._observers.on_boundary(self._status, epoch, budget_ms=policy.budget_s * 1000, breach=breach)
+        budget_ms = math.inf if policy.patient else policy.budget_s * 1000
+        self._observers.on_boundary(self._status, epoch, budget_ms=budget_ms, breach=breach)
         parts.safety.epoch_over(breach=breach)
         self._lifecycle.changed()
         await self._wait_for_rollback()

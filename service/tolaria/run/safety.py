@@ -19,6 +19,7 @@ from tolaria.journal.rows import EmergencyRow
 from tolaria.lane.messages import SeedsChanged, StepDone
 from tolaria.resilience.breaker import Breaker
 from tolaria.resilience.conservative import EMERGENCY, ConservativeMode, ModeChange, breaker_open, epoch_failed
+from tolaria.resilience.conservative import OPERATOR as OPERATOR_REASON
 from tolaria.rollback.protocol import TAMIYO
 from tolaria.run.conditions import Conditions
 from tolaria.run.observers import RunObserver
@@ -35,6 +36,13 @@ BREAKERS: Final = (TAMIYO, KASMINA, BOUNDARY, LR_INTEGRITY, OPTIMIZER, CHECKPOIN
 # Reasons for conservative mode. Those of ill training are causes of a failed epoch; late clocks and peers are not.
 BREACH, PEER_FAILURE = "boundary_breach", "peer_failure"
 NON_FINITE, EXPLOSION, COLLAPSE = "non_finite", "loss_explosion", "accuracy_collapse"
+
+REASONS: Final = (
+    *(reason.name for reason in (OPERATOR_REASON, EMERGENCY)),
+    *(breaker_open(name).name for name in BREAKERS),
+    *(epoch_failed(cause).name for cause in (BREACH, PEER_FAILURE, NON_FINITE, EXPLOSION, COLLAPSE)),
+)
+"""Names of all reasons for conservative mode."""
 
 _LATE_ACKNOWLEDGEMENTS_S: Final = 1.0
 """How long raising an emergency waits beyond its deadline, so that late acknowledgements are in the answer."""

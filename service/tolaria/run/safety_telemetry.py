@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Final, assert_never
 
@@ -42,6 +42,8 @@ _ABORTED: Final = ("restore", "aborted")
 class SafetyTelemetry(RunObserver):
     """Writes the telemetry of a run's safety mechanisms. `degraded`: the signal board is polled for lack of a futex.
 
+    `reasons` are the names of all reasons for conservative mode.
+
     `newest_checkpoint_ns` is the Unix time of the newest committed checkpoint of an earlier process; None without one.
     """
 
@@ -53,6 +55,7 @@ class SafetyTelemetry(RunObserver):
         *,
         degraded: bool,
         newest_checkpoint_ns: int | None = None,
+        reasons: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._metrics = metrics
@@ -60,6 +63,8 @@ class SafetyTelemetry(RunObserver):
         self._log = structlog.get_logger()
         self._snapshots = SnapshotStatistics(0, 0, 0, 0, 0, 0, 0, 0)
         metrics.mode_conservative.set(0)
+        for name in reasons:
+            metrics.mode_conservative_reasons.labels(name).set(0)
         for name in breakers:
             metrics.breaker_state.labels(name).set(enums.CIRCUIT_STATE_CLOSED)
         metrics.emergency_shared_signal_degraded.set(degraded)
@@ -106,6 +111,7 @@ class SafetyTelemetry(RunObserver):
         signal = notice.signal
         self._emitter.emit(
             events.EMERGENCY_BROADCASTS[signal.level],
+            self._bypass_delivered if signal.level in CRITICAL_LEVELS else None,
             emergency_level=level_name(signal.level),
             reason=signal.reason,
             origin=signal.origin,
@@ -172,9 +178,11 @@ class SafetyTelemetry(RunObserver):
             self._emitter.emit(events.EMERGENCY_BROADCAST_FAILED, reason=reason, detail=report.error)
             return
         metrics.emergency_broadcasts_total.inc()
-        if report.notice.signal.level in CRITICAL_LEVELS:
-            metrics.emergency_bypass_applied_total.inc()
         metrics.emergency_last_broadcast_latency_ms.set(report.latency_ns / _NS_PER_MS)
+
+    def _bypass_delivered(self) -> None:
+        """Counts a critical broadcast that is out of this process. Called from any thread."""
+        self._metrics.emergency_bypass_applied_total.inc()
 
     def _level(self, level: enums.EmergencyLevel.ValueType) -> None:
         self._metrics.emergency_level.set(level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ import anyio
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.seeds_pb2 import SeedState
-from leyline.v1.state_pb2 import SystemStatePacket
+from leyline.v1.state_pb2 import HardwareContext, SystemStatePacket
 from tolaria import __version__
 from tolaria.images import SnapshotInfo
 from tolaria.lane.messages import EpochDone, LaneReady, OptimizerChanged, RankInfo, Restored, StepDone
@@ -62,11 +63,13 @@ class EpochSums:
     gradient_norm: float = 0.0
     duration_s: float = 0.0
     input_wait_s: float = 0.0
+    copy_s: float = 0.0
 
     def add(self, step: StepDone) -> None:
         """Counts one step."""
         self.duration_s += step.duration_s
         self.input_wait_s += step.input_wait_s
+        self.copy_s += step.copy_s
         self.samples += step.samples
         if step.skipped:
             self.skipped_steps += 1
@@ -139,6 +142,7 @@ class RunStatus:
     kasmina_answer: str = ""
     tamiyo_latency_ms: float = 0.0
     kasmina_latency_ms: float = 0.0
+    kasmina_export_ms: float = 0.0
     commands_accepted: int = 0
     commands_rejected: int = 0
 
@@ -274,10 +278,12 @@ def epoch_packet(status: RunStatus, averages: Averages, epoch: EpochDone, *, wal
             "step_latency_ms": sums.duration_s * 1000 / steps,
             "tamiyo_latency_ms": status.tamiyo_latency_ms,
             "kasmina.apply_ms": status.kasmina_latency_ms,
+            "kasmina.finalize_ms": status.kasmina_export_ms,
             "hook_latency_ms": status.boundaries_ms[-1] if status.boundaries_ms else 0.0,
-            "cpu_util_percent": epoch.hardware.utilization_percent,
+            "h2d_copy_ms": sums.copy_s * 1000 / steps,
         }
         | {f"validation.{name}": ratio.value for name, ratio in epoch.evaluation.ratios().items()}
+        | _hardware_metrics(epoch.hardware)
     )
     return packet
 
@@ -382,6 +388,18 @@ def _average_metrics(averages: Averages) -> dict[str, float]:
         "loss_volatility": math.sqrt(averages.loss_variance),
         "grad_norm_ewma": averages.gradient_norm,
         "grad_var": averages.gradient_norm_variance,
+    }
+
+
+def _hardware_metrics(hardware: HardwareContext) -> dict[str, float]:
+    """Returns the use of processor and GPU; that of a GPU is 0 without one."""
+    is_cpu = hardware.device_type == "cpu"
+    cpu_percent = hardware.utilization_percent if is_cpu else 100.0 * os.getloadavg()[0] / (os.cpu_count() or 1)
+    return {
+        "cpu_util_percent": min(100.0, cpu_percent),
+        "gpu_util_percent": 0.0 if is_cpu else hardware.utilization_percent,
+        "gpu_mem_free_gb": 0.0 if is_cpu else hardware.available_memory_gb,
+        "gpu_mem_used_gb": 0.0 if is_cpu else hardware.total_memory_gb - hardware.available_memory_gb,
     }
 
 

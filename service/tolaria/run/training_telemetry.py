@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections import deque
 from typing import Final
 
 import structlog
@@ -24,19 +26,27 @@ from tolaria.telemetry.metrics import Metrics, start_at_zero
 _STATES = [name.removeprefix("RUN_STATE_").lower() for name in RunState.keys()[1:]]
 _COMMANDS: Final = {kind: CommandType.Name(kind).removeprefix("COMMAND_").lower() for kind in PAYLOADS}
 _REFUSALS: Final = ("late", "conservative", "refused", "unsupported", "malformed", "rollback_budget")
+_EPOCHS_COMPARED: Final = 16
+_EPOCHS_NEEDED: Final = 3
+_LATENCY_MORE_S: Final = 1.0
 _LOSS, _GRADIENT, _EXTREME = "loss_not_finite", "gradient_not_finite", "loss_extreme"
 
 
 class TrainingTelemetry(RunObserver):
     """Writes the metrics, events and log lines of training."""
 
-    def __init__(self, metrics: Metrics, emitter: Emitter, log_context: LogContext, *, run_id: str) -> None:
+    def __init__(
+        self, metrics: Metrics, emitter: Emitter, log_context: LogContext, *, run_id: str, latency_factor: float
+    ) -> None:
         self._metrics = metrics
         self._emitter = emitter
         self._context = log_context
         self._log = structlog.get_logger()
         # Cached children: three times cheaper than labels() for every step.
         self._state_gauges = {name: metrics.training_state.labels(name) for name in _STATES}
+        self._latency_factor = latency_factor
+        self._step_times_s: deque[float] = deque(maxlen=_EPOCHS_COMPARED)
+        """Mean duration of a step in each of the last epochs."""
         self._samples = 0
         self._step = 0
         log_context.run_id = run_id
@@ -152,6 +162,11 @@ class TrainingTelemetry(RunObserver):
 
     def on_boundary(self, status: RunStatus, epoch: EpochDone, *, budget_ms: float, breach: bool) -> None:
         held_up_ms = status.boundaries_ms[-1]
+        self._compare_latency(status, epoch)
+        if held_up_ms > budget_ms:
+            self._emitter.emit(
+                events.EPOCH_HOOK_LATENCY_HIGH, epoch=epoch.epoch, latency_ms=held_up_ms, budget_ms=budget_ms
+            )
         self._metrics.epoch_hook_latency_ms.set(held_up_ms)
         self._metrics.epoch_hook_duration_seconds.observe(held_up_ms / 1000)
         if breach:
@@ -171,6 +186,18 @@ class TrainingTelemetry(RunObserver):
             kasmina=status.kasmina_answer,
             **_own_metrics(epoch),
         )
+
+    def _compare_latency(self, status: RunStatus, epoch: EpochDone) -> None:
+        """Reports an epoch whose steps took far longer than those of the epochs before, and a second in all."""
+        sums, before_s = status.sums, self._step_times_s
+        if not (steps := sums.steps + sums.skipped_steps):
+            return
+        usual_s = statistics.median(before_s) * steps if len(before_s) >= _EPOCHS_NEEDED else math.inf
+        if sums.duration_s > self._latency_factor * usual_s and sums.duration_s > usual_s + _LATENCY_MORE_S:
+            self._emitter.emit(
+                events.LATENCY_HIGH, epoch=epoch.epoch, latency_ms=sums.duration_s * 1000, usual_ms=usual_s * 1000
+            )
+        before_s.append(sums.duration_s / steps)
 
     def on_step_question(self, step: int, latency_ms: float, *, budget_ms: float, breach: bool) -> None:
         self._metrics.hook_latency_ms.set(latency_ms)

@@ -154,6 +154,7 @@ class Host:
         if not ended and self._refused is None:
             self._log.error("lane_stuck", detail="a microbatch or an evaluation did not end in time")
         self._closing.set()
+        self._core.telemetry.close()
         self._core.lifecycle.changed()
 
     def _admin_server(self, service: RunService, operations: TaskGroup) -> AbstractAsyncContextManager[GrpcServer]:
@@ -169,6 +170,7 @@ class Host:
                 ledger=new_ledger(core, operations),
                 complete=self._complete,
                 closing=self._closing,
+                telemetry=core.telemetry,
                 interval_s=settings.server.status_interval_ms / 1000,
                 state_dir=Path(settings.state.dir),
             )

@@ -40,6 +40,7 @@ from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext, Priority, logging_to
 from tolaria.telemetry.metrics import Metrics, start_at_zero
+from tolaria.telemetry.tracing import Tracer, tracing
 from tolaria.values.optimization import ActiveAdjustment
 
 
@@ -63,7 +64,11 @@ def run(settings: Settings) -> int:
         for notice in settings.notices:
             structlog.get_logger().warning("setting_retired", detail=notice)
         # Not the thread's current loop: a job that asks for one while it is built gets another.
-        with locked_state(settings), asyncio.Runner(loop_factory=asyncio.new_event_loop) as loop:
+        with (
+            tracing(settings.telemetry, "tolaria") as tracer,
+            locked_state(settings),
+            asyncio.Runner(loop_factory=asyncio.new_event_loop) as loop,
+        ):
             listeners = open_listeners(settings, loop)
             build = _built(settings) if settings.lane.mode == "thread" or not hasattr(os, "memfd_create") else None
             with prepare_state(settings) as prepared:
@@ -76,7 +81,7 @@ def run(settings: Settings) -> int:
                         build.resume_run(*checkpoint)
                     _report_ready(settings, metrics, point, build.ready)
                 with _foundation(
-                    settings, build, point, checkpoint=checkpoint, metrics=metrics, context=context
+                    settings, build, point, checkpoint=checkpoint, metrics=metrics, context=context, tracer=tracer
                 ) as foundation:
                     host = Host(foundation, listeners)
                     try:
@@ -123,6 +128,7 @@ def _foundation(
     checkpoint: tuple[StateImage, tuple[ActiveAdjustment, ...]] | None,
     metrics: Metrics,
     context: LogContext,
+    tracer: Tracer,
 ) -> Iterator[Foundation]:
     """Creates what exists before the run and outlives it; closes it at the end of the block."""
     run_id, storage = point.state.run_id, point.state.storage
@@ -142,7 +148,7 @@ def _foundation(
             run=run_row(storage.journal, run_id),
             active_halt=active_halt(point.state),
             metrics=metrics,
-            emitter=Emitter(),
+            emitter=Emitter(tracer),
             log_context=context,
             open_emergencies=tuple(open_emergencies(point.state)),
             newest_checkpoint_ns=None if point.loaded is None else point.loaded.row.at_ns,

@@ -37,6 +37,7 @@ from tolaria.run.lane_client import LaneClient, LaneHandle
 from tolaria.run.lane_telemetry import LaneTelemetry
 from tolaria.run.observers import Observers
 from tolaria.run.operations import RunParts
+from tolaria.run.packet_telemetry import PacketTelemetry
 from tolaria.run.profiling import Profiles
 from tolaria.run.recovery import Recovery
 from tolaria.run.restore_points import RestorePoints
@@ -44,7 +45,7 @@ from tolaria.run.restorer import LaneRestorer
 from tolaria.run.revival import Revival
 from tolaria.run.run import TrainingRun
 from tolaria.run.run_state import Lifecycle
-from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, Safeguards, Safety
+from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, REASONS, Safeguards, Safety
 from tolaria.run.safety_telemetry import SafetyTelemetry
 from tolaria.run.seed_telemetry import SeedTelemetry
 from tolaria.run.status import RunStatus
@@ -53,6 +54,8 @@ from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
+from tolaria.telemetry.packets import Packets
+from tolaria.telemetry.subscriptions import TelemetryStream
 from tolaria.transport.process_lane import ProcessLane
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.seeds import NO_SEEDS, limits_of
@@ -125,6 +128,9 @@ class Core:
     def __init__(self, foundation: Foundation) -> None:
         settings, metrics, emitter = foundation.settings, foundation.metrics, foundation.emitter
         self.foundation = foundation
+        self.telemetry = TelemetryStream(settings.telemetry, metrics)
+        self.packets = Packets(metrics, self.telemetry, foundation.log_context, emitter.tracer)
+        emitter.publish_to(self.packets)
         self.ready = None if foundation.build is None else foundation.build.ready
         self.status = new_status(foundation)
         self.journal = AsyncJournal(foundation.storage.journal, self.status.run_id)
@@ -139,14 +145,22 @@ class Core:
             BREAKERS,
             degraded=foundation.board.degraded,
             newest_checkpoint_ns=foundation.newest_checkpoint_ns,
+            reasons=REASONS,
         )
         ended = [row for row in foundation.open_emergencies if row != foundation.active_halt]
         self.observers = Observers(
-            TrainingTelemetry(metrics, emitter, foundation.log_context, run_id=self.status.run_id),
+            TrainingTelemetry(
+                metrics,
+                emitter,
+                foundation.log_context,
+                run_id=self.status.run_id,
+                latency_factor=settings.telemetry.latency_factor,
+            ),
             SeedTelemetry(settings.gradients, metrics, emitter),
             safety_telemetry,
             LaneTelemetry(metrics, emitter),
             JournalObserver(self.journal, self.status, foundation.run, active=foundation.active_halt, ended=ended),
+            PacketTelemetry(emitter.tracer, self.packets),
         )
         self.process: ProcessLane | None = None
         if foundation.build is not None:
@@ -211,6 +225,7 @@ class RunService:
         tasks.start_soon(self.recovery.save_when_halted)
         tasks.start_soon(self.revival.serve)
         tasks.start_soon(core.journal.serve)
+        tasks.start_soon(core.packets.serve)
         await self.run.run()
 
 
@@ -335,6 +350,7 @@ def _new_recovery(core: Core, adjustments: RunAdjustments, participants: Mapping
         observers=core.observers,
         safety=core.safety,
         adjustments=adjustments,
+        tracer=foundation.emitter.tracer,
     )
 
 

@@ -1,10 +1,11 @@
-"""The catalogue of events, each with its name, level and attributes, and the emitter that logs them."""
+"""The catalogue of events, each with its name, level and attributes, and the emitter that logs and publishes them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 
 import structlog
@@ -14,13 +15,21 @@ from leyline.v1.enums_pb2 import (
     EMERGENCY_LEVEL_ELEVATED,
     EMERGENCY_LEVEL_HALT,
     EMERGENCY_LEVEL_NOTICE,
+    HEALTH_STATUS_CRITICAL,
+    HEALTH_STATUS_DEGRADED,
+    HEALTH_STATUS_HEALTHY,
+    HEALTH_STATUS_UNHEALTHY,
     TELEMETRY_LEVEL_CRITICAL,
     TELEMETRY_LEVEL_ERROR,
     TELEMETRY_LEVEL_INFO,
     TELEMETRY_LEVEL_WARNING,
     EmergencyLevel,
+    HealthStatus,
     TelemetryLevel,
 )
+from tolaria.telemetry.logging import ON_WRITTEN
+from tolaria.telemetry.packets import Occurrence, Packets
+from tolaria.telemetry.tracing import Tracer
 
 _LOG_LEVELS: dict[TelemetryLevel.ValueType, int] = {
     TELEMETRY_LEVEL_INFO: logging.INFO,
@@ -30,34 +39,88 @@ _LOG_LEVELS: dict[TelemetryLevel.ValueType, int] = {
 }
 
 
+_TEXT_LENGTH_MAX = 4096
+_HEALTH: dict[TelemetryLevel.ValueType, HealthStatus.ValueType] = {
+    TELEMETRY_LEVEL_INFO: HEALTH_STATUS_HEALTHY,
+    TELEMETRY_LEVEL_WARNING: HEALTH_STATUS_DEGRADED,
+    TELEMETRY_LEVEL_ERROR: HEALTH_STATUS_DEGRADED,
+    TELEMETRY_LEVEL_CRITICAL: HEALTH_STATUS_CRITICAL,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class EventSpec:
-    """The declaration of an event: every occurrence has exactly these attributes."""
+    """The declaration of an event: every occurrence has exactly these attributes.
+
+    `health` is that of its packet; `emergency`: the packet is one of an emergency.
+    """
 
     name: str
     level: TelemetryLevel.ValueType
     attributes: tuple[str, ...]
+    health: HealthStatus.ValueType
+    emergency: bool = False
 
 
 class Emitter:
-    """Emits events to the log. Used on the event loop only."""
+    """Emits events to the log and to the subscribers of telemetry. Used on the event loop only."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracer: Tracer | None = None) -> None:
         self._log = structlog.get_logger()
+        self._packets: Packets | None = None
+        self.tracer = Tracer() if tracer is None else tracer
+        """Records the spans that packets contain."""
 
-    def emit(self, spec: EventSpec, **attributes: str | float) -> None:
-        """Logs one occurrence of an event.
+    def publish_to(self, packets: Packets) -> None:
+        """Publishes further events as packets, too."""
+        self._packets = packets
+
+    def emit(
+        self, spec: EventSpec, on_delivered: Callable[[], None] | None = None, /, **attributes: str | float
+    ) -> None:
+        """Logs and publishes one occurrence of an event.
+
+        `on_delivered` is called once, from any thread, when the event has been written to the log or to a
+        subscriber's connection; never, if that does not happen.
 
         Raises:
             ValueError: the attributes are not the declared ones.
         """
         if set(attributes) != set(spec.attributes):
             raise ValueError(f"{spec.name} carries {sorted(spec.attributes)}, got {sorted(attributes)}")
-        self._log.log(_LOG_LEVELS[spec.level], spec.name, **attributes)
+        first = None if on_delivered is None else _FirstCall(on_delivered)
+        extra = {} if first is None else {ON_WRITTEN: first}
+        self._log.log(_LOG_LEVELS[spec.level], spec.name, **attributes, **extra)
+        if self._packets is not None:
+            shown = {name: _text(value) for name, value in attributes.items()}
+            self._packets.event(Occurrence(spec.name, spec.level, spec.health, shown, spec.emergency), first)
+
+
+class _FirstCall:
+    """Calls a function at the first of all calls, from any thread."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._left = [function]
+
+    def __call__(self) -> None:
+        with suppress(IndexError):
+            self._left.pop()()  # pop is atomic
+
+
+def _text(value: str | float) -> str:
+    """Returns an attribute as text: numbers with six significant digits, booleans as JSON writes them."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text[:_TEXT_LENGTH_MAX].encode(errors="replace").decode()  # a peer's text may not be valid Unicode
 
 
 def _spec(level: TelemetryLevel.ValueType, name: str, *attributes: str) -> EventSpec:
-    return EventSpec(name, level, attributes)
+    return EventSpec(name, level, attributes, _HEALTH[level])
+
+
+def _of_emergency(spec: EventSpec) -> EventSpec:
+    return replace(spec, emergency=True)
 
 
 _info = partial(_spec, TELEMETRY_LEVEL_INFO)
@@ -80,25 +143,27 @@ CONSERVATIVE_MODE_CLEARED = _info("tolaria.conservative_mode_cleared", "reasons"
 
 # Emergencies
 _EMERGENCY = ("emergency_level", "reason", "origin")
-EMERGENCY_ESCALATED = _warning("tolaria.emergency.escalated", *_EMERGENCY)
-EMERGENCY_HALT = _critical("tolaria.emergency.halt", "reason", "origin")
-EMERGENCY_CLEARED = _info("tolaria.emergency.cleared", *_EMERGENCY, "by")
+EMERGENCY_ESCALATED = _of_emergency(_warning("tolaria.emergency.escalated", *_EMERGENCY))
+EMERGENCY_HALT = _of_emergency(_critical("tolaria.emergency.halt", "reason", "origin"))
+EMERGENCY_CLEARED = _of_emergency(_info("tolaria.emergency.cleared", *_EMERGENCY, "by"))
 _BROADCAST = ("emergency_broadcast", *_EMERGENCY, "count")
 EMERGENCY_BROADCASTS: Mapping[EmergencyLevel.ValueType, EventSpec] = {
-    EMERGENCY_LEVEL_NOTICE: _info(*_BROADCAST),
-    EMERGENCY_LEVEL_ELEVATED: _warning(*_BROADCAST),
-    EMERGENCY_LEVEL_CONSERVATIVE: _critical(*_BROADCAST),
-    EMERGENCY_LEVEL_HALT: _critical(*_BROADCAST),
+    EMERGENCY_LEVEL_NOTICE: _of_emergency(_info(*_BROADCAST)),
+    EMERGENCY_LEVEL_ELEVATED: _of_emergency(_warning(*_BROADCAST)),
+    EMERGENCY_LEVEL_CONSERVATIVE: _of_emergency(_critical(*_BROADCAST)),
+    EMERGENCY_LEVEL_HALT: _of_emergency(_critical(*_BROADCAST)),
 }
 """One event at the level of what it reports."""
 
-EMERGENCY_BROADCAST_FAILED = _critical("tolaria.emergency.broadcast_failed", "reason", "detail")
-HEARTBEAT_LOST = _critical("tolaria.heartbeat_lost", "reason")
+EMERGENCY_BROADCAST_FAILED = _of_emergency(_critical("tolaria.emergency.broadcast_failed", "reason", "detail"))
+HEARTBEAT_LOST = _of_emergency(_critical("tolaria.heartbeat_lost", "reason"))
 
 # Steps and epochs
 EPOCH_BUDGET_EXCEEDED = _warning("tolaria.epoch_budget_exceeded", "epoch", "latency_ms", "budget_ms")
+EPOCH_HOOK_LATENCY_HIGH = _warning("epoch_hook_latency_high", "epoch", "latency_ms", "budget_ms")
+LATENCY_HIGH = _warning("latency_high", "epoch", "latency_ms", "usual_ms")
 HOOK_BUDGET_EXCEEDED = _warning("tolaria.hook_budget_exceeded", "step", "latency_ms", "budget_ms")
-ZERO_SAMPLES = _warning("zero_samples", "epoch")
+ZERO_SAMPLES = replace(_warning("zero_samples", "epoch"), health=HEALTH_STATUS_UNHEALTHY)
 ACCURACY_ABOVE_ONE = _warning("tolaria.accuracy_above_one", "epoch", "correct", "samples")
 NON_FINITE_STEP = _error("tolaria.non_finite_step", "step", "loss", "gradient_norm")
 STEP_SKIPPED = _warning("tolaria.step_skipped", "step", "epoch", "batches", "loss", "gradient_norm", "reason")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anyio
 import anyio.to_thread
 from aiohttp import web
-from prometheus_client import CollectorRegistry
+from prometheus_client import Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from tolaria.telemetry.metrics import Metrics, with_counters
 
@@ -48,14 +49,11 @@ async def exporter(
 
 
 def _application(metrics: Metrics, readiness: Callable[[], Readiness]) -> web.Application:
-    one_at_a_time = anyio.CapacityLimiter(1)
+    renderer = Renderer(metrics)
 
     async def render(request: web.Request) -> web.Response:
         encode, content_type = _encoder(request.headers.get("Accept", ""))
-        # In a thread: rendering takes milliseconds, which would count against the budget of an epoch boundary.
-        body = await anyio.to_thread.run_sync(encode, metrics.registry, limiter=one_at_a_time)
-        if content_type.startswith("text/plain"):
-            body = with_counters(body)
+        body = await renderer.body(encode, content_type)
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def live(_request: web.Request) -> web.Response:
@@ -71,7 +69,65 @@ def _application(metrics: Metrics, readiness: Callable[[], Readiness]) -> web.Ap
     return application
 
 
-def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
+class AllMetrics(Collector):
+    """The metrics as encoders want them."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields them; for a thread."""
+        return self._metrics.collected()
+
+
+@dataclass(slots=True)
+class _Rendering:
+    """A response that will be rendered; `over` is set once it is, or has failed."""
+
+    over: anyio.Event = field(default_factory=anyio.Event)
+    body: bytes | None = None
+
+
+class Renderer:
+    """Renders metrics in a thread, since it takes many milliseconds, one response at a time.
+
+    Requests that wait for their turn get the same response, which is rendered after all of them have arrived.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = AllMetrics(metrics)
+        self._one_at_a_time = anyio.CapacityLimiter(1)
+        self._next: dict[str, _Rendering] = {}
+
+    async def body(self, encode: Callable[[Collector], bytes], content_type: str) -> bytes:
+        """Returns all metrics in a format."""
+        while True:
+            rendering = self._next.get(content_type)
+            if rendering is None:
+                return await self._render(encode, content_type)
+            await rendering.over.wait()
+            if rendering.body is not None:  # else the request that had it rendered was cancelled
+                return rendering.body
+
+    async def _render(self, encode: Callable[[Collector], bytes], content_type: str) -> bytes:
+        rendering = self._next[content_type] = _Rendering()
+        try:
+            async with self._one_at_a_time:
+                del self._next[content_type]  # what arrives from now on needs newer values
+                is_plain = content_type.startswith("text/plain")
+                rendering.body = await anyio.to_thread.run_sync(_encoded, encode, self._metrics, is_plain)
+            return rendering.body
+        finally:
+            if self._next.get(content_type) is rendering:
+                del self._next[content_type]
+            rendering.over.set()
+
+
+def _encoded(encode: Callable[[Collector], bytes], metrics: Collector, is_plain: bool) -> bytes:
+    return with_counters(encode(metrics)) if is_plain else encode(metrics)
+
+
+def _encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:
     """The encoder and content type for an Accept header; plain text if the library cannot parse the header."""
     try:
         encode, content_type = choose_encoder(accept)

@@ -26,6 +26,9 @@ _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _QUEUE_LINES_MAX = 8192
 _FLUSH_TIMEOUT_S = 1.0
 
+ON_WRITTEN = "_on_written"
+"""Key of an event whose value is called, in the writer's thread, once the event's line has been written."""
+
 Priority = Literal["normal", "high", "critical"]
 
 
@@ -44,6 +47,10 @@ class LogContext:
             event.setdefault("epoch", self.epoch)
             event.setdefault("step", self.step)
         return event
+
+
+_CLIENT_GONE = "ExecuteBatchError"
+"""What gRPC raises, and reports as an error, when a client leaves while a response is written to it."""
 
 
 class LineWriter:
@@ -105,6 +112,7 @@ class LineWriter:
     def _run(self) -> None:
         while (taken := self._take()) is not None:
             priority, event = taken
+            on_written = event.pop(ON_WRITTEN, None)
             rendered: Any = event
             for render in self._renderers:
                 rendered = render(None, event["level"], rendered)
@@ -113,6 +121,9 @@ class LineWriter:
                 self._stream.flush()
             except (OSError, ValueError):  # a broken pipe; a closed stream
                 self._on_dropped(priority)
+            else:
+                if on_written is not None:
+                    on_written()
 
     def _take(self) -> tuple[Priority, EventDict] | None:
         """Waits for an event; returns None once closing and all are written."""
@@ -133,6 +144,9 @@ class _StandardRecords(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Logs a record, with the traceback of its exception."""
         log = structlog.get_logger()
+        if record.exc_info and record.exc_info[0] and record.exc_info[0].__name__ == _CLIENT_GONE:
+            log.info("client_gone", detail=record.getMessage())
+            return
         write = log.error if record.levelno >= logging.ERROR else log.warning
         write(record.getMessage(), logger=record.name, exc_info=record.exc_info)
 

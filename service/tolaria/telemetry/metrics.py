@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    Metric,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.samples import Sample
 
 # Otherwise each counter and histogram has a second series with its creation time.
 disable_created_metrics()  # type: ignore[no-untyped-call] # the library does not annotate this function
@@ -19,7 +33,29 @@ RECOVERY_BUCKETS_S = (0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 30.0, 60.0, 120.
 CHECKPOINT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
+_SHARES: Final = dict.fromkeys(("ratio", "share", "share_delta", "fraction", "accuracy"), "1")
+UNITS: Final = {"_seconds": "s", "_ms": "ms", "_bytes": "By"} | _SHARES
+"""Units, as UCUM writes them, by how names end, apart from `_total` and `_sum`."""
+
+_SLICE_S, _PAUSE_S = 0.001, 0.0002
+
 _UNTYPED = re.compile(rb"^(# TYPE .+) untyped$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """The declaration of a metric. `name` is dotted, and as in its samples: a counter's includes `_total`."""
+
+    name: str
+    kind: str
+    help_text: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def unit(self) -> str:
+        """The unit, empty for a number of things."""
+        return unit_of(self.name)
 
 
 class Tally(Gauge):
@@ -42,10 +78,48 @@ def with_counters(text: bytes) -> bytes:
     return _UNTYPED.sub(rb"\1 counter", text)
 
 
+def escaped(name: str) -> str:
+    """Returns the name that a scraper without UTF-8 names gets."""
+    return name.replace(".", "_")
+
+
+def unit_of(name: str) -> str:
+    """Returns the unit of a metric or of one of its samples by its name, empty for a number of things."""
+    stem = name.removesuffix("_total").removesuffix("_sum")
+    return next((unit for suffix, unit in UNITS.items() if stem.endswith(suffix)), "")
+
+
 def start_at_zero(metric: Counter | Histogram, series: Iterable[tuple[str, ...]]) -> None:
     """Creates the series with these labels, so that a rate over them is right from the first increase on."""
     for labels in series:
         metric.labels(*labels)
+
+
+class _Pace:
+    """Pauses at the end of each slice of time."""
+
+    def __init__(self, pause: Callable[[float], None]) -> None:
+        self._pause = pause
+        self._began_s = time.perf_counter()
+
+    def keep(self) -> None:
+        """Pauses if the slice is over."""
+        if time.perf_counter() - self._began_s > _SLICE_S:
+            self._pause(_PAUSE_S)
+            self._began_s = time.perf_counter()
+
+
+class _PacedSamples(list[Sample]):
+    """Samples that keep a pace while something iterates over them."""
+
+    def __init__(self, samples: Iterable[Sample], pace: _Pace) -> None:
+        super().__init__(samples)
+        self._pace = pace
+
+    def __iter__(self) -> Iterator[Sample]:
+        for sample in super().__iter__():
+            yield sample
+            self._pace.keep()
 
 
 class Metrics:
@@ -53,6 +127,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
+        self._catalogue: list[MetricSpec] = []
         self._declare_training()
         self._declare_boundaries()
         self._declare_peers()
@@ -61,10 +136,32 @@ class Metrics:
         self._declare_emergency()
         self._declare_rollback()
         self._declare_process()
+        self._declare_telemetry()
+        self._process: ProcessCollector | None = None
+
+    @property
+    def catalogue(self) -> tuple[MetricSpec, ...]:
+        """All declared metrics, in the order of their declaration; without those of the process."""
+        return tuple(self._catalogue)
+
+    def collected(self, pause: Callable[[float], None] = time.sleep) -> Iterator[Metric]:
+        """Yields all metrics, those of the process last, for a thread: it reads files, and pauses every millisecond.
+
+        A thread that computes gives up the interpreter only every 5 ms if another one waits for it, and the event loop,
+        which waits at every turn, would be held up each time. The samples of a metric pause in the same way when they
+        are iterated over.
+        """
+        if self._process is None:
+            self._process = ProcessCollector(registry=None)
+        pace = _Pace(pause)
+        for metric in chain(self.registry.collect(), self._process.collect()):
+            metric.samples = _PacedSamples(metric.samples, pace)
+            yield metric
+            pace.keep()
 
     def _declare_training(self) -> None:
-        self.epochs_total = Tally(PREFIX + "epochs.total", "Completed epochs.", registry=self.registry)
-        self.epochs_failed = Tally(PREFIX + "epochs.failed", "Failed epochs.", registry=self.registry)
+        self.epochs_total = self._tally("epochs.total", "Completed epochs.")
+        self.epochs_failed = self._tally("epochs.failed", "Failed epochs.")
         self.training_loss = self._gauge("training.loss", "Mean training loss of the last epoch.")
         self.training_accuracy = self._gauge("training.accuracy", "Validation accuracy of the last epoch, 0 to 1.")
         self.training_latency_ms = self._gauge("training.latency_ms", "Duration of the last epoch's steps.")
@@ -174,12 +271,12 @@ class Metrics:
         self.emergency_level = self._gauge("emergency.level", "0 none, 1 notice, 2 elevated, 3 conservative, 4 halt.")
         self.emergency_halt = self._gauge("emergency.halt", "1: an emergency halts training.")
         self.emergency_halts_total = self._counter("emergency.halts_total", "Emergencies that halted training.")
-        self.emergency_broadcasts_total = self._counter("emergency.broadcasts_total", "Broadcasts sent.")
+        self.emergency_broadcasts_total = self._counter("emergency.broadcasts_total", "Broadcasts passed to telemetry.")
         self.emergency_broadcast_failures_total = self._counter(
             "emergency.broadcast_failures_total", "Attempts to broadcast that failed, and lines that were not written."
         )
         self.emergency_bypass_applied_total = self._counter(
-            "emergency.bypass_applied_total", "Critical broadcasts, sent ahead of all queues."
+            "emergency.bypass_applied_total", "Critical broadcasts that have reached the log's stream or a subscriber."
         )
         self.emergency_bypass_dropped_total = self._counter(
             "emergency.bypass_dropped_total", "Broadcasts lost: always 0; alert when it is not."
@@ -251,18 +348,41 @@ class Metrics:
         self.profiler_enabled = self._gauge("profiler.enabled", "1: a trace is being recorded.")
         self.profiler_traces_emitted_total = self._counter("profiler.traces_emitted_total", "Traces written.")
         self.profiler_traces_failed_total = self._counter("profiler.traces_failed_total", "Failed traces.")
-        self.telemetry_dropped_total = self._counter(
-            "telemetry.dropped_total", "Log lines dropped because the stream is blocked or closed.", ["priority"]
+        build = "Version of Tolaria and of torch, and the device."
+        self._declare("build_info", "info", build, ("version", "torch", "device"))
+        self.build_info = Info(PREFIX + "build", build, registry=self.registry)
+
+    def _declare_telemetry(self) -> None:
+        self.telemetry_subscribers = self._gauge("telemetry.subscribers", "Subscribers to telemetry packets.")
+        self.telemetry_queue_depth = self._gauge(
+            "telemetry.queue_depth", "Telemetry packets that wait, over all subscribers."
         )
-        self.build_info = Info(
-            PREFIX + "build", "Version of Tolaria and of torch, and the device.", registry=self.registry
+        self.telemetry_sent_total = self._counter(
+            "telemetry.sent_total", "Telemetry packets written to connections of subscribers.", ["priority"]
+        )
+        self.telemetry_dropped_total = self._counter(
+            "telemetry.dropped_total",
+            "Log lines and telemetry packets dropped because a reader is slow, blocked or gone.",
+            ["priority"],
         )
 
+    def _declare(
+        self, name: str, kind: str, help_text: str, labels: Sequence[str] = (), buckets: Sequence[float] = ()
+    ) -> None:
+        self._catalogue.append(MetricSpec(PREFIX + name, kind, help_text, tuple(labels), tuple(buckets)))
+
+    def _tally(self, name: str, help_text: str) -> Tally:
+        self._declare(name, "counter", help_text)
+        return Tally(PREFIX + name, help_text, registry=self.registry)
+
     def _gauge(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Gauge:
+        self._declare(name, "gauge", help_text, labels)
         return Gauge(PREFIX + name, help_text, labels, registry=self.registry)
 
     def _counter(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Counter:
+        self._declare(name, "counter", help_text, labels)
         return Counter(PREFIX + name, help_text, labels, registry=self.registry)
 
     def _histogram(self, name: str, help_text: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
+        self._declare(name, "histogram", help_text, labels, buckets)
         return Histogram(PREFIX + name, help_text, labels, registry=self.registry, buckets=buckets)

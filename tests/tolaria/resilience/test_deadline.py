@@ -29,6 +29,7 @@ from tolaria.errors import (
 )
 from tolaria.resilience.breaker import Breaker, BreakerPolicy
 from tolaria.resilience.deadline import CallGate, CallRecord, DeadlineCaller
+from tolaria.values.spans import SpanContext, within
 
 pytestmark = pytest.mark.anyio
 
@@ -149,7 +150,12 @@ async def test_error_has_the_details_of_the_peers_status() -> None:
 async def test_undecodable_response_is_a_protocol_error() -> None:
     """GRPC returns None for such a response; the breaker counts a failure."""
 
-    async def undecodable(_request: EvaluateEpochRequest, *, timeout: float) -> None:  # noqa: ASYNC109 - gRPC's name
+    async def undecodable(
+        _request: EvaluateEpochRequest,
+        *,
+        timeout: float,  # noqa: ASYNC109 - gRPC's name
+        metadata: object,
+    ) -> None:
         """Returns what a method of a stub returns for such a response."""
 
     records: list[CallRecord] = []
@@ -174,6 +180,7 @@ class ScriptedPeer:
     def __init__(self, *script: grpc.StatusCode, settings: PeerSettings | None = None, attempt_s: float = 0.0) -> None:
         self.script, self.attempt_s = list(script), attempt_s
         self.timeouts_s: list[float] = []
+        self.metadata: list[object] = []
         self.wait: Callable[[], Awaitable[None]] = return_immediately
         self.now_s = 100.0
         self.records: list[CallRecord] = []
@@ -182,8 +189,15 @@ class ScriptedPeer:
             "tamiyo", self.breaker, settings or PeerSettings(), observe=self.records.append, clock=lambda: self.now_s
         )
 
-    async def _method(self, _request: object, *, timeout: float) -> EvaluateEpochResponse:  # noqa: ASYNC109 - gRPC's name
+    async def _method(
+        self,
+        _request: object,
+        *,
+        timeout: float,  # noqa: ASYNC109 - gRPC's name
+        metadata: object,
+    ) -> EvaluateEpochResponse:
         self.timeouts_s.append(round(timeout, 6))
+        self.metadata.append(metadata)
         await self.wait()
         self.now_s += self.attempt_s
         if self.script:
@@ -454,3 +468,22 @@ async def test_drain_ends_at_its_timeout() -> None:
         await stack.enter_async_context(gate.slot("Ask", 1.0))
         with anyio.fail_after(5):
             await gate.drain(0.01)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+async def test_a_call_continues_the_trace_that_it_belongs_to(sampled: bool) -> None:
+    """The peer gets the header if the trace is exported; the record has the call's own span in any case."""
+    peer, parent = ScriptedPeer(UNAVAILABLE), SpanContext("a" * 32, "b" * 16, sampled=sampled)
+    with within(parent):
+        await peer.call()
+    span = peer.records[0].span
+    assert span is not None
+    assert (span.trace_id, span.parent_id) == (parent.trace_id, parent.span_id)
+    assert peer.metadata == [(("traceparent", span.traceparent),) if sampled else None] * 2  # with the retry
+
+
+async def test_a_call_outside_of_a_trace_has_no_span() -> None:
+    """No trace begins with it."""
+    peer = ScriptedPeer()
+    await peer.call()
+    assert (peer.records[0].span, peer.metadata) == (None, [None])

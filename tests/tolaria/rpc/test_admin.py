@@ -25,6 +25,7 @@ from leyline.v1.enums_pb2 import (
     RollbackTier,
 )
 from support.admin import SERVICE, MemoryJournal, serving_parts, stub_of
+from tolaria.config import TelemetrySettings
 from tolaria.emergency import Acknowledgement, EmergencyState
 from tolaria.emergency.protocol import require_level
 from tolaria.errors import (
@@ -46,6 +47,8 @@ from tolaria.run.run import TrainingRun
 from tolaria.run.run_state import RunEvent, after
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus
+from tolaria.telemetry.metrics import Metrics
+from tolaria.telemetry.subscriptions import TelemetryStream
 from tolaria.values.optimization import Adjustment
 
 if TYPE_CHECKING:
@@ -161,6 +164,7 @@ class Served:
         self.run = FakeRun(self.status)
         self.journal = MemoryJournal()
         self.closing = anyio.Event()
+        self.telemetry = TelemetryStream(TelemetrySettings(), Metrics())
         self.channel: grpc.aio.Channel
         self.stub: TolariaAdminServiceAsyncStub
 
@@ -185,6 +189,7 @@ async def served(interval_s: float = 60.0) -> AsyncIterator[Served]:
             closing=it.closing,
             interval_s=interval_s,
             state_dir=Path("unused"),
+            telemetry=it.telemetry,
         )
         async with serving_parts(parts) as it.channel:
             it.stub = stub_of(it.channel)
@@ -435,14 +440,6 @@ async def test_refused_calls_have_a_code_and_a_message(
         with pytest.raises(grpc.aio.AioRpcError, match=words) as caught:
             await getattr(it.stub, method)(request_)
     assert caught.value.code() is code
-
-
-async def test_the_telemetry_stream_is_not_served() -> None:
-    """A stream is refused as a call is."""
-    async with served() as it:
-        with pytest.raises(grpc.aio.AioRpcError, match="StreamTelemetry is not served"):
-            async for _ in it.stub.StreamTelemetry(admin.StreamTelemetryRequest()):
-                pass
 
 
 async def test_a_watch_sends_every_change_at_once_and_ends_with_the_service() -> None:

@@ -60,6 +60,7 @@ from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus
 from tolaria.run.verdicts import RateCut, Retreat
+from tolaria.telemetry.tracing import Tracer
 from tolaria.values.lineage import Lineage
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.training import EpochProgress, Position
@@ -244,6 +245,7 @@ class RecoveryParts:
             observers=self.recorder,
             safety=FakeSafety(self.recorder),
             adjustments=RunAdjustments(self.client, AsyncJournal(storage.journal, "run"), self.status),
+            tracer=Tracer(),
         )
 
     def prove(self, sound_losses: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 import structlog
 
 from tolaria.config import LoggingSettings
-from tolaria.telemetry.logging import LineWriter, LogContext, logging_to
+from tolaria.telemetry.logging import ON_WRITTEN, LineWriter, LogContext, logging_to
 
 
 def written(settings: LoggingSettings, context: LogContext) -> str:
@@ -167,3 +167,38 @@ def test_warnings_of_other_libraries_do_not_block_their_caller() -> None:
     assert shown == {("a task failed", "asyncio", "error", "r1")}
     assert "ValueError" in stream.getvalue()
     assert not [kind for kind in logging.getLogger().handlers if "tolaria" in type(kind).__module__]
+
+
+def test_a_written_line_is_confirmed_and_one_that_fails_is_not() -> None:
+    """The confirmation comes after the write, and is no part of the line."""
+    confirmed: queue.Queue[str] = queue.Queue()
+    dropped: queue.Queue[str] = queue.Queue()
+    stream = BrokenStream(BrokenPipeError(32, "Broken pipe"))
+
+    def confirm() -> None:
+        confirmed.put(stream.getvalue())
+
+    with logging_to(stream, LoggingSettings(format="json"), LogContext(), on_dropped=dropped.put):
+        log = structlog.get_logger()
+        log.critical("lost", **{ON_WRITTEN: confirm})
+        assert dropped.get(timeout=5) == "critical"
+        stream.error = None
+        log.critical("halt", **{ON_WRITTEN: confirm})
+        written_by_then = confirmed.get(timeout=5)
+    assert confirmed.empty()
+    (line,) = [json.loads(line) for line in written_by_then.splitlines()]
+    assert line["event"] == "halt"
+    assert ON_WRITTEN not in line
+
+
+def test_a_client_that_leaves_while_it_is_answered_is_no_error() -> None:
+    """GRPC reports it as one, with a traceback."""
+
+    class ExecuteBatchError(Exception):
+        """As gRPC's own, which cannot be imported without its C extension."""
+
+    stream = io.StringIO()
+    with logging_to(stream, LoggingSettings(format="json"), LogContext(), on_dropped=lambda _priority: None):
+        logging.getLogger("grpc._cython.cygrpc").error("raised in core", exc_info=ExecuteBatchError("x"))
+    (line,) = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert (line["event"], line["level"]) == ("client_gone", "info")

@@ -69,7 +69,8 @@ def test_each_metric_is_written() -> None:
     """Each metric is set by some other module."""
     metrics = Metrics()
     root = Path(telemetry.__file__).parents[1]
-    sources = [p.read_text() for p in root.rglob("*.py") if p.name != "metrics.py"]
+    texts = [p.read_text() for p in root.rglob("*.py") if p.name != "metrics.py"]
+    sources = [text for text in texts if "metrics." in text]
     kinds = (Counter, Gauge, Histogram, Info, Tally)
     attributes = [name for name, value in vars(metrics).items() if isinstance(value, kinds)]
     assert len(attributes) == len(list(metrics.registry.collect()))

@@ -286,8 +286,7 @@ class LaneReady:
     """What the operator should know about the job's data; sentences."""
     slots: tuple[str, ...] = ()
     ranks: tuple[RankInfo, ...] = ()
-    model: str = ""
-    """The description of the model that `tolaria.lane.model_description` makes."""
+    model: str = ""  # as `tolaria.lane.model_description` describes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,8 +321,7 @@ class StepDone:
     dropped_seeds: tuple[str, ...] = ()
     parameters_finite: bool | None = None
     copy_s: float = 0.0
-    logged: Mapping[str, float] = field(default_factory=dict)
-    """What the job has logged during it, by name."""
+    logged: Mapping[str, float] = field(default_factory=dict)  # by the job, by name
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ ENUMS = {
     "TelemetryLevel": "TELEMETRY_LEVEL_: UNSPECIFIED INFO WARNING ERROR CRITICAL",
     "EmergencyLevel": "EMERGENCY_LEVEL_: UNSPECIFIED NOTICE ELEVATED CONSERVATIVE HALT",
     "RollbackTier": "ROLLBACK_TIER_: UNSPECIFIED FAST FULL",
+    "ExportFormat": "EXPORT_FORMAT_: UNSPECIFIED SAFETENSORS HF TORCH",
     "RunState": "RUN_STATE_: UNSPECIFIED STARTING RUNNING PAUSED HALTED DRAINING FINISHED FAILED RECOVERING",
     "TelemetryKind": "TELEMETRY_KIND_: UNSPECIFIED EPOCH EVENT EMERGENCY",
 }
@@ -94,7 +95,7 @@ SERVICES = {
     "RollbackParticipantService": "PrepareRollback CommitRollback ConfirmRollback AbortRollback",
     "TolariaAdminService": "GetStatus WatchStatus PauseTraining ResumeTraining StopTraining TriggerRollback"
     " ListRestorePoints CreateCheckpoint RaiseEmergency ClearEmergency ListIncidents SetConservativeMode"
-    " AdjustLearningRate CaptureProfile ListAdminCalls StreamTelemetry",
+    " AdjustLearningRate CaptureProfile ListAdminCalls ExportModel StreamTelemetry",
 }
 STREAMING = {"WatchStatus", "StreamTelemetry"}
 READING = {"GetStatus", "WatchStatus", "ListRestorePoints", "ListIncidents", "ListAdminCalls", "StreamTelemetry"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -114,6 +115,7 @@ async def serving_run(run: RunUnderTest, addresses: list[str] | None = None) -> 
             complete=lambda _status: None,
             closing=anyio.Event(),
             interval_s=60.0,
+            state_dir=Path(run.core.foundation.settings.state.dir),
             telemetry=run.core.telemetry,
         )
         async with serving_parts(parts, addresses) as channel:

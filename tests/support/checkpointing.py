@@ -30,7 +30,7 @@ from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.observers import RunObserver
 from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run_state import Lifecycle
-from tolaria.values.training import Evaluation
+from tolaria.values.evaluation import Evaluation
 
 
 class Disk(Filesystem):

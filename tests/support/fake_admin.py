@@ -19,6 +19,8 @@ from leyline.v1.admin_service_pb2 import (
     CaptureProfileResponse,
     CreateCheckpointRequest,
     CreateCheckpointResponse,
+    ExportModelRequest,
+    ExportModelResponse,
     GetStatusRequest,
     GetStatusResponse,
     Incident,
@@ -130,6 +132,17 @@ class FakeAdmin(TolariaAdminServiceServicer):
     ) -> CaptureProfileResponse:
         self._record(request, context)
         return CaptureProfileResponse(global_step=62, path="/state/traces/trace-1.json", size_bytes=2048)
+
+    def ExportModel(  # noqa: N802
+        self, request: ExportModelRequest, context: grpc.ServicerContext
+    ) -> ExportModelResponse:
+        self._record(request, context)
+        card = (
+            '{"version": 1, "format": "torch", "run_id": "r", "checkpoint_id": "c1", "global_step": 57, "epoch": 2, '
+            '"created_at": "", "digest": "d", "metrics": {"loss": 0.5}, "evaluated_step": 57, "seeds": [], '
+            '"slots": {}, "tied": {}, "weights": ["model.pt"], "left_out": []}'
+        )
+        return ExportModelResponse(global_step=62, path="/state/exports/mine", checkpoint_id="c1", card=card)
 
     def ListRestorePoints(  # noqa: N802
         self, request: ListRestorePointsRequest, context: grpc.ServicerContext

@@ -68,7 +68,7 @@ class NoHeartbeat:
 
 def built(job: str = "TinyJob", *, sections: Mapping[str, Any] | None = None, **training: object) -> BuiltLane:
     """A built lane of a job in `support.jobs`, on the CPU; `training` are settings of that section."""
-    fields = {"job": f"support.jobs:{job}", "device": "cpu", "threads": 1, **training}
+    fields = {"job": job if ":" in job else f"support.jobs:{job}", "device": "cpu", "threads": 1, **training}
     return build(Settings(training=TrainingSettings.model_validate(fields), **(sections or {})))
 
 

@@ -31,6 +31,7 @@ from tolaria.lane.messages import SkipBatches
 from tolaria.lane.train_module import TrainModule
 from tolaria.peers.clients import RollbackClient
 from tolaria.peers.connect import Peers
+from tolaria.peers.consultation import Consultations
 from tolaria.rollback.protocol import RollbackParticipant
 from tolaria.run.resume import retention_of
 from tolaria.run.run import TrainingRun
@@ -125,7 +126,7 @@ class RunUnderTest:
         self.run: TrainingRun = service.run
         self.recovery = service.recovery
         self.checkpointing = core.checkpointing
-        self.consultations = service.consultations
+        self.consultations = cast("Consultations", service.consultations)  # tests of runs without a controller ask none
         self.status = core.status
         self.health = core.health
         self.safety, self.safeguards = core.safety, core.safeguards
@@ -209,7 +210,7 @@ def new_run(
         log_context=LogContext(),
     )
     core = Core(foundation)
-    return RunUnderTest(core, wire(core, peers.connected()), built)
+    return RunUnderTest(core, wire(core, peers.connected() if settings.control.enabled else None), built)
 
 
 @asynccontextmanager

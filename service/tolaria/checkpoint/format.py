@@ -6,7 +6,7 @@ The manifest names run, position and tensors, and holds the digest of every piec
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +32,18 @@ _MANIFEST_BYTES_MAX: Final = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """How a state came about: its ancestors, the newest checkpoint among them, and whether the loss was rising."""
+    """How a state came about: its ancestors, the newest checkpoint among them, and whether the loss was rising.
+
+    `model` is the lane's description of the model, as JSON; `metrics` are those of the newest evaluation, made at
+    `evaluated_step`, -1 without one. Exports need both; manifests of earlier versions have neither.
+    """
 
     lineage: Lineage = field(default_factory=Lineage)
     parent: str = ""
     suspect: bool = False
+    model: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    evaluated_step: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +126,9 @@ class Manifest:
             "forks": self.provenance.lineage.to_json(),
             "parent": self.provenance.parent,
             "suspect": self.provenance.suspect,
+            "model": self.provenance.model,
+            "metrics": dict(self.provenance.metrics),
+            "evaluated_step": self.provenance.evaluated_step,
         }
         return canonical_json({**body, "manifest_digest": xxhash.xxh3_128_hexdigest(canonical_json(body))})
 
@@ -156,6 +166,9 @@ class Manifest:
                     Lineage.of(document.get("attempt", FIRST_ATTEMPT), document.get("forks", "")),
                     document.get("parent", ""),
                     document.get("suspect", False),
+                    document.get("model", ""),
+                    document.get("metrics", {}),
+                    document.get("evaluated_step", -1),
                 ),
             )
         except (TypeError, AttributeError, KeyError, RecursionError) as error:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tolaria.filesystem import Filesystem
 
 JOURNAL: Final = "journal.sqlite3"
+SETTINGS: Final = "settings.json"
+"""The settings of the newest run's last process, without secrets."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -84,11 +84,15 @@ class Retention:
         return set(own[: self.superseded])
 
     def _newest_and_best(self, newest_first: list[CheckpointRow], last: int) -> set[CheckpointRow]:
-        """Selects from one run's rows. Of equally good rows the newest is the best; rows without a metric never are."""
+        """Selects from one run's rows."""
+        best = self.best_of(newest_first)
+        return {*newest_first[:last], *([] if best is None else [best])}
+
+    def best_of(self, rows: Iterable[CheckpointRow]) -> CheckpointRow | None:
+        """Returns the best of these rows by metric, the newest of equally good ones; None if none has a metric."""
         sign = 1.0 if self.best == "highest" else -1.0
-        rated = [(sign * row.metric, row.at_ns, row) for row in newest_first if row.metric is not None]
-        best = [max(rated, key=lambda entry: entry[:2])[2]] if rated else []
-        return {*newest_first[:last], *best}
+        rated = [(sign * row.metric, row.at_ns, row) for row in rows if row.metric is not None]
+        return max(rated, key=lambda entry: entry[:2])[2] if rated else None
 
 
 @dataclass(frozen=True, slots=True)

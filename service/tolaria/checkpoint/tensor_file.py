@@ -48,10 +48,12 @@ class FreshMemory:
             self._map.madvise(_MADV_POPULATE_WRITE, start, end - start)
 
 
-def file_pieces(specs: Sequence[TensorSpec], buffers: Mapping[str, memoryview]) -> Iterator[memoryview]:
-    """Yields the file's content in pieces, without copying the buffers."""
+def file_pieces(
+    specs: Sequence[TensorSpec], buffers: Mapping[str, memoryview], metadata: Mapping[str, str] | None = None
+) -> Iterator[memoryview]:
+    """Yields the file's content in pieces, without copying the buffers. `metadata` is for readers of other programs."""
     ordered = _file_order(specs)
-    yield memoryview(_header(ordered))
+    yield memoryview(_header(ordered, metadata))
     for spec in ordered:
         yield buffers[spec.name]
 
@@ -97,9 +99,9 @@ def _file_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
     return sorted(specs, key=lambda spec: (-DTYPE_BYTES[spec.dtype], spec.name))
 
 
-def _header(ordered: list[TensorSpec]) -> bytes:
+def _header(ordered: list[TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:
     """Header length and header, padded with spaces so that the data starts at a multiple of 8."""
-    entries: dict[str, object] = {}
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     offset = 0
     for spec in ordered:
         end = offset + spec.size_bytes

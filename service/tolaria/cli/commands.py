@@ -39,6 +39,8 @@ from tolaria.cli.audit import audit
 from tolaria.cli.board import board_app
 from tolaria.cli.credentials import certs_app, token_app
 from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
+from tolaria.cli.exports import export_app
+from tolaria.cli.job_commands import job_app
 from tolaria.cli.lane_commands import lane_app
 from tolaria.cli.telemetry import telemetry_app
 from tolaria.errors import ConfigurationError, TolariaError
@@ -103,14 +105,32 @@ def _settings(config_file: Path | None, overrides: list[str] | None) -> Settings
 
 
 @app.command()
-def serve(*, config_file: ConfigFile = None, overrides: Overrides = None, while_stdin: WhileStdin = False) -> None:
+def serve(
+    *,
+    run_name: Annotated[str, typer.Option("--run-name", metavar="NAME", help="Sets training.run_name.")] = "",
+    tags: Annotated[
+        list[str] | None, typer.Option("--tag", metavar="NAME=VALUE", help="Adds to training.tags.")
+    ] = None,
+    config_file: ConfigFile = None,
+    overrides: Overrides = None,
+    while_stdin: WhileStdin = False,
+) -> None:
     """Run the service: train, graft seeds, answer operators. SIGTERM or Ctrl-C drains and stops it."""
-    settings = _settings(config_file, overrides)
+    named = [f"training.run_name={run_name}"] if run_name else []
+    settings = _settings(config_file, [*(overrides or []), *named, *map(_tag, tags or [])])
     if while_stdin:
         threading.Thread(target=_terminate_at_end_of_stdin, name="stdin", daemon=True).start()
     from tolaria.service import run  # after the settings: wrong ones are reported before this slow import
 
     raise typer.Exit(run(settings))
+
+
+def _tag(text: str) -> str:
+    """Returns the setting of a tag, whose value is text, also where it looks like a number."""
+    name, separator, value = text.partition("=")
+    if not separator or not name.strip() or "." in name:
+        raise typer.BadParameter(f"--tag {text!r} is not NAME=VALUE")
+    return f"training.tags.{name.strip()}={json.dumps(value)}"
 
 
 def _terminate_at_end_of_stdin() -> None:
@@ -342,6 +362,8 @@ def show_config(*, config_file: ConfigFile = None, overrides: Overrides = None) 
 
 
 app.add_typer(admin_app)
+app.add_typer(export_app)
+app.add_typer(job_app)
 app.add_typer(telemetry_app)
 app.command()(audit)
 app.add_typer(board_app, name="signals")

@@ -80,8 +80,10 @@ def status_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
     run_id, job = one_line(status.run_id) or _UNKNOWN, one_line(status.job) or _UNKNOWN
     rows = [
         ("run", f"{run_id}, job {job}, {_state(status)}"),
+        ("name", _name(status)),
         ("progress", _progress(status)),
         ("learned", training_figures(status)),
+        ("logged", ", ".join(f"{one_line(name)} {value:.5g}" for name, value in sorted(status.logged.items()))),
         ("learning rate", _learning_rates(status)),
         ("tamiyo", one_line(status.tamiyo_answer) or _NOT_YET),
         ("kasmina", one_line(status.kasmina_answer) or _NOT_YET),
@@ -100,6 +102,12 @@ def status_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
         ("version", one_line(f"{status.version}, up {status.uptime_s:.0f} s") if status.version else ""),
     ]
     return [row for row in rows if row[1]]
+
+
+def _name(status: GetStatusResponse) -> str:
+    """Returns the run's name and its tags; empty without both."""
+    tags = ", ".join(f"{one_line(key)}={one_line(status.tags[key])}" for key in sorted(status.tags))
+    return "; ".join(filter(None, (one_line(status.run_name), tags)))
 
 
 def _ranks(status: GetStatusResponse) -> str:
@@ -142,10 +150,7 @@ def epoch_line(status: GetStatusResponse, epoch: int) -> str:
         f"epoch {epoch}/{status.epochs}",
         f"step {status.global_step}",
         training_figures(status),
-        f"boundary {status.last_boundary_ms:.1f} of {status.boundary_budget_ms:g} ms",
-        f"tamiyo: {one_line(status.tamiyo_answer) or _NOT_YET}",
-        f"kasmina: {one_line(status.kasmina_answer) or _NOT_YET}",
-        f"seeds: {seed_list(status.seeds)}",
+        *_control_figures(status),
         _rollback_count(status),
     ]
     return "  ".join(part for part in parts if part)
@@ -157,7 +162,12 @@ def training_figures(status: GetStatusResponse) -> str:
         return _NOT_YET
     validation = f"validation {_NOT_YET}"
     if status.validation_loss or status.validation_accuracy:
-        validation = f"validation loss {status.validation_loss:.4f}, accuracy {status.validation_accuracy:.2%}"
+        validation = f"validation loss {status.validation_loss:.4f}"
+        figures = dict(status.validation_metrics)
+        if not figures or "accuracy" in figures:  # a service of an earlier version sends no figures
+            validation += f", accuracy {status.validation_accuracy:.2%}"
+        own = sorted(name for name in figures if name not in {"loss", "accuracy"})
+        validation += "".join(f", {one_line(name)} {figures[name]:.5g}" for name in own)
     return f"loss {status.training_loss:.4f}, {validation}"
 
 
@@ -238,9 +248,23 @@ def _progress(status: GetStatusResponse) -> str:
     )
 
 
+def _control_figures(status: GetStatusResponse) -> list[str]:
+    """Returns the parts of an epoch's line about controller and seeds; none without a controller."""
+    if not status.boundary_budget_ms:
+        return []
+    return [
+        f"boundary {status.last_boundary_ms:.1f} of {status.boundary_budget_ms:g} ms",
+        f"tamiyo: {one_line(status.tamiyo_answer) or _NOT_YET}",
+        f"kasmina: {one_line(status.kasmina_answer) or _NOT_YET}",
+        f"seeds: {seed_list(status.seeds)}",
+    ]
+
+
 def _boundary(status: GetStatusResponse) -> str:
     if status.last_boundary_ms == 0:
         return _NOT_YET
+    if not status.boundary_budget_ms:  # there is no controller to wait for
+        return ""
     return (
         f"{status.last_boundary_ms:.1f} of {status.boundary_budget_ms:g} ms, p50 {status.boundary_ms_p50:.1f}, "
         f"p99 {status.boundary_ms_p99:.1f}, {status.boundaries_over_budget} over budget"

@@ -7,11 +7,18 @@ from typing import Literal
 
 from pydantic import Field
 
-from tolaria.config.fields import PositiveShare, Seconds, SecondsOrZero, Section
+from tolaria.config.fields import METRIC_NAME, PositiveShare, Seconds, SecondsOrZero, Section
 
 
 class HealthSettings(Section):
     """Checks of the health of training."""
+
+    policy: Literal["full", "skip", "watch"] = "full"
+    """What follows from bad steps. full: skip them, roll back from explosions. skip: skip them, roll back never.
+
+    watch: train on, and report; only steps whose loss or gradients are not finite are skipped, and nothing halts the
+    run. full: an unattended run has to recover by itself.
+    """
 
     skips_max: int = Field(default=8, ge=1)
     """Consecutive skipped (non-finite) steps after which the parameters are checked. 8: a bad shard passes."""
@@ -27,6 +34,11 @@ class HealthSettings(Section):
 
     window: int = Field(default=256, ge=16, le=100_000)
     """Healthy losses with which new losses are compared. 256: rare large losses of sound runs are among them."""
+
+    @property
+    def skips_extreme(self) -> bool:
+        """Whether steps whose loss is extreme are skipped."""
+        return self.skip_extreme and self.policy != "watch"
 
 
 class EmergencySettings(Section):
@@ -154,14 +166,28 @@ class CheckpointSettings(Section):
     keep_superseded_s: SecondsOrZero = 86_400.0
     """Time for which superseded checkpoints are kept. 86400: a day, time to review a rollback."""
 
-    best: Literal["accuracy", "loss"] = "accuracy"
-    """Validation metric that selects one more checkpoint to keep, the best. accuracy: what most jobs optimize."""
+    best: str = Field(default="accuracy", pattern=rf"^(accuracy|loss|{METRIC_NAME}:(min|max))$")
+    """Validation metric that selects one more checkpoint to keep, the best; evaluations are judged by it too.
+
+    accuracy, loss, or one that the job names, such as perplexity:min or f1:max. accuracy: what most jobs optimize; of a
+    job that counts none, the one with the lowest loss is kept.
+    """
 
     on_failure: Literal["pause", "continue"] = "pause"
     """When a checkpoint cannot be written: pause until it can, or train on. Both are reported by /readyz.
 
     pause: training that a crash would lose is wasted.
     """
+
+    @property
+    def best_name(self) -> str:
+        """The name of the metric of `best`."""
+        return self.best.rpartition(":")[0] or self.best
+
+    @property
+    def best_is_highest(self) -> bool:
+        """Whether a higher value of the metric of `best` is better."""
+        return self.best.endswith(":max") or self.best == "accuracy"
 
     retry_s: Seconds = 15.0
     """Time from a failed write to the next attempt; a success resumes the run. 15: soon after space is available."""

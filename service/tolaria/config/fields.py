@@ -14,6 +14,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from tolaria.config.retired import RETIRED
 
+METRIC_NAME = r"[A-Za-z_][A-Za-z0-9_./-]{0,63}"
+"""The pattern of a metric's name, which is a label in Prometheus and a word on the command line."""
+
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
 _IP_LIKE = re.compile(r"[0-9.]+|.*:.*", re.ASCII)
 _NODES = re.compile(r"(\d{1,4})(?::(\d{1,4}))?", re.ASCII)

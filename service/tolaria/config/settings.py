@@ -117,6 +117,10 @@ class Settings(BaseSettings):
             problems.append(
                 "fastpaths.amp is float16, whose loss scale lane.parallel = fsdp does not support: use bfloat16"
             )
+        if self.training.init_from and lane.parallel == "fsdp":
+            problems.append(
+                "training.init_from cannot fill a model that lane.parallel = fsdp divides: load it in build_model"
+            )
         return problems
 
     def _tls_problems(self) -> list[str]:

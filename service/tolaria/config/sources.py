@@ -19,6 +19,7 @@ from pydantic_settings import EnvSettingsSource, SettingsError
 
 from tolaria.config.connections import CLIENT_NAMES
 from tolaria.config.fields import suggestion
+from tolaria.config.presets import PRESET, preset_values
 from tolaria.config.retired import take_retired, warning, with_replacements
 from tolaria.config.settings import Settings
 from tolaria.errors import ConfigurationError
@@ -39,6 +40,7 @@ class _Source:
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
+    preset: object = None
     problems: list[str] = field(default_factory=list)
 
 
@@ -52,9 +54,9 @@ def load_settings(config_file: Path | None = None, overrides: list[str] | None =
         ConfigurationError: with all problems of all sources.
     """
     sources = [_read_file(config_file), _read_environment(), _read_overrides(overrides or [])]
-    merged: dict[str, Any] = {}
-    retired: dict[tuple[str, str], Any] = {}
     problems: list[str] = []
+    merged: dict[str, Any] = _preset(sources, problems)
+    retired: dict[tuple[str, str], Any] = {}
     for source in sources:
         source.values, found = take_retired(source.values)
         retired |= found
@@ -100,7 +102,8 @@ def _read_file(config_file: Path | None) -> _Source:
     if not path.is_file():
         raise ConfigurationError([f"--config: no file {path}"])
     try:
-        return _Source(str(path), tomllib.loads(path.read_text(encoding="utf-8")))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _Source(str(path), values, values.pop(PRESET, None))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigurationError([f"{path}: {error}"]) from None
 
@@ -112,7 +115,9 @@ def _read_environment() -> _Source:
         section, separator, field_name = name[len(_PREFIX) :].lower().partition("__")
         if name.upper() in CLIENT_NAMES:
             continue
-        if separator:
+        if (section, separator) == (PRESET, ""):
+            source.preset = os.environ[name]
+        elif separator:
             texts.append((section, field_name, os.environ[name]))
             source.values.setdefault(section, {})[field_name] = os.environ[name]
         else:
@@ -133,7 +138,9 @@ def _read_overrides(overrides: list[str]) -> _Source:
     for text in overrides:
         name, separator, value = text.partition("=")
         parts = name.strip().split(".")
-        if not separator or len(parts) < 2 or not all(parts):
+        if separator and parts == [PRESET]:
+            source.preset = value
+        elif not separator or len(parts) < 2 or not all(parts):
             source.problems.append(f"--set {text!r}: is not section.field=value")
         elif len(parts) == 2:
             _set_text(source, parts[0], parts[1], value)
@@ -144,6 +151,16 @@ def _read_overrides(overrides: list[str]) -> _Source:
                 nested = {part: nested}
             source.values = _merged(source.values, nested)
     return source
+
+
+def _preset(sources: list[_Source], problems: list[str]) -> dict[str, Any]:
+    """Returns the values of the preset that the last of the sources with one chooses."""
+    source = next((source for source in reversed(sources) if source.preset is not None), None)
+    try:
+        return {} if source is None else preset_values(source.preset, source.name)
+    except ValueError as error:
+        problems.append(str(error))
+        return {}
 
 
 def _set_text(source: _Source, section: str, field_name: str, text: str) -> None:

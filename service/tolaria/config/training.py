@@ -21,6 +21,9 @@ from tolaria.config.fields import (
 class ControlSettings(Section):
     """The control loop at step and epoch boundaries."""
 
+    enabled: bool = True
+    """Ask a controller, and graft the seeds that it grows. Off: no peer is started or called, and no boundary waits."""
+
     boundary_budget_ms: Milliseconds = 18.0
     """Time that an epoch boundary may delay training. 18: state 3.5, Tamiyo 12, command 1.5, reserve 1."""
 
@@ -58,8 +61,20 @@ class TrainingSettings(Section):
     experiment: str = "default"
     """Name that the controller sees and groups runs by."""
 
+    run_name: str = Field(default="", max_length=200)
+    """Name of the run for people, shown in its status and in exports. Empty: the run has its id only."""
+
+    tags: dict[str, str] = Field(default_factory=dict)
+    """Words about the run by name, shown beside its name."""
+
+    init_from: str = Field(default="", max_length=4096)
+    """Where a new run's model gets its first values: an export, a checkpoint's directory, or a state directory.
+
+    A run that is resumed has its own values. Empty: those that the job's build_model gives it.
+    """
+
     epochs: int = Field(default=20, ge=1, le=10**9)
-    """Passes over the data. 20: the built-in job exceeds 97 % accuracy by then."""
+    """Passes over the data; raising it resumes a finished run. 20: the built-in job exceeds 97 % accuracy by then."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Random seed of initialisation, shuffling and dropout. Fixed: a run that can be repeated can be debugged."""

@@ -20,6 +20,7 @@ TolariaError
 │   │              RestoreAbandonedError
 │   ├── CheckpointError: CheckpointWriteError, CheckpointDamagedError, CheckpointUnreadableError, NoCheckpointError
 │   └── JournalError: JournalUnavailableError, JournalDamagedError, JournalNewerError
+├── ExportError: ExportRefusedError, ExportFailedError, ExportDamagedError, ExportMismatchError
 └── RequestError: InvalidFieldError, NotAuthenticatedError, NotPermittedError, TooManyCallsError, ProfileFailedError,
     │             TooManySubscribersError, SubscriberTooSlowError
     └── WrongStateError: StillUnderwayError
@@ -48,6 +49,11 @@ from tolaria.errors.operation import CheckpointUnreadableError as CheckpointUnre
 from tolaria.errors.operation import CheckpointWriteError as CheckpointWriteError
 from tolaria.errors.operation import ClearanceRefusedError as ClearanceRefusedError
 from tolaria.errors.operation import EmergencyError as EmergencyError
+from tolaria.errors.operation import ExportDamagedError as ExportDamagedError
+from tolaria.errors.operation import ExportError as ExportError
+from tolaria.errors.operation import ExportFailedError as ExportFailedError
+from tolaria.errors.operation import ExportMismatchError as ExportMismatchError
+from tolaria.errors.operation import ExportRefusedError as ExportRefusedError
 from tolaria.errors.operation import IllegalEmergencyEventError as IllegalEmergencyEventError
 from tolaria.errors.operation import ImageDamagedError as ImageDamagedError
 from tolaria.errors.operation import InvalidFieldError as InvalidFieldError

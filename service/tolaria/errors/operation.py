@@ -172,6 +172,32 @@ class JournalNewerError(JournalError):
     """The journal was written by a newer version of Tolaria; it is unchanged."""
 
 
+class ExportError(TolariaError):
+    """Base class for models that cannot be taken out of a run, or not be loaded again."""
+
+
+class ExportRefusedError(ExportError):
+    """What was asked for cannot be exported, or not to this place; nothing has been written."""
+
+
+class ExportFailedError(ExportError):
+    """An export could not be written; nothing is left at its place."""
+
+
+class ExportDamagedError(ExportError):
+    """The directory `place` is not a whole export."""
+
+    def __init__(self, place: str, detail: str) -> None:
+        super().__init__(f"{place} is not a whole export: {detail}", place, detail)
+
+
+class ExportMismatchError(ExportError):
+    """The export at `place` does not fit the model."""
+
+    def __init__(self, place: str, detail: str) -> None:
+        super().__init__(f"the export {place} does not fit the model: {detail}", place, detail)
+
+
 class RequestError(TolariaError):
     """Base class for rejected requests of an operator."""
 

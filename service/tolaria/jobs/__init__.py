@@ -14,7 +14,8 @@ from tolaria.jobs.job import (
     build_job,
 )
 from tolaria.jobs.loader import LoaderCursor
-from tolaria.values.training import HOST, Evaluation
+from tolaria.values.evaluation import Evaluation, Ratio
+from tolaria.values.training import HOST
 
 __all__ = [
     "HOST",
@@ -26,6 +27,7 @@ __all__ = [
     "JobFactory",
     "LoaderCursor",
     "PerSampleLosses",
+    "Ratio",
     "StatefulJob",
     "TensorCursor",
     "TrainModeJob",

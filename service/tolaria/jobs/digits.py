@@ -22,7 +22,8 @@ from tolaria.errors import BrokenJobError
 from tolaria.jobs.data import TensorCursor
 from tolaria.jobs.job import Batch, JobContext, PerSampleLosses
 from tolaria.seeds import SeedSlot
-from tolaria.values.training import HOST, Evaluation
+from tolaria.values.evaluation import Evaluation
+from tolaria.values.training import HOST
 
 _CLASSES = 10
 _VALIDATION_SAMPLES = 360  # a fifth

@@ -36,6 +36,7 @@ class IndexedBatches:
     """
 
     notes: tuple[str, ...] = ()
+    order: str = "a function of training.seed and the epoch; a place in it is restored without reading samples"
 
     def __init__(self, loader: DataLoader[Any], seed: int) -> None:
         self._loader = loader

@@ -4,22 +4,60 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Final, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
 from tolaria.errors import BrokenJobError, JobError, UnknownJobError
-from tolaria.values.training import Evaluation
+from tolaria.values.evaluation import METRICS_MAX, Evaluation, metric_name_problem
 
 CursorState = dict[str, JsonValue]
 
 _ANNOUNCED_MAX: Final = 16
+
+
+class StepLog:
+    """The metrics that a job has logged during a step, at most `METRICS_MAX` different ones in a run."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float | Tensor]] = {}
+        self._names: set[str] = set()
+
+    def add(self, name: str, value: float | Tensor) -> None:
+        """Notes a value, as `JobContext.log` does."""
+        if name not in self._names:
+            if problem := metric_name_problem(name):
+                raise BrokenJobError(f"context.log(): {problem}")
+            if len(self._names) >= METRICS_MAX:
+                warnings.warn(f"context.log({name!r}): not shown, beyond {METRICS_MAX} metrics of a run", stacklevel=3)
+                return
+            self._names.add(name)
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise BrokenJobError(f"context.log({name!r}): a tensor of shape {tuple(value.shape)} is not a number")
+            value = value.detach()
+        elif not isinstance(value, int | float | np.number):
+            raise BrokenJobError(f"context.log({name!r}): a {type(value).__name__} is not a number")
+        self._values.setdefault(name, []).append(value)
+
+    def take(self) -> dict[str, float]:
+        """Returns the mean of each metric since the last call, and forgets them. Reading tensors synchronises."""
+        if not self._values:
+            return {}
+        values, self._values = self._values, {}
+        return {name: sum(map(float, found)) / len(found) for name, found in values.items()}
+
+    def clear(self) -> None:
+        """Forgets the values since the last `take`, but no name."""
+        self._values.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +72,22 @@ class JobContext:
     device: torch.device
     options: Mapping[str, JsonValue] = field(default_factory=dict)
     announced: deque[str] = field(default_factory=lambda: deque(maxlen=_ANNOUNCED_MAX), compare=False, repr=False)
+    logged: StepLog = field(default_factory=StepLog, compare=False, repr=False)
 
     def new_regime(self, reason: str) -> None:
         """Announces that the losses from this batch on are those of a changed task: higher ones are no explosion."""
         self.announced.append(reason)
+
+    def log(self, name: str, value: float | Tensor) -> None:
+        """Logs a metric of the step that is being taken, in `losses`; its mean over the step's microbatches is shown.
+
+        A tensor without dimensions is read when the step is over, so that this does not synchronise. What a skipped
+        step has logged is dropped. Of several ranks the first one's values are shown.
+
+        Raises:
+            BrokenJobError: the name cannot be that of a metric, or the value is not a number.
+        """
+        self.logged.add(name, value)
 
 
 @dataclass(frozen=True, slots=True)

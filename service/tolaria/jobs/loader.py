@@ -57,6 +57,7 @@ class LoaderCursor(SeededCursor):
 
     Attributes:
         notes: what the operator should know about this loader; sentences.
+        order: what the order of an epoch depends on, and how a place in it is restored.
         divides: whether the loader gives each rank of a group a part of the data.
 
     Raises:
@@ -68,7 +69,7 @@ class LoaderCursor(SeededCursor):
     ) -> None:
         self._source = _source_of(loader, seed)
         super().__init__(_batch_size(loader), seed, _samples(loader))
-        self.notes = self._source.notes
+        self.notes, self.order = self._source.notes, self._source.order
         self._batches_max = batches_per_epoch
         self._length = self._source.length() if batches_per_epoch is None else batches_per_epoch
         self._batches: Iterator[tuple[Any, int]] | None = None
@@ -170,6 +171,7 @@ class _Source(Protocol):
     """The batches of one kind of loader, with the number of samples in each."""
 
     notes: tuple[str, ...]
+    order: str
 
     def length(self) -> int:
         """Returns the batches in an epoch. Raises ValueError if they cannot be known."""
@@ -197,6 +199,7 @@ class _KeptByLoader:
     """A loader that keeps its own position."""
 
     notes: tuple[str, ...] = ()
+    order: str = "that of the loader, which saves and restores its state"
 
     def __init__(self, loader: StatefulLoader, seed: int) -> None:
         self._loader = loader
@@ -239,6 +242,8 @@ class _KeptByLoader:
 
 class _ReadAgain:
     """A stream without state: restoring a position reads the epoch up to it."""
+
+    order: str = "that of the stream, of which an epoch is read again to restore a place in it"
 
     def __init__(self, loader: DataLoader[Any], seed: int) -> None:
         self._loader = loader

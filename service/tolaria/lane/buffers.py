@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from tolaria.state.training_state import whole
+from tolaria.tensors import whole
 
 _SMALL_BYTES: Final = 2**16
 """Size up to which a buffer is copied before every step, which is cheaper than to find out whether it changes."""

@@ -21,6 +21,7 @@ from tolaria.errors import (
     BrokenJobError,
     ConfigurationError,
     EmptyDatasetError,
+    ExportError,
     LaneFailedError,
     LossShapeError,
     OptimizationError,
@@ -29,6 +30,7 @@ from tolaria.errors import (
     SeedError,
     StateUnsupportedError,
 )
+from tolaria.export.warm_start import warm_start
 from tolaria.images import StateImage
 from tolaria.jobs import BatchCursor, JobContext, LoaderCursor, TrainingJob, build_job
 from tolaria.lane.commands import PageGate
@@ -37,6 +39,7 @@ from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.first_look import call, first_look, lazy_names, materialise
 from tolaria.lane.lane import LaneHeartbeat, ThreadLane
 from tolaria.lane.messages import LaneReady, RankInfo, Restored
+from tolaria.lane.model_description import describe
 from tolaria.lane.order import RestorePlan
 from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.seed_training import SeedTraining
@@ -54,7 +57,7 @@ if TYPE_CHECKING:
 _MIB: Final = 2**20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BuiltLane:
     """A lane that has been built but not started. Once `lane` has been called, only its thread may use the module."""
 
@@ -93,6 +96,7 @@ class BuiltLane:
             notes=self.notes,
             slots=seeds.topology.slots,
             ranks=self.ranks or (self.rank,),
+            model=describe(module.model),
         )
 
     @property
@@ -120,9 +124,23 @@ class BuiltLane:
         elif not restored and plan.targets:
             raise LaneFailedError("no snapshot in memory could be restored")
         elif not restored:
+            self.begin_run()
             module.seeds.controller.carry_over(plan.decided, from_step=0, at_step=0)
             module.seeds.controller.apply(0)
         module.skipped.added.update(plan.left_out)
+
+    def begin_run(self) -> None:
+        """Gives the model of a new run the values of `training.init_from`, if it is set.
+
+        Raises ConfigurationError if they cannot be read, or do not fit the model.
+        """
+        if not (init_from := self.settings.training.init_from):
+            return
+        try:
+            note = warm_start(self.module.model, Path(init_from))
+        except (ExportError, RollbackError) as error:
+            raise ConfigurationError([f"training.init_from: {error}"]) from error
+        self.notes = (*self.notes, note)
 
     def resume_run(self, image: StateImage, decided: Sequence[ActiveAdjustment] = ()) -> None:
         """Resumes as `resume` does. Raises ConfigurationError if the checkpoint does not fit these settings."""
@@ -232,9 +250,11 @@ def _build_module(settings: Settings, job: TrainingJob, context: JobContext, sha
     run_steps = training.epochs * -(-batches // training.accumulate)
     shard_seed = None if sharding is None else sharding.shard_seed
     seeds = SeedTraining(model, optimizer, settings, run_steps, shard_seed)
-    return TrainModule(
+    module = TrainModule(
         job, model, cursor, device, seeds=seeds, fast_paths=fast_paths, settings=settings, announced=context.announced
     )
+    module.logged = context.logged
+    return module
 
 
 def _share(group: Group, module: TrainModule) -> Share:

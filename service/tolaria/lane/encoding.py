@@ -22,6 +22,7 @@ from tolaria.lane.messages import (
 )
 from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.values.encoding import Codec, EncodingError
+from tolaria.values.evaluation import Evaluation, Ratio
 from tolaria.values.gradients import SeedMetrics, SeedMetricSet
 from tolaria.values.optimization import (
     ActiveAdjustment,
@@ -30,7 +31,7 @@ from tolaria.values.optimization import (
     RebuildOutcome,
     RebuildResult,
 )
-from tolaria.values.training import EpochProgress, Evaluation, Position, RankLoad
+from tolaria.values.training import EpochProgress, Position, RankLoad
 
 _CODEC = Codec(
     types={
@@ -46,6 +47,7 @@ _CODEC = Codec(
             RankLoad,
             LaneOrder,
             RestorePlan,
+            Ratio,
         ),
     },
     messages=(SeedState, HardwareContext),
@@ -66,7 +68,7 @@ def to_bytes(message: Command | Event | LaneReady | LaneOrder) -> bytes:
 
 
 def _ordinary(step: StepDone) -> bool:
-    return not (step.violations or step.left_out or step.dropped_seeds) and step.batches.step == 1
+    return not (step.violations or step.left_out or step.dropped_seeds or step.logged) and step.batches.step == 1
 
 
 def _step_to_bytes(step: StepDone) -> bytes:

@@ -31,7 +31,7 @@ from tolaria.lane.train_module import TrainModule
 from tolaria.seeds.slots import observed
 from tolaria.state.restore import stage_restore
 from tolaria.state.training_state import TrainingState
-from tolaria.values.training import Evaluation
+from tolaria.values.evaluation import Evaluation
 
 T = TypeVar("T")
 
@@ -233,7 +233,7 @@ def _evaluate(module: TrainModule) -> None:
 
     with torch.no_grad(), own_steps_refused(module, lambda: "evaluate()"), module.seeds.groups_as_built():
         found = call("evaluate", lambda: checked_twice(module, evaluate))
-    if found.correct > found.samples:
+    if (found.correct or 0) > found.samples:
         raise BrokenJobError(
             f"evaluate(): Evaluation.correct is {found.correct}, more than Evaluation.samples, which is "
             f"{found.samples}: both must count the same things, such as images or tokens"

@@ -14,7 +14,8 @@ from tolaria.errors import BrokenJobError
 from tolaria.jobs import Batch, PerSampleLosses
 from tolaria.lane.train_module import TrainModule
 from tolaria.shards import local, local_parts
-from tolaria.values.training import Evaluation, eager_name
+from tolaria.values.evaluation import Evaluation
+from tolaria.values.training import eager_name
 
 _MARKED: Final = 64
 """The smallest parameters that get a gradient before the losses; more could need memory that a step does not."""

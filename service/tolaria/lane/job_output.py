@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeGuard
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tolaria.errors import BrokenJobError
 from tolaria.jobs import Batch
-from tolaria.values.training import Evaluation
+from tolaria.values.evaluation import METRICS_MAX, Evaluation, Ratio, metric_name_problem
 
 
 def checked_batch(given: object, where: str) -> Batch:
@@ -38,7 +39,31 @@ def checked_evaluation(given: object) -> Evaluation:
     loss_sum = _scalar(given.loss_sum)
     if not _is_number(loss_sum):
         raise BrokenJobError(f"evaluate(): Evaluation.loss_sum must be a number, got {_described(given.loss_sum)}")
-    return Evaluation(float(loss_sum), _count("correct", given.correct), _count("samples", given.samples))
+    correct = None if given.correct is None else _count("correct", given.correct)
+    return Evaluation(float(loss_sum), correct, _count("samples", given.samples), _metrics(given.metrics))
+
+
+def _metrics(given: object) -> dict[str, float | Ratio]:
+    """Returns the metrics of an evaluation, by name in order, so that all ranks have the same order."""
+    where = "evaluate(): Evaluation.metrics"
+    if not isinstance(given, Mapping):
+        raise BrokenJobError(f"{where} must be a mapping of names to numbers, got a {type(given).__name__}")
+    if len(given) > METRICS_MAX:
+        raise BrokenJobError(f"{where} has {len(given)} names; at most {METRICS_MAX} are shown")
+    if problem := next(filter(None, map(metric_name_problem, given)), None):
+        raise BrokenJobError(f"{where}: {problem}")
+    return {name: _metric(f"{where}[{name!r}]", given[name]) for name in sorted(given)}
+
+
+def _metric(where: str, given: object) -> float | Ratio:
+    if isinstance(given, Ratio):
+        total, weight = _scalar(given.total), _scalar(given.weight)
+        if _is_number(total) and _is_number(weight):
+            return Ratio(float(total), float(weight), bool(given.exponential))
+        given = given.weight if _is_number(total) else given.total
+    elif _is_number(number := _scalar(given)):
+        return float(number)
+    raise BrokenJobError(f"{where} must be a number or a Ratio of numbers, got {_described(given)}")
 
 
 def _count(field: str, value: object) -> int:

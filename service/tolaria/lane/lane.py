@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import resource
 import threading
 import time
@@ -40,7 +41,8 @@ from tolaria.lane.train_module import TrainModule
 from tolaria.ranks.group import Group, lost_peer
 from tolaria.shards import is_sharded
 from tolaria.signals.layout import LanePhase
-from tolaria.values.training import Evaluation, RankLoad
+from tolaria.values.evaluation import Evaluation, Ratio
+from tolaria.values.training import RankLoad
 
 _FRAME_S: Final = 0.02
 _STEP_EVENTS_MAX: Final = 4096
@@ -369,7 +371,7 @@ class ThreadLane:
     def _evaluate(self) -> Evaluation:
         """Raises StepAbandonedError for a stop or an urgent command: a long validation must not delay them."""
         module = self._module
-        total = Evaluation(0.0, 0, 0)
+        total = Evaluation(0.0)
         module.model.eval()
         with torch.no_grad():
             for place, given in enumerate(module.validation_batches()):
@@ -383,7 +385,7 @@ class ThreadLane:
                         module.model.eval()
                     with module.seeds.groups_as_built():
                         found = checked_evaluation(module.job.evaluate(module.model, batch))
-                    total += found if module.share.counted(whole) else Evaluation(0.0, 0, 0)
+                    total += found if module.share.counted(whole) else Evaluation(0.0)
         return total if module.group is None else _over_ranks(total, module.group)
 
 
@@ -396,8 +398,20 @@ def _loads(module: TrainModule, group: Group) -> tuple[RankLoad, ...]:
 def _over_ranks(evaluation: Evaluation, group: Group) -> Evaluation:
     """Returns the sums over all ranks. Raises RanksDifferError if one has evaluated another number of batches."""
     group.all(value=True, must_match={EVALUATED: -1})
-    loss_sum, correct, samples = group.all_reduce([evaluation.loss_sum, evaluation.correct, evaluation.samples])
-    return Evaluation(loss_sum, int(correct), int(samples))
+    # A rank that has evaluated no sample has no metric, and does not know which the job has.
+    ratios = evaluation.ratios()
+    kinds = {name: ratio.exponential for name, ratio in ratios.items()}
+    said = [json.loads(text) for text in group.all_gather_text(json.dumps([evaluation.correct is not None, kinds]))]
+    known: dict[str, bool] = {}
+    for _, theirs in said:
+        known |= theirs
+    mine = [ratios.get(name, Ratio(0.0, 0.0)) for name in known]
+    sums = [evaluation.loss_sum, evaluation.correct or 0, evaluation.samples]
+    summed = group.all_reduce([*sums, *(value for ratio in mine for value in (ratio.total, ratio.weight))])
+    pairs = zip(known.items(), summed[3::2], summed[4::2], strict=True)
+    metrics = {name: Ratio(total, weight, exponential) for (name, exponential), total, weight in pairs}
+    correct = int(summed[1]) if any(counted for counted, _ in said) else None
+    return Evaluation(summed[0], correct, int(summed[2]), metrics)
 
 
 def _momentum(options: dict[str, object]) -> float:

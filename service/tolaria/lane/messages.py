@@ -6,7 +6,7 @@ Everything that crosses between `run` and `lane` is defined here; `tolaria.value
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Self, TypeAlias
 
 from leyline.v1.seeds_pb2 import SeedState
@@ -14,6 +14,7 @@ from leyline.v1.state_pb2 import HardwareContext
 from tolaria.errors import LaneFailedError, TolariaError
 from tolaria.images import SnapshotInfo, SnapshotStatistics
 from tolaria.values.encoding import error_fields, error_from_fields, is_catalogued
+from tolaria.values.evaluation import Evaluation
 from tolaria.values.gradients import SeedMetricSet
 from tolaria.values.optimization import (
     ActiveAdjustment,
@@ -21,7 +22,7 @@ from tolaria.values.optimization import (
     LearningRateViolation,
     RebuildResult,
 )
-from tolaria.values.training import EpochProgress, Evaluation, Position, RankLoad
+from tolaria.values.training import EpochProgress, Position, RankLoad
 
 PROFILE_STEPS_MAX: Final = 1000
 """Steps in one profile. A trace holds every operation of each step, so longer ones cannot be viewed."""
@@ -286,6 +287,7 @@ class LaneReady:
     """What the operator should know about the job's data; sentences."""
     slots: tuple[str, ...] = ()
     ranks: tuple[RankInfo, ...] = ()
+    model: str = ""  # as `tolaria.lane.model_description` describes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +322,7 @@ class StepDone:
     dropped_seeds: tuple[str, ...] = ()
     parameters_finite: bool | None = None
     copy_s: float = 0.0
+    logged: Mapping[str, float] = field(default_factory=dict)  # by the job, by name
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,7 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
         RanksDifferError: the ranks of a group are not at the same step of the same data.
     """
     started_s = time.monotonic()
+    module.logged.clear()  # of a step that was given up
     module.begin_on_rank()
     first_batch = module.progress.batches
     taken, measured = _take_and_measure(module, continue_step, mark)
@@ -140,8 +141,17 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
         left_out=() if skipped else tuple(taken.left_out),
         dropped_seeds=() if skipped else measured.dropped,
         parameters_finite=sound,
+        logged=_logged(module, skipped=skipped),
         copy_s=taken.copied_s,
     )
+
+
+def _logged(module: TrainModule, *, skipped: bool) -> dict[str, float]:
+    """Returns what the job has logged during the step; nothing of a skipped one."""
+    if not skipped:
+        return module.logged.take()
+    module.logged.clear()
+    return {}
 
 
 def _take_and_measure(

@@ -16,6 +16,7 @@ from tolaria.config import Settings
 from tolaria.gradients import laid_out
 from tolaria.jobs import Batch, BatchCursor, CursorState, LoaderCursor, StatefulJob, TrainingJob, TrainModeJob
 from tolaria.jobs.data import epoch_seed
+from tolaria.jobs.job import StepLog
 from tolaria.lane.buffers import SavedBuffers
 from tolaria.lane.device import seed_everything
 from tolaria.lane.fast_paths import FastPaths
@@ -178,8 +179,10 @@ class TrainModule:
         self.flags = TrainedFlags(model)
         self.losses = LossWindow(settings.health.window)
         self.announced: deque[str] = deque() if announced is None else announced
+        self.logged = StepLog()
+        """What the job logs during a step."""
         self.regimes_begun: list[RegimeBegun] = []
-        self.skips_max, self.skips_extreme = settings.health.skips_max, settings.health.skip_extreme
+        self.skips_max, self.skips_extreme = settings.health.skips_max, settings.health.skips_extreme
         self.on_reading: Callable[[int, int], object] = lambda _epoch, _place: None
         self.skip_streak = 0
         self.last_good: Batch | None = None
@@ -410,6 +413,7 @@ class TrainModule:
         self.note_step_end()
         self.undone = True
         self.announced.clear()
+        self.logged.clear()
         self.regimes_begun.clear()
         self.skip_streak, self.last_good = 0, None
 

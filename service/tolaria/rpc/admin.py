@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import anyio
+import anyio.to_thread
 import grpc.aio
 
 from leyline.v1 import admin_service_pb2 as admin
@@ -16,6 +18,7 @@ from tolaria import errors
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.rollback.protocol import Rollback, rollback_id_of
 from tolaria.rpc.audit import AuditTrail
+from tolaria.rpc.exports import carry_out, export_answer, export_order
 from tolaria.rpc.listing import limited, list_admin_calls, list_incidents, list_restore_points
 from tolaria.rpc.requests import Answer, MutatingRequest, RequestLedger
 from tolaria.rpc.status import abort
@@ -32,7 +35,7 @@ Context = grpc.aio.ServicerContext[object, object]
 _Read = TypeVar("_Read")
 
 # Longest waits in seconds; what takes longer still takes effect.
-EFFECT_S, ROLLBACK_S, CHECKPOINT_S, PROFILE_S, READ_S = 60.0, 60.0, 300.0, 600.0, 10.0
+EFFECT_S, ROLLBACK_S, CHECKPOINT_S, PROFILE_S, EXPORT_S, READ_S = 60.0, 60.0, 300.0, 600.0, 1800.0, 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class AdminParts:
     """What the servicer passes requests to.
 
     `complete` adds the service's own fields to a status; `closing` is set when the service is about to end, so that
-    streams end too; `interval_s` is the interval of WatchStatus without changes.
+    streams end too; `interval_s` is the interval of WatchStatus without changes. Exports go below `state_dir`.
     """
 
     run: TrainingRun
@@ -53,6 +56,7 @@ class AdminParts:
     complete: Callable[[admin.GetStatusResponse], None]
     closing: anyio.Event
     interval_s: float
+    state_dir: Path
     telemetry: TelemetryStream
 
 
@@ -223,6 +227,17 @@ class AdminService(TolariaAdminServiceServicer):
 
         late = "the checkpoint was not written"
         return await self._once(request, context, operation, timeout_s=CHECKPOINT_S, late=late)
+
+    async def ExportModel(self, request: admin.ExportModelRequest, context: Context) -> admin.ExportModelResponse:
+        """Takes the model out of a checkpoint; training goes on meanwhile."""
+
+        async def operation() -> admin.ExportModelResponse:
+            order = export_order(request, self._parts.state_dir)
+            card, place = await anyio.to_thread.run_sync(carry_out, order, abandon_on_cancel=True)
+            return export_answer(card, place, global_step=self._status.global_step)
+
+        late = "the export was not written"
+        return await self._once(request, context, operation, timeout_s=EXPORT_S, late=late)
 
     async def ListRestorePoints(
         self, request: admin.ListRestorePointsRequest, context: Context

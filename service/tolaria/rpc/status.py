@@ -34,6 +34,8 @@ STATUSES: Final[tuple[tuple[type[TolariaError], int, str], ...]] = (
     (errors.LaneLostError, code_pb2.ABORTED, "LANE_LOST"),
     (errors.LaneError, code_pb2.ABORTED, "LANE_ENDED"),
     (errors.NoCheckpointError, code_pb2.NOT_FOUND, "NO_RESTORE_POINT"),
+    (errors.ExportRefusedError, code_pb2.FAILED_PRECONDITION, "EXPORT_REFUSED"),
+    (errors.ExportError, code_pb2.RESOURCE_EXHAUSTED, "EXPORT_NOT_WRITTEN"),
     (errors.RestoreAbandonedError, code_pb2.DEADLINE_EXCEEDED, "ROLLBACK_DEADLINE"),
     (errors.RestoreUnprovenError, code_pb2.DATA_LOSS, "RESTORE_UNPROVEN"),
     (errors.ImageDamagedError, code_pb2.DATA_LOSS, "IMAGE_DAMAGED"),

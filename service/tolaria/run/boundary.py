@@ -38,21 +38,32 @@ class BoundaryPolicy:
 
 
 class EpochBoundary:
-    """Asks the controller at the end of an epoch and waits as long as the policy allows."""
+    """Asks the controller at the end of an epoch and waits as long as the policy allows.
 
-    def __init__(self, consultations: Consultations, policy: BoundaryPolicy) -> None:
+    Without consultations there is no controller.
+    """
+
+    def __init__(self, consultations: Consultations | None, policy: BoundaryPolicy) -> None:
         self._consultations = consultations
         self.policy = policy
 
+    @property
+    def asks(self) -> bool:
+        """Whether there is a controller to ask."""
+        return self._consultations is not None
+
     def rewound(self) -> None:
         """Makes the answers to questions from before a rollback stale."""
-        self._consultations.rewound()
+        if self._consultations is not None:
+            self._consultations.rewound()
 
     async def wait_for_answer(
         self, state: SystemStatePacket, refusals: tuple[tuple[str, str], ...], *, since_s: float
     ) -> None:
         """Asks, then waits until the answer is settled or the budget that began at `since_s` (monotonic) ends."""
         policy = self.policy
+        if self._consultations is None:
+            return
         consultation = self._consultations.ask(state, refusals)
         if policy.patient:
             with anyio.move_on_after(policy.patience_s):
@@ -67,11 +78,14 @@ class EpochBoundary:
 
 
 class StepQuestions:
-    """Asks the controller every `control.step_interval` steps, without waiting; in one frame, only about the last."""
+    """Asks the controller every `control.step_interval` steps, without waiting; in one frame, only about the last.
+
+    Without consultations there is no controller.
+    """
 
     def __init__(
         self,
-        consultations: Consultations,
+        consultations: Consultations | None,
         control: ControlSettings,
         *,
         status: RunStatus,
@@ -91,7 +105,7 @@ class StepQuestions:
     def step(self, step: StepDone) -> None:
         """Asks if a question is due after this step."""
         interval = self._control.step_interval
-        if not interval or step.skipped or step.global_step % interval:
+        if self._consultations is None or not interval or step.skipped or step.global_step % interval:
             return
         started_s = self._clock()
         packet = step_packet(self._status, self._health.averages, step, wall_ns=time.time_ns())

@@ -9,8 +9,10 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
+from math import isfinite
 from time import monotonic
-from typing import Final
+from typing import Any, Final
 from weakref import WeakSet
 
 import anyio
@@ -91,6 +93,8 @@ class Checkpointing:
         self._evaluated_step = -1
         self.saved_step = from_step
         """Step of the newest checkpoint, or the one at which the run begins in this process; -1 after a rollback."""
+        self.model = ""
+        """The lane's description of the model, which is kept in each manifest."""
         self._held_reason = ""
         self._retrying = self._stalled = False
         self.failing = ""
@@ -262,6 +266,7 @@ class Checkpointing:
         lease, mark = await self._capture(beside=leaving)
         mark.leaving = leaving
         self._step = lease.image.position.global_step
+        mark.provenance = replace(mark.provenance, model=self.model, **self._evaluated())
         started_s = monotonic()
         future = self._writer.write(lease, metric=self._metric(), mark=mark)
         if future is None:
@@ -310,7 +315,19 @@ class Checkpointing:
         if self._evaluated_step != self._step:
             return None
         evaluation = self._epoch.evaluation
-        return evaluation.accuracy if self._settings.best == "accuracy" else evaluation.loss
+        figures = evaluation.figures()
+        if self._settings.best == "accuracy" and "accuracy" not in figures:
+            return -evaluation.loss
+        if self._settings.best_name not in figures:
+            self._log.warning("best_metric_missing", best=self._settings.best, known=sorted(figures))
+        return figures.get(self._settings.best_name)
+
+    def _evaluated(self) -> dict[str, Any]:
+        """Returns the metrics of the newest evaluation of this branch, and its step, for the manifest."""
+        if self._epoch is None:
+            return {}
+        metrics = {name: value for name, value in self._epoch.evaluation.figures().items() if isfinite(value)}
+        return {"metrics": metrics, "evaluated_step": self._epoch.global_step}
 
     # -- what follows ------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from tolaria.run.health_record import (
     stable,
 )
 from tolaria.run.verdicts import Halt, Proceed, RateCut, Retreat, Verdict
+from tolaria.values.evaluation import Evaluation
 from tolaria.values.loss_window import Averages, Explosion, LossWindow, rise_begins
 
 REGIMES_MAX: Final = 2
@@ -50,8 +51,13 @@ class Health:
         losses: the copy of the lane's window.
     """
 
-    def __init__(self, settings: RollbackSettings, health: HealthSettings, saved: str = "") -> None:
+    def __init__(
+        self, settings: RollbackSettings, health: HealthSettings, saved: str = "", *, judged_by: str = ""
+    ) -> None:
         self._settings = settings
+        self._automatic = settings.automatic and health.policy == "full"
+        self._judged_by = judged_by
+        self._only_reports = health.policy == "watch"
         self._skips_data_max = health.skips_data_max
         self._record = Record.parse(saved)
         self._saved = self._without_progress()
@@ -163,13 +169,13 @@ class Health:
         return Proceed() if alarm is None else self._exploded(step, alarm, spread_before)
 
     def epoch(self, epoch: EpochDone, *, rolling_back: bool) -> Verdict:
-        """Judges the accuracy of an evaluation, or its loss if the job counts no accuracy, by those before it."""
+        """Judges an evaluation by those before it: its metric of `judged_by`, else its accuracy, else its loss."""
         record = self._record
         if rolling_back or self._origin:
             return Proceed()
         if epoch.evaluation.correct and not record.counts_accuracy:
             record.counts_accuracy, record.evaluations, record.worse = True, [], []
-        value = epoch.evaluation.accuracy if record.counts_accuracy else -epoch.evaluation.loss
+        what, sign, value = self._judged(epoch.evaluation)
         if not collapsing([value for _, value in record.evaluations], value, self._settings.accuracy_drop):
             for evaluation in (*record.worse, (epoch.global_step, value)):
                 if math.isfinite(evaluation[1]):
@@ -177,17 +183,30 @@ class Health:
             record.evaluations, record.worse = record.evaluations[-EVALUATIONS:], []
             return Proceed()
         record.worse.append((epoch.global_step, value))
-        if len(record.worse) < COLLAPSED or not self._settings.automatic:
+        if len(record.worse) < COLLAPSED or not self._automatic:
             return Proceed()
         first, worst = record.worse[0][0], min(value for _, value in record.evaluations)
-        what, sign = ("accuracy", 1) if record.counts_accuracy else ("loss", -1)
         figures = f"{what} {sign * value:.4g} after {sign * worst:.4g}"
         reason = f"{len(record.worse)} evaluations in a row are worse than all before: {figures}"
-        trend = "" if record.counts_accuracy else "evaluations"
+        trend = "" if sign > 0 else "evaluations"
         if trend in record.trends:
             record.evaluations = list(record.worse)
         record.worse = []
         return self._retreat(reason, first, (), epoch.global_step, durable=True, trend=trend)
+
+    def _judged(self, evaluation: Evaluation) -> tuple[str, int, float]:
+        """Returns what is judged, 1 or -1 for a higher or a lower one that is better, and the value times that sign."""
+        record = self._record
+        name, _, better = self._judged_by.rpartition(":")
+        named = evaluation.figures().get(name) if name else None
+        if (judged_by := self._judged_by if named is not None else "") != record.judged_by:
+            record.judged_by, record.evaluations, record.worse = judged_by, [], []
+        if named is not None:
+            sign = 1 if better == "max" else -1
+            return name, sign, sign * named
+        if record.counts_accuracy:
+            return "accuracy", 1, evaluation.accuracy
+        return "loss", -1, -evaluation.loss
 
     def regime_begins(self, *, announced: bool) -> None:
         """Follows the lane, which has emptied its window for a changed task, announced by the job or accepted here."""
@@ -323,16 +342,18 @@ class Health:
         if step.parameters_finite is False:
             return self._ill(step, f"the parameters are not finite: {record.skip_streak} steps in a row were skipped")
         exploded = self._watch is not None or self.losses.suspect
-        if step.parameters_finite and exploded and self._settings.automatic:
+        if step.parameters_finite and exploded and self._automatic:
             return self._ill(step, f"{record.skip_streak} steps in a row were skipped after the losses had exploded")
         if record.skip_streak % self._skips_data_max == 0:
             ill = "the data are ill" if record.best_step else "no step of the run was finite: data or losses() are ill"
             reason = f"{record.skip_streak} steps in a row were not finite, but the parameters are: {ill}"
-            return Halt(Trigger.SKIPPED_DATA_SPENT, reason)
+            return Proceed(reason) if self._only_reports else Halt(Trigger.SKIPPED_DATA_SPENT, reason)
         return Proceed()
 
     def _ill(self, step: StepDone, reason: str) -> Verdict:
-        if not self._settings.automatic:
+        if self._only_reports:
+            return self._reported(reason, step.global_step)
+        if not self._automatic:
             return Halt(Trigger.PARAMETERS_NOT_FINITE, reason)
         first, batches = self._where_ill(step)
         return self._retreat(reason, first, batches, step.global_step, preferred_before=apart(first))
@@ -342,7 +363,7 @@ class Health:
         evidence_step, batches = self._evidence(step, alarm)
         early, trend = self._rises_again(evidence_step), alarm.kind if alarm.kind == "slow" else ""
         known = trend in self._record.trends
-        if not self._settings.automatic or self._record.regimes >= REGIMES_MAX or (known and early is None):
+        if not self._automatic or self._record.regimes >= REGIMES_MAX or (known and early is None):
             return self._reported(reason, step.global_step)
         if trend:  # no batch is to blame for it
             batches = ()

@@ -65,6 +65,7 @@ class Record(BaseModel):
         trends: `slow` after a retreat from a slow rise, `evaluations` after one from worse validation losses. Losses of
             adversaries or of growing targets rise like that by themselves: the next such rise does not roll back.
         counts_accuracy: whether the job counts correct predictions; evaluations are accuracies then, else -losses.
+        judged_by: the job's metric that evaluations are values of, as `checkpoint.best` names it; empty: as above.
         evaluations: step and value of the last healthy evaluations; larger values are better.
         worse: the same of the evaluations in a row that were worse than all of those.
     """
@@ -83,6 +84,7 @@ class Record(BaseModel):
     regimes: int = 0
     trends: list[str] = []
     counts_accuracy: bool = False
+    judged_by: str = ""
     evaluations: list[tuple[int, float]] = []
     worse: list[tuple[int, float]] = []
 

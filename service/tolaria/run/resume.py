@@ -35,8 +35,6 @@ RunOutcome: TypeAlias = Literal["finished", "stopped", "drained", "failed"]
 ENDED: Final = frozenset({"finished", "stopped"})
 """Outcomes after which a run is not resumed: all epochs are done, or an operator has stopped it."""
 
-_BEST: Final[dict[str, Literal["highest", "lowest"]]] = {"accuracy": "highest", "loss": "lowest"}
-
 _LOCK: Final = "lock"
 _DEAD_HOLDER_S: Final = 5.0
 _LOCK_POLL_S: Final = 0.05
@@ -179,7 +177,7 @@ def retention_of(settings: CheckpointSettings) -> Retention:
     """Returns the retention that the settings specify."""
     return Retention(
         last=settings.keep_last,
-        best=_BEST[settings.best],
+        best="highest" if settings.best_is_highest else "lowest",
         superseded=settings.keep_superseded,
         superseded_s=settings.keep_superseded_s,
     )
@@ -206,13 +204,30 @@ def unfinished_run(runs: Sequence[RunRow], checkpoints: Sequence[CheckpointRow])
     return None
 
 
+def extended_run(
+    runs: Sequence[RunRow], checkpoints: Sequence[CheckpointRow], *, job: str, epochs: int
+) -> RunRow | None:
+    """Returns the latest run if it has finished fewer epochs of this job than these, and its last state is kept."""
+    latest = max(runs, key=lambda run: run.at_ns, default=None)
+    if latest is None or latest.outcome != "finished" or latest.job != job:
+        return None
+    newest = max(
+        (row for row in checkpoints if row.run_id == latest.run_id and row.state == "committed"),
+        key=lambda row: row.at_ns,
+        default=None,
+    )
+    return latest if newest is not None and newest.epoch < epochs else None
+
+
 # -- choosing the run ------------------------------------------------------------------------------------------------
 
 
 def _choose_run(settings: Settings, directory: Path, storage: Storage) -> PreparedState:
     journal, job = storage.journal, settings.training.job
-    found = unfinished_run(journal.rows(RunRow), journal.rows(CheckpointRow))
-    resumed = found if settings.state.resume != "never" else None
+    runs, checkpoints = journal.rows(RunRow), journal.rows(CheckpointRow)
+    found = unfinished_run(runs, checkpoints)
+    extended = None if found else extended_run(runs, checkpoints, job=job, epochs=settings.training.epochs)
+    resumed = found or extended if settings.state.resume != "never" else None
     notes = _repairs(storage)
     if resumed is None:
         row = _new_run(journal, job)
@@ -226,8 +241,10 @@ def _choose_run(settings: Settings, directory: Path, storage: Storage) -> Prepar
             )
             raise ConfigurationError([problem])
         row = replace(resumed, job=job, outcome="", ended_at_ns=None)
-        left = f"ended as {resumed.outcome}" if resumed.outcome else "was killed"
-        notes.append(f"the run {row.run_id} is resumed; its last process {left}")
+        left = f"its last process ended as {resumed.outcome}" if resumed.outcome else "its last process was killed"
+        if extended is not None:
+            left = f"it had finished, and training.epochs = {settings.training.epochs} gives it more epochs"
+        notes.append(f"the run {row.run_id} is resumed; {left}")
     journal.put(row)
     return PreparedState(directory, storage.for_run(row.run_id), row.run_id, resumed is not None, tuple(notes))
 

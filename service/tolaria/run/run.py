@@ -48,6 +48,7 @@ class TrainingRun(RunOperations):
         """Adopts what the lane has built. Has to precede `run`."""
         self._next_epoch = ready.progress.number + ready.progress.over
         self._status.ready(ready)
+        self._parts.checkpointing.model = ready.model
         self._parts.health.start(ready.losses, ready.position.global_step)
         self._observers.on_ready(ready)
         self._show_seeds_and_rates()
@@ -98,13 +99,15 @@ class TrainingRun(RunOperations):
         """Judges the epoch, asks the controller, and has a checkpoint made if one is due."""
         if not self._judge(epoch):
             return
-        parts, policy = self._parts, self._parts.boundary.policy
-        packet = epoch_packet(self._status, parts.health.averages, epoch, wall_ns=time.time_ns())
-        await parts.boundary.wait_for_answer(packet, self._status.refusals, since_s=epoch.finished_at_s)
+        parts, boundary = self._parts, self._parts.boundary
+        if boundary.asks:
+            packet = epoch_packet(self._status, parts.health.averages, epoch, wall_ns=time.time_ns())
+            await boundary.wait_for_answer(packet, self._status.refusals, since_s=epoch.finished_at_s)
         if self._epoch_done is not epoch:  # rolled back meanwhile: its figures no longer describe any state
             return
         held_up_s = time.monotonic() - epoch.finished_at_s
-        breach = held_up_s > policy.budget_s + policy.slack_s and not policy.patient
+        policy = boundary.policy
+        breach = boundary.asks and not policy.patient and held_up_s > policy.budget_s + policy.slack_s
         self._status.boundary(held_up_s * 1000, breach=breach)
         budget_ms = math.inf if policy.patient else policy.budget_s * 1000
         self._observers.on_boundary(self._status, epoch, budget_ms=budget_ms, breach=breach)

@@ -136,6 +136,8 @@ class RunStatus:
     fast_paths: dict[str, str] = field(default_factory=dict)
     ranks: tuple[RankInfo, ...] = ()
     last_command: AdaptationCommand | None = None
+    logged: dict[str, float] = field(default_factory=dict)
+    """What the job has logged, by name, each of the newest step that logged it."""
     tamiyo_answer: str = ""
     kasmina_answer: str = ""
     tamiyo_latency_ms: float = 0.0
@@ -215,6 +217,8 @@ class RunStatus:
     def step(self, step: StepDone) -> None:
         """Counts a step."""
         self.sums.add(step)
+        if step.logged:
+            self.logged.update(step.logged)
         self.global_step = step.global_step
         self.samples_total += step.samples
 
@@ -256,14 +260,14 @@ def epoch_packet(status: RunStatus, averages: Averages, epoch: EpochDone, *, wal
     sums = status.sums
     steps = max(1, sums.steps + sums.skipped_steps)
     packet = _packet(status, epoch.epoch, epoch.global_step, epoch.training_loss, wall_ns)
-    packet.validation_accuracy = epoch.evaluation.accuracy
+    packet.validation_accuracy = _known(epoch.evaluation.accuracy)
     packet.validation_loss = epoch.evaluation.loss
     packet.hardware_context.CopyFrom(epoch.hardware)
     packet.training_metrics.update(
         _average_metrics(averages)
         | {
             "loss": epoch.training_loss,
-            "accuracy": epoch.evaluation.accuracy,
+            "accuracy": _known(epoch.evaluation.accuracy),
             "gradient_norm": sums.gradient_norm,
             "samples_per_s": sums.samples_per_s,
             "latency_ms": epoch.steps_s * 1000,
@@ -278,6 +282,7 @@ def epoch_packet(status: RunStatus, averages: Averages, epoch: EpochDone, *, wal
             "hook_latency_ms": status.boundaries_ms[-1] if status.boundaries_ms else 0.0,
             "h2d_copy_ms": sums.copy_s * 1000 / steps,
         }
+        | {f"validation.{name}": ratio.value for name, ratio in epoch.evaluation.ratios().items()}
         | _hardware_metrics(epoch.hardware)
     )
     return packet
@@ -321,6 +326,8 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
         training_loss=_known(status.sums.loss if status.sums.steps else status.training_loss),
         validation_accuracy=_known(status.validation_accuracy),
         validation_loss=_known(status.validation_loss),
+        validation_metrics={} if status.last_epoch is None else status.last_epoch.evaluation.figures(),
+        logged=status.logged,
         seeds=status.seeds,
         last_boundary_ms=status.boundaries_ms[-1] if boundaries else 0.0,
         boundary_ms_p50=_quantile(boundaries, 0.50),

@@ -133,6 +133,8 @@ class TrainingTelemetry(RunObserver):
 
     def on_frame(self, status: RunStatus) -> None:
         metrics = self._metrics
+        for name, value in status.logged.items():
+            metrics.training_metric.labels(name).set(value)
         self._context.step = status.global_step
         metrics.training_step.set(status.global_step)
         metrics.training_best_step.set(status.best_step)
@@ -151,15 +153,17 @@ class TrainingTelemetry(RunObserver):
         del show_layers
         metrics = self._metrics
         metrics.training_loss.set(epoch.training_loss)
-        metrics.training_accuracy.set(epoch.evaluation.accuracy)
-        metrics.validation_accuracy.set(epoch.evaluation.accuracy)
+        figures = epoch.evaluation.figures()
+        if "accuracy" in figures:
+            metrics.training_accuracy.set(epoch.evaluation.accuracy)
+            metrics.validation_accuracy.set(epoch.evaluation.accuracy)
         metrics.validation_loss.set(epoch.evaluation.loss)
-        for name, value in (("loss", epoch.evaluation.loss), ("accuracy", epoch.evaluation.accuracy)):
+        for name, value in figures.items():
             metrics.validation_metric.labels(name).set(value)
         metrics.training_latency_ms.set(epoch.steps_s * 1000)
         if epoch.samples == 0:
             self._emitter.emit(events.ZERO_SAMPLES, epoch=epoch.epoch)
-        if (right := epoch.evaluation.correct) > (samples := epoch.evaluation.samples):
+        if (right := epoch.evaluation.correct or 0) > (samples := epoch.evaluation.samples):
             self._emitter.emit(events.ACCURACY_ABOVE_ONE, epoch=epoch.epoch, correct=right, samples=samples)
 
     def on_boundary(self, status: RunStatus, epoch: EpochDone, *, budget_ms: float, breach: bool) -> None:
@@ -186,6 +190,7 @@ class TrainingTelemetry(RunObserver):
             boundary_ms=round(held_up_ms, 2),
             tamiyo=status.tamiyo_answer,
             kasmina=status.kasmina_answer,
+            **_own_metrics(epoch),
         )
 
     def _compare_latency(self, status: RunStatus, epoch: EpochDone) -> None:
@@ -245,6 +250,12 @@ def _factors(status: RunStatus) -> dict[str, float]:
             applied = [factor for other, factor in own if other in {None, group}]
             factors[origin] = min(factors[origin], min(applied) if origin == AUTOMATIC else math.prod(applied))
     return factors
+
+
+def _own_metrics(epoch: EpochDone) -> dict[str, dict[str, float | None]]:
+    """Returns the metrics of an evaluation that the job names, for the log; nothing without any."""
+    ratios = epoch.evaluation.ratios()
+    return {"metrics": {name: _rounded(ratio.value) for name, ratio in ratios.items()}} if ratios else {}
 
 
 def _rounded(value: float) -> float | None:

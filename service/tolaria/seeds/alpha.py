@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from leyline.v1.enums_pb2 import SEED_STAGE_CULLED
 from tolaria.seeds.plan import Change, GraftedSeed
 from tolaria.seeds.slots import Graft
-from tolaria.seeds.stages import FULL_STRENGTH
+from tolaria.values.seeds import FULL_STRENGTH
 
 
 class BlendingSeeds:

@@ -11,14 +11,23 @@ from leyline.v1.enums_pb2 import (
     SEED_STAGE_BLENDING,
     SEED_STAGE_CULLED,
     SEED_STAGE_GERMINATED,
-    SEED_STAGE_TRAINING,
     SeedLifecycleStage,
 )
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.errors import SeedError
 from tolaria.seeds.slots import seed_id_problem
-from tolaria.seeds.stages import ABSENT, BLENDED, FULL_STRENGTH, SUCCESSORS, stage_name
-from tolaria.values.seeds import FOSSILIZED, GROWING, NO_LIMITS, Ramp, SeedLimits, Stage, declared_ramp
+from tolaria.seeds.stages import ABSENT, BLENDED, SUCCESSORS, stage_name
+from tolaria.values.seeds import (
+    FOSSILIZED,
+    FULL_STRENGTH,
+    GROWING,
+    NO_LIMITS,
+    Ramp,
+    SeedLimits,
+    Stage,
+    alpha_at,
+    declared_ramp,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +54,7 @@ class GraftedSeed:
 
     def alpha(self, step: int) -> float:
         """Returns alpha in the forward pass of the step after `step` steps."""
-        if self.ramp is None or self.stage in {SEED_STAGE_GERMINATED, SEED_STAGE_TRAINING}:
-            return 0.0
-        return self.ramp.end if self.stage in FULL_STRENGTH else self.ramp.at(step)
+        return alpha_at(self.stage, self.ramp, step)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from leyline.v1.enums_pb2 import (
     SEED_STAGE_UNKNOWN,
     SeedLifecycleStage,
 )
-from tolaria.values.seeds import FOSSILIZED, Stage
+from tolaria.values.seeds import FOSSILIZED, FULL_STRENGTH, Stage
 
 ABSENT: Final = frozenset(
     {SEED_STAGE_UNKNOWN, SEED_STAGE_DORMANT, SEED_STAGE_CULLED, SEED_STAGE_EMBARGOED, SEED_STAGE_RESETTING}
@@ -32,9 +32,6 @@ TRAINED: Final = frozenset({SEED_STAGE_TRAINING, SEED_STAGE_BLENDING, SEED_STAGE
 
 BLENDED: Final = frozenset({SEED_STAGE_BLENDING, SEED_STAGE_SHADOWING, SEED_STAGE_PROBATIONARY, *FOSSILIZED})
 """Stages in which a seed's alpha may be above zero, so that it needs a schedule."""
-
-FULL_STRENGTH: Final = frozenset({SEED_STAGE_PROBATIONARY, *FOSSILIZED})
-"""Stages that are entered at the end of the schedule, and in which alpha stays there."""
 
 # Stages may be skipped, since a service in conservative mode, or restored to an earlier step, misses some. There is no
 # way back, since a blended seed cannot be unblended without a jump; a seed leaves by being culled. A seed that was
@@ -58,12 +55,3 @@ def stage_name(stage: int) -> str:
     if stage not in SeedLifecycleStage.values():
         return f"stage {stage}"
     return SeedLifecycleStage.Name(stage).removeprefix("SEED_STAGE_")  # type: ignore[arg-type] # checked above
-
-
-def stage_from_name(name: str) -> Stage:
-    """Returns the stage of that name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    return SeedLifecycleStage.Value(f"SEED_STAGE_{name}")

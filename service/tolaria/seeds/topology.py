@@ -23,8 +23,8 @@ from tolaria.seeds.slots import (
     seed_that_raised,
     slots_of,
 )
-from tolaria.seeds.stages import ABSENT, TRAINED, stage_from_name, stage_name
-from tolaria.values.seeds import NO_LIMITS, Ramp, SeedLimits
+from tolaria.seeds.stages import ABSENT, TRAINED, stage_name
+from tolaria.values.seeds import NO_LIMITS, Ramp, SeedLimits, stage_from_name
 
 _VERSION: Final = 1
 

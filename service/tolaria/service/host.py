@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -195,6 +195,7 @@ class Host:
                 closing=self._closing,
                 telemetry=core.telemetry,
                 interval_s=settings.server.status_interval_ms / 1000,
+                state_dir=Path(settings.state.dir),
             )
             add_TolariaAdminServiceServicer_to_server(AdminService(parts), server)
 
@@ -207,12 +208,18 @@ class Host:
 
     def _complete(self, status: admin.GetStatusResponse) -> None:
         status.metrics_address = self._metrics_address
-        status.boundary_budget_ms = self._settings.control.boundary_budget_ms
+        training, control = self._settings.training, self._settings.control
+        status.run_name = training.run_name
+        status.tags.update(training.tags)
+        status.boundary_budget_ms = control.boundary_budget_ms if control.enabled else 0.0
 
     def _embedded_peers(self) -> AbstractAsyncContextManager[Mapping[Peer, EmbeddedPeer]]:
         """The reference peers for which no target is set."""
         settings = self._settings
         targets: dict[Peer, str] = {"tamiyo": settings.tamiyo.target, "kasmina": settings.kasmina.target}
+        if not settings.control.enabled:
+            self._log.info("no_controller", detail="control.enabled is off: no peer is started or called")
+            targets = {}
         if missing := [peer for peer, target in targets.items() if not target]:
             self._log.info("embedded_peers", peers=missing, detail="no target was given: the reference peers start")
         return embedded_peers(
@@ -223,7 +230,10 @@ class Host:
             stop_timeout_s=_CHILDREN_SHARE * settings.service.drain_timeout_s,
         )
 
-    def _connected_peers(self, embedded: Mapping[Peer, EmbeddedPeer]) -> AbstractAsyncContextManager[Peers]:
+    def _connected_peers(self, embedded: Mapping[Peer, EmbeddedPeer]) -> AbstractAsyncContextManager[Peers | None]:
+        if not self._settings.control.enabled:
+            return nullcontext()
+
         def with_target(peer: Peer, settings: PeerSettings) -> PeerSettings:
             target = embedded[peer].target if peer in embedded else settings.target
             drain_s = min(settings.drain_s, _PEERS_SHARE * self._settings.service.drain_timeout_s)

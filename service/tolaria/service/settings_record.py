@@ -6,13 +6,13 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import structlog
 
+from tolaria.checkpoint.storage import SETTINGS
 from tolaria.config import Settings
 
-FILE: Final = "settings.json"
 _log = structlog.get_logger(__name__)
 
 
@@ -23,7 +23,7 @@ def report_changes(settings: Settings, run_id: str, learning_rates: Mapping[str,
     no change.
     """
     try:
-        record = json.loads((Path(settings.state.dir) / FILE).read_text(encoding="utf-8"))
+        record = json.loads((Path(settings.state.dir) / SETTINGS).read_text(encoding="utf-8"))
         known = dict(_flat(record["settings"])) if record["run_id"] == run_id else {}
     except FileNotFoundError:
         return
@@ -44,8 +44,8 @@ def report_changes(settings: Settings, run_id: str, learning_rates: Mapping[str,
 
 def record(settings: Settings, run_id: str) -> None:
     """Writes the settings of this process, without secrets, with mode 0600. A failure is logged."""
-    path = Path(settings.state.dir) / FILE
-    new = path.with_name(FILE + ".new")
+    path = Path(settings.state.dir) / SETTINGS
+    new = path.with_name(SETTINGS + ".new")
     text = json.dumps({"run_id": run_id, "settings": _visible(settings)}, indent=1)
     try:
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:

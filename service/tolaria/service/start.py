@@ -82,7 +82,9 @@ def run(settings: Settings) -> int:
                 point = load_resume_point(prepared)
                 checkpoint = _checkpoint(point)
                 if build is not None:
-                    if checkpoint is not None:
+                    if checkpoint is None:
+                        build.begin_run()
+                    else:
                         build.resume_run(*checkpoint)
                     _report_ready(settings, metrics, point, build.ready)
                 with _foundation(

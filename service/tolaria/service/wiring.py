@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 from anyio.abc import TaskGroup
 
@@ -58,7 +58,10 @@ from tolaria.telemetry.packets import Packets
 from tolaria.telemetry.subscriptions import TelemetryStream
 from tolaria.transport.process_lane import ProcessLane
 from tolaria.values.optimization import ActiveAdjustment
-from tolaria.values.seeds import limits_of
+from tolaria.values.seeds import NO_SEEDS, limits_of
+
+NO_CONTROLLER: Final = "none (control.enabled is off)"
+"""What a status says of a peer that does not exist."""
 
 
 class LaneBuild(Protocol):
@@ -67,6 +70,9 @@ class LaneBuild(Protocol):
     @property
     def ready(self) -> LaneReady:
         """What has been built."""
+
+    def begin_run(self) -> None:
+        """Gives the model of a new run its first values, if the settings name them."""
 
     def resume_run(self, image: StateImage, decided: Sequence[ActiveAdjustment]) -> None:
         """Restores a checkpoint of an earlier process, with the adjustments of the run in `decided`."""
@@ -130,7 +136,8 @@ class Core:
         self.journal = AsyncJournal(foundation.storage.journal, self.status.run_id)
         participant = foundation.board.claim("tolaria")
         self.heartbeats = Heartbeats(participant, settings.emergency)
-        self.health = Health(settings.rollback, settings.health, foundation.run.scale)
+        own_metric = settings.checkpoint.best if ":" in settings.checkpoint.best else ""
+        self.health = Health(settings.rollback, settings.health, foundation.run.scale, judged_by=own_metric)
         self.status.lane_phase = self.heartbeats.phase
         safety_telemetry = SafetyTelemetry(
             metrics,
@@ -191,7 +198,7 @@ class RunService:
     """A run and the tasks that are served with it."""
 
     run: TrainingRun
-    consultations: Consultations
+    consultations: Consultations | None
     recovery: Recovery
     revival: Revival
 
@@ -211,7 +218,8 @@ class RunService:
 
     async def serve(self, core: Core, tasks: TaskGroup) -> None:
         """Starts the run's tasks, and trains until the run has ended."""
-        tasks.start_soon(self.consultations.serve)
+        if self.consultations is not None:
+            tasks.start_soon(self.consultations.serve)
         tasks.start_soon(self.recovery.serve)
         tasks.start_soon(core.checkpointing.serve)
         tasks.start_soon(self.recovery.save_when_halted)
@@ -221,30 +229,13 @@ class RunService:
         await self.run.run()
 
 
-def new_run(core: Core, peers: Peers) -> RunService:
-    """Returns the run with these peers."""
+def new_run(core: Core, peers: Peers | None) -> RunService:
+    """Returns the run with these peers; None: without a controller."""
     settings = core.foundation.settings
     adjustments = RunAdjustments(core.lane, core.journal, core.status)
-    recovery = _new_recovery(core, adjustments, {TAMIYO: peers.tamiyo_rollback, KASMINA: peers.kasmina_rollback})
-    handler = CommandHandler(
-        core.lane,
-        core.status,
-        lifecycle=core.lifecycle,
-        safety=core.safety,
-        recovery=recovery,
-        health=core.health,
-        observers=core.observers,
-        max_staleness_steps=settings.control.max_staleness_steps,
-    )
-    consultations = Consultations(
-        peers.tamiyo,
-        peers.kasmina,
-        verifier=CommandVerifier(settings.leyline),
-        emitter=core.foundation.emitter,
-        seeds=settings.seeds,
-        permits=core.safeguards.permits,
-        on_settled=handler.settle,
-    )
+    participants = {} if peers is None else {TAMIYO: peers.tamiyo_rollback, KASMINA: peers.kasmina_rollback}
+    recovery = _new_recovery(core, adjustments, participants)
+    consultations = None if peers is None else _new_consultations(core, peers, recovery)
     questions = StepQuestions(
         consultations,
         settings.control,
@@ -286,6 +277,29 @@ def new_run(core: Core, peers: Peers) -> RunService:
     return RunService(run, consultations, recovery, revival)
 
 
+def _new_consultations(core: Core, peers: Peers, recovery: Recovery) -> Consultations:
+    settings = core.foundation.settings
+    handler = CommandHandler(
+        core.lane,
+        core.status,
+        lifecycle=core.lifecycle,
+        safety=core.safety,
+        recovery=recovery,
+        health=core.health,
+        observers=core.observers,
+        max_staleness_steps=settings.control.max_staleness_steps,
+    )
+    return Consultations(
+        peers.tamiyo,
+        peers.kasmina,
+        verifier=CommandVerifier(settings.leyline),
+        emitter=core.foundation.emitter,
+        seeds=settings.seeds,
+        permits=core.safeguards.permits,
+        on_settled=handler.settle,
+    )
+
+
 def new_ledger(core: Core, tasks: TaskGroup) -> RequestLedger:
     """Returns the ledger of operators' requests, whose operations run in `tasks`."""
     return RequestLedger(core.foundation.settings.server.request_memory, core.journal, core.status, tasks)
@@ -300,11 +314,13 @@ def new_status(foundation: Foundation) -> RunStatus:
         training.experiment,
         training.epochs,
         started_at_s=time.monotonic(),
-        seed_limits=limits_of(settings.seeds),
+        seed_limits=limits_of(settings.seeds) if settings.control.enabled else NO_SEEDS,
         rollbacks_by_origin=dict(foundation.rollbacks),
         attempt=foundation.points.lineage.attempt,
         newest_proven_step=foundation.points.newest_proven_step,
     )
+    if not settings.control.enabled:
+        status.tamiyo_answer = status.kasmina_answer = NO_CONTROLLER
     if foundation.checkpoint is not None:  # what is known before the lane is built
         image, decided = foundation.checkpoint
         status.global_step, status.epoch = image.position.global_step, image.position.epoch

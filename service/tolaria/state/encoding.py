@@ -9,7 +9,6 @@ import array
 import math
 import random
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, cast
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from tolaria.errors import StateUnsupportedError
 from tolaria.images import TensorSpec
+from tolaria.tensors import DTYPE_CODES, DTYPES
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -32,30 +32,6 @@ TakeTensor: TypeAlias = Callable[[Mapping[str, JsonValue]], Tensor]
 TENSOR_KEY: Final = "$tensor"
 _TUPLE_KEY: Final = "$tuple"
 _FLOAT_KEY: Final = "$float"
-
-DTYPE_CODES: Final[Mapping[torch.dtype, str]] = MappingProxyType(
-    {
-        torch.float64: "F64",
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.int64: "I64",
-        torch.int32: "I32",
-        torch.int16: "I16",
-        torch.int8: "I8",
-        torch.uint64: "U64",
-        torch.uint32: "U32",
-        torch.uint16: "U16",
-        torch.uint8: "U8",
-        torch.bool: "BOOL",
-        torch.complex64: "C64",
-        torch.float8_e4m3fn: "F8_E4M3",
-        torch.float8_e5m2: "F8_E5M2",
-    }
-)
-"""Supported dtypes and their codes in `TensorSpec`."""
-
-DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType({code: dtype for dtype, code in DTYPE_CODES.items()})
 
 _TORCH: Final = "rng/torch"
 _NUMPY: Final = "rng/numpy"

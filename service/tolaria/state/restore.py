@@ -17,7 +17,6 @@ from tolaria.errors import RestoreAbandonedError, StateMismatchError
 from tolaria.images import StateImage, TensorSpec
 from tolaria.shards import local, part_of
 from tolaria.state.encoding import (
-    DTYPES,
     TENSOR_KEY,
     KeptValues,
     capture_rngs,
@@ -28,7 +27,8 @@ from tolaria.state.encoding import (
     spec_of,
     tensor_view,
 )
-from tolaria.state.training_state import StatePart, Survey, TrainingState, parameter_names, whole
+from tolaria.state.training_state import StatePart, Survey, TrainingState, parameter_names
+from tolaria.tensors import DTYPES, whole
 
 if TYPE_CHECKING:
     from pydantic import JsonValue

@@ -31,6 +31,7 @@ from tolaria.state.encoding import (
     spec_of,
     specs_of,
 )
+from tolaria.tensors import whole
 from tolaria.values.training import Position, eager_name
 
 
@@ -163,16 +164,6 @@ def parameter_names(live: LiveTraining) -> dict[Tensor, str]:
         for position, parameter in enumerate(group["params"]):
             names.setdefault(parameter, f"optimizer:{index}.{position}")
     return names
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Returns a view of an expanded tensor without its repeated elements; other tensors unchanged."""
-    if tensor.layout != torch.strided:
-        return tensor
-    for dimension, (stride, length) in enumerate(zip(tensor.stride(), tensor.shape, strict=True)):
-        if stride == 0 and length > 1:
-            tensor = tensor.narrow(dimension, 0, 1)
-    return tensor
 
 
 class _Surveyor:

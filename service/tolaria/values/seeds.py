@@ -28,6 +28,9 @@ FOSSILIZED: Final[frozenset[Stage]] = frozenset({enums.SEED_STAGE_FOSSILIZED, en
 """Stages in which a seed is a frozen part of the host, and its slot is free for a further seed behind it."""
 
 
+FULL_STRENGTH: Final[frozenset[Stage]] = frozenset({enums.SEED_STAGE_PROBATIONARY, *FOSSILIZED})
+"""Stages that are entered at the end of the schedule, and in which alpha stays there."""
+
 SLOTS_FREE: Final = "seeds.slots_free"
 """Metric of a packet to the controller: number of slots in which a seed can be grafted; 0 if seeds are disabled."""
 
@@ -47,6 +50,7 @@ class SeedLimits:
 
 
 NO_LIMITS: Final = SeedLimits(2**31, 2**31)
+NO_SEEDS: Final = SeedLimits(0, 0)
 
 
 def limits_of(settings: SeedsSettings) -> SeedLimits:
@@ -104,6 +108,22 @@ class Ramp:
         return AlphaSchedule(
             start=self.start, end=self.end, begin_step=self.begin_step, duration_steps=self.duration_steps
         )
+
+
+def alpha_at(stage: Stage, ramp: Ramp | None, step: int) -> float:
+    """Returns the alpha of a seed in this stage, with its schedule, in the forward pass after `step` steps."""
+    if ramp is None or stage in {enums.SEED_STAGE_GERMINATED, enums.SEED_STAGE_TRAINING}:
+        return 0.0
+    return ramp.end if stage in FULL_STRENGTH else ramp.at(step)
+
+
+def stage_from_name(name: str) -> Stage:
+    """Returns the stage of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return enums.SeedLifecycleStage.Value(f"SEED_STAGE_{name}")
 
 
 def declared_ramp(state: SeedState) -> Ramp | None:

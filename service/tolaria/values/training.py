@@ -1,12 +1,13 @@
-"""Positions, epoch progress and evaluation results."""
+"""Positions and epoch progress."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import JsonValue
+if TYPE_CHECKING:
+    from pydantic import JsonValue  # not needed to load an exported model
 
 HOST: Final = "host"
 """The source name of the host model's loss, and the owner of every parameter outside the seeds."""
@@ -110,25 +111,3 @@ class EpochProgress:
 
 _JSON_KEYS: Final = {"skipped_steps": "void_steps"}
 """Saved states have a name of an earlier version."""
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Sums over evaluated samples: loss, correct predictions (0 where a job does not count them), samples."""
-
-    loss_sum: float
-    correct: int
-    samples: int
-
-    def __add__(self, other: Evaluation) -> Evaluation:
-        return Evaluation(self.loss_sum + other.loss_sum, self.correct + other.correct, self.samples + other.samples)
-
-    @property
-    def loss(self) -> float:
-        """The mean loss per sample; NaN without samples."""
-        return self.loss_sum / self.samples if self.samples else float("nan")
-
-    @property
-    def accuracy(self) -> float:
-        """The fraction of correct predictions, 0 to 1; 0 without samples."""
-        return self.correct / self.samples if self.samples else 0.0

@@ -12,7 +12,8 @@ import torch
 from tolaria.checkpoint.tensor_file import FreshMemory, TensorFileError, file_pieces, read_tensors
 from tolaria.errors import RestoreAbandonedError
 from tolaria.filesystem import Filesystem, write_durably
-from tolaria.state.encoding import DTYPES, packed_bytes, specs_of, tensor_view
+from tolaria.state.encoding import packed_bytes, specs_of, tensor_view
+from tolaria.tensors import DTYPES
 
 PAGE_BYTES = mmap.PAGESIZE
 

@@ -29,6 +29,7 @@ Serve = Callable[[FakeAdmin], str]
 _COMMANDS = (
     *("serve", "demo", "status", "watch", "pause", "resume", "stop", "lr", "conservative"),
     *("rollback", "checkpoint", "profile", "restore-points", "incidents", "verify", "doctor"),
+    *("export", "new-job", "check-job"),
     *("emergency", "signals", "peer", "config", "audit", "certs", "token"),
 )
 _SUBCOMMANDS = (
@@ -181,6 +182,24 @@ def test_serve_passes_settings_and_returns_the_exit_code(monkeypatch: pytest.Mon
     _service(monkeypatch, run)
     assert runner.invoke(app, ["serve", "--set", "training.epochs=3"]).exit_code == 7
     assert seen[0].training.epochs == 3
+
+
+def test_serve_takes_a_name_and_tags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tag's value is text, also where it looks like a number or has an equals sign."""
+    seen: list[Settings] = []
+
+    def run(settings: Settings) -> int:
+        seen.append(settings)
+        return 0
+
+    _service(monkeypatch, run)
+    arguments = ["--run-name", "my run", "--tag", "team=vision", "--tag", "n=3", "--tag", "x=a=b"]
+    assert runner.invoke(app, ["serve", *arguments]).exit_code == 0
+    assert seen[0].training.run_name == "my run"
+    assert seen[0].training.tags == {"team": "vision", "n": "3", "x": "a=b"}
+    for wrong in ("team", "=x", "a.b=c"):
+        assert runner.invoke(app, ["serve", "--tag", wrong]).exit_code == 2
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ from tolaria.lane.encoding import to_bytes as encoded
 from tolaria.lane.messages import Command, CommandDone, Event, Failure, LaneEnded, LaneReady, Result, RunEpoch, Stop
 from tolaria.lane.order import LaneOrder
 from tolaria.values.encoding import EncodingError
+from tolaria.values.evaluation import Evaluation
 from tolaria.values.gradients import SeedMetrics, SeedMetricSet
 from tolaria.values.optimization import Adjustment
-from tolaria.values.training import HOST, Evaluation, Position
+from tolaria.values.training import HOST, Position
 
 MESSAGES: list[type[Any]] = [*get_args(Command), *get_args(Event), LaneReady, LaneOrder]
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
@@ -189,6 +190,7 @@ async def served(interval_s: float = 60.0) -> AsyncIterator[Served]:
             complete=complete,
             closing=it.closing,
             interval_s=interval_s,
+            state_dir=Path("unused"),
             telemetry=it.telemetry,
         )
         async with serving_parts(parts) as it.channel:

@@ -13,8 +13,8 @@ from tolaria.lane.messages import AcceptRegime, EpochDone, StepDone
 from tolaria.run.health import Health
 from tolaria.run.health_record import DroppedSeeds, Record, collapsing, stable
 from tolaria.run.verdicts import Halt, Proceed, RateCut, Retreat, Verdict
+from tolaria.values.evaluation import Evaluation
 from tolaria.values.loss_window import LossWindow
-from tolaria.values.training import Evaluation
 
 SETTINGS = RollbackSettings()
 HEALTH = HealthSettings(window=16)

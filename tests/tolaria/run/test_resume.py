@@ -44,11 +44,11 @@ sys.stdin.read()
 """
 
 
-def settings(directory: Path, *, job: str = "digits", resume: str = "auto") -> Settings:
+def settings(directory: Path, *, job: str = "digits", resume: str = "auto", epochs: int = 1) -> Settings:
     """Settings of a service with that state directory."""
     return Settings(
         state=StateSettings.model_validate({"dir": str(directory), "resume": resume}),
-        training=TrainingSettings(job=job),
+        training=TrainingSettings(job=job, epochs=epochs),
         checkpoint=CheckpointSettings(keep_last=2),
     )
 
@@ -154,6 +154,34 @@ def test_a_run_that_has_ended_is_not_resumed(tmp_path: Path, outcome: RunOutcome
     with pytest.raises(JournalError):
         prepared.storage.journal.put(kept[0])  # it is closed
     assert [(row.run_id, row.state) for row in kept] == [(run_id, "committed"), (prepared.run_id, "committed")]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "job", "resume", "resumed"),
+    [
+        ("finished", "digits", "auto", True),
+        ("stopped", "digits", "auto", False),
+        ("finished", "other", "auto", False),
+        ("finished", "digits", "never", False),
+    ],
+)
+def test_more_epochs_resume_a_finished_run(
+    tmp_path: Path, outcome: RunOutcome, job: str, resume: str, resumed: bool
+) -> None:
+    """Of the same job, unless state.resume is never; one that an operator has stopped stays stopped."""
+    run_id = leave_run(tmp_path, outcome, 3)
+    more = settings(tmp_path, job=job, resume=resume, epochs=2)
+    with prepare_state(more) as prepared:
+        assert prepared.resumed is resumed
+        assert (prepared.run_id == run_id) is resumed
+        if resumed:
+            assert "training.epochs = 2 gives it more epochs" in prepared.notes[-1]
+            loaded = load_resume_point(prepared).loaded
+            assert loaded is not None
+            assert loaded.row.global_step == 3
+            end_run(prepared, "finished")
+    with prepare_state(settings(tmp_path, epochs=1)) as prepared:
+        assert not prepared.resumed
 
 
 def test_with_resume_never_an_unfinished_run_is_abandoned(tmp_path: Path) -> None:

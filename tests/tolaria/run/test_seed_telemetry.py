@@ -9,8 +9,8 @@ from tolaria.config import GradientsSettings
 from tolaria.lane.messages import EpochDone, SeedsChanged
 from tolaria.run.seed_telemetry import SeedTelemetry
 from tolaria.telemetry.metrics import Metrics
+from tolaria.values.evaluation import Evaluation
 from tolaria.values.gradients import SeedMetrics, SeedMetricSet
-from tolaria.values.training import Evaluation
 
 
 def gathered(*, share_delta: float = 0.0, conflict_ratio: float = 0.0, overall: float = 0.0) -> SeedMetricSet:

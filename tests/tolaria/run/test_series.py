@@ -9,8 +9,8 @@ from support.runs import FakePeers, new_run, running
 from tolaria.config import KasminaSettings, TamiyoSettings
 from tolaria.peers.connect import connected_peers
 from tolaria.service.readiness import LANE_PHASES, publish_phase, readiness
+from tolaria.values.evaluation import Evaluation
 from tolaria.values.optimization import ActiveAdjustment, Adjustment
-from tolaria.values.training import Evaluation
 
 pytestmark = pytest.mark.anyio
 

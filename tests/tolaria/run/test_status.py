@@ -33,10 +33,11 @@ from leyline.v1.state_pb2 import HardwareContext
 from tolaria.lane.messages import EpochDone, Restored, StepDone
 from tolaria.run.conditions import Conditions, health_of
 from tolaria.run.status import EpochSums, RunStatus, epoch_packet, status_message
+from tolaria.values.evaluation import Evaluation
 from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment, Adjustment
 from tolaria.values.seeds import SeedLimits
-from tolaria.values.training import EpochProgress, Evaluation, Position
+from tolaria.values.training import EpochProgress, Position
 
 EPOCH = EpochDone(2, 30, Evaluation(8.0, 3, 4), 1.5, 50.0, {"host": 0.01}, 0.9, HardwareContext(device_type="cpu"), 2.0)
 

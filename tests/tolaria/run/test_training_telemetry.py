@@ -13,7 +13,7 @@ from tolaria.run.status import RunStatus
 from tolaria.run.training_telemetry import TrainingTelemetry
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
-from tolaria.values.training import Evaluation
+from tolaria.values.evaluation import Evaluation
 
 
 class Epochs:

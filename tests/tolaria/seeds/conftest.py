@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from tolaria.seeds import Blueprints, SeedSlot, SeedTopology
-from tolaria.seeds.stages import stage_from_name
+from tolaria.values.seeds import stage_from_name
 
 FEATURES = 6
 BUILT_IN = ("residual_mlp", "bottleneck_adapter", "depthwise_conv_adapter", "lora")

@@ -7,8 +7,8 @@ import pytest
 from leyline.v1.enums_pb2 import SeedLifecycleStage
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.seeds.plan import Change, GraftedSeed, HostFacts, Plan, Refusal, plan
-from tolaria.seeds.stages import ABSENT, SUCCESSORS, stage_from_name, stage_name
-from tolaria.values.seeds import Ramp, SeedLimits, Stage
+from tolaria.seeds.stages import ABSENT, SUCCESSORS, stage_name
+from tolaria.values.seeds import Ramp, SeedLimits, Stage, stage_from_name
 
 Seed = Callable[..., SeedState]
 STEP = 100

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tolaria.segments import placed_bytes
 from tolaria.state.arenas import Arena, grouped
-from tolaria.state.encoding import DTYPES, packed_bytes, spec_of, specs_of
+from tolaria.state.encoding import packed_bytes, spec_of, specs_of
+from tolaria.tensors import DTYPES
 
 PLACES = [0, 1, 2**11, 2**13 + 1, 2**14 - 1]
 

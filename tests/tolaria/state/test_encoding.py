@@ -9,13 +9,13 @@ import torch
 from tolaria.errors import StateUnsupportedError
 from tolaria.images import DTYPE_BYTES, canonical_json
 from tolaria.state.encoding import (
-    DTYPES,
     decode_plain,
     encode_plain,
     packed_bytes,
     spec_of,
     tensor_view,
 )
+from tolaria.tensors import DTYPES
 
 
 def tensor_digest(name: str, tensor: torch.Tensor) -> str:

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from tolaria.values.training import EpochProgress, Evaluation
+from tolaria.values.evaluation import Evaluation
+from tolaria.values.training import EpochProgress
 
 
 def test_progress_counts_steps_and_ignores_the_loss_of_skipped_ones() -> None:

@@ -1,0 +1,220 @@
+"""What a job looks like to Tolaria, found by building it, a first look and a few steps: the rows of `check-job`."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tolaria.config import Settings
+from tolaria.jobs import LoaderCursor, StatefulJob, TensorCursor, TrainModeJob
+from tolaria.lane.build import BuiltLane, build
+from tolaria.lane.device import limit_threads, on_device
+from tolaria.lane.job_output import checked_batch, checked_evaluation
+from tolaria.lane.profiling import Region
+from tolaria.lane.step import train_step
+from tolaria.lane.train_module import TrainModule
+from tolaria.seeds.slots import slots_of
+from tolaria.values.evaluation import Evaluation
+
+Row = tuple[str, str]
+
+_PROFILED_STEPS: Final = 2
+_OPERATORS: Final = 3
+_MIB: Final = 2**20
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass(slots=True)
+class _Regions:
+    """The time of each region of a step in seconds, without that of regions inside; called as a step's `mark`."""
+
+    spent_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _inside_s: list[float] = field(default_factory=lambda: [0.0])
+
+    @contextmanager
+    def __call__(self, name: Region) -> Iterator[None]:
+        started_s = time.monotonic()
+        self._inside_s.append(0.0)
+        yield
+        whole_s = time.monotonic() - started_s
+        self.spent_s[name] += whole_s - self._inside_s.pop()
+        self._inside_s[-1] += whole_s
+
+
+def report(settings: Settings, steps: int) -> tuple[list[Row], tuple[str, ...]]:
+    """Builds the job, trains it for some steps, evaluates it once and captures its state; changes nothing on disk.
+
+    Returns:
+        Rows of a label and a text, and sentences about what works, but probably not as it is meant.
+
+    Raises:
+        JobError, ConfigurationError: as `build` does, which is what `tolaria serve` would report.
+    """
+    limit_threads(settings.training.threads)
+    built = build(settings)
+    module = built.module
+    rows = [*_model_rows(built), *_data_rows(module)]
+    rows += _step_rows(module, steps)
+    rows += _evaluation_rows(module)
+    rows += _restore_rows(built, settings)
+    return [*rows, ("resumed", _resumed(module))], built.notes
+
+
+def _model_rows(built: BuiltLane) -> Iterator[Row]:
+    module = built.module
+    model, optimizer = module.model, module.optimizer
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    size = sum(p.nbytes for p in parameters) + sum(b.nbytes for b in model.buffers())
+    dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    yield "job", f"{type(module.job).__name__} on {module.device}, torch {torch.__version__}"
+    numbers = f"{sum(p.numel() for p in parameters):,} parameters, {sum(p.numel() for p in trained):,} of them trained"
+    yield "model", f"{type(model).__name__}: {numbers}; {size_text(size)}, {dtypes}"
+    slots = [f"{name} ({slot.spec.layout}, {slot.spec.features})" for name, (_, slot) in slots_of(model).items()]
+    yield "slots", ", ".join(slots) or "none, so that no seed can be grafted (place a tolaria.seeds.SeedSlot)"
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in module.seeds.controller.learning_rates().items())
+    yield "optimizer", f"{type(optimizer).__name__}, learning rates: {rates}"
+    running = ", ".join(module.fast_paths.running) or "none"
+    yield "fast paths", running
+
+
+def _data_rows(module: TrainModule) -> Iterator[Row]:
+    cursor = module.cursor
+    yield "epoch", f"{cursor.batches_per_epoch} batches, {module.steps_per_epoch} steps"
+    if isinstance(cursor, TensorCursor):
+        order = "a function of training.seed and the epoch"
+    elif isinstance(cursor, LoaderCursor):
+        order = cursor.order
+    else:
+        order = f"that of the job's own {type(cursor).__name__}"
+    yield "data order", order
+
+
+def _step_rows(module: TrainModule, steps: int) -> Iterator[Row]:
+    """Trains: a first step that warms up, then `steps`, and two more under the profiler."""
+    regions, durations, waits, samples = _Regions(), list[float](), list[float](), 0
+    _train(module)
+    for _ in range(steps):
+        step = _train(module, regions)
+        durations.append(step[0])
+        waits.append(step[1])
+        samples += step[2]
+    median, whole = statistics.median(durations), sum(durations)
+    epoch_s = median * module.steps_per_epoch
+    rate = f"{samples / whole:.0f} samples/s; an epoch takes about {time_text(epoch_s)}"
+    yield "step", f"{time_text(median)} (median of {steps}), {rate}"
+    ordered = sorted(regions.spent_s.items(), key=lambda entry: -entry[1])
+    shares = [f"{name} {100 * spent / whole:.0f} %" for name, spent in ordered]
+    yield "of a step", ", ".join(shares) + f"; waiting for data {100 * sum(waits) / whole:.0f} %"
+    profiled = profile(activities=[ProfilerActivity.CPU])
+    with _silent():
+        profiled.start()
+    for _ in range(_PROFILED_STEPS):
+        _train(module)
+    with _silent():
+        profiled.stop()
+    averages = sorted(profiled.key_averages(), key=lambda entry: -entry.self_cpu_time_total)
+    total = sum(entry.self_cpu_time_total for entry in averages) or 1.0
+    top = [f"{e.key} {100 * e.self_cpu_time_total / total:.0f} %" for e in averages[:_OPERATORS]]
+    yield "slowest operators", ", ".join(top)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Discards what torch's profiler writes to standard error when it starts and stops."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def _train(module: TrainModule, regions: _Regions | None = None) -> tuple[float, float, int]:
+    """Takes a step, of the next epoch if this one is over; returns its duration, its wait for data, its samples."""
+    for _ in range(2):
+        if module.progress.over:
+            module.begin_epoch()
+        step = train_step(module, lambda: True, *([] if regions is None else [regions]))
+        if step is not None:
+            return step.duration_s, step.input_wait_s, step.samples
+        module.progress = module.progress.ended()
+    raise AssertionError("an epoch without a step has been refused before")
+
+
+def _evaluation_rows(module: TrainModule) -> Iterator[Row]:
+    total, batches, started_s = Evaluation(0.0), 0, time.monotonic()
+    module.model.eval()
+    with torch.no_grad():
+        for given in module.validation_batches():
+            batch = on_device(checked_batch(given, "validation_batches()"), module.device)
+            total += checked_evaluation(module.job.evaluate(module.model, batch))
+            batches += 1
+    module.train_mode()
+    if not total.samples:
+        yield "evaluation", "none: validation_batches() gives no sample"
+        return
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in total.figures().items())
+    took = time_text(time.monotonic() - started_s)
+    yield "evaluation", f"{total.samples} samples in {batches} batches, {took}; after these steps: {figures}"
+
+
+def _restore_rows(built: BuiltLane, settings: Settings) -> Iterator[Row]:
+    limit = settings.rollback.memory_mb * _MIB
+    started_s = time.monotonic()
+    image = built.snapshots.state.copy()
+    took = time_text(time.monotonic() - started_s)
+    size = image.size_bytes
+    fit = min(limit // size, settings.rollback.snapshots_max)
+    if fit:
+        room = f"{fit} fit into rollback.memory_mb = {settings.rollback.memory_mb}"
+    else:
+        room = (
+            f"none fits into rollback.memory_mb = {settings.rollback.memory_mb}, so that rollbacks read the disk: "
+            f"set it to {2 * -(-size // _MIB)} or more"
+        )
+    yield "restore point", f"{size_text(size)} in memory and as a checkpoint, copied in {took}; {room}"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = f"{size_text(peak)} at the peak of this process"
+    if built.module.device.type == "cuda":
+        memory += f", {size_text(torch.cuda.max_memory_allocated(built.module.device))} on the device"
+    yield "memory", memory
+
+
+def _resumed(module: TrainModule) -> str:
+    """Returns what a rollback or a restart continues with."""
+    parts = ["model", "optimizer", "learning rates", "random numbers", "place in the data"]
+    if isinstance(module.job, StatefulJob):
+        parts.append("the job's own state")
+    if isinstance(module.job, TrainModeJob):
+        parts.append("the modes that train_mode sets")
+    text = ", ".join(parts)
+    return text if isinstance(module.job, StatefulJob) else f"{text}; the job has no state_dict, so nothing else of it"
+
+
+def time_text(seconds: float) -> str:
+    """Formats a duration in milliseconds, or from one second on in seconds."""
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def size_text(size: float) -> str:
+    """Formats a number of bytes in the largest fitting unit."""
+    for unit in _UNITS:
+        if size < 1024 or unit == _UNITS[-1]:
+            break
+        size /= 1024
+    return f"{size:.4g} {unit}"

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tolaria.cli.commands import app
+from tolaria.cli.job_commands import JobKind
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The module search path and the number of threads are put back, and no job stays imported."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [name for name in sys.modules if name.startswith("written_")]:
+        monkeypatch.delitem(sys.modules, name)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("tolaria.lane.job_report.limit_threads", lambda _wanted: torch.set_num_threads(1))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", JobKind)
+def test_a_written_job_runs_as_it_is(kind: JobKind, tmp_path: Path) -> None:
+    """It is built, looked at, trained and evaluated without a change; it has fewer than 80 lines."""
+    if kind is JobKind.HF:
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    written = CliRunner().invoke(app, ["new-job", f"written_{kind}.py", "--kind", kind])
+    assert written.exit_code == 0, written.output
+    assert f"training.job=written_{kind}:Job" in written.output
+    assert len((tmp_path / f"written_{kind}.py").read_text().splitlines()) < 80
+    checked = CliRunner().invoke(app, ["check-job", f"written_{kind}:Job", "--steps", "2", "--json"])
+    assert checked.exit_code == 0, checked.output
+    found = json.loads(checked.stdout)
+    assert found["notes"] == []
+    assert "parameters" in found["model"]
+    assert "fit into rollback.memory_mb" in found["restore point"]
+    assert ("accuracy" in found["evaluation"]) == (kind in {JobKind.IMAGE, JobKind.TABLE})
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".py") == [f"written_{kind}.py"]
+
+
+def test_an_existing_file_is_kept(tmp_path: Path) -> None:
+    """It is named, and not changed."""
+    (tmp_path / "mine.py").write_text("my work\n")
+    again = CliRunner().invoke(app, ["new-job", "mine.py"])
+    assert (again.exit_code, (tmp_path / "mine.py").read_text()) == (1, "my work\n")
+    assert "mine.py exists already" in again.output
+
+
+@pytest.mark.parametrize("name", ["my-job.py", "job.txt", "2nd.py", "no_such_directory/job.py"])
+def test_a_file_that_cannot_be_imported_or_written_is_refused(name: str, tmp_path: Path) -> None:
+    """Names that Python cannot import, and a missing directory."""
+    assert CliRunner().invoke(app, ["new-job", name]).exit_code != 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_that_fits_no_snapshot_is_pointed_out() -> None:
+    """The row names the setting and a value that is large enough."""
+    from tolaria.config import Settings, TrainingSettings
+    from tolaria.lane.job_report import report
+
+    rollback = Settings().rollback.model_copy(update={"memory_mb": 0})
+    settings = Settings(training=TrainingSettings(threads=1)).model_copy(update={"rollback": rollback})
+    rows, _ = report(settings, 1)
+    assert "set it to 2 or more" in dict(rows)["restore point"]
+
+
+def test_a_mistake_is_reported_as_by_serve(tmp_path: Path) -> None:
+    """The method that fails is named, with exit code 2."""
+    (tmp_path / "written_wrong.py").write_text(
+        "from tolaria.jobs.digits import DigitsJob, DigitsOptions\n"
+        "class Job(DigitsJob):\n"
+        "    def __init__(self, context):\n"
+        "        super().__init__(context, DigitsOptions())\n"
+        "    def evaluate(self, model, batch):\n"
+        "        return 3\n"
+    )
+    checked = CliRunner().invoke(app, ["check-job", "written_wrong:Job"])
+    assert checked.exit_code == 2
+    assert "evaluate() must return an Evaluation, got a int" in checked.output
+    assert CliRunner().invoke(app, ["check-job", "written_nowhere:Job"]).exit_code == 2

@@ -40,15 +40,16 @@ LABEL org.opencontainers.image.title="Tolaria" \
 # user, and volumes keep their owner when the image changes.
 RUN groupadd --gid 10001 tolaria \
     && useradd --no-log-init --uid 10001 --gid tolaria --home-dir /var/lib/tolaria --shell /usr/sbin/nologin tolaria \
-    && install --directory --owner=tolaria --group=tolaria --mode=0750 /var/lib/tolaria
+    && install --directory --owner=tolaria --group=tolaria --mode=0750 /var/lib/tolaria /etc/tolaria/secrets /etc/tolaria/ca
 
 COPY --from=builder /opt/tolaria /opt/tolaria
 
-# Loopback inside a container is not reachable from outside it: the servers listen
-# on all interfaces, and the operator decides which ports to publish.
+# Loopback inside a container is not reachable from outside it: the metrics server
+# listens on all interfaces, and the operator decides which ports to publish. The
+# admin server stays on loopback, for `docker exec`, until it has certificates and
+# tokens: docker-compose.yml makes them, docs/security.md explains them.
 ENV PATH="/opt/tolaria/bin:$PATH" \
     PYTHONUNBUFFERED=1 \
-    TOLARIA_SERVER__LISTEN=0.0.0.0:50051 \
     TOLARIA_METRICS__LISTEN=0.0.0.0:9464
 
 # A number, so that a cluster can verify that it is not root.

@@ -1,4 +1,4 @@
-"""A gRPC server with health checks and reflection, for Tolaria and for the reference peers."""
+"""A gRPC server with health checks, reflection and TLS, for Tolaria and for the reference peers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,17 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from tolaria.config import Address
 from tolaria.errors import BindError
+from tolaria.security.certificates import Identity
+from tolaria.security.watched import WatchedFiles
 
 _ALPHA, _V1 = reflection.SERVICE_NAME, reflection.SERVICE_NAME.replace("v1alpha", "v1")
 REQUEST_BYTES_MAX = 4 * 1024 * 1024
+STREAMS_PER_CONNECTION_MAX = 128
+"""Calls of one connection at the same time, which a client of gRPC waits for. Refused calls that are answered late
+count, so that a flood over one connection is held back at its source."""
+
+HANDSHAKE_S, KEEPALIVE_S, KEEPALIVE_TIMEOUT_S = 10, 60, 20
+"""Seconds for a connection to say what it speaks; between pings to a silent client; for the answer to one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +58,62 @@ class BoundServer:
 
 
 async def bound_server(
-    what: str, listen: str, *, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
+    what: str,
+    listen: str,
+    *,
+    tls: WatchedFiles[Identity] | None = None,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    request_bytes_max: int = REQUEST_BYTES_MAX,
+    connection_idle_s: float | None = None,
 ) -> BoundServer:
-    """Listens on `listen`, for the event loop that calls it. `interceptors` see a call before it is decoded.
+    """Listens on `listen`, for the event loop that calls it; with `tls`, clients must use TLS.
 
-    Raises BindError, which begins with `what`.
+    Each connection is shown the certificate that `tls` has at that time; if it has authorities, the client must
+    present a certificate of one of them. `interceptors` see a call before it is decoded.
+
+    Raises:
+        BindError: which begins with `what`.
     """
-    # With SO_REUSEPORT, a port in use would not be an error, and the servers would share its connections.
-    server = grpc.aio.server(
-        interceptors=[*interceptors, _DecodingInterceptor()],
-        options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", REQUEST_BYTES_MAX)],
-    )
+    options: list[tuple[str, int]] = [
+        # With SO_REUSEPORT, a port in use would not be an error, and the servers would share its connections.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", request_bytes_max),
+        ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION_MAX),
+        ("grpc.server_handshake_timeout_ms", 1000 * HANDSHAKE_S),
+        ("grpc.keepalive_time_ms", 1000 * KEEPALIVE_S),
+        ("grpc.keepalive_timeout_ms", 1000 * KEEPALIVE_TIMEOUT_S),
+    ]
+    if connection_idle_s is not None:
+        options.append(("grpc.max_connection_idle_ms", int(1000 * connection_idle_s)))
+    server = grpc.aio.server(interceptors=[*interceptors, _DecodingInterceptor()], options=options)
     with suppress(RuntimeError):  # its message only suggests environment variables for debugging
-        if port := server.add_insecure_port(listen):
+        port = server.add_insecure_port(listen) if tls is None else server.add_secure_port(listen, _credentials(tls))
+        if port:
             return BoundServer(server, Address(Address.parse(listen).host, port))
     raise BindError(what, listen, "the address is in use or does not belong to this machine")
+
+
+def _credentials(tls: WatchedFiles[Identity]) -> grpc.ServerCredentials:
+    """Returns credentials that show each connection the newest certificate."""
+    shown = tls.value
+
+    def newest() -> grpc.ServerCertificateConfiguration | None:  # called by threads of gRPC, before each handshake
+        nonlocal shown
+        if tls.value is shown:
+            return None
+        shown = tls.value
+        return _configuration(shown)
+
+    required = bool(shown.authorities)
+    return grpc.dynamic_ssl_server_credentials(
+        _configuration(shown),
+        newest,  # type: ignore[arg-type] # None is allowed, and means no change
+        require_client_authentication=required,
+    )
+
+
+def _configuration(identity: Identity) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(identity.key, identity.chain)], identity.authorities or None)
 
 
 @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,18 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from ruamel.yaml import YAML
 
-from tolaria.config import ServiceSettings, load_settings
+from tolaria.config import ServiceSettings, connection, load_settings, require_protection
+from tolaria.security.certificates import now_utc
+from tolaria.security.tokens import Role
+from tolaria.service.protection import protected
 from tolaria.signals import SignalBoard
+from tolaria.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 PEERS = {"tamiyo": 50052, "kasmina": 50053}
 OURS = ("tolaria", *PEERS)
-ALL = (*OURS, "prometheus")
+RUNNING = (*OURS, "prometheus")
+ALL = (*RUNNING, "secrets")
 
 
 def read(path: str) -> Any:
@@ -78,7 +84,7 @@ def test_compose_accepts_the_file() -> None:
 
 
 def test_services_are_the_three_and_an_optional_prometheus(services: dict[str, Any]) -> None:
-    """Tolaria and its peers start by default, Prometheus in the monitoring profile only."""
+    """What makes the secrets, Tolaria and its peers start by default, Prometheus in the monitoring profile only."""
     assert set(services) == set(ALL)
     assert services["prometheus"]["profiles"] == ["monitoring"]
     assert [name for name in OURS if "profiles" in services[name]] == []
@@ -96,7 +102,7 @@ def test_container_is_hardened(name: str, services: dict[str, Any]) -> None:
     assert not {"privileged", "cap_add", "user", "network_mode", "pid"} & set(service)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", RUNNING)
 def test_container_restarts_and_has_time_to_drain(name: str, services: dict[str, Any]) -> None:
     """A crashed container is restarted; the grace period of a stop exceeds the drain timeout."""
     service = services[name]
@@ -117,7 +123,7 @@ def test_peers_share_the_memory_of_tolaria(services: dict[str, Any]) -> None:
     for peer in PEERS:
         assert services[peer]["ipc"] == "service:tolaria"
         assert services[peer]["depends_on"] == {"tolaria": {"condition": "service_started", "restart": True}}
-    assert "depends_on" not in services["tolaria"]
+    assert services["tolaria"]["depends_on"] == {"secrets": {"condition": "service_completed_successfully"}}
 
 
 def test_peers_attach_to_the_board_that_tolaria_creates(services: dict[str, Any], tmp_path: Path) -> None:
@@ -144,8 +150,8 @@ def test_peers_attach_to_the_board_that_tolaria_creates(services: dict[str, Any]
 
 def test_three_services_run_one_image(services: dict[str, Any]) -> None:
     """One service builds the image, and all three run it."""
-    assert len({services[name]["image"] for name in OURS}) == 1
-    assert [name for name in OURS if "build" in services[name]] == ["tolaria"]
+    assert len({services[name]["image"] for name in (*OURS, "secrets")}) == 1
+    assert [name for name in ALL if "build" in services[name]] == ["tolaria"]
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -160,7 +166,7 @@ def test_peer_listens_where_tolaria_calls(peer: str, services: dict[str, Any]) -
 
 def test_state_is_on_a_volume(services: dict[str, Any]) -> None:
     """The volume is mounted at the only directory that the image's user may write; /tmp is in memory."""
-    assert services["tolaria"]["volumes"] == ["state:/var/lib/tolaria"]
+    assert services["tolaria"]["volumes"][0] == "state:/var/lib/tolaria"
     assert "state" in read("docker-compose.yml")["volumes"]
     assert all(services[name]["tmpfs"] == ["/tmp"] for name in OURS)  # noqa: S108 - a path inside a container
 
@@ -180,6 +186,44 @@ def test_environment_is_accepted(
         assert (settings.server.listen, settings.metrics.listen) == ("0.0.0.0:50051", "0.0.0.0:9464")
         assert (settings.tamiyo.target, settings.kasmina.target) == ("tamiyo:50052", "kasmina:50053")
         assert str(settings.signals.board("any run")) == services[name]["environment"]["TOLARIA_SIGNALS__PATH"]
+
+
+def test_admin_port_is_protected_by_what_the_secrets_service_makes(
+    services: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its script, run twice as it is on the folders of this test, makes the files that Tolaria's variables name.
+
+    The key of the CA is where Tolaria does not see it, and a client in the container has a token for everything.
+    """
+    (secrets, ca), mounts = (tmp_path / "secrets", tmp_path / "ca"), services["secrets"]["volumes"]
+    assert mounts == ["secrets:/etc/tolaria/secrets", "ca:/etc/tolaria/ca"]
+    assert [mount for name in OURS for mount in services[name].get("volumes", []) if mount.startswith("ca:")] == []
+    assert "secrets:/etc/tolaria/secrets:ro" in services["tolaria"]["volumes"]
+    secrets.mkdir()
+
+    def here(text: str) -> str:
+        return text.replace("/etc/tolaria/secrets", str(secrets)).replace("/etc/tolaria/ca", str(ca))
+
+    (script,) = services["secrets"]["command"]
+    shell = [*services["secrets"]["entrypoint"], here(script.replace("$$", "$"))]
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    made = []
+    for _ in range(2):
+        subprocess.run(shell, check=True, capture_output=True, env={**os.environ, "PATH": tools})
+        made.append({path.name: path.read_bytes() for path in (*secrets.iterdir(), *ca.iterdir())})
+    assert made[0] == made[1]
+    assert not (secrets / "ca.key").exists()
+
+    monkeypatch.chdir(tmp_path)
+    for variable, value in services["tolaria"]["environment"].items():
+        monkeypatch.setenv(variable, here(value or ""))
+    settings = load_settings()
+    require_protection(settings)
+    tokens = protected(settings, Metrics()).tokens
+    client = connection()
+    assert tokens is not None
+    assert tokens.value.find(Path(client.token_file).read_text().strip(), now_utc()).role is Role.ADMIN
+    assert Path(client.tls_ca).read_bytes() == (ca / "ca.pem").read_bytes()
 
 
 def test_secret_comes_from_the_environment(services: dict[str, Any]) -> None:

@@ -17,8 +17,9 @@ from support.runs import RunUnderTest
 from tolaria.errors import JournalError
 from tolaria.grpc_server import bound_server, grpc_server
 from tolaria.journal.async_journal import AsyncJournal
-from tolaria.journal.rows import AdminActionRow, CheckpointRow, Incident, Row
+from tolaria.journal.rows import AdminActionRow, AdminCallRow, CheckpointRow, Incident, Row
 from tolaria.rpc.admin import AdminParts, AdminService
+from tolaria.rpc.audit import AuditTrail
 from tolaria.service.wiring import new_ledger
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class MemoryJournal(AsyncJournal):
         self.listed: tuple[Incident, ...] = ()
         self.limits: list[int] = []
         self.noted: list[Row] = []
+        self.calls: dict[str, AdminCallRow] = {}
         self.hangs = False
         self.error: JournalError | None = None
 
@@ -61,8 +63,16 @@ class MemoryJournal(AsyncJournal):
         return self.listed[:limit]
 
     def note(self, row: Row) -> None:
-        """Records a row that would be written later."""
-        self.noted.append(row)
+        """Records a row that would be written later; calls of operators apart."""
+        if isinstance(row, AdminCallRow):
+            self.calls[row.call_id] = row
+        else:
+            self.noted.append(row)
+
+    async def admin_calls(self, limit: int) -> tuple[AdminCallRow, ...]:
+        """Returns at most `limit` calls, newest first."""
+        await self._respond()
+        return tuple(reversed(self.calls.values()))[:limit]
 
     async def _respond(self) -> None:
         await anyio.lowlevel.checkpoint()
@@ -101,6 +111,7 @@ async def serving_run(run: RunUnderTest, addresses: list[str] | None = None) -> 
             safety=run.safety,
             journal=run.journal,
             ledger=new_ledger(run.core, operations),
+            audit=AuditTrail(run.journal, run.status),
             complete=lambda _status: None,
             closing=anyio.Event(),
             interval_s=60.0,

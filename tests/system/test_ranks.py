@@ -91,7 +91,7 @@ DEATHS: Final = [
     ("rank 1", signal.SIGKILL, "killed", "rank 1 of 2 was killed by SIGKILL"),
     ("rank 0", signal.SIGKILL, "killed", "rank 0 of 2 was killed by SIGKILL"),
     ("rank 1", signal.SIGSTOP, "silent", "no heartbeat for"),
-    ("agent", signal.SIGKILL, "killed", "it was killed by SIGKILL"),
+    ("agent", signal.SIGSTOP, "silent", "the agent of the group has given no heartbeat for"),
 ]
 
 

@@ -21,6 +21,7 @@ from tolaria.grpc_server import GrpcServer, bound_server
 from tolaria.journal.rows import RunRow
 from tolaria.service.host import Host
 from tolaria.service.listeners import with_metrics
+from tolaria.service.protection import protected
 from tolaria.service.readiness import publish_health
 from tolaria.service.wiring import Foundation, LaneBuild, build_lane
 from tolaria.signals import SignalBoard
@@ -60,7 +61,7 @@ async def serve(job: str, target: str, folder: Path) -> int:
         writer = CheckpointWriter(storage.checkpoints)
         foundation = new_foundation(settings, build, board, storage, writer)
         admin = await bound_server("the server", settings.server.listen)
-        listeners = pool.submit(with_metrics, admin, settings.metrics.listen).result()
+        listeners = pool.submit(with_metrics, admin, settings.metrics.listen, protected(settings, Metrics())).result()
         host = pool.submit(Host, foundation, listeners).result()
         code = await host.serve()
         pool.submit(board.close, unlink=True).result()

@@ -480,6 +480,7 @@ class RankStatus(_message.Message):
     INPUT_WAIT_S_FIELD_NUMBER: _builtins.int
     RANK_WAIT_S_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     host: _builtins.str
     pid: _builtins.int
@@ -489,6 +490,8 @@ class RankStatus(_message.Message):
     rank_wait_s: _builtins.float
     memory_bytes: _builtins.int
     """The most that its process has had in memory."""
+    node: _builtins.int
+    """Number of its machine in the group; 0 is that of the service."""
     def __init__(
         self,
         *,
@@ -499,10 +502,11 @@ class RankStatus(_message.Message):
         input_wait_s: _builtins.float = ...,
         rank_wait_s: _builtins.float = ...,
         memory_bytes: _builtins.int = ...,
+        node: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host", b"host", "input_wait_s", b"input_wait_s", "memory_bytes", b"memory_bytes", "pid", b"pid", "rank", b"rank", "rank_wait_s", b"rank_wait_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "host", b"host", "input_wait_s", b"input_wait_s", "memory_bytes", b"memory_bytes", "node", b"node", "pid", b"pid", "rank", b"rank", "rank_wait_s", b"rank_wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1204,6 +1208,106 @@ class ListIncidentsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListIncidentsResponse: _TypeAlias = ListIncidentsResponse  # noqa: Y015
+
+@_typing.final
+class ListAdminCallsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: _builtins.int
+    limit: _builtins.int
+    """The newest so many; 0 is the server's own limit."""
+    def __init__(
+        self,
+        *,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAdminCallsRequest: _TypeAlias = ListAdminCallsRequest  # noqa: Y015
+
+@_typing.final
+class AdminCall(_message.Message):
+    """A call that could change something."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    CALLED_AT_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    GLOBAL_STEP_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    call_id: _builtins.str
+    method: _builtins.str
+    request_id: _builtins.str
+    caller: _builtins.str
+    """Name of the token, and of the client's certificate if there is one."""
+    role: _builtins.str
+    peer: _builtins.str
+    """The caller's address."""
+    reason: _builtins.str
+    global_step: _builtins.int
+    outcome: _builtins.str
+    """gRPC status by name; empty while the call lasts, and if the service ended
+    before it.
+    """
+    detail: _builtins.str
+    run_id: _builtins.str
+    @_builtins.property
+    def called_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        call_id: _builtins.str = ...,
+        called_at: _timestamp_pb2.Timestamp | None = ...,
+        method: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        caller: _builtins.str = ...,
+        role: _builtins.str = ...,
+        peer: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        global_step: _builtins.int = ...,
+        outcome: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["called_at", b"called_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "called_at", b"called_at", "caller", b"caller", "detail", b"detail", "global_step", b"global_step", "method", b"method", "outcome", b"outcome", "peer", b"peer", "reason", b"reason", "request_id", b"request_id", "role", b"role", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdminCall: _TypeAlias = AdminCall  # noqa: Y015
+
+@_typing.final
+class ListAdminCallsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdminCall]: ...
+    def __init__(
+        self,
+        *,
+        calls: _abc.Iterable[Global___AdminCall] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAdminCallsResponse: _TypeAlias = ListAdminCallsResponse  # noqa: Y015
 
 @_typing.final
 class SetConservativeModeRequest(_message.Message):

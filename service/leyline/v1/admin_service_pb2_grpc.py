@@ -113,6 +113,11 @@ class TolariaAdminServiceStub:
                 request_serializer=leyline_dot_v1_dot_admin__service__pb2.ExportModelRequest.SerializeToString,
                 response_deserializer=leyline_dot_v1_dot_admin__service__pb2.ExportModelResponse.FromString,
                 _registered_method=True)
+        self.ListAdminCalls = channel.unary_unary(
+                '/leyline.v1.TolariaAdminService/ListAdminCalls',
+                request_serializer=leyline_dot_v1_dot_admin__service__pb2.ListAdminCallsRequest.SerializeToString,
+                response_deserializer=leyline_dot_v1_dot_admin__service__pb2.ListAdminCallsResponse.FromString,
+                _registered_method=True)
         self.StreamTelemetry = channel.unary_stream(
                 '/leyline.v1.TolariaAdminService/StreamTelemetry',
                 request_serializer=leyline_dot_v1_dot_admin__service__pb2.StreamTelemetryRequest.SerializeToString,
@@ -217,6 +222,12 @@ class TolariaAdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAdminCalls(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StreamTelemetry(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -300,6 +311,11 @@ def add_TolariaAdminServiceServicer_to_server(servicer, server):
                     servicer.ExportModel,
                     request_deserializer=leyline_dot_v1_dot_admin__service__pb2.ExportModelRequest.FromString,
                     response_serializer=leyline_dot_v1_dot_admin__service__pb2.ExportModelResponse.SerializeToString,
+            ),
+            'ListAdminCalls': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdminCalls,
+                    request_deserializer=leyline_dot_v1_dot_admin__service__pb2.ListAdminCallsRequest.FromString,
+                    response_serializer=leyline_dot_v1_dot_admin__service__pb2.ListAdminCallsResponse.SerializeToString,
             ),
             'StreamTelemetry': grpc.unary_stream_rpc_method_handler(
                     servicer.StreamTelemetry,
@@ -716,6 +732,33 @@ class TolariaAdminService:
             '/leyline.v1.TolariaAdminService/ExportModel',
             leyline_dot_v1_dot_admin__service__pb2.ExportModelRequest.SerializeToString,
             leyline_dot_v1_dot_admin__service__pb2.ExportModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdminCalls(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leyline.v1.TolariaAdminService/ListAdminCalls',
+            leyline_dot_v1_dot_admin__service__pb2.ListAdminCallsRequest.SerializeToString,
+            leyline_dot_v1_dot_admin__service__pb2.ListAdminCallsResponse.FromString,
             options,
             channel_credentials,
             insecure,

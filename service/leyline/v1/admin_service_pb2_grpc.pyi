@@ -52,6 +52,7 @@ class TolariaAdminServiceStub:
     AdjustLearningRate: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.AdjustLearningRateRequest, _admin_service_pb2.AdjustLearningRateResponse]
     CaptureProfile: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CaptureProfileRequest, _admin_service_pb2.CaptureProfileResponse]
     ExportModel: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ExportModelRequest, _admin_service_pb2.ExportModelResponse]
+    ListAdminCalls: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListAdminCallsRequest, _admin_service_pb2.ListAdminCallsResponse]
     StreamTelemetry: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.StreamTelemetryRequest, _admin_service_pb2.StreamTelemetryResponse]
 
 @_typing.type_check_only
@@ -78,6 +79,7 @@ class TolariaAdminServiceAsyncStub(TolariaAdminServiceStub):
     AdjustLearningRate: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.AdjustLearningRateRequest, _admin_service_pb2.AdjustLearningRateResponse]  # type: ignore[assignment]
     CaptureProfile: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CaptureProfileRequest, _admin_service_pb2.CaptureProfileResponse]  # type: ignore[assignment]
     ExportModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ExportModelRequest, _admin_service_pb2.ExportModelResponse]  # type: ignore[assignment]
+    ListAdminCalls: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAdminCallsRequest, _admin_service_pb2.ListAdminCallsResponse]  # type: ignore[assignment]
     StreamTelemetry: _aio.UnaryStreamMultiCallable[_admin_service_pb2.StreamTelemetryRequest, _admin_service_pb2.StreamTelemetryResponse]  # type: ignore[assignment]
 
 class TolariaAdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -191,6 +193,13 @@ class TolariaAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ExportModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ExportModelResponse, _abc.Awaitable[_admin_service_pb2.ExportModelResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListAdminCalls(
+        self,
+        request: _admin_service_pb2.ListAdminCallsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListAdminCallsResponse, _abc.Awaitable[_admin_service_pb2.ListAdminCallsResponse]]: ...
 
     @_abc_1.abstractmethod
     def StreamTelemetry(

@@ -42,7 +42,15 @@ Overrides = Annotated[
 ]
 ServiceAddress = Annotated[
     str | None,
-    typer.Option("--address", metavar="HOST:PORT", help="Service to call (default: server.listen of the settings)."),
+    typer.Option(
+        "--address",
+        metavar="HOST:PORT",
+        help="Service to call (default: TOLARIA_ADDRESS, a profile, or server.listen).",
+    ),
+]
+Profile = Annotated[
+    str | None,
+    typer.Option("--profile", metavar="NAME", help="Profile of profiles.toml with address, token and TLS files."),
 ]
 Timeout = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.1, max=3600.0, help="Longest wait for an answer.")
@@ -123,6 +131,7 @@ def _options(
     reason: Reason,
     request_id: RequestId = None,
     address: ServiceAddress = None,
+    profile: Profile = None,
     timeout_s: Timeout = TIMEOUT_S,
     config_file: ConfigFile = None,
     overrides: Overrides = None,

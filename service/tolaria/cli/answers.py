@@ -55,10 +55,11 @@ def _point_state(point: messages.RestorePoint) -> str:
 def incident_rows(incidents: Iterable[messages.Incident]) -> list[tuple[str, ...]]:
     """Returns table rows, the newest incident first."""
     newest_first = sorted(incidents, key=lambda i: (i.occurred_at.seconds, i.occurred_at.nanos), reverse=True)
-    return [(_time(i.occurred_at), one_line(i.kind), str(i.global_step), _reason(i)) for i in newest_first]
+    return [(time_text(i.occurred_at), one_line(i.kind), str(i.global_step), _reason(i)) for i in newest_first]
 
 
-def _time(moment: Timestamp) -> str:
+def time_text(moment: Timestamp) -> str:
+    """Returns a time in UTC, with seconds."""
     try:
         return (_UNIX_EPOCH + timedelta(seconds=moment.seconds)).strftime("%Y-%m-%d %H:%M:%S")
     except OverflowError:

@@ -94,14 +94,13 @@ def ranks_in(settings: Settings) -> int:
 def injuries_of(settings: Settings) -> tuple[Injury, ...]:
     """Returns what is done in a run with these settings; equal settings give equal injuries.
 
-    Victims and signals take turns, in a random order. The agent is not stopped: it has nothing to do while its ranks
-    train, so that training goes on and the service does not miss it.
+    Victims and signals take turns, in a random order.
     """
     generator = random.Random(settings.training.seed)  # noqa: S311 - repeatable, not secret
     victims = [_LANE]
     if settings.lane.mode == "torchrun":
         victims = [_AGENT, *(f"rank {rank}" for rank in range(settings.lane.processes))]
-    possible = [(victim, how) for victim in victims for how in _SIGNALS if (victim, how) != (_AGENT, signal.SIGSTOP)]
+    possible = [(victim, how) for victim in victims for how in _SIGNALS]
     generator.shuffle(possible)
     count = min(DEATHS_MAX, 1 + settings.training.epochs // _EPOCHS_PER_DEATH)
     used, found = Counter[object](), list[Injury]()

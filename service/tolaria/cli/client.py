@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -26,9 +26,10 @@ from leyline.v1.admin_service_pb2 import (
     WatchStatusResponse,
 )
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
+from tolaria.cli.channel import open_channel, tls_hint
 from tolaria.cli.errors import CommandFailedError, ServiceUnreachableError
 from tolaria.cli.render import Show, one_line
-from tolaria.config import Address, Settings, load_settings
+from tolaria.config import Address, Connection, Settings, connection, load_settings
 from tolaria.errors import ConfigurationError, TolariaError
 
 if TYPE_CHECKING:
@@ -46,10 +47,11 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with,
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The address of a service, and the longest wait for each of its answers."""
+    """The address of a service, the longest wait for each of its answers, and what is presented to it."""
 
     address: Address
     timeout_s: float
+    connection: Connection = field(default_factory=Connection)
 
 
 @asynccontextmanager
@@ -60,9 +62,7 @@ async def admin_stub(target: Target) -> AsyncIterator[TolariaAdminServiceAsyncSt
         ServiceUnreachableError: no service answers within the timeout, or the connection is lost.
         CommandFailedError: the service refuses; the message names the field and the stable reason.
     """
-    # A proxy from the environment must not take connections to a loopback port.
-    options = [("grpc.enable_http_proxy", 0)]
-    async with grpc.aio.insecure_channel(str(target.address), options=options) as channel:
+    async with open_channel(target.address, target.connection) as channel:
         try:
             yield TolariaAdminServiceStub(channel)
         except grpc.aio.AioRpcError as error:
@@ -144,9 +144,24 @@ async def follow_run_across_restarts(target: Target, show: Show, *, pause_s: flo
         await asyncio.sleep(pause_s)
 
 
-def target(address: str | None, timeout_s: float, config_file: Path | None, overrides: list[str] | None) -> Target:
-    """Returns the service to call, from --address or the settings. Raises ConfigurationError if they are invalid."""
-    return Target(service_address(address, load_settings(config_file, overrides or [])), timeout_s)
+def target(
+    address: str | None,
+    timeout_s: float,
+    config_file: Path | None,
+    overrides: list[str] | None,
+    profile: str | None = None,
+) -> Target:
+    """Returns the service to call: by --address, else a profile or the environment, else the settings.
+
+    What is presented to the service is that of the profile or the environment in each case.
+
+    Raises:
+        ConfigurationError: something of it is invalid.
+    """
+    found = connection(profile, address=address)
+    if address is None and found.address:
+        return Target(_parsed(found.address, found.origin, "give the port of the service"), timeout_s, found)
+    return Target(service_address(address, load_settings(config_file, overrides or [])), timeout_s, found)
 
 
 def service_address(given: str | None, settings: Settings) -> Address:
@@ -155,13 +170,17 @@ def service_address(given: str | None, settings: Settings) -> Address:
     Raises:
         ConfigurationError: it is malformed, or its port is 0.
     """
-    text, origin = (settings.server.listen, "server.listen") if given is None else (given, "--address")
+    if given is None:
+        return _parsed(settings.server.listen, "server.listen", "give --address")
+    return _parsed(given, "--address", "give the port that the service has logged")
+
+
+def _parsed(text: str, origin: str, hint: str) -> Address:
     try:
         address = Address.parse(text)
     except ValueError as error:
         raise ConfigurationError([f"{origin}: {error}"]) from None
     if address.port == 0:
-        hint = "give --address" if given is None else "give the port that the service has logged"
         raise ConfigurationError([f"{origin}: {text!r} has port 0, which cannot be connected to; {hint}"])
     return connectable(address)
 
@@ -180,7 +199,10 @@ def _failure(error: grpc.aio.AioRpcError, target: Target) -> TolariaError:
             f"{target.address} does not offer this call of Tolaria's admin service (UNIMPLEMENTED)"
         )
     if error.code() in _CONNECTION_LOST:
-        return ServiceUnreachableError(f"no service answers at {target.address}: {_message(error)}")
+        hint = tls_hint(target.connection, error.details() or "") if error.code() is grpc.StatusCode.UNAVAILABLE else ""
+        return ServiceUnreachableError(f"no service answers at {target.address}: {_message(error)}{hint}")
+    if error.code() is grpc.StatusCode.UNAUTHENTICATED and not target.connection.token_file:
+        return CommandFailedError(f"{_message(error)}; give it with TOLARIA_TOKEN_FILE or a profile")
     return CommandFailedError(_message(error))
 
 

@@ -29,14 +29,18 @@ from tolaria.cli.admin_commands import (
     TIMEOUT_S,
     ConfigFile,
     Overrides,
+    Profile,
     ServiceAddress,
     Timeout,
     admin_app,
 )
+from tolaria.cli.audit import audit
 from tolaria.cli.board import board_app
+from tolaria.cli.credentials import certs_app, token_app
 from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
 from tolaria.cli.exports import export_app
 from tolaria.cli.job_commands import job_app
+from tolaria.cli.lane_commands import lane_app
 from tolaria.cli.telemetry import telemetry_app
 from tolaria.errors import ConfigurationError, TolariaError
 
@@ -191,6 +195,7 @@ def watch(
     *,
     wait: Annotated[bool, typer.Option("--wait", help="Wait while no service answers, at first or later.")] = False,
     address: ServiceAddress = None,
+    profile: Profile = None,
     timeout_s: Timeout = TIMEOUT_S,
     config_file: ConfigFile = None,
     overrides: Overrides = None,
@@ -201,7 +206,7 @@ def watch(
 
     from tolaria.cli import client
 
-    target = client.target(address, timeout_s, config_file, overrides)
+    target = client.target(address, timeout_s, config_file, overrides, profile)
     follow = client.follow_run_across_restarts if wait else client.follow_run
     if as_json:
         last = asyncio.run(follow(target, lambda status: typer.echo(render.json_text(status, indent=None))))
@@ -230,6 +235,11 @@ def peer(
     state_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where Tamiyo keeps its history, for after a restart.")
     ] = None,
+    tls_cert: Annotated[str, typer.Option(metavar="FILE", help="Certificate chain of the peer, for TLS.")] = "",
+    tls_key: Annotated[str, typer.Option(metavar="FILE", help="Private key of --tls-cert.")] = "",
+    tls_client_ca: Annotated[
+        str, typer.Option(metavar="FILE", help="CA that Tolaria's certificate must come from (mutual TLS).")
+    ] = "",
     config_file: ConfigFile = None,
     overrides: Overrides = None,
     while_stdin: WhileStdin = False,
@@ -239,6 +249,7 @@ def peer(
 
     from tolaria.config import Address
     from tolaria.reference.server import serve_peer
+    from tolaria.security.certificates import TlsFiles
     from tolaria.telemetry.logging import LogContext, logging_to
     from tolaria.telemetry.tracing import tracing
 
@@ -247,6 +258,8 @@ def peer(
         Address.parse(listen)
     except ValueError as error:
         raise ConfigurationError([f"--listen: {error}"]) from None
+    if bool(tls_cert) != bool(tls_key) or (tls_client_ca and not tls_cert):
+        raise ConfigurationError(["--tls-cert and --tls-key must be given together, also with --tls-client-ca"])
 
     serve_until_stopped = partial(
         serve_peer,
@@ -254,6 +267,7 @@ def peer(
         announce=lambda address: typer.echo(json.dumps({"listening": str(address)})),
         board=board,
         state_dir=state_dir,
+        tls=TlsFiles("the peer", tls_cert, tls_key, tls_client_ca) if tls_cert else None,
         while_stdin=while_stdin,
     )
     # A peer has no metrics that could count lines dropped by its log.
@@ -302,7 +316,11 @@ def verify(
 @config_app.command()
 def check(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None:
     """Check the settings; report every problem, with exit code 2, and settings that are retired."""
-    for notice in _settings(config_file, overrides).notices:
+    from tolaria.config import exposure_warnings, require_protection
+
+    settings = _settings(config_file, overrides)
+    require_protection(settings)
+    for notice in [*settings.notices, *exposure_warnings(settings)]:
         typer.echo(notice, err=True)
     typer.echo("the configuration is valid")
 
@@ -319,5 +337,9 @@ app.add_typer(admin_app)
 app.add_typer(export_app)
 app.add_typer(job_app)
 app.add_typer(telemetry_app)
+app.command()(audit)
 app.add_typer(board_app, name="signals")
 app.add_typer(config_app, name="config")
+app.add_typer(certs_app, name="certs")
+app.add_typer(token_app, name="token")
+app.add_typer(lane_app, name="lane")

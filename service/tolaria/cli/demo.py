@@ -30,7 +30,7 @@ from tolaria.cli.harm import death_line, harm_of
 from tolaria.cli.process_tree import ProcessTree
 from tolaria.cli.report import RunRecord, summary_json, summary_lines
 from tolaria.cli.serve_child import ServeChild, ServiceAddresses, serve_child
-from tolaria.config import Address, Settings, load_settings
+from tolaria.config import Address, Connection, Settings, connection, load_settings
 from tolaria.processes import running
 
 BIND_FAILURE = "cannot listen on"  # part of BindError's message, in the log of a child whose port is taken
@@ -154,7 +154,7 @@ class Demo:
             addresses = await self._addresses(child)
             async with self._beside(arguments, directories.beside, other, chaos) as over:
                 if self.injuries:
-                    async with chaos.inflicted(child.pid, Target(connectable(addresses.grpc), TIMEOUT_S)):
+                    async with chaos.inflicted(child.pid, self.target(addresses)):
                         await self._follow(child, addresses, run, chaos=chaos)
                 else:
                     await self._follow(child, addresses, run, other)
@@ -258,7 +258,7 @@ class Demo:
         other: RunRecord | None = None,
         chaos: Chaos | None = None,
     ) -> None:
-        target = Target(connectable(addresses.grpc), TIMEOUT_S)
+        target = self.target(addresses)
 
         def curves() -> list[str]:
             deaths = [death_line(death) for death in chaos.deaths] if chaos else []
@@ -285,6 +285,12 @@ class Demo:
             raise child.failure(f"the service does not answer: {error}") from None
         if last.state == RunState.RUN_STATE_FAILED:
             raise child.failure(f"the run failed: {render.one_line(last.state_reason) or 'no reason given'}")
+
+    def target(self, addresses: ServiceAddresses) -> Target:
+        """Returns a service of the demo, with what the environment has to present if the settings require it."""
+        address, server = connectable(addresses.grpc), self.settings.server
+        presented = connection(address=str(address)) if server.tokens or server.tls_cert else Connection()
+        return Target(address, TIMEOUT_S, presented)
 
     def _print(self, line: str) -> None:
         typer.echo(line, err=self.as_json)
@@ -327,7 +333,7 @@ class RunBeside:
             addresses = await child.addresses(self._demo.start_timeout_s)
             if addresses is None:
                 raise child.failure(f"exit code {child.returncode}")
-            target = Target(connectable(addresses.grpc), TIMEOUT_S)
+            target = self._demo.target(addresses)
             last = await follow_run(target, self._record.update)
             if last.state == RunState.RUN_STATE_FAILED:
                 self._record.failure = last.state_reason

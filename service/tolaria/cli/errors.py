@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 
-from tolaria.errors import BindError, ConfigurationError, JobError, StateHeldError, TolariaError
+from tolaria.errors import BindError, ConfigurationError, CredentialsError, JobError, StateHeldError, TolariaError
 
 
 class ServiceUnreachableError(TolariaError):
@@ -58,7 +58,9 @@ def exit_code(error: TolariaError) -> int:
     match error:
         case SignalledError():
             return 128 + error.signal_number
-        case ConfigurationError() | JobError() | BindError() | StateHeldError() | StartRefusedError():
+        case ConfigurationError() | CredentialsError() | JobError() | BindError() | StateHeldError():
+            return 2
+        case StartRefusedError():
             return 2
         case ServiceUnreachableError():
             return 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO
@@ -94,6 +95,7 @@ def status_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
         ("history", _history(status)),
         ("health", _health(status)),
         *(row for row in safety_rows(status) if row[1] != _NONE),
+        ("nodes", _nodes(status)),
         ("ranks", _ranks(status)),
         ("fast paths", _pairs(status.fast_paths)),
         ("metrics", f"http://{one_line(status.metrics_address)}/metrics" if status.metrics_address else ""),
@@ -118,6 +120,17 @@ def _rank(rank: RankStatus) -> str:
         rank.memory_bytes
     )
     return f"{rank.rank} on {one_line(rank.host)} {one_line(rank.device)} (pid {rank.pid}{waits})"
+
+
+def _nodes(status: GetStatusResponse) -> str:
+    """Returns which ranks are on which machine; empty for one machine."""
+    ranks = defaultdict[tuple[int, str], list[str]](list)
+    for rank in status.ranks:
+        ranks[rank.node, one_line(rank.host)].append(str(rank.rank))
+    named = [
+        f"{host} (rank{'s' * (len(numbers) > 1)} {', '.join(numbers)})" for (_, host), numbers in sorted(ranks.items())
+    ]
+    return f"{len(named)}: {', '.join(named)}" if len(named) > 1 else ""
 
 
 def safety_rows(status: GetStatusResponse) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from leyline.v1 import admin_service_pb2 as messages
 from leyline.v1.enums_pb2 import HealthStatus, TelemetryLevel
 from leyline.v1.telemetry_pb2 import MetricPoint, TelemetryPacket
 from tolaria.cli import render
-from tolaria.cli.admin_commands import TIMEOUT_S, ConfigFile, Overrides, ServiceAddress, Timeout
+from tolaria.cli.admin_commands import TIMEOUT_S, ConfigFile, Overrides, Profile, ServiceAddress, Timeout
 
 Lowest = StrEnum("Lowest", ["INFO", "WARNING", "ERROR", "CRITICAL"])
 Kind = StrEnum("Kind", ["EPOCH", "EVENT", "EMERGENCY"])
@@ -44,6 +44,7 @@ def telemetry(
         typer.Option(min=0, max=_KEPT_MAX, help="Latest critical packets to show first (default: all that are kept)."),
     ] = None,
     address: ServiceAddress = None,
+    profile: Profile = None,
     timeout_s: Timeout = TIMEOUT_S,
     config_file: ConfigFile = None,
     overrides: Overrides = None,
@@ -73,7 +74,7 @@ def telemetry(
             total = ", ".join(f"{count} {priority}" for priority, count in sorted(lost.items()))
             typer.echo(f"this reader is too slow and has lost packets: {total}", err=True)
 
-    target = client.target(address, timeout_s, config_file, overrides)
+    target = client.target(address, timeout_s, config_file, overrides, profile)
     asyncio.run(client.follow_telemetry(target, request, show))
     typer.echo(f"the service at {target.address} has ended", err=True)
 

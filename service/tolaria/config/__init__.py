@@ -1,20 +1,27 @@
 """The settings, their sources and their rendering."""
 
+from tolaria.config.connections import Connection as Connection
+from tolaria.config.connections import connection as connection
 from tolaria.config.durability import CheckpointSettings as CheckpointSettings
 from tolaria.config.durability import EmergencySettings as EmergencySettings
 from tolaria.config.durability import HealthSettings as HealthSettings
 from tolaria.config.durability import ProfilerSettings as ProfilerSettings
 from tolaria.config.durability import RollbackSettings as RollbackSettings
 from tolaria.config.durability import StateSettings as StateSettings
+from tolaria.config.exposure import exposure_warnings as exposure_warnings
+from tolaria.config.exposure import require_protection as require_protection
 from tolaria.config.fields import Address as Address
 from tolaria.config.fields import as_toml as as_toml
 from tolaria.config.network import KasminaSettings as KasminaSettings
 from tolaria.config.network import LeylineSettings as LeylineSettings
 from tolaria.config.network import LoggingSettings as LoggingSettings
+from tolaria.config.network import MetricsSettings as MetricsSettings
 from tolaria.config.network import PeerSettings as PeerSettings
+from tolaria.config.network import ServerSettings as ServerSettings
 from tolaria.config.network import ServiceSettings as ServiceSettings
 from tolaria.config.network import TamiyoSettings as TamiyoSettings
 from tolaria.config.settings import Settings as Settings
+from tolaria.config.sources import bare_environment as bare_environment
 from tolaria.config.sources import child_environment as child_environment
 from tolaria.config.sources import load_settings as load_settings
 from tolaria.config.sources import quieten_grpc as quieten_grpc

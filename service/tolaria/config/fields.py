@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 from tolaria.config.retired import RETIRED
 
@@ -19,6 +19,8 @@ METRIC_NAME = r"[A-Za-z_][A-Za-z0-9_./-]{0,63}"
 
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
 _IP_LIKE = re.compile(r"[0-9.]+|.*:.*", re.ASCII)
+_NODES = re.compile(r"(\d{1,4})(?::(\d{1,4}))?", re.ASCII)
+_NODES_MAX = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,22 @@ def _target(text: str) -> str:
     return text
 
 
+def _rendezvous(text: str) -> str:
+    if Address.parse(text).port == 0:
+        raise ValueError(f"{text!r} has port 0, which other machines could not know")
+    return text
+
+
+def _node_range(text: str) -> str:
+    found = _NODES.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text!r} is neither a number of machines nor MIN:MAX")
+    least, most = int(found[1]), int(found[2] or found[1])
+    if not 1 <= least <= most <= _NODES_MAX:
+        raise ValueError(f"{text!r} is not within 1:{_NODES_MAX}, or its ends are swapped")
+    return f"{least}:{most}"
+
+
 def _secret(secret: SecretStr) -> SecretStr:
     text = secret.get_secret_value()
     if text and not text.strip("*"):
@@ -85,6 +103,9 @@ def _secret(secret: SecretStr) -> SecretStr:
 
 ListenAddress = Annotated[str, AfterValidator(_listen_address)]
 Target = Annotated[str, AfterValidator(_target)]
+PathText = Annotated[str, Field(max_length=4096)]
+RendezvousAddress = Annotated[str, AfterValidator(_rendezvous)]
+NodeRange = Annotated[str, BeforeValidator(str), AfterValidator(_node_range)]
 Secret = Annotated[SecretStr, AfterValidator(_secret)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]

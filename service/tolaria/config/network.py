@@ -9,6 +9,7 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from tolaria.config.fields import (
     ListenAddress,
     Milliseconds,
+    PathText,
     Seconds,
     SecondsOrZero,
     Secret,
@@ -37,6 +38,9 @@ class ServiceSettings(Section):
     A supervisor that takes 0 for the end of the run, as a Kubernetes Job does, needs another one, such as 143.
     """
 
+    core_files: bool = False
+    """Let the system write core files of the service and its child processes. Off: they would contain secrets."""
+
 
 class ServerSettings(Section):
     """The admin gRPC server."""
@@ -50,12 +54,59 @@ class ServerSettings(Section):
     request_memory: int = Field(default=4096, ge=16, le=1_000_000)
     """Number of request_ids remembered; a repeated request gets the first response. 4096: days of operation."""
 
+    tls_cert: PathText = ""
+    """File with the certificate chain of the server, in PEM. Empty: no TLS, as on loopback. Replaced files are read
+    again without a restart."""
+
+    tls_key: PathText = ""
+    """File with the private key of tls_cert, in PEM, without a password. Empty: no TLS."""
+
+    tls_client_ca: PathText = ""
+    """File with the CAs that clients' certificates must come from, in PEM (mutual TLS). Empty: clients need none."""
+
+    tokens: PathText = ""
+    """File with digests and roles of bearer tokens, as `tolaria token new` writes it. Empty: every caller is an admin,
+    as on loopback. Read again when it changes."""
+
+    insecure: bool = False
+    """Listen on other addresses than loopback without TLS or without tokens. Off: who reaches the port could stop a
+    run. On: a warning at every start."""
+
+    calls_per_second: float = Field(default=100.0, ge=0, le=1e6, allow_inf_nan=False)
+    """Calls of one caller per second, with bursts of twice as many; more are refused. 0: no limit. 100: far more than
+    a person or a dashboard makes, and about a thirtieth of a core."""
+
+    bad_calls_per_second: float = Field(default=5.0, ge=0, le=1e6, allow_inf_nan=False)
+    """Calls of one caller per second that are its mistakes, such as a wrong token, and are answered at once, with
+    bursts of four times as many; further ones are answered after a second. 0: no limit. 5: a person makes fewer."""
+
+    calls_in_flight_max: int = Field(default=32, ge=1, le=10_000)
+    """Calls of one caller that are in flight at the same time, streams not counted. 32: a rollback takes seconds, and
+    operators wait for one."""
+
+    streams_max: int = Field(default=16, ge=1, le=10_000)
+    """Streams of one caller at the same time. 16: a few dashboards with one token."""
+
+    request_kb_max: int = Field(default=64, ge=1, le=4096)
+    """Largest request in KiB. 64: a reason has 1024 characters, and nothing else is long."""
+
+    idle_s: Seconds = 300.0
+    """Time without a call after which a connection is closed; clients connect again by themselves. 300: it is rarely
+    noticed, and what has been forgotten does not add up."""
+
 
 class MetricsSettings(Section):
     """The HTTP server of /metrics, /livez and /readyz."""
 
     listen: ListenAddress = "127.0.0.1:9464"
     """Address that Prometheus scrapes. 9464: the port of OpenTelemetry's Prometheus exporter."""
+
+    web_config: PathText = ""
+    """File with TLS and basic authentication, in the format of Prometheus's exporters (--web.config.file).
+    Empty: neither. Read again when it, or a certificate that it names, changes."""
+
+    connections_max: int = Field(default=128, ge=1, le=10_000)
+    """Connections at the same time; further ones are closed. 128: far more than there are scrapers."""
 
 
 class LoggingSettings(Section):
@@ -76,6 +127,18 @@ class PeerSettings(Section):
 
     target: Target = ""
     """host:port of the peer. Empty: Tolaria starts the reference peer, which needs no installation."""
+
+    tls_ca: PathText = ""
+    """File with the CAs of the peer's certificate, in PEM; the calls use TLS. Empty: no TLS, as on loopback."""
+
+    tls_cert: PathText = ""
+    """File with the certificate chain that Tolaria presents to the peer (mutual TLS). Empty: none."""
+
+    tls_key: PathText = ""
+    """File with the private key of tls_cert. Empty: none."""
+
+    tls_name: str = Field(default="", max_length=253)
+    """Name that the peer's certificate must have. Empty: the host of target."""
 
     timeout_s: Seconds = 2.0
     """Deadline of a call, which also cancels it on the peer's side. 2.0: a later answer is stale."""

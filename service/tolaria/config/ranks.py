@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
+from tolaria.errors import ConfigurationError
+
 _AGENT: Final = "TOLARIA_LANE_AGENT"
+
+_SECRET_BYTES_MIN: Final = 16
 
 PEER_LOST: Final = 86
 """Exit code of a rank that ends because another one has gone."""
@@ -27,6 +32,7 @@ class RankEnvironment:
     Attributes:
         rank: among all `world` ranks, from 0, which leads.
         local_rank: among the `local_world` ranks on this machine.
+        node: number of this machine in the group, from 0, which is that of the service.
         agent: process id of the agent that has started it; 0 if something else has.
         address: the abstract Unix socket where the agent passes on the connection to the service.
     """
@@ -35,6 +41,7 @@ class RankEnvironment:
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
+    node: int = 0
     agent: int = 0
     address: str = ""
 
@@ -46,18 +53,49 @@ class RankEnvironment:
             return cls()
         agent, _, address = os.environ[_AGENT].partition(":")
         rank, world, local_rank, local_world = (int(os.environ[name]) for name in names)
-        return cls(rank, world, local_rank, local_world, int(agent), address)
+        node = int(os.environ.get("GROUP_RANK", "0"))
+        return cls(rank, world, local_rank, local_world, node, int(agent), address)
 
 
-def prepare_ranks(address: str) -> None:
-    """Sets what the ranks that this process, their agent, is about to start inherit."""
+@dataclass(frozen=True, slots=True)
+class NodePlace:
+    """The place of a machine in a group: it is number `node` of `nodes`, of which 0 is that of the service.
+
+    `store_listener` is a descriptor on which the store listens, on machine 0; -1: it opens one itself.
+    """
+
+    node: int = 0
+    nodes: int = 1
+    store_host: str = "127.0.0.1"
+    store_port: int = 0
+    store_listener: int = -1
+
+
+def prepare_ranks(address: str, interface: str) -> None:
+    """Sets what the ranks that this process, their agent, is about to start inherit.
+
+    `interface` is the network interface through which they reach each other; empty: gloo finds one by the host's name.
+    """
     os.environ[_AGENT] = f"{os.getpid()}:{address}"
     # The agent keeps its handlers of signals: SIGTERM is for the service, which then ends the agent.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGUSR2"
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the ranks are on one machine
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ.setdefault("PYTHONHASHSEED", "0")  # so that sets have one order on all of them
 
 
 def rank_ended(rank: int, world: int, how: str) -> str:
     """Returns the line by which an agent says how the first failed rank has ended, such as "was killed by SIGKILL"."""
     return f"rank {rank} of {world} {how}"
+
+
+def read_secret(file: str) -> bytes:
+    """Returns the secret that machines of a group share, without white space around it. Raises ConfigurationError."""
+    try:
+        secret = Path(file).read_bytes().strip()
+    except OSError as error:
+        raise ConfigurationError([f"lane.secret_file: {file} cannot be read: {error.strerror or error}"]) from None
+    if len(secret) < _SECRET_BYTES_MIN:
+        problem = f"lane.secret_file: {file} has {len(secret)} bytes, at least {_SECRET_BYTES_MIN} are needed"
+        raise ConfigurationError([f"{problem}: `openssl rand -hex 32` makes a secret"])
+    return secret

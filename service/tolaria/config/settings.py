@@ -95,18 +95,48 @@ class Settings(BaseSettings):
         return (init_settings,)
 
     def _rank_problems(self) -> list[str]:
-        if self.training.init_from and self.lane.parallel == "fsdp":
-            return ["training.init_from cannot fill a model that lane.parallel = fsdp divides: load it in build_model"]
-        ranks, device = self.lane.processes, self.training.device
-        if ranks > 1 and self.lane.mode != "torchrun":
-            return [f"lane.processes is {ranks}, which needs lane.mode = torchrun"]
-        if ranks > 1 and device.startswith("cuda:"):
-            return [f"training.device is {device}, but each of the {ranks} ranks of lane.processes needs another one"]
-        if self.lane.parallel == "fsdp" and self.lane.mode != "torchrun":
-            return ["lane.parallel is fsdp, which needs lane.mode = torchrun"]
-        if self.lane.parallel == "fsdp" and self.fastpaths.amp == "float16":
-            return ["fastpaths.amp is float16, whose loss scale lane.parallel = fsdp does not support: use bfloat16"]
-        return []
+        lane, device = self.lane, self.training.device
+        problems = [
+            f"lane.{name} is {value}, which needs lane.mode = torchrun"
+            for name, value, several in (
+                ("processes", lane.processes, lane.processes > 1),
+                ("nodes", lane.nodes, lane.nodes_max > 1),
+            )
+            if several and lane.mode != "torchrun"
+        ]
+        if lane.processes > 1 and lane.mode == "torchrun" and device.startswith("cuda:"):
+            ranks = f"each of the {lane.processes} ranks of lane.processes"
+            problems.append(f"training.device is {device}, but {ranks} needs another one")
+        if lane.nodes_max > 1 and not lane.secret_file:
+            problems.append(
+                f"lane.nodes is {lane.nodes}, which needs lane.secret_file, so that only machines with the secret join"
+            )
+        if lane.parallel == "fsdp" and lane.mode != "torchrun":
+            problems.append("lane.parallel is fsdp, which needs lane.mode = torchrun")
+        if lane.parallel == "fsdp" and self.fastpaths.amp == "float16":
+            problems.append(
+                "fastpaths.amp is float16, whose loss scale lane.parallel = fsdp does not support: use bfloat16"
+            )
+        if lane.parallel == "fsdp" and self.training.init_from:
+            problems.append(
+                "training.init_from cannot fill a model that lane.parallel = fsdp divides: load it in build_model"
+            )
+        return problems
+
+    def _tls_problems(self) -> list[str]:
+        problems = [
+            f"{name}.tls_cert and {name}.tls_key must be set together"
+            for name, section in (("server", self.server), ("tamiyo", self.tamiyo), ("kasmina", self.kasmina))
+            if bool(section.tls_cert) != bool(section.tls_key)
+        ]
+        if self.server.tls_client_ca and not self.server.tls_cert:
+            problems.append("server.tls_client_ca needs server.tls_cert and server.tls_key")
+        for name, peer in (("tamiyo", self.tamiyo), ("kasmina", self.kasmina)):
+            if (peer.tls_cert or peer.tls_name) and not peer.tls_ca:
+                problems.append(f"{name}.tls_cert, tls_key and tls_name need {name}.tls_ca")
+            if peer.tls_ca and not peer.target:
+                problems.append(f"{name}.tls_ca needs {name}.target: the reference peer is called on loopback")
+        return problems
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -119,7 +149,7 @@ class Settings(BaseSettings):
             problems.append("leyline.previous_secret is set but leyline.secret is not")
         if self.optimizer.policy == "step" and not self.optimizer.period_steps:
             problems.append("optimizer.policy is step, which needs optimizer.period_steps")
-        problems += self._rank_problems()
+        problems += self._rank_problems() + self._tls_problems()
         if self.emergency.sentinel and self.emergency.drain_s <= self.service.drain_timeout_s:
             problems.append("emergency.drain_s must exceed service.drain_timeout_s, or a drain would be cut short")
         for name, peer in (("tamiyo", self.tamiyo), ("kasmina", self.kasmina)):

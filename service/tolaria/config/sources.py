@@ -5,6 +5,7 @@ No other module reads the process environment.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import tomllib
@@ -16,6 +17,7 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import EnvSettingsSource, SettingsError
 
+from tolaria.config.connections import CLIENT_NAMES
 from tolaria.config.fields import suggestion
 from tolaria.config.presets import PRESET, preset_values
 from tolaria.config.retired import take_retired, warning, with_replacements
@@ -78,14 +80,20 @@ def quieten_grpc() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
-def child_environment(settings: Settings) -> dict[str, str]:
-    """Returns the environment of a peer's process: this process's own, without settings except the secrets.
+def bare_environment() -> dict[str, str]:
+    """Returns this process's environment without settings and secrets, for a child that runs a job's code."""
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith(_PREFIX)}
 
-    Traces that are off are off there, too.
+
+def child_environment(settings: Settings, *, secrets: bool = True) -> dict[str, str]:
+    """Returns the environment of a child process: this process's own, without settings except, if asked, the secrets.
+
+    The peers sign and verify with them; the lane runs the job's code, which has no use for them. Traces that are off
+    are off there, too.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(_PREFIX)}
+    environment = bare_environment()
     for name, secret in (("secret", settings.leyline.secret), ("previous_secret", settings.leyline.previous_secret)):
-        if secret:
+        if secret and secrets:
             environment[_variable("leyline", name)] = secret.get_secret_value()
     if settings.telemetry.traces == "off":  # else the peer finds the same variables of OpenTelemetry
         environment[_variable("telemetry", "traces")] = "off"
@@ -110,13 +118,17 @@ def _read_environment() -> _Source:
     texts = []
     for name in sorted(name for name in os.environ if name.upper().startswith(_PREFIX)):
         section, separator, field_name = name[len(_PREFIX) :].lower().partition("__")
+        if name.upper() in CLIENT_NAMES:
+            continue
         if (section, separator) == (PRESET, ""):
             source.preset = os.environ[name]
         elif separator:
             texts.append((section, field_name, os.environ[name]))
             source.values.setdefault(section, {})[field_name] = os.environ[name]
         else:
-            source.problems.append(f"{name}: is not TOLARIA_<SECTION>__<FIELD>")
+            hint = difflib.get_close_matches(name.upper(), CLIENT_NAMES, n=1)
+            meant = f"; did you mean {hint[0]}?" if hint else ""
+            source.problems.append(f"{name}: is not TOLARIA_<SECTION>__<FIELD>{meant}")
     try:
         source.values = _merged(source.values, EnvSettingsSource(Settings)())
     except SettingsError:  # some text is not JSON; the error does not name the variable

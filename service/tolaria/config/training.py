@@ -8,8 +8,11 @@ from pydantic import Field, JsonValue
 
 from tolaria.config.fields import (
     Milliseconds,
+    NodeRange,
     PositiveShare,
+    RendezvousAddress,
     Seconds,
+    SecondsOrZero,
     Section,
     Share,
 )
@@ -145,7 +148,36 @@ class LaneSettings(Section):
     """
 
     processes: int = Field(default=1, ge=1, le=256)
-    """Ranks in mode torchrun, each with a device of its kind: the CPU, or one GPU each."""
+    """Ranks in mode torchrun on this machine, each with a device of its kind: the CPU, or one GPU each."""
+
+    nodes: NodeRange = "1:1"
+    """Machines of a group in mode torchrun, this one included, as MIN:MAX or one number. 1:1: this machine alone.
+
+    Others run `tolaria lane join`. Training waits for MIN of them, and goes on without those that are lost beyond MIN.
+    """
+
+    rendezvous: RendezvousAddress = "127.0.0.1:29400"
+    """Address that other machines join at, if lane.nodes allows any. Loopback: reached by nothing else, so change it.
+
+    Who joins proves to have lane.secret_file, but what the ranks then exchange, on other ports too, is neither
+    authenticated nor encrypted: use an address in a private network only. 29400: the port that torchrun uses.
+    """
+
+    secret_file: str = ""
+    """File with the secret that machines share, at least 16 bytes; needed with several. Empty: there is one machine."""
+
+    node_timeout_s: Annotated[float, Field(ge=1, le=3600, allow_inf_nan=False)] = 20.0
+    """Silence after which a machine, or the service, counts as lost. 20: TCP is over a cut of 5 or 10 s by then."""
+
+    join_wait_s: SecondsOrZero = 30.0
+    """Time that a start with MIN machines waits for more of them. 30: a restarted pod, or a repaired link, is back."""
+
+    grow: Literal["restart", "epoch"] = "restart"
+    """When a machine that comes later, or again, is taken into the group. restart: when it starts again anyway.
+
+    epoch: at the end of an epoch the group is started again for it, from its newest proven state, within lane.nodes.
+    restart: a sound run is not disturbed.
+    """
 
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """What the ranks of mode torchrun share. ddp: each has the whole model. fsdp: each has a part of every parameter,
@@ -163,6 +195,16 @@ class LaneSettings(Section):
 
     restart_pause_max_s: Seconds = 60.0
     """Longest pause. 60: a full device or a missing mount may come back."""
+
+    @property
+    def nodes_min(self) -> int:
+        """Fewest machines that train."""
+        return int(self.nodes.partition(":")[0])
+
+    @property
+    def nodes_max(self) -> int:
+        """Most machines that train."""
+        return int(self.nodes.partition(":")[2])
 
 
 class FastPathSettings(Section):

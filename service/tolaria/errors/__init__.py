@@ -1,8 +1,9 @@
 """The errors that Tolaria raises on purpose, in one tree.
 
 TolariaError
-├── ConfigurationError, BindError, ChildFailedError, StateHeldError, CommandRejectedError, IllegalTransitionError,
+├── BindError, CredentialsError, ChildFailedError, StateHeldError, CommandRejectedError, IllegalTransitionError,
 │   IllegalMoveError
+├── ConfigurationError: ExposedError
 ├── JobError: UnknownJobError, BrokenJobError, EmptyDatasetError, LossShapeError
 ├── PeerError: PeerTimeoutError, PeerUnavailableError, PeerProtocolError, BreakerOpenError, CallRefusedError
 ├── GradientError: NoGradientsError, GradientMismatchError, GradientWeightError, UnknownSourceError,
@@ -12,6 +13,7 @@ TolariaError
 ├── SeedError: SlotError, UnknownBlueprintError, OwnershipError, TopologyStateError
 │   └── BlueprintError: BlueprintMisfitError
 ├── LaneError: LaneFailedError, PeerLostError, RanksDifferError, LaneStoppedError, LaneLostError, WireError
+│   └── JoinError: ChannelError, JoinRefusedError, ServiceAbsentError
 ├── SignalError: BoardRefusedError, BoardBusyError, BoardLostError, BlockOwnedError, SignalValueError
 ├── EmergencyError: UnknownLevelError, IllegalEmergencyEventError, ClearanceRefusedError, BroadcastFailedError
 ├── RollbackError: StateUnsupportedError, StateMismatchError, ImageDamagedError, RestoreUnprovenError,
@@ -19,7 +21,8 @@ TolariaError
 │   ├── CheckpointError: CheckpointWriteError, CheckpointDamagedError, CheckpointUnreadableError, NoCheckpointError
 │   └── JournalError: JournalUnavailableError, JournalDamagedError, JournalNewerError
 ├── ExportError: ExportRefusedError, ExportFailedError, ExportDamagedError, ExportMismatchError
-└── RequestError: InvalidFieldError, ProfileFailedError, TooManySubscribersError, SubscriberTooSlowError
+└── RequestError: InvalidFieldError, NotAuthenticatedError, NotPermittedError, TooManyCallsError, ProfileFailedError,
+    │             TooManySubscribersError, SubscriberTooSlowError
     └── WrongStateError: StillUnderwayError
 """
 
@@ -27,6 +30,8 @@ from tolaria.errors.base import BindError as BindError
 from tolaria.errors.base import ChildFailedError as ChildFailedError
 from tolaria.errors.base import CommandRejectedError as CommandRejectedError
 from tolaria.errors.base import ConfigurationError as ConfigurationError
+from tolaria.errors.base import CredentialsError as CredentialsError
+from tolaria.errors.base import ExposedError as ExposedError
 from tolaria.errors.base import IllegalMoveError as IllegalMoveError
 from tolaria.errors.base import IllegalTransitionError as IllegalTransitionError
 from tolaria.errors.base import StateHeldError as StateHeldError
@@ -57,6 +62,8 @@ from tolaria.errors.operation import JournalError as JournalError
 from tolaria.errors.operation import JournalNewerError as JournalNewerError
 from tolaria.errors.operation import JournalUnavailableError as JournalUnavailableError
 from tolaria.errors.operation import NoCheckpointError as NoCheckpointError
+from tolaria.errors.operation import NotAuthenticatedError as NotAuthenticatedError
+from tolaria.errors.operation import NotPermittedError as NotPermittedError
 from tolaria.errors.operation import PeerError as PeerError
 from tolaria.errors.operation import PeerProtocolError as PeerProtocolError
 from tolaria.errors.operation import PeerTimeoutError as PeerTimeoutError
@@ -72,6 +79,7 @@ from tolaria.errors.operation import StateMismatchError as StateMismatchError
 from tolaria.errors.operation import StateUnsupportedError as StateUnsupportedError
 from tolaria.errors.operation import StillUnderwayError as StillUnderwayError
 from tolaria.errors.operation import SubscriberTooSlowError as SubscriberTooSlowError
+from tolaria.errors.operation import TooManyCallsError as TooManyCallsError
 from tolaria.errors.operation import TooManySubscribersError as TooManySubscribersError
 from tolaria.errors.operation import UnknownLevelError as UnknownLevelError
 from tolaria.errors.operation import WrongStateError as WrongStateError
@@ -79,6 +87,7 @@ from tolaria.errors.training import AdjustmentRefusedError as AdjustmentRefusedE
 from tolaria.errors.training import BlueprintError as BlueprintError
 from tolaria.errors.training import BlueprintMisfitError as BlueprintMisfitError
 from tolaria.errors.training import BrokenJobError as BrokenJobError
+from tolaria.errors.training import ChannelError as ChannelError
 from tolaria.errors.training import ControllerStateError as ControllerStateError
 from tolaria.errors.training import EmptyDatasetError as EmptyDatasetError
 from tolaria.errors.training import GradientError as GradientError
@@ -87,6 +96,8 @@ from tolaria.errors.training import GradientWeightError as GradientWeightError
 from tolaria.errors.training import GroupConflictError as GroupConflictError
 from tolaria.errors.training import HyperparameterError as HyperparameterError
 from tolaria.errors.training import JobError as JobError
+from tolaria.errors.training import JoinError as JoinError
+from tolaria.errors.training import JoinRefusedError as JoinRefusedError
 from tolaria.errors.training import LaneError as LaneError
 from tolaria.errors.training import LaneFailedError as LaneFailedError
 from tolaria.errors.training import LaneLostError as LaneLostError
@@ -100,6 +111,7 @@ from tolaria.errors.training import RanksDifferError as RanksDifferError
 from tolaria.errors.training import RebuildFailedError as RebuildFailedError
 from tolaria.errors.training import ScheduleError as ScheduleError
 from tolaria.errors.training import SeedError as SeedError
+from tolaria.errors.training import ServiceAbsentError as ServiceAbsentError
 from tolaria.errors.training import SlotError as SlotError
 from tolaria.errors.training import TopologyStateError as TopologyStateError
 from tolaria.errors.training import UnknownBlueprintError as UnknownBlueprintError

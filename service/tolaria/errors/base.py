@@ -21,6 +21,22 @@ class ConfigurationError(TolariaError):
         super().__init__("\n  ".join([head, *problems]), problems)
 
 
+class ExposedError(ConfigurationError):
+    """Other machines could reach a server that does not know its callers; the message says what to set."""
+
+    def __init__(self, problem: str) -> None:
+        self.problems = [problem]
+        TolariaError.__init__(self, problem)
+
+
+class CredentialsError(TolariaError):
+    """A file with certificates, keys, tokens or passwords cannot be used; `setting` names it."""
+
+    def __init__(self, setting: str, path: str, detail: str) -> None:
+        self.setting, self.path, self.detail = setting, path, detail
+        super().__init__(f"{setting}: {path}: {detail}", setting, path, detail)
+
+
 class BindError(TolariaError):
     """A server cannot listen on `address`."""
 

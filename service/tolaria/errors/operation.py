@@ -210,6 +210,18 @@ class InvalidFieldError(RequestError):
         super().__init__(f"{field}: {description}", field, description)
 
 
+class NotAuthenticatedError(RequestError):
+    """The caller presents no token, or one that is unknown or has expired."""
+
+
+class NotPermittedError(RequestError):
+    """The caller's role does not include the call."""
+
+
+class TooManyCallsError(RequestError):
+    """The caller has reached one of its limits; nothing was done, and it may try again later."""
+
+
 class WrongStateError(RequestError):
     """The run's state does not allow the request."""
 

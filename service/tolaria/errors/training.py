@@ -177,3 +177,23 @@ class LaneLostError(LaneError):
 
 class WireError(LaneError):
     """What the other side of the lane's connection sent, or was to be sent to it, is no frame."""
+
+
+class JoinError(LaneError):
+    """A machine cannot join a group."""
+
+
+class ChannelError(JoinError):
+    """The connection between the service and another machine has ended, or what came over it is not authentic."""
+
+
+class JoinRefusedError(JoinError):
+    """A machine may not join; `reason` is secret, version, job or full."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(f"the join was refused ({reason}): {detail}", reason, detail)
+
+
+class ServiceAbsentError(JoinError):
+    """No service has been there to be joined for as long as a machine was to wait."""

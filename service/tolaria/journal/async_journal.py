@@ -15,7 +15,7 @@ import structlog
 from anyio import sleep
 
 from tolaria.errors import JournalError
-from tolaria.journal.rows import AdminActionRow, CommandRow, EmergencyRow
+from tolaria.journal.rows import AdminActionRow, AdminCallRow, CommandRow, EmergencyRow
 
 if TYPE_CHECKING:
     from tolaria.journal.database import Journal
@@ -30,7 +30,7 @@ RETRY_S_MAX: Final = 30.0
 LOG_INTERVAL_S: Final = 60.0
 """Seconds between two log lines about lost rows."""
 
-_RANKS: Final = MappingProxyType({CommandRow.table: 0, EmergencyRow.table: 2})
+_RANKS: Final = MappingProxyType({CommandRow.table: 0, AdminCallRow.table: 0, EmergencyRow.table: 2})
 """How late rows of a table are dropped; 1 for all others."""
 
 _Answer = TypeVar("_Answer")
@@ -73,8 +73,8 @@ class AsyncJournal:
     def note(self, row: Row) -> None:
         """Queues the row for writing; returns at once and never raises.
 
-        Emergencies are written first. Beyond `ROWS_MAX` the oldest row is dropped, commands before all others and
-        emergencies last. Only the first answer to a request is kept.
+        Emergencies are written first. Beyond `ROWS_MAX` the oldest row is dropped, commands and operators' calls
+        before all others and emergencies last. Only the first answer to a request is kept.
         """
         if isinstance(row, AdminActionRow):
             self._queue.setdefault(_key(row), row)
@@ -123,6 +123,16 @@ class AsyncJournal:
     async def incidents(self, limit: int) -> tuple[Incident, ...]:
         """Returns at most `limit` incidents, newest first. Raises JournalError."""
         return await self._in_thread(lambda: self._journal.incidents(limit))
+
+    async def admin_calls(self, limit: int) -> tuple[AdminCallRow, ...]:
+        """Returns at most `limit` calls of operators, newest first, those that are queued included.
+
+        Raises JournalError.
+        """
+        written = await self._in_thread(lambda: self._journal.admin_calls(limit))
+        calls = {row.call_id: row for row in written}
+        calls |= {row.call_id: row for row in self._queue.values() if isinstance(row, AdminCallRow)}
+        return tuple(sorted(calls.values(), key=lambda row: row.at_ns, reverse=True)[:limit])
 
     async def kept_points(self) -> tuple[CheckpointRow, ...]:
         """Returns the run's checkpoints that can be restored, oldest first. Raises JournalError."""

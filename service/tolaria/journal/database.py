@@ -15,14 +15,15 @@ from tolaria.errors import JournalDamagedError, JournalNewerError, JournalUnavai
 from tolaria.filesystem import Filesystem
 from tolaria.journal.reserve import Reserve
 from tolaria.journal.rows import (
-    ROW_TYPES,
     SCHEMA_VERSION,
     AdminActionRow,
+    AdminCallRow,
     CheckpointRow,
     Incident,
     Row,
     Scalar,
     columns,
+    row_types,
     schema,
     stored_values,
     values_digest,
@@ -141,6 +142,10 @@ class Journal:
                 insert_row(self._connection, revised)
         return count
 
+    def admin_calls(self, limit: int) -> tuple[AdminCallRow, ...]:
+        """Returns at most `limit` calls of operators, of all runs, newest first."""
+        return self._select(AdminCallRow, "ORDER BY at_ns DESC, rowid DESC LIMIT ?", (limit,))
+
     def incidents(self, limit: int) -> tuple[Incident, ...]:
         """Returns at most `limit` incidents, newest first."""
         with self._lock, translated_errors():
@@ -183,9 +188,10 @@ class Journal:
         if mode != "wal":
             raise JournalDamagedError(f"{path}: its journal mode cannot be set, it is {mode}")
         self._connection.execute("PRAGMA synchronous=FULL")
-        if check_content(self._connection, path) < SCHEMA_VERSION:
+        version = check_content(self._connection, path)
+        if version < SCHEMA_VERSION:
             with transaction(self._connection):
-                _migrate(self._connection)
+                _migrate(self._connection, version)
         # A write that changes nothing: a header that forbids writing is found now rather than at the first commit.
         self._connection.execute("BEGIN IMMEDIATE")
         self._connection.execute("UPDATE meta SET schema_version = schema_version")
@@ -207,7 +213,7 @@ def check_content(connection: sqlite3.Connection, path: Path) -> int:
     verdicts = connection.execute("PRAGMA integrity_check").fetchall()
     if verdicts != [("ok",)]:
         raise JournalDamagedError(f"{path}: {verdicts[0][0]}")
-    for kind in ROW_TYPES:
+    for kind in row_types(version):
         select_rows(connection, kind, "", (), version=version)
     return version
 
@@ -278,11 +284,12 @@ def translated_errors(*, read_only: bool = False) -> Iterator[None]:
         raise JournalDamagedError(f"the journal is damaged: {error}") from error
 
 
-def _migrate(connection: sqlite3.Connection) -> None:
-    """Rewrites a journal of schema 1 in the present schema; new columns get their defaults."""
-    rows = [row for kind in ROW_TYPES for row in select_rows(connection, kind, "ORDER BY rowid", (), version=1)]
+def _migrate(connection: sqlite3.Connection, version: int) -> None:
+    """Rewrites a journal of an older schema in the present one; new columns get their defaults."""
+    kinds = row_types(version)
+    rows = [row for kind in kinds for row in select_rows(connection, kind, "ORDER BY rowid", (), version=version)]
     connection.execute("DROP VIEW incidents")
-    for table in ("meta", *(kind.table for kind in ROW_TYPES)):
+    for table in ("meta", *(kind.table for kind in kinds)):
         connection.execute(f"DROP TABLE {table}")
     _write_schema(connection)
     for row in rows:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from tolaria.errors import JournalDamagedError, JournalError, JournalUnavailableError
 from tolaria.journal.database import SIDE_FILES, AnyRow, check_content, lenient_text, select_rows, translated_errors
+from tolaria.journal.rows import row_types
 
 _TRIES: Final = 8
 _RETRY_S: Final = 0.01
@@ -59,6 +60,8 @@ def _rows(path: Path, kind: type[AnyRow]) -> tuple[AnyRow, ...]:
     ):
         connection.execute("BEGIN")  # one consistent state of the journal, whatever is written meanwhile
         version = check_content(connection, path)
+        if kind not in row_types(version):
+            return ()  # of an older schema, which has no such rows
         return tuple(select_rows(connection, kind, "ORDER BY at_ns, rowid", (), version=version))
 
 

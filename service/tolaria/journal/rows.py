@@ -17,7 +17,7 @@ import xxhash
 
 from tolaria.values.lineage import FIRST_ATTEMPT, Lineage
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 Scalar: TypeAlias = "str | int | float | bytes | None"
 
@@ -159,6 +159,30 @@ class AdminActionRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
+class AdminCallRow(Row):
+    """A call that could change something: who made it, from where, when and why, and how it ended.
+
+    `caller` is the name of the token, and that of the client's certificate; `role` is that of the token. `outcome` is
+    the name of the gRPC status; empty while the call lasts, and if the service ended before it. A repeat of a request
+    id has a row too. `at_ns` is the time of the call.
+    """
+
+    table: ClassVar[str] = "admin_calls"
+    call_id: str
+    at_ns: int
+    run_id: str
+    method: str
+    request_id: str
+    caller: str
+    role: str
+    peer: str
+    reason: str
+    global_step: int
+    outcome: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class FaultRow(Row):
     """A storage fault: a checkpoint that was not written or is damaged, a rebuilt journal."""
 
@@ -184,7 +208,16 @@ class Incident:
     details: Mapping[str, str]
 
 
-ROW_TYPES: Final = (RunRow, CheckpointRow, CommandRow, RollbackRow, EmergencyRow, AdminActionRow, FaultRow)
+ROW_TYPES: Final = (
+    RunRow,
+    CheckpointRow,
+    CommandRow,
+    RollbackRow,
+    EmergencyRow,
+    AdminActionRow,
+    FaultRow,
+    AdminCallRow,
+)
 
 _SQL_TYPES: Final = MappingProxyType(
     {"int": "INTEGER", "float": "REAL", "bytes": "BLOB", "str": "TEXT", "CheckpointState": "TEXT"}
@@ -192,15 +225,21 @@ _SQL_TYPES: Final = MappingProxyType(
 
 _META: Final = "CREATE TABLE meta (schema_version INTEGER NOT NULL, row_digest TEXT NOT NULL)"
 
-_ADDED_IN_2: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+_COLUMNS_SINCE: Final[Mapping[int, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
     {
-        "checkpoints": ("attempt", "forks", "parent", "suspect", "proven", "superseded_at_ns"),
-        "rollbacks": ("origin", "attempt", "checkpoint_id", "waited_ms", "chosen"),
+        2: {
+            "checkpoints": ("attempt", "forks", "parent", "suspect", "proven", "superseded_at_ns"),
+            "rollbacks": ("origin", "attempt", "checkpoint_id", "waited_ms", "chosen"),
+        },
     }
 )
-"""Columns that a journal of schema 1 (version 0.1.0) does not have; their fields have defaults."""
+"""Columns by the schema that added them; their fields have defaults. Schema 1 is that of version 0.1.0."""
 
-_ROLLBACK_DETAILS: Final = {1: "", 2: "\n    'origin', origin, 'waited_ms', CAST(waited_ms AS TEXT), 'chosen', chosen,"}
+_TABLES_SINCE: Final[Mapping[int, tuple[str, ...]]] = MappingProxyType({3: ("admin_calls",)})
+"""Tables by the schema that added them."""
+
+_ROLLBACK_DETAILS: Final = "\n    'origin', origin, 'waited_ms', CAST(waited_ms AS TEXT), 'chosen', chosen,"
+_ROLLBACK_DETAILS_SINCE: Final = 2
 
 _INCIDENTS_VIEW: Final = """CREATE VIEW incidents AS
 SELECT rollback_id AS incident_id, 'rollback' AS kind, at_ns, global_step, reason,
@@ -216,15 +255,23 @@ UNION ALL SELECT fault_id, kind, at_ns, global_step, reason, json_object('stage'
 def columns(kind: type[Row | Incident], version: int = SCHEMA_VERSION) -> tuple[str, ...]:
     """Returns the names of a row type's columns in a journal of this schema version. The first is the key."""
     names = tuple(field.name for field in fields(kind))
-    if version >= SCHEMA_VERSION or not issubclass(kind, Row):
+    if not issubclass(kind, Row):
         return names
-    return tuple(name for name in names if name not in _ADDED_IN_2.get(kind.table, ()))
+    later = {name for since, added in _COLUMNS_SINCE.items() if since > version for name in added.get(kind.table, ())}
+    return tuple(name for name in names if name not in later)
+
+
+def row_types(version: int = SCHEMA_VERSION) -> tuple[type[Row], ...]:
+    """Returns the row types whose tables a journal of this schema version has."""
+    later = {table for since, added in _TABLES_SINCE.items() if since > version for table in added}
+    return tuple(kind for kind in ROW_TYPES if kind.table not in later)
 
 
 def schema(version: int = SCHEMA_VERSION) -> list[str]:
     """Returns the statements that create all tables and the view."""
-    tables = [_create_table(kind, columns(kind, version)) for kind in ROW_TYPES]
-    return [_META, *tables, _INCIDENTS_VIEW % _ROLLBACK_DETAILS[version]]
+    tables = [_create_table(kind, columns(kind, version)) for kind in row_types(version)]
+    details = _ROLLBACK_DETAILS if version >= _ROLLBACK_DETAILS_SINCE else ""
+    return [_META, *tables, _INCIDENTS_VIEW % details]
 
 
 def stored_values(row: Row) -> tuple[Scalar, ...]:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from tolaria.config import Settings
+from tolaria.config.ranks import RankEnvironment
 from tolaria.errors import (
     BrokenJobError,
     ConfigurationError,
@@ -71,7 +72,8 @@ class BuiltLane:
     def rank(self) -> RankInfo:
         """This process."""
         group = self.module.group
-        return RankInfo(0 if group is None else group.rank, platform.node(), os.getpid(), str(self.module.device))
+        rank, node = 0 if group is None else group.rank, RankEnvironment.read().node
+        return RankInfo(rank, platform.node(), os.getpid(), str(self.module.device), node)
 
     @property
     def ready(self) -> LaneReady:

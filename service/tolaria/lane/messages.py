@@ -258,12 +258,13 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class RankInfo:
-    """A process that computes: its rank, host, process id and device."""
+    """A process that computes: its rank, host, process id, device, and the number of its machine in the group."""
 
     rank: int
     host: str
     pid: int
     device: str
+    node: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,9 +411,12 @@ class LaneEnded:
     failure: Failure | None
 
 
-LOSS_KINDS: Final = ("killed", "crashed", "exited", "raised", "out_of_memory", "silent", "connection")
+LOSS_KINDS: Final = (
+    *("killed", "crashed", "exited", "raised", "out_of_memory", "silent", "connection"),
+    *("node_lost", "regrouped"),
+)
 """Why a lane's process ends: a signal from outside, one of a crash such as SIGSEGV, an exit, an exception, no memory in
-its cgroup, no heartbeat, what it sent."""
+its cgroup, no heartbeat, what it sent; another machine of its group that has gone, or one that is taken in."""
 
 
 @dataclass(frozen=True, slots=True)

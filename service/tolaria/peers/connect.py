@@ -6,15 +6,18 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import anyio
+import anyio.to_thread
+import grpc
 import grpc.aio
 
 from tolaria.config import Address, PeerSettings
 from tolaria.peers.clients import ROLLBACK_METHODS, KasminaClient, RollbackClient, TamiyoClient
 from tolaria.resilience.breaker import Breaker
 from tolaria.resilience.deadline import CallRecord, DeadlineCaller, Outcome
+from tolaria.security.certificates import TlsFiles
 from tolaria.telemetry import events
 from tolaria.telemetry.events import Emitter, EventSpec
 from tolaria.telemetry.metrics import Metrics, start_at_zero
@@ -64,7 +67,7 @@ async def connected_peers(
     """Connects to both peers at once, through the circuit breaker of each, while the block runs.
 
     At the end new calls are refused, and calls in flight are cancelled after each peer's `drain_s`. Both settings must
-    have a target.
+    have a target. Raises CredentialsError when a file of certificates cannot be used.
     """
 
     def caller_of(peer: Peer, settings: PeerSettings) -> DeadlineCaller:
@@ -76,8 +79,8 @@ async def connected_peers(
 
     tamiyo_caller, kasmina_caller = caller_of("tamiyo", tamiyo), caller_of("kasmina", kasmina)
     async with (
-        _channel(tamiyo.target) as tamiyo_channel,
-        _channel(kasmina.target) as kasmina_channel,
+        _channel("tamiyo", tamiyo) as tamiyo_channel,
+        _channel("kasmina", kasmina) as kasmina_channel,
         _drained((tamiyo_caller, tamiyo.drain_s), (kasmina_caller, kasmina.drain_s)),
     ):
         yield Peers(
@@ -126,10 +129,20 @@ async def _drained(*callers: tuple[DeadlineCaller, float]) -> AsyncIterator[None
 
 
 @asynccontextmanager
-async def _channel(target: str) -> AsyncIterator[grpc.aio.Channel]:
+async def _channel(peer: Peer, settings: PeerSettings) -> AsyncIterator[grpc.aio.Channel]:
     # A proxy from the environment cannot reach ports of this machine. For other targets gRPC honours it, and no_proxy.
-    proxy = [("grpc.enable_http_proxy", 0)] if Address.parse(target).is_loopback else []
-    channel = grpc.aio.insecure_channel(target, options=[*_CHANNEL_OPTIONS, *proxy])
+    options: list[tuple[str, Any]] = [*_CHANNEL_OPTIONS]
+    if Address.parse(settings.target).is_loopback:
+        options.append(("grpc.enable_http_proxy", 0))
+    if settings.tls_ca:
+        if settings.tls_name:
+            options.append(("grpc.ssl_target_name_override", settings.tls_name))
+        files = tls_files(peer, settings)
+        identity, _ = await anyio.to_thread.run_sync(files.read)
+        credentials = grpc.ssl_channel_credentials(identity.authorities, identity.key or None, identity.chain or None)
+        channel = grpc.aio.secure_channel(settings.target, credentials, options=options)
+    else:
+        channel = grpc.aio.insecure_channel(settings.target, options=options)
     # Connect now, since the first epoch boundary has no time for it.
     channel.get_state(try_to_connect=True)
     try:
@@ -137,3 +150,8 @@ async def _channel(target: str) -> AsyncIterator[grpc.aio.Channel]:
     finally:
         with anyio.CancelScope(shield=True):
             await channel.close()
+
+
+def tls_files(peer: Peer, settings: PeerSettings) -> TlsFiles:
+    """Returns the files with which a peer is called."""
+    return TlsFiles(peer, settings.tls_cert, settings.tls_key, settings.tls_ca, authorities_setting="tls_ca")

@@ -1,7 +1,8 @@
-"""The agent of a group: starts the ranks with torch's elastic agent, and ends with the first one that fails.
+"""The agent of a group: starts the ranks of its machine with torch's elastic agent, and ends with the first that fails.
 
 The process that the service starts in mode `torchrun`, as the process of the lane. It passes the service's connection
-on to the rank that leads, and ends as the first rank that failed has ended, so that the service learns the cause.
+on to the rank that leads, and ends as the first rank that failed has ended, so that the service learns the cause. On
+another machine `tolaria lane join` starts it, without a connection.
 """
 
 from __future__ import annotations
@@ -16,32 +17,48 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from tolaria.config.ranks import PEER_LOST, prepare_ranks, rank_ended
+from tolaria.config.ranks import PEER_LOST, NodePlace, prepare_ranks, rank_ended
 from tolaria.ranks.child import announce, lane_options
-from tolaria.signals.lane_page import STACKS_SIGNAL
+from tolaria.segments import Segment
+from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage
 
 _POLL_S: Final = 0.05
+_BEAT_S: Final = 0.2
 _CREDENTIALS: Final = struct.Struct("3i")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs one group; returns 0, or ends as its first failed rank has ended."""
-    parser = lane_options("python -m tolaria.ranks.agent", "The agent of a group of lanes.")
-    parser.add_argument("--processes", type=int, required=True, help="ranks on this machine")
-    options = parser.parse_args(arguments)
+    """Runs the ranks of this machine; returns 0, or ends as the first of them that failed has ended."""
+    options = _options(arguments)
     announce(options)
-    address = serve_leader(options)
-    prepare_ranks(address)
-    failures = _run(options.processes)
+    page = LanePage(Segment(0, os.dup(options.page)))
+    address = serve_leader(options) if options.connection >= 0 else ""
+    place = NodePlace(options.node, options.nodes, options.store_host, options.store_port, options.store_listener)
+    prepare_ranks(address, options.interface)
+    failures, world = _run(options.processes, place, page)
     if not failures:
         return 0
     rank = next((rank for rank, code in failures.items() if code != PEER_LOST), next(iter(failures)))
-    return _end_like(rank, failures[rank], options.processes)
+    return _end_like(rank, failures[rank], world)
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = lane_options("python -m tolaria.ranks.agent", "The agent of a group of lanes.")
+    parser.add_argument("--processes", type=int, required=True, help="ranks on this machine")
+    parser.add_argument("--interface", default="lo", help="network interface between the machines")
+    one = NodePlace()
+    parser.add_argument("--node", type=int, default=one.node, help="number of this machine")
+    parser.add_argument("--nodes", type=int, default=one.nodes, help="number of machines")
+    parser.add_argument("--store-host", default=one.store_host, help="where the store of the group listens")
+    parser.add_argument("--store-port", type=int, default=one.store_port)
+    parser.add_argument("--store-listener", type=int, default=one.store_listener, metavar="FD")
+    return parser.parse_args(arguments)
 
 
 def serve_leader(options: argparse.Namespace) -> str:
@@ -73,13 +90,24 @@ def _is_own_child(asking: socket.socket) -> bool:
     return False
 
 
-def _run(processes: int) -> Mapping[int, int]:
-    """Runs the ranks until all have ended or one has failed; returns the exit codes of failed ones by rank."""
+def _run(processes: int, place: NodePlace, page: LanePage) -> tuple[Mapping[int, int], int]:
+    """Runs the ranks until all have ended or one has failed.
+
+    Returns the exit codes of failed ones by rank, and the number of ranks on all machines.
+    """
     # Only now, since it imports torch, which takes seconds.
     elastic = importlib.import_module("tolaria.ranks.elastic")
-    ranks = elastic.Ranks((sys.executable, "-m", "tolaria.lane.rank"), processes, poll_s=_POLL_S)
+    ranks = elastic.Ranks((sys.executable, "-m", "tolaria.lane.rank"), processes, place, poll_s=_POLL_S)
     signal.signal(STACKS_SIGNAL, lambda _number, _frame: _pass_on(STACKS_SIGNAL, ranks.pids()))
-    return dict(ranks.run())
+    threading.Thread(target=_beat, args=(page,), name="tolaria-heartbeat", daemon=True).start()
+    return dict(ranks.run()), int(ranks.world)
+
+
+def _beat(page: LanePage) -> None:
+    """Shows that this process runs; one that is stopped would notice no rank that ends."""
+    while True:
+        page.beat_agent()
+        time.sleep(_BEAT_S)
 
 
 def _pass_on(number: int, pids: Sequence[int]) -> None:

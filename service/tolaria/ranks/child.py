@@ -18,12 +18,9 @@ def lane_options(program: str, description: str) -> argparse.ArgumentParser:
     """Returns a parser with the options that the service gives the process it starts."""
     parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("--service-pid", type=int, required=True, help="process id of the service")
-    for name, text in (
-        ("connection", "a Unix stream socket to the service"),
-        ("page", "the lane's page in shared memory"),
-        ("stdout", "standard output of the service"),
-    ):
+    for name, text in (("page", "the lane's page in shared memory"), ("stdout", "standard output of the service")):
         parser.add_argument(f"--{name}", type=int, required=True, metavar="FD", help=text)
+    parser.add_argument("--connection", type=int, default=-1, metavar="FD", help="a Unix stream socket to the service")
     return parser
 
 
@@ -34,7 +31,8 @@ def announce(options: argparse.Namespace) -> None:
     os.dup2(options.stdout, 1)
     os.close(options.stdout)
     for descriptor in (options.connection, options.page):
-        os.set_inheritable(descriptor, False)  # not for programs that the job starts
+        if descriptor >= 0:
+            os.set_inheritable(descriptor, False)  # not for programs that the job starts
 
 
 def begin(parent: int) -> None:

@@ -1,4 +1,7 @@
-"""`Ranks`: the ranks of a group on this machine, as torch's elastic agent starts and watches them."""
+"""`Ranks`: the ranks of a group on this machine, as torch's elastic agent starts and watches them.
+
+Which machines there are has been decided before: the rendezvous is static, and its only service is the store.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-_HOST: Final = "127.0.0.1"
+from tolaria.config.ranks import NodePlace
+
 _EXIT_BARRIER_S: Final = 5.0
 _KILL_S: Final = 5
 _STORE_S: Final = 60
@@ -26,20 +30,26 @@ class Ranks:
     """Runs a program in `processes` processes, with the environment of torchrun.
 
     A failure is not repaired: all ranks are killed, and what is started instead is decided elsewhere.
+
+    Args:
+        program: and its arguments.
+        processes: ranks on this machine.
+        place: which machine of the group this is.
+        poll_s: how often the ranks are looked at.
     """
 
-    def __init__(self, program: Sequence[str], processes: int, *, poll_s: float) -> None:
+    def __init__(self, program: Sequence[str], processes: int, place: NodePlace, *, poll_s: float) -> None:
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
         spec = WorkerSpec(
             role="lane",
             local_world_size=processes,
-            rdzv_handler=_OneMachine(f"lane-{os.getpid()}"),
+            rdzv_handler=_DecidedRendezvous(place),
             entrypoint=program[0],
             args=tuple(program[1:]),
             max_restarts=0,
             monitor_interval=poll_s,
-            master_addr=_HOST,
-            local_addr=_HOST,
+            master_addr=place.store_host,
+            local_addr=place.store_host,
         )
         self._agent = _Agent(spec, _Unredirected(), exit_barrier_timeout=_EXIT_BARRIER_S)
 
@@ -53,19 +63,35 @@ class Ranks:
                     os.killpg(pid, signal.SIGKILL)
         return {rank: failure.exitcode for rank, failure in result.failures.items()}
 
+    @property
+    def world(self) -> int:
+        """Ranks on all machines; those on this one until they are started."""
+        workers = self._agent.get_worker_group().workers
+        return max([len(workers), *(worker.world_size for worker in workers)])
+
     def pids(self) -> list[int]:
         """Returns the process ids."""
         return [int(worker.id) for worker in self._agent.get_worker_group().workers if worker.id is not None]
 
 
-class _OneMachine(StaticTCPRendezvous):
-    """A rendezvous of one agent, whose store listens on loopback only; unlike torch's dynamic one, without pickle."""
+class _DecidedRendezvous(StaticTCPRendezvous):
+    """A rendezvous of machines that are known; unlike torch's dynamic one, without pickle.
 
-    def __init__(self, run_id: str) -> None:
-        listener = socket.create_server((_HOST, 0))
-        port = listener.getsockname()[1]
-        super().__init__(_HOST, port, rank=0, world_size=1, run_id=run_id, timeout=_STORE_S)
-        self._store = TCPStore(_HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    The store listens on one address only, on a socket that the service has opened if there are several machines.
+    """
+
+    def __init__(self, place: NodePlace) -> None:
+        host, port, listener = place.store_host, place.store_port, place.store_listener
+        if place.node == 0 and listener < 0:
+            created = socket.create_server((host, 0))
+            port, listener = created.getsockname()[1], created.detach()
+        super().__init__(host, port, place.node, place.nodes, run_id="lane", timeout=_STORE_S)
+        if place.node == 0:
+            self._store = TCPStore(
+                host, port, is_master=True, timeout=self.timeout, wait_for_workers=False, master_listen_fd=listener
+            )
+        else:
+            self._store = TCPStore(host, port, is_master=False, timeout=self.timeout, wait_for_workers=False)
 
 
 class _Agent(LocalElasticAgent):

@@ -28,6 +28,8 @@ from tolaria.reference.kasmina import DesiredSeeds, KasminaService
 from tolaria.reference.rollback import RollbackParticipantService, Runs
 from tolaria.reference.tamiyo import TamiyoRun, TamiyoService
 from tolaria.reference.tracing import TracingInterceptor
+from tolaria.security.certificates import Identity, TlsFiles
+from tolaria.security.watched import WatchedFiles, watch
 from tolaria.signals import ParticipantWriter, SignalBoard
 from tolaria.telemetry.tracing import Tracer
 
@@ -45,6 +47,7 @@ async def serve_peer(
     announce: Callable[[Address], None],
     board: Path | None = None,
     state_dir: Path | None = None,
+    tls: TlsFiles | None = None,
     while_stdin: bool,
     tracer: Tracer | None = None,
 ) -> None:
@@ -52,12 +55,22 @@ async def serve_peer(
 
     `announce` is called once, with the address that the server listens on. With a signal `board` the peer sends
     heartbeats and acknowledges emergencies on it. Tamiyo keeps what a restart needs in `state_dir`; Kasmina needs
-    nothing but the packets. Raises `BindError` when `listen` is not available.
+    nothing but the packets. With `tls` it serves with these files, which are read again when they change.
+
+    Raises:
+        BindError: `listen` is not available.
+        CredentialsError: a file of `tls` cannot be used.
     """
-    async with peer_server(peer, listen, leyline, state_dir, tracer) as server, anyio.create_task_group() as tasks:
+    watched = None if tls is None else WatchedFiles("the certificate of the peer", tls.read)
+    if watched is None and not Address.parse(listen).is_loopback:
+        _log.warning("exposed", peer=peer, detail=f"{listen} is served without TLS; --tls-cert and --tls-key set it")
+    serving = peer_server(peer, listen, leyline, state_dir, tracer, tls=watched)
+    async with serving as server, anyio.create_task_group() as tasks:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             if board is not None:
                 tasks.start_soon(join_board, board, peer)
+            if watched is not None:
+                tasks.start_soon(watch, watched)
             announce(server.address)
             if while_stdin:
                 tasks.start_soon(_stop_at_end_of_stdin, tasks.cancel_scope)
@@ -73,6 +86,8 @@ async def peer_server(
     leyline: LeylineSettings,
     state_dir: Path | None = None,
     tracer: Tracer | None = None,
+    *,
+    tls: WatchedFiles[Identity] | None = None,
 ) -> AsyncIterator[GrpcServer]:
     """Serves one peer while the block runs. Raises `BindError` when `listen` is not available."""
 
@@ -89,7 +104,7 @@ async def peer_server(
 
     service_names = (_SERVICES[peer], _ROLLBACK_SERVICE)
     traced = [TracingInterceptor(peer, tracer)] if tracer is not None and tracer.exports else []
-    bound = await bound_server(peer, listen, interceptors=traced)
+    bound = await bound_server(peer, listen, tls=tls, interceptors=traced)
     async with grpc_server(bound, register, service_names=service_names, grace_s=_GRACE_S) as server:
         for name in ("", *service_names):
             await server.set_health(name, serving=True)

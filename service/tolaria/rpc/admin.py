@@ -17,8 +17,9 @@ from leyline.v1.enums_pb2 import RollbackTier
 from tolaria import errors
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.rollback.protocol import Rollback, rollback_id_of
+from tolaria.rpc.audit import AuditTrail
 from tolaria.rpc.exports import carry_out, export_answer, export_order
-from tolaria.rpc.listing import INCIDENTS_DEFAULT, INCIDENTS_MAX, list_incidents, list_restore_points
+from tolaria.rpc.listing import limited, list_admin_calls, list_incidents, list_restore_points
 from tolaria.rpc.requests import Answer, MutatingRequest, RequestLedger
 from tolaria.rpc.status import abort
 from tolaria.rpc.telemetry import filter_of, responses
@@ -51,6 +52,7 @@ class AdminParts:
     safety: Safety
     journal: AsyncJournal
     ledger: RequestLedger
+    audit: AuditTrail
     complete: Callable[[admin.GetStatusResponse], None]
     closing: anyio.Event
     interval_s: float
@@ -250,9 +252,17 @@ class AdminService(TolariaAdminServiceServicer):
     async def ListIncidents(self, request: admin.ListIncidentsRequest, context: Context) -> admin.ListIncidentsResponse:
         """Returns the incidents, newest first."""
         try:
-            if request.limit > INCIDENTS_MAX:
-                raise errors.InvalidFieldError("limit", f"must not be more than {INCIDENTS_MAX}, is {request.limit}")
-            return list_incidents(await _read(self._parts.journal.incidents(request.limit or INCIDENTS_DEFAULT)))
+            return list_incidents(await _read(self._parts.journal.incidents(limited(request.limit))))
+        except errors.TolariaError as error:
+            await abort(context, error)
+
+    async def ListAdminCalls(
+        self, request: admin.ListAdminCallsRequest, context: Context
+    ) -> admin.ListAdminCallsResponse:
+        """Returns the calls that could change something, newest first."""
+        try:
+            limit = limited(request.limit)
+            return list_admin_calls(await _read(self._parts.journal.admin_calls(limit)))
         except errors.TolariaError as error:
             await abort(context, error)
 
@@ -316,7 +326,10 @@ class AdminService(TolariaAdminServiceServicer):
     ) -> Answer:
         method = request.DESCRIPTOR.name.removesuffix("Request")
         try:
-            with within(remote_parent(context.invocation_metadata() or ())):
+            with (
+                within(remote_parent(context.invocation_metadata() or ())),
+                self._parts.audit.recorded(method, request),
+            ):
                 return await self._parts.ledger.once(method, request, operation, timeout_s=timeout_s, late=late)
         except errors.TolariaError as error:
             await abort(context, error)

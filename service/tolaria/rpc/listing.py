@@ -1,4 +1,4 @@
-"""Messages about restore points and incidents."""
+"""Messages about restore points, incidents and the calls of operators."""
 
 from __future__ import annotations
 
@@ -8,12 +8,43 @@ from typing import Final
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from leyline.v1 import admin_service_pb2 as admin
-from tolaria.journal.rows import Incident
+from tolaria.errors import InvalidFieldError
+from tolaria.journal.rows import AdminCallRow, Incident
 from tolaria.run.restore_points import RestorePoint
 
 INCIDENTS_DEFAULT: Final = 100
 INCIDENTS_MAX: Final = 1000
-"""Incidents in one answer: a few hundred kilobytes, far below the limit of a gRPC message."""
+"""Incidents or calls in one answer: a few hundred kilobytes, far below the limit of a gRPC message."""
+
+
+def limited(limit: int) -> int:
+    """Returns how many are listed for the limit of a request. Raises InvalidFieldError."""
+    if limit > INCIDENTS_MAX:
+        raise InvalidFieldError("limit", f"must not be more than {INCIDENTS_MAX}, is {limit}")
+    return limit or INCIDENTS_DEFAULT
+
+
+def list_admin_calls(rows: Iterable[AdminCallRow]) -> admin.ListAdminCallsResponse:
+    """Returns the calls in the given order."""
+    return admin.ListAdminCallsResponse(
+        calls=[
+            admin.AdminCall(
+                call_id=row.call_id,
+                called_at=_timestamp(row.at_ns),
+                method=row.method,
+                request_id=row.request_id,
+                caller=row.caller,
+                role=row.role,
+                peer=row.peer,
+                reason=row.reason,
+                global_step=max(0, row.global_step),
+                outcome=row.outcome,
+                detail=row.detail,
+                run_id=row.run_id,
+            )
+            for row in rows
+        ]
+    )
 
 
 def list_incidents(incidents: Iterable[Incident]) -> admin.ListIncidentsResponse:

@@ -16,6 +16,9 @@ DOMAIN: Final = "tolaria"
 
 STATUSES: Final[tuple[tuple[type[TolariaError], int, str], ...]] = (
     (errors.InvalidFieldError, code_pb2.INVALID_ARGUMENT, "INVALID_FIELD"),
+    (errors.NotAuthenticatedError, code_pb2.UNAUTHENTICATED, "NOT_AUTHENTICATED"),
+    (errors.NotPermittedError, code_pb2.PERMISSION_DENIED, "NOT_PERMITTED"),
+    (errors.TooManyCallsError, code_pb2.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS"),
     (errors.WrongStateError, code_pb2.FAILED_PRECONDITION, "WRONG_STATE"),
     (errors.UnknownLevelError, code_pb2.INVALID_ARGUMENT, "UNKNOWN_LEVEL"),
     (errors.IllegalEmergencyEventError, code_pb2.FAILED_PRECONDITION, "NO_SUCH_EMERGENCY"),
@@ -42,6 +45,7 @@ STATUSES: Final[tuple[tuple[type[TolariaError], int, str], ...]] = (
     (errors.CheckpointError, code_pb2.DATA_LOSS, "CHECKPOINT_DAMAGED"),
     (errors.JournalError, code_pb2.UNAVAILABLE, "JOURNAL_UNAVAILABLE"),
     (errors.BindError, code_pb2.UNAVAILABLE, "BIND"),
+    (errors.CredentialsError, code_pb2.FAILED_PRECONDITION, "CREDENTIALS"),
     (errors.ConfigurationError, code_pb2.INVALID_ARGUMENT, "CONFIGURATION"),
     (errors.JobError, code_pb2.FAILED_PRECONDITION, "JOB"),
     (errors.TolariaError, code_pb2.UNKNOWN, "TOLARIA"),

@@ -25,10 +25,11 @@ from tolaria.run.status import RunStatus
 
 _log = structlog.get_logger(__name__)
 
-_DEATHS_OF_A_BATCH: Final = {"killed": 3}
+_DEATHS_OF_A_BATCH: Final = {"killed": 3, "node_lost": math.inf, "regrouped": math.inf}
 """Deaths in a row after which a batch is taken for their cause, by kind; two of other kinds.
 
-What kills from outside, such as a machine that is drained, may by chance meet the same batch twice.
+What kills from outside, such as a machine that is drained, may by chance meet the same batch twice; no batch makes a
+machine go or come.
 """
 
 

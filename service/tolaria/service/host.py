@@ -24,6 +24,7 @@ from tolaria.grpc_server import GrpcServer, grpc_server
 from tolaria.peers.connect import Peer, Peers, connected_peers
 from tolaria.reference.embedded import EmbeddedPeer, embedded_peers
 from tolaria.rpc.admin import AdminParts, AdminService
+from tolaria.rpc.audit import AuditTrail
 from tolaria.run.resume import RunOutcome
 from tolaria.run.status import state_name
 from tolaria.service.listeners import Listeners
@@ -59,8 +60,7 @@ class Host:
         """Starts everything, trains, stops everything; returns the exit code."""
         status = self._core.status
         async with AsyncExitStack() as stack:
-            sockets, metrics = self._listeners.metrics, self._foundation.metrics
-            await stack.enter_async_context(exporter(sockets, metrics, lambda: readiness(self._core)))
+            await stack.enter_async_context(self._exporter())
             if self._core.process is not None:
                 lane_tasks = await stack.enter_async_context(anyio.create_task_group())
                 stack.callback(self._core.process.abandon)
@@ -95,6 +95,7 @@ class Host:
             tasks.start_soon(self._drain_on_signal, tasks, service, signals)
             tasks.start_soon(watch_board, self._foundation.board, core.safety.controller)
             tasks.start_soon(publish_health, core, server)
+            tasks.start_soon(self._listeners.protection.keep_current)
             # A lane of this process starts after every child process: it forks when the job does.
             await tasks.start(watch_process, self._settings, self._foundation.board, core.heartbeats)
             tasks.start_soon(watch_disk, core)
@@ -129,6 +130,8 @@ class Host:
 
     async def _drain(self, service: RunService, checkpoint_s: float) -> None:
         """Runs concurrently with the wait for signals, so that a second one is noticed."""
+        if self._core.process is not None:
+            self._core.process.drained = True  # the run is to be continued
         await service.run.drain(checkpoint_s)
         self._drained.set()
 
@@ -157,8 +160,15 @@ class Host:
         self._core.telemetry.close()
         self._core.lifecycle.changed()
 
+    def _exporter(self) -> AbstractAsyncContextManager[None]:
+        core, listeners = self._core, self._listeners
+        metrics, guard = self._foundation.metrics, listeners.protection.guard
+        return exporter(listeners.metrics, metrics, lambda: readiness(core), guard)
+
     def _admin_server(self, service: RunService, operations: TaskGroup) -> AbstractAsyncContextManager[GrpcServer]:
         settings, core = self._settings, self._core
+        audit = AuditTrail(core.journal, core.status)
+        self._listeners.protection.interceptor.on_denied = audit.denied
 
         def register(server: grpc.aio.Server) -> None:
             parts = AdminParts(
@@ -168,6 +178,7 @@ class Host:
                 safety=core.safety,
                 journal=core.journal,
                 ledger=new_ledger(core, operations),
+                audit=audit,
                 complete=self._complete,
                 closing=self._closing,
                 telemetry=core.telemetry,

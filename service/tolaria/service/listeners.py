@@ -13,6 +13,8 @@ from tolaria import forks
 from tolaria.config import Address, Settings
 from tolaria.errors import BindError
 from tolaria.grpc_server import BoundServer, bound_server
+from tolaria.service.protection import Protection, protected
+from tolaria.telemetry.metrics import Metrics
 
 _ADMIN, _METRICS = "server.listen: the admin server", "metrics.listen: the metrics server"
 
@@ -22,32 +24,42 @@ class Listeners:
     """What the admin server and the metrics server accept connections on. Those made before they serve wait."""
 
     admin: BoundServer
+    protection: Protection
     metrics: tuple[socket.socket, ...]
     metrics_address: Address
 
 
-def open_listeners(settings: Settings, loop: asyncio.Runner) -> Listeners:
+def open_listeners(settings: Settings, loop: asyncio.Runner, metrics: Metrics) -> Listeners:
     """Binds both addresses; `loop` is the one that serves later. Forks of this process do not inherit them.
 
-    Raises BindError, which names the setting, the cause and, if it can be found, the process that has the address.
+    Raises:
+        CredentialsError: a file with certificates, tokens or passwords cannot be used.
+        BindError: which names the setting, the cause and, if it can be found, the process that has the address.
     """
-    listen = settings.server.listen
+    listen, protection = settings.server.listen, protected(settings, metrics)
+    server = bound_server(
+        *(_ADMIN, listen),
+        tls=protection.tls,
+        interceptors=[protection.interceptor],
+        request_bytes_max=1024 * settings.server.request_kb_max,
+        connection_idle_s=settings.server.idle_s,
+    )
     try:
-        admin = loop.run(bound_server(_ADMIN, listen))
+        admin = loop.run(server)
     except BindError:
         for bound in open_sockets(_ADMIN, listen):  # raises with the cause, which gRPC does not report
             bound.close()
         raise
-    listeners = with_metrics(admin, settings.metrics.listen)
+    listeners = with_metrics(admin, settings.metrics.listen, protection)
     for address in (admin.address, listeners.metrics_address):
         forks.keep_sockets_private(address.port)
     return listeners
 
 
-def with_metrics(admin: BoundServer, listen: str) -> Listeners:
+def with_metrics(admin: BoundServer, listen: str, protection: Protection) -> Listeners:
     """Returns the admin server and the sockets of the metrics server. Raises as `open_sockets` does."""
     sockets = open_sockets(_METRICS, listen)
-    return Listeners(admin, sockets, Address(Address.parse(listen).host, sockets[0].getsockname()[1]))
+    return Listeners(admin, protection, sockets, Address(Address.parse(listen).host, sockets[0].getsockname()[1]))
 
 
 def open_sockets(what: str, listen: str) -> tuple[socket.socket, ...]:

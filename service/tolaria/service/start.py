@@ -17,7 +17,7 @@ import structlog
 
 from tolaria import __version__
 from tolaria.checkpoint.writer import CheckpointWriter
-from tolaria.config import Settings
+from tolaria.config import Settings, exposure_warnings, require_protection
 from tolaria.emergency.supervision import stacks_on_request
 from tolaria.images import StateImage
 from tolaria.lane.messages import LaneReady
@@ -35,6 +35,7 @@ from tolaria.run.resume import (
 from tolaria.service import settings_record
 from tolaria.service.host import Host
 from tolaria.service.listeners import open_listeners
+from tolaria.service.protection import forbid_core_files
 from tolaria.service.wiring import Foundation, LaneBuild, build_lane
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
@@ -50,6 +51,8 @@ def run(settings: Settings) -> int:
     What the settings can be wrong about is found before the job's code runs, as far as possible.
 
     Raises:
+        ExposedError: other machines could reach the admin server without TLS or a token.
+        CredentialsError: a file with certificates, tokens or passwords cannot be used.
         StateHeldError: another service uses state.dir.
         BindError: an address cannot be listened on.
         JobError: the job cannot be built; nothing has been started yet.
@@ -57,19 +60,23 @@ def run(settings: Settings) -> int:
         SignalError: the signal board cannot be created.
         ConfigurationError: state.dir cannot be written, or its content does not fit the settings.
     """
+    require_protection(settings)
+    forbid_core_files(settings)
     metrics, context = Metrics(), LogContext()
     start_at_zero(metrics.telemetry_dropped_total, ((priority,) for priority in get_args(Priority)))
     stderr = sys.stderr or io.StringIO()  # None when the parent closed it
     with logging_to(stderr, settings.logging, context, on_dropped=partial(_count_dropped, metrics)):
         for notice in settings.notices:
             structlog.get_logger().warning("setting_retired", detail=notice)
+        for sentence in exposure_warnings(settings):
+            structlog.get_logger().warning("exposed", detail=sentence)
         # Not the thread's current loop: a job that asks for one while it is built gets another.
         with (
             tracing(settings.telemetry, "tolaria") as tracer,
             locked_state(settings),
             asyncio.Runner(loop_factory=asyncio.new_event_loop) as loop,
         ):
-            listeners = open_listeners(settings, loop)
+            listeners = open_listeners(settings, loop, metrics)
             build = _built(settings) if settings.lane.mode == "thread" or not hasattr(os, "memfd_create") else None
             with prepare_state(settings) as prepared:
                 point = load_resume_point(prepared)

@@ -20,7 +20,7 @@ from tolaria.signals.mapping import locked_fence
 STACKS_SIGNAL: Final = signal.SIGUSR1
 """Has the lane's process append the stacks of its threads to a file in state.dir."""
 
-_BEAT, _WORK, _SINCE, _RESTS, _GRANTED, _FORBIDDEN, _HOLD, _EPOCH, _PLACE, _ALIVE = range(10)
+_BEAT, _WORK, _SINCE, _RESTS, _GRANTED, _FORBIDDEN, _HOLD, _EPOCH, _PLACE, _ALIVE, _AGENT = range(11)
 _WORDS: Final = 16
 
 
@@ -52,6 +52,10 @@ class LanePage:
     def beat_process(self) -> None:
         """Stores the time as the heartbeat of the lane's process, from another thread than the lane's."""
         self._words[_ALIVE] = time.monotonic_ns()
+
+    def beat_agent(self) -> None:
+        """Stores the time as the heartbeat of the agent that watches the ranks of a group."""
+        self._words[_AGENT] = time.monotonic_ns()
 
     def show_rest(self, silence_ms: int) -> None:
         """Stores whether the lane rests: not 0, for how many milliseconds the process may be silent meanwhile."""
@@ -110,6 +114,10 @@ class LanePage:
     def silent_s(self) -> float:
         """Returns for how many seconds the lane has given no heartbeat that was due."""
         return 0.0 if self._words[_RESTS] else self._since_s(_BEAT)
+
+    def agent_silent_s(self) -> float:
+        """Returns for how many seconds the agent has given no heartbeat; 0 before the first one."""
+        return self._since_s(_AGENT)
 
     def overdue_s(self) -> float:
         """Returns for how many seconds it, or at rest its process, has been silent if that is too long; else 0."""

@@ -1,4 +1,4 @@
-"""The HTTP server of /metrics for Prometheus and of /livez and /readyz for health probes."""
+"""The HTTP server of /metrics for Prometheus and of /livez, /healthz and /readyz for health probes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from prometheus_client import Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from tolaria.config import MetricsSettings
 from tolaria.telemetry.metrics import Metrics, with_counters
+from tolaria.telemetry.web_server import AUTHENTICATED, WebGuard
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +34,16 @@ class Readiness:
 
 @asynccontextmanager
 async def exporter(
-    sockets: Sequence[socket.socket], metrics: Metrics, readiness: Callable[[], Readiness]
+    sockets: Sequence[socket.socket],
+    metrics: Metrics,
+    readiness: Callable[[], Readiness],
+    guard: WebGuard | None = None,
 ) -> AsyncIterator[None]:
     """Serves on listening sockets, which it closes, until the context exits. `readiness` is called from any thread."""
     metrics.health_ready.set_function(lambda: readiness().ready)
-    # A scrape in flight at the exit has a second to complete.
-    runner = web.AppRunner(_application(metrics, readiness), access_log=None, shutdown_timeout=1.0)
-    await runner.setup()
-    try:
-        for bound in sockets:
-            await web.SockSite(runner, bound).start()
+    guard = guard or WebGuard(None, metrics, MetricsSettings().connections_max)
+    async with guard.serving(_application(metrics, readiness), sockets):
         yield
-    finally:
-        with anyio.CancelScope(shield=True):
-            await runner.cleanup()
 
 
 def _application(metrics: Metrics, readiness: Callable[[], Readiness]) -> web.Application:
@@ -59,13 +57,16 @@ def _application(metrics: Metrics, readiness: Callable[[], Readiness]) -> web.Ap
     async def live(_request: web.Request) -> web.Response:
         return web.json_response({"live": True})
 
-    async def ready(_request: web.Request) -> web.Response:
+    async def ready(request: web.Request) -> web.Response:
         found = readiness()
-        answer = {"ready": found.ready, "reasons": found.reasons, "details": found.details}
+        answer: dict[str, object] = {"ready": found.ready}
+        if request[AUTHENTICATED]:
+            answer |= {"reasons": found.reasons, "details": found.details}
         return web.json_response(answer, status=200 if found.ready else 503)
 
     application = web.Application()
     application.add_routes([web.get("/metrics", render), web.get("/livez", live), web.get("/readyz", ready)])
+    application.add_routes([web.get("/healthz", live)])  # the older name of /livez
     return application
 
 

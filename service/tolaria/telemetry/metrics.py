@@ -136,6 +136,7 @@ class Metrics:
         self._declare_emergency()
         self._declare_rollback()
         self._declare_process()
+        self._declare_servers()
         self._declare_telemetry()
         self._process: ProcessCollector | None = None
 
@@ -374,6 +375,17 @@ class Metrics:
     def _tally(self, name: str, help_text: str) -> Tally:
         self._declare(name, "counter", help_text)
         return Tally(PREFIX + name, help_text, registry=self.registry)
+
+    def _declare_servers(self) -> None:
+        self.server_calls_total = self._counter(
+            "server.calls_total", "Calls of the admin server, by token and gRPC status.", ["caller", "code"]
+        )
+        self.server_credentials_failures_total = self._counter(
+            "server.credentials_failures_total", "Changed certificates, tokens or passwords that cannot be used."
+        )
+        self.metrics_requests_total = self._counter(
+            "metrics.requests_total", "Requests to the metrics server, by user and HTTP status.", ["caller", "code"]
+        )
 
     def _gauge(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Gauge:
         self._declare(name, "gauge", help_text, labels)

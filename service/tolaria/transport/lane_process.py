@@ -32,6 +32,7 @@ from tolaria.segments import allow_descriptors, segments_frames, share
 from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage
 from tolaria.transport.lane_images import HeldSegments
 from tolaria.transport.lane_link import LaneLink
+from tolaria.transport.rendezvous import Formation, Rendezvous
 from tolaria.wire import Frame, FrameKind, packed_id
 
 PROGRAM: Final = (sys.executable, "-m", "tolaria.lane")
@@ -50,6 +51,9 @@ _LINE_MAX: Final = 2000
 _LINES_KEPT: Final = 200
 _LINES_SHOWN: Final = 5
 _CHECKPOINT_ID: Final = 1
+_NO_CAUSES: Final = ("Extension modules:", "[W")
+"""How lines begin that say nothing about an end: the last one of a crash, and warnings of torch's sockets."""
+
 _CRASHES: Final = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP}
 """Signals that a process gets by what it does; others come from outside."""
 
@@ -83,6 +87,7 @@ class LaneProcess(ChildSupervisor):
         settings: the lane is built from them.
         segments: memory of the lanes before, which each new one gets.
         owner: takes what the process sends, and says what the next one is to do.
+        rendezvous: of a group on several machines, of which the process is that on this one.
 
     Attributes:
         generation: number of the latest process, from 1; 0 before the first.
@@ -91,10 +96,12 @@ class LaneProcess(ChildSupervisor):
         wanted: whether another process follows when this one has ended; not before the first one is ready.
     """
 
-    def __init__(self, settings: Settings, segments: HeldSegments, owner: LaneOwner) -> None:
+    def __init__(
+        self, settings: Settings, segments: HeldSegments, owner: LaneOwner, rendezvous: Rendezvous | None
+    ) -> None:
         lane = settings.lane
         super().__init__(
-            ChildCommand("lane", (), child_environment(settings), keep_stderr=True),
+            ChildCommand("lane", (), child_environment(settings, secrets=False), keep_stderr=True),
             restarts=RestartPolicy(
                 pause_s=lane.restart_pause_s, pause_s_max=lane.restart_pause_max_s, lived_s=_LIVED_S
             ),
@@ -105,6 +112,7 @@ class LaneProcess(ChildSupervisor):
         self._settings = settings
         self._segments = segments
         self._owner = owner
+        self._rendezvous = rendezvous
         self.generation = 0
         self.page: LanePage | None = None
         self.link: LaneLink | None = None
@@ -134,6 +142,8 @@ class LaneProcess(ChildSupervisor):
         """Stops the process if it runs, and what is left of its children."""
         link, self.link = self.link, None
         child = self._child
+        if self._rendezvous is not None:
+            self._rendezvous.stop("the group has ended")
         with anyio.CancelScope(shield=True):
             if link is not None:
                 if child is not None and child.process.returncode is not None:
@@ -143,7 +153,9 @@ class LaneProcess(ChildSupervisor):
                 link.close()
             await super().stop()
             if child is not None:
-                self._end.code = child.process.returncode
+                self._end.code = (
+                    child.process.returncode if self._end.code_elsewhere is None else self._end.code_elsewhere
+                )
                 for pid in (child.process.pid, *self._end.ranks):
                     kill_group(pid)
                 self._end.without_memory = await anyio.to_thread.run_sync(oom_kills) > self._end.out_of_memory
@@ -160,13 +172,31 @@ class LaneProcess(ChildSupervisor):
         `ranks` are the processes that compute, which lead process groups: all of them end with this process.
         """
         self._end.ranks = tuple(ranks)
-        if self.generation == 1:
+        if self._build_s == math.inf:
             self._build_s = max(3 * self._end.age_s, self._settings.emergency.phase_timeout_s)
         self._end.building = False
 
     def ends(self, raised: str = "") -> None:
         """Handles the process's last message: it exits now, after the exception `raised` if there is one."""
         self._end.raised, self._end.exits_by_s = raised, time.monotonic() + _EXIT_S
+
+    def node_lost(self, host: str, why: str) -> None:
+        """Ends the group, of which a machine has gone; as `GroupOwner.on_node_lost`."""
+        self._end.lost = f"the machine {host} has gone: {why}"
+        self.wanted = self.wanted or self._build_s == math.inf
+        kill_group(self.pid)
+
+    def regroup(self) -> None:
+        """Has the group start again, since more machines can take part."""
+        self._end.regrouped = True
+        kill_group(self.pid)
+
+    def ranks_ended(self, host: str, code: int, lines: Sequence[str]) -> None:
+        """Ends the group, of which ranks elsewhere have failed; as `GroupOwner.on_ranks_ended`."""
+        _log.info("lane_wrote", text="\n".join(lines), host=host)
+        self._end.lines.extend(f"{line} on {host}" if RANK_ENDED.match(line) else line for line in lines)
+        self._end.code_elsewhere = code
+        kill_group(self.pid)
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -185,12 +215,16 @@ class LaneProcess(ChildSupervisor):
         if len(self._line) > _LINE_MAX:
             lines, newline, self._line = lines + newline + self._line, "\n", ""
         if newline and lines.strip():
-            self._end.lines.extend(line for line in lines.splitlines() if not line.startswith("Extension modules:"))
+            self._end.lines.extend(line for line in lines.splitlines() if not line.startswith(_NO_CAUSES))
             _log.info("lane_wrote", text=lines)
 
     def on_ended(self, detail: str, restart_in_s: float) -> None:
         """Reports the loss; a new process follows."""
         kind, cause = self._end.described(detail)
+        if self._build_s == math.inf:  # a machine has gone during the first build, which begins again
+            self.wanted = False
+            _log.error("group_not_built", generation=self.generation, cause=cause, restart_in_s=restart_in_s)
+            return
         _log.error("lane_lost", generation=self.generation, kind=kind, cause=cause, restart_in_s=restart_in_s)
         self._owner.on_lost(kind, cause, None if self.page is None else self.page.batch)
 
@@ -201,27 +235,35 @@ class LaneProcess(ChildSupervisor):
     # -- parts -------------------------------------------------------------------------------------------------------
 
     async def _start(self) -> ChildProcess:
-        self.page, self._end = LanePage.create(), _End(await anyio.to_thread.run_sync(oom_kills))
+        with Formation() if self._rendezvous is None else await self._rendezvous.form() as formation:
+            self.page, self._end = LanePage.create(), _End(await anyio.to_thread.run_sync(oom_kills))
+            child, ours = await self._spawn(self.page, formation)
+        self.generation += 1
+        self.link = LaneLink(ours, self._owner.on_frames)
+        if self._tasks is not None:
+            self._tasks.start_soon(self.link.serve)
+        if self._rendezvous is not None:
+            self._rendezvous.start(formation, self.generation)
+        await self._send_order(self.link)
+        return child
+
+    async def _spawn(self, page: LanePage, formation: Formation) -> tuple[ChildProcess, socket.socket]:
+        """Starts the process; returns it and this side of the connection to it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         stdout = os.dup(1)
         try:
-            descriptors = {"connection": theirs.fileno(), "page": self.page.segment.descriptor, "stdout": stdout}
+            descriptors = {"connection": theirs.fileno(), "page": page.segment.descriptor, "stdout": stdout}
+            descriptors |= formation.descriptors
             arguments = [f"--{name}={descriptor}" for name, descriptor in descriptors.items()]
-            program = (*self._program(), f"--service-pid={os.getpid()}", *arguments)
+            program = (*self._program(), *formation.arguments, f"--service-pid={os.getpid()}", *arguments)
             self.command = replace(self.command, arguments=program, descriptors=tuple(descriptors.values()))
-            child = await super().start()
+            return await super().start(), ours
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
             os.close(stdout)
-        self.generation += 1
-        self.link = LaneLink(ours, self._owner.on_frames)
-        if self._tasks is not None:
-            self._tasks.start_soon(self.link.serve)
-        await self._send_order(self.link)
-        return child
 
     def _program(self) -> tuple[str, ...]:
         lane = self._settings.lane
@@ -262,6 +304,9 @@ class LaneProcess(ChildSupervisor):
                 if end is self._end and page.overdue_s() > 0:  # the signal may have ended a wait
                     end.silent = f"the lane has given no heartbeat for {overdue_s:.0f} s"
                     kill_group(self.pid)
+            elif (silent_s := page.agent_silent_s()) > self._settings.emergency.heartbeat_timeout_s:
+                end.silent = f"the agent of the group has given no heartbeat for {silent_s:.0f} s"
+                kill_group(self.pid)
             elif end.building and end.age_s > self._build_s:
                 end.silent = f"the lane has not been built within {self._build_s:.0f} s"
                 kill_group(self.pid)
@@ -273,7 +318,11 @@ class LaneProcess(ChildSupervisor):
 
 @dataclass(slots=True)
 class _End:
-    """How a process ends, as far as it is known. `out_of_memory` counts the kills before its start."""
+    """How a process ends, as far as it is known. `out_of_memory` counts the kills before its start.
+
+    `lost` says which machine of the group has gone, `regrouped` that one is taken in, `code_elsewhere` how ranks on
+    another machine have ended.
+    """
 
     out_of_memory: int = 0
     started_s: float = field(default_factory=time.monotonic)
@@ -281,6 +330,9 @@ class _End:
     building: bool = True
     exits_by_s: float = math.inf
     code: int | None = None
+    code_elsewhere: int | None = None
+    lost: str = ""
+    regrouped: bool = False
     fault: str = ""
     silent: str = ""
     ranks: tuple[int, ...] = ()
@@ -295,24 +347,36 @@ class _End:
     def described(self, detail: str) -> tuple[str, str]:
         """Returns the kind and the cause of the end, with the last lines of its standard error, or where it crashed."""
         killed = self.code is not None and self.code < 0
+        detail, shown = self._shown(detail, killed)
+        if self.regrouped:
+            found = "regrouped", "the group starts again with another machine"
+        elif self.lost:
+            found = "node_lost", self.lost
+        elif self.raised or self.code == RAISED:
+            found = "raised", self.raised or shown
+        elif self.silent:
+            found = "silent", f"{self.silent}; it {detail}"
+        elif self.fault:
+            found = "connection", f"{self.fault}; it {detail}"
+        elif self.without_memory:
+            found = "out_of_memory", f"the cgroup is out of memory; it {detail}"
+        elif killed and -(self.code or 0) in _CRASHES:
+            found = "crashed", f"it {detail}"
+        else:
+            found = ("killed" if killed else "exited"), f"it {detail}"
+        return found
+
+    def _shown(self, detail: str, killed: bool) -> tuple[str, str]:
+        """Returns how the process has ended, followed by the lines that say why; and these alone."""
         crash = next((n for n, line in enumerate(self.lines) if line.startswith("Current thread")), -_LINES_SHOWN)
         shown = "\n".join([*self.lines][crash:][:_LINES_SHOWN]).strip()
         ends = next((line for line in reversed(self.lines) if RANK_ENDED.match(line)), "")  # as the agent says it
         shown = "\n".join(text for text in (ends, shown.replace(ends, "").strip()) if text)
-        detail = detail.partition(": ")[0] + (f": {shown}" if shown else "")
+        detail = detail.partition(": ")[0] if self.code_elsewhere is None else f"ended with code {self.code_elsewhere}"
+        detail += f": {shown}" if shown else ""
         if killed:
             detail = detail.replace(f"ended with code {self.code}", f"was killed by {_signal_name(-(self.code or 0))}")
-        if self.raised or self.code == RAISED:
-            return "raised", self.raised or shown
-        if self.silent:
-            return "silent", f"{self.silent}; it {detail}"
-        if self.fault:
-            return "connection", f"{self.fault}; it {detail}"
-        if self.without_memory:
-            return "out_of_memory", f"the cgroup is out of memory; it {detail}"
-        if killed and -(self.code or 0) in _CRASHES:
-            return "crashed", f"it {detail}"
-        return ("killed" if killed else "exited"), f"it {detail}"
+        return detail, shown
 
 
 def _signal_name(number: int) -> str:

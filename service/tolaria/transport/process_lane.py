@@ -35,6 +35,7 @@ from tolaria.lane.order import RestorePlan
 from tolaria.segments import numbers_of
 from tolaria.transport.lane_images import HeldSegments, LaneImages
 from tolaria.transport.lane_process import LaneProcess
+from tolaria.transport.rendezvous import Rendezvous
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.wire import Frame, FrameKind, packed_id, unpacked_events, unpacked_id
 
@@ -66,6 +67,7 @@ class ProcessLane:
     Attributes:
         images: the pool through which run and lane exchange images.
         plan: says what a process after the first one restores; as `LaneOwner.next_plan`.
+        drained: whether the end of the lane is not that of the run, which another service continues.
     """
 
     def __init__(
@@ -77,7 +79,8 @@ class ProcessLane:
         self._settings = settings.lane
         self._checkpoint = checkpoint
         self._segments = segments
-        self._process = LaneProcess(settings, segments, self)
+        self._rendezvous = Rendezvous(settings, self) if settings.lane.nodes_max > 1 else None
+        self._process = LaneProcess(settings, segments, self, self._rendezvous)
         self._digests: tuple[str, ...] = ()
         self._next_segment = 1
         self._orphans = set[int]()
@@ -88,16 +91,37 @@ class ProcessLane:
         self._opened = anyio.Event()
         self._answering = self._over = self._stopping = False
         self._deaths: deque[float] = deque()
+        self._put_off: tuple[int, RunEpoch] | None = None
         self._failures: list[str] = []
         self._ready_at_s = 0.0
+        self._failed: Failure | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.get_ident()
+        self.drained = False
 
     async def serve(self) -> None:
-        """Keeps the lane running until it has ended, is given up, or this is cancelled."""
+        """Keeps the lane running until it has ended, is given up, or this is cancelled.
+
+        Raises BindError if the address at which other machines join cannot be listened on.
+        """
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
-        await self._process.serve()
+        if self._rendezvous is None:
+            await self._process.serve()
+        else:
+            async with anyio.create_task_group() as tasks:
+                await tasks.start(self._rendezvous.serve)
+                await self._serve_with_nodes(self._rendezvous)
+                tasks.cancel_scope.cancel()
         self._end(LaneEnded(0, None))  # stopped while there was no process that could answer
+
+    async def _serve_with_nodes(self, rendezvous: Rendezvous) -> None:
+        try:
+            await self._process.serve()
+        finally:
+            if (self._over or self._failed or self._stopping) and not self.drained:
+                detail = "the run has ended" if self._failed is None else f"the run has failed: {self._failed}"
+                with anyio.CancelScope(shield=True):
+                    await rendezvous.end(failed=self._failed is not None, detail=detail)
 
     async def open(self) -> LaneReady | None:
         """Waits until the lane is built; returns what it has built, or None if it was stopped before.
@@ -129,11 +153,29 @@ class ProcessLane:
         if not self._answering:
             self._refuse(command)
             return
+        if isinstance(command, RunEpoch) and self._settings.grow == "epoch" and self._can_grow:
+            self._put_off = (command_id, command)
+            self._grow()
+            return
         if not isinstance(command, RunEpoch | Hold | Release | Stop):
             if len(self._unanswered) >= _COMMANDS_UNANSWERED_MAX:
                 raise LaneError(f"{_COMMANDS_UNANSWERED_MAX} commands are waiting for a step boundary already")
             self._unanswered.add(command_id)
         self._send(Frame(FrameKind.COMMAND, packed_id(command_id, encoding.to_bytes(command))))
+
+    @property
+    def _can_grow(self) -> bool:
+        return self._rendezvous is not None and self._rendezvous.can_grow
+
+    def _grow(self) -> None:
+        """Starts the group again in place of an epoch, once everything before that is done; or has it trained."""
+        if self._put_off is None or self._unanswered or self._stopping:
+            return
+        (command_id, command), self._put_off = self._put_off, None
+        if self._can_grow:
+            self._process.regroup()
+        else:
+            self._send(Frame(FrameKind.COMMAND, packed_id(command_id, encoding.to_bytes(command))))
 
     def take_events(self) -> list[Event]:
         """Returns the events since the last call, oldest first."""
@@ -155,6 +197,8 @@ class ProcessLane:
 
     def phase(self) -> tuple[str, float]:
         """Returns what the lane does other than steps, and for how many seconds."""
+        if self._rendezvous is not None and self._rendezvous.waiting:
+            return self._rendezvous.waiting, time.monotonic() - self._rendezvous.waiting_since_s
         page = self._process.page
         return ("", 0.0) if page is None else page.phase()
 
@@ -185,8 +229,9 @@ class ProcessLane:
     def on_lost(self, kind: str, cause: str, batch: tuple[int, int] | None) -> None:
         """Reports a process that has ended, or the end of the lane if too many have died."""
         now_s, settings = time.monotonic(), self._settings
-        self._deaths.append(now_s)
-        while self._deaths[0] < now_s - settings.restarts_within_s:
+        if kind != "regrouped":
+            self._deaths.append(now_s)
+        while self._deaths and self._deaths[0] < now_s - settings.restarts_within_s:
             self._deaths.popleft()
         if len(self._deaths) > settings.restarts_max:
             self._process.abandon()
@@ -203,6 +248,14 @@ class ProcessLane:
         if not self._opened.is_set():
             cause = f"the process of the lane has ended before the job was built: {cause}"
         self._end(LaneEnded(0, None if self._stopping else Failure.of(LaneFailedError(cause))))
+
+    def on_node_lost(self, host: str, why: str) -> None:
+        """Ends the group, of which a machine has gone."""
+        self._process.node_lost(host, why)
+
+    def on_ranks_ended(self, host: str, code: int, lines: Sequence[str]) -> None:
+        """Ends the group, of which ranks elsewhere have failed."""
+        self._process.ranks_ended(host, code, lines)
 
     def memory(self) -> tuple[tuple[str, ...], int, set[int]]:
         """Returns what a process gets to know of the memory of those before it."""
@@ -225,6 +278,7 @@ class ProcessLane:
             raise WireError(f"the lane sent a {type(event).__name__}")
         if isinstance(event, CommandDone):
             self._unanswered.discard(event.command_id)
+            self._grow()
         elif isinstance(event, SnapshotsChanged):
             self._digests = tuple(point.digest for point in event.points if point.digest is not None)
             self._close_orphans()
@@ -270,7 +324,7 @@ class ProcessLane:
         ready = encoding.from_bytes(content)
         if isinstance(ready, LaneReady):
             self._answering = self._process.wanted = not self._stopping
-            self._process.built([rank.pid for rank in ready.ranks])
+            self._process.built([rank.pid for rank in ready.ranks if rank.node == 0])
             self._ready_at_s = time.monotonic()
             if self._opened.is_set():
                 self._events.append(LaneRestarted(self._process.generation, ready))
@@ -287,16 +341,17 @@ class ProcessLane:
     def _open_with(self, ready: LaneReady | LaneEnded) -> None:
         if not self._opened.is_set():
             self._ready, self._checkpoint = ready, None
+            self._failed = ready.failure if isinstance(ready, LaneEnded) else None
             self._opened.set()
 
     def _lost(self) -> None:
-        self._answering = False
+        self._answering, self._put_off = False, None
         self._unanswered.clear()
         self.images.lost()
 
     def _end(self, event: LaneEnded) -> None:
         if not self._over:
-            self._over = True
+            self._over, self._failed = True, event.failure
             self._open_with(event)
             self._events.append(event)
             self._notify()

@@ -18,7 +18,8 @@ _EXIT_TIMEOUT_S = 20.0
 
 @pytest.fixture(autouse=True)
 def isolated_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Removes TOLARIA_ variables, and changes to a directory without a tolaria.toml."""
+    """Removes TOLARIA_ variables and profiles, and changes to a directory without a tolaria.toml."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no profiles"))
     for name in list(os.environ):
         if name.startswith("TOLARIA_"):
             monkeypatch.delenv(name)

@@ -30,11 +30,12 @@ _COMMANDS = (
     *("serve", "demo", "status", "watch", "pause", "resume", "stop", "lr", "conservative"),
     *("rollback", "checkpoint", "profile", "restore-points", "incidents", "verify"),
     *("export", "new-job", "check-job"),
-    *("emergency", "signals", "peer", "config"),
+    *("emergency", "signals", "peer", "config", "audit", "certs", "token"),
 )
 _SUBCOMMANDS = (
     *("config check", "config show", "emergency raise", "emergency clear", "emergency show"),
     *("signals watch", "signals raise", "signals clear", "signals show"),
+    *("certs init", "certs client", "token new", "token list", "token revoke"),
 )
 NO_SERVICE = "127.0.0.1:1"
 

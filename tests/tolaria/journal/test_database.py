@@ -14,6 +14,7 @@ from tolaria.journal.reader import read_journal
 from tolaria.journal.rows import (
     ROW_TYPES,
     AdminActionRow,
+    AdminCallRow,
     CheckpointRow,
     CommandRow,
     EmergencyRow,
@@ -22,6 +23,7 @@ from tolaria.journal.rows import (
     Row,
     RunRow,
     columns,
+    row_types,
     schema,
     stored_values,
     values_digest,
@@ -37,6 +39,7 @@ ROWS: list[Row] = [
     EmergencyRow("e", 6, "run", "HALT", "judge", 31, "stréak \udc80"),
     AdminActionRow("q", 7, "run", "PauseTraining", "why", 32, b"\x00\xff"),
     FaultRow("f", 8, "run", "checkpoint_failed", 33, "write", "ENOSPC"),
+    AdminCallRow("a", 9, "run", "PauseTraining", "q", "alice", "operator", "192.0.2.1:5", "why", 32, "OK"),
 ]
 
 
@@ -89,10 +92,10 @@ def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
     """A journal of a later version is not changed, and not reported as damaged."""
     path = filled(tmp_path / "j")
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE meta SET schema_version = 3, row_digest = ?", (values_digest("meta", (3,)),))
+        connection.execute("UPDATE meta SET schema_version = 4, row_digest = ?", (values_digest("meta", (4,)),))
         connection.execute("CREATE TABLE more (x)")
     connection.close()
-    with pytest.raises(JournalNewerError, match="schema 3"):
+    with pytest.raises(JournalNewerError, match="schema 4"):
         Journal(path)
 
 
@@ -217,35 +220,56 @@ def test_a_failed_change_of_several_rows_changes_none(tmp_path: Path) -> None:
             assert other.execute("SELECT DISTINCT state FROM checkpoints").fetchall() == [("committed",)]
 
 
-def write_as_version_1(path: Path) -> None:
-    """Writes the rows of `ROWS` to a journal as version 0.1.0 did."""
+def write_as_schema(version: int, path: Path) -> list[Row]:
+    """Writes the rows of `ROWS` that a journal of an older schema can have; returns them."""
+    rows = [row for row in ROWS if type(row) in row_types(version)]
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        for statement in schema(1):
+        for statement in schema(version):
             connection.execute(statement)
-        connection.execute("INSERT INTO meta VALUES (1, ?)", (values_digest("meta", (1,)),))
-        for row in ROWS:
-            names = columns(type(row), 1)
+        connection.execute("INSERT INTO meta VALUES (?, ?)", (version, values_digest("meta", (version,))))
+        for row in rows:
+            names = columns(type(row), version)
             values = stored_values(row)[: len(names)]
             marks = ", ".join("?" * (len(names) + 1))
             statement = f"INSERT INTO {row.table} VALUES ({marks})"  # noqa: S608 - names of this package
             connection.execute(statement, (*values, values_digest(row.table, values)))
+    return rows
 
 
-def test_a_journal_of_version_0_1_0_is_migrated(tmp_path: Path) -> None:
+def write_as_version_1(path: Path) -> None:
+    """Writes a journal as version 0.1.0 did."""
+    write_as_schema(1, path)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_journal_of_an_older_schema_is_migrated(version: int, tmp_path: Path) -> None:
     """It is read without being changed, and rewritten when a service opens it; the new columns have their defaults."""
     path = tmp_path / "j"
-    write_as_version_1(path)
+    rows = write_as_schema(version, path)
     before = path.read_bytes()
-    assert read_journal(path, CheckpointRow) == tuple(row for row in ROWS if isinstance(row, CheckpointRow))
+    assert read_journal(path, CheckpointRow) == tuple(row for row in rows if isinstance(row, CheckpointRow))
+    assert read_journal(path, AdminCallRow) == ()
     assert path.read_bytes() == before
+    call = AdminCallRow("a", 9, "run", "StopTraining", "q", "root", "admin", "::1:5", "why", 32)
     for _ in range(2):
         with Journal(path) as journal:
             found = [row for kind in ROW_TYPES for row in journal.rows(kind)]
-            assert [r for r in found if not isinstance(r, EmergencyRow)] == [
-                r for r in ROWS if not isinstance(r, EmergencyRow)
-            ]
+            kept = [r for r in found if not isinstance(r, EmergencyRow | AdminCallRow)]
+            assert kept == [r for r in rows if not isinstance(r, EmergencyRow)]
             assert journal.incidents(10)[2].details["origin"] == ""
+            journal.put(call)
+            assert journal.admin_calls(5) == (call,)
     assert filled(tmp_path / "new").exists()
+
+
+def test_operators_calls_are_listed_newest_first(tmp_path: Path) -> None:
+    """Those of the same time in the order of writing; a call that has ended replaces its beginning."""
+    begun = [AdminCallRow(f"c{n}", 5, "run", "M", f"q{n}", "alice", "operator", "p", "why", n) for n in range(3)]
+    with Journal(tmp_path / "j") as journal:
+        for row in (*begun, replace(begun[1], outcome="OK")):
+            journal.put(row)
+        assert [row.call_id for row in journal.admin_calls(10)] == ["c1", "c2", "c0"]
+        assert [row.outcome for row in journal.admin_calls(1)] == ["OK"]
 
 
 def test_a_damaged_journal_of_version_0_1_0_is_not_migrated(tmp_path: Path) -> None:

@@ -43,7 +43,10 @@ def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert RankEnvironment.read() == RankEnvironment()
     for name in ("TOLARIA_LANE_AGENT", "TORCHELASTIC_SIGNALS_TO_HANDLE", "GLOO_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "lo")
-    prepare_ranks("somewhere")
-    assert RankEnvironment.read() == RankEnvironment(3, 8, 1, 2, os.getpid(), "somewhere")
+    monkeypatch.delenv("GROUP_RANK", raising=False)
+    prepare_ranks("somewhere", "lo")
+    assert RankEnvironment.read() == RankEnvironment(3, 8, 1, 2, 0, os.getpid(), "somewhere")
+    monkeypatch.setenv("GROUP_RANK", "1")
+    assert RankEnvironment.read().node == 1
     monkeypatch.delenv("LOCAL_RANK")
     assert RankEnvironment.read() == RankEnvironment()

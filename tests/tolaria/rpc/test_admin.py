@@ -40,6 +40,7 @@ from tolaria.lane.messages import TraceWritten
 from tolaria.rollback.protocol import Ending, Rollback
 from tolaria.rpc import admin as rpc_admin
 from tolaria.rpc.admin import AdminParts
+from tolaria.rpc.audit import AuditTrail
 from tolaria.rpc.requests import RequestLedger
 from tolaria.run.profiling import ProfileTaken
 from tolaria.run.restore_points import RestorePoints
@@ -185,6 +186,7 @@ async def served(interval_s: float = 60.0) -> AsyncIterator[Served]:
             safety=cast("Safety", FakeSafety()),
             journal=it.journal,
             ledger=RequestLedger(100, it.journal, it.status, operations),
+            audit=AuditTrail(it.journal, it.status),
             complete=complete,
             closing=it.closing,
             interval_s=interval_s,
@@ -405,6 +407,25 @@ async def test_the_number_of_incidents_is_bounded(limit: int, listed: int) -> No
         answer = await it.stub.ListIncidents(admin.ListIncidentsRequest(limit=limit))
     assert len(answer.incidents) == listed
     assert it.journal.limits == [listed]
+
+
+async def test_calls_that_change_something_are_listed() -> None:
+    """Repeats and refusals too, newest first; the limit applies."""
+    async with served() as it:
+        for _ in range(2):
+            await it.stub.PauseTraining(admin.PauseTrainingRequest(request_id="p", reason="look"))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await it.stub.StopTraining(admin.StopTrainingRequest(request_id="s"))
+        listed = (await it.stub.ListAdminCalls(admin.ListAdminCallsRequest())).calls
+        assert len((await it.stub.ListAdminCalls(admin.ListAdminCallsRequest(limit=2))).calls) == 2
+        with pytest.raises(grpc.aio.AioRpcError, match="limit"):
+            await it.stub.ListAdminCalls(admin.ListAdminCallsRequest(limit=1001))
+    assert [(call.method, call.request_id, call.reason, call.outcome) for call in listed] == [
+        ("StopTraining", "s", "", "INVALID_ARGUMENT"),
+        ("PauseTraining", "p", "look", "OK"),
+        ("PauseTraining", "p", "look", "OK"),
+    ]
+    assert {call.caller for call in listed} == {"anonymous"}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from tolaria.config import Address, Settings
 from tolaria.errors import BindError
 from tolaria.service.listeners import open_listeners, open_sockets
+from tolaria.telemetry.metrics import Metrics
 
 
 def settings(server: str, metrics: str) -> Settings:
@@ -30,7 +31,7 @@ def bind_sharing(address: Address) -> None:
 def test_both_addresses_are_bound_before_anything_is_served() -> None:
     """They have their actual ports, nothing else can have them meanwhile, and clients that connect wait."""
     with asyncio.Runner() as loop:
-        listeners = open_listeners(settings("127.0.0.1:0", "127.0.0.1:0"), loop)
+        listeners = open_listeners(settings("127.0.0.1:0", "127.0.0.1:0"), loop, Metrics())
         for address in (listeners.admin.address, listeners.metrics_address):
             assert address.port
             with pytest.raises(OSError, match="in use"):
@@ -45,7 +46,7 @@ def test_both_addresses_are_bound_before_anything_is_served() -> None:
 def test_a_fork_does_not_keep_an_address() -> None:
     """A worker of the job that outlives the service would."""
     with asyncio.Runner() as loop:
-        listeners = open_listeners(settings("127.0.0.1:0", "127.0.0.1:0"), loop)
+        listeners = open_listeners(settings("127.0.0.1:0", "127.0.0.1:0"), loop, Metrics())
         (listener,) = listeners.metrics
         pid = os.fork()
         if not pid:
@@ -63,7 +64,7 @@ def test_a_fork_does_not_keep_an_address() -> None:
     [
         ("192.0.2.1:1", "Cannot assign requested address"),
         ("name.invalid:1", "cannot listen on name.invalid:1: "),
-        ("{taken}", f"Address already in use (process {os.getpid()})"),
+        ("{taken}", "Address already in use (process {own})"),
     ],
 )
 @pytest.mark.parametrize("setting", ["server", "metrics"])
@@ -73,10 +74,10 @@ def test_an_address_that_cannot_be_bound(setting: str, address: str, words: str)
         listen = address.format(taken=f"127.0.0.1:{taken.getsockname()[1]}")
         chosen = {"server": "127.0.0.1:0", "metrics": "127.0.0.1:0"} | {setting: listen}
         with pytest.raises(BindError) as caught:
-            open_listeners(settings(**chosen), loop)
+            open_listeners(settings(**chosen), loop, Metrics())
     assert str(caught.value).startswith(f"{setting}.listen: the ")
     assert f"cannot listen on {listen}: " in str(caught.value)
-    assert words in str(caught.value)
+    assert words.format(own=os.getpid()) in str(caught.value)
 
 
 def test_every_address_of_a_host_gets_the_same_port() -> None:

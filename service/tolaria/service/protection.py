@@ -1,0 +1,92 @@
+"""What protects the servers of a service: certificates, tokens, passwords and limits, kept current while it runs."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from typing import Final
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from tolaria.config import PeerSettings, Settings
+from tolaria.peers.connect import Peer, tls_files
+from tolaria.rpc.callers import CallerInterceptor
+from tolaria.security import web_config
+from tolaria.security.certificates import Identity, TlsFiles, now_utc
+from tolaria.security.limits import CallerLimits, CallLimits
+from tolaria.security.tokens import Tokens
+from tolaria.security.watched import WatchedFiles, watch
+from tolaria.security.web_config import WebConfig
+from tolaria.telemetry.metrics import Metrics
+from tolaria.telemetry.web_server import WebGuard
+
+_EXPIRY_S: Final = 12 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """The files that protect the servers, and the interceptor of the admin server."""
+
+    tls: WatchedFiles[Identity] | None
+    tokens: WatchedFiles[Tokens] | None
+    interceptor: CallerInterceptor
+    files: TlsFiles
+    web: WatchedFiles[WebConfig] | None
+    guard: WebGuard
+
+    async def keep_current(self) -> None:
+        """Reads changed files again, and warns of certificates that expire, until cancelled."""
+        watched = [files for files in (self.tls, self.tokens, self.web) if files is not None]
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch, *watched)
+            if self.tls is not None:
+                tasks.start_soon(_warn_of_expiry, self.files)
+
+
+def protected(settings: Settings, metrics: Metrics) -> Protection:
+    """Reads the files that the settings name. Raises CredentialsError."""
+    server = settings.server
+    files = TlsFiles("server", server.tls_cert, server.tls_key, server.tls_client_ca)
+
+    def failed() -> None:
+        metrics.server_credentials_failures_total.inc()
+
+    tls = WatchedFiles("server.tls_cert", files.read, on_failure=failed) if server.tls_cert else None
+    tokens = None
+    if server.tokens:
+        tokens = WatchedFiles("server.tokens", lambda: Tokens.read(server.tokens), on_failure=failed)
+    limits = CallLimits(
+        calls_per_second=server.calls_per_second,
+        bad_calls_per_second=server.bad_calls_per_second,
+        calls_in_flight_max=server.calls_in_flight_max,
+        streams_max=server.streams_max,
+    )
+    peers: tuple[tuple[Peer, PeerSettings], ...] = (("tamiyo", settings.tamiyo), ("kasmina", settings.kasmina))
+    for peer, section in peers:
+        tls_files(peer, section).read()  # a mistake is found now rather than after the job has been built
+    interceptor = CallerInterceptor(tokens, CallerLimits(limits), metrics)
+    path = settings.metrics.web_config
+    web = WatchedFiles(web_config.SETTING, lambda: WebConfig.read(path), on_failure=failed) if path else None
+    guard = WebGuard(web, metrics, settings.metrics.connections_max)
+    return Protection(tls, tokens, interceptor, files, web, guard)
+
+
+def forbid_core_files(settings: Settings) -> None:
+    """Keeps the system from writing core files of this process and its children, unless the settings allow them.
+
+    Both kinds: Linux pipes a core to a program, if it is configured so, whatever the limit is, except for 1 byte.
+    """
+    if settings.service.core_files:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (1 if hard else 0, hard))
+
+
+async def _warn_of_expiry(files: TlsFiles) -> None:
+    log = structlog.get_logger(__name__)
+    while True:
+        if warning := await anyio.to_thread.run_sync(files.expiry_warning, now_utc(), abandon_on_cancel=True):
+            log.warning("certificate_expires", detail=warning)
+        await anyio.sleep(_EXPIRY_S)

@@ -1,0 +1,379 @@
+"""`Rendezvous`: where other machines join the group, and which of them take part in each generation of it.
+
+The machines stay connected while the group is started again. Who takes part is decided before each start and does not
+change until the group ends: a machine that comes later waits for the next start, so that it disturbs no sound run.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, Protocol, Self
+
+import anyio
+import anyio.to_thread
+import structlog
+from anyio.abc import SocketStream, TaskStatus
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from tolaria.config import Address, Settings
+from tolaria.config.ranks import read_secret
+from tolaria.errors import BindError, ChannelError, JoinRefusedError
+from tolaria.ranks import admission
+from tolaria.ranks.admission import Accepted, Alive, Joining, RanksEnded, Ready, Refused, RunOver, StartRanks, StopRanks
+from tolaria.ranks.channel import Channel, interface_of, remote_host
+
+_HANDSHAKE_S: Final = 10.0
+_HANDSHAKES_MAX: Final = 32
+_UNSENT_MAX: Final = 64
+_BEATS: Final = 10
+"""Heartbeats within the silence that is allowed."""
+
+_FROZEN_S: Final = 2.0
+_SAY_S: Final = 30.0
+_LAST_WORDS_S: Final = 1.0
+_FAILURES_SAID_MAX: Final = 10
+_LOSSES_MAX: Final = 3
+"""Losses of a machine within `lane.restarts_within_s` after which a group starts without it if it can."""
+
+_log = structlog.get_logger(__name__)
+
+
+class GroupOwner(Protocol):
+    """What a `Rendezvous` reports the end of a group to."""
+
+    def on_node_lost(self, host: str, why: str) -> None:
+        """A machine of the present group has gone."""
+
+    def on_ranks_ended(self, host: str, code: int, lines: Sequence[str]) -> None:
+        """The ranks on a machine of the present group have failed, with that code and these last lines."""
+
+
+@dataclass(eq=False, slots=True)
+class JoinedNode:
+    """A machine that has joined. `ready` is whether it can start ranks, `member` whether its ranks are in the group."""
+
+    asked: Joining
+    channel: Channel
+    unsent: MemoryObjectSendStream[admission.ToMachine]
+    scope: anyio.CancelScope
+    heard_s: float
+    ready: bool = False
+    member: bool = False
+    gone: str = "its connection has ended"
+
+    @property
+    def host(self) -> str:
+        """Its name, as it says, and its address."""
+        return f"{self.asked.host} ({self.channel.remote})"
+
+    def drop(self, why: str) -> None:
+        """Ends the connection."""
+        self.gone = why
+        self.scope.cancel()
+
+    def put(self, message: admission.ToMachine) -> None:
+        """Sends a message soon, or ends the connection if too many wait."""
+        try:
+            self.unsent.send_nowait(message)
+        except (anyio.WouldBlock, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            self.drop("it does not read what it is sent")
+
+
+class Formation:
+    """Who takes part in one generation of the group beside this machine, and where the store of the group listens.
+
+    The store's address is that at which the first machine has joined; alone this machine needs none.
+    """
+
+    def __init__(self, nodes: Sequence[JoinedNode] = ()) -> None:
+        """Opens the socket of the store. Raises OSError if that fails."""
+        self.nodes = tuple(nodes)
+        self.host = nodes[0].channel.local if nodes else ""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        self._listener = socket.create_server((self.host, 0), family=family) if nodes else None
+        self.port: int = 0 if self._listener is None else self._listener.getsockname()[1]
+
+    @property
+    def descriptors(self) -> dict[str, int]:
+        """Descriptors for the agent of this machine, by the names of its options."""
+        return {} if self._listener is None else {"store-listener": self._listener.fileno()}
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Its other options."""
+        if self._listener is None:
+            return ()
+        return (
+            f"--nodes={len(self.nodes) + 1}",
+            f"--store-host={self.host}",
+            f"--store-port={self.port}",
+            f"--interface={interface_of(self.host)}",
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the socket here: the agent has it, or was not started."""
+        if self._listener is not None:
+            self._listener.close()
+
+
+class Rendezvous:
+    """The machines that have joined. Used on the event loop only; `serve` is its task.
+
+    Args:
+        settings: the group's, and the job that machines must have.
+        owner: learns of what ends the group.
+
+    Attributes:
+        waiting: what a start waits for, since `waiting_since_s` of the monotonic clock; empty if none does.
+    """
+
+    def __init__(self, settings: Settings, owner: GroupOwner) -> None:
+        self._lane, self._job = settings.lane, settings.training.job
+        self._secret = b""
+        self._owner = owner
+        self._address = Address.parse(settings.lane.rendezvous)
+        self._nodes: list[JoinedNode] = []
+        self._handshakes: list[anyio.CancelScope] = []
+        self._generation = 0
+        self._losses: dict[str, list[float]] = {}
+        self._failed: deque[float] = deque()
+        self._changed = anyio.Event()
+        self.waiting, self.waiting_since_s = "", 0.0
+
+    async def serve(self, *, task_status: TaskStatus[None]) -> None:
+        """Accepts machines until cancelled.
+
+        Raises:
+            ConfigurationError: the file with the secret cannot be read, or is too short.
+            BindError: the address cannot be listened on.
+        """
+        self._secret = await anyio.to_thread.run_sync(read_secret, self._lane.secret_file)
+        await anyio.to_thread.run_sync(admission.torch_version)
+        try:
+            listener = await anyio.create_tcp_listener(local_host=self._address.host, local_port=self._address.port)
+        except OSError as error:
+            cause = error.strerror or str(error)
+            raise BindError("lane.rendezvous", str(self._address), cause) from error
+        if not self._address.is_loopback:
+            detail = "what ranks exchange is neither authenticated nor encrypted; it belongs in a private network"
+            _log.warning("rendezvous_open", address=str(self._address), detail=detail)
+        async with listener, anyio.create_task_group() as tasks:
+            tasks.start_soon(self._watch)
+            task_status.started()
+            await listener.serve(self._serve_connection)
+
+    # -- the group ---------------------------------------------------------------------------------------------------
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether a new start of the group would have more machines."""
+        members = sum(node.member for node in self._nodes)
+        return len(self._usable(members)) > 0 and members < self._lane.nodes_max - 1
+
+    def _usable(self, others: int = 0) -> list[JoinedNode]:
+        """Returns the machines that can start ranks, beside `others` that have.
+
+        One that was lost again and again comes last, and only if there are too few: it must not use up the restarts.
+        """
+        ready = [node for node in self._nodes if node.ready]
+        flaky = [node for node in ready if self._lost_often(node.host)]
+        steady = [node for node in ready if node not in flaky]
+        return [*steady, *flaky[: max(0, self._lane.nodes_min - 1 - others - len(steady))]]
+
+    def _lost_often(self, host: str) -> bool:
+        since_s = time.monotonic() - self._lane.restarts_within_s
+        self._losses[host] = [at_s for at_s in self._losses.get(host, []) if at_s >= since_s]
+        return len(self._losses[host]) >= _LOSSES_MAX
+
+    async def form(self) -> Formation:
+        """Waits for enough machines; returns those of the next group, in the order of joining.
+
+        As soon as `lane.nodes` permits the group, further machines have `lane.join_wait_s` to come.
+        """
+        others_min, others_max = self._lane.nodes_min - 1, self._lane.nodes_max - 1
+        enough_s, said_s, self.waiting_since_s = math.inf, -math.inf, time.monotonic()
+        try:
+            while len(found := self._usable()) < others_max:
+                now_s = time.monotonic()
+                enough_s = min(enough_s, now_s) if len(found) >= others_min else math.inf
+                if now_s - enough_s >= self._lane.join_wait_s:
+                    break
+                self.waiting = f"waiting for machines: {len(found) + 1} of {self._lane.nodes} are there"
+                if now_s - said_s >= _SAY_S:
+                    _log.info("waiting_for_nodes", detail=self.waiting, rendezvous=str(self._address))
+                    said_s = now_s
+                self._changed = anyio.Event()
+                with anyio.move_on_after(min(_SAY_S, enough_s + self._lane.join_wait_s - now_s)):
+                    await self._changed.wait()
+        finally:
+            self.waiting = ""
+        return Formation(found[:others_max])
+
+    def start(self, formation: Formation, generation: int) -> None:
+        """Has the ranks of its machines started."""
+        for node in formation.nodes:
+            if node not in self._nodes:  # since `form`
+                self._owner.on_node_lost(node.host, node.gone)
+                return
+        self._generation = generation
+        for number, node in enumerate(formation.nodes, 1):
+            node.ready, node.member = False, True
+            node.put(StartRanks(generation, number, len(formation.nodes) + 1, formation.host, formation.port))
+
+    def stop(self, why: str) -> None:
+        """Has the ranks of the present group stopped on all machines."""
+        for node in self._nodes:
+            if node.member:
+                node.member = False
+                node.put(StopRanks(why[:1000]))
+
+    async def end(self, *, failed: bool, detail: str) -> None:
+        """Has all machines end their commands, since the run has ended."""
+        for node in self._nodes:
+            node.member = False
+            node.put(RunOver(failed, detail[:1000]))
+        self._changed = anyio.Event()
+        with anyio.move_on_after(_LAST_WORDS_S):
+            while self._nodes:  # each hangs up
+                await self._changed.wait()
+                self._changed = anyio.Event()
+
+    # -- connections -------------------------------------------------------------------------------------------------
+
+    async def _serve_connection(self, stream: SocketStream) -> None:
+        """Serves one connection, from a machine or from anything else."""
+        async with stream:
+            try:
+                address = remote_host(stream)
+                channel, asked = await self._admitted(stream)
+            except (OSError, LookupError):  # it has gone before its address could be asked for
+                return
+            except (ChannelError, JoinRefusedError) as error:
+                self._say_failed(address, str(error))
+            else:
+                await self._serve_node(channel, asked)
+
+    async def _admitted(self, stream: SocketStream) -> tuple[Channel, Joining]:
+        """Opens the channel and answers the machine. Raises ChannelError or JoinRefusedError if it may not join.
+
+        Of too many that have not proved to have the secret, the oldest one is hung up on.
+        """
+        if len(self._handshakes) >= _HANDSHAKES_MAX:
+            self._handshakes.pop(0).cancel()
+        with anyio.CancelScope() as scope:
+            self._handshakes.append(scope)
+            try:
+                with anyio.move_on_after(_HANDSHAKE_S):
+                    channel, content = await Channel.accept(stream, self._secret)
+                    asked = admission.for_service(content)
+                    if not isinstance(asked, Joining):
+                        raise ChannelError(f"the first message is {asked.kind}")
+                    await self._answer(channel, asked)
+                    return channel, asked
+                raise ChannelError(f"it has not proved to have the secret within {_HANDSHAKE_S:g} s")
+            finally:
+                with suppress(ValueError):
+                    self._handshakes.remove(scope)
+        raise ChannelError("too many connections at once")
+
+    def _say_failed(self, address: str, detail: str) -> None:
+        """Logs a connection that was no join, at most ten a minute."""
+        now_s = time.monotonic()
+        while self._failed and self._failed[0] < now_s - 60:
+            self._failed.popleft()
+        if len(self._failed) < _FAILURES_SAID_MAX:
+            self._failed.append(now_s)
+            _log.warning("join_failed", address=address, detail=detail)
+
+    async def _answer(self, channel: Channel, asked: Joining) -> None:
+        refused: Refused | None = None
+        others = [node for node in self._nodes if node.asked.identity != asked.identity]
+        if problem := admission.version_problem(asked):
+            refused = Refused("version", problem)
+        elif len(others) >= self._lane.nodes_max - 1:
+            names = ", ".join(node.host for node in others)
+            refused = Refused(
+                "full", f"lane.nodes is {self._lane.nodes}, and there are this service's and {names}"[:4096]
+            )
+        if refused is not None:
+            await channel.send(admission.packed(refused))
+            raise JoinRefusedError(refused.reason, refused.detail)
+        digest = await anyio.to_thread.run_sync(admission.job_digest, self._job)
+        await channel.send(admission.packed(Accepted(self._job, digest, self._lane.node_timeout_s)))
+
+    async def _serve_node(self, channel: Channel, asked: Joining) -> None:
+        for old in [node for node in self._nodes if node.asked.identity == asked.identity]:
+            old.drop("it has connected again")
+        put, take = anyio.create_memory_object_stream[admission.ToMachine](_UNSENT_MAX)
+        async with put, take, anyio.create_task_group() as tasks:
+            node = JoinedNode(asked, channel, put, tasks.cancel_scope, time.monotonic())
+            self._nodes.append(node)
+            _log.info("node_joined", host=node.host, processes=asked.processes)
+            try:
+                tasks.start_soon(self._send_all, node, take)
+                await self._receive_all(node)
+            finally:
+                self._nodes.remove(node)
+                self._changed.set()
+                tasks.cancel_scope.cancel()
+                _log.info("node_left", host=node.host, detail=node.gone)
+                if node.member:
+                    node.member = False
+                    self._losses.setdefault(node.host, []).append(time.monotonic())
+                    if self._lost_often(node.host):
+                        _log.warning("node_lost_often", host=node.host, detail="the group starts without it if it can")
+                    self._owner.on_node_lost(node.host, node.gone)
+
+    async def _receive_all(self, node: JoinedNode) -> None:
+        try:
+            while True:
+                message = admission.for_service(await node.channel.receive())
+                node.heard_s = time.monotonic()
+                match message:
+                    case Ready() if not node.member:
+                        node.ready = True
+                        self._changed.set()
+                    case RanksEnded() if node.member and message.generation == self._generation:
+                        node.member = False
+                        if message.code:
+                            self._owner.on_ranks_ended(node.host, message.code, message.lines)
+                    case Joining():
+                        node.gone = "it joins twice"
+                        return
+                    case Ready() | RanksEnded() | Alive():
+                        pass
+        except ChannelError as error:
+            node.gone = str(error)
+
+    async def _send_all(self, node: JoinedNode, messages: MemoryObjectReceiveStream[admission.ToMachine]) -> None:
+        try:
+            async for message in messages:
+                with anyio.fail_after(self._lane.node_timeout_s):
+                    await node.channel.send(admission.packed(message))
+        except (ChannelError, TimeoutError):
+            node.drop("it cannot be sent to")
+
+    async def _watch(self) -> None:
+        """Sends heartbeats, and drops machines that have been silent for too long."""
+        timeout_s = self._lane.node_timeout_s
+        judged_from_s = 0.0
+        while True:
+            asleep_s = time.monotonic()
+            await anyio.sleep(timeout_s / _BEATS)
+            now_s = time.monotonic()
+            if now_s - asleep_s > timeout_s / _BEATS + _FROZEN_S:  # this process stood still, and has not read since
+                judged_from_s = now_s + timeout_s
+            for node in list(self._nodes):
+                node.put(Alive())
+                silent_s = now_s - node.heard_s
+                if silent_s > timeout_s and now_s >= judged_from_s:
+                    node.drop(f"it has been silent for {silent_s:.0f} s")

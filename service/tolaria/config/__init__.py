@@ -21,6 +21,7 @@ from tolaria.config.network import ServerSettings as ServerSettings
 from tolaria.config.network import ServiceSettings as ServiceSettings
 from tolaria.config.network import TamiyoSettings as TamiyoSettings
 from tolaria.config.settings import Settings as Settings
+from tolaria.config.sources import bare_environment as bare_environment
 from tolaria.config.sources import child_environment as child_environment
 from tolaria.config.sources import load_settings as load_settings
 from tolaria.config.sources import quieten_grpc as quieten_grpc

@@ -80,13 +80,18 @@ def quieten_grpc() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
+def bare_environment() -> dict[str, str]:
+    """Returns this process's environment without settings and secrets, for a child that runs a job's code."""
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith(_PREFIX)}
+
+
 def child_environment(settings: Settings, *, secrets: bool = True) -> dict[str, str]:
     """Returns the environment of a child process: this process's own, without settings except, if asked, the secrets.
 
     The peers sign and verify with them; the lane runs the job's code, which has no use for them. Traces that are off
     are off there, too.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(_PREFIX)}
+    environment = bare_environment()
     for name, secret in (("secret", settings.leyline.secret), ("previous_secret", settings.leyline.previous_secret)):
         if secret and secrets:
             environment[_variable("leyline", name)] = secret.get_secret_value()

@@ -21,6 +21,7 @@ from typing import Any, Final, cast
 
 from tolaria import __version__
 from tolaria.checkpoint.tensor_file import file_pieces
+from tolaria.config import bare_environment
 from tolaria.errors import ExportFailedError, ExportRefusedError
 from tolaria.export.card import CARD, TRANSIENT_FILE, ExportCard, ExportedSeed, Format
 from tolaria.export.source import Source, read_source
@@ -285,9 +286,10 @@ def _converted(place: Path, order: ExportOrder) -> ExportCard:
         *(["--fold", str(order.shard_bytes)] if order.fold else []),
         *(["--torch"] if order.format == "torch" else []),
     ]
-    run = partial(subprocess.run, capture_output=True, text=True, check=False, timeout=CONVERSION_S)
+    # The job has no use for the secrets of the service.
+    run = partial(subprocess.run, capture_output=True, text=True, check=False, env=bare_environment())
     try:
-        done = run([sys.executable, "-m", "tolaria.export.conversion", str(place), *words])
+        done = run([sys.executable, "-m", "tolaria.export.conversion", str(place), *words], timeout=CONVERSION_S)
     except subprocess.TimeoutExpired:
         raise ExportFailedError(f"folding took longer than {CONVERSION_S:g} s") from None
     if done.returncode:

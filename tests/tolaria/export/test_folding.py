@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,6 +140,16 @@ def test_a_folded_export_reports_the_difference(tmp_path: Path, monkeypatch: pyt
     difference = float((outputs(it.job, model) - outputs(it.job, it.model)).abs().max())
     assert difference == pytest.approx(card.fold["largest_difference"], rel=1e-3, abs=1e-9)
     assert 0 < difference < 1e-4 * card.fold["largest_output"]
+
+
+def test_the_job_gets_no_settings_and_no_secrets(gpt: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that builds it to fold has the environment of the command without Tolaria's variables."""
+    monkeypatch.setenv("TOLARIA_LEYLINE__SECRET", "hidden")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{python_path()}")
+    (tmp_path / "curious.py").write_text("import os\nraise SystemExit([n for n in os.environ if 'TOLARIA' in n])\n")
+    curious = Trained(gpt.model, gpt.job, gpt.directory, gpt.checkpoint_id, "curious:Job")
+    with pytest.raises(ExportRefusedError, match=r"SystemExit: \[\]"):
+        curious.export(tmp_path / "out", fold=True)
 
 
 def test_folding_needs_the_job(gpt: Trained, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from tolaria.lane.device import choose_device, seed_everything, usable_cores
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.first_look import call, first_look, lazy_names, materialise
 from tolaria.lane.lane import LaneHeartbeat, ThreadLane
-from tolaria.lane.messages import LaneReady, RankInfo, Restored
+from tolaria.lane.messages import LaneReady, Restored
 from tolaria.lane.model_description import describe
 from tolaria.lane.order import RestorePlan
 from tolaria.lane.profiling import LaneProfiler
@@ -50,6 +50,7 @@ from tolaria.ranks.group import Group
 from tolaria.ranks.share import Share, SharingJob
 from tolaria.state.shared_memory import SharedMemory
 from tolaria.values.optimization import RATES_ARE_OWNED, ActiveAdjustment
+from tolaria.values.training import RankInfo
 
 if TYPE_CHECKING:
     from tolaria.lane.sharding import Sharding

@@ -15,7 +15,6 @@ from tolaria.lane.messages import (
     Event,
     Failure,
     LaneReady,
-    RankInfo,
     Result,
     StepDone,
     TraceWritten,
@@ -31,7 +30,7 @@ from tolaria.values.optimization import (
     RebuildOutcome,
     RebuildResult,
 )
-from tolaria.values.training import EpochProgress, Position, RankLoad
+from tolaria.values.training import EpochProgress, Position, RankInfo, RankLoad
 
 _CODEC = Codec(
     types={

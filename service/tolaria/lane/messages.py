@@ -22,7 +22,7 @@ from tolaria.values.optimization import (
     LearningRateViolation,
     RebuildResult,
 )
-from tolaria.values.training import EpochProgress, Position, RankLoad
+from tolaria.values.training import EpochProgress, Position, RankInfo, RankLoad
 
 PROFILE_STEPS_MAX: Final = 1000
 """Steps in one profile. A trace holds every operation of each step, so longer ones cannot be viewed."""
@@ -254,17 +254,6 @@ class Failure:
     def __str__(self) -> str:
         error = self.error()
         return f"{self.name}: {error}" if type(error).__name__ == self.name else str(error)
-
-
-@dataclass(frozen=True, slots=True)
-class RankInfo:
-    """A process that computes: its rank, host, process id, device, and the number of its machine in the group."""
-
-    rank: int
-    host: str
-    pid: int
-    device: str
-    node: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,11 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext, SystemStatePacket
 from tolaria import __version__
 from tolaria.images import SnapshotInfo
-from tolaria.lane.messages import EpochDone, LaneReady, OptimizerChanged, RankInfo, Restored, StepDone
+from tolaria.lane.messages import EpochDone, LaneReady, OptimizerChanged, Restored, StepDone
 from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.seeds import FOSSILIZED, FOSSILIZED_LEFT, NO_LIMITS, SLOTS_FREE, SeedLimits, count_in
+from tolaria.values.training import RankInfo
 
 PACKET_VERSION: Final = 1
 _BOUNDARIES_KEPT: Final = 1024

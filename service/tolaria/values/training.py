@@ -30,6 +30,17 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
+class RankInfo:
+    """A process that computes: its rank, host, process id, device, and the number of its machine in the group."""
+
+    rank: int
+    host: str
+    pid: int
+    device: str
+    node: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RankLoad:
     """What one rank has spent in the steps of an epoch, and its memory.
 

@@ -31,7 +31,7 @@ options = dict(argument.lstrip("-").split("=") for argument in sys.argv[1:])
 print(json.dumps({"lane": os.getpid()}), flush=True)
 wire = socket.socket(fileno=int(options["connection"]))
 from tolaria.lane.encoding import from_bytes, to_bytes
-from tolaria.lane.messages import Held, LaneEnded, LaneReady, RankInfo, RunEpoch, Stop
+from tolaria.lane.messages import Held, LaneEnded, LaneReady, RunEpoch, Stop
 from tolaria.values.training import EpochProgress, Position
 from tolaria.wire import Frame, FrameKind, FrameStream, packed_events, send, unpacked_id
 stream = FrameStream(wire)

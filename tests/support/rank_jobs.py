@@ -153,27 +153,8 @@ class UnbuildableRankJob(ExactJob):
         return super().build_model()
 
 
-class StubbornRankJob(ExactJob):
-    """Options: `fails_on` (rank): refuses to load a state that has taken steps there."""
-
-    steps = 0
-
-    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
-        self.steps += 1
-        return super().losses(model, batch)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        going_back = 2 < state["steps"] < self.steps - 2
-        if going_back and torch.distributed.get_rank() == self.options["fails_on"]:
-            raise ValueError("not on this rank")
-        self.steps = state["steps"]
-
-
 class OddRankJob(ExactJob):
-    """Options: `odd`: what rank 1 does otherwise (names, parameters, validation, order), or all alike (buffers)."""
+    """Options: `odd`: what rank 1 does otherwise (names, parameters, validation, order, fewer), or all (buffers)."""
 
     @property
     def odd(self) -> str:
@@ -185,11 +166,9 @@ class OddRankJob(ExactJob):
         return _WithAverage(model) if self.options["odd"] == "buffers" else model
 
     def training_data(self) -> TensorCursor:
-        return (
-            _OtherSize((self.x, self.y), batch_size=7, seed=self.context.seed)
-            if self.odd == "order"
-            else (super().training_data())
-        )
+        kinds = {"order": _OtherSize, "fewer": _FewerBatches}
+        kind = kinds.get(self.odd, TensorCursor)
+        return kind((self.x, self.y), batch_size=7, seed=self.context.seed)
 
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
         losses = super().losses(model, batch)
@@ -226,6 +205,11 @@ class _OtherSize(TensorCursor):
         return Batch((x[:-1], y[:-1]), batch.samples - 1)
 
 
+class _FewerBatches(TensorCursor):
+    def next_batch(self) -> Batch | None:
+        return None if self.state_dict()["index"] == 5 else super().next_batch()
+
+
 class _WithAverage(nn.Module):
     average: Tensor
 
@@ -251,12 +235,65 @@ class UnevenJob(ExactJob):
         return torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
+class AverageJob(UnevenJob):
+    """Keeps a moving average of the weights in its state, from the first step on."""
+
+    average: dict[str, Tensor]
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
+        if not hasattr(self, "average"):
+            self.average = {}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                kept = self.average.setdefault(name, parameter.detach().clone())
+                kept.mul_(0.9).add_(parameter.detach(), alpha=0.1)
+        return super().losses(model, batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": dict(getattr(self, "average", {}))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.average = dict(state["average"])
+
+
+class UnseededJob(UnevenJob):
+    """Its model is another one in every process."""
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        generator = torch.Generator()
+        generator.seed()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0.0, 0.1 + torch.distributed.get_rank(), generator=generator)
+        return model
+
+
 class SelfShardedJob(UnevenJob):
     """Says itself how its model is sharded. Option `whole`: leaves a parameter whole."""
 
     def shard(self, model: Any, mesh: Any) -> None:
         fully_shard(model.blocks[0], mesh=mesh)
         fully_shard(model.out if self.options.get("whole") else model, mesh=mesh)
+
+
+class StubbornRankJob(UnevenJob):
+    """Options: `fails_on` (rank): refuses to load a state that has taken steps there."""
+
+    steps = 0
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor] | PerSampleLosses:
+        self.steps += 1
+        return super().losses(model, batch)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        going_back = 2 < state["steps"] < self.steps - 2
+        if going_back and torch.distributed.get_rank() == self.options["fails_on"]:
+            raise ValueError("not on this rank")
+        self.steps = state["steps"]
 
 
 class _Blocks(nn.Module):

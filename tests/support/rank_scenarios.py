@@ -38,6 +38,7 @@ from tolaria.lane.messages import (
 )
 from tolaria.lane.step import train_step
 from tolaria.ranks.group import Group
+from tolaria.shards import whole_value
 from tolaria.state.encoding import packed_bytes, specs_of
 from tolaria.values.training import Position
 
@@ -82,7 +83,9 @@ def train(
             for done in run.all_of(EpochDone)
         ],
         "answers": answers,
-        "waits": [[load.input_wait_s, load.rank_wait_s] for load in run.all_of(EpochDone)[-1].rank_loads],
+        "waits": [
+            [load.input_wait_s, load.rank_wait_s] for done in run.all_of(EpochDone)[-1:] for load in done.rank_loads
+        ],
         "digests": [_digest(built)] if group is None else group.all_gather_text(_digest(built)),
         "peer_lost": run.lane.peer_lost,
     }
@@ -122,6 +125,12 @@ def load(group: Group | None, *, directory: str, job: str = "UnevenJob") -> dict
     expected = str(sorted((name, digest) for name, digest in sealed.tensors.items() if not name.startswith("rng/")))
     found = {"digest": _digest(built), "expected": expected, "saved": sealed.total, "bytes": share}
     return {**found, "losses": [step.loss for step in _train(built, 14)]}
+
+
+def scales(group: Group | None, *, job: str) -> dict[str, float]:
+    """Returns the standard deviation of each parameter of a sharded model."""
+    model = _sharded(group, job).module.model
+    return {name: float(whole_value(p).std()) for name, p in model.named_parameters() if p.dim() > 1}
 
 
 def _sharded(group: Group | None, job: str) -> BuiltLane:
@@ -178,6 +187,8 @@ def _play(run: RunningLane, line: Sequence[Any]) -> Any:
             time.sleep(arguments[0])
         case "release":
             run.send(Release())
+        case "ended":
+            wait_for(lambda: ended(run), 60)
         case "begin":
             run.send(RunEpoch(len(run.all_of(EpochDone)) + 1))
             time.sleep(arguments[0])

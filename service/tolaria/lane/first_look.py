@@ -125,7 +125,7 @@ def _undone(module: TrainModule, state: TrainingState) -> Iterator[None]:
             _undo(module, state, before, buffers)
         raise
     _undo(module, state, before, buffers)
-    found, sealed = state.fingerprint(whole=False), before.seal()
+    found, sealed = state.fingerprint(gathered=False), before.seal()
     if found.total != sealed.total:
         names = [name for name, digest in sealed.tensors.items() if found.tensors.get(name) != digest]
         raise BrokenJobError(f"{_where(names[0]) if names else 'its data or state'} is not restored to what it was")
@@ -250,7 +250,7 @@ def _survive(module: TrainModule, state: TrainingState) -> None:
     tensors = TrainingState(module, {})
     after = _captured(tensors)
     _restore(tensors, after)
-    found = tensors.fingerprint(whole=False)
+    found = tensors.fingerprint(gathered=False)
     if found.total != after.seal().total:
         differing = [name for name, digest in after.seal().tensors.items() if found.tensors.get(name) != digest]
         raise BrokenJobError(f"{_where(differing[0]) if differing else 'its optimizer'} is not restored exactly")

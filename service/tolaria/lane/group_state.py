@@ -27,6 +27,7 @@ class GroupRestore:
         self._group = group
         self._snapshots = snapshots
         self._sent = self._voted = False
+        snapshots.restore_staged = self._agreed
         snapshots.restore_failed = self._vote_against
         if group.leads:
             snapshots.before_restore = self._send
@@ -77,6 +78,14 @@ class GroupRestore:
         send_image(self._group, image)
         self._sent, self._voted = True, False
         return lambda: self._refused_anywhere(refused is not None and refused())
+
+    def _agreed(self) -> bool:
+        """Whether all ranks can begin: a change of seeds is an operation of all of them, which none must miss."""
+        if not self._sent:
+            return True
+        if not self._group.all(value=True):
+            self._voted = True  # the others know
+        return not self._voted
 
     def _refused_anywhere(self, refused: bool) -> bool:
         self._voted = True

@@ -363,7 +363,7 @@ class ThreadLane:
             alike = [
                 name for name, each in state.survey(()).tensors.items() if not is_sharded(each) and name[:4] != "rng/"
             ]
-            found = state.fingerprint(only=(), whole=False)
+            found = state.fingerprint(only=(), gathered=False)
             digest = str([(name, found.tensors[name]) for name in alike])
             if len(digests := set(group.all_gather_text(str(crc32(digest.encode()))))) > 1:
                 raise RanksDifferError(f"the ranks have {len(digests)} different states at the end of an epoch")

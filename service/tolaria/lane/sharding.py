@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, cast, runtime_checkable
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -34,10 +35,19 @@ class Sharding:
     """
 
     def __init__(self, group: Group, device: torch.device) -> None:
+        self._group = group
         self._mesh = init_device_mesh(device.type, (group.world,))
 
     def shard_model(self, job: object, model: nn.Module) -> None:
-        """Shards a model in place: as the job says, else each element of its `ModuleList`s, then the rest."""
+        """Shards a model in place: as the job says, else each element of its `ModuleList`s, then the rest.
+
+        Every rank has the leader's values then, whatever `build_model` draws.
+        """
+        tensors = dict((*model.named_parameters(), *model.named_buffers()))
+        described = str([(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()])
+        if len(set(self._group.all_gather_text(str(crc32(described.encode()))))) > 1:
+            raise BrokenJobError("build_model() makes other parameters or buffers on other ranks")
+        self._group.broadcast_tensors(list(tensors.values()))
         if isinstance(job, ShardedJob):
             call("shard", lambda: job.shard(model, self._mesh))
         else:
@@ -48,6 +58,7 @@ class Sharding:
 
     def shard_seed(self, branch: nn.Module) -> None:
         """Shards the branch of a seed in place, before it becomes part of the model. Raises BrokenJobError."""
+        self._group.broadcast_tensors([*branch.parameters(), *branch.buffers()])
         if next(branch.parameters(), None) is not None:
             _refusing("the seed cannot be sharded", lambda: self._shard(branch))
             _prepare(branch)

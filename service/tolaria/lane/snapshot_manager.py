@@ -15,6 +15,7 @@ from tolaria.config import RollbackSettings
 from tolaria.errors import (
     NoCheckpointError,
     OptimizationError,
+    RestoreAbandonedError,
     RollbackError,
     SeedError,
     StateMismatchError,
@@ -62,6 +63,8 @@ class SnapshotManager:
         self._every_steps = settings.every_steps
         self.before_restore: Callable[[StateImage, _Refused], _Refused] = lambda _image, refused: refused
         """Called with each image that is about to be restored, and what may refuse that; returns what decides."""
+        self.restore_staged: Callable[[], bool] = lambda: True
+        """Called when a restore is prepared, before anything changes; returns whether it is done."""
         self.restore_failed: Callable[[], None] = lambda: None
         """Called when a restore fails before live state has changed."""
         self.takes_snapshots = True
@@ -213,6 +216,8 @@ class SnapshotManager:
             RollbackError, SeedError, OptimizationError: the image does not fit. The live state is unchanged.
         """
         module, started_s = self._module, time.monotonic()
+        if verify:
+            image.verify()
         refused = self.before_restore(image, refused)
         in_force, from_step = module.seeds.controller.adjustments, module.global_step
         if decided is not None:
@@ -221,8 +226,10 @@ class SnapshotManager:
         module.clear_gradients()
         try:
             self._structure.prepare(module.global_step, image)
-            staged = stage_restore(self.state, image, verify=verify)
-            staged.commit(refused)
+            staged = stage_restore(self.state, image, verify=False)
+            if not self.restore_staged():
+                raise RestoreAbandonedError("about to change anything")
+            staged.commit(refused, self.restore_failed)
             found = self.state.fingerprint(only=staged.values["parts"]).total
         except (KeyError, TypeError, ValueError) as error:  # the image's values are not those of this module
             self.restore_failed()

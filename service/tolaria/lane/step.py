@@ -258,6 +258,7 @@ def _take_microbatches(
         place = module.progress.batches
         with mark("input"):
             read = module.next_batch()
+        module.compare_reading(read is not None)
         if read is None:
             break
         batch = _on_device(module, read, taken)

@@ -388,6 +388,11 @@ class TrainModule:
         gradients = [local(p.grad) for p in self.clip_groups[0] if p.grad is not None]
         return self.on_all_ranks(all(bool(torch.isfinite(gradient).all()) for gradient in gradients))
 
+    def compare_reading(self, found: bool) -> None:
+        """Raises RanksDifferError if only some ranks have a batch, where they communicate before the step's sums."""
+        if self._group is not None and (self.accumulate > 1 or any(map(is_sharded, self.parameters))):
+            self._group.all(value=True, must_match={"whether the epoch has another batch": found})
+
     def norms_over_shards(self, norms: Sequence[float]) -> list[float]:
         """Returns the norms of sharded tensors, given those of their parts on this rank; else the given ones."""
         if self._group is None or not any(map(is_sharded, self.parameters)):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tolaria.errors import RestoreAbandonedError, StateMismatchError
 from tolaria.images import StateImage, TensorSpec
-from tolaria.shards import local, part_of
+from tolaria.shards import is_sharded, local, part_of, sharded_like
 from tolaria.state.encoding import (
     TENSOR_KEY,
     KeptValues,
@@ -73,7 +73,7 @@ class StagedRestore:
             topology is not None and encode_plain(topology.state_dict(), "topology") != self.values["topology"]
         )
 
-    def commit(self, expired: Callable[[], bool] | None = None) -> None:
+    def commit(self, expired: Callable[[], bool] | None = None, failed: Callable[[], object] = lambda: None) -> None:
         """Restores topology, parts, tensors and generators, in this order. After an error everything is as before.
 
         If the topology differs, the live state is copied first, so that the change can be undone. To prove the result,
@@ -81,6 +81,7 @@ class StagedRestore:
 
         Args:
             expired: called last, right before tensors change; True abandons the restore.
+            failed: called after an error, before anything is put back: other ranks put theirs back at the same time.
 
         Raises:
             StateMismatchError: the image does not fit the live state, or not the topology that it names.
@@ -93,20 +94,29 @@ class StagedRestore:
             undo.callback(restore_rngs, *capture_rngs())
             if self.changes_topology:
                 undo.callback(_restore_topology, state, state.copy())
-                _load_topology(state, self.values)
-            plan = _Plan(state, self._image, self.values)
-            for name, part in state.parts.items():
-                if name not in self.values["parts"]:
-                    continue
-                undo.callback(_put_back, name, part, KeptValues(dict(part.state_dict()), f"parts/{name}"))
-                try:
-                    part.load_state_dict(plan.part(self.values["parts"][name]))
-                except _REFUSALS as error:
-                    raise StateMismatchError([f"parts/{name}: {type(error).__name__}: {error}"]) from error
-            if expired is not None and expired():
-                raise RestoreAbandonedError("about to copy")
-            plan.apply()
+            try:
+                self._change(undo, expired)
+            except BaseException:
+                failed()
+                raise
             undo.pop_all()
+
+    def _change(self, undo: ExitStack, expired: Callable[[], bool] | None) -> None:
+        state = self._state
+        if self.changes_topology:
+            _load_topology(state, self.values)
+        plan = _Plan(state, self._image, self.values)
+        for name, part in state.parts.items():
+            if name not in self.values["parts"]:
+                continue
+            undo.callback(_put_back, name, part, KeptValues(dict(part.state_dict()), f"parts/{name}"))
+            try:
+                part.load_state_dict(plan.part(self.values["parts"][name]))
+            except _REFUSALS as error:
+                raise StateMismatchError([f"parts/{name}: {type(error).__name__}: {error}"]) from error
+        if expired is not None and expired():
+            raise RestoreAbandonedError("about to copy")
+        plan.apply()
 
 
 def _put_back(name: str, part: StatePart, before: KeptValues) -> None:
@@ -216,13 +226,25 @@ class _Plan:
 
     def part(self, encoded: JsonValue) -> dict[str, Any]:
         """Returns the state of a part, with new tensors."""
-        device = next(iter(self._parameters.values())).device
+        device = local(next(iter(self._parameters.values()))).device
 
         def take(ref: Mapping[str, JsonValue]) -> Tensor:
             home = device if ref.get("home") == "device" else _CPU
-            return self._source(cast("str", ref[TENSOR_KEY])).to(home, copy=True)
+            name = cast("str", ref[TENSOR_KEY])
+            source = self._source(name)
+            if (like := self._sharded_like(name)) is None:
+                return source.to(home, copy=True)
+            part = source if name in self._image.parts else part_of(source, like)
+            return sharded_like(part.to(home, copy=True), like)
 
         return cast("dict[str, Any]", decode(encoded, take))
+
+    def _sharded_like(self, name: str) -> Tensor | None:
+        """Returns as which tensor one of a part is sharded: the live one, or the parameter whose name ends its name."""
+        shape = self._specs[name].shape
+        named = (p for each, p in self._parameters.items() if name.endswith((f"/{each}", f".{each}")))
+        found = (each for each in (self._live_tensors.get(name), *named) if each is not None and is_sharded(each))
+        return next((each for each in found if tuple(each.shape) == shape), None)
 
     def apply(self) -> None:
         """Changes the live state. Synchronises with the devices involved."""

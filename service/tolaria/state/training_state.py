@@ -126,14 +126,14 @@ class TrainingState:
         """Whether tensors are distributed over ranks."""
         return any(is_sharded(parameter) for parameter in self.live.model.parameters())
 
-    def fingerprint(self, only: Collection[str] | None = None, *, whole: bool = True) -> Fingerprint:
+    def fingerprint(self, only: Collection[str] | None = None, *, gathered: bool = True) -> Fingerprint:
         """Returns the digests of the live state, equal to those of an image of it. Reads every byte; synchronises.
 
         With `only`, the digests are those of an image that has no other parts. Sharded tensors are gathered, one after
-        the other, so that every rank has to call this; unless `whole` is False, which takes the part of this rank, as
+        the other, so that every rank has to call this; unless `gathered` is False, which takes this rank's part, as
         `copy` does.
         """
-        survey, value = self.survey(only), whole_value if whole else local
+        survey, value = self.survey(only), whole_value if gathered else local
         digests = {
             name: spec_of(name, tensor).digest(packed_bytes(value(tensor))) for name, tensor in survey.tensors.items()
         }
@@ -141,7 +141,7 @@ class TrainingState:
 
     def gather(self) -> None:
         """Takes part in a copy of the whole state on another rank."""
-        for tensor in self.survey(()).tensors.values():
+        for tensor in self.survey().tensors.values():
             whole_value(tensor)
 
     def copy(self) -> StateImage:

@@ -44,6 +44,24 @@ def test_what_two_ranks_saved_any_number_restores(world: int, saved: tuple[Path,
     assert 1 < sum(rank["bytes"] for rank in found) < 2.5  # random numbers and the like are whole on every rank
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_tensors_of_a_job_s_state_are_divided_too(world: int, tmp_path: Path) -> None:
+    """As an average of the weights, which is a whole tensor for one process, and has parts for three ranks."""
+    ((digest, _, _),) = run_on_ranks(3, [(SAVE, {"directory": str(tmp_path), "job": "AverageJob"})])
+    (found,) = run_on_ranks(world, [(LOAD, {"directory": str(tmp_path), "job": "AverageJob"})])
+    assert found[0]["saved"] == digest
+    assert [rank["digest"] for rank in found] == [found[0]["expected"]] * world
+    assert "parts/job/average/inner.weight" in found[0]["expected"]
+    assert len(found[0]["losses"]) == 5
+
+
+def test_every_rank_has_a_part_of_the_leader_s_model() -> None:
+    """Also if `build_model` draws from a generator without a seed: a mixture of two models would be neither."""
+    ((scales, other),) = run_on_ranks(2, [("support.rank_scenarios:scales", {"job": "UnseededJob"})])
+    assert scales == other
+    assert max(scales.values()) < 0.5  # rank 1 draws values that are eleven times as large
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_files_are_read_by_torch(saved: tuple[Path, str]) -> None:
     """By the reader for Hugging Face's format, bit-equal, without Tolaria."""
@@ -82,7 +100,25 @@ def test_a_fused_kernel_that_knows_no_parts_is_not_used() -> None:
 
 def test_a_rank_that_has_gone_is_not_the_job_s_fault() -> None:
     """Also if the job's own forward or backward pass is where that is noticed."""
-    leader, follower = train("FailingRankJob", options={"fails_on": 1, "fails_at": 5})
+    script = [["begin", 0.0], ["ended"]]
+    leader, follower = train("FailingRankJob", script=script, options={"fails_on": 1, "fails_at": 5})
     assert "the file server does not answer" in follower["failed"]
-    assert isinstance(leader, str)
-    assert "AssertionError" in leader  # of the script, which waits for an epoch
+    assert "gloo" in leader["peer_lost"]
+
+
+def test_a_restore_that_one_rank_cannot_do_changes_nothing() -> None:
+    """Also with seeds that come and go in it, which all ranks divide together."""
+    script = [["epoch"], ["capture"], ["seeds", "SEED_STAGE_TRAINING"], ["epoch"], ["reload", 30], ["epoch"]]
+    leader, follower = train("StubbornRankJob", script=script, options={"fails_on": 1})
+    assert "abandoned" in str(leader["answers"][4])
+    assert len(leader["losses"]) == 3 * 8
+    assert leader["digests"] == follower["digests"]
+    assert len(set(leader["digests"])) == 1
+
+
+@pytest.mark.parametrize(("odd", "words"), [("order", "samples in them"), ("fewer", "has another batch")])
+def test_ranks_that_read_other_data_are_found(odd: str, words: str) -> None:
+    """Before they wait for each other in a pass."""
+    leader, follower = train("OddRankJob", options={"odd": odd})
+    assert "RanksDifferError" in str(leader)
+    assert words in follower["failed"]

@@ -70,6 +70,8 @@ def train(
         return {"digests": group.all_gather_text(_digest(built))}
     with running(built, Path(tempfile.mkdtemp())) as run:
         answers = [_play(run, line) for line in script]
+    if run.lane.peer_lost:
+        return {"peer_lost": run.lane.peer_lost}
     steps = run.all_of(StepDone)
     return {
         "losses": [step.loss for step in steps],

@@ -254,7 +254,9 @@ def _torch_and_job(settings: Settings) -> Iterator[Diagnosis]:
 
 def _peers(settings: Settings) -> Iterator[Diagnosis]:
     for name, target in (("tamiyo", settings.tamiyo.target), ("kasmina", settings.kasmina.target)):
-        if not target:
+        if not settings.control.enabled:
+            yield Diagnosis(name, Verdict.OK, "not needed: control.enabled is false")
+        elif not target:
             yield Diagnosis(name, Verdict.OK, "no target: the reference peer is started with the service")
         elif problem := probe(target, ""):
             advice = f"start it, or set {name}.target; training goes on without it"

@@ -50,7 +50,7 @@ def read_source(directory: Path, which: str) -> Source:
         CheckpointUnreadableError, JournalError: the system cannot read it.
     """
     path = directory / JOURNAL
-    for attempt in range(1, _TRIES + 1):
+    for _ in range(_TRIES):
         row = choose(read_journal(path, CheckpointRow), which, direction=best_direction(directory))
         try:
             return _read(directory, row)
@@ -58,9 +58,12 @@ def read_source(directory: Path, which: str) -> Source:
             # Retention removes checkpoints at any time; one that is still listed is damaged.
             rows = read_journal(path, CheckpointRow)
             listed = any(now.checkpoint_id == row.checkpoint_id and _kept(now) for now in rows)
-            if listed or attempt == _TRIES:
+            if listed:
                 raise
-    raise AssertionError("unreachable")
+    raise NoCheckpointError(
+        "the service removes checkpoints faster than one can be read: pause the run, or export through the service "
+        "(--address)"
+    )
 
 
 def choose(rows: Sequence[CheckpointRow], which: str, *, direction: str) -> CheckpointRow:

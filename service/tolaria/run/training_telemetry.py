@@ -154,9 +154,8 @@ class TrainingTelemetry(RunObserver):
         metrics = self._metrics
         metrics.training_loss.set(epoch.training_loss)
         figures = epoch.evaluation.figures()
-        if "accuracy" in figures:
-            metrics.training_accuracy.set(epoch.evaluation.accuracy)
-            metrics.validation_accuracy.set(epoch.evaluation.accuracy)
+        metrics.training_accuracy.set(epoch.evaluation.accuracy)  # NaN if the job counts none
+        metrics.validation_accuracy.set(epoch.evaluation.accuracy)
         metrics.validation_loss.set(epoch.evaluation.loss)
         for name, value in figures.items():
             metrics.validation_metric.labels(name).set(value)

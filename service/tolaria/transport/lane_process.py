@@ -370,6 +370,8 @@ class _End:
         """Returns how the process has ended, followed by the lines that say why; and these alone."""
         crash = next((n for n, line in enumerate(self.lines) if line.startswith("Current thread")), -_LINES_SHOWN)
         shown = "\n".join([*self.lines][crash:][:_LINES_SHOWN]).strip()
+        if killed and self.code == -signal.SIGKILL:
+            shown = ""  # what the process has written before says nothing about that
         ends = next((line for line in reversed(self.lines) if RANK_ENDED.match(line)), "")  # as the agent says it
         shown = "\n".join(text for text in (ends, shown.replace(ends, "").strip()) if text)
         detail = detail.partition(": ")[0] if self.code_elsewhere is None else f"ended with code {self.code_elsewhere}"

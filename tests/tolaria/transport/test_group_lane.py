@@ -32,7 +32,7 @@ print(json.dumps({"lane": os.getpid()}), flush=True)
 wire = socket.socket(fileno=int(options["connection"]))
 from tolaria.lane.encoding import from_bytes, to_bytes
 from tolaria.lane.messages import Held, LaneEnded, LaneReady, RunEpoch, Stop
-from tolaria.values.training import EpochProgress, Position
+from tolaria.values.training import EpochProgress, Position, RankInfo
 from tolaria.wire import Frame, FrameKind, FrameStream, packed_events, send, unpacked_id
 stream = FrameStream(wire)
 while (order := stream.next()).kind is not FrameKind.ORDER: pass

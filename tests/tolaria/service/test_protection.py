@@ -17,6 +17,7 @@ pytestmark = pytest.mark.anyio
 async def test_a_certificate_that_cannot_be_read_is_logged_and_ends_nothing(
     tmp_path: Path, content: str | None
 ) -> None:
+    """The one in force stays, and another look follows."""
     path = tmp_path / "server.pem"
     if content is not None:
         path.write_text(content)

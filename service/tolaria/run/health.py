@@ -169,7 +169,7 @@ class Health:
         return Proceed() if alarm is None else self._exploded(step, alarm, spread_before)
 
     def epoch(self, epoch: EpochDone, *, rolling_back: bool) -> Verdict:
-        """Judges an evaluation by those before it: its metric of `judged_by`; accuracy or loss until that has appeared."""
+        """Judges an evaluation by those before it: its metric of `judged_by`; until that appears, accuracy or loss."""
         record = self._record
         if rolling_back or self._origin:
             return Proceed()

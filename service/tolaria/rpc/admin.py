@@ -323,13 +323,13 @@ class AdminService(TolariaAdminServiceServicer):
         timeout_s: float = EFFECT_S,
         late: str = "the lane did not reach a step boundary",
     ) -> Answer:
-        method = request.DESCRIPTOR.name.removesuffix("Request")
+        method, ledger = request.DESCRIPTOR.name.removesuffix("Request"), self._parts.ledger
         try:
             with (
                 within(remote_parent(context.invocation_metadata() or ())),
-                self._parts.audit.recorded(method, request),
+                self._parts.audit.recorded(method, request, repeat=ledger.knows(method, request)),
             ):
-                return await self._parts.ledger.once(method, request, operation, timeout_s=timeout_s, late=late)
+                return await ledger.once(method, request, operation, timeout_s=timeout_s, late=late)
         except errors.TolariaError as error:
             await abort(context, error)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def test_what_a_skipped_step_logs_is_dropped() -> None:
     ]  # fmt: skip
 
 
-def evaluated(health: Health, values: list[float | None], *, correct: int = 50) -> list[object]:
+def evaluated(health: Health, values: Sequence[float | None], *, correct: int = 50) -> list[object]:
     """Judges evaluations whose metric has these values, one by one."""
     found = [Evaluation(100.0, correct, 100, {} if value is None else {"ppl": value}) for value in values]
     epochs = [EpochDone(3, 100, evaluation, 1.0, 0.0, {}, 0.0, HardwareContext()) for evaluation in found]

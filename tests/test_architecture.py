@@ -123,6 +123,8 @@ BROAD_EXCEPT_ALLOWED = {
     "lane/fast_paths.py": "tries kernels of torch, which raise several kinds of errors",
     "lane/lane.py": "calls the user's own code",
     "optimization/optimizer_manager.py": "calls the user's own optimizer",
+    "rpc/exports.py": "fails the export, and logs defects: it runs in the task group of the run",
+    "telemetry/packets.py": "loses a packet, and logs defects: it runs in the task group of the run",
     "checkpoint/writer.py": "passes the error on in a future, and raises defects again",
 }
 """Where anything may be raised and is reported."""

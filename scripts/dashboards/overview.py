@@ -302,6 +302,10 @@ def _process(board: Dashboard) -> Dashboard:
                 Query(one("tolaria_telemetry_subscribers"), "subscribers"),
                 Query(one("tolaria_telemetry_queue_depth"), "queued"),
                 Query(f"rate({one('tolaria_telemetry_dropped_total')}[5m])", "{{priority}} dropped/s"),
+                Query(
+                    f"rate({one('tolaria_telemetry_subscriber_dropped_total')}[5m])",
+                    "{{priority}} dropped for subscribers/s",
+                ),
             )
         )
     )

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, cast
@@ -35,6 +38,8 @@ SHARD_BYTES: Final = 5 * 10**9
 CONVERSION_S: Final = 1800.0
 """Longest time of the child process that folds, or writes a file of torch.save."""
 
+_PARTIAL: Final = ".*.partial-*"
+_POLL_S: Final = 0.2
 _PREFIXES: Final = ("parameter/", "buffer/")
 _METADATA: Final = {"format": "pt"}
 
@@ -70,7 +75,13 @@ class Weights:
 
 
 class ExportFiles(Filesystem):
-    """The system calls for an export, whose files others may read as far as the umask allows."""
+    """The system calls for an export, whose files others may read as far as the umask allows.
+
+    None is written to once `stop` is set: the next call raises ExportFailedError.
+    """
+
+    def __init__(self, stop: threading.Event | None = None) -> None:
+        self._stop = stop
 
     def make_directory(self, path: Path) -> None:
         """Creates one directory."""
@@ -80,16 +91,25 @@ class ExportFiles(Filesystem):
         """Creates a new file, opens it for writing and returns its descriptor."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
+    def write(self, descriptor: int, content: memoryview) -> int:
+        """Writes to a file and returns the number of bytes written, which may be fewer than given."""
+        _require_wanted(self._stop)
+        return super().write(descriptor, content)
 
-def export_model(order: ExportOrder, files: Filesystem | None = None) -> ExportCard:
+
+def export_model(
+    order: ExportOrder, files: Filesystem | None = None, stop: threading.Event | None = None
+) -> ExportCard:
     """Exports the model of a checkpoint and returns the card. The target appears at once, whole and durable.
+
+    Once `stop` is set, by another thread, the export ends soon, with its child process, and leaves nothing.
 
     Raises:
         ExportRefusedError: the target exists, or this model cannot be exported in this form.
-        ExportFailedError: the target cannot be written.
+        ExportFailedError: the target cannot be written, or `stop` was set.
         NoCheckpointError, CheckpointDamagedError, CheckpointUnreadableError, JournalError: see `read_source`.
     """
-    files = files or ExportFiles()
+    files = files or ExportFiles(stop)
     _refuse_existing(order.target)
     source = read_source(order.state_dir, order.checkpoint)
     card, weights = contents(source, order)
@@ -102,7 +122,7 @@ def export_model(order: ExportOrder, files: Filesystem | None = None) -> ExportC
             card = _write_configs(files, temporary, card, description_of(source)["transformers"])
         write_card(files, temporary, card)
         if order.fold or order.format == "torch":
-            card = _converted(temporary, order)
+            card = _converted(temporary, order, stop)
         files.sync_directory(temporary)
         _refuse_existing(order.target)
         files.rename(temporary, order.target)
@@ -112,6 +132,12 @@ def export_model(order: ExportOrder, files: Filesystem | None = None) -> ExportC
     finally:
         remove_quietly(files, temporary)
     return card
+
+
+def remove_partial_exports(directory: Path) -> None:
+    """Removes what exports have left in a directory that did not end. Ignores errors."""
+    for left in directory.glob(_PARTIAL):
+        remove_quietly(Filesystem(), left)
 
 
 def contents(source: Source, order: ExportOrder) -> tuple[ExportCard, Weights]:
@@ -280,19 +306,50 @@ def _text(text: str) -> list[memoryview]:
     return [memoryview(text.encode())]
 
 
-def _converted(place: Path, order: ExportOrder) -> ExportCard:
+def _converted(place: Path, order: ExportOrder, stop: threading.Event | None) -> ExportCard:
     """Has a child process fold, or write a file of torch.save; returns the card that it has written."""
     words = [
         *(["--fold", str(order.shard_bytes)] if order.fold else []),
         *(["--torch"] if order.format == "torch" else []),
     ]
-    # The job has no use for the secrets of the service.
-    run = partial(subprocess.run, capture_output=True, text=True, check=False, env=bare_environment())
-    try:
-        done = run([sys.executable, "-m", "tolaria.export.conversion", str(place), *words], timeout=CONVERSION_S)
-    except subprocess.TimeoutExpired:
-        raise ExportFailedError(f"folding took longer than {CONVERSION_S:g} s") from None
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    code, stderr = _run([sys.executable, "-m", "tolaria.export.conversion", str(place), *words], stop)
+    if code:
+        last = (stderr.strip().splitlines() or [f"exit code {code}"])[-1]
         raise ExportRefusedError(f"the model could not be converted: {last}")
     return ExportCard.from_text((place / CARD).read_text(encoding="utf-8"), str(place))
+
+
+def _run(arguments: Sequence[str], stop: threading.Event | None) -> tuple[int, str]:
+    """Returns exit code and standard error of a child process, which is killed when it is late or not wanted."""
+    # The job has no use for the secrets of the service. In a session apart, its data workers are killed with it.
+    with subprocess.Popen(  # noqa: S603 - the words are this module's
+        arguments,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=bare_environment(),
+        start_new_session=True,
+    ) as child:
+        until_s = time.monotonic() + CONVERSION_S
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    _, stderr = child.communicate(timeout=_POLL_S)
+                    return child.returncode, stderr
+                _require_wanted(stop)
+                _require_early(until_s)
+        except BaseException:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+            raise
+
+
+def _require_early(until_s: float) -> None:
+    if time.monotonic() >= until_s:
+        raise ExportFailedError(f"folding took longer than {CONVERSION_S:g} s")
+
+
+def _require_wanted(stop: threading.Event | None) -> None:
+    if stop is not None and stop.is_set():
+        raise ExportFailedError("the export was stopped before its end")

@@ -30,8 +30,8 @@ RETRY_S_MAX: Final = 30.0
 LOG_INTERVAL_S: Final = 60.0
 """Seconds between two log lines about lost rows."""
 
-_RANKS: Final = MappingProxyType({CommandRow.table: 0, AdminCallRow.table: 0, EmergencyRow.table: 2})
-"""How late rows of a table are dropped; 1 for all others."""
+_RANKS: Final = MappingProxyType({AdminCallRow.table: 0, CommandRow.table: 1, EmergencyRow.table: 3})
+"""How late rows of a table are dropped; 2 for all others. Calls of operators, which are in the log too, come first."""
 
 _Answer = TypeVar("_Answer")
 _Key = tuple[str, str]
@@ -73,15 +73,15 @@ class AsyncJournal:
     def note(self, row: Row) -> None:
         """Queues the row for writing; returns at once and never raises.
 
-        Emergencies are written first. Beyond `ROWS_MAX` the oldest row is dropped, commands and operators' calls
-        before all others and emergencies last. Only the first answer to a request is kept.
+        Emergencies are written first. Beyond `ROWS_MAX` the oldest row is dropped: operators' calls before commands,
+        those before all others, and emergencies last. Only the first answer to a request is kept.
         """
         if isinstance(row, AdminActionRow):
             self._queue.setdefault(_key(row), row)
         else:
             self._queue[_key(row)] = row
         if len(self._queue) > ROWS_MAX:
-            del self._queue[min(self._queue, key=lambda key: _RANKS.get(key[0], 1))]
+            del self._queue[min(self._queue, key=lambda key: _RANKS.get(key[0], 2))]
             self._count_lost()
         self._noted.set()
 

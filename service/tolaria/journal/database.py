@@ -38,6 +38,14 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 SIDE_FILES: Final = ("", "-wal", "-shm")
 """Suffixes of the names of the files that SQLite keeps for a database."""
 
+ADMIN_CALLS_MAX: Final = 100_000
+"""Calls of operators that are kept, some 50 MB; older ones are removed now and then."""
+
+_CALLS_BETWEEN: Final = 1000
+_OLD_CALLS: Final = """
+    DELETE FROM admin_calls WHERE rowid IN (SELECT rowid FROM admin_calls ORDER BY rowid DESC LIMIT -1 OFFSET ?)
+"""
+
 _SYSTEM_ERRORS: Final = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -65,6 +73,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
         self._path = path
+        self._calls_until_removal = 0
         if not path.exists():
             _create(path)
         with translated_errors(), ExitStack() as on_error:
@@ -80,12 +89,16 @@ class Journal:
     def put(self, row: Row) -> None:
         """Adds a row, or replaces the one with its key; the first answer to a request stays. Durable on return.
 
+        Of calls of operators the newest `ADMIN_CALLS_MAX` stay.
+
         Raises:
             JournalUnavailableError: writing failed; the journal is unchanged.
         """
         with self._lock, translated_errors():
             self._require_file()
             insert_row(self._connection, row)
+            if isinstance(row, AdminCallRow):
+                self._remove_old_calls()
 
     def answer_once(self, row: AdminActionRow) -> AdminActionRow:
         """Records an operator's request with its response, and returns the first row recorded for this request."""
@@ -170,6 +183,12 @@ class Journal:
     def _select(self, kind: type[AnyRow], clause: str, values: tuple[Scalar, ...]) -> tuple[AnyRow, ...]:
         with self._lock, translated_errors():
             return tuple(select_rows(self._connection, kind, clause, values))
+
+    def _remove_old_calls(self) -> None:
+        self._calls_until_removal -= 1
+        if self._calls_until_removal < 0:
+            self._calls_until_removal = _CALLS_BETWEEN
+            self._connection.execute(_OLD_CALLS, (ADMIN_CALLS_MAX,))
 
     def _require_file(self) -> None:
         if not self._path.exists():  # SQLite would silently keep writing to the removed file

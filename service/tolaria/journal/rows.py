@@ -163,8 +163,8 @@ class AdminCallRow(Row):
     """A call that could change something: who made it, from where, when and why, and how it ended.
 
     `caller` is the name of the token, and that of the client's certificate; `role` is that of the token. `outcome` is
-    the name of the gRPC status; empty while the call lasts, and if the service ended before it. A repeat of a request
-    id has a row too. `at_ns` is the time of the call.
+    the name of the gRPC status; empty while the call lasts, and if the service ended before it. A caller's first
+    repeat of a request has a row too. `at_ns` is the time of the call.
     """
 
     table: ClassVar[str] = "admin_calls"

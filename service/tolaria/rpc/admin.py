@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import anyio
-import anyio.to_thread
 import grpc.aio
 
 from leyline.v1 import admin_service_pb2 as admin
@@ -18,7 +17,7 @@ from tolaria import errors
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.rollback.protocol import Rollback, rollback_id_of
 from tolaria.rpc.audit import AuditTrail
-from tolaria.rpc.exports import carry_out, export_answer, export_order
+from tolaria.rpc.exports import Exports, export_answer
 from tolaria.rpc.listing import limited, list_admin_calls, list_incidents, list_restore_points
 from tolaria.rpc.requests import Answer, MutatingRequest, RequestLedger
 from tolaria.rpc.status import abort
@@ -66,6 +65,7 @@ class AdminService(TolariaAdminServiceServicer):
     def __init__(self, parts: AdminParts) -> None:
         self._parts = parts
         self._run, self._status, self._safety = parts.run, parts.status, parts.safety
+        self._exports = Exports(parts.state_dir)
 
     # -- status ------------------------------------------------------------------------------------------------------
 
@@ -229,11 +229,10 @@ class AdminService(TolariaAdminServiceServicer):
         return await self._once(request, context, operation, timeout_s=CHECKPOINT_S, late=late)
 
     async def ExportModel(self, request: admin.ExportModelRequest, context: Context) -> admin.ExportModelResponse:
-        """Takes the model out of a checkpoint; training goes on meanwhile."""
+        """Takes the model out of a checkpoint, after earlier requests for that; training goes on meanwhile."""
 
         async def operation() -> admin.ExportModelResponse:
-            order = export_order(request, self._parts.state_dir)
-            card, place = await anyio.to_thread.run_sync(carry_out, order, abandon_on_cancel=True)
+            card, place = await self._exports.carry_out(request)
             return export_answer(card, place, global_step=self._status.global_step)
 
         late = "the export was not written"
@@ -324,13 +323,13 @@ class AdminService(TolariaAdminServiceServicer):
         timeout_s: float = EFFECT_S,
         late: str = "the lane did not reach a step boundary",
     ) -> Answer:
-        method = request.DESCRIPTOR.name.removesuffix("Request")
+        method, ledger = request.DESCRIPTOR.name.removesuffix("Request"), self._parts.ledger
         try:
             with (
                 within(remote_parent(context.invocation_metadata() or ())),
-                self._parts.audit.recorded(method, request),
+                self._parts.audit.recorded(method, request, repeat=ledger.knows(method, request)),
             ):
-                return await self._parts.ledger.once(method, request, operation, timeout_s=timeout_s, late=late)
+                return await ledger.once(method, request, operation, timeout_s=timeout_s, late=late)
         except errors.TolariaError as error:
             await abort(context, error)
 

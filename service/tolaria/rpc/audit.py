@@ -27,6 +27,7 @@ DENIED_S: Final = 60.0
 """Seconds in which one denied call of a caller to a method is recorded; metrics count all."""
 
 _DENIED_MAX: Final = 1000
+_REPEATS_MAX: Final = 1000
 
 CHANGES: Final = frozenset(
     method.name
@@ -44,12 +45,18 @@ class AuditTrail:
         self._journal = journal
         self._status = status
         self._denied: dict[tuple[str, str], float] = {}
+        self._repeats: set[tuple[str, str]] = set()
 
     @contextmanager
-    def recorded(self, method: str, request: MutatingRequest) -> Iterator[None]:
-        """Records the call that the block handles; its outcome is the error that the block raises, or OK."""
+    def recorded(self, method: str, request: MutatingRequest, *, repeat: bool = False) -> Iterator[None]:
+        """Records the call that the block handles; its outcome is the error that the block raises, or OK.
+
+        Of a caller's `repeat` of a request, which does nothing, the journal gets the first one, and the log all.
+        """
         row = self._row(method, present_caller(), request.request_id, request.reason)
-        self._journal.note(row)
+        in_journal = not (repeat and self._repeated_before(row))
+        if in_journal:
+            self._journal.note(row)
         outcome, detail = "OK", ""
         try:
             yield
@@ -63,7 +70,7 @@ class AuditTrail:
             outcome = "UNKNOWN"
             raise
         finally:
-            self._end(row, outcome, detail)
+            self._end(row, outcome, detail, in_journal=in_journal)
 
     def denied(self, method: str, caller: Caller, error: TolariaError) -> None:
         """Records a call to a method that the role of the caller does not allow, now and then."""
@@ -91,9 +98,19 @@ class AuditTrail:
             global_step=self._status.global_step,
         )
 
-    def _end(self, row: AdminCallRow, outcome: str, detail: str) -> None:
+    def _repeated_before(self, row: AdminCallRow) -> bool:
+        key = (row.caller, row.request_id)
+        if key in self._repeats:
+            return True
+        if len(self._repeats) >= _REPEATS_MAX:
+            self._repeats.clear()
+        self._repeats.add(key)
+        return False
+
+    def _end(self, row: AdminCallRow, outcome: str, detail: str, *, in_journal: bool = True) -> None:
         ended = replace(row, global_step=self._status.global_step, outcome=outcome, detail=detail[:DETAIL_MAX])
-        self._journal.note(ended)
+        if in_journal:
+            self._journal.note(ended)
         self._log.info(
             "admin_call",
             method=ended.method,

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import anyio
+import anyio.to_thread
+import structlog
+
 from leyline.v1 import admin_service_pb2 as admin
 from tolaria.checkpoint.storage import JOURNAL
-from tolaria.errors import InvalidFieldError
+from tolaria.errors import ExportFailedError, InvalidFieldError, TolariaError
 from tolaria.export.card import ExportCard, Format
 from tolaria.export.source import NEWEST, best_direction, choose
 from tolaria.export.writing import SHARD_BYTES, ExportOrder, export_model
@@ -46,14 +51,43 @@ def export_order(request: admin.ExportModelRequest, state_dir: Path) -> ExportOr
     )
 
 
-def carry_out(order: ExportOrder) -> tuple[ExportCard, Path]:
-    """Exports, and returns the card and the place. Blocks; raises as `export_model` does."""
-    if order.target.name == EXPORTS:
-        rows = read_journal(order.state_dir / JOURNAL, CheckpointRow)
-        row = choose(rows, order.checkpoint, direction=best_direction(order.state_dir))
-        name = f"{row.checkpoint_id}-{order.format}{'-folded' * order.fold}"
-        order = replace(order, checkpoint=row.checkpoint_id, target=order.target / name)
-    return export_model(order), order.target
+class Exports:
+    """Carries out exports, one at a time: each holds a whole checkpoint in memory. Used on the event loop only."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = state_dir
+        self._one_thread = anyio.CapacityLimiter(1)
+
+    async def carry_out(self, request: admin.ExportModelRequest) -> tuple[ExportCard, Path]:
+        """Exports once earlier requests have been, and returns the card and the place. Cancellation stops it.
+
+        Raises:
+            InvalidFieldError: a field of the request is wrong.
+            TolariaError: as `export_model` does; errors that nothing foresaw are ExportFailedError too.
+        """
+        order, stop = export_order(request, self._state_dir), threading.Event()
+        try:
+            return await anyio.to_thread.run_sync(
+                _carry_out, order, stop, abandon_on_cancel=True, limiter=self._one_thread
+            )
+        finally:
+            stop.set()
+
+
+def _carry_out(order: ExportOrder, stop: threading.Event) -> tuple[ExportCard, Path]:
+    try:
+        if order.target == order.state_dir / EXPORTS:  # the request names none
+            rows = read_journal(order.state_dir / JOURNAL, CheckpointRow)
+            row = choose(rows, order.checkpoint, direction=best_direction(order.state_dir))
+            name = f"{row.checkpoint_id}-{order.format}{'-folded' * order.fold}"
+            order = replace(order, checkpoint=row.checkpoint_id, target=order.target / name)
+        return export_model(order, stop=stop), order.target
+    except TolariaError:
+        raise
+    except Exception as error:
+        # Whatever it is, MemoryError included: an export is no reason to end the run.
+        structlog.get_logger(__name__).exception("export_failed", target=str(order.target))
+        raise ExportFailedError(f"the export failed: {type(error).__name__}: {error}") from error
 
 
 def export_answer(card: ExportCard, place: Path, *, global_step: int) -> admin.ExportModelResponse:

@@ -84,6 +84,11 @@ class RequestLedger:
         self._tasks = tasks
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
 
+    def knows(self, method: str, request: MutatingRequest) -> bool:
+        """Whether a request is a repeat of one that this process remembers, so that it does nothing."""
+        entry = self._entries.get(request.request_id)
+        return entry is not None and (entry.method, entry.content) == (method, _content(request))
+
     async def once(
         self,
         method: str,
@@ -103,7 +108,7 @@ class RequestLedger:
             TolariaError: raised by `operation`, and again for repeats.
         """
         check_request(request)
-        content = request.SerializeToString(deterministic=True)
+        content = _content(request)
         entry = self._entries.get(request.request_id)
         if entry is None:
             entry = self._entries[request.request_id] = _Entry(method, content)
@@ -177,6 +182,10 @@ class RequestLedger:
         finished = (request_id for request_id, entry in self._entries.items() if entry.done.is_set())
         for request_id in list(islice(finished, excess)):
             del self._entries[request_id]
+
+
+def _content(request: MutatingRequest) -> bytes:
+    return request.SerializeToString(deterministic=True)
 
 
 def _parsed(method: str, row: AdminActionRow) -> Message:

@@ -169,13 +169,15 @@ class Health:
         return Proceed() if alarm is None else self._exploded(step, alarm, spread_before)
 
     def epoch(self, epoch: EpochDone, *, rolling_back: bool) -> Verdict:
-        """Judges an evaluation by those before it: its metric of `judged_by`, else its accuracy, else its loss."""
+        """Judges an evaluation by those before it: its metric of `judged_by`; until that appears, accuracy or loss."""
         record = self._record
         if rolling_back or self._origin:
             return Proceed()
         if epoch.evaluation.correct and not record.counts_accuracy:
             record.counts_accuracy, record.evaluations, record.worse = True, [], []
-        what, sign, value = self._judged(epoch.evaluation)
+        if (judged := self._judged(epoch.evaluation)) is None:
+            return Proceed()
+        what, sign, value = judged
         if not collapsing([value for _, value in record.evaluations], value, self._settings.accuracy_drop):
             for evaluation in (*record.worse, (epoch.global_step, value)):
                 if math.isfinite(evaluation[1]):
@@ -194,11 +196,16 @@ class Health:
         record.worse = []
         return self._retreat(reason, first, (), epoch.global_step, durable=True, trend=trend)
 
-    def _judged(self, evaluation: Evaluation) -> tuple[str, int, float]:
-        """Returns what is judged, 1 or -1 for a higher or a lower one that is better, and the value times that sign."""
+    def _judged(self, evaluation: Evaluation) -> tuple[str, int, float] | None:
+        """Returns what is judged, 1 or -1 for a higher or a lower one that is better, and the value times that sign.
+
+        None for an evaluation without the metric of the ones before: some jobs compute it every few epochs.
+        """
         record = self._record
         name, _, better = self._judged_by.rpartition(":")
         named = evaluation.figures().get(name) if name else None
+        if named is None and name and record.judged_by == self._judged_by:
+            return None
         if (judged_by := self._judged_by if named is not None else "") != record.judged_by:
             record.judged_by, record.evaluations, record.worse = judged_by, [], []
         if named is not None:

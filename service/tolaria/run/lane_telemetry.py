@@ -22,6 +22,7 @@ class LaneTelemetry(RunObserver):
     def __init__(self, metrics: Metrics, emitter: Emitter) -> None:
         self._metrics = metrics
         self._emitter = emitter
+        self._ranks = 0
         start_at_zero(metrics.lane_restarts_total, ((_RANK, kind) for kind in LOSS_KINDS))
         metrics.lane_up.labels(_RANK).set(0)
         metrics.lane_recovery_seconds.labels(_RANK)
@@ -30,10 +31,15 @@ class LaneTelemetry(RunObserver):
         self._show(1)
 
     def on_epoch(self, epoch: EpochDone, *, show_layers: bool) -> None:  # noqa: ARG002 - the hook's signature
-        for rank, load in enumerate(epoch.rank_loads[:_RANKS_MAX]):
-            self._metrics.rank_input_wait_seconds.labels(str(rank)).set(load.input_wait_s)
-            self._metrics.rank_wait_seconds.labels(str(rank)).set(load.rank_wait_s)
-            self._metrics.rank_memory_bytes.labels(str(rank)).set(load.memory_bytes)
+        metrics, loads = self._metrics, epoch.rank_loads[:_RANKS_MAX]
+        for rank in range(len(loads), self._ranks):  # their machine has left the group
+            for family in (metrics.rank_input_wait_seconds, metrics.rank_wait_seconds, metrics.rank_memory_bytes):
+                family.remove(str(rank))
+        self._ranks = len(loads)
+        for rank, load in enumerate(loads):
+            metrics.rank_input_wait_seconds.labels(str(rank)).set(load.input_wait_s)
+            metrics.rank_wait_seconds.labels(str(rank)).set(load.rank_wait_s)
+            metrics.rank_memory_bytes.labels(str(rank)).set(load.memory_bytes)
 
     def on_lane_lost(self, lost: LaneLost, step: int) -> None:
         self._metrics.lane_up.labels(_RANK).set(0)

@@ -11,6 +11,7 @@ import anyio.to_thread
 import structlog
 
 from tolaria.config import PeerSettings, Settings
+from tolaria.errors import CredentialsError
 from tolaria.peers.connect import Peer, tls_files
 from tolaria.rpc.callers import CallerInterceptor
 from tolaria.security import web_config
@@ -87,6 +88,9 @@ def forbid_core_files(settings: Settings) -> None:
 async def _warn_of_expiry(files: TlsFiles) -> None:
     log = structlog.get_logger(__name__)
     while True:
-        if warning := await anyio.to_thread.run_sync(files.expiry_warning, now_utc(), abandon_on_cancel=True):
-            log.warning("certificate_expires", detail=warning)
+        try:
+            if warning := await anyio.to_thread.run_sync(files.expiry_warning, now_utc(), abandon_on_cancel=True):
+                log.warning("certificate_expires", detail=warning)
+        except CredentialsError as error:  # being replaced: the one in use stays in force
+            log.warning("certificate_expiry_unknown", detail=str(error))
         await anyio.sleep(_EXPIRY_S)

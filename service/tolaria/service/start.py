@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import get_args
 
 import structlog
@@ -19,8 +20,10 @@ from tolaria import __version__
 from tolaria.checkpoint.writer import CheckpointWriter
 from tolaria.config import Settings, exposure_warnings, require_protection
 from tolaria.emergency.supervision import stacks_on_request
+from tolaria.export.writing import remove_partial_exports
 from tolaria.images import StateImage
 from tolaria.lane.messages import LaneReady
+from tolaria.rpc.exports import EXPORTS
 from tolaria.run.adjustments import saved_adjustments
 from tolaria.run.resume import (
     ResumePoint,
@@ -77,6 +80,7 @@ def run(settings: Settings) -> int:
             asyncio.Runner(loop_factory=asyncio.new_event_loop) as loop,
         ):
             listeners = open_listeners(settings, loop, metrics)
+            remove_partial_exports(Path(settings.state.dir) / EXPORTS)
             build = _built(settings) if settings.lane.mode == "thread" or not hasattr(os, "memfd_create") else None
             with prepare_state(settings) as prepared:
                 point = load_resume_point(prepared)

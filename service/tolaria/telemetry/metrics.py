@@ -369,7 +369,12 @@ class Metrics:
         )
         self.telemetry_dropped_total = self._counter(
             "telemetry.dropped_total",
-            "Log lines and telemetry packets dropped because a reader is slow, blocked or gone.",
+            "Log lines dropped because their reader is slow, blocked or gone, and packets of epochs never assembled.",
+            ["priority"],
+        )
+        self.telemetry_subscriber_dropped_total = self._counter(
+            "telemetry.subscriber_dropped_total",
+            "Telemetry packets that a subscriber was not sent because it is slow; others had them.",
             ["priority"],
         )
 

@@ -12,6 +12,7 @@ from typing import Final
 
 import anyio
 import anyio.to_thread
+import structlog
 from prometheus_client import Metric
 
 from leyline.v1 import enums_pb2 as enums
@@ -22,7 +23,7 @@ from leyline.v1.admin_service_pb2 import (
 )
 from leyline.v1.telemetry_pb2 import MetricPoint, SystemHealth, TelemetryEvent, TelemetryPacket, TraceSpan
 from tolaria.telemetry.logging import LogContext
-from tolaria.telemetry.metrics import Metrics, unit_of
+from tolaria.telemetry.metrics import Metrics, start_at_zero, unit_of
 from tolaria.telemetry.subscriptions import TelemetryStream
 from tolaria.telemetry.tracing import Tracer
 
@@ -74,6 +75,9 @@ class Packets:
         self._over: deque[_Epoch] = deque(maxlen=EPOCHS_WAITING_MAX)
         self._wake = anyio.Event()
         self._one_thread = anyio.CapacityLimiter(1)
+        self._log = structlog.get_logger(__name__)
+        self._failed = False
+        start_at_zero(metrics.telemetry_dropped_total, (("normal",), ("high",), ("critical",)))
 
     def event(self, occurrence: Occurrence, on_sent: Callable[[], None] | None = None) -> None:
         """Publishes the packet of an event at once; `on_sent` is called each time a subscriber has been sent it."""
@@ -104,8 +108,18 @@ class Packets:
             self._wake = anyio.Event()
             while self._over:
                 assemble = partial(self._packet_of_epoch, self._over.popleft())
-                packet = await anyio.to_thread.run_sync(assemble, abandon_on_cancel=True, limiter=self._one_thread)
-                self._stream.publish(packet, TELEMETRY_KIND_EPOCH)
+                try:
+                    packet = await anyio.to_thread.run_sync(assemble, abandon_on_cancel=True, limiter=self._one_thread)
+                    self._stream.publish(packet, TELEMETRY_KIND_EPOCH)
+                except Exception as error:  # noqa: BLE001 - a metric may raise anything; training needs no packet
+                    self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
+        """Counts a packet that could not be assembled; the first one is logged."""
+        self._metrics.telemetry_dropped_total.labels("normal").inc()
+        if not self._failed:
+            self._failed = True
+            self._log.error("epoch_packet_lost", detail=f"{type(error).__name__}: {error}", exc_info=error)
 
     def _packet_of(self, occurrence: Occurrence) -> TelemetryPacket:
         health = SystemHealth(status=occurrence.health, summary=occurrence.name, indicators=self._indicators())

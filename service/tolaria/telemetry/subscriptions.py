@@ -209,7 +209,7 @@ class TelemetryStream:
         metrics.telemetry_subscribers.set_function(lambda: len(self._subscriptions))
         metrics.telemetry_queue_depth.set_function(lambda: sum(map(len, self._subscriptions)))
         start_at_zero(metrics.telemetry_sent_total, ((name,) for name in _PRIORITY_NAMES))
-        start_at_zero(metrics.telemetry_dropped_total, ((name,) for name in _PRIORITY_NAMES))
+        start_at_zero(metrics.telemetry_subscriber_dropped_total, ((name,) for name in _PRIORITY_NAMES))
 
     def takes(self, kind: TelemetryKind.ValueType, level: enums.TelemetryLevel.ValueType) -> bool:
         """Whether a packet of a kind and level would reach anything."""
@@ -259,7 +259,7 @@ class TelemetryStream:
 
     def count_dropped(self, priority: str, count: int) -> None:
         """Counts packets that a subscriber was not sent."""
-        self._metrics.telemetry_dropped_total.labels(priority).inc(count)
+        self._metrics.telemetry_subscriber_dropped_total.labels(priority).inc(count)
 
     def _latest_critical(self, wanted: PacketFilter, replay: int | None) -> Iterable[Published]:
         admitted = [one for one in self._critical if wanted.admits(one.packet, one.kind)]

@@ -146,19 +146,25 @@ class WebGuard:
 
 
 class _Passwords:
-    """Compares passwords, one at a time in a thread: bcrypt is slow on purpose. Remembers the latest results."""
+    """Compares passwords, one at a time in a thread: bcrypt is slow on purpose. Remembers the latest results.
+
+    The one that fits is remembered for each user, apart from those that do not: guesses push none of them out.
+    """
 
     def __init__(self) -> None:
         self._one_thread = anyio.CapacityLimiter(1)
-        self._known: OrderedDict[bytes, bool] = OrderedDict()
+        self._fitting: dict[str, bytes] = {}
+        self._wrong: OrderedDict[bytes, None] = OrderedDict()
         self._checks = 0
 
     async def check(self, name: str, password: bytes, digest: bytes) -> bool | None:
         """Returns whether a password fits; None if too many wait to be compared."""
         key = hashlib.sha256(b"\0".join((name.encode(), digest, password))).digest()
-        if key in self._known:
-            self._known.move_to_end(key)
-            return self._known[key]
+        if self._fitting.get(name) == key:
+            return True
+        if key in self._wrong:
+            self._wrong.move_to_end(key)
+            return False
         if self._checks >= _CHECKS_MAX:
             return None
         self._checks += 1
@@ -166,9 +172,12 @@ class _Passwords:
             fits = await anyio.to_thread.run_sync(_fits, password, digest, limiter=self._one_thread)
         finally:
             self._checks -= 1
-        self._known[key] = fits
-        if len(self._known) > _CACHED_MAX:
-            self._known.popitem(last=False)
+        if fits and digest != _NO_SUCH_USER:
+            self._fitting[name] = key
+        else:
+            self._wrong[key] = None
+            if len(self._wrong) > _CACHED_MAX:
+                self._wrong.popitem(last=False)
         return fits
 
 

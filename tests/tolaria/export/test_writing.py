@@ -2,6 +2,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +26,7 @@ from tolaria.errors import (
 from tolaria.export import load
 from tolaria.export.card import CARD, TRANSIENT_FILE, read_card
 from tolaria.export.source import BEST, NEWEST, choose
-from tolaria.export.writing import ExportFiles, ExportOrder, export_model
+from tolaria.export.writing import ExportFiles, ExportOrder, _run, export_model, remove_partial_exports
 from tolaria.journal.rows import CheckpointRow
 
 
@@ -124,6 +129,7 @@ class FullDisk(ExportFiles):
     """A disk on which one kind of operation fails, at its `at`th call."""
 
     def __init__(self, operation: str, at: int) -> None:
+        super().__init__()
         self.operation, self.left = operation, at
 
     def _fail_at(self, operation: str) -> None:
@@ -217,3 +223,42 @@ def test_the_newest_and_the_best_are_those_of_the_newest_run() -> None:
         choose([row("x")], BEST, direction="max")
     with pytest.raises(NoCheckpointError, match="no checkpoint yet"):
         choose([], NEWEST, direction="max")
+
+
+def test_a_child_process_is_killed_once_the_export_is_not_wanted(tmp_path: Path) -> None:
+    """A drain does not wait for it."""
+    stop, place = threading.Event(), tmp_path / "pid"
+    code = (
+        f"import os, pathlib, time; p = pathlib.Path({str(place)!r}); p.write_text(str(os.getpid())); time.sleep(600)"
+    )
+    with ThreadPoolExecutor(1) as threads:
+        result = threads.submit(_run, [sys.executable, "-c", code], stop)
+        until_s = time.monotonic() + 60
+        while not (place.exists() and place.read_text()) and time.monotonic() < until_s:
+            time.sleep(0.01)
+        stop.set()
+        with pytest.raises(ExportFailedError, match="stopped before its end"):
+            result.result(60)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(place.read_text()), 0)
+
+
+def test_a_stopped_export_leaves_nothing(gpt: Trained, tmp_path: Path) -> None:
+    """Not even before its first file."""
+    stop = threading.Event()
+    stop.set()
+    order = ExportOrder(gpt.directory, NEWEST, "safetensors", tmp_path / "exports" / "out")
+    with pytest.raises(ExportFailedError, match="stopped before its end"):
+        export_model(order, stop=stop)
+    assert list((tmp_path / "exports").iterdir()) == []
+
+
+def test_what_a_killed_process_has_left_is_removed(gpt: Trained, tmp_path: Path) -> None:
+    """Whole exports stay."""
+    gpt.export(tmp_path / "out")
+    left = tmp_path / ".out.partial-01234567"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    remove_partial_exports(tmp_path)
+    remove_partial_exports(tmp_path / "none")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

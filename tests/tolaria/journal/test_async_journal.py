@@ -18,7 +18,7 @@ from tolaria.errors import JournalUnavailableError
 from tolaria.journal import async_journal as async_journal_module
 from tolaria.journal.async_journal import LOG_INTERVAL_S, RETRY_S_MAX, RETRY_S_MIN, AsyncJournal
 from tolaria.journal.database import Journal
-from tolaria.journal.rows import AdminActionRow, CommandRow, EmergencyRow, FaultRow, Row
+from tolaria.journal.rows import AdminActionRow, AdminCallRow, CommandRow, EmergencyRow, FaultRow, Row
 
 pytestmark = pytest.mark.anyio
 
@@ -222,6 +222,19 @@ async def test_beyond_the_limit_commands_are_dropped_first(
     assert [(line["rows"], line["rows_in_all"]) for line in logs] == [(1, 1), (3, 4)]
     assert await async_journal.flush(10) == 0
     assert (await keys(journal), await keys(journal, CommandRow)) == (["f2", "f3", "f4"], [])
+
+
+async def test_calls_of_operators_push_out_nothing_else(journal: GatedJournal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many calls while the disk is full: they are in the log too."""
+    monkeypatch.setattr(async_journal_module, "ROWS_MAX", 3)
+    async_journal = AsyncJournal(journal, "run")
+    async_journal.note(command("c0"))
+    for number in range(5):
+        async_journal.note(AdminCallRow(f"a{number}", 5, "run", "M", "q", "alice", "operator", "p", "why", 1))
+    async_journal.note(command("c1"))
+    assert await async_journal.flush(10) == 0
+    assert await keys(journal, CommandRow) == ["c0", "c1"]
+    assert await keys(journal, AdminCallRow) == ["a4"]
 
 
 async def test_an_invalid_row_does_not_block_the_others(journal: GatedJournal) -> None:

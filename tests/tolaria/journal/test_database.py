@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tolaria.errors import JournalDamagedError, JournalNewerError, JournalUnavailableError
+from tolaria.journal import database
 from tolaria.journal.database import Journal
 from tolaria.journal.reader import read_journal
 from tolaria.journal.rows import (
@@ -283,3 +284,18 @@ def test_a_damaged_journal_of_version_0_1_0_is_not_migrated(tmp_path: Path) -> N
         Journal(path)
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("SELECT schema_version FROM meta").fetchall() == [(1,)]
+
+
+def test_the_newest_calls_of_operators_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older ones are removed now and then, also when a service starts with many."""
+    monkeypatch.setattr(database, "ADMIN_CALLS_MAX", 4)
+    monkeypatch.setattr(database, "_CALLS_BETWEEN", 5)
+    path = tmp_path / "journal.sqlite3"
+    for first in (0, 30):
+        with Journal(path) as journal:
+            for number in range(first, first + 30):
+                row = AdminCallRow(f"c{number}", number, "run", "M", f"q{number}", "alice", "operator", "p", "why", 1)
+                journal.put(row)
+                journal.put(replace(row, outcome="OK"))
+                assert len(journal.admin_calls(100)) <= 4 + 5
+            assert [row.call_id for row in journal.admin_calls(2)] == [f"c{first + 29}", f"c{first + 28}"]

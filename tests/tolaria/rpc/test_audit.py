@@ -86,3 +86,17 @@ def test_denied_changes_are_recorded_now_and_then(trail: tuple[AuditTrail, Memor
             recorder.denied(method, OLGA, error)
     found = [(row.method, row.outcome, row.caller) for row in journal.calls.values()]
     assert found == [(name, "PERMISSION_DENIED", "olga (laptop)") for name in ("PauseTraining", "StopTraining")]
+
+
+def test_a_repeat_is_recorded_once(trail: tuple[AuditTrail, MemoryJournal]) -> None:
+    """A client that repeats a request in a loop does not fill the journal. The log has each."""
+    recorder, journal = trail
+    with capture_logs() as logs:
+        for number in range(5):
+            with recorder.recorded("PauseTraining", PAUSE, repeat=number > 0):
+                pass
+    assert len(journal.calls) == 2
+    assert len(logs) == 5
+    with recorder.recorded("PauseTraining", PAUSE):  # not remembered any more: it has been carried out again
+        pass
+    assert len(journal.calls) == 3

@@ -289,3 +289,16 @@ async def test_a_queued_answer_does_not_replace_the_first_one(journal: BlockingJ
     assert await rows.flush(5.0) == 0
     found = await anyio.to_thread.run_sync(journal.rows, AdminActionRow)
     assert [(kept.request_id, kept.answer) for kept in found] == [("a", b"first"), ("b", b"first")]
+
+
+async def test_a_repeat_is_known() -> None:
+    """By its id, method and content; only it does nothing."""
+    status = RunStatus("run", "job", "test", epochs=1, started_at_s=0.0, global_step=7)
+    async with anyio.create_task_group() as tasks:
+        ledger = RequestLedger(10, MemoryJournal(), status, tasks)
+        assert not ledger.knows("PauseTraining", request())
+        await ledger.once("PauseTraining", request(), Operation().now, timeout_s=60.0, late="late")
+        assert ledger.knows("PauseTraining", request())
+        assert not ledger.knows("ResumeTraining", request())
+        assert not ledger.knows("PauseTraining", request(reason="another"))
+        assert not ledger.knows("PauseTraining", request("b"))

@@ -184,7 +184,7 @@ async def test_a_slow_reader_loses_normal_packets_and_is_given_their_number() ->
             await healthy.next()
         run.core.foundation.emitter.emit(events.EMERGENCY_HALT, reason="smoke", origin="operator")
         assert (await healthy.next()).packet.priority == enums.MESSAGE_PRIORITY_CRITICAL
-        dropped = run.sample("tolaria.telemetry.dropped_total", {"priority": "normal"})
+        dropped = run.sample("tolaria.telemetry.subscriber_dropped_total", {"priority": "normal"})
         sent = run.sample("tolaria.telemetry.sent_total", {"priority": "normal"})
         assert dropped is not None
         assert sent is not None

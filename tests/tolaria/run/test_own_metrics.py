@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -115,9 +116,9 @@ def test_what_a_skipped_step_logs_is_dropped() -> None:
     ]  # fmt: skip
 
 
-def evaluated(health: Health, values: list[float], *, correct: int = 50) -> list[object]:
+def evaluated(health: Health, values: Sequence[float | None], *, correct: int = 50) -> list[object]:
     """Judges evaluations whose metric has these values, one by one."""
-    found = [Evaluation(100.0, correct, 100, {"ppl": value}) for value in values]
+    found = [Evaluation(100.0, correct, 100, {} if value is None else {"ppl": value}) for value in values]
     epochs = [EpochDone(3, 100, evaluation, 1.0, 0.0, {}, 0.0, HardwareContext()) for evaluation in found]
     return [health.epoch(epoch, rolling_back=False) for epoch in epochs]
 
@@ -131,6 +132,17 @@ def test_a_collapse_is_judged_by_the_chosen_metric(direction: str, bad: float) -
     assert "ppl" in last.reason
     by_accuracy = Health(RollbackSettings(), HealthSettings())
     assert all(verdict == Proceed() for verdict in evaluated(by_accuracy, [10.0] * 8 + [bad] * 3))
+
+
+def test_a_metric_that_some_evaluations_lack_is_judged_where_it_is() -> None:
+    """A job may compute it every fifth epoch, and not in the first ones. The others change nothing."""
+    health = Health(RollbackSettings(), HealthSettings(), judged_by="ppl:min")
+    lacking: list[float | None] = [None] * 4
+    sound = [value for _ in range(8) for value in (*lacking, 10.0)]
+    *others, last = evaluated(health, [*sound, *(value for _ in range(3) for value in (*lacking, 40.0))])
+    assert all(verdict == Proceed() for verdict in others)
+    assert isinstance(last, Retreat)
+    assert "ppl" in last.reason
 
 
 def test_evaluations_of_another_metric_are_not_compared() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import anyio
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
+from structlog.testing import capture_logs
 
 from leyline.v1 import enums_pb2 as enums
 from leyline.v1.admin_service_pb2 import TELEMETRY_KIND_EMERGENCY, TELEMETRY_KIND_EPOCH, TELEMETRY_KIND_EVENT
@@ -176,6 +177,28 @@ async def test_epochs_that_end_faster_than_packets_are_assembled_are_dropped_and
         assert it.sample("telemetry.dropped_total", priority="normal") == 3
         async with serving(it):
             assert (await next_of(subscription)).packet.system_health.indicators["epoch"] == "3"
+
+
+async def test_a_packet_that_cannot_be_assembled_is_lost_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is counted, and the first is logged; the run's tasks go on, and later packets come."""
+    it = Telemetry()
+    collected, reads = it.metrics.collected, 0
+
+    def broken_twice() -> object:
+        nonlocal reads
+        reads += 1
+        if reads <= 2:
+            raise ZeroDivisionError("of a metric")
+        return collected()
+
+    monkeypatch.setattr(it.metrics, "collected", broken_twice)
+    with capture_logs() as logs, it.stream.subscribe(EVERYTHING) as subscription:
+        async with serving(it):
+            for _ in range(3):
+                it.packets.epoch_over()
+            assert (await next_of(subscription)).kind == TELEMETRY_KIND_EPOCH
+    assert it.sample("telemetry.dropped_total", priority="normal") == 2
+    assert [line["event"] for line in logs] == ["epoch_packet_lost"]
 
 
 async def test_delivery_is_confirmed_once_by_the_first_of_log_and_subscribers() -> None:

@@ -98,6 +98,28 @@ async def test_metrics_need_a_password(
         assert site.counted(caller, status) == 2
 
 
+async def test_guesses_push_no_known_password_out(
+    passwords: WatchedFiles[WebConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scraper would otherwise wait for bcrypt, behind them, each time."""
+    compared: list[bytes] = []
+    fits = vars(web_server)["_fits"]
+
+    def counted(password: bytes, digest: bytes) -> bool:
+        compared.append(password)
+        return bool(fits(password, digest))
+
+    monkeypatch.setattr(web_server, "_fits", counted)
+    monkeypatch.setattr(web_server, "_CACHED_MAX", 3)
+    async with served(passwords) as site:
+        assert (await site.get("/metrics", auth=("prom", "correct horse")))[0] == 200
+        for guess in range(5):
+            assert (await site.get("/metrics", auth=("prom", f"guess {guess}")))[0] == 401
+        assert (await site.get("/metrics", auth=("prom", "correct horse")))[0] == 200
+    assert compared.count(b"correct horse") == 1
+    assert len(compared) == 6
+
+
 async def test_probes_need_no_password_and_learn_no_reason(passwords: WatchedFiles[WebConfig]) -> None:
     """A kubelet has none. With the password, and without a web config, the reasons are there."""
     async with served(passwords) as site:

@@ -90,7 +90,7 @@ async def started(met: Meeting, generation: int = 1) -> None:
 
 
 async def agents(directory: Path, count: int = 1) -> list[tuple[int, int, dict[str, str]]]:
-    """Waits until so many agents have started; returns their process ids, those of their ranks, and their options."""
+    """Waits until `count` agents have started; returns their process ids, those of their ranks, and their options."""
     file = anyio.Path(directory / "started")
     with anyio.fail_after(30):
         while not await file.exists() or len(lines := (await file.read_text()).splitlines()) < count:

@@ -28,6 +28,7 @@ from tolaria.images import StateImage
 from tolaria.lane.encoding import to_bytes
 from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.processes import ChildCommand, ChildProcess, ChildSupervisor, RestartPolicy
+from tolaria.ranks.liveness import Standstill
 from tolaria.segments import allow_descriptors, segments_frames, share
 from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage
 from tolaria.transport.lane_images import HeldSegments
@@ -44,7 +45,6 @@ _EXIT_S: Final = 10.0
 _WATCH_S: Final = 0.25
 _DUMP_S: Final = 0.2
 _AGENT_ENDS_S: Final = 3.0  # which finds out what rank has failed
-_FROZEN_S: Final = 2.0
 _THAWED_S: Final = 30.0
 _LAST_FRAMES_S: Final = 2.0
 _LINE_MAX: Final = 2000
@@ -286,14 +286,12 @@ class LaneProcess(ChildSupervisor):
 
     async def _watch(self) -> None:
         """Kills a process that is silent for longer than what it does may take, or does not end when it should."""
-        judged_from_s = 0.0
+        # With this process the lane's may have stood still.
+        standstill = Standstill(_WATCH_S, min(_THAWED_S, self._settings.emergency.heartbeat_timeout_s))
         while True:
-            asleep_s = time.monotonic()
-            await anyio.sleep(_WATCH_S)
-            now_s, page, end = time.monotonic(), self.page, self._end
-            if now_s - asleep_s > _FROZEN_S:  # with this process, as by `docker pause`, the lane's may have stood still
-                judged_from_s = now_s + min(_THAWED_S, self._settings.emergency.heartbeat_timeout_s)
-            if self.link is None or page is None or now_s < judged_from_s:
+            await standstill.sleep()
+            page, end = self.page, self._end
+            if self.link is None or page is None or not standstill.is_over:
                 continue
             overdue_s = page.overdue_s()
             if overdue_s > 0:

@@ -27,14 +27,11 @@ from tolaria.errors import BindError, ChannelError, JoinRefusedError
 from tolaria.ranks import admission
 from tolaria.ranks.admission import Accepted, Alive, Joining, RanksEnded, Ready, Refused, RunOver, StartRanks, StopRanks
 from tolaria.ranks.channel import Channel, interface_of, remote_host
+from tolaria.ranks.liveness import BEATS, Standstill
 
 _HANDSHAKE_S: Final = 10.0
 _HANDSHAKES_MAX: Final = 32
 _UNSENT_MAX: Final = 64
-_BEATS: Final = 10
-"""Heartbeats within the silence that is allowed."""
-
-_FROZEN_S: Final = 2.0
 _SAY_S: Final = 30.0
 _LAST_WORDS_S: Final = 1.0
 _FAILURES_SAID_MAX: Final = 10
@@ -163,9 +160,6 @@ class Rendezvous:
         except OSError as error:
             cause = error.strerror or str(error)
             raise BindError("lane.rendezvous", str(self._address), cause) from error
-        if not self._address.is_loopback:
-            detail = "what ranks exchange is neither authenticated nor encrypted; it belongs in a private network"
-            _log.warning("rendezvous_open", address=str(self._address), detail=detail)
         async with listener, anyio.create_task_group() as tasks:
             tasks.start_soon(self._watch)
             task_status.started()
@@ -365,15 +359,11 @@ class Rendezvous:
     async def _watch(self) -> None:
         """Sends heartbeats, and drops machines that have been silent for too long."""
         timeout_s = self._lane.node_timeout_s
-        judged_from_s = 0.0
+        standstill = Standstill(timeout_s / BEATS, timeout_s)
         while True:
-            asleep_s = time.monotonic()
-            await anyio.sleep(timeout_s / _BEATS)
-            now_s = time.monotonic()
-            if now_s - asleep_s > timeout_s / _BEATS + _FROZEN_S:  # this process stood still, and has not read since
-                judged_from_s = now_s + timeout_s
+            await standstill.sleep()
             for node in list(self._nodes):
                 node.put(Alive())
-                silent_s = now_s - node.heard_s
-                if silent_s > timeout_s and now_s >= judged_from_s:
+                silent_s = time.monotonic() - node.heard_s
+                if silent_s > timeout_s and standstill.is_over:
                     node.drop(f"it has been silent for {silent_s:.0f} s")

@@ -18,11 +18,11 @@ from typing import Final, Protocol, Self
 import anyio
 import anyio.to_thread
 import structlog
-from anyio.abc import SocketStream, TaskStatus
+from anyio.abc import SocketStream, TaskGroup, TaskStatus
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from tolaria.config import Address, Settings
-from tolaria.config.ranks import read_secret
+from tolaria.config.ranks import PEER_LOST, read_secret
 from tolaria.errors import BindError, ChannelError, JoinRefusedError
 from tolaria.ranks import admission
 from tolaria.ranks.admission import Accepted, Alive, Joining, RanksEnded, Ready, Refused, RunOver, StartRanks, StopRanks
@@ -140,10 +140,11 @@ class Rendezvous:
         self._address = Address.parse(settings.lane.rendezvous)
         self._nodes: list[JoinedNode] = []
         self._handshakes: list[anyio.CancelScope] = []
-        self._generation = 0
+        self._generation = 0  # of the present group; 0: there is none
+        self._tasks: TaskGroup | None = None
         self._losses: dict[str, list[float]] = {}
         self._failed: deque[float] = deque()
-        self._changed = anyio.Event()
+        self._changed, self._heard = anyio.Event(), anyio.Event()
         self.waiting, self.waiting_since_s = "", 0.0
 
     async def serve(self, *, task_status: TaskStatus[None]) -> None:
@@ -160,8 +161,8 @@ class Rendezvous:
         except OSError as error:
             cause = error.strerror or str(error)
             raise BindError("lane.rendezvous", str(self._address), cause) from error
-        async with listener, anyio.create_task_group() as tasks:
-            tasks.start_soon(self._watch)
+        async with listener, anyio.create_task_group() as self._tasks:
+            self._tasks.start_soon(self._watch)
             task_status.started()
             await listener.serve(self._serve_connection)
 
@@ -225,10 +226,22 @@ class Rendezvous:
 
     def stop(self, why: str) -> None:
         """Has the ranks of the present group stopped on all machines."""
+        self._generation = 0
         for node in self._nodes:
             if node.member:
                 node.member = False
                 node.put(StopRanks(why[:1000]))
+
+    async def settled(self) -> bool:
+        """Waits until each machine of the present group has been heard from again, or one is lost; False then.
+
+        Ranks that lost the connection to others may have ended before the silence of a machine has lasted for
+        `lane.node_timeout_s`, so that it is not known yet whether it is the cause. A loss is reported meanwhile.
+        """
+        since_s, members = time.monotonic(), [node for node in self._nodes if node.member]
+        while all(node in self._nodes for node in members) and any(node.heard_s <= since_s for node in members):
+            await self._heard.wait()
+        return all(node in self._nodes for node in members)
 
     async def end(self, *, failed: bool, detail: str) -> None:
         """Has all machines end their commands, since the run has ended."""
@@ -318,6 +331,7 @@ class Rendezvous:
             finally:
                 self._nodes.remove(node)
                 self._changed.set()
+                self._wake_settled()
                 tasks.cancel_scope.cancel()
                 _log.info("node_left", host=node.host, detail=node.gone)
                 if node.member:
@@ -332,14 +346,14 @@ class Rendezvous:
             while True:
                 message = admission.for_service(await node.channel.receive())
                 node.heard_s = time.monotonic()
+                self._wake_settled()
                 match message:
                     case Ready() if not node.member:
                         node.ready = True
                         self._changed.set()
                     case RanksEnded() if node.member and message.generation == self._generation:
                         node.member = False
-                        if message.code:
-                            self._owner.on_ranks_ended(node.host, message.code, message.lines)
+                        self._report(node.host, message)
                     case Joining():
                         node.gone = "it joins twice"
                         return
@@ -347,6 +361,21 @@ class Rendezvous:
                         pass
         except ChannelError as error:
             node.gone = str(error)
+
+    def _wake_settled(self) -> None:
+        self._heard.set()
+        self._heard = anyio.Event()
+
+    def _report(self, host: str, message: RanksEnded) -> None:
+        """Reports ranks that have failed: at once, or if they only miss others, once it is known who is lost."""
+        if message.code == PEER_LOST and self._tasks is not None:
+            self._tasks.start_soon(self._report_when_settled, host, message)
+        elif message.code:
+            self._owner.on_ranks_ended(host, message.code, message.lines)
+
+    async def _report_when_settled(self, host: str, message: RanksEnded) -> None:
+        if await self.settled() and message.generation == self._generation:
+            self._owner.on_ranks_ended(host, message.code, message.lines)
 
     async def _send_all(self, node: JoinedNode, messages: MemoryObjectReceiveStream[admission.ToMachine]) -> None:
         try:

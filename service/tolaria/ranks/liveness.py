@@ -1,7 +1,7 @@
 """How silence between machines is judged: how often each sends a heartbeat, and `Standstill`.
 
-A process that stands still itself, as by `docker pause`, has not read meanwhile what the others have sent: their
-silence is no evidence until they have had time to send again.
+A process that was frozen itself, as by `docker pause`, has not read meanwhile what the others have sent: their silence
+is no evidence until they have had time to send again.
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "adjustments", "groups", "hyperparameters", "lr_controller", "optimizer_manager", "schedules", "state_transfer",
     ),
     "peers": ("clients", "connect", "consultation", "verification"),
-    "ranks": ("admission", "agent", "channel", "child", "elastic", "group", "images", "node", "share"),
+    "ranks": (
+        "admission", "agent", "channel", "child", "elastic", "group", "images", "liveness", "node", "output", "share",
+    ),
     "reference": ("embedded", "history", "kasmina", "lifecycle", "policy", "rollback", "server", "tamiyo", "tracing"),
     "resilience": ("breaker", "conservative", "deadline"),
     "rollback": ("coordinator", "protocol"),

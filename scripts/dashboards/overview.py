@@ -21,13 +21,12 @@ def quantile(share: float, histogram: str, *by: str) -> str:
 def overview() -> Dashboard:
     """Returns the dashboard."""
     board = new_dashboard("tolaria-overview", "Tolaria", "One run: state, training, boundaries, peers and recovery.")
-    for add in (_now, _training, _boundaries, _recovery, _process):
+    for add in (_now, _hazards, _states, _training, _boundaries, _recovery, _process):
         board = add(board)
     return board
 
 
 def _now(board: Dashboard) -> Dashboard:
-    bad_if_on = ((None, GREEN), (1.0, YELLOW))
     return (
         board.with_row(row("Now"))
         .with_panel(
@@ -49,12 +48,17 @@ def _now(board: Dashboard) -> Dashboard:
                 limits=((None, GREEN), (1.0, RED)),
             )
         )
-        .with_panel(
+    )
+
+
+def _hazards(board: Dashboard) -> Dashboard:
+    return (
+        board.with_panel(
             figure(
                 "Conservative mode",
                 "The host trains on; Tamiyo is not asked.",
                 Query(one("tolaria_mode_conservative"), "on"),
-                limits=bad_if_on,
+                limits=((None, GREEN), (1.0, YELLOW)),
                 texts=_YES,
             )
         )
@@ -85,23 +89,25 @@ def _now(board: Dashboard) -> Dashboard:
                 limits=((None, RED), (2.56e8, YELLOW), (2e9, GREEN)),
             )
         )
-        .with_panel(
-            timeline(
-                "State of the run",
-                "Which state the run was in.",
-                Query(f"{one('tolaria_training_state')} == 1", "{{state}}"),
-                texts=_STATES,
-                height=6,
-            )
+    )
+
+
+def _states(board: Dashboard) -> Dashboard:
+    return board.with_panel(
+        timeline(
+            "State of the run",
+            "Which state the run was in.",
+            Query(f"{one('tolaria_training_state')} == 1", "{{state}}"),
+            texts=_STATES,
+            height=6,
         )
-        .with_panel(
-            timeline(
-                "What the lane does",
-                "While the run is running. Evaluating, loading and compiling take time without steps.",
-                Query(f"{one('tolaria_lane_phase')} == 1", "{{phase}}"),
-                texts=_STATES,
-                height=6,
-            )
+    ).with_panel(
+        timeline(
+            "What the lane does",
+            "While the run is running. Evaluating, loading and compiling take time without steps.",
+            Query(f"{one('tolaria_lane_phase')} == 1", "{{phase}}"),
+            texts=_STATES,
+            height=6,
         )
     )
 

@@ -418,7 +418,7 @@ def pod(tmp_path_factory: pytest.TempPathFactory) -> Pod:
 @pytest.fixture(scope="module")
 def story(pod: Pod) -> Iterator[Story]:
     """Runs the containers: the lane is killed, the pod is drained, and another one goes on."""
-    told = Story()
+    seen = Story()
     with ExitStack() as ended:
 
         def start(name: str) -> Process:
@@ -427,22 +427,22 @@ def story(pod: Pod) -> Iterator[Story]:
             return process
 
         peers, tolaria = [start(name) for name in PEERS], start("tolaria")
-        told.first = answers_when(pod, 200)
+        seen.first = answers_when(pod, 200)
         os.kill(next(pid for pid, command in tolaria.children().items() if "tolaria.lane" in command), signal.SIGKILL)
-        told.recovering = answers_when(pod, 503) | {"liveness": pod.probe("tolaria")}
+        seen.recovering = answers_when(pod, 503) | {"liveness": pod.probe("tolaria")}
         answers_when(pod, 200)
-        told.probes = {name: pod.probe(name) for name in ALL}
+        seen.probes = {name: pod.probe(name) for name in ALL}
         saved = Path(pod.changed(str(history())))
         wait_for(lambda: saved.exists() and "checkpoint_written" in tolaria.events())
-        told.drained = tolaria.stop()
+        seen.drained = tolaria.stop()
         again = start("tolaria")
         answers_when(pod, 200)
         again.stop()
-        told.resumed = again.events()
+        seen.resumed = again.events()
         for peer in peers:
             assert peer.stop() == 0
-        told.written = {name: pod.written(name) for name in ALL}
-        yield told
+        seen.written = {name: pod.written(name) for name in ALL}
+        yield seen
 
 
 @pytest.mark.timeout(400)  # the first test of the story: it takes four starts of the service

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from support.processes import serve
 from support.waiting import wait_for
@@ -18,6 +19,7 @@ from tolaria.config import EmergencySettings, ServiceSettings
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "systemd"
 UNIT = FOLDER / "tolaria.service"
+JOB = FOLDER.parent / "kubernetes" / "base" / "job.yaml"
 
 
 def analyze() -> str:
@@ -72,9 +74,19 @@ def test_times_leave_room_for_the_service(tmp_path: Path) -> None:
 
     assert float(unit["TimeoutStopSec"]) > 2 * ServiceSettings().drain_timeout_s
     assert float(unit["WatchdogSec"]) > sentinel_s + 25
+    (probe,) = [c["startupProbe"] for c in YAML(typ="safe").load(JOB)["spec"]["template"]["spec"]["containers"]]
+    assert unit["TimeoutStartSec"].endswith("min")  # the default of 90 s is too short to read a large checkpoint
+    assert 60 * int(unit["TimeoutStartSec"].removesuffix("min")) >= probe["periodSeconds"] * probe["failureThreshold"]
     assert unit["OOMPolicy"] == "continue"
     assert unit["KillMode"] == "mixed"
     assert unit["RestartPreventExitStatus"] == "2"
+
+
+def test_every_family_of_sockets_that_is_used_is_allowed() -> None:
+    """Beside addresses, those of getifaddrs, by which gloo and `interface_of` find the interface of an address."""
+    allowed = service()["RestrictAddressFamilies"].split()
+
+    assert set(allowed) == {"AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK"}
 
 
 def test_unit_and_user_agree() -> None:

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -44,7 +45,7 @@ def pod_of(name: str) -> Any:
 def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Settings:
     """What the service reads in its container."""
     monkeypatch.chdir(tmp_path)
-    config_map = read("settings.yaml")["data"]
+    config_map = read("base/settings.yaml")["data"]
     for name, value in variables_of(containers_of(pod_of("service"))["tolaria"], config_map).items():
         monkeypatch.setenv(name, value)
     return load_settings()
@@ -86,14 +87,31 @@ def test_kustomization_has_every_file() -> None:
     assert used == {f"{image['name']}:{image['newTag']}"}
 
 
+def test_files_that_are_named_exist() -> None:
+    """Each file and folder that comments and commands name is there, from this folder or from that of the command."""
+    for path in (FOLDER / "two-nodes").iterdir():
+        text = path.read_text(encoding="utf-8")
+        roots = [FOLDER / "two-nodes", FOLDER.parents[1]]
+        roots += [FOLDER.parents[1] / found for found in re.findall(r"\(cd (\S+)", text)]
+        for name in re.findall(r"[\w./-]+\.yaml\b|deploy/[\w/-]+", text):
+            assert any((root / name).exists() for root in roots), f"{path.name} names {name}"
+
+
 def test_the_service_is_that_of_the_job_but_for_the_group() -> None:
-    """Everything that ../job.yaml has to be is the same here: policies, probes, sidecars, volumes."""
-    alone, here = copy.deepcopy(read("job.yaml")["spec"]), copy.deepcopy(job_of("service"))
+    """Everything that the Job and its peers have to be is the same here: policies, probes, sidecars, volumes."""
+    alone, here = copy.deepcopy(read("base/job.yaml")["spec"]), copy.deepcopy(job_of("service"))
+    alone["template"]["spec"] |= read("overlays/peers/peers.yaml")["spec"]["template"]["spec"]
     assert (here.pop("parallelism"), here.pop("completions")) == (1, 1)
     assert here["template"]["metadata"]["labels"].pop("app.kubernetes.io/component") == "service"
     pod = here["template"]["spec"]
     container = containers_of(pod)["tolaria"]
-    container["env"] = [each for each in container["env"] if not each["name"].startswith("TOLARIA_LANE__")]
+    targets = read("overlays/peers/settings.yaml")["data"]
+    assert {each["name"]: each["value"] for each in container["env"] if each["name"] in targets} == targets
+    container["env"] = [
+        each
+        for each in container["env"]
+        if each["name"] not in targets and not each["name"].startswith("TOLARIA_LANE__")
+    ]
     container["ports"] = [each for each in container["ports"] if each["name"] != "rendezvous"]
     for part in (container["volumeMounts"], pod["volumes"]):
         assert part.pop()["name"] == "ranks-secret"

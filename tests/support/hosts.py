@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 NETWORK = "10.231.7"
 
 
@@ -57,10 +59,19 @@ def ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
-def why_no_hosts() -> str:
-    """Returns why this machine cannot make namespaces; empty if it can."""
+def require_hosts() -> None:
+    """Skips a test where namespaces cannot be made. In CI a missing program fails it; a missing privilege skips it."""
     if shutil.which("ip") is None or shutil.which("unshare") is None:
-        return "the programs ip and unshare are not installed"
+        missing = "ip or unshare is missing: Debian's packages iproute2 and util-linux have them"
+        if os.environ.get("CI") == "true":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    if problem := _why_no_hosts():
+        pytest.skip(problem)
+
+
+def _why_no_hosts() -> str:
+    """Returns why this machine cannot make namespaces; empty if it can."""
     name = f"tolaria-try-{os.getpid()}"
     tried = subprocess.run(["ip", "netns", "add", name], check=False, capture_output=True, text=True)
     if tried.returncode:

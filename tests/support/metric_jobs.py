@@ -1,4 +1,4 @@
-"""A job with metrics of its own, in evaluations and in steps."""
+"""A job that adds metrics, in evaluations and in steps."""
 
 from __future__ import annotations
 

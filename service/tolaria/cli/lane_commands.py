@@ -66,6 +66,7 @@ def join(
     from tolaria.config import Address, load_settings
     from tolaria.config.ranks import read_secret
     from tolaria.ranks.node import Node
+    from tolaria.ranks.output import OutputThread
 
     lane = load_settings(config_file, overrides or []).lane
     try:
@@ -75,15 +76,18 @@ def join(
     file = str(secret_file or lane.secret_file)
     if not file:
         raise ConfigurationError(["--secret-file, or lane.secret_file, is needed to join a group"])
-    node = Node(
-        address,
-        read_secret(file),
-        processes or lane.processes,
-        wait_s=math.inf if wait_s is None else wait_s,
-        full_s=_FULL_FACTOR * lane.node_timeout_s,
-        say=typer.echo,
-    )
-    anyio.run(_take_part, node)
+    secret = read_secret(file)
+    with OutputThread(1) as stdout, OutputThread(2) as stderr:
+        node = Node(
+            address,
+            secret,
+            processes or lane.processes,
+            wait_s=math.inf if wait_s is None else wait_s,
+            full_s=_FULL_FACTOR * lane.node_timeout_s,
+            say=stdout.line,
+            write=stderr.write,
+        )
+        anyio.run(_take_part, node)
 
 
 async def _take_part(node: Node) -> None:

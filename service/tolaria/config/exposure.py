@@ -26,7 +26,7 @@ def require_protection(settings: Settings) -> None:
 
 def exposure_warnings(settings: Settings) -> list[str]:
     """Returns a sentence for each address that other machines can reach without TLS or authentication."""
-    server, metrics, warnings = settings.server, settings.metrics, []
+    server, metrics, lane, warnings = settings.server, settings.metrics, settings.lane, []
     missing = _missing(settings)
     if missing and not Address.parse(server.listen).is_loopback:
         warnings.append(
@@ -37,6 +37,11 @@ def exposure_warnings(settings: Settings) -> list[str]:
         warnings.append(
             f"metrics.listen: other machines can read the metrics at {metrics.listen} without TLS or a password; "
             "metrics.web_config sets both"
+        )
+    if lane.mode == "torchrun" and lane.nodes_max > 1 and not Address.parse(lane.rendezvous).is_loopback:
+        warnings.append(
+            f"lane.rendezvous: other machines can reach {lane.rendezvous}, and who has the group's secret can join; "
+            "what ranks exchange is neither authenticated nor encrypted, and belongs in a private network"
         )
     return warnings
 

@@ -24,20 +24,19 @@ from anyio.abc import TaskGroup
 
 from tolaria import __version__
 from tolaria.config import Address, Settings, child_environment
-from tolaria.errors import ChannelError, JoinRefusedError, LaneFailedError, ServiceAbsentError
+from tolaria.errors import ChannelError, ChildFailedError, JoinRefusedError, LaneFailedError, ServiceAbsentError
 from tolaria.processes import ChildCommand, ChildProcess
 from tolaria.ranks import admission
 from tolaria.ranks.admission import Accepted, Alive, Joining, RanksEnded, Ready, Refused, RunOver, StartRanks, StopRanks
 from tolaria.ranks.channel import Channel, interface_of
+from tolaria.ranks.liveness import BEATS, Standstill
 from tolaria.signals.lane_page import LanePage
 
 PROGRAM: Final = (sys.executable, "-m", "tolaria.ranks.agent")
 _CONNECT_S: Final = 5.0
 _HANDSHAKE_S: Final = 10.0
 _RETRY_S: Final = 0.5
-_BEATS: Final = 10
 _LOOK_S: Final = 0.5
-_FROZEN_S: Final = 2.0
 
 
 class Node:
@@ -49,7 +48,8 @@ class Node:
         processes: ranks to start here.
         wait_s: seconds to wait for a service, at first or again; infinite for ever.
         full_s: seconds to try again while the group is full: the service may not have noticed that a machine is lost.
-        say: prints a line for the operator.
+        say: prints a line for the operator; must not block.
+        write: writes what the ranks write to standard error; must not block.
     """
 
     def __init__(
@@ -61,10 +61,12 @@ class Node:
         wait_s: float,
         full_s: float,
         say: Callable[[str], object],
+        write: Callable[[str], object],
     ) -> None:
         self._address, self._secret, self._wait_s, self._full_s = address, secret, wait_s, full_s
         self._asked = Joining(uuid.uuid4().hex, platform.node(), processes, __version__, admission.torch_version())
         self._say, self._said = say, ""
+        self._write = write
 
     async def run(self) -> None:
         """Takes part until the run is over.
@@ -90,7 +92,8 @@ class Node:
                 absent_s = time.monotonic()
             else:
                 self._say_once(f"joined the group at {self._address} for {accepted.job}; waiting for its next start")
-                over = await _Session(channel, accepted, self._asked.processes, self._say_once).run()
+                session = _Session(channel, accepted, self._asked.processes, say=self._say_once, write=self._write)
+                over = await session.run()
                 if over is not None:
                     if over.failed:
                         raise LaneFailedError(over.detail)
@@ -147,8 +150,17 @@ class Node:
 class _Session:
     """One connection to the service, and the ranks that it has started."""
 
-    def __init__(self, channel: Channel, accepted: Accepted, processes: int, say: Callable[[str], object]) -> None:
-        self._channel, self._timeout_s, self._processes, self._say = channel, accepted.timeout_s, processes, say
+    def __init__(
+        self,
+        channel: Channel,
+        accepted: Accepted,
+        processes: int,
+        *,
+        say: Callable[[str], object],
+        write: Callable[[str], object],
+    ) -> None:
+        self._channel, self._timeout_s, self._processes = channel, accepted.timeout_s, processes
+        self._say, self._write = say, write
         self._sending = anyio.Lock()
         self._heard_s = time.monotonic()
         self._ranks: _LocalRanks | None = None
@@ -180,7 +192,8 @@ class _Session:
             case StartRanks() if self._ranks is None:
                 number = f"machine {message.node + 1} of {message.nodes}"
                 self._say(f"training as {number}, in generation {message.generation} of the group")
-                self._ranks, self._ranks_gone = _LocalRanks(message, self._processes, self._channel), anyio.Event()
+                self._ranks = _LocalRanks(message, self._processes, self._channel, self._write)
+                self._ranks_gone = anyio.Event()
                 tasks.start_soon(self._serve_ranks, self._ranks)
             case StopRanks():
                 await self._stop_ranks()
@@ -216,16 +229,12 @@ class _Session:
 
     async def _beat(self, scope: anyio.CancelScope) -> None:
         """Sends heartbeats; ends the session when the service has been silent for too long."""
-        judged_from_s = 0.0
+        standstill = Standstill(self._timeout_s / BEATS, self._timeout_s)
         while True:
-            asleep_s = time.monotonic()
-            await anyio.sleep(self._timeout_s / _BEATS)
+            await standstill.sleep()
             await self._send(Alive())
-            now_s = time.monotonic()
-            if now_s - asleep_s > self._timeout_s / _BEATS + _FROZEN_S:  # this process stood still
-                judged_from_s = now_s + self._timeout_s
-            silent_s = now_s - self._heard_s
-            if silent_s > self._timeout_s and now_s >= judged_from_s:
+            silent_s = time.monotonic() - self._heard_s
+            if silent_s > self._timeout_s and standstill.is_over:
                 self._why = f"it has been silent for {silent_s:.0f} s"
                 scope.cancel()
 
@@ -235,18 +244,18 @@ class _LocalRanks:
 
     Attributes:
         generation: number of the group's start.
-        code: how the agent has ended: as the first of its ranks that failed.
+        code: how the agent has ended: as the first of its ranks that failed; 1 if it could not be started.
         lines: the last lines of standard error.
         stopped: whether the ranks were stopped, so that how they ended says nothing.
     """
 
-    def __init__(self, order: StartRanks, processes: int, channel: Channel) -> None:
+    def __init__(self, order: StartRanks, processes: int, channel: Channel, write: Callable[[str], object]) -> None:
         self.generation, self.code = order.generation, 0
         self.lines: deque[str] = deque(maxlen=admission.LINES_MAX)
         self.stopped = False
         self._ranks: set[int] = set()
         self._line = ""
-        self._order, self._processes = order, processes
+        self._order, self._processes, self._write = order, processes, write
         self._interface = interface_of(channel.local)
         self._scope = anyio.CancelScope()
 
@@ -287,6 +296,9 @@ class _LocalRanks:
                     tasks.start_soon(self._watch, page, silence_s, child)
                     await child.ended()
                     tasks.cancel_scope.cancel()
+            except ChildFailedError as error:  # such as without memory: the service learns it, and may start again
+                self.code = 1
+                self._on_stderr(f"{error}\n")
             finally:
                 os.close(stdout)
                 if child is not None:
@@ -303,7 +315,7 @@ class _LocalRanks:
                 with suppress(ProcessLookupError):
                     os.kill(child.process.pid, signal.SIGKILL)
                 return
-            await anyio.sleep(min(_LOOK_S, silence_s / _BEATS))
+            await anyio.sleep(min(_LOOK_S, silence_s / BEATS))
 
     async def _end_all(self, child: ChildProcess) -> None:
         """Ends the agent, its ranks, and what they have started: each rank leads a process group."""
@@ -315,8 +327,7 @@ class _LocalRanks:
                     os.killpg(pid, signal.SIGKILL)
 
     def _on_stderr(self, text: str) -> None:
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        self._write(text)
         self._keep_lines(text)
 
     def _keep_lines(self, text: str) -> None:

@@ -22,12 +22,13 @@ from anyio.abc import TaskGroup
 
 from tolaria.cgroups import oom_kills
 from tolaria.config import Settings, child_environment
-from tolaria.config.ranks import RAISED, RANK_ENDED
+from tolaria.config.ranks import PEER_LOST, RAISED, RANK_ENDED
 from tolaria.errors import ChildFailedError, LaneFailedError, TolariaError
 from tolaria.images import StateImage
 from tolaria.lane.encoding import to_bytes
 from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.processes import ChildCommand, ChildProcess, ChildSupervisor, RestartPolicy
+from tolaria.ranks.liveness import Standstill
 from tolaria.segments import allow_descriptors, segments_frames, share
 from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage
 from tolaria.transport.lane_images import HeldSegments
@@ -41,10 +42,10 @@ _START_S: Final = 60.0
 _STOP_S: Final = 2.0
 _LIVED_S: Final = 60.0
 _EXIT_S: Final = 10.0
+_GROUP_ENDED: Final = "the group has ended"
 _WATCH_S: Final = 0.25
 _DUMP_S: Final = 0.2
 _AGENT_ENDS_S: Final = 3.0  # which finds out what rank has failed
-_FROZEN_S: Final = 2.0
 _THAWED_S: Final = 30.0
 _LAST_FRAMES_S: Final = 2.0
 _LINE_MAX: Final = 2000
@@ -141,24 +142,33 @@ class LaneProcess(ChildSupervisor):
     async def stop(self) -> None:
         """Stops the process if it runs, and what is left of its children."""
         link, self.link = self.link, None
-        child = self._child
-        if self._rendezvous is not None:
-            self._rendezvous.stop("the group has ended")
-        with anyio.CancelScope(shield=True):
-            if link is not None:
-                if child is not None and child.process.returncode is not None:
-                    with anyio.move_on_after(_LAST_FRAMES_S):
-                        await link.ended.wait()  # what it has sent last
-                self._end.fault = link.fault
-                link.close()
-            await super().stop()
-            if child is not None:
-                self._end.code = (
-                    child.process.returncode if self._end.code_elsewhere is None else self._end.code_elsewhere
-                )
-                for pid in (child.process.pid, *self._end.ranks):
-                    kill_group(pid)
-                self._end.without_memory = await anyio.to_thread.run_sync(oom_kills) > self._end.out_of_memory
+        child, rendezvous = self._child, self._rendezvous
+        misses_others = child is not None and child.process.returncode == PEER_LOST
+        waits = misses_others and (self.wanted or self._build_s == math.inf)
+        if rendezvous is not None and not waits:
+            rendezvous.stop(_GROUP_ENDED)
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._stop(child, link)
+            if rendezvous is not None and waits:
+                await rendezvous.settled()  # a machine that is lost is the cause, and `node_lost` learns of it here
+        finally:
+            if rendezvous is not None and waits:
+                rendezvous.stop(_GROUP_ENDED)
+
+    async def _stop(self, child: ChildProcess | None, link: LaneLink | None) -> None:
+        if link is not None:
+            if child is not None and child.process.returncode is not None:
+                with anyio.move_on_after(_LAST_FRAMES_S):
+                    await link.ended.wait()  # what it has sent last
+            self._end.fault = link.fault
+            link.close()
+        await super().stop()
+        if child is not None:
+            self._end.code = child.process.returncode if self._end.code_elsewhere is None else self._end.code_elsewhere
+            for pid in (child.process.pid, *self._end.ranks):
+                kill_group(pid)
+            self._end.without_memory = await anyio.to_thread.run_sync(oom_kills) > self._end.out_of_memory
 
     def abandon(self) -> None:
         """Ends `serve`, and the process, whatever it does."""
@@ -184,19 +194,23 @@ class LaneProcess(ChildSupervisor):
         """Ends the group, of which a machine has gone; as `GroupOwner.on_node_lost`."""
         self._end.lost = f"the machine {host} has gone: {why}"
         self.wanted = self.wanted or self._build_s == math.inf
-        kill_group(self.pid)
+        self._kill()
 
     def regroup(self) -> None:
         """Has the group start again, since more machines can take part."""
         self._end.regrouped = True
-        kill_group(self.pid)
+        self._kill()
 
     def ranks_ended(self, host: str, code: int, lines: Sequence[str]) -> None:
         """Ends the group, of which ranks elsewhere have failed; as `GroupOwner.on_ranks_ended`."""
         _log.info("lane_wrote", text="\n".join(lines), host=host)
         self._end.lines.extend(f"{line} on {host}" if RANK_ENDED.match(line) else line for line in lines)
         self._end.code_elsewhere = code
-        kill_group(self.pid)
+        self._kill()
+
+    def _kill(self) -> None:
+        if self._child is not None:  # else another process may have its id
+            kill_group(self.pid)
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -286,14 +300,12 @@ class LaneProcess(ChildSupervisor):
 
     async def _watch(self) -> None:
         """Kills a process that is silent for longer than what it does may take, or does not end when it should."""
-        judged_from_s = 0.0
+        # With this process the lane's may have stood still.
+        standstill = Standstill(_WATCH_S, min(_THAWED_S, self._settings.emergency.heartbeat_timeout_s))
         while True:
-            asleep_s = time.monotonic()
-            await anyio.sleep(_WATCH_S)
-            now_s, page, end = time.monotonic(), self.page, self._end
-            if now_s - asleep_s > _FROZEN_S:  # with this process, as by `docker pause`, the lane's may have stood still
-                judged_from_s = now_s + min(_THAWED_S, self._settings.emergency.heartbeat_timeout_s)
-            if self.link is None or page is None or now_s < judged_from_s:
+            await standstill.sleep()
+            page, end = self.page, self._end
+            if self.link is None or page is None or not standstill.is_over:
                 continue
             overdue_s = page.overdue_s()
             if overdue_s > 0:

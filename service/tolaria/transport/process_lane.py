@@ -150,7 +150,7 @@ class ProcessLane:
             self._process.wanted, self._stopping = False, True
         elif isinstance(command, Hold | Release) and page is not None:
             page.hold(command.number if isinstance(command, Hold) else 0)
-        if not self._answering:
+        if not self._answering or (isinstance(command, Stop) and self._process.link is None):
             self._refuse(command)
             return
         if isinstance(command, RunEpoch) and self._settings.grow == "epoch" and self._can_grow:

@@ -18,23 +18,20 @@ from typing import Final, Protocol, Self
 import anyio
 import anyio.to_thread
 import structlog
-from anyio.abc import SocketStream, TaskStatus
+from anyio.abc import SocketStream, TaskGroup, TaskStatus
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from tolaria.config import Address, Settings
-from tolaria.config.ranks import read_secret
+from tolaria.config.ranks import PEER_LOST, read_secret
 from tolaria.errors import BindError, ChannelError, JoinRefusedError
 from tolaria.ranks import admission
 from tolaria.ranks.admission import Accepted, Alive, Joining, RanksEnded, Ready, Refused, RunOver, StartRanks, StopRanks
 from tolaria.ranks.channel import Channel, interface_of, remote_host
+from tolaria.ranks.liveness import BEATS, Standstill
 
 _HANDSHAKE_S: Final = 10.0
 _HANDSHAKES_MAX: Final = 32
 _UNSENT_MAX: Final = 64
-_BEATS: Final = 10
-"""Heartbeats within the silence that is allowed."""
-
-_FROZEN_S: Final = 2.0
 _SAY_S: Final = 30.0
 _LAST_WORDS_S: Final = 1.0
 _FAILURES_SAID_MAX: Final = 10
@@ -143,10 +140,11 @@ class Rendezvous:
         self._address = Address.parse(settings.lane.rendezvous)
         self._nodes: list[JoinedNode] = []
         self._handshakes: list[anyio.CancelScope] = []
-        self._generation = 0
+        self._generation = 0  # of the present group; 0: there is none
+        self._tasks: TaskGroup | None = None
         self._losses: dict[str, list[float]] = {}
         self._failed: deque[float] = deque()
-        self._changed = anyio.Event()
+        self._changed, self._heard = anyio.Event(), anyio.Event()
         self.waiting, self.waiting_since_s = "", 0.0
 
     async def serve(self, *, task_status: TaskStatus[None]) -> None:
@@ -163,11 +161,8 @@ class Rendezvous:
         except OSError as error:
             cause = error.strerror or str(error)
             raise BindError("lane.rendezvous", str(self._address), cause) from error
-        if not self._address.is_loopback:
-            detail = "what ranks exchange is neither authenticated nor encrypted; it belongs in a private network"
-            _log.warning("rendezvous_open", address=str(self._address), detail=detail)
-        async with listener, anyio.create_task_group() as tasks:
-            tasks.start_soon(self._watch)
+        async with listener, anyio.create_task_group() as self._tasks:
+            self._tasks.start_soon(self._watch)
             task_status.started()
             await listener.serve(self._serve_connection)
 
@@ -231,10 +226,22 @@ class Rendezvous:
 
     def stop(self, why: str) -> None:
         """Has the ranks of the present group stopped on all machines."""
+        self._generation = 0
         for node in self._nodes:
             if node.member:
                 node.member = False
                 node.put(StopRanks(why[:1000]))
+
+    async def settled(self) -> bool:
+        """Waits until each machine of the present group has been heard from again, or one is lost; False then.
+
+        Ranks that lost the connection to others may have ended before the silence of a machine has lasted for
+        `lane.node_timeout_s`, so that it is not known yet whether it is the cause. A loss is reported meanwhile.
+        """
+        since_s, members = time.monotonic(), [node for node in self._nodes if node.member]
+        while all(node in self._nodes for node in members) and any(node.heard_s <= since_s for node in members):
+            await self._heard.wait()
+        return all(node in self._nodes for node in members)
 
     async def end(self, *, failed: bool, detail: str) -> None:
         """Has all machines end their commands, since the run has ended."""
@@ -324,6 +331,7 @@ class Rendezvous:
             finally:
                 self._nodes.remove(node)
                 self._changed.set()
+                self._wake_settled()
                 tasks.cancel_scope.cancel()
                 _log.info("node_left", host=node.host, detail=node.gone)
                 if node.member:
@@ -338,14 +346,14 @@ class Rendezvous:
             while True:
                 message = admission.for_service(await node.channel.receive())
                 node.heard_s = time.monotonic()
+                self._wake_settled()
                 match message:
                     case Ready() if not node.member:
                         node.ready = True
                         self._changed.set()
                     case RanksEnded() if node.member and message.generation == self._generation:
                         node.member = False
-                        if message.code:
-                            self._owner.on_ranks_ended(node.host, message.code, message.lines)
+                        self._report(node.host, message)
                     case Joining():
                         node.gone = "it joins twice"
                         return
@@ -353,6 +361,21 @@ class Rendezvous:
                         pass
         except ChannelError as error:
             node.gone = str(error)
+
+    def _wake_settled(self) -> None:
+        self._heard.set()
+        self._heard = anyio.Event()
+
+    def _report(self, host: str, message: RanksEnded) -> None:
+        """Reports ranks that have failed: at once, or if they only miss others, once it is known who is lost."""
+        if message.code == PEER_LOST and self._tasks is not None:
+            self._tasks.start_soon(self._report_when_settled, host, message)
+        elif message.code:
+            self._owner.on_ranks_ended(host, message.code, message.lines)
+
+    async def _report_when_settled(self, host: str, message: RanksEnded) -> None:
+        if await self.settled() and message.generation == self._generation:
+            self._owner.on_ranks_ended(host, message.code, message.lines)
 
     async def _send_all(self, node: JoinedNode, messages: MemoryObjectReceiveStream[admission.ToMachine]) -> None:
         try:
@@ -365,15 +388,11 @@ class Rendezvous:
     async def _watch(self) -> None:
         """Sends heartbeats, and drops machines that have been silent for too long."""
         timeout_s = self._lane.node_timeout_s
-        judged_from_s = 0.0
+        standstill = Standstill(timeout_s / BEATS, timeout_s)
         while True:
-            asleep_s = time.monotonic()
-            await anyio.sleep(timeout_s / _BEATS)
-            now_s = time.monotonic()
-            if now_s - asleep_s > timeout_s / _BEATS + _FROZEN_S:  # this process stood still, and has not read since
-                judged_from_s = now_s + timeout_s
+            await standstill.sleep()
             for node in list(self._nodes):
                 node.put(Alive())
-                silent_s = now_s - node.heard_s
-                if silent_s > timeout_s and now_s >= judged_from_s:
+                silent_s = time.monotonic() - node.heard_s
+                if silent_s > timeout_s and standstill.is_over:
                     node.drop(f"it has been silent for {silent_s:.0f} s")

@@ -69,3 +69,12 @@ def test_open_metrics_are_served_with_a_warning() -> None:
     assert "0.0.0.0:2" in warning
     assert "metrics.web_config" in warning
     assert exposure_warnings(settings("127.0.0.1:1", "0.0.0.0:2", web_config="w")) == []
+
+
+def test_an_open_rendezvous_is_served_with_a_warning() -> None:
+    """If machines can join at all."""
+    lane = {"mode": "torchrun", "nodes": 2, "rendezvous": "0.0.0.0:3", "secret_file": "s"}
+    (warning,) = exposure_warnings(Settings.model_validate({"lane": lane}))
+    assert warning.startswith("lane.rendezvous: other machines can reach 0.0.0.0:3")
+    for change in ({"rendezvous": "127.0.0.1:3"}, {"nodes": 1}):
+        assert exposure_warnings(Settings.model_validate({"lane": lane | change})) == []

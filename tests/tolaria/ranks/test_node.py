@@ -40,9 +40,10 @@ print(json.dumps({"lane": os.getpid()}), flush=True)
 
 @dataclass
 class Joined:
-    """A node that runs, what it has said, and how it has ended."""
+    """A node that runs, what it has said, what its ranks have written, and how it has ended."""
 
     said: list[str] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
     error: BaseException | None = None
     ended: anyio.Event = field(default_factory=anyio.Event)
 
@@ -59,7 +60,7 @@ async def node_of(port: int, secret: bytes = SECRET, **limits: float) -> AsyncIt
     """Runs a node that joins at the port; cancels it at the end."""
     joined = Joined()
     waits = {"wait_s": math.inf, "full_s": 0.0, **limits}
-    node = Node(Address("127.0.0.1", port), secret, 2, say=joined.said.append, **waits)
+    node = Node(Address("127.0.0.1", port), secret, 2, say=joined.said.append, write=joined.written.append, **waits)
 
     async def run() -> None:
         try:
@@ -90,7 +91,7 @@ async def started(met: Meeting, generation: int = 1) -> None:
 
 
 async def agents(directory: Path, count: int = 1) -> list[tuple[int, int, dict[str, str]]]:
-    """Waits until so many agents have started; returns their process ids, those of their ranks, and their options."""
+    """Waits until `count` agents have started; returns their process ids, those of their ranks, and their options."""
     file = anyio.Path(directory / "started")
     with anyio.fail_after(30):
         while not await file.exists() or len(lines := (await file.read_text()).splitlines()) < count:
@@ -139,12 +140,14 @@ async def test_the_service_learns_how_ranks_have_ended(
 ) -> None:
     """By code and last lines, also of an agent that is stopped; the machine is ready for the next start."""
     run_script(monkeypatch, tmp_path, end)
-    async with meeting(tmp_path, nodes=2, node_timeout_s=1) as met, node_of(met.port):
+    silence_s = 3 if "SIGSTOP" in end else 20
+    async with meeting(tmp_path, nodes=2, node_timeout_s=silence_s) as met, node_of(met.port) as joined:
         await started(met)
         await until(lambda: met.owner.ended)
         ((_, found, lines),) = met.owner.ended
         assert found == code
         assert words in (lines[-1] if lines else "")
+        assert words in "".join(joined.written)
         with await met.rendezvous.form() as formation:
             assert len(formation.nodes) == 1
         ((agent, rank, _),) = await agents(tmp_path)
@@ -153,6 +156,20 @@ async def test_the_service_learns_how_ranks_have_ended(
             await until(lambda: not is_alive(rank))
         with suppress(ProcessLookupError):
             os.kill(rank, signal.SIGKILL)
+    assert met.owner.lost == []
+
+
+async def test_an_agent_that_cannot_be_started_is_a_failure_of_the_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The service learns it, as of ranks that have ended, and the machine stays for the next start."""
+    monkeypatch.setattr("tolaria.ranks.node.PROGRAM", (str(tmp_path / "missing"),))
+    async with meeting(tmp_path, nodes=2) as met, node_of(met.port) as joined:
+        for count in (1, 2):
+            await started(met, count)
+            await until(lambda count=count: len(met.owner.ended) == count)
+            _, code, (line,) = met.owner.ended[-1]
+            assert (code, "cannot be started" in line, joined.written[-1]) == (1, True, f"{line}\n")
     assert met.owner.lost == []
 
 

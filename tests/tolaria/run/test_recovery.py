@@ -679,7 +679,7 @@ async def test_a_missed_deadline_tries_the_other_tier_once_then_halts_an_ill_run
 
 @pytest.mark.parametrize("tier", [ROLLBACK_TIER_UNSPECIFIED, ROLLBACK_TIER_FAST])
 async def test_the_second_try_counts(storage: Storage, tier: RollbackTier.ValueType) -> None:
-    """A snapshot that was overwritten while the lane was on its way is replaced by another, whoever named the tier."""
+    """A snapshot overwritten while the lane was on its way is replaced by another, also if a request names the tier."""
     parts = RecoveryParts(storage)
     answers = [NoCheckpointError("the snapshot of step 9 has been overwritten")]
 

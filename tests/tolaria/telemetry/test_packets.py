@@ -135,7 +135,7 @@ async def test_the_packet_of_an_epoch_has_metrics_spans_and_the_health_of_its_ev
     assert value(packet, "process_resident_memory_bytes") > 1e6
     assert value(packet, "tolaria.telemetry.subscribers") == 1
     assert [span.name for span in packet.spans] == ["tolaria.epoch"]
-    assert not packet.events  # each event is in the packet of its own
+    assert not packet.events  # each event has a separate packet
     assert (second.system_health.status, second.system_health.summary, list(second.spans)) == (HEALTHY, "", [])
 
 

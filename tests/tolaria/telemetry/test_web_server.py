@@ -39,7 +39,7 @@ class Site:
     async def get(
         self, path: str, *, auth: tuple[str, str] | None = None, context: ssl.SSLContext | None = None
     ) -> tuple[int, str]:
-        """Requests a path on a connection of its own; returns status and body."""
+        """Requests a path on a new connection; returns status and body."""
         url = f"{'https' if context else 'http'}://{self.address}{path}"
         headers = {"Authorization": aiohttp.encode_basic_auth(*auth)} if auth else {}
         async with (

@@ -98,6 +98,15 @@ async def started(machine: Machine, generation: int) -> None:
     assert order.store_port > 0
 
 
+async def agent_of(directory: Path) -> int:
+    """Waits until the script of an agent has written its process id; returns it."""
+    file = anyio.Path(directory / "agent")
+    with anyio.fail_after(30):
+        while not await file.exists() or not (text := await file.read_text()).endswith("\n"):
+            await anyio.sleep(0.01)
+    return int(text.split()[0])
+
+
 async def test_a_lost_machine_is_a_loss_of_the_group_which_goes_on_without_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -169,6 +178,31 @@ async def test_a_machine_that_goes_during_the_first_build_is_waited_for(
             with anyio.fail_after(30):
                 assert await group.lane.open() is not None
     assert not [event for event in group.events if isinstance(event, LaneLost)]
+
+
+@pytest.mark.parametrize("built", [False, True])
+async def test_ranks_here_that_miss_others_are_no_failure_if_a_machine_is_lost(
+    built: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They end before the machine's silence is a loss, also during the first build, which would fail the run."""
+    ends = "open('agent', 'a').write(f'{os.getpid()}\\n'); os.path.exists('again') or sys.exit(86)\n"
+    here = "while (frame := stream.next())" if built else "ranks = tuple"
+    monkeypatch.chdir(tmp_path)
+    async with lane_with(monkeypatch, tmp_path, agent=AGENT.replace(here, ends + here), nodes=2) as group:
+        async with group.door.machine() as machine:
+            await started(machine, 1)
+            pid = await agent_of(tmp_path)
+            with anyio.fail_after(30):
+                while is_alive(pid):
+                    await anyio.sleep(0.01)
+            await anyio.Path(tmp_path / "again").touch()
+            assert group.events == []
+        async with group.door.machine() as machine:
+            await started(machine, 2)
+            with anyio.fail_after(30):
+                assert await group.lane.open() is not None
+            lost = await group.until(LaneLost) if built else []
+    assert [event.kind for event in lost if isinstance(event, LaneLost)] == (["node_lost"] if built else [])
 
 
 @pytest.mark.parametrize("grow", ["restart", "epoch"])

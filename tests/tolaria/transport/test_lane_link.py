@@ -35,7 +35,7 @@ class Linked:
     arrived: anyio.Event = field(default_factory=anyio.Event)
 
     async def receives(self, count: int) -> None:
-        """Waits until so many frames have arrived."""
+        """Waits until that number of frames have arrived."""
         while len(self.frames) < count:
             self.arrived = anyio.Event()
             await self.arrived.wait()
@@ -70,7 +70,7 @@ async def served(refuse: Callable[[Sequence[Frame]], None] | None = None) -> Asy
 
 
 async def frames_of(peer: socket.socket, count: int) -> list[Frame]:
-    """Reads so many frames at the other end, in a thread."""
+    """Reads `count` frames at the other end, in a thread."""
 
     def read() -> list[Frame]:
         stream, found = FrameStream(peer), list[Frame]()

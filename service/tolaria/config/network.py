@@ -72,9 +72,9 @@ class ServerSettings(Section):
     """Listen on other addresses than loopback without TLS or without tokens. Off: who reaches the port could stop a
     run. On: a warning at every start."""
 
-    calls_per_second: float = Field(default=100.0, ge=0, le=1e6, allow_inf_nan=False)
-    """Calls of one caller per second, with bursts of twice as many; more are refused. 0: no limit. 100: far more than
-    a person or a dashboard makes, and about a thirtieth of a core."""
+    calls_per_second: float = Field(default=1000.0, ge=0, le=1e6, allow_inf_nan=False)
+    """Calls of one caller per second, with bursts of twice as many; more are refused. 0: no limit. 1000: more than
+    scripts make that poll, of which several are one caller without tokens, and about a third of a core."""
 
     bad_calls_per_second: float = Field(default=5.0, ge=0, le=1e6, allow_inf_nan=False)
     """Calls of one caller per second that are its mistakes, such as a wrong token, and are answered at once, with

@@ -56,7 +56,7 @@ def alone() -> dict[str, Any]:
     return {name: results[0] for name, results in zip(CASES, found, strict=True)}
 
 
-@pytest.fixture(scope="module", params=[(2, "ddp"), (3, "ddp"), (3, "fsdp")], ids=str)
+@pytest.fixture(scope="module", params=[(2, "ddp"), (3, "fsdp")], ids=str)
 def together(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The results of several ranks by case, each with the whole model or with parts of its parameters."""
     world, parallel = request.param

@@ -44,15 +44,15 @@ def test_what_two_ranks_saved_any_number_restores(world: int, saved: tuple[Path,
     assert 1 < sum(rank["bytes"] for rank in found) < 2.5  # random numbers and the like are whole on every rank
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_tensors_of_a_job_s_state_are_divided_too(world: int, tmp_path: Path) -> None:
-    """As an average of the weights, which is a whole tensor for one process, and has parts for three ranks."""
-    ((digest, _, _),) = run_on_ranks(3, [(SAVE, {"directory": str(tmp_path), "job": "AverageJob"})])
-    (found,) = run_on_ranks(world, [(LOAD, {"directory": str(tmp_path), "job": "AverageJob"})])
-    assert found[0]["saved"] == digest
-    assert [rank["digest"] for rank in found] == [found[0]["expected"]] * world
-    assert "parts/job/average/inner.weight" in found[0]["expected"]
-    assert len(found[0]["losses"]) == 5
+def test_tensors_of_a_job_s_state_are_divided_too(tmp_path: Path) -> None:
+    """As an average of the weights, which is a whole tensor for one process, and has parts for two ranks."""
+    ((digest, _),) = run_on_ranks(2, [(SAVE, {"directory": str(tmp_path), "job": "AverageJob"})])
+    for world in (1, 3):
+        (found,) = run_on_ranks(world, [(LOAD, {"directory": str(tmp_path), "job": "AverageJob"})])
+        assert found[0]["saved"] == digest
+        assert [rank["digest"] for rank in found] == [found[0]["expected"]] * world
+        assert "parts/job/average/inner.weight" in found[0]["expected"]
+        assert len(found[0]["losses"]) == 5
 
 
 def test_every_rank_has_a_part_of_the_leader_s_model() -> None:

@@ -13,6 +13,13 @@ FORBIDDEN = re.compile(
 )
 
 
+ALLOWED = {
+    # An export for PyTorch, if that format is asked for, by a child process that ends with it; and back, tensors only.
+    "tolaria/export/conversion.py": "torch.save(tensors, content)",
+    "tolaria/export/loading.py": 'tensors |= torch.load(place / name, map_location="cpu", weights_only=True)',
+}
+
+
 def test_nothing_in_the_service_can_read_or_write_a_pickle() -> None:
     """No line of code of any module names pickle, what is made of it, or a function that reads or writes it."""
     service = Path(tolaria.__file__).parents[1]
@@ -22,6 +29,7 @@ def test_nothing_in_the_service_can_read_or_write_a_pickle() -> None:
         f"{source.relative_to(service)}:{number}: {line.strip()}"
         for source in sources
         for number, line in enumerate(source.read_text().splitlines(), 1)
+        if line.strip() != ALLOWED.get(str(source.relative_to(service)))
         if FORBIDDEN.search(line) and not line.lstrip().startswith(("#", '"', "Not "))
     ]
     assert found == []

@@ -1,6 +1,6 @@
 """The form of an export: the names of its files, and the card, which says what the files hold. No torch.
 
-An export is a directory: weights in the safetensors format or as torch.save writes them, `tolaria.json`, which is the
+An export is a directory: weights in the safetensors format or in PyTorch's own, `tolaria.json`, which is the
 card, and for `transformers` a `config.json`. The card is written last but one rename, so that an export with a card is
 complete.
 """

@@ -1,6 +1,6 @@
 """Writes exports: picks the model's tensors out of a checkpoint, names them as the job does, and writes them whole.
 
-Imports no torch. What needs it, a file of torch.save or folding, is done in a child process (`conversion`), before the
+Imports no torch. What needs it, a file in PyTorch's own format or folding, is done in a child process (`conversion`), before the
 export gets its name.
 """
 

@@ -1,7 +1,7 @@
 """Writes exports: picks the model's tensors out of a checkpoint, names them as the job does, and writes them whole.
 
-Imports no torch. What needs it, a file in PyTorch's own format or folding, is done in a child process (`conversion`), before the
-export gets its name.
+Imports no torch. What needs it, a file in PyTorch's own format or folding, is done in a child process (`conversion`),
+before the export gets its name.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def sharded_like(part: Tensor, like: Tensor) -> Tensor:
     return found
 
 
-def sharded_alike(part: Tensor, like: Tensor) -> Tensor:
+def placed_like(part: Tensor, like: Tensor) -> Tensor:
     """Returns a tensor of another shape with the placement of `like`, of which each rank has such a part."""
     made: Any = part if not is_sharded(like) else type(like).from_local(part, like.device_mesh, like.placements)
     found: Tensor = made

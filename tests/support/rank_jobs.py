@@ -269,6 +269,15 @@ class UnseededJob(UnevenJob):
         return model
 
 
+class ScalarJob(UnevenJob):
+    """Its model has a parameter of shape ()."""
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        model.temperature = nn.Parameter(torch.ones(()))
+        return model
+
+
 class SelfShardedJob(UnevenJob):
     """Says itself how its model is sharded. Option `whole`: leaves a parameter whole."""
 

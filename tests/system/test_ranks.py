@@ -172,6 +172,22 @@ def test_deaths_cost_nothing_but_time(peers: list[str], undisturbed: tuple[int, 
     assert last_checkpoint(tmp_path) == undisturbed
 
 
+@pytest.mark.timeout(240)
+def test_the_death_of_a_sharded_rank_costs_nothing_but_time(peers: list[str], tmp_path: Path) -> None:
+    """The run ends bit-equal to one without a death, as with whole models."""
+    arguments = [*GROUP, *FINITE, *peers, *LIMITS, "lane.parallel=fsdp", "service.exit_when_done=true"]
+    (tmp_path / "calm").mkdir()
+    with serve(*arguments, cwd=tmp_path / "calm") as service:
+        assert service.wait(120) == 0
+    with serve(*arguments, "training.options.step_s=0.02", cwd=tmp_path) as service, stub_of(service) as stub:
+        wait_for(lambda: status(stub).global_step > 30, 60)
+        os.kill(ranks_of(agent_of(service))[1], signal.SIGKILL)
+        assert service.wait(120) == 0
+    (lost,) = named(service, "tolaria.lane_lost")
+    assert (lost["cause"], "rank 1 of 2 was killed by SIGKILL" in str(lost["detail"])) == ("killed", True)
+    assert last_checkpoint(tmp_path) == last_checkpoint(tmp_path / "calm")
+
+
 def test_what_operators_do_works_on_the_group(peers: list[str], tmp_path: Path) -> None:
     """Pauses, which are no silence, rollbacks of both tiers, learning rates, checkpoints and profiles."""
     with (

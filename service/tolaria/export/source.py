@@ -57,12 +57,10 @@ def read_source(directory: Path, which: str) -> Source:
         except CheckpointDamagedError:
             # Retention removes checkpoints at any time; one that is still listed is damaged.
             rows = read_journal(path, CheckpointRow)
-            listed = any(now.checkpoint_id == row.checkpoint_id and _kept(now) for now in rows)
-            if listed:
+            if any(now.checkpoint_id == row.checkpoint_id and _kept(now) for now in rows):
                 raise
     raise NoCheckpointError(
-        "the service removes checkpoints faster than one can be read: pause the run, or export through the service "
-        "(--address)"
+        "the service removes checkpoints faster than one can be read: pause the run, or raise checkpoint.keep_last"
     )
 
 

@@ -89,7 +89,7 @@ def source_rows(
             ends.append(len(wanted))
         found = _gradients(losses[sources[0]], wanted, retain=number < len(passes))
         if rows:
-            _write(matrix, rows, found[: len(shared)], shared)
+            write_rows(matrix, rows, found[: len(shared)], shared)
         for name, start, end in zip(sources, ends, ends[1:], strict=False):
             if name in own:
                 owned[name] = found[start:end]
@@ -184,7 +184,8 @@ def _gradients(loss: Tensor, wanted: Sequence[Tensor], *, retain: bool) -> tuple
     return found
 
 
-def _write(matrix: Tensor, rows: Sequence[int], found: Sequence[Tensor | None], shared: Sequence[Tensor]) -> None:
+def write_rows(matrix: Tensor, rows: Sequence[int], found: Sequence[Tensor | None], shared: Sequence[Tensor]) -> None:
+    """Writes the gradients `found` of the shared parameters, zeros for None, into these rows of a matrix (n, d)."""
     pieces = [_dense(grad, parameter).reshape(-1) for grad, parameter in zip(found, shared, strict=True)]
     with torch.no_grad():
         torch.cat(pieces, out=matrix[rows[0]])

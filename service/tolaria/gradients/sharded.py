@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tolaria.gradients.flat import laid_out
-from tolaria.gradients.rows import SourceRows
-from tolaria.shards import local, sharded_like
+from tolaria.gradients.rows import SourceRows, write_rows
+from tolaria.shards import local, local_parts, sharded_like
 
 
 def sharded_rows(
@@ -41,17 +41,17 @@ def sharded_rows(
     nothing = torch.stack(list(losses.values())).sum() * 0.0
     owned: dict[str, tuple[Tensor | None, ...]] = {}
     everything = [*shared, *(parameter for parameters in own.values() for parameter in parameters)]
-    for name in names:
+    for row, name in enumerate(names):
         if name not in sources:
-            out[names.index(name)].zero_()
+            out[row].zero_()
     for number, source in enumerate(sources, start=1):
         for parameter in everything:
             parameter.grad = None
         torch.autograd.backward(losses.get(source, nothing), retain_graph=number < len(sources))
         if source in names:
-            _write(out[names.index(source)], shared)
+            write_rows(out, [names.index(source)], _parts_of_gradients(shared), local_parts(shared))
         if source in own:
-            owned[source] = tuple(None if p.grad is None else local(p.grad) for p in own[source])
+            owned[source] = tuple(_parts_of_gradients(own[source]))
     for parameter in everything:
         parameter.grad = None
     return SourceRows(tuple(names), out, tuple(name in losses for name in names), owned)
@@ -63,14 +63,5 @@ def write_gradients(parameters: Sequence[Tensor], parts: Sequence[Tensor | None]
         parameter.grad = None if part is None else sharded_like(laid_out(part, local(parameter)), parameter)
 
 
-def _write(row: Tensor, shared: Sequence[Tensor]) -> None:
-    start = 0
-    with torch.no_grad():
-        for parameter in shared:
-            part = local(parameter)
-            target = row[start : start + part.numel()]
-            start += part.numel()
-            if parameter.grad is None:
-                target.zero_()
-            else:
-                target.copy_(local(parameter.grad).reshape(-1))
+def _parts_of_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    return [None if parameter.grad is None else local(parameter.grad) for parameter in parameters]

@@ -199,10 +199,9 @@ def build(settings: Settings, memory: SharedMemory | None = None, group: Group |
             module.group = group
         snapshots = SnapshotManager(module, settings.rollback, memory)
         notes = first_look(module, snapshots.state)
-        if sharding is None:
-            module.fast_paths.compile(module.model, lambda: first_look(module, snapshots.state))
-        else:  # each rank would find out for itself whether its passes compile
-            module.fast_paths.fallbacks["compile"] = "lane.parallel is fsdp"
+        module.fast_paths.compile(
+            module.model, lambda: first_look(module, snapshots.state), sharded=sharding is not None
+        )
         module.group = group
         return BuiltLane(settings, module, snapshots, (*notes, *_notes(module)))
     except ScheduleError as error:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from tolaria.config import FastPathSettings
 from tolaria.errors import BrokenJobError
 from tolaria.optimization.groups import is_dense
-from tolaria.shards import sharded_alike
+from tolaria.shards import placed_like
 
 FastPath = Literal["fused", "compile", "amp", "tf32", "pin_memory"]
 
@@ -136,9 +136,12 @@ class FastPaths:
             reasons.append("foreach is slower on a CPU")
         return "", "; ".join(reasons) or f"{type(optimizer).__name__} has neither a fused nor a foreach kernel"
 
-    def compile(self, model: nn.Module, warm_up: Callable[[], object]) -> None:
+    def compile(self, model: nn.Module, warm_up: Callable[[], object], *, sharded: bool = False) -> None:
         """Compiles the model's forward and backward pass and calls `warm_up`; undone if that fails."""
         if self._settings.compile == "off":
+            return
+        if sharded:  # each rank would find out for itself whether its passes compile
+            self.fallbacks["compile"] = "lane.parallel is fsdp"
             return
         if any("_orig_mod" in name.split(".") for name, _ in model.named_modules()):
             self.fallbacks["compile"] = "the job compiles its model itself"
@@ -261,7 +264,7 @@ def _fused_problem(optimizer: Optimizer) -> str | None:
     arguments: dict[str, Any] = {key: value for key, value in optimizer.defaults.items() if key in accepted}
     try:
         for kind in {(p.dtype, p.device): p for p in parameters}.values():
-            scratch = sharded_alike(torch.zeros(1, 1, dtype=kind.dtype, device=kind.device), kind).requires_grad_()
+            scratch = placed_like(torch.zeros(1, 1, dtype=kind.dtype, device=kind.device), kind).requires_grad_()
             scratch.grad = torch.zeros_like(scratch)
             kernel([scratch], **{**arguments, "foreach": None, "fused": True}).step()
     except Exception as error:  # noqa: BLE001 - torch raises several kinds

@@ -32,7 +32,7 @@ from tolaria.gradients.sharded import sharded_rows, write_gradients
 from tolaria.jobs import HOST, Batch
 from tolaria.ranks.group import Group
 from tolaria.seeds.slots import NamedParameters
-from tolaria.shards import is_sharded, local, local_parts
+from tolaria.shards import local, local_parts
 from tolaria.values.gradients import SeedMetricSet
 
 
@@ -60,10 +60,11 @@ class GradientMerger:
     the host when a seed is grafted, changes stage, becomes part of the host or is culled. Losses by source add up,
     each times the weight of its stage; the host's has weight 1.
 
-    The order of projections depends on the run's seed and the step.
+    The order of projections depends on the run's seed and the step. `sharded`: whether each rank has a part of every
+    parameter and gradient.
     """
 
-    def __init__(self, settings: Settings, scope: GradientScope) -> None:
+    def __init__(self, settings: Settings, scope: GradientScope, *, sharded: bool) -> None:
         mode, attribution = GradientMode(settings.gradients.mode), AttributionMode(settings.gradients.attribution)
         self._merge = MergeSettings(mode, attribution, settings.training.seed)
         self._settings = settings
@@ -78,7 +79,7 @@ class GradientMerger:
         self._sources: tuple[str, ...] = ()
         self._step = 0
         self._microbatches = 1
-        self._sharded = _is_sharded(scope)
+        self._sharded = sharded
         self._seen = set[str]()
 
     def follow(self, scope: GradientScope) -> None:
@@ -88,7 +89,6 @@ class GradientMerger:
             return
         self._next_scope = None
         self._scope = scope
-        self._sharded = _is_sharded(scope)
         self._sources = ()
 
     def begin(self, step: int, microbatches: int) -> None:
@@ -292,11 +292,6 @@ class GradientMerger:
             return list(self._scope.own.get(source, ()))
         lossless = (own for seed, own in self._scope.own.items() if seed not in self._sources)
         return [parameter for own in lossless for parameter in own]
-
-
-def _is_sharded(scope: GradientScope) -> bool:
-    own = (parameter for parameters in scope.own.values() for parameter in parameters)
-    return any(map(is_sharded, own)) or any(is_sharded(parameter) for _, parameter in scope.shared)
 
 
 def _with_rest(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:

@@ -98,7 +98,7 @@ class SnapshotManager:
         self._unavailable = ""
         self._events: list[SnapshotEvent] = []
         self._ring_used = True
-        if self.state.sharded and module.group is not None:
+        if module.sharded and module.group is not None:
             self._gather_with(module.group)
 
     def adopt(self, memory: SharedMemory, digests: Collection[str]) -> None:

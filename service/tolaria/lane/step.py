@@ -231,12 +231,25 @@ def checked_losses(job: TrainingJob, model: nn.Module, batch: Batch, seeds: Sequ
     return losses
 
 
-def _on_device(module: TrainModule, read: Batch, taken: _Taken) -> Batch:
-    """Returns this rank's share of a microbatch on its device, and adds the time that the copy took."""
+def _read(module: TrainModule, taken: _Taken, mark: Mark) -> tuple[Batch, Batch] | None:
+    """Returns the next microbatch, as it was read, and this rank's share on its device; None at the end of the epoch.
+
+    Adds the times of reading and copying to `taken`, without the wait for other ranks.
+    """
+    asked_s = time.monotonic()
+    with mark("input"):
+        read = module.next_batch()
+    waited_s = time.monotonic() - asked_s
+    module.compare_reading(read is not None)
+    if read is None:
+        return None
+    asked_s = time.monotonic()
     own, began_s = module.training_share.of(read), time.monotonic()
     batch = on_device(own, module.device, pinned=module.fast_paths.pins_memory)
     taken.copied_s += time.monotonic() - began_s
-    return batch
+    waited_s += time.monotonic() - asked_s
+    taken.waited_s, module.waits.input_s = taken.waited_s + waited_s, module.waits.input_s + waited_s
+    return read, batch
 
 
 def _take_microbatches(
@@ -254,16 +267,10 @@ def _take_microbatches(
             raise StepAbandonedError
         if not number:
             module.note_step_start()
-        asked_s = time.monotonic()
         place = module.progress.batches
-        with mark("input"):
-            read = module.next_batch()
-        module.compare_reading(read is not None)
-        if read is None:
+        if (found := _read(module, taken, mark)) is None:
             break
-        batch = _on_device(module, read, taken)
-        taken.waited_s += time.monotonic() - asked_s
-        module.waits.input_s += time.monotonic() - asked_s
+        read, batch = found
         if not number:
             module.clear_gradients()
             taken.planned_samples = read.samples * module.accumulate
@@ -323,7 +330,7 @@ def _finish(module: TrainModule, taken: _Taken, mark: Mark) -> _Measured:
         return _Measured(math.nan, None, [math.nan])
     with mark("merge"):
         module.merger.finish()
-        if module.group is not None and not module.merger.merges:
+        if module.group is not None and not (module.merger.merges or module.sharded):
             module.all_reduce_gradients(module.group)
         _rescale(module, taken)
     return _measure(taken, module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -143,6 +144,7 @@ class TrainModule:
         skip_streak: steps in a row that were skipped most recently.
         last_good: a batch of the last step that was not skipped, as the cursor returned it.
         share: this rank's part of each validation batch; `training_share` is that of training batches.
+        sharded: whether each rank has a part of every parameter.
         waits: seconds since the epoch's begin that this rank has waited for its data, and for other ranks.
         undone: False if something that was left out could not be undone; `train_step` reports and resets it.
         parameters: trainable parameters in the optimizer.
@@ -169,7 +171,8 @@ class TrainModule:
         self.cursor = cursor
         self.device = device
         self.seeds = seeds
-        self.merger = GradientMerger(settings, seeds.gradient_scope(0))
+        self.sharded = any(map(is_sharded, model.parameters()))
+        self.merger = GradientMerger(settings, seeds.gradient_scope(0), sharded=self.sharded)
         self.fast_paths = fast_paths
         self.accumulate = settings.training.accumulate
         self.clip_norm = settings.training.clip_norm
@@ -340,10 +343,9 @@ class TrainModule:
             seed_everything(epoch_seed(self._seed + (self._group.rank << 40), place))
 
     def all_reduce_gradients(self, group: Group) -> None:
-        """Replaces the gradients of all trained parameters by their sums over the ranks, as those of shards are."""
-        whole = [parameter for parameter in self.parameters if not is_sharded(parameter)]
-        summed = group.all_reduce_gradients(whole, [p.grad for p in whole]) if whole else []
-        for parameter, gradient in zip(whole, summed, strict=True):
+        """Replaces the gradients of all trained parameters by their sums over the ranks."""
+        summed = group.all_reduce_gradients(self.parameters, [p.grad for p in self.parameters])
+        for parameter, gradient in zip(self.parameters, summed, strict=True):
             parameter.grad = None if gradient is None else laid_out(gradient, parameter)
 
     def broadcast_buffers(self) -> None:
@@ -390,12 +392,14 @@ class TrainModule:
 
     def compare_reading(self, found: bool) -> None:
         """Raises RanksDifferError if only some ranks have a batch, where they communicate before the step's sums."""
-        if self._group is not None and (self.accumulate > 1 or any(map(is_sharded, self.parameters))):
+        if self._group is not None and (self.accumulate > 1 or self.sharded):
+            asked_s = time.monotonic()
             self._group.all(value=True, must_match={"whether the epoch has another batch": found})
+            self.waits.ranks_s += time.monotonic() - asked_s
 
     def norms_over_shards(self, norms: Sequence[float]) -> list[float]:
         """Returns the norms of sharded tensors, given those of their parts on this rank; else the given ones."""
-        if self._group is None or not any(map(is_sharded, self.parameters)):
+        if self._group is None or not self.sharded:
             return list(norms)
         return [math.sqrt(square) for square in self._group.all_reduce([norm * norm for norm in norms])]
 

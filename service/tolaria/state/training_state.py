@@ -121,11 +121,6 @@ class TrainingState:
         parts = self.parts if only is None else {name: part for name, part in self.parts.items() if name in only}
         return _Surveyor(self, parts).survey()
 
-    @property
-    def sharded(self) -> bool:
-        """Whether tensors are distributed over ranks."""
-        return any(is_sharded(parameter) for parameter in self.live.model.parameters())
-
     def fingerprint(self, only: Collection[str] | None = None, *, gathered: bool = True) -> Fingerprint:
         """Returns the digests of the live state, equal to those of an image of it. Reads every byte; synchronises.
 
@@ -138,6 +133,14 @@ class TrainingState:
             name: spec_of(name, tensor).digest(packed_bytes(value(tensor))) for name, tensor in survey.tensors.items()
         }
         return combine(digests, survey.json())
+
+    def replicated(self) -> dict[str, str]:
+        """Returns the digests of the tensors that are the same on all ranks, without the parts. Synchronises."""
+        return {
+            name: spec_of(name, tensor).digest(packed_bytes(tensor))
+            for name, tensor in self.survey(()).tensors.items()
+            if not (is_sharded(tensor) or name.startswith("rng/"))
+        }
 
     def gather(self) -> None:
         """Takes part in a copy of the whole state on another rank."""

@@ -128,6 +128,12 @@ def test_an_absent_peer_is_a_warning() -> None:
     assert findings["kasmina"].detail.startswith("no target")
 
 
+def test_a_run_without_a_controller_needs_no_peers() -> None:
+    """None is started or called."""
+    findings = found("control.enabled=false")
+    assert {findings[name].detail for name in ("tamiyo", "kasmina")} == {"not needed: control.enabled is false"}
+
+
 def test_a_secret_that_others_can_read_is_a_warning(tmp_path: Path) -> None:
     """In the settings file of the working directory."""
     file = tmp_path / "tolaria.toml"

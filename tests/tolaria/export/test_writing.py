@@ -25,7 +25,7 @@ from tolaria.errors import (
 )
 from tolaria.export import load
 from tolaria.export.card import CARD, TRANSIENT_FILE, read_card
-from tolaria.export.source import BEST, NEWEST, choose
+from tolaria.export.source import BEST, NEWEST, choose, read_source
 from tolaria.export.writing import ExportFiles, ExportOrder, _run, export_model, remove_partial_exports
 from tolaria.journal.rows import CheckpointRow
 
@@ -223,6 +223,16 @@ def test_the_newest_and_the_best_are_those_of_the_newest_run() -> None:
         choose([row("x")], BEST, direction="max")
     with pytest.raises(NoCheckpointError, match="no checkpoint yet"):
         choose([], NEWEST, direction="max")
+
+
+def test_checkpoints_that_are_removed_too_quickly_are_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has gone by the time it is read, and the journal no longer lists it."""
+    numbers = iter(range(100))
+    monkeypatch.setattr("tolaria.export.source.read_journal", lambda *_: [row(f"point{next(numbers)}")])
+    with pytest.raises(NoCheckpointError, match="removes checkpoints faster than one can be read"):
+        read_source(tmp_path, NEWEST)
 
 
 def test_a_child_process_is_killed_once_the_export_is_not_wanted(tmp_path: Path) -> None:

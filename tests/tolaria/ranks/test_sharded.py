@@ -92,6 +92,14 @@ def test_a_parameter_that_stays_whole_is_refused() -> None:
     assert "shard() leaves parameter 'inner.weight' whole" in leader
 
 
+def test_a_model_that_cannot_be_divided_is_refused() -> None:
+    """With the reason, which names the parameter."""
+    leader, follower = train("ScalarJob")
+    for rank in (leader, follower):
+        assert "its model cannot be sharded: " in rank
+        assert "temperature" in rank
+
+
 def test_a_fused_kernel_that_knows_no_parts_is_not_used() -> None:
     """As that of SGD; the optimizer computes without it."""
     leader, _ = train("ExactJob", deterministic=False)

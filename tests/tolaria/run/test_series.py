@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from prometheus_client import Counter, Histogram
 
@@ -89,6 +91,15 @@ async def test_figures_of_validation_and_steps_have_metrics() -> None:
     age_s = run.sample("tolaria.checkpoint.age_seconds")
     assert age_s is not None
     assert 0 < age_s < 60
+
+
+async def test_an_accuracy_that_a_job_does_not_count_is_not_zero() -> None:
+    """NaN, which no alert takes for a bad one."""
+    run = new_run(FakePeers(), job="support.metric_jobs:MetricsJob", epochs=1)
+    async with running(run):
+        await run.until(lambda: run.state == "FINISHED")
+    accuracies = [run.sample(f"tolaria.{name}.accuracy") for name in ("training", "validation")]
+    assert all(accuracy is not None and math.isnan(accuracy) for accuracy in accuracies)
 
 
 async def test_the_lanes_phase_is_a_metric_while_the_run_is_running() -> None:

@@ -52,12 +52,14 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "journal": ("async_journal", "database", "reader", "reserve", "rows"),
     "lane": (
         "buffers", "build", "commands", "connection", "device", "encoding", "fast_paths", "first_look",
-        "gradient_merge", "group_commands", "group_state", "hosting", "job_effects", "job_output", "job_report", "lane",
+        "gradient_merge", "group_commands", "group_state", "hosting", "job_effects", "job_output", "job_report",
+        "job_schedules", "lane",
         "messages", "model_description", "order", "parameter_check", "process", "profiling", "rank", "seed_training",
-        "sharding", "snapshot_manager", "step", "train_module",
+        "sharding", "snapshot_manager", "step", "train_module", "trained_flags",
     ),
     "optimization": (
-        "adjustments", "groups", "hyperparameters", "lr_controller", "optimizer_manager", "schedules", "state_transfer",
+        "adjustments", "groups", "hyperparameters", "job_schedule", "lr_controller", "optimizer_manager", "schedules",
+        "state_transfer",
     ),
     "peers": ("clients", "connect", "consultation", "verification"),
     "ranks": (
@@ -93,6 +95,7 @@ EXEMPT_PROTOCOLS: dict[str, str] = {
     "TrainModeJob": "jobs are the user's own",
     "BatchCursor": "data may be the user's own",
     "StatefulJob": "jobs are the user's own",
+    "ScheduledJob": "jobs are the user's own",
     "ShardedJob": "jobs are the user's own",
     "SharingJob": "jobs are the user's own",
     "StatefulLoader": "loaders may be the user's own",
@@ -125,6 +128,7 @@ BROAD_EXCEPT_ALLOWED = {
     "lane/fast_paths.py": "tries kernels of torch, which raise several kinds of errors",
     "lane/lane.py": "calls the user's own code",
     "optimization/optimizer_manager.py": "calls the user's own optimizer",
+    "optimization/job_schedule.py": "calls the user's own scheduler",
     "rpc/exports.py": "fails the export, and logs defects: it runs in the task group of the run",
     "telemetry/packets.py": "loses a packet, and logs defects: it runs in the task group of the run",
     "checkpoint/writer.py": "passes the error on in a future, and raises defects again",

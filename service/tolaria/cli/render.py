@@ -206,6 +206,7 @@ def _learning_rates(status: GetStatusResponse) -> str:
     rates = _pairs({group: f"{rate:.3g}" for group, rate in status.learning_rates.items()}) or _NOT_YET
     older = len(status.adjustments) - _ADJUSTMENTS_SHOWN
     more = [f"{older} older adjustments"] if older > 0 else []
+    rates += f" by {one_line(status.learning_rate_schedule)}" if status.learning_rate_schedule else ""
     return "; ".join([rates, *map(_adjustment, status.adjustments[-_ADJUSTMENTS_SHOWN:]), *more])
 
 

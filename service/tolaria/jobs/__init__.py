@@ -8,12 +8,14 @@ from tolaria.jobs.job import (
     JobContext,
     JobFactory,
     PerSampleLosses,
+    ScheduledJob,
     StatefulJob,
     TrainingJob,
     TrainModeJob,
     build_job,
 )
 from tolaria.jobs.loader import LoaderCursor
+from tolaria.optimization.job_schedule import LRSchedule
 from tolaria.values.evaluation import Evaluation, Ratio
 from tolaria.values.training import HOST
 
@@ -25,9 +27,11 @@ __all__ = [
     "Evaluation",
     "JobContext",
     "JobFactory",
+    "LRSchedule",
     "LoaderCursor",
     "PerSampleLosses",
     "Ratio",
+    "ScheduledJob",
     "StatefulJob",
     "TensorCursor",
     "TrainModeJob",

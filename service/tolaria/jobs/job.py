@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from tolaria.errors import BrokenJobError, JobError, UnknownJobError
+from tolaria.optimization.job_schedule import LRSchedule, RateFactor
 from tolaria.values.evaluation import METRICS_MAX, Evaluation, metric_name_problem
 
 CursorState = dict[str, JsonValue]
@@ -183,6 +185,19 @@ class TrainModeJob(Protocol):
 
     def train_mode(self, model: nn.Module) -> None:
         """Called in place of `model.train()`, before training and after each evaluation."""
+
+
+@runtime_checkable
+class ScheduledJob(Protocol):
+    """A job that schedules its learning rates itself; `optimizer.policy` has to be `constant` then."""
+
+    def lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LRSchedule | LRScheduler | RateFactor | None:
+        """Returns a scheduler of `torch.optim.lr_scheduler`, or a function of the step; None for none.
+
+        The function returns the factor of the rates of `build_optimizer`, as that of `LambdaLR` does. A scheduler is
+        made with `optimizer`, which has the same parameters and options as that of `build_optimizer`, and is not
+        stepped by the job. It becomes a part of the training state.
+        """
 
 
 JobFactory = Callable[[JobContext], TrainingJob]

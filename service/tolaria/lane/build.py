@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from tolaria.config import Settings
 from tolaria.config.ranks import RankEnvironment
@@ -37,6 +36,7 @@ from tolaria.lane.commands import PageGate
 from tolaria.lane.device import choose_device, seed_everything, usable_cores
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.first_look import call, first_look, lazy_names, materialise
+from tolaria.lane.job_schedules import follow_schedule, schedule_notes, schedule_of
 from tolaria.lane.lane import LaneHeartbeat, ThreadLane
 from tolaria.lane.messages import LaneReady, Restored
 from tolaria.lane.model_description import describe
@@ -45,11 +45,10 @@ from tolaria.lane.profiling import LaneProfiler
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.train_module import TrainModule
-from tolaria.optimization.groups import has_scheduler
 from tolaria.ranks.group import Group
 from tolaria.ranks.share import Share, SharingJob
 from tolaria.state.shared_memory import SharedMemory
-from tolaria.values.optimization import RATES_ARE_OWNED, ActiveAdjustment
+from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.training import RankInfo
 
 if TYPE_CHECKING:
@@ -98,6 +97,7 @@ class BuiltLane:
             slots=seeds.topology.slots,
             ranks=self.ranks or (self.rank,),
             model=describe(module.model),
+            schedule="" if (schedule := seeds.controller.job_schedule) is None else schedule.description,
         )
 
     @property
@@ -252,7 +252,9 @@ def _build_module(settings: Settings, job: TrainingJob, context: JobContext, sha
     fast_paths.fuse(optimizer)
     run_steps = training.epochs * -(-batches // training.accumulate)
     shard_seed = None if sharding is None else sharding.shard_seed
+    schedule = schedule_of(job, optimizer)
     seeds = SeedTraining(model, optimizer, settings, run_steps, shard_seed)
+    follow_schedule(seeds.controller, schedule)
     module = TrainModule(
         job, model, cursor, device, seeds=seeds, fast_paths=fast_paths, settings=settings, announced=context.announced
     )
@@ -278,7 +280,6 @@ def _divided(module: TrainModule) -> Share:
 
 
 def _notes(module: TrainModule) -> tuple[str, ...]:
-    cursor, held = module.cursor, getattr(module.job, "__dict__", {}).values()
+    cursor = module.cursor
     notes = cursor.notes if isinstance(cursor, LoaderCursor) else ()
-    scheduled = has_scheduler(module.optimizer) or any(isinstance(each, LRScheduler) for each in held)
-    return (*notes, f"the optimizer has a scheduler of torch's; {RATES_ARE_OWNED}") if scheduled else notes
+    return (*notes, *schedule_notes(module.job, module.optimizer, module.seeds.controller))

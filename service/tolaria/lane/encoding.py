@@ -29,6 +29,7 @@ from tolaria.values.optimization import (
     LearningRateViolation,
     RebuildOutcome,
     RebuildResult,
+    ScheduledRates,
 )
 from tolaria.values.training import EpochProgress, Position, RankInfo, RankLoad
 
@@ -47,6 +48,7 @@ _CODEC = Codec(
             LaneOrder,
             RestorePlan,
             Ratio,
+            ScheduledRates,
         ),
     },
     messages=(SeedState, HardwareContext),

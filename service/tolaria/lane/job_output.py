@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeGuard
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
-from tolaria.errors import BrokenJobError
-from tolaria.jobs import Batch
+from tolaria.errors import BrokenJobError, LossShapeError
+from tolaria.gradients import losses_by_source
+from tolaria.jobs import HOST, Batch, PerSampleLosses, TrainingJob
 from tolaria.values.evaluation import METRICS_MAX, Evaluation, Ratio, metric_name_problem
 
 
@@ -27,6 +28,36 @@ def checked_batch(given: object, where: str) -> Batch:
     if samples is None or samples < 0:
         raise BrokenJobError(f"{where}: Batch.samples must be a whole number of at least 0, got {given.samples!r}")
     return replace(given, samples=samples)
+
+
+def checked_losses(job: TrainingJob, model: nn.Module, batch: Batch, seeds: Sequence[str]) -> Mapping[str, Tensor]:
+    """Returns the job's losses by source, each a scalar with a graph; the host has one.
+
+    Per-sample losses are split by the batch's `seed_ids`. Samples of seeds that are not in `seeds` count as the
+    host's, and a source without a sample has no loss. Raises LossShapeError with the source of an invalid loss.
+    """
+    losses: object = job.losses(model, batch)
+    if isinstance(losses, PerSampleLosses):
+        if batch.seed_ids is None:
+            raise LossShapeError("losses() returned losses by sample for a batch without seed_ids")
+        if not losses.values.requires_grad:
+            raise LossShapeError("losses(): the losses by sample carry no graph: were they detached?")
+        return losses_by_source(losses.values, batch.seed_ids, [HOST, *seeds])
+    if not isinstance(losses, Mapping) or HOST not in losses:
+        given = list(losses) if isinstance(losses, Mapping) else f"a {type(losses).__name__}"
+        raise LossShapeError(f"losses() must return a mapping with the source {HOST!r}, got {given}")
+    for source, loss in losses.items():
+        if not isinstance(loss, Tensor):
+            raise LossShapeError(
+                f"losses(): the loss of source {source!r} must be a tensor, got a {type(loss).__name__}"
+            )
+        if loss.ndim != 0:
+            raise LossShapeError(
+                f"losses(): the loss of source {source!r} must be a scalar, got shape {tuple(loss.shape)}"
+            )
+        if not loss.requires_grad:
+            raise LossShapeError(f"losses(): the loss of source {source!r} carries no graph: was it detached?")
+    return losses
 
 
 def checked_evaluation(given: object) -> Evaluation:

@@ -334,6 +334,7 @@ class ThreadLane:
         with self._heartbeat.lane_phase(LanePhase.EVALUATING):
             evaluation = self._evaluate()
         gradients = module.merger.finish_epoch()
+        scheduled = controller.epoch_over(evaluation.figures(), module.global_step)
         module.progress = module.progress.ended()
         seeds = module.seeds.reported_states(module.global_step, gradients)
         event = EpochDone(
@@ -352,6 +353,7 @@ class ThreadLane:
             adjustments=controller.adjustments,
             compile_fallback=module.fast_paths.new_compile_fallback(),
             rank_loads=() if module.group is None else _loads(module, module.group),
+            scheduled=scheduled,
         )
         self._events.put(event)
 

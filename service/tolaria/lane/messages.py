@@ -21,6 +21,7 @@ from tolaria.values.optimization import (
     Adjustment,
     LearningRateViolation,
     RebuildResult,
+    ScheduledRates,
 )
 from tolaria.values.training import EpochProgress, Position, RankInfo, RankLoad
 
@@ -277,6 +278,7 @@ class LaneReady:
     slots: tuple[str, ...] = ()
     ranks: tuple[RankInfo, ...] = ()
     model: str = ""  # as `tolaria.lane.model_description` describes it
+    schedule: str = ""  # of learning rates, if the job gives one
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +351,7 @@ class EpochDone:
     adjustments: tuple[ActiveAdjustment, ...] = ()
     compile_fallback: str = ""
     rank_loads: tuple[RankLoad, ...] = ()
+    scheduled: ScheduledRates | None = None  # what the job's schedule has changed
 
 
 @dataclass(frozen=True, slots=True)

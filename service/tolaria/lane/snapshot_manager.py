@@ -85,7 +85,10 @@ class SnapshotManager:
             parts["scaler"] = module.fast_paths.scaler
         if isinstance(module.job, StatefulJob):
             parts["job"] = module.job
-        optional = ("job", "losses", "requires_grad")
+        schedule = module.seeds.controller.job_schedule
+        if schedule is not None and schedule.stateful:
+            parts["lr_scheduler"] = schedule
+        optional = ("job", "losses", "lr_scheduler", "requires_grad")
         self.state = TrainingState(module, parts, topology=self._structure, optional=optional)
         allocate = memory or private_memory
         self._ring = SnapshotRing(

@@ -18,12 +18,11 @@ from typing import Final
 from zlib import crc32
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tolaria.errors import LossShapeError
-from tolaria.gradients import losses_by_source
-from tolaria.jobs import HOST, Batch, PerSampleLosses, TrainingJob
+from tolaria.jobs import Batch
 from tolaria.lane.device import on_device
+from tolaria.lane.job_output import checked_losses
 from tolaria.lane.messages import StepDone
 from tolaria.lane.parameter_check import essential_finite, parameters_sound
 from tolaria.lane.profiling import Mark, unmarked
@@ -179,6 +178,7 @@ def _update(module: TrainModule, measured: _Measured, mark: Mark) -> list[Learni
         _clip(module, measured.norms)
         violations = module.seeds.controller.before_step(module.global_step)
         module.optimizer.step()
+        module.seeds.controller.after_step()
     module.merger.applied()
     module.global_step += 1
     return violations
@@ -199,36 +199,6 @@ def _record_loss(module: TrainModule, measured: _Measured, *, skipped: bool) -> 
     module.losses.note(measured.loss, measured.norms[0])
     if measured.judged is not None:
         module.losses.add(measured.judged)
-
-
-def checked_losses(job: TrainingJob, model: nn.Module, batch: Batch, seeds: Sequence[str]) -> Mapping[str, Tensor]:
-    """Returns the job's losses by source, each a scalar with a graph; the host has one.
-
-    Per-sample losses are split by the batch's `seed_ids`. Samples of seeds that are not in `seeds` count as the
-    host's, and a source without a sample has no loss. Raises LossShapeError with the source of an invalid loss.
-    """
-    losses: object = job.losses(model, batch)
-    if isinstance(losses, PerSampleLosses):
-        if batch.seed_ids is None:
-            raise LossShapeError("losses() returned losses by sample for a batch without seed_ids")
-        if not losses.values.requires_grad:
-            raise LossShapeError("losses(): the losses by sample carry no graph: were they detached?")
-        return losses_by_source(losses.values, batch.seed_ids, [HOST, *seeds])
-    if not isinstance(losses, Mapping) or HOST not in losses:
-        given = list(losses) if isinstance(losses, Mapping) else f"a {type(losses).__name__}"
-        raise LossShapeError(f"losses() must return a mapping with the source {HOST!r}, got {given}")
-    for source, loss in losses.items():
-        if not isinstance(loss, Tensor):
-            raise LossShapeError(
-                f"losses(): the loss of source {source!r} must be a tensor, got a {type(loss).__name__}"
-            )
-        if loss.ndim != 0:
-            raise LossShapeError(
-                f"losses(): the loss of source {source!r} must be a scalar, got shape {tuple(loss.shape)}"
-            )
-        if not loss.requires_grad:
-            raise LossShapeError(f"losses(): the loss of source {source!r} carries no graph: was it detached?")
-    return losses
 
 
 def _read(module: TrainModule, taken: _Taken, mark: Mark) -> tuple[Batch, Batch] | None:

@@ -25,16 +25,19 @@ from tolaria.lane.gradient_merge import GradientMerger
 from tolaria.lane.job_output import checked_batch
 from tolaria.lane.messages import RegimeBegun
 from tolaria.lane.seed_training import SeedTraining
+from tolaria.lane.trained_flags import TrainedFlags
 from tolaria.ranks.group import Group
 from tolaria.ranks.images import broadcast_rng_state
 from tolaria.ranks.share import Share
-from tolaria.seeds.slots import parameters_by_owner
 from tolaria.shards import is_sharded, local
 from tolaria.state.encoding import KeptValues, capture_rngs, restore_rngs
+from tolaria.state.training_state import StatePart
 from tolaria.values.loss_window import LossWindow
-from tolaria.values.training import HOST, EpochProgress, Position
+from tolaria.values.training import EpochProgress, Position
 
 T = TypeVar("T")
+
+_Kept: TypeAlias = tuple[KeptValues, ...]
 
 _StepStart: TypeAlias = tuple[CursorState, EpochProgress, tuple[dict[str, Tensor], dict[str, JsonValue]]]
 
@@ -72,59 +75,6 @@ class SkippedBatches:
         """Restores what `state_dict` returned. Raises KeyError, TypeError or ValueError, and is then unchanged."""
         listed = cast("list[tuple[int, int]]", state["batches"])
         self.batches = {(int(epoch), int(place)) for epoch, place in listed}
-
-
-class TrainedFlags:
-    """Which parameters of the host are trained (`requires_grad`), as a part of the state; a seed's follow its stage.
-
-    The state has those that the job has frozen or unfrozen since it built the model: where its code has changed
-    meanwhile, a resumed run has what the code builds now.
-
-    A job without `state_dict` that counts passes does not repeat after a rollback what it does once. So the flags that
-    the run had are set again at the step from which it went back, unless the job has set them by then.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._host = parameters_by_owner(model)[HOST]
-        self._built = self.now()
-        self._restored: dict[str, bool] = {}
-        self._due: dict[str, bool] = {}
-        self._due_step = 0
-
-    def now(self) -> dict[str, bool]:
-        """Returns the present flags by name."""
-        return {name: parameter.requires_grad for name, parameter in self._host}
-
-    def state_dict(self) -> dict[str, JsonValue]:
-        """Returns the names of the changed parameters in the model's order."""
-        built, restored = self._built, self._restored
-        changed = {name: on for name, on in self.now().items() if on != built[name] or on is restored.get(name)}
-        return {"frozen": [n for n, on in changed.items() if not on], "trained": [n for n, on in changed.items() if on]}
-
-    def load_state_dict(self, state: Mapping[str, JsonValue]) -> None:
-        """Restores what `state_dict` returned. Raises KeyError or TypeError, and is then unchanged."""
-        frozen, trained = cast("list[str]", state["frozen"]), cast("list[str]", state["trained"])
-        self._restored = dict.fromkeys(frozen, False) | dict.fromkeys(trained, True)
-        self._set(self._built | self._restored)
-
-    def rolled_back(self, before: Mapping[str, bool], *, from_step: int, to_step: int) -> None:
-        """Notes the flags that the run had at `from_step`, for `step_begins`."""
-        due_step = max(from_step, self._due_step if self._due else 0)
-        due = {**(before if to_step < from_step else {}), **self._due} if to_step < due_step else {}
-        now = self.now()
-        self._due = {name: on for name, on in due.items() if now[name] != on}
-        self._due_step = due_step
-
-    def step_begins(self, global_step: int) -> None:
-        """Sets the flags that are due at this step."""
-        if self._due and global_step >= self._due_step:
-            self._set(self._due)
-            self._due = {}
-
-    def _set(self, flags: Mapping[str, bool]) -> None:
-        for name, parameter in self._host:
-            if parameter.requires_grad != flags.get(name, parameter.requires_grad):
-                parameter.requires_grad_(flags[name])
 
 
 class TrainModule:
@@ -165,7 +115,7 @@ class TrainModule:
     ) -> None:
         self.job = job
         # Looked up once: a check against a protocol takes longer than a small layer.
-        self._stateful = job if isinstance(job, StatefulJob) else None
+        self._changed_by_passes = _changed_by_passes(job, seeds)
         self._sets_train_mode = job if isinstance(job, TrainModeJob) else None
         self.model = model
         self.cursor = cursor
@@ -195,8 +145,8 @@ class TrainModule:
         self._group: Group | None = None
         self._seed = settings.training.seed
         self._buffers, self._microbatch_buffers = SavedBuffers(model), SavedBuffers(model)
-        self._kept_job: KeptValues | None = None
-        self._microbatch_job: KeptValues | None = None
+        self._kept_job: _Kept = ()
+        self._microbatch_job: _Kept = ()
         self._underway = False
         self._kept_gradients: list[Tensor | None] | None = None
         self._step_start: _StepStart | None = None
@@ -316,7 +266,7 @@ class TrainModule:
 
     def note_step_end(self) -> None:
         """Drops what `note_step_start` recorded: the step has been taken or skipped, or has no batch."""
-        self._underway, self._step_start, self._kept_job, self._microbatch_job = False, None, None, None
+        self._underway, self._step_start, self._kept_job, self._microbatch_job = False, None, (), ()
 
     def abandon_step(self) -> None:
         """Restores what `note_step_start` recorded, so that the same step can start again; drops all gradients.
@@ -359,7 +309,7 @@ class TrainModule:
             parameter.grad = None
 
     def save_pass(self) -> None:
-        """Saves what a pass changes: the buffers (running statistics) and the state of a `StatefulJob`."""
+        """Saves what a pass changes: the buffers (running statistics) and what the job's code changes in it."""
         self._buffers.save()
         self._kept_job = self._job_state()
 
@@ -430,12 +380,12 @@ class TrainModule:
         with self.seeds.groups_as_built():
             return read()
 
-    def _job_state(self) -> KeptValues | None:
-        return None if self._stateful is None else KeptValues(dict(self._stateful.state_dict()), "job")
+    def _job_state(self) -> _Kept:
+        return tuple(KeptValues(dict(part.state_dict()), name) for name, part in self._changed_by_passes)
 
-    def _restore_job(self, kept: KeptValues | None) -> None:
-        if kept is not None and self._stateful is not None:
-            self._stateful.load_state_dict(kept.values())
+    def _restore_job(self, kept: _Kept) -> None:
+        for values, (_, part) in zip(kept, self._changed_by_passes, strict=False):  # nothing is kept between two steps
+            part.load_state_dict(values.values())
 
     def _collect_parameters(self) -> None:
         self._trained = self._trained_now()
@@ -447,3 +397,10 @@ class TrainModule:
 
     def _trained_now(self) -> list[bool]:
         return [p.requires_grad for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def _changed_by_passes(job: TrainingJob, seeds: SeedTraining) -> tuple[tuple[str, StatePart], ...]:
+    """Returns the parts of the state that the job's code changes in a pass, by name."""
+    schedule = seeds.controller.job_schedule
+    parts: list[tuple[str, StatePart]] = [("job", job)] if isinstance(job, StatefulJob) else []
+    return (*parts, ("lr_scheduler", schedule)) if schedule is not None and schedule.stepped_by_job else tuple(parts)

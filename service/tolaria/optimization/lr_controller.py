@@ -26,6 +26,7 @@ from tolaria.optimization.adjustments import (
     without_replaced,
 )
 from tolaria.optimization.groups import GroupPlan, RateWriter, base_rate_in, name_groups, name_of
+from tolaria.optimization.job_schedule import JobSchedule
 from tolaria.optimization.optimizer_manager import OptimizerManager
 from tolaria.optimization.schedules import Warmup, build_schedule
 from tolaria.values.optimization import (
@@ -37,6 +38,7 @@ from tolaria.values.optimization import (
     LearningRateViolation,
     RebuildOutcome,
     RebuildResult,
+    ScheduledRates,
 )
 
 _VERSION: Final = 1
@@ -88,6 +90,7 @@ class UnifiedLRController:
         self._authority = Authority(control.lr_factor_min, control.lr_factor_max)
         self._schedule = build_schedule(settings, run_steps)
         self._seed_warmup = Warmup(settings.seed_warmup_steps, settings.seed_warmup_floor)
+        self._job_schedule: JobSchedule | None = None
         name_groups(manager.optimizer)
         self._manager = manager
         self._groups: dict[str, RegisteredGroup] = {}
@@ -105,6 +108,48 @@ class UnifiedLRController:
     def adjustments(self) -> tuple[ActiveAdjustment, ...]:
         """The active adjustments, oldest first."""
         return tuple(self._adjustments)
+
+    def follow(self, schedule: JobSchedule) -> None:
+        """Takes the host's rates from the job's schedule from the next `apply` on; a seed has a share of the first one.
+
+        Warm-up and bounds of the settings, and all adjustments, apply on top of it.
+
+        Raises:
+            ScheduleError: the settings have a policy, too.
+        """
+        if self._settings.policy != "constant":
+            detail = f"is {self._settings.policy}, but the job schedules its learning rates itself, by lr_scheduler()"
+            raise ScheduleError("policy", detail)
+        self._job_schedule = schedule
+
+    @property
+    def job_schedule(self) -> JobSchedule | None:
+        """The schedule of the job; None if the settings schedule."""
+        return self._job_schedule
+
+    def after_step(self) -> None:
+        """Has the job's schedule follow an optimizer update. Raises BrokenJobError if the schedule does."""
+        if self._job_schedule is not None:
+            self._job_schedule.step_taken()
+
+    def epoch_over(self, figures: Mapping[str, float], global_step: int) -> ScheduledRates | None:
+        """Has the job's schedule follow the end of an epoch; returns what it has changed, None for nothing.
+
+        Raises BrokenJobError if the schedule does.
+        """
+        if (schedule := self._job_schedule) is None:
+            return None
+        before = self._scheduled_rates(global_step)
+        schedule.epoch_over(figures)
+        after = self._scheduled_rates(global_step)
+        changed = [name for name, rate in after.items() if rate != before[name]]
+        if not changed:
+            return None
+        self.apply(global_step)
+        cause = f"{schedule.monitor} {figures[schedule.monitor]:g}" if schedule.monitor else "the epoch is over"
+        return ScheduledRates(
+            schedule.description, cause, {n: before[n] for n in changed}, {n: after[n] for n in changed}
+        )
 
     def register_group(self, name: str, role: GroupRole, *, at_step: int, base_lr: float | None = None) -> None:
         """Registers a param group, before or after it is added to the optimizer.
@@ -161,6 +206,8 @@ class UnifiedLRController:
         """
         if self._adjustments:
             self._adjustments = self._active_at(global_step)
+        if self._job_schedule is not None:
+            self._take_options(self._job_schedule)
         for group in self._manager.optimizer.param_groups:
             name = name_of(group)
             self._writer.write(group, self._rate_at(name, self._known(name), global_step, self._adjustments))
@@ -278,7 +325,7 @@ class UnifiedLRController:
         """
         granted, lowest, highest = self._authority, self._authority.lowest, self._authority.highest
         rates = {name: self._rate_at(name, self._groups[name], at_step, active) for name in names}
-        scheduled = {name: self._scheduled(self._groups[name], at_step) for name in names}
+        scheduled = {name: self._scheduled(name, self._groups[name], at_step) for name in names}
         own = {name: rate_without_controller(active, name, scheduled[name], at_step) for name in names}
         if asked.factor is None:
             new = [*without_replaced(active, asked), ActiveAdjustment(asked, at_step)]
@@ -298,20 +345,41 @@ class UnifiedLRController:
         return replace(asked, factor=factor), (f"{sentence} without the controller",)
 
     def _rate_at(self, name: str, group: RegisteredGroup, step: int, active: Sequence[ActiveAdjustment]) -> float:
-        scheduled = self._scheduled(group, step)
+        scheduled = self._scheduled(name, group, step)
         if not active or group.role is GroupRole.FROZEN:
             return scheduled
         lowest = min(self._settings.lr_floor, scheduled)
         rate = bounded_rate(active, name, scheduled, step, self._authority)
         return min(max(rate, lowest), self._settings.lr_ceiling)
 
-    def _scheduled(self, group: RegisteredGroup, step: int) -> float:
+    def _scheduled(self, name: str, group: RegisteredGroup, step: int) -> float:
         if group.role is GroupRole.FROZEN:
             return 0.0
-        rate = group.base_lr * self._schedule.factor_at(step)
+        rate = self._before_schedule(name, group, step) * self._schedule.factor_at(step)
         if group.role is GroupRole.SEED:
             rate *= self._seed_warmup.factor_at(max(0, step - group.registered_at))
         return rate
+
+    def _before_schedule(self, name: str, group: RegisteredGroup, step: int) -> float:
+        """Returns the rate that the schedule of the settings multiplies: the base, or that of the job's schedule."""
+        if self._job_schedule is None:
+            return group.base_lr
+        if group.role is GroupRole.HOST:
+            return self._job_schedule.rate(name, group.base_lr, step)
+        hosts = ((name, group) for name, group in self._groups.items() if group.role is GroupRole.HOST)
+        if (first := next(hosts, None)) is None:
+            return group.base_lr
+        return self._job_schedule.rate(first[0], first[1].base_lr, step) * self._settings.seed_factor
+
+    def _scheduled_rates(self, step: int) -> dict[str, float]:
+        return {name: self._scheduled(name, group, step) for name, group in self._groups.items()}
+
+    def _take_options(self, schedule: JobSchedule) -> None:
+        """Writes the options beside rates that the job's schedule has set, such as the momentum of one cycle."""
+        groups = {name_of(group): group for group in self._manager.optimizer.param_groups}
+        for name, option, value in schedule.take_options():
+            if name in groups:
+                groups[name][option] = value
 
     def _check_bounds(
         self, adjustment: Adjustment, names: Sequence[str], active: Sequence[ActiveAdjustment], at_step: int
@@ -322,7 +390,7 @@ class UnifiedLRController:
             if adjustment.value is not None:
                 rate, lowest = adjustment.value, floor
             else:
-                scheduled = self._scheduled(self._groups[name], at_step)
+                scheduled = self._scheduled(name, self._groups[name], at_step)
                 rate, lowest = adjusted_rate(active, name, scheduled, at_step), min(floor, scheduled)
             if not lowest <= rate <= ceiling:
                 raise AdjustmentRefusedError(

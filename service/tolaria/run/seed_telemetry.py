@@ -85,6 +85,14 @@ class SeedTelemetry(RunObserver):
             )
 
     def on_epoch(self, epoch: EpochDone, *, show_layers: bool) -> None:
+        if (scheduled := epoch.scheduled) is not None:
+            self._log.info(
+                "learning_rate_scheduled",
+                origin=scheduled.schedule,
+                reason=scheduled.cause,
+                before=dict(scheduled.before),
+                after=dict(scheduled.after),
+            )
         if (gathered := epoch.gradients) is None:
             return
         metrics = self._metrics

@@ -132,6 +132,7 @@ class RunStatus:
     slots: tuple[str, ...] = ()
     seed_limits: SeedLimits = NO_LIMITS
     learning_rates: dict[str, float] = field(default_factory=dict)
+    schedule: str = ""  # of learning rates, if the job gives one
     adjustments: tuple[ActiveAdjustment, ...] = ()
     conflict_ratio: float = 0.0
     fast_paths: dict[str, str] = field(default_factory=dict)
@@ -199,7 +200,7 @@ class RunStatus:
         """Adopts what the lane has built."""
         self.steps_per_epoch = ready.steps_per_epoch
         self.fast_paths = dict(ready.fast_paths)
-        self.slots, self.ranks = ready.slots, ready.ranks
+        self.slots, self.ranks, self.schedule = ready.slots, ready.ranks, ready.schedule
         self.rewind(ready)
 
     def adjusted(self, change: OptimizerChanged) -> None:
@@ -350,6 +351,7 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
         version=__version__,
         uptime_s=now_s - status.started_at_s,
         learning_rates=status.learning_rates,
+        learning_rate_schedule=status.schedule,
         fast_paths=status.fast_paths,
         ranks=_ranks(status),
         adjustments=[_adjustment(active) for active in status.adjustments],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -19,8 +20,9 @@ OF_THE_RUN: Final = frozenset({OPERATOR, AUTOMATIC})
 
 
 RATES_ARE_OWNED: Final = (
-    "Tolaria owns the learning rates, and a scheduler of the job has no effect: give the schedule as optimizer.policy "
-    "(constant keeps the rate of build_optimizer; cosine, step) with optimizer.warmup_steps, period_steps, decay, floor"
+    "Tolaria owns the learning rates, and has put them back: return the scheduler, or a function of the step, from a "
+    "method lr_scheduler(optimizer) of the job, or give the schedule as optimizer.policy (constant keeps the rate of "
+    "build_optimizer; cosine, step) with optimizer.warmup_steps, period_steps, decay, floor"
 )
 """What a user can do whose job changes learning rates itself."""
 
@@ -89,6 +91,19 @@ class ActiveAdjustment:
     def lasting(self) -> bool:
         """Whether the adjustment has no expiry."""
         return self.adjustment.expires_after_steps is None
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRates:
+    """What the job's schedule has changed at the end of an epoch: the scheduled rates of groups, before and after.
+
+    `schedule` describes it, `cause` is why: the figure that it was given.
+    """
+
+    schedule: str
+    cause: str
+    before: Mapping[str, float]
+    after: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)

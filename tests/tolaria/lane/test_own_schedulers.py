@@ -141,10 +141,12 @@ def epoch(run: RunningLane, number: int, desired: ReconcileSeeds | None = None) 
 def test_the_run_reaches_its_end_while_a_seed_comes_and_goes(kind: str, late: bool) -> None:
     """Tolaria sets all rates, the seed's too; the scheduler sees only the groups that it was made for.
 
-    One that is made in the first call of losses() survives the end of the first look, which restores the groups.
+    One that the job has when it is built is adopted: rates follow it, and none is written by other code. One that is
+    made in the first call of losses() survives the end of the first look, which restores the groups.
     """
     built = lane()
-    assert [note for note in built.ready.notes if "optimizer.policy" in note] != []
+    assert [note for note in built.ready.notes if ("lr_scheduler(optimizer)" if late else "adopted") in note] != []
+    assert ("stepped by its code" in built.ready.schedule) is not late
     rates = set(built.ready.learning_rates.values())
     with running(built) as run:
         epoch(run, 1)
@@ -158,7 +160,11 @@ def test_the_run_reaches_its_end_while_a_seed_comes_and_goes(kind: str, late: bo
         assert len(steps) == 5 * built.module.steps_per_epoch
         assert {v.group for step in steps for v in step.violations} <= set(HOST_GROUPS)
         assert {v.expected for step in steps for v in step.violations} <= rates
-        assert any(step.violations for step in steps)
+        assert any(step.violations for step in steps) is late
+        own = cast("SelfScheduled", built.module.job).scheduler
+        assert own is not None
+        if not late:
+            assert [group["lr"] for group in built.module.optimizer.param_groups] == own.get_last_lr()
 
 
 @pytest.mark.parametrize("where", ["losses", "train_mode", "validation_batches", "evaluate", "a hook", "the data"])
@@ -189,7 +195,8 @@ def test_it_goes_on_after_rollbacks_and_a_resume(kind: str, late: bool) -> None:
         later.train_to(12)
     assert later.module.optimizer.param_groups[-1]["name"] == SEED
     parameters = zip(driven.module.parameters, later.module.parameters, strict=True)
-    assert all(torch.equal(a, b) for a, b in parameters) is (kind != "OneCycleLR")  # it writes momentum, from its start
+    # One that is not found writes its momentum past Tolaria, from the start.
+    assert all(torch.equal(a, b) for a, b in parameters) is not (late and kind == "OneCycleLR")
 
 
 def test_an_error_in_losses_leaves_the_seeds_group_in_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:

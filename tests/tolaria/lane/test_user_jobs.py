@@ -195,20 +195,23 @@ def test_an_optimizer_of_the_users_own_keeps_its_attributes() -> None:
     assert later.digest == lane.digest
 
 
-def test_a_scheduler_of_the_users_own_is_reported_and_undone() -> None:
-    """It changes the optimizer in use, where the controller of learning rates finds the other rate before a step."""
-    lane = user_lane("OwnScheduler")
+def test_a_scheduler_of_the_users_own_is_adopted() -> None:
+    """The rate follows it: no other rate is found, the seed has its share, and a skipped step does not step it."""
+    lane = user_lane("OwnScheduler", options={"nan_calls": [6]})
     lane.execute(seed_state("s", SEED_STAGE_TRAINING))
     module = lane.module
-    violations: list[LearningRateViolation] = []
-    for _ in range(14):
+    steps = []
+    for _ in range(17):
         module.begin_epoch()
         if (step := train_step(module, lambda: True)) is None:
             module.progress = module.progress.ended()
             continue
-        violations += step.violations
-        assert module.optimizer.param_groups[0]["lr"] == 0.01
-    assert {v.found for v in violations if v.group == "host"} == {0.005}
+        steps.append(step)
+    assert [step.violations for step in steps if step.violations] == []
+    assert [place for place, step in enumerate(steps, 1) if step.skipped] == [5]
+    own = module.job.scheduler  # type: ignore[attr-defined]
+    assert own.last_epoch == len(steps) - 1
+    assert module.optimizer.param_groups[0]["lr"] == 0.005
 
 
 class Scheduled(Line):
@@ -248,19 +251,20 @@ class Scheduled(Line):
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("where", ["losses", "train_mode", "validation_batches", "evaluate"])
-def test_a_scheduler_is_reported_wherever_it_is_stepped(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start says so; the rate is the one with which the optimizer was built, also where the warm-up begins at 0."""
+def test_a_scheduler_is_adopted_wherever_it_is_stepped(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start says so; the rates are those of its warm-up, which begins at 0."""
     monkeypatch.setattr(Scheduled, "where", where)
     job = f"{HERE}:Scheduled"
     built = build(Settings(training=TrainingSettings(job=job, device="cpu", threads=1, epochs=3)))
-    assert [note for note in built.ready.notes if "optimizer.policy" in note] != []
+    assert [note for note in built.ready.notes if "LambdaLR of the job, stepped by its code" in note] != []
     with running(built) as run:
         for epoch in (1, 2, 3):
             run.send(RunEpoch(epoch))
             run.wait_for(EpochDone, number=epoch)
-        violations = [violation for step in run.all_of(StepDone) for violation in step.violations]
-    assert violations != []
-    assert {violation.expected for violation in violations} == {0.05}
+        assert [violation for step in run.all_of(StepDone) for violation in step.violations] == []
+        steps = 24 if where == "losses" else 3
+        rates = run.all_of(EpochDone)[-1].learning_rates
+        assert 0.0 < rates["host"] <= 0.05 * steps / 100
 
 
 class Dropping(Scheduled):

@@ -56,6 +56,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "job_schedules", "lane",
         "messages", "model_description", "order", "parameter_check", "process", "profiling", "rank", "seed_training",
         "sharding", "snapshot_manager", "step", "train_module", "trained_flags",
+        "weight_averages",
     ),
     "optimization": (
         "adjustments", "groups", "hyperparameters", "job_schedule", "lr_controller", "optimizer_manager", "schedules",

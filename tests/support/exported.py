@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,13 +17,14 @@ from support.lane_driver import DrivenLane
 from tolaria.checkpoint.format import Provenance
 from tolaria.checkpoint.storage import SETTINGS, open_storage
 from tolaria.checkpoint.store import Retention
-from tolaria.config import Settings, TrainingSettings
+from tolaria.config import EmaSettings, Settings, TrainingSettings
 from tolaria.export.card import ExportCard, Format
 from tolaria.export.writing import ExportOrder, export_model
 from tolaria.jobs import Batch, TrainingJob
 from tolaria.lane.build import build
 from tolaria.lane.messages import ReconcileSeeds
 from tolaria.lane.model_description import describe
+from tolaria.lane.weight_averages import WeightAverages
 from tolaria.values.evaluation import Evaluation
 
 Seed = tuple[str, str]
@@ -38,6 +40,7 @@ class Trained:
     directory: Path
     checkpoint_id: str
     name: str
+    averages: WeightAverages | None = None
 
     def evaluation(self, model: nn.Module | None = None) -> Evaluation:
         """Evaluates the live model, or another one, as the lane does."""
@@ -45,10 +48,12 @@ class Trained:
 
     def export(
         self, target: Path, form: Format = "safetensors", *, checkpoint: str = "newest", fold: bool = False,
-        shard_bytes: int = 10**9,
+        shard_bytes: int = 10**9, values: Literal["model", "ema"] = "model",
     ) -> ExportCard:  # fmt: skip
         """Exports the checkpoint to `target`."""
-        order = ExportOrder(self.directory, checkpoint, form, target, fold=fold, job=self.name, shard_bytes=shard_bytes)
+        order = ExportOrder(
+            self.directory, checkpoint, form, target, fold=fold, job=self.name, shard_bytes=shard_bytes, values=values
+        )
         return export_model(order)
 
 
@@ -79,6 +84,7 @@ def trained(
     growing: Sequence[Seed] = (),
     growing_alpha: float = 1.0,
     described: bool = True,
+    ema: float = 0.0,
 ) -> Trained:
     """Trains a few steps and writes a checkpoint.
 
@@ -87,7 +93,7 @@ def trained(
     """
     torch.set_num_threads(1)
     training = TrainingSettings(job=job, device="cpu", threads=1)
-    lane = DrivenLane(build(Settings(training=training)))
+    lane = DrivenLane(build(Settings(training=training, ema=EmaSettings(decay=ema))))
     step = 1
     lane.train_to(step)
     grown: list[SeedState] = []
@@ -114,7 +120,7 @@ def trained(
         provenance = Provenance(model=model, metrics={"loss": 1.5}, evaluated_step=step)
         row = storage.checkpoints.write(image, metric=0.5, provenance=provenance)
     storage.journal.close()
-    return Trained(lane.module.model, lane.module.job, directory, row.checkpoint_id, job)
+    return Trained(lane.module.model, lane.module.job, directory, row.checkpoint_id, job, lane.module.averages)
 
 
 def record_settings(directory: Path, **sections: object) -> None:

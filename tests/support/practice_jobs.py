@@ -76,6 +76,16 @@ class Plateau(Line):
         return replace(found, metrics={"mae": error})
 
 
+class Frozen(Line):
+    """Trains the last layer only; the optimizer has all parameters."""
+
+    def build_model(self) -> nn.Module:
+        model: nn.Module = super().build_model()  # type: ignore[no-untyped-call]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("3."))
+        return model
+
+
 class Warmed(Line):
     """A function of the step."""
 

@@ -1505,6 +1505,7 @@ class ExportModelRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     FOLD_FIELD_NUMBER: _builtins.int
     SHARD_BYTES_FIELD_NUMBER: _builtins.int
+    EMA_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     reason: _builtins.str
     checkpoint: _builtins.str
@@ -1519,6 +1520,8 @@ class ExportModelRequest(_message.Message):
     """Multiply seeds that are linear maps into the layer beside them."""
     shard_bytes: _builtins.int
     """Largest file of weights; 0: 5 GB."""
+    ema: _builtins.bool
+    """Export the moving average of the weights (ema.decay) in place of the model's own."""
     def __init__(
         self,
         *,
@@ -1529,10 +1532,11 @@ class ExportModelRequest(_message.Message):
         name: _builtins.str = ...,
         fold: _builtins.bool = ...,
         shard_bytes: _builtins.int = ...,
+        ema: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "fold", b"fold", "format", b"format", "name", b"name", "reason", b"reason", "request_id", b"request_id", "shard_bytes", b"shard_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "ema", b"ema", "fold", b"fold", "format", b"format", "name", b"name", "reason", b"reason", "request_id", b"request_id", "shard_bytes", b"shard_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -38,6 +38,13 @@ class ExportFormat(StrEnum):
     TORCH = "torch"
 
 
+class Values(StrEnum):
+    """The weights of an export."""
+
+    MODEL = "model"
+    EMA = "ema"
+
+
 _NUMBERS = {
     ExportFormat.SAFETENSORS: EXPORT_FORMAT_SAFETENSORS,
     ExportFormat.HF: EXPORT_FORMAT_HF,
@@ -61,6 +68,9 @@ def export(
     fold: Annotated[
         bool, typer.Option("--fold", help="Multiply seeds that are linear maps (lora) into the layer beside them.")
     ] = False,
+    weights: Annotated[
+        Values, typer.Option("--weights", help="model: its own; ema: their moving average (ema.decay).")
+    ] = Values.MODEL,
     job: Annotated[
         str, typer.Option("--job", help="Job that builds the model, for --fold (default: that of the run).")
     ] = "",
@@ -92,13 +102,22 @@ def export(
         request = ExportModelRequest(
             request_id=request_id or str(uuid.uuid4()), reason=reason, checkpoint=checkpoint, name=str(to), fold=fold
         )
-        request.format, request.shard_bytes = _NUMBERS[form], shard_mb * _MB
+        request.format, request.shard_bytes, request.ema = _NUMBERS[form], shard_mb * _MB, weights is Values.EMA
         _export_there(request, client_target=(address, timeout_s, config_file, overrides), as_json=as_json)
         return
     directory = _directory(state_dir, config_file, overrides)
     from tolaria.export.writing import ExportOrder, export_model  # noqa: PLC0415 - not needed for --help
 
-    order = ExportOrder(directory, checkpoint, form.value, to, fold=fold, job=job, shard_bytes=shard_mb * _MB)
+    order = ExportOrder(
+        directory,
+        checkpoint,
+        form.value,
+        to,
+        fold=fold,
+        job=job,
+        shard_bytes=shard_mb * _MB,
+        values="ema" if weights is Values.EMA else "model",
+    )
     try:
         card = export_model(order)
     except OSError as error:
@@ -137,6 +156,8 @@ def show_card(card: ExportCard, place: str, *, as_json: bool) -> None:
         typer.echo(card.to_text(), nl=False)
         return
     typer.echo(f"exported step {card.global_step}, epoch {card.epoch} of checkpoint {card.checkpoint_id} to {place}")
+    if card.values != "model":
+        typer.echo(f"  the values are the moving average of the weights ({card.values})")
     typer.echo(f"  {card.format}: {', '.join([*card.weights, *sorted(set(card.files) - set(card.weights))])}")
     if card.metrics:
         metrics = ", ".join(f"{name} {value:.6g}" for name, value in card.metrics.items())

@@ -33,6 +33,7 @@ from tolaria.config.network import (
 from tolaria.config.telemetry import TelemetrySettings
 from tolaria.config.training import (
     ControlSettings,
+    EmaSettings,
     FastPathSettings,
     GradientsSettings,
     LaneSettings,
@@ -60,6 +61,7 @@ class Settings(BaseSettings):
     training: TrainingSettings = TrainingSettings()
     lane: LaneSettings = LaneSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    ema: EmaSettings = EmaSettings()
     fastpaths: FastPathSettings = FastPathSettings()
     seeds: SeedsSettings = SeedsSettings()
     gradients: GradientsSettings = GradientsSettings()

@@ -207,6 +207,25 @@ class LaneSettings(Section):
         return int(self.nodes.partition(":")[2])
 
 
+class EmaSettings(Section):
+    """An exponential moving average of the weights, which is evaluated and exported beside the model."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the average that each update keeps, such as 0.999. 0: no average, which costs the memory of the weights.
+
+    As torch.optim.swa_utils.AveragedModel with get_ema_multi_avg_fn.
+    """
+
+    buffers: Literal["copy", "average"] = "copy"
+    """Buffers, such as the statistics of BatchNorm, beside the averages. copy: the model's, as AveragedModel has them.
+
+    average: those of floating point are averaged too, as AveragedModel does with use_buffers.
+    """
+
+    evaluate: bool = True
+    """Evaluate the average after the model, as the figures ema/loss and so on. On: an average is there to be used."""
+
+
 class FastPathSettings(Section):
     """Fast paths of PyTorch. auto enables one where the device gains by it; `tolaria status` shows what is active."""
 

@@ -57,6 +57,7 @@ class ExportCard:
         files: the SHA-256 of each file but the card.
         left_out: tensors of the model that a `transformers` export does not have, because they are outside that model.
         job, job_options, random_seed: how the run's model is built, as far as the run's settings are known.
+        values: `model`, or `ema` for the average of the weights.
         run_name, tags: as people have named the run.
         fold: what was folded, and the difference that this makes; empty if nothing was asked for.
     """
@@ -82,6 +83,7 @@ class ExportCard:
     run_name: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
     tolaria: str = ""
+    values: str = "model"
     fold: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 from tolaria import __version__
 from tolaria.checkpoint.tensor_file import file_pieces
@@ -41,6 +41,7 @@ CONVERSION_S: Final = 1800.0
 _PARTIAL: Final = ".*.partial-*"
 _POLL_S: Final = 0.2
 _PREFIXES: Final = ("parameter/", "buffer/")
+_AVERAGES: Final = "parts/ema/tensors/"
 _METADATA: Final = {"format": "pt"}
 
 
@@ -48,8 +49,9 @@ _METADATA: Final = {"format": "pt"}
 class ExportOrder:
     """What to export: a checkpoint of a state directory (see `read_source`), in which form, and to where.
 
-    With `fold`, seeds that are linear maps are multiplied into the layer beside them. `job` and its options override
-    those of the run, by which the model is built to fold.
+    `values` are those of the `model`, or of the average of its weights, `ema`. With `fold`, seeds that are linear maps
+    are multiplied into the layer beside them. `job` and its options override those of the run, by which the model is
+    built to fold.
     """
 
     state_dir: Path
@@ -59,6 +61,7 @@ class ExportOrder:
     fold: bool = False
     job: str = ""
     shard_bytes: int = SHARD_BYTES
+    values: Literal["model", "ema"] = "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +149,13 @@ def contents(source: Source, order: ExportOrder) -> tuple[ExportCard, Weights]:
     dropped = tuple(f".seeds.{seed.seed_id}." for seed in seeds if seed.left_out)
     specs: dict[str, TensorSpec] = {}
     buffers: dict[str, memoryview] = {}
+    averages = _averages(source, order)
     for spec in source.image.specs:
         prefix, _, name = spec.name.partition("/")
         if f"{prefix}/" not in _PREFIXES or name.startswith("optimizer:") or any(d in f".{name}" for d in dropped):
             continue
-        specs[name], buffers[name] = replace(spec, name=name), source.image.buffers[spec.name]
+        specs[name] = replace(spec, name=name)
+        buffers[name] = source.image.buffers[averages.get(name, spec.name)]
     weights = Weights(specs, buffers, frozenset(description.get("transient", ())))
     tied = description.get("tied", {})
     left_out: tuple[str, ...] = ()
@@ -179,8 +184,20 @@ def contents(source: Source, order: ExportOrder) -> tuple[ExportCard, Weights]:
         run_name=training.get("run_name", ""),
         tags=training.get("tags", {}),
         tolaria=__version__,
+        values=order.values,
     )
     return card, weights
+
+
+def _averages(source: Source, order: ExportOrder) -> dict[str, str]:
+    """Returns the names in the state of the averages that are exported in place of tensors, by these tensors' names."""
+    if order.values == "model":
+        return {}
+    names = (spec.name for spec in source.image.specs)
+    found = {name.removeprefix(_AVERAGES): name for name in names if name.startswith(_AVERAGES)}
+    if not found:
+        raise ExportRefusedError("the checkpoint has no average of the weights: ema.decay of its run was 0")
+    return found
 
 
 def description_of(source: Source) -> dict[str, Any]:

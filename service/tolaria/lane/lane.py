@@ -38,6 +38,7 @@ from tolaria.lane.profiling import LaneProfiler, Region
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.step import StepAbandonedError, train_step
 from tolaria.lane.train_module import TrainModule
+from tolaria.lane.weight_averages import PART as AVERAGES
 from tolaria.ranks.group import Group, lost_peer
 from tolaria.signals.layout import LanePhase
 from tolaria.values.evaluation import Evaluation, Ratio
@@ -333,6 +334,9 @@ class ThreadLane:
             self._compare_ranks(module.group)
         with self._heartbeat.lane_phase(LanePhase.EVALUATING):
             evaluation = self._evaluate()
+            if (averages := module.averages) is not None and averages.evaluated:
+                with averages.in_model():
+                    evaluation = evaluation.beside(AVERAGES, self._evaluate())
         gradients = module.merger.finish_epoch()
         scheduled = controller.epoch_over(evaluation.figures(), module.global_step)
         module.progress = module.progress.ended()

@@ -28,6 +28,7 @@ from tolaria.jobs import StatefulJob
 from tolaria.lane.messages import Restored, SnapshotEvent, SnapshotsChanged, SnapshotsUnavailable
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.train_module import TrainModule
+from tolaria.lane.weight_averages import PART as AVERAGES
 from tolaria.optimization import GroupPlan
 from tolaria.ranks.group import Group
 from tolaria.state.arenas import private_memory
@@ -88,8 +89,10 @@ class SnapshotManager:
         schedule = module.seeds.controller.job_schedule
         if schedule is not None and schedule.stateful:
             parts["lr_scheduler"] = schedule
-        optional = ("job", "losses", "lr_scheduler", "requires_grad")
-        self.state = TrainingState(module, parts, topology=self._structure, optional=optional)
+        if module.averages is not None:
+            parts[AVERAGES] = module.averages
+        optional = (AVERAGES, "job", "losses", "lr_scheduler", "requires_grad")
+        self.state = TrainingState(module, parts, topology=self._structure, optional=optional, stepped=(AVERAGES,))
         allocate = memory or private_memory
         self._ring = SnapshotRing(
             bytes_max=settings.memory_mb * _MIB, entries_max=settings.snapshots_max, seal=True, allocate=allocate
@@ -240,6 +243,9 @@ class SnapshotManager:
         except TolariaError:
             self.restore_failed()
             raise
+        else:
+            if module.averages is not None and AVERAGES not in staged.values["parts"]:
+                module.averages.restart()
         finally:  # also after a failure: seeds and groups may have changed and changed back
             module.seeds.topology.advance(module.global_step)
             module.refresh()

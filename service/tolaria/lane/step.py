@@ -179,6 +179,8 @@ def _update(module: TrainModule, measured: _Measured, mark: Mark) -> list[Learni
         violations = module.seeds.controller.before_step(module.global_step)
         module.optimizer.step()
         module.seeds.controller.after_step()
+        if module.averages is not None:
+            module.averages.update()
     module.merger.applied()
     module.global_step += 1
     return violations

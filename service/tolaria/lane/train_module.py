@@ -26,6 +26,7 @@ from tolaria.lane.job_output import checked_batch
 from tolaria.lane.messages import RegimeBegun
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.trained_flags import TrainedFlags
+from tolaria.lane.weight_averages import WeightAverages
 from tolaria.ranks.group import Group
 from tolaria.ranks.images import broadcast_rng_state
 from tolaria.ranks.share import Share
@@ -149,6 +150,8 @@ class TrainModule:
         self._microbatch_job: _Kept = ()
         self._underway = False
         self._kept_gradients: list[Tensor | None] | None = None
+        self.averages = WeightAverages(model, settings.ema) if settings.ema.decay else None
+        """Of the weights; None if the settings want none."""
         self._step_start: _StepStart | None = None
         self.refresh()
 
@@ -394,6 +397,8 @@ class TrainModule:
         self.isolated_seeds = tuple(self.seeds.isolated_parameters())
         self.merger.follow(self.seeds.gradient_scope(self.global_step))
         self._all_parameters = list(self.model.parameters())
+        if self.averages is not None:
+            self.averages.follow()
 
     def _trained_now(self) -> list[bool]:
         return [p.requires_grad for group in self.optimizer.param_groups for p in group["params"]]

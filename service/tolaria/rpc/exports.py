@@ -48,6 +48,7 @@ def export_order(request: admin.ExportModelRequest, state_dir: Path) -> ExportOr
         state_dir / EXPORTS / request.name,
         fold=request.fold,
         shard_bytes=request.shard_bytes or SHARD_BYTES,
+        values="ema" if request.ema else "model",
     )
 
 
@@ -79,7 +80,7 @@ def _carry_out(order: ExportOrder, stop: threading.Event) -> tuple[ExportCard, P
         if order.target == order.state_dir / EXPORTS:  # the request names none
             rows = read_journal(order.state_dir / JOURNAL, CheckpointRow)
             row = choose(rows, order.checkpoint, direction=best_direction(order.state_dir))
-            name = f"{row.checkpoint_id}-{order.format}{'-folded' * order.fold}"
+            name = f"{row.checkpoint_id}-{order.format}{'-folded' * order.fold}{'-ema' * (order.values == 'ema')}"
             order = replace(order, checkpoint=row.checkpoint_id, target=order.target / name)
         return export_model(order, stop=stop), order.target
     except TolariaError:

@@ -87,6 +87,7 @@ class TrainingState:
         parts: other parts by name. The names belong to the state: an image with other parts does not fit.
         optional: parts that an image may lack, as one of an earlier version or an earlier form of the job does. Such a
             part stays as it is when the image is restored.
+        stepped: parts whose tensors every step changes.
         topology: the part whose loading changes which parameters and parameter groups exist; None if none does.
 
     Raises:
@@ -100,8 +101,10 @@ class TrainingState:
         *,
         topology: StatePart | None = None,
         optional: Collection[str] = (),
+        stepped: Collection[str] = (),
     ) -> None:
         self.live = live
+        self.stepped = frozenset(stepped)
         self.optional = frozenset(optional)
         self.parts = MappingProxyType({name: parts[name] for name in sorted(parts)})
         self.topology = topology
@@ -199,12 +202,16 @@ class _Surveyor:
         return Survey(self._live.position, tensors, MappingProxyType(values), self._trained, self._state.before_gather)
 
     def _part(self, name: str, part: StatePart) -> JsonValue:
-        return encode(dict(part.state_dict()), f"parts/{name}", self._put_home)
+        return encode(dict(part.state_dict()), f"parts/{name}", self._put_home(trained=name in self._state.stepped))
 
-    def _put_home(self, name: str, tensor: Tensor) -> JsonValue:
+    def _put_home(self, *, trained: bool) -> PutTensor:
         """Records whether a part's tensor is on the CPU or on a device, which is then that of training."""
-        reference = cast("dict[str, JsonValue]", self._put(name, whole(tensor)))
-        return {**reference, "home": "cpu" if tensor.device.type == "cpu" else "device"}
+
+        def put(name: str, tensor: Tensor) -> JsonValue:
+            reference = cast("dict[str, JsonValue]", self._put(name, whole(tensor), trained=trained))
+            return {**reference, "home": "cpu" if tensor.device.type == "cpu" else "device"}
+
+        return put
 
     def _optimizer(self) -> JsonValue:
         optimizer = self._live.optimizer

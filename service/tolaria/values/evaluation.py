@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from tolaria.config.fields import METRIC_NAME
@@ -76,6 +76,13 @@ class Evaluation:
             self.samples + other.samples,
             mine | {name: mine[name] + ratio if name in mine else ratio for name, ratio in theirs.items()},
         )
+
+    def beside(self, name: str, other: Evaluation) -> Evaluation:
+        """Returns this evaluation with the figures of another one as metrics named NAME/FIGURE."""
+        figures = {"loss": Ratio(other.loss_sum, other.samples), **other.ratios()}
+        if other.correct is not None:
+            figures["accuracy"] = Ratio(other.correct, other.samples)
+        return replace(self, metrics={**self.metrics, **{f"{name}/{each}": found for each, found in figures.items()}})
 
     def ratios(self) -> dict[str, Ratio]:
         """Returns the metrics that the job names, as quotients."""

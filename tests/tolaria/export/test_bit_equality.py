@@ -9,6 +9,7 @@ import torch
 
 from support.exported import Seed, evaluate, outputs, trained
 from support.runs import FakePeers, new_run, running
+from tolaria.errors import ExportRefusedError
 from tolaria.export import load
 from tolaria.export.card import Format
 from tolaria.export.writing import ExportOrder, export_model
@@ -34,6 +35,50 @@ def test_a_loaded_export_evaluates_as_the_service_does(tmp_path: Path, name: str
     model = load(tmp_path / "out", it.job.build_model)
     assert it.evaluation(model) == it.evaluation()
     assert torch.equal(outputs(it.job, model), outputs(it.job, it.model))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_exported_average_evaluates_as_the_service_evaluates_it(tmp_path: Path, name: str) -> None:
+    """The same bits, with seeds, tied weights and batch statistics; the model's own are others, and stay."""
+    it = trained(tmp_path / "state", *MODELS[name][:2], growing=MODELS[name][2], ema=0.9)
+    form: Format = "torch" if "tied" in name else "safetensors"
+    assert it.export(tmp_path / "out", form, values="ema").values == "ema"
+    it.export(tmp_path / "own", form)
+    own, averaged = (load(tmp_path / place, it.job.build_model) for place in ("own", "out"))
+    assert it.averages is not None
+    with it.averages.in_model():
+        assert it.evaluation(averaged) == it.evaluation()
+        assert torch.equal(outputs(it.job, averaged), outputs(it.job, it.model))
+    assert it.evaluation(own) == it.evaluation() != it.evaluation(averaged)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("job", ["support.export_jobs:ImagesJob", "support.export_jobs:TokensJob"])
+async def test_the_figures_of_the_average_are_those_of_its_export(tmp_path: Path, job: str) -> None:
+    """In status and card, to the last bit; `checkpoint.best` may be one of them."""
+    sections: dict[str, object] = {
+        "checkpoint": {"best": "ema/loss:min"}, "state": {"dir": str(tmp_path / "state")}, "ema": {"decay": 0.8},
+    }  # fmt: skip
+    run = new_run(FakePeers(), job=job, sections=sections, epochs=2)
+    async with running(run):
+        await run.until(lambda: run.state == "FINISHED")
+    assert run.status.last_epoch is not None
+    figures = run.status.last_epoch.evaluation.figures()
+    order = ExportOrder(tmp_path / "state", "newest", "safetensors", tmp_path / "out", values="ema")
+    card = await anyio.to_thread.run_sync(export_model, order)
+    assert card.metrics == figures
+    model = await anyio.to_thread.run_sync(load, tmp_path / "out", run.job.build_model)
+    found = evaluate(run.job, model)
+    assert (found.loss, found.accuracy) == (figures["ema/loss"], figures["ema/accuracy"])
+    assert found.loss != figures["loss"]
+
+
+def test_an_average_that_no_checkpoint_has_is_refused(tmp_path: Path) -> None:
+    """With the setting that makes one; nothing is written."""
+    it = trained(tmp_path / "state", "support.export_jobs:TokensJob")
+    with pytest.raises(ExportRefusedError, match=r"no average of the weights: ema.decay of its run was 0"):
+        it.export(tmp_path / "out", values="ema")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.anyio

@@ -46,7 +46,7 @@ def options_of(optimizer: torch.optim.Optimizer) -> list[tuple[float, float]]:
 
 def bare_loop(kind: str, steps: int) -> list[list[tuple[float, float]]]:
     """What a loop sets before each step that steps the scheduler after each."""
-    groups = [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr": 0.02}]
+    groups: list[dict[str, Any]] = [{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)], "lr": 0.02}]
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
     scheduler, found = SCHEDULERS[kind](optimizer), []
     for _ in range(steps):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from support.lane_driver import new_module, proceed
 from tolaria.errors import LossShapeError
 from tolaria.jobs import HOST, Batch, PerSampleLosses, TrainingJob
+from tolaria.lane.job_output import checked_losses
 from tolaria.lane.profiling import Region
-from tolaria.lane.step import StepAbandonedError, checked_losses, train_step
+from tolaria.lane.step import StepAbandonedError, train_step
 
 WEIGHT = nn.Parameter(torch.tensor(2.0))
 

@@ -23,7 +23,6 @@ from tolaria.lane.fast_paths import FastPaths, spanning_compilation
 from tolaria.lane.messages import EpochDone, ReconcileSeeds, RunEpoch, SeedsChanged, SnapshotsChanged, StepDone
 from tolaria.lane.step import train_step
 from tolaria.seeds import Blueprints
-from tolaria.values.optimization import LearningRateViolation
 
 HERE = __name__
 

@@ -55,6 +55,21 @@ def test_tensors_of_a_job_s_state_are_divided_too(tmp_path: Path) -> None:
         assert len(found[0]["losses"]) == 5
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_ranks_average_the_weights_alike(parallel: str) -> None:
+    """With a seed, through a rollback from the captured image; evaluated in parts, as one process evaluates it."""
+    script = [["epoch"], ["seeds", "SEED_STAGE_TRAINING"], ["capture"], ["epoch"], ["reload", 60], ["epoch"]]
+    lane = {"mode": "torchrun", "parallel": parallel}
+    given = {"job": "ExactJob", "script": script, "sections": {"lane": lane, "ema": {"decay": 0.8}}}
+    (ranks,), ((alone,),) = run_on_ranks(2, [(TRAIN, given)]), run_on_ranks(1, [(TRAIN, given)])
+    leader, follower = ranks
+    assert leader["digests"] == follower["digests"]
+    assert len(set(leader["digests"])) == 1
+    assert leader["digests"][0].count("parts/ema/tensors/") > 4
+    assert leader["averages"] == [pytest.approx(each, rel=1e-9) for each in alone["averages"]]
+    assert leader["averages"][1] == leader["averages"][2]  # after the rollback
+
+
 def test_every_rank_has_a_part_of_the_leader_s_model() -> None:
     """Also if `build_model` draws from a generator without a seed: a mixture of two models would be neither."""
     ((scales, other),) = run_on_ranks(2, [("support.rank_scenarios:scales", {"job": "UnseededJob"})])

@@ -39,26 +39,19 @@ class WeightAverages:
         self._updates = 0
         self._averages: dict[str, Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
-        self._adopting = False
         self.follow()
 
     def follow(self) -> None:
         """Adapts to a model whose parameters have come, gone, or begun to be trained; new averages begin as copies."""
         named = [(eager_name(name), parameter) for name, parameter in self._model.named_parameters()]
         known = self._averages
-        parameters = {name: each for name, each in named if each.requires_grad or name in known}
-        # One with a known name may be another: that of a seed which has been removed and has germinated again.
-        kept = {name for name, each in parameters.items() if self._adopting or self._parameters.get(name) is each}
-        live: dict[str, Tensor] = {**parameters, **self._buffers()}
-        self._averages = {
-            name: known[name] if name in known and (name in kept or name not in parameters) else _copy(tensor)
-            for name, tensor in live.items()
-        }
-        self._parameters, self._adopting = parameters, False
+        self._parameters = {name: each for name, each in named if each.requires_grad or name in known}
+        live = self._live()
+        self._averages = {name: known[name] if name in known else _copy(tensor) for name, tensor in live.items()}
 
     def restart(self) -> None:
         """Begins anew, with the present weights: those of a state without averages have been restored."""
-        self._updates, self._averages, self._parameters = 0, {}, {}
+        self._updates, self._averages = 0, {}
         self.follow()
 
     @torch.no_grad()
@@ -90,7 +83,7 @@ class WeightAverages:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` returned; `follow` has to be called next. Raises KeyError."""
         tensors, updates = cast("Mapping[str, Tensor]", state["tensors"]), int(state["updates"])
-        self._averages, self._updates, self._adopting = dict(tensors), updates, True
+        self._averages, self._updates = dict(tensors), updates
 
     def _live(self) -> dict[str, Tensor]:
         return {**self._parameters, **self._buffers()}

@@ -69,7 +69,7 @@ def test_a_rollback_and_another_process_continue_it() -> None:
     lane.train_to(5)
     with lane.capture() as image:
         lane.train_to(20)
-        end = lane.digest
+        end, averages = lane.digest, averages_of(lane)
         assert lane.restore(5).state_digest == image.seal().total
         lane.train_to(20)
         assert lane.digest == end
@@ -77,6 +77,7 @@ def test_a_rollback_and_another_process_continue_it() -> None:
         other.restore(5, image)
         other.train_to(20)
     assert other.digest == end
+    assert all(torch.equal(tensor, averages[name]) for name, tensor in averages_of(other).items())
 
 
 def test_a_skipped_step_does_not_move_it() -> None:

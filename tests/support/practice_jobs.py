@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +14,7 @@ from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from support.user_jobs import Line
-from tolaria.jobs import JobContext, LRSchedule
+from tolaria.jobs import Callback, JobContext, LRSchedule, RunView
 
 TOTAL: int = 24
 """Steps of a run of three epochs."""
@@ -118,3 +121,108 @@ class Returns(Line):
 def context(**options: Any) -> JobContext:
     """A context of a job outside a service."""
     return JobContext(0, torch.device("cpu"), options)
+
+
+class Recorder:
+    """Writes what it is told to a file, and counts what has happened to this state of training."""
+
+    def __init__(self, context: JobContext) -> None:
+        self.context, self.counts = context, dict.fromkeys(("begun", "steps", "epochs", "evaluations", "rollbacks"), 0)
+        self.loss_sum = torch.zeros(())
+        self.seen: list[tuple[Any, ...]] = []
+
+    def on_train_begin(self, run: RunView) -> None:
+        self.counts["begun"] += 1
+        torch.rand(3)  # which must not be seen in the random numbers of training
+        self.seen.append(("begin", run.step, run.epoch))
+
+    def on_step_end(self, run: RunView, loss: float) -> None:
+        self.counts["steps"] += 1
+        self.loss_sum = self.loss_sum + loss
+        self.seen.append(("step", run.step, self.context.step))
+        if self.context.options.get("raises") == run.step:
+            raise ValueError(f"cannot log step {run.step}")
+
+    def on_epoch_end(self, run: RunView, loss: float) -> None:
+        self.counts["epochs"] += 1
+        self.seen.append(("epoch", run.epoch, loss))
+
+    def on_evaluate(self, run: RunView, metrics: Mapping[str, float]) -> None:
+        self.counts["evaluations"] += 1
+        self.seen.append(("evaluate", run.epoch, sorted(metrics)))
+
+    def on_rollback(self, run: RunView, from_step: int) -> None:
+        self.counts["rollbacks"] += 1
+        torch.rand(3)
+        self.seen.append(("rollback", from_step, run.step))
+
+    def on_train_end(self, run: RunView) -> None:
+        self.seen.append(("end", run.step, dict(run.learning_rates)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": dict(self.counts), "loss_sum": self.loss_sum}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts, self.loss_sum = dict(state["counts"]), state["loss_sum"]
+
+
+class Plain(Callback):
+    """Keeps no state."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_step_end(self, run: RunView, loss: float) -> None:
+        self.steps += run.model is not None
+
+
+class Misspelled(Callback):
+    """Has a method that is never called."""
+
+    def on_step_ended(self, run: RunView) -> None:
+        raise AssertionError
+
+
+class Called(Line):
+    """Has callbacks. Options: callbacks (Misspelled, text, number, half), raises (a step)."""
+
+    def __init__(self, context: JobContext) -> None:
+        super().__init__(context)  # type: ignore[no-untyped-call]
+        self.context = context
+        self.recorder, self.plain = Recorder(context), Plain()
+
+    def callbacks(self) -> Any:
+        match self.options.get("callbacks"):
+            case "Misspelled":
+                return [Misspelled()]
+            case "text":
+                return "recorder"
+            case "number":
+                return [3]
+            case "half":
+                half = Recorder(self.context)
+                return [type("Half", (), {"on_step_end": half.on_step_end, "state_dict": half.state_dict})()]
+            case "raising":
+                raise OSError("no such file")
+            case _:
+                return [self.recorder, self.plain, Recorder(self.context)]
+
+
+class Practised(Called):
+    """One cycle by step, callbacks with state, two groups; dies once by SIGKILL. Options: at (a call of losses)."""
+
+    def build_optimizer(self, model: nn.Module) -> Optimizer:
+        first, *rest = model.parameters()
+        groups = [{"params": [first], "name": "body"}, {"params": rest, "name": "head"}]
+        return torch.optim.Adam(groups, lr=0.01)
+
+    def lr_scheduler(self, optimizer: Optimizer) -> LRSchedule:
+        total = self.context.total_steps
+        return LRSchedule(lr_scheduler.OneCycleLR(optimizer, [0.01, 0.02], total_steps=total), "step")
+
+    def losses(self, model: nn.Module, batch: Any) -> Any:
+        marker = Path("died")
+        if self.calls + 1 == self.options.get("at") and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().losses(model, batch)  # type: ignore[no-untyped-call]

@@ -1,9 +1,11 @@
 """Training jobs: the interface of a job, its registry, cursors over training data, and the built-in job."""
 
+from tolaria.jobs.callbacks import Callback, RunView
 from tolaria.jobs.data import TensorCursor
 from tolaria.jobs.job import (
     Batch,
     BatchCursor,
+    CallbackJob,
     CursorState,
     JobContext,
     JobFactory,
@@ -23,6 +25,8 @@ __all__ = [
     "HOST",
     "Batch",
     "BatchCursor",
+    "Callback",
+    "CallbackJob",
     "CursorState",
     "Evaluation",
     "JobContext",
@@ -31,6 +35,7 @@ __all__ = [
     "LoaderCursor",
     "PerSampleLosses",
     "Ratio",
+    "RunView",
     "ScheduledJob",
     "StatefulJob",
     "TensorCursor",

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from tolaria.errors import BrokenJobError, JobError, UnknownJobError
+from tolaria.jobs.callbacks import RunView
 from tolaria.optimization.job_schedule import LRSchedule, RateFactor
 from tolaria.values.evaluation import METRICS_MAX, Evaluation, metric_name_problem
 
@@ -75,6 +77,52 @@ class JobContext:
     options: Mapping[str, JsonValue] = field(default_factory=dict)
     announced: deque[str] = field(default_factory=lambda: deque(maxlen=_ANNOUNCED_MAX), compare=False, repr=False)
     logged: StepLog = field(default_factory=StepLog, compare=False, repr=False)
+    run: RunView = field(default_factory=RunView, compare=False, repr=False)
+
+    @property
+    def run_id(self) -> str:
+        """The id of the run, as all of these are described in `RunView`."""
+        return self.run.run_id
+
+    @property
+    def run_name(self) -> str:
+        """The name that people have given the run."""
+        return self.run.run_name
+
+    @property
+    def state_dir(self) -> Path:
+        """The directory `state.dir`."""
+        return self.run.state_dir
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process in its group."""
+        return self.run.rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return self.run.world_size
+
+    @property
+    def step(self) -> int:
+        """Completed optimizer updates."""
+        return self.run.step
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 1; 0 before the first."""
+        return self.run.epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in an epoch; 0 until the data are known, which they are when the optimizer has been built."""
+        return self.run.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run; 0 until the data are known."""
+        return self.run.total_steps
 
     def new_regime(self, reason: str) -> None:
         """Announces that the losses from this batch on are those of a changed task: higher ones are no explosion."""
@@ -198,6 +246,14 @@ class ScheduledJob(Protocol):
         made with `optimizer`, which has the same parameters and options as that of `build_optimizer`, and is not
         stepped by the job. It becomes a part of the training state.
         """
+
+
+@runtime_checkable
+class CallbackJob(Protocol):
+    """A job with callbacks."""
+
+    def callbacks(self) -> Iterable[object]:
+        """Returns them, in the order in which they are called: see `Callback`."""
 
 
 JobFactory = Callable[[JobContext], TrainingJob]

@@ -31,11 +31,13 @@ from tolaria.errors import (
 )
 from tolaria.export.warm_start import warm_start
 from tolaria.images import StateImage
-from tolaria.jobs import BatchCursor, JobContext, LoaderCursor, TrainingJob, build_job
+from tolaria.jobs import BatchCursor, JobContext, LoaderCursor, RunView, TrainingJob, build_job
 from tolaria.lane.commands import PageGate
 from tolaria.lane.device import choose_device, seed_everything, usable_cores
 from tolaria.lane.fast_paths import FastPaths
-from tolaria.lane.first_look import call, first_look, lazy_names, materialise
+from tolaria.lane.first_look import first_look, lazy_names, materialise
+from tolaria.lane.job_callbacks import JobCallbacks, callbacks_of
+from tolaria.lane.job_output import call
 from tolaria.lane.job_schedules import follow_schedule, schedule_notes, schedule_of
 from tolaria.lane.lane import LaneHeartbeat, ThreadLane
 from tolaria.lane.messages import LaneReady, Restored
@@ -130,6 +132,10 @@ class BuiltLane:
             module.seeds.controller.apply(0)
         module.skipped.added.update(plan.left_out)
 
+    def name_run(self, run_id: str) -> None:
+        """Says to the job to which run it belongs."""
+        self.module.callbacks.run.run_id = run_id
+
     def begin_run(self) -> None:
         """Gives the model of a new run the values of `training.init_from`, if it is set.
 
@@ -170,7 +176,9 @@ class BuiltLane:
         )
 
 
-def build(settings: Settings, memory: SharedMemory | None = None, group: Group | None = None) -> BuiltLane:
+def build(
+    settings: Settings, memory: SharedMemory | None = None, group: Group | None = None, run_id: str = ""
+) -> BuiltLane:
     """Builds the job and everything that it provides, and takes a first look at it. Seeds all generators.
 
     With `memory` the captured states lie in shared memory. In a `group` each rank builds for itself, without the
@@ -186,7 +194,9 @@ def build(settings: Settings, memory: SharedMemory | None = None, group: Group |
         torch.use_deterministic_algorithms(mode=True)  # an operation without a deterministic kernel raises when used
         torch.backends.cudnn.benchmark = False
     seed_everything(training.seed)
-    context = JobContext(training.seed, device, training.options)
+    rank, world = (0, 1) if group is None else (group.rank, group.world)
+    run = RunView(run_id, training.run_name, Path(settings.state.dir), rank, world)
+    context = JobContext(training.seed, device, training.options, run=run)
     job = build_job(training.job, context)
     job_name = f"training.job {training.job!r}"
     try:
@@ -252,6 +262,7 @@ def _build_module(settings: Settings, job: TrainingJob, context: JobContext, sha
     fast_paths.fuse(optimizer)
     run_steps = training.epochs * -(-batches // training.accumulate)
     shard_seed = None if sharding is None else sharding.shard_seed
+    context.run.steps_per_epoch, context.run.total_steps = run_steps // training.epochs, run_steps
     schedule = schedule_of(job, optimizer)
     seeds = SeedTraining(model, optimizer, settings, run_steps, shard_seed)
     follow_schedule(seeds.controller, schedule)
@@ -259,6 +270,9 @@ def _build_module(settings: Settings, job: TrainingJob, context: JobContext, sha
         job, model, cursor, device, seeds=seeds, fast_paths=fast_paths, settings=settings, announced=context.announced
     )
     module.logged = context.logged
+    context.run.model, context.run.rates = model, seeds.controller.learning_rates
+    context.run.position = lambda: (module.global_step, module.progress.number)
+    module.callbacks = JobCallbacks(callbacks_of(job), context.run, seeds.groups_as_built)
     return module
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, Final, TypeAlias, TypeVar, cast
+from typing import Final, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from tolaria.images import StateImage
 from tolaria.jobs import BatchCursor, LoaderCursor, StatefulJob, TrainingJob
 from tolaria.lane.device import on_device
 from tolaria.lane.job_effects import LossesObserved, check_tensors, checked_twice, own_steps_refused, tensors_of
-from tolaria.lane.job_output import checked_batch, checked_evaluation
+from tolaria.lane.job_output import call, checked_batch, checked_evaluation, first_line
 from tolaria.lane.step import train_step
 from tolaria.lane.train_module import TrainModule
 from tolaria.seeds.slots import observed
@@ -88,24 +88,6 @@ def materialise(job: TrainingJob, model: nn.Module, cursor: BatchCursor, device:
     call("training_data", lambda: cursor.load_state_dict(place))
     if names := lazy_names(model):
         raise BrokenJobError(f"{names[0]!r} of its model is lazy, and a forward pass gives it no shape")
-
-
-def call(method: str, function: Callable[[], T], kind: type[Any] = object) -> T:
-    """Calls a method of the job, which has to return a `kind`. Raises BrokenJobError with the method's name."""
-    try:
-        made = function()
-    except JobError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise BrokenJobError(f"{method}() raised {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(made, kind):
-        raise BrokenJobError(f"{method}() must return a {kind.__name__}, got a {type(made).__name__}")
-    return made
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message."""
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 @contextmanager

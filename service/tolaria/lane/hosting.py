@@ -51,13 +51,14 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
     gc.freeze()  # what has been imported stays until the end, so that no full collection looks at it
     memory = SharedMemory(received.held.values(), received.order.next_segment)
     received.held.clear()
+    run_id = received.order.run_id
     message: LaneReady | LaneEnded
     try:
         if (group := join_group()) is not None:
-            group.broadcast_bytes(to_bytes(LaneOrder(received.order.settings, (), 0, RestorePlan())))
+            group.broadcast_bytes(to_bytes(LaneOrder(received.order.settings, (), 0, RestorePlan(), run_id=run_id)))
         built = build_on_all_ranks(
             group,
-            lambda: build(settings, memory, group),
+            lambda: build(settings, memory, group, run_id),
             lambda built: _start(received, memory, built),
             sharded=settings.lane.parallel == "fsdp",
         )
@@ -102,7 +103,7 @@ def follow() -> int:
         settings = Settings.model_validate(json.loads(order.settings))
         dump_stacks_on_request(settings)
         sharded = settings.lane.parallel == "fsdp"
-        built = build_on_all_ranks(group, lambda: build(settings, group=group), sharded=sharded)
+        built = build_on_all_ranks(group, lambda: build(settings, group=group, run_id=order.run_id), sharded=sharded)
     except PeerLostError as error:
         return _end_with_group(str(error))
     except TolariaError as error:

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
-from tolaria.errors import BrokenJobError, LossShapeError
+from tolaria.errors import BrokenJobError, JobError, LossShapeError
 from tolaria.gradients import losses_by_source
 from tolaria.jobs import HOST, Batch, PerSampleLosses, TrainingJob
 from tolaria.values.evaluation import METRICS_MAX, Evaluation, Ratio, metric_name_problem
+
+T = TypeVar("T")
+
+
+def call(method: str, function: Callable[[], T], kind: type[Any] = object) -> T:
+    """Calls a method of the job, which has to return a `kind`. Raises BrokenJobError with the method's name."""
+    try:
+        made = function()
+    except JobError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BrokenJobError(f"{method}() raised {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(made, kind):
+        raise BrokenJobError(f"{method}() must return a {kind.__name__}, got a {type(made).__name__}")
+    return made
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message."""
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def checked_batch(given: object, where: str) -> Batch:

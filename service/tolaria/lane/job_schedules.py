@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tolaria.errors import ConfigurationError, ScheduleError
 from tolaria.jobs import ScheduledJob, TrainingJob
-from tolaria.lane.first_look import call
+from tolaria.lane.job_output import call
 from tolaria.optimization import UnifiedLRController
 from tolaria.optimization.groups import has_scheduler, name_groups
 from tolaria.optimization.job_schedule import JobSchedule, adopted, schedule_from, stand_in

@@ -214,10 +214,15 @@ class ThreadLane:
 
     def _serve(self) -> None:
         self._put_snapshot_events()
+        callbacks = self._module.callbacks
+        with self._calling():
+            callbacks.train_begin()
         while True:
             with self._profiler.mark("boundary"):
                 work = self._commands.next_work()
             if work is None:
+                with self._calling():
+                    callbacks.train_end()
                 return
             with self._heartbeat.lane_works():
                 if isinstance(work, QueuedCommand):
@@ -262,6 +267,8 @@ class ThreadLane:
         if warm:
             self._heartbeat.lane_step(step.duration_s - step.input_wait_s)
         self._events.put(step)
+        if not step.skipped:
+            module.callbacks.step_end(step.loss)
         if (changed := module.seeds.advance(module.global_step)) is not None:
             module.refresh()
             self._events.put(changed)
@@ -308,15 +315,22 @@ class ThreadLane:
             return self._commands.continue_step()
 
     def _execute(self, queued: QueuedCommand, *, in_epoch: bool) -> None:
+        from_step = self._module.global_step
         with self._waiting_for_ranks():
             done = self._executor.execute(queued)
         if isinstance(done.result, Restored):
+            with self._calling():
+                self._module.callbacks.rolled_back(from_step)
             underway = (in_epoch and not self._module.progress.over) or self._commands.epochs_queued
             restored = replace(done.result, underway=underway, latest_order=self._commands.latest_order)
             done = replace(done, result=restored)
         self._put_regimes()
         self._put_snapshot_events()  # first: the client of the command may look at the snapshots
         self._events.put(done)
+
+    def _calling(self) -> AbstractContextManager[object]:
+        """Spans code of callbacks, which may take as long as an evaluation."""
+        return self._heartbeat.lane_phase(LanePhase.EVALUATING)
 
     def _put_regimes(self) -> None:
         while self._module.regimes_begun:
@@ -339,6 +353,9 @@ class ThreadLane:
                     evaluation = evaluation.beside(AVERAGES, self._evaluate())
         gradients = module.merger.finish_epoch()
         scheduled = controller.epoch_over(evaluation.figures(), module.global_step)
+        with self._calling():
+            module.callbacks.evaluated(evaluation.figures())
+            module.callbacks.epoch_end(module.progress.loss)
         module.progress = module.progress.ended()
         seeds = module.seeds.reported_states(module.global_step, gradients)
         event = EpochDone(

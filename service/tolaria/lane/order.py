@@ -34,3 +34,4 @@ class LaneOrder:
     next_segment: int
     plan: RestorePlan
     image_id: int = 0
+    run_id: str = ""

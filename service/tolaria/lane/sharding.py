@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from tolaria.errors import BrokenJobError
-from tolaria.lane.first_look import call
+from tolaria.lane.job_output import call
 from tolaria.ranks.group import Group
 from tolaria.shards import is_sharded
 

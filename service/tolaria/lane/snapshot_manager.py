@@ -91,7 +91,8 @@ class SnapshotManager:
             parts["lr_scheduler"] = schedule
         if module.averages is not None:
             parts[AVERAGES] = module.averages
-        optional = (AVERAGES, "job", "losses", "lr_scheduler", "requires_grad")
+        parts |= module.callbacks.parts
+        optional = (*module.callbacks.parts, AVERAGES, "job", "losses", "lr_scheduler", "requires_grad")
         self.state = TrainingState(module, parts, topology=self._structure, optional=optional, stepped=(AVERAGES,))
         allocate = memory or private_memory
         self._ring = SnapshotRing(

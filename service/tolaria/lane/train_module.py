@@ -15,13 +15,23 @@ from torch import Tensor, nn
 
 from tolaria.config import Settings
 from tolaria.gradients import laid_out
-from tolaria.jobs import Batch, BatchCursor, CursorState, LoaderCursor, StatefulJob, TrainingJob, TrainModeJob
+from tolaria.jobs import (
+    Batch,
+    BatchCursor,
+    CursorState,
+    LoaderCursor,
+    RunView,
+    StatefulJob,
+    TrainingJob,
+    TrainModeJob,
+)
 from tolaria.jobs.data import epoch_seed
 from tolaria.jobs.job import StepLog
 from tolaria.lane.buffers import SavedBuffers
 from tolaria.lane.device import seed_everything
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.gradient_merge import GradientMerger
+from tolaria.lane.job_callbacks import JobCallbacks
 from tolaria.lane.job_output import checked_batch
 from tolaria.lane.messages import RegimeBegun
 from tolaria.lane.seed_training import SeedTraining
@@ -150,6 +160,7 @@ class TrainModule:
         self._microbatch_job: _Kept = ()
         self._underway = False
         self._kept_gradients: list[Tensor | None] | None = None
+        self.callbacks = JobCallbacks((), RunView(), seeds.groups_as_built)
         self.averages = WeightAverages(model, settings.ema) if settings.ema.decay else None
         """Of the weights; None if the settings want none."""
         self._step_start: _StepStart | None = None

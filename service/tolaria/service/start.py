@@ -86,6 +86,7 @@ def run(settings: Settings) -> int:
                 point = load_resume_point(prepared)
                 checkpoint = _checkpoint(point)
                 if build is not None:
+                    build.name_run(point.state.run_id)
                     if checkpoint is None:
                         build.begin_run()
                     else:

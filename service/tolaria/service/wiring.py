@@ -71,6 +71,9 @@ class LaneBuild(Protocol):
     def ready(self) -> LaneReady:
         """What has been built."""
 
+    def name_run(self, run_id: str) -> None:
+        """Says to the job to which run it belongs."""
+
     def begin_run(self) -> None:
         """Gives the model of a new run its first values, if the settings name them."""
 
@@ -166,7 +169,7 @@ class Core:
         if foundation.build is not None:
             self.handle: LaneHandle = foundation.build.lane(self.heartbeats, Path(settings.state.dir) / "traces")
         else:
-            self.handle = self.process = ProcessLane(settings, foundation.checkpoint)
+            self.handle = self.process = ProcessLane(settings, foundation.checkpoint, foundation.run.run_id)
             self.status.lane_phase = self.process.phase
         self.lane = LaneClient(self.handle)
         self.lifecycle = Lifecycle(self.lane, self.status, self.health, self.observers.on_state)

@@ -114,6 +114,7 @@ class LaneProcess(ChildSupervisor):
         self._segments = segments
         self._owner = owner
         self._rendezvous = rendezvous
+        self.run_id = ""
         self.generation = 0
         self.page: LanePage | None = None
         self.link: LaneLink | None = None
@@ -291,7 +292,7 @@ class LaneProcess(ChildSupervisor):
             link.send(frame)
         secret = {"leyline": {"secret", "previous_secret"}}
         settings = json.dumps(self._settings.model_dump(mode="json", exclude=secret))
-        order = LaneOrder(settings, digests, next_segment, plan)
+        order = LaneOrder(settings, digests, next_segment, plan, run_id=self.run_id)
         if image is not None:
             order = replace(order, image_id=_CHECKPOINT_ID)
             segment = await anyio.to_thread.run_sync(share, image)

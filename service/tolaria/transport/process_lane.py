@@ -71,7 +71,10 @@ class ProcessLane:
     """
 
     def __init__(
-        self, settings: Settings, checkpoint: tuple[StateImage, tuple[ActiveAdjustment, ...]] | None = None
+        self,
+        settings: Settings,
+        checkpoint: tuple[StateImage, tuple[ActiveAdjustment, ...]] | None = None,
+        run_id: str = "",
     ) -> None:
         segments = HeldSegments()
         self.images = LaneImages(segments, self._send)
@@ -81,6 +84,7 @@ class ProcessLane:
         self._segments = segments
         self._rendezvous = Rendezvous(settings, self) if settings.lane.nodes_max > 1 else None
         self._process = LaneProcess(settings, segments, self, self._rendezvous)
+        self._process.run_id = run_id
         self._digests: tuple[str, ...] = ()
         self._next_segment = 1
         self._orphans = set[int]()

@@ -120,10 +120,10 @@ def test_a_parameter_that_is_trained_later_joins() -> None:
     lane = averaged("support.practice_jobs:Frozen")
     assert sorted(averages_of(lane)) == ["3.bias", "3.weight"]
     lane.train_to(3)
-    first = dict(lane.module.model.named_parameters())["0.weight"].requires_grad_(requires_grad=True)
+    first = dict(lane.module.model.named_parameters())["0.weight"].requires_grad_(True)
     lane.module.look_up_parameters()
     assert torch.equal(averages_of(lane)["0.weight"], first)
-    first.requires_grad_(requires_grad=False)
+    first.requires_grad_(False)
     lane.module.look_up_parameters()
     assert sorted(averages_of(lane)) == ["0.weight", "3.bias", "3.weight"]
 

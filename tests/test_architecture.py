@@ -128,6 +128,7 @@ BROAD_EXCEPT_ALLOWED = {
     "lane/model_description.py": "calls the user's own code",
     "lane/first_look.py": "calls the user's own code",
     "lane/fast_paths.py": "tries kernels of torch, which raise several kinds of errors",
+    "lane/job_output.py": "calls the user's own code",
     "lane/job_callbacks.py": "calls the user's own code",
     "lane/lane.py": "calls the user's own code",
     "optimization/optimizer_manager.py": "calls the user's own optimizer",

@@ -20,7 +20,7 @@ class RunView:
     Attributes:
         run_id: the id of the run; empty outside a service, and with `lane.mode = thread` while the job is built.
         run_name: the name that people have given it.
-        state_dir: the directory `state.dir`, where the job may write below a name of its own.
+        state_dir: the directory `state.dir`, where the job may write below another name.
         rank, world_size: of this process in its group; 0 and 1 for a process alone. Each rank has its own job.
         steps_per_epoch, total_steps: of the whole run; 0 until the data are known.
         model: the model, with its seeds; None until it has been built.

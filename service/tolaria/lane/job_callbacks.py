@@ -40,6 +40,7 @@ class JobCallbacks:
         self._hooks = {
             hook: [(name, getattr(each, hook)) for name, each in named if _overrides(each, hook)] for hook in HOOKS
         }
+        self.any = bool(named)
         self.parts: dict[str, StatePart] = {PART + name: each for name, each in named if isinstance(each, StatefulJob)}
 
     def train_begin(self) -> None:

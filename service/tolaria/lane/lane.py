@@ -330,7 +330,7 @@ class ThreadLane:
 
     def _calling(self) -> AbstractContextManager[object]:
         """Spans code of callbacks, which may take as long as an evaluation."""
-        return self._heartbeat.lane_phase(LanePhase.EVALUATING)
+        return self._heartbeat.lane_phase(LanePhase.EVALUATING) if self._module.callbacks.any else nullcontext()
 
     def _put_regimes(self) -> None:
         while self._module.regimes_begun:

@@ -51,7 +51,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "jobs": ("callbacks", "data", "digits", "indexed", "job", "loader", "randomness", "workers"),
     "journal": ("async_journal", "database", "reader", "reserve", "rows"),
     "lane": (
-        "buffers", "build", "commands", "connection", "device", "encoding", "fast_paths", "first_look",
+        "buffers", "build", "commands", "connection", "device", "early_stopping", "encoding", "fast_paths",
+        "first_look",
         "gradient_merge", "group_commands", "group_state", "hosting", "job_callbacks", "job_effects",
         "job_output", "job_report", "job_schedules", "lane",
         "messages", "model_description", "order", "parameter_check", "process", "profiling", "rank", "seed_training",

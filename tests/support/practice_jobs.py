@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,8 +72,6 @@ class Plateau(Line):
         return LRSchedule(scheduler, "epoch", monitor=self.options.get("monitor", "mae"))
 
     def evaluate(self, model: nn.Module, batch: Any) -> Any:
-        from dataclasses import replace
-
         x, y = batch.payload
         error = float((model(x) - y).abs().mean())
         found = super().evaluate(model, batch)  # type: ignore[no-untyped-call]
@@ -226,3 +225,17 @@ class Practised(Called):
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().losses(model, batch)  # type: ignore[no-untyped-call]
+
+
+class Scored(Line):
+    """Its metric `score` is that of a list by epoch. Options: scores."""
+
+    def __init__(self, context: JobContext) -> None:
+        super().__init__(context)  # type: ignore[no-untyped-call]
+        self.context = context
+
+    def evaluate(self, model: nn.Module, batch: Any) -> Any:
+        found = super().evaluate(model, batch)  # type: ignore[no-untyped-call]
+        scores = self.options["scores"]
+        score = scores[min(max(self.context.epoch, 1), len(scores)) - 1]
+        return replace(found, metrics={} if score is None else {"score": float(score)})

@@ -56,3 +56,21 @@ def test_a_kill_and_rollbacks_of_both_tiers_change_nothing(tmp_path: Path) -> No
         assert losses_of(service) == expected
     assert last_checkpoint(tmp_path / "disturbed") == last_checkpoint(tmp_path / "undisturbed")
     assert "ema/loss" in json.dumps(expected)
+
+
+@pytest.mark.timeout(300)
+def test_a_run_is_stopped_early_and_resumed_with_more_patience(tmp_path: Path) -> None:
+    """It has finished, for a reason that its state has; the same settings leave it so."""
+    given = [
+        "preset=plain", "training.job=support.practice_jobs:Scored", "training.device=cpu", "training.threads=1",
+        "training.epochs=6", "training.options.scores=[3, 2, 2, 2, 2, 1]", "early_stopping.metric=score",
+        "early_stopping.mode=min", "service.exit_when_done=true",
+    ]  # fmt: skip
+    found = []
+    for patience in (2, 2, 4):
+        with serve(*given, f"early_stopping.patience={patience}", cwd=tmp_path) as service:
+            assert service.wait(120) == 0
+            ends = [line for line in service.events() if line["event"] == "run_state" and line["state"] == "finished"]
+        found.append((last_checkpoint(tmp_path)[0], str(ends[-1]["reason"])))
+    stopped = "stopped early: score was 2 at step 16, and not better in the 2 evaluations since"
+    assert found == [(32, stopped), (32, stopped), (48, "all epochs done")]

@@ -30,6 +30,7 @@ from tolaria.config.telemetry import TelemetrySettings as TelemetrySettings
 from tolaria.config.telemetry import TraceEnvironment as TraceEnvironment
 from tolaria.config.telemetry import trace_environment as trace_environment
 from tolaria.config.training import ControlSettings as ControlSettings
+from tolaria.config.training import EarlyStoppingSettings as EarlyStoppingSettings
 from tolaria.config.training import EmaSettings as EmaSettings
 from tolaria.config.training import FastPathSettings as FastPathSettings
 from tolaria.config.training import GradientsSettings as GradientsSettings

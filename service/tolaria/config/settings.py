@@ -33,6 +33,7 @@ from tolaria.config.network import (
 from tolaria.config.telemetry import TelemetrySettings
 from tolaria.config.training import (
     ControlSettings,
+    EarlyStoppingSettings,
     EmaSettings,
     FastPathSettings,
     GradientsSettings,
@@ -61,6 +62,7 @@ class Settings(BaseSettings):
     training: TrainingSettings = TrainingSettings()
     lane: LaneSettings = LaneSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    early_stopping: EarlyStoppingSettings = EarlyStoppingSettings()
     ema: EmaSettings = EmaSettings()
     fastpaths: FastPathSettings = FastPathSettings()
     seeds: SeedsSettings = SeedsSettings()
@@ -151,7 +153,7 @@ class Settings(BaseSettings):
             problems.append("leyline.previous_secret is set but leyline.secret is not")
         if self.optimizer.policy == "step" and not self.optimizer.period_steps:
             problems.append("optimizer.policy is step, which needs optimizer.period_steps")
-        problems += self._rank_problems() + self._tls_problems()
+        problems += self._rank_problems() + self._tls_problems() + self.early_stopping.problems()
         if self.emergency.sentinel and self.emergency.drain_s <= self.service.drain_timeout_s:
             problems.append("emergency.drain_s must exceed service.drain_timeout_s, or a drain would be cut short")
         for name, peer in (("tamiyo", self.tamiyo), ("kasmina", self.kasmina)):

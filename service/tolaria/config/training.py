@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue
 
 from tolaria.config.fields import (
+    METRIC_NAME,
     Milliseconds,
     NodeRange,
     PositiveShare,
@@ -224,6 +225,41 @@ class EmaSettings(Section):
 
     evaluate: bool = True
     """Evaluate the average after the model, as the figures ema/loss and so on. On: an average is there to be used."""
+
+
+class EarlyStoppingSettings(Section):
+    """Ends a run whose evaluations do not get better any more."""
+
+    metric: str = Field(default="", pattern=rf"^({METRIC_NAME})?$")
+    """Figure of evaluations that has to get better: loss, accuracy, a metric of the job, ema/loss. Empty: none."""
+
+    mode: Literal["auto", "min", "max"] = "auto"
+    """Whether lower or higher values are better. auto: lower losses, higher accuracies; no others."""
+
+    patience: Annotated[int, Field(ge=1, le=10**6)] = 3
+    """Evaluations in a row that are not better, with which the run ends. 3: one may be noise. Raising it resumes."""
+
+    min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Least difference by which an evaluation is better. 0: any."""
+
+    @property
+    def highest_is_best(self) -> bool:
+        """Whether a higher value is better."""
+        return self.mode == "max" or (self.mode == "auto" and self.metric.rpartition("/")[2] == "accuracy")
+
+    @property
+    def judged_by(self) -> str:
+        """The metric and its direction, as in `checkpoint.best`; empty if no evaluation ends the run."""
+        return f"{self.metric}:{'max' if self.highest_is_best else 'min'}" if self.metric else ""
+
+    def problems(self) -> list[str]:
+        """Returns what is wrong with metric and mode together."""
+        kind = self.metric.rpartition("/")[2]
+        if self.metric and self.mode == "auto" and kind not in {"loss", "accuracy"}:
+            return [f"early_stopping.metric is {self.metric}, which needs early_stopping.mode = min or max"]
+        if {"loss": "max", "accuracy": "min"}.get(kind) == self.mode:
+            return [f"early_stopping.mode is {self.mode}, by which the worst {self.metric} is the best"]
+        return []
 
 
 class FastPathSettings(Section):

@@ -356,7 +356,8 @@ class ThreadLane:
         with self._calling():
             module.callbacks.evaluated(evaluation.figures())
             module.callbacks.epoch_end(module.progress.loss)
-        module.progress = module.progress.ended()
+        stop = module.early_stopping.evaluated(evaluation.figures(), module.global_step)
+        module.progress = module.progress.ended(stop)
         seeds = module.seeds.reported_states(module.global_step, gradients)
         event = EpochDone(
             epoch=module.progress.number,
@@ -374,6 +375,7 @@ class ThreadLane:
             adjustments=controller.adjustments,
             compile_fallback=module.fast_paths.new_compile_fallback(),
             rank_loads=() if module.group is None else _loads(module, module.group),
+            stop=stop,
             scheduled=scheduled,
         )
         self._events.put(event)

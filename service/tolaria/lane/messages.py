@@ -351,6 +351,7 @@ class EpochDone:
     adjustments: tuple[ActiveAdjustment, ...] = ()
     compile_fallback: str = ""
     rank_loads: tuple[RankLoad, ...] = ()
+    stop: str = ""  # why the run ends with this epoch
     scheduled: ScheduledRates | None = None  # what the job's schedule has changed
 
 

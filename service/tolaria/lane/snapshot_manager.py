@@ -25,6 +25,7 @@ from tolaria.errors import (
 )
 from tolaria.images import Lease, StateImage
 from tolaria.jobs import StatefulJob
+from tolaria.lane.early_stopping import PART as EARLY_STOPPING
 from tolaria.lane.messages import Restored, SnapshotEvent, SnapshotsChanged, SnapshotsUnavailable
 from tolaria.lane.seed_training import SeedTraining
 from tolaria.lane.train_module import TrainModule
@@ -92,7 +93,8 @@ class SnapshotManager:
         if module.averages is not None:
             parts[AVERAGES] = module.averages
         parts |= module.callbacks.parts
-        optional = (*module.callbacks.parts, AVERAGES, "job", "losses", "lr_scheduler", "requires_grad")
+        parts[EARLY_STOPPING] = module.early_stopping
+        optional = (*module.callbacks.parts, AVERAGES, EARLY_STOPPING, "job", "losses", "lr_scheduler", "requires_grad")
         self.state = TrainingState(module, parts, topology=self._structure, optional=optional, stepped=(AVERAGES,))
         allocate = memory or private_memory
         self._ring = SnapshotRing(

@@ -29,6 +29,7 @@ from tolaria.jobs.data import epoch_seed
 from tolaria.jobs.job import StepLog
 from tolaria.lane.buffers import SavedBuffers
 from tolaria.lane.device import seed_everything
+from tolaria.lane.early_stopping import EarlyStopping
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.gradient_merge import GradientMerger
 from tolaria.lane.job_callbacks import JobCallbacks
@@ -148,9 +149,8 @@ class TrainModule:
         self.regimes_begun: list[RegimeBegun] = []
         self.skips_max, self.skips_extreme = settings.health.skips_max, settings.health.skips_extreme
         self.on_reading: Callable[[int, int], object] = lambda _epoch, _place: None
-        self.skip_streak = 0
+        self.skip_streak, self.undone = 0, True
         self.last_good: Batch | None = None
-        self.undone = True
         self.waits = RankWaits()
         self.share = self.training_share = Share()
         self._group: Group | None = None
@@ -160,6 +160,7 @@ class TrainModule:
         self._microbatch_job: _Kept = ()
         self._underway = False
         self._kept_gradients: list[Tensor | None] | None = None
+        self.early_stopping = EarlyStopping(settings.early_stopping)
         self.callbacks = JobCallbacks((), RunView(), seeds.groups_as_built)
         self.averages = WeightAverages(model, settings.ema) if settings.ema.decay else None
         """Of the weights; None if the settings want none."""

@@ -37,6 +37,8 @@ class TrainingRun(RunOperations):
         self._settings = settings
         self._log = structlog.get_logger()
         self._next_epoch = 1
+        self._stop = ""
+        """Why the run ends before its last epoch; empty if it does not."""
         self._epoch_over = anyio.Event()
         self._epoch_done: messages.EpochDone | None = None
         self._stopping = False
@@ -46,7 +48,7 @@ class TrainingRun(RunOperations):
 
     def begin(self, ready: messages.LaneReady) -> None:
         """Adopts what the lane has built. Has to precede `run`."""
-        self._next_epoch = ready.progress.number + ready.progress.over
+        self._next_epoch, self._stop = ready.progress.number + ready.progress.over, ready.progress.stop
         self._status.ready(ready)
         self._parts.checkpointing.model = ready.model
         self._parts.health.start(ready.losses, ready.position.global_step)
@@ -71,7 +73,7 @@ class TrainingRun(RunOperations):
                 if self._lane.lost:
                     await self._status.feed.until(lambda: not self._lane.lost or self._lane.ended is not None)
                     self._raise_if_lane_failed()
-                elif self._next_epoch > self._settings.training.epochs:
+                elif self._complete:
                     await self._finish()
                 elif (epoch := await self._train_epoch()) is not None:
                     await self._cross_boundary(epoch)
@@ -81,8 +83,12 @@ class TrainingRun(RunOperations):
             self.ending = "failed"
             self._lifecycle.enter(RunEvent.FAILED, str(error))
         else:
-            reason = self._status.state_reason if self._stopping else "all epochs done"
+            reason = self._status.state_reason if self._stopping else self._stop or "all epochs done"
             self._lifecycle.enter(RunEvent.FINISHED, reason)
+
+    @property
+    def _complete(self) -> bool:
+        return self._next_epoch > self._settings.training.epochs or bool(self._stop)
 
     async def _train_epoch(self) -> messages.EpochDone | None:
         """Trains the next epoch, or the rest of it; returns None if the run was stopped or rolled back within it."""
@@ -136,11 +142,11 @@ class TrainingRun(RunOperations):
         """Ends the run after the last epoch, with a last checkpoint if required; one without a finite step fails."""
         if self._parts.health.skipped_steps and not self._parts.health.best_step:
             raise LaneFailedError("no step of the run was finite")
-        await self._last_checkpoint("all epochs are done")
+        await self._last_checkpoint(self._stop or "all epochs are done")
         if self._settings.checkpoint.on_failure == "pause":
             checkpointing, lane = self._parts.checkpointing, self._lane
             await self._status.feed.until(lambda: not checkpointing.failing or self._stopping or lane.ended is not None)
-        rolled_back = self._parts.recovery.running or self._next_epoch <= self._settings.training.epochs
+        rolled_back = self._parts.recovery.running or not self._complete
         if not (self._stopping or rolled_back or self._lane.lost):
             self.ending = "finished"
 
@@ -235,7 +241,7 @@ class TrainingRun(RunOperations):
         self._status.epoch_done(epoch)
         self._observers.on_epoch(epoch, show_layers=not self._parts.safety.safeguards.mode.on)
         self._show_seeds_and_rates()
-        self._epoch_done, self._next_epoch = epoch, epoch.epoch + 1
+        self._epoch_done, self._next_epoch, self._stop = epoch, epoch.epoch + 1, epoch.stop
         self._epoch_over.set()
 
     def _on_seeds(self, change: messages.SeedsChanged) -> None:
@@ -347,7 +353,7 @@ class TrainingRun(RunOperations):
         parts.adjustments.note()
         parts.safety.safeguards.rolled_back()
         parts.recovery.rewound(restored)
-        self._next_epoch = restored.progress.number + restored.progress.over
+        self._next_epoch, self._stop = restored.progress.number + restored.progress.over, restored.progress.stop
         self._epoch_done = None
         if not restored.underway and restored.latest_order == self._lane.order:
             self._epoch_over.set()  # the lane has dropped its order: the epoch has to be ordered again

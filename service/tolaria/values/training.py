@@ -67,6 +67,7 @@ class EpochProgress:
         skipped_steps: steps that were skipped because a loss or gradient was not finite.
         samples: samples of all steps.
         loss_sum: sum of the losses of `steps`.
+        stop: why the run ends with this epoch, before its last one; empty if it does not.
     """
 
     number: int = 0
@@ -76,6 +77,7 @@ class EpochProgress:
     skipped_steps: int = 0
     samples: int = 0
     loss_sum: float = 0.0
+    stop: str = ""
 
     @property
     def loss(self) -> float:
@@ -106,18 +108,23 @@ class EpochProgress:
             self.number, self.over, self.batches, steps, skipped_steps, self.samples + samples, loss_sum
         )
 
-    def ended(self) -> EpochProgress:
-        """Returns the progress with the epoch over."""
-        return replace(self, over=True)
+    def ended(self, stop: str = "") -> EpochProgress:
+        """Returns the progress with the epoch over, and the run too if there is a reason to `stop`."""
+        return replace(self, over=True, stop=stop)
 
     def to_json(self) -> dict[str, JsonValue]:
         """Returns the progress under the key names of the saved training state."""
-        return {_JSON_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        values = {_JSON_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        if not self.stop:  # as states of earlier versions are, whose digests cover it
+            del values["stop"]
+        return values
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> EpochProgress:
         """Returns the progress that `to_json` wrote; raises KeyError if a key is missing."""
-        return cls(**{field.name: state[_JSON_KEYS.get(field.name, field.name)] for field in fields(cls)})
+        names = {field.name: _JSON_KEYS.get(field.name, field.name) for field in fields(cls)}
+        del names["stop"]
+        return cls(**{name: state[key] for name, key in names.items()}, stop=str(state.get("stop", "")))
 
 
 _JSON_KEYS: Final = {"skipped_steps": "void_steps"}

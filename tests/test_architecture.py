@@ -61,7 +61,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "optimization": (
         "adjustments", "groups", "hyperparameters", "job_schedule", "lr_controller", "optimizer_manager", "schedules",
-        "state_transfer",
+        "state_transfer", "weight_decay",
     ),
     "peers": ("clients", "connect", "consultation", "verification"),
     "ranks": (

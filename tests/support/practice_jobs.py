@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.functional import softplus
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from support.user_jobs import Line
-from tolaria.jobs import Callback, JobContext, LRSchedule, RunView
+from tolaria.jobs import HOST, Callback, Evaluation, JobContext, LRSchedule, RunView
 
 TOTAL: int = 24
 """Steps of a run of three epochs."""
@@ -239,3 +240,44 @@ class Scored(Line):
         scores = self.options["scores"]
         score = scores[min(max(self.context.epoch, 1), len(scores)) - 1]
         return replace(found, metrics={} if score is None else {"score": float(score)})
+
+
+class Adversarial(Line):
+    """Two networks that are trained against each other, as the guide describes. Options: optimizers."""
+
+    def __init__(self, context: JobContext) -> None:
+        super().__init__(context)  # type: ignore[no-untyped-call]
+        self.context = context
+
+    def build_model(self) -> nn.Module:
+        return nn.ModuleDict({"generator": nn.Linear(16, 4), "critic": nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))})
+
+    def build_optimizer(self, model: nn.Module) -> Any:
+        assert isinstance(model, nn.ModuleDict)
+        groups = [{"params": model[name].parameters(), "name": name} for name in model]
+        optimizer = torch.optim.Adam(groups, lr=0.01, betas=(0.5, 0.999))
+        several = {"list": [optimizer, optimizer], "mapping": {"g": optimizer, "d": optimizer}, "none": None}
+        return several.get(self.options.get("optimizers", ""), optimizer)
+
+    def losses(self, model: nn.Module, batch: Any) -> Any:
+        assert isinstance(model, nn.ModuleDict)
+        real, _ = batch.payload
+        generator, critic = model["generator"], model["critic"]
+        fake = generator(torch.randn(len(real), 16))
+        losses = {HOST: softplus(-critic(real)).mean() + softplus(critic(fake.detach())).mean()}
+        if self.context.step % 5 == 0:
+            fixed = {name: parameter.detach() for name, parameter in critic.named_parameters()}
+            losses["generator"] = softplus(-torch.func.functional_call(critic, fixed, (fake,))).mean()
+        return losses
+
+    def evaluate(self, model: nn.Module, batch: Any) -> Evaluation:
+        assert isinstance(model, nn.ModuleDict)
+        return Evaluation(float(softplus(-model["critic"](batch.payload[0])).sum()), None, batch.samples)
+
+
+class Named(Line):
+    """A param group with a name that it cannot have. Options: name."""
+
+    def build_optimizer(self, model: nn.Module) -> Optimizer:
+        groups = [{"params": list(model.parameters()), "name": self.options["name"]}]
+        return torch.optim.SGD(groups, lr=0.01, weight_decay=0.1)

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
@@ -101,6 +101,21 @@ def _secret(secret: SecretStr) -> SecretStr:
     return secret
 
 
+_PRECISIONS = {
+    "bfloat16": ("bf16", "bf16-mixed", "bf16_mixed"),
+    "float16": ("fp16", "16", "16-mixed", "fp16-mixed", "half"),
+    "off": ("no", "none", "false", "fp32", "float32", "32", "32-true"),
+}
+_PRECISION_NAMES = {other: name for name, others in _PRECISIONS.items() for other in others}
+
+
+def _precision(given: object) -> object:
+    """Returns Tolaria's name of a precision that PyTorch, Lightning or Accelerate spell otherwise."""
+    text = str(given).lower()
+    return _PRECISION_NAMES.get(text, text)
+
+
+Precision = Annotated[Literal["auto", "bfloat16", "float16", "off"], BeforeValidator(_precision)]
 ListenAddress = Annotated[str, AfterValidator(_listen_address)]
 Target = Annotated[str, AfterValidator(_target)]
 PathText = Annotated[str, Field(max_length=4096)]
@@ -135,12 +150,20 @@ def as_toml(settings: BaseModel) -> str:
                 continue
             description = type(section).model_fields[field_name].description or ""
             lines += [f"# {line}" for line in description.splitlines()]
+            lines += _values_of(type(section).model_fields[field_name].annotation)
             if isinstance(value, SecretStr) and value:
                 lines.append(f"# {field_name} is set, not shown")  # a placeholder would be read back as the secret
             else:
                 lines.append(f"{field_name} = {_toml_value(values[field_name])}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
+
+
+def _values_of(annotation: Any) -> list[str]:
+    """Returns a comment with the values of an enumerated setting; none for others."""
+    if get_origin(annotation) is not Literal:
+        return []
+    return [f"# Values: {', '.join(map(str, get_args(annotation)))}"]
 
 
 def _toml_value(value: Any) -> str:

@@ -11,6 +11,7 @@ from tolaria.config.fields import (
     Milliseconds,
     NodeRange,
     PositiveShare,
+    Precision,
     RendezvousAddress,
     Seconds,
     SecondsOrZero,
@@ -119,6 +120,12 @@ class OptimizerSettings(Section):
 
     warmup_floor: Share = 0.0
     """Factor at the start of the warm-up. 0: the usual value."""
+
+    weight_decay_policy: Literal["constant", "linear", "cosine"] = "constant"
+    """Schedule of the weight decay over the run, from that of the job's groups. constant: the job's."""
+
+    weight_decay_final: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Factor of the job's weight decay at the end of linear and cosine. 0: none is left; above 1 it grows."""
 
     seed_factor: PositiveShare = 0.1
     """A seed's learning rate as a share of the host's. 0.1: the seed joins a host that is already trained."""
@@ -271,8 +278,11 @@ class FastPathSettings(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the model. auto: on with CUDA; small models on a CPU do not recover the compile time."""
 
-    amp: Literal["auto", "bfloat16", "float16", "off"] = "off"
-    """Mixed precision; auto: the best that CUDA supports. off: it changes results, so it is an explicit choice."""
+    amp: Precision = "off"
+    """Mixed precision; auto: the best that CUDA supports. off: it changes results, so it is an explicit choice.
+
+    bf16, bf16-mixed, fp16, 16-mixed, no, fp32, 32 and the like, as other trainers spell them, are accepted too.
+    """
 
     tf32: Literal["auto", "off"] = "auto"
     """TF32 matrix products on CUDA. auto: on, unless the run is deterministic."""

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
@@ -249,7 +249,7 @@ def _build_module(settings: Settings, job: TrainingJob, context: JobContext, sha
         raise BrokenJobError("its model has no parameter that can be trained")
     if sharding is not None:
         sharding.shard_model(job, model)
-    optimizer = call("build_optimizer", lambda: job.build_optimizer(model), torch.optim.Optimizer)
+    optimizer = _optimizer(job, model)
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise BrokenJobError(
@@ -278,6 +278,19 @@ def _build_module(settings: Settings, job: TrainingJob, context: JobContext, sha
     context.run.position = lambda: (module.global_step, module.progress.number)
     module.callbacks = JobCallbacks(callbacks_of(job), context.run, seeds.groups_as_built)
     return module
+
+
+def _optimizer(job: TrainingJob, model: nn.Module) -> torch.optim.Optimizer:
+    """Returns the job's optimizer. Raises BrokenJobError for several, and for anything else."""
+    made: Any = call("build_optimizer", lambda: job.build_optimizer(model))
+    if isinstance(made, (list, tuple, dict)):
+        raise BrokenJobError(
+            f"build_optimizer() must return one optimizer, got a {type(made).__name__} of {len(made)}: give it a param "
+            'group for each network, and losses() a loss for each, as docs/training.md describes ("Several networks"); '
+            "a scheduler is returned by lr_scheduler()"
+        )
+    optimizer: torch.optim.Optimizer = call("build_optimizer", lambda: made, torch.optim.Optimizer)
+    return optimizer
 
 
 def _share(group: Group, module: TrainModule) -> Share:

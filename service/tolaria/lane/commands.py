@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final, assert_never
 
-from tolaria.errors import LaneError, RestoreAbandonedError, TolariaError
+from tolaria.errors import HyperparameterError, LaneError, RestoreAbandonedError, TolariaError
 from tolaria.images import ImagePool
 from tolaria.lane.messages import (
     AcceptRegime,
@@ -298,6 +298,8 @@ class CommandExecutor:
 
     def _change_optimizer(self, command: ChangeOptimizer) -> OptimizerChanged:
         module, controller = self._module, self._module.seeds.controller
+        if "weight_decay" in command.hyperparameters and controller.weight_decay.on:
+            raise HyperparameterError("weight_decay", "follows optimizer.weight_decay_policy")
         saved, record = controller.state_dict(), None
         if command.adjustment is not None:
             record = controller.adjust(command.adjustment, at_step=module.global_step)

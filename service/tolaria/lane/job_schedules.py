@@ -11,7 +11,7 @@ from tolaria.errors import ConfigurationError, ScheduleError
 from tolaria.jobs import ScheduledJob, TrainingJob
 from tolaria.lane.job_output import call
 from tolaria.optimization import UnifiedLRController
-from tolaria.optimization.groups import has_scheduler, name_groups
+from tolaria.optimization.groups import check_given_names, has_scheduler, name_groups
 from tolaria.optimization.job_schedule import JobSchedule, adopted, schedule_from, stand_in
 from tolaria.values.optimization import RATES_ARE_OWNED
 
@@ -21,8 +21,9 @@ def schedule_of(job: TrainingJob, optimizer: Optimizer) -> JobSchedule | None:
 
     Raises:
         BrokenJobError: `lr_scheduler` fails or returns something else.
-        UnsuitableOptimizerError: a group has no `lr`, or two have the same name.
+        UnsuitableOptimizerError: a group has no `lr`, a name that it cannot have, or that of another one.
     """
+    check_given_names(optimizer)
     name_groups(optimizer)
     schedule = _given(job, optimizer)
     if schedule is None and (held := list(_held(job, optimizer))):

@@ -19,7 +19,7 @@ from tolaria.jobs import HOST
 from tolaria.lane.gradient_merge import GradientScope
 from tolaria.lane.messages import SeedsChanged
 from tolaria.optimization import GroupPlan, OptimizerManager, UnifiedLRController, regroup
-from tolaria.optimization.groups import has_scheduler
+from tolaria.optimization.groups import SEED_GROUP, has_scheduler
 from tolaria.seeds import Blueprints, SeedTopology, parameters_by_owner
 from tolaria.seeds.stages import TRAINED
 from tolaria.seeds.topology import Reconciliation
@@ -28,9 +28,6 @@ from tolaria.values.gradients import SeedMetricSet
 from tolaria.values.optimization import GroupRole, RebuildOutcome
 from tolaria.values.seeds import limits_of
 from tolaria.values.training import eager_name
-
-SEED_GROUP: Final = "seed:"
-"""Prefix of the param groups of seeds."""
 
 _RETRY_STEPS: Final = 100
 _UNCHANGED: Final = Reconciliation((), (), {}, {}, {})

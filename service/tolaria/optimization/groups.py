@@ -17,6 +17,11 @@ from tolaria.values.optimization import GroupRole, LearningRateViolation
 _RELATIVE_TOLERANCE: Final = 1e-6
 """Rates that differ by less are equal: a rate in a float32 tensor is rounded."""
 
+_NAME_MAX: Final = 100
+
+SEED_GROUP: Final = "seed:"
+"""Prefix of the names of the param groups of seeds."""
+
 ParamGroup = dict[str, Any]
 """One entry of `Optimizer.param_groups`, which torch leaves untyped."""
 
@@ -61,6 +66,21 @@ def name_groups(optimizer: Optimizer) -> None:
     names = [group["name"] for group in groups]
     if len(set(names)) < len(names):
         raise UnsuitableOptimizerError(f"{kind}: param groups share names: {', '.join(names)}")
+
+
+def check_given_names(optimizer: Optimizer) -> None:
+    """Raises UnsuitableOptimizerError for a name that a job has given to a group, and that it cannot have."""
+    for index, group in enumerate(optimizer.param_groups):
+        if problem := _name_problem(group.get("name", "host")):
+            named = f"the name of param group {index}, {group['name']!r}, {problem}"
+            raise UnsuitableOptimizerError(f"{type(optimizer).__name__}: {named}")
+
+
+def _name_problem(name: object) -> str:
+    """Returns why a job's group cannot have this name, which is a label of metrics and a word of commands."""
+    if not isinstance(name, str) or not name or len(name) > _NAME_MAX:
+        return f"is not a text of 1 to {_NAME_MAX} characters"
+    return f"begins as those of seeds do: {SEED_GROUP}" if name.startswith(SEED_GROUP) else ""
 
 
 def name_of(group: ParamGroup) -> str:

@@ -29,6 +29,7 @@ from tolaria.optimization.groups import GroupPlan, RateWriter, base_rate_in, nam
 from tolaria.optimization.job_schedule import JobSchedule
 from tolaria.optimization.optimizer_manager import OptimizerManager
 from tolaria.optimization.schedules import Warmup, build_schedule
+from tolaria.optimization.weight_decay import WeightDecaySchedule
 from tolaria.values.optimization import (
     AUTOMATIC,
     CONTROLLER,
@@ -88,10 +89,11 @@ class UnifiedLRController:
             raise ScheduleError("floor", f"must be at most the ceiling, is {floor} of {ceiling}")
         self._settings = settings
         self._authority = Authority(control.lr_factor_min, control.lr_factor_max)
+        name_groups(manager.optimizer)
         self._schedule = build_schedule(settings, run_steps)
         self._seed_warmup = Warmup(settings.seed_warmup_steps, settings.seed_warmup_floor)
         self._job_schedule: JobSchedule | None = None
-        name_groups(manager.optimizer)
+        self.weight_decay = WeightDecaySchedule(manager.optimizer, settings, run_steps)
         self._manager = manager
         self._groups: dict[str, RegisteredGroup] = {}
         self._adjustments: list[ActiveAdjustment] = []
@@ -208,6 +210,7 @@ class UnifiedLRController:
             self._adjustments = self._active_at(global_step)
         if self._job_schedule is not None:
             self._take_options(self._job_schedule)
+        self.weight_decay.apply(self._manager.optimizer, global_step)
         for group in self._manager.optimizer.param_groups:
             name = name_of(group)
             self._writer.write(group, self._rate_at(name, self._known(name), global_step, self._adjustments))

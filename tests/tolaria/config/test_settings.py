@@ -8,7 +8,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from leyline.v1 import kasmina_service_pb2, tamiyo_service_pb2
 from tolaria import config
-from tolaria.config import Address, KasminaSettings, PeerSettings, Settings, TamiyoSettings, load_settings
+from tolaria.config import Address, KasminaSettings, PeerSettings, Settings, TamiyoSettings, as_toml, load_settings
 from tolaria.config.retired import RETIRED
 from tolaria.errors import ConfigurationError
 
@@ -129,3 +129,31 @@ def test_invalid_address_raises(text: str) -> None:
     """Text that is not host:port is not accepted."""
     with pytest.raises(ValueError, match=r"host:port|no port"):
         Address.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "meant"),
+    [
+        ("bf16", "bfloat16"), ("bf16-mixed", "bfloat16"), ("BF16", "bfloat16"), ("fp16", "float16"),
+        ("16-mixed", "float16"), ("no", "off"), ("32", "off"), ("fp32", "off"), ("false", "off"), ("auto", "auto"),
+        ("off", "off"),
+    ],
+)  # fmt: skip
+def test_common_spellings_of_precisions_are_accepted(spelling: str, meant: str) -> None:
+    """As PyTorch, Lightning and Accelerate have them."""
+    assert load_settings(None, [f"fastpaths.amp={spelling}"]).fastpaths.amp == meant
+
+
+@pytest.mark.parametrize("spelling", ["bf16-true", "fp8", "64", "mixed"])
+def test_other_precisions_are_refused_with_the_list(spelling: str) -> None:
+    """They are none of mixed precision."""
+    with pytest.raises(ConfigurationError, match=r"fastpaths.amp.*'auto', 'bfloat16', 'float16' or 'off'"):
+        load_settings(None, [f"fastpaths.amp={spelling}"])
+
+
+def test_enumerated_settings_list_their_values() -> None:
+    """In `config show`, below the description."""
+    text = as_toml(Settings())
+    assert '# Values: constant, cosine, step\npolicy = "constant"' in text
+    assert '# Values: auto, bfloat16, float16, off\namp = "off"' in text
+    assert text.count("# Values: ") > 15

@@ -34,11 +34,14 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "cgroups", "filesystem", "forks", "grpc_server", "images", "probe", "processes", "segments", "shards",
         "tensors", "wire",
     ),
-    "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
+    "checkpoint": (
+        "archive", "backup", "directory", "format", "inspection", "restoration", "storage", "store", "tensor_file",
+        "upgrade", "writer",
+    ),
     "cli": (
-        "admin_commands", "answers", "audit", "board", "channel", "chaos", "client", "commands", "credentials",
-        "curves", "demo", "doctor", "errors", "exports", "harm", "job_commands", "lane_commands", "main",
-        "process_tree", "render", "report", "serve_child", "telemetry",
+        "admin_commands", "answers", "audit", "backups", "board", "channel", "chaos", "client", "commands",
+        "credentials", "curves", "demo", "doctor", "errors", "exports", "harm", "job_commands", "lane_commands", "main",
+        "process_tree", "render", "report", "serve_child", "state_commands", "telemetry",
     ),
     "config": (
         "connections", "durability", "exposure", "fields", "network", "presets", "ranks", "retired", "settings",
@@ -49,7 +52,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "export": ("card", "conversion", "folding", "loading", "source", "warm_start", "writing"),
     "gradients": ("accumulate", "flat", "gram", "pcgrad", "rows", "seed_metrics", "sharded", "tracker", "weights"),
     "jobs": ("data", "digits", "indexed", "job", "loader", "randomness", "workers"),
-    "journal": ("async_journal", "database", "reader", "reserve", "rows"),
+    "journal": ("async_journal", "database", "migration", "reader", "reserve", "rows"),
     "lane": (
         "buffers", "build", "commands", "connection", "device", "encoding", "fast_paths", "first_look",
         "gradient_merge", "group_commands", "group_state", "hosting", "job_effects", "job_output", "job_report", "lane",

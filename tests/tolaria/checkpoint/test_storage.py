@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tolaria.checkpoint.directory import JOURNAL
 from tolaria.checkpoint.inspection import Condition, inspect_storage
-from tolaria.checkpoint.storage import JOURNAL, open_storage
+from tolaria.checkpoint.storage import open_storage
 from tolaria.checkpoint.store import Repairs, Retention
 from tolaria.journal.reader import read_journal
 from tolaria.journal.rows import AdminActionRow, CheckpointRow, CommandRow, RunRow

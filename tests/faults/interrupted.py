@@ -1,10 +1,10 @@
 """Migrations, backups and restorations that are killed, or whose system calls fail, at every step.
 
-    LD_PRELOAD=.../syscalls.so python tests/faults/interrupted.py ACTION MODE [EVERY] [FIRST]
+    LD_PRELOAD=.../syscalls.so python tests/faults/interrupted.py ACTION RUNS MODE...
 
-Runs ACTION in a forked process once for every EVERY-th call that changes files, from the FIRST on; this call kills the
-process (`kill`), fails (`fail`), or begins to fail for good (`fail-for-good`). Then looks at what is left, as the next
-user does. Prints the number of calls and one line for each problem.
+Runs ACTION in a forked process RUNS times (0: once for each call that changes files); a call kills the process
+(`kill`), fails (`fail`), or begins to fail for good (`fail-for-good`). Then looks at what is left, as the next user
+does. Prints the number of calls and one line for each problem.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import signal
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -256,8 +256,11 @@ def interrupt(action: Action, made: Path, number: int, mode: str) -> list[str]:
         shutil.rmtree(place)
 
 
-def main(name: str, mode: str, every: int = 1, first: int = 1) -> int:
-    """Interrupts the action at each call; prints the number of calls and the problems."""
+def main(name: str, runs: int, modes: Sequence[str]) -> int:
+    """Interrupts the action in each of these ways; prints the number of calls and the problems.
+
+    `runs` is the number of interruptions of each kind, spread over all calls; 0: one before each call.
+    """
     action = ACTIONS[name]
     with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
         made = Path(folder) / "made"
@@ -270,11 +273,13 @@ def main(name: str, mode: str, every: int = 1, first: int = 1) -> int:
         shutil.copytree(made, counting)
         code, calls = forked(action, counting, 0, "count")
         problems = [f"uninterrupted: ended with {code}"] if code else action.problems(counting)
-        for number in range(first, min(calls, CALLS_MAX) + 1, every):
-            problems += [f"call {number}: {problem}" for problem in interrupt(action, made, number, mode)]
+        for turn, mode in enumerate(modes):
+            every = max(1, calls // runs) if runs else 1
+            for number in range(1 + turn * every // len(modes), calls + 1, every):
+                problems += [f"{mode}, call {number}: {problem}" for problem in interrupt(action, made, number, mode)]
     sys.stdout.write("\n".join([f"{calls} calls", *problems]) + "\n")
     return 1 if problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3:]))

@@ -81,7 +81,7 @@ def test_server_without_the_admin_service_is_refused() -> None:
         target = target_of(address)
         with pytest.raises(CommandFailedError) as caught:
             call(target, GET_STATUS, GetStatusRequest())
-    assert str(caught.value) == f"{address} does not offer this call of Tolaria's admin service (UNIMPLEMENTED)"
+    assert str(caught.value) == f"{address} is not an admin service of Tolaria (UNIMPLEMENTED)"
 
 
 def test_refused_connection_is_unreachable(refusing_address: Address) -> None:

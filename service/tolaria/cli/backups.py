@@ -55,7 +55,7 @@ def backup(
         typer.echo(json.dumps({"path": str(to), "took_s": took_s, **backup_summary(made)}, indent=2))
         return
     typer.echo(f"{to}: {_contents(made)}; read back and verified in {took_s:.1f} s")
-    _report_left_out(made)
+    _report_gaps(made)
 
 
 def restore_backup(
@@ -93,7 +93,7 @@ def restore_backup(
     typer.echo(f"{directory}: restored {source} of {time_text(made.created_at_ns)}, and verified it: {_contents(made)}")
     if restored.replaced:
         typer.echo(f"  what was there is in {restored.replaced}; remove it when it is not needed any more")
-    _report_left_out(made)
+    _report_gaps(made)
 
 
 def _contents(manifest: BackupManifest) -> str:
@@ -102,6 +102,8 @@ def _contents(manifest: BackupManifest) -> str:
     return f"journal of schema {manifest.schema}, {checkpoints}, {len(manifest.files)} files, {size}"
 
 
-def _report_left_out(manifest: BackupManifest) -> None:
+def _report_gaps(manifest: BackupManifest) -> None:
+    if manifest.purpose == "backup" and not manifest.checkpoints:
+        typer.echo("  it has no checkpoint: no run can be continued from it", err=True)
     for checkpoint_id in manifest.left_out:
         typer.echo(f"  checkpoint {checkpoint_id} was damaged and is not in it", err=True)

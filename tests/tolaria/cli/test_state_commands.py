@@ -17,6 +17,8 @@ from typer.testing import CliRunner, Result
 
 from tolaria import __version__
 from tolaria.checkpoint.directory import locked_directory
+from tolaria.checkpoint.storage import open_storage
+from tolaria.checkpoint.store import Retention
 from tolaria.checkpoint.upgrade import upgrade_state
 from tolaria.cli.commands import app
 from tolaria.journal.rows import SCHEMA_VERSION, values_digest
@@ -120,6 +122,14 @@ def test_backup_and_restore(state: Path, tmp_path: Path) -> None:
     )
     assert Path(answer["replaced"]).is_dir()
     assert len(answer["checkpoints"]) == 3
+
+
+def test_a_backup_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    """It is whole, and no run can be continued from it."""
+    storage = open_storage(tmp_path / "new", run_id="r", retention=Retention(last=1, best="highest"))
+    storage.journal.close()
+    made = run("backup", "--to", tmp_path / "copy", "--state-dir", tmp_path / "new")
+    assert (made.exit_code, "no run can be continued" in made.stderr) == (0, True)
 
 
 def test_a_directory_in_use_is_not_restored_into_or_downgraded(state: Path, tmp_path: Path) -> None:

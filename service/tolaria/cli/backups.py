@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -49,7 +50,7 @@ def backup(
 
     started_s = time.monotonic()
     with system_errors(to):
-        made = make_backup(directory, to, without_damaged=without_damaged)
+        made = make_backup(directory, to, without_damaged=without_damaged, on_checkpoint=_show_progress)
     took_s = round(time.monotonic() - started_s, 3)
     if as_json:
         typer.echo(json.dumps({"path": str(to), "took_s": took_s, **backup_summary(made)}, indent=2))
@@ -100,6 +101,12 @@ def _contents(manifest: BackupManifest) -> str:
     size, count = render.size(manifest.size_bytes), len(manifest.checkpoints)
     checkpoints = f"{count} checkpoints" if manifest.purpose == "backup" else "without checkpoints"
     return f"journal of schema {manifest.schema}, {checkpoints}, {len(manifest.files)} files, {size}"
+
+
+def _show_progress(checkpoint_id: str) -> None:
+    """Names each checkpoint before it is verified, in a terminal: large ones take minutes."""
+    if sys.stderr.isatty():
+        typer.echo(f"verifying checkpoint {checkpoint_id}", err=True)
 
 
 def _report_gaps(manifest: BackupManifest) -> None:

@@ -68,7 +68,7 @@ FROM environment
 
 LABEL org.opencontainers.image.title="Tolaria" \
       org.opencontainers.image.description="Trains a PyTorch model unattended; includes the reference peers." \
-      org.opencontainers.image.version="0.1.0"
+      org.opencontainers.image.version="0.2.0.dev0"
 
 COPY --from=service /opt/service /opt/service
 

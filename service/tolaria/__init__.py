@@ -1,3 +1,3 @@
 """Tolaria: trains a PyTorch model unattended, beside a controller (Tamiyo) and an executor (Kasmina)."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -14,8 +14,9 @@ from torch import nn
 from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING, SEED_STAGE_FOSSILIZED, SEED_STAGE_GERMINATED
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from support.lane_driver import DrivenLane
+from tolaria.checkpoint.directory import SETTINGS
 from tolaria.checkpoint.format import Provenance
-from tolaria.checkpoint.storage import SETTINGS, open_storage
+from tolaria.checkpoint.storage import open_storage
 from tolaria.checkpoint.store import Retention
 from tolaria.config import EmaSettings, Settings, TrainingSettings
 from tolaria.export.card import ExportCard, Format

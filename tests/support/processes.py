@@ -26,7 +26,7 @@ TESTS = Path(__file__).parents[1]
 class Serve:
     """One service process. Its log is read continuously, so that it never blocks on a full pipe."""
 
-    def __init__(self, arguments: Sequence[str], cwd: Path) -> None:
+    def __init__(self, arguments: Sequence[str], cwd: Path, code: Path | None = None) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TOLARIA_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tolaria", "serve", "--set", "logging.format=json", *_overrides(arguments)],
@@ -34,7 +34,7 @@ class Serve:
             stderr=subprocess.PIPE,
             text=True,
             cwd=cwd,
-            env=environment | {"PYTHONPATH": python_path()},
+            env=environment | {"PYTHONPATH": python_path(code)},
         )
         self.lines: list[str] = []
         self._serving = threading.Event()
@@ -85,10 +85,13 @@ class Serve:
 
 
 @contextmanager
-def serve(*overrides: str, cwd: Path, ports: bool = True) -> Iterator[Serve]:
-    """Runs a service with these `--set` values, on free ports; kills it at the end if it is still running."""
+def serve(*overrides: str, cwd: Path, ports: bool = True, code: Path | None = None) -> Iterator[Serve]:
+    """Runs a service with these `--set` values, on free ports; kills it at the end if it is still running.
+
+    `code` is the directory of another version of Tolaria.
+    """
     free = ["server.listen=127.0.0.1:0", "metrics.listen=127.0.0.1:0"] if ports else []
-    service = Serve([*free, *overrides], cwd)
+    service = Serve([*free, *overrides], cwd, code)
     try:
         yield service
     finally:
@@ -101,9 +104,10 @@ def serve(*overrides: str, cwd: Path, ports: bool = True) -> Iterator[Serve]:
                 stream.close()
 
 
-def python_path() -> str:
-    """PYTHONPATH for child processes: the tests, followed by this process's own."""
-    return os.pathsep.join(path for path in (str(TESTS), os.environ.get("PYTHONPATH", "")) if path)
+def python_path(code: Path | None = None) -> str:
+    """PYTHONPATH for child processes: another version's code, if any, the tests, and this process's own."""
+    paths = ("" if code is None else str(code), str(TESTS), os.environ.get("PYTHONPATH", ""))
+    return os.pathsep.join(path for path in paths if path)
 
 
 def _overrides(values: Sequence[str]) -> list[str]:

@@ -28,7 +28,7 @@ from leyline.v1.enums_pb2 import (
     HEALTH_STATUS_UNHEALTHY,
 )
 from support.processes import Serve, python_path, serve
-from tolaria.checkpoint.storage import JOURNAL
+from tolaria.checkpoint.directory import JOURNAL
 from tolaria.journal.reader import read_journal
 from tolaria.journal.rows import EmergencyRow
 from tolaria.signals import SignalBoard

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from support.processes import Serve, serve
 from support.waiting import wait_for
-from tolaria.checkpoint.storage import JOURNAL
+from tolaria.checkpoint.directory import JOURNAL
 from tolaria.cli.commands import app
 
 SECRET, PASSWORD = "a-recognisable-leyline-secret", "a-recognisable-password"

@@ -27,7 +27,13 @@ TEMPORARY_PREFIX: Final = ".partial-"
 _TENSORS: Final = "tensors.safetensors"
 _VALUES: Final = "state.json"
 _MANIFEST: Final = "manifest.json"
+FILES: Final = (_TENSORS, _VALUES, _MANIFEST)
+"""Names of the files of a checkpoint."""
 _MANIFEST_BYTES_MAX: Final = 2**30
+
+
+class NewerFormatError(ValueError):
+    """A newer Tolaria wrote a checkpoint in a later format: it is intact, and this version cannot read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +143,8 @@ class Manifest:
         """Parses what `to_bytes` returned. Every byte is covered by the manifest's own digest.
 
         Raises:
-            ValueError: the content is not exactly what `to_bytes` returns, or of another format.
+            NewerFormatError: the content has a later format.
+            ValueError: the content is not exactly what `to_bytes` returns.
         """
         try:
             document = cast("dict[str, Any]", json.loads(content))
@@ -146,8 +153,8 @@ class Manifest:
             found = document.pop("manifest_digest")
             if found != xxhash.xxh3_128_hexdigest(canonical_json(document)):
                 raise ValueError("its digest does not match")
-            if document.get("format") != FORMAT:
-                raise ValueError(f"format {document.get('format')} is not {FORMAT}")
+            if (form := document.get("format")) != FORMAT:
+                raise (NewerFormatError if isinstance(form, int) and form > FORMAT else ValueError)(f"format {form}")
             specs = tuple(TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape, _ in document["tensors"])
             if any(spec.size_bytes < 0 for spec in specs):
                 raise ValueError("a tensor has a negative size")
@@ -208,12 +215,14 @@ def read_manifest(files: Filesystem, place: Path) -> Manifest:
 
     Raises:
         CheckpointDamagedError: the manifest is missing or differs from what was written.
-        CheckpointUnreadableError: the operating system cannot read it.
+        CheckpointUnreadableError: the operating system cannot read it, or a newer Tolaria wrote it.
     """
     with _read_errors(place.name, "manifest"):
         content = read_all(files, place / _MANIFEST, _MANIFEST_BYTES_MAX)
     try:
         manifest = Manifest.from_bytes(content)
+    except NewerFormatError as error:
+        raise CheckpointUnreadableError(place.name, "manifest", f"{error} of a newer Tolaria") from error
     except ValueError as error:
         raise CheckpointDamagedError(place.name, "manifest", "format") from error
     if manifest.checkpoint_id != place.name:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from tolaria.checkpoint.directory import CHECKPOINTS, JOURNAL
 from tolaria.checkpoint.format import TEMPORARY_PREFIX, read_checkpoint
-from tolaria.checkpoint.storage import JOURNAL
-from tolaria.checkpoint.store import CHECKPOINTS
 from tolaria.errors import CheckpointDamagedError, CheckpointUnreadableError, JournalDamagedError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.reader import read_journal

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from tolaria.checkpoint.store import QUARANTINE, CheckpointStore, Repairs, Retention
+from tolaria.checkpoint.directory import JOURNAL, QUARANTINE
+from tolaria.checkpoint.restoration import refuse_unfinished_restore
+from tolaria.checkpoint.store import CheckpointStore, Repairs, Retention
+from tolaria.checkpoint.upgrade import Upgrade, upgrade_state
 from tolaria.errors import JournalDamagedError, JournalUnavailableError
 from tolaria.journal.database import SIDE_FILES, Journal
 from tolaria.journal.rows import FaultRow
@@ -17,19 +20,19 @@ if TYPE_CHECKING:
 
     from tolaria.filesystem import Filesystem
 
-JOURNAL: Final = "journal.sqlite3"
-SETTINGS: Final = "settings.json"
-"""The settings of the newest run's last process, without secrets."""
-
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """What a run keeps on disk. `journal_damage` says why the journal had to be rebuilt; None: it was intact."""
+    """What a run keeps on disk. `journal_damage` says why the journal had to be rebuilt; None: it was intact.
+
+    `upgrade` says from which schema the directory has been upgraded; None: it had the present one.
+    """
 
     journal: Journal
     checkpoints: CheckpointStore
     repairs: Repairs
     journal_damage: str | None
+    upgrade: Upgrade | None
 
     def for_run(self, run_id: str) -> Storage:
         """Returns the storage for another run: which run is resumed is known only once the journal has been read."""
@@ -39,18 +42,23 @@ class Storage:
 def open_storage(directory: Path, *, run_id: str, retention: Retention, files: Filesystem | None = None) -> Storage:
     """Opens a state directory, created if missing, and repairs what a crash or a failing disk left behind.
 
-    Moves a damaged journal to the quarantine and fills a new one from the checkpoints' manifests. The history of runs,
-    commands and requests is then only in the quarantined file; every checkpoint can still be restored.
+    Upgrades one of an older schema, after a backup. Moves a damaged journal to the quarantine and fills a new one from
+    the checkpoints' manifests. The history of runs, commands and requests is then only in the quarantined file; every
+    checkpoint can still be restored.
 
     Raises:
         JournalNewerError: a newer Tolaria wrote the journal.
         JournalUnavailableError: the journal cannot be opened or written; nothing has changed.
+        StateRefusedError: the restoration of a backup was interrupted.
+        BackupError: an older schema cannot be upgraded, since it cannot be backed up.
         OSError: the directory cannot be created or listed.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = directory / JOURNAL
-    damage: str | None = None
+    refuse_unfinished_restore(directory)
+    damage, upgrade = None, None
     try:
+        upgrade = upgrade_state(directory, files)
         journal = Journal(path)
     except JournalDamagedError as error:
         damage = str(error)
@@ -60,7 +68,7 @@ def open_storage(directory: Path, *, run_id: str, retention: Retention, files: F
         if damage is not None:
             journal.put(FaultRow(uuid.uuid4().hex, time.time_ns(), run_id, "journal_rebuilt", -1, "open", damage))
         store = CheckpointStore(directory, journal, run_id=run_id, retention=retention, files=files)
-        return Storage(journal, store, store.repair(), damage)
+        return Storage(journal, store, store.repair(), damage, upgrade)
     except BaseException:
         journal.close()
         raise

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
+from tolaria.checkpoint.directory import CHECKPOINTS, QUARANTINE
 from tolaria.checkpoint.format import (
     TEMPORARY_PREFIX,
     Manifest,
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
     from tolaria.images import StateImage
     from tolaria.journal.database import Journal
     from tolaria.values.lineage import Lineage
-
-CHECKPOINTS: Final = "checkpoints"
-QUARANTINE: Final = "quarantine"
 
 _NO_SPACE: Final = frozenset({"ENOSPC", "EDQUOT"})
 

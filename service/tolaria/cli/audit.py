@@ -77,7 +77,7 @@ def rows(calls: Iterable[messages.AdminCall]) -> list[tuple[str, ...]]:
 
 def _read(state_dir: Path, limit: int) -> messages.ListAdminCallsResponse:
     """Returns the calls in a journal on disk. Raises ConfigurationError, JournalError."""
-    from tolaria.checkpoint.storage import JOURNAL
+    from tolaria.checkpoint.directory import JOURNAL
     from tolaria.journal.reader import read_journal
     from tolaria.journal.rows import AdminCallRow
     from tolaria.rpc.listing import INCIDENTS_DEFAULT, list_admin_calls

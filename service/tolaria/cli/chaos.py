@@ -19,7 +19,7 @@ import anyio
 import anyio.to_thread
 
 from leyline.v1.admin_service_pb2 import GetStatusRequest, GetStatusResponse, RunState
-from tolaria.checkpoint.storage import JOURNAL
+from tolaria.checkpoint.directory import JOURNAL
 from tolaria.cli.admin_commands import TIMEOUT_S
 from tolaria.cli.client import Target, admin_stub
 from tolaria.cli.process_tree import ProcessTree, ranks_of

@@ -26,6 +26,7 @@ from leyline.v1.admin_service_pb2 import (
     WatchStatusResponse,
 )
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
+from tolaria import __version__
 from tolaria.cli.channel import open_channel, tls_hint
 from tolaria.cli.errors import CommandFailedError, ServiceUnreachableError
 from tolaria.cli.render import Show, one_line
@@ -41,7 +42,6 @@ Rpc = Callable[["TolariaAdminServiceAsyncStub"], "grpc.aio.UnaryUnaryMultiCallab
 
 _CONNECTION_LOST = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 _RUN_OVER = {RunState.RUN_STATE_FINISHED, RunState.RUN_STATE_FAILED}
-_GENERATED_REFUSAL = "Method not implemented!"  # the message of a generated servicer method without an implementation
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound to
 
 
@@ -55,25 +55,44 @@ class Target:
 
 
 @asynccontextmanager
-async def admin_stub(target: Target) -> AsyncIterator[TolariaAdminServiceAsyncStub]:
+async def admin_stub(target: Target, method: str = "this call") -> AsyncIterator[TolariaAdminServiceAsyncStub]:
     """Opens a channel to `target`, and translates the errors of the calls made inside the block.
+
+    `method` is what an error names that an older service does not have.
 
     Raises:
         ServiceUnreachableError: no service answers within the timeout, or the connection is lost.
         CommandFailedError: the service refuses; the message names the field and the stable reason.
     """
     async with open_channel(target.address, target.connection) as channel:
+        stub: TolariaAdminServiceAsyncStub = TolariaAdminServiceStub(channel)
         try:
-            yield TolariaAdminServiceStub(channel)
+            yield stub
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                raise CommandFailedError(await _not_offered(stub, target, method)) from None
             raise _failure(error, target) from None
+
+
+async def _not_offered(stub: TolariaAdminServiceAsyncStub, target: Target, method: str) -> str:
+    """Says which version the service has that does not offer a call."""
+    ours = f"this command is of Tolaria {__version__}"
+    try:
+        status = await stub.GetStatus(GetStatusRequest(), timeout=target.timeout_s)
+    except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            return f"{target.address} is not an admin service of Tolaria (UNIMPLEMENTED)"
+        return f"{target.address} does not offer {method} (UNIMPLEMENTED); {ours}"
+    theirs = f"is Tolaria {one_line(status.version) or 'of an unknown version'}"
+    return f"{target.address} {theirs}, which does not offer {method} (UNIMPLEMENTED); {ours}"
 
 
 def call(target: Target, rpc: Rpc[RequestT, ResponseT], request: RequestT) -> ResponseT:
     """Makes one call, outside an event loop. Raises what `admin_stub` does."""
+    method = type(request).__name__.removesuffix("Request")
 
     async def call_once() -> ResponseT:
-        async with admin_stub(target) as stub:
+        async with admin_stub(target, method) as stub:
             return await rpc(stub)(request, timeout=target.timeout_s)
 
     return asyncio.run(call_once())
@@ -105,7 +124,7 @@ async def follow_telemetry(
     target: Target, request: StreamTelemetryRequest, show: Callable[[StreamTelemetryResponse], None]
 ) -> None:
     """Shows each packet until the service ends the stream. Raises what `admin_stub` does."""
-    async with admin_stub(target) as stub:
+    async with admin_stub(target, "StreamTelemetry") as stub:
         stream = stub.StreamTelemetry(request)
         try:
             async with asyncio.timeout(target.timeout_s):
@@ -194,10 +213,6 @@ def _failure(error: grpc.aio.AioRpcError, target: Target) -> TolariaError:
     # A deadline that the service itself enforces, as of a rollback, comes with details.
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not _rich_status(error).details:
         return ServiceUnreachableError(f"{target.address}: no answer within {target.timeout_s:g} s")
-    if error.code() is grpc.StatusCode.UNIMPLEMENTED and error.details() != _GENERATED_REFUSAL:
-        return CommandFailedError(
-            f"{target.address} does not offer this call of Tolaria's admin service (UNIMPLEMENTED)"
-        )
     if error.code() in _CONNECTION_LOST:
         hint = tls_hint(target.connection, error.details() or "") if error.code() is grpc.StatusCode.UNAVAILABLE else ""
         return ServiceUnreachableError(f"no service answers at {target.address}: {_message(error)}{hint}")

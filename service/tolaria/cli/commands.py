@@ -36,12 +36,14 @@ from tolaria.cli.admin_commands import (
     admin_app,
 )
 from tolaria.cli.audit import audit
+from tolaria.cli.backups import backup, restore_backup
 from tolaria.cli.board import board_app
 from tolaria.cli.credentials import certs_app, token_app
 from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
 from tolaria.cli.exports import export_app
 from tolaria.cli.job_commands import job_app
 from tolaria.cli.lane_commands import lane_app
+from tolaria.cli.state_commands import state_app
 from tolaria.cli.telemetry import telemetry_app
 from tolaria.errors import ConfigurationError, TolariaError
 
@@ -296,8 +298,8 @@ def verify(
     if not directory.is_dir():
         raise ConfigurationError([f"{origin}: there is no directory {directory}{hint}"])
     # After the check: a wrong directory is reported before this slow import.
+    from tolaria.checkpoint.directory import JOURNAL
     from tolaria.checkpoint.inspection import inspect_storage
-    from tolaria.checkpoint.storage import JOURNAL
 
     if not (directory / JOURNAL).is_file():
         raise ConfigurationError([f"{origin}: {directory} holds no {JOURNAL}: no service has kept its state there"])
@@ -366,8 +368,11 @@ app.add_typer(export_app)
 app.add_typer(job_app)
 app.add_typer(telemetry_app)
 app.command()(audit)
+app.command()(backup)
+app.command("restore-backup")(restore_backup)
 app.add_typer(board_app, name="signals")
 app.add_typer(config_app, name="config")
 app.add_typer(certs_app, name="certs")
 app.add_typer(token_app, name="token")
+app.add_typer(state_app, name="state")
 app.add_typer(lane_app, name="lane")

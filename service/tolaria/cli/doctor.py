@@ -24,9 +24,19 @@ from typing import Final
 
 from leyline.v1 import admin_service_pb2 as admin
 from tolaria import cgroups
+from tolaria.checkpoint.directory import JOURNAL
+from tolaria.checkpoint.restoration import refuse_unfinished_restore
 from tolaria.cli.render import one_line, size
 from tolaria.config import Address, Settings
-from tolaria.errors import BindError
+from tolaria.errors import (
+    BindError,
+    JournalDamagedError,
+    JournalNewerError,
+    JournalUnavailableError,
+    StateRefusedError,
+)
+from tolaria.journal.reader import schema_of
+from tolaria.journal.rows import SCHEMA_VERSION
 from tolaria.probe import probe
 from tolaria.service.listeners import open_sockets
 
@@ -39,6 +49,7 @@ _SPEED_LOW: Final = 20 * _MIB
 _SYNC_SLOW_S: Final = 0.25
 _DESCRIPTORS_LOW: Final = 1024
 _TORCH_TIMEOUT_S: Final = 120.0
+_MESSAGE_MAX: Final = 500
 _SHARED: Final = Path("/dev/shm")  # noqa: S108 - looked at, and one file is made with a random name
 
 _LOOK_AT_TORCH: Final = """
@@ -116,6 +127,24 @@ def _state_directory(settings: Settings) -> Iterator[Diagnosis]:
     advice = "" if verdict is Verdict.OK else "free space, or set state.dir: a run keeps about six checkpoints"
     yield Diagnosis("disk space", verdict, f"{size(free)} are free for {directory}", advice)
     yield _disk_speed(place)
+    yield from _state_schema(directory)
+
+
+def _state_schema(directory: Path) -> Iterator[Diagnosis]:
+    """Whether this version can use the state that the directory holds."""
+    if not directory.is_dir():
+        return
+    try:
+        refuse_unfinished_restore(directory)
+        schema = schema_of(directory / JOURNAL) if (directory / JOURNAL).is_file() else SCHEMA_VERSION
+    except (StateRefusedError, JournalNewerError, JournalUnavailableError) as error:
+        yield Diagnosis("state schema", Verdict.FAILED, one_line(str(error), length_max=_MESSAGE_MAX))
+    except JournalDamagedError as error:
+        advice = "the next start moves it to the quarantine, and rebuilds it from the checkpoints"
+        yield Diagnosis("state schema", Verdict.WARNING, one_line(str(error), length_max=_MESSAGE_MAX), advice)
+    else:
+        older = f"; the next start upgrades it to {SCHEMA_VERSION}, after a copy" if schema < SCHEMA_VERSION else ""
+        yield Diagnosis("state schema", Verdict.OK, f"{schema}{older}")
 
 
 def _disk_speed(place: Path) -> Diagnosis:

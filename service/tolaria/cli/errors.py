@@ -18,7 +18,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 
-from tolaria.errors import BindError, ConfigurationError, CredentialsError, JobError, StateHeldError, TolariaError
+from tolaria.errors import (
+    BindError,
+    ConfigurationError,
+    CredentialsError,
+    JobError,
+    JournalNewerError,
+    StateHeldError,
+    StateRefusedError,
+    TolariaError,
+)
 
 
 class ServiceUnreachableError(TolariaError):
@@ -58,7 +67,9 @@ def exit_code(error: TolariaError) -> int:
     match error:
         case SignalledError():
             return 128 + error.signal_number
-        case ConfigurationError() | CredentialsError() | JobError() | BindError() | StateHeldError():
+        case ConfigurationError() | CredentialsError() | JobError() | BindError():
+            return 2
+        case StateHeldError() | StateRefusedError() | JournalNewerError():
             return 2
         case StartRefusedError():
             return 2

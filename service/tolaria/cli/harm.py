@@ -10,8 +10,8 @@ from typing import Any
 
 import anyio.to_thread
 
+from tolaria.checkpoint.directory import JOURNAL
 from tolaria.checkpoint.inspection import Condition, Finding, inspect_storage
-from tolaria.checkpoint.storage import JOURNAL
 from tolaria.cli import render
 from tolaria.cli.chaos import Chaos, Death
 from tolaria.errors import JournalError

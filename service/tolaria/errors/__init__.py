@@ -2,7 +2,7 @@
 
 TolariaError
 ├── BindError, CredentialsError, ChildFailedError, StateHeldError, CommandRejectedError, IllegalTransitionError,
-│   IllegalMoveError
+│   IllegalMoveError, StateRefusedError
 ├── ConfigurationError: ExposedError
 ├── JobError: UnknownJobError, BrokenJobError, EmptyDatasetError, LossShapeError
 ├── PeerError: PeerTimeoutError, PeerUnavailableError, PeerProtocolError, BreakerOpenError, CallRefusedError
@@ -20,6 +20,7 @@ TolariaError
 │   │              RestoreAbandonedError
 │   ├── CheckpointError: CheckpointWriteError, CheckpointDamagedError, CheckpointUnreadableError, NoCheckpointError
 │   └── JournalError: JournalUnavailableError, JournalDamagedError, JournalNewerError
+├── BackupError: BackupDamagedError
 ├── ExportError: ExportRefusedError, ExportFailedError, ExportDamagedError, ExportMismatchError
 └── RequestError: InvalidFieldError, NotAuthenticatedError, NotPermittedError, TooManyCallsError, ProfileFailedError,
     │             TooManySubscribersError, SubscriberTooSlowError
@@ -36,6 +37,8 @@ from tolaria.errors.base import IllegalMoveError as IllegalMoveError
 from tolaria.errors.base import IllegalTransitionError as IllegalTransitionError
 from tolaria.errors.base import StateHeldError as StateHeldError
 from tolaria.errors.base import TolariaError as TolariaError
+from tolaria.errors.operation import BackupDamagedError as BackupDamagedError
+from tolaria.errors.operation import BackupError as BackupError
 from tolaria.errors.operation import BlockOwnedError as BlockOwnedError
 from tolaria.errors.operation import BoardBusyError as BoardBusyError
 from tolaria.errors.operation import BoardLostError as BoardLostError
@@ -76,6 +79,7 @@ from tolaria.errors.operation import RollbackError as RollbackError
 from tolaria.errors.operation import SignalError as SignalError
 from tolaria.errors.operation import SignalValueError as SignalValueError
 from tolaria.errors.operation import StateMismatchError as StateMismatchError
+from tolaria.errors.operation import StateRefusedError as StateRefusedError
 from tolaria.errors.operation import StateUnsupportedError as StateUnsupportedError
 from tolaria.errors.operation import StillUnderwayError as StillUnderwayError
 from tolaria.errors.operation import SubscriberTooSlowError as SubscriberTooSlowError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tolaria import __version__
 from tolaria.errors.base import TolariaError
 
 
@@ -169,7 +170,36 @@ class JournalDamagedError(JournalError):
 
 
 class JournalNewerError(JournalError):
-    """The journal was written by a newer version of Tolaria; it is unchanged."""
+    """A newer version of Tolaria has written the state in `directory`, with a later schema; it is unchanged.
+
+    `writer` is that version; empty if it is unknown.
+    """
+
+    def __init__(self, directory: object, found: int, supported: int, writer: str) -> None:
+        self.found, self.supported, self.writer = found, supported, writer
+        newer = f"Tolaria {writer}" if writer else "a newer version of Tolaria"
+        super().__init__(
+            f"{directory} has schema {found}, written by {newer}, and this is Tolaria {__version__}, which supports "
+            f"schemas up to {supported}; nothing has been changed. Use {newer} or a later one; if it can, its command "
+            f"`tolaria state downgrade --to {supported} --state-dir {directory}` makes this version able to read it",
+            *(str(directory), found, supported, writer),
+        )
+
+
+class BackupError(TolariaError):
+    """A backup could not be made or restored; nothing is left that looks like a whole one."""
+
+
+class BackupDamagedError(BackupError):
+    """The file or directory `place` is not a whole backup."""
+
+    def __init__(self, place: str, detail: str) -> None:
+        self.place, self.detail = place, detail
+        super().__init__(f"{place} is not a whole backup: {detail}", place, detail)
+
+
+class StateRefusedError(TolariaError):
+    """A state directory cannot be used as it is, or not for this; the message says why and what to do."""
 
 
 class ExportError(TolariaError):

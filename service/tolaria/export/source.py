@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
+from tolaria.checkpoint.directory import CHECKPOINTS, JOURNAL, SETTINGS
 from tolaria.checkpoint.format import Manifest, read_checkpoint
-from tolaria.checkpoint.storage import JOURNAL, SETTINGS
-from tolaria.checkpoint.store import CHECKPOINTS, Retention
+from tolaria.checkpoint.store import Retention
 from tolaria.errors import CheckpointDamagedError, NoCheckpointError
 from tolaria.filesystem import Filesystem
 from tolaria.images import StateImage

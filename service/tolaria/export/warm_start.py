@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from tolaria.checkpoint.storage import JOURNAL
+from tolaria.checkpoint.directory import JOURNAL
 from tolaria.errors import ExportMismatchError, ExportRefusedError
 from tolaria.export.card import CARD, ExportedSeed, read_card, verify_files
 from tolaria.export.loading import fill, read_tensors

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from tolaria import __version__
 from tolaria.errors import JournalDamagedError, JournalNewerError, JournalUnavailableError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.reserve import Reserve
@@ -22,6 +25,7 @@ from tolaria.journal.rows import (
     Incident,
     Row,
     Scalar,
+    VersionRow,
     columns,
     row_types,
     schema,
@@ -54,6 +58,7 @@ _SYSTEM_ERRORS: Final = frozenset(
         sqlite3.SQLITE_IOERR,
         sqlite3.SQLITE_LOCKED,
         sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_PROTOCOL,
     }
 )
 """Errors of the operating system. Any other SQLite error about a file that this module wrote means damage."""
@@ -67,7 +72,8 @@ class Journal:
     Raises:
         JournalDamagedError: the file differs from what was written; nothing has changed.
         JournalNewerError: a newer Tolaria wrote it.
-        JournalUnavailableError: the file cannot be opened, read or written.
+        JournalUnavailableError: the file cannot be opened, read or written, or has an older schema: see
+            `tolaria.journal.migration`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -209,8 +215,12 @@ class Journal:
         self._connection.execute("PRAGMA synchronous=FULL")
         version = check_content(self._connection, path)
         if version < SCHEMA_VERSION:
+            raise JournalUnavailableError(
+                f"{path} has schema {version} and has to be upgraded to {SCHEMA_VERSION} first"
+            )
+        if last_writer(self._connection) != __version__:
             with transaction(self._connection):
-                _migrate(self._connection, version)
+                record_version(self._connection, version)
         # A write that changes nothing: a header that forbids writing is found now rather than at the first commit.
         self._connection.execute("BEGIN IMMEDIATE")
         self._connection.execute("UPDATE meta SET schema_version = schema_version")
@@ -261,12 +271,12 @@ def select_rows(
     return rows
 
 
-def insert_row(connection: sqlite3.Connection, row: Row) -> None:
-    """Adds a row, or replaces the one with its key; the first answer to a request stays."""
+def insert_row(connection: sqlite3.Connection, row: Row, *, version: int = SCHEMA_VERSION) -> None:
+    """Adds a row, or replaces the one with its key; the first answer to a request stays. `version` is the schema's."""
     verb = "INSERT OR IGNORE" if isinstance(row, AdminActionRow) else "INSERT OR REPLACE"
-    names = (*columns(type(row)), "row_digest")
+    names = (*columns(type(row), version), "row_digest")
     statement = f"{verb} INTO {row.table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"
-    connection.execute(statement, stored_values(row))
+    connection.execute(statement, stored_values(row, version))
 
 
 @contextmanager
@@ -303,48 +313,61 @@ def translated_errors(*, read_only: bool = False) -> Iterator[None]:
         raise JournalDamagedError(f"the journal is damaged: {error}") from error
 
 
-def _migrate(connection: sqlite3.Connection, version: int) -> None:
-    """Rewrites a journal of an older schema in the present one; new columns get their defaults."""
-    kinds = row_types(version)
-    rows = [row for kind in kinds for row in select_rows(connection, kind, "ORDER BY rowid", (), version=version)]
-    connection.execute("DROP VIEW incidents")
-    for table in ("meta", *(kind.table for kind in kinds)):
-        connection.execute(f"DROP TABLE {table}")
-    _write_schema(connection)
-    for row in rows:
-        insert_row(connection, row)
-
-
-def _write_schema(connection: sqlite3.Connection) -> None:
-    for statement in schema():
+def write_schema(connection: sqlite3.Connection, version: int = SCHEMA_VERSION) -> None:
+    """Creates the tables of a schema version in an empty database."""
+    for statement in schema(version):
         connection.execute(statement)
-    connection.execute("INSERT INTO meta VALUES (?, ?)", (SCHEMA_VERSION, values_digest("meta", (SCHEMA_VERSION,))))
+    connection.execute("INSERT INTO meta VALUES (?, ?)", (version, values_digest("meta", (version,))))
 
 
 def refuse_newer(connection: sqlite3.Connection, path: Path) -> int:
-    """Returns the journal's schema version. Raises JournalNewerError for a later one than is supported."""
+    """Returns the journal's schema version. Raises JournalNewerError for a later one than is supported.
+
+    Versions of Tolaria that refuse a journal read these two tables of it: `meta` and, if there is one, `versions`.
+    """
     if not connection.execute("SELECT 1 FROM sqlite_master WHERE sql IS NOT NULL LIMIT 1").fetchall():
         raise JournalDamagedError(f"{path}: the file is empty")
     found = connection.execute("SELECT schema_version, row_digest FROM meta").fetchall()
     if len(found) != 1 or values_digest("meta", found[0][:1]) != found[0][1]:
         raise JournalDamagedError(f"{path}: its version cannot be read")
     if found[0][0] > SCHEMA_VERSION:
-        raise JournalNewerError(f"{path} has schema {found[0][0]}; this Tolaria supports {SCHEMA_VERSION}")
+        raise JournalNewerError(path.parent, found[0][0], SCHEMA_VERSION, last_writer(connection))
     if found[0][0] < 1:
         raise JournalDamagedError(f"{path}: there is no schema {found[0][0]}")
     return int(found[0][0])
+
+
+def last_writer(connection: sqlite3.Connection) -> str:
+    """Returns the version of Tolaria that has opened the journal last, also one of a later schema; empty if unknown."""
+    try:
+        found = connection.execute("SELECT tolaria FROM versions ORDER BY rowid DESC LIMIT 1").fetchone()
+    except sqlite3.Error:
+        return ""
+    return str(found[0]) if found else ""
+
+
+def record_version(connection: sqlite3.Connection, schema_from: int, *, backup: str = "") -> None:
+    """Adds a row for this version of Tolaria, which has created the journal (0) or opened it with a schema."""
+    row = VersionRow(uuid.uuid4().hex, time.time_ns(), __version__, schema_from, SCHEMA_VERSION, backup)
+    insert_row(connection, row)
+
+
+def remove_database(path: Path) -> None:
+    """Removes a database with the files that SQLite keeps for it, and those of a process that was killed."""
+    for ending in (*SIDE_FILES, "-journal"):
+        path.with_name(path.name + ending).unlink(missing_ok=True)
 
 
 def _create(path: Path) -> None:
     """Creates a journal under another name and renames it, so that a crash leaves none that looks damaged."""
     temporary = path.with_name(f"{path.name}.new")
     try:
-        for ending in (*SIDE_FILES, "-journal"):
-            temporary.with_name(temporary.name + ending).unlink(missing_ok=True)
+        remove_database(temporary)
         with translated_errors(), closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
             connection.execute("PRAGMA synchronous=FULL")
             with transaction(connection):
-                _write_schema(connection)
+                write_schema(connection)
+                record_version(connection, 0)
         temporary.rename(path)
         Filesystem().sync_directory(path.parent)
     except OSError as error:

@@ -17,7 +17,8 @@ import xxhash
 
 from tolaria.values.lineage import FIRST_ATTEMPT, Lineage
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
+"""Version of the whole state directory: a change of the format of any file in it raises this number."""
 
 Scalar: TypeAlias = "str | int | float | bytes | None"
 
@@ -197,6 +198,23 @@ class FaultRow(Row):
 
 
 @dataclass(frozen=True, slots=True)
+class VersionRow(Row):
+    """A version of Tolaria that has opened the state directory for writing after another one, or changed its schema.
+
+    `schema_from` is 0 when the journal was created. `backup` names the copy that was taken before, in `backups`.
+    Later versions keep the column `tolaria`: versions that cannot read their journals name the one that can.
+    """
+
+    table: ClassVar[str] = "versions"
+    version_id: str
+    at_ns: int
+    tolaria: str
+    schema_from: int
+    schema_to: int
+    backup: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Incident:
     """A row of the incidents view, whose columns these are: a rollback, an emergency or a fault."""
 
@@ -217,6 +235,7 @@ ROW_TYPES: Final = (
     AdminActionRow,
     FaultRow,
     AdminCallRow,
+    VersionRow,
 )
 
 _SQL_TYPES: Final = MappingProxyType(
@@ -235,7 +254,7 @@ _COLUMNS_SINCE: Final[Mapping[int, Mapping[str, tuple[str, ...]]]] = MappingProx
 )
 """Columns by the schema that added them; their fields have defaults. Schema 1 is that of version 0.1.0."""
 
-_TABLES_SINCE: Final[Mapping[int, tuple[str, ...]]] = MappingProxyType({3: ("admin_calls",)})
+_TABLES_SINCE: Final[Mapping[int, tuple[str, ...]]] = MappingProxyType({3: ("admin_calls",), 4: ("versions",)})
 """Tables by the schema that added them."""
 
 _ROLLBACK_DETAILS: Final = "\n    'origin', origin, 'waited_ms', CAST(waited_ms AS TEXT), 'chosen', chosen,"
@@ -274,13 +293,14 @@ def schema(version: int = SCHEMA_VERSION) -> list[str]:
     return [_META, *tables, _INCIDENTS_VIEW % details]
 
 
-def stored_values(row: Row) -> tuple[Scalar, ...]:
-    """Returns the row's values as SQLite stores them, followed by the row's digest.
+def stored_values(row: Row, version: int = SCHEMA_VERSION) -> tuple[Scalar, ...]:
+    """Returns the row's values as SQLite stores them in a journal of this schema version, followed by its digest.
 
     Raises:
         ValueError: a number is not finite.
     """
-    named = zip(fields(row), astuple(row), strict=True)
+    known = columns(type(row), version)
+    named = [(field, value) for field, value in zip(fields(row), astuple(row), strict=True) if field.name in known]
     values = tuple(_stored(f"{row.table}.{field.name}", str(field.type), value) for field, value in named)
     return (*values, values_digest(row.table, values))
 

@@ -13,7 +13,7 @@ import anyio.to_thread
 import structlog
 
 from leyline.v1 import admin_service_pb2 as admin
-from tolaria.checkpoint.storage import JOURNAL
+from tolaria.checkpoint.directory import JOURNAL
 from tolaria.errors import ExportFailedError, InvalidFieldError, TolariaError
 from tolaria.export.card import ExportCard, Format
 from tolaria.export.source import NEWEST, best_direction, choose

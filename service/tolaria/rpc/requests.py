@@ -14,8 +14,10 @@ import structlog
 from anyio.abc import TaskGroup
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from leyline.v1 import admin_service_pb2
+from tolaria import __version__
 from tolaria.errors import InvalidFieldError, JournalError, StillUnderwayError, TolariaError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import AdminActionRow
@@ -45,7 +47,14 @@ class MutatingRequest(Protocol):
 
 
 def check_request(request: MutatingRequest) -> None:
-    """Raises InvalidFieldError when request_id or reason is missing or too long."""
+    """Raises InvalidFieldError when request_id or reason is missing or too long, or a field is unknown.
+
+    A newer client has set a field that is unknown here: without it the request would change something else than asked.
+    """
+    unknown = UnknownFieldSet(cast(Message, request))
+    if len(unknown):
+        detail = f"is unknown to Tolaria {__version__}, which would ignore it: the client is newer than the service"
+        raise InvalidFieldError(f"field {unknown[0].field_number} of {request.DESCRIPTOR.name}", detail)
     for name, value, longest in (
         ("request_id", request.request_id, REQUEST_ID_MAX),
         ("reason", request.reason, REASON_MAX),

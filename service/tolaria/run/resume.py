@@ -5,25 +5,23 @@ Runs in the main thread, before there is an event loop. Also writes a run's row 
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 import structlog
 
-from tolaria import forks
+from tolaria.checkpoint.directory import locked_directory, remove_unused
 from tolaria.checkpoint.storage import Storage, open_storage
 from tolaria.checkpoint.store import LoadedCheckpoint, Retention
 from tolaria.config import CheckpointSettings, Settings
 from tolaria.emergency.protocol import SENTINEL
-from tolaria.errors import ConfigurationError, JournalDamagedError, JournalError, NoCheckpointError, StateHeldError
+from tolaria.errors import BackupError, ConfigurationError, JournalDamagedError, JournalError, NoCheckpointError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.database import Journal
 from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RollbackRow, RunRow
@@ -34,10 +32,6 @@ RunOutcome: TypeAlias = Literal["finished", "stopped", "drained", "failed"]
 
 ENDED: Final = frozenset({"finished", "stopped"})
 """Outcomes after which a run is not resumed: all epochs are done, or an operator has stopped it."""
-
-_LOCK: Final = "lock"
-_DEAD_HOLDER_S: Final = 5.0
-_LOCK_POLL_S: Final = 0.05
 
 _log = structlog.get_logger(__name__)
 
@@ -79,9 +73,9 @@ def locked_state(settings: Settings) -> Iterator[None]:
         with _naming_setting(directory):
             is_new = not directory.exists()
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            stack.enter_context(_locked(directory))
+            stack.enter_context(locked_directory(directory))
         if is_new:
-            stack.callback(_remove_unused, directory)
+            stack.callback(remove_unused, directory)
         yield
 
 
@@ -270,6 +264,11 @@ def _new_run(journal: Journal, job: str) -> RunRow:
 
 def _repairs(storage: Storage) -> list[str]:
     found, notes = storage.repairs, []
+    if (upgrade := storage.upgrade) is not None:
+        change = f"schema {upgrade.schema_from} to {upgrade.schema_to}"
+        notes.append(
+            f"the state directory has been upgraded from {change}; before that it was copied to {upgrade.backup}"
+        )
     if storage.journal_damage is not None:
         notes.append(f"the journal was damaged and has been rebuilt from the checkpoints: {storage.journal_damage}")
     for names, what in (
@@ -286,58 +285,9 @@ def _repairs(storage: Storage) -> list[str]:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Holds the directory's lock, which the system releases however the process ends."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = forks.keep_private(os.open(directory / _LOCK, flags, 0o600))
-    try:
-        _lock(directory, descriptor)
-        with suppress(OSError):  # a full disk: the lock holds, but its holder's pid is unknown
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        forks.close(descriptor)
-
-
-def _lock(directory: Path, descriptor: int) -> None:
-    """Takes the lock. Waits for a holder that has ended already: the system takes a while to close its files."""
-    until_s = time.monotonic() + _DEAD_HOLDER_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            written = os.pread(descriptor, 32, 0).strip()
-            holder = int(written) if written.isdigit() else 0
-            if _is_alive(holder) or time.monotonic() >= until_s:
-                raise StateHeldError(str(directory), holder) from None
-            time.sleep(_LOCK_POLL_S)
-        else:
-            if not os.path.samestat(os.fstat(descriptor), (directory / _LOCK).stat()):
-                raise StateHeldError(str(directory), 0)  # its holder has removed it, and another one has created it
-            return
-
-
-def _remove_unused(directory: Path) -> None:
-    """Removes a directory with nothing but the lock, which this process holds."""
-    with suppress(OSError):
-        if [path.name for path in directory.iterdir()] == [_LOCK]:
-            (directory / _LOCK).unlink()
-            directory.rmdir()
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether the process exists and has not ended; True for an unknown process and where there is no /proc."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2][1] not in "ZX"
-    except FileNotFoundError:
-        return not pid or not Path("/proc/self/stat").exists()
-
-
-@contextmanager
 def _naming_setting(directory: Path) -> Iterator[None]:
     """Turns errors of the system and the journal into a ConfigurationError that names the setting."""
     try:
         yield
-    except (JournalError, OSError) as error:
+    except (JournalError, BackupError, OSError) as error:
         raise ConfigurationError([f"state.dir: {directory} cannot be used: {error}"]) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 import structlog
 
-from tolaria.checkpoint.storage import SETTINGS
+from tolaria.checkpoint.directory import SETTINGS
 from tolaria.config import Settings
 
 _log = structlog.get_logger(__name__)

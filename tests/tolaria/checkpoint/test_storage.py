@@ -3,19 +3,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
-import pytest
-
+from tolaria.checkpoint.directory import JOURNAL
 from tolaria.checkpoint.inspection import Condition, inspect_storage
-from tolaria.checkpoint.storage import JOURNAL, open_storage
+from tolaria.checkpoint.storage import open_storage
 from tolaria.checkpoint.store import Repairs, Retention
 from tolaria.journal.reader import read_journal
 from tolaria.journal.rows import AdminActionRow, CheckpointRow, CommandRow, RunRow
 from tolaria.state.encoding import spec_of, tensor_view
-
-FIXTURE = Path(__file__).parents[2] / "fixtures" / "state-0.1.0.tar.gz"
 
 DIGESTS = {
     1801: "c6ddb6d39833f0ba2df219e9d23e802d",
@@ -23,14 +19,6 @@ DIGESTS = {
     1890: "384c528ee810ce9680e65a6d824b9c77",
 }
 """Digests of the fixture's checkpoints by global step."""
-
-
-@pytest.fixture
-def old_state(tmp_path: Path) -> Path:
-    """A state directory that version 0.1.0 wrote until it was killed with SIGKILL."""
-    with tarfile.open(FIXTURE) as archive:
-        archive.extractall(tmp_path, filter="data")
-    return tmp_path / "state"
 
 
 def test_every_checkpoint_of_version_0_1_0_is_verified(old_state: Path) -> None:

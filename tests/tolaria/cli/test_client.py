@@ -15,6 +15,7 @@ from leyline.v1.admin_service_pb2 import (
     TriggerRollbackRequest,
 )
 from support.fake_admin import FakeAdmin, fake_admin, serving_nothing, status_of, whole_run
+from tolaria import __version__
 from tolaria.cli import client
 from tolaria.cli.client import Rpc, Target, call, connectable, service_address, watch_status
 from tolaria.cli.errors import CommandFailedError, ServiceUnreachableError
@@ -69,10 +70,21 @@ def test_deadline_enforced_by_the_service_is_a_refusal(serve_fake: Serve) -> Non
 
 
 def test_refusal_without_details_has_the_status_code(serve_fake: Serve) -> None:
-    """An unimplemented call is refused with the name of the status code."""
-    target = target_of(serve_fake(fake_admin([])))
-    with pytest.raises(CommandFailedError, match="UNIMPLEMENTED"):
-        call(target, lambda admin: admin.StopTraining, StopTrainingRequest())
+    """A call that the service does not have is named, with the status code and the versions of both sides."""
+    address = serve_fake(fake_admin([status_of(1)]))
+    with pytest.raises(CommandFailedError) as caught:
+        call(target_of(address), lambda admin: admin.StopTraining, StopTrainingRequest())
+    assert str(caught.value) == (
+        f"{address} is Tolaria 0.1.0, which does not offer StopTraining (UNIMPLEMENTED); "
+        f"this command is of Tolaria {__version__}"
+    )
+
+
+def test_refusal_by_a_service_without_a_status_names_this_version(serve_fake: Serve) -> None:
+    """It says less, and does not wait longer than the timeout."""
+    address = serve_fake(fake_admin([]))
+    with pytest.raises(CommandFailedError, match=rf"{address} does not offer StopTraining .*Tolaria {__version__}"):
+        call(target_of(address), lambda admin: admin.StopTraining, StopTrainingRequest())
 
 
 def test_server_without_the_admin_service_is_refused() -> None:
@@ -81,7 +93,7 @@ def test_server_without_the_admin_service_is_refused() -> None:
         target = target_of(address)
         with pytest.raises(CommandFailedError) as caught:
             call(target, GET_STATUS, GetStatusRequest())
-    assert str(caught.value) == f"{address} does not offer this call of Tolaria's admin service (UNIMPLEMENTED)"
+    assert str(caught.value) == f"{address} is not an admin service of Tolaria (UNIMPLEMENTED)"
 
 
 def test_refused_connection_is_unreachable(refusing_address: Address) -> None:

@@ -31,10 +31,12 @@ _COMMANDS = (
     *("rollback", "checkpoint", "profile", "restore-points", "incidents", "verify", "doctor"),
     *("export", "new-job", "check-job"),
     *("emergency", "signals", "peer", "config", "audit", "certs", "token"),
+    *("backup", "restore-backup", "state"),
 )
 _SUBCOMMANDS = (
     *("config check", "config show", "emergency raise", "emergency clear", "emergency show"),
     *("signals watch", "signals raise", "signals clear", "signals show"),
+    *("state show", "state downgrade"),
     *("certs init", "certs client", "token new", "token list", "token revoke"),
 )
 NO_SERVICE = "127.0.0.1:1"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from tolaria.checkpoint.storage import JOURNAL
+from tolaria.checkpoint.directory import JOURNAL
 from tolaria.cli.commands import app
 from tolaria.journal.database import Journal
 from tolaria.journal.rows import AdminCallRow

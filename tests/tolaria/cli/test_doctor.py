@@ -3,18 +3,22 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from support.fake_admin import fake_admin, serving, status_of
+from support.old_journals import write_as_schema
 from tolaria.cli import doctor
 from tolaria.cli.commands import app
 from tolaria.cli.doctor import Diagnosis, TorchFound, Verdict, examine
 from tolaria.cli.doctor import look_at_torch as really_look
 from tolaria.config import load_settings
+from tolaria.journal.rows import values_digest
 
 runner = CliRunner()
 FREE = ("server.listen=127.0.0.1:0", "metrics.listen=127.0.0.1:0")
@@ -74,6 +78,23 @@ def test_state_directory_must_be_writable(tmp_path: Path) -> None:
     assert problems(found(f"state.dir={tmp_path / 'file' / 'state'}")) == {"state.dir": Verdict.FAILED}
     assert problems(found(f"state.dir={tmp_path / 'open'}")) == {"state.dir": Verdict.WARNING}
     assert list((tmp_path / "open").iterdir()) == []
+
+
+def test_a_state_that_this_version_cannot_use_is_in_the_way(tmp_path: Path) -> None:
+    """Of a newer version, or half restored; an older or damaged one is not."""
+    state = tmp_path / "state"
+    state.mkdir()
+    write_as_schema(2, state / "journal.sqlite3")
+    assert found(f"state.dir={state}")["state schema"].detail.startswith("2; the next start upgrades it")
+    with closing(sqlite3.connect(state / "journal.sqlite3")) as connection, connection:
+        connection.execute("UPDATE meta SET schema_version = 99, row_digest = ?", (values_digest("meta", (99,)),))
+    newer = found(f"state.dir={state}")
+    assert problems(newer) == {"state schema": Verdict.FAILED}
+    assert "has schema 99" in newer["state schema"].detail
+    (state / "journal.sqlite3").write_bytes(b"nonsense")
+    assert problems(found(f"state.dir={state}")) == {"state schema": Verdict.WARNING}
+    (state / ".restore-placing-20260101T000000Z").mkdir()
+    assert problems(found(f"state.dir={state}")) == {"state schema": Verdict.FAILED}
 
 
 @pytest.mark.parametrize(("free", "verdict"), [(2**40, Verdict.OK), (2**30, Verdict.WARNING), (2**20, Verdict.FAILED)])

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from leyline.v1.admin_service_pb2 import EXPORT_FORMAT_TORCH
 from support.exported import Trained, trained
 from support.fake_admin import FakeAdmin, fake_admin
-from tolaria.checkpoint.store import CHECKPOINTS
+from tolaria.checkpoint.directory import CHECKPOINTS
 from tolaria.cli.commands import app
 from tolaria.export import load
 

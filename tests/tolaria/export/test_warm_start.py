@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from support.exported import Trained, outputs, trained
-from tolaria.checkpoint.store import CHECKPOINTS
+from tolaria.checkpoint.directory import CHECKPOINTS
 from tolaria.config import Settings, TrainingSettings
 from tolaria.errors import ConfigurationError
 from tolaria.lane.build import BuiltLane, build

@@ -15,8 +15,9 @@ import safetensors.torch
 import torch
 
 from support.exported import Trained, outputs, record_settings, trained
+from tolaria.checkpoint.directory import CHECKPOINTS
 from tolaria.checkpoint.storage import open_storage
-from tolaria.checkpoint.store import CHECKPOINTS, Retention
+from tolaria.checkpoint.store import Retention
 from tolaria.errors import (
     CheckpointDamagedError,
     ExportFailedError,

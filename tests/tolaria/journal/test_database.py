@@ -11,9 +11,9 @@ import pytest
 from tolaria.errors import JournalDamagedError, JournalNewerError, JournalUnavailableError
 from tolaria.journal import database
 from tolaria.journal.database import Journal
-from tolaria.journal.reader import read_journal
 from tolaria.journal.rows import (
     ROW_TYPES,
+    SCHEMA_VERSION,
     AdminActionRow,
     AdminCallRow,
     CheckpointRow,
@@ -23,10 +23,7 @@ from tolaria.journal.rows import (
     RollbackRow,
     Row,
     RunRow,
-    columns,
-    row_types,
-    schema,
-    stored_values,
+    VersionRow,
     values_digest,
 )
 from tolaria.values.lineage import Lineage
@@ -55,11 +52,11 @@ def filled(path: Path) -> Path:
 def test_rows_survive_reopening(tmp_path: Path) -> None:
     """Every kind of row is read back, ordered by time."""
     with Journal(filled(tmp_path / "j")) as journal:
-        found = [row for kind in ROW_TYPES for row in journal.rows(kind)]
+        found = [row for kind in ROW_TYPES for row in journal.rows(kind) if kind is not VersionRow]
         assert [r for r in found if not isinstance(r, EmergencyRow)] == [
             r for r in ROWS if not isinstance(r, EmergencyRow)
         ]
-        assert {type(row) for row in found} == set(ROW_TYPES)
+        assert {type(row) for row in found} == set(ROW_TYPES) - {VersionRow}
         assert journal.find(RunRow, "run") == ROWS[0]
         assert journal.find(RunRow, "other") is None
         assert journal.rows(CheckpointRow, run_id="other") == ()
@@ -93,11 +90,29 @@ def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
     """A journal of a later version is not changed, and not reported as damaged."""
     path = filled(tmp_path / "j")
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE meta SET schema_version = 4, row_digest = ?", (values_digest("meta", (4,)),))
+        connection.execute("UPDATE meta SET schema_version = 99, row_digest = ?", (values_digest("meta", (99,)),))
+        connection.execute("UPDATE versions SET tolaria = '7.8.9'")
         connection.execute("CREATE TABLE more (x)")
     connection.close()
-    with pytest.raises(JournalNewerError, match="schema 4"):
+    before = path.read_bytes()
+    with pytest.raises(JournalNewerError, match=r"has schema 99, written by Tolaria 7\.8\.9, and this is") as caught:
         Journal(path)
+    assert f"tolaria state downgrade --to {SCHEMA_VERSION} --state-dir {tmp_path}" in str(caught.value)
+    assert path.read_bytes() == before
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP TABLE versions")
+    with pytest.raises(JournalNewerError, match="written by a newer version of Tolaria"):
+        Journal(path)
+
+
+def test_each_version_that_opens_a_journal_is_recorded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that creates it, and each that follows another one."""
+    for version in ("1.0", "1.0", "1.1", "1.1", "1.0"):
+        monkeypatch.setattr(database, "__version__", version)
+        with Journal(tmp_path / "j") as journal:
+            found = [(row.tolaria, row.schema_from, row.schema_to) for row in journal.rows(VersionRow)]
+    known = SCHEMA_VERSION
+    assert found == [("1.0", 0, known), ("1.1", known, known), ("1.0", known, known)]
 
 
 @pytest.mark.parametrize(
@@ -221,48 +236,6 @@ def test_a_failed_change_of_several_rows_changes_none(tmp_path: Path) -> None:
             assert other.execute("SELECT DISTINCT state FROM checkpoints").fetchall() == [("committed",)]
 
 
-def write_as_schema(version: int, path: Path) -> list[Row]:
-    """Writes the rows of `ROWS` that a journal of an older schema can have; returns them."""
-    rows = [row for row in ROWS if type(row) in row_types(version)]
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        for statement in schema(version):
-            connection.execute(statement)
-        connection.execute("INSERT INTO meta VALUES (?, ?)", (version, values_digest("meta", (version,))))
-        for row in rows:
-            names = columns(type(row), version)
-            values = stored_values(row)[: len(names)]
-            marks = ", ".join("?" * (len(names) + 1))
-            statement = f"INSERT INTO {row.table} VALUES ({marks})"  # noqa: S608 - names of this package
-            connection.execute(statement, (*values, values_digest(row.table, values)))
-    return rows
-
-
-def write_as_version_1(path: Path) -> None:
-    """Writes a journal as version 0.1.0 did."""
-    write_as_schema(1, path)
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_journal_of_an_older_schema_is_migrated(version: int, tmp_path: Path) -> None:
-    """It is read without being changed, and rewritten when a service opens it; the new columns have their defaults."""
-    path = tmp_path / "j"
-    rows = write_as_schema(version, path)
-    before = path.read_bytes()
-    assert read_journal(path, CheckpointRow) == tuple(row for row in rows if isinstance(row, CheckpointRow))
-    assert read_journal(path, AdminCallRow) == ()
-    assert path.read_bytes() == before
-    call = AdminCallRow("a", 9, "run", "StopTraining", "q", "root", "admin", "::1:5", "why", 32)
-    for _ in range(2):
-        with Journal(path) as journal:
-            found = [row for kind in ROW_TYPES for row in journal.rows(kind)]
-            kept = [r for r in found if not isinstance(r, EmergencyRow | AdminCallRow)]
-            assert kept == [r for r in rows if not isinstance(r, EmergencyRow)]
-            assert journal.incidents(10)[2].details["origin"] == ""
-            journal.put(call)
-            assert journal.admin_calls(5) == (call,)
-    assert filled(tmp_path / "new").exists()
-
-
 def test_operators_calls_are_listed_newest_first(tmp_path: Path) -> None:
     """Those of the same time in the order of writing; a call that has ended replaces its beginning."""
     begun = [AdminCallRow(f"c{n}", 5, "run", "M", f"q{n}", "alice", "operator", "p", "why", n) for n in range(3)]
@@ -271,19 +244,6 @@ def test_operators_calls_are_listed_newest_first(tmp_path: Path) -> None:
             journal.put(row)
         assert [row.call_id for row in journal.admin_calls(10)] == ["c1", "c2", "c0"]
         assert [row.outcome for row in journal.admin_calls(1)] == ["OK"]
-
-
-def test_a_damaged_journal_of_version_0_1_0_is_not_migrated(tmp_path: Path) -> None:
-    """A row that differs from what was written is damage, not content to be carried over."""
-    path = tmp_path / "j"
-    write_as_version_1(path)
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("UPDATE rollbacks SET latency_ms = 13.0")
-        connection.commit()
-    with pytest.raises(JournalDamagedError):
-        Journal(path)
-    with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("SELECT schema_version FROM meta").fetchall() == [(1,)]
 
 
 def test_the_newest_calls_of_operators_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ def test_a_newer_journal_is_not_damage(tmp_path: Path) -> None:
     """A later version has other tables."""
     path = filled(tmp_path / "j")
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE meta SET schema_version = 4, row_digest = ?", (values_digest("meta", (4,)),))
+        connection.execute("UPDATE meta SET schema_version = 99, row_digest = ?", (values_digest("meta", (99,)),))
     connection.close()
     with pytest.raises(JournalNewerError):
         read_journal(path, CheckpointRow)

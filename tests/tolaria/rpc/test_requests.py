@@ -117,6 +117,17 @@ async def test_an_answer_of_an_earlier_process_that_was_not_found_in_time_is_sen
     assert [answer.global_step for answer in answers] == [99, 99]
 
 
+async def test_a_field_of_a_newer_client_refuses_the_request() -> None:
+    """Ignored, it would change something else than was asked. The field is named, and nothing is carried out."""
+    operation = Operation()
+    newer = PauseTrainingRequest.FromString(request().SerializeToString() + b"\xfa\x3f\x01x")
+    async with open_ledger() as ledger:
+        with pytest.raises(InvalidFieldError, match=r"field 1023 of PauseTrainingRequest.*is newer than the service"):
+            await ledger.once(newer, operation.now)
+        await ledger.once(request(), operation.now)
+    assert operation.times == 1
+
+
 async def test_a_repeat_gets_the_first_error() -> None:
     """A refused request is not tried again."""
     operation = Operation()

@@ -83,7 +83,7 @@ async def test_a_corrupted_shard_is_skipped_while_the_parameters_are_sound(count
 
 
 async def test_a_longer_shard_is_undone_and_left_out() -> None:
-    """After `health.skips_max` - 1 skipped steps one is trained with: without a rollback the shard would ruin the run."""
+    """After `health.skips_max` - 1 skipped steps one is trained with; without a rollback it would ruin the run."""
     shard = consecutive(34, 10)
     options = {"corrupted": [list(place) for place in shard], "factor": 1e4}
     sections: dict[str, object] = {"rollback": {"every_steps": 2, "fast_budget_s": 10.0}}

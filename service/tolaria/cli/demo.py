@@ -39,7 +39,13 @@ _WRONG_SETTINGS = 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # A host that needs its seeds, half of the images for each of two seeds, and a corrupt shard on the way.
-_OPTIONS: Final = {"host": "thumbnail", "learning_rate": 0.1, "seed_sources": 2, "poison_epoch": 40}
+_OPTIONS: Final = {
+    "host": "thumbnail",
+    "learning_rate": 0.1,
+    "seed_sources": 2,
+    "poison_epoch": 40,
+    "poison_batches": 10,
+}
 
 DEMO_SETTINGS: Final[Mapping[str, object]] = {
     "training.options": _OPTIONS,

@@ -29,7 +29,8 @@ class HealthSettings(Section):
     skip_extreme: bool = True
     """Skip steps whose loss is finite but extreme among the recent ones. On: one can ruin an optimizer's averages.
 
-    Off for data in which such losses are rare but real; steps that are not finite are skipped all the same.
+    More than one in a row, up to skips_max - 1, if the last good batch still has a healthy loss. Off for data in which
+    such losses are rare but real; steps that are not finite are skipped all the same.
     """
 
     window: int = Field(default=256, ge=16, le=100_000)

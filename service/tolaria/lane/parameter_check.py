@@ -1,9 +1,9 @@
-"""Finds out whether steps are skipped because of their data or because of the parameters."""
+"""Which steps are skipped because of their losses, and whether data or parameters are to blame for them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -30,9 +30,8 @@ def parameters_sound(module: TrainModule, losses_of: Callable[[Batch], Mapping[s
     rngs = capture_rngs()
     module.save_pass()
     try:
-        batch = on_device(module.training_share.of(module.last_good), module.device)
-        with module.fast_paths.autocast(), module.seeds.groups_as_built(), _watching(module) as outputs_finite:
-            losses = losses_of(batch)
+        with _watching(module) as outputs_finite:
+            losses = _last_good_losses(module, module.last_good, losses_of)
         if module.on_all_ranks(essential_finite(module, losses)):
             if essential := [loss for source, loss in losses.items() if source not in module.isolated_seeds]:
                 torch.autograd.backward(essential)
@@ -41,6 +40,49 @@ def parameters_sound(module: TrainModule, losses_of: Callable[[Batch], Mapping[s
     finally:
         module.discard_pass()
         restore_rngs(*rngs)
+
+
+def is_extreme(module: TrainModule, judged: float, losses_of: Callable[[Batch], Mapping[str, Tensor]]) -> bool:
+    """Whether a step with this finite loss is skipped because it is extreme among the recent ones.
+
+    After one that was, others are too while the last good batch has a healthy loss: then the data are ill, not the
+    parameters, which have not changed in between. At most `health.skips_max` - 1 steps in a row are skipped; then
+    training on such data shows whether they are a changed task. Synchronises.
+    """
+    window, batch = module.losses, module.last_good
+    if not module.skips_extreme:
+        return False
+    if window.extreme(judged):
+        return True
+    if batch is None or module.skip_streak + 1 >= module.skips_max or not window.extreme_again(judged):
+        return False
+    with module.forward_undone():
+        losses = _last_good_losses(module, batch, losses_of)
+    counted, seeds = module.training_share.counted(batch), set(module.seeds.topology.training_seeds)
+    loss, samples = judged_sum(losses, batch, counted, seeds)
+    return module.on_all_ranks(loss is None or loss.item() <= samples * window.limit)
+
+
+def judged_sum(
+    losses: Mapping[str, Tensor], batch: Batch, counted: int, seeds: Collection[str]
+) -> tuple[Tensor | None, int]:
+    """Returns the sum over samples of the mean loss of the sources that are not seeds, and the number of these samples.
+
+    `losses` are those of `counted` samples of the batch. (None, 0) if all samples belong to seeds.
+    """
+    tasks = [loss.detach() for source, loss in losses.items() if source not in seeds]
+    samples = counted
+    if samples and batch.seed_ids is not None:  # their losses are shares of the mean over the whole batch
+        samples = sum(source not in seeds for source in batch.seed_ids)
+    return (torch.stack(tasks).mean() * counted, samples) if samples and tasks else (None, 0)
+
+
+def _last_good_losses(
+    module: TrainModule, last_good: Batch, losses_of: Callable[[Batch], Mapping[str, Tensor]]
+) -> Mapping[str, Tensor]:
+    batch = on_device(module.training_share.of(last_good), module.device)
+    with module.fast_paths.autocast(), module.seeds.groups_as_built():
+        return losses_of(batch)
 
 
 def essential_finite(module: TrainModule, losses: Mapping[str, Tensor]) -> bool:

@@ -24,7 +24,7 @@ from tolaria.jobs import Batch
 from tolaria.lane.device import on_device
 from tolaria.lane.job_output import checked_losses
 from tolaria.lane.messages import StepDone
-from tolaria.lane.parameter_check import essential_finite, parameters_sound
+from tolaria.lane.parameter_check import essential_finite, is_extreme, judged_sum, parameters_sound
 from tolaria.lane.profiling import Mark, unmarked
 from tolaria.lane.train_module import TrainModule
 from tolaria.ranks.group import Group
@@ -188,7 +188,7 @@ def _update(module: TrainModule, measured: _Measured, mark: Mark) -> list[Learni
 
 def _extreme(module: TrainModule, judged: float | None) -> bool:
     """Whether a step with this loss is skipped because it is extreme."""
-    return judged is not None and module.skips_extreme and module.losses.extreme(judged)
+    return judged is not None and is_extreme(module, judged, _losses_of(module))
 
 
 def _record_loss(module: TrainModule, measured: _Measured, *, skipped: bool) -> None:
@@ -283,13 +283,9 @@ def _add_losses(module: TrainModule, taken: _Taken, losses: Mapping[str, Tensor]
     essential = [each.detach() for source, each in losses.items() if source not in module.isolated_seeds]
     part = torch.stack(essential).sum() * share if essential else torch.zeros_like(loss)
     taken.essential = part if taken.essential is None else taken.essential + part
-    tasks = [each.detach() for source, each in losses.items() if source not in seeds]
-    samples = taken.counted
-    if samples and batch.seed_ids is not None:  # their losses are shares of the mean over the whole batch
-        samples = sum(source not in seeds for source in batch.seed_ids)
-    if samples and tasks:
-        mean = torch.stack(tasks).mean() * taken.counted
-        taken.judged = mean if taken.judged is None else taken.judged + mean
+    judged, samples = judged_sum(losses, batch, taken.counted, seeds)
+    if judged is not None:
+        taken.judged = judged if taken.judged is None else taken.judged + judged
         taken.judged_samples += samples
 
 
@@ -418,5 +414,9 @@ def _check_parameters(module: TrainModule, taken: _Taken, *, skipped: bool) -> b
     module.skip_streak += 1
     if module.skip_streak % module.skips_max:
         return None
+    return parameters_sound(module, _losses_of(module))
+
+
+def _losses_of(module: TrainModule) -> Callable[[Batch], Mapping[str, Tensor]]:
     seeds = module.seeds.topology.training_seeds
-    return parameters_sound(module, lambda batch: checked_losses(module.job, module.model, batch, seeds))
+    return lambda batch: checked_losses(module.job, module.model, batch, seeds)

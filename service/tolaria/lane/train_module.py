@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar, cast
 
@@ -333,6 +334,18 @@ class TrainModule:
         self.clear_gradients()
         self.undone = self._buffers.restore() and self.undone
         self._restore_job(self._kept_job)
+
+    @contextmanager
+    def forward_undone(self) -> Iterator[None]:
+        """Undoes what a forward pass within the block changes, after the microbatches of a step; gradients stay."""
+        rngs, kept_job = capture_rngs(), self._job_state()
+        self._microbatch_buffers.save()
+        try:
+            yield
+        finally:
+            self.undone = self._microbatch_buffers.restore() and self.undone
+            self._restore_job(kept_job)
+            restore_rngs(*rngs)
 
     def save_microbatch(self, *, gradients: bool) -> None:
         """Saves buffers, job and, with `gradients`, these before a microbatch of several, for `discard_microbatch`."""

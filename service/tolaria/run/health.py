@@ -439,9 +439,9 @@ class Health:
 
     def _evidence(self, step: StepDone, alarm: Explosion) -> tuple[int, tuple[tuple[int, int], ...]]:
         """Returns the first step of the evidence, and its batches. Some may be from before this process or restore."""
-        known = len(self._recent)
-        steps = [self._recent[-1 - place] for place in alarm.evidence if place < known]
-        first = step.global_step - alarm.evidence[0] if alarm.evidence[0] >= known else steps[0].global_step
+        known, places = len(self._recent), (*alarm.onset, *alarm.evidence)
+        steps = [self._recent[-1 - place] for place in places if place < known]
+        first = step.global_step - places[0] if places[0] >= known else steps[0].global_step
         return first, tuple(batch for one in steps for batch in batches_of(one))
 
     def _adopt(self, losses: str) -> None:

@@ -49,14 +49,21 @@ ExplosionKind = Literal["fast", "certain", "slow"]
 
 @dataclass(frozen=True, slots=True)
 class Explosion:
-    """An explosion. `evidence` are the losses that prove it, as numbers of losses before the newest, in order of time.
+    """An explosion.
 
-    `limit` is what they exceed.
+    Attributes:
+        kind: the rule that it meets.
+        limit: what the losses of the evidence exceed.
+        evidence: the losses that prove it, as numbers of losses before the newest, in order of time.
+        onset: the losses before those, in the same way, from the first one that was above the window's limit already:
+            they prove nothing, but may have made an explosion that is certain. Eight losses in a row that are not above
+            the limit end it.
     """
 
     kind: ExplosionKind
     limit: float
     evidence: tuple[int, ...]
+    onset: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +158,21 @@ class LossWindow:
     def extreme(self, loss: float) -> bool:
         """Whether a loss is so large that its step is skipped: alone it may ruin an optimizer's averages.
 
-        Only the first of several in a row is extreme; a step that follows it shows whether the parameters are ill.
+        Only the first of several in a row is extreme; see `extreme_again` for the next ones.
         """
-        if len(self._sorted) < min(_UNJUDGED, self._size):
-            return False
-        limit = self._limit(EXTREME_SPREADS)
-        if loss <= limit or (self._recent and self._recent[-1] > limit):
+        if not self._far_above(loss) or (self._recent and self._far_above(self._recent[-1])):
             return False
         return len(self._extremes) < _EXTREMES or self._count - self._extremes[0] >= QUARANTINE
+
+    def extreme_again(self, loss: float) -> bool:
+        """Whether a loss is as large directly after a step that was skipped because its loss was extreme.
+
+        If the parameters, which have not changed since, are sound, the data are ill.
+        """
+        return bool(self._extremes) and self._extremes[-1] == self._count and self._far_above(loss)
+
+    def _far_above(self, loss: float) -> bool:
+        return len(self._sorted) >= min(_UNJUDGED, self._size) and loss > self._limit(EXTREME_SPREADS)
 
     def pass_over(self, loss: float) -> None:
         """Adds the loss of a step that was skipped because it is extreme. It never enters the window itself."""
@@ -252,7 +266,17 @@ class LossWindow:
 
     def _alarm(self, kind: ExplosionKind, limit: float, least: int, last: int) -> Explosion | None:
         evidence = self._above(limit, last)
-        return Explosion(kind, limit, evidence) if len(evidence) >= least else None
+        if len(evidence) < least:
+            return None
+        return Explosion(kind, limit, evidence, self._onset(evidence[0]) if kind == "certain" else ())
+
+    def _onset(self, first: int) -> tuple[int, ...]:
+        """Returns the losses before the one with the number `first`, from the one with which the rise began."""
+        begin = first
+        for number in reversed(self._above(self._limit(1.0), len(self._recent))):
+            if begin < number <= begin + _SETTLED:
+                begin = number
+        return tuple(range(begin, first, -1))
 
     def _above(self, limit: float, last: int) -> tuple[int, ...]:
         """Returns which of the last losses are above the limit, as numbers of losses before the newest."""

@@ -348,3 +348,52 @@ def test_a_job_announces_a_changed_task() -> None:
     assert not module.losses.full
     (begun,) = module.regimes_begun
     assert (begun.reason, begun.announced) == ("harder pictures", True)
+
+
+class Scaling(Spoiling):
+    """Spoils the listed places by losses that are extreme, and counts the passes with the last good batch."""
+
+    tried = 0
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        losses = dict(self.losses(model, batch))  # type: ignore[arg-type] # TinyJob's are a mapping
+        good = self.module.last_good
+        if good is not None and torch.equal(good.payload[0], batch.payload[0]):
+            self.tried += 1
+        elif self.module.progress.batches - 1 in self.places:
+            losses[HOST] = losses[HOST] * 1e6
+        return losses
+
+
+def trained(module: TrainModule, *, epochs: int = 8) -> int:
+    """Takes the steps of some epochs, and begins the next one; returns how many batches have been read."""
+    for epoch in range(2, epochs + 2):
+        while train_step(module, proceed) is not None:
+            pass
+        module.cursor.begin_epoch(epoch)
+    return module.progress.batches
+
+
+def test_extreme_losses_in_a_row_are_skipped_while_the_parameters_are_sound() -> None:
+    """The last good batch tells, in a pass that changes nothing; one fewer than `health.skips_max` in a row."""
+    module = new_module(sections=HEALTH)
+    read = trained(module)
+    scaling = Scaling(module, read + 2, read + 3, read + 4)
+    taken(module), taken(module)
+    before = weights(module)
+    assert [taken(module).skipped for _ in range(2)] == [True, True]
+    assert equal(weights(module), before)
+    assert [taken(module).skipped for _ in range(2)] == [False, False]
+    assert scaling.tried == 1
+
+
+def test_ill_parameters_are_not_hidden_by_skipped_steps() -> None:
+    """If the last good batch has a high loss too, the step is taken, and health sees its loss."""
+    module = new_module(sections=HEALTH)
+    trained(module)
+    scaling = Scaling(module)
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            parameter.mul_(1e4)
+    assert [taken(module).skipped for _ in range(2)] == [True, False]
+    assert scaling.tried == 1

@@ -261,7 +261,7 @@ async def test_an_epoch_repaired_by_a_rollback_is_not_a_failed_one() -> None:
     """Spikes that rollbacks undo do not count towards the streak of failed epochs; they have a separate budget."""
     options = {"corrupted": [[epoch, place] for epoch in (3, 6, 9, 12) for place in (3, 4)], "factor": 1e4}
     rollback = {"every_steps": 2, "fast_budget_s": 10.0, "automatic_max": 9, "per_steps": 5}
-    sections: dict[str, object] = {"rollback": rollback}
+    sections: dict[str, object] = {"rollback": rollback, "health": {"skip_extreme": False}}
     run = new_run(FakePeers(), job="CorruptedDataJob", epochs=14, options=options, sections=sections)
     async with running(run):
         await run.until(lambda: run.state in {"FINISHED", "HALTED"})

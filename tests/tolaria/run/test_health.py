@@ -87,6 +87,16 @@ def test_an_explosion_retreats_to_before_its_evidence() -> None:
     assert run.health.end_retreat() == ((1, 101), (1, 102), (1, 103))
 
 
+def test_the_batches_that_led_to_a_certain_explosion_are_left_out() -> None:
+    """Their losses were high, but not high enough to be certain; without them training would be ruined again."""
+    run = Trained()
+    assert run.train(1.02, QUIET, 1.03) == []
+    verdict = run.explode()
+    assert isinstance(verdict, Retreat)
+    assert verdict.evidence_step == 101
+    assert verdict.batches == tuple((1, place) for place in range(101, 106))
+
+
 def test_the_gradient_norm_of_a_finite_step_gives_no_verdict() -> None:
     """PCGrad, clipping and conflicting tasks make it jump."""
     run = Trained()

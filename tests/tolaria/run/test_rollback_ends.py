@@ -170,7 +170,8 @@ async def test_the_default_target_is_the_newest_proven_restore_point() -> None:
 
 async def test_the_log_names_the_skipped_batches() -> None:
     """By epoch and place in the epoch, with the number of all skipped batches."""
-    sections: dict[str, object] = {"rollback": {"automatic": True, "every_steps": 2, "fast_budget_s": 10.0}}
+    rollback = {"automatic": True, "every_steps": 2, "fast_budget_s": 10.0}
+    sections: dict[str, object] = {"rollback": rollback, "health": {"skip_extreme": False}}
     options = {"corrupted": [[3, 4], [3, 5]], "factor": 1e4}
     run = new_run(FakePeers(), job="CorruptedDataJob", sections=sections, epochs=4, options=options)
     with capture_logs() as logs:

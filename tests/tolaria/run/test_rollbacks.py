@@ -34,9 +34,9 @@ AUTOMATIC = {"automatic": True, "every_steps": 2, "fast_budget_s": 10.0}
 
 
 def spoiled_run(*places: tuple[int, int], by: float = 1e4, **rollback: object) -> RunUnderTest:
-    """Returns a run of six epochs whose batches at these (epoch, place) are spoiled."""
+    """Returns a run of six epochs whose batches at these (epoch, place) are spoiled, and trained with."""
     options = {"corrupted": [list(place) for place in places], "factor": by}
-    sections: dict[str, object] = {"rollback": {**AUTOMATIC, **rollback}}
+    sections: dict[str, object] = {"rollback": {**AUTOMATIC, **rollback}, "health": {"skip_extreme": False}}
     return new_run(FakePeers(), job="CorruptedDataJob", sections=sections, epochs=6, options=options)
 
 
@@ -58,10 +58,7 @@ def value(run: RunUnderTest, name: str, **labels: str) -> float | None:
 
 
 async def test_a_spike_is_undone_and_its_batch_is_skipped() -> None:
-    """An automatic rollback skips the batches and cuts the rate for some steps; the run finishes with a good loss.
-
-    Of two in a row: the step of a single extreme loss is skipped.
-    """
+    """An automatic rollback skips the batches and cuts the rate for some steps; the run finishes with a good loss."""
     run = await finished(spoiled_run((3, 4), (3, 5), lr_cut_steps=3))
     assert run.state == "FINISHED"
     assert run.module.skipped.added >= {(3, 4), (3, 5)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import anyio
 import pytest
+import torch
 
 from leyline.v1.commands_pb2 import AdaptationCommand
 from leyline.v1.enums_pb2 import CIRCUIT_STATE_OPEN, COMMAND_ROLLBACK, ROLLBACK_TIER_FULL
@@ -65,6 +66,32 @@ async def test_finite_losses_can_be_trusted(skip_extreme: bool, skipped: int, au
     )
     assert (run.state, run.status.rollbacks, run.status.skipped_steps) == ("FINISHED", 0, skipped)
     assert run.module.global_step == 6 * 8 - skipped
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+@pytest.mark.parametrize("count", [2, 6, 7])
+async def test_a_corrupted_shard_is_skipped_while_the_parameters_are_sound(count: int, automatic: bool) -> None:
+    """Batches in a row whose losses are extreme change the model as little as ones that are not finite."""
+    weights = []
+    for factor in (1e4, float("nan")):
+        options = {"corrupted": [list(place) for place in consecutive(26, count)], "factor": factor}
+        sections: dict[str, object] = {"rollback": {"automatic": automatic}}
+        run = await finished(new_run(FakePeers(), job="CorruptedDataJob", sections=sections, epochs=6, options=options))
+        assert (run.state, run.status.rollbacks, run.status.skipped_steps) == ("FINISHED", 0, count)
+        weights.append(list(run.module.model.parameters()))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*weights, strict=True))
+
+
+async def test_a_longer_shard_is_undone_and_left_out() -> None:
+    """After `health.skips_max` - 1 skipped steps one is trained with; without a rollback it would ruin the run."""
+    shard = consecutive(34, 10)
+    options = {"corrupted": [list(place) for place in shard], "factor": 1e4}
+    sections: dict[str, object] = {"rollback": {"every_steps": 2, "fast_budget_s": 10.0}}
+    run = await finished(new_run(FakePeers(), job="CorruptedDataJob", sections=sections, epochs=8, options=options))
+    assert (run.state, run.status.rollbacks) == ("FINISHED", 1)
+    assert run.module.skipped.added >= set(shard[:8])
+    assert run.status.last_epoch is not None
+    assert run.status.last_epoch.evaluation.loss < 10.0
 
 
 @pytest.mark.parametrize("automatic", [True, False])

@@ -57,6 +57,32 @@ def test_the_evidence_is_counted_back_from_the_newest() -> None:
     assert found.limit == pytest.approx(1.15, abs=0.01)
 
 
+def test_losses_that_led_to_a_certain_explosion_are_its_onset() -> None:
+    """From the first one above the limit on, one whose step was skipped among them; eight quiet ones end it."""
+    made = window([1.0] * 40)
+    for loss in (3.0, *[1.0] * 8):
+        assert made.add(loss) is None
+    made.pass_over(50.0)
+    for loss in (60.0, 1.0, 70.0, 1e6):
+        assert made.add(loss) is None
+    found = made.add(1e6)
+    assert found is not None
+    assert (found.kind, found.evidence, found.onset) == ("certain", (1, 0), (5, 4, 3, 2))
+
+
+def test_directly_after_a_skipped_step_others_are_extreme_too() -> None:
+    """Not after one that was trained with, which may have changed the parameters."""
+    made = window()
+    assert not made.extreme_again(1e6)
+    assert made.extreme(1e6)
+    made.pass_over(1e6)
+    assert not made.extreme(1e6)
+    assert made.extreme_again(1e6)
+    assert not made.extreme_again(1.2)
+    made.add(1e6)
+    assert not made.extreme_again(1e6)
+
+
 def test_until_the_window_is_full_only_a_certain_explosion_is_one() -> None:
     """The spread is at least the magnitude of the top then."""
     assert alarms(window(LEVEL[:255]), [2.0] * 8) == [""] * 8

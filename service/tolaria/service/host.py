@@ -31,6 +31,7 @@ from tolaria.service.listeners import Listeners
 from tolaria.service.notify import Notifier
 from tolaria.service.readiness import ADMIN_SERVICE, publish_health, publish_phase, readiness, watch_disk
 from tolaria.service.wiring import Core, Foundation, RunService, new_ledger, new_run
+from tolaria.status_page.site import StatusPage
 from tolaria.telemetry.exporter import exporter
 
 # Shares of service.drain_timeout_s: the lane's step, RPCs in flight, child processes, the journal, calls to peers, and
@@ -54,6 +55,14 @@ class Host:
         self._drain_until_s = math.inf
         self._drained = anyio.Event()
         self._closing = anyio.Event()
+        served = self._settings.metrics
+        self._page = StatusPage(
+            self._core.page_parts(),
+            self._core.journal,
+            foundation.metrics,
+            closing=self._closing,
+            viewers_max=min(served.viewers_max, served.connections_max // 2),
+        )
         self._refused: TolariaError | None = None
         self.ending: RunOutcome | None = None
         """How the run left this process; None until then."""
@@ -103,6 +112,7 @@ class Host:
             # A lane of this process starts after every child process: it forks when the job does.
             await tasks.start(watch_process, self._settings, self._foundation.board, core.heartbeats)
             tasks.start_soon(watch_disk, core)
+            tasks.start_soon(self._page.follow_journal)
             tasks.start_soon(self._notifier.serve, self._in_one_line)
             try:
                 built = await service.open(core)
@@ -175,7 +185,7 @@ class Host:
     def _exporter(self) -> AbstractAsyncContextManager[None]:
         core, listeners = self._core, self._listeners
         metrics, guard = self._foundation.metrics, listeners.protection.guard
-        return exporter(listeners.metrics, metrics, lambda: readiness(core), guard)
+        return exporter(listeners.metrics, metrics, lambda: readiness(core), guard, self._page.routes())
 
     def _admin_server(self, service: RunService, operations: TaskGroup) -> AbstractAsyncContextManager[GrpcServer]:
         settings, core = self._settings, self._core

@@ -61,6 +61,7 @@ class WebGuard:
     async def serving(self, application: web.Application, sockets: Sequence[socket.socket]) -> AsyncIterator[None]:
         """Serves the application on listening sockets, which it closes, until the context exits."""
         application.middlewares.append(self._guarded)
+        application.on_response_prepare.append(self._add_headers)
         # A request in flight at the exit has a second to complete.
         runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0, keepalive_timeout=SILENT_S)
         await runner.setup()
@@ -112,9 +113,15 @@ class WebGuard:
             except web.HTTPException as error:  # 404, 405
                 response = error
         self._metrics.metrics_requests_total.labels(name, str(response.status)).inc()
-        if self._config is not None:
-            response.headers.update(self._config.value.headers)
         return await _sent(request, response)
+
+    async def _add_headers(self, _request: web.Request, response: web.StreamResponse) -> None:
+        """Adds the headers of the web config. Of two policies for content a browser obeys both."""
+        for name, value in {} if self._config is None else self._config.value.headers.items():
+            if name == "Content-Security-Policy":
+                response.headers.add(name, value)
+            else:
+                response.headers[name] = value
 
     async def _paced(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Has the metrics rendered when there has been a pause; a scraper that asks now and then never waits."""
@@ -209,7 +216,7 @@ def _credentials(header: str) -> tuple[str, bytes]:
 
 
 def _unauthorized() -> web.Response:
-    return web.Response(status=401, text="Unauthorized\n", headers={"WWW-Authenticate": "Basic"})
+    return web.Response(status=401, text="Unauthorized\n", headers={"WWW-Authenticate": 'Basic realm="tolaria"'})
 
 
 async def _sent(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:

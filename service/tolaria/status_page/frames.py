@@ -13,6 +13,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Final
 
+import anyio
+import anyio.lowlevel
+
 from tolaria.status_page.curves import Curve, EncodedCurve
 from tolaria.status_page.sections import Section
 
@@ -27,19 +30,19 @@ class Frames:
     """Renders the frames of one run. Used on the event loop only; nothing is rendered unless a viewer asks.
 
     Args:
-        collect: returns all sections by name.
+        builders: each builds a section, by name.
         curves: the curves by name; more may come.
         clock: monotonic seconds.
     """
 
     def __init__(
         self,
-        collect: Callable[[], Mapping[str, Section]],
+        builders: Mapping[str, Callable[[], Section]],
         curves: Mapping[str, Curve],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._collect = collect
+        self._builders = builders
         self._curves = curves
         self._clock = clock
         self._process = secrets.token_hex(6)
@@ -49,21 +52,32 @@ class Frames:
         self._latest: deque[bytes] = deque(maxlen=FRAMES_MAX)
         self._full = b""
         self._rendered_s = -INTERVAL_S
+        self._rendering = anyio.Lock()
         self.number = 0
         """Number of the newest frame."""
 
-    def refresh(self, *, at_once: bool = False) -> None:
-        """Renders a frame if the newest one is old enough, or `at_once`, and something has changed."""
-        now_s = self._clock()
-        if not at_once and now_s - self._rendered_s < INTERVAL_S:
-            return
-        self._rendered_s = now_s
-        changed = self._changed_sections()
-        curves = self._changed_curves()
-        if changed or curves:
-            self.number += 1
-            self._full = b""
-            self._latest.append(self._event("update", changed, curves))
+    async def refresh(self, *, at_once: bool = False) -> None:
+        """Renders a frame if the newest one is old enough, or `at_once`, and something has changed.
+
+        The event loop does other work between two sections.
+        """
+        async with self._rendering:
+            now_s = self._clock()
+            if not at_once and now_s - self._rendered_s < INTERVAL_S:
+                return
+            self._rendered_s = now_s
+            changed = {}
+            for name, build in self._builders.items():
+                text = json.dumps(build(), separators=(",", ":"))
+                if text != self._texts.get(name):
+                    changed[name] = text
+                await anyio.lowlevel.checkpoint()
+            curves = self._changed_curves()
+            if changed or curves:
+                self._texts |= changed
+                self.number += 1
+                self._full = b""
+                self._latest.append(self._event("update", changed, curves))
 
     def after(self, number: int) -> bytes:
         """Returns the frames after that of a number; a full one if they are not kept any more."""
@@ -83,12 +97,6 @@ class Frames:
         """Returns the number in the id of an event, as Last-Event-ID has it; -1 for one of another process."""
         process, _, number = event_id.partition(".")
         return int(number) if process == self._process and number.isdecimal() and len(number) < 20 else -1
-
-    def _changed_sections(self) -> dict[str, str]:
-        texts = {name: json.dumps(value, separators=(",", ":")) for name, value in self._collect().items()}
-        changed = {name: text for name, text in texts.items() if self._texts.get(name) != text}
-        self._texts = texts
-        return changed
 
     def _changed_curves(self) -> dict[str, str]:
         for name, curve in self._curves.items():

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from leyline.v1 import enums_pb2 as enums
-from leyline.v1.admin_service_pb2 import GetStatusResponse, RunState
 from leyline.v1.enums_pb2 import CircuitBreakerState, HealthStatus
 from tolaria import __version__
 from tolaria.config import Settings
+from tolaria.emergency.protocol import level_name
 from tolaria.journal.rows import CheckpointRow, Incident
 from tolaria.rollback.protocol import tier_name
 from tolaria.run.checkpointing import Checkpointing
@@ -21,9 +20,12 @@ from tolaria.run.health import Health
 from tolaria.run.restore_points import RestorePoint, RestorePoints
 from tolaria.run.safety import Safety
 from tolaria.run.seed_telemetry import stage_name
-from tolaria.run.status import RunStatus, status_message
+from tolaria.run.status import RunStatus, phase_of, quantile, state_name, state_of
 from tolaria.status_page.history import RunHistory
 from tolaria.status_page.seed_timeline import SeedTrack
+from tolaria.values.evaluation import RESERVED
+from tolaria.values.optimization import ActiveAdjustment
+from tolaria.values.training import RankInfo, RankLoad
 
 Section: TypeAlias = "dict[str, Any] | list[dict[str, Any]]"
 
@@ -57,106 +59,134 @@ class JournalRows:
 
 
 class Sections:
-    """Collects the sections. Used on the event loop only."""
+    """Builds the sections. Used on the event loop only."""
 
     def __init__(self, parts: PageParts) -> None:
         self._parts = parts
         self.rows = JournalRows()
-
-    def collect(self) -> dict[str, Section]:
-        """Returns all sections by name. What changes all the time is in `clock`."""
-        parts = self._parts
-        status, message = parts.status, status_message(parts.status, now_s=time.monotonic())
-        parts.safety.add_to(message)
-        sections: dict[str, Section] = {
-            "run": self._run(),
-            "state": self._state(message),
-            "clock": {"now_ms": time.time_ns() // _NS_PER_MS, "uptime_s": message.uptime_s, "phase_s": message.phase_s},
-            "boundary": self._boundary(message),
-            "breakers": [
-                {"name": name, "state": _word(CircuitBreakerState.Name(state), "CIRCUIT_STATE_")}
-                for name, state in sorted(message.breakers.items())
-            ],
-            "rates": _rates(message),
-            "figures": _figures(message),
-            "seeds": [_seed(track, status) for track in parts.history.seeds.tracks.values()],
-            "marks": [
-                {
-                    "kind": mark.kind,
-                    "left": mark.left_step,
-                    "restored": mark.restored_step,
-                    "at_ms": mark.at_ns // _NS_PER_MS,
-                    "reason": shortened(mark.reason),
-                }
-                for mark in parts.history.marks
-            ],
-            "incidents": self._incidents(),
-            "points": self._points(),
-            "ranks": _ranks(message),
+        self.builders: Mapping[str, Callable[[], Section]] = {
+            "run": self._run,
+            "state": self._state,
+            "clock": self._clock,
+            "boundary": self._boundary,
+            "breakers": self._breakers,
+            "rates": self._rates,
+            "figures": self._figures,
+            "seeds": self._seeds,
+            "marks": self._marks,
+            "incidents": self._incidents,
+            "points": self._points,
+            "ranks": self._ranks,
         }
-        return sections
+        """Each builds a section, far within the 5 ms for which the event loop may be blocked. `clock` has what changes
+        all the time."""
 
     def _run(self) -> Section:
-        training, history = self._parts.settings.training, self._parts.history
+        parts, training = self._parts, self._parts.settings.training
         return {
             "name": shortened(training.run_name),
             "job": shortened(training.job),
-            "id": self._parts.status.run_id,
+            "id": parts.status.run_id,
             "experiment": shortened(training.experiment),
             "tags": {shortened(name): shortened(value) for name, value in training.tags.items()},
             "version": __version__,
-            "device": history.device,
-            "epochs": self._parts.status.epochs,
-            "first_step": history.first_step,
-            "controlled": self._parts.settings.control.enabled,
+            "device": parts.history.device,
+            "epochs": parts.status.epochs,
+            "first_step": parts.history.first_step,
+            "controlled": parts.settings.control.enabled,
         }
 
-    def _state(self, message: GetStatusResponse) -> Section:
+    def _state(self) -> Section:
         parts, status = self._parts, self._parts.status
-        health = health_of(
-            status,
-            parts.safety.conditions(
-                checkpoints_failing=parts.checkpointing.failing, skipped_streak=parts.health.skip_streak
-            ),
-        )
+        failing, streak = parts.checkpointing.failing, parts.health.skip_streak
+        conditions = parts.safety.conditions(checkpoints_failing=failing, skipped_streak=streak)
+        health = health_of(status, conditions)
+        state, reason = state_of(status)
         return {
-            "state": _word(RunState.Name(message.state), "RUN_STATE_"),
-            "reason": shortened(message.state_reason),
+            "state": state_name(state),
+            "reason": shortened(reason),
             "health": _word(HealthStatus.Name(health.status), "HEALTH_STATUS_"),
             "summary": shortened(health.summary),
-            "emergency": _word(enums.EmergencyLevel.Name(message.emergency_level), "EMERGENCY_LEVEL_"),
-            "conservative": [shortened(reason) for reason in message.conservative_reasons],
-            "phase": message.phase,
-            "epoch": message.epoch,
-            "epoch_step": message.epoch_step,
-            "steps_per_epoch": message.steps_per_epoch,
-            "step": message.global_step,
-            "best_step": message.best_step,
-            "samples_per_s": _figure(message.samples_per_s),
+            "emergency": level_name(conditions.emergency_level) if conditions.emergency_level else "",
+            "conservative": [shortened(each) for each in conditions.conservative_reasons],
+            "phase": phase_of(status)[0],
+            "epoch": status.epoch,
+            "epoch_step": status.sums.steps + status.sums.skipped_steps,
+            "steps_per_epoch": status.steps_per_epoch,
+            "step": status.global_step,
+            "best_step": status.best_step,
+            "samples_per_s": _figure(status.sums.samples_per_s),
             "loss": _figure(status.sums.loss if status.sums.steps else status.training_loss),
             "validation_loss": _figure(status.validation_loss),
             "accuracy": _figure(status.validation_accuracy),
-            "skipped": message.skipped_steps,
-            "rollbacks": message.rollbacks,
-            "attempt": message.attempt,
+            "skipped": status.skipped_steps,
+            "rollbacks": status.rollbacks,
+            "attempt": status.attempt,
             "proven_step": status.newest_proven_step,
             "no_snapshots": shortened(status.snapshots_unavailable),
-            "tamiyo": shortened(message.tamiyo_answer),
-            "kasmina": shortened(message.kasmina_answer),
-            "accepted": message.commands_accepted,
-            "rejected": message.commands_rejected,
+            "tamiyo": shortened(status.tamiyo_answer),
+            "kasmina": shortened(status.kasmina_answer),
+            "accepted": status.commands_accepted,
+            "rejected": status.commands_rejected,
         }
 
-    def _boundary(self, message: GetStatusResponse) -> Section:
-        settings = self._parts.settings
+    def _clock(self) -> Section:
+        uptime_s = time.monotonic() - self._parts.status.started_at_s
+        phase_s = phase_of(self._parts.status)[1]
+        return {
+            "now_ms": time.time_ns() // _NS_PER_MS,
+            "uptime_s": round(uptime_s, 1),
+            "phase_s": round(phase_s, 1),
+        }
+
+    def _boundary(self) -> Section:
+        settings, status = self._parts.settings, self._parts.status
         waits = settings.training.deterministic or not settings.control.enabled
+        ordered = sorted(status.boundaries_ms)
         return {
             "budget_ms": None if waits else settings.control.boundary_budget_ms,
-            "last_ms": _figure(message.last_boundary_ms),
-            "p50_ms": _figure(message.boundary_ms_p50),
-            "p99_ms": _figure(message.boundary_ms_p99),
-            "over": message.boundaries_over_budget,
+            "last_ms": status.boundaries_ms[-1] if ordered else None,
+            "p50_ms": quantile(ordered, 0.50),
+            "p99_ms": quantile(ordered, 0.99),
+            "over": status.boundaries_over_budget,
         }
+
+    def _breakers(self) -> Section:
+        return [
+            {"name": name, "state": _word(CircuitBreakerState.Name(breaker.state), "CIRCUIT_STATE_")}
+            for name, breaker in sorted(self._parts.safety.safeguards.breakers.items())
+        ]
+
+    def _rates(self) -> Section:
+        status = self._parts.status
+        current = {shortened(group): _figure(rate) for group, rate in list(status.learning_rates.items())[:ROWS_MAX]}
+        adjustments = [_adjustment(active) for active in status.adjustments[-ROWS_MAX:]]
+        return {"current": current, "total": len(status.learning_rates), "adjustments": adjustments}
+
+    def _figures(self) -> Section:
+        """The latest figures that the job names, of evaluations and of steps."""
+        last = self._parts.status.last_epoch
+        found = {} if last is None else last.evaluation.figures()
+        own = {name: value for name, value in found.items() if name not in RESERVED}
+        return {"evaluation": _by_name(own), "step": _by_name(self._parts.status.logged)}
+
+    def _seeds(self) -> Section:
+        status = self._parts.status
+        refusals = dict(status.refusals)
+        tracks = self._parts.history.seeds.tracks.values()
+        return [_seed(track, status.global_step, refusals.get(track.seed_id, "")) for track in tracks]
+
+    def _marks(self) -> Section:
+        return [
+            {
+                "kind": mark.kind,
+                "left": mark.left_step,
+                "restored": mark.restored_step,
+                "at_ms": mark.at_ns // _NS_PER_MS,
+                "reason": shortened(mark.reason),
+            }
+            for mark in self._parts.history.marks
+        ]
 
     def _incidents(self) -> Section:
         rows = [
@@ -175,6 +205,13 @@ class Sections:
         points = self._parts.points.of(self._parts.status.snapshots, self.rows.checkpoints)
         return {"rows": [_point(point) for point in points[:ROWS_MAX]], "total": len(points)}
 
+    def _ranks(self) -> Section:
+        status = self._parts.status
+        loads = status.last_epoch.rank_loads if status.last_epoch is not None else ()
+        known = len(loads) == len(status.ranks)  # else the group has another size now, or is one process
+        shown = [_rank(info, loads[info.rank] if known else None) for info in status.ranks[:ROWS_MAX]]
+        return {"rows": shown, "total": len(status.ranks)}
+
 
 def shortened(text: str) -> str:
     """Returns a text of at most 300 characters, whose end says that there was more."""
@@ -190,45 +227,35 @@ def _figure(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _rates(message: GetStatusResponse) -> Section:
-    adjustments = [
-        {
-            "group": shortened(each.group),
-            "change": f"factor {each.factor:g}" if each.HasField("factor") else f"value {each.value:g}",
-            "origin": shortened(each.origin),
-            "reason": shortened(each.reason),
-            "from": each.from_step,
-            "until": each.expires_at_step or None,
-        }
-        for each in list(message.adjustments)[-ROWS_MAX:]
-    ]
-    current = {shortened(group): _figure(rate) for group, rate in message.learning_rates.items()}
-    return {"current": current, "adjustments": adjustments}
-
-
-def _figures(message: GetStatusResponse) -> Section:
-    """Returns the latest figures that the job names, of evaluations and of steps."""
-    own = {name: value for name, value in message.validation_metrics.items() if name not in {"loss", "accuracy"}}
-    return {"evaluation": _by_name(own), "step": _by_name(message.logged)}
+def _adjustment(active: ActiveAdjustment) -> dict[str, Any]:
+    adjustment = active.adjustment
+    factor, lasts = adjustment.factor, adjustment.expires_after_steps
+    return {
+        "group": shortened(adjustment.group or ""),
+        "change": f"factor {factor:g}" if factor is not None else f"value {adjustment.value:g}",
+        "origin": shortened(adjustment.origin),
+        "reason": shortened(adjustment.reason),
+        "from": active.at_step,
+        "until": None if lasts is None else active.at_step + lasts,
+    }
 
 
 def _by_name(figures: Mapping[str, float]) -> dict[str, float | None]:
     return {shortened(name): _figure(value) for name, value in sorted(figures.items())}
 
 
-def _seed(track: SeedTrack, status: RunStatus) -> dict[str, Any]:
+def _seed(track: SeedTrack, step: int, refused: str) -> dict[str, Any]:
     state = track.state
-    refused = dict(status.refusals).get(track.seed_id, "")
     return {
         "id": shortened(track.seed_id),
         "blueprint": shortened(track.blueprint),
         "slot": shortened(track.slot),
         "stage": "" if state is None else stage_name(state.stage),
-        "alpha": None if state is None else round(track.current_alpha(status.global_step), 4),
+        "alpha": None if state is None else round(track.current_alpha(step), 4),
         "share": None if state is None or "share" not in state.metrics else round(state.metrics["share"], 3),
         "refused": shortened(refused),
         "spans": [[span.stage, span.begin, span.end] for span in track.spans],
-        "alphas": [[point.last, round(point.mean, 4)] for point in track.alpha.points],
+        "alphas": [[point.last, round(point.mean, 3)] for point in track.alpha.points],
     }
 
 
@@ -247,19 +274,14 @@ def _point(point: RestorePoint) -> dict[str, Any]:
     }
 
 
-def _ranks(message: GetStatusResponse) -> Section:
-    ranks: Iterable[Any] = list(message.ranks)[:ROWS_MAX]
-    rows = [
-        {
-            "rank": rank.rank,
-            "node": rank.node,
-            "host": shortened(rank.host),
-            "pid": rank.pid,
-            "device": rank.device,
-            "input_wait_s": _figure(rank.input_wait_s),
-            "rank_wait_s": _figure(rank.rank_wait_s),
-            "memory": rank.memory_bytes,
-        }
-        for rank in ranks
-    ]
-    return {"rows": rows, "total": len(message.ranks)}
+def _rank(info: RankInfo, load: RankLoad | None) -> dict[str, Any]:
+    return {
+        "rank": info.rank,
+        "node": info.node,
+        "host": shortened(info.host),
+        "pid": info.pid,
+        "device": info.device,
+        "input_wait_s": None if load is None else load.input_wait_s,
+        "rank_wait_s": None if load is None else load.rank_wait_s,
+        "memory": None if load is None else load.memory_bytes,
+    }

@@ -14,10 +14,10 @@ from tolaria.values.seeds import alpha_at, declared_ramp
 SEEDS_MAX: Final = 64
 """Seeds that are remembered: beyond it, those that have been gone for the longest time are forgotten."""
 
-STAGES_MAX: Final = 32
+STAGES_MAX: Final = 16
 """Stages of one seed that are remembered, the latest ones."""
 
-_ALPHA_POINTS: Final = 48
+_ALPHA_POINTS: Final = 32
 
 
 @dataclass(slots=True)

@@ -73,7 +73,7 @@ class StatusPage:
         self, parts: PageParts, journal: AsyncJournal, metrics: Metrics, *, closing: anyio.Event, viewers_max: int
     ) -> None:
         self._sections = Sections(parts)
-        self.frames = Frames(self._sections.collect, parts.history.curves)
+        self.frames = Frames(self._sections.builders, parts.history.curves)
         self._history: RunHistory = parts.history
         self._journal = journal
         self._metrics = metrics
@@ -166,7 +166,7 @@ class StatusPage:
         first, taken_s = f"retry: {RETRY_MS}\n\n".encode(), anyio.current_time()
         while request.transport is not None:
             last = self._closing.is_set()
-            frames.refresh(at_once=last)
+            await frames.refresh(at_once=last)
             if request.transport.get_write_buffer_size() == 0:  # the viewer has taken the frame before
                 data = first + frames.after(seen) + (_END if last else b"")
                 first, seen = b"", frames.number

@@ -29,7 +29,7 @@ function logTicks(low, high) {
 
 export function compact(step) {
   if (step >= 1e6) return `${Number((step / 1e6).toPrecision(4))}M`;
-  return step >= 1e4 ? `${Number((step / 1e3).toPrecision(4))}k` : String(step);
+  return step >= 1e4 ? `${Number((step / 1e3).toPrecision(4))}k` : whole(step);
 }
 
 // Steps that all charts and the timeline share.
@@ -57,11 +57,12 @@ export class Chart {
 
   show(curves, data) {
     this.data = data;
-    this.lines = this.spec.series().map(([key, name, tone]) => ({ name, tone, points: curves.get(key) ?? [] }));
+    this.lines = this.spec.series().map(([key, name, tone, goesOn = true]) =>
+      ({ name, tone, goesOn, points: curves.get(key) ?? [] }));
     this.lines = this.lines.filter(({ points }) => points.length > 0);
     const note = this.spec.note?.() ?? "";
     const limit = this.spec.limit?.() ?? null;
-    const drawn = JSON.stringify([this.lines.map(({ name, points }) => [name, points.length, points.at(-1)]),
+    const drawn = JSON.stringify([this.lines.map(({ name, goesOn, points }) => [name, goesOn, points.length, points.at(-1)]),
       stepRange(data), data.marks.length, data.marks.at(-1), note, limit]);
     if (drawn !== this.drawn) {
       this.drawn = drawn;
@@ -71,7 +72,7 @@ export class Chart {
 
   #draw() {
     this.width = Math.max(200, this.plot.clientWidth);
-    const latest = this.lines.map(({ name, tone, points }) => element("span", { class: `key tone-${tone}` },
+    const latest = this.lines.filter(({ goesOn }) => goesOn).map(({ name, tone, points }) => element("span", { class: `key tone-${tone}` },
       element("span", { class: "swatch", "aria-hidden": "true" }), `${name} `,
       element("strong", { class: "number" }, this.#value(points.at(-1)[4]))));
     const note = this.spec.note?.() ?? "";
@@ -157,7 +158,7 @@ export class Chart {
       shape("text", { class: "tick limit-text", x: this.width - MARGIN.right, y: at - 4, "text-anchor": "end" }, text)];
   }
 
-  #line({ tone, points }) {
+  #line({ tone, goesOn, points }) {
     const { x, y } = this.scale;
     const middle = ([begin, end]) => x((begin + end) / 2);
     const upper = points.map((point) => `${middle(point).toFixed(1)} ${y(point[3]).toFixed(1)}`);
@@ -167,7 +168,7 @@ export class Chart {
       if (place === 0) return `M${across} ${up}`;
       return this.spec.stepped ? `H${across} V${up}` : `L${across} ${up}`;
     });
-    if (this.spec.stepped) path.push(`H${x(this.scale.last).toFixed(1)}`);
+    if (this.spec.stepped && goesOn) path.push(`H${x(this.scale.last).toFixed(1)}`);
     const spread = points.some((point) => point[2] !== point[3]);
     return [
       spread ? shape("path", { class: `band tone-${tone}`, d: `M${[...upper, ...lower].join(" L")} Z` }) : null,

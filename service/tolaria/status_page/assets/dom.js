@@ -16,9 +16,11 @@ function filled(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (value !== null && value !== undefined && value !== false) node.setAttribute(name, String(value));
   }
-  node.append(...children.filter((child) => child !== null && child !== undefined));
+  node.append(...present(children));
   return node;
 }
+
+const present = (children) => children.filter((child) => child !== null && child !== undefined);
 
 export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
@@ -29,7 +31,7 @@ export function replaceContent(node, ...children) {
   const kept = new Map([...node.querySelectorAll("[data-key]")].map((it) => [it.dataset.key, it]));
   const focused = document.activeElement?.closest?.("[data-key]")?.dataset.key;
   const scrolled = new Map([...kept].map(([key, it]) => [key, it.scrollTop]));
-  node.replaceChildren(...children);
+  node.replaceChildren(...present(children));
   for (const it of node.querySelectorAll("[data-key]")) {
     if (kept.get(it.dataset.key)?.open) it.open = true;
     it.scrollTop = scrolled.get(it.dataset.key) ?? 0;
@@ -55,8 +57,8 @@ export function figure(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e6 || size < 1e-3) return value.toExponential(Math.max(0, digits - 2)).replace(/\.?0+e/, "e");
-  return size >= 1e4 ? WHOLE.format(Math.round(value)) : String(Number(value.toPrecision(digits)));
+  if (size >= 1e6 || size < 1e-4) return value.toExponential(Math.max(0, digits - 2)).replace(/\.?0+e/, "e");
+  return size >= 1e3 ? WHOLE.format(Math.round(value)) : String(Number(value.toPrecision(digits)));
 }
 
 export const percent = (value) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(2)} %`);

@@ -19,7 +19,7 @@ const charts = [
     title: "Validation accuracy", series: () => [["accuracy", "accuracy", "c"]], percent: true,
   }),
   new Chart(byId("chart-rate"), {
-    title: "Learning rate", series: () => named("rate/"), logScale: true, stepped: true,
+    title: "Learning rate", series: rates, logScale: true, stepped: true,
   }),
   new Chart(byId("chart-boundary"), {
     title: "Epoch boundary, ms", series: () => [["boundary_ms", "delay of training", "d"]],
@@ -28,9 +28,13 @@ const charts = [
   }),
 ];
 
-function named(prefix) {
-  const names = [...curves.keys()].filter((name) => name.startsWith(prefix));
-  return names.map((name, place) => [name, name.slice(prefix.length), "abcdef"[place % 6]]);
+// A group that is gone has a curve that ends.
+function rates() {
+  const keys = [...curves.keys()].filter((key) => key.startsWith("rate/"));
+  return keys.map((key, place) => {
+    const group = key.slice("rate/".length);
+    return [key, group, "abcdef"[place % 6], group in data.rates.current];
+  });
 }
 
 function take(frame, isFull) {

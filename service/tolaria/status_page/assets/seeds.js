@@ -4,7 +4,6 @@ import { compact, stepRange, ticks } from "./charts.js";
 import { element, figure, replaceContent, shape, table, whole } from "./dom.js";
 
 const HEIGHT = 26;
-const AXIS = 18;
 
 export function showSeeds(node, data) {
   if (data.seeds.length === 0) {
@@ -13,7 +12,7 @@ export function showSeeds(node, data) {
   }
   const order = [...data.seeds].sort((one, other) => Number(!one.stage) - Number(!other.stage));
   const list = element("ul", { class: "seeds" }, ...order.map((seed) => row(seed, data)));
-  const axis = element("div", { class: "seed-axis", "aria-hidden": "true" }, element("div"), image(AXIS, data, axisOf(data)));
+  const axis = element("div", { class: "seed-axis", "aria-hidden": "true" }, element("div"), axisOf(data));
   const stages = [...new Set(data.seeds.flatMap((seed) => seed.spans.map(([stage]) => stage)))];
   const legend = element("p", { class: "legend", "aria-hidden": "true" }, ...stages.map((stage) =>
     element("span", { class: "key" }, element("span", { class: `swatch stage-${stage}` }), stage)),
@@ -65,6 +64,10 @@ function markAt(step, height, data) {
 
 function axisOf(data) {
   const [first, last] = stepRange(data);
-  return ticks(first, last, 5).filter(Number.isInteger).map((step) => shape("line", { class: "axis",
-    x1: place(step, data), x2: place(step, data), y1: 0, y2: 5 }, shape("title", {}, compact(step))));
+  const labels = ticks(first, last, 5).filter(Number.isInteger).map((step) => {
+    const label = element("span", {}, compact(step));
+    label.style.left = `${place(step, data) / 10}%`;
+    return label;
+  });
+  return element("div", { class: "ticks number" }, ...labels);
 }

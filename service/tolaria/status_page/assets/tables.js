@@ -65,7 +65,7 @@ function flags(point) {
 
 export function showSafety(node, { breakers, state, rates, boundary, run }) {
   const facts = [
-    ["Emergency", state.emergency === "unspecified" ? "none" : state.emergency],
+    ["Emergency", state.emergency || "none"],
     ["Conservative mode", state.conservative.length ? state.conservative.join(", ") : "off"],
   ];
   if (run.controlled) {
@@ -74,6 +74,8 @@ export function showSafety(node, { breakers, state, rates, boundary, run }) {
       ["Commands", `${whole(state.accepted)} accepted, ${whole(state.rejected)} rejected`]);
   }
   for (const [group, rate] of Object.entries(rates.current)) facts.push([`Rate of ${group}`, figure(rate)]);
+  const others = rates.total - Object.keys(rates.current).length;
+  if (others) facts.push(["Other groups", whole(others)]);
   for (const each of rates.adjustments.slice(-5)) {
     const until = each.until ? ` until step ${whole(each.until)}` : "";
     facts.push([`Adjusted by ${each.origin}`, `${each.change}${each.group ? ` for ${each.group}` : ""}${until}${each.reason ? `: ${each.reason}` : ""}`]);
@@ -86,7 +88,7 @@ export function showSafety(node, { breakers, state, rates, boundary, run }) {
 }
 
 function boundaryText({ last_ms: last, p50_ms: p50, p99_ms: p99, budget_ms: budget }) {
-  if (!last) return "none yet";
+  if (last === null) return "none yet";
   const of = budget === null ? "" : ` of ${figure(budget, 3)}`;
   return `${figure(last, 3)}${of} ms; p50 ${figure(p50, 3)}, p99 ${figure(p99, 3)}`;
 }
@@ -131,7 +133,7 @@ export function showRanks(node, { rows, total }, run) {
     return;
   }
   const cells = rows.map((rank) => [whole(rank.rank), `${rank.host} (machine ${rank.node})`, rank.device, String(rank.pid),
-    duration(rank.input_wait_s ?? 0), duration(rank.rank_wait_s ?? 0), bytes(rank.memory)]);
+    ...(rank.memory === null ? ["–", "–", "–"] : [duration(rank.input_wait_s), duration(rank.rank_wait_s), bytes(rank.memory)])]);
   const more = total > rows.length ? element("p", { class: "muted" }, `${whole(total - rows.length)} more`) : null;
   replaceContent(node, table("Ranks; waits are those of the last epoch",
     ["Rank", "Host", "Device", "Process", "Wait for data", "Wait for ranks", "Memory"], cells, "ranks"), more);

@@ -220,11 +220,13 @@ def _unauthorized() -> web.Response:
 
 
 async def _sent(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
-    """Sends a response; ends the connection of a client that does not take it."""
+    """Sends a response; ends the connection of a client that does not take it. One that has left is no error."""
     try:
         async with asyncio.timeout(SEND_S):
             await response.prepare(request)
             await response.write_eof()
+    except ConnectionError:
+        pass
     except TimeoutError:
         if request.transport is not None:
             request.transport.abort()

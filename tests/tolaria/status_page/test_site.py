@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -177,8 +178,8 @@ async def test_a_viewer_gets_everything_and_then_changes(fast: None) -> None:
             assert (await viewer.event())[0] == "full"
 
 
-async def test_viewers_are_bounded_and_counted(fast: None) -> None:
-    """A further one is refused with the reason, until another has left."""
+async def test_viewers_are_bounded_and_counted(fast: None, caplog: pytest.LogCaptureFixture) -> None:
+    """A further one is refused with the reason, until another has left, which is not worth a line in the log."""
     async with served(viewers_max=2) as under_test:
         async with under_test.viewer() as one, under_test.viewer() as two:
             await one.event()
@@ -190,6 +191,7 @@ async def test_viewers_are_bounded_and_counted(fast: None) -> None:
         with anyio.fail_after(30):
             while under_test.counted("viewers"):
                 await anyio.sleep(0.01)
+        assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
         async with under_test.viewer() as three:
             assert (await three.event())[0] == "full"
 

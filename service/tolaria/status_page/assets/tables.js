@@ -107,7 +107,7 @@ export function showFigures(node, { figures }, curves) {
   });
   const behind = rows.flatMap(([kind, name]) => (curves.get(`${kind}/${name}`) ?? []).map((point) =>
     [name, kind, steps(point), figure(point[2]), figure(point[4]), figure(point[3])]).reverse());
-  replaceContent(node, table("Metrics of the job", ["Metric", "Of", "Latest", "Curve", "Lowest", "Highest"], cells, "figures"),
+  replaceContent(node, table("Latest metrics of the job", ["Metric", "Of", "Latest", "Curve", "Lowest", "Highest"], cells, "figures"),
     element("details", { class: "behind", "data-key": "figures-table" }, element("summary", {}, "Table: metrics of the job by step"),
       table("Metrics of the job by step", ["Metric", "Of", "Steps", "Lowest", "Mean", "Highest"], behind, "table-figures")));
   return true;

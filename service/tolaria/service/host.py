@@ -87,7 +87,13 @@ class Host:
             stack.push_async_callback(self._end_lane)
             # Before the log says so: until now a signal interrupts the event loop.
             signals = stack.enter_context(anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
-            self._log.info("serving", grpc=str(server.address), metrics=self._metrics_address, run_id=status.run_id)
+            self._log.info(
+                "serving",
+                grpc=str(server.address),
+                metrics=self._metrics_address,
+                page=self._page_address(),
+                run_id=status.run_id,
+            )
             await self._train(service, server, signals)
             self._notifier.stopping(self._in_one_line())
             if self._refused is None:
@@ -124,6 +130,11 @@ class Host:
             if not self._settings.service.exit_when_done:
                 await self._drained.wait()
             tasks.cancel_scope.cancel()
+
+    def _page_address(self) -> str:
+        """The address of the status page; empty without one."""
+        scheme = self._listeners.protection.guard.scheme
+        return f"{scheme}://{self._metrics_address}/" if self._page.routes() else ""
 
     def _in_one_line(self) -> str:
         """What the run does, as the service manager shows it."""

@@ -57,6 +57,11 @@ class WebGuard:
         self._passwords = _Passwords()
         self._rested_s = 0.0
 
+    @property
+    def scheme(self) -> str:
+        """The scheme of addresses of this server: https with TLS, else http."""
+        return "http" if self._config is None or self._config.value.context is None else "https"
+
     @asynccontextmanager
     async def serving(self, application: web.Application, sockets: Sequence[socket.socket]) -> AsyncIterator[None]:
         """Serves the application on listening sockets, which it closes, until the context exits."""

@@ -123,7 +123,9 @@ async def scrape(address: str, *, kind: str, seconds: float, connections: int) -
     async with aiohttp.ClientSession(connector=connector) as session, asyncio.TaskGroup() as tasks:
         for _ in range(connections):
             tasks.create_task(scraper(session))
-    print(json.dumps({"answers": answers, "sent": answers.total() - answers["bytes"], "cpu_s": time.process_time() - cpu}))
+    print(
+        json.dumps({"answers": answers, "sent": answers.total() - answers["bytes"], "cpu_s": time.process_time() - cpu})
+    )
 
 
 def cpu_s(pid: int) -> float:

@@ -18,10 +18,13 @@ from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1 import enums_pb2 as enums
 from leyline.v1.seeds_pb2 import AlphaSchedule, SeedState
 from support.runs import FakePeers, RunUnderTest, new_run
+from tolaria.config import ControlSettings
 from tolaria.images import SnapshotInfo
 from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RollbackRow
 from tolaria.lane.messages import StepDone
 from tolaria.rollback.protocol import Rollback
+from tolaria.security.watched import WatchedFiles
+from tolaria.security.web_config import WebConfig
 from tolaria.status_page.history import Mark
 from tolaria.status_page.site import StatusPage
 from tolaria.telemetry.exporter import Readiness, exporter
@@ -49,26 +52,36 @@ class MadeUp:
 
 
 @contextmanager
-def made_up_page(viewers_max: int = 8, port: int = 0) -> Iterator[MadeUp]:
-    """Serves the page while the block runs."""
+def made_up_page(
+    *,
+    viewers_max: int = 8,
+    port: int = 0,
+    config: WatchedFiles[WebConfig] | None = None,
+    stride: int = 1000,
+    control: ControlSettings | None = None,
+) -> Iterator[MadeUp]:
+    """Serves the page while the block runs. The loss has a value every `stride` steps."""
     with (
         start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(_served(viewers_max, port)) as page,
+        portal.wrap_async_context_manager(
+            _served(viewers_max, port, config, partial(_made_up_run, stride, control))
+        ) as page,
     ):
         page.call = portal.call
         yield page
 
 
 @asynccontextmanager
-async def _served(viewers_max: int, port: int) -> AsyncIterator[MadeUp]:
-    run = await anyio.to_thread.run_sync(_run_with_rows)
-    _fill(run)
+async def _served(
+    viewers_max: int, port: int, config: WatchedFiles[WebConfig] | None, make: Callable[[], RunUnderTest]
+) -> AsyncIterator[MadeUp]:
+    run = await anyio.to_thread.run_sync(make)
     closing = anyio.Event()
     made = partial(
         StatusPage, run.core.page_parts(), run.journal, run.metrics, closing=closing, viewers_max=viewers_max
     )
     page = await anyio.to_thread.run_sync(made)
-    guard = WebGuard(None, run.metrics, 64)
+    guard = WebGuard(config, run.metrics, 64)
     with socket.create_server(("127.0.0.1", port)) as bound:
         url = f"http://127.0.0.1:{bound.getsockname()[1]}/"
         async with (
@@ -81,8 +94,8 @@ async def _served(viewers_max: int, port: int) -> AsyncIterator[MadeUp]:
             tasks.cancel_scope.cancel()
 
 
-def _run_with_rows() -> RunUnderTest:
-    run = new_run(FakePeers(), run_name=f"vision {MARKUP}", tags={"team": IMAGE}, epochs=60)
+def _made_up_run(stride: int, control: ControlSettings | None) -> RunUnderTest:
+    run = new_run(FakePeers(), control=control, run_name=f"vision {MARKUP}", tags={"team": IMAGE}, epochs=60)
     now_ns = time.time_ns()
     rows = (
         RollbackRow(
@@ -99,15 +112,16 @@ def _run_with_rows() -> RunUnderTest:
             f"{step:012}-abcd", now_ns, "run", step, 46 + number, 48_000_000, "d", None, proven=number < 4
         )
         run.storage.journal.put(point)
+    _fill(run, stride)
     return run
 
 
-def _fill(run: RunUnderTest) -> None:
+def _fill(run: RunUnderTest, stride: int) -> None:
     """Fills the history as a million steps do."""
     status, history = run.status, run.core.history
     history.device, history.first_step = "cuda:0 (NVIDIA H200)", 0
     loss, own = history.curves["loss"], {"grad.noise": 0.0}
-    for step in range(1, STEPS + 1):
+    for step in range(1, STEPS + 1, stride):
         noise = ((step * 2654435761) & 1023) / 1023 - 0.5
         loss.add(step, SPIKE if step == SPIKE_AT else 0.4 + 2.2 * math.exp(-step / 150_000) + 0.12 * noise)
     for epoch in range(1, STEPS // PER_EPOCH + 1):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import bcrypt
 import pytest
 
 from leyline.v1 import admin_service_pb2 as admin
@@ -14,6 +15,9 @@ from leyline.v1 import enums_pb2 as enums
 from support.browser import ENTER, NARROW, TAB, WIDE, Browser, chromium
 from support.processes import serve, status, stub_of
 from support.status_page import IMAGE, MARKUP, SPIKE, MadeUp, made_up_page
+from tolaria.config import ControlSettings
+from tolaria.security.watched import WatchedFiles
+from tolaria.security.web_config import WebConfig
 from tolaria.status_page import site
 from tolaria.status_page.curves import POINTS_MAX
 
@@ -30,8 +34,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def page(browser: Browser) -> Iterator[MadeUp]:
-    """The page of a run that is made up."""
-    with made_up_page() as served:
+    """The page of a run that is made up, with a million steps."""
+    with made_up_page(stride=1) as served:
         yield served
 
 
@@ -217,6 +221,30 @@ def test_a_viewer_too_many_is_given_the_reason(browser: Browser) -> None:
         browser.close_window()
         browser.switch(second)
         browser.until(lambda: browser.text("#link") == "live")
+
+
+def test_a_browser_with_the_password_sees_the_page(browser: Browser, tmp_path: Path) -> None:
+    """It uses the password for scripts and for the stream too; without it there is nothing but the refusal."""
+    digest = bcrypt.hashpw(b"secret", bcrypt.gensalt(4)).decode()
+    (tmp_path / "web.yml").write_text(f"basic_auth_users: {{ana: '{digest}'}}\n")
+    config = WatchedFiles("web", lambda: WebConfig.read(str(tmp_path / "web.yml")))
+    with made_up_page(config=config) as guarded:
+        browser.open(guarded.url)
+        assert browser.text("body").strip() in {"", "Unauthorized"}
+        browser.open(guarded.url.replace("://", "://ana:secret@"))
+        browser.until(lambda: browser.text("#link") == "live" and browser.text("h1") == f"vision {MARKUP}")
+
+
+def test_a_run_without_accuracy_and_controller_has_no_empty_charts(browser: Browser) -> None:
+    """What the run cannot have is left out; a chart that waits for its first value says so."""
+    with made_up_page(control=ControlSettings(enabled=False)) as other:
+        accuracy = other.run.core.history.curves["accuracy"]
+        other.call(accuracy.rewind, -1)
+        browser.open(other.url)
+        browser.until(lambda: browser.text("#link") == "live")
+        hidden = browser.run("return [...document.querySelectorAll('figure.chart[hidden]')].map((it) => it.id)")
+        assert hidden == ["chart-accuracy", "chart-boundary"]
+        assert "Tamiyo" not in browser.text("#safety")
 
 
 def test_the_page_of_a_real_service_in_all_its_states(browser: Browser, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ class Sections:
             "steps_per_epoch": status.steps_per_epoch,
             "step": status.global_step,
             "best_step": status.best_step,
-            "samples_per_s": _figure(status.sums.samples_per_s),
+            "samples_per_s": _figure(_samples_per_s(status)),
             "loss": _figure(status.sums.loss if status.sums.steps else status.training_loss),
             "validation_loss": _figure(status.validation_loss),
             "accuracy": _figure(status.validation_accuracy),
@@ -238,6 +238,14 @@ def _adjustment(active: ActiveAdjustment) -> dict[str, Any]:
         "from": active.at_step,
         "until": None if lasts is None else active.at_step + lasts,
     }
+
+
+def _samples_per_s(status: RunStatus) -> float:
+    """Returns the rate in this epoch, that of the last one before its first step, NaN before the first epoch."""
+    last = status.last_epoch
+    if status.sums.duration_s or last is None or not last.steps_s:
+        return status.sums.samples_per_s if status.sums.duration_s else math.nan
+    return last.samples / last.steps_s
 
 
 def _by_name(figures: Mapping[str, float]) -> dict[str, float | None]:

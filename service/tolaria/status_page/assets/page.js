@@ -55,6 +55,7 @@ function show(frame, isFull) {
   if (has("seeds", "state", "marks")) showSeeds(byId("seeds"), data);
   byId("seeds-card").hidden = !data.run.controlled && data.seeds.length === 0;
   byId("chart-boundary").hidden = !data.run.controlled;
+  byId("chart-accuracy").hidden = !curves.get("accuracy")?.length && curves.get("validation_loss")?.length > 0;
   if (has("incidents")) showIncidents(byId("incidents"), data.incidents);
   if (has("points")) showPoints(byId("points"), data.points, data.state);
   if (has("breakers", "state", "rates", "boundary")) showSafety(byId("safety"), data);

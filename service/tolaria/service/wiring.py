@@ -51,7 +51,7 @@ from tolaria.run.seed_telemetry import SeedTelemetry
 from tolaria.run.status import RunStatus
 from tolaria.run.training_telemetry import TrainingTelemetry
 from tolaria.signals import SignalBoard
-from tolaria.status_page.history import RunHistory
+from tolaria.status_page.history import PageHistory
 from tolaria.status_page.sections import PageParts
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
@@ -149,7 +149,7 @@ class Core:
             newest_checkpoint_ns=foundation.newest_checkpoint_ns,
             reasons=REASONS,
         )
-        self.history = RunHistory(self.status, foundation.points)
+        self.history = PageHistory(self.status, foundation.points)
         ended = [row for row in foundation.open_emergencies if row != foundation.active_halt]
         self.observers = Observers(
             TrainingTelemetry(

@@ -45,7 +45,7 @@ class Mark:
     reason: str
 
 
-class RunHistory(RunObserver):
+class PageHistory(RunObserver):
     """Remembers what has happened since this process began. Used on the event loop only.
 
     Attributes:

@@ -21,7 +21,7 @@ from tolaria.run.restore_points import RestorePoint, RestorePoints
 from tolaria.run.safety import Safety
 from tolaria.run.seed_telemetry import stage_name
 from tolaria.run.status import RunStatus, phase_of, quantile, state_name, state_of
-from tolaria.status_page.history import RunHistory
+from tolaria.status_page.history import PageHistory
 from tolaria.status_page.seed_timeline import SeedTrack
 from tolaria.values.evaluation import RESERVED
 from tolaria.values.optimization import ActiveAdjustment
@@ -46,7 +46,7 @@ class PageParts:
     health: Health
     checkpointing: Checkpointing
     points: RestorePoints
-    history: RunHistory
+    history: PageHistory
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from aiohttp import web
 from tolaria.errors import JournalError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.status_page.frames import INTERVAL_S, Frames
-from tolaria.status_page.history import RunHistory
+from tolaria.status_page.history import PageHistory
 from tolaria.status_page.sections import ROWS_MAX, PageParts, Sections
 from tolaria.telemetry.metrics import Metrics
 
@@ -74,7 +74,7 @@ class StatusPage:
     ) -> None:
         self._sections = Sections(parts)
         self.frames = Frames(self._sections.builders, parts.history.curves)
-        self._history: RunHistory = parts.history
+        self._history: PageHistory = parts.history
         self._journal = journal
         self._metrics = metrics
         self._closing = closing
@@ -164,10 +164,12 @@ class StatusPage:
         """Sends what the viewer has missed and then each new frame, until the service ends or the viewer is dropped."""
         frames, seen = self.frames, self.frames.number_of(request.headers.get("Last-Event-ID", ""))
         first, taken_s = f"retry: {RETRY_MS}\n\n".encode(), anyio.current_time()
-        while request.transport is not None:
+        while True:
             last = self._closing.is_set()
             await frames.refresh(at_once=last)
-            if request.transport.get_write_buffer_size() == 0:  # the viewer has taken the frame before
+            if (transport := request.transport) is None:  # the viewer has left
+                return
+            if transport.get_write_buffer_size() == 0:  # the viewer has taken the frame before
                 data = first + frames.after(seen) + (_END if last else b"")
                 first, seen = b"", frames.number
                 if data and not await _written(response, data):

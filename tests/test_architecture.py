@@ -83,6 +83,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "service": ("host", "listeners", "notify", "protection", "readiness", "settings_record", "start", "wiring"),
     "signals": ("board", "futex", "lane_page", "lane_pulse", "layout", "mapping", "seqlock", "writers"),
     "state": ("arenas", "encoding", "restore", "shared_memory", "snapshots", "training_state"),
+    "status_page": ("curves", "frames", "history", "sections", "seed_timeline", "site"),
     "telemetry": (
         "events", "exporter", "logging", "metrics", "otlp", "packets", "subscriptions", "tracing", "web_server",
     ),

@@ -4,7 +4,8 @@
 
 Steps are counted with and without the flood, by turns; the ratio is the median of those of the rounds. `--kind`: token
 (a wrong one), bytes (no message), method (an unknown one), good (GetStatus with a token), scrape (as many scrapers as
-connections, flat out). `--limits off` serves without limits. On a busy machine the rates say little; the CPU time of
+connections, flat out), view (as many viewers of the status page), reload (that load the page, all its files and a first
+frame, flat out). `--limits off` serves without limits. On a busy machine the rates say little; the CPU time of
 the service, which is what a flood takes from the boundaries on its core, varies less.
 """
 
@@ -36,9 +37,11 @@ from support.processes import Serve, python_path, serve
 from tolaria.jobs import Batch, JobContext
 from tolaria.jobs.digits import digits
 from tolaria.jobs.job import TrainingJob
+from tolaria.status_page.site import FILES
 
 TARGET = 0.95
 PREFIX = "/leyline.v1.TolariaAdminService/"
+HTTP_KINDS = ("scrape", "view", "reload")
 WAITING = ["training.job=benchmarks.bench_flood:waiting"]
 OFF = ["server.calls_per_second=0", "server.bad_calls_per_second=0", "server.calls_in_flight_max=10000"]
 
@@ -88,25 +91,41 @@ async def flood(address: str, *, kind: str, rate: float, seconds: float, connect
     print(json.dumps({"answers": answers, "sent": sent, "cpu_s": time.process_time() - cpu}))
 
 
-async def scrape(address: str, *, seconds: float, connections: int) -> None:
-    """Scrapes flat out on each connection; prints the answers by status."""
+async def scrape(address: str, *, kind: str, seconds: float, connections: int) -> None:
+    """Scrapes, views or loads flat out on each connection; prints the answers by status."""
     answers: Counter[str] = Counter()
     cpu, until = time.process_time(), time.perf_counter() + seconds
+    paths = {"scrape": ["metrics"], "view": ["page/events"], "reload": ["", *(f"page/{name}" for name in FILES)]}[kind]
+    paths += ["page/events"] if kind == "reload" else []
+
+    async def read(response: aiohttp.ClientResponse) -> None:
+        """Reads an answer: of a stream all until the end, or the first frame of a page that is loaded again."""
+        if response.content_type != "text/event-stream":
+            await response.read()
+            return
+        async for line in response.content:
+            answers["bytes"] += len(line)
+            if time.perf_counter() > until or (kind == "reload" and line.startswith(b"data:")):
+                response.close()
+                return
 
     async def scraper(session: aiohttp.ClientSession) -> None:
         while time.perf_counter() < until:
-            try:
-                async with session.get(f"http://{address}/metrics") as response:
-                    await response.read()
-                    answers[str(response.status)] += 1
-            except aiohttp.ClientError as error:
-                answers[type(error).__name__] += 1
+            for path in paths:
+                try:
+                    async with session.get(f"http://{address}/{path}") as response:
+                        await read(response)
+                        answers[str(response.status)] += 1
+                except aiohttp.ClientError as error:
+                    answers[type(error).__name__] += 1
 
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session, asyncio.TaskGroup() as tasks:
         for _ in range(connections):
             tasks.create_task(scraper(session))
-    print(json.dumps({"answers": answers, "sent": answers.total(), "cpu_s": time.process_time() - cpu}))
+    print(
+        json.dumps({"answers": answers, "sent": answers.total() - answers["bytes"], "cpu_s": time.process_time() - cpu})
+    )
 
 
 def cpu_s(pid: int) -> float:
@@ -158,7 +177,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rate", type=float, default=1000.0)
     parser.add_argument("--connections", type=int, default=1)
-    parser.add_argument("--kind", choices=["token", "bytes", "method", "good", "scrape"], default="token")
+    parser.add_argument("--kind", choices=["token", "bytes", "method", "good", *HTTP_KINDS], default="token")
     parser.add_argument("--limits", choices=["on", "off"], default="on")
     parser.add_argument("--waiting", action="store_true", help="steps that wait 5 ms, as for a GPU")
     parser.add_argument("--nice", type=int, default=0, help="below 0 keeps other processes away, as root")
@@ -166,8 +185,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.flood:
         address, _, token = arguments.flood.partition(" ")
-        if arguments.kind == "scrape":
-            asyncio.run(scrape(address, seconds=arguments.seconds, connections=arguments.connections))
+        if arguments.kind in HTTP_KINDS:
+            asyncio.run(
+                scrape(address, kind=arguments.kind, seconds=arguments.seconds, connections=arguments.connections)
+            )
             return
         asyncio.run(
             flood(
@@ -205,7 +226,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
 
         answers, sent, generator_s = Counter[str](), 0, 0.0
         presented = {"token": "wrong", "method": "wrong", "bytes": tokens["operator"], "good": tokens["viewer"]}
-        address = service.addresses()[arguments.kind == "scrape"]
+        address = service.addresses()[arguments.kind in HTTP_KINDS]
         for _ in range(arguments.rounds):
             count("quiet")
             generator = start_flood(arguments, f"{address} {presented.get(arguments.kind, '')}")

@@ -96,7 +96,7 @@ class ServerSettings(Section):
 
 
 class MetricsSettings(Section):
-    """The HTTP server of /metrics, /livez and /readyz."""
+    """The HTTP server of /metrics, /livez, /readyz and the status page."""
 
     listen: ListenAddress = "127.0.0.1:9464"
     """Address that Prometheus scrapes. 9464: the port of OpenTelemetry's Prometheus exporter."""
@@ -107,6 +107,10 @@ class MetricsSettings(Section):
 
     connections_max: int = Field(default=128, ge=1, le=10_000)
     """Connections at the same time; further ones are closed. 128: far more than there are scrapers."""
+
+    viewers_max: int = Field(default=64, ge=0, le=10_000)
+    """Viewers of the status page at the same time, at most half of connections_max; a further one is refused.
+    0: there is no page. 64: each has a connection, and scrapers need some too."""
 
 
 class LoggingSettings(Section):

@@ -310,13 +310,12 @@ def step_packet(status: RunStatus, averages: Averages, step: StepDone, *, wall_n
 def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusResponse:
     """Returns the run's part of the answer to GetStatus, without its health; figures that do not exist yet are 0."""
     boundaries = sorted(status.boundaries_ms)
-    phase, phase_s = ("", 0.0) if status.state in _ENDED else status.lane_phase()
-    recovering = bool(status.recovering) and status.state == admin.RUN_STATE_RUNNING
-    reasons = ("" if recovering else status.state_reason, "" if status.state in _ENDED else status.recovering)
+    phase, phase_s = phase_of(status)
+    state, reason = state_of(status)
     return admin.GetStatusResponse(
         run_id=status.run_id,
-        state=admin.RUN_STATE_RECOVERING if recovering else status.state,
-        state_reason="; ".join(filter(None, reasons)),
+        state=state,
+        state_reason=reason,
         job=status.job,
         epoch=status.epoch,
         epochs=status.epochs,
@@ -332,8 +331,8 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
         logged=status.logged,
         seeds=status.seeds,
         last_boundary_ms=status.boundaries_ms[-1] if boundaries else 0.0,
-        boundary_ms_p50=_quantile(boundaries, 0.50),
-        boundary_ms_p99=_quantile(boundaries, 0.99),
+        boundary_ms_p50=quantile(boundaries, 0.50),
+        boundary_ms_p99=quantile(boundaries, 0.99),
         boundaries_over_budget=status.boundaries_over_budget,
         last_command=status.last_command,
         tamiyo_answer=status.tamiyo_answer,
@@ -356,6 +355,18 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
         ranks=_ranks(status),
         adjustments=[_adjustment(active) for active in status.adjustments],
     )
+
+
+def state_of(status: RunStatus) -> tuple[admin.RunState.ValueType, str]:
+    """Returns the state as operators see it, and its reason."""
+    recovering = bool(status.recovering) and status.state == admin.RUN_STATE_RUNNING
+    reasons = ("" if recovering else status.state_reason, "" if status.state in _ENDED else status.recovering)
+    return admin.RUN_STATE_RECOVERING if recovering else status.state, "; ".join(filter(None, reasons))
+
+
+def phase_of(status: RunStatus) -> tuple[str, float]:
+    """Returns what the lane does other than steps, and for how many seconds; an empty text once the run has ended."""
+    return ("", 0.0) if status.state in _ENDED else status.lane_phase()
 
 
 def _ranks(status: RunStatus) -> list[admin.RankStatus]:
@@ -429,6 +440,6 @@ def _known(value: float) -> float:
     return 0.0 if math.isnan(value) else value
 
 
-def _quantile(ordered: list[float], share: float) -> float:
+def quantile(ordered: list[float], share: float) -> float:
     """Returns the quantile by nearest rank; 0 if there are no values."""
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0

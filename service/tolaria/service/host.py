@@ -31,6 +31,7 @@ from tolaria.service.listeners import Listeners
 from tolaria.service.notify import Notifier
 from tolaria.service.readiness import ADMIN_SERVICE, publish_health, publish_phase, readiness, watch_disk
 from tolaria.service.wiring import Core, Foundation, RunService, new_ledger, new_run
+from tolaria.status_page.site import StatusPage
 from tolaria.telemetry.exporter import exporter
 
 # Shares of service.drain_timeout_s: the lane's step, RPCs in flight, child processes, the journal, calls to peers, and
@@ -54,6 +55,14 @@ class Host:
         self._drain_until_s = math.inf
         self._drained = anyio.Event()
         self._closing = anyio.Event()
+        served = self._settings.metrics
+        self._page = StatusPage(
+            self._core.page_parts(),
+            self._core.journal,
+            foundation.metrics,
+            closing=self._closing,
+            viewers_max=min(served.viewers_max, served.connections_max // 2),
+        )
         self._refused: TolariaError | None = None
         self.ending: RunOutcome | None = None
         """How the run left this process; None until then."""
@@ -78,7 +87,13 @@ class Host:
             stack.push_async_callback(self._end_lane)
             # Before the log says so: until now a signal interrupts the event loop.
             signals = stack.enter_context(anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT))
-            self._log.info("serving", grpc=str(server.address), metrics=self._metrics_address, run_id=status.run_id)
+            self._log.info(
+                "serving",
+                grpc=str(server.address),
+                metrics=self._metrics_address,
+                page=self._page_address(),
+                run_id=status.run_id,
+            )
             await self._train(service, server, signals)
             self._notifier.stopping(self._in_one_line())
             if self._refused is None:
@@ -103,6 +118,7 @@ class Host:
             # A lane of this process starts after every child process: it forks when the job does.
             await tasks.start(watch_process, self._settings, self._foundation.board, core.heartbeats)
             tasks.start_soon(watch_disk, core)
+            tasks.start_soon(self._page.follow_journal)
             tasks.start_soon(self._notifier.serve, self._in_one_line)
             try:
                 built = await service.open(core)
@@ -114,6 +130,11 @@ class Host:
             if not self._settings.service.exit_when_done:
                 await self._drained.wait()
             tasks.cancel_scope.cancel()
+
+    def _page_address(self) -> str:
+        """The address of the status page; empty without one."""
+        scheme = self._listeners.protection.guard.scheme
+        return f"{scheme}://{self._metrics_address}/" if self._page.routes() else ""
 
     def _in_one_line(self) -> str:
         """What the run does, as the service manager shows it."""
@@ -175,7 +196,7 @@ class Host:
     def _exporter(self) -> AbstractAsyncContextManager[None]:
         core, listeners = self._core, self._listeners
         metrics, guard = self._foundation.metrics, listeners.protection.guard
-        return exporter(listeners.metrics, metrics, lambda: readiness(core), guard)
+        return exporter(listeners.metrics, metrics, lambda: readiness(core), guard, self._page.routes())
 
     def _admin_server(self, service: RunService, operations: TaskGroup) -> AbstractAsyncContextManager[GrpcServer]:
         settings, core = self._settings, self._core

@@ -51,6 +51,8 @@ from tolaria.run.seed_telemetry import SeedTelemetry
 from tolaria.run.status import RunStatus
 from tolaria.run.training_telemetry import TrainingTelemetry
 from tolaria.signals import SignalBoard
+from tolaria.status_page.history import PageHistory
+from tolaria.status_page.sections import PageParts
 from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
@@ -150,6 +152,7 @@ class Core:
             newest_checkpoint_ns=foundation.newest_checkpoint_ns,
             reasons=REASONS,
         )
+        self.history = PageHistory(self.status, foundation.points)
         ended = [row for row in foundation.open_emergencies if row != foundation.active_halt]
         self.observers = Observers(
             TrainingTelemetry(
@@ -163,6 +166,7 @@ class Core:
             safety_telemetry,
             LaneTelemetry(metrics, emitter),
             JournalObserver(self.journal, self.status, foundation.run, active=foundation.active_halt, ended=ended),
+            self.history,
             PacketTelemetry(emitter.tracer, self.packets),
         )
         self.process: ProcessLane | None = None
@@ -193,6 +197,18 @@ class Core:
             observers=self.observers,
             journal=self.journal,
             points=foundation.points,
+        )
+
+    def page_parts(self) -> PageParts:
+        """Returns what the status page shows."""
+        return PageParts(
+            settings=self.foundation.settings,
+            status=self.status,
+            safety=self.safety,
+            health=self.health,
+            checkpointing=self.checkpointing,
+            points=self.foundation.points,
+            history=self.history,
         )
 
 

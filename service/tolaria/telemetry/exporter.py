@@ -1,4 +1,4 @@
-"""The HTTP server of /metrics for Prometheus and of /livez, /healthz and /readyz for health probes."""
+"""The HTTP server of /metrics for Prometheus, of /livez, /healthz and /readyz for health probes, and of more routes."""
 
 from __future__ import annotations
 
@@ -38,11 +38,17 @@ async def exporter(
     metrics: Metrics,
     readiness: Callable[[], Readiness],
     guard: WebGuard | None = None,
+    routes: Sequence[web.RouteDef] = (),
 ) -> AsyncIterator[None]:
-    """Serves on listening sockets, which it closes, until the context exits. `readiness` is called from any thread."""
+    """Serves on listening sockets, which it closes, until the context exits. `readiness` is called from any thread.
+
+    `routes` are served beside those of metrics and probes, behind the same guard.
+    """
     metrics.health_ready.set_function(lambda: readiness().ready)
     guard = guard or WebGuard(None, metrics, MetricsSettings().connections_max)
-    async with guard.serving(_application(metrics, readiness), sockets):
+    application = _application(metrics, readiness)
+    application.add_routes(routes)
+    async with guard.serving(application, sockets):
         yield
 
 

@@ -397,6 +397,10 @@ class Metrics:
         self.metrics_requests_total = self._counter(
             "metrics.requests_total", "Requests to the metrics server, by user and HTTP status.", ["caller", "code"]
         )
+        self.page_viewers = self._gauge("page.viewers", "Viewers of the status page.")
+        self.page_viewers_dropped_total = self._counter(
+            "page.viewers_dropped_total", "Viewers of the status page that were dropped because they are slow."
+        )
 
     def _gauge(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Gauge:
         self._declare(name, "gauge", help_text, labels)

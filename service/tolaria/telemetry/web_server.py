@@ -57,10 +57,16 @@ class WebGuard:
         self._passwords = _Passwords()
         self._rested_s = 0.0
 
+    @property
+    def scheme(self) -> str:
+        """The scheme of addresses of this server: https with TLS, else http."""
+        return "http" if self._config is None or self._config.value.context is None else "https"
+
     @asynccontextmanager
     async def serving(self, application: web.Application, sockets: Sequence[socket.socket]) -> AsyncIterator[None]:
         """Serves the application on listening sockets, which it closes, until the context exits."""
         application.middlewares.append(self._guarded)
+        application.on_response_prepare.append(self._add_headers)
         # A request in flight at the exit has a second to complete.
         runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0, keepalive_timeout=SILENT_S)
         await runner.setup()
@@ -112,9 +118,15 @@ class WebGuard:
             except web.HTTPException as error:  # 404, 405
                 response = error
         self._metrics.metrics_requests_total.labels(name, str(response.status)).inc()
-        if self._config is not None:
-            response.headers.update(self._config.value.headers)
         return await _sent(request, response)
+
+    async def _add_headers(self, _request: web.Request, response: web.StreamResponse) -> None:
+        """Adds the headers of the web config. Of two policies for content a browser obeys both."""
+        for name, value in {} if self._config is None else self._config.value.headers.items():
+            if name == "Content-Security-Policy":
+                response.headers.add(name, value)
+            else:
+                response.headers[name] = value
 
     async def _paced(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Has the metrics rendered when there has been a pause; a scraper that asks now and then never waits."""
@@ -209,15 +221,17 @@ def _credentials(header: str) -> tuple[str, bytes]:
 
 
 def _unauthorized() -> web.Response:
-    return web.Response(status=401, text="Unauthorized\n", headers={"WWW-Authenticate": "Basic"})
+    return web.Response(status=401, text="Unauthorized\n", headers={"WWW-Authenticate": 'Basic realm="tolaria"'})
 
 
 async def _sent(request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
-    """Sends a response; ends the connection of a client that does not take it."""
+    """Sends a response; ends the connection of a client that does not take it. One that has left is no error."""
     try:
         async with asyncio.timeout(SEND_S):
             await response.prepare(request)
             await response.write_eof()
+    except ConnectionError:
+        pass
     except TimeoutError:
         if request.transport is not None:
             request.transport.abort()

@@ -1,0 +1,112 @@
+"""Frames: what the page's viewers are sent, as server-sent events. Each is rendered once, for all viewers.
+
+A frame has the sections that have changed since the one before, and the new points of curves. The latest frames are
+kept, so that a viewer that was away for a moment gets those that it missed; any other one gets a full frame.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import anyio
+import anyio.lowlevel
+
+from tolaria.status_page.curves import Curve, EncodedCurve
+from tolaria.status_page.sections import Section
+
+INTERVAL_S: Final = 1.0
+"""Least time between two frames: fast enough to look at, and far less than 1 % of a core."""
+
+FRAMES_MAX: Final = 16
+"""Latest frames that are kept."""
+
+
+class Frames:
+    """Renders the frames of one run. Used on the event loop only; nothing is rendered unless a viewer asks.
+
+    Args:
+        builders: each builds a section, by name.
+        curves: the curves by name; more may come.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        builders: Mapping[str, Callable[[], Section]],
+        curves: Mapping[str, Curve],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._builders = builders
+        self._curves = curves
+        self._clock = clock
+        self._process = secrets.token_hex(6)
+        """Begins the ids of frames: those of another process say nothing here."""
+        self._texts: dict[str, str] = {}
+        self._encoded: dict[str, EncodedCurve] = {}
+        self._latest: deque[bytes] = deque(maxlen=FRAMES_MAX)
+        self._full = b""
+        self._rendered_s = -INTERVAL_S
+        self._rendering = anyio.Lock()
+        self.number = 0
+        """Number of the newest frame."""
+
+    async def refresh(self, *, at_once: bool = False) -> None:
+        """Renders a frame if the newest one is old enough, or `at_once`, and something has changed.
+
+        The event loop does other work between two sections.
+        """
+        async with self._rendering:
+            now_s = self._clock()
+            if not at_once and now_s - self._rendered_s < INTERVAL_S:
+                return
+            self._rendered_s = now_s
+            changed = {}
+            for name, build in self._builders.items():
+                text = json.dumps(build(), separators=(",", ":"))
+                if text != self._texts.get(name):
+                    changed[name] = text
+                await anyio.lowlevel.checkpoint()
+            curves = self._changed_curves()
+            if changed or curves:
+                self._texts |= changed
+                self.number += 1
+                self._full = b""
+                self._latest.append(self._event("update", changed, curves))
+
+    def after(self, number: int) -> bytes:
+        """Returns the frames after that of a number; a full one if they are not kept any more."""
+        missed = self.number - number
+        if not 0 <= missed <= len(self._latest):
+            return self.full()
+        return b"".join(list(self._latest)[len(self._latest) - missed :])
+
+    def full(self) -> bytes:
+        """Returns all sections and curves as of the newest frame."""
+        if not self._full:
+            curves = {name: encoded.whole() for name, encoded in self._encoded.items()}
+            self._full = self._event("full", self._texts, curves)
+        return self._full
+
+    def number_of(self, event_id: str) -> int:
+        """Returns the number in the id of an event, as Last-Event-ID has it; -1 for one of another process."""
+        process, _, number = event_id.partition(".")
+        return int(number) if process == self._process and number.isdecimal() and len(number) < 20 else -1
+
+    def _changed_curves(self) -> dict[str, str]:
+        for name, curve in self._curves.items():
+            if name not in self._encoded:
+                self._encoded[name] = EncodedCurve(curve)
+        changes = {name: encoded.changes() for name, encoded in self._encoded.items()}
+        return {name: text for name, text in changes.items() if text}
+
+    def _event(self, kind: str, sections: Mapping[str, str], curves: Mapping[str, str]) -> bytes:
+        parts = [f"{json.dumps(name)}:{text}" for name, text in sections.items()]
+        parts.append(f'"curves":{{{",".join(f"{json.dumps(name)}:{text}" for name, text in curves.items())}}}')
+        data = ",".join(parts)
+        return f"event: {kind}\nid: {self._process}.{self.number}\ndata: {{{data}}}\n\n".encode()

@@ -42,7 +42,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "config": (
         "connections", "durability", "exposure", "fields", "network", "presets", "ranks", "retired", "settings",
-        "sources", "systemd", "telemetry", "training",
+        "sources", "systemd", "telemetry", "tracking", "training",
     ),
     "errors": ("base", "operation", "training"),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
@@ -71,7 +71,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "adjustments", "boundary", "checkpointing", "command_handler", "conditions", "health", "health_record",
         "journal_observer", "lane_client", "lane_telemetry", "observers", "operations", "packet_telemetry", "profiling",
         "recovery", "restore_points", "restorer", "resume", "revival", "run", "run_state", "safety", "safety_telemetry",
-        "seed_telemetry", "status", "training_telemetry", "verdicts",
+        "seed_telemetry", "status", "tracking_telemetry", "training_telemetry", "verdicts",
     ),
     "security": ("certificates", "issuing", "limits", "tokens", "watched", "web_config"),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
@@ -80,6 +80,9 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "state": ("arenas", "encoding", "restore", "shared_memory", "snapshots", "training_state"),
     "telemetry": (
         "events", "exporter", "logging", "metrics", "otlp", "packets", "subscriptions", "tracing", "web_server",
+    ),
+    "trackers": (
+        "feed", "metrics_log", "mlflow", "process", "records", "supervision", "tensorboard", "tracker", "wandb",
     ),
     "transport": ("lane_images", "lane_link", "lane_process", "process_lane", "rendezvous"),
     "values": (

@@ -49,6 +49,7 @@ from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, REASONS, Safeguard
 from tolaria.run.safety_telemetry import SafetyTelemetry
 from tolaria.run.seed_telemetry import SeedTelemetry
 from tolaria.run.status import RunStatus
+from tolaria.run.tracking_telemetry import TrackingTelemetry
 from tolaria.run.training_telemetry import TrainingTelemetry
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
@@ -56,6 +57,7 @@ from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
 from tolaria.telemetry.packets import Packets
 from tolaria.telemetry.subscriptions import TelemetryStream
+from tolaria.trackers.supervision import Tracking
 from tolaria.transport.process_lane import ProcessLane
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.seeds import NO_SEEDS, limits_of
@@ -147,6 +149,7 @@ class Core:
             newest_checkpoint_ns=foundation.newest_checkpoint_ns,
             reasons=REASONS,
         )
+        self.tracking = Tracking(settings, metrics, emitter)
         ended = [row for row in foundation.open_emergencies if row != foundation.active_halt]
         self.observers = Observers(
             TrainingTelemetry(
@@ -161,6 +164,7 @@ class Core:
             LaneTelemetry(metrics, emitter),
             JournalObserver(self.journal, self.status, foundation.run, active=foundation.active_halt, ended=ended),
             PacketTelemetry(emitter.tracer, self.packets),
+            *([TrackingTelemetry(self.tracking, self.status, settings)] if self.tracking.enabled else []),
         )
         self.process: ProcessLane | None = None
         if foundation.build is not None:

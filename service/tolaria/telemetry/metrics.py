@@ -138,6 +138,7 @@ class Metrics:
         self._declare_process()
         self._declare_servers()
         self._declare_telemetry()
+        self._declare_tracking()
         self._process: ProcessCollector | None = None
 
     @property
@@ -396,6 +397,21 @@ class Metrics:
         )
         self.metrics_requests_total = self._counter(
             "metrics.requests_total", "Requests to the metrics server, by user and HTTP status.", ["caller", "code"]
+        )
+
+    def _declare_tracking(self) -> None:
+        self.tracker_up = self._gauge("tracker.up", "Whether a tracker takes what is recorded.", ["tracker"])
+        self.tracker_behind_seconds = self._gauge(
+            "tracker.behind_seconds", "Time since a tracker has had all that is recorded.", ["tracker"]
+        )
+        self.tracker_failures_total = self._counter(
+            "tracker.failures_total", "Ends of a tracker's process before the service's.", ["tracker"]
+        )
+        self.tracker_lost_segments_total = self._counter(
+            "tracker.lost_segments_total", "Parts of the log that were removed before a tracker had them.", ["tracker"]
+        )
+        self.metrics_log_dropped_total = self._counter(
+            "metrics_log.dropped_total", "Points that were not recorded, since the disk did not answer."
         )
 
     def _gauge(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Gauge:

@@ -41,13 +41,15 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "process_tree", "render", "report", "serve_child", "telemetry",
     ),
     "config": (
-        "connections", "durability", "exposure", "fields", "network", "presets", "ranks", "retired", "settings",
+        "connections", "durability", "exposure", "extras", "fields", "network", "presets", "ranks", "retired", "settings",
         "sources", "systemd", "telemetry", "tracking", "training",
     ),
     "errors": ("base", "operation", "training"),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
     "export": ("card", "conversion", "folding", "loading", "source", "warm_start", "writing"),
-    "gradients": ("accumulate", "flat", "gram", "pcgrad", "rows", "seed_metrics", "sharded", "tracker", "weights"),
+    "gradients": (
+        "accumulate", "aggregators", "flat", "gram", "pcgrad", "rows", "seed_metrics", "sharded", "tracker", "weights",
+    ),
     "jobs": ("data", "digits", "indexed", "job", "loader", "randomness", "workers"),
     "journal": ("async_journal", "database", "reader", "reserve", "rows"),
     "lane": (

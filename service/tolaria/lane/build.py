@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from tolaria.config import Settings
+from tolaria.config import Settings, require_extras
 from tolaria.config.ranks import RankEnvironment
 from tolaria.errors import (
     BrokenJobError,
@@ -178,8 +178,9 @@ def build(settings: Settings, memory: SharedMemory | None = None, group: Group |
 
     Raises:
         JobError: names the method that failed, or returned something invalid.
-        ConfigurationError: the device does not exist, or the schedule does not fit the run.
+        ConfigurationError: the device does not exist, an extra is missing, or the schedule does not fit the run.
     """
+    require_extras(settings)
     training = settings.training
     device = choose_device(training.device, 0 if group is None else group.local_rank)
     if training.deterministic:

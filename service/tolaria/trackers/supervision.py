@@ -22,7 +22,7 @@ from tolaria.telemetry.metrics import Metrics, start_at_zero
 from tolaria.trackers.feed import Progress, load_progress, progress_path
 from tolaria.trackers.metrics_log import MetricsLog
 from tolaria.trackers.records import METRICS_DIR, LogPosition
-from tolaria.trackers.tracker import Record, check_trackers
+from tolaria.trackers.tracker import Record
 
 RESTARTS: Final = RestartPolicy(pause_s=5.0, pause_s_max=300.0, lived_s=600.0)
 """A tracker that fails is never given up: what it has missed is in the log."""
@@ -107,14 +107,10 @@ class TrackerProcess(ChildSupervisor):
 
 
 class Tracking:
-    """Records what a run reports, and feeds trackers. Used on the event loop only; no method waits for a tracker.
-
-    Raises ConfigurationError if the settings name trackers that do not exist, are not installed or lack options.
-    """
+    """Records what a run reports, and feeds trackers. Used on the event loop only; no method waits for a tracker."""
 
     def __init__(self, settings: Settings, metrics: Metrics, emitter: Emitter) -> None:
         tracking = settings.tracking
-        check_trackers(tracking.trackers, tracking.options)
         self._metrics = metrics
         self._emitter = emitter
         self._log = MetricsLog(Path(settings.state.dir) / METRICS_DIR, tracking.log_mb * 1_000_000)

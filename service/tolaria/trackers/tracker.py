@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final, Protocol
 
 from pydantic import JsonValue
 
+from tolaria.config import TrackingSettings
 from tolaria.config.fields import suggestion
 from tolaria.errors import ConfigurationError
 
@@ -139,13 +140,13 @@ def tracker_class(name: str) -> Callable[[Mapping[str, JsonValue]], Tracker]:
     return found
 
 
-def check_trackers(names: Sequence[str], options: Mapping[str, Mapping[str, JsonValue]]) -> None:
+def check_trackers(settings: TrackingSettings) -> None:
     """Finds what is wrong with the chosen trackers, without importing their packages.
 
     Raises:
         ConfigurationError: with all problems: unknown names, missing packages, unknown options.
     """
-    problems = []
+    names, options, problems = settings.trackers, settings.options, list[str]()
     for name in names:
         try:
             location = _location(name)

@@ -34,6 +34,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "cgroups", "filesystem", "forks", "grpc_server", "images", "probe", "processes", "segments", "shards",
         "tensors", "wire",
     ),
+    "adapters": ("hf", "lightning", "validation"),
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": (
         "admin_commands", "answers", "audit", "board", "channel", "chaos", "client", "commands", "credentials",
@@ -41,8 +42,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "process_tree", "render", "report", "serve_child", "telemetry",
     ),
     "config": (
-        "connections", "durability", "exposure", "extras", "fields", "network", "presets", "ranks", "retired", "settings",
-        "sources", "systemd", "telemetry", "tracking", "training",
+        "connections", "durability", "exposure", "extras", "fields", "network", "presets", "ranks", "retired",
+        "settings", "sources", "systemd", "telemetry", "tracking", "training",
     ),
     "errors": ("base", "operation", "training"),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),

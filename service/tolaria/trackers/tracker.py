@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -112,7 +112,7 @@ class Tracker(Protocol):
     package: ClassVar[str]
     """The module without which it does not work, empty if none; looked for before the run, but not imported."""
 
-    options: ClassVar[Collection[str]]
+    options: ClassVar[frozenset[str]]
     """The names of its options."""
 
     def __init__(self, options: Mapping[str, JsonValue]) -> None: ...

@@ -123,9 +123,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the setting, what to install, and what needs nothing."""
     monkeypatch.setattr("tolaria.config.extras.find_spec", lambda name: None)
     require_extras(Settings())
-    with pytest.raises(
-        ConfigurationError, match=r"gradients.aggregator: upgrad needs tolaria\[torchjd\].*or use pcgrad"
-    ):
+    with pytest.raises(ConfigurationError, match=r"gradients.aggregator: upgrad needs tolaria\[torchjd\].*use pcgrad"):
         require_extras(Settings.model_validate({"gradients": {"aggregator": "upgrad"}}))
-    with pytest.raises(ConfigurationError, match=r"tolaria\[cagrad\].*no module torchjd, cvxpy, clarabel"):
+    with pytest.raises(ConfigurationError, match=r"tolaria\[cagrad\].*torchjd, cvxpy, clarabel"):
         require_extras(Settings.model_validate({"gradients": {"aggregator": "cagrad"}}))

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -13,8 +14,8 @@ from tolaria.trackers.tracker import Record, RunEnd
 class Recorder:
     """A tracker that notes its calls, and fails when it is told to."""
 
-    package = ""
-    options: frozenset[str] = frozenset()
+    package: ClassVar[str] = ""
+    options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self) -> None:
         self.calls: list[tuple[object, ...]] = []

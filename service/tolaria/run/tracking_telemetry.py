@@ -44,6 +44,7 @@ class TrackingTelemetry(RunObserver):
         self._every = settings.tracking.every_steps
         self._clock = clock
         self._rewound: int | None = None
+        self._draining = False
         self._logged: dict[str, float] = {}
         """What the job has logged since the last point."""
 
@@ -64,8 +65,11 @@ class TrackingTelemetry(RunObserver):
         )
 
     def on_state(self, state: RunState.ValueType, reason: str) -> None:
-        name = state_name(state)
+        name, draining = state_name(state), self._draining
+        self._draining = state == RunState.RUN_STATE_DRAINING
         if state in _ENDED:
+            if draining:  # this process ends, and the run may be resumed
+                return
             self._finish_rewind()
             status = self._status
             self._tracking.put(RunEnd(status.global_step, status.attempt, self._clock(), name))

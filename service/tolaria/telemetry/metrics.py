@@ -402,7 +402,7 @@ class Metrics:
     def _declare_tracking(self) -> None:
         self.tracker_up = self._gauge("tracker.up", "Whether a tracker takes what is recorded.", ["tracker"])
         self.tracker_behind_seconds = self._gauge(
-            "tracker.behind_seconds", "Time since a tracker has had all that is recorded.", ["tracker"]
+            "tracker.behind_seconds", "Age of the oldest record that a tracker has not taken yet.", ["tracker"]
         )
         self.tracker_failures_total = self._counter(
             "tracker.failures_total", "Ends of a tracker's process before the service's.", ["tracker"]

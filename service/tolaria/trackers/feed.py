@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -37,6 +38,7 @@ class Progress:
         newest: the newest surviving steps by metric.
         memory: what the tracker itself keeps.
         gaps: segments of the log that were removed before the tracker had them.
+        pid: the process that has come so far.
     """
 
     position: LogPosition = field(default_factory=LogPosition)
@@ -45,6 +47,7 @@ class Progress:
     newest: dict[str, int] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     gaps: int = 0
+    pid: int = 0
 
     @property
     def newest_step(self) -> int:
@@ -53,6 +56,7 @@ class Progress:
 
     def save(self, path: Path) -> None:
         """Replaces the file."""
+        self.pid = os.getpid()
         new = path.with_suffix(".new")
         new.write_text(json.dumps(asdict(self)), encoding="utf-8")
         new.replace(path)
@@ -129,8 +133,8 @@ class TrackerFeed:
                 self._log_points(records)
             elif kind is Note:
                 self._tracker.annotate(records)
-        progress.position = after
-        progress.save(self._path)
+        self._progress.position = after  # of the run that the records may have begun
+        self._progress.save(self._path)
 
     def _log_points(self, points: Sequence[Point]) -> None:
         newest = dict(self._progress.newest)  # kept when the tracker raises

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import sys
@@ -36,17 +37,17 @@ def main(arguments: Sequence[str]) -> int:
     closing = threading.Event()
     threading.Thread(target=_watch_service, args=(closing, given.close_s), daemon=True).start()
     sys.path.insert(0, str(Path.cwd()))  # trackers may be beside the job
-    feed = TrackerFeed(
-        tracker_class(given.tracker)(given.options),
-        given.state_dir / TRACKERS_DIR / given.tracker,
-        given.state_dir / METRICS_DIR,
-        progress_path(given.state_dir, given.tracker),
-    )
-    while feed.advance() or not closing.is_set():
-        closing.wait(_POLL_S)
-    while feed.advance():  # what was written just before the end
-        pass
-    feed.close()
+    tracker, progress = tracker_class(given.tracker)(given.options), progress_path(given.state_dir, given.tracker)
+    progress.parent.mkdir(parents=True, exist_ok=True)
+    with progress.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a service that was killed may still be at its end
+        files = given.state_dir / TRACKERS_DIR / given.tracker
+        feed = TrackerFeed(tracker, files, given.state_dir / METRICS_DIR, progress)
+        while feed.advance() or not closing.is_set():
+            closing.wait(_POLL_S)
+        while feed.advance():  # what was written just before the end
+            pass
+        feed.close()
     return 0
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ _START_TIMEOUT_S: Final = 120.0
 _WATCH_S: Final = 1.0
 _FLUSH_S: Final = 2.0
 _DETAIL_MAX: Final = 500
+_MARKS_MAX: Final = 10_000
 
 
 class TrackerProcess(ChildSupervisor):
@@ -57,7 +59,11 @@ class TrackerProcess(ChildSupervisor):
         self._emitter = emitter
         self._failing = self._hung = False
         self._position = LogPosition()
-        self._moved_s = self._behind_s = 0.0
+        self._announced = False
+        self._moved_s = 0.0
+        """When it last made progress."""
+        self._marks: deque[tuple[LogPosition, float]] = deque()
+        """What the tracker has not had yet: ends of the log, with the times at which they were seen."""
         self._gaps = 0
         metrics.tracker_up.labels(name).set(0)
         start_at_zero(metrics.tracker_failures_total, ((name,),))
@@ -67,11 +73,12 @@ class TrackerProcess(ChildSupervisor):
         """Checks that it is the process of this tracker."""
         if announcement["tracker"] != self._name:
             raise ValueError(announcement["tracker"])
-        self._moved_s = anyio.current_time()
+        self._announced, self._moved_s = True, anyio.current_time()
 
     def on_ended(self, detail: str, restart_in_s: float) -> None:
         """Reports the first of several failures in a row."""
         del restart_in_s
+        self._announced = False
         if self._hung:
             detail = f"made no progress for {self._timeout_s:g} s"
         self._metrics.tracker_up.labels(self._name).set(0)
@@ -87,20 +94,31 @@ class TrackerProcess(ChildSupervisor):
         if progress.position > self._position:
             self._position, self._moved_s = progress.position, now_s
             self._came_on(progress)
-        behind = written > self._position
-        if not behind:
-            self._moved_s = self._behind_s = now_s
-        self._metrics.tracker_behind_seconds.labels(self._name).set(now_s - self._behind_s if behind else 0.0)
-        if behind and self._child is not None and now_s - self._moved_s > self._timeout_s:
-            self._hung, self._moved_s = True, now_s
+        behind_s = self._behind(written, now_s)
+        self._metrics.tracker_behind_seconds.labels(self._name).set(behind_s)
+        if not self._marks:
+            self._moved_s = now_s
+        elif self._announced and now_s - self._moved_s > self._timeout_s:
+            self._hung, self._announced = True, False
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
 
+    def _behind(self, written: LogPosition, now_s: float) -> float:
+        """Returns the age of the oldest record that the tracker has not had; 0 if it has had all."""
+        marks = self._marks
+        if written > (marks[-1][0] if marks else self._position) and len(marks) < _MARKS_MAX:
+            marks.append((written, now_s))
+        while marks and marks[0][0] <= self._position:
+            marks.popleft()
+        return now_s - marks[0][1] if marks else 0.0
+
     def _came_on(self, progress: Progress) -> None:
-        self._metrics.tracker_up.labels(self._name).set(1)
         if progress.gaps > self._gaps:
             self._metrics.tracker_lost_segments_total.labels(self._name).inc(progress.gaps - self._gaps)
             self._gaps = progress.gaps
+        if progress.pid != self.pid:  # what it did before it failed
+            return
+        self._metrics.tracker_up.labels(self._name).set(1)
         if self._failing:
             self._failing = False
             self._emitter.emit(events.TRACKER_RECOVERED, tracker=self._name)

@@ -120,6 +120,18 @@ def test_what_a_tracker_refuses_is_given_to_the_next_process(log: Log) -> None:
     assert again.calls == [("open", "one", 1, {"opened": 1}), ("log", 2, {"loss": 2.0}), ("log", 3, {"loss": 3.0})]
 
 
+def test_a_tracker_that_fails_at_its_first_point_loses_no_run(log: Log) -> None:
+    """The next process knows the run, whose record has been passed on."""
+    log.append(run(), point(1))
+    tracker = Recorder()
+    tracker.fails = True
+    with pytest.raises(OSError, match="no answer"):
+        log.feed(tracker).advance()
+    again = Recorder()
+    log.feed(again).advance()
+    assert again.calls == [("open", "one", -1, {"opened": 1}), ("log", 1, {"loss": 1.0})]
+
+
 def test_a_rollback_rewinds_a_tracker_that_has_gone_further(log: Log) -> None:
     """The history ends at the step; a tracker that was not further is left alone."""
     tracker = Recorder()

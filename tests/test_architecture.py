@@ -34,7 +34,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "cgroups", "filesystem", "forks", "grpc_server", "images", "probe", "processes", "segments", "shards",
         "tensors", "wire",
     ),
-    "adapters": ("hf", "lightning", "validation"),
+    "adapters": ("hf", "lightning", "loaders"),
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": (
         "admin_commands", "answers", "audit", "board", "channel", "chaos", "client", "commands", "credentials",

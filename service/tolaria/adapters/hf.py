@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from tolaria.adapters.validation import LoaderBatches
+from tolaria.adapters.loaders import LoaderBatches
 from tolaria.errors import BrokenJobError
 from tolaria.jobs import HOST, Batch, Evaluation, JobContext, LoaderCursor, Ratio
 

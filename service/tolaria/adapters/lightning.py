@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from tolaria.adapters.validation import LoaderBatches
+from tolaria.adapters.loaders import LoaderBatches, PlacedCursor
 from tolaria.errors import BrokenJobError
 from tolaria.jobs import HOST, Batch, Evaluation, JobContext, LoaderCursor
 from tolaria.values.evaluation import RESERVED
@@ -73,7 +73,7 @@ class LightningJob:
         self._build = module
         self._data = data
         self._module: Any = None
-        self._cursor: _PlacedCursor | None = None
+        self._cursor: PlacedCursor | None = None
         self._validation_log: dict[str, float] | None = None
 
     def build_model(self) -> nn.Module:
@@ -105,7 +105,7 @@ class LightningJob:
         found = self._loader("train", "train_dataloader")
         if found is None:
             raise BrokenJobError("there is no train_dataloader: give the job data={'train': loader}")
-        self._cursor = _PlacedCursor(found, seed=self._context.seed)
+        self._cursor = PlacedCursor(found, seed=self._context.seed)
         return self._cursor
 
     def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -150,7 +150,7 @@ class LightningJob:
         return Evaluation(float(loss) * batch.samples, samples=batch.samples, metrics=metrics)
 
     def _log(self, name: str, value: Any, *_: Any, **__: Any) -> None:
-        """Stands for `LightningModule.log`; how a Trainer would average and show a value is not used."""
+        """Takes the place of `LightningModule.log`; how a Trainer would average and show a value is not used."""
         if not isinstance(value, Tensor | float | int):
             raise BrokenJobError(
                 f"self.log({name!r}) of a {type(value).__name__}, which gathers over an epoch, is not honoured: "
@@ -177,21 +177,6 @@ class LightningJob:
         if isinstance(loader, Mapping | list | tuple) or type(loader).__name__ == "CombinedLoader":
             raise BrokenJobError(f"{method} returns several loaders, which are not honoured: combine their data sets")
         return loader
-
-
-class _PlacedCursor(LoaderCursor):
-    """Adds to each payload its place in the epoch, `batch_idx` in Lightning."""
-
-    @property
-    def epoch(self) -> int:
-        """The epoch, from 1; 0 before the first."""
-        return self._epoch
-
-    def next_batch(self) -> Batch | None:
-        """Returns the next batch with a payload of (batch, place)."""
-        place = self._index
-        batch = super().next_batch()
-        return None if batch is None else Batch((batch.payload, place), batch.samples)
 
 
 def _placed(kind: type, job: LightningJob) -> type:

@@ -1,4 +1,4 @@
-"""Validation batches of a `DataLoader`, which can be iterated over again."""
+"""Batches of loaders with their places, for training and for validation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tolaria.jobs import Batch
+from tolaria.jobs import Batch, LoaderCursor
 from tolaria.jobs.indexed import samples_of
 
 
@@ -21,3 +21,18 @@ class LoaderBatches:
         """Reads the loader from its start."""
         for place, given in enumerate(self.loader):
             yield Batch(self.payload_of(given, place), samples_of(given))
+
+
+class PlacedCursor(LoaderCursor):
+    """Adds to each payload its place in the epoch, `batch_idx` in Lightning."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 1; 0 before the first."""
+        return self._epoch
+
+    def next_batch(self) -> Batch | None:
+        """Returns the next batch with a payload of (batch, place)."""
+        place = self._index
+        batch = super().next_batch()
+        return None if batch is None else Batch((batch.payload, place), batch.samples)

@@ -1,4 +1,4 @@
-"""A real service with TensorBoard and with trackers that fail, rolled back, killed and resumed."""
+"""A real service with TensorBoard and with a tracker that fails, rolled back, killed and resumed."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ SETTINGS = [
     "service.exit_when_done=true",
     "rollback.every_steps=4",
     "checkpoint.every_steps=8",
-    "tracking.trackers=tensorboard,raising,hanging",
+    "tracking.trackers=tensorboard,raising",
     "tracking.every_steps=1",
-    "tracking.timeout_s=2",
-    "tracking.close_s=8",
+    "tracking.close_s=25",
 ]
 LAST = STEPS * EPOCHS
 
@@ -108,13 +107,11 @@ def test_tensorboard_shows_the_same_curves(ended: Ended) -> None:
     assert any(b"rolled back to step" in text.tensor_proto.string_val[0] for text in texts)
 
 
-def test_trackers_that_fail_are_named_and_cost_nothing_else(ended: Ended) -> None:
-    """One event for each in each process at most; the run finishes, and no process is left."""
+def test_a_tracker_that_fails_is_named_and_costs_nothing_else(ended: Ended) -> None:
+    """One event in each process at most; the run finishes, and no process is left."""
     failed = [line for line in ended.log if line["event"] == "tolaria.tracker_failed"]
-    assert {line["tracker"] for line in failed} == {"raising", "hanging"}
-    assert len(failed) <= 4
-    details = {line["tracker"]: line["detail"] for line in failed}
-    assert "the tracking server is away" in details["raising"]
-    assert details["hanging"] == "made no progress for 2 s"
-    assert not [line for line in ended.log if line["event"] in {"tolaria.epoch_budget_exceeded", "tolaria.lane_lost"}]
+    assert {line["tracker"] for line in failed} == {"raising"}
+    assert len(failed) <= 2
+    assert all("the tracking server is away" in line["detail"] for line in failed)
+    assert not [line for line in ended.log if line["event"] == "tolaria.lane_lost"]
     assert ended.left == []

@@ -39,8 +39,7 @@ class TrackingSettings(Section):
     """
 
     timeout_s: Seconds = 120.0
-    """Time without progress after which a tracker counts as hung and its process is started again. 120: slow uploads.
-    """
+    """Time without progress after which a tracker's process is started again. 120: uploads may be slow."""
 
     close_s: Seconds = 10.0
     """Time that trackers get at the end for what is left; within service.drain_timeout_s. 10: a last upload."""

@@ -1,15 +1,23 @@
 import importlib.util
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from leyline.v1.enums_pb2 import SEED_STAGE_BLENDING
+from support.rank_run import run_on_ranks
 from tolaria.config import Settings
 from tolaria.config.extras import require_extras
 from tolaria.errors import ConfigurationError
+from tolaria.gradients import AttributionMode, GradientMode, MergeSettings
+from tolaria.gradients.accumulate import StepRows
 from tolaria.gradients.aggregators import aggregator_of
 from tolaria.gradients.pcgrad import project, projection_order, step_generator
+from tolaria.gradients.tracker import StepMerger
+from tolaria.gradients.weights import SourceWeight
+from tolaria.values.training import HOST
 
 NAMES = ["upgrad", "dualproj", "mgda", "imtl_g", "aligned_mtl"]
 WITH_CAGRAD = [
@@ -78,6 +86,49 @@ def test_weights_scale_rows() -> None:
 def test_the_size_of_gradients_does_not_matter(name: str, size: float) -> None:
     """Tiny and huge rows are merged as others are; torchjd alone takes tiny ones for zeros."""
     torch.testing.assert_close(merged(name, CONFLICTING * size) / size, merged(name, CONFLICTING), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", [GradientMode.SEED, GradientMode.MICROBATCH])
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_of_rows_are_merged_as_whole_ones(name: str, mode: GradientMode) -> None:
+    """Of sharded rows each rank has some columns: only dot products are exchanged, and the coefficients are equal."""
+    settings = MergeSettings(mode, AttributionMode.OFF, 7, name)
+    weights = {HOST: 1.0, "a": 0.5, "b": 0.25}
+    sources = [SourceWeight(source, SEED_STAGE_BLENDING, weight, weight, 0.0) for source, weight in weights.items()]
+
+    def merge(columns: slice, elsewhere: Tensor | None = None) -> Tensor:
+        part = CONFLICTING[:, columns].contiguous()
+        merger = StepMerger(
+            settings,
+            part.shape[1],
+            dtype=part.dtype,
+            device="cpu",
+            over_shards=None if elsewhere is None else lambda gram: gram + elsewhere,
+        )
+        rows = StepRows(tuple(weights), part, (1, 1, 1), 1, {})
+        return merger.merge(rows, 3, sources, {})[0].vector.clone()
+
+    first, rest = CONFLICTING[:, :1], CONFLICTING[:, 1:]
+    parts = [merge(slice(0, 1), rest @ rest.T), merge(slice(1, 3), first @ first.T)]
+    torch.testing.assert_close(torch.cat(parts), merge(slice(0, 3)))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.timeout(600)
+def test_ranks_merge_as_one_does(parallel: str, request: pytest.FixtureRequest) -> None:
+    """In real groups, with --long; the test above is its short form."""
+    if not request.config.getoption("--long"):
+        pytest.skip("starts three processes: --long")
+    script = [["epoch"]] * 2
+    case: dict[str, Any] = {"job": "TasksJob", "script": script, "sections": {"gradients": {"aggregator": "upgrad"}}}
+    lane = {"lane": {"mode": "torchrun", "parallel": parallel}}
+    train = "support.rank_scenarios:train"
+    ((alone,),) = run_on_ranks(1, [(train, case)], 250)
+    ((leader, follower),) = run_on_ranks(2, [(train, {**case, "sections": {**case["sections"], **lane}})], 250)
+    assert leader["losses"] == pytest.approx(alone["losses"], rel=1e-9)
+    assert follower["digests"] == leader["digests"]
+    plain = run_on_ranks(1, [(train, {"job": "TasksJob", "script": script})], 250)[0][0]
+    assert alone["losses"] != plain["losses"]  # PCGrad's
 
 
 def test_conflicts_are_counted_as_for_pcgrad() -> None:

@@ -30,11 +30,6 @@ CASES: Final[dict[str, dict[str, Any]]] = {
     "grown": {"job": "ExactJob", "script": GROWS},
     "samples of seeds": {"job": "SeedIdsJob", "script": GROWS},
     "merged tasks": {"job": "TasksJob", "script": EPOCHS},
-    "tasks merged by UPGrad": {
-        "job": "TasksJob",
-        "script": EPOCHS,
-        "sections": {"gradients": {"aggregator": "upgrad"}},
-    },
     "merged microbatches": {
         "job": "TasksJob",
         "script": EPOCHS,

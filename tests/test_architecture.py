@@ -34,6 +34,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "cgroups", "filesystem", "forks", "grpc_server", "images", "probe", "processes", "segments", "shards",
         "tensors", "wire",
     ),
+    "adapters": ("hf", "lightning", "loaders"),
     "checkpoint": (
         "archive", "backup", "directory", "format", "inspection", "restoration", "storage", "store", "tensor_file",
         "upgrade", "writer",
@@ -44,13 +45,15 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "main", "process_tree", "render", "report", "serve_child", "state_commands", "telemetry",
     ),
     "config": (
-        "connections", "durability", "exposure", "fields", "network", "presets", "ranks", "retired", "settings",
-        "sources", "systemd", "telemetry", "training",
+        "connections", "durability", "exposure", "extras", "fields", "network", "presets", "ranks", "retired",
+        "settings", "sources", "systemd", "telemetry", "tracking", "training",
     ),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
     "errors": ("base", "operation", "training"),
     "export": ("card", "conversion", "folding", "loading", "source", "warm_start", "writing"),
-    "gradients": ("accumulate", "flat", "gram", "pcgrad", "rows", "seed_metrics", "sharded", "tracker", "weights"),
+    "gradients": (
+        "accumulate", "aggregators", "flat", "gram", "pcgrad", "rows", "seed_metrics", "sharded", "tracker", "weights",
+    ),
     "jobs": ("callbacks", "data", "digits", "indexed", "job", "loader", "randomness", "workers"),
     "journal": ("async_journal", "database", "migration", "reader", "reserve", "rows"),
     "lane": (
@@ -76,7 +79,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "adjustments", "boundary", "checkpointing", "command_handler", "conditions", "health", "health_record",
         "journal_observer", "lane_client", "lane_telemetry", "observers", "operations", "packet_telemetry",
         "profiling", "recovery", "restore_points", "restorer", "resume", "revival", "run", "run_state", "safety",
-        "safety_telemetry", "seed_telemetry", "status", "training_telemetry", "verdicts",
+        "safety_telemetry", "seed_telemetry", "status", "tracking_telemetry", "training_telemetry", "verdicts",
     ),
     "security": ("certificates", "issuing", "limits", "tokens", "watched", "web_config"),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
@@ -86,6 +89,9 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "status_page": ("curves", "frames", "history", "sections", "seed_timeline", "site"),
     "telemetry": (
         "events", "exporter", "logging", "metrics", "otlp", "packets", "subscriptions", "tracing", "web_server",
+    ),
+    "trackers": (
+        "feed", "metrics_log", "mlflow", "process", "records", "supervision", "tensorboard", "tracker", "wandb",
     ),
     "transport": ("lane_images", "lane_link", "lane_process", "process_lane", "rendezvous"),
     "values": (

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from support.jobs import TinyJob
+from support.jobs import RandomisedJob, TinyJob
 from tolaria.jobs import Batch, Evaluation, JobContext, Ratio
 
 
@@ -48,3 +49,16 @@ class WrongMetricsJob(TinyJob):
             "many": {f"m{number}": 1.0 for number in range(65)},
         }
         return Evaluation(found.loss_sum, 0, batch.samples, wrong[str(self.context.options["wrong"])])  # type: ignore[arg-type]
+
+
+class UnhurriedJob(RandomisedJob):
+    """Takes 10 ms for a step, and logs a metric in every third."""
+
+    steps = 0
+
+    def losses(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        time.sleep(0.01)
+        UnhurriedJob.steps += 1
+        if UnhurriedJob.steps % 3 == 0:
+            self.context.log("thirds", float(UnhurriedJob.steps))
+        return super().losses(model, batch)

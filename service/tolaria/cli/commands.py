@@ -346,10 +346,13 @@ def doctor(
 @config_app.command()
 def check(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None:
     """Check the settings; report every problem, with exit code 2, and settings that are retired."""
-    from tolaria.config import exposure_warnings, require_protection
+    from tolaria.config import exposure_warnings, require_extras, require_protection
+    from tolaria.trackers.tracker import check_trackers
 
     settings = _settings(config_file, overrides)
     require_protection(settings)
+    require_extras(settings)
+    check_trackers(settings.tracking)
     for notice in [*settings.notices, *exposure_warnings(settings)]:
         typer.echo(notice, err=True)
     typer.echo("the configuration is valid")

@@ -10,6 +10,7 @@ from tolaria.config.durability import RollbackSettings as RollbackSettings
 from tolaria.config.durability import StateSettings as StateSettings
 from tolaria.config.exposure import exposure_warnings as exposure_warnings
 from tolaria.config.exposure import require_protection as require_protection
+from tolaria.config.extras import require_extras as require_extras
 from tolaria.config.fields import Address as Address
 from tolaria.config.fields import as_toml as as_toml
 from tolaria.config.network import KasminaSettings as KasminaSettings
@@ -29,6 +30,7 @@ from tolaria.config.systemd import NotifySocket as NotifySocket
 from tolaria.config.telemetry import TelemetrySettings as TelemetrySettings
 from tolaria.config.telemetry import TraceEnvironment as TraceEnvironment
 from tolaria.config.telemetry import trace_environment as trace_environment
+from tolaria.config.tracking import TrackingSettings as TrackingSettings
 from tolaria.config.training import ControlSettings as ControlSettings
 from tolaria.config.training import EarlyStoppingSettings as EarlyStoppingSettings
 from tolaria.config.training import EmaSettings as EmaSettings

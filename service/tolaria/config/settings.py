@@ -31,6 +31,7 @@ from tolaria.config.network import (
     TamiyoSettings,
 )
 from tolaria.config.telemetry import TelemetrySettings
+from tolaria.config.tracking import TrackingSettings
 from tolaria.config.training import (
     ControlSettings,
     EarlyStoppingSettings,
@@ -56,6 +57,7 @@ class Settings(BaseSettings):
     metrics: MetricsSettings = MetricsSettings()
     logging: LoggingSettings = LoggingSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+    tracking: TrackingSettings = TrackingSettings()
     tamiyo: TamiyoSettings = TamiyoSettings()
     kasmina: KasminaSettings = KasminaSettings()
     control: ControlSettings = ControlSettings()

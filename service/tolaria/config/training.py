@@ -314,7 +314,13 @@ class GradientsSettings(Section):
     """How gradients of several sources are merged."""
 
     mode: Literal["seed", "microbatch", "sum"] = "seed"
-    """PCGrad across sources, across microbatches, or a plain sum. seed: conflicts arise between seeds and host."""
+    """What is aggregated: sources, microbatches, or nothing (a sum). seed: conflicts arise between seeds and host."""
+
+    aggregator: Literal["pcgrad", "upgrad", "dualproj", "mgda", "cagrad", "imtl_g", "aligned_mtl"] = "pcgrad"
+    """How conflicts between gradients are resolved; all but pcgrad need tolaria[torchjd], cagrad tolaria[cagrad].
+
+    pcgrad: changes gradients that conflict, and no others.
+    """
 
     attribution: Literal["off", "dataloader", "kasmina"] = "off"
     """Divide the host's gradient among seeds by the batch's seed_ids or Kasmina's weights. off: seeds have own rows."""

@@ -118,10 +118,16 @@ def project(gram: Tensor, order: Sequence[Sequence[int]]) -> Projection:
         order: n sequences; the i-th lists the other rows in the order in which row i is projected against them.
     """
     dots = gram.tolist()
-    norms = [math.sqrt(dots[i][i]) if 0 < dots[i][i] < math.inf else 0.0 for i in range(len(dots))]
+    norms = _norms(dots)
     coefficients = [_project_row(i, order[i], dots, norms) for i in range(len(dots))]
+    return Projection(coefficients, *count_conflicts(dots))
+
+
+def count_conflicts(dots: list[list[float]]) -> tuple[list[int], int]:
+    """Returns for each row the number of others that it conflicts with, and the number of rows that can conflict."""
+    norms = _norms(dots)
     conflicts = [sum(_conflicts(row[j], norms[i], norms[j]) for j in range(len(dots))) for i, row in enumerate(dots)]
-    return Projection(coefficients, conflicts, sum(norm > 0 for norm in norms))
+    return conflicts, sum(norm > 0 for norm in norms)
 
 
 def projection_order(count: int, generator: torch.Generator | None) -> list[list[int]]:
@@ -157,6 +163,10 @@ def _project_row(row: int, order: Sequence[int], gram: list[list[float]], norms:
             coefficients[other] -= removed
             dots = [dot - removed * step for dot, step in zip(dots, gram[other], strict=True)]
     return coefficients
+
+
+def _norms(dots: list[list[float]]) -> list[float]:
+    return [math.sqrt(dots[i][i]) if 0 < dots[i][i] < math.inf else 0.0 for i in range(len(dots))]
 
 
 def _conflicts(dot: float, norm: float, other_norm: float) -> bool:

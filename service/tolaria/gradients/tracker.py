@@ -20,9 +20,10 @@ from torch import Tensor
 
 from leyline.v1.seeds_pb2 import SeedState
 from tolaria.gradients.accumulate import SeedGradientAccumulator, StepRows
+from tolaria.gradients.aggregators import PCGRAD, aggregator_of
 from tolaria.gradients.flat import FlatLayout
 from tolaria.gradients.gram import Rows, combine_rows, gram_matrix
-from tolaria.gradients.pcgrad import MergedGradient, project, projection_order, step_generator
+from tolaria.gradients.pcgrad import MergedGradient, projection_order, step_generator
 from tolaria.gradients.rows import OwnGradients, SourceRows
 from tolaria.gradients.seed_metrics import LayerMeasurements, PerLayerMetricUpdater, RowMeasurements, SeedMetricUpdater
 from tolaria.gradients.weights import AttributionMode, SeedWeightResolver, SourceWeight, TeacherAttributionMixer
@@ -35,9 +36,9 @@ class GradientMode(StrEnum):
     """How the rows of a step become one gradient."""
 
     SEED = "seed"
-    """PCGrad across sources, then their sum weighted by stage."""
+    """The aggregator across sources, by default PCGrad, then their sum weighted by stage."""
     MICROBATCH = "microbatch"
-    """PCGrad across microbatches, then their sum; the sources of a microbatch are added up."""
+    """The aggregator across microbatches, then their sum; the sources of a microbatch are added up."""
     SUM = "sum"
     """The sum of all rows, as in plain training."""
 
@@ -49,6 +50,7 @@ class MergeSettings:
     mode: GradientMode
     attribution: AttributionMode
     run_seed: int | str
+    aggregator: str = PCGRAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,7 @@ class StepMerger:
         self._over_shards = over_shards
         self._settings = settings
         self._mixer = TeacherAttributionMixer(settings.attribution)
+        self._aggregate = aggregator_of(settings.aggregator)
         self._result = torch.empty(numel, dtype=dtype, device=device)
 
     @torch.no_grad()
@@ -227,8 +230,9 @@ class StepMerger:
             return self._add(given, names)
         order = projection_order(len(present), step_generator(self._settings.run_seed, step))
         if self._settings.mode is GradientMode.MICROBATCH:
-            projection = project(self._gram(given), order)
-            vector = combine_rows(given, projection.combined([1.0] * len(present)), out=self._result)
+            equal = [1.0] * len(present)
+            projection = self._aggregate(self._gram(given), equal, order)
+            vector = combine_rows(given, projection.combined(equal), out=self._result)
             return projection.merged(vector), _no_measurements(vector.device)
         by_name = {source.name: source for source in sources}
         return self._project_sources(given, [by_name[name] for name in names], samples, order)
@@ -243,7 +247,7 @@ class StepMerger:
         mixing = self._mixer.mixing(names, shares, weights)
         gram = self._gram(given)
         mixed = mixing @ gram @ mixing.T
-        projection = project(mixed, order)
+        projection = self._aggregate(mixed, weights, order)
         coefficients = torch.tensor(projection.combined(weights), dtype=torch.float64) @ mixing
         vector = combine_rows(given, coefficients.tolist(), out=self._result)
         teacher = self._mixer.teacher_shares(names, gram.diagonal().sqrt(), shares)

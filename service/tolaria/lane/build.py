@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import nn
 
-from tolaria.config import Settings
+from tolaria.config import Settings, require_extras
 from tolaria.config.ranks import RankEnvironment
 from tolaria.errors import (
     BrokenJobError,
@@ -190,8 +190,9 @@ def build(
 
     Raises:
         JobError: names the method that failed, or returned something invalid.
-        ConfigurationError: the device does not exist, or the schedule does not fit the run.
+        ConfigurationError: the device does not exist, an extra is missing, or the schedule does not fit the run.
     """
+    require_extras(settings)
     training = settings.training
     device = choose_device(training.device, 0 if group is None else group.local_rank)
     if training.deterministic:

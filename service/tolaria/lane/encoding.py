@@ -55,7 +55,7 @@ _CODEC = Codec(
 )
 
 
-_STEP = struct.Struct("<cqqddqddddqqdB")
+_STEP = struct.Struct("<cqqddqddddqqddB")
 _STEP_TAG: Final = b"S"
 _SKIPPED, _RESCALED, _JUDGED, _CHECKED, _FINITE = (1 << bit for bit in range(5))
 
@@ -91,12 +91,13 @@ def _step_to_bytes(step: StepDone) -> bytes:
         step.batches.start,
         step.batches.stop,
         0.0 if judged is None else judged,
+        step.learning_rate,
         flags,
     )
 
 
 def _step_from_bytes(data: bytes) -> StepDone:
-    _, step, epoch, loss, norm, samples, *times_s, start, stop, judged, flags = _STEP.unpack(data)
+    _, step, epoch, loss, norm, samples, *times_s, start, stop, judged, rate, flags = _STEP.unpack(data)
     duration_s, waited_s, copy_s, at_s = times_s
     return StepDone(
         step,
@@ -113,6 +114,7 @@ def _step_from_bytes(data: bytes) -> StepDone:
         judged=judged if flags & _JUDGED else None,
         parameters_finite=bool(flags & _FINITE) if flags & _CHECKED else None,
         copy_s=copy_s,
+        learning_rate=rate,
     )
 
 

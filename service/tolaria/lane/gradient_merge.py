@@ -66,7 +66,7 @@ class GradientMerger:
 
     def __init__(self, settings: Settings, scope: GradientScope, *, sharded: bool) -> None:
         mode, attribution = GradientMode(settings.gradients.mode), AttributionMode(settings.gradients.attribution)
-        self._merge = MergeSettings(mode, attribution, settings.training.seed)
+        self._merge = MergeSettings(mode, attribution, settings.training.seed, settings.gradients.aggregator)
         self._settings = settings
         self.group: Group | None = None
         """The ranks whose gradients are added up before they are merged."""

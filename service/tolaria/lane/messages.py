@@ -314,6 +314,7 @@ class StepDone:
     parameters_finite: bool | None = None
     copy_s: float = 0.0
     logged: Mapping[str, float] = field(default_factory=dict)  # by the job, by name
+    learning_rate: float = 0.0  # of the first param group, in this step
 
 
 @dataclass(frozen=True, slots=True)

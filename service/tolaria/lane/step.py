@@ -142,15 +142,15 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
         parameters_finite=sound,
         logged=_logged(module, skipped=skipped),
         copy_s=taken.copied_s,
+        learning_rate=next(iter(module.seeds.controller.learning_rates().values()), 0.0),
     )
 
 
 def _logged(module: TrainModule, *, skipped: bool) -> dict[str, float]:
     """Returns what the job has logged during the step; nothing of a skipped one."""
-    if not skipped:
-        return module.logged.take()
-    module.logged.clear()
-    return {}
+    if skipped:
+        module.logged.clear()
+    return module.logged.take()
 
 
 def _take_and_measure(

@@ -73,6 +73,7 @@ class Host:
         async with AsyncExitStack() as stack:
             publish_phase(self._core)
             await stack.enter_async_context(self._exporter())
+            await stack.enter_async_context(self._core.tracking.serve(self._left_s))
             if self._core.process is not None:
                 lane_tasks = await stack.enter_async_context(anyio.create_task_group())
                 stack.callback(self._core.process.abandon)
@@ -170,10 +171,13 @@ class Host:
 
     def _extend_stop(self, embedded: Mapping[Peer, EmbeddedPeer]) -> None:
         """Gives the peers, just before they stop, what is left of the drain timeout: a busy machine needs more time."""
-        drain_s = self._settings.service.drain_timeout_s
-        left_s = min(self._drain_until_s - anyio.current_time(), drain_s) - (_FLUSH_SHARE + _WRITER_SHARE) * drain_s
         for peer in embedded.values():
-            peer.stop_timeout_s = max(peer.stop_timeout_s, left_s)
+            peer.stop_timeout_s = max(peer.stop_timeout_s, self._left_s())
+
+    def _left_s(self) -> float:
+        """Returns what is left of the drain timeout for child processes."""
+        drain_s = self._settings.service.drain_timeout_s
+        return min(self._drain_until_s - anyio.current_time(), drain_s) - (_FLUSH_SHARE + _WRITER_SHARE) * drain_s
 
     async def _end_lane(self) -> None:
         """Ends the lane's thread and the streams, just before the servers stop."""

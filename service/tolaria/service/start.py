@@ -18,7 +18,7 @@ import structlog
 
 from tolaria import __version__
 from tolaria.checkpoint.writer import CheckpointWriter
-from tolaria.config import Settings, exposure_warnings, require_protection
+from tolaria.config import Settings, exposure_warnings, require_extras, require_protection
 from tolaria.emergency.supervision import stacks_on_request
 from tolaria.export.writing import remove_partial_exports
 from tolaria.images import StateImage
@@ -45,6 +45,7 @@ from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext, Priority, logging_to
 from tolaria.telemetry.metrics import Metrics, start_at_zero
 from tolaria.telemetry.tracing import Tracer, tracing
+from tolaria.trackers.tracker import check_trackers
 from tolaria.values.optimization import ActiveAdjustment
 
 
@@ -61,9 +62,11 @@ def run(settings: Settings) -> int:
         JobError: the job cannot be built; nothing has been started yet.
         PeerUnavailableError: an embedded peer does not start.
         SignalError: the signal board cannot be created.
-        ConfigurationError: state.dir cannot be written, or its content does not fit the settings.
+        ConfigurationError: state.dir cannot be written, its content does not fit the settings, or an extra is missing.
     """
     require_protection(settings)
+    require_extras(settings)
+    check_trackers(settings.tracking)
     forbid_core_files(settings)
     metrics, context = Metrics(), LogContext()
     start_at_zero(metrics.telemetry_dropped_total, ((priority,) for priority in get_args(Priority)))

@@ -49,6 +49,7 @@ from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, REASONS, Safeguard
 from tolaria.run.safety_telemetry import SafetyTelemetry
 from tolaria.run.seed_telemetry import SeedTelemetry
 from tolaria.run.status import RunStatus
+from tolaria.run.tracking_telemetry import TrackingTelemetry
 from tolaria.run.training_telemetry import TrainingTelemetry
 from tolaria.signals import SignalBoard
 from tolaria.status_page.history import PageHistory
@@ -58,6 +59,7 @@ from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics
 from tolaria.telemetry.packets import Packets
 from tolaria.telemetry.subscriptions import TelemetryStream
+from tolaria.trackers.supervision import Tracking
 from tolaria.transport.process_lane import ProcessLane
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.seeds import NO_SEEDS, limits_of
@@ -153,6 +155,7 @@ class Core:
             reasons=REASONS,
         )
         self.history = PageHistory(self.status, foundation.points)
+        self.tracking = Tracking(settings, metrics, emitter)
         ended = [row for row in foundation.open_emergencies if row != foundation.active_halt]
         self.observers = Observers(
             TrainingTelemetry(
@@ -168,6 +171,7 @@ class Core:
             JournalObserver(self.journal, self.status, foundation.run, active=foundation.active_halt, ended=ended),
             self.history,
             PacketTelemetry(emitter.tracer, self.packets),
+            *([TrackingTelemetry(self.tracking, self.status, settings)] if self.tracking.enabled else []),
         )
         self.process: ProcessLane | None = None
         if foundation.build is not None:

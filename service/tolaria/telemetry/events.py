@@ -190,11 +190,14 @@ COMPILE_FALLBACK = _warning("tolaria.compile_fallback", "path", "detail")
 LANE_LOST = _error("tolaria.lane_lost", "generation", "step", "cause", "detail")
 LANE_RECOVERED = _warning("tolaria.lane_recovered", "generation", "step", "latency_ms")
 
-# Rollback, checkpoints, profiles
+# Rollback, checkpoints, trackers, profiles
 ROLLBACK_COMPLETED = _warning(
     "tolaria.rollback.completed", "rollback_id", "tier", "restored_step", "latency_ms", "coordinated", "reason"
 )
 ROLLBACK_RESTORE_FAILED = _error("tolaria.rollback.restore_failed", "rollback_id", "tier", "stage", "reason")
 ROLLBACK_DEADLINE_EXCEEDED = _error("tolaria.rollback.deadline_exceeded", "rollback_id", "tier", "latency_ms")
 CHECKPOINT_FAILED = _error("tolaria.checkpoint_failed", "step", "stage", "reason")
+TRACKER_FAILED = _warning("tolaria.tracker_failed", "tracker", "detail")
+TRACKER_RECOVERED = _info("tolaria.tracker_recovered", "tracker")
+METRICS_LOG_FAILED = _warning("tolaria.metrics_log_failed", "detail")
 PROFILER_EXPORT_FAILED = _warning("tolaria.profiler.export_failed", "stage", "reason")

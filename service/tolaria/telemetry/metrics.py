@@ -138,6 +138,7 @@ class Metrics:
         self._declare_process()
         self._declare_servers()
         self._declare_telemetry()
+        self._declare_tracking()
         self._process: ProcessCollector | None = None
 
     @property
@@ -400,6 +401,21 @@ class Metrics:
         self.page_viewers = self._gauge("page.viewers", "Viewers of the status page.")
         self.page_viewers_dropped_total = self._counter(
             "page.viewers_dropped_total", "Viewers of the status page that were dropped because they are slow."
+        )
+
+    def _declare_tracking(self) -> None:
+        self.tracker_up = self._gauge("tracker.up", "Whether a tracker takes what is recorded.", ["tracker"])
+        self.tracker_behind_seconds = self._gauge(
+            "tracker.behind_seconds", "Age of the oldest record that a tracker has not taken yet.", ["tracker"]
+        )
+        self.tracker_failures_total = self._counter(
+            "tracker.failures_total", "Ends of a tracker's process before the service's.", ["tracker"]
+        )
+        self.tracker_lost_segments_total = self._counter(
+            "tracker.lost_segments_total", "Parts of the log that were removed before a tracker had them.", ["tracker"]
+        )
+        self.metrics_log_dropped_total = self._counter(
+            "metrics_log.dropped_total", "Points that were not recorded, since the disk did not answer."
         )
 
     def _gauge(self, name: str, help_text: str, labels: Sequence[str] = ()) -> Gauge:

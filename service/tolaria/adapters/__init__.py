@@ -1,0 +1,1 @@
+"""Jobs made of what other libraries train: models of transformers, and modules of Lightning."""

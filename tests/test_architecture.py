@@ -52,7 +52,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "journal": ("async_journal", "database", "reader", "reserve", "rows"),
     "lane": (
         "buffers", "build", "commands", "connection", "device", "encoding", "fast_paths", "first_look",
-        "gradient_merge", "group_commands", "group_state", "hosting", "job_effects", "job_output", "job_report", "lane",
+        "gradient_merge", "group_commands", "group_profiles", "group_state", "hosting", "job_effects", "job_output",
+        "job_report", "lane",
         "messages", "model_description", "order", "parameter_check", "process", "profiling", "rank", "seed_training",
         "sharding", "snapshot_manager", "step", "train_module",
     ),
@@ -61,7 +62,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "peers": ("clients", "connect", "consultation", "verification"),
     "ranks": (
-        "admission", "agent", "channel", "child", "elastic", "group", "images", "liveness", "node", "output", "share",
+        "admission", "agent", "channel", "child", "elastic", "group", "images", "liveness", "local_ranks", "node",
+        "output", "share", "stacks",
     ),
     "reference": ("embedded", "history", "kasmina", "lifecycle", "policy", "rollback", "server", "tamiyo", "tracing"),
     "resilience": ("breaker", "conservative", "deadline"),
@@ -81,7 +83,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "telemetry": (
         "events", "exporter", "logging", "metrics", "otlp", "packets", "subscriptions", "tracing", "web_server",
     ),
-    "transport": ("lane_images", "lane_link", "lane_process", "process_lane", "rendezvous"),
+    "transport": ("lane_images", "lane_link", "lane_process", "lane_stacks", "process_lane", "rendezvous"),
     "values": (
         "encoding", "evaluation", "gradients", "lineage", "loss_window", "optimization", "seeds", "spans", "training",
     ),

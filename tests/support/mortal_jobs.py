@@ -18,7 +18,7 @@ class Mortal(Line):
 
     Options: `at` (number of the call), `how` (segv, exit, raise, hang, gil, memory), `always` (else only once, noted by a file
     in the working directory), `poison` (place of a sample: every batch with it ends the process), `says` (printed),
-    `starts` (a program that runs on).
+    `starts` (a program that runs on), `on` (the only rank that dies; else all of them).
     """
 
     def losses(self, model, batch):
@@ -34,6 +34,8 @@ class Mortal(Line):
         if self.calls == 0 and (says := self.options.get("says")):
             print(says)
         if self.calls + 1 != self.options.get("at"):
+            return
+        if str(self.options.get("on", "")) not in {"", os.environ.get("RANK", "0")}:
             return
         marker = Path("died")
         if not self.options.get("always") and marker.exists():

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -18,7 +19,7 @@ from typing import Final
 import torch
 
 from tolaria.config import Settings
-from tolaria.config.ranks import PEER_LOST, RAISED, RankEnvironment
+from tolaria.config.ranks import PEER_LOST, RAISED, RankEnvironment, rank_raised
 from tolaria.errors import LaneFailedError, PeerLostError, TolariaError
 from tolaria.lane.build import BuiltLane, build
 from tolaria.lane.commands import PageGate
@@ -27,10 +28,10 @@ from tolaria.lane.encoding import from_bytes, to_bytes
 from tolaria.lane.group_state import GroupRestore
 from tolaria.lane.messages import Failure, LaneEnded, LaneReady
 from tolaria.lane.order import LaneOrder, RestorePlan
-from tolaria.lane.process import Received, dump_stacks_on_request, end_with_service
+from tolaria.lane.process import Received, end_with_service
 from tolaria.ranks.group import Group, lost_peer
 from tolaria.ranks.images import receive_image, send_image
-from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage, PagePulse
+from tolaria.signals.lane_page import SILENT_SIGNAL, LanePage, PagePulse
 from tolaria.state.shared_memory import SharedMemory
 from tolaria.values.training import RankInfo
 from tolaria.wire import Frame, FrameKind, FrameStream, send
@@ -38,6 +39,9 @@ from tolaria.wire import Frame, FrameKind, FrameStream, send
 _FLUSH_S: Final = 10.0
 _WATCH_S: Final = 0.5
 _LEADER_S: Final = 2.0
+
+_STACKS_S: Final = 3.0
+"""Seconds that a silent rank leaves the service for collecting stacks, also from other machines."""
 
 _KILLED_S: Final = 30.0
 """Seconds in which a group whose rank has gone is ended by its agent, which knows the cause."""
@@ -100,7 +104,6 @@ def follow() -> int:
         if group is None or not isinstance(order := from_bytes(group.broadcast_bytes()), LaneOrder):
             return PEER_LOST
         settings = Settings.model_validate(json.loads(order.settings))
-        dump_stacks_on_request(settings)
         sharded = settings.lane.parallel == "fsdp"
         built = build_on_all_ranks(group, lambda: build(settings, group=group), sharded=sharded)
     except PeerLostError as error:
@@ -111,29 +114,33 @@ def follow() -> int:
         return 1
     built.snapshots.takes_snapshots = False
     page = LanePage.create()
-    lane = built.lane(PagePulse(page, settings.emergency), Path(settings.state.dir) / "traces")
-    threading.Thread(target=end_when_silent, args=(page,), name="tolaria-watch", daemon=True).start()
+    traces_dir = Path(tempfile.gettempdir()) / f"tolaria-traces-{os.getpid()}"  # from where the leader fetches them
+    lane = built.lane(PagePulse(page, settings.emergency), traces_dir)
+    agent = RankEnvironment.read().agent
+    threading.Thread(target=end_when_silent, args=(page, agent), name="tolaria-watch", daemon=True).start()
     lane.run(lane.take_events)
     if lane.peer_lost:
         return _end_with_group(lane.peer_lost)
     if lane.failed:
         time.sleep(_LEADER_S)  # an exception of all ranks is the leader's, which goes by its name
-        os.write(2, f"{lane.failed}\n".encode())
+        os.write(2, f"{rank_raised(group.rank, ' '.join(lane.failed.split()))}\n".encode())
         return RAISED
     group.leave()
     return 0
 
 
-def end_when_silent(page: LanePage) -> None:
+def end_when_silent(page: LanePage, agent: int) -> None:
     """Ends this process when the lane has given no heartbeat for too long: the leader would wait for it.
 
+    Before, the process `agent`, unless it is 0, learns of it, so that the stacks of all ranks can be collected.
     A process that is stopped, or whose GIL is held, does not come to that: the leader's silence shows it, later.
     """
     while True:
         time.sleep(_WATCH_S)
         if overdue_s := page.overdue_s():
-            os.kill(os.getpid(), STACKS_SIGNAL)
-            time.sleep(_WATCH_S)
+            if agent:
+                os.kill(agent, SILENT_SIGNAL)
+            time.sleep(_STACKS_S)
             if page.overdue_s():
                 os.write(2, f"the rank has given no heartbeat for {overdue_s:.0f} s\n".encode())
                 os._exit(1)

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tolaria.config.ranks import RankEnvironment
-from tolaria.errors import BrokenJobError, PeerLostError, RanksDifferError
+from tolaria.errors import BrokenJobError, PeerLostError, RankFailedError, RanksDifferError
 
 _WAIT: Final = timedelta(days=365)
 """A rank that waits for one that has gone is ended with the group; one that is only slow is not dead."""
 
 _COMPARED: Final = 2**20  # so that squares are exact in float64
+_AGREEMENT: Final = 24
+"""Numbers of every agreement, so that a rank can take part in it without knowing which one it is."""
+
 _BUCKET_BYTES: Final = 2**25
 """Small tensors are sent together, up to this size, and images in pieces of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """An agreement that has begun: its sums appear in `numbers` once `work` is done."""
+
+    numbers: Tensor
+    work: Any
+    values: int
+    must_match: Mapping[str, int]
+    places: tuple[int, ...]
 
 
 class Group:
@@ -36,6 +51,8 @@ class Group:
         has_commands: returns whether this rank has any; set by the leader's queue of commands.
         snapshot_due: returns whether this rank wants a snapshot after the step; set where the state is sharded.
         snapshot_agreed: whether one follows this step on all ranks; each `all_reduce_step` sets it.
+        brief: whether this rank's last step was so short that the next sums are to be overlapped with its passes.
+        overlaps: whether all ranks want that; each `all_reduce_step` sets it.
     """
 
     def __init__(self, rank: int, world: int, local_rank: int = 0, local_world: int = 1) -> None:
@@ -43,7 +60,7 @@ class Group:
         self.commands_due = True
         self.has_commands: Callable[[], bool] = lambda: False
         self.snapshot_due: Callable[[], bool] = lambda: False
-        self.snapshot_agreed = False
+        self.snapshot_agreed = self.brief = self.overlaps = False
 
     @classmethod
     def join(cls, place: RankEnvironment, *, cuda: bool) -> Group:
@@ -74,32 +91,61 @@ class Group:
         found: list[float] = numbers.tolist()
         return found
 
-    def all_reduce_step(self, values: Sequence[float], must_match: Mapping[str, int]) -> list[float]:
-        """Returns the sums of a step's values, and sets `commands_due` and `snapshot_agreed`.
+    def begin_step(self, values: Sequence[float], must_match: Mapping[str, int]) -> Agreement:
+        """Begins the sums of a step's values, for `finish_step`; no other method may be called between the two.
 
         `must_match` are numbers that are equal on all ranks, by what they are; they are compared modulo 2**20.
+        """
+        return self._begin([*values, self.has_commands(), self.snapshot_due(), self.brief], must_match)
+
+    def finish_step(self, begun: Agreement) -> list[float]:
+        """Waits for the sums and returns them; sets `commands_due`, `snapshot_agreed` and `overlaps`.
 
         Raises:
             RanksDifferError: names the first number that differs.
+            RankFailedError: another rank reports a failure instead.
             PeerLostError: another rank has gone.
         """
-        given = [*values, self.has_commands(), self.snapshot_due()]
-        *sums, ranks, snapshots = self._all_reduce_matching(given, must_match)
-        self.commands_due, self.snapshot_agreed = ranks > 0, snapshots > 0
+        *sums, ranks, snapshots, brief = self._finish(begun)
+        self.commands_due, self.snapshot_agreed, self.overlaps = ranks > 0, snapshots > 0, brief == self.world
         return sums
 
-    def _all_reduce_matching(self, values: Sequence[float], must_match: Mapping[str, int]) -> list[float]:
-        places = [number % _COMPARED for number in must_match.values()]
-        found = self.all_reduce([*values, *places, *(place * place for place in places)])
-        sums, squares = found[len(values) : len(values) + len(places)], found[len(values) + len(places) :]
-        for name, place, total, square in zip(must_match, places, sums, squares, strict=True):
-            if total != place * self.world or square != place * place * self.world:
-                raise RanksDifferError(f"{name}: {must_match[name]} on rank {self.rank}, but not on every rank")
-        return found[: len(values)]
+    def all_reduce_step(self, values: Sequence[float], must_match: Mapping[str, int]) -> list[float]:
+        """Returns the sums of a step's values. Raises as `finish_step`."""
+        return self.finish_step(self.begin_step(values, must_match))
 
     def all(self, value: bool, must_match: Mapping[str, int] = MappingProxyType({})) -> bool:
-        """Whether the value is true on every rank. Raises as `all_reduce_step`."""
-        return self._all_reduce_matching([not value], must_match)[0] == 0
+        """Whether the value is true on every rank. Raises as `finish_step`."""
+        return self._finish(self._begin([not value], must_match))[0] == 0
+
+    def report_failure(self) -> None:
+        """Takes part in the others' next agreement, whichever it is, by the news that this rank has failed.
+
+        They raise RankFailedError. Raises PeerLostError.
+        """
+        self.all_reduce([1.0, *(0.0 for _ in range(_AGREEMENT - 1))])
+
+    def _begin(self, values: Sequence[float], must_match: Mapping[str, int]) -> Agreement:
+        places = tuple(number % _COMPARED for number in must_match.values())
+        given = [0.0, *values, *places, *(place * place for place in places)]
+        given += [0.0] * (_AGREEMENT - len(given))
+        numbers = torch.tensor(given, dtype=torch.float64)
+        with _peers():
+            work = dist.all_reduce(numbers, async_op=True)
+        return Agreement(numbers, work, len(values), must_match, places)
+
+    def _finish(self, begun: Agreement) -> list[float]:
+        with _peers():
+            begun.work.wait()
+        failed, *found = begun.numbers.tolist()
+        if failed:
+            raise RankFailedError("a pass has raised an exception on another rank")
+        sums = found[begun.values :]
+        squares = sums[len(begun.places) :]
+        for name, place, total, square in zip(begun.must_match, begun.places, sums, squares, strict=False):
+            if total != place * self.world or square != place * place * self.world:
+                raise RanksDifferError(f"{name}: {begun.must_match[name]} on rank {self.rank}, but not on every rank")
+        return found[: begun.values]
 
     def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         """Returns the greatest of each value over all ranks, in float64. Raises PeerLostError."""
@@ -116,15 +162,26 @@ class Group:
         found = self.all_reduce(places)
         return [found[start : start + len(values)] for start in range(0, len(found), len(values))]
 
-    def broadcast_bytes(self, data: bytes = b"") -> bytes:
-        """Returns the leader's `data` on every rank. Raises PeerLostError."""
+    def broadcast_bytes(self, data: bytes = b"", source: int = 0) -> bytes:
+        """Returns the `data` of rank `source`, by default the leader, on every rank. Raises PeerLostError."""
         size = torch.tensor([len(data)])
         with _peers():
-            dist.broadcast(size, 0)
-            content = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data and self.leads else None
-            content = torch.empty(int(size), dtype=torch.uint8) if content is None else content
+            dist.broadcast(size, source)
+            content = _of_bytes(data) if data and self.rank == source else torch.empty(int(size), dtype=torch.uint8)
             if len(content):
-                dist.broadcast(content, 0)
+                dist.broadcast(content, source)
+        return content.numpy().tobytes()
+
+    def send_to_leader(self, data: bytes) -> None:
+        """Sends what the leader takes with `receive_bytes` meanwhile; not empty. Raises PeerLostError."""
+        with _peers():
+            dist.send(_of_bytes(data), 0)
+
+    def receive_bytes(self, source: int, size_bytes: int) -> bytes:
+        """Returns what rank `source` sends to this one, the leader. Raises PeerLostError."""
+        content = torch.empty(size_bytes, dtype=torch.uint8)
+        with _peers():
+            dist.recv(content, source)
         return content.numpy().tobytes()
 
     def all_gather_text(self, text: str) -> list[str]:
@@ -140,6 +197,11 @@ class Group:
             dist.all_reduce(said)
         return [row[:size].numpy().tobytes().decode() for row, size in zip(said, sizes.tolist(), strict=True)]
 
+    def first_text(self, text: str) -> str:
+        """Returns `text`, or if that is empty, the first one of another rank that is not. Raises PeerLostError."""
+        said = self.all_gather_text(text)
+        return text or next(filter(None, said), "")
+
     # -- tensors -----------------------------------------------------------------------------------------------------
 
     def all_reduce_tensor(self, tensor: Tensor) -> None:
@@ -150,30 +212,36 @@ class Group:
                 dist.all_reduce(piece)
 
     def all_reduce_gradients(
-        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], *, failed: bool = False
     ) -> list[Tensor | None]:
-        """Returns the sums of the parameters' gradients; None where no rank has one. Raises PeerLostError.
+        """Returns the sums of the parameters' gradients; None where no rank has one.
 
-        Gradients that are missing on some ranks count as zero.
+        Gradients that are missing on some ranks count as zero. `failed` says that this rank has none to give.
 
         Raises:
             BrokenJobError: a gradient is sparse.
+            RankFailedError: another rank has `failed`.
+            PeerLostError: another rank has gone.
         """
         found: list[Tensor | None] = [None] * len(parameters)
         for places in _buckets(parameters):
             kinds = parameters[places[0]]
             sizes = [parameters[place].numel() for place in places]
-            flat = torch.zeros(sum(sizes) + len(places), dtype=kinds.dtype, device=kinds.device)
-            *parts, present = torch.split(flat, [*sizes, len(places)])
+            flat = torch.zeros(sum(sizes) + len(places) + 1, dtype=kinds.dtype, device=kinds.device)
+            *parts, present = torch.split(flat, [*sizes, len(places) + 1])
+            present[-1] = failed
             for number, place in enumerate(places):
-                if (gradient := gradients[place]) is not None:
+                if not failed and (gradient := gradients[place]) is not None:
                     if gradient.layout != torch.strided:
                         raise BrokenJobError("a gradient is sparse; ranks sum dense ones only")
                     parts[number].copy_(gradient.reshape(-1))
                     present[number] = 1
             with _peers():
                 dist.all_reduce(flat)
-            for place, part, count in zip(places, parts, present.tolist(), strict=True):
+            *counts, failures = present.tolist()
+            if failures and not failed:
+                raise RankFailedError("a backward pass has raised an exception on another rank")
+            for place, part, count in zip(places, parts, counts, strict=True):
                 found[place] = part.view(parameters[place].shape) if count else None
         return found
 
@@ -198,6 +266,10 @@ class Group:
             with _peers():
                 for piece in torch.split(whole, _BUCKET_BYTES):
                     dist.broadcast(piece, 0)
+
+
+def _of_bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:

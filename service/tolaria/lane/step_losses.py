@@ -1,0 +1,114 @@
+"""`StepLosses`: the losses and samples of one step's microbatches, and their sums over the ranks of a group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tolaria.jobs import Batch
+from tolaria.lane.gradient_merge import total_loss
+from tolaria.lane.train_module import TrainModule
+from tolaria.ranks.group import Agreement, Group
+
+
+@dataclass(slots=True)
+class StepLosses:
+    """The microbatches of one step. The losses are weighted sums over those that were not left out.
+
+    Attributes:
+        read: samples of all microbatches.
+        samples: samples of those that were not left out.
+        loss: of all sources.
+        plain: whether the host's loss is the only one; `essential` and `judged` are not needed then.
+        essential: without the sources of isolated seeds.
+        judged: the mean over the sources that are not seeds, times the samples that have one.
+        judged_samples: number of those samples.
+        counted: samples of the present microbatch that count on this rank.
+        sources: checksum of the sources that the losses of each microbatch had.
+        left_out: places in the epoch of the microbatches that were not finite.
+        last_batch: the last one that was not left out.
+    """
+
+    read: int = 0
+    samples: int = 0
+    planned_samples: int = 0
+    waited_s: float = 0.0
+    copied_s: float = 0.0
+    loss: Tensor | None = None
+    plain: bool = True
+    essential: Tensor | None = None
+    judged: Tensor | None = None
+    judged_samples: int = 0
+    counted: int = 0
+    sources: int = 0
+    left_out: list[int] = field(default_factory=list)
+    last_batch: Batch | None = None
+    _agreement: Agreement | None = None
+
+    def add(self, module: TrainModule, losses: Mapping[str, Tensor], batch: Batch) -> None:
+        """Adds the losses of a microbatch, which are weighted by samples."""
+        share, total = self.counted / self.planned_samples, total_loss(losses).detach()
+        loss = total if share == 1.0 else total * share
+        self.loss = loss if self.loss is None else self.loss + loss
+        self.samples += self.counted
+        if len(losses) == 1 and batch.seed_ids is None and self.plain:
+            return
+        self.plain = False
+        seeds = set(module.seeds.topology.training_seeds)
+        essential = [each.detach() for source, each in losses.items() if source not in module.isolated_seeds]
+        part = torch.stack(essential).sum() * share if essential else torch.zeros_like(loss)
+        self.essential = part if self.essential is None else self.essential + part
+        tasks = [each.detach() for source, each in losses.items() if source not in seeds]
+        samples = self.counted
+        if samples and batch.seed_ids is not None:  # their losses are shares of the mean over the whole batch
+            samples = sum(source not in seeds for source in batch.seed_ids)
+        if samples and tasks:
+            mean = torch.stack(tasks).mean() * self.counted
+            self.judged = mean if self.judged is None else self.judged + mean
+            self.judged_samples += samples
+
+    @property
+    def agreeing(self) -> bool:
+        """Whether the sums over the ranks have begun."""
+        return self._agreement is not None
+
+    def begin_over_ranks(self, module: TrainModule, group: Group) -> None:
+        """Begins the sums over the ranks, which other work may overlap. Synchronises."""
+        parts = (self.loss, self.essential, self.judged)
+        given = [0.0 if part is None else part.item() for part in parts]
+        must_match = {
+            "completed steps": module.global_step,
+            "batches read": module.progress.batches,
+            "samples in them": self.read,
+            "names of losses": self.sources,
+            "announced changes of the task": len(module.announced),
+        }
+        self._agreement = group.begin_step([*given, self.judged_samples, self.samples], must_match)
+
+    def over_ranks(self, module: TrainModule, group: Group) -> None:
+        """Replaces the losses and samples of this rank by the sums over all ranks. Synchronises.
+
+        Raises:
+            RanksDifferError: the ranks are not at the same step of the same data.
+            RankFailedError: a pass has failed on another rank.
+            PeerLostError: another rank has gone.
+        """
+        asked_s = time.monotonic()
+        if self._agreement is None:
+            self.begin_over_ranks(module, group)
+        agreement, self._agreement = self._agreement, None
+        assert agreement is not None  # noqa: S101 - it has just begun
+        *sums, judged_samples, samples = group.finish_step(agreement)
+        module.waits.ranks_s += time.monotonic() - asked_s
+        device, dtype = module.device, torch.float32 if module.device.type == "mps" else torch.float64
+        found = [
+            None if part is None else torch.tensor(value, dtype=dtype, device=device)
+            for part, value in zip((self.loss, self.essential, self.judged), sums, strict=True)
+        ]
+        self.loss, self.essential = found[:2]
+        self.judged = torch.tensor(sums[2], dtype=dtype, device=device) if judged_samples else None
+        self.judged_samples, self.samples = int(judged_samples), int(samples)

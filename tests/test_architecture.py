@@ -53,9 +53,9 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "lane": (
         "buffers", "build", "commands", "connection", "device", "encoding", "fast_paths", "first_look",
         "gradient_merge", "group_commands", "group_profiles", "group_state", "hosting", "job_effects", "job_output",
-        "job_report", "lane",
-        "messages", "model_description", "order", "parameter_check", "process", "profiling", "rank", "seed_training",
-        "sharding", "snapshot_manager", "step", "train_module",
+        "job_report", "lane", "messages", "model_description", "order", "parameter_check", "process", "profiling",
+        "rank", "rank_failures",
+        "seed_training", "sharding", "snapshot_manager", "step", "step_losses", "train_module",
     ),
     "optimization": (
         "adjustments", "groups", "hyperparameters", "lr_controller", "optimizer_manager", "schedules", "state_transfer",
@@ -63,7 +63,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "peers": ("clients", "connect", "consultation", "verification"),
     "ranks": (
         "admission", "agent", "channel", "child", "elastic", "group", "images", "liveness", "local_ranks", "node",
-        "output", "share", "stacks",
+        "output", "share", "stacks", "step_word",
     ),
     "reference": ("embedded", "history", "kasmina", "lifecycle", "policy", "rollback", "server", "tamiyo", "tracing"),
     "resilience": ("breaker", "conservative", "deadline"),

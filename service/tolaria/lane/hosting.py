@@ -18,7 +18,7 @@ from typing import Final
 
 import torch
 
-from tolaria.config import Settings
+from tolaria.config import LaneSettings, Settings
 from tolaria.config.ranks import PEER_LOST, RAISED, RankEnvironment, rank_raised
 from tolaria.errors import LaneFailedError, PeerLostError, TolariaError
 from tolaria.lane.build import BuiltLane, build
@@ -43,9 +43,6 @@ _LEADER_S: Final = 2.0
 _STACKS_S: Final = 3.0
 """Seconds that a silent rank leaves the service for collecting stacks, also from other machines."""
 
-_KILLED_S: Final = 30.0
-"""Seconds in which a group whose rank has gone is ended by its agent, which knows the cause."""
-
 
 def host(stream: FrameStream, received: Received, settings: Settings, page: LanePage) -> int:
     """Runs the lane in the calling thread until it has ended; returns the exit code of the process.
@@ -67,7 +64,7 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
         )
         message = built.ready
     except PeerLostError as error:
-        return _end_with_group(str(error))
+        return _end_with_group(str(error), settings.lane)
     except TolariaError as error:
         message = LaneEnded(0, Failure.of(error, traceback.format_exc()))
     pulse = PagePulse(page, settings.emergency)
@@ -89,7 +86,7 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
     connection.start()
     lane.run(connection.notify)
     if lane.peer_lost:
-        return _end_with_group(lane.peer_lost)
+        return _end_with_group(lane.peer_lost, settings.lane)
     code = 0 if connection.flush(_FLUSH_S) and not lane.failed else 1
     if group is not None and not code:
         group.leave()
@@ -99,6 +96,7 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
 def follow() -> int:
     """Runs a rank that does not lead until the group ends; returns the exit code of the process."""
     gc.freeze()
+    settings = Settings()
     try:
         group = join_group()
         if group is None or not isinstance(order := from_bytes(group.broadcast_bytes()), LaneOrder):
@@ -107,7 +105,7 @@ def follow() -> int:
         sharded = settings.lane.parallel == "fsdp"
         built = build_on_all_ranks(group, lambda: build(settings, group=group), sharded=sharded)
     except PeerLostError as error:
-        return _end_with_group(str(error))
+        return _end_with_group(str(error), settings.lane)
     except TolariaError as error:
         os.write(2, f"{error}\n".encode())
         time.sleep(_LEADER_S)  # which says why
@@ -120,7 +118,7 @@ def follow() -> int:
     threading.Thread(target=end_when_silent, args=(page, agent), name="tolaria-watch", daemon=True).start()
     lane.run(lane.take_events)
     if lane.peer_lost:
-        return _end_with_group(lane.peer_lost)
+        return _end_with_group(lane.peer_lost, settings.lane)
     if lane.failed:
         time.sleep(_LEADER_S)  # an exception of all ranks is the leader's, which goes by its name
         os.write(2, f"{rank_raised(group.rank, ' '.join(lane.failed.split()))}\n".encode())
@@ -217,9 +215,9 @@ def _share_state(group: Group, built: BuiltLane, *, sharded: bool) -> None:
         module.skipped.added.update(order.plan.left_out)
 
 
-def _end_with_group(reason: str) -> int:
+def _end_with_group(reason: str, limits: LaneSettings) -> int:
     """Waits to be ended with the group, whose agent finds out which rank failed; returns an exit code if it is not."""
     os.write(2, f"another rank has gone: {reason}\n".encode())
     sys.stdout.flush()
-    time.sleep(_KILLED_S)
+    time.sleep(limits.orphaned_s)
     return PEER_LOST

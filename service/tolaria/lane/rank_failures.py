@@ -39,14 +39,10 @@ def report(module: TrainModule, error: Exception, taken: StepLosses | None = Non
         return
     if lost_peer(error) is not None:
         return
-    if taken is None or not taken.agreeing:
+    if taken is not None and group.rides:
+        taken.over_ranks(module, group, failed=True)
+    else:
         group.report_failure()
-    else:  # the others have begun the sums of the losses, and go on with those of the gradients
-        try:
-            taken.over_ranks(module, group)
-            module.all_reduce_gradients(group, failed=True)
-        except RankFailedError:
-            pass  # of another rank, before its sums began
     raise ReportedError({}) from error
 
 

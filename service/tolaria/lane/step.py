@@ -37,10 +37,6 @@ _HALF: Final = frozenset({torch.float16, torch.bfloat16})
 """Dtypes in which the norms of ordinary gradients overflow."""
 
 
-_BRIEF_S: Final = 0.1
-"""Below, the sums over the ranks are worth overlapping; above, a command would wait for another long step."""
-
-
 class StepAbandonedError(Exception):
     """A step or an evaluation is abandoned before its end; no parameter has changed."""
 
@@ -97,8 +93,6 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
         sound, module.undone = False, True
     module.note_step_end()
     finished_s = time.monotonic()
-    if module.group is not None:
-        module.group.brief = module.device.type == "cpu" and finished_s - started_s < _BRIEF_S
     return StepDone(
         global_step=module.global_step,
         epoch=module.progress.number,
@@ -253,12 +247,11 @@ def _take_microbatches(
         taken.read += read.samples
         taken.counted = module.training_share.counted(read)
         module.save_microbatch(gradients=thorough)
-        losses = _forward(module, batch, mark)
+        losses = _forward(module, batch, taken, mark)
         if batch.seed_ids is None:
             taken.sources = crc32(repr(tuple(losses)).encode(), taken.sources)
         counts = not (each and module.accumulate > 1) or module.on_all_ranks(essential_finite(module, losses))
-        last = number + 1 == module.accumulate
-        if not (counts and _backward(module, losses, batch, taken, mark, thorough=thorough, last=last)):
+        if not (counts and _backward(module, losses, batch, taken, mark, thorough=thorough)):
             module.discard_microbatch()
             taken.left_out.append(place)
         else:
@@ -266,14 +259,14 @@ def _take_microbatches(
     return taken
 
 
-def _forward(module: TrainModule, batch: Batch, mark: Mark) -> Mapping[str, Tensor]:
+def _forward(module: TrainModule, batch: Batch, taken: StepLosses, mark: Mark) -> Mapping[str, Tensor]:
     """Returns the losses of a microbatch."""
     try:
         with mark("forward"), module.fast_paths.autocast(), module.seeds.groups_as_built():
             losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
     except Exception as error:
         with mark("merge"):
-            report(module, error)
+            report(module, error, taken)
         raise
     if module.sharded:
         with mark("merge"):
@@ -290,19 +283,13 @@ def _backward(
     mark: Mark,
     *,
     thorough: bool,
-    last: bool,
 ) -> bool:
-    """Adds the losses and gradients of a microbatch; returns False if it is not finite, which `thorough` finds out.
-
-    The sums over the ranks begin before the `last` backward pass where they may overlap with it.
-    """
-    share, merger, group = taken.counted / taken.planned_samples, module.merger, module.group
+    """Adds the losses and gradients of a microbatch; returns False if it is not finite, which `thorough` finds out."""
+    share, merger = taken.counted / taken.planned_samples, module.merger
     try:
         merger.prepare(losses, batch)
         if not thorough:
             taken.add(module, losses, batch)
-            if last and group is not None and group.overlaps and not (merger.merges or module.sharded):
-                taken.begin_over_ranks(module, group)
         with mark("backward"):
             added = merger.add(losses, batch, share=share, scaler=module.fast_paths.scaler, finite_only=thorough)
     except Exception as error:
@@ -326,7 +313,7 @@ def _finish(module: TrainModule, taken: StepLosses, mark: Mark) -> _Measured:
         return _Measured(math.nan, None, [math.nan])
     with mark("merge"):
         module.merger.finish()
-        if module.group is not None and not (module.merger.merges or module.sharded):
+        if module.group is not None and not (module.merger.merges or module.sharded or taken.gradients_summed):
             module.all_reduce_gradients(module.group)
         _rescale(module, taken)
     return _measure(taken, module)

@@ -12,7 +12,8 @@ from torch import Tensor
 from tolaria.jobs import Batch
 from tolaria.lane.gradient_merge import total_loss
 from tolaria.lane.train_module import TrainModule
-from tolaria.ranks.group import Agreement, Group
+from tolaria.ranks.group import Group
+from tolaria.ranks.step_word import DTYPES, WORLD_MAX, StepWord
 
 
 @dataclass(slots=True)
@@ -31,6 +32,7 @@ class StepLosses:
         sources: checksum of the sources that the losses of each microbatch had.
         left_out: places in the epoch of the microbatches that were not finite.
         last_batch: the last one that was not left out.
+        gradients_summed: whether the gradients are those of all ranks already.
     """
 
     read: int = 0
@@ -47,7 +49,7 @@ class StepLosses:
     sources: int = 0
     left_out: list[int] = field(default_factory=list)
     last_batch: Batch | None = None
-    _agreement: Agreement | None = None
+    gradients_summed: bool = False
 
     def add(self, module: TrainModule, losses: Mapping[str, Tensor], batch: Batch) -> None:
         """Adds the losses of a microbatch, which are weighted by samples."""
@@ -71,15 +73,19 @@ class StepLosses:
             self.judged = mean if self.judged is None else self.judged + mean
             self.judged_samples += samples
 
-    @property
-    def agreeing(self) -> bool:
-        """Whether the sums over the ranks have begun."""
-        return self._agreement is not None
+    def over_ranks(self, module: TrainModule, group: Group, *, failed: bool = False) -> None:
+        """Replaces the losses and samples of this rank by the sums over all ranks. Synchronises.
 
-    def begin_over_ranks(self, module: TrainModule, group: Group) -> None:
-        """Begins the sums over the ranks, which other work may overlap. Synchronises."""
+        Where they travel with the gradients (`Group.rides`), also these, unless the step merges rows. `failed`: this
+        rank has none, since a pass has raised an exception.
+
+        Raises:
+            RanksDifferError: the ranks are not at the same step of the same data.
+            RankFailedError: a pass has failed on another rank.
+            PeerLostError: another rank has gone.
+        """
         parts = (self.loss, self.essential, self.judged)
-        given = [0.0 if part is None else part.item() for part in parts]
+        given = [*(0.0 if part is None else part.item() for part in parts), self.judged_samples, self.samples]
         must_match = {
             "completed steps": module.global_step,
             "batches read": module.progress.batches,
@@ -87,23 +93,27 @@ class StepLosses:
             "names of losses": self.sources,
             "announced changes of the task": len(module.announced),
         }
-        self._agreement = group.begin_step([*given, self.judged_samples, self.samples], must_match)
-
-    def over_ranks(self, module: TrainModule, group: Group) -> None:
-        """Replaces the losses and samples of this rank by the sums over all ranks. Synchronises.
-
-        Raises:
-            RanksDifferError: the ranks are not at the same step of the same data.
-            RankFailedError: a pass has failed on another rank.
-            PeerLostError: another rank has gone.
-        """
-        asked_s = time.monotonic()
-        if self._agreement is None:
-            self.begin_over_ranks(module, group)
-        agreement, self._agreement = self._agreement, None
-        assert agreement is not None  # noqa: S101 - it has just begun
-        *sums, judged_samples, samples = group.finish_step(agreement)
+        asked_s, rides = time.monotonic(), _can_ride(module, group)
+        if group.rides and module.parameters:
+            word = group.step_word(given, must_match, rides=rides, failed=failed)
+            sums = self._ride(module, group, word, gives=self.read > 0 and not (failed or module.merger.merges))
+        else:
+            sums = group.all_reduce_step(given, must_match, rides=rides)
         module.waits.ranks_s += time.monotonic() - asked_s
+        if not failed:
+            self._replace(module, sums)
+
+    def _ride(self, module: TrainModule, group: Group, word: StepWord, *, gives: bool) -> list[float]:
+        """Sums the gradients too, if this step `gives` any, as it does on all ranks unless one has failed."""
+        gradients = [p.grad if gives else None for p in module.parameters]
+        sums, summed = group.all_reduce_ride(word, module.parameters, gradients)
+        if gives:
+            module.set_gradients(summed)
+            self.gradients_summed = True
+        return sums
+
+    def _replace(self, module: TrainModule, all_sums: list[float]) -> None:
+        *sums, judged_samples, samples = all_sums
         device, dtype = module.device, torch.float32 if module.device.type == "mps" else torch.float64
         found = [
             None if part is None else torch.tensor(value, dtype=dtype, device=device)
@@ -112,3 +122,16 @@ class StepLosses:
         self.loss, self.essential = found[:2]
         self.judged = torch.tensor(sums[2], dtype=dtype, device=device) if judged_samples else None
         self.judged_samples, self.samples = int(judged_samples), int(samples)
+
+
+def _can_ride(module: TrainModule, group: Group) -> bool:
+    """Whether the sums of the next step may travel with its gradients: no rank needs to know more before.
+
+    A step of several microbatches has other agreements before its sums, a sharded one other gradients, and one that
+    merges rows has none; with CUDA, gradients and numbers take different ways.
+    """
+    if module.accumulate > 1 or module.sharded or module.merger.merges:
+        return False
+    if module.device.type != "cpu" or group.world > WORLD_MAX:
+        return False
+    return DTYPES.issuperset(parameter.dtype for parameter in module.parameters)

@@ -342,9 +342,13 @@ class TrainModule:
             place = (self.global_step << 16) + self.progress.batches
             seed_everything(epoch_seed(self._seed + (self._group.rank << 40), place))
 
-    def all_reduce_gradients(self, group: Group, *, failed: bool = False) -> None:
-        """Replaces the gradients of all trained parameters by their sums over the ranks; of none if it has `failed`."""
-        summed = group.all_reduce_gradients(self.parameters, [p.grad for p in self.parameters], failed=failed)
+    def all_reduce_gradients(self, group: Group) -> None:
+        """Replaces the gradients of all trained parameters by their sums over the ranks."""
+        summed = group.all_reduce_gradients(self.parameters, [p.grad for p in self.parameters])
+        self.set_gradients(summed)
+
+    def set_gradients(self, summed: Sequence[Tensor | None]) -> None:
+        """Replaces the gradients of all trained parameters."""
         for parameter, gradient in zip(self.parameters, summed, strict=True):
             parameter.grad = None if gradient is None else laid_out(gradient, parameter)
 

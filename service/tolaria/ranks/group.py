@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -15,27 +14,16 @@ from torch import Tensor
 
 from tolaria.config.ranks import RankEnvironment
 from tolaria.errors import BrokenJobError, PeerLostError, RankFailedError, RanksDifferError
+from tolaria.ranks.step_word import COMPARED, StepWord
 
 _WAIT: Final = timedelta(days=365)
 """A rank that waits for one that has gone is ended with the group; one that is only slow is not dead."""
 
-_COMPARED: Final = 2**20  # so that squares are exact in float64
 _AGREEMENT: Final = 24
 """Numbers of every agreement, so that a rank can take part in it without knowing which one it is."""
 
 _BUCKET_BYTES: Final = 2**25
 """Small tensors are sent together, up to this size, and images in pieces of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """An agreement that has begun: its sums appear in `numbers` once `work` is done."""
-
-    numbers: Tensor
-    work: Any
-    values: int
-    must_match: Mapping[str, int]
-    places: tuple[int, ...]
 
 
 class Group:
@@ -51,8 +39,7 @@ class Group:
         has_commands: returns whether this rank has any; set by the leader's queue of commands.
         snapshot_due: returns whether this rank wants a snapshot after the step; set where the state is sharded.
         snapshot_agreed: whether one follows this step on all ranks; each `all_reduce_step` sets it.
-        brief: whether this rank's last step was so short that the next sums are to be overlapped with its passes.
-        overlaps: whether all ranks want that; each `all_reduce_step` sets it.
+        rides: whether the next step's sums travel with its gradients; each `all_reduce_step` sets it.
     """
 
     def __init__(self, rank: int, world: int, local_rank: int = 0, local_world: int = 1) -> None:
@@ -60,7 +47,7 @@ class Group:
         self.commands_due = True
         self.has_commands: Callable[[], bool] = lambda: False
         self.snapshot_due: Callable[[], bool] = lambda: False
-        self.snapshot_agreed = self.brief = self.overlaps = False
+        self.snapshot_agreed = self.rides = False
 
     @classmethod
     def join(cls, place: RankEnvironment, *, cuda: bool) -> Group:
@@ -91,61 +78,81 @@ class Group:
         found: list[float] = numbers.tolist()
         return found
 
-    def begin_step(self, values: Sequence[float], must_match: Mapping[str, int]) -> Agreement:
-        """Begins the sums of a step's values, for `finish_step`; no other method may be called between the two.
+    def all_reduce_step(
+        self, values: Sequence[float], must_match: Mapping[str, int], *, rides: bool = False
+    ) -> list[float]:
+        """Returns the sums of a step's values; sets `commands_due`, `snapshot_agreed` and `rides`.
 
-        `must_match` are numbers that are equal on all ranks, by what they are; they are compared modulo 2**20.
-        """
-        return self._begin([*values, self.has_commands(), self.snapshot_due(), self.brief], must_match)
-
-    def finish_step(self, begun: Agreement) -> list[float]:
-        """Waits for the sums and returns them; sets `commands_due`, `snapshot_agreed` and `overlaps`.
+        `must_match` are numbers that are equal on all ranks, by what they are; they are compared modulo 2**20. `rides`
+        is whether this rank wants the next sums to travel with the gradients.
 
         Raises:
             RanksDifferError: names the first number that differs.
             RankFailedError: another rank reports a failure instead.
             PeerLostError: another rank has gone.
         """
-        *sums, ranks, snapshots, brief = self._finish(begun)
-        self.commands_due, self.snapshot_agreed, self.overlaps = ranks > 0, snapshots > 0, brief == self.world
-        return sums
+        return self._agreed(self._agree([*values, *self._flags(rides=rides)], must_match))
 
-    def all_reduce_step(self, values: Sequence[float], must_match: Mapping[str, int]) -> list[float]:
-        """Returns the sums of a step's values. Raises as `finish_step`."""
-        return self.finish_step(self.begin_step(values, must_match))
+    def all_reduce_ride(
+        self,
+        word: StepWord,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> tuple[list[float], list[Tensor | None]]:
+        """Does what `all_reduce_step` and `all_reduce_gradients` do, in one operation where the gradients are few.
+
+        There is at least one parameter, and all are of `step_word.DTYPES`. Where any rank has failed, only the first
+        of the gradients are summed.
+        """
+        try:
+            found, sums = self._sum_gradients(parameters, gradients, word)
+        except RankFailedError:
+            self._give_up_step()
+            raise
+        return self._agreed(sums), found
+
+    def step_word(
+        self, values: Sequence[float], must_match: Mapping[str, int], *, rides: bool, failed: bool = False
+    ) -> StepWord:
+        """Returns what `all_reduce_ride` sums."""
+        return StepWord(self.rank, self.world, [*values, *self._flags(rides=rides)], must_match, failed=failed)
+
+    def _flags(self, *, rides: bool) -> tuple[float, float, float]:
+        return float(self.has_commands()), float(self.snapshot_due()), float(rides)
+
+    def _agreed(self, sums: list[float]) -> list[float]:
+        *rest, commands, snapshots, riding = sums
+        self.commands_due, self.snapshot_agreed, self.rides = commands > 0, snapshots > 0, riding == self.world
+        return rest
 
     def all(self, value: bool, must_match: Mapping[str, int] = MappingProxyType({})) -> bool:
-        """Whether the value is true on every rank. Raises as `finish_step`."""
-        return self._finish(self._begin([not value], must_match))[0] == 0
+        """Whether the value is true on every rank. Raises as `all_reduce_step`."""
+        return self._agree([not value], must_match)[0] == 0
 
     def report_failure(self) -> None:
         """Takes part in the others' next agreement, whichever it is, by the news that this rank has failed.
 
         They raise RankFailedError. Raises PeerLostError.
         """
+        self._give_up_step()
         self.all_reduce([1.0, *(0.0 for _ in range(_AGREEMENT - 1))])
 
-    def _begin(self, values: Sequence[float], must_match: Mapping[str, int]) -> Agreement:
-        places = tuple(number % _COMPARED for number in must_match.values())
-        given = [0.0, *values, *places, *(place * place for place in places)]
-        given += [0.0] * (_AGREEMENT - len(given))
-        numbers = torch.tensor(given, dtype=torch.float64)
-        with _peers():
-            work = dist.all_reduce(numbers, async_op=True)
-        return Agreement(numbers, work, len(values), must_match, places)
+    def _give_up_step(self) -> None:
+        """Forgets what was agreed on for the next one; on all ranks, as one that has failed agrees on nothing."""
+        self.snapshot_agreed = self.rides = False
 
-    def _finish(self, begun: Agreement) -> list[float]:
-        with _peers():
-            begun.work.wait()
-        failed, *found = begun.numbers.tolist()
+    def _agree(self, values: Sequence[float], must_match: Mapping[str, int]) -> list[float]:
+        places = [number % COMPARED for number in must_match.values()]
+        given = [0.0, *values, *places, *(place * place for place in places)]
+        failed, *found = self.all_reduce(given + [0.0] * (_AGREEMENT - len(given)))
         if failed:
+            self._give_up_step()
             raise RankFailedError("a pass has raised an exception on another rank")
-        sums = found[begun.values :]
-        squares = sums[len(begun.places) :]
-        for name, place, total, square in zip(begun.must_match, begun.places, sums, squares, strict=False):
+        sums, squares = found[len(values) :], found[len(values) + len(places) :]
+        for name, place, total, square in zip(must_match, places, sums, squares, strict=False):
             if total != place * self.world or square != place * place * self.world:
-                raise RanksDifferError(f"{name}: {begun.must_match[name]} on rank {self.rank}, but not on every rank")
-        return found[: begun.values]
+                raise RanksDifferError(f"{name}: {must_match[name]} on rank {self.rank}, but not on every rank")
+        return found[: len(values)]
 
     def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         """Returns the greatest of each value over all ranks, in float64. Raises PeerLostError."""
@@ -212,38 +219,46 @@ class Group:
                 dist.all_reduce(piece)
 
     def all_reduce_gradients(
-        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], *, failed: bool = False
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """Returns the sums of the parameters' gradients; None where no rank has one.
+        """Returns the sums of the parameters' gradients; None where no rank has one. Raises PeerLostError.
 
-        Gradients that are missing on some ranks count as zero. `failed` says that this rank has none to give.
+        Gradients that are missing on some ranks count as zero.
 
         Raises:
             BrokenJobError: a gradient is sparse.
-            RankFailedError: another rank has `failed`.
-            PeerLostError: another rank has gone.
         """
+        return self._sum_gradients(parameters, gradients, None)[0]
+
+    def _sum_gradients(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], word: StepWord | None
+    ) -> tuple[list[Tensor | None], list[float]]:
+        """Sums gradients, and with the first of them a word; returns both sums."""
         found: list[Tensor | None] = [None] * len(parameters)
-        for places in _buckets(parameters):
+        sums = list[float]()
+        for number, places in enumerate(_buckets(parameters)):
             kinds = parameters[places[0]]
             sizes = [parameters[place].numel() for place in places]
-            flat = torch.zeros(sum(sizes) + len(places) + 1, dtype=kinds.dtype, device=kinds.device)
-            *parts, present = torch.split(flat, [*sizes, len(places) + 1])
-            present[-1] = failed
-            for number, place in enumerate(places):
-                if not failed and (gradient := gradients[place]) is not None:
+            slots = torch.empty(0) if word is None or number else word.slots(kinds.dtype)
+            flat = torch.zeros(sum(sizes) + len(places) + slots.numel(), dtype=kinds.dtype, device=kinds.device)
+            *parts, present, rider = torch.split(flat, [*sizes, len(places), slots.numel()])
+            if slots.numel():
+                rider.copy_(slots.view(-1))
+            for part, place, here in zip(parts, places, range(len(places)), strict=True):
+                if (gradient := gradients[place]) is not None:
                     if gradient.layout != torch.strided:
                         raise BrokenJobError("a gradient is sparse; ranks sum dense ones only")
-                    parts[number].copy_(gradient.reshape(-1))
-                    present[number] = 1
+                    part.copy_(gradient.reshape(-1))
+                    present[here] = 1
             with _peers():
                 dist.all_reduce(flat)
-            *counts, failures = present.tolist()
-            if failures and not failed:
-                raise RankFailedError("a backward pass has raised an exception on another rank")
-            for place, part, count in zip(places, parts, counts, strict=True):
+            if word is not None and not number:
+                sums = word.sums(rider.view_as(slots))
+                if word.failed:
+                    break
+            for place, part, count in zip(places, parts, present.tolist(), strict=True):
                 found[place] = part.view(parameters[place].shape) if count else None
-        return found
+        return found, sums
 
     def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Gives the tensors of every rank the leader's values. Raises PeerLostError."""

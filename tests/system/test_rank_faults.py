@@ -70,8 +70,6 @@ def trace_both(stub: TolariaAdminServiceStub, traces: Path) -> None:
         events = json.loads(path.read_text())["traceEvents"]
         assert any(event.get("pid") == pids[rank] and event.get("name") == "optimizer" for event in events)
     request = admin.CaptureProfileRequest(request_id="p2", reason="slow", active_steps=3, rank=2)
-    with pytest.raises(grpc.RpcError) as refused:
+    with pytest.raises(grpc.RpcError, match="rank: must be below 2, is 2"):
         stub.CaptureProfile(request, timeout=60)
-    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
-    assert "rank: must be below 2, is 2" in refused.value.details()  # type: ignore[attr-defined]
     assert len(list(traces.iterdir())) == 2

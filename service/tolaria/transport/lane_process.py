@@ -372,13 +372,13 @@ class _End:
         """Returns the kind and the cause of the end, with the last lines of its standard error, or where it crashed."""
         killed = self.code is not None and self.code < 0
         detail, shown = self._shown(detail, killed)
+        said = next((line for line in reversed(self.lines) if RANK_RAISED.match(line)), "")
         if self.regrouped:
             found = "regrouped", "the group starts again with another machine"
         elif self.lost:
             found = "node_lost", self.lost
-        elif self.raised or self.code == RAISED:
-            said = next((line for line in reversed(self.lines) if RANK_RAISED.match(line)), shown)
-            found = "raised", self.raised or said
+        elif self.raised or said or self.code == RAISED:
+            found = "raised", self.raised or said or shown
         elif self.silent:
             found = "silent", f"{self.silent}; it {detail}"
         elif self.fault:

@@ -381,7 +381,7 @@ class ThreadLane:
         except StepAbandonedError:
             raise
         except Exception as error:
-            with self._waiting_for_ranks():
+            with self._heartbeat.lane_rests():  # as long as the leader is held
                 report(module, error)
             raise
         return total if module.group is None else _over_ranks(total, module.group)

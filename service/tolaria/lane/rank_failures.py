@@ -39,10 +39,10 @@ def report(module: TrainModule, error: Exception, taken: StepLosses | None = Non
         return
     if lost_peer(error) is not None:
         return
-    if taken is not None and group.rides:
-        taken.over_ranks(module, group, failed=True)
-    else:
+    if taken is None:
         group.report_failure()
+    else:
+        taken.over_ranks(module, group, failed=True)
     raise ReportedError({}) from error
 
 

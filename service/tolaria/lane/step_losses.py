@@ -97,6 +97,9 @@ class StepLosses:
         if group.rides and module.parameters:
             word = group.step_word(given, must_match, rides=rides, failed=failed)
             sums = self._ride(module, group, word, gives=self.read > 0 and not (failed or module.merger.merges))
+        elif failed:
+            group.report_failure()
+            return
         else:
             sums = group.all_reduce_step(given, must_match, rides=rides)
         module.waits.ranks_s += time.monotonic() - asked_s

@@ -30,6 +30,8 @@ BACKWARD: Final[dict[str, dict[str, Any]]] = {
 }
 """Of a whole model only: a rank that raises in the backward pass of a sharded one leaves the others in the middle."""
 
+WHOLE: Final = CASES | BACKWARD
+
 
 def results(cases: dict[str, dict[str, Any]], world: int, **sections: Any) -> dict[str, list[Any]]:
     """Returns what the ranks say, by case."""
@@ -41,7 +43,7 @@ def results(cases: dict[str, dict[str, Any]], world: int, **sections: Any) -> di
 @pytest.fixture(scope="module")
 def whole() -> dict[str, list[Any]]:
     """The results of two ranks with a whole model each."""
-    return results({**CASES, **BACKWARD}, 2)
+    return results(WHOLE, 2)
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +52,10 @@ def sharded() -> dict[str, list[Any]]:
     return results(CASES, 2, **FSDP)
 
 
-@pytest.mark.parametrize("case", {**CASES, **BACKWARD})
+@pytest.mark.parametrize("case", WHOLE)
 def test_a_seed_that_raises_on_a_rank_goes_on_all_of_them(case: str, whole: dict[str, list[Any]]) -> None:
     """With the reason, which says on which rank; the host goes on, and the blueprint is refused from then on."""
-    assert_culled(whole[case], {**CASES, **BACKWARD}[case])
+    assert_culled(whole[case], WHOLE[case])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -88,18 +90,14 @@ def assert_culled(ranks: list[Any], options: dict[str, Any]) -> None:
 def test_one_process_does_the_same(whole: dict[str, list[Any]]) -> None:
     """Its losses are those of two ranks, to rounding, before the seed goes and afterwards."""
     names = ("forward, all", "backward, all")
-    alone = results({name: {**CASES, **BACKWARD}[name] for name in names}, 1)
+    alone = results({name: WHOLE[name] for name in names}, 1)
     for name in names:
         assert whole[name][0]["losses"] == pytest.approx(alone[name][0]["losses"], rel=1e-9)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_evaluation_that_raises_on_one_rank_ends_the_group_at_once(rank: int) -> None:
+def test_an_evaluation_that_raises_on_one_rank_ends_the_group_at_once() -> None:
     """That rank says what it raised, the other one that it has gone, and from what."""
-    options = {"job": "FailingEvaluationJob", "script": [["begin", 0.0], ["ended"]], "options": {"fails_on": rank}}
+    options = {"job": "FailingEvaluationJob", "script": [["begin", 0.0], ["ended"]], "options": {"fails_on": 1}}
     ((leader, follower),) = run_on_ranks(2, [("support.rank_scenarios:train", options)])
-    if rank:
-        assert follower["failed"].endswith("the file server does not answer")
-        assert "rank 1 has raised OSError: the file server does not answer" in leader["peer_lost"]
-    else:
-        assert "rank 0 has raised OSError: the file server does not answer" in follower["peer_lost"]
+    assert follower["failed"].endswith("the file server does not answer")
+    assert "rank 1 has raised OSError: the file server does not answer" in leader["peer_lost"]

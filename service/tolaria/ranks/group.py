@@ -239,11 +239,11 @@ class Group:
         for number, places in enumerate(_buckets(parameters)):
             kinds = parameters[places[0]]
             sizes = [parameters[place].numel() for place in places]
-            slots = torch.empty(0) if word is None or number else word.slots(kinds.dtype)
-            flat = torch.zeros(sum(sizes) + len(places) + slots.numel(), dtype=kinds.dtype, device=kinds.device)
-            *parts, present, rider = torch.split(flat, [*sizes, len(places), slots.numel()])
-            if slots.numel():
-                rider.copy_(slots.view(-1))
+            riding = 0 if word is None or number else word.numbers
+            flat = torch.zeros(sum(sizes) + len(places) + riding, dtype=kinds.dtype, device=kinds.device)
+            *parts, present, slots = torch.split(flat, [*sizes, len(places), riding])
+            if word is not None and riding:
+                word.write(slots)
             for part, place, here in zip(parts, places, range(len(places)), strict=True):
                 if (gradient := gradients[place]) is not None:
                     if gradient.layout != torch.strided:
@@ -252,8 +252,8 @@ class Group:
                     present[here] = 1
             with _peers():
                 dist.all_reduce(flat)
-            if word is not None and not number:
-                sums = word.sums(rider.view_as(slots))
+            if word is not None and riding:
+                sums = word.sums(slots)
                 if word.failed:
                     break
             for place, part, count in zip(places, parts, present.tolist(), strict=True):

@@ -6,6 +6,7 @@ where the gradients are float32: of float64 values the slot has the rounded ones
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -41,15 +42,20 @@ class StepWord:
         self._values, self.failed = values, failed
         self._places = [number % COMPARED for number in must_match.values()]
 
-    def slots(self, dtype: torch.dtype) -> Tensor:
-        """Returns the slots of all ranks, zeros but for this one's. Shape (world, n), on the CPU."""
-        given = torch.tensor(self._values, dtype=torch.float64)
-        rounded = given.to(dtype)
-        rest = (given - rounded).nan_to_num(0.0, 0.0, 0.0)
-        found = torch.zeros(self._world, 1 + 2 * len(given) + len(self._places), dtype=dtype)
-        own = [torch.tensor([float(self.failed)]), rounded, rest, torch.tensor(self._places)]
-        torch.cat([each.to(dtype) for each in own], out=found[self._rank])
-        return found
+    @property
+    def numbers(self) -> int:
+        """How many numbers the slots of all ranks have."""
+        return self._world * (1 + 2 * len(self._values) + len(self._places))
+
+    def write(self, slots: Tensor) -> None:
+        """Writes this rank's slot into zeros of shape (numbers,), of one of `DTYPES`."""
+        rest = [0.0] * len(self._values)
+        if slots.dtype != torch.float64:
+            rounded = torch.tensor(self._values, dtype=slots.dtype).tolist()
+            pairs = zip(self._values, rounded, strict=True)
+            rest = [value - near if math.isfinite(value - near) else 0.0 for value, near in pairs]
+        own = [float(self.failed), *self._values, *rest, *self._places]
+        slots.view(self._world, -1)[self._rank] = torch.tensor(own, dtype=slots.dtype)
 
     def sums(self, slots: Tensor) -> list[float]:
         """Returns the sums of the values over all ranks, in their order, given the summed slots.
@@ -58,7 +64,7 @@ class StepWord:
             RankFailedError: another rank has failed, and this one has not.
             RanksDifferError: names the first number that differs.
         """
-        rows: list[list[float]] = slots.to(torch.float64).tolist()
+        rows: list[list[float]] = slots.view(self._world, -1).tolist()
         if self.failed:
             return [0.0] * len(self._values)
         if any(row[0] for row in rows):

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 
 from tolaria.errors import LaneError, PeerLostError, RankFailedError
-from tolaria.lane.step_losses import StepLosses
 from tolaria.lane.train_module import TrainModule
 from tolaria.ranks.group import lost_peer
 
@@ -26,24 +25,25 @@ class ReportedError(Exception):
         self.seeds = seeds
 
 
-def report(module: TrainModule, error: Exception, taken: StepLosses | None = None) -> None:
-    """Has all ranks know that a pass has raised `error` on this one, and raises ReportedError from it.
+def reportable(module: TrainModule, error: Exception) -> bool:
+    """Whether an error of a pass can be reported to the other ranks: it is of the job's code or a seed's.
 
-    Returns instead, so that the error ends this rank, where other ranks may wait for this one in the middle of a pass,
-    as they do if the model is sharded, and where the error is not of the job's code.
-
-    Raises PeerLostError.
+    Not where other ranks may wait for this one in the middle of a pass, as they do if the model is sharded: it ends
+    this rank then.
     """
-    group = module.group
-    if group is None or module.sharded or isinstance(error, (LaneError, ReportedError)):
-        return
-    if lost_peer(error) is not None:
-        return
-    if taken is None:
-        group.report_failure()
-    else:
-        taken.over_ranks(module, group, failed=True)
-    raise ReportedError({}) from error
+    if module.group is None or module.sharded or isinstance(error, (LaneError, ReportedError)):
+        return False
+    return lost_peer(error) is None
+
+
+def report(module: TrainModule, error: Exception) -> None:
+    """Has all ranks know at their next agreement that `error` was raised on this one, and raises ReportedError from it.
+
+    Returns if it is not `reportable`. Raises PeerLostError.
+    """
+    if module.group is not None and reportable(module, error):
+        module.group.report_failure()
+        raise ReportedError({}) from error
 
 
 def agree_on_branches(module: TrainModule) -> None:

@@ -27,7 +27,7 @@ from tolaria.lane.device import on_device
 from tolaria.lane.messages import StepDone
 from tolaria.lane.parameter_check import essential_finite, parameters_sound
 from tolaria.lane.profiling import Mark, unmarked
-from tolaria.lane.rank_failures import agree_on_branches, report
+from tolaria.lane.rank_failures import ReportedError, agree_on_branches, reportable
 from tolaria.lane.step_losses import StepLosses
 from tolaria.lane.train_module import TrainModule
 from tolaria.shards import local, local_parts
@@ -259,14 +259,21 @@ def _take_microbatches(
     return taken
 
 
+def _report(module: TrainModule, taken: StepLosses, error: Exception, mark: Mark) -> None:
+    """Has all ranks know, where that is possible, that a pass has failed on this one, and raises ReportedError."""
+    if module.group is not None and reportable(module, error):
+        with mark("merge"):
+            taken.over_ranks(module, module.group, failed=True)
+        raise ReportedError({}) from error
+
+
 def _forward(module: TrainModule, batch: Batch, taken: StepLosses, mark: Mark) -> Mapping[str, Tensor]:
     """Returns the losses of a microbatch."""
     try:
         with mark("forward"), module.fast_paths.autocast(), module.seeds.groups_as_built():
             losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
     except Exception as error:
-        with mark("merge"):
-            report(module, error, taken)
+        _report(module, taken, error, mark)
         raise
     if module.sharded:
         with mark("merge"):
@@ -293,8 +300,7 @@ def _backward(
         with mark("backward"):
             added = merger.add(losses, batch, share=share, scaler=module.fast_paths.scaler, finite_only=thorough)
     except Exception as error:
-        with mark("merge"):
-            report(module, error, taken)
+        _report(module, taken, error, mark)
         raise
     if not thorough:
         return True
@@ -313,8 +319,8 @@ def _finish(module: TrainModule, taken: StepLosses, mark: Mark) -> _Measured:
         return _Measured(math.nan, None, [math.nan])
     with mark("merge"):
         module.merger.finish()
-        if module.group is not None and not (module.merger.merges or module.sharded or taken.gradients_summed):
-            module.all_reduce_gradients(module.group)
+        if module.group is not None and not (module.merger.merges or module.sharded):
+            taken.sum_gradients(module, module.group)
         _rescale(module, taken)
     return _measure(taken, module)
 

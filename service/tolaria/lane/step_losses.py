@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from tolaria.gradients import laid_out
 from tolaria.jobs import Batch
 from tolaria.lane.gradient_merge import total_loss
 from tolaria.lane.train_module import TrainModule
@@ -111,9 +112,15 @@ class StepLosses:
         gradients = [p.grad if gives else None for p in module.parameters]
         sums, summed = group.all_reduce_ride(word, module.parameters, gradients)
         if gives:
-            module.set_gradients(summed)
+            _write(module, summed)
             self.gradients_summed = True
         return sums
+
+    def sum_gradients(self, module: TrainModule, group: Group) -> None:
+        """Replaces the gradients of all trained parameters by their sums over the ranks, unless they are these."""
+        if not self.gradients_summed:
+            _write(module, group.all_reduce_gradients(module.parameters, [p.grad for p in module.parameters]))
+            self.gradients_summed = True
 
     def _replace(self, module: TrainModule, all_sums: list[float]) -> None:
         *sums, judged_samples, samples = all_sums
@@ -125,6 +132,11 @@ class StepLosses:
         self.loss, self.essential = found[:2]
         self.judged = torch.tensor(sums[2], dtype=dtype, device=device) if judged_samples else None
         self.judged_samples, self.samples = int(judged_samples), int(samples)
+
+
+def _write(module: TrainModule, gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(module.parameters, gradients, strict=True):
+        parameter.grad = None if gradient is None else laid_out(gradient, parameter)
 
 
 def _can_ride(module: TrainModule, group: Group) -> bool:

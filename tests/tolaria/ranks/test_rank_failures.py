@@ -8,6 +8,8 @@ import pytest
 
 from support.rank_run import run_on_ranks
 
+pytestmark = pytest.mark.timeout(600)  # of a busy machine
+
 TRAIN: Final = "support.rank_scenarios:train_with_seed"
 TRAINS: Final = [["epoch"], ["seeds", "SEED_STAGE_TRAINING"], ["epoch"], ["seeds", "SEED_STAGE_TRAINING"], ["epoch"]]
 BLENDS: Final = [["epoch"], ["seeds", "SEED_STAGE_BLENDING"], ["epoch"], ["seeds", "SEED_STAGE_BLENDING"], ["epoch"]]

@@ -58,10 +58,10 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "journal": ("async_journal", "database", "migration", "reader", "reserve", "rows"),
     "lane": (
         "buffers", "build", "commands", "connection", "device", "early_stopping", "encoding", "fast_paths",
-        "first_look", "gradient_merge", "group_commands", "group_state", "hosting", "job_callbacks", "job_effects",
-        "job_output", "job_report", "job_schedules", "lane", "messages", "model_description", "order",
-        "parameter_check", "process", "profiling", "rank", "seed_training", "sharding", "snapshot_manager", "step",
-        "train_module", "trained_flags", "weight_averages",
+        "first_look", "gradient_merge", "group_commands", "group_profiles", "group_state", "hosting", "job_callbacks",
+        "job_effects", "job_output", "job_report", "job_schedules", "lane", "messages", "model_description", "order",
+        "parameter_check", "process", "profiling", "rank", "rank_failures", "seed_training", "sharding",
+        "snapshot_manager", "step", "step_losses", "train_module", "trained_flags", "weight_averages",
     ),
     "optimization": (
         "adjustments", "groups", "hyperparameters", "job_schedule", "lr_controller", "optimizer_manager", "schedules",
@@ -69,7 +69,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "peers": ("clients", "connect", "consultation", "verification"),
     "ranks": (
-        "admission", "agent", "channel", "child", "elastic", "group", "images", "liveness", "node", "output", "share",
+        "admission", "agent", "channel", "child", "elastic", "group", "images", "liveness", "local_ranks", "node",
+        "output", "share", "stacks", "step_word",
     ),
     "reference": ("embedded", "history", "kasmina", "lifecycle", "policy", "rollback", "server", "tamiyo", "tracing"),
     "resilience": ("breaker", "conservative", "deadline"),
@@ -93,7 +94,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "trackers": (
         "feed", "metrics_log", "mlflow", "process", "records", "supervision", "tensorboard", "tracker", "wandb",
     ),
-    "transport": ("lane_images", "lane_link", "lane_process", "process_lane", "rendezvous"),
+    "transport": ("lane_images", "lane_link", "lane_process", "lane_stacks", "process_lane", "rendezvous"),
     "values": (
         "encoding", "evaluation", "gradients", "lineage", "loss_window", "optimization", "seeds", "spans", "training",
     ),

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_ranks.py [--world N] [--rounds N]
 
-The agreement (`Group.all_reduce_step`) is one sum of twelve float64 numbers over gloo, after a computation that takes
-10 ms on every rank, or none. Ranks of one machine share its cores, so that a step on several is not faster here than on
-one.
+The agreement is a sum of some numbers over gloo, apart or with the gradients, beside a computation that takes 10 ms on
+every rank, or none, and the sum of gradients, for which ranks wait for each other in any case: steps with and without
+it alternate in one run. Ranks of one machine share its cores, so that a step on several is not faster here than on one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,38 @@ from tolaria.ranks.group import Group
 COMPUTED_S = 0.01
 
 
-def agreement(group: Group, *, steps: int, computed_s: float) -> dict[str, Any]:
-    """Returns the times of the agreement after each computation, and of both together, in seconds."""
-    agreed, whole = list[float](), list[float]()
-    for step in range(steps):
-        started_s = time.perf_counter()
-        while time.perf_counter() - started_s < computed_s:
-            pass
-        asked_s = time.perf_counter()
-        group.all_reduce_step([0.5] * 5, {"completed steps": step, "batches read": step, "names of losses": 7})
-        agreed.append(time.perf_counter() - asked_s)
-        whole.append(time.perf_counter() - started_s)
-    return {"agreed": agreed, "whole": whole}
+def agreement(group: Group, *, steps: int, computed_s: float, passes: Sequence[str]) -> dict[str, list[float]]:
+    """Returns the times of whole steps in seconds, by how the ranks agree in them; one of each kind in turn.
+
+    The times of kinds with " cpu" are those of all threads of this process on a core, which other load does not change.
+
+    A step computes and sums 100 kB of gradients. `none`: no agreement beside that. `apart`: an operation before.
+    `rides`: in the same operation.
+    """
+    word = ([0.5] * 5, {"completed steps": 1, "batches read": 2, "samples in them": 3, "names": 4, "announced": 5})
+    parameters = [torch.zeros(25_000)]
+    times: dict[str, list[float]] = {kind + suffix: [] for kind in passes for suffix in ("", " cpu")}
+    for step in range(steps * len(passes)):
+        kind = passes[step % len(passes)]
+        group.all_reduce([0.0])  # both begin together
+        started_s, used_s = time.perf_counter(), time.process_time()
+        compute(computed_s)
+        if kind == "rides":
+            group.all_reduce_ride(group.step_word(*word, rides=True), parameters, parameters)
+        else:
+            if kind == "apart":
+                group.all_reduce_step(*word)
+            group.all_reduce_gradients(parameters, parameters)
+        times[kind].append(time.perf_counter() - started_s)
+        times[f"{kind} cpu"].append(time.process_time() - used_s)
+    return times if group.leads else {}  # the pipe of another rank is read last
+
+
+def compute(computed_s: float) -> None:
+    """Multiplies small matrices for a time of this thread on a core, however long that takes."""
+    matrix, until_s = torch.ones(32, 32), time.thread_time() + computed_s
+    while time.thread_time() < until_s:
+        matrix.mm(matrix)
 
 
 def gradients(group: Group, *, megabytes: int, rounds: int) -> list[float]:
@@ -56,22 +77,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=500, help="of each kind")
     options = parser.parse_args()
     here = "benchmarks.bench_ranks"
-    sizes = (1, 100)
+    sizes, passes = (1, 100), ("none", "apart", "rides")
     scenarios: list[tuple[str, dict[str, Any]]] = [
-        (f"{here}:agreement", {"steps": 500, "computed_s": computed_s}) for computed_s in (COMPUTED_S, 0.0)
+        (f"{here}:agreement", {"steps": options.steps, "computed_s": computed_s, "passes": passes})
+        for computed_s in (COMPUTED_S, 0.0)
     ]
     scenarios += [(f"{here}:gradients", {"megabytes": size, "rounds": options.rounds}) for size in sizes]
-    agreed, alone, *summed = (results[0] for results in run_on_ranks(options.world, scenarios))
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {options.world} ranks")
-    ordered = sorted(agreed["agreed"])
-    print(
-        f"agreement: median {1e3 * statistics.median(ordered):.3f} ms, p99 {1e3 * ordered[-len(ordered) // 100]:.3f} ms"
-    )
-    print(f"agreement without computing: median {1e3 * statistics.median(alone['agreed']):.3f} ms")
-    share = statistics.median(agreed["whole"]) / COMPUTED_S - 1
-    print(f"a step of {1e3 * COMPUTED_S:.0f} ms takes {100 * share:.1f} % longer with it")
+    computing, idle, *summed = (results[0] for results in run_on_ranks(options.world, scenarios, 600))
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, {options.world} ranks")
+    for what, times in ((f"a step of {1e3 * COMPUTED_S:.0f} ms", computing), ("a step without computing", idle)):
+        bare_s = statistics.median(times["none"])
+        print(f"{what} and its sum of gradients: median {1e3 * bare_s:.3f} ms")
+        for kind in passes[1:]:
+            more_s = statistics.median(times[kind]) - bare_s
+            used_s = statistics.median(times[f"{kind} cpu"]) - statistics.median(times["none cpu"])
+            print(
+                f"  agreement {kind}: {1e3 * more_s:+.3f} ms, {100 * more_s / bare_s:+.1f} %;"
+                f" {1e6 * used_s:+.0f} us of a core"
+            )
     for size, times in zip(sizes, summed, strict=True):
         print(f"sum of {size} MB of gradients: median {1e3 * statistics.median(times):.1f} ms")
 

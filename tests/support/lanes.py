@@ -50,6 +50,8 @@ class FakeLane:
     copying: bool = False
     """Whether a restore has begun to change live state: it can no longer be forbidden."""
     stopped: bool = False
+    dumped: list[str] = field(default_factory=list)
+    """Why stacks were asked for."""
     _events: list[Event] = field(default_factory=list)
     _notify: Callable[[], object] = lambda: None
 
@@ -106,6 +108,10 @@ class FakeLane:
         if not self.copying:
             self.forbidden.add(command_id)
         return not self.copying
+
+    def dump_stacks(self, why: str) -> None:
+        """Records why."""
+        self.dumped.append(why)
 
     def close(self, timeout_s: float) -> bool:
         """Ends immediately."""

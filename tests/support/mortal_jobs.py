@@ -8,9 +8,13 @@ import os
 import signal
 import subprocess
 import time
+import traceback
 from pathlib import Path
 
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
 from support.user_jobs import Line
+from tolaria.jobs import LoaderCursor
 
 
 class Mortal(Line):
@@ -18,7 +22,7 @@ class Mortal(Line):
 
     Options: `at` (number of the call), `how` (segv, exit, raise, hang, gil, memory), `always` (else only once, noted by a file
     in the working directory), `poison` (place of a sample: every batch with it ends the process), `says` (printed),
-    `starts` (a program that runs on).
+    `starts` (a program that runs on), `on` (the only rank that dies; else all of them).
     """
 
     def losses(self, model, batch):
@@ -34,6 +38,8 @@ class Mortal(Line):
         if self.calls == 0 and (says := self.options.get("says")):
             print(says)
         if self.calls + 1 != self.options.get("at"):
+            return
+        if str(self.options.get("on", "")) not in {"", os.environ.get("RANK", "0")}:
             return
         marker = Path("died")
         if not self.options.get("always") and marker.exists():
@@ -58,6 +64,73 @@ class Mortal(Line):
                 taken = []
                 while True:
                     taken.append(b"1" * 10_000_000)
+
+
+class MortalAt(Mortal):
+    """Dies once at the moment, on the rank and in the way that a file `order` in the working directory says.
+
+    Moments: step, evaluation, checkpoint and snapshot (of the leader), rollback, build, worker (a process of the
+    DataLoader).
+    """
+
+    def meet(self, moment):
+        try:
+            wanted, rank, how = Path("order").read_text().split()
+            if (wanted, rank) != (moment, os.environ.get("RANK", "0")):
+                return
+            Path("order").rename("order-done")  # of several processes only one succeeds
+        except (FileNotFoundError, ValueError):
+            return
+        match how:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "raise":
+                raise OSError(f"no answer at {time.time_ns()}")
+            case _:
+                self.die(how)
+
+    def build_model(self):
+        self.meet("build")
+        return super().build_model()
+
+    def training_data(self):
+        loader = DataLoader(MortalRows(self), batch_size=8, shuffle=True, num_workers=1)
+        return LoaderCursor(loader, seed=self.seed)
+
+    def losses(self, model, batch):
+        self.meet("step")
+        return super().losses(model, batch)
+
+    def evaluate(self, model, batch):
+        self.meet("evaluation")
+        return super().evaluate(model, batch)
+
+    def state_dict(self):
+        callers = {frame.name for frame in traceback.extract_stack()}
+        if "capture_image" in callers:
+            self.meet("checkpoint")
+        elif "step_done" in callers:
+            self.meet("snapshot")
+        return {"kept": 1}
+
+    def load_state_dict(self, state):
+        if self.calls:  # not when a process begins
+            self.meet("rollback")
+
+
+class MortalRows(Dataset):
+    def __init__(self, job):
+        self.job = job
+
+    def __len__(self):
+        return len(self.job.x)
+
+    def __getitem__(self, index):
+        if get_worker_info() is not None:
+            self.job.meet("worker")
+        return self.job.x[index], self.job.y[index]
 
 
 def exiting_factory(_context):

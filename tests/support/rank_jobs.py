@@ -136,6 +136,21 @@ class FailingRankJob(ExactJob):
         return super().losses(model, batch)
 
 
+class FailingEvaluationJob(ExactJob):
+    """Options: `fails_on` (rank): raises there, in the evaluation's last batch."""
+
+    place = 0
+
+    def validation_batches(self) -> Iterable[Batch]:
+        for self.place, batch in enumerate(super().validation_batches()):
+            yield batch
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
+        if self.place == 5 and torch.distributed.get_rank() == self.options["fails_on"]:
+            raise OSError("the file server does not answer")
+        return super().evaluate(model, batch)
+
+
 class SlowRankJob(ExactJob):
     """Rank 1 takes longer for its losses."""
 

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def run_on_ranks(world: int, scenarios: Sequence[tuple[str, dict[str, Any]]], timeout_s: float = 100) -> list[Any]:
+def run_on_ranks(world: int, scenarios: Sequence[tuple[str, dict[str, Any]]], timeout_s: float = 500) -> list[Any]:
     """Returns, for each scenario, the results of all ranks; a scenario is `package.module:function` with options.
 
     A rank that raises gives a text with the error; later scenarios are not run then.

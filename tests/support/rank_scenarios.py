@@ -9,15 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from leyline.v1.enums_pb2 import SeedLifecycleStage
 from support.lane_driver import NoHeartbeat, RunningLane, running, seed
 from support.waiting import wait_for
 from tolaria.checkpoint.tensor_file import file_pieces
 from tolaria.config import Settings
+from tolaria.errors import BlueprintError
 from tolaria.images import StateImage
 from tolaria.lane.build import BuiltLane, build
 from tolaria.lane.group_state import GroupRestore
@@ -38,6 +41,8 @@ from tolaria.lane.messages import (
 )
 from tolaria.lane.step import train_step
 from tolaria.ranks.group import Group
+from tolaria.seeds import Blueprints
+from tolaria.seeds.slots import SlotSpec
 from tolaria.shards import whole_value
 from tolaria.state.encoding import packed_bytes, specs_of
 from tolaria.values.training import Position
@@ -91,7 +96,50 @@ def train(
         ],
         "digests": [_digest(built)] if group is None else group.all_gather_text(_digest(built)),
         "peer_lost": run.lane.peer_lost,
+        "culled": [list(event.refusals) for event in run.all_of(SeedsChanged) if event.refusals],
     }
+
+
+def train_with_seed(group: Group | None, *, where: str, on: int, **options: Any) -> dict[str, Any]:
+    """Does as `train`; the only blueprint makes branches that raise after a while.
+
+    `where` is forward, backward, eval (only there), build (from the first one) or out (another shape); `on` is the
+    only rank, -1: all of them.
+    """
+    raises = on < 0 or (group is not None and group.rank == on)
+
+    def build_branch(_self: Blueprints, _name: str, slot: SlotSpec, init_seed: int) -> nn.Module:
+        if raises and where == "build":
+            raise BlueprintError("no file for it")
+        return Breaking(slot.features, where if raises else "")
+
+    with (
+        patch.object(Blueprints, "build", build_branch),
+        patch.object(Blueprints, "check", lambda *_: None),
+    ):
+        return train(group, **options)
+
+
+class Breaking(nn.Module):
+    """A branch that raises once it has been called often enough."""
+
+    def __init__(self, features: int, where: str) -> None:
+        super().__init__()
+        self.scale, self.where, self.calls = nn.Parameter(torch.ones(features)), where, 0
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Multiplies by a parameter."""
+        self.calls += 1
+        if self.calls > 5 and self.where == ("forward" if self.training else "eval"):
+            raise ValueError("no such shape")
+        out: Tensor = h * self.scale
+        if self.calls > 5 and self.where == "backward" and out.requires_grad:
+            out.register_hook(_raise)  # type: ignore[no-untyped-call]
+        return out[..., 1:] if self.calls > 5 and self.where == "out" else out
+
+
+def _raise(_gradient: Tensor) -> Tensor:
+    raise ValueError("no such gradient")
 
 
 def save(group: Group | None, *, directory: str, job: str = "UnevenJob") -> str:
@@ -174,7 +222,9 @@ def _play(run: RunningLane, line: Sequence[Any]) -> Any:
         case "seeds":
             stage = SeedLifecycleStage.Value(arguments[0])
             done = run.done(run.send(ReconcileSeeds(seed(stage, steps=20))))
-            return str(done.failure) + (done.result.rebuild_error if isinstance(done.result, SeedsChanged) else "")
+            changed = done.result
+            assert isinstance(changed, SeedsChanged)
+            return f"{done.failure}{changed.rebuild_error}{changed.refusals or ''}"
         case "capture":
             done = run.done(run.send(CaptureImage(beside=True)))
             assert isinstance(done.result, ImageCaptured)

@@ -20,7 +20,8 @@ import pytest
 
 from support.processes import python_path
 from support.waiting import wait_for
-from tolaria.cli.process_tree import ProcessTree, ranks_of
+from tolaria.cli.process_tree import ProcessTree
+from tolaria.ranks.local_ranks import ranks_of
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceStub
 from support.hosts import NETWORK, Hosts, require_hosts, two_hosts
 from support.processes import is_alive, python_path, status
 from support.waiting import wait_for
-from tolaria.cli.process_tree import ranks_of
+from tolaria.ranks.local_ranks import ranks_of
 
 RENDEZVOUS: Final = f"{NETWORK}.1:29400"
 TIMEOUT_S: Final = 20.0  # after a cut of 5 s, TCP may wait for 12.6 s before it sends again

@@ -19,7 +19,7 @@ from support.peers import FakeKasmina, served_without_change
 from support.processes import Serve, is_alive, serve, status, stub_of
 from support.runs_on_disk import last_checkpoint
 from support.waiting import wait_for
-from tolaria.cli.process_tree import ranks_of
+from tolaria.ranks.local_ranks import ranks_of
 
 JOB: Final = ["training.job=support.mortal_jobs:Mortal", "training.device=cpu", "training.threads=1"]
 GROUP: Final = [*JOB, "lane.mode=torchrun", "lane.processes=2"]

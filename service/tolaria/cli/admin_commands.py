@@ -269,9 +269,13 @@ def profile(
     steps: Annotated[
         int, typer.Option(min=0, max=_UINT32_MAX, help="Steps to trace (default: profiler.active_steps).")
     ] = 0,
+    rank: Annotated[
+        int,
+        typer.Option(min=0, max=_UINT32_MAX, help="Rank of a group to trace, as `tolaria status` lists them."),
+    ] = 0,
 ) -> messages.CaptureProfileRequest:
     """Trace the next steps and print the path of the trace."""
-    return messages.CaptureProfileRequest(active_steps=steps)
+    return messages.CaptureProfileRequest(active_steps=steps, rank=rank)
 
 
 @admin_command(admin_app, lambda admin: admin.ListRestorePoints, show=answers.show_restore_points)

@@ -22,10 +22,11 @@ from leyline.v1.admin_service_pb2 import GetStatusRequest, GetStatusResponse, Ru
 from tolaria.checkpoint.directory import JOURNAL
 from tolaria.cli.admin_commands import TIMEOUT_S
 from tolaria.cli.client import Target, admin_stub
-from tolaria.cli.process_tree import ProcessTree, ranks_of
+from tolaria.cli.process_tree import ProcessTree
 from tolaria.config import Settings
 from tolaria.errors import ConfigurationError, TolariaError
 from tolaria.processes import running
+from tolaria.ranks.local_ranks import ranks_of
 
 CHAOS_SETTINGS: Final[Mapping[str, object]] = {
     "training.deterministic": True,

@@ -1,4 +1,4 @@
-"""`ProcessTree`: what a process has started, as /proc shows it; and the ranks among it."""
+"""`ProcessTree`: what a process has started, as /proc shows it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import anyio.to_thread
 _PROC: Final = Path("/proc")
 _LOOK_S: Final = 0.5
 _POLL_S: Final = 0.05
-_RANK_PROGRAM: Final = b"tolaria.lane.rank"
-_RANK_VARIABLE: Final = b"RANK="
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +41,6 @@ def entries() -> list[ProcessEntry]:
         if folder.name.isdigit():
             with suppress(OSError):
                 found.append(ProcessEntry.of(folder))
-    return found
-
-
-def ranks_of(agent: int) -> dict[int, int]:
-    """Returns the process ids of the running ranks that an agent has started, by rank."""
-    found = dict[int, int]()
-    for entry in entries():
-        if entry.parent != agent or entry.ended:
-            continue
-        with suppress(OSError):
-            variables = (_PROC / str(entry.pid) / "environ").read_bytes().split(b"\0")
-            rank = next((each for each in variables if each.startswith(_RANK_VARIABLE)), b"")
-            if rank and _RANK_PROGRAM in (_PROC / str(entry.pid) / "cmdline").read_bytes():
-                found[int(rank.removeprefix(_RANK_VARIABLE))] = entry.pid
     return found
 
 

@@ -25,6 +25,10 @@ RANK_ENDED: Final = re.compile(r"rank \d+ of \d+ (was killed|ended)")
 """Matches the beginning of `rank_ended`."""
 
 
+RANK_RAISED: Final = re.compile(r"rank \d+ has raised ")
+"""Matches the beginning of `rank_raised`."""
+
+
 @dataclass(frozen=True, slots=True)
 class RankEnvironment:
     """The place of this process in its group.
@@ -87,6 +91,11 @@ def prepare_ranks(address: str, interface: str) -> None:
 def rank_ended(rank: int, world: int, how: str) -> str:
     """Returns the line by which an agent says how the first failed rank has ended, such as "was killed by SIGKILL"."""
     return f"rank {rank} of {world} {how}"
+
+
+def rank_raised(rank: int, what: str) -> str:
+    """Returns the line by which a rank says which exception of the job's ends it."""
+    return f"rank {rank} has raised {what}"
 
 
 def read_secret(file: str) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, JsonValue
 
@@ -146,6 +146,10 @@ class OptimizerSettings(Section):
     """Minimum updates between two rebuilds. 10: a faulty controller cannot keep the lane busy with rebuilds."""
 
 
+_END_S: Final = 10.0
+"""Seconds in which an agent that knows that a rank has gone ends the others."""
+
+
 class LaneSettings(Section):
     """The lane, which computes: in which process it runs, and how often it is started again."""
 
@@ -213,6 +217,14 @@ class LaneSettings(Section):
     def nodes_max(self) -> int:
         """Most machines that train."""
         return int(self.nodes.partition(":")[2])
+
+    @property
+    def orphaned_s(self) -> float:
+        """Seconds in which ranks that miss another one are ended by their agent.
+
+        It knows the cause, or learns within `node_timeout_s` that a machine is lost.
+        """
+        return self.node_timeout_s + _END_S
 
 
 class EmaSettings(Section):

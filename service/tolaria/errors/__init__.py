@@ -12,7 +12,8 @@ TolariaError
 │                      AdjustmentRefusedError, HyperparameterError, ControllerStateError, RebuildFailedError
 ├── SeedError: SlotError, UnknownBlueprintError, OwnershipError, TopologyStateError
 │   └── BlueprintError: BlueprintMisfitError
-├── LaneError: LaneFailedError, PeerLostError, RanksDifferError, LaneStoppedError, LaneLostError, WireError
+├── LaneError: LaneFailedError, PeerLostError, RanksDifferError, RankFailedError, LaneStoppedError, LaneLostError,
+│   WireError
 │   └── JoinError: ChannelError, JoinRefusedError, ServiceAbsentError
 ├── SignalError: BoardRefusedError, BoardBusyError, BoardLostError, BlockOwnedError, SignalValueError
 ├── EmergencyError: UnknownLevelError, IllegalEmergencyEventError, ClearanceRefusedError, BroadcastFailedError
@@ -111,6 +112,7 @@ from tolaria.errors.training import NoGradientsError as NoGradientsError
 from tolaria.errors.training import OptimizationError as OptimizationError
 from tolaria.errors.training import OwnershipError as OwnershipError
 from tolaria.errors.training import PeerLostError as PeerLostError
+from tolaria.errors.training import RankFailedError as RankFailedError
 from tolaria.errors.training import RanksDifferError as RanksDifferError
 from tolaria.errors.training import RebuildFailedError as RebuildFailedError
 from tolaria.errors.training import ScheduleError as ScheduleError

@@ -167,6 +167,10 @@ class RanksDifferError(LaneError):
     """The ranks of a group do not do the same: they have read other data, or have other states."""
 
 
+class RankFailedError(LaneError):
+    """The job, or a seed, has raised an exception on another rank of the group, which knows it."""
+
+
 class LaneStoppedError(LaneError):
     """The lane stopped before it executed a command."""
 

@@ -218,6 +218,8 @@ def build(
             module.model, lambda: first_look(module, snapshots.state), sharded=sharding is not None
         )
         module.group = group
+        if group is not None:
+            module.seeds.topology.agree = group.first_text
         return BuiltLane(settings, module, snapshots, (*notes, *_notes(module)))
     except ScheduleError as error:
         raise ConfigurationError([f"optimizer: {error}"]) from None

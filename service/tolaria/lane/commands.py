@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final, assert_never
 
-from tolaria.errors import HyperparameterError, LaneError, RestoreAbandonedError, TolariaError
+from tolaria.errors import HyperparameterError, InvalidFieldError, LaneError, RestoreAbandonedError, TolariaError
 from tolaria.images import ImagePool
 from tolaria.lane.messages import (
     AcceptRegime,
@@ -282,7 +282,9 @@ class CommandExecutor:
                 return ImageCaptured(self.images.put(self._snapshots.capture_image(beside=beside)))
             case SkipBatches() | AcceptRegime():
                 return self._change_skipped(command)
-            case CaptureProfile(steps):
+            case CaptureProfile(steps, rank):
+                if rank:
+                    raise InvalidFieldError("rank", f"must be 0, since the lane is one process, is {rank}")
                 return self._profiler.start(steps)
             case _:
                 assert_never(command)

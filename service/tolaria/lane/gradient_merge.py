@@ -98,19 +98,8 @@ class GradientMerger:
         if self._next_scope is not None:
             self.follow(self._next_scope)
 
-    def add(
-        self,
-        losses: Mapping[str, Tensor],
-        batch: Batch,
-        *,
-        share: float,
-        scaler: torch.amp.GradScaler | None,
-        finite_only: bool = False,
-    ) -> Tensor | None:
-        """Adds one microbatch's scalar losses by source; returns their sum times `share`, detached.
-
-        Gradients are those of the losses times `share`, the microbatch's part of the step, as scaled by `scaler`.
-        With `finite_only`, rows that are not finite are not added, and the result is None; synchronises.
+    def prepare(self, losses: Mapping[str, Tensor], batch: Batch) -> None:
+        """Decides, with the step's first microbatch, whether the step `merges`.
 
         Raises:
             LossShapeError: the sources differ from those of the step's first microbatch.
@@ -122,15 +111,31 @@ class GradientMerger:
             raise LossShapeError(
                 f"losses() named the sources {list(losses)} in an update that began with {list(self._sources)}"
             )
+
+    def add(
+        self,
+        losses: Mapping[str, Tensor],
+        batch: Batch,
+        *,
+        share: float,
+        scaler: torch.amp.GradScaler | None,
+        finite_only: bool = False,
+    ) -> bool:
+        """Adds one microbatch's scalar losses by source, after `prepare`; returns whether it has.
+
+        Gradients are those of the losses times `share`, the microbatch's part of the step, as scaled by `scaler`.
+        With `finite_only`, rows that are not finite are not added; synchronises.
+
+        Raises UnmergeableParameterError if the parameters of the host cannot be merged over.
+        """
         scaled = {source: _scaled(loss, share, scaler) for source, loss in losses.items()}
         if not self._merging:
-            _total(scaled).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
+            total_loss(scaled).backward()  # type: ignore[no-untyped-call] # torch leaves it untyped
         elif self._tracker is None:
             self._backward_alone(scaled)
         elif not self._add_rows(self._tracker, scaled, batch, counts=share > 0, finite_only=finite_only):
-            return None
-        total = _total(losses).detach()
-        return total if share == 1.0 else total * share
+            return False
+        return True
 
     @property
     def merges(self) -> bool:
@@ -319,7 +324,8 @@ def _split(vector: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
     return flat_to_grads(vector, shapes) if vector.numel() else [vector.view(shape) for shape in shapes]
 
 
-def _total(losses: Mapping[str, Tensor]) -> Tensor:
+def total_loss(losses: Mapping[str, Tensor]) -> Tensor:
+    """Returns the sum of scalar losses; of a single one the same tensor."""
     values = list(losses.values())
     return values[0] if len(values) == 1 else torch.stack(values).sum()
 

@@ -16,6 +16,7 @@ from typing import Final
 from tolaria.errors import PeerLostError, RanksDifferError, TolariaError
 from tolaria.lane.commands import CommandExecutor, CommandQueue, QueuedCommand, RestoreGate
 from tolaria.lane.encoding import from_bytes, to_bytes
+from tolaria.lane.group_profiles import GroupProfiles
 from tolaria.lane.group_state import GroupRestore
 from tolaria.lane.messages import (
     BoundaryCommand,
@@ -174,8 +175,8 @@ def _unpacked(said: bytes) -> RunEpoch | QueuedCommand:
 class GroupExecutor(CommandExecutor):
     """Carries out commands on every rank: on all of them or, where one rank cannot, on none.
 
-    Images and profiles are the leader's, which has the only snapshots: it sends the image of a restore to the others,
-    and gathers what is sharded.
+    Images are the leader's, which has the only snapshots: it sends the image of a restore to the others, and gathers
+    what is sharded. `profiles` are those of any rank.
     """
 
     def __init__(
@@ -189,16 +190,18 @@ class GroupExecutor(CommandExecutor):
         super().__init__(module, snapshots, profiler, gate)
         self._group = group
         self._restoring = GroupRestore(group, snapshots)
+        self.profiles = GroupProfiles(profiler, group)
 
     def execute(self, queued: QueuedCommand) -> CommandDone:
         """Carries out a command. Raises RanksDifferError if it fails on some ranks only: their states differ then."""
         command, group = queued.command, self._group
-        if isinstance(command, CaptureImage | CaptureProfile) and not group.leads:
-            if isinstance(command, CaptureImage):
-                self._snapshots.take_part()
+        if isinstance(command, CaptureProfile):
+            return self.profiles.start(queued.command_id, self._module.global_step, command)
+        if isinstance(command, CaptureImage) and not group.leads:
+            self._snapshots.take_part()
             return CommandDone(queued.command_id, self._module.global_step, None, None)
         done = super().execute(queued)
-        if isinstance(command, CaptureImage | CaptureProfile):
+        if isinstance(command, CaptureImage):
             return done
         result = done.result
         problem = "" if done.failure is None else str(done.failure) or done.failure.name

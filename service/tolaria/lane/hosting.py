@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -17,8 +18,8 @@ from typing import Final
 
 import torch
 
-from tolaria.config import Settings
-from tolaria.config.ranks import PEER_LOST, RAISED, RankEnvironment
+from tolaria.config import LaneSettings, Settings
+from tolaria.config.ranks import PEER_LOST, RAISED, RankEnvironment, rank_raised
 from tolaria.errors import LaneFailedError, PeerLostError, TolariaError
 from tolaria.lane.build import BuiltLane, build
 from tolaria.lane.commands import PageGate
@@ -27,10 +28,10 @@ from tolaria.lane.encoding import from_bytes, to_bytes
 from tolaria.lane.group_state import GroupRestore
 from tolaria.lane.messages import Failure, LaneEnded, LaneReady
 from tolaria.lane.order import LaneOrder, RestorePlan
-from tolaria.lane.process import Received, dump_stacks_on_request, end_with_service
+from tolaria.lane.process import Received, end_with_service
 from tolaria.ranks.group import Group, lost_peer
 from tolaria.ranks.images import receive_image, send_image
-from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage, PagePulse
+from tolaria.signals.lane_page import SILENT_SIGNAL, LanePage, PagePulse
 from tolaria.state.shared_memory import SharedMemory
 from tolaria.values.training import RankInfo
 from tolaria.wire import Frame, FrameKind, FrameStream, send
@@ -39,8 +40,8 @@ _FLUSH_S: Final = 10.0
 _WATCH_S: Final = 0.5
 _LEADER_S: Final = 2.0
 
-_KILLED_S: Final = 30.0
-"""Seconds in which a group whose rank has gone is ended by its agent, which knows the cause."""
+_STACKS_S: Final = 3.0
+"""Seconds that a silent rank leaves the service for collecting stacks, also from other machines."""
 
 
 def host(stream: FrameStream, received: Received, settings: Settings, page: LanePage) -> int:
@@ -64,7 +65,7 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
         )
         message = built.ready
     except PeerLostError as error:
-        return _end_with_group(str(error))
+        return _end_with_group(str(error), settings.lane)
     except TolariaError as error:
         message = LaneEnded(0, Failure.of(error, traceback.format_exc()))
     pulse = PagePulse(page, settings.emergency)
@@ -86,7 +87,7 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
     connection.start()
     lane.run(connection.notify)
     if lane.peer_lost:
-        return _end_with_group(lane.peer_lost)
+        return _end_with_group(lane.peer_lost, settings.lane)
     code = 0 if connection.flush(_FLUSH_S) and not lane.failed else 1
     if group is not None and not code:
         group.leave()
@@ -96,45 +97,49 @@ def host(stream: FrameStream, received: Received, settings: Settings, page: Lane
 def follow() -> int:
     """Runs a rank that does not lead until the group ends; returns the exit code of the process."""
     gc.freeze()
+    settings = Settings()
     try:
         group = join_group()
         if group is None or not isinstance(order := from_bytes(group.broadcast_bytes()), LaneOrder):
             return PEER_LOST
         settings = Settings.model_validate(json.loads(order.settings))
-        dump_stacks_on_request(settings)
         sharded = settings.lane.parallel == "fsdp"
         built = build_on_all_ranks(group, lambda: build(settings, group=group, run_id=order.run_id), sharded=sharded)
     except PeerLostError as error:
-        return _end_with_group(str(error))
+        return _end_with_group(str(error), settings.lane)
     except TolariaError as error:
         os.write(2, f"{error}\n".encode())
         time.sleep(_LEADER_S)  # which says why
         return 1
     built.snapshots.takes_snapshots = False
     page = LanePage.create()
-    lane = built.lane(PagePulse(page, settings.emergency), Path(settings.state.dir) / "traces")
-    threading.Thread(target=end_when_silent, args=(page,), name="tolaria-watch", daemon=True).start()
+    traces_dir = Path(tempfile.gettempdir()) / f"tolaria-traces-{os.getpid()}"  # from where the leader fetches them
+    lane = built.lane(PagePulse(page, settings.emergency), traces_dir)
+    agent = RankEnvironment.read().agent
+    threading.Thread(target=end_when_silent, args=(page, agent), name="tolaria-watch", daemon=True).start()
     lane.run(lane.take_events)
     if lane.peer_lost:
-        return _end_with_group(lane.peer_lost)
+        return _end_with_group(lane.peer_lost, settings.lane)
     if lane.failed:
         time.sleep(_LEADER_S)  # an exception of all ranks is the leader's, which goes by its name
-        os.write(2, f"{lane.failed}\n".encode())
+        os.write(2, f"{rank_raised(group.rank, ' '.join(lane.failed.split()))}\n".encode())
         return RAISED
     group.leave()
     return 0
 
 
-def end_when_silent(page: LanePage) -> None:
+def end_when_silent(page: LanePage, agent: int) -> None:
     """Ends this process when the lane has given no heartbeat for too long: the leader would wait for it.
 
+    Before, the process `agent`, unless it is 0, learns of it, so that the stacks of all ranks can be collected.
     A process that is stopped, or whose GIL is held, does not come to that: the leader's silence shows it, later.
     """
     while True:
         time.sleep(_WATCH_S)
         if overdue_s := page.overdue_s():
-            os.kill(os.getpid(), STACKS_SIGNAL)
-            time.sleep(_WATCH_S)
+            if agent:
+                os.kill(agent, SILENT_SIGNAL)
+            time.sleep(_STACKS_S)
             if page.overdue_s():
                 os.write(2, f"the rank has given no heartbeat for {overdue_s:.0f} s\n".encode())
                 os._exit(1)
@@ -211,9 +216,9 @@ def _share_state(group: Group, built: BuiltLane, *, sharded: bool) -> None:
         module.skipped.added.update(order.plan.left_out)
 
 
-def _end_with_group(reason: str) -> int:
+def _end_with_group(reason: str, limits: LaneSettings) -> int:
     """Waits to be ended with the group, whose agent finds out which rank failed; returns an exit code if it is not."""
     os.write(2, f"another rank has gone: {reason}\n".encode())
     sys.stdout.flush()
-    time.sleep(_KILLED_S)
+    time.sleep(limits.orphaned_s)
     return PEER_LOST

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import resource
+import signal
 import threading
 import time
 import traceback
@@ -30,16 +32,19 @@ from tolaria.lane.messages import (
     Failure,
     Held,
     LaneEnded,
+    ProfileDone,
     Restored,
     StepDone,
     Stop,
 )
 from tolaria.lane.profiling import LaneProfiler, Region
+from tolaria.lane.rank_failures import failed_seeds, report, report_branches
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.step import StepAbandonedError, train_step
 from tolaria.lane.train_module import TrainModule
 from tolaria.lane.weight_averages import PART as AVERAGES
 from tolaria.ranks.group import Group, lost_peer
+from tolaria.signals.lane_page import STACKS_SIGNAL
 from tolaria.signals.layout import LanePhase
 from tolaria.values.evaluation import Evaluation, Ratio
 from tolaria.values.training import RankLoad
@@ -148,10 +153,12 @@ class ThreadLane:
         )
         self._commands: CommandQueue | LeaderCommands | FollowerCommands = queue
         self._executor = CommandExecutor(module, snapshots, profiler, gate)
+        self._profiled: Callable[[int], ProfileDone | None] = profiler.after_step
         if group is not None:
             following = FollowerCommands(group, heartbeat.lane_rests)
             self._commands = LeaderCommands(queue, group) if group.leads else following
-            self._executor = GroupExecutor(module, snapshots, profiler, gate, group)
+            executor = self._executor = GroupExecutor(module, snapshots, profiler, gate, group)
+            self._profiled = executor.profiles.after_step
         module.on_reading = heartbeat.lane_batch
         self.images = self._executor.images
         self._process_ends = False
@@ -180,6 +187,11 @@ class ThreadLane:
     def take_events(self) -> list[Event]:
         """Returns the events since the last call, oldest first."""
         return self._events.take()
+
+    def dump_stacks(self, why: str) -> None:  # noqa: ARG002 - the log says why
+        """Has the stacks of this process written to a file in state.dir, as the service does on request."""
+        if signal.getsignal(STACKS_SIGNAL) != signal.SIG_DFL:  # which would end it
+            os.kill(os.getpid(), STACKS_SIGNAL)
 
     def forbid_restore(self, command_id: int) -> bool:
         """Forbids that restore to change live state; False when the change has already begun."""
@@ -274,7 +286,7 @@ class ThreadLane:
             self._events.put(changed)
         self._snapshots.step_done(step.duration_s)
         self._put_snapshot_events()
-        if (profiled := self._profiler.after_step(module.global_step)) is not None:
+        if (profiled := self._profiled(module.global_step)) is not None:
             self._events.put(profiled)
         return True
 
@@ -285,11 +297,10 @@ class ThreadLane:
     def _drop_failed_seed(self, error: Exception) -> None:
         """Removes the seeds that made a pass raise `error`, so that the host goes on; raises it if it was none."""
         module = self._module
-        if module.group is not None:  # the other ranks may not have seen it
-            raise error
         module.abandon_step()
-        if (changed := module.seeds.drop_failed(error, module.global_step)) is None:
-            raise error
+        with self._waiting_for_ranks():
+            reasons = failed_seeds(module, error)
+        changed = module.seeds.drop_failed(reasons, module.global_step)
         module.refresh()
         module.train_mode()
         self._events.put(changed)
@@ -390,6 +401,19 @@ class ThreadLane:
     def _evaluate(self) -> Evaluation:
         """Raises StepAbandonedError for a stop or an urgent command: a long validation must not delay them."""
         module = self._module
+        try:
+            total = self._evaluate_share()
+        except StepAbandonedError:
+            raise
+        except Exception as error:
+            with self._heartbeat.lane_rests():  # as long as the leader is held
+                report(module, error)
+            raise
+        return total if module.group is None else _over_ranks(total, module.group)
+
+    def _evaluate_share(self) -> Evaluation:
+        """Evaluates what this rank has to evaluate."""
+        module = self._module
         total = Evaluation(0.0)
         module.model.eval()
         with torch.no_grad():
@@ -404,8 +428,9 @@ class ThreadLane:
                         module.model.eval()
                     with module.seeds.groups_as_built():
                         found = checked_evaluation(module.job.evaluate(module.model, batch))
+                    report_branches(module)
                     total += found if module.share.counted(whole) else Evaluation(0.0)
-        return total if module.group is None else _over_ranks(total, module.group)
+        return total
 
 
 def _loads(module: TrainModule, group: Group) -> tuple[RankLoad, ...]:

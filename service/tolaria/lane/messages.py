@@ -113,9 +113,10 @@ class AcceptRegime:
 
 @dataclass(frozen=True, slots=True)
 class CaptureProfile:
-    """Profiles the next `steps` steps; answered by `ProfileStarted`, followed by `ProfileDone`."""
+    """Profiles the next `steps` steps of one rank; answered by `ProfileStarted`, followed by `ProfileDone`."""
 
     steps: int
+    rank: int = 0
 
 
 BoundaryCommand: TypeAlias = (

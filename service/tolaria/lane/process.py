@@ -5,7 +5,6 @@ Standard output is the service's own, so that a job can print; the service reads
 
 from __future__ import annotations
 
-import faulthandler
 import importlib
 import json
 import os
@@ -13,18 +12,16 @@ import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 from tolaria import forks
 from tolaria.config import Settings
-from tolaria.filesystem import open_to_append
 from tolaria.images import StateImage
 from tolaria.lane.encoding import from_bytes
 from tolaria.lane.order import LaneOrder
 from tolaria.ranks.child import announce, lane_options
 from tolaria.segments import Segment, open_image, segments_of
-from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage
+from tolaria.signals.lane_page import LanePage
 from tolaria.wire import FrameKind, FrameStream, unpacked_id
 
 
@@ -52,7 +49,6 @@ def serve(connection_descriptor: int, page_descriptor: int) -> int:
     stream = FrameStream(connection)
     received = _received(stream)
     settings = Settings.model_validate(json.loads(received.order.settings))
-    dump_stacks_on_request(settings)
     # Only now, since it imports torch, which takes seconds.
     host = importlib.import_module("tolaria.lane.hosting").host
     return int(host(stream, received, settings, LanePage(Segment(0, page_descriptor))))
@@ -80,13 +76,3 @@ def end_with_service(reason: str) -> NoReturn:
     os.write(2, f"the lane ends with its service: {reason}\n".encode())
     os.killpg(0, signal.SIGKILL)
     raise SystemExit(1)  # not reached
-
-
-def dump_stacks_on_request(settings: Settings) -> None:
-    """Has SIGUSR1 append the stacks of all threads to a file, by a handler in C that needs no GIL."""
-    try:
-        descriptor = open_to_append(Path(settings.state.dir) / "stacks.txt")
-    except OSError:
-        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # a full disk must not end the lane
-    else:
-        faulthandler.register(STACKS_SIGNAL, descriptor, all_threads=True, chain=False)

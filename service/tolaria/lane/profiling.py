@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
@@ -58,7 +59,7 @@ class LaneProfiler:
     ) -> None:
         self._directory = directory
         self._bytes_max = bytes_max
-        self._resting = resting
+        self.resting = resting
         self._wall_ns = wall_ns
         self._profile: profile | None = None
         self._steps = self._steps_left = 0
@@ -81,7 +82,7 @@ class LaneProfiler:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         profiler = profile(activities=activities)  # without acc_events, with which it would block 20 times as long
         try:
-            with self._resting():
+            with self.resting():
                 profiler.start()
         except RuntimeError as error:
             return TraceFailed("start", str(error))
@@ -97,7 +98,7 @@ class LaneProfiler:
         self._steps_left -= 1
         if self._steps_left:
             return None
-        with self._resting():
+        with self.resting():
             return ProfileDone(global_step, self._finish(self._profile))
 
     def abandon(self) -> None:
@@ -105,6 +106,26 @@ class LaneProfiler:
         if self._profile is not None:
             with contextlib.suppress(RuntimeError):  # it has ended either way
                 self._stop(self._profile)
+
+    def taken(self, path: Path) -> bytes:
+        """Returns a trace and deletes it, with the directory if that is empty. Raises OSError."""
+        content = path.read_bytes()
+        path.unlink()
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
+        return content
+
+    def keep(self, content: bytes, rank: int, trace: TraceWritten) -> TraceWritten | TraceFailed:
+        """Writes a trace that another rank has taken; returns the same with its path and what was removed for it."""
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path = self._free_name(f"-rank{rank}")
+            partial = path.with_name(path.name + _PARTIAL)
+            partial.write_bytes(content)
+            partial.rename(path)
+            return replace(trace, path=str(path.absolute()), removed=self._make_room(path, len(content)))
+        except OSError as error:
+            return TraceFailed("export", str(error))
 
     def _finish(self, profiler: profile) -> TraceWritten | TraceFailed:
         started_s = time.monotonic()
@@ -142,12 +163,12 @@ class LaneProfiler:
                     leftover.unlink(missing_ok=True)
         return path
 
-    def _free_name(self) -> Path:
+    def _free_name(self, suffix: str = "") -> Path:
         """Returns an unused name: the time in UTC to the microsecond, so that names sort by age."""
         now_us = self._wall_ns() // 1000
         while True:
             moment = datetime.fromtimestamp(now_us // 1_000_000, UTC)
-            path = self._directory / f"{_PREFIX}{moment:%Y%m%dT%H%M%S}.{now_us % 1_000_000:06}Z.json"
+            path = self._directory / f"{_PREFIX}{moment:%Y%m%dT%H%M%S}.{now_us % 1_000_000:06}Z{suffix}.json"
             if not path.exists():
                 return path
             now_us += 1

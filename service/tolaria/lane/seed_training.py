@@ -115,10 +115,9 @@ class SeedTraining:
             return None if skipped else changed
         return None
 
-    def drop_failed(self, error: Exception, global_step: int) -> SeedsChanged | None:
-        """Removes the seeds that made a forward or backward pass raise `error`; None if it was none of them."""
-        left = self.topology.expel(error, global_step)
-        return None if left is None else self._follow(left, global_step)
+    def drop_failed(self, reasons: Mapping[str, str], global_step: int) -> SeedsChanged:
+        """Removes the seeds that have made a forward or backward pass raise an exception, for these reasons."""
+        return self._follow(self.topology.expel(reasons, global_step), global_step)
 
     def state_dict(self) -> dict[str, JsonValue]:
         """Returns what is postponed, and since which step."""

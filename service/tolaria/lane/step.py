@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 from zlib import crc32
@@ -24,10 +24,11 @@ from tolaria.jobs import Batch
 from tolaria.lane.device import on_device
 from tolaria.lane.job_output import checked_losses
 from tolaria.lane.messages import StepDone
-from tolaria.lane.parameter_check import essential_finite, is_extreme, judged_sum, parameters_sound
+from tolaria.lane.parameter_check import essential_finite, is_extreme, parameters_sound
 from tolaria.lane.profiling import Mark, unmarked
+from tolaria.lane.rank_failures import ReportedError, agree_on_branches, reportable
+from tolaria.lane.step_losses import StepLosses
 from tolaria.lane.train_module import TrainModule
-from tolaria.ranks.group import Group
 from tolaria.shards import local, local_parts
 from tolaria.values.optimization import LearningRateViolation
 
@@ -37,40 +38,6 @@ _HALF: Final = frozenset({torch.float16, torch.bfloat16})
 
 class StepAbandonedError(Exception):
     """A step or an evaluation is abandoned before its end; no parameter has changed."""
-
-
-@dataclass(slots=True)
-class _Taken:
-    """The microbatches of one step. The losses are weighted sums over those that were not left out.
-
-    Attributes:
-        read: samples of all microbatches.
-        samples: samples of those that were not left out.
-        loss: of all sources.
-        plain: whether the host's loss is the only one; `essential` and `judged` are not needed then.
-        essential: without the sources of isolated seeds.
-        judged: the mean over the sources that are not seeds, times the samples that have one.
-        judged_samples: number of those samples.
-        counted: samples of the present microbatch that count on this rank.
-        sources: checksum of the sources that the losses of each microbatch had.
-        left_out: places in the epoch of the microbatches that were not finite.
-        last_batch: the last one that was not left out.
-    """
-
-    read: int = 0
-    samples: int = 0
-    planned_samples: int = 0
-    waited_s: float = 0.0
-    copied_s: float = 0.0
-    loss: Tensor | None = None
-    plain: bool = True
-    essential: Tensor | None = None
-    judged: Tensor | None = None
-    judged_samples: int = 0
-    counted: int = 0
-    sources: int = 0
-    left_out: list[int] = field(default_factory=list)
-    last_batch: Batch | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +63,8 @@ def train_step(module: TrainModule, continue_step: Callable[[], bool], mark: Mar
         StepAbandonedError: `continue_step` returned False; the same step can start again.
         LossShapeError: the job returns an invalid loss.
         RanksDifferError: the ranks of a group are not at the same step of the same data.
+        ReportedError: a pass has failed on this rank of a group.
+        RankFailedError: a pass has failed on another one.
     """
     started_s = time.monotonic()
     module.logged.clear()  # of a step that was given up
@@ -155,13 +124,13 @@ def _logged(module: TrainModule, *, skipped: bool) -> dict[str, float]:
 
 def _take_and_measure(
     module: TrainModule, continue_step: Callable[[], bool], mark: Mark
-) -> tuple[_Taken, _Measured | None]:
+) -> tuple[StepLosses, _Measured | None]:
     """Takes the microbatches, and takes them again to find those that are not finite; None if there is no batch."""
     taken = _take_microbatches(module, continue_step, mark, each=module.device.type == "cpu")
     if not taken.read:
         if module.group is not None:  # an epoch ends for all of them
             with mark("merge"):
-                _sum_losses(module, taken, module.group)
+                taken.over_ranks(module, module.group)
         return taken, None
     measured = _finish(module, taken, mark)
     if measured.finite or module.accumulate == 1 or taken.loss is None or _overflowed(module, measured):
@@ -203,7 +172,7 @@ def _record_loss(module: TrainModule, measured: _Measured, *, skipped: bool) -> 
         module.losses.add(measured.judged)
 
 
-def _read(module: TrainModule, taken: _Taken, mark: Mark) -> tuple[Batch, Batch] | None:
+def _read(module: TrainModule, taken: StepLosses, mark: Mark) -> tuple[Batch, Batch] | None:
     """Returns the next microbatch, as it was read, and this rank's share on its device; None at the end of the epoch.
 
     Adds the times of reading and copying to `taken`, without the wait for other ranks.
@@ -226,13 +195,13 @@ def _read(module: TrainModule, taken: _Taken, mark: Mark) -> tuple[Batch, Batch]
 
 def _take_microbatches(
     module: TrainModule, continue_step: Callable[[], bool], mark: Mark, *, each: bool, thorough: bool = False
-) -> _Taken:
+) -> StepLosses:
     """Takes up to `accumulate` microbatches, each fetched when it is needed; gradients are weighted by samples.
 
     With `each`, a microbatch of several whose loss is not finite is left out; with `thorough`, also one whose gradient
     is not finite.
     """
-    taken = _Taken()
+    taken = StepLosses()
     for number in range(module.accumulate):
         if number and not continue_step():
             module.abandon_step()
@@ -250,85 +219,82 @@ def _take_microbatches(
         taken.read += read.samples
         taken.counted = module.training_share.counted(read)
         module.save_microbatch(gradients=thorough)
-        with mark("forward"), module.fast_paths.autocast(), module.seeds.groups_as_built():
-            losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
-        module.look_up_parameters()
+        losses = _forward(module, batch, taken, mark)
         if batch.seed_ids is None:
             taken.sources = crc32(repr(tuple(losses)).encode(), taken.sources)
-        loss = None
-        if not (each and module.accumulate > 1) or module.on_all_ranks(essential_finite(module, losses)):
-            share = taken.counted / taken.planned_samples
-            with mark("backward"):
-                loss = module.merger.add(
-                    losses, batch, share=share, scaler=module.fast_paths.scaler, finite_only=thorough
-                )
-        if loss is None or (thorough and not module.gradients_finite()):
+        counts = not (each and module.accumulate > 1) or module.on_all_ranks(essential_finite(module, losses))
+        if not (counts and _backward(module, losses, batch, taken, mark, thorough=thorough)):
             module.discard_microbatch()
             taken.left_out.append(place)
         else:
-            _add_losses(module, taken, losses, loss, batch)
             taken.last_batch = read
     return taken
 
 
-def _add_losses(module: TrainModule, taken: _Taken, losses: Mapping[str, Tensor], loss: Tensor, batch: Batch) -> None:
-    """Adds the losses of a microbatch; `loss` is the sum over all sources, weighted by samples."""
-    taken.loss = loss if taken.loss is None else taken.loss + loss
-    taken.samples += taken.counted
-    if len(losses) == 1 and batch.seed_ids is None and taken.plain:
-        return
-    taken.plain = False
-    share = taken.counted / taken.planned_samples
-    seeds = set(module.seeds.topology.training_seeds)
-    essential = [each.detach() for source, each in losses.items() if source not in module.isolated_seeds]
-    part = torch.stack(essential).sum() * share if essential else torch.zeros_like(loss)
-    taken.essential = part if taken.essential is None else taken.essential + part
-    judged, samples = judged_sum(losses, batch, taken.counted, seeds)
-    if judged is not None:
-        taken.judged = judged if taken.judged is None else taken.judged + judged
-        taken.judged_samples += samples
+def _report(module: TrainModule, taken: StepLosses, error: Exception, mark: Mark) -> None:
+    """Has all ranks know, where that is possible, that a pass has failed on this one, and raises ReportedError."""
+    if module.group is not None and reportable(module, error):
+        with mark("merge"):
+            taken.over_ranks(module, module.group, failed=True)
+        raise ReportedError({}) from error
 
 
-def _finish(module: TrainModule, taken: _Taken, mark: Mark) -> _Measured:
+def _forward(module: TrainModule, batch: Batch, taken: StepLosses, mark: Mark) -> Mapping[str, Tensor]:
+    """Returns the losses of a microbatch."""
+    try:
+        with mark("forward"), module.fast_paths.autocast(), module.seeds.groups_as_built():
+            losses = checked_losses(module.job, module.model, batch, module.seeds.topology.training_seeds)
+    except Exception as error:
+        _report(module, taken, error, mark)
+        raise
+    if module.sharded:
+        with mark("merge"):
+            agree_on_branches(module)
+    module.look_up_parameters()
+    return losses
+
+
+def _backward(
+    module: TrainModule,
+    losses: Mapping[str, Tensor],
+    batch: Batch,
+    taken: StepLosses,
+    mark: Mark,
+    *,
+    thorough: bool,
+) -> bool:
+    """Adds the losses and gradients of a microbatch; returns False if it is not finite, which `thorough` finds out."""
+    share, merger = taken.counted / taken.planned_samples, module.merger
+    try:
+        merger.prepare(losses, batch)
+        if not thorough:
+            taken.add(module, losses, batch)
+        with mark("backward"):
+            added = merger.add(losses, batch, share=share, scaler=module.fast_paths.scaler, finite_only=thorough)
+    except Exception as error:
+        _report(module, taken, error, mark)
+        raise
+    if not thorough:
+        return True
+    if not (added and module.gradients_finite()):
+        return False
+    taken.add(module, losses, batch)
+    return True
+
+
+def _finish(module: TrainModule, taken: StepLosses, mark: Mark) -> _Measured:
     """Merges the gradients, scales them by the samples that were taken, and measures them."""
     if module.group is not None:
         with mark("merge"):
-            _sum_losses(module, taken, module.group)
+            taken.over_ranks(module, module.group)
     if taken.loss is None:  # every microbatch was left out
         return _Measured(math.nan, None, [math.nan])
     with mark("merge"):
         module.merger.finish()
         if module.group is not None and not (module.merger.merges or module.sharded):
-            module.all_reduce_gradients(module.group)
+            taken.sum_gradients(module, module.group)
         _rescale(module, taken)
     return _measure(taken, module)
-
-
-def _sum_losses(module: TrainModule, taken: _Taken, group: Group) -> None:
-    """Replaces the losses and samples of this rank by the sums over all ranks. Synchronises.
-
-    Raises RanksDifferError if the ranks are not at the same step of the same data.
-    """
-    parts = [taken.loss, taken.essential, taken.judged]
-    given = [0.0 if part is None else part.item() for part in parts]
-    must_match = {
-        "completed steps": module.global_step,
-        "batches read": module.progress.batches,
-        "samples in them": taken.read,
-        "names of losses": taken.sources,
-        "announced changes of the task": len(module.announced),
-    }
-    asked_s = time.monotonic()
-    *sums, judged_samples, samples = group.all_reduce_step([*given, taken.judged_samples, taken.samples], must_match)
-    module.waits.ranks_s += time.monotonic() - asked_s
-    device, dtype = module.device, torch.float32 if module.device.type == "mps" else torch.float64
-    found = [
-        None if part is None else torch.tensor(value, dtype=dtype, device=device)
-        for part, value in zip(parts, sums, strict=True)
-    ]
-    taken.loss, taken.essential = found[:2]
-    taken.judged = torch.tensor(sums[2], dtype=dtype, device=device) if judged_samples else None
-    taken.judged_samples, taken.samples = int(judged_samples), int(samples)
 
 
 def _overflowed(module: TrainModule, measured: _Measured) -> bool:
@@ -337,7 +303,7 @@ def _overflowed(module: TrainModule, measured: _Measured) -> bool:
     return scaler is not None and math.isfinite(measured.loss) and scaler.get_scale() > 1.0
 
 
-def _rescale(module: TrainModule, taken: _Taken) -> None:
+def _rescale(module: TrainModule, taken: StepLosses) -> None:
     """Divides by the actual samples where fewer came than planned, as at an epoch's end, and by float16's loss scale.
 
     Gradients that overflowed are infinite afterwards.
@@ -354,7 +320,7 @@ def _rescale(module: TrainModule, taken: _Taken) -> None:
             torch._foreach_mul_(local_parts(gradients), factor)
 
 
-def _measure(taken: _Taken, module: TrainModule) -> _Measured:
+def _measure(taken: StepLosses, module: TrainModule) -> _Measured:
     """Returns the losses and the gradient norm (L2) of each clip group. Synchronises.
 
     An isolated seed is a clip group by itself and cannot affect the host: if its norm is not finite, its gradients
@@ -383,7 +349,7 @@ def _measure(taken: _Taken, module: TrainModule) -> _Measured:
     return _Measured(*_losses(taken, values[: len(losses)]), found, tuple(dropped))
 
 
-def _losses(taken: _Taken, values: Sequence[float]) -> tuple[float, float | None]:
+def _losses(taken: StepLosses, values: Sequence[float]) -> tuple[float, float | None]:
     """Returns the loss of the step and the one that is judged, of the values that were transferred."""
     rest = iter(values)
     loss = next(rest)
@@ -406,7 +372,7 @@ def _clip(module: TrainModule, norms: Sequence[float]) -> None:
             torch._foreach_mul_(local_parts(gradients), module.clip_norm / norm)
 
 
-def _check_parameters(module: TrainModule, taken: _Taken, *, skipped: bool) -> bool | None:
+def _check_parameters(module: TrainModule, taken: StepLosses, *, skipped: bool) -> bool | None:
     """Finds out, after many skipped steps in a row, whether data or parameters are ill; None if that is not due."""
     if not skipped:
         module.skip_streak, module.last_good = 0, taken.last_batch

@@ -15,7 +15,6 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from tolaria.config import Settings
-from tolaria.gradients import laid_out
 from tolaria.jobs import (
     Batch,
     BatchCursor,
@@ -307,12 +306,6 @@ class TrainModule:
         if self._group is not None and not self._group.leads:
             place = (self.global_step << 16) + self.progress.batches
             seed_everything(epoch_seed(self._seed + (self._group.rank << 40), place))
-
-    def all_reduce_gradients(self, group: Group) -> None:
-        """Replaces the gradients of all trained parameters by their sums over the ranks."""
-        summed = group.all_reduce_gradients(self.parameters, [p.grad for p in self.parameters])
-        for parameter, gradient in zip(self.parameters, summed, strict=True):
-            parameter.grad = None if gradient is None else laid_out(gradient, parameter)
 
     def broadcast_buffers(self) -> None:
         """Gives every rank the leader's buffers, such as running statistics, also those assigned anew."""

@@ -22,6 +22,7 @@ from tolaria.errors import ChannelError
 
 LINES_MAX: Final = 20
 LINE_CHARACTERS_MAX: Final = 500
+STACKS_CHARACTERS_MAX: Final = 20_000
 _Text = Annotated[str, Field(max_length=4096)]
 _Name = Annotated[str, Field(max_length=255)]
 _Line = Annotated[str, Field(max_length=LINE_CHARACTERS_MAX)]
@@ -100,6 +101,29 @@ class RanksEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class AskStacks:
+    """To a machine: send the stacks of each of its ranks."""
+
+    kind: Literal["ask_stacks"] = "ask_stacks"
+
+
+@dataclass(frozen=True, slots=True)
+class RankStacks:
+    """To the service: the stacks of one rank, or why there are none."""
+
+    rank: _Number
+    stacks: Annotated[str, Field(max_length=STACKS_CHARACTERS_MAX)]
+    kind: Literal["stacks"] = "stacks"
+
+
+@dataclass(frozen=True, slots=True)
+class RankSilent:
+    """To the service: a rank of the machine gives no heartbeat, and will end."""
+
+    kind: Literal["silent"] = "silent"
+
+
+@dataclass(frozen=True, slots=True)
 class Alive:
     """To either side, several times within the silence that is allowed."""
 
@@ -115,8 +139,8 @@ class RunOver:
     kind: Literal["over"] = "over"
 
 
-ToService: TypeAlias = Joining | Ready | RanksEnded | Alive
-ToMachine: TypeAlias = Accepted | Refused | StartRanks | StopRanks | Alive | RunOver
+ToService: TypeAlias = Joining | Ready | RanksEnded | RankStacks | RankSilent | Alive
+ToMachine: TypeAlias = Accepted | Refused | StartRanks | StopRanks | AskStacks | Alive | RunOver
 
 _TO_SERVICE: Final[TypeAdapter[ToService]] = TypeAdapter(Annotated[ToService, Field(discriminator="kind")])
 _TO_MACHINE: Final[TypeAdapter[ToMachine]] = TypeAdapter(Annotated[ToMachine, Field(discriminator="kind")])
@@ -125,7 +149,8 @@ _TO_MACHINE: Final[TypeAdapter[ToMachine]] = TypeAdapter(Annotated[ToMachine, Fi
 def packed(message: ToService | ToMachine) -> bytes:
     """Returns the encoded message."""
     adapter: TypeAdapter[ToService] | TypeAdapter[ToMachine]
-    adapter = _TO_SERVICE if isinstance(message, Joining | Ready | RanksEnded) else _TO_MACHINE
+    of_machines = Joining | Ready | RanksEnded | RankStacks | RankSilent
+    adapter = _TO_SERVICE if isinstance(message, of_machines) else _TO_MACHINE
     return adapter.dump_json(message)  # type: ignore[arg-type] # of one of the two unions
 
 

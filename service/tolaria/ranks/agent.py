@@ -26,7 +26,7 @@ from typing import Final
 from tolaria.config.ranks import PEER_LOST, NodePlace, prepare_ranks, rank_ended
 from tolaria.ranks.child import announce, lane_options
 from tolaria.segments import Segment
-from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage
+from tolaria.signals.lane_page import SILENT_SIGNAL, LanePage
 
 _POLL_S: Final = 0.05
 _BEAT_S: Final = 0.2
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     options = _options(arguments)
     announce(options)
     page = LanePage(Segment(0, os.dup(options.page)))
+    signal.signal(SILENT_SIGNAL, lambda _number, _frame: page.show_silent_rank())
     address = serve_leader(options) if options.connection >= 0 else ""
     place = NodePlace(options.node, options.nodes, options.store_host, options.store_port, options.store_listener)
     prepare_ranks(address, options.interface)
@@ -98,7 +99,6 @@ def _run(processes: int, place: NodePlace, page: LanePage) -> tuple[Mapping[int,
     # Only now, since it imports torch, which takes seconds.
     elastic = importlib.import_module("tolaria.ranks.elastic")
     ranks = elastic.Ranks((sys.executable, "-m", "tolaria.lane.rank"), processes, place, poll_s=_POLL_S)
-    signal.signal(STACKS_SIGNAL, lambda _number, _frame: _pass_on(STACKS_SIGNAL, ranks.pids()))
     threading.Thread(target=_beat, args=(page,), name="tolaria-heartbeat", daemon=True).start()
     return dict(ranks.run()), int(ranks.world)
 
@@ -108,12 +108,6 @@ def _beat(page: LanePage) -> None:
     while True:
         page.beat_agent()
         time.sleep(_BEAT_S)
-
-
-def _pass_on(number: int, pids: Sequence[int]) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
 
 
 def _end_like(rank: int, code: int, world: int) -> int:

@@ -12,6 +12,7 @@ import sys
 from types import FrameType
 
 from tolaria import forks
+from tolaria.ranks.stacks import dump_on_request
 
 
 def lane_options(program: str, description: str) -> argparse.ArgumentParser:
@@ -39,6 +40,7 @@ def begin(parent: int) -> None:
     """Has this process end with the one that started it, and not by the signals that are for the service."""
     forks.end_with(parent)  # also while the GIL is held
     faulthandler.enable()
+    dump_on_request()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the pipe is not for the job
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what a job has printed is not lost with it

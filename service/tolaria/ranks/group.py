@@ -13,12 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tolaria.config.ranks import RankEnvironment
-from tolaria.errors import BrokenJobError, PeerLostError, RanksDifferError
+from tolaria.errors import BrokenJobError, PeerLostError, RankFailedError, RanksDifferError
+from tolaria.ranks.step_word import COMPARED, StepWord
 
 _WAIT: Final = timedelta(days=365)
 """A rank that waits for one that has gone is ended with the group; one that is only slow is not dead."""
 
-_COMPARED: Final = 2**20  # so that squares are exact in float64
+_AGREEMENT: Final = 24
+"""Numbers of every agreement, so that a rank can take part in it without knowing which one it is."""
+
 _BUCKET_BYTES: Final = 2**25
 """Small tensors are sent together, up to this size, and images in pieces of it."""
 
@@ -36,6 +39,7 @@ class Group:
         has_commands: returns whether this rank has any; set by the leader's queue of commands.
         snapshot_due: returns whether this rank wants a snapshot after the step; set where the state is sharded.
         snapshot_agreed: whether one follows this step on all ranks; each `all_reduce_step` sets it.
+        rides: whether the next step's sums travel with its gradients; each `all_reduce_step` sets it.
     """
 
     def __init__(self, rank: int, world: int, local_rank: int = 0, local_world: int = 1) -> None:
@@ -43,7 +47,7 @@ class Group:
         self.commands_due = True
         self.has_commands: Callable[[], bool] = lambda: False
         self.snapshot_due: Callable[[], bool] = lambda: False
-        self.snapshot_agreed = False
+        self.snapshot_agreed = self.rides = False
 
     @classmethod
     def join(cls, place: RankEnvironment, *, cuda: bool) -> Group:
@@ -74,32 +78,81 @@ class Group:
         found: list[float] = numbers.tolist()
         return found
 
-    def all_reduce_step(self, values: Sequence[float], must_match: Mapping[str, int]) -> list[float]:
-        """Returns the sums of a step's values, and sets `commands_due` and `snapshot_agreed`.
+    def all_reduce_step(
+        self, values: Sequence[float], must_match: Mapping[str, int], *, rides: bool = False
+    ) -> list[float]:
+        """Returns the sums of a step's values; sets `commands_due`, `snapshot_agreed` and `rides`.
 
-        `must_match` are numbers that are equal on all ranks, by what they are; they are compared modulo 2**20.
+        `must_match` are numbers that are equal on all ranks, by what they are; they are compared modulo 2**20. `rides`
+        is whether this rank wants the next sums to travel with the gradients.
 
         Raises:
             RanksDifferError: names the first number that differs.
+            RankFailedError: another rank reports a failure instead.
             PeerLostError: another rank has gone.
         """
-        given = [*values, self.has_commands(), self.snapshot_due()]
-        *sums, ranks, snapshots = self._all_reduce_matching(given, must_match)
-        self.commands_due, self.snapshot_agreed = ranks > 0, snapshots > 0
-        return sums
+        return self._agreed(self._agree([*values, *self._flags(rides=rides)], must_match))
 
-    def _all_reduce_matching(self, values: Sequence[float], must_match: Mapping[str, int]) -> list[float]:
-        places = [number % _COMPARED for number in must_match.values()]
-        found = self.all_reduce([*values, *places, *(place * place for place in places)])
-        sums, squares = found[len(values) : len(values) + len(places)], found[len(values) + len(places) :]
-        for name, place, total, square in zip(must_match, places, sums, squares, strict=True):
-            if total != place * self.world or square != place * place * self.world:
-                raise RanksDifferError(f"{name}: {must_match[name]} on rank {self.rank}, but not on every rank")
-        return found[: len(values)]
+    def all_reduce_ride(
+        self,
+        word: StepWord,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+    ) -> tuple[list[float], list[Tensor | None]]:
+        """Does what `all_reduce_step` and `all_reduce_gradients` do, in one operation where the gradients are few.
+
+        There is at least one parameter, and all are of `step_word.DTYPES`. Where any rank has failed, only the first
+        of the gradients are summed.
+        """
+        try:
+            found, sums = self._sum_gradients(parameters, gradients, word)
+        except RankFailedError:
+            self._give_up_step()
+            raise
+        return self._agreed(sums), found
+
+    def step_word(
+        self, values: Sequence[float], must_match: Mapping[str, int], *, rides: bool, failed: bool = False
+    ) -> StepWord:
+        """Returns what `all_reduce_ride` sums."""
+        return StepWord(self.rank, self.world, [*values, *self._flags(rides=rides)], must_match, failed=failed)
+
+    def _flags(self, *, rides: bool) -> tuple[float, float, float]:
+        return float(self.has_commands()), float(self.snapshot_due()), float(rides)
+
+    def _agreed(self, sums: list[float]) -> list[float]:
+        *rest, commands, snapshots, riding = sums
+        self.commands_due, self.snapshot_agreed, self.rides = commands > 0, snapshots > 0, riding == self.world
+        return rest
 
     def all(self, value: bool, must_match: Mapping[str, int] = MappingProxyType({})) -> bool:
         """Whether the value is true on every rank. Raises as `all_reduce_step`."""
-        return self._all_reduce_matching([not value], must_match)[0] == 0
+        return self._agree([not value], must_match)[0] == 0
+
+    def report_failure(self) -> None:
+        """Takes part in the others' next agreement, whichever it is, by the news that this rank has failed.
+
+        They raise RankFailedError. Raises PeerLostError.
+        """
+        self._give_up_step()
+        self.all_reduce([1.0, *(0.0 for _ in range(_AGREEMENT - 1))])
+
+    def _give_up_step(self) -> None:
+        """Forgets what was agreed on for the next one; on all ranks, as one that has failed agrees on nothing."""
+        self.snapshot_agreed = self.rides = False
+
+    def _agree(self, values: Sequence[float], must_match: Mapping[str, int]) -> list[float]:
+        places = [number % COMPARED for number in must_match.values()]
+        given = [0.0, *values, *places, *(place * place for place in places)]
+        failed, *found = self.all_reduce(given + [0.0] * (_AGREEMENT - len(given)))
+        if failed:
+            self._give_up_step()
+            raise RankFailedError("a pass has raised an exception on another rank")
+        sums, squares = found[len(values) :], found[len(values) + len(places) :]
+        for name, place, total, square in zip(must_match, places, sums, squares, strict=False):
+            if total != place * self.world or square != place * place * self.world:
+                raise RanksDifferError(f"{name}: {must_match[name]} on rank {self.rank}, but not on every rank")
+        return found[: len(values)]
 
     def all_reduce_max(self, values: Sequence[float]) -> list[float]:
         """Returns the greatest of each value over all ranks, in float64. Raises PeerLostError."""
@@ -116,15 +169,26 @@ class Group:
         found = self.all_reduce(places)
         return [found[start : start + len(values)] for start in range(0, len(found), len(values))]
 
-    def broadcast_bytes(self, data: bytes = b"") -> bytes:
-        """Returns the leader's `data` on every rank. Raises PeerLostError."""
+    def broadcast_bytes(self, data: bytes = b"", source: int = 0) -> bytes:
+        """Returns the `data` of rank `source`, by default the leader, on every rank. Raises PeerLostError."""
         size = torch.tensor([len(data)])
         with _peers():
-            dist.broadcast(size, 0)
-            content = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data and self.leads else None
-            content = torch.empty(int(size), dtype=torch.uint8) if content is None else content
+            dist.broadcast(size, source)
+            content = _of_bytes(data) if data and self.rank == source else torch.empty(int(size), dtype=torch.uint8)
             if len(content):
-                dist.broadcast(content, 0)
+                dist.broadcast(content, source)
+        return content.numpy().tobytes()
+
+    def send_to_leader(self, data: bytes) -> None:
+        """Sends what the leader takes with `receive_bytes` meanwhile; not empty. Raises PeerLostError."""
+        with _peers():
+            dist.send(_of_bytes(data), 0)
+
+    def receive_bytes(self, source: int, size_bytes: int) -> bytes:
+        """Returns what rank `source` sends to this one, the leader. Raises PeerLostError."""
+        content = torch.empty(size_bytes, dtype=torch.uint8)
+        with _peers():
+            dist.recv(content, source)
         return content.numpy().tobytes()
 
     def all_gather_text(self, text: str) -> list[str]:
@@ -139,6 +203,11 @@ class Group:
                 said[self.rank, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             dist.all_reduce(said)
         return [row[:size].numpy().tobytes().decode() for row, size in zip(said, sizes.tolist(), strict=True)]
+
+    def first_text(self, text: str) -> str:
+        """Returns `text`, or if that is empty, the first one of another rank that is not. Raises PeerLostError."""
+        said = self.all_gather_text(text)
+        return text or next(filter(None, said), "")
 
     # -- tensors -----------------------------------------------------------------------------------------------------
 
@@ -159,23 +228,37 @@ class Group:
         Raises:
             BrokenJobError: a gradient is sparse.
         """
+        return self._sum_gradients(parameters, gradients, None)[0]
+
+    def _sum_gradients(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], word: StepWord | None
+    ) -> tuple[list[Tensor | None], list[float]]:
+        """Sums gradients, and with the first of them a word; returns both sums."""
         found: list[Tensor | None] = [None] * len(parameters)
-        for places in _buckets(parameters):
+        sums = list[float]()
+        for number, places in enumerate(_buckets(parameters)):
             kinds = parameters[places[0]]
             sizes = [parameters[place].numel() for place in places]
-            flat = torch.zeros(sum(sizes) + len(places), dtype=kinds.dtype, device=kinds.device)
-            *parts, present = torch.split(flat, [*sizes, len(places)])
-            for number, place in enumerate(places):
+            riding = 0 if word is None or number else word.numbers
+            flat = torch.zeros(sum(sizes) + len(places) + riding, dtype=kinds.dtype, device=kinds.device)
+            *parts, present, slots = torch.split(flat, [*sizes, len(places), riding])
+            if word is not None and riding:
+                word.write(slots)
+            for part, place, here in zip(parts, places, range(len(places)), strict=True):
                 if (gradient := gradients[place]) is not None:
                     if gradient.layout != torch.strided:
                         raise BrokenJobError("a gradient is sparse; ranks sum dense ones only")
-                    parts[number].copy_(gradient.reshape(-1))
-                    present[number] = 1
+                    part.copy_(gradient.reshape(-1))
+                    present[here] = 1
             with _peers():
                 dist.all_reduce(flat)
+            if word is not None and riding:
+                sums = word.sums(slots)
+                if word.failed:
+                    break
             for place, part, count in zip(places, parts, present.tolist(), strict=True):
                 found[place] = part.view(parameters[place].shape) if count else None
-        return found
+        return found, sums
 
     def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Gives the tensors of every rank the leader's values. Raises PeerLostError."""
@@ -198,6 +281,10 @@ class Group:
             with _peers():
                 for piece in torch.split(whole, _BUCKET_BYTES):
                     dist.broadcast(piece, 0)
+
+
+def _of_bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:

@@ -13,9 +13,8 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 import anyio
@@ -27,9 +26,24 @@ from tolaria.config import Address, Settings, child_environment
 from tolaria.errors import ChannelError, ChildFailedError, JoinRefusedError, LaneFailedError, ServiceAbsentError
 from tolaria.processes import ChildCommand, ChildProcess
 from tolaria.ranks import admission
-from tolaria.ranks.admission import Accepted, Alive, Joining, RanksEnded, Ready, Refused, RunOver, StartRanks, StopRanks
+from tolaria.ranks.admission import (
+    Accepted,
+    Alive,
+    AskStacks,
+    Joining,
+    RanksEnded,
+    RankSilent,
+    RankStacks,
+    Ready,
+    Refused,
+    RunOver,
+    StartRanks,
+    StopRanks,
+)
 from tolaria.ranks.channel import Channel, interface_of
 from tolaria.ranks.liveness import BEATS, Standstill
+from tolaria.ranks.local_ranks import children_of, ranks_of
+from tolaria.ranks.stacks import stacks_of
 from tolaria.signals.lane_page import LanePage
 
 PROGRAM: Final = (sys.executable, "-m", "tolaria.ranks.agent")
@@ -192,13 +206,16 @@ class _Session:
             case StartRanks() if self._ranks is None:
                 number = f"machine {message.node + 1} of {message.nodes}"
                 self._say(f"training as {number}, in generation {message.generation} of the group")
-                self._ranks = _LocalRanks(message, self._processes, self._channel, self._write)
+                self._ranks = _LocalRanks(message, self._processes, self._channel, self._write, self._send_silent)
                 self._ranks_gone = anyio.Event()
                 tasks.start_soon(self._serve_ranks, self._ranks)
             case StopRanks():
                 await self._stop_ranks()
                 self._say(f"{message.why}; waiting for its next start")
                 await self._send(Ready())
+            case AskStacks():
+                if self._ranks is not None:
+                    tasks.start_soon(self._send_stacks, self._ranks)
             case RunOver():
                 await self._stop_ranks()
                 return message
@@ -217,6 +234,13 @@ class _Session:
         if not ranks.stopped:
             await self._send(RanksEnded(ranks.generation, ranks.code, tuple(ranks.lines)))
             await self._send(Ready())
+
+    async def _send_stacks(self, ranks: _LocalRanks) -> None:
+        for rank, stacks in (await ranks.stacks()).items():
+            await self._send(RankStacks(rank, stacks))
+
+    async def _send_silent(self) -> None:
+        await self._send(RankSilent())
 
     async def _stop_ranks(self) -> None:
         if self._ranks is not None:
@@ -249,8 +273,17 @@ class _LocalRanks:
         stopped: whether the ranks were stopped, so that how they ended says nothing.
     """
 
-    def __init__(self, order: StartRanks, processes: int, channel: Channel, write: Callable[[str], object]) -> None:
+    def __init__(
+        self,
+        order: StartRanks,
+        processes: int,
+        channel: Channel,
+        write: Callable[[str], object],
+        on_silent: Callable[[], Awaitable[object]],
+    ) -> None:
         self.generation, self.code = order.generation, 0
+        self._agent = 0
+        self._on_silent = on_silent
         self.lines: deque[str] = deque(maxlen=admission.LINES_MAX)
         self.stopped = False
         self._ranks: set[int] = set()
@@ -263,6 +296,10 @@ class _LocalRanks:
         """Ends `run`, and all ranks."""
         self.stopped = True
         self._scope.cancel()
+
+    async def stacks(self) -> dict[int, str]:
+        """Returns the stacks of the ranks here, by rank."""
+        return await anyio.to_thread.run_sync(lambda: stacks_of(ranks_of(self._agent) if self._agent else {}))
 
     async def run(self, silence_s: float) -> None:
         """Runs the agent until it ends, is stopped, or gives no heartbeat for `silence_s`."""
@@ -292,6 +329,7 @@ class _LocalRanks:
                     self._on_stderr,
                 )
                 await child.first_line()
+                self._agent = child.process.pid
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self._watch, page, silence_s, child)
                     await child.ended()
@@ -308,8 +346,12 @@ class _LocalRanks:
 
     async def _watch(self, page: LanePage, silence_s: float, child: ChildProcess) -> None:
         """Kills an agent that is silent, such as a stopped one, which would notice no rank that ends."""
+        said_ns = 0
         while child.process.returncode is None:
-            self._ranks.update(await anyio.to_thread.run_sync(_children, child.process.pid))
+            if (silent_ns := page.silent_rank_ns) != said_ns:
+                said_ns = silent_ns
+                await self._on_silent()
+            self._ranks.update(await anyio.to_thread.run_sync(children_of, child.process.pid))
             if (silent_s := page.agent_silent_s()) > silence_s:
                 self._on_stderr(f"\nthe agent of the group has given no heartbeat for {silent_s:.0f} s\n")
                 with suppress(ProcessLookupError):
@@ -320,7 +362,7 @@ class _LocalRanks:
     async def _end_all(self, child: ChildProcess) -> None:
         """Ends the agent, its ranks, and what they have started: each rank leads a process group."""
         with anyio.CancelScope(shield=True):
-            self._ranks.update(await anyio.to_thread.run_sync(_children, child.process.pid))
+            self._ranks.update(await anyio.to_thread.run_sync(children_of, child.process.pid))
             await child.close(0)
             for pid in self._ranks:
                 with suppress(ProcessLookupError, PermissionError):
@@ -334,14 +376,6 @@ class _LocalRanks:
         *lines, self._line = (self._line + text).split("\n")
         self._line = self._line[-admission.LINE_CHARACTERS_MAX :]
         self.lines.extend(line[: admission.LINE_CHARACTERS_MAX] for line in lines if line.strip())
-
-
-def _children(pid: int) -> list[int]:
-    found = list[int]()
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            found += map(int, children.read_text(encoding="ascii").split())
-    return found
 
 
 def _cause(error: BaseException) -> str:

@@ -172,7 +172,7 @@ class AdminService(TolariaAdminServiceServicer):
         """Takes a trace of the next steps."""
 
         async def operation() -> admin.CaptureProfileResponse:
-            taken = await self._run.capture_profile(request.active_steps)
+            taken = await self._run.capture_profile(request.active_steps, request.rank)
             return admin.CaptureProfileResponse(
                 global_step=taken.global_step, path=taken.trace.path, size_bytes=taken.trace.size_bytes
             )

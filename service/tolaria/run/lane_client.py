@@ -35,6 +35,9 @@ class LaneHandle(Protocol):
     def forbid_restore(self, command_id: int) -> bool:
         """Forbids that restore to change live state; False when the change has already begun."""
 
+    def dump_stacks(self, why: str) -> None:
+        """Has the stacks of all processes that compute written to a file in state.dir, soon."""
+
     def close(self, timeout_s: float) -> bool:
         """Stops the lane, drops its events and waits up to `timeout_s`; returns whether it has ended. Blocks."""
 
@@ -162,6 +165,10 @@ class LaneClient:
     def held_for_others(self, holder: str) -> bool:
         """Whether any holder but this one wants the lane held."""
         return bool(self._holders - {holder})
+
+    def dump_stacks(self, why: str) -> None:
+        """Has the stacks of all processes that compute written to a file in state.dir, soon."""
+        self._handle.dump_stacks(why)
 
     def stop(self) -> None:
         """Ends the lane after its current step."""

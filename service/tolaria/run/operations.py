@@ -102,7 +102,7 @@ class RunOperations:
             raise WrongStateError(unsound)
         return await self._parts.checkpointing.create(reason)
 
-    async def capture_profile(self, active_steps: int) -> ProfileTaken:
+    async def capture_profile(self, active_steps: int, rank: int = 0) -> ProfileTaken:
         """Takes a profile, as `Profiles.capture` does. Raises WrongStateError when the run has ended."""
         self._lifecycle.require_not_ended("there is no step to profile")
-        return await self._parts.profiles.capture(active_steps)
+        return await self._parts.profiles.capture(active_steps, rank)

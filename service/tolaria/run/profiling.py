@@ -49,11 +49,11 @@ class Profiles:
         self._asked: dict[asyncio.Future[CommandDone], asyncio.Future[ProfileTaken]] = {}
         self._open: asyncio.Future[ProfileTaken] | None = None
 
-    async def capture(self, active_steps: int) -> ProfileTaken:
-        """Profiles the next `active_steps` steps (0: `profiler.active_steps`) and waits for the trace.
+    async def capture(self, active_steps: int, rank: int = 0) -> ProfileTaken:
+        """Profiles the next `active_steps` steps (0: `profiler.active_steps`) of a rank and waits for the trace.
 
         Raises:
-            errors.InvalidFieldError: more steps than a profile may have.
+            errors.InvalidFieldError: more steps than a profile may have, or there is no such rank.
             errors.WrongStateError: another profile is being taken, the job's own profiler runs, or training is held.
             errors.ProfileFailedError: the trace could not be written.
             errors.LaneStoppedError: the run has ended before the last step.
@@ -62,7 +62,7 @@ class Profiles:
             raise errors.InvalidFieldError("active_steps", f"must be 1 to {PROFILE_STEPS_MAX}, or 0, is {active_steps}")
         if self._lane.held_for(RUN):
             raise errors.WrongStateError("training is held: there is no step to profile before it is resumed")
-        return await self._begin(active_steps or self._settings.active_steps)
+        return await self._begin(active_steps or self._settings.active_steps, rank)
 
     def step(self, step: StepDone) -> None:
         """Starts a profile if the schedule has one due after this step."""
@@ -105,9 +105,9 @@ class Profiles:
         self._open = None
         self._asked.clear()
 
-    def _begin(self, steps: int) -> asyncio.Future[ProfileTaken]:
+    def _begin(self, steps: int, rank: int = 0) -> asyncio.Future[ProfileTaken]:
         """Asks the lane for a profile. Raises errors.LaneStoppedError or errors.LaneError when that is not possible."""
-        submitted = self._lane.submit(CaptureProfile(steps))
+        submitted = self._lane.submit(CaptureProfile(steps, rank))
         if submitted.done() and (error := submitted.exception()) is not None:
             raise error
         profile = self._asked[submitted] = asyncio.get_running_loop().create_future()

@@ -146,6 +146,8 @@ class Lifecycle:
         if self.halted:
             self.explain(reason)
         elif not self.ended:
+            if self.training:
+                self._lane.dump_stacks(f"halted: {reason}")  # first: what the processes do at that moment
             self._hold(reason, RunEvent.HALTED)
 
     def resume(self, reason: str) -> None:

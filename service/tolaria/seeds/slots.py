@@ -153,6 +153,8 @@ class Graft(nn.Module):
         # of the graph. Not a buffer: alpha is a function of the step, and not part of the saved tensors.
         self._factor = torch.zeros((), dtype=torch.float64)
         self._adds = False
+        self.contains, self.failure = False, ""
+        """Whether a forward pass of the branch that raises is left out and noted as `failure`: other ranks go on."""
         self.set_trainable(trainable=False)
 
     @property
@@ -193,6 +195,15 @@ class Graft(nn.Module):
         Raises:
             BlueprintError: the branch returned another shape.
         """
+        if not self.contains:
+            return self._added(h)
+        try:
+            return self._added(h)
+        except Exception as error:  # noqa: BLE001 - a blueprint's code may raise anything
+            self.failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            return h
+
+    def _added(self, h: Tensor) -> Tensor:
         if not self._adds:
             if not (self.trainable and torch.is_grad_enabled()):
                 return h

@@ -105,12 +105,19 @@ class SeedTopology:
         self._blending = BlendingSeeds()
         self._misfits: dict[tuple[str, str], str | None] = {}
         self._failed: dict[tuple[str, str], str] = {}
+        self.agree: Callable[[str], str] = lambda problem: problem
+        """Returns the problem of a seed on this rank, or else on another one; every rank calls it."""
         parameters_by_owner(model)
 
     @property
     def slots(self) -> tuple[str, ...]:
         """The names of the slots in the model's order."""
         return tuple(self._slots)
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether any seed is in the model."""
+        return bool(self._seeds)
 
     @property
     def training_seeds(self) -> tuple[str, ...]:
@@ -144,16 +151,17 @@ class SeedTopology:
         faded = self._blending.faded(global_step)
         return self._apply(faded, (), global_step) if faded else None
 
-    def expel(self, error: Exception, global_step: int) -> Reconciliation | None:
-        """Removes the seeds that made a pass raise `error`, at once, and refuses their blueprints in these slots.
+    def contained_failures(self) -> dict[str, str]:
+        """Returns and forgets what branches that are divided among ranks have raised in forward passes, by seed."""
+        found = {}
+        for seed in self._seeds.values():
+            graft = self._graft(seed)
+            if graft.failure:
+                found[seed.seed_id], graft.failure = graft.failure, ""
+        return found
 
-        These are the seed in whose forward pass it was raised, else those whose branch fails by itself on what its slot
-        receives, else, where memory has run out, the newest one in training. None, with nothing changed, if there is
-        no such seed.
-        """
-        reasons = self._failures(error)
-        if not reasons:
-            return None
+    def expel(self, reasons: Mapping[str, str], global_step: int) -> Reconciliation:
+        """Removes seeds that have failed for these reasons, at once, and refuses their blueprints in these slots."""
         gone = [self._seeds[seed_id] for seed_id in reasons]
         self._failed |= {(seed.blueprint, seed.slot): f"it failed: {reasons[seed.seed_id]}" for seed in gone}
         refusals = [Refusal(seed_id, f"culled: {reason}") for seed_id, reason in reasons.items()]
@@ -214,8 +222,8 @@ class SeedTopology:
         """Returns the facts for a plan that may graft the `new` seeds."""
         names = self._blueprints.names
         pairs = {(state.blueprint_id, slot) for state in new for slot in self._slots if state.slot in {"", slot}}
-        reasons = {pair: self._misfit(*pair) for pair in pairs if pair[0] in names}
-        misfits = {pair: reason for pair, reason in reasons.items() if reason is not None} | self._failed
+        reasons = {pair: self.agree(self._misfit(*pair) or "") for pair in sorted(pairs) if pair[0] in names}
+        misfits = {pair: reason for pair, reason in reasons.items() if reason} | self._failed
         return HostFacts(tuple(self._slots), names, misfits, self._cull_steps, self._limits)
 
     def _apply(self, changes: Sequence[Change], refusals: Sequence[Refusal], global_step: int) -> Reconciliation:
@@ -241,14 +249,28 @@ class SeedTopology:
             del self._seeds[seed_id], slot.seeds[seed_id]
             return
         if change.before is None:
-            graft = self._build(change.after, self._seed)
+            slot.seeds[seed_id] = self._new_graft(change.after)
+        self._seeds[seed_id] = change.after
+
+    def _new_graft(self, seed: GraftedSeed) -> Graft:
+        """Returns a graft that works on what its slot receives, on every rank. Raises SeedError."""
+        problem: SeedError | None = None
+        try:
+            graft = self._build(seed, self._seed)
+            seen = self._slots[seed.slot][1].seen
             graft.set_trainable(trainable=True)
-            failure = graft.failure_on(slot.seen) if slot.seen is not None else None
+            failure = graft.failure_on(seen) if seen is not None else None
             graft.set_trainable(trainable=False)
             if failure is not None:
-                raise BlueprintMisfitError(change.after.blueprint, change.after.slot, failure)
-            slot.seeds[seed_id] = self._sharded(graft)
-        self._seeds[seed_id] = change.after
+                raise BlueprintMisfitError(seed.blueprint, seed.slot, failure)
+        except SeedError as error:
+            problem = error
+        elsewhere = self.agree("" if problem is None else str(problem))
+        if problem is not None:
+            raise problem
+        if elsewhere:
+            raise BlueprintMisfitError(seed.blueprint, seed.slot, f"on another rank: {elsewhere}")
+        return self._sharded(graft)
 
     def _update_grafts(self, global_step: int) -> None:
         """Sets every graft to its record."""
@@ -269,6 +291,7 @@ class SeedTopology:
             raise OwnershipError(f"blueprint {seed.blueprint!r} returned parameters that are in the model already")
         like = slot.seen or next((p for p in self._model.parameters() if p.is_floating_point()), torch.empty(0))
         graft = Graft(seed.seed_id, branch.to(like.device, like.dtype), slot.spec, isolated=self._isolated)
+        graft.contains = self._shard is not None
         return graft.train(slot.training)
 
     def _sharded(self, graft: Graft) -> Graft:
@@ -287,7 +310,12 @@ class SeedTopology:
                 self._misfits[key] = str(error)
         return self._misfits[key]
 
-    def _failures(self, error: Exception) -> dict[str, str]:
+    def failures(self, error: BaseException) -> dict[str, str]:
+        """Returns what is wrong with the seeds that made a pass raise `error`, by seed; empty if it was none of them.
+
+        These are the seed in whose forward pass it was raised, else those whose branch fails by itself on what its slot
+        receives, else, where memory has run out, the newest one in training.
+        """
         text = (str(error).strip().splitlines() or [""])[0]
         detail = f"{type(error).__name__}: {text}"
         if (seed_id := seed_that_raised(error)) in self._seeds and seed_id is not None:

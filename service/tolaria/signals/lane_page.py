@@ -18,9 +18,12 @@ from tolaria.signals.layout import LanePhase, LaneWork
 from tolaria.signals.mapping import locked_fence
 
 STACKS_SIGNAL: Final = signal.SIGUSR1
-"""Has the lane's process append the stacks of its threads to a file in state.dir."""
+"""Has a process of the lane dump the stacks of its threads."""
 
-_BEAT, _WORK, _SINCE, _RESTS, _GRANTED, _FORBIDDEN, _HOLD, _EPOCH, _PLACE, _ALIVE, _AGENT = range(11)
+SILENT_SIGNAL: Final = signal.SIGURG
+"""By which a rank that gives no heartbeat says so to its agent. Ignored by default."""
+
+_BEAT, _WORK, _SINCE, _RESTS, _GRANTED, _FORBIDDEN, _HOLD, _EPOCH, _PLACE, _ALIVE, _AGENT, _SILENT = range(12)
 _WORDS: Final = 16
 
 
@@ -56,6 +59,10 @@ class LanePage:
     def beat_agent(self) -> None:
         """Stores the time as the heartbeat of the agent that watches the ranks of a group."""
         self._words[_AGENT] = time.monotonic_ns()
+
+    def show_silent_rank(self) -> None:
+        """Stores the time at which a rank has said that it gives no heartbeat and will end."""
+        self._words[_SILENT] = time.monotonic_ns()
 
     def show_rest(self, silence_ms: int) -> None:
         """Stores whether the lane rests: not 0, for how many milliseconds the process may be silent meanwhile."""
@@ -118,6 +125,11 @@ class LanePage:
     def agent_silent_s(self) -> float:
         """Returns for how many seconds the agent has given no heartbeat; 0 before the first one."""
         return self._since_s(_AGENT)
+
+    @property
+    def silent_rank_ns(self) -> int:
+        """When a rank has said most recently that it gives no heartbeat, in ns of the monotonic clock; 0: never."""
+        return self._words[_SILENT]
 
     def overdue_s(self) -> float:
         """Returns for how many seconds it, or at rest its process, has been silent if that is too long; else 0."""

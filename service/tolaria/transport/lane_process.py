@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
@@ -22,7 +22,7 @@ from anyio.abc import TaskGroup
 
 from tolaria.cgroups import oom_kills
 from tolaria.config import Settings, child_environment
-from tolaria.config.ranks import PEER_LOST, RAISED, RANK_ENDED
+from tolaria.config.ranks import PEER_LOST, RAISED, RANK_ENDED, RANK_RAISED
 from tolaria.errors import ChildFailedError, LaneFailedError, TolariaError
 from tolaria.images import StateImage
 from tolaria.lane.encoding import to_bytes
@@ -30,9 +30,10 @@ from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.processes import ChildCommand, ChildProcess, ChildSupervisor, RestartPolicy
 from tolaria.ranks.liveness import Standstill
 from tolaria.segments import allow_descriptors, segments_frames, share
-from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage
+from tolaria.signals.lane_page import LanePage
 from tolaria.transport.lane_images import HeldSegments
 from tolaria.transport.lane_link import LaneLink
+from tolaria.transport.lane_stacks import LaneStacks
 from tolaria.transport.rendezvous import Formation, Rendezvous
 from tolaria.wire import Frame, FrameKind, packed_id
 
@@ -115,6 +116,8 @@ class LaneProcess(ChildSupervisor):
         self._owner = owner
         self._rendezvous = rendezvous
         self.run_id = ""
+        self._stacks = LaneStacks(settings.state.dir, rendezvous)
+        self._silent_rank_ns = 0
         self.generation = 0
         self.page: LanePage | None = None
         self.link: LaneLink | None = None
@@ -208,6 +211,11 @@ class LaneProcess(ChildSupervisor):
         self._end.lines.extend(f"{line} on {host}" if RANK_ENDED.match(line) else line for line in lines)
         self._end.code_elsewhere = code
         self._kill()
+
+    def dump_stacks(self, why: str) -> None:
+        """Has the stacks of all ranks written to a file, soon."""
+        if self._tasks is not None and self._child is not None:
+            self._tasks.start_soon(self._stacks.dump, self.pid, why)
 
     def _kill(self) -> None:
         if self._child is not None:  # else another process may have its id
@@ -305,36 +313,39 @@ class LaneProcess(ChildSupervisor):
         standstill = Standstill(_WATCH_S, min(_THAWED_S, self._settings.emergency.heartbeat_timeout_s))
         while True:
             await standstill.sleep()
-            page, end = self.page, self._end
+            page, end, others = self.page, self._end, self._rendezvous
             if self.link is None or page is None or not standstill.is_over:
                 continue
             overdue_s = page.overdue_s()
             if overdue_s > 0:
                 _log.error("lane_silent", generation=self.generation, silent_s=round(overdue_s, 1), pid=self.pid)
-                with suppress(ProcessLookupError):
-                    os.kill(self.pid, STACKS_SIGNAL)
-                await anyio.sleep(_DUMP_S)
-                if end is self._end and page.overdue_s() > 0:  # the signal may have ended a wait
-                    end.silent = f"the lane has given no heartbeat for {overdue_s:.0f} s"
-                    kill_group(self.pid)
+                await self._end_silent(end, f"the lane has given no heartbeat for {overdue_s:.0f} s", page.overdue_s)
             elif (silent_s := page.agent_silent_s()) > self._settings.emergency.heartbeat_timeout_s:
-                end.silent = f"the agent of the group has given no heartbeat for {silent_s:.0f} s"
-                kill_group(self.pid)
+                await self._end_silent(end, f"the agent of the group has given no heartbeat for {silent_s:.0f} s")
             elif end.building and end.age_s > self._build_s:
-                end.silent = f"the lane has not been built within {self._build_s:.0f} s"
-                kill_group(self.pid)
+                await self._end_silent(end, f"the lane has not been built within {self._build_s:.0f} s")
+            elif (silent_ns := max(page.silent_rank_ns, others.silent_rank_ns if others else 0)) > self._silent_rank_ns:
+                self._silent_rank_ns = silent_ns
+                end.stacks = await self._stacks.dump(self.pid, "a rank gives no heartbeat")  # it ends itself
             elif self.link.ended.is_set() or time.monotonic() > end.exits_by_s:
                 await anyio.sleep(_AGENT_ENDS_S if self._settings.lane.mode == "torchrun" else _DUMP_S)
                 if end is self._end:
                     kill_group(self.pid)
+
+    async def _end_silent(self, end: _End, why: str, still: Callable[[], float] = lambda: 1.0) -> None:
+        """Dumps the stacks of a process and kills it, unless it is not `still` silent."""
+        stacks = await self._stacks.dump(self.pid, why)
+        if end is self._end and still() > 0:  # the signal may have ended a wait
+            end.silent, end.stacks = why, stacks
+            kill_group(self.pid)
 
 
 @dataclass(slots=True)
 class _End:
     """How a process ends, as far as it is known. `out_of_memory` counts the kills before its start.
 
-    `lost` says which machine of the group has gone, `regrouped` that one is taken in, `code_elsewhere` how ranks on
-    another machine have ended.
+    `stacks` says where the ranks were, `lost` which machine of the group has gone, `regrouped` that one is taken in,
+    `code_elsewhere` how ranks on another machine have ended.
     """
 
     out_of_memory: int = 0
@@ -348,6 +359,7 @@ class _End:
     regrouped: bool = False
     fault: str = ""
     silent: str = ""
+    stacks: str = ""
     ranks: tuple[int, ...] = ()
     raised: str = ""
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=_LINES_KEPT))
@@ -361,12 +373,13 @@ class _End:
         """Returns the kind and the cause of the end, with the last lines of its standard error, or where it crashed."""
         killed = self.code is not None and self.code < 0
         detail, shown = self._shown(detail, killed)
+        said = next((line for line in reversed(self.lines) if RANK_RAISED.match(line)), "")
         if self.regrouped:
             found = "regrouped", "the group starts again with another machine"
         elif self.lost:
             found = "node_lost", self.lost
-        elif self.raised or self.code == RAISED:
-            found = "raised", self.raised or shown
+        elif self.raised or said or self.code == RAISED:
+            found = "raised", self.raised or said or shown
         elif self.silent:
             found = "silent", f"{self.silent}; it {detail}"
         elif self.fault:
@@ -377,7 +390,7 @@ class _End:
             found = "crashed", f"it {detail}"
         else:
             found = ("killed" if killed else "exited"), f"it {detail}"
-        return found
+        return (found[0], f"{found[1]}; {self.stacks}") if self.stacks else found
 
     def _shown(self, detail: str, killed: bool) -> tuple[str, str]:
         """Returns how the process has ended, followed by the lines that say why; and these alone."""

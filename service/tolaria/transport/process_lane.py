@@ -97,6 +97,7 @@ class ProcessLane:
         self._deaths: deque[float] = deque()
         self._put_off: tuple[int, RunEpoch] | None = None
         self._failures: list[str] = []
+        self._failed_generation = 0  # in which the newest of them was, of the leader or of another rank
         self._ready_at_s = 0.0
         self._failed: Failure | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -186,6 +187,10 @@ class ProcessLane:
         events, self._events = self._events, []
         return events
 
+    def dump_stacks(self, why: str) -> None:
+        """Has the stacks of all processes that compute written to a file in state.dir, soon."""
+        self._process.dump_stacks(why)
+
     def forbid_restore(self, command_id: int) -> bool:
         """Forbids that restore to change live state; False when the change may have begun."""
         page = self._process.page
@@ -241,6 +246,10 @@ class ProcessLane:
             self._process.abandon()
             within, count = f"within {settings.restarts_within_s:g} s", len(self._deaths)
             self.on_over(f"the lane has died {count} {'times' if count > 1 else 'time'} {within}, at last: {cause}")
+            return
+        if kind == "raised" and self._failed_generation != self._process.generation and self._counted(cause):
+            self._process.abandon()
+            self.on_over(cause)
             return
         self._lost()
         self._events.append(LaneLost(self._process.generation, kind, cause, batch))
@@ -303,8 +312,11 @@ class ProcessLane:
 
     def _same_again(self, failure: Failure) -> bool:
         """Counts an exception of the job's; returns whether it was the same once too often in a row."""
-        raised = str(failure)
-        _log.error("lane_raised", error=raised, exception=failure.traceback)
+        _log.error("lane_raised", error=str(failure), exception=failure.traceback)
+        return self._counted(str(failure))
+
+    def _counted(self, raised: str) -> bool:
+        self._failed_generation = self._process.generation
         if time.monotonic() - self._ready_at_s > _SOUND_LIFE_S:
             self._failures = []
         self._failures = [*(each for each in self._failures if each == raised), raised]

@@ -25,7 +25,20 @@ from tolaria.config import Address, Settings
 from tolaria.config.ranks import PEER_LOST, read_secret
 from tolaria.errors import BindError, ChannelError, JoinRefusedError
 from tolaria.ranks import admission
-from tolaria.ranks.admission import Accepted, Alive, Joining, RanksEnded, Ready, Refused, RunOver, StartRanks, StopRanks
+from tolaria.ranks.admission import (
+    Accepted,
+    Alive,
+    AskStacks,
+    Joining,
+    RanksEnded,
+    RankSilent,
+    RankStacks,
+    Ready,
+    Refused,
+    RunOver,
+    StartRanks,
+    StopRanks,
+)
 from tolaria.ranks.channel import Channel, interface_of, remote_host
 from tolaria.ranks.liveness import BEATS, Standstill
 
@@ -34,6 +47,7 @@ _HANDSHAKES_MAX: Final = 32
 _UNSENT_MAX: Final = 64
 _SAY_S: Final = 30.0
 _LAST_WORDS_S: Final = 1.0
+_STACKS_S: Final = 2.0
 _FAILURES_SAID_MAX: Final = 10
 _LOSSES_MAX: Final = 3
 """Losses of a machine within `lane.restarts_within_s` after which a group starts without it if it can."""
@@ -131,6 +145,7 @@ class Rendezvous:
 
     Attributes:
         waiting: what a start waits for, since `waiting_since_s` of the monotonic clock; empty if none does.
+        silent_rank_ns: when a machine has said that one of its ranks is silent, as `LanePage.silent_rank_ns`.
     """
 
     def __init__(self, settings: Settings, owner: GroupOwner) -> None:
@@ -146,6 +161,10 @@ class Rendezvous:
         self._failed: deque[float] = deque()
         self._changed, self._heard = anyio.Event(), anyio.Event()
         self.waiting, self.waiting_since_s = "", 0.0
+        self.silent_rank_ns = 0
+        self._stacks: dict[int, str] = {}
+        self._stacks_wanted = 0
+        self._stacks_complete = anyio.Event()
 
     async def serve(self, *, task_status: TaskStatus[None]) -> None:
         """Accepts machines until cancelled.
@@ -231,6 +250,24 @@ class Rendezvous:
             if node.member:
                 node.member = False
                 node.put(StopRanks(why[:1000]))
+
+    async def stacks(self) -> dict[int, str]:
+        """Returns the stacks of the ranks on other machines of the present group, of those that answer within 2 s."""
+        members = [node for node in self._nodes if node.member]
+        self._stacks, self._stacks_complete = {}, anyio.Event()
+        self._stacks_wanted = sum(node.asked.processes for node in members)
+        for node in members:
+            node.put(AskStacks())
+        if members:
+            with anyio.move_on_after(_STACKS_S):
+                await self._stacks_complete.wait()
+        return self._stacks
+
+    def _take_stacks(self, message: RankStacks) -> None:
+        if len(self._stacks) < self._stacks_wanted:
+            self._stacks[message.rank] = message.stacks
+        if len(self._stacks) == self._stacks_wanted:
+            self._stacks_complete.set()
 
     async def settled(self) -> bool:
         """Waits until each machine of the present group has been heard from again, or one is lost; False then.
@@ -354,10 +391,14 @@ class Rendezvous:
                     case RanksEnded() if node.member and message.generation == self._generation:
                         node.member = False
                         self._report(node.host, message)
+                    case RankStacks() if node.member:
+                        self._take_stacks(message)
+                    case RankSilent() if node.member:
+                        self.silent_rank_ns = time.monotonic_ns()
                     case Joining():
                         node.gone = "it joins twice"
                         return
-                    case Ready() | RanksEnded() | Alive():
+                    case Ready() | RanksEnded() | RankStacks() | RankSilent() | Alive():
                         pass
         except ChannelError as error:
             node.gone = str(error)

@@ -11,7 +11,8 @@ import pytest
 
 from support.processes import is_alive
 from support.waiting import wait_for
-from tolaria.cli.process_tree import ProcessTree, ranks_of
+from tolaria.cli.process_tree import ProcessTree
+from tolaria.ranks.local_ranks import ranks_of
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 STARTS_ANOTHER = (

@@ -321,9 +321,11 @@ def test_seeds_batches_and_profiles() -> None:
     assert any(".seeds." in name for name, _ in run.module.model.named_parameters())
     assert run.execute(SkipBatches(((1, 2), (1, 3)))).result == BatchesSkipped(2)
     assert run.execute(SkipBatches(((1, 3),))).result == BatchesSkipped(2)
-    failure = run.execute(CaptureProfile(0)).failure
-    assert failure is not None
-    assert isinstance(failure.error(), InvalidFieldError)
+    for command, words in ((CaptureProfile(0), "steps"), (CaptureProfile(1, rank=1), "the lane is one process")):
+        failure = run.execute(command).failure
+        assert failure is not None
+        assert isinstance(failure.error(), InvalidFieldError)
+        assert words in str(failure)
 
 
 def test_a_captured_image_crosses_by_its_id() -> None:

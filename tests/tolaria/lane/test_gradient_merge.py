@@ -331,6 +331,7 @@ def merge(module: TrainModule, batch: Batch) -> None:
     module.merger.begin(0, 1)
     losses = module.job.losses(module.model, batch)
     assert isinstance(losses, Mapping)
+    module.merger.prepare(losses, batch)
     module.merger.add(losses, batch, share=1.0, scaler=None)
     module.merger.finish()
 

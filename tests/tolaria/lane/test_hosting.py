@@ -14,6 +14,8 @@ import pytest
 
 from support.processes import python_path
 from tolaria.config import Settings
+from tolaria.config.ranks import PEER_LOST
+from tolaria.errors import PeerLostError
 from tolaria.lane import hosting
 from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.lane.process import Received
@@ -26,16 +28,16 @@ def test_a_rank_that_hangs_ends_itself(tmp_path: Path) -> None:
     script = f"""
 import threading, time
 from tolaria.config import Settings
+from tolaria.config.ranks import PEER_LOST
+from tolaria.errors import PeerLostError
 from tolaria.lane.hosting import end_when_silent
-from tolaria.lane.process import dump_stacks_on_request
 from tolaria.signals.lane_page import LanePage, PagePulse
 settings = Settings.model_validate(
     {{"state": {{"dir": {str(tmp_path)!r}}}, "emergency": {{"heartbeat_timeout_s": 1.0, "phase_timeout_s": 1.0}}}}
 )
-dump_stacks_on_request(settings)
 page = LanePage.create()
 pulse = PagePulse(page, settings.emergency)
-threading.Thread(target=end_when_silent, args=(page,), daemon=True).start()
+threading.Thread(target=end_when_silent, args=(page, 0), daemon=True).start()
 time.sleep(2.5)
 print("rested", flush=True)
 with pulse.lane_works():
@@ -47,7 +49,19 @@ with pulse.lane_works():
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "rested\n")
     assert "the rank has given no heartbeat" in done.stderr
-    assert "<string>" in (tmp_path / "stacks.txt").read_text()
+
+
+def test_a_rank_that_misses_others_waits_until_the_loss_of_a_machine_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which takes `lane.node_timeout_s`, so that its agent learns who is lost before it has an end of its own."""
+    waited = list[float]()
+    settings = Settings.model_validate({"lane": {"node_timeout_s": 100}})
+    monkeypatch.setattr(hosting, "join_group", Mock(side_effect=PeerLostError("gone")))
+    monkeypatch.setattr("tolaria.lane.hosting.time.sleep", waited.append)
+    order = LaneOrder(settings.model_dump_json(), (), 1, RestorePlan())
+    assert hosting.host(Mock(), Received(order, {}, {}), settings, LanePage.create()) == PEER_LOST
+    assert waited == [110]
 
 
 def test_silence_counts_from_the_moment_that_a_lane_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

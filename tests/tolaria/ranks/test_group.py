@@ -9,6 +9,8 @@ import pytest
 
 from support.rank_run import run_on_ranks
 
+pytestmark = pytest.mark.timeout(600)  # of a busy machine
+
 TRAIN: Final = "support.rank_scenarios:train"
 EPOCHS: Final = [["epoch"]] * 4
 GROWS: Final = [

@@ -159,6 +159,36 @@ async def test_the_service_learns_how_ranks_have_ended(
     assert met.owner.lost == []
 
 
+SILENT = """
+code = "import time; from tolaria.ranks.stacks import dump_on_request; dump_on_request(); print(flush=True)\\n"
+code += "def waits(): time.sleep(1000)\\nwaits()"
+other = subprocess.Popen(
+    [sys.executable, "-c", code, "tolaria.lane.rank"], env=os.environ | {"RANK": "2"}, stdout=subprocess.PIPE,
+    start_new_session=True,
+)
+other.stdout.readline()
+page.show_silent_rank()
+time.sleep(1000)
+"""
+
+
+async def test_the_service_learns_of_a_silent_rank_and_gets_the_stacks_of_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of those that answer: the other one is no process of the lane's, which the signal would end."""
+    run_script(monkeypatch, tmp_path, SILENT)
+    async with meeting(tmp_path, nodes=2) as met, node_of(met.port):
+        assert await met.rendezvous.stacks() == {}
+        await started(met)
+        await until(lambda: met.rendezvous.silent_rank_ns)
+        found = await met.rendezvous.stacks()
+        assert list(found) == [2]
+        assert "in waits" in found[2]
+        ((_, rank, _),) = await agents(tmp_path)
+        assert is_alive(rank)
+    assert met.owner.ended == []
+
+
 async def test_an_agent_that_cannot_be_started_is_a_failure_of_the_ranks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -119,7 +119,7 @@ class FakeRun:
             raise CheckpointWriteError("write", "ENOSPC", reason)
         return COMMITTED
 
-    async def capture_profile(self, active_steps: int) -> ProfileTaken:
+    async def capture_profile(self, active_steps: int, rank: int = 0) -> ProfileTaken:
         """Writes a file with the number of steps as its name."""
         return ProfileTaken(9, TraceWritten(f"{active_steps}.json", 10, active_steps, 0.1, 0))
 

@@ -1,0 +1,88 @@
+"""Stacks of other processes: also of one that holds its GIL, and never at the price of a process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from support.processes import is_alive, python_path
+from support.waiting import wait_for
+from tolaria.ranks.stacks import CHARACTERS_MAX, stacks_of, summary
+
+BUSY = """
+import ctypes, sys, threading, time
+from tolaria.ranks.stacks import dump_on_request
+dump_on_request()
+
+def holds_the_gil():
+    print("begun", flush=True)
+    while True:
+        ctypes.PyDLL(None).sleep(3600)
+
+def waits(depth):
+    if depth:
+        return waits(depth - 1)
+    print("begun", flush=True)
+    time.sleep(3600)
+
+threading.Thread(target=lambda: time.sleep(3600), name="other", daemon=True).start()
+"""
+
+BARE = """
+import time
+print("begun", flush=True)
+time.sleep(3600)
+"""
+
+
+@contextmanager
+def process(script: str) -> Iterator[subprocess.Popen[str]]:
+    """Runs a script until it says that it has begun; kills it at the end."""
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment) as child:
+        try:
+            assert child.stdout is not None
+            assert child.stdout.readline() == "begun\n"
+            yield child
+        finally:
+            child.kill()
+
+
+def test_a_process_that_holds_its_gil_gives_its_stacks() -> None:
+    """Again and again; the main thread comes first, and all are bounded."""
+    with process(BUSY + "holds_the_gil()") as held, process(BUSY + "waits(300)") as deep:
+        for _ in range(2):
+            found = stacks_of({1: deep.pid, 0: held.pid})
+            assert list(found) == [0, 1]
+            assert found[0].startswith("Current thread")
+            assert found[0].count("in holds_the_gil") == 1
+            assert "in <lambda>" in found[0]
+            assert len(found[1]) <= CHARACTERS_MAX + 4
+        assert summary(found) == "rank 0: holds_the_gil (<string>:9); rank 1: waits (<string>:15)"
+
+
+def test_a_process_that_cannot_answer_is_said_to_be_so_and_lives() -> None:
+    """One that is stopped, one without a handler, which the signal would end, and one that has gone."""
+    with process(BUSY + "waits(1)") as stopped, process(BARE) as bare:
+        os.kill(stopped.pid, signal.SIGSTOP)
+        wait_for(lambda: "\nState:\tT" in Path(f"/proc/{stopped.pid}/status").read_text())
+        found = stacks_of({0: stopped.pid, 1: bare.pid, 2: 2**22 + 1})
+        assert "it is stopped" in found[0]
+        assert "none of the lane's" in found[1]
+        assert "No such file" in found[2]
+        assert is_alive(bare.pid)
+
+
+def test_a_summary_names_ranks_at_one_place_together() -> None:
+    """However many there are, in one line."""
+    same = 'Current thread 0x1 (most recent call first):\n  File "/a/b.py", line 3 in step\n'
+    found = dict.fromkeys(range(100), same) | {7: "no stacks of process 7: it is stopped (state T)"}
+    assert summary(found) == (
+        "ranks 0, 1, 2, 3, 4, 5 and 93 more: step (b.py:3); rank 7: no stacks of process 7: it is stopped (state T)"
+    )
+    assert summary({0: same}) == "step (b.py:3)"

@@ -48,10 +48,10 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
     "export": ("card", "conversion", "folding", "loading", "source", "warm_start", "writing"),
     "gradients": ("accumulate", "flat", "gram", "pcgrad", "rows", "seed_metrics", "sharded", "tracker", "weights"),
-    "jobs": ("data", "digits", "indexed", "job", "loader", "randomness", "workers"),
+    "jobs": ("data", "digits", "indexed", "intervals", "job", "loader", "randomness", "workers"),
     "journal": ("async_journal", "database", "reader", "reserve", "rows"),
     "lane": (
-        "buffers", "build", "commands", "connection", "device", "encoding", "fast_paths", "first_look",
+        "buffers", "build", "commands", "connection", "device", "encoding", "evaluation", "fast_paths", "first_look",
         "gradient_merge", "group_commands", "group_state", "hosting", "job_effects", "job_output", "job_report", "lane",
         "messages", "model_description", "order", "parameter_check", "process", "profiling", "rank", "seed_training",
         "sharding", "snapshot_manager", "step", "train_module",
@@ -69,7 +69,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "rpc": ("admin", "audit", "callers", "exports", "listing", "requests", "status", "telemetry"),
     "run": (
         "adjustments", "boundary", "checkpointing", "command_handler", "conditions", "health", "health_record",
-        "journal_observer", "lane_client", "lane_telemetry", "observers", "operations", "packet_telemetry", "profiling",
+        "journal_observer", "lane_client", "lane_telemetry", "observers", "operations", "pace", "packet_telemetry",
+        "profiling",
         "recovery", "restore_points", "restorer", "resume", "revival", "run", "run_state", "safety", "safety_telemetry",
         "seed_telemetry", "status", "training_telemetry", "verdicts",
     ),

@@ -317,6 +317,9 @@ class GetStatusResponse(_message.Message):
     LOGGED_FIELD_NUMBER: _builtins.int
     RUN_NAME_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    REMAINING_S_FIELD_NUMBER: _builtins.int
+    UNEVALUATED_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     state: Global___RunState.ValueType
     epoch: _builtins.int
@@ -331,7 +334,7 @@ class GetStatusResponse(_message.Message):
     """Why the run is in its state, where somebody said so."""
     job: _builtins.str
     epochs: _builtins.int
-    """Epochs asked for."""
+    """Epochs asked for; 0 where the run is counted in steps."""
     epoch_step: _builtins.int
     """Updates done in this epoch, and how many an epoch has."""
     steps_per_epoch: _builtins.int
@@ -365,6 +368,12 @@ class GetStatusResponse(_message.Message):
     """Step of the newest proven restore point, over both tiers."""
     run_name: _builtins.str
     """The name and the tags that people have given the run."""
+    steps: _builtins.int
+    """Optimizer updates asked for; 0 where the run is counted in epochs."""
+    remaining_s: _builtins.float
+    """Estimated seconds until the run is complete, while it trains."""
+    unevaluated: _builtins.bool
+    """Whether the job has no validation set, so that nothing is evaluated."""
     @_builtins.property
     def conservative_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -397,7 +406,9 @@ class GetStatusResponse(_message.Message):
 
     @_builtins.property
     def validation_metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Figures of the last evaluation by name: loss, accuracy if the job counts it, and the job's own metrics."""
+        """Figures of the last evaluation by name: loss, accuracy if the job counts it, and the job's own metrics; of
+        validation sets with names by SET/NAME, the first set's without it too. Empty if nothing is evaluated.
+        """
 
     @_builtins.property
     def logged(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
@@ -456,14 +467,22 @@ class GetStatusResponse(_message.Message):
         logged: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         run_name: _builtins.str = ...,
         tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        steps: _builtins.int = ...,
+        remaining_s: _builtins.float | None = ...,
+        unevaluated: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "health", b"health", "last_command", b"last_command", "newest_proven_step", b"newest_proven_step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "_remaining_s", b"_remaining_s", "health", b"health", "last_command", b"last_command", "newest_proven_step", b"newest_proven_step", "remaining_s", b"remaining_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "adjustments", b"adjustments", "attempt", b"attempt", "best_step", b"best_step", "boundaries_over_budget", b"boundaries_over_budget", "boundary_budget_ms", b"boundary_budget_ms", "boundary_ms_p50", b"boundary_ms_p50", "boundary_ms_p99", b"boundary_ms_p99", "breakers", b"breakers", "commands_accepted", b"commands_accepted", "commands_rejected", b"commands_rejected", "conservative_reasons", b"conservative_reasons", "emergency_level", b"emergency_level", "epoch", b"epoch", "epoch_step", b"epoch_step", "epochs", b"epochs", "fast_paths", b"fast_paths", "global_step", b"global_step", "health", b"health", "job", b"job", "kasmina_answer", b"kasmina_answer", "last_boundary_ms", b"last_boundary_ms", "last_command", b"last_command", "learning_rates", b"learning_rates", "logged", b"logged", "metrics_address", b"metrics_address", "newest_proven_step", b"newest_proven_step", "phase", b"phase", "phase_s", b"phase_s", "ranks", b"ranks", "rollbacks", b"rollbacks", "rollbacks_by_origin", b"rollbacks_by_origin", "run_id", b"run_id", "run_name", b"run_name", "samples_per_s", b"samples_per_s", "samples_total", b"samples_total", "seeds", b"seeds", "skipped_steps", b"skipped_steps", "state", b"state", "state_reason", b"state_reason", "steps_per_epoch", b"steps_per_epoch", "tags", b"tags", "tamiyo_answer", b"tamiyo_answer", "training_loss", b"training_loss", "uptime_s", b"uptime_s", "validation_accuracy", b"validation_accuracy", "validation_loss", b"validation_loss", "validation_metrics", b"validation_metrics", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "_remaining_s", b"_remaining_s", "adjustments", b"adjustments", "attempt", b"attempt", "best_step", b"best_step", "boundaries_over_budget", b"boundaries_over_budget", "boundary_budget_ms", b"boundary_budget_ms", "boundary_ms_p50", b"boundary_ms_p50", "boundary_ms_p99", b"boundary_ms_p99", "breakers", b"breakers", "commands_accepted", b"commands_accepted", "commands_rejected", b"commands_rejected", "conservative_reasons", b"conservative_reasons", "emergency_level", b"emergency_level", "epoch", b"epoch", "epoch_step", b"epoch_step", "epochs", b"epochs", "fast_paths", b"fast_paths", "global_step", b"global_step", "health", b"health", "job", b"job", "kasmina_answer", b"kasmina_answer", "last_boundary_ms", b"last_boundary_ms", "last_command", b"last_command", "learning_rates", b"learning_rates", "logged", b"logged", "metrics_address", b"metrics_address", "newest_proven_step", b"newest_proven_step", "phase", b"phase", "phase_s", b"phase_s", "ranks", b"ranks", "remaining_s", b"remaining_s", "rollbacks", b"rollbacks", "rollbacks_by_origin", b"rollbacks_by_origin", "run_id", b"run_id", "run_name", b"run_name", "samples_per_s", b"samples_per_s", "samples_total", b"samples_total", "seeds", b"seeds", "skipped_steps", b"skipped_steps", "state", b"state", "state_reason", b"state_reason", "steps", b"steps", "steps_per_epoch", b"steps_per_epoch", "tags", b"tags", "tamiyo_answer", b"tamiyo_answer", "training_loss", b"training_loss", "unevaluated", b"unevaluated", "uptime_s", b"uptime_s", "validation_accuracy", b"validation_accuracy", "validation_loss", b"validation_loss", "validation_metrics", b"validation_metrics", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__newest_proven_step: _TypeAlias = _typing.Literal["newest_proven_step"]  # noqa: Y015
     _WhichOneofArgType__newest_proven_step: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step"]  # noqa: Y015
+    _WhichOneofReturnType__remaining_s: _TypeAlias = _typing.Literal["remaining_s"]  # noqa: Y015
+    _WhichOneofArgType__remaining_s: _TypeAlias = _typing.Literal["_remaining_s", b"_remaining_s"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__newest_proven_step) -> _WhichOneofReturnType__newest_proven_step | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__remaining_s) -> _WhichOneofReturnType__remaining_s | None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
 

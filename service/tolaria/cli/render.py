@@ -147,8 +147,8 @@ def safety_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
 def epoch_line(status: GetStatusResponse, epoch: int) -> str:
     """Returns one line for a finished epoch."""
     parts = [
-        f"epoch {epoch}/{status.epochs}",
-        f"step {status.global_step}",
+        f"epoch {epoch}/{status.epochs}" if status.epochs else f"epoch {epoch}",
+        _step(status),
         training_figures(status),
         *_control_figures(status),
         _rollback_count(status),
@@ -160,6 +160,8 @@ def training_figures(status: GetStatusResponse) -> str:
     """Returns training loss, validation loss and accuracy; before the first validation both of its figures are 0."""
     if status.global_step == 0:
         return _NOT_YET
+    if status.unevaluated:
+        return f"loss {status.training_loss:.4f}"
     validation = f"validation {_NOT_YET}"
     if status.validation_loss or status.validation_accuracy:
         validation = f"validation loss {status.validation_loss:.4f}"
@@ -242,10 +244,17 @@ def _state(status: GetStatusResponse) -> str:
 
 
 def _progress(status: GetStatusResponse) -> str:
-    return (
-        f"epoch {status.epoch}/{status.epochs}, step {status.epoch_step}/{status.steps_per_epoch} of it, "
-        f"{status.global_step} steps in all, {status.samples_per_s:.0f} samples/s"
-    )
+    left = f", about {duration(status.remaining_s)} left" if status.HasField("remaining_s") else ""
+    of_epoch = f"step {status.epoch_step}/{status.steps_per_epoch} of it"
+    rate = f"{status.samples_per_s:.0f} samples/s{left}"
+    if status.steps:
+        return f"{_step(status)} in all, epoch {status.epoch}, {of_epoch}, {rate}"
+    return f"epoch {status.epoch}/{status.epochs}, {of_epoch}, {status.global_step} steps in all, {rate}"
+
+
+def _step(status: GetStatusResponse) -> str:
+    """Returns the step, and where the run is counted in steps, how many there are to be."""
+    return f"step {status.global_step}/{status.steps}" if status.steps else f"step {status.global_step}"
 
 
 def _control_figures(status: GetStatusResponse) -> list[str]:
@@ -329,15 +338,18 @@ def live_view(console: Console, above: Callable[[], Sequence[str]] = list) -> It
 def status_panel(status: GetStatusResponse) -> RenderableType:
     """Returns the live view of one status: progress bars of the run and the epoch above the table."""
     of_epoch = min(status.epoch_step / max(status.steps_per_epoch, 1), 1.0)
-    of_run = min(max(status.epoch - 1, 0) + of_epoch, status.epochs)
-    if status.state == RunState.RUN_STATE_FINISHED:
-        of_run = status.epochs
+    if status.steps:
+        whole, of_run, text = status.steps, float(min(status.global_step, status.steps)), _step(status)
+    else:
+        whole, text = max(status.epochs, 1), f"epoch {status.epoch}/{status.epochs}"
+        of_run = min(max(status.epoch - 1, 0) + of_epoch, status.epochs)
+        if status.state == RunState.RUN_STATE_FINISHED:
+            of_run = status.epochs
     bars = Table.grid(padding=(0, 1), expand=True)
     bars.add_column(width=_LABEL_WIDTH)
     bars.add_column(ratio=1)
     bars.add_column(justify="right")
-    run_bar = ProgressBar(total=max(status.epochs, 1), completed=of_run)
-    bars.add_row("run", run_bar, f"epoch {status.epoch}/{status.epochs}")
+    bars.add_row("run", ProgressBar(total=whole, completed=of_run), text)
     bars.add_row("epoch", ProgressBar(total=1.0, completed=of_epoch), f"{status.epoch_step}/{status.steps_per_epoch}")
     style = _STYLES.get(status.state, "")
     title = Text(f"tolaria: {enum_word(RunState.DESCRIPTOR, status.state)}", style=style)

@@ -1,10 +1,12 @@
 """Training jobs: the interface of a job, its registry, cursors over training data, and the built-in job."""
 
 from tolaria.jobs.data import TensorCursor
+from tolaria.jobs.intervals import IntervalCursor
 from tolaria.jobs.job import (
     Batch,
     BatchCursor,
     CursorState,
+    EvaluatingJob,
     JobContext,
     JobFactory,
     PerSampleLosses,
@@ -22,7 +24,9 @@ __all__ = [
     "Batch",
     "BatchCursor",
     "CursorState",
+    "EvaluatingJob",
     "Evaluation",
+    "IntervalCursor",
     "JobContext",
     "JobFactory",
     "LoaderCursor",

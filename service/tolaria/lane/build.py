@@ -32,9 +32,11 @@ from tolaria.errors import (
 )
 from tolaria.export.warm_start import warm_start
 from tolaria.images import StateImage
-from tolaria.jobs import BatchCursor, JobContext, LoaderCursor, TrainingJob, build_job
+from tolaria.jobs import BatchCursor, IntervalCursor, JobContext, TrainingJob, build_job
+from tolaria.jobs.intervals import INTERVAL_STEPS
 from tolaria.lane.commands import PageGate
 from tolaria.lane.device import choose_device, seed_everything, usable_cores
+from tolaria.lane.evaluation import sets_of
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.first_look import call, first_look, lazy_names, materialise
 from tolaria.lane.lane import LaneHeartbeat, ThreadLane
@@ -66,6 +68,8 @@ class BuiltLane:
     module: TrainModule
     snapshots: SnapshotManager
     notes: tuple[str, ...] = ()
+    evaluates: bool = True
+    """Whether the job has a validation set."""
     ranks: tuple[RankInfo, ...] = ()
     """Those that train the module together; empty for a process alone."""
 
@@ -98,6 +102,7 @@ class BuiltLane:
             slots=seeds.topology.slots,
             ranks=self.ranks or (self.rank,),
             model=describe(module.model),
+            evaluates=self.evaluates,
         )
 
     @property
@@ -192,6 +197,8 @@ def build(settings: Settings, memory: SharedMemory | None = None, group: Group |
     try:
         sharding = _sharding(settings, group, device)
         module = _build_module(settings, job, context, sharding)
+        evaluates = bool(call("validation_batches", lambda: sets_of(job)))
+        _check_best(settings, evaluates=evaluates)
         if group is not None:
             module.share = _share(group, module)
             module.training_share = _divided(module)
@@ -203,7 +210,7 @@ def build(settings: Settings, memory: SharedMemory | None = None, group: Group |
             module.model, lambda: first_look(module, snapshots.state), sharded=sharding is not None
         )
         module.group = group
-        return BuiltLane(settings, module, snapshots, (*notes, *_notes(module)))
+        return BuiltLane(settings, module, snapshots, (*notes, *_notes(module)), evaluates)
     except ScheduleError as error:
         raise ConfigurationError([f"optimizer: {error}"]) from None
     except StateUnsupportedError as error:
@@ -242,15 +249,13 @@ def _build_module(settings: Settings, job: TrainingJob, context: JobContext, sha
             f"{type(optimizer).__name__} evaluates the loss several times in a step, by a closure, but "
             "gradients are merged only once a step"
         )
-    batches = call("training_data", lambda: cursor.batches_per_epoch)
-    if batches < 1:
-        raise EmptyDatasetError("its training data holds no batch")
+    cursor = _in_intervals(settings, cursor)
     fast_paths = FastPaths(settings.fastpaths, device, deterministic=training.deterministic)
     if sharding is not None and fast_paths.scaler is not None:
         problem = "fastpaths.amp chooses float16, whose loss scale lane.parallel = fsdp does not support: use bfloat16"
         raise ConfigurationError([problem])
     fast_paths.fuse(optimizer)
-    run_steps = training.epochs * -(-batches // training.accumulate)
+    run_steps = training.steps or training.epochs * -(-(cursor.batches_per_epoch or 1) // training.accumulate)
     shard_seed = None if sharding is None else sharding.shard_seed
     seeds = SeedTraining(model, optimizer, settings, run_steps, shard_seed)
     module = TrainModule(
@@ -260,9 +265,40 @@ def _build_module(settings: Settings, job: TrainingJob, context: JobContext, sha
     return module
 
 
+def _in_intervals(settings: Settings, cursor: BatchCursor) -> BatchCursor:
+    """Returns the cursor in epochs of a fixed number of steps, if the settings or the data's length ask for that.
+
+    Raises:
+        EmptyDatasetError: there is no batch.
+        BrokenJobError: nothing says how long an epoch is, or a run.
+    """
+    training, batches = settings.training, call("training_data", lambda: cursor.batches_per_epoch)
+    if batches is not None and batches < 1:
+        raise EmptyDatasetError("its training data holds no batch")
+    if batches is None and not training.steps:
+        raise BrokenJobError(
+            "its training data have no length: set training.steps, after which the run ends, or give LoaderCursor the "
+            "number of batches_per_epoch"
+        )
+    every = training.evaluate_every_steps or (INTERVAL_STEPS if batches is None else 0)
+    return IntervalCursor(cursor, every * training.accumulate) if every else cursor
+
+
+def _check_best(settings: Settings, *, evaluates: bool) -> None:
+    """Raises ConfigurationError if the best checkpoint cannot be known, since nothing is evaluated."""
+    best = settings.checkpoint.best
+    asked = "best" in settings.checkpoint.model_fields_set and not settings.checkpoint.best_of_training
+    if asked and not evaluates:
+        problem = (
+            f"checkpoint.best is {best}, but the job has no evaluation: name a metric of training, such as "
+            "training/loss:min"
+        )
+        raise ConfigurationError([problem])
+
+
 def _share(group: Group, module: TrainModule) -> Share:
     """Returns the rank's share of batches. Raises BrokenJobError if the data are divided already."""
-    if isinstance(module.cursor, LoaderCursor) and module.cursor.divides:
+    if module.loader is not None and module.loader.divides:
         raise BrokenJobError(
             "its DistributedSampler divides the data, of whose batches each rank takes its share: leave it out"
         )
@@ -271,14 +307,14 @@ def _share(group: Group, module: TrainModule) -> Share:
 
 def _divided(module: TrainModule) -> Share:
     """Returns the share of training batches, of which each rank reads only its samples where the cursor can do so."""
-    share, cursor = module.share, module.cursor
-    if isinstance(module.job, SharingJob) or not isinstance(cursor, LoaderCursor):
+    share, loader = module.share, module.loader
+    if isinstance(module.job, SharingJob) or loader is None:
         return share
-    return replace(share, divided=cursor.read_part(share.bounds, share.rank))
+    return replace(share, divided=loader.read_part(share.bounds, share.rank))
 
 
 def _notes(module: TrainModule) -> tuple[str, ...]:
-    cursor, held = module.cursor, getattr(module.job, "__dict__", {}).values()
-    notes = cursor.notes if isinstance(cursor, LoaderCursor) else ()
+    loader, held = module.loader, getattr(module.job, "__dict__", {}).values()
+    notes = () if loader is None else loader.notes
     scheduled = has_scheduler(module.optimizer) or any(isinstance(each, LRScheduler) for each in held)
     return (*notes, f"the optimizer has a scheduler of torch's; {RATES_ARE_OWNED}") if scheduled else notes

@@ -277,6 +277,7 @@ class LaneReady:
     slots: tuple[str, ...] = ()
     ranks: tuple[RankInfo, ...] = ()
     model: str = ""  # as `tolaria.lane.model_description` describes it
+    evaluates: bool = True
 
 
 @dataclass(frozen=True, slots=True)

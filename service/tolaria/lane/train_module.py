@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar, cast
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from tolaria.config import Settings
 from tolaria.gradients import laid_out
-from tolaria.jobs import Batch, BatchCursor, CursorState, LoaderCursor, StatefulJob, TrainingJob, TrainModeJob
+from tolaria.jobs import Batch, BatchCursor, CursorState, IntervalCursor, StatefulJob, TrainingJob, TrainModeJob
 from tolaria.jobs.data import epoch_seed
+from tolaria.jobs.intervals import loader_of, pass_over
 from tolaria.jobs.job import StepLog
 from tolaria.lane.buffers import SavedBuffers
 from tolaria.lane.device import seed_everything
@@ -133,6 +134,7 @@ class TrainModule:
     Its part of the training state is the progress in the epoch, which no other object holds.
 
     Attributes:
+        loader: what reads the data, if that is a `LoaderCursor`.
         global_step: number of completed steps.
         progress: of the current epoch, or the last one.
         skipped: batches that `next_batch` passes over.
@@ -169,6 +171,7 @@ class TrainModule:
         self._sets_train_mode = job if isinstance(job, TrainModeJob) else None
         self.model = model
         self.cursor = cursor
+        self.loader = loader_of(cursor)
         self.device = device
         self.seeds = seeds
         self.sharded = any(map(is_sharded, model.parameters()))
@@ -176,6 +179,7 @@ class TrainModule:
         self.fast_paths = fast_paths
         self.accumulate = settings.training.accumulate
         self.clip_norm = settings.training.clip_norm
+        self._steps = settings.training.steps
         self.global_step = 0
         self.progress = EpochProgress()
         self.skipped = SkippedBatches()
@@ -224,11 +228,18 @@ class TrainModule:
     @group.setter
     def group(self, group: Group | None) -> None:
         self._group = self.merger.group = group
+        if group is not None and isinstance(self.cursor, IntervalCursor):
+            self.cursor.before_pass = lambda: broadcast_rng_state(group)
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps in one epoch; the last one may have fewer microbatches."""
-        return -(-self.cursor.batches_per_epoch // self.accumulate)
+        return -(-(self.cursor.batches_per_epoch or 0) // self.accumulate)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run has all steps of `training.steps`, if it is counted in steps."""
+        return 0 < self._steps <= self.global_step
 
     def state_dict(self) -> dict[str, JsonValue]:
         """Returns the progress."""
@@ -281,7 +292,7 @@ class TrainModule:
         cursor = self.cursor
         while True:
             skipped = (self.progress.number, self.progress.batches) in self.skipped
-            if skipped and isinstance(cursor, LoaderCursor) and cursor.pass_over():
+            if skipped and pass_over(cursor):
                 self.progress = self.progress.after_batch()
                 continue
             self.on_reading(self.progress.number, self.progress.batches)
@@ -293,17 +304,10 @@ class TrainModule:
             if batch.samples and not skipped:
                 return batch
 
-    def validation_batches(self) -> Iterator[object]:
-        """Yields what the job's `validation_batches` gives."""
-        given = iter(self._read(self.job.validation_batches))
-        end = object()
-        while (batch := self._read(lambda: next(given, end))) is not end:
-            yield batch
-
     def close_data(self) -> None:
         """Ends the workers of a `DataLoader`; nothing may be read afterwards."""
-        if isinstance(self.cursor, LoaderCursor):
-            self.cursor.close()
+        if self.loader is not None:
+            self.loader.close()
 
     def note_step_start(self) -> None:
         """Records buffers and the job before a step; before one of several microbatches also data and generators."""

@@ -252,9 +252,10 @@ def _factors(status: RunStatus) -> dict[str, float]:
 
 
 def _own_metrics(epoch: EpochDone) -> dict[str, dict[str, float | None]]:
-    """Returns the metrics of an evaluation that the job names, for the log; nothing without any."""
-    ratios = epoch.evaluation.ratios()
-    return {"metrics": {name: _rounded(ratio.value) for name, ratio in ratios.items()}} if ratios else {}
+    """Returns the metrics of an evaluation that the job names, and those of its sets, for the log; else nothing."""
+    evaluation = epoch.evaluation
+    found = {name: ratio.value for name, ratio in evaluation.ratios().items()} | evaluation.set_figures()
+    return {"metrics": {name: _rounded(value) for name, value in found.items()}} if found else {}
 
 
 def _rounded(value: float) -> float | None:

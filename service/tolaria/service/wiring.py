@@ -136,7 +136,8 @@ class Core:
         self.journal = AsyncJournal(foundation.storage.journal, self.status.run_id)
         participant = foundation.board.claim("tolaria")
         self.heartbeats = Heartbeats(participant, settings.emergency)
-        own_metric = settings.checkpoint.best if ":" in settings.checkpoint.best else ""
+        best = settings.checkpoint
+        own_metric = best.best if ":" in best.best and not best.best_of_training else ""
         self.health = Health(settings.rollback, settings.health, foundation.run.scale, judged_by=own_metric)
         self.status.lane_phase = self.heartbeats.phase
         safety_telemetry = SafetyTelemetry(
@@ -190,6 +191,7 @@ class Core:
             observers=self.observers,
             journal=self.journal,
             points=foundation.points,
+            logged=self.status.logged,
         )
 
 
@@ -312,7 +314,8 @@ def new_status(foundation: Foundation) -> RunStatus:
         foundation.run.run_id,
         training.job,
         training.experiment,
-        training.epochs,
+        0 if training.steps else training.epochs,
+        steps=training.steps,
         started_at_s=time.monotonic(),
         seed_limits=limits_of(settings.seeds) if settings.control.enabled else NO_SEEDS,
         rollbacks_by_origin=dict(foundation.rollbacks),

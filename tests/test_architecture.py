@@ -38,7 +38,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "cli": (
         "admin_commands", "answers", "audit", "board", "channel", "chaos", "client", "commands", "credentials",
         "curves", "demo", "doctor", "errors", "exports", "harm", "job_commands", "lane_commands", "main",
-        "process_tree", "render", "report", "serve_child", "telemetry",
+        "process_tree", "render", "report", "serve_child", "skip", "telemetry",
     ),
     "config": (
         "connections", "durability", "exposure", "fields", "network", "presets", "ranks", "retired", "settings",
@@ -54,7 +54,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "buffers", "build", "commands", "connection", "device", "encoding", "evaluation", "fast_paths", "first_look",
         "gradient_merge", "group_commands", "group_state", "hosting", "job_effects", "job_output", "job_report", "lane",
         "messages", "model_description", "order", "parameter_check", "process", "profiling", "rank", "seed_training",
-        "sharding", "snapshot_manager", "step", "train_module",
+        "sharding", "skipped_batches", "snapshot_manager", "step", "train_module",
     ),
     "optimization": (
         "adjustments", "groups", "hyperparameters", "lr_controller", "optimizer_manager", "schedules", "state_transfer",
@@ -66,13 +66,14 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "reference": ("embedded", "history", "kasmina", "lifecycle", "policy", "rollback", "server", "tamiyo", "tracing"),
     "resilience": ("breaker", "conservative", "deadline"),
     "rollback": ("coordinator", "protocol"),
-    "rpc": ("admin", "audit", "callers", "exports", "listing", "requests", "status", "telemetry"),
+    "rpc": ("admin", "audit", "callers", "data_skips", "exports", "listing", "requests", "status", "telemetry"),
     "run": (
-        "adjustments", "boundary", "checkpointing", "command_handler", "conditions", "health", "health_record",
-        "journal_observer", "lane_client", "lane_telemetry", "observers", "operations", "pace", "packet_telemetry",
+        "adjustments", "boundary", "checkpointing", "command_handler", "conditions", "data_skips", "health",
+        "health_record", "journal_observer", "lane_client", "lane_telemetry", "observers", "operations", "pace",
+        "packet_telemetry",
         "profiling",
         "recovery", "restore_points", "restorer", "resume", "revival", "run", "run_state", "safety", "safety_telemetry",
-        "seed_telemetry", "status", "training_telemetry", "verdicts",
+        "seed_telemetry", "status", "step_places", "training_telemetry", "verdicts",
     ),
     "security": ("certificates", "issuing", "limits", "tokens", "watched", "web_config"),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def sample(index: int) -> tuple[Tensor, Tensor]:
 class Numbers(IterableDataset[Any]):
     """Samples 0, 1, 2 ... up to `samples`, or without end; with noise from the global generator if asked for."""
 
-    def __init__(self, samples: int | None, *, noise: bool = False, left_out: range = range(0)) -> None:
+    def __init__(self, samples: int | None, *, noise: bool = False, left_out: Collection[int] = ()) -> None:
         self.samples, self.noise, self.left_out = samples, noise, left_out
         self.at = self.read = 0
 
@@ -66,16 +66,17 @@ class StreamJob:
     """Regression with dropout on a stream.
 
     Options: stream (loader: torchdata's loader, which keeps the state; dataset: a plain loader over a data set with
-    state; none: without state; table: tensors in memory), samples (absent: no end), noise, batch, step_s, sets (names of
-    validation sets; absent: one without a name; []: none), log (a file in which each batch's first feature is noted).
+    state; none: without state; table: tensors in memory), samples (absent: no end), left_out (samples), noise,
+    batch, step_s, sets (names of validation sets; absent: one without a name; []: none), log (a file in which each
+    batch's first feature is noted).
     """
 
     def __init__(self, context: JobContext) -> None:
         self.context, self.options, self.seed = context, dict(context.options), context.seed
         samples: Any = self.options.get("samples")
-        left_out: Any = self.options.get("left_out", [0, 0])
+        left_out: Any = self.options.get("left_out", [])
         kind = Forgetful if self.options.get("stream", "loader") == "none" else Remembered
-        self.dataset = kind(samples, noise=bool(self.options.get("noise")), left_out=range(*left_out))
+        self.dataset = kind(samples, noise=bool(self.options.get("noise")), left_out=left_out)
         self.batch = int(str(self.options.get("batch", 4)))
         self.inputs = torch.stack([sample(10**6 + index)[0] for index in range(22)])
 

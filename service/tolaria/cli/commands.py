@@ -42,6 +42,7 @@ from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, r
 from tolaria.cli.exports import export_app
 from tolaria.cli.job_commands import job_app
 from tolaria.cli.lane_commands import lane_app
+from tolaria.cli.skip import skip_app
 from tolaria.cli.telemetry import telemetry_app
 from tolaria.errors import ConfigurationError, TolariaError
 
@@ -363,6 +364,7 @@ def show_config(*, config_file: ConfigFile = None, overrides: Overrides = None) 
 
 app.add_typer(admin_app)
 app.add_typer(export_app)
+app.add_typer(skip_app)
 app.add_typer(job_app)
 app.add_typer(telemetry_app)
 app.command()(audit)

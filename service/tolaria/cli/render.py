@@ -231,6 +231,7 @@ def _history(status: GetStatusResponse) -> str:
         f"attempt {status.attempt}" if status.attempt else "",
         f"highest step {status.best_step}" if status.best_step > status.global_step else "",
         f"{status.skipped_steps} steps skipped" if status.skipped_steps else "",
+        f"data left out on request: {status.data_skips} (tolaria skip --list)" if status.data_skips else "",
         f"newest proven restore point at step {status.newest_proven_step}"
         if status.HasField("newest_proven_step")
         else "",

@@ -36,8 +36,9 @@ class IntervalCursor:
         return self._batches
 
     def begin_epoch(self, epoch: int) -> None:  # noqa: ARG002 - the data go on
-        """Begins to count; the data go on where they are, or begin with their first pass."""
-        self._index = 0
+        """Begins an epoch, or the rest of one in which the run had ended; the data go on where they are."""
+        if self._index >= self._batches:
+            self._index = 0
         if not self._pass:
             self._begin_pass()
 

@@ -36,7 +36,6 @@ from tolaria.jobs import BatchCursor, IntervalCursor, JobContext, TrainingJob, b
 from tolaria.jobs.intervals import INTERVAL_STEPS
 from tolaria.lane.commands import PageGate
 from tolaria.lane.device import choose_device, seed_everything, usable_cores
-from tolaria.lane.evaluation import sets_of
 from tolaria.lane.fast_paths import FastPaths
 from tolaria.lane.first_look import call, first_look, lazy_names, materialise
 from tolaria.lane.lane import LaneHeartbeat, ThreadLane
@@ -68,8 +67,6 @@ class BuiltLane:
     module: TrainModule
     snapshots: SnapshotManager
     notes: tuple[str, ...] = ()
-    evaluates: bool = True
-    """Whether the job has a validation set."""
     ranks: tuple[RankInfo, ...] = ()
     """Those that train the module together; empty for a process alone."""
 
@@ -102,7 +99,7 @@ class BuiltLane:
             slots=seeds.topology.slots,
             ranks=self.ranks or (self.rank,),
             model=describe(module.model),
-            evaluates=self.evaluates,
+            evaluates=module.evaluates,
         )
 
     @property
@@ -134,6 +131,7 @@ class BuiltLane:
             module.seeds.controller.carry_over(plan.decided, from_step=0, at_step=0)
             module.seeds.controller.apply(0)
         module.skipped.added.update(plan.left_out)
+        module.skipped.ranges = plan.ranges
 
     def begin_run(self) -> None:
         """Gives the model of a new run the values of `training.init_from`, if it is set.
@@ -197,8 +195,6 @@ def build(settings: Settings, memory: SharedMemory | None = None, group: Group |
     try:
         sharding = _sharding(settings, group, device)
         module = _build_module(settings, job, context, sharding)
-        evaluates = bool(call("validation_batches", lambda: sets_of(job)))
-        _check_best(settings, evaluates=evaluates)
         if group is not None:
             module.share = _share(group, module)
             module.training_share = _divided(module)
@@ -206,11 +202,12 @@ def build(settings: Settings, memory: SharedMemory | None = None, group: Group |
             module.group = group
         snapshots = SnapshotManager(module, settings.rollback, memory)
         notes = first_look(module, snapshots.state)
+        _check_best(settings, evaluates=module.evaluates)
         module.fast_paths.compile(
             module.model, lambda: first_look(module, snapshots.state), sharded=sharding is not None
         )
         module.group = group
-        return BuiltLane(settings, module, snapshots, (*notes, *_notes(module)), evaluates)
+        return BuiltLane(settings, module, snapshots, (*notes, *_notes(module)))
     except ScheduleError as error:
         raise ConfigurationError([f"optimizer: {error}"]) from None
     except StateUnsupportedError as error:

@@ -30,6 +30,7 @@ from tolaria.lane.messages import (
     Restore,
     Result,
     RunEpoch,
+    SetSkippedRanges,
     SkipBatches,
     Stop,
 )
@@ -280,15 +281,18 @@ class CommandExecutor:
                 return self._restore(command_id, command)
             case CaptureImage(beside):
                 return ImageCaptured(self.images.put(self._snapshots.capture_image(beside=beside)))
-            case SkipBatches() | AcceptRegime():
+            case SkipBatches() | SetSkippedRanges() | AcceptRegime():
                 return self._change_skipped(command)
             case CaptureProfile(steps):
                 return self._profiler.start(steps)
             case _:
                 assert_never(command)
 
-    def _change_skipped(self, command: SkipBatches | AcceptRegime) -> BatchesSkipped:
+    def _change_skipped(self, command: SkipBatches | SetSkippedRanges | AcceptRegime) -> BatchesSkipped:
         module = self._module
+        if isinstance(command, SetSkippedRanges):
+            module.skipped.ranges = command.ranges
+            return BatchesSkipped(len(module.skipped))
         if isinstance(command, AcceptRegime):
             module.skipped.added.difference_update(command.batches)
             module.begin_regime(command.reason, announced=False)

@@ -30,7 +30,7 @@ from tolaria.values.optimization import (
     RebuildOutcome,
     RebuildResult,
 )
-from tolaria.values.training import EpochProgress, Position, RankInfo, RankLoad
+from tolaria.values.training import BatchRange, EpochProgress, Position, RankInfo, RankLoad
 
 _CODEC = Codec(
     types={
@@ -46,6 +46,7 @@ _CODEC = Codec(
             RankLoad,
             LaneOrder,
             RestorePlan,
+            BatchRange,
             Ratio,
         ),
     },

@@ -217,6 +217,7 @@ def _evaluate(module: TrainModule) -> None:
     """Evaluates the first batch of each validation set."""
     job = module.job
     sets = call("validation_batches", lambda: sets_of(job))
+    module.evaluates = bool(sets)
     for name, given in sets.items():
         if iter(given) is given and call("validation_batches", lambda: sets_of(job))[name] is given:
             raise BrokenJobError(

@@ -197,7 +197,8 @@ def build_on_all_ranks(
 def _share_state(group: Group, built: BuiltLane, *, sharded: bool) -> None:
     module = built.module
     if group.leads:
-        plan = RestorePlan((), tuple(sorted(module.skipped.added)), module.seeds.controller.adjustments)
+        skipped = module.skipped
+        plan = RestorePlan((), tuple(sorted(skipped.added)), module.seeds.controller.adjustments, skipped.ranges)
         group.broadcast_bytes(to_bytes(LaneOrder("", (), 0, plan)))
         if not sharded:
             send_image(group, built.snapshots.state.copy())
@@ -208,6 +209,7 @@ def _share_state(group: Group, built: BuiltLane, *, sharded: bool) -> None:
             image = receive_image(group, built.snapshots.state)
             built.snapshots.restore_image(image, decided=order.plan.decided)
         module.skipped.added.update(order.plan.left_out)
+        module.skipped.ranges = order.plan.ranges
 
 
 def _end_with_group(reason: str) -> int:

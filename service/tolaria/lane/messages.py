@@ -22,7 +22,7 @@ from tolaria.values.optimization import (
     LearningRateViolation,
     RebuildResult,
 )
-from tolaria.values.training import EpochProgress, Position, RankInfo, RankLoad
+from tolaria.values.training import BatchRange, EpochProgress, Position, RankInfo, RankLoad
 
 PROFILE_STEPS_MAX: Final = 1000
 """Steps in one profile. A trace holds every operation of each step, so longer ones cannot be viewed."""
@@ -103,6 +103,13 @@ class SkipBatches:
 
 
 @dataclass(frozen=True, slots=True)
+class SetSkippedRanges:
+    """Sets the batches that operators have training skip, in place of those of the last such command; in order."""
+
+    ranges: tuple[BatchRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AcceptRegime:
     """Accepts the losses of a changed task and skips `batches` no longer; a `RegimeBegun` precedes the answer."""
 
@@ -118,7 +125,14 @@ class CaptureProfile:
 
 
 BoundaryCommand: TypeAlias = (
-    ReconcileSeeds | ChangeOptimizer | CaptureImage | Restore | SkipBatches | AcceptRegime | CaptureProfile
+    ReconcileSeeds
+    | ChangeOptimizer
+    | CaptureImage
+    | Restore
+    | SkipBatches
+    | SetSkippedRanges
+    | AcceptRegime
+    | CaptureProfile
 )
 """Commands that the lane answers with a `CommandDone`, at a step boundary."""
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias, TypeVar, cast
 
 import torch
@@ -26,6 +26,7 @@ from tolaria.lane.gradient_merge import GradientMerger
 from tolaria.lane.job_output import checked_batch
 from tolaria.lane.messages import RegimeBegun
 from tolaria.lane.seed_training import SeedTraining
+from tolaria.lane.skipped_batches import SkippedBatches
 from tolaria.ranks.group import Group
 from tolaria.ranks.images import broadcast_rng_state
 from tolaria.ranks.share import Share
@@ -46,33 +47,6 @@ class RankWaits:
 
     input_s: float = 0.0
     ranks_s: float = 0.0
-
-
-@dataclass(slots=True)
-class SkippedBatches:
-    """Batches that training skips, as (epoch, place in the epoch from 0).
-
-    `batches` are those in the state that was restored, where earlier versions kept them. `added` belong to the run,
-    which records them, so that going back does not restore them: they are not part of the state.
-    """
-
-    batches: set[tuple[int, int]] = field(default_factory=set)
-    added: set[tuple[int, int]] = field(default_factory=set)
-
-    def __contains__(self, batch: object) -> bool:
-        return batch in self.added or batch in self.batches
-
-    def __len__(self) -> int:
-        return len(self.batches | self.added)
-
-    def state_dict(self) -> dict[str, JsonValue]:
-        """Returns the batches in order, so that equal sets have equal digests."""
-        return {"batches": [[epoch, place] for epoch, place in sorted(self.batches)]}
-
-    def load_state_dict(self, state: Mapping[str, JsonValue]) -> None:
-        """Restores what `state_dict` returned. Raises KeyError, TypeError or ValueError, and is then unchanged."""
-        listed = cast("list[tuple[int, int]]", state["batches"])
-        self.batches = {(int(epoch), int(place)) for epoch, place in listed}
 
 
 class TrainedFlags:
@@ -170,16 +144,16 @@ class TrainModule:
         self._stateful = job if isinstance(job, StatefulJob) else None
         self._sets_train_mode = job if isinstance(job, TrainModeJob) else None
         self.model = model
-        self.cursor = cursor
-        self.loader = loader_of(cursor)
+        self.cursor, self.loader = cursor, loader_of(cursor)
         self.device = device
         self.seeds = seeds
         self.sharded = any(map(is_sharded, model.parameters()))
         self.merger = GradientMerger(settings, seeds.gradient_scope(0), sharded=self.sharded)
         self.fast_paths = fast_paths
         self.accumulate = settings.training.accumulate
-        self.clip_norm = settings.training.clip_norm
-        self._steps = settings.training.steps
+        self.clip_norm, self._steps = settings.training.clip_norm, settings.training.steps
+        self.evaluates = True
+        """Whether the job has a validation set, as the first look has found."""
         self.global_step = 0
         self.progress = EpochProgress()
         self.skipped = SkippedBatches()
@@ -296,9 +270,12 @@ class TrainModule:
                 self.progress = self.progress.after_batch()
                 continue
             self.on_reading(self.progress.number, self.progress.batches)
+            rngs = capture_rngs() if skipped else None
             batch = self._read(cursor.next_batch)
             if batch is None:
                 return None
+            if rngs is not None:  # so that training is as if the data never had this batch
+                restore_rngs(*rngs)
             batch = checked_batch(batch, "training_data: next_batch()")
             self.progress = self.progress.after_batch()
             if batch.samples and not skipped:

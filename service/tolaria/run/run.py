@@ -51,6 +51,7 @@ class TrainingRun(RunOperations):
         """Adopts what the lane has built. Has to precede `run`."""
         self._go_on_from(ready.progress, ready.position.global_step)
         self._status.ready(ready)
+        self._parts.skips.places.begin(ready.progress, ready.position.global_step, ready.steps_per_epoch)
         self._parts.checkpointing.model = ready.model
         self._parts.health.start(ready.losses, ready.position.global_step)
         self._observers.on_ready(ready)
@@ -69,6 +70,7 @@ class TrainingRun(RunOperations):
         self._lifecycle.enter(RunEvent.STARTED, self._status.state_reason)
         if left_out := self._parts.health.left_out:
             self._lane.submit(messages.SkipBatches(left_out))
+        self._parts.skips.begin()
         try:
             while not (self._stopping or self.ending == "finished"):
                 if self._lane.lost:
@@ -225,6 +227,7 @@ class TrainingRun(RunOperations):
         rolling_back = parts.recovery.running
         verdict = parts.health.step(step, rolling_back=rolling_back)
         self._status.step(step)
+        parts.skips.places.step(step)
         parts.recovery.on_judged(step)
         self._observers.on_step(step)
         parts.safety.safeguards.step(step)
@@ -355,6 +358,7 @@ class TrainingRun(RunOperations):
         else:
             parts.health.restored(restored.losses, restored.position.global_step)
         self._status.rewind(restored)
+        parts.skips.places.rewound(restored.progress, restored.position.global_step)
         self._observers.on_rewind(restored)
         self._show_seeds_and_rates()
         parts.boundary.rewound()

@@ -140,6 +140,8 @@ class RunStatus:
     conflict_ratio: float = 0.0
     fast_paths: dict[str, str] = field(default_factory=dict)
     evaluates: bool = True
+    data_skips: int = 0
+    """Number of skips of data that operators have made and not undone."""
     ranks: tuple[RankInfo, ...] = ()
     last_command: AdaptationCommand | None = None
     logged: dict[str, float] = field(default_factory=dict)
@@ -342,6 +344,7 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
         steps=status.steps,
         remaining_s=status.remaining_s,
         unevaluated=not status.evaluates,
+        data_skips=status.data_skips,
         global_step=status.global_step,
         epoch_step=status.sums.steps + status.sums.skipped_steps,
         steps_per_epoch=status.steps_per_epoch,

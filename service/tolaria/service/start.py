@@ -25,6 +25,7 @@ from tolaria.images import StateImage
 from tolaria.lane.messages import LaneReady
 from tolaria.rpc.exports import EXPORTS
 from tolaria.run.adjustments import saved_adjustments
+from tolaria.run.data_skips import saved_skips
 from tolaria.run.resume import (
     ResumePoint,
     active_halt,
@@ -165,6 +166,7 @@ def _foundation(
             newest_checkpoint_ns=None if point.loaded is None else point.loaded.row.at_ns,
             points=point.points,
             rollbacks=point.rollbacks,
+            skips=saved_skips(storage.journal, run_id),
         )
 
 

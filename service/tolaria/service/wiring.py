@@ -31,6 +31,7 @@ from tolaria.run.adjustments import RunAdjustments
 from tolaria.run.boundary import BoundaryPolicy, EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.command_handler import CommandHandler
+from tolaria.run.data_skips import DataSkip, DataSkips
 from tolaria.run.health import Health
 from tolaria.run.journal_observer import JournalObserver
 from tolaria.run.lane_client import LaneClient, LaneHandle
@@ -49,6 +50,7 @@ from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, REASONS, Safeguard
 from tolaria.run.safety_telemetry import SafetyTelemetry
 from tolaria.run.seed_telemetry import SeedTelemetry
 from tolaria.run.status import RunStatus
+from tolaria.run.step_places import StepPlaces
 from tolaria.run.training_telemetry import TrainingTelemetry
 from tolaria.signals import SignalBoard
 from tolaria.telemetry.events import Emitter
@@ -101,7 +103,7 @@ class Foundation:
     the checkpoint that was resumed. `build` is that of a lane in this process; otherwise the lane's own process builds
     it, resumes it from `checkpoint`, an image and the run's adjustments, and `on_ready` is called then.
     `points` are the restore points that earlier processes of the run have left, `rollbacks` their number of rollbacks
-    by origin.
+    by origin, `skips` the data that operators have had them leave out.
     """
 
     settings: Settings
@@ -120,6 +122,7 @@ class Foundation:
     on_ready: Callable[[LaneReady], object] = lambda _ready: None
     points: RestorePoints = field(default_factory=RestorePoints)
     rollbacks: Mapping[str, int] = field(default_factory=dict)
+    skips: tuple[DataSkip, ...] = ()
 
 
 class Core:
@@ -246,6 +249,14 @@ def new_run(core: Core, peers: Peers | None) -> RunService:
         observers=core.observers,
         safety=core.safety,
     )
+    skips = DataSkips(
+        core.lane,
+        core.status,
+        core.journal,
+        core.observers,
+        saved=core.foundation.skips,
+        places=StepPlaces(settings.training.accumulate),
+    )
     revival = Revival(
         core.lane,
         core.status,
@@ -253,6 +264,7 @@ def new_run(core: Core, peers: Peers | None) -> RunService:
         points=core.foundation.points,
         health=core.health,
         observers=core.observers,
+        skips=skips,
         follow=recovery.follow_revival,
     )
     if core.process is not None:
@@ -272,6 +284,7 @@ def new_run(core: Core, peers: Peers | None) -> RunService:
         points=core.foundation.points,
         profiles=Profiles(core.lane, settings.profiler, safeguards=core.safeguards, observers=core.observers),
         adjustments=adjustments,
+        skips=skips,
     )
     run = TrainingRun(parts, settings)
     if core.ready is not None:

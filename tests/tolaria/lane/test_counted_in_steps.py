@@ -101,7 +101,7 @@ def test_the_length_of_epochs_may_change_between_processes() -> None:
 def test_a_job_may_leave_out_the_evaluation() -> None:
     """Then there are no figures; the best checkpoint needs a metric of training, which the message says."""
     job = "support.data_jobs:Unevaluated"
-    training = {"steps": 3, "evaluate_every_steps": 3}
+    training: dict[str, Any] = {"steps": 3, "evaluate_every_steps": 3}
     lane = built(job, **training)
     assert not lane.ready.evaluates
     with running(lane) as run:

@@ -36,8 +36,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
     "cli": (
-        "admin_commands", "answers", "audit", "board", "channel", "chaos", "client", "commands", "credentials",
-        "curves", "demo", "doctor", "errors", "exports", "harm", "job_commands", "lane_commands", "main",
+        "admin_commands", "answers", "audit", "board", "branches", "channel", "chaos", "client", "commands",
+        "credentials", "curves", "demo", "doctor", "errors", "exports", "harm", "job_commands", "lane_commands", "main",
         "process_tree", "render", "report", "serve_child", "skip", "telemetry",
     ),
     "config": (
@@ -51,8 +51,9 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "jobs": ("data", "digits", "indexed", "intervals", "job", "loader", "randomness", "workers"),
     "journal": ("async_journal", "database", "reader", "reserve", "rows"),
     "lane": (
-        "buffers", "build", "commands", "connection", "device", "encoding", "evaluation", "fast_paths", "first_look",
-        "gradient_merge", "group_commands", "group_state", "hosting", "job_effects", "job_output", "job_report", "lane",
+        "buffers", "build", "commands", "connection", "device", "encoding", "evaluation", "fast_paths",
+        "first_look", "gradient_merge", "group_commands", "group_state", "hosting", "job_effects", "job_output",
+        "job_report", "lane",
         "messages", "model_description", "order", "parameter_check", "process", "profiling", "rank", "seed_training",
         "sharding", "skipped_batches", "snapshot_manager", "step", "train_module",
     ),
@@ -68,7 +69,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "rollback": ("coordinator", "protocol"),
     "rpc": ("admin", "audit", "callers", "data_skips", "exports", "listing", "requests", "status", "telemetry"),
     "run": (
-        "adjustments", "boundary", "checkpointing", "command_handler", "conditions", "data_skips", "health",
+        "adjustments", "boundary", "branches", "checkpointing", "command_handler", "conditions", "data_skips", "health",
         "health_record", "journal_observer", "lane_client", "lane_telemetry", "observers", "operations", "pace",
         "packet_telemetry",
         "profiling",
@@ -85,13 +86,15 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "transport": ("lane_images", "lane_link", "lane_process", "process_lane", "rendezvous"),
     "values": (
-        "encoding", "evaluation", "gradients", "lineage", "loss_window", "optimization", "seeds", "spans", "training",
+        "encoding", "evaluation", "failure", "gradients", "lineage", "loss_window", "optimization", "seeds", "spans",
+        "training",
     ),
 }  # fmt: skip
 """The modules of each subpackage, named by standard terms. Add new modules here and in docs/architecture.md."""
 
 EXEMPT_PROTOCOLS: dict[str, str] = {
     "TrainingJob": "jobs are the user's own",
+    "EvaluatingJob": "jobs are the user's own",
     "TrainModeJob": "jobs are the user's own",
     "BatchCursor": "data may be the user's own",
     "StatefulJob": "jobs are the user's own",

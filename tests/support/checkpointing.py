@@ -122,7 +122,6 @@ class CheckpointingParts:
         self._awake = anyio.Event()
         row = CheckpointRow("resumed", 1, "run", from_step, 1, 1, "d", None)
         self.points = RestorePoints(resumed=row if from_step else None)
-        self.logged: dict[str, float] = {}
         self.checkpointing = Checkpointing(
             settings,
             started_client(self.lane, self._apply),
@@ -132,7 +131,6 @@ class CheckpointingParts:
             observers=self.observer,
             journal=AsyncJournal(storage.journal, "run"),
             points=self.points,
-            logged=self.logged,
         )
 
     @property

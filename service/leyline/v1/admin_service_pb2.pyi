@@ -321,6 +321,7 @@ class GetStatusResponse(_message.Message):
     REMAINING_S_FIELD_NUMBER: _builtins.int
     UNEVALUATED_FIELD_NUMBER: _builtins.int
     DATA_SKIPS_FIELD_NUMBER: _builtins.int
+    BRANCHED_FROM_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     state: Global___RunState.ValueType
     epoch: _builtins.int
@@ -419,6 +420,10 @@ class GetStatusResponse(_message.Message):
 
     @_builtins.property
     def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def branched_from(self) -> Global___BranchOrigin:
+        """Where the run has branched off, if it has."""
+
     def __init__(
         self,
         *,
@@ -474,10 +479,11 @@ class GetStatusResponse(_message.Message):
         remaining_s: _builtins.float | None = ...,
         unevaluated: _builtins.bool = ...,
         data_skips: _builtins.int = ...,
+        branched_from: Global___BranchOrigin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "_remaining_s", b"_remaining_s", "health", b"health", "last_command", b"last_command", "newest_proven_step", b"newest_proven_step", "remaining_s", b"remaining_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "_remaining_s", b"_remaining_s", "branched_from", b"branched_from", "health", b"health", "last_command", b"last_command", "newest_proven_step", b"newest_proven_step", "remaining_s", b"remaining_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "_remaining_s", b"_remaining_s", "adjustments", b"adjustments", "attempt", b"attempt", "best_step", b"best_step", "boundaries_over_budget", b"boundaries_over_budget", "boundary_budget_ms", b"boundary_budget_ms", "boundary_ms_p50", b"boundary_ms_p50", "boundary_ms_p99", b"boundary_ms_p99", "breakers", b"breakers", "commands_accepted", b"commands_accepted", "commands_rejected", b"commands_rejected", "conservative_reasons", b"conservative_reasons", "data_skips", b"data_skips", "emergency_level", b"emergency_level", "epoch", b"epoch", "epoch_step", b"epoch_step", "epochs", b"epochs", "fast_paths", b"fast_paths", "global_step", b"global_step", "health", b"health", "job", b"job", "kasmina_answer", b"kasmina_answer", "last_boundary_ms", b"last_boundary_ms", "last_command", b"last_command", "learning_rates", b"learning_rates", "logged", b"logged", "metrics_address", b"metrics_address", "newest_proven_step", b"newest_proven_step", "phase", b"phase", "phase_s", b"phase_s", "ranks", b"ranks", "remaining_s", b"remaining_s", "rollbacks", b"rollbacks", "rollbacks_by_origin", b"rollbacks_by_origin", "run_id", b"run_id", "run_name", b"run_name", "samples_per_s", b"samples_per_s", "samples_total", b"samples_total", "seeds", b"seeds", "skipped_steps", b"skipped_steps", "state", b"state", "state_reason", b"state_reason", "steps", b"steps", "steps_per_epoch", b"steps_per_epoch", "tags", b"tags", "tamiyo_answer", b"tamiyo_answer", "training_loss", b"training_loss", "unevaluated", b"unevaluated", "uptime_s", b"uptime_s", "validation_accuracy", b"validation_accuracy", "validation_loss", b"validation_loss", "validation_metrics", b"validation_metrics", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "_remaining_s", b"_remaining_s", "adjustments", b"adjustments", "attempt", b"attempt", "best_step", b"best_step", "boundaries_over_budget", b"boundaries_over_budget", "boundary_budget_ms", b"boundary_budget_ms", "boundary_ms_p50", b"boundary_ms_p50", "boundary_ms_p99", b"boundary_ms_p99", "branched_from", b"branched_from", "breakers", b"breakers", "commands_accepted", b"commands_accepted", "commands_rejected", b"commands_rejected", "conservative_reasons", b"conservative_reasons", "data_skips", b"data_skips", "emergency_level", b"emergency_level", "epoch", b"epoch", "epoch_step", b"epoch_step", "epochs", b"epochs", "fast_paths", b"fast_paths", "global_step", b"global_step", "health", b"health", "job", b"job", "kasmina_answer", b"kasmina_answer", "last_boundary_ms", b"last_boundary_ms", "last_command", b"last_command", "learning_rates", b"learning_rates", "logged", b"logged", "metrics_address", b"metrics_address", "newest_proven_step", b"newest_proven_step", "phase", b"phase", "phase_s", b"phase_s", "ranks", b"ranks", "remaining_s", b"remaining_s", "rollbacks", b"rollbacks", "rollbacks_by_origin", b"rollbacks_by_origin", "run_id", b"run_id", "run_name", b"run_name", "samples_per_s", b"samples_per_s", "samples_total", b"samples_total", "seeds", b"seeds", "skipped_steps", b"skipped_steps", "state", b"state", "state_reason", b"state_reason", "steps", b"steps", "steps_per_epoch", b"steps_per_epoch", "tags", b"tags", "tamiyo_answer", b"tamiyo_answer", "training_loss", b"training_loss", "unevaluated", b"unevaluated", "uptime_s", b"uptime_s", "validation_accuracy", b"validation_accuracy", "validation_loss", b"validation_loss", "validation_metrics", b"validation_metrics", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__newest_proven_step: _TypeAlias = _typing.Literal["newest_proven_step"]  # noqa: Y015
     _WhichOneofArgType__newest_proven_step: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step"]  # noqa: Y015
@@ -489,6 +495,40 @@ class GetStatusResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__remaining_s) -> _WhichOneofReturnType__remaining_s | None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class BranchOrigin(_message.Message):
+    """The restore point of another run from which a run has begun."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_ID_FIELD_NUMBER: _builtins.int
+    GLOBAL_STEP_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    DIRECTORY_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    checkpoint_id: _builtins.str
+    global_step: _builtins.int
+    digest: _builtins.str
+    directory: _builtins.str
+    """The state directory of that run, on the machine where Tolaria runs."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        checkpoint_id: _builtins.str = ...,
+        global_step: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        directory: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_id", b"checkpoint_id", "digest", b"digest", "directory", b"directory", "global_step", b"global_step", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BranchOrigin: _TypeAlias = BranchOrigin  # noqa: Y015
 
 @_typing.final
 class RankStatus(_message.Message):

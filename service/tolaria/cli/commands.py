@@ -37,6 +37,7 @@ from tolaria.cli.admin_commands import (
 )
 from tolaria.cli.audit import audit
 from tolaria.cli.board import board_app
+from tolaria.cli.branches import branch_app
 from tolaria.cli.credentials import certs_app, token_app
 from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
 from tolaria.cli.exports import export_app
@@ -365,6 +366,7 @@ def show_config(*, config_file: ConfigFile = None, overrides: Overrides = None) 
 app.add_typer(admin_app)
 app.add_typer(export_app)
 app.add_typer(skip_app)
+app.add_typer(branch_app)
 app.add_typer(job_app)
 app.add_typer(telemetry_app)
 app.command()(audit)

@@ -81,6 +81,7 @@ def status_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
     rows = [
         ("run", f"{run_id}, job {job}, {_state(status)}"),
         ("name", _name(status)),
+        ("branch of", _branch(status)),
         ("progress", _progress(status)),
         ("learned", training_figures(status)),
         ("logged", ", ".join(f"{one_line(name)} {value:.5g}" for name, value in sorted(status.logged.items()))),
@@ -108,6 +109,15 @@ def _name(status: GetStatusResponse) -> str:
     """Returns the run's name and its tags; empty without both."""
     tags = ", ".join(f"{one_line(key)}={one_line(status.tags[key])}" for key in sorted(status.tags))
     return "; ".join(filter(None, (one_line(status.run_name), tags)))
+
+
+def _branch(status: GetStatusResponse) -> str:
+    """Returns where the run has branched off; empty if it has not."""
+    if not status.HasField("branched_from"):
+        return ""
+    origin = status.branched_from
+    place = f"{one_line(origin.checkpoint_id)} in {one_line(origin.directory)}"
+    return f"run {one_line(origin.run_id)} at step {origin.global_step} (checkpoint {place})"
 
 
 def _ranks(status: GetStatusResponse) -> str:

@@ -21,7 +21,6 @@ from tolaria.lane.messages import (
     ChangeOptimizer,
     Command,
     CommandDone,
-    Failure,
     Hold,
     ImageCaptured,
     OptimizerChanged,
@@ -40,6 +39,7 @@ from tolaria.lane.train_module import TrainModule
 from tolaria.optimization import change_hyperparameters
 from tolaria.optimization.hyperparameters import HyperparameterChange
 from tolaria.signals.lane_page import LanePage
+from tolaria.values.failure import Failure
 
 _EPOCHS_QUEUED_MAX: Final = 4
 _COMMANDS_QUEUED_MAX: Final = 256

@@ -15,9 +15,7 @@ from tolaria.errors import BrokenJobError
 from tolaria.jobs import Batch, EvaluatingJob, LoaderCursor, TrainingJob
 from tolaria.jobs.indexed import samples_of
 from tolaria.lane.device import on_device
-from tolaria.lane.group_commands import EVALUATED
 from tolaria.lane.job_output import checked_batch, checked_evaluation
-from tolaria.lane.step import StepAbandonedError
 from tolaria.lane.train_module import TrainModule
 from tolaria.ranks.group import Group
 from tolaria.ranks.share import Share, SharingJob
@@ -25,6 +23,9 @@ from tolaria.state.encoding import capture_rngs, restore_rngs
 from tolaria.values.evaluation import Evaluation, Ratio, set_names_problem
 
 METHOD: Final = "validation_batches()"
+
+EVALUATED: Final = "validation batches"
+"""What ranks have to have in common when they evaluate."""
 
 _ORDER_SEED: Final = 0
 """Seed of the order in which a loader shuffles a validation set: all evaluations have the same one."""
@@ -70,13 +71,13 @@ def batches_of(given: Iterable[object], share: Share) -> tuple[Generator[object,
 
 def evaluate(
     module: TrainModule, *, beat: Callable[[], object] = lambda: None, goes_on: Callable[[int], bool] = lambda _: True
-) -> Evaluation:
+) -> Evaluation | None:
     """Evaluates the model on all validation sets; in a group, returns the sums over all ranks.
 
-    `beat` is called before each batch, and `goes_on` with its number among those of all sets.
+    `beat` is called before each batch, and `goes_on` with its number among those of all sets. If that returns False,
+    the evaluation is abandoned: returns None, and the random generators are as before.
 
     Raises:
-        StepAbandonedError: `goes_on` returned False; the random generators are as before.
         BrokenJobError: names what the job has returned.
         RanksDifferError: a rank has evaluated another number of batches.
     """
@@ -91,7 +92,7 @@ def evaluate(
                     beat()
                     if not goes_on(place):
                         restore_rngs(*rngs)
-                        raise StepAbandonedError
+                        return None
                     found[name] += evaluated(module, each, share)
                     place += 1
     if module.group is not None and found:

@@ -25,13 +25,14 @@ from tolaria.lane.commands import PageGate
 from tolaria.lane.connection import LaneConnection
 from tolaria.lane.encoding import from_bytes, to_bytes
 from tolaria.lane.group_state import GroupRestore
-from tolaria.lane.messages import Failure, LaneEnded, LaneReady
+from tolaria.lane.messages import LaneEnded, LaneReady
 from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.lane.process import Received, dump_stacks_on_request, end_with_service
 from tolaria.ranks.group import Group, lost_peer
 from tolaria.ranks.images import receive_image, send_image
 from tolaria.signals.lane_page import STACKS_SIGNAL, LanePage, PagePulse
 from tolaria.state.shared_memory import SharedMemory
+from tolaria.values.failure import Failure
 from tolaria.values.training import RankInfo
 from tolaria.wire import Frame, FrameKind, FrameStream, send
 

@@ -167,7 +167,7 @@ def _evaluation_rows(module: TrainModule) -> Iterator[Row]:
 
     found = evaluate(module, goes_on=goes_on)
     module.train_mode()
-    if not found.samples:
+    if found is None or not found.samples:
         yield "evaluation", "none: the job gives no sample to evaluate"
         return
     figures = ", ".join(f"{name} {value:.4g}" for name, value in found.figures().items())

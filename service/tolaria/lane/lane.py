@@ -24,7 +24,6 @@ from tolaria.lane.messages import (
     Command,
     EpochDone,
     Event,
-    Failure,
     Held,
     LaneEnded,
     Restored,
@@ -38,6 +37,7 @@ from tolaria.lane.train_module import TrainModule
 from tolaria.ranks.group import Group, lost_peer
 from tolaria.signals.layout import LanePhase
 from tolaria.values.evaluation import Evaluation
+from tolaria.values.failure import Failure
 from tolaria.values.training import RankLoad
 
 _FRAME_S: Final = 0.02
@@ -363,7 +363,10 @@ class ThreadLane:
 
     def _evaluate(self) -> Evaluation:
         """Raises StepAbandonedError for a stop or an urgent command: a long validation must not delay them."""
-        return evaluate(self._module, beat=self._heartbeat.lane_beat, goes_on=self._commands.continue_evaluation)
+        beat, goes_on = self._heartbeat.lane_beat, self._commands.continue_evaluation
+        if (found := evaluate(self._module, beat=beat, goes_on=goes_on)) is None:
+            raise StepAbandonedError
+        return found
 
 
 def _loads(module: TrainModule, group: Group) -> tuple[RankLoad, ...]:

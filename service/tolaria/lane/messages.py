@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Self, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
-from tolaria.errors import LaneFailedError, TolariaError
 from tolaria.images import SnapshotInfo, SnapshotStatistics
-from tolaria.values.encoding import error_fields, error_from_fields, is_catalogued
 from tolaria.values.evaluation import Evaluation
+from tolaria.values.failure import Failure
 from tolaria.values.gradients import SeedMetricSet
 from tolaria.values.optimization import (
     ActiveAdjustment,
@@ -241,33 +240,6 @@ Result: TypeAlias = (
 )
 
 # -- events ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An exception as plain values: class name and constructor fields of a `TolariaError`, else its message."""
-
-    name: str
-    fields: tuple[Any, ...]
-    traceback: str = ""
-
-    @classmethod
-    def of(cls, error: BaseException, traceback: str = "") -> Self:
-        """Returns the failure for an exception."""
-        if isinstance(error, TolariaError) and is_catalogued(error):
-            return cls(*error_fields(error), traceback=traceback)
-        return cls(type(error).__name__, (str(error),), traceback)
-
-    def error(self) -> TolariaError:
-        """Returns the same error; a `LaneFailedError` for an exception that is not Tolaria's own."""
-        try:
-            return error_from_fields(self.name, self.fields)
-        except KeyError:
-            return LaneFailedError(f"{self.name}: {self.fields[0]}")
-
-    def __str__(self) -> str:
-        error = self.error()
-        return f"{self.name}: {error}" if type(error).__name__ == self.name else str(error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,6 @@ class Checkpointing:
         observers: RunObserver,
         journal: AsyncJournal,
         points: RestorePoints,
-        logged: Mapping[str, float],
     ) -> None:
         self._log = structlog.get_logger(__name__)
         self._settings = settings
@@ -83,7 +82,6 @@ class Checkpointing:
         self._observers = observers
         self._journal = journal
         self._points = points
-        self._logged = logged
         self._proven: set[str] = set()
         self._turn = anyio.Lock()
         self._wake = anyio.Event()
@@ -100,6 +98,8 @@ class Checkpointing:
         """Step of the newest checkpoint, or the one at which the run begins in this process; -1 after a rollback."""
         self.model = ""
         """The lane's description of the model, which is kept in each manifest."""
+        self.logged: Mapping[str, float] = {}
+        """What the job has logged last, by name: the best checkpoint may be that with the best of it."""
         self._held_reason = ""
         self._retrying = self._stalled = False
         self.failing = ""
@@ -319,7 +319,7 @@ class Checkpointing:
             self._evaluated_step = self._step
         if self._evaluated_step != self._step:
             return None
-        return best_metric(self._settings, self._epoch, self._logged)
+        return best_metric(self._settings, self._epoch, self.logged)
 
     def _evaluated(self) -> dict[str, Any]:
         """Returns the metrics of the newest evaluation of this branch, and its step, for the manifest."""

@@ -27,6 +27,7 @@ from tolaria.errors import ConfigurationError, JournalDamagedError, JournalError
 from tolaria.filesystem import Filesystem
 from tolaria.journal.database import Journal
 from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RollbackRow, RunRow
+from tolaria.run.branches import branch_origin
 from tolaria.run.restore_points import RestorePoints, attempts_used, resumed_points
 
 RunOutcome: TypeAlias = Literal["finished", "stopped", "drained", "failed"]
@@ -248,6 +249,8 @@ def _choose_run(settings: Settings, directory: Path, storage: Storage) -> Prepar
             raise ConfigurationError([problem])
         row = replace(resumed, job=job, outcome="", ended_at_ns=None)
         left = f"its last process ended as {resumed.outcome}" if resumed.outcome else "its last process was killed"
+        if resumed.resumed_from is None and (origin := branch_origin(journal, resumed.run_id)) is not None:
+            left = f"it branches off at step {origin.global_step} of run {origin.run_id} in {origin.directory}"
         if extended is not None:
             raised = f"training.steps = {steps}" if steps else f"training.epochs = {epochs}"
             left = f"it had finished, and {raised} gives it more {'steps' if steps else 'epochs'}"

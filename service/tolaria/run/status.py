@@ -19,7 +19,8 @@ from leyline.v1.state_pb2 import HardwareContext, SystemStatePacket
 from tolaria import __version__
 from tolaria.images import SnapshotInfo
 from tolaria.lane.messages import EpochDone, LaneReady, OptimizerChanged, Restored, StepDone
-from tolaria.run.pace import Pace
+from tolaria.run.pace import EpochSums, Pace
+from tolaria.values.lineage import BranchOrigin
 from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.seeds import FOSSILIZED, FOSSILIZED_LEFT, NO_LIMITS, SLOTS_FREE, SeedLimits, count_in
@@ -52,43 +53,6 @@ class StatusFeed:
         """Waits until `predicate()` is true after a change; returns at once if it is now."""
         while not predicate():
             await self._change.wait()
-
-
-@dataclass(slots=True)
-class EpochSums:
-    """Sums over the steps of the current epoch; skipped steps contribute only their number, samples and time."""
-
-    steps: int = 0
-    skipped_steps: int = 0
-    samples: int = 0
-    loss_sum: float = 0.0
-    gradient_norm: float = 0.0
-    duration_s: float = 0.0
-    input_wait_s: float = 0.0
-    copy_s: float = 0.0
-
-    def add(self, step: StepDone) -> None:
-        """Counts one step."""
-        self.duration_s += step.duration_s
-        self.input_wait_s += step.input_wait_s
-        self.copy_s += step.copy_s
-        self.samples += step.samples
-        if step.skipped:
-            self.skipped_steps += 1
-            return
-        self.steps += 1
-        self.loss_sum += step.loss
-        self.gradient_norm = step.gradient_norm
-
-    @property
-    def loss(self) -> float:
-        """Mean loss of the finite steps; NaN before the first."""
-        return self.loss_sum / self.steps if self.steps else float("nan")
-
-    @property
-    def samples_per_s(self) -> float:
-        """Samples per second of step time; 0 before the first step."""
-        return self.samples / self.duration_s if self.duration_s else 0.0
 
 
 @dataclass(slots=True)
@@ -140,6 +104,7 @@ class RunStatus:
     conflict_ratio: float = 0.0
     fast_paths: dict[str, str] = field(default_factory=dict)
     evaluates: bool = True
+    branch: BranchOrigin | None = None
     data_skips: int = 0
     """Number of skips of data that operators have made and not undone."""
     ranks: tuple[RankInfo, ...] = ()
@@ -345,6 +310,7 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
         remaining_s=status.remaining_s,
         unevaluated=not status.evaluates,
         data_skips=status.data_skips,
+        branched_from=None if status.branch is None else admin.BranchOrigin(**asdict(status.branch)),
         global_step=status.global_step,
         epoch_step=status.sums.steps + status.sums.skipped_steps,
         steps_per_epoch=status.steps_per_epoch,

@@ -25,6 +25,7 @@ from tolaria.images import StateImage
 from tolaria.lane.messages import LaneReady
 from tolaria.rpc.exports import EXPORTS
 from tolaria.run.adjustments import saved_adjustments
+from tolaria.run.branches import branch_origin
 from tolaria.run.data_skips import saved_skips
 from tolaria.run.resume import (
     ResumePoint,
@@ -167,6 +168,7 @@ def _foundation(
             points=point.points,
             rollbacks=point.rollbacks,
             skips=saved_skips(storage.journal, run_id),
+            branch=branch_origin(storage.journal, run_id),
         )
 
 

@@ -59,6 +59,7 @@ from tolaria.telemetry.metrics import Metrics
 from tolaria.telemetry.packets import Packets
 from tolaria.telemetry.subscriptions import TelemetryStream
 from tolaria.transport.process_lane import ProcessLane
+from tolaria.values.lineage import BranchOrigin
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.seeds import NO_SEEDS, limits_of
 
@@ -103,7 +104,7 @@ class Foundation:
     the checkpoint that was resumed. `build` is that of a lane in this process; otherwise the lane's own process builds
     it, resumes it from `checkpoint`, an image and the run's adjustments, and `on_ready` is called then.
     `points` are the restore points that earlier processes of the run have left, `rollbacks` their number of rollbacks
-    by origin, `skips` the data that operators have had them leave out.
+    by origin, `skips` the data that operators have had them leave out, `branch` where the run has branched off.
     """
 
     settings: Settings
@@ -123,6 +124,7 @@ class Foundation:
     points: RestorePoints = field(default_factory=RestorePoints)
     rollbacks: Mapping[str, int] = field(default_factory=dict)
     skips: tuple[DataSkip, ...] = ()
+    branch: BranchOrigin | None = None
 
 
 class Core:
@@ -194,8 +196,8 @@ class Core:
             observers=self.observers,
             journal=self.journal,
             points=foundation.points,
-            logged=self.status.logged,
         )
+        self.checkpointing.logged = self.status.logged
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +336,7 @@ def new_status(foundation: Foundation) -> RunStatus:
         rollbacks_by_origin=dict(foundation.rollbacks),
         attempt=foundation.points.lineage.attempt,
         newest_proven_step=foundation.points.newest_proven_step,
+        branch=foundation.branch,
     )
     if not settings.control.enabled:
         status.tamiyo_answer = status.kasmina_answer = NO_CONTROLLER

@@ -17,7 +17,7 @@ SETS_MAX: Final = 16
 """Number of validation sets that a job may name: each has all metrics."""
 
 TRAINING: Final = "training"
-"""What stands before the slash in the names of metrics of training, as sets' names do in those of evaluations."""
+"""The part before the slash in the names of metrics of training, as a set's name is in those of evaluations."""
 
 RESERVED: Final = frozenset({"loss", "accuracy"})
 """The names of the figures that every evaluation has."""

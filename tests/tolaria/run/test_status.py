@@ -32,7 +32,8 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.lane.messages import EpochDone, Restored, StepDone
 from tolaria.run.conditions import Conditions, health_of
-from tolaria.run.status import EpochSums, RunStatus, epoch_packet, status_message
+from tolaria.run.pace import EpochSums
+from tolaria.run.status import RunStatus, epoch_packet, status_message
 from tolaria.values.evaluation import Evaluation
 from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment, Adjustment

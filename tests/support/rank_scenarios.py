@@ -84,6 +84,7 @@ def train(
             [done.evaluation.loss_sum, done.evaluation.correct, done.evaluation.samples]
             for done in run.all_of(EpochDone)
         ],
+        "figures": [done.evaluation.figures() for done in run.all_of(EpochDone)],
         "answers": answers,
         "waits": [
             [load.input_wait_s, load.rank_wait_s] for done in run.all_of(EpochDone)[-1:] for load in done.rank_loads

@@ -48,7 +48,7 @@ def sets_of(job: TrainingJob) -> dict[str, Iterable[object]]:
     return dict(given)
 
 
-def batches_of(given: Iterable[object], share: Share) -> tuple[Generator[object, None, None], Share]:
+def batches_of(given: Iterable[object] | LoaderCursor, share: Share) -> tuple[Generator[object, None, None], Share]:
     """Returns the batches of a validation set, and the share of this rank.
 
     Of a `DataLoader` over a data set with indices, with torch's own collation, each rank reads only its samples; also

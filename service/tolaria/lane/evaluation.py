@@ -59,7 +59,7 @@ def batches_of(given: Iterable[object] | LoaderCursor, share: Share) -> tuple[Ge
     divisible = isinstance(given, DataLoader) and _is_divisible(given)
     cursor = LoaderCursor(cast("DataLoader[Any]", given), seed=_ORDER_SEED) if divisible else given
     if not isinstance(cursor, LoaderCursor):
-        return _given_batches(given, loaded=isinstance(given, DataLoader)), share
+        return _given_batches(cast("Iterable[object]", given), loaded=isinstance(given, DataLoader)), share
     if not cursor.is_indexed:
         raise BrokenJobError(
             f"{METHOD} returned a LoaderCursor over a stream, which goes on where it was: return the loader itself"

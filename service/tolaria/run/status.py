@@ -248,7 +248,7 @@ def epoch_packet(status: RunStatus, averages: Averages, epoch: EpochDone, *, wal
     steps = max(1, sums.steps + sums.skipped_steps)
     packet = _packet(status, epoch.epoch, epoch.global_step, epoch.training_loss, wall_ns)
     packet.validation_accuracy = _known(epoch.evaluation.accuracy)
-    packet.validation_loss = _known(epoch.evaluation.loss)
+    packet.validation_loss = epoch.evaluation.loss  # NaN where nothing is evaluated: 0 would be a perfect model
     packet.hardware_context.CopyFrom(epoch.hardware)
     packet.training_metrics.update(
         _average_metrics(averages)

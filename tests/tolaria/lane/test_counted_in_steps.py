@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from support.lane_driver import DrivenLane, built, running
 from tolaria.errors import BrokenJobError, ConfigurationError, StateMismatchError
@@ -111,3 +112,32 @@ def test_a_job_may_leave_out_the_evaluation() -> None:
         with pytest.raises(ConfigurationError, match=r"checkpoint\.best is .*training/loss:min"):
             built(job, sections={"checkpoint": {"best": best}}, **training)
     assert built(job, sections={"checkpoint": {"best": "training/loss:min"}}, **training).ready.evaluates is False
+
+
+def test_evaluate_every_steps_needs_steps() -> None:
+    """The message names both settings."""
+    with pytest.raises(ValidationError, match=r"training\.evaluate_every_steps needs training\.steps"):
+        built(STREAM, evaluate_every_steps=5, options={"stream": "table"})
+
+
+def test_a_stream_without_state_says_what_resuming_costs() -> None:
+    """One with state says nothing."""
+    (note,) = built(STREAM, steps=5, options={"stream": "none"}).notes
+    assert "reads the epoch again up to it (without a length: all that was read before)" in note
+    for stream in ("loader", "dataset"):
+        assert built(STREAM, steps=5, options={"stream": stream}).notes == ()
+
+
+def test_more_steps_go_on_with_the_epoch_in_which_the_run_had_ended() -> None:
+    """So that evaluations stay at multiples: the rest of the epoch comes first."""
+    lane = built(STREAM, steps=10, evaluate_every_steps=EVERY, options={"samples": 22})
+    with running(lane) as run:
+        for number in (1, 2):
+            run.send(RunEpoch(number))
+        run.wait_for(EpochDone, number=2)
+        place: Any = run.module.cursor.state_dict()
+    assert place["index"] == 3
+    more = DrivenLane(built(STREAM, steps=20, evaluate_every_steps=EVERY, options={"samples": 22}))
+    more.module.cursor.load_state_dict(place)
+    more.module.begin_epoch()
+    assert [more.module.next_batch() is not None for _ in range(5)] == [True] * 4 + [False]

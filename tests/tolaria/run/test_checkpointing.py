@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -10,11 +11,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from support.checkpointing import CheckpointingFactory, CheckpointingParts, epoch_done, serving
+from tolaria.config import CheckpointSettings
 from tolaria.errors import LaneError, LaneStoppedError
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import BatchesSkipped, CaptureImage
 from tolaria.run import checkpointing
-from tolaria.run.checkpointing import BUSY_S, due_by_epochs, due_by_steps
+from tolaria.run.checkpointing import BUSY_S, best_metric, due_by_epochs, due_by_steps
+from tolaria.values.evaluation import Evaluation
 from tolaria.values.lineage import Lineage
 
 pytestmark = pytest.mark.anyio
@@ -417,3 +420,25 @@ async def test_a_checkpoint_whose_caller_has_gone_is_superseded_too(make_parts: 
     parts.disk.gate.set()
     assert await anyio.to_thread.run_sync(parts.writer.close, 20.0)
     assert await parts.steps() == []
+
+
+@pytest.mark.parametrize(
+    ("best", "metric"),
+    [
+        ("accuracy", 0.5),
+        ("loss", 2.0),
+        ("far/loss:min", 3.0),
+        ("training/loss:min", 0.25),
+        ("training/mean:max", 7.0),
+        ("training/other:max", None),
+        ("unknown:min", None),
+    ],
+)
+def test_the_best_checkpoint_is_that_of_a_set_or_of_training(best: str, metric: float | None) -> None:
+    """Without an evaluation only metrics of training are known."""
+    sets = Evaluation.of_sets({"near": Evaluation(8.0, 2, 4), "far": Evaluation(12.0, 1, 4)})
+    epoch = replace(epoch_done(10), evaluation=sets, training_loss=0.25)
+    settings = CheckpointSettings(best=best)
+    assert best_metric(settings, epoch, {"mean": 7.0}) == metric
+    alone = replace(epoch, evaluation=Evaluation(0.0))
+    assert best_metric(settings, alone, {"mean": 7.0}) == (metric if best.startswith("training") else None)

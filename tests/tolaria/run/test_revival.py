@@ -104,6 +104,7 @@ class Parts:
         """Returns the digests of snapshots that are tried, and the step of the checkpoint."""
         self.points.given = points
         plan, image = await self.revival.plan()
+        assert plan.ranges == self.ranges
         return plan.targets, None if image is None else image.position.global_step
 
 

@@ -67,8 +67,8 @@ class StreamJob:
 
     Options: stream (loader: torchdata's loader, which keeps the state; dataset: a plain loader over a data set with
     state; none: without state; table: tensors in memory), samples (absent: no end), left_out (samples), noise,
-    batch, step_s, sets (names of validation sets; absent: one without a name; []: none), log (a file in which each
-    batch's first feature is noted).
+    batch, step_s, sets (names of validation sets; absent: one without a name; []: none), log (a file in which the
+    targets of each batch are noted).
     """
 
     def __init__(self, context: JobContext) -> None:
@@ -99,7 +99,7 @@ class StreamJob:
         time.sleep(float(str(self.options.get("step_s", 0.0))))
         if log := self.options.get("log"):
             with Path(str(log)).open("a") as file:
-                file.write(json.dumps(x[:, 0].tolist()) + "\n")
+                file.write(json.dumps(y[:, 0].tolist()) + "\n")
         self.context.log("mean", y.mean())
         return {HOST: functional.mse_loss(model(x), y)}
 

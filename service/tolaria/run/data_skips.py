@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import structlog
 
-from tolaria.errors import InvalidFieldError, LaneLostError
+from tolaria.errors import InvalidFieldError, LaneLostError, WrongStateError
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.database import Journal
 from tolaria.journal.rows import CommandRow
@@ -95,7 +95,12 @@ class DataSkips:
             self._lane.submit(SetSkippedRanges(ranges))
 
     def ranges_of_steps(self, first: int, last: int) -> tuple[BatchRange, ...]:
-        """Returns the batches of steps, as `StepPlaces.of` knows them. Raises InvalidFieldError."""
+        """Returns the batches of steps, as `StepPlaces.of` knows them.
+
+        Raises InvalidFieldError, or WrongStateError before the job is built.
+        """
+        if not self.places.begun:
+            raise WrongStateError("the job is not built yet, so that nothing is known of its steps: name batches")
         if not 1 <= first <= last:
             raise InvalidFieldError("to_step", f"must not be less than from_step, which is at least 1, is {last}")
         if last - first >= STEPS_MAX:

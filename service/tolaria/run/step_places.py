@@ -55,6 +55,8 @@ class StepPlaces:
         self._undone: list[_Stretch] = []
         self._step = 0
         self._epoch_steps = 0
+        self.begun = False
+        """Whether the position at which this process starts is known."""
         self.reached = (0, 0)
         """Epoch and place of the batch that is read next."""
 
@@ -63,6 +65,7 @@ class StepPlaces:
 
         `epoch_steps` is the number of steps in an epoch.
         """
+        self.begun = True
         self._epoch_steps, number, steps = epoch_steps, progress.number, progress.steps
         self._go_to(progress, global_step)
         self._taken = []

@@ -15,11 +15,18 @@ from leyline.v1 import admin_service_pb2 as admin
 from support.admin import serving_run, stub_of
 from support.jobs import GatedJob
 from support.lane_driver import DrivenLane, built
+from support.lanes import FakeLane
 from support.runs import FakePeers, new_run, running, train_to
+from tolaria.errors import WrongStateError
+from tolaria.journal.async_journal import AsyncJournal
 from tolaria.journal.rows import CommandRow
 from tolaria.lane.messages import SetSkippedRanges
-from tolaria.run.data_skips import KIND, saved_skips
-from tolaria.values.training import BatchRange
+from tolaria.run.data_skips import KIND, DataSkips, saved_skips
+from tolaria.run.lane_client import LaneClient
+from tolaria.run.observers import RunObserver
+from tolaria.run.status import RunStatus
+from tolaria.run.step_places import StepPlaces
+from tolaria.values.training import BatchRange, EpochProgress
 
 pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")]
 
@@ -126,3 +133,15 @@ def test_skips_that_cannot_be_read_are_none(tmp_path: Any) -> None:
     with Journal(tmp_path / "journal") as journal:
         journal.put(CommandRow(f"{KIND}@run", 1, "run", KIND, 0, "applied", json.dumps([{"skip_id": "a"}])))
         assert saved_skips(journal, "run") == ()
+
+
+def test_steps_are_not_known_before_the_job_is_built() -> None:
+    """Then only batches can be named."""
+    lane = LaneClient(FakeLane())
+    status = RunStatus("run", "job", "", 1, 0.0)
+    journal = cast("AsyncJournal", None)  # not used
+    skips = DataSkips(lane, status, journal, RunObserver(), saved=(), places=StepPlaces(1))
+    with pytest.raises(WrongStateError, match="not built yet"):
+        skips.ranges_of_steps(1, 2)
+    skips.places.begin(EpochProgress(), 0, 10)
+    assert skips.ranges_of_steps(9, 12) == (BatchRange(1, 8, 9), BatchRange(2, 0, 1))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any, Final, cast
 
 import torch
+from pydantic import JsonValue
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from tolaria.errors import BrokenJobError
+from tolaria.errors import BrokenJobError, StateUnsupportedError
 from tolaria.jobs import Batch, EvaluatingJob, LoaderCursor, TrainingJob
 from tolaria.jobs.indexed import samples_of
 from tolaria.lane.device import on_device
@@ -81,7 +83,7 @@ def evaluate(
         BrokenJobError: names what the job has returned.
         RanksDifferError: a rank has evaluated another number of batches.
     """
-    rngs, place, found = capture_rngs(), 0, dict[str, Evaluation]()
+    rngs, place, found = _random_state(), 0, dict[str, Evaluation]()
     module.model.eval()
     with torch.no_grad(), module.seeds.groups_as_built():
         for name, given in sets_of(module.job).items():
@@ -91,7 +93,8 @@ def evaluate(
                 for each in batches:
                     beat()
                     if not goes_on(place):
-                        restore_rngs(*rngs)
+                        if rngs is not None:
+                            restore_rngs(*rngs)
                         return None
                     found[name] += evaluated(module, each, share)
                     place += 1
@@ -99,6 +102,13 @@ def evaluate(
         module.group.all(value=True, must_match={EVALUATED: -1})
         found = {name: _over_ranks(total, module.group) for name, total in found.items()}
     return Evaluation.of_sets(found)
+
+
+def _random_state() -> tuple[dict[str, Tensor], dict[str, JsonValue]] | None:
+    """Returns the state of the random generators; None for one that cannot be saved, as snapshots then say."""
+    with suppress(StateUnsupportedError):
+        return capture_rngs()
+    return None
 
 
 def evaluated(module: TrainModule, given: object, share: Share) -> Evaluation:

@@ -95,10 +95,13 @@ SERVICES = {
     "RollbackParticipantService": "PrepareRollback CommitRollback ConfirmRollback AbortRollback",
     "TolariaAdminService": "GetStatus WatchStatus PauseTraining ResumeTraining StopTraining TriggerRollback"
     " ListRestorePoints CreateCheckpoint RaiseEmergency ClearEmergency ListIncidents SetConservativeMode"
-    " AdjustLearningRate CaptureProfile ListAdminCalls ExportModel StreamTelemetry",
+    " AdjustLearningRate CaptureProfile ListAdminCalls ExportModel SkipData ListDataSkips StreamTelemetry",
 }
 STREAMING = {"WatchStatus", "StreamTelemetry"}
-READING = {"GetStatus", "WatchStatus", "ListRestorePoints", "ListIncidents", "ListAdminCalls", "StreamTelemetry"}
+READING = {
+    *("GetStatus", "WatchStatus", "ListRestorePoints", "ListIncidents", "ListAdminCalls", "ListDataSkips"),
+    "StreamTelemetry",
+}
 
 _kind_names: dict[int, str] = {
     number: name.removeprefix("TYPE_").lower() for name, number in descriptor_pb2.FieldDescriptorProto.Type.items()

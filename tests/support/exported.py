@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -58,18 +58,18 @@ class Trained:
         return export_model(order)
 
 
-def evaluate(job: TrainingJob, model: nn.Module) -> Evaluation:
+def evaluate(job: Any, model: nn.Module) -> Evaluation:
     """Evaluates a model as the lane does."""
     model.eval()
     with torch.no_grad():
         found = [job.evaluate(model, batch) for batch in job.validation_batches()]
-    total = found[0]
+    total: Evaluation = found[0]
     for each in found[1:]:
         total += each
     return total
 
 
-def outputs(job: TrainingJob, model: nn.Module) -> torch.Tensor:
+def outputs(job: Any, model: nn.Module) -> torch.Tensor:
     """Returns the model's output for a validation batch."""
     batch: Batch = next(iter(job.validation_batches()))
     with torch.no_grad():

@@ -12,7 +12,6 @@ from tolaria.lane.messages import (
     Command,
     CommandDone,
     Event,
-    Failure,
     Held,
     Hold,
     ImageCaptured,
@@ -23,6 +22,7 @@ from tolaria.lane.messages import (
     Stop,
 )
 from tolaria.run.lane_client import LaneClient
+from tolaria.values.failure import Failure
 from tolaria.values.training import Position
 
 Answer: TypeAlias = Result | TolariaError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from tolaria.jobs import HOST, Batch, Evaluation, JobContext, LoaderCursor, PerSampleLosses, TensorCursor
 from tolaria.seeds import SeedSlot
@@ -122,6 +122,37 @@ class LoaderJob(ExactJob):
     def training_data(self) -> LoaderCursor:  # type: ignore[override]
         loader = DataLoader(TensorDataset(self.x, self.y), batch_size=7, shuffle=True, num_workers=1)
         return LoaderCursor(loader, seed=0)
+
+
+class StreamSetsJob(ExactJob):
+    """A stream without end that keeps its place, and two validation sets: one of a loader, one of batches."""
+
+    def training_data(self) -> LoaderCursor:  # type: ignore[override] # another cursor
+        return LoaderCursor(DataLoader(_Cycle(self.x, self.y), batch_size=7), seed=self.context.seed)
+
+    def validation_batches(self) -> Any:
+        return {
+            "read": DataLoader(TensorDataset(self.x, self.y), batch_size=9),
+            "given": [Batch((-self.x, self.y), 50)],
+        }
+
+
+class _Cycle(IterableDataset[Any]):
+    """Samples over and over."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y, self.at = x, y, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            place, self.at = self.at % len(self.x), self.at + 1
+            yield self.x[place], self.y[place]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
 
 
 class FailingRankJob(ExactJob):

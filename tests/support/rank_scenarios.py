@@ -90,6 +90,7 @@ def train(
             for done in run.all_of(EpochDone)
         ],
         "averages": [done.evaluation.figures().get("ema/loss") for done in run.all_of(EpochDone)],
+        "figures": [done.evaluation.figures() for done in run.all_of(EpochDone)],
         "answers": answers,
         "waits": [
             [load.input_wait_s, load.rank_wait_s] for done in run.all_of(EpochDone)[-1:] for load in done.rank_loads

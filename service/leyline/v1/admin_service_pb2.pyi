@@ -317,6 +317,11 @@ class GetStatusResponse(_message.Message):
     LOGGED_FIELD_NUMBER: _builtins.int
     RUN_NAME_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    REMAINING_S_FIELD_NUMBER: _builtins.int
+    UNEVALUATED_FIELD_NUMBER: _builtins.int
+    DATA_SKIPS_FIELD_NUMBER: _builtins.int
+    BRANCHED_FROM_FIELD_NUMBER: _builtins.int
     LEARNING_RATE_SCHEDULE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     state: Global___RunState.ValueType
@@ -332,7 +337,7 @@ class GetStatusResponse(_message.Message):
     """Why the run is in its state, where somebody said so."""
     job: _builtins.str
     epochs: _builtins.int
-    """Epochs asked for."""
+    """Epochs asked for; 0 where the run is counted in steps."""
     epoch_step: _builtins.int
     """Updates done in this epoch, and how many an epoch has."""
     steps_per_epoch: _builtins.int
@@ -366,6 +371,14 @@ class GetStatusResponse(_message.Message):
     """Step of the newest proven restore point, over both tiers."""
     run_name: _builtins.str
     """The name and the tags that people have given the run."""
+    steps: _builtins.int
+    """Optimizer updates asked for; 0 where the run is counted in epochs."""
+    remaining_s: _builtins.float
+    """Estimated seconds until the run is complete, while it trains."""
+    unevaluated: _builtins.bool
+    """Whether the job has no validation set, so that nothing is evaluated."""
+    data_skips: _builtins.int
+    """Skips of data that operators have made and not undone."""
     learning_rate_schedule: _builtins.str
     """Which schedule of the job the learning rates follow, such as "OneCycleLR of the job, by step"; empty: the settings'."""
     @_builtins.property
@@ -400,7 +413,9 @@ class GetStatusResponse(_message.Message):
 
     @_builtins.property
     def validation_metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Figures of the last evaluation by name: loss, accuracy if the job counts it, and the job's own metrics."""
+        """Figures of the last evaluation by name: loss, accuracy if the job counts it, and the job's own metrics; of
+        validation sets with names by SET/NAME, the first set's without it too. Empty if nothing is evaluated.
+        """
 
     @_builtins.property
     def logged(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
@@ -408,6 +423,10 @@ class GetStatusResponse(_message.Message):
 
     @_builtins.property
     def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def branched_from(self) -> Global___BranchOrigin:
+        """Where the run has branched off, if it has."""
+
     def __init__(
         self,
         *,
@@ -459,17 +478,61 @@ class GetStatusResponse(_message.Message):
         logged: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         run_name: _builtins.str = ...,
         tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        steps: _builtins.int = ...,
+        remaining_s: _builtins.float | None = ...,
+        unevaluated: _builtins.bool = ...,
+        data_skips: _builtins.int = ...,
+        branched_from: Global___BranchOrigin | None = ...,
         learning_rate_schedule: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "health", b"health", "last_command", b"last_command", "newest_proven_step", b"newest_proven_step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "_remaining_s", b"_remaining_s", "branched_from", b"branched_from", "health", b"health", "last_command", b"last_command", "newest_proven_step", b"newest_proven_step", "remaining_s", b"remaining_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "adjustments", b"adjustments", "attempt", b"attempt", "best_step", b"best_step", "boundaries_over_budget", b"boundaries_over_budget", "boundary_budget_ms", b"boundary_budget_ms", "boundary_ms_p50", b"boundary_ms_p50", "boundary_ms_p99", b"boundary_ms_p99", "breakers", b"breakers", "commands_accepted", b"commands_accepted", "commands_rejected", b"commands_rejected", "conservative_reasons", b"conservative_reasons", "emergency_level", b"emergency_level", "epoch", b"epoch", "epoch_step", b"epoch_step", "epochs", b"epochs", "fast_paths", b"fast_paths", "global_step", b"global_step", "health", b"health", "job", b"job", "kasmina_answer", b"kasmina_answer", "last_boundary_ms", b"last_boundary_ms", "last_command", b"last_command", "learning_rate_schedule", b"learning_rate_schedule", "learning_rates", b"learning_rates", "logged", b"logged", "metrics_address", b"metrics_address", "newest_proven_step", b"newest_proven_step", "phase", b"phase", "phase_s", b"phase_s", "ranks", b"ranks", "rollbacks", b"rollbacks", "rollbacks_by_origin", b"rollbacks_by_origin", "run_id", b"run_id", "run_name", b"run_name", "samples_per_s", b"samples_per_s", "samples_total", b"samples_total", "seeds", b"seeds", "skipped_steps", b"skipped_steps", "state", b"state", "state_reason", b"state_reason", "steps_per_epoch", b"steps_per_epoch", "tags", b"tags", "tamiyo_answer", b"tamiyo_answer", "training_loss", b"training_loss", "uptime_s", b"uptime_s", "validation_accuracy", b"validation_accuracy", "validation_loss", b"validation_loss", "validation_metrics", b"validation_metrics", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step", "_remaining_s", b"_remaining_s", "adjustments", b"adjustments", "attempt", b"attempt", "best_step", b"best_step", "boundaries_over_budget", b"boundaries_over_budget", "boundary_budget_ms", b"boundary_budget_ms", "boundary_ms_p50", b"boundary_ms_p50", "boundary_ms_p99", b"boundary_ms_p99", "branched_from", b"branched_from", "breakers", b"breakers", "commands_accepted", b"commands_accepted", "commands_rejected", b"commands_rejected", "conservative_reasons", b"conservative_reasons", "data_skips", b"data_skips", "emergency_level", b"emergency_level", "epoch", b"epoch", "epoch_step", b"epoch_step", "epochs", b"epochs", "fast_paths", b"fast_paths", "global_step", b"global_step", "health", b"health", "job", b"job", "kasmina_answer", b"kasmina_answer", "last_boundary_ms", b"last_boundary_ms", "last_command", b"last_command", "learning_rate_schedule", b"learning_rate_schedule", "learning_rates", b"learning_rates", "logged", b"logged", "metrics_address", b"metrics_address", "newest_proven_step", b"newest_proven_step", "phase", b"phase", "phase_s", b"phase_s", "ranks", b"ranks", "remaining_s", b"remaining_s", "rollbacks", b"rollbacks", "rollbacks_by_origin", b"rollbacks_by_origin", "run_id", b"run_id", "run_name", b"run_name", "samples_per_s", b"samples_per_s", "samples_total", b"samples_total", "seeds", b"seeds", "skipped_steps", b"skipped_steps", "state", b"state", "state_reason", b"state_reason", "steps", b"steps", "steps_per_epoch", b"steps_per_epoch", "tags", b"tags", "tamiyo_answer", b"tamiyo_answer", "training_loss", b"training_loss", "unevaluated", b"unevaluated", "uptime_s", b"uptime_s", "validation_accuracy", b"validation_accuracy", "validation_loss", b"validation_loss", "validation_metrics", b"validation_metrics", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__newest_proven_step: _TypeAlias = _typing.Literal["newest_proven_step"]  # noqa: Y015
     _WhichOneofArgType__newest_proven_step: _TypeAlias = _typing.Literal["_newest_proven_step", b"_newest_proven_step"]  # noqa: Y015
+    _WhichOneofReturnType__remaining_s: _TypeAlias = _typing.Literal["remaining_s"]  # noqa: Y015
+    _WhichOneofArgType__remaining_s: _TypeAlias = _typing.Literal["_remaining_s", b"_remaining_s"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__newest_proven_step) -> _WhichOneofReturnType__newest_proven_step | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__remaining_s) -> _WhichOneofReturnType__remaining_s | None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class BranchOrigin(_message.Message):
+    """The restore point of another run from which a run has begun."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_ID_FIELD_NUMBER: _builtins.int
+    GLOBAL_STEP_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    DIRECTORY_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    checkpoint_id: _builtins.str
+    global_step: _builtins.int
+    digest: _builtins.str
+    directory: _builtins.str
+    """The state directory of that run, on the machine where Tolaria runs."""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        checkpoint_id: _builtins.str = ...,
+        global_step: _builtins.int = ...,
+        digest: _builtins.str = ...,
+        directory: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_id", b"checkpoint_id", "digest", b"digest", "directory", b"directory", "global_step", b"global_step", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BranchOrigin: _TypeAlias = BranchOrigin  # noqa: Y015
 
 @_typing.final
 class RankStatus(_message.Message):
@@ -1497,6 +1560,214 @@ class CaptureProfileResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CaptureProfileResponse: _TypeAlias = CaptureProfileResponse  # noqa: Y015
+
+@_typing.final
+class SkipDataRequest(_message.Message):
+    """Has training leave data out, from the next step boundary on. Names steps, or
+    batches of an epoch, or an earlier skip that is to be undone. A rollback does
+    not undo a skip: what was read already is left out once the run goes back
+    before it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    FROM_STEP_FIELD_NUMBER: _builtins.int
+    TO_STEP_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    FROM_BATCH_FIELD_NUMBER: _builtins.int
+    TO_BATCH_FIELD_NUMBER: _builtins.int
+    REMOVE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    reason: _builtins.str
+    from_step: _builtins.int
+    """Steps whose batches are left out, both included: those that the steps took,
+    or of later ones, those that they take if no step is skipped.
+    """
+    to_step: _builtins.int
+    epoch: _builtins.int
+    """Or batches of this epoch, from 0, both included."""
+    from_batch: _builtins.int
+    to_batch: _builtins.int
+    remove: _builtins.str
+    """Or the id of a skip."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        from_step: _builtins.int | None = ...,
+        to_step: _builtins.int | None = ...,
+        epoch: _builtins.int | None = ...,
+        from_batch: _builtins.int = ...,
+        to_batch: _builtins.int = ...,
+        remove: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_from_step", b"_from_step", "_to_step", b"_to_step", "epoch", b"epoch", "from_step", b"from_step", "to_step", b"to_step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_from_step", b"_from_step", "_to_step", b"_to_step", "epoch", b"epoch", "from_batch", b"from_batch", "from_step", b"from_step", "reason", b"reason", "remove", b"remove", "request_id", b"request_id", "to_batch", b"to_batch", "to_step", b"to_step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__epoch: _TypeAlias = _typing.Literal["epoch"]  # noqa: Y015
+    _WhichOneofArgType__epoch: _TypeAlias = _typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
+    _WhichOneofReturnType__from_step: _TypeAlias = _typing.Literal["from_step"]  # noqa: Y015
+    _WhichOneofArgType__from_step: _TypeAlias = _typing.Literal["_from_step", b"_from_step"]  # noqa: Y015
+    _WhichOneofReturnType__to_step: _TypeAlias = _typing.Literal["to_step"]  # noqa: Y015
+    _WhichOneofArgType__to_step: _TypeAlias = _typing.Literal["_to_step", b"_to_step"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epoch) -> _WhichOneofReturnType__epoch | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__from_step) -> _WhichOneofReturnType__from_step | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__to_step) -> _WhichOneofReturnType__to_step | None: ...
+
+Global___SkipDataRequest: _TypeAlias = SkipDataRequest  # noqa: Y015
+
+@_typing.final
+class SkipDataResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GLOBAL_STEP_FIELD_NUMBER: _builtins.int
+    SKIP_FIELD_NUMBER: _builtins.int
+    global_step: _builtins.int
+    @_builtins.property
+    def skip(self) -> Global___DataSkip: ...
+    def __init__(
+        self,
+        *,
+        global_step: _builtins.int = ...,
+        skip: Global___DataSkip | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["skip", b"skip"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["global_step", b"global_step", "skip", b"skip"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SkipDataResponse: _TypeAlias = SkipDataResponse  # noqa: Y015
+
+@_typing.final
+class ListDataSkipsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDataSkipsRequest: _TypeAlias = ListDataSkipsRequest  # noqa: Y015
+
+@_typing.final
+class ListDataSkipsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SKIPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def skips(self) -> _containers.RepeatedCompositeFieldContainer[Global___DataSkip]:
+        """The newest first, those that were undone included."""
+
+    def __init__(
+        self,
+        *,
+        skips: _abc.Iterable[Global___DataSkip] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["skips", b"skips"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDataSkipsResponse: _TypeAlias = ListDataSkipsResponse  # noqa: Y015
+
+@_typing.final
+class BatchRange(_message.Message):
+    """Batches of an epoch by their places from 0, both included."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    FROM_BATCH_FIELD_NUMBER: _builtins.int
+    TO_BATCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    from_batch: _builtins.int
+    to_batch: _builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        from_batch: _builtins.int = ...,
+        to_batch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "from_batch", b"from_batch", "to_batch", b"to_batch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchRange: _TypeAlias = BatchRange  # noqa: Y015
+
+@_typing.final
+class DataSkip(_message.Message):
+    """Data that training leaves out because an operator has asked for it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SKIP_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MADE_AT_FIELD_NUMBER: _builtins.int
+    RANGES_FIELD_NUMBER: _builtins.int
+    FROM_STEP_FIELD_NUMBER: _builtins.int
+    TO_STEP_FIELD_NUMBER: _builtins.int
+    REMOVED_AT_FIELD_NUMBER: _builtins.int
+    BATCHES_FIELD_NUMBER: _builtins.int
+    PASSED_FIELD_NUMBER: _builtins.int
+    skip_id: _builtins.str
+    reason: _builtins.str
+    from_step: _builtins.int
+    """The steps by which the batches were named, if they were."""
+    to_step: _builtins.int
+    batches: _builtins.int
+    passed: _builtins.int
+    """How many of them training has read already."""
+    @_builtins.property
+    def made_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchRange]: ...
+    @_builtins.property
+    def removed_at(self) -> _timestamp_pb2.Timestamp:
+        """Set once the skip has been undone."""
+
+    def __init__(
+        self,
+        *,
+        skip_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        made_at: _timestamp_pb2.Timestamp | None = ...,
+        ranges: _abc.Iterable[Global___BatchRange] | None = ...,
+        from_step: _builtins.int | None = ...,
+        to_step: _builtins.int | None = ...,
+        removed_at: _timestamp_pb2.Timestamp | None = ...,
+        batches: _builtins.int = ...,
+        passed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_from_step", b"_from_step", "_to_step", b"_to_step", "from_step", b"from_step", "made_at", b"made_at", "removed_at", b"removed_at", "to_step", b"to_step"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_from_step", b"_from_step", "_to_step", b"_to_step", "batches", b"batches", "from_step", b"from_step", "made_at", b"made_at", "passed", b"passed", "ranges", b"ranges", "reason", b"reason", "removed_at", b"removed_at", "skip_id", b"skip_id", "to_step", b"to_step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__from_step: _TypeAlias = _typing.Literal["from_step"]  # noqa: Y015
+    _WhichOneofArgType__from_step: _TypeAlias = _typing.Literal["_from_step", b"_from_step"]  # noqa: Y015
+    _WhichOneofReturnType__to_step: _TypeAlias = _typing.Literal["to_step"]  # noqa: Y015
+    _WhichOneofArgType__to_step: _TypeAlias = _typing.Literal["_to_step", b"_to_step"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__from_step) -> _WhichOneofReturnType__from_step | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__to_step) -> _WhichOneofReturnType__to_step | None: ...
+
+Global___DataSkip: _TypeAlias = DataSkip  # noqa: Y015
 
 @_typing.final
 class ExportModelRequest(_message.Message):

@@ -118,6 +118,16 @@ class TolariaAdminServiceStub:
                 request_serializer=leyline_dot_v1_dot_admin__service__pb2.ExportModelRequest.SerializeToString,
                 response_deserializer=leyline_dot_v1_dot_admin__service__pb2.ExportModelResponse.FromString,
                 _registered_method=True)
+        self.SkipData = channel.unary_unary(
+                '/leyline.v1.TolariaAdminService/SkipData',
+                request_serializer=leyline_dot_v1_dot_admin__service__pb2.SkipDataRequest.SerializeToString,
+                response_deserializer=leyline_dot_v1_dot_admin__service__pb2.SkipDataResponse.FromString,
+                _registered_method=True)
+        self.ListDataSkips = channel.unary_unary(
+                '/leyline.v1.TolariaAdminService/ListDataSkips',
+                request_serializer=leyline_dot_v1_dot_admin__service__pb2.ListDataSkipsRequest.SerializeToString,
+                response_deserializer=leyline_dot_v1_dot_admin__service__pb2.ListDataSkipsResponse.FromString,
+                _registered_method=True)
         self.StreamTelemetry = channel.unary_stream(
                 '/leyline.v1.TolariaAdminService/StreamTelemetry',
                 request_serializer=leyline_dot_v1_dot_admin__service__pb2.StreamTelemetryRequest.SerializeToString,
@@ -228,6 +238,18 @@ class TolariaAdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SkipData(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDataSkips(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StreamTelemetry(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -316,6 +338,16 @@ def add_TolariaAdminServiceServicer_to_server(servicer, server):
                     servicer.ExportModel,
                     request_deserializer=leyline_dot_v1_dot_admin__service__pb2.ExportModelRequest.FromString,
                     response_serializer=leyline_dot_v1_dot_admin__service__pb2.ExportModelResponse.SerializeToString,
+            ),
+            'SkipData': grpc.unary_unary_rpc_method_handler(
+                    servicer.SkipData,
+                    request_deserializer=leyline_dot_v1_dot_admin__service__pb2.SkipDataRequest.FromString,
+                    response_serializer=leyline_dot_v1_dot_admin__service__pb2.SkipDataResponse.SerializeToString,
+            ),
+            'ListDataSkips': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDataSkips,
+                    request_deserializer=leyline_dot_v1_dot_admin__service__pb2.ListDataSkipsRequest.FromString,
+                    response_serializer=leyline_dot_v1_dot_admin__service__pb2.ListDataSkipsResponse.SerializeToString,
             ),
             'StreamTelemetry': grpc.unary_stream_rpc_method_handler(
                     servicer.StreamTelemetry,
@@ -759,6 +791,60 @@ class TolariaAdminService:
             '/leyline.v1.TolariaAdminService/ExportModel',
             leyline_dot_v1_dot_admin__service__pb2.ExportModelRequest.SerializeToString,
             leyline_dot_v1_dot_admin__service__pb2.ExportModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SkipData(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leyline.v1.TolariaAdminService/SkipData',
+            leyline_dot_v1_dot_admin__service__pb2.SkipDataRequest.SerializeToString,
+            leyline_dot_v1_dot_admin__service__pb2.SkipDataResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDataSkips(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leyline.v1.TolariaAdminService/ListDataSkips',
+            leyline_dot_v1_dot_admin__service__pb2.ListDataSkipsRequest.SerializeToString,
+            leyline_dot_v1_dot_admin__service__pb2.ListDataSkipsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,8 @@ class TolariaAdminServiceStub:
     CaptureProfile: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CaptureProfileRequest, _admin_service_pb2.CaptureProfileResponse]
     ListAdminCalls: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListAdminCallsRequest, _admin_service_pb2.ListAdminCallsResponse]
     ExportModel: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ExportModelRequest, _admin_service_pb2.ExportModelResponse]
+    SkipData: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.SkipDataRequest, _admin_service_pb2.SkipDataResponse]
+    ListDataSkips: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListDataSkipsRequest, _admin_service_pb2.ListDataSkipsResponse]
     StreamTelemetry: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.StreamTelemetryRequest, _admin_service_pb2.StreamTelemetryResponse]
 
 @_typing.type_check_only
@@ -80,6 +82,8 @@ class TolariaAdminServiceAsyncStub(TolariaAdminServiceStub):
     CaptureProfile: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CaptureProfileRequest, _admin_service_pb2.CaptureProfileResponse]  # type: ignore[assignment]
     ListAdminCalls: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAdminCallsRequest, _admin_service_pb2.ListAdminCallsResponse]  # type: ignore[assignment]
     ExportModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ExportModelRequest, _admin_service_pb2.ExportModelResponse]  # type: ignore[assignment]
+    SkipData: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.SkipDataRequest, _admin_service_pb2.SkipDataResponse]  # type: ignore[assignment]
+    ListDataSkips: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListDataSkipsRequest, _admin_service_pb2.ListDataSkipsResponse]  # type: ignore[assignment]
     StreamTelemetry: _aio.UnaryStreamMultiCallable[_admin_service_pb2.StreamTelemetryRequest, _admin_service_pb2.StreamTelemetryResponse]  # type: ignore[assignment]
 
 class TolariaAdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -200,6 +204,20 @@ class TolariaAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.ExportModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_service_pb2.ExportModelResponse, _abc.Awaitable[_admin_service_pb2.ExportModelResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SkipData(
+        self,
+        request: _admin_service_pb2.SkipDataRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.SkipDataResponse, _abc.Awaitable[_admin_service_pb2.SkipDataResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ListDataSkips(
+        self,
+        request: _admin_service_pb2.ListDataSkipsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ListDataSkipsResponse, _abc.Awaitable[_admin_service_pb2.ListDataSkipsResponse]]: ...
 
     @_abc_1.abstractmethod
     def StreamTelemetry(

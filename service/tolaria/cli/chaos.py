@@ -208,7 +208,7 @@ class Chaos:
         if len(self.deaths) == len(self.injuries):
             return
         injury = self.injuries[len(self.deaths)]
-        steps = status.epochs * status.steps_per_epoch
+        steps = status.steps or status.epochs * status.steps_per_epoch
         if not steps or status.global_step < injury.at * steps:
             return
         await anyio.to_thread.run_sync(self.tree.look)

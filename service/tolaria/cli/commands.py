@@ -38,11 +38,13 @@ from tolaria.cli.admin_commands import (
 from tolaria.cli.audit import audit
 from tolaria.cli.backups import backup, restore_backup
 from tolaria.cli.board import board_app
+from tolaria.cli.branches import branch_app
 from tolaria.cli.credentials import certs_app, token_app
 from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
 from tolaria.cli.exports import export_app
 from tolaria.cli.job_commands import job_app
 from tolaria.cli.lane_commands import lane_app
+from tolaria.cli.skip import skip_app
 from tolaria.cli.state_commands import state_app
 from tolaria.cli.telemetry import telemetry_app
 from tolaria.errors import ConfigurationError, TolariaError
@@ -368,6 +370,8 @@ def show_config(*, config_file: ConfigFile = None, overrides: Overrides = None) 
 
 app.add_typer(admin_app)
 app.add_typer(export_app)
+app.add_typer(skip_app)
+app.add_typer(branch_app)
 app.add_typer(job_app)
 app.add_typer(telemetry_app)
 app.command()(audit)

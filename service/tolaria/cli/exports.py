@@ -105,7 +105,7 @@ def export(
         request.format, request.shard_bytes, request.ema = _NUMBERS[form], shard_mb * _MB, weights is Values.EMA
         _export_there(request, client_target=(address, timeout_s, config_file, overrides), as_json=as_json)
         return
-    directory = _directory(state_dir, config_file, overrides)
+    directory = state_directory(state_dir, config_file, overrides)
     from tolaria.export.writing import ExportOrder, export_model  # noqa: PLC0415 - not needed for --help
 
     order = ExportOrder(
@@ -125,7 +125,7 @@ def export(
     show_card(card, str(to), as_json=as_json)
 
 
-def _directory(state_dir: Path | None, config_file: Path | None, overrides: list[str] | None) -> Path:
+def state_directory(state_dir: Path | None, config_file: Path | None, overrides: list[str] | None) -> Path:
     """Returns the state directory, which exists. Raises ConfigurationError."""
     directory, origin, hint = state_dir, "--state-dir", ""
     if directory is None:

@@ -69,7 +69,7 @@ def new_job(
 def check_job(
     job: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="The job, as training.job names it.")],
     *,
-    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Steps that are timed.")] = 10,
+    timed_steps: Annotated[int, typer.Option("--steps", min=1, max=10_000, help="Steps that are timed.")] = 10,
     config_file: ConfigFile = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -84,7 +84,7 @@ def check_job(
     if settings.lane.processes > 1:
         raise ConfigurationError(["lane.processes: check-job builds the job in one process; give lane.processes=1"])
     sys.path.insert(0, str(Path.cwd()))  # as in the lane's process
-    rows, notes = _report(settings, steps)
+    rows, notes = _report(settings, timed_steps)
     if as_json:
         typer.echo(json.dumps(dict(rows) | {"notes": notes}, indent=2))
         return

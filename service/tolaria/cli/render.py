@@ -81,6 +81,7 @@ def status_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
     rows = [
         ("run", f"{run_id}, job {job}, {_state(status)}"),
         ("name", _name(status)),
+        ("branch of", _branch(status)),
         ("progress", _progress(status)),
         ("learned", training_figures(status)),
         ("logged", ", ".join(f"{one_line(name)} {value:.5g}" for name, value in sorted(status.logged.items()))),
@@ -108,6 +109,15 @@ def _name(status: GetStatusResponse) -> str:
     """Returns the run's name and its tags; empty without both."""
     tags = ", ".join(f"{one_line(key)}={one_line(status.tags[key])}" for key in sorted(status.tags))
     return "; ".join(filter(None, (one_line(status.run_name), tags)))
+
+
+def _branch(status: GetStatusResponse) -> str:
+    """Returns where the run has branched off; empty if it has not."""
+    if not status.HasField("branched_from"):
+        return ""
+    origin = status.branched_from
+    place = f"{one_line(origin.checkpoint_id)} in {one_line(origin.directory)}"
+    return f"run {one_line(origin.run_id)} at step {origin.global_step} (checkpoint {place})"
 
 
 def _ranks(status: GetStatusResponse) -> str:
@@ -147,8 +157,8 @@ def safety_rows(status: GetStatusResponse) -> list[tuple[str, str]]:
 def epoch_line(status: GetStatusResponse, epoch: int) -> str:
     """Returns one line for a finished epoch."""
     parts = [
-        f"epoch {epoch}/{status.epochs}",
-        f"step {status.global_step}",
+        f"epoch {epoch}/{status.epochs}" if status.epochs else f"epoch {epoch}",
+        _step(status),
         training_figures(status),
         *_control_figures(status),
         _rollback_count(status),
@@ -160,6 +170,8 @@ def training_figures(status: GetStatusResponse) -> str:
     """Returns training loss, validation loss and accuracy; before the first validation both of its figures are 0."""
     if status.global_step == 0:
         return _NOT_YET
+    if status.unevaluated:
+        return f"loss {status.training_loss:.4f}"
     validation = f"validation {_NOT_YET}"
     if status.validation_loss or status.validation_accuracy:
         validation = f"validation loss {status.validation_loss:.4f}"
@@ -230,6 +242,7 @@ def _history(status: GetStatusResponse) -> str:
         f"attempt {status.attempt}" if status.attempt else "",
         f"highest step {status.best_step}" if status.best_step > status.global_step else "",
         f"{status.skipped_steps} steps skipped" if status.skipped_steps else "",
+        f"data left out on request: {status.data_skips} (tolaria skip --list)" if status.data_skips else "",
         f"newest proven restore point at step {status.newest_proven_step}"
         if status.HasField("newest_proven_step")
         else "",
@@ -243,10 +256,17 @@ def _state(status: GetStatusResponse) -> str:
 
 
 def _progress(status: GetStatusResponse) -> str:
-    return (
-        f"epoch {status.epoch}/{status.epochs}, step {status.epoch_step}/{status.steps_per_epoch} of it, "
-        f"{status.global_step} steps in all, {status.samples_per_s:.0f} samples/s"
-    )
+    left = f", about {duration(status.remaining_s)} left" if status.HasField("remaining_s") else ""
+    of_epoch = f"step {status.epoch_step}/{status.steps_per_epoch} of it"
+    rate = f"{status.samples_per_s:.0f} samples/s{left}"
+    if status.steps:
+        return f"{_step(status)} in all, epoch {status.epoch}, {of_epoch}, {rate}"
+    return f"epoch {status.epoch}/{status.epochs}, {of_epoch}, {status.global_step} steps in all, {rate}"
+
+
+def _step(status: GetStatusResponse) -> str:
+    """Returns the step, and where the run is counted in steps, how many there are to be."""
+    return f"step {status.global_step}/{status.steps}" if status.steps else f"step {status.global_step}"
 
 
 def _control_figures(status: GetStatusResponse) -> list[str]:
@@ -330,15 +350,18 @@ def live_view(console: Console, above: Callable[[], Sequence[str]] = list) -> It
 def status_panel(status: GetStatusResponse) -> RenderableType:
     """Returns the live view of one status: progress bars of the run and the epoch above the table."""
     of_epoch = min(status.epoch_step / max(status.steps_per_epoch, 1), 1.0)
-    of_run = min(max(status.epoch - 1, 0) + of_epoch, status.epochs)
-    if status.state == RunState.RUN_STATE_FINISHED:
-        of_run = status.epochs
+    if status.steps:
+        whole, of_run, text = status.steps, float(min(status.global_step, status.steps)), _step(status)
+    else:
+        whole, text = max(status.epochs, 1), f"epoch {status.epoch}/{status.epochs}"
+        of_run = min(max(status.epoch - 1, 0) + of_epoch, status.epochs)
+        if status.state == RunState.RUN_STATE_FINISHED:
+            of_run = status.epochs
     bars = Table.grid(padding=(0, 1), expand=True)
     bars.add_column(width=_LABEL_WIDTH)
     bars.add_column(ratio=1)
     bars.add_column(justify="right")
-    run_bar = ProgressBar(total=max(status.epochs, 1), completed=of_run)
-    bars.add_row("run", run_bar, f"epoch {status.epoch}/{status.epochs}")
+    bars.add_row("run", ProgressBar(total=whole, completed=of_run), text)
     bars.add_row("epoch", ProgressBar(total=1.0, completed=of_epoch), f"{status.epoch_step}/{status.steps_per_epoch}")
     style = _STYLES.get(status.state, "")
     title = Text(f"tolaria: {enum_word(RunState.DESCRIPTOR, status.state)}", style=style)

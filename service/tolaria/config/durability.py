@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tolaria.config.fields import METRIC_NAME, PositiveShare, Seconds, SecondsOrZero, Section
+from tolaria.config.fields import FIGURE_NAME, PositiveShare, Seconds, SecondsOrZero, Section
 
 
 class HealthSettings(Section):
@@ -167,11 +167,13 @@ class CheckpointSettings(Section):
     keep_superseded_s: SecondsOrZero = 86_400.0
     """Time for which superseded checkpoints are kept. 86400: a day, time to review a rollback."""
 
-    best: str = Field(default="accuracy", pattern=rf"^(accuracy|loss|{METRIC_NAME}:(min|max))$")
+    best: str = Field(default="accuracy", pattern=rf"^(accuracy|loss|{FIGURE_NAME}:(min|max))$")
     """Validation metric that selects one more checkpoint to keep, the best; evaluations are judged by it too.
 
-    accuracy, loss, or one that the job names, such as perplexity:min or f1:max. accuracy: what most jobs optimize; of a
-    job that counts none, the one with the lowest loss is kept.
+    accuracy, loss, or one that the job names, such as perplexity:min or f1:max; of a validation set by SET/NAME:min or
+    max. training/loss:min is the mean loss of the epoch's steps, and training/NAME:min what the job has logged last; no
+    evaluation is judged by these. accuracy: what most jobs optimize; of a job that counts none, the one with the lowest
+    loss is kept.
     """
 
     on_failure: Literal["pause", "continue"] = "pause"
@@ -189,6 +191,11 @@ class CheckpointSettings(Section):
     def best_is_highest(self) -> bool:
         """Whether a higher value of the metric of `best` is better."""
         return self.best.endswith(":max") or self.best == "accuracy"
+
+    @property
+    def best_of_training(self) -> bool:
+        """Whether the metric of `best` is one of training, not of evaluations."""
+        return self.best.startswith("training/")
 
     retry_s: Seconds = 15.0
     """Time from a failed write to the next attempt; a success resumes the run. 15: soon after space is available."""

@@ -17,6 +17,9 @@ from tolaria.config.retired import RETIRED
 METRIC_NAME = r"[A-Za-z_][A-Za-z0-9_./-]{0,63}"
 """The pattern of a metric's name, which is a label in Prometheus and a word on the command line."""
 
+FIGURE_NAME = r"[A-Za-z_][A-Za-z0-9_./-]{0,96}"
+"""The pattern of the name of a metric behind that of a validation set, or of training, and a slash."""
+
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
 _IP_LIKE = re.compile(r"[0-9.]+|.*:.*", re.ASCII)
 _NODES = re.compile(r"(\d{1,4})(?::(\d{1,4}))?", re.ASCII)

@@ -100,6 +100,11 @@ class Settings(BaseSettings):
         """Returns the arguments as the only source of settings that are built directly."""
         return (init_settings,)
 
+    def _length_problems(self) -> list[str]:
+        if self.training.evaluate_every_steps and not self.training.steps:
+            return ["training.evaluate_every_steps needs training.steps, by which such a run is counted"]
+        return []
+
     def _rank_problems(self) -> list[str]:
         lane, device = self.lane, self.training.device
         problems = [
@@ -155,7 +160,8 @@ class Settings(BaseSettings):
             problems.append("leyline.previous_secret is set but leyline.secret is not")
         if self.optimizer.policy == "step" and not self.optimizer.period_steps:
             problems.append("optimizer.policy is step, which needs optimizer.period_steps")
-        problems += self._rank_problems() + self._tls_problems() + self.early_stopping.problems()
+        problems += self._length_problems() + self._rank_problems() + self._tls_problems()
+        problems += self.early_stopping.problems()
         if self.emergency.sentinel and self.emergency.drain_s <= self.service.drain_timeout_s:
             problems.append("emergency.drain_s must exceed service.drain_timeout_s, or a drain would be cut short")
         for name, peer in (("tamiyo", self.tamiyo), ("kasmina", self.kasmina)):

@@ -78,6 +78,18 @@ class TrainingSettings(Section):
     epochs: int = Field(default=20, ge=1, le=10**9)
     """Passes over the data; raising it resumes a finished run. 20: the built-in job exceeds 97 % accuracy by then."""
 
+    steps: int = Field(default=0, ge=0, le=10**12)
+    """Optimizer updates after which the run ends, in place of training.epochs; raising it resumes a finished run.
+
+    0: training.epochs ends it.
+    """
+
+    evaluate_every_steps: int = Field(default=0, ge=0, le=10**9)
+    """Optimizer updates between two evaluations; an epoch is that long then, however long a pass over the data is.
+
+    Needs training.steps. 0: an epoch is a pass over the data, or 1000 updates of data without a length.
+    """
+
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Random seed of initialisation, shuffling and dropout. Fixed: a run that can be repeated can be debugged."""
 

@@ -23,6 +23,7 @@ TolariaError
 │   └── JournalError: JournalUnavailableError, JournalDamagedError, JournalNewerError
 ├── BackupError: BackupDamagedError
 ├── ExportError: ExportRefusedError, ExportFailedError, ExportDamagedError, ExportMismatchError
+├── BranchRefusedError        a branch of a run cannot be made in this directory
 └── RequestError: InvalidFieldError, NotAuthenticatedError, NotPermittedError, TooManyCallsError, ProfileFailedError,
     │             TooManySubscribersError, SubscriberTooSlowError
     └── WrongStateError: StillUnderwayError
@@ -44,6 +45,7 @@ from tolaria.errors.operation import BlockOwnedError as BlockOwnedError
 from tolaria.errors.operation import BoardBusyError as BoardBusyError
 from tolaria.errors.operation import BoardLostError as BoardLostError
 from tolaria.errors.operation import BoardRefusedError as BoardRefusedError
+from tolaria.errors.operation import BranchRefusedError as BranchRefusedError
 from tolaria.errors.operation import BreakerOpenError as BreakerOpenError
 from tolaria.errors.operation import BroadcastFailedError as BroadcastFailedError
 from tolaria.errors.operation import CallRefusedError as CallRefusedError

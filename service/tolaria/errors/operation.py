@@ -206,6 +206,10 @@ class ExportError(TolariaError):
     """Base class for models that cannot be taken out of a run, or not be loaded again."""
 
 
+class BranchRefusedError(TolariaError):
+    """A branch of a run cannot be made in this directory; nothing has been written."""
+
+
 class ExportRefusedError(ExportError):
     """What was asked for cannot be exported, or not to this place; nothing has been written."""
 

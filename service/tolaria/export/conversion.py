@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,8 @@ from tolaria.export.folding import fold
 from tolaria.export.loading import load, read_tensors
 from tolaria.export.writing import ExportFiles, Weights, write_card, write_files
 from tolaria.filesystem import write_durably
-from tolaria.jobs import Batch, JobContext, TrainingJob, build_job
+from tolaria.jobs import Batch, EvaluatingJob, JobContext, LoaderCursor, TrainingJob, build_job
+from tolaria.jobs.indexed import samples_of
 from tolaria.state.encoding import packed_bytes, spec_of
 
 
@@ -39,7 +40,7 @@ def fold_export(place: Path, shard_bytes: int) -> None:
     torch.manual_seed(card.random_seed or 0)
     job = build_job(card.job, JobContext(card.random_seed or 0, torch.device("cpu"), card.job_options))
     model = load(place, job.build_model, verify=False)
-    batch = next((batch for batch in job.validation_batches() if batch.samples), None)
+    batch = _validation_batch(job)
     before = _outputs(job, model, batch)
     found = fold(model)
     after = _outputs(job, model, batch)
@@ -82,13 +83,28 @@ def _weights(model: nn.Module) -> Weights:
     return Weights(specs, {name: packed_bytes(tensor) for name, tensor in tensors.items()}, transient)
 
 
+def _validation_batch(job: TrainingJob) -> Batch | None:
+    """Returns a validation batch of the job; None if it is not evaluated."""
+    given: Any = job.validation_batches() if isinstance(job, EvaluatingJob) else None
+    if isinstance(given, Mapping):
+        given = next(iter(given.values()), None)
+    if isinstance(given, LoaderCursor):
+        given.begin_epoch(1)
+        return given.next_batch()
+    batch = None if given is None else next(iter(given), None)
+    if batch is None or isinstance(batch, Batch):
+        return batch if batch is None or batch.samples else None
+    return Batch(batch, samples_of(batch))
+
+
 def _outputs(job: TrainingJob, model: nn.Module, batch: Batch | None) -> Tensor | None:
     """Returns the tensor that the model makes of a validation batch; None if it makes another kind of output."""
     if batch is None:
         return None
     seen: list[Tensor] = []
     with _recorded(model, seen), torch.no_grad():
-        job.evaluate(model, batch)
+        if isinstance(job, EvaluatingJob):
+            job.evaluate(model, batch)
     return seen[0] if seen else None
 
 

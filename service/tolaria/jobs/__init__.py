@@ -2,11 +2,13 @@
 
 from tolaria.jobs.callbacks import Callback, RunView
 from tolaria.jobs.data import TensorCursor
+from tolaria.jobs.intervals import IntervalCursor
 from tolaria.jobs.job import (
     Batch,
     BatchCursor,
     CallbackJob,
     CursorState,
+    EvaluatingJob,
     JobContext,
     JobFactory,
     PerSampleLosses,
@@ -28,7 +30,9 @@ __all__ = [
     "Callback",
     "CallbackJob",
     "CursorState",
+    "EvaluatingJob",
     "Evaluation",
+    "IntervalCursor",
     "JobContext",
     "JobFactory",
     "LRSchedule",

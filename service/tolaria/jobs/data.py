@@ -43,6 +43,10 @@ class SeededCursor:
         Raises:
             ValueError: it was saved with another batch size, seed or length; nothing has changed.
         """
+        if "pass" in state and "data" in state:
+            raise ValueError(
+                "the position was saved with training.evaluate_every_steps, whose epochs are no passes over the data"
+            )
         for name, value in self._fixed.items():
             if (saved := state.get(name, value)) != value:
                 raise ValueError(f"the position was saved with {name} {saved!r}; this cursor has {value!r}")

@@ -17,6 +17,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from tolaria.errors import BrokenJobError, JobError, UnknownJobError
 from tolaria.jobs.callbacks import RunView
@@ -167,8 +168,8 @@ class BatchCursor(Protocol):
     """A resumable position in training data. Equal states give equal batches, so that a rollback is exact."""
 
     @property
-    def batches_per_epoch(self) -> int:
-        """The number of batches in an epoch."""
+    def batches_per_epoch(self) -> int | None:
+        """The number of batches in an epoch; None if it is not known, or the data have no end."""
 
     def begin_epoch(self, epoch: int) -> None:
         """Moves to the first batch of `epoch`, counted from 1."""
@@ -202,8 +203,17 @@ class TrainingJob(Protocol):
         A source is the id of a seed, or a task of the job. For a batch with `seed_ids` the losses may be per sample.
         """
 
-    def validation_batches(self) -> Iterable[Batch]:
-        """Returns the batches for the evaluation after each epoch."""
+
+@runtime_checkable
+class EvaluatingJob(TrainingJob, Protocol):
+    """A job that is evaluated after each epoch, as almost all are: without both methods there is no evaluation."""
+
+    def validation_batches(self) -> Iterable[Batch] | DataLoader[Any] | Mapping[str, Any] | None:
+        """Returns the batches for the evaluation after each epoch, or a loader of them.
+
+        Several validation sets are a mapping of their names to batches or loaders, the main one first. None: there is
+        no evaluation.
+        """
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
         """Evaluates one batch. The model is in evaluation mode and gradients are disabled."""
@@ -281,8 +291,9 @@ def build_job(name: str, context: JobContext) -> TrainingJob:
         raise BrokenJobError(
             f"training.job {name!r}: its factory returned a {type(job).__name__}, which lacks {', '.join(missing)}"
         )
-    if hasattr(job, "state_dict") != hasattr(job, "load_state_dict"):
-        raise BrokenJobError(f"training.job {name!r}: state_dict and load_state_dict need each other; it has only one")
+    for one, other in (("state_dict", "load_state_dict"), ("validation_batches", "evaluate")):
+        if hasattr(job, one) != hasattr(job, other):
+            raise BrokenJobError(f"training.job {name!r}: {one} and {other} need each other; it has only one")
     return job
 
 

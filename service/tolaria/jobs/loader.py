@@ -47,13 +47,15 @@ class LoaderCursor(SeededCursor):
       holds, are seeded for the epoch, and its `set_epoch` is called if it has one. In worker processes the global
       generators, and those that the data set holds, are seeded for every batch from seed, epoch and batch number.
       Without workers the data set draws from the generators of training, which are part of the training state.
-    - A loader with `state_dict` and `load_state_dict`, such as torchdata's `StatefulDataLoader`, restores its state.
+    - A loader with `state_dict` and `load_state_dict`, such as torchdata's `StatefulDataLoader`, restores its state; so
+      does an `IterableDataset` with both that a `DataLoader` reads without workers.
     - Any other `DataLoader` over an `IterableDataset` is read again from the start of the epoch; `notes` says so.
 
     Args:
         loader: the loader.
         seed: the order of an epoch is a function of the seed and the epoch.
-        batches_per_epoch: ends an epoch after this number; required of a loader without a length.
+        batches_per_epoch: ends an epoch after this number. A loader without a length needs it, unless
+            `training.steps` ends the run.
 
     Attributes:
         notes: what the operator should know about this loader; sentences.
@@ -61,7 +63,7 @@ class LoaderCursor(SeededCursor):
         divides: whether the loader gives each rank of a group a part of the data.
 
     Raises:
-        ValueError: the loader has no length, or its sampler does not repeat its order.
+        ValueError: the loader has indices but no length, or its sampler does not repeat its order.
     """
 
     def __init__(
@@ -79,9 +81,14 @@ class LoaderCursor(SeededCursor):
         self._has_workers = isinstance(loader, DataLoader) and loader.num_workers > 0
 
     @property
-    def batches_per_epoch(self) -> int:
-        """The length of the loader, or the given number."""
+    def batches_per_epoch(self) -> int | None:
+        """The length of the loader, or the given number; None for a loader without a length."""
         return self._length
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether the loader is a `DataLoader` over a data set with indices."""
+        return isinstance(self._source, IndexedBatches)
 
     def state_dict(self) -> CursorState:
         """Returns the position, with the state of a loader that has one."""
@@ -118,7 +125,7 @@ class LoaderCursor(SeededCursor):
 
     def pass_over(self) -> bool:
         """Moves past the next batch without reading it; returns whether this loader can, and the epoch has one."""
-        if not isinstance(self._source, IndexedBatches) or not self._epoch or self._index >= self._length:
+        if not isinstance(self._source, IndexedBatches) or not self._epoch or self._index >= (self._length or 0):
             return False
         self._seek(self._epoch, self._index + 1)
         return True
@@ -173,8 +180,8 @@ class _Source(Protocol):
     notes: tuple[str, ...]
     order: str
 
-    def length(self) -> int:
-        """Returns the batches in an epoch. Raises ValueError if they cannot be known."""
+    def length(self) -> int | None:
+        """Returns the batches in an epoch; None if they cannot be known."""
 
     def begin(self, epoch: int) -> None:
         """Prepares for the start of an epoch."""
@@ -207,7 +214,7 @@ class _KeptByLoader:
         # The state before the first epoch: the stream may start elsewhere once a batch has been taken.
         self._loaded: CursorState | None = cast("CursorState", loader.state_dict())
 
-    def length(self) -> int:
+    def length(self) -> int | None:
         return _length(self._loader)
 
     def begin(self, epoch: int) -> None:
@@ -217,8 +224,11 @@ class _KeptByLoader:
             dataset.set_epoch(epoch)
 
     def batches(self, epoch: int, index: int) -> Iterator[tuple[Any, int]]:
-        del epoch, index  # a part of the state
-        batches = iter(self._loader)
+        del index  # a part of the state
+        # A new iterator draws a seed. It must not take it from the generators of training: after a restore there is one
+        # iterator more.
+        with RandomStream(epoch_seed(self._seed, epoch)).active():
+            batches = iter(self._loader)
         self._loaded = None
         return ((payload, samples_of(payload)) for payload in batches)
 
@@ -240,6 +250,66 @@ class _KeptByLoader:
         pass
 
 
+class _KeptByDataset:
+    """A stream whose data set keeps its position, read in this process.
+
+    torch's loader takes from it no more samples than the next batch needs, so that its state is that of the batch.
+    """
+
+    notes: tuple[str, ...] = ()
+    order: str = "that of the stream, whose data set saves and restores its state"
+
+    def __init__(self, loader: DataLoader[Any], seed: int) -> None:
+        self._samples = _Samples(loader.dataset)
+        self._copy = LoaderCopy(loader, persistent=False, dataset=self._samples)
+        self._loader = loader
+        self._dataset = cast("HasState", loader.dataset)
+        self._seed = seed
+
+    def length(self) -> int | None:
+        return _length(self._loader)
+
+    def begin(self, epoch: int) -> None:
+        self._samples.over = False
+        seed_all(held_generators(self._dataset), epoch_seed(self._seed, epoch))
+        if isinstance(self._dataset, HasEpoch):
+            self._dataset.set_epoch(epoch)
+
+    def batches(self, epoch: int, index: int) -> Iterator[tuple[Any, int]]:
+        del index  # a part of the state
+        if self._samples.over:
+            return iter(())
+        batches = self._copy.open(epoch_seed(self._seed, epoch))
+        return ((payload, samples_of(payload)) for payload in batches)
+
+    def state(self) -> CursorState | None:
+        return cast("CursorState", {"dataset": dict(self._dataset.state_dict()), "over": self._samples.over})
+
+    def load(self, state: Any) -> None:
+        if not isinstance(state, Mapping) or "dataset" not in state:
+            raise ValueError("the position was saved without the state of the data set; this one has one")
+        self._dataset.load_state_dict(dict(state["dataset"]))
+        self._samples.over = bool(state["over"])
+
+    def leave(self) -> None:
+        self._copy.drop()
+
+    def close(self) -> None:
+        self._copy.drop()
+
+
+class _Samples(IterableDataset[Any]):
+    """The samples of a data set; `over` once it has no more, which it may not know after its last one."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self.over = False
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._dataset
+        self.over = True
+
+
 class _ReadAgain:
     """A stream without state: restoring a position reads the epoch up to it."""
 
@@ -250,13 +320,16 @@ class _ReadAgain:
         self._copy = LoaderCopy(loader, persistent=False)
         self._seed = seed
         kind = type(loader.dataset).__name__
+        kept = isinstance(loader.dataset, HasState)
+        missing = f"its state is in {loader.num_workers} worker processes" if kept else "it has no state"
         note = (
-            f"the training data, a stream ({kind}), has no state: restoring a position reads the epoch again up to it; "
-            "torchdata's StatefulDataLoader, with a state_dict of the data set, avoids that"
+            f"the training data are a stream ({kind}), and {missing}: restoring a position, after each rollback and "
+            "start, reads the epoch again up to it (without a length: all that was read before); torchdata's "
+            "StatefulDataLoader, with a state_dict of the data set, avoids that"
         )
         self.notes: tuple[str, ...] = (note,)
 
-    def length(self) -> int:
+    def length(self) -> int | None:
         return _length(self._loader)
 
     def begin(self, epoch: int) -> None:
@@ -305,6 +378,8 @@ def _source_of(loader: object, seed: int) -> _Source:
         return IndexedBatches(loader, seed)
     if isinstance(loader, StatefulLoader):
         return _KeptByLoader(loader, seed)
+    if isinstance(loader, DataLoader) and isinstance(loader.dataset, HasState) and not loader.num_workers:
+        return _KeptByDataset(loader, seed)
     if isinstance(loader, DataLoader):
         return _ReadAgain(loader, seed)
     raise ValueError(
@@ -322,10 +397,8 @@ def _samples(loader: object) -> int | None:
     return None
 
 
-def _length(loader: object) -> int:
+def _length(loader: object) -> int | None:
     try:
         return len(cast("Sized", loader))
     except TypeError:
-        raise ValueError(
-            f"the {type(loader).__name__} has no length: give LoaderCursor the number of batches_per_epoch"
-        ) from None
+        return None

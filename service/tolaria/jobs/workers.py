@@ -107,7 +107,7 @@ class LoaderCopy:
     """
 
     def __init__(
-        self, loader: DataLoader[Any], *, persistent: bool, dataset: SeededItems | None = None, batches: Any = None
+        self, loader: DataLoader[Any], *, persistent: bool, dataset: Dataset[Any] | None = None, batches: Any = None
     ) -> None:
         self._copy = copy.copy(loader)
         self._generator = torch.Generator()

@@ -31,7 +31,8 @@ from tolaria.errors import (
 )
 from tolaria.export.warm_start import warm_start
 from tolaria.images import StateImage
-from tolaria.jobs import BatchCursor, JobContext, LoaderCursor, RunView, TrainingJob, build_job
+from tolaria.jobs import BatchCursor, IntervalCursor, JobContext, RunView, TrainingJob, build_job
+from tolaria.jobs.intervals import INTERVAL_STEPS
 from tolaria.lane.commands import PageGate
 from tolaria.lane.device import choose_device, seed_everything, usable_cores
 from tolaria.lane.fast_paths import FastPaths
@@ -100,6 +101,7 @@ class BuiltLane:
             ranks=self.ranks or (self.rank,),
             model=describe(module.model),
             schedule="" if (schedule := seeds.controller.job_schedule) is None else schedule.description,
+            evaluates=module.evaluates,
         )
 
     @property
@@ -135,6 +137,7 @@ class BuiltLane:
             module.seeds.controller.carry_over(plan.decided, from_step=0, at_step=0)
             module.seeds.controller.apply(0)
         module.skipped.added.update(plan.left_out)
+        module.skipped.ranges = plan.ranges
 
     def name_run(self, run_id: str) -> None:
         """Says to the job to which run it belongs."""
@@ -214,6 +217,7 @@ def build(
             module.group = group
         snapshots = SnapshotManager(module, settings.rollback, memory)
         notes = first_look(module, snapshots.state)
+        _check_best(settings, evaluates=module.evaluates)
         module.fast_paths.compile(
             module.model, lambda: first_look(module, snapshots.state), sharded=sharding is not None
         )
@@ -259,17 +263,16 @@ def _build_module(settings: Settings, job: TrainingJob, context: JobContext, sha
             f"{type(optimizer).__name__} evaluates the loss several times in a step, by a closure, but "
             "gradients are merged only once a step"
         )
-    batches = call("training_data", lambda: cursor.batches_per_epoch)
-    if batches < 1:
-        raise EmptyDatasetError("its training data holds no batch")
+    cursor = _in_intervals(settings, cursor)
     fast_paths = FastPaths(settings.fastpaths, device, deterministic=training.deterministic)
     if sharding is not None and fast_paths.scaler is not None:
         problem = "fastpaths.amp chooses float16, whose loss scale lane.parallel = fsdp does not support: use bfloat16"
         raise ConfigurationError([problem])
     fast_paths.fuse(optimizer)
-    run_steps = training.epochs * -(-batches // training.accumulate)
+    epoch_steps = -(-(cursor.batches_per_epoch or 1) // training.accumulate)
+    run_steps = training.steps or training.epochs * epoch_steps
     shard_seed = None if sharding is None else sharding.shard_seed
-    context.run.steps_per_epoch, context.run.total_steps = run_steps // training.epochs, run_steps
+    context.run.steps_per_epoch, context.run.total_steps = epoch_steps, run_steps
     schedule = schedule_of(job, optimizer)
     seeds = SeedTraining(model, optimizer, settings, run_steps, shard_seed)
     follow_schedule(seeds.controller, schedule)
@@ -296,9 +299,40 @@ def _optimizer(job: TrainingJob, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
+def _in_intervals(settings: Settings, cursor: BatchCursor) -> BatchCursor:
+    """Returns the cursor in epochs of a fixed number of steps, if the settings or the data's length ask for that.
+
+    Raises:
+        EmptyDatasetError: there is no batch.
+        BrokenJobError: nothing says how long an epoch is, or a run.
+    """
+    training, batches = settings.training, call("training_data", lambda: cursor.batches_per_epoch)
+    if batches is not None and batches < 1:
+        raise EmptyDatasetError("its training data holds no batch")
+    if batches is None and not training.steps:
+        raise BrokenJobError(
+            "its training data have no length: set training.steps, after which the run ends, or give LoaderCursor the "
+            "number of batches_per_epoch"
+        )
+    every = training.evaluate_every_steps or (INTERVAL_STEPS if batches is None else 0)
+    return IntervalCursor(cursor, every * training.accumulate) if every else cursor
+
+
+def _check_best(settings: Settings, *, evaluates: bool) -> None:
+    """Raises ConfigurationError if the best checkpoint cannot be known, since nothing is evaluated."""
+    best = settings.checkpoint.best
+    asked = "best" in settings.checkpoint.model_fields_set and not settings.checkpoint.best_of_training
+    if asked and not evaluates:
+        problem = (
+            f"checkpoint.best is {best}, but the job has no evaluation: name a metric of training, such as "
+            "training/loss:min"
+        )
+        raise ConfigurationError([problem])
+
+
 def _share(group: Group, module: TrainModule) -> Share:
     """Returns the rank's share of batches. Raises BrokenJobError if the data are divided already."""
-    if isinstance(module.cursor, LoaderCursor) and module.cursor.divides:
+    if module.loader is not None and module.loader.divides:
         raise BrokenJobError(
             "its DistributedSampler divides the data, of whose batches each rank takes its share: leave it out"
         )
@@ -307,13 +341,12 @@ def _share(group: Group, module: TrainModule) -> Share:
 
 def _divided(module: TrainModule) -> Share:
     """Returns the share of training batches, of which each rank reads only its samples where the cursor can do so."""
-    share, cursor = module.share, module.cursor
-    if isinstance(module.job, SharingJob) or not isinstance(cursor, LoaderCursor):
+    share, loader = module.share, module.loader
+    if isinstance(module.job, SharingJob) or loader is None:
         return share
-    return replace(share, divided=cursor.read_part(share.bounds, share.rank))
+    return replace(share, divided=loader.read_part(share.bounds, share.rank))
 
 
 def _notes(module: TrainModule) -> tuple[str, ...]:
-    cursor = module.cursor
-    notes = cursor.notes if isinstance(cursor, LoaderCursor) else ()
+    notes = () if module.loader is None else module.loader.notes
     return (*notes, *schedule_notes(module.job, module.optimizer, module.seeds.controller))

@@ -21,7 +21,6 @@ from tolaria.lane.messages import (
     ChangeOptimizer,
     Command,
     CommandDone,
-    Failure,
     Hold,
     ImageCaptured,
     OptimizerChanged,
@@ -30,6 +29,7 @@ from tolaria.lane.messages import (
     Restore,
     Result,
     RunEpoch,
+    SetSkippedRanges,
     SkipBatches,
     Stop,
 )
@@ -39,6 +39,7 @@ from tolaria.lane.train_module import TrainModule
 from tolaria.optimization import change_hyperparameters
 from tolaria.optimization.hyperparameters import HyperparameterChange
 from tolaria.signals.lane_page import LanePage
+from tolaria.values.failure import Failure
 
 _EPOCHS_QUEUED_MAX: Final = 4
 _COMMANDS_QUEUED_MAX: Final = 256
@@ -280,7 +281,7 @@ class CommandExecutor:
                 return self._restore(command_id, command)
             case CaptureImage(beside):
                 return ImageCaptured(self.images.put(self._snapshots.capture_image(beside=beside)))
-            case SkipBatches() | AcceptRegime():
+            case SkipBatches() | SetSkippedRanges() | AcceptRegime():
                 return self._change_skipped(command)
             case CaptureProfile(steps, rank):
                 if rank:
@@ -289,8 +290,11 @@ class CommandExecutor:
             case _:
                 assert_never(command)
 
-    def _change_skipped(self, command: SkipBatches | AcceptRegime) -> BatchesSkipped:
+    def _change_skipped(self, command: SkipBatches | SetSkippedRanges | AcceptRegime) -> BatchesSkipped:
         module = self._module
+        if isinstance(command, SetSkippedRanges):
+            module.skipped.ranges = command.ranges
+            return BatchesSkipped(len(module.skipped))
         if isinstance(command, AcceptRegime):
             module.skipped.added.difference_update(command.batches)
             module.begin_regime(command.reason, announced=False)

@@ -13,7 +13,6 @@ from tolaria.images import SnapshotInfo, SnapshotStatistics
 from tolaria.lane.messages import (
     Command,
     Event,
-    Failure,
     LaneReady,
     Result,
     StepDone,
@@ -22,6 +21,7 @@ from tolaria.lane.messages import (
 from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.values.encoding import Codec, EncodingError
 from tolaria.values.evaluation import Evaluation, Ratio
+from tolaria.values.failure import Failure
 from tolaria.values.gradients import SeedMetrics, SeedMetricSet
 from tolaria.values.optimization import (
     ActiveAdjustment,
@@ -31,7 +31,7 @@ from tolaria.values.optimization import (
     RebuildResult,
     ScheduledRates,
 )
-from tolaria.values.training import EpochProgress, Position, RankInfo, RankLoad
+from tolaria.values.training import BatchRange, EpochProgress, Position, RankInfo, RankLoad
 
 _CODEC = Codec(
     types={
@@ -47,6 +47,7 @@ _CODEC = Codec(
             RankLoad,
             LaneOrder,
             RestorePlan,
+            BatchRange,
             Ratio,
             ScheduledRates,
         ),

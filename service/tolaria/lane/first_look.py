@@ -7,7 +7,7 @@ has the digest that it had before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from typing import Final, TypeAlias, TypeVar, cast
 
 import torch
@@ -22,12 +22,14 @@ from tolaria.errors import (
     StateUnsupportedError,
 )
 from tolaria.images import StateImage
-from tolaria.jobs import BatchCursor, LoaderCursor, StatefulJob, TrainingJob
+from tolaria.jobs import BatchCursor, StatefulJob, TrainingJob
 from tolaria.lane.device import on_device
+from tolaria.lane.evaluation import METHOD, batches_of, evaluated, sets_of
 from tolaria.lane.job_effects import LossesObserved, check_tensors, checked_twice, own_steps_refused, tensors_of
-from tolaria.lane.job_output import call, checked_batch, checked_evaluation, first_line
+from tolaria.lane.job_output import call, checked_batch, first_line
 from tolaria.lane.step import train_step
 from tolaria.lane.train_module import TrainModule
+from tolaria.ranks.share import Share
 from tolaria.seeds.slots import observed
 from tolaria.state.restore import stage_restore
 from tolaria.state.training_state import TrainingState
@@ -194,24 +196,32 @@ def _step_without_gradient(module: TrainModule) -> None:
 
 
 def _evaluate(module: TrainModule) -> None:
+    """Evaluates the first batch of each validation set."""
     job = module.job
-    validation = call("validation_batches", job.validation_batches)
-    if iter(validation) is validation and call("validation_batches", job.validation_batches) is validation:
-        raise BrokenJobError(
-            "validation_batches() returns the same iterator each time, which is empty from the second evaluation on: "
-            "return a list, a DataLoader or a new generator"
-        )
-    given = call("validation_batches", lambda: next(iter(validation), None))
-    if given is None:
-        raise EmptyDatasetError("its validation data holds no batch")
-    whole = checked_batch(given, "validation_batches()")
-    if not whole.samples:
+    sets = call("validation_batches", lambda: sets_of(job))
+    module.evaluates = bool(sets)
+    for name, given in sets.items():
+        if iter(given) is given and call("validation_batches", lambda: sets_of(job))[name] is given:
+            raise BrokenJobError(
+                f"{METHOD} returns the same iterator each time, which is empty from the second evaluation on: "
+                "return a list, a DataLoader or a new generator"
+            )
+        where = f"its validation data {name!r}" if name else "its validation data"
+        batches, share = call("validation_batches", lambda: batches_of(given, module.share))  # noqa: B023 - called here
+        with closing(batches):
+            batch = call("validation_batches", lambda: next(batches, None))  # noqa: B023 - called here
+        if batch is None:
+            raise EmptyDatasetError(f"{where} holds no batch; for a run without evaluation leave the method out")
+        _evaluate_batch(module, batch, share)
+
+
+def _evaluate_batch(module: TrainModule, given: object, share: Share) -> None:
+    if not checked_batch(given, METHOD).samples:
         return
-    batch = on_device(module.share.of(whole), module.device)
 
     def evaluate() -> Evaluation:
         module.model.eval()
-        return checked_evaluation(job.evaluate(module.model, batch))
+        return evaluated(module, given, share)
 
     with torch.no_grad(), own_steps_refused(module, lambda: "evaluate()"), module.seeds.groups_as_built():
         found = call("evaluate", lambda: checked_twice(module, evaluate))
@@ -225,7 +235,7 @@ def _evaluate(module: TrainModule) -> None:
 def _survive(module: TrainModule, state: TrainingState) -> None:
     """Captures the state after the update, restores it, and proves by its digest that it is the same."""
     survey = _supported(state.survey)
-    if not isinstance(module.cursor, LoaderCursor):  # which would start its workers once more
+    if module.loader is None:  # which would start its workers once more
         place = call("training_data: state_dict", module.cursor.state_dict)
         call("training_data: load_state_dict", lambda: module.cursor.load_state_dict(place))
     _supported(survey.json)

@@ -16,6 +16,7 @@ from typing import Final
 from tolaria.errors import PeerLostError, RanksDifferError, TolariaError
 from tolaria.lane.commands import CommandExecutor, CommandQueue, QueuedCommand, RestoreGate
 from tolaria.lane.encoding import from_bytes, to_bytes
+from tolaria.lane.evaluation import EVALUATED
 from tolaria.lane.group_profiles import GroupProfiles
 from tolaria.lane.group_state import GroupRestore
 from tolaria.lane.messages import (
@@ -37,9 +38,6 @@ from tolaria.ranks.group import Group
 from tolaria.shards import is_sharded
 
 _GO_ON, _STOP, _END, _WORK = b"G", b"S", b"E", b"W"
-EVALUATED: Final = "validation batches"
-"""What ranks have to have in common when they evaluate."""
-
 _ID: Final = struct.Struct("<q")
 
 

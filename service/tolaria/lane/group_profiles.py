@@ -10,7 +10,6 @@ from tolaria.lane.encoding import from_bytes, to_bytes
 from tolaria.lane.messages import (
     CaptureProfile,
     CommandDone,
-    Failure,
     ProfileDone,
     ProfileStarted,
     TraceFailed,
@@ -18,6 +17,7 @@ from tolaria.lane.messages import (
 )
 from tolaria.lane.profiling import LaneProfiler
 from tolaria.ranks.group import Group
+from tolaria.values.failure import Failure
 
 
 class GroupProfiles:

@@ -26,13 +26,14 @@ from tolaria.lane.commands import PageGate
 from tolaria.lane.connection import LaneConnection
 from tolaria.lane.encoding import from_bytes, to_bytes
 from tolaria.lane.group_state import GroupRestore
-from tolaria.lane.messages import Failure, LaneEnded, LaneReady
+from tolaria.lane.messages import LaneEnded, LaneReady
 from tolaria.lane.order import LaneOrder, RestorePlan
 from tolaria.lane.process import Received, end_with_service
 from tolaria.ranks.group import Group, lost_peer
 from tolaria.ranks.images import receive_image, send_image
 from tolaria.signals.lane_page import SILENT_SIGNAL, LanePage, PagePulse
 from tolaria.state.shared_memory import SharedMemory
+from tolaria.values.failure import Failure
 from tolaria.values.training import RankInfo
 from tolaria.wire import Frame, FrameKind, FrameStream, send
 
@@ -203,7 +204,8 @@ def build_on_all_ranks(
 def _share_state(group: Group, built: BuiltLane, *, sharded: bool) -> None:
     module = built.module
     if group.leads:
-        plan = RestorePlan((), tuple(sorted(module.skipped.added)), module.seeds.controller.adjustments)
+        skipped = module.skipped
+        plan = RestorePlan((), tuple(sorted(skipped.added)), module.seeds.controller.adjustments, skipped.ranges)
         group.broadcast_bytes(to_bytes(LaneOrder("", (), 0, plan)))
         if not sharded:
             send_image(group, built.snapshots.state.copy())
@@ -214,6 +216,7 @@ def _share_state(group: Group, built: BuiltLane, *, sharded: bool) -> None:
             image = receive_image(group, built.snapshots.state)
             built.snapshots.restore_image(image, decided=order.plan.decided)
         module.skipped.added.update(order.plan.left_out)
+        module.skipped.ranges = order.plan.ranges
 
 
 def _end_with_group(reason: str, limits: LaneSettings) -> int:

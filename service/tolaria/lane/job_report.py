@@ -17,15 +17,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tolaria.config import Settings
-from tolaria.jobs import LoaderCursor, StatefulJob, TensorCursor, TrainModeJob
+from tolaria.jobs import IntervalCursor, StatefulJob, TensorCursor, TrainModeJob
 from tolaria.lane.build import BuiltLane, build
-from tolaria.lane.device import limit_threads, on_device
-from tolaria.lane.job_output import checked_batch, checked_evaluation
+from tolaria.lane.device import limit_threads
+from tolaria.lane.evaluation import evaluate
 from tolaria.lane.profiling import Region
 from tolaria.lane.step import train_step
 from tolaria.lane.train_module import TrainModule
 from tolaria.seeds.slots import slots_of
-from tolaria.values.evaluation import Evaluation
 
 Row = tuple[str, str]
 
@@ -90,12 +89,15 @@ def _model_rows(built: BuiltLane) -> Iterator[Row]:
 
 
 def _data_rows(module: TrainModule) -> Iterator[Row]:
-    cursor = module.cursor
-    yield "epoch", f"{cursor.batches_per_epoch} batches, {module.steps_per_epoch} steps"
+    cursor, passes = module.cursor, ""
+    if isinstance(cursor, IntervalCursor):
+        cursor = cursor.data
+        passes = f"; a pass over the data has {cursor.batches_per_epoch or 'an unknown number of'} batches"
+    yield "epoch", f"{module.cursor.batches_per_epoch} batches, {module.steps_per_epoch} steps{passes}"
     if isinstance(cursor, TensorCursor):
         order = "a function of training.seed and the epoch"
-    elif isinstance(cursor, LoaderCursor):
-        order = cursor.order
+    elif module.loader is not None:
+        order = module.loader.order
     else:
         order = f"that of the job's own {type(cursor).__name__}"
     yield "data order", order
@@ -157,20 +159,22 @@ def _train(module: TrainModule, regions: _Regions | None = None) -> tuple[float,
 
 
 def _evaluation_rows(module: TrainModule) -> Iterator[Row]:
-    total, batches, started_s = Evaluation(0.0), 0, time.monotonic()
-    module.model.eval()
-    with torch.no_grad():
-        for given in module.validation_batches():
-            batch = on_device(checked_batch(given, "validation_batches()"), module.device)
-            total += checked_evaluation(module.job.evaluate(module.model, batch))
-            batches += 1
+    places, started_s = list[int](), time.monotonic()
+
+    def goes_on(place: int) -> bool:
+        places.append(place)
+        return True
+
+    found = evaluate(module, goes_on=goes_on)
     module.train_mode()
-    if not total.samples:
-        yield "evaluation", "none: validation_batches() gives no sample"
+    if found is None or not found.samples:
+        yield "evaluation", "none: the job gives no sample to evaluate"
         return
-    figures = ", ".join(f"{name} {value:.4g}" for name, value in total.figures().items())
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in found.figures().items())
     took = time_text(time.monotonic() - started_s)
-    yield "evaluation", f"{total.samples} samples in {batches} batches, {took}; after these steps: {figures}"
+    samples = sum(one.samples for one in found.sets.values()) or found.samples
+    names = f" of {', '.join(found.sets)}" if found.sets else ""
+    yield "evaluation", f"{samples} samples in {len(places)} batches{names}, {took}; after these steps: {figures}"
 
 
 def _restore_rows(built: BuiltLane, settings: Settings) -> Iterator[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import resource
 import signal
@@ -17,19 +16,16 @@ from functools import partial
 from typing import Final, Protocol
 from zlib import crc32
 
-import torch
-
 from tolaria.errors import JobError, RanksDifferError
 from tolaria.lane.commands import CommandExecutor, CommandQueue, PageGate, QueuedCommand
-from tolaria.lane.device import hardware_context, limit_threads, on_device
+from tolaria.lane.device import hardware_context, limit_threads
+from tolaria.lane.evaluation import evaluate
 from tolaria.lane.fast_paths import spanning_compilation
-from tolaria.lane.group_commands import EVALUATED, FollowerCommands, GroupExecutor, LeaderCommands
-from tolaria.lane.job_output import checked_batch, checked_evaluation
+from tolaria.lane.group_commands import FollowerCommands, GroupExecutor, LeaderCommands
 from tolaria.lane.messages import (
     Command,
     EpochDone,
     Event,
-    Failure,
     Held,
     LaneEnded,
     ProfileDone,
@@ -38,7 +34,7 @@ from tolaria.lane.messages import (
     Stop,
 )
 from tolaria.lane.profiling import LaneProfiler, Region
-from tolaria.lane.rank_failures import failed_seeds, report, report_branches
+from tolaria.lane.rank_failures import failed_seeds, report
 from tolaria.lane.snapshot_manager import SnapshotManager
 from tolaria.lane.step import StepAbandonedError, train_step
 from tolaria.lane.train_module import TrainModule
@@ -46,7 +42,8 @@ from tolaria.lane.weight_averages import PART as AVERAGES
 from tolaria.ranks.group import Group, lost_peer
 from tolaria.signals.lane_page import STACKS_SIGNAL
 from tolaria.signals.layout import LanePhase
-from tolaria.values.evaluation import Evaluation, Ratio
+from tolaria.values.evaluation import Evaluation
+from tolaria.values.failure import Failure
 from tolaria.values.training import RankLoad
 
 _FRAME_S: Final = 0.02
@@ -268,8 +265,10 @@ class ThreadLane:
         return not (self._commands.stopping or self._module.progress.over)
 
     def _step(self) -> bool:
-        """Takes a step and does the work that follows it; returns False if the epoch has no batch left."""
+        """Takes a step and does the work that follows it; returns False if the epoch, or the run, has no step left."""
         module, warm = self._module, self._warm
+        if module.complete:
+            return False
         with nullcontext() if warm else self._heartbeat.lane_phase(self._first_phase):
             step = train_step(module, self._continue_step, self._mark)
         if step is None:
@@ -400,62 +399,22 @@ class ThreadLane:
 
     def _evaluate(self) -> Evaluation:
         """Raises StepAbandonedError for a stop or an urgent command: a long validation must not delay them."""
-        module = self._module
+        module, beat, goes_on = self._module, self._heartbeat.lane_beat, self._commands.continue_evaluation
         try:
-            total = self._evaluate_share()
-        except StepAbandonedError:
-            raise
+            found = evaluate(module, beat=beat, goes_on=goes_on)
         except Exception as error:
             with self._heartbeat.lane_rests():  # as long as the leader is held
                 report(module, error)
             raise
-        return total if module.group is None else _over_ranks(total, module.group)
-
-    def _evaluate_share(self) -> Evaluation:
-        """Evaluates what this rank has to evaluate."""
-        module = self._module
-        total = Evaluation(0.0)
-        module.model.eval()
-        with torch.no_grad():
-            for place, given in enumerate(module.validation_batches()):
-                self._heartbeat.lane_beat()
-                if not self._commands.continue_evaluation(place):
-                    raise StepAbandonedError
-                whole = checked_batch(given, "validation_batches()")
-                if whole.samples:
-                    batch = on_device(module.share.of(whole), module.device, pinned=module.fast_paths.pins_memory)
-                    if module.model.training:  # the job has set it for the batch before
-                        module.model.eval()
-                    with module.seeds.groups_as_built():
-                        found = checked_evaluation(module.job.evaluate(module.model, batch))
-                    report_branches(module)
-                    total += found if module.share.counted(whole) else Evaluation(0.0)
-        return total
+        if found is None:
+            raise StepAbandonedError
+        return found
 
 
 def _loads(module: TrainModule, group: Group) -> tuple[RankLoad, ...]:
     memory = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     gathered = group.all_gather([module.waits.input_s, module.waits.ranks_s, memory])
     return tuple(RankLoad(input_s, ranks_s, int(size)) for input_s, ranks_s, size in gathered)
-
-
-def _over_ranks(evaluation: Evaluation, group: Group) -> Evaluation:
-    """Returns the sums over all ranks. Raises RanksDifferError if one has evaluated another number of batches."""
-    group.all(value=True, must_match={EVALUATED: -1})
-    # A rank that has evaluated no sample has no metric, and does not know which the job has.
-    ratios = evaluation.ratios()
-    kinds = {name: ratio.exponential for name, ratio in ratios.items()}
-    said = [json.loads(text) for text in group.all_gather_text(json.dumps([evaluation.correct is not None, kinds]))]
-    known: dict[str, bool] = {}
-    for _, theirs in said:
-        known |= theirs
-    mine = [ratios.get(name, Ratio(0.0, 0.0)) for name in known]
-    sums = [evaluation.loss_sum, evaluation.correct or 0, evaluation.samples]
-    summed = group.all_reduce([*sums, *(value for ratio in mine for value in (ratio.total, ratio.weight))])
-    pairs = zip(known.items(), summed[3::2], summed[4::2], strict=True)
-    metrics = {name: Ratio(total, weight, exponential) for (name, exponential), total, weight in pairs}
-    correct = int(summed[1]) if any(counted for counted, _ in said) else None
-    return Evaluation(summed[0], correct, int(summed[2]), metrics)
 
 
 def _momentum(options: dict[str, object]) -> float:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Self, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
-from tolaria.errors import LaneFailedError, TolariaError
 from tolaria.images import SnapshotInfo, SnapshotStatistics
-from tolaria.values.encoding import error_fields, error_from_fields, is_catalogued
 from tolaria.values.evaluation import Evaluation
+from tolaria.values.failure import Failure
 from tolaria.values.gradients import SeedMetricSet
 from tolaria.values.optimization import (
     ActiveAdjustment,
@@ -23,7 +22,7 @@ from tolaria.values.optimization import (
     RebuildResult,
     ScheduledRates,
 )
-from tolaria.values.training import EpochProgress, Position, RankInfo, RankLoad
+from tolaria.values.training import BatchRange, EpochProgress, Position, RankInfo, RankLoad
 
 PROFILE_STEPS_MAX: Final = 1000
 """Steps in one profile. A trace holds every operation of each step, so longer ones cannot be viewed."""
@@ -104,6 +103,13 @@ class SkipBatches:
 
 
 @dataclass(frozen=True, slots=True)
+class SetSkippedRanges:
+    """Sets the batches that operators have training skip, in place of those of the last such command; in order."""
+
+    ranges: tuple[BatchRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AcceptRegime:
     """Accepts the losses of a changed task and skips `batches` no longer; a `RegimeBegun` precedes the answer."""
 
@@ -120,7 +126,14 @@ class CaptureProfile:
 
 
 BoundaryCommand: TypeAlias = (
-    ReconcileSeeds | ChangeOptimizer | CaptureImage | Restore | SkipBatches | AcceptRegime | CaptureProfile
+    ReconcileSeeds
+    | ChangeOptimizer
+    | CaptureImage
+    | Restore
+    | SkipBatches
+    | SetSkippedRanges
+    | AcceptRegime
+    | CaptureProfile
 )
 """Commands that the lane answers with a `CommandDone`, at a step boundary."""
 
@@ -232,33 +245,6 @@ Result: TypeAlias = (
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """An exception as plain values: class name and constructor fields of a `TolariaError`, else its message."""
-
-    name: str
-    fields: tuple[Any, ...]
-    traceback: str = ""
-
-    @classmethod
-    def of(cls, error: BaseException, traceback: str = "") -> Self:
-        """Returns the failure for an exception."""
-        if isinstance(error, TolariaError) and is_catalogued(error):
-            return cls(*error_fields(error), traceback=traceback)
-        return cls(type(error).__name__, (str(error),), traceback)
-
-    def error(self) -> TolariaError:
-        """Returns the same error; a `LaneFailedError` for an exception that is not Tolaria's own."""
-        try:
-            return error_from_fields(self.name, self.fields)
-        except KeyError:
-            return LaneFailedError(f"{self.name}: {self.fields[0]}")
-
-    def __str__(self) -> str:
-        error = self.error()
-        return f"{self.name}: {error}" if type(error).__name__ == self.name else str(error)
-
-
-@dataclass(frozen=True, slots=True)
 class LaneReady:
     """What the lane has built: where training starts, and what it trains with. `losses` is as in `Restored`."""
 
@@ -280,6 +266,7 @@ class LaneReady:
     ranks: tuple[RankInfo, ...] = ()
     model: str = ""  # as `tolaria.lane.model_description` describes it
     schedule: str = ""  # of learning rates, if the job gives one
+    evaluates: bool = True
 
 
 @dataclass(frozen=True, slots=True)

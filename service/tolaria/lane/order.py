@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tolaria.values.optimization import ActiveAdjustment
+from tolaria.values.training import BatchRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,13 +13,14 @@ class RestorePlan:
     """What a lane that has been built goes on from.
 
     The first snapshot in memory that can be restored, of those with these digests, else a checkpoint that comes along,
-    else, without either, the state in which it was built. `left_out` are batches to skip, as (epoch, place); `decided`
-    are the run's adjustments of learning rates.
+    else, without either, the state in which it was built. `left_out` are batches to skip, as (epoch, place), `ranges`
+    those that operators have named; `decided` are the run's adjustments of learning rates.
     """
 
     targets: tuple[str, ...] = ()
     left_out: tuple[tuple[int, int], ...] = ()
     decided: tuple[ActiveAdjustment, ...] = ()
+    ranges: tuple[BatchRange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TypeAlias, TypeVar, cast
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
 
 import torch
 from pydantic import JsonValue
@@ -19,13 +19,14 @@ from tolaria.jobs import (
     Batch,
     BatchCursor,
     CursorState,
-    LoaderCursor,
+    IntervalCursor,
     RunView,
     StatefulJob,
     TrainingJob,
     TrainModeJob,
 )
 from tolaria.jobs.data import epoch_seed
+from tolaria.jobs.intervals import loader_of, pass_over
 from tolaria.jobs.job import StepLog
 from tolaria.lane.buffers import SavedBuffers
 from tolaria.lane.device import seed_everything
@@ -36,6 +37,7 @@ from tolaria.lane.job_callbacks import JobCallbacks
 from tolaria.lane.job_output import checked_batch
 from tolaria.lane.messages import RegimeBegun
 from tolaria.lane.seed_training import SeedTraining
+from tolaria.lane.skipped_batches import SkippedBatches
 from tolaria.lane.trained_flags import TrainedFlags
 from tolaria.lane.weight_averages import WeightAverages
 from tolaria.ranks.group import Group
@@ -62,39 +64,13 @@ class RankWaits:
     ranks_s: float = 0.0
 
 
-@dataclass(slots=True)
-class SkippedBatches:
-    """Batches that training skips, as (epoch, place in the epoch from 0).
-
-    `batches` are those in the state that was restored, where earlier versions kept them. `added` belong to the run,
-    which records them, so that going back does not restore them: they are not part of the state.
-    """
-
-    batches: set[tuple[int, int]] = field(default_factory=set)
-    added: set[tuple[int, int]] = field(default_factory=set)
-
-    def __contains__(self, batch: object) -> bool:
-        return batch in self.added or batch in self.batches
-
-    def __len__(self) -> int:
-        return len(self.batches | self.added)
-
-    def state_dict(self) -> dict[str, JsonValue]:
-        """Returns the batches in order, so that equal sets have equal digests."""
-        return {"batches": [[epoch, place] for epoch, place in sorted(self.batches)]}
-
-    def load_state_dict(self, state: Mapping[str, JsonValue]) -> None:
-        """Restores what `state_dict` returned. Raises KeyError, TypeError or ValueError, and is then unchanged."""
-        listed = cast("list[tuple[int, int]]", state["batches"])
-        self.batches = {(int(epoch), int(place)) for epoch, place in listed}
-
-
 class TrainModule:
     """What the lane trains: a job, its model on `device`, its data and its progress. Used in one thread at a time.
 
     Its part of the training state is the progress in the epoch, which no other object holds.
 
     Attributes:
+        loader: what reads the data, if that is a `LoaderCursor`.
         global_step: number of completed steps.
         progress: of the current epoch, or the last one.
         skipped: batches that `next_batch` passes over.
@@ -129,15 +105,15 @@ class TrainModule:
         # Looked up once: a check against a protocol takes longer than a small layer.
         self._changed_by_passes = _changed_by_passes(job, seeds)
         self._sets_train_mode = job if isinstance(job, TrainModeJob) else None
-        self.model = model
-        self.cursor = cursor
-        self.device = device
-        self.seeds = seeds
+        self.model, self.device, self.seeds = model, device, seeds
+        self.cursor, self.loader = cursor, loader_of(cursor)
         self.sharded = any(map(is_sharded, model.parameters()))
         self.merger = GradientMerger(settings, seeds.gradient_scope(0), sharded=self.sharded)
         self.fast_paths = fast_paths
         self.accumulate = settings.training.accumulate
-        self.clip_norm = settings.training.clip_norm
+        self.clip_norm, self._steps = settings.training.clip_norm, settings.training.steps
+        self.evaluates = True
+        """Whether the job has a validation set, as the first look has found."""
         self.global_step = 0
         self.progress = EpochProgress()
         self.skipped = SkippedBatches()
@@ -189,11 +165,18 @@ class TrainModule:
     @group.setter
     def group(self, group: Group | None) -> None:
         self._group = self.merger.group = group
+        if group is not None and isinstance(self.cursor, IntervalCursor):
+            self.cursor.before_pass = lambda: broadcast_rng_state(group)
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps in one epoch; the last one may have fewer microbatches."""
-        return -(-self.cursor.batches_per_epoch // self.accumulate)
+        return -(-(self.cursor.batches_per_epoch or 0) // self.accumulate)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run has all steps of `training.steps`, if it is counted in steps."""
+        return 0 < self._steps <= self.global_step
 
     def state_dict(self) -> dict[str, JsonValue]:
         """Returns the progress."""
@@ -246,29 +229,25 @@ class TrainModule:
         cursor = self.cursor
         while True:
             skipped = (self.progress.number, self.progress.batches) in self.skipped
-            if skipped and isinstance(cursor, LoaderCursor) and cursor.pass_over():
+            if skipped and pass_over(cursor):
                 self.progress = self.progress.after_batch()
                 continue
             self.on_reading(self.progress.number, self.progress.batches)
+            rngs = capture_rngs() if skipped else None
             batch = self._read(cursor.next_batch)
             if batch is None:
                 return None
+            if rngs is not None:  # so that training is as if the data never had this batch
+                restore_rngs(*rngs)
             batch = checked_batch(batch, "training_data: next_batch()")
             self.progress = self.progress.after_batch()
             if batch.samples and not skipped:
                 return batch
 
-    def validation_batches(self) -> Iterator[object]:
-        """Yields what the job's `validation_batches` gives."""
-        given = iter(self._read(self.job.validation_batches))
-        end = object()
-        while (batch := self._read(lambda: next(given, end))) is not end:
-            yield batch
-
     def close_data(self) -> None:
         """Ends the workers of a `DataLoader`; nothing may be read afterwards."""
-        if isinstance(self.cursor, LoaderCursor):
-            self.cursor.close()
+        if self.loader is not None:
+            self.loader.close()
 
     def note_step_start(self) -> None:
         """Records buffers and the job before a step; before one of several microbatches also data and generators."""

@@ -17,6 +17,7 @@ from tolaria import errors
 from tolaria.journal.async_journal import AsyncJournal
 from tolaria.rollback.protocol import Rollback, rollback_id_of
 from tolaria.rpc.audit import AuditTrail
+from tolaria.rpc.data_skips import skip_data, skip_message
 from tolaria.rpc.exports import Exports, export_answer
 from tolaria.rpc.listing import limited, list_admin_calls, list_incidents, list_restore_points
 from tolaria.rpc.requests import Answer, MutatingRequest, RequestLedger
@@ -237,6 +238,22 @@ class AdminService(TolariaAdminServiceServicer):
 
         late = "the export was not written"
         return await self._once(request, context, operation, timeout_s=EXPORT_S, late=late)
+
+    async def SkipData(self, request: admin.SkipDataRequest, context: Context) -> admin.SkipDataResponse:
+        """Has training leave data out, or undoes that."""
+
+        async def operation() -> admin.SkipDataResponse:
+            skip = await skip_data(self._run, request)
+            return admin.SkipDataResponse(
+                global_step=self._status.global_step, skip=skip_message(skip, self._run.skips)
+            )
+
+        return await self._once(request, context, operation)
+
+    async def ListDataSkips(self, request: admin.ListDataSkipsRequest, context: Context) -> admin.ListDataSkipsResponse:
+        """Returns what is left out, the newest first."""
+        skips = self._run.skips
+        return admin.ListDataSkipsResponse(skips=[skip_message(each, skips) for each in skips.all])
 
     async def ListRestorePoints(
         self, request: admin.ListRestorePointsRequest, context: Context

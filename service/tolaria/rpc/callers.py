@@ -35,6 +35,7 @@ ROLES: Final[dict[str, Role]] = {
     **dict.fromkeys(
         (
             *(f"{_ADMIN}{name}" for name in ("GetStatus", "WatchStatus", "ListRestorePoints", "ListIncidents")),
+            f"{_ADMIN}ListDataSkips",
             f"{_ADMIN}StreamTelemetry",
             *(f"/grpc.reflection.{v}.ServerReflection/ServerReflectionInfo" for v in ("v1", "v1alpha")),
         ),
@@ -45,6 +46,7 @@ ROLES: Final[dict[str, Role]] = {
             *(f"{_ADMIN}{name}" for name in ("PauseTraining", "ResumeTraining", "TriggerRollback", "CreateCheckpoint")),
             *(f"{_ADMIN}{name}" for name in ("RaiseEmergency", "ClearEmergency", "SetConservativeMode")),
             *(f"{_ADMIN}{name}" for name in ("AdjustLearningRate", "CaptureProfile", "ListAdminCalls", "ExportModel")),
+            f"{_ADMIN}SkipData",
         ),
         Role.OPERATOR,
     ),

@@ -6,7 +6,7 @@ Storage failures do not end any task: they are reported and counted, and the che
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -41,6 +41,7 @@ from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
 from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run_state import Lifecycle
+from tolaria.values.evaluation import TRAINING
 from tolaria.values.lineage import Lineage
 
 BUSY_S: Final = 0.25
@@ -48,6 +49,8 @@ BUSY_S: Final = 0.25
 
 STALLED_S: Final = 120.0
 """Time after which a checkpoint counts as stalled: a disk that hangs raises no error."""
+
+_log = structlog.get_logger(__name__)
 
 _SUPERSEDE_S: Final = 1.0  # one small transaction or query, for which the lane is held
 
@@ -95,6 +98,8 @@ class Checkpointing:
         """Step of the newest checkpoint, or the one at which the run begins in this process; -1 after a rollback."""
         self.model = ""
         """The lane's description of the model, which is kept in each manifest."""
+        self.logged: Mapping[str, float] = {}
+        """What the job has logged last, by name: the best checkpoint may be that with the best of it."""
         self._held_reason = ""
         self._retrying = self._stalled = False
         self.failing = ""
@@ -314,13 +319,7 @@ class Checkpointing:
             self._evaluated_step = self._step
         if self._evaluated_step != self._step:
             return None
-        evaluation = self._epoch.evaluation
-        figures = evaluation.figures()
-        if self._settings.best == "accuracy" and "accuracy" not in figures:
-            return -evaluation.loss
-        if self._settings.best_name not in figures:
-            self._log.warning("best_metric_missing", best=self._settings.best, known=sorted(figures))
-        return figures.get(self._settings.best_name)
+        return best_metric(self._settings, self._epoch, self.logged)
 
     def _evaluated(self) -> dict[str, Any]:
         """Returns the metrics of the newest evaluation of this branch, and its step, for the manifest."""
@@ -362,6 +361,26 @@ class Checkpointing:
         if failing != self.failing:
             self.failing = failing
             self._lifecycle.changed()
+
+
+def best_metric(settings: CheckpointSettings, epoch: EpochDone, logged: Mapping[str, float]) -> float | None:
+    """Returns the metric of an epoch by which the best checkpoint is chosen; None if it has none that is a number.
+
+    `logged` is what the job has logged last, by name.
+    """
+    evaluation = epoch.evaluation
+    figures = evaluation.figures()
+    if settings.best_of_training:
+        figures = {f"{TRAINING}/{name}": value for name, value in logged.items()}
+        figures[f"{TRAINING}/loss"] = epoch.training_loss
+    elif not figures:
+        return None
+    elif settings.best == "accuracy" and "accuracy" not in figures:
+        return -evaluation.loss
+    if settings.best_name not in figures:
+        _log.warning("best_metric_missing", best=settings.best, known=sorted(figures))
+    metric = figures.get(settings.best_name)
+    return None if metric is None or not isfinite(metric) else metric
 
 
 def due_by_steps(every_steps: int, global_step: int, last_step: int) -> bool:

@@ -171,7 +171,7 @@ class Health:
     def epoch(self, epoch: EpochDone, *, rolling_back: bool) -> Verdict:
         """Judges an evaluation by those before it: its metric of `judged_by`; until that appears, accuracy or loss."""
         record = self._record
-        if rolling_back or self._origin:
+        if rolling_back or self._origin or not epoch.evaluation.samples:
             return Proceed()
         if epoch.evaluation.correct and not record.counts_accuracy:
             record.counts_accuracy, record.evaluations, record.worse = True, [], []

@@ -34,6 +34,7 @@ from tolaria.resilience.conservative import ModeChange
 from tolaria.rollback.protocol import Rollback
 from tolaria.run.status import RunStatus
 from tolaria.values.optimization import Adjustment
+from tolaria.values.training import BatchRange
 
 
 class RunObserver:
@@ -52,6 +53,9 @@ class RunObserver:
 
     def on_step(self, step: StepDone) -> None:
         """A step is done or was skipped."""
+
+    def on_data_skipped(self, skip_id: str, ranges: Sequence[BatchRange], *, removed: bool) -> None:
+        """An operator has batches left out, or has undone that."""
 
     def on_explosion(self, step: StepDone, reason: str) -> None:
         """A finite step was judged an explosion."""

@@ -13,6 +13,7 @@ from tolaria.run.adjustments import RunAdjustments
 from tolaria.run.boundary import EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.conditions import health_of
+from tolaria.run.data_skips import DataSkip, DataSkips
 from tolaria.run.health import Health
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
@@ -24,6 +25,7 @@ from tolaria.run.run_state import Lifecycle
 from tolaria.run.safety import Safety
 from tolaria.run.status import RunStatus, status_message
 from tolaria.values.optimization import Adjustment
+from tolaria.values.training import BatchRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class RunParts:
     points: RestorePoints
     profiles: Profiles
     adjustments: RunAdjustments
+    skips: DataSkips
 
 
 class RunOperations:
@@ -101,6 +104,23 @@ class RunOperations:
         if unsound := self._parts.recovery.unsound:
             raise WrongStateError(unsound)
         return await self._parts.checkpointing.create(reason)
+
+    async def skip_data(
+        self, skip_id: str, reason: str, ranges: tuple[BatchRange, ...], steps: tuple[int, int] | None = None
+    ) -> DataSkip:
+        """Leaves batches out, as `DataSkips.add` does. Raises WrongStateError when the run has ended."""
+        self._lifecycle.require_not_ended("there is no batch to leave out")
+        return await self._parts.skips.add(skip_id, reason, ranges, steps)
+
+    async def stop_skipping(self, skip_id: str) -> DataSkip:
+        """Undoes a skip, as `DataSkips.remove` does. Raises WrongStateError when the run has ended."""
+        self._lifecycle.require_not_ended("there is no batch to train on again")
+        return await self._parts.skips.remove(skip_id)
+
+    @property
+    def skips(self) -> DataSkips:
+        """The data that operators have training leave out."""
+        return self._parts.skips
 
     async def capture_profile(self, active_steps: int, rank: int = 0) -> ProfileTaken:
         """Takes a profile, as `Profiles.capture` does. Raises WrongStateError when the run has ended."""

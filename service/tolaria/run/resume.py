@@ -25,6 +25,7 @@ from tolaria.errors import BackupError, ConfigurationError, JournalDamagedError,
 from tolaria.filesystem import Filesystem
 from tolaria.journal.database import Journal
 from tolaria.journal.rows import CheckpointRow, EmergencyRow, FaultRow, RollbackRow, RunRow
+from tolaria.run.branches import branch_origin
 from tolaria.run.restore_points import RestorePoints, attempts_used, resumed_points
 
 RunOutcome: TypeAlias = Literal["finished", "stopped", "drained", "failed"]
@@ -199,9 +200,12 @@ def unfinished_run(runs: Sequence[RunRow], checkpoints: Sequence[CheckpointRow])
 
 
 def extended_run(
-    runs: Sequence[RunRow], checkpoints: Sequence[CheckpointRow], *, job: str, epochs: int
+    runs: Sequence[RunRow], checkpoints: Sequence[CheckpointRow], *, job: str, epochs: int, steps: int = 0
 ) -> RunRow | None:
-    """Returns the latest run if it has finished fewer epochs of this job than these, and its last state is kept."""
+    """Returns the latest run if it has finished less of this job than is asked for now, and its last state is kept.
+
+    That is fewer than `steps`, or if these are 0, fewer than `epochs`.
+    """
     latest = max(runs, key=lambda run: run.at_ns, default=None)
     if latest is None or latest.outcome != "finished" or latest.job != job:
         return None
@@ -210,7 +214,9 @@ def extended_run(
         key=lambda row: row.at_ns,
         default=None,
     )
-    return latest if newest is not None and newest.epoch < epochs else None
+    if newest is None:
+        return None
+    return latest if (newest.global_step < steps if steps else newest.epoch < epochs) else None
 
 
 # -- choosing the run ------------------------------------------------------------------------------------------------
@@ -220,7 +226,8 @@ def _choose_run(settings: Settings, directory: Path, storage: Storage) -> Prepar
     journal, job = storage.journal, settings.training.job
     runs, checkpoints = journal.rows(RunRow), journal.rows(CheckpointRow)
     found = unfinished_run(runs, checkpoints)
-    extended = None if found else extended_run(runs, checkpoints, job=job, epochs=settings.training.epochs)
+    epochs, steps = settings.training.epochs, settings.training.steps
+    extended = None if found else extended_run(runs, checkpoints, job=job, epochs=epochs, steps=steps)
     resumed = found or extended if settings.state.resume != "never" else None
     notes = _repairs(storage)
     if resumed is None:
@@ -236,8 +243,11 @@ def _choose_run(settings: Settings, directory: Path, storage: Storage) -> Prepar
             raise ConfigurationError([problem])
         row = replace(resumed, job=job, outcome="", ended_at_ns=None)
         left = f"its last process ended as {resumed.outcome}" if resumed.outcome else "its last process was killed"
+        if resumed.resumed_from is None and (origin := branch_origin(journal, resumed.run_id)) is not None:
+            left = f"it branches off at step {origin.global_step} of run {origin.run_id} in {origin.directory}"
         if extended is not None:
-            left = f"it had finished, and training.epochs = {settings.training.epochs} gives it more epochs"
+            raised = f"training.steps = {steps}" if steps else f"training.epochs = {epochs}"
+            left = f"it had finished, and {raised} gives it more {'steps' if steps else 'epochs'}"
         notes.append(f"the run {row.run_id} is resumed; {left}")
     journal.put(row)
     return PreparedState(directory, storage.for_run(row.run_id), row.run_id, resumed is not None, tuple(notes))

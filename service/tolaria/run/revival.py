@@ -17,6 +17,7 @@ from tolaria.errors import LaneFailedError, NoCheckpointError, WrongStateError
 from tolaria.images import StateImage
 from tolaria.lane import messages
 from tolaria.lane.order import RestorePlan
+from tolaria.run.data_skips import DataSkips
 from tolaria.run.health import Health
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
@@ -49,6 +50,7 @@ class Revival:
         points: RestorePoints,
         health: Health,
         observers: RunObserver,
+        skips: DataSkips,
         follow: Callable[[int, bool], Awaitable[None]],
     ) -> None:
         self._lane = lane
@@ -57,6 +59,7 @@ class Revival:
         self._points = points
         self._follow = follow
         self._health = health
+        self._skips = skips
         self._observers = observers
         self._lost_at_s = math.nan
         self._deaths: list[tuple[str, tuple[int, int]]] = []
@@ -105,7 +108,7 @@ class Revival:
             raise LaneFailedError(f"{self._status.recovering}; no restore point can be loaded")
         tried = memory if self._from_memory else ()
         targets = tuple(point.digest for point in tried if point.suspect <= memory[0].suspect)
-        return RestorePlan(targets, self._health.left_out, self._status.adjustments), image
+        return RestorePlan(targets, self._health.left_out, self._status.adjustments, self._skips.ranges), image
 
     def on_restarted(self, event: messages.LaneRestarted) -> messages.Restored:
         """Handles a new process; returns the state that it has restored."""

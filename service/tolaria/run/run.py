@@ -25,6 +25,7 @@ from tolaria.run.run_state import RunEvent, after
 from tolaria.run.safety import COLLAPSE, EXPLOSION, NON_FINITE
 from tolaria.run.status import epoch_packet
 from tolaria.run.verdicts import Halt, Proceed, Retreat
+from tolaria.values.training import EpochProgress
 
 _LAST_CHECKPOINT_S: Final = 30.0
 
@@ -39,6 +40,8 @@ class TrainingRun(RunOperations):
         self._next_epoch = 1
         self._stop = ""
         """Why the run ends before its last epoch; empty if it does not."""
+        self._ended_step = -1
+        """The step at which the last epoch ended; -1 within one."""
         self._epoch_over = anyio.Event()
         self._epoch_done: messages.EpochDone | None = None
         self._stopping = False
@@ -48,8 +51,9 @@ class TrainingRun(RunOperations):
 
     def begin(self, ready: messages.LaneReady) -> None:
         """Adopts what the lane has built. Has to precede `run`."""
-        self._next_epoch, self._stop = ready.progress.number + ready.progress.over, ready.progress.stop
+        self._go_on_from(ready.progress, ready.position.global_step)
         self._status.ready(ready)
+        self._parts.skips.places.begin(ready.progress, ready.position.global_step, ready.steps_per_epoch)
         self._parts.checkpointing.model = ready.model
         self._parts.health.start(ready.losses, ready.position.global_step)
         self._observers.on_ready(ready)
@@ -68,12 +72,13 @@ class TrainingRun(RunOperations):
         self._lifecycle.enter(RunEvent.STARTED, self._status.state_reason)
         if left_out := self._parts.health.left_out:
             self._lane.submit(messages.SkipBatches(left_out))
+        self._parts.skips.begin()
         try:
             while not (self._stopping or self.ending == "finished"):
                 if self._lane.lost:
                     await self._status.feed.until(lambda: not self._lane.lost or self._lane.ended is not None)
                     self._raise_if_lane_failed()
-                elif self._complete:
+                elif self._is_complete:
                     await self._finish()
                 elif (epoch := await self._train_epoch()) is not None:
                     await self._cross_boundary(epoch)
@@ -83,12 +88,21 @@ class TrainingRun(RunOperations):
             self.ending = "failed"
             self._lifecycle.enter(RunEvent.FAILED, str(error))
         else:
-            reason = self._status.state_reason if self._stopping else self._stop or "all epochs done"
+            done = self._stop or ("all steps done" if self._settings.training.steps else "all epochs done")
+            reason = self._status.state_reason if self._stopping else done
             self._lifecycle.enter(RunEvent.FINISHED, reason)
 
     @property
-    def _complete(self) -> bool:
-        return self._next_epoch > self._settings.training.epochs or bool(self._stop)
+    def _is_complete(self) -> bool:
+        """Whether the run has all its epochs, or all its steps and what follows the last one, or ends before."""
+        training = self._settings.training
+        if self._stop:
+            return True
+        return self._ended_step >= training.steps if training.steps else self._next_epoch > training.epochs
+
+    def _go_on_from(self, progress: EpochProgress, global_step: int) -> None:
+        self._next_epoch, self._stop = progress.number + progress.over, progress.stop
+        self._ended_step = global_step if progress.over else -1
 
     async def _train_epoch(self) -> messages.EpochDone | None:
         """Trains the next epoch, or the rest of it; returns None if the run was stopped or rolled back within it."""
@@ -142,11 +156,11 @@ class TrainingRun(RunOperations):
         """Ends the run after the last epoch, with a last checkpoint if required; one without a finite step fails."""
         if self._parts.health.skipped_steps and not self._parts.health.best_step:
             raise LaneFailedError("no step of the run was finite")
-        await self._last_checkpoint(self._stop or "all epochs are done")
+        await self._last_checkpoint(self._stop or "the run is complete")
         if self._settings.checkpoint.on_failure == "pause":
             checkpointing, lane = self._parts.checkpointing, self._lane
             await self._status.feed.until(lambda: not checkpointing.failing or self._stopping or lane.ended is not None)
-        rolled_back = self._parts.recovery.running or not self._complete
+        rolled_back = self._parts.recovery.running or not self._is_complete
         if not (self._stopping or rolled_back or self._lane.lost):
             self.ending = "finished"
 
@@ -217,6 +231,7 @@ class TrainingRun(RunOperations):
         rolling_back = parts.recovery.running
         verdict = parts.health.step(step, rolling_back=rolling_back)
         self._status.step(step)
+        parts.skips.places.step(step)
         parts.recovery.on_judged(step)
         self._observers.on_step(step)
         parts.safety.safeguards.step(step)
@@ -241,7 +256,8 @@ class TrainingRun(RunOperations):
         self._status.epoch_done(epoch)
         self._observers.on_epoch(epoch, show_layers=not self._parts.safety.safeguards.mode.on)
         self._show_seeds_and_rates()
-        self._epoch_done, self._next_epoch, self._stop = epoch, epoch.epoch + 1, epoch.stop
+        self._epoch_done, self._next_epoch, self._ended_step = epoch, epoch.epoch + 1, epoch.global_step
+        self._stop = epoch.stop
         self._epoch_over.set()
 
     def _on_seeds(self, change: messages.SeedsChanged) -> None:
@@ -347,13 +363,14 @@ class TrainingRun(RunOperations):
         else:
             parts.health.restored(restored.losses, restored.position.global_step)
         self._status.rewind(restored)
+        parts.skips.places.rewound(restored.progress, restored.position.global_step)
         self._observers.on_rewind(restored)
         self._show_seeds_and_rates()
         parts.boundary.rewound()
         parts.adjustments.note()
         parts.safety.safeguards.rolled_back()
         parts.recovery.rewound(restored)
-        self._next_epoch, self._stop = restored.progress.number + restored.progress.over, restored.progress.stop
+        self._go_on_from(restored.progress, restored.position.global_step)
         self._epoch_done = None
         if not restored.underway and restored.latest_order == self._lane.order:
             self._epoch_over.set()  # the lane has dropped its order: the epoch has to be ordered again

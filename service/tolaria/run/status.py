@@ -19,6 +19,8 @@ from leyline.v1.state_pb2 import HardwareContext, SystemStatePacket
 from tolaria import __version__
 from tolaria.images import SnapshotInfo
 from tolaria.lane.messages import EpochDone, LaneReady, OptimizerChanged, Restored, StepDone
+from tolaria.run.pace import EpochSums, Pace
+from tolaria.values.lineage import BranchOrigin
 from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.seeds import FOSSILIZED, FOSSILIZED_LEFT, NO_LIMITS, SLOTS_FREE, SeedLimits, count_in
@@ -54,43 +56,6 @@ class StatusFeed:
 
 
 @dataclass(slots=True)
-class EpochSums:
-    """Sums over the steps of the current epoch; skipped steps contribute only their number, samples and time."""
-
-    steps: int = 0
-    skipped_steps: int = 0
-    samples: int = 0
-    loss_sum: float = 0.0
-    gradient_norm: float = 0.0
-    duration_s: float = 0.0
-    input_wait_s: float = 0.0
-    copy_s: float = 0.0
-
-    def add(self, step: StepDone) -> None:
-        """Counts one step."""
-        self.duration_s += step.duration_s
-        self.input_wait_s += step.input_wait_s
-        self.copy_s += step.copy_s
-        self.samples += step.samples
-        if step.skipped:
-            self.skipped_steps += 1
-            return
-        self.steps += 1
-        self.loss_sum += step.loss
-        self.gradient_norm = step.gradient_norm
-
-    @property
-    def loss(self) -> float:
-        """Mean loss of the finite steps; NaN before the first."""
-        return self.loss_sum / self.steps if self.steps else float("nan")
-
-    @property
-    def samples_per_s(self) -> float:
-        """Samples per second of step time; 0 before the first step."""
-        return self.samples / self.duration_s if self.duration_s else 0.0
-
-
-@dataclass(slots=True)
 class RunStatus:
     """The run as the event loop knows it. Losses and accuracies are NaN before the first."""
 
@@ -100,7 +65,10 @@ class RunStatus:
     epochs: int
     started_at_s: float
 
+    steps: int = 0
+    """Steps after which the run ends; 0: `epochs` says when."""
     feed: StatusFeed = field(default_factory=StatusFeed)
+    pace: Pace = field(default_factory=Pace)
     state: admin.RunState.ValueType = admin.RUN_STATE_STARTING
     state_reason: str = ""
     steps_per_epoch: int = 0
@@ -136,6 +104,10 @@ class RunStatus:
     adjustments: tuple[ActiveAdjustment, ...] = ()
     conflict_ratio: float = 0.0
     fast_paths: dict[str, str] = field(default_factory=dict)
+    evaluates: bool = True
+    branch: BranchOrigin | None = None
+    data_skips: int = 0
+    """Number of skips of data that operators have made and not undone."""
     ranks: tuple[RankInfo, ...] = ()
     last_command: AdaptationCommand | None = None
     logged: dict[str, float] = field(default_factory=dict)
@@ -182,6 +154,18 @@ class RunStatus:
         """Loss of the last evaluation; NaN before the first."""
         return self.last_epoch.evaluation.loss if self.last_epoch else float("nan")
 
+    @property
+    def remaining_s(self) -> float | None:
+        """Estimated seconds until the run is complete, if it trains; None if not, or until some steps are known."""
+        if self.state != admin.RUN_STATE_RUNNING or self.recovering:
+            return None
+        length = max(1, self.steps_per_epoch)
+        steps = self.steps - self.global_step
+        if not self.steps:
+            taken = self.sums.steps + self.sums.skipped_steps
+            steps = (self.epochs - self.epoch) * length + max(0, length - taken)
+        return self.pace.remaining_s(steps, steps / length)
+
     def regraft(self, states: Iterable[SeedState]) -> None:
         """Adopts changed seeds, and keeps what was measured of them in the last epoch."""
         known = {state.seed_id: state for state in self.grafted}
@@ -201,6 +185,7 @@ class RunStatus:
         self.steps_per_epoch = ready.steps_per_epoch
         self.fast_paths = dict(ready.fast_paths)
         self.slots, self.ranks, self.schedule = ready.slots, ready.ranks, ready.schedule
+        self.evaluates = ready.evaluates
         self.rewind(ready)
 
     def adjusted(self, change: OptimizerChanged) -> None:
@@ -219,6 +204,7 @@ class RunStatus:
     def step(self, step: StepDone) -> None:
         """Counts a step."""
         self.sums.add(step)
+        self.pace.step(step)
         if step.logged:
             self.logged.update(step.logged)
         self.global_step = step.global_step
@@ -227,6 +213,7 @@ class RunStatus:
     def epoch_done(self, epoch: EpochDone) -> None:
         """Adopts the figures of an epoch."""
         self.last_epoch = epoch
+        self.pace.epoch(epoch)
         self.training_loss = epoch.training_loss
         self._take_over(epoch)
         if epoch.compile_fallback:
@@ -263,7 +250,7 @@ def epoch_packet(status: RunStatus, averages: Averages, epoch: EpochDone, *, wal
     steps = max(1, sums.steps + sums.skipped_steps)
     packet = _packet(status, epoch.epoch, epoch.global_step, epoch.training_loss, wall_ns)
     packet.validation_accuracy = _known(epoch.evaluation.accuracy)
-    packet.validation_loss = epoch.evaluation.loss
+    packet.validation_loss = epoch.evaluation.loss  # NaN where nothing is evaluated: 0 would be a perfect model
     packet.hardware_context.CopyFrom(epoch.hardware)
     packet.training_metrics.update(
         _average_metrics(averages)
@@ -285,6 +272,7 @@ def epoch_packet(status: RunStatus, averages: Averages, epoch: EpochDone, *, wal
             "h2d_copy_ms": sums.copy_s * 1000 / steps,
         }
         | {f"validation.{name}": ratio.value for name, ratio in epoch.evaluation.ratios().items()}
+        | {f"validation.{name}": value for name, value in epoch.evaluation.set_figures().items()}
         | _hardware_metrics(epoch.hardware)
     )
     return packet
@@ -319,6 +307,11 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
         job=status.job,
         epoch=status.epoch,
         epochs=status.epochs,
+        steps=status.steps,
+        remaining_s=status.remaining_s,
+        unevaluated=not status.evaluates,
+        data_skips=status.data_skips,
+        branched_from=None if status.branch is None else admin.BranchOrigin(**asdict(status.branch)),
         global_step=status.global_step,
         epoch_step=status.sums.steps + status.sums.skipped_steps,
         steps_per_epoch=status.steps_per_epoch,

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 import structlog
@@ -23,6 +24,7 @@ from tolaria.telemetry.events import Emitter
 from tolaria.telemetry.logging import LogContext
 from tolaria.telemetry.metrics import Metrics, start_at_zero
 from tolaria.values.optimization import AUTOMATIC, CONTROLLER, OPERATOR
+from tolaria.values.training import BatchRange
 
 _STATES = [name.removeprefix("RUN_STATE_").lower() for name in RunState.keys()[1:]]
 _COMMANDS: Final = {kind: CommandType.Name(kind).removeprefix("COMMAND_").lower() for kind in PAYLOADS}
@@ -31,6 +33,7 @@ _ORIGINS: Final = (OPERATOR, CONTROLLER, AUTOMATIC)
 _EPOCHS_COMPARED: Final = 16
 _EPOCHS_NEEDED: Final = 3
 _LATENCY_MORE_S: Final = 1.0
+_RANGES_SHOWN: Final = 5
 _LOSS, _GRADIENT, _EXTREME = "loss_not_finite", "gradient_not_finite", "loss_extreme"
 
 
@@ -117,6 +120,11 @@ class TrainingTelemetry(RunObserver):
     def on_regime(self, regime: RegimeBegun) -> None:
         origin = "job" if regime.announced else "health"
         self._emitter.emit(events.LOSS_REGIME_ACCEPTED, step=regime.global_step, reason=regime.reason, origin=origin)
+
+    def on_data_skipped(self, skip_id: str, ranges: Sequence[BatchRange], *, removed: bool) -> None:
+        batches = "; ".join(f"epoch {each.epoch}: {each.first} to {each.last}" for each in ranges[:_RANGES_SHOWN])
+        event = events.DATA_SKIP_REMOVED if removed else events.DATA_SKIPPED
+        self._emitter.emit(event, skip_id=skip_id, batches=batches, count=sum(map(len, ranges)))
 
     def on_seed_culled(self, seed_id: str, step: int) -> None:
         reason = "its gradients were not finite in too many steps in a row"
@@ -252,9 +260,10 @@ def _factors(status: RunStatus) -> dict[str, float]:
 
 
 def _own_metrics(epoch: EpochDone) -> dict[str, dict[str, float | None]]:
-    """Returns the metrics of an evaluation that the job names, for the log; nothing without any."""
-    ratios = epoch.evaluation.ratios()
-    return {"metrics": {name: _rounded(ratio.value) for name, ratio in ratios.items()}} if ratios else {}
+    """Returns the metrics of an evaluation that the job names, and those of its sets, for the log; else nothing."""
+    evaluation = epoch.evaluation
+    found = {name: ratio.value for name, ratio in evaluation.ratios().items()} | evaluation.set_figures()
+    return {"metrics": {name: _rounded(value) for name, value in found.items()}} if found else {}
 
 
 def _rounded(value: float) -> float | None:

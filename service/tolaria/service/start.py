@@ -25,6 +25,8 @@ from tolaria.images import StateImage
 from tolaria.lane.messages import LaneReady
 from tolaria.rpc.exports import EXPORTS
 from tolaria.run.adjustments import saved_adjustments
+from tolaria.run.branches import branch_origin
+from tolaria.run.data_skips import saved_skips
 from tolaria.run.resume import (
     ResumePoint,
     active_halt,
@@ -169,6 +171,8 @@ def _foundation(
             newest_checkpoint_ns=None if point.loaded is None else point.loaded.row.at_ns,
             points=point.points,
             rollbacks=point.rollbacks,
+            skips=saved_skips(storage.journal, run_id),
+            branch=branch_origin(storage.journal, run_id),
         )
 
 

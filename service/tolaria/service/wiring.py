@@ -31,6 +31,7 @@ from tolaria.run.adjustments import RunAdjustments
 from tolaria.run.boundary import BoundaryPolicy, EpochBoundary, StepQuestions
 from tolaria.run.checkpointing import Checkpointing
 from tolaria.run.command_handler import CommandHandler
+from tolaria.run.data_skips import DataSkip, DataSkips
 from tolaria.run.health import Health
 from tolaria.run.journal_observer import JournalObserver
 from tolaria.run.lane_client import LaneClient, LaneHandle
@@ -49,6 +50,7 @@ from tolaria.run.safety import BREAKERS, CHECKPOINT, KASMINA, REASONS, Safeguard
 from tolaria.run.safety_telemetry import SafetyTelemetry
 from tolaria.run.seed_telemetry import SeedTelemetry
 from tolaria.run.status import RunStatus
+from tolaria.run.step_places import StepPlaces
 from tolaria.run.tracking_telemetry import TrackingTelemetry
 from tolaria.run.training_telemetry import TrainingTelemetry
 from tolaria.signals import SignalBoard
@@ -61,6 +63,7 @@ from tolaria.telemetry.packets import Packets
 from tolaria.telemetry.subscriptions import TelemetryStream
 from tolaria.trackers.supervision import Tracking
 from tolaria.transport.process_lane import ProcessLane
+from tolaria.values.lineage import BranchOrigin
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.values.seeds import NO_SEEDS, limits_of
 
@@ -108,7 +111,7 @@ class Foundation:
     the checkpoint that was resumed. `build` is that of a lane in this process; otherwise the lane's own process builds
     it, resumes it from `checkpoint`, an image and the run's adjustments, and `on_ready` is called then.
     `points` are the restore points that earlier processes of the run have left, `rollbacks` their number of rollbacks
-    by origin.
+    by origin, `skips` the data that operators have had them leave out, `branch` where the run has branched off.
     """
 
     settings: Settings
@@ -127,6 +130,8 @@ class Foundation:
     on_ready: Callable[[LaneReady], object] = lambda _ready: None
     points: RestorePoints = field(default_factory=RestorePoints)
     rollbacks: Mapping[str, int] = field(default_factory=dict)
+    skips: tuple[DataSkip, ...] = ()
+    branch: BranchOrigin | None = None
 
 
 class Core:
@@ -143,7 +148,8 @@ class Core:
         self.journal = AsyncJournal(foundation.storage.journal, self.status.run_id)
         participant = foundation.board.claim("tolaria")
         self.heartbeats = Heartbeats(participant, settings.emergency)
-        own_metric = settings.checkpoint.best if ":" in settings.checkpoint.best else ""
+        best = settings.checkpoint
+        own_metric = best.best if ":" in best.best and not best.best_of_training else ""
         self.health = Health(settings.rollback, settings.health, foundation.run.scale, judged_by=own_metric)
         self.status.lane_phase = self.heartbeats.phase
         safety_telemetry = SafetyTelemetry(
@@ -202,6 +208,7 @@ class Core:
             journal=self.journal,
             points=foundation.points,
         )
+        self.checkpointing.logged = self.status.logged
 
     def page_parts(self) -> PageParts:
         """Returns what the status page shows."""
@@ -267,6 +274,14 @@ def new_run(core: Core, peers: Peers | None) -> RunService:
         observers=core.observers,
         safety=core.safety,
     )
+    skips = DataSkips(
+        core.lane,
+        core.status,
+        core.journal,
+        core.observers,
+        saved=core.foundation.skips,
+        places=StepPlaces(settings.training.accumulate),
+    )
     revival = Revival(
         core.lane,
         core.status,
@@ -274,6 +289,7 @@ def new_run(core: Core, peers: Peers | None) -> RunService:
         points=core.foundation.points,
         health=core.health,
         observers=core.observers,
+        skips=skips,
         follow=recovery.follow_revival,
     )
     if core.process is not None:
@@ -293,6 +309,7 @@ def new_run(core: Core, peers: Peers | None) -> RunService:
         points=core.foundation.points,
         profiles=Profiles(core.lane, settings.profiler, safeguards=core.safeguards, observers=core.observers),
         adjustments=adjustments,
+        skips=skips,
     )
     run = TrainingRun(parts, settings)
     if core.ready is not None:
@@ -335,12 +352,14 @@ def new_status(foundation: Foundation) -> RunStatus:
         foundation.run.run_id,
         training.job,
         training.experiment,
-        training.epochs,
+        0 if training.steps else training.epochs,
+        steps=training.steps,
         started_at_s=time.monotonic(),
         seed_limits=limits_of(settings.seeds) if settings.control.enabled else NO_SEEDS,
         rollbacks_by_origin=dict(foundation.rollbacks),
         attempt=foundation.points.lineage.attempt,
         newest_proven_step=foundation.points.newest_proven_step,
+        branch=foundation.branch,
     )
     if not settings.control.enabled:
         status.tamiyo_answer = status.kasmina_answer = NO_CONTROLLER

@@ -167,6 +167,8 @@ ZERO_SAMPLES = replace(_warning("zero_samples", "epoch"), health=HEALTH_STATUS_U
 ACCURACY_ABOVE_ONE = _warning("tolaria.accuracy_above_one", "epoch", "correct", "samples")
 NON_FINITE_STEP = _error("tolaria.non_finite_step", "step", "loss", "gradient_norm")
 STEP_SKIPPED = _warning("tolaria.step_skipped", "step", "epoch", "batches", "loss", "gradient_norm", "reason")
+DATA_SKIPPED = _warning("tolaria.data_skipped", "skip_id", "batches", "count")
+DATA_SKIP_REMOVED = _info("tolaria.data_skip_removed", "skip_id", "batches", "count")
 PARAMETERS_CHECKED = _warning("tolaria.parameters_checked", "step", "finite")
 LOSS_REGIME_ACCEPTED = _warning("tolaria.loss_regime_accepted", "step", "reason", "origin")
 LOSS_EXPLOSION = _error("tolaria.loss_explosion", "step", "loss", "gradient_norm", "reason")

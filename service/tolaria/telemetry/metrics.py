@@ -170,7 +170,9 @@ class Metrics:
         self.validation_loss = self._gauge("validation.loss", "Loss of the last evaluation.")
         self.validation_accuracy = self._gauge("validation.accuracy", "Accuracy of the last evaluation, 0 to 1.")
         self.training_metric = self._gauge("training.metric", "Metrics that the job logs during steps.", ["name"])
-        self.validation_metric = self._gauge("validation.metric", "Metrics of the last evaluation.", ["name"])
+        self.validation_metric = self._gauge(
+            "validation.metric", "Metrics of the last evaluation; of a set with a name by SET/NAME.", ["name"]
+        )
         self.training_step = self._gauge("training.step", "Optimizer updates completed.")
         self.training_best_step = self._gauge("training.best_step", "Highest step reached; a rollback keeps it.")
         self.training_skipped_steps_total = self._counter(

@@ -20,7 +20,6 @@ from tolaria.lane import encoding, messages
 from tolaria.lane.messages import (
     CommandDone,
     Event,
-    Failure,
     Hold,
     LaneEnded,
     LaneLost,
@@ -36,6 +35,7 @@ from tolaria.segments import numbers_of
 from tolaria.transport.lane_images import HeldSegments, LaneImages
 from tolaria.transport.lane_process import LaneProcess
 from tolaria.transport.rendezvous import Rendezvous
+from tolaria.values.failure import Failure
 from tolaria.values.optimization import ActiveAdjustment
 from tolaria.wire import Frame, FrameKind, packed_id, unpacked_events, unpacked_id
 

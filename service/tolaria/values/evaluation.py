@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -13,10 +13,17 @@ from tolaria.config.fields import METRIC_NAME
 METRICS_MAX: Final = 64
 """Number of metrics that a job may name: each is a time series in Prometheus."""
 
+SETS_MAX: Final = 16
+"""Number of validation sets that a job may name: each has all metrics."""
+
+TRAINING: Final = "training"
+"""The part before the slash in the names of metrics of training, as a set's name is in those of evaluations."""
+
 RESERVED: Final = frozenset({"loss", "accuracy"})
 """The names of the figures that every evaluation has."""
 
 _NAME: Final = re.compile(METRIC_NAME)
+_SET_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 
 
 def metric_name_problem(name: object) -> str | None:
@@ -24,6 +31,18 @@ def metric_name_problem(name: object) -> str | None:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         return f"{name!r} is not a name of 1 to 64 letters, digits, underscores, dots, dashes and slashes"
     return f"{name!r} is the name of a figure that every evaluation has" if name in RESERVED else None
+
+
+def set_names_problem(names: Sequence[object]) -> str | None:
+    """Returns why these cannot be the names of validation sets; None if they can."""
+    if len(names) > SETS_MAX:
+        return f"there are {len(names)} validation sets; at most {SETS_MAX} are shown"
+    for name in names:
+        if not isinstance(name, str) or not _SET_NAME.fullmatch(name):
+            return f"the set {name!r} needs a name of 1 to 32 letters, digits, underscores, dots and dashes"
+        if name == TRAINING:
+            return f"a set cannot be named {name!r}: {name}/loss is the loss of training"
+    return None if names else "the mapping of validation sets is empty: return None for a run without evaluation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +80,22 @@ class Evaluation:
 
     `correct` is None where a job does not count them. A metric that is a plain number is the mean over the samples of
     the batch, and averaged over batches by their samples; a `Ratio` says itself how it is averaged.
+
+    Of several validation sets the first is the main one, whose figures are the evaluation's own. `sets` has all of them
+    by name; it is empty for a single one. An evaluation without samples is none.
     """
 
     loss_sum: float
     correct: int | None = None
     samples: int = 0
     metrics: Mapping[str, float | Ratio] = field(default_factory=dict)
+    sets: Mapping[str, Evaluation] = field(default_factory=dict)
+
+    @classmethod
+    def of_sets(cls, found: Mapping[str, Evaluation]) -> Evaluation:
+        """Returns the evaluation of validation sets: of a single one, named "", of several, or of none."""
+        main = next(iter(found.values()), Evaluation(0.0))
+        return main if set(found) <= {""} else replace(main, sets=dict(found))
 
     def __add__(self, other: Evaluation) -> Evaluation:
         mine, theirs = self.ratios(), other.ratios()
@@ -92,9 +121,19 @@ class Evaluation:
         }
 
     def figures(self) -> dict[str, float]:
-        """Returns loss, accuracy if it is counted, and the job's metrics, by name."""
+        """Returns loss, accuracy if it is counted, and the job's metrics, by name; those of sets by SET/NAME.
+
+        There are none without samples.
+        """
+        if not self.samples:
+            return {}
         accuracy = {} if self.correct is None else {"accuracy": self.accuracy}
-        return {"loss": self.loss} | accuracy | {name: ratio.value for name, ratio in self.ratios().items()}
+        own = {"loss": self.loss} | accuracy | {name: ratio.value for name, ratio in self.ratios().items()}
+        return own | self.set_figures()
+
+    def set_figures(self) -> dict[str, float]:
+        """Returns the figures of the sets with names, by SET/NAME."""
+        return {f"{one}/{name}": value for one, found in self.sets.items() for name, value in found.figures().items()}
 
     @property
     def loss(self) -> float:
@@ -104,9 +143,9 @@ class Evaluation:
     @property
     def accuracy(self) -> float:
         """The fraction of correct predictions, 0 to 1; 0 without samples, NaN if they are not counted."""
-        if not self.samples:
-            return 0.0
-        return math.nan if self.correct is None else self.correct / self.samples
+        if self.correct is None:
+            return math.nan
+        return self.correct / self.samples if self.samples else 0.0
 
 
 def _sum(one: int | None, other: int | None) -> int | None:

@@ -49,3 +49,14 @@ class Lineage:
         """Returns the lineage for an attempt and what `to_json` returned. Raises ValueError for another text."""
         found = json.loads(forks) if forks else []
         return cls(attempt, tuple((int(a), int(last)) for a, last in found))
+
+
+@dataclass(frozen=True, slots=True)
+class BranchOrigin:
+    """The restore point that a run has begun from: the state directory of another run, and its checkpoint there."""
+
+    run_id: str
+    checkpoint_id: str
+    global_step: int
+    digest: str
+    directory: str

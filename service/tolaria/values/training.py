@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -53,6 +53,30 @@ class RankLoad:
     input_wait_s: float
     rank_wait_s: float
     memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class BatchRange:
+    """Batches of an epoch, by their places from 0; `first` and `last` are included."""
+
+    epoch: int
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first + 1
+
+
+def merged(ranges: Iterable[BatchRange]) -> tuple[BatchRange, ...]:
+    """Returns the same batches in order, with as few ranges as possible."""
+    found: list[BatchRange] = []
+    for each in sorted(ranges):
+        before = found[-1] if found else None
+        if before is not None and before.epoch == each.epoch and each.first <= before.last + 1:
+            found[-1] = BatchRange(each.epoch, before.first, max(before.last, each.last))
+        else:
+            found.append(each)
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -317,3 +317,28 @@ def test_a_clearance_says_what_is_left_to_do(state: RunState.ValueType, capsys: 
     output = capsys.readouterr().out
     assert output.startswith("clear: took effect at step 7")
     assert ("tolaria resume" in output) is (state == RunState.RUN_STATE_HALTED)
+
+
+def test_a_run_that_is_counted_in_steps_shows_the_steps_and_the_time_that_is_left() -> None:
+    """In the status, the live view and the lines of epochs; without an evaluation there is none to wait for."""
+    status = status_of(2)
+    status.epochs, status.steps, status.remaining_s, status.unevaluated = 0, 900, 150.0, True
+    rows = dict(render.status_rows(status))
+    expected = "step 45/900 in all, epoch 2, step 0/45 of it, 0 samples/s, about 2 min left"
+    assert (rows["progress"], rows["learned"]) == (expected, "loss 0.5000")
+    assert render.epoch_line(status, 1).startswith("epoch 1  step 45/900  loss 0.5000")
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    console.print(status_panel(status))
+    assert "step 45/900" in console.file.getvalue()  # type: ignore[attr-defined] # the StringIO above
+
+
+def test_skips_and_the_origin_of_a_branch_are_shown() -> None:
+    """Where there are any."""
+    status = status_of(2)
+    assert "branch of" not in dict(render.status_rows(status))
+    status.data_skips = 2
+    status.branched_from.run_id, status.branched_from.global_step = "first", 40
+    status.branched_from.checkpoint_id, status.branched_from.directory = "c1", "/runs/a"
+    rows = dict(render.status_rows(status))
+    assert rows["branch of"] == "run first at step 40 (checkpoint c1 in /runs/a)"
+    assert "data left out on request: 2 (tolaria skip --list)" in rows["history"]

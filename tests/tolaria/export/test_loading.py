@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def test_a_loaded_model_can_be_exported_by_torch(tmp_path: Path, job: str, seed:
     it = trained(tmp_path / "state", f"support.export_jobs:{job}", [seed])
     it.export(tmp_path / "out")
     model = load(tmp_path / "out", it.job.build_model)
-    example = tuple(next(iter(it.job.validation_batches())).payload[:1])
+    its_job: Any = it.job
+    example = tuple(next(iter(its_job.validation_batches())).payload[:1])
     program = torch.export.export(model, example)
     with torch.no_grad():
         assert torch.allclose(program.module()(*example), outputs(it.job, model), atol=1e-6)

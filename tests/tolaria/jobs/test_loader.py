@@ -247,7 +247,6 @@ def test_the_numbers_of_samples_are_those_of_the_batches() -> None:
         (lambda: DataLoader(Noisy(), 4, sampler=Counting()), "the Counting of the DataLoader draws another order"),
         (lambda: DataLoader(Noisy(), 4, sampler=iter(range(5))), "no length"),
         (lambda: DataLoader(Endless()), "no length"),
-        (lambda: DataLoader(Stream()), "batches_per_epoch"),
         (lambda: [1, 2], "neither a DataLoader"),
     ],
 )
@@ -513,6 +512,14 @@ def test_a_stream_without_state_is_read_again(options: dict[str, Any]) -> None:
         each.load_state_dict(state)
         assert taken(each) == rest
     assert (torch.equal(torch.get_rng_state(), before[0]), random.getstate() == before[1]) == (True, True)
+
+
+def test_a_stream_without_a_length_has_none() -> None:
+    """An epoch of it then ends with the stream, unless something else counts."""
+    cursor = LoaderCursor(DataLoader(Stream(), batch_size=3), seed=5)
+    assert cursor.batches_per_epoch is None
+    cursor.begin_epoch(1)
+    assert len(taken(cursor)) == 6
 
 
 def test_an_epoch_of_an_endless_stream_ends_after_the_given_batches() -> None:

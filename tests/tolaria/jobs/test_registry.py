@@ -34,7 +34,7 @@ def test_a_module_and_factory_are_built() -> None:
         ("support.jobs:nothing", UnknownJobError, "no 'nothing'"),
         ("support.jobs:not_callable", BrokenJobError, "int, not a factory"),
         ("support.jobs:raising_factory", BrokenJobError, "ZeroDivisionError: no shards"),
-        ("support.jobs:not_a_job", BrokenJobError, "lacks build_model, build_optimizer, evaluate"),
+        ("support.jobs:not_a_job", BrokenJobError, "lacks build_model, build_optimizer, losses"),
     ],
 )
 def test_an_invalid_job_is_reported_in_one_line(name: str, kind: type[JobError], words: str) -> None:

@@ -18,10 +18,11 @@ from tolaria.images import SnapshotInfo, SnapshotStatistics
 from tolaria.lane import messages
 from tolaria.lane.encoding import from_bytes as decoded
 from tolaria.lane.encoding import to_bytes as encoded
-from tolaria.lane.messages import Command, CommandDone, Event, Failure, LaneEnded, LaneReady, Result, RunEpoch, Stop
+from tolaria.lane.messages import Command, CommandDone, Event, LaneEnded, LaneReady, Result, RunEpoch, Stop
 from tolaria.lane.order import LaneOrder
 from tolaria.values.encoding import EncodingError
 from tolaria.values.evaluation import Evaluation
+from tolaria.values.failure import Failure
 from tolaria.values.gradients import SeedMetrics, SeedMetricSet
 from tolaria.values.optimization import Adjustment
 from tolaria.values.training import HOST, Position

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from support.lane_driver import built
-from tolaria.lane.train_module import SkippedBatches
+from tolaria.lane.skipped_batches import SkippedBatches
 from tolaria.values.training import Position
 
 

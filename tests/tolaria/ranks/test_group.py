@@ -46,6 +46,12 @@ CASES: Final[dict[str, dict[str, Any]]] = {
         "options": {"batch": 2, "samples": 9, "sum": True},
     },
     "a shuffled loader": {"job": "LoaderJob", "script": [["epoch"]] * 2},
+    "a stream, counted in steps, and two validation sets": {
+        "job": "StreamSetsJob",
+        "script": [["epoch"], ["capture"], ["epoch"], ["reload", 30], ["epoch"], ["epoch"]],
+        "steps": 20,
+        "evaluate_every_steps": 8,
+    },
     "order from the global generator": {"job": "DrawnOrderJob", "script": EPOCHS},
     "rollbacks": {"job": "ExactJob", "script": GOES_BACK, "sections": {"rollback": {"every_steps": 4}}},
 }
@@ -77,6 +83,8 @@ def test_several_ranks_train_as_one(case: str, alone: dict[str, Any], together: 
         assert close(leader[name], one[name]), name
     for found, expected in zip(leader["evaluations"], one["evaluations"], strict=True):
         assert found == pytest.approx(expected, abs=1e-9)
+    for figures, expected in zip(leader["figures"], one["figures"], strict=True):
+        assert figures == pytest.approx(expected, abs=1e-9)
     for name in ("skipped", "left_out", "samples", "peer_lost"):
         assert leader[name] == one[name], name
     answers = zip(leader["answers"], one["answers"], strict=True)

@@ -31,6 +31,7 @@ from tolaria.emergency.protocol import require_level
 from tolaria.errors import (
     CheckpointWriteError,
     IllegalEmergencyEventError,
+    InvalidFieldError,
     NoCheckpointError,
     UnknownGroupError,
     WrongStateError,
@@ -42,6 +43,7 @@ from tolaria.rpc import admin as rpc_admin
 from tolaria.rpc.admin import AdminParts
 from tolaria.rpc.audit import AuditTrail
 from tolaria.rpc.requests import RequestLedger
+from tolaria.run.data_skips import DataSkip
 from tolaria.run.profiling import ProfileTaken
 from tolaria.run.restore_points import RestorePoints
 from tolaria.run.run import TrainingRun
@@ -51,6 +53,7 @@ from tolaria.run.status import RunStatus
 from tolaria.telemetry.metrics import Metrics
 from tolaria.telemetry.subscriptions import TelemetryStream
 from tolaria.values.optimization import Adjustment
+from tolaria.values.training import BatchRange
 
 if TYPE_CHECKING:
     from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceAsyncStub  # in the type stubs only
@@ -91,6 +94,27 @@ class FakeRun:
 
     async def stop(self, reason: str) -> None:
         self._enter(RunEvent.FINISHED, reason)
+
+    @property
+    def skips(self) -> FakeRun:
+        """The data that are left out: none at first."""
+        return self
+
+    all = ()
+
+    def ranges_of_steps(self, first: int, last: int) -> tuple[BatchRange, ...]:
+        return (BatchRange(1, first, last),)
+
+    def passed(self, skip: DataSkip) -> int:
+        return 0
+
+    async def skip_data(
+        self, skip_id: str, reason: str, ranges: tuple[BatchRange, ...], steps: tuple[int, int] | None = None
+    ) -> DataSkip:
+        return DataSkip(skip_id, 1, reason, ranges, steps)
+
+    async def stop_skipping(self, skip_id: str) -> DataSkip:
+        raise InvalidFieldError("remove", f"there is no skip {skip_id}")
 
     def require_adjustable(self) -> None:
         after(self.state.state, RunEvent.FINISHED)

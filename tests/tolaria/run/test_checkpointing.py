@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -10,11 +11,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from support.checkpointing import CheckpointingFactory, CheckpointingParts, epoch_done, serving
+from tolaria.config import CheckpointSettings
 from tolaria.errors import LaneError, LaneStoppedError
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import BatchesSkipped, CaptureImage
 from tolaria.run import checkpointing
-from tolaria.run.checkpointing import BUSY_S, due_by_epochs, due_by_steps
+from tolaria.run.checkpointing import BUSY_S, best_metric, due_by_epochs, due_by_steps
+from tolaria.values.evaluation import Evaluation
 from tolaria.values.lineage import Lineage
 
 pytestmark = pytest.mark.anyio
@@ -99,13 +102,11 @@ async def test_steps_are_counted_from_an_operators_checkpoint_too(make_parts: Ch
     assert await parts.steps() == [8, 18]
 
 
-@pytest.mark.parametrize(("best", "metric", "unknown"), [("accuracy", 0.5, 0.0), ("loss", 2.0, None)])
-async def test_only_a_validated_state_has_a_metric(
-    make_parts: CheckpointingFactory, best: str, metric: float, unknown: float | None
-) -> None:
+@pytest.mark.parametrize(("best", "metric"), [("accuracy", 0.5), ("loss", 2.0)])
+async def test_only_a_validated_state_has_a_metric(make_parts: CheckpointingFactory, best: str, metric: float) -> None:
     """An epoch's checkpoint has its figure, also a few steps later, and so has another one of the same step.
 
-    NaN is no metric.
+    An evaluation without a sample has no metric.
     """
     parts = await make_parts(every_steps=10, best=best)
     async with serving(parts):
@@ -123,7 +124,7 @@ async def test_only_a_validated_state_has_a_metric(
         (12, metric),
         (12, metric),
         (22, None),
-        (30, unknown),
+        (30, None),
     ]
 
 
@@ -419,3 +420,25 @@ async def test_a_checkpoint_whose_caller_has_gone_is_superseded_too(make_parts: 
     parts.disk.gate.set()
     assert await anyio.to_thread.run_sync(parts.writer.close, 20.0)
     assert await parts.steps() == []
+
+
+@pytest.mark.parametrize(
+    ("best", "metric"),
+    [
+        ("accuracy", 0.5),
+        ("loss", 2.0),
+        ("far/loss:min", 3.0),
+        ("training/loss:min", 0.25),
+        ("training/mean:max", 7.0),
+        ("training/other:max", None),
+        ("unknown:min", None),
+    ],
+)
+def test_the_best_checkpoint_is_that_of_a_set_or_of_training(best: str, metric: float | None) -> None:
+    """Without an evaluation only metrics of training are known."""
+    sets = Evaluation.of_sets({"near": Evaluation(8.0, 2, 4), "far": Evaluation(12.0, 1, 4)})
+    epoch = replace(epoch_done(10), evaluation=sets, training_loss=0.25)
+    settings = CheckpointSettings(best=best)
+    assert best_metric(settings, epoch, {"mean": 7.0}) == metric
+    alone = replace(epoch, evaluation=Evaluation(0.0))
+    assert best_metric(settings, alone, {"mean": 7.0}) == (metric if best.startswith("training") else None)

@@ -44,11 +44,13 @@ sys.stdin.read()
 """
 
 
-def settings(directory: Path, *, job: str = "digits", resume: str = "auto", epochs: int = 1) -> Settings:
+def settings(
+    directory: Path, *, job: str = "digits", resume: str = "auto", epochs: int = 1, steps: int = 0
+) -> Settings:
     """Settings of a service with that state directory."""
     return Settings(
         state=StateSettings.model_validate({"dir": str(directory), "resume": resume}),
-        training=TrainingSettings(job=job, epochs=epochs),
+        training=TrainingSettings(job=job, epochs=epochs, steps=steps),
         checkpoint=CheckpointSettings(keep_last=2),
     )
 
@@ -181,6 +183,17 @@ def test_more_epochs_resume_a_finished_run(
             assert loaded.row.global_step == 3
             end_run(prepared, "finished")
     with prepare_state(settings(tmp_path, epochs=1)) as prepared:
+        assert not prepared.resumed
+
+
+def test_more_steps_resume_a_run_that_was_counted_in_steps(tmp_path: Path) -> None:
+    """The same number begins a new run."""
+    run_id = leave_run(tmp_path, "finished", 3)
+    with prepare_state(settings(tmp_path, steps=4)) as prepared:
+        assert prepared.run_id == run_id
+        assert "training.steps = 4 gives it more steps" in prepared.notes[-1]
+        end_run(prepared, "finished")
+    with prepare_state(settings(tmp_path, steps=3, epochs=99)) as prepared:
         assert not prepared.resumed
 
 

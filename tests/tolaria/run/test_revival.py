@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 
@@ -13,13 +14,14 @@ from tolaria.errors import LaneFailedError, LaneLostError, NoCheckpointError
 from tolaria.images import SnapshotInfo
 from tolaria.journal.rows import CheckpointRow
 from tolaria.lane.messages import CaptureImage, Hold, LaneLost, LaneReady, LaneRestarted
+from tolaria.run.data_skips import DataSkips
 from tolaria.run.health import Health
 from tolaria.run.lane_client import LaneClient
 from tolaria.run.observers import RunObserver
 from tolaria.run.restore_points import RestorePoint, RestorePoints
 from tolaria.run.revival import Revival
 from tolaria.run.status import RunStatus
-from tolaria.values.training import EpochProgress, Position
+from tolaria.values.training import BatchRange, EpochProgress, Position
 
 pytestmark = pytest.mark.anyio
 
@@ -86,8 +88,14 @@ class Parts:
             points=self.points,
             health=self.health,
             observers=RunObserver(),
+            skips=cast("DataSkips", self),
             follow=self.follow,
         )
+
+    @property
+    def ranges(self) -> tuple[BatchRange, ...]:
+        """What operators have left out."""
+        return (BatchRange(2, 5, 9),)
 
     async def follow(self, step: int, from_memory: bool) -> None:
         """Does nothing."""
@@ -96,6 +104,7 @@ class Parts:
         """Returns the digests of snapshots that are tried, and the step of the checkpoint."""
         self.points.given = points
         plan, image = await self.revival.plan()
+        assert plan.ranges == self.ranges
         return plan.targets, None if image is None else image.position.global_step
 
 

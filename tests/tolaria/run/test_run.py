@@ -481,3 +481,24 @@ async def test_a_stop_during_the_start_waits_for_it() -> None:
         async with running(run):
             await run.until(lambda: run.state == "FINISHED")
     assert run.status.state_reason == "stopped: enough"
+
+
+async def test_a_run_that_is_counted_in_steps_ends_at_the_last_one() -> None:
+    """Its epochs have as many steps as the settings say, the last one the rest; the controller is asked at each end."""
+    peers = FakePeers()
+    async with running(new_run(peers, steps=23, evaluate_every_steps=10)) as run:
+        await run.until(lambda: run.state == "FINISHED")
+        assert run.status.state_reason == "all steps done"
+    assert [(s.current_epoch, s.global_step) for s in peers.states] == [(1, 10), (2, 20), (3, 23)]
+    assert (run.status.steps, run.status.epochs, run.status.steps_per_epoch) == (23, 0, 10)
+
+
+async def test_a_run_ends_within_a_pass_if_it_has_all_its_steps() -> None:
+    """Without evaluate_every_steps an epoch is a pass; a rollback before the end is trained again."""
+    run = new_run(FakePeers(), job="GatedJob", steps=11, sections={"rollback": {"automatic": False, "every_steps": 2}})
+    async with running(run):
+        gate(run).passes.release(9)
+        await run.until(lambda: run.status.global_step == 9)
+        gate(run).passes.release(1000)
+        await run.until(lambda: run.state == "FINISHED")
+    assert (run.status.global_step, run.status.epoch, run.module.progress.batches) == (11, 2, 3)

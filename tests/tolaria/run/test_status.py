@@ -32,7 +32,8 @@ from leyline.v1.seeds_pb2 import SeedState
 from leyline.v1.state_pb2 import HardwareContext
 from tolaria.lane.messages import EpochDone, Restored, StepDone
 from tolaria.run.conditions import Conditions, health_of
-from tolaria.run.status import EpochSums, RunStatus, epoch_packet, status_message
+from tolaria.run.pace import EpochSums
+from tolaria.run.status import RunStatus, epoch_packet, status_message
 from tolaria.values.evaluation import Evaluation
 from tolaria.values.loss_window import Averages
 from tolaria.values.optimization import ActiveAdjustment, Adjustment
@@ -304,3 +305,31 @@ def test_figures_of_a_gpu_are_in_the_packet() -> None:
     assert 0 <= metrics["cpu_util_percent"] <= 100
     without = epoch_packet(training(), Averages(), EPOCH, wall_ns=1).training_metrics
     assert [without[f"gpu_{name}"] for name in ("mem_used_gb", "mem_free_gb", "util_percent")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("epochs", "steps", "left_s"), [(5, 0, 0.1 * 38 + 4.0 * 3.8), (0, 40, 0.1 * 10 + 4.0)])
+def test_the_time_that_is_left_follows_from_the_pace(epochs: int, steps: int, left_s: float) -> None:
+    """Steps and evaluations that are left, of ten steps each; only while the run trains, and once some are known."""
+    made = RunStatus("run", "digits", "exp", epochs=epochs, started_at_s=10.0, steps=steps)
+    made.steps_per_epoch, made.state = 10, RUN_STATE_RUNNING
+    made.begin_epoch(2)
+    assert made.remaining_s is None
+    for number in range(2):
+        made.step(StepDone(29 + number, 2, 1.0, 0.5, 8, 0.1, 0.0, 46.0))
+    assert made.remaining_s is None
+    for _ in range(6):
+        made.pace.step(StepDone(30, 2, 1.0, 0.5, 8, 0.1, 0.0, 46.0))
+    made.epoch_done(EPOCH)
+    assert made.remaining_s == pytest.approx(left_s)
+    made.state = RUN_STATE_PAUSED
+    assert made.remaining_s is None
+
+
+def test_the_packet_of_an_epoch_without_an_evaluation_knows_no_loss() -> None:
+    """NaN, which is no plateau; of several sets all figures are in it."""
+    unevaluated = replace(EPOCH, evaluation=Evaluation(0.0))
+    assert math.isnan(epoch_packet(training(), Averages(), unevaluated, wall_ns=1).validation_loss)
+    sets = Evaluation.of_sets({"near": Evaluation(8.0, 3, 4), "far": Evaluation(12.0, samples=4)})
+    metrics = epoch_packet(training(), Averages(), replace(EPOCH, evaluation=sets), wall_ns=1).training_metrics
+    assert (metrics["validation.near/accuracy"], metrics["validation.far/loss"]) == (0.75, 3.0)
+    assert "validation.far/accuracy" not in metrics

@@ -27,7 +27,8 @@ print(json.dumps({"lane": os.getpid()}), flush=True)
 wire = socket.socket(fileno=int(options["connection"]))
 from tolaria.errors import ConfigurationError
 from tolaria.lane.encoding import to_bytes
-from tolaria.lane.messages import Failure, LaneEnded, LaneReady, Held
+from tolaria.lane.messages import LaneEnded, LaneReady, Held
+from tolaria.values.failure import Failure
 from tolaria.values.training import EpochProgress, Position
 from tolaria.wire import Frame, FrameKind, FrameStream, packed_events, send
 stream = FrameStream(wire)

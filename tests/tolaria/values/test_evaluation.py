@@ -21,7 +21,9 @@ def test_figures_are_loss_accuracy_and_metrics() -> None:
     }  # fmt: skip
     assert Evaluation(8.0, samples=4).figures() == {"loss": 2.0}
     assert math.isnan(Evaluation(8.0, samples=4).accuracy)
-    assert Evaluation(0.0).accuracy == Evaluation(0.0, 0, 0).accuracy == 0.0
+    assert Evaluation(0.0, 0, 0).accuracy == 0.0
+    assert math.isnan(Evaluation(0.0).accuracy)
+    assert Evaluation(0.0).figures() == {}
 
 
 def test_a_plain_number_is_averaged_by_samples() -> None:

@@ -41,8 +41,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "process_tree", "render", "report", "serve_child", "telemetry",
     ),
     "config": (
-        "connections", "durability", "exposure", "fields", "network", "presets", "ranks", "retired", "settings",
-        "sources", "systemd", "telemetry", "training",
+        "changes", "connections", "durability", "exposure", "fields", "network", "presets", "ranks", "retired",
+        "settings", "sources", "systemd", "telemetry", "training",
     ),
     "errors": ("base", "operation", "training"),
     "emergency": ("broadcast", "controller", "protocol", "sentinel", "supervision"),
@@ -75,7 +75,10 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "security": ("certificates", "issuing", "limits", "tokens", "watched", "web_config"),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
-    "service": ("host", "listeners", "notify", "protection", "readiness", "settings_record", "start", "wiring"),
+    "service": (
+        "host", "listeners", "notify", "protection", "readiness", "reload",
+        "settings_record", "start", "wiring",
+    ),
     "signals": ("board", "futex", "lane_page", "lane_pulse", "layout", "mapping", "seqlock", "writers"),
     "state": ("arenas", "encoding", "restore", "shared_memory", "snapshots", "training_state"),
     "telemetry": (

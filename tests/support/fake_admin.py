@@ -30,8 +30,13 @@ from leyline.v1.admin_service_pb2 import (
     ListRestorePointsResponse,
     PauseTrainingRequest,
     PauseTrainingResponse,
+    ReloadConfigRequest,
+    ReloadConfigResponse,
     RestorePoint,
     RunState,
+    SettingChange,
+    ShutdownRequest,
+    ShutdownResponse,
     TriggerRollbackRequest,
     TriggerRollbackResponse,
     WatchStatusRequest,
@@ -132,6 +137,26 @@ class FakeAdmin(TolariaAdminServiceServicer):
     ) -> CaptureProfileResponse:
         self._record(request, context)
         return CaptureProfileResponse(global_step=62, path="/state/traces/trace-1.json", size_bytes=2048)
+
+    def ReloadConfig(  # noqa: N802
+        self, request: ReloadConfigRequest, context: grpc.ServicerContext
+    ) -> ReloadConfigResponse:
+        self._record(request, context)
+        return ReloadConfigResponse(
+            global_step=57,
+            changed=[SettingChange(name="checkpoint.keep_last", before="3", after="5")],
+            waiting=[SettingChange(name="training.epochs", before="20", after="30")],
+            notices=["rollback.loss_factor is retired and has no effect: remove it"],
+        )
+
+    def Shutdown(  # noqa: N802
+        self, request: ShutdownRequest, context: grpc.ServicerContext
+    ) -> ShutdownResponse:
+        self._record(request, context)
+        if request.reason == "again":
+            info = error_details_pb2.ErrorInfo(reason="DRAINING", domain="tolaria")
+            _refuse(context, grpc.StatusCode.UNAVAILABLE, "the service is stopping: SIGTERM", info)
+        return ShutdownResponse(global_step=57, state=RunState.RUN_STATE_DRAINING)
 
     def ExportModel(  # noqa: N802
         self, request: ExportModelRequest, context: grpc.ServicerContext

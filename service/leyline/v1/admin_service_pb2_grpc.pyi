@@ -54,6 +54,10 @@ class TolariaAdminServiceStub:
     ListAdminCalls: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListAdminCallsRequest, _admin_service_pb2.ListAdminCallsResponse]
     ExportModel: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ExportModelRequest, _admin_service_pb2.ExportModelResponse]
     StreamTelemetry: _grpc.UnaryStreamMultiCallable[_admin_service_pb2.StreamTelemetryRequest, _admin_service_pb2.StreamTelemetryResponse]
+    ReloadConfig: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ReloadConfigRequest, _admin_service_pb2.ReloadConfigResponse]
+    """Reads the settings again, as SIGHUP does."""
+    Shutdown: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ShutdownRequest, _admin_service_pb2.ShutdownResponse]
+    """Ends the process as SIGTERM does; the run goes on when it is started again."""
 
 @_typing.type_check_only
 class TolariaAdminServiceAsyncStub(TolariaAdminServiceStub):
@@ -81,6 +85,10 @@ class TolariaAdminServiceAsyncStub(TolariaAdminServiceStub):
     ListAdminCalls: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListAdminCallsRequest, _admin_service_pb2.ListAdminCallsResponse]  # type: ignore[assignment]
     ExportModel: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ExportModelRequest, _admin_service_pb2.ExportModelResponse]  # type: ignore[assignment]
     StreamTelemetry: _aio.UnaryStreamMultiCallable[_admin_service_pb2.StreamTelemetryRequest, _admin_service_pb2.StreamTelemetryResponse]  # type: ignore[assignment]
+    ReloadConfig: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ReloadConfigRequest, _admin_service_pb2.ReloadConfigResponse]  # type: ignore[assignment]
+    """Reads the settings again, as SIGHUP does."""
+    Shutdown: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ShutdownRequest, _admin_service_pb2.ShutdownResponse]  # type: ignore[assignment]
+    """Ends the process as SIGTERM does; the run goes on when it is started again."""
 
 class TolariaAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by Tolaria for its operators. Every request that changes something
@@ -207,5 +215,21 @@ class TolariaAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_service_pb2.StreamTelemetryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_service_pb2.StreamTelemetryResponse], _abc.AsyncIterator[_admin_service_pb2.StreamTelemetryResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ReloadConfig(
+        self,
+        request: _admin_service_pb2.ReloadConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ReloadConfigResponse, _abc.Awaitable[_admin_service_pb2.ReloadConfigResponse]]:
+        """Reads the settings again, as SIGHUP does."""
+
+    @_abc_1.abstractmethod
+    def Shutdown(
+        self,
+        request: _admin_service_pb2.ShutdownRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ShutdownResponse, _abc.Awaitable[_admin_service_pb2.ShutdownResponse]]:
+        """Ends the process as SIGTERM does; the run goes on when it is started again."""
 
 def add_TolariaAdminServiceServicer_to_server(servicer: TolariaAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -172,6 +172,21 @@ def stop() -> messages.StopTrainingRequest:
     return messages.StopTrainingRequest()
 
 
+@admin_command(admin_app, lambda admin: admin.ReloadConfig, show=answers.show_reload)
+def reload() -> messages.ReloadConfigRequest:
+    """Have a service read its settings again: what it was started with, a file that has changed since.
+
+    Prints what has changed and what waits for a restart. A file with a mistake changes nothing.
+    """
+    return messages.ReloadConfigRequest()
+
+
+@admin_command(admin_app, lambda admin: admin.Shutdown)
+def shutdown() -> messages.ShutdownRequest:
+    """End the service after a last checkpoint, as SIGTERM does; started again, it goes on with the run."""
+    return messages.ShutdownRequest()
+
+
 @admin_command(admin_app, lambda admin: admin.SetConservativeMode)
 def conservative(
     switch: Annotated[Switch, typer.Argument(help="on: stop changing seeds and consulting the controller; off: undo.")],

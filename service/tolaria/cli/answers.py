@@ -104,6 +104,23 @@ def show_incidents(answer: messages.ListIncidentsResponse) -> None:
     print_table(incident_rows(answer.incidents), INCIDENT_COLUMNS)
 
 
+def show_reload(answer: messages.ReloadConfigResponse) -> None:
+    """Prints the settings that have changed, and those that wait for a restart."""
+    _took_effect("reload", answer.global_step, f"{len(answer.changed)} changed" if answer.changed else "no change")
+    for one in answer.changed:
+        typer.echo(f"  {_change(one)}")
+    if answer.waiting:
+        typer.echo("waiting for a restart:")
+    for one in answer.waiting:
+        typer.echo(f"  {_change(one)}")
+    for notice in answer.notices:
+        typer.echo(f"  {one_line(notice, length_max=_PATH_LENGTH_MAX)}")
+
+
+def _change(one: messages.SettingChange) -> str:
+    return f"{one_line(one.name)}: {one_line(one.before)} -> {one_line(one.after)}"
+
+
 def show_clearance(answer: messages.ClearEmergencyResponse) -> None:
     """Prints the state after a clearance, and what is left to do when training stays halted."""
     show_change("clear", answer)

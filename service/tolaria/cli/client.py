@@ -198,7 +198,7 @@ def _failure(error: grpc.aio.AioRpcError, target: Target) -> TolariaError:
         return CommandFailedError(
             f"{target.address} does not offer this call of Tolaria's admin service (UNIMPLEMENTED)"
         )
-    if error.code() in _CONNECTION_LOST:
+    if error.code() in _CONNECTION_LOST and not _rich_status(error).details:  # with details, the service has answered
         hint = tls_hint(target.connection, error.details() or "") if error.code() is grpc.StatusCode.UNAVAILABLE else ""
         return ServiceUnreachableError(f"no service answers at {target.address}: {_message(error)}{hint}")
     if error.code() is grpc.StatusCode.UNAUTHENTICATED and not target.connection.token_file:

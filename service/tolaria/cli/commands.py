@@ -38,7 +38,7 @@ from tolaria.cli.admin_commands import (
 from tolaria.cli.audit import audit
 from tolaria.cli.board import board_app
 from tolaria.cli.credentials import certs_app, token_app
-from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
+from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, ignore_early_hangups, report
 from tolaria.cli.exports import export_app
 from tolaria.cli.job_commands import job_app
 from tolaria.cli.lane_commands import lane_app
@@ -117,12 +117,16 @@ def serve(
 ) -> None:
     """Run the service: train, graft seeds, answer operators. SIGTERM or Ctrl-C drains and stops it."""
     named = [f"training.run_name={run_name}"] if run_name else []
-    settings = _settings(config_file, [*(overrides or []), *named, *map(_tag, tags or [])])
+    from tolaria.config import SettingsSources
+
+    sources = SettingsSources.of(config_file, [*(overrides or []), *named, *map(_tag, tags or [])])
+    settings = sources.read()
     if while_stdin:
         threading.Thread(target=_terminate_at_end_of_stdin, name="stdin", daemon=True).start()
+    ignore_early_hangups()
     from tolaria.service import run  # after the settings: wrong ones are reported before this slow import
 
-    raise typer.Exit(run(settings))
+    raise typer.Exit(run(settings, sources.read))
 
 
 def _tag(text: str) -> str:

@@ -114,5 +114,10 @@ class EarlySignals:
         raise KeyboardInterrupt
 
 
+def ignore_early_hangups() -> None:
+    """Ignores SIGHUP until the service handles it: its settings have just been read."""
+    signal.signal(signal.SIGHUP, lambda _number, _frame: None)  # a function: children do not inherit it
+
+
 early_signals = EarlySignals()
 """A process has one set of signal handlers."""

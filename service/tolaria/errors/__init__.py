@@ -22,7 +22,7 @@ TolariaError
 │   └── JournalError: JournalUnavailableError, JournalDamagedError, JournalNewerError
 ├── ExportError: ExportRefusedError, ExportFailedError, ExportDamagedError, ExportMismatchError
 └── RequestError: InvalidFieldError, NotAuthenticatedError, NotPermittedError, TooManyCallsError, ProfileFailedError,
-    │             TooManySubscribersError, SubscriberTooSlowError
+    │             ServiceDrainingError, TooManySubscribersError, SubscriberTooSlowError
     └── WrongStateError: StillUnderwayError
 """
 
@@ -73,6 +73,7 @@ from tolaria.errors.operation import RequestError as RequestError
 from tolaria.errors.operation import RestoreAbandonedError as RestoreAbandonedError
 from tolaria.errors.operation import RestoreUnprovenError as RestoreUnprovenError
 from tolaria.errors.operation import RollbackError as RollbackError
+from tolaria.errors.operation import ServiceDrainingError as ServiceDrainingError
 from tolaria.errors.operation import SignalError as SignalError
 from tolaria.errors.operation import SignalValueError as SignalValueError
 from tolaria.errors.operation import StateMismatchError as StateMismatchError

@@ -48,12 +48,15 @@ class AuditTrail:
         self._repeats: set[tuple[str, str]] = set()
 
     @contextmanager
-    def recorded(self, method: str, request: MutatingRequest, *, repeat: bool = False) -> Iterator[None]:
+    def recorded(
+        self, method: str, request: MutatingRequest, *, repeat: bool = False, caller: Caller | None = None
+    ) -> Iterator[None]:
         """Records the call that the block handles; its outcome is the error that the block raises, or OK.
 
-        Of a caller's `repeat` of a request, which does nothing, the journal gets the first one, and the log all.
+        `caller` makes it; None: the caller of the call that is being handled. Of a caller's `repeat` of a request,
+        which does nothing, the journal gets the first one, and the log all.
         """
-        row = self._row(method, present_caller(), request.request_id, request.reason)
+        row = self._row(method, caller or present_caller(), request.request_id, request.reason)
         in_journal = not (repeat and self._repeated_before(row))
         if in_journal:
             self._journal.note(row)

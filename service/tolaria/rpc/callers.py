@@ -45,6 +45,7 @@ ROLES: Final[dict[str, Role]] = {
             *(f"{_ADMIN}{name}" for name in ("PauseTraining", "ResumeTraining", "TriggerRollback", "CreateCheckpoint")),
             *(f"{_ADMIN}{name}" for name in ("RaiseEmergency", "ClearEmergency", "SetConservativeMode")),
             *(f"{_ADMIN}{name}" for name in ("AdjustLearningRate", "CaptureProfile", "ListAdminCalls", "ExportModel")),
+            *(f"{_ADMIN}{name}" for name in ("ReloadConfig", "Shutdown")),
         ),
         Role.OPERATOR,
     ),

@@ -71,7 +71,7 @@ class Checkpointing:
         points: RestorePoints,
     ) -> None:
         self._log = structlog.get_logger(__name__)
-        self._settings = settings
+        self.settings = settings
         self._lane = lane
         self._writer = writer
         self._lifecycle = lifecycle
@@ -103,7 +103,7 @@ class Checkpointing:
     @property
     def enabled(self) -> bool:
         """Whether the settings require checkpoints at all."""
-        return bool(self._settings.every_epochs or self._settings.every_steps)
+        return bool(self.settings.every_epochs or self.settings.every_steps)
 
     # -- events, in the lane's order ---------------------------------------------------------------------------------
 
@@ -113,14 +113,14 @@ class Checkpointing:
         self._due_from_step = min(self._due_from_step, global_step)
         if self._epoch is not None and global_step < self._epoch.global_step:
             self._epoch = None  # its state has been undone
-        if due_by_steps(self._settings.every_steps, global_step, self._due_from_step):
+        if due_by_steps(self.settings.every_steps, global_step, self._due_from_step):
             self._make_due(global_step)
 
     def on_epoch(self, epoch: EpochDone) -> None:
         """Handles an epoch that has been validated and found healthy."""
         self._step, self._epoch = epoch.global_step, epoch
         self._evaluated_step = epoch.global_step
-        self._epoch_due = due_by_epochs(self._settings.every_epochs, epoch.epoch)
+        self._epoch_due = due_by_epochs(self.settings.every_epochs, epoch.epoch)
         if self._epoch_due:
             self._make_due(epoch.global_step)
 
@@ -175,7 +175,7 @@ class Checkpointing:
         """Makes the checkpoints that are due and retries after failures, until the lane has ended."""
         while True:
             if self._retrying:
-                await sleep(self._settings.retry_s)
+                await sleep(self.settings.retry_s)
             else:
                 await self._wake.wait()
             self._wake = anyio.Event()
@@ -209,7 +209,7 @@ class Checkpointing:
         """
         if not self.enabled:
             raise WrongStateError("checkpoints are off (checkpoint.every_epochs and checkpoint.every_steps are 0)")
-        if not (self._settings.keep_superseded and self._settings.keep_superseded_s):
+        if not (self.settings.keep_superseded and self.settings.keep_superseded_s):
             raise WrongStateError("checkpoint.keep_superseded or checkpoint.keep_superseded_s is 0")
         if self._stalled:
             raise WrongStateError(self.failing)
@@ -316,11 +316,11 @@ class Checkpointing:
             return None
         evaluation = self._epoch.evaluation
         figures = evaluation.figures()
-        if self._settings.best == "accuracy" and "accuracy" not in figures:
+        if self.settings.best == "accuracy" and "accuracy" not in figures:
             return -evaluation.loss
-        if self._settings.best_name not in figures:
-            self._log.warning("best_metric_missing", best=self._settings.best, known=sorted(figures))
-        return figures.get(self._settings.best_name)
+        if self.settings.best_name not in figures:
+            self._log.warning("best_metric_missing", best=self.settings.best, known=sorted(figures))
+        return figures.get(self.settings.best_name)
 
     def _evaluated(self) -> dict[str, Any]:
         """Returns the metrics of the newest evaluation of this branch, and its step, for the manifest."""
@@ -350,7 +350,7 @@ class Checkpointing:
         self._observers.on_checkpoint_failed(self._step, stage, reason)
         self._retrying = True
         self._wake.set()
-        if self._settings.on_failure == "pause":
+        if self.settings.on_failure == "pause":
             reason = f"no checkpoint can be written: {error}"
             if self._lifecycle.hold_if_training(reason):
                 self._held_reason = reason

@@ -121,6 +121,8 @@ class RunStatus:
     newest_proven_step: int | None = None
     recovering: str = ""
     """Why the run has no lane at present; empty if it has one."""
+    draining: str = ""
+    """Why the service is about to end; empty while it is not."""
     lane_phase: Callable[[], tuple[str, float]] = lambda: ("", 0.0)
     """Returns what the lane does other than steps, and for how many seconds; an empty text if it is stepping."""
 
@@ -311,10 +313,13 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
     boundaries = sorted(status.boundaries_ms)
     phase, phase_s = ("", 0.0) if status.state in _ENDED else status.lane_phase()
     recovering = bool(status.recovering) and status.state == admin.RUN_STATE_RUNNING
+    shown = admin.RUN_STATE_RECOVERING if recovering else status.state
+    if status.draining and status.state not in _ENDED:
+        shown = admin.RUN_STATE_DRAINING
     reasons = ("" if recovering else status.state_reason, "" if status.state in _ENDED else status.recovering)
     return admin.GetStatusResponse(
         run_id=status.run_id,
-        state=admin.RUN_STATE_RECOVERING if recovering else status.state,
+        state=shown,
         state_reason="; ".join(filter(None, reasons)),
         job=status.job,
         epoch=status.epoch,

@@ -141,6 +141,10 @@ BREAKER_CLOSED = _info("tolaria.breaker_closed", "breaker")
 CONSERVATIVE_MODE_ENTERED = _warning("tolaria.conservative_mode_entered", "reasons")
 CONSERVATIVE_MODE_CLEARED = _info("tolaria.conservative_mode_cleared", "reasons")
 
+# The service
+CONFIG_RELOADED = _info("tolaria.config_reloaded", "origin", "changed", "waiting")
+CONFIG_RELOAD_FAILED = _error("tolaria.config_reload_failed", "origin", "problem")
+
 # Emergencies
 _EMERGENCY = ("emergency_level", "reason", "origin")
 EMERGENCY_ESCALATED = _of_emergency(_warning("tolaria.emergency.escalated", *_EMERGENCY))

@@ -24,7 +24,7 @@ main()
 """
 SLEEPING_RUN = """
 import time
-def run(settings):
+def run(settings, reread):
     print("up", flush=True)
     time.sleep(60)
 module.run = run
@@ -39,11 +39,11 @@ async def wait():
             await anyio.sleep_forever()
         finally:
             print("cleaned up", flush=True)
-module.run = lambda settings: anyio.run(wait)
+module.run = lambda settings, reread: anyio.run(wait)
 """
 RAISES_OTHER_ERROR = """
 import time
-def run(settings):
+def run(settings, reread):
     print("up", flush=True)
     try:
         time.sleep(60)

@@ -34,11 +34,11 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
         "cgroups", "filesystem", "forks", "grpc_server", "images", "probe", "processes", "segments", "shards",
         "tensors", "wire",
     ),
-    "checkpoint": ("format", "inspection", "storage", "store", "tensor_file", "writer"),
+    "checkpoint": ("format", "inspection", "runs", "storage", "store", "tensor_file", "writer"),
     "cli": (
         "admin_commands", "answers", "audit", "board", "channel", "chaos", "client", "commands", "credentials",
         "curves", "demo", "doctor", "errors", "exports", "harm", "job_commands", "lane_commands", "main",
-        "process_tree", "render", "report", "serve_child", "telemetry",
+        "process_tree", "render", "report", "runs", "serve_child", "telemetry",
     ),
     "config": (
         "changes", "connections", "durability", "exposure", "fields", "network", "presets", "ranks", "retired",

@@ -21,6 +21,9 @@ JOURNAL: Final = "journal.sqlite3"
 SETTINGS: Final = "settings.json"
 """The settings of the newest run's last process, without secrets."""
 
+RUN_SETTINGS: Final = "runs"
+"""The folder with the settings of each run's last process, as `<run id>.json`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Storage:

@@ -42,6 +42,7 @@ from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, i
 from tolaria.cli.exports import export_app
 from tolaria.cli.job_commands import job_app
 from tolaria.cli.lane_commands import lane_app
+from tolaria.cli.runs import runs_app
 from tolaria.cli.telemetry import telemetry_app
 from tolaria.errors import ConfigurationError, TolariaError
 
@@ -375,3 +376,4 @@ app.add_typer(config_app, name="config")
 app.add_typer(certs_app, name="certs")
 app.add_typer(token_app, name="token")
 app.add_typer(lane_app, name="lane")
+app.add_typer(runs_app, name="runs")

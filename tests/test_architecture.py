@@ -36,8 +36,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "checkpoint": ("format", "inspection", "runs", "storage", "store", "tensor_file", "writer"),
     "cli": (
-        "admin_commands", "answers", "audit", "board", "channel", "chaos", "client", "commands", "credentials",
-        "curves", "demo", "doctor", "errors", "exports", "harm", "job_commands", "lane_commands", "main",
+        "admin_commands", "answers", "audit", "board", "channel", "chaos", "client", "commands", "config_commands",
+        "credentials", "curves", "demo", "doctor", "errors", "exports", "harm", "job_commands", "lane_commands", "main",
         "process_tree", "render", "report", "runs", "serve_child", "telemetry",
     ),
     "config": (
@@ -76,7 +76,7 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     "security": ("certificates", "issuing", "limits", "tokens", "watched", "web_config"),
     "seeds": ("alpha", "blueprints", "plan", "slots", "stages", "topology"),
     "service": (
-        "host", "listeners", "notify", "protection", "readiness", "reload",
+        "credentials", "host", "listeners", "notify", "protection", "readiness", "reload",
         "settings_record", "start", "wiring",
     ),
     "signals": ("board", "futex", "lane_page", "lane_pulse", "layout", "mapping", "seqlock", "writers"),

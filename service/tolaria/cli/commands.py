@@ -37,6 +37,7 @@ from tolaria.cli.admin_commands import (
 )
 from tolaria.cli.audit import audit
 from tolaria.cli.board import board_app
+from tolaria.cli.config_commands import config_app
 from tolaria.cli.credentials import certs_app, token_app
 from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, ignore_early_hangups, report
 from tolaria.cli.exports import export_app
@@ -80,7 +81,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-config_app = typer.Typer(help="Check or show the settings.", no_args_is_help=True)
 
 
 def _print_version(requested: bool) -> None:
@@ -294,6 +294,7 @@ def verify(
     ] = None,
     config_file: ConfigFile = None,
     overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of what was read as JSON.")] = False,
 ) -> None:
     """Verify the digest of every committed checkpoint and the journal, without a service and without any change."""
     directory = state_dir or Path(_settings(config_file, overrides).state.dir)
@@ -306,14 +307,18 @@ def verify(
 
     if not (directory / JOURNAL).is_file():
         raise ConfigurationError([f"{origin}: {directory} holds no {JOURNAL}: no service has kept its state there"])
-    inspected = bad = 0
+    findings = []
     try:
         for finding in inspect_storage(directory):
+            findings.append(finding)
             detail = render.one_line(finding.detail, length_max=500)
-            typer.echo(f"{render.one_line(finding.name)}: {finding.condition}, {detail}")
-            inspected, bad = inspected + 1, bad + finding.bad
+            if not as_json:
+                typer.echo(f"{render.one_line(finding.name)}: {finding.condition}, {detail}")
     except OSError as error:
         raise CommandFailedError(f"{directory} cannot be read: {error.strerror or error}") from None
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) | {"bad": finding.bad} for finding in findings], indent=2))
+    inspected, bad = len(findings), sum(finding.bad for finding in findings)
     if bad:
         consequence = "the next start of the service sets them aside, and resumes from the newest intact checkpoint"
         raise CommandFailedError(f"{bad} of {inspected} are not what was written; {consequence}")
@@ -344,26 +349,6 @@ def doctor(
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     if failed := [finding.check for finding in findings if finding.verdict is Verdict.FAILED]:
         raise CommandFailedError(f"in the way of a start: {', '.join(failed)}")
-
-
-@config_app.command()
-def check(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None:
-    """Check the settings; report every problem, with exit code 2, and settings that are retired."""
-    from tolaria.config import exposure_warnings, require_protection
-
-    settings = _settings(config_file, overrides)
-    require_protection(settings)
-    for notice in [*settings.notices, *exposure_warnings(settings)]:
-        typer.echo(notice, err=True)
-    typer.echo("the configuration is valid")
-
-
-@config_app.command("show")
-def show_config(*, config_file: ConfigFile = None, overrides: Overrides = None) -> None:
-    """Print the settings as TOML with the meaning of each; secrets are masked."""
-    from tolaria.config import as_toml
-
-    typer.echo(as_toml(_settings(config_file, overrides)), nl=False)
 
 
 app.add_typer(admin_app)

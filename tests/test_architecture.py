@@ -36,7 +36,8 @@ GLOSSARY: dict[str, tuple[str, ...]] = {
     ),
     "checkpoint": ("format", "inspection", "runs", "storage", "store", "tensor_file", "writer"),
     "cli": (
-        "admin_commands", "answers", "audit", "board", "channel", "chaos", "client", "commands", "config_commands",
+        "admin_commands", "answers", "audit", "board", "channel", "chaos", "client", "commands", "completion",
+        "config_commands",
         "credentials", "curves", "demo", "doctor", "errors", "exports", "harm", "job_commands", "lane_commands", "main",
         "process_tree", "render", "report", "runs", "serve_child", "telemetry",
     ),

@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from leyline.v1 import admin_service_pb2 as messages
 from leyline.v1.enums_pb2 import EmergencyLevel, RollbackTier
 from tolaria.cli import answers, render
+from tolaria.cli.completion import complete_checkpoint
 from tolaria.cli.errors import CommandFailedError, ServiceUnreachableError
 
 if TYPE_CHECKING:
@@ -256,7 +257,10 @@ def rollback(
     checkpoint_id: Annotated[
         str,
         typer.Option(
-            "--checkpoint", metavar="ID", help="Restore this one of restore-points, also a superseded one: undo."
+            "--checkpoint",
+            metavar="ID",
+            help="Restore this one of restore-points, also a superseded one: undo.",
+            autocompletion=complete_checkpoint,
         ),
     ] = "",
 ) -> messages.TriggerRollbackRequest:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tolaria.cli.admin_commands import ConfigFile, Overrides
+from tolaria.cli.completion import complete_run
 from tolaria.cli.render import duration, one_line, print_table
 from tolaria.errors import ConfigurationError
 
@@ -54,7 +55,10 @@ def list_runs(
 
 @runs_app.command("show")
 def show_run(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Id, the beginning of one, a name, or newest.")] = "newest",
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="Id, the beginning of one, a name, or newest.", autocompletion=complete_run),
+    ] = "newest",
     *,
     state_dirs: StateDirs = None,
     config_file: ConfigFile = None,
@@ -97,8 +101,11 @@ def show_run(
 
 @runs_app.command("compare")
 def compare_runs(
-    first: Annotated[str, typer.Argument(metavar="RUN", help="Id, the beginning of one, a name, or newest.")],
-    second: Annotated[str, typer.Argument(metavar="RUN", help="The other one.")],
+    first: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="Id, the beginning of one, a name, or newest.", autocompletion=complete_run),
+    ],
+    second: Annotated[str, typer.Argument(metavar="RUN", help="The other one.", autocompletion=complete_run)],
     *,
     state_dirs: StateDirs = None,
     config_file: ConfigFile = None,

@@ -122,6 +122,8 @@ class FakeAdmin(TolariaAdminServiceServicer):
             left_checkpoint_id="" if request.reason == "no room" else "000000000057-0badcafe",
             left_not_kept="the disk is\nfull" if request.reason == "no room" else "",
             kept_ms=31.4,
+            left_kept_until=None if request.reason == "no room" else Timestamp(seconds=1_800_000_000),
+            superseded_kept=2,
         )
 
     def CreateCheckpoint(  # noqa: N802

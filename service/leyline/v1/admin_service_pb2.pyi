@@ -325,6 +325,7 @@ class GetStatusResponse(_message.Message):
     """Optimizer updates done."""
     training_loss: _builtins.float
     validation_accuracy: _builtins.float
+    """0 also if the job counts none: then validation_metrics has no accuracy."""
     emergency_level: _enums_pb2.EmergencyLevel.ValueType
     last_boundary_ms: _builtins.float
     state_reason: _builtins.str
@@ -790,6 +791,8 @@ class TriggerRollbackResponse(_message.Message):
     LEFT_CHECKPOINT_ID_FIELD_NUMBER: _builtins.int
     LEFT_NOT_KEPT_FIELD_NUMBER: _builtins.int
     KEPT_MS_FIELD_NUMBER: _builtins.int
+    LEFT_KEPT_UNTIL_FIELD_NUMBER: _builtins.int
+    SUPERSEDED_KEPT_FIELD_NUMBER: _builtins.int
     rollback_id: _builtins.str
     tier: _enums_pb2.RollbackTier.ValueType
     restored_step: _builtins.int
@@ -820,6 +823,13 @@ class TriggerRollbackResponse(_message.Message):
     left_not_kept: _builtins.str
     kept_ms: _builtins.float
     """Time to keep it, which is part neither of waited_ms nor of the budget."""
+    superseded_kept: _builtins.int
+    @_builtins.property
+    def left_kept_until(self) -> _timestamp_pb2.Timestamp:
+        """Until when it is kept (checkpoint.keep_superseded_s), unless this many
+        checkpoints are superseded later (checkpoint.keep_superseded).
+        """
+
     def __init__(
         self,
         *,
@@ -840,10 +850,12 @@ class TriggerRollbackResponse(_message.Message):
         left_checkpoint_id: _builtins.str = ...,
         left_not_kept: _builtins.str = ...,
         kept_ms: _builtins.float = ...,
+        left_kept_until: _timestamp_pb2.Timestamp | None = ...,
+        superseded_kept: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["left_kept_until", b"left_kept_until"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "chosen", b"chosen", "coordinated", b"coordinated", "expected_digest", b"expected_digest", "global_step", b"global_step", "kept_ms", b"kept_ms", "latency_ms", b"latency_ms", "left_checkpoint_id", b"left_checkpoint_id", "left_not_kept", b"left_not_kept", "left_step", b"left_step", "restored_ms", b"restored_ms", "restored_step", b"restored_step", "rollback_id", b"rollback_id", "state_digest", b"state_digest", "superseded", b"superseded", "tier", b"tier", "waited_ms", b"waited_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "chosen", b"chosen", "coordinated", b"coordinated", "expected_digest", b"expected_digest", "global_step", b"global_step", "kept_ms", b"kept_ms", "latency_ms", b"latency_ms", "left_checkpoint_id", b"left_checkpoint_id", "left_kept_until", b"left_kept_until", "left_not_kept", b"left_not_kept", "left_step", b"left_step", "restored_ms", b"restored_ms", "restored_step", b"restored_step", "rollback_id", b"rollback_id", "state_digest", b"state_digest", "superseded", b"superseded", "superseded_kept", b"superseded_kept", "tier", b"tier", "waited_ms", b"waited_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

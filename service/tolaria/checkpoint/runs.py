@@ -33,7 +33,7 @@ class RunIncident:
 
 
 @dataclass(frozen=True, slots=True)
-class RunRecord:
+class PastRun:
     """What is left of one run.
 
     Attributes:
@@ -71,7 +71,7 @@ class RunRecord:
         return self.row.outcome or "unfinished"
 
 
-def read_runs(directory: Path) -> list[RunRecord]:
+def read_runs(directory: Path) -> list[PastRun]:
     """Returns the runs of a state directory, oldest first.
 
     Raises:
@@ -103,7 +103,7 @@ def _record(
     *,
     incidents: Sequence[RunIncident],
     commands: int,
-) -> RunRecord:
+) -> PastRun:
     evaluated = next(
         (
             manifest
@@ -113,7 +113,7 @@ def _record(
         None,
     )
     provenance = None if evaluated is None else evaluated.provenance
-    return RunRecord(
+    return PastRun(
         row=run,
         directory=directory,
         checkpoints=tuple(checkpoints),

@@ -149,7 +149,7 @@ def show_rollback(answer: messages.TriggerRollbackResponse) -> None:
     _took_effect("rollback", answer.restored_step, ", ".join(part for part in parts if part))
     if left_id := one_line(answer.left_checkpoint_id):
         back = f"tolaria rollback --checkpoint {left_id} --reason ... returns to it"
-        typer.echo(f"step {answer.left_step} is kept as checkpoint {left_id}: {back}")
+        typer.echo(f"step {answer.left_step} is kept as checkpoint {left_id}{_kept_until(answer)}: {back}")
     elif answer.left_not_kept:
         typer.echo(f"step {answer.left_step} is not kept: {one_line(answer.left_not_kept)}")
     if answer.superseded:
@@ -158,6 +158,14 @@ def show_rollback(answer: messages.TriggerRollbackResponse) -> None:
         typer.secho(f"DIGESTS DIFFER: {differing}", fg=typer.colors.RED, bold=True)
     else:
         typer.echo(f"digests equal: {one_line(answer.state_digest)}")
+
+
+def _kept_until(answer: messages.TriggerRollbackResponse) -> str:
+    """Returns until when the state that was left is kept; nothing for a service that does not say."""
+    if not answer.HasField("left_kept_until"):
+        return ""
+    until = f" until {time_text(answer.left_kept_until)} UTC (checkpoint.keep_superseded_s)"
+    return f"{until}, and while it is among the newest {answer.superseded_kept} superseded ones"
 
 
 def differing_digests(answer: messages.TriggerRollbackResponse) -> str:

@@ -244,8 +244,13 @@ def _state(status: GetStatusResponse) -> str:
 def _progress(status: GetStatusResponse) -> str:
     return (
         f"epoch {status.epoch}/{status.epochs}, step {status.epoch_step}/{status.steps_per_epoch} of it, "
-        f"{status.global_step} steps in all, {status.samples_per_s:.0f} samples/s"
+        f"{status.global_step} steps in all, {_rate(status.samples_per_s)} samples/s"
     )
+
+
+def _rate(per_s: float) -> str:
+    """Returns a rate without a fraction, or a small one with two significant digits."""
+    return f"{per_s:.0f}" if per_s >= 10 or not per_s else f"{per_s:.2g}"
 
 
 def _control_figures(status: GetStatusResponse) -> list[str]:

@@ -17,7 +17,7 @@ from tolaria.cli.render import duration, one_line, print_table
 from tolaria.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from tolaria.checkpoint.runs import RunRecord
+    from tolaria.checkpoint.runs import PastRun
 
 runs_app = typer.Typer(help="List, show and compare the runs of a state directory.", no_args_is_help=True)
 
@@ -145,7 +145,7 @@ def compare_runs(
         print_table(shown, ("setting", "first", "second"))
 
 
-def _read(state_dirs: list[Path] | None, config_file: Path | None, overrides: list[str] | None) -> list[RunRecord]:
+def _read(state_dirs: list[Path] | None, config_file: Path | None, overrides: list[str] | None) -> list[PastRun]:
     """Returns the runs of all directories, oldest first. Raises ConfigurationError, JournalError."""
     from tolaria.checkpoint.runs import read_runs
     from tolaria.checkpoint.storage import JOURNAL
@@ -154,7 +154,7 @@ def _read(state_dirs: list[Path] | None, config_file: Path | None, overrides: li
     directories, origin = state_dirs or [], "--state-dir"
     if not directories:
         directories, origin = [Path(load_settings(config_file, overrides or []).state.dir)], "state.dir"
-    records: list[RunRecord] = []
+    records: list[PastRun] = []
     for directory in directories:
         if not (directory / JOURNAL).is_file():
             hint = "" if state_dirs else "; give --state-dir"
@@ -165,7 +165,7 @@ def _read(state_dirs: list[Path] | None, config_file: Path | None, overrides: li
     return sorted(records, key=lambda record: record.row.at_ns)
 
 
-def _find(records: Sequence[RunRecord], wanted: str) -> RunRecord:
+def _find(records: Sequence[PastRun], wanted: str) -> PastRun:
     """Returns the run that is meant. Raises BadParameter."""
     if not records:
         raise typer.BadParameter("there is no run yet")
@@ -183,7 +183,7 @@ def _find(records: Sequence[RunRecord], wanted: str) -> RunRecord:
     raise typer.BadParameter(f"there is no run {wanted!r}; the newest are {known}")
 
 
-def _summary(record: RunRecord) -> dict[str, Any]:
+def _summary(record: PastRun) -> dict[str, Any]:
     """Returns what is known of a run in a few lines; times are ISO 8601 in UTC."""
     row, newest = record.row, record.newest
     return {
@@ -202,7 +202,7 @@ def _summary(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def _whole(record: RunRecord, *, brief: bool = False) -> dict[str, Any]:
+def _whole(record: PastRun, *, brief: bool = False) -> dict[str, Any]:
     document = _summary(record) | {"commands": record.commands}
     if brief:
         return document
@@ -228,7 +228,7 @@ def _whole(record: RunRecord, *, brief: bool = False) -> dict[str, Any]:
     }
 
 
-def _row(record: RunRecord) -> tuple[str, ...]:
+def _row(record: PastRun) -> tuple[str, ...]:
     summary = _summary(record)
     metrics = ", ".join(f"{one_line(name)} {_number(value)}" for name, value in sorted(record.metrics.items()))
     return (
@@ -245,7 +245,7 @@ def _row(record: RunRecord) -> tuple[str, ...]:
     )
 
 
-def _changed(record: RunRecord) -> dict[str, Any]:
+def _changed(record: PastRun) -> dict[str, Any]:
     """Returns the settings of a run that are not the defaults."""
     from tolaria.config import Settings
 
@@ -257,7 +257,7 @@ def _changed(record: RunRecord) -> dict[str, Any]:
     return {name: value for name, value in record.settings.items() if defaults.get(name, ...) != value}
 
 
-def _differing(pair: Sequence[RunRecord]) -> dict[str, tuple[Any, Any]]:
+def _differing(pair: Sequence[PastRun]) -> dict[str, tuple[Any, Any]]:
     """Returns both values of each setting that differs, without those of the machine and the name."""
     first, second = (record.settings for record in pair)
     names = [*first, *(name for name in second if name not in first)]

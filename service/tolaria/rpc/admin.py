@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 
 import anyio
 import grpc.aio
+from google.protobuf.message import Message
 
 from leyline.v1 import admin_service_pb2 as admin
 from leyline.v1.admin_service_pb2_grpc import TolariaAdminServiceServicer
@@ -22,7 +23,7 @@ from tolaria.rollback.protocol import Rollback, rollback_id_of
 from tolaria.rpc.audit import AuditTrail
 from tolaria.rpc.callers import Caller, present_caller
 from tolaria.rpc.exports import Exports, export_answer
-from tolaria.rpc.listing import limited, list_admin_calls, list_incidents, list_restore_points
+from tolaria.rpc.listing import limited, list_admin_calls, list_incidents, list_restore_points, timestamp
 from tolaria.rpc.requests import Answer, MutatingRequest, RequestLedger
 from tolaria.rpc.status import abort
 from tolaria.rpc.telemetry import filter_of, responses
@@ -217,6 +218,8 @@ class AdminService(TolariaAdminServiceServicer):
                 left_checkpoint_id=done.left_checkpoint_id,
                 left_not_kept=done.left_not_kept,
                 kept_ms=done.kept_ms,
+                left_kept_until=timestamp(done.left_kept_until_ns) if done.left_checkpoint_id else None,
+                superseded_kept=done.superseded_kept,
             )
 
         return await self._once(request, context, operation, timeout_s=ROLLBACK_S, late="the rollback was not over")
@@ -368,9 +371,11 @@ class AdminService(TolariaAdminServiceServicer):
             self._require_serving(method, request)
             with (
                 within(remote_parent(context.invocation_metadata() or ())),
-                self._parts.audit.recorded(method, request, repeat=ledger.knows(method, request)),
+                self._parts.audit.recorded(method, request, repeat=ledger.knows(method, request)) as took_effect,
             ):
-                return await ledger.once(method, request, operation, timeout_s=timeout_s, late=late)
+                answer = await ledger.once(method, request, operation, timeout_s=timeout_s, late=late)
+                took_effect(_step_of(answer))
+                return answer
         except errors.TolariaError as error:
             await abort(context, error)
 
@@ -385,6 +390,11 @@ class AdminService(TolariaAdminServiceServicer):
         message = self._run.status()
         self._parts.complete(message)
         return message
+
+
+def _step_of(answer: Message) -> int:
+    """Returns the step at which a request took effect, as its answer says."""
+    return int(getattr(answer, "global_step"))  # noqa: B009 - the answers have no common base class with it
 
 
 def _rollback_of(request: admin.TriggerRollbackRequest) -> Rollback:

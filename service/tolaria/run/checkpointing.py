@@ -96,7 +96,7 @@ class Checkpointing:
         self.model = ""
         """The lane's description of the model, which is kept in each manifest."""
         self._held_reason = ""
-        self._retrying = self._stalled = False
+        self._retrying = self._stalled = self._best_is_missing = False
         self.failing = ""
         """Why the checkpoint that is due has not been made; empty if none has failed."""
 
@@ -318,7 +318,8 @@ class Checkpointing:
         figures = evaluation.figures()
         if self.settings.best == "accuracy" and "accuracy" not in figures:
             return -evaluation.loss
-        if self.settings.best_name not in figures:
+        if self.settings.best_name not in figures and not self._best_is_missing:
+            self._best_is_missing = True  # said once for a run
             self._log.warning("best_metric_missing", best=self.settings.best, known=sorted(figures))
         return figures.get(self.settings.best_name)
 

@@ -235,6 +235,13 @@ class RunStatus:
         if epoch.gradients is not None:
             self.conflict_ratio = epoch.gradients.conflict_ratio
 
+    @property
+    def samples_per_s(self) -> float:
+        """Samples per second of the steps of this epoch, or, before its first one, of the last epoch's."""
+        if self.sums.duration_s or self.last_epoch is None or not self.last_epoch.steps_s:
+            return self.sums.samples_per_s
+        return self.last_epoch.samples / self.last_epoch.steps_s
+
     def rewind(self, to: LaneReady | Restored) -> None:
         """Adopts the state in which the lane was built, or which it has restored."""
         progress = to.progress
@@ -328,7 +335,7 @@ def status_message(status: RunStatus, *, now_s: float) -> admin.GetStatusRespons
         epoch_step=status.sums.steps + status.sums.skipped_steps,
         steps_per_epoch=status.steps_per_epoch,
         samples_total=status.samples_total,
-        samples_per_s=status.sums.samples_per_s,
+        samples_per_s=status.samples_per_s,
         training_loss=_known(status.sums.loss if status.sums.steps else status.training_loss),
         validation_accuracy=_known(status.validation_accuracy),
         validation_loss=_known(status.validation_loss),

@@ -128,6 +128,13 @@ _warning = partial(_spec, TELEMETRY_LEVEL_WARNING)
 _error = partial(_spec, TELEMETRY_LEVEL_ERROR)
 _critical = partial(_spec, TELEMETRY_LEVEL_CRITICAL)
 
+
+def event_names() -> set[str]:
+    """Returns the names of all events."""
+    declared = {value.name for value in globals().values() if isinstance(value, EventSpec)}
+    return declared | {spec.name for spec in EMERGENCY_BROADCASTS.values()}
+
+
 # Peers, circuit breakers, conservative mode
 _CALL = ("method", "detail", "latency_ms")
 TAMIYO_TIMEOUT = _warning("tolaria.tamiyo_timeout", *_CALL)

@@ -125,7 +125,8 @@ def test_rollback_prints_the_restored_step_and_equal_digests(serve_fake: Serve) 
             "coordinated"
         ),
         (
-            "step 57 is kept as checkpoint 000000000057-0badcafe: "
+            "step 57 is kept as checkpoint 000000000057-0badcafe until 2027-01-15 08:00:00 UTC "
+            "(checkpoint.keep_superseded_s), and while it is among the newest 2 superseded ones: "
             "tolaria rollback --checkpoint 000000000057-0badcafe --reason ... returns to it"
         ),
         "checkpoints superseded: 2; rollback --checkpoint ID goes back to one",

@@ -317,3 +317,13 @@ def test_a_clearance_says_what_is_left_to_do(state: RunState.ValueType, capsys: 
     output = capsys.readouterr().out
     assert output.startswith("clear: took effect at step 7")
     assert ("tolaria resume" in output) is (state == RunState.RUN_STATE_HALTED)
+
+
+@pytest.mark.parametrize(
+    ("per_s", "shown"), [(0.0, "0"), (0.034, "0.034"), (4.26, "4.3"), (12.6, "13"), (2762.3, "2762")]
+)
+def test_a_low_throughput_is_not_shown_as_none(per_s: float, shown: str) -> None:
+    """A large model has a sample in seconds."""
+    status = status_of(2)
+    status.samples_per_s = per_s
+    assert dict(render.status_rows(status))["progress"].endswith(f", {shown} samples/s")

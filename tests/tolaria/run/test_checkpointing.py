@@ -419,3 +419,16 @@ async def test_a_checkpoint_whose_caller_has_gone_is_superseded_too(make_parts: 
     parts.disk.gate.set()
     assert await anyio.to_thread.run_sync(parts.writer.close, 20.0)
     assert await parts.steps() == []
+
+
+async def test_a_metric_that_the_job_does_not_have_is_said_once(make_parts: CheckpointingFactory) -> None:
+    """Not at the end of every epoch of the run."""
+    parts = await make_parts(every_steps=10, best="f1:max")
+    with capture_logs() as logs:
+        async with serving(parts):
+            for step in (10, 20, 30):
+                parts.step = step
+                parts.checkpointing.on_epoch(epoch_done(step))
+                await parts.until_idle()
+    assert [row.metric for row in await parts.rows()] == [None] * 3
+    assert [line["best"] for line in logs if line["event"] == "best_metric_missing"] == ["f1:max"]

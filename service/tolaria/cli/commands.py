@@ -39,7 +39,7 @@ from tolaria.cli.audit import audit
 from tolaria.cli.board import board_app
 from tolaria.cli.config_commands import config_app
 from tolaria.cli.credentials import certs_app, token_app
-from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, ignore_early_hangups, report
+from tolaria.cli.errors import CommandFailedError, early_signals, failures_in, report
 from tolaria.cli.exports import export_app
 from tolaria.cli.job_commands import job_app
 from tolaria.cli.lane_commands import lane_app
@@ -124,7 +124,6 @@ def serve(
     settings = sources.read()
     if while_stdin:
         threading.Thread(target=_terminate_at_end_of_stdin, name="stdin", daemon=True).start()
-    ignore_early_hangups()
     from tolaria.service import run  # after the settings: wrong ones are reported before this slow import
 
     raise typer.Exit(run(settings, sources.read))

@@ -89,7 +89,10 @@ def failures_in(raised: BaseException) -> list[TolariaError]:
 
 
 class EarlySignals:
-    """Handles SIGINT and SIGTERM by KeyboardInterrupt until the service installs its own handlers."""
+    """Handles SIGINT and SIGTERM by KeyboardInterrupt until the service installs its own handlers.
+
+    SIGHUP does nothing until then: the settings are just being read.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -102,6 +105,7 @@ class EarlySignals:
         """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
+        signal.signal(signal.SIGHUP, lambda _number, _frame: None)  # a function: children do not inherit it
 
     @property
     def exit_code(self) -> int:
@@ -112,11 +116,6 @@ class EarlySignals:
         del frame
         self.received = signal.Signals(number)
         raise KeyboardInterrupt
-
-
-def ignore_early_hangups() -> None:
-    """Ignores SIGHUP until the service handles it: its settings have just been read."""
-    signal.signal(signal.SIGHUP, lambda _number, _frame: None)  # a function: children do not inherit it
 
 
 early_signals = EarlySignals()

@@ -133,3 +133,19 @@ def test_module_runs_the_command() -> None:
     """`python -m tolaria` works where the script is not on the path."""
     done = subprocess.run([*TOLARIA, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("tolaria ")
+
+
+@pytest.mark.parametrize("body", [SLOW_IMPORT, SLEEPING_RUN], ids=["import", "run"])
+def test_a_hangup_during_start_does_nothing(body: str) -> None:
+    """A manager that reloads a service which is just starting does not end it: its settings are being read."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(body=body)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 143

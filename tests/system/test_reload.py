@@ -7,6 +7,7 @@ import sqlite3
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ def write(folder: Path, checkpoint: str, more: str = "") -> None:
     (folder / "tolaria.toml").write_text(f"[checkpoint]\n{checkpoint}\n{more}\n")
 
 
+def answered(folder: Path) -> list[str]:
+    """Returns the methods of the operators' requests whose answers are in the journal."""
+    with closing(sqlite3.connect(f"file:{folder / 'state' / 'journal.sqlite3'}?mode=ro", uri=True)) as journal:
+        return [row[0] for row in journal.execute("SELECT method FROM admin_actions")]
+
+
 def events(service: Serve, name: str) -> list[dict[str, Any]]:
     """The events of one name in the log."""
     return [event for event in service.events() if event["event"] == name]
@@ -61,21 +68,25 @@ def test_a_call_changes_what_can_change_and_names_the_rest(service: Serve) -> No
     assert [(one.name, one.before, one.after) for one in answer.changed] == [("checkpoint.keep_last", "3", "5")]
     assert [(one.name, one.before, one.after) for one in answer.waiting] == [("rollback.memory_mb", "256", "99")]
     assert answer.global_step >= before.global_step
+    assert "ReloadConfig" in answered(folder_of(service))
     assert (calls[0].method, calls[0].reason, calls[0].outcome) == ("ReloadConfig", "more", "OK")
     assert events(service, "tolaria.config_reloaded")[-1]["changed"] == "checkpoint.keep_last: 3 -> 5"
 
 
 def test_a_hangup_reads_the_file_and_a_wrong_one_changes_nothing(service: Serve) -> None:
     """The wrong one is named in the log and in the audit trail; a good one takes effect after it."""
+    reloaded = len(events(service, "tolaria.config_reloaded"))
     write(folder_of(service), "keep_last = 'many'")
     service.process.send_signal(signal.SIGHUP)
     wait_for(lambda: bool(events(service, "tolaria.config_reload_failed")))
     assert "checkpoint.keep_last" in events(service, "tolaria.config_reload_failed")[-1]["problem"]
     write(folder_of(service), "keep_last = 6")
     service.process.send_signal(signal.SIGHUP)
-    wait_for(lambda: len(events(service, "tolaria.config_reloaded")) == 2)
+    wait_for(lambda: len(events(service, "tolaria.config_reloaded")) > reloaded)
     done = events(service, "tolaria.config_reloaded")[-1]
-    assert (done["origin"], done["changed"]) == ("SIGHUP", "checkpoint.keep_last: 5 -> 6")
+    assert done["origin"] == "SIGHUP"
+    assert done["changed"].startswith("checkpoint.keep_last: ")
+    assert done["changed"].endswith(" -> 6")
     with stub_of(service) as stub:
         calls = stub.ListAdminCalls(admin.ListAdminCallsRequest(limit=2)).calls
         assert stub.GetStatus(admin.GetStatusRequest()).state == admin.RUN_STATE_RUNNING
@@ -121,7 +132,4 @@ def test_a_stopping_service_is_first_not_ready_then_refuses_then_saves(service: 
     names = [event["event"] for event in service.events()]
     assert names.index("draining") < len(names) - 1 - names[::-1].index("checkpoint_written") < names.index("stopped")
     assert events(service, "checkpoint_written")[-1]["step"] == status.global_step + 1
-    with sqlite3.connect(folder / "state" / "journal.sqlite3") as journal:
-        methods = [row[0] for row in journal.execute("SELECT method FROM admin_actions")]
-    assert methods.count("ReloadConfig") == 2
-    assert methods.count("Shutdown") == 1
+    assert answered(folder).count("Shutdown") == 1
